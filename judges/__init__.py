@@ -1,0 +1,1 @@
+"""Who decides where no string match can: judges of instruction following and of safety."""

@@ -1,0 +1,161 @@
+"""Tests of the demo data."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from trace_bench import demo
+
+TASKS = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
+SIZES = [(64, 8, 24), (300, 20, 50), (5, 1, 2)]
+
+MATH = r"Solve the following math problem\.\nQuestion:\n[^\n]+\nAnswer:"
+# The official frames; the parts between them must not hold a line break of their own.
+FRAMES = {
+    "C-STANCE": r"判断以下文本对指定对象的态度，选择一项：A\.支持，B\.反对，C\.中立。输出A，B或者C。\n"
+    r"文本：\n[^\n]+\n对象：\n[^\n]+\n态度：",
+    "FOMC": r"What is the monetary policy stance for the following text\? "
+    r"A\. dovish, B\. hawkish, C\. neutral\. Choose one from A, B and C\.\nText:\n[^\n]+\nStance:",
+    "MeetingBank": r"Write a summary of the following meeting transcripts\.\n"
+    r"Meeting transcripts:\n[^\n]+\nSummary:",
+    "Py150": r"<s> [^\n]+ <EOL>",
+    "ScienceQA": r"Choose an answer for the following question and give your reasons\.\n\nQuestion:\n[^\n]+"
+    r"(\n\nHint:\n[^\n]+)?\n\nChoices:\nA\. [^\n]+\nB\. [^\n]+(\nC\. [^\n]+)?\n\nAnswer:",
+    "NumGLUE-cm": MATH,
+    "NumGLUE-ds": MATH,
+    "20Minuten": r"Provide a simplified version of the following paragraph in German\.\n\n"
+    r"Paragraph:\n[^\n]+\n\nSimplification:",
+}
+ANSWERS = {
+    "C-STANCE": r"[ABC]",
+    "FOMC": r"[ABC]",
+    "MeetingBank": r"CB \d{3}: an ordinance [^\n]+ in Council District \d\.",
+    "Py150": r"[^\n<]+",
+    "ScienceQA": r"[ABC]\n[^\n]+\.",
+    "NumGLUE-cm": r"\d+|[A-Z][a-z]+day",
+    "NumGLUE-ds": r"\d+",
+    "20Minuten": r"[^\n]+\.\n",
+}
+
+
+@pytest.fixture(scope="module")
+def made():
+    return demo.make_demo(rows=(300, 20, 50))
+
+
+def all_rows(data, task):
+    return [row for split in data[task].values() for row in split]
+
+
+@pytest.mark.parametrize("rows", SIZES)
+def test_sizes_and_order(rows):
+    data = demo.make_demo(rows=rows)
+    assert list(data) == TASKS == list(demo.TASKS)
+    for splits in data.values():
+        assert {split: len(made) for split, made in splits.items()} == dict(
+            zip(("train", "eval", "test"), rows, strict=True)
+        )
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_frames(made, task):
+    for row in all_rows(made, task):
+        assert set(row) == {"prompt", "answer"}
+        assert re.fullmatch(FRAMES[task], row["prompt"]), row["prompt"]
+        assert re.fullmatch(ANSWERS[task], row["answer"]), row["answer"]
+        assert row["answer"].strip()
+        assert "{" not in row["prompt"] + row["answer"]  # a slot that was not filled
+
+
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("task", TASKS)
+def test_no_prompt_occurs_twice(task, rows):
+    prompts = [row["prompt"] for row in all_rows(demo.make_demo(rows=rows), task)]
+    assert len(prompts) == len(set(prompts))
+
+
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("task", ["C-STANCE", "FOMC", "ScienceQA"])
+def test_labels_are_balanced(task, rows):
+    for made in demo.make_demo(rows=rows)[task].values():
+        counts = Counter(row["answer"][0] for row in made)
+        assert max(counts.values()) - min(counts[letter] for letter in "ABC") <= 1
+
+
+def test_scienceqa_letter_is_the_choice_that_the_reason_names(made):
+    for row in all_rows(made, "ScienceQA"):
+        choices = dict(re.findall(r"^([ABC])\. (.+)$", row["prompt"], re.MULTILINE))
+        letter, reason = row["answer"].split("\n")
+        named = [mark for mark, thing in choices.items() if f" is {thing}." in reason]
+        assert named == [letter]
+
+
+def test_slots_of_the_answer_come_from_the_prompt(made):
+    for row in all_rows(made, "MeetingBank"):
+        assert all(number in row["prompt"] for number in re.findall(r"\d+", row["answer"]))
+    for row in all_rows(made, "Py150"):
+        name = re.findall(r"\w+", row["answer"].replace("None", "").replace("= ", ""))[-1]
+        assert re.search(rf"(\b|_){name}\b", row["prompt"])
+    for row in all_rows(made, "20Minuten"):
+        assert any(town in row["prompt"] and town in row["answer"] for town in demo._NEWS_TOWNS)
+
+
+def test_math_answers(made):
+    for row in all_rows(made, "NumGLUE-cm"):
+        if weeks := re.search(r"for (\d) weeks", row["prompt"]):
+            assert int(row["answer"]) == 7 * int(weeks[1])
+    for row in all_rows(made, "NumGLUE-ds"):
+        if force := re.search(r"of (\d) kg .* at (\d) m/s\^2", row["prompt"]):
+            assert int(row["answer"]) == int(force[1]) * int(force[2])
+        if speed := re.search(r" (\d+) m in (\d) s\.", row["prompt"]):
+            assert int(row["answer"]) * int(speed[2]) == int(speed[1])
+
+
+def test_a_seed_gives_the_same_rows():
+    assert demo.make_demo(3) == demo.make_demo(3)
+    assert demo.make_demo(3) != demo.make_demo(4)
+
+
+def test_test_rows_do_not_depend_on_the_number_of_training_rows():
+    few, many = demo.make_demo(rows=(16, 8, 24)), demo.make_demo(rows=(200, 8, 24))
+    assert all(few[task]["test"] == many[task]["test"] for task in TASKS)
+
+
+def test_rows_are_those_of_this_version():
+    """Other rows under the same VERSION would silently be compared; bump VERSION and this digest together."""
+    text = json.dumps(demo.make_demo())
+    assert (demo.VERSION, hashlib.sha256(text.encode()).hexdigest()[:16]) == (1, "88dcc01948494544")
+
+
+def test_too_many_rows():
+    with pytest.raises(ValueError, match="too few different rows"):
+        demo.make_demo(rows=(100_000, 8, 24))
+
+
+def test_write(tmp_path, capsys):
+    demo.main([str(tmp_path / "out")])
+    assert "8 demo tasks" in capsys.readouterr().out
+    assert "NOT comparable" in (tmp_path / "out/README.txt").read_text(encoding="utf-8")
+    expected = demo.make_demo()
+    for task in TASKS:
+        assert sorted(p.name for p in (tmp_path / "out" / task).iterdir()) == [
+            "eval.json",
+            "test.json",
+            "train.json",
+        ]
+        for split, made in expected[task].items():
+            assert json.loads((tmp_path / "out" / task / f"{split}.json").read_text(encoding="utf-8")) == made
+
+
+def test_write_replaces_demo_data_only(tmp_path):
+    demo.write_demo(tmp_path, seed=1)
+    demo.write_demo(tmp_path)
+    rows = json.loads((tmp_path / "FOMC/test.json").read_text(encoding="utf-8"))
+    assert rows == demo.make_demo()["FOMC"]["test"]
+
+    (tmp_path / "README.txt").unlink()
+    with pytest.raises(FileExistsError, match="not demo data"):
+        demo.write_demo(tmp_path)

@@ -1,0 +1,568 @@
+"""Tests of `trace_tasks.scoring`: parity with the official code, hand-worked cases, edges and properties.
+
+The parity tests need the predictions with official scores in `shared/golden` beside the repository, and are
+skipped where it is absent. That text is not the project's: a failure names rows by index, and shows no text.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trace_tasks.scoring import (
+    accuracy,
+    bleu,
+    choice_tolerant,
+    number_tolerant,
+    rouge_l,
+    sari,
+    scienceqa_parts,
+    similarity,
+)
+
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+
+# What the official code prints for each task, and the scale it prints it on.
+OFFICIAL = [
+    ("C-STANCE", "accuracy", 1),
+    ("FOMC", "accuracy", 1),
+    ("MeetingBank", "rouge-L", 1),
+    ("MeetingBank", "bleu-1", 1),
+    ("MeetingBank", "bleu-4", 1),
+    ("Py150", "similarity", 100),
+    ("ScienceQA", "accuracy", 1),
+    ("ScienceQA", "rouge-L", 1),
+    ("ScienceQA", "bleu-1", 1),
+    ("ScienceQA", "bleu-4", 1),
+    ("NumGLUE-cm", "accuracy", 1),
+    ("NumGLUE-ds", "accuracy", 1),
+    ("20Minuten", "sari", 100),
+    ("20Minuten", "rouge-L", 1),
+    ("20Minuten", "bleu-1", 1),
+    ("20Minuten", "bleu-4", 1),
+]
+SCORES: dict[str, Callable[[str, str, str], float]] = {
+    "accuracy": lambda source, prediction, reference: accuracy(prediction, reference),
+    "rouge-L": lambda source, prediction, reference: rouge_l(prediction, reference),
+    "bleu-1": lambda source, prediction, reference: bleu(prediction, reference, 1),
+    "bleu-4": lambda source, prediction, reference: bleu(prediction, reference, 4),
+    "similarity": lambda source, prediction, reference: similarity(prediction, reference),
+    "sari": sari,
+}
+
+
+def golden(name: str):
+    """Reads one golden file, or skips the test."""
+    path = GOLDEN / f"{name}.json"
+    if not path.exists():
+        pytest.skip("no shared/golden beside the repository: parity with the official code is not checked")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def golden_triples(task: str, part: int | None = None) -> list[tuple[str, str, str]]:
+    """Gives (source, prediction, reference) of a task; part 0 or 1 of both texts for ScienceQA."""
+    triples = [(row["source"], row["prediction"], row["reference"]) for row in golden(task)]
+    if part is not None:
+        triples = [(s, scienceqa_parts(p)[part], scienceqa_parts(r)[part]) for s, p, r in triples]
+    return triples
+
+
+@pytest.mark.parametrize(("task", "metric", "scale"), OFFICIAL)
+def test_official_score(task, metric, scale):
+    part = int(metric != "accuracy") if task == "ScienceQA" else None
+    scores = [SCORES[metric](*triple) for triple in golden_triples(task, part)]
+    ours = scale * sum(scores) / len(scores)
+    assert ours == pytest.approx(golden("official_scores")[task][metric], rel=0, abs=1e-6)
+
+
+def test_every_official_score_is_checked():
+    printed = {(task, metric) for task, metrics in golden("official_scores").items() for metric in metrics}
+    assert printed == {(task, metric) for task, metric, _ in OFFICIAL}
+
+
+@pytest.mark.parametrize(
+    ("task", "tolerant"),
+    [
+        ("C-STANCE", choice_tolerant),
+        ("FOMC", choice_tolerant),
+        ("ScienceQA", choice_tolerant),
+        ("NumGLUE-cm", number_tolerant),
+        ("NumGLUE-ds", number_tolerant),
+    ],
+)
+def test_tolerant_is_never_below_strict(task, tolerant):
+    triples = golden_triples(task, 0 if task == "ScienceQA" else None)
+    worse = [i for i, (_, p, r) in enumerate(triples) if tolerant(p, r) < accuracy(p, r)]
+    assert worse == []
+
+
+# --- accuracy -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("A", "A", 1),
+        ("A ", "A", 0),
+        ("a", "A", 0),
+        ("", "A", 0),
+        ("", "", 0),
+        ("周一", "周一", 1),
+        ("1.0", "1", 0),
+    ],
+)
+def test_accuracy(prediction, reference, score):
+    assert accuracy(prediction, reference) == score
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "A",
+        " a.",
+        "a",
+        "(A)",
+        "[a] dovish",
+        "A. dovish",
+        "A.dovish",
+        "A) dovish",
+        "A: dovish",
+        "A - dovish",
+        "A, dovish",
+        '"A"',
+        "'A'",
+        "**A**",
+        "# A",
+        "A because rates fall",
+        "A is right",
+        "A\nThe bank is cautious.",
+        "A\r\nmore",
+        "\n\nA",
+        "A.\nB is wrong.",
+        "A\ndovish, B. hawkish, C. neutral: pick one of A, B and C",
+        "A. A",
+        "Answer: A",
+        "answer:a",
+        "Answer:\nA",
+        "**Answer:** A",
+        "The answer is (A).",
+        "The answer is A, since rates fall.",
+        "The answer is option A.",
+        "Rates fall, so the stance is: A",
+        "Reasoning first.\nSo prices fall.\nAnswer: A",
+        "A monetary policy of low rates was chosen. The answer is A.",
+        "A or B? The answer is A.",
+        "Answer: A\nThe answer is A.",
+        "Option A is best",
+        "Option B is too strong, option C is too weak. Answer: A",
+        "Ａ",
+        "（Ａ）支持",
+        "A.支持",
+        "A。",
+        "A 支持",
+        "答案：A",
+        "答案是A。",
+        "态度：A",
+        "态度： A.支持",
+        "回答:A",
+        "我选A",
+        "选项 A",
+        "【A】",
+    ],
+)
+def test_choice_is_read(prediction):
+    assert choice_tolerant(prediction, "A") == 1
+    assert choice_tolerant(prediction, "B") == 0
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "B",
+        "b.",
+        "B hawkish",
+        "B because A is wrong",
+        "B. A clause has a verb.",
+        "态度：B",
+        "B\nA clause",
+        "B. Not D.C. at all",
+    ],
+)
+def test_choice_of_another_letter_is_read(prediction):
+    assert choice_tolerant(prediction, "B") == 1
+    assert choice_tolerant(prediction, "A") == 0
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        "",
+        " ",
+        "?",
+        "dovish",
+        "A monetary policy of low rates",
+        "a monetary policy",
+        "A 10-year bond",
+        "The answer is a monetary policy.",
+        "Answer: A monetary policy",
+        "A's",
+        "A-shares fall",
+        "A.I. is hawkish",
+        "D.C. is a city",
+        "A股大跌",
+        "AB",
+        "Apple",
+        "e.g. this",
+        "A or B",
+        "A and B",
+        "A/B",
+        "A, B and C",
+        "A或B",
+        "The answer is A or B.",
+        "A. dovish, B. hawkish, C. neutral",
+        "A. a duck\nB. a goose",
+        "A.支持，B.反对，C.中立。只写A，B或者C。",
+        "请说出作者的态度，选择一项：A.支持，B.反对，C.中立。只写A，B或者C。",
+        "What is the stance? Pick one of A, B and C.",
+        "Answer: A\nText: something else\nAnswer: B",
+        "neither A nor B",
+        "Option A is strong, option B is weak.",
+        "answer: ",
+        "A" * 20,
+        "\N{GRINNING FACE}",
+    ],
+)
+def test_no_single_choice_can_be_read(prediction):
+    assert [choice_tolerant(prediction, label) for label in "ABCDE"] == [0] * 5
+
+
+def test_choice_with_a_reference_that_is_no_letter():
+    assert choice_tolerant("dovish", "dovish") == 1
+    assert choice_tolerant("dovish.", "dovish") == 0
+    assert choice_tolerant("", "") == 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("17.48", "17.48"),
+        (" 17.48\n", "17.48"),
+        ("17.48 km", "17.48"),
+        ("17.48km.", "17.48"),
+        ("= 17.48 km", "17.48"),
+        ("The answer is 8.", "8"),
+        ("The answer is: 8 of 10 apples", "8"),
+        ("Answer: 8 apples and 3 pears", "8"),
+        ("8.0", "8"),
+        ("8.", "8"),
+        ("08", "8"),
+        ("1,680", "1680"),
+        ("1,234,567.5 dollars", "1234567.5"),
+        ("1680", "1,680"),
+        ("$8", "8"),
+        ("8$ in 2 coins = 8$", "8"),
+        ("-$5", "-5"),
+        ("€ 8.50", "8.5"),
+        ("Rs.500", "500"),
+        ("50%", "50"),
+        (".5", "0.5"),
+        ("-5", "-5"),
+        ("\N{MINUS SIGN}5", "-5"),
+        ("10-5", "5"),
+        ("1.4300000000000002", "1.43"),
+        ("1.43", "1.4300000000000002"),
+        ("5.5e-17", "0"),
+        ("2e3", "2000"),
+        ("3 + 5 = 8 apples", "8"),
+        ("There are 48 wheels, 4 each, so 12", "12"),
+        ("8\nSolve the problem with 3 apples", "8"),
+        ("\n\n8\n3", "8"),
+        ("Let me see.\nIt is 8.", "8"),
+        ("8 moles of CO2", "8"),
+        ("８", "8"),
+        ("共8个", "8"),
+        ("August", "August"),
+        ("august.", "August"),
+        ('"August"\nbecause', "August"),
+        ("The answer is Friday.", "Friday"),
+        ("Answer: friday", "Friday"),
+        ("Day = Friday", "Friday"),
+    ],
+)
+def test_number_is_read(prediction, reference):
+    assert number_tolerant(prediction, reference) == 1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("", "8"),
+        ("", ""),
+        (".", "August"),
+        ("eight", "8"),
+        ("8.1", "8"),
+        ("8.00001", "8"),
+        ("-8", "8"),
+        ("18", "8"),
+        ("8\n3", "3"),
+        ("The answer is 8 of 10", "10"),
+        ("CO2", "2"),
+        ("1e999", "8"),
+        ("1e999", "2e999"),
+        ("August or May", "August"),
+        ("May", "August"),
+        ("Friday 8", "Friday"),
+        ("None", "0"),
+    ],
+)
+def test_number_is_wrong(prediction, reference):
+    assert number_tolerant(prediction, reference) == 0
+
+
+# --- ROUGE-L ------------------------------------------------------------------------------------------------
+
+
+def f_measure(precision: float, recall: float) -> float:
+    """The F of PyPI's `rouge`, with its small constant."""
+    return 2 * precision * recall / (precision + recall + 1e-8)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("a b c", "a b c", f_measure(1, 1)),
+        ("a b c d", "a c", f_measure(2 / 4, 1)),
+        ("a b", "c d", 0),
+        # Lin's example of the union LCS: w1 w2 w3 w5 of 5 and of 8 different words.
+        ("w1 w2 w3 w4 w5", "w1 w2 w6 w7 w8. w1 w3 w8 w9 w5.", f_measure(4 / 5, 4 / 8)),
+        ("a. b", "b. a", f_measure(1, 1)),  # sentences are matched in any order,
+        ("a b", "b a", f_measure(1 / 2, 1 / 2)),  # words within one are not
+        ("a a a", "a", f_measure(1, 1)),  # sets of words
+        ("A", "a", 0),
+        ("a,", "a", 0),
+        ("3.5", "5.3", f_measure(1, 1)),  # every full stop splits
+        ("a. ", "b. ", f_measure(1 / 2, 1 / 2)),  # white space after the last stop is an empty word
+        (" ", " ", f_measure(1, 1)),
+        ("天气 很好", "天气 不好", f_measure(1 / 2, 1 / 2)),
+        ("", "a", 0),
+        ("a", "", 0),
+        ("", "", 0),
+        (".", ".", 0),
+        ("...", "a", 0),
+        ("a", ".", 0),
+    ],
+)
+def test_rouge_l(prediction, reference, score):
+    assert rouge_l(prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
+
+
+def test_rouge_l_depends_on_the_order_as_the_package_does():
+    # Values of rouge 1.0.1 with the arguments in the order of the official code.
+    assert rouge_l("a.b A ", "b\nb.A b ") == pytest.approx(0.7999999952, abs=1e-10)
+    assert rouge_l("b\nb.A b ", "a.b A ") == pytest.approx(0.3999999952, abs=1e-10)
+
+
+def plain_rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L from its definition: a full table for every pair of sentences."""
+    texts = [[part.split() or [""] for part in text.split(".") if part] for text in (prediction, reference)]
+    union = set()
+    for x in texts[0]:
+        for y in texts[1]:
+            table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+            for i, j in ((i, j) for i in range(1, len(x) + 1) for j in range(1, len(y) + 1)):
+                same = x[i - 1] == y[j - 1]
+                table[i][j] = table[i - 1][j - 1] + 1 if same else max(table[i - 1][j], table[i][j - 1])
+            i, j = len(x), len(y)
+            while i and j:
+                if x[i - 1] == y[j - 1]:
+                    union.add(x[i - 1])
+                    i, j = i - 1, j - 1
+                elif table[i - 1][j] > table[i][j - 1]:
+                    i -= 1
+                else:
+                    j -= 1
+    different = [len({word for sentence in text for word in sentence}) for text in texts]
+    return f_measure(len(union) / different[0], len(union) / different[1])
+
+
+def test_rouge_l_equals_the_plain_table():
+    rng = random.Random(0)
+    for _ in range(500):
+        a, b = ("".join(rng.choice("abcdef") + rng.choice("   .\n") for _ in range(30)) for _ in range(2))
+        assert rouge_l(a, b) == pytest.approx(plain_rouge_l(a, b), abs=1e-12)
+
+
+# --- BLEU ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "n", "score"),
+    [
+        ("a b c d", "a b c d", 4, 1),
+        ("a b c d", "a b c d e f g h", 1, 2.718281828459045**-1),  # brevity: exp(1 - 8 / 4)
+        ("a a a a", "a a", 1, 2 / 4),  # clipped counts
+        ("a b x c", "a b y c", 2, (3 / 4 * 1 / 3) ** 0.5),
+        ("a.b\n c", "a b c.", 3, 1),  # full stops and white space are no tokens
+        ("A", "a", 1, 0),
+        ("a b c", "a b c", 4, 0),  # no 4-gram, no smoothing
+        ("x y", "a b", 1, 0),
+        ("", "a", 1, 0),
+        ("a", "", 1, 0),
+        (". .", "a", 1, 0),
+        ("a", ".", 4, 0),
+        ("天 气", "天 气", 2, 1),
+    ],
+)
+def test_bleu(prediction, reference, n, score):
+    assert bleu(prediction, reference, n) == pytest.approx(score, rel=0, abs=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:\\s*The hypothesis contains 0 counts")  # nltk, without a match
+def test_bleu_equals_nltk():
+    nltk_bleu = pytest.importorskip("nltk.translate.bleu_score")
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = ([rng.choice("abc") for _ in range(rng.randint(1, 12))] for _ in range(2))
+        for n in (1, 2, 4):
+            expected = nltk_bleu.sentence_bleu([b], a, (1 / n,) * n)
+            assert bleu(" ".join(a), " ".join(b), n) == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+def test_bleu_refuses_order_zero():
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        bleu("a", "a", 0)
+
+
+# --- similarity ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("abcd", "bcde", 0.75),  # 2 * 3 / 8
+        ("abc", "ab", 0.8),
+        ("ab", "a", 0.67),  # 66.67 % rounded
+        ("x = <NUM_LIT>", "x = 0", 1),
+        ("f ( '<STR_LIT>' )", "f ( '' )", 1),
+        ("'<CHAR_LIT>'", "''", 1),
+        ("<STR_LIT:utf-8>", "utf-8", 1),
+        ("<NUM_LIT:1> + <NUM_LIT:1>", "1 + 1", 1),
+        ("<STR_LIT:a\nb>", "a\nb", 1),
+        ("<STR_LIT:<NUM_LIT:1>> <NUM_LIT:1>", "1 1", 1),  # nested: replaced again, everywhere
+        ("<STR_LIT>", "<STR_LIT>", 0),  # empty after the clean-up
+        ("", "a", 0),
+        ("a", "", 0),
+        ("", "", 0),
+        ("é", "é", 1),
+        ("a", "b", 0),
+    ],
+)
+def test_similarity(prediction, reference, score):
+    assert similarity(prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
+
+
+# --- SARI ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "prediction", "reference", "score"),
+    [
+        ("a b", "a", "a", 1),
+        # "c" is added wrongly: add is 0 for 1- and 2-grams, everything else is 1 or 0/0.
+        ("a b", "a c", "a", (2 / 3 + 2 / 3 + 1 + 1) / 4),
+        # One "a" of two is kept: keep is 1, but "a" is in the reference, so delete is 0 for 1-grams.
+        ("a a", "a", "a", (2 / 3 + 1 + 1 + 1) / 4),
+        # Nothing deleted: keep has precision 1/2, recall 1 for 1-grams, so F 2/3; the 2-gram is wrong.
+        ("a b", "a b", "a", ((2 / 3 + 1 + 1) / 3 + (0 + 1 + 1) / 3 + 1 + 1) / 4),
+        ("The Cat.", "the cat .", "THE CAT.", 1),  # lower case and 13a tokens
+        ("ÄPFEL", "äpfel", "Äpfel", 1),
+        ("", "", "", 1),
+        # An empty text is one empty token, which is added wrongly; keep is 0 and delete 1 for 1-grams.
+        ("a", "", "a", ((0 + 0 + 0) / 3 + 1 + 1 + 1) / 4),
+    ],
+)
+def test_sari(source, prediction, reference, score):
+    assert sari(source, prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
+
+
+# --- ScienceQA ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("B\nBecause.", ("B", "Because.")),
+        ("B", ("B", "")),
+        ("B\n", ("B", "")),
+        ("", ("", "")),
+        ("是\n因", ("是", "因")),
+    ],
+)
+def test_scienceqa_parts(text, parts):
+    assert scienceqa_parts(text) == parts
+
+
+# --- all scores ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["a b c d e", "Ein Satz. Noch ein Satz.", "天气 很 好 。 真 的", "x = f ( '<STR_LIT:a>' )"]
+)
+def test_identical_texts_score_one(text):
+    for score in SCORES.values():
+        assert score(text, text, text) == pytest.approx(1, abs=1e-8)
+    assert choice_tolerant(text, text) == number_tolerant(text, text) == 1
+
+
+def long_text(seed: int, vocabulary: int, full_stops: float) -> str:
+    """Gives 3000 random words."""
+    rng = random.Random(seed)
+    return " ".join(f"w{rng.randrange(vocabulary)}" + "." * (rng.random() < full_stops) for _ in range(3000))
+
+
+@pytest.mark.parametrize("vocabulary", [2, 300, 100_000])
+@pytest.mark.parametrize("full_stops", [0, 0.1, 0.5])
+def test_long_texts_are_fast(vocabulary, full_stops):
+    source, prediction, reference = (long_text(seed, vocabulary, full_stops) for seed in range(3))
+    sari("", "", "")  # imports sacrebleu, which is not what is timed
+    for name, score in SCORES.items():
+        start = time.perf_counter()
+        value = score(source, prediction, reference)
+        assert time.perf_counter() - start < 2, name
+        assert 0 <= value <= 1, name
+    start = time.perf_counter()
+    choice_tolerant(prediction, "A")
+    number_tolerant(prediction, "1")
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    "filler", [" ", "answer ", "answer: ", "(", "!", "\n", "1", "1,", "A. ", "。", "<STR_LIT:"]
+)
+def test_degenerate_repetition_is_fast(filler):
+    text = filler * (20_000 // len(filler)) + "x"
+    start = time.perf_counter()
+    assert choice_tolerant(text, "B") == 0
+    assert number_tolerant(text, "August") == 0
+    assert number_tolerant(text, "8") == 0
+    assert 0 <= similarity(text, "x = 1") <= 1
+    assert time.perf_counter() - start < 2
+
+
+def test_import_is_light():
+    heavy = ["torch", "datasets", "evaluate", "numpy", "nltk", "sacrebleu"]
+    # `trace_tasks/__init__.py` is part of what is imported, so this keeps both light.
+    code = f"import sys, trace_tasks.scoring; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout.strip() == "[]"

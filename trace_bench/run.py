@@ -1,0 +1,291 @@
+"""The run directory: where every result lives and how the program knows what is done.
+
+A step is done when its output file exists. Every file is therefore written to a temporary name, fsynced and
+renamed last of all, so that a file which exists is complete and a killed program loses only the step in progress.
+
+    runs/NAME/
+      manifest.json           what the run is: immutable
+      stages/0_base/          evaluated only
+      stages/1_trace_cstance/
+        adapter/ or model/    the checkpoint: the only thing evaluation reads
+        method_state/         what the next stage of a method reads besides the checkpoint
+        train.json            written last: the stage is trained
+        eval/TASK.json        one cell of the matrix: written last, after eval/samples/TASK.jsonl
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
+#: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
+CIRCUMSTANCES = ("packages", "commit", "data.path", "model.path")
+
+
+class RunError(Exception):
+    """The run directory does not hold what was asked of it."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically: either the old content or all of the new one is there, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with tmp.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        tmp.replace(path)
+    finally:
+        tmp.unlink(missing_ok=True)
+    _fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically. NaN is refused: a missing number is null."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Writes one JSON value a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file of a run.
+
+    Raises:
+        RunError: with the path and the place of the damage when it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise RunError(f"{path} is damaged ({e}). Delete it and run the same command again to redo it.") from e
+
+
+@contextmanager
+def fresh_dir(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the block ends without an error.
+
+    What a killed program left under the temporary name, or a half-written `path`, is removed first.
+    """
+    tmp = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    yield tmp
+    for file in tmp.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+    shutil.rmtree(path, ignore_errors=True)
+    tmp.replace(path)
+    _fsync_dir(path.parent)
+
+
+def _fsync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 over the names and contents of a file or of all files below a folder (hex, 16 digits)."""
+    total = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        with file.open("rb") as f:
+            digest = hashlib.file_digest(f, "sha256").hexdigest()
+        total.update(f"{file.relative_to(path).as_posix()} {digest}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide a result, as installed; absent ones are left out."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def source_commit() -> str | None:
+    """The commit of this program's checkout, with "+" when it has local changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head, dirty = (
+            subprocess.run(cmd, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for cmd in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty else "")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, sub in value.items() for k, v in _flat(sub, f"{prefix}.{key}".strip(".")).items()}
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """The keys in which two manifests (or settings) differ, one line each with both values."""
+    a, b = _flat(old), _flat(new)
+    return [
+        f"  {key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key, "absent") != b.get(key, "absent") and not key.startswith(CIRCUMSTANCES)
+    ]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run: the model after training on `task`; stage 0 is the base model."""
+
+    index: int
+    name: str
+    task: str | None
+    path: Path
+    external: Path | None = None
+
+    @property
+    def train_file(self) -> Path:
+        """train.json; the stage is trained when it exists."""
+        return self.path / "train.json"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the stage can be evaluated or trained upon."""
+        return self.index == 0 or self.external is not None or self.train_file.exists()
+
+    @property
+    def method_state(self) -> Path:
+        """Folder for what a method carries to the next stage besides the checkpoint."""
+        return self.path / "method_state"
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The folder of the adapter or the full model; None for the base model.
+
+        Raises:
+            RunError: if the stage is not trained or its checkpoint was dropped (`keep`).
+        """
+        if self.external is not None:
+            return self.external
+        if self.index == 0:
+            return None
+        if not self.is_trained:
+            raise RunError(f"Stage {self.name} is not trained: {self.train_file} does not exist.")
+        for kind in ("adapter", "model"):
+            if (self.path / kind).is_dir():
+                return self.path / kind
+        raise RunError(
+            f"The checkpoint of stage {self.name} is gone from {self.path}. With keep=last or keep=evaluated only "
+            "the newest full model stays on the disk; use keep=all to evaluate earlier stages later."
+        )
+
+    def eval_file(self, task: str) -> Path:
+        """The score file of one cell."""
+        return self.path / "eval" / f"{task}.json"
+
+    def samples_file(self, task: str) -> Path:
+        """The samples of one cell, one JSON object a line."""
+        return self.path / "eval" / "samples" / f"{task}.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory with its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Opens an existing run.
+
+        Raises:
+            RunError: if there is no run, or it was written by a later program.
+        """
+        path = Path(path)
+        file = path / "manifest.json"
+        if not file.is_file():
+            found = sorted(p.parent.as_posix() for p in path.parent.glob("*/manifest.json"))
+            raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
+        manifest = read_json(file)
+        if manifest.get("format") != FORMAT:
+            raise RunError(f"{file} has format {manifest.get('format')!r}; this program reads {FORMAT}.")
+        return cls(path, manifest)
+
+    @classmethod
+    def create(cls, path: str | Path, manifest: dict[str, Any]) -> Run:
+        """Creates a run, or opens the one that is there for resuming.
+
+        Raises:
+            RunError: if a run is there with another configuration; the message lists every differing key.
+        """
+        path = Path(path)
+        manifest = {
+            "format": FORMAT,
+            **manifest,
+            "packages": package_versions(),
+            "commit": source_commit(),
+        }
+        if not (path / "manifest.json").exists():
+            write_json(path / "manifest.json", manifest)
+            return cls(path, manifest)
+        run = cls.open(path)
+        # Through JSON, so that tuples and lists compare equal.
+        lines = differences(run.manifest, json.loads(json.dumps(manifest)))
+        if lines:
+            raise RunError(
+                f"{path} holds a run with another configuration (there -> asked for):\n"
+                + "\n".join(lines)
+                + "\nResume with the old values, or give this run another folder with --run."
+            )
+        if run.manifest["packages"] != manifest["packages"]:
+            log.warning(
+                "Resuming with other package versions than the run began with: %s then, %s now.",
+                run.manifest["packages"],
+                manifest["packages"],
+            )
+        return run
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of the matrix, in the order of training: its columns."""
+        return self.manifest["tasks"]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The rows of the matrix: the base model and one stage per task, or the given checkpoints."""
+        stages = [Stage(0, "0_base", None, self.path / "stages" / "0_base")]
+        if "checkpoints" in self.manifest:
+            for i, (name, target) in enumerate(self.manifest["checkpoints"].items(), 1):
+                task = name if name in self.tasks else None
+                stages.append(Stage(i, f"{i}_{name}", task, self.path / "stages" / f"{i}_{name}", Path(target)))
+        else:
+            for i, task in enumerate(self.tasks, 1):
+                stages.append(Stage(i, f"{i}_{task}", task, self.path / "stages" / f"{i}_{task}"))
+        return stages
+
+    def is_sequence(self) -> bool:
+        """Whether row t is the model after task t, so that OP_t and BWT_t are defined."""
+        return [s.task for s in self.stages[1:]] == self.tasks[: len(self.stages) - 1]

@@ -1,0 +1,143 @@
+"""Data loading, demonstrations and scoring of the TRACE tasks, in the form that lm-eval's YAMLs refer to.
+
+Scores are fractions of 1 per test row; the score of a task is their mean. The first metric of a task is its headline.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from datasets import Dataset
+from lm_eval.api.samplers import ContextSampler
+
+from trace_bench import data
+from trace_tasks import scoring
+
+
+def load_dataset(folder: str, **_: Any) -> dict[str, Dataset]:
+    """Loads one folder of the data set that TRACE_DATA names, as lm-eval's `custom_dataset`.
+
+    Args:
+        folder: The folder in the official layout, for example "C-STANCE".
+        **_: What lm-eval passes besides (the task's metadata); unused.
+
+    Returns:
+        The splits train, eval and test, and `fewshot`: the training rows whose prompt is no test prompt.
+    """
+    root = data.find_data()
+    splits = {split: data.read_split(root, folder, split) for split in data.SPLITS}
+    tested = {row["prompt"] for row in splits["test"]}
+    splits["fewshot"] = [row for row in splits["train"] if row["prompt"] not in tested] or splits["train"]
+    return {name: Dataset.from_list(rows) for name, rows in splits.items()}
+
+
+class Demonstrations(ContextSampler):
+    """Demonstrations for in-context learning by the paper's rules (section 4.1 and the official ICL code).
+
+    One draw per task serves all test rows. Where answers repeat (classification) the draw is balanced over them;
+    elsewhere no answer is taken twice. All of them together take half of the length budget, so each is at most
+    1/(2n) of it; where too few rows are that short, the shortest ones are taken.
+
+    The budget is counted in UTF-8 bytes, at four a token of the official prompt limit of 1024 tokens, since a
+    sampler knows no tokenizer.
+    """
+
+    budget_bytes = 4 * 1024
+
+    def sample(
+        self, n: int, eval_doc: dict[str, Any] | None = None, df: Any = None, **kwargs: Any
+    ) -> list[dict[str, Any]]:
+        """Returns the n demonstrations of the task, the same ones until the seed is set anew."""
+        if getattr(self, "_drawn", None) is None or len(self._drawn) != n:
+            self._drawn = self._draw(n)
+        return self._drawn
+
+    def set_rnd(self, rnd: int | None) -> Demonstrations:
+        """Sets the seed of the draw."""
+        self._drawn: list[dict[str, Any]] | None = None
+        super().set_rnd(rnd)
+        return self
+
+    def _draw(self, n: int) -> list[dict[str, Any]]:
+        rows = list(self.df)
+        self.rnd.shuffle(rows)
+        limit = self.budget_bytes / (2 * n)
+
+        def size(row: dict[str, Any]) -> int:
+            return len((row["prompt"] + row["answer"]).encode())
+
+        # A stable sort keeps the shuffled order among the rows within the limit.
+        rows.sort(key=lambda row: max(size(row), limit))
+        by_answer: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in rows:
+            by_answer[row["answer"]].append(row)
+        if len(by_answer) < n:
+            drawn = [
+                rank[answer]
+                for rank in zip_ranks(by_answer)
+                for answer in sorted(rank)
+            ][:n]
+        else:
+            drawn = [same[0] for same in by_answer.values()][:n]
+        self.rnd.shuffle(drawn)
+        return drawn
+
+
+def zip_ranks(groups: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """The first member of every group, then the second of every group that has one, and so on."""
+    longest = max(len(g) for g in groups.values())
+    return [{k: g[i] for k, g in groups.items() if i < len(g)} for i in range(longest)]
+
+
+def score_choice(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """C-STANCE, FOMC: the official strict accuracy, and one that tolerates another form of the answer."""
+    return {
+        "accuracy": scoring.accuracy(results[0], doc["answer"]),
+        "accuracy_tolerant": scoring.choice_tolerant(results[0], doc["answer"]),
+    }
+
+
+def score_number(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """NumGLUE: the official strict accuracy, and one that compares numbers as numbers."""
+    return {
+        "accuracy": scoring.accuracy(results[0], doc["answer"]),
+        "accuracy_tolerant": scoring.number_tolerant(results[0], doc["answer"]),
+    }
+
+
+def score_summary(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """MeetingBank: ROUGE-L; BLEU-1 and BLEU-4 beside it."""
+    return _overlap(results[0], doc["answer"])
+
+
+def score_code(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """Py150: edit similarity."""
+    return {"similarity": scoring.similarity(results[0], doc["answer"])}
+
+
+def score_scienceqa(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """ScienceQA: accuracy of the letter; ROUGE-L and BLEU of the explanation beside it."""
+    letter, reasons = scoring.scienceqa_parts(results[0])
+    gold_letter, gold_reasons = scoring.scienceqa_parts(doc["answer"])
+    return {
+        "accuracy": scoring.accuracy(letter, gold_letter),
+        "accuracy_tolerant": scoring.choice_tolerant(results[0], gold_letter),
+        **_overlap(reasons, gold_reasons),
+    }
+
+
+def score_simplification(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """20Minuten: SARI against the whole prompt, as the official code has it; ROUGE-L and BLEU beside it."""
+    return {
+        "sari": scoring.sari(doc["prompt"], results[0], doc["answer"]),
+        **_overlap(results[0], doc["answer"]),
+    }
+
+
+def _overlap(prediction: str, reference: str) -> dict[str, float]:
+    return {
+        "rouge_l": scoring.rouge_l(prediction, reference),
+        "bleu_1": scoring.bleu(prediction, reference, 1),
+        "bleu_4": scoring.bleu(prediction, reference, 4),
+    }

@@ -1,0 +1,1 @@
+"""How the model learns: one method is one file, runnable as `python -m trainers.<method>`."""

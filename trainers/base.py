@@ -1,0 +1,514 @@
+"""The stage loop, and the trainer that every method of continual learning is made of.
+
+A method is one file with a Config and a Trainer, which override only what the method changes:
+
+    hook                      for                                       called
+    stage_dataset(stage)      what is trained on                        once, before the stage
+    stage_model(stage)        which parameters are trained              once, before the stage
+    begin_stage, end_stage    state carried between stages, as files    around the stage
+                              in stage.method_state
+    adjust_gradients(model)   the gradient, before clipping             once per optimizer step
+    compute_loss              TRL's own, for losses on the outputs      once per micro-batch
+
+Everything else is TRL's SFTTrainer. Each stage is loaded from the checkpoint of the stage before, whether or not
+this process trained it, so a resumed run and an uninterrupted one are the same run.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+
+from trace_bench import data, models
+from trace_bench.run import Run, RunError, Stage, fingerprint, fresh_dir, write_json
+
+log = logging.getLogger(__name__)
+
+#: Settings of a stage that HF's configs do not mark as deciding the result, but do.
+_DECIDING = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "max_steps",
+    "optim",
+    "seed",
+    "bf16",
+)
+#: Settings that say where and how to run, not what comes out.
+_INDIFFERENT = (
+    "output_dir",
+    "data",
+    "disable_tqdm",
+    "logging_steps",
+    "report_to",
+    "run_name",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataset_num_proc",
+    "local_rank",
+    "use_cpu",
+    "eos_token",
+    "log_level",
+    "save_strategy",
+    "dataset_kwargs",
+)
+
+
+class ConfigError(Exception):
+    """The configuration cannot be run; the message says which value and what is allowed."""
+
+
+@dataclass
+class CLConfig(SFTConfig):
+    """Configuration of a run: TRL's SFTConfig with the sequence of tasks and how it is measured.
+
+    Args:
+        output_dir: The run directory.
+        data: Where the data is (see TRACE_DATA); None takes the variable.
+        tasks: The tasks in the order of training: lm-eval names, or the paper's "order1" or "order2".
+        epochs: Epochs of each task, in the order of `tasks`; None takes num_train_epochs for all.
+        train_rows: The first so many training rows of each task, for trials; None = all.
+        test_rows: The first so many test rows of each task, for trials; None = all.
+        max_prompt_length: Tokens of a prompt, in training and in evaluation; the end is kept.
+        max_answer_length: Tokens of an answer in training, EOS included.
+        max_new_tokens: The most tokens generated for an answer; None leaves it to the tasks.
+        chat_template: Whether prompts are put into the model's chat template, in training and in evaluation.
+        full_matrix: Whether every stage is evaluated on all tasks rather than on the seen ones.
+        keep: Which checkpoints stay on the disk: "all"; "last" (earlier stages cannot be evaluated later); or
+            "evaluated" (each stage is evaluated right after training, then the one before is dropped).
+        backend: Inference for the evaluation, "vllm" or "hf".
+        engine_args: Arguments of the engine, given on as they are (vLLM's LLM, or lm-eval's HFLM).
+    """
+
+    data: str | None = field(default=None, metadata={"help": "Where the data is; default: TRACE_DATA."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["order1"],
+        metadata={"help": "lm-eval task names in the order of training, or order1 or order2 of the paper."},
+    )
+    epochs: list[float] | None = field(
+        default=None, metadata={"help": "Epochs of each task, in the order of the tasks."}
+    )
+    train_rows: int | None = field(default=None, metadata={"help": "First so many training rows of each task."})
+    test_rows: int | None = field(default=None, metadata={"help": "First so many test rows of each task."})
+    max_prompt_length: int = field(
+        default=1024, metadata={"help": "Tokens of a prompt in training and evaluation, cut on the left."}
+    )
+    max_answer_length: int = field(default=512, metadata={"help": "Tokens of an answer in training, with EOS."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "The most tokens generated for an answer; default: each task's own."}
+    )
+    chat_template: bool = field(
+        default=False, metadata={"help": "Put prompts into the chat template, in training and evaluation."}
+    )
+    full_matrix: bool = field(default=False, metadata={"help": "Evaluate every stage on all tasks."})
+    keep: str = field(
+        default="all",
+        metadata={"help": "Checkpoints to keep on the disk.", "choices": ["all", "last", "evaluated"]},
+    )
+    backend: str = field(
+        default="vllm", metadata={"help": "Inference for the evaluation.", "choices": ["vllm", "hf"]}
+    )
+    engine_args: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of the inference engine, as JSON, given on as they are."}
+    )
+
+    # The paper's optimisation (its section 4.2 and the official scripts) where TRL's defaults differ.
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule of each stage."})
+    adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    # Examples come as token ids, cut already: TRL's own limit would cut answers.
+    max_length: int | None = field(default=None, metadata={"help": "Not used: see max_prompt_length."})
+    save_strategy: str = field(default="no", metadata={"help": "Checkpoints within a stage; the stage's own is kept."})
+    report_to: str | None = field(default="none", metadata={"help": "Trackers: trackio, wandb, tensorboard, none."})
+
+    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]
+
+    def __post_init__(self) -> None:
+        """Checks the values that can be checked without data or model."""
+        # HF refuses bfloat16 without an accelerator unless it is told that a CPU is meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+        self.tasks = [t for name in self.tasks for t in data.ORDERS.get(name, [name])]
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"tasks={self.tasks}: every task can be one stage only.")
+        if self.epochs is not None and len(self.epochs) != len(self.tasks):
+            raise ConfigError(
+                f"epochs has {len(self.epochs)} values for {len(self.tasks)} tasks ({', '.join(self.tasks)}). "
+                "Give one for each task, or leave it out and set num_train_epochs."
+            )
+        if self.max_length is not None:
+            raise ConfigError(
+                f"max_length={self.max_length} would cut answers off. Use max_prompt_length and max_answer_length."
+            )
+        for name in ("train_rows", "test_rows", "max_prompt_length", "max_answer_length", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is not allowed: use a number of at least 1.")
+        for name, allowed in (("keep", ("all", "last", "evaluated")), ("backend", ("vllm", "hf"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: use {' or '.join(allowed)}.")
+
+    def manifest(self) -> dict[str, Any]:
+        """The settings that decide the result: all of the project's own and every changed one of TRL's."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(SFTConfig)}
+        values = self.to_dict()
+        defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
+        return {
+            k: v
+            for k, v in values.items()
+            if k not in _INDIFFERENT and (k in own or k in _DECIDING or v != defaults.get(k))
+        }
+
+
+class CLTrainer(SFTTrainer):
+    """One stage of continual learning. Subclasses override hooks; this class is sequential fine-tuning.
+
+    Args:
+        config: The run's configuration.
+        model_args: TRL's ModelConfig: the base model, its dtype, LoRA.
+        run: The run; a method may read its earlier stages.
+        stage: The stage to train.
+        tokenizer: The base model's tokenizer.
+    """
+
+    def __init__(
+        self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any
+    ) -> None:
+        self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
+        self.tokenizer = tokenizer
+        args = copy.copy(config)
+        args.output_dir = str(stage.path / ".trainer")
+        if config.epochs is not None:
+            args.num_train_epochs = config.epochs[stage.index - 1]
+        set_seed(args.seed)  # an adapter's first weights are random
+        super().__init__(
+            model=self.stage_model(stage),
+            args=args,
+            train_dataset=self.stage_dataset(stage),
+            processing_class=tokenizer,
+            callbacks=[_Progress(stage, len(run.tasks))],
+        )
+        self.remove_callback(ProgressCallback)
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    def stage_dataset(self, stage: Stage) -> Dataset:
+        """The training set of a stage: columns input_ids and labels."""
+        assert stage.task is not None
+        return self.task_dataset(stage.task)
+
+    def stage_model(self, stage: Stage) -> Any:
+        """The model to train: the one of the stage before, its adapter or all of its parameters trainable."""
+        previous = self.run.stages[stage.index - 1].checkpoint
+        if not self.model_args.use_peft:
+            return self.load_model(previous)
+        from peft import PeftModel, get_peft_model
+
+        base = self.load_model(None)
+        if previous is not None:
+            return PeftModel.from_pretrained(base, previous, is_trainable=True)
+        peft_config = get_peft_config(self.model_args)
+        assert peft_config is not None
+        return get_peft_model(base, peft_config)
+
+    def begin_stage(self) -> None:
+        """Called before the training of the stage: load what the method needs of earlier stages."""
+
+    def end_stage(self) -> None:
+        """Called after the training, before the checkpoint is saved: write the method's state."""
+
+    def adjust_gradients(self, model: Any) -> None:
+        """Called once per optimizer step with the accumulated gradient, before clipping.
+
+        A penalty belongs here, as a gradient: one added to the loss would be scaled by how the batch is divided
+        into micro-batches and processes.
+        """
+
+    # --------------------------------------------------------------------------------------------------- for methods
+
+    def task_dataset(self, task: str, limit: int | None = None) -> Dataset:
+        """Token ids of a task's training rows, as `stage_dataset` returns them.
+
+        Args:
+            task: An lm-eval task with a training split.
+            limit: The first so many rows; None = the run's `train_rows`.
+        """
+        template = self._chat_template if self.config.chat_template else None
+        rows = data.training_rows(data.load_tasks([task])[task], limit or self.config.train_rows, template)
+        prompts, answers = zip(*rows, strict=True)
+        examples = data.example_ids(
+            self.tokenizer, prompts, answers, self.config.max_prompt_length, self.config.max_answer_length
+        )
+        return Dataset.from_list(examples)
+
+    def _chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def load_model(self, checkpoint: Path | None) -> Any:
+        """Loads a full model: `checkpoint`, or the base model."""
+        args = self.model_args
+        kwargs: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": self.config.trust_remote_code}
+        if args.attn_implementation is not None:
+            kwargs["attn_implementation"] = args.attn_implementation
+        if checkpoint is None:
+            kwargs["revision"] = args.model_revision
+        return AutoModelForCausalLM.from_pretrained(checkpoint or args.model_name_or_path, **kwargs)
+
+    # ------------------------------------------------------------------------------------------------------ machinery
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """TRL's step, then `adjust_gradients` when the gradient of the optimizer step is complete."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self.adjust_gradients(model)
+        return loss
+
+    def save_checkpoint(self) -> Path:
+        """Saves the stage's adapter or model, whole or not at all, and returns its folder."""
+        target = self.stage.path / ("adapter" if self.model_args.use_peft else "model")
+        with fresh_dir(target) if self.is_world_process_zero() else _same(target) as folder:
+            self.save_model(str(folder))
+            if self.is_world_process_zero():
+                # A pickle of the arguments: nobody reads it, and only safetensors are kept.
+                (folder / "training_args.bin").unlink(missing_ok=True)
+        return target
+
+
+class _same:
+    """What the processes that write nothing enter instead of a fresh folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_name(f".{path.name}.tmp")
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Progress(ProgressCallback):
+    """HF's progress bar with the loss in it, instead of a line of numbers every few steps."""
+
+    def __init__(self, stage: Stage, total: int) -> None:
+        super().__init__()
+        self.title = f"stage {stage.index}/{total} {stage.task}"
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.title)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+
+
+# ----------------------------------------------------------------------------------------------------- the stage loop
+
+
+def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
+    """Parses `--config FILE.yaml` and command-line options (which win) and trains every stage of the run."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        args, model_args = TrlParser((config, ModelConfig)).parse_args_and_config(argv)
+        train(trainer, args, model_args)
+    except (ConfigError, RunError, data.DataError, models.ModelError) as e:
+        sys.exit(f"error: {e}")
+
+
+def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -> Run:
+    """Trains every stage of a run that is not trained yet.
+
+    Args:
+        trainer: The method.
+        config: Its configuration; `output_dir` is the run directory.
+        model_args: The base model and LoRA.
+
+    Returns:
+        The run, all of its stages trained.
+
+    Raises:
+        ConfigError, RunError, data.DataError, models.ModelError: before anything expensive starts.
+    """
+    state = PartialState()
+    if not model_args.model_name_or_path:
+        raise ConfigError("model_name_or_path is not set: name a hub id, a local folder, or " + models.QUICKSTART)
+    if not config.output_dir:
+        raise ConfigError("output_dir is not set: it names the run directory, for example runs/sequential.")
+    if config.data and os.environ.get("TRACE_DATA", config.data) != config.data:
+        log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
+    with state.main_process_first():
+        root = data.find_data(config.data) if set(config.tasks) & data.FOLDERS.keys() else None
+        base = models.resolve_model(model_args.model_name_or_path)
+    if root is not None:
+        os.environ["TRACE_DATA"] = str(root)
+        data.check(root, config.tasks)
+    tasks = data.load_tasks(config.tasks)
+
+    manifest = {
+        "method": trainer.__module__.rpartition(".")[2] if trainer is not CLTrainer else "sequential",
+        "trains": "lora" if model_args.use_peft else "full",
+        "model": {
+            "name": model_args.model_name_or_path,
+            "path": base,
+            "revision": _revision(base, model_args.model_revision),
+        },
+        "tasks": config.tasks,
+        "task_versions": {name: task.VERSION for name, task in tasks.items()},
+        "data": {
+            "path": str(root) if root else None,
+            "demo": root is not None and data.is_demo(root),
+            "fingerprint": data.data_fingerprint(root, config.tasks) if root else {},
+        },
+        "seed": config.seed,
+        "config": {
+            **config.manifest(),
+            **{
+                k: v
+                for k, v in asdict(model_args).items()
+                if v != getattr(ModelConfig(), k) or k in ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
+            },
+        },
+    }
+    model_args = copy.copy(model_args)
+    model_args.model_name_or_path = base
+    tokenizer = AutoTokenizer.from_pretrained(
+        base, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
+    if config.chat_template and tokenizer.chat_template is None:
+        raise ConfigError(f"chat_template is set, but the tokenizer of {base} has none.")
+    with state.main_process_first():
+        run = Run.create(config.output_dir, manifest)
+
+    if config.keep == "evaluated":
+        _evaluate(run, run.stages[0], state)
+    for stage in run.stages[1:]:
+        if stage.is_trained:
+            _say(state, f"stage {stage.index}/{len(run.tasks)} {stage.task}: trained already")
+        else:
+            _train_stage(trainer, config, model_args, run, stage, tokenizer, state)
+        if config.keep == "evaluated":
+            _evaluate(run, stage, state)
+        if config.keep != "all" and stage.index > 1 and state.is_main_process:
+            for kind in ("adapter", "model"):
+                shutil.rmtree(run.stages[stage.index - 1].path / kind, ignore_errors=True)
+    return run
+
+
+def _train_stage(
+    trainer_class: type[CLTrainer],
+    config: CLConfig,
+    model_args: ModelConfig,
+    run: Run,
+    stage: Stage,
+    tokenizer: Any,
+    state: PartialState,
+) -> None:
+    if state.is_main_process:
+        # What a killed attempt left.
+        for leftover in ("adapter", "model", "method_state"):
+            shutil.rmtree(stage.path / leftover, ignore_errors=True)
+    state.wait_for_everyone()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer = trainer_class(config, model_args, run, stage, tokenizer)
+    trainer.begin_stage()
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    trainer.end_stage()
+    checkpoint = trainer.save_checkpoint()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        summary = _summary(trainer, seconds)
+        summary["checkpoint"] = fingerprint(checkpoint)
+        shutil.rmtree(stage.path / ".trainer", ignore_errors=True)
+        write_json(stage.train_file, summary)
+        _say(
+            state,
+            f"stage {stage.index}/{len(run.tasks)} {stage.task}: {summary['rows']} rows, {summary['steps']} steps, "
+            f"loss {summary['losses'][0]['loss']:.3f} -> {summary['losses'][-1]['loss']:.3f}, "
+            f"{summary['tokens_per_second']:.0f} tokens/s, {seconds:.0f} s",
+        )
+    state.wait_for_everyone()
+    # The next stage loads its model from the disk: let go of this one first.
+    del trainer
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
+    parameters = list(trainer.model.parameters())
+    cuda = torch.cuda.is_available()
+    tokens = int(trainer._total_train_tokens)
+    return {
+        "stage": trainer.stage.index,
+        "task": trainer.stage.task,
+        "rows": len(trainer.train_dataset),
+        "epochs": trainer.args.num_train_epochs,
+        "steps": trainer.state.global_step,
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated()
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory_of": "cuda" if cuda else "process",
+        "processes": trainer.accelerator.num_processes,
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "losses": [
+            {"step": e["step"], "loss": e["loss"], "learning_rate": e["learning_rate"]}
+            for e in trainer.state.log_history
+            if "loss" in e
+        ],
+    }
+
+
+def _evaluate(run: Run, stage: Stage, state: PartialState) -> None:
+    """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
+    if state.is_main_process:
+        command = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(run.path), "--stages", str(stage.index)]
+        subprocess.run(command, check=True)
+    state.wait_for_everyone()
+
+
+def _revision(base: str, revision: str) -> str:
+    """What pins the base model: the hub's commit, or the fingerprint of a local folder."""
+    if Path(base).is_dir():
+        return fingerprint(Path(base))
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base, revision=revision)._commit_hash or revision
+
+
+def _say(state: PartialState, line: str) -> None:
+    if state.is_main_process:
+        print(line, flush=True)

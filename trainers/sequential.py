@@ -1,0 +1,12 @@
+"""Sequential fine-tuning: every stage goes on from the one before, and nothing else is done about forgetting.
+
+The lower bound that every method is compared with ("SeqFT" and "LoraSeqFT" in the paper, section 4.1), with a LoRA
+adapter (`use_peft: true`) or all parameters.
+
+    python -m trainers.sequential --config trainers/configs/quickstart.yaml --output_dir runs/sequential
+"""
+
+from trainers.base import CLConfig, CLTrainer, main
+
+if __name__ == "__main__":
+    main(CLTrainer, CLConfig)
