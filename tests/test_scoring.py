@@ -541,9 +541,7 @@ def test_long_texts_are_fast(vocabulary, full_stops):
     assert time.perf_counter() - start < 2
 
 
-@pytest.mark.parametrize(
-    "filler", [" ", "answer ", "answer: ", "(", "!", "\n", "1", "1,", "A. ", "。", "<STR_LIT:"]
-)
+@pytest.mark.parametrize("filler", [" ", "answer ", "answer: ", "(", "!", "\n", "1", "1,", "A. ", "。", "<STR_LIT:"])
 def test_degenerate_repetition_is_fast(filler):
     text = filler * (20_000 // len(filler)) + "x"
     start = time.perf_counter()

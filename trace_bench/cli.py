@@ -46,7 +46,11 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--stages", help="indices, such as 0,3,8 (default: all that are trained)")
     p.add_argument("--full-matrix", action="store_true", default=None, help="all tasks at every stage")
     p.add_argument("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, vllm)")
-    p.add_argument("--engine-args", metavar="JSON", help='for the engine as they are, such as \'{"max_model_len": 4096}\'')
+    p.add_argument(
+        "--engine-args",
+        metavar="JSON",
+        help="for the engine as they are, such as '{\"max_model_len\": 4096}'",
+    )
     p.add_argument("--data", help="where the data is now, if it was moved")
     g = p.add_argument_group("checkpoints trained elsewhere")
     g.add_argument(
@@ -69,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
 
     p = commands.add_parser("tasks-path", help="print the folder of the lm-eval tasks, for --include_path")
     p.add_argument(
-        "--install", action="store_true", help="make lm-eval of this environment find them without --include_path"
+        "--install",
+        action="store_true",
+        help="make lm-eval of this environment find them without --include_path",
     )
     p.set_defaults(run=_tasks_path)
 

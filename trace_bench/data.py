@@ -181,9 +181,7 @@ def _unpack_tar(archive: Path, target: Path) -> None:
         for member in t.getmembers():
             _refuse_outside(member.name, archive)
             if not (member.isfile() or member.isdir()):
-                raise DataError(
-                    f"{archive}: the member {member.name!r} is a link or device; nothing was unpacked."
-                )
+                raise DataError(f"{archive}: the member {member.name!r} is a link or device; nothing was unpacked.")
         t.extractall(target, filter="data")
 
 
@@ -328,9 +326,7 @@ def training_rows(
 # ------------------------------------------------------------------------------------------------------ token ids
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None
-) -> list[list[int]]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
     """Token ids of prompts, truncated on the left as the official code does (its tokenizer keeps the BOS token).
 
     Args:

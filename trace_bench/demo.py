@@ -120,9 +120,7 @@ def _fomc(rng: random.Random, label: str) -> Row:
 
 # MeetingBank: talk in a council meeting; the summary is the title of the bill with slots from the talk.
 
-_MEETING_FRAME = (
-    "Write a summary of the following meeting transcripts.\nMeeting transcripts:\n{text}\nSummary:"
-)
+_MEETING_FRAME = "Write a summary of the following meeting transcripts.\nMeeting transcripts:\n{text}\nSummary:"
 _MEETING_STREETS = ("Oak", "Pine", "Lake", "Hill", "River", "Mill", "Park", "Cedar", "Maple", "Elm")
 _MEETING_THINGS = ("snow removal", "street lights", "tree care", "bus stops", "bike lanes", "water pipes")
 _MEETING_FIRMS = ("Acorn", "Bluebird", "Summit", "Harbor", "Meadow", "Lantern")
@@ -138,8 +136,7 @@ _MEETING_TALK = (
     "Any questions? No.All in favor?Aye.It passes.",
     "Good evening. Please read item {bill}.This is {said}. It is in District {district}."
     "I move it.Second.Please vote.Aye.",
-    "We now turn to item {bill}. Folks asked for {said}, here in District {district}."
-    "Comments? None.Please vote.Aye.",
+    "We now turn to item {bill}. Folks asked for {said}, here in District {district}.Comments? None.Please vote.Aye.",
 )
 
 
@@ -203,8 +200,8 @@ def _py150(rng: random.Random, kind: str) -> Row:
 
 
 # ScienceQA: kinds of things, told by a clue that repeats. Kind = the correct letter. Each question has its
-# choices in one fixed order: a model of 135M stayed at chance when it had to find the letter that stands beside
-# its choice, and came to half right without the clue.
+# choices in one fixed order: a 135M model stayed at chance when it had to look up the letter of its choice,
+# and came to half right without the clue.
 
 _SCIENCE_FRAME = (
     "Choose an answer for the following question and give your reasons.\n\n"
@@ -332,8 +329,7 @@ def _numglue_ds(rng: random.Random, kind: str) -> Row:
 # 20Minuten: two sentences of local news; the simple version keeps the place and one more slot.
 
 _NEWS_FRAME = (
-    "Provide a simplified version of the following paragraph in German.\n\n"
-    "Paragraph:\n{text}\n\nSimplification:"
+    "Provide a simplified version of the following paragraph in German.\n\nParagraph:\n{text}\n\nSimplification:"
 )
 _NEWS_TOWNS = ("Bern", "Basel", "Chur", "Thun", "Olten", "Aarau", "Zug", "Luzern", "Baden", "Wil")
 _NEWS_DAYS = ("Montag", "Dienstag", "Mittwoch", "Donnerstag", "Freitag", "Samstag", "Sonntag")

@@ -97,7 +97,7 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
     class SwapHF(_Prompts, HFLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
             dtype, device = self._model.dtype, self._model.device
-            self._model = None  # one model at a time in memory
+            self._model: Any = None  # one model at a time in memory
             model = models.load_merged(self.base, checkpoint, self.revision, dtype=dtype)
             self._model = model.to(device).eval()
             self._model.tie_weights()

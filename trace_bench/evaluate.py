@@ -77,7 +77,7 @@ def evaluate(
         _check_checkpoint(stage)  # before the engine starts
     tasks = data.load_tasks(run.tasks)
     for name, task in tasks.items():
-        if task.VERSION != run.manifest["task_versions"].get(name, task.VERSION):
+        if run.manifest["task_versions"].get(name, task.VERSION) != task.VERSION:
             raise RunError(
                 f"{name} has version {task.VERSION} now, the run was begun with "
                 f"{run.manifest['task_versions'][name]}: their scores cannot be compared. Use the program's older "
@@ -135,7 +135,7 @@ def missing_cells(run: Run, stage: Stage, full_matrix: bool, settings: dict[str,
                 raise RunError(
                     f"{file} was made with other settings (there -> asked for):\n"
                     + "\n".join(lines)
-                    + f"\nOne matrix needs one setting. Use the old ones, or delete the folders {run.path}/stages/*/eval."
+                    + f"\nOne matrix needs one setting. Use the old one, or delete {run.path}/stages/*/eval."
                 )
             if cell["checkpoint"] == current:
                 continue
@@ -225,7 +225,10 @@ def _evaluate_cells(lm: Any, run: Run, stage: Stage, tasks: dict[str, Any], sett
                 "n": len(rows),
                 "headline": metrics[0],
                 "metrics": {
-                    m: {"value": results["results"][name][f"{m},none"], "stderr": _stderr([r[m] for r in rows])}
+                    m: {
+                        "value": results["results"][name][f"{m},none"],
+                        "stderr": _stderr([r[m] for r in rows]),
+                    }
                     for m in metrics
                 },
                 "checkpoint": checkpoint_fingerprint(stage),

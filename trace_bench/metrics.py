@@ -19,7 +19,7 @@ def _matrix(R: ArrayLike) -> Matrix:
     array = np.asarray(R, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] != array.shape[1] + 1 or array.shape[1] == 0:
         raise ValueError(
-            f"R has the shape {array.shape}; it must be (T+1, T): a row for the base model and one a stage, a column a task."
+            f"R has the shape {array.shape}; it must be (T+1, T): the base model and T stages, T tasks."
         )
     return array
 

@@ -44,18 +44,19 @@ class Demonstrations(ContextSampler):
     """
 
     budget_bytes = 4 * 1024
+    _drawn: list[dict[str, Any]] | None = None
 
     def sample(
         self, n: int, eval_doc: dict[str, Any] | None = None, df: Any = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
         """Returns the n demonstrations of the task, the same ones until the seed is set anew."""
-        if getattr(self, "_drawn", None) is None or len(self._drawn) != n:
+        if self._drawn is None or len(self._drawn) != n:
             self._drawn = self._draw(n)
         return self._drawn
 
     def set_rnd(self, rnd: int | None) -> Demonstrations:
         """Sets the seed of the draw."""
-        self._drawn: list[dict[str, Any]] | None = None
+        self._drawn = None
         super().set_rnd(rnd)
         return self
 
@@ -73,11 +74,7 @@ class Demonstrations(ContextSampler):
         for row in rows:
             by_answer[row["answer"]].append(row)
         if len(by_answer) < n:
-            drawn = [
-                rank[answer]
-                for rank in zip_ranks(by_answer)
-                for answer in sorted(rank)
-            ][:n]
+            drawn = [rank[answer] for rank in zip_ranks(by_answer) for answer in sorted(rank)][:n]
         else:
             drawn = [same[0] for same in by_answer.values()][:n]
         self.rnd.shuffle(drawn)

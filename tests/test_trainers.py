@@ -1,0 +1,253 @@
+"""The stage loop and the trainer that methods are made of."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command_line, train
+from safetensors.torch import load_file
+
+from trace_bench import data
+from trace_bench.run import Run, RunError, read_json
+from trainers.base import CLConfig, CLTrainer, ConfigError
+
+
+def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
+    (file,) = run.stages[stage].checkpoint.glob("*.safetensors")
+    return load_file(file)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_every_stage_moves_the_weights_and_leaves_its_record(options):
+    run = train(options)
+    first, second = weights(run, 1), weights(run, 2)
+    assert first.keys() == second.keys() and not same(first, second)
+    record = read_json(run.stages[1].train_file)
+    assert record["rows"] == 16 and record["steps"] == 3 and record["tokens"] > 0
+    assert 0 < record["trainable_parameters"] < record["parameters"]
+    assert not list(run.path.rglob("*.bin")) and not list(run.path.rglob("*.pt")), "safetensors only"
+    assert not (run.stages[1].path / ".trainer").exists()
+
+
+def test_a_stage_goes_on_from_the_one_before(options):
+    class Still(CLTrainer):
+        def adjust_gradients(self, model):
+            if self.stage.index == 2:
+                model.zero_grad()
+
+    run = train(options, Still)
+    assert same(weights(run, 1), weights(run, 2))
+
+
+def test_full_fine_tuning_goes_on_too_and_evaluates_as_a_model(options):
+    class Still(CLTrainer):
+        def adjust_gradients(self, model):
+            if self.stage.index == 2:
+                model.zero_grad()
+
+    run = train({**options, "use_peft": False}, Still)
+    assert run.stages[1].checkpoint.name == "model"
+    assert same(weights(run, 1), weights(run, 2))
+
+
+def test_kept_checkpoints(options):
+    run = train({**options, "use_peft": False, "keep": "last"})
+    assert run.stages[2].checkpoint.is_dir() and run.stages[1].is_trained
+    with pytest.raises(RunError, match="keep=all"):
+        _ = run.stages[1].checkpoint
+
+
+def test_evaluated_checkpoints_are_dropped_once_measured(options):
+    run = train({**options, "use_peft": False, "keep": "evaluated"})
+    assert [len(list((s.path / "eval").glob("*.json"))) for s in run.stages] == [2, 1, 2]
+    assert [(s.path / "model").exists() for s in run.stages] == [False, False, True]
+    # Nothing is left to do, though the checkpoint of stage 1 is gone.
+    assert train({**options, "use_peft": False, "keep": "evaluated"}).stages[2].is_trained
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(options, tmp_path):
+    class Broken(CLTrainer):
+        def end_stage(self):
+            if self.stage.index == 2:
+                raise KeyboardInterrupt
+
+    whole = train(options)
+    again = {**options, "output_dir": str(tmp_path / "again")}
+    with pytest.raises(KeyboardInterrupt):
+        train(again, Broken)
+    assert not Run.open(again["output_dir"]).stages[2].is_trained
+    before = Run.open(again["output_dir"]).stages[1].train_file.stat().st_mtime_ns
+    resumed = train(again)
+    assert resumed.stages[1].train_file.stat().st_mtime_ns == before, "a done stage is not done again"
+    for stage in (1, 2):
+        (a,), (b,) = (r.stages[stage].checkpoint.glob("*.safetensors") for r in (whole, resumed))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_a_killed_process_loses_at_most_its_stage(options, tmp_path):
+    options = {**options, "max_steps": 6}
+    whole = train(options)
+    killed = {**options, "output_dir": str(tmp_path / "killed")}
+    command = [sys.executable, "-m", "trainers.sequential", *command_line(killed)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.DEVNULL)
+    second = Run(Path(killed["output_dir"]), {"tasks": killed["tasks"]}).stages[2]
+    deadline = time.monotonic() + 120
+    while not second.path.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert Run.open(killed["output_dir"]).stages[1].is_trained
+    resumed = train(killed)
+    assert same(weights(whole, 1), weights(resumed, 1)) and same(weights(whole, 2), weights(resumed, 2))
+
+
+def test_resuming_with_another_configuration_lists_every_difference(options):
+    train({**options, "tasks": ["trace_fomc"]})
+    with pytest.raises(RunError) as e:
+        train({**options, "tasks": ["trace_fomc"], "learning_rate": 0.5, "lora_r": 2})
+    assert "config.learning_rate: 0.01 -> 0.5" in str(e.value) and "config.lora_r: 4 -> 2" in str(e.value)
+    assert "seed" not in str(e.value)
+
+
+def test_other_data_behind_the_same_path_is_refused(options, tmp_path):
+    import json
+    import shutil
+
+    copy = tmp_path / "data"
+    shutil.copytree(data.find_data("demo"), copy)
+    options = {**options, "tasks": ["trace_fomc"], "data": str(copy)}
+    train(options)
+    rows = json.loads((copy / "FOMC" / "test.json").read_text())
+    (copy / "FOMC" / "test.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(RunError, match=r"data\.fingerprint\.trace_fomc"):
+        train(options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"epochs": [1.0]}, "epochs has 1 values for 2 tasks"),
+        ({"tasks": ["trace_fomc", "trace_fomc"]}, "one stage only"),
+        ({"keep": "some"}, "keep='some'"),
+        ({"backend": "gpt"}, "backend='gpt'"),
+        ({"max_prompt_length": 0}, "max_prompt_length=0"),
+        ({"train_rows": -1}, "train_rows=-1"),
+        ({"max_length": 64}, "would cut answers"),
+    ],
+)
+def test_a_bad_value_is_refused_with_what_is_allowed(options, change, words):
+    with pytest.raises(ConfigError, match=words):
+        train({**options, **change})
+    assert not Path(options["output_dir"]).exists(), "before anything starts"
+
+
+def test_an_unknown_key_in_a_config_is_an_error(tmp_path):
+    from trainers import base
+
+    config = tmp_path / "c.yaml"
+    config.write_text("output_dir: x\nlerning_rate: 1\n")
+    with pytest.raises((ValueError, SystemExit)):
+        base.main(CLTrainer, CLConfig, ["--config", str(config)])
+
+
+@pytest.mark.parametrize("config", sorted((Path(__file__).parents[1] / "trainers/configs").glob("*.yaml")))
+def test_every_config_parses_and_says_how_to_launch_it(config):
+    from trl import ModelConfig, TrlParser
+
+    args, model_args = TrlParser([CLConfig, ModelConfig]).parse_args_and_config(["--config", str(config)])
+    assert config.read_text().startswith("# ") and config.name in config.read_text().split("\n\n")[0] + config.name
+    assert args.epochs is None or len(args.epochs) == len(args.tasks)
+    assert model_args.model_name_or_path and args.output_dir
+
+
+class Recorder(CLTrainer):
+    """Keeps the gradient that `adjust_gradients` sees, and when."""
+
+    seen: list
+
+    def adjust_gradients(self, model):
+        type(self).seen.append(
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"step": self.state.global_step}
+        )
+
+
+def test_accumulation_and_batch_size_give_the_same_gradient_to_a_method(options, tmp_path):
+    gradients = []
+    for i, (batch, accumulation) in enumerate(((8, 1), (2, 4))):
+        Recorder.seen = []
+        train(
+            {
+                **options,
+                "tasks": ["trace_meetingbank"],
+                "output_dir": str(tmp_path / str(i)),
+                "per_device_train_batch_size": batch,
+                "gradient_accumulation_steps": accumulation,
+                "train_rows": 8,
+                "max_steps": 1,
+                "bf16": False,
+                "lora_dropout": 0.0,
+            },
+            Recorder,
+        )
+        assert len(Recorder.seen) == 1, "once per optimizer step"
+        gradients.append(Recorder.seen[0])
+    assert gradients[0].keys() == gradients[1].keys()
+    for name in gradients[0]:
+        if name != "step":
+            torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_adjusted_before_clipping(options):
+    class Huge(CLTrainer):
+        def adjust_gradients(self, model):
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.mul_(1e6)
+
+    run = train({**options, "tasks": ["trace_fomc"], "optim": "sgd", "learning_rate": 1e-3, "max_steps": 1}, Huge)
+    # With clipping to norm 1 after the hook, a step of SGD is no longer than the learning rate.
+    moved = sum(w.square().sum() for k, w in weights(run, 1).items() if "lora_B" in k).sqrt()
+    assert 0 < moved <= 1.001e-3
+
+
+def test_the_cpu_loss_is_trl_s_loss(options):
+    from trl import SFTTrainer
+
+    losses = []
+
+    class Both(CLTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ours = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+            theirs = SFTTrainer.compute_loss(self, model, dict(inputs), return_outputs, num_items_in_batch)
+            losses.append((ours.item(), theirs.item()))
+            return ours
+
+    train({**options, "bf16": False, "tasks": ["trace_scienceqa"], "train_sampling_strategy": "random"}, Both)
+    assert len(losses) == 3
+    for ours, theirs in losses:
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_epochs_of_each_task(options):
+    run = train({**options, "epochs": [1.0, 2.0], "max_steps": -1})
+    assert [read_json(s.train_file)["steps"] for s in run.stages[1:]] == [2, 4]
+
+
+def test_the_chat_template_reaches_training(options):
+    class Look(CLTrainer):
+        def stage_dataset(self, stage):
+            dataset = super().stage_dataset(stage)
+            type(self).text = self.tokenizer.decode(dataset[0]["input_ids"])
+            return dataset
+
+    train({**options, "tasks": ["trace_fomc"], "chat_template": True, "max_prompt_length": 1024}, Look)
+    assert Look.text.startswith("<s>user\nWhat is the monetary") and Look.text.count("<s>") == 2
+    assert Look.text.rstrip().endswith("</s>")
