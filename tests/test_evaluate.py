@@ -115,20 +115,22 @@ def test_other_data_than_the_run_s_is_refused(run, tmp_path):
     assert evaluate.evaluate(run, stages=[0], data_path=str(copy)) == 2, "the same data may have moved"
     rows = json.loads((copy / "FOMC" / "test.json").read_text())
     (copy / "FOMC" / "test.json").write_text(json.dumps(rows[::-1]))
-    with pytest.raises(RunError, match="other data.*trace_fomc"):
+    with pytest.raises(RunError, match=r"other data.*trace_fomc"):
         evaluate.evaluate(run, data_path=str(copy))
 
 
 @pytest.mark.parametrize("use_peft", [True, False], ids=["adapter", "full model"])
 def test_a_swapped_engine_generates_what_a_fresh_one_does(options, tiny_model, tmp_path, use_peft):
-    run = train({**options, "use_peft": use_peft})
+    run = train({**options, "use_peft": use_peft, **({"learning_rate": 5e-2, "max_steps": 8} if use_peft else {})})
     prompts = [d["prompt"] for d in data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:4]
 
     def generate(lm):
         from lm_eval.api.instance import Instance
 
         arguments = {"until": [], "max_gen_toks": 8, "do_sample": False}
-        return lm.generate_until([Instance("generate_until", {}, (p, dict(arguments)), i) for i, p in enumerate(prompts)])
+        return lm.generate_until(
+            [Instance("generate_until", {}, (p, dict(arguments)), i) for i, p in enumerate(prompts)]
+        )
 
     swapped = engine.open_engine("hf", str(tiny_model))
     outputs = [generate(swapped)]
@@ -157,9 +159,10 @@ def test_the_token_ids_trained_on_are_the_ones_tested_on(name, chat, tiny_model,
     tested = []
     original = type(lm)._model_generate
 
-    def look(self, context, attention_mask, *args, **kwargs):
-        tested.extend(row[mask.bool()].tolist() for row, mask in zip(context, attention_mask, strict=True))
-        return original(self, context, attention_mask, *args, **kwargs)
+    def look(self, context, **kwargs):
+        masks = kwargs["attention_mask"].bool()
+        tested.extend(row[mask].tolist() for row, mask in zip(context, masks, strict=True))
+        return original(self, context, **kwargs)
 
     monkeypatch.setattr(type(lm), "_model_generate", look)
     lm_eval.simple_evaluate(
@@ -197,7 +200,7 @@ def test_a_stage_that_is_not_trained_is_left_out(run, caplog):
 
 def test_an_engine_that_is_not_there_is_a_clear_error(tiny_model, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    with pytest.raises(engine.EngineError, match="make setup.*--backend hf"):
+    with pytest.raises(engine.EngineError, match=r"make setup.*--backend hf"):
         engine.open_engine("vllm", str(tiny_model))
 
 

@@ -218,8 +218,9 @@ def test_a_damaged_manifest_is_an_error_that_names_it(tmp_path, opens, content):
 
 
 def test_a_manifest_of_a_later_program_is_refused(tmp_path):
-    write_json(tmp_path / "manifest.json", {"format": run_module.FORMAT + 1})
-    with pytest.raises(RunError, match="format 2.*reads 1"):
+    later = run_module.FORMAT + 1
+    write_json(tmp_path / "manifest.json", {"format": later})
+    with pytest.raises(RunError, match=rf"format {later}.*reads {run_module.FORMAT}"):
         Run.open(tmp_path)
 
 

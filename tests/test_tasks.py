@@ -51,7 +51,7 @@ def test_a_task_reads_its_own_rows(task):
     assert list(task.test_docs()) == rows
     assert task.fewshot_context(rows[0], 0) == rows[0]["prompt"], "the raw prompt, nothing around it"
     assert task.doc_to_target(rows[0]) == rows[0]["answer"]
-    assert list(task.aggregation())[0] == HEADLINES[task.task_name]
+    assert next(iter(task.aggregation())) == HEADLINES[task.task_name]
 
 
 @every_task
@@ -59,7 +59,8 @@ def test_the_reference_scores_full_marks_and_nonsense_none(task):
     doc = task.test_docs()[0]
     headline = HEADLINES[task.task_name]
     assert task.process_results(doc, [doc["answer"]])[headline] > 0.99
-    assert task.process_results(doc, ["~"])[headline] < 0.35
+    # SARI rewards what is left out of a long source: by itself about a half.
+    assert task.process_results(doc, ["~"])[headline] < (0.55 if headline == "sari" else 0.05)
     assert set(task.process_results(doc, [""])) == set(task.aggregation())
 
 
@@ -105,5 +106,5 @@ def test_no_right_answer_is_cut_by_the_limit_of_tokens(name, monkeypatch):
 
 
 def test_an_unknown_task_is_an_error_that_names_the_known(demo_data: None):
-    with pytest.raises(data.DataError, match="trace_nothing.*trace_cstance"):
+    with pytest.raises(data.DataError, match=r"trace_nothing.*trace_cstance"):
         data.load_tasks(["trace_nothing"])

@@ -79,6 +79,7 @@ def test_an_interrupted_run_ends_in_the_same_bytes(options, tmp_path):
             if self.stage.index == 2:
                 raise KeyboardInterrupt
 
+    Broken.__module__ = CLTrainer.__module__  # the same method as far as the manifest goes
     whole = train(options)
     again = {**options, "output_dir": str(tmp_path / "again")}
     with pytest.raises(KeyboardInterrupt):
@@ -175,7 +176,8 @@ class Recorder(CLTrainer):
 
     def adjust_gradients(self, model):
         type(self).seen.append(
-            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None} | {"step": self.state.global_step}
+            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            | {"step": self.state.global_step}
         )
 
 
@@ -230,7 +232,7 @@ def test_the_cpu_loss_is_trl_s_loss(options):
             losses.append((ours.item(), theirs.item()))
             return ours
 
-    train({**options, "bf16": False, "tasks": ["trace_scienceqa"], "train_sampling_strategy": "random"}, Both)
+    train({**options, "bf16": False, "lora_dropout": 0.0, "tasks": ["trace_scienceqa"]}, Both)
     assert len(losses) == 3
     for ours, theirs in losses:
         assert ours == pytest.approx(theirs, rel=1e-5)

@@ -60,10 +60,10 @@ def main(argv: list[str] | None = None) -> None:
         help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name",
     )
     g.add_argument("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
-    g.add_argument("--tasks", default="order1", help="columns of the matrix: names with commas, order1 or order2")
-    g.add_argument("--test-rows", type=int, help="first so many test rows of each task")
-    g.add_argument("--max-prompt-length", type=int, default=1024, help="tokens of a prompt, cut on the left (1024)")
-    g.add_argument("--max-new-tokens", type=int, help="the most tokens of an answer (default: each task's own)")
+    g.add_argument("--tasks", help="columns of the matrix: names with commas, order1 or order2")
+    g.add_argument("--test-rows", type=_positive, help="first so many test rows of each task")
+    g.add_argument("--max-prompt-length", type=_positive, help="tokens of a prompt, cut on the left (1024)")
+    g.add_argument("--max-new-tokens", type=_positive, help="the most tokens of an answer (default: each task's own)")
     g.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
     p.set_defaults(run=_evaluate)
 
@@ -96,6 +96,16 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {e}")
 
 
+_OF_CHECKPOINTS = ("model", "tasks", "test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: use a number of at least 1")
+    return number
+
+
 def _data(args: argparse.Namespace) -> None:
     from trace_bench import data
 
@@ -123,7 +133,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         pairs = [c.partition("=") for c in args.checkpoint]
         if not all(name and path for name, _, path in pairs):
             raise RunError(f"--checkpoint {' '.join(args.checkpoint)}: write each as NAME=PATH.")
-        tasks = [t for name in args.tasks.split(",") for t in data.ORDERS.get(name, [name])]
+        names = [name for name, _, _ in pairs]
+        if len(set(names)) < len(names):
+            raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(names)}.")
+        tasks = [t for name in (args.tasks or "order1").split(",") for t in data.ORDERS.get(name, [name])]
         run = external_run(
             args.path,
             {name: path for name, _, path in pairs},
@@ -132,17 +145,23 @@ def _evaluate(args: argparse.Namespace) -> None:
             settings={
                 "backend": args.backend or "vllm",
                 "test_rows": args.test_rows,
-                "max_prompt_length": args.max_prompt_length,
+                "max_prompt_length": args.max_prompt_length or 1024,
                 "max_new_tokens": args.max_new_tokens,
                 "chat_template": args.chat_template,
             },
             data_path=args.data,
         )
     else:
+        given = [n for n in _OF_CHECKPOINTS if getattr(args, n)]
+        if given:
+            options = ", ".join("--" + n.replace("_", "-") for n in given)
+            raise RunError(f"{options}: only with --checkpoint; a run has these in its manifest.")
         run = Run.open(args.path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         engine_args = json.loads(args.engine_args) if args.engine_args else None
+        if engine_args is not None and not isinstance(engine_args, dict):
+            raise ValueError(f"{args.engine_args} is no object")
         stages = [int(s) for s in args.stages.split(",")] if args.stages else None
     except ValueError as e:
         raise RunError(f"--engine-args must be a JSON object and --stages numbers with commas: {e}") from e

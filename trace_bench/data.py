@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +57,7 @@ ORDERS = {
 TASKS_PATH = Path(__file__).parent.parent / "trace_tasks"
 
 HOW_TO_GET_DATA = """\
-TRACE_DATA is not set. It says where the TRACE data is; use one of
+TRACE_DATA says where the TRACE data is; use one of
   TRACE_DATA=demo              small data made by this program, to try things; not comparable with TRACE
   TRACE_DATA=path/to/folder    the official layout: <TASK>/{train,eval,test}.json
   TRACE_DATA=path/to/archive   the official archive (zip or tar)
@@ -90,7 +92,7 @@ def find_data(source: str | None = None) -> Path:
     """
     source = source or os.environ.get("TRACE_DATA")
     if not source:
-        raise DataError(HOW_TO_GET_DATA)
+        raise DataError(f"TRACE_DATA is not set. {HOW_TO_GET_DATA}")
     if source == "demo":
         return _demo_folder()
     path = Path(source).expanduser().absolute()
@@ -123,7 +125,10 @@ def data_sets(path: Path) -> list[Path]:
 
 def is_demo(root: Path) -> bool:
     """Whether `root` holds the program's own demo data."""
-    return root.parent == cache_dir() and root.name.startswith("demo-")
+    from trace_bench import demo
+
+    readme = root / "README.txt"
+    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(demo.README_TITLE)
 
 
 def _demo_folder() -> Path:
@@ -131,7 +136,7 @@ def _demo_folder() -> Path:
 
     root = cache_dir() / f"demo-v{demo.VERSION}"
     if not root.is_dir():
-        with fresh_dir(root) as tmp:
+        with fresh_dir(root, shared=True) as tmp:
             demo.write_demo(tmp)
     return root
 
@@ -149,14 +154,14 @@ def unpack(archive: Path) -> Path:
     if root.is_dir():
         return root
     try:
-        with fresh_dir(root) as tmp:
+        with fresh_dir(root, shared=True) as tmp:
             if zipfile.is_zipfile(archive):
                 _unpack_zip(archive, tmp)
             elif tarfile.is_tarfile(archive):
                 _unpack_tar(archive, tmp)
             else:
                 raise DataError(f"{archive} is neither a zip nor a tar archive.")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as e:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RuntimeError) as e:
         raise DataError(f"{archive} cannot be unpacked: {type(e).__name__}: {e}. Fetch it again.") from e
     return root
 
@@ -183,6 +188,9 @@ def _unpack_tar(archive: Path, target: Path) -> None:
             if not (member.isfile() or member.isdir()):
                 raise DataError(f"{archive}: the member {member.name!r} is a link or device; nothing was unpacked.")
         t.extractall(target, filter="data")
+        # The checksum of a compressed file is at its end, which tarfile does not read.
+        while t.fileobj is not None and t.fileobj.read(1 << 20):
+            pass
 
 
 # --------------------------------------------------------------------------------------------- reading and checking
@@ -206,7 +214,7 @@ def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
         rows = json.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
         raise DataError(f"{file} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}.") from e
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: also a number of thousands of digits
         raise DataError(f"{file} is not JSON: {e}.") from e
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{file} holds {'an empty list' if rows == [] else type(rows).__name__}, not a list of rows.")
@@ -260,7 +268,8 @@ def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
 
 def data_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
     """SHA-256 (16 digits) over the three files of each TRACE task: task -> digest."""
-    return {task: fingerprint(root / FOLDERS[task]) for task in tasks if task in FOLDERS}
+    names = [f"{split}.json" for split in SPLITS]
+    return {task: fingerprint(root / FOLDERS[task], names) for task in tasks if task in FOLDERS}
 
 
 # ------------------------------------------------------------------------------------------------------- lm-eval

@@ -119,6 +119,7 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
             return padded["input_ids"], padded["attention_mask"]
 
     args.setdefault("batch_size", 16)
+    args.setdefault("device", "cuda" if _has_gpu() else "cpu")
     return SwapHF(pretrained=base, **args)
 
 

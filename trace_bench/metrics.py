@@ -18,9 +18,7 @@ Matrix = NDArray[np.float64]
 def _matrix(R: ArrayLike) -> Matrix:
     array = np.asarray(R, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] != array.shape[1] + 1 or array.shape[1] == 0:
-        raise ValueError(
-            f"R has the shape {array.shape}; it must be (T+1, T): the base model and T stages, T tasks."
-        )
+        raise ValueError(f"R has the shape {array.shape}; it must be (T+1, T): the base model and T stages, T tasks.")
     return array
 
 

@@ -60,7 +60,7 @@ def _quickstart() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = str(next(iter(spec.submodule_search_locations)))
-    with fresh_dir(target) as tmp:
+    with fresh_dir(target, shared=True) as tmp:
         model = AutoModelForCausalLM.from_pretrained(
             source,
             gguf_file=_GGUF,

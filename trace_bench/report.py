@@ -30,12 +30,17 @@ _PAPER_NAMES = {
 
 def load_cells(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
     """All cells that are there: (stage index, task) -> the content of its eval file."""
-    return {
-        (stage.index, task): read_json(stage.eval_file(task))
-        for stage in run.stages
-        for task in run.tasks
-        if stage.eval_file(task).exists()
-    }
+    cells = {}
+    for stage in run.stages:
+        if not stage.is_trained:
+            continue  # what is there was made from weights that are no more
+        trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
+        for task in run.tasks:
+            if stage.eval_file(task).exists():
+                cell = read_json(stage.eval_file(task))
+                if trained is None or cell["checkpoint"] == trained:
+                    cells[stage.index, task] = cell
+    return cells
 
 
 def score_matrix(run: Run, metric: str | None = None) -> metrics.Matrix:
@@ -79,9 +84,7 @@ def _last_stage(R: metrics.Matrix) -> int:
 
 def _sections(run: Run, cells: dict[tuple[int, str], dict[str, Any]], R: metrics.Matrix) -> Iterable[str]:
     manifest = run.manifest
-    kind = {"lora": "LoRA", "full": "all parameters"}.get(
-        manifest.get("trains", ""), "checkpoints from elsewhere"
-    )
+    kind = {"lora": "LoRA", "full": "all parameters"}.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     yield f"# {run.path.name}"
     yield f"Method **{manifest['method']}** ({kind}), base model `{manifest['model']['name']}`."
     if manifest["data"]["demo"]:
@@ -263,6 +266,7 @@ def _percent(value: float, sign: bool = False) -> str:
 def _number(value: float | None, sign: bool = False) -> str:
     if value is None or math.isnan(value):
         return DASH
+    value = round(value, 1) + 0.0  # no "-0.0"
     return f"{value:+.1f}" if sign else f"{value:.1f}"
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
-CIRCUMSTANCES = ("packages", "commit", "data.path", "model.path")
+CIRCUMSTANCES = ("packages.", "commit.", "data.path.", "model.path.")
 
 
 class RunError(Exception):
@@ -78,22 +78,38 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def fresh_dir(path: Path) -> Iterator[Path]:
+def fresh_dir(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yields a temporary folder that becomes `path` when the block ends without an error.
 
-    What a killed program left under the temporary name, or a half-written `path`, is removed first.
+    Args:
+        path: The folder to make; an older one of that name is replaced.
+        shared: For caches, which several processes may fill at once: each has a temporary folder of its own, and
+            the first one to finish wins. Otherwise the temporary name is `staging(path)`, and what a killed program
+            left there is removed first.
     """
-    tmp = path.with_name(f".{path.name}.tmp")
+    tmp = path.with_name(f"{staging(path).name}.{os.getpid()}") if shared else staging(path)
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
-    yield tmp
+    try:
+        yield tmp
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
     for file in tmp.rglob("*"):
         if file.is_file():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
+    if shared and path.exists():
+        shutil.rmtree(tmp)
+        return
     shutil.rmtree(path, ignore_errors=True)
     tmp.replace(path)
     _fsync_dir(path.parent)
+
+
+def staging(path: Path) -> Path:
+    """The temporary name of a folder in the making."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _fsync_dir(path: Path) -> None:
@@ -104,10 +120,15 @@ def _fsync_dir(path: Path) -> None:
         os.close(fd)
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     """SHA-256 over the names and contents of a file or of all files below a folder (hex, 16 digits)."""
+    if not path.exists():
+        raise RunError(f"{path} is gone: there is nothing to take a fingerprint of.")
     total = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    if only is not None:
+        files = sorted(path / name for name in only)
+    else:
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
         with file.open("rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
@@ -151,7 +172,7 @@ def differences(old: dict, new: dict) -> list[str]:
     return [
         f"  {key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, "absent") != b.get(key, "absent") and not key.startswith(CIRCUMSTANCES)
+        if a.get(key, "absent") != b.get(key, "absent") and not f"{key}.".startswith(CIRCUMSTANCES)
     ]
 
 
@@ -230,6 +251,8 @@ class Run:
             found = sorted(p.parent.as_posix() for p in path.parent.glob("*/manifest.json"))
             raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
         manifest = read_json(file)
+        if not isinstance(manifest, dict):
+            raise RunError(f"{file} is damaged: it holds {type(manifest).__name__}, not an object.")
         if manifest.get("format") != FORMAT:
             raise RunError(f"{file} has format {manifest.get('format')!r}; this program reads {FORMAT}.")
         return cls(path, manifest)
@@ -242,23 +265,18 @@ class Run:
             RunError: if a run is there with another configuration; the message lists every differing key.
         """
         path = Path(path)
-        manifest = {
-            "format": FORMAT,
-            **manifest,
-            "packages": package_versions(),
-            "commit": source_commit(),
-        }
+        manifest = {"format": FORMAT, **manifest, "packages": package_versions(), "commit": source_commit()}
+        manifest = json.loads(json.dumps(manifest))  # as it will be read back: lists instead of tuples
         if not (path / "manifest.json").exists():
             write_json(path / "manifest.json", manifest)
             return cls(path, manifest)
         run = cls.open(path)
-        # Through JSON, so that tuples and lists compare equal.
-        lines = differences(run.manifest, json.loads(json.dumps(manifest)))
+        lines = differences(run.manifest, manifest)
         if lines:
             raise RunError(
                 f"{path} holds a run with another configuration (there -> asked for):\n"
                 + "\n".join(lines)
-                + "\nResume with the old values, or give this run another folder with --run."
+                + "\nResume with the old values, or give this run another folder (--output_dir)."
             )
         if run.manifest["packages"] != manifest["packages"]:
             log.warning(

@@ -32,11 +32,11 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.run import Run, RunError, Stage, fingerprint, fresh_dir, write_json
+from trace_bench.run import Run, RunError, Stage, fingerprint, fresh_dir, staging, write_json
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +131,8 @@ class CLConfig(SFTConfig):
     # The paper's optimisation (its section 4.2 and the official scripts) where TRL's defaults differ.
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule of each stage."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta2 of AdamW."})
+    # The loss curve of a stage is part of its record, and stages are short.
+    logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
     # Examples come as token ids, cut already: TRL's own limit would cut answers.
     max_length: int | None = field(default=None, metadata={"help": "Not used: see max_prompt_length."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints within a stage; the stage's own is kept."})
@@ -203,6 +205,7 @@ class CLTrainer(SFTTrainer):
             callbacks=[_Progress(stage, len(run.tasks))],
         )
         self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
@@ -322,7 +325,7 @@ class _same:
     """What the processes that write nothing enter instead of a fresh folder."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.with_name(f".{path.name}.tmp")
+        self.path = staging(path)
 
     def __enter__(self) -> Path:
         return self.path
@@ -381,18 +384,18 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         raise ConfigError("model_name_or_path is not set: name a hub id, a local folder, or " + models.QUICKSTART)
     if not config.output_dir:
         raise ConfigError("output_dir is not set: it names the run directory, for example runs/sequential.")
-    if config.data and os.environ.get("TRACE_DATA", config.data) != config.data:
-        log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
     with state.main_process_first():
         root = data.find_data(config.data) if set(config.tasks) & data.FOLDERS.keys() else None
         base = models.resolve_model(model_args.model_name_or_path)
+    if config.data and os.environ.get("TRACE_DATA", config.data) not in (config.data, str(root)):
+        log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
     if root is not None:
         os.environ["TRACE_DATA"] = str(root)
         data.check(root, config.tasks)
     tasks = data.load_tasks(config.tasks)
 
     manifest = {
-        "method": trainer.__module__.rpartition(".")[2] if trainer is not CLTrainer else "sequential",
+        "method": _method(trainer),
         "trains": "lora" if model_args.use_peft else "full",
         "model": {
             "name": model_args.model_name_or_path,
@@ -443,6 +446,15 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     return run
 
 
+def _method(trainer: type[CLTrainer]) -> str:
+    """The name of a method is the name of its file."""
+    if trainer.__module__ == __name__:
+        return "sequential"
+    if trainer.__module__ == "__main__":
+        return Path(sys.argv[0]).stem
+    return trainer.__module__.rpartition(".")[2]
+
+
 def _train_stage(
     trainer_class: type[CLTrainer],
     config: CLConfig,
@@ -475,7 +487,7 @@ def _train_stage(
         _say(
             state,
             f"stage {stage.index}/{len(run.tasks)} {stage.task}: {summary['rows']} rows, {summary['steps']} steps, "
-            f"loss {summary['losses'][0]['loss']:.3f} -> {summary['losses'][-1]['loss']:.3f}, "
+            f"loss {_loss_line(summary)}, "
             f"{summary['tokens_per_second']:.0f} tokens/s, {seconds:.0f} s",
         )
     state.wait_for_everyone()
@@ -484,6 +496,11 @@ def _train_stage(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _loss_line(summary: dict[str, Any]) -> str:
+    losses = [entry["loss"] for entry in summary["losses"]]
+    return f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else f"{summary['mean_loss']:.3f}"
 
 
 def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
@@ -507,6 +524,7 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "mean_loss": trainer.state.log_history[-1].get("train_loss"),
         "losses": [
             {"step": e["step"], "loss": e["loss"], "learning_rate": e["learning_rate"]}
             for e in trainer.state.log_history

@@ -1,0 +1,242 @@
+"""Tests of `trace-bench`: it starts quickly, says what it did, and every error of the project is one plain message."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trace_bench import data, evaluate
+from trace_bench.cli import main
+from trace_bench.run import Run, write_json
+
+SCRIPT = Path(sys.executable).parent / "trace-bench"
+MODULE = [sys.executable, "-m", "trace_bench.cli"]
+COMMANDS = [
+    pytest.param(
+        [str(SCRIPT)], id="script", marks=pytest.mark.skipif(not SCRIPT.exists(), reason="the package is not installed")
+    ),
+    pytest.param(MODULE, id="module"),
+]
+
+
+@pytest.fixture(autouse=True)
+def environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRACE_DATA", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path):
+    manifest = {
+        "method": "sequential",
+        "trains": "lora",
+        "model": {"name": "m"},
+        "tasks": ["trace_fomc"],
+        "task_versions": {"trace_fomc": 1},
+        "data": {"path": None, "demo": True, "fingerprint": {}},
+        "config": {},
+    }
+    return Run.create(tmp_path / "runs" / "mine", manifest)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (folder / name).touch()
+    return folder
+
+
+def error(*argv):
+    """The message that a command ends with; `sys.exit(str)` prints it to stderr and exits with 1."""
+    with pytest.raises(SystemExit) as e:
+        main([str(a) for a in argv])
+    message = e.value.code
+    assert isinstance(message, str) and message.startswith("error: ")
+    return message
+
+
+def call(*command):
+    started = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    return done, time.perf_counter() - started
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_there_at_once(command):
+    results = [call(*command, "--help") for _ in range(3)]
+    for done, _ in results:
+        assert done.returncode == 0 and not done.stderr
+        assert all(
+            word in done.stdout for word in ("data", "evaluate", "report", "tasks-path", "make sequential-train")
+        )
+    assert min(seconds for _, seconds in results) < 1
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["evaluate", "--help"], ["data", "demo"], ["tasks-path"]])
+def test_what_needs_no_model_imports_no_torch_and_no_lm_eval(argv):
+    code = (
+        "import sys\nfrom trace_bench.cli import main\n"
+        f"try: main({argv!r})\nexcept SystemExit as e: assert not e.code, e.code\n"
+        "heavy = {'torch', 'lm_eval', 'transformers', 'vllm', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done, _ = call(sys.executable, "-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("argv", [["report", "nowhere"], ["data", "nowhere"], ["data"], ["model-path", "./nowhere"]])
+def test_an_error_of_the_project_is_a_message_and_no_traceback(argv):
+    done, _ = call(*MODULE, *argv)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("argv", [[], ["trian"], ["report"], ["evaluate", "r", "--backend", "tgi"]])
+def test_wrong_usage_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert e.value.code == 2
+    assert "usage: trace-bench" in capsys.readouterr().err
+
+
+def test_data_demo_lists_tasks_sizes_and_fingerprints(capsys):
+    main(["data", "demo"])
+    out = capsys.readouterr().out
+    root = data.find_data("demo")
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()[2:10]}
+    prints = data.data_fingerprint(root, data.FOLDERS)
+    assert lines == {task: ["64", "8", "24", prints[task]] for task in data.FOLDERS}
+    assert "not comparable with TRACE" in out
+    assert f"export TRACE_DATA={root}" in out
+
+
+def test_data_takes_the_variable_and_names_what_is_wrong(tmp_path, monkeypatch):
+    main(["data", "demo"])
+    broken = data.find_data("demo").rename(tmp_path / "broken")
+    (broken / "FOMC/test.json").write_text("[", encoding="utf-8")
+    (broken / "Py150/eval.json").unlink()
+    monkeypatch.setenv("TRACE_DATA", str(broken))
+    message = error("data")
+    assert "2 problem(s)" in message and "FOMC/test.json is not JSON" in message and "eval.json is missing" in message
+
+
+def test_tasks_path_prints_the_folder_of_the_tasks(capsys):
+    main(["tasks-path"])
+    assert (Path(capsys.readouterr().out.strip()) / "trace_fomc.yaml").is_file()
+
+
+def test_a_missing_run_names_the_runs_beside_it(run):
+    for command in ("report", "evaluate"):
+        message = error(command, run.path.parent / "mien")
+        assert "mien is not a run" in message and "runs/mine" in message
+
+
+def test_report_prints_where_it_is(run, capsys):
+    main(["report", str(run.path)])
+    assert "mine/report.md: 0 cells of 2" in capsys.readouterr().out
+    assert (run.path / "report.md").is_file() and (run.path / "scores.csv").is_file()
+
+
+@pytest.mark.parametrize("stages, message", [("7", "no stage [7]: the run has 0 to 1"), ("0,x", "--stages numbers")])
+def test_a_wrong_stage_is_an_error(run, stages, message):
+    assert message in error("evaluate", run.path, "--stages", stages)
+
+
+@pytest.mark.parametrize("engine_args", ["{", "[1]", "4096", '"x"'])
+def test_engine_args_that_are_no_json_object_are_an_error(run, monkeypatch, engine_args):
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: pytest.fail("they reached the engine"))
+    assert "--engine-args must be a JSON object" in error("evaluate", run.path, "--engine-args", engine_args)
+
+
+def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr(evaluate, "evaluate", lambda run, **k: seen.update(k, path=run.path) or 0)
+    argv = ["--stages", "0,1", "--full-matrix", "--backend", "hf", "--engine-args", '{"a": 1}', "--data", "demo"]
+    main(["evaluate", str(run.path), *argv])
+    assert seen == {
+        "path": run.path,
+        "stages": [0, 1],
+        "full_matrix": True,
+        "backend": "hf",
+        "engine_args": {"a": 1},
+        "data_path": "demo",
+    }
+    assert "every cell is done" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------ checkpoints trained elsewhere
+
+
+@pytest.mark.parametrize("value", ["trace_fomc", "trace_fomc=", "=somewhere"])
+def test_a_checkpoint_is_written_as_name_and_path(tmp_path, value):
+    message = error("evaluate", tmp_path / "r", "--model", "m", "--checkpoint", value)
+    assert value in message and "NAME=PATH" in message
+
+
+def test_a_checkpoint_needs_its_base_model(tmp_path, adapter):
+    assert "needs --model" in error("evaluate", tmp_path / "r", "--checkpoint", f"a={adapter}")
+
+
+@pytest.mark.parametrize(
+    "left, message",
+    [([], "no adapter"), (["adapter_model.safetensors"], "no adapter"), (["config.json"], ".safetensors")],
+)
+def test_a_folder_that_is_no_checkpoint_is_named_with_what_it_lacks(tmp_path, left, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in left:
+        (folder / name).touch()
+    said = error("evaluate", tmp_path / "r", "--model", "m", "--checkpoint", f"a={folder}")
+    assert f"a={folder}" in said and message in said
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", ".hidden"])
+def test_a_name_that_is_no_folder_name_is_an_error(tmp_path, adapter, name):
+    said = error("evaluate", tmp_path / "r", "--model", "m", "--checkpoint", f"{name}={adapter}")
+    assert f"--checkpoint {name}=" in said and "folder" in said
+
+
+def test_two_checkpoints_of_one_name_are_an_error(tmp_path, adapter):
+    """Otherwise the first would be left out without a word."""
+    pairs = ["--checkpoint", f"same={adapter}", "--checkpoint", f"same={adapter}"]
+    said = error("evaluate", tmp_path / "r", "--model", "m", *pairs)
+    assert "same" in said and "TRACE_DATA" not in said
+
+
+@pytest.mark.parametrize("option", ["--test-rows", "--max-prompt-length", "--max-new-tokens"])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_a_number_below_1_is_an_error(tmp_path, adapter, capsys, option, number):
+    argv = ["evaluate", str(tmp_path / "r"), "--model", "m", "--checkpoint", f"a={adapter}", f"{option}={number}"]
+    with pytest.raises(SystemExit) as e:
+        main(argv)
+    assert option in f"{e.value.code} {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--test-rows", "5"],
+        ["--model", "other"],
+        ["--tasks", "order2"],
+        ["--max-prompt-length", "64"],
+        ["--max-new-tokens", "2"],
+        ["--chat-template"],
+    ],
+    ids=lambda o: o[0],
+)
+def test_options_of_checkpoints_are_not_ignored_where_there_is_none(run, monkeypatch, options):
+    """A run has these in its manifest: an option that changes nothing must not be accepted."""
+    monkeypatch.setattr(evaluate, "evaluate", lambda *a, **k: pytest.fail(f"{options} ignored"))
+    said = error("evaluate", run.path, *options)
+    assert options[0] in said and "--checkpoint" in said
+
+
+def test_cells_of_other_settings_are_an_error_that_lists_them(run):
+    cell = {"settings": {"backend": "hf"}, "checkpoint": None}
+    write_json(run.stages[0].eval_file("trace_fomc"), cell)
+    assert "backend: 'hf' -> 'vllm'" in error("evaluate", run.path, "--stages", "0")
