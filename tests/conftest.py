@@ -68,6 +68,30 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def checkpoints(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
+    """An adapter and a full model whose random weights write lively texts, so that equal texts mean equal weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    paths = {"adapter": tmp_path / "an_adapter", "full model": tmp_path / "a_model"}
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(paths["full model"])
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(paths["full model"])
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    adapted = get_peft_model(base, LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(paths["adapter"])
+    return paths
+
+
+@pytest.fixture
 def options(tiny_model: Path, tmp_path: Path) -> dict:
     """Options of a run that trains the tiny model on two demo tasks in about a second."""
     return {

@@ -119,31 +119,27 @@ def test_other_data_than_the_run_s_is_refused(run, tmp_path):
         evaluate.evaluate(run, data_path=str(copy))
 
 
-@pytest.mark.parametrize("use_peft", [True, False], ids=["adapter", "full model"])
-def test_a_swapped_engine_generates_what_a_fresh_one_does(options, tiny_model, tmp_path, use_peft):
-    run = train({**options, "use_peft": use_peft, **({"learning_rate": 5e-2, "max_steps": 8} if use_peft else {})})
+def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_model, tmp_path, demo_data):
+    from lm_eval.api.instance import Instance
+    from transformers import AutoTokenizer
+
     prompts = [d["prompt"] for d in data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:4]
 
-    def generate(lm):
-        from lm_eval.api.instance import Instance
-
-        arguments = {"until": [], "max_gen_toks": 8, "do_sample": False}
-        return lm.generate_until(
-            [Instance("generate_until", {}, (p, dict(arguments)), i) for i, p in enumerate(prompts)]
-        )
+    def generate(lm) -> list[str]:
+        kwargs = {"until": [], "max_gen_toks": 8, "do_sample": False}
+        return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
 
     swapped = engine.open_engine("hf", str(tiny_model))
-    outputs = [generate(swapped)]
-    for stage in run.stages[1:]:
-        swapped.load(stage.checkpoint)
-        outputs.append(generate(swapped))
+    base = generate(swapped)
+    for kind, checkpoint in checkpoints.items():
+        swapped.load(checkpoint)
+        output = generate(swapped)
+        assert output != base and len(set(output)) > 1, "lively texts, or nothing is shown"
+        models.load_merged(str(tiny_model), checkpoint).save_pretrained(tmp_path / kind)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / kind)
+        assert generate(engine.open_engine("hf", str(tmp_path / kind))) == output
     swapped.load(None)
-    assert generate(swapped) == outputs[0], "and back"
-    assert len({tuple(o) for o in outputs}) == 3, "the stages differ, or nothing is shown"
-    for stage, expected in zip(run.stages[1:], outputs[1:], strict=True):
-        models.load_merged(str(tiny_model), stage.checkpoint).save_pretrained(tmp_path / stage.name)
-        __import__("transformers").AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / stage.name)
-        assert generate(engine.open_engine("hf", str(tmp_path / stage.name))) == expected
+    assert generate(swapped) == base, "and back"
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])

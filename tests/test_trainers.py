@@ -1,6 +1,7 @@
 """The stage loop and the trainer that methods are made of."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,3 +254,15 @@ def test_the_chat_template_reaches_training(options):
     train({**options, "tasks": ["trace_fomc"], "chat_template": True, "max_prompt_length": 1024}, Look)
     assert Look.text.startswith("<s>user\nWhat is the monetary") and Look.text.count("<s>") == 2
     assert Look.text.rstrip().endswith("</s>")
+
+
+def test_the_example_of_the_readme_is_a_method(options, tmp_path):
+    root = Path(__file__).parents[1]
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "trainers/README.md").read_text(), re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "shrink.py").write_text(code)
+    arguments = [*command_line(options), "--shrink", "0.0"]
+    subprocess.run([sys.executable, str(tmp_path / "shrink.py"), *arguments], cwd=root, check=True)
+    run = Run.open(options["output_dir"])
+    assert run.manifest["method"] == "shrink" and run.manifest["config"]["shrink"] == 0.0
+    assert same(weights(run, 1), weights(run, 2)), "the gradient of stage 2 is shrunk to nothing"

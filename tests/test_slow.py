@@ -1,0 +1,165 @@
+"""Whole pipelines and real inference engines: minutes, not seconds (make test-slow)."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import command_line, train
+
+from trace_bench import data, report
+from trace_bench.run import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[1]
+THREE = ["trace_fomc", "trace_py150", "trace_numglue_ds"]
+
+
+def killed_until_done(command: list[str], rng: random.Random, kills: int) -> None:
+    """Runs a command that is killed some times at random moments, and then left alone."""
+    for _ in range(kills):
+        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        deadline = time.monotonic() + rng.uniform(4, 14)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, tmp_path):
+    options = {**options, "tasks": THREE, "train_rows": 32, "max_steps": 24, "full_matrix": True}
+    rng = random.Random(0)
+    scores = []
+    for name, kills in (("whole", 0), ("killed", 3)):
+        run = tmp_path / name
+        train_it = [sys.executable, "-m", "trainers.sequential", *command_line({**options, "output_dir": run})]
+        killed_until_done(train_it, rng, kills)
+        killed_until_done([sys.executable, "-m", "trace_bench.cli", "evaluate", str(run)], rng, kills)
+        subprocess.run([sys.executable, "-m", "trace_bench.cli", "report", str(run)], cwd=ROOT, check=True)
+        scores.append((run / "scores.csv").read_text())
+        assert not np.isnan(report.score_matrix(Run.open(run))).any()
+    assert scores[0] == scores[1]
+    assert scores[0].count("\n") > 4 * 3, "four stages, three tasks, at least one metric each"
+
+
+SWAP = """
+import json, sys
+from pathlib import Path
+from lm_eval.api.instance import Instance
+from trace_bench.engine import open_engine
+
+def generate(lm, prompts):
+    kwargs = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
+
+if __name__ == "__main__":
+    base, prompts, checkpoints = json.loads(sys.argv[1])
+    lm = open_engine("vllm", base, max_prompt_length=128, engine_args={"max_model_len": 256, "dtype": "float32"})
+    outputs = [generate(lm, prompts)]
+    for checkpoint in checkpoints:
+        lm.load(checkpoint and Path(checkpoint))
+        outputs.append(generate(lm, prompts))
+    Path(sys.argv[2]).write_text(json.dumps(outputs))
+"""
+
+
+def vllm_outputs(tmp_path: Path, base: Path, prompts: list[str], checkpoints: list[str | None]) -> list[list[str]]:
+    """What an engine opened on `base` generates, then after swapping in each checkpoint."""
+    script = tmp_path / "swap.py"  # the engine is a process of its own and imports the main module again
+    script.write_text(SWAP)
+    out = tmp_path / "out.json"
+    subprocess.run(
+        [sys.executable, str(script), json.dumps([str(base), prompts, checkpoints]), str(out)], cwd=ROOT, check=True
+    )
+    return json.loads(out.read_text())
+
+
+def test_a_swapped_vllm_engine_generates_the_tokens_of_a_fresh_one(checkpoints, tiny_model, tmp_path, demo_data):
+    """For an adapter and for a full model."""
+    from transformers import AutoTokenizer
+
+    from trace_bench import models
+
+    prompts = [d["prompt"] for d in data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:5]
+    base, *swapped, again = vllm_outputs(tmp_path, tiny_model, prompts, [*map(str, checkpoints.values()), None])
+    assert again == base, "and back to the base model"
+    for (kind, checkpoint), output in zip(checkpoints.items(), swapped, strict=True):
+        assert output != base and len(set(output)) > 1, "lively texts, or nothing is shown"
+        models.load_merged(str(tiny_model), checkpoint).save_pretrained(tmp_path / kind)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / kind)
+        assert vllm_outputs(tmp_path, tmp_path / kind, prompts, [])[0] == output
+
+
+def test_a_run_is_evaluated_through_vllm_as_through_transformers(options, tmp_path):
+    options = {
+        **options,
+        "tasks": THREE,
+        "backend": "vllm",
+        "engine_args": '{"max_model_len": 256, "dtype": "float32"}',
+    }
+    command = [sys.executable, "-m", "trainers.sequential", *command_line(options)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", options["output_dir"]], cwd=ROOT, check=True)
+    vllm = Run.open(options["output_dir"])
+    hf = train({**options, "backend": "hf", "engine_args": '{"dtype": "float32"}', "output_dir": str(tmp_path / "hf")})
+    from trace_bench.evaluate import evaluate
+
+    assert evaluate(hf) == 3 + 1 + 2 + 3
+    rows = agreeing = 0
+    for a, b in zip(vllm.stages, hf.stages, strict=True):
+        for task in THREE[: a.index or 3]:
+            texts = [
+                [json.loads(line)["response"] for line in s.samples_file(task).read_text().splitlines()] for s in (a, b)
+            ]
+            rows += len(texts[0])
+            agreeing += sum(x == y for x, y in zip(*texts, strict=True))
+    assert rows == 9 * 6
+    # Two engines sum in another order, so that a tie between two tokens may fall either way.
+    assert agreeing >= 0.95 * rows, f"{agreeing} of {rows} responses agree"
+    assert report.score_matrix(vllm).shape == (4, 3)
+
+
+@pytest.mark.parametrize("backend", ["hf", "vllm"])
+@pytest.mark.parametrize("include", [False, True], ids=["installed", "include_path"])
+def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path):
+    """The literal command of the README; `installed` is what `make setup` does to the environment's lm-eval."""
+    tasks = Path(subprocess.check_output([sys.executable, "-m", "trace_bench.cli", "tasks-path"], text=True).strip())
+    if not include:
+        subprocess.run([sys.executable, "-m", "trace_bench.cli", "tasks-path", "--install"], check=True)
+    extra = ",max_model_len=1024,enforce_eager=True" if backend == "vllm" else ""
+    subprocess.run(
+        [
+            str(Path(sys.executable).with_name("lm_eval")),
+            "run",
+            "--model",
+            backend,
+            "--model_args",
+            f"pretrained={tiny_model},dtype=float32{extra}",
+            "--tasks",
+            "trace_*",
+            "--limit",
+            "2",
+            "--gen_kwargs",
+            "max_gen_toks=4",
+            "--output_path",
+            str(tmp_path),
+            *(["--device", "cpu"] if backend == "hf" else []),
+            *(["--num_fewshot", "6"] if not include and backend == "hf" else []),
+            *(["--include_path", str(tasks)] if include else []),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "TRACE_DATA": "demo", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
+        check=True,
+    )
+    (results,) = tmp_path.rglob("results_*.json")
+    scores = json.loads(results.read_text())["results"]
+    assert sorted(scores) == sorted(data.FOLDERS)
+    assert all(0 <= s["sari,none"] <= 1 for t, s in scores.items() if t == "trace_20minuten")
