@@ -83,11 +83,13 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
     class SwapVLLM(_Swap, VLLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
             with self.as_full_model(checkpoint) as folder:
-                self.model.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+                self.model.collective_rpc("swap_weights", args=(folder,))
             # The cache holds keys and values of the former weights.
             self.model.reset_prefix_cache()
 
-    return SwapVLLM(pretrained=base, enable_prefix_caching=True, **args)
+    return SwapVLLM(
+        pretrained=base, enable_prefix_caching=True, worker_extension_cls="trace_bench.worker.SwapWorker", **args
+    )
 
 
 def _open_hf(base: str, args: dict[str, Any]) -> Any:
