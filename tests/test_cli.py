@@ -1,5 +1,6 @@
 """Tests of `trace-bench`: it starts quickly, says what it did, and every error of the project is one plain message."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -240,3 +241,15 @@ def test_cells_of_other_settings_are_an_error_that_lists_them(run):
     cell = {"settings": {"backend": "hf"}, "checkpoint": None}
     write_json(run.stages[0].eval_file("trace_fomc"), cell)
     assert "backend: 'hf' -> 'vllm'" in error("evaluate", run.path, "--stages", "0")
+
+
+def test_data_checks_every_data_set_of_an_archive(tmp_path, capsys):
+    for name in ("LLM-CL-Benchmark_500", "LLM-CL-Benchmark_5000"):
+        shutil.copytree(data.find_data("demo"), tmp_path / "in" / name)
+    main(["data", shutil.make_archive(str(tmp_path / "good"), "zip", tmp_path / "in")])
+    assert capsys.readouterr().out.count("export TRACE_DATA=") == 2
+    (tmp_path / "in" / "LLM-CL-Benchmark_500" / "FOMC" / "test.json").unlink()
+    with pytest.raises(SystemExit) as e:
+        main(["data", shutil.make_archive(str(tmp_path / "bad"), "zip", tmp_path / "in")])
+    assert "LLM-CL-Benchmark_500 cannot be used" in str(e.value) and "test.json is missing" in str(e.value)
+    assert capsys.readouterr().out.count("export TRACE_DATA=") == 1, "the good one can be used all the same"

@@ -109,15 +109,25 @@ def _positive(text: str) -> int:
 def _data(args: argparse.Namespace) -> None:
     from trace_bench import data
 
-    root = data.find_data(args.source)
-    sizes = data.check(root, data.FOLDERS)
-    prints = data.data_fingerprint(root, data.FOLDERS)
-    print(f"{root}\n{'task':<18}{'train':>8}{'eval':>8}{'test':>8}  fingerprint")
-    for task, rows in sizes.items():
-        print(f"{task:<18}{rows['train']:>8}{rows['eval']:>8}{rows['test']:>8}  {prints[task]}")
-    if data.is_demo(root):
-        print("Demo data made by this program: for trials, not comparable with TRACE.")
-    print(f"The data is complete. Use it with: export TRACE_DATA={root}")
+    good, problems = [], []
+    for root in data.find_all_data(args.source):
+        try:
+            sizes = data.check(root, data.FOLDERS)
+        except data.DataError as e:
+            problems.append(f"{root} cannot be used.\n{e}")
+            continue
+        prints = data.data_fingerprint(root, data.FOLDERS)
+        print(f"{root}\n{'task':<18}{'train':>8}{'eval':>8}{'test':>8}  fingerprint")
+        for task, rows in sizes.items():
+            print(f"{task:<18}{rows['train']:>8}{rows['eval']:>8}{rows['test']:>8}  {prints[task]}")
+        if data.is_demo(root):
+            print("Demo data made by this program: for trials, not comparable with TRACE.")
+        good.append(root)
+    if good:
+        print("Complete. Use it with:" if len(good) == 1 else "Complete. Use one of them with:")
+        print("\n".join(f"  export TRACE_DATA={root}" for root in good))
+    if problems:
+        raise data.DataError("\n".join(problems))
 
 
 def _evaluate(args: argparse.Namespace) -> None:

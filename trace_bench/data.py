@@ -90,11 +90,27 @@ def find_data(source: str | None = None) -> Path:
     Raises:
         DataError: if nothing is named, nothing is there, or an archive holds several data sets.
     """
+    found = find_all_data(source)
+    if len(found) > 1:
+        listing = "\n".join(f"  TRACE_DATA={p}" for p in found)
+        raise DataError(f"{source or os.environ['TRACE_DATA']} holds {len(found)} data sets. Name one:\n{listing}")
+    return found[0]
+
+
+def find_all_data(source: str | None = None) -> list[Path]:
+    """The data sets behind a source, at least one: the official archive holds several (500, 1000, 5000 rows, ...).
+
+    Args:
+        source: As for `find_data`.
+
+    Raises:
+        DataError: if nothing is named or nothing is there.
+    """
     source = source or os.environ.get("TRACE_DATA")
     if not source:
         raise DataError(f"TRACE_DATA is not set. {HOW_TO_GET_DATA}")
     if source == "demo":
-        return _demo_folder()
+        return [_demo_folder()]
     path = Path(source).expanduser().absolute()
     if path.is_file():
         path = unpack(path)
@@ -106,10 +122,7 @@ def find_data(source: str | None = None) -> Path:
             f"{path} is not in the official layout: it has none of the folders {', '.join(FOLDERS.values())}, "
             "each with train.json, eval.json and test.json."
         )
-    if len(found) > 1:
-        listing = "\n".join(f"  TRACE_DATA={p}" for p in found)
-        raise DataError(f"{source} holds {len(found)} data sets. Name one of them:\n{listing}")
-    return found[0]
+    return found
 
 
 def data_sets(path: Path) -> list[Path]:
