@@ -52,11 +52,11 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, monkeypatch):
     done = []
     original = evaluate._evaluate_cells
 
-    def interrupted(lm, run, stage, tasks, settings):
+    def interrupted(lm, stage, tasks, *rest):
         if len(done) == 3:
             raise KeyboardInterrupt
         done.append((stage.index, *tasks))
-        original(lm, run, stage, tasks, settings)
+        original(lm, stage, tasks, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluate, "_evaluate_cells", interrupted)

@@ -110,7 +110,7 @@ def evaluate(
                 lm.load(stage.checkpoint)
             for group in _batches(todo, tasks, settings["test_rows"]):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(group)}"[:60])
-                _evaluate_cells(lm, run, stage, {name: tasks[name] for name in group}, settings)
+                _evaluate_cells(lm, stage, {name: tasks[name] for name in group}, settings, engine_args)
                 bar.update(len(group))
     print(
         f"evaluated {cells} cells of {len(plan)} stages in {time.perf_counter() - started:.0f} s "
@@ -199,7 +199,9 @@ def _batches(names: list[str], tasks: dict[str, Any], limit: int | None) -> list
     return batches
 
 
-def _evaluate_cells(lm: Any, run: Run, stage: Stage, tasks: dict[str, Any], settings: dict[str, Any]) -> None:
+def _evaluate_cells(
+    lm: Any, stage: Stage, tasks: dict[str, Any], settings: dict[str, Any], engine_args: dict[str, Any]
+) -> None:
     import lm_eval
 
     started = time.perf_counter()
@@ -236,6 +238,8 @@ def _evaluate_cells(lm: Any, run: Run, stage: Stage, tasks: dict[str, Any], sett
                 },
                 "checkpoint": checkpoint_fingerprint(stage),
                 "settings": settings,
+                # On record, but free to differ between cells: most of it is memory and speed.
+                "engine_args": engine_args,
                 # Tasks that were generated together share their time by rows.
                 "seconds": round(seconds * len(rows) / sum(len(s) for s in results["samples"].values()), 3),
             },

@@ -149,7 +149,7 @@ def _sequence_sections(run: Run, R: metrics.Matrix) -> Iterable[str]:
                 _percent(final - own, sign=True) if i + 1 < last else DASH,
             ]
         )
-    yield _table(["task", "base", "own stage", f"stage {last}", "learned", "kept since"], rows)
+    yield _table(["task", "base", "own stage", f"stage {last}", "learned", "since then"], rows)
 
 
 def _matrix_table(run: Run, cells: dict, R: metrics.Matrix, with_op: bool) -> str:

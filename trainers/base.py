@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -314,25 +315,13 @@ class CLTrainer(SFTTrainer):
     def save_checkpoint(self) -> Path:
         """Saves the stage's adapter or model, whole or not at all, and returns its folder."""
         target = self.stage.path / ("adapter" if self.model_args.use_peft else "model")
-        with fresh_dir(target) if self.is_world_process_zero() else _same(target) as folder:
+        # All processes take part in gathering the weights; the first one writes.
+        with fresh_dir(target) if self.is_world_process_zero() else nullcontext(staging(target)) as folder:
             self.save_model(str(folder))
             if self.is_world_process_zero():
                 # A pickle of the arguments: nobody reads it, and only safetensors are kept.
                 (folder / "training_args.bin").unlink(missing_ok=True)
         return target
-
-
-class _same:
-    """What the processes that write nothing enter instead of a fresh folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = staging(path)
-
-    def __enter__(self) -> Path:
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 class _Progress(ProgressCallback):
