@@ -285,6 +285,15 @@ def data_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
     return {task: fingerprint(root / FOLDERS[task], names) for task in tasks if task in FOLDERS}
 
 
+def data_record(root: Path | None, tasks: Iterable[str]) -> dict[str, Any]:
+    """What a manifest says of the data; `root` is None for a run without TRACE tasks."""
+    return {
+        "path": str(root) if root else None,
+        "demo": root is not None and is_demo(root),
+        "fingerprint": data_fingerprint(root, tasks) if root else {},
+    }
+
+
 # ------------------------------------------------------------------------------------------------------- lm-eval
 
 

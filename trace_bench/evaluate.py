@@ -305,19 +305,11 @@ def external_run(
         path,
         {
             "method": "external",
-            "model": {
-                "name": model,
-                "path": base,
-                "revision": fingerprint(Path(base)) if Path(base).is_dir() else "main",
-            },
+            "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
             "tasks": tasks,
             "task_versions": {name: task.VERSION for name, task in data.load_tasks(tasks).items()},
             "checkpoints": {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()},
-            "data": {
-                "path": str(root) if root else None,
-                "demo": root is not None and data.is_demo(root),
-                "fingerprint": data.data_fingerprint(root, tasks) if root else {},
-            },
+            "data": data.data_record(root, tasks),
             "config": settings,
         },
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.data import cache_dir
-from trace_bench.run import fresh_dir
+from trace_bench.run import fingerprint, fresh_dir
 
 QUICKSTART = "SmolLM2-135M-Instruct"
 _GGUF = f"{QUICKSTART}.Q4_1.gguf"
@@ -43,6 +43,15 @@ def resolve_model(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"The model {name!r} is neither a folder nor a hub id (OWNER/NAME).")
     return name
+
+
+def pinned_revision(base: str, revision: str = "main") -> str:
+    """What pins a base model in a manifest: the hub's commit, or the fingerprint of a local folder."""
+    if Path(base).is_dir():
+        return fingerprint(Path(base))
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base, revision=revision)._commit_hash or revision
 
 
 def _quickstart() -> Path:

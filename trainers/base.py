@@ -390,15 +390,11 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         "model": {
             "name": model_args.model_name_or_path,
             "path": base,
-            "revision": _revision(base, model_args.model_revision),
+            "revision": models.pinned_revision(base, model_args.model_revision),
         },
         "tasks": config.tasks,
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
-        "data": {
-            "path": str(root) if root else None,
-            "demo": root is not None and data.is_demo(root),
-            "fingerprint": data.data_fingerprint(root, config.tasks) if root else {},
-        },
+        "data": data.data_record(root, config.tasks),
         "seed": config.seed,
         "config": {
             **config.manifest(),
@@ -537,15 +533,6 @@ def _evaluate(run: Run, stage: Stage, state: PartialState) -> None:
         ]
         subprocess.run(command, check=True)
     state.wait_for_everyone()
-
-
-def _revision(base: str, revision: str) -> str:
-    """What pins the base model: the hub's commit, or the fingerprint of a local folder."""
-    if Path(base).is_dir():
-        return fingerprint(Path(base))
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(base, revision=revision)._commit_hash or revision
 
 
 def _say(state: PartialState, line: str) -> None:
