@@ -204,6 +204,7 @@ def _evaluate_cells(
 ) -> None:
     import lm_eval
 
+    checkpoint = checkpoint_fingerprint(stage)  # reads all weights of a checkpoint from elsewhere: once, not per cell
     started = time.perf_counter()
     results = lm_eval.simple_evaluate(
         model=lm,
@@ -236,7 +237,7 @@ def _evaluate_cells(
                     }
                     for m in metrics
                 },
-                "checkpoint": checkpoint_fingerprint(stage),
+                "checkpoint": checkpoint,
                 "settings": settings,
                 # On record, but free to differ between cells: most of it is memory and speed.
                 "engine_args": engine_args,
