@@ -156,12 +156,12 @@ def test_engine_args_that_are_no_json_object_are_an_error(run, monkeypatch, engi
 def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(evaluate, "evaluate", lambda run, **k: seen.update(k, path=run.path) or 0)
-    argv = ["--stages", "0,1", "--full-matrix", "--backend", "hf", "--engine-args", '{"a": 1}', "--data", "demo"]
+    argv = ["--stages", "0,1", "--cells", "all", "--backend", "hf", "--engine-args", '{"a": 1}', "--data", "demo"]
     main(["evaluate", str(run.path), *argv])
     assert seen == {
         "path": run.path,
         "stages": [0, 1],
-        "full_matrix": True,
+        "cells": "all",
         "backend": "hf",
         "engine_args": {"a": 1},
         "data_path": "demo",

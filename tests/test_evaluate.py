@@ -24,7 +24,7 @@ def test_the_seen_tasks_then_the_full_matrix(run):
     first, second = run.tasks
     assert evaluate.evaluate(run) == 5
     assert cells(run) == [[first, second], [first], [first, second]]
-    assert evaluate.evaluate(run, full_matrix=True) == 1
+    assert evaluate.evaluate(run, cells="all") == 1
     assert cells(run)[1] == [first, second]
     assert not math.isnan(report.score_matrix(run).sum())
 

@@ -35,7 +35,7 @@ def killed_until_done(command: list[str], rng: random.Random, kills: int) -> Non
 
 
 def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, tmp_path):
-    options = {**options, "tasks": THREE, "train_rows": 32, "max_steps": 24, "full_matrix": True}
+    options = {**options, "tasks": THREE, "train_rows": 32, "max_steps": 24, "cells": "all"}
     rng = random.Random(0)
     scores = []
     for name, kills in (("whole", 0), ("killed", 3)):

@@ -40,6 +40,9 @@ FOLDERS = {
     "trace_numglue_ds": "NumGLUE-ds",
     "trace_20minuten": "20Minuten",
 }
+#: The same tasks asked for their reasoning first (RCL, section 5 of the paper), from the reasoning variant of the data.
+REASONING = {task.replace("trace_", "reasoning_"): folder for task, folder in FOLDERS.items()}
+REASONING_FOLDER = "LLM-CL-Benchmark_Reasoning"
 #: Task orders of the paper, usable by name in a config (`tasks: order2`).
 ORDERS = {
     "order1": list(FOLDERS),
@@ -53,6 +56,9 @@ ORDERS = {
         "trace_meetingbank",
         "trace_scienceqa",
     ],
+}
+ORDERS |= {
+    f"reasoning_{name}": [task.replace("trace_", "reasoning_") for task in tasks] for name, tasks in ORDERS.items()
 }
 TASKS_PATH = Path(__file__).parent.parent / "trace_tasks"
 
@@ -123,6 +129,28 @@ def find_all_data(source: str | None = None) -> list[Path]:
             "each with train.json, eval.json and test.json."
         )
     return found
+
+
+def find_reasoning(root: Path | None = None) -> Path:
+    """The folder of the reasoning variant: TRACE_REASONING, or LLM-CL-Benchmark_Reasoning in or beside the data.
+
+    Args:
+        root: The data set beside which to look; None takes TRACE_DATA.
+
+    Raises:
+        DataError: if it is neither named nor found.
+    """
+    named = os.environ.get("TRACE_REASONING")
+    if named:
+        return find_data(named)
+    root = find_data() if root is None else root
+    for folder in (root / REASONING_FOLDER, root.parent / REASONING_FOLDER):
+        if folder.is_dir():
+            return folder
+    raise DataError(
+        f"The reasoning variant of the data is needed, and there is no folder {REASONING_FOLDER} in or beside {root}. "
+        "Set TRACE_REASONING to its folder: it is part of the official archive."
+    )
 
 
 def data_sets(path: Path) -> list[Path]:
@@ -223,6 +251,11 @@ def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
     if not file.is_file():
         have = sorted(p.name for p in (root / folder).glob("*")) if (root / folder).is_dir() else "no such folder"
         raise DataError(f"{file} is missing ({folder}: {have}).")
+    return read_rows(file)
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Reads and checks a JSON list of rows with prompt and answer, as `read_split` does."""
     try:
         rows = json.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
@@ -257,6 +290,24 @@ def _row_problem(row: Any) -> str | None:
     return None
 
 
+def task_folders(root: Path, tasks: Iterable[str]) -> dict[str, Path]:
+    """Where the rows of each task are; tasks that bring their own data are left out.
+
+    Args:
+        root: The data set. The reasoning variant is found from it.
+        tasks: lm-eval task names.
+    """
+    tasks = list(tasks)
+    reasoning = find_reasoning(root) if set(tasks) & REASONING.keys() else None
+    folders = {}
+    for task in tasks:
+        if task in FOLDERS:
+            folders[task] = root / FOLDERS[task]
+        elif task in REASONING and reasoning is not None:
+            folders[task] = reasoning / REASONING[task]
+    return folders
+
+
 def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
     """Reads every split of every TRACE task; other tasks bring their own data and are passed over.
 
@@ -268,10 +319,10 @@ def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
     """
     sizes: dict[str, dict[str, int]] = {}
     problems = []
-    for task in tasks:
-        for split in SPLITS if task in FOLDERS else ():
+    for task, folder in task_folders(root, tasks).items():
+        for split in SPLITS:
             try:
-                sizes.setdefault(task, {})[split] = len(read_split(root, FOLDERS[task], split))
+                sizes.setdefault(task, {})[split] = len(read_split(folder.parent, folder.name, split))
             except DataError as e:
                 problems.append(str(e))
     if problems:
@@ -282,13 +333,20 @@ def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
 def data_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
     """SHA-256 (16 digits) over the three files of each TRACE task: task -> digest."""
     names = [f"{split}.json" for split in SPLITS]
-    return {task: fingerprint(root / FOLDERS[task], names) for task in tasks if task in FOLDERS}
+    return {task: fingerprint(folder, names) for task, folder in task_folders(root, tasks).items()}
 
 
-def data_record(root: Path | None, tasks: Iterable[str]) -> dict[str, Any]:
+def needs_data(tasks: Iterable[str]) -> bool:
+    """Whether any of the tasks reads its rows from TRACE_DATA."""
+    return bool(set(tasks) & (FOLDERS.keys() | REASONING.keys()))
+
+
+def data_record(root: Path | None, tasks: Sequence[str]) -> dict[str, Any]:
     """What a manifest says of the data; `root` is None for a run without TRACE tasks."""
+    reasoning = find_reasoning(root) if root and set(tasks) & REASONING.keys() else None
     return {
         "path": str(root) if root else None,
+        **({"reasoning": str(reasoning)} if reasoning else {}),
         "demo": root is not None and is_demo(root),
         "fingerprint": data_fingerprint(root, tasks) if root else {},
     }

@@ -27,7 +27,7 @@ def evaluate(
     run: Run,
     *,
     stages: Iterable[int] | None = None,
-    full_matrix: bool | None = None,
+    cells: str | None = None,
     backend: str | None = None,
     engine_args: dict[str, Any] | None = None,
     data_path: str | None = None,
@@ -37,8 +37,8 @@ def evaluate(
     Args:
         run: The run. Its configuration says how many rows, how long answers, which backend.
         stages: Indices of the stages; None = all that are trained.
-        full_matrix: All tasks at every stage instead of the seen ones; None = as the run says. The base model and
-            checkpoints that belong to no task are always evaluated on all tasks.
+        cells: Which tasks each stage is evaluated on: "seen", "all", or "own" (that of the stage alone); None = as the
+            run says. The base model and checkpoints that belong to no task are always evaluated on all tasks.
         backend: "vllm" or "hf" instead of the run's own.
         engine_args: Engine arguments instead of the run's own.
         data_path: Where the data is now, if it was moved; its fingerprint must be the run's.
@@ -50,7 +50,7 @@ def evaluate(
         RunError: if a cell was made with other settings, the data is not the run's, or a checkpoint has changed.
     """
     config = run.manifest["config"]
-    full_matrix = config.get("full_matrix", False) if full_matrix is None else full_matrix
+    which = cells or config.get("cells", "seen")
     settings = {
         "backend": backend or config.get("backend", "vllm"),
         "test_rows": config.get("test_rows"),
@@ -67,8 +67,8 @@ def evaluate(
     for stage in chosen:
         if not stage.is_trained:
             log.warning("Stage %s is not trained yet and left out.", stage.name)
-    plan = {s: todo for s in chosen if s.is_trained and (todo := missing_cells(run, s, full_matrix, settings))}
-    cells = sum(map(len, plan.values()))
+    plan = {s: todo for s in chosen if s.is_trained and (todo := missing_cells(run, s, which, settings))}
+    missing = sum(map(len, plan.values()))
     if not plan:
         return 0
 
@@ -104,7 +104,7 @@ def evaluate(
         engine_args=engine_args,
     )
     ready = time.perf_counter() - started
-    with tqdm(total=cells, desc="evaluating", unit="cell") as bar:
+    with tqdm(total=missing, desc="evaluating", unit="cell") as bar:
         for i, (stage, todo) in enumerate(plan.items()):
             if i or stage.index:
                 lm.load(stage.checkpoint)
@@ -113,23 +113,27 @@ def evaluate(
                 _evaluate_cells(lm, stage, {name: tasks[name] for name in group}, settings, engine_args)
                 bar.update(len(group))
     print(
-        f"evaluated {cells} cells of {len(plan)} stages in {time.perf_counter() - started:.0f} s "
+        f"evaluated {missing} cells of {len(plan)} stages in {time.perf_counter() - started:.0f} s "
         f"(engine start {ready:.0f} s)",
         flush=True,
     )
-    return cells
+    return missing
 
 
-def missing_cells(run: Run, stage: Stage, full_matrix: bool, settings: dict[str, Any]) -> list[str]:
+def missing_cells(run: Run, stage: Stage, which: str, settings: dict[str, Any]) -> list[str]:
     """The tasks that a stage has still to be evaluated on.
 
     Raises:
         RunError: if a cell was made with other settings; the message lists the differing keys.
     """
-    seen = run.tasks if full_matrix or stage.task is None else run.tasks[: run.tasks.index(stage.task) + 1]
+    if which == "all" or stage.task is None:
+        tasks = run.tasks
+    else:
+        own = run.tasks.index(stage.task)
+        tasks = run.tasks[own if which == "own" else 0 : own + 1]
     todo = []
     current = checkpoint_fingerprint(stage)
-    for task in seen:
+    for task in tasks:
         file = stage.eval_file(task)
         if file.exists():
             cell = read_json(file)
@@ -178,6 +182,8 @@ def use_data(run: Run, path: str | None = None) -> None:
         return
     source = path or ("demo" if run.manifest["data"]["demo"] else run.manifest["data"]["path"])
     root = data.find_data(source)
+    if path is None and "reasoning" in run.manifest["data"] and not run.manifest["data"]["demo"]:
+        os.environ.setdefault("TRACE_REASONING", run.manifest["data"]["reasoning"])
     data.check(root, run.tasks)
     found = data.data_fingerprint(root, run.tasks)
     changed = [task for task in expected if found[task] != expected[task]]
@@ -297,7 +303,7 @@ def external_run(
             raise RunError(f"--checkpoint {name}={folder}: no .safetensors file; other formats are not loaded.")
         if "/" in name or name.startswith("."):
             raise RunError(f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or begin with '.'.")
-    root = data.find_data(data_path) if set(tasks) & data.FOLDERS.keys() else None
+    root = data.find_data(data_path) if data.needs_data(tasks) else None
     if root is not None:
         os.environ["TRACE_DATA"] = str(root)
         data.check(root, tasks)

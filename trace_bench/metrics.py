@@ -62,7 +62,7 @@ def forward_transfer(R: ArrayLike) -> float:
     """FWT = 1/(T-1) sum_{i>1} (R[i-1, i] - R[0, i]): what earlier stages did to a task not trained yet.
 
     Lopez-Paz & Ranzato 2017 (GEM), equation 4, with the base model's zero-shot score as the reference where they
-    have a random initialisation. Needs the cells above the diagonal (`full_matrix`).
+    have a random initialisation. Needs the cells above the diagonal (`cells: all`).
 
     Args:
         R: Scores, shape (T+1, T). With T = 1: NaN.

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
-CIRCUMSTANCES = ("packages.", "commit.", "data.path.", "model.path.")
+CIRCUMSTANCES = ("packages.", "commit.", "data.path.", "data.reasoning.", "model.path.")
 
 
 class RunError(Exception):
@@ -300,8 +300,10 @@ class Run:
                 task = name if name in self.tasks else None
                 stages.append(Stage(i, f"{i}_{name}", task, self.path / "stages" / f"{i}_{name}", Path(target)))
         else:
-            for i, task in enumerate(self.tasks, 1):
-                stages.append(Stage(i, f"{i}_{task}", task, self.path / "stages" / f"{i}_{task}"))
+            # One stage per task, unless the method says otherwise (joint training has one, in-context learning none).
+            for i, name in enumerate(self.manifest.get("stages", self.tasks), 1):
+                task = name if name in self.tasks else None
+                stages.append(Stage(i, f"{i}_{name}", task, self.path / "stages" / f"{i}_{name}"))
         return stages
 
     def is_sequence(self) -> bool:

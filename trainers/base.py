@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -33,6 +34,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -92,7 +94,7 @@ class CLConfig(SFTConfig):
         max_answer_length: Tokens of an answer in training, EOS included.
         max_new_tokens: The most tokens generated for an answer; None leaves it to the tasks.
         chat_template: Whether prompts are put into the model's chat template, in training and in evaluation.
-        full_matrix: Whether every stage is evaluated on all tasks rather than on the seen ones.
+        cells: The tasks that each stage is evaluated on: "seen", "all", or "own" (that of the stage alone).
         keep: Which checkpoints stay on the disk: "all"; "last" (earlier stages cannot be evaluated later); or
             "evaluated" (each stage is evaluated right after training, then the one before is dropped).
         backend: Inference for the evaluation, "vllm" or "hf".
@@ -119,7 +121,10 @@ class CLConfig(SFTConfig):
     chat_template: bool = field(
         default=False, metadata={"help": "Put prompts into the chat template, in training and evaluation."}
     )
-    full_matrix: bool = field(default=False, metadata={"help": "Evaluate every stage on all tasks."})
+    cells: str = field(
+        default="seen",
+        metadata={"help": "The tasks each stage is evaluated on.", "choices": ["seen", "all", "own"]},
+    )
     keep: str = field(
         default="all",
         metadata={"help": "Checkpoints to keep on the disk.", "choices": ["all", "last", "evaluated"]},
@@ -163,13 +168,23 @@ class CLConfig(SFTConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not allowed: use a number of at least 1.")
-        for name, allowed in (("keep", ("all", "last", "evaluated")), ("backend", ("vllm", "hf"))):
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: use {' or '.join(allowed)}.")
+        for f in fields(self):
+            allowed = f.metadata.get("choices")
+            if allowed and f.name in self._own() and getattr(self, f.name) not in allowed:
+                raise ConfigError(f"{f.name}={getattr(self, f.name)!r} is not allowed: use {' or '.join(allowed)}.")
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of the run. One for each task and named after it, unless a method has others."""
+        return self.tasks
+
+    def _own(self) -> set[str]:
+        """The names of the project's own settings and of the method's."""
+        return {f.name for f in fields(self)} - {f.name for f in fields(SFTConfig)}
 
     def manifest(self) -> dict[str, Any]:
         """The settings that decide the result: all of the project's own and every changed one of TRL's."""
-        own = {f.name for f in fields(self)} - {f.name for f in fields(SFTConfig)}
+        own = self._own()
         values = self.to_dict()
         defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
         return {
@@ -193,10 +208,8 @@ class CLTrainer(SFTTrainer):
     def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
         self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
         self.tokenizer = tokenizer
-        args = copy.copy(config)
+        args = self.stage_args(stage)
         args.output_dir = str(stage.path / ".trainer")
-        if config.epochs is not None:
-            args.num_train_epochs = config.epochs[stage.index - 1]
         set_seed(args.seed)  # an adapter's first weights are random
         super().__init__(
             model=self.stage_model(stage),
@@ -207,28 +220,37 @@ class CLTrainer(SFTTrainer):
         for noisy in (ProgressCallback, PrinterCallback):
             self.remove_callback(noisy)
         if not args.disable_tqdm:
-            self.add_callback(_Progress(stage, len(run.tasks)))
+            self.add_callback(_Progress(stage, len(run.stages) - 1))
 
     # ------------------------------------------------------------------------------------------------------- hooks
+
+    @classmethod
+    def prepare(cls, config: Any, model_args: ModelConfig) -> dict[str, Any]:
+        """Checks what the method needs, before anything expensive starts.
+
+        Returns:
+            What the method adds to the manifest, and so may not change when the run is resumed.
+
+        Raises:
+            ConfigError, data.DataError: if it cannot be run.
+        """
+        return {}
 
     def stage_dataset(self, stage: Stage) -> Dataset:
         """The training set of a stage: columns input_ids and labels."""
         assert stage.task is not None
         return self.task_dataset(stage.task)
 
+    def stage_args(self, stage: Stage) -> CLConfig:
+        """The settings of a stage: those of the run, with the epochs of its task."""
+        args = copy.copy(self.config)
+        if self.config.epochs is not None:
+            args.num_train_epochs = self.config.epochs[stage.index - 1]
+        return args
+
     def stage_model(self, stage: Stage) -> Any:
         """The model to train: the one of the stage before, its adapter or all of its parameters trainable."""
-        previous = self.run.stages[stage.index - 1].checkpoint
-        if not self.model_args.use_peft:
-            return self.load_model(previous)
-        from peft import PeftModel, get_peft_model
-
-        base = self.load_model(None)
-        if previous is not None:
-            return PeftModel.from_pretrained(base, previous, is_trainable=True)
-        peft_config = get_peft_config(self.model_args)
-        assert peft_config is not None
-        return get_peft_model(base, peft_config)
+        return self.trainable_model(self.run.stages[stage.index - 1].checkpoint)
 
     def begin_stage(self) -> None:
         """Called before the training of the stage: load what the method needs of earlier stages."""
@@ -243,6 +265,10 @@ class CLTrainer(SFTTrainer):
         into micro-batches and processes.
         """
 
+    def record(self) -> dict[str, Any]:
+        """What the method adds to the stage's train.json."""
+        return {}
+
     # --------------------------------------------------------------------------------------------------- for methods
 
     def task_dataset(self, task: str, limit: int | None = None) -> Dataset:
@@ -253,12 +279,109 @@ class CLTrainer(SFTTrainer):
             limit: The first so many rows; None = the run's `train_rows`.
         """
         template = self._chat_template if self.config.chat_template else None
-        rows = data.training_rows(data.load_tasks([task])[task], limit or self.config.train_rows, template)
+        return self.text_dataset(
+            data.training_rows(data.load_tasks([task])[task], limit or self.config.train_rows, template)
+        )
+
+    def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
+        """Token ids of prompts and answers, as `stage_dataset` returns them."""
         prompts, answers = zip(*rows, strict=True)
         examples = data.example_ids(
             self.tokenizer, prompts, answers, self.config.max_prompt_length, self.config.max_answer_length
         )
         return Dataset.from_list(examples)
+
+    def trainable_model(self, checkpoint: Path | None) -> Any:
+        """A model to train on from a checkpoint (None = the base model): its adapter, or all of its parameters."""
+        if not self.model_args.use_peft:
+            return self.load_model(checkpoint)
+        from peft import PeftModel, get_peft_model
+
+        base = self.load_model(None)
+        if checkpoint is not None:
+            return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+        peft_config = get_peft_config(self.model_args)
+        assert peft_config is not None
+        return get_peft_model(base, peft_config)
+
+    def trained(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that are trained, by name."""
+        assert self.model is not None
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits that predict answer tokens, and these tokens.
+
+        The LM head is computed at answer positions only.
+
+        Args:
+            model: The model, wrapped or not.
+            inputs: A batch of the collator, with labels.
+
+        Returns:
+            float32 logits of shape (answer tokens of the batch, vocabulary), and their targets.
+        """
+        labels = inputs["labels"][:, 1:]
+        positions = (labels != -100).any(dim=0).nonzero().squeeze(1)
+        kept = {k: v for k, v in inputs.items() if k != "labels"}
+        logits = model(**kept, logits_to_keep=positions, use_cache=False).logits
+        target = labels[:, positions]
+        answer = target != -100
+        return logits[answer].float(), target[answer]
+
+    def per_token(self, total: torch.Tensor, tokens: int, num_items_in_batch: Any) -> torch.Tensor:
+        """A sum over answer tokens as HF's trainer wants a loss: divided by the tokens of the whole step."""
+        loss = total / (tokens if num_items_in_batch is None else num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all
+        return loss
+
+    def batches(self, rows: Dataset, size: int | None = None) -> Iterator[dict[str, torch.Tensor]]:
+        """Rows as batches on the device, in order."""
+        size = size or self.args.per_device_train_batch_size
+        for start in range(0, len(rows), size):
+            batch = self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+            yield {k: v.to(self.accelerator.device) for k, v in batch.items()}
+
+    def loss_gradient(self, rows: Dataset) -> dict[str, torch.Tensor]:
+        """The gradient of the task loss (mean over the answer tokens of `rows`), beside the one being accumulated.
+
+        Every process computes the whole of it: no gradient is exchanged.
+        """
+        parameters = self.trained()
+        total = sum(label != -100 for row in rows["labels"] for label in row)
+        gradient = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for batch in self.batches(rows):
+            with self.compute_loss_context_manager():
+                logits, target = self.answer_logits(self.model, batch)
+                loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum") / total
+            parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            for name, part in zip(parameters, parts, strict=True):
+                if part is not None:
+                    gradient[name] += part
+        return gradient
+
+    def save_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Writes what the next stage needs to stage.method_state; for `end_stage`."""
+        if self.is_world_process_zero():
+            with fresh_dir(self.stage.method_state) as folder:
+                save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+
+    def load_state(self) -> dict[str, torch.Tensor]:
+        """What `save_state` wrote at the stage before, on the device; empty at the first stage.
+
+        Raises:
+            RunError: if it is gone.
+        """
+        if self.stage.index == 1:
+            return {}
+        file = self.run.stages[self.stage.index - 1].method_state / "state.safetensors"
+        if not file.is_file():
+            raise RunError(
+                f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before anew "
+                f"(delete its train.json), or restore the file."
+            )
+        return load_file(file, device=str(self.accelerator.device))
 
     def _chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -298,19 +421,16 @@ class CLTrainer(SFTTrainer):
         plain = self.config.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
         if return_outputs or not (self.args.use_cpu and plain) or "seq_lengths" in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs["labels"][:, 1:]
-        positions = (labels != -100).any(dim=0).nonzero().squeeze(1)
-        kept = {k: v for k, v in inputs.items() if k != "labels"}
-        logits = model(**kept, logits_to_keep=positions, use_cache=False).logits
-        target = labels[:, positions]
-        answer = target != -100
-        loss = torch.nn.functional.cross_entropy(logits[answer].float(), target[answer], reduction="sum")
-        loss = loss / (answer.sum() if num_items_in_batch is None else num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all
+        logits, target = self.answer_logits(model, inputs)
+        total = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
+        loss = self.per_token(total, len(target), num_items_in_batch)
+        self.count_tokens(model, inputs)
+        return loss
+
+    def count_tokens(self, model: Any, inputs: Any) -> None:
+        """Adds a batch to the tokens that were trained, as TRL's own `compute_loss` does."""
         if model.training:
             self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
-        return loss
 
     def save_checkpoint(self) -> Path:
         """Saves the stage's adapter or model, whole or not at all, and returns its folder."""
@@ -329,7 +449,7 @@ class _Progress(ProgressCallback):
 
     def __init__(self, stage: Stage, total: int) -> None:
         super().__init__()
-        self.title = f"stage {stage.index}/{total} {stage.task}"
+        self.title = f"stage {stage.index}/{total} {stage.task or stage.name}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -375,7 +495,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     if not config.output_dir:
         raise ConfigError("output_dir is not set: it names the run directory, for example runs/sequential.")
     with state.main_process_first():
-        root = data.find_data(config.data) if set(config.tasks) & data.FOLDERS.keys() else None
+        root = data.find_data(config.data) if data.needs_data(config.tasks) else None
         base = models.resolve_model(model_args.model_name_or_path)
     if config.data and os.environ.get("TRACE_DATA", config.data) not in (config.data, str(root)):
         log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
@@ -383,6 +503,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         os.environ["TRACE_DATA"] = str(root)
         data.check(root, config.tasks)
     tasks = data.load_tasks(config.tasks)
+    _check_gradients(trainer, config)
 
     manifest = {
         "method": _method(trainer),
@@ -393,6 +514,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
             "revision": models.pinned_revision(base, model_args.model_revision),
         },
         "tasks": config.tasks,
+        **({"stages": config.stages} if config.stages != config.tasks else {}),
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
         "data": data.data_record(root, config.tasks),
         "seed": config.seed,
@@ -404,6 +526,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
                 if v != getattr(ModelConfig(), k) or k in ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
             },
         },
+        **trainer.prepare(config, model_args),
     }
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
@@ -421,15 +544,33 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         _evaluate(run, run.stages[0], state)
     for stage in run.stages[1:]:
         if stage.is_trained:
-            _say(state, f"stage {stage.index}/{len(run.tasks)} {stage.task}: trained already")
+            _say(state, f"stage {stage.index}/{len(config.stages)} {stage.name}: trained already")
         else:
             _train_stage(trainer, config, model_args, run, stage, tokenizer, state)
         if config.keep == "evaluated":
             _evaluate(run, stage, state)
         if config.keep != "all" and stage.index > 1 and state.is_main_process:
-            for kind in ("adapter", "model"):
+            for kind in ("adapter", "model", "method_state"):
                 shutil.rmtree(run.stages[stage.index - 1].path / kind, ignore_errors=True)
     return run
+
+
+def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:
+    """Refuses settings under which `adjust_gradients` would not see the gradient as it is."""
+    if trainer.adjust_gradients is CLTrainer.adjust_gradients:
+        return
+    sharded = {
+        "DeepSpeed": config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
+        "FSDP": config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+    }
+    for name, used in sharded.items():
+        if used:
+            raise ConfigError(
+                f"{_method(trainer)} needs whole gradients, and {name} gives each process a part of them. "
+                "Launch it without, on one process or several (DDP), with LoRA if memory is short."
+            )
+    if config.fp16:
+        raise ConfigError(f"{_method(trainer)} needs true gradients, and fp16=true scales them: use bf16 or float32.")
 
 
 def _method(trainer: type[CLTrainer]) -> str:
@@ -472,8 +613,8 @@ def _train_stage(
         write_json(stage.train_file, summary)
         _say(
             state,
-            f"stage {stage.index}/{len(run.tasks)} {stage.task}: {summary['rows']} rows, {summary['steps']} steps, "
-            f"loss {_loss_line(summary)}, "
+            f"stage {stage.index}/{len(run.stages) - 1} {stage.task or stage.name}: "
+            f"{summary['rows']} rows, {summary['steps']} steps, loss {_loss_line(summary)}, "
             f"{summary['tokens_per_second']:.0f} tokens/s, {seconds:.0f} s",
         )
     state.wait_for_everyone()
@@ -516,6 +657,7 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
             for e in trainer.state.log_history
             if "loss" in e
         ],
+        **trainer.record(),
     }
 
 

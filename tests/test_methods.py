@@ -1,0 +1,750 @@
+"""The methods: every one trains, resumes and is evaluated; and each does what its paper says."""
+
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import train
+from safetensors.torch import load_file
+
+from trace_bench import data, evaluate, report
+from trace_bench.run import Run, read_json
+from trainers.base import CLConfig, CLTrainer, ConfigError
+
+METHODS = sorted(
+    p.stem
+    for p in (Path(__file__).parents[1] / "trainers").glob("*.py")
+    if p.stem not in ("__init__", "base", "memory")
+)
+#: Not one stage per task, or tests of their own.
+ELSEWHERE = {"joint", "icl", "rcl", "pp", "osf"}
+THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
+
+
+def method(name: str) -> tuple[type[CLTrainer], type[CLConfig]]:
+    """The trainer and the config of a method's file."""
+    module = importlib.import_module(f"trainers.{name}")
+    own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    trainers = [v for v in own if issubclass(v, CLTrainer)]
+    configs = [v for v in own if issubclass(v, CLConfig)]
+    if not configs:
+        configs = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, CLConfig)][-1:]
+    return (trainers or [CLTrainer])[0], configs[0]
+
+
+def small(options: dict, name: str, **changes) -> dict:
+    """Options for a method on three tasks, with epochs rather than steps where that matters."""
+    options = {**options, "tasks": THREE, **changes}
+    if name in ("replay", "joint"):
+        options = {**options, "max_steps": -1, "num_train_epochs": 1.0}
+    if name == "ogd":
+        options = {"ogd_rows": 4, "ogd_size": 6, **options}
+    return options
+
+
+def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
+    (file,) = run.stages[stage].checkpoint.glob("*.safetensors")
+    return load_file(file)
+
+
+def stop_at(stage: int, trainer: type[CLTrainer]) -> type[CLTrainer]:
+    """The same method, killed when a stage is trained but not saved."""
+
+    class Killed(trainer):
+        def end_stage(self):
+            super().end_stage()
+            if self.stage.index == stage:
+                raise KeyboardInterrupt
+
+    Killed.__module__ = trainer.__module__  # the same method as far as the manifest goes
+    return Killed
+
+
+@pytest.mark.parametrize("name", [m for m in METHODS if m not in ELSEWHERE])
+def test_a_method_killed_and_resumed_ends_in_the_same_bytes_and_is_evaluated(name, options, tmp_path):
+    trainer, config = method(name)
+    options = small(options, name)
+    whole = train(options, trainer, config)
+    again = {**options, "output_dir": str(tmp_path / "again")}
+    for stage in (2, 3):
+        with pytest.raises(KeyboardInterrupt):
+            train(again, stop_at(stage, trainer), config)
+        assert not Run.open(again["output_dir"]).stages[stage].is_trained
+    resumed = train(again, trainer, config)
+    for stage in (1, 2, 3):
+        a, b = (sorted(r.stages[stage].checkpoint.glob("*.safetensors")) for r in (whole, resumed))
+        assert [f.read_bytes() for f in a] == [f.read_bytes() for f in b], stage
+        states = [sorted(r.stages[stage].method_state.glob("*")) for r in (whole, resumed)]
+        assert [f.read_bytes() for f in states[0]] == [f.read_bytes() for f in states[1]]
+    evaluate.evaluate(resumed)
+    R = report.score_matrix(resumed)
+    seen = np.eye(3, dtype=bool) if name == "single" else np.tril(np.ones((3, 3), dtype=bool))
+    assert not np.isnan(R[0]).any() and (np.isnan(R[1:]) == ~seen).all()
+    assert str(report.write_report(resumed)).endswith(".") or (resumed.path / "report.md").exists()
+
+
+@pytest.mark.parametrize("name", ["sequential", "single", "ewc", "lwf", "agem", "gem", "ogd", "replay"])
+def test_full_fine_tuning(name, options):
+    trainer, config = method(name)
+    run = train({**small(options, name), "tasks": THREE[:2], "use_peft": False, "learning_rate": 1e-4}, trainer, config)
+    assert run.stages[2].checkpoint.name == "model"
+    changed = weights(run, 1), weights(run, 2)
+    assert any(not torch.equal(changed[0][k], changed[1][k]) for k in changed[0])
+
+
+# ------------------------------------------------------------------------------------------------ bounds and baselines
+
+
+def test_single_does_not_depend_on_the_stage_before(options, tmp_path):
+    trainer, config = method("single")
+    both = train(options, trainer, config)
+    alone = train({**options, "tasks": options["tasks"][1:], "output_dir": str(tmp_path / "alone")}, trainer, config)
+    a, b = weights(both, 2), weights(alone, 1)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    evaluate.evaluate(both)
+    assert np.isnan(report.score_matrix(both)[2, 0]) and not np.isnan(report.score_matrix(both)[2, 1])
+
+
+def test_joint_is_one_stage_on_all_rows(options):
+    trainer, config = method("joint")
+    run = train({**small(options, "joint"), "epochs": [1.0, 2.0, 1.0]}, trainer, config)
+    assert [s.name for s in run.stages] == ["0_base", "1_joint"]
+    record = read_json(run.stages[1].train_file)
+    assert record["rows"] == 16 + 2 * 16 + 16 and record["epochs"] == 1
+    assert evaluate.evaluate(run) == 2 * 3, "the joint model is evaluated on all tasks"
+    assert not np.isnan(report.score_matrix(run)).any()
+    with pytest.raises(ConfigError, match="whole numbers"):
+        train({**small(options, "joint"), "epochs": [1.0, 1.5, 1.0]}, trainer, config)
+
+
+def test_icl_trains_nothing_and_puts_demonstrations_before_each_prompt(options):
+    trainer, config = method("icl")
+    run = train({**options, "max_prompt_length": 1000}, trainer, config)
+    assert evaluate.evaluate(run) == 2 and [s.name for s in run.stages] == ["0_base"]
+    import json
+
+    task = "trace_numglue_ds"
+    samples = [json.loads(line) for line in run.stages[0].samples_file(task).read_text().splitlines()]
+    assert all(s["prompt"].count("Solve the following math problem.") == 7 for s in samples), "six and the question"
+    tested = {r["prompt"] for r in data.read_split(data.find_data("demo"), "NumGLUE-ds", "test")}
+    for s in samples:
+        shots = s["prompt"].split("\n\n")[:-1]
+        assert not any(shot.startswith(t) for shot in shots for t in tested), "no test row is a demonstration"
+    with pytest.raises(ConfigError, match="num_fewshot=-1"):
+        train({**options, "num_fewshot": -1}, trainer, config)
+
+
+# --------------------------------------------------------------------------------------------------------------- replay
+
+
+def answers(trainer: CLTrainer, rows) -> list[str]:
+    return [trainer.tokenizer.decode(r["input_ids"]) for r in rows]
+
+
+def replay_spy():
+    """The replay trainer, which notes the rows of each stage and the order in which batches see them."""
+    trainer, config = method("replay")
+
+    class Spy(trainer):
+        sets, order = {}, {}
+
+        def stage_dataset(self, stage):
+            dataset = super().stage_dataset(stage)
+            type(self).sets[stage.index] = [tuple(r) for r in dataset["input_ids"]]
+            return dataset
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            rows = type(self).order.setdefault(self.stage.index, [])
+            rows += [
+                tuple(ids[mask.bool()].tolist())
+                for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+            ]
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    return Spy, config
+
+
+def test_replay_sees_exactly_its_rows_after_the_stage_s_own(options):
+    spy, config = replay_spy()
+    options = {**small(options, "replay"), "replay_ratio": 0.25, "replay_choice": "first", "num_train_epochs": 2.0}
+    options |= {"alignment_rows": 5, "replay": "after"}
+    run = train(options, spy, config)
+    own = {t: [tuple(i) for i in rows_of(run, t, options)] for t in THREE}
+    root = data.find_data("demo")
+    tested = {r["prompt"] for t in THREE for r in data.read_split(root, data.FOLDERS[t], "test")}
+    for stage in (1, 2, 3):
+        record = read_json(run.stages[stage].train_file)
+        assert record["replayed"] == {**dict.fromkeys(THREE[: stage - 1], 4), "alignment": 5}
+        earlier = [row for t in THREE[: stage - 1] for row in own[t][:4]]
+        assert spy.sets[stage][:16] == own[THREE[stage - 1]]
+        assert spy.sets[stage][16:-5] == earlier
+        order = spy.order[stage]
+        assert sorted(order[:32]) == sorted(2 * own[THREE[stage - 1]]), "two epochs of its own rows first"
+        assert sorted(order[:16]) == sorted(order[16:32]) and order[:16] != order[16:32], "shuffled anew"
+        assert sorted(order[32:]) == sorted(spy.sets[stage][16:]), "then the replayed rows once"
+        texts = [run_tokenizer(options).decode(row) for row in spy.sets[stage]]
+        assert not any(t in text for text in texts for t in tested), "no test row is trained on"
+
+
+def rows_of(run: Run, task: str, options: dict) -> list[list[int]]:
+    rows = data.training_rows(data.load_tasks([task])[task], options["train_rows"])
+    prompts, targets = zip(*rows, strict=True)
+    examples = data.example_ids(run_tokenizer(options), prompts, targets, options["max_prompt_length"], 512)
+    return [e["input_ids"] for e in examples]
+
+
+def run_tokenizer(options: dict):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(options["model_name_or_path"])
+
+
+def test_mixed_replay_is_part_of_every_epoch(options):
+    spy, config = replay_spy()
+    options = {**small(options, "replay"), "replay": "mixed", "replay_ratio": 0.5, "alignment_data": "none"}
+    run = train({**options, "num_train_epochs": 2.0}, spy, config)
+    assert read_json(run.stages[3].train_file)["rows"] == 16 + 8 + 8
+    assert sorted(spy.order[3]) == sorted(2 * spy.sets[3])
+    assert spy.sets[1] == spy.sets[1][:16], "nothing to replay at the first stage"
+
+
+def test_replay_checks_its_options_before_anything_starts(options, tmp_path):
+    trainer, config = method("replay")
+    for change, words in (
+        ({"replay_ratio": 2.0}, "replay_ratio=2.0"),
+        ({"replay": "before"}, "replay='before'"),
+        ({"replay_choice": "last"}, "replay_choice='last'"),
+        ({"replay_ratio": 0.0, "alignment_data": "none"}, "nothing to replay"),
+        ({"alignment_data": str(tmp_path / "no.json")}, "no alignment set"),
+        ({"max_steps": 3}, "max_steps=3"),
+    ):
+        with pytest.raises((ConfigError, data.DataError), match=words):
+            train({**small(options, "replay"), **change}, trainer, config)
+    assert not Path(options["output_dir"]).exists()
+
+
+def test_another_alignment_set_behind_the_same_path_is_refused(options, tmp_path):
+    import json
+
+    from trace_bench.run import RunError
+
+    trainer, config = method("replay")
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps([{"prompt": "Say hello.", "answer": "Hello."}] * 3))
+    options = {**small(options, "replay"), "tasks": THREE[:1], "alignment_data": str(file)}
+    run = train(options, trainer, config)
+    assert read_json(run.stages[1].train_file)["replayed"] == {"alignment": 3}
+    file.write_text(json.dumps([{"prompt": "Say hello.", "answer": "Hi."}] * 3))
+    with pytest.raises(RunError, match=r"alignment\.fingerprint"):
+        train(options, trainer, config)
+
+
+@pytest.mark.parametrize("how", ["first", "random", "balanced"])
+def test_the_choice_of_remembered_rows(how):
+    from datasets import Dataset
+
+    from trainers.memory import choose_rows
+
+    # Answer 1 is rare: 4 of 40 rows.
+    rows = Dataset.from_list([{"input_ids": [i, 9], "labels": [-100, 1 if i % 10 == 7 else 2]} for i in range(40)])
+    chosen = choose_rows(rows, 8, how, seed=3)
+    assert chosen["input_ids"] == sorted(chosen["input_ids"]) and len({r[0] for r in chosen["input_ids"]}) == 8
+    assert choose_rows(rows, 8, how, seed=3)["input_ids"] == chosen["input_ids"], "the same ones at every stage"
+    assert len(choose_rows(rows, 100, how, seed=3)) == 40
+    rare = sum(labels[1] == 1 for labels in chosen["labels"])
+    if how == "first":
+        assert [r[0] for r in chosen["input_ids"]] == list(range(8))
+    else:
+        assert choose_rows(rows, 8, how, seed=4)["input_ids"] != chosen["input_ids"]
+    if how == "balanced":
+        assert rare == 4
+
+
+# ------------------------------------------------------------------------------------------------------------------ EWC
+
+
+def probe(options, name: str, stage: int, look, **changes):
+    """Trains up to a stage and returns what `look(trainer)` sees at its first step, before the gradient is adjusted."""
+    trainer, config = method(name)
+    seen = []
+
+    class Probe(trainer):
+        def adjust_gradients(self, model):
+            if self.stage.index == stage and not seen:
+                seen.append(look(self, super().adjust_gradients))
+            else:
+                super().adjust_gradients(model)
+
+    Probe.__module__ = trainer.__module__
+    train({**small(options, name, **changes), "tasks": THREE[:stage]}, Probe, config)
+    return seen[0]
+
+
+EXACT = {"bf16": False, "lora_dropout": 0.0, "dtype": "float32"}
+
+
+def test_the_ewc_penalty_is_zero_at_the_anchor_and_its_gradient_is_autograd_s(options):
+    def look(trainer, adjust):
+        # The first step of stage 2 is at the anchor, the end of stage 1.
+        before = {n: p.grad.clone() for n, p in trainer.trained().items()}
+        adjust(trainer.model)
+        anchored = max(
+            (p.grad - before[n]).abs().max() / (1e-12 + before[n].abs().max()) for n, p in trainer.trained().items()
+        )
+        errors, fishers = [], []
+        for name, p in trainer.trained().items():
+            F = trainer.state_tensors[f"P/{name}"]
+            anchor = p.detach().clone()
+            moved = (anchor + 0.1 * torch.randn_like(anchor)).requires_grad_()
+            penalty = trainer.config.ewc_lambda / 2 * (F * (moved - anchor) ** 2).sum()
+            (wanted,) = torch.autograd.grad(penalty, moved)
+            got = trainer.penalty_gradient(name, moved)
+            errors.append(float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-12)))
+            fishers.append(float(F.sum()))
+        return float(anchored), max(errors), min(fishers), max(fishers)
+
+    anchored, error, least, most = probe(options, "ewc", 2, look, **EXACT, ewc_lambda=1.0)
+    assert anchored < 1e-5 and error < 1e-3
+    assert least >= 0 and most > 0
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_ewc_state_after_two_tasks(options, online):
+    """Both variants need two tensors per parameter; offline they are the sums over the tasks' own anchors."""
+    trainer, config = method("ewc")
+    fishers, anchors = [], []
+
+    class Spy(trainer):
+        def fisher(self):
+            result = super().fisher()
+            fishers.append(result)
+            anchors.append({n: p.detach().clone() for n, p in self.trained().items()})
+            return result
+
+    Spy.__module__ = trainer.__module__
+    run = train({**small(options, "ewc"), **EXACT, "ewc_online": online, "ewc_gamma": 0.5}, Spy, config)
+    state = load_file(run.stages[2].method_state / "state.safetensors")
+    for name in fishers[0]:
+        (a, b), (x, y) = (f[name] for f in fishers[:2]), (c[name] for c in anchors[:2])
+        P, Q = (0.5 * a + b, (0.5 * a + b) * y) if online else (a + b, a * x + b * y)
+        torch.testing.assert_close(state[f"P/{name}"], P)
+        torch.testing.assert_close(state[f"Q/{name}"], Q)
+    sizes = [sum(f.stat().st_size for f in s.method_state.glob("*")) for s in run.stages[1:]]
+    assert len(set(sizes)) == 1, "flat in the number of tasks"
+
+
+def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(options):
+    trainer, config = method("ewc")
+    pairs = []
+
+    class Spy(trainer):
+        def fisher(self):
+            result = super().fisher()
+            rows = self.task_dataset(self.stage.task)
+            by_hand = {n: torch.zeros_like(p) for n, p in self.trained().items()}
+            for batch in self.batches(rows, 1):
+                self.model.zero_grad()
+                self.model(**batch).loss.backward()  # transformers' own loss, of one row
+                for n, p in self.trained().items():
+                    by_hand[n] += p.grad**2 / len(rows)
+            self.model.zero_grad()
+            pairs.append((result, by_hand))
+            return result
+
+    train({**options, **EXACT, "tasks": THREE[:2], "train_rows": 6}, Spy, config)
+    assert len(pairs) == 2
+    for result, by_hand in pairs:
+        for name in result:
+            torch.testing.assert_close(result[name], by_hand[name], rtol=1e-3, atol=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------- LwF
+
+
+def test_the_teacher_of_lwf_is_the_stage_before(options):
+    trainer, config = method("lwf")
+    seen = {}
+
+    class Spy(trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if self.stage.index not in seen:
+                logits, _ = self.answer_logits(self.model, inputs)
+                plain = CLTrainer.compute_loss(self, model, inputs, False, num_items_in_batch)
+                taught = self.answer_logits(self.teacher, inputs)[0] if self.teacher else None
+                trains = self.teacher is not None and any(p.requires_grad for p in self.teacher.parameters())
+                seen[self.stage.index] = (loss.item(), plain.item(), logits.detach(), taught, trains)
+            return loss
+
+    Spy.__module__ = trainer.__module__
+    train({**small(options, "lwf"), **EXACT}, Spy, config)
+    loss, plain, _, taught, _ = seen[1]
+    assert taught is None and loss == plain, "no teacher at the first stage"
+    for stage in (2, 3):
+        loss, plain, logits, taught, trains = seen[stage]
+        # At the first step the student is still the stage before: the teacher's very logits, and no distillation loss.
+        torch.testing.assert_close(logits, taught, rtol=1e-3, atol=1e-4)
+        assert loss == pytest.approx(plain, rel=1e-3) and not trains
+
+
+def test_the_distillation_loss_is_the_divergence_from_the_teacher():
+    trainer, config = method("lwf")
+    instance = object.__new__(trainer)
+    instance.config = config(output_dir="x", lwf_temperature=2.0)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 11, requires_grad=True), torch.randn(5, 11)
+    loss = instance.distillation(student, teacher)
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    assert loss.item() == pytest.approx((4 * (p * (p / q).log()).sum()).item(), rel=1e-5)
+    assert instance.distillation(teacher, teacher).item() == pytest.approx(0, abs=1e-5)
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient, 2 * (q - p).detach(), rtol=1e-4, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- GEM and A-GEM
+
+
+def gem_step(name: str, gradients: list[torch.Tensor], step: torch.Tensor, **changes) -> torch.Tensor:
+    """What a method makes of a step's gradient, given the gradients on the memories."""
+    from datasets import Dataset
+
+    trainer, config = method(name)
+    instance = object.__new__(trainer)
+    instance.config = config(output_dir="x", **changes)
+    parameter = torch.nn.Parameter(torch.zeros_like(step))
+    parameter.grad = step.clone()
+    instance.trained = lambda: {"w": parameter}
+    instance.memory = {f"task {i}": Dataset.from_list([{"i": i}]) for i in range(len(gradients))}
+    instance.drawn = lambda rows: rows
+    instance.loss_gradient = lambda rows: {"w": torch.stack([gradients[i] for i in rows["i"]]).mean(0)}
+    instance.adjust_gradients(None)
+    return parameter.grad
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_gem_projects_to_what_a_qp_solver_finds(seed):
+    from scipy.optimize import minimize
+
+    torch.manual_seed(seed)
+    memory = list(torch.randn(1 + seed % 4, 12))
+    if seed % 5 == 0:
+        memory.append(memory[0].clone())  # two tasks with one gradient: the dual has no unique solution
+    step = torch.randn(12)
+    step *= 10.0 ** -(seed % 7)  # gradients of language models are small
+    memory = [m * 10.0 ** -(seed % 7) for m in memory]
+    x = gem_step("gem", memory, step, gem_margin=0.0)
+    scale = float(step.norm())
+    M = torch.stack(memory).double().numpy() / scale
+    g = step.double().numpy() / scale
+    if (M @ g >= 0).all():
+        assert torch.equal(x, step), "a gradient that does not conflict is left alone"
+        return
+    # The primal problem of the paper (equation 8): the nearest vector with no negative product.
+    wanted = minimize(
+        lambda z: ((z - g) ** 2).sum() / 2,
+        g,
+        jac=lambda z: z - g,
+        constraints={"type": "ineq", "fun": lambda z: M @ z, "jac": lambda z: M},
+        method="SLSQP",
+        options={"maxiter": 500, "ftol": 1e-12},
+    )
+    np.testing.assert_allclose(x.double().numpy() / scale, wanted.x, atol=2e-4)
+    assert (M @ (x.double().numpy() / scale) > -1e-5).all()
+
+
+def test_the_margin_of_gem_is_the_least_weight():
+    from trainers.gem import solve_dual
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        M, g = rng.normal(size=(3, 10)), rng.normal(size=10)
+        P, c = M @ M.T, M @ g
+        v = solve_dual(P, c, 0.5)
+        assert (v >= 0.5).all()
+        # Optimal: the slope is zero where v is free and not negative where it is at its bound.
+        slope = P @ v + c
+        assert (slope > -1e-8).all() and np.abs(slope[v > 0.5 + 1e-9]).max(initial=0) < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_agem_takes_off_what_conflicts_and_nothing_else(seed):
+    torch.manual_seed(seed)
+    memory, step = torch.randn(2, 8), torch.randn(8)
+    mean = memory.mean(0)
+    for g in (step, -step):
+        x = gem_step("agem", list(memory), g)
+        if g @ mean >= 0:
+            assert torch.equal(x, g)
+        else:
+            assert abs(x @ mean) < 1e-5
+            torch.testing.assert_close(x - g, -(g @ mean) / (mean @ mean) * mean)
+
+
+@pytest.mark.parametrize("name", ["gem", "agem"])
+def test_the_memory_gradient_is_the_loss_gradient_of_remembered_rows(options, name):
+    def look(trainer, adjust):
+        rows = trainer.drawn(next(iter(trainer.memory.values())))
+        ours = trainer.loss_gradient(rows)
+        kept = {n: p.grad.clone() for n, p in trainer.trained().items()}
+        same = all(torch.equal(kept[n], p.grad) for n, p in trainer.trained().items())
+        trainer.model.zero_grad()
+        (batch,) = trainer.batches(rows, len(rows))
+        trainer.model(**batch).loss.backward()
+        theirs = {n: p.grad.clone() for n, p in trainer.trained().items()}
+        for n, p in trainer.trained().items():
+            p.grad = kept[n]
+        adjust(trainer.model)
+        after = sum(float((ours[n] * p.grad).sum()) for n, p in trainer.trained().items())
+        norm = sum(float((g**2).sum()) for g in ours.values())
+        texts = answers(trainer, rows)
+        return ours, theirs, same, after / norm, texts
+
+    ours, theirs, untouched, product, texts = probe(options, name, 2, look, **EXACT, memory_rows=8)
+    assert untouched, "the step's own gradient is left alone"
+    for n in ours:
+        torch.testing.assert_close(ours[n], theirs[n], rtol=1e-3, atol=1e-7)
+    assert product > -1e-4, "the step does not go against the memory"
+    assert len(texts) == 8 and all("Stance:" in t for t in texts), "rows of the first task"
+
+
+# ------------------------------------------------------------------------------------------------------------------ OGD
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
+def test_every_step_of_ogd_is_orthogonal_to_what_is_stored(options, optimizer):
+    trainer, config = method("ogd")
+    products, lengths, sizes = [], [], {}
+
+    class Spy(trainer):
+        def train(self):
+            before = {n: p.detach().clone() for n, p in self.trained().items()}
+            result = super().train()
+            sizes[self.stage.index] = len(next(iter(self.basis.values()))) if self.basis else 0
+            if self.basis:
+                step = {n: (p.detach() - before[n]).double() for n, p in self.trained().items()}
+                along = sum(self.basis[n].flatten(1).double() @ step[n].flatten() for n in step)
+                norm = sum(float((s**2).sum()) for s in step.values()) ** 0.5
+                products.append(float(along.abs().max()) / norm)
+                lengths.append(norm)
+                basis = sum(b.flatten(1).double() @ b.flatten(1).double().T for b in self.basis.values())
+                torch.testing.assert_close(basis, torch.eye(len(basis), dtype=torch.float64), atol=1e-4, rtol=0)
+            return result
+
+    Spy.__module__ = trainer.__module__
+    train({**small(options, "ogd"), **EXACT, "optim": optimizer, "learning_rate": 1e-2}, Spy, config)
+    assert sizes == {1: 0, 2: 4, 3: 6}, "four rows a task, six directions at most"
+    assert max(products) < 1e-4 and min(lengths) > 0
+
+
+def test_ogd_stores_the_gradients_of_the_answer_s_logits(options):
+    trainer, config = method("ogd")
+    seen = []
+
+    class Spy(trainer):
+        def end_stage(self):
+            super().end_stage()
+            if self.stage.index == 1:
+                rows = self.task_dataset(self.stage.task)
+                state = load_file(self.stage.method_state / "state.safetensors")
+                (batch,) = self.batches(rows.select([0]))
+                logits = self.model(**batch).logits[0, :-1]
+                labels = batch["labels"][0, 1:]
+                positions = labels != -100
+                output = logits[positions].gather(1, labels[positions][:, None]).mean()
+                parts = dict(
+                    zip(self.trained(), torch.autograd.grad(output, list(self.trained().values())), strict=True)
+                )
+                inside = sum(state[n].flatten(1).double() @ parts[n].flatten().double() for n in parts)
+                unit = sum(state[n].flatten(1).double().square().sum(1) for n in parts)
+                seen.append(
+                    (float((inside**2 / unit).sum()), sum(float((g.double() ** 2).sum()) for g in parts.values()))
+                )
+
+    Spy.__module__ = trainer.__module__
+    train({**options, **EXACT, "tasks": THREE[:1], "train_rows": 3, "ogd_rows": 3, "ogd_size": 3}, Spy, config)
+    inside, whole = seen[0]
+    assert inside == pytest.approx(whole, rel=1e-3), "a remembered row's gradient lies within the stored directions"
+
+
+def test_ogd_refuses_what_no_memory_holds(options):
+    trainer, config = method("ogd")
+    with pytest.raises(ConfigError, match="GiB"):
+        train({**options, "tasks": THREE[:1], "ogd_size": 10**9}, trainer, config)
+
+
+# --------------------------------------------------------------------------------------------------------------- O-LoRA
+
+
+def deltas(run: Run, stage: int) -> dict[str, torch.Tensor]:
+    """The change of each weight by the adapter of a stage, as PEFT merges it."""
+    import json
+
+    w = weights(run, stage)
+    config = json.loads((run.stages[stage].checkpoint / "adapter_config.json").read_text())
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+    return {n: scale * w[n.replace("lora_A", "lora_B")] @ w[n] for n in w if "lora_A" in n}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_adapter_of_olora_is_the_sum_of_its_parts(options, rslora):
+    run = train({**small(options, "olora"), **EXACT, "use_rslora": rslora}, *method("olora"))
+    for stage in (2, 3):
+        old, new = weights(run, stage - 1), weights(run, stage)
+        for name, tensor in new.items():
+            before, own = (tensor[:-4], tensor[-4:]) if "lora_A" in name else (tensor[:, :-4], tensor[:, -4:])
+            assert torch.equal(before, old[name]), "the earlier adapters are frozen"
+            assert own.shape[0 if "lora_A" in name else 1] == 4
+        w = weights(run, stage)
+        scale = 32 / (4**0.5 if rslora else 4)
+        for name, delta in deltas(run, stage).items():
+            A, B = w[name], w[name.replace("lora_A", "lora_B")]
+            parts = sum(scale * B[:, k : k + 4] @ A[k : k + 4] for k in range(0, 4 * stage, 4))
+            torch.testing.assert_close(delta, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_a_stage_of_olora_starts_as_the_model_before_and_evaluates_as_merged(options):
+    from trace_bench import models
+
+    trainer, config = method("olora")
+    seen = []
+
+    class Spy(trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self.stage.index == 3 and not seen:
+                before = models.load_merged(
+                    options["model_name_or_path"], self.run.stages[2].checkpoint, dtype=torch.float32
+                )
+                with torch.no_grad():
+                    seen.append((self.answer_logits(model, inputs)[0], self.answer_logits(before, inputs)[0]))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    Spy.__module__ = trainer.__module__
+    train({**small(options, "olora"), **EXACT}, Spy, config)
+    torch.testing.assert_close(*seen[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_orthogonality_loss_of_olora(options):
+    def look(trainer, adjust):
+        loss = trainer.orthogonality_loss()
+        before = {n: p.grad.clone() for n, p in trainer.trained().items()}
+        adjust(trainer.model)
+        wanted = {}
+        for name, (past, new) in trainer.pairs().items():
+            leaf = new.detach().clone().requires_grad_()
+            (g,) = torch.autograd.grad((past.detach() @ leaf.T).abs().sum(), leaf)
+            wanted[name] = g
+        got = {n: trainer.trained()[n].grad - before[n] for n in wanted}
+        others = [n for n in before if n not in wanted and not torch.equal(before[n], trainer.trained()[n].grad)]
+        past = {n: p for n, p in trainer.model.named_parameters() if ".past." in n}
+        for p, new in trainer.pairs().values():  # rows of its own space: nothing overlaps
+            new.data -= new.data @ torch.linalg.pinv(p.data) @ p.data
+        return loss, got, wanted, others, any(p.requires_grad for p in past.values()), trainer.orthogonality_loss()
+
+    loss, got, wanted, others, past_trains, orthogonal = probe(options, "olora", 2, look, **EXACT, olora_lambda=1.0)
+    assert loss > 1 and orthogonal < 1e-3 * loss
+    assert wanted and not others and not past_trains
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def test_the_weight_of_olora_makes_the_subspaces_orthogonal(options, tmp_path):
+    losses = []
+    for weight in (0.0, 5.0):
+        run = train(
+            {
+                **small(options, "olora"),
+                **EXACT,
+                "olora_lambda": weight,
+                "max_steps": 30,
+                "learning_rate": 3e-3,
+                "output_dir": str(tmp_path / str(weight)),
+            },
+            *method("olora"),
+        )
+        losses.append(read_json(run.stages[2].train_file)["orthogonality_loss"])
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_olora_refuses_other_adapters(options):
+    for change, words in (({"use_peft": False}, "use_peft=false"), ({"use_dora": True}, "use_dora=True")):
+        with pytest.raises(ConfigError, match=words):
+            train({**options, **change}, *method("olora"))
+
+
+# -------------------------------------------------------------------------------------------------- gradient methods
+
+
+@pytest.mark.parametrize("name", ["ewc", "lwf", "gem", "agem", "ogd", "olora"])
+def test_accumulation_and_batch_size_take_the_same_step(name, options, tmp_path):
+    """The gradient after the method, for 1 x 8 and 4 x 2 rows."""
+    trainer, config = method(name)
+    gradients = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        seen = []
+
+        class Spy(trainer):
+            def adjust_gradients(self, model, seen=seen):
+                super().adjust_gradients(model)
+                if self.stage.index == 2:
+                    seen.append({n: p.grad.clone() for n, p in self.trained().items() if p.grad is not None})
+
+        # The first stage is the same in both: its rows in one batch. What differs is the division of the second one.
+        Spy.__module__ = trainer.__module__
+        first = {**small(options, name), **EXACT, "tasks": THREE[:2], "train_rows": 8, "max_steps": 1}
+        first |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": batch}
+        first |= {"output_dir": str(tmp_path / f"{batch}"), "optim": "sgd", "learning_rate": 0.1}
+        if name in ("gem", "agem"):
+            first["memory_rows"] = 8
+        train(first, Spy, config)
+        assert len(seen) == 1
+        gradients.append(seen[0])
+    for key in gradients[0]:
+        torch.testing.assert_close(gradients[0][key], gradients[1][key], rtol=5e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["ewc", "gem", "agem", "ogd", "olora"])
+def test_sharded_gradients_are_refused_at_the_start(name, options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=f"{name} needs whole gradients, and FSDP"):
+        train(options, *method(name))
+    assert not Path(options["output_dir"]).exists()
+
+
+def two_linear_tasks(project) -> tuple[float, float]:
+    """Two linear regressions on one weight vector whose answers agree on a known w.
+
+    Returns:
+        The loss on the first one after the second was learned, and the loss on the second. `project` changes a gradient
+        of the second, given the rows of the first and its gradient.
+    """
+    torch.manual_seed(0)
+    truth = torch.randn(6)
+    X1, X2 = torch.randn(3, 6), torch.randn(3, 6)
+    w = torch.zeros(6)
+
+    def gradient(X, w):
+        return X.T @ (X @ w - X @ truth) / len(X)
+
+    for _ in range(4000):
+        w -= 0.1 * gradient(X1, w)
+    for _ in range(4000):
+        w -= 0.1 * project(gradient(X2, w), X1, gradient(X1, w))
+    return float(((X1 @ (w - truth)) ** 2).mean()), float(((X2 @ (w - truth)) ** 2).mean())
+
+
+def test_a_known_case_two_linear_tasks_with_a_common_solution():
+    """Three equations each in six unknowns: sequential training forgets the first, the others need not."""
+    forgot, learned = two_linear_tasks(lambda g, X, m: g)
+    assert forgot > 0.1 and learned < 1e-6
+
+    def ogd(g, X, m):
+        basis = torch.linalg.qr(X.T).Q
+        return g - basis @ (basis.T @ g)
+
+    assert max(two_linear_tasks(ogd)) < 1e-6, "orthogonal steps keep the first and find the common solution"
+    kept, learned = two_linear_tasks(lambda g, X, m: gem_step("agem", [m], g))
+    assert kept < 0.1 * forgot and learned < 1e-3
+    kept, learned = two_linear_tasks(lambda g, X, m: gem_step("gem", [m], g, gem_margin=0.0))
+    assert kept < 0.1 * forgot and learned < 1e-3

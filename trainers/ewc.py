@@ -1,0 +1,106 @@
+r"""Elastic weight consolidation: parameters that mattered to earlier tasks are held back.
+
+Kirkpatrick et al. 2017 (arXiv 1612.00796): when training task t, the penalty
+\lambda/2 \sum_{k<t} \sum_i F_{k,i} (\theta_i - \theta^*_{k,i})^2 is added to the loss, with \theta^*_k the parameters
+after task k and F_k the diagonal of the Fisher information there: the mean over rows of the squared gradient of the
+row's loss. The loss here is the task's alone, without the penalty.
+
+By default the online variant (Schwarz et al. 2018, arXiv 1805.06370): one anchor, the newest parameters,
+and one running sum F = \gamma F + F_k. `ewc_online: false` keeps every task's own anchor. In both cases the gradient
+of the penalty is \lambda (P \theta - Q) with two tensors per parameter, so the memory does not grow with the tasks.
+
+Differences from the official TRACE code: it sums squared, clipped gradients of mini-batches during training, penalty
+included, with a weight of 1. The gradient of a mean over a batch is not a row's, and the sum depends on the batch size.
+
+    python -m trainers.ewc --config trainers/configs/quickstart.yaml --output_dir runs/ewc
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.memory import choose_rows
+
+
+@dataclass
+class EWCConfig(CLConfig):
+    """As CLConfig, and the strength of the penalty.
+
+    Args:
+        ewc_lambda: Weight of the penalty.
+        ewc_online: One anchor and a running Fisher, rather than one of each per task.
+        ewc_gamma: How much of the running Fisher is kept at each stage (online).
+        ewc_rows: Training rows that the Fisher information is estimated on.
+    """
+
+    ewc_lambda: float = field(default=1e4, metadata={"help": "Weight of the penalty."})
+    ewc_online: bool = field(default=True, metadata={"help": "One anchor and a running Fisher."})
+    ewc_gamma: float = field(default=1.0, metadata={"help": "How much of the running Fisher is kept at each stage."})
+    ewc_rows: int = field(default=256, metadata={"help": "Training rows for the Fisher information."})
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        super().__post_init__()
+        if self.ewc_lambda < 0 or not 0 <= self.ewc_gamma <= 1 or self.ewc_rows < 1:
+            raise ConfigError(
+                f"ewc_lambda={self.ewc_lambda}, ewc_gamma={self.ewc_gamma}, ewc_rows={self.ewc_rows}: lambda is at "
+                "least 0, gamma from 0 to 1, and at least one row is needed."
+            )
+
+
+class EWCTrainer(CLTrainer):
+    """A stage with the penalty of the earlier ones.
+
+    State: "P/<name>" = the sum of the Fisher information, "Q/<name>" = the sum of Fisher information times anchor, in
+    float32: twice the trained parameters, whatever the number of tasks.
+    """
+
+    config: EWCConfig
+
+    def begin_stage(self) -> None:
+        """Loads the penalty."""
+        self.state_tensors = self.load_state()
+
+    def penalty_gradient(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        """The gradient of the penalty at a parameter; zero at the anchor."""
+        precision, pull = self.state_tensors[f"P/{name}"], self.state_tensors[f"Q/{name}"]
+        return self.config.ewc_lambda * (precision * parameter.detach().float() - pull)
+
+    def adjust_gradients(self, model: Any) -> None:
+        """Adds the gradient of the penalty."""
+        for name, parameter in self.trained().items() if self.state_tensors else ():
+            if parameter.grad is not None:
+                parameter.grad.add_(self.penalty_gradient(name, parameter).to(parameter.grad.dtype))
+
+    def fisher(self) -> dict[str, torch.Tensor]:
+        """The diagonal of the Fisher information at the present parameters, on rows of the stage's own task."""
+        assert self.model is not None and self.stage.task is not None
+        rows = choose_rows(self.task_dataset(self.stage.task), self.config.ewc_rows, "random", self.config.seed)
+        self.model.eval()  # without dropout
+        total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.trained().items()}
+        for i in range(len(rows)):
+            for name, gradient in self.loss_gradient(rows.select([i])).items():
+                total[name] += gradient.float() ** 2 / len(rows)
+        return total
+
+    def end_stage(self) -> None:
+        """Adds this task's Fisher information to the penalty of the stages to come."""
+        state = {}
+        for name, new in self.fisher().items():
+            anchor = self.trained()[name].detach().float()
+            old = self.state_tensors.get(f"P/{name}", torch.zeros_like(new))
+            if self.config.ewc_online:
+                state[f"P/{name}"] = self.config.ewc_gamma * old + new
+                state[f"Q/{name}"] = state[f"P/{name}"] * anchor
+            else:
+                state[f"P/{name}"] = old + new
+                state[f"Q/{name}"] = self.state_tensors.get(f"Q/{name}", torch.zeros_like(new)) + new * anchor
+        self.save_state(state)
+
+
+if __name__ == "__main__":
+    main(EWCTrainer, EWCConfig)

@@ -1,0 +1,91 @@
+r"""Learning without forgetting: on the new task's rows, the model is held to what the model before would say.
+
+Li and Hoiem 2016 (arXiv 1606.09282): the loss of the new task plus \lambda times a distillation loss from the model of
+the stage before (the teacher), on the new rows. For a language model the "outputs" are the distributions over the next
+token at the answer's positions; the distillation loss is T^2 KL(teacher || student) at temperature T = 2 (the paper's
+and the official TRACE code's), per answer token like the loss itself. The first stage has no teacher: plain training.
+
+The official TRACE code takes the divergence with its arguments exchanged and over a batch of logits kept on the disk,
+which fit the rows only while the batches come in the same order.
+
+    python -m trainers.lwf --config trainers/configs/quickstart.yaml --output_dir runs/lwf
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+
+from trace_bench import models
+from trainers.base import CLConfig, CLTrainer, ConfigError, main
+
+
+@dataclass
+class LwFConfig(CLConfig):
+    """As CLConfig, and the distillation.
+
+    Args:
+        lwf_lambda: Weight of the distillation loss.
+        lwf_temperature: Temperature of both distributions.
+    """
+
+    lwf_lambda: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
+    lwf_temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation."})
+
+    def __post_init__(self) -> None:
+        """Checks the numbers."""
+        super().__post_init__()
+        if self.lwf_lambda < 0 or self.lwf_temperature <= 0:
+            raise ConfigError(
+                f"lwf_lambda={self.lwf_lambda}, lwf_temperature={self.lwf_temperature}: the weight is at least 0, the "
+                "temperature above 0."
+            )
+
+
+class LwFTrainer(CLTrainer):
+    """A stage with the model of the stage before as its teacher."""
+
+    config: LwFConfig
+
+    def begin_stage(self) -> None:
+        """Loads the teacher: a second model in memory."""
+        self.teacher = None
+        if self.stage.index > 1:
+            args = self.model_args
+            self.teacher = models.load_merged(
+                args.model_name_or_path,
+                self.run.stages[self.stage.index - 1].checkpoint,
+                args.model_revision,
+                dtype=args.dtype,
+                trust_remote_code=self.config.trust_remote_code,
+                **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+            )
+            self.teacher.requires_grad_(False).eval().to(self.accelerator.device)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The task's loss and the distillation from the teacher, per answer token."""
+        if self.teacher is None or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        logits, target = self.answer_logits(model, inputs)
+        with torch.no_grad():
+            taught, _ = self.answer_logits(self.teacher, inputs)
+        total = cross_entropy(logits, target, reduction="sum") + self.config.lwf_lambda * self.distillation(
+            logits, taught
+        )
+        self.count_tokens(model, inputs)
+        return self.per_token(total, len(target), num_items_in_batch)
+
+    def distillation(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
+        """T^2 KL(teacher || student), summed over the positions."""
+        t = self.config.lwf_temperature
+        student, teacher = log_softmax(logits / t, dim=-1), log_softmax(taught / t, dim=-1)
+        return t * t * kl_div(student, teacher, reduction="sum", log_target=True)
+
+
+if __name__ == "__main__":
+    main(LwFTrainer, LwFConfig)

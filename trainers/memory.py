@@ -1,0 +1,109 @@
+"""The memory of earlier tasks that replay, GEM and A-GEM keep: which rows, and gradients on them.
+
+The rows are not copied. They are chosen again from the training data at every stage, the same ones each time: the
+choice depends on the data and the seed alone, and the data is checked against the fingerprint of the run.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+
+from trainers.base import CLConfig, CLTrainer, ConfigError
+
+CHOICES = ["first", "random", "balanced"]
+
+
+def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
+    """Chooses the rows of a task that are remembered.
+
+    Args:
+        rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
+        count: How many; at most all of them are taken.
+        how: "first"; "random"; or "balanced": random, equally many of each answer as far as there are any. Where
+            every row has an answer of its own this is "random".
+        seed: Decides "random" and "balanced".
+
+    Returns:
+        The chosen rows, in the order of the data.
+    """
+    count = min(count, len(rows))
+    order = list(range(len(rows)))
+    if how != "first":
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    if how == "balanced":
+        seen: dict[tuple[int, ...], int] = defaultdict(int)
+        rank = {}
+        labels = rows["labels"]
+        for i in order:
+            answer = tuple(label for label in labels[i] if label != -100)
+            rank[i] = seen[answer]
+            seen[answer] += 1
+        order.sort(key=lambda i: rank[i])  # stable: all first ones, then all second ones
+    return rows.select(sorted(order[:count]))
+
+
+def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The scalar product of two gradients, in float64 so that nearly orthogonal ones are told apart."""
+    return sum((torch.dot(a[name].flatten().double(), b[name].flatten().double()) for name in a), torch.tensor(0.0))
+
+
+@dataclass
+class MemoryConfig(CLConfig):
+    """What the methods with a gradient memory share.
+
+    Args:
+        memory_rows: Rows kept of each earlier task.
+        memory_choice: Which rows: "first", "random" or "balanced".
+        memory_batch_size: Rows of the memory drawn for each gradient; None = as many as a step trains on.
+    """
+
+    memory_rows: int = field(default=256, metadata={"help": "Rows kept of each earlier task."})
+    memory_choice: str = field(default="random", metadata={"help": "Which rows are kept.", "choices": CHOICES})
+    memory_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows drawn from a memory for each gradient; default: those of a step."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        super().__post_init__()
+        for name in ("memory_rows", "memory_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is not allowed: use a number of at least 1.")
+
+
+class MemoryTrainer(CLTrainer):
+    """A trainer that knows some rows of each earlier task."""
+
+    config: MemoryConfig
+    memory: dict[str, Dataset]
+
+    def begin_stage(self) -> None:
+        """Chooses the rows of the earlier tasks."""
+        c = self.config
+        self.memory = {
+            task: choose_rows(self.task_dataset(task), c.memory_rows, c.memory_choice, c.seed)
+            for task in self.run.tasks[: self.stage.index - 1]
+        }
+
+    def drawn(self, rows: Dataset) -> Dataset:
+        """The rows of a memory that serve this step; the same ones on every process."""
+        size = self.config.memory_batch_size or (
+            self.args.per_device_train_batch_size
+            * self.args.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+        return rows.select(torch.randperm(len(rows), generator=generator)[:size].tolist())
+
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """The accumulated gradient of the step, by parameter."""
+        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.trained().items()}
+
+    def record(self) -> dict[str, object]:
+        """How many rows of each task were in the memory."""
+        return {"memory_rows": {task: len(rows) for task, rows in self.memory.items()}}

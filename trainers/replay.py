@@ -1,0 +1,182 @@
+"""Replay: rows of earlier tasks, and of an alignment set, are trained on again.
+
+Two variants (`replay`):
+
+- "after", as the paper and the official code have it ("Replay", section 4.1; `training/replay.py`): when the stage's
+  own rows are trained, one more epoch follows over a share of every earlier task and all of an alignment set; after
+  the first task that is the alignment set alone.
+- "mixed": the same rows are part of the stage's own training set, and so are seen in each of its epochs.
+
+The paper leaves open how much is replayed and how it is chosen: `replay_ratio` is the share of each earlier task (the
+official scripts' 0.1), `replay_choice` says which rows. The alignment set is LIMA in the official data, which has it as
+a folder `Lima`; any JSON list of prompts and answers will do, and "none" leaves it out.
+
+    python -m trainers.replay --config trainers/configs/quickstart.yaml --output_dir runs/replay
+    python -m trainers.replay --config trainers/configs/quickstart_rcl.yaml --tasks reasoning_order1   # RCL + replay
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+from torch.utils.data import Sampler
+
+from trace_bench import data
+from trace_bench.run import Stage
+from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.memory import CHOICES, choose_rows
+
+#: The alignment set's folder in the official archive and in the demo data.
+LIMA = "Lima"
+
+
+@dataclass
+class ReplayConfig(CLConfig):
+    """As CLConfig, and what is replayed.
+
+    Args:
+        replay: "after" the stage's own rows, or "mixed" with them.
+        replay_ratio: Share of each earlier task's training rows; 0 = none.
+        replay_choice: Which rows: "first", "random", or "balanced" over the answers.
+        alignment_data: The alignment set: a JSON file of prompts and answers, a folder with train.json, or "none".
+            None takes the folder Lima in the data.
+        alignment_rows: The first so many rows of the alignment set; None = all.
+    """
+
+    replay: str = field(default="after", metadata={"help": "When rows are replayed.", "choices": ["after", "mixed"]})
+    replay_ratio: float = field(default=0.1, metadata={"help": "Share of each earlier task's rows; 0 = none."})
+    replay_choice: str = field(default="random", metadata={"help": "Which rows are replayed.", "choices": CHOICES})
+    alignment_data: str | None = field(
+        default=None,
+        metadata={"help": "Alignment set: JSON file, folder with train.json, or none. Default: Lima in the data."},
+    )
+    alignment_rows: int | None = field(
+        default=None, metadata={"help": "First so many rows of the alignment set; default: all."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the share and finds the alignment set."""
+        super().__post_init__()
+        if not 0 <= self.replay_ratio <= 1:
+            raise ConfigError(f"replay_ratio={self.replay_ratio} is not allowed: use a share from 0 to 1.")
+        if self.alignment_rows is not None and self.alignment_rows < 1:
+            raise ConfigError(f"alignment_rows={self.alignment_rows} is not allowed: use a number of at least 1.")
+        if self.replay_ratio == 0 and self.alignment_data == "none":
+            raise ConfigError("replay_ratio=0 and alignment_data=none leave nothing to replay: that is sequential.")
+        if self.replay == "after" and self.max_steps > 0:
+            raise ConfigError(f"max_steps={self.max_steps} would cut the replay off, which comes last: use epochs.")
+
+
+def alignment_rows(config: ReplayConfig) -> list[dict[str, str]]:
+    """Reads the alignment set.
+
+    Raises:
+        DataError: if there is none, or a row is no prompt and answer.
+    """
+    if config.alignment_data == "none":
+        return []
+    if config.alignment_data is not None:
+        path = Path(config.alignment_data).expanduser()
+    else:
+        if not (data.needs_data(config.tasks)):
+            raise data.DataError("alignment_data is not set. Name a JSON file of prompts and answers, or none.")
+        path = data.find_data(os.environ.get("TRACE_DATA") or config.data) / LIMA
+    file = path / "train.json" if path.is_dir() else path
+    if not file.is_file():
+        raise data.DataError(
+            f"There is no alignment set at {file}. Set alignment_data to a JSON file (a list of objects with prompt "
+            "and answer) or to a folder with such a train.json, or to none."
+        )
+    return data.read_rows(file)[: config.alignment_rows]
+
+
+class ReplayTrainer(CLTrainer):
+    """A stage with replayed rows, after its own or among them."""
+
+    config: ReplayConfig
+
+    @classmethod
+    def prepare(cls, config: ReplayConfig, model_args: Any) -> dict[str, Any]:
+        """Reads the alignment set, whose content becomes part of the manifest."""
+        rows = alignment_rows(config)
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+        return {"alignment": {"rows": len(rows), "fingerprint": digest}}
+
+    def stage_dataset(self, stage: Stage) -> Dataset:
+        """The task's own rows first, then the replayed ones."""
+        own = super().stage_dataset(stage)
+        replayed = self.replayed(stage)
+        self.own_rows = len(own)
+        self.replay_record = {name: len(rows) for name, rows in replayed.items()}
+        return concatenate_datasets([own, *replayed.values()])
+
+    def replayed(self, stage: Stage) -> dict[str, Dataset]:
+        """The replayed rows of a stage, by earlier task, and "alignment"."""
+        c = self.config
+        parts = {}
+        for task in self.run.tasks[: stage.index - 1] if c.replay_ratio else ():
+            rows = self.task_dataset(task)
+            parts[task] = choose_rows(rows, max(1, round(c.replay_ratio * len(rows))), c.replay_choice, c.seed)
+        aligned = alignment_rows(c)
+        if aligned:
+            parts["alignment"] = self.text_dataset([(self._prompt(r["prompt"]), r["answer"]) for r in aligned])
+        return parts
+
+    def _prompt(self, text: str) -> str:
+        if not self.config.chat_template:
+            return text
+        return self._chat_template([{"role": "user", "content": text}])
+
+    def stage_args(self, stage: Stage) -> CLConfig:
+        """With replay after the own rows, all of it is one pass of HF's trainer: `_Phases` repeats the own rows."""
+        args = super().stage_args(stage)
+        self.own_epochs = args.num_train_epochs
+        if self.config.replay == "after":
+            args.num_train_epochs = 1
+        return args
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.config.replay == "mixed":
+            return super()._get_train_sampler(rows)
+        assert isinstance(rows, Dataset)
+        own, replayed = range(self.own_rows), range(self.own_rows, len(rows))
+        return _Phases(
+            super()._get_train_sampler(rows.select(own)),
+            round(self.own_epochs * len(own)),
+            super()._get_train_sampler(rows.select(replayed)) if replayed else [],
+            len(own),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """How many rows of what were replayed."""
+        return {"own_rows": self.own_rows, "own_epochs": self.own_epochs, "replayed": self.replay_record}
+
+
+class _Phases(Sampler):
+    """The own rows, shuffled anew in each of their epochs, then the replayed rows once."""
+
+    def __init__(self, own: Any, steps: int, replayed: Any, offset: int) -> None:
+        self.own, self.steps, self.replayed, self.offset = own, steps, replayed, offset
+
+    def __len__(self) -> int:
+        return self.steps + len(self.replayed)
+
+    def __iter__(self) -> Iterator[int]:
+        left = self.steps
+        while left:
+            epoch = list(self.own)[:left]
+            yield from epoch
+            left -= len(epoch)
+        yield from (self.offset + i for i in self.replayed)
+
+
+if __name__ == "__main__":
+    main(ReplayTrainer, ReplayConfig)
