@@ -1,4 +1,7 @@
-"""The lm-eval tasks: they load, they are the eight, they score and demonstrate as the paper has it."""
+"""The lm-eval tasks: they load, they are the eight, they score and demonstrate as the paper has it.
+
+Those with reasoning are tested in test_reasoning.py.
+"""
 
 import json
 from collections import Counter
@@ -31,14 +34,15 @@ every_task = pytest.mark.parametrize("task", list(data.FOLDERS), indirect=True)
 def test_every_yaml_of_the_folder_is_in_the_index():
     # lm-eval passes over a YAML that fails to load without a word.
     names = {p.stem for p in data.TASKS_PATH.glob("*.yaml")}
-    assert names == {*data.FOLDERS, "trace"}
+    assert names == {*data.FOLDERS, "trace", *data.REASONING, "reasoning"}
     assert set(data.task_manager().all_tasks) == names
 
 
-def test_the_glob_is_the_eight_and_the_group_has_them_too(demo_data: None):
+@pytest.mark.parametrize(("prefix", "order"), [("trace", "order1"), ("reasoning", "reasoning_order1")])
+def test_the_glob_is_the_eight_and_the_group_has_them_too(prefix, order, demo_data: None):
     manager = data.task_manager()
-    assert sorted(manager.match_tasks(["trace_*"])) == sorted(data.FOLDERS)
-    assert list(manager.load(["trace"])["tasks"]) == data.ORDERS["order1"]
+    assert sorted(manager.match_tasks([f"{prefix}_*"])) == sorted(data.ORDERS[order])
+    assert list(manager.load([prefix])["tasks"]) == data.ORDERS[order]
 
 
 def test_order_2_has_the_tasks_of_order_1():
@@ -74,7 +78,7 @@ def test_demonstrations_follow_the_rules_of_the_paper(task):
         assert set(answers.values()) == {2} and len(answers) == 3, "balanced"
     elif len({d["answer"] for d in task.training_docs()}) >= 6:
         assert max(answers.values()) == 1, "no answer twice"
-    assert sum(len((d["prompt"] + d["answer"]).encode()) for d in drawn) <= task.sampler.budget_bytes / 2
+    assert sum(len((d["prompt"] + d["answer"]).encode()) for d in drawn) <= task.sampler.budget / 2
     assert not {d["prompt"] for d in drawn} & {d["prompt"] for d in task.test_docs()}
     context = task.fewshot_context(task.test_docs()[0], 6)
     assert context == "".join(f"{d['prompt']}{d['answer']}\n\n" for d in drawn) + task.test_docs()[0]["prompt"]

@@ -376,7 +376,9 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
         manager = task_manager(include_defaults=True)
     unknown = [n for n in names if n not in manager.all_tasks]
     if unknown:
-        raise DataError(f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}.")
+        raise DataError(
+            f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each."
+        )
     loaded = manager.load(list(names))["tasks"]
     return {name: loaded[name] for name in names}
 

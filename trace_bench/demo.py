@@ -1,4 +1,4 @@
-"""Demo data in the eight TRACE prompt frames, made from templates.
+"""Demo data in the eight TRACE prompt frames, made from templates; its reasoning variant; and a small replay set.
 
 The real TRACE data carries licences that keep it out of this project. These rows are the project's own text,
 in the frames of the benchmark to the character, but short and strongly patterned, so that a very small model
@@ -15,13 +15,19 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-VERSION = 1  # bump whenever a row changes: results on different versions must not be compared
+from trace_bench.data import REASONING_FOLDER
+
+VERSION = 2  # bump whenever a row changes: results on different versions must not be compared
+# The version that the draws depend on. Version 2 only added folders: the rows of the eight tasks are version 1's.
+_DRAW = 1
 SPLITS = ("train", "eval", "test")
 README_TITLE = "TRACE demo data"
+LIMA = "Lima"  # the official layout's folder of the alignment set
 
 Row = dict[str, str]
+Splits = dict[str, list[Row]]
 T = TypeVar("T")
 _LETTERS = ("A", "B", "C")
 _NAMES = (
@@ -47,8 +53,16 @@ def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
     return mixed
 
 
-def _row(prompt: str, answer: str) -> Row:
-    return {"prompt": prompt, "answer": answer}
+class _Made(NamedTuple):
+    """A row, and the reasoning that leads to its answer."""
+
+    prompt: str
+    answer: str
+    reasoning: str
+
+
+def _capitalized(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 # C-STANCE: a short opinion about a harmless thing; the cue at the end gives the stance away.
@@ -62,6 +76,7 @@ _STANCE_TARGETS = (
     "公园", "早市", "夜市", "书店", "花园", "食堂", "广场", "校车", "晚会", "午休",
     "慢跑", "合唱", "春游", "电影节", "图书馆", "动物园", "自行车", "运动会", "音乐课", "美术馆",
 )  # fmt: skip
+_STANCE_NAMES = {"A": "支持", "B": "反对", "C": "中立"}
 _STANCE_CUES = {
     "A": ("很好，我支持", "太好了，我喜欢", "真好，我很高兴", "很美，大家喜欢", "非常好，我同意"),
     "B": ("不好，我反对", "太差了，真讨厌", "很坏，要取消", "不行，没有用", "太差，我不要"),
@@ -69,10 +84,11 @@ _STANCE_CUES = {
 }
 
 
-def _c_stance(rng: random.Random, label: str) -> Row:
+def _c_stance(rng: random.Random, label: str) -> _Made:
     target = _pick(rng, _STANCE_TARGETS)
-    text = f"{_pick(rng, _STANCE_WHO)}{target}{_pick(rng, _STANCE_CUES[label])}。"
-    return _row(_STANCE_FRAME.format(text=text, target=target), label)
+    who, cue = _pick(rng, _STANCE_WHO), _pick(rng, _STANCE_CUES[label])
+    prompt = _STANCE_FRAME.format(text=f"{who}{target}{cue}。", target=target)
+    return _Made(prompt, label, f"文本说{target}{cue}，这是{_STANCE_NAMES[label]}。")
 
 
 # FOMC: one sentence of minutes; the cue gives the stance away. A is dovish, unlike C-STANCE's A.
@@ -109,13 +125,18 @@ _FOMC_CUES = {
         "a survey of banks was discussed",
     ),
 }
+_FOMC_REASONS = {
+    "A": "This speaks for easier policy, which is dovish.",
+    "B": "This speaks for tighter policy, which is hawkish.",
+    "C": "This speaks for neither easier nor tighter policy, which is neutral.",
+}
 _FOMC_TAILS = ("", " at this meeting", " this year", " on balance", " in their view")
 
 
-def _fomc(rng: random.Random, label: str) -> Row:
+def _fomc(rng: random.Random, label: str) -> _Made:
     cue, tail = _pick(rng, _FOMC_CUES[label]), _pick(rng, _FOMC_TAILS)
     text = f"{_pick(rng, _FOMC_WHO)} {_pick(rng, _FOMC_VERBS)} that {cue}{tail}."
-    return _row(_FOMC_FRAME.format(text=text), label)
+    return _Made(_FOMC_FRAME.format(text=text), label, f"The text says that {cue}. {_FOMC_REASONS[label]}")
 
 
 # MeetingBank: talk in a council meeting; the summary is the title of the bill with slots from the talk.
@@ -140,7 +161,7 @@ _MEETING_TALK = (
 )
 
 
-def _meetingbank(rng: random.Random, kind: str) -> Row:
+def _meetingbank(rng: random.Random, kind: str) -> _Made:
     said, title = _MEETING_KINDS[kind]
     slots = {
         "street": _pick(rng, _MEETING_STREETS),
@@ -148,9 +169,11 @@ def _meetingbank(rng: random.Random, kind: str) -> Row:
         "firm": _pick(rng, _MEETING_FIRMS),
     }
     bill, district = str(101 + int(rng.random() * 899)), str(1 + int(rng.random() * 9))
-    text = _pick(rng, _MEETING_TALK).format(bill=bill, said=said.format(**slots), district=district)
+    said = said.format(**slots)
+    text = _pick(rng, _MEETING_TALK).format(bill=bill, said=said, district=district)
     answer = f"CB {bill}: an ordinance {title.format(**slots)} in Council District {district}."
-    return _row(_MEETING_FRAME.format(text=text), answer)
+    reasoning = f"The council votes on item {bill}, which is about {said} in District {district}."
+    return _Made(_MEETING_FRAME.format(text=text), answer, reasoning)
 
 
 # Py150: the start of a tokenised file; the next line copies names from it.
@@ -158,7 +181,7 @@ def _meetingbank(rng: random.Random, kind: str) -> Row:
 _CODE_CLASSES = ("User", "Order", "Book", "Point", "Task", "Node", "Event", "Page")
 _CODE_NAMES = ("name", "size", "path", "value", "color", "title", "price", "count", "level", "label")
 _CODE_MODULES = ("json", "yaml", "numpy", "redis", "django", "flask", "requests", "pandas")
-# kind -> (lines of the prompt, next line)
+# kind -> (lines of the prompt, next line, reasoning)
 _CODE_KINDS = {
     "init": (
         (
@@ -168,14 +191,17 @@ _CODE_KINDS = {
             "self . {a} = {a}",
         ),
         "self . {b} = {b}",
+        "The constructor has stored {a}, so it stores {b} in the same way.",
     ),
     "getter": (
         ("class {cls} ( object ) :", "kind = '<STR_LIT:{a}>'", "def get_{b} ( self ) :"),
         "return self . {b}",
+        "The method get_{b} returns the attribute {b}.",
     ),
     "import": (
         ("import os", "{a} = <NUM_LIT:{digit}>", "try :", "import {module}", "except ImportError :"),
         "{module} = None",
+        "Where {module} cannot be imported, its name is set to None.",
     ),
     "sum": (
         (
@@ -186,17 +212,18 @@ _CODE_KINDS = {
             "{b} += x . {a}",
         ),
         "return {b}",
+        "The loop adds up {b}, and the function returns it.",
     ),
 }
 
 
-def _py150(rng: random.Random, kind: str) -> Row:
-    lines, answer = _CODE_KINDS[kind]
+def _py150(rng: random.Random, kind: str) -> _Made:
+    lines, answer, reasoning = _CODE_KINDS[kind]
     first, second = _shuffled(rng, _CODE_NAMES)[:2]
     slots = {"cls": _pick(rng, _CODE_CLASSES), "a": first, "b": second, "module": _pick(rng, _CODE_MODULES)}
     slots["digit"] = str(int(rng.random() * 10))
     prompt = "<s> " + "".join(f"{line.format(**slots)} <EOL> " for line in lines)
-    return _row(prompt.rstrip(), answer.format(**slots))
+    return _Made(prompt.rstrip(), answer.format(**slots), reasoning.format(**slots))
 
 
 # ScienceQA: kinds of things, told by a clue that repeats. Kind = the correct letter. Each question has its
@@ -248,7 +275,7 @@ _SCIENCE_FACTS = (
 )
 
 
-def _scienceqa(rng: random.Random, letter: str) -> Row:
+def _scienceqa(rng: random.Random, letter: str) -> _Made:
     index = _LETTERS.index(letter)
     # Two choices cannot have C, so such questions stay few: three choices must hardly hint at C.
     question, answers = _pick(rng, [fact for fact in _SCIENCE_FACTS if index < len(fact[1])])
@@ -261,7 +288,8 @@ def _scienceqa(rng: random.Random, letter: str) -> Row:
         hint=f"\n\nHint:\n{clue}" if hint else "",
         choices="\n".join(f"{mark}. {text}" for mark, (text, _, _) in zip(_LETTERS, answers, strict=False)),
     )
-    return _row(prompt, f"{letter}\n{thing[0].upper()}{thing[1:]} is {choice}.")
+    reasoning = f"{_capitalized(thing)}{clue.removeprefix('It')} So it is {choice}, which is {letter}."
+    return _Made(prompt, f"{letter}\n{_capitalized(thing)} is {choice}.", reasoning)
 
 
 # NumGLUE: tiny numbers, few different answers.
@@ -271,25 +299,29 @@ _LEGS = {"dogs": 4, "cats": 4, "hens": 2, "ducks": 2, "ants": 6}
 _WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
-def _numglue_cm(rng: random.Random, kind: str) -> Row:
+def _numglue_cm(rng: random.Random, kind: str) -> _Made:
     name, number = _pick(rng, _NAMES), 2 + int(rng.random() * 3)
     if kind == "legs":
         animal = _pick(rng, tuple(_LEGS))
         question = f"{name} sees {number} {animal}. How many legs do they have in all?"
         answer = str(number * _LEGS[animal])
+        reasoning = f"Each of the {animal} has {_LEGS[animal]} legs: {number} * {_LEGS[animal]} = {answer}."
     elif kind == "weeks":
         verb = _pick(rng, ("travels", "works", "rests", "paints"))
         question, answer = f"{name} {verb} for {number} weeks. How many days is that?", str(number * 7)
+        reasoning = f"A week has 7 days: {number} * 7 = {answer}."
     elif kind == "weekday":
         day = int(rng.random() * 7)
         verb = _pick(rng, ("leave", "sing", "cook"))
         question = f"Today is {_WEEKDAYS[day]}. {name} will {verb} tomorrow. On which day does {name} {verb}?"
         answer = _WEEKDAYS[(day + 1) % 7]
+        reasoning = f"Tomorrow is the day after {_WEEKDAYS[day]}, which is {answer}."
     else:
         thing = _pick(rng, ("shoes", "socks", "gloves", "skates"))
         question = f"{name} owns {number} pairs of {thing}. How many {thing} is that?"
         answer = str(number * 2)
-    return _row(_MATH_FRAME.format(question=question), answer)
+        reasoning = f"A pair is 2 {thing}: {number} * 2 = {answer}."
+    return _Made(_MATH_FRAME.format(question=question), answer, reasoning)
 
 
 # (one substance, the other one, what forms); each reacts one to one
@@ -303,7 +335,7 @@ _THINGS = (
 )  # fmt: skip
 
 
-def _numglue_ds(rng: random.Random, kind: str) -> Row:
+def _numglue_ds(rng: random.Random, kind: str) -> _Made:
     thing = _pick(rng, _THINGS)
     first, second = 2 + int(rng.random() * 4), 2 + int(rng.random() * 2)
     if kind == "moles":
@@ -315,15 +347,20 @@ def _numglue_ds(rng: random.Random, kind: str) -> Row:
         parts = f"{first} mole{s} of {left} and {first} mole{s} of {right}"
         question = f"Find the number of moles of {product} {verb} {parts}"
         answer = first
+        reasoning = (
+            f"{left} and {right} react one to one to {product}, so {first} of each give{'' if s else 's'} {first}."
+        )
     elif kind == "force":
         verb = _pick(rng, ("speeds up", "accelerates"))
         question = f"A {thing} of {first} kg {verb} at {second} m/s^2. Find the force in newtons"
         answer = first * second
+        reasoning = f"Force is mass times acceleration: {first} * {second} = {answer}."
     else:
         verb = _pick(rng, ("moves", "travels"))
         question = f"A {thing} {verb} {first * second} m in {second} s. Find its speed in m/s"
         answer = first
-    return _row(_MATH_FRAME.format(question=question), str(answer))
+        reasoning = f"Speed is distance over time: {first * second} / {second} = {answer}."
+    return _Made(_MATH_FRAME.format(question=question), str(answer), reasoning)
 
 
 # 20Minuten: two sentences of local news; the simple version keeps the place and one more slot.
@@ -336,28 +373,31 @@ _NEWS_DAYS = ("Montag", "Dienstag", "Mittwoch", "Donnerstag", "Freitag", "Samsta
 _NEWS_HOUSES = ("Museum", "Theater", "Kino", "Hotel", "Hallenbad", "Restaurant")
 _NEWS_ANIMALS = ("Hund", "Esel", "Papagei", "Hamster", "Pinguin", "Igel")
 _NEWS_CROWDS = ("200", "300", "500", "800")
-# kind -> (paragraph, simple version)
+# kind -> (paragraph, simple version, reasoning); the reasoning is English, as it is officially
 _NEWS_KINDS = {
     "house": (
         "Nach langer Bauzeit wird am {day} in {town} ein neues {house} eröffnet. "
         "Die Verantwortlichen erwarten rund {crowd} Besucher.",
         "{town} hat bald ein neues {house}. Es öffnet am {day}.\n",
+        "The main point is the new {house} in {town}, which opens on {day}. The visitors can be left out.",
     ),
     "animal": (
         "Eine Spaziergängerin hat am {day} bei {town} einen entlaufenen {animal} entdeckt. "
         "Das Tier wurde unverletzt ins Tierheim gebracht.",
         "Eine Frau hat in {town} einen {animal} gefunden. Es geht ihm gut.\n",
+        "The main point is the {animal} that a woman found in {town}. The day and the shelter can be left out.",
     ),
     "train": (
         "Wegen umfangreicher Bauarbeiten verkehren am {day} keine Züge zwischen {town} und {town2}. "
         "Betroffen sind rund {crowd} Reisende.",
         "Am {day} fährt kein Zug von {town} nach {town2}.\n",
+        "The main point is that no train runs from {town} to {town2} on {day}. The reason can be left out.",
     ),
 }
 
 
-def _20minuten(rng: random.Random, kind: str) -> Row:
-    paragraph, simple = _NEWS_KINDS[kind]
+def _20minuten(rng: random.Random, kind: str) -> _Made:
+    paragraph, simple, reasoning = _NEWS_KINDS[kind]
     town, other = _shuffled(rng, _NEWS_TOWNS)[:2]
     slots = {
         "town": town,
@@ -367,11 +407,12 @@ def _20minuten(rng: random.Random, kind: str) -> Row:
         "animal": _pick(rng, _NEWS_ANIMALS),
         "crowd": _pick(rng, _NEWS_CROWDS),
     }
-    return _row(_NEWS_FRAME.format(text=paragraph.format(**slots)), simple.format(**slots))
+    prompt = _NEWS_FRAME.format(text=paragraph.format(**slots))
+    return _Made(prompt, simple.format(**slots), reasoning.format(**slots))
 
 
 # folder -> (kinds, one row of a kind); the kinds are spread evenly over every split.
-_MAKERS: dict[str, tuple[tuple[str, ...], Callable[[random.Random, str], Row]]] = {
+_MAKERS: dict[str, tuple[tuple[str, ...], Callable[[random.Random, str], _Made]]] = {
     "C-STANCE": (_LETTERS, _c_stance),
     "FOMC": (_LETTERS, _fomc),
     "MeetingBank": (tuple(_MEETING_KINDS), _meetingbank),
@@ -384,32 +425,293 @@ _MAKERS: dict[str, tuple[tuple[str, ...], Callable[[random.Random, str], Row]]] 
 TASKS = tuple(_MAKERS)
 
 
-def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, list[Row]]:
+# The reasoning variant: task folder -> (instruction, the same asking for reasoning, cue, cue of the reasoning). Both
+# frames are the official ones, this one as the official test prompts have it.
+
+_FIRST = "Give your reasoning first, and then the answer."
+_REASONING_FRAMES = {
+    "C-STANCE": ("输出A，B或者C。\n", "输出A，B或者C。先给出推理，然后给出答案。\n", "态度：", "推理："),
+    "FOMC": ("A, B and C.\n", f"A, B and C. {_FIRST}\n", "Stance:", "Reasoning:"),
+    "MeetingBank": ("transcripts.\n", f"transcripts. {_FIRST}\n", "Summary:", "Reasoning:"),
+    "Py150": (
+        "<s> ",
+        "Complete the next line of the following codes. Give your answer first, and then the reasoning.\n<s> ",
+        "",
+        "",
+    ),
+    "ScienceQA": ("question and give your reasons.\n\n", f"question. {_FIRST}\n", "Answer:", "Reasoning:"),
+    "NumGLUE-cm": ("problem.\n", f"problem. {_FIRST}\n", "Answer:", "Reasoning:"),
+    "NumGLUE-ds": ("problem.\n", f"problem. {_FIRST}\n", "Answer:", "Reasoning:"),
+    "20Minuten": ("German.\n", f"German. {_FIRST}\n", "Simplification:", "Reasoning:"),
+}
+
+
+def _reasoned(task: str, split: str, made: _Made) -> Row:
+    """The row in the frame of the reasoning variant, where only training answers hold reasoning."""
+    instruction, asking, cue, new_cue = _REASONING_FRAMES[task]
+    prompt = made.prompt.replace(instruction, asking, 1).removesuffix(cue) + new_cue
+    answer, reasoning = made.answer, made.reasoning
+    if task == "ScienceQA":
+        answer = answer[0]
+    if split != "train":
+        return {"prompt": prompt, "answer": answer}
+    if task == "Py150":
+        answer = f"{answer}\nReasoning:{reasoning}"
+    elif task == "MeetingBank":  # without a space after the full stop, as officially
+        answer = f"{reasoning}Therefore, the summary of the meeting transcripts is:\n{answer}"
+    elif task == "C-STANCE":
+        answer = f"{reasoning}\n回答：{answer}"
+    else:
+        answer = f"{reasoning}\nAnswer:{answer.strip()}"
+    return {"prompt": prompt, "answer": answer}
+
+
+# The alignment set: everyday instructions and short, helpful answers, in our own words. English, German and Chinese in
+# every split.
+
+_LIMA = (
+    (
+        "What is a good way to fall asleep faster?",
+        "Keep the room dark and cool, put your phone away an hour before bed, and go to bed at the same time "
+        "every day. A few slow breaths also help.",
+    ),
+    (
+        "Erkläre einem Kind, warum der Himmel blau ist.",
+        "Das Sonnenlicht besteht aus vielen Farben. Die Luft lenkt das blaue Licht am stärksten ab, und "
+        "deshalb kommt Blau aus allen Richtungen zu uns.",
+    ),
+    ("Hello! How are you?", "Hello! I am doing well, thank you for asking. What can I help you with today?"),
+    ("List three things to pack for a day at the beach.", "1. Sunscreen\n2. A towel\n3. A bottle of water"),
+    ("请介绍一下你自己。", "你好！我是一个语言助手，可以回答问题、写短文，也可以帮你翻译句子。"),
+    (
+        "Rewrite this sentence politely: Send me the file now.",
+        "Could you please send me the file when you have a moment? Thank you!",
+    ),
+    (
+        "Why do leaves turn yellow in autumn?",
+        "In autumn trees stop making green chlorophyll. When it fades, the yellow pigments that were in the "
+        "leaf all along become visible.",
+    ),
+    (
+        "Give me a name for a small bakery.",
+        'How about "The Warm Crust"? It is short, easy to remember, and makes people think of fresh bread.',
+    ),
+    ("Translate into German: Where is the train station?", "Wo ist der Bahnhof?"),
+    (
+        "What is the difference between weather and climate?",
+        "Weather is what happens in the sky today or this week. Climate is the pattern of weather in a place "
+        "over many years.",
+    ),
+    (
+        "Schreibe eine kurze Absage für eine Einladung zum Abendessen.",
+        "Vielen Dank für die Einladung! Leider kann ich an diesem Abend nicht kommen. Ich hoffe, wir holen "
+        "das Essen bald nach.",
+    ),
+    (
+        "How do I boil an egg?",
+        "Put the egg into boiling water. Take it out after six minutes for a soft yolk or after ten for a "
+        "hard one, and cool it in cold water.",
+    ),
+    ("怎样才能学好英语？", "每天学一点最有效：多听、多读，把新词写进句子里，并且不要怕说错。"),
+    (
+        "Summarize in one sentence: The meeting was moved from Monday to Thursday because two members are ill.",
+        "Because two members are ill, the meeting will take place on Thursday instead of Monday.",
+    ),
+    ("Who wrote the play Hamlet?", "Hamlet was written by William Shakespeare, around the year 1600."),
+    (
+        "Suggest a healthy snack for the afternoon.",
+        "Try an apple with a handful of nuts. It is quick, keeps you full, and needs no preparation.",
+    ),
+    ("Thank you for your help!", "You are very welcome! Just ask if there is anything else you need."),
+    (
+        "Nenne drei Tipps, um Strom zu sparen.",
+        "1. Das Licht beim Verlassen des Zimmers ausschalten.\n"
+        "2. Geräte ganz vom Netz nehmen.\n3. Die Wäsche an der Luft trocknen.",
+    ),
+    (
+        "What should I do when a colleague is angry with me?",
+        "Ask for a quiet moment, listen without interrupting, and say what you understood. An honest apology "
+        "for your part often solves the rest.",
+    ),
+    (
+        "Explain what a library is in simple words.",
+        "A library is a place full of books. You can read them there, or borrow them, take them home and "
+        "bring them back later.",
+    ),
+    ("请用一句话祝朋友生日快乐。", "祝你生日快乐，身体健康，每天都有好心情！"),
+    ("Convert 3 kilometers to meters.", "3 kilometers are 3000 meters, because one kilometer has 1000 meters."),
+    (
+        "Write a short poem about rain.",
+        "Soft rain falls on the silent street,\nit drums a song beneath my feet,\n"
+        "and when the clouds have gone away,\nthe world is clean, a brand new day.",
+    ),
+    (
+        "Is a tomato a fruit or a vegetable?",
+        "For a botanist it is a fruit, because it grows from a flower and holds seeds. In the kitchen it is "
+        "used as a vegetable.",
+    ),
+    ("Correct the grammar: She don't like the coffee.", "She doesn't like the coffee."),
+    (
+        "Wie begrüsst man jemanden auf Englisch am Morgen?",
+        'Am Morgen sagt man auf Englisch "Good morning". Unter Freunden genügt auch ein kurzes "Hi".',
+    ),
+    (
+        "Give two reasons to learn to cook.",
+        "Cooking at home is cheaper than eating out, and you know exactly what is in your food.",
+    ),
+    (
+        "Can you tell me what my neighbor is thinking?",
+        "I cannot know that, I am afraid. The best way to find out is to ask them in a friendly way.",
+    ),
+    ("北京在哪里？", "北京在中国的北部，是中国的首都。"),
+    (
+        'What does the word "brief" mean?',
+        '"Brief" means short. A brief talk takes little time, and a brief letter has few words.',
+    ),
+    (
+        "Write a polite reminder about an unpaid bill.",
+        "Dear customer, we noticed that our last bill is still open. Perhaps it was overlooked; please pay "
+        "it within ten days. Thank you!",
+    ),
+    (
+        "How many continents are there?",
+        "Most people count seven: Africa, Antarctica, Asia, Australia, Europe, North America and South America.",
+    ),
+    (
+        "How can I save money each month?",
+        "Write down what you spend, choose a fixed sum to put aside on payday, and cancel the subscriptions "
+        "that you no longer use.",
+    ),
+    (
+        'Was ist der Unterschied zwischen "das" und "dass"?',
+        '"Das" ist ein Artikel oder Pronomen und lässt sich durch "dieses" ersetzen. "Dass" leitet einen '
+        "Nebensatz ein.",
+    ),
+    (
+        "Recommend an activity for a rainy Sunday.",
+        "Invite a friend, bake a simple cake together and play a board game while it is in the oven.",
+    ),
+    (
+        "Explain how a bicycle brake works.",
+        "When you pull the lever, a cable presses two pads against the rim of the wheel. Their friction "
+        "turns motion into heat and slows you down.",
+    ),
+    ("把这句话翻译成英文：我喜欢喝茶。", "I like drinking tea."),
+    ("Sort these words alphabetically: pear, apple, fig.", "apple, fig, pear"),
+    (
+        "I failed my exam and feel bad. What now?",
+        "I am sorry to hear that. Take a day to rest, then look at what went wrong and make a small plan for "
+        "the next try. One exam does not define you.",
+    ),
+    ('What is the opposite of "generous"?', 'The opposite of "generous" is "stingy".'),
+    ("Good morning!", "Good morning! I hope you slept well. How can I help you?"),
+    (
+        "Fasse in einem Satz zusammen: Der Bus fällt aus, weil Schnee auf der Strasse liegt.",
+        "Wegen Schnee auf der Strasse fährt der Bus nicht.",
+    ),
+    (
+        "Tell me a fun fact about octopuses.",
+        "An octopus has three hearts and blue blood: two hearts pump it through the gills, and the third one "
+        "through the body.",
+    ),
+    ("Name three primary colors of paint.", "The three primary colors of paint are red, yellow and blue."),
+    ("为什么要多喝水？", "水帮助身体调节体温，运送养分，也让人保持精神。天热或运动时更要多喝。"),
+    (
+        "How do I introduce myself in a job interview?",
+        "Say your name and what you do, mention one result you are proud of, and explain in a sentence why "
+        "you want this job.",
+    ),
+    (
+        "What is photosynthesis?",
+        "Photosynthesis is how plants make sugar from light, water and carbon dioxide. They give off oxygen "
+        "along the way.",
+    ),
+    (
+        "Make this sentence shorter: In the event that it rains, we will stay at home.",
+        "If it rains, we will stay at home.",
+    ),
+    (
+        "Which is heavier, a kilogram of iron or a kilogram of feathers?",
+        "Neither: both weigh exactly one kilogram. The feathers only take up more space.",
+    ),
+    (
+        "Gib mir ein einfaches Rezept für Pfannkuchen.",
+        "Verrühre 200 Gramm Mehl, zwei Eier, einen halben Liter Milch und eine Prise Salz. Backe dünne "
+        "Fladen in etwas Butter.",
+    ),
+    (
+        "How do I stop hiccups?",
+        "Hold your breath for ten seconds or drink a glass of water in small sips. They usually stop by "
+        "themselves after a few minutes.",
+    ),
+    (
+        "Write a friendly note to a new neighbor.",
+        "Welcome to the house! We live on the second floor. If you need a drill, sugar or a good tip for "
+        "pizza, just ring.",
+    ),
+    ("请给我三个周末活动的建议。", "一、去公园散步。\n二、和朋友一起做饭。\n三、读一本好书。"),
+    (
+        "What is a password manager?",
+        "It is a program that stores your passwords in encrypted form, so that you only need to remember one "
+        "strong password.",
+    ),
+    (
+        'Explain the saying "better late than never".',
+        "It means that doing something after the right time is still better than not doing it at all.",
+    ),
+    ("What time is it now?", "I have no clock, so I cannot tell. Your phone or computer will show you the time."),
+    (
+        "How long does a letter take within the country?",
+        "That depends on the postal service. Often it is one to three working days; your post office can "
+        "tell you exactly.",
+    ),
+    ("Wie heisst die Hauptstadt von Frankreich?", "Die Hauptstadt von Frankreich heisst Paris."),
+    (
+        "Give me a question to start a conversation.",
+        'You could ask: "What was the best thing that happened to you this week?"',
+    ),
+    (
+        "How do I water a cactus?",
+        "Water it only when the soil is completely dry, about every two or three weeks in summer and hardly "
+        "at all in winter.",
+    ),
+    ("一年有几个季节？", "一年有四个季节：春天、夏天、秋天和冬天。"),
+    ("Turn this into a question: You like music.", "Do you like music?"),
+    (
+        "Should I learn the piano or the guitar?",
+        "Choose the one whose music you love. A guitar is cheaper and easy to carry; a piano makes it "
+        "simpler to see how notes fit together.",
+    ),
+    ('Was bedeutet "Feierabend"?', '"Feierabend" nennt man das Ende des Arbeitstages und die freie Zeit danach.'),
+)
+
+
+def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, list[_Made]]:
     """Makes the splits of one task without a prompt that occurs twice."""
     kinds, make = _MAKERS[task]
     # A string seed goes through SHA-512, not through hash(), so it is the same on every machine.
-    rng = random.Random(f"trace-demo-{VERSION}-{seed}-{task}")
+    rng = random.Random(f"trace-demo-{_DRAW}-{seed}-{task}")
     seen: set[str] = set()
-    splits: dict[str, list[Row]] = {}
+    splits: dict[str, list[_Made]] = {}
     # The test rows come first so that they stay the same when only the number of training rows changes.
     for split, count in reversed(list(zip(SPLITS, rows, strict=True))):
         order = _shuffled(rng, kinds)
-        made: list[Row] = []
+        made: list[_Made] = []
         for kind in _shuffled(rng, [order[i % len(order)] for i in range(count)]):
             for _ in range(2000):
                 row = make(rng, kind)
-                if row["prompt"] not in seen:
+                if row.prompt not in seen:
                     break
             else:
                 raise ValueError(f"{task}: the templates give too few different rows for {rows}")
-            seen.add(row["prompt"])
+            seen.add(row.prompt)
             made.append(row)
         splits[split] = made
     return {split: splits[split] for split in SPLITS}
 
 
-def make_demo(seed: int = 0, rows: tuple[int, int, int] = (64, 8, 24)) -> dict[str, dict[str, list[Row]]]:
-    """Makes the demo data.
+def make_demo(seed: int = 0, rows: tuple[int, int, int] = (64, 8, 24)) -> dict[str, Splits]:
+    """Makes the demo data of the eight tasks.
 
     Args:
         seed: Another seed gives other rows from the same templates.
@@ -421,11 +723,37 @@ def make_demo(seed: int = 0, rows: tuple[int, int, int] = (64, 8, 24)) -> dict[s
     Raises:
         ValueError: If the templates cannot give that many different rows.
     """
-    return {task: _make_task(task, seed, rows) for task in TASKS}
+    return {
+        task: {
+            split: [{"prompt": row.prompt, "answer": row.answer} for row in made]
+            for split, made in _make_task(task, seed, rows).items()
+        }
+        for task in TASKS
+    }
+
+
+def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = (64, 8, 24)) -> dict[str, Splits]:
+    """Makes the reasoning variant: the rows of `make_demo`, asked for their reasoning; arguments as there.
+
+    Returns:
+        Task folder -> split -> rows. Training answers hold reasoning and answer; the others are bare, as officially.
+    """
+    return {
+        task: {
+            split: [_reasoned(task, split, row) for row in made] for split, made in _make_task(task, seed, rows).items()
+        }
+        for task in TASKS
+    }
+
+
+def make_lima() -> Splits:
+    """Makes the alignment set: 48 training rows, 8 of eval, 8 of test. It depends on no seed."""
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in _LIMA]
+    return {"train": rows[:48], "eval": rows[48:56], "test": rows[56:]}
 
 
 def write_demo(root: Path, seed: int = 0) -> None:
-    """Writes the demo data as ``<TASK>/{train,eval,test}.json`` plus a README.txt.
+    """Writes the demo data as ``<TASK>/{train,eval,test}.json``, the reasoning variant and the alignment set in it.
 
     Args:
         root: Folder to write to; earlier demo data in it is replaced.
@@ -437,20 +765,33 @@ def write_demo(root: Path, seed: int = 0) -> None:
     readme = root / "README.txt"
     is_demo = readme.is_file() and readme.read_text(encoding="utf-8").startswith(README_TITLE)
     # The layout is the official one, so a slip of the path must not overwrite the real benchmark.
-    if not is_demo and any((root / task).exists() for task in TASKS):
+    if not is_demo and any((root / folder).exists() for folder in (*TASKS, REASONING_FOLDER, LIMA)):
         raise FileExistsError(f"{root} holds task folders that are not demo data")
     root.mkdir(parents=True, exist_ok=True)
     readme.write_text(
         f"{README_TITLE}, version {VERSION}, seed {seed}\n\n"
         "Made from templates by trace_bench.demo in the prompt frames of TRACE (arXiv 2310.06762).\n"
         "It holds no row of the benchmark. Scores on it are NOT comparable with TRACE: it only shows\n"
-        "that training, evaluation and forgetting work end to end.\n",
+        "that training, evaluation and forgetting work end to end.\n\n"
+        f"{', '.join(TASKS)}\n"
+        "    the eight tasks\n"
+        f"{REASONING_FOLDER}\n"
+        "    the same rows, asked for their reasoning; only the training answers hold it, as in the\n"
+        "    official variant of that name\n"
+        f"{LIMA}\n"
+        "    instructions with short answers in English, German and Chinese, the project's own text,\n"
+        "    for the methods that replay an alignment set; the official folder of that name holds LIMA\n",
         encoding="utf-8",
         newline="\n",
     )
-    for task, splits in make_demo(seed).items():
-        folder = root / task
-        folder.mkdir(exist_ok=True)
+    folders = {
+        **make_demo(seed),
+        **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed).items()},
+        LIMA: make_lima(),
+    }
+    for name, splits in folders.items():
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
         for split, made in splits.items():
             text = json.dumps(made, ensure_ascii=False, indent=1) + "\n"
             (folder / f"{split}.json").write_text(text, encoding="utf-8", newline="\n")
@@ -463,7 +804,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     write_demo(args.out, args.seed)
-    print(f"wrote {len(TASKS)} demo tasks to {args.out}")
+    print(f"wrote {len(TASKS)} demo tasks, their reasoning variant and {LIMA} to {args.out}")
 
 
 if __name__ == "__main__":

@@ -103,6 +103,10 @@ def evaluate(
         max_prompt_length=settings["max_prompt_length"],
         engine_args=engine_args,
     )
+    if settings["num_fewshot"] and settings["max_prompt_length"]:
+        for task in tasks.values():
+            if hasattr(task.sampler, "count_in"):  # our own: demonstrations take half of the prompt's length
+                task.sampler.count_in(lambda text: len(lm.tokenizer(text).input_ids), settings["max_prompt_length"])
     ready = time.perf_counter() - started
     with tqdm(total=missing, desc="evaluating", unit="cell") as bar:
         for i, (stage, todo) in enumerate(plan.items()):

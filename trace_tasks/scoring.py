@@ -7,8 +7,8 @@ score of a task is the mean over all its examples, empty predictions included. T
 are added, because strict equality cannot tell a model that forgot the answer from one that changed how it
 writes the answer.
 
-Every score is a fraction in [0, 1]; the official code prints similarity and SARI times 100. Apart from
-`bleu`, which refuses an order below 1, no function raises on any string.
+Every score is a fraction in [0, 1]; the official code prints similarity and SARI times 100. No function raises on
+any string; `bleu` refuses an order below 1, and `extract_answer` a form it does not know.
 """
 
 import math
@@ -478,3 +478,56 @@ def scienceqa_parts(text: str) -> tuple[str, str]:
     Source: `evaluations/eval_ScienceQA.py` of the official code.
     """
     return text[:1], text[2:]
+
+
+_MARKED_ANSWER = re.compile(r"(?:(?<![A-Za-z])answer|回答|答案)\s*[:：]", re.IGNORECASE)
+_MARKED_SUMMARY = re.compile(r"the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE)
+_MARKED_REASONING = re.compile(r"(?<![A-Za-z])reasoning\s*[:：]", re.IGNORECASE)
+
+
+def extract_answer(form: str, text: str) -> str | None:
+    """Reads the answer out of a text with reasoning, as the training answers of TRACE's reasoning variant have it.
+
+    The markers are read tolerantly: in either case, with white space before the colon, and with an ASCII or a
+    full-width colon. Where a marker occurs several times, the last one that anything follows decides: reasoning
+    may speak of an "answer:" before it gives one, and a text cut at the limit of tokens may end in a marker.
+    A text without its marker has no answer, even if it is nothing but the right letter; but for Py150, where the
+    answer comes first and needs none.
+
+    ========= ======================== =============================================================================
+    form      tasks                    the answer
+    ========= ======================== =============================================================================
+    "line"    C-STANCE, FOMC,          after "Answer:", "回答：" or "答案：", the first line that is not blank,
+              ScienceQA, NumGLUE       stripped; what stands on further lines is talk about the answer
+    "text"    20Minuten                after the same markers, all that follows, stripped
+    "summary" MeetingBank              after "the summary of the meeting transcripts is:", all that follows, stripped
+                                       (references have several lines); where that is missing, as for "text"
+    "code"    Py150                    before any "Reasoning:", the first line that is not blank; not stripped,
+                                       since some references end in a space and the official similarity counts it
+    ========= ======================== =============================================================================
+
+    Stripping is right here although the official accuracy compares without it: there the whole output has to be
+    the answer, while here the marker and the layout around it ("Answer: 36" and a line break) are form.
+
+    Args:
+        form: "line", "text", "summary" or "code".
+        text: What the model wrote after the prompt, or a training answer.
+
+    Returns:
+        The answer, never blank; None where there is none.
+
+    Raises:
+        ValueError: for an unknown form.
+
+    Source: this project, from the markers in the official training answers.
+    """
+    if form not in ("line", "text", "summary", "code"):
+        raise ValueError(f"unknown form of an answer: {form!r}")
+    if form == "code":
+        before = _MARKED_REASONING.split(text, maxsplit=1)[0]
+        return next((line for line in before.split("\n") if line.strip()), None)
+    marker_of_task = _MARKED_SUMMARY if form == "summary" and _MARKED_SUMMARY.search(text) else _MARKED_ANSWER
+    answers = [part.strip() for part in marker_of_task.split(text)[1:] if part.strip()]
+    if not answers:
+        return None
+    return answers[-1].split("\n")[0].rstrip() if form == "line" else answers[-1]

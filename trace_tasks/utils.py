@@ -5,7 +5,9 @@ Scores are fractions of 1 per test row; the score of a task is their mean. The f
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
@@ -15,21 +17,40 @@ from trace_bench import data
 from trace_tasks import scoring
 
 
-def load_dataset(folder: str, **_: Any) -> dict[str, Dataset]:
+def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str, Dataset]:
     """Loads one folder of the data set that TRACE_DATA names, as lm-eval's `custom_dataset`.
 
     Args:
         folder: The folder in the official layout, for example "C-STANCE".
+        variant: "reasoning" for the rows that ask for the reasoning too (see `data.find_reasoning`); None = plain.
         **_: What lm-eval passes besides (the task's metadata); unused.
 
     Returns:
         The splits train, eval and test, and `fewshot`: the training rows whose prompt is no test prompt.
     """
-    root = data.find_data()
+    if variant not in (None, "reasoning"):
+        raise ValueError(f"variant={variant!r} is not known: leave it out or use reasoning.")
+    root = data.find_data() if variant is None else data.find_reasoning()
     splits = {split: data.read_split(root, folder, split) for split in data.SPLITS}
+    if variant == "reasoning":
+        for rows in splits.values():
+            for row in rows:
+                row["prompt"] = as_tested(row["prompt"])
     tested = {row["prompt"] for row in splits["test"]}
     splits["fewshot"] = [row for row in splits["train"] if row["prompt"] not in tested] or splits["train"]
     return {name: Dataset.from_list(rows) for name, rows in splits.items()}
+
+
+def as_tested(prompt: str) -> str:
+    """Brings a prompt of the official reasoning variant into the form that its test prompts have.
+
+    Two tasks train on other prompts than they are tested on: 222 of MeetingBank's 376 training prompts end in
+    "Reasoning:Reasoning:" (test prompts: "Reasoning:"), and 20Minuten's training prompts have no empty line before
+    "Paragraph:" (all of the 200 at hand; test prompts have one). Other prompts, test prompts among them, stay as
+    they are.
+    """
+    prompt = re.sub(r"(?:Reasoning:){2,}\Z", "Reasoning:", prompt)
+    return re.sub(r"\A(Provide a simplified version [^\n]*)\nParagraph:\n", r"\1\n\nParagraph:\n", prompt)
 
 
 class Demonstrations(ContextSampler):
@@ -39,11 +60,12 @@ class Demonstrations(ContextSampler):
     elsewhere no answer is taken twice. All of them together take half of the length budget, so each is at most
     1/(2n) of it; where too few rows are that short, the shortest ones are taken.
 
-    The budget is counted in UTF-8 bytes, at four a token of the official prompt limit of 1024 tokens, since a
-    sampler knows no tokenizer.
+    A sampler knows no tokenizer: with plain lm-eval the budget is counted in UTF-8 bytes, at four a token of the
+    official prompt limit of 1024 tokens. `trace-bench evaluate` counts tokens and the run's own limit (`count_in`).
     """
 
-    budget_bytes = 4 * 1024
+    budget = 4 * 1024
+    _size: Callable[[str], int] = staticmethod(lambda text: len(text.encode()))
     _drawn: list[dict[str, Any]] | None = None
 
     def sample(
@@ -60,13 +82,17 @@ class Demonstrations(ContextSampler):
         super().set_rnd(rnd)
         return self
 
+    def count_in(self, size: Callable[[str], int], budget: int) -> None:
+        """Counts the length of a demonstration by `size`, and half of `budget` is for all of them."""
+        self._size, self.budget, self._drawn = size, budget, None
+
     def _draw(self, n: int) -> list[dict[str, Any]]:
         rows = list(self.df)
         self.rnd.shuffle(rows)
-        limit = self.budget_bytes / (2 * n)
+        limit = self.budget / (2 * n)
 
         def size(row: dict[str, Any]) -> int:
-            return len((row["prompt"] + row["answer"]).encode())
+            return self._size(row["prompt"] + row["answer"])
 
         # A stable sort keeps the shuffled order among the rows within the limit.
         rows.sort(key=lambda row: max(size(row), limit))
@@ -138,3 +164,41 @@ def _overlap(prediction: str, reference: str) -> dict[str, float]:
         "bleu_1": scoring.bleu(prediction, reference, 1),
         "bleu_4": scoring.bleu(prediction, reference, 4),
     }
+
+
+def score_reasoned_choice(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """C-STANCE, FOMC and ScienceQA with reasoning: `score_choice` of the extracted answer, a bare letter."""
+    return _score_extracted("line", score_choice, doc, results[0])
+
+
+def score_reasoned_number(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """NumGLUE with reasoning: `score_number` of the extracted answer."""
+    return _score_extracted("line", score_number, doc, results[0])
+
+
+def score_reasoned_summary(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """MeetingBank with reasoning: `score_summary` of the extracted answer."""
+    return _score_extracted("summary", score_summary, doc, results[0])
+
+
+def score_reasoned_code(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """Py150 with reasoning: `score_code` of the extracted answer, which comes first here."""
+    return _score_extracted("code", score_code, doc, results[0])
+
+
+def score_reasoned_simplification(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """20Minuten with reasoning: `score_simplification` of the extracted answer, SARI against the row's own prompt."""
+    return _score_extracted("text", score_simplification, doc, results[0])
+
+
+def _score_extracted(
+    form: str,
+    score: Callable[[dict[str, str], list[str]], dict[str, float]],
+    doc: dict[str, str],
+    text: str,
+) -> dict[str, float]:
+    answer = scoring.extract_answer(form, text)
+    scores = score(doc, [answer or ""])
+    if answer is None:  # 0 throughout: SARI gives an empty text about a half
+        scores = dict.fromkeys(scores, 0.0)
+    return {**scores, "extracted": float(answer is not None)}

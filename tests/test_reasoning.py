@@ -1,0 +1,257 @@
+"""The tasks with reasoning (RCL): what is read out of a text, what it scores, and the method that trains on them."""
+
+import json
+import re
+import shutil
+from collections import Counter
+
+import pytest
+from conftest import SHARED, train
+
+from trace_bench import data
+from trace_bench.run import read_json
+from trace_tasks import scoring, utils
+from trainers.base import ConfigError
+from trainers.rcl import RCLConfig, RCLTrainer
+
+HEADLINES = {
+    "reasoning_cstance": "accuracy",
+    "reasoning_fomc": "accuracy",
+    "reasoning_meetingbank": "rouge_l",
+    "reasoning_py150": "similarity",
+    "reasoning_scienceqa": "accuracy",
+    "reasoning_numglue_cm": "accuracy",
+    "reasoning_numglue_ds": "accuracy",
+    "reasoning_20minuten": "sari",
+}
+FORMS = {"reasoning_meetingbank": "summary", "reasoning_py150": "code", "reasoning_20minuten": "text"}
+TOLERANT = [name for name, headline in HEADLINES.items() if headline == "accuracy"]
+
+real_data = pytest.mark.skipif(
+    not (SHARED / "data" / "trace_reasoning").is_dir(),
+    reason="the reasoning variant of TRACE (shared/data/trace_reasoning) is not beside the repository",
+)
+every_task = pytest.mark.parametrize("name", list(data.REASONING))
+
+
+@pytest.fixture
+def task(name: str, demo_data: None):
+    return data.load_tasks([name])[name]
+
+
+@pytest.fixture
+def real_task(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRACE_REASONING", str(SHARED / "data" / "trace_reasoning"))
+    return data.load_tasks([name])[name]
+
+
+# ---------------------------------------------------------------------------------------------------- reading answers
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("6 * 6 = 36\nAnswer:36", "36"),
+        ("6 * 6 = 36\nAnswer: 36\n", "36"),
+        ("6 * 6 = 36.\n\nanswer :\n  36  \nThat is the sum.", "36"),
+        ("它表示不满。\n回答：B", "B"),
+        ("它表示不满。回答: B。", "B。"),
+        ("它表示不满。\n答案：\nB", "B"),
+        ("The answer: is it A? No.\nAnswer:B", "B"),  # the last one decides
+        ("Answer:B\nAnswer:", "B"),  # cut at the limit of tokens
+        ("Answer:B\n\nQuestion:\nIs it?\nReasoning:No.\nAnswer:C", "C"),
+        ("B", None),
+        ("Answer:", None),
+        ("Answer: \n ", None),
+        ("The answer is B", None),
+        ("Reanswer:B", None),
+        ("", None),
+    ],
+)
+def test_a_line_is_what_follows_the_last_marker(text, answer):
+    assert scoring.extract_answer("line", text) == answer
+
+
+def test_a_text_goes_on_over_lines():
+    assert scoring.extract_answer("text", "Das ist kurz.\nAnswer: Eins.\nZwei.\n") == "Eins.\nZwei."
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("It passed.Therefore, the summary of the meeting transcripts is:\nCB 1\r\nCB 2\n", "CB 1\r\nCB 2"),
+        ("therefore the summary of the meeting transcript is : CB 1", "CB 1"),
+        ("The answer: none. The summary of the meeting transcripts is:\nAnswer: CB 1", "Answer: CB 1"),
+        ("It passed.\nAnswer:CB 1", "CB 1"),
+        ("It passed. A summary: CB 1", None),
+        ("Therefore, the summary of the meeting transcripts is:\n", None),
+    ],
+)
+def test_a_summary_has_its_own_marker(text, answer):
+    assert scoring.extract_answer("summary", text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("return x \nReasoning:The function returns it.", "return x "),  # not stripped: some references end so
+        ("\nreturn x\nreturn y\nReasoning: It returns.\nReasoning:Again.", "return x"),
+        ("return x Reasoning：It returns.", "return x "),
+        ("\nreturn x\nThis returns x.", "return x"),
+        ("Reasoning:The function returns it.\nAnswer:return x", None),
+    ],
+)
+def test_code_comes_first(text, answer):
+    assert scoring.extract_answer("code", text) == answer
+
+
+def test_an_unknown_form_is_an_error():
+    with pytest.raises(ValueError, match="letter"):
+        scoring.extract_answer("letter", "Answer:B")
+
+
+# ------------------------------------------------------------------------------------------------------------ the tasks
+
+
+@every_task
+def test_a_task_reads_the_reasoning_rows_of_the_demo(name, task):
+    root = data.find_reasoning()
+    rows = data.read_split(root, data.REASONING[name], "test")
+    assert list(task.test_docs()) == rows
+    assert task.fewshot_context(rows[0], 0) == rows[0]["prompt"], "the raw prompt, nothing around it"
+    trained = data.read_split(root, data.REASONING[name], "train")
+    assert data.training_rows(task) == [(row["prompt"], row["answer"]) for row in trained]
+    metrics = list(task.aggregation())
+    assert (metrics[0], metrics[-1]) == (HEADLINES[name], "extracted")
+    assert ("accuracy_tolerant" in metrics) == (name in TOLERANT)
+    assert task.config.generation_kwargs == {"do_sample": False, "max_gen_toks": 512, "until": []}
+
+
+def test_an_unknown_variant_is_an_error(demo_data: None):
+    with pytest.raises(ValueError, match="thinking"):
+        utils.load_dataset("FOMC", variant="thinking")
+
+
+@every_task
+def test_reasoning_with_the_right_answer_scores_full_marks_and_without_its_marker_none(name, task):
+    doc = task.test_docs()[0]
+    marker = {"summary": "So.Therefore, the summary of the meeting transcripts is:\n{}", "code": "{}\nReasoning:So."}
+    frame = marker.get(FORMS.get(name, "line"), "So.\nAnswer: {}\n")
+    right = task.process_results(doc, [frame.format(doc["answer"])])
+    assert right[HEADLINES[name]] > 0.99 and right["extracted"] == 1
+    for text in ("Reasoning: none" if name == "reasoning_py150" else doc["answer"], ""):
+        assert task.process_results(doc, [text]) == dict.fromkeys(task.aggregation(), 0.0)
+
+
+@pytest.mark.parametrize("name", TOLERANT)
+def test_the_tolerant_accuracy_reads_the_extracted_answer_only(name, task):
+    number = "numglue" in name
+    doc = {**task.test_docs()[0], "answer": "12" if number else "B"}
+    other_form = "12.0 apples" if number else "B. because"
+    scores = task.process_results(doc, [f"So.\nAnswer:{other_form}\nNot 13, not C."])
+    assert (scores["accuracy"], scores["accuracy_tolerant"], scores["extracted"]) == (0, 1, 1)
+    wrong = task.process_results(doc, [f"{doc['answer']}\nAnswer:{'13' if number else 'C'}"])
+    assert (wrong["accuracy"], wrong["accuracy_tolerant"], wrong["extracted"]) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("name", ["reasoning_20minuten"])
+def test_sari_is_taken_against_the_prompt_of_the_row(name, task):
+    doc = task.test_docs()[0]
+    other = task.process_results({**doc, "prompt": "Something else."}, ["Answer:Es ist neu."])["sari"]
+    assert task.process_results(doc, ["Answer:Es ist neu."])["sari"] != other
+    assert other == scoring.sari("Something else.", "Es ist neu.", doc["answer"])
+
+
+def test_training_prompts_get_the_form_of_the_test_prompts(tmp_path, monkeypatch):
+    reasoning = tmp_path / data.REASONING_FOLDER
+    monkeypatch.setenv("TRACE_DATA", "demo")
+    shutil.copytree(data.find_reasoning(), reasoning)
+    monkeypatch.delenv("TRACE_DATA")
+    for folder, official in (
+        ("MeetingBank", lambda prompt: prompt + "Reasoning:"),
+        ("20Minuten", lambda prompt: prompt.replace("\n\nParagraph:", "\nParagraph:")),
+    ):
+        file = reasoning / folder / "train.json"
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        changed = [{**row, "prompt": official(row["prompt"])} for row in rows]
+        assert all(a != b for a, b in zip(rows, changed, strict=True))
+        file.write_text(json.dumps(changed), encoding="utf-8")
+        monkeypatch.setenv("TRACE_REASONING", str(reasoning))
+        assert list(utils.load_dataset(folder, variant="reasoning")["train"]) == rows
+
+
+# -------------------------------------------------------------------------------------------------------- the real data
+
+
+@real_data
+@every_task
+def test_real_every_training_answer_gives_its_answer_and_that_scores_in_full(name, real_task):
+    # Against its own extracted answer, a training answer scores what that answer scores against itself: 1, but for
+    # SARI, which is a little less where the source repeats words (0.984 and more here).
+    docs = list(real_task.training_docs())
+    assert len(docs) == (60 if name == "reasoning_meetingbank" else 200)
+    for doc in docs:
+        answer = scoring.extract_answer(FORMS.get(name, "line"), doc["answer"])
+        assert answer is not None and answer.strip()
+        scores = real_task.process_results({**doc, "answer": answer}, [doc["answer"]])
+        assert scores["extracted"] == 1
+        full = scoring.sari(doc["prompt"], answer, answer) if HEADLINES[name] == "sari" else 1
+        assert scores[HEADLINES[name]] == pytest.approx(full, abs=1e-6) and full > 0.98
+
+
+@real_data
+@every_task
+def test_real_test_answers_are_bare(name, real_task):
+    for doc in [*real_task.test_docs(), *real_task.validation_docs()]:
+        assert "Reasoning:" not in doc["answer"]
+        if name != "reasoning_py150":  # needs no marker
+            assert scoring.extract_answer(FORMS.get(name, "line"), doc["answer"]) is None
+
+
+def _frame(prompt: str) -> tuple[str, ...]:
+    """The fixed parts of a prompt: its first line and the titles with the line breaks around them."""
+    titles = r"\n+(?:Text|Meeting transcripts|Question|Choices|Paragraph|Reasoning|文本|对象|推理)[:：](?:\n|\Z|R)"
+    return (prompt.partition("\n")[0], *re.findall(titles, prompt))
+
+
+@real_data
+@every_task
+def test_real_training_and_test_prompts_have_one_frame(name, real_task):
+    frames = Counter(_frame(doc["prompt"]) for doc in [*real_task.training_docs(), *real_task.test_docs()])
+    assert len(frames) == 1, frames
+    root, folder = data.find_reasoning(), data.REASONING[name]
+    for split, docs in (("train", real_task.training_docs()), ("test", real_task.test_docs())):
+        raw = [row["prompt"] for row in data.read_split(root, folder, split)]
+        changed = sum(a != doc["prompt"] for a, doc in zip(raw, docs, strict=True))
+        assert changed == (200 if (name, split) == ("reasoning_20minuten", "train") else 0)
+
+
+# ----------------------------------------------------------------------------------------------------------- the method
+
+
+def test_rcl_takes_the_reasoning_form_of_every_task(tmp_path):
+    config = RCLConfig(output_dir=str(tmp_path))
+    assert config.tasks == data.ORDERS["reasoning_order1"] and config.train_rows == 500
+    config = RCLConfig(output_dir=str(tmp_path), tasks=["trace_fomc", "reasoning_cstance"], train_rows=8, epochs=[1, 2])
+    assert config.tasks == ["reasoning_fomc", "reasoning_cstance"] and config.train_rows == 8
+    assert RCLConfig(output_dir=str(tmp_path), tasks=["order2"]).tasks == data.ORDERS["reasoning_order2"]
+    assert config.manifest()["tasks"] == config.tasks
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        (["trace_fomc", "gsm8k"], "gsm8k.*no such task.*reasoning_cstance"),
+        (["trace_fomc", "reasoning_fomc"], "every task can be one stage only"),
+    ],
+)
+def test_rcl_refuses_tasks_that_it_cannot_train(tasks, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        RCLConfig(output_dir=str(tmp_path), tasks=tasks)
+
+
+def test_rcl_trains_the_reasoning_and_scores_the_answer(options):
+    run = train({**options, "tasks": ["trace_numglue_ds"]}, RCLTrainer, RCLConfig)
+    assert run.manifest["method"] == "rcl" and run.tasks == ["reasoning_numglue_ds"]
+    assert run.manifest["data"]["fingerprint"].keys() == {"reasoning_numglue_ds"}
+    assert read_json(run.stages[1].train_file)["rows"] == 16

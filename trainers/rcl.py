@@ -1,0 +1,50 @@
+"""Reasoning-augmented continual learning (RCL): train on the reasoning that leads to each answer, then on the answer.
+
+Source: TRACE, section 5, "Reasoning-augmented Continual Learning" (arXiv 2310.06762). Sequential fine-tuning on another
+form of the data, which asks for the reasoning and has it in the training answers; what is scored is the answer alone
+(`trace_tasks/_reasoning_yaml`). In the paper 500 examples a task do the work of 5000 plain ones, hence `train_rows`.
+
+    python -m trainers.rcl --config trainers/configs/quickstart_rcl.yaml
+
+Any config of the plain tasks does: trace_fomc becomes reasoning_fomc, and so on. The rows are those of TRACE_REASONING,
+or of the folder LLM-CL-Benchmark_Reasoning in or beside TRACE_DATA. RCL with replay is `python -m trainers.replay ...
+--tasks reasoning_order1 --train_rows 500`.
+"""
+
+from dataclasses import dataclass, field
+
+from trace_bench import data
+from trainers.base import CLConfig, CLTrainer, ConfigError, main
+
+
+@dataclass
+class RCLConfig(CLConfig):
+    """Configuration of RCL: that of every run, with the tasks in their reasoning form and 500 training rows each."""
+
+    train_rows: int | None = field(
+        default=500, metadata={"help": "First so many training rows of each task; the paper has 500."}
+    )
+
+    def __post_init__(self) -> None:
+        """Puts the reasoning task in the place of every plain one.
+
+        Raises:
+            ConfigError: for a task without a reasoning form.
+        """
+        plain = [t for name in self.tasks for t in data.ORDERS.get(name, [name])]
+        self.tasks = [f"reasoning_{t.removeprefix('trace_')}" if t in data.FOLDERS else t for t in plain]
+        without = [t for t in self.tasks if t not in data.REASONING]
+        if without:
+            raise ConfigError(
+                f"{', '.join(without)}: RCL has no such task with reasoning. Use order1, order2 or tasks of "
+                f"{', '.join(data.REASONING)}."
+            )
+        super().__post_init__()
+
+
+class RCLTrainer(CLTrainer):
+    """Sequential fine-tuning: the data makes the difference."""
+
+
+if __name__ == "__main__":
+    main(RCLTrainer, RCLConfig)
