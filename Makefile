@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 # cpu or gpu; found out by whether there is an NVIDIA driver.
 DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
-CONFIG ?= trainers/configs/quickstart.yaml
+# A method's own quickstart, where it has one.
+CONFIG ?= $(firstword $(wildcard trainers/configs/quickstart_$*.yaml) trainers/configs/quickstart.yaml)
 # runs/<method>-<config>
 RUN ?= runs/$*-$(basename $(notdir $(CONFIG)))
 
-.PHONY: help setup check test test-slow data evaluate report
+.PHONY: help setup check test test-slow data evaluate report study
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -48,6 +49,9 @@ evaluate: ## fill the missing cells of a run: make evaluate RUN=runs/NAME
 
 report: ## write the report of a run: make report RUN=runs/NAME
 	$(BIN)/trace-bench report $(RUN)
+
+study: setup ## train, evaluate and compare several runs: make study STUDY=trainers/configs/studies/NAME.yaml [FULL=1]
+	$(BIN)/trace-bench study $(STUDY) $(if $(FULL),--full)
 
 check: ## ruff and mypy
 	$(BIN)/ruff check .

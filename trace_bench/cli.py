@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("path", metavar="RUN", help="the run directory")
     p.add_argument("--stages", help="indices, such as 0,3,8 (default: all that are trained)")
-    p.add_argument("--full-matrix", action="store_true", default=None, help="all tasks at every stage")
+    p.add_argument("--cells", choices=["seen", "all", "own"], help="tasks of each stage (default: the run's, seen)")
     p.add_argument("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, vllm)")
     p.add_argument(
         "--engine-args",
@@ -67,9 +67,26 @@ def main(argv: list[str] | None = None) -> None:
     g.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
     p.set_defaults(run=_evaluate)
 
-    p = commands.add_parser("report", help="write report.md and scores.csv from the files of a run")
-    p.add_argument("path", metavar="RUN", help="the run directory")
+    p = commands.add_parser(
+        "report",
+        help="write report.md and scores.csv from the files of a run, and compare several runs",
+        description="Writes report.md and scores.csv of each run. Two or more runs are compared in a table.",
+    )
+    p.add_argument("paths", metavar="RUN", nargs="+", help="a run directory")
+    p.add_argument("--output", metavar="FILE.md", help="write the comparison there too, and as .csv beside it")
     p.set_defaults(run=_report)
+
+    p = commands.add_parser(
+        "study",
+        help="train, evaluate and compare the runs of a study file",
+        description="Does the runs of a study one after the other and compares them. Done steps are skipped.",
+    )
+    p.add_argument("file", metavar="FILE.yaml", help="such as trainers/configs/studies/replay.yaml")
+    p.add_argument("--full", action="store_true", help="at the scale of the paper instead of the small one")
+    p.add_argument("--output_dir", "--output-dir", metavar="DIR", help="default: runs/<name of the study>-<small|full>")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="these runs only; the table has all that are there")
+    p.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
+    p.set_defaults(run=_study)
 
     p = commands.add_parser("tasks-path", help="print the folder of the lm-eval tasks, for --include_path")
     p.add_argument(
@@ -89,10 +106,11 @@ def main(argv: list[str] | None = None) -> None:
     from trace_bench.engine import EngineError
     from trace_bench.models import ModelError
     from trace_bench.run import RunError
+    from trace_bench.study import StudyError
 
     try:
         args.run(args)
-    except (DataError, EngineError, ModelError, RunError) as e:
+    except (DataError, EngineError, ModelError, RunError, StudyError) as e:
         sys.exit(f"error: {e}")
 
 
@@ -179,7 +197,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     done = evaluate(
         run,
         stages=stages,
-        full_matrix=args.full_matrix,
+        cells=args.cells,
         backend=args.backend,
         engine_args=engine_args,
         data_path=args.data,
@@ -189,10 +207,23 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from trace_bench.report import write_report
+    from trace_bench.report import write_comparison, write_report
     from trace_bench.run import Run
 
-    print(write_report(Run.open(args.path)))
+    runs = [Run.open(path) for path in dict.fromkeys(args.paths)]
+    if len(runs) == 1 and not args.output:
+        print(write_report(runs[0]))
+        return
+    for run in runs:
+        write_report(run)
+    print(write_comparison(runs, args.output), end="")
+
+
+def _study(args: argparse.Namespace) -> None:
+    from trace_bench.study import run_study
+
+    if not run_study(args.file, full=args.full, output_dir=args.output_dir, only=args.only, dry_run=args.dry_run):
+        sys.exit(1)
 
 
 def _tasks_path(args: argparse.Namespace) -> None:

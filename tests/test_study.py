@@ -1,0 +1,259 @@
+"""Tests of `trace_bench.study`: the project's study files, what such a file may hold, a tiny study from end to end."""
+
+import csv
+import importlib
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from trace_bench import study
+from trace_bench.cli import main
+from trace_bench.report import DASH
+from trace_bench.study import StudyError, methods, read_study, run_study
+
+STUDIES = sorted((study.TRAINERS / "configs" / "studies").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(runs, config="config.yaml", **more):
+        (tmp_path / "config.yaml").touch()
+        file = tmp_path / "mine.yaml"
+        content = runs if isinstance(runs, str) else yaml.safe_dump({"config": config, "runs": runs, **more})
+        file.write_text(f"# What is asked?\n{content}", encoding="utf-8")
+        return file
+
+    return write
+
+
+# -------------------------------------------------------------------------------------------- the files of the project
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["small", "full"])
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
+def test_every_option_of_a_study_is_one_of_its_method(file, full):
+    from trl import ModelConfig, TrlParser
+
+    from trainers.base import CLConfig
+
+    text = file.read_text(encoding="utf-8")
+    absent = set(re.findall(r"method: (\w+)", text)) - set(methods())
+    if absent:
+        pytest.skip(f"not written yet: trainers/{', '.join(sorted(absent))}.py")
+    for name, (method, arguments) in read_study(file, full).items():
+        module = importlib.import_module(f"trainers.{method}")
+        classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, CLConfig)]
+        config_class = max(classes, key=lambda c: len(c.__mro__))
+        parser = TrlParser((config_class, ModelConfig))
+        config, model = parser.parse_args_and_config([*arguments, "--output_dir", "nowhere"])
+        assert config.tasks and model.model_name_or_path, name
+
+
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
+def test_a_study_says_its_question_and_its_command_first(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and lines[0].endswith("?")
+    assert f"make study STUDY=trainers/configs/studies/{file.name}" in lines[2]
+
+
+def test_the_studies_are_the_paper_s_questions():
+    assert {f.stem for f in STUDIES} >= {
+        "base",
+        "long",
+        "models",
+        "one_task",
+        "orders",
+        "reasoning",
+        "replay",
+        "rows",
+    }
+
+
+# ------------------------------------------------------------------------------------------------ what a file may hold
+
+
+def test_values_become_arguments(write, tmp_path):
+    run = {
+        "method": "sequential",
+        "tasks": ["trace_fomc", "my_task"],
+        "learning_rate": 1e-4,
+        "use_peft": False,
+        "engine_args": {"max_model_len": 64},
+        "epochs": None,
+    }
+    method, arguments = read_study(write({"a": run}))["a"]
+    assert method == "sequential"
+    assert arguments == [
+        *("--config", str(tmp_path / "config.yaml")),
+        *("--engine_args", '{"max_model_len": 64}'),
+        *("--learning_rate", "0.0001"),
+        *("--tasks", "trace_fomc", "my_task"),
+        *("--use_peft", "false"),
+    ]
+
+
+def test_values_and_runs_and_the_config_may_depend_on_the_scale(write, tmp_path):
+    (tmp_path / "large.yaml").touch()
+    both = {"method": "sequential", "train_rows": {"small": 2, "full": None}}
+    file = write(
+        {"both": both, "large": {"small": None, "full": {"method": "sequential", "train_rows": 9}}},
+        config={"small": "config.yaml", "full": "large.yaml"},
+    )
+    assert read_study(file) == {
+        "both": ("sequential", ["--config", str(tmp_path / "config.yaml"), "--train_rows", "2"])
+    }
+    large = ["--config", str(tmp_path / "large.yaml")]
+    assert read_study(file, full=True) == {
+        "both": ("sequential", large),
+        "large": ("sequential", [*large, "--train_rows", "9"]),
+    }
+
+
+def test_the_methods_are_the_files_that_can_be_run():
+    assert {"sequential", "single", "joint", "icl"} <= set(methods())
+    assert not {"base", "__init__", "memory"} & set(methods())
+
+
+GOOD = {"method": "sequential"}
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("runs: [", ["is not YAML", "line 2"]),
+        ("just text", ["config and runs", "str"]),
+        ("config: config.yaml", ["config and runs", "['config']"]),
+        ("config: config.yaml\nruns: {a: {method: icl}}\nsteps: 3", ["config and runs", "'steps'"]),
+        ("config: other.yaml\nruns: {a: {method: icl}}", ["'other.yaml' is no file", "relative to"]),
+        ({"a": {"method": "sequental"}}, ["runs, a", "'sequental'", "sequential", "icl"]),
+        ({"a": {"method": "base"}}, ["'base' is not one of"]),
+        ({"a": {"train_rows": 3}}, ["runs, a", "method None"]),
+        ({"a": "sequential"}, ["runs, a", "method 'sequential' is not"]),
+        ({"a": {**GOOD, "output_dir": "x"}}, ["'output_dir' is not allowed"]),
+        ({"a": {**GOOD, "--train_rows": 3}}, ["'--train_rows' is not allowed", "without '--'"]),
+        ({"a": {**GOOD, "train_rows": {"small": 3}}}, ["a, train_rows", "both small and full"]),
+        ({"a/b": GOOD}, ["a/b", "folder"]),
+        ({}, ["no run"]),
+        (["a"], ["runs: expected run names"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_what_is_allowed(write, content, words, monkeypatch, capsys):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("it began"))
+    file = write(content)
+    with pytest.raises(StudyError) as e:
+        run_study(file)
+    assert all(word in str(e.value) for word in [str(file), *words]), e.value
+    with pytest.raises(SystemExit) as e:
+        main(["study", str(file)])
+    assert str(e.value.code).startswith(f"error: {file}")
+
+
+def test_a_file_and_a_run_that_are_not_there(write, tmp_path):
+    with pytest.raises(StudyError, match=r"no study file .*nowhere\.yaml"):
+        run_study(tmp_path / "nowhere.yaml")
+    with pytest.raises(StudyError, match=r"--only c: the runs of .* are a, b"):
+        run_study(write({"a": GOOD, "b": GOOD}), only=["a", "c"])
+
+
+def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("it began"))
+    monkeypatch.chdir(tmp_path)
+    file = write({"a": {**GOOD, "tasks": ["x", "y"]}, "b": GOOD})
+    main(["study", str(file), "--full", "--dry-run", "--only", "a"])
+    config = tmp_path / "config.yaml"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{sys.executable} -m trainers.sequential --config {config} --tasks x y --output_dir runs/mine-full/a",
+        f"{sys.executable} -m trace_bench.cli evaluate runs/mine-full/a",
+    ]
+    assert not (tmp_path / "runs").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ from end to end
+
+
+RUN = subprocess.run
+
+
+def in_this_process(command, **options):
+    """Runs `python -m MODULE ...` as a program, without the seconds that a new process takes to import torch."""
+    if command[:2] != [sys.executable, "-m"]:
+        return RUN(command, **options)
+    module, *arguments = command[2:]
+    sys.modules.pop(module, None)  # a program is never imported already
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        try:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        except SystemExit as e:
+            return subprocess.CompletedProcess(command, 1 if isinstance(e.code, str) else e.code or 0)
+    return subprocess.CompletedProcess(command, 0)
+
+
+@pytest.fixture
+def tiny_study(options, write, tmp_path):
+    """Two runs of the tiny model, and one between them whose option cannot be."""
+    runs = {
+        "few": {**GOOD, "train_rows": 8},
+        "wrong": {**GOOD, "keep": "nothing"},
+        "many": {**GOOD, "train_rows": 16},
+    }
+    file = write(yaml.safe_dump({"config": "config.yaml", "runs": runs}, sort_keys=False))
+    options = {k: v for k, v in options.items() if k not in ("output_dir", "train_rows")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
+    return file
+
+
+def check_the_summary(folder, printed):
+    summary = (folder / "summary.md").read_text(encoding="utf-8")
+    assert summary.startswith("# mine-small\n\nWhat is asked?\n\n> **Failed:** `wrong`: its training ended with exit")
+    assert printed.endswith(summary)
+    with (folder / "summary.csv").open(encoding="utf-8", newline="") as f:
+        rows = {row["run"]: row for row in csv.DictReader(f)}
+    assert list(rows) == ["few", "many"]
+    assert rows["few"]["train rows"] == "first 8" and rows["many"]["train rows"] == "first 16"
+    assert float(rows["few"]["trained tokens"]) > 0
+    assert {rows["few"][k] for k in ("OP", "fomc", "numglue_ds")} & {"", DASH} == set()
+    assert (folder / "few" / "report.md").is_file()
+
+
+def test_a_study_trains_evaluates_compares_and_goes_on(tiny_study, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(subprocess, "run", in_this_process)
+    folder = tmp_path / "out"
+    assert run_study(tiny_study, output_dir=folder) is False
+    check_the_summary(folder, capfd.readouterr().out)
+
+    files = [*folder.glob("*/stages/*/train.json"), *folder.glob("*/stages/*/eval/*.json")]
+    assert len(files) == 2 * (2 + 2 + 1 + 2)  # two runs: two stages; all tasks of the base model, one, and two
+    before = {f: f.stat().st_mtime_ns for f in files}
+    lost = folder / "many" / "stages" / "2_trace_numglue_ds" / "eval" / "trace_fomc.json"
+    lost.unlink()
+    assert run_study(tiny_study, output_dir=folder, only=["few", "many"]) is True
+    after = {f: f.stat().st_mtime_ns for f in files}
+    assert [f for f in files if before[f] != after[f]] == [lost]
+    assert "Not done: `wrong`" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_study_by_its_command(tiny_study, tmp_path):
+    folder = tmp_path / "out"
+    command = [sys.executable, "-m", "trace_bench.cli", "study", str(tiny_study), "--output_dir", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert "--keep: invalid choice: 'nothing'" in done.stderr and "Traceback" not in done.stderr
+    check_the_summary(folder, done.stdout)
+
+
+def test_reading_a_study_needs_no_torch(write):
+    file = write({"a": GOOD})
+    code = (
+        "import sys\nfrom trace_bench.cli import main\nmain(['study', sys.argv[1], '--dry-run'])\n"
+        "heavy = {'torch', 'lm_eval', 'transformers', 'vllm', 'datasets'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(file).is_file()

@@ -1,0 +1,193 @@
+"""Studies: a question of the paper as a list of runs that are trained, evaluated and compared.
+
+A study is a YAML file; `trainers/configs/studies/` holds the paper's:
+
+    # The question, on the first line.
+    config: {small: ../quickstart.yaml, full: ../llama2_7b_lora.yaml}
+    runs:
+      few: {method: sequential, train_rows: {small: 16, full: 500}}
+      many: {method: sequential, train_rows: {small: 64, full: null}}
+
+`config` is relative to the study file. The keys of a run are `method`, a file in `trainers/`, and options of it. Any
+value may be written as {small: X, full: Y}: X by default, Y with `--full`; null leaves the option (or the run) out.
+
+Each run is `python -m trainers.METHOD` and `trace-bench evaluate`, which go on where they were; what `trace-bench
+report` says of all of them comes last. For several GPUs, take the commands from `--dry-run` and launch them with
+accelerate.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trace_bench.report import compare, write_report
+from trace_bench.run import Run, RunError, write_text
+
+TRAINERS = Path(__file__).parent.parent / "trainers"
+_MAIN = 'if __name__ == "__main__":'
+
+
+class StudyError(Exception):
+    """The study file cannot be used; the message says where, and what is allowed."""
+
+
+def methods() -> list[str]:
+    """The methods there are: the files in trainers/ that can be run."""
+    return sorted(p.stem for p in TRAINERS.glob("*.py") if _MAIN in p.read_text(encoding="utf-8"))
+
+
+def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, list[str]]]:
+    """Reads and checks a study file.
+
+    Args:
+        file: The study file.
+        full: Whether at the scale of the paper.
+
+    Returns:
+        Run name -> its method and its command-line arguments, without --output_dir.
+
+    Raises:
+        StudyError: naming the place in the file and what is allowed there.
+    """
+    file, scale = Path(file), "full" if full else "small"
+    if not file.is_file():
+        raise StudyError(f"There is no study file {file}.")
+    try:
+        study = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise StudyError(f"{file} is not YAML: {e}") from e
+    if not isinstance(study, dict) or study.keys() != {"config", "runs"}:
+        found = sorted(map(str, study)) if isinstance(study, dict) else type(study).__name__
+        raise StudyError(f"{file}: a study has the keys config and runs, and no others; found {found}.")
+    config = _at(scale, study["config"], f"{file}, config")
+    if not isinstance(config, str) or not (file.parent / config).is_file():
+        raise StudyError(f"{file}, config: {config!r} is no file; it is looked for relative to {file.parent}.")
+    path = os.path.normpath(file.parent / config)
+    runs = _at(scale, study["runs"], f"{file}, runs")
+    if not isinstance(runs, dict):
+        raise StudyError(f"{file}, runs: expected run names with their options, found {runs!r:.60}.")
+    commands = {}
+    for name, options in runs.items():
+        where = f"{file}, runs, {name}"
+        options = _at(scale, options, where)
+        if options is None:
+            continue
+        if not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise StudyError(f"{where}: the name becomes a folder; use letters, digits, '_', '-' and '.'.")
+        if not isinstance(options, dict) or options.get("method") not in methods():
+            method = options.get("method") if isinstance(options, dict) else options
+            raise StudyError(f"{where}: method {method!r} is not one of {', '.join(methods())}.")
+        arguments = ["--config", path]
+        for key, value in options.items():
+            if key in ("config", "output_dir") or not re.fullmatch(r"[a-z]\w*", str(key)):
+                raise StudyError(f"{where}: {key!r} is not allowed; use method and options of it, without '--'.")
+            if key != "method":
+                arguments += _argument(key, _at(scale, value, f"{where}, {key}"))
+        commands[str(name)] = (options["method"], arguments)
+    if not commands:
+        raise StudyError(f"{file}: there is no run at the {scale} scale.")
+    return commands
+
+
+def _at(scale: str, value: Any, where: str) -> Any:
+    """The value at a scale."""
+    if not isinstance(value, dict) or not value.keys() & {"small", "full"}:
+        return value
+    if value.keys() != {"small", "full"}:
+        raise StudyError(f"{where}: found {sorted(map(str, value))}; give both small and full (null: left out).")
+    return _at(scale, value[scale], where)
+
+
+def _argument(key: str, value: Any) -> list[str]:
+    """An option as the trainers take it: lists as several values, mappings as JSON."""
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", json.dumps(value) if isinstance(value, dict | bool) else str(value)]
+
+
+def run_study(
+    file: str | Path,
+    *,
+    full: bool = False,
+    output_dir: str | Path | None = None,
+    only: Collection[str] | None = None,
+    dry_run: bool = False,
+) -> bool:
+    """Does the runs of a study one after the other, prints their comparison and writes it as summary.md and .csv.
+
+    Args:
+        file: The study file.
+        full: Whether at the scale of the paper.
+        output_dir: The folder of the runs; None = runs/<name of the file>-<small or full>.
+        only: Names of the runs to do; None = all. The comparison has all that are there.
+        dry_run: Print the commands only.
+
+    Returns:
+        Whether every run succeeded. One that fails does not stop the others.
+
+    Raises:
+        StudyError: before anything starts.
+    """
+    runs = read_study(file, full)
+    title = f"{Path(file).stem}-{'full' if full else 'small'}"
+    folder = Path(output_dir or Path("runs") / title)
+    unknown = sorted(set(only or ()) - runs.keys())
+    if unknown:
+        raise StudyError(f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}.")
+    failed: dict[str, str] = {}
+    for name, (method, arguments) in runs.items():
+        if only and name not in only:
+            continue
+        commands = {
+            "training": [sys.executable, "-m", f"trainers.{method}", *arguments, "--output_dir", str(folder / name)],
+            "evaluation": [sys.executable, "-m", "trace_bench.cli", "evaluate", str(folder / name)],
+        }
+        for step, command in commands.items():
+            if dry_run:
+                print(shlex.join(command))
+                continue
+            print(f"--- {name}: {step}", flush=True)
+            code = subprocess.run(command).returncode
+            if code:
+                failed[name] = f"its {step} ended with exit code {code}"
+                break
+    if not dry_run:
+        question = Path(file).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        print(_summary(f"# {title}\n\n{question}\n\n", folder, list(runs), failed), end="")
+    return not failed
+
+
+def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) -> str:
+    """Writes the report of every run and the comparison of all; what is wrong with a run is added to `failed`."""
+    there, missing = [], []
+    for name in names:
+        if not (folder / name / "manifest.json").exists():
+            missing.append(name)
+            continue
+        try:
+            run = Run.open(folder / name)
+            write_report(run)
+            there.append(run)
+        except RunError as e:
+            failed.setdefault(name, str(e))
+    lines = [f"> **Failed:** `{name}`: {why}." for name, why in failed.items()]
+    lines += [f"> Not done: `{name}`." for name in missing if name not in failed]
+    text = head + "".join(f"{line}\n\n" for line in lines)
+    if there:
+        comparison, table = compare(there)
+        text += comparison
+        write_text(folder / "summary.csv", table)
+    write_text(folder / "summary.md", text)
+    return text
