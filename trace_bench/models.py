@@ -86,12 +86,28 @@ def is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / "adapter_config.json").is_file()
 
 
+def soft_prompt(checkpoint: Path | None) -> Any:
+    """The soft prompt of a checkpoint that is a PEFT prompt-tuning adapter, a tensor (tokens, width); else None.
+
+    Such a checkpoint is the base model with these embeddings in front of every input: no weight changes.
+    """
+    if checkpoint is None or not is_adapter(checkpoint):
+        return None
+    from peft import PeftConfig
+    from safetensors.torch import load_file
+
+    if PeftConfig.from_pretrained(str(checkpoint)).peft_type != "PROMPT_TUNING":
+        return None
+    return load_file(checkpoint / "adapter_model.safetensors")["prompt_embeddings"]
+
+
 def load_merged(base: str, checkpoint: Path | None, revision: str | None = None, **kwargs: Any) -> Any:
     """Loads the model of a checkpoint with its adapter, if it is one, merged into the weights.
 
     Args:
         base: What `resolve_model` returned for the base model.
-        checkpoint: A PEFT adapter, a full model, or None for the base model itself.
+        checkpoint: A PEFT adapter, a full model, or None for the base model itself. Of a prompt-tuning adapter the
+            weights are those of the base model; its prompt comes from `soft_prompt`.
         revision: Revision of the base model on the hub.
         **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as dtype.
 
@@ -100,6 +116,8 @@ def load_merged(base: str, checkpoint: Path | None, revision: str | None = None,
     """
     from transformers import AutoModelForCausalLM
 
+    if soft_prompt(checkpoint) is not None:
+        checkpoint = None  # nothing to merge: who runs the model puts the prompt in front of its inputs
     if checkpoint is not None and not is_adapter(checkpoint):
         return AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
     model = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main", **kwargs)

@@ -146,7 +146,9 @@ def _last_stage(R: metrics.Matrix) -> int:
 
 def _sections(run: Run, cells: dict[tuple[int, str], dict[str, Any]], R: metrics.Matrix) -> Iterable[str]:
     manifest = run.manifest
-    kind = {"lora": "LoRA", "full": "all parameters"}.get(manifest.get("trains", ""), "checkpoints from elsewhere")
+    kind = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}.get(
+        manifest.get("trains", ""), "checkpoints from elsewhere"
+    )
     if len(run.stages) == 1:
         kind = "nothing is trained"
     yield f"# {run.path.name}"
@@ -288,7 +290,12 @@ def _comparable_siblings(run: Run) -> list[tuple[Run, metrics.Matrix]]:
             continue
         try:
             sibling = Run.open(file.parent)
-            if sibling.manifest["method"] not in _BOUNDS or _conditions(sibling) != _conditions(run):
+            if sibling.manifest["method"] not in _BOUNDS:
+                continue
+            there, here = _conditions(sibling), _conditions(run)
+            if sibling.manifest["method"] == "icl":  # demonstrations need room
+                there["max_prompt_length"] = here["max_prompt_length"]
+            if there != here:
                 continue
             if sibling.manifest["method"] == "icl" and not sibling.manifest["config"].get("num_fewshot"):
                 continue  # the base model alone

@@ -1,0 +1,153 @@
+"""OSF: what a stage preserves, what it trains, and what it leaves on the disk."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train
+from peft.tuners.osf import OSFLayer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from trace_bench.evaluate import evaluate
+from trace_bench.run import Run, read_json
+from trainers.base import ConfigError
+from trainers.osf import OSFConfig, OSFTrainer
+
+
+@pytest.fixture
+def options(options) -> dict:
+    return {**options, "use_peft": False, "bf16": False, "learning_rate": 1e-3}
+
+
+def run_osf(options: dict, trainer=OSFTrainer) -> Run:
+    return train(options, trainer, OSFConfig)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def linear(name: str) -> bool:
+    return name.endswith("_proj.weight")
+
+
+def leak(before: torch.Tensor, after: torch.Tensor, rank: int) -> float:
+    """How much of the change of a weight touches its former top directions, from 0 to 1."""
+    u, _, v = torch.linalg.svd(before.double(), full_matrices=False)
+    change = after.double() - before.double()
+    high = max((u[:, :rank].T @ change).norm(), (change @ v[:rank].T).norm())
+    return float(high / change.norm())
+
+
+def test_a_stage_of_sgd_leaves_the_top_directions_alone(options, tiny_model):
+    run = run_osf({**options, "optim": "sgd", "learning_rate": 1.0})
+    folders = [tiny_model, run.stages[1].checkpoint, run.stages[2].checkpoint]
+    for stage, (a, b) in enumerate(pairwise(folders), 1):
+        before, after = weights(a), weights(b)
+        assert before.keys() == after.keys() and sum(map(linear, before)) == 14
+        for name, weight in before.items():
+            if not linear(name):
+                assert torch.equal(weight, after[name]), "embeddings and norms are not trained"
+                continue
+            rank = {1: 1, 2: 64}[stage]  # at least one direction; then 1/2 of 128
+            assert (after[name] - weight).abs().max() > 1e-5, "it moved"
+            assert leak(weight, after[name], rank) < 2e-3, "no more than the rounding of float32"
+            assert leak(weight, after[name], rank + 32) > 0.5, "and what is not preserved is free"
+
+
+def test_adam_leaves_the_subspace_a_little(options, tiny_model):
+    """What the docstring says: the projection is of the gradient, and Adam's step is not the gradient."""
+    run = run_osf({**options, "tasks": ["trace_fomc"], "osf_preserved": 0.5})
+    before, after = weights(tiny_model), weights(run.stages[1].checkpoint)
+    leaks = [leak(before[name], after[name], 64) for name in before if linear(name)]
+    assert 0.05 < max(leaks) < 0.5
+
+
+def test_the_saved_model_is_the_trained_one(options):
+    class Look(OSFTrainer):
+        def save_checkpoint(self):
+            layers = [m for m in self.model.modules() if isinstance(m, OSFLayer)]
+            assert len(layers) == 14 and not isinstance(self.model.get_output_embeddings(), OSFLayer)
+            for layer in layers:
+                factors = layer.osf_svd_params["default"]
+                assert not torch.equal(factors["U_low"], layer._osf_U_low_init["default"])
+            ids = torch.arange(3, 60)[None]
+            with torch.no_grad():
+                trained = self.model(ids).logits
+            path = super().save_checkpoint()
+            saved = AutoModelForCausalLM.from_pretrained(path)
+            assert type(saved).__name__ == "LlamaForCausalLM" and saved.dtype == torch.float32
+            with torch.no_grad():
+                torch.testing.assert_close(saved(ids).logits, trained, rtol=1e-4, atol=1e-5)
+            return path
+
+    run_osf(options, Look)
+
+
+def test_a_stage_goes_on_from_the_one_before(options):
+    class Still(OSFTrainer):
+        def adjust_gradients(self, model):
+            if self.stage.index == 2:
+                model.zero_grad()
+
+    run = run_osf(options, Still)
+    first, second = (weights(s.checkpoint) for s in run.stages[1:])
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(options, tmp_path):
+    class Broken(OSFTrainer):
+        def end_stage(self):
+            if self.stage.index == 2:
+                raise KeyboardInterrupt
+
+    Broken.__module__ = OSFTrainer.__module__  # the same method as far as the manifest goes
+    options = {**options, "bf16": True}
+    whole = run_osf(options)
+    again = {**options, "output_dir": str(tmp_path / "again")}
+    with pytest.raises(KeyboardInterrupt):
+        run_osf(again, Broken)
+    resumed = run_osf(again)
+    for stage in (1, 2):
+        a, b = (r.stages[stage].checkpoint / "model.safetensors" for r in (whole, resumed))
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_what_is_trained_shrinks_with_the_stages_and_every_stage_is_evaluated_as_a_model(options):
+    run = run_osf(options)
+    for stage, preserved in ((1, 0.0), (2, 0.5)):
+        record = read_json(run.stages[stage].train_file)
+        assert record["preserved"] == preserved
+        rank = 128 - max(1, int(128 * preserved))
+        # Of each matrix (out, in): U_low, S_low, V_low. Two layers of q, k, v, o (128 x 128) and the MLP's three.
+        assert record["trainable_parameters"] == 2 * rank * (4 * (128 + 1 + 128) + 3 * (256 + 1 + 128))
+        assert record["parameters"] == sum(w.numel() for w in weights(run.stages[stage].checkpoint).values())
+    assert run.stages[1].checkpoint.name == "model" and run.manifest["trains"] == "full"
+    assert not list(run.path.rglob("adapter_config.json"))
+    assert evaluate(run) == 2 + 1 + 2
+
+
+def test_shards_are_refused(options, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="whole weights"):
+        run_osf(options)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"use_peft": True}, "use_peft=false"), ({"osf_preserved": 1.0}, "osf_preserved=1.0")],
+)
+def test_what_osf_cannot_do_is_refused_before_anything_starts(options, change, words):
+    with pytest.raises(ConfigError, match=words):
+        run_osf({**options, **change})
+    assert not Path(options["output_dir"]).exists()
+
+
+def test_half_precision_is_warned_of(options, caplog):
+    from trl import ModelConfig
+
+    OSFTrainer.prepare(OSFConfig(output_dir="x"), ModelConfig(dtype="bfloat16"))
+    assert "use dtype=float32" in caplog.text

@@ -1,0 +1,310 @@
+"""Progressive Prompts: what is trained, what stays as it is, and that the engines run the same model as PEFT."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command_line, train
+from lm_eval.api.instance import Instance
+from peft import PeftModel, PromptTuningConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trace_bench import engine, models
+from trace_bench.evaluate import evaluate
+from trace_bench.run import Run, read_json
+from trainers.base import ConfigError
+from trainers.pp import PPConfig, PPTrainer
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ["12 + 3 is equal to", "Hello", "What is the monetary policy stance of the following text?"]
+
+
+@pytest.fixture
+def options(options) -> dict:
+    return {**options, "prompt_tokens": 4}
+
+
+@pytest.fixture
+def lively(checkpoints, tmp_path) -> tuple[Path, Path]:
+    """A base model that writes lively texts, and a soft prompt for it that changes them."""
+    base, adapter = checkpoints["full model"], tmp_path / "a_prompt"
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6),
+    )
+    torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=0.3)
+    model.save_pretrained(adapter)
+    return base, adapter
+
+
+def run_pp(options: dict, trainer=PPTrainer) -> Run:
+    return train(options, trainer, PPConfig)
+
+
+def prompts(run: Run, stage: int) -> torch.Tensor:
+    return load_file(run.stages[stage].checkpoint / "adapter_model.safetensors")["prompt_embeddings"]
+
+
+def generate(lm, texts: list[str], tokens: int = 12) -> list[str]:
+    kwargs = {"until": [], "max_gen_toks": tokens, "do_sample": False}
+    return lm.generate_until([Instance("generate_until", {}, (t, dict(kwargs)), i) for i, t in enumerate(texts)])
+
+
+def by_hand(model, soft: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """The logits of a text behind a soft prompt, without the prompt's own positions."""
+    embeds = model.get_input_embeddings()(torch.tensor([ids]))
+    with torch.no_grad():
+        return model(inputs_embeds=torch.cat([soft[None], embeds], dim=1)).logits[0, len(soft) :]
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("mlp", [0, 16])
+def test_every_stage_puts_a_new_prompt_in_front_of_the_unchanged_earlier_ones(options, tiny_model, mlp):
+    before = (tiny_model / "model.safetensors").read_bytes()
+    untouched = []
+
+    class Look(PPTrainer):
+        def end_stage(self):
+            base = load_file(tiny_model / "model.safetensors")
+            now = self.model.base_model.state_dict()
+            untouched.append(all(torch.equal(now[name], base[name]) for name in base))
+
+    Look.__module__ = PPTrainer.__module__
+    options = {**options, "tasks": [*options["tasks"], "trace_numglue_cm"], "prompt_mlp": mlp, "weight_decay": 0.1}
+    run = run_pp(options, Look)
+    assert untouched == [True] * 3 and (tiny_model / "model.safetensors").read_bytes() == before
+    one, two, three = (prompts(run, stage) for stage in (1, 2, 3))
+    assert one.shape == (4, 128) and two.shape == (8, 128) and three.shape == (12, 128)
+    assert torch.equal(two[4:], one) and torch.equal(three[4:], two)
+    table = load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"]
+    starts = []
+    for new in (one, two[:4], three[:4]):
+        distance = torch.cdist(new, table)
+        assert (distance.min(dim=1).values > 1e-3).all(), "every row moved"
+        starts.append(tuple(distance.argmin(dim=1).tolist()))
+    assert mlp or len(set(starts)) == 3, "each stage begins with other random tokens"
+    for stage in (1, 2, 3):
+        record = read_json(run.stages[stage].train_file)
+        trained = 4 * 128 + (mlp and 128 * 16 + 16 + 16 * 8 + 8 + 8 * 128 + 128)
+        assert record["trainable_parameters"] == trained, "the new prompt alone"
+        config = read_json(run.stages[stage].checkpoint / "adapter_config.json")
+        assert config["peft_type"] == "PROMPT_TUNING" and config["num_virtual_tokens"] == 4 * stage
+
+
+def test_the_loss_is_the_one_computed_by_hand_and_trl_s(options):
+    from trl import SFTTrainer
+
+    checked = []
+
+    class Look(PPTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ours = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+            theirs = SFTTrainer.compute_loss(self, model, dict(inputs), return_outputs, num_items_in_batch)
+            soft = model.get_prompt(batch_size=1)[0].detach()
+            assert len(soft) == 4 * self.stage.index
+            total = 0.0
+            for ids, labels, mask in zip(inputs["input_ids"], inputs["labels"], inputs["attention_mask"], strict=True):
+                ids, labels = ids[mask.bool()], labels[mask.bool()]
+                logits = by_hand(model.base_model, soft, ids.tolist())[:-1]
+                total += float(torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum"))
+            assert ours.item() == pytest.approx(total / float(num_items_in_batch), rel=1e-5)
+            assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+            checked.append(self.stage.index)
+            return ours
+
+    run_pp({**options, "bf16": False}, Look)
+    assert checked == [1] * 3 + [2] * 3
+
+
+def test_the_checkpoint_is_an_ordinary_adapter_and_the_trained_model(options, tiny_model):
+    ids = torch.arange(3, 60)[None]
+    logits = {}
+
+    class Look(PPTrainer):
+        def end_stage(self):
+            with torch.no_grad():
+                logits[self.stage.index] = self.model.eval()(ids).logits
+
+    run = run_pp({**options, "bf16": False, "prompt_mlp": 16}, Look)
+    for stage in (1, 2):
+        base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        with torch.no_grad():
+            loaded = PeftModel.from_pretrained(base, run.stages[stage].checkpoint)(ids).logits
+        torch.testing.assert_close(loaded, logits[stage], rtol=1e-5, atol=1e-6)
+
+
+def test_an_interrupted_run_ends_in_the_same_bytes(options, tmp_path):
+    class Broken(PPTrainer):
+        def end_stage(self):
+            if self.stage.index == 2:
+                raise KeyboardInterrupt
+
+    Broken.__module__ = PPTrainer.__module__  # the same method as far as the manifest goes
+    whole = run_pp(options)
+    again = {**options, "output_dir": str(tmp_path / "again")}
+    with pytest.raises(KeyboardInterrupt):
+        run_pp(again, Broken)
+    resumed = run_pp(again)
+    for stage in (1, 2):
+        a, b = (r.stages[stage].checkpoint / "adapter_model.safetensors" for r in (whole, resumed))
+        assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_peft": False}, "use_peft=true"),
+        ({"prompt_tokens": 0}, "prompt_tokens=0"),
+        ({"prompt_mlp": 1}, "prompt_mlp=1"),
+        ({"padding_free": True}, "padding_free"),
+    ],
+)
+def test_what_pp_cannot_do_is_refused_before_anything_starts(options, change, words):
+    with pytest.raises(ConfigError, match=words):
+        run_pp({**options, **change})
+    assert not Path(options["output_dir"]).exists()
+
+
+def test_the_quickstart_configuration_is_one_for_prompts_and_prepares_vllm():
+    from trl import ModelConfig, TrlParser
+
+    config = str(ROOT / "trainers/configs/quickstart.yaml")
+    args, model_args = TrlParser([PPConfig, ModelConfig]).parse_args_and_config(["--config", config])
+    assert PPTrainer.prepare(args, model_args) == {"trains": "prompts"}
+    assert args.backend == "vllm"
+    assert args.engine_args == {"max_model_len": 1024, "dtype": "bfloat16", "enable_prompt_embeds": True}
+    assert PPConfig(output_dir="x", backend="hf").engine_args is None
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_the_hf_engine_generates_what_peft_and_a_loop_by_hand_do(lively):
+    base, adapter = lively
+    lm = engine.open_engine("hf", str(base), engine_args={"dtype": "float32", "batch_size": 8})
+    plain, longest = generate(lm, PROMPTS), lm.max_length
+    lm.load(adapter)
+    together = generate(lm, PROMPTS)
+    assert together != plain and len(set(together)) == 3, "lively texts, or nothing is shown"
+    assert lm.max_length == longest - 6, "the prompt takes its part of the context"
+    assert [generate(lm, [p])[0] for p in PROMPTS] == together, "whatever else is in the batch"
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    soft = models.soft_prompt(adapter)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    for text, output in zip(PROMPTS, together, strict=True):
+        start = ids = tokenizer(text).input_ids
+        while len(ids) < len(start) + 12 and ids[-1] != tokenizer.eos_token_id:
+            ids = [*ids, int(by_hand(model, soft, ids)[-1].argmax())]
+        assert tokenizer.decode(ids[len(start) :], skip_special_tokens=True) == output
+        tokens = torch.tensor([start])
+        by_peft = peft.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False, pad_token_id=2
+        )
+        assert tokenizer.decode(by_peft[0, len(start) :], skip_special_tokens=True) == output
+    lm.load(None)
+    assert generate(lm, PROMPTS) == plain and lm.max_length == longest, "and back"
+
+
+def test_likelihoods_are_those_behind_the_prompt(lively):
+    base, adapter = lively
+    lm = engine.open_engine("hf", str(base), engine_args={"dtype": "float32", "batch_size": 4})
+    pairs = [("12 + 3 is", " 15"), ("A", " longer answer than question")]
+
+    def likelihoods():
+        return [x[0] for x in lm.loglikelihood([Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)])]
+
+    plain = likelihoods()
+    lm.load(adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for (context, answer), found, without in zip(pairs, likelihoods(), plain, strict=True):
+        ids, n = tokenizer(context + answer).input_ids, len(tokenizer(answer).input_ids)
+        logits = by_hand(model, models.soft_prompt(adapter), ids)[:-1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(ids[1:])[:, None])[-n:].sum()
+        assert found == pytest.approx(float(expected), rel=1e-5) and found != pytest.approx(without, rel=1e-2)
+
+
+def test_a_run_is_evaluated(options):
+    run = run_pp({**options, "tasks": [*options["tasks"], "trace_numglue_cm"]})
+    assert evaluate(run) == 3 + 1 + 2 + 3
+
+
+def test_only_prompt_tuning_adapters_are_soft_prompts(checkpoints, lively):
+    assert models.soft_prompt(lively[1]).shape == (6, 128)
+    assert [models.soft_prompt(c) for c in (None, *checkpoints.values())] == [None] * 3
+
+
+VLLM = """
+import json, sys
+from pathlib import Path
+from lm_eval.api.instance import Instance
+from trace_bench.engine import EngineError, open_engine
+
+def generate(lm, prompts):
+    kwargs = {"until": [], "max_gen_toks": 12, "do_sample": False}
+    return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
+
+if __name__ == "__main__":
+    base, adapter, soft, prompts = json.loads(sys.argv[1])
+    args = {"max_model_len": 256, "dtype": "float32", **({"enable_prompt_embeds": True} if soft else {})}
+    lm = open_engine("vllm", base, engine_args=args)
+    outputs = [generate(lm, prompts)]
+    try:
+        lm.load(Path(adapter))
+        outputs += [generate(lm, prompts), generate(lm, prompts[::-1])[::-1]]
+        try:
+            lm.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)])
+        except EngineError as e:
+            outputs.append(str(e))
+        lm.load(None)
+        outputs.append(generate(lm, prompts))
+    except EngineError as e:
+        outputs.append(str(e))
+    Path(sys.argv[2]).write_text(json.dumps(outputs))
+"""
+
+
+def vllm_outputs(tmp_path: Path, base: Path, adapter: Path, soft: bool) -> list:
+    script, out = tmp_path / "vllm_prompts.py", tmp_path / "out.json"
+    script.write_text(VLLM)  # the engine is a process of its own and imports the main module again
+    arguments = json.dumps([str(base), str(adapter), soft, PROMPTS])
+    subprocess.run([sys.executable, str(script), arguments, str(out)], cwd=ROOT, check=True)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_vllm_generates_behind_a_prompt_what_transformers_does(lively, tmp_path):
+    lm = engine.open_engine("hf", str(lively[0]), engine_args={"dtype": "float32"})
+    plain = generate(lm, PROMPTS)
+    lm.load(lively[1])
+    # Behind embeddings vLLM leaves out the bytes of a character that is not complete at the end.
+    expected = [text.rstrip("\ufffd") for text in generate(lm, PROMPTS)]
+    base, soft, cached, refused, back = vllm_outputs(tmp_path, *lively, soft=True)
+    assert base == back == plain
+    assert [text.rstrip("\ufffd") for text in soft] == expected and cached == soft
+    assert "--backend hf" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_vllm_that_was_not_prepared_says_what_to_do(lively, tmp_path):
+    _, refused = vllm_outputs(tmp_path, *lively, soft=False)
+    assert "enable_prompt_embeds: true" in refused and "--backend hf" in refused
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_of_prompts_is_evaluated_through_vllm(options):
+    options = {**options, "backend": "vllm", "engine_args": '{"max_model_len": 256, "dtype": "float32"}'}
+    subprocess.run([sys.executable, "-m", "trainers.pp", *command_line(options)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", options["output_dir"]], cwd=ROOT, check=True)
+    assert [len(list((s.path / "eval").glob("*.json"))) for s in Run.open(options["output_dir"]).stages] == [2, 1, 2]

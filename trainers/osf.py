@@ -1,0 +1,114 @@
+r"""OSF: full fine-tuning inside the singular subspace of each weight that earlier tasks depend on least.
+
+Nayak et al. 2025, "Sculpting Subspaces" (arXiv 2504.07097), through PEFT's own OSF tuner. At the start of each stage
+every linear weight is decomposed, W = U_high S_high V_high + U_low S_low V_low. The top k singular directions are kept
+as they are; U_low, S_low and V_low are trained, their gradients projected: U_high^T dU_low = 0, dV_low V_high^T = 0. At
+the end the parts are added up again: the checkpoint is an ordinary model, and the next stage decomposes it anew.
+
+k grows with the stages: stage t of T preserves (t - 1)/T of the directions, at least one (the budget of PEFT's
+documentation of OSF, "Budget Allocation for Task Sequences": 0, 1/n, ..., (n - 1)/n).
+
+What is promised: with plain SGD, U_high^T W and W V_high^T are after a stage what they were before it, to rounding.
+Under Adam, which PEFT's documentation uses as well, the gradient is projected but the step is rescaled element by
+element: on the tests' model a fifth of the change of a weight (by norm) touches the preserved half, against 0.7 of a
+free change. Only U_high, S_high and V_high themselves never change.
+
+Deviations: the paper gives each layer its own k by the similarity of its input and output; PEFT has one fraction for
+all. Embeddings, head and norms are not trained. The decomposition takes float32, and the parts memory: at the first
+stage those of a square weight are four times as large as it is (U_low, V_low and what they started from), and half of
+them have gradients and moments. PEFT advises learning rates of 1e-5 to 1e-4.
+
+    python -m trainers.osf --config trainers/configs/quickstart.yaml --use_peft false --learning_rate 1e-4 \
+        --output_dir runs/osf
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import OSFConfig as Tuner
+from peft import get_peft_model
+
+from trace_bench.run import Stage
+from trainers.base import CLConfig, CLTrainer, ConfigError, main
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class OSFConfig(CLConfig):
+    """As CLConfig, and how much is preserved.
+
+    Args:
+        osf_preserved: The fraction of each weight's singular directions that every stage preserves; None lets it grow
+            with the stages, (t - 1)/T.
+    """
+
+    osf_preserved: float | None = field(
+        default=None,
+        metadata={"help": "Fraction of singular directions preserved at every stage; default: grows, (t-1)/T."},
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the fraction."""
+        super().__post_init__()
+        if self.osf_preserved is not None and not 0 < self.osf_preserved < 1:
+            raise ConfigError(f"osf_preserved={self.osf_preserved} is not allowed: use a fraction between 0 and 1.")
+
+
+class OSFTrainer(CLTrainer):
+    """A stage that trains the lower singular directions of the weights as the stage before left them."""
+
+    config: OSFConfig
+
+    @classmethod
+    def prepare(cls, config: OSFConfig, model_args: Any) -> dict[str, Any]:
+        """Refuses LoRA and shards."""
+        if model_args.use_peft:
+            raise ConfigError("use_peft=true: OSF trains the weights of the model itself; set use_peft=false.")
+        launched = (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP"))
+        if config.deepspeed or config.fsdp or "true" in launched:
+            raise ConfigError(
+                "OSF decomposes whole weights and projects whole gradients, and DeepSpeed and FSDP give each process a "
+                "part of them. Launch it without, on one process or several (DDP)."
+            )
+        if model_args.dtype != "float32":
+            log.warning(
+                "dtype=%s rounds the singular vectors, so that they are not orthogonal any more: use dtype=float32 "
+                "with bf16=true (autocast).",
+                model_args.dtype,
+            )
+        return {}
+
+    def stage_model(self, stage: Stage) -> Any:
+        """The model of the stage before, its linear layers decomposed."""
+        model = self.load_model(self.run.stages[stage.index - 1].checkpoint)
+        self.preserved = self.config.osf_preserved or (stage.index - 1) / len(self.config.stages)
+        model = get_peft_model(
+            model,
+            Tuner(
+                task_type="CAUSAL_LM",
+                target_modules="all-linear",  # without the head
+                effective_rank=self.preserved or 1,  # PEFT takes a fraction or a number, and refuses 0
+            ),
+        )
+        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return model
+
+    def save_checkpoint(self) -> Path:
+        """Saves the parts added up, as an ordinary model."""
+        assert self.model is not None
+        self.model = self.model.merge_and_unload()  # type: ignore[operator]
+        return super().save_checkpoint()
+
+    def record(self) -> dict[str, Any]:
+        """The fraction that was preserved, and what was trained before the parts were added up."""
+        return {"preserved": self.preserved, "trainable_parameters": self.trainable}
+
+
+if __name__ == "__main__":
+    main(OSFTrainer, OSFConfig)

@@ -1,0 +1,134 @@
+r"""Progressive Prompts: the model is frozen, and each task learns a soft prompt in front of those of the earlier tasks.
+
+Razdaibiedina et al. 2023 (arXiv 2301.12314): stage t trains n new vectors P_t; the input of the model is
+[P_t, P_{t-1}, ..., P_1, x], the earlier prompts frozen (the order of the authors' and of the official TRACE code). P_t
+starts from the embeddings of random tokens. n = 20 as in the official TRACE code (the authors' script: 10).
+
+The checkpoint is an ordinary PEFT prompt-tuning adapter with all prompts so far. Its evaluation needs no task id, as
+for every method here: all prompts are used for every task. (The paper knows the task of a test example and takes
+P_k, ..., P_1 for task k, by which nothing can be forgotten. `cells: own` measures that: stage k on task k.)
+
+`prompt_mlp` trains P_t = Q + MLP(Q), the residual reparametrisation of the paper with the MLP of the official TRACE
+code (three layers, bottleneck 800 there), which is gone from the checkpoint. Off by default, as in the authors' script.
+
+Of the options for adapters only `use_peft: true` is used, none of LoRA's. The paper's learning rate, 0.3, belongs to
+T5, whose embeddings are far larger than those of today's decoders: take one for the embeddings of the model at hand.
+
+vLLM serves such checkpoints with its engine argument enable_prompt_embeds, which the configuration sets.
+
+    python -m trainers.pp --config trainers/configs/quickstart.yaml --output_dir runs/pp
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PromptTuningConfig, get_peft_model
+
+from trace_bench import models
+from trace_bench.run import Stage
+from trainers.base import CLConfig, CLTrainer, ConfigError, main
+
+
+@dataclass
+class PPConfig(CLConfig):
+    """As CLConfig, and the size of the prompts.
+
+    Args:
+        prompt_tokens: Vectors of each task's prompt.
+        prompt_mlp: Bottleneck of the residual MLP through which a prompt is trained; 0 trains it directly.
+    """
+
+    prompt_tokens: int = field(default=20, metadata={"help": "Virtual tokens of each task's prompt."})
+    prompt_mlp: int = field(
+        default=0, metadata={"help": "Bottleneck of the residual MLP over a prompt in training; 0 = none."}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks the sizes, and prepares vLLM for soft prompts."""
+        super().__post_init__()
+        if self.prompt_tokens < 1:
+            raise ConfigError(f"prompt_tokens={self.prompt_tokens} is not allowed: use a number of at least 1.")
+        if self.prompt_mlp < 0 or self.prompt_mlp == 1:
+            raise ConfigError(f"prompt_mlp={self.prompt_mlp} is not allowed: use 0 (none), or 2 or more.")
+        if self.backend == "vllm":
+            assert not isinstance(self.engine_args, str)  # HF has read it
+            self.engine_args = {**(self.engine_args or {}), "enable_prompt_embeds": True}
+
+
+class Prompts(torch.nn.Module):
+    """In the place of PEFT's table of virtual tokens: rows that are trained, in front of rows that are not.
+
+    Args:
+        new: What the new prompt starts from, of shape (tokens, width).
+        earlier: The prompts of all earlier tasks, of shape (tokens, width).
+        bottleneck: That of the MLP, or 0.
+    """
+
+    earlier: torch.Tensor
+
+    def __init__(self, new: torch.Tensor, earlier: torch.Tensor, bottleneck: int) -> None:
+        super().__init__()
+        width = new.shape[1]
+        self.embedding = torch.nn.Embedding.from_pretrained(new, freeze=False)  # the name that PEFT looks for
+        self.register_buffer("earlier", earlier)
+        self.mlp = bottleneck and torch.nn.Sequential(
+            torch.nn.Linear(width, bottleneck),
+            torch.nn.ReLU(),
+            torch.nn.Linear(bottleneck, bottleneck // 2),
+            torch.nn.Tanh(),
+            torch.nn.Linear(bottleneck // 2, width),
+        )
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        """The vectors of virtual tokens."""
+        new = self.embedding.weight
+        if self.mlp:
+            new = new + self.mlp(new)
+        return torch.cat([new, self.earlier])[indices]
+
+
+class PPTrainer(CLTrainer):
+    """A stage with a new prompt in front of the frozen ones of the stages before."""
+
+    config: PPConfig
+
+    @classmethod
+    def prepare(cls, config: PPConfig, model_args: Any) -> dict[str, Any]:
+        """Refuses what has no meaning for prompts."""
+        if not model_args.use_peft:
+            raise ConfigError("use_peft=false: PP trains prompts, not the model; set use_peft=true.")
+        if config.packing or config.padding_free:
+            raise ConfigError("packing and padding_free join rows, and each row needs the prompt in front: leave them.")
+        return {"trains": "prompts"}
+
+    def stage_model(self, stage: Stage) -> Any:
+        """The base model with the prompts of the stage before and a new one in front."""
+        n = self.config.prompt_tokens
+        model = get_peft_model(
+            self.load_model(None),
+            PromptTuningConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=n * stage.index, prompt_tuning_init="SAMPLE_VOCAB"
+            ),
+        )
+        encoders: Any = model.prompt_encoder
+        # Every stage draws from the same seed: of t times n random tokens the last n are new ones.
+        new = encoders["default"].embedding.weight.detach()[-n:].clone()
+        earlier = models.soft_prompt(self.run.stages[stage.index - 1].checkpoint)
+        encoders["default"] = Prompts(new, new[:0] if earlier is None else earlier, self.config.prompt_mlp)
+        return model
+
+    def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """As in CLTrainer, where positions are counted without the virtual tokens."""
+        ahead = self.config.prompt_tokens * self.stage.index
+
+        def behind_prompts(logits_to_keep: torch.Tensor, **kwargs: Any) -> Any:
+            return model(logits_to_keep=logits_to_keep + ahead, **kwargs)
+
+        return super().answer_logits(behind_prompts, inputs)
+
+
+if __name__ == "__main__":
+    main(PPTrainer, PPConfig)
