@@ -40,6 +40,8 @@ _BOUNDS = {
     "single": "single (a model per task)",
     "joint": "joint (multi-task)",
 }
+#: What a manifest's "trains" means.
+_TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
 #: Settings under which a score is measured: scores of other ones are other numbers.
 _MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
 #: Settings of the training. A bound with others is still a bound, and the report says so.
@@ -146,9 +148,7 @@ def _last_stage(R: metrics.Matrix) -> int:
 
 def _sections(run: Run, cells: dict[tuple[int, str], dict[str, Any]], R: metrics.Matrix) -> Iterable[str]:
     manifest = run.manifest
-    kind = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}.get(
-        manifest.get("trains", ""), "checkpoints from elsewhere"
-    )
+    kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     if len(run.stages) == 1:
         kind = "nothing is trained"
     yield f"# {run.path.name}"
