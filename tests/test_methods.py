@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train
+from conftest import SHARED, train
 from safetensors.torch import load_file
 
 from trace_bench import data, evaluate, report
@@ -18,8 +18,8 @@ METHODS = sorted(
     for p in (Path(__file__).parents[1] / "trainers").glob("*.py")
     if p.stem not in ("__init__", "base", "memory")
 )
-#: Not one stage per task, or tests of their own.
-ELSEWHERE = {"joint", "icl", "rcl", "pp", "osf"}
+#: Not one stage per task: tested below.
+ELSEWHERE = {"joint", "icl"}
 THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
 
 
@@ -39,9 +39,12 @@ def small(options: dict, name: str, **changes) -> dict:
     options = {**options, "tasks": THREE, **changes}
     if name in ("replay", "joint"):
         options = {**options, "max_steps": -1, "num_train_epochs": 1.0}
-    if name == "ogd":
-        options = {"ogd_rows": 4, "ogd_size": 6, **options}
-    return options
+    own = {
+        "ogd": {"ogd_rows": 4, "ogd_size": 6},
+        "osf": {"use_peft": False, "learning_rate": 1e-4},
+        "pp": {"prompt_tokens": 4},
+    }
+    return {**options, **own.get(name, {})}
 
 
 def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
@@ -117,6 +120,17 @@ def test_joint_is_one_stage_on_all_rows(options):
     assert not np.isnan(report.score_matrix(run)).any()
     with pytest.raises(ConfigError, match="whole numbers"):
         train({**small(options, "joint"), "epochs": [1.0, 1.5, 1.0]}, trainer, config)
+
+
+def test_joint_killed_and_resumed_ends_in_the_same_bytes(options, tmp_path):
+    trainer, config = method("joint")
+    whole = train(small(options, "joint"), trainer, config)
+    again = {**small(options, "joint"), "output_dir": str(tmp_path / "again")}
+    with pytest.raises(KeyboardInterrupt):
+        train(again, stop_at(1, trainer), config)
+    assert not Run.open(again["output_dir"]).stages[1].is_trained
+    a, b = weights(whole, 1), weights(train(again, trainer, config), 1)
+    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_icl_trains_nothing_and_puts_demonstrations_before_each_prompt(options):
@@ -208,6 +222,37 @@ def test_mixed_replay_is_part_of_every_epoch(options):
     assert read_json(run.stages[3].train_file)["rows"] == 16 + 8 + 8
     assert sorted(spy.order[3]) == sorted(2 * spy.sets[3])
     assert spy.sets[1] == spy.sets[1][:16], "nothing to replay at the first stage"
+
+
+def test_replay_of_reasoning_rows_and_a_sequence_of_plain_and_reasoning_tasks(options):
+    """RCL with replay; and any task of the two families may follow any other."""
+    spy, config = replay_spy()
+    tasks = ["reasoning_fomc", "trace_numglue_cm", "reasoning_numglue_ds"]
+    options = {**small(options, "replay"), "tasks": tasks, "max_answer_length": 256, "max_prompt_length": 512}
+    run = train({**options, "replay_ratio": 0.25, "alignment_rows": 2}, spy, config)
+    assert read_json(run.stages[3].train_file)["replayed"] == {
+        "reasoning_fomc": 4,
+        "trace_numglue_cm": 4,
+        "alignment": 2,
+    }
+    texts = [run_tokenizer(options).decode(row) for row in spy.sets[3]]
+    assert all("Give your reasoning first" in t and "\nAnswer:" in t for t in texts[:16] + texts[16:20])
+    assert not any("Give your reasoning" in t for t in texts[20:])
+    evaluate.evaluate(run)
+    text = (report.write_report(run), (run.path / "report.md").read_text())[1]
+    assert "### Answers that could be extracted" in text
+
+
+@pytest.mark.skipif(
+    not (SHARED / "data/trace_lima").is_dir(), reason="the official alignment set is not here (../shared)"
+)
+def test_the_official_alignment_set(options):
+    from trainers.replay import alignment_rows
+
+    _, config = method("replay")
+    for path in (SHARED / "data/trace_lima", SHARED / "data/trace_lima/train.json"):
+        rows = alignment_rows(config(output_dir="x", alignment_data=str(path), alignment_rows=100))
+        assert len(rows) == 100 and all(r["prompt"] and r["answer"] for r in rows)
 
 
 def test_replay_checks_its_options_before_anything_starts(options, tmp_path):

@@ -47,8 +47,9 @@ def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
 
 
 def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The scalar product of two gradients, in float64 so that nearly orthogonal ones are told apart."""
-    return sum((torch.dot(a[name].flatten().double(), b[name].flatten().double()) for name in a), torch.tensor(0.0))
+    """The scalar product of two gradients: of each parameter in float32, their sum in float64."""
+    products = [torch.dot(a[name].flatten().float(), b[name].flatten().float()) for name in a]
+    return torch.stack(products).double().sum()
 
 
 @dataclass
