@@ -342,7 +342,6 @@ def test_a_missing_bound_says_how_to_get_it(make):
         {"data": {"path": "p", "demo": True, "fingerprint": dict.fromkeys(TASKS, "f01")}},
         {"task_versions": dict.fromkeys(TASKS, 2)},
         {"config": {"test_rows": 5}},
-        {"config": {"max_prompt_length": 64}},
         {"config": {"max_new_tokens": 5}},
         {"config": {"chat_template": True}},
     ],
@@ -353,6 +352,13 @@ def test_what_is_measured_on_something_else_is_no_bound(make, bounds, change):
     run = make()
     write_report(run)
     assert len(table(run, "## Bounds")) == 4 and text(run).count("is missing") == 3
+
+
+def test_demonstrations_may_take_longer_prompts(make, bounds):
+    bounds(config={"max_prompt_length": 64})
+    run = make()
+    write_report(run)
+    assert text(run).count("is missing") == 2 and "- icl: the run `an-icl`" in text(run)
 
 
 def test_a_bound_of_another_training_budget_says_so(make, bounds):
