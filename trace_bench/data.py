@@ -61,7 +61,7 @@ ORDERS = {
 ORDERS |= {
     f"reasoning_{name}": [task.replace("trace_", "reasoning_") for task in tasks] for name, tasks in ORDERS.items()
 }
-#: General ability (section 3.3): suite -> folder below GENERAL_DATA; None = from the hub only. The last is not the paper's.
+#: General ability (section 3.3): suite -> folder below GENERAL_DATA; None = hub only, and not one of the paper's six.
 SUITES = {
     "general_mmlu": "mmlu",
     "general_gsm8k": "gsm8k",
@@ -242,8 +242,8 @@ def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
         DataError: for any other name.
     """
     known = list(known)
-    groups = [group for group, members in GROUPS.items() if set(members) <= set(known)]
-    expanded = list(dict.fromkeys(member for name in names for member in GROUPS.get(name, [name])))
+    groups = {group: members for group, members in GROUPS.items() if set(members) <= set(known)}
+    expanded = list(dict.fromkeys(member for name in names for member in groups.get(name, [name])))
     unknown = [name for name in expanded if name not in known]
     if unknown:
         raise DataError(

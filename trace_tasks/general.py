@@ -50,7 +50,7 @@ class Suite(ConfigurableTask):
 
 
 def _gsm8k(folder: Path, _: str) -> Splits:
-    return {split: _json_lines(folder / f"{split}.jsonl") for split in ("train", "test")}
+    return {split: Dataset.from_list(_json_lines(folder / f"{split}.jsonl")) for split in ("train", "test")}
 
 
 def _mmlu(folder: Path, subject: str) -> Splits:
@@ -95,7 +95,7 @@ def _tydiqa(folder: Path, _: str) -> Splits:
 
 def _boolq(folder: Path, _: str) -> Splits:
     splits = {"train": _json_lines(folder / "train.jsonl"), "validation": _json_lines(folder / "val.jsonl")}
-    return {name: rows.map(lambda row: {"label": int(row["label"])}) for name, rows in splits.items()}
+    return {k: Dataset.from_list([{**row, "label": int(row["label"])} for row in v]) for k, v in splits.items()}
 
 
 def _piqa(folder: Path, _: str) -> Splits:
@@ -105,7 +105,9 @@ def _piqa(folder: Path, _: str) -> Splits:
         rows, labels = _json_lines(folder / f"{name}.jsonl"), _text(folder / f"{name}-labels.lst").split()
         if len(rows) != len(labels):
             raise DataError(f"{folder}/{name}.jsonl has {len(rows)} rows and {name}-labels.lst {len(labels)} labels.")
-        splits[split] = rows.add_column("label", [int(label) for label in labels])
+        splits[split] = Dataset.from_list(
+            [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
+        )
     return splits
 
 
@@ -121,8 +123,8 @@ _LOCAL: dict[str, tuple[str, Callable[[Path, str], Splits]]] = {
 
 
 def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
+    try:  # not read_text, which changes line breaks within the CSVs
+        return file.read_bytes().decode("utf-8")
     except FileNotFoundError as e:
         raise DataError(f"{file} is missing. GENERAL_DATA needs the layout in trace_tasks/README.md.") from e
     except UnicodeDecodeError as e:
@@ -136,8 +138,8 @@ def _json(file: Path) -> Any:
         raise DataError(f"{file} is not JSON: {e}.") from e
 
 
-def _json_lines(file: Path) -> Dataset:
+def _json_lines(file: Path) -> list[dict[str, Any]]:
     try:  # not splitlines, which also splits at characters that may stand within a JSON string
-        return Dataset.from_list([json.loads(line) for line in _text(file).split("\n") if line.strip()])
+        return [json.loads(line) for line in _text(file).split("\n") if line.strip()]
     except ValueError as e:
         raise DataError(f"{file} is not JSON, one object a line: {e}.") from e
