@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -403,6 +404,29 @@ def test_a_suite_whose_answers_do_not_fit_the_context_is_refused_before_anything
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
     with pytest.raises(RunError, match=r"context has 512"):
         evaluate.evaluate(run, engine_args={"max_length": 512})
+
+
+@pytest.mark.slow
+def test_vllm_measures_what_transformers_does(options, local, tmp_path):
+    """The likelihoods of both engines, and answers of full length."""
+    besides = {"general": SUITES, "judged": SETS, "judged_max_new_tokens": 8, "test_rows": 2}
+    runs = {}
+    for backend, context in (("hf", "max_length"), ("vllm", "max_model_len")):
+        engine_args = json.dumps({context: 1024, "dtype": "float32"})
+        output = {"output_dir": str(tmp_path / backend), "engine_args": engine_args}
+        runs[backend] = train({**options, **besides, **output, "backend": backend})
+        # vLLM's engine is a process of its own, which begins by importing the main module again.
+        subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", str(runs[backend].path)], check=True)
+    for a, b in zip(*(r.stages for r in runs.values()), strict=True):
+        if a.index == 1:
+            continue
+        both = [lines(s.samples_file("general_boolq")) for s in (a, b)]
+        for x, y in zip(*both, strict=True):
+            assert x["loglikelihoods"] == pytest.approx(y["loglikelihoods"], abs=1e-2)
+        for name in (*SETS, *SUITES):
+            cells = [read_json(s.eval_file(name)) for s in (a, b)]
+            assert cells[0]["n"] == cells[1]["n"] and cells[0]["metrics"].keys() == cells[1]["metrics"].keys()
+            assert cells[0].get("n_cut") == cells[1].get("n_cut")
 
 
 # ---------------------------------------------------------------------------------------------------------- report
