@@ -331,7 +331,7 @@ def test_stage_0_and_the_last_are_measured_besides_the_matrix(run, local, monkey
     cell = read_json(stage.eval_file("instruct_lima"))
     samples = lines(stage.samples_file("instruct_lima"))
     assert cell["settings"]["chat_template"] is True and cell["n"] == len(samples) == 2
-    assert all(s["prompt"].startswith("<s>user\n") and s["prompt"].endswith("assistant\n") for s in samples)
+    assert all(s["given"] == f"<s>user\n{s['prompt']}</s>\n<s>assistant\n" for s in samples)
     assert all(set(s) >= {"doc_id", "prompt", "target", "response"} and len(s["response"]) <= 8 for s in samples)
 
     cell = read_json(stage.eval_file("general_boolq"))

@@ -77,7 +77,7 @@ def evaluate(
         use_data(run, data_path)  # demo data brings prompts of its own
     more = _settings_besides(run, config, suites, judged, settings["backend"])
     measured = {0, len(run.stages) - 1} if config.get("general_stages", "last") == "last" else wanted
-    plan = {}
+    plan: dict[Stage, dict[str, dict[str, Any]]] = {}
     for stage in chosen:
         if stage.is_trained:
             all_cells = dict.fromkeys(seen_tasks(run, stage, which), settings)
@@ -298,7 +298,8 @@ def use_data(run: Run, path: str | None = None) -> None:
 def _batches(todo: dict[str, dict[str, Any]], tasks: dict[str, Any]) -> list[list[str]]:
     """The cells that are done in one go: tasks with the same settings up to `BATCH` prompts, a suite by itself."""
     batches: list[list[str]] = []
-    size, before = 0, None
+    size = 0
+    before: dict[str, Any] | None = None
     for name, settings in todo.items():
         shared = {k: v for k, v in settings.items() if k != "data"}
         rows = min(len(tasks[name].eval_docs), settings["test_rows"] or 10**9) if name in tasks else 0
@@ -326,7 +327,7 @@ def _evaluate_cells(
     for name, task in tasks.items():
         rows = sorted(results["samples"][name], key=lambda r: r["doc_id"])
         metrics = list(task.aggregation())
-        write_jsonl(stage.samples_file(name), (_sample(r, metrics) for r in rows))
+        write_jsonl(stage.samples_file(name), (_sample(r, metrics, name in data.JUDGED) for r in rows))
         write_json(
             stage.eval_file(name),
             {
@@ -370,10 +371,12 @@ def _run(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any
     return results, time.perf_counter() - started
 
 
-def _sample(row: dict[str, Any], metrics: list[str]) -> dict[str, Any]:
+def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, Any]:
+    given = row["arguments"][0][0]
     return {
         "doc_id": row["doc_id"],
-        "prompt": row["arguments"][0][0],
+        # A judge is shown what was asked, without the marks of the chat template.
+        **({"prompt": row["doc"]["prompt"], "given": given} if judged else {"prompt": given}),
         "target": row["target"],
         "response": row["filtered_resps"][0],
         **{m: row[m] for m in metrics},
@@ -385,7 +388,8 @@ def _evaluate_suite(lm: Any, stage: Stage, group: Any, settings: dict[str, Any],
     checkpoint = checkpoint_fingerprint(stage)
     results, seconds = _run(lm, [group], max_prompt_length=None, limit=settings["general_rows"])
     tasks = {task.task_name: task for task in group.get_all_tasks()}
-    subtasks, samples = {}, []
+    subtasks: dict[str, dict[str, Any]] = {}
+    samples: list[dict[str, Any]] = []
     for name, task in tasks.items():
         rows = [_suite_sample(name, task, same) for same in _by_doc(results["samples"][name])]
         samples += rows
