@@ -157,7 +157,8 @@ def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(evaluate, "evaluate", lambda run, **k: seen.update(k, path=run.path) or 0)
     argv = ["--stages", "0,1", "--cells", "all", "--backend", "hf", "--engine-args", '{"a": 1}', "--data", "demo"]
-    main(["evaluate", str(run.path), *argv])
+    besides = ["--general", "general,general_ifeval", "--general-rows", "3", "--judged", "safety"]
+    main(["evaluate", str(run.path), *argv, *besides])
     assert seen == {
         "path": run.path,
         "stages": [0, 1],
@@ -165,6 +166,7 @@ def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
         "backend": "hf",
         "engine_args": {"a": 1},
         "data_path": "demo",
+        "besides": {"general": ["general", "general_ifeval"], "general_rows": 3, "judged": ["safety"]},
     }
     assert "every cell is done" in capsys.readouterr().out
 

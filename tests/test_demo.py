@@ -206,7 +206,7 @@ def test_rows_are_those_of_this_version():
     made = [demo.make_demo(), demo.make_reasoning(), demo.make_lima()]
     digests = [hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] for data in made]
     # The first is that of version 1 too: published numbers stand on these rows.
-    assert (demo.VERSION, digests) == (2, ["88dcc01948494544", "e3427a219540ce05", "2777bcb077643961"])
+    assert (demo.VERSION, digests) == (3, ["88dcc01948494544", "e3427a219540ce05", "2777bcb077643961"])
 
 
 def test_too_many_rows():
@@ -237,6 +237,14 @@ def test_the_demo_is_one_data_set_with_its_reasoning_variant_in_it(tmp_path):
     assert data.find_data(str(tmp_path)) == tmp_path
     assert data.find_reasoning(tmp_path) == tmp_path / "LLM-CL-Benchmark_Reasoning"
     assert data.is_demo(tmp_path)
+
+
+def test_the_sets_to_be_judged_are_a_dozen_prompts_of_each_kind(tmp_path):
+    demo.write_demo(tmp_path)
+    for kind, sets in (("instruct", 5), ("safety", 4)):
+        files = sorted(tmp_path.glob(f"{kind}/*/test.json"))
+        prompts = {row["prompt"] for file in files for row in data.read_rows(file, answered=False)}
+        assert len(files) == sets and len(prompts) == 12
 
 
 def test_write_replaces_demo_data_only(tmp_path):

@@ -52,6 +52,13 @@ def main(argv: list[str] | None = None) -> None:
         help="for the engine as they are, such as '{\"max_model_len\": 4096}'",
     )
     p.add_argument("--data", help="where the data is now, if it was moved")
+    g = p.add_argument_group("besides the matrix (default: what the run's configuration says)")
+    g.add_argument("--general", metavar="SUITES", help="general (the paper's six) or names of suites, with commas")
+    g.add_argument("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
+    g.add_argument("--general-rows", type=_positive, help="first so many rows of each subtask: for a quick look")
+    g.add_argument("--judged", metavar="SETS", help="instruct, safety or names of sets, with commas; same stages")
+    g.add_argument("--judged-rows", type=_positive, help="first so many prompts of each set")
+    g.add_argument("--judged-max-new-tokens", type=_positive, help="the most tokens of an answer (512)")
     g = p.add_argument_group("checkpoints trained elsewhere")
     g.add_argument(
         "--checkpoint",
@@ -114,6 +121,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {e}")
 
 
+_BESIDES = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
 _OF_CHECKPOINTS = ("model", "tasks", "test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
 
 
@@ -186,7 +194,8 @@ def _evaluate(args: argparse.Namespace) -> None:
             raise RunError(f"{options}: only with --checkpoint; a run has these in its manifest.")
         run = Run.open(args.path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # the bar of the cells is enough
+    for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     try:
         engine_args = json.loads(args.engine_args) if args.engine_args else None
         if engine_args is not None and not isinstance(engine_args, dict):
@@ -194,6 +203,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         stages = [int(s) for s in args.stages.split(",")] if args.stages else None
     except ValueError as e:
         raise RunError(f"--engine-args must be a JSON object and --stages numbers with commas: {e}") from e
+    besides = {name: value for name in _BESIDES if (value := getattr(args, name)) is not None}
+    besides |= {name: besides[name].split(",") for name in ("general", "judged") if name in besides}
     done = evaluate(
         run,
         stages=stages,
@@ -201,6 +212,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         backend=args.backend,
         engine_args=engine_args,
         data_path=args.data,
+        besides=besides,
     )
     if not done:
         print("nothing to evaluate: every cell is done")

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from trace_bench.run import fingerprint, fresh_dir
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
@@ -59,6 +60,34 @@ ORDERS = {
 }
 ORDERS |= {
     f"reasoning_{name}": [task.replace("trace_", "reasoning_") for task in tasks] for name, tasks in ORDERS.items()
+}
+#: General ability (section 3.3): suite -> folder below GENERAL_DATA; None = hub only, and not one of the paper's six.
+SUITES = {
+    "general_mmlu": "mmlu",
+    "general_gsm8k": "gsm8k",
+    "general_bbh": "bbh",
+    "general_tydiqa": "tydiqa",
+    "general_boolq": "boolq",
+    "general_piqa": "piqa",
+    "general_ifeval": None,
+}
+#: Prompts whose answers a judge compares: task -> folder below INSTRUCT_DATA or SAFETY_DATA.
+JUDGED = {
+    "instruct_self_instruct": "self-instruct",
+    "instruct_lima": "LIMA",
+    "instruct_koala": "Koala",
+    "instruct_alpaca": "Alpaca",
+    "instruct_openassistant": "OpenAssistant",
+    "safety_cona": "CoNa",
+    "safety_controversial": "Controversial",
+    "safety_malicious": "Malicious",
+    "safety_physical": "PhysicalSafetyUnsafe",
+}
+#: Names for several of them in a config.
+GROUPS = {
+    "general": [suite for suite, folder in SUITES.items() if folder],
+    "instruct": [task for task in JUDGED if task.startswith("instruct_")],
+    "safety": [task for task in JUDGED if task.startswith("safety_")],
 }
 TASKS_PATH = Path(__file__).parent.parent / "trace_tasks"
 
@@ -151,6 +180,89 @@ def find_reasoning(root: Path | None = None) -> Path:
         f"The reasoning variant of the data is needed, and there is no folder {REASONING_FOLDER} in or beside {root}. "
         "Set TRACE_REASONING to its folder: it is part of the official archive."
     )
+
+
+def general_folder(suite: str) -> Path | None:
+    """The folder of a suite in the local copy; None where GENERAL_DATA is not set, so that the hub serves.
+
+    Raises:
+        DataError: if the local copy lacks it.
+    """
+    source = os.environ.get("GENERAL_DATA")
+    if not source:
+        return None
+    folder = Path(source).expanduser().absolute() / suite
+    if not folder.is_dir():
+        raise DataError(
+            f"GENERAL_DATA={source} has no folder {suite}. Leave that suite out, add the folder (trace_tasks/README.md "
+            "has the layout), or unset GENERAL_DATA to take all suites from the hub."
+        )
+    return folder
+
+
+def prompts_file(kind: str, folder: str) -> Path:
+    """The file with the prompts of a set to be judged.
+
+    Args:
+        kind: "instruct" or "safety": the variable INSTRUCT_DATA or SAFETY_DATA names the folder of the sets. Where it
+            is not set, demo data brings prompts of its own.
+        folder: The folder of the set, such as "LIMA".
+
+    Raises:
+        DataError: if the variable is not set, or the file is not there.
+    """
+    variable = f"{kind.upper()}_DATA"
+    source = os.environ.get(variable)
+    if source == "demo" or (not source and os.environ.get("TRACE_DATA") == "demo"):
+        root = _demo_folder() / kind
+    elif source:
+        root = Path(source).expanduser().absolute()
+    elif os.environ.get("TRACE_DATA") and is_demo(find_data()):
+        root = find_data() / kind
+    else:
+        part = {"instruct": "helpful", "safety": "harmless"}[kind]
+        raise DataError(
+            f"{variable} is not set: it names the folder with {folder}/test.json in it, which is inference/HHH/{part} "
+            f"in https://github.com/BeyonderXX/TRACE. {variable}=demo takes the program's own few prompts."
+        )
+    file = root / folder / "test.json"
+    if not file.is_file():
+        raise DataError(f"{file} is missing. {variable} names the folder of the sets: <SET>/test.json.")
+    return file
+
+
+def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Replaces groups by their members and checks the names.
+
+    Args:
+        names: Names of `known`, or of groups of them.
+        known: `SUITES` or `JUDGED`.
+
+    Raises:
+        DataError: for any other name.
+    """
+    known = list(known)
+    groups = {group: members for group, members in GROUPS.items() if set(members) <= set(known)}
+    expanded = list(dict.fromkeys(member for name in names for member in groups.get(name, [name])))
+    unknown = [name for name in expanded if name not in known]
+    if unknown:
+        raise DataError(
+            f"{', '.join(unknown)} is not known here: use {', '.join(known)}, or a group ({', '.join(groups)})."
+        )
+    return expanded
+
+
+def source_fingerprint(name: str) -> str:
+    """What identifies the rows of a suite or of a set to be judged: SHA-256 (16 digits), or "hub".
+
+    Raises:
+        DataError: if its data is not there.
+    """
+    if name in JUDGED:
+        return fingerprint(prompts_file(name.partition("_")[0], JUDGED[name]))
+    suite = SUITES[name]
+    folder = general_folder(suite) if suite else None
+    return fingerprint(folder) if folder else "hub"
 
 
 def data_sets(path: Path) -> list[Path]:
@@ -254,8 +366,13 @@ def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
     return read_rows(file)
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Reads and checks a JSON list of rows with prompt and answer, as `read_split` does."""
+def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
+    """Reads and checks a JSON list of rows with prompt and answer, as `read_split` does.
+
+    Args:
+        file: The file.
+        answered: Whether answers have to be there; otherwise they may be empty.
+    """
     try:
         rows = json.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
@@ -265,13 +382,13 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{file} holds {'an empty list' if rows == [] else type(rows).__name__}, not a list of rows.")
     for i, row in enumerate(rows):
-        problem = _row_problem(row)
+        problem = _row_problem(row, answered)
         if problem:
             raise DataError(f"{file}, row {i}: {problem}")
     return rows
 
 
-def _row_problem(row: Any) -> str | None:
+def _row_problem(row: Any, answered: bool) -> str | None:
     if not isinstance(row, dict):
         return f"expected an object with prompt and answer, found {type(row).__name__}."
     for key in ("prompt", "answer"):
@@ -279,7 +396,7 @@ def _row_problem(row: Any) -> str | None:
             return f"no {key!r}; it has the keys {sorted(row)}."
         if not isinstance(row[key], str):
             return f"{key!r} is {type(row[key]).__name__} ({row[key]!r:.40}), not a string."
-        if not row[key].strip():
+        if not row[key].strip() and (answered or key == "prompt"):
             return f"{key!r} is empty."
         try:
             row[key].encode("utf-8")
@@ -381,6 +498,33 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
         )
     loaded = manager.load(list(names))["tasks"]
     return {name: loaded[name] for name in names}
+
+
+def load_suites(names: Sequence[str]) -> dict[str, Group]:
+    """Builds general-ability suites: groups of lm-eval's own tasks.
+
+    Returns:
+        name -> group, in the order of `names`.
+
+    Raises:
+        DataError: if a suite's rows or packages are missing.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    # The folders of the suites alone: an index of all that lm-eval has takes ten seconds.
+    theirs = Path(lm_eval.__file__).parent / "tasks"
+    folders = ("mmlu/default", "gsm8k", "bbh/cot_fewshot", "tydiqa", "super_glue/boolq", "piqa", "ifeval")
+    manager = TaskManager(include_path=[*(theirs / f for f in folders), TASKS_PATH], include_defaults=False)
+    suites = {}
+    for name in names:
+        try:
+            suites[name] = manager.load([name])["groups"][name]
+        except ImportError as e:
+            raise DataError(
+                f"{name} needs packages that are not installed ({e}): pip install 'lm-eval[ifeval]'."
+            ) from e
+    return suites
 
 
 def training_rows(

@@ -1,4 +1,4 @@
-"""Evaluation: fills the cells of the matrix, stage x task, with one engine for all stages.
+"""Evaluation: fills the cells of the matrix, stage x task, and those besides it, with one engine for all stages.
 
 A cell is done when its file `eval/<task>.json` exists and was made from the checkpoint that the stage has now. Done
 cells are skipped, so an interrupted evaluation goes on where it was. Nothing here asks which method trained a stage.
@@ -31,8 +31,9 @@ def evaluate(
     backend: str | None = None,
     engine_args: dict[str, Any] | None = None,
     data_path: str | None = None,
+    besides: dict[str, Any] | None = None,
 ) -> int:
-    """Evaluates every missing cell of a run.
+    """Evaluates every missing cell of a run: its matrix, and what is measured besides.
 
     Args:
         run: The run. Its configuration says how many rows, how long answers, which backend.
@@ -42,14 +43,17 @@ def evaluate(
         backend: "vllm" or "hf" instead of the run's own.
         engine_args: Engine arguments instead of the run's own.
         data_path: Where the data is now, if it was moved; its fingerprint must be the run's.
+        besides: `general`, `general_stages`, `general_rows`, `judged`, `judged_rows` or `judged_max_new_tokens`
+            instead of the run's own (see `CLConfig`).
 
     Returns:
         The number of cells evaluated now.
 
     Raises:
         RunError: if a cell was made with other settings, the data is not the run's, or a checkpoint has changed.
+        data.DataError: if a suite or a set is not known, or its data is not there.
     """
-    config = run.manifest["config"]
+    config = {**run.manifest["config"], **(besides or {})}
     which = cells or config.get("cells", "seen")
     settings = {
         "backend": backend or config.get("backend", "vllm"),
@@ -67,7 +71,23 @@ def evaluate(
     for stage in chosen:
         if not stage.is_trained:
             log.warning("Stage %s is not trained yet and left out.", stage.name)
-    plan = {s: todo for s in chosen if s.is_trained and (todo := missing_cells(run, s, which, settings))}
+    suites = data.expand(config.get("general", ()), data.SUITES)
+    judged = data.expand(config.get("judged", ()), data.JUDGED)
+    if judged:
+        use_data(run, data_path)  # demo data brings prompts of its own
+    more = _settings_besides(run, config, suites, judged, settings["backend"])
+    measured = {0, len(run.stages) - 1} if config.get("general_stages", "last") == "last" else wanted
+    plan: dict[Stage, dict[str, dict[str, Any]]] = {}
+    for stage in chosen:
+        if stage.is_trained:
+            all_cells = dict.fromkeys(seen_tasks(run, stage, which), settings)
+            todo = missing_cells(run, stage, all_cells | more if stage.index in measured else all_cells)
+            if todo:
+                plan[stage] = todo
+    for stage in run.stages:  # a delta needs the same settings at stages that are not evaluated now
+        for name in more:
+            if stage.eval_file(name).exists():
+                _check_settings(run, stage.eval_file(name), read_json(stage.eval_file(name)), more[name])
     missing = sum(map(len, plan.values()))
     if not plan:
         return 0
@@ -75,7 +95,7 @@ def evaluate(
     use_data(run, data_path)
     for stage in plan:
         _check_checkpoint(stage)  # before the engine starts
-    tasks = data.load_tasks(run.tasks)
+    tasks = data.load_tasks([*run.tasks, *judged])
     for name, task in tasks.items():
         if run.manifest["task_versions"].get(name, task.VERSION) != task.VERSION:
             raise RunError(
@@ -83,26 +103,29 @@ def evaluate(
                 f"{run.manifest['task_versions'][name]}: their scores cannot be compared. Use the program's older "
                 "version, or begin a new run."
             )
-
-        if settings["max_new_tokens"] is not None:
+        limit = (more.get(name) or settings)["max_new_tokens"]
+        if limit is not None:
             kwargs = task.config.generation_kwargs
-            kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), settings["max_new_tokens"])
+            kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
+    groups = data.load_suites([s for s in suites if any(s in todo for todo in plan.values())])
+    engine_args = dict((config.get("engine_args") or {}) if engine_args is None else engine_args)
+    if config.get("trust_remote_code"):
+        engine_args.setdefault("trust_remote_code", True)
+    _check_suites(plan, groups, settings["backend"], engine_args.get("max_model_len") or engine_args.get("max_length"))
 
     from tqdm import tqdm
 
     from trace_bench.engine import open_engine
 
     started = time.perf_counter()
-    engine_args = dict((config.get("engine_args") or {}) if engine_args is None else engine_args)
-    if config.get("trust_remote_code"):
-        engine_args.setdefault("trust_remote_code", True)
-    lm = open_engine(
+    lm: Any = open_engine(
         settings["backend"],
         models.resolve_model(run.manifest["model"]["name"]),
         revision=run.manifest["model"].get("revision"),
         max_prompt_length=settings["max_prompt_length"],
         engine_args=engine_args,
     )
+    _check_suites(plan, groups, settings["backend"], lm.max_length)
     if settings["num_fewshot"] and settings["max_prompt_length"]:
         for task in tasks.values():
             if hasattr(task.sampler, "count_in"):  # our own: demonstrations take half of the prompt's length
@@ -112,10 +135,13 @@ def evaluate(
         for i, (stage, todo) in enumerate(plan.items()):
             if i or stage.index:
                 lm.load(stage.checkpoint)
-            for group in _batches(todo, tasks, settings["test_rows"]):
-                bar.set_postfix_str(f"{stage.name}: {', '.join(group)}"[:60])
-                _evaluate_cells(lm, stage, {name: tasks[name] for name in group}, settings, engine_args)
-                bar.update(len(group))
+            for batch in _batches(todo, tasks):
+                bar.set_postfix_str(f"{stage.name}: {', '.join(batch)}"[:60])
+                if batch[0] in groups:
+                    _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], engine_args)
+                else:
+                    _evaluate_cells(lm, stage, {n: tasks[n] for n in batch}, {n: todo[n] for n in batch}, engine_args)
+                bar.update(len(batch))
     print(
         f"evaluated {missing} cells of {len(plan)} stages in {time.perf_counter() - started:.0f} s "
         f"(engine start {ready:.0f} s)",
@@ -124,35 +150,108 @@ def evaluate(
     return missing
 
 
-def missing_cells(run: Run, stage: Stage, which: str, settings: dict[str, Any]) -> list[str]:
-    """The tasks that a stage has still to be evaluated on.
+def _settings_besides(
+    run: Run, config: dict[str, Any], suites: list[str], judged: list[str], backend: str
+) -> dict[str, dict[str, Any]]:
+    """The settings of the cells besides the matrix: sets to be judged, then general-ability suites.
+
+    Neither takes the limits of the matrix: suites have prompts and lengths of their own.
+    """
+    settings: dict[str, dict[str, Any]] = {}
+    if judged:
+        model = run.manifest["model"]
+        template = models.has_chat_template(
+            models.resolve_model(model["name"]), model.get("revision"), config.get("trust_remote_code", False)
+        )
+        for name in judged:
+            settings[name] = {
+                "backend": backend,
+                "test_rows": config.get("judged_rows"),
+                "max_prompt_length": None,
+                "max_new_tokens": config.get("judged_max_new_tokens"),
+                "chat_template": template,
+                "num_fewshot": None,
+                "data": data.source_fingerprint(name),
+            }
+    for name in suites:
+        settings[name] = {
+            "backend": backend,
+            "general_rows": config.get("general_rows"),
+            "data": data.source_fingerprint(name),
+        }
+    return settings
+
+
+def _check_suites(plan: dict[Stage, Any], groups: dict[str, Any], backend: str, context: int | None) -> None:
+    """Refuses what would fail half-way: answers as long as the context, likelihoods behind a soft prompt in vLLM."""
+    for name, group in groups.items():
+        longest = max((_answer_tokens(task) for task in group.get_all_tasks()), default=0)
+        if context is not None and longest >= context:
+            raise RunError(
+                f"{name} generates up to {longest} tokens and the engine's context has {context}, prompt included. "
+                "Give --engine-args a larger max_model_len (vllm) or max_length (hf), or leave the suite out."
+            )
+        if backend == "vllm" and any(task.OUTPUT_TYPE == "multiple_choice" for task in group.get_all_tasks()):
+            for stage, todo in plan.items():
+                if name in todo and models.soft_prompt(stage.checkpoint) is not None:
+                    raise RunError(
+                        f"{name} compares likelihoods, which vLLM does not give behind the soft prompt of "
+                        f"{stage.name}. Leave the suite out, or evaluate the whole run with --backend hf."
+                    )
+
+
+def _answer_tokens(task: Any) -> int:
+    """The most tokens that a task generates; 0 = it compares likelihoods."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return 0
+    return task.config.generation_kwargs.get("max_gen_toks", 256)  # lm-eval's own default
+
+
+def seen_tasks(run: Run, stage: Stage, which: str) -> list[str]:
+    """The columns of the matrix that a stage is evaluated on (`cells`)."""
+    if which == "all" or stage.task is None:
+        return run.tasks
+    own = run.tasks.index(stage.task)
+    return run.tasks[own if which == "own" else 0 : own + 1]
+
+
+def missing_cells(run: Run, stage: Stage, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The cells that a stage has still to be evaluated on.
+
+    Args:
+        run: The run.
+        stage: One of its stages.
+        wanted: Name of the cell -> the settings under which it is wanted.
+
+    Returns:
+        Those of `wanted` that are not there.
 
     Raises:
         RunError: if a cell was made with other settings; the message lists the differing keys.
     """
-    if which == "all" or stage.task is None:
-        tasks = run.tasks
-    else:
-        own = run.tasks.index(stage.task)
-        tasks = run.tasks[own if which == "own" else 0 : own + 1]
-    todo = []
+    todo = {}
     current = checkpoint_fingerprint(stage)
-    for task in tasks:
-        file = stage.eval_file(task)
+    for name, settings in wanted.items():
+        file = stage.eval_file(name)
         if file.exists():
             cell = read_json(file)
-            lines = differences(cell["settings"], settings)
-            if lines:
-                raise RunError(
-                    f"{file} was made with other settings (there -> asked for):\n"
-                    + "\n".join(lines)
-                    + f"\nOne matrix needs one setting. Use the old one, or delete {run.path}/stages/*/eval."
-                )
+            _check_settings(run, file, cell, settings)
             if cell["checkpoint"] == current:
                 continue
             log.warning("%s was made from an older checkpoint and is made anew.", file)
-        todo.append(task)
+        todo[name] = settings
     return todo
+
+
+def _check_settings(run: Run, file: Path, cell: dict[str, Any], settings: dict[str, Any]) -> None:
+    lines = differences(cell["settings"], settings)
+    if lines:
+        where = f"{run.path}/stages/*/eval" + (f"/{file.name}" if "data" in settings else "")
+        raise RunError(
+            f"{file} was made with other settings (there -> asked for):\n"
+            + "\n".join(lines)
+            + f"\nOne matrix needs one setting. Use the old one, or delete {where}."
+        )
 
 
 def checkpoint_fingerprint(stage: Stage) -> str | None:
@@ -196,42 +295,39 @@ def use_data(run: Run, path: str | None = None) -> None:
     os.environ["TRACE_DATA"] = str(root)
 
 
-def _batches(names: list[str], tasks: dict[str, Any], limit: int | None) -> list[list[str]]:
+def _batches(todo: dict[str, dict[str, Any]], tasks: dict[str, Any]) -> list[list[str]]:
+    """The cells that are done in one go: tasks with the same settings up to `BATCH` prompts, a suite by itself."""
     batches: list[list[str]] = []
     size = 0
-    for name in names:
-        rows = min(len(tasks[name].eval_docs), limit or 10**9)
-        if not batches or size + rows > BATCH:
+    before: dict[str, Any] | None = None
+    for name, settings in todo.items():
+        shared = {k: v for k, v in settings.items() if k != "data"}
+        rows = min(len(tasks[name].eval_docs), settings["test_rows"] or 10**9) if name in tasks else 0
+        if not batches or name not in tasks or shared != before or size + rows > BATCH:
             batches.append([])
             size = 0
         batches[-1].append(name)
-        size += rows
+        size, before = size + rows, shared
     return batches
 
 
 def _evaluate_cells(
-    lm: Any, stage: Stage, tasks: dict[str, Any], settings: dict[str, Any], engine_args: dict[str, Any]
+    lm: Any, stage: Stage, tasks: dict[str, Any], settings: dict[str, dict[str, Any]], engine_args: dict[str, Any]
 ) -> None:
-    import lm_eval
-
     checkpoint = checkpoint_fingerprint(stage)  # reads all weights of a checkpoint from elsewhere: once, not per cell
-    started = time.perf_counter()
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=list(tasks.values()),
-        num_fewshot=settings["num_fewshot"],
-        limit=settings["test_rows"],
-        gen_kwargs=None,
-        apply_chat_template=settings["chat_template"],
-        bootstrap_iters=0,
-        log_samples=True,
-        task_manager=data.task_manager(),  # else lm-eval indexes its 10,000 tasks on every call
+    shared = settings[next(iter(tasks))]
+    results, seconds = _run(
+        lm,
+        list(tasks.values()),
+        max_prompt_length=shared["max_prompt_length"],
+        num_fewshot=shared["num_fewshot"],
+        limit=shared["test_rows"],
+        apply_chat_template=shared["chat_template"],
     )
-    seconds = time.perf_counter() - started
     for name, task in tasks.items():
         rows = sorted(results["samples"][name], key=lambda r: r["doc_id"])
         metrics = list(task.aggregation())
-        write_jsonl(stage.samples_file(name), (_sample(r, metrics) for r in rows))
+        write_jsonl(stage.samples_file(name), (_sample(r, metrics, name in data.JUDGED) for r in rows))
         write_json(
             stage.eval_file(name),
             {
@@ -248,7 +344,7 @@ def _evaluate_cells(
                     for m in metrics
                 },
                 "checkpoint": checkpoint,
-                "settings": settings,
+                "settings": settings[name],
                 # On record, but free to differ between cells: most of it is memory and speed.
                 "engine_args": engine_args,
                 # Tasks that were generated together share their time by rows.
@@ -257,23 +353,150 @@ def _evaluate_cells(
         )
 
 
-def _sample(row: dict[str, Any], metrics: list[str]) -> dict[str, Any]:
+def _run(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any) -> tuple[Any, float]:
+    """lm-eval's results and the seconds they took."""
+    import lm_eval
+
+    lm.max_prompt_length = max_prompt_length
+    started = time.perf_counter()
+    results = lm_eval.simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        gen_kwargs=None,
+        bootstrap_iters=0,
+        log_samples=True,
+        task_manager=data.task_manager(),  # else lm-eval indexes its 10,000 tasks on every call
+        **kwargs,
+    )
+    return results, time.perf_counter() - started
+
+
+def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, Any]:
+    given = row["arguments"][0][0]
     return {
         "doc_id": row["doc_id"],
-        "prompt": row["arguments"][0][0],
+        # A judge is shown what was asked, without the marks of the chat template.
+        **({"prompt": row["doc"]["prompt"], "given": given} if judged else {"prompt": given}),
         "target": row["target"],
         "response": row["filtered_resps"][0],
         **{m: row[m] for m in metrics},
     }
 
 
-def _stderr(values: list[float]) -> float | None:
-    """Standard error of the mean; None for a single row."""
+def _evaluate_suite(lm: Any, stage: Stage, group: Any, settings: dict[str, Any], engine_args: dict[str, Any]) -> None:
+    """One cell for a suite of lm-eval tasks, its value being lm-eval's own aggregate."""
+    checkpoint = checkpoint_fingerprint(stage)
+    results, seconds = _run(lm, [group], max_prompt_length=None, limit=settings["general_rows"])
+    tasks = {task.task_name: task for task in group.get_all_tasks()}
+    subtasks: dict[str, dict[str, Any]] = {}
+    samples: list[dict[str, Any]] = []
+    for name, task in tasks.items():
+        rows = [_suite_sample(name, task, same) for same in _by_doc(results["samples"][name])]
+        samples += rows
+        subtasks[name] = {
+            "version": task.VERSION,
+            "n": len(rows),
+            "n_cut": _cut_prompts(lm, task),
+            "metrics": {
+                _metric_name(key): {"value": value, "stderr": _stderr([r[_metric_name(key)] for r in rows])}
+                for key, value in results["results"][name].items()
+                if "," in key and "_stderr" not in key
+            },
+        }
+    metrics = {}
+    for aggregate in group.aggregate_metric_list:
+        sizes = [s["n"] if aggregate.weight_by_size else 1 for s in subtasks.values()]
+        for kind in aggregate.filter_list:
+            key = f"{aggregate.metric},{kind}"
+            errors = [s["metrics"][_metric_name(key)]["stderr"] for s in subtasks.values()]
+            metrics[_metric_name(key)] = {
+                "value": results["results"][group.name][key],
+                "stderr": _stderr_of_mean(errors, sizes),
+            }
+    write_jsonl(stage.samples_file(group.name), samples)
+    write_json(
+        stage.eval_file(group.name),
+        {
+            "stage": stage.name,
+            "task": group.name,
+            "version": group.version,
+            "n": len(samples),
+            "n_cut": sum(s["n_cut"] for s in subtasks.values()),
+            "headline": next(iter(metrics)),
+            "metrics": metrics,
+            "subtasks": subtasks,
+            "checkpoint": checkpoint,
+            "settings": settings,
+            "engine_args": engine_args,
+            "seconds": round(seconds, 3),
+        },
+    )
+
+
+def _metric_name(key: str) -> str:
+    """lm-eval's "metric,filter"; without the filter where there is only one, which is called none."""
+    return key.removesuffix(",none")
+
+
+def _by_doc(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """lm-eval's rows of one task, those of one document (one for each filter) together."""
+    docs: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        docs.setdefault(row["doc_id"], []).append(row)
+    return [docs[i] for i in sorted(docs)]
+
+
+def _suite_sample(name: str, task: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A line of a suite's samples from a document's rows."""
+    row = rows[0]
+    sample = {"task": name, "doc_id": row["doc_id"], "prompt": row["arguments"][0][0]}
+    if task.OUTPUT_TYPE == "multiple_choice":
+        likelihoods = [response[0] for response in row["filtered_resps"]]
+        sample |= {
+            "choices": [arguments[1] for arguments in row["arguments"]],
+            "loglikelihoods": likelihoods,
+            "target": int(row["target"]),
+            "response": likelihoods.index(max(likelihoods)),
+        }
+    else:
+        sample |= {"target": row["target"], "response": row["resps"][0][0]}  # as generated: filters see parts of it
+    return sample | {_metric_name(f"{m},{row['filter']}"): row[m] for row in rows for m in row["metrics"]}
+
+
+def _cut_prompts(lm: Any, task: Any) -> int:
+    """How many documents of a task had a prompt longer than the engine's context, so that lm-eval cut its beginning."""
+    room = lm.max_length - _answer_tokens(task)
+    cut = set()
+    for instance in task.instances:
+        text = "".join(a for a in instance.args if isinstance(a, str))
+        # A token is a byte at the least, so most texts need not be tokenized.
+        if len(text.encode()) > room and len(lm.tok_encode(text)) > room:
+            cut.add(instance.doc_id)
+    if cut:
+        log.warning(
+            "%s: %d prompts are longer than the engine's context (%d tokens with the answer) and were cut on the left, "
+            "by shots first. --engine-args '{\"max_model_len\": N}' makes room.",
+            task.task_name,
+            len(cut),
+            lm.max_length,
+        )
+    return len(cut)
+
+
+def _stderr(values: list[Any]) -> float | None:
+    """Standard error of the mean; None for a single row, or where a row's value is no number."""
     n = len(values)
-    if n < 2:
+    if n < 2 or any(isinstance(v, list) for v in values):
         return None
     mean = sum(values) / n
     return (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
+
+
+def _stderr_of_mean(errors: list[float | None], weights: list[int]) -> float | None:
+    """Standard error of a weighted mean of independent means; None if one of theirs is not known."""
+    if any(e is None for e in errors):
+        return None
+    return sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True) if e is not None) ** 0.5 / sum(weights)
 
 
 def external_run(

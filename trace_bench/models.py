@@ -86,6 +86,21 @@ def is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / "adapter_config.json").is_file()
 
 
+def has_chat_template(base: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether the tokenizer of a model has a chat template.
+
+    Args:
+        base: What `resolve_model` returned.
+        revision: Revision on the hub.
+        trust_remote_code: As for transformers.
+    """
+    from transformers import AutoTokenizer
+
+    on_hub = "main" if revision is None or Path(base).is_dir() else revision
+    tokenizer = AutoTokenizer.from_pretrained(base, revision=on_hub, trust_remote_code=trust_remote_code)
+    return tokenizer.chat_template is not None
+
+
 def soft_prompt(checkpoint: Path | None) -> Any:
     """The soft prompt of a checkpoint that is a PEFT prompt-tuning adapter, a tensor (tokens, width); else None.
 

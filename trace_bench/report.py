@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from trace_bench import metrics
-from trace_bench.data import ORDERS
+from trace_bench.data import GROUPS, JUDGED, ORDERS, SUITES
 from trace_bench.run import Run, RunError, Stage, differences, read_json, write_text
 
 log = logging.getLogger(__name__)
@@ -72,12 +72,21 @@ _TRAINED = (
 
 def load_cells(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
     """All cells that are there: (stage index, task) -> the content of its eval file."""
+    return _load(run, run.tasks)
+
+
+def load_besides(run: Run) -> dict[tuple[int, str], dict[str, Any]]:
+    """What is measured besides the matrix: (stage index, suite or judged set) -> the content of its eval file."""
+    return _load(run, [*SUITES, *JUDGED])
+
+
+def _load(run: Run, names: Iterable[str]) -> dict[tuple[int, str], dict[str, Any]]:
     cells = {}
     for stage in run.stages:
         if not stage.is_trained:
             continue  # what is there was made from weights that are no more
         trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
-        for task in run.tasks:
+        for task in names:
             if stage.eval_file(task).exists():
                 cell = read_json(stage.eval_file(task))
                 if trained is None or cell["checkpoint"] == trained:
@@ -102,10 +111,10 @@ def score_matrix(run: Run, metric: str | None = None) -> metrics.Matrix:
 
 def write_report(run: Run) -> str:
     """Writes report.md and scores.csv and returns one line that sums them up."""
-    cells = load_cells(run)
+    cells, besides = load_cells(run), load_besides(run)
     R = score_matrix(run)
-    write_text(run.path / "scores.csv", _scores_csv(run, cells))
-    write_text(run.path / "report.md", "\n\n".join(_sections(run, cells, R)) + "\n")
+    write_text(run.path / "scores.csv", _scores_csv(run, cells | besides))
+    write_text(run.path / "report.md", "\n\n".join(_sections(run, cells, besides, R)) + "\n")
     line = f"{run.path}/report.md: {len(cells)} cells of {R.size}"
     if _is_sequential(run):
         t = _last_stage(R)
@@ -114,7 +123,30 @@ def write_report(run: Run) -> str:
             line += f", BWT_{t} {_percent(metrics.backward_transfer(R, t), sign=True)}"
     elif _has_mean(run) and not np.isnan(_final(run, R)).any():
         line += f"; mean of the tasks {_percent(_final(run, R).mean())}"
+    delta = general_delta(besides, run.stages[-1])
+    if not math.isnan(delta):
+        line += f"; general ability {_percent(delta, sign=True)}"
     return line
+
+
+def general_delta(besides: dict[tuple[int, str], dict[str, Any]], stage: Stage) -> float:
+    """The general-ability delta of a stage over the paper's suites that the base model was measured on.
+
+    NaN without any, or where the stage lacks one: a mean over other suites is another number.
+    """
+    base = _suite_scores(besides, 0)
+    after = _suite_scores(besides, stage.index)
+    if not base or stage.index == 0 or base.keys() != after.keys():
+        return math.nan
+    return metrics.general_ability_delta(base, after)
+
+
+def _suite_scores(besides: dict[tuple[int, str], dict[str, Any]], index: int) -> dict[str, float]:
+    return {s: _headline(besides[index, s]) for s in GROUPS["general"] if (index, s) in besides}
+
+
+def _headline(cell: dict[str, Any]) -> float:
+    return cell["metrics"][cell["headline"]]["value"]
 
 
 def _is_single(run: Run) -> bool:
@@ -146,7 +178,12 @@ def _last_stage(R: metrics.Matrix) -> int:
 # --------------------------------------------------------------------------------------------------------- sections
 
 
-def _sections(run: Run, cells: dict[tuple[int, str], dict[str, Any]], R: metrics.Matrix) -> Iterable[str]:
+def _sections(
+    run: Run,
+    cells: dict[tuple[int, str], dict[str, Any]],
+    besides: dict[tuple[int, str], dict[str, Any]],
+    R: metrics.Matrix,
+) -> Iterable[str]:
     manifest = run.manifest
     kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     if len(run.stages) == 1:
@@ -178,9 +215,11 @@ def _sections(run: Run, cells: dict[tuple[int, str], dict[str, Any]], R: metrics
             [[s.name, *(_percent(tolerant[s.index, i]) for i in columns)] for s in run.stages],
         )
     yield from _extracted_section(run, cells)
+    yield from _general_section(run, besides)
+    yield from _judged_section(run, besides)
     yield from _paper_section(run)
-    yield from _cost_section(run, cells)
-    yield _provenance(run, cells)
+    yield from _cost_section(run, cells | besides)
+    yield _provenance(run, cells, besides)
 
 
 def _sequence_sections(run: Run, R: metrics.Matrix) -> Iterable[str]:
@@ -378,6 +417,95 @@ def _extracted_section(run: Run, cells: dict[tuple[int, str], dict[str, Any]]) -
     )
 
 
+def _general_section(run: Run, besides: dict[tuple[int, str], dict[str, Any]]) -> Iterable[str]:
+    """The general-ability suites, stage by stage, and their delta."""
+    cells = {key: cell for key, cell in besides.items() if key[1] in SUITES}
+    if not cells:
+        return
+    suites = [s for s in GROUPS["general"] if any(s == name for _, name in cells)]
+    others = [s for s in SUITES if s not in suites and any(s == name for _, name in cells)]
+    yield (
+        "## General ability\n\nlm-eval's own tasks in the paper's settings, in percent. Delta: the mean over the "
+        "suites of the change since stage 0 (TRACE, section 3.3)."
+        + (f" Beside it, and not in mean and delta: {', '.join(map(_suite, others))}." if others else "")
+    )
+    limits = {cell["settings"]["general_rows"] for cell in cells.values()} - {None}
+    if limits:
+        text = " or ".join(map(str, sorted(limits)))
+        yield f"> **Limited rows** (first {text} of each subtask). Not comparable with results on the full suites."
+    local = [s for s in SUITES if any(n == s and c["settings"]["data"] != "hub" for (_, n), c in cells.items())]
+    if local:
+        yield (
+            f"> **Local copy** of the data of {', '.join(map(_suite, local))}: comparable with the hub's only if it is "
+            "complete. The numbers of rows are in the head of the table."
+        )
+
+    def head(suite: str) -> str:
+        of_suite = [cell for (_, name), cell in cells.items() if name == suite]
+        sizes = " or ".join(map(str, sorted({cell["n"] for cell in of_suite})))
+        return f"{_suite(suite)}<br>{of_suite[0]['headline']}<br>{sizes} rows"
+
+    rows = []
+    for stage in run.stages:
+        if not any(index == stage.index for index, _ in cells):
+            continue
+        scores = {s: _headline(cells[stage.index, s]) if (stage.index, s) in cells else math.nan for s in SUITES}
+        mean = float(np.mean([scores[s] for s in suites])) if suites else math.nan
+        rows.append(
+            [
+                stage.name,
+                *(_percent(scores[s]) for s in suites),
+                _percent(mean),
+                _percent(general_delta(besides, stage), sign=True),
+                *(_percent(scores[s]) for s in others),
+            ]
+        )
+    yield _table(["stage", *map(head, suites), "mean", "delta", *map(head, others)], rows)
+    cut = [
+        f"{_suite(name)} at {run.stages[index].name} {cell['n_cut']} of {cell['n']}"
+        for (index, name), cell in cells.items()
+        if cell["n_cut"]
+    ]
+    if cut:
+        yield (
+            "> **Prompts cut on the left**, as they were longer than the engine's context, so that shots are missing: "
+            f"{'; '.join(cut)}. A larger context (`--engine-args`) gives other scores."
+        )
+
+
+def _judged_section(run: Run, besides: dict[tuple[int, str], dict[str, Any]]) -> Iterable[str]:
+    """What there is for the judges: how long the answers are, and how many are empty."""
+    cells = {key: cell for key, cell in besides.items() if key[1] in JUDGED}
+    if not cells:
+        return
+    yield (
+        "## Answers for the judges\n\nMean length of an answer in characters, and the percentage of empty ones. They "
+        "say whether there is something to judge, not how good it is."
+    )
+    limits = {cell["settings"]["test_rows"] for cell in cells.values()} - {None}
+    if limits:
+        yield f"> **Limited rows** (first {' or '.join(map(str, sorted(limits)))} of each set)."
+    names = [n for n in JUDGED if any(n == name for _, name in cells)]
+
+    def text(cell: dict[str, Any] | None) -> str:
+        if cell is None:
+            return DASH
+        return f"{cell['metrics']['characters']['value']:.0f}, {_percent(cell['metrics']['empty']['value'])} empty"
+
+    yield _table(
+        ["stage", *(f"{n}<br>{next(c['n'] for (_, m), c in cells.items() if m == n)} prompts" for n in names)],
+        [
+            [stage.name, *(text(cells.get((stage.index, n))) for n in names)]
+            for stage in run.stages
+            if any(index == stage.index for index, _ in cells)
+        ],
+    )
+
+
+def _suite(name: str) -> str:
+    return name.removeprefix("general_")
+
+
 def _paper_section(run: Run) -> Iterable[str]:
     name = _PAPER_NAMES.get((run.manifest["method"], run.manifest.get("trains", "")))
     if name is None:
@@ -399,7 +527,7 @@ def _paper_section(run: Run) -> Iterable[str]:
 def _cost_section(run: Run, cells: dict) -> Iterable[str]:
     rows = []
     for stage in run.stages:
-        seconds = sum(cells[stage.index, t]["seconds"] for t in run.tasks if (stage.index, t) in cells)
+        seconds = sum(cell["seconds"] for (index, _), cell in cells.items() if index == stage.index)
         train = read_json(stage.train_file) if stage.train_file.exists() else None
         if train is None:
             rows.append([stage.name, *[DASH] * 6, f"{seconds:.0f}"])
@@ -420,7 +548,7 @@ def _cost_section(run: Run, cells: dict) -> Iterable[str]:
     yield _table(["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s"], rows)
 
 
-def _provenance(run: Run, cells: dict) -> str:
+def _provenance(run: Run, cells: dict, besides: dict) -> str:
     m = run.manifest
     lines = [
         f"- base model: `{m['model']['name']}`, revision `{m['model'].get('revision')}`",
@@ -432,6 +560,10 @@ def _provenance(run: Run, cells: dict) -> str:
     ]
     settings = {json.dumps(cell["settings"], sort_keys=True) for cell in cells.values()}
     lines += [f"- evaluation: `{s}`" for s in sorted(settings)]
+    for name in [*SUITES, *JUDGED]:
+        of_cells = [cell for (_, n), cell in besides.items() if n == name]
+        settings = {json.dumps({"version": c["version"], **c["settings"]}, sort_keys=True) for c in of_cells}
+        lines += [f"- {name}: `{s}`" for s in sorted(settings)]
     config = ", ".join(f"{k}={v}" for k, v in m["config"].items() if k != "tasks" and v is not None)
     lines.append(f"- configuration: `{config}`")
     return "## Provenance\n\n" + "\n".join(lines)
@@ -442,7 +574,8 @@ def _scores_csv(run: Run, cells: dict[tuple[int, str], dict[str, Any]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["stage", "task", "metric", "value", "stderr", "n", "n_unscored"])
     stages: dict[int, Stage] = {s.index: s for s in run.stages}
-    for (index, task), cell in sorted(cells.items(), key=lambda c: (c[0][0], run.tasks.index(c[0][1]))):
+    order = [*run.tasks, *SUITES, *JUDGED]
+    for (index, task), cell in sorted(cells.items(), key=lambda c: (c[0][0], order.index(c[0][1]))):
         for metric, score in cell["metrics"].items():
             stderr = "" if score["stderr"] is None else score["stderr"]
             writer.writerow(

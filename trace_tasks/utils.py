@@ -41,6 +41,20 @@ def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str,
     return {name: Dataset.from_list(rows) for name, rows in splits.items()}
 
 
+def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
+    """Loads a set of prompts to be judged, as lm-eval's `custom_dataset`.
+
+    Args:
+        kind: "instruct" or "safety" (see `data.prompts_file`).
+        folder: The folder of the set, for example "LIMA".
+        **_: What lm-eval passes besides (the task's metadata); unused.
+
+    Returns:
+        The split test.
+    """
+    return {"test": Dataset.from_list(data.read_rows(data.prompts_file(kind, folder), answered=False))}
+
+
 def as_tested(prompt: str) -> str:
     """Brings a prompt of the official reasoning variant into the form that its test prompts have.
 
@@ -156,6 +170,11 @@ def score_simplification(doc: dict[str, str], results: list[str]) -> dict[str, f
         "sari": scoring.sari(doc["prompt"], results[0], doc["answer"]),
         **_overlap(results[0], doc["answer"]),
     }
+
+
+def describe_answer(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """Prompts to be judged: the length of the answer, and whether it is empty."""
+    return {"characters": float(len(results[0])), "empty": float(not results[0].strip())}
 
 
 def _overlap(prediction: str, reference: str) -> dict[str, float]:

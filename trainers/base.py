@@ -73,6 +73,8 @@ _INDIFFERENT = (
     "save_strategy",
     "dataset_kwargs",
 )
+#: The project's own settings that a manifest has only where they are set, as runs from before they existed lack them.
+_WHERE_SET = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
 
 
 class ConfigError(Exception):
@@ -97,6 +99,12 @@ class CLConfig(SFTConfig):
         cells: The tasks that each stage is evaluated on: "seen", "all", or "own" (that of the stage alone).
         keep: Which checkpoints stay on the disk: "all"; "last" (earlier stages cannot be evaluated later); or
             "evaluated" (each stage is evaluated right after training, then the one before is dropped).
+        general: General-ability suites measured besides the matrix: names, or "general" for the paper's six.
+        general_stages: The stages of `general` and `judged`: "last" (stage 0 and the last), or "all".
+        general_rows: The first so many rows of each subtask of a suite, for a quick look; None = all.
+        judged: Sets of prompts whose answers a judge is to compare: names, "instruct" or "safety".
+        judged_rows: The first so many prompts of each set; None = all.
+        judged_max_new_tokens: The most tokens of their answers; None = 512.
         backend: Inference for the evaluation, "vllm" or "hf".
         engine_args: Arguments of the engine, given on as they are (vLLM's LLM, or lm-eval's HFLM).
     """
@@ -128,6 +136,21 @@ class CLConfig(SFTConfig):
     keep: str = field(
         default="all",
         metadata={"help": "Checkpoints to keep on the disk.", "choices": ["all", "last", "evaluated"]},
+    )
+    general: list[str] = field(
+        default_factory=list, metadata={"help": "General-ability suites besides the matrix: general, or their names."}
+    )
+    general_stages: str = field(
+        default="last",
+        metadata={"help": "Stages of general and judged: stage 0 and the last, or all.", "choices": ["last", "all"]},
+    )
+    general_rows: int | None = field(default=None, metadata={"help": "First so many rows of each subtask of a suite."})
+    judged: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts answered for the judges: instruct, safety, or their names."}
+    )
+    judged_rows: int | None = field(default=None, metadata={"help": "First so many prompts of each judged set."})
+    judged_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "The most tokens of an answer to be judged; default: 512."}
     )
     backend: str = field(default="vllm", metadata={"help": "Inference for the evaluation.", "choices": ["vllm", "hf"]})
     engine_args: dict[str, Any] | str | None = field(
@@ -164,10 +187,18 @@ class CLConfig(SFTConfig):
             raise ConfigError(
                 f"max_length={self.max_length} would cut answers off. Use max_prompt_length and max_answer_length."
             )
-        for name in ("train_rows", "test_rows", "max_prompt_length", "max_answer_length", "max_new_tokens"):
+        for name in (
+            *("train_rows", "test_rows", "max_prompt_length", "max_answer_length", "max_new_tokens"),
+            *("general_rows", "judged_rows", "judged_max_new_tokens"),
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is not allowed: use a number of at least 1.")
+        try:
+            self.general = data.expand(self.general, data.SUITES)
+            self.judged = data.expand(self.judged, data.JUDGED)
+        except data.DataError as e:
+            raise ConfigError(f"general={self.general}, judged={self.judged}: {e}") from e
         for f in fields(self):
             allowed = f.metadata.get("choices")
             if allowed and f.name in self._own() and getattr(self, f.name) not in allowed:
@@ -190,7 +221,7 @@ class CLConfig(SFTConfig):
         return {
             k: v
             for k, v in values.items()
-            if k not in _INDIFFERENT and (k in own or k in _DECIDING or v != defaults.get(k))
+            if k not in _INDIFFERENT and ((k in own and k not in _WHERE_SET) or k in _DECIDING or v != defaults.get(k))
         }
 
 
@@ -502,6 +533,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     if root is not None:
         os.environ["TRACE_DATA"] = str(root)
         data.check(root, config.tasks)
+    for name in (*config.general, *config.judged):
+        data.source_fingerprint(name)  # its data is needed after hours of training: is it there?
     tasks = data.load_tasks(config.tasks)
     _check_gradients(trainer, config)
 

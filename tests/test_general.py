@@ -1,0 +1,489 @@
+"""What is measured besides the matrix: lm-eval's suites from a local copy, and prompts answered for the judges."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import SHARED, train
+
+from trace_bench import cli, data, engine, evaluate
+from trace_bench.report import general_delta, load_besides, write_report
+from trace_bench.run import Run, RunError, read_json, write_json
+from trainers.base import CLConfig, ConfigError
+
+GENERAL = SHARED / "data" / "general"
+LANGUAGES = ("arabic", "bengali", "english", "finnish", "indonesian", "korean", "russian", "swahili", "telugu")
+needs_shared = pytest.mark.skipif(not GENERAL.is_dir(), reason="needs ../shared/data/general, rows of the real suites")
+
+
+def write_lines(file: Path, rows: list) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch) -> Path:
+    """A local copy of two suites in our own words: three rows to test of each."""
+    root = tmp_path / "general"
+    sums = [{"question": f"What is {i} and {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(1, 5)]
+    write_lines(root / "gsm8k" / "test.jsonl", sums[:3])
+    write_lines(root / "gsm8k" / "train.jsonl", sums[3:])
+    facts = [
+        {
+            "question": f"is {c} warm",
+            "passage": f"Colours\u2028-- {c} is {'' if i % 2 else 'not '}warm.",
+            "label": i % 2 == 1,
+        }
+        for i, c in enumerate(("blue", "red", "green", "orange"))
+    ]
+    write_lines(root / "boolq" / "val.jsonl", facts[:3])
+    write_lines(root / "boolq" / "train.jsonl", facts[3:])
+    monkeypatch.setenv("GENERAL_DATA", str(root))
+    return root
+
+
+# ------------------------------------------------------------------------- the local suites are lm-eval's own tasks
+
+
+class Fake:
+    """Answers that depend on the request alone, right for about half of the documents."""
+
+    def __new__(cls):
+        from lm_eval.api.model import LM
+
+        class FakeLM(LM):
+            def loglikelihood(self, requests):
+                return [(-float(sum(map(ord, "".join(r.args))) % 97), False) for r in requests]
+
+            def generate_until(self, requests):
+                return [self.answer(r.doc) if len(r.args[0]) % 2 else "the answer is 1." for r in requests]
+
+            def loglikelihood_rolling(self, requests):
+                raise NotImplementedError
+
+            def answer(self, doc):
+                if "answers" in doc:
+                    return doc["answers"][0]
+                return f"so the answer is {doc.get('target') or doc['answer'].split('#### ')[1]}."
+
+        return FakeLM()
+
+
+def lines(file: Path) -> list:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
+def rows_of_the_hub(path: str, name: str | None = None, **_) -> datasets.DatasetDict:
+    """The local rows as the hub's data sets have them: their splits, columns and types, read independently."""
+    text = datasets.Value("string")
+
+    def made(splits, **features):
+        features = datasets.Features(features)
+        return datasets.DatasetDict({k: datasets.Dataset.from_list(rows, features) for k, rows in splits.items()})
+
+    if path == "openai/gsm8k":
+        assert name == "main"
+        splits = {s: lines(GENERAL / "gsm8k" / f"{s}.jsonl") for s in ("train", "test")}
+        return made(splits, question=text, answer=text)
+    if path == "cais/mmlu":
+        splits = {}
+        for split in ("dev", "test"):
+            with (GENERAL / "mmlu" / split / f"{name}_{split}.csv").open(encoding="utf-8", newline="") as f:
+                splits[split] = [
+                    {"question": q, "subject": name, "choices": choices, "answer": "ABCD".index(letter)}
+                    for q, *choices, letter in csv.reader(f)
+                ]
+        answer = datasets.ClassLabel(names=list("ABCD"))
+        return made(splits, question=text, subject=text, choices=datasets.List(text), answer=answer)
+    if path == "SaylorTwift/bbh":
+        rows = json.loads((GENERAL / "bbh" / f"{name}.json").read_text(encoding="utf-8"))["examples"]
+        return made({"test": rows}, input=text, target=text)
+    if path == "google-research-datasets/tydiqa":
+        assert name == "secondary_task"
+        splits = {"train": [], "validation": []}
+        for split, folder in (("train", "fewshot"), ("validation", "dev")):
+            for language in LANGUAGES:
+                file = GENERAL / "tydiqa" / folder / f"{language}.json"
+                for article in json.loads(file.read_text(encoding="utf-8"))["data"]:
+                    for p in article["paragraphs"]:
+                        splits[split] += [
+                            {
+                                **{"id": qa["id"], "title": article["title"]},
+                                **{"context": p["context"], "question": qa["question"]},
+                                "answers": {
+                                    "text": [a["text"] for a in qa["answers"]],
+                                    "answer_start": [a["answer_start"] for a in qa["answers"]],
+                                },
+                            }
+                            for qa in p["qas"]
+                        ]
+        answers = {"text": datasets.List(text), "answer_start": datasets.List(datasets.Value("int32"))}
+        return made(splits, id=text, title=text, context=text, question=text, answers=answers)
+    if (path, name) == ("aps/super_glue", "boolq"):
+        splits = {s: lines(GENERAL / "boolq" / f) for s, f in (("train", "train.jsonl"), ("validation", "val.jsonl"))}
+        label = datasets.ClassLabel(names=["False", "True"])
+        splits = {s: [{**r, "label": int(r["label"])} for r in rows] for s, rows in splits.items()}
+        return made(splits, question=text, passage=text, idx=datasets.Value("int32"), label=label)
+    assert path == "baber/piqa"
+    splits = {}
+    for split, stem in (("train", "fewshot"), ("validation", "valid")):
+        labels = (GENERAL / "piqa" / f"{stem}-labels.lst").read_text().split()
+        rows = lines(GENERAL / "piqa" / f"{stem}.jsonl")
+        splits[split] = [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
+    return made(splits, goal=text, sol1=text, sol2=text, label=datasets.ClassLabel(names=["0", "1"]))
+
+
+OWN = {  # suite -> lm-eval's own name, shots of the paper, key of the suite's score, whether lm-eval aggregates it
+    "general_mmlu": ("mmlu", 5, "acc,none", True),
+    "general_gsm8k": ("gsm8k_cot", None, "exact_match,flexible-extract", False),
+    "general_bbh": ("bbh_cot_fewshot", None, "exact_match,get-answer", True),
+    "general_tydiqa": ("tydiqa_goldp", 1, "f1,none", None),
+    "general_boolq": ("boolq", 0, "acc,none", False),
+    "general_piqa": ("piqa", 0, "acc,none", False),
+}
+
+
+@needs_shared
+@pytest.mark.parametrize("suite", OWN)
+def test_prompts_and_scores_are_those_of_lm_eval_s_own_task(suite, monkeypatch):
+    """Every request, every sample and every score, of the local copy and of lm-eval's task on the hub's form of it."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    name, shots, key, aggregated = OWN[suite]
+    monkeypatch.setenv("GENERAL_DATA", str(GENERAL))
+    (group,) = data.load_suites([suite]).values()
+    settings = {"limit": 2 if aggregated else 6, "bootstrap_iters": 0, "task_manager": data.task_manager()}
+    ours = lm_eval.simple_evaluate(model=Fake(), tasks=[group], **settings)
+
+    monkeypatch.delenv("GENERAL_DATA")
+    monkeypatch.setattr(datasets, "load_dataset", rows_of_the_hub)
+    tasks = Path(lm_eval.__file__).parent / "tasks"
+    folder = {"general_mmlu": "mmlu/default", "general_bbh": "bbh/cot_fewshot", "general_boolq": "super_glue/boolq"}
+    path = tasks / folder.get(suite, suite.removeprefix("general_"))
+    manager = TaskManager(include_path=path, include_defaults=False)
+    theirs = lm_eval.simple_evaluate(
+        model=Fake(), tasks=[name], num_fewshot=shots, **settings | {"task_manager": manager}
+    )
+
+    assert {t.task_name for t in group.get_all_tasks()} == theirs["samples"].keys()
+    for task, rows in theirs["samples"].items():
+        for mine, own in zip(ours["samples"][task], rows, strict=True):
+            assert {k: v for k, v in mine.items() if k not in ("doc", "doc_hash")} == {
+                k: v for k, v in own.items() if k not in ("doc", "doc_hash")
+            }
+        assert ours["results"][task] == theirs["results"][task]
+        assert ours["versions"][task] == theirs["versions"][task]
+    scores = [theirs["results"][task][key] for task in theirs["samples"]]
+    expected = theirs["results"][name][key] if aggregated else sum(scores) / len(scores)
+    assert ours["results"][suite][key] == pytest.approx(expected)
+    assert 0 < expected < 1, "the test tells right from wrong"
+
+
+@needs_shared
+def test_the_shots_are_the_paper_s(monkeypatch):
+    monkeypatch.setenv("GENERAL_DATA", str(GENERAL))
+    groups = data.load_suites(data.GROUPS["general"])
+    shots = {s: {t.config.num_fewshot for t in g.get_all_tasks()} for s, g in groups.items()}
+    assert shots == dict(zip(OWN, ({5}, {8}, {3}, {1}, {0}, {0}), strict=True))
+    assert [len(g.get_all_tasks()) for g in groups.values()] == [57, 1, 27, 9, 1, 1]
+
+
+def test_a_local_copy_that_lacks_a_suite_or_is_damaged_is_an_error_that_names_it(local):
+    with pytest.raises(data.DataError, match=r"GENERAL_DATA=.* has no folder piqa.*unset GENERAL_DATA"):
+        data.load_suites(["general_piqa"])
+    (local / "piqa").mkdir()
+    with pytest.raises(data.DataError, match=r"fewshot\.jsonl is missing"):
+        data.load_suites(["general_piqa"])
+    for stem in ("fewshot", "valid"):
+        write_lines(local / "piqa" / f"{stem}.jsonl", [{"goal": "g", "sol1": "a", "sol2": "b"}])
+        (local / "piqa" / f"{stem}-labels.lst").write_text("0\n1\n")
+    with pytest.raises(data.DataError, match=r"1 rows and fewshot-labels\.lst 2 labels"):
+        data.load_suites(["general_piqa"])
+    (local / "boolq" / "val.jsonl").write_text("{")
+    with pytest.raises(data.DataError, match=r"val\.jsonl is not JSON"):
+        data.load_suites(["general_boolq"])
+
+
+def test_a_csv_row_of_another_form_is_an_error_with_its_number(local):
+    for split in ("dev", "test"):
+        file = local / "mmlu" / split / f"abstract_algebra_{split}.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text('"one\nline",a,b,c,d,A\nq,a,b,c,d,E\n')
+    with pytest.raises(data.DataError, match=r"abstract_algebra_dev\.csv, row 1: .*'E'"):
+        data.load_suites(["general_mmlu"])
+
+
+def test_without_a_local_copy_and_a_hub_the_error_says_both_ways(monkeypatch):
+    monkeypatch.delenv("GENERAL_DATA", raising=False)
+
+    def offline(*_, **__):
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        data.DataError, match=r"piqa: baber/piqa cannot.*HF_HUB_OFFLINE.*GENERAL_DATA=FOLDER with piqa/"
+    ):
+        data.load_suites(["general_piqa"])
+
+
+def test_ifeval_without_its_packages_says_what_to_install(monkeypatch):
+    for name in [m for m in sys.modules if m.startswith("lm_eval.tasks.ifeval")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "immutabledict", None)
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    with pytest.raises(data.DataError, match=r"general_ifeval.*lm-eval\[ifeval\]"):
+        data.load_suites(["general_ifeval"])
+
+
+# ------------------------------------------------------------------------------------------ prompts for the judges
+
+
+def test_every_set_has_prompts_on_demo_data(monkeypatch):
+    monkeypatch.setenv("TRACE_DATA", "demo")
+    for name, task in data.load_tasks(list(data.JUDGED)).items():
+        assert len(task.test_docs()) >= 2 and task.config.generation_kwargs["max_gen_toks"] == 512
+        doc = task.test_docs()[0]
+        assert task.fewshot_context(doc, 0) == doc["prompt"] and task.doc_to_target(doc) == "", name
+        assert task.process_results(doc, ["a b"]) == {"characters": 3.0, "empty": 0.0}
+        assert task.process_results(doc, [" \n"]) == {"characters": 2.0, "empty": 1.0}
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "instruct").is_dir(), reason="needs ../shared/data, the official sets")
+def test_the_official_sets_are_read_whole(monkeypatch):
+    for kind in ("instruct", "safety"):
+        monkeypatch.setenv(f"{kind.upper()}_DATA", str(SHARED / "data" / kind))
+    sizes = [len(t.test_docs()) for t in data.load_tasks(list(data.JUDGED)).values()]
+    assert sizes == [175, 300, 180, 50, 125, 178, 40, 100, 100]
+
+
+def test_sets_of_which_nobody_said_where_they_are(monkeypatch, tmp_path):
+    for name in ("INSTRUCT_DATA", "TRACE_DATA"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(data.DataError, match=r"INSTRUCT_DATA is not set.*LIMA/test\.json.*INSTRUCT_DATA=demo"):
+        data.source_fingerprint("instruct_lima")
+    monkeypatch.setenv("INSTRUCT_DATA", str(tmp_path))
+    with pytest.raises(data.DataError, match=r"LIMA/test\.json is missing"):
+        data.source_fingerprint("instruct_lima")
+
+
+# ------------------------------------------------------------------------------------------------- configurations
+
+
+def test_names_and_groups(tmp_path):
+    config = CLConfig(
+        output_dir=str(tmp_path), general=["general", "general_ifeval"], judged=["safety", "instruct_lima"]
+    )
+    assert config.general == list(data.SUITES) and config.judged == [*data.GROUPS["safety"], "instruct_lima"]
+    with pytest.raises(ConfigError, match=r"mmlu is not known here: use general_mmlu.*a group \(general\)"):
+        CLConfig(output_dir=str(tmp_path), general=["mmlu"])
+    with pytest.raises(ConfigError, match=r"general is not known here.*a group \(instruct, safety\)"):
+        CLConfig(output_dir=str(tmp_path), judged=["general"])
+    with pytest.raises(ConfigError, match=r"general_rows=0"):
+        CLConfig(output_dir=str(tmp_path), general_rows=0)
+    with pytest.raises(ConfigError, match=r"general_stages='first'.*last or all"):
+        CLConfig(output_dir=str(tmp_path), general_stages="first")
+
+
+def test_a_manifest_has_the_settings_only_where_they_are_set(tmp_path):
+    plain = CLConfig(output_dir=str(tmp_path)).manifest()
+    assert not [k for k in plain if k.startswith(("general", "judged"))], "runs from before resume"
+    some = CLConfig(output_dir=str(tmp_path), general=["general_piqa"], general_rows=5).manifest()
+    assert {k: v for k, v in some.items() if k not in plain} == {"general": ["general_piqa"], "general_rows": 5}
+
+
+def test_data_that_is_not_there_is_found_out_before_the_training(options, local):
+    with pytest.raises(data.DataError, match="has no folder bbh"):
+        train(options | {"general": ["general_bbh"]})
+    assert not Path(options["output_dir"]).exists()
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+SUITES = ["general_gsm8k", "general_boolq"]
+SETS = ["instruct_lima", "safety_cona"]
+
+
+@pytest.fixture
+def run(options, local) -> Run:
+    besides = {"general": SUITES, "general_rows": 2, "judged": SETS, "judged_rows": 2, "judged_max_new_tokens": 8}
+    return train(options | besides)
+
+
+def there(run: Run) -> list[list[str]]:
+    return [[n for n in (*SETS, *SUITES) if s.eval_file(n).exists()] for s in run.stages]
+
+
+def test_stage_0_and_the_last_are_measured_besides_the_matrix(run, local, monkeypatch):
+    assert evaluate.evaluate(run) == 5 + 2 * 4
+    assert there(run) == [[*SETS, *SUITES], [], [*SETS, *SUITES]]
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
+        assert evaluate.evaluate(run) == 0
+
+    stage = run.stages[2]
+    matrix = read_json(stage.eval_file("trace_fomc"))["settings"]
+    assert matrix["chat_template"] is False and matrix["max_prompt_length"] == 96, "the matrix keeps its own settings"
+    cell = read_json(stage.eval_file("instruct_lima"))
+    samples = lines(stage.samples_file("instruct_lima"))
+    assert cell["settings"]["chat_template"] is True and cell["n"] == len(samples) == 2
+    assert all(s["given"] == f"<s>user\n{s['prompt']}</s>\n<s>assistant\n" for s in samples)
+    assert all(set(s) >= {"doc_id", "prompt", "target", "response"} and len(s["response"]) <= 8 for s in samples)
+
+    cell = read_json(stage.eval_file("general_boolq"))
+    samples = lines(stage.samples_file("general_boolq"))
+    docs = lines(local / "boolq" / "val.jsonl")
+    assert cell["headline"] == "acc" and cell["n"] == 2 and cell["n_cut"] == 0
+    assert cell["metrics"]["acc"]["value"] == sum(s["acc"] for s in samples) / 2
+    assert cell["subtasks"]["boolq"]["metrics"]["acc"] == cell["metrics"]["acc"]
+    for sample, doc in zip(samples, docs, strict=False):
+        assert sample["prompt"] == f"{doc['passage']}\nQuestion: {doc['question']}?\nAnswer:"
+        assert sample["choices"] == [" no", " yes"] and sample["target"] == doc["label"]
+        assert sample["acc"] == float(sample["response"] == sample["target"])
+
+    cell = read_json(stage.eval_file("general_gsm8k"))
+    samples = lines(stage.samples_file("general_gsm8k"))
+    assert list(cell["metrics"]) == ["exact_match,flexible-extract", "exact_match,strict-match"]
+    assert cell["headline"] == "exact_match,flexible-extract" and cell["n"] == len(samples) == 2
+    assert all(s["prompt"].count("\nA:") == 9 for s in samples), "8 shots"
+    assert cell["n_cut"] == 2, "no limit of the matrix, but the context of the model: 1024 bytes"
+
+    assert "; general ability " in write_report(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    assert "gsm8k at 0_base 2 of 2" in text
+    assert "## Answers for the judges" in text and "| instruct_lima<br>2 prompts | safety_cona<br>2 prompts |" in text
+
+
+def test_an_interrupted_evaluation_loses_one_suite_at_most(run, monkeypatch):
+    original = evaluate._run
+    calls = []
+
+    def interrupted(lm, tasks, **kwargs):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append([getattr(t, "name", None) or t.task_name for t in tasks])
+        return original(lm, tasks, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "_run", interrupted)
+        evaluate.evaluate(run, stages=[0])
+    assert calls == [run.tasks, SETS, SUITES[:1]]
+    assert there(run)[0] == [*SETS, SUITES[0]]
+    assert evaluate.evaluate(run, stages=[0]) == 1 and there(run)[0] == [*SETS, *SUITES]
+
+
+def test_a_run_without_them_gets_them_on_the_command_line(options, local, capsys):
+    run = train(options)
+    assert evaluate.evaluate(run) == 5
+    command = ["evaluate", str(run.path), "--general", "general_boolq", "--judged", "safety_cona", "--judged-rows", "1"]
+    cli.main([*command, "--judged-max-new-tokens", "4", "--general-stages", "all"])
+    assert "evaluated 6 cells of 3 stages" in capsys.readouterr().out
+    assert there(run) == [["safety_cona", "general_boolq"]] * 3
+    with pytest.raises(SystemExit) as e:
+        cli.main(["evaluate", str(run.path), "--stages", "1", "--general", "general_boolq", "--general-rows", "1"])
+    assert "general_rows: None -> 1" in str(e.value.code) and "eval/general_boolq.json" in str(e.value.code)
+    # Other rows under the same name are other settings too.
+    write_lines(local / "boolq" / "train.jsonl", [{"question": "q", "passage": "p", "label": True}])
+    with pytest.raises(RunError, match=r"data: '\w{16}' -> "):
+        evaluate.evaluate(run, besides={"general": ["general_boolq"], "general_stages": "all"})
+    with pytest.raises(data.DataError, match="general_nothing is not known here"):
+        evaluate.evaluate(run, besides={"general": ["general_nothing"]})
+
+
+@needs_shared
+def test_a_suite_whose_answers_do_not_fit_the_context_is_refused_before_anything_runs(options, monkeypatch):
+    monkeypatch.setenv("GENERAL_DATA", str(GENERAL))
+    run = train(options | {"general": ["general_bbh"], "general_rows": 1})
+    monkeypatch.setattr(evaluate, "_run", lambda *a, **k: pytest.fail("something ran"))
+    with pytest.raises(RunError, match=r"general_bbh generates up to 1024 tokens.*context has 1024"):
+        evaluate.evaluate(run)  # the model's own context, known when the engine is open
+    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
+    with pytest.raises(RunError, match=r"context has 512"):
+        evaluate.evaluate(run, engine_args={"max_length": 512})
+
+
+@pytest.mark.slow
+def test_vllm_measures_what_transformers_does(options, local, tmp_path):
+    """The likelihoods of both engines, and answers of full length."""
+    besides = {"general": SUITES, "judged": SETS, "judged_max_new_tokens": 8, "test_rows": 2}
+    runs = {}
+    for backend, context in (("hf", "max_length"), ("vllm", "max_model_len")):
+        engine_args = json.dumps({context: 1024, "dtype": "float32"})
+        output = {"output_dir": str(tmp_path / backend), "engine_args": engine_args}
+        runs[backend] = train({**options, **besides, **output, "backend": backend})
+        # vLLM's engine is a process of its own, which begins by importing the main module again.
+        subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", str(runs[backend].path)], check=True)
+    for a, b in zip(*(r.stages for r in runs.values()), strict=True):
+        if a.index == 1:
+            continue
+        both = [lines(s.samples_file("general_boolq")) for s in (a, b)]
+        for x, y in zip(*both, strict=True):
+            assert x["loglikelihoods"] == pytest.approx(y["loglikelihoods"], abs=1e-2)
+        for name in (*SETS, *SUITES):
+            cells = [read_json(s.eval_file(name)) for s in (a, b)]
+            assert cells[0]["n"] == cells[1]["n"] and cells[0]["metrics"].keys() == cells[1]["metrics"].keys()
+            assert cells[0].get("n_cut") == cells[1].get("n_cut")
+
+
+# ---------------------------------------------------------------------------------------------------------- report
+
+
+@pytest.fixture
+def measured(tmp_path) -> Run:
+    """A run of two stages whose suites have known scores; the last stage lacks nothing, stage 1 a suite."""
+    tasks = ["trace_fomc", "trace_cstance"]
+    run = Run.create(
+        tmp_path / "run",
+        {
+            "method": "sequential",
+            **{"trains": "lora", "model": {"name": "a/model"}, "tasks": tasks, "config": {}, "seed": 1},
+            "task_versions": dict.fromkeys(tasks, 1),
+            "data": {"path": None, "demo": False, "fingerprint": {}},
+        },
+    )
+    scores = {
+        0: {"mmlu": 0.5, "piqa": 0.7, "ifeval": 0.2},
+        1: {"mmlu": 0.4},
+        2: {"mmlu": 0.3, "piqa": 0.8, "ifeval": 0},
+    }
+    for stage in run.stages:
+        checkpoint = f"w{stage.index}" if stage.index else None
+        if stage.index:
+            numbers = {"rows": 1, "steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
+            write_json(
+                stage.train_file,
+                {"checkpoint": checkpoint, **numbers, "peak_memory_bytes": 1, "memory_of": "process"},
+            )
+        for suite, value in scores[stage.index].items():
+            cell = {"stage": stage.name, "task": f"general_{suite}", "version": "1.0", "n": 20, "n_cut": 0}
+            settings = {"backend": "hf", "general_rows": 10, "data": "hub" if suite == "ifeval" else "f00"}
+            write_json(
+                stage.eval_file(f"general_{suite}"),
+                {
+                    **cell,
+                    **{"headline": "acc", "metrics": {"acc": {"value": value, "stderr": None}}, "subtasks": {}},
+                    **{"checkpoint": checkpoint, "settings": settings, "seconds": 1.0},
+                },
+            )
+    return run
+
+
+def test_the_report_has_the_suites_their_mean_and_the_delta(measured):
+    assert write_report(measured).endswith("; general ability -5.0")  # ((30 - 50) + (80 - 70)) / 2
+    text = (measured.path / "report.md").read_text(encoding="utf-8")
+    section = text.split("## General ability\n", 1)[1].split("\n## ", 1)[0]
+    assert (
+        "| stage | mmlu<br>acc<br>20 rows | piqa<br>acc<br>20 rows | mean | delta | ifeval<br>acc<br>20 rows |"
+        in section
+    )
+    assert "| 0_base | 50.0 | 70.0 | 60.0 | – | 20.0 |" in section
+    assert "| 1_trace_fomc | 40.0 | – | – | – | – |" in section, "no mean over other suites"
+    assert "| 2_trace_cstance | 30.0 | 80.0 | 55.0 | -5.0 | 0.0 |" in section
+    assert "**Limited rows** (first 10 of each subtask)" in section
+    assert "**Local copy** of the data of mmlu, piqa:" in section
+    assert "2_trace_cstance,general_piqa,acc,0.8,,20,0" in (measured.path / "scores.csv").read_text(encoding="utf-8")
+    assert general_delta(load_besides(measured), measured.stages[2]) == pytest.approx(-0.05)

@@ -1,0 +1,145 @@
+"""The general-ability suites: lm-eval's own tasks, from the hub or from a local copy of their data.
+
+`general_*.yaml` group lm-eval's tasks in the paper's settings and give them the class below, which changes one thing:
+where GENERAL_DATA is set, the rows come from that folder. Prompts, shots, filters and metrics are lm-eval's.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask
+
+from trace_bench.data import DataError, general_folder
+
+Splits = dict[str, Dataset]
+
+
+class Suite(ConfigurableTask):
+    """A task of lm-eval whose rows may come from GENERAL_DATA; nothing else differs."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config={k: v for k, v in config.items() if k != "class"})
+
+    def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Loads the rows: from GENERAL_DATA if it is set and has a form for the suite, else from the hub.
+
+        Raises:
+            DataError: if the local copy is incomplete, or there is none and the hub cannot be reached.
+        """
+        suite, read = _LOCAL.get(self.DATASET_PATH or "", (None, None))
+        folder = general_folder(suite) if suite else None
+        if folder is not None and read is not None:
+            self.dataset = read(folder, self.DATASET_NAME or "")
+            return
+        try:
+            super().download(dataset_kwargs, **kwargs)
+        except (ConnectionError, FileNotFoundError) as e:
+            hint = f"GENERAL_DATA=FOLDER with {suite}/ in it" if suite else "nothing local: this suite is online only"
+            raise DataError(
+                f"{self.config.task}: {self.DATASET_PATH} cannot be loaded from the hub ({type(e).__name__}). Make the "
+                f"hub reachable (is HF_HUB_OFFLINE set?), or use {hint} (trace_tasks/README.md)."
+            ) from e
+
+
+def _gsm8k(folder: Path, _: str) -> Splits:
+    return {split: Dataset.from_list(_json_lines(folder / f"{split}.jsonl")) for split in ("train", "test")}
+
+
+def _mmlu(folder: Path, subject: str) -> Splits:
+    """The original CSV form, no header: question, four choices, letter."""
+    splits = {}
+    for split in ("dev", "test"):
+        file = folder / split / f"{subject}_{split}.csv"
+        rows = []
+        for i, fields in enumerate(csv.reader(io.StringIO(_text(file), newline=""))):
+            if len(fields) != 6 or fields[5] not in tuple("ABCD"):
+                raise DataError(f"{file}, row {i}: expected a question, four choices and A, B, C or D; found {fields}.")
+            rows.append(
+                {"question": fields[0], "subject": subject, "choices": fields[1:5], "answer": "ABCD".index(fields[5])}
+            )
+        splits[split] = Dataset.from_list(rows)
+    return splits
+
+
+def _bbh(folder: Path, task: str) -> Splits:
+    rows = _json(folder / f"{task}.json")["examples"]
+    return {"test": Dataset.from_list([{"input": row["input"], "target": row["target"]} for row in rows])}
+
+
+@lru_cache(maxsize=1)  # each of the nine tasks takes its language out of the whole
+def _tydiqa(folder: Path, _: str) -> Splits:
+    """GoldP in SQuAD's form, one file a language; the few-shot rows stand for the training split."""
+    splits = {}
+    for split, name in (("train", "fewshot"), ("validation", "dev")):
+        files = sorted((folder / name).glob("*.json"))
+        if not files:
+            raise DataError(f"{folder / name} has no file LANGUAGE.json.")
+        rows = []
+        for article in (a for file in files for a in _json(file)["data"]):
+            for paragraph in article["paragraphs"]:
+                for qa in paragraph["qas"]:
+                    answers = {key: [a[key] for a in qa["answers"]] for key in ("text", "answer_start")}
+                    row = {"id": qa["id"], "title": article.get("title", ""), "context": paragraph["context"]}
+                    rows.append({**row, "question": qa["question"], "answers": answers})
+        splits[split] = Dataset.from_list(rows)
+    return splits
+
+
+def _boolq(folder: Path, _: str) -> Splits:
+    splits = {"train": _json_lines(folder / "train.jsonl"), "validation": _json_lines(folder / "val.jsonl")}
+    return {k: Dataset.from_list([{**row, "label": int(row["label"])} for row in v]) for k, v in splits.items()}
+
+
+def _piqa(folder: Path, _: str) -> Splits:
+    """Rows and labels are in two files; the few-shot rows stand for the training split."""
+    splits = {}
+    for split, name in (("train", "fewshot"), ("validation", "valid")):
+        rows, labels = _json_lines(folder / f"{name}.jsonl"), _text(folder / f"{name}-labels.lst").split()
+        if len(rows) != len(labels):
+            raise DataError(f"{folder}/{name}.jsonl has {len(rows)} rows and {name}-labels.lst {len(labels)} labels.")
+        splits[split] = Dataset.from_list(
+            [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
+        )
+    return splits
+
+
+#: lm-eval's dataset_path -> folder below GENERAL_DATA, and how it is brought into the form of the hub's data set.
+_LOCAL: dict[str, tuple[str, Callable[[Path, str], Splits]]] = {
+    "openai/gsm8k": ("gsm8k", _gsm8k),
+    "cais/mmlu": ("mmlu", _mmlu),
+    "SaylorTwift/bbh": ("bbh", _bbh),
+    "google-research-datasets/tydiqa": ("tydiqa", _tydiqa),
+    "aps/super_glue": ("boolq", _boolq),
+    "baber/piqa": ("piqa", _piqa),
+}
+
+
+def _text(file: Path) -> str:
+    try:  # not read_text, which changes line breaks within the CSVs
+        return file.read_bytes().decode("utf-8")
+    except FileNotFoundError as e:
+        raise DataError(f"{file} is missing. GENERAL_DATA needs the layout in trace_tasks/README.md.") from e
+    except UnicodeDecodeError as e:
+        raise DataError(f"{file} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}.") from e
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(_text(file))
+    except ValueError as e:
+        raise DataError(f"{file} is not JSON: {e}.") from e
+
+
+def _json_lines(file: Path) -> list[dict[str, Any]]:
+    try:  # not splitlines, which also splits at characters that may stand within a JSON string
+        return [json.loads(line) for line in _text(file).split("\n") if line.strip()]
+    except ValueError as e:
+        raise DataError(f"{file} is not JSON, one object a line: {e}.") from e
