@@ -147,6 +147,8 @@ def _last_stage(R: metrics.Matrix) -> int:
 
 
 def _sections(run: Run, cells: dict[tuple[int, str], dict[str, Any]], R: metrics.Matrix) -> Iterable[str]:
+    from judges.report import sections as judged  # here, since it formats with this module
+
     manifest = run.manifest
     kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     if len(run.stages) == 1:
@@ -178,6 +180,7 @@ def _sections(run: Run, cells: dict[tuple[int, str], dict[str, Any]], R: metrics
             [[s.name, *(_percent(tolerant[s.index, i]) for i in columns)] for s in run.stages],
         )
     yield from _extracted_section(run, cells)
+    yield from judged(run)
     yield from _paper_section(run)
     yield from _cost_section(run, cells)
     yield _provenance(run, cells)
