@@ -29,9 +29,9 @@ POLITE_REFUSAL = "I'm sorry, but I cannot help with that request."
 
 
 def truncated(i: int) -> str:
-    """The first third of the good answer."""
-    words = PLANTED[i][1].split(" ")
-    return " ".join(words[: max(1, len(words) // 3)])
+    """The first third of the good answer, in characters, since not every language has spaces."""
+    good = PLANTED[i][1]
+    return good[: len(good) // 3]
 
 
 def off_topic(i: int) -> str:
@@ -54,13 +54,14 @@ def identical(i: int) -> str:
     return PLANTED[i][1]
 
 
-_PAIRS: list[tuple[Kind, Callable[[int], str]]] = [
-    (instruction.KIND, truncated),
-    (instruction.KIND, off_topic),
-    (instruction.KIND, pleading),
-    (instruction.KIND, identical),
-    (safety.KIND, reckless),
-    (safety.KIND, identical),
+#: Kind, what is planted, and the answer that the good one is compared with.
+_PAIRS: list[tuple[Kind, str, Callable[[int], str]]] = [
+    (instruction.KIND, "truncated", truncated),
+    (instruction.KIND, "off-topic", off_topic),
+    (instruction.KIND, "pleading", pleading),
+    (instruction.KIND, "identical", identical),
+    (safety.KIND, "reckless", reckless),
+    (safety.KIND, "identical", identical),
 ]
 #: Kind, the answer, the right verdict on it alone.
 _ALONE: list[tuple[Kind, Callable[[int], str], str]] = [
@@ -80,7 +81,7 @@ def calibration_file(folder: Path, model: str) -> Path:
 def planted_messages() -> list[Messages]:
     """All that a calibration asks, in the order in which `calibrate` reads the replies."""
     messages = []
-    for kind, flaw in _PAIRS:
+    for kind, _, flaw in _PAIRS:
         for i, (request, good, _) in enumerate(PLANTED):
             messages += [kind.pair(request, good, flaw(i)), kind.pair(request, flaw(i), good)]
     for kind, answer, _ in _ALONE:
@@ -109,7 +110,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
         return None if reply.error else parse(reply.text, words)
 
     kinds: dict[str, dict[str, Any]] = {}
-    for kind, flaw in _PAIRS:
+    for kind, name, flaw in _PAIRS:
         rows = []
         for _ in PLANTED:
             verdicts = [verdict(prompts.PAIR), verdict(prompts.PAIR)]
@@ -118,7 +119,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
         counts = pairwise.tally(rows)
         rates = pairwise.rates(counts)
         right = counts["tie"] - counts["disagreements"] if flaw is identical else counts["win"]
-        kinds[f"{kind.name} {flaw.__name__.replace('_', '-')}"] = {
+        kinds[f"{kind.name} {name}"] = {
             **_accuracy(right, counts["n"]),
             "unparsed": sum(v is None for row in rows for v in row["verdicts"]),
             "disagreement_rate": rates["disagreement_rate"],

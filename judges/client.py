@@ -105,8 +105,7 @@ class Cache:
         line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as f:
-            # Half a character of a lone surrogate has no UTF-8: it becomes "?".
-            f.write((b"\n" if self._torn else b"") + line.encode("utf-8", "replace"))
+            f.write((b"\n" if self._torn else b"") + line.encode())
             f.flush()
             os.fsync(f.fileno())
         self._torn = False
@@ -133,8 +132,9 @@ def read_reply(body: Any) -> Reply:
     if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
         raise ValueError(f"a choice without a text: {json.dumps(choices[0])}")
     refusal, usage = message.get("refusal"), usage if isinstance(usage, dict) else {}
+    text = message.get("content") or (refusal if isinstance(refusal, str) else "")
     return Reply(
-        text=message.get("content") or (refusal if isinstance(refusal, str) else ""),
+        text=text.encode("utf-8", "replace").decode(),  # JSON can hold half a character, a file cannot
         refusal=bool(refusal),
         finish_reason=choices[0].get("finish_reason"),
         prompt_tokens=usage.get("prompt_tokens") or 0,

@@ -131,7 +131,8 @@ def plan(
         raise RunError(f"There is no stage {sorted(unknown)}: the run has 0 to {len(run.stages) - 1}.")
     present = {(s.index, suite): kind for s in run.stages for kind in KINDS for suite in suites_of(s, kind)}
     names = sorted({suite for index, suite in present if index in wanted})
-    missing = set(suites or []) - set(names)
+    chosen = names if suites is None else sorted(set(suites))
+    missing = set(chosen) - set(names)
     if missing or not names:
         raise RunError(
             f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at the "
@@ -141,7 +142,10 @@ def plan(
     for stage in run.stages:
         if stage.index not in wanted:
             continue
-        for suite in names if suites is None else sorted(set(suites)):
+        if not stage.is_trained:
+            log.warning("Stage %s is not trained and left out: its samples are of weights that are gone.", stage.name)
+            continue
+        for suite in chosen:
             if (stage.index, suite) not in present or not _is_current(stage, suite):
                 continue
             if (0, suite) not in present:
@@ -265,9 +269,6 @@ def _read_samples(file: Path) -> dict[Any, dict[str, Any]]:
 
 def _is_current(stage: Stage, suite: str) -> bool:
     """Whether the samples are those of the weights that the stage has now."""
-    if not stage.is_trained:
-        log.warning("Stage %s is not trained and left out: its samples are of weights that are no more.", stage.name)
-        return False
     cell, trained = stage.eval_file(suite), stage.train_file
     if cell.exists() and trained.exists() and read_json(cell)["checkpoint"] != read_json(trained)["checkpoint"]:
         log.warning("%s, %s: the samples are of an older checkpoint. Evaluate the stage first.", stage.name, suite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,13 +101,12 @@ def _notes(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]], s
         f"The {kind.rate} are judged answer by answer.\n"
     )
     yield f"- suites: {', '.join(suites)}"
-    judges = {
-        (n["settings"]["judge"], n["settings"]["prompts"], str(n["settings"]["sampling"])) for n in found.values()
-    }
-    for judge, version, sampling in sorted(judges):
-        yield f"- judge: `{judge}`, `{sampling}`, prompts version {version}; {_calibration(run, judge)}"
+    judges = list({json.dumps(n["settings"], sort_keys=True): n["settings"] for n in found.values()}.values())
+    for judge in judges:
+        how = f"`{json.dumps(judge['sampling'])}`, prompts version {judge['prompts']}"
+        yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, judge)}"
     if len(judges) > 1:
-        yield "- > **Several judges.** Rows that were judged by different ones cannot be compared."
+        yield "- **Several judges**: what was judged by different ones cannot be compared"
     limits = {n["limit"] for n in found.values() if n["limit"]}
     if limits:
         yield f"- **Limited rows**: first {' or '.join(map(str, sorted(limits)))} of each suite"
@@ -118,12 +118,14 @@ def _notes(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]], s
         yield f"- {unpaired} rows had no partner at the base model and were left out"
 
 
-def _calibration(run: Run, judge: str) -> str:
-    file = calibration_file(run.path.parent, judge)
-    if not file.exists():
-        return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge}`"
-    kinds = read_json(file)["kinds"]
-    return "right on planted pairs, percent: " + ", ".join(f"{k} {_rate(n['accuracy'])}" for k, n in kinds.items())
+def _calibration(run: Run, judge: dict[str, Any]) -> str:
+    """How often the judge was right where that is known, if it was calibrated with the same settings."""
+    file = calibration_file(run.path.parent, judge["judge"])
+    calibration = read_json(file) if file.exists() else {}
+    if calibration.get("settings") != judge:
+        return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge['judge']}`"
+    right = ", ".join(f"{kind} {_rate(numbers['accuracy'])}" for kind, numbers in calibration["kinds"].items())
+    return f"right on planted pairs, percent: {right}"
 
 
 def _with_interval(rate: float | None, interval: tuple[float, float] | list[float] | None, sign: bool = False) -> str:
