@@ -98,13 +98,13 @@ def _notes(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]], s
         "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
         "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
         "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
-        f"The {kind.rate} are judged answer by answer.\n"
+        f"The rate of {kind.rate} is judged answer by answer.\n"
     )
     yield f"- suites: {', '.join(suites)}"
     judges = list({json.dumps(n["settings"], sort_keys=True): n["settings"] for n in found.values()}.values())
     for judge in judges:
         how = f"`{json.dumps(judge['sampling'])}`, prompts version {judge['prompts']}"
-        yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, judge)}"
+        yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge)}"
     if len(judges) > 1:
         yield "- **Several judges**: what was judged by different ones cannot be compared"
     limits = {n["limit"] for n in found.values() if n["limit"]}
@@ -118,14 +118,17 @@ def _notes(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]], s
         yield f"- {unpaired} rows had no partner at the base model and were left out"
 
 
-def _calibration(run: Run, judge: dict[str, Any]) -> str:
+def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
     """How often the judge was right where that is known, if it was calibrated with the same settings."""
     file = calibration_file(run.path.parent, judge["judge"])
     calibration = read_json(file) if file.exists() else {}
     if calibration.get("settings") != judge:
         return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge['judge']}`"
-    right = ", ".join(f"{kind} {_rate(numbers['accuracy'])}" for kind, numbers in calibration["kinds"].items())
-    return f"right on planted pairs, percent: {right}"
+    return "right on planted answers, percent: " + ", ".join(
+        f"{name.removeprefix(kind.name).strip()} {_rate(numbers['accuracy'])}"
+        for name, numbers in calibration["kinds"].items()
+        if name.startswith(kind.name)
+    )
 
 
 def _with_interval(rate: float | None, interval: tuple[float, float] | list[float] | None, sign: bool = False) -> str:
