@@ -207,11 +207,11 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
 def _job(base: Stage, stage: Stage, suite: str, kind: Kind, limit: int | None) -> Job:
     mine = _read_samples(stage.samples_file(suite))
     if stage.index == 0:
-        pairs, unpaired = [Pair(i, row["prompt"], row["response"], None) for i, row in mine.items()], 0
+        pairs, unpaired = [Pair(i, _asked(row), row["response"], None) for i, row in mine.items()], 0
     else:
         theirs = _read_samples(base.samples_file(suite))
         pairs = [
-            Pair(i, row["prompt"], row["response"], theirs[i]["response"])
+            Pair(i, _asked(row), row["response"], theirs[i]["response"])
             for i, row in mine.items()
             if i in theirs and theirs[i]["prompt"] == row["prompt"]
         ]
@@ -250,6 +250,11 @@ def _row(pair: Pair, answers: list[Reply], kind: Kind) -> dict[str, Any]:
         }
     errors = [reply.error for reply in answers if reply.error]
     return {**row, "errors": errors} if errors else row
+
+
+def _asked(row: dict[str, Any]) -> str:
+    """What the user asked: the instruction, where a sample has it beside the prompt that a chat template made of it."""
+    return row.get("instruction", row["prompt"])
 
 
 def _read_samples(file: Path) -> dict[Any, dict[str, Any]]:

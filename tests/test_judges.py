@@ -367,6 +367,16 @@ def test_answers_to_other_prompts_are_an_error_before_anything_is_asked(server, 
     assert "no prompt in common" in message and "2_trace_cstance" in message and not server.bodies
 
 
+def test_the_judge_reads_the_instruction_rather_than_the_filled_in_chat_template(server, run):
+    for stage in run.stages:
+        write_jsonl(
+            stage.samples_file("instruct_lima"),
+            [{"doc_id": 0, "prompt": "<|im_start|>user\nWhy?", "instruction": "Why?", "response": f"{stage.index}."}],
+        )
+    command(server, run, "--suites", "instruct_lima")
+    assert server.seen and all("<<<REQUEST>>>\nWhy?\n<<<END" in text for text in server.seen)
+
+
 def test_stages_without_what_they_need_are_named(server, run):
     argv = ("judge", run.path, "--model", "m", "--base-url", server.url)
     run.stages[0].samples_file("safety_cona").unlink()
