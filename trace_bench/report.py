@@ -184,6 +184,8 @@ def _sections(
     besides: dict[tuple[int, str], dict[str, Any]],
     R: metrics.Matrix,
 ) -> Iterable[str]:
+    from judges.report import sections as judged  # here, since it formats with this module
+
     manifest = run.manifest
     kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     if len(run.stages) == 1:
@@ -217,6 +219,7 @@ def _sections(
     yield from _extracted_section(run, cells)
     yield from _general_section(run, besides)
     yield from _judged_section(run, besides)
+    yield from judged(run)
     yield from _paper_section(run)
     yield from _cost_section(run, cells | besides)
     yield _provenance(run, cells, besides)

@@ -1,0 +1,368 @@
+"""Chat completions over any OpenAI-compatible endpoint, such that nothing is paid twice.
+
+A request is the body of a chat completion without what the client adds to each: the model and the sampling parameters.
+Every reply is appended to a cache file and synced before the next request of its worker is sent, keyed by the whole
+request: a killed program loses what was in flight, and nothing that succeeded is sent again.
+
+The openai package retries 408, 409, 429 and 5xx, time-outs and cut connections, with back-off, and waits as long as
+Retry-After says, up to two minutes. Handled here is what it leaves: longer waits, bodies that are no JSON, bodies
+without a choice. The key comes from OPENAI_API_KEY and goes into the header of the requests, nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+from tqdm import tqdm
+
+from judges import JudgeError
+
+log = logging.getLogger(__name__)
+
+OPENAI_URL = "https://api.openai.com/v1"
+SAMPLING = {"temperature": 0, "max_tokens": 1024}
+#: Times that the package sends a request again: its waits of 0.5 s to 8 s add up to about 40 s.
+MAX_RETRIES = 8
+#: Times that a request is begun anew after what the package does not retry, and the first wait between them.
+ATTEMPTS = 4
+FIRST_WAIT = 0.5
+#: The longest Retry-After that is waited for. After a longer one, the same command is for later.
+LONGEST_WAIT = 900.0
+#: Failures in a row (or from the start) after which the endpoint is taken to be down, or the request to be wrong.
+GIVE_UP = 10
+#: For estimates only: characters of a token, and tokens of a reply.
+CHARACTERS_PER_TOKEN = 4
+TOKENS_PER_REPLY = 300
+
+Request = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one request."""
+
+    text: str
+    """The answer; of a refusal its text, which may be empty."""
+    refusal: bool = False
+    finish_reason: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    error: str | None = None
+    """Why there is no answer after all tries; None if there is one. Such a reply is in no cache."""
+
+
+@dataclass
+class Usage:
+    """What the calls of one program used. Tokens are those of replies from now, not from the cache."""
+
+    sent: int = 0
+    cached: int = 0
+    failed: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def cost(self, price_in: float, price_out: float) -> float:
+        """The cost, from prices per million tokens."""
+        return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
+
+
+class Cache:
+    """Replies on the disk: a file of JSON lines {"key", "request", "reply"}, only ever appended to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._replies: dict[str, Reply] = {}
+        self._torn = False
+        if not path.exists():
+            return
+        content = path.read_bytes()
+        self._torn = not content.endswith(b"\n") and bool(content)
+        for line in content.split(b"\n"):
+            try:
+                row = json.loads(line)
+                self._replies[row["key"]] = Reply(**row["reply"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that was torn when a program was killed: its request counts as never sent
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._replies
+
+    def __getitem__(self, key: str) -> Reply:
+        return self._replies[key]
+
+    def put(self, key: str, request: Request | None, reply: Reply) -> None:
+        """Adds a reply; when this returns it is on the disk."""
+        line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as f:
+            f.write((b"\n" if self._torn else b"") + line.encode())
+            f.flush()
+            os.fsync(f.fileno())
+        self._torn = False
+        self._replies[key] = reply
+
+
+def request_key(endpoint: str, body: Request) -> str:
+    """SHA-256 of a whole request: the endpoint, the model, the messages, and every sampling parameter."""
+    return hashlib.sha256(json.dumps([endpoint, body], sort_keys=True).encode()).hexdigest()
+
+
+def read_reply(body: Any) -> Reply:
+    """The reply in the body of a chat completion.
+
+    Raises:
+        ValueError: if there is none; the message says what is there instead.
+    """
+    if not isinstance(body, dict):
+        raise ValueError(f"a body that is {type(body).__name__}, not an object")
+    choices, usage = body.get("choices"), body.get("usage")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise ValueError(f"no choices: {json.dumps(body.get('error') or body)}")
+    message = choices[0].get("message")
+    if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
+        raise ValueError(f"a choice without a text: {json.dumps(choices[0])}")
+    refusal, usage = message.get("refusal"), usage if isinstance(usage, dict) else {}
+    text = message.get("content") or (refusal if isinstance(refusal, str) else "")
+    return Reply(
+        text=text.encode("utf-8", "replace").decode(),  # JSON can hold half a character, a file cannot
+        refusal=bool(refusal),
+        finish_reason=choices[0].get("finish_reason"),
+        prompt_tokens=usage.get("prompt_tokens") or 0,
+        completion_tokens=usage.get("completion_tokens") or 0,
+    )
+
+
+class Judge:
+    """Answers requests, each only once: what `Client` and `judges.local.LocalJudge` share.
+
+    Args:
+        model: The model's name.
+        endpoint: Where it is asked; part of the keys of the cache.
+        cache: The file of replies.
+        sampling: Parameters of every request.
+    """
+
+    revision: str | None = None
+
+    def __init__(self, model: str, *, endpoint: str, cache: Path, sampling: dict[str, Any]) -> None:
+        self.model, self.endpoint, self.sampling = model, endpoint, sampling
+        self.cache = Cache(cache)
+        self.usage = Usage()
+
+    def send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
+        """Asks what the cache does not hold, and puts the replies there.
+
+        Args:
+            bodies: Key -> body.
+            desc: What the progress bar says.
+            succeeded: Requests of the same call that the cache does hold.
+
+        Returns:
+            Key -> error of those that failed.
+        """
+        raise NotImplementedError
+
+    def bodies(self, requests: Sequence[Request]) -> dict[str, Request]:
+        """Key -> whole body of a chat completion, each different one once, in the order of the requests."""
+        return dict(map(self._body, requests))
+
+    def _body(self, request: Request) -> tuple[str, Request]:
+        body = {"model": self.model, **self.sampling, **request}
+        return request_key(self.endpoint, body), body
+
+    def complete(self, requests: Sequence[Request], desc: str = "judging") -> list[Reply]:
+        """Sends what the cache does not hold, and returns one reply for each request, in their order.
+
+        Args:
+            requests: Bodies of chat completions: "messages", and parameters that differ from the client's own.
+            desc: What the progress bar says.
+
+        Returns:
+            Replies. One whose `error` is set failed after all tries; asking again sends only those.
+
+        Raises:
+            JudgeError: if the endpoint does not take the key or know the model, or nothing but failures comes back.
+        """
+        bodies = self.bodies(requests)
+        todo = {key: body for key, body in bodies.items() if key not in self.cache}
+        self.usage.cached += len(bodies) - len(todo)
+        errors = self.send(todo, desc, succeeded=len(bodies) - len(todo)) if todo else {}
+        for key in todo:
+            if key in errors:
+                self.usage.failed += 1
+            else:
+                self.usage.prompt_tokens += self.cache[key].prompt_tokens
+                self.usage.completion_tokens += self.cache[key].completion_tokens
+        self.usage.sent += len(todo)
+        keys = [self._body(request)[0] for request in requests]
+        return [Reply("", error=errors[key]) if key in errors else self.cache[key] for key in keys]
+
+    def estimate(self, requests: Sequence[Request]) -> Usage:
+        """What `complete` would send, without sending it: a rough guess of the tokens.
+
+        Prompts are counted as characters / CHARACTERS_PER_TOKEN, too few for Chinese; each reply as TOKENS_PER_REPLY,
+        or as the limit of its length if that is less.
+        """
+        bodies = self.bodies(requests)
+        todo = [body for key, body in bodies.items() if key not in self.cache]
+        characters = sum(len(m["content"]) for body in todo for m in body["messages"])
+        limit = self.sampling.get("max_tokens") or self.sampling.get("max_completion_tokens") or TOKENS_PER_REPLY
+        return Usage(
+            sent=len(todo),
+            cached=len(bodies) - len(todo),
+            prompt_tokens=characters // CHARACTERS_PER_TOKEN,
+            completion_tokens=len(todo) * min(TOKENS_PER_REPLY, limit),
+        )
+
+
+class Client(Judge):
+    """A model behind an OpenAI-compatible endpoint.
+
+    Args:
+        model: The model's name at the endpoint.
+        cache: The file of replies.
+        base_url: The endpoint, such as http://localhost:8000/v1; None takes OPENAI_BASE_URL, or OpenAI's own.
+        sampling: Parameters of every request; None = SAMPLING.
+        concurrency: The most requests at a time.
+        timeout: Seconds to wait for a reply.
+        batch: Whether to use the Batch API (`judges.batch`): the same replies, later and cheaper.
+
+    Raises:
+        JudgeError: if the key or the URL cannot be used. That there is no key for OpenAI is an error of `complete`,
+            since an estimate needs none.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        cache: Path,
+        base_url: str | None = None,
+        sampling: dict[str, Any] | None = None,
+        concurrency: int = 8,
+        timeout: float = 300.0,
+        batch: bool = False,
+    ) -> None:
+        endpoint = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
+        super().__init__(model, endpoint=endpoint, cache=cache, sampling=SAMPLING if sampling is None else sampling)
+        self.concurrency, self.timeout, self.batch = concurrency, timeout, batch
+        url = urlsplit(self.endpoint)
+        if url.username or url.password or url.query:
+            raise JudgeError("The URL of the endpoint holds a user, password or query: put the key in OPENAI_API_KEY.")
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise JudgeError(f"--base-url {self.endpoint}: use a whole URL, such as http://localhost:8000/v1.")
+        if not (self._key().isascii() and self._key().isprintable()):
+            raise JudgeError("OPENAI_API_KEY holds characters that no header can hold: copy the key anew.")
+
+    @staticmethod
+    def _key() -> str:
+        # Read where it is used, so that no object holds it.
+        return os.environ.get("OPENAI_API_KEY", "").strip()
+
+    def connection(self) -> dict[str, Any]:
+        """Arguments for the clients of the openai package."""
+        return {
+            "api_key": self._key() or "none",  # the package wants one, `vllm serve` does not
+            "base_url": self.endpoint,
+            "max_retries": MAX_RETRIES,
+            "timeout": self.timeout,
+        }
+
+    def masked(self, error: object) -> str:
+        """The text of an error for people to read: short, and without the key, which servers may send back."""
+        text = str(error) or type(error).__name__
+        key = self._key()
+        return (text.replace(key, "***") if len(key) >= 6 else text)[:500]
+
+    def send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
+        """Sends the requests, through the Batch API if that was chosen; see `Judge.send`."""
+        if not self._key() and self.endpoint == OPENAI_URL:
+            raise JudgeError(
+                "OPENAI_API_KEY is not set. Set it, or name an endpoint that needs none with --base-url or "
+                "OPENAI_BASE_URL, such as that of `vllm serve`, or judge with a local model (--local)."
+            )
+        if self.batch:
+            from judges.batch import complete_batch
+
+            return complete_batch(self, bodies, desc)
+        return asyncio.run(self._send(bodies, desc, succeeded))
+
+    async def _send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
+        errors: dict[str, str] = {}
+        queue: Iterator[tuple[str, Request]] = iter(bodies.items())
+        in_a_row = 0  # and while nothing succeeded at all, the request itself may be wrong
+
+        async def work(api: openai.AsyncOpenAI, bar: tqdm) -> None:
+            nonlocal in_a_row, succeeded
+            for key, body in queue:  # all workers draw from one queue
+                reply, outage = await self._ask(api, body)
+                if reply.error is None:
+                    self.cache.put(key, body, reply)
+                    succeeded += 1
+                    in_a_row = 0
+                else:
+                    errors[key] = reply.error
+                    in_a_row += outage
+                    if in_a_row >= GIVE_UP or (not succeeded and len(errors) >= GIVE_UP):
+                        raise JudgeError(
+                            f"{self.endpoint} failed {max(in_a_row, len(errors))} requests in a row; the last: "
+                            f"{reply.error}. What succeeded is kept: the same command goes on from there."
+                        )
+                bar.update()
+
+        async with openai.AsyncOpenAI(**self.connection()) as api:
+            with tqdm(total=len(bodies), desc=desc, unit="request") as bar:
+                await asyncio.gather(*(work(api, bar) for _ in range(min(self.concurrency, len(bodies)))))
+        if not succeeded:
+            raise JudgeError(f"{self.endpoint} failed every request; the last: {next(reversed(errors.values()))}.")
+        for error in sorted(set(errors.values())):
+            log.warning("%d requests failed: %s", list(errors.values()).count(error), error)
+        return errors
+
+    async def _ask(self, api: openai.AsyncOpenAI, body: Request) -> tuple[Reply, bool]:
+        """The reply to one request, or one with an error, and whether that looks like an outage."""
+        known = {"model": body["model"], "messages": body["messages"]}
+        extra = {name: value for name, value in body.items() if name not in known}
+        error, wait = "", 0.0
+        for attempt in range(ATTEMPTS):
+            await asyncio.sleep(wait)
+            wait = FIRST_WAIT * 2**attempt
+            try:
+                raw = await api.chat.completions.with_raw_response.create(**known, extra_body=extra)
+                return read_reply(json.loads(raw.http_response.content)), False
+            except openai.APIStatusError as e:
+                error = self.masked(e)
+                if e.status_code in (401, 404):
+                    raise JudgeError(f"{self.endpoint} does not serve {self.model} with this key: {error}") from None
+                if e.code in ("content_filter", "content_policy_violation"):
+                    # The endpoint's own filter declined: a refusal, and it would decline again.
+                    return Reply("", refusal=True, finish_reason="content_filter"), False
+                if e.status_code in (400, 403, 413, 422):  # this request is too long, or not to the endpoint's liking
+                    return Reply("", error=error), False
+                after = _seconds(e.response.headers.get("retry-after"))
+                if after is None or after > LONGEST_WAIT:
+                    return Reply("", error=error), True
+                wait = after
+            except openai.APIConnectionError as e:
+                return Reply("", error=self.masked(e)), True
+            except ValueError as e:  # no JSON, or no reply in it
+                error = f"unusable reply: {self.masked(e)}"
+        return Reply("", error=error), True
+
+
+def _seconds(header: str | None) -> float | None:
+    """The seconds of a Retry-After header, if it holds a number."""
+    try:
+        return max(0.0, float(header or ""))
+    except ValueError:
+        return None

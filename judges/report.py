@@ -1,0 +1,142 @@
+"""The sections of a report about instruction following and safety, from the files of numbers alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from judges import pairwise
+from judges.calibrate import calibration_file
+from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
+from judges.pairwise import Kind
+from trace_bench.report import DASH, _number, _percent, _table
+from trace_bench.run import Run, read_json
+
+
+def load(run: Run, kind: Kind) -> dict[tuple[int, str], dict[str, Any]]:
+    """The judgements that are there and were made from the present samples: (stage index, suite) -> numbers."""
+    found = {}
+    base = run.stages[0]
+    for stage in run.stages:
+        if not stage.is_trained:
+            continue
+        for suite in suites_of(stage, kind):
+            file = judge_file(stage, suite)
+            if not file.exists() or not base.samples_file(suite).exists():
+                continue
+            numbers = read_json(file)
+            if numbers["samples"] == sample_fingerprints(base, stage, suite):
+                found[stage.index, suite] = numbers
+    return found
+
+
+def sections(run: Run) -> Iterable[str]:
+    """The sections of a run's report; none where nothing was judged."""
+    for kind in KINDS:
+        found = load(run, kind)
+        if found:
+            yield from _section(run, kind, found)
+
+
+def _section(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]]) -> Iterable[str]:
+    suites = sorted({suite for _, suite in found})
+    yield f"## {kind.title}\n\n" + "\n".join(_notes(run, kind, found, suites))
+    rows = []
+    for stage in run.stages:
+        mine = [numbers for (index, _), numbers in found.items() if index == stage.index]
+        if mine:
+            rows.append([stage.name, *_pair_cells(mine), *_direct_cells(kind, mine)])
+    header = ["stage", "pairs", "win", "tie", "lose", "net win rate", "orders disagree", "first position", "unscored"]
+    yield _table([*header, kind.rate, "unscored"], rows)
+    if len(suites) > 1:
+        yield f"Net win rate / {kind.rate} by suite:"
+        yield _table(
+            ["stage", *(s.removeprefix(kind.prefix) for s in suites)],
+            [
+                [stage.name, *(_suite_cell(found.get((stage.index, suite))) for suite in suites)]
+                for stage in run.stages
+                if any(index == stage.index for index, _ in found)
+            ],
+        )
+
+
+def _pair_cells(mine: list[dict[str, Any]]) -> list[str]:
+    """The cells of pairwise judgement, pooled over the suites of a stage."""
+    pairs = [numbers["pairs"] for numbers in mine if "pairs" in numbers]
+    if not pairs:
+        return [DASH] * 8
+    counts = {name: sum(p[name] for p in pairs) for name in pairwise.COUNTS}
+    rates = pairwise.rates(counts)
+    return [
+        str(counts["n"]),
+        *(_with_interval(rates[f"{name}_rate"], rates[f"{name}_interval"]) for name in ("win", "tie", "lose")),
+        _with_interval(rates["net_win_rate"], rates["net_interval"], sign=True),
+        _rate(rates["disagreement_rate"]),
+        _rate(rates["first_position_rate"]),
+        str(counts["unscored"]),
+    ]
+
+
+def _direct_cells(kind: Kind, mine: list[dict[str, Any]]) -> list[str]:
+    counts = [numbers["direct"] for numbers in mine]
+    count = sum(c[kind.counted.lower()] for c in counts)
+    scored = sum(c["n"] - c["unscored"] for c in counts)
+    rate = count / scored if scored else None
+    return [_with_interval(rate, pairwise.interval(count, scored)), str(sum(c["unscored"] for c in counts))]
+
+
+def _suite_cell(numbers: dict[str, Any] | None) -> str:
+    if numbers is None:
+        return DASH
+    net = numbers.get("pairs", {}).get("net_win_rate")
+    return f"{DASH if net is None else _percent(net, sign=True)} / {_rate(numbers['direct']['rate'])}"
+
+
+def _notes(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]], suites: list[str]) -> Iterable[str]:
+    yield (
+        "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
+        "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
+        "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
+        f"The rate of {kind.rate} is judged answer by answer.\n"
+    )
+    yield f"- suites: {', '.join(suites)}"
+    judges = list({json.dumps(n["settings"], sort_keys=True): n["settings"] for n in found.values()}.values())
+    for judge in judges:
+        how = f"`{json.dumps(judge['sampling'])}`, prompts version {judge['prompts']}"
+        yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge)}"
+    if len(judges) > 1:
+        yield "- **Several judges**: what was judged by different ones cannot be compared"
+    limits = {n["limit"] for n in found.values() if n["limit"]}
+    if limits:
+        yield f"- **Limited rows**: first {' or '.join(map(str, sorted(limits)))} of each suite"
+    failed = sum(n["failed"] for n in found.values())
+    if failed:
+        yield f"- {failed} requests failed and count as unscored: the same `trace-bench judge` asks them again"
+    unpaired = sum(n["unpaired"] for n in found.values())
+    if unpaired:
+        yield f"- {unpaired} rows had no partner at the base model and were left out"
+
+
+def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
+    """How often the judge was right where that is known, if it was calibrated with the same settings."""
+    file = calibration_file(run.path.parent, judge["judge"])
+    calibration = read_json(file) if file.exists() else {}
+    if calibration.get("settings") != judge:
+        return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge['judge']}`"
+    return "right on planted answers, percent: " + ", ".join(
+        f"{name.removeprefix(kind.name).strip()} {_rate(numbers['accuracy'])}"
+        for name, numbers in calibration["kinds"].items()
+        if name.startswith(kind.name)
+    )
+
+
+def _with_interval(rate: float | None, interval: tuple[float, float] | list[float] | None, sign: bool = False) -> str:
+    if rate is None or interval is None:
+        return DASH
+    low, high = (_number(100 * bound, sign) for bound in interval)
+    return f"{_percent(rate, sign)} [{low}, {high}]"
+
+
+def _rate(value: float | None) -> str:
+    return DASH if value is None else _percent(value)

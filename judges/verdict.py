@@ -1,0 +1,36 @@
+"""From the text of a judge's reply to its verdict, or to None. Pure.
+
+A verdict is a word in double square brackets, such as [[A]]. The rule:
+
+1. A reply that names one verdict, however often, gives it.
+2. A reply that names several (a judge that weighs "[[A]] or [[B]]?" before it decides) is ambiguous, unless its last
+   line that is not empty names exactly one: judges are told to end with the verdict, so that line decides.
+3. Everything else is None: unscored, counted and shown, never a tie and never a loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_VERDICT = re.compile(r"\[\[\s*(\w+)\s*\]\]")
+
+
+def parse(reply: str | None, allowed: Sequence[str]) -> str | None:
+    """The verdict of a reply.
+
+    Args:
+        reply: The text of the reply; None if there is none.
+        allowed: The verdicts that may be given, in capitals, such as ("A", "B", "C"). Others in brackets are text.
+
+    Returns:
+        One of `allowed`, or None if the reply names none of them, or several without deciding in its last line.
+    """
+    verdicts = _named(reply or "", allowed)
+    if len(verdicts) > 1:
+        verdicts = _named(next(line for line in reversed((reply or "").splitlines()) if line.strip()), allowed)
+    return verdicts.pop() if len(verdicts) == 1 else None
+
+
+def _named(text: str, allowed: Sequence[str]) -> set[str]:
+    return {word.upper() for word in _VERDICT.findall(text)} & set(allowed)
