@@ -115,9 +115,10 @@ def _chunks(bodies: dict[str, Request]) -> list[dict[str, bytes]]:
 
 
 def _submit(api: openai.OpenAI, client: Client, file: Path, lines: dict[str, bytes]) -> None:
-    batch = {"tag": uuid.uuid4().hex, "id": None, "endpoint": client.endpoint, "keys": list(lines)}
+    tag = uuid.uuid4().hex
+    batch: dict[str, Any] = {"tag": tag, "id": None, "endpoint": client.endpoint, "keys": list(lines)}
     content = io.BytesIO(b"".join(lines.values()))
-    upload = api.files.create(file=(f"{batch['tag']}.jsonl", content), purpose="batch")
+    upload = api.files.create(file=(f"{tag}.jsonl", content), purpose="batch")
     others = _read(file)
     _write(file, [*others, batch])
     try:
@@ -126,16 +127,16 @@ def _submit(api: openai.OpenAI, client: Client, file: Path, lines: dict[str, byt
             input_file_id=upload.id,
             endpoint="/v1/chat/completions",
             completion_window="24h",
-            metadata={"trace_bench": batch["tag"]},
+            metadata={"trace_bench": tag},
         )
         batch["id"] = made.id
     except openai.APIStatusError as e:
         if e.status_code < 500:  # it said no, so there is none
             _write(file, others)
             raise
-        batch["id"] = _find(api, batch["tag"])
+        batch["id"] = _find(api, tag)
     except openai.APIConnectionError:
-        batch["id"] = _find(api, batch["tag"])
+        batch["id"] = _find(api, tag)
     if batch["id"] is None:
         _write(file, others)
         raise JudgeError(f"{client.endpoint} did not make the batch. Nothing was submitted: run the command again.")

@@ -111,7 +111,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
 
     kinds: dict[str, dict[str, Any]] = {}
     for kind, name, flaw in _PAIRS:
-        rows = []
+        rows: list[dict[str, Any]] = []
         for _ in PLANTED:
             verdicts = [verdict(prompts.PAIR), verdict(prompts.PAIR)]
             combined, disagree = pairwise.combine(*verdicts)

@@ -55,6 +55,7 @@ class LwFTrainer(CLTrainer):
         self.teacher = None
         if self.stage.index > 1:
             args = self.model_args
+            assert args.model_name_or_path is not None
             self.teacher = models.load_merged(
                 args.model_name_or_path,
                 self.run.stages[self.stage.index - 1].checkpoint,
