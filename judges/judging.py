@@ -125,10 +125,7 @@ def plan(
             results of another judge.
     """
     base = run.stages[0]
-    wanted = set(range(len(run.stages))) if stages is None else set(stages)
-    unknown = wanted - {s.index for s in run.stages}
-    if unknown:
-        raise RunError(f"There is no stage {sorted(unknown)}: the run has 0 to {len(run.stages) - 1}.")
+    wanted = run.indices(stages)
     present = {(s.index, suite): kind for s in run.stages for kind in KINDS for suite in suites_of(s, kind)}
     names = sorted({suite for index, suite in present if index in wanted})
     chosen = names if suites is None else sorted(set(suites))

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, train
+from conftest import SHARED, stop_at, train
 from safetensors.torch import load_file
 
 from trace_bench import data, evaluate, report
@@ -50,19 +50,6 @@ def small(options: dict, name: str, **changes) -> dict:
 def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
     (file,) = run.stages[stage].checkpoint.glob("*.safetensors")
     return load_file(file)
-
-
-def stop_at(stage: int, trainer: type[CLTrainer]) -> type[CLTrainer]:
-    """The same method, killed when a stage is trained but not saved."""
-
-    class Killed(trainer):
-        def end_stage(self):
-            super().end_stage()
-            if self.stage.index == stage:
-                raise KeyboardInterrupt
-
-    Killed.__module__ = trainer.__module__  # the same method as far as the manifest goes
-    return Killed
 
 
 @pytest.mark.parametrize("name", [m for m in METHODS if m not in ELSEWHERE])

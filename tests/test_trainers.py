@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command_line, train
+from conftest import command_line, stop_at, train
 from safetensors.torch import load_file
 
 from trace_bench import data
@@ -75,16 +75,10 @@ def test_evaluated_checkpoints_are_dropped_once_measured(options):
 
 
 def test_an_interrupted_run_ends_in_the_same_bytes(options, tmp_path):
-    class Broken(CLTrainer):
-        def end_stage(self):
-            if self.stage.index == 2:
-                raise KeyboardInterrupt
-
-    Broken.__module__ = CLTrainer.__module__  # the same method as far as the manifest goes
     whole = train(options)
     again = {**options, "output_dir": str(tmp_path / "again")}
     with pytest.raises(KeyboardInterrupt):
-        train(again, Broken)
+        train(again, stop_at(2, CLTrainer))
     assert not Run.open(again["output_dir"]).stages[2].is_trained
     before = Run.open(again["output_dir"]).stages[1].train_file.stat().st_mtime_ns
     resumed = train(again)

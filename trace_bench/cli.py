@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+from typing import Any
 
 EPILOG = """\
 the main job:
@@ -173,7 +174,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {e}")
 
 
-_BESIDES = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
 _OF_CHECKPOINTS = ("model", "tasks", "test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
 
 
@@ -189,6 +189,23 @@ def _price(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not allowed: use the price of a million tokens, such as 2.5")
     return number
+
+
+def _json_and_stages(
+    option: str, text: str | None, stages: str | None
+) -> tuple[dict[str, Any] | None, list[int] | None]:
+    """Reads an option that is a JSON object, and --stages; None for what is not given."""
+    import json
+
+    from trace_bench.run import RunError
+
+    try:
+        value = json.loads(text) if text else None
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(f"{text} is no object")
+        return value, [int(s) for s in stages.split(",")] if stages else None
+    except ValueError as e:
+        raise RunError(f"{option} must be a JSON object and --stages numbers with commas: {e}") from e
 
 
 def _data(args: argparse.Namespace) -> None:
@@ -216,10 +233,8 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    import json
-
     from trace_bench import data
-    from trace_bench.evaluate import evaluate, external_run
+    from trace_bench.evaluate import BESIDES, evaluate, external_run
     from trace_bench.run import Run, RunError
 
     if args.checkpoint:
@@ -255,14 +270,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    try:
-        engine_args = json.loads(args.engine_args) if args.engine_args else None
-        if engine_args is not None and not isinstance(engine_args, dict):
-            raise ValueError(f"{args.engine_args} is no object")
-        stages = [int(s) for s in args.stages.split(",")] if args.stages else None
-    except ValueError as e:
-        raise RunError(f"--engine-args must be a JSON object and --stages numbers with commas: {e}") from e
-    besides = {name: value for name in _BESIDES if (value := getattr(args, name)) is not None}
+    engine_args, stages = _json_and_stages("--engine-args", args.engine_args, args.stages)
+    besides = {name: value for name in BESIDES if (value := getattr(args, name)) is not None}
     besides |= {name: besides[name].split(",") for name in ("general", "judged") if name in besides}
     done = evaluate(
         run,
@@ -278,20 +287,13 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _judge(args: argparse.Namespace) -> None:
-    import json
     from pathlib import Path
 
     from judges import JudgeError, calibrate, judging
     from judges.client import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY, Client, Judge, Usage
     from trace_bench.run import Run
 
-    try:
-        sampling = json.loads(args.sampling) if args.sampling else None
-        if sampling is not None and not isinstance(sampling, dict):
-            raise ValueError(f"{args.sampling} is no object")
-        stages = [int(s) for s in args.stages.split(",")] if args.stages else None
-    except ValueError as e:
-        raise JudgeError(f"--sampling must be a JSON object and --stages numbers with commas: {e}") from e
+    sampling, stages = _json_and_stages("--sampling", args.sampling, args.stages)
     if (args.price_in is None) != (args.price_out is None):
         raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
     if not args.path and not args.calibrate:

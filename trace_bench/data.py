@@ -44,6 +44,8 @@ FOLDERS = {
 #: The same tasks asked for their reasoning first (RCL, section 5 of the paper), from the reasoning variant of the data.
 REASONING = {task.replace("trace_", "reasoning_"): folder for task, folder in FOLDERS.items()}
 REASONING_FOLDER = "LLM-CL-Benchmark_Reasoning"
+#: The alignment set's folder in the official layout.
+LIMA = "Lima"
 #: Task orders of the paper, usable by name in a config (`tasks: order2`).
 ORDERS = {
     "order1": list(FOLDERS),

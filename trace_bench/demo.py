@@ -17,14 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from trace_bench.data import JUDGED, REASONING_FOLDER
+from trace_bench.data import JUDGED, LIMA, REASONING_FOLDER
 
 VERSION = 3  # bump whenever a row changes: results on different versions must not be compared
 # The version that the draws depend on. Later ones only added folders: the rows of the eight tasks are version 1's.
 _DRAW = 1
 SPLITS = ("train", "eval", "test")
 README_TITLE = "TRACE demo data"
-LIMA = "Lima"  # the official layout's folder of the alignment set
 
 Row = dict[str, str]
 Splits = dict[str, list[Row]]

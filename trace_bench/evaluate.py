@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 #: Prompts given to the engine in one go: a small run's stage is one batch, and of a large run no more than one task
 #: is lost when the program is killed.
 BATCH = 1024
+#: The settings of what is measured besides the matrix (`CLConfig`). A manifest has them only where they are set.
+BESIDES = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
 
 
 def evaluate(
@@ -43,8 +45,7 @@ def evaluate(
         backend: "vllm" or "hf" instead of the run's own.
         engine_args: Engine arguments instead of the run's own.
         data_path: Where the data is now, if it was moved; its fingerprint must be the run's.
-        besides: `general`, `general_stages`, `general_rows`, `judged`, `judged_rows` or `judged_max_new_tokens`
-            instead of the run's own (see `CLConfig`).
+        besides: Settings of `BESIDES` instead of the run's own.
 
     Returns:
         The number of cells evaluated now.
@@ -63,10 +64,7 @@ def evaluate(
         "chat_template": config.get("chat_template", False),
         "num_fewshot": config.get("num_fewshot"),
     }
-    wanted = set(range(len(run.stages))) if stages is None else set(stages)
-    unknown = wanted - {s.index for s in run.stages}
-    if unknown:
-        raise RunError(f"There is no stage {sorted(unknown)}: the run has 0 to {len(run.stages) - 1}.")
+    wanted = run.indices(stages)
     chosen = [s for s in run.stages if s.index in wanted]
     for stage in chosen:
         if not stage.is_trained:
@@ -92,7 +90,8 @@ def evaluate(
     if not plan:
         return 0
 
-    use_data(run, data_path)
+    if not judged:  # else it was checked above
+        use_data(run, data_path)
     for stage in plan:
         _check_checkpoint(stage)  # before the engine starts
     tasks = data.load_tasks([*run.tasks, *judged])

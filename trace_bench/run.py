@@ -306,6 +306,18 @@ class Run:
                 stages.append(Stage(i, f"{i}_{name}", task, self.path / "stages" / f"{i}_{name}"))
         return stages
 
+    def indices(self, chosen: Iterable[int] | None) -> set[int]:
+        """The indices of chosen stages; None = all of them.
+
+        Raises:
+            RunError: if there is no such stage.
+        """
+        wanted = set(range(len(self.stages))) if chosen is None else set(chosen)
+        unknown = wanted - set(range(len(self.stages)))
+        if unknown:
+            raise RunError(f"There is no stage {sorted(unknown)}: the run has 0 to {len(self.stages) - 1}.")
+        return wanted
+
     def is_sequence(self) -> bool:
         """Whether row t is the model after task t, so that OP_t and BWT_t are defined."""
         return [s.task for s in self.stages[1:]] == self.tasks[: len(self.stages) - 1]

@@ -77,6 +77,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
     if not isinstance(runs, dict):
         raise StudyError(f"{file}, runs: expected run names with their options, found {runs!r:.60}.")
     commands = {}
+    known = methods()
     for name, options in runs.items():
         where = f"{file}, runs, {name}"
         options = _at(scale, options, where)
@@ -84,9 +85,9 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
             continue
         if not re.fullmatch(r"\w[\w.-]*", str(name)):
             raise StudyError(f"{where}: the name becomes a folder; use letters, digits, '_', '-' and '.'.")
-        if not isinstance(options, dict) or options.get("method") not in methods():
+        if not isinstance(options, dict) or options.get("method") not in known:
             method = options.get("method") if isinstance(options, dict) else options
-            raise StudyError(f"{where}: method {method!r} is not one of {', '.join(methods())}.")
+            raise StudyError(f"{where}: method {method!r} is not one of {', '.join(known)}.")
         arguments = ["--config", path]
         for key, value in options.items():
             if key in ("config", "output_dir") or not re.fullmatch(r"[a-z]\w*", str(key)):

@@ -21,8 +21,6 @@ from trainers.memory import MemoryConfig, MemoryTrainer, dot
 class AGEMTrainer(MemoryTrainer):
     """A stage whose gradient is projected once, against the mean of the memory."""
 
-    conflicts = 0
-
     def adjust_gradients(self, model: Any) -> None:
         """Takes the part of the gradient off that would raise the loss on the memory."""
         if not self.memory:
@@ -35,10 +33,6 @@ class AGEMTrainer(MemoryTrainer):
             factor = float(product / dot(memory, memory))
             for name, parameter in self.trained().items():
                 parameter.grad = gradient[name].sub(memory[name], alpha=factor)
-
-    def record(self) -> dict[str, object]:
-        """The memory, and in how many steps the gradient was projected."""
-        return {**super().record(), "projected_steps": self.conflicts}
 
 
 if __name__ == "__main__":

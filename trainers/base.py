@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
+from trace_bench.evaluate import BESIDES
 from trace_bench.run import Run, RunError, Stage, fingerprint, fresh_dir, staging, write_json
 
 log = logging.getLogger(__name__)
@@ -73,8 +74,6 @@ _INDIFFERENT = (
     "save_strategy",
     "dataset_kwargs",
 )
-#: The project's own settings that a manifest has only where they are set, as runs from before they existed lack them.
-_WHERE_SET = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
 
 
 class ConfigError(Exception):
@@ -221,7 +220,7 @@ class CLConfig(SFTConfig):
         return {
             k: v
             for k, v in values.items()
-            if k not in _INDIFFERENT and ((k in own and k not in _WHERE_SET) or k in _DECIDING or v != defaults.get(k))
+            if k not in _INDIFFERENT and ((k in own and k not in BESIDES) or k in _DECIDING or v != defaults.get(k))
         }
 
 

@@ -90,8 +90,9 @@ class EWCTrainer(CLTrainer):
     def end_stage(self) -> None:
         """Adds this task's Fisher information to the penalty of the stages to come."""
         state = {}
+        parameters = self.trained()
         for name, new in self.fisher().items():
-            anchor = self.trained()[name].detach().float()
+            anchor = parameters[name].detach().float()
             old = self.state_tensors.get(f"P/{name}", torch.zeros_like(new))
             if self.config.ewc_online:
                 state[f"P/{name}"] = self.config.ewc_gamma * old + new

@@ -71,7 +71,6 @@ class GEMTrainer(MemoryTrainer):
     """A stage whose gradient is projected against the memory of every earlier task."""
 
     config: GEMConfig
-    conflicts = 0
 
     def adjust_gradients(self, model: Any) -> None:
         """Replaces the gradient by the nearest one that raises no earlier task's loss."""
@@ -83,16 +82,15 @@ class GEMTrainer(MemoryTrainer):
         if (c >= 0).all():
             return
         self.conflicts += 1
-        P = np.array([[float(dot(a, b)) for b in memory] for a in memory])
-        weights = solve_dual((P + P.T) / 2, c, self.config.gem_margin)
+        P = np.zeros((len(memory), len(memory)))
+        for i, a in enumerate(memory):
+            for j in range(i + 1):
+                P[i, j] = P[j, i] = float(dot(a, memory[j]))
+        weights = solve_dual(P, c, self.config.gem_margin)
         for name, parameter in self.trained().items():
             parameter.grad = gradient[name].clone()
             for weight, m in zip(weights, memory, strict=True):
                 parameter.grad.add_(m[name], alpha=float(weight))
-
-    def record(self) -> dict[str, object]:
-        """The memory, and in how many steps the gradient was projected."""
-        return {**super().record(), "projected_steps": self.conflicts}
 
 
 if __name__ == "__main__":

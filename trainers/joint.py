@@ -36,9 +36,10 @@ class JointTrainer(CLTrainer):
     def stage_dataset(self, stage: Stage) -> Dataset:
         """The rows of all tasks, each as often as its epochs."""
         times = self.config.epochs or [1] * len(self.config.tasks)
-        return concatenate_datasets(
-            [self.task_dataset(task) for task, n in zip(self.config.tasks, times, strict=True) for _ in range(int(n))]
-        )
+        parts = []
+        for task, n in zip(self.config.tasks, times, strict=True):
+            parts += [self.task_dataset(task)] * int(n)
+        return concatenate_datasets(parts)
 
     def stage_args(self, stage: Stage) -> CLConfig:
         """One epoch where the rows are repeated already."""

@@ -82,6 +82,8 @@ class MemoryTrainer(CLTrainer):
 
     config: MemoryConfig
     memory: dict[str, Dataset]
+    #: Steps whose gradient was projected.
+    conflicts = 0
 
     def begin_stage(self) -> None:
         """Chooses the rows of the earlier tasks."""
@@ -106,5 +108,6 @@ class MemoryTrainer(CLTrainer):
         return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.trained().items()}
 
     def record(self) -> dict[str, object]:
-        """How many rows of each task were in the memory."""
-        return {"memory_rows": {task: len(rows) for task, rows in self.memory.items()}}
+        """How many rows of each task were in the memory, and in how many steps the gradient was projected."""
+        rows = {task: len(rows) for task, rows in self.memory.items()}
+        return {"memory_rows": rows, "projected_steps": self.conflicts}

@@ -33,9 +33,6 @@ from trace_bench.run import Stage
 from trainers.base import CLConfig, CLTrainer, ConfigError, main
 from trainers.memory import CHOICES, choose_rows
 
-#: The alignment set's folder in the official archive and in the demo data.
-LIMA = "Lima"
-
 
 @dataclass
 class ReplayConfig(CLConfig):
@@ -87,7 +84,7 @@ def alignment_rows(config: ReplayConfig) -> list[dict[str, str]]:
     else:
         if not (data.needs_data(config.tasks)):
             raise data.DataError("alignment_data is not set. Name a JSON file of prompts and answers, or none.")
-        path = data.find_data(os.environ.get("TRACE_DATA") or config.data) / LIMA
+        path = data.find_data(os.environ.get("TRACE_DATA") or config.data) / data.LIMA
     file = path / "train.json" if path.is_dir() else path
     if not file.is_file():
         raise data.DataError(
