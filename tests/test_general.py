@@ -483,7 +483,7 @@ def test_the_report_has_the_suites_their_mean_and_the_delta(measured):
     assert "| 0_base | 50.0 | 70.0 | 60.0 | – | 20.0 |" in section
     assert "| 1_trace_fomc | 40.0 | – | – | – | – |" in section, "no mean over other suites"
     assert "| 2_trace_cstance | 30.0 | 80.0 | 55.0 | -5.0 | 0.0 |" in section
-    assert "**Limited rows** (first 10 of each subtask)" in section
+    assert "**Limited rows** (about 10 of each suite, the first ones of each subtask)" in section
     assert "**Local copy** of the data of mmlu, piqa:" in section
     assert "2_trace_cstance,general_piqa,acc,0.8,,20,0" in (measured.path / "scores.csv").read_text(encoding="utf-8")
     assert general_delta(load_besides(measured), measured.stages[2]) == pytest.approx(-0.05)

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     g = p.add_argument_group("besides the matrix (default: what the run's configuration says)")
     g.add_argument("--general", metavar="SUITES", help="general (the paper's six) or names of suites, with commas")
     g.add_argument("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
-    g.add_argument("--general-rows", type=_positive, help="first so many rows of each subtask: for a quick look")
+    g.add_argument("--general-rows", type=_positive, help="about so many rows of each suite: for a quick look")
     g.add_argument("--judged", metavar="SETS", help="instruct, safety or names of sets, with commas; same stages")
     g.add_argument("--judged-rows", type=_positive, help="first so many prompts of each set")
     g.add_argument("--judged-max-new-tokens", type=_positive, help="the most tokens of an answer (512)")

@@ -7,6 +7,7 @@ cells are skipped, so an interrupted evaluation goes on where it was. Nothing he
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Iterable
@@ -385,8 +386,10 @@ def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, 
 def _evaluate_suite(lm: Any, stage: Stage, group: Any, settings: dict[str, Any], engine_args: dict[str, Any]) -> None:
     """One cell for a suite of lm-eval tasks, its value being lm-eval's own aggregate."""
     checkpoint = checkpoint_fingerprint(stage)
-    results, seconds = _run(lm, [group], max_prompt_length=None, limit=settings["general_rows"])
     tasks = {task.task_name: task for task in group.get_all_tasks()}
+    wanted = settings["general_rows"]  # of the suite; lm-eval's limit is that of each subtask
+    limit = None if wanted is None else math.ceil(wanted / len(tasks))
+    results, seconds = _run(lm, [group], max_prompt_length=None, limit=limit)
     subtasks: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
     for name, task in tasks.items():
