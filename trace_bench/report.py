@@ -435,7 +435,10 @@ def _general_section(run: Run, besides: dict[tuple[int, str], dict[str, Any]]) -
     limits = {cell["settings"]["general_rows"] for cell in cells.values()} - {None}
     if limits:
         text = " or ".join(map(str, sorted(limits)))
-        yield f"> **Limited rows** (about {text} of each suite, the first ones of each subtask). Not comparable with results on the full suites."
+        yield (
+            f"> **Limited rows** (about {text} of each suite, the first ones of each subtask). Not comparable with "
+            "results on the full suites."
+        )
     local = [s for s in SUITES if any(n == s and c["settings"]["data"] != "hub" for (_, n), c in cells.items())]
     if local:
         yield (

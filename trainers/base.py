@@ -144,7 +144,9 @@ class CLConfig(SFTConfig):
         default="last",
         metadata={"help": "Stages of general and judged: stage 0 and the last, or all.", "choices": ["last", "all"]},
     )
-    general_rows: int | None = field(default=None, metadata={"help": "About so many rows of each suite, in equal parts from its subtasks."})
+    general_rows: int | None = field(
+        default=None, metadata={"help": "About so many rows of each suite, of its subtasks in equal parts."}
+    )
     judged: list[str] = field(
         default_factory=list, metadata={"help": "Prompts answered for the judges: instruct, safety, or their names."}
     )
