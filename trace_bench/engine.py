@@ -92,6 +92,7 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
     prepare_vllm(args)
     import torch
     from lm_eval.models.vllm_causallms import VLLM
+    from vllm import SamplingParams
 
     class SwapVLLM(_Swap, VLLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
@@ -105,6 +106,48 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
                 self.model.collective_rpc("swap_weights", args=(folder,))
             # The cache holds keys and values of the former weights.
             self.model.reset_prefix_cache()
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            """One pass for all choices of a question where each is a single token, as in MMLU and BoolQ.
+
+            lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, which also keeps vLLM
+            from using what its cache has of the prompt. Here the next token is generated, and the probabilities of
+            the choices are read off it: the same numbers but for rounding.
+            """
+            contexts: dict[tuple[int, ...], list[int]] = {}
+            longest = self.max_length - 2  # with the choice and a generated token, as lm-eval has it
+            for i, (_, context, continuation) in enumerate(requests):
+                if len(continuation) == 1 and self.soft_prompt is None:
+                    contexts.setdefault(tuple(context[-longest:]), []).append(i)
+            answers: dict[int, tuple[float, bool]] = {}
+            prompts = sorted(contexts)  # those with the same shots one after the other, for the cache
+            if prompts:
+                outputs = self._model_generate(
+                    [list(prompt) for prompt in prompts],
+                    generate=True,
+                    sampling_params=[
+                        SamplingParams(
+                            temperature=0,
+                            max_tokens=1,
+                            detokenize=False,
+                            logprob_token_ids=sorted({requests[i][2][0] for i in contexts[prompt]}),
+                        )
+                        for prompt in prompts
+                    ],
+                )
+                for prompt, output in zip(prompts, outputs, strict=True):
+                    generated = output.outputs[0]
+                    logprobs = {token: p.logprob for token, p in generated.logprobs[0].items()}
+                    for i in contexts[prompt]:
+                        name, _, (token,) = requests[i]
+                        answers[i] = (logprobs[token], logprobs[token] >= logprobs[generated.token_ids[0]])
+                        self.cache_hook.add_partial("loglikelihood", name, answers[i])
+            rest = [i for i in range(len(requests)) if i not in answers]
+            if rest:
+                answers |= zip(
+                    rest, super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm), strict=True
+                )
+            return [answers[i] for i in range(len(requests))]
 
         def _model_generate(
             self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
