@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,7 @@ import pytest
 from conftest import command_line, train
 
 from trace_bench import data, report
-from trace_bench.run import Run
+from trace_bench.run import Run, read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
@@ -163,3 +166,60 @@ def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path):
     scores = json.loads(results.read_text())["results"]
     assert sorted(scores) == sorted(data.FOLDERS)
     assert all(0 <= s["sari,none"] <= 1 for t, s in scores.items() if t == "trace_20minuten")
+
+
+def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, demo_data):
+    """`vllm serve` over HTTP and `--local`: the same chat template and limits, and every pair is accounted for."""
+    from trace_bench import models
+
+    run = train({**options, "judged": ["instruct_lima", "safety_cona"], "judged_rows": 3, "judged_max_new_tokens": 24})
+    subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", str(run.path)], cwd=ROOT, check=True)
+    copy = shutil.copytree(run.path, tmp_path / "local" / "run")
+    model = models.resolve_model("SmolLM2-135M-Instruct")
+    judge = [sys.executable, "-m", "trace_bench.cli", "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "NO_PROXY": "127.0.0.1"}
+    server = subprocess.Popen(
+        [
+            *(str(Path(sys.executable).with_name("vllm")), "serve", model, "--served-model-name", "judge"),
+            *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096", "--enforce-eager"),
+        ],
+        env=env,
+        start_new_session=True,
+    )
+    outputs = []
+    try:
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+                time.sleep(1)
+        served = [*judge, str(run.path), "--model", "judge", "--base-url", f"http://127.0.0.1:{port}/v1"]
+        for _ in range(2):
+            outputs.append(subprocess.check_output(served, cwd=ROOT, env=env, text=True))
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    local = [*judge, str(copy), "--model", model, "--local"]
+    outputs.append(subprocess.check_output(local, cwd=ROOT, env=env, text=True))
+    assert " 0 failed" in outputs[0] and "nothing to judge: every suite is done" in outputs[1]
+
+    sizes = []
+    for folder in (run, Run.open(copy)):
+        results = [read_json(f) for s in folder.stages for f in sorted((s.path / "judge").glob("*.json"))]
+        assert len(results) == 4, "two suites at stage 0 and at the last"
+        for result in results:
+            counts = result["direct"]
+            assert counts["n"] == 3 and not result["failed"]
+            pairs = result.get("pairs")
+            assert pairs is None or sum(pairs[k] for k in ("win", "tie", "lose", "unscored")) == pairs["n"] == 3
+        sizes.append([(r["suite"], r["requests"], r["prompt_tokens"]) for r in results])
+    assert sizes[0] == sizes[1]
+    report.write_report(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    assert "## Instruction following" in text and "## Safety" in text

@@ -475,10 +475,19 @@ def data_record(root: Path | None, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def task_manager(include_defaults: bool = False) -> TaskManager:
-    """lm-eval's index of the project's own tasks, and of lm-eval's if asked (which takes seconds)."""
+    """lm-eval's index of our tasks, those of TRACE_TASKS and, if asked (it takes seconds), its own."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=TASKS_PATH, include_defaults=include_defaults)
+    return TaskManager(include_path=[TASKS_PATH, *_more_tasks()], include_defaults=include_defaults)
+
+
+def _more_tasks() -> list[Path]:
+    """The folders with task YAMLs that TRACE_TASKS names, separated as in PATH."""
+    folders = [Path(f).expanduser() for f in os.environ.get("TRACE_TASKS", "").split(os.pathsep) if f]
+    for folder in folders:
+        if not any(folder.rglob("*.yaml")):
+            raise DataError(f"TRACE_TASKS={os.environ['TRACE_TASKS']}: {folder} is no folder with task YAMLs.")
+    return folders
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Task]:
@@ -496,7 +505,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
     unknown = [n for n in names if n not in manager.all_tasks]
     if unknown:
         raise DataError(
-            f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each."
+            f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. A task "
+            "of your own is a YAML in a folder that TRACE_TASKS names."
         )
     loaded = manager.load(list(names))["tasks"]
     return {name: loaded[name] for name in names}

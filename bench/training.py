@@ -1,0 +1,265 @@
+"""Training of one stage: ours against TRL's defaults and a plain transformers loop, on the same rows.
+
+Contenders, each in a process of its own, in turn, ROUNDS times; LoRA on all linear layers, AdamW, bf16, the same rows,
+epochs, batch and learning rate:
+
+- ours: `trainers.base.CLTrainer` as the quickstart configs set it.
+- TRL: `trl.SFTTrainer` with SFTConfig's defaults, given texts.
+- plain: `transformers.Trainer` on token ids padded to the longest of a batch.
+
+The loss compared is that of the trained model on all rows, computed by one function for all. `bf16 share` is the share
+of the matmul rate measured in the same process: operations of the linear layers and the attention, forward and backward
+(no weight gradients where weights are frozen), per second.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench.common import WORK, command, save, table
+
+ROUNDS = 3
+CONTENDERS = ("ours", "TRL", "plain")
+ROWS, EPOCHS, BATCH, LEARNING_RATE = 12, 1, 8, 5e-4
+PROMPT, ANSWER = 1024, 512
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def main() -> None:
+    """Times the contenders in turn and saves medians and ratios."""
+    if len(sys.argv) == 3:
+        return _one(sys.argv[1], Path(sys.argv[2]))
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+    for i in range(ROUNDS):
+        for name in CONTENDERS[i % 3 :] + CONTENDERS[: i % 3]:
+            out = WORK / "training" / f"{name}-{i}.json"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            command([sys.executable, "-m", "bench.training", name, str(out)], f"training/{name}-{i}")
+            found[name].append(json.loads(out.read_text()))
+            print(f"round {i + 1}: {name}: {found[name][-1]}", flush=True)
+    rate = {name: median(r["tokens_per_second"] for r in runs) for name, runs in found.items()}
+    result = {
+        name: {
+            "tokens_per_second": round(rate[name], 1),
+            "all": [round(r["tokens_per_second"], 1) for r in found[name]],
+            "ours_is_faster_by": round(rate["ours"] / rate[name], 2),
+            "loss_before": found[name][0]["loss_before"],
+            "loss_after": round(median(r["loss_after"] for r in found[name]), 4),
+            "bf16_share": round(median(r["bf16_share"] for r in found[name]), 3),
+            "peak_memory_gib": round(median(r["peak_memory_gib"] for r in found[name]), 2),
+        }
+        for name in CONTENDERS
+    }
+    save("training", {"rows": found["ours"][0]["rows"], "tokens": found["ours"][0]["tokens"], "contenders": result})
+    print(
+        table(
+            ["training", "tokens/s", "ours is faster by", "loss", "bf16 share", "GiB"],
+            [
+                [
+                    name,
+                    r["tokens_per_second"],
+                    f"{r['ours_is_faster_by']}x",
+                    f"{r['loss_before']} -> {r['loss_after']}",
+                    f"{100 * r['bf16_share']:.0f} %",
+                    r["peak_memory_gib"],
+                ]
+                for name, r in result.items()
+            ],
+        )
+    )
+
+
+def _one(name: str, out: Path) -> None:
+    import resource
+
+    import torch
+    from transformers import AutoTokenizer
+
+    from trace_bench import data, models
+
+    torch.manual_seed(0)
+    base = models.resolve_model(models.QUICKSTART)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows: list[tuple[str, str]] = []
+    for task in data.load_tasks(list(data.FOLDERS)).values():
+        fitting = [
+            (prompt, answer)
+            for prompt, answer in data.training_rows(task, 4 * ROWS)
+            if len(tokenizer(prompt).input_ids) <= PROMPT and len(tokenizer(answer).input_ids) < ANSWER
+        ]
+        rows += fitting[:ROWS]
+    prompts, answers = zip(*rows, strict=True)
+    examples = data.example_ids(tokenizer, prompts, answers, PROMPT, ANSWER)
+    trainer = {"ours": _ours, "TRL": _trl, "plain": _plain}[name](base, tokenizer, rows, examples)
+    before = _loss(trainer.model, examples)
+    started = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - started
+    tokens = EPOCHS * sum(len(e["input_ids"]) for e in examples)
+    out.write_text(
+        json.dumps(
+            {
+                "rows": len(rows),
+                "tokens": tokens,
+                "seconds": round(seconds, 2),
+                "tokens_per_second": tokens / seconds,
+                "loss_before": round(before, 4),
+                "loss_after": round(_loss(trainer.model, examples), 4),
+                "bf16_share": EPOCHS * _operations(trainer.model, examples) / seconds / _matmul_rate(),
+                "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+            }
+        )
+    )
+
+
+def _ours(base: str, tokenizer: Any, rows: Any, examples: Any) -> Any:
+    import tempfile
+
+    from datasets import Dataset
+    from trl import ModelConfig
+
+    from trace_bench.run import Run
+    from trainers.base import CLConfig, CLTrainer
+
+    class Mixed(CLTrainer):
+        def stage_dataset(self, stage: Any) -> Dataset:
+            return Dataset.from_list(examples)
+
+    folder = tempfile.mkdtemp(dir=out_folder())
+    config = CLConfig(
+        output_dir=folder,
+        tasks=["trace_fomc"],
+        learning_rate=LEARNING_RATE,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        bf16=True,
+        gradient_checkpointing=False,
+        train_sampling_strategy="group_by_length",
+        max_prompt_length=PROMPT,
+        max_answer_length=ANSWER,
+        disable_tqdm=True,
+    )
+    model = ModelConfig(
+        model_name_or_path=base, use_peft=True, lora_r=16, lora_alpha=32, lora_dropout=0.0, lora_target_modules=MODULES
+    )
+    manifest = {"model": {"name": base}, "tasks": ["trace_fomc"], "config": {}}
+    run = Run.create(folder + "/run", manifest)
+    return Mixed(config, model, run, run.stages[1], tokenizer)
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=MODULES, task_type="CAUSAL_LM")
+
+
+def _trl(base: str, tokenizer: Any, rows: Any, examples: Any) -> Any:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(
+        output_dir=str(out_folder()),
+        learning_rate=LEARNING_RATE,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        max_length=PROMPT + ANSWER,
+        lr_scheduler_type="constant",
+        use_cpu=_use_cpu(),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    texts = Dataset.from_list([{"prompt": p, "completion": a} for p, a in rows])
+    return SFTTrainer(base, args=config, train_dataset=texts, processing_class=tokenizer, peft_config=_lora())
+
+
+def _plain(base: str, tokenizer: Any, rows: Any, examples: Any) -> Any:
+    from datasets import Dataset
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), _lora())
+    arguments = TrainingArguments(
+        output_dir=str(out_folder()),
+        learning_rate=LEARNING_RATE,
+        num_train_epochs=EPOCHS,
+        per_device_train_batch_size=BATCH,
+        lr_scheduler_type="constant",
+        bf16=True,
+        use_cpu=_use_cpu(),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    return Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), Dataset.from_list(examples))
+
+
+def out_folder() -> Path:
+    """Where trainers may write."""
+    return WORK / "training"
+
+
+def _use_cpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _loss(model: Any, examples: Any) -> float:
+    """Mean negative log-likelihood of the answer tokens, in float32."""
+    import torch
+
+    model.eval()
+    total, count = 0.0, 0
+    for e in examples:
+        ids = torch.tensor([e["input_ids"]], device=model.device)
+        labels = torch.tensor(e["labels"], device=model.device)[1:]
+        start = int((labels != -100).nonzero()[0])
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+            logits = model(input_ids=ids, logits_to_keep=len(labels) + 1 - start, use_cache=False).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits.float(), labels[start:], reduction="sum"))
+        count += len(labels) - start
+    model.train()
+    return total / count
+
+
+def _operations(model: Any, examples: Any) -> float:
+    """Floating-point operations that one epoch needs: nothing for padding, nor for the head at prompt positions."""
+    import torch
+
+    linear = sum(
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    shape = model.config
+    head = shape.vocab_size * shape.hidden_size
+    operations = 0.0
+    for e in examples:
+        n = len(e["input_ids"])
+        answer = sum(label != -100 for label in e["labels"])
+        operations += 4 * linear * n + 2 * trained * n + 4 * head * answer
+        operations += 3 * 2 * shape.num_hidden_layers * shape.hidden_size * n * n  # causal attention: half of n x n
+    return operations
+
+
+def _matmul_rate() -> float:
+    """Operations per second of bf16 products of 2048 x 2048 matrices."""
+    import torch
+
+    device = "cpu" if _use_cpu() else "cuda"
+    a, b = (torch.randn(2048, 2048, device=device).bfloat16() for _ in range(2))
+    times = []
+    for _ in range(8):
+        started = time.perf_counter()
+        (a @ b).float().sum().item()
+        times.append(time.perf_counter() - started)
+    return 2 * 2048**3 / median(times)
+
+
+if __name__ == "__main__":
+    main()
