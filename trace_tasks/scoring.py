@@ -481,7 +481,9 @@ def scienceqa_parts(text: str) -> tuple[str, str]:
 
 
 _MARKED_ANSWER = re.compile(r"(?:(?<![A-Za-z])answer|回答|答案)\s*[:：]", re.IGNORECASE)
-_MARKED_SUMMARY = re.compile(r"the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE)
+_MARKED_SUMMARY = re.compile(
+    r"(?:therefore\s*,?\s*)?the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE
+)
 _MARKED_REASONING = re.compile(r"(?<![A-Za-z])reasoning\s*[:：]", re.IGNORECASE)
 
 
@@ -521,13 +523,35 @@ def extract_answer(form: str, text: str) -> str | None:
 
     Source: this project, from the markers in the official training answers.
     """
+    parts = split_answer(form, text)
+    return parts[1] if parts else None
+
+
+def split_answer(form: str, text: str) -> tuple[str, str] | None:
+    """Splits a text with reasoning into the reasoning path and the answer, by the rules of `extract_answer`.
+
+    Args:
+        form: As for `extract_answer`.
+        text: As for `extract_answer`.
+
+    Returns:
+        The path, as it stands before the marker of the answer (for "code" after that of the reasoning; empty without
+        one), and the answer; None where there is no answer.
+
+    Raises:
+        ValueError: for an unknown form.
+    """
     if form not in ("line", "text", "summary", "code"):
         raise ValueError(f"unknown form of an answer: {form!r}")
     if form == "code":
-        before = _MARKED_REASONING.split(text, maxsplit=1)[0]
-        return next((line for line in before.split("\n") if line.strip()), None)
+        before, *after = _MARKED_REASONING.split(text, maxsplit=1)
+        line = next((line for line in before.split("\n") if line.strip()), None)
+        return None if line is None else ("".join(after), line)
     marker_of_task = _MARKED_SUMMARY if form == "summary" and _MARKED_SUMMARY.search(text) else _MARKED_ANSWER
-    answers = [part.strip() for part in marker_of_task.split(text)[1:] if part.strip()]
-    if not answers:
-        return None
-    return answers[-1].split("\n")[0].rstrip() if form == "line" else answers[-1]
+    end = len(text)
+    for marker in reversed(list(marker_of_task.finditer(text))):
+        answer = text[marker.end() : end].strip()
+        if answer:
+            return text[: marker.start()], answer.split("\n")[0].rstrip() if form == "line" else answer
+        end = marker.start()
+    return None
