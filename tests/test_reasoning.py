@@ -279,7 +279,7 @@ def test_real_plain_rows_become_the_official_reasoning_rows(folder):
                 assert not rows or row["answer"] in answers
                 continue
             path, answer = scoring.split_answer(form, row["answer"])
-            # The official 20Minuten ends in the teacher's own simplification; Py150's prompts repeat with other answers.
+            # 20Minuten's official paths end in the teacher's own text; Py150's prompts repeat with other answers.
             if rows and folder not in ("20Minuten", "Py150"):
                 assert answer in {a.strip() for a in answers}
             assert reasoning.reasoning_answer(folder, path if code else path.rstrip("\n"), answer) == row["answer"]

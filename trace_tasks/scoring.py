@@ -141,6 +141,12 @@ def _is_ambiguous(text: str, match: re.Match[str]) -> bool:
     return bool(listed or option.match(below.lstrip()))
 
 
+def names_choice(text: str, letter: str) -> bool:
+    """Whether `letter` stands anywhere in `text` as a label by rule 2 of `choice_tolerant`: not as an article or word."""
+    text = unicodedata.normalize("NFKC", text).translate({ord("*"): None, ord("`"): None})
+    return re.search(rf"(?<![A-Za-z\d])(?:{letter}){_LABEL_END}", text, re.VERBOSE) is not None
+
+
 # Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5.
 _NUMBER = re.compile(
     r"(?<![A-Za-z\d])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?",
@@ -183,6 +189,16 @@ def number_tolerant(prediction: str, reference: str) -> float:
         return float(word != "" and _read_word(prediction) == word)
     value = _read_number(prediction)
     return float(value is not None and math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9))
+
+
+def names_number(text: str, answer: str) -> bool:
+    """Whether the number `answer` stands in `text`, however it is written, or the word `answer` in either case."""
+    expected = _read_number(answer)
+    if expected is None:
+        word = re.escape(_read_word(answer))
+        return re.search(rf"(?<!\w){word}(?!\w)", " ".join(text.split()).casefold()) is not None
+    numbers = (float(number.replace(",", "")) for number in _NUMBER.findall(text))
+    return any(math.isclose(number, expected, rel_tol=1e-6, abs_tol=1e-9) for number in numbers)
 
 
 def _after_marker(line: str) -> str:
