@@ -142,7 +142,7 @@ def _is_ambiguous(text: str, match: re.Match[str]) -> bool:
 
 
 def names_choice(text: str, letter: str) -> bool:
-    """Whether `letter` stands anywhere in `text` as a label by rule 2 of `choice_tolerant`: not as an article or word."""
+    """Whether `letter` stands anywhere in `text` as a label by rule 2 of `choice_tolerant`, not as a word."""
     text = unicodedata.normalize("NFKC", text).translate({ord("*"): None, ord("`"): None})
     return re.search(rf"(?<![A-Za-z\d])(?:{letter}){_LABEL_END}", text, re.VERBOSE) is not None
 
