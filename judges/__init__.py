@@ -1,4 +1,4 @@
-"""Who decides where no string match can: judges of instruction following and of safety."""
+"""Who decides where no string match can: judges of instruction following and safety, and the teacher of RCL."""
 
 
 class JudgeError(Exception):

@@ -39,19 +39,20 @@ def batch_file(cache: Path) -> Path:
     return cache.with_suffix(".batches.json")
 
 
-def complete_batch(client: Client, bodies: dict[str, Request], desc: str) -> dict[str, str]:
+def complete_batch(client: Client, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
     """Submits what is in no batch yet, waits for the batches, and puts the replies into the client's cache.
 
     Args:
         client: Whose endpoint and cache are used.
         bodies: Key -> body of the requests that the cache does not hold.
         desc: What the progress bar says.
+        succeeded: As for `Judge.send`.
 
     Returns:
         Key -> error of the requests that failed.
 
     Raises:
-        JudgeError: if the endpoint has no Batch API, refuses a batch, or none of the requests succeeded.
+        JudgeError: if the endpoint has no Batch API, refuses a batch, or no request succeeded, now or before.
     """
     file = batch_file(client.cache.path)
     try:
@@ -67,7 +68,7 @@ def complete_batch(client: Client, bodies: dict[str, Request], desc: str) -> dic
             f"{file}: the same command goes on from there. Without --batch, requests are sent one by one."
         ) from None
     errors |= {key: "no reply in the batch" for key in bodies if key not in client.cache and key not in errors}
-    if len(errors) == len(bodies):
+    if not succeeded and len(errors) == len(bodies):
         raise JudgeError(f"{client.endpoint} failed every request; the last: {next(reversed(errors.values()))}.")
     if errors:
         log.warning("%d requests failed, such as: %s", len(errors), next(iter(errors.values())))

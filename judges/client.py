@@ -165,7 +165,7 @@ class Judge:
         Args:
             bodies: Key -> body.
             desc: What the progress bar says.
-            succeeded: Requests of the same call that the cache does hold.
+            succeeded: Requests that this program has replies to already, whether sent or cached.
 
         Returns:
             Key -> error of those that failed.
@@ -191,12 +191,15 @@ class Judge:
             Replies. One whose `error` is set failed after all tries; asking again sends only those.
 
         Raises:
-            JudgeError: if the endpoint does not take the key or know the model, or nothing but failures comes back.
+            JudgeError: if the endpoint does not take the key or know the model, or nothing but failures came back from
+                it so far.
         """
         bodies = self.bodies(requests)
         todo = {key: body for key, body in bodies.items() if key not in self.cache}
         self.usage.cached += len(bodies) - len(todo)
-        errors = self.send(todo, desc, succeeded=len(bodies) - len(todo)) if todo else {}
+        # Of earlier calls too: that a few last requests all fail does not mean that the endpoint is down.
+        succeeded = self.usage.cached + self.usage.sent - self.usage.failed
+        errors = self.send(todo, desc, succeeded) if todo else {}
         for key in todo:
             if key in errors:
                 self.usage.failed += 1
@@ -294,7 +297,7 @@ class Client(Judge):
         if self.batch:
             from judges.batch import complete_batch
 
-            return complete_batch(self, bodies, desc)
+            return complete_batch(self, bodies, desc, succeeded)
         return asyncio.run(self._send(bodies, desc, succeeded))
 
     async def _send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:

@@ -214,6 +214,18 @@ def test_a_request_that_is_wrong_from_the_start_ends(server, make):
         make().complete(ask("FAULT:long"))
 
 
+@pytest.mark.parametrize("way", ["direct", "batch"])
+def test_a_later_call_may_fail_throughout(server, make, way):
+    """The few last requests of a program may be those that are too long."""
+    judge = make(batch=way == "batch", concurrency=1)
+    judge.complete(ask("a"))
+    assert all(r.error for r in judge.complete(ask(*(f"FAULT:long {i}" for i in range(12)))))
+    assert judge.usage.failed == 12
+    again = make(batch=way == "batch")
+    again.complete(ask("a"))
+    assert again.complete(ask("FAULT:long"))[0].error, "what the cache held counts too"
+
+
 def test_no_server_at_all_is_an_error_of_the_project(make, server, monkeypatch):
     monkeypatch.setattr(client, "MAX_RETRIES", 1)
     judge = make()

@@ -10,7 +10,7 @@ from conftest import SHARED, train
 
 from trace_bench import data
 from trace_bench.run import read_json
-from trace_tasks import scoring, utils
+from trace_tasks import reasoning, scoring, utils
 from trainers.base import ConfigError
 from trainers.rcl import RCLConfig, RCLTrainer
 
@@ -110,6 +110,47 @@ def test_an_unknown_form_is_an_error():
         scoring.extract_answer("letter", "Answer:B")
 
 
+@pytest.mark.parametrize(
+    ("form", "text", "parts"),
+    [
+        ("line", "6 * 6 = 36.\nAnswer: 36\nThat is it.", ("6 * 6 = 36.\n", "36")),
+        ("line", "Answer:A? No.\nAnswer:B\nAnswer:", ("Answer:A? No.\n", "B")),
+        ("line", "Answer:B", ("", "B")),
+        ("text", "Kurz.\nAnswer:Eins.\nZwei.\n", ("Kurz.\n", "Eins.\nZwei.")),
+        ("summary", "It passed.Therefore, the summary of the meeting transcripts is:\nCB 1", ("It passed.", "CB 1")),
+        ("summary", "It passed.\nThe summary of the meeting transcript is: CB 1", ("It passed.\n", "CB 1")),
+        ("code", "return x \nReasoning:It returns.\nReasoning:x", ("It returns.\nReasoning:x", "return x ")),
+        ("code", "return x", ("", "return x")),
+        ("line", "36", None),
+    ],
+)
+def test_a_text_is_split_into_path_and_answer(form, text, parts):
+    assert scoring.split_answer(form, text) == parts
+
+
+# ---------------------------------------------------------------------------------------------------- the official form
+
+
+def test_the_forms_are_those_that_the_tasks_read():
+    assert {task: frame.form for task, frame in zip(data.REASONING, reasoning.FRAMES.values(), strict=True)} == {
+        task: FORMS.get(task, "line") for task in data.REASONING
+    }
+    assert list(reasoning.FRAMES) == list(data.REASONING.values())
+
+
+@pytest.mark.parametrize(
+    ("folder", "prompt", "message"),
+    [
+        ("FOMC", "What is it?\nText:\nRates rose.\nStance:", r"no 'A, B and C.\\n' in the prompt"),
+        ("FOMC", "Choose one from A, B and C.\nText:\nRates rose.\nAnswer:", "not in 'Stance:'"),
+        ("Py150", "import os <EOL>", "no '<s> '"),
+    ],
+)
+def test_a_prompt_of_another_frame_is_an_error(folder, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        reasoning.reasoning_prompt(folder, prompt)
+
+
 # ------------------------------------------------------------------------------------------------------------ the tasks
 
 
@@ -197,6 +238,52 @@ def test_real_every_training_answer_gives_its_answer_and_that_scores_in_full(nam
         assert scores["extracted"] == 1
         full = scoring.sari(doc["prompt"], answer, answer) if HEADLINES[name] == "sari" else 1
         assert scores[HEADLINES[name]] == pytest.approx(full, abs=1e-6) and full > 0.98
+
+
+#: Rows of the reasoning variant whose plain row is at hand too.
+IN_BOTH = {
+    "C-STANCE": 143,
+    "FOMC": 87,
+    "MeetingBank": 62,
+    "Py150": 30,
+    "ScienceQA": 19,
+    "NumGLUE-cm": 280,
+    "NumGLUE-ds": 126,
+    "20Minuten": 89,
+}
+
+
+def _content(prompt: str, first: int, last: int | None) -> str:
+    """What a row is about: its letters and digits without the lines of the frame."""
+    return re.sub(r"\W+", "", "".join(prompt.split("\n")[first:last]))
+
+
+@real_data
+@pytest.mark.parametrize("folder", IN_BOTH)
+def test_real_plain_rows_become_the_official_reasoning_rows(folder):
+    code, form = folder == "Py150", reasoning.FRAMES[folder].form
+    plain = {}
+    for file in sorted((SHARED / "data").glob(f"trace*/{folder}/*.json")):
+        if file.parts[-3] != "trace_reasoning":
+            for row in data.read_rows(file):
+                plain.setdefault(_content(row["prompt"], *((0, None) if code else (1, -1))), []).append(row)
+    matched = 0
+    for split in data.SPLITS:
+        for row in data.read_split(SHARED / "data" / "trace_reasoning", folder, split):
+            rows = plain.get(_content(row["prompt"], 1, None if code else -1), [])
+            matched += bool(rows)
+            prompts = {reasoning.reasoning_prompt(folder, r["prompt"]) for r in rows}
+            assert prompts <= {reasoning.as_tested(row["prompt"])}
+            answers = {reasoning.bare_answer(folder, r["answer"]) for r in rows}
+            if split != "train":
+                assert not rows or row["answer"] in answers
+                continue
+            path, answer = scoring.split_answer(form, row["answer"])
+            # 20Minuten's official paths end in the teacher's own text; Py150's prompts repeat with other answers.
+            if rows and folder not in ("20Minuten", "Py150"):
+                assert answer in {a.strip() for a in answers}
+            assert reasoning.reasoning_answer(folder, path if code else path.rstrip("\n"), answer) == row["answer"]
+    assert matched == IN_BOTH[folder]
 
 
 @real_data

@@ -6,7 +6,12 @@ import argparse
 import logging
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from judges.client import Judge, Request, Usage
 
 EPILOG = """\
 the main job:
@@ -17,6 +22,9 @@ the main job:
 
 instruction following and safety, from the answers to the instruct_* and safety_* tasks:
   trace-bench judge runs/mine --model JUDGE  verdicts against the base model; see trace-bench judge --help
+
+reasoning paths for RCL, written by a teacher and checked:
+  trace-bench annotate data/mine --model TEACHER; TRACE_REASONING=data/mine python -m trainers.rcl ...
 
 checkpoints trained elsewhere:
   trace-bench evaluate runs/theirs --model BASE --checkpoint trace_cstance=PATH --checkpoint trace_fomc=PATH
@@ -41,6 +49,29 @@ models that take other parameters:
   trace-bench judge runs/mine --model o3 --sampling '{"max_completion_tokens": 4096}'
 
 Results: stages/*/judge/SUITE.json and .jsonl, and two sections in `trace-bench report runs/mine`.
+"""
+ANNOTATE_EPILOG = """\
+before money is spent:
+  trace-bench annotate data/mine --model TEACHER --dry-run --price-in 2.5 --price-out 10
+  trace-bench annotate data/try --model TEACHER --rows 20         and read data/try/review.csv
+
+OpenAI; the key is read from the environment and written nowhere:
+  OPENAI_API_KEY=... TRACE_DATA=... trace-bench annotate data/mine --model gpt-4o --batch
+
+a server of your own, such as `vllm serve MODEL`, or no server at all:
+  trace-bench annotate data/mine --model MODEL --base-url http://localhost:8000/v1
+  trace-bench annotate data/mine --model FOLDER --local
+
+models that take other parameters, or think aloud:
+  trace-bench annotate data/mine --model o3 --sampling '{"max_completion_tokens": 4096}'
+
+prompts of your own, such as DIR/fomc.yaml, in the form of judges/teacher/fomc.yaml:
+  trace-bench annotate data/mine --model TEACHER --tasks trace_fomc --prompts DIR
+
+then:
+  TRACE_REASONING=data/mine python -m trainers.rcl --config trainers/configs/llama2_7b_lora.yaml --output_dir runs/mine
+
+Results: the official reasoning layout, annotation.md and .json, review.csv for people. Interrupted, it goes on.
 """
 
 
@@ -105,26 +136,39 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("path", metavar="RUN", nargs="?", help="the run directory; not needed to calibrate")
-    p.add_argument("--model", required=True, metavar="NAME_OR_PATH", help="the judge, as the endpoint calls it")
-    p.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OPENAI_BASE_URL, OpenAI)")
-    p.add_argument("--local", action="store_true", help="run the judge here in vLLM: a hub id or a local folder")
+    _add_asking(p, "judge", '{"temperature": 0, "max_tokens": 1024}')
     p.add_argument("--stages", help="indices, such as 0,3,8 (default: all that have answers)")
     p.add_argument("--suites", help="names with commas, such as instruct_lima,safety_cona (default: all)")
     p.add_argument("--limit", type=_positive, metavar="N", help="first so many answers of each suite")
-    p.add_argument("--concurrency", type=_positive, metavar="N", help="the most requests at a time (8)")
-    p.add_argument(
-        "--sampling",
-        metavar="JSON",
-        help='parameters of each request (\'{"temperature": 0, "max_tokens": 1024}\')',
-    )
-    p.add_argument("--batch", action="store_true", help="use the Batch API: within a day, cheaper; resumable")
-    p.add_argument("--price-in", type=_price, metavar="X", help="price of a million prompt tokens, to show the cost")
-    p.add_argument("--price-out", type=_price, metavar="Y", help="price of a million reply tokens")
-    p.add_argument("--dry-run", action="store_true", help="count requests, tokens and cost, and ask nothing")
     p.add_argument(
         "--calibrate", action="store_true", help="ask about planted pairs instead: what is this judge worth?"
     )
     p.set_defaults(run=_judge)
+
+    p = commands.add_parser(
+        "annotate",
+        help="make the training data of RCL: a teacher writes reasoning paths, which are checked",
+        description="A teacher writes a reasoning path for each training example. Paths whose own answer is right are\n"
+        "kept, with the answer of the data; the others are tried again. OUT gets the official reasoning\n"
+        "layout. Replies are kept in OUT/annotate-cache.jsonl, so that nothing is asked or paid twice.",
+        epilog=ANNOTATE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("out", metavar="OUT", help="the folder to write")
+    _add_asking(p, "teacher", '{"temperature": 0.7, "max_tokens": 1024}')
+    p.add_argument("--data", help="the plain data: folder, archive, or demo (default: TRACE_DATA)")
+    p.add_argument("--tasks", help="names with commas, such as trace_fomc,trace_py150, or order1 (all that there are)")
+    p.add_argument("--rows", type=_positive, metavar="N", default=500, help="first so many different prompts (500)")
+    p.add_argument("--attempts", type=_positive, metavar="N", default=3, help="the most tries of each row (3)")
+    p.add_argument(
+        "--rejected",
+        choices=["drop", "keep"],
+        default="drop",
+        help="rows without an accepted path: left out (drop), or written with the answer alone (keep)",
+    )
+    p.add_argument("--show-answers", action="store_true", help="let the teacher see the right answers of all tasks")
+    p.add_argument("--prompts", metavar="DIR", help="teacher's prompts of your own, TASK.yaml each")
+    p.set_defaults(run=_annotate)
 
     p = commands.add_parser(
         "report",
@@ -191,21 +235,29 @@ def _price(text: str) -> float:
     return number
 
 
-def _json_and_stages(
-    option: str, text: str | None, stages: str | None
-) -> tuple[dict[str, Any] | None, list[int] | None]:
-    """Reads an option that is a JSON object, and --stages; None for what is not given."""
+def _json_object(option: str, text: str | None) -> dict[str, Any] | None:
+    """Reads an option that is a JSON object; None if it is not given."""
     import json
 
     from trace_bench.run import RunError
 
     try:
         value = json.loads(text) if text else None
-        if value is not None and not isinstance(value, dict):
-            raise ValueError(f"{text} is no object")
-        return value, [int(s) for s in stages.split(",")] if stages else None
     except ValueError as e:
-        raise RunError(f"{option} must be a JSON object and --stages numbers with commas: {e}") from e
+        raise RunError(f"{option} must be a JSON object: {e}") from e
+    if value is not None and not isinstance(value, dict):
+        raise RunError(f"{option} must be a JSON object: {text} is none")
+    return value
+
+
+def _indices(stages: str | None) -> list[int] | None:
+    """Reads --stages; None if it is not given."""
+    from trace_bench.run import RunError
+
+    try:
+        return [int(s) for s in stages.split(",")] if stages else None
+    except ValueError as e:
+        raise RunError(f"--stages numbers are written with commas, such as 0,3,8: {e}") from e
 
 
 def _data(args: argparse.Namespace) -> None:
@@ -270,7 +322,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    engine_args, stages = _json_and_stages("--engine-args", args.engine_args, args.stages)
+    engine_args, stages = _json_object("--engine-args", args.engine_args), _indices(args.stages)
     besides = {name: value for name in BESIDES if (value := getattr(args, name)) is not None}
     besides |= {name: besides[name].split(",") for name in ("general", "judged") if name in besides}
     done = evaluate(
@@ -286,43 +338,89 @@ def _evaluate(args: argparse.Namespace) -> None:
         print("nothing to evaluate: every cell is done")
 
 
+def _add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
+    """Adds the options of a command that asks a model: which one, where, how, and at which price."""
+    g = p.add_argument_group(f"the {who}")
+    g.add_argument("--model", required=True, metavar="NAME_OR_PATH", help=f"the {who}, as the endpoint calls it")
+    g.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OPENAI_BASE_URL, OpenAI)")
+    g.add_argument("--local", action="store_true", help=f"run the {who} here in vLLM: a hub id or a local folder")
+    g.add_argument("--concurrency", type=_positive, metavar="N", help="the most requests at a time (8)")
+    g.add_argument("--sampling", metavar="JSON", help=f"parameters of each request ('{sampling}')")
+    g.add_argument("--batch", action="store_true", help="use the Batch API: within a day, cheaper; resumable")
+    g.add_argument("--price-in", type=_price, metavar="X", help="price of a million prompt tokens, to show the cost")
+    g.add_argument("--price-out", type=_price, metavar="Y", help="price of a million reply tokens")
+    g.add_argument("--dry-run", action="store_true", help="count requests, tokens and cost, and ask nothing")
+
+
+def _refuse_useless(args: argparse.Namespace, switch: str, *useless: str) -> None:
+    """Refuses options that do nothing beside another one."""
+    from judges import JudgeError
+
+    given = [f"--{n.replace('_', '-')}" for n in useless if getattr(args, switch) and getattr(args, n)]
+    if given:
+        raise JudgeError(f"{', '.join(given)}: does nothing with --{switch}. Leave it out.")
+
+
+def _make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any]) -> Judge:
+    """The model that the options of `_add_asking` name; `sampling` where they give none."""
+    from judges import JudgeError
+    from judges.client import Client
+
+    if (args.price_in is None) != (args.price_out is None):
+        raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
+    _refuse_useless(args, "local", "base_url", "concurrency", "batch")
+    given = _json_object("--sampling", args.sampling)
+    sampling = sampling if given is None else given
+    if args.local:
+        from judges.local import LocalJudge
+
+        return LocalJudge(args.model, cache=cache, sampling=sampling)
+    return Client(
+        args.model,
+        cache=cache,
+        base_url=args.base_url,
+        sampling=sampling,
+        concurrency=args.concurrency or 8,
+        batch=args.batch,
+    )
+
+
+def _cost(args: argparse.Namespace, usage: Usage) -> str:
+    return "" if args.price_in is None else f", cost {usage.cost(args.price_in, args.price_out):.2f}"
+
+
+def _print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Request]) -> None:
+    from judges.client import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY
+
+    guess = judge.estimate(requests)
+    print(
+        f"{guess.sent} requests to send to {judge.endpoint}, {guess.cached} in the cache; about "
+        f"{guess.prompt_tokens:,} prompt tokens (characters / {CHARACTERS_PER_TOKEN}) and "
+        f"{guess.completion_tokens:,} reply tokens (at most {TOKENS_PER_REPLY} each){_cost(args, guess)}"
+    )
+
+
+def _print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
+    print(
+        f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
+        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{_cost(args, usage)}"
+    )
+
+
 def _judge(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from judges import JudgeError, calibrate, judging
-    from judges.client import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY, Client, Judge, Usage
+    from judges.client import SAMPLING
     from trace_bench.run import Run
 
-    sampling, stages = _json_and_stages("--sampling", args.sampling, args.stages)
-    if (args.price_in is None) != (args.price_out is None):
-        raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
+    stages = _indices(args.stages)
     if not args.path and not args.calibrate:
         raise JudgeError("Name the run to judge: trace-bench judge RUN --model ...; only --calibrate needs none.")
-    for switch, useless in (
-        ("calibrate", ("stages", "suites", "limit")),
-        ("local", ("base_url", "concurrency", "batch")),
-    ):
-        given = [f"--{n.replace('_', '-')}" for n in useless if getattr(args, switch) and getattr(args, n)]
-        if given:
-            raise JudgeError(f"{', '.join(given)}: does nothing with --{switch}. Leave it out.")
-
+    _refuse_useless(args, "calibrate", "stages", "suites", "limit")
     run = Run.open(args.path) if args.path else None
     folder = run.path.parent if run else Path("runs" if Path("runs").is_dir() else ".")
-    cache = judging.cache_file(folder)
-    judge: Judge
-    if args.local:
-        from judges.local import LocalJudge
-
-        judge = LocalJudge(args.model, cache=cache, sampling=sampling)
-    else:
-        judge = Client(
-            args.model,
-            cache=cache,
-            base_url=args.base_url,
-            sampling=sampling,
-            concurrency=args.concurrency or 8,
-            batch=args.batch,
-        )
+    judge = _make_judge(args, judging.cache_file(folder), SAMPLING)
     suites = [s for s in args.suites.split(",") if s] if args.suites else None
     jobs = []
     if run and not args.calibrate:
@@ -331,19 +429,9 @@ def _judge(args: argparse.Namespace) -> None:
             print("nothing to judge: every suite is done")
             return
 
-    def cost(usage: Usage) -> str:
-        return "" if args.price_in is None else f", cost {usage.cost(args.price_in, args.price_out):.2f}"
-
     if args.dry_run:
-        requests = [r for job in jobs for r in job.requests] or [
-            {"messages": m} for m in calibrate.planted_messages() if args.calibrate
-        ]
-        guess = judge.estimate(requests)
-        print(
-            f"{guess.sent} requests to send to {judge.endpoint}, {guess.cached} in the cache; about "
-            f"{guess.prompt_tokens:,} prompt tokens (characters / {CHARACTERS_PER_TOKEN}) and "
-            f"{guess.completion_tokens:,} reply tokens (at most {TOKENS_PER_REPLY} each){cost(guess)}"
-        )
+        planted = [{"messages": m} for m in calibrate.planted_messages() if args.calibrate]
+        _print_estimate(args, judge, [r for job in jobs for r in job.requests] or planted)
         return
     if args.calibrate:
         print(calibrate.write_calibration(judge, folder))
@@ -352,11 +440,37 @@ def _judge(args: argparse.Namespace) -> None:
         results = judging.judge_jobs(jobs, judge, limit=args.limit)
         unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
         what = f"judged {len(jobs)} suites ({unscored} judgements unscored)"
-    usage = judge.usage
-    print(
-        f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
-        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{cost(usage)}"
+    _print_usage(args, what, judge.usage)
+
+
+def _annotate(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from judges import annotate
+    from trace_bench.data import find_data
+
+    out = Path(args.out)
+    teacher = _make_judge(args, annotate.cache_file(out), annotate.SAMPLING)
+    plan = annotate.plan(
+        out,
+        teacher,
+        find_data(args.data),
+        tasks=[t for t in args.tasks.split(",") if t] if args.tasks else None,
+        rows=args.rows,
+        attempts=args.attempts,
+        rejected=args.rejected,
+        show_answers=args.show_answers,
+        prompts=Path(args.prompts) if args.prompts else None,
     )
+    if args.dry_run:
+        print(f"The first of at most {args.attempts} attempts; later ones ask about rejected rows only:")
+        _print_estimate(args, teacher, plan.first_requests)
+        return
+    results = annotate.annotate(plan, teacher).values()
+    asked, accepted = sum(r["rows"] for r in results), sum(r["accepted"] for r in results)
+    rest = {"drop": "the others left out", "keep": "the others kept with their answers alone"}[args.rejected]
+    what = f"{out}: {accepted} of {asked} rows accepted ({100 * accepted / asked:.1f} %), {rest}"
+    _print_usage(args, what, teacher.usage)
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -180,7 +180,7 @@ def find_reasoning(root: Path | None = None) -> Path:
             return folder
     raise DataError(
         f"The reasoning variant of the data is needed, and there is no folder {REASONING_FOLDER} in or beside {root}. "
-        "Set TRACE_REASONING to its folder: it is part of the official archive."
+        "Set TRACE_REASONING to its folder: it is part of the official archive, and `trace-bench annotate` makes one."
     )
 
 

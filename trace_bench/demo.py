@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from trace_bench.data import JUDGED, LIMA, REASONING_FOLDER
+from trace_tasks.reasoning import bare_answer, reasoning_answer, reasoning_prompt
 
 VERSION = 3  # bump whenever a row changes: results on different versions must not be compared
 # The version that the draws depend on. Later ones only added folders: the rows of the eight tasks are version 1's.
@@ -424,45 +425,12 @@ _MAKERS: dict[str, tuple[tuple[str, ...], Callable[[random.Random, str], _Made]]
 TASKS = tuple(_MAKERS)
 
 
-# The reasoning variant: task folder -> (instruction, the same asking for reasoning, cue, cue of the reasoning). Both
-# frames are the official ones, this one as the official test prompts have it.
-
-_FIRST = "Give your reasoning first, and then the answer."
-_REASONING_FRAMES = {
-    "C-STANCE": ("输出A，B或者C。\n", "输出A，B或者C。先给出推理，然后给出答案。\n", "态度：", "推理："),
-    "FOMC": ("A, B and C.\n", f"A, B and C. {_FIRST}\n", "Stance:", "Reasoning:"),
-    "MeetingBank": ("transcripts.\n", f"transcripts. {_FIRST}\n", "Summary:", "Reasoning:"),
-    "Py150": (
-        "<s> ",
-        "Complete the next line of the following codes. Give your answer first, and then the reasoning.\n<s> ",
-        "",
-        "",
-    ),
-    "ScienceQA": ("question and give your reasons.\n\n", f"question. {_FIRST}\n", "Answer:", "Reasoning:"),
-    "NumGLUE-cm": ("problem.\n", f"problem. {_FIRST}\n", "Answer:", "Reasoning:"),
-    "NumGLUE-ds": ("problem.\n", f"problem. {_FIRST}\n", "Answer:", "Reasoning:"),
-    "20Minuten": ("German.\n", f"German. {_FIRST}\n", "Simplification:", "Reasoning:"),
-}
-
-
 def _reasoned(task: str, split: str, made: _Made) -> Row:
     """The row in the frame of the reasoning variant, where only training answers hold reasoning."""
-    instruction, asking, cue, new_cue = _REASONING_FRAMES[task]
-    prompt = made.prompt.replace(instruction, asking, 1).removesuffix(cue) + new_cue
-    answer, reasoning = made.answer, made.reasoning
-    if task == "ScienceQA":
-        answer = answer[0]
-    if split != "train":
-        return {"prompt": prompt, "answer": answer}
-    if task == "Py150":
-        answer = f"{answer}\nReasoning:{reasoning}"
-    elif task == "MeetingBank":  # without a space after the full stop, as officially
-        answer = f"{reasoning}Therefore, the summary of the meeting transcripts is:\n{answer}"
-    elif task == "C-STANCE":
-        answer = f"{reasoning}\n回答：{answer}"
-    else:
-        answer = f"{reasoning}\nAnswer:{answer.strip()}"
-    return {"prompt": prompt, "answer": answer}
+    answer = bare_answer(task, made.answer)
+    if split == "train":
+        answer = reasoning_answer(task, made.reasoning, answer)
+    return {"prompt": reasoning_prompt(task, made.prompt), "answer": answer}
 
 
 # The alignment set: everyday instructions and short, helpful answers, in our own words. English, German and Chinese in

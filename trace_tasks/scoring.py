@@ -141,6 +141,12 @@ def _is_ambiguous(text: str, match: re.Match[str]) -> bool:
     return bool(listed or option.match(below.lstrip()))
 
 
+def names_choice(text: str, letter: str) -> bool:
+    """Whether `letter` stands anywhere in `text` as a label by rule 2 of `choice_tolerant`, not as a word."""
+    text = unicodedata.normalize("NFKC", text).translate({ord("*"): None, ord("`"): None})
+    return re.search(rf"(?<![A-Za-z\d])(?:{letter}){_LABEL_END}", text, re.VERBOSE) is not None
+
+
 # Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5.
 _NUMBER = re.compile(
     r"(?<![A-Za-z\d])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?",
@@ -183,6 +189,16 @@ def number_tolerant(prediction: str, reference: str) -> float:
         return float(word != "" and _read_word(prediction) == word)
     value = _read_number(prediction)
     return float(value is not None and math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9))
+
+
+def names_number(text: str, answer: str) -> bool:
+    """Whether the number `answer` stands in `text`, however it is written, or the word `answer` in either case."""
+    expected = _read_number(answer)
+    if expected is None:
+        word = re.escape(_read_word(answer))
+        return re.search(rf"(?<!\w){word}(?!\w)", " ".join(text.split()).casefold()) is not None
+    numbers = (float(number.replace(",", "")) for number in _NUMBER.findall(text))
+    return any(math.isclose(number, expected, rel_tol=1e-6, abs_tol=1e-9) for number in numbers)
 
 
 def _after_marker(line: str) -> str:
@@ -481,7 +497,9 @@ def scienceqa_parts(text: str) -> tuple[str, str]:
 
 
 _MARKED_ANSWER = re.compile(r"(?:(?<![A-Za-z])answer|回答|答案)\s*[:：]", re.IGNORECASE)
-_MARKED_SUMMARY = re.compile(r"the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE)
+_MARKED_SUMMARY = re.compile(
+    r"(?:therefore\s*,?\s*)?the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE
+)
 _MARKED_REASONING = re.compile(r"(?<![A-Za-z])reasoning\s*[:：]", re.IGNORECASE)
 
 
@@ -521,13 +539,35 @@ def extract_answer(form: str, text: str) -> str | None:
 
     Source: this project, from the markers in the official training answers.
     """
+    parts = split_answer(form, text)
+    return parts[1] if parts else None
+
+
+def split_answer(form: str, text: str) -> tuple[str, str] | None:
+    """Splits a text with reasoning into the reasoning path and the answer, by the rules of `extract_answer`.
+
+    Args:
+        form: As for `extract_answer`.
+        text: As for `extract_answer`.
+
+    Returns:
+        The path, as it stands before the marker of the answer (for "code" after that of the reasoning; empty without
+        one), and the answer; None where there is no answer.
+
+    Raises:
+        ValueError: for an unknown form.
+    """
     if form not in ("line", "text", "summary", "code"):
         raise ValueError(f"unknown form of an answer: {form!r}")
     if form == "code":
-        before = _MARKED_REASONING.split(text, maxsplit=1)[0]
-        return next((line for line in before.split("\n") if line.strip()), None)
+        before, *after = _MARKED_REASONING.split(text, maxsplit=1)
+        line = next((line for line in before.split("\n") if line.strip()), None)
+        return None if line is None else ("".join(after), line)
     marker_of_task = _MARKED_SUMMARY if form == "summary" and _MARKED_SUMMARY.search(text) else _MARKED_ANSWER
-    answers = [part.strip() for part in marker_of_task.split(text)[1:] if part.strip()]
-    if not answers:
-        return None
-    return answers[-1].split("\n")[0].rstrip() if form == "line" else answers[-1]
+    end = len(text)
+    for marker in reversed(list(marker_of_task.finditer(text))):
+        answer = text[marker.end() : end].strip()
+        if answer:
+            return text[: marker.start()], answer.split("\n")[0].rstrip() if form == "line" else answer
+        end = marker.start()
+    return None

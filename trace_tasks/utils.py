@@ -5,7 +5,6 @@ Scores are fractions of 1 per test row; the score of a task is their mean. The f
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from lm_eval.api.samplers import ContextSampler
 
 from trace_bench import data
 from trace_tasks import scoring
+from trace_tasks.reasoning import as_tested
 
 
 def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str, Dataset]:
@@ -53,18 +53,6 @@ def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
         The split test.
     """
     return {"test": Dataset.from_list(data.read_rows(data.prompts_file(kind, folder), answered=False))}
-
-
-def as_tested(prompt: str) -> str:
-    """Brings a prompt of the official reasoning variant into the form that its test prompts have.
-
-    Two tasks train on other prompts than they are tested on: 222 of MeetingBank's 376 training prompts end in
-    "Reasoning:Reasoning:" (test prompts: "Reasoning:"), and 20Minuten's training prompts have no empty line before
-    "Paragraph:" (all of the 200 at hand; test prompts have one). Other prompts, test prompts among them, stay as
-    they are.
-    """
-    prompt = re.sub(r"(?:Reasoning:){2,}\Z", "Reasoning:", prompt)
-    return re.sub(r"\A(Provide a simplified version [^\n]*)\nParagraph:\n", r"\1\n\nParagraph:\n", prompt)
 
 
 class Demonstrations(ContextSampler):

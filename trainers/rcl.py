@@ -7,8 +7,8 @@ form of the data, which asks for the reasoning and has it in the training answer
     python -m trainers.rcl --config trainers/configs/quickstart_rcl.yaml
 
 Any config of the plain tasks does: trace_fomc becomes reasoning_fomc, and so on. The rows are those of TRACE_REASONING,
-or of the folder LLM-CL-Benchmark_Reasoning in or beside TRACE_DATA. RCL with replay is `python -m trainers.replay ...
---tasks reasoning_order1 --train_rows 500`.
+or of the folder LLM-CL-Benchmark_Reasoning in or beside TRACE_DATA; `trace-bench annotate` makes one from plain rows.
+RCL with replay is `python -m trainers.replay ... --tasks reasoning_order1 --train_rows 500`.
 """
 
 from dataclasses import dataclass, field
