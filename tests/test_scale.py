@@ -39,6 +39,7 @@ def own_tasks(tmp_path, monkeypatch):
     return [f"mine_{i:02}" for i in range(30)]
 
 
+@pytest.mark.slow
 def test_thirty_stages_of_ones_own_tasks(options, own_tasks):
     del options["data"]
     run = train({**options, "tasks": own_tasks, "max_steps": 1, "per_device_train_batch_size": 4, "test_rows": 2})
