@@ -90,6 +90,23 @@ def main(argv: list[str] | None = None) -> None:
     p.set_defaults(run=_data)
 
     p = commands.add_parser(
+        "data audit",
+        help="audit a data set: repeats, leaks from training to test rows, lengths, broken characters",
+        description="Reads a data set, of which parts may be missing, and reports what its scores depend on: repeated\n"
+        "rows, contradicting answers, test rows that are trained on, balance, lengths, broken characters and\n"
+        "numbers, rows of the other variant. The reasoning variant in or beside it is audited as reasoning_*.",
+        epilog="With --output, `trace-bench report RUN --without-leaked FILE.json` makes the scores of a run without\n"
+        "the leaked test rows. A folder called audit is ./audit.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("source", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
+    p.add_argument("--tokenizer", metavar="MODEL", help="hub id or local folder (default: the quickstart model's)")
+    p.add_argument("--max-prompt-length", type=_positive, default=1024, metavar="N", help="tokens of a prompt (1024)")
+    p.add_argument("--max-answer-length", type=_positive, default=512, metavar="N", help="tokens of an answer (512)")
+    p.add_argument("--output", metavar="FILE.json", help="write all of it there, with the numbers of the rows")
+    p.set_defaults(run=_audit)
+
+    p = commands.add_parser(
         "evaluate",
         help="fill the cells of a run's matrix, one engine for all stages",
         description="Evaluates every trained stage on the tasks seen so far. Done cells are skipped.",
@@ -177,6 +194,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("paths", metavar="RUN", nargs="+", help="a run directory")
     p.add_argument("--output", metavar="FILE.md", help="write the comparison there too, and as .csv beside it")
+    p.add_argument(
+        "--without-leaked",
+        metavar="AUDIT.json",
+        help="leave test rows that are trained on out of all scores; a file of `trace-bench data audit --output`",
+    )
     p.set_defaults(run=_report)
 
     p = commands.add_parser(
@@ -203,6 +225,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("name", nargs="?", default="SmolLM2-135M-Instruct")
     p.set_defaults(run=_model_path)
 
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["data", "audit"]:
+        argv = ["data audit", *argv[2:]]
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     from judges import JudgeError
@@ -282,6 +307,30 @@ def _data(args: argparse.Namespace) -> None:
         print("\n".join(f"  export TRACE_DATA={root}" for root in good))
     if problems:
         raise data.DataError("\n".join(problems))
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from trace_bench import audit, data
+    from trace_bench.run import write_json
+
+    if args.output and not args.output.endswith(".json"):
+        raise data.DataError(f"--output {args.output}: name a file that ends in .json.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    root = data.find_data(args.source)
+    report = audit.audit(
+        root,
+        audit.load_tokenizer(args.tokenizer),
+        max_prompt_length=args.max_prompt_length,
+        max_answer_length=args.max_answer_length,
+    )
+    print(audit.as_text(report))
+    if args.output:
+        write_json(Path(args.output), report)
+        print(f"All of it, with the numbers of the rows: {args.output}")
+    if report["unreadable"]:
+        raise data.DataError("\n".join(report["unreadable"]))
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -474,10 +523,15 @@ def _annotate(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from trace_bench.audit import without_leaked
     from trace_bench.report import write_comparison, write_report
     from trace_bench.run import Run
 
     runs = [Run.open(path) for path in dict.fromkeys(args.paths)]
+    if args.without_leaked:
+        runs = [without_leaked(run, Path(args.without_leaked)) for run in runs]
     if len(runs) == 1 and not args.output:
         print(write_report(runs[0]))
         return

@@ -375,6 +375,20 @@ def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
         file: The file.
         answered: Whether answers have to be there; otherwise they may be empty.
     """
+    rows = read_list(file)
+    for i, row in enumerate(rows):
+        problem = row_problem(row, answered)
+        if problem:
+            raise DataError(f"{file}, row {i}: {problem}")
+    return rows
+
+
+def read_list(file: Path) -> list[Any]:
+    """Reads a JSON list of anything.
+
+    Raises:
+        DataError: if the file is no UTF-8, no JSON, no list, or an empty one.
+    """
     try:
         rows = json.loads(file.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as e:
@@ -383,14 +397,11 @@ def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
         raise DataError(f"{file} is not JSON: {e}.") from e
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{file} holds {'an empty list' if rows == [] else type(rows).__name__}, not a list of rows.")
-    for i, row in enumerate(rows):
-        problem = _row_problem(row, answered)
-        if problem:
-            raise DataError(f"{file}, row {i}: {problem}")
     return rows
 
 
-def _row_problem(row: Any, answered: bool) -> str | None:
+def row_problem(row: Any, answered: bool = True) -> str | None:
+    """What keeps a value from being a row; None for a good row."""
     if not isinstance(row, dict):
         return f"expected an object with prompt and answer, found {type(row).__name__}."
     for key in ("prompt", "answer"):

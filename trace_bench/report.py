@@ -12,14 +12,16 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trace_bench import metrics
+from trace_bench.audit import without_rows
 from trace_bench.data import GROUPS, JUDGED, ORDERS, SUITES
-from trace_bench.run import Run, RunError, Stage, differences, read_json, write_text
+from trace_bench.run import Run, RunError, Stage, differences, read_json, read_jsonl, write_text
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +92,8 @@ def _load(run: Run, names: Iterable[str]) -> dict[tuple[int, str], dict[str, Any
             if stage.eval_file(task).exists():
                 cell = read_json(stage.eval_file(task))
                 if trained is None or cell["checkpoint"] == trained:
+                    if task in run.left_out:
+                        cell = without_rows(cell, read_jsonl(stage.samples_file(task)), run.left_out[task])
                     cells[stage.index, task] = cell
     return cells
 
@@ -126,7 +130,7 @@ def write_report(run: Run) -> str:
     delta = general_delta(besides, run.stages[-1])
     if not math.isnan(delta):
         line += f"; general ability {_percent(delta, sign=True)}"
-    return line
+    return line + ("; without leaked rows" if run.left_out else "")
 
 
 def general_delta(besides: dict[tuple[int, str], dict[str, Any]], stage: Stage) -> float:
@@ -198,6 +202,8 @@ def _sections(
     if limits:
         text = ", ".join(f"{k.replace('_', ' ')}: first {v} of each task" for k, v in limits.items())
         yield f"> **Limited rows** ({text}). Not comparable with results on the full data."
+    if run.left_out:
+        yield f"> **Without leaked rows.** {_left_out(run, cells)}"
     if _is_sequential(run):
         yield from _sequence_sections(run, R)
         yield from _bounds_section(run, R)
@@ -223,6 +229,16 @@ def _sections(
     yield from _paper_section(run)
     yield from _cost_section(run, cells | besides)
     yield _provenance(run, cells, besides)
+
+
+def _left_out(run: Run, cells: dict[tuple[int, str], dict[str, Any]]) -> str:
+    """Says which test rows do not count in a run that is seen without leaked rows."""
+    counts = {task: (cell["n_left_out"], cell["n"]) for (_, task), cell in cells.items() if task in run.left_out}
+    text = ", ".join(f"{_short(task)} {n} of {n + rest}" for task, (n, rest) in counts.items() if n)
+    return (
+        "Test rows whose prompt is in the training rows of the task, exactly or nearly, are left out of all scores: "
+        f"{text or 'none was found'}. Not comparable with scores of all rows."
+    )
 
 
 def _sequence_sections(run: Run, R: metrics.Matrix) -> Iterable[str]:
@@ -331,7 +347,7 @@ def _comparable_siblings(run: Run) -> list[tuple[Run, metrics.Matrix]]:
         if file.parent.resolve() == run.path.resolve():
             continue
         try:
-            sibling = Run.open(file.parent)
+            sibling = replace(Run.open(file.parent), left_out=run.left_out)  # the same data, so the same rows
             if sibling.manifest["method"] not in _BOUNDS:
                 continue
             there, here = _conditions(sibling), _conditions(run)
@@ -632,6 +648,9 @@ def compare(runs: Sequence[Run]) -> tuple[str, str]:
     csv_rows = [[n, *texts[n].values(), *numbers[n].values(), *(finals[n].get(t) for t in columns)] for n in named]
     header = ["run", "method", "trains", "tasks", "train rows"]
     notes = [*_comparability(named), *_definitions(named)]
+    notes += [
+        f"Without leaked rows in `{n}`: {_left_out(run, load_cells(run))}" for n, run in named.items() if run.left_out
+    ]
     for group in _seed_groups(named):
         title = f"mean ± standard deviation over {len(group)} seeds"
         values = np.array([[*numbers[n].values(), *(finals[n].get(t, math.nan) for t in columns)] for n in group])

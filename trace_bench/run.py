@@ -24,7 +24,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,25 @@ def write_json(path: Path, value: Any) -> None:
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Writes one JSON value a line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Reads what `write_jsonl` wrote.
+
+    Raises:
+        RunError: with the path and the line when it is gone or damaged.
+    """
+    if not path.exists():
+        raise RunError(f"{path} is gone. Delete its score and evaluate again, which writes both.")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line else []
+        except json.JSONDecodeError as e:
+            raise RunError(
+                f"{path}, line {number} is damaged ({e}). Delete it and its score, and evaluate again."
+            ) from e
+    return rows
 
 
 def read_json(path: Path) -> Any:
@@ -237,6 +256,8 @@ class Run:
 
     path: Path
     manifest: dict[str, Any]
+    #: Task -> `doc_id` of test rows that do not count: the run as seen by a report without leaked rows.
+    left_out: dict[str, set[int]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
