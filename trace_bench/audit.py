@@ -30,6 +30,7 @@ from trace_bench.evaluate import _stderr
 from trace_bench.models import QUICKSTART, ModelError, resolve_model
 from trace_bench.run import Run, RunError, fingerprint, read_json
 from trace_tasks import scoring
+from trace_tasks.reasoning import FRAMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,8 +80,6 @@ _CUE = re.compile(
 )
 _DOUBLED_CUE = re.compile(r"(\b\w+[:：])\s*\1\s*\Z")
 _OTHER_VARIANT = dict(zip([*data.FOLDERS, *data.REASONING], [*data.REASONING, *data.FOLDERS], strict=True))
-#: How the answer stands in an answer with reasoning, by task (`scoring.extract_answer`); elsewhere it is a line.
-_FORMS = {"reasoning_meetingbank": "summary", "reasoning_py150": "code", "reasoning_20minuten": "text"}
 _ASKS_REASONING = re.compile(r"\A[^\n]*(?:Give your reasoning first|and then the reasoning|先给出推理)")
 # Chinese and Japanese write no spaces: there a character is a word. Signs that carry meaning in a formula are words.
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
@@ -385,7 +384,7 @@ def _facts(task: str, split: Split) -> dict[str, Any]:
 def _decisive(task: str, answer: str) -> str:
     """The part of an answer that decides: without the reasoning; of ScienceQA the letter."""
     if task in data.REASONING:
-        return scoring.extract_answer(_FORMS.get(task, "line"), answer) or answer  # test answers are bare
+        return scoring.extract_answer(FRAMES[data.REASONING[task]].form, answer) or answer  # test answers are bare
     return answer[:1] if task == "trace_scienceqa" else answer
 
 
