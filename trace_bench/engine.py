@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from trace_bench import data, models
 
@@ -73,7 +78,7 @@ def prepare_vllm(args: dict[str, Any]) -> None:
     Raises:
         EngineError: if vLLM cannot be imported.
     """
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     try:
         import vllm  # noqa: F401
     except ImportError as e:
@@ -86,7 +91,7 @@ def prepare_vllm(args: dict[str, Any]) -> None:
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
         args.setdefault("enforce_eager", True)  # compiling takes longer than it saves on small models
-        if args.get("tensor_parallel_size", 1) == args.get("data_parallel_size", 1) == 1:
+        if args.get("tensor_parallel_size", 1) == 1:
             # The engine in this process: its start does not import everything twice more (5 s instead of 25 s), and
             # no process is left behind when this one is killed.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -94,6 +99,12 @@ def prepare_vllm(args: dict[str, Any]) -> None:
 
 
 def _open_vllm(base: str, args: dict[str, Any]) -> Any:
+    if args.get("data_parallel_size", 1) != 1:
+        raise EngineError(
+            f"data_parallel_size={args['data_parallel_size']}: lm-eval starts engines of its own for it, whose weights "
+            "cannot be swapped. Use tensor_parallel_size, or evaluate several stages at once, each on a GPU of its own "
+            "(CUDA_VISIBLE_DEVICES=1 trace-bench evaluate RUN --stages 1)."
+        )
     prepare_vllm(args)
     import torch
     from lm_eval.models.vllm_causallms import VLLM
@@ -157,21 +168,25 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
         def _model_generate(
             self, requests: list[list[int]], generate: bool = False, sampling_params: Any = None
         ) -> Any:
-            if self.soft_prompt is None:
-                return super()._model_generate(requests, generate, sampling_params)
+            prompts: list[Any] = [{"prompt_token_ids": ids} for ids in requests]
             if not generate:
-                raise EngineError("vLLM gives no likelihoods behind a soft prompt: evaluate with --backend hf.")
-            soft, n = self.soft_prompt.to(self.model.llm_engine.model_config.dtype), len(self.soft_prompt)
-            prompts = [
-                {
-                    # Rows of zeros where the engine looks up the embedding of a token itself.
-                    "prompt_embeds": torch.cat([soft, soft.new_zeros(len(ids), soft.shape[1])]),
-                    "prompt_token_ids": [0] * n + ids,
-                    "prompt_is_token_ids": [False] * n + [True] * len(ids),
-                }
-                for ids in requests
-            ]
-            return self.model.generate(prompts, sampling_params=sampling_params, use_tqdm=self.batch_size == "auto")
+                sampling_params = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+            if self.soft_prompt is not None:
+                if not generate:
+                    raise EngineError("vLLM gives no likelihoods behind a soft prompt: evaluate with --backend hf.")
+                soft, n = self.soft_prompt.to(self.model.llm_engine.model_config.dtype), len(self.soft_prompt)
+                prompts = [
+                    {
+                        # Rows of zeros where the engine looks up the embedding of a token itself.
+                        "prompt_embeds": torch.cat([soft, soft.new_zeros(len(ids), soft.shape[1])]),
+                        "prompt_token_ids": [0] * n + ids,
+                        "prompt_is_token_ids": [False] * n + [True] * len(ids),
+                    }
+                    for ids in requests
+                ]
+            # A bar below that of the cells, which vanishes; none in files.
+            bar = sys.stderr.isatty() and partial(tqdm, leave=False, position=1)
+            return self.model.generate(prompts, sampling_params=sampling_params, use_tqdm=bar)
 
     return SwapVLLM(
         pretrained=base, enable_prefix_caching=True, worker_extension_cls="trace_bench.worker.SwapWorker", **args
@@ -243,6 +258,12 @@ class _Swap:
     soft_prompt: Any = None
     _generating = False
 
+    def __init__(self, **kwargs: Any) -> None:
+        # Token ids of the texts of earlier stages, which are those of the next ones.
+        self._ids: dict[tuple[str, int | None], array[int]] = {}
+        self._pairs: dict[tuple[str, str], tuple[array[int], ...]] = {}
+        super().__init__(**kwargs)
+
     @property
     def max_length(self) -> int:
         taken = 0 if self.soft_prompt is None else len(self.soft_prompt)
@@ -269,16 +290,29 @@ class _Swap:
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         self._generating = True
         try:
-            return super().generate_until(requests, disable_tqdm)  # type: ignore[misc]
+            return super().generate_until(requests, disable_tqdm=True)  # type: ignore[misc]
         finally:
             self._generating = False
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
 
     def tok_encode(self, string: str | list[str], *args: Any, **kwargs: Any) -> Any:
         if not self._generating:
             return super().tok_encode(string, *args, **kwargs)  # type: ignore[misc]
         many = [string] if isinstance(string, str) else list(string)
-        ids = data.prompt_ids(self.tokenizer, many, self.max_prompt_length)
-        return ids[0] if isinstance(string, str) else ids
+        new = [text for text in dict.fromkeys(many) if (text, self.max_prompt_length) not in self._ids]
+        for text, ids in zip(new, data.prompt_ids(self.tokenizer, new, self.max_prompt_length), strict=True):
+            self._ids[text, self.max_prompt_length] = array("l", ids)
+        encoded = [self._ids[text, self.max_prompt_length].tolist() for text in many]
+        return encoded[0] if isinstance(string, str) else encoded
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if (context, continuation) not in self._pairs:
+            pair = super()._encode_pair(context, continuation)  # type: ignore[misc]
+            self._pairs[context, continuation] = tuple(array("l", ids) for ids in pair)
+        first, second = self._pairs[context, continuation]
+        return first.tolist(), second.tolist()
 
 
 def _has_gpu() -> bool:

@@ -108,6 +108,8 @@ def evaluate(
             kwargs = task.config.generation_kwargs
             kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
     groups = data.load_suites([s for s in suites if any(s in todo for todo in plan.values())])
+    for task in [*tasks.values(), *(task for group in groups.values() for task in group.get_all_tasks())]:
+        _build_once(task)
     engine_args = dict((config.get("engine_args") or {}) if engine_args is None else engine_args)
     if config.get("trust_remote_code"):
         engine_args.setdefault("trust_remote_code", True)
@@ -351,6 +353,21 @@ def _evaluate_cells(
                 "seconds": round(seconds * len(rows) / sum(len(s) for s in results["samples"].values()), 3),
             },
         )
+
+
+def _build_once(task: Any) -> None:
+    """Makes a task build its prompts for the first stage only: they are the same for all."""
+    build = task.build_all_requests
+    built: list[bool] = []
+
+    def once(**kwargs: Any) -> None:
+        if not built:
+            build(**kwargs)
+            built.append(True)
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = once
 
 
 def _run(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any) -> tuple[Any, float]:
