@@ -96,14 +96,16 @@ def calibrate(judge: Judge) -> dict[str, Any]:
         judge: The judge.
 
     Returns:
-        "settings" of the judge, and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of pairs: the good
-        answer wins in both orders, an identical one ties in both; what is unparsable is not right), `unparsed`, and of
-        pairs `disagreement_rate` and `first_position_rate`.
+        "settings" of the judge, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), and
+        "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of pairs: the good answer wins in both orders, an
+        identical one ties in both; what is unparsable is not right), `unparsed`, and of pairs `disagreement_rate` and
+        `first_position_rate`.
 
     Raises:
         JudgeError: if the judge cannot be asked.
     """
-    replies = iter(judge.complete([{"messages": m} for m in planted_messages()], "calibrating"))
+    answers = judge.complete([{"messages": m} for m in planted_messages()], "calibrating")
+    replies = iter(answers)
 
     def verdict(words: tuple[str, ...]) -> str | None:
         reply = next(replies)
@@ -131,7 +133,13 @@ def calibrate(judge: Judge) -> dict[str, Any]:
             **_accuracy(found.count(expected), len(found)),
             "unparsed": found.count(None),
         }
-    return {"settings": judging.settings(judge), "endpoint": judge.endpoint, "kinds": kinds}
+    return {
+        "settings": judging.settings(judge),
+        "endpoint": judge.endpoint,
+        "requests": len(answers),
+        "forced": sum(reply.forced for reply in answers),
+        "kinds": kinds,
+    }
 
 
 def _accuracy(right: int, n: int) -> dict[str, Any]:
@@ -154,6 +162,8 @@ def write_calibration(judge: Judge, folder: Path) -> str:
     lines.append(
         "right: the good answer wins in both orders, identical answers tie in both; chance is 1 in 9 for pairs"
     )
+    if result["forced"]:
+        lines.append(f"{result['forced']} of {result['requests']} verdicts were forced: the judge gave none by itself")
     return "\n".join([*lines, f"written to {file}"])
 
 

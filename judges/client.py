@@ -57,6 +57,8 @@ class Reply:
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    forced: bool = False
+    """Whether the model gave no verdict by itself and had to choose one (`judges.local`)."""
     error: str | None = None
     """Why there is no answer after all tries; None if there is one. Such a reply is in no cache."""
 

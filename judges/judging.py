@@ -185,6 +185,7 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
             "unpaired": job.unpaired,
             "direct": pairwise.direct_rate(job.kind, (row["direct"] for row in rows)),
             "failed": sum(reply.error is not None for reply in flat),
+            "forced": sum(reply.forced for reply in flat),
             # Of all replies, whether they were paid now or came from the cache.
             "requests": len(flat),
             "prompt_tokens": sum(reply.prompt_tokens for reply in flat),

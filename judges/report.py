@@ -113,6 +113,10 @@ def _notes(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]], s
     failed = sum(n["failed"] for n in found.values())
     if failed:
         yield f"- {failed} requests failed and count as unscored: the same `trace-bench judge` asks them again"
+    forced = sum(n["forced"] for n in found.values())
+    if forced:
+        share = _rate(forced / sum(n["requests"] for n in found.values()))
+        yield f"- **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one"
     unpaired = sum(n["unpaired"] for n in found.values())
     if unpaired:
         yield f"- {unpaired} rows had no partner at the base model and were left out"

@@ -600,20 +600,28 @@ class FakeLLM:
 
     def __init__(self):
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=3000 + 16))
-        self.asked = []
+        self.asked, self.forced = [], []
 
     def get_tokenizer(self):
         return FakeTokenizer()
 
-    def chat(self, messages, sampling_params, use_tqdm):
-        self.asked.append([m[-1]["content"] for m in messages])
-        assert len(sampling_params) == len(messages)
+    answer = staticmethod(judge)
+
+    def chat(self, messages, sampling_params, use_tqdm, add_generation_prompt=True, continue_final_message=False):
+        assert len(sampling_params) == len(messages) and add_generation_prompt != continue_final_message
+        if continue_final_message:
+            assert all(m[-1]["role"] == "assistant" and m[-1]["content"].endswith("\n\n[[") for m in messages)
+            self.forced.append([p.allowed_token_ids for p in sampling_params])
+            texts, tokens = [""] * len(messages), [[p.allowed_token_ids[-1]] for p in sampling_params]
+        else:
+            self.asked.append([m[-1]["content"] for m in messages])
+            texts, tokens = [self.answer(m[-1]["content"]) for m in messages], [[0] * 2] * len(messages)
         return [
             SimpleNamespace(
                 prompt_token_ids=[0] * 4,
-                outputs=[SimpleNamespace(text=judge(m[-1]["content"]), token_ids=[0] * 2, finish_reason="stop")],
+                outputs=[SimpleNamespace(text=text, token_ids=ids, finish_reason="stop")],
             )
-            for m in messages
+            for text, ids in zip(texts, tokens, strict=True)
         ]
 
 
@@ -661,6 +669,21 @@ def test_a_local_model_judges_a_run_without_a_server(run, llm, monkeypatch, caps
     (run.stages[1].path / "judge" / "instruct_lima.json").unlink()
     main(argv)
     assert sum(map(len, llm.asked)) == asked, "the replies are in the cache"
+
+
+def test_a_local_model_that_gives_no_verdict_has_to_choose_one(run, llm):
+    llm.answer = lambda text: "Both have merits. " if "ANSWER A" in text else judge(text)
+    judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
+    [numbers] = judging.judge_jobs(judging.plan(run, judge_, stages=[1], suites=["instruct_lima"]), judge_)
+    assert llm.forced == [[["A", "B", "C"]] * 10], "five pairs in both orders; verdicts on answers alone were given"
+    assert numbers["forced"] == 10 and numbers["pairs"]["unscored"] == 0
+    assert numbers["pairs"]["tie"] == 6 and numbers["pairs"]["disagreements"] == 0, "it chose [[C]] throughout"
+    assert rows(run, 1, "instruct_lima")[1]["replies"] == ["Both have merits.\n\n[[C]]"] * 2
+    write_report(run)
+    assert "**62.5 % of the verdicts were forced**" in section(run, "Instruction")
+    again = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
+    [row, *_] = again.complete([{"messages": instruction.KIND.pair("question 1", MINE[1], BASE[1])}])
+    assert row.forced and row.text.endswith("[[C]]"), "as it was paid for"
 
 
 def test_what_does_not_fit_into_a_local_model_is_unscored(run, llm):
