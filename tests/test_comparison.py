@@ -7,8 +7,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from made_runs import TASKS, R, cell, make_bounds, make_run, without
+from made_runs import TASKS, R, cell, make_bounds, make_run, without, write_cell
 
+from judges.judging import judge_file, sample_fingerprints
 from trace_bench.cli import main
 from trace_bench.comparison import compare
 from trace_bench.run import Run, write_json
@@ -225,3 +226,169 @@ def test_runs_of_one_name_are_told_apart(make, tmp_path):
     copy = tmp_path / "elsewhere" / "mine"
     write_json(copy / "manifest.json", json.loads((run.path / "manifest.json").read_text(encoding="utf-8")))
     assert {str(run.path), str(copy)} <= set(compared([run, Run.open(copy)])[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- a baseline
+
+
+def learned(*rates, n=40):
+    """Rows of three tasks with these final rates, the first rows being right; the same rows at every stage."""
+    return {
+        t: {"accuracy": (np.arange(n)[:, None] < [[rate * n] * 4]).astype(float)}
+        for t, rate in zip(TASKS, rates, strict=True)
+    }
+
+
+def test_differences_to_the_baseline_are_paired_where_the_rows_are_the_same(make):
+    runs = [
+        make(rows=learned(0.5, 0.5, 0.5)),
+        make(name="better", rows=learned(0.9, 0.6, 0.5), config={"learning_rate": 1.0}),
+        make(name="others", rows=learned(0.9, 0.6, 0.5), data={"path": "p", "demo": False, "fingerprint": {}}),
+        make(name="without samples"),
+    ]
+    title, rows = differences(runs)
+    assert title == "Difference to `mine`, in points" and list(rows) == ["better", "others", "without samples"]
+    low, high = map(float, rows["better"]["OP"].removeprefix("+16.7 [").removesuffix("] ↑").split(", "))
+    assert 0 < low < 16.7 < high
+    assert rows["others"]["OP"] == "+16.7", "other data: no pairs and no interval"
+    assert rows["without samples"]["OP"] == "-10.0" and rows["without samples"]["BWT"] == "-50.0"
+    first, finals, notes, lines = compared(runs)
+    assert first["mine"][0].startswith("50.0 [") and "Differences are paired" in notes
+    # 16 rows won and none lost; 4 won and none lost; nothing
+    assert finals["better"] == ["90.0 ↑", "60.0", "50.0"] and finals["others"] == ["90.0", "60.0", "50.0"]
+    assert float(lines["better"]["OP difference low"]) == pytest.approx(low, abs=0.05)
+    assert lines["mine"]["OP difference"] == "" and lines["others"]["OP difference low"] == ""
+    # The interval of the difference is narrower than those of the two runs, which share their rows.
+    assert high - low < float(lines["mine"]["OP high"]) - float(lines["mine"]["OP low"])
+
+
+def test_a_difference_of_means_over_other_tasks_is_none(make):
+    runs = [make(), make(name="other", tasks=[*TASKS[:2], "trace_py150"])]
+    assert not any(table.title.startswith("Difference") for table in compare(runs).tables)
+
+
+def test_the_baseline_is_the_first_run_or_the_one_that_was_named(make, tmp_path, capsys):
+    runs = [make(), make(R - 0.1, name="lower"), make(R / 2, name="half")]
+    assert list(differences(runs)[1]) == ["lower", "half"]
+    title, rows = differences(runs, runs[1])
+    assert title == "Difference to `lower`, in points" and rows["mine"]["OP"] == "+10.0"
+    main(["report", str(runs[0].path), "--baseline", str(runs[2].path)])
+    out = capsys.readouterr().out
+    assert "Difference to `half`, in points" in out and "| mine | +20.0 |" in out
+
+
+def test_runs_in_the_same_conditions_but_for_room_for_demonstrations_are_paired(make):
+    icl = {t: {"accuracy": x["accuracy"][:, :1]} for t, x in learned(0.1, 0.1, 0.1).items()}
+    config = {"num_fewshot": 6, "max_prompt_length": 512}
+    runs = [
+        make(rows=learned(0.9, 0.9, 0.9)),
+        make(rows=icl, name="an-icl", method="icl", stages=[], config=config),
+    ]
+    assert differences(runs)[1]["an-icl"]["OP"].endswith("] ↓")
+
+
+# -------------------------------------------------------------------------------------------- deltas, costs, the paper
+
+
+def suite(run, index, value, rows=None, data="hub", n=20):
+    stage = run.stages[index]
+    content = cell(stage, "general_mmlu", value, settings={"backend": "hf", "general_rows": rows, "data": data})
+    content |= {"n": n, "version": "1.0", "n_cut": 0, "headline": "accuracy"}
+    write_json(stage.eval_file("general_mmlu"), content)
+
+
+def judged(run, win, lose, judge="a/judge"):
+    stage, base = run.stages[-1], run.stages[0]
+    for s in (base, stage):
+        write_cell(s, "safety_cona", {"characters": np.ones(10)})
+    counts = {"n": 10, "win": win, "tie": 10 - win - lose, "lose": lose, "unscored": 0, "identical": 0}
+    counts |= {"judged": 10, "disagreements": 0, "first": 5, "second": 5}
+    direct = {"n": 10, "unscored": 0, "safe": 9, "unsafe": 1, "rate": 0.9}
+    numbers = {"settings": {"judge": judge, "sampling": {}, "prompts": 1}, "pairs": counts, "direct": direct}
+    numbers |= {"samples": sample_fingerprints(base, stage, "safety_cona"), "limit": None, "failed": 0, "unpaired": 0}
+    tokens = {"prompt_tokens": 1000, "completion_tokens": 500}
+    write_json(judge_file(stage, "safety_cona"), numbers | tokens)
+
+
+def test_the_deltas_and_their_cost_are_in_the_table(make):
+    runs = [make(), make(name="other")]
+    for run, after in zip(runs, (0.4, 0.3), strict=True):
+        suite(run, 0, 0.5)
+        suite(run, 3, after)
+        judged(run, 4, 1)
+    first, _, notes, lines = compared(runs)
+    row = dict(zip(first["run"], first["mine"], strict=True))
+    assert (row["general"], row["safety"], row["judge tokens"]) == ("-10.0", "+30.0", "1,500")
+    assert "instruction" not in row and "Not comparable" not in notes and "net win rate" in notes
+    _, rows = differences(runs)
+    assert (rows["other"]["general"], rows["other"]["safety"]) == ("-10.0", "+0.0")
+    assert float(lines["other"]["general"]) == pytest.approx(-20)
+
+
+@pytest.mark.parametrize(
+    "change, words, delta",
+    [
+        (lambda run: suite(run, 3, 0.4, n=10), "rows of general_mmlu: 20 in `mine`; 10 in `other`", "general"),
+        (lambda run: suite(run, 3, 0.4, data="f00"), "data of general_mmlu: `mine` against `other`", "general"),
+        (lambda run: judged(run, 4, 1, "b/judge"), "judge of safety: ", "safety"),
+    ],
+    ids=["rows", "copy", "judge"],
+)
+def test_deltas_measured_otherwise_are_named_and_have_no_difference(make, change, words, delta):
+    runs = [make(), make(name="other")]
+    for run in runs:
+        suite(run, 0, 0.5)
+        suite(run, 3, 0.4)
+        judged(run, 4, 1)
+    assert differences(runs)[1]["other"][delta] != DASH
+    change(runs[1])
+    notes = compared(runs)[2]
+    assert f"**Not comparable** in {words}" in notes
+    assert delta not in differences(runs)[1]["other"]
+    assert ("**Local copies** of general suites" in notes) == ("data of" in words)
+
+
+def test_limited_test_rows_are_announced_even_if_all_runs_have_them(make):
+    notes = compared([make(config={"test_rows": 5}), make(name="other", config={"test_rows": 5})])[2]
+    assert "**Limited test rows**" in notes and "Not comparable" not in notes
+
+
+def test_the_same_limits_with_other_numbers_of_rows_are_named(make):
+    """Rows that are left out of one of the runs."""
+    notes = compared([make(rows=learned(0.5, 0.5, 0.5)), make(name="other", rows=learned(0.5, 0.5, 0.5, n=30))])[2]
+    assert "rows of cstance, rows of fomc, rows of meetingbank: 40 in `mine`; 30 in `other`" in notes
+
+
+def test_the_paper_s_numbers_stand_beside_methods_it_has(make, bounds):
+    runs = [make(), *bounds().values()]
+    comparison = compare(runs)
+    assert comparison.tables[-1].title == "The paper's numbers"
+    rows = {row[0]: dict(zip(comparison.tables[-1].header, row, strict=True)) for row in comparison.tables[-1].rows}
+    assert list(rows) == ["LoraSeqFT", "SingleFT", "MT", "ICL-6shot"]
+    assert {rows["LoraSeqFT"][k] for k in ("model", "train rows", "epochs", "OP", "BWT", "general")} == {
+        *("LLaMA-2-7B-Chat", "5000", "5,3,7,5,3,5,5,7", "12.7", "-45.7", "-7.0"),
+    }
+    assert rows["MT"]["OP"] == "52.3" and rows["MT"]["epochs"] == rows["MT"]["BWT"] == DASH
+    assert "arXiv 2310.06762" in comparison.notes[-1] and "no target" in comparison.notes[-1]
+    line = next(row for row in comparison.lines if row["run"] == "paper: LoraSeqFT, LLaMA-2-7B-Chat")
+    assert (line["OP"], line["BWT"]) == ("12.7", "-45.7")
+    assert not any("paper" in t.title for t in compare([make(name="ewc", method="ewc")]).tables)
+
+
+def test_the_latex_has_every_row_and_nothing_that_is_a_command(make):
+    runs = [make(name="100%_a&b", rows=learned(0.5, 0.5, 0.5)), make(name="[lower]$", rows=learned(0.1, 0.5, 0.5))]
+    comparison = compare(runs)
+    text = comparison.latex()
+    assert text.count(r"\toprule") == len(comparison.tables) == text.count(r"\end{table}")
+    assert r"100\%\_a\&b & " in text and r"{[}lower{]}\$ & " in text
+    assert r"$-$13.3 {[}$-$" in text and r" $\downarrow$" in text and r"\texttt{100\%\_a\&b}" in text
+    for table, part in zip(comparison.tables, text.split(r"\toprule")[1:], strict=True):
+        lines = [line for line in part.split(r"\bottomrule")[0].splitlines() if line.endswith(r" \\")]
+        assert len(lines) == 1 + len(table.rows) and {line.count(" & ") for line in lines} == {len(table.header) - 1}
+    assert "↓" not in text and "–" not in text and "**" not in text and "`" not in text
+
+
+def test_a_comparison_of_many_runs_names_the_few(make):
+    runs = [make(name=f"r{i}") for i in range(5)] + [make(name="short", config={"test_rows": 5})]
+    notes = compared(runs)[2]
+    assert "test_rows: not set in all others; 5 in `short`" in notes

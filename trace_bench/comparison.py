@@ -141,7 +141,7 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         lines += _seed_lines(group, columns)
     lines += [_reference_line(dict(zip(reference.header, row, strict=True))) for row in reference_rows]
     return Comparison(
-        [table for table in tables if table.rows],
+        [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
         [*_comparability(entries), *_definitions(entries, groups), *([paper.SETUP] if reference.rows else [])],
         ["run", *_TEXTS, *_NUMBERS, *_BOUNDS_OF_OP, *columns],
         lines,
@@ -263,7 +263,8 @@ class _Versus:
         # Task -> the scores of both on the same test rows, shape (rows, 2); those of NaN where they share none.
         self.pairs = {_plain(task, run.run): _pair(run, other, task) for task in run.run.tasks}
         bounds = metrics.mean_of([self.final(task) for task in self.pairs])[1:]
-        self.op = Estimate(self.numbers["OP"] / 100, *bounds)
+        known = not math.isnan(self.numbers["OP"])
+        self.op = Estimate(self.numbers["OP"] / 100, *(bounds if known else ()))
 
     def final(self, task: str) -> Estimate:
         """The difference in the final score of a task."""

@@ -297,7 +297,8 @@ class Results:
     @cached_property
     def mean(self) -> Estimate:
         """The mean of the tasks in the end."""
-        return metrics.mean_of([self.cell(t, i) for i, t in enumerate(self.final_stages)])
+        bounds = [metrics.mean_interval(self.final_rows(task)[:, None]) for task in self.run.tasks]
+        return metrics.mean_of([Estimate(float(v), a[0], b[0]) for v, (a, b) in zip(self.final, bounds, strict=True)])
 
     @cached_property
     def sequence(self) -> dict[str, list[Estimate]]:
