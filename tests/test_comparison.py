@@ -51,7 +51,7 @@ def test_a_comparison_has_one_row_a_run(make, bounds):
         *("method", "trains", "train rows", "OP", "BWT", "Forgetting", "base"),
         *("training min", "evaluation min", "trained tokens"),
     ]
-    assert compare(runs).tables[0].title.endswith("in all: tasks 3 (cstance, fomc, meetingbank)")
+    assert compare(runs).tables[0].title.endswith("(in all: tasks 3 (cstance, fomc, meetingbank))")
     assert first["mine"] == ["sequential", "lora", "first 64", "40.0", "-50.0", "50.0", "20.0", "0.1", "0.2", "3,000"]
     assert first["a-single"] == ["single", "lora", "all", "80.0", DASH, DASH, "20.0", "0.1", "0.1", "3,000"]
     assert first["a-joint"] == ["joint", "lora", "all", "70.0", DASH, DASH, "20.0", "0.0", "0.1", "1,000"]

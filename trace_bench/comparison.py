@@ -298,7 +298,7 @@ def _runs_table(entries: list[_Entry], groups: list[list[_Entry]]) -> Table:
         rows.append([_MEAN.format(len(group)), *labels, *means])
         bounds = [_interval_over_seeds(values[k], w) if k in _COMPARED else DASH for k, w in _NUMBERS.items()]
         rows.append([_INTERVAL.format(len(group)), *labels, *bounds])
-    title = "Runs, scores in percent" + (f"; in all: {', '.join(same)}" if same else "")
+    title = "Runs, scores in percent" + (f" (in all: {', '.join(same)})" if same else "")
     return Table(["run", *texts, *_NUMBERS], rows, title)
 
 
