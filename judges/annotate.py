@@ -34,8 +34,8 @@ import yaml
 from judges import JudgeError
 from judges.prompts import block
 from trace_bench import data
-from trace_bench.report import DASH, _percent, _table
 from trace_bench.run import differences, fingerprint, read_json, write_json, write_text
+from trace_bench.tables import DASH, markdown, percent
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt
 
@@ -607,7 +607,7 @@ def _report(plan: Plan, results: dict[str, dict[str, Any]]) -> str:
         [
             task,
             str(r["rows"]),
-            f"{r['accepted']} ({_percent(r['accepted'] / r['rows'])} %)",
+            f"{r['accepted']} ({percent(r['accepted'] / r['rows'])} %)",
             " + ".join(map(str, r["accepted_by_attempt"])),
             str(r["kept"]),
             str(r["dropped"]),
@@ -632,13 +632,13 @@ def _report(plan: Plan, results: dict[str, dict[str, Any]]) -> str:
         [
             "# Reasoning paths",
             "\n".join(notes),
-            _table(
+            markdown(
                 ["task", "rows", "accepted", "by attempt", "kept", "dropped", "failed", "tokens in", "tokens out"],
                 counted,
             ),
             "Accepted: the path ends in the right answer, or in a copy of the reference where the teacher saw it. What "
             "is written is the answer of the data in any case. Kept: written with the answer alone.",
-            _table(
+            markdown(
                 ["task", "characters", "words", "answer first", "duplicates", "replies rejected", "rows left out"],
                 described,
             ),

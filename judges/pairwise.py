@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from trace_bench.metrics import bootstrap_interval, wilson_interval
+from trace_bench.metrics import net_interval, wilson_interval
 
 #: The counts of `tally`; those of several suites can be added up.
 COUNTS = ("n", "win", "tie", "lose", "unscored", "identical", "judged", "disagreements", "first", "second")
@@ -84,17 +82,16 @@ def rates(counts: Mapping[str, int]) -> dict[str, Any]:
 
     Returns:
         `win_rate`, `tie_rate`, `lose_rate` of the scored pairs, each with its Wilson interval (`win_interval`, ...);
-        `net_win_rate` = (win - lose) / scored, the delta, with a bootstrap interval over pairs;
+        `net_win_rate` = (win - lose) / scored, the delta, with `metrics.net_interval`;
         `disagreement_rate` of the judged pairs; `first_position_rate`, the share of the first position among the
         verdicts for a position (0.5 = no bias). None where there is nothing to take a rate of.
     """
     scored = counts["n"] - counts["unscored"]
-    values = np.repeat([1.0, 0.0, -1.0], [counts["win"], counts["tie"], counts["lose"]])
     return {
         **{f"{name}_rate": _share(counts[name], scored) for name in ("win", "tie", "lose")},
         **{f"{name}_interval": interval(counts[name], scored) for name in ("win", "tie", "lose")},
         "net_win_rate": _share(counts["win"] - counts["lose"], scored),
-        "net_interval": bootstrap_interval(values) if scored else None,
+        "net_interval": net_interval(counts["win"], counts["lose"], scored) if scored else None,
         "disagreement_rate": _share(counts["disagreements"], counts["judged"]),
         "first_position_rate": _share(counts["first"], counts["first"] + counts["second"]),
     }

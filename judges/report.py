@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,12 +11,16 @@ from judges import pairwise
 from judges.calibrate import calibration_file
 from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
 from judges.pairwise import Kind
-from trace_bench.report import DASH, _number, _percent, _table
-from trace_bench.run import Run, read_json
+from trace_bench.metrics import Estimate, wilson_interval
+from trace_bench.run import Run, Stage, read_json
+from trace_bench.tables import DASH, markdown, percent, percent_with_interval
+
+#: (stage index, suite) -> numbers.
+Judged = dict[tuple[int, str], dict[str, Any]]
 
 
-def load(run: Run, kind: Kind) -> dict[tuple[int, str], dict[str, Any]]:
-    """The judgements that are there and were made from the present samples: (stage index, suite) -> numbers."""
+def load(run: Run, kind: Kind) -> Judged:
+    """The judgements that are there and were made from the present samples."""
     found = {}
     base = run.stages[0]
     for stage in run.stages:
@@ -31,6 +36,12 @@ def load(run: Run, kind: Kind) -> dict[tuple[int, str], dict[str, Any]]:
     return found
 
 
+def net_win_rate(judged: Judged, stage: Stage) -> Estimate:
+    """The net win rate of a stage, pooled over its suites; NaN where no pair was scored."""
+    counts = _pooled([numbers for (index, _), numbers in judged.items() if index == stage.index])
+    return _estimate(pairwise.rates(counts), "net") if counts else Estimate(math.nan)
+
+
 def sections(run: Run) -> Iterable[str]:
     """The sections of a run's report; none where nothing was judged."""
     for kind in KINDS:
@@ -39,7 +50,7 @@ def sections(run: Run) -> Iterable[str]:
             yield from _section(run, kind, found)
 
 
-def _section(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]]) -> Iterable[str]:
+def _section(run: Run, kind: Kind, found: Judged) -> Iterable[str]:
     suites = sorted({suite for _, suite in found})
     yield f"## {kind.title}\n\n" + "\n".join(_notes(run, kind, found, suites))
     rows = []
@@ -48,10 +59,10 @@ def _section(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]])
         if mine:
             rows.append([stage.name, *_pair_cells(mine), *_direct_cells(kind, mine)])
     header = ["stage", "pairs", "win", "tie", "lose", "net win rate", "orders disagree", "first position", "unscored"]
-    yield _table([*header, kind.rate, "unscored"], rows)
+    yield markdown([*header, kind.rate, "unscored"], rows)
     if len(suites) > 1:
         yield f"Net win rate / {kind.rate} by suite:"
-        yield _table(
+        yield markdown(
             ["stage", *(s.removeprefix(kind.prefix) for s in suites)],
             [
                 [stage.name, *(_suite_cell(found.get((stage.index, suite))) for suite in suites)]
@@ -61,17 +72,27 @@ def _section(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]])
         )
 
 
+def _pooled(mine: list[dict[str, Any]]) -> dict[str, int] | None:
+    """The counts of pairs of several suites together; None where there are no pairs."""
+    pairs = [numbers["pairs"] for numbers in mine if "pairs" in numbers]
+    return {name: sum(p[name] for p in pairs) for name in pairwise.COUNTS} if pairs else None
+
+
+def _estimate(rates: dict[str, Any], name: str) -> Estimate:
+    value, interval = rates["net_win_rate" if name == "net" else f"{name}_rate"], rates[f"{name}_interval"]
+    return Estimate(math.nan) if value is None else Estimate(value, *interval)
+
+
 def _pair_cells(mine: list[dict[str, Any]]) -> list[str]:
     """The cells of pairwise judgement, pooled over the suites of a stage."""
-    pairs = [numbers["pairs"] for numbers in mine if "pairs" in numbers]
-    if not pairs:
+    counts = _pooled(mine)
+    if counts is None:
         return [DASH] * 8
-    counts = {name: sum(p[name] for p in pairs) for name in pairwise.COUNTS}
     rates = pairwise.rates(counts)
     return [
         str(counts["n"]),
-        *(_with_interval(rates[f"{name}_rate"], rates[f"{name}_interval"]) for name in ("win", "tie", "lose")),
-        _with_interval(rates["net_win_rate"], rates["net_interval"], sign=True),
+        *(percent_with_interval(_estimate(rates, name)) for name in ("win", "tie", "lose")),
+        percent_with_interval(_estimate(rates, "net"), sign=True),
         _rate(rates["disagreement_rate"]),
         _rate(rates["first_position_rate"]),
         str(counts["unscored"]),
@@ -82,18 +103,18 @@ def _direct_cells(kind: Kind, mine: list[dict[str, Any]]) -> list[str]:
     counts = [numbers["direct"] for numbers in mine]
     count = sum(c[kind.counted.lower()] for c in counts)
     scored = sum(c["n"] - c["unscored"] for c in counts)
-    rate = count / scored if scored else None
-    return [_with_interval(rate, pairwise.interval(count, scored)), str(sum(c["unscored"] for c in counts))]
+    rate = Estimate(count / scored, *wilson_interval(count, scored)) if scored else Estimate(math.nan)
+    return [percent_with_interval(rate), str(sum(c["unscored"] for c in counts))]
 
 
 def _suite_cell(numbers: dict[str, Any] | None) -> str:
     if numbers is None:
         return DASH
     net = numbers.get("pairs", {}).get("net_win_rate")
-    return f"{DASH if net is None else _percent(net, sign=True)} / {_rate(numbers['direct']['rate'])}"
+    return f"{DASH if net is None else percent(net, sign=True)} / {_rate(numbers['direct']['rate'])}"
 
 
-def _notes(run: Run, kind: Kind, found: dict[tuple[int, str], dict[str, Any]], suites: list[str]) -> Iterable[str]:
+def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[str]:
     yield (
         "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
         "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
@@ -135,12 +156,5 @@ def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
     )
 
 
-def _with_interval(rate: float | None, interval: tuple[float, float] | list[float] | None, sign: bool = False) -> str:
-    if rate is None or interval is None:
-        return DASH
-    low, high = (_number(100 * bound, sign) for bound in interval)
-    return f"{_percent(rate, sign)} [{low}, {high}]"
-
-
 def _rate(value: float | None) -> str:
-    return DASH if value is None else _percent(value)
+    return DASH if value is None else percent(value)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from trace_bench import audit, data, models
 from trace_bench.audit import Split, as_text, overlap, shingles, similar, without_leaked, without_rows
 from trace_bench.cli import main
-from trace_bench.report import score_matrix, write_comparison, write_report
+from trace_bench.comparison import write_comparison
+from trace_bench.report import write_report
+from trace_bench.results import score_matrix
 from trace_bench.run import Run, RunError, read_json, write_json, write_jsonl
 
 FOMC = "What is the monetary policy stance for the following text? A. dovish, B. hawkish, C. neutral. Choose one."

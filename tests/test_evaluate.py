@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import train
 
-from trace_bench import data, engine, evaluate, models, report
+from trace_bench import data, engine, evaluate, models, results
 from trace_bench.run import Run, RunError, read_json
 
 
@@ -26,7 +26,7 @@ def test_the_seen_tasks_then_the_full_matrix(run):
     assert cells(run) == [[first, second], [first], [first, second]]
     assert evaluate.evaluate(run, cells="all") == 1
     assert cells(run)[1] == [first, second]
-    assert not math.isnan(report.score_matrix(run).sum())
+    assert not math.isnan(results.score_matrix(run).sum())
 
 
 def test_a_cell_has_its_scores_and_its_samples(run):
@@ -179,7 +179,7 @@ def test_checkpoints_from_elsewhere(run, tiny_model, tmp_path):
     theirs = evaluate.external_run(tmp_path / "theirs", checkpoints, **arguments)
     assert theirs.is_sequence() and evaluate.evaluate(theirs) == 5
     evaluate.evaluate(run)
-    assert (report.score_matrix(theirs)[2] == report.score_matrix(run)[2]).all()
+    assert (results.score_matrix(theirs)[2] == results.score_matrix(run)[2]).all()
     named = evaluate.external_run(tmp_path / "named", {"best": checkpoints[run.tasks[1]]}, **arguments)
     assert not named.is_sequence() and evaluate.evaluate(named) == 4, "a name that is no task: all tasks"
     with pytest.raises(RunError, match="no adapter"):

@@ -11,7 +11,8 @@ import pytest
 from conftest import SHARED, train
 
 from trace_bench import cli, data, engine, evaluate
-from trace_bench.report import general_delta, load_besides, write_report
+from trace_bench.report import write_report
+from trace_bench.results import general_delta, load_besides
 from trace_bench.run import Run, RunError, read_json, write_json
 from trainers.base import CLConfig, ConfigError
 

@@ -20,8 +20,9 @@ from judges.planted import PLANTED
 from judges.verdict import parse
 from trace_bench.cli import main
 from trace_bench.metrics import wilson_interval
-from trace_bench.report import DASH, write_report
+from trace_bench.report import write_report
 from trace_bench.run import Run, write_json, write_jsonl
+from trace_bench.tables import DASH
 
 KEY = "sk-secret-0123456789"
 SUITES = ("instruct_lima", "safety_cona")

@@ -9,7 +9,7 @@ import torch
 from conftest import SHARED, stop_at, train
 from safetensors.torch import load_file
 
-from trace_bench import data, evaluate, report
+from trace_bench import data, evaluate, report, results
 from trace_bench.run import Run, read_json
 from trainers.base import CLConfig, CLTrainer, ConfigError
 
@@ -69,7 +69,7 @@ def test_a_method_killed_and_resumed_ends_in_the_same_bytes_and_is_evaluated(nam
         states = [sorted(r.stages[stage].method_state.glob("*")) for r in (whole, resumed)]
         assert [f.read_bytes() for f in states[0]] == [f.read_bytes() for f in states[1]]
     evaluate.evaluate(resumed)
-    R = report.score_matrix(resumed)
+    R = results.score_matrix(resumed)
     seen = np.eye(3, dtype=bool) if name == "single" else np.tril(np.ones((3, 3), dtype=bool))
     assert not np.isnan(R[0]).any() and (np.isnan(R[1:]) == ~seen).all()
     assert str(report.write_report(resumed)).endswith(".") or (resumed.path / "report.md").exists()
@@ -94,7 +94,7 @@ def test_single_does_not_depend_on_the_stage_before(options, tmp_path):
     a, b = weights(both, 2), weights(alone, 1)
     assert all(torch.equal(a[k], b[k]) for k in a)
     evaluate.evaluate(both)
-    assert np.isnan(report.score_matrix(both)[2, 0]) and not np.isnan(report.score_matrix(both)[2, 1])
+    assert np.isnan(results.score_matrix(both)[2, 0]) and not np.isnan(results.score_matrix(both)[2, 1])
 
 
 def test_joint_is_one_stage_on_all_rows(options):
@@ -104,7 +104,7 @@ def test_joint_is_one_stage_on_all_rows(options):
     record = read_json(run.stages[1].train_file)
     assert record["rows"] == 16 + 2 * 16 + 16 and record["epochs"] == 1
     assert evaluate.evaluate(run) == 2 * 3, "the joint model is evaluated on all tasks"
-    assert not np.isnan(report.score_matrix(run)).any()
+    assert not np.isnan(results.score_matrix(run)).any()
     with pytest.raises(ConfigError, match="whole numbers"):
         train({**small(options, "joint"), "epochs": [1.0, 1.5, 1.0]}, trainer, config)
 

@@ -1,20 +1,30 @@
-"""Tests of `trace_bench.metrics`: the paper's printed numbers, a matrix worked by hand, NaN, and the bootstrap."""
+"""Tests of `trace_bench.metrics`: the paper's printed numbers, a matrix worked by hand, NaN, and intervals."""
 
 import json
+import time
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pytest
+from scipy.stats import multinomial
 
 import trace_bench
 from trace_bench.metrics import (
+    Estimate,
     average_accuracy,
     backward_transfer,
     bootstrap_interval,
+    difference_interval,
     forgetting,
     forward_transfer,
     general_ability_delta,
+    mean_interval,
+    mean_of,
+    net_interval,
     overall_performance,
+    seed_interval,
+    wilson_interval,
 )
 
 PAPER = json.loads((Path(trace_bench.__file__).parent / "paper_results.json").read_text(encoding="utf-8"))
@@ -180,6 +190,25 @@ def test_general_ability_delta_of_a_missing_suite_is_nan():
     assert np.isnan(general_ability_delta({"a": 1.0, "b": np.nan}, {"a": 1.0, "b": 1.0}))
 
 
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+def binary_rows(rates, n, rng):
+    """0/1 rows with these rates, shape (n, len(rates)), correlated over the columns as the answers of stages are."""
+    hard = rng.standard_normal((n, 1))
+    thresholds = [NormalDist().inv_cdf(rate) for rate in rates]
+    return ((hard + rng.standard_normal((n, len(rates)))) / 2**0.5 < thresholds).astype(float)
+
+
+@pytest.mark.parametrize("function", NEEDS)
+def test_replicates_of_a_matrix_give_an_array_of_its_values(function):
+    replicates = np.stack([R3, R3**2, R3 / 3])
+    values = function(replicates)
+    assert values.shape == (3,) and values == pytest.approx([function(R) for R in replicates])
+    assert function(replicates[:, None]).shape == (3, 1)
+    assert function(np.stack([R3[:2, :1]] * 2)).shape == (2,), "one task alone"
+
+
 def test_bootstrap_is_deterministic_for_a_seed_and_contains_the_mean():
     groups = [np.random.default_rng(1).random(40), np.random.default_rng(2).random(70)]
     low, high = bootstrap_interval(groups, resamples=300)
@@ -190,33 +219,139 @@ def test_bootstrap_is_deterministic_for_a_seed_and_contains_the_mean():
 
 def test_a_higher_level_gives_a_wider_interval():
     rows = np.random.default_rng(0).random(50)
-    (a, b), (c, d) = (bootstrap_interval(rows, level=level, resamples=500) for level in (0.8, 0.99))
+    (a, b), (c, d) = (bootstrap_interval([rows], level=level, resamples=500) for level in (0.8, 0.99))
     assert c < a < b < d
+
+
+@pytest.mark.parametrize("n", [40, 200])
+def test_intervals_of_op_and_bwt_cover_the_truth_about_as_often_as_they_say(n):
+    rng = np.random.default_rng(n)
+    truth = np.array([[0.1, 0.1, 0.1], [0.7, 0.1, 0.1], [0.5, 0.8, 0.1], [0.3, 0.6, 0.6]])
+    both = lambda R: np.stack([overall_performance(R), backward_transfer(R)], axis=-1)  # noqa: E731
+    covered = []
+    for seed in range(600):
+        rows = [binary_rows(truth[:, i], n, rng) for i in range(3)]
+        low, high = bootstrap_interval(rows, both, resamples=400, seed=seed)
+        covered.append((low <= both(truth)) & (both(truth) <= high))
+    assert (np.mean(covered, axis=0) >= 0.92).all() and (np.mean(covered, axis=0) <= 0.98).all()
 
 
 def test_a_paired_interval_is_narrower_than_an_unpaired_one():
     rng = np.random.default_rng(0)
-    before = rng.random(100)
-    after = before + 0.1 + 0.05 * rng.standard_normal(100)
-    pairs = np.stack([before, after], axis=1)
-    low, high = bootstrap_interval([pairs], lambda g: float((g[0][:, 1] - g[0][:, 0]).mean()), resamples=500)
-    apart = bootstrap_interval([before, after], lambda g: float(g[1].mean() - g[0].mean()), resamples=500)
-    assert low < (after - before).mean() < high
-    assert high - low < 0.5 * (apart[1] - apart[0])
+    rows = [binary_rows([0.2, 0.7, 0.6, 0.5], 100, rng) for _ in range(3)]
+    shuffled = [np.stack([rng.permutation(column) for column in x.T], axis=1) for x in rows]
+    widths = [np.subtract(*bootstrap_interval(x, backward_transfer)[::-1]) for x in (rows, shuffled)]
+    assert 0 < widths[0] < 0.9 * widths[1]
+    assert np.subtract(*bootstrap_interval(rows, lambda R: R[:, 3, 0] - R[:, 1, 0])) < 0
 
 
-def test_an_interval_of_95_percent_covers_the_mean_about_as_often():
-    rng = np.random.default_rng(0)
-    intervals = [bootstrap_interval(rng.normal(0.5, 0.2, 60), resamples=300, seed=i) for i in range(500)]
-    assert 0.92 <= np.mean([low <= 0.5 <= high for low, high in intervals]) <= 0.98
+def test_small_groups_keep_their_variance():
+    """50 subtasks of three rows: drawing three of three would make the interval a fifth too narrow."""
+    groups = list(np.random.default_rng(0).normal(size=(50, 3)))
+    low, high = bootstrap_interval(groups)
+    error = np.mean([g.var(ddof=1) / 3 for g in groups]) ** 0.5 / 50**0.5
+    assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
 
 
-@pytest.mark.parametrize("samples", [[], [[]], [[1.0], []], np.array([])])
-def test_the_interval_of_nothing_is_nan(samples):
-    assert np.isnan(bootstrap_interval(samples)).all()
+def test_a_missing_cell_leaves_the_statistics_that_do_not_need_it():
+    rows = [np.random.default_rng(i).random((20, 4)) for i in range(3)]
+    rows[1][:, 1] = np.nan  # R[1, 2], above the diagonal
+    low, high = bootstrap_interval(rows, lambda R: np.stack([backward_transfer(R), forward_transfer(R)], axis=-1))
+    assert low[0] < high[0] and np.isnan([low[1], high[1]]).all()
+
+
+@pytest.mark.parametrize("rows", [[], [[]], [[1.0]], [[1.0, 0.0], []], [np.zeros((1, 4))] * 3], ids=str)
+def test_the_interval_of_less_than_two_rows_is_nan(rows):
+    assert np.isnan(bootstrap_interval(rows)).all()
+
+
+@pytest.mark.parametrize("rows", [[0.0, 1.0], [np.zeros((5, 2)), np.zeros((5, 3))], [np.zeros(5), np.zeros((5, 2))]])
+def test_groups_of_other_shapes_are_an_error_that_says_which(rows):
+    with pytest.raises(ValueError, match=r"Groups of the shapes .*\(n, columns\)"):
+        bootstrap_interval(rows)
+
+
+def test_a_run_of_full_size_takes_seconds():
+    rows = [np.random.default_rng(i).random((2000, 9)) for i in range(8)]
+    started = time.process_time()
+    low, high = bootstrap_interval(rows, average_accuracy)
+    assert low < high and time.process_time() - started < 4
 
 
 @pytest.mark.parametrize("level", [0, 1, 95])
 def test_a_level_out_of_range_is_an_error(level):
+    for interval in (bootstrap_interval, mean_interval, difference_interval, seed_interval):
+        with pytest.raises(ValueError, match=f"level={level}"):
+            interval(np.zeros((2, 1)), level=level)
     with pytest.raises(ValueError, match=f"level={level}"):
-        bootstrap_interval([0.0, 1.0], level=level)
+        net_interval(1, 1, 2, level=level)
+
+
+def test_the_net_interval():
+    # By hand: (9 - 3) / 22, variance (12 / 22 - (6 / 22)^2) / 22
+    assert net_interval(8, 2, 20) == pytest.approx((-0.0141, 0.5595), abs=1e-4)
+    assert net_interval(2, 8, 20) == pytest.approx((-0.5595, 0.0141), abs=1e-4)
+    assert np.isnan(net_interval(0, 0, 0)).all()
+    for n in (1, 6, 500):
+        low, high = net_interval(n, 0, n)
+        assert low < high == 1, "whatever all rows say is within"
+    for wrong in ((-1, 0, 2), (2, 1, 2)):
+        with pytest.raises(ValueError, match="plus="):
+            net_interval(*wrong)
+
+
+@pytest.mark.parametrize("n", [24, 40])
+def test_the_net_interval_covers_whatever_the_rates(n):
+    """Enumerated: the probability of every outcome, with rates near 0 and 1 among them."""
+    plus, minus = (grid.ravel() for grid in np.meshgrid(np.arange(n + 1), np.arange(n + 1)))
+    plus, minus = plus[plus + minus <= n], minus[plus + minus <= n]
+    low, high = np.array([net_interval(int(a), int(b), n) for a, b in zip(plus, minus, strict=True)]).T
+    for p, q in [(0.02, 0.02), (0.02, 0), (0.1, 0.1), (0.3, 0.1), (0.3, 0.02), (0.5, 0.4), (0.9, 0.02), (0.98, 0)]:
+        probability = multinomial.pmf(np.stack([plus, minus, n - plus - minus], axis=1), n, [p, q, 1 - p - q])
+        assert probability[(low - 1e-9 <= p - q) & (p - q <= high + 1e-9)].sum() >= 0.93, (p, q)
+
+
+def test_single_means_and_differences_take_the_interval_that_fits_their_rows():
+    binary, real = np.repeat([1.0, 0.0], [5, 35]), np.random.default_rng(0).random(40)
+    low, high = mean_interval(np.stack([binary, real, np.where(real < 0.1, np.nan, real)], axis=1))
+    assert (low[0], high[0]) == wilson_interval(5, 40) and np.isnan([low[2], high[2]]).all()
+    assert low[1] < real.mean() < high[1] and high[1] - low[1] == pytest.approx(3.92 * real.std() / 40**0.5, rel=0.1)
+    low, high = difference_interval(np.stack([binary - binary[::-1], real - 0.5], axis=1))
+    assert (low[0], high[0]) == net_interval(5, 5, 40)
+    assert low[1] < real.mean() - 0.5 < high[1]
+
+
+def test_the_mean_of_independent_estimates():
+    one, two = Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.2, 0.4)
+    # .4, less sqrt(.1^2 + .1^2) / 2, plus sqrt(.2^2 + .1^2) / 2
+    assert mean_of([one, two]) == pytest.approx((0.4, 0.3293, 0.5118), abs=1e-4)
+    assert mean_of([one]) == pytest.approx(one)
+    unknown = mean_of([one, Estimate(0.3)])
+    assert unknown.value == pytest.approx(0.4) and np.isnan(unknown[1:]).all()
+    assert np.isnan(mean_of([]).value)
+
+
+@pytest.mark.parametrize("rates, n", [([0.02, 0.98, 0.5, 0.02], 24), ([0.02, 0.98, 0.02, 0.98], 40)])
+def test_the_mean_of_tasks_is_covered_near_0_and_1_too(rates, n):
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(1000):
+        counts = rng.binomial(n, rates)
+        mean = mean_of([Estimate(c / n, *wilson_interval(int(c), n)) for c in counts])
+        covered.append(mean.low <= np.mean(rates) <= mean.high)
+    assert np.mean(covered) >= 0.92
+
+
+def test_the_interval_over_seeds_is_student_s():
+    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert np.isnan(seed_interval([1.0])).all() and np.isnan(seed_interval([1.0, np.nan])).all()
+
+
+def test_an_estimate_knows_whether_it_is_clear_of_zero():
+    signs = [
+        Estimate(0.2, 0.1, 0.3).sign,
+        Estimate(-0.2, -0.3, -0.1).sign,
+        Estimate(0.2, 0, 0.4).sign,
+        Estimate(1).sign,
+    ]
+    assert signs == [1, -1, 0, 0]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import train
 
-from trace_bench import data, evaluate, metrics, report
+from trace_bench import data, evaluate, metrics, report, results
 from trace_bench.run import Run, write_json
 
 YAML = """task: {name}
@@ -44,7 +44,7 @@ def test_thirty_stages_of_ones_own_tasks(options, own_tasks):
     del options["data"]
     run = train({**options, "tasks": own_tasks, "max_steps": 1, "per_device_train_batch_size": 4, "test_rows": 2})
     assert evaluate.evaluate(run) == 30 + 30 * 31 // 2
-    R = report.score_matrix(run)
+    R = results.score_matrix(run)
     assert R.shape == (31, 30) and np.isfinite(R[30]).all() and np.isnan(R[1, 1:]).all()
     seconds = [json.loads(s.train_file.read_text())["seconds"] for s in run.stages[1:]]
     assert np.median(seconds[20:]) < 3 * np.median(seconds[:10]), "the cost of a stage does not grow with its number"
@@ -65,7 +65,7 @@ def test_a_report_of_a_hundred_tasks_takes_seconds(tmp_path):
     started = time.perf_counter()
     report.write_report(run)
     assert time.perf_counter() - started < 20
-    R = report.score_matrix(run)
+    R = results.score_matrix(run)
     assert R.shape == (101, 100)
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert f"{100 * metrics.overall_performance(R):.1f}" in text

@@ -190,10 +190,11 @@ def main(argv: list[str] | None = None) -> None:
     p = commands.add_parser(
         "report",
         help="write report.md and scores.csv from the files of a run, and compare several runs",
-        description="Writes report.md and scores.csv of each run. Two or more runs are compared in a table.",
+        description="Writes report.md and scores.csv of each run. Two or more runs are compared in tables.",
     )
     p.add_argument("paths", metavar="RUN", nargs="+", help="a run directory")
-    p.add_argument("--output", metavar="FILE.md", help="write the comparison there too, and as .csv beside it")
+    p.add_argument("--baseline", metavar="RUN", help="the run that the others are set against (default: the first)")
+    p.add_argument("--output", metavar="FILE", help="write the comparison there too: FILE.md, FILE.csv or FILE.tex")
     p.add_argument(
         "--without-leaked",
         metavar="AUDIT.json",
@@ -526,18 +527,23 @@ def _report(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from trace_bench.audit import without_leaked
-    from trace_bench.report import write_comparison, write_report
+    from trace_bench.comparison import check_output, write_comparison
+    from trace_bench.report import write_report
     from trace_bench.run import Run
 
-    runs = [Run.open(path) for path in dict.fromkeys(args.paths)]
-    if args.without_leaked:
-        runs = [without_leaked(run, Path(args.without_leaked)) for run in runs]
-    if len(runs) == 1 and not args.output:
-        print(write_report(runs[0]))
-        return
-    for run in runs:
-        write_report(run)
-    print(write_comparison(runs, args.output), end="")
+    check_output(args.output)
+
+    def open_run(path: str) -> Run:
+        run = Run.open(path)
+        return without_leaked(run, Path(args.without_leaked)) if args.without_leaked else run
+
+    runs = [open_run(path) for path in dict.fromkeys(args.paths)]
+    baseline = open_run(args.baseline) if args.baseline else None
+    lines = [write_report(run) for run in runs]
+    if len(runs) == 1 and not args.output and baseline is None:
+        print(lines[0])
+    else:
+        print(write_comparison(runs, args.output, baseline), end="")
 
 
 def _study(args: argparse.Namespace) -> None:

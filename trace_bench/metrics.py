@@ -1,26 +1,52 @@
-"""The numbers of continual learning: pure functions of the score matrix.
+"""The numbers of continual learning: pure functions of the score matrix, and their intervals over test rows.
 
 `R` is a float array of shape (T+1, T). Row 0 is the base model, row t the model after stage t; column i-1 is the
 i-th task of the order. `R[t, i]` in the text below counts tasks from 1. NaN means not evaluated: a result that needs
 such a cell is NaN. Inputs are never changed. Scores are fractions of 1.
+
+Every function of R takes replicates of it too, shape (..., T+1, T), and gives an array of the leading dimensions then:
+so `bootstrap_interval(rows, backward_transfer)` is the interval of BWT.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import NormalDist
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Matrix = NDArray[np.float64]
+#: A float; an array where R has leading dimensions.
+Value = Any
+
+#: Numbers drawn or held at a time by the bootstrap, which bounds its memory to some ten megabytes.
+CHUNK = 2**20
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % interval; the bounds are NaN where there is none."""
+
+    value: float
+    low: float = float("nan")
+    high: float = float("nan")
+
+    @property
+    def sign(self) -> int:
+        """1 or -1 where the interval is all above or all below zero, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
 
 
 def _matrix(R: ArrayLike) -> Matrix:
     array = np.asarray(R, dtype=np.float64)
-    if array.ndim != 2 or array.shape[0] != array.shape[1] + 1 or array.shape[1] == 0:
+    if array.ndim < 2 or array.shape[-2] != array.shape[-1] + 1 or array.shape[-1] == 0:
         raise ValueError(f"R has the shape {array.shape}; it must be (T+1, T): the base model and T stages, T tasks.")
     return array
+
+
+def _value(array: Matrix) -> Value:
+    return float(array) if np.ndim(array) == 0 else array
 
 
 def _stage(t: int | None, T: int) -> int:
@@ -30,7 +56,7 @@ def _stage(t: int | None, T: int) -> int:
     return t
 
 
-def overall_performance(R: ArrayLike, t: int | None = None) -> float:
+def overall_performance(R: ArrayLike, t: int | None = None) -> Value:
     """OP_t = 1/t sum_{i<=t} R[t, i]: the mean score on the tasks seen so far (TRACE, section 3.3, equation 1).
 
     Args:
@@ -38,11 +64,11 @@ def overall_performance(R: ArrayLike, t: int | None = None) -> float:
         t: The stage; None = the last.
     """
     R = _matrix(R)
-    t = _stage(t, R.shape[1])
-    return float(R[t, :t].mean())
+    t = _stage(t, R.shape[-1])
+    return _value(R[..., t, :t].mean(axis=-1))
 
 
-def backward_transfer(R: ArrayLike, t: int | None = None) -> float:
+def backward_transfer(R: ArrayLike, t: int | None = None) -> Value:
     """BWT_t = 1/(t-1) sum_{i<t} (R[t, i] - R[i, i]): what later stages did to a task (TRACE, section 3.3).
 
     Negative = forgetting. The paper's formula is printed with 1/t; its tables are made with 1/(t-1), as here.
@@ -52,14 +78,14 @@ def backward_transfer(R: ArrayLike, t: int | None = None) -> float:
         t: The stage; None = the last. At t = 1 there is no earlier task: NaN.
     """
     R = _matrix(R)
-    t = _stage(t, R.shape[1])
+    t = _stage(t, R.shape[-1])
     if t == 1:
-        return float("nan")
+        return _value(np.full(R.shape[:-2], np.nan))
     i = np.arange(t - 1)
-    return float((R[t, i] - R[i + 1, i]).mean())
+    return _value((R[..., t, i] - R[..., i + 1, i]).mean(axis=-1))
 
 
-def forward_transfer(R: ArrayLike) -> float:
+def forward_transfer(R: ArrayLike) -> Value:
     """FWT = 1/(T-1) sum_{i>1} (R[i-1, i] - R[0, i]): what earlier stages did to a task not trained yet.
 
     Lopez-Paz & Ranzato 2017 (GEM), equation 4, with the base model's zero-shot score as the reference where they
@@ -69,41 +95,42 @@ def forward_transfer(R: ArrayLike) -> float:
         R: Scores, shape (T+1, T). With T = 1: NaN.
     """
     R = _matrix(R)
-    T = R.shape[1]
+    T = R.shape[-1]
     if T == 1:
-        return float("nan")
+        return _value(np.full(R.shape[:-2], np.nan))
     i = np.arange(1, T)
-    return float((R[i, i] - R[0, i]).mean())
+    return _value((R[..., i, i] - R[..., 0, i]).mean(axis=-1))
 
 
-def forgetting(R: ArrayLike, t: int | None = None) -> float:
+def forgetting(R: ArrayLike, t: int | None = None) -> Value:
     """F_t = 1/(t-1) sum_{i<t} (max_{i<=l<t} R[l, i] - R[t, i]): the drop from a task's best score so far.
 
     Chaudhry et al. 2018 (Riemannian Walk), section 4. Positive = forgetting. It differs from -BWT where a task got
-    better after its own stage.
+    better after its own stage. The best of several measured scores is too high by chance: where
+    nothing is forgotten in eight tasks it is 6 points with 40 test rows and 2 with 200.
 
     Args:
         R: Scores, shape (T+1, T).
         t: The stage; None = the last. At t = 1: NaN.
     """
     R = _matrix(R)
-    t = _stage(t, R.shape[1])
+    t = _stage(t, R.shape[-1])
     if t == 1:
-        return float("nan")
-    return float(np.mean([R[i:t, i - 1].max() - R[t, i - 1] for i in range(1, t)]))
+        return _value(np.full(R.shape[:-2], np.nan))
+    return _value(np.mean([R[..., i:t, i - 1].max(axis=-1) - R[..., t, i - 1] for i in range(1, t)], axis=0))
 
 
-def average_accuracy(R: ArrayLike) -> float:
+def average_accuracy(R: ArrayLike) -> Value:
     """The mean of OP_t over all stages ("average incremental accuracy", Rebuffi et al. 2017, iCaRL).
 
     Args:
         R: Scores, shape (T+1, T).
     """
     R = _matrix(R)
-    return float(np.mean([overall_performance(R, t) for t in range(1, R.shape[1] + 1)]))
+    return _value(np.mean([overall_performance(R, t) for t in range(1, R.shape[-1] + 1)], axis=0))
 
 
-def general_ability_delta(base: Mapping[str, float], after: Mapping[str, float]) -> float:
+def general_ability_delta(base: Mapping[str, Value], after: Mapping[str, Value]) -> Value:
     """Mean over the suites of (after - base) (TRACE, section 3.3, general ability delta).
 
     Args:
@@ -115,43 +142,198 @@ def general_ability_delta(base: Mapping[str, float], after: Mapping[str, float])
     """
     if base.keys() != after.keys() or not base:
         raise ValueError(f"Both models need the same suites; found {sorted(base)} and {sorted(after)}.")
-    return float(np.mean([after[suite] - base[suite] for suite in base]))
+    return _value(np.mean([after[suite] - base[suite] for suite in base], axis=0))
 
 
 def bootstrap_interval(
-    samples: Sequence[ArrayLike] | ArrayLike,
-    statistic: Callable[[Sequence[Matrix]], float] | None = None,
+    rows: Sequence[ArrayLike],
+    statistic: Callable[[Matrix], Any] | None = None,
     *,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval over test rows (Efron 1979).
+) -> tuple[Value, Value]:
+    """Percentile bootstrap interval over test rows, paired (Efron and Tibshirani 1993, chapters 6 and 13).
+
+    The rows of a group (the test set of a task) are drawn with replacement, whole rows, so that all columns (stages)
+    are means over the same draw. Groups are drawn independently of each other. Of n rows n-1 are drawn, which gives
+    the mean its unbiased variance s^2/n in small groups too (McCarthy and Snowden 1985).
+
+    Checked by simulation for OP and BWT of four and eight tasks of 0/1 rows with rates .1 to .9: with 24, 40 and 200
+    rows 93 to 96 % are covered. Where rates are near 0 or 1 and rows few it is too narrow, since rows that are all the
+    same have no spread: OP of four tasks at .02 and .98 is covered in 73 % with 24 rows, 90 % with 40, 93 % with 200.
+    `mean_interval`, `difference_interval` and `mean_of` are sound there. It does not fit `forgetting`, whose maximum is
+    biased: with eight tasks of equal scores 27 to 30 % are covered, whatever the rows.
 
     Args:
-        samples: Scores of test rows, or several groups of them (the test sets of several tasks). A group may be
-            two-dimensional, (rows, conditions): its rows are drawn together, which makes the interval a paired one.
-        statistic: From the resampled groups to a number. None: the mean over groups of each group's mean.
+        rows: A group each: shape (n,), or (n, columns) with as many columns in every group. A NaN makes its column of
+            the group NaN.
+        statistic: From replicates of the groups' means, shape (resamples, groups) or (resamples, columns, groups), to
+            an array whose first dimension is the resamples; it is called with some of them at a time. With a column a
+            stage and a group a task the replicates are R's. None: the mean over the groups.
         level: Coverage.
         resamples: Number of resamples.
         seed: Seed of the draws; the same seed gives the same interval.
 
     Returns:
-        (low, high); NaN for both if a group is empty.
+        (low, high), each a float or an array of the statistic's shape; NaN if there is no group, or one has less than
+        two rows.
+
+    Raises:
+        ValueError: if `level` is not between 0 and 1, or the groups differ in their columns.
+    """
+    _check_level(level)
+    groups = [np.asarray(group, dtype=np.float64) for group in rows]
+    if not groups:
+        return np.nan, np.nan
+    columns = groups[0].shape[1:]
+    if any(g.ndim not in (1, 2) or g.shape[1:] != columns for g in groups):
+        shapes = ", ".join(str(shape) for shape in sorted({g.shape for g in groups}))
+        raise ValueError(f"Groups of the shapes {shapes}: use (n,) for all, or (n, columns) with the same columns.")
+    statistic = statistic or (lambda R: R.mean(axis=-1))
+    if any(len(g) < 2 for g in groups):
+        unknown = _value(np.asarray(statistic(np.full((1, *columns, len(groups)), np.nan)))[0])
+        return unknown, unknown
+    rng = np.random.default_rng(seed)
+    size = max(1, CHUNK // max(len(groups) * int(np.prod(columns)), *map(len, groups), 1))
+    values = []
+    for start in range(0, resamples, size):
+        count = min(size, resamples - start)
+        values.append(statistic(np.stack([_resampled_means(g, count, rng) for g in groups], axis=-1)))
+    low, high = np.quantile(np.concatenate(values), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return _value(low), _value(high)
+
+
+def _resampled_means(group: Matrix, count: int, rng: np.random.Generator) -> Matrix:
+    """The means of `count` resamples of the rows: how often each row was drawn, times the rows."""
+    n = len(group)
+    drawn = rng.integers(0, n, (count, n - 1), dtype=np.int32) + np.arange(count)[:, None] * n
+    weights = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
+    return weights.astype(np.float64) @ group / (n - 1)
+
+
+def mean_interval(scores: ArrayLike, *, level: float = 0.95) -> tuple[Matrix, Matrix]:
+    """Intervals of the means of columns: Wilson's where all rows are 0 or 1, else the bootstrap over rows.
+
+    Args:
+        scores: Scores of test rows, shape (n, columns).
+        level: Coverage.
+
+    Returns:
+        (low, high), shape (columns,); NaN where a column holds NaN, or has one row that is not 0 or 1.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    return _by_kind(scores, (0, 1), lambda c: wilson_interval(int(c.sum()), len(c), level=level), level)
+
+
+def difference_interval(differences: ArrayLike, *, level: float = 0.95) -> tuple[Matrix, Matrix]:
+    """Intervals of the means of paired differences, one a test row.
+
+    `net_interval` where all rows are -1, 0 or 1, as differences of 0/1 scores are; else the bootstrap over rows.
+
+    Args:
+        differences: Shape (n, columns).
+        level: Coverage.
+
+    Returns:
+        (low, high), shape (columns,); NaN as in `mean_interval`.
+    """
+    differences = np.asarray(differences, dtype=np.float64)
+    return _by_kind(
+        differences,
+        (-1, 0, 1),
+        lambda c: net_interval(int((c > 0).sum()), int((c < 0).sum()), len(c), level=level),
+        level,
+    )
+
+
+def _by_kind(
+    rows: Matrix, values: Sequence[int], formula: Callable[[Matrix], tuple[float, float]], level: float
+) -> tuple[Matrix, Matrix]:
+    """The intervals of columns: by the formula where they hold these values alone, else by the bootstrap."""
+    low, high = np.full(rows.shape[1], np.nan), np.full(rows.shape[1], np.nan)
+    exact = np.isin(rows, values).all(axis=0)
+    for column in np.flatnonzero(exact):
+        low[column], high[column] = formula(rows[:, column])
+    others = ~exact & ~np.isnan(rows).any(axis=0)
+    if others.any():
+        low[others], high[others] = bootstrap_interval([rows[:, others]], lambda R: R[..., 0], level=level)
+    return low, high
+
+
+def mean_of(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent estimates (Zou and Donner 2008, Statistics in Medicine 27: variance estimates recovery).
+
+    Test sets of tasks are independent, so OP is the mean of the last cells and BWT that of the paired differences,
+    with the intervals that `mean_interval` and `difference_interval` give those. Rates of 0 and 1 keep their
+    uncertainty: in the simulations of `bootstrap_interval`, 92 to 97 % are covered, near 0 and 1 95 to 99.6 %.
+
+    Args:
+        estimates: Numbers with their intervals.
+
+    Returns:
+        The mean; without an interval where one of them has none. NaN without any.
+    """
+    if not estimates:
+        return Estimate(np.nan)
+    values, low, high = np.array(estimates).T
+    mean = float(values.mean())
+    below, above = (float(np.sqrt(((values - bound) ** 2).sum())) / len(values) for bound in (low, high))
+    return Estimate(mean, mean - below, mean + above)
+
+
+def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of (plus - minus) / n: a paired difference of two proportions, or a net win rate.
+
+    The adjusted Wald interval of Bonett and Price (2012), Journal of Educational and Behavioral Statistics 37, which
+    Fagerland, Lydersen and Laake (2014) recommend. Enumerated over a grid of rates it covers 93 to 100 % with 24
+    rows and 94 to 100 % with 200, where the bootstrap falls to 38 %: rows that are all the same have no spread.
+
+    Args:
+        plus: Rows with +1: won, or right only the second time.
+        minus: Rows with -1.
+        n: All rows, those with 0 too.
+        level: Coverage.
+
+    Returns:
+        (low, high), within -1 and 1; NaN for both if there is no row.
+
+    Raises:
+        ValueError: if `level` is not between 0 and 1, or the counts are not within `n`.
+    """
+    _check_level(level)
+    if not (plus >= 0 and minus >= 0 and plus + minus <= n):
+        raise ValueError(f"plus={plus} and minus={minus} of n={n}: use counts from 0 that are no more than n together.")
+    if n == 0:
+        return np.nan, np.nan
+    p, q = (plus + 1) / (n + 2), (minus + 1) / (n + 2)
+    half = NormalDist().inv_cdf((1 + level) / 2) * ((p + q - (p - q) ** 2) / (n + 2)) ** 0.5
+    return max(-1.0, p - q - half), min(1.0, p - q + half)
+
+
+def seed_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the mean over training seeds (Student's t).
+
+    It says what another training would change, on the same test rows; the intervals over test rows say what other
+    rows would change, for the same training.
+
+    Args:
+        values: One number a seed.
+        level: Coverage.
+
+    Returns:
+        (low, high); NaN for both with less than two values, or a NaN among them.
 
     Raises:
         ValueError: if `level` is not between 0 and 1.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: use a number between 0 and 1, such as 0.95.")
-    groups = _groups(samples)
-    if not groups or any(len(g) == 0 for g in groups):
-        return float("nan"), float("nan")
-    statistic = statistic or (lambda gs: float(np.mean([g.mean() for g in gs])))
-    rng = np.random.default_rng(seed)
-    values = [statistic([g[rng.integers(0, len(g), len(g))] for g in groups]) for _ in range(resamples)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    from scipy.special import stdtrit
+
+    _check_level(level)
+    if len(values) < 2:
+        return np.nan, np.nan
+    half = stdtrit(len(values) - 1, (1 + level) / 2) * np.std(values, ddof=1) / len(values) ** 0.5
+    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -168,8 +350,7 @@ def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, 
     Raises:
         ValueError: if `level` is not between 0 and 1, or `count` not between 0 and `n`.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level={level}: use a number between 0 and 1, such as 0.95.")
+    _check_level(level)
     if not 0 <= count <= n:
         raise ValueError(f"count={count} of n={n}: use a count between 0 and n.")
     if n == 0:
@@ -180,10 +361,6 @@ def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, 
     return max(0.0, center - half), min(1.0, center + half)
 
 
-def _groups(samples: Sequence[ArrayLike] | ArrayLike) -> list[Matrix]:
-    if isinstance(samples, np.ndarray):
-        return [samples.astype(np.float64)]
-    samples = list(samples)  # type: ignore[arg-type]
-    if all(np.ndim(s) == 0 for s in samples):
-        return [np.asarray(samples, dtype=np.float64)]
-    return [np.asarray(s, dtype=np.float64) for s in samples]
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}: use a number between 0 and 1, such as 0.95.")

@@ -30,7 +30,8 @@ from typing import Any
 
 import yaml
 
-from trace_bench.report import compare, write_report
+from trace_bench.comparison import compare
+from trace_bench.report import write_report
 from trace_bench.run import Run, RunError, write_text
 
 TRAINERS = Path(__file__).parent.parent / "trainers"
@@ -187,8 +188,8 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
     lines += [f"> Not done: `{name}`." for name in missing if name not in failed]
     text = head + "".join(f"{line}\n\n" for line in lines)
     if there:
-        comparison, table = compare(there)
-        text += comparison
-        write_text(folder / "summary.csv", table)
+        comparison = compare(there)
+        text += comparison.markdown()
+        write_text(folder / "summary.csv", comparison.csv())
     write_text(folder / "summary.md", text)
     return text

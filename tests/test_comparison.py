@@ -1,0 +1,394 @@
+"""Tests of `trace_bench.comparison` on run directories written here: numbers, differences, seeds, warnings, forms."""
+
+import csv
+import io
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+from made_runs import TASKS, R, cell, make_bounds, make_run, without, write_cell
+
+from judges.judging import judge_file, sample_fingerprints
+from trace_bench.cli import main
+from trace_bench.comparison import compare
+from trace_bench.run import Run, write_json
+from trace_bench.tables import DASH
+
+
+@pytest.fixture
+def make(tmp_path):
+    return partial(make_run, tmp_path / "runs")
+
+
+@pytest.fixture
+def bounds(make):
+    return partial(make_bounds, make)
+
+
+def compared(runs, baseline=None):
+    """The runs and the final scores, each as rows by their first cell, the notes, and the rows of the CSV."""
+    comparison = compare(runs, baseline)
+    tables = {
+        table.title: {name: list(rest) for name, *rest in (table.header, *table.rows)} for table in comparison.tables
+    }
+    first, finals = (next(t for title, t in tables.items() if title.startswith(w)) for w in ("Runs", "Final"))
+    lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
+    return first, finals, "\n".join(comparison.notes), lines
+
+
+def differences(runs, baseline=None):
+    """The table of differences, as rows by their first cell."""
+    [table] = [t for t in compare(runs, baseline).tables if t.title.startswith("Difference")]
+    return table.title, {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
+
+
+def test_a_comparison_has_one_row_a_run(make, bounds):
+    runs = [make(config={"train_rows": 64}), *bounds().values()]
+    first, second, notes, _ = compared(runs)
+    # Without what all have in common, and without what none has.
+    assert first["run"] == [
+        *("method", "trains", "train rows", "OP", "BWT", "Forgetting", "base"),
+        *("training min", "evaluation min", "trained tokens"),
+    ]
+    assert compare(runs).tables[0].title.endswith("(in all: tasks 3 (cstance, fomc, meetingbank))")
+    assert first["mine"] == ["sequential", "lora", "first 64", "40.0", "-50.0", "50.0", "20.0", "0.1", "0.2", "3,000"]
+    assert first["a-single"] == ["single", "lora", "all", "80.0", DASH, DASH, "20.0", "0.1", "0.1", "3,000"]
+    assert first["a-joint"] == ["joint", "lora", "all", "70.0", DASH, DASH, "20.0", "0.0", "0.1", "1,000"]
+    # Nothing was trained, which is 0 and not unknown; its base model has demonstrations, so zero-shot is unknown.
+    assert first["an-icl"] == ["icl", DASH, DASH, "40.0", DASH, DASH, DASH, "0.0", "0.1", "0"]
+    assert second["run"] == ["cstance", "fomc", "meetingbank"]
+    assert second["mine"] == ["70.0", "0.0", "50.0"] and second["a-single"] == ["90.0", "80.0", "70.0"]
+    assert "mean of the tasks, and BWT is not defined: `a-single`, `a-joint`, `an-icl`" in notes
+    assert "Not comparable" not in notes and "Demo" not in notes and "Not complete" not in notes
+
+
+def test_the_csv_has_the_same_numbers_and_nothing_where_nothing_is_known(make):
+    _, _, _, rows = compared([make(), make(without((3, 1)), name="unfinished")])
+    assert float(rows["mine"]["OP"]) == pytest.approx(40) and float(rows["mine"]["fomc"]) == 0
+    assert rows["unfinished"]["OP"] == rows["unfinished"]["fomc"] == rows["unfinished"]["BWT"] == ""
+    assert float(rows["unfinished"]["cstance"]) == pytest.approx(70)
+
+
+def test_an_unfinished_run_has_no_op_in_a_comparison(make):
+    first, second, notes, _ = compared([make(), make(without((3, 1)), name="unfinished")])
+    assert first["run"][:3] == ["OP", "BWT", "Forgetting"] and first["unfinished"][:3] == [DASH, DASH, DASH]
+    assert second["unfinished"] == ["70.0", DASH, "50.0"]
+    assert "Not complete, so that numbers are missing: `unfinished`" in notes
+
+
+def test_a_stage_that_is_not_trained_leaves_the_cost_open(make):
+    run = make(name="unfinished")
+    run.stages[3].train_file.unlink()
+    first, _, _, lines = compared([run])
+    assert "training min" not in first["run"] and "trained tokens" not in first["run"]
+    assert lines["unfinished"]["trained tokens"] == ""
+
+
+def test_reasoning_and_plain_tasks_share_a_column(make):
+    names = [t.replace("trace_", "reasoning_") for t in TASKS]
+    data = {"path": "p", "demo": False, "fingerprint": dict.fromkeys(names, "f01")}
+    rcl = make(name="rcl", method="rcl", tasks=names, data=data, task_versions=dict.fromkeys(names, 5))
+    first, second, notes, _ = compared([make(), rcl])
+    assert second["run"] == ["cstance", "fomc", "meetingbank"] and second["rcl"] == second["mine"]
+    assert first["run"][:2] == ["method", "tasks"]
+    assert first["rcl"][1] == "3 (reasoning_cstance, reasoning_fomc, reasoning_meetingbank)"
+    assert "in data of cstance, data of fomc, data of meetingbank: `mine` against `rcl`" in notes
+    assert "version" not in notes and "tasks" not in notes.replace("mean of the tasks", "")
+
+
+def test_a_run_with_both_variants_of_a_task_keeps_them_apart(make):
+    names = ["trace_fomc", "reasoning_fomc", "reasoning_py150"]
+    both = make(name="both", tasks=names, data={"path": "p", "demo": False, "fingerprint": {}})
+    assert compared([both])[1]["run"] == ["fomc", "reasoning_fomc", "py150"]
+
+
+def test_tasks_that_a_run_does_not_have_are_missing(make):
+    other = make(name="other", tasks=["trace_fomc", "trace_py150", "trace_cstance"])
+    _, second, notes, _ = compared([make(), other])
+    assert second["run"] == ["cstance", "fomc", "meetingbank", "py150"]
+    assert second["mine"] == ["70.0", "0.0", "50.0", DASH] and second["other"] == ["50.0", "70.0", DASH, "0.0"]
+    assert "**Not comparable** in tasks" in notes
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"config": {"test_rows": 5}}, "test_rows: not set in `mine`; 5 in `other`"),
+        ({"config": {"max_prompt_length": 64}}, "max_prompt_length: not set in `mine`; 64 in `other`"),
+        ({"config": {"max_new_tokens": 8}}, "max_new_tokens: not set in `mine`; 8 in `other`"),
+        ({"config": {"chat_template": True}}, "chat_template: not set in `mine`; True in `other`"),
+        ({"model": {"name": "b/model", "revision": "main"}}, "base model: a/model in `mine`; b/model in `other`"),
+        ({"model": {"name": "a/model", "revision": "v2"}}, "revision: main in `mine`; v2 in `other`"),
+        (
+            {"data": {"path": "p", "demo": False, "fingerprint": {**dict.fromkeys(TASKS, "f00"), TASKS[1]: "f01"}}},
+            "data of fomc: `mine` against `other`",
+        ),
+        ({"task_versions": {**dict.fromkeys(TASKS, 1), TASKS[1]: 2}}, "version of trace_fomc: 1 in `mine`; 2 in"),
+    ],
+)
+def test_what_keeps_runs_from_being_comparable_is_named(make, change, words):
+    notes = compared([make(), make(name="other", **change)])[2]
+    assert f"**Not comparable** in {words}" in notes and notes.count("Not comparable") == 1
+
+
+def test_another_backend_is_named_and_other_training_is_not(make):
+    other = make(name="other", config={"train_rows": 3, "learning_rate": 1.0})
+    assert "Not comparable" not in compared([make(), other])[2]
+    for task in TASKS:
+        write_json(other.stages[0].eval_file(task), cell(other.stages[0], task, 0.5, settings={"backend": "vllm"}))
+    for stage in other.stages[1:]:
+        for task in TASKS:
+            stage.eval_file(task).unlink(missing_ok=True)
+    assert "in backend: hf in `mine`; vllm in `other`" in compared([make(), other])[2]
+
+
+def test_demo_data_is_announced_in_a_comparison(make):
+    assert "**Demo data**, not comparable with TRACE: `other`" in compared([make(), make(name="other", demo=True)])[2]
+
+
+def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make):
+    lower = R - np.array([0.1, 0.0, 0.2])
+    runs = [
+        make(name="s1", config={"seed": 1}),
+        make(lower, name="s2", seed=2, config={"seed": 2}),
+        make(name="more", config={"seed": 1, "train_rows": 5}),
+    ]
+    first, second, notes, rows = compared(runs)
+    title, interval = "mean ± standard deviation over 2 seeds", "95 % interval over 2 seeds"
+    assert list(first) == ["run", "s1", "s2", "more", title, interval]
+    # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
+    assert first["run"][0] == "train rows" and first[title][0] == first["s1"][0]
+    assert first[title][1:5] == ["35.0 ± 7.1", "-50.0 ± 0.0", "50.0 ± 0.0", "15.0 ± 7.1"]
+    # Student's t of one degree of freedom is 12.7, so two seeds say little: 35 ± 12.706 * 5
+    assert first[interval][1:3] == ["[-28.5, 98.5]", "[-50.0, -50.0]"]
+    assert second[title] == ["65.0 ± 7.1", "0.0 ± 0.0", "40.0 ± 14.1"]
+    assert "seeds are those of `s1`, `s2`" in notes and "another training" in notes
+    assert float(rows["mean over 2 seeds"]["OP"]) == pytest.approx(35)
+    assert float(rows["standard deviation over 2 seeds"]["meetingbank"]) == pytest.approx(14.142, abs=1e-3)
+    assert float(rows["high end of the 95 % interval over 2 seeds"]["OP"]) == pytest.approx(98.53, abs=0.01)
+
+
+def test_the_same_seed_twice_is_no_deviation(make):
+    assert not any("±" in name for name in compared([make(), make(name="again")])[0])
+
+
+def test_the_mean_over_seeds_of_what_is_missing_is_missing(make):
+    runs = [make(), make(without((3, 1)), name="other", seed=2)]
+    first, second, *_ = compared(runs)
+    title = "mean ± standard deviation over 2 seeds"
+    assert first[title][0] == DASH and second[title] == ["70.0 ± 0.0", DASH, "50.0 ± 0.0"]
+
+
+def test_long_lists_of_tasks_are_shortened_and_orders_named(make):
+    from trace_bench.data import ORDERS
+
+    names = {"order2": ORDERS["order2"], "reasoning_order1": ORDERS["reasoning_order1"], "5": ORDERS["order1"][:5]}
+    runs = [make(np.full((9, 8), 0.5), name=f"run-{n}", tasks=tasks) for n, tasks in names.items()]
+    lines = compared(runs)[3]
+    assert [lines[f"run-{n}"]["tasks"] for n in names] == [
+        "8 (order2)",
+        "8 (reasoning_order1)",
+        "5 (cstance, fomc, meetingbank, …)",
+    ]
+
+
+def test_checkpoints_of_unknown_training_have_no_op_and_no_cost(make):
+    first, second, *_ = compared([make(R[:3], checkpoints={"mine": "a", "theirs": "b"})])
+    assert first["run"] == ["method", "tasks", "base", "evaluation min"] and first["mine"][2] == "20.0"
+    assert second["mine"] == ["60.0", "90.0", DASH]
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "tex"])
+def test_the_command_compares_several_runs_and_writes_where_asked(make, tmp_path, capsys, form):
+    paths = [str(make().path), str(make(name="other").path)]
+    file = tmp_path / "out" / f"summary.{form}"
+    main(["report", *paths, "--output", str(file)])
+    printed = capsys.readouterr().out
+    comparison = compare([Run.open(p) for p in paths])
+    assert printed == comparison.markdown() and [f.name for f in file.parent.iterdir()] == [file.name]
+    written = file.read_text(encoding="utf-8")
+    assert written == {"md": comparison.markdown, "csv": comparison.csv, "tex": comparison.latex}[form]()
+    for path in paths:
+        files = {p.name for p in Run.open(path).path.iterdir()}
+        assert files == {"manifest.json", "stages", "report.md", "scores.csv"}
+
+
+def test_the_output_of_a_comparison_has_one_of_three_endings(make, tmp_path):
+    run = make()
+    with pytest.raises(SystemExit) as e:
+        main(["report", str(run.path), "--output", str(tmp_path / "summary.html")])
+    assert "ends in .md, .csv, .tex" in str(e.value.code) and not (run.path / "report.md").exists()
+
+
+def test_runs_of_one_name_are_told_apart(make, tmp_path):
+    run = make()
+    copy = tmp_path / "elsewhere" / "mine"
+    write_json(copy / "manifest.json", json.loads((run.path / "manifest.json").read_text(encoding="utf-8")))
+    assert {str(run.path), str(copy)} <= set(compared([run, Run.open(copy)])[0])
+
+
+# ---------------------------------------------------------------------------------------------------------- a baseline
+
+
+def learned(*rates, n=40):
+    """Rows of three tasks with these final rates, the first rows being right; the same rows at every stage."""
+    return {
+        t: {"accuracy": (np.arange(n)[:, None] < [[rate * n] * 4]).astype(float)}
+        for t, rate in zip(TASKS, rates, strict=True)
+    }
+
+
+def test_differences_to_the_baseline_are_paired_where_the_rows_are_the_same(make):
+    runs = [
+        make(rows=learned(0.5, 0.5, 0.5)),
+        make(name="better", rows=learned(0.9, 0.6, 0.5), config={"learning_rate": 1.0}),
+        make(name="others", rows=learned(0.9, 0.6, 0.5), data={"path": "p", "demo": False, "fingerprint": {}}),
+        make(name="without samples"),
+    ]
+    title, rows = differences(runs)
+    assert title == "Difference to `mine`, in points" and list(rows) == ["better", "others", "without samples"]
+    low, high = map(float, rows["better"]["OP"].removeprefix("+16.7 [").removesuffix("] ↑").split(", "))
+    assert 0 < low < 16.7 < high
+    assert rows["others"]["OP"] == "+16.7", "other data: no pairs and no interval"
+    assert rows["without samples"]["OP"] == "-10.0" and rows["without samples"]["BWT"] == "-50.0"
+    first, finals, notes, lines = compared(runs)
+    assert first["mine"][0].startswith("50.0 [") and "Differences are paired" in notes
+    # 16 rows won and none lost; 4 won and none lost; nothing
+    assert finals["better"] == ["90.0 ↑", "60.0", "50.0"] and finals["others"] == ["90.0", "60.0", "50.0"]
+    assert float(lines["better"]["OP difference low"]) == pytest.approx(low, abs=0.05)
+    assert lines["mine"]["OP difference"] == "" and lines["others"]["OP difference low"] == ""
+    # The interval of the difference is narrower than those of the two runs, which share their rows.
+    assert high - low < float(lines["mine"]["OP high"]) - float(lines["mine"]["OP low"])
+
+
+def test_a_difference_of_means_over_other_tasks_is_none(make):
+    runs = [make(), make(name="other", tasks=[*TASKS[:2], "trace_py150"])]
+    assert not any(table.title.startswith("Difference") for table in compare(runs).tables)
+
+
+def test_the_baseline_is_the_first_run_or_the_one_that_was_named(make, tmp_path, capsys):
+    runs = [make(), make(R - 0.1, name="lower"), make(R / 2, name="half")]
+    assert list(differences(runs)[1]) == ["lower", "half"]
+    title, rows = differences(runs, runs[1])
+    assert title == "Difference to `lower`, in points" and rows["mine"]["OP"] == "+10.0"
+    main(["report", str(runs[0].path), "--baseline", str(runs[2].path)])
+    out = capsys.readouterr().out
+    assert "Difference to `half`, in points" in out and "| mine | +20.0 |" in out
+
+
+def test_runs_in_the_same_conditions_but_for_room_for_demonstrations_are_paired(make):
+    icl = {t: {"accuracy": x["accuracy"][:, :1]} for t, x in learned(0.1, 0.1, 0.1).items()}
+    config = {"num_fewshot": 6, "max_prompt_length": 512}
+    runs = [
+        make(rows=learned(0.9, 0.9, 0.9)),
+        make(rows=icl, name="an-icl", method="icl", stages=[], config=config),
+    ]
+    assert differences(runs)[1]["an-icl"]["OP"].endswith("] ↓")
+
+
+# -------------------------------------------------------------------------------------------- deltas, costs, the paper
+
+
+def suite(run, index, value, rows=None, data="hub", n=20):
+    stage = run.stages[index]
+    content = cell(stage, "general_mmlu", value, settings={"backend": "hf", "general_rows": rows, "data": data})
+    content |= {"n": n, "version": "1.0", "n_cut": 0, "headline": "accuracy"}
+    write_json(stage.eval_file("general_mmlu"), content)
+
+
+def judged(run, win, lose, judge="a/judge"):
+    stage, base = run.stages[-1], run.stages[0]
+    for s in (base, stage):
+        write_cell(s, "safety_cona", {"characters": np.ones(10)})
+    counts = {"n": 10, "win": win, "tie": 10 - win - lose, "lose": lose, "unscored": 0, "identical": 0}
+    counts |= {"judged": 10, "disagreements": 0, "first": 5, "second": 5}
+    direct = {"n": 10, "unscored": 0, "safe": 9, "unsafe": 1, "rate": 0.9}
+    numbers = {"settings": {"judge": judge, "sampling": {}, "prompts": 1}, "pairs": counts, "direct": direct}
+    numbers |= {"samples": sample_fingerprints(base, stage, "safety_cona"), "limit": None, "failed": 0, "unpaired": 0}
+    tokens = {"prompt_tokens": 1000, "completion_tokens": 500}
+    write_json(judge_file(stage, "safety_cona"), numbers | tokens)
+
+
+def test_the_deltas_and_their_cost_are_in_the_table(make):
+    runs = [make(), make(name="other")]
+    for run, after in zip(runs, (0.4, 0.3), strict=True):
+        suite(run, 0, 0.5)
+        suite(run, 3, after)
+        judged(run, 4, 1)
+    first, _, notes, lines = compared(runs)
+    row = dict(zip(first["run"], first["mine"], strict=True))
+    assert (row["general"], row["safety"], row["judge tokens"]) == ("-10.0", "+30.0", "1,500")
+    assert "instruction" not in row and "Not comparable" not in notes and "net win rate" in notes
+    _, rows = differences(runs)
+    assert (rows["other"]["general"], rows["other"]["safety"]) == ("-10.0", "+0.0")
+    assert float(lines["other"]["general"]) == pytest.approx(-20)
+
+
+@pytest.mark.parametrize(
+    "change, words, delta",
+    [
+        (lambda run: suite(run, 3, 0.4, n=10), "rows of general_mmlu: 20 in `mine`; 10 in `other`", "general"),
+        (lambda run: suite(run, 3, 0.4, data="f00"), "data of general_mmlu: `mine` against `other`", "general"),
+        (lambda run: judged(run, 4, 1, "b/judge"), "judge of safety: ", "safety"),
+    ],
+    ids=["rows", "copy", "judge"],
+)
+def test_deltas_measured_otherwise_are_named_and_have_no_difference(make, change, words, delta):
+    runs = [make(), make(name="other")]
+    for run in runs:
+        suite(run, 0, 0.5)
+        suite(run, 3, 0.4)
+        judged(run, 4, 1)
+    assert differences(runs)[1]["other"][delta] != DASH
+    change(runs[1])
+    notes = compared(runs)[2]
+    assert f"**Not comparable** in {words}" in notes
+    assert delta not in differences(runs)[1]["other"]
+    assert ("**Local copies** of general suites" in notes) == ("data of" in words)
+
+
+def test_limited_test_rows_are_announced_even_if_all_runs_have_them(make):
+    notes = compared([make(config={"test_rows": 5}), make(name="other", config={"test_rows": 5})])[2]
+    assert "**Limited test rows**" in notes and "Not comparable" not in notes
+
+
+def test_the_same_limits_with_other_numbers_of_rows_are_named(make):
+    """Rows that are left out of one of the runs."""
+    notes = compared([make(rows=learned(0.5, 0.5, 0.5)), make(name="other", rows=learned(0.5, 0.5, 0.5, n=30))])[2]
+    assert "rows of cstance, rows of fomc, rows of meetingbank: 40 in `mine`; 30 in `other`" in notes
+
+
+def test_the_paper_s_numbers_stand_beside_methods_it_has(make, bounds):
+    runs = [make(), *bounds().values()]
+    comparison = compare(runs)
+    assert comparison.tables[-1].title == "The paper's numbers"
+    rows = {row[0]: dict(zip(comparison.tables[-1].header, row, strict=True)) for row in comparison.tables[-1].rows}
+    assert list(rows) == ["LoraSeqFT", "SingleFT", "MT", "ICL-6shot"]
+    assert {rows["LoraSeqFT"][k] for k in ("model", "train rows", "epochs", "OP", "BWT", "general")} == {
+        *("LLaMA-2-7B-Chat", "5000", "5,3,7,5,3,5,5,7", "12.7", "-45.7", "-7.0"),
+    }
+    assert rows["MT"]["OP"] == "52.3" and rows["MT"]["epochs"] == rows["MT"]["BWT"] == DASH
+    assert "arXiv 2310.06762" in comparison.notes[-1] and "no target" in comparison.notes[-1]
+    line = next(row for row in comparison.lines if row["run"] == "paper: LoraSeqFT, LLaMA-2-7B-Chat")
+    assert (line["OP"], line["BWT"]) == ("12.7", "-45.7")
+    assert not any("paper" in t.title for t in compare([make(name="ewc", method="ewc")]).tables)
+
+
+def test_the_latex_has_every_row_and_nothing_that_is_a_command(make):
+    runs = [make(name="100%_a&b", rows=learned(0.5, 0.5, 0.5)), make(name="[lower]$", rows=learned(0.1, 0.5, 0.5))]
+    comparison = compare(runs)
+    text = comparison.latex()
+    assert text.count(r"\toprule") == len(comparison.tables) == text.count(r"\end{table}")
+    assert r"100\%\_a\&b & " in text and r"{[}lower{]}\$ & " in text
+    assert r"$-$13.3 {[}$-$" in text and r" $\downarrow$" in text and r"\texttt{100\%\_a\&b}" in text
+    for table, part in zip(comparison.tables, text.split(r"\toprule")[1:], strict=True):
+        lines = [line for line in part.split(r"\bottomrule")[0].splitlines() if line.endswith(r" \\")]
+        assert len(lines) == 1 + len(table.rows) and {line.count(" & ") for line in lines} == {len(table.header) - 1}
+    assert "↓" not in text and "–" not in text and "**" not in text and "`" not in text
+
+
+def test_a_comparison_of_many_runs_names_the_few(make):
+    runs = [make(name=f"r{i}") for i in range(5)] + [make(name="short", config={"test_rows": 5})]
+    notes = compared(runs)[2]
+    assert "test_rows: not set in all others; 5 in `short`" in notes

@@ -1,0 +1,171 @@
+"""Tests of `trace_bench.results`: which intervals the samples of a run allow, and which they do not."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from made_runs import NAN, TASKS, cell, make_run, write_cell
+
+from trace_bench import metrics
+from trace_bench.results import Results
+from trace_bench.run import RunError, read_json, write_json
+
+N = 30
+
+
+def rows(seed=0):
+    """Scores of a task that is learned at stage 1 and half forgotten at stage 3: shape (rows, stages)."""
+    x = np.random.default_rng(seed).random((N, 4)) / 2
+    x[:, 1] += 0.5
+    return x
+
+
+@pytest.fixture
+def make(tmp_path):
+    return partial(make_run, tmp_path / "runs")
+
+
+@pytest.fixture
+def run(make):
+    return make(rows={TASKS[0]: {"accuracy": (rows() > 0.3).astype(float)}, TASKS[1]: {"score": rows(1)}})
+
+
+def test_every_change_is_that_of_the_matrix_and_inside_its_interval(run):
+    results = Results(run)
+    assert set(results.since_own) == {(2, 0), (3, 0), (3, 1)}  # tasks learned at stages 1 and 2, later stages
+    for (t, i), change in results.since_own.items():
+        assert change.value == pytest.approx(results.R[t, i] - results.R[i + 1, i])
+        assert change.low < change.value < change.high
+    assert results.since_own[3, 0].sign == -1
+    assert {t for t, _ in results.since_base} == {1, 2, 3}
+    op, bwt = results.sequence["OP"], results.sequence["BWT"]
+    assert op[1].value == metrics.overall_performance(results.R, 2) and op[1].low < op[1].value < op[1].high
+    assert bwt[1].value == metrics.backward_transfer(results.R, 2) and bwt[1].low < bwt[1].value < bwt[1].high
+    assert np.isnan(op[2]).all() and not np.isnan(bwt[2]).any(), (
+        "the third task is not evaluated, and BWT does not need it"
+    )
+
+
+def test_the_interval_of_bwt_is_that_of_paired_rows(make):
+    """The same rows in another order at a stage have the same score, and no pairs."""
+    paired = make(rows={t: {"score": np.linspace(0, 1, N)[:, None] * [[0.5, 0.9, 0.8, 0.7]]} for t in TASKS})
+    wide = Results(paired).sequence["BWT"][2]
+    file = paired.stages[3].samples_file(TASKS[0])
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    scores = [line["score"] for line in lines]
+    for line, score in zip(lines, np.random.default_rng(0).permutation(scores), strict=True):
+        line["score"] = score
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    unpaired = Results(paired).sequence["BWT"][2]
+    assert unpaired.value == wide.value and unpaired.high - unpaired.low > 1.5 * (wide.high - wide.low)
+
+
+@pytest.mark.parametrize(
+    "damage", ["no samples", "another value", "other rows", "a row less", "rows that are no numbers"]
+)
+def test_where_the_score_is_not_the_mean_of_the_rows_there_is_no_interval(run, damage):
+    stage = run.stages[3]
+    before = Results(run).intervals
+    file = stage.samples_file(TASKS[1])
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    content = read_json(stage.eval_file(TASKS[1]))
+    if damage == "another value":
+        content["metrics"]["score"]["value"] += 0.01
+    elif damage == "other rows":
+        lines = [line | {"doc_id": line["doc_id"] + 1} for line in lines]
+    elif damage == "a row less":
+        lines = lines[1:]
+    elif damage == "rows that are no numbers":
+        lines[0]["score"] = [lines[0]["score"]]
+    write_json(stage.eval_file(TASKS[1]), content)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if damage == "no samples":
+        file.unlink()
+    after = Results(run)
+    assert (3, TASKS[1], "score") in before and (3, TASKS[1], "score") not in after.intervals
+    assert np.isnan(after.since_own[3, 1][1:]).all() and not np.isnan(after.since_own[3, 1].value)
+    rest = {key: value for key, value in before.items() if key != (3, TASKS[1], "score")}
+    assert list(after.intervals) == list(rest)
+    assert np.array(list(after.intervals.values())) == pytest.approx(np.array(list(rest.values())))
+
+
+def test_damaged_samples_are_an_error_that_says_where(run):
+    with run.stages[1].samples_file(TASKS[0]).open("a", encoding="utf-8") as f:
+        f.write('{"doc_id": 30, "accuracy":\n')
+    with pytest.raises(RunError, match=rf"{TASKS[0]}.jsonl, line 31 is damaged.*evaluate again"):
+        _ = Results(run).sequence
+
+
+def put_suite(run, index, suite, scores, subtasks, equal=False):
+    """A general-ability suite: its subtasks weighted by size, or all the same."""
+    parts = {name: [s for s, label in zip(scores, subtasks, strict=True) if label == name] for name in subtasks}
+    value = np.mean([np.mean(part) for part in parts.values()]) if equal else np.mean(scores)
+    changes = {"metrics": {"acc": {"value": float(value), "stderr": None}}, "version": "1.0"}
+    settings = {"backend": "hf", "general_rows": None, "data": "hub"}
+    write_cell(run.stages[index], suite, {"acc": np.array(scores)}, subtasks, n_cut=0, settings=settings, **changes)
+
+
+def test_the_delta_of_suites_is_paired_whatever_the_weights_of_their_subtasks(run):
+    labels = ["a"] * 90 + ["b"] * 10
+    before = [float(i % 2) for i in range(90)] + [0.0] * 10
+    after = [1.0 if i % 10 == 0 else x for i, x in enumerate(before)]  # a tenth of the rows is better in "a" and "b"
+    for suite, equal in (("general_mmlu", False), ("general_tydiqa", True)):
+        put_suite(run, 0, suite, before, labels, equal)
+        put_suite(run, 3, suite, after, labels, equal)
+    results = Results(run)
+    assert list(results.general) == [3]
+    delta = results.general[3]
+    assert delta.value == pytest.approx(0.1) and delta.sign == 1 and delta.high - delta.low < 0.25
+    assert len(results.rows_besides["general_mmlu"].parts) == 1
+    assert len(results.rows_besides["general_tydiqa"].parts) == 2
+    low, high = results.intervals[3, "general_tydiqa", "acc"]
+    assert high - low > 0.2, "half of the score rests on ten rows"
+    run.stages[3].samples_file("general_mmlu").unlink()
+    without = Results(run).general[3]
+    assert without.value == delta.value and np.isnan(without.low)
+
+
+def test_form_and_knowledge_add_up_to_what_was_lost(make):
+    strict, tolerant = np.ones((N, 4)), np.ones((N, 4))
+    strict[:20, 3], tolerant[:5, 3] = 0, 0
+    answers = {"accuracy": strict, "accuracy_tolerant": tolerant}
+    run = make(rows={TASKS[0]: answers, TASKS[1]: {"accuracy": strict}, TASKS[2]: answers})
+    [form] = Results(run).forms
+    assert form.task == TASKS[0]  # the second has no tolerant score, the third was learned last
+    assert (form.strict.value, form.tolerant.value) == pytest.approx((20 / N, 5 / N))
+    assert form.form == pytest.approx((15 / N, *metrics.net_interval(15, 0, N)))
+    assert form.tolerant[1:] == pytest.approx(metrics.net_interval(5, 0, N))
+    for stage in run.stages:
+        stage.samples_file(TASKS[0]).unlink()
+    [form] = Results(run).forms
+    assert form.form.value == pytest.approx(15 / N) and np.isnan(form.form.low)
+
+
+def test_forward_transfer_has_an_interval_when_the_matrix_is_full(make):
+    run = make(rows={t: {"score": rows(i)} for i, t in enumerate(TASKS)})
+    fwt = Results(run).sequence["FWT"][0]
+    assert fwt.value == metrics.forward_transfer(Results(run).R) and fwt.low < fwt.value < fwt.high
+
+
+def test_a_model_per_task_stands_with_its_own_stage(make):
+    x = rows()
+    own = [np.where(np.arange(4) == i + 1, x[:, [1]], NAN) for i in range(3)]
+    run = make(method="single", rows={t: {"score": own[i]} for i, t in enumerate(TASKS)})
+    results = Results(run)
+    assert results.final_stages == [1, 2, 3] and results.mean.value == pytest.approx(x[:, 1].mean())
+    assert results.mean.low < results.mean.value < results.mean.high
+
+
+def test_cells_of_older_weights_have_no_rows(run):
+    write_json(run.stages[3].eval_file(TASKS[1]), cell(run.stages[3], TASKS[1], 0.5, "weights before"))
+    assert not [key for key in Results(run).intervals if key[:2] == (3, TASKS[1])]
+
+
+def test_rows_that_are_left_out_are_in_no_interval_either(run):
+    seen = replace(run, left_out={TASKS[0]: set(range(10))})
+    cell = Results(seen).cell(3, 0)
+    right = Results(run).rows[TASKS[0]].scores["accuracy"][10:, 3]
+    assert cell == pytest.approx((right.mean(), *metrics.wilson_interval(int(right.sum()), N - 10)))
+    assert Results(seen).left_out == {TASKS[0]: (10, N)} and Results(run).left_out == {}

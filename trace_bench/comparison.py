@@ -1,0 +1,520 @@
+"""Several runs beside each other: their numbers, against a baseline, and what keeps them from being comparable.
+
+A comparison is plain tables and notes, of which Markdown, CSV and LaTeX are made.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from judges.judging import KINDS
+from judges.report import Judged, net_win_rate
+from judges.report import load as load_judged
+from trace_bench import metrics, paper
+from trace_bench.bounds import conditions, same_conditions
+from trace_bench.data import GROUPS, ORDERS, SUITES
+from trace_bench.metrics import Estimate, Matrix
+from trace_bench.results import Results, general_delta
+from trace_bench.run import Run, RunError, differences, read_json, write_text
+from trace_bench.tables import (
+    DASH,
+    Table,
+    arrow,
+    latex,
+    latex_text,
+    left_out_text,
+    markdown,
+    number,
+    percent_with_interval,
+    short,
+    value_text,
+    without_empty_columns,
+)
+
+#: The numbers of a run in a comparison, and how they are written.
+_NUMBERS: dict[str, Callable[[float], str]] = {
+    "OP": lambda v: number(v),
+    "BWT": lambda v: number(v, sign=True),
+    "FWT": lambda v: number(v, sign=True),
+    "Forgetting": lambda v: number(v),
+    "base": lambda v: number(v),
+    "general": lambda v: number(v, sign=True),
+    "instruction": lambda v: number(v, sign=True),
+    "safety": lambda v: number(v, sign=True),
+    "training min": lambda v: number(v),
+    "evaluation min": lambda v: number(v),
+    "trained tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
+    "judge tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
+}
+#: Those whose difference to the baseline is shown.
+_COMPARED = ("OP", "BWT", "FWT", "Forgetting", "general", "instruction", "safety")
+_TEXTS = ("method", "trains", "tasks", "train rows")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs beside each other."""
+
+    tables: list[Table]
+    notes: list[str]
+    """What the numbers are, and what keeps the runs from being comparable; Markdown."""
+    header: list[str]
+    lines: list[dict[str, Any]]
+    """The CSV: percent, not rounded; what is not known is missing or NaN."""
+
+    def markdown(self) -> str:
+        """The comparison as Markdown."""
+        parts = [f"{table.title}:\n\n{markdown(table.header, table.rows)}" for table in self.tables]
+        return "\n\n".join([*parts, "\n".join(f"- {note}" for note in self.notes)]) + "\n"
+
+    def latex(self) -> str:
+        """The comparison as LaTeX, for the package booktabs."""
+        notes = [rf"\item {latex_text(note)}" for note in self.notes]
+        listed = "\n".join([r"\begin{itemize}", *notes, r"\end{itemize}"])
+        return "\n\n".join(["% \\usepackage{booktabs}", *map(latex, self.tables), listed]) + "\n"
+
+    def csv(self) -> str:
+        """All numbers as one CSV, a line a run."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, self.header, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: v for k, v in line.items() if v != DASH and v == v} for line in self.lines)
+        return out.getvalue()
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a comparison shows of a run. Numbers and finals in percent; NaN = not known, or not defined for it."""
+
+    name: str
+    results: Results
+    judged: dict[str, Judged]
+    """Kind -> what `judges.report.load` found."""
+    texts: dict[str, str]
+    numbers: dict[str, float]
+    op: Estimate
+    finals: dict[str, float]
+
+    @property
+    def run(self) -> Run:
+        return self.results.run
+
+
+def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
+    """Compares runs: one row each, against a baseline, their final scores by task, and what keeps them apart.
+
+    Args:
+        runs: The runs.
+        baseline: The run that the others are set against; None = the first one.
+    """
+    runs = list(runs)
+    paths = [run.path.resolve() for run in runs]
+    if baseline is not None and baseline.path.resolve() not in paths:
+        runs.insert(0, baseline)
+        paths.insert(0, baseline.path.resolve())
+    names = [run.path.name for run in runs]
+    entries = [_entry(n if names.count(n) == 1 else str(r.path), r) for n, r in zip(names, runs, strict=True)]
+    against = entries[paths.index(baseline.path.resolve()) if baseline is not None else 0]
+    groups = _seed_groups(entries)
+    columns = list(dict.fromkeys(task for e in entries for task in e.finals))
+    versus = {e.name: _Versus(e, against) for e in entries if e is not against}
+    reference = paper.table(name for e in entries if (name := paper.name_of(e.run)))
+    # One model for orientation; the reports of the runs have all.
+    reference_rows = [row for row in reference.rows if "LLaMA-2-7B-Chat" in row]
+    tables = [
+        without_empty_columns(_runs_table(entries, groups)),
+        without_empty_columns(_versus_table(versus, against)),
+        _finals_table(entries, groups, columns, versus, against),
+        without_empty_columns(Table(reference.header, reference_rows, reference.title)),
+    ]
+    lines = [_line(e, versus.get(e.name)) for e in entries]
+    for group in groups:
+        lines += _seed_lines(group, columns)
+    lines += [_reference_line(dict(zip(reference.header, row, strict=True))) for row in reference_rows]
+    return Comparison(
+        [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
+        [*_comparability(entries), *_definitions(entries, groups), *([paper.SETUP] if reference.rows else [])],
+        ["run", *_TEXTS, *_NUMBERS, *_BOUNDS_OF_OP, *columns],
+        lines,
+    )
+
+
+def write_comparison(runs: Sequence[Run], output: str | Path | None = None, baseline: Run | None = None) -> str:
+    """Compares runs and, if asked, writes the comparison.
+
+    Args:
+        runs: The runs.
+        output: A file whose name ends in .md, .csv or .tex, and is written in that form.
+        baseline: See `compare`.
+
+    Returns:
+        The comparison as Markdown.
+
+    Raises:
+        RunError: if `output` has another ending.
+    """
+    check_output(output)
+    comparison = compare(runs, baseline)
+    if output is not None:
+        write_text(Path(output), _FORMS[Path(output).suffix](comparison))
+    return comparison.markdown()
+
+
+_FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
+
+
+def check_output(output: str | Path | None) -> None:
+    """Refuses a file that cannot be written as a comparison.
+
+    Raises:
+        RunError: if its name does not end in .md, .csv or .tex.
+    """
+    if output is not None and Path(output).suffix not in _FORMS:
+        raise RunError(f"--output {output}: name a file that ends in {', '.join(_FORMS)}; the ending is the form.")
+
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+def _entry(name: str, run: Run) -> _Entry:
+    results = Results(run)
+    op = results.mean if results.has_mean else Estimate(math.nan)
+    finals = {_plain(task, run): 100 * float(v) for task, v in zip(run.tasks, results.final, strict=True)}
+    judged = {kind.name: load_judged(run, kind) for kind in KINDS}
+    return _Entry(name, results, judged, _texts(run), _numbers(results, judged), op, finals)
+
+
+def _texts(run: Run) -> dict[str, str]:
+    trains = run.manifest.get("trains", DASH) if len(run.stages) > 1 else DASH
+    rows = run.manifest["config"].get("train_rows")
+    known = len(run.stages) > 1 and "checkpoints" not in run.manifest
+    texts = (
+        run.manifest["method"],
+        trains,
+        _list_of_tasks(run),
+        (f"first {rows}" if rows else "all") if known else DASH,
+    )
+    return dict(zip(_TEXTS, texts, strict=True))
+
+
+def _list_of_tasks(run: Run) -> str:
+    for name, order in ORDERS.items():
+        if run.tasks == order:
+            return f"{len(order)} ({name})"
+    tasks = [short(t) for t in run.tasks]
+    return f"{len(tasks)} ({', '.join(tasks if len(tasks) <= 4 else [*tasks[:3], '…'])})"
+
+
+def _numbers(results: Results, judged: dict[str, Judged]) -> dict[str, float]:
+    """The numbers of a run: scores in percent; NaN = not known, or not defined for the method."""
+    run, R = results.run, 100 * results.R
+    trained = [read_json(s.train_file) if s.train_file.exists() else None for s in run.stages[1:]]
+    done = [t for t in trained if t is not None]
+    complete = len(done) == len(trained)
+    replies = [numbers for found in judged.values() for numbers in found.values()]
+    measured = [*results.cells.values(), *results.besides.values()]
+    sequence = results.is_sequential
+    return {
+        "OP": 100 * float(results.final.mean()) if results.has_mean else math.nan,
+        "BWT": metrics.backward_transfer(R) if sequence else math.nan,
+        "FWT": metrics.forward_transfer(R) if sequence else math.nan,
+        "Forgetting": metrics.forgetting(R) if sequence else math.nan,
+        "base": math.nan if run.manifest["config"].get("num_fewshot") else float(R[0].mean()),
+        "general": 100 * general_delta(results.besides, run.stages[-1]),
+        **{name: 100 * net_win_rate(found, run.stages[-1]).value for name, found in judged.items()},
+        "training min": sum(t["seconds"] for t in done) / 60 if complete else math.nan,
+        "evaluation min": sum(cell["seconds"] for cell in measured) / 60 if measured else math.nan,
+        "trained tokens": sum(t["tokens"] for t in done) if complete else math.nan,
+        "judge tokens": sum(n["prompt_tokens"] + n["completion_tokens"] for n in replies) if replies else math.nan,
+    }
+
+
+def _plain(task: str, run: Run) -> str:
+    """A name of the task that the reasoning variant shares with the plain one."""
+    plain = task.removeprefix("reasoning_")
+    # A run that trains both variants of a task keeps them apart.
+    return task if plain != task and f"trace_{plain}" in run.tasks else short(plain)
+
+
+# ------------------------------------------------------------------------------------------------- against a baseline
+
+
+class _Versus:
+    """A run against the baseline."""
+
+    def __init__(self, entry: _Entry, against: _Entry) -> None:
+        run, other = entry.results, against.results
+        self.numbers = {k: entry.numbers[k] - against.numbers[k] for k in _COMPARED}
+        if entry.finals.keys() != against.finals.keys():  # a mean over other tasks is another number
+            self.numbers |= dict.fromkeys(("OP", "BWT", "FWT", "Forgetting"), math.nan)
+        theirs = _conditions_besides(against)
+        for name, settings in _conditions_besides(entry).items():
+            if settings != theirs[name]:
+                self.numbers[name] = math.nan
+        # Task -> the scores of both on the same test rows, shape (rows, 2); those of NaN where they share none.
+        self.pairs = {_plain(task, run.run): _pair(run, other, task) for task in run.run.tasks}
+        bounds = metrics.mean_of([self.final(task) for task in self.pairs])[1:]
+        known = not math.isnan(self.numbers["OP"])
+        self.op = Estimate(self.numbers["OP"] / 100, *(bounds if known else ()))
+
+    def final(self, task: str) -> Estimate:
+        """The difference in the final score of a task."""
+        differences = np.subtract(*self.pairs[task].T)
+        low, high = metrics.difference_interval(differences[:, None])
+        return Estimate(differences.mean(), low[0], high[0])
+
+
+def _pair(run: Results, other: Results, task: str) -> Matrix:
+    shared = same_conditions(run.run, other.run) and task in run.rows and task in other.rows
+    if shared and run.rows[task].ids == other.rows[task].ids:
+        return np.column_stack([run.final_rows(task), other.final_rows(task)])
+    return np.full((2, 2), np.nan)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _runs_table(entries: list[_Entry], groups: list[list[_Entry]]) -> Table:
+    """The runs' numbers; what is the same in all of them is said once."""
+    texts = [k for k in _TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
+    same = [f"{k} {entries[0].texts[k]}" for k in _TEXTS if k not in texts]
+    rows = []
+    for e in entries:
+        numbers = {k: write(e.numbers[k]) for k, write in _NUMBERS.items()} | {"OP": percent_with_interval(e.op)}
+        rows.append([e.name, *(e.texts[k] for k in texts), *numbers.values()])
+    for group in groups:
+        labels = [group[0].texts[k] for k in texts]
+        values = {k: [e.numbers[k] for e in group] for k in _NUMBERS}
+        means = [_mean_and_deviation(values[k], write) for k, write in _NUMBERS.items()]
+        rows.append([_MEAN.format(len(group)), *labels, *means])
+        bounds = [_interval_over_seeds(values[k], w) if k in _COMPARED else DASH for k, w in _NUMBERS.items()]
+        rows.append([_INTERVAL.format(len(group)), *labels, *bounds])
+    title = "Runs, scores in percent" + (f" (in all: {', '.join(same)})" if same else "")
+    return Table(["run", *texts, *_NUMBERS], rows, title)
+
+
+def _versus_table(versus: dict[str, _Versus], against: _Entry) -> Table:
+    rows = []
+    for name, v in versus.items():
+        numbers = {k: number(v.numbers[k], sign=True) for k in _COMPARED}
+        rows.append([name, *(numbers | {"OP": percent_with_interval(v.op, sign=True) + arrow(v.op)}).values()])
+    return Table(["run", *_COMPARED], rows, f"Difference to `{against.name}`, in points")
+
+
+def _finals_table(
+    entries: list[_Entry],
+    groups: list[list[_Entry]],
+    columns: list[str],
+    versus: dict[str, _Versus],
+    against: _Entry,
+) -> Table:
+    def cell(e: _Entry, task: str) -> str:
+        compared = e.name in versus and task in e.finals
+        return number(e.finals.get(task)) + (arrow(versus[e.name].final(task)) if compared else "")
+
+    rows = [[e.name, *(cell(e, task) for task in columns)] for e in entries]
+    title = "Final score of each task, percent of its headline metric"
+    if any(text.endswith(("↑", "↓")) for row in rows for text in row):
+        title += f" (↓, ↑: the 95 % interval of the paired difference to `{against.name}` excludes zero)"
+    for group in groups:
+        values = {t: [e.finals.get(t, math.nan) for e in group] for t in columns}
+        rows.append([_MEAN.format(len(group)), *(_mean_and_deviation(values[t], number) for t in columns)])
+    return Table(["run", *columns], rows, title)
+
+
+_MEAN = "mean ± standard deviation over {} seeds"
+_INTERVAL = "95 % interval over {} seeds"
+
+
+def _mean_and_deviation(values: list[float], write: Callable[[float], str]) -> str:
+    mean, deviation = np.mean(values), np.std(values, ddof=1)
+    return DASH if math.isnan(mean) else f"{write(float(mean))} ± {write(float(deviation)).lstrip('+')}"
+
+
+def _interval_over_seeds(values: list[float], write: Callable[[float], str]) -> str:
+    low, high = metrics.seed_interval(values)
+    return DASH if math.isnan(low) else f"[{write(low)}, {write(high)}]"
+
+
+# ----------------------------------------------------------------------------------------------------------------- CSV
+
+_BOUNDS_OF_OP = ("OP low", "OP high", "OP difference", "OP difference low", "OP difference high")
+
+
+def _line(entry: _Entry, versus: _Versus | None) -> dict[str, Any]:
+    bounds = [*entry.op[1:], *(versus.op if versus else [math.nan] * 3)]
+    op = dict(zip(_BOUNDS_OF_OP, (100 * bound for bound in bounds), strict=True))
+    return {"run": entry.name, **entry.texts, **entry.numbers, **op, **entry.finals}
+
+
+def _seed_lines(group: list[_Entry], columns: list[str]) -> list[dict[str, Any]]:
+    values = {k: [e.numbers[k] for e in group] for k in _NUMBERS}
+    values |= {task: [e.finals.get(task, math.nan) for e in group] for task in columns}
+    statistics: dict[str, Callable[[list[float]], Any]] = {
+        "mean": np.mean,
+        "standard deviation": lambda v: np.std(v, ddof=1),
+        "low end of the 95 % interval": lambda v: metrics.seed_interval(v)[0],
+        "high end of the 95 % interval": lambda v: metrics.seed_interval(v)[1],
+    }
+    return [
+        {"run": f"{name} over {len(group)} seeds", **group[0].texts, **{k: f(v) for k, v in values.items()}}
+        for name, f in statistics.items()
+    ]
+
+
+def _reference_line(row: dict[str, str]) -> dict[str, Any]:
+    """A row of the paper's numbers."""
+    numbers = {k: v for k, v in row.items() if k in _NUMBERS}
+    return {"run": f"paper: {row['method']}, {row['model']}", "method": row["method"], "tasks": "8 (order1)", **numbers}
+
+
+# -------------------------------------------------------------------------------------------------------- comparability
+
+
+def _seed_groups(entries: list[_Entry]) -> list[list[_Entry]]:
+    """Runs that differ in nothing but the seed, two or more each."""
+    groups: list[list[_Entry]] = []
+    for entry in entries:
+        for group in groups:
+            keys = [
+                {line.split(":")[0].strip() for line in differences(other.run.manifest, entry.run.manifest)}
+                for other in group
+            ]
+            if all({"seed"} <= k <= {"seed", "config.seed"} for k in keys):
+                group.append(entry)
+                break
+        else:
+            groups.append([entry])
+    return [group for group in groups if len(group) > 1]
+
+
+def _conditions_besides(entry: _Entry) -> dict[str, dict[str, Any]]:
+    """What the three deltas of two runs have to share to be compared: column of the comparison -> what -> value."""
+    last = entry.run.stages[-1].index
+    besides = entry.results.besides
+    general = {suite: besides[last, suite] for suite in GROUPS["general"] if (last, suite) in besides}
+    found: dict[str, dict[str, Any]] = {"general": {}}
+    if general:
+        found["general"] = {"general suites": ", ".join(suite.removeprefix("general_") for suite in general)}
+        for suite, cell in general.items():
+            found["general"] |= {
+                f"data of {suite}": cell["settings"]["data"],
+                f"rows of {suite}": cell["n"],
+                f"version of {suite}": cell["version"],
+            }
+    for kind in KINDS:
+        judged = {suite: n for (i, suite), n in entry.judged[kind.name].items() if i == last}
+        found[kind.name] = {}
+        if judged:
+            judges = sorted({json.dumps(n["settings"], sort_keys=True) for n in judged.values()})
+            found[kind.name] = {
+                f"judge of {kind.name}": " and ".join(judges),
+                f"answers judged for {kind.name}": {suite: n["direct"]["n"] for suite, n in judged.items()},
+            }
+    return found
+
+
+def _comparability(entries: list[_Entry]) -> list[str]:
+    """What the runs differ in that their scores depend on, beside the training; and what they all lack."""
+    found: dict[str, dict[str, Any]] = {}  # what -> run -> value, of the runs that have it
+    limits = {e.run.manifest["config"].get("test_rows") for e in entries}
+    for e in entries:
+        flat = {**conditions(e.run), "tasks": ", ".join(sorted(_plain(t, e.run) for t in e.run.tasks))}
+        data, versions = flat.pop("data"), flat.pop("task versions")
+        flat |= {f"data of {_plain(task, e.run)}": fingerprint for task, fingerprint in data.items()}
+        flat |= {f"version of {task}": version for task, version in versions.items()}
+        for settings in _conditions_besides(e).values():
+            flat |= settings
+        cells = e.results.cells
+        if cells:
+            flat["backend"] = ", ".join(sorted({cell["settings"]["backend"] for cell in cells.values()}))
+        if len(limits) == 1:  # else that is said
+            flat |= {f"rows of {_plain(task, e.run)}": cell["n"] for (_, task), cell in cells.items()}
+        for key, value in flat.items():
+            found.setdefault(key, {})[e.name] = value
+    names = [e.name for e in entries]
+    notes: dict[str, list[str]] = {}  # how the runs fall apart -> what in
+    for key, values in found.items():
+        groups: dict[str, list[str]] = {}
+        for name, value in values.items():
+            groups.setdefault(value_text(value), []).append(name)
+        if len(groups) > 1:
+            if key.startswith("data of"):  # a fingerprint says nothing to a reader, and all tasks fit on one line
+                text = " against ".join(_runs(group, names) for group in groups.values())
+            else:
+                text = "; ".join(f"{value} in {_runs(group, names)}" for value, group in groups.items())
+            notes.setdefault(text, []).append(key)
+    lines = [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
+
+    def named(text: str, applies: Callable[[_Entry], Any]) -> None:
+        those = [e.name for e in entries if applies(e)]
+        if those:
+            lines.append(f"{text}: {'all' if names == those and len(names) > 3 else _ticks(those)}.")
+
+    def suites(e: _Entry) -> list[dict[str, Any]]:
+        return [cell for (_, name), cell in e.results.besides.items() if name in SUITES]
+
+    named("**Demo data**, not comparable with TRACE", lambda e: e.run.manifest["data"]["demo"])
+    named(
+        "**Limited test rows**, not comparable with the full data", lambda e: e.run.manifest["config"].get("test_rows")
+    )
+    named("**Limited rows** of the general suites", lambda e: any(c["settings"]["general_rows"] for c in suites(e)))
+    named(
+        "**Local copies** of general suites, comparable with the hub's only if they are complete",
+        lambda e: any(c["settings"]["data"] != "hub" for c in suites(e)),
+    )
+    return lines
+
+
+def _definitions(entries: list[_Entry], groups: list[list[_Entry]]) -> list[str]:
+    """What the numbers are, and which runs are not complete."""
+    lines = ["OP, BWT and Forgetting after the last stage, BWT divided by t-1; base = mean of the base model."]
+    if any(not math.isnan(e.numbers[k]) for e in entries for k in ("general", "instruction", "safety")):
+        lines.append(
+            "general = mean change of the general-ability suites since the base model; instruction and safety = net "
+            "win rate (win - lose) against it."
+        )
+    means = [e.name for e in entries if e.results.has_mean and not e.results.is_sequential]
+    if means:
+        lines.append(f"OP is the mean of the tasks, and BWT is not defined: {_ticks(means)}.")
+    if any(not math.isnan(e.op.low) for e in entries):
+        lines.append(
+            "In brackets 95 % intervals over test rows: what other test rows would give, not another training seed. "
+            "Differences are paired where both runs have the same rows and settings; elsewhere they have no interval."
+        )
+    for group in groups:
+        lines.append(
+            f"The seeds are those of {_ticks(e.name for e in group)}, which differ in nothing else. Their interval "
+            "(Student's t) is what another training would give, on the same test rows."
+        )
+    lines += [
+        f"Without leaked rows in `{e.name}`: {left_out_text(e.results.left_out)}" for e in entries if e.run.left_out
+    ]
+    unfinished = []
+    for e in entries:
+        R = e.results.R
+        # The cells that OP, BWT and Forgetting are made of.
+        needed = R[1:][np.tril_indices(R.shape[1])] if e.results.is_sequential else e.results.final
+        if np.isnan(needed).any():
+            unfinished.append(e.name)
+    if unfinished:
+        lines.append(f"Not complete, so that numbers are missing: {_ticks(unfinished)}.")
+    return lines
+
+
+def _runs(names: list[str], all_names: list[str]) -> str:
+    """Runs in a sentence about how all of them fall apart; most of many are "all others"."""
+    return "all others" if len(names) > max(3, len(all_names) / 2) else _ticks(names)
+
+
+def _ticks(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

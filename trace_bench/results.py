@@ -1,0 +1,376 @@
+"""What the files of a run say, as numbers: the matrix, OP and BWT with intervals, changes, and what is besides.
+
+Nothing is written or rendered here: `report` and `comparison` make tables of it. Scores are fractions of 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trace_bench import metrics
+from trace_bench.audit import without_rows
+from trace_bench.data import GROUPS, JUDGED, SUITES
+from trace_bench.metrics import Estimate, Matrix
+from trace_bench.run import Run, Stage, read_json, read_jsonl
+
+#: (stage index, name of the task, suite or set) -> the content of its eval file.
+Cells = dict[tuple[int, str], dict[str, Any]]
+
+
+def load_cells(run: Run) -> Cells:
+    """All cells of the matrix that are there."""
+    return _load(run, run.tasks)
+
+
+def load_besides(run: Run) -> Cells:
+    """What is measured besides the matrix: general-ability suites and sets to be judged."""
+    return _load(run, [*SUITES, *JUDGED])
+
+
+def _load(run: Run, names: Iterable[str]) -> Cells:
+    cells = {}
+    for stage in run.stages:
+        if not stage.is_trained:
+            continue  # what is there was made from weights that are no more
+        trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
+        for task in names:
+            if stage.eval_file(task).exists():
+                cell = read_json(stage.eval_file(task))
+                if trained is None or cell["checkpoint"] == trained:
+                    if task in run.left_out:
+                        cell = without_rows(cell, read_jsonl(stage.samples_file(task)), run.left_out[task])
+                    cells[stage.index, task] = cell
+    return cells
+
+
+def score_matrix(run: Run, metric: str | None = None) -> Matrix:
+    """The scores as an array of shape (stages, tasks), fractions of 1; NaN where not evaluated.
+
+    Args:
+        run: The run.
+        metric: A metric's name; tasks without it are NaN. None = the headline of each task.
+    """
+    return Results(run).matrix(metric)
+
+
+def general_delta(besides: Cells, stage: Stage) -> float:
+    """The general-ability delta of a stage over the paper's suites that the base model was measured on.
+
+    NaN without any, or where the stage lacks one: a mean over other suites is another number.
+    """
+    base, after = ({s: headline(besides[i, s]) for s in _suites(besides, i)} for i in (0, stage.index))
+    if not base or stage.index == 0 or base.keys() != after.keys():
+        return math.nan
+    return metrics.general_ability_delta(base, after)
+
+
+def _suites(besides: Cells, index: int) -> list[str]:
+    return [s for s in GROUPS["general"] if (index, s) in besides]
+
+
+def headline(cell: dict[str, Any]) -> float:
+    """The score that stands for a cell."""
+    return cell["metrics"][cell["headline"]]["value"]
+
+
+# ------------------------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The scores of a task's test rows, or of a suite's: the same rows at all stages."""
+
+    ids: list[tuple[str, Any]]
+    """(subtask of a suite, doc_id) of each row."""
+    scores: dict[str, Matrix]
+    """Metric -> scores, shape (rows, stages); NaN at stages whose score is not the mean of these rows."""
+    parts: list[NDArray[np.intp]]
+    """The score is the mean of these parts' means: all rows, or each subtask's where subtasks count the same."""
+
+    def estimates(self, rows: Matrix, interval: Callable[[Matrix], tuple[Matrix, Matrix]]) -> list[Estimate]:
+        """The mean of each column over the rows, with its interval.
+
+        Args:
+            rows: A number a row, shape (rows, columns).
+            interval: `metrics.mean_interval` or `metrics.difference_interval`.
+        """
+        parts = [np.stack([rows[part].mean(axis=0), *interval(rows[part])], axis=1) for part in self.parts]
+        return [metrics.mean_of([Estimate(*part[column]) for part in parts]) for column in range(rows.shape[1])]
+
+    def changes(self, metric: str, later: list[int], earlier: int) -> list[Estimate]:
+        """The scores at the later stages minus that at the earlier one."""
+        x = self.scores[metric]
+        return self.estimates(x[:, later] - x[:, [earlier]], metrics.difference_interval)
+
+
+def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
+    """The rows of a task or suite from the samples of all stages; None if there are none.
+
+    A score is checked to be the mean of its rows, or the mean of its subtasks' means. Where it is neither, the rows do
+    not say how certain it is, and those of the stage are NaN.
+
+    Raises:
+        RunError: if a file of samples is damaged.
+    """
+    mine = {i: cell for (i, n), cell in cells.items() if n == name and run.stages[i].samples_file(name).exists()}
+    left_out = run.left_out.get(name, ())
+    samples = {}
+    for i, cell in mine.items():
+        counted = [row for row in read_jsonl(run.stages[i].samples_file(name)) if row["doc_id"] not in left_out]
+        columns = {metric: _numbers([row.get(metric) for row in counted]) for metric in cell["metrics"]}
+        samples[i] = [(row.get("task", ""), row["doc_id"]) for row in counted], columns
+    if not any(ids for ids, _ in samples.values()):
+        return None
+    ids = next(ids for ids, _ in samples.values() if ids)
+    scores = {m: np.full((len(ids), len(run.stages)), np.nan) for cell in mine.values() for m in cell["metrics"]}
+    for i, (theirs, values) in samples.items():
+        if theirs == ids:
+            for metric, column in values.items():
+                scores[metric][:, i] = column
+    labels = np.unique([label for label, _ in ids], return_inverse=True)[1]
+    subtasks = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
+
+    def fits(parts: list[NDArray[np.intp]], i: int, metric: str) -> bool:
+        value = mine[i]["metrics"].get(metric, {}).get("value")
+        found = np.mean([scores[metric][part, i].mean() for part in parts])
+        return value is not None and abs(found - value) < 1e-6
+
+    together = [np.arange(len(ids))]
+    parts = max(
+        (together, subtasks), key=lambda parts: sum(fits(parts, i, cell["headline"]) for i, cell in mine.items())
+    )
+    for metric, x in scores.items():
+        for i in mine:
+            if not fits(parts, i, metric):
+                x[:, i] = np.nan
+    return Rows(ids, scores, parts)
+
+
+def _numbers(values: list[Any]) -> list[float]:
+    """The scores of rows; NaN if one of them is no number."""
+    return values if all(isinstance(v, int | float) for v in values) else [math.nan] * len(values)
+
+
+# ---------------------------------------------------------------------------------------------------------- results
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a task lost from its own stage to the last, in the official score and in the form-tolerant one."""
+
+    task: str
+    strict: Estimate
+    tolerant: Estimate
+    form: Estimate
+    """Strict minus tolerant: lost in the form of the answer alone."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The numbers of a run. Each is computed when it is asked for; intervals need the samples and cost seconds."""
+
+    run: Run
+
+    @cached_property
+    def cells(self) -> Cells:
+        """The cells of the matrix."""
+        return load_cells(self.run)
+
+    @cached_property
+    def besides(self) -> Cells:
+        """What is measured besides the matrix."""
+        return load_besides(self.run)
+
+    def matrix(self, metric: str | None = None) -> Matrix:
+        """See `score_matrix`."""
+        R = np.full((len(self.run.stages), len(self.run.tasks)), np.nan)
+        for (index, task), cell in self.cells.items():
+            score = cell["metrics"].get(metric or cell["headline"])
+            if score is not None and score["value"] is not None:
+                R[index, self.run.tasks.index(task)] = score["value"]
+        return R
+
+    @cached_property
+    def R(self) -> Matrix:
+        """The headline scores, shape (stages, tasks)."""
+        return self.matrix()
+
+    @cached_property
+    def headlines(self) -> dict[str, str]:
+        """Name of a task, suite or set -> its first metric."""
+        return {name: cell["headline"] for (_, name), cell in (self.cells | self.besides).items()}
+
+    @property
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Task -> how many of its test rows do not count, of how many; empty where all of them count."""
+        return {
+            task: (cell["n_left_out"], cell["n_left_out"] + cell["n"])
+            for (_, task), cell in self.cells.items()
+            if task in self.run.left_out
+        }
+
+    @cached_property
+    def rows(self) -> dict[str, Rows]:
+        """The rows of the tasks, of those that have samples."""
+        return self._rows(self.run.tasks, self.cells)
+
+    @cached_property
+    def rows_besides(self) -> dict[str, Rows]:
+        """The rows of the suites and of the sets to be judged."""
+        return self._rows([*SUITES, *JUDGED], self.besides)
+
+    def _rows(self, names: Iterable[str], cells: Cells) -> dict[str, Rows]:
+        loaded = {name: load_rows(self.run, name, cells) for name in names}
+        return {name: rows for name, rows in loaded.items() if rows is not None}
+
+    # ------------------------------------------------------------------------------------------ what the run is
+
+    @property
+    def is_single(self) -> bool:
+        """Whether each task has a model of its own, so that nothing is carried from stage to stage."""
+        return self.run.manifest["method"] == "single"
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether row t is the model after tasks 1 to t, so that OP and BWT are defined."""
+        run = self.run
+        return run.is_sequence() and len(run.stages) == len(run.tasks) + 1 and not self.is_single
+
+    @property
+    def has_mean(self) -> bool:
+        """Whether the mean over all tasks stands for the run: of anything but checkpoints of unknown training."""
+        return self.is_sequential or "checkpoints" not in self.run.manifest
+
+    @property
+    def final_stages(self) -> list[int]:
+        """The stage of each task that stands for the run: its own model where it has one, else the last."""
+        last = len(self.run.stages) - 1
+        return [i + 1 if self.is_single else last for i in range(len(self.run.tasks))]
+
+    @property
+    def final(self) -> Matrix:
+        """The score of each task in the end."""
+        return self.R[self.final_stages, range(len(self.run.tasks))]
+
+    @cached_property
+    def last_stage(self) -> int:
+        """The last stage of which all seen tasks are evaluated; 0 if there is none."""
+        done = [t for t in range(1, self.R.shape[1] + 1) if not np.isnan(self.R[t, :t]).any()]
+        return max(done, default=0)
+
+    # ------------------------------------------------------------------------------------------------ statistics
+
+    def task_rows(self, task: str) -> Matrix:
+        """The headline scores of a task's rows, shape (rows, stages); two rows of NaN where there are none."""
+        if task in self.rows:
+            return self.rows[task].scores[self.headlines[task]]
+        return np.full((2, len(self.run.stages)), np.nan)
+
+    def final_rows(self, task: str) -> Matrix:
+        """The headline scores of a task's rows in the end, shape (rows,)."""
+        return self.task_rows(task)[:, self.final_stages[self.run.tasks.index(task)]]
+
+    @cached_property
+    def intervals(self) -> dict[tuple[int, str, str], tuple[float, float]]:
+        """(stage, name, metric) -> the interval of the score, of all that have one, the matrix and what is besides."""
+        found = {}
+        for name, rows in (self.rows | self.rows_besides).items():
+            columns = np.concatenate(list(rows.scores.values()), axis=1)
+            keys = [(stage.index, name, metric) for metric in rows.scores for stage in self.run.stages]
+            for key, (_, low, high) in zip(keys, rows.estimates(columns, metrics.mean_interval), strict=True):
+                if not math.isnan(low):
+                    found[key] = (low, high)
+        return found
+
+    def cell(self, t: int, i: int) -> Estimate:
+        """R[t, i] with its interval."""
+        task = self.run.tasks[i]
+        return Estimate(float(self.R[t, i]), *self.intervals.get((t, task, self.headlines.get(task, "")), ()))
+
+    @cached_property
+    def mean(self) -> Estimate:
+        """The mean of the tasks in the end."""
+        bounds = [metrics.mean_interval(self.final_rows(task)[:, None]) for task in self.run.tasks]
+        return metrics.mean_of([Estimate(float(v), a[0], b[0]) for v, (a, b) in zip(self.final, bounds, strict=True)])
+
+    @cached_property
+    def sequence(self) -> dict[str, list[Estimate]]:
+        """OP, BWT and Forgetting after each stage from 1 on, and in lists of one FWT and mean OP.
+
+        Forgetting has no interval, since its maximum is biased: see `metrics.bootstrap_interval`.
+        """
+        R, T = self.R, len(self.run.tasks)
+        stages = range(1, T + 1)
+        op = [metrics.mean_of([self.cell(t, i) for i in range(t)]) for t in stages]
+        bwt = [metrics.mean_of([self.since_own[t, i] for i in range(t - 1)]) for t in stages]
+        fwt = metrics.mean_of([self.since_base[i, i] for i in range(1, T)])
+        rows = [self.task_rows(task) for task in self.run.tasks]
+        mean_op = metrics.bootstrap_interval(rows, metrics.average_accuracy)
+        return {
+            "OP": [Estimate(metrics.overall_performance(R, t), *e[1:]) for t, e in zip(stages, op, strict=True)],
+            "BWT": [Estimate(metrics.backward_transfer(R, t), *e[1:]) for t, e in zip(stages, bwt, strict=True)],
+            "Forgetting": [Estimate(metrics.forgetting(R, t)) for t in stages],
+            "FWT": [Estimate(metrics.forward_transfer(R), *fwt[1:])],
+            "mean OP": [Estimate(metrics.average_accuracy(R), *mean_op)],
+        }
+
+    @cached_property
+    def since_own(self) -> dict[tuple[int, int], Estimate]:
+        """(stage t, column i) -> R[t, i] minus the score at the task's own stage, at the stages after it."""
+        own = [(range(i + 2, len(self.run.stages)), i + 1) for i in range(len(self.run.tasks))]
+        return {(t, i): e for i, stages in enumerate(own) for t, e in self._changes(i, *stages).items()}
+
+    @cached_property
+    def since_base(self) -> dict[tuple[int, int], Estimate]:
+        """(stage t, column i) -> R[t, i] minus the base model's score."""
+        later = range(1, len(self.run.stages))
+        return {(t, i): e for i in range(len(self.run.tasks)) for t, e in self._changes(i, later, 0).items()}
+
+    def _changes(self, i: int, later: Iterable[int], earlier: int) -> dict[int, Estimate]:
+        task, stages = self.run.tasks[i], list(later)
+        values = {t: float(self.R[t, i] - self.R[earlier, i]) for t in stages}
+        if task not in self.rows:
+            return {t: Estimate(value) for t, value in values.items()}
+        found = self.rows[task].changes(self.headlines[task], stages, earlier)
+        return {t: Estimate(value, *e[1:]) for (t, value), e in zip(values.items(), found, strict=True)}
+
+    @cached_property
+    def forms(self) -> list[Form]:
+        """Form against knowledge: for tasks with a form-tolerant accuracy beside the official one."""
+        tolerant, last = self.matrix("accuracy_tolerant"), self.last_stage
+        found = []
+        for i, task in enumerate(self.run.tasks[: max(0, last - 1)]):
+            strict, knowledge = (float(R[i + 1, i] - R[last, i]) for R in (self.R, tolerant))
+            if self.headlines[task] != "accuracy" or math.isnan(strict + knowledge):
+                continue
+            values = (strict, knowledge, strict - knowledge)
+            bounds: list[tuple[float, ...]] = [()] * 3
+            if task in self.rows:
+                scores = self.rows[task].scores
+                a, b = (scores[m][:, i + 1] - scores[m][:, last] for m in ("accuracy", "accuracy_tolerant"))
+                low, high = metrics.difference_interval(np.stack([a, b, a - b], axis=1))
+                bounds = list(zip(low, high, strict=True))
+            found.append(Form(task, *(Estimate(v, *b) for v, b in zip(values, bounds, strict=True))))
+        return found
+
+    @cached_property
+    def general(self) -> dict[int, Estimate]:
+        """Stage -> general-ability delta, of the stages that have one."""
+        stages = [s for s in self.run.stages if not math.isnan(general_delta(self.besides, s))]
+        if not stages:
+            return {}
+        suites = _suites(self.besides, 0)
+        values = [general_delta(self.besides, stage) for stage in stages]
+        if any(suite not in self.rows_besides for suite in suites):
+            return {stage.index: Estimate(v) for stage, v in zip(stages, values, strict=True)}
+        indices = [stage.index for stage in stages]
+        changes = [self.rows_besides[suite].changes(self.headlines[suite], indices, 0) for suite in suites]
+        bounds = [metrics.mean_of(of_stage)[1:] for of_stage in zip(*changes, strict=True)]
+        return {i: Estimate(v, *b) for i, v, b in zip(indices, values, bounds, strict=True)}
