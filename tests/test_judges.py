@@ -681,7 +681,7 @@ def test_a_local_model_that_gives_no_verdict_has_to_choose_one(run, llm):
     assert numbers["pairs"]["tie"] == 6 and numbers["pairs"]["disagreements"] == 0, "it chose [[C]] throughout"
     assert rows(run, 1, "instruct_lima")[1]["replies"] == ["Both have merits.\n\n[[C]]"] * 2
     write_report(run)
-    assert "**62.5 % of the verdicts were forced**" in section(run, "Instruction")
+    assert "**62.5 % of the verdicts were forced**" in section(run, "Instruction following")
     again = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
     [row, *_] = again.complete([{"messages": instruction.KIND.pair("question 1", MINE[1], BASE[1])}])
     assert row.forced and row.text.endswith("[[C]]"), "as it was paid for"
