@@ -145,13 +145,14 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
 
 def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
     """How often the judge was right where that is known, if it was calibrated with the same settings."""
-    file = calibration_file(run.path.parent, judge["judge"])
-    calibration = read_json(file) if file.exists() else {}
-    if calibration.get("settings") != judge:
+    # Beside the run, or above it where a study keeps its runs together.
+    files = [calibration_file(folder, judge["judge"]) for folder in run.path.absolute().parents[:2]]
+    found = [calibration for file in files if file.exists() and (calibration := read_json(file))["settings"] == judge]
+    if not found:
         return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge['judge']}`"
     return "right on planted answers, percent: " + ", ".join(
         f"{name.removeprefix(kind.name).strip()} {_rate(numbers['accuracy'])}"
-        for name, numbers in calibration["kinds"].items()
+        for name, numbers in found[0]["kinds"].items()
         if name.startswith(kind.name)
     )
 

@@ -82,6 +82,21 @@ def test_one_engine_serves_all_stages(run, monkeypatch):
     assert len(starts) == 1 and swaps == [s.checkpoint for s in run.stages[1:]], "the base model is there already"
 
 
+def test_prompts_are_built_and_tokenized_once_for_all_stages(run, monkeypatch):
+    """What a further stage costs is its swap and its tokens. Counted, since times cannot be trusted."""
+    from lm_eval.api.task import ConfigurableTask
+
+    built, encoded = [], []
+    original, prompt_ids = ConfigurableTask.fewshot_context, data.prompt_ids
+    monkeypatch.setattr(
+        ConfigurableTask, "fewshot_context", lambda self, *a, **k: built.append(1) or original(self, *a, **k)
+    )
+    monkeypatch.setattr(data, "prompt_ids", lambda t, texts, *a: encoded.extend(texts) or prompt_ids(t, texts, *a))
+    assert evaluate.evaluate(run, cells="all") == 6
+    assert len(built) == 2 * 6, "two tasks of six rows, three stages"
+    assert len(encoded) == len(set(encoded)) <= 2 * 6
+
+
 def test_other_settings_are_not_mixed_into_a_matrix(run):
     evaluate.evaluate(run, stages=[0])
     with pytest.raises(RunError, match=r"backend: 'hf' -> 'vllm'"):

@@ -215,7 +215,7 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
             if not self._generating:
                 return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
             limits = [n for n in (left_truncate_len, self.max_prompt_length) if n]
-            ids = data.prompt_ids(self.tokenizer, strings, min(limits, default=None))
+            ids = self._prompt_ids(strings, min(limits, default=None))
             padded = self.tokenizer.pad(
                 {"input_ids": ids}, padding=True, padding_side=padding_side, return_tensors="pt"
             )
@@ -300,12 +300,15 @@ class _Swap:
     def tok_encode(self, string: str | list[str], *args: Any, **kwargs: Any) -> Any:
         if not self._generating:
             return super().tok_encode(string, *args, **kwargs)  # type: ignore[misc]
-        many = [string] if isinstance(string, str) else list(string)
-        new = [text for text in dict.fromkeys(many) if (text, self.max_prompt_length) not in self._ids]
-        for text, ids in zip(new, data.prompt_ids(self.tokenizer, new, self.max_prompt_length), strict=True):
-            self._ids[text, self.max_prompt_length] = array("l", ids)
-        encoded = [self._ids[text, self.max_prompt_length].tolist() for text in many]
+        encoded = self._prompt_ids([string] if isinstance(string, str) else list(string), self.max_prompt_length)
         return encoded[0] if isinstance(string, str) else encoded
+
+    def _prompt_ids(self, texts: list[str], limit: int | None) -> list[list[int]]:
+        new = [text for text in dict.fromkeys(texts) if (text, limit) not in self._ids]
+        if new:
+            for text, ids in zip(new, data.prompt_ids(self.tokenizer, new, limit), strict=True):
+                self._ids[text, limit] = array("l", ids)
+        return [self._ids[text, limit].tolist() for text in texts]
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         if (context, continuation) not in self._pairs:

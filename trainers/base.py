@@ -329,13 +329,23 @@ class CLTrainer(SFTTrainer):
         if not self.model_args.use_peft:
             return self.load_model(checkpoint)
         from peft import PeftModel, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         base = self.load_model(None)
+        model: Any
         if checkpoint is not None:
-            return PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
-        peft_config = get_peft_config(self.model_args)
-        assert peft_config is not None
-        return get_peft_model(base, peft_config)
+            model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+        else:
+            peft_config = get_peft_config(self.model_args)
+            assert peft_config is not None
+            model = get_peft_model(base, peft_config)
+        if self.config.bf16:
+            # PEFT brings each layer's input to the adapter's float32, and autocast brings it back to bf16 in the next
+            # operation: two copies of every activation that change no bit.
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.cast_input_dtype_enabled = False
+        return model
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
