@@ -9,7 +9,7 @@ CONFIG ?= $(firstword $(wildcard trainers/configs/quickstart_$*.yaml) trainers/c
 # runs/<method>-<config>
 RUN ?= runs/$*-$(basename $(notdir $(CONFIG)))
 
-.PHONY: help setup check test test-slow data evaluate judge report study
+.PHONY: help setup bench check test test-slow data evaluate judge report study
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -55,6 +55,9 @@ report: ## write the report of a run: make report RUN=runs/NAME
 
 study: setup ## train, evaluate and compare several runs: make study STUDY=trainers/configs/studies/NAME.yaml [FULL=1]
 	$(BIN)/trace-bench study $(STUDY) $(if $(FULL),--full)
+
+bench: setup ## every comparison side by side: bench/results.json and tables; PART=evaluation|training|methods|scale|startup
+	for part in $(or $(PART),startup scale training methods evaluation); do $(BIN)/python -m bench.$$part || exit 1; done
 
 check: ## ruff and mypy
 	$(BIN)/ruff check .

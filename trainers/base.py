@@ -344,7 +344,7 @@ class CLTrainer(SFTTrainer):
             # operation: two copies of every activation that change no bit.
             for module in model.modules():
                 if isinstance(module, BaseTunerLayer):
-                    module.cast_input_dtype_enabled = False
+                    module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
         return model
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
