@@ -1,6 +1,6 @@
 """What grows with the number of rows and tasks besides generation: scoring, the numbers of a matrix, intervals.
 
-- scoring: 5000 rows of each task, every one against the answer of another row (its own prompt where a metric needs one).
+- scoring: 5000 rows of each task, every one against the answer of another row.
 - matrix: OP, BWT, forgetting, FWT and mean OP of 100 runs of 100 tasks each.
 - intervals: the bootstrap of mean OP over 100 tasks of 500 rows at 100 stages.
 
