@@ -19,6 +19,7 @@ the main job:
   python -m trainers.sequential --config trainers/configs/quickstart.yaml --output_dir runs/mine
   trace-bench evaluate runs/mine             fill the missing cells; interrupted, it goes on where it was
   trace-bench report runs/mine               report.md and scores.csv
+  trace-bench status runs/mine               how far it is, while it goes on
 
 instruction following and safety, from the answers to the instruct_* and safety_* tasks:
   trace-bench judge runs/mine --model JUDGE  verdicts against the base model; see trace-bench judge --help
@@ -213,6 +214,14 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--only", nargs="+", metavar="NAME", help="these runs only; the table has all that are there")
     p.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
     p.set_defaults(run=_study)
+
+    p = commands.add_parser(
+        "status",
+        help="how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
+        description="Says how far a run is, from its files alone, while it goes on or afterwards.",
+    )
+    p.add_argument("path", metavar="RUN", help="the run directory")
+    p.set_defaults(run=_status)
 
     p = commands.add_parser("tasks-path", help="print the folder of the lm-eval tasks, for --include_path")
     p.add_argument(
@@ -551,6 +560,13 @@ def _study(args: argparse.Namespace) -> None:
 
     if not run_study(args.file, full=args.full, output_dir=args.output_dir, only=args.only, dry_run=args.dry_run):
         sys.exit(1)
+
+
+def _status(args: argparse.Namespace) -> None:
+    from trace_bench.run import Run
+    from trace_bench.status import status
+
+    print(status(Run.open(args.path)))
 
 
 def _tasks_path(args: argparse.Namespace) -> None:

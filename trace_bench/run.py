@@ -216,6 +216,11 @@ class Stage:
         return self.index == 0 or self.external is not None or self.train_file.exists()
 
     @property
+    def progress_file(self) -> Path:
+        """How far the training of the stage is; only there while it goes on, or was interrupted."""
+        return self.path / ".trainer" / "progress.json"
+
+    @property
     def method_state(self) -> Path:
         """Folder for what a method carries to the next stage besides the checkpoint."""
         return self.path / "method_state"

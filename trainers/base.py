@@ -35,7 +35,14 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    set_seed,
+)
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
@@ -252,8 +259,9 @@ class CLTrainer(SFTTrainer):
         )
         for noisy in (ProgressCallback, PrinterCallback):
             self.remove_callback(noisy)
+        self.add_callback(_Live(self))
         if not args.disable_tqdm:
-            self.add_callback(_Progress(stage, len(run.stages) - 1))
+            self.add_callback(_Progress(self, len(run.stages) - 1))
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
@@ -487,12 +495,40 @@ class CLTrainer(SFTTrainer):
         return target
 
 
+class _Live(TrainerCallback):
+    """Says in a file how far the training is, for `trace-bench status`."""
+
+    def __init__(self, trainer: CLTrainer) -> None:
+        self.trainer = trainer
+        self.begun = self.written = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.begun = time.time()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        now = time.time()
+        if state.is_world_process_zero and logs and "loss" in logs and now - self.written > 1:
+            self.written = now
+            write_json(
+                self.trainer.stage.progress_file,
+                {
+                    "step": state.global_step,
+                    "steps": state.max_steps,
+                    "loss": float(logs["loss"]),
+                    "tokens": int(self.trainer._total_train_tokens),
+                    "seconds": now - self.begun,
+                    "time": now,
+                },
+            )
+
+
 class _Progress(ProgressCallback):
     """HF's progress bar with the loss in it, instead of a line of numbers every few steps."""
 
-    def __init__(self, stage: Stage, total: int) -> None:
+    def __init__(self, trainer: CLTrainer, total: int) -> None:
         super().__init__()
-        self.title = f"stage {stage.index}/{total} {stage.task or stage.name}"
+        self.trainer = trainer
+        self.title = f"stage {trainer.stage.index}/{total} {trainer.stage.task or trainer.stage.name}"
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -501,7 +537,8 @@ class _Progress(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.training_bar is not None and logs and "loss" in logs:
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}")
+            tokens = self.trainer._total_train_tokens / max(self.training_bar.format_dict["elapsed"], 1e-9)
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {tokens:.0f} tokens/s")
 
 
 # ----------------------------------------------------------------------------------------------------- the stage loop
