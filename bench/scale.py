@@ -10,7 +10,6 @@ That a stage costs the same at T = 30 as at the start, and a report of 100 tasks
 
 from __future__ import annotations
 
-import os
 import time
 
 import numpy as np
@@ -24,7 +23,6 @@ def main() -> None:
     """Times each part and saves the seconds."""
     from trace_bench import data, metrics
 
-    os.environ["TRACE_DATA"] = str(data.find_data(os.environ.get("TRACE_DATA") or "demo"))
     seconds: dict[str, float] = {}
     for name, task in data.load_tasks(list(data.FOLDERS)).items():
         docs = list(task.test_docs())

@@ -6,6 +6,7 @@ as `make sequential-train` does). `imports torch` says whether the command loads
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from statistics import median
@@ -29,7 +30,7 @@ def main() -> None:
         loaded = subprocess.run(
             [sys.executable, "-X", "importtime", *argv], cwd=ROOT, capture_output=True, text=True, check=True
         ).stderr
-        result[name] = {"seconds": round(median(seconds), 2), "imports_torch": "| torch\n" in loaded}
+        result[name] = {"seconds": round(median(seconds), 2), "imports_torch": bool(re.search(r"\|\s+torch\n", loaded))}
     save("startup", result)
     print(
         table(

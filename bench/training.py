@@ -25,8 +25,8 @@ from bench.common import WORK, command, save, table
 
 ROUNDS = 3
 CONTENDERS = ("ours", "TRL", "plain")
-ROWS, EPOCHS, BATCH, LEARNING_RATE = 12, 1, 8, 5e-4
-PROMPT, ANSWER = 1024, 512
+ROWS, EPOCHS, BATCH, LEARNING_RATE = 6, 1, 8, 5e-4
+PROMPT, ANSWER = 512, 256
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
