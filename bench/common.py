@@ -68,9 +68,3 @@ def save(part: str, result: dict[str, Any]) -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[part] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **result}
     write_json(RESULTS, results)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

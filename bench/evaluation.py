@@ -20,7 +20,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.common import ROOT, WORK, command, save, table
+from bench.common import ROOT, WORK, command, save
+from trace_bench.run import read_jsonl
+from trace_bench.tables import markdown
 
 ROWS = 8
 PROMPT, ANSWER, CONTEXT = 960, 64, 1024
@@ -48,7 +50,7 @@ def main() -> None:
     seconds["ours"] = [command([sys.executable, "-m", "trace_bench.cli", "evaluate", str(copy)], "evaluation/ours")]
     ours = Run.open(copy)
     answers["ours"] = {
-        (s.index, t): [row["response"] for row in _lines(s.samples_file(t))]
+        (s.index, t): [row["response"] for row in read_jsonl(s.samples_file(t))]
         for s, names in zip(ours.stages, seen, strict=True)
         for t in names
     }
@@ -80,7 +82,7 @@ def main() -> None:
             )
             for task in names:
                 (file,) = out.rglob(f"samples_bench_{task}_*.jsonl")
-                rows = sorted(_lines(file), key=lambda row: row["doc_id"])
+                rows = sorted(read_jsonl(file), key=lambda row: row["doc_id"])
                 answers.setdefault(name, {})[stage.index, task] = [row["filtered_resps"][0] for row in rows]
         for batch in (4, 16):
             name = f"official, batch {batch}"
@@ -110,7 +112,7 @@ def main() -> None:
     result["rows"] = total
     save("evaluation", result)
     print(
-        table(
+        markdown(
             ["evaluation of 9 stages, 44 cells", "seconds", "ours is faster by", f"answers that differ (of {total})"],
             [
                 [name, c["seconds"], f"{c['ratio']}x", c["rows_that_differ_from_ours"]]
@@ -146,10 +148,6 @@ def _stubs(tasks: dict[str, Any]) -> Path:
 def _scored(text: str) -> str:
     # The official way strips special tokens and keeps what follows; white space at the ends says nothing.
     return text.strip()
-
-
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from bench.common import WORK, command, save, table
+from bench.common import WORK, command, save
+from trace_bench.tables import markdown
 
 ROUNDS = 3
 TASKS = ("trace_fomc", "trace_numglue_cm", "trace_numglue_ds")
@@ -51,7 +52,7 @@ def main() -> None:
         }
     save("methods", {"tasks": TASKS, "methods": result})
     print(
-        table(
+        markdown(
             ["method", "last stage over sequential", "rows over sequential", "kept, MiB", "peak, GiB"],
             [
                 [m, f"{r['over_sequential']}x", f"{r['rows_over_sequential']}x", r["kept_mib"], r["peak_memory_gib"]]

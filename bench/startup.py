@@ -11,7 +11,8 @@ import subprocess
 import sys
 from statistics import median
 
-from bench.common import ROOT, WORK, command, save, table
+from bench.common import ROOT, WORK, command, save
+from trace_bench.tables import markdown
 
 ROUNDS = 5
 
@@ -33,7 +34,7 @@ def main() -> None:
         result[name] = {"seconds": round(median(seconds), 2), "imports_torch": bool(re.search(r"\|\s+torch\n", loaded))}
     save("startup", result)
     print(
-        table(
+        markdown(
             ["command", "seconds", "imports torch"],
             [[n, r["seconds"], "yes" if r["imports_torch"] else "no"] for n, r in result.items()],
         )

@@ -21,7 +21,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.common import WORK, command, save, table
+from bench.common import WORK, command, save
+from trace_bench.tables import markdown
 
 ROUNDS = 3
 CONTENDERS = ("ours", "TRL", "plain")
@@ -57,7 +58,7 @@ def main() -> None:
     }
     save("training", {"rows": found["ours"][0]["rows"], "tokens": found["ours"][0]["tokens"], "contenders": result})
     print(
-        table(
+        markdown(
             ["training", "tokens/s", "ours is faster by", "loss", "bf16 share", "GiB"],
             [
                 [

@@ -90,6 +90,7 @@ class LocalJudge(Judge):
         tokenizer = self._llm.get_tokenizer()
         # Verdict -> its first token after the brackets. The offered ones begin with different letters.
         tokens: dict[str, int] = {}
+        opened = [reply.text.rstrip() + _OPENING for reply in replies]
         open_ones: dict[int, list[str]] = {}
         for i, (turns, reply) in enumerate(zip(messages, replies, strict=True)):
             offered = sorted(set(_OFFERED.findall(turns[-1]["content"])))
@@ -104,7 +105,7 @@ class LocalJudge(Judge):
         if not open_ones:
             return replies
         outputs = self._llm.chat(
-            [[*messages[i], {"role": "assistant", "content": replies[i].text.rstrip() + _OPENING}] for i in open_ones],
+            [[*messages[i], {"role": "assistant", "content": opened[i]}] for i in open_ones],
             [
                 SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[tokens[word] for word in offered])
                 for offered in open_ones.values()
@@ -117,7 +118,7 @@ class LocalJudge(Judge):
         for (i, offered), output in zip(open_ones.items(), outputs, strict=True):
             chosen = output.outputs[0].token_ids[0]
             word = next(word for word in offered if tokens[word] == chosen)
-            decided[i] = replace(replies[i], text=f"{replies[i].text.rstrip()}{_OPENING}{word}]]", forced=True)
+            decided[i] = replace(replies[i], text=f"{opened[i]}{word}]]", forced=True)
         return decided
 
 

@@ -1,6 +1,7 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +28,22 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def demo_data(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACE_DATA", "demo")
+
+
+@pytest.fixture
+def make(tmp_path: Path):
+    """Writes a run by hand, see `made_runs.make_run`."""
+    from made_runs import make_run
+
+    return partial(make_run, tmp_path / "runs")
+
+
+@pytest.fixture
+def bounds(make):
+    """Writes the runs that bound one, see `made_runs.make_bounds`."""
+    from made_runs import make_bounds
+
+    return partial(make_bounds, make)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,22 @@ import re
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+KEY = "sk-secret-0123456789"
+
+
+@contextmanager
+def with_key(monkeypatch, folder):
+    """A key in the environment and no proxy; afterwards no file of the folder holds the key."""
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    assert not [p for p in folder.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+
 
 FAULT = re.compile(r"FAULT:(\w+)(?:\*(\d+))?")
 BLOCK = re.compile(r"<<<(ANSWER[ AB]*)>>>\n(.*?)\n<<<END OF \1>>>", re.S)

@@ -12,7 +12,7 @@ import pytest
 from conftest import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_server import Server
+from judge_server import Server, with_key
 
 from judges import JudgeError, annotate
 from judges.annotate import Row, read_path
@@ -25,20 +25,15 @@ from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES, reasoning_answer
 from trainers.rcl import RCLConfig, RCLTrainer
 
-KEY = "sk-secret-0123456789"
 every_task = pytest.mark.parametrize("task", data.FOLDERS)
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TRACE_DATA", "demo")
     monkeypatch.chdir(tmp_path)
-    yield
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+    with with_key(monkeypatch, tmp_path):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -3,27 +3,16 @@
 import csv
 import io
 import json
-from functools import partial
 
 import numpy as np
 import pytest
-from made_runs import TASKS, R, cell, make_bounds, make_run, without, write_cell
+from made_runs import TASKS, R, cell, without, write_cell
 
 from judges.judging import judge_file, sample_fingerprints
 from trace_bench.cli import main
 from trace_bench.comparison import compare
 from trace_bench.run import Run, write_json
 from trace_bench.tables import DASH
-
-
-@pytest.fixture
-def make(tmp_path):
-    return partial(make_run, tmp_path / "runs")
-
-
-@pytest.fixture
-def bounds(make):
-    return partial(make_bounds, make)
 
 
 def compared(runs, baseline=None):

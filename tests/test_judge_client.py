@@ -11,29 +11,23 @@ import traceback
 from pathlib import Path
 
 import pytest
-from judge_server import Server
+from judge_server import KEY, Server, with_key
 
 from judges import JudgeError, batch, client
 from judges.batch import batch_file
 from judges.client import Cache, Client, Reply, read_reply, request_key
 
-KEY = "sk-secret-0123456789"
-
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path, caplog):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
     monkeypatch.setattr(batch, "POLL_SECONDS", 0.02)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
     caplog.set_level(logging.DEBUG)
-    yield
-    leaks = [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
-    assert not leaks and KEY not in caplog.text
+    with with_key(monkeypatch, tmp_path):
+        yield
+    assert KEY not in caplog.text
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_server import Server, judge
+from judge_server import KEY, Server, judge, with_key
 
 from judges import calibrate, instruction, judging, local, pairwise, prompts, safety
 from judges.planted import PLANTED
@@ -24,22 +24,17 @@ from trace_bench.report import write_report
 from trace_bench.run import Run, write_json, write_jsonl
 from trace_bench.tables import DASH
 
-KEY = "sk-secret-0123456789"
 SUITES = ("instruct_lima", "safety_cona")
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
     monkeypatch.setattr("judges.client.FIRST_WAIT", 0.02)
     monkeypatch.chdir(tmp_path)
-    yield
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
+    with with_key(monkeypatch, tmp_path):
+        yield
 
 
 @pytest.fixture

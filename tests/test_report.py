@@ -5,11 +5,10 @@ import logging
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
-from made_runs import ICL, JOINT, NAN, SINGLE, TASKS, R, cell, make_bounds, make_run, without
+from made_runs import ICL, JOINT, NAN, SINGLE, TASKS, R, cell, without
 
 from trace_bench import metrics
 from trace_bench.report import write_report
@@ -18,16 +17,6 @@ from trace_bench.run import write_json
 from trace_bench.tables import DASH
 
 PERCENT = [["10.0", "20.0", "30.0"], ["80.0", DASH, DASH], ["60.0", "90.0", DASH], ["70.0", "0.0", "50.0"]]
-
-
-@pytest.fixture
-def make(tmp_path):
-    return partial(make_run, tmp_path / "runs")
-
-
-@pytest.fixture
-def bounds(make):
-    return partial(make_bounds, make)
 
 
 def text(run):

@@ -2,11 +2,10 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import pytest
-from made_runs import NAN, TASKS, cell, make_run, write_cell
+from made_runs import NAN, TASKS, cell, write_cell
 
 from trace_bench import metrics
 from trace_bench.results import Results
@@ -20,11 +19,6 @@ def rows(seed=0):
     x = np.random.default_rng(seed).random((N, 4)) / 2
     x[:, 1] += 0.5
     return x
-
-
-@pytest.fixture
-def make(tmp_path):
-    return partial(make_run, tmp_path / "runs")
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pytest
 from conftest import train
 
 from trace_bench import data, evaluate, metrics, report, results
-from trace_bench.run import Run, write_json
 
 YAML = """task: {name}
 dataset_path: json
@@ -59,9 +58,12 @@ def test_a_folder_without_tasks_is_an_error(tmp_path, monkeypatch):
         data.load_tasks(["mine"])
 
 
-def test_a_report_of_a_hundred_tasks_takes_seconds(tmp_path):
+def test_a_report_of_a_hundred_tasks_takes_seconds(make):
     names = [f"task_{i:03}" for i in range(100)]
-    run = synthetic_run(tmp_path / "run", names, np.random.default_rng(0))
+    scores = np.random.default_rng(0).integers(11, size=(101, 100)) / 10
+    scores[np.triu_indices(101, 0, 100)] = np.nan  # not seen yet
+    scores[0] = 0.5
+    run = make(scores, tasks=names, task_versions={}, data={"path": None, "demo": False, "fingerprint": {}})
     started = time.perf_counter()
     report.write_report(run)
     assert time.perf_counter() - started < 20
@@ -69,31 +71,3 @@ def test_a_report_of_a_hundred_tasks_takes_seconds(tmp_path):
     assert R.shape == (101, 100)
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert f"{100 * metrics.overall_performance(R):.1f}" in text
-
-
-def synthetic_run(path, names, rng):
-    """A run whose cells were never generated: numbers only."""
-    run = Run.create(
-        path,
-        {
-            "method": "sequential",
-            "trains": "lora",
-            "model": {"name": "m"},
-            "tasks": names,
-            "task_versions": {},
-            "data": {"path": None, "demo": False, "fingerprint": {}},
-            "config": {},
-        },
-    )
-    settings = {"backend": "hf", "test_rows": None, "max_prompt_length": None, "max_new_tokens": None}
-    settings |= {"chat_template": False, "num_fewshot": None}
-    train_json = {"checkpoint": "w", "rows": 1, "steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
-    for stage in run.stages:
-        if stage.index:
-            write_json(stage.train_file, {**train_json, "peak_memory_bytes": 1, "memory_of": "process"})
-        for name in names[: stage.index or None]:
-            cell = {"stage": stage.name, "task": name, "version": 1, "n": 10, "headline": "accuracy"}
-            value = {"accuracy": {"value": float(rng.integers(11)) / 10, "stderr": 0.1}}
-            more = {"checkpoint": "w" if stage.index else None, "settings": settings, "engine_args": {}, "seconds": 1.0}
-            write_json(stage.eval_file(name), {**cell, "metrics": value, **more})
-    return run

@@ -170,10 +170,10 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
         ) -> Any:
             prompts: list[Any] = [{"prompt_token_ids": ids} for ids in requests]
             if not generate:
+                if self.soft_prompt is not None:
+                    raise EngineError("vLLM gives no likelihoods behind a soft prompt: evaluate with --backend hf.")
                 sampling_params = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
             if self.soft_prompt is not None:
-                if not generate:
-                    raise EngineError("vLLM gives no likelihoods behind a soft prompt: evaluate with --backend hf.")
                 soft, n = self.soft_prompt.to(self.model.llm_engine.model_config.dtype), len(self.soft_prompt)
                 prompts = [
                     {

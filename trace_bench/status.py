@@ -47,8 +47,8 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
     wanted = seen_tasks(run, stage, run.manifest["config"].get("cells", "seen"))
     done = sum(stage.eval_file(task).exists() for task in wanted)
     yield f"evaluated {done} of {len(wanted)} tasks"
-    suites = sum(p.stem in SUITES for p in (stage.path / "eval").glob("*.json"))
-    answered = sum(p.stem in JUDGED for p in (stage.path / "eval").glob("*.json"))
+    suites = sum(stage.eval_file(name).exists() for name in SUITES)
+    answered = sum(stage.eval_file(name).exists() for name in JUDGED)
     judged = len(list((stage.path / "judge").glob("*.json")))
     if suites:
         yield f"{suites} general suites"
