@@ -448,7 +448,8 @@ def test_rows_are_different_prompts_that_are_not_tested(tmp_path):
     rows = [("one", "A"), ("one", "A"), ("seen", "C"), ("two", "A\nB"), ("three", "B"), ("four", "B"), ("five", "A")]
     root = write_fomc(tmp_path / "data", rows, test=[("seen", "C")])
     with Server(lambda text: f"It says {task_of(text)[-20:-10]}.\nAnswer:B") as server:
-        command(server, tmp_path / "out", "--data", str(root), "--rows", "3", "--attempts", "1")
+        # One at a time, so that they arrive in their order.
+        command(server, tmp_path / "out", "--data", str(root), "--rows", "3", "--attempts", "1", "--concurrency", "1")
     assert [task_of(text).split("\n")[2] for text in server.seen] == ["one", "three", "four"]
     mine = read_json(tmp_path / "out/annotation.json")["tasks"]["trace_fomc"]
     assert mine["left_out"] == {"repeated": 1, "test prompt": 1, "unreadable answer": 1}
