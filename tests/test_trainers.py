@@ -1,6 +1,7 @@
 """The stage loop and the trainer that methods are made of."""
 
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,10 +13,11 @@ import pytest
 import torch
 from conftest import command_line, stop_at, train
 from safetensors.torch import load_file
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from trace_bench import data
 from trace_bench.run import Run, RunError, read_json
-from trainers.base import CLConfig, CLTrainer, ConfigError
+from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped
 
 
 def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
@@ -231,6 +233,58 @@ def test_the_cpu_loss_is_trl_s_loss(options):
     assert len(losses) == 3
     for ours, theirs in losses:
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_frozen_weights_kept_in_bf16_give_the_same_bits_as_autocast_alone(options, tmp_path):
+    class Autocast(CLTrainer):
+        def stage_model(self, stage):
+            model = super().stage_model(stage)
+            layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.bfloat16]
+            assert len(layers) == 14, "all frozen linear layers of two blocks, and not the tied head"
+            fresh = self.load_model(None)
+            theirs = {name.replace(".base_layer", ""): m for name, m in model.get_base_model().named_modules()}
+            for name, module in fresh.named_modules():
+                if isinstance(module, torch.nn.Linear) and theirs[name].weight.dtype == torch.bfloat16:
+                    theirs[name].weight.data = module.weight.data
+            return model
+
+    options = {**options, "tasks": ["trace_fomc"], "dtype": "float32", "lora_target_modules": ["q_proj", "down_proj"]}
+    assert CLConfig(output_dir="x").bf16, "TRL's default"
+    runs = [train({**options, "output_dir": str(tmp_path / t.__name__)}, t) for t in (CLTrainer, Autocast)]
+    assert same(*(weights(run, 1) for run in runs))
+
+
+def test_batches_of_similar_length_in_an_order_of_their_own_each_epoch():
+    lengths = [random.Random(i).randrange(20, 1000) for i in range(67)]
+    sampler = LengthGrouped(lengths, 8, seed=3)
+    epochs = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+        assert sorted(epochs[-1]) == list(range(67)) and len(sampler) == 67
+    assert epochs[0] == epochs[2] != epochs[1]
+
+    def padded(order):
+        batches = [[lengths[i] for i in order[j : j + 8]] for j in range(0, 64, 8)]
+        return sum(8 * max(batch) for batch in batches) / sum(map(sum, batches))
+
+    theirs = get_length_grouped_indices(lengths, 8, generator=torch.Generator().manual_seed(0))
+    assert padded(epochs[0]) < 1.2 < padded(theirs), "of so few rows HF sorts 16 at a time"
+    longest = [max(lengths[i] for i in epochs[0][j : j + 8]) for j in range(0, 64, 8)]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+def test_rows_are_grouped_in_training(options):
+    seen = []
+
+    class Look(CLTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen.append(inputs["attention_mask"].float().mean().item())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    options = {**options, "tasks": ["trace_py150"], "train_rows": 64, "max_steps": 8, "max_prompt_length": 512}
+    train({**options, "train_sampling_strategy": "group_by_length"}, Look)
+    assert sum(seen) / 8 > 0.9, "little padding"
 
 
 def test_epochs_of_each_task(options):

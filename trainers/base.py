@@ -35,6 +35,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -353,6 +354,13 @@ class CLTrainer(SFTTrainer):
             for module in model.modules():
                 if isinstance(module, BaseTunerLayer):
                     module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
+            # Autocast would bring frozen float32 weights to bf16 anew in every step: the same values, kept instead.
+            embeddings = base.get_input_embeddings().weight  # may be tied to the head; they begin the float32 states
+            for module in model.modules():
+                if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
+                    for parameter in module.parameters():
+                        if not parameter.requires_grad and parameter.numel():  # ZeRO-3 leaves empty ones
+                            parameter.data = parameter.data.to(torch.bfloat16)
         return model
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -363,7 +371,8 @@ class CLTrainer(SFTTrainer):
     def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The logits that predict answer tokens, and these tokens.
 
-        The LM head is computed at answer positions only.
+        The LM head is computed at answer positions only: over a vocabulary of 50,000 words it would take most of the
+        time of a step when answers are short.
 
         Args:
             model: The model, wrapped or not.
@@ -372,13 +381,23 @@ class CLTrainer(SFTTrainer):
         Returns:
             float32 logits of shape (answer tokens of the batch, vocabulary), and their targets.
         """
-        labels = inputs["labels"][:, 1:]
-        positions = (labels != -100).any(dim=0).nonzero().squeeze(1)
-        kept = {k: v for k, v in inputs.items() if k != "labels"}
-        logits = model(**kept, logits_to_keep=positions, use_cache=False).logits
-        target = labels[:, positions]
+        target = inputs["labels"][:, 1:]
         answer = target != -100
-        return logits[answer].float(), target[answer]
+
+        def at_answers(head: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+            # The state before a token predicts it. A soft prompt has states of its own in front.
+            return (args[0][:, -answer.shape[1] - 1 : -1][answer],)
+
+        # Rows are padded on the right, where a causal model never looks: without a mask the attention kernels leave
+        # the future out instead of computing and masking it.
+        kept = {k: v for k, v in inputs.items() if k not in ("labels", "attention_mask")}
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        hook = head.register_forward_pre_hook(at_answers)
+        try:
+            logits = model(**kept, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits.float(), target[answer]
 
     def per_token(self, total: torch.Tensor, tokens: int, num_items_in_batch: Any) -> torch.Tensor:
         """A sum over answer tokens as HF's trainer wants a loss: divided by the tokens of the whole step."""
@@ -454,6 +473,15 @@ class CLTrainer(SFTTrainer):
 
     # ------------------------------------------------------------------------------------------------------ machinery
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """HF's sampler, but for `train_sampling_strategy: group_by_length`."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        # Processes work on batches that follow each other: they wait for the longest of them.
+        return LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's step, then `adjust_gradients` when the gradient of the optimizer step is complete."""
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -493,6 +521,43 @@ class CLTrainer(SFTTrainer):
                 # A pickle of the arguments: nobody reads it, and only safetensors are kept.
                 (folder / "training_args.bin").unlink(missing_ok=True)
         return target
+
+
+class LengthGrouped(Sampler[int]):
+    """Batches of rows of similar length, in random order, others in each epoch.
+
+    HF's own sampler sorts a quarter of the rows at most at a time, so that a stage of few rows is hardly grouped, and
+    every window begins with its longest batch.
+
+    Args:
+        lengths: The length of each row.
+        size: Rows of a batch.
+        seed: Decides the order, with the number of the epoch.
+        window: So many batches are drawn at random and grouped among themselves.
+    """
+
+    def __init__(self, lengths: list[int], size: int, seed: int, window: int = 50) -> None:
+        self.lengths, self.size, self.seed, self.window = lengths, size, seed, window
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader: an epoch that is resumed has the order that it had."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=random).tolist()
+        whole = len(order) // self.size * self.size
+        batches = []
+        for start in range(0, whole, self.size * self.window):
+            rows = sorted(order[start : min(start + self.size * self.window, whole)], key=self.lengths.__getitem__)
+            batches += [rows[i : i + self.size] for i in range(0, len(rows), self.size)]
+        for i in torch.randperm(len(batches), generator=random).tolist():
+            yield from batches[i]
+        yield from order[whole:]  # an incomplete batch can only be the last one
 
 
 class _Live(TrainerCallback):

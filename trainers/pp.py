@@ -120,15 +120,6 @@ class PPTrainer(CLTrainer):
         encoders["default"] = Prompts(new, new[:0] if earlier is None else earlier, self.config.prompt_mlp)
         return model
 
-    def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """As in CLTrainer, where positions are counted without the virtual tokens."""
-        ahead = self.config.prompt_tokens * self.stage.index
-
-        def behind_prompts(logits_to_keep: torch.Tensor, **kwargs: Any) -> Any:
-            return model(logits_to_keep=logits_to_keep + ahead, **kwargs)
-
-        return super().answer_logits(behind_prompts, inputs)
-
 
 if __name__ == "__main__":
     main(PPTrainer, PPConfig)
