@@ -2,10 +2,15 @@
 
 import json
 import math
+import re
+import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import train
+from safetensors.torch import load_file
 
 from trace_bench import data, engine, evaluate, models, results
 from trace_bench.run import Run, RunError, read_json
@@ -20,9 +25,11 @@ def cells(run: Run) -> list[list[str]]:
     return [[t for t in run.tasks if s.eval_file(t).exists()] for s in run.stages]
 
 
-def test_the_seen_tasks_then_the_full_matrix(run):
+def test_the_seen_tasks_then_the_full_matrix(run, capsys):
     first, second = run.tasks
     assert evaluate.evaluate(run) == 5
+    (read, written) = map(int, re.search(r"(\d+) tokens read, (\d+) written", capsys.readouterr().out).groups())
+    assert 5 * 6 * 10 < read < 5 * 6 * 96 and 0 < written <= 5 * 6 * 4, "prompts of at most 96 bytes, answers of 4"
     assert cells(run) == [[first, second], [first], [first, second]]
     assert evaluate.evaluate(run, cells="all") == 1
     assert cells(run)[1] == [first, second]
@@ -155,6 +162,28 @@ def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_mode
         assert generate(engine.open_engine("hf", str(tmp_path / kind))) == output
     swapped.load(None)
     assert generate(swapped) == base, "and back"
+
+
+def test_a_checkpoint_is_merged_ahead_where_that_takes_nothing_from_the_engine(tiny_model, checkpoints, monkeypatch):
+    lm = engine.open_engine("hf", str(tiny_model))
+    lm.prepare(checkpoints["adapter"])
+    assert lm._ahead is None, "on a CPU merging would slow the engine down"
+    monkeypatch.setattr(engine, "_has_gpu", lambda: True)
+    for checkpoint in (None, checkpoints["full model"]):
+        lm.prepare(checkpoint)
+        assert lm._ahead is None, "nothing to merge"
+    with lm.as_full_model(checkpoints["adapter"]) as folder:
+        merged = load_file(Path(folder) / "model.safetensors")
+    assert not Path(folder).exists()
+    lm.prepare(checkpoints["adapter"])
+    monkeypatch.setattr(models, "load_merged", lambda *a, **k: pytest.fail("it was merged already"))
+    with lm.as_full_model(checkpoints["adapter"]) as folder:
+        ahead = load_file(Path(folder) / "model.safetensors")
+    assert not Path(folder).exists() and all(torch.equal(ahead[k], v) for k, v in merged.items())
+    monkeypatch.undo()
+    lm._ahead = checkpoints["adapter"], tempfile.TemporaryDirectory(), subprocess.Popen(["false"])
+    with lm.as_full_model(checkpoints["adapter"]) as folder:
+        assert load_file(Path(folder) / "model.safetensors").keys() == merged.keys(), "it failed: merged here"
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])

@@ -7,13 +7,17 @@ A prompt-tuning adapter has no weights to merge: the engine puts its prompt in f
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
 import sys
 import tempfile
+import time
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,18 +28,35 @@ from trace_bench import data, models
 
 log = logging.getLogger(__name__)
 
+_MERGE = "import json, sys; from trace_bench import models; models.save_merged(**json.loads(sys.argv[1]))"
+
 
 class EngineError(Exception):
     """The engine cannot be started; the message says what to do."""
+
+
+@dataclass
+class Work:
+    """What an engine has done: tokens, and the seconds they took."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompts' tokens: those that were in the prefix cache."""
+    generated_tokens: int = 0
+    seconds: float = 0.0
 
 
 class SwapLM(Protocol):
     """An lm-eval LM whose weights can be swapped."""
 
     tokenizer: Any
+    work: Work
 
     def load(self, checkpoint: Path | None) -> None:
         """Puts the weights of a checkpoint into the engine; None = the base model."""
+
+    def prepare(self, checkpoint: Path | None) -> None:
+        """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
 
 
 def open_engine(
@@ -186,7 +207,13 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
                 ]
             # A bar below that of the cells, which vanishes; none in files.
             bar = sys.stderr.isatty() and partial(tqdm, leave=False, position=1)
-            return self.model.generate(prompts, sampling_params=sampling_params, use_tqdm=bar)
+            started = time.perf_counter()
+            outputs = self.model.generate(prompts, sampling_params=sampling_params, use_tqdm=bar)
+            self.work.seconds += time.perf_counter() - started
+            self.work.prompt_tokens += sum(len(ids) for ids in requests)
+            self.work.cached_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
+            self.work.generated_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+            return outputs
 
     return SwapVLLM(
         pretrained=base, enable_prefix_caching=True, worker_extension_cls="trace_bench.worker.SwapWorker", **args
@@ -230,7 +257,14 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
                 kwargs["inputs_embeds"] = embeds.gather(1, order[:, :, None].expand_as(embeds))
                 kwargs["attention_mask"] = mask.gather(1, order)
                 max_length += embeds.shape[1]  # generate takes the embeddings' length off again
-            return super()._model_generate(context, max_length, stop, **kwargs)
+            started = time.perf_counter()
+            outputs = super()._model_generate(context, max_length, stop, **kwargs)
+            self.work.seconds += time.perf_counter() - started
+            self.work.prompt_tokens += int(kwargs["attention_mask"].sum())
+            # A row that ended before the longest of its batch goes on with padding, which is not counted.
+            new = outputs if self.soft_prompt is not None else outputs[:, context.shape[1] :]
+            self.work.generated_tokens += int((new != self.tokenizer.pad_token_id).sum())
+            return outputs
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
             if self.soft_prompt is None:
@@ -259,6 +293,8 @@ class _Swap:
     _generating = False
 
     def __init__(self, **kwargs: Any) -> None:
+        self.work = Work()
+        self._ahead: tuple[Path, tempfile.TemporaryDirectory, subprocess.Popen] | None = None
         # Token ids of the texts of earlier stages, which are those of the next ones.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
         self._pairs: dict[tuple[str, str], tuple[array[int], ...]] = {}
@@ -274,18 +310,43 @@ class _Swap:
             self.base, checkpoint, self.revision, dtype=dtype, trust_remote_code=self.trust_remote_code
         )
 
+    def prepare(self, checkpoint: Path | None) -> None:
+        # On a CPU merging would take from the engine what it needs itself.
+        if checkpoint is not None and _has_gpu() and self._needs_merging(checkpoint):
+            folder = tempfile.TemporaryDirectory(prefix="trace-merged-")
+            # In a process of its own: transformers loads models under settings that hold for all threads.
+            merging = subprocess.Popen(
+                [sys.executable, "-c", _MERGE, json.dumps(self._merging(checkpoint, folder.name))]
+            )
+            self._ahead = checkpoint, folder, merging
+
+    def _needs_merging(self, checkpoint: Path) -> bool:
+        return models.is_adapter(checkpoint) and models.soft_prompt(checkpoint) is None
+
+    def _merging(self, checkpoint: Path, folder: str) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "checkpoint": str(checkpoint),
+            "folder": folder,
+            "revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
     @contextmanager
     def as_full_model(self, checkpoint: Path | None) -> Iterator[str]:
         """A folder (or hub id) of full weights for a checkpoint; that of an adapter is temporary."""
-        if checkpoint is None or self.soft_prompt is not None:
+        ahead, self._ahead = self._ahead, None
+        if checkpoint is None or models.soft_prompt(checkpoint) is not None:
             yield self.base
-        elif not models.is_adapter(checkpoint):
+        elif not self._needs_merging(checkpoint):
             yield str(checkpoint)
+        elif ahead and ahead[0] == checkpoint and ahead[2].wait() == 0:
+            with ahead[1] as name:
+                yield name
         else:
-            with tempfile.TemporaryDirectory(prefix="trace-merged-") as folder:
-                # Merged in the precision of the base model's file, which is what the engine computes in.
-                self.merged(checkpoint, "auto").save_pretrained(folder)
-                yield folder
+            with tempfile.TemporaryDirectory(prefix="trace-merged-") as name:
+                models.save_merged(**self._merging(checkpoint, name))
+                yield name
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         self._generating = True

@@ -108,8 +108,11 @@ def evaluate(
             kwargs = task.config.generation_kwargs
             kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
     groups = data.load_suites([s for s in suites if any(s in todo for todo in plan.values())])
-    for task in [*tasks.values(), *(task for group in groups.values() for task in group.get_all_tasks())]:
-        _build_once(task)
+    for name, task in tasks.items():
+        _prepare(task, (more.get(name) or settings)["num_fewshot"])
+    for group in groups.values():
+        for task in group.get_all_tasks():
+            _prepare(task)
     engine_args = dict((config.get("engine_args") or {}) if engine_args is None else engine_args)
     if config.get("trust_remote_code"):
         engine_args.setdefault("trust_remote_code", True)
@@ -133,10 +136,13 @@ def evaluate(
             if hasattr(task.sampler, "count_in"):  # our own: demonstrations take half of the prompt's length
                 task.sampler.count_in(lambda text: len(lm.tokenizer(text).input_ids), settings["max_prompt_length"])
     ready = time.perf_counter() - started
+    order = list(plan.items())
     with tqdm(total=missing, desc="evaluating", unit="cell") as bar:
-        for i, (stage, todo) in enumerate(plan.items()):
+        for i, (stage, todo) in enumerate(order):
             if i or stage.index:
                 lm.load(stage.checkpoint)
+            if i + 1 < len(order):
+                lm.prepare(order[i + 1][0].checkpoint)
             for batch in _batches(todo, tasks):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(batch)}"[:60])
                 if batch[0] in groups:
@@ -144,9 +150,11 @@ def evaluate(
                 else:
                     _evaluate_cells(lm, stage, {n: tasks[n] for n in batch}, {n: todo[n] for n in batch}, engine_args)
                 bar.update(len(batch))
+    seconds, work = time.perf_counter() - started, lm.work
     print(
-        f"evaluated {missing} cells of {len(plan)} stages in {time.perf_counter() - started:.0f} s "
-        f"(engine start {ready:.0f} s)",
+        f"evaluated {missing} cells of {len(plan)} stages in {seconds:.0f} s (engine start {ready:.0f} s, engine at "
+        f"work {work.seconds:.0f} s: {work.prompt_tokens:,} tokens read, {work.generated_tokens:,} written, "
+        f"{(work.prompt_tokens + work.generated_tokens) / max(work.seconds, 1e-9):.0f} a second)",
         flush=True,
     )
     return missing
@@ -322,7 +330,6 @@ def _evaluate_cells(
         lm,
         list(tasks.values()),
         max_prompt_length=shared["max_prompt_length"],
-        num_fewshot=shared["num_fewshot"],
         limit=shared["test_rows"],
         apply_chat_template=shared["chat_template"],
     )
@@ -355,8 +362,15 @@ def _evaluate_cells(
         )
 
 
-def _build_once(task: Any) -> None:
-    """Makes a task build its prompts for the first stage only: they are the same for all."""
+def _prepare(task: Any, num_fewshot: int | None = None) -> None:
+    """Sets what lm-eval's `simple_evaluate` sets, and makes a task build its prompts for the first stage only.
+
+    `simple_evaluate` itself would take most of a second for a description of the machine, at every stage.
+    """
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(1234)
     build = task.build_all_requests
     built: list[bool] = []
 
@@ -376,15 +390,7 @@ def _run(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any
 
     lm.max_prompt_length = max_prompt_length
     started = time.perf_counter()
-    results = lm_eval.simple_evaluate(
-        model=lm,
-        tasks=tasks,
-        gen_kwargs=None,
-        bootstrap_iters=0,
-        log_samples=True,
-        task_manager=data.task_manager(),  # else lm-eval indexes its 10,000 tasks on every call
-        **kwargs,
-    )
+    results = lm_eval.evaluate(lm, data.task_manager().load(tasks), bootstrap_iters=0, log_samples=True, **kwargs)
     return results, time.perf_counter() - started
 
 

@@ -141,3 +141,17 @@ def load_merged(base: str, checkpoint: Path | None, revision: str | None = None,
 
         model = PeftModel.from_pretrained(model, checkpoint).merge_and_unload()
     return model
+
+
+def save_merged(base: str, checkpoint: str | Path, folder: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Writes the model of an adapter as a full model, in the precision of the base model's file.
+
+    Args:
+        base: What `resolve_model` returned for the base model.
+        checkpoint: A PEFT adapter.
+        folder: An existing folder.
+        revision: Revision of the base model on the hub.
+        trust_remote_code: As for transformers.
+    """
+    model = load_merged(base, Path(checkpoint), revision, dtype="auto", trust_remote_code=trust_remote_code)
+    model.save_pretrained(folder)
