@@ -127,6 +127,7 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
     """
     from judges.judging import KINDS, judge_file, sample_fingerprints
     from judges.pairwise import direct_rate, rates, tally
+    from trace_bench.data import GROUPS
 
     rng, tasks = np.random.default_rng(seed), list(tasks)
     run = make(np.full((len(tasks) + 1, len(tasks)), NAN), tasks=tasks, **manifest)
@@ -142,9 +143,9 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
                 continue
             chance = 0.1 if stage.index == 0 else max(0.15, 0.92 - (0.25 + 0.2 * (i % 3)) * (stage.index - own) ** 0.7)
             _write_answers(rng, stage, task, chance, n)
-        for number, suite in enumerate(("general_mmlu", "general_gsm8k", "general_boolq", "general_piqa")):
+        for number, suite in enumerate(GROUPS["general"]):
             if stage.index in (0, len(tasks) // 2, len(tasks)):
-                scores = (rng.random(60) < 0.62 - 0.12 * number - 0.015 * stage.index).astype(float)
+                scores = (rng.random(60) < 0.66 - 0.08 * number - 0.015 * stage.index).astype(float)
                 changes = {"n_cut": 3 if number == 1 else 0, "version": 1}
                 settings = {"general_rows": 60, "data": "hub"}
                 write_cell(stage, suite, {"acc": scores}, **changes, settings=settings)

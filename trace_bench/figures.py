@@ -330,7 +330,7 @@ def _general(results: Results) -> tuple[Figure, str] | None:
     stages = [s for s in results.run.stages if any(index == s.index for index, _ in cells)]
     names = [s for s in SUITES if any(s == name for _, name in cells)]
     figure, (left, right) = _axes(3.3, 1, 2, left=0.5, gap=1.5)
-    ends: list[tuple[float, str, str]] = []
+    ends: list[tuple[float, str, str, str]] = []
     for name, (colour, marker) in zip(names, _SERIES, strict=False):
         known = [s.index for s in stages if (s.index, name) in cells]
         values = [headline(cells[i, name]) for i in known]
@@ -339,15 +339,15 @@ def _general(results: Results) -> tuple[Figure, str] | None:
             for i, v in zip(known, values, strict=True)
         ]
         _line(left, known, estimates, colour, marker)
-        ends.append((100 * values[-1], name.removeprefix("general_"), colour))
+        ends.append((100 * values[-1], name.removeprefix("general_"), colour, marker))
     left.set_title("suites")
     left.set_ylim(-4, 104)
     at = -math.inf
-    for y, text, colour in sorted(ends):
-        at = max(y, at + 6.5)  # labels do not lie on each other
-        left.annotate(
-            text, (1.02, at), xycoords=("axes fraction", "data"), va="center", color=colour, annotation_clip=False
-        )
+    for y, text, colour, marker in sorted(ends):
+        at = max(y, at + 7.5)  # labels do not lie on each other
+        place = left.get_yaxis_transform()  # across in parts of the axes, upwards in percent
+        left.plot([1.03], [at], color=colour, marker=marker, transform=place, clip_on=False)
+        left.text(1.06, at, text, transform=place, va="center")
     x = sorted(results.general)
     right.axhline(0, color=MUTED, linewidth=0.8)
     _line(right, x, [results.general[i] for i in x], ORANGE, "s")
@@ -450,3 +450,5 @@ _DRAW = {
     "losses": _losses,
     "cost": _cost,
 }
+#: The figures that there may be.
+NAMES = tuple(_DRAW)

@@ -23,7 +23,7 @@ import numpy as np
 from judges.judging import KINDS, judge_file
 from judges.report import load, net_win_rate
 from trace_bench.data import JUDGED, SUITES
-from trace_bench.figures import COLOURS, Picture, pictures, stage_label
+from trace_bench.figures import COLOURS, NAMES, Picture, pictures, stage_label
 from trace_bench.metrics import Estimate
 from trace_bench.results import Results
 from trace_bench.run import read_jsonl, write_bytes, write_text
@@ -66,6 +66,10 @@ def write_page(results: Results, sections: Iterable[Section]) -> None:
     """
     folder = results.run.path / "figures"
     drawn = {picture.name: picture for picture in pictures(results)}
+    for name in NAMES:
+        if name not in drawn:  # of an earlier report, when there was something to draw
+            for kind in ("svg", "png"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
     for picture in drawn.values():
         write_text(folder / f"{picture.name}.svg", picture.svg)
         write_bytes(folder / f"{picture.name}.png", picture.png)
@@ -229,7 +233,7 @@ def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Pictu
             title = "" if np.isnan(low) else f' title="95 % interval {percent(low)} to {percent(high)}"'
             step = min(20, max(0, round(20 * value)))
             cells.append(f'<td class="q{step}{own}"{title}>{percent(value)}{arrow(changes.get((stage.index, i)))}</td>')
-        rows.append(f'<tr><th scope="row">{escape(stage.name)}</th>{"".join(cells)}</tr>\n')
+        rows.append(f'<tr><th scope="row">{stage.index} {escape(stage_label(stage))}</th>{"".join(cells)}</tr>\n')
     own = " Framed: the task's own stage." if any(s.task for s in run.stages) else ""
     return _scroll(
         f'<table class="matrix">\n<thead>{_head_html(header)}</thead>\n<tbody>\n{"".join(rows)}</tbody>\n</table>'
@@ -436,11 +440,11 @@ def _lengths_blocks(results: Results, answers: Sequence[_Answers]) -> list[Block
         if index not in a.lengths:
             return DASH
         characters, empty = a.lengths[index]
-        return f"{characters:.0f}" + (f" ({percent(empty)} % empty)" if empty else "")
+        return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
 
     return [
-        "## Lengths\n\nCharacters of prompts and of answers, on average, and the percentage of answers that are empty "
-        "where some are.",
+        "## Lengths\n\nCharacters of prompts and of answers, on average; in brackets the percentage of answers that "
+        "are empty, where some are.",
         Table(
             ["", "prompt", *(f"{s.index}<br>{stage_label(s)}" for s in stages)],
             [

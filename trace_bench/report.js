@@ -63,7 +63,7 @@
     return row.plain;
   }
 
-  function matches(row, words) {
+  function matches(row, text) {
     if (task.value !== "all" && row.t !== Number(task.value)) return false;
     const result = compare(row);
     if (!result) return false;
@@ -71,7 +71,7 @@
     const wanted = change.value;
     const fits = wanted === "all" || wanted === group || wanted === direction ||
       (wanted === "other" && answer(row, stageOf(before, row)).text !== answer(row, stageOf(after, row)).text);
-    return fits && words.every((word) => plain(row).includes(word));
+    return fits && plain(row).includes(text);
   }
 
   function box(parent, title, text, className) {
@@ -117,8 +117,12 @@
   }
 
   function filter() {
-    const words = search.value.toLowerCase().split(/\s+/).filter(Boolean);
-    found = rows.filter((row) => matches(row, words));
+    const text = search.value.trim().toLowerCase();
+    const order = { worse: 0, better: 1 };
+    const place = (row) => order[compare(row)[2]] ?? (compare(row)[0] === "other" ? 2 : 3);
+    // What changed comes first; the places are counted once a row, since a comparison looks texts up.
+    found = rows.filter((row) => matches(row, text)).map((row) => [place(row), row]).sort((a, b) => a[0] - b[0])
+      .map(([, row]) => row);
     page = 0;
     show();
   }
