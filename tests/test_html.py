@@ -449,8 +449,9 @@ def test_all_but_the_samples_works_without_javascript(visit, rich):
 
 
 def test_print_shows_all(visit, rich):
-    page = visit(rich, color_scheme="dark")
+    page = visit(rich, 720, color_scheme="dark")  # A4 between its margins
     page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 720
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert page.locator("nav").is_hidden() and page.locator("#provenance").is_visible()
     boxes = "[...document.querySelectorAll('.scroll, pre')]"

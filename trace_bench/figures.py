@@ -204,7 +204,7 @@ def _line(
     """A line through estimates in percent, with their intervals as bars; a gap where there is none."""
     values, low, high = (100 * np.array([e[k] for e in estimates], dtype=float) for k in range(3))
     axes.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.65)
-    axes.plot(x, values, color=colour, marker=marker, **kwargs)
+    axes.plot(x, values, color=colour, marker=marker if len(values) <= 40 else "", **kwargs)
 
 
 def _many(results: Results) -> bool:

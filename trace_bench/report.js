@@ -96,7 +96,7 @@
     element(head, "span", `${data.tasks[row.t]} · ${row.name}`);
     element(head, "span", words, `change ${direction}`);
     const texts = element(made, "div", undefined, "texts");
-    box(texts, "prompt", row.prompt, "whole");
+    if (row.prompt) box(texts, "prompt", row.prompt, "whole");
     if (row.target) box(texts, "target", row.target, "whole");
     for (const select of [before, after]) {
       const stage = stageOf(select, row);
