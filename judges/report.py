@@ -13,7 +13,7 @@ from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
 from judges.pairwise import Kind
 from trace_bench.metrics import Estimate, wilson_interval
 from trace_bench.run import Run, Stage, read_json
-from trace_bench.tables import DASH, markdown, percent, percent_with_interval
+from trace_bench.tables import DASH, Block, Table, percent, percent_with_interval
 
 #: (stage index, suite) -> numbers.
 Judged = dict[tuple[int, str], dict[str, Any]]
@@ -38,11 +38,16 @@ def load(run: Run, kind: Kind) -> Judged:
 
 def net_win_rate(judged: Judged, stage: Stage) -> Estimate:
     """The net win rate of a stage, pooled over its suites; NaN where no pair was scored."""
-    counts = _pooled([numbers for (index, _), numbers in judged.items() if index == stage.index])
+    counts = pooled(judged, stage)
     return _estimate(pairwise.rates(counts), "net") if counts else Estimate(math.nan)
 
 
-def sections(run: Run) -> Iterable[str]:
+def pooled(judged: Judged, stage: Stage) -> dict[str, int] | None:
+    """The counts of a stage's pairs, its suites together; None where there are no pairs."""
+    return _pooled([numbers for (index, _), numbers in judged.items() if index == stage.index])
+
+
+def sections(run: Run) -> Iterable[Block]:
     """The sections of a run's report; none where nothing was judged."""
     for kind in KINDS:
         found = load(run, kind)
@@ -50,7 +55,7 @@ def sections(run: Run) -> Iterable[str]:
             yield from _section(run, kind, found)
 
 
-def _section(run: Run, kind: Kind, found: Judged) -> Iterable[str]:
+def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
     suites = sorted({suite for _, suite in found})
     yield f"## {kind.title}\n\n" + "\n".join(_notes(run, kind, found, suites))
     rows = []
@@ -59,10 +64,10 @@ def _section(run: Run, kind: Kind, found: Judged) -> Iterable[str]:
         if mine:
             rows.append([stage.name, *_pair_cells(mine), *_direct_cells(kind, mine)])
     header = ["stage", "pairs", "win", "tie", "lose", "net win rate", "orders disagree", "first position", "unscored"]
-    yield markdown([*header, kind.rate, "unscored"], rows)
+    yield Table([*header, kind.rate, "unscored"], rows)
     if len(suites) > 1:
         yield f"Net win rate / {kind.rate} by suite:"
-        yield markdown(
+        yield Table(
             ["stage", *(s.removeprefix(kind.prefix) for s in suites)],
             [
                 [stage.name, *(_suite_cell(found.get((stage.index, suite))) for suite in suites)]

@@ -41,19 +41,7 @@ def make_run(
     )
     for stage in run.stages:
         if stage.index and not checkpoints:
-            write_json(
-                stage.train_file,
-                {
-                    "checkpoint": f"weights {stage.index}",
-                    "rows": 10,
-                    "steps": 5,
-                    "tokens": 1000,
-                    "seconds": 2.0,
-                    "tokens_per_second": 500.0,
-                    "peak_memory_bytes": 2**30,
-                    "memory_of": "process",
-                },
-            )
+            write_json(stage.train_file, _trained(stage))
         for i, task in enumerate(run.tasks):
             if rows is None and not np.isnan(matrix[stage.index, i]):
                 content = cell(stage, task, float(matrix[stage.index, i]))
@@ -112,4 +100,130 @@ def make_bounds(make, **options):
         "single": make(SINGLE, name="a-single", method="single", config=config, **options),
         "joint": make(JOINT, name="a-joint", method="joint", stages=["joint"], config=config, **options),
         "icl": make(ICL, name="an-icl", method="icl", stages=[], config={"num_fewshot": 6, **config}, **options),
+    }
+
+
+# ----------------------------------------------------------------------------------------- a run that has everything
+
+EIGHT = [
+    "trace_cstance",
+    "trace_fomc",
+    "trace_meetingbank",
+    "trace_py150",
+    "trace_scienceqa",
+    "trace_numglue_cm",
+    "trace_numglue_ds",
+    "trace_20minuten",
+]
+#: Task -> its headline and the words of a wrong answer.
+_GRADED = {"trace_meetingbank": "rouge_l", "trace_py150": "similarity", "trace_20minuten": "sari"}
+
+
+def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
+    """A run with samples of all cells, general suites, judged sets and losses, from seeded random numbers.
+
+    Each task is learned in its own stage and forgotten more the longer it is ago; what is forgotten of the tasks with
+    an accuracy is half of it form: the right letter in a sentence.
+    """
+    from judges.judging import KINDS, judge_file, sample_fingerprints
+    from judges.pairwise import direct_rate, rates, tally
+    from trace_bench.data import GROUPS
+
+    rng, tasks = np.random.default_rng(seed), list(tasks)
+    run = make(np.full((len(tasks) + 1, len(tasks)), NAN), tasks=tasks, **manifest)
+    for stage in run.stages:
+        if stage.index:
+            steps = 20 + 2 * stage.index
+            losses = [{"step": k, "loss": 3.2 * 0.88**k + 0.3 + 0.1 * rng.random()} for k in range(1, steps + 1)]
+            numbers = {"steps": steps, "tokens": 1500 * steps, "seconds": 2.5 * steps, "losses": losses}
+            write_json(stage.train_file, {**_trained(stage), "rows": 8 * steps, **numbers})
+        for i, task in enumerate(tasks):
+            own = i + 1
+            if stage.index in range(1, own):
+                continue
+            chance = 0.1 if stage.index == 0 else max(0.15, 0.92 - (0.25 + 0.2 * (i % 3)) * (stage.index - own) ** 0.7)
+            _write_answers(rng, stage, task, chance, n)
+        for number, suite in enumerate(GROUPS["general"]):
+            if stage.index in (0, len(tasks) // 2, len(tasks)):
+                scores = (rng.random(60) < 0.66 - 0.08 * number - 0.015 * stage.index).astype(float)
+                changes = {"n_cut": 3 if number == 1 else 0, "version": 1}
+                settings = {"general_rows": 60, "data": "hub"}
+                write_cell(stage, suite, {"acc": scores}, **changes, settings=settings)
+    for kind, suite in zip(KINDS, ("instruct_lima", "safety_cona"), strict=True):
+        for stage in run.stages:
+            _write_answers(rng, stage, suite, 1 - 0.07 * stage.index, 20)
+            results = rng.choice(["win", "tie", "lose"], size=20, p=_won(stage.index))
+            rows = [
+                {
+                    "doc_id": k,
+                    "direct": kind.words[k % 2],
+                    "combined": str(result),
+                    "disagree": False,
+                    "identical": False,
+                    "verdicts": {"win": ["A", "B"], "tie": ["C", "C"], "lose": ["B", "A"]}[result],
+                }
+                for k, result in enumerate(results)
+            ]
+            counts = tally(rows)
+            write_jsonl(judge_file(stage, suite).with_suffix(".jsonl"), rows)
+            write_json(
+                judge_file(stage, suite),
+                {
+                    "suite": suite,
+                    "settings": {"judge": "a/judge", "revision": None, "sampling": {"temperature": 0}, "prompts": 1},
+                    "limit": None,
+                    "samples": sample_fingerprints(run.stages[0], stage, suite),
+                    "unpaired": 0,
+                    "direct": direct_rate(kind, (row["direct"] for row in rows)),
+                    **dict.fromkeys(("failed", "forced"), 0),
+                    **{"requests": 60, "prompt_tokens": 9000, "completion_tokens": 60},
+                    **({"pairs": {**counts, **rates(counts)}} if stage.index else {}),
+                },
+            )
+    return run
+
+
+def _won(index):
+    lose = min(0.75, 0.15 + 0.08 * index)
+    return [0.2 - 0.02 * index, 0.8 + 0.02 * index - lose, lose]
+
+
+def _write_answers(rng, stage, task, chance, n):
+    """Samples of a cell and its score: a graded one, one of a letter, or answers that nobody has scored."""
+    judged = task.startswith(("instruct_", "safety_"))
+    rows = []
+    for k in range(n):
+        right = rng.random() < chance
+        target = "ABC"[k % 3] if task not in _GRADED else f"The council approved item {k} and closed the meeting."
+        prompt = f"{task}, question {k}: which of the three statements fits the text below?\nText {k}: " + "word " * 30
+        row = {"doc_id": k, "prompt": prompt, "target": target}
+        if judged:
+            response = f"Answer {k} at stage {stage.index}. " + "It goes on. " * int(30 * chance) if right else ""
+            scores = {"characters": float(len(response)), "empty": float(not response)}
+        elif task in _GRADED:
+            response = target if right else f"Council {k}, " + "and so on " * int(rng.integers(1, 6))
+            scores = {_GRADED[task]: 1.0 if right else float(0.1 + 0.3 * rng.random())}
+        else:
+            known = right or rng.random() < 0.5
+            letter = target if known else "ABC"["ABC".index(target) - 1]
+            response = letter if right else f"The answer is {letter}, because of the text."
+            scores = {"accuracy": float(right), "accuracy_tolerant": float(known)}
+        rows.append({**row, "response": response, **scores})
+    write_jsonl(stage.samples_file(task), rows)
+    metrics = {m: {"value": float(np.mean([r[m] for r in rows])), "stderr": None} for m in scores}
+    settings = {"test_rows": None} if judged else SETTINGS
+    content = {"headline": next(iter(scores)), "metrics": metrics, "n": n, "settings": settings, "version": 1}
+    write_json(stage.eval_file(task), cell(stage, task, 0.0) | content)
+
+
+def _trained(stage):
+    return {
+        "checkpoint": f"weights {stage.index}",
+        "rows": 10,
+        "steps": 5,
+        "tokens": 1000,
+        "seconds": 2.0,
+        "tokens_per_second": 500.0,
+        "peak_memory_bytes": 2**30,
+        "memory_of": "process",
     }

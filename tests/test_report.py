@@ -16,6 +16,13 @@ from trace_bench.results import score_matrix
 from trace_bench.run import write_json
 from trace_bench.tables import DASH
 
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch):
+    """The page and its figures are tested in test_html; drawing them for every test here takes a minute."""
+    monkeypatch.setattr("trace_bench.html.write_page", lambda *_: None)
+
+
 PERCENT = [["10.0", "20.0", "30.0"], ["80.0", DASH, DASH], ["60.0", "90.0", DASH], ["70.0", "0.0", "50.0"]]
 
 

@@ -18,7 +18,7 @@ the main job:
   make sequential-train                      train eight stages, evaluate the matrix, write the report (demo data)
   python -m trainers.sequential --config trainers/configs/quickstart.yaml --output_dir runs/mine
   trace-bench evaluate runs/mine             fill the missing cells; interrupted, it goes on where it was
-  trace-bench report runs/mine               report.md and scores.csv
+  trace-bench report runs/mine               report.md, report.html, figures/ and scores.csv
   trace-bench status runs/mine               how far it is, while it goes on
 
 instruction following and safety, from the answers to the instruct_* and safety_* tasks:
@@ -190,8 +190,8 @@ def main(argv: list[str] | None = None) -> None:
 
     p = commands.add_parser(
         "report",
-        help="write report.md and scores.csv from the files of a run, and compare several runs",
-        description="Writes report.md and scores.csv of each run. Two or more runs are compared in tables.",
+        help="write report.md, report.html and scores.csv from the files of a run, and compare several runs",
+        description="Writes report.md, report.html, figures/ and scores.csv of each run. Several runs are compared.",
     )
     p.add_argument("paths", metavar="RUN", nargs="+", help="a run directory")
     p.add_argument("--baseline", metavar="RUN", help="the run that the others are set against (default: the first)")

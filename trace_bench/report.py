@@ -1,7 +1,8 @@
 """The report of a run, made from its JSON and its samples alone, in seconds and without a GPU.
 
-`write_report` writes report.md and scores.csv; runs beside the run that bound it are shown in it. What is shown is
-computed in `results` and `bounds`; here it becomes Markdown.
+`write_report` writes report.md, report.html with its figures, and scores.csv; runs beside the run that bound it are
+shown in it. What is shown is computed in `results` and `bounds`; here it becomes texts and tables. Of those report.md
+is made here, and the page in `html`, which adds figures and the samples.
 """
 
 from __future__ import annotations
@@ -21,8 +22,19 @@ from trace_bench.bounds import BOUNDS, bounds
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.results import Cells, Results, headline
-from trace_bench.run import Run, read_json, write_text
-from trace_bench.tables import DASH, arrow, left_out_text, markdown, percent, percent_with_interval, short
+from trace_bench.run import Run, write_text
+from trace_bench.tables import (
+    DASH,
+    Block,
+    Section,
+    Table,
+    arrow,
+    left_out_text,
+    markdown,
+    percent,
+    percent_with_interval,
+    short,
+)
 
 DEMO = (
     "> **Demo data.** The tasks have TRACE's form, but the rows are made by this program. The scores show learning "
@@ -41,10 +53,15 @@ _TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
 
 
 def write_report(run: Run) -> str:
-    """Writes report.md and scores.csv and returns one line that sums them up."""
+    """Writes report.md, report.html, figures/ and scores.csv and returns one line that sums them up."""
+    from trace_bench.html import write_page
+
     results = Results(run)
+    sections = list(_sections(results))
+    texts = [markdown(b.header, b.rows) if isinstance(b, Table) else b for s in sections for b in s.blocks]
     write_text(run.path / "scores.csv", _scores_csv(results))
-    write_text(run.path / "report.md", "\n\n".join(_sections(results)) + "\n")
+    write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
+    write_page(results, sections)
     line = f"{run.path}/report.md: {len(results.cells)} cells of {results.R.size}"
     if results.is_sequential:
         t = results.last_stage
@@ -62,9 +79,32 @@ def write_report(run: Run) -> str:
 # --------------------------------------------------------------------------------------------------------- sections
 
 
-def _sections(results: Results) -> Iterable[str]:
+def _sections(results: Results) -> Iterable[Section]:
+    """The parts of the report in their order; a part of which the run has nothing is empty."""
     run = results.run
-    manifest = run.manifest
+    yield Section("run", list(_run_section(results)))
+    if results.is_sequential:
+        yield Section("summary", list(_sequence_section(results)))
+        yield Section("learning", list(_learning_section(results)))
+        yield Section("bounds", list(_bounds_section(run, results.R)))
+    elif results.has_mean:
+        yield Section("summary", list(_mean_section(results)))
+        yield Section("learning", list(_learned_section(results)))
+    yield Section("scores", list(_matrix_section(results)))
+    yield Section("tolerant", list(_tolerant_section(results)))
+    yield Section("form", list(_form_section(results)))
+    yield Section("extracted", list(_extracted_section(run, results.cells)))
+    yield Section("general", list(_general_section(results)))
+    yield Section("answers", list(_judged_section(run, results.besides)))
+    yield Section("judged", list(judged_sections(run)))
+    yield Section("paper", list(_paper_section(run)))
+    yield Section("cost", list(_cost_section(results)))
+    yield Section("provenance", [_provenance(run, results.cells, results.besides)])
+
+
+def _run_section(results: Results) -> Iterable[Block]:
+    """What the run is, and what keeps its scores from being comparable."""
+    run, manifest = results.run, results.run.manifest
     kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     if len(run.stages) == 1:
         kind = "nothing is trained"
@@ -78,24 +118,10 @@ def _sections(results: Results) -> Iterable[str]:
         yield f"> **Limited rows** ({text}). Not comparable with results on the full data."
     if run.left_out:
         yield f"> **Without leaked rows.** {left_out_text(results.left_out)}"
-    if results.is_sequential:
-        yield from _sequence_sections(results)
-        yield from _bounds_section(run, results.R)
-    elif results.has_mean:
-        yield from _mean_section(results)
-    yield from _matrix_section(results)
-    yield from _form_section(results)
-    yield from _extracted_section(run, results.cells)
-    yield from _general_section(results)
-    yield from _judged_section(run, results.besides)
-    yield from judged_sections(run)
-    yield from _paper_section(run)
-    yield from _cost_section(run, results.cells | results.besides)
-    yield _provenance(run, results.cells, results.besides)
 
 
-def _sequence_sections(results: Results) -> Iterable[str]:
-    run, R, sequence, t = results.run, results.R, results.sequence, results.last_stage
+def _sequence_section(results: Results) -> Iterable[Block]:
+    run, sequence, t = results.run, results.sequence, results.last_stage
     if t:
         op, bwt, forgetting = (sequence[name][t - 1] for name in ("OP", "BWT", "Forgetting"))
         rows = [
@@ -118,10 +144,15 @@ def _sequence_sections(results: Results) -> Iterable[str]:
         if t == len(run.tasks):
             rows.append(["FWT", percent_with_interval(sequence["FWT"][0], sign=True), "needs the full matrix"])
             rows.append(["mean OP_t", percent_with_interval(sequence["mean OP"][0]), "over all stages"])
-        yield markdown(["", "percent", ""], rows)
+        yield Table(["", "percent", ""], rows)
         if not math.isnan(op.low):
             yield INTERVALS
-    last = t or len(run.tasks)
+
+
+def _learning_section(results: Results) -> Iterable[Block]:
+    """What each task gained at its own stage, and what became of it."""
+    run, R = results.run, results.R
+    last = results.last_stage or len(run.tasks)
     rows = []
     for i, task in enumerate(run.tasks):
         own, final = i + 1, results.since_base[last, i]
@@ -138,7 +169,7 @@ def _sequence_sections(results: Results) -> Iterable[str]:
             ]
         )
     yield "## Learning and forgetting" + _legend([c for row in rows for c in row], "")
-    yield markdown(["task", "base", "own stage", f"stage {last}", "learned", "since then", "in all"], rows)
+    yield Table(["task", "base", "own stage", f"stage {last}", "learned", "since then", "in all"], rows)
 
 
 def _change(change: Estimate | None) -> str:
@@ -149,8 +180,8 @@ def _legend(texts: list[str], since: str) -> str:
     return f"\n\n{ARROWS.format(since=since)}" if any(t.endswith(("↓", "↑")) for t in texts) else ""
 
 
-def _mean_section(results: Results) -> Iterable[str]:
-    """For runs without a sequence: the mean over the tasks, and what training changed."""
+def _mean_section(results: Results) -> Iterable[Block]:
+    """For runs without a sequence: the mean over the tasks."""
     run, shots = results.run, results.run.manifest["config"].get("num_fewshot")
     if results.is_single:
         what = "each task with its own model, trained from the base model: an upper bound; BWT is not defined"
@@ -159,9 +190,14 @@ def _mean_section(results: Results) -> Iterable[str]:
     else:
         what = f"the base model with {shots} demonstrations" if shots else "the base model, zero-shot"
     mean = results.mean
-    yield markdown(["", "percent", ""], [["mean of the tasks", percent_with_interval(mean), what]])
+    yield Table(["", "percent", ""], [["mean of the tasks", percent_with_interval(mean), what]])
     if not math.isnan(mean.low):
         yield INTERVALS
+
+
+def _learned_section(results: Results) -> Iterable[Block]:
+    """For runs without a sequence: what training changed."""
+    run = results.run
     if len(run.stages) > 1:
         rows = [
             [short(task), percent(base), percent(end), _change(results.since_base[stage, i])]
@@ -170,10 +206,10 @@ def _mean_section(results: Results) -> Iterable[str]:
             )
         ]
         yield "## Learning" + _legend([c for row in rows for c in row], "")
-        yield markdown(["task", "base", "trained", "learned"], rows)
+        yield Table(["task", "base", "trained", "learned"], rows)
 
 
-def _bounds_section(run: Run, R: Matrix) -> Iterable[str]:
+def _bounds_section(run: Run, R: Matrix) -> Iterable[Block]:
     """What the base model, demonstrations, a model per task and multi-task training reach on the same tasks."""
     found = bounds(run)
     rows = [
@@ -186,7 +222,7 @@ def _bounds_section(run: Run, R: Matrix) -> Iterable[str]:
         "## Bounds\n\nRuns beside this one with the same base model, data and evaluation, in percent. What learns the "
         "tasks one by one is expected between the base model and the last two."
     )
-    yield markdown(["model", *(short(t) for t in run.tasks), "mean"], rows)
+    yield Table(["model", *(short(t) for t in run.tasks), "mean"], rows)
     notes = []
     for method in BOUNDS:
         bound = next((b for b in found if b.method == method), None)
@@ -206,7 +242,7 @@ def _scores_row(label: str, scores: Matrix) -> list[str]:
     return [label, *map(percent, scores), percent(scores.mean())]
 
 
-def _matrix_section(results: Results) -> Iterable[str]:
+def _matrix_section(results: Results) -> Iterable[Block]:
     run = results.run
     changes = results.since_own if results.is_sequential else {}
     rows = [
@@ -216,9 +252,9 @@ def _matrix_section(results: Results) -> Iterable[str]:
     legend = _legend([c for row in rows for c in row], " since the task's own stage")
     yield f"## Scores\n\nRows: the model after a stage. Columns: tasks, in percent.{legend}"
     header = ["stage", *(f"{short(t)}<br>{results.headlines.get(t, DASH)}" for t in run.tasks)]
-    yield markdown(header, rows)
+    yield Table(header, rows)
     if results.is_sequential:
-        yield markdown(
+        yield Table(
             ["stage", "OP_t", "BWT_t", "Forgetting_t"],
             [
                 [
@@ -234,8 +270,8 @@ def _matrix_section(results: Results) -> Iterable[str]:
         )
 
 
-def _form_section(results: Results) -> Iterable[str]:
-    """The form-tolerant accuracy, and what of the forgetting it does not see."""
+def _tolerant_section(results: Results) -> Iterable[Block]:
+    """The form-tolerant accuracy."""
     run, tolerant = results.run, results.matrix("accuracy_tolerant")
     columns = [i for i in range(len(run.tasks)) if not np.isnan(tolerant[:, i]).all()]
     if not columns:
@@ -244,10 +280,14 @@ def _form_section(results: Results) -> Iterable[str]:
         "### Form-tolerant accuracy\n\nThe official accuracy asks for the very same string. This one accepts the "
         "right answer in another form."
     )
-    yield markdown(
+    yield Table(
         ["stage", *(short(run.tasks[i]) for i in columns)],
         [[s.name, *(percent(tolerant[s.index, i]) for i in columns)] for s in run.stages],
     )
+
+
+def _form_section(results: Results) -> Iterable[Block]:
+    """What of the forgetting the form-tolerant accuracy does not see."""
     forms = results.forms if results.is_sequential else []
     if forms:
         yield (
@@ -256,7 +296,7 @@ def _form_section(results: Results) -> Iterable[str]:
             "it is wrong in any form. In the paper LLaMA-2-7B's FOMC is 0 right after ScienceQA, whose answers come "
             "with explanations, and is back later: a loss of form."
         )
-        yield markdown(
+        yield Table(
             ["task", "lost", "in form alone", "share", "in knowledge"],
             [
                 [
@@ -271,7 +311,7 @@ def _form_section(results: Results) -> Iterable[str]:
         )
 
 
-def _extracted_section(run: Run, cells: Cells) -> Iterable[str]:
+def _extracted_section(run: Run, cells: Cells) -> Iterable[Block]:
     """For tasks that ask for the reasoning first: how often there was an answer in the text at all."""
     columns = [t for t in run.tasks if any("extracted" in c["metrics"] for (_, task), c in cells.items() if task == t)]
     if not columns:
@@ -287,13 +327,13 @@ def _extracted_section(run: Run, cells: Cells) -> Iterable[str]:
         "### Answers that could be extracted\n\nPercent of the texts in which there is an answer, and in brackets how "
         "many have none. A text without one scores 0."
     )
-    yield markdown(
+    yield Table(
         ["stage", *(short(t) for t in columns)],
         [[s.name, *(share(cells.get((s.index, t))) for t in columns)] for s in run.stages],
     )
 
 
-def _general_section(results: Results) -> Iterable[str]:
+def _general_section(results: Results) -> Iterable[Block]:
     """The general-ability suites, stage by stage, and their delta."""
     run = results.run
     cells = {key: cell for key, cell in results.besides.items() if key[1] in SUITES}
@@ -340,7 +380,7 @@ def _general_section(results: Results) -> Iterable[str]:
                 *(percent(scores[s]) for s in others),
             ]
         )
-    yield markdown(["stage", *map(head, suites), "mean", "delta", *map(head, others)], rows)
+    yield Table(["stage", *map(head, suites), "mean", "delta", *map(head, others)], rows)
     cut = [
         f"{_suite(name)} at {run.stages[index].name} {cell['n_cut']} of {cell['n']}"
         for (index, name), cell in cells.items()
@@ -353,7 +393,7 @@ def _general_section(results: Results) -> Iterable[str]:
         )
 
 
-def _judged_section(run: Run, besides: Cells) -> Iterable[str]:
+def _judged_section(run: Run, besides: Cells) -> Iterable[Block]:
     """What there is for the judges: how long the answers are, and how many are empty."""
     cells = {key: cell for key, cell in besides.items() if key[1] in JUDGED}
     if not cells:
@@ -372,7 +412,7 @@ def _judged_section(run: Run, besides: Cells) -> Iterable[str]:
             return DASH
         return f"{cell['metrics']['characters']['value']:.0f}, {percent(cell['metrics']['empty']['value'])} empty"
 
-    yield markdown(
+    yield Table(
         ["stage", *(f"{n}<br>{next(c['n'] for (_, m), c in cells.items() if m == n)} prompts" for n in names)],
         [
             [stage.name, *(text(cells.get((stage.index, n))) for n in names)]
@@ -386,19 +426,19 @@ def _suite(name: str) -> str:
     return name.removeprefix("general_")
 
 
-def _paper_section(run: Run) -> Iterable[str]:
+def _paper_section(run: Run) -> Iterable[Block]:
     name = paper.name_of(run)
     if name is not None:
         table = paper.table([name])
         yield f"## {table.title} for this method ({name})\n\n{paper.SETUP}"
-        yield markdown(table.header[1:], [row[1:] for row in table.rows])
+        yield Table(table.header[1:], [row[1:] for row in table.rows])
 
 
-def _cost_section(run: Run, cells: dict) -> Iterable[str]:
+def _cost_section(results: Results) -> Iterable[Block]:
     rows = []
-    for stage in run.stages:
-        seconds = sum(cell["seconds"] for (index, _), cell in cells.items() if index == stage.index)
-        train = read_json(stage.train_file) if stage.train_file.exists() else None
+    for stage in results.run.stages:
+        seconds = results.evaluation_seconds(stage)
+        train = results.training.get(stage.index)
         if train is None:
             rows.append([stage.name, *[DASH] * 6, f"{seconds:.0f}"])
             continue
@@ -415,7 +455,7 @@ def _cost_section(run: Run, cells: dict) -> Iterable[str]:
             ]
         )
     yield "## Cost"
-    yield markdown(["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s"], rows)
+    yield Table(["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s"], rows)
 
 
 def _provenance(run: Run, cells: dict, besides: dict) -> str:

@@ -230,6 +230,15 @@ class Results:
         loaded = {name: load_rows(self.run, name, cells) for name in names}
         return {name: rows for name, rows in loaded.items() if rows is not None}
 
+    @cached_property
+    def training(self) -> dict[int, dict[str, Any]]:
+        """Stage -> what its train.json says, of the stages that were trained here."""
+        return {s.index: read_json(s.train_file) for s in self.run.stages if s.train_file.exists()}
+
+    def evaluation_seconds(self, stage: Stage) -> float:
+        """How long all that there is of a stage took to evaluate."""
+        return sum(cell["seconds"] for (i, _), cell in (self.cells | self.besides).items() if i == stage.index)
+
     # ------------------------------------------------------------------------------------------ what the run is
 
     @property

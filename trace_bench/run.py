@@ -25,6 +25,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,16 @@ class RunError(Exception):
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file atomically: either the old content or all of the new one is there, whatever happens."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` of bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with tmp.open("w", encoding="utf-8") as f:
-            f.write(text)
+        with tmp.open("wb") as f:
+            f.write(content)
             f.flush()
             os.fsync(f.fileno())
         tmp.replace(path)
@@ -317,7 +323,7 @@ class Run:
         """The tasks of the matrix, in the order of training: its columns."""
         return self.manifest["tasks"]
 
-    @property
+    @cached_property
     def stages(self) -> list[Stage]:
         """The rows of the matrix: the base model and one stage per task, or the given checkpoints."""
         stages = [Stage(0, "0_base", None, self.path / "stages" / "0_base")]

@@ -69,6 +69,19 @@ class Table:
     title: str = ""
 
 
+#: A part of a report: a table, or Markdown of headings, paragraphs, lists and quotes.
+Block = str | Table
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a report."""
+
+    key: str
+    """What it is about: the page puts figures to some."""
+    blocks: list[Block]
+
+
 def without_empty_columns(table: Table) -> Table:
     """The table without columns that hold nothing but dashes."""
     kept = [i for i in range(len(table.header)) if any(row[i] != DASH for row in table.rows)]

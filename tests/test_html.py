@@ -1,0 +1,460 @@
+"""Tests of report.html and its figures: what is escaped, what is loaded, and how it looks and works in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from functools import partial
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from made_runs import NAN, TASKS, make_rich_run, make_run, without
+
+from trace_bench import html
+from trace_bench.report import write_report
+from trace_bench.run import read_jsonl, write_jsonl
+from trace_bench.tables import DASH
+
+HOSTILE = '</script><img src=x onerror="window.hacked = 1"><!--<script>\'&\u2028$x_1$ {{1}} **b** `c`'
+
+
+class Page(HTMLParser):
+    """What a page consists of: elements with their attributes, and texts by element."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.source = (run.path / "report.html").read_text(encoding="utf-8")
+        self.elements, self.open, self.texts, self.cells = [], [], [], []
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop() != tag:
+            pass
+
+    def handle_data(self, text):
+        self.texts.append((self.open[-1] if self.open else "", text))
+        if {"td", "th"} & set(self.open):
+            self.cells[-1] += text
+
+    @property
+    def data(self):
+        """The embedded samples."""
+        found = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.DOTALL)
+        return json.loads(found[1])
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory):
+    """A run that has everything, with its report."""
+    run = make_rich_run(partial(make_run, tmp_path_factory.mktemp("runs"), name="rich", demo=True), n=20)
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    """A run whose names and texts try to break out of wherever they are put."""
+    tasks = ["trace_<script>window.hacked=1", "trace_fomc", '"><svg onload="window.hacked = 1">']
+    make = partial(make_run, tmp_path_factory.mktemp("runs"), name="<i>hostile", model={"name": HOSTILE})
+    rows = {task.replace("/", "_"): {"accuracy": np.tile([[0.0, 1.0, 0.0, 0.0]], (20, 1))} for task in tasks}
+    run = make(tasks=tasks, rows=rows, task_versions={HOSTILE: HOSTILE}, config={HOSTILE: HOSTILE})
+    for stage in run.stages:
+        for task in tasks:
+            samples = read_jsonl(stage.samples_file(task))
+            texts = {"prompt": f"prompt {HOSTILE}", "target": HOSTILE, "response": f"{stage.index} {HOSTILE}"}
+            write_jsonl(stage.samples_file(task), [sample | texts for sample in samples])
+    write_report(run)
+    return run
+
+
+def test_the_page_says_what_the_report_says(rich):
+    page = Page(rich)
+    words = " ".join(text for _, text in page.texts)
+    for text in ("Demo data.", "Limited rows", "Method", "Form or knowledge", "Instruction following", "Provenance"):
+        assert text in words
+    markdown = (rich.path / "report.md").read_text(encoding="utf-8")
+    numbers = [
+        c.strip() for line in markdown.splitlines() if line.startswith("| ") for c in line.strip("| ").split("|")
+    ]
+    shown = {cell.strip() for cell in page.cells}
+    assert {n for n in numbers if re.match(r"[+-]?\d+\.\d", n)} <= shown
+    op = re.search(r"\| OP_8 \| (\S+) ", markdown)[1]
+    assert f"<b>{op}</b>" in page.source
+
+
+def test_figures_are_written_as_svg_and_png(rich):
+    files = sorted(f.name for f in (rich.path / "figures").iterdir())
+    names = ["cost", "form", "general", "judged", "losses", "matrix", "sequence", "tasks"]
+    assert files == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+    for name in names:
+        assert (rich.path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        svg = (rich.path / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert "<text" in svg and "<dc:date>" not in svg
+    page = Page(rich)
+    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 7  # the matrix is a table there
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    svg_ids = [i for i in ids if i.count("-") and "axes" in i]
+    assert svg_ids and len(svg_ids) == len(set(svg_ids)), "figures share no ids"
+
+
+def test_colours_of_figures_follow_the_page(rich):
+    figures = "".join(re.findall("<svg.*?</svg>", Page(rich).source, re.DOTALL))
+    assert 'fill="var(--blue)"' in figures and 'stroke="var(--rule)"' in figures
+    assert "#0072b2" not in figures and "style=" not in figures and "#000000" not in figures
+
+
+def test_the_policy_allows_the_page_s_own_style_and_script_only(rich):
+    page = Page(rich)
+    (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    style, script = (re.search(f"<{t}>(.*?)</{t}>", page.source, re.DOTALL)[1] for t in ("style", "script"))
+    assert html._hash(style) in policy and html._hash(script) in policy
+    assert not [a for _, a in page.elements if "style" in a or any(key.startswith("on") for key in a)]
+    assert "innerHTML" not in script and "eval" not in script
+
+
+@pytest.mark.parametrize("name", ["rich", "hostile"])
+def test_nothing_is_loaded_from_elsewhere(name, request):
+    page = Page(request.getfixturevalue(name))
+    for tag, attributes in page.elements:
+        assert tag not in ("img", "iframe", "object", "embed", "base", "form")
+        for key in ("src", "href", "xlink:href", "action", "data", "srcset"):
+            assert attributes.get(key, "#").startswith(("#", "data:")), (tag, attributes)
+    assert "url(http" not in page.source and "@import" not in page.source
+
+
+def test_names_and_texts_of_a_run_are_text(hostile):
+    page = Page(hostile)
+    assert len([tag for tag, _ in page.elements if tag == "script"]) == 2
+    assert not [a for _, a in page.elements if any(key.startswith("on") for key in a)]
+    assert {"img", "i"}.isdisjoint(tag for tag, a in page.elements if a.get("src") or tag == "img")
+    title = next(text for tag, text in page.texts if tag == "title")
+    assert title.startswith("<i>hostile")
+    code = "".join(text for tag, text in page.texts if tag in ("code", "strong", "p"))
+    assert 'onerror="window.hacked = 1"' in code and "$x_1$ {{1}}" in code
+    data = page.data
+    assert data["rows"][0][2] == f"prompt {HOSTILE}" and data["rows"][0][3] == HOSTILE
+    embedded = page.source.split('id="data">')[1].split("</script>")[0]
+    assert not set("<>&\u2028") & set(embedded)
+
+
+def test_a_text_that_is_no_unicode_does_not_stop_the_report(make):
+    run = make(rows={TASKS[0]: {"accuracy": np.array([[0.0, 1.0, 1.0, 0.0]] * 3)}})
+    file = run.stages[1].samples_file(TASKS[0])
+    file.write_text(file.read_text(encoding="utf-8").replace('"a text', '"\\ud800 a text'), encoding="utf-8")
+    write_report(run)
+    assert "? a text" in Page(run).source
+
+
+def test_missing_cells_are_dashes(make):
+    run = make(without((3, 1), (0, 2)))
+    write_report(run)
+    matrix = re.search('<table class="matrix">(.*?)</table>', Page(run).source, re.DOTALL)[1]
+    rows = [re.findall("<td.*?>(.*?)</td>", row) for row in matrix.split("<tr>")[2:]]
+    assert rows == [["10.0", "20.0", DASH], ["80.0", DASH, DASH], ["60.0", "90.0", DASH], ["70.0", DASH, "50.0"]]
+
+
+def test_a_run_without_cells_has_a_page_of_dashes(make):
+    run = make(np.full((4, 3), NAN))
+    write_report(run)
+    page = Page(run)
+    matrix = re.search('<table class="matrix">(.*?)</table>', page.source, re.DOTALL)[1]
+    assert set(re.findall("<td.*?>(.*?)</td>", matrix)) == {DASH}
+    assert set(re.findall("<dd><b>(.*?)</b>", page.source)) == {DASH}
+    assert not (run.path / "figures" / "matrix.svg").exists() and "not measured" in page.source
+    assert "<h2>Samples</h2>" not in page.source
+
+
+def test_what_changed_for_certain_is_marked(make):
+    lost = np.concatenate([np.tile([[0.0, 1.0, 0.0, 0.0]], (30, 1)), np.tile([[0.0, 1.0, 1.0, 1.0]], (10, 1))])
+    run = make(rows={TASKS[0]: {"accuracy": lost}})
+    write_report(run)
+    source = Page(run).source
+    assert re.search(r'<td class="q5" title="95 % interval \S+ to \S+">25.0 ↓</td>', source)
+    assert re.search(r'<td class="q20 own"[^>]*>100.0</td>', source)
+
+
+@pytest.mark.parametrize("method", ["single", "joint", "icl"])
+def test_runs_without_a_sequence_have_a_page(bounds, method):
+    run = bounds()[method]
+    write_report(run)
+    source = Page(run).source
+    assert "<dt>Mean</dt>" in source and "BWT_" not in source
+    assert (run.path / "figures" / "matrix.png").exists()
+
+
+def test_two_reports_are_the_same_bytes(rich):
+    def made():
+        return {f: f.read_bytes() for f in [rich.path / "report.html", *(rich.path / "figures").iterdir()]}
+
+    first = made()
+    code = "import sys\nfrom trace_bench.cli import main\nmain(['report', sys.argv[1]])"
+    started = time.perf_counter()
+    # Another program, so that no order of a set or an id in memory is in the files.
+    subprocess.run([sys.executable, "-c", code, str(rich.path)], check=True, capture_output=True)
+    assert time.perf_counter() - started < 6, "it takes 2 s on two idle cores"
+    assert made() == first
+
+
+def test_a_figure_that_is_no_longer_drawn_is_removed(make):
+    run = make()
+    write_report(run)
+    assert (run.path / "figures" / "sequence.svg").exists()
+    for stage in run.stages:
+        for task in run.tasks:
+            stage.eval_file(task).unlink(missing_ok=True)
+    own = run.path / "figures" / "mine.svg"
+    own.write_text("of somebody else", encoding="utf-8")
+    write_report(run)
+    assert not (run.path / "figures" / "sequence.svg").exists() and own.exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+def test_samples_are_embedded_with_their_scores_and_verdicts(rich):
+    data = Page(rich).data
+    assert data["tasks"][:2] == ["cstance", "fomc"] and "instruct_lima" in data["tasks"]
+    assert data["own"][:3] == [1, 2, 3] and data["binary"][:3] == [True, True, False]
+    assert len(data["rows"]) == 8 * 20 + 6 * 60 + 2 * 20
+    row = next(r for r in data["rows"] if r[0] == 1 and r[1] == "7")
+    texts, answers = row[4], {stage: rest for stage, *rest in row[5]}
+    for stage, (place, score, verdict) in answers.items():
+        sample = read_jsonl(rich.stages[stage].samples_file("trace_fomc"))[7]
+        assert (texts[place], score, verdict) == (sample["response"], sample["accuracy"], None)
+    judged = next(r for r in data["rows"] if data["tasks"][r[0]] == "instruct_lima")
+    assert {verdict for stage, _, _, verdict in judged[5] if stage} <= {"win", "tie", "lose"}
+    assert all(score is None for _, _, score, _ in judged[5]), "the length of an answer is no score"
+
+
+def test_samples_are_capped_and_those_that_got_worse_are_kept(make, monkeypatch):
+    scores = np.zeros((400, 4))
+    scores[100:140, 1] = 1.0  # forgotten
+    scores[300:320, 2:] = 1.0  # learned
+    run = make(rows={TASKS[0]: {"accuracy": scores}})
+    monkeypatch.setattr(html, "SAMPLE_BYTES", 8000)
+    write_report(run)
+    page = Page(run)
+    ids = [int(row[1]) for row in page.data["rows"]]
+    assert ids[:60] == [*range(100, 140), *range(300, 320)] and 60 < len(ids) < 100
+    assert (
+        f"{len(ids)} of 400 prompts are in this page" in page.source and "changed most were taken first" in page.source
+    )
+
+
+def test_long_texts_are_cut_in_their_middle():
+    text = html._cut("a" * 700 + "b" * 700, 800)
+    assert text.startswith("a" * 533 + " […601 characters left out…] ") and text.endswith(" " + "b" * 266)
+    assert html._cut("a" * 800, 800) == "a" * 800
+
+
+def test_leaked_rows_are_not_among_the_samples(make):
+    from dataclasses import replace
+
+    run = make(rows={TASKS[0]: {"accuracy": np.array([[0.0, 1.0, 1.0, 0.0]] * 5)}})
+    write_report(replace(run, left_out={TASKS[0]: {1, 3}}))
+    page = Page(run)
+    assert sorted(row[1] for row in page.data["rows"]) == ["0", "2", "4"] and "Without leaked rows." in page.source
+
+
+def test_lengths_count_characters_and_empty_answers(make):
+    run = make(rows={TASKS[0]: {"accuracy": np.array([[0.0, 1.0, 1.0, 0.0]] * 4)}})
+    file = run.stages[1].samples_file(TASKS[0])
+    answers = ["four", "", "four", "four"]
+    write_jsonl(file, [row | {"response": a} for row, a in zip(read_jsonl(file), answers, strict=True)])
+    write_report(run)
+    lengths = Page(run).source.split("<h2>Lengths</h2>")[1].split("</table>")[0]
+    assert re.findall("<td.*?>(.*?)</td>", lengths) == [DASH, "33", "3 (25 %)", "33", "33"]
+
+
+def test_a_hundred_tasks_have_one_image_and_some_curves(make):
+    names = [f"task_{i:03}" for i in range(60)]
+    scores = np.random.default_rng(0).integers(11, size=(61, 60)) / 10
+    scores[np.triu_indices(61, 0, 60)] = NAN
+    run = make(scores, tasks=names, task_versions={}, data={"path": None, "demo": False, "fingerprint": {}})
+    write_report(run)
+    page = Page(run)
+    assert "61 stages and 60 tasks are shown as an image" in page.source and '<table class="matrix">' not in page.source
+    assert "Shown are the 24 of 60 tasks" in page.source
+    assert len(page.source) < 2_000_000 and len(page.cells) < 5000
+
+
+def test_help_does_not_load_matplotlib():
+    code = (
+        "import sys\nfrom trace_bench.cli import main\ntry:\n main(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'matplotlib', 'numpy', 'trace_bench.html'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ browser
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+#: Contrast of every text with what is behind it, as WCAG defines it; the lowest first.
+CONTRAST = """() => {
+  const rgb = (c) => { const x = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+    x.fillStyle = c; x.fillRect(0, 0, 1, 1); return [...x.getImageData(0, 0, 1, 1).data]; };
+  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const muted = getComputedStyle(document.querySelector('figcaption')).color;
+  const seen = new Map();
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+    if (!own || ['SCRIPT', 'NOSCRIPT', 'OPTION'].includes(e.tagName) || !e.getClientRects().length) continue;
+    const style = getComputedStyle(e);
+    const ink = e instanceof SVGElement ? style.fill : style.color;
+    let behind = e;
+    while (behind && rgb(getComputedStyle(behind).backgroundColor)[3] < 255) behind = behind.parentElement;
+    const paper = behind ? getComputedStyle(behind).backgroundColor : 'white';
+    // A number on a bar, of which the style knows nothing.
+    if (e.closest('#figure-judged') && /^[0-9]+$/.test(e.textContent) && ink !== muted) continue;
+    seen.set(`${ink} ${paper}`, [ink, paper, e.tagName, e.textContent.trim().slice(0, 30)]);
+  }
+  return [...seen.values()].map(([ink, paper, ...what]) => {
+    const [a, b] = [light(rgb(ink)), light(rgb(paper))].sort((x, y) => y - x);
+    return [(a + 0.05) / (b + 0.05), ...what];
+  }).sort((x, y) => x[0] - y[0]);
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no chromium on the PATH")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as p:
+        started = p.chromium.launch(executable_path=program, args=FLAGS)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens the page of a run; the test fails if the page loads anything, or complains."""
+    problems, contexts = [], []
+
+    def visit(run, width=1280, **options):
+        context = browser.new_context(viewport={"width": width, "height": 900}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        address = (run.path / "report.html").as_uri()
+        page.on("request", lambda r: r.url in (address, "data:,") or problems.append(r.url[:100]))
+        page.goto(address)
+        return page
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not problems
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_does_not_scroll_sideways(visit, rich, width):
+    page = visit(rich, width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("article.sample").count() == 20
+
+
+def test_hostile_texts_run_nothing(visit, hostile):
+    page = visit(hostile, 390)
+    page.wait_for_timeout(100)
+    assert page.evaluate("window.hacked === undefined")
+    assert page.locator("img, i svg, article img").count() == 0
+    assert page.locator("article pre").first.text_content() == f"prompt {HOSTILE}"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_samples_are_searched_and_filtered(visit, rich):
+    page = visit(rich)
+    data = Page(rich).data
+
+    def shown():
+        return int(page.locator("#count").text_content().split(" of ")[0].replace(",", ""))
+
+    assert shown() == len([r for r in data["rows"] if {0, 8} <= {a[0] for a in r[5]}])
+    page.select_option("#task", label="fomc")
+    assert shown() == 20 and page.locator("#paging").is_hidden()
+    page.select_option("#before", "own")
+    page.select_option("#change", "lost")
+    fomc = {row[1]: {a[0]: a[2] for a in row[5]} for row in data["rows"] if row[0] == 1}
+    lost = [name for name, scores in fomc.items() if scores[2] == 1 and scores[8] == 0]
+    assert shown() == len(lost) > 0
+    heads = page.locator("article h3").all_text_contents()
+    assert sorted(heads) == sorted(f"fomc · {name}right to wrong" for name in lost)
+    page.fill("#search", f"QUESTION {lost[0]}:")
+    count = page.get_by_role("status")
+    count.filter(has_text=re.compile("^1 of")).wait_for()
+    page.fill("#search", "nothing has this")
+    count.filter(has_text=re.compile("^0 of")).wait_for()
+    assert page.locator("article").count() == 0
+    page.fill("#search", "")
+    page.select_option("#task", "all")
+    page.select_option("#before", "0")
+    page.select_option("#change", "worse")
+    page.locator("#paging").wait_for()
+    first = page.locator("article h3").first.text_content()
+    page.click("#next")
+    assert page.locator("#page").text_content().startswith("page 2 of ")
+    assert page.locator("article h3").first.text_content() != first
+
+
+def test_thousands_of_samples_do_not_freeze_the_page(visit, make):
+    rows = np.random.default_rng(0).integers(2, size=(4000, 4)).astype(float)
+    run = make(rows={task: {"accuracy": rows} for task in TASKS})
+    write_report(run)
+    page = visit(run)
+    assert len(Page(run).data["rows"]) > 10_000
+    took = page.evaluate(
+        "() => { const start = performance.now(); const s = document.getElementById('change'); s.value = 'lost';"
+        "s.dispatchEvent(new Event('change')); return performance.now() - start; }"
+    )
+    assert took < 1000 and page.locator("article").count() == 20
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_texts_are_readable(visit, rich, scheme):
+    page = visit(rich, color_scheme=scheme)
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") == (scheme == "light")
+    lowest = page.evaluate(CONTRAST)
+    assert len(lowest) > 15 and lowest[0][0] >= 4.5, lowest[:4]
+
+
+def test_all_but_the_samples_works_without_javascript(visit, rich):
+    page = visit(rich, java_script_enabled=False)
+    assert page.locator("figure svg").count() == 7 and page.locator("table.matrix td").count() == 72
+    assert page.locator("#browser").is_hidden()
+    assert "need JavaScript" in page.locator("body").inner_text()
+
+
+def test_print_shows_all(visit, rich):
+    page = visit(rich, 720, color_scheme="dark")  # A4 between its margins
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 720
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.locator("nav").is_hidden() and page.locator("#provenance").is_visible()
+    boxes = "[...document.querySelectorAll('.scroll, pre')]"
+    clipped = page.evaluate(f"{boxes}.filter((e) => getComputedStyle(e).overflowX !== 'visible').length")
+    assert clipped == 0
+    assert len(page.pdf()) > 50_000

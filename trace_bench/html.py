@@ -1,0 +1,562 @@
+"""The page of a run: report.html, one file that needs nothing else, and its figures as files.
+
+It has the texts and tables of report.md, figures, how long answers are, and a browser of samples. Whatever comes from
+a run is text: it is escaped here, and the script of the page writes with textContent only. The Content-Security-Policy
+allows the page's own style and script, by their hashes, and images within it; nothing is loaded from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+
+from judges.judging import KINDS, judge_file
+from judges.report import load, net_win_rate
+from trace_bench.data import JUDGED, SUITES
+from trace_bench.figures import COLOURS, NAMES, Picture, pictures, stage_label
+from trace_bench.metrics import Estimate
+from trace_bench.results import Results
+from trace_bench.run import read_jsonl, write_bytes, write_text
+from trace_bench.tables import DASH, Block, Section, Table, arrow, percent, short
+
+#: Size of the samples in the page. Those that changed most come first, so what is left out changed least.
+SAMPLE_BYTES = 2_500_000
+#: Characters that are kept of a text.
+PROMPT_CHARACTERS, ANSWER_CHARACTERS = 1200, 800
+#: With more stages than these only the base model's answer, that of the own stage and the last one are in the page.
+SAMPLE_STAGES = 16
+#: A larger table is in report.md only.
+TABLE_CELLS = 2500
+
+#: The parts of the page in their order: key of the section -> what the menu calls it, and its figures.
+_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "scores": ("Scores", ("matrix", "sequence")),
+    "learning": ("Learning", ("tasks",)),
+    "form": ("", ("form",)),
+    "tolerant": ("", ()),
+    "extracted": ("", ()),
+    "general": ("General ability", ("general",)),
+    "judged": ("Against the base model", ("judged",)),
+    "answers": ("Answers", ()),
+    "bounds": ("Bounds", ()),
+    "paper": ("The paper", ()),
+    "cost": ("Cost", ("losses", "cost")),
+    "lengths": ("Lengths", ()),
+    "samples": ("Samples", ()),
+    "provenance": ("Provenance", ()),
+}
+
+
+def write_page(results: Results, sections: Iterable[Section]) -> None:
+    """Writes report.html and figures/ of a run.
+
+    Args:
+        results: The numbers of the run.
+        sections: The texts and tables of its report.
+    """
+    folder = results.run.path / "figures"
+    drawn = {picture.name: picture for picture in pictures(results)}
+    for name in NAMES:
+        if name not in drawn:  # of an earlier report, when there was something to draw
+            for kind in ("svg", "png"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    for picture in drawn.values():
+        write_text(folder / f"{picture.name}.svg", picture.svg)
+        write_bytes(folder / f"{picture.name}.png", picture.png)
+    write_text(results.run.path / "report.html", _page(results, {s.key: s.blocks for s in sections}, drawn))
+
+
+def _page(results: Results, blocks: dict[str, list[Block]], drawn: dict[str, Picture]) -> str:
+    answers = _read_answers(results)
+    blocks = blocks | {"lengths": _lengths_blocks(results, answers)}
+    embedded = _embed(results, answers)
+    style, script = ((Path(__file__).parent / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    parts, links = [], []
+    for key, (title, names) in _PARTS.items():
+        if key == "samples":
+            content = _samples_html(embedded)
+        else:
+            figures = [drawn[name] for name in names if name in drawn]
+            content = _part_html(results, key, blocks.get(key, []), figures)
+        if content:
+            parts.append(f'<section id="{key}">\n{content}\n</section>')
+            links += [f'<a href="#{key}">{title}</a>'] if title else []
+    name = escape(results.run.path.name)
+    return "\n".join(
+        [
+            "<!DOCTYPE html>",
+            '<html lang="en">',
+            "<head>",
+            '<meta charset="utf-8">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<meta name="color-scheme" content="light dark">',
+            f"<title>{name} – TRACE-Bench</title>",
+            '<link rel="icon" href="data:,">',
+            f"<style>{style}</style>",
+            "</head>",
+            "<body>",
+            "<header>",
+            "\n".join(map(_text_html, (b for b in blocks["run"] if isinstance(b, str)))),
+            _tiles_html(results),
+            "</header>",
+            f'<nav aria-label="Parts of this page">{"".join(links)}</nav>',
+            "<main>",
+            _blocks_html(blocks["summary"]) if "summary" in blocks else "",
+            *parts,
+            "</main>",
+            "<footer>Made by <code>trace-bench report</code> from the files of the run. The figures are in its folder "
+            "<code>figures</code> as SVG and PNG, all scores in <code>scores.csv</code>.</footer>",
+            f'<script type="application/json" id="data">{embedded.json}</script>',
+            f"<script>{script}</script>",
+            "</body>",
+            "</html>\n",
+        ]
+    )
+
+
+def _hash(text: str) -> str:
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")
+
+
+# ---------------------------------------------------------------------------------------------------- texts and tables
+
+
+def _part_html(results: Results, key: str, blocks: Sequence[Block], figures: Sequence[Picture]) -> str:
+    """The content of a part; its figures stand before its first table."""
+    if not blocks and not figures:
+        return ""
+    shown = "\n".join(map(_figure_html, figures))
+    if key == "judged" and blocks:  # a section for each kind, and one figure for all
+        return f"<h2>Answers against the base model</h2>\n{shown}\n{_blocks_html(blocks, demote=1)}"
+    first = next((i for i, b in enumerate(blocks) if isinstance(b, Table)), len(blocks))
+    before, after = _blocks_html(blocks[:first]), blocks[first:]
+    if key == "scores" and after and isinstance(after[0], Table):
+        images = [picture for picture in figures if picture.name == "matrix"]
+        shown = "\n".join(_figure_html(picture) for picture in figures if picture not in images)
+        shown, after = f"{_matrix_html(results, after[0].header, images)}\n{shown}", after[1:]
+    return "\n".join([before, shown, _blocks_html(after)])
+
+
+def _blocks_html(blocks: Iterable[Block], demote: int = 0) -> str:
+    return "\n".join(_table_html(b) if isinstance(b, Table) else _text_html(b, demote) for b in blocks)
+
+
+def _text_html(text: str, demote: int = 0) -> str:
+    """The Markdown of a report's texts: headings, paragraphs, lists and quotes, which are warnings here."""
+    parts = []
+    for chunk in text.strip().split("\n\n"):
+        lines = chunk.split("\n")
+        if match := re.fullmatch("(#{1,3}) (.*)", chunk, re.DOTALL):
+            level = len(match[1]) + demote
+            parts.append(f"<h{level}>{_inline(match[2])}</h{level}>")
+        elif chunk.startswith(">"):
+            parts.append(f'<p class="warning">{_inline(" ".join(line.removeprefix("> ") for line in lines))}</p>')
+        elif all(line.startswith("- ") for line in lines):
+            parts.append("<ul>" + "".join(f"<li>{_inline(line[2:])}</li>" for line in lines) + "</ul>")
+        else:
+            parts.append(f"<p>{_inline(chunk)}</p>")
+    return "\n".join(parts)
+
+
+def _inline(text: str) -> str:
+    """Escaped text, with the `code` and **bold** of Markdown."""
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", text)
+
+
+def _table_html(table: Table) -> str:
+    rows = [list(map(str, row)) for row in table.rows]
+    if len(rows) * len(table.header) > TABLE_CELLS:
+        return f"<p>A table of {len(rows)} rows and {len(table.header)} columns is in report.md.</p>"
+    body = "".join(
+        f'<tr><th scope="row">{_inline(first)}</th>{"".join(map(_cell_html, rest))}</tr>\n' for first, *rest in rows
+    )
+    return _scroll(f"<table>\n<thead>{_head_html(table.header)}</thead>\n<tbody>\n{body}</tbody>\n</table>")
+
+
+def _head_html(header: Sequence[str]) -> str:
+    return "<tr>" + "".join(f'<th scope="col">{_lines(text)}</th>' for text in header) + "</tr>"
+
+
+def _lines(text: str) -> str:
+    """A head of a table: its first line, and smaller what follows `<br>`."""
+    first, *rest = text.split("<br>")
+    return escape(first) + "".join(f"<br><small>{escape(line)}</small>" for line in rest)
+
+
+def _cell_html(text: str) -> str:
+    kind = "number" if re.match(r"[+-]?\d|–", text) else "text"
+    if text.endswith(("↓", "↑")):
+        kind += " down" if text.endswith("↓") else " up"
+    return f'<td class="{kind}">{_inline(text)}</td>'
+
+
+def _scroll(content: str) -> str:
+    """A box of its own for what may be wider than the page; it can be reached and scrolled with the keyboard."""
+    return f'<div class="scroll" tabindex="0">{content}</div>'
+
+
+def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Picture]) -> str:
+    """The scores as a coloured table; as an image where the table would be too large."""
+    run = results.run
+    if results.R.size > TABLE_CELLS:
+        stages, tasks = results.R.shape
+        return (
+            f"<p>The scores of {stages} stages and {tasks} tasks are shown as an image. As numbers they are in "
+            f"report.md and scores.csv.</p>{''.join(map(_figure_html, images))}"
+        )
+    changes = results.since_own if results.is_sequential else {}
+    rows = []
+    for stage in run.stages:
+        cells = []
+        for i, task in enumerate(run.tasks):
+            value, low, high = results.cell(stage.index, i)
+            own = " own" if stage.task == task else ""
+            if np.isnan(value):
+                cells.append(f'<td class="none{own}">{DASH}</td>')
+                continue
+            title = "" if np.isnan(low) else f' title="95 % interval {percent(low)} to {percent(high)}"'
+            step = min(20, max(0, round(20 * value)))
+            cells.append(f'<td class="q{step}{own}"{title}>{percent(value)}{arrow(changes.get((stage.index, i)))}</td>')
+        rows.append(f'<tr><th scope="row">{stage.index} {escape(stage_label(stage))}</th>{"".join(cells)}</tr>\n')
+    own = " Framed: the task's own stage." if any(s.task for s in run.stages) else ""
+    return _scroll(
+        f'<table class="matrix">\n<thead>{_head_html(header)}</thead>\n<tbody>\n{"".join(rows)}</tbody>\n</table>'
+    ) + (
+        f'<p class="caption">{own} {DASH}: not evaluated. Colour: 0 '
+        + "".join(f'<span class="key q{step}"></span>' for step in range(0, 21, 4))
+        + " 100.</p>"
+    )
+
+
+def _tiles_html(results: Results) -> str:
+    """The headline numbers."""
+    last = results.run.stages[-1]
+    tiles: list[tuple[str, str, Estimate, bool]] = []
+    if results.is_sequential:
+        t = results.last_stage or len(results.run.tasks)
+        what = (
+            ("OP", "mean of the tasks seen", False),
+            ("BWT", "change since the own stage", True),
+            ("Forgetting", "drop from the best stage", False),
+        )
+        tiles += [(f"{n}_{t}", text, results.sequence[n][t - 1], sign) for n, text, sign in what]
+    elif results.has_mean:
+        tiles.append(("Mean", "of the tasks", results.mean, False))
+    tiles.append(("Δ general", "ability, mean of the suites", results.general.get(last.index, _UNKNOWN), True))
+    for kind in KINDS:
+        net = net_win_rate(load(results.run, kind), last)
+        tiles.append((f"Δ {kind.name}", "wins minus losses against the base model", net, True))
+    return '<dl class="tiles">' + "".join(_tile_html(*tile) for tile in tiles) + "</dl>"
+
+
+_UNKNOWN = Estimate(float("nan"))
+
+
+def _tile_html(name: str, text: str, value: Estimate, sign: bool) -> str:
+    shown = percent(value.value, sign)
+    interval = "" if np.isnan(value.low) else f"{percent(value.low, sign)} to {percent(value.high, sign)}"
+    stem, _, index = name.partition("_")
+    sub = f"<sub>{escape(index)}</sub>" if index else ""
+    missing = "" if shown != DASH else ' class="missing"'
+    return (
+        f"<div{missing}><dt>{escape(stem)}{sub}</dt><dd><b>{shown}</b> <i>{interval}</i>"
+        f"<small>{escape(text if shown != DASH else 'not measured')}</small></dd></div>"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def _figure_html(picture: Picture) -> str:
+    return (
+        f'<figure id="figure-{picture.name}">{_scroll(inline_svg(picture))}'
+        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    )
+
+
+def inline_svg(picture: Picture) -> str:
+    """An SVG of matplotlib as a part of the page.
+
+    Its colours become variables of the page, which differ in dark and light. Its styles become attributes, since the
+    policy allows no style but the page's own. Its ids begin with its name, since several share the page.
+    """
+    root = ElementTree.fromstring(picture.svg)
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local(element.tag)
+        attributes = {_local(key): value for key, value in element.attrib.items()}
+        attributes |= _presentation(attributes.pop("style", ""))
+        element.attrib.clear()
+        for key, value in attributes.items():
+            if key == "id":
+                value = f"{picture.name}-{value}"
+            elif key == "href" and value.startswith("#"):
+                value = f"#{picture.name}-{value[1:]}"
+            element.set(key, re.sub(r"url\(#", f"url(#{picture.name}-", value))
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.set("role", "img")
+    root.set("aria-label", picture.caption)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _presentation(style: str) -> dict[str, str]:
+    """The properties of a style as attributes; of fonts, size and weight, since the family is the page's."""
+    found: dict[str, str] = {}
+    for declaration in filter(str.strip, style.split(";")):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if key == "font":
+            size = re.search(r"([\d.]+)px", value)
+            found |= {"font-size": size[1]} if size else {}
+            found |= {"font-weight": "bold"} if re.match(r"(bold|[6-9]00)\b", value) else {}
+        else:
+            found[key] = f"var(--{COLOURS[value]})" if value in COLOURS else value
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ samples
+
+
+@dataclass
+class _Answers:
+    """What the stages answered to the prompts of a task, suite or set, cut to what a page can hold."""
+
+    name: str
+    rows: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    """(subtask, doc_id) -> prompt, target, and stage -> answer, score and verdict."""
+    lengths: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """Stage -> mean characters of an answer, share of empty ones; of answers that are texts."""
+    prompt: float = float("nan")
+    """Mean characters of a prompt."""
+    values: set[float] = field(default_factory=set)
+    """Scores of single rows: only 0 and 1 where an answer is right or wrong."""
+
+
+def _read_answers(results: Results) -> list[_Answers]:
+    """The samples of all cells."""
+    run, cells = results.run, results.cells | results.besides
+    found = []
+    for name in [*run.tasks, *SUITES, *JUDGED]:
+        answers = _Answers(name)
+        for stage in run.stages:
+            file = stage.samples_file(name)
+            if (stage.index, name) not in cells or not file.exists():
+                continue
+            left_out = run.left_out.get(name, ())
+            metric = None if name in JUDGED else cells[stage.index, name]["headline"]
+            verdicts = _verdicts(results, stage.index, name)
+            samples = [row for row in read_jsonl(file) if row["doc_id"] not in left_out]
+            texts = [row["response"] for row in samples if isinstance(row.get("response"), str)]
+            if texts and len(texts) == len(samples):
+                empty = sum(not text.strip() for text in texts) / len(texts)
+                answers.lengths[stage.index] = sum(map(len, texts)) / len(texts), empty
+            prompts = [len(row["prompt"]) for row in samples if isinstance(row.get("prompt"), str)]
+            if prompts and np.isnan(answers.prompt):
+                answers.prompt = sum(prompts) / len(prompts)
+            for row in samples:
+                _add_sample(answers, stage.index, row, metric, verdicts)
+        if answers.rows:
+            found.append(answers)
+    return found
+
+
+def _verdicts(results: Results, index: int, name: str) -> dict[Any, str]:
+    """doc_id -> what judges say of a stage's answer against the base model's; empty if it was not judged."""
+    stage = results.run.stages[index]
+    file = judge_file(stage, name).with_suffix(".jsonl")
+    if name not in JUDGED or not index or not file.exists():
+        return {}
+    current = any((index, name) in load(results.run, kind) for kind in KINDS)
+    return {row["doc_id"]: row["combined"] for row in read_jsonl(file) if "combined" in row} if current else {}
+
+
+def _add_sample(
+    answers: _Answers, index: int, sample: dict[str, Any], metric: str | None, verdicts: dict[Any, str]
+) -> None:
+    key = (sample.get("task", ""), sample["doc_id"])
+    row = answers.rows.get(key)
+    prompt = _cut(sample.get("prompt", ""), PROMPT_CHARACTERS)
+    if row is None:
+        row = answers.rows[key] = {"prompt": prompt, "target": _choice(sample, "target"), "answers": {}}
+    elif row["prompt"] != prompt:
+        return  # made from other data: not an answer to the same prompt
+    score = sample.get(metric) if metric else None
+    number = round(float(score), 4) if isinstance(score, int | float) and np.isfinite(score) else None
+    if number is not None:
+        answers.values.add(number)
+    row["answers"][index] = (_choice(sample, "response"), number, verdicts.get(sample["doc_id"]))
+
+
+def _choice(sample: dict[str, Any], key: str) -> str:
+    """An answer or a target as text; of a multiple-choice question the chosen text."""
+    value, choices = sample.get(key, ""), sample.get("choices")
+    if isinstance(value, int) and isinstance(choices, list) and 0 <= value < len(choices):
+        value = choices[value]
+    if not isinstance(value, str):
+        value = json.dumps(value, ensure_ascii=False)
+    return _cut(value, ANSWER_CHARACTERS)
+
+
+def _cut(text: Any, most: int) -> str:
+    """A text as UTF-8 can hold it, with its middle left out where it is long."""
+    text = str(text).encode("utf-8", "replace").decode("utf-8")
+    if len(text) <= most:
+        return text
+    head, tail = most * 2 // 3, most // 3
+    return f"{text[:head]} […{len(text) - head - tail} characters left out…] {text[-tail:]}"
+
+
+def _lengths_blocks(results: Results, answers: Sequence[_Answers]) -> list[Block]:
+    """How long prompts and answers are."""
+    measured = [a for a in answers if a.lengths]
+    if not measured:
+        return []
+    stages = [s for s in results.run.stages if any(s.index in a.lengths for a in measured)]
+
+    def cell(a: _Answers, index: int) -> str:
+        if index not in a.lengths:
+            return DASH
+        characters, empty = a.lengths[index]
+        return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
+
+    return [
+        "## Lengths\n\nCharacters of prompts and of answers, on average; in brackets the percentage of answers that "
+        "are empty, where some are.",
+        Table(
+            ["", "prompt", *(f"{s.index}<br>{stage_label(s)}" for s in stages)],
+            [
+                [short(a.name), DASH if np.isnan(a.prompt) else f"{a.prompt:.0f}", *(cell(a, s.index) for s in stages)]
+                for a in measured
+            ],
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """The samples of the page."""
+
+    json: str
+    """Escaped for a script element."""
+    shown: int
+    total: int
+    few_stages: bool
+    """Whether answers of some stages are left out."""
+
+
+def _embed(results: Results, answers: Sequence[_Answers]) -> _Embedded:
+    """As many samples as the page may hold, those that changed most first."""
+    run = results.run
+    few = len(run.stages) > SAMPLE_STAGES
+    own = {stage.task: stage.index for stage in run.stages if stage.task}
+    queue: list[tuple[int, int, int, str]] = []
+    for number, a in enumerate(answers):
+        ranks: dict[int, int] = {}
+        for (subtask, doc_id), row in a.rows.items():
+            found = row["answers"]
+            if few:
+                kept = {0, own.get(a.name, 0), max(found)}
+                found = {i: answer for i, answer in found.items() if i in kept}
+            rank = _rank(found, own.get(a.name, 0), a.values <= {0.0, 1.0})
+            ranks[rank] = ranks.get(rank, 0) + 1
+            name = f"{subtask} {doc_id}".strip()
+            value = [number, name, row["prompt"], row["target"], *_packed(found)]
+            queue.append((rank, ranks[rank], number, _escaped_json(value)))
+    queue.sort(key=lambda item: item[:3])  # of the same rank a sample of each task in turn
+    rows, size = [], 0
+    for *_, text in queue:
+        size += len(text.encode("utf-8"))
+        if size > SAMPLE_BYTES:
+            break
+        rows.append(text)
+    head = {
+        "tasks": [short(a.name) for a in answers],
+        "binary": [a.values <= {0.0, 1.0} and bool(a.values) for a in answers],
+        "own": [own.get(a.name, 0) if results.is_sequential else 0 for a in answers],
+        "stages": [f"{s.index} {stage_label(s)}" for s in run.stages],
+    }
+    joined = _escaped_json(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}"
+    return _Embedded(joined, len(rows), len(queue), few)
+
+
+def _rank(found: dict[int, tuple[str, float | None, str | None]], own: int, binary: bool) -> int:
+    """0 = got worse since the base model or the own stage, 1 = better, 2 = another answer, 3 = the same."""
+    last = max(found)
+    text, score, verdict = found[last]
+    pairs = [found[i] for i in (0, own) if i in found and i != last]
+    changes = [score - before[1] for before in pairs if score is not None and before[1] is not None]
+    if verdict == "lose" or any(c < (0 if binary else -0.1) for c in changes):
+        return 0
+    if verdict == "win" or any(c > (0 if binary else 0.1) for c in changes):
+        return 1
+    return 2 if any(before[0] != text for before in pairs) else 3
+
+
+def _packed(found: dict[int, tuple[str, float | None, str | None]]) -> tuple[list[str], list[list[Any]]]:
+    """The different texts, and of each stage its number, its text's place, its score and its verdict."""
+    texts = list(dict.fromkeys(text for text, _, _ in found.values()))
+    places = {text: i for i, text in enumerate(texts)}
+    return texts, [[i, places[text], score, verdict] for i, (text, score, verdict) in found.items()]
+
+
+def _escaped_json(value: Any) -> str:
+    """JSON within a script element: nothing in it ends the element or begins a comment."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _samples_html(embedded: _Embedded) -> str:
+    if not embedded.total:
+        return ""
+    notes = [f"{embedded.shown:,} of {embedded.total:,} prompts are in this page."]
+    if embedded.shown < embedded.total:
+        notes.append("Those whose answers changed most were taken first; all are in the run's folder.")
+    if embedded.few_stages:
+        notes.append("Of each prompt there are the answers of the base model, of the task's own stage and the last.")
+    notes.append(
+        f"Prompts are cut to {PROMPT_CHARACTERS} characters and answers to {ANSWER_CHARACTERS}, their middle left out."
+    )
+    return f"""<h2>Samples</h2>
+<p>Answers of two stages to the same prompt. {" ".join(notes)}</p>
+<noscript><p class="warning">The samples need JavaScript; all else on this page does not.</p></noscript>
+<div id="browser" role="search" hidden>
+<label>Task <select id="task"></select></label>
+<label>Compare <select id="before"></select></label>
+<label>with <select id="after"></select></label>
+<label>Show <select id="change">
+<option value="all">all</option>
+<option value="lost">right to wrong</option>
+<option value="won">wrong to right</option>
+<option value="worse">got worse</option>
+<option value="better">got better</option>
+<option value="other">another answer</option>
+</select></label>
+<label class="wide">Search <input id="search" type="search" autocomplete="off" spellcheck="false"></label>
+</div>
+<p id="count" role="status"></p>
+<div id="list"></div>
+<p id="paging" hidden><button type="button" id="previous">Previous</button> <span id="page"></span>
+<button type="button" id="next">Next</button></p>"""
