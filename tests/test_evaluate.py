@@ -12,7 +12,7 @@ import torch
 from conftest import train
 from safetensors.torch import load_file
 
-from trace_bench import data, engine, evaluate, models, results
+from trace_bench import data, engine, evaluate, models, report, results
 from trace_bench.run import Run, RunError, read_json
 
 
@@ -46,6 +46,34 @@ def test_a_cell_has_its_scores_and_its_samples(run):
     docs = data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()
     assert [s["prompt"] for s in samples] == [d["prompt"] for d in docs][:6]
     assert [s["target"] for s in samples] == [d["answer"] for d in docs][:6]
+
+
+def test_what_the_limits_of_lengths_cut_is_counted_and_reported(run, tiny_model):
+    evaluate.evaluate(run)
+    counts = {}
+    for name in run.tasks:
+        cell = read_json(run.stages[0].eval_file(name))
+        prompts = [doc["prompt"] for doc in data.load_tasks([name])[name].test_docs()][:6]
+        assert cell["n_cut"] == sum(len(p.encode()) > 96 for p in prompts), "a token of the tiny model is a byte"
+        counts[name] = cell["n_cut"], cell["n_unfinished"]
+    assert counts["trace_fomc"][0] == 6 and sum(n for _, n in counts.values()) > 6, "it was never taught to end"
+    report.write_report(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8").split("## Limits")[1]
+    assert re.search(r"\| 0_base \| 100 / \d+ \|", text)
+
+    from lm_eval.api.instance import Instance
+
+    lm = engine.open_engine("hf", str(tiny_model))
+
+    def generate(until: list[str]) -> str:
+        kwargs = {"until": until, "max_gen_toks": 12, "do_sample": False}
+        return lm.generate_until([Instance("generate_until", {}, ("Some words: ", kwargs), 0)])[0]
+
+    answer = generate([])
+    assert lm.unfinished == {answer}
+    lm.unfinished.clear()
+    assert generate([answer[1]]) == answer[: answer.index(answer[1])]
+    assert not lm.unfinished, "it ended at a stop string"
 
 
 def test_done_cells_are_not_done_again_and_start_no_engine(run, monkeypatch):
@@ -98,10 +126,13 @@ def test_prompts_are_built_and_tokenized_once_for_all_stages(run, monkeypatch):
     monkeypatch.setattr(
         ConfigurableTask, "fewshot_context", lambda self, *a, **k: built.append(1) or original(self, *a, **k)
     )
-    monkeypatch.setattr(data, "prompt_ids", lambda t, texts, *a: encoded.extend(texts) or prompt_ids(t, texts, *a))
+    monkeypatch.setattr(
+        data, "prompt_ids", lambda t, texts, n: encoded.extend((text, n) for text in texts) or prompt_ids(t, texts, n)
+    )
     assert evaluate.evaluate(run, cells="all") == 6
     assert len(built) == 2 * 6, "two tasks of six rows, three stages"
-    assert len(encoded) == len(set(encoded)) <= 2 * 6
+    assert len(encoded) == len(set(encoded)), "and of those that are cut once more, to say that they are"
+    assert len([text for text, limit in encoded if limit]) <= 2 * 6
 
 
 def test_other_settings_are_not_mixed_into_a_matrix(run):

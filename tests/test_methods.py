@@ -367,7 +367,8 @@ def test_ewc_state_after_two_tasks(options, online):
     assert len(set(sizes)) == 1, "flat in the number of tasks"
 
 
-def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(options):
+@pytest.mark.parametrize("use_peft", [True, False], ids=["adapters, rows together", "all parameters, row by row"])
+def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(options, use_peft):
     trainer, config = method("ewc")
     pairs = []
 
@@ -385,7 +386,12 @@ def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(
             pairs.append((result, by_hand))
             return result
 
-    train({**options, **EXACT, "tasks": THREE[:2], "train_rows": 6}, Spy, config)
+    # Rows of other lengths in one batch, the last batch not full.
+    train(
+        {**options, **EXACT, "tasks": ["trace_py150", "trace_fomc"], "train_rows": 10, "use_peft": use_peft},
+        Spy,
+        config,
+    )
     assert len(pairs) == 2
     for result, by_hand in pairs:
         for name in result:

@@ -51,9 +51,14 @@ class SwapLM(Protocol):
 
     tokenizer: Any
     work: Work
+    unfinished: set[str]
+    """Answers that ended at their length limit, not at a stop string or EOS; for whoever asks to empty."""
 
     def load(self, checkpoint: Path | None) -> None:
         """Puts the weights of a checkpoint into the engine; None = the base model."""
+
+    def cut_prompts(self, texts: list[str]) -> int:
+        """How many prompts were longer than the run's limit."""
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
@@ -212,7 +217,9 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
             self.work.seconds += time.perf_counter() - started
             self.work.prompt_tokens += sum(len(ids) for ids in requests)
             self.work.cached_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
-            self.work.generated_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+            generated = [output.outputs[0] for output in outputs]
+            self.work.generated_tokens += sum(len(g.token_ids) for g in generated)
+            self.unfinished |= {g.text for g in generated if g.finish_reason == "length"}
             return outputs
 
     return SwapVLLM(
@@ -264,6 +271,9 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
             # A row that ended before the longest of its batch goes on with padding, which is not counted.
             new = outputs if self.soft_prompt is not None else outputs[:, context.shape[1] :]
             self.work.generated_tokens += int((new != self.tokenizer.pad_token_id).sum())
+            ended = (new == self.tokenizer.pad_token_id) | (new == self.eot_token_id)
+            texts = [self.tok_decode(ids.tolist()) for ids in new[~ended.any(dim=1)]]
+            self.unfinished |= {text for text in texts if not any(s in text for s in stop)}
             return outputs
 
         def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
@@ -293,7 +303,7 @@ class _Swap:
     _generating = False
 
     def __init__(self, **kwargs: Any) -> None:
-        self.work = Work()
+        self.work, self.unfinished = Work(), set()
         self._ahead: tuple[Path, tempfile.TemporaryDirectory, subprocess.Popen] | None = None
         # Token ids of the texts of earlier stages, which are those of the next ones.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
@@ -363,6 +373,14 @@ class _Swap:
             return super().tok_encode(string, *args, **kwargs)  # type: ignore[misc]
         encoded = self._prompt_ids([string] if isinstance(string, str) else list(string), self.max_prompt_length)
         return encoded[0] if isinstance(string, str) else encoded
+
+    def cut_prompts(self, texts: list[str]) -> int:
+        """How many prompts of generation tasks were longer than `max_prompt_length` and lost their beginning."""
+        limit = self.max_prompt_length
+        if limit is None:
+            return 0
+        whole = [text for text in texts if len(self._prompt_ids([text], limit)[0]) == limit]
+        return sum(len(ids) > limit for ids in self._prompt_ids(whole, None))
 
     def _prompt_ids(self, texts: list[str], limit: int | None) -> list[list[int]]:
         new = [text for text in dict.fromkeys(texts) if (text, limit) not in self._ids]

@@ -326,6 +326,7 @@ def _evaluate_cells(
 ) -> None:
     checkpoint = checkpoint_fingerprint(stage)  # reads all weights of a checkpoint from elsewhere: once, not per cell
     shared = settings[next(iter(tasks))]
+    lm.unfinished.clear()
     results, seconds = _run(
         lm,
         list(tasks.values()),
@@ -344,6 +345,8 @@ def _evaluate_cells(
                 "task": name,
                 "version": task.VERSION,
                 "n": len(rows),
+                "n_cut": lm.cut_prompts([r["arguments"][0][0] for r in rows]),
+                "n_unfinished": sum(r["filtered_resps"][0] in lm.unfinished for r in rows),
                 "headline": metrics[0],
                 "metrics": {
                     m: {

@@ -45,6 +45,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "form": ("", ("form",)),
     "tolerant": ("", ()),
     "extracted": ("", ()),
+    "limits": ("", ()),
     "general": ("General ability", ("general",)),
     "judged": ("Against the base model", ("judged",)),
     "answers": ("Answers", ()),

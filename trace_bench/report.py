@@ -94,6 +94,7 @@ def _sections(results: Results) -> Iterable[Section]:
     yield Section("tolerant", list(_tolerant_section(results)))
     yield Section("form", list(_form_section(results)))
     yield Section("extracted", list(_extracted_section(run, results.cells)))
+    yield Section("limits", list(_limits_section(results)))
     yield Section("general", list(_general_section(results)))
     yield Section("answers", list(_judged_section(run, results.besides)))
     yield Section("judged", list(judged_sections(run)))
@@ -330,6 +331,37 @@ def _extracted_section(run: Run, cells: Cells) -> Iterable[Block]:
     yield Table(
         ["stage", *(short(t) for t in columns)],
         [[s.name, *(share(cells.get((s.index, t))) for t in columns)] for s in run.stages],
+    )
+
+
+def _limits_section(results: Results) -> Iterable[Block]:
+    """What the limits on lengths cut off, where they did."""
+    run, cells = results.run, results.cells
+    # With rows left out the counts would be those of other rows.
+    counts = {} if run.left_out else {k: (c.get("n_cut", 0), c.get("n_unfinished", 0)) for k, c in cells.items()}
+    tasks = [t for t in run.tasks if any(sum(count) for (_, task), count in counts.items() if task == t)]
+    if not tasks:
+        return
+    config = run.manifest["config"]
+    yield (
+        "## Limits\n\nPercent of the prompts whose beginning was cut off / of the answers that reached the limit of "
+        f"their length and so may lack their end (max_prompt_length {config.get('max_prompt_length') or DASH}, "
+        f"max_new_tokens {config.get('max_new_tokens') or 'as the tasks have it'})."
+    )
+    yield Table(
+        ["stage", *map(short, tasks)],
+        [
+            [
+                stage.name,
+                *(
+                    " / ".join(f"{100 * count / cells[stage.index, t]['n']:.0f}" for count in counts[stage.index, t])
+                    if (stage.index, t) in counts
+                    else DASH
+                    for t in tasks
+                ),
+            ]
+            for stage in run.stages
+        ],
     )
 
 
