@@ -341,8 +341,8 @@ def _refuse_outside(name: str, archive: Path) -> None:
 def _refuse_too_much(members: int, size: int, archive: Path) -> None:
     if members > MOST_MEMBERS or size > MOST_BYTES:
         raise DataError(
-            f"{archive} would unpack to more than {MOST_BYTES / 2**30:g} GiB or {MOST_MEMBERS} files, which is no TRACE "
-            "data; nothing was unpacked. If it is meant, unpack it yourself and name the folder."
+            f"{archive} would unpack to more than {MOST_BYTES / 2**30:g} GiB or {MOST_MEMBERS} files: no TRACE "
+            "data; nothing was unpacked. If it is meant, unpack it by hand and name the folder."
         )
 
 
@@ -372,7 +372,7 @@ class _Member(tarfile.TarInfo):
 
 def _unpack_tar(archive: Path, target: Path) -> None:
     try:
-        opened = tarfile.open(archive, tarinfo=_Member)
+        opened = tarfile.open(archive, tarinfo=_Member)  # noqa: SIM115 (closed below)
     except tarfile.ReadError as e:
         raise DataError(f"{archive} is neither a zip nor a tar archive.") from e
     with opened as t:

@@ -110,8 +110,8 @@ def refuse_pickle(folder: Path) -> None:
     wanted = "adapter_model.safetensors" if is_adapter(folder) else "*.safetensors"
     if pickles and not any(folder.glob(wanted)):
         raise ModelError(
-            f"{folder} holds {', '.join(pickles[:3])} and no {wanted}: only safetensors are loaded, since other formats "
-            "can hold code. Convert it where you trust it: load it and save_pretrained()."
+            f"{folder} holds {', '.join(pickles[:3])} and no {wanted}: only safetensors are loaded, since other "
+            "formats can hold code. Convert it where you trust it: load it and save_pretrained()."
         )
 
 
