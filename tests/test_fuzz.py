@@ -807,9 +807,8 @@ def test_an_example_is_the_end_of_its_prompt_and_the_beginning_of_its_answer(tok
     target = [label for label in example["labels"] if label != -100]
     assert example["input_ids"] == cut + target and 1 <= len(target) <= longest
     (full,) = data.example_ids(tokenizer, [prompt], [answer])
-    assert (
-        tokenizer.decode(full["input_ids"][len(whole) : -1]) == answer or "\ufffd" in prompt + answer or "s>" in answer
-    )
+    alone = tokenizer(answer, add_special_tokens=False).input_ids
+    assert full["input_ids"] == [*whole, *alone, tokenizer.eos_token_id]
 
 
 ODD = [
@@ -836,7 +835,7 @@ def test_odd_prompts_are_trained_and_evaluated_row_by_row(options, tmp_path, mon
             **options,
             "max_answer_length": 64,
             "max_steps": 1,
-            "max_prompt_length": 2000,
+            "max_prompt_length": 1200,
             "engine_args": {"max_length": 64},
         }
     )

@@ -26,7 +26,7 @@ from made_runs import make_run
 from judges import JudgeError, annotate, client, judging, prompts
 from judges.client import Client
 from judges.verdict import parse
-from trace_bench import data, models
+from trace_bench import audit, data, models
 from trace_bench.cli import main
 from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate, external_run
@@ -67,7 +67,8 @@ def secrets(monkeypatch, tmp_path, tmp_path_factory, caplog, capfd):
     printed = []
     yield printed
     out, err = capfd.readouterr()
-    printed = "".join([*printed, out, err, caplog.text])
+    logged = map(logging.Formatter().format, caplog.get_records("call"))  # with tracebacks
+    printed = "\n".join([*printed, out, err, *logged])
     left = [p for folder in (tmp_path, Path(os.environ["TRACE_CACHE"])) for p in folder.rglob("*") if p.is_file()]
     assert len(left) > 1 and len(printed) > 100, "there is something to look at"
     for name, value in SECRETS.items():
@@ -422,9 +423,11 @@ def test_no_damage_to_an_archive_is_anything_but_an_error(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", "..", ".x", "a\0b"])
-def test_names_that_leave_the_run_are_refused(tmp_path, checkpoints, name):
+def test_names_that_leave_the_run_are_refused(tmp_path, checkpoints, name, monkeypatch):
     from trainers.base import ConfigError
 
+    ours = data.task_manager()  # without lm-eval's own, whose index takes seconds
+    monkeypatch.setattr(data, "task_manager", lambda include_defaults=False: ours)
     with pytest.raises(DataError, match="Unknown task"):
         data.load_tasks([name])
     with pytest.raises((ConfigError, DataError)):
@@ -576,7 +579,7 @@ def test_code_that_a_model_brings_is_not_run(tmp_path, options, tiny_model, touc
         lambda: train({**options, "model_name_or_path": name, "max_steps": 1, "train_rows": 8}),
         lambda: models.has_chat_template(name),
         lambda: models.load_merged(name, None),
-        lambda: main(["data", "audit", "demo", "--tokenizer", name]),
+        lambda: audit.load_tokenizer(name),
     ):
         try:
             load()

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import data, models
-from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, write_json, write_jsonl
+from trace_bench.run import (
+    Run,
+    RunError,
+    Stage,
+    differences,
+    fingerprint,
+    is_file_name,
+    read_json,
+    write_json,
+    write_jsonl,
+)
 
 log = logging.getLogger(__name__)
 
@@ -566,7 +576,7 @@ def external_run(
             raise RunError(f"--checkpoint {name}={folder}: no adapter (adapter_config.json) or model (config.json).")
         if not any(f.endswith(".safetensors") for f in files):
             raise RunError(f"--checkpoint {name}={folder}: no .safetensors file; other formats are not loaded.")
-        if "/" in name or name.startswith("."):
+        if not is_file_name(name):
             raise RunError(f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or begin with '.'.")
     root = data.find_data(data_path) if data.needs_data(tasks) else None
     if root is not None:

@@ -167,7 +167,8 @@ def load_merged(base: str, checkpoint: Path | None, revision: str | None = None,
 
     if checkpoint is not None:
         refuse_pickle(checkpoint)
-    kwargs.setdefault("use_safetensors", True)
+    # Unless it is told, transformers asks at the terminal whether to run the code of a model.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     if soft_prompt(checkpoint) is not None:
         checkpoint = None  # nothing to merge: who runs the model puts the prompt in front of its inputs
     if checkpoint is not None and not is_adapter(checkpoint):

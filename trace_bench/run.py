@@ -198,6 +198,11 @@ def differences(old: dict, new: dict) -> list[str]:
     ]
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a task, stage or checkpoint may have this name: it becomes a file or folder of the run, none hidden."""
+    return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
+
+
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     """Checks what a run is read by. Names become files and folders, and a run may come from elsewhere.
 
@@ -211,7 +216,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
             raise RunError(f"{file} is damaged: {key!r} is {type(manifest.get(key)).__name__}, not {kind.__name__}.")
     names = [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]
     for name in names:
-        if not isinstance(name, str) or not name or "/" in name or "\0" in name or name.startswith("."):
+        if not isinstance(name, str) or not is_file_name(name):
             raise RunError(
                 f"{file}: {name!r} cannot be the name of a task or stage: it becomes a folder of the run, so it is a "
                 "text without '/' that does not begin with '.'."

@@ -225,13 +225,14 @@ class CLConfig(SFTConfig):
                 raise ConfigError(f"{name}={value!r} is not allowed: use a number above 0.")
         if not (isinstance(self.learning_rate, int | float) and 0 <= self.learning_rate < math.inf):
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not allowed: use a number of at least 0.")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed={self.seed} is not allowed: use a number from 0 to {2**32 - 1}.")
-        if isinstance(self.engine_args, dict):
-            try:
-                refuse_secrets(self.engine_args)
-            except RunError as e:
-                raise ConfigError(str(e)) from e
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise ConfigError(f"seed={self.seed!r} is not allowed: use a number from 0 to {2**32 - 1}.")
+        if not isinstance(self.engine_args, dict | None):
+            raise ConfigError(f"engine_args={self.engine_args!r} is not allowed: use a mapping of arguments.")
+        try:
+            refuse_secrets(self.engine_args or {})
+        except RunError as e:
+            raise ConfigError(str(e)) from e
         try:
             self.general = data.expand(self.general, data.SUITES)
             self.judged = data.expand(self.judged, data.JUDGED)
