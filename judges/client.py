@@ -288,7 +288,7 @@ class Client(Judge):
             url = httpx.URL(self.endpoint)
         except (httpx.InvalidURL, ValueError) as e:
             raise JudgeError(f"--base-url {self.endpoint!r} is no URL: {e}.") from None
-        if url.scheme not in ("http", "https") or not url.host:
+        if url.scheme not in ("http", "https") or not url.host or not 0 <= (url.port or 0) < 2**16:
             raise JudgeError(f"--base-url {self.endpoint}: use a whole URL, such as http://localhost:8000/v1.")
         if not (self._key().isascii() and self._key().isprintable()):
             raise JudgeError("OPENAI_API_KEY holds characters that no header can hold: copy the key anew.")

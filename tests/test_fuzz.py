@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_runs import make_run
 
-from judges import JudgeError, annotate, judging
+from judges import JudgeError, annotate, batch, judging
 from judges.client import Cache, Client, Reply, read_reply
 from judges.prompts import PAIR, neutralise
 from judges.verdict import parse
@@ -40,6 +40,8 @@ EXAMPLES: Counter[str] = Counter()
 def _counts(request):
     yield
     counts = ", ".join(f"{target} {n}" for target, n in EXAMPLES.items())
+    if not EXAMPLES:
+        return
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(f"\nexamples: {counts}; {sum(EXAMPLES.values())} in all")
 
@@ -392,6 +394,18 @@ def test_material_gives_no_verdict_and_takes_none_away(text, verdict):
     assert neutralise(neutralise(text)) == neutralise(text) and neutralise(text).replace(" ", "") == text.replace(
         " ", ""
     )
+
+
+def test_lines_of_a_batch_that_cannot_be_read_cost_only_themselves(tmp_path, caplog):
+    client = Client("m", cache=tmp_path / "c.jsonl", base_url="http://127.0.0.1:9/v1")
+    body = {"choices": [{"message": {"content": "r"}, "finish_reason": 7}], "usage": {"prompt_tokens": "10"}}
+    good = {"custom_id": "good", "response": {"status_code": 200, "body": body}}
+    lines = [json.dumps({**good, "custom_id": "bad", "response": r}) for r in (None, 7, "x", {"status_code": 200})]
+    unknown = ["7", "[]", "null", "{}", '{"custom_id": 7}', "{", "[" * 100_000, '"\\ud800"']
+    errors = {}
+    batch._keep(client, "\n".join([*unknown, *lines, json.dumps(good)]).encode(), {"good": {}, "bad": {}}, errors)
+    assert client.cache["good"] == Reply("r") and errors.keys() == {"bad"}
+    assert caplog.text.count("cannot be read") == len(unknown)
 
 
 @pytest.mark.parametrize("option", ["model", "messages", "stream"])

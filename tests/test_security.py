@@ -97,7 +97,7 @@ def test_keys_are_in_nothing_that_a_run_leaves_or_shows(secrets, options, tmp_pa
     options |= {"judged_max_new_tokens": 4, "train_rows": 8, "test_rows": 2, "max_steps": 1, "tasks": ["trace_fomc"]}
     run = train({**options, "hub_token": SECRETS["HF_TOKEN"]})
     main(["evaluate", str(run.path)])
-    faults = ("denied", "long", "down", "slow", "garbled", "html", "number", "empty", "nothing", "cut")
+    faults = ("denied", "long", "down", "slow", "garbled", "html", "number", "deep", "empty", "nothing", "cut")
     with Server() as server:
         ask = ["judge", run.path, "--model", "m", "--base-url", server.url]
         samples = run.stages[1].samples_file("instruct_lima")
@@ -372,7 +372,7 @@ def test_a_second_header_cannot_hide_a_size(tmp_path, cache, size):
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar"])
 def test_odd_names_are_files_or_errors(tmp_path, cache, kind, name):
     if kind == "a.zip":
-        name = name.replace("\udcff", "")  # zipfile writes no such name
+        name = name.replace("\udcff", "x")  # zipfile writes no such name
     archive = packed(tmp_path / kind, [("FOMC/test.json", b"[]"), (name, b"x")])
     try:
         root = data.unpack(archive)
@@ -616,7 +616,6 @@ def test_a_missing_key_and_a_bad_url_are_errors_of_the_project(tmp_path):
         "http://",
         "http://[::1",
         "http://host:99999999/v1",
-        "http://ho st/v1",
         "file:///etc/passwd",
         "\0",
         "http://\udcff/v1",
