@@ -62,14 +62,13 @@ _MARKER_LINK = r"[\s:=]*+(?:(?i:is|was)(?![A-Za-z])|应该是|应是|应为|是|
 # Two patterns, the stronger first: reasoning often names options ("Option A is ...") before it answers.
 _MARKED_LABELS = [
     re.compile(
-        rf"""{marker}{_MARKER_LINK} (?:{_OPTION_MARKER}{_MARKER_LINK}){{0,4}}+
+        rf"""{marker}{_MARKER_LINK} (?:{_OPTION_MARKER}{_MARKER_LINK}){{0,9}}+
         {_OPENING}*+ (?P<label>{_LABEL}){_LABEL_END}""",
         re.VERBOSE,
     )
     for marker in (_ANSWER_MARKER, _OPTION_MARKER)
 ]
-#: Characters behind a label in which another option is looked for: a text of many labels is not read once for each.
-_LISTED_WITHIN = 2000
+_END_OF_LINE = re.compile(r"[^\S\n]*+(?:\n|\Z)")
 _RIVAL_LABEL = re.compile(
     rf"""[\s)\].,;/、]*+ (?:(?i:or|and)\b|或者?|和)? [\s(\[]*+ (?P<label>{_LABEL})
     (?= \s* (?: \Z | [.,:;)\]/、。] | (?:or|and)\b | [或和] ) )""",
@@ -118,12 +117,12 @@ def choice_tolerant(prediction: str, reference: str) -> float:
 def _choice(text: str) -> str | None:
     """Extracts the upper-case letter of the chosen option by the rule of `choice_tolerant`, or None."""
     text = nfkc(text).translate({ord("*"): None, ord("`"): None})
-    if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, leading):
+    if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, [leading]):
         return leading["label"].upper()
     for pattern in _MARKED_LABELS:
         if marked := list(pattern.finditer(text)):
             labels = {match["label"].upper() for match in marked}
-            if len(labels) == 1 and not any(_is_ambiguous(text, match) for match in marked):
+            if len(labels) == 1 and not _is_ambiguous(text, marked):
                 return labels.pop()
             return None
     return None
@@ -137,19 +136,27 @@ def nfkc(text: str, piece: int = 4000) -> str:
     return "".join(unicodedata.normalize("NFKC", text[i : i + piece]) for i in range(0, len(text), piece))
 
 
-def _is_ambiguous(text: str, match: re.Match[str]) -> bool:
-    """Whether the label that `match` found stands beside another label or opens a list of the options."""
-    label = match["label"].upper()
-    start = match.end("label")
-    line, _, below = text[start : start + _LISTED_WITHIN].partition("\n")
-    if not line.strip():  # alone on its line: below comes an explanation or the next prompt, not a list
-        return False
-    if (rival := _RIVAL_LABEL.match(line)) and rival["label"].upper() != label:
-        return True
+def _is_ambiguous(text: str, matches: list[re.Match[str]]) -> bool:
+    """Whether one of the labels found, all the same, stands beside another one or opens a list of the options."""
+    label = matches[0]["label"].upper()
     following = chr(ord(label) + 1)
-    option = re.compile(rf"[{following}{following.lower()}][.):](?:\s+\w|\w\w)")
-    listed = re.search(rf"(?<![A-Za-z.]){option.pattern}", line)
-    return bool(listed or option.match(below.lstrip()))
+    option = rf"[{following}{following.lower()}][.):](?:\s+\w|\w\w)"
+    end = -1
+    for match in matches:
+        start = match.end("label")
+        if _END_OF_LINE.match(text, start):  # alone on its line: below comes an explanation or the next prompt, no list
+            continue
+        first = start > end  # of its line: what is listed behind another one is listed behind it too
+        if first:
+            end = len(text) if (found := text.find("\n", start)) < 0 else found
+        if (rival := _RIVAL_LABEL.match(text, start, end)) and rival["label"].upper() != label:
+            return True
+        if first and (
+            re.compile(rf"(?<![A-Za-z.]){option}").search(text, start, end)
+            or re.compile(rf"\s*{option}").match(text, end + 1)
+        ):
+            return True
+    return False
 
 
 def names_choice(text: str, letter: str) -> bool:
