@@ -179,15 +179,20 @@ def _keep(client: Client, content: bytes, bodies: dict[str, Request], errors: di
     for line in content.split(b"\n"):
         if not line.strip():
             continue
-        row: dict[str, Any] = {}
+        key = None
         try:
             row = json.loads(line)
-            response = row.get("response") or {}
-            if row.get("error") or response.get("status_code") != 200:
+            if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
+                raise ValueError("it names no request")
+            key, response = row["custom_id"], row.get("response")
+            if row.get("error") or not isinstance(response, dict) or response.get("status_code") != 200:
                 raise ValueError(json.dumps(row.get("error") or response))
             reply = read_reply(response.get("body"))
-        except ValueError as e:
-            errors[row.get("custom_id", "")] = client.masked(e)
+        except (ValueError, RecursionError) as e:
+            if key is None:  # whose reply it was shows as a request without one
+                log.warning("A line of the batch cannot be read: %s", client.masked(e))
+            else:
+                errors[key] = client.masked(e)
             continue
-        if row["custom_id"] not in client.cache:
-            client.cache.put(row["custom_id"], bodies.get(row["custom_id"]), reply)
+        if key not in client.cache:
+            client.cache.put(key, bodies.get(key), reply)

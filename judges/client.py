@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import httpx
 import openai
 from tqdm import tqdm
 
@@ -92,8 +92,10 @@ class Cache:
         for line in content.split(b"\n"):
             try:
                 row = json.loads(line)
-                self._replies[row["key"]] = Reply(**row["reply"])
-            except (ValueError, KeyError, TypeError):
+                reply = Reply(**row["reply"])
+                if isinstance(reply.text, str):
+                    self._replies[row["key"]] = reply
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a line that was torn when a program was killed: its request counts as never sent
 
     def __contains__(self, key: str) -> bool:
@@ -106,7 +108,8 @@ class Cache:
         """Adds a reply; when this returns it is on the disk."""
         line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as f:
+        # Made for its user alone: prompts and answers may be private.
+        with open(self.path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
             f.write((b"\n" if self._torn else b"") + line.encode())
             f.flush()
             os.fsync(f.fileno())
@@ -135,13 +138,24 @@ def read_reply(body: Any) -> Reply:
         raise ValueError(f"a choice without a text: {json.dumps(choices[0])}")
     refusal, usage = message.get("refusal"), usage if isinstance(usage, dict) else {}
     text = message.get("content") or (refusal if isinstance(refusal, str) else "")
+    reason = choices[0].get("finish_reason")
     return Reply(
-        text=text.encode("utf-8", "replace").decode(),  # JSON can hold half a character, a file cannot
+        text=_whole(text),
         refusal=bool(refusal),
-        finish_reason=choices[0].get("finish_reason"),
-        prompt_tokens=usage.get("prompt_tokens") or 0,
-        completion_tokens=usage.get("completion_tokens") or 0,
+        finish_reason=_whole(reason) if isinstance(reason, str) else None,
+        prompt_tokens=_count(usage.get("prompt_tokens")),
+        completion_tokens=_count(usage.get("completion_tokens")),
     )
+
+
+def _whole(text: str) -> str:
+    """A text that a file can hold: JSON can hold half a character."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _count(value: Any) -> int:
+    """A number of tokens as a server tells it; 0 for what is none."""
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 class Judge:
@@ -157,6 +171,9 @@ class Judge:
     revision: str | None = None
 
     def __init__(self, model: str, *, endpoint: str, cache: Path, sampling: dict[str, Any]) -> None:
+        fixed = sorted({"model", "messages", "stream"} & sampling.keys())
+        if fixed:
+            raise JudgeError(f"--sampling {', '.join(fixed)}: the program sets this itself. Leave it out.")
         self.model, self.endpoint, self.sampling = model, endpoint, sampling
         self.cache = Cache(cache)
         self.usage = Usage()
@@ -261,10 +278,17 @@ class Client(Judge):
         endpoint = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
         super().__init__(model, endpoint=endpoint, cache=cache, sampling=SAMPLING if sampling is None else sampling)
         self.concurrency, self.timeout, self.batch = concurrency, timeout, batch
-        url = urlsplit(self.endpoint)
-        if url.username or url.password or url.query:
-            raise JudgeError("The URL of the endpoint holds a user, password or query: put the key in OPENAI_API_KEY.")
-        if url.scheme not in ("http", "https") or not url.hostname:
+        # Before anything shows the URL, and without showing it: it is part of results and messages.
+        if any(mark in self.endpoint for mark in "@?#"):
+            raise JudgeError(
+                "The URL of the endpoint holds a user, password, query or fragment (one of @, ? and #): put the key in "
+                "OPENAI_API_KEY."
+            )
+        try:
+            url = httpx.URL(self.endpoint)
+        except (httpx.InvalidURL, ValueError) as e:
+            raise JudgeError(f"--base-url {self.endpoint!r} is no URL: {e}.") from None
+        if url.scheme not in ("http", "https") or not url.host or not 0 <= (url.port or 0) < 2**16:
             raise JudgeError(f"--base-url {self.endpoint}: use a whole URL, such as http://localhost:8000/v1.")
         if not (self._key().isascii() and self._key().isprintable()):
             raise JudgeError("OPENAI_API_KEY holds characters that no header can hold: copy the key anew.")
@@ -285,7 +309,7 @@ class Client(Judge):
 
     def masked(self, error: object) -> str:
         """The text of an error for people to read: short, and without the key, which servers may send back."""
-        text = str(error) or type(error).__name__
+        text = _whole(str(error) or type(error).__name__)
         key = self._key()
         return (text.replace(key, "***") if len(key) >= 6 else text)[:500]
 
@@ -360,7 +384,7 @@ class Client(Judge):
                 wait = after
             except openai.APIConnectionError as e:
                 return Reply("", error=self.masked(e)), True
-            except ValueError as e:  # no JSON, or no reply in it
+            except (ValueError, RecursionError) as e:  # no JSON, or no reply in it
                 error = f"unusable reply: {self.masked(e)}"
         return Reply("", error=error), True
 

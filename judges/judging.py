@@ -257,15 +257,19 @@ def _asked(row: dict[str, Any]) -> str:
 
 def _read_samples(file: Path) -> dict[Any, dict[str, Any]]:
     rows = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line:
             continue
         try:
-            row = json.loads(line)
-            if not (isinstance(row["prompt"], str) and isinstance(row["response"], str)):
-                raise ValueError("prompt and response must be texts")
+            row = json.loads(line.decode("utf-8"))
+            for text in (row["prompt"], row["response"], _asked(row)):
+                if not isinstance(text, str):
+                    raise ValueError("prompt and response must be texts")
+                text.encode("utf-8")  # half a character, which no request can hold, is an error here
+            if row["doc_id"] in rows:
+                raise ValueError(f"doc_id {row['doc_id']!r} was there before")
             rows[row["doc_id"]] = row
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise RunError(f"{file}, line {number} is no sample ({e}). Delete the file and evaluate again.") from e
     return rows
 

@@ -178,6 +178,9 @@ class Server:
     def fault_nothing(self, handler, text):
         self.send(handler, 200, {"choices": None, "error": {"message": "upstream"}})
 
+    def fault_deep(self, handler, text):
+        self.send(handler, 200, b'{"choices": ' + b"[" * 100_000)
+
     def fault_denied(self, handler, text):
         key = handler.headers["Authorization"]
         self.send(handler, 401, {"error": {"message": f"Incorrect API key provided: {key}"}})

@@ -27,7 +27,7 @@ def environment(monkeypatch, tmp_path, caplog):
     caplog.set_level(logging.DEBUG)
     with with_key(monkeypatch, tmp_path):
         yield
-    assert KEY not in caplog.text
+    assert KEY not in "\n".join(map(logging.Formatter().format, caplog.get_records("call")))
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -95,7 +94,8 @@ _MOJIBAKE = re.compile(
     f"|(?:[ä-é]{_CONTINUED}{{2}}){{2}}"  # two Chinese characters in a row
 )
 # 1.4300000000000002: a sum of binary fractions, written with all its digits.
-_FLOAT = re.compile(r"\d\.(?=\d{12})\d*?(?:0{6,}[1-9]|9{6,}[0-8])\d{0,2}(?!\d)")
+# The look-behinds let a run of zeros be read once, not once for each of them.
+_FLOAT = re.compile(r"\d\.(?=\d{12})\d*?(?:(?<!0)0{6,}+[1-9]|(?<!9)9{6,}+[0-8])\d{0,2}(?!\d)")
 
 
 # ------------------------------------------------------------------------------------------------------- similarity
@@ -104,7 +104,7 @@ _FLOAT = re.compile(r"\d\.(?=\d{12})\d*?(?:0{6,}[1-9]|9{6,}[0-8])\d{0,2}(?!\d)")
 def words(prompt: str) -> list[str]:
     """The words of a prompt's question: without instruction and cue, case, punctuation and forms of a character."""
     question = _CUE.sub("", _INSTRUCTION.sub("", prompt, count=1))
-    return _WORD.findall(unicodedata.normalize("NFKC", question).casefold())
+    return _WORD.findall(scoring.nfkc(question).casefold())
 
 
 def shingles(prompt: str) -> NDArray[np.uint64]:
@@ -334,8 +334,8 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
-    except OSError as e:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as e:  # ValueError: it would need code of its own
         raise ModelError(f"The tokenizer of {name} cannot be had: {e}") from e
 
 

@@ -42,7 +42,7 @@ before money is spent:
 OpenAI; the key is read from the environment and written nowhere:
   OPENAI_API_KEY=... trace-bench judge runs/mine --model gpt-4o --batch
 
-a server of your own, such as `vllm serve MODEL`, or no server at all:
+a server of your own, such as `vllm serve MODEL --host 127.0.0.1`, or no server at all:
   trace-bench judge runs/mine --model MODEL --base-url http://localhost:8000/v1
   trace-bench judge runs/mine --model FOLDER --local
 
@@ -59,7 +59,7 @@ before money is spent:
 OpenAI; the key is read from the environment and written nowhere:
   OPENAI_API_KEY=... TRACE_DATA=... trace-bench annotate data/mine --model gpt-4o --batch
 
-a server of your own, such as `vllm serve MODEL`, or no server at all:
+a server of your own, such as `vllm serve MODEL --host 127.0.0.1`, or no server at all:
   trace-bench annotate data/mine --model MODEL --base-url http://localhost:8000/v1
   trace-bench annotate data/mine --model FOLDER --local
 
@@ -276,9 +276,12 @@ def _json_object(option: str, text: str | None) -> dict[str, Any] | None:
 
     from trace_bench.run import RunError
 
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
     try:
-        value = json.loads(text) if text else None
-    except ValueError as e:
+        value = json.loads(text, parse_constant=refuse) if text else None
+    except (ValueError, RecursionError) as e:
         raise RunError(f"{option} must be a JSON object: {e}") from e
     if value is not None and not isinstance(value, dict):
         raise RunError(f"{option} must be a JSON object: {text} is none")

@@ -14,6 +14,7 @@ import json
 import lzma
 import os
 import stat
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -92,6 +93,11 @@ GROUPS = {
     "safety": [task for task in JUDGED if task.startswith("safety_")],
 }
 TASKS_PATH = Path(__file__).parent.parent / "trace_tasks"
+#: What an archive may unpack to: the official one is far below, and one that is made to fill a disk is far above.
+MOST_BYTES = 20 * 2**30
+MOST_MEMBERS = 100_000
+#: The longest name or header of a tar's member, which tarfile reads into memory whole.
+MOST_HEADER = 2**20
 
 HOW_TO_GET_DATA = """\
 TRACE_DATA says where the TRACE data is; use one of
@@ -148,11 +154,15 @@ def find_all_data(source: str | None = None) -> list[Path]:
         raise DataError(f"TRACE_DATA is not set. {HOW_TO_GET_DATA}")
     if source == "demo":
         return [_demo_folder()]
-    path = Path(source).expanduser().absolute()
-    if path.is_file():
-        path = unpack(path)
-    if not path.is_dir():
+    try:
+        path = Path(source).expanduser().absolute()
+        is_file, is_dir = path.is_file(), path.is_dir()
+    except (OSError, RuntimeError):  # a name too long for a file, the home of a user that there is not
+        is_file = is_dir = False
+    if not is_file and not is_dir:
         raise DataError(f"TRACE_DATA={source}: there is no such folder or archive.\n\n{HOW_TO_GET_DATA}")
+    if is_file:
+        path = unpack(path)
     found = data_sets(path)
     if not found:
         raise DataError(
@@ -300,8 +310,8 @@ def unpack(archive: Path) -> Path:
     """Unpacks an archive into the cache, once per content, and returns the folder.
 
     Raises:
-        DataError: if it is not a zip or tar archive, is damaged, or has a member that would be written outside of
-            its folder or is not an ordinary file (links, devices).
+        DataError: if it is not a zip or tar archive, is damaged, has a member that would be written outside of its
+            folder or is not an ordinary file (links, devices), or would unpack to more than `MOST_BYTES`.
     """
     with archive.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
@@ -312,11 +322,12 @@ def unpack(archive: Path) -> Path:
         with fresh_dir(root, shared=True) as tmp:
             if zipfile.is_zipfile(archive):
                 _unpack_zip(archive, tmp)
-            elif tarfile.is_tarfile(archive):
-                _unpack_tar(archive, tmp)
             else:
-                raise DataError(f"{archive} is neither a zip nor a tar archive.")
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError, RuntimeError) as e:
+                _unpack_tar(archive, tmp)
+    except (
+        *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError),
+        *(ValueError, struct.error),  # names that are no text or hold NUL, fields cut short
+    ) as e:
         raise DataError(f"{archive} cannot be unpacked: {type(e).__name__}: {e}. Fetch it again.") from e
     return root
 
@@ -327,18 +338,48 @@ def _refuse_outside(name: str, archive: Path) -> None:
         raise DataError(f"{archive}: the member {name!r} points outside of the archive; nothing was unpacked.")
 
 
+def _refuse_too_much(members: int, size: int, archive: Path) -> None:
+    if members > MOST_MEMBERS or size > MOST_BYTES:
+        raise DataError(
+            f"{archive} would unpack to more than {MOST_BYTES / 2**30:g} GiB or {MOST_MEMBERS} files: no TRACE "
+            "data; nothing was unpacked. If it is meant, unpack it by hand and name the folder."
+        )
+
+
 def _unpack_zip(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as z:
-        for member in z.infolist():
+        members = z.infolist()
+        # zipfile reads no more of a member than the size that is said here.
+        _refuse_too_much(len(members), sum(member.file_size for member in members), archive)
+        for member in members:
             _refuse_outside(member.filename, archive)
             if stat.S_ISLNK(member.external_attr >> 16):
                 raise DataError(f"{archive}: the member {member.filename!r} is a link; nothing was unpacked.")
         z.extractall(target)
 
 
+class _Member(tarfile.TarInfo):
+    """A tar's member whose size is checked before anything of it is read: headers are read into memory whole."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str | None, errors: str) -> Any:
+        member = super().frombuf(buf, encoding, errors)  # type: ignore[arg-type]
+        header = member.type not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE)
+        if not 0 <= member.size <= (MOST_HEADER if header else MOST_BYTES):
+            raise DataError(f"A member of the tar archive says that it has {member.size} bytes; nothing was unpacked.")
+        return member
+
+
 def _unpack_tar(archive: Path, target: Path) -> None:
-    with tarfile.open(archive) as t:
-        for member in t.getmembers():
+    try:
+        opened = tarfile.open(archive, tarinfo=_Member)  # noqa: SIM115 (closed below)
+    except tarfile.ReadError as e:
+        raise DataError(f"{archive} is neither a zip nor a tar archive.") from e
+    with opened as t:
+        size = 0
+        for number, member in enumerate(t, 1):  # before the next header is read, and what is between decompressed
+            size += abs(member.size)  # a second header may say anything
+            _refuse_too_much(number, size, archive)
             _refuse_outside(member.name, archive)
             if not (member.isfile() or member.isdir()):
                 raise DataError(f"{archive}: the member {member.name!r} is a link or device; nothing was unpacked.")
@@ -390,7 +431,9 @@ def read_list(file: Path) -> list[Any]:
         DataError: if the file is no UTF-8, no JSON, no list, or an empty one.
     """
     try:
-        rows = json.loads(file.read_bytes().decode("utf-8-sig"))
+        rows = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_once)
+    except OSError as e:
+        raise DataError(f"{file} cannot be read: {e.strerror}.") from e
     except UnicodeDecodeError as e:
         raise DataError(f"{file} is not UTF-8: byte {e.start} is {e.object[e.start]:#04x}.") from e
     except (ValueError, RecursionError) as e:  # ValueError: also a number of thousands of digits
@@ -398,6 +441,14 @@ def read_list(file: Path) -> list[Any]:
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{file} holds {'an empty list' if rows == [] else type(rows).__name__}, not a list of rows.")
     return rows
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; where a key is there twice, Python would keep the last value and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"an object has a key twice; its keys are {[key for key, _ in pairs]}"[:300])
+    return found
 
 
 def row_problem(row: Any, answered: bool = True) -> str | None:

@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import data, models
-from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, write_json, write_jsonl
+from trace_bench.run import (
+    Run,
+    RunError,
+    Stage,
+    differences,
+    fingerprint,
+    is_file_name,
+    read_json,
+    write_json,
+    write_jsonl,
+)
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +124,7 @@ def evaluate(
         for task in group.get_all_tasks():
             _prepare(task)
     engine_args = dict((config.get("engine_args") or {}) if engine_args is None else engine_args)
+    refuse_secrets(engine_args)
     if config.get("trust_remote_code"):
         engine_args.setdefault("trust_remote_code", True)
     _check_suites(plan, groups, settings["backend"], engine_args.get("max_model_len") or engine_args.get("max_length"))
@@ -131,6 +142,12 @@ def evaluate(
         engine_args=engine_args,
     )
     _check_suites(plan, groups, settings["backend"], lm.max_length)
+    for name in {name: None for todo in plan.values() for name in todo if name in tasks}:
+        if _answer_tokens(tasks[name]) >= lm.max_length:
+            raise RunError(
+                f"{name} generates up to {_answer_tokens(tasks[name])} tokens and the model's context has "
+                f"{lm.max_length}, prompt included. Set max_new_tokens, or take a model with a longer context."
+            )
     if settings["num_fewshot"] and settings["max_prompt_length"]:
         for task in tasks.values():
             if hasattr(task.sampler, "count_in"):  # our own: demonstrations take half of the prompt's length
@@ -210,6 +227,17 @@ def _check_suites(plan: dict[Stage, Any], groups: dict[str, Any], backend: str, 
                     )
 
 
+def refuse_secrets(engine_args: dict[str, Any]) -> None:
+    """Refuses tokens of the hub among the arguments of an engine: they are on record in every cell.
+
+    Raises:
+        RunError: naming the argument, not its value.
+    """
+    for name, value in engine_args.items():
+        if isinstance(value, str) and name.lower().endswith(("token", "key", "password", "secret")):
+            raise RunError(f"engine_args {name}: results hold these arguments, so no secret can be one. Set HF_TOKEN.")
+
+
 def _answer_tokens(task: Any) -> int:
     """The most tokens that a task generates; 0 = it compares likelihoods."""
     if task.OUTPUT_TYPE != "generate_until":
@@ -277,6 +305,7 @@ def _check_checkpoint(stage: Stage) -> None:
     path = stage.checkpoint
     if path is None:
         return
+    models.refuse_pickle(path)
     if stage.external is None and fingerprint(path) != checkpoint_fingerprint(stage):
         raise RunError(
             f"{path} is not what the training of the stage wrote (its fingerprint differs): it was changed or "
@@ -556,7 +585,7 @@ def external_run(
             raise RunError(f"--checkpoint {name}={folder}: no adapter (adapter_config.json) or model (config.json).")
         if not any(f.endswith(".safetensors") for f in files):
             raise RunError(f"--checkpoint {name}={folder}: no .safetensors file; other formats are not loaded.")
-        if "/" in name or name.startswith("."):
+        if not is_file_name(name):
             raise RunError(f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or begin with '.'.")
     root = data.find_data(data_path) if data.needs_data(tasks) else None
     if root is not None:

@@ -358,7 +358,8 @@ def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, 
     z, p = NormalDist().inv_cdf((1 + level) / 2), count / n
     center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    return max(0.0, center - half), min(1.0, center + half)
+    # At 0 and 1 a bound is the proportion itself, which rounding would leave outside.
+    return min(p, max(0.0, center - half)), max(p, min(1.0, center + half))
 
 
 def _check_level(level: float) -> None:

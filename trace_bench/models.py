@@ -31,12 +31,18 @@ def resolve_model(name: str) -> str:
         The hub id as it is, or the absolute path of a local folder.
 
     Raises:
-        ModelError: if a local folder holds no model, or the quickstart model is not installed.
+        ModelError: if a local folder holds no model, or one that is not in safetensors, or the quickstart model is not
+            installed.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_dir = path.is_dir()
+    except (OSError, RuntimeError) as e:  # a name too long for a folder, the home of a user that there is not
+        raise ModelError(f"The model {name[:200]!r} is neither a folder nor a hub id (OWNER/NAME).") from e
+    if is_dir:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model: it has no config.json.")
+        refuse_pickle(path)
         return str(path.absolute())
     if name == QUICKSTART:
         return str(_quickstart())
@@ -46,12 +52,24 @@ def resolve_model(name: str) -> str:
 
 
 def pinned_revision(base: str, revision: str = "main") -> str:
-    """What pins a base model in a manifest: the hub's commit, or the fingerprint of a local folder."""
+    """What pins a base model in a manifest: the hub's commit, or the fingerprint of a local folder.
+
+    Raises:
+        ModelError: if the hub does not give it.
+    """
     if Path(base).is_dir():
         return fingerprint(Path(base))
-    from transformers import AutoConfig
+    from huggingface_hub import hf_hub_download
 
-    return AutoConfig.from_pretrained(base, revision=revision)._commit_hash or revision
+    try:
+        # The file alone: transformers' AutoConfig would ask whether to run the code that a model brings.
+        file = hf_hub_download(base, "config.json", revision=revision)
+    except (OSError, ValueError) as e:
+        raise ModelError(
+            f"The model {base!r} is no local folder, and the hub does not give it ({type(e).__name__}): is the name "
+            "right, the hub reachable (HF_HUB_OFFLINE), HF_TOKEN set if the model is gated?"
+        ) from e
+    return Path(file).parent.name  # snapshots/COMMIT/config.json
 
 
 def _quickstart() -> Path:
@@ -79,6 +97,22 @@ def _quickstart() -> Path:
         model.save_pretrained(tmp)
         AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(tmp)
     return target
+
+
+def refuse_pickle(folder: Path) -> None:
+    """Refuses weights in pickles, which can hold code, before any library opens them.
+
+    Raises:
+        ModelError: if the weights of a model or adapter are not in safetensors. A folder without any weights passes.
+    """
+    pickles = sorted(p.name for end in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{end}"))
+    # PEFT looks for this one name, and takes adapter_model.bin where it is missing.
+    wanted = "adapter_model.safetensors" if is_adapter(folder) else "*.safetensors"
+    if pickles and not any(folder.glob(wanted)):
+        raise ModelError(
+            f"{folder} holds {', '.join(pickles[:3])} and no {wanted}: only safetensors are loaded, since other "
+            "formats can hold code. Convert it where you trust it: load it and save_pretrained()."
+        )
 
 
 def is_adapter(checkpoint: Path) -> bool:
@@ -131,6 +165,10 @@ def load_merged(base: str, checkpoint: Path | None, revision: str | None = None,
     """
     from transformers import AutoModelForCausalLM
 
+    if checkpoint is not None:
+        refuse_pickle(checkpoint)
+    # Unless it is told, transformers asks at the terminal whether to run the code of a model.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     if soft_prompt(checkpoint) is not None:
         checkpoint = None  # nothing to merge: who runs the model puts the prompt in front of its inputs
     if checkpoint is not None and not is_adapter(checkpoint):

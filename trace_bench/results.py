@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from trace_bench import metrics
 from trace_bench.audit import without_rows
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
-from trace_bench.run import Run, Stage, read_json, read_jsonl
+from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 
 #: (stage index, name of the task, suite or set) -> the content of its eval file.
 Cells = dict[tuple[int, str], dict[str, Any]]
@@ -39,15 +40,25 @@ def _load(run: Run, names: Iterable[str]) -> Cells:
     for stage in run.stages:
         if not stage.is_trained:
             continue  # what is there was made from weights that are no more
-        trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
+        trained = _read(stage.train_file, "checkpoint")["checkpoint"] if stage.train_file.exists() else None
         for task in names:
             if stage.eval_file(task).exists():
-                cell = read_json(stage.eval_file(task))
+                cell = _read(stage.eval_file(task), "checkpoint", "metrics", "headline", "n")
+                if not isinstance(cell["metrics"], dict) or cell["headline"] not in cell["metrics"]:
+                    raise RunError(f"{stage.eval_file(task)} is damaged: it lacks its headline. Evaluate again.")
                 if trained is None or cell["checkpoint"] == trained:
                     if task in run.left_out:
                         cell = without_rows(cell, read_jsonl(stage.samples_file(task)), run.left_out[task])
                     cells[stage.index, task] = cell
     return cells
+
+
+def _read(file: Path, *keys: str) -> dict[str, Any]:
+    content = read_json(file)
+    lacking = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if lacking:
+        raise RunError(f"{file} is damaged: it lacks {', '.join(lacking)}. Delete it and run the same command again.")
+    return content
 
 
 def score_matrix(run: Run, metric: str | None = None) -> Matrix:
@@ -123,9 +134,13 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
     left_out = run.left_out.get(name, ())
     samples = {}
     for i, cell in mine.items():
-        counted = [row for row in read_jsonl(run.stages[i].samples_file(name)) if row["doc_id"] not in left_out]
-        columns = {metric: _numbers([row.get(metric) for row in counted]) for metric in cell["metrics"]}
-        samples[i] = [(row.get("task", ""), row["doc_id"]) for row in counted], columns
+        file = run.stages[i].samples_file(name)
+        try:
+            counted = [row for row in read_jsonl(file) if row["doc_id"] not in left_out]
+            columns = {metric: _numbers([row.get(metric) for row in counted]) for metric in cell["metrics"]}
+            samples[i] = [(row.get("task", ""), row["doc_id"]) for row in counted], columns
+        except (AttributeError, KeyError, TypeError) as e:
+            raise RunError(f"{file} is damaged: a row is no sample ({e!r}). Delete it and its score.") from e
     if not any(ids for ids, _ in samples.values()):
         return None
     ids = next(ids for ids, _ in samples.values() if ids)

@@ -80,10 +80,10 @@ def read_jsonl(path: Path) -> list[Any]:
     if not path.exists():
         raise RunError(f"{path} is gone. Delete its score and evaluate again, which writes both.")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         try:
-            rows += [json.loads(line)] if line else []
-        except json.JSONDecodeError as e:
+            rows += [json.loads(line.decode("utf-8"))] if line else []
+        except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
             raise RunError(
                 f"{path}, line {number} is damaged ({e}). Delete it and its score, and evaluate again."
             ) from e
@@ -98,7 +98,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
         raise RunError(f"{path} is damaged ({e}). Delete it and run the same command again to redo it.") from e
 
 
@@ -114,6 +114,8 @@ def fresh_dir(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     tmp = path.with_name(f"{staging(path).name}.{os.getpid()}") if shared else staging(path)
     shutil.rmtree(tmp, ignore_errors=True)
+    if shared:  # a cache that is made now is its user's alone: the data in it may be private
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     tmp.mkdir(parents=True)
     try:
         yield tmp
@@ -157,7 +159,8 @@ def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     for file in files:
         with file.open("rb") as f:
             digest = hashlib.file_digest(f, "sha256").hexdigest()
-        total.update(f"{file.relative_to(path).as_posix()} {digest}\n".encode())
+        # As the file system has it: a name need not be UTF-8.
+        total.update(os.fsencode(f"{file.relative_to(path).as_posix()} {digest}\n"))
     return total.hexdigest()[:16]
 
 
@@ -199,6 +202,33 @@ def differences(old: dict, new: dict) -> list[str]:
         for key in sorted(a.keys() | b.keys())
         if a.get(key, "absent") != b.get(key, "absent") and not f"{key}.".startswith(CIRCUMSTANCES)
     ]
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a task, stage or checkpoint may have this name: it becomes a file or folder of the run, none hidden."""
+    return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
+
+
+def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
+    """Checks what a run is read by. Names become files and folders, and a run may come from elsewhere.
+
+    Raises:
+        RunError: naming the entry.
+    """
+    kinds = {"method": str, "tasks": list, "data": dict, "config": dict}
+    optional = {"model": dict, "task_versions": dict, "stages": list, "checkpoints": dict}
+    for key, kind in (kinds | optional).items():
+        if not isinstance(manifest.get(key), kind) and (key in kinds or key in manifest):
+            raise RunError(f"{file} is damaged: {key!r} is {type(manifest.get(key)).__name__}, not {kind.__name__}.")
+    names = [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]
+    for name in names:
+        if not isinstance(name, str) or not is_file_name(name):
+            raise RunError(
+                f"{file}: {name!r} cannot be the name of a task or stage: it becomes a folder of the run, so it is a "
+                "text without '/' that does not begin with '.'."
+            )
+    if not all(isinstance(target, str) for target in manifest.get("checkpoints", {}).values()):
+        raise RunError(f"{file} is damaged: 'checkpoints' names a folder for each stage.")
 
 
 @dataclass(frozen=True)
@@ -287,6 +317,7 @@ class Run:
             raise RunError(f"{file} is damaged: it holds {type(manifest).__name__}, not an object.")
         if manifest.get("format") != FORMAT:
             raise RunError(f"{file} has format {manifest.get('format')!r}; this program reads {FORMAT}.")
+        _check_manifest(file, manifest)
         return cls(path, manifest)
 
     @classmethod

@@ -37,7 +37,13 @@ class Suite(ConfigurableTask):
         suite, read = _LOCAL.get(self.DATASET_PATH or "", (None, None))
         folder = general_folder(suite) if suite else None
         if folder is not None and read is not None:
-            self.dataset = read(folder, self.DATASET_NAME or "")
+            try:
+                self.dataset = read(folder, self.DATASET_NAME or "")
+            except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, csv.Error) as e:
+                raise DataError(
+                    f"{folder} is not in the layout of trace_tasks/README.md, read for {self.config.task}: "
+                    f"{type(e).__name__}: {e}"
+                ) from e
             return
         try:
             super().download(dataset_kwargs, **kwargs)

@@ -115,5 +115,6 @@ def as_tested(prompt: str) -> str:
     "Paragraph:" (all of the 200 at hand; test prompts have one). Other prompts, test prompts among them, stay as
     they are.
     """
-    prompt = re.sub(r"(?:Reasoning:){2,}\Z", "Reasoning:", prompt)
+    # The look-behind lets a run of cues be read once, not once for each of its cues.
+    prompt = re.sub(r"(?<!Reasoning:)(?:Reasoning:){2,}+\Z", "Reasoning:", prompt)
     return re.sub(r"\A(Provide a simplified version [^\n]*)\nParagraph:\n", r"\1\n\nParagraph:\n", prompt)

@@ -62,12 +62,13 @@ _MARKER_LINK = r"[\s:=]*+(?:(?i:is|was)(?![A-Za-z])|应该是|应是|应为|是|
 # Two patterns, the stronger first: reasoning often names options ("Option A is ...") before it answers.
 _MARKED_LABELS = [
     re.compile(
-        rf"""{marker}{_MARKER_LINK} (?:{_OPTION_MARKER}{_MARKER_LINK})*+
+        rf"""{marker}{_MARKER_LINK} (?:{_OPTION_MARKER}{_MARKER_LINK}){{0,9}}+
         {_OPENING}*+ (?P<label>{_LABEL}){_LABEL_END}""",
         re.VERBOSE,
     )
     for marker in (_ANSWER_MARKER, _OPTION_MARKER)
 ]
+_END_OF_LINE = re.compile(r"[^\S\n]*+(?:\n|\Z)")
 _RIVAL_LABEL = re.compile(
     rf"""[\s)\].,;/、]*+ (?:(?i:or|and)\b|或者?|和)? [\s(\[]*+ (?P<label>{_LABEL})
     (?= \s* (?: \Z | [.,:;)\]/、。] | (?:or|and)\b | [或和] ) )""",
@@ -115,35 +116,52 @@ def choice_tolerant(prediction: str, reference: str) -> float:
 
 def _choice(text: str) -> str | None:
     """Extracts the upper-case letter of the chosen option by the rule of `choice_tolerant`, or None."""
-    text = unicodedata.normalize("NFKC", text).translate({ord("*"): None, ord("`"): None})
-    if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, leading):
+    text = nfkc(text).translate({ord("*"): None, ord("`"): None})
+    if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, [leading]):
         return leading["label"].upper()
     for pattern in _MARKED_LABELS:
         if marked := list(pattern.finditer(text)):
             labels = {match["label"].upper() for match in marked}
-            if len(labels) == 1 and not any(_is_ambiguous(text, match) for match in marked):
+            if len(labels) == 1 and not _is_ambiguous(text, marked):
                 return labels.pop()
             return None
     return None
 
 
-def _is_ambiguous(text: str, match: re.Match[str]) -> bool:
-    """Whether the label that `match` found stands beside another label or opens a list of the options."""
-    label = match["label"].upper()
-    line, _, below = text[match.end("label") :].partition("\n")
-    if not line.strip():  # alone on its line: below comes an explanation or the next prompt, not a list
-        return False
-    if (rival := _RIVAL_LABEL.match(line)) and rival["label"].upper() != label:
-        return True
+def nfkc(text: str, piece: int = 4000) -> str:
+    """Unicode's NFKC form, of long texts piece by piece.
+
+    Python orders a run of combining marks in quadratic time: half a minute for 200,000 of them.
+    """
+    return "".join(unicodedata.normalize("NFKC", text[i : i + piece]) for i in range(0, len(text), piece))
+
+
+def _is_ambiguous(text: str, matches: list[re.Match[str]]) -> bool:
+    """Whether one of the labels found, all the same, stands beside another one or opens a list of the options."""
+    label = matches[0]["label"].upper()
     following = chr(ord(label) + 1)
-    option = re.compile(rf"[{following}{following.lower()}][.):](?:\s+\w|\w\w)")
-    listed = re.search(rf"(?<![A-Za-z.]){option.pattern}", line)
-    return bool(listed or option.match(below.lstrip()))
+    option = rf"[{following}{following.lower()}][.):](?:\s+\w|\w\w)"
+    end = -1
+    for match in matches:
+        start = match.end("label")
+        if _END_OF_LINE.match(text, start):  # alone on its line: below comes an explanation or the next prompt, no list
+            continue
+        first = start > end  # of its line: what is listed behind another one is listed behind it too
+        if first:
+            end = len(text) if (found := text.find("\n", start)) < 0 else found
+        if (rival := _RIVAL_LABEL.match(text, start, end)) and rival["label"].upper() != label:
+            return True
+        if first and (
+            re.compile(rf"(?<![A-Za-z.]){option}").search(text, start, end)
+            or re.compile(rf"\s*{option}").match(text, end + 1)
+        ):
+            return True
+    return False
 
 
 def names_choice(text: str, letter: str) -> bool:
     """Whether `letter` stands anywhere in `text` as a label by rule 2 of `choice_tolerant`, not as a word."""
-    text = unicodedata.normalize("NFKC", text).translate({ord("*"): None, ord("`"): None})
+    text = nfkc(text).translate({ord("*"): None, ord("`"): None})
     return re.search(rf"(?<![A-Za-z\d])(?:{letter}){_LABEL_END}", text, re.VERBOSE) is not None
 
 
@@ -386,6 +404,8 @@ def similarity(prediction: str, reference: str) -> float:
         return 0.0
     if predicted == expected:
         return 1.0
+    if 400 * min(len(predicted), len(expected)) < len(predicted) + len(expected):
+        return 0.0  # the ratio is below half a percent, and difflib would look for it for minutes
     return round(100 * SequenceMatcher(None, predicted, expected).ratio()) / 100
 
 
@@ -394,7 +414,8 @@ def _undo_placeholders(code: str) -> str:
     code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
     # The matches are found before any is replaced, and each is replaced everywhere: for nested placeholders
     # this is not what one re.sub gives, and the official numbers come from this.
-    for match in list(re.finditer(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", code, re.DOTALL)):
+    # Behind the last ">" none can end: without the cut each open placeholder would look for its end once more.
+    for match in list(re.finditer(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", code[: code.rfind(">") + 1], re.DOTALL)):
         code = code.replace(match[0], match[1])
     return code
 
@@ -498,7 +519,7 @@ def scienceqa_parts(text: str) -> tuple[str, str]:
 
 _MARKED_ANSWER = re.compile(r"(?:(?<![A-Za-z])answer|回答|答案)\s*[:：]", re.IGNORECASE)
 _MARKED_SUMMARY = re.compile(
-    r"(?:therefore\s*,?\s*)?the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE
+    r"(?:therefore\s*+(?:,\s*+)?)?the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE
 )
 _MARKED_REASONING = re.compile(r"(?<![A-Za-z])reasoning\s*[:：]", re.IGNORECASE)
 

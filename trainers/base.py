@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import math
 import os
 import resource
 import shutil
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import yaml
 from accelerate import PartialState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
@@ -47,7 +49,7 @@ from transformers import (
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.evaluate import BESIDES
+from trace_bench.evaluate import BESIDES, refuse_secrets
 from trace_bench.run import Run, RunError, Stage, fingerprint, fresh_dir, staging, write_json
 
 log = logging.getLogger(__name__)
@@ -184,10 +186,23 @@ class CLConfig(SFTConfig):
         """Checks the values that can be checked without data or model."""
         # HF refuses bfloat16 without an accelerator unless it is told that a CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, ValueError) as e:  # HF's own checks
+            raise ConfigError(str(e)) from e
+        for name in ("tasks", "general", "judged"):
+            value = getattr(self, name)
+            names = [value] if isinstance(value, str) else value  # YAML without brackets
+            if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+                raise ConfigError(f"{name}={value!r} is not allowed: use a list of names.")
+            setattr(self, name, names)
+        if not self.tasks:
+            raise ConfigError("tasks is empty: name at least one task.")
         self.tasks = [t for name in self.tasks for t in data.ORDERS.get(name, [name])]
         if len(set(self.tasks)) < len(self.tasks):
             raise ConfigError(f"tasks={self.tasks}: every task can be one stage only.")
+        if self.epochs is not None and not isinstance(self.epochs, list):
+            raise ConfigError(f"epochs={self.epochs!r} is not allowed: use a list with a number for each task.")
         if self.epochs is not None and len(self.epochs) != len(self.tasks):
             raise ConfigError(
                 f"epochs has {len(self.epochs)} values for {len(self.tasks)} tasks ({', '.join(self.tasks)}). "
@@ -200,10 +215,24 @@ class CLConfig(SFTConfig):
         for name in (
             *("train_rows", "test_rows", "max_prompt_length", "max_answer_length", "max_new_tokens"),
             *("general_rows", "judged_rows", "judged_max_new_tokens"),
+            *("per_device_train_batch_size", "gradient_accumulation_steps"),
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is not allowed: use a number of at least 1.")
+            if value is not None and not (isinstance(value, int) and value >= 1):
+                raise ConfigError(f"{name}={value!r} is not allowed: use a whole number of at least 1.")
+        for name, value in [("num_train_epochs", self.num_train_epochs), *(("epochs", e) for e in self.epochs or [])]:
+            if not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ConfigError(f"{name}={value!r} is not allowed: use a number above 0.")
+        if not (isinstance(self.learning_rate, int | float) and 0 <= self.learning_rate < math.inf):
+            raise ConfigError(f"learning_rate={self.learning_rate!r} is not allowed: use a number of at least 0.")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise ConfigError(f"seed={self.seed!r} is not allowed: use a number from 0 to {2**32 - 1}.")
+        if not isinstance(self.engine_args, dict | None):
+            raise ConfigError(f"engine_args={self.engine_args!r} is not allowed: use a mapping of arguments.")
+        try:
+            refuse_secrets(self.engine_args or {})
+        except RunError as e:
+            raise ConfigError(str(e)) from e
         try:
             self.general = data.expand(self.general, data.SUITES)
             self.judged = data.expand(self.judged, data.JUDGED)
@@ -343,6 +372,7 @@ class CLTrainer(SFTTrainer):
         base = self.load_model(None)
         model: Any
         if checkpoint is not None:
+            models.refuse_pickle(checkpoint)
             model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
         else:
             peft_config = get_peft_config(self.model_args)
@@ -465,6 +495,7 @@ class CLTrainer(SFTTrainer):
         """Loads a full model: `checkpoint`, or the base model."""
         args = self.model_args
         kwargs: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": self.config.trust_remote_code}
+        kwargs["use_safetensors"] = True  # other formats can hold code
         if args.attn_implementation is not None:
             kwargs["attn_implementation"] = args.attn_implementation
         if checkpoint is None:
@@ -477,7 +508,7 @@ class CLTrainer(SFTTrainer):
         """HF's sampler, but for `train_sampling_strategy: group_by_length`."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
         # Processes work on batches that follow each other: they wait for the longest of them.
         return LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
@@ -614,7 +645,10 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
-        args, model_args = TrlParser((config, ModelConfig)).parse_args_and_config(argv)  # type: ignore[arg-type]
+        try:
+            args, model_args = TrlParser((config, ModelConfig)).parse_args_and_config(argv)  # type: ignore[arg-type]
+        except (OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file, no YAML, an unknown key
+            raise ConfigError(f"the configuration cannot be read: {e}") from e
         train(trainer, args, model_args)
     except (ConfigError, RunError, data.DataError, models.ModelError) as e:
         sys.exit(f"error: {e}")
@@ -677,9 +711,12 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     }
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
-    tokenizer = AutoTokenizer.from_pretrained(
-        base, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
-    )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            base, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
+        )
+    except (OSError, ValueError) as e:  # it is not there, or brings code that is not trusted
+        raise models.ModelError(f"The tokenizer of {base} cannot be loaded: {e}") from e
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
     if config.chat_template and tokenizer.chat_template is None:

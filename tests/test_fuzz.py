@@ -1,0 +1,864 @@
+"""Bad input: whatever a file, a reply, an answer or a configuration holds, there is a result or a clear error.
+
+Examples are drawn from a fixed seed, so that a failure comes again. How many each target had is printed at the end.
+"""
+
+import copy
+import inspect
+import json
+import math
+import os
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import train
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from made_runs import make_run
+
+from judges import JudgeError, annotate, batch, judging
+from judges.client import Cache, Client, Reply, read_reply
+from judges.prompts import PAIR, neutralise
+from judges.verdict import parse
+from trace_bench import audit, data, metrics
+from trace_bench.cli import main
+from trace_bench.data import DataError
+from trace_bench.evaluate import evaluate
+from trace_bench.models import ModelError, pinned_revision, resolve_model
+from trace_bench.results import Results
+from trace_bench.run import Run, RunError, fingerprint, read_json, read_jsonl, write_json, write_jsonl
+from trace_tasks import scoring
+from trace_tasks.reasoning import FRAMES, as_tested, reasoning_answer
+
+EXAMPLES: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _counts(request):
+    yield
+    counts = ", ".join(f"{target} {n}" for target, n in EXAMPLES.items())
+    if not EXAMPLES:
+        return
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print(f"\nexamples: {counts}; {sum(EXAMPLES.values())} in all")
+
+
+def fuzz(target, examples, **arguments):
+    """Draws arguments of a test and counts the examples of its target."""
+
+    def decorate(test):
+        def counted(*args, **kwargs):
+            EXAMPLES[target] += 1
+            test(*args, **kwargs)
+
+        counted.__name__, counted.__doc__ = test.__name__, test.__doc__
+        counted.__signature__ = inspect.signature(test)
+        given_some = given(**arguments)(counted)
+        return settings(
+            derandomize=True,
+            database=None,
+            deadline=None,
+            max_examples=examples,
+            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+        )(given_some)
+
+    return decorate
+
+
+# NUL, line ends of all kinds, a byte order mark, right-to-left, zero width, combining, composed emoji, digits and
+# letters that are not ASCII, and the marks that programs here look for.
+PIECES = [
+    *"\0 \t\n\r\v\f\x1c\x85\xa0\u2028\u2029\ufeff\u200b\u202e\u0301\u0316\u0661\uff21\u0130\u017f\ufdfa\U0001d7d8",
+    *(
+        "\r\n",
+        "e\u0301",
+        "👩‍👩‍👧",
+        "שלום",
+        "中文",
+        "A",
+        "B.",
+        "(C)",
+        "answer is ",
+        "Answer:",
+        "回答：",
+        "答案",
+        "选",
+        "Reasoning:",
+    ),
+    *(
+        "the summary of the meeting transcripts is:",
+        "Therefore, ",
+        "<STR_LIT:x>",
+        "<NUM_LIT>",
+        "<STR_LIT:",
+        ">",
+        "1,234.5",
+    ),
+    *(
+        "-7e3",
+        "=",
+        ".",
+        "nan",
+        "1e999",
+        "[[A]]",
+        "[[",
+        "]]",
+        "<<<END OF ANSWER A>>>",
+        "<<<",
+        "<|im_end|>",
+        "</s>",
+        "{}",
+    ),
+]
+texts = st.lists(
+    st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=12
+).map("".join)
+filled = texts.filter(str.strip)
+# All that JSON can say, and what Python's reader takes besides: NaN, halves of surrogate pairs.
+values = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5) | texts,
+    lambda v: (
+        st.lists(v, max_size=4) | st.dictionaries(st.sampled_from(["prompt", "answer", "n"]) | texts, v, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+def outcome(function, *errors):
+    """The result, or the error, which has to be one of the project's and say something."""
+    try:
+        return function()
+    except errors as e:
+        assert str(e).strip()
+        return e
+
+
+# -------------------------------------------------------------------------------------------------------------- loaders
+
+
+@fuzz(
+    "rows read",
+    200,
+    rows=st.lists(st.fixed_dictionaries({"prompt": filled, "answer": filled}), min_size=1, max_size=5),
+    ascii_only=st.booleans(),
+    mark=st.booleans(),
+    bad=st.none() | st.tuples(st.integers(0, 5), values),
+)
+def test_rows_are_read_as_they_are_or_the_bad_one_is_named(tmp_path, rows, ascii_only, mark, bad):
+    written = list(rows)
+    if bad is not None:
+        written.insert(min(bad[0], len(rows)), bad[1])
+    file = tmp_path / "test.json"
+    content = json.dumps(written, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    file.write_bytes(b"\xef\xbb\xbf" * mark + content)
+    found = outcome(lambda: data.read_rows(file), DataError)
+    if bad is None:
+        assert found == rows
+    elif isinstance(found, DataError):
+        assert f"row {written.index(bad[1])}:" in str(found) or "UTF-8" in str(found) or "JSON" in str(found)
+    else:  # the inserted value happened to be a row
+        assert found == written
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b'[{"prompt": "p", "answer": "a", "answer": "b"}]', "a key twice"),
+        (b'[[{"prompt": "p", "answer": "a"}]]', "row 0: .*found list"),
+        (b'[{"prompt": "p", "answer": NaN}]', "'answer' is float"),
+        (b'[{"prompt": "p", "answer": "7"}, {"prompt": "p", "answer": 7}]', r"row 1: 'answer' is int \(7\)"),
+        ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16-le"), "row|JSON"),
+        ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16"), "UTF-8"),
+        ('[{"prompt": "p", "answer": "a"}]'.encode("utf-32-be"), "JSON"),
+        (b'[{"prompt": "p", "answer": "a"}] []', "JSON"),
+        (b'{"prompt": ["p"], "answer": ["a"]}', "not a list"),
+        (b'[{"prompt": "p", "answer": "\\udc80"}]', "surrogate"),
+        (b'[{"prompt": ' + b"[" * 900 + b"]" * 900 + b', "answer": "a"}]', "JSON|row 0"),
+        (b"[" + b"9" * 5000 + b"]", "JSON"),
+    ],
+)
+def test_json_of_another_shape_is_named(tmp_path, content, words):
+    (tmp_path / "test.json").write_bytes(content)
+    with pytest.raises(DataError, match=rf"(?s)test\.json.*({words})"):
+        data.read_rows(tmp_path / "test.json")
+
+
+def test_a_file_that_cannot_be_opened_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "test.json").mkdir()
+    with pytest.raises(DataError, match=r"test\.json cannot be read"):
+        data.read_rows(tmp_path / "test.json")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x", "a\0b", "../" * 2000])
+def test_names_that_no_folder_can_have_are_errors_of_the_project(name):
+    assert isinstance(outcome(lambda: data.find_data(name), DataError), DataError)
+    assert isinstance(outcome(lambda: pinned_revision(resolve_model(name)), ModelError), ModelError)
+
+
+@fuzz(
+    "data sets", 15, rows=st.lists(st.fixed_dictionaries({"prompt": filled, "answer": filled}), min_size=1, max_size=4)
+)
+def test_a_task_gets_every_row_and_every_character(tmp_path, monkeypatch, rows):
+    for split in data.SPLITS:
+        write_json(tmp_path / "FOMC" / f"{split}.json", rows)
+    monkeypatch.setenv("TRACE_DATA", str(tmp_path))
+    from trace_tasks import utils
+
+    loaded = utils.load_dataset("FOMC")
+    assert all(loaded[split].to_list() == rows for split in data.SPLITS)
+
+
+@fuzz(
+    "files of a run",
+    200,
+    content=st.binary(max_size=60) | values.map(lambda v: json.dumps(v).encode("utf-8", "surrogatepass")),
+)
+def test_any_file_of_a_run_is_read_or_named(tmp_path, content):
+    file = tmp_path / "file.json"
+    file.write_bytes(content)
+    for read in (read_json, read_jsonl):
+        found = outcome(lambda read=read: read(file), RunError)
+        assert not isinstance(found, RunError) or "file.json" in str(found)
+    assert isinstance(outcome(lambda: judging._read_samples(file), RunError), dict | RunError)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b'"\xff"', b'{"a": 1', b"\xff\xfe[\0]\0"])
+def test_damage_of_every_kind_is_named(tmp_path, content):
+    (tmp_path / "x.json").write_bytes(content)
+    for read in (read_json, read_jsonl, judging._read_samples):
+        with pytest.raises(RunError, match=r"x\.json"):
+            read(tmp_path / "x.json")
+
+
+@fuzz("lines", 100, rows=st.lists(texts | st.dictionaries(texts, texts, max_size=2), max_size=5))
+def test_lines_are_read_as_they_were_written(tmp_path, rows):
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert read_jsonl(tmp_path / "x.jsonl") == rows
+    write_json(tmp_path / "x.json", rows)
+    assert read_json(tmp_path / "x.json") == rows
+
+
+def test_samples_are_not_dropped_for_the_sake_of_a_number(tmp_path):
+    row = {"doc_id": 1, "prompt": "p", "response": "r"}
+    write_jsonl(tmp_path / "x.jsonl", [row, row])
+    with pytest.raises(RunError, match=r"line 2.*doc_id 1"):
+        judging._read_samples(tmp_path / "x.jsonl")
+    (tmp_path / "x.jsonl").write_text(json.dumps({**row, "response": "\ud800"}))
+    with pytest.raises(RunError, match="line 1"):
+        judging._read_samples(tmp_path / "x.jsonl")
+    write_jsonl(tmp_path / "x.jsonl", [{**row, "instruction": 7}])
+    with pytest.raises(RunError, match="must be texts"):
+        judging._read_samples(tmp_path / "x.jsonl")
+
+
+names = st.sampled_from(["trace_fomc", "mine", "..", "../x", "a/b", "/abs", "a\0b", ".hidden", "", "1"]) | texts
+
+
+@fuzz(
+    "manifests",
+    200,
+    tasks=st.lists(names, max_size=3) | values,
+    checkpoints=st.none() | st.dictionaries(names, st.just("/x")) | values,
+    stages=st.none() | st.lists(names, max_size=2),
+    more=st.dictionaries(st.sampled_from(["method", "data", "config"]), values),
+)
+def test_a_manifest_is_read_or_named_and_no_path_leaves_the_run(tmp_path, tasks, checkpoints, stages, more):
+    manifest = {"format": 1, "method": "m", "data": {}, "config": {}, "tasks": tasks, **more}
+    manifest |= {k: v for k, v in {"checkpoints": checkpoints, "stages": stages}.items() if v is not None}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    run = outcome(lambda: Run.open(tmp_path), RunError)
+    if isinstance(run, RunError):
+        assert "manifest.json" in str(run)
+        return
+    for stage in run.stages:
+        for task in run.tasks:
+            for file in (stage.train_file, stage.eval_file(task), stage.samples_file(task)):
+                assert ".." not in file.parts and "\0" not in str(file) and file.is_relative_to(tmp_path)
+                assert len(file.relative_to(tmp_path).parts) <= 5
+
+
+@fuzz(
+    "cells",
+    60,
+    cell=values | st.fixed_dictionaries({"checkpoint": values, "metrics": values, "headline": values, "n": values}),
+    row=values,
+    trained=values,
+)
+def test_a_cell_of_another_shape_is_named(tmp_path_factory, cell, row, trained):
+    run = make_run(tmp_path_factory.mktemp("r"))
+    stage = run.stages[1]
+    stage.train_file.write_text(json.dumps(trained))
+    stage.eval_file("trace_cstance").write_text(json.dumps(cell))
+    found = outcome(lambda: Results(run).cells, RunError)
+    assert not isinstance(found, RunError) or "1_trace_cstance" in str(found)
+    samples = run.stages[2].samples_file("trace_cstance")
+    samples.parent.mkdir(parents=True)
+    samples.write_text(json.dumps(row) + "\n")
+    stage.train_file.unlink()
+    found = outcome(lambda: Results(run).rows, RunError)
+    assert not isinstance(found, RunError) or "trace_cstance.jsonl" in str(found)
+
+
+@pytest.mark.parametrize(
+    "suite, file, content",
+    [
+        ("bbh", "boolean_expressions.json", '{"rows": []}'),
+        ("bbh", "boolean_expressions.json", '{"examples": [1]}'),
+        ("bbh", "boolean_expressions.json", '{"examples": [{"input": "\\ud800", "target": "x"}]}'),
+        ("boolq", "train.jsonl", '{"question": "q"}'),
+        ("boolq", "train.jsonl", "[1]"),
+        ("tydiqa", "fewshot/english.json", '{"data": [{"paragraphs": 7}]}'),
+        ("mmlu", "dev/x_dev.csv", f'"{"x" * 200_000}",b,c,d,e,A'),
+    ],
+)
+def test_a_suite_in_another_shape_is_named(tmp_path, monkeypatch, suite, file, content):
+    from trace_tasks import general
+
+    path = tmp_path / suite / file
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    monkeypatch.setenv("GENERAL_DATA", str(tmp_path))
+    task = object.__new__(general.Suite)
+    source = next(source for source, (name, _) in general._LOCAL.items() if name == suite)
+    name = {"mmlu": "x", "bbh": "boolean_expressions"}.get(suite, "")
+    monkeypatch.setattr(general.Suite, "DATASET_PATH", source)
+    monkeypatch.setattr(general.Suite, "DATASET_NAME", name)
+    task._config = type("C", (), {"task": "a task"})()
+    with pytest.raises(DataError, match=suite):
+        task.download()
+
+
+def test_a_file_name_need_not_be_utf8(tmp_path):
+    before = fingerprint(tmp_path)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")).write_text("x")
+    assert fingerprint(tmp_path) != before
+
+
+# ------------------------------------------------------------------------------------------------- replies and verdicts
+
+choices = st.fixed_dictionaries(
+    {},
+    optional={
+        "message": values | st.fixed_dictionaries({"content": values}, optional={"refusal": values}),
+        "finish_reason": values,
+    },
+)
+usages = st.none() | st.dictionaries(st.sampled_from(["prompt_tokens", "completion_tokens"]), values)
+
+
+@fuzz(
+    "bodies",
+    300,
+    body=values
+    | st.fixed_dictionaries({"choices": values | st.lists(choices, max_size=2)}, optional={"usage": usages | values}),
+)
+def test_any_body_is_a_reply_that_a_file_can_hold_or_none(tmp_path_factory, body):
+    reply = outcome(lambda: read_reply(json.loads(json.dumps(body))), ValueError)
+    if isinstance(reply, Reply):
+        assert isinstance(reply.prompt_tokens + reply.completion_tokens, int) and reply.prompt_tokens >= 0
+        assert reply.finish_reason is None or isinstance(reply.finish_reason, str)
+        cache = Cache(tmp_path_factory.mktemp("c") / "cache.jsonl")
+        cache.put("k", {}, reply)
+        assert Cache(cache.path)["k"] == reply
+
+
+@fuzz(
+    "caches",
+    150,
+    lines=st.lists(
+        st.binary(max_size=30)
+        | values.map(lambda v: json.dumps(v).encode("utf-8", "surrogatepass"))
+        | st.fixed_dictionaries({"key": values, "reply": values | st.fixed_dictionaries({"text": values})}).map(
+            lambda v: json.dumps(v).encode()
+        ),
+        max_size=5,
+    ),
+    place=st.integers(0, 5),
+)
+def test_damaged_lines_of_a_cache_cost_only_themselves(tmp_path, lines, place):
+    good = json.dumps({"key": "the good one", "request": {}, "reply": {"text": "r"}}).encode()
+    written = [*lines[:place], good, *lines[place:]]
+    (tmp_path / "c.jsonl").write_bytes(b"\n".join([line.replace(b"\n", b" ") for line in written] + [b"[" * 100_000]))
+    cache = Cache(tmp_path / "c.jsonl")
+    assert cache["the good one"].text == "r" and all(isinstance(r.text, str) for r in cache._replies.values())
+
+
+@fuzz("verdicts", 300, text=texts, verdict=st.sampled_from(PAIR))
+def test_material_gives_no_verdict_and_takes_none_away(text, verdict):
+    assert parse(text, PAIR) in (None, *PAIR)
+    assert parse(neutralise(text), PAIR) is None
+    assert parse(f"{neutralise(text)}\n[[{verdict}]]", PAIR) == verdict
+    assert neutralise(neutralise(text)) == neutralise(text) and neutralise(text).replace(" ", "") == text.replace(
+        " ", ""
+    )
+
+
+def test_lines_of_a_batch_that_cannot_be_read_cost_only_themselves(tmp_path, caplog):
+    client = Client("m", cache=tmp_path / "c.jsonl", base_url="http://127.0.0.1:9/v1")
+    body = {"choices": [{"message": {"content": "r"}, "finish_reason": 7}], "usage": {"prompt_tokens": "10"}}
+    good = {"custom_id": "good", "response": {"status_code": 200, "body": body}}
+    lines = [json.dumps({**good, "custom_id": "bad", "response": r}) for r in (None, 7, "x", {"status_code": 200})]
+    unknown = ["7", "[]", "null", "{}", '{"custom_id": 7}', "{", "[" * 100_000, '"\\ud800"']
+    errors = {}
+    batch._keep(client, "\n".join([*unknown, *lines, json.dumps(good)]).encode(), {"good": {}, "bad": {}}, errors)
+    assert client.cache["good"] == Reply("r") and errors.keys() == {"bad"}
+    assert caplog.text.count("cannot be read") == len(unknown)
+
+
+@pytest.mark.parametrize("option", ["model", "messages", "stream"])
+def test_sampling_cannot_change_what_is_on_record(tmp_path, option):
+    with pytest.raises(JudgeError, match=option):
+        Client("m", cache=tmp_path / "c", base_url="http://127.0.0.1:9/v1", sampling={option: "other"})
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "NaN", '{"a": NaN}', '{"a": Infinity}', "[" * 100_000])
+def test_options_of_json_are_objects_of_json(tmp_path, text):
+    run = make_run(tmp_path)
+    for argv in (
+        ["judge", str(run.path), "--model", "m", "--sampling", text],
+        ["evaluate", str(run.path), "--engine-args", text],
+    ):
+        with pytest.raises(SystemExit, match=r"error: --\S+ must be a JSON object"):
+            main(argv)
+
+
+# --------------------------------------------------------------------------------------------------- answers and scores
+
+
+@fuzz("scores", 200, prompt=filled, prediction=texts, answer=filled)
+def test_every_text_has_scores_between_0_and_1(prompt, prediction, answer):
+    from trace_tasks import utils
+
+    functions = [getattr(utils, name) for name in dir(utils) if name.startswith("score_")]
+    assert len(functions) == 11
+    doc = {"prompt": prompt, "answer": answer}
+    kept = dict(doc)
+    for score in functions:
+        scores = score(doc, [prediction])
+        assert all(0 <= value <= 1 for value in scores.values()), (score.__name__, scores)
+        if "accuracy_tolerant" in scores and score is not utils.score_scienceqa:
+            assert scores["accuracy"] <= scores["accuracy_tolerant"]
+    assert doc == kept
+    assert scoring.accuracy(answer, answer) == scoring.similarity(answer, answer) or not scoring._undo_placeholders(
+        answer
+    )
+    assert utils.score_choice(doc, [answer]) == {"accuracy": 1, "accuracy_tolerant": 1}
+
+
+@fuzz("extractions", 300, text=texts, form=st.sampled_from(["line", "text", "summary", "code"]))
+def test_an_answer_is_a_part_of_the_text(text, form):
+    found = scoring.split_answer(form, text)
+    if found is not None:
+        path, answer = found
+        assert answer.strip() and answer in text and path in text
+        assert "\n" not in answer or form in ("text", "summary")
+
+
+@fuzz("composed answers", 150, folder=st.sampled_from(sorted(FRAMES)), path=texts, answer=filled)
+def test_a_composed_answer_is_read_back_or_refused_before_it_is_written(folder, path, answer):
+    if not annotate._problem(folder, path, answer):
+        composed = reasoning_answer(folder, path, answer)
+        assert scoring.extract_answer(FRAMES[folder].form, composed) == annotate._gold(folder, answer)
+
+
+N = 200_000
+LONG = {
+    "choice": (
+        lambda t: scoring.choice_tolerant(t, "B"),
+        [
+            "选",
+            "答案选",
+            "answer A. ",
+            "answer A, ",
+            "answer B\n",
+            "(",
+            "\ufdfa",
+            "选:",
+            "answer option ",
+            "a\u0300\u0316",
+            "answer" + " " * N,
+            "a" + "\u0300\u0316" * (N // 2),
+            "B" + " " * N + "x",
+            "答案" + "(" * N,
+            "选" + ":" * N,
+        ],
+    ),
+    "number": (
+        lambda t: scoring.number_tolerant(t, "12"),
+        [
+            "1,",
+            "1",
+            "1,111,",
+            "answer ",
+            "1e",
+            "-",
+            "=",
+            "0.",
+            "-$ ",
+            "answer" + " " * N,
+            "0." + "1" * N,
+            "1e" + "9" * N,
+        ],
+    ),
+    "word": (lambda t: scoring.number_tolerant(t, "August"), ["!", "a!", "_", " ", "answer: "]),
+    "names": (
+        lambda t: scoring.names_choice(t, "B") or scoring.names_number(t, "12"),
+        ["B ", "B", "B.", "1,", "1", "12a"],
+    ),
+    "line": (lambda t: scoring.extract_answer("line", t), ["Answer:", "Answer :\n", "answer ", "回答"]),
+    "summary": (
+        lambda t: scoring.extract_answer("summary", t),
+        [
+            "therefore ",
+            "the ",
+            "the summary of the meeting transcripts is ",
+            "therefore" + " " * N,
+            "the" + " " * N,
+            "therefore" + " " * (N // 2) + "," + " " * (N // 2),
+            "the summary of the meeting transcripts" + " " * N,
+        ],
+    ),
+    "code": (lambda t: scoring.extract_answer("code", t), ["Reasoning:", "reasoning ", "\n", " \n"]),
+    "similarity": (
+        lambda t: scoring.similarity(t, "x = foo(bar)\n"),
+        ["<STR_LIT:", "<STR_LIT:a>", "<STR_LIT:<NUM_LIT:>", "ab"],
+    ),
+    "overlap": (
+        lambda t: (scoring.rouge_l(t, "the cat sat. on the mat."), scoring.bleu(t, "the cat", 4)),
+        ["a ", "a.", "the cat sat. "],
+    ),
+    "sari": (lambda t: scoring.sari(t, t[:1000], "the cat"), ["a ", ".", "1.,", "&amp;"]),
+    "verdict": (
+        lambda t: parse(t, PAIR),
+        ["[[", "[[a", "[[A ", "[[A]]\n", "[[" + " " * N, "[[" + "a" * N, "[[A" + " " * N],
+    ),
+    "neutralise": (neutralise, ["<", "[", "[\u200b", "<|", "<" + "\u200b" * N + "x", "[" + "\u200b" * N + "x"]),
+    "as_tested": (lambda t: as_tested(t + "x"), ["Reasoning:"]),
+    "paths": (
+        lambda t: annotate.read_path(annotate.Row("trace_fomc", 0, "p", "B"), Reply(t + "\nAnswer: B")),
+        [".", " ", "\n ", "A"],
+    ),
+    "floats": (audit._FLOAT.search, ["1.", "0", "1." + "0" * N, "1." + "9" * N, "1." + "0000000" * (N // 7)]),
+    "words": (audit.words, ["\nAnswer:", "a ", "\nAnswer:" + "Reasoning:" * (N // 10) + "x", "\u0300\u0316"]),
+    "cues": (audit._DOUBLED_CUE.search, ["a", "a:", "a: ", "a:" + " " * N + "x"]),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_texts_take_no_long_time(name):
+    """200,000 characters that make a pattern try again and again: seconds of this processor, not of the clock."""
+    function, patterns = LONG[name]
+    for pattern in patterns:
+        text = pattern if len(pattern) >= N else (pattern * (N // len(pattern) + 1))[:N]
+        EXAMPLES["long texts"] += 1
+        started = time.process_time()
+        function(text)
+        assert time.process_time() - started < 2, (name, pattern[:40])
+
+
+def test_what_makes_long_texts_quick_changes_no_score():
+    assert scoring._choice("The answer is option choice option B") == "B"
+    assert scoring._choice(f"The answer is A{' ' * 300}. B. hawkish") is None, "the next option is listed on the line"
+    assert scoring.similarity("x" * 200, "y" * 3 + "x") == 0.01 and scoring.similarity("x" * 1000, "x") == 0.0
+    assert scoring._undo_placeholders("<STR_LIT:a><NUM_LIT:b <STR_LIT:c>>d<STR_LIT:") == "ab <STR_LIT:c>d<STR_LIT:"
+    assert scoring.extract_answer("summary", "Therefore , the summary of the meeting transcript is: x") == "x"
+    assert scoring.split_answer("summary", "p therefore,  the summary of the meeting transcripts is: x") == ("p ", "x")
+    assert as_tested("x\nReasoning:Reasoning:Reasoning:") == "x\nReasoning:" and as_tested("Reasoning:") == "Reasoning:"
+    assert [
+        bool(audit._FLOAT.search(t))
+        for t in (
+            "1.4300000000000002",
+            "0.30000000000000004",
+            "1.4299999999999999",
+            "1.000000000001",
+            "1.123456789012",
+            "3.0000000000000",
+        )
+    ] == [True, True, False, True, False, False]
+    assert scoring.nfkc("Ａ①" * 3000) == "A1" * 3000
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+
+unit = st.floats(0, 1)
+matrices = (
+    st.integers(1, 5)
+    .flatmap(
+        lambda T: st.lists(st.lists(unit | st.just(math.nan), min_size=T, max_size=T), min_size=T + 1, max_size=T + 1)
+    )
+    .map(np.array)
+)
+
+
+def same(a, b):
+    return np.allclose(a, b, atol=1e-12, equal_nan=True)
+
+
+@fuzz("matrices", 300, R=matrices)
+def test_the_numbers_of_a_matrix(R):
+    before, T = R.copy(), R.shape[1]
+    for t in range(1, T + 1):
+        op, bwt, f = metrics.overall_performance(R, t), metrics.backward_transfer(R, t), metrics.forgetting(R, t)
+        # NaN exactly where a needed cell is.
+        assert math.isnan(op) == np.isnan(R[t, :t]).any() and (math.isnan(op) or 0 <= op <= 1)
+        needed = [R[t, : t - 1], [R[i, i - 1] for i in range(1, t)]]
+        assert math.isnan(bwt) == (t == 1 or np.isnan(np.concatenate(needed)).any())
+        assert math.isnan(bwt) or -1 <= bwt <= 1
+        if not math.isnan(f):
+            assert f >= -bwt - 1e-12, "the best score so far is at least the own stage's"
+        if t > 1 and not math.isnan(bwt) and not math.isnan(R[t, t - 1]):
+            # OP_t is what was learned plus what later stages did to it.
+            learned = np.mean([R[i, i - 1] for i in range(1, t + 1)])
+            assert same(op, learned + bwt * (t - 1) / t)
+    assert same(metrics.average_accuracy(R), np.mean([metrics.overall_performance(R, t) for t in range(1, T + 1)]))
+    assert same(
+        metrics.forward_transfer(np.repeat(R[:1], T + 1, axis=0)),
+        0 if T > 1 and not np.isnan(R[0, 1:]).any() else math.nan,
+    )
+    # Replicates give what each matrix gives.
+    stacked = np.stack([R, R[::-1]])
+    for function in (
+        metrics.overall_performance,
+        metrics.backward_transfer,
+        metrics.forgetting,
+        metrics.forward_transfer,
+    ):
+        assert same(function(stacked), [function(R), function(R[::-1])])
+    assert np.array_equal(R, before, equal_nan=True)
+
+
+@fuzz(
+    "intervals",
+    150,
+    scores=st.lists(st.lists(st.sampled_from([0.0, 1.0]) | unit, min_size=2, max_size=2), min_size=1, max_size=30),
+    seed=st.integers(0, 99),
+)
+def test_intervals_of_rows(scores, seed):
+    x = np.array(scores)
+    before = x.copy()
+    low, high = metrics.mean_interval(x)
+    for column in range(2):
+        mean = x[:, column].mean()
+        if np.isin(x[:, column], (0, 1)).all():
+            assert low[column] <= mean <= high[column], "Wilson's interval holds its estimate"
+            shuffled = np.random.default_rng(seed).permutation(x)
+            assert same(metrics.mean_interval(shuffled)[0][column], low[column]), "the order of the rows is nothing"
+        elif len(x) > 1:
+            assert x[:, column].min() - 1e-12 <= low[column] <= high[column] <= x[:, column].max() + 1e-12
+    assert np.array_equal(x, before)
+    with_gap = x.copy()
+    with_gap[0, 0] = math.nan
+    assert np.isnan(metrics.mean_interval(with_gap)[0]).tolist() == [True, bool(np.isnan(low[1]))]
+
+
+@fuzz(
+    "counts",
+    300,
+    n=st.integers(0, 500),
+    a=st.integers(0, 500),
+    b=st.integers(0, 500),
+    level=st.sampled_from([0.5, 0.9, 0.95, 0.999]),
+)
+def test_intervals_of_counts(n, a, b, level):
+    if a <= n:
+        low, high = metrics.wilson_interval(a, n, level=level)
+        assert math.isnan(low) if n == 0 else 0 <= low <= a / n <= high <= 1
+        wider = metrics.wilson_interval(a, n, level=0.9999)
+        assert n == 0 or (wider[0] <= low and high <= wider[1])
+    else:
+        with pytest.raises(ValueError, match="count"):
+            metrics.wilson_interval(a, n)
+    if a + b <= n:
+        low, high = metrics.net_interval(a, b, n)
+        assert math.isnan(low) if n == 0 else -1 <= low <= (a - b) / n <= high <= 1
+        assert n == 0 or same(metrics.net_interval(b, a, n), (-high, -low))
+    else:
+        with pytest.raises(ValueError, match="plus"):
+            metrics.net_interval(a, b, n)
+
+
+estimates = st.tuples(unit, st.floats(0, 0.5), st.floats(0, 0.5)).map(
+    lambda e: metrics.Estimate(e[0], e[0] - e[1], e[0] + e[2])
+)
+
+
+@fuzz("means", 200, found=st.lists(estimates, min_size=1, max_size=8), seed=st.integers(0, 99))
+def test_a_mean_of_estimates(found, seed):
+    mean = metrics.mean_of(found)
+    assert mean.low <= mean.value <= mean.high and same(mean.value, np.mean([e.value for e in found]))
+    order = np.random.default_rng(seed).permutation(len(found))
+    assert same(metrics.mean_of([found[i] for i in order]), mean)
+    assert mean.high - mean.low <= max(e.high - e.low for e in found) + 1e-12
+    assert np.isnan(metrics.mean_of([*found, metrics.Estimate(0.5)])[1:]).all()
+
+
+@pytest.mark.parametrize("R", [[], [[]], [[1.0]], [[1, 2], [3, 4]], [1, 2], "text", [[1, 2], [3]], [[None], ["x"]], 7])
+def test_what_is_no_matrix_is_an_error(R):
+    for function in (
+        metrics.overall_performance,
+        metrics.backward_transfer,
+        metrics.forward_transfer,
+        metrics.forgetting,
+    ):
+        with pytest.raises((ValueError, TypeError)):
+            function(R)
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+
+numbers = st.sampled_from(
+    [0, -1, 1, 0.5, 2**31, 2**63, 10**30, -(10**30), math.nan, math.inf, "7", "many", True, None, [1], {}]
+)
+OWN = [
+    "train_rows",
+    "test_rows",
+    "max_prompt_length",
+    "max_answer_length",
+    "max_new_tokens",
+    "general_rows",
+    "seed",
+    "judged_rows",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "num_train_epochs",
+]
+
+
+@fuzz(
+    "configs",
+    150,
+    changes=st.dictionaries(st.sampled_from(OWN), numbers, min_size=1, max_size=2)
+    | st.dictionaries(
+        st.sampled_from(["tasks", "epochs", "general", "judged", "engine_args"]), values | st.lists(numbers, max_size=2)
+    ),
+)
+def test_a_configuration_can_be_used_or_is_refused(tmp_path, changes):
+    from trainers.base import CLConfig, ConfigError
+
+    options = {"output_dir": str(tmp_path), "tasks": ["trace_fomc", "trace_cstance"], **changes}
+    config = outcome(lambda: CLConfig(**copy.deepcopy(options)), ConfigError)
+    if isinstance(config, ConfigError):
+        return
+    for name in OWN:
+        value = getattr(config, name)
+        assert value is None or (isinstance(value, int | float) and value == value and math.isfinite(value)), (
+            name,
+            value,
+        )
+    assert all(isinstance(task, str) for task in config.tasks) and config.tasks
+    assert config.epochs is None or all(0 < e < math.inf for e in config.epochs)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_train_epochs": 0}, "num_train_epochs=0"),
+        ({"num_train_epochs": math.nan}, "num_train_epochs=nan"),
+        ({"epochs": [1.0, 0.0]}, "epochs=0.0"),
+        ({"epochs": 3}, "use a list"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"learning_rate": math.inf}, "learning_rate=inf"),
+        ({"seed": -1}, "seed=-1"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
+        ({"train_rows": "many"}, "train_rows='many'"),
+        ({"tasks": []}, "tasks is empty"),
+        ({"bf16": True, "fp16": True}, "."),
+        ({"engine_args": {"hf_token": "hf_secret"}}, "engine_args hf_token"),
+        ({"lr_scheduler_type": "nonsense"}, "nonsense"),
+    ],
+)
+def test_a_value_that_cannot_be_run_is_refused_before_anything_starts(options, change, words):
+    from trainers.base import ConfigError
+
+    with pytest.raises(ConfigError, match=words) as e:
+        train({**options, **change})
+    assert "hf_secret" not in str(e.value) and not Path(options["output_dir"]).exists()
+
+
+def test_one_name_needs_no_brackets(tmp_path):
+    from trainers.base import CLConfig
+
+    assert CLConfig(output_dir=str(tmp_path), tasks="order2").tasks == data.ORDERS["order2"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "- a", "a: [", "7", "lerning_rate: 1", "tasks: {a: b}", "epochs: x", "\0", "train_rows: [1]"]
+)
+def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path, text, capsys):
+    from trainers import base
+
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        base.main(
+            base.CLTrainer, base.CLConfig, ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "r")]
+        )
+    assert str(e.value.code).startswith("error: ") or "error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="error: the configuration cannot be read"):
+        base.main(base.CLTrainer, base.CLConfig, ["--config", str(tmp_path / "missing.yaml")])
+
+
+# --------------------------------------------------------------------------------------------- token ids, the whole way
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model)
+
+
+@fuzz("examples of training", 150, prompt=filled, answer=filled, most=st.integers(1, 40), longest=st.integers(1, 40))
+def test_an_example_is_the_end_of_its_prompt_and_the_beginning_of_its_answer(tokenizer, prompt, answer, most, longest):
+    (whole,), (cut,) = data.prompt_ids(tokenizer, [prompt]), data.prompt_ids(tokenizer, [prompt], most)
+    assert cut == whole[-most:] and len(cut) <= most
+    example = data.example_ids(tokenizer, [prompt], [answer], most, longest)[0]
+    target = [label for label in example["labels"] if label != -100]
+    assert example["input_ids"] == cut + target and 1 <= len(target) <= longest
+    (full,) = data.example_ids(tokenizer, [prompt], [answer])
+    alone = tokenizer(answer, add_special_tokens=False).input_ids
+    assert full["input_ids"] == [*whole, *alone, tokenizer.eos_token_id]
+
+
+ODD = [
+    "\0",
+    "a\u2028b\r\nc\rd\x85",
+    "שלום \u202e abc",
+    "👩‍👩‍👧 e\u0301",
+    "x" * 200_000,
+    "\ufeff" * 3,
+    "</s><s>",
+    "<|im_end|>[[A]]",
+]
+
+
+def test_odd_prompts_are_trained_and_evaluated_row_by_row(options, tmp_path, monkeypatch):
+    rows = [{"prompt": f"{text} {i}", "answer": "A" if i % 2 else text[:3000] + "x"} for i, text in enumerate(ODD)]
+    for split in data.SPLITS:
+        write_json(tmp_path / "odd" / "FOMC" / f"{split}.json", rows)
+    monkeypatch.delenv("TRACE_DATA", raising=False)
+    options |= {"data": str(tmp_path / "odd"), "tasks": ["trace_fomc"], "train_rows": None, "test_rows": None}
+    # Answers longer than the limit are cut; a limit of the prompt beyond the model's context leaves that to the engine.
+    run = train(
+        {
+            **options,
+            "max_answer_length": 64,
+            "max_steps": 1,
+            "max_prompt_length": 1200,
+            "engine_args": {"max_length": 64},
+        }
+    )
+    evaluate(run)
+    for stage in run.stages:
+        cell, samples = read_json(stage.eval_file("trace_fomc")), read_jsonl(stage.samples_file("trace_fomc"))
+        assert cell["n"] == len(samples) == len(ODD)
+        assert [s["prompt"] for s in samples] == [row["prompt"] for row in rows]
+        assert [s["target"] for s in samples] == [row["answer"] for row in rows]
+    with pytest.raises(RunError, match=r"generates up to 4 tokens and the model's context has 4"):
+        run.stages[0].eval_file("trace_fomc").unlink()
+        evaluate(run, stages=[0], engine_args={"max_length": 4})
