@@ -64,8 +64,8 @@ check: ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: ## the tests: no network, GPU or key needed
-	$(BIN)/python -m pytest -m "not slow"
+test: ## the tests: no network, GPU or key needed; JOBS at a time (2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),2)
 
 test-slow: ## whole pipelines and real inference engines
 	$(BIN)/python -m pytest -m slow
