@@ -480,6 +480,16 @@ def test_how_often_checkpoints_are_saved_may_change(stopped, capsys):
     assert "goes on at step 4" in capsys.readouterr().out
 
 
+def test_the_state_of_a_method_that_is_damaged_is_not_trained_with(options):
+    with pytest.raises(KeyboardInterrupt):
+        train(options, interrupted(ewc.EWCTrainer, 0), ewc.EWCConfig)
+    file = Run.open(options["output_dir"]).stages[1].method_state / "state.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file.with_name("new"))
+    file.with_name("new").replace(file)
+    with pytest.raises(RunError, match=r"1_trace_fomc/method_state is not what the training"):
+        train(options, ewc.EWCTrainer, ewc.EWCConfig)
+
+
 @pytest.mark.parametrize("change", [{"save_only_model": True}, {"save_total_limit": 0}])
 def test_checkpoints_that_no_stage_could_go_on_from_are_refused(options, change):
     with pytest.raises(base.ConfigError, match=next(iter(change))):

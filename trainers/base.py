@@ -57,6 +57,7 @@ from trace_bench.run import (
     fingerprint,
     fresh_dir,
     locked,
+    read_json,
     staging,
     sync_files,
     write_json,
@@ -513,7 +514,7 @@ class CLTrainer(SFTTrainer):
         """HF's sampler, but for `train_sampling_strategy: group_by_length`."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
         # Processes work on batches that follow each other: they wait for the longest of them.
         return LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
@@ -857,6 +858,12 @@ def _check_sources(run: Run, stage: Stage, root: Path | None) -> None:
     before = run.stages[stage.index - 1]
     if before.train_file.exists() and any((before.path / kind).is_dir() for kind in ("adapter", "model")):
         check_checkpoint(before)
+    recorded = read_json(before.train_file).get("method_state") if before.train_file.exists() else None
+    if recorded and before.method_state.is_dir() and fingerprint(before.method_state) != recorded:
+        raise RunError(
+            f"{before.method_state} is not what the training of the stage wrote: it was changed or damaged. "
+            f"Restore it, or delete {before.train_file} to train the stage anew."
+        )
 
 
 def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:
@@ -916,6 +923,8 @@ def _train_stage(
     if state.is_main_process:
         summary = _summary(trainer, seconds)
         summary["checkpoint"] = fingerprint(saved)
+        if stage.method_state.is_dir():
+            summary["method_state"] = fingerprint(stage.method_state)
         write_json(stage.train_file, summary)
         shutil.rmtree(stage.attempt, ignore_errors=True)
         _say(
