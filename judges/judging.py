@@ -203,11 +203,11 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
 
 
 def _job(base: Stage, stage: Stage, suite: str, kind: Kind, limit: int | None) -> Job:
-    mine = _read_samples(stage.samples_file(suite))
+    mine = _read_samples(stage, suite)
     if stage.index == 0:
         pairs, unpaired = [Pair(i, _asked(row), row["response"], None) for i, row in mine.items()], 0
     else:
-        theirs = _read_samples(base.samples_file(suite))
+        theirs = _read_samples(base, suite)
         pairs = [
             Pair(i, _asked(row), row["response"], theirs[i]["response"])
             for i, row in mine.items()
@@ -255,8 +255,8 @@ def _asked(row: dict[str, Any]) -> str:
     return row.get("instruction", row["prompt"])
 
 
-def _read_samples(file: Path) -> dict[Any, dict[str, Any]]:
-    rows = {}
+def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
+    file, rows = stage.samples_file(suite), {}
     for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
         if not line:
             continue
@@ -271,6 +271,7 @@ def _read_samples(file: Path) -> dict[Any, dict[str, Any]]:
             rows[row["doc_id"]] = row
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise RunError(f"{file}, line {number} is no sample ({e}). Delete the file and evaluate again.") from e
+    stage.check_samples(suite, len(rows))
     return rows
 
 

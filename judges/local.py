@@ -18,7 +18,7 @@ from tqdm import tqdm
 from judges import JudgeError
 from judges.client import SAMPLING, Judge, Reply, Request
 from judges.verdict import parse
-from trace_bench.engine import prepare_vllm
+from trace_bench.engine import prepare_vllm, starting_vllm
 from trace_bench.models import pinned_revision, resolve_model
 
 #: Requests given to the engine in one go: when the program is killed no more than these are lost.
@@ -129,4 +129,5 @@ def _open(folder: str) -> Any:
     prepare_vllm(args)
     from vllm import LLM
 
-    return LLM(model=folder, **args)
+    with starting_vllm():
+        return LLM(model=folder, **args)

@@ -48,7 +48,11 @@ def bounds(make):
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 0.3M parameters with tied embeddings and a byte-level tokenizer, as a local folder."""
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny_model(path: Path) -> Path:
+    """Writes a Llama of 0.3M parameters with tied embeddings and a byte-level tokenizer to a local folder."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -78,7 +82,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pad_token_id=2,
         )
     )
-    path = tmp_path_factory.mktemp("models") / "tiny"
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

@@ -95,7 +95,9 @@ def error(*argv):
 
 def files(out):
     return {
-        p.relative_to(out).as_posix(): p.read_bytes() for p in out.rglob("*") if p.is_file() and "cache" not in p.name
+        p.relative_to(out).as_posix(): p.read_bytes()
+        for p in out.rglob("*")
+        if p.is_file() and not re.search(r"cache|\.lock$", p.name)
     }
 
 

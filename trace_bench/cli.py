@@ -244,13 +244,24 @@ def main(argv: list[str] | None = None) -> None:
     from trace_bench.data import DataError
     from trace_bench.engine import EngineError
     from trace_bench.models import ModelError
-    from trace_bench.run import RunError
+    from trace_bench.run import RunError, advice
     from trace_bench.study import StudyError
 
     try:
         args.run(args)
     except (DataError, EngineError, JudgeError, ModelError, RunError, StudyError) as e:
         sys.exit(f"error: {e}")
+    except Exception as e:  # a full disk, no permission, no memory: from whatever library
+        line = advice(e, _MEMORY)
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
+
+
+_MEMORY = (
+    "Give --engine-args a smaller batch_size (hf), or max_num_seqs, max_model_len or gpu_memory_utilization (vllm), "
+    "and run the command again."
+)
 
 
 _OF_CHECKPOINTS = ("model", "tasks", "test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
@@ -474,7 +485,7 @@ def _judge(args: argparse.Namespace) -> None:
 
     from judges import JudgeError, calibrate, judging
     from judges.client import SAMPLING
-    from trace_bench.run import Run
+    from trace_bench.run import Run, locked
 
     stages = _indices(args.stages)
     if not args.path and not args.calibrate:
@@ -499,7 +510,9 @@ def _judge(args: argparse.Namespace) -> None:
         print(calibrate.write_calibration(judge, folder))
         what = "calibrated"
     else:
-        results = judging.judge_jobs(jobs, judge, limit=args.limit)
+        assert run is not None
+        with locked(run.path, "judge"):
+            results = judging.judge_jobs(jobs, judge, limit=args.limit)
         unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
         what = f"judged {len(jobs)} suites ({unscored} judgements unscored)"
     _print_usage(args, what, judge.usage)
@@ -510,6 +523,7 @@ def _annotate(args: argparse.Namespace) -> None:
 
     from judges import annotate
     from trace_bench.data import find_data
+    from trace_bench.run import locked
 
     out = Path(args.out)
     teacher = _make_judge(args, annotate.cache_file(out), annotate.SAMPLING)
@@ -528,7 +542,8 @@ def _annotate(args: argparse.Namespace) -> None:
         print(f"The first of at most {args.attempts} attempts; later ones ask about rejected rows only:")
         _print_estimate(args, teacher, plan.first_requests)
         return
-    results = annotate.annotate(plan, teacher).values()
+    with locked(out, "annotate"):
+        results = annotate.annotate(plan, teacher).values()
     asked, accepted = sum(r["rows"] for r in results), sum(r["accepted"] for r in results)
     rest = {"drop": "the others left out", "keep": "the others kept with their answers alone"}[args.rejected]
     what = f"{out}: {accepted} of {asked} rows accepted ({100 * accepted / asked:.1f} %), {rest}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,14 @@ from trace_bench import data, models
 log = logging.getLogger(__name__)
 
 _MERGE = "import json, sys; from trace_bench import models; models.save_merged(**json.loads(sys.argv[1]))"
+
+
+#: How vLLM says that memory or the context does not suffice: before its start, or in the process of the engine.
+_MEMORY = re.compile(
+    r"KV cache|cache blocks|max_model_len|max seq len|gpu.memory.utilization|out of memory|can't allocate memory"
+    r"|Engine core initialization failed",
+    re.IGNORECASE,
+)
 
 
 class EngineError(Exception):
@@ -93,6 +102,26 @@ def open_engine(
     lm.base, lm.revision, lm.max_prompt_length = base, revision, max_prompt_length
     lm.trust_remote_code = args.get("trust_remote_code", False)
     return lm
+
+
+@contextmanager
+def starting_vllm() -> Iterator[None]:
+    """Makes one clear error of what vLLM says when its memory does not suffice.
+
+    Raises:
+        EngineError: with vLLM's own numbers and what to change.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError, MemoryError) as e:
+        text = " ".join(str(e).split())
+        if not isinstance(e, MemoryError) and not _MEMORY.search(text):
+            raise
+        raise EngineError(
+            f"vLLM cannot start: {text[:400]} Results are kept. Give --engine-args a smaller max_model_len (prompt and "
+            "answer have to fit) or max_num_seqs, on a GPU another gpu_memory_utilization (its free part) "
+            "or tensor_parallel_size, on a CPU set VLLM_CPU_KVCACHE_SPACE (GiB)."
+        ) from e
 
 
 def prepare_vllm(args: dict[str, Any]) -> None:
@@ -222,9 +251,10 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
             self.unfinished |= {g.text for g in generated if g.finish_reason == "length"}
             return outputs
 
-    return SwapVLLM(
-        pretrained=base, enable_prefix_caching=True, worker_extension_cls="trace_bench.worker.SwapWorker", **args
-    )
+    with starting_vllm():
+        return SwapVLLM(
+            pretrained=base, enable_prefix_caching=True, worker_extension_cls="trace_bench.worker.SwapWorker", **args
+        )
 
 
 def _open_hf(base: str, args: dict[str, Any]) -> Any:

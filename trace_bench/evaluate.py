@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trace_bench.run import (
     differences,
     fingerprint,
     is_file_name,
+    locked,
     read_json,
     write_json,
     write_jsonl,
@@ -62,9 +64,28 @@ def evaluate(
         The number of cells evaluated now.
 
     Raises:
-        RunError: if a cell was made with other settings, the data is not the run's, or a checkpoint has changed.
+        RunError: if a cell was made with other settings, the data or the base model is not the run's, a checkpoint has
+            changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
+    wanted = run.indices(stages)
+    chosen = [s for s in run.stages if s.index in wanted]
+    with ExitStack() as locks:
+        for stage in chosen:
+            if stage.is_trained:
+                locks.enter_context(locked(stage.path, "evaluate"))
+        return _evaluate(run, chosen, cells, backend, engine_args, data_path, besides)
+
+
+def _evaluate(
+    run: Run,
+    chosen: list[Stage],
+    cells: str | None,
+    backend: str | None,
+    engine_args: dict[str, Any] | None,
+    data_path: str | None,
+    besides: dict[str, Any] | None,
+) -> int:
     config = {**run.manifest["config"], **(besides or {})}
     which = cells or config.get("cells", "seen")
     settings = {
@@ -75,8 +96,6 @@ def evaluate(
         "chat_template": config.get("chat_template", False),
         "num_fewshot": config.get("num_fewshot"),
     }
-    wanted = run.indices(stages)
-    chosen = [s for s in run.stages if s.index in wanted]
     for stage in chosen:
         if not stage.is_trained:
             log.warning("Stage %s is not trained yet and left out.", stage.name)
@@ -85,7 +104,8 @@ def evaluate(
     if judged:
         use_data(run, data_path)  # demo data brings prompts of its own
     more = _settings_besides(run, config, suites, judged, settings["backend"])
-    measured = {0, len(run.stages) - 1} if config.get("general_stages", "last") == "last" else wanted
+    last = {0, len(run.stages) - 1}
+    measured = last if config.get("general_stages", "last") == "last" else {s.index for s in chosen}
     plan: dict[Stage, dict[str, dict[str, Any]]] = {}
     for stage in chosen:
         if stage.is_trained:
@@ -103,8 +123,9 @@ def evaluate(
 
     if not judged:  # else it was checked above
         use_data(run, data_path)
+    check_base(run)
     for stage in plan:
-        _check_checkpoint(stage)  # before the engine starts
+        check_checkpoint(stage)  # before the engine starts
     tasks = data.load_tasks([*run.tasks, *judged])
     for name, task in tasks.items():
         if run.manifest["task_versions"].get(name, task.VERSION) != task.VERSION:
@@ -156,6 +177,8 @@ def evaluate(
     order = list(plan.items())
     with tqdm(total=missing, desc="evaluating", unit="cell") as bar:
         for i, (stage, todo) in enumerate(order):
+            # Of the weights that are loaded now, whatever happens to the files while the engine works.
+            checkpoint = checkpoint_fingerprint(stage)
             if i or stage.index:
                 lm.load(stage.checkpoint)
             if i + 1 < len(order):
@@ -163,9 +186,10 @@ def evaluate(
             for batch in _batches(todo, tasks):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(batch)}"[:60])
                 if batch[0] in groups:
-                    _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], engine_args)
+                    _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], engine_args, checkpoint)
                 else:
-                    _evaluate_cells(lm, stage, {n: tasks[n] for n in batch}, {n: todo[n] for n in batch}, engine_args)
+                    mine = {n: tasks[n] for n in batch}
+                    _evaluate_cells(lm, stage, mine, {n: todo[n] for n in batch}, engine_args, checkpoint)
                 bar.update(len(batch))
     seconds, work = time.perf_counter() - started, lm.work
     print(
@@ -301,15 +325,54 @@ def checkpoint_fingerprint(stage: Stage) -> str | None:
     return read_json(stage.train_file)["checkpoint"]
 
 
-def _check_checkpoint(stage: Stage) -> None:
+def check_checkpoint(stage: Stage) -> None:
+    """Refuses a checkpoint that is not what the training wrote or, from elsewhere, is damaged.
+
+    Raises:
+        RunError: naming it, and what to do.
+    """
     path = stage.checkpoint
     if path is None:
         return
     models.refuse_pickle(path)
-    if stage.external is None and fingerprint(path) != checkpoint_fingerprint(stage):
+    if stage.external is not None:
+        _check_files(path)
+    elif fingerprint(path) != checkpoint_fingerprint(stage):
         raise RunError(
             f"{path} is not what the training of the stage wrote (its fingerprint differs): it was changed or "
             f"damaged. Restore it, or delete {stage.train_file} to train the stage anew."
+        )
+
+
+def _check_files(checkpoint: Path) -> None:
+    """Looks at the headers of a checkpoint's weights, which say how long each file has to be."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(checkpoint.glob("*.safetensors"))
+    index = checkpoint / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({checkpoint / name for name in read_json(index)["weight_map"].values()})
+    if not files:
+        raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint anew.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as e:
+            raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint anew.") from e
+
+
+def check_base(run: Run) -> None:
+    """Makes sure that a base model in a local folder is the one that the run began with.
+
+    Raises:
+        RunError: if the files of the folder have another fingerprint.
+    """
+    base, expected = models.resolve_model(run.manifest["model"]["name"]), run.manifest["model"].get("revision")
+    if expected and Path(base).is_dir() and models.pinned_revision(base) != expected:
+        raise RunError(
+            f"{base} holds another base model than the run began with (its fingerprint is not {expected}). Restore it, "
+            "or begin a new run."
         )
 
 
@@ -351,9 +414,13 @@ def _batches(todo: dict[str, dict[str, Any]], tasks: dict[str, Any]) -> list[lis
 
 
 def _evaluate_cells(
-    lm: Any, stage: Stage, tasks: dict[str, Any], settings: dict[str, dict[str, Any]], engine_args: dict[str, Any]
+    lm: Any,
+    stage: Stage,
+    tasks: dict[str, Any],
+    settings: dict[str, dict[str, Any]],
+    engine_args: dict[str, Any],
+    checkpoint: str | None,
 ) -> None:
-    checkpoint = checkpoint_fingerprint(stage)  # reads all weights of a checkpoint from elsewhere: once, not per cell
     shared = settings[next(iter(tasks))]
     lm.unfinished.clear()
     results, seconds = _run(
@@ -438,9 +505,15 @@ def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, 
     }
 
 
-def _evaluate_suite(lm: Any, stage: Stage, group: Any, settings: dict[str, Any], engine_args: dict[str, Any]) -> None:
+def _evaluate_suite(
+    lm: Any,
+    stage: Stage,
+    group: Any,
+    settings: dict[str, Any],
+    engine_args: dict[str, Any],
+    checkpoint: str | None,
+) -> None:
     """One cell for a suite of lm-eval tasks, its value being lm-eval's own aggregate."""
-    checkpoint = checkpoint_fingerprint(stage)
     tasks = {task.task_name: task for task in group.get_all_tasks()}
     wanted = settings["general_rows"]  # of the suite; lm-eval's limit is that of each subtask
     limit = None if wanted is None else math.ceil(wanted / len(tasks))

@@ -48,7 +48,9 @@ def _load(run: Run, names: Iterable[str]) -> Cells:
                     raise RunError(f"{stage.eval_file(task)} is damaged: it lacks its headline. Evaluate again.")
                 if trained is None or cell["checkpoint"] == trained:
                     if task in run.left_out:
-                        cell = without_rows(cell, read_jsonl(stage.samples_file(task)), run.left_out[task])
+                        samples = read_jsonl(stage.samples_file(task))
+                        stage.check_samples(task, len(samples))
+                        cell = without_rows(cell, samples, run.left_out[task])
                     cells[stage.index, task] = cell
     return cells
 

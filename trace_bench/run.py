@@ -15,12 +15,16 @@ renamed last of all, so that a file which exists is complete and a killed progra
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -39,6 +43,68 @@ CIRCUMSTANCES = ("packages.", "commit.", "data.path.", "data.reasoning.", "model
 
 class RunError(Exception):
     """The run directory does not hold what was asked of it."""
+
+
+def advice(error: BaseException, memory: str) -> str | None:
+    """What an error of the machine means and what to do about it, in one line; None for any other error.
+
+    Args:
+        error: What ended a command.
+        memory: What to do if it was short of memory.
+    """
+    text = " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors and torch write files by themselves, and have errors of their own.
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+        r"\(os error (28|122|27)\)|PytorchStreamWriter failed|inline_container.*(file write|unexpected pos)", text
+    ):
+        return f"{text}. The disk or the quota is full. What is done is kept: make room and run the command again."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"\(os error (1|13|30)\)", text):
+        return f"{text}. What is done is kept: make the folder writable, or copy it to where you may write."
+    if isinstance(error, MemoryError) or re.search(
+        r"out of memory|can't allocate memory|not enough memory", text, re.I
+    ):
+        return f"Not enough memory: {text}. What is done is kept. {memory}"
+    return None
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Keeps a second process from writing the same results; who only reads needs no lock.
+
+    The lock belongs to the process and ends with it, however it ends: the file that stays says nothing.
+
+    Args:
+        folder: Where the results are written.
+        what: The step, such as "evaluate".
+
+    Raises:
+        RunError: if another process has it; the message names that process.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / f".{what}.lock").open("a+", encoding="utf-8")
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or os.access(folder, os.W_OK):
+            raise
+        yield  # nothing can be written here; if there is something to write, that is the error
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"{folder} is in use: {file.read() or 'another process'} began `{what}` there and is not done. Wait "
+                "for it, or end it: the lock goes with its process. Several may evaluate different --stages."
+            ) from None
+        except OSError as e:
+            log.warning("%s: no locks on this file system (%s). Start no second process that writes there.", folder, e)
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
@@ -122,16 +188,21 @@ def fresh_dir(path: Path, *, shared: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(tmp, ignore_errors=True)
         raise
-    for file in tmp.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+    sync_files(tmp)
     if shared and path.exists():
         shutil.rmtree(tmp)
         return
     shutil.rmtree(path, ignore_errors=True)
     tmp.replace(path)
     _fsync_dir(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Makes sure that all files below a folder are on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
 
 
 def staging(path: Path) -> Path:
@@ -254,7 +325,12 @@ class Stage:
     @property
     def progress_file(self) -> Path:
         """How far the training of the stage is; only there while it goes on, or was interrupted."""
-        return self.path / ".trainer" / "progress.json"
+        return self.attempt / "progress.json"
+
+    @property
+    def attempt(self) -> Path:
+        """Temporary files of the training, with its checkpoints within the stage; gone when the stage is trained."""
+        return self.path / ".trainer"
 
     @property
     def method_state(self) -> Path:
@@ -289,6 +365,22 @@ class Stage:
     def samples_file(self, task: str) -> Path:
         """The samples of one cell, one JSON object a line."""
         return self.path / "eval" / "samples" / f"{task}.jsonl"
+
+    def check_samples(self, task: str, found: int) -> None:
+        """Makes sure that the samples of a cell are whole.
+
+        Args:
+            task: The name of the cell.
+            found: How many there are.
+
+        Raises:
+            RunError: if the score was made from another number of rows.
+        """
+        if self.eval_file(task).exists() and read_json(self.eval_file(task)).get("n", found) != found:
+            raise RunError(
+                f"{self.samples_file(task)} holds {found} rows, and {self.eval_file(task)} was made from another "
+                "number: a part is lost. Delete both and evaluate again."
+            )
 
 
 @dataclass(frozen=True)

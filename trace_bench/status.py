@@ -57,9 +57,10 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
 
 
 def _training(stage: Stage) -> str:
-    if not stage.progress_file.exists():
+    try:
+        p = read_json(stage.progress_file)
+    except FileNotFoundError:  # none yet, or the stage was done a moment ago
         return "not trained"
-    p = read_json(stage.progress_file)
     silent = time.time() - p["time"]
     text = f"step {p['step']} of {p['steps']}, loss {p['loss']:.3f}, {p['tokens'] / p['seconds']:.0f} tokens/s"
     if silent > SILENT:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import logging
 import math
 import os
@@ -49,8 +50,20 @@ from transformers import (
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.evaluate import BESIDES, refuse_secrets
-from trace_bench.run import Run, RunError, Stage, fingerprint, fresh_dir, staging, write_json
+from trace_bench.evaluate import BESIDES, check_base, check_checkpoint, refuse_secrets
+from trace_bench.run import (
+    Run,
+    RunError,
+    Stage,
+    advice,
+    fingerprint,
+    fresh_dir,
+    locked,
+    read_json,
+    staging,
+    sync_files,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +95,16 @@ _INDIFFERENT = (
     "eos_token",
     "log_level",
     "save_strategy",
+    "save_steps",
+    "save_total_limit",
     "dataset_kwargs",
+)
+
+
+_MEMORY = (
+    "In a new run (--output_dir) give a smaller per_device_train_batch_size with as much more "
+    "gradient_accumulation_steps, gradient_checkpointing: true, a shorter max_prompt_length or max_answer_length, or "
+    "LoRA (use_peft: true)."
 )
 
 
@@ -176,7 +198,11 @@ class CLConfig(SFTConfig):
     logging_steps: float = field(default=1, metadata={"help": "Log the loss every so many steps."})
     # Examples come as token ids, cut already: TRL's own limit would cut answers.
     max_length: int | None = field(default=None, metadata={"help": "Not used: see max_prompt_length."})
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints within a stage; the stage's own is kept."})
+    # HF's checkpoints, from which a killed stage goes on; they are gone when the stage is done.
+    save_strategy: str = field(
+        default="no", metadata={"help": "Checkpoints within a stage, to go on from: no, steps (save_steps) or epoch."}
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints within a stage to keep."})
     report_to: str | None = field(default="none", metadata={"help": "Trackers: trackio, wandb, tensorboard, none."})
 
     # HF reads these fields as JSON when they come from the command line.
@@ -208,6 +234,10 @@ class CLConfig(SFTConfig):
                 f"epochs has {len(self.epochs)} values for {len(self.tasks)} tasks ({', '.join(self.tasks)}). "
                 "Give one for each task, or leave it out and set num_train_epochs."
             )
+        if self.save_strategy != "no" and self.save_only_model:
+            raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ConfigError(f"save_total_limit={self.save_total_limit} is not allowed: use 1 or more.")
         if self.max_length is not None:
             raise ConfigError(
                 f"max_length={self.max_length} would cut answers off. Use max_prompt_length and max_answer_length."
@@ -275,11 +305,18 @@ class CLTrainer(SFTTrainer):
         tokenizer: The base model's tokenizer.
     """
 
+    #: What is counted during a stage and so has to be kept in its checkpoints, besides what HF keeps.
+    counters: ClassVar[tuple[str, ...]] = ("_total_train_tokens",)
+
     def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
         self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
         self.tokenizer = tokenizer
         args = self.stage_args(stage)
-        args.output_dir = str(stage.path / ".trainer")
+        args.output_dir = str(stage.attempt)
+        args.save_total_limit = None  # HF drops the oldest by the times of files; `_save_checkpoint` by their steps
+        #: Before the checkpoint that the stage goes on from: seconds, and the sum of the losses of its steps.
+        self.before: dict[str, float] = {"seconds": 0.0, "losses": 0.0, "step": 0}
+        self.started = time.perf_counter()
         set_seed(args.seed)  # an adapter's first weights are random
         super().__init__(
             model=self.stage_model(stage),
@@ -542,6 +579,92 @@ class CLTrainer(SFTTrainer):
         if model.training:
             self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """HF's; but in a checkpoint within the stage the trained parameters, as the method has them in memory.
+
+        What is saved for others may be another thing: merged, or several adapters made one.
+        """
+        if not _internal_call or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(str(output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().contiguous() for name, p in self.trained().items()}, folder / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The counterpart of `save_model`; called by HF's trainer."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        for name, parameter in self.trained().items():
+            parameter.data.copy_(saved[name])
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """HF's checkpoint, and last of all the file that says that it is whole; then older ones go.
+
+        Besides the weights HF writes pickles (optimizer.pt, scheduler.pt, rng_state.pth, training_args.bin). It reads
+        them with weights_only, which runs no code, and never reads the last. They are files of this program's own
+        attempt, below the run directory, for nobody else, and gone when the stage is trained.
+        """
+        folder = self.stage.attempt / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if not self.is_world_process_zero():
+            return
+        sync_files(folder)
+        write_json(
+            folder / _WHOLE,
+            {
+                "of": self._attempt(),
+                "step": self.state.global_step,
+                "seconds": time.perf_counter() - self.started,
+                "losses": self.before["losses"] + self._total_loss_scalar + float(self._tr_loss),
+                "counters": {name: getattr(self, name) for name in self.counters},
+                "files": {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE},
+            },
+        )
+        kept = set(list(self._checkpoints())[: self.config.save_total_limit])
+        for old in self.stage.attempt.glob("checkpoint-*"):
+            if old not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _attempt(self) -> dict[str, Any]:
+        """What a checkpoint within the stage has to share with an attempt that goes on from it."""
+        before = self.run.stages[self.stage.index - 1].train_file
+        return {
+            "run": fingerprint(self.run.path / "manifest.json"),
+            "stage before": fingerprint(before) if before.exists() else None,
+            "processes": self.args.world_size,
+        }
+
+    def _checkpoints(self) -> Iterator[Path]:
+        """The whole checkpoints of this very stage, newest first."""
+        folders = {p: p.name.rpartition("-")[2] for p in self.stage.attempt.glob("checkpoint-*")}
+        for folder in sorted((p for p, n in folders.items() if n.isdigit()), key=lambda p: -int(folders[p])):
+            try:
+                whole = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
+                sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE}
+            except (OSError, ValueError):
+                continue  # it was being written when the program was killed
+            if whole["of"] == self._attempt() and whole["files"] == sizes:
+                yield folder
+
+    def resume(self) -> str | None:
+        """The checkpoint that the stage goes on from, its counts taken over; None = from the beginning."""
+        folder = next(self._checkpoints(), None)
+        if folder is None:
+            return None
+        whole = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
+        for name, value in whole["counters"].items():
+            setattr(self, name, value)
+        self.before = {name: whole[name] for name in self.before}
+        self.started -= whole["seconds"]
+        return str(folder)
+
     def save_checkpoint(self) -> Path:
         """Saves the stage's adapter or model, whole or not at all, and returns its folder."""
         target = self.stage.path / ("adapter" if self.model_args.use_peft else "model")
@@ -552,6 +675,10 @@ class CLTrainer(SFTTrainer):
                 # A pickle of the arguments: nobody reads it, and only safetensors are kept.
                 (folder / "training_args.bin").unlink(missing_ok=True)
         return target
+
+
+#: Files of a checkpoint within a stage: the trained parameters, and what is written last.
+_TRAINED, _WHOLE = "trained.safetensors", "whole.json"
 
 
 class LengthGrouped(Sampler[int]):
@@ -596,13 +723,10 @@ class _Live(TrainerCallback):
 
     def __init__(self, trainer: CLTrainer) -> None:
         self.trainer = trainer
-        self.begun = self.written = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.begun = time.time()
+        self.written = -1.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        now = time.time()
+        now = time.perf_counter()
         if state.is_world_process_zero and logs and "loss" in logs and now - self.written > 1:
             self.written = now
             write_json(
@@ -612,8 +736,8 @@ class _Live(TrainerCallback):
                     "steps": state.max_steps,
                     "loss": float(logs["loss"]),
                     "tokens": int(self.trainer._total_train_tokens),
-                    "seconds": now - self.begun,
-                    "time": now,
+                    "seconds": now - self.trainer.started,
+                    "time": time.time(),
                 },
             )
 
@@ -652,6 +776,11 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
         train(trainer, args, model_args)
     except (ConfigError, RunError, data.DataError, models.ModelError) as e:
         sys.exit(f"error: {e}")
+    except Exception as e:  # a full disk, no permission, no memory: from whatever library
+        line = advice(e, _MEMORY)
+        if line is None:
+            raise
+        sys.exit(f"error: {line}")
 
 
 def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -> Run:
@@ -711,6 +840,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     }
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
+    if not Path(base).is_dir():
+        model_args.model_revision = manifest["model"]["revision"]  # the same at all stages, if the hub's changes
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             base, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
@@ -721,22 +852,55 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
     if config.chat_template and tokenizer.chat_template is None:
         raise ConfigError(f"chat_template is set, but the tokenizer of {base} has none.")
-    with state.main_process_first():
-        run = Run.create(config.output_dir, manifest)
+    # Of all processes of a launch the first one has the lock.
+    with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            run = Run.create(config.output_dir, manifest)
+        _train_stages(trainer, config, model_args, run, root, tokenizer, state)
+    return run
 
+
+def _train_stages(
+    trainer: type[CLTrainer],
+    config: CLConfig,
+    model_args: ModelConfig,
+    run: Run,
+    root: Path | None,
+    tokenizer: Any,
+    state: PartialState,
+) -> None:
     if config.keep == "evaluated":
         _evaluate(run, run.stages[0], state)
     for stage in run.stages[1:]:
         if stage.is_trained:
             _say(state, f"stage {stage.index}/{len(config.stages)} {stage.name}: trained already")
+            if state.is_main_process:
+                shutil.rmtree(stage.attempt, ignore_errors=True)  # killed just after train.json was written
         else:
+            if state.is_main_process:
+                _check_sources(run, stage, root)
             _train_stage(trainer, config, model_args, run, stage, tokenizer, state)
         if config.keep == "evaluated":
             _evaluate(run, stage, state)
         if config.keep != "all" and stage.index > 1 and state.is_main_process:
             for kind in ("adapter", "model", "method_state"):
                 shutil.rmtree(run.stages[stage.index - 1].path / kind, ignore_errors=True)
-    return run
+
+
+def _check_sources(run: Run, stage: Stage, root: Path | None) -> None:
+    """Refuses to train on what is no longer what the run began with: files may change between stages."""
+    check_base(run)
+    if root is not None and data.data_fingerprint(root, run.tasks) != run.manifest["data"]["fingerprint"]:
+        raise RunError(f"{root} holds other data than the run began with. Restore it, or begin a new run.")
+    before = run.stages[stage.index - 1]
+    if before.train_file.exists() and any((before.path / kind).is_dir() for kind in ("adapter", "model")):
+        check_checkpoint(before)
+    recorded = read_json(before.train_file).get("method_state") if before.train_file.exists() else None
+    if recorded and before.method_state.is_dir() and fingerprint(before.method_state) != recorded:
+        raise RunError(
+            f"{before.method_state} is not what the training of the stage wrote: it was changed or damaged. "
+            f"Restore it, or delete {before.train_file} to train the stage anew."
+        )
 
 
 def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:
@@ -783,18 +947,23 @@ def _train_stage(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer = trainer_class(config, model_args, run, stage, tokenizer)
-    started = time.perf_counter()
+    trainer.started = time.perf_counter()
     trainer.begin_stage()
-    trainer.train()
+    checkpoint = trainer.resume()
+    if checkpoint is not None:
+        _say(state, f"stage {stage.index}/{len(run.stages) - 1} {stage.name}: goes on at step {trainer.before['step']}")
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.end_stage()
-    seconds = time.perf_counter() - started
-    checkpoint = trainer.save_checkpoint()
+    seconds = time.perf_counter() - trainer.started
+    saved = trainer.save_checkpoint()
     state.wait_for_everyone()
     if state.is_main_process:
         summary = _summary(trainer, seconds)
-        summary["checkpoint"] = fingerprint(checkpoint)
-        shutil.rmtree(stage.path / ".trainer", ignore_errors=True)
+        summary["checkpoint"] = fingerprint(saved)
+        if stage.method_state.is_dir():
+            summary["method_state"] = fingerprint(stage.method_state)
         write_json(stage.train_file, summary)
+        shutil.rmtree(stage.attempt, ignore_errors=True)
         _say(
             state,
             f"stage {stage.index}/{len(run.stages) - 1} {stage.task or stage.name}: "
@@ -835,7 +1004,8 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         "parameters": sum(p.numel() for p in parameters),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "mean_loss": trainer.state.log_history[-1].get("train_loss"),
+        # HF's own "train_loss" is the mean since the checkpoint that the stage went on from.
+        "mean_loss": (trainer.before["losses"] + trainer._total_loss_scalar) / max(trainer.state.global_step, 1),
         "losses": [
             {"step": e["step"], "loss": e["loss"], "learning_rate": e["learning_rate"]}
             for e in trainer.state.log_history
@@ -857,7 +1027,8 @@ def _evaluate(run: Run, stage: Stage, state: PartialState) -> None:
             "--stages",
             str(stage.index),
         ]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode:
+            raise RunError(f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again.")
     state.wait_for_everyone()
 
 

@@ -84,6 +84,7 @@ class MemoryTrainer(CLTrainer):
     memory: dict[str, Dataset]
     #: Steps whose gradient was projected.
     conflicts = 0
+    counters = (*CLTrainer.counters, "conflicts")
 
     def begin_stage(self) -> None:
         """Chooses the rows of the earlier tasks."""
