@@ -82,10 +82,11 @@ class EWCTrainer(CLTrainer):
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ewc_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.trained().items()}
-        for i in range(len(rows)):
-            for name, gradient in self.loss_gradient(rows.select([i])).items():
+        mine = self.own_share(rows)
+        for i in range(len(mine)):
+            for name, gradient in self.loss_gradient(mine.select([i]), share=False).items():
                 total[name] += gradient.float() ** 2 / len(rows)
-        return total
+        return self.accelerator.reduce(total, "sum")
 
     def end_stage(self) -> None:
         """Adds this task's Fisher information to the penalty of the stages to come."""
