@@ -44,6 +44,8 @@ TOKENS = {
     "trace_numglue_ds": (39, 2),
     "trace_20minuten": (871, 96),
 }
+#: Bytes a second that a machine reads from or writes to the storage that all share.
+STORAGE = 2e9
 #: vLLM's memory besides weights and cache.
 ENGINE_OVERHEAD = 3e9
 
@@ -297,12 +299,17 @@ def tables(plan: Plan) -> str:
     sums = [sum(row[i] for row in cost) for i in range(1, 5)]
     rows.append(["**all**", f"{sums[0] / 1e6:.1f}", f"{sums[1] / 1e15:.0f}", f"{sums[2]:.0f}", f"{sums[3]:.0f}"])
     lines += [markdown(["task", "tokens, millions", "PFLOP", "computing, s", "sending, s"], rows), ""]
-    hours = sum(max(busy, sending) for *_, busy, sending in cost) / 3600
-    lines += [f"Computing and sending overlap, so a task takes the longer of both: {hours:.1f} h for all tasks."]
+    lines += [f"Computing and sending overlap, so a task takes the longer of both: {_minutes(cost)} min for all tasks."]
     if counts["GPUs"] > counts["GPUs sharing a copy of the weights"]:
-        spread = times(plan, counts, shards=counts["GPUs"])
-        hours = sum(max(busy, sending) for *_, busy, sending in spread) / 3600
-        lines += [f"With the weights in {counts['GPUs']} parts, sent between the machines: {hours:.1f} h."]
+        spread = _minutes(times(plan, counts, shards=counts["GPUs"]))
+        lines += [f"With the weights in {counts['GPUs']} parts, sent between the machines: {spread} min."]
+    total, trained = counts["parameters"], counts["trained parameters"]
+    read, written = (4 * total if total == trained else 2 * total), 4 * trained
+    lines += [
+        "",
+        f"Each of {len(cost)} stages reads {read / 1e9:.1f} GB into the main memory of each machine and writes "
+        f"{written / 1e9:.2f} GB: {len(cost) * (read + written) / STORAGE / 60:.0f} min more.",
+    ]
     weights, token, room = cache(plan, counts["parameters"])
     lines += [
         "",
@@ -310,6 +317,10 @@ def tables(plan: Plan) -> str:
         "tokens.",
     ]
     return "\n".join(lines)
+
+
+def _minutes(cost: list[tuple[Any, ...]]) -> str:
+    return f"{sum(max(busy, sending) for *_, busy, sending in cost) / 60:.0f}"
 
 
 if __name__ == "__main__":

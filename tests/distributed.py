@@ -47,5 +47,4 @@ def watched(trainer: type, kill: dict | None) -> type:
 if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text()):
         trainer, config = method(job["method"])
-        # Sharding is refused for a trainer that adjusts gradients; here it always does, and nothing is sharded.
         train(job["options"], watched(trainer, job.get("kill")), config)

@@ -430,6 +430,7 @@ class CLTrainer(SFTTrainer):
         parameters = self.trained()
         total = sum(label != -100 for row in rows["labels"] for label in row)
         gradient = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        share = share and self.accelerator.num_processes > 1
         if share:
             rows = self.own_share(rows)
         for batch in self.batches(rows):
@@ -462,7 +463,7 @@ class CLTrainer(SFTTrainer):
                 f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before anew "
                 f"(delete its train.json), or restore the file."
             )
-        return load_file(file, device=str(self.accelerator.device))
+        return {name: tensor.to(self.accelerator.device) for name, tensor in load_file(file).items()}
 
     def _chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
