@@ -110,6 +110,7 @@ def read_launch(name: str) -> tuple[argparse.Namespace, dict[str, str]]:
 
     command = ["--config_file", str(CONFIGS / "accelerate" / name), "--module", "trainers.sequential"]
     args = _validate_launch_command(launch_command_parser().parse_args(command))[0]
+    args.deepspeed_fields_from_accelerate_config = ""  # `accelerate launch` sets it after reading the file
     with mock.patch.dict(os.environ, clear=True):
         return args, prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
 
