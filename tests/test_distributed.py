@@ -158,11 +158,11 @@ def test_the_order_of_replay_is_the_same_in_every_process(kind):
 def test_methods_that_need_whole_weights_refuse_shards(name, options, monkeypatch):
     trainer, config = method(name)
     asked = SimpleNamespace(deepspeed="zero3.json", fsdp=None)
-    with pytest.raises(ConfigError, match="whole weights.*DeepSpeed gives each process a part"):
+    with pytest.raises(ConfigError, match=r"whole weights.*DeepSpeed gives each process a part"):
         trainer.prepare(asked, SimpleNamespace(use_peft=name != "osf"))
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    with pytest.raises(ConfigError, match="whole weights.*FSDP gives each process a part"):
+    with pytest.raises(ConfigError, match=r"whole weights.*FSDP gives each process a part"):
         train(options | {"use_peft": name != "osf"}, trainer, config)
     assert not Path(options["output_dir"]).exists()
 

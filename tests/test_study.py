@@ -124,7 +124,7 @@ def test_each_makes_a_run_of_every_combination(write, tmp_path):
     file = write({"lora": run, "other": GOOD})
     runs = read_study(file)
     assert list(runs) == [
-        *(f"lora-{m}-seed{s}-{o}" for m in ("sequential", "ewc") for s in (0, 1) for o in ("there", "back")),
+        *(f"lora-{m}-seed{s}-{o}" for m in ("sequential", "ewc") for s in (0, 1) for o in ("back", "there")),
         "other",
     ]
     config = ["--config", str(tmp_path / "config.yaml")]

@@ -668,7 +668,6 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         data.source_fingerprint(name)  # its data is needed after hours of training: is it there?
     tasks = data.load_tasks(config.tasks)
     _check_gradients(trainer, config)
-    _check_shards()
 
     manifest = {
         "method": _method(trainer),
@@ -695,6 +694,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         },
         **trainer.prepare(config, model_args),
     }
+    _check_shards()
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
     tokenizer = AutoTokenizer.from_pretrained(
