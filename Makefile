@@ -9,7 +9,7 @@ CONFIG ?= $(firstword $(wildcard trainers/configs/quickstart_$*.yaml) trainers/c
 # runs/<method>-<config>
 RUN ?= runs/$*-$(basename $(notdir $(CONFIG)))
 
-.PHONY: help setup bench check test test-slow data evaluate judge report study
+.PHONY: help setup bench check test test-slow data evaluate judge report study sweep
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -55,6 +55,9 @@ report: ## write the report of a run: make report RUN=runs/NAME
 
 study: setup ## train, evaluate and compare several runs: make study STUDY=trainers/configs/studies/NAME.yaml [FULL=1]
 	$(BIN)/trace-bench study $(STUDY) $(if $(FULL),--full)
+
+sweep: STUDY ?= trainers/configs/studies/sweep.yaml
+sweep: study ## methods x seeds x orders, and what differs beyond the seeds: make sweep [STUDY=FILE.yaml] [FULL=1]
 
 bench: setup ## every comparison side by side: bench/results.json and tables; PART=evaluation|training|methods|scale|startup
 	for part in $(or $(PART),startup scale training methods evaluation); do $(BIN)/python -m bench.$$part || exit 1; done

@@ -114,6 +114,35 @@ def test_values_and_runs_and_the_config_may_depend_on_the_scale(write, tmp_path)
     }
 
 
+def test_each_makes_a_run_of_every_combination(write, tmp_path):
+    run = {
+        "method": {"each": ["sequential", "ewc"]},
+        "train_rows": 8,
+        "tasks": {"each": {"there": ["x", "y"], "back": ["y", "x"]}},
+        "seed": {"each": {"small": [0, 1], "full": [0, 1, 2]}},
+    }
+    file = write({"lora": run, "other": GOOD})
+    runs = read_study(file)
+    assert list(runs) == [
+        *(f"lora-{m}-seed{s}-{o}" for m in ("sequential", "ewc") for s in (0, 1) for o in ("back", "there")),
+        "other",
+    ]
+    config = ["--config", str(tmp_path / "config.yaml")]
+    one = ["--seed", "1", "--tasks", "y", "x", "--train_rows", "8"]
+    assert runs["lora-ewc-seed1-back"] == ("ewc", [*config, *one])
+    assert len(read_study(file, full=True)) == 2 * 2 * 3 + 1
+
+
+def test_a_run_by_its_number_and_by_another_launcher(write, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    file = write({"a": {**GOOD, "seed": {"each": [0, 1]}}, "b": GOOD})
+    main(["study", str(file), "--dry-run", "--only", "2", "--launch", "accelerate launch --num_processes 8"])
+    training, evaluation = capsys.readouterr().out.splitlines()
+    start = "accelerate launch --num_processes 8 -m trainers.sequential --config"
+    assert training.startswith(start) and training.endswith("--seed 1 --output_dir runs/mine-small/a-seed1")
+    assert evaluation == f"{sys.executable} -m trace_bench.cli evaluate runs/mine-small/a-seed1"
+
+
 def test_the_methods_are_the_files_that_can_be_run():
     assert {"sequential", "single", "joint", "icl"} <= set(methods())
     assert not {"base", "__init__", "memory"} & set(methods())
@@ -138,6 +167,12 @@ GOOD = {"method": "sequential"}
         ({"a": {**GOOD, "--train_rows": 3}}, ["'--train_rows' is not allowed", "without '--'"]),
         ({"a": {**GOOD, "train_rows": {"small": 3}}}, ["a, train_rows", "both small and full"]),
         ({"a/b": GOOD}, ["a/b", "folder"]),
+        ({"a": {**GOOD, "seed": {"each": []}}}, ["a, seed", "each takes a list of words or numbers"]),
+        ({"a": {**GOOD, "seed": {"each": 3}}}, ["a, seed", "each takes a list"]),
+        ({"a": {**GOOD, "tasks": {"each": [["x"], ["y"]]}}}, ["a, tasks", "a mapping of names to values"]),
+        ({"a": {**GOOD, "seed": {"each": [1], "or": [2]}}}, ["a, seed", "nothing stands beside it"]),
+        ({"a": {"method": {"each": ["ewc", "x"]}}}, ["runs, a-x", "method 'x' is not one of"]),
+        ({"a": {**GOOD, "seed": {"each": [1]}}, "a-seed1": GOOD}, ["a-seed1", "two runs have this name"]),
         ({}, ["no run"]),
         (["a"], ["runs: expected run names"]),
     ],

@@ -211,7 +211,13 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("file", metavar="FILE.yaml", help="such as trainers/configs/studies/replay.yaml")
     p.add_argument("--full", action="store_true", help="at the scale of the paper instead of the small one")
     p.add_argument("--output_dir", "--output-dir", metavar="DIR", help="default: runs/<name of the study>-<small|full>")
-    p.add_argument("--only", nargs="+", metavar="NAME", help="these runs only; the table has all that are there")
+    p.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="these runs only, by name or by number from 1 on; the table has all that are there",
+    )
+    p.add_argument("--launch", metavar="COMMAND", help="starts the trainings, as 'accelerate launch --num_processes 8'")
     p.add_argument("--dry-run", action="store_true", help="print the commands and do nothing")
     p.set_defaults(run=_study)
 
@@ -576,7 +582,14 @@ def _report(args: argparse.Namespace) -> None:
 def _study(args: argparse.Namespace) -> None:
     from trace_bench.study import run_study
 
-    if not run_study(args.file, full=args.full, output_dir=args.output_dir, only=args.only, dry_run=args.dry_run):
+    if not run_study(
+        args.file,
+        full=args.full,
+        output_dir=args.output_dir,
+        only=args.only,
+        launch=args.launch,
+        dry_run=args.dry_run,
+    ):
         sys.exit(1)
 
 

@@ -11,20 +11,30 @@ A study is a YAML file; `trainers/configs/studies/` holds the paper's:
 `config` is relative to the study file. The keys of a run are `method`, a file in `trainers/`, and options of it. Any
 value may be written as {small: X, full: Y}: X by default, Y with `--full`; null leaves the option (or the run) out.
 
+A value {each: [X, Y]} makes a run of every value, and several of them a run of every combination: a sweep over methods,
+seeds and orders is
+
+    method: {each: [sequential, ewc]}
+    seed: {each: [0, 1, 2]}
+    tasks: {each: {order1: [order1], order2: [order2]}}
+
+where values with no short name of their own are given one. The runs of `lora` are then lora-sequential-seed0-order1 ...
+
 Each run is `python -m trainers.METHOD` and `trace-bench evaluate`, which go on where they were; what `trace-bench
-report` says of all of them comes last. For several GPUs, take the commands from `--dry-run` and launch them with
-accelerate.
+report` says of all of them comes last. `--launch 'accelerate launch --num_processes 8'` trains on several GPUs; `--only
+N` does the N-th run, for the jobs of an array on a cluster (`trainers/configs/slurm/sweep.sbatch`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +89,10 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
         raise StudyError(f"{file}, runs: expected run names with their options, found {runs!r:.60}.")
     commands = {}
     known = methods()
-    for name, options in runs.items():
+    for name, options in _each(runs, scale, f"{file}, runs"):
         where = f"{file}, runs, {name}"
-        options = _at(scale, options, where)
-        if options is None:
-            continue
+        if name in commands:
+            raise StudyError(f"{where}: two runs have this name.")
         if not re.fullmatch(r"\w[\w.-]*", str(name)):
             raise StudyError(f"{where}: the name becomes a folder; use letters, digits, '_', '-' and '.'.")
         if not isinstance(options, dict) or options.get("method") not in known:
@@ -94,11 +103,41 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
             if key in ("config", "output_dir") or not re.fullmatch(r"[a-z]\w*", str(key)):
                 raise StudyError(f"{where}: {key!r} is not allowed; use method and options of it, without '--'.")
             if key != "method":
-                arguments += _argument(key, _at(scale, value, f"{where}, {key}"))
-        commands[str(name)] = (options["method"], arguments)
+                arguments += _argument(key, value)
+        commands[name] = (options["method"], arguments)
     if not commands:
         raise StudyError(f"{file}: there is no run at the {scale} scale.")
     return commands
+
+
+def _each(runs: dict[Any, Any], scale: str, where: str) -> Iterator[tuple[str, Any]]:
+    """The runs by name with their options, those with values {each: ...} as a run of every combination."""
+    for name, options in runs.items():
+        options = _at(scale, options, f"{where}, {name}")
+        if options is None:
+            continue
+        if not isinstance(options, dict):
+            yield str(name), options
+            continue
+        options = {key: _at(scale, value, f"{where}, {name}, {key}") for key, value in options.items()}
+        choices = []  # of each option to vary: the parts of a name and the values
+        for key, value in options.items():
+            if not isinstance(value, dict) or "each" not in value:
+                continue
+            values = _at(scale, value["each"], f"{where}, {name}, {key}, each")
+            if isinstance(values, list) and all(isinstance(v, str | int | float) for v in values):
+                values = {v if isinstance(v, str) else f"{key}{v}": v for v in values}
+            if value.keys() != {"each"} or not isinstance(values, dict) or not values:
+                raise StudyError(
+                    f"{where}, {name}, {key}: found {value!r:.60}; each takes a list of words or numbers, or a mapping "
+                    "of names to values, and nothing stands beside it."
+                )
+            choices.append([(str(part), key, v) for part, v in values.items()])
+        for chosen in itertools.product(*choices):
+            yield (
+                "-".join([str(name), *(part for part, _, _ in chosen)]),
+                {**options, **{key: v for _, key, v in chosen}},
+            )
 
 
 def _at(scale: str, value: Any, where: str) -> Any:
@@ -125,6 +164,7 @@ def run_study(
     full: bool = False,
     output_dir: str | Path | None = None,
     only: Collection[str] | None = None,
+    launch: str | None = None,
     dry_run: bool = False,
 ) -> bool:
     """Does the runs of a study one after the other, prints their comparison and writes it as summary.md and .csv.
@@ -133,7 +173,8 @@ def run_study(
         file: The study file.
         full: Whether at the scale of the paper.
         output_dir: The folder of the runs; None = runs/<name of the file>-<small or full>.
-        only: Names of the runs to do; None = all. The comparison has all that are there.
+        only: Names of the runs to do, or their numbers from 1 on; None = all. The comparison has all that are there.
+        launch: What starts the trainings instead of this Python, as `accelerate launch --num_processes 8`.
         dry_run: Print the commands only.
 
     Returns:
@@ -145,15 +186,20 @@ def run_study(
     runs = read_study(file, full)
     title = f"{Path(file).stem}-{'full' if full else 'small'}"
     folder = Path(output_dir or Path("runs") / title)
-    unknown = sorted(set(only or ()) - runs.keys())
+    numbers = {str(i): name for i, name in enumerate(runs, 1)}
+    only = {name if name in runs else numbers.get(name, name) for name in only or ()}
+    unknown = sorted(only - runs.keys())
     if unknown:
-        raise StudyError(f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}.")
+        raise StudyError(
+            f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}, or their numbers 1 to {len(runs)}."
+        )
+    start = shlex.split(launch) if launch else [sys.executable]
     failed: dict[str, str] = {}
     for name, (method, arguments) in runs.items():
         if only and name not in only:
             continue
         commands = {
-            "training": [sys.executable, "-m", f"trainers.{method}", *arguments, "--output_dir", str(folder / name)],
+            "training": [*start, "-m", f"trainers.{method}", *arguments, "--output_dir", str(folder / name)],
             "evaluation": [sys.executable, "-m", "trace_bench.cli", "evaluate", str(folder / name)],
         }
         for step, command in commands.items():

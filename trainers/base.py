@@ -47,6 +47,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
@@ -480,14 +481,25 @@ class CLTrainer(SFTTrainer):
             batch = self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
             yield {k: v.to(self.accelerator.device) for k, v in batch.items()}
 
-    def loss_gradient(self, rows: Dataset) -> dict[str, torch.Tensor]:
+    def own_share(self, rows: Dataset) -> Dataset:
+        """The rows that this process works on when all processes share a computation."""
+        return rows.select(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
+
+    def loss_gradient(self, rows: Dataset, *, share: bool = True) -> dict[str, torch.Tensor]:
         """The gradient of the task loss (mean over the answer tokens of `rows`), beside the one being accumulated.
 
-        Every process computes the whole of it: no gradient is exchanged.
+        Args:
+            rows: The same ones in every process.
+            share: Each process computes its share of the rows, and all get the sum: it is faster, and the processes
+                cannot drift apart by the rounding of kernels that sum in another order each time. False = each
+                process computes the whole of it and nothing is exchanged.
         """
         parameters = self.trained()
         total = sum(label != -100 for row in rows["labels"] for label in row)
         gradient = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        share = share and self.accelerator.num_processes > 1
+        if share:
+            rows = self.own_share(rows)
         for batch in self.batches(rows):
             with self.compute_loss_context_manager():
                 logits, target = self.answer_logits(self.model, batch)
@@ -496,7 +508,7 @@ class CLTrainer(SFTTrainer):
             for name, part in zip(parameters, parts, strict=True):
                 if part is not None:
                     gradient[name] += part
-        return gradient
+        return self.accelerator.reduce(gradient, "sum") if share else gradient
 
     def save_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Writes what the next stage needs to stage.method_state; for `end_stage`."""
@@ -518,7 +530,7 @@ class CLTrainer(SFTTrainer):
                 f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before anew "
                 f"(delete its train.json), or restore the file."
             )
-        return load_file(file, device=str(self.accelerator.device))
+        return {name: tensor.to(self.accelerator.device) for name, tensor in load_file(file).items()}
 
     def _chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.tokenizer.apply_chat_template(
@@ -672,6 +684,11 @@ class CLTrainer(SFTTrainer):
         with fresh_dir(target) if self.is_world_process_zero() else nullcontext(staging(target)) as folder:
             self.save_model(str(folder))
             if self.is_world_process_zero():
+                if not list(folder.glob("*.safetensors")):
+                    raise RunError(
+                        f"{target} would hold no weights: DeepSpeed or FSDP saved shards. Launch with a file of "
+                        "trainers/configs/accelerate, which have them put together."
+                    )
                 # A pickle of the arguments: nobody reads it, and only safetensors are kept.
                 (folder / "training_args.bin").unlink(missing_ok=True)
         return target
@@ -825,6 +842,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         },
         "tasks": config.tasks,
         **({"stages": config.stages} if config.stages != config.tasks else {}),
+        # Another number of processes is another batch.
+        **({"processes": state.num_processes} if state.num_processes > 1 else {}),
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
         "data": data.data_record(root, config.tasks),
         "seed": config.seed,
@@ -838,6 +857,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         },
         **trainer.prepare(config, model_args),
     }
+    _check_shards()
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
     if not Path(base).is_dir():
@@ -903,20 +923,50 @@ def _check_sources(run: Run, stage: Stage, root: Path | None) -> None:
         )
 
 
-def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:
-    """Refuses settings under which `adjust_gradients` would not see the gradient as it is."""
-    if trainer.adjust_gradients is CLTrainer.adjust_gradients:
-        return
+def refuse_shards(config: CLConfig, why: str, instead: str) -> None:
+    """Refuses DeepSpeed and FSDP, however they were asked for.
+
+    Raises:
+        ConfigError: with `why` a method cannot work with them.
+    """
     sharded = {
-        "DeepSpeed": config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true",
-        "FSDP": config.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true",
+        "DeepSpeed": config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+        "FSDP": config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
     }
     for name, used in sharded.items():
         if used:
             raise ConfigError(
-                f"{_method(trainer)} needs whole gradients, and {name} gives each process a part of them. "
-                "Launch it without, on one process or several (DDP), with LoRA if memory is short."
+                f"{why}, and {name} gives each process a part of them. "
+                f"Launch it without, on one process or several (DDP), {instead}."
             )
+
+
+def _check_shards() -> None:
+    """Refuses launches of accelerate that save shards or nothing instead of a whole checkpoint."""
+    launched = {k: v.lower() for k, v in os.environ.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    kind = launched.get("FSDP_STATE_DICT_TYPE", "not set")
+    if launched.get("ACCELERATE_USE_FSDP") == "true" and kind != "full_state_dict":
+        raise ConfigError(
+            f"fsdp_state_dict_type is {kind.upper()}, which saves no checkpoint that a stage could start from: set "
+            "FULL_STATE_DICT, as trainers/configs/accelerate/fsdp.yaml does."
+        )
+    whole = launched.get("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "not set")
+    if (
+        launched.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        and launched.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+        and whole != "true"
+    ):
+        raise ConfigError(
+            f"zero3_save_16bit_model is {whole}, which saves no checkpoint that a stage could start from: set true, as "
+            "trainers/configs/accelerate/zero3.yaml does."
+        )
+
+
+def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:
+    """Refuses settings under which `adjust_gradients` would not see the gradient as it is."""
+    if trainer.adjust_gradients is CLTrainer.adjust_gradients:
+        return
+    refuse_shards(config, f"{_method(trainer)} needs whole gradients", "with LoRA if memory is short")
     if config.fp16:
         raise ConfigError(f"{_method(trainer)} needs true gradients, and fp16=true scales them: use bf16 or float32.")
 
@@ -985,7 +1035,6 @@ def _loss_line(summary: dict[str, Any]) -> str:
 
 def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
     assert trainer.model is not None and isinstance(trainer.train_dataset, Dataset)
-    parameters = list(trainer.model.parameters())
     cuda = torch.cuda.is_available()
     tokens = int(trainer._total_train_tokens)
     return {
@@ -1002,8 +1051,9 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "memory_of": "cuda" if cuda else "process",
         "processes": trainer.accelerator.num_processes,
-        "parameters": sum(p.numel() for p in parameters),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        # Of the whole model, also where this process has a part of it.
+        "parameters": get_model_param_count(trainer.model),
+        "trainable_parameters": get_model_param_count(trainer.model, trainable_only=True),
         # HF's own "train_loss" is the mean since the checkpoint that the stage went on from.
         "mean_loss": (trainer.before["losses"] + trainer._total_loss_scalar) / max(trainer.state.global_step, 1),
         "losses": [
@@ -1027,7 +1077,20 @@ def _evaluate(run: Run, stage: Stage, state: PartialState) -> None:
             "--stages",
             str(stage.index),
         ]
-        if subprocess.run(command).returncode:
+        # It is a program of its own, not one of the processes that were launched together.
+        launched = (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_",
+            "GROUP_",
+            "ROLE_",
+            "MASTER_",
+            "TORCHELASTIC_",
+            "ACCELERATE_",
+            "FSDP_",
+        )
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(launched)}
+        if subprocess.run(command, env=environment).returncode:
             raise RunError(f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again.")
     state.wait_for_everyone()
 

@@ -83,19 +83,19 @@ class EWCTrainer(CLTrainer):
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ewc_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.trained().items()}
-        layers = {
-            n: m for n, m in self.model.named_modules() if isinstance(m, torch.nn.Linear) and f"{n}.weight" in total
-        }
+        modules = self.model.named_modules()
+        layers = {n: m for n, m in modules if isinstance(m, torch.nn.Linear) and f"{n}.weight" in total}
+        mine = self.own_share(rows)
         if len(layers) == len(total):
-            rows = rows.select(sorted(range(len(rows)), key=[len(ids) for ids in rows["input_ids"]].__getitem__))
-            for batch in self.batches(rows):
+            mine = mine.select(sorted(range(len(mine)), key=[len(ids) for ids in mine["input_ids"]].__getitem__))
+            for batch in self.batches(mine):
                 for name, gradients in self.row_gradients(batch, layers):
                     total[name] += gradients.square().sum(0) / len(rows)
         else:
-            for i in range(len(rows)):
-                for name, gradient in self.loss_gradient(rows.select([i])).items():
+            for i in range(len(mine)):
+                for name, gradient in self.loss_gradient(mine.select([i]), share=False).items():
                     total[name] += gradient.float() ** 2 / len(rows)
-        return total
+        return self.accelerator.reduce(total, "sum")
 
     def row_gradients(
         self, batch: dict[str, torch.Tensor], layers: dict[str, torch.nn.Linear]

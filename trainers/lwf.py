@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from trace_bench import models
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, refuse_shards
 
 
 @dataclass
@@ -49,6 +49,12 @@ class LwFTrainer(CLTrainer):
     """A stage with the model of the stage before as its teacher."""
 
     config: LwFConfig
+
+    @classmethod
+    def prepare(cls, config: LwFConfig, model_args: Any) -> dict[str, Any]:
+        """Refuses shards: only the trained model would be put together from them, not the teacher."""
+        refuse_shards(config, "lwf needs whole weights for its teacher", "with LoRA if memory is short")
+        return {}
 
     def begin_stage(self) -> None:
         """Loads the teacher: a second model in memory."""

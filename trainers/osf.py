@@ -25,7 +25,6 @@ them have gradients and moments. PEFT advises learning rates of 1e-5 to 1e-4.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from peft import OSFConfig as Tuner
 from peft import get_peft_model
 
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, refuse_shards
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +69,9 @@ class OSFTrainer(CLTrainer):
         """Refuses LoRA and shards."""
         if model_args.use_peft:
             raise ConfigError("use_peft=true: OSF trains the weights of the model itself; set use_peft=false.")
-        launched = (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP"))
-        if config.deepspeed or config.fsdp or "true" in launched:
-            raise ConfigError(
-                "OSF decomposes whole weights and projects whole gradients, and DeepSpeed and FSDP give each process a "
-                "part of them. Launch it without, on one process or several (DDP)."
-            )
+        refuse_shards(
+            config, "OSF decomposes whole weights and projects whole gradients", "with a model that fits each GPU"
+        )
         if model_args.dtype != "float32":
             log.warning(
                 "dtype=%s rounds the singular vectors, so that they are not orthogonal any more: use dtype=float32 "

@@ -25,12 +25,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 
 from trace_bench import data
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped, main
 from trainers.memory import CHOICES, choose_rows
 
 
@@ -150,6 +151,7 @@ class ReplayTrainer(CLTrainer):
             round(self.own_epochs * len(own)),
             super()._get_train_sampler(rows.select(replayed)) if replayed else [],
             len(own),
+            self.args.seed,
         )
 
     def record(self) -> dict[str, Any]:
@@ -158,21 +160,33 @@ class ReplayTrainer(CLTrainer):
 
 
 class _Phases(Sampler):
-    """The own rows, shuffled anew in each of their epochs, then the replayed rows once."""
+    """The own rows, shuffled anew in each of their epochs, then the replayed rows once.
 
-    def __init__(self, own: Any, steps: int, replayed: Any, offset: int) -> None:
-        self.own, self.steps, self.replayed, self.offset = own, steps, replayed, offset
+    Each order depends on the seed and the epoch alone: every process has the same one, whatever random numbers their
+    models have drawn.
+    """
+
+    def __init__(self, own: Any, steps: int, replayed: Any, offset: int, seed: int) -> None:
+        self.own, self.steps, self.replayed, self.offset, self.seed = own, steps, replayed, offset, seed
 
     def __len__(self) -> int:
         return self.steps + len(self.replayed)
 
     def __iter__(self) -> Iterator[int]:
-        left = self.steps
+        left, epoch = self.steps, 0
         while left:
-            epoch = list(self.own)[:left]
-            yield from epoch
-            left -= len(epoch)
-        yield from (self.offset + i for i in self.replayed)
+            rows = self._order(self.own, epoch)[:left]
+            yield from rows
+            left -= len(rows)
+            epoch += 1
+        yield from (self.offset + i for i in self._order(self.replayed, epoch))
+
+    def _order(self, sampler: Any, epoch: int) -> list[int]:
+        if isinstance(sampler, LengthGrouped):
+            sampler.set_epoch(epoch)
+        elif isinstance(sampler, RandomSampler):
+            sampler.generator = torch.Generator().manual_seed(self.seed + epoch)
+        return list(sampler)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,328 @@
+"""Memory and time of two large runs from first principles: the tables of SCALING.md.
+
+    python -m bench.scaling
+
+The configs are loaded as a training loads them, the models are built without weights (meta device) and divided by
+accelerate's own code among as many processes as the launch file says, which do not exist (torch's fake process group).
+What is counted so is the parameters and what of them is on each GPU; the rest is arithmetic with the constants below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from trace_bench.tables import markdown
+
+CONFIGS = Path(__file__).parents[1] / "trainers" / "configs"
+
+#: One H100 SXM: dense bf16 FLOP/s and bytes of memory.
+PEAK, MEMORY = 989e12, 80e9
+#: Share of the peak that training reaches, counted without the forward pass that checkpointing repeats.
+MFU = 0.4
+#: Bytes a second that a GPU receives in a collective: within a machine (NVLink 4, peak 450e9) and between machines (one
+#: 400 Gbit/s adapter for each GPU, peak 50e9).
+NVLINK, NETWORK = 300e9, 40e9
+#: GPUs of a machine.
+MACHINE = 8
+#: Training rows of each task, and the median tokens of prompt and answer of the real data (SmolLM2's tokenizer).
+ROWS = 5000
+TOKENS = {
+    "trace_cstance": (278, 1),
+    "trace_fomc": (77, 1),
+    "trace_meetingbank": (776, 72),
+    "trace_py150": (222, 11),
+    "trace_scienceqa": (73, 172),
+    "trace_numglue_cm": (46, 2),
+    "trace_numglue_ds": (39, 2),
+    "trace_20minuten": (871, 96),
+}
+#: Bytes a second that a machine reads from or writes to the storage that all share.
+STORAGE = 2e9
+#: vLLM's memory besides weights and cache.
+ENGINE_OVERHEAD = 3e9
+
+SHAPES = {
+    "Llama-2-7b-chat-hf": {},  # transformers' defaults
+    "Llama-2-70b-chat-hf": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+
+
+@dataclass
+class Plan:
+    """A run and how it is launched."""
+
+    title: str
+    config: str
+    launch: str
+
+
+PLANS = [
+    Plan("7B, all parameters, 8 GPUs", "llama2_7b_full.yaml", "fsdp.yaml"),
+    Plan("70B, LoRA, 2 x 8 GPUs", "llama2_70b_lora.yaml", "hsdp.yaml"),
+]
+
+
+def load_config(name: str) -> tuple[Any, Any]:
+    """A run's configuration as the trainers read it."""
+    from trl import ModelConfig, TrlParser
+
+    from trainers.base import CLConfig
+
+    return TrlParser((CLConfig, ModelConfig)).parse_args_and_config(["--config", str(CONFIGS / name)])
+
+
+def shape(model_args: Any) -> Any:
+    """The configuration of the model, without the hub."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**SHAPES[model_args.model_name_or_path.rpartition("/")[2]])
+
+
+def meta_model(model_args: Any) -> Any:
+    """The model as a stage trains it, adapter included, without memory for its weights."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+    from trl import get_peft_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape(model_args), dtype=getattr(torch, model_args.dtype))
+    return get_peft_model(model, get_peft_config(model_args), low_cpu_mem_usage=True) if model_args.use_peft else model
+
+
+def read_launch(name: str) -> tuple[argparse.Namespace, dict[str, str]]:
+    """A launch file as `accelerate launch` reads it, and the variables that it sets for the processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    command = ["--config_file", str(CONFIGS / "accelerate" / name), "--module", "trainers.sequential"]
+    args = _validate_launch_command(launch_command_parser().parse_args(command))[0]
+    args.deepspeed_fields_from_accelerate_config = ""  # `accelerate launch` sets it after reading the file
+    with mock.patch.dict(os.environ, clear=True):
+        return args, prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
+
+
+def divided(model: Any, launch: str) -> tuple[int, int, int]:
+    """Divides a meta model as FSDP would under a launch file.
+
+    Args:
+        model: The model on the meta device; it is changed.
+        launch: The name of the launch file.
+
+    Returns:
+        Processes in all, the processes that share one copy of the weights, and the bytes of parameters on each of them.
+    """
+    import torch.distributed as dist
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    args, environment = read_launch(launch)
+    assert args.use_fsdp and args.fsdp_version == 2
+    replicas = args.parallelism_config_dp_replicate_size if args.use_parallelism_config else 1
+    shards = args.num_processes // replicas
+    dist.init_process_group("fake", rank=0, world_size=args.num_processes, store=FakeStore())
+    try:
+        with mock.patch.dict(os.environ, {k: v for k, v in environment.items() if k.startswith("FSDP_")}):
+            # Nothing is loaded here, so that nothing is sent to other processes either.
+            plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
+        plugin.set_mixed_precision("bf16")
+        names = ("dp_replicate", "dp_shard")
+        fsdp2_prepare_model(
+            SimpleNamespace(  # type: ignore[arg-type]
+                state=SimpleNamespace(fsdp_plugin=plugin),
+                torch_device_mesh=init_device_mesh("cpu", (replicas, shards), mesh_dim_names=names),
+                parallelism_config=SimpleNamespace(fsdp_dim_names=names if replicas > 1 else names[1:]),
+                mixed_precision="bf16",
+                is_main_process=False,
+                device=torch.device("cpu"),
+            ),
+            model,
+        )
+        local = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+    finally:
+        dist.destroy_process_group()
+    return args.num_processes, shards, local
+
+
+def saved_by_layer(config: Any, scale: int = 8) -> int:
+    """Bytes that a decoder layer keeps of each token for its backward pass, all of its weights being trained.
+
+    Counted in a layer of which every width is a `scale`-th, since all that is kept grows with them, on the CPU, where
+    attention keeps what flash attention keeps on a GPU.
+    """
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+    small = LlamaConfig(
+        hidden_size=config.hidden_size // scale,
+        intermediate_size=config.intermediate_size // scale,
+        num_attention_heads=config.num_attention_heads // scale,
+        num_key_value_heads=config.num_key_value_heads // scale,
+        attn_implementation="sdpa",
+    )
+    tokens = 256
+    layer = LlamaDecoderLayer(small, 0).to(torch.bfloat16)
+    states = torch.randn(1, tokens, small.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    rotary = LlamaRotaryEmbedding(small)(states, torch.arange(tokens)[None])
+    known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), states, *rotary)}
+    kept: dict[int, int] = {}
+    tensors = []  # alive, so that no two have one address
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+            tensors.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(states, position_embeddings=rotary, attention_mask=None)
+    return sum(kept.values()) * scale // tokens
+
+
+def memory(plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:
+    """Bytes on each GPU at the moment of a step that needs most, by what they are for, and the counts behind them."""
+    args, model_args = load_config(plan.config)
+    config, model = shape(model_args), meta_model(model_args)
+    assert args.gradient_checkpointing and args.bf16
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    layer = sum(p.numel() for p in model.get_submodule(_layers(model)).parameters())
+    head = config.vocab_size * config.hidden_size
+    world, shards, local = divided(model, plan.launch)
+    rows = args.per_device_train_batch_size
+    tokens = rows * (args.max_prompt_length + args.max_answer_length)
+    kept = saved_by_layer(config)
+    parts = {
+        "weights": local,
+        "gradients, float32": 4 * trained / shards,
+        "AdamW's two moments, float32": 8 * trained / shards,
+        "weights put together: two layers, embeddings, head, bf16": 2 * (2 * layer + 2 * head),
+        "gradients of a layer before they are divided, bf16": 2 * layer if trained == total else 0,
+        "checkpointed states: one a layer, bf16": 2 * tokens * config.hidden_size * config.num_hidden_layers,
+        "one layer's activations, repeated": tokens * kept,
+        "logits of answers and their gradient, bf16 and twice float32": 10
+        * rows
+        * args.max_answer_length
+        * config.vocab_size,
+    }
+    counts = {
+        "parameters": total,
+        "trained parameters": trained,
+        "GPUs": world,
+        "GPUs sharing a copy of the weights": shards,
+        "rows of an optimizer step": rows * args.gradient_accumulation_steps * world,
+        "tokens on a GPU at once, at the most": tokens,
+        "bytes that a layer keeps of a token": kept,
+    }
+    return parts, counts
+
+
+def _layers(model: Any) -> str:
+    return next(name for name, m in model.named_modules() if type(m).__name__ == "LlamaDecoderLayer")
+
+
+def times(
+    plan: Plan, counts: dict[str, Any], shards: int | None = None
+) -> list[tuple[str, float, float, float, float]]:
+    """What each task costs.
+
+    Args:
+        plan: The run.
+        counts: Of `memory`.
+        shards: GPUs sharing a copy of the weights, if others than planned.
+
+    Returns:
+        For each task: its name, tokens, FLOPs, seconds of computing, and seconds of sending.
+    """
+    args, model_args = load_config(plan.config)
+    config = shape(model_args)
+    full = counts["trained parameters"] == counts["parameters"]
+    shards = shards or counts["GPUs sharing a copy of the weights"]
+    world = counts["GPUs"]
+    # Put together for the forward and again for the backward pass, in bf16; gradients are reduced in the same size.
+    sent = (3 if full else 2) * 2 * counts["parameters"] * (shards - 1) / shards
+    result = []
+    for task, epochs in zip(args.tasks, args.epochs, strict=True):
+        length = sum(TOKENS[task])
+        rows = ROWS * epochs
+        # 2 N forward, 2 N to pass the gradient back, 2 N for the gradient of the weights, which LoRA leaves out; causal
+        # attention 2 s^2 h a layer forward, and twice that backward.
+        flops = rows * (
+            (6 if full else 4) * counts["parameters"] * length
+            + 6 * config.num_hidden_layers * config.hidden_size * length**2
+        )
+        micro_batches = rows / (args.per_device_train_batch_size * world)
+        bandwidth = NVLINK if shards <= MACHINE else NETWORK
+        result.append(
+            (task, rows * length, flops, flops / (world * PEAK * MFU), micro_batches * sent / bandwidth),
+        )
+    return result
+
+
+def cache(plan: Plan, parameters: int) -> tuple[float, float, int]:
+    """Evaluation in vLLM: bytes of weights on a GPU, of the cache for a token, and tokens that it has room for."""
+    args, model_args = load_config(plan.config)
+    config = shape(model_args)
+    gpus = args.engine_args.get("tensor_parallel_size", 1)
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    weights = 2 * parameters / gpus
+    room = args.engine_args["gpu_memory_utilization"] * MEMORY - weights - ENGINE_OVERHEAD
+    return weights, token, int(room * gpus / token)
+
+
+def tables(plan: Plan) -> str:
+    """All tables of a plan, as they stand in SCALING.md."""
+    parts, counts = memory(plan)
+    lines = [f"### {plan.title}", "", markdown(["count", ""], [[k, f"{v:,}"] for k, v in counts.items()]), ""]
+    rows = [[name, f"{size / 1e9:.2f}"] for name, size in [*parts.items(), ("**sum**", sum(parts.values()))]]
+    lines += [markdown(["on each GPU", "GB"], rows), ""]
+    cost = times(plan, counts)
+    rows = [
+        [name.removeprefix("trace_"), f"{tokens / 1e6:.1f}", f"{flops / 1e15:.0f}", f"{busy:.0f}", f"{sending:.0f}"]
+        for name, tokens, flops, busy, sending in cost
+    ]
+    sums = [sum(row[i] for row in cost) for i in range(1, 5)]
+    rows.append(["**all**", f"{sums[0] / 1e6:.1f}", f"{sums[1] / 1e15:.0f}", f"{sums[2]:.0f}", f"{sums[3]:.0f}"])
+    lines += [markdown(["task", "tokens, millions", "PFLOP", "computing, s", "sending, s"], rows), ""]
+    lines += [f"Computing and sending overlap, so a task takes the longer of both: {_minutes(cost)} min for all tasks."]
+    if counts["GPUs"] > counts["GPUs sharing a copy of the weights"]:
+        spread = _minutes(times(plan, counts, shards=counts["GPUs"]))
+        lines += [f"With the weights in {counts['GPUs']} parts, sent between the machines: {spread} min."]
+    total, trained = counts["parameters"], counts["trained parameters"]
+    read, written = (4 * total if total == trained else 2 * total), 4 * trained
+    lines += [
+        "",
+        f"Each of {len(cost)} stages reads {read / 1e9:.1f} GB into the main memory of each machine and writes "
+        f"{written / 1e9:.2f} GB: {len(cost) * (read + written) / STORAGE / 60:.0f} min more.",
+    ]
+    weights, token, room = cache(plan, counts["parameters"])
+    lines += [
+        "",
+        f"Evaluation: weights {weights / 1e9:.1f} GB on a GPU, {token:,} bytes of cache a token, room for {room:,} "
+        "tokens.",
+    ]
+    return "\n".join(lines)
+
+
+def _minutes(cost: list[tuple[Any, ...]]) -> str:
+    return f"{sum(max(busy, sending) for *_, busy, sending in cost) / 60:.0f}"
+
+
+if __name__ == "__main__":
+    print("\n\n".join(tables(plan) for plan in PLANS))

@@ -1,0 +1,50 @@
+"""What the processes of `tests/test_distributed.py` do: one training after the other, all in the same processes.
+
+    torchrun --nproc_per_node 2 tests/distributed.py JOBS.json
+
+A job has a method, the options of a run, and perhaps where the second process dies: {"stage": 2, "at": "step"}.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import train
+from test_methods import method
+
+
+def watched(trainer: type, kill: dict | None) -> type:
+    """The same method; its processes have to agree to the last bit, and one of them may die."""
+
+    class Watched(trainer):
+        def dies(self, at: str) -> None:
+            if kill == {"stage": self.stage.index, "at": at} and self.accelerator.process_index == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def adjust_gradients(self, model):
+            super().adjust_gradients(model)
+            if self.state.global_step == 1:
+                self.dies("step")
+
+        def save_checkpoint(self):
+            digest = hashlib.sha256()
+            for name, parameter in self.trained().items():
+                digest.update(name.encode() + parameter.detach().contiguous().numpy().tobytes())
+            digests = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(digests, digest.hexdigest())
+            assert len(digests) == 2 and len(set(digests)) == 1, f"{self.stage.name}: the processes have drifted apart"
+            self.dies("save")
+            return super().save_checkpoint()
+
+    Watched.__module__ = trainer.__module__  # the same method as far as the manifest goes
+    return Watched
+
+
+if __name__ == "__main__":
+    for job in json.loads(Path(sys.argv[1]).read_text()):
+        trainer, config = method(job["method"])
+        train(job["options"], watched(trainer, job.get("kill")), config)

@@ -1,0 +1,267 @@
+"""More than one process: the same training as one process with the batch of all, and no half-done stage is a stage."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import train
+from safetensors.torch import load_file
+from test_methods import METHODS, THREE, method
+from torch.utils.data import RandomSampler
+
+from bench import scaling
+from trace_bench.run import Run, RunError, read_json
+from trainers.base import CLTrainer, ConfigError, LengthGrouped
+from trainers.replay import _Phases
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "trainers" / "configs"
+
+
+def two_processes(jobs: list[dict], folder: Path) -> int:
+    """Runs jobs of `tests/distributed.py` in two processes; its exit code."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, str(ROOT / "tests/distributed.py"), str(file)], cwd=ROOT, env=env).returncode
+
+
+@pytest.fixture
+def small(options):
+    """Options of a method on two or three tasks, in two epochs of four steps in all, in float32 and by plain SGD.
+
+    Adam would make large steps of the rounding in gradients that are nearly zero.
+    """
+
+    def small(name: str, folder: Path) -> dict:
+        own = {
+            "ewc": {"ewc_lambda": 100.0, "tasks": THREE},
+            "ogd": {"ogd_rows": 4, "ogd_size": 6},
+            "osf": {"use_peft": False, "learning_rate": 0.1},
+            "pp": {"prompt_tokens": 4, "learning_rate": 5.0},
+            "replay": {"replay_ratio": 0.25, "alignment_rows": 8},  # whole batches in every stage
+            "gem": {"train_sampling_strategy": "random", "tasks": THREE},  # two memories
+        }
+        return {
+            **options,
+            "output_dir": str(folder / name),
+            "tasks": THREE[:2],
+            "max_steps": -1,
+            "num_train_epochs": 2.0,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "train_sampling_strategy": "group_by_length",
+            "max_prompt_length": 300,
+            "optim": "sgd",
+            "learning_rate": 0.5,
+            "lora_dropout": 0.0,
+            "dtype": "float32",
+            "bf16": False,
+            **own.get(name, {}),
+        }
+
+    return small
+
+
+@pytest.fixture
+def one_thread():
+    """As in the other processes; for a model as small as this more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tensors(run: Run) -> dict[str, torch.Tensor]:
+    """All that is on the disk: the checkpoint of each stage, and the state of the method."""
+    files = sorted(run.path.glob("stages/*/*/*.safetensors"))
+    return {f"{f.relative_to(run.path)}:{k}": v.double() for f in files for k, v in load_file(f).items()}
+
+
+def norm(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return float(torch.stack([(a[k] - b[k]).square().sum() for k in a]).sum().sqrt())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, one_thread):
+    names = [m for m in METHODS if m != "icl"]
+    assert two_processes([{"method": n, "options": small(n, tmp_path / "two")} for n in names], tmp_path) == 0
+    errors = {}
+    for name in names:
+        two = Run.open(tmp_path / "two" / name)
+        assert two.manifest["processes"] == 2
+        one, still = (
+            train({**small(name, tmp_path / folder), "per_device_train_batch_size": 4, **change}, *method(name))
+            for folder, change in (("one", {}), ("still", {"learning_rate": 0.0, "num_train_epochs": 0.25}))
+        )
+        for a, b in zip(one.stages[1:], two.stages[1:], strict=True):
+            a, b = read_json(a.train_file), read_json(b.train_file)
+            assert b["processes"] == 2
+            assert [a[k] for k in ("rows", "steps", "tokens")] == [b[k] for k in ("rows", "steps", "tokens")], name
+            assert [e["loss"] for e in b["losses"]] == pytest.approx([e["loss"] for e in a["losses"]], rel=1e-3), name
+            assert a.get("projected_steps") == b.get("projected_steps")
+        checkpoints = [{k: v for k, v in tensors(r).items() if "method_state" not in k} for r in (one, two, still)]
+        moved = norm(checkpoints[0], checkpoints[2])
+        errors[name] = norm(*checkpoints[:2]) / moved
+        print(f"{name}: {errors[name]:.1e} of {moved:.2f}")
+        states = [{k: v for k, v in tensors(r).items() if "method_state" in k} for r in (one, two)]
+        if name == "ewc":
+            assert states[0] and norm(*states) < 1e-3 * norm(states[0], {k: 0 * v for k, v in states[0].items()})
+    assert max(errors.values()) < 1e-3, errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_bytes(small, tmp_path):
+    job, whole = ({"method": "ewc", "options": small("ewc", tmp_path / f)} for f in ("killed", "whole"))
+    killed = Run(Path(job["options"]["output_dir"]), {"tasks": THREE})
+    for stage, at in ((2, "step"), (3, "save")):
+        assert two_processes([{**job, "kill": {"stage": stage, "at": at}}], tmp_path) != 0
+        assert [s.is_trained for s in killed.stages[1:]] == [i < stage for i in (1, 2, 3)]
+    with pytest.raises(RunError, match="processes: 2 -> 'absent'"):
+        train(job["options"], *method("ewc"))
+    evaluated = small("sequential", tmp_path) | {"tasks": THREE[:1], "keep": "evaluated", "test_rows": 2}
+    assert two_processes([job, whole, {"method": "sequential", "options": evaluated}], tmp_path) == 0
+    a, b = (tensors(Run.open(j["options"]["output_dir"])) for j in (job, whole))
+    assert any("method_state" in k for k in a) and a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not list(killed.path.rglob(".*.tmp")) and not list(killed.path.rglob(".trainer"))
+    # The evaluation between stages is a program of its own, started by one of the processes.
+    cells = [len(list((s.path / "eval").glob("*.json"))) for s in Run.open(evaluated["output_dir"]).stages]
+    assert cells == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------- without more processes
+
+
+@pytest.mark.parametrize("kind", [RandomSampler, lambda rows: LengthGrouped([len(str(i)) for i in rows], 2, seed=5)])
+def test_the_order_of_replay_is_the_same_in_every_process(kind):
+    orders = []
+    for noise in (0, 1):
+        torch.manual_seed(noise)  # dropout on other lengths has drawn other numbers
+        orders.append(list(_Phases(kind(range(20)), 50, kind(range(7)), 20, seed=3)))
+    assert orders[0] == orders[1]
+    epochs = [orders[0][:20], orders[0][20:40]]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
+    assert len(set(orders[0][40:50])) == 10 and sorted(orders[0][50:]) == list(range(20, 27))
+
+
+@pytest.mark.parametrize("name", ["lwf", "osf"])
+def test_methods_that_need_whole_weights_refuse_shards(name, options, monkeypatch):
+    trainer, config = method(name)
+    asked = SimpleNamespace(deepspeed="zero3.json", fsdp=None)
+    with pytest.raises(ConfigError, match=r"whole weights.*DeepSpeed gives each process a part"):
+        trainer.prepare(asked, SimpleNamespace(use_peft=name != "osf"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    with pytest.raises(ConfigError, match=r"whole weights.*FSDP gives each process a part"):
+        train(options | {"use_peft": name != "osf"}, trainer, config)
+    assert not Path(options["output_dir"]).exists()
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda f: f.stem)
+def test_a_launch_file_says_its_command_and_saves_whole_checkpoints(file, monkeypatch):
+    text = file.read_text()
+    assert text.startswith(f"# accelerate launch --config_file trainers/configs/accelerate/{file.name} ")
+    args, environment = scaling.read_launch(file.name)
+    assert args.num_processes == 8 * args.num_machines and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    from trainers.base import _check_shards
+
+    _check_shards()
+    for key, allowed in (
+        ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
+        ("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "true"),
+    ):
+        if environment.get(key, "").lower() == allowed.lower():
+            monkeypatch.delenv(key)
+            with pytest.raises(ConfigError, match=f"(?i:not set).*: set {allowed}"):
+                _check_shards()
+            break
+    else:
+        assert args.zero_stage == 2, "every other file is about saving"
+
+
+def test_a_stage_without_weights_is_no_stage(options, monkeypatch):
+    monkeypatch.setattr(CLTrainer, "save_model", lambda self, folder: (Path(folder) / "pytorch_model").touch())
+    with pytest.raises(RunError, match="would hold no weights"):
+        train(options)
+    stage = Run.open(options["output_dir"]).stages[1]
+    assert not stage.is_trained and not (stage.path / "adapter").exists()
+
+
+def test_the_slurm_job_launches_one_accelerate_a_machine(tmp_path):
+    stubs = {
+        "scontrol": "echo node-a; echo node-b",
+        "srun": 'for i in 0 1; do SLURM_NODEID=$i "$@"; done',
+        "accelerate": 'printf "%s\\n" "$*"',
+        "trace-bench": 'printf "<%s>" "$@"',
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    given = {"SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8", "RUN": "runs/x"}
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **given, "SLURM_ARRAY_TASK_ID": "3"}
+
+    def job(name, **more):
+        script = str(CONFIGS / "slurm" / name)
+        return subprocess.run(["bash", script], env=env | more, capture_output=True, text=True, check=True).stdout
+
+    from accelerate.commands.launch import launch_command_parser
+
+    commands = job("train.sbatch").splitlines()
+    assert len(commands) == 2
+    for rank, command in enumerate(commands):
+        args = launch_command_parser().parse_args(command.split()[1:])
+        assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 16, rank)
+        assert args.main_process_ip == "node-a" and args.module and args.training_script == "trainers.sequential"
+        assert (ROOT / args.config_file).is_file() and (ROOT / args.training_script_args[1]).is_file()
+        assert args.training_script_args[2:] == ["--output_dir", "runs/x"]
+    assert job("evaluate.sbatch") == "<evaluate><runs/x><--stages><3>"
+    launch = "accelerate launch --num_processes 8"
+    study = "<study><trainers/configs/studies/sweep.yaml><--full><--only><3>"
+    assert job("sweep.sbatch") == study
+    assert job("sweep.sbatch", LAUNCH=launch) == f"{study}<--launch><{launch}>"
+
+
+def test_the_array_of_the_sweep_has_its_runs():
+    from trace_bench.study import read_study
+
+    runs = read_study(CONFIGS / "studies" / "sweep.yaml", full=True)
+    assert f"#SBATCH --array=1-{len(runs)}%" in (CONFIGS / "slurm" / "sweep.sbatch").read_text()
+
+
+@pytest.mark.parametrize("plan", scaling.PLANS, ids=lambda p: p.config)
+def test_the_numbers_of_scaling_md_are_what_the_arithmetic_gives(plan):
+    text = (ROOT / "SCALING.md").read_text()
+    assert scaling.tables(plan) in text
+    parts, counts = scaling.memory(plan)
+    for copies in (1, 2) if counts["GPUs"] == 8 else (1, 16):
+        assert f"{16 * counts['parameters'] / copies / 1e9:.0f} GB" in text, "all parameters trained"
+    assert counts["rows of an optimizer step"] == 128, "the paper's batch"
+    assert sum(parts.values()) < scaling.MEMORY
+
+
+def test_the_counts_are_those_of_llama():
+    """By hand: embeddings and head, four projections, three of the MLP, norms; LoRA of rank 8 on q and v."""
+    for name, hidden, inner, layers, kv in (("7b", 4096, 11008, 32, 4096), ("70b", 8192, 28672, 80, 1024)):
+        full = name == "7b"
+        _, model_args = scaling.load_config(f"llama2_{name}_{'full' if full else 'lora'}.yaml")
+        model = scaling.meta_model(model_args)
+        layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * inner + 2 * hidden
+        base = 2 * 32000 * hidden + layers * layer + hidden
+        lora = layers * 8 * (hidden + hidden + hidden + kv)
+        counted = (
+            sum(p.numel() for p in model.parameters()),
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
+        )
+        assert counted == ((base, base) if full else (base + lora, lora))
