@@ -200,7 +200,7 @@ def test_the_command_compares_several_runs_and_writes_where_asked(make, tmp_path
     assert written == {"md": comparison.markdown, "csv": comparison.csv, "tex": comparison.latex}[form]()
     for path in paths:
         files = {p.name for p in Run.open(path).path.iterdir()}
-        assert files == {"manifest.json", "stages", "report.md", "scores.csv"}
+        assert files == {"manifest.json", "stages", "report.md", "report.html", "figures", "scores.csv"}
 
 
 def test_the_output_of_a_comparison_has_one_of_three_endings(make, tmp_path):

@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -29,7 +30,7 @@ from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate
 from trace_bench.models import ModelError, pinned_revision, resolve_model
 from trace_bench.results import Results
-from trace_bench.run import Run, RunError, fingerprint, read_json, read_jsonl, write_json, write_jsonl
+from trace_bench.run import Run, RunError, Stage, fingerprint, read_json, read_jsonl, write_json, write_jsonl
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES, as_tested, reasoning_answer
 
@@ -211,6 +212,14 @@ def test_a_task_gets_every_row_and_every_character(tmp_path, monkeypatch, rows):
     assert all(loaded[split].to_list() == rows for split in data.SPLITS)
 
 
+def read_samples(file):
+    """Reads a file as the samples of a stage."""
+    stage = Stage(0, "0_base", None, file.parent)
+    stage.samples_file("x").parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, stage.samples_file("x"))
+    return judging._read_samples(stage, "x")
+
+
 @fuzz(
     "files of a run",
     200,
@@ -222,13 +231,13 @@ def test_any_file_of_a_run_is_read_or_named(tmp_path, content):
     for read in (read_json, read_jsonl):
         found = outcome(lambda read=read: read(file), RunError)
         assert not isinstance(found, RunError) or "file.json" in str(found)
-    assert isinstance(outcome(lambda: judging._read_samples(file), RunError), dict | RunError)
+    assert isinstance(outcome(lambda: read_samples(file), RunError), dict | RunError)
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b'"\xff"', b'{"a": 1', b"\xff\xfe[\0]\0"])
 def test_damage_of_every_kind_is_named(tmp_path, content):
     (tmp_path / "x.json").write_bytes(content)
-    for read in (read_json, read_jsonl, judging._read_samples):
+    for read in (read_json, read_jsonl, read_samples):
         with pytest.raises(RunError, match=r"x\.json"):
             read(tmp_path / "x.json")
 
@@ -245,13 +254,13 @@ def test_samples_are_not_dropped_for_the_sake_of_a_number(tmp_path):
     row = {"doc_id": 1, "prompt": "p", "response": "r"}
     write_jsonl(tmp_path / "x.jsonl", [row, row])
     with pytest.raises(RunError, match=r"line 2.*doc_id 1"):
-        judging._read_samples(tmp_path / "x.jsonl")
+        read_samples(tmp_path / "x.jsonl")
     (tmp_path / "x.jsonl").write_text(json.dumps({**row, "response": "\ud800"}))
     with pytest.raises(RunError, match="line 1"):
-        judging._read_samples(tmp_path / "x.jsonl")
+        read_samples(tmp_path / "x.jsonl")
     write_jsonl(tmp_path / "x.jsonl", [{**row, "instruction": 7}])
     with pytest.raises(RunError, match="must be texts"):
-        judging._read_samples(tmp_path / "x.jsonl")
+        read_samples(tmp_path / "x.jsonl")
 
 
 names = st.sampled_from(["trace_fomc", "mine", "..", "../x", "a/b", "/abs", "a\0b", ".hidden", "", "1"]) | texts

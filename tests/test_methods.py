@@ -556,9 +556,9 @@ def test_every_step_of_ogd_is_orthogonal_to_what_is_stored(options, optimizer):
     products, lengths, sizes = [], [], {}
 
     class Spy(trainer):
-        def train(self):
+        def train(self, **kwargs):
             before = {n: p.detach().clone() for n, p in self.trained().items()}
-            result = super().train()
+            result = super().train(**kwargs)
             sizes[self.stage.index] = len(next(iter(self.basis.values()))) if self.basis else 0
             if self.basis:
                 step = {n: (p.detach() - before[n]).double() for n, p in self.trained().items()}
