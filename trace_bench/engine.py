@@ -333,7 +333,8 @@ class _Swap:
     _generating = False
 
     def __init__(self, **kwargs: Any) -> None:
-        self.work, self.unfinished = Work(), set()
+        self.work = Work()
+        self.unfinished: set[str] = set()
         self._ahead: tuple[Path, tempfile.TemporaryDirectory, subprocess.Popen] | None = None
         # Token ids of the texts of earlier stages, which are those of the next ones.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
