@@ -490,6 +490,7 @@ class CLTrainer(SFTTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
+        assert isinstance(rows, Dataset)
         lengths = [len(ids) for ids in rows["input_ids"]]
         # Processes work on batches that follow each other: they wait for the longest of them.
         return LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
