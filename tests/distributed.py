@@ -25,6 +25,13 @@ def watched(trainer: type, kill: dict | None) -> type:
             if kill == {"stage": self.stage.index, "at": at} and self.accelerator.process_index == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        def begin_stage(self):
+            super().begin_stage()
+            self.before = {name: p.detach().clone() for name, p in self.trained().items()}
+
+        def record(self):
+            return super().record() | {"moved": self.moved}
+
         def adjust_gradients(self, model):
             super().adjust_gradients(model)
             if self.state.global_step == 1:
@@ -32,6 +39,7 @@ def watched(trainer: type, kill: dict | None) -> type:
 
         def save_checkpoint(self):
             digest = hashlib.sha256()
+            self.moved = float(sum((p - self.before[n]).square().sum() for n, p in self.trained().items()).sqrt())
             for name, parameter in self.trained().items():
                 digest.update(name.encode() + parameter.detach().contiguous().numpy().tobytes())
             digests = [None] * self.accelerator.num_processes

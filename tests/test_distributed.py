@@ -98,24 +98,23 @@ def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp
     for name in names:
         two = Run.open(tmp_path / "two" / name)
         assert two.manifest["processes"] == 2
-        one, still = (
-            train({**small(name, tmp_path / folder), "per_device_train_batch_size": 4, **change}, *method(name))
-            for folder, change in (("one", {}), ("still", {"learning_rate": 0.0, "num_train_epochs": 0.25}))
-        )
+        one = train({**small(name, tmp_path / "one"), "per_device_train_batch_size": 4}, *method(name))
+        moved = 0.0
         for a, b in zip(one.stages[1:], two.stages[1:], strict=True):
             a, b = read_json(a.train_file), read_json(b.train_file)
-            assert b["processes"] == 2
+            assert b["processes"] == 2 and b["moved"] > 0.05, name
+            moved += b["moved"]
             assert [a[k] for k in ("rows", "steps", "tokens")] == [b[k] for k in ("rows", "steps", "tokens")], name
             assert [e["loss"] for e in b["losses"]] == pytest.approx([e["loss"] for e in a["losses"]], rel=1e-3), name
             assert a.get("projected_steps") == b.get("projected_steps")
-        checkpoints = [{k: v for k, v in tensors(r).items() if "method_state" not in k} for r in (one, two, still)]
-        moved = norm(checkpoints[0], checkpoints[2])
-        errors[name] = norm(*checkpoints[:2]) / moved
+        checkpoints = [{k: v for k, v in tensors(r).items() if "method_state" not in k} for r in (one, two)]
+        errors[name] = norm(*checkpoints) / moved
         print(f"{name}: {errors[name]:.1e} of {moved:.2f}")
         states = [{k: v for k, v in tensors(r).items() if "method_state" in k} for r in (one, two)]
         if name == "ewc":
             assert states[0] and norm(*states) < 1e-3 * norm(states[0], {k: 0 * v for k, v in states[0].items()})
-    assert max(errors.values()) < 1e-3, errors
+    assert errors.pop("osf") < 1e-3, "singular vectors of a model without structure turn easily"
+    assert max(errors.values()) < 1e-4, errors
 
 
 @pytest.mark.slow
