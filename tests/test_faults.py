@@ -533,9 +533,9 @@ def test_killed_commands_end_in_the_same_files_some_kills(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_killed_commands_end_in_the_same_files_a_hundred_kills(tmp_path):
-    kill_harness(tmp_path, kills=100, seconds=400)
+    kill_harness(tmp_path, kills=100, seconds=800)
 
 
 def kill_harness(folder: Path, kills: int, seconds: float) -> None:
@@ -760,6 +760,8 @@ def harness(folder: Path, kills: int, seed: int) -> None:
                     elif fault == "kill":
                         how_to = {"after": rng.uniform(0, seconds[name] * 0.8)}
                     how, text, _ = in_child(command, commands.folder, **how_to)
+                    while fault == "none" and how == "killed":  # by its limit of time, on a busy machine
+                        how, text, _ = in_child(command, commands.folder)
                     after = commands.finished()
                     again = [str(f) for f, mark in before.items() if after.get(f) != mark]
                     assert not again, f"round {rounds}, {name}, {fault} {how_to}: done again: {again}\n{text}"
