@@ -49,8 +49,6 @@ class Work:
     """What an engine has done: tokens, and the seconds they took."""
 
     prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Of the prompts' tokens: those that were in the prefix cache."""
     generated_tokens: int = 0
     seconds: float = 0.0
 
@@ -245,7 +243,6 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
             outputs = self.model.generate(prompts, sampling_params=sampling_params, use_tqdm=bar)
             self.work.seconds += time.perf_counter() - started
             self.work.prompt_tokens += sum(len(ids) for ids in requests)
-            self.work.cached_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
             generated = [output.outputs[0] for output in outputs]
             self.work.generated_tokens += sum(len(g.token_ids) for g in generated)
             self.unfinished |= {g.text for g in generated if g.finish_reason == "length"}
@@ -377,10 +374,10 @@ class _Swap:
     def as_full_model(self, checkpoint: Path | None) -> Iterator[str]:
         """A folder (or hub id) of full weights for a checkpoint; that of an adapter is temporary."""
         ahead, self._ahead = self._ahead, None
-        if checkpoint is None or models.soft_prompt(checkpoint) is not None:
+        if checkpoint is None:
             yield self.base
         elif not self._needs_merging(checkpoint):
-            yield str(checkpoint)
+            yield self.base if models.is_adapter(checkpoint) else str(checkpoint)  # a soft prompt leaves the weights
         elif ahead and ahead[0] == checkpoint and ahead[2].wait() == 0:
             with ahead[1] as name:
                 yield name
