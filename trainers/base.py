@@ -639,7 +639,7 @@ class CLTrainer(SFTTrainer):
                 "files": {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE},
             },
         )
-        kept = set(list(self._checkpoints())[: self.config.save_total_limit])
+        kept = {path for path, _ in list(self._checkpoints())[: self.config.save_total_limit]}
         for old in self.stage.attempt.glob("checkpoint-*"):
             if old not in kept:
                 shutil.rmtree(old, ignore_errors=True)
@@ -653,8 +653,9 @@ class CLTrainer(SFTTrainer):
             "processes": self.args.world_size,
         }
 
-    def _checkpoints(self) -> Iterator[Path]:
-        """The whole checkpoints of this very stage, newest first."""
+    def _checkpoints(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The whole checkpoints of this very stage with what their last file says, newest first."""
+        mine = self._attempt()
         folders = {p: p.name.rpartition("-")[2] for p in self.stage.attempt.glob("checkpoint-*")}
         for folder in sorted((p for p, n in folders.items() if n.isdigit()), key=lambda p: -int(folders[p])):
             try:
@@ -662,15 +663,15 @@ class CLTrainer(SFTTrainer):
                 sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE}
             except (OSError, ValueError):
                 continue  # it was being written when the program was killed
-            if whole["of"] == self._attempt() and whole["files"] == sizes:
-                yield folder
+            if whole["of"] == mine and whole["files"] == sizes:
+                yield folder, whole
 
     def resume(self) -> str | None:
         """The checkpoint that the stage goes on from, its counts taken over; None = from the beginning."""
-        folder = next(self._checkpoints(), None)
-        if folder is None:
+        newest = next(self._checkpoints(), None)
+        if newest is None:
             return None
-        whole = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
+        folder, whole = newest
         for name, value in whole["counters"].items():
             setattr(self, name, value)
         self.before = {name: whole[name] for name in self.before}
