@@ -162,6 +162,8 @@ def test_a_manifest_holds_no_token_of_the_hub(options):
 @FUZZ
 @given(st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=60), st.text(max_size=30))
 def test_an_error_that_holds_the_key_is_masked(tmp_path, key, text):
+    # As real keys begin: what is drawn freely is now and then a word of the client's own, such as max_toke(ns).
+    key = f"sk-{key}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", key)
         asked = Client("m", cache=tmp_path / "c.jsonl", base_url="http://127.0.0.1:9/v1")
