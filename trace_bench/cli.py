@@ -252,10 +252,11 @@ def main(argv: list[str] | None = None) -> None:
     from trace_bench.models import ModelError
     from trace_bench.run import RunError, advice
     from trace_bench.study import StudyError
+    from trace_bench.versions import VersionError
 
     try:
         args.run(args)
-    except (DataError, EngineError, JudgeError, ModelError, RunError, StudyError) as e:
+    except (DataError, EngineError, JudgeError, ModelError, RunError, StudyError, VersionError) as e:
         sys.exit(f"error: {e}")
     except Exception as e:  # a full disk, no permission, no memory: from whatever library
         line = advice(e, _MEMORY)
@@ -444,7 +445,9 @@ def _make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any])
     """The model that the options of `_add_asking` name; `sampling` where they give none."""
     from judges import JudgeError
     from judges.client import Client
+    from trace_bench import versions
 
+    versions.check()
     if (args.price_in is None) != (args.price_out is None):
         raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
     _refuse_useless(args, "local", "base_url", "concurrency", "batch")

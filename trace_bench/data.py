@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trace_bench import versions
 from trace_bench.run import fingerprint, fresh_dir
 
 if TYPE_CHECKING:
@@ -538,6 +539,7 @@ def data_record(root: Path | None, tasks: Sequence[str]) -> dict[str, Any]:
 
 def task_manager(include_defaults: bool = False) -> TaskManager:
     """lm-eval's index of our tasks, those of TRACE_TASKS and, if asked (it takes seconds), its own."""
+    versions.check()
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=[TASKS_PATH, *_more_tasks()], include_defaults=include_defaults)
