@@ -9,7 +9,7 @@ CONFIG ?= $(firstword $(wildcard trainers/configs/quickstart_$*.yaml) trainers/c
 # runs/<method>-<config>
 RUN ?= runs/$*-$(basename $(notdir $(CONFIG)))
 
-.PHONY: help setup bench check test test-slow data evaluate judge report study sweep
+.PHONY: help setup bench check test test-slow test-versions data evaluate judge report study sweep
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -72,3 +72,9 @@ test: ## the tests: no network, GPU or key needed; JOBS at a time (2)
 
 test-slow: ## whole pipelines and real inference engines
 	$(BIN)/python -m pytest -m slow
+
+test-versions: setup ## the tests with the oldest and with the newest libraries that are supported
+	# Laid over those of the environment, which stays as it is.
+	for end in oldest newest; do \
+		$(BIN)/pip install -q --no-deps --upgrade --target runs/versions/$$end -r requirements/$$end.txt && \
+		PYTHONPATH=$(CURDIR)/runs/versions/$$end $(MAKE) test || exit 1; done

@@ -1,7 +1,9 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
 import os
+from collections import Counter
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,6 +18,18 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
 )
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Shows what tests counted with `record_property("counts", {what: number})`, from all of their processes."""
+    counts: Counter[str] = Counter()
+    for report in chain.from_iterable(terminalreporter.stats.values()):
+        if getattr(report, "when", None) == "teardown":
+            for name, value in report.user_properties:
+                counts.update(value if name == "counts" else {})
+    if counts:
+        terminalreporter.section("counts")
+        terminalreporter.write_line(", ".join(f"{what} {n}" for what, n in counts.items()))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -28,7 +28,11 @@ def two_processes(jobs: list[dict], folder: Path) -> int:
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
     return subprocess.run([*command, str(ROOT / "tests/distributed.py"), str(file)], cwd=ROOT, env=env).returncode
 
 
@@ -91,7 +95,7 @@ def norm(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, one_thread):
+def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, one_thread, record_property):
     names = [m for m in METHODS if m != "icl"]
     assert two_processes([{"method": n, "options": small(n, tmp_path / "two")} for n in names], tmp_path) == 0
     errors = {}
@@ -113,6 +117,7 @@ def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp
         states = [{k: v for k, v in tensors(r).items() if "method_state" in k} for r in (one, two)]
         if name == "ewc":
             assert states[0] and norm(*states) < 1e-3 * norm(states[0], {k: 0 * v for k, v in states[0].items()})
+    record_property("counts", {"methods trained by two processes": len(names)})
     assert errors.pop("osf") < 1e-3, "singular vectors of a model without structure turn easily"
     assert max(errors.values()) < 1e-4, errors
 

@@ -528,23 +528,24 @@ def test_two_fresh_processes_give_the_same_bytes(options, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the harness
 
 
-def test_killed_commands_end_in_the_same_files_some_kills(tmp_path):
-    kill_harness(tmp_path, kills=5, seconds=110)
+def test_killed_commands_end_in_the_same_files_some_kills(tmp_path, record_property):
+    record_property("counts", kill_harness(tmp_path, kills=5, seconds=110))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_commands_end_in_the_same_files_a_hundred_kills(tmp_path):
-    kill_harness(tmp_path, kills=100, seconds=800)
+def test_killed_commands_end_in_the_same_files_a_hundred_kills(tmp_path, record_property):
+    record_property("counts", kill_harness(tmp_path, kills=100, seconds=800))
 
 
-def kill_harness(folder: Path, kills: int, seconds: float) -> None:
+def kill_harness(folder: Path, kills: int, seconds: float) -> dict[str, int]:
+    """Runs this file as a program; how many kills and full disks there were."""
     command = [sys.executable, __file__, str(folder), "--kills", str(kills)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert sum(counts["kills"].values()) >= kills
-    print(done.stdout)
+    counts = {name: sum(c.values()) for name, c in json.loads(done.stdout.splitlines()[-1]).items()}
+    assert counts["kills"] >= kills
+    return counts
 
 
 class Commands:

@@ -37,14 +37,12 @@ from trace_tasks.reasoning import FRAMES, as_tested, reasoning_answer
 EXAMPLES: Counter[str] = Counter()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _counts(request):
+@pytest.fixture(autouse=True)
+def _counts(record_property):
+    before = EXAMPLES.copy()
     yield
-    counts = ", ".join(f"{target} {n}" for target, n in EXAMPLES.items())
-    if not EXAMPLES:
-        return
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nexamples: {counts}; {sum(EXAMPLES.values())} in all")
+    drawn = EXAMPLES - before
+    record_property("counts", {"fuzzed examples": drawn.total(), **{f"of {k}": n for k, n in drawn.items()}})
 
 
 def fuzz(target, examples, **arguments):
