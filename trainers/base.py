@@ -27,9 +27,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -485,22 +486,19 @@ class CLTrainer(SFTTrainer):
         """The rows that this process works on when all processes share a computation."""
         return rows.select(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
 
-    def loss_gradient(self, rows: Dataset, *, share: bool = True) -> dict[str, torch.Tensor]:
+    def loss_gradient(self, rows: Dataset) -> dict[str, torch.Tensor]:
         """The gradient of the task loss (mean over the answer tokens of `rows`), beside the one being accumulated.
+
+        Each process computes its share of the rows, and all get the sum: it is faster, and the processes cannot drift
+        apart by the rounding of kernels that sum in another order each time.
 
         Args:
             rows: The same ones in every process.
-            share: Each process computes its share of the rows, and all get the sum: it is faster, and the processes
-                cannot drift apart by the rounding of kernels that sum in another order each time. False = each
-                process computes the whole of it and nothing is exchanged.
         """
         parameters = self.trained()
         total = sum(label != -100 for row in rows["labels"] for label in row)
         gradient = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        share = share and self.accelerator.num_processes > 1
-        if share:
-            rows = self.own_share(rows)
-        for batch in self.batches(rows):
+        for batch in self.batches(self.own_share(rows)):
             with self.compute_loss_context_manager():
                 logits, target = self.answer_logits(self.model, batch)
                 loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum") / total
@@ -508,7 +506,57 @@ class CLTrainer(SFTTrainer):
             for name, part in zip(parameters, parts, strict=True):
                 if part is not None:
                     gradient[name] += part
-        return self.accelerator.reduce(gradient, "sum") if share else gradient
+        # A reduction copies the gradient, even of a single process.
+        return self.accelerator.reduce(gradient, "sum") if self.accelerator.num_processes > 1 else gradient
+
+    def row_gradients(
+        self, rows: Dataset, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The gradient of each row's own mean over its answer tokens, beside the one being accumulated.
+
+        Where linear layers alone are trained, such as LoRA's, one pass for the rows of a batch is enough: a row's
+        gradient of a layer's weight is the product of the layer's inputs and of the gradients of its outputs, both of
+        the row's positions only. Otherwise each row takes a pass.
+
+        Args:
+            rows: What this process works on; nothing is exchanged.
+            value: Makes of logits (tokens, vocabulary) and their targets (tokens) what is averaged (tokens).
+
+        Yields:
+            The name of a parameter and its gradients for some rows, shape (rows, *parameter), float32. All parameters
+            of a batch of rows follow each other; rows are ordered by length.
+        """
+        parameters = self.trained()
+        layers = [
+            (f"{name}.weight", module)
+            for name, module in self.model.named_modules()  # type: ignore[union-attr]
+            if isinstance(module, torch.nn.Linear) and f"{name}.weight" in parameters
+        ]
+        together = len(layers) == len(parameters)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+        for batch in self.batches(rows, None if together else 1):
+            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+            def see(layer: Any, args: Any, output: torch.Tensor, *, name: str, seen: Any = seen) -> None:
+                seen[name] = args[0], output
+
+            hooks = [
+                layer.register_forward_hook(partial(see, name=name)) for name, layer in (layers if together else ())
+            ]
+            with self.compute_loss_context_manager():
+                logits, target = self.answer_logits(self.model, batch)
+            for hook in hooks:
+                hook.remove()
+            answers = (batch["labels"][:, 1:] != -100).sum(dim=1)
+            total = (value(logits, target) / answers.repeat_interleave(answers)).sum()
+            if together:
+                gradients = torch.autograd.grad(total, [output for _, output in seen.values()])
+                for (name, (inputs, _)), gradient in zip(seen.items(), gradients, strict=True):
+                    yield name, gradient.float().transpose(1, 2) @ inputs.detach().float()
+            else:
+                parts = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
+                yield from zip(parameters, (part.float()[None] for part in parts), strict=True)
 
     def save_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Writes what the next stage needs to stage.method_state; for `end_stage`."""

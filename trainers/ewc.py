@@ -17,7 +17,6 @@ included, with a weight of 1. The gradient of a mean over a batch is not a row's
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,50 +82,9 @@ class EWCTrainer(CLTrainer):
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ewc_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.trained().items()}
-        modules = self.model.named_modules()
-        layers = {n: m for n, m in modules if isinstance(m, torch.nn.Linear) and f"{n}.weight" in total}
-        mine = self.own_share(rows)
-        if len(layers) == len(total):
-            mine = mine.select(sorted(range(len(mine)), key=[len(ids) for ids in mine["input_ids"]].__getitem__))
-            for batch in self.batches(mine):
-                for name, gradients in self.row_gradients(batch, layers):
-                    total[name] += gradients.square().sum(0) / len(rows)
-        else:
-            for i in range(len(mine)):
-                for name, gradient in self.loss_gradient(mine.select([i]), share=False).items():
-                    total[name] += gradient.float() ** 2 / len(rows)
+        for name, gradients in self.row_gradients(self.own_share(rows), _loss):
+            total[name] += gradients.square().sum(0) / len(rows)
         return self.accelerator.reduce(total, "sum")
-
-    def row_gradients(
-        self, batch: dict[str, torch.Tensor], layers: dict[str, torch.nn.Linear]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradient of each row's own loss, at once for the rows of a batch.
-
-        A row's gradient of a linear layer's weight is the product of the layer's inputs and of the gradients of its
-        outputs, both of the row's positions only, so that one pass for all rows has what is needed.
-
-        Args:
-            batch: A batch of the collator.
-            layers: The linear layers whose weights are trained, by name; each is used once in a pass.
-
-        Yields:
-            The name of a weight and its gradients, shape (rows, *weight), float32.
-        """
-        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        hooks = [
-            layer.register_forward_hook(lambda _, args, output, name=name: seen.update({name: (args[0], output)}))
-            for name, layer in layers.items()
-        ]
-        with self.compute_loss_context_manager():
-            logits, target = self.answer_logits(self.model, batch)
-        for hook in hooks:
-            hook.remove()
-        answers = (batch["labels"][:, 1:] != -100).sum(dim=1)
-        losses = torch.nn.functional.cross_entropy(logits, target, reduction="none")
-        loss = (losses / answers.repeat_interleave(answers)).sum()
-        gradients = torch.autograd.grad(loss, [output for _, output in seen.values()])
-        for (name, (inputs, _)), gradient in zip(seen.items(), gradients, strict=True):
-            yield f"{name}.weight", gradient.float().transpose(1, 2) @ inputs.detach().float()
 
     def end_stage(self) -> None:
         """Adds this task's Fisher information to the penalty of the stages to come."""
@@ -142,6 +100,10 @@ class EWCTrainer(CLTrainer):
                 state[f"P/{name}"] = old + new
                 state[f"Q/{name}"] = self.state_tensors.get(f"Q/{name}", torch.zeros_like(new)) + new * anchor
         self.save_state(state)
+
+
+def _loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ model it does not fit; the trainer refuses before it starts.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,25 +86,18 @@ class OGDTrainer(CLTrainer):
         if self.basis:
             self.project({n: p.grad for n, p in self.trained().items() if p.grad is not None})
 
-    def output_gradient(self, rows: Any) -> dict[str, torch.Tensor]:
-        """The gradient of the mean logit of a row's answer tokens, made one long."""
-        parameters = self.trained()
-        (batch,) = self.batches(rows)
-        with self.compute_loss_context_manager():
-            logits, target = self.answer_logits(self.model, batch)
-            output = logits.gather(1, target[:, None]).mean()
-        parts = torch.autograd.grad(output, list(parameters.values()))
-        length = torch.stack([part.float().square().sum() for part in parts]).sum().sqrt()
-        return {name: part.float() / length for name, part in zip(parameters, parts, strict=True)}
-
     def end_stage(self) -> None:
         """Adds the directions of this task; keeps the principal ones if there are too many."""
         assert self.model is not None and self.stage.task is not None
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ogd_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
-        new = [self.output_gradient(rows.select([i])) for i in range(len(rows))]
-        stacked = {name: torch.stack([gradient[name] for gradient in new]) for name in new[0]}
-        del new
+        parts: dict[str, list[torch.Tensor]] = defaultdict(list)
+        for name, gradients in self.row_gradients(rows, lambda logits, target: logits.gather(1, target[:, None])[:, 0]):
+            parts[name].append(gradients)
+        stacked = {name: torch.cat(parts.pop(name)) for name in self.trained()}
+        squares = torch.stack([gradients.flatten(1).square().sum(1) for gradients in stacked.values()])
+        for gradients in stacked.values():  # of length one
+            gradients /= squares.sum(0).sqrt().view(-1, *[1] * (gradients.dim() - 1))
         if self.directions:
             stacked = {name: torch.cat([self.directions[name], s]) for name, s in stacked.items()}
         # The right singular vectors of the stack, times their singular values, from its small Gram matrix.
