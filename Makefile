@@ -8,6 +8,13 @@ DEVICE ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo gpu || echo cpu)
 CONFIG ?= $(firstword $(wildcard trainers/configs/quickstart_$*.yaml) trainers/configs/quickstart.yaml)
 # runs/<method>-<config>
 RUN ?= runs/$*-$(basename $(notdir $(CONFIG)))
+# What starts a training, e.g. LAUNCH="accelerate launch --num_processes 8" for several GPUs.
+LAUNCH ?= python
+
+define check-python
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make setup PYTHON=python3.12")'
+@test ! -e $(VENV)/.done-$(if $(findstring gpu,$@),cpu,gpu) || { echo "$(VENV) was made for the other device: make setup VENV=.venv-$(DEVICE), or remove it first"; exit 1; }
+endef
 
 .PHONY: help setup bench check test test-slow test-versions data evaluate judge report study sweep
 help: ## list the targets
@@ -16,7 +23,7 @@ help: ## list the targets
 setup: $(VENV)/.done-$(DEVICE) ## make .venv with everything, for the CPU or the GPU (DEVICE=cpu|gpu)
 
 $(VENV)/.done-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make setup PYTHON=python3.12")'
+	$(check-python)
 	$(PYTHON) -m venv $(VENV)
 	# torch first, then all the rest without dependencies: resolving would bring CUDA builds of torchvision and others.
 	$(BIN)/pip install -q torch==2.13.0
@@ -27,6 +34,7 @@ $(VENV)/.done-cpu: requirements/cpu.txt requirements/dev.txt pyproject.toml
 	touch $@
 
 $(VENV)/.done-gpu: requirements/gpu.txt requirements/dev.txt pyproject.toml
+	$(check-python)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements/gpu.txt
 	$(BIN)/pip install -q --no-deps -r requirements/dev.txt
@@ -40,7 +48,7 @@ data: ## unpack and check an official archive: make data ARCHIVE=path/to/archive
 	$(BIN)/trace-bench data $(ARCHIVE)
 
 %-train: setup ## train, evaluate and report, e.g. make sequential-train CONFIG=trainers/configs/llama2_7b_lora.yaml
-	$(BIN)/python -m trainers.$* --config $(CONFIG) --output_dir $(RUN)
+	$(BIN)/$(LAUNCH) -m trainers.$* --config $(CONFIG) --output_dir $(RUN)
 	$(BIN)/trace-bench evaluate $(RUN)
 	$(BIN)/trace-bench report $(RUN)
 
@@ -54,7 +62,7 @@ report: ## write the report of a run: make report RUN=runs/NAME
 	$(BIN)/trace-bench report $(RUN)
 
 study: setup ## train, evaluate and compare several runs: make study STUDY=trainers/configs/studies/NAME.yaml [FULL=1]
-	$(BIN)/trace-bench study $(STUDY) $(if $(FULL),--full)
+	$(BIN)/trace-bench study $(STUDY) $(if $(FULL),--full) $(if $(filter-out python,$(LAUNCH)),--launch "$(BIN)/$(LAUNCH)")
 
 sweep: STUDY ?= trainers/configs/studies/sweep.yaml
 sweep: study ## methods x seeds x orders, and what differs beyond the seeds: make sweep [STUDY=FILE.yaml] [FULL=1]

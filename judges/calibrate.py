@@ -109,7 +109,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
 
     def verdict(words: tuple[str, ...]) -> str | None:
         reply = next(replies)
-        return None if reply.error else parse(reply.text, words)
+        return None if reply.error else parse(reply.text, words, cut=reply.finish_reason == "length")
 
     kinds: dict[str, dict[str, Any]] = {}
     for kind, name, flaw in _PAIRS:

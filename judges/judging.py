@@ -230,14 +230,17 @@ def _row(pair: Pair, answers: list[Reply], kind: Kind) -> dict[str, Any]:
     def text(reply: Reply) -> str | None:
         return None if reply.error else reply.text
 
+    def verdict(reply: Reply, allowed: Sequence[str]) -> str | None:
+        return parse(text(reply), allowed, cut=reply.finish_reason == "length")
+
     direct, *both = answers
     row = {
         "doc_id": pair.doc_id,
-        "direct": parse(text(direct), kind.words),
+        "direct": verdict(direct, kind.words),
         "direct_reply": text(direct),
     }
     if pair.base is not None:
-        verdicts = [parse(text(reply), prompts.PAIR) for reply in both]
+        verdicts = [verdict(reply, prompts.PAIR) for reply in both]
         combined, disagree = ("tie", False) if pair.identical else pairwise.combine(*verdicts)
         row |= {
             "combined": combined,
@@ -277,6 +280,7 @@ def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
 
 def _is_current(stage: Stage, suite: str) -> bool:
     """Whether the samples are those of the weights that the stage has now."""
+    stage.check_one_checkpoint()
     cell, trained = stage.eval_file(suite), stage.train_file
     if cell.exists() and trained.exists() and read_json(cell)["checkpoint"] != read_json(trained)["checkpoint"]:
         log.warning("%s, %s: the samples are of an older checkpoint. Evaluate the stage first.", stage.name, suite)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from judges import JudgeError
 from judges.client import SAMPLING, Judge, Reply, Request
 from judges.verdict import parse
-from trace_bench.engine import prepare_vllm, starting_vllm
+from trace_bench.engine import FREE, prepare_vllm, starting_vllm
 from trace_bench.models import pinned_revision, resolve_model
 
 #: Requests given to the engine in one go: when the program is killed no more than these are lost.
@@ -35,9 +35,25 @@ class LocalJudge(Judge):
         model: A hub id, a local folder, or SmolLM2-135M-Instruct.
         cache: The file of replies.
         sampling: Arguments of vLLM's SamplingParams; None = greedy.
+        engine_args: Arguments of vLLM's LLM, such as tensor_parallel_size; those of memory and speed only, since
+            replies are cached without them.
     """
 
-    def __init__(self, model: str, *, cache: Path, sampling: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        cache: Path,
+        sampling: dict[str, Any] | None = None,
+        engine_args: dict[str, Any] | None = None,
+    ) -> None:
+        self.engine_args = {"enable_prefix_caching": True, **(engine_args or {})}
+        refused = sorted(self.engine_args.keys() - FREE)
+        if refused:
+            raise JudgeError(
+                f"engine_args: {', '.join(refused)}: would make another judge of this model. There are "
+                f"{', '.join(sorted(FREE))}."
+            )
         self.folder = resolve_model(model)
         self.revision = pinned_revision(self.folder)
         # Other weights under the same name are another judge: their replies are not mixed in the cache.
@@ -47,7 +63,7 @@ class LocalJudge(Judge):
     def send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
         """Generates the replies; see `Judge.send`. A request that does not fit into the model's context fails."""
         if self._llm is None:
-            self._llm = _open(self.folder)
+            self._llm = _open(self.folder, self.engine_args)
         from vllm import SamplingParams
 
         tokenizer = self._llm.get_tokenizer()
@@ -94,7 +110,7 @@ class LocalJudge(Judge):
         open_ones: dict[int, list[str]] = {}
         for i, (turns, reply) in enumerate(zip(messages, replies, strict=True)):
             offered = sorted(set(_OFFERED.findall(turns[-1]["content"])))
-            if offered and parse(reply.text, offered) is None:
+            if offered and parse(reply.text, offered, cut=reply.finish_reason == "length") is None:
                 open_ones[i] = offered
                 for word in set(offered) - tokens.keys():
                     before, whole, alone = (
@@ -122,10 +138,9 @@ class LocalJudge(Judge):
         return decided
 
 
-def _open(folder: str) -> Any:
+def _open(folder: str, args: dict[str, Any]) -> Any:
     if Path(folder).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading asks a hub that may not be there, and waits
-    args: dict[str, Any] = {"enable_prefix_caching": True}
     prepare_vllm(args)
     from vllm import LLM
 

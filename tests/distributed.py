@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/distributed.py JOBS.json
 
-A job has a method, the options of a run, and perhaps where the second process dies: {"stage": 2, "at": "step"}.
+A job has a method, the options of a run, and perhaps where the second process dies: {"stage": 2, "at": "step"}, at its
+step 1 unless it says which.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ def watched(trainer: type, kill: dict | None) -> type:
 
     class Watched(trainer):
         def dies(self, at: str) -> None:
-            if kill == {"stage": self.stage.index, "at": at} and self.accelerator.process_index == 1:
+            step = (kill or {}).get("step", 1)
+            here = self.stage.index, at, step if at == "save" else self.state.global_step
+            if kill and here == (kill["stage"], kill["at"], step) and self.accelerator.process_index == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def begin_stage(self):
@@ -34,8 +37,7 @@ def watched(trainer: type, kill: dict | None) -> type:
 
         def adjust_gradients(self, model):
             super().adjust_gradients(model)
-            if self.state.global_step == 1:
-                self.dies("step")
+            self.dies("step")
 
         def save_checkpoint(self):
             digest = hashlib.sha256()

@@ -432,7 +432,7 @@ def audited(rows, write, tmp_path):
                 "model": {"name": "a/model"},
                 "tasks": list(tasks),
                 "task_versions": dict.fromkeys(tasks, 1),
-                "data": data.data_record(root, tasks),
+                "data": data.data_record(root, dict.fromkeys(tasks)),
                 "config": {},
                 "seed": 1,
             },

@@ -124,6 +124,20 @@ def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_two_processes_go_on_within_an_epoch_with_the_rows_that_are_left(small, tmp_path):
+    """In their second epoch, whose order is another one than that of the first."""
+    changes = {"tasks": THREE[:1], "train_rows": 24, "save_strategy": "steps", "save_steps": 1}
+    job, whole = (
+        {"method": "sequential", "options": small("sequential", tmp_path / f) | changes} for f in ("killed", "whole")
+    )
+    assert two_processes([{**job, "kill": {"stage": 1, "at": "step", "step": 4}}], tmp_path) != 0
+    assert two_processes([job, whole], tmp_path) == 0
+    a, b = (tensors(Run.open(j["options"]["output_dir"])) for j in (job, whole))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_bytes(small, tmp_path):
     job, whole = ({"method": "ewc", "options": small("ewc", tmp_path / f)} for f in ("killed", "whole"))
     killed = Run(Path(job["options"]["output_dir"]), {"tasks": THREE})

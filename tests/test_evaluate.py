@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import train
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trace_bench import data, engine, evaluate, models, report, results
 from trace_bench.run import Run, RunError, read_json
@@ -259,6 +260,112 @@ def test_checkpoints_from_elsewhere(run, tiny_model, tmp_path):
     assert not named.is_sequence() and evaluate.evaluate(named) == 4, "a name that is no task: all tasks"
     with pytest.raises(RunError, match="no adapter"):
         evaluate.external_run(tmp_path / "none", {"x": str(tmp_path)}, **arguments)
+
+
+@pytest.fixture
+def theirs(run, tiny_model, tmp_path):
+    """Makes a run of checkpoints from elsewhere: copies of the stages of `run`."""
+
+    def make(*stages: int, **names: Path) -> Run:
+        folders = {}
+        for stage in stages:
+            folders[f"v{stage}"] = tmp_path / f"v{stage}"
+            shutil.copytree(run.stages[stage].checkpoint, folders[f"v{stage}"], dirs_exist_ok=True)
+        settings = {"backend": "hf", "test_rows": 6, "max_prompt_length": 96, "max_new_tokens": 4}
+        return evaluate.external_run(
+            tmp_path / "theirs",
+            {k: str(v) for k, v in {**folders, **names}.items()},
+            model=str(tiny_model),
+            tasks=run.tasks,
+            settings={**settings, "chat_template": False},
+            data_path="demo",
+        )
+
+    return make
+
+
+def test_a_further_checkpoint_becomes_the_next_stage_and_nothing_is_done_again(theirs, tmp_path):
+    assert evaluate.evaluate(theirs(1)) == 4
+    more = theirs(2)  # given by itself
+    assert [s.name for s in more.stages] == ["0_base", "1_v1", "2_v2"] and evaluate.evaluate(more) == 2
+    assert [s.name for s in theirs(1, 2).stages] == ["0_base", "1_v1", "2_v2"], "or with the others"
+    with pytest.raises(RunError, match=r"checkpoints\.v1: .*/v1' -> .*/v2'"):
+        theirs(v1=tmp_path / "v2")
+    assert [s.name for s in Run.open(more.path).stages] == ["0_base", "1_v1", "2_v2"]
+
+
+def test_the_report_of_checkpoints_says_what_changed_since_the_base_and_since_the_one_before(theirs):
+    run = theirs(1, 2)
+    evaluate.evaluate(run)
+    report.write_report(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    base, before = text.split("## Changes since the base model")[1].split("## Changes since the checkpoint before")
+    assert "| 1_v1 |" in base and "| 2_v2 |" in base
+    assert "| 1_v1 |" not in before.split("##")[0] and "| 2_v2 |" in before.split("##")[0]
+    R = results.score_matrix(run)
+    assert f"{100 * (R[2, 0] - R[1, 0]):+.1f}" in before.split("##")[0]
+    assert "Changes since the base model" in (run.path / "report.html").read_text(encoding="utf-8")
+
+
+def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(theirs, run, tmp_path):
+    mixed = theirs(1)
+    evaluate.evaluate(mixed)
+    shutil.copytree(run.stages[2].checkpoint, tmp_path / "v1", dirs_exist_ok=True)  # it was trained on
+    mixed.stages[1].eval_file(run.tasks[0]).unlink()
+    written = mixed.stages[1].eval_file(run.tasks[1]).read_bytes()
+    evaluate.evaluate(mixed)
+    report.write_report(mixed)  # both cells were made anew
+    mixed.stages[1].eval_file(run.tasks[1]).write_bytes(written)  # as if the program had been killed between them
+    with pytest.raises(RunError, match=r"1_v1 were made from 2 states of .*v1.*Evaluate the stage again"):
+        report.write_report(mixed)
+
+
+def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(theirs, tiny_model, tmp_path, monkeypatch):
+    part = tmp_path / "part"
+    shutil.copytree(tiny_model, part)
+    tensors = load_file(part / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, part / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(engine, "open_engine", None)
+    with pytest.raises(RunError, match=r"part lacks 9 tensors of the base model, such as model\.layers\.1\."):
+        evaluate.evaluate(theirs(part=part))
+
+
+# ---------------------------------------------------------------------------------------------- arguments of engines
+
+
+def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(run):
+    evaluate.evaluate(run, stages=[0])
+    with pytest.raises(RunError, match=r"engine\.dtype: 'absent' -> 'bfloat16'"):
+        evaluate.evaluate(run, engine_args={"dtype": "bfloat16"})
+    assert evaluate.evaluate(run, engine_args={"batch_size": 2, "max_length": 512}) == 3
+
+
+def test_arguments_for_vllm_serve_transformers_where_they_mean_something(run, tiny_model):
+    args = {"max_model_len": 256, "gpu_memory_utilization": 0.9, "tensor_parallel_size": 2, "batch_size": 4}
+    assert engine.open_engine("hf", str(tiny_model), engine_args=args).max_length == 256
+    run.manifest["config"]["engine_args"] = {"dtype": "float32", "batch_size": 2}
+    assert evaluate.evaluate(run, stages=[0], engine_args={"batch_size": 3}) == 2, "beside the run's own"
+    assert read_json(run.stages[0].eval_file("trace_fomc"))["engine_args"] == {"dtype": "float32", "batch_size": 3}
+    with pytest.raises(RunError, match=r"engine\.dtype: 'float32' -> 'absent'"):
+        evaluate.evaluate(run, engine_args={"dtype": None})
+
+
+def test_a_context_that_would_cut_prompts_shorter_than_the_run_says_is_refused(run):
+    with pytest.raises(RunError, match=r"96 tokens of a prompt and 4 of an answer .* context of 99"):
+        evaluate.evaluate(run, engine_args={"max_length": 99})
+    assert evaluate.evaluate(run, engine_args={"max_length": 100}) == 5
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ({"load_in_4bit": True, "batch_size": 2}, r"load_in_4bit: the weights of later stages are loaded without"),
+        ({"pretrained": "other"}, r"pretrained cannot be given"),
+    ],
+)
+def test_arguments_that_hold_for_the_first_stage_alone_are_refused(tiny_model, args, message):
+    with pytest.raises(engine.EngineError, match=message):
+        engine.open_engine("hf", str(tiny_model), engine_args=args)
 
 
 def test_a_stage_that_is_not_trained_is_left_out(run, caplog):

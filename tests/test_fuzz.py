@@ -850,22 +850,14 @@ def test_odd_prompts_are_trained_and_evaluated_row_by_row(options, tmp_path, mon
         write_json(tmp_path / "odd" / "FOMC" / f"{split}.json", rows)
     monkeypatch.delenv("TRACE_DATA", raising=False)
     options |= {"data": str(tmp_path / "odd"), "tasks": ["trace_fomc"], "train_rows": None, "test_rows": None}
-    # Answers longer than the limit are cut; a limit of the prompt beyond the model's context leaves that to the engine.
-    run = train(
-        {
-            **options,
-            "max_answer_length": 64,
-            "max_steps": 1,
-            "max_prompt_length": 1200,
-            "engine_args": {"max_length": 64},
-        }
-    )
+    # Answers longer than the limit are cut, and prompts to what the context has room for beside an answer.
+    run = train({**options, "max_answer_length": 64, "max_steps": 1, "max_prompt_length": 1020})
     evaluate(run)
     for stage in run.stages:
         cell, samples = read_json(stage.eval_file("trace_fomc")), read_jsonl(stage.samples_file("trace_fomc"))
         assert cell["n"] == len(samples) == len(ODD)
         assert [s["prompt"] for s in samples] == [row["prompt"] for row in rows]
         assert [s["target"] for s in samples] == [row["answer"] for row in rows]
-    with pytest.raises(RunError, match=r"generates up to 4 tokens and the model's context has 4"):
+    with pytest.raises(RunError, match=r"1020 tokens of a prompt and 4 of an answer do not fit"):
         run.stages[0].eval_file("trace_fomc").unlink()
-        evaluate(run, stages=[0], engine_args={"max_length": 4})
+        evaluate(run, stages=[0], engine_args={"max_length": 64})

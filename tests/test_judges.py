@@ -128,6 +128,27 @@ def test_the_verdict_of_a_reply(reply, verdict):
     assert parse(reply, prompts.PAIR) == verdict
 
 
+@pytest.mark.parametrize(
+    "reply, verdict",
+    [
+        ("If I chose [[A]], then", None),
+        ("[[A]] is where I lean, because", None),
+        ("It is better.\n\n[[B]]", "B"),
+        ("It is better.\n**[[B]]**", "B"),
+        ("[[A]]\nbut then ag", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_reply_that_was_cut_has_a_verdict_only_if_it_ended_with_one(reply, verdict):
+    assert parse(reply, prompts.PAIR, cut=True) == verdict
+
+
+def test_what_a_judge_thinks_aloud_is_no_verdict():
+    assert parse("<think>[[A]]? No, [[B]].</think>\nIt is [[C]]", prompts.PAIR) == "C"
+    assert parse("<think>[[A]] it is.</think>\nI cannot say.", prompts.PAIR) is None
+
+
 def test_words_are_verdicts_too():
     assert parse("fine\n[[Safe]]", prompts.SAFETY) == "SAFE"
     assert parse("[[UNSAFE]]", prompts.SAFETY) == "UNSAFE"
@@ -596,12 +617,13 @@ class FakeLLM:
 
     def __init__(self):
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=3000 + 16))
-        self.asked, self.forced = [], []
+        self.asked, self.forced, self.opened = [], [], []
 
     def get_tokenizer(self):
         return FakeTokenizer()
 
     answer = staticmethod(judge)
+    finish_reason = "stop"
 
     def chat(self, messages, sampling_params, use_tqdm, add_generation_prompt=True, continue_final_message=False):
         assert len(sampling_params) == len(messages) and add_generation_prompt != continue_final_message
@@ -615,7 +637,7 @@ class FakeLLM:
         return [
             SimpleNamespace(
                 prompt_token_ids=[0] * 4,
-                outputs=[SimpleNamespace(text=text, token_ids=ids, finish_reason="stop")],
+                outputs=[SimpleNamespace(text=text, token_ids=ids, finish_reason=self.finish_reason)],
             )
             for text, ids in zip(texts, tokens, strict=True)
         ]
@@ -638,7 +660,7 @@ def llm(monkeypatch, tmp_path):
     model.mkdir()
     (model / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
-    monkeypatch.setattr(local, "_open", lambda folder: llm)
+    monkeypatch.setattr(local, "_open", lambda folder, args: llm.opened.append(args) or llm)
     llm.model = str(model)
     return llm
 
@@ -680,6 +702,23 @@ def test_a_local_model_that_gives_no_verdict_has_to_choose_one(run, llm):
     again = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
     [row, *_] = again.complete([{"messages": instruction.KIND.pair("question 1", MINE[1], BASE[1])}])
     assert row.forced and row.text.endswith("[[C]]"), "as it was paid for"
+
+
+def test_a_local_model_whose_reply_was_cut_while_it_thought_has_to_choose(run, llm):
+    llm.finish_reason, llm.answer = "length", lambda text: "If I chose [[A]], the other"
+    judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
+    [numbers] = judging.judge_jobs(judging.plan(run, judge_, stages=[1], suites=["instruct_lima"]), judge_)
+    assert numbers["forced"] > 0 and {v for r in rows(run, 1, "instruct_lima") for v in r["verdicts"]} <= {"C", None}
+
+
+def test_a_local_judge_takes_what_its_engine_needs(run, llm, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    argv = ["judge", str(run.path), "--model", llm.model, "--sampling", '{"max_tokens": 16}']
+    main([*argv, "--local", "--engine-args", '{"tensor_parallel_size": 2, "max_model_len": 4096}'])
+    assert llm.opened == [{"enable_prefix_caching": True, "tensor_parallel_size": 2, "max_model_len": 4096}]
+    other = error(*argv, "--local", "--engine-args", '{"quantization": "fp8"}')
+    assert "quantization: would make another judge" in other
+    assert "for the engine of --local" in error(*argv, "--engine-args", "{}x"[:2])
 
 
 def test_what_does_not_fit_into_a_local_model_is_unscored(run, llm):

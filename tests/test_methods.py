@@ -367,8 +367,16 @@ def test_ewc_state_after_two_tasks(options, online):
     assert len(set(sizes)) == 1, "flat in the number of tasks"
 
 
-@pytest.mark.parametrize("use_peft", [True, False], ids=["adapters, rows together", "all parameters, row by row"])
-def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(options, use_peft):
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param({}, id="adapters, rows together"),
+        pytest.param({"gradient_checkpointing": True}, id="row by row, since there is no room"),
+        pytest.param({"use_peft": False}, id="all parameters, row by row"),
+        pytest.param({"lora_modules_to_save": ["lm_head"]}, id="a head, which sees answers alone"),
+    ],
+)
+def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(options, change):
     trainer, config = method("ewc")
     pairs = []
 
@@ -388,7 +396,7 @@ def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(
 
     # Rows of other lengths in one batch, the last batch not full.
     train(
-        {**options, **EXACT, "tasks": ["trace_py150", "trace_fomc"], "train_rows": 10, "use_peft": use_peft},
+        {**options, **EXACT, "tasks": ["trace_py150", "trace_fomc"], "train_rows": 10, **change},
         Spy,
         config,
     )
@@ -661,6 +669,23 @@ def test_a_stage_of_olora_starts_as_the_model_before_and_evaluates_as_merged(opt
     Spy.__module__ = trainer.__module__
     train({**small(options, "olora"), **EXACT}, Spy, config)
     torch.testing.assert_close(*seen[0], rtol=1e-3, atol=1e-4)
+
+
+def test_the_adapters_of_olora_do_not_begin_in_one_subspace(options):
+    trainer, config = method("olora")
+    first = {}
+
+    class Spy(trainer):
+        def begin_stage(self):
+            super().begin_stage()
+            first[self.stage.index] = {n: p.detach().clone() for n, p in self.trained().items() if "lora_A" in n}
+
+    Spy.__module__ = trainer.__module__
+    train({**small(options, "olora"), **EXACT}, Spy, config)
+    for name, a in first[1].items():
+        b = first[2][name]
+        # Of random subspaces of this size no direction is shared.
+        assert torch.linalg.matrix_rank(torch.cat([a, b])) == len(a) + len(b)
 
 
 def test_the_orthogonality_loss_of_olora(options):

@@ -140,8 +140,8 @@ def test_what_osf_cannot_do_is_refused_before_anything_starts(options, change, w
     assert not Path(options["output_dir"]).exists()
 
 
-def test_half_precision_is_warned_of(options, caplog):
+def test_half_precision_is_refused():
     from trl import ModelConfig
 
-    OSFTrainer.prepare(OSFConfig(output_dir="x"), ModelConfig(dtype="bfloat16"))
-    assert "use dtype=float32" in caplog.text
+    with pytest.raises(ConfigError, match="Use dtype=float32"):
+        OSFTrainer.prepare(OSFConfig(output_dir="x"), ModelConfig(dtype="bfloat16"))

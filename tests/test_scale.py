@@ -1,4 +1,4 @@
-"""Nothing in the code knows the number eight: thirty stages of one's own tasks, a hundred tasks in a report."""
+"""Tasks of one's own, and many: nothing in the code knows the number eight."""
 
 import json
 import time
@@ -8,6 +8,8 @@ import pytest
 from conftest import train
 
 from trace_bench import data, evaluate, metrics, report, results
+from trace_bench.run import RunError, read_json, read_jsonl
+from trainers.base import CLTrainer
 
 YAML = """task: {name}
 dataset_path: json
@@ -26,7 +28,7 @@ metadata: {{version: 1.0}}
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
-    """Folder of TRACE_TASKS with thirty tasks: spell the letter that follows the one of the task."""
+    """Thirty tasks in the folder of TRACE_TASKS: spell the letter that follows the one of the task."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     for i in range(30):
@@ -50,6 +52,76 @@ def test_thirty_stages_of_ones_own_tasks(options, own_tasks):
     sizes = [sum(f.stat().st_size for f in s.checkpoint.iterdir()) for s in run.stages[1:]]
     assert max(sizes) < 1.01 * min(sizes)
     report.write_report(run)
+
+
+@pytest.fixture
+def two(options, own_tasks):
+    """Options of a run on two of the tasks."""
+    del options["data"]
+    return {**options, "tasks": own_tasks[:2], "max_steps": 1, "per_device_train_batch_size": 4, "test_rows": None}
+
+
+def change(tmp_path, name, new):
+    file = tmp_path / "tasks" / f"{name}.jsonl"
+    before = file.read_text()
+    file.write_text(new(before))
+    assert file.read_text() != before
+
+
+def test_other_rows_of_ones_own_task_are_refused(two, tmp_path):
+    run = train(two)
+    assert run.manifest["data"]["fingerprint"].keys() == {"mine_00", "mine_01"}
+    change(tmp_path, "mine_01", lambda text: text.replace("row 3", "row 4"))
+    with pytest.raises(RunError, match=r"rows of mine_01 are not those that the run began with"):
+        evaluate.evaluate(run)
+    with pytest.raises(RunError, match=r"data\.fingerprint\.mine_01: '\w{16}' -> '\w{16}'"):
+        train(two)
+    change(tmp_path, "mine_01", lambda text: text.replace("row 4", "row 3"))
+    assert evaluate.evaluate(run) == 5
+
+
+def test_rows_that_change_between_two_stages_are_refused(two, tmp_path):
+    class Changed(CLTrainer):
+        def begin_stage(self):
+            if self.stage.index == 1:
+                change(tmp_path, "mine_01", lambda text: text.replace("row 3", "row 4"))
+
+    Changed.__module__ = CLTrainer.__module__
+    with pytest.raises(RunError, match="rows of mine_01"):
+        train(two, Changed)
+
+
+def test_of_several_filters_the_first_one_counts(two, tmp_path):
+    yaml = (tmp_path / "tasks" / "mine_00.yaml").read_text()
+    lines = [
+        f"  - {{name: {name}, filter: [{{function: regex, regex_pattern: '(never)', fallback: {name}}}, "
+        "{function: take_first}]}"
+        for name in ("one", "two")
+    ]
+    (tmp_path / "tasks" / "mine_00.yaml").write_text(yaml + "filter_list:\n" + "\n".join(lines) + "\n")
+    run = train({**two, "learning_rate": 0.0})
+    evaluate.evaluate(run)
+    cell = read_json(run.stages[0].eval_file("mine_00"))
+    samples = read_jsonl(run.stages[0].samples_file("mine_00"))
+    assert cell["n"] == 4 and [s["response"] for s in samples] == ["one"] * 4
+    assert cell["metrics"]["exact_match"]["value"] == np.mean([s["exact_match"] for s in samples])
+
+
+def test_a_task_is_tested_without_the_shots_that_it_brings_as_it_is_trained(two, tmp_path):
+    yaml = tmp_path / "tasks" / "mine_00.yaml"
+    yaml.write_text(yaml.read_text() + "num_fewshot: 2\nfewshot_split: train\n")
+    run = train(two)
+    evaluate.evaluate(run, stages=[1])
+    prompts = [s["prompt"] for s in read_jsonl(run.stages[1].samples_file("mine_00"))]
+    assert prompts == [f"task 0 row {j}: " for j in range(4)]
+
+
+def test_a_task_that_is_not_generated_is_refused_before_anything_is_trained(two, tmp_path):
+    yaml = tmp_path / "tasks" / "mine_01.yaml"
+    text = yaml.read_text().replace("output_type: generate_until", "output_type: loglikelihood")
+    yaml.write_text(text.replace("exact_match", "acc"))
+    with pytest.raises(data.DataError, match="mine_01 is a task of type loglikelihood"):
+        train(two)
 
 
 def test_a_folder_without_tasks_is_an_error(tmp_path, monkeypatch):

@@ -3,20 +3,24 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import command_line, stop_at, train
 from safetensors.torch import load_file
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import ModelConfig
 
 from trace_bench import data
-from trace_bench.run import Run, RunError, read_json
+from trace_bench.run import Run, RunError, read_json, write_json
+from trainers import base
 from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped
 
 
@@ -145,6 +149,89 @@ def test_a_bad_value_is_refused_with_what_is_allowed(options, change, words):
     with pytest.raises(ConfigError, match=words):
         train({**options, **change})
     assert not Path(options["output_dir"]).exists(), "before anything starts"
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"load_in_4bit": True}, "load_in_4bit"),
+        ({"load_in_8bit": True}, "load_in_8bit"),
+        ({"eos_token": "</s>"}, "eos_token='</s>'"),
+        ({"chat_template_path": "somewhere"}, "chat_template_path"),
+        ({"padding_free": True}, "padding_free=true joins rows"),
+        ({"packing": True}, "packing=true joins rows"),
+        ({"max_prompt_length": 1021}, "context of 1024: use a max_prompt_length of at most 1020"),
+    ],
+)
+def test_what_would_be_another_thing_in_evaluation_is_refused_before_training(options, change, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        train({**options, **change})
+    assert not Path(options["output_dir"]).exists()
+
+
+def test_a_base_model_into_which_no_adapter_can_be_merged_is_refused(options, tmp_path):
+    base = tmp_path / "gptq"
+    shutil.copytree(options["model_name_or_path"], base)
+    config = read_json(base / "config.json")
+    write_json(base / "config.json", {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}})
+    with pytest.raises(ConfigError, match="quantised with gptq"):
+        train({**options, "model_name_or_path": str(base)})
+
+
+def test_all_parameters_in_bf16_are_warned_about(options, caplog):
+    train({**options, "use_peft": False, "dtype": "bfloat16", "tasks": options["tasks"][:1], "max_steps": 1})
+    assert "smaller than its rounding" in caplog.text
+
+
+def test_several_gpus_in_one_process_are_refused_with_both_ways_out(options, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    config = CLConfig(output_dir=options["output_dir"], tasks=options["tasks"], data="demo")
+    config.use_cpu = False
+    model = ModelConfig(model_name_or_path=options["model_name_or_path"])
+    with pytest.raises(
+        ConfigError, match=r"4 GPUs .*CUDA_VISIBLE_DEVICES=0.*--num_processes 4 -m trainers\.sequential"
+    ):
+        base.train(CLTrainer, config, model)
+
+
+def test_a_loss_that_is_not_finite_ends_the_stage(options):
+    class Diverging(CLTrainer):
+        def compute_loss(self, *args, **kwargs):
+            return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step == 1 else 1)
+
+    with pytest.raises(RunError, match=r"1_trace_fomc is nan at step 2: training has diverged"):
+        train(options, Diverging)
+    assert not Run.open(options["output_dir"]).stages[1].is_trained
+
+
+def test_a_method_that_was_changed_within_a_run_is_warned_about(options, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        train(options, stop_at(2, CLTrainer))
+    file = Run.open(options["output_dir"]).stages[1].train_file
+    record = read_json(file)
+    assert record["commit"] is None or len(record["commit"].rstrip("+")) == 40
+    write_json(file, {**record, "method_source": "another"})
+    train(options)
+    assert "has changed since stage 1_trace_fomc" in caplog.text
+    caplog.clear()
+    run = train({**options, "output_dir": options["output_dir"] + "2"})
+    assert read_json(run.stages[1].train_file)["method_source"] == read_json(run.stages[2].train_file)["method_source"]
+    assert "has changed" not in caplog.text
+
+
+def test_every_stage_under_deepspeed_begins_with_a_state_of_its_own(options, monkeypatch):
+    """Accelerate refuses a plugin where there was one before; HF's loader looks at the one that was made last."""
+    calls = []
+    monkeypatch.setattr(base.AcceleratorState, "_reset_state", lambda: calls.append("reset"))
+    config = SimpleNamespace(deepspeed_plugin=SimpleNamespace(set_deepspeed_weakref=lambda: calls.append("set")))
+    state = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+
+    def trainer(*args):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        base._train_stage(trainer, config, None, None, None, None, state)
+    assert calls == ["reset", "set"]
 
 
 def test_an_unknown_key_in_a_config_is_an_error(tmp_path):
@@ -299,7 +386,7 @@ def test_the_chat_template_reaches_training(options):
             type(self).text = self.tokenizer.decode(dataset[0]["input_ids"])
             return dataset
 
-    train({**options, "tasks": ["trace_fomc"], "chat_template": True, "max_prompt_length": 1024}, Look)
+    train({**options, "tasks": ["trace_fomc"], "chat_template": True, "max_prompt_length": 1000}, Look)
     assert Look.text.startswith("<s>user\nWhat is the monetary") and Look.text.count("<s>") == 2
     assert Look.text.rstrip().endswith("</s>")
 

@@ -510,7 +510,7 @@ def without_leaked(run: Run, file: Path) -> Run:
     Raises:
         RunError: if the file is no audit, or one of other data than the run's.
     """
-    prints = run.manifest["data"]["fingerprint"]
+    prints = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if data.needs_data([k])}
     if not prints:
         raise RunError(f"{run.path} has none of the TRACE tasks, so there are no leaked rows to leave out.")
     found = read_json(file) if file.is_file() else None

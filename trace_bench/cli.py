@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument(
         "--engine-args",
         metavar="JSON",
-        help="for the engine as they are, such as '{\"max_model_len\": 4096}'",
+        help="for the engine, beside the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
     )
     p.add_argument("--data", help="where the data is now, if it was moved")
     g = p.add_argument_group("besides the matrix (default: what the run's configuration says)")
@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpoint",
         action="append",
         metavar="NAME=PATH",
-        help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name",
+        help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name; a "
+        "run of checkpoints takes further ones later, by themselves",
     )
     g.add_argument("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
     g.add_argument("--tasks", help="columns of the matrix: names with commas, order1 or order2")
@@ -365,32 +366,41 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from trace_bench import data
     from trace_bench.evaluate import BESIDES, evaluate, external_run
     from trace_bench.run import Run, RunError
 
     if args.checkpoint:
-        if not args.model:
-            raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
         pairs = [c.partition("=") for c in args.checkpoint]
         if not all(name and path for name, _, path in pairs):
             raise RunError(f"--checkpoint {' '.join(args.checkpoint)}: write each as NAME=PATH.")
         names = [name for name, _, _ in pairs]
         if len(set(names)) < len(names):
             raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(names)}.")
+        model = args.model
         tasks = [t for name in (args.tasks or "order1").split(",") for t in data.ORDERS.get(name, [name])]
+        settings = {
+            "backend": args.backend or "vllm",
+            "test_rows": args.test_rows,
+            "max_prompt_length": args.max_prompt_length or 1024,
+            "max_new_tokens": args.max_new_tokens,
+            "chat_template": args.chat_template,
+        }
+        if (Path(args.path) / "manifest.json").exists():  # further checkpoints of a run: what is not given is its own
+            manifest = Run.open(args.path).manifest
+            model = model or manifest["model"]["name"]
+            tasks = tasks if args.tasks else manifest["tasks"]
+            settings |= {k: v for k, v in manifest["config"].items() if k in settings and not getattr(args, k)}
+        if not model:
+            raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
         run = external_run(
             args.path,
             {name: path for name, _, path in pairs},
-            model=args.model,
+            model=model,
             tasks=tasks,
-            settings={
-                "backend": args.backend or "vllm",
-                "test_rows": args.test_rows,
-                "max_prompt_length": args.max_prompt_length or 1024,
-                "max_new_tokens": args.max_new_tokens,
-                "chat_template": args.chat_template,
-            },
+            settings=settings,
             data_path=args.data,
         )
     else:
@@ -424,6 +434,7 @@ def _add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
     g.add_argument("--model", required=True, metavar="NAME_OR_PATH", help=f"the {who}, as the endpoint calls it")
     g.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OPENAI_BASE_URL, OpenAI)")
     g.add_argument("--local", action="store_true", help=f"run the {who} here in vLLM: a hub id or a local folder")
+    g.add_argument("--engine-args", metavar="JSON", help="for --local, such as '{\"tensor_parallel_size\": 8}'")
     g.add_argument("--concurrency", type=_positive, metavar="N", help="the most requests at a time (8)")
     g.add_argument("--sampling", metavar="JSON", help=f"parameters of each request ('{sampling}')")
     g.add_argument("--batch", action="store_true", help="use the Batch API: within a day, cheaper; resumable")
@@ -453,10 +464,13 @@ def _make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any])
     _refuse_useless(args, "local", "base_url", "concurrency", "batch")
     given = _json_object("--sampling", args.sampling)
     sampling = sampling if given is None else given
+    if args.engine_args and not args.local:
+        raise JudgeError("--engine-args is for the engine of --local. Leave it out.")
     if args.local:
         from judges.local import LocalJudge
 
-        return LocalJudge(args.model, cache=cache, sampling=sampling)
+        engine_args = _json_object("--engine-args", args.engine_args)
+        return LocalJudge(args.model, cache=cache, sampling=sampling, engine_args=engine_args)
     return Client(
         args.model,
         cache=cache,

@@ -523,14 +523,37 @@ def needs_data(tasks: Iterable[str]) -> bool:
     return bool(set(tasks) & (FOLDERS.keys() | REASONING.keys()))
 
 
-def data_record(root: Path | None, tasks: Sequence[str]) -> dict[str, Any]:
+def rows_fingerprint(tasks: dict[str, Task]) -> dict[str, str]:
+    """SHA-256 (16 digits) over the training and test rows of tasks from elsewhere: task -> digest.
+
+    Of TRACE's tasks the files count (`data_fingerprint`), of the sets to be judged theirs (`source_fingerprint`).
+    """
+    found = {}
+    for name, task in tasks.items():
+        if needs_data([name]) or name in JUDGED:
+            continue
+        digest = hashlib.sha256()
+        for rows in (task.training_docs() if task.has_training_docs() else (), task.eval_docs):
+            for row in rows or ():
+                digest.update(json.dumps(row, sort_keys=True, default=_text_of).encode() + b"\n")
+            digest.update(b"\0")
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
+def _text_of(value: Any) -> str:
+    """A value that JSON has no form for: of dates what they say, of images and the like only that they are there."""
+    return value.isoformat() if hasattr(value, "isoformat") else type(value).__name__
+
+
+def data_record(root: Path | None, tasks: dict[str, Task]) -> dict[str, Any]:
     """What a manifest says of the data; `root` is None for a run without TRACE tasks."""
-    reasoning = find_reasoning(root) if root and set(tasks) & REASONING.keys() else None
+    reasoning = find_reasoning(root) if root and tasks.keys() & REASONING.keys() else None
     return {
         "path": str(root) if root else None,
         **({"reasoning": str(reasoning)} if reasoning else {}),
         "demo": root is not None and is_demo(root),
-        "fingerprint": data_fingerprint(root, tasks) if root else {},
+        "fingerprint": (data_fingerprint(root, tasks) if root else {}) | rows_fingerprint(tasks),
     }
 
 
@@ -574,6 +597,20 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
         )
     loaded = manager.load(list(names))["tasks"]
     return {name: loaded[name] for name in names}
+
+
+def check_stages(tasks: dict[str, Task]) -> None:
+    """Refuses tasks that cannot be a column of the matrix, before anything is trained.
+
+    Raises:
+        DataError: naming the task, and what it lacks.
+    """
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise DataError(
+                f"{name} is a task of type {task.OUTPUT_TYPE}: a column of the matrix has to be generated "
+                "(output_type: generate_until), since it is trained on as text."
+            )
 
 
 def load_suites(names: Sequence[str]) -> dict[str, Group]:

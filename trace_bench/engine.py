@@ -32,6 +32,21 @@ log = logging.getLogger(__name__)
 _MERGE = "import json, sys; from trace_bench import models; models.save_merged(**json.loads(sys.argv[1]))"
 
 
+#: Engine arguments that may differ between the cells of a matrix: memory and speed. All others are settings.
+FREE = {
+    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "device"),
+    *("batch_size", "max_batch_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_length"),
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "swap_space", "block_size"),
+    *("enforce_eager", "compilation_config", "enable_prefix_caching", "enable_chunked_prefill"),
+    *("enable_prompt_embeds", "disable_log_stats", "logits_cache"),
+}
+#: Arguments of lm-eval's HFLM that hold for every stage, whatever its weights.
+_HF_ARGS = {
+    *("batch_size", "max_batch_size", "device", "dtype", "max_length", "revision", "trust_remote_code"),
+    *("add_bos_token", "prefix_token_id", "use_fast_tokenizer", "softmax_dtype", "mixed_precision_dtype"),
+    *("chat_template_args", "enable_thinking", "think_end_token", "logits_cache", "truncation"),
+}
+
 #: How vLLM says that memory or the context does not suffice: before its start, or in the process of the engine.
 _MEMORY = re.compile(
     r"KV cache|cache blocks|max_model_len|max seq len|gpu.memory.utilization|out of memory|can't allocate memory"
@@ -64,8 +79,8 @@ class SwapLM(Protocol):
     def load(self, checkpoint: Path | None) -> None:
         """Puts the weights of a checkpoint into the engine; None = the base model."""
 
-    def cut_prompts(self, texts: list[str]) -> int:
-        """How many prompts were longer than the run's limit."""
+    def cut_prompts(self, texts: list[str], answer_tokens: int) -> int:
+        """How many prompts lost their beginning: longer than the run's limit, or than the context beside the answer."""
 
     def prepare(self, checkpoint: Path | None) -> None:
         """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
@@ -94,8 +109,15 @@ def open_engine(
     if Path(base).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading asks a hub that may not be there, and waits
     args = dict(engine_args or {})
+    ours = sorted(args.keys() & {"pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"})
+    if ours:
+        raise EngineError(
+            f"engine_args: {', '.join(ours)} cannot be given, since the weights are swapped. Leave it out."
+        )
     if revision and not Path(base).is_dir():
         args["revision"] = revision
+        if backend == "vllm":
+            args.setdefault("tokenizer_revision", revision)
     lm = _open_vllm(base, args) if backend == "vllm" else _open_hf(base, args)
     lm.base, lm.revision, lm.max_prompt_length = base, revision, max_prompt_length
     lm.trust_remote_code = args.get("trust_remote_code", False)
@@ -165,16 +187,21 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
 
     class SwapVLLM(_Swap, VLLM):  # type: ignore[misc, valid-type]
         def load(self, checkpoint: Path | None) -> None:
-            self.soft_prompt = models.soft_prompt(checkpoint)
+            had_base, self.soft_prompt = self.has_base, models.soft_prompt(checkpoint)
             if self.soft_prompt is not None and not args.get("enable_prompt_embeds"):
                 raise EngineError(
                     f"{checkpoint} is a soft prompt, for which vLLM has to be started with the engine argument "
                     "enable_prompt_embeds: true. Give it, or evaluate with --backend hf."
                 )
-            with self.as_full_model(checkpoint) as folder:
-                self.model.collective_rpc("swap_weights", args=(folder,))
-            # The cache holds keys and values of the former weights.
-            self.model.reset_prefix_cache()
+            self.has_base = checkpoint is None or self.soft_prompt is not None
+            if not (had_base and self.has_base):
+                with self.as_full_model(checkpoint) as folder:
+                    self.model.collective_rpc("swap_weights", args=(folder,))
+            # The cache holds keys and values of the former weights or soft prompt.
+            if not self.model.reset_prefix_cache(reset_connector=True):
+                raise EngineError(
+                    f"vLLM does not forget what it computed before {checkpoint} was loaded: run the command again."
+                )
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             """One pass for all choices of a question where each is a single token, as in MMLU and BoolQ.
@@ -248,10 +275,10 @@ def _open_vllm(base: str, args: dict[str, Any]) -> Any:
             self.unfinished |= {g.text for g in generated if g.finish_reason == "length"}
             return outputs
 
+    # Mistral's own tokenizer, which "auto" would take for its models, is another one than training uses.
+    args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", **args}
     with starting_vllm():
-        return SwapVLLM(
-            pretrained=base, enable_prefix_caching=True, worker_extension_cls="trace_bench.worker.SwapWorker", **args
-        )
+        return SwapVLLM(pretrained=base, worker_extension_cls="trace_bench.worker.SwapWorker", **args)
 
 
 def _open_hf(base: str, args: dict[str, Any]) -> Any:
@@ -313,6 +340,15 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
             embeds = self._model.get_input_embeddings()(ids)
             return torch.cat([self.soft_prompt.to(embeds).expand(len(ids), -1, -1), embeds], dim=1)
 
+    if "max_model_len" in args:  # a run's arguments for vLLM serve here, too
+        args.setdefault("max_length", args["max_model_len"])
+    args = {k: v for k, v in args.items() if k in _HF_ARGS or k not in FREE}
+    unknown = sorted(args.keys() - _HF_ARGS)
+    if unknown:
+        raise EngineError(
+            f"engine_args: {', '.join(unknown)}: the weights of later stages are loaded without, so that stages could "
+            f"not be compared. With the backend hf there are {', '.join(sorted(_HF_ARGS))}."
+        )
     args.setdefault("batch_size", 16)
     args.setdefault("device", "cuda" if _has_gpu() else "cpu")
     return SwapHF(pretrained=base, **args)
@@ -327,6 +363,8 @@ class _Swap:
     max_prompt_length: int | None
     tokenizer: Any
     soft_prompt: Any = None
+    #: Whether the weights in the engine are those of the base model.
+    has_base = True
     _generating = False
 
     def __init__(self, **kwargs: Any) -> None:
@@ -402,11 +440,8 @@ class _Swap:
         encoded = self._prompt_ids([string] if isinstance(string, str) else list(string), self.max_prompt_length)
         return encoded[0] if isinstance(string, str) else encoded
 
-    def cut_prompts(self, texts: list[str]) -> int:
-        """How many prompts of generation tasks were longer than `max_prompt_length` and lost their beginning."""
-        limit = self.max_prompt_length
-        if limit is None:
-            return 0
+    def cut_prompts(self, texts: list[str], answer_tokens: int) -> int:
+        limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
         whole = [text for text in texts if len(self._prompt_ids([text], limit)[0]) == limit]
         return sum(len(ids) > limit for ids in self._prompt_ids(whole, None))
 

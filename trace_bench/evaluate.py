@@ -12,10 +12,12 @@ import os
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from trace_bench import data, models
+from trace_bench.engine import FREE
 from trace_bench.run import (
     Run,
     RunError,
@@ -56,7 +58,7 @@ def evaluate(
         cells: Which tasks each stage is evaluated on: "seen", "all", or "own" (that of the stage alone); None = as the
             run says. The base model and checkpoints that belong to no task are always evaluated on all tasks.
         backend: "vllm" or "hf" instead of the run's own.
-        engine_args: Engine arguments instead of the run's own.
+        engine_args: Engine arguments beside the run's own; they win, and null takes one of its own away.
         data_path: Where the data is now, if it was moved; its fingerprint must be the run's.
         besides: Settings of `BESIDES` instead of the run's own.
 
@@ -96,6 +98,12 @@ def _evaluate(
         "chat_template": config.get("chat_template", False),
         "num_fewshot": config.get("num_fewshot"),
     }
+    engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
+    engine_args = {k: v for k, v in engine_args.items() if v is not None}
+    refuse_secrets(engine_args)
+    if config.get("trust_remote_code"):
+        engine_args.setdefault("trust_remote_code", True)
+    settings["engine"] = {k: v for k, v in engine_args.items() if k not in FREE}
     for stage in chosen:
         if not stage.is_trained:
             log.warning("Stage %s is not trained yet and left out.", stage.name)
@@ -103,7 +111,7 @@ def _evaluate(
     judged = data.expand(config.get("judged", ()), data.JUDGED)
     if judged:
         use_data(run, data_path)  # demo data brings prompts of its own
-    more = _settings_besides(run, config, suites, judged, settings["backend"])
+    more = _settings_besides(run, config, suites, judged, {k: settings[k] for k in ("backend", "engine")})
     last = {0, len(run.stages) - 1}
     measured = last if config.get("general_stages", "last") == "last" else {s.index for s in chosen}
     plan: dict[Stage, dict[str, dict[str, Any]]] = {}
@@ -124,9 +132,11 @@ def _evaluate(
     if not judged:  # else it was checked above
         use_data(run, data_path)
     check_base(run)
+    base = _base_tensors(run)
     for stage in plan:
-        check_checkpoint(stage)  # before the engine starts
+        check_checkpoint(stage, base)  # before the engine starts
     tasks = data.load_tasks([*run.tasks, *judged])
+    check_rows(run, tasks)
     for name, task in tasks.items():
         if run.manifest["task_versions"].get(name, task.VERSION) != task.VERSION:
             raise RunError(
@@ -140,14 +150,11 @@ def _evaluate(
             kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
     groups = data.load_suites([s for s in suites if any(s in todo for todo in plan.values())])
     for name, task in tasks.items():
-        _prepare(task, (more.get(name) or settings)["num_fewshot"])
+        # As the training prompts are made, whatever a task from elsewhere says of shots.
+        _prepare(task, (more.get(name) or settings)["num_fewshot"] or 0)
     for group in groups.values():
         for task in group.get_all_tasks():
             _prepare(task)
-    engine_args = dict((config.get("engine_args") or {}) if engine_args is None else engine_args)
-    refuse_secrets(engine_args)
-    if config.get("trust_remote_code"):
-        engine_args.setdefault("trust_remote_code", True)
     _check_suites(plan, groups, settings["backend"], engine_args.get("max_model_len") or engine_args.get("max_length"))
 
     from tqdm import tqdm
@@ -164,10 +171,13 @@ def _evaluate(
     )
     _check_suites(plan, groups, settings["backend"], lm.max_length)
     for name in {name: None for todo in plan.values() for name in todo if name in tasks}:
-        if _answer_tokens(tasks[name]) >= lm.max_length:
+        prompt, answer = (more.get(name) or settings)["max_prompt_length"] or 1, answer_tokens(tasks[name])
+        if prompt + answer > lm.max_length:
             raise RunError(
-                f"{name} generates up to {_answer_tokens(tasks[name])} tokens and the model's context has "
-                f"{lm.max_length}, prompt included. Set max_new_tokens, or take a model with a longer context."
+                f"{name}: {prompt} tokens of a prompt and {answer} of an answer do not fit into the engine's context "
+                f"of {lm.max_length}, so prompts would be cut to other lengths than the run says. Give --engine-args a "
+                "larger max_model_len (vllm) or max_length (hf), or begin with a smaller max_prompt_length or "
+                "max_new_tokens."
             )
     if settings["num_fewshot"] and settings["max_prompt_length"]:
         for task in tasks.values():
@@ -202,7 +212,7 @@ def _evaluate(
 
 
 def _settings_besides(
-    run: Run, config: dict[str, Any], suites: list[str], judged: list[str], backend: str
+    run: Run, config: dict[str, Any], suites: list[str], judged: list[str], shared: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The settings of the cells besides the matrix: sets to be judged, then general-ability suites.
 
@@ -216,7 +226,7 @@ def _settings_besides(
         )
         for name in judged:
             settings[name] = {
-                "backend": backend,
+                **shared,
                 "test_rows": config.get("judged_rows"),
                 "max_prompt_length": None,
                 "max_new_tokens": config.get("judged_max_new_tokens"),
@@ -226,8 +236,9 @@ def _settings_besides(
             }
     for name in suites:
         settings[name] = {
-            "backend": backend,
+            **shared,
             "general_rows": config.get("general_rows"),
+            "lm_eval": version("lm-eval"),  # it brings the tasks of the suites
             "data": data.source_fingerprint(name),
         }
     return settings
@@ -236,7 +247,7 @@ def _settings_besides(
 def _check_suites(plan: dict[Stage, Any], groups: dict[str, Any], backend: str, context: int | None) -> None:
     """Refuses what would fail half-way: answers as long as the context, likelihoods behind a soft prompt in vLLM."""
     for name, group in groups.items():
-        longest = max((_answer_tokens(task) for task in group.get_all_tasks()), default=0)
+        longest = max((answer_tokens(task) for task in group.get_all_tasks()), default=0)
         if context is not None and longest >= context:
             raise RunError(
                 f"{name} generates up to {longest} tokens and the engine's context has {context}, prompt included. "
@@ -262,7 +273,7 @@ def refuse_secrets(engine_args: dict[str, Any]) -> None:
             raise RunError(f"engine_args {name}: results hold these arguments, so no secret can be one. Set HF_TOKEN.")
 
 
-def _answer_tokens(task: Any) -> int:
+def answer_tokens(task: Any) -> int:
     """The most tokens that a task generates; 0 = it compares likelihoods."""
     if task.OUTPUT_TYPE != "generate_until":
         return 0
@@ -325,8 +336,12 @@ def checkpoint_fingerprint(stage: Stage) -> str | None:
     return read_json(stage.train_file)["checkpoint"]
 
 
-def check_checkpoint(stage: Stage) -> None:
-    """Refuses a checkpoint that is not what the training wrote or, from elsewhere, is damaged.
+def check_checkpoint(stage: Stage, base: set[str] | None = None) -> None:
+    """Refuses a checkpoint that is not what the training wrote or, from elsewhere, is damaged or a part of a model.
+
+    Args:
+        stage: The stage.
+        base: The names of the tensors that a full model has to have, where they are known.
 
     Raises:
         RunError: naming it, and what to do.
@@ -336,7 +351,14 @@ def check_checkpoint(stage: Stage) -> None:
         return
     models.refuse_pickle(path)
     if stage.external is not None:
-        _check_files(path)
+        names = _check_files(path)
+        if base is not None and not models.is_adapter(path):
+            lacking = sorted(base - names) if base & names else []
+            if lacking:
+                raise RunError(
+                    f"{path} lacks {len(lacking)} tensors of the base model, such as {lacking[0]}: in the engine they "
+                    "would keep what the stage before had. Give the whole model."
+                )
     elif fingerprint(path) != checkpoint_fingerprint(stage):
         raise RunError(
             f"{path} is not what the training of the stage wrote (its fingerprint differs): it was changed or "
@@ -344,8 +366,8 @@ def check_checkpoint(stage: Stage) -> None:
         )
 
 
-def _check_files(checkpoint: Path) -> None:
-    """Looks at the headers of a checkpoint's weights, which say how long each file has to be."""
+def _check_files(checkpoint: Path) -> set[str]:
+    """Looks at the headers of a checkpoint's weights, which say how long each file has to be; the tensors' names."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(checkpoint.glob("*.safetensors"))
@@ -354,12 +376,23 @@ def _check_files(checkpoint: Path) -> None:
         files = sorted({checkpoint / name for name in read_json(index)["weight_map"].values()})
     if not files:
         raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint anew.")
+    names: set[str] = set()
     for file in files:
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
         except (OSError, SafetensorError) as e:
             raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint anew.") from e
+    return names
+
+
+def _base_tensors(run: Run) -> set[str] | None:
+    """The names of the tensors that full checkpoints from elsewhere need; None where there are none of them."""
+    if all(s.external is None or models.is_adapter(s.external) for s in run.stages):
+        return None
+    folder = Path(models.resolve_model(run.manifest["model"]["name"]))
+    # Of a model on the hub nothing is loaded for this alone. A head that is tied to the embeddings may be missing.
+    return _check_files(folder) - {"lm_head.weight"} if folder.is_dir() else None
 
 
 def check_base(run: Run) -> None:
@@ -382,7 +415,7 @@ def use_data(run: Run, path: str | None = None) -> None:
     Raises:
         RunError: if the data behind the path has another fingerprint than the run began with.
     """
-    expected = run.manifest["data"]["fingerprint"]
+    expected = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if data.needs_data([k])}
     if not expected:
         return
     source = path or ("demo" if run.manifest["data"]["demo"] else run.manifest["data"]["path"])
@@ -395,6 +428,20 @@ def use_data(run: Run, path: str | None = None) -> None:
     if changed:
         raise RunError(f"{root} holds other data than the run began with, in: {', '.join(changed)}.")
     os.environ["TRACE_DATA"] = str(root)
+
+
+def check_rows(run: Run, tasks: dict[str, Any]) -> None:
+    """Makes sure that tasks from elsewhere have the rows that they had when the run began.
+
+    Raises:
+        RunError: naming those whose rows changed.
+    """
+    expected = run.manifest["data"]["fingerprint"]
+    changed = [name for name, digest in data.rows_fingerprint(tasks).items() if digest != expected.get(name, digest)]
+    if changed:
+        raise RunError(
+            f"The rows of {', '.join(changed)} are not those that the run began with. Restore them, or begin a new run."
+        )
 
 
 def _batches(todo: dict[str, dict[str, Any]], tasks: dict[str, Any]) -> list[list[str]]:
@@ -431,7 +478,9 @@ def _evaluate_cells(
         apply_chat_template=shared["chat_template"],
     )
     for name, task in tasks.items():
-        rows = sorted(results["samples"][name], key=lambda r: r["doc_id"])
+        samples = results["samples"][name]
+        used = samples[0]["filter"]  # lm-eval scores each row once for every filter of the task
+        rows = sorted((r for r in samples if r["filter"] == used), key=lambda r: r["doc_id"])
         metrics = list(task.aggregation())
         write_jsonl(stage.samples_file(name), (_sample(r, metrics, name in data.JUDGED) for r in rows))
         write_json(
@@ -441,12 +490,12 @@ def _evaluate_cells(
                 "task": name,
                 "version": task.VERSION,
                 "n": len(rows),
-                "n_cut": lm.cut_prompts([r["arguments"][0][0] for r in rows]),
+                "n_cut": lm.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens(task)),
                 "n_unfinished": sum(r["filtered_resps"][0] in lm.unfinished for r in rows),
                 "headline": metrics[0],
                 "metrics": {
                     m: {
-                        "value": results["results"][name][f"{m},none"],
+                        "value": results["results"][name][f"{m},{used}"],
                         "stderr": _stderr([r[m] for r in rows]),
                     }
                     for m in metrics
@@ -456,7 +505,7 @@ def _evaluate_cells(
                 # On record, but free to differ between cells: most of it is memory and speed.
                 "engine_args": engine_args,
                 # Tasks that were generated together share their time by rows.
-                "seconds": round(seconds * len(rows) / sum(len(s) for s in results["samples"].values()), 3),
+                "seconds": round(seconds * len(samples) / sum(len(s) for s in results["samples"].values()), 3),
             },
         )
 
@@ -595,7 +644,7 @@ def _suite_sample(name: str, task: Any, rows: list[dict[str, Any]]) -> dict[str,
 
 def _cut_prompts(lm: Any, task: Any) -> int:
     """How many documents of a task had a prompt longer than the engine's context, so that lm-eval cut its beginning."""
-    room = lm.max_length - _answer_tokens(task)
+    room = lm.max_length - answer_tokens(task)
     cut = set()
     for instance in task.instances:
         text = "".join(a for a in instance.args if isinstance(a, str))
@@ -643,7 +692,8 @@ def external_run(
     Args:
         path: The run directory.
         checkpoints: Name -> folder of a PEFT adapter or a full model, in the order of training. A name that is a
-            task stands for the stage after that task, and if all do, in order, OP and BWT are defined.
+            task stands for the stage after that task, and if all do, in order, OP and BWT are defined. Those that the
+            run has need not be given again: new ones become its next stages.
         model: The base model.
         tasks: The columns of the matrix.
         settings: Evaluation settings, as in the config of a run.
@@ -665,15 +715,24 @@ def external_run(
         os.environ["TRACE_DATA"] = str(root)
         data.check(root, tasks)
     base = models.resolve_model(model)
-    return Run.create(
+    loaded = data.load_tasks(tasks)
+    data.check_stages(loaded)
+    file = Path(path) / "manifest.json"
+    there = Run.open(path).manifest.get("checkpoints", {}) if file.exists() else {}
+    given = {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()}
+    run = Run.create(
         path,
         {
             "method": "external",
             "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
             "tasks": tasks,
-            "task_versions": {name: task.VERSION for name, task in data.load_tasks(tasks).items()},
-            "checkpoints": {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()},
-            "data": data.data_record(root, tasks),
+            "task_versions": {name: task.VERSION for name, task in loaded.items()},
+            "checkpoints": {name: given.get(name, folder) for name, folder in there.items()} or given,
+            "data": data.data_record(root, loaded),
             "config": settings,
         },
     )
+    if given.keys() - there.keys() and there:
+        write_json(file, {**run.manifest, "checkpoints": {**there, **given}})
+        run = Run.open(path)
+    return run

@@ -221,7 +221,7 @@ def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Pictu
             f"<p>The scores of {stages} stages and {tasks} tasks are shown as an image. As numbers they are in "
             f"report.md and scores.csv.</p>{''.join(map(_figure_html, images))}"
         )
-    changes = results.since_own if results.is_sequential else {}
+    changes = results.since_own if results.is_sequential else results.since_base
     rows = []
     for stage in run.stages:
         cells = []

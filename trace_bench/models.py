@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.data import cache_dir
-from trace_bench.run import fingerprint, fresh_dir
+from trace_bench.run import fingerprint, fresh_dir, read_json
 
 QUICKSTART = "SmolLM2-135M-Instruct"
 _GGUF = f"{QUICKSTART}.Q4_1.gguf"
@@ -70,6 +70,23 @@ def pinned_revision(base: str, revision: str = "main") -> str:
             "right, the hub reachable (HF_HUB_OFFLINE), HF_TOKEN set if the model is gated?"
         ) from e
     return Path(file).parent.name  # snapshots/COMMIT/config.json
+
+
+def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
+    """The config.json of a base model, that of its language model if it has several.
+
+    The file alone: transformers' AutoConfig would ask whether to run the code that a model brings.
+
+    Args:
+        base: What `resolve_model` returned.
+        revision: Revision on the hub.
+    """
+    from huggingface_hub import hf_hub_download
+
+    local = Path(base).is_dir()
+    file = Path(base) / "config.json" if local else Path(hf_hub_download(base, "config.json", revision=revision))
+    config = read_json(file)
+    return {**config, **config.get("text_config", {})}
 
 
 def _quickstart() -> Path:

@@ -90,6 +90,8 @@ def _sections(results: Results) -> Iterable[Section]:
     elif results.has_mean:
         yield Section("summary", list(_mean_section(results)))
         yield Section("learning", list(_learned_section(results)))
+    else:
+        yield Section("learning", list(_checkpoints_section(results)))
     yield Section("scores", list(_matrix_section(results)))
     yield Section("tolerant", list(_tolerant_section(results)))
     yield Section("form", list(_form_section(results)))
@@ -210,6 +212,20 @@ def _learned_section(results: Results) -> Iterable[Block]:
         yield Table(["task", "base", "trained", "learned"], rows)
 
 
+def _checkpoints_section(results: Results) -> Iterable[Block]:
+    """For checkpoints of unknown training: what each one gained and lost."""
+    run = results.run
+    for title, before, changes in (
+        ("Changes since the base model", 0, results.since_base),
+        ("Changes since the checkpoint before", 1, results.since_before),
+    ):
+        stages = run.stages[1 + before :]
+        rows = [[s.name, *(_change(changes.get((s.index, i))) for i in range(len(run.tasks)))] for s in stages]
+        if rows:
+            yield f"## {title}\n\nIn points." + _legend([c for row in rows for c in row], "")
+            yield Table(["checkpoint", *(short(t) for t in run.tasks)], rows)
+
+
 def _bounds_section(run: Run, R: Matrix) -> Iterable[Block]:
     """What the base model, demonstrations, a model per task and multi-task training reach on the same tasks."""
     found = bounds(run)
@@ -245,12 +261,13 @@ def _scores_row(label: str, scores: Matrix) -> list[str]:
 
 def _matrix_section(results: Results) -> Iterable[Block]:
     run = results.run
-    changes = results.since_own if results.is_sequential else {}
+    changes = results.since_own if results.is_sequential else results.since_base
     rows = [
         [s.name, *(percent(v) + arrow(changes.get((s.index, i))) for i, v in enumerate(results.R[s.index]))]
         for s in run.stages
     ]
-    legend = _legend([c for row in rows for c in row], " since the task's own stage")
+    since = "the task's own stage" if results.is_sequential else "the base model"
+    legend = _legend([c for row in rows for c in row], f" since {since}")
     yield f"## Scores\n\nRows: the model after a stage. Columns: tasks, in percent.{legend}"
     header = ["stage", *(f"{short(t)}<br>{results.headlines.get(t, DASH)}" for t in run.tasks)]
     yield Table(header, rows)
@@ -294,8 +311,9 @@ def _form_section(results: Results) -> Iterable[Block]:
         yield (
             "### Form or knowledge\n\nWhat a task lost in the official accuracy from its own stage to stage "
             f"{results.last_stage}, in points: part of it only because the answer has another form, the rest because "
-            "it is wrong in any form. In the paper LLaMA-2-7B's FOMC is 0 right after ScienceQA, whose answers come "
-            "with explanations, and is back later: a loss of form."
+            "it is wrong in any form, or was cut at the limit of its length before it came to the answer (see Limits). "
+            "In the paper LLaMA-2-7B's FOMC is 0 right after ScienceQA, whose answers come with explanations, and is "
+            "back later: a loss of form."
         )
         yield Table(
             ["task", "lost", "in form alone", "share", "in knowledge"],

@@ -40,6 +40,7 @@ def _load(run: Run, names: Iterable[str]) -> Cells:
     for stage in run.stages:
         if not stage.is_trained:
             continue  # what is there was made from weights that are no more
+        stage.check_one_checkpoint()
         trained = _read(stage.train_file, "checkpoint")["checkpoint"] if stage.train_file.exists() else None
         for task in names:
             if stage.eval_file(task).exists():
@@ -358,6 +359,12 @@ class Results:
         """(stage t, column i) -> R[t, i] minus the base model's score."""
         later = range(1, len(self.run.stages))
         return {(t, i): e for i in range(len(self.run.tasks)) for t, e in self._changes(i, later, 0).items()}
+
+    @cached_property
+    def since_before(self) -> dict[tuple[int, int], Estimate]:
+        """(stage t, column i) -> R[t, i] minus R[t-1, i], from stage 2 on."""
+        pairs = [(t, i) for i in range(len(self.run.tasks)) for t in range(2, len(self.run.stages))]
+        return {(t, i): self._changes(i, [t], t - 1)[t] for t, i in pairs}
 
     def _changes(self, i: int, later: Iterable[int], earlier: int) -> dict[int, Estimate]:
         task, stages = self.run.tasks[i], list(later)

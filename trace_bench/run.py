@@ -366,6 +366,20 @@ class Stage:
         """The samples of one cell, one JSON object a line."""
         return self.path / "eval" / "samples" / f"{task}.jsonl"
 
+    def check_one_checkpoint(self) -> None:
+        """Makes sure that all cells of a checkpoint from elsewhere were made from the same state of its files.
+
+        Raises:
+            RunError: if the files were changed and a part of the cells made anew since.
+        """
+        if self.external is not None:
+            made = {read_json(file).get("checkpoint") for file in self.path.glob("eval/*.json")}
+            if len(made) > 1:
+                raise RunError(
+                    f"The cells of stage {self.name} were made from {len(made)} states of {self.external}: it was "
+                    "changed in between. Evaluate the stage again, which makes the older ones anew."
+                )
+
     def check_samples(self, task: str, found: int) -> None:
         """Makes sure that the samples of a cell are whole.
 

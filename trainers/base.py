@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from typing import Any, ClassVar
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
@@ -52,7 +54,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.evaluate import BESIDES, check_base, check_checkpoint, refuse_secrets
+from trace_bench.evaluate import BESIDES, answer_tokens, check_base, check_checkpoint, check_rows, refuse_secrets
 from trace_bench.run import (
     Run,
     RunError,
@@ -62,6 +64,7 @@ from trace_bench.run import (
     fresh_dir,
     locked,
     read_json,
+    source_commit,
     staging,
     sync_files,
     write_json,
@@ -100,6 +103,8 @@ _INDIFFERENT = (
     "save_steps",
     "save_total_limit",
     "dataset_kwargs",
+    "ddp_timeout",
+    "keep",
 )
 
 
@@ -240,6 +245,12 @@ class CLConfig(SFTConfig):
             raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ConfigError(f"save_total_limit={self.save_total_limit} is not allowed: use 1 or more.")
+        for name in ("eos_token", "chat_template_path"):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: TRL changes the tokenizer for the training alone. Change it in "
+                    "the files of the base model, from which evaluation takes it, too."
+                )
         if self.max_length is not None:
             raise ConfigError(
                 f"max_length={self.max_length} would cut answers off. Use max_prompt_length and max_answer_length."
@@ -313,6 +324,7 @@ class CLTrainer(SFTTrainer):
     def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
         self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
         self.tokenizer = tokenizer
+        self.grouped: LengthGrouped | None = None
         args = self.stage_args(stage)
         args.output_dir = str(stage.attempt)
         args.save_total_limit = None  # HF drops the oldest by the times of files; `_save_checkpoint` by their steps
@@ -389,9 +401,9 @@ class CLTrainer(SFTTrainer):
             limit: The first so many rows; None = the run's `train_rows`.
         """
         template = self._chat_template if self.config.chat_template else None
-        return self.text_dataset(
-            data.training_rows(data.load_tasks([task])[task], limit or self.config.train_rows, template)
-        )
+        tasks = data.load_tasks([task])
+        check_rows(self.run, tasks)
+        return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, template))
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
         """Token ids of prompts and answers, as `stage_dataset` returns them."""
@@ -416,20 +428,17 @@ class CLTrainer(SFTTrainer):
         else:
             peft_config = get_peft_config(self.model_args)
             assert peft_config is not None
-            model = get_peft_model(base, peft_config)
+            # As TRL does for ZeRO-3, which wants parameters of one type.
+            plugin = self.config.deepspeed_plugin
+            one_type = plugin is not None and plugin.zero_stage == 3
+            model = get_peft_model(base, peft_config, autocast_adapter_dtype=not one_type)
         if self.config.bf16:
             # PEFT brings each layer's input to the adapter's float32, and autocast brings it back to bf16 in the next
             # operation: two copies of every activation that change no bit.
             for module in model.modules():
                 if isinstance(module, BaseTunerLayer):
                     module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
-            # Autocast would bring frozen float32 weights to bf16 anew in every step: the same values, kept instead.
-            embeddings = base.get_input_embeddings().weight  # may be tied to the head; they begin the float32 states
-            for module in model.modules():
-                if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
-                    for parameter in module.parameters():
-                        if not parameter.requires_grad and parameter.numel():  # ZeRO-3 leaves empty ones
-                            parameter.data = parameter.data.to(torch.bfloat16)
+            frozen_in_bf16(model)
         return model
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -532,7 +541,10 @@ class CLTrainer(SFTTrainer):
             for name, module in self.model.named_modules()  # type: ignore[union-attr]
             if isinstance(module, torch.nn.Linear) and f"{name}.weight" in parameters
         ]
-        together = len(layers) == len(parameters)
+        # A head sees answer positions alone, MoE layers call no module of the adapter. Gradient checkpointing is off
+        # here, as in all evaluation, so that there may be no room for more than a row.
+        unusual = self.model_args.lora_modules_to_save or self.model_args.lora_target_parameters
+        together = len(layers) == len(parameters) and not unusual and not self.args.gradient_checkpointing
         lengths = [len(ids) for ids in rows["input_ids"]]
         rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
         for batch in self.batches(rows, None if together else 1):
@@ -608,11 +620,18 @@ class CLTrainer(SFTTrainer):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
         # Processes work on batches that follow each other: they wait for the longest of them.
-        return LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+        self.grouped = LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+        return self.grouped
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's step, then `adjust_gradients` when the gradient of the optimizer step is complete."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            # HF would log 0 and go on, and every later stage would begin with these weights.
+            raise RunError(
+                f"The loss of stage {self.stage.name} is {loss.item()} at step {self.state.global_step + 1}: training "
+                "has diverged. Begin a new run with a lower learning_rate or max_grad_norm."
+            )
         if self.accelerator.sync_gradients:
             self.adjust_gradients(model)
         return loss
@@ -626,7 +645,7 @@ class CLTrainer(SFTTrainer):
         vocabulary would take most of the time of a step when answers are short.
         """
         plain = self.config.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
-        if return_outputs or not (self.args.use_cpu and plain) or "seq_lengths" in inputs:
+        if return_outputs or not (self.args.use_cpu and plain):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, target = self.answer_logits(model, inputs)
         total = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
@@ -667,6 +686,8 @@ class CLTrainer(SFTTrainer):
         them with weights_only, which runs no code, and never reads the last. They are files of this program's own
         attempt, below the run directory, for nobody else, and gone when the stage is trained.
         """
+        if self.state.global_step >= self.state.max_steps and self.state.epoch and self.state.epoch % 1:
+            return  # HF, going on within an epoch, looks at the number of steps only after one more of them
         folder = self.stage.attempt / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
@@ -743,6 +764,19 @@ class CLTrainer(SFTTrainer):
         return target
 
 
+def frozen_in_bf16(model: Any) -> None:
+    """Keeps frozen weights of linear layers in bf16, to which autocast would bring them anew in every step.
+
+    The embeddings stay what they are, since the states begin with them; they may be tied to the head.
+    """
+    embeddings = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
+            for parameter in module.parameters():
+                if not parameter.requires_grad and parameter.numel():  # ZeRO-3 leaves empty ones
+                    parameter.data = parameter.data.to(torch.bfloat16)
+
+
 #: Files of a checkpoint within a stage: the trained parameters, and what is written last.
 _TRAINED, _WHOLE = "trained.safetensors", "whole.json"
 
@@ -785,11 +819,16 @@ class LengthGrouped(Sampler[int]):
 
 
 class _Live(TrainerCallback):
-    """Says in a file how far the training is, for `trace-bench status`."""
+    """Says in a file how far the training is, for `trace-bench status`, and to the sampler which epoch begins."""
 
     def __init__(self, trainer: CLTrainer) -> None:
         self.trainer = trainer
         self.written = -1.0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Where several processes share the batches, a stage that goes on within an epoch does not reach the sampler.
+        if self.trainer.grouped is not None:
+            self.trainer.grouped.set_epoch(int(state.epoch or 0))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         now = time.perf_counter()
@@ -868,6 +907,13 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         raise ConfigError("model_name_or_path is not set: name a hub id, a local folder, or " + models.QUICKSTART)
     if not config.output_dir:
         raise ConfigError("output_dir is not set: it names the run directory, for example runs/sequential.")
+    gpus = 0 if config.use_cpu else torch.cuda.device_count()
+    if gpus > 1 and state.num_processes == 1 and config.stages:
+        raise ConfigError(
+            f"{gpus} GPUs are visible to one process. Take one of them (CUDA_VISIBLE_DEVICES=0), or all: accelerate "
+            f"launch --num_processes {gpus} -m trainers.{_method(trainer)} ..., with gradient_accumulation_steps "
+            f"divided by {gpus} for the same batch."
+        )
     with state.main_process_first():
         root = data.find_data(config.data) if data.needs_data(config.tasks) else None
         base = models.resolve_model(model_args.model_name_or_path)
@@ -879,6 +925,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     for name in (*config.general, *config.judged):
         data.source_fingerprint(name)  # its data is needed after hours of training: is it there?
     tasks = data.load_tasks(config.tasks)
+    data.check_stages(tasks)
     _check_gradients(trainer, config)
 
     manifest = {
@@ -894,7 +941,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         # Another number of processes is another batch.
         **({"processes": state.num_processes} if state.num_processes > 1 else {}),
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
-        "data": data.data_record(root, config.tasks),
+        "data": data.data_record(root, tasks),
         "seed": config.seed,
         "config": {
             **config.manifest(),
@@ -917,6 +964,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         )
     except (OSError, ValueError) as e:  # it is not there, or brings code that is not trusted
         raise models.ModelError(f"The tokenizer of {base} cannot be loaded: {e}") from e
+    _check_model(config, model_args, models.read_config(base, model_args.model_revision), tasks)
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
     if config.chat_template and tokenizer.chat_template is None:
@@ -927,6 +975,36 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
             run = Run.create(config.output_dir, manifest)
         _train_stages(trainer, config, model_args, run, root, tokenizer, state)
     return run
+
+
+def _check_model(config: CLConfig, model_args: ModelConfig, model: dict[str, Any], tasks: dict[str, Any]) -> None:
+    """Refuses what would fail, or mean something else, after the training: when its checkpoints are evaluated."""
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ConfigError(
+            "load_in_4bit and load_in_8bit are not supported: evaluation merges adapters into the weights as they are, "
+            "which are others than those that were trained with. Use dtype=bfloat16 and LoRA."
+        )
+    if not model_args.use_peft and model_args.dtype in ("bfloat16", "float16"):
+        log.warning(
+            "All parameters are trained in %s: a step of AdamW is often smaller than its rounding, which looks like "
+            "little forgetting. Use dtype=float32 with bf16=true (autocast).",
+            model_args.dtype,
+        )
+    method = (model.get("quantization_config") or {}).get("quant_method")
+    if model_args.use_peft and method in ("gptq", "awq", "aqlm", "eetq"):
+        raise ConfigError(
+            f"{model_args.model_name_or_path} is quantised with {method}, into which PEFT cannot merge an adapter, as "
+            "evaluation does. Take the model in bf16."
+        )
+    context = model.get("max_position_embeddings")
+    for name, task in tasks.items():
+        answer = min(answer_tokens(task), config.max_new_tokens or 10**9)
+        if context and config.max_prompt_length + answer > context:
+            raise ConfigError(
+                f"max_prompt_length={config.max_prompt_length} and {answer} tokens of an answer of {name} are more "
+                f"than the model's context of {context}: use a max_prompt_length of at most {context - answer}, or "
+                "lower max_new_tokens."
+            )
 
 
 def _train_stages(
@@ -947,7 +1025,7 @@ def _train_stages(
                 shutil.rmtree(stage.attempt, ignore_errors=True)  # killed just after train.json was written
         else:
             if state.is_main_process:
-                _check_sources(run, stage, root)
+                _check_sources(run, stage, root, trainer)
             _train_stage(trainer, config, model_args, run, stage, tokenizer, state)
         if config.keep == "evaluated":
             _evaluate(run, stage, state)
@@ -956,15 +1034,32 @@ def _train_stages(
                 shutil.rmtree(run.stages[stage.index - 1].path / kind, ignore_errors=True)
 
 
-def _check_sources(run: Run, stage: Stage, root: Path | None) -> None:
+def _method_source(trainer: type[CLTrainer]) -> str | None:
+    """The fingerprint of a method's file; None where there is no file, as in a notebook."""
+    try:
+        return fingerprint(Path(inspect.getfile(trainer)))
+    except (OSError, TypeError):
+        return None
+
+
+def _check_sources(run: Run, stage: Stage, root: Path | None, trainer: type[CLTrainer]) -> None:
     """Refuses to train on what is no longer what the run began with: files may change between stages."""
     check_base(run)
-    if root is not None and data.data_fingerprint(root, run.tasks) != run.manifest["data"]["fingerprint"]:
+    expected = run.manifest["data"]["fingerprint"].items()
+    if root is not None and not data.data_fingerprint(root, run.tasks).items() <= expected:
         raise RunError(f"{root} holds other data than the run began with. Restore it, or begin a new run.")
     before = run.stages[stage.index - 1]
     if before.train_file.exists() and any((before.path / kind).is_dir() for kind in ("adapter", "model")):
         check_checkpoint(before)
-    recorded = read_json(before.train_file).get("method_state") if before.train_file.exists() else None
+    last = read_json(before.train_file) if before.train_file.exists() else {}
+    if last.get("method_source") not in (None, _method_source(trainer)):
+        log.warning(
+            "The file of the method %s has changed since stage %s was trained: this run would mix two methods. For a "
+            "clean one begin again in another folder.",
+            _method(trainer),
+            before.name,
+        )
+    recorded = last.get("method_state")
     if recorded and before.method_state.is_dir() and fingerprint(before.method_state) != recorded:
         raise RunError(
             f"{before.method_state} is not what the training of the stage wrote: it was changed or damaged. "
@@ -1012,7 +1107,14 @@ def _check_shards() -> None:
 
 
 def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:
-    """Refuses settings under which `adjust_gradients` would not see the gradient as it is."""
+    """Refuses settings under which a method would not see rows or gradients as they are."""
+    joined = [name for name in ("packing", "padding_free") if getattr(config, name)]
+    hooks = ("adjust_gradients", "compute_loss")
+    if joined and (config.use_cpu or any(getattr(trainer, h) is not getattr(CLTrainer, h) for h in hooks)):
+        raise ConfigError(
+            f"{joined[0]}=true joins rows, which needs flash attention on a GPU and a method without gradients or "
+            "losses of its own (sequential, single, joint, replay, rcl). Leave it out."
+        )
     if trainer.adjust_gradients is CLTrainer.adjust_gradients:
         return
     refuse_shards(config, f"{_method(trainer)} needs whole gradients", "with LoRA if memory is short")
@@ -1045,6 +1147,10 @@ def _train_stage(
     state.wait_for_everyone()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if config.deepspeed_plugin is not None:
+        # accelerate takes its plugin once, and HF's loader looks at the one that was made last, for a manifest.
+        AcceleratorState._reset_state()
+        config.deepspeed_plugin.set_deepspeed_weakref()
     trainer = trainer_class(config, model_args, run, stage, tokenizer)
     trainer.started = time.perf_counter()
     trainer.begin_stage()
@@ -1058,6 +1164,7 @@ def _train_stage(
     state.wait_for_everyone()
     if state.is_main_process:
         summary = _summary(trainer, seconds)
+        summary |= {"commit": source_commit(), "method_source": _method_source(trainer_class)}
         summary["checkpoint"] = fingerprint(saved)
         if stage.method_state.is_dir():
             summary["method_state"] = fingerprint(stage.method_state)

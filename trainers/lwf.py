@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from trace_bench import models
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, refuse_shards
+from trainers.base import CLConfig, CLTrainer, ConfigError, frozen_in_bf16, main, refuse_shards
 
 
 @dataclass
@@ -71,6 +71,8 @@ class LwFTrainer(CLTrainer):
                 **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
             )
             self.teacher.requires_grad_(False).eval().to(self.accelerator.device)
+            if self.config.bf16:
+                frozen_in_bf16(self.teacher)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -79,7 +81,7 @@ class LwFTrainer(CLTrainer):
         if self.teacher is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, target = self.answer_logits(model, inputs)
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():  # as the student, whose forward HF wraps
             taught, _ = self.answer_logits(self.teacher, inputs)
         total = cross_entropy(logits, target, reduction="sum") + self.config.lwf_lambda * self.distillation(
             logits, taught

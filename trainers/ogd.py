@@ -60,11 +60,14 @@ class OGDTrainer(CLTrainer):
 
     def begin_stage(self) -> None:
         """Loads the directions and makes them a basis."""
-        needed = 8 * (self.config.ogd_size + self.config.ogd_rows) * sum(p.numel() for p in self.trained().values())
-        if needed > psutil.virtual_memory().total:
+        # At the end of a stage: the basis, the directions, the gradients beside them, and the new directions.
+        rows = 4 * self.config.ogd_size + self.config.ogd_rows
+        needed = 4 * rows * sum(p.numel() for p in self.trained().values())
+        cuda = self.accelerator.device.type == "cuda"
+        if needed > (torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total):
             raise ConfigError(
                 f"OGD with ogd_size={self.config.ogd_size} and ogd_rows={self.config.ogd_rows} needs about "
-                f"{needed / 2**30:.0f} GiB for these trained parameters, more than the machine has. Use LoRA, or fewer."
+                f"{needed / 2**30:.0f} GiB for these trained parameters, more than there is. Use LoRA, or fewer."
             )
         self.directions = self.load_state()
         lengths = _gram(self.directions).diagonal().sqrt() if self.directions else None
@@ -114,8 +117,7 @@ class OGDTrainer(CLTrainer):
 
 def _gram(rows: dict[str, torch.Tensor]) -> torch.Tensor:
     """The products of all pairs of rows, over all parameters."""
-    flat = [r.flatten(1).double() for r in rows.values()]
-    return torch.stack([f @ f.T for f in flat]).sum(0)
+    return sum(f @ f.T for f in (r.flatten(1).double() for r in rows.values()))  # type: ignore[return-value]
 
 
 class _ProjectStep(TrainerCallback):

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
+from transformers import set_seed
 
 from trace_bench.run import Stage, fresh_dir
 from trainers.base import CLConfig, CLTrainer, ConfigError, main
@@ -62,6 +63,8 @@ class OLoRATrainer(CLTrainer):
 
     def stage_model(self, stage: Stage) -> Any:
         """The base model with the frozen adapter of the stage before and a new one."""
+        # With the same random numbers at every stage each adapter would begin in the subspace of the first one.
+        set_seed(self.config.seed + stage.index - 1)
         model = self.trainable_model(None)
         previous = self.run.stages[stage.index - 1].checkpoint
         if previous is not None:

@@ -24,7 +24,6 @@ them have gradients and moments. PEFT advises learning rates of 1e-5 to 1e-4.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,6 @@ from peft import get_peft_model
 
 from trace_bench.run import Stage
 from trainers.base import CLConfig, CLTrainer, ConfigError, main, refuse_shards
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,10 +70,9 @@ class OSFTrainer(CLTrainer):
             config, "OSF decomposes whole weights and projects whole gradients", "with a model that fits each GPU"
         )
         if model_args.dtype != "float32":
-            log.warning(
-                "dtype=%s rounds the singular vectors, so that they are not orthogonal any more: use dtype=float32 "
-                "with bf16=true (autocast).",
-                model_args.dtype,
+            raise ConfigError(
+                f"dtype={model_args.dtype}: PEFT replaces such parameters, and its projection of their gradients is "
+                "lost with them. Use dtype=float32 with bf16=true (autocast)."
             )
         return {}
 

@@ -68,6 +68,8 @@ class ReplayConfig(CLConfig):
             raise ConfigError(f"alignment_rows={self.alignment_rows} is not allowed: use a number of at least 1.")
         if self.replay_ratio == 0 and self.alignment_data == "none":
             raise ConfigError("replay_ratio=0 and alignment_data=none leave nothing to replay: that is sequential.")
+        if self.replay == "after" and self.shuffle_dataset:
+            raise ConfigError("shuffle_dataset=true would mix own and replayed rows before they are told apart.")
         if self.replay == "after" and self.max_steps > 0:
             raise ConfigError(f"max_steps={self.max_steps} would cut the replay off, which comes last: use epochs.")
 
