@@ -6,8 +6,8 @@ Contenders, on the same nine checkpoints (the base model and eight adapters), ro
 - lm-eval vllm: `lm_eval run --model vllm` once per stage on the merged model; merging is not counted.
 - lm-eval hf: `lm_eval run --model hf,peft=ADAPTER` once per stage, batch 16. Its `--batch_size auto` tries batches of
   the full context length, which needs more memory than a small machine has.
-- official, batch 4 and 8: transformers' generate, the model loaded anew for each stage (`bench/official.py`). A batch
-  of 8 is all rows of a cell; larger ones would change nothing.
+- official: transformers' generate in batches of 4 (all rows of a cell: larger ones would change nothing), the model
+  loaded anew for each stage (`bench/official.py`).
 
 The engine's settings of ours (`trace_bench.engine.prepare_vllm`) are given to lm-eval too: without them it would take
 longer still. Of ours: the tokens a second, the share of the time that the engine is at work, and what a stage costs
@@ -27,7 +27,8 @@ from bench.common import ROOT, WORK, command, save
 from trace_bench.run import read_jsonl
 from trace_bench.tables import markdown
 
-ROWS = 8
+ROWS = 4
+BATCH = 4
 PROMPT, ANSWER, CONTEXT = 960, 64, 1024
 ENGINE = {"max_model_len": CONTEXT, "dtype": "bfloat16"}
 VLLM_ENV = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -92,14 +93,12 @@ def main() -> None:
                 (file,) = out.rglob(f"samples_bench_{task}_*.jsonl")
                 rows = sorted(read_jsonl(file), key=lambda row: row["doc_id"])
                 answers.setdefault(name, {})[stage.index, task] = [row["filtered_resps"][0] for row in rows]
-        for batch in (4, ROWS):
-            name = f"official, batch {batch}"
-            out = WORK / "evaluation" / f"official-{batch}-{stage.index}.json"
-            argv = [sys.executable, "-m", "bench.official", base, str(stage.checkpoint or ""), str(batch), str(out)]
-            argv += [str(ROWS), str(PROMPT), str(ANSWER), *names]
-            seconds.setdefault(name, []).append(command(argv, f"evaluation/{out.stem}"))
-            for task, texts in json.loads(out.read_text()).items():
-                answers.setdefault(name, {})[stage.index, task] = texts
+        out = WORK / "evaluation" / f"official-{stage.index}.json"
+        argv = [sys.executable, "-m", "bench.official", base, str(stage.checkpoint or ""), str(BATCH), str(out)]
+        argv += [str(ROWS), str(PROMPT), str(ANSWER), *names]
+        seconds.setdefault("official", []).append(command(argv, f"evaluation/{out.stem}"))
+        for task, texts in json.loads(out.read_text()).items():
+            answers.setdefault("official", {})[stage.index, task] = texts
         print(f"stage {stage.index}: " + ", ".join(f"{k} {v[-1]:.0f} s" for k, v in seconds.items() if k != "ours"))
 
     total = sum(map(len, answers["ours"].values()))
