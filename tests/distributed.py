@@ -30,7 +30,7 @@ def watched(trainer: type, kill: dict | None) -> type:
 
         def begin_stage(self):
             super().begin_stage()
-            self.before = {name: p.detach().clone() for name, p in self.trained().items()}
+            self.began_with = {name: p.detach().clone() for name, p in self.trained().items()}
 
         def record(self):
             return super().record() | {"moved": self.moved}
@@ -41,7 +41,7 @@ def watched(trainer: type, kill: dict | None) -> type:
 
         def save_checkpoint(self):
             digest = hashlib.sha256()
-            self.moved = float(sum((p - self.before[n]).square().sum() for n, p in self.trained().items()).sqrt())
+            self.moved = float(sum((p - self.began_with[n]).square().sum() for n, p in self.trained().items()).sqrt())
             for name, parameter in self.trained().items():
                 digest.update(name.encode() + parameter.detach().contiguous().numpy().tobytes())
             digests = [None] * self.accelerator.num_processes
