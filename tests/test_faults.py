@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,6 +31,7 @@ import torch
 from conftest import command_line, make_tiny_model, train
 from judge_server import Server, judge, with_key
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from judges import judging
 from trace_bench import cli, data, engine, evaluate, report, results, status
@@ -651,6 +653,8 @@ def in_child(command, folder: Path, *, at: int = 0, torn: int = 0, after: float 
         code = 1
         try:
             os.fsync = fsync
+            # tqdm's lock is shared with forked processes: one that is killed while it has it would stop all others.
+            tqdm.set_lock(threading.RLock())
             sys.addaudithook(hook)
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
