@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -260,6 +261,10 @@ def test_the_array_of_the_sweep_has_its_runs():
 
 @pytest.mark.parametrize("plan", scaling.PLANS, ids=lambda p: p.config)
 def test_the_numbers_of_scaling_md_are_what_the_arithmetic_gives(plan):
+    pins = dict(line.split("==") for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if "==" in line)
+    others = [name for name in ("accelerate", "peft", "transformers") if version(name) != pins[name]]
+    if others:
+        pytest.skip(f"SCALING.md is of the pinned versions, not of these of {', '.join(others)}")
     text = (ROOT / "SCALING.md").read_text()
     assert scaling.tables(plan) in text
     parts, counts = scaling.memory(plan)

@@ -149,7 +149,7 @@ def test_retry_after_is_waited_for(server, make):
 
 
 def test_a_longer_retry_after_than_the_package_takes_is_waited_for_too(server, make, monkeypatch):
-    monkeypatch.setattr("openai._base_client.MAX_RETRY_AFTER_DELAY", 0.1)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_AFTER_DELAY", 0.1, raising=False)  # a later openai has it
     make().complete(ask("FAULT:busy*2"))
     assert all(b - a >= 0.15 for a, b in zip(server.times, server.times[1:], strict=False))
     monkeypatch.setattr(client, "LONGEST_WAIT", 0.1)
