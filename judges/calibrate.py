@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from judges import instruction, judging, pairwise, prompts, safety
 from judges.pairwise import Kind, Messages
 from judges.planted import PLANTED
-from judges.verdict import parse
+from judges.verdict import verdict_of
 from trace_bench.run import write_json
 
 if TYPE_CHECKING:
@@ -108,8 +108,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
     replies = iter(answers)
 
     def verdict(words: tuple[str, ...]) -> str | None:
-        reply = next(replies)
-        return None if reply.error else parse(reply.text, words, cut=reply.finish_reason == "length")
+        return verdict_of(next(replies), words)
 
     kinds: dict[str, dict[str, Any]] = {}
     for kind, name, flaw in _PAIRS:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from judges import instruction, pairwise, prompts, safety
 from judges.pairwise import Kind
-from judges.verdict import parse
+from judges.verdict import verdict_of
 from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -230,17 +230,14 @@ def _row(pair: Pair, answers: list[Reply], kind: Kind) -> dict[str, Any]:
     def text(reply: Reply) -> str | None:
         return None if reply.error else reply.text
 
-    def verdict(reply: Reply, allowed: Sequence[str]) -> str | None:
-        return parse(text(reply), allowed, cut=reply.finish_reason == "length")
-
     direct, *both = answers
     row = {
         "doc_id": pair.doc_id,
-        "direct": verdict(direct, kind.words),
+        "direct": verdict_of(direct, kind.words),
         "direct_reply": text(direct),
     }
     if pair.base is not None:
-        verdicts = [verdict(reply, prompts.PAIR) for reply in both]
+        verdicts = [verdict_of(reply, prompts.PAIR) for reply in both]
         combined, disagree = ("tie", False) if pair.identical else pairwise.combine(*verdicts)
         row |= {
             "combined": combined,

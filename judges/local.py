@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from judges import JudgeError
 from judges.client import SAMPLING, Judge, Reply, Request
-from judges.verdict import parse
+from judges.verdict import verdict_of
 from trace_bench.engine import FREE, prepare_vllm, starting_vllm
 from trace_bench.models import pinned_revision, resolve_model
 
@@ -110,7 +110,7 @@ class LocalJudge(Judge):
         open_ones: dict[int, list[str]] = {}
         for i, (turns, reply) in enumerate(zip(messages, replies, strict=True)):
             offered = sorted(set(_OFFERED.findall(turns[-1]["content"])))
-            if offered and parse(reply.text, offered, cut=reply.finish_reason == "length") is None:
+            if offered and verdict_of(reply, offered) is None:
                 open_ones[i] = offered
                 for word in set(offered) - tokens.keys():
                     before, whole, alone = (

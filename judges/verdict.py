@@ -16,6 +16,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from judges.client import Reply
 
 _VERDICT = re.compile(r"\[\[\s*(\w+)\s*\]\]")
 
@@ -39,6 +43,11 @@ def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str |
     if len(verdicts) > 1:
         verdicts = _named(last, allowed)
     return verdicts.pop() if len(verdicts) == 1 else None
+
+
+def verdict_of(reply: Reply, allowed: Sequence[str]) -> str | None:
+    """The verdict of what a judge answered; None for a request that failed. See `parse`."""
+    return None if reply.error else parse(reply.text, allowed, cut=reply.finish_reason == "length")
 
 
 def _named(text: str, allowed: Sequence[str]) -> set[str]:
