@@ -220,7 +220,7 @@ def test_a_stage_without_weights_is_no_stage(options, monkeypatch):
 
 def test_the_slurm_job_launches_one_accelerate_a_machine(tmp_path):
     stubs = {
-        "scontrol": "echo node-a; echo node-b",
+        "scontrol": "echo node-a; sleep 0.2; echo node-b",
         "srun": 'for i in 0 1; do SLURM_NODEID=$i "$@"; done',
         "accelerate": 'printf "%s\\n" "$*"',
         "trace-bench": 'printf "<%s>" "$@"',
