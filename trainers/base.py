@@ -1154,16 +1154,21 @@ def _train_stage(
     trainer = trainer_class(config, model_args, run, stage, tokenizer)
     trainer.started = time.perf_counter()
     trainer.begin_stage()
+    around = time.perf_counter() - trainer.started
     checkpoint = trainer.resume()
     if checkpoint is not None:
         _say(state, f"stage {stage.index}/{len(run.stages) - 1} {stage.name}: goes on at step {trainer.before['step']}")
     trainer.train(resume_from_checkpoint=checkpoint)
+    ending = time.perf_counter()
     trainer.end_stage()
     seconds = time.perf_counter() - trainer.started
+    around += time.perf_counter() - ending
     saved = trainer.save_checkpoint()
     state.wait_for_everyone()
     if state.is_main_process:
         summary = _summary(trainer, seconds)
+        # Of `seconds` those that begin_stage and end_stage took: what a method costs whatever the number of steps.
+        summary["seconds_around_steps"] = round(around, 3)
         summary |= {"commit": source_commit(), "method_source": _method_source(trainer_class)}
         summary["checkpoint"] = fingerprint(saved)
         if stage.method_state.is_dir():
