@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.common import WORK, command, save
 from trace_bench.tables import markdown
 
-ROUNDS = 2
+ROUNDS = 3
 TASKS = ("trace_fomc", "trace_scienceqa")
 ROWS, EPOCHS = 48, 3
 METHODS = ("sequential", "ewc", "olora", "ogd", "agem", "gem", "lwf", "replay", "pp")
@@ -51,13 +51,13 @@ def main() -> None:
             "seconds_around_steps": [s["seconds_around_steps"] for s in stages[method]],
             "steps_over_sequential": round(steps[method] / steps["sequential"], 2),
             "over_sequential": round(whole[method] / whole["sequential"], 2),
-            "rows_over_sequential": round(last["rows"] / stages["sequential"][-1]["rows"], 2),
+            "tokens_over_sequential": round(last["tokens"] / stages["sequential"][-1]["tokens"], 2),
             "kept_mib": round(sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()) / 2**20, 1),
             "peak_memory_gib": round(last["peak_memory_bytes"] / 2**30, 1),
         }
     save("methods", {"tasks": TASKS, "rows": ROWS, "epochs": EPOCHS, "methods": result})
-    columns = ["steps_over_sequential", "over_sequential", "rows_over_sequential", "kept_mib", "peak_memory_gib"]
-    titles = ["steps over sequential", "stage over sequential", "rows over sequential", "kept, MiB", "peak, GiB"]
+    columns = ["steps_over_sequential", "over_sequential", "tokens_over_sequential", "kept_mib", "peak_memory_gib"]
+    titles = ["steps over sequential", "stage over sequential", "tokens over sequential", "kept, MiB", "peak, GiB"]
     print(markdown(["method", *titles], [[m, *(r[c] for c in columns)] for m, r in result.items()]))
 
 
