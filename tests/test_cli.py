@@ -1,9 +1,13 @@
 """Tests of `trace-bench`: it starts quickly, says what it did, and every error of the project is one plain message."""
 
+import importlib
+import inspect
+import re
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import pytest
 from trace_bench import data, evaluate
 from trace_bench.cli import main
 from trace_bench.run import Run, write_json
+from trace_bench.study import methods
 
 SCRIPT = Path(sys.executable).parent / "trace-bench"
 MODULE = [sys.executable, "-m", "trace_bench.cli"]
@@ -75,6 +80,49 @@ def test_help_is_there_at_once(command):
             word in done.stdout for word in ("data", "evaluate", "report", "tasks-path", "make sequential-train")
         )
     assert min(seconds for _, seconds in results) < 1
+
+
+@pytest.mark.parametrize("method", methods())
+def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
+    from trl import ModelConfig, SFTConfig
+
+    import trainers.help
+
+    module = importlib.import_module(f"trainers.{method}")
+    config = re.search(r"^    main\(\w+, (\w+)\)$", inspect.getsource(module), re.M)[1]
+    own = {f.name: f for f in fields(getattr(module, config))}
+    theirs = {f.name for c in (SFTConfig, ModelConfig) for f in fields(c)}
+    assert trainers.help.show(method)
+    shown = re.findall(r"^  --(\w+)", out := capsys.readouterr().out, re.M)
+    assert len(shown) == len(set(shown)) and set(own) - theirs <= set(shown) <= set(own) | theirs | {"config"}
+    assert module.__doc__.splitlines()[0] in out
+    for name in set(own) - theirs:
+        text = re.sub(r"\s+", " ", re.search(rf"^  --{name}\s(.*?)(?=^  --|^\S|\Z)", out, re.M | re.S)[1])
+        assert own[name].metadata["help"] in text
+        default = own[name].default
+        assert default in (None, MISSING) or text.endswith(f"[{default}] ")
+
+
+def test_the_help_of_a_method_is_there_at_once():
+    command = (sys.executable, "-X", "importtime", "-m", "trainers.replay", "--help")
+    results = [call(*command) for _ in range(3)]
+    for done, _ in results:
+        assert done.returncode == 0 and "python -m trainers.replay --config FILE.yaml" in done.stdout
+        assert not re.search(r"\| +(torch|trl|transformers|lm_eval)$", done.stderr, re.M)
+    assert min(seconds for _, seconds in results) < 1
+
+
+@pytest.mark.parametrize("option", ["--help", "--help_all"])
+def test_all_options_of_hf_are_listed_where_asked_for_or_where_a_file_does_not_name_its_config(option, capsys):
+    import trainers.help
+    from trainers.base import CLConfig, CLTrainer
+    from trainers.base import main as train
+
+    assert not trainers.help.show("base") and not trainers.help.show("nowhere")
+    with pytest.raises(SystemExit) as e:
+        train(CLTrainer, CLConfig, [option])
+    assert e.value.code == 0
+    assert {"--tasks", "--lora_r", "--weight_decay"} <= set(capsys.readouterr().out.replace(",", " ").split())
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["evaluate", "--help"], ["data", "demo"], ["tasks-path"]])

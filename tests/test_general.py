@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import datasets
@@ -393,6 +394,57 @@ def test_a_run_without_them_gets_them_on_the_command_line(options, local, capsys
         evaluate.evaluate(run, besides={"general": ["general_boolq"], "general_stages": "all"})
     with pytest.raises(data.DataError, match="general_nothing is not known here"):
         evaluate.evaluate(run, besides={"general": ["general_nothing"]})
+
+
+@pytest.fixture
+def alone(options, local, tmp_path, monkeypatch):
+    """Measures checkpoints besides any matrix: copies of the stages of a run, without the run's data."""
+    run = train(options)
+    command = ["evaluate", str(tmp_path / "theirs")]
+    new = ["--model", options["model_name_or_path"], "--tasks", "none", "--backend", "hf", "--judged-rows", "1"]
+    new += ["--general", "general_boolq", "--judged", "safety_cona", "--judged-max-new-tokens", "4"]
+
+    def checkpoint(name: str, stage: int) -> list[str]:
+        return ["--checkpoint", f"{name}={run.stages[stage].checkpoint}"]
+
+    return command, new, checkpoint
+
+
+def test_checkpoints_are_measured_on_general_ability_alone(alone, tmp_path, capsys):
+    command, new, checkpoint = alone
+    cli.main([*command, *new, *checkpoint("v1", 1)])
+    assert "evaluated 4 cells of 2 stages" in capsys.readouterr().out
+    cli.main([*command, *checkpoint("v2", 2)])  # what it is measured on is the run's own
+    assert "evaluated 2 cells of 1 stages" in capsys.readouterr().out
+    cli.main([*command, *checkpoint("v2", 2)])
+    run = Run.open(tmp_path / "theirs")
+    assert [s.name for s in run.stages] == ["0_base", "1_v1", "2_v2"] and run.tasks == []
+    assert there(run) == [["safety_cona", "general_boolq"]] * 3, "those in between as well"
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # means of nothing
+        cli.main(["report", str(run.path)])
+        assert "report.md: 6 cells; general ability " in capsys.readouterr().out
+        cli.main(["report", str(run.path), str(run.path)])
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    assert "| 2_v2 | " in text.split("## General ability")[1] and "## Answers for the judges" in text
+    assert "## Scores" not in text and "## Changes" not in text and "task versions" not in text
+    assert "<h2>General ability</h2>" in (run.path / "report.html").read_text(encoding="utf-8")
+    cli.main(["status", str(run.path)])
+    assert "2_v2    trained elsewhere; 1 general suites; 0 of 1 sets judged" in capsys.readouterr().out
+
+
+def test_nothing_to_measure_and_names_that_are_not_known_leave_no_run(alone, tmp_path):
+    command, new, checkpoint = alone
+    nothing = new[: new.index("--judged-rows")]
+    for options, message in (
+        (nothing, "--tasks none leaves nothing to measure"),
+        ([*nothing, "--general", "general_nothing"], "general_nothing is not known here"),
+        ([*new, "--engine-args", '{"hf_token": "hf_' + 34 * "x" + '"}'], "hf_token"),
+    ):
+        with pytest.raises(SystemExit) as e:
+            cli.main([*command, *options, *checkpoint("v1", 1)])
+        assert message in str(e.value.code) and not (tmp_path / "theirs").exists()
 
 
 @needs_shared

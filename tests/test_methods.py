@@ -11,13 +11,9 @@ from safetensors.torch import load_file
 
 from trace_bench import data, evaluate, report, results
 from trace_bench.run import Run, read_json
+from trace_bench.study import methods
 from trainers.base import CLConfig, CLTrainer, ConfigError
 
-METHODS = sorted(
-    p.stem
-    for p in (Path(__file__).parents[1] / "trainers").glob("*.py")
-    if p.stem not in ("__init__", "base", "memory")
-)
 #: Not one stage per task: tested below.
 ELSEWHERE = {"joint", "icl"}
 THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
@@ -52,7 +48,7 @@ def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m not in ELSEWHERE])
+@pytest.mark.parametrize("name", [m for m in methods() if m not in ELSEWHERE])
 def test_a_method_killed_and_resumed_ends_in_the_same_bytes_and_is_evaluated(name, options, tmp_path):
     trainer, config = method(name)
     options = small(options, name)

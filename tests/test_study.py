@@ -145,7 +145,7 @@ def test_a_run_by_its_number_and_by_another_launcher(write, monkeypatch, capsys,
 
 def test_the_methods_are_the_files_that_can_be_run():
     assert {"sequential", "single", "joint", "icl"} <= set(methods())
-    assert not {"base", "__init__", "memory"} & set(methods())
+    assert not {"base", "__init__", "help", "memory"} & set(methods())
 
 
 GOOD = {"method": "sequential"}

@@ -102,7 +102,7 @@ def test_tasks_are_not_loaded_with_another_lm_eval(installed):
 @pytest.mark.parametrize(
     "argv",
     [
-        ["-m", "trainers.sequential", "--help"],
+        ["-m", "trainers.sequential", "--help_all"],
         ["-m", "trace_bench.cli", "annotate", "new", "--model", "m", "--dry-run"],
     ],
 )

@@ -29,6 +29,7 @@ reasoning paths for RCL, written by a teacher and checked:
 
 checkpoints trained elsewhere:
   trace-bench evaluate runs/theirs --model BASE --checkpoint trace_cstance=PATH --checkpoint trace_fomc=PATH
+  trace-bench evaluate runs/general --model BASE --checkpoint v1=PATH --tasks none --general general
 
 the tasks alone, with plain lm-eval:
   TRACE_DATA=demo lm_eval run --model hf --model_args pretrained=MODEL --tasks 'trace_*' \\
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         "run of checkpoints takes further ones later, by themselves",
     )
     g.add_argument("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
-    g.add_argument("--tasks", help="columns of the matrix: names with commas, order1 or order2")
+    g.add_argument("--tasks", help="columns of the matrix: names with commas, order1 (the default), order2, or none")
     g.add_argument("--test-rows", type=_positive, help="first so many test rows of each task")
     g.add_argument("--max-prompt-length", type=_positive, help="tokens of a prompt, cut on the left (1024)")
     g.add_argument("--max-new-tokens", type=_positive, help="the most tokens of an answer (default: each task's own)")
@@ -372,6 +373,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     from trace_bench.evaluate import BESIDES, evaluate, external_run
     from trace_bench.run import Run, RunError
 
+    engine_args, stages = _json_object("--engine-args", args.engine_args), _indices(args.stages)
+    besides = {name: value for name in BESIDES if (value := getattr(args, name)) is not None}
+    besides |= {name: besides[name].split(",") for name in ("general", "judged") if name in besides}
     if args.checkpoint:
         pairs = [c.partition("=") for c in args.checkpoint]
         if not all(name and path for name, _, path in pairs):
@@ -379,42 +383,42 @@ def _evaluate(args: argparse.Namespace) -> None:
         names = [name for name, _, _ in pairs]
         if len(set(names)) < len(names):
             raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(names)}.")
-        model = args.model
-        tasks = [t for name in (args.tasks or "order1").split(",") for t in data.ORDERS.get(name, [name])]
-        settings = {
-            "backend": args.backend or "vllm",
-            "test_rows": args.test_rows,
-            "max_prompt_length": args.max_prompt_length or 1024,
-            "max_new_tokens": args.max_new_tokens,
-            "chat_template": args.chat_template,
-        }
+        given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
+        if "tasks" in given:
+            listed = [] if given["tasks"] == "none" else given["tasks"].split(",")
+            given["tasks"] = [t for name in listed for t in data.ORDERS.get(name, [name])]
         if (Path(args.path) / "manifest.json").exists():  # further checkpoints of a run: what is not given is its own
             manifest = Run.open(args.path).manifest
-            model = model or manifest["model"]["name"]
-            tasks = tasks if args.tasks else manifest["tasks"]
-            settings |= {k: v for k, v in manifest["config"].items() if k in settings and not getattr(args, k)}
-        if not model:
+            known = {"model": manifest["model"]["name"], "tasks": manifest["tasks"], **manifest["config"]}
+        elif "model" not in given:
             raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
+        elif given.get("tasks") == [] and not {"general", "judged"} & besides.keys():
+            raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged, or both.")
+        else:
+            # As the run's own, for checkpoints that come later: a delta needs the same at all of them.
+            known = {"backend": "vllm", "tasks": data.ORDERS["order1"], "test_rows": None, "max_prompt_length": 1024}
+            known |= {"max_new_tokens": None, "chat_template": False, "general_stages": "last", **besides}
+            if given.get("tasks") == [] and args.general_stages is None:
+                known["general_stages"] = "all"  # a checkpoint in between would have nothing
+            known |= {"engine_args": engine_args} if engine_args else {}
+        settings = {**known, **given}
         run = external_run(
             args.path,
             {name: path for name, _, path in pairs},
-            model=model,
-            tasks=tasks,
+            model=settings.pop("model"),
+            tasks=settings.pop("tasks"),
             settings=settings,
             data_path=args.data,
         )
     else:
-        given = [n for n in _OF_CHECKPOINTS if getattr(args, n)]
-        if given:
-            options = ", ".join("--" + n.replace("_", "-") for n in given)
+        wrong = [n for n in _OF_CHECKPOINTS if getattr(args, n)]
+        if wrong:
+            options = ", ".join("--" + n.replace("_", "-") for n in wrong)
             raise RunError(f"{options}: only with --checkpoint; a run has these in its manifest.")
         run = Run.open(args.path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    engine_args, stages = _json_object("--engine-args", args.engine_args), _indices(args.stages)
-    besides = {name: value for name in BESIDES if (value := getattr(args, name)) is not None}
-    besides |= {name: besides[name].split(",") for name in ("general", "judged") if name in besides}
     done = evaluate(
         run,
         stages=stages,

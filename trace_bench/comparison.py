@@ -211,6 +211,8 @@ def _list_of_tasks(run: Run) -> str:
         if run.tasks == order:
             return f"{len(order)} ({name})"
     tasks = [short(t) for t in run.tasks]
+    if not tasks:
+        return "none"
     return f"{len(tasks)} ({', '.join(tasks if len(tasks) <= 4 else [*tasks[:3], '…'])})"
 
 
@@ -228,7 +230,7 @@ def _numbers(results: Results, judged: dict[str, Judged]) -> dict[str, float]:
         "BWT": metrics.backward_transfer(R) if sequence else math.nan,
         "FWT": metrics.forward_transfer(R) if sequence else math.nan,
         "Forgetting": metrics.forgetting(R) if sequence else math.nan,
-        "base": math.nan if run.manifest["config"].get("num_fewshot") else float(R[0].mean()),
+        "base": math.nan if run.manifest["config"].get("num_fewshot") or not run.tasks else float(R[0].mean()),
         "general": 100 * general_delta(results.besides, run.stages[-1]),
         **{name: 100 * net_win_rate(found, run.stages[-1]).value for name, found in judged.items()},
         "training min": sum(t["seconds"] for t in done) / 60 if complete else math.nan,

@@ -595,7 +595,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
             f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. A task "
             "of your own is a YAML in a folder that TRACE_TASKS names."
         )
-    loaded = manager.load(list(names))["tasks"]
+    loaded = manager.load(list(names))["tasks"] if names else {}
     return {name: loaded[name] for name in names}
 
 

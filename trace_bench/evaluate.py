@@ -695,13 +695,17 @@ def external_run(
             task stands for the stage after that task, and if all do, in order, OP and BWT are defined. Those that the
             run has need not be given again: new ones become its next stages.
         model: The base model.
-        tasks: The columns of the matrix.
+        tasks: The columns of the matrix; none = only what is measured besides it.
         settings: Evaluation settings, as in the config of a run.
         data_path: Where the data is; None takes TRACE_DATA.
 
     Raises:
         RunError: if a folder holds no checkpoint.
+        data.DataError: for a suite, set or task that is not known, or without its data.
     """
+    refuse_secrets(settings.get("engine_args") or {})
+    for kind, known in (("general", data.SUITES), ("judged", data.JUDGED)):
+        data.expand(settings.get(kind, ()), known)
     for name, folder in checkpoints.items():
         files = {p.name for p in Path(folder).glob("*")}
         if not files & {"adapter_config.json", "config.json"}:

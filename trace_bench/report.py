@@ -62,7 +62,8 @@ def write_report(run: Run) -> str:
     write_text(run.path / "scores.csv", _scores_csv(results))
     write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
     write_page(results, sections)
-    line = f"{run.path}/report.md: {len(results.cells)} cells of {results.R.size}"
+    line = f"{run.path}/report.md: "
+    line += f"{len(results.cells)} cells of {results.R.size}" if run.tasks else f"{len(results.besides)} cells"
     if results.is_sequential:
         t = results.last_stage
         if t:
@@ -221,7 +222,7 @@ def _checkpoints_section(results: Results) -> Iterable[Block]:
     ):
         stages = run.stages[1 + before :]
         rows = [[s.name, *(_change(changes.get((s.index, i))) for i in range(len(run.tasks)))] for s in stages]
-        if rows:
+        if rows and run.tasks:
             yield f"## {title}\n\nIn points." + _legend([c for row in rows for c in row], "")
             yield Table(["checkpoint", *(short(t) for t in run.tasks)], rows)
 
@@ -261,6 +262,8 @@ def _scores_row(label: str, scores: Matrix) -> list[str]:
 
 def _matrix_section(results: Results) -> Iterable[Block]:
     run = results.run
+    if not run.tasks:
+        return
     changes = results.since_own if results.is_sequential else results.since_base
     rows = [
         [s.name, *(percent(v) + arrow(changes.get((s.index, i))) for i, v in enumerate(results.R[s.index]))]
@@ -420,16 +423,19 @@ def _general_section(results: Results) -> Iterable[Block]:
         if not any(index == stage.index for index, _ in cells):
             continue
         scores = {s: headline(cells[stage.index, s]) if (stage.index, s) in cells else math.nan for s in SUITES}
+        texts = {s: percent(v) + arrow(results.suite_changes.get((stage.index, s))) for s, v in scores.items()}
         mean = float(np.mean([scores[s] for s in suites])) if suites else math.nan
         rows.append(
             [
                 stage.name,
-                *(percent(scores[s]) for s in suites),
+                *(texts[s] for s in suites),
                 percent(mean),
                 percent_with_interval(results.general.get(stage.index, Estimate(math.nan)), sign=True),
-                *(percent(scores[s]) for s in others),
+                *(texts[s] for s in others),
             ]
         )
+    if legend := _legend([c for row in rows for c in row], " since the base model"):
+        yield legend.strip()
     yield Table(["stage", *map(head, suites), "mean", "delta", *map(head, others)], rows)
     cut = [
         f"{_suite(name)} at {run.stages[index].name} {cell['n_cut']} of {cell['n']}"
@@ -510,11 +516,14 @@ def _cost_section(results: Results) -> Iterable[Block]:
 
 def _provenance(run: Run, cells: dict, besides: dict) -> str:
     m = run.manifest
-    lines = [
-        f"- base model: `{m['model']['name']}`, revision `{m['model'].get('revision')}`",
-        f"- data: {'demo' if m['data']['demo'] else m['data'].get('path')}; fingerprints "
-        + ", ".join(f"{short(t)} `{f}`" for t, f in m["data"]["fingerprint"].items()),
-        "- task versions: " + ", ".join(f"{short(t)} {v}" for t, v in m["task_versions"].items()),
+    lines = [f"- base model: `{m['model']['name']}`, revision `{m['model'].get('revision')}`"]
+    if run.tasks:
+        lines += [
+            f"- data: {'demo' if m['data']['demo'] else m['data'].get('path')}; fingerprints "
+            + ", ".join(f"{short(t)} `{f}`" for t, f in m["data"]["fingerprint"].items()),
+            "- task versions: " + ", ".join(f"{short(t)} {v}" for t, v in m["task_versions"].items()),
+        ]
+    lines += [
         f"- seed: {m.get('seed', DASH)}; program: {m.get('commit') or 'no checkout'}",
         "- packages at the start: " + ", ".join(f"{k} {v}" for k, v in m["packages"].items()),
     ]

@@ -394,6 +394,17 @@ class Results:
         return found
 
     @cached_property
+    def suite_changes(self) -> dict[tuple[int, str], Estimate]:
+        """(stage, suite) -> the suite's score minus the base model's, of those measured at both that have samples."""
+        found: dict[tuple[int, str], Estimate] = {}
+        for suite in SUITES:
+            later = [i for i, name in self.besides if name == suite and i]
+            if later and (0, suite) in self.besides and suite in self.rows_besides:
+                changes = self.rows_besides[suite].changes(self.headlines[suite], later, 0)
+                found |= {(i, suite): change for i, change in zip(later, changes, strict=True)}
+        return found
+
+    @cached_property
     def general(self) -> dict[int, Estimate]:
         """Stage -> general-ability delta, of the stages that have one."""
         stages = [s for s in self.run.stages if not math.isnan(general_delta(self.besides, s))]

@@ -46,7 +46,8 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
         return
     wanted = seen_tasks(run, stage, run.manifest["config"].get("cells", "seen"))
     done = sum(stage.eval_file(task).exists() for task in wanted)
-    yield f"evaluated {done} of {len(wanted)} tasks"
+    if wanted:
+        yield f"evaluated {done} of {len(wanted)} tasks"
     suites = sum(stage.eval_file(name).exists() for name in SUITES)
     answered = sum(stage.eval_file(name).exists() for name in JUDGED)
     judged = len(list((stage.path / "judge").glob("*.json")))

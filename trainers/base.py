@@ -873,6 +873,8 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
     """Parses `--config FILE.yaml` and command-line options (which win) and trains every stage of the run."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if "--help_all" in (sys.argv if argv is None else argv):
+        argv = ["--help"]
     try:
         try:
             args, model_args = TrlParser((config, ModelConfig)).parse_args_and_config(argv)  # type: ignore[arg-type]

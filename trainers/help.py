@@ -1,0 +1,108 @@
+"""`python -m trainers.<method> --help`, from the source alone: importing a method takes seconds (TRL, torch).
+
+All options, those of HF and TRL too, are listed by `--help_all`, from the configs themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+#: Of the options that HF's and TRL's configs have those that most runs set.
+USUAL = {
+    "config": "A YAML file of any of these options; the command line wins over it.",
+    "output_dir": "The run directory. The same command again goes on where the run stopped.",
+    "model_name_or_path": "The base model: a hub id, a local folder, or SmolLM2-135M-Instruct.",
+    "model_revision": "Branch, tag or commit of a model on the hub.",
+    "use_peft": "Train a LoRA adapter, not all parameters.",
+    "lora_r": "Rank of the adapter.",
+    "lora_alpha": "Its product is scaled by lora_alpha / lora_r.",
+    "lora_target_modules": "The layers that get one.",
+    "learning_rate": "Of every stage.",
+    "num_train_epochs": "Of every stage, unless epochs says each one's.",
+    "per_device_train_batch_size": "Rows of a batch, on each process.",
+    "gradient_accumulation_steps": "Batches of an optimizer step.",
+    "bf16": "Compute in bfloat16.",
+    "gradient_checkpointing": "Compute activations twice to keep fewer of them.",
+    "save_steps": "Steps between two checkpoints, with save_strategy steps.",
+    "seed": "Of whatever is drawn.",
+}
+
+
+def own_options(module: str, name: str | None = None) -> Iterator[tuple[str, str, str]]:
+    """What a method's config adds to TRL's, the settings of its own file first.
+
+    Args:
+        module: The name of a file in this folder.
+        name: A class in it; None = the config that its call of `main` names.
+
+    Yields:
+        The name of the file, the setting, and its help with what is allowed and the default.
+    """
+    tree = ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+    if name is None:
+        calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "main")
+        name = next((ast.unparse(call.args[1]) for call in calls if len(call.args) > 1), "")
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
+            folder, _, file = (node.module or "").rpartition(".")
+            if folder == "trainers":
+                yield from own_options(file, name)
+        elif isinstance(node, ast.ClassDef) and node.name == name:
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and line.value and "ClassVar" not in ast.unparse(line.annotation):
+                    yield module, ast.unparse(line.target), _describe(line.value)
+            for base in node.bases:
+                yield from own_options(module, ast.unparse(base))
+
+
+def _describe(value: ast.expr) -> str:
+    """The help of a setting, from what a dataclass has behind the equals sign."""
+    given: dict[str | None, ast.expr] = {"default": value}
+    if isinstance(value, ast.Call):
+        given = {keyword.arg: keyword.value for keyword in value.keywords}
+    metadata = given.get("metadata")
+    if isinstance(metadata, ast.Dict):
+        given |= {ast.literal_eval(k): v for k, v in zip(metadata.keys, metadata.values, strict=True) if k}
+    parts = [ast.literal_eval(given["help"])] if "help" in given else []
+    if isinstance(given.get("choices"), ast.List):
+        parts.append(f"({', '.join(ast.literal_eval(given['choices']))})")
+    if "default" in given and ast.unparse(given["default"]) != "None":
+        parts.append(f"[{ast.unparse(given['default']).strip(chr(39))}]")
+    return " ".join(parts)
+
+
+def show(method: str) -> bool:
+    """Prints what a method does, its own options, those of every run, and the usual ones of HF and TRL.
+
+    Returns:
+        Whether it could: there is such a file, and it says which config is its own.
+    """
+    file = FOLDER / f"{method}.py"
+    options = list(own_options(method)) if file.is_file() else []
+    if not options:
+        return False
+    parser = argparse.ArgumentParser(
+        prog=f"python -m trainers.{method}",
+        usage="%(prog)s --config FILE.yaml [--OPTION VALUE ...]",
+        description=ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))),
+        epilog="All others of TRL's SFTConfig and ModelConfig: --help_all",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
+        add_help=False,
+    )
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    seen: set[str] = set()
+    for source, name, text in options:
+        if source not in groups:
+            groups[source] = parser.add_argument_group("every run" if source == "base" else source)
+        if name not in seen:  # a method's own default stands before the one that it inherits
+            groups[source].add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"))
+            seen.add(name)
+    usual = parser.add_argument_group("usual ones of HF and TRL")
+    for name, text in USUAL.items():
+        usual.add_argument(f"--{name}", metavar="", help=text)
+    parser.print_help()
+    return True
