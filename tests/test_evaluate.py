@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import train
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from trace_bench import data, engine, evaluate, models, report, results
 from trace_bench.run import Run, RunError, read_json
@@ -328,6 +329,30 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(thei
     monkeypatch.setattr(engine, "open_engine", None)
     with pytest.raises(RunError, match=r"part lacks 9 tensors of the base model, such as model\.layers\.1\."):
         evaluate.evaluate(theirs(part=part))
+    name = "model.embed_tokens.weight"
+    tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
+    save_file(tensors, part / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunError, match=rf"part was not trained from the base model.*{name} has shape \[\d+, 128\]"):
+        evaluate.evaluate(Run.open(tmp_path / "theirs"))
+
+
+def test_a_checkpoint_with_a_tokenizer_of_its_own_is_measured_with_the_base_model_s_and_that_is_said(
+    theirs, tiny_model, tmp_path, caplog
+):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.save_pretrained(tmp_path / "v1")  # as most training programs do
+    run = theirs(1)
+    evaluate.evaluate(run, stages=[1])
+    assert "It is measured with the base model's" not in caplog.text
+    tokenizer.add_tokens("<new>")
+    tokenizer.save_pretrained(tmp_path / "v1")
+    evaluate.evaluate(run, stages=[1])
+    assert "1_v1 brings another vocabulary than the base model has" in caplog.text
+    caplog.clear()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "v1")
+    assert evaluate.evaluate(run, stages=[1]) == 2, "its files are others"
+    assert "1_v1 brings another vocabulary and another chat template than" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------- arguments of engines

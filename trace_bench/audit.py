@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from trace_bench import data
 from trace_bench.evaluate import _stderr
-from trace_bench.models import QUICKSTART, ModelError, resolve_model
+from trace_bench.models import QUICKSTART, ModelError, load_tokenizer, resolve_model
 from trace_bench.run import Run, RunError, fingerprint, read_json
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES
@@ -319,7 +319,7 @@ def _leaked(overlaps: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
     return leaked
 
 
-def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
+def open_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a model; with no name that of the quickstart model, or None where it is not installed.
 
     Raises:
@@ -331,12 +331,7 @@ def load_tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
         if name:
             raise
         return None
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as e:  # ValueError: it would need code of its own
-        raise ModelError(f"The tokenizer of {name} cannot be had: {e}") from e
+    return load_tokenizer(path)
 
 
 def _find_reasoning(root: Path) -> Path | None:

@@ -354,7 +354,7 @@ def _audit(args: argparse.Namespace) -> None:
     root = data.find_data(args.source)
     report = audit.audit(
         root,
-        audit.load_tokenizer(args.tokenizer),
+        audit.open_tokenizer(args.tokenizer),
         max_prompt_length=args.max_prompt_length,
         max_answer_length=args.max_answer_length,
     )

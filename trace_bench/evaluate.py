@@ -135,6 +135,7 @@ def _evaluate(
     base = _base_tensors(run)
     for stage in plan:
         check_checkpoint(stage, base)  # before the engine starts
+    warn_of_tokenizers(run, plan)
     tasks = data.load_tasks([*run.tasks, *judged])
     check_rows(run, tasks)
     for name, task in tasks.items():
@@ -221,16 +222,15 @@ def _settings_besides(
     settings: dict[str, dict[str, Any]] = {}
     if judged:
         model = run.manifest["model"]
-        template = models.has_chat_template(
-            models.resolve_model(model["name"]), model.get("revision"), config.get("trust_remote_code", False)
-        )
+        base = models.resolve_model(model["name"])
+        tokenizer = models.load_tokenizer(base, model.get("revision"), config.get("trust_remote_code", False))
         for name in judged:
             settings[name] = {
                 **shared,
                 "test_rows": config.get("judged_rows"),
                 "max_prompt_length": None,
                 "max_new_tokens": config.get("judged_max_new_tokens"),
-                "chat_template": template,
+                "chat_template": tokenizer.chat_template is not None,
                 "num_fewshot": None,
                 "data": data.source_fingerprint(name),
             }
@@ -336,12 +336,12 @@ def checkpoint_fingerprint(stage: Stage) -> str | None:
     return read_json(stage.train_file)["checkpoint"]
 
 
-def check_checkpoint(stage: Stage, base: set[str] | None = None) -> None:
+def check_checkpoint(stage: Stage, base: dict[str, list[int]] | None = None) -> None:
     """Refuses a checkpoint that is not what the training wrote or, from elsewhere, is damaged or a part of a model.
 
     Args:
         stage: The stage.
-        base: The names of the tensors that a full model has to have, where they are known.
+        base: The tensors that a full model has to have and their shapes, where they are known.
 
     Raises:
         RunError: naming it, and what to do.
@@ -351,13 +351,19 @@ def check_checkpoint(stage: Stage, base: set[str] | None = None) -> None:
         return
     models.refuse_pickle(path)
     if stage.external is not None:
-        names = _check_files(path)
+        found = _check_files(path)
         if base is not None and not models.is_adapter(path):
-            lacking = sorted(base - names) if base & names else []
+            lacking = sorted(base.keys() - found.keys()) if base.keys() & found.keys() else []
             if lacking:
                 raise RunError(
                     f"{path} lacks {len(lacking)} tensors of the base model, such as {lacking[0]}: in the engine they "
                     "would keep what the stage before had. Give the whole model."
+                )
+            other = next((name for name, shape in found.items() if base.get(name, shape) != shape), None)
+            if other is not None:
+                raise RunError(
+                    f"{path} was not trained from the base model, or its vocabulary was changed: {other} has shape "
+                    f"{found[other]}, that of the base model {base[other]}. Give the model that it was trained from."
                 )
     elif fingerprint(path) != checkpoint_fingerprint(stage):
         raise RunError(
@@ -366,8 +372,8 @@ def check_checkpoint(stage: Stage, base: set[str] | None = None) -> None:
         )
 
 
-def _check_files(checkpoint: Path) -> set[str]:
-    """Looks at the headers of a checkpoint's weights, which say how long each file has to be; the tensors' names."""
+def _check_files(checkpoint: Path) -> dict[str, list[int]]:
+    """Looks at the headers of a checkpoint's weights, which say how long each file has to be; the tensors' shapes."""
     from safetensors import SafetensorError, safe_open
 
     files = sorted(checkpoint.glob("*.safetensors"))
@@ -376,23 +382,42 @@ def _check_files(checkpoint: Path) -> set[str]:
         files = sorted({checkpoint / name for name in read_json(index)["weight_map"].values()})
     if not files:
         raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint anew.")
-    names: set[str] = set()
+    shapes: dict[str, list[int]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                names.update(tensors.keys())
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as e:
             raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint anew.") from e
-    return names
+    return shapes
 
 
-def _base_tensors(run: Run) -> set[str] | None:
-    """The names of the tensors that full checkpoints from elsewhere need; None where there are none of them."""
+def _base_tensors(run: Run) -> dict[str, list[int]] | None:
+    """The tensors that full checkpoints from elsewhere need; None where there are none of them."""
     if all(s.external is None or models.is_adapter(s.external) for s in run.stages):
         return None
     folder = Path(models.resolve_model(run.manifest["model"]["name"]))
     # Of a model on the hub nothing is loaded for this alone. A head that is tied to the embeddings may be missing.
-    return _check_files(folder) - {"lm_head.weight"} if folder.is_dir() else None
+    return {k: v for k, v in _check_files(folder).items() if k != "lm_head.weight"} if folder.is_dir() else None
+
+
+def warn_of_tokenizers(run: Run, stages: Iterable[Stage]) -> None:
+    """Says where a checkpoint from elsewhere brings another tokenizer than the base model, whose is used for all."""
+    theirs = {s: s.external for s in stages if s.external and (s.external / "tokenizer_config.json").exists()}
+    if not theirs:
+        return
+    model, trusted = run.manifest["model"], run.manifest["config"].get("trust_remote_code", False)
+    base = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trusted)
+    for stage, folder in theirs.items():
+        own = models.load_tokenizer(folder, trust_remote_code=trusted)
+        differs = ["vocabulary"] if own.get_vocab() != base.get_vocab() else []
+        differs += ["chat template"] if own.chat_template != base.chat_template else []
+        if differs:
+            log.warning(
+                "%s brings another %s than the base model has. It is measured with the base model's, as all are.",
+                stage.name,
+                " and another ".join(differs),
+            )
 
 
 def check_base(run: Run) -> None:

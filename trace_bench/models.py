@@ -137,19 +137,24 @@ def is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / "adapter_config.json").is_file()
 
 
-def has_chat_template(base: str, revision: str | None = None, trust_remote_code: bool = False) -> bool:
-    """Whether the tokenizer of a model has a chat template.
+def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Loads the tokenizer of a model.
 
     Args:
-        base: What `resolve_model` returned.
-        revision: Revision on the hub.
+        model: What `resolve_model` returned, or a checkpoint that brings its own.
+        revision: Revision on the hub; of a local folder it is its fingerprint, which nothing is loaded by.
         trust_remote_code: As for transformers.
+
+    Raises:
+        ModelError: if there is none, or it brings code that is not trusted.
     """
     from transformers import AutoTokenizer
 
-    on_hub = "main" if revision is None or Path(base).is_dir() else revision
-    tokenizer = AutoTokenizer.from_pretrained(base, revision=on_hub, trust_remote_code=trust_remote_code)
-    return tokenizer.chat_template is not None
+    on_hub = "main" if revision is None or Path(model).is_dir() else revision
+    try:
+        return AutoTokenizer.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as e:
+        raise ModelError(f"The tokenizer of {model} cannot be loaded: {e}") from e
 
 
 def soft_prompt(checkpoint: Path | None) -> Any:

@@ -44,7 +44,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PrinterCallback,
     ProgressCallback,
     TrainerCallback,
@@ -960,12 +959,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     model_args.model_name_or_path = base
     if not Path(base).is_dir():
         model_args.model_revision = manifest["model"]["revision"]  # the same at all stages, if the hub's changes
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            base, revision=model_args.model_revision, trust_remote_code=config.trust_remote_code
-        )
-    except (OSError, ValueError) as e:  # it is not there, or brings code that is not trusted
-        raise models.ModelError(f"The tokenizer of {base} cannot be loaded: {e}") from e
+    tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
     _check_model(config, model_args, models.read_config(base, model_args.model_revision), tasks)
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
