@@ -99,8 +99,33 @@ def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
     for name in set(own) - theirs:
         text = re.sub(r"\s+", " ", re.search(rf"^  --{name}\s(.*?)(?=^  --|^\S|\Z)", out, re.M | re.S)[1])
         assert own[name].metadata["help"] in text
+        assert all(choice in text for choice in own[name].metadata.get("choices", ()))
         default = own[name].default
         assert default in (None, MISSING) or text.endswith(f"[{default}] ")
+
+
+def test_the_help_of_a_method_of_one_s_own(tmp_path, monkeypatch, capsys):
+    import trainers.help
+
+    monkeypatch.setattr(trainers.help, "FOLDER", tmp_path)
+    code = """
+from dataclasses import dataclass, field
+from trainers.base import CLConfig, CLTrainer, main
+WORDS = "computed"
+@dataclass
+class MineConfig(CLConfig):
+    learning_rate: float = field(default=0.5, metadata={"help": "Larger."})
+    plain: int = 3
+if __name__ == "__main__":
+    main(CLTrainer, MineConfig)
+"""
+    (tmp_path / "base.py").write_text("class CLConfig: pass")
+    (tmp_path / "mine.py").write_text(code)
+    assert trainers.help.show("mine")
+    out = capsys.readouterr().out
+    assert re.search(r"--learning_rate +Larger\. \[0\.5\]\n", out) and re.search(r"--plain +\[3\]\n", out)
+    (tmp_path / "mine.py").write_text(code.replace('"Larger."', "WORDS"))
+    assert not trainers.help.show("mine"), "the full help has it"
 
 
 def test_the_help_of_a_method_is_there_at_once():

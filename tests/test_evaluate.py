@@ -333,6 +333,9 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(thei
     tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
     save_file(tensors, part / "model.safetensors", {"format": "pt"})
     with pytest.raises(RunError, match=rf"part was not trained from the base model.*{name} has shape \[\d+, 128\]"):
+        evaluate.evaluate(Run.open(tmp_path / "theirs"), backend="vllm")
+    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: (_ for _ in ()).throw(EOFError))
+    with pytest.raises(EOFError):  # transformers makes a model of any shapes
         evaluate.evaluate(Run.open(tmp_path / "theirs"))
 
 
@@ -353,6 +356,10 @@ def test_a_checkpoint_with_a_tokenizer_of_its_own_is_measured_with_the_base_mode
     tokenizer.save_pretrained(tmp_path / "v1")
     assert evaluate.evaluate(run, stages=[1]) == 2, "its files are others"
     assert "1_v1 brings another vocabulary and another chat template than" in caplog.text
+    for file in (tmp_path / "v1").glob("tokenizer*"):
+        file.write_text("{")
+    assert evaluate.evaluate(run, stages=[1]) == 2, "nothing is measured with it"
+    assert "The tokenizer of 1_v1 could not be compared" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------- arguments of engines

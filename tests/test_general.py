@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -425,7 +426,9 @@ def test_checkpoints_are_measured_on_general_ability_alone(alone, tmp_path, caps
         warnings.simplefilter("error")  # means of nothing
         cli.main(["report", str(run.path)])
         assert "report.md: 6 cells; general ability " in capsys.readouterr().out
-        cli.main(["report", str(run.path), str(run.path)])
+        cli.main(["report", str(run.path), "--output", str(tmp_path / "runs.md")])
+    compared = (tmp_path / "runs.md").read_text(encoding="utf-8")
+    assert re.search(r"\| theirs \| external \| none \|", compared) and "| hf |" not in compared
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert "| 2_v2 | " in text.split("## General ability")[1] and "## Answers for the judges" in text
     assert "## Scores" not in text and "## Changes" not in text and "task versions" not in text
@@ -434,17 +437,36 @@ def test_checkpoints_are_measured_on_general_ability_alone(alone, tmp_path, caps
     assert "2_v2    trained elsewhere; 1 general suites; 0 of 1 sets judged" in capsys.readouterr().out
 
 
-def test_nothing_to_measure_and_names_that_are_not_known_leave_no_run(alone, tmp_path):
+def test_what_cannot_be_measured_leaves_no_run(alone, tmp_path, monkeypatch):
     command, new, checkpoint = alone
     nothing = new[: new.index("--judged-rows")]
     for options, message in (
         (nothing, "--tasks none leaves nothing to measure"),
         ([*nothing, "--general", "general_nothing"], "general_nothing is not known here"),
+        ([*new, "--general", "general_gsm8k,general_piqa"], "piqa"),  # not in the local copy
+        ([*new, "--test-rows", "3", "--chat-template"], "--test-rows, --chat-template: for tasks, and there are none"),
         ([*new, "--engine-args", '{"hf_token": "hf_' + 34 * "x" + '"}'], "hf_token"),
     ):
         with pytest.raises(SystemExit) as e:
             cli.main([*command, *options, *checkpoint("v1", 1)])
         assert message in str(e.value.code) and not (tmp_path / "theirs").exists()
+
+
+def test_a_first_attempt_that_measured_nothing_does_not_bind_the_next_one(alone, tmp_path):
+    command, new, checkpoint = alone
+    wrong = ["--engine-args", '{"max_lenght": 512}']
+    with pytest.raises(SystemExit) as e:
+        cli.main([*command, *new, *wrong, "--general-rows", "2", *checkpoint("v1", 1)])
+    assert "max_lenght" in str(e.value.code)
+    right = ["--engine-args", '{"max_length": 1024}']
+    cli.main([*command, *new, *right, *checkpoint("v1", 1)])
+    run = Run.open(tmp_path / "theirs")
+    assert (
+        run.manifest["config"]["engine_args"] == {"max_length": 1024} and "general_rows" not in run.manifest["config"]
+    )
+    assert there(run) == [["safety_cona", "general_boolq"]] * 2
+    cli.main([*command, *checkpoint("v2", 2)])
+    assert there(Run.open(run.path)) == [["safety_cona", "general_boolq"]] * 3, "with the engine arguments of the run"
 
 
 @needs_shared
@@ -536,7 +558,7 @@ def test_the_report_has_the_suites_their_mean_and_the_delta(measured):
     assert "| 0_base | 50.0 | 70.0 | 60.0 | – | 20.0 |" in section
     assert "| 1_trace_fomc | 40.0 | – | – | – | – |" in section, "no mean over other suites"
     assert "| 2_trace_cstance | 30.0 | 80.0 | 55.0 | -5.0 | 0.0 |" in section
-    assert "**Limited rows** (about 10 of each suite, the first ones of each subtask)" in section
+    assert "**Limited rows** (at least 10 of each suite, the first ones of each subtask)" in section
     assert "**Local copy** of the data of mmlu, piqa:" in section
     assert "2_trace_cstance,general_piqa,acc,0.8,,20,0" in (measured.path / "scores.csv").read_text(encoding="utf-8")
     assert general_delta(load_besides(measured), measured.stages[2]) == pytest.approx(-0.05)

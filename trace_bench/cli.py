@@ -6,12 +6,14 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from judges.client import Judge, Request, Usage
+    from trace_bench.run import Run
 
 EPILOG = """\
 the main job:
@@ -126,7 +128,9 @@ def main(argv: list[str] | None = None) -> None:
     g = p.add_argument_group("besides the matrix (default: what the run's configuration says)")
     g.add_argument("--general", metavar="SUITES", help="general (the paper's six) or names of suites, with commas")
     g.add_argument("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
-    g.add_argument("--general-rows", type=_positive, help="about so many rows of each suite: for a quick look")
+    g.add_argument(
+        "--general-rows", type=_positive, help="at least so many rows of each suite, as many of each subtask"
+    )
     g.add_argument("--judged", metavar="SETS", help="instruct, safety or names of sets, with commas; same stages")
     g.add_argument("--judged-rows", type=_positive, help="first so many prompts of each set")
     g.add_argument("--judged-max-new-tokens", type=_positive, help="the most tokens of an answer (512)")
@@ -273,7 +277,12 @@ _MEMORY = (
 )
 
 
-_OF_CHECKPOINTS = ("model", "tasks", "test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
+_OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
+_OF_CHECKPOINTS = ("model", "tasks", *_OF_TASKS)
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
 
 
 def _positive(text: str) -> int:
@@ -366,55 +375,67 @@ def _audit(args: argparse.Namespace) -> None:
         raise data.DataError("\n".join(report["unreadable"]))
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
+def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_args: dict[str, Any] | None) -> Run:
+    """The run of the checkpoints that --checkpoint names, begun or with them added."""
     from trace_bench import data
-    from trace_bench.evaluate import BESIDES, evaluate, external_run
+    from trace_bench.evaluate import external_run, measured
+    from trace_bench.run import RunError
+
+    pairs = [c.partition("=") for c in args.checkpoint]
+    if not all(name and path for name, _, path in pairs):
+        raise RunError(f"--checkpoint {' '.join(args.checkpoint)}: write each as NAME=PATH.")
+    names = [name for name, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(names)}.")
+    given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
+    if "tasks" in given:
+        listed = [] if given["tasks"] == "none" else given["tasks"].split(",")
+        given["tasks"] = [t for name in listed for t in data.ORDERS.get(name, [name])]
+    run = measured(args.path)
+    if run is not None:  # further checkpoints: what is not given is the run's own
+        manifest = run.manifest
+        known = {"model": manifest["model"]["name"], "tasks": manifest["tasks"], **manifest["config"]}
+    elif "model" not in given:
+        raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
+    elif given.get("tasks") == [] and not {"general", "judged"} & besides.keys():
+        raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged, or both.")
+    else:
+        # As the run's own, for checkpoints that come later: a delta needs the same at all of them.
+        known = {"backend": "vllm", "tasks": data.ORDERS["order1"], "test_rows": None, "max_prompt_length": 1024}
+        known |= {"max_new_tokens": None, "chat_template": False, "general_stages": "last", **besides}
+        if given.get("tasks") == [] and args.general_stages is None:
+            known["general_stages"] = "all"  # a checkpoint in between would have nothing
+        known |= {"engine_args": engine_args} if engine_args else {}
+    settings = {**known, **given}
+    for_tasks = [name for name in ("data", *_OF_TASKS) if getattr(args, name)]
+    if settings["tasks"] == [] and for_tasks:
+        raise RunError(
+            f"{_options(for_tasks)}: for tasks, and there are none. The others have --general-rows, --judged-rows "
+            "and --judged-max-new-tokens."
+        )
+    return external_run(
+        args.path,
+        {name: path for name, _, path in pairs},
+        model=settings.pop("model"),
+        tasks=settings.pop("tasks"),
+        settings=settings,
+        data_path=args.data,
+    )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from trace_bench.evaluate import BESIDES, evaluate
     from trace_bench.run import Run, RunError
 
     engine_args, stages = _json_object("--engine-args", args.engine_args), _indices(args.stages)
     besides = {name: value for name in BESIDES if (value := getattr(args, name)) is not None}
     besides |= {name: besides[name].split(",") for name in ("general", "judged") if name in besides}
     if args.checkpoint:
-        pairs = [c.partition("=") for c in args.checkpoint]
-        if not all(name and path for name, _, path in pairs):
-            raise RunError(f"--checkpoint {' '.join(args.checkpoint)}: write each as NAME=PATH.")
-        names = [name for name, _, _ in pairs]
-        if len(set(names)) < len(names):
-            raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(names)}.")
-        given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
-        if "tasks" in given:
-            listed = [] if given["tasks"] == "none" else given["tasks"].split(",")
-            given["tasks"] = [t for name in listed for t in data.ORDERS.get(name, [name])]
-        if (Path(args.path) / "manifest.json").exists():  # further checkpoints of a run: what is not given is its own
-            manifest = Run.open(args.path).manifest
-            known = {"model": manifest["model"]["name"], "tasks": manifest["tasks"], **manifest["config"]}
-        elif "model" not in given:
-            raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
-        elif given.get("tasks") == [] and not {"general", "judged"} & besides.keys():
-            raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged, or both.")
-        else:
-            # As the run's own, for checkpoints that come later: a delta needs the same at all of them.
-            known = {"backend": "vllm", "tasks": data.ORDERS["order1"], "test_rows": None, "max_prompt_length": 1024}
-            known |= {"max_new_tokens": None, "chat_template": False, "general_stages": "last", **besides}
-            if given.get("tasks") == [] and args.general_stages is None:
-                known["general_stages"] = "all"  # a checkpoint in between would have nothing
-            known |= {"engine_args": engine_args} if engine_args else {}
-        settings = {**known, **given}
-        run = external_run(
-            args.path,
-            {name: path for name, _, path in pairs},
-            model=settings.pop("model"),
-            tasks=settings.pop("tasks"),
-            settings=settings,
-            data_path=args.data,
-        )
+        run = _checkpoints_run(args, besides, engine_args)
     else:
         wrong = [n for n in _OF_CHECKPOINTS if getattr(args, n)]
         if wrong:
-            options = ", ".join("--" + n.replace("_", "-") for n in wrong)
-            raise RunError(f"{options}: only with --checkpoint; a run has these in its manifest.")
+            raise RunError(f"{_options(wrong)}: only with --checkpoint; a run has these in its manifest.")
         run = Run.open(args.path)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough

@@ -437,8 +437,9 @@ def _comparability(entries: list[_Entry]) -> list[str]:
         for settings in _conditions_besides(e).values():
             flat |= settings
         cells = e.results.cells
-        if cells:
-            flat["backend"] = ", ".join(sorted({cell["settings"]["backend"] for cell in cells.values()}))
+        backends = {cell["settings"]["backend"] for cell in (cells or e.results.besides).values()}
+        if backends:
+            flat["backend"] = ", ".join(sorted(backends))
         if len(limits) == 1:  # else that is said
             flat |= {f"rows of {_plain(task, e.run)}": cell["n"] for (_, task), cell in cells.items()}
         for key, value in flat.items():

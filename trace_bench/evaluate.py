@@ -101,7 +101,8 @@ def _evaluate(
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
     engine_args = {k: v for k, v in engine_args.items() if v is not None}
     refuse_secrets(engine_args)
-    if config.get("trust_remote_code"):
+    trusted = engine_args.get("trust_remote_code", config.get("trust_remote_code", False))
+    if trusted:
         engine_args.setdefault("trust_remote_code", True)
     settings["engine"] = {k: v for k, v in engine_args.items() if k not in FREE}
     for stage in chosen:
@@ -111,7 +112,7 @@ def _evaluate(
     judged = data.expand(config.get("judged", ()), data.JUDGED)
     if judged:
         use_data(run, data_path)  # demo data brings prompts of its own
-    more = _settings_besides(run, config, suites, judged, {k: settings[k] for k in ("backend", "engine")})
+    more = _settings_besides(run, config, trusted, suites, judged, {k: settings[k] for k in ("backend", "engine")})
     last = {0, len(run.stages) - 1}
     measured = last if config.get("general_stages", "last") == "last" else {s.index for s in chosen}
     plan: dict[Stage, dict[str, dict[str, Any]]] = {}
@@ -132,10 +133,10 @@ def _evaluate(
     if not judged:  # else it was checked above
         use_data(run, data_path)
     check_base(run)
-    base = _base_tensors(run)
+    base = _base_tensors(run, settings["backend"])
     for stage in plan:
         check_checkpoint(stage, base)  # before the engine starts
-    warn_of_tokenizers(run, plan)
+    warn_of_tokenizers(run, plan, trusted)
     tasks = data.load_tasks([*run.tasks, *judged])
     check_rows(run, tasks)
     for name, task in tasks.items():
@@ -213,7 +214,7 @@ def _evaluate(
 
 
 def _settings_besides(
-    run: Run, config: dict[str, Any], suites: list[str], judged: list[str], shared: dict[str, Any]
+    run: Run, config: dict[str, Any], trusted: bool, suites: list[str], judged: list[str], shared: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
     """The settings of the cells besides the matrix: sets to be judged, then general-ability suites.
 
@@ -223,7 +224,7 @@ def _settings_besides(
     if judged:
         model = run.manifest["model"]
         base = models.resolve_model(model["name"])
-        tokenizer = models.load_tokenizer(base, model.get("revision"), config.get("trust_remote_code", False))
+        tokenizer = models.load_tokenizer(base, model.get("revision"), trusted)
         for name in judged:
             settings[name] = {
                 **shared,
@@ -336,12 +337,12 @@ def checkpoint_fingerprint(stage: Stage) -> str | None:
     return read_json(stage.train_file)["checkpoint"]
 
 
-def check_checkpoint(stage: Stage, base: dict[str, list[int]] | None = None) -> None:
+def check_checkpoint(stage: Stage, base: dict[str, list[int] | None] | None = None) -> None:
     """Refuses a checkpoint that is not what the training wrote or, from elsewhere, is damaged or a part of a model.
 
     Args:
         stage: The stage.
-        base: The tensors that a full model has to have and their shapes, where they are known.
+        base: The tensors that a full model has to have, and their shapes where these matter.
 
     Raises:
         RunError: naming it, and what to do.
@@ -359,11 +360,12 @@ def check_checkpoint(stage: Stage, base: dict[str, list[int]] | None = None) -> 
                     f"{path} lacks {len(lacking)} tensors of the base model, such as {lacking[0]}: in the engine they "
                     "would keep what the stage before had. Give the whole model."
                 )
-            other = next((name for name, shape in found.items() if base.get(name, shape) != shape), None)
+            other = next((name for name, shape in found.items() if base.get(name) not in (None, shape)), None)
             if other is not None:
                 raise RunError(
                     f"{path} was not trained from the base model, or its vocabulary was changed: {other} has shape "
-                    f"{found[other]}, that of the base model {base[other]}. Give the model that it was trained from."
+                    f"{found[other]}, that of the base model {base[other]}. Give the model that it was trained from, "
+                    "or take --backend hf."
                 )
     elif fingerprint(path) != checkpoint_fingerprint(stage):
         raise RunError(
@@ -392,24 +394,33 @@ def _check_files(checkpoint: Path) -> dict[str, list[int]]:
     return shapes
 
 
-def _base_tensors(run: Run) -> dict[str, list[int]] | None:
-    """The tensors that full checkpoints from elsewhere need; None where there are none of them."""
+def _base_tensors(run: Run, backend: str) -> dict[str, list[int] | None] | None:
+    """The tensors that full checkpoints from elsewhere need, with their shapes if they have to fit into an engine.
+
+    None where there are no such checkpoints, or the base model is on the hub.
+    """
     if all(s.external is None or models.is_adapter(s.external) for s in run.stages):
         return None
     folder = Path(models.resolve_model(run.manifest["model"]["name"]))
-    # Of a model on the hub nothing is loaded for this alone. A head that is tied to the embeddings may be missing.
-    return {k: v for k, v in _check_files(folder).items() if k != "lm_head.weight"} if folder.is_dir() else None
+    if not folder.is_dir():
+        return None
+    # A head that is tied to the embeddings may be missing. transformers makes each model anew, of whatever shapes.
+    shapes = {name: shape for name, shape in _check_files(folder).items() if name != "lm_head.weight"}
+    return {name: shape if backend == "vllm" else None for name, shape in shapes.items()}
 
 
-def warn_of_tokenizers(run: Run, stages: Iterable[Stage]) -> None:
+def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: bool = False) -> None:
     """Says where a checkpoint from elsewhere brings another tokenizer than the base model, whose is used for all."""
-    theirs = {s: s.external for s in stages if s.external and (s.external / "tokenizer_config.json").exists()}
-    if not theirs:
-        return
-    model, trusted = run.manifest["model"], run.manifest["config"].get("trust_remote_code", False)
-    base = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trusted)
-    for stage, folder in theirs.items():
-        own = models.load_tokenizer(folder, trust_remote_code=trusted)
+    model = run.manifest["model"]
+    for stage in stages:
+        if stage.external is None or not (stage.external / "tokenizer_config.json").exists():
+            continue
+        try:
+            base = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trust_remote_code)
+            own = models.load_tokenizer(stage.external, None, trust_remote_code)
+        except Exception as e:  # nothing is measured with it, whatever is wrong with it
+            log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
+            continue
         differs = ["vocabulary"] if own.get_vocab() != base.get_vocab() else []
         differs += ["chat template"] if own.chat_template != base.chat_template else []
         if differs:
@@ -703,6 +714,14 @@ def _stderr_of_mean(errors: list[float | None], weights: list[int]) -> float | N
     return sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True) if e is not None) ** 0.5 / sum(weights)
 
 
+def measured(path: str | Path) -> Run | None:
+    """The run at a path, of which something is measured already; else None."""
+    if not (Path(path) / "manifest.json").exists():
+        return None
+    run = Run.open(path)
+    return run if any(True for stage in run.stages for _ in stage.path.glob("eval/*.json")) else None
+
+
 def external_run(
     path: str | Path,
     checkpoints: dict[str, str],
@@ -715,7 +734,7 @@ def external_run(
     """Makes a run of checkpoints that were trained elsewhere.
 
     Args:
-        path: The run directory.
+        path: The run directory. One in which nothing was measured, since the first attempt failed, is begun anew.
         checkpoints: Name -> folder of a PEFT adapter or a full model, in the order of training. A name that is a
             task stands for the stage after that task, and if all do, in order, OP and BWT are defined. Those that the
             run has need not be given again: new ones become its next stages.
@@ -729,8 +748,6 @@ def external_run(
         data.DataError: for a suite, set or task that is not known, or without its data.
     """
     refuse_secrets(settings.get("engine_args") or {})
-    for kind, known in (("general", data.SUITES), ("judged", data.JUDGED)):
-        data.expand(settings.get(kind, ()), known)
     for name, folder in checkpoints.items():
         files = {p.name for p in Path(folder).glob("*")}
         if not files & {"adapter_config.json", "config.json"}:
@@ -743,11 +760,17 @@ def external_run(
     if root is not None:
         os.environ["TRACE_DATA"] = str(root)
         data.check(root, tasks)
+    for kind, known in (("general", data.SUITES), ("judged", data.JUDGED)):
+        for name in data.expand(settings.get(kind, ()), known):
+            data.source_fingerprint(name)  # its data is there
     base = models.resolve_model(model)
     loaded = data.load_tasks(tasks)
     data.check_stages(loaded)
     file = Path(path) / "manifest.json"
     there = Run.open(path).manifest.get("checkpoints", {}) if file.exists() else {}
+    if there and measured(path) is None:
+        file.unlink()
+        there = {}
     given = {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()}
     run = Run.create(
         path,

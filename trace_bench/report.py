@@ -403,7 +403,7 @@ def _general_section(results: Results) -> Iterable[Block]:
     if limits:
         text = " or ".join(map(str, sorted(limits)))
         yield (
-            f"> **Limited rows** (about {text} of each suite, the first ones of each subtask). Not comparable with "
+            f"> **Limited rows** (at least {text} of each suite, the first ones of each subtask). Not comparable with "
             "results on the full suites."
         )
     local = [s for s in SUITES if any(n == s and c["settings"]["data"] != "hub" for (_, n), c in cells.items())]

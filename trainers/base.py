@@ -138,7 +138,7 @@ class CLConfig(SFTConfig):
             "evaluated" (each stage is evaluated right after training, then the one before is dropped).
         general: General-ability suites measured besides the matrix: names, or "general" for the paper's six.
         general_stages: The stages of `general` and `judged`: "last" (stage 0 and the last), or "all".
-        general_rows: About so many rows of each suite, for a quick look: equal parts, rounded up, of its subtasks;
+        general_rows: At least so many rows of each suite, for a quick look: equal parts, rounded up, of its subtasks;
             None = all.
         judged: Sets of prompts whose answers a judge is to compare: names, "instruct" or "safety".
         judged_rows: The first so many prompts of each set; None = all.
@@ -183,7 +183,7 @@ class CLConfig(SFTConfig):
         metadata={"help": "Stages of general and judged: stage 0 and the last, or all.", "choices": ["last", "all"]},
     )
     general_rows: int | None = field(
-        default=None, metadata={"help": "About so many rows of each suite, of its subtasks in equal parts."}
+        default=None, metadata={"help": "At least so many rows of each suite, of its subtasks in equal parts."}
     )
     judged: list[str] = field(
         default_factory=list, metadata={"help": "Prompts answered for the judges: instruct, safety, or their names."}

@@ -79,10 +79,13 @@ def show(method: str) -> bool:
     """Prints what a method does, its own options, those of every run, and the usual ones of HF and TRL.
 
     Returns:
-        Whether it could: there is such a file, and it says which config is its own.
+        Whether it could: there is such a file, it says which config is its own, and the texts are in it.
     """
     file = FOLDER / f"{method}.py"
-    options = list(own_options(method)) if file.is_file() else []
+    try:
+        options = list(own_options(method)) if file.is_file() else []
+    except ValueError:  # a text that is computed
+        options = []
     if not options:
         return False
     parser = argparse.ArgumentParser(
@@ -103,6 +106,7 @@ def show(method: str) -> bool:
             seen.add(name)
     usual = parser.add_argument_group("usual ones of HF and TRL")
     for name, text in USUAL.items():
-        usual.add_argument(f"--{name}", metavar="", help=text)
+        if name not in seen:
+            usual.add_argument(f"--{name}", metavar="", help=text)
     parser.print_help()
     return True

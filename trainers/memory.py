@@ -63,7 +63,9 @@ class MemoryConfig(CLConfig):
     """
 
     memory_rows: int = field(default=256, metadata={"help": "Rows kept of each earlier task."})
-    memory_choice: str = field(default="random", metadata={"help": "Which rows are kept.", "choices": CHOICES})
+    memory_choice: str = field(
+        default="random", metadata={"help": "Which rows are kept: first, random or balanced.", "choices": CHOICES}
+    )
     memory_batch_size: int | None = field(
         default=None, metadata={"help": "Rows drawn from a memory for each gradient; default: those of a step."}
     )

@@ -50,7 +50,9 @@ class ReplayConfig(CLConfig):
 
     replay: str = field(default="after", metadata={"help": "When rows are replayed.", "choices": ["after", "mixed"]})
     replay_ratio: float = field(default=0.1, metadata={"help": "Share of each earlier task's rows; 0 = none."})
-    replay_choice: str = field(default="random", metadata={"help": "Which rows are replayed.", "choices": CHOICES})
+    replay_choice: str = field(
+        default="random", metadata={"help": "Which rows are replayed: first, random or balanced.", "choices": CHOICES}
+    )
     alignment_data: str | None = field(
         default=None,
         metadata={"help": "Alignment set: JSON file, folder with train.json, or none. Default: Lima in the data."},
