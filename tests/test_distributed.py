@@ -12,11 +12,12 @@ import pytest
 import torch
 from conftest import train
 from safetensors.torch import load_file
-from test_methods import METHODS, THREE, method
+from test_methods import THREE, method
 from torch.utils.data import RandomSampler
 
 from bench import scaling
 from trace_bench.run import Run, RunError, read_json
+from trace_bench.study import methods
 from trainers.base import CLTrainer, ConfigError, LengthGrouped
 from trainers.replay import _Phases
 
@@ -97,7 +98,7 @@ def norm(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, one_thread, record_property):
-    names = [m for m in METHODS if m != "icl"]
+    names = [m for m in methods() if m != "icl"]
     assert two_processes([{"method": n, "options": small(n, tmp_path / "two")} for n in names], tmp_path) == 0
     errors = {}
     for name in names:
