@@ -398,7 +398,7 @@ def test_a_run_without_them_gets_them_on_the_command_line(options, local, capsys
 
 
 @pytest.fixture
-def alone(options, local, tmp_path, monkeypatch):
+def alone(options, local, tmp_path):
     """Measures checkpoints besides any matrix: copies of the stages of a run, without the run's data."""
     run = train(options)
     command = ["evaluate", str(tmp_path / "theirs")]
@@ -437,7 +437,7 @@ def test_checkpoints_are_measured_on_general_ability_alone(alone, tmp_path, caps
     assert "2_v2    trained elsewhere; 1 general suites; 0 of 1 sets judged" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_leaves_no_run(alone, tmp_path, monkeypatch):
+def test_what_cannot_be_measured_leaves_no_run(alone, tmp_path):
     command, new, checkpoint = alone
     nothing = new[: new.index("--judged-rows")]
     for options, message in (

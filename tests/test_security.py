@@ -26,7 +26,7 @@ from made_runs import make_run
 from judges import JudgeError, annotate, client, judging, prompts
 from judges.client import Client
 from judges.verdict import parse
-from trace_bench import data, models
+from trace_bench import audit, data, models
 from trace_bench.cli import main
 from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate, external_run
@@ -581,6 +581,7 @@ def test_code_that_a_model_brings_is_not_run(tmp_path, options, tiny_model, touc
         lambda: train({**options, "model_name_or_path": name, "max_steps": 1, "train_rows": 8}),
         lambda: models.load_tokenizer(name),
         lambda: models.load_merged(name, None),
+        lambda: audit.open_tokenizer(name),
     ):
         try:
             load()

@@ -378,7 +378,7 @@ def _audit(args: argparse.Namespace) -> None:
 def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_args: dict[str, Any] | None) -> Run:
     """The run of the checkpoints that --checkpoint names, begun or with them added."""
     from trace_bench import data
-    from trace_bench.evaluate import external_run, measured
+    from trace_bench.evaluate import external_run, measured_run
     from trace_bench.run import RunError
 
     pairs = [c.partition("=") for c in args.checkpoint]
@@ -391,7 +391,7 @@ def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_a
     if "tasks" in given:
         listed = [] if given["tasks"] == "none" else given["tasks"].split(",")
         given["tasks"] = [t for name in listed for t in data.ORDERS.get(name, [name])]
-    run = measured(args.path)
+    run = measured_run(args.path)
     if run is not None:  # further checkpoints: what is not given is the run's own
         manifest = run.manifest
         known = {"model": manifest["model"]["name"], "tasks": manifest["tasks"], **manifest["config"]}

@@ -101,9 +101,9 @@ def _evaluate(
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
     engine_args = {k: v for k, v in engine_args.items() if v is not None}
     refuse_secrets(engine_args)
-    trusted = engine_args.get("trust_remote_code", config.get("trust_remote_code", False))
-    if trusted:
+    if config.get("trust_remote_code"):
         engine_args.setdefault("trust_remote_code", True)
+    trusted = engine_args.get("trust_remote_code", False)
     settings["engine"] = {k: v for k, v in engine_args.items() if k not in FREE}
     for stage in chosen:
         if not stage.is_trained:
@@ -411,12 +411,14 @@ def _base_tensors(run: Run, backend: str) -> dict[str, list[int] | None] | None:
 
 def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: bool = False) -> None:
     """Says where a checkpoint from elsewhere brings another tokenizer than the base model, whose is used for all."""
-    model = run.manifest["model"]
+    model, base = run.manifest["model"], None
     for stage in stages:
         if stage.external is None or not (stage.external / "tokenizer_config.json").exists():
             continue
         try:
-            base = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trust_remote_code)
+            if base is None:
+                path = models.resolve_model(model["name"])
+                base = models.load_tokenizer(path, model.get("revision"), trust_remote_code)
             own = models.load_tokenizer(stage.external, None, trust_remote_code)
         except Exception as e:  # nothing is measured with it, whatever is wrong with it
             log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
@@ -714,7 +716,7 @@ def _stderr_of_mean(errors: list[float | None], weights: list[int]) -> float | N
     return sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True) if e is not None) ** 0.5 / sum(weights)
 
 
-def measured(path: str | Path) -> Run | None:
+def measured_run(path: str | Path) -> Run | None:
     """The run at a path, of which something is measured already; else None."""
     if not (Path(path) / "manifest.json").exists():
         return None
@@ -768,7 +770,7 @@ def external_run(
     data.check_stages(loaded)
     file = Path(path) / "manifest.json"
     there = Run.open(path).manifest.get("checkpoints", {}) if file.exists() else {}
-    if there and measured(path) is None:
+    if there and measured_run(path) is None:
         file.unlink()
         there = {}
     given = {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()}

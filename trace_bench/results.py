@@ -415,6 +415,6 @@ class Results:
         if any(suite not in self.rows_besides for suite in suites):
             return {stage.index: Estimate(v) for stage, v in zip(stages, values, strict=True)}
         indices = [stage.index for stage in stages]
-        changes = [self.rows_besides[suite].changes(self.headlines[suite], indices, 0) for suite in suites]
+        changes = [[self.suite_changes[i, suite] for i in indices] for suite in suites]
         bounds = [metrics.mean_of(of_stage)[1:] for of_stage in zip(*changes, strict=True)]
         return {i: Estimate(v, *b) for i, v, b in zip(indices, values, bounds, strict=True)}

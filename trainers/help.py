@@ -70,8 +70,9 @@ def _describe(value: ast.expr) -> str:
     parts = [ast.literal_eval(given["help"])] if "help" in given else []
     if isinstance(given.get("choices"), ast.List):
         parts.append(f"({', '.join(ast.literal_eval(given['choices']))})")
-    if "default" in given and ast.unparse(given["default"]) != "None":
-        parts.append(f"[{ast.unparse(given['default']).strip(chr(39))}]")
+    default = ast.unparse(given["default"]) if "default" in given else "None"
+    if default != "None":
+        parts.append("[" + default.strip("'") + "]")
     return " ".join(parts)
 
 
