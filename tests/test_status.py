@@ -1,6 +1,7 @@
 """`trace-bench status`: what it says of a run that is being trained, was interrupted, or is done."""
 
 import json
+import re
 import time
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import stop_at, train
 
 from trace_bench import cli, evaluate
 from trace_bench.run import Run
+from trace_bench.status import seconds_left
 from trainers.base import CLTrainer
 
 
@@ -46,3 +48,39 @@ def test_a_run_is_followed_from_outside(options, capsys, monkeypatch):
     evaluate.evaluate(run)
     after = lines(run, capsys)
     assert len(after) == 4 and "evaluated 2 of 2 tasks" in after[3] and not run.stages[2].progress_file.exists()
+
+
+def bars(capfd) -> list[str]:
+    """What was shown, one after the other."""
+    return [line.strip() for line in re.split("[\r\n]", capfd.readouterr().err) if line.startswith("stage")]
+
+
+def test_one_view_has_stage_step_loss_speed_and_time_left(options, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TQDM_MININTERVAL", "0")
+    options |= {"disable_tqdm": False, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+
+    class Stopped(CLTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.stage.index == 2 and self.state.global_step == 2:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    Stopped.__module__ = CLTrainer.__module__
+    with pytest.raises(KeyboardInterrupt):
+        train(options, Stopped)
+    view = r"stage 1/2 fomc .*step 4/4, \d\d:\d\d<\d\d:\d\d, loss \d+\.\d{3}, \d+ tokens/s, run \d+ s left"
+    shown = bars(capfd)
+    assert re.fullmatch(view, [line for line in shown if line.startswith("stage 1/2 fomc")][-1])
+    # Of the last stage the time left is that of the bar; one that goes on begins where it was.
+    train(options)
+    shown = [line for line in bars(capfd) if line.startswith("stage 2/2 numglue_ds")]
+    assert "step 2/4" in shown[0] and "step 4/4" in shown[-1]
+    assert "tokens/s" in shown[-1] and "run" not in shown[-1]
+
+
+def test_the_time_left_takes_other_stages_as_long_as_those_that_are_known():
+    assert seconds_left([], 4, 10, 0.5) == 10 + 3 * 20
+    assert seconds_left([10.0, 30.0], 4, 10, 0.5) == 10 + 1 * 20
+    assert seconds_left([10.0, 30.0], 4, 0, 0) == 2 * 20
+    assert seconds_left([10.0], 2, 6, 1) == 0

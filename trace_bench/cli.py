@@ -252,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
         argv = ["data audit", *argv[2:]]
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line on NUMA whenever an engine starts on a CPU
     from judges import JudgeError
     from trace_bench.data import DataError
     from trace_bench.engine import EngineError

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,6 +155,9 @@ def prepare_vllm(args: dict[str, Any]) -> None:
         EngineError: if vLLM cannot be imported.
     """
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    args.setdefault("use_tqdm_on_load", False)  # weights are loaded at every stage
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of names in torch that it looks at
     try:
         import vllm  # noqa: F401
     except ImportError as e:

@@ -10,8 +10,9 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -562,12 +563,26 @@ def _prepare(task: Any, num_fewshot: int | None = None) -> None:
 
     def once(**kwargs: Any) -> None:
         if not built:
-            build(**kwargs)
+            with _without_bars():
+                build(**kwargs)
             built.append(True)
         for instance in task.instances:
             instance.resps, instance.filtered_resps = [], {}
 
     task.build_all_requests = once
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keeps lm-eval from a bar for each task whose prompts it makes: MMLU has 57."""
+    from lm_eval.api import task
+
+    theirs = task.tqdm
+    task.tqdm = partial(theirs, disable=True)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        task.tqdm = theirs  # type: ignore[misc]
 
 
 def _run(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any) -> tuple[Any, float]:

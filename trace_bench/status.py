@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from trace_bench.data import JUDGED, SUITES
 from trace_bench.evaluate import seen_tasks
@@ -23,13 +24,13 @@ def status(run: Run) -> str:
     lines = [f"{run.path}: {run.manifest['method']}, {run.manifest['model']['name']}, {len(stages) - 1} stages"]
     width = max(len(stage.name) for stage in stages)
     lines += [f"  {stage.name:<{width}}  {'; '.join(_parts(run, stage))}" for stage in stages]
-    trained = [read_json(s.train_file) for s in stages if s.train_file.exists()]
-    if trained and len(trained) < len(stages) - 1:
-        seconds = sum(t["seconds"] for t in trained) / len(trained)
-        left = len(stages) - 1 - len(trained)
-        lines.append(
-            f"left to train: {left} of {len(stages) - 1} stages, {_duration(left * seconds)} at the pace so far"
-        )
+    trained = [read_json(s.train_file)["seconds"] for s in stages if s.train_file.exists()]
+    running = next((p for s in stages[1:] if not s.is_trained and (p := _progress(s))), None)
+    untrained = len(stages) - 1 - len(trained)
+    if untrained and (trained or running):
+        spent, fraction = (running["seconds"], running["step"] / running["steps"]) if running else (0.0, 0.0)
+        left = seconds_left(trained, len(stages) - 1, spent, fraction)
+        lines.append(f"left to train: {untrained} of {len(stages) - 1} stages, {duration(left)} at the pace so far")
     return "\n".join(lines)
 
 
@@ -40,7 +41,7 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
         yield "trained elsewhere"
     elif stage.is_trained:
         t = read_json(stage.train_file)
-        yield f"trained: {t['steps']} steps, {t['tokens_per_second']:.0f} tokens/s, {_duration(t['seconds'])}"
+        yield f"trained: {t['steps']} steps, {t['tokens_per_second']:.0f} tokens/s, {duration(t['seconds'])}"
     else:
         yield _training(stage)
         return
@@ -57,20 +58,41 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
         yield f"{judged} of {answered} sets judged"
 
 
-def _training(stage: Stage) -> str:
+def _progress(stage: Stage) -> dict[str, Any] | None:
     try:
-        p = read_json(stage.progress_file)
+        return dict(read_json(stage.progress_file))
     except FileNotFoundError:  # none yet, or the stage was done a moment ago
+        return None
+
+
+def _training(stage: Stage) -> str:
+    p = _progress(stage)
+    if p is None:
         return "not trained"
     silent = time.time() - p["time"]
     text = f"step {p['step']} of {p['steps']}, loss {p['loss']:.3f}, {p['tokens'] / p['seconds']:.0f} tokens/s"
     if silent > SILENT:
-        return f"training was interrupted {_duration(silent)} ago at {text}"
+        return f"training was interrupted {duration(silent)} ago at {text}"
     left = p["seconds"] / p["step"] * (p["steps"] - p["step"])
-    return f"training: {text}, {_duration(left)} left"
+    return f"training: {text}, {duration(left)} left"
 
 
-def _duration(seconds: float) -> str:
+def seconds_left(trained: Sequence[float], stages: int, spent: float, fraction: float) -> float:
+    """How long the training of a run still takes, if stages that have not begun take as long as the others.
+
+    Args:
+        trained: Seconds of each stage that is trained.
+        stages: How many stages the run trains.
+        spent: Seconds of the stage in training; 0 where none is.
+        fraction: How much of it is done, from 0 to 1.
+    """
+    whole = [spent / fraction] if fraction else []
+    pace = [*trained, *whole]
+    return sum(whole) - spent + (stages - len(pace)) * sum(pace) / len(pace)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -42,6 +42,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
+from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     PrinterCallback,
@@ -49,6 +50,8 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -68,6 +71,8 @@ from trace_bench.run import (
     sync_files,
     write_json,
 )
+from trace_bench.status import duration, seconds_left
+from trace_bench.tables import short
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +96,10 @@ _INDIFFERENT = (
     "logging_steps",
     "report_to",
     "run_name",
+    "project",
+    "trackio_space_id",
+    "trackio_bucket_id",
+    "trackio_static_space_id",
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "dataset_num_proc",
@@ -209,7 +218,10 @@ class CLConfig(SFTConfig):
         default="no", metadata={"help": "Checkpoints within a stage, to go on from: no, steps (save_steps) or epoch."}
     )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints within a stage to keep."})
-    report_to: str | None = field(default="none", metadata={"help": "Trackers: trackio, wandb, tensorboard, none."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers, such as trackio, wandb and tensorboard: a run of each for each stage."},
+    )
 
     # HF reads these fields as JSON when they come from the command line.
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]  # type: ignore[misc]
@@ -326,6 +338,8 @@ class CLTrainer(SFTTrainer):
         self.grouped: LengthGrouped | None = None
         args = self.stage_args(stage)
         args.output_dir = str(stage.attempt)
+        # A stage begins at step 0: in one run of a tracker the stages would lie on each other.
+        args.run_name = f"{args.run_name or run.path.name} {stage.name}"
         args.save_total_limit = None  # HF drops the oldest by the times of files; `_save_checkpoint` by their steps
         #: Before the checkpoint that the stage goes on from: seconds, and the sum of the losses of its steps.
         self.before: dict[str, float] = {"seconds": 0.0, "losses": 0.0, "step": 0}
@@ -340,8 +354,12 @@ class CLTrainer(SFTTrainer):
         for noisy in (ProgressCallback, PrinterCallback):
             self.remove_callback(noisy)
         self.add_callback(_Live(self))
+        self.add_callback(_EndOfWandb())
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):  # HF's own place is gone when the stage is done
+                callback.logging_dir = str(Path(callback.logging_dir or run.path / "tensorboard") / stage.name)
         if not args.disable_tqdm:
-            self.add_callback(_Progress(self, len(run.stages) - 1))
+            self.add_callback(_Progress(self))
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
@@ -846,23 +864,52 @@ class _Live(TrainerCallback):
             )
 
 
-class _Progress(ProgressCallback):
-    """HF's progress bar with the loss in it, instead of a line of numbers every few steps."""
+class _EndOfWandb(TrainerCallback):
+    """Ends the stage's run of wandb, which HF leaves open: the next stage would be logged into it."""
 
-    def __init__(self, trainer: CLTrainer, total: int) -> None:
+    def __init__(self) -> None:
+        self.others = self._open()
+
+    @staticmethod
+    def _open() -> bool:
+        return getattr(sys.modules.get("wandb"), "run", None) is not None
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._open() and not self.others:  # one that was open before is the caller's
+            sys.modules["wandb"].finish()
+
+
+class _Progress(ProgressCallback):
+    """HF's progress bar with the stage, the loss and the time left, instead of a line of numbers every few steps."""
+
+    def __init__(self, trainer: CLTrainer) -> None:
         super().__init__()
         self.trainer = trainer
-        self.title = f"stage {trainer.stage.index}/{total} {trainer.stage.task or trainer.stage.name}"
+        stages = trainer.run.stages[1:]
+        self.title = f"stage {trainer.stage.index}/{len(stages)} {short(trainer.stage.task or trainer.stage.name)}"
+        self.trained = [read_json(s.train_file)["seconds"] for s in stages if s.train_file.exists()]
+        self.stages = len(stages)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.title)
+        self.current_step = state.global_step  # a stage that goes on
+        if state.is_world_process_zero:
+            self.training_bar: Any = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.title,
+                dynamic_ncols=True,
+                bar_format="{desc} {bar} step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}",
+            )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
-        if self.training_bar is not None and logs and "loss" in logs:
-            tokens = self.trainer._total_train_tokens / max(self.training_bar.format_dict["elapsed"], 1e-9)
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {tokens:.0f} tokens/s")
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        seconds = time.perf_counter() - self.trainer.started
+        text = f"loss {float(logs['loss']):.3f}, {self.trainer._total_train_tokens / seconds:.0f} tokens/s"
+        if len(self.trained) + 1 < self.stages:
+            left = seconds_left(self.trained, self.stages, seconds, state.global_step / state.max_steps)
+            text += f", run {duration(left)} left"
+        self.training_bar.set_postfix_str(text)
 
 
 # ----------------------------------------------------------------------------------------------------- the stage loop
@@ -928,6 +975,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     tasks = data.load_tasks(config.tasks)
     data.check_stages(tasks)
     _check_gradients(trainer, config)
+    _check_trackers(config)
 
     manifest = {
         "method": _method(trainer),
@@ -1100,6 +1148,15 @@ def _check_shards() -> None:
             f"zero3_save_16bit_model is {whole}, which saves no checkpoint that a stage could start from: set true, as "
             "trainers/configs/accelerate/zero3.yaml does."
         )
+
+
+def _check_trackers(config: CLConfig) -> None:
+    """Refuses trackers that there are not, which HF notices when the model is loaded."""
+    try:
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as e:
+        raise ConfigError(f"report_to={config.report_to}: {e}") from e
 
 
 def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:

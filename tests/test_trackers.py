@@ -1,0 +1,131 @@
+"""Trackers of experiments: what `report_to` asks for gets a run of its own for each stage, which stays."""
+
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import stop_at, train
+
+from trace_bench.run import read_json
+from trainers import base
+from trainers.base import CLTrainer
+
+WANDB = """
+    run, runs = None, []
+
+    class Config(dict):
+        def update(self, values, allow_val_change):
+            super().update(values)
+
+    config = Config()
+
+    class Run:
+        def __init__(self, **kwargs):
+            self.kwargs, self.logged, self.summary, self.ended = kwargs, [], {}, False
+
+        def _label(self, code):
+            pass
+
+    def init(**kwargs):
+        global run
+        run = Run(**kwargs)
+        runs.append(run)
+
+    def log(values):
+        run.logged.append(values)
+
+    def finish():
+        global run
+        run.ended, run = True, None
+"""
+
+
+@pytest.fixture
+def wandb(tmp_path, monkeypatch):
+    """A stand-in for wandb that keeps what it is told."""
+    folder = tmp_path / "packages" / "wandb"
+    (folder / "sdk" / "lib").mkdir(parents=True)
+    (folder / "__init__.py").write_text(textwrap.dedent(WANDB))
+    (folder / "sdk" / "__init__.py").touch()
+    (folder / "sdk" / "lib" / "__init__.py").touch()
+    (folder / "sdk" / "lib" / "config_util.py").write_text("class ConfigError(Exception):\n    pass\n")
+    monkeypatch.syspath_prepend(folder.parent)
+    import wandb
+
+    yield wandb
+    for name in [n for n in sys.modules if n.partition(".")[0] == "wandb"]:
+        del sys.modules[name]
+
+
+def losses(stage) -> list[tuple[int, float]]:
+    return [(e["step"], pytest.approx(e["loss"])) for e in read_json(stage.train_file)["losses"]]
+
+
+def test_each_stage_is_a_run_of_its_own_in_wandb(options, wandb):
+    run = train({**options, "report_to": ["wandb"], "run_name": "mine"})
+    assert [r.kwargs["name"] for r in wandb.runs] == ["mine 1_trace_fomc", "mine 2_trace_numglue_ds"]
+    for stage, theirs in zip(run.stages[1:], wandb.runs, strict=True):
+        steps = [(v["train/global_step"], v["train/loss"]) for v in theirs.logged if "train/loss" in v]
+        assert theirs.ended and steps == losses(stage)
+
+
+def test_a_run_of_wandb_that_was_open_is_left_open(options, wandb):
+    """It is the caller's, who logs all stages into it."""
+    wandb.init(name="the caller's")
+    train({**options, "report_to": ["wandb"]})
+    assert len(wandb.runs) == 1 and not wandb.run.ended
+
+
+def test_what_tensorboard_shows_stays_when_a_stage_is_done(options, monkeypatch, tmp_path):
+    logged = []
+
+    class Writer:
+        def __init__(self, log_dir):
+            logged.append((Path(log_dir), []))
+
+        def add_scalar(self, name, value, step):
+            if name == "train/loss":
+                logged[-1][1].append((step, value))
+
+        add_text = flush = close = lambda *args: None
+
+    monkeypatch.setattr(
+        "transformers.integrations.integration_utils.TensorBoardCallback._init_summary_writer",
+        lambda self, args: setattr(self, "tb_writer", Writer(self.logging_dir)),
+    )
+    run = train({**options, "report_to": ["tensorboard"]})
+    folders = [run.path / "tensorboard" / stage.name for stage in run.stages[1:]]
+    assert logged == [(f, losses(s)) for f, s in zip(folders, run.stages[1:], strict=True)]
+    logged.clear()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    run = train({**options, "output_dir": str(tmp_path / "other"), "report_to": ["tensorboard"]})
+    assert [folder for folder, _ in logged] == [tmp_path / "elsewhere" / stage.name for stage in run.stages[1:]]
+
+
+def test_event_files_are_written(options):
+    run = train({**options, "report_to": ["tensorboard"]})
+    for stage in run.stages[1:]:
+        (file,) = (run.path / "tensorboard" / stage.name).glob("events.out.tfevents.*")
+        assert b"train/loss" in file.read_bytes()
+
+
+def test_a_tracker_may_change_within_a_run(options):
+    with pytest.raises(KeyboardInterrupt):
+        train(options, stop_at(2, CLTrainer))
+    run = train({**options, "report_to": ["tensorboard"], "run_name": "other", "project": "other"})
+    assert [f.name for f in (run.path / "tensorboard").iterdir()] == ["2_trace_numglue_ds"]
+
+
+@pytest.mark.parametrize("tracker, words", [("mlfow", "mlfow is not supported"), ("comet_ml", "comet")])
+def test_a_tracker_that_there_is_not_is_refused_before_any_work(options, tracker, words):
+    with pytest.raises(base.ConfigError, match=rf"report_to=\['{tracker}'\]: .*{words}"):
+        train({**options, "report_to": [tracker]})
+    assert not Path(options["output_dir"]).exists()
+
+
+def test_the_command_line_takes_several(options):
+    parser = base.TrlParser((base.CLConfig, base.ModelConfig))
+    given = ["--output_dir", options["output_dir"], "--report_to", "tensorboard", "wandb"]
+    assert parser.parse_args_and_config(given)[0].report_to == ["tensorboard", "wandb"]
+    assert parser.parse_args_and_config(given[:2])[0].report_to == []
