@@ -12,7 +12,7 @@ from judges.calibrate import calibration_file
 from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
 from judges.pairwise import Kind
 from trace_bench.metrics import Estimate, wilson_interval
-from trace_bench.run import Run, Stage, read_json
+from trace_bench.run import Run, Stage, read_json, read_jsonl
 from trace_bench.tables import DASH, Block, Table, percent, percent_with_interval
 
 #: (stage index, suite) -> numbers.
@@ -34,6 +34,12 @@ def load(run: Run, kind: Kind) -> Judged:
             if numbers["samples"] == sample_fingerprints(base, stage, suite):
                 found[stage.index, suite] = numbers
     return found
+
+
+def verdicts(stage: Stage, suite: str) -> dict[Any, str]:
+    """doc_id -> win, tie, lose or unscored, of the pairs that a stage's numbers count; none where lines are missing."""
+    file = judge_file(stage, suite).with_suffix(".jsonl")
+    return {row["doc_id"]: row["combined"] for row in read_jsonl(file) if "combined" in row} if file.exists() else {}
 
 
 def net_win_rate(judged: Judged, stage: Stage) -> Estimate:

@@ -11,7 +11,8 @@ from made_runs import TASKS, R, cell, without, write_cell
 from judges.judging import judge_file, sample_fingerprints
 from trace_bench.cli import main
 from trace_bench.comparison import compare
-from trace_bench.run import Run, write_json
+from trace_bench.metrics import net_interval
+from trace_bench.run import Run, write_json, write_jsonl
 from trace_bench.tables import DASH
 
 
@@ -23,7 +24,7 @@ def compared(runs, baseline=None):
     }
     first, finals = (next(t for title, t in tables.items() if title.startswith(w)) for w in ("Runs", "Final"))
     lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
-    return first, finals, "\n".join(comparison.notes), lines
+    return first, finals, "\n".join([*comparison.warnings, *comparison.notes]), lines
 
 
 def differences(runs, baseline=None):
@@ -40,13 +41,13 @@ def test_a_comparison_has_one_row_a_run(make, bounds):
         *("method", "trains", "train rows", "OP", "BWT", "Forgetting", "base"),
         *("training min", "evaluation min", "trained tokens"),
     ]
-    assert compare(runs).tables[0].title.endswith("(in all: tasks 3 (cstance, fomc, meetingbank))")
+    assert compare(runs).tables[0].title.endswith("(in all: tasks 3 (C-STANCE, FOMC, MeetingBank))")
     assert first["mine"] == ["sequential", "lora", "first 64", "40.0", "-50.0", "50.0", "20.0", "0.1", "0.2", "3,000"]
     assert first["a-single"] == ["single", "lora", "all", "80.0", DASH, DASH, "20.0", "0.1", "0.1", "3,000"]
     assert first["a-joint"] == ["joint", "lora", "all", "70.0", DASH, DASH, "20.0", "0.0", "0.1", "1,000"]
     # Nothing was trained, which is 0 and not unknown; its base model has demonstrations, so zero-shot is unknown.
     assert first["an-icl"] == ["icl", DASH, DASH, "40.0", DASH, DASH, DASH, "0.0", "0.1", "0"]
-    assert second["run"] == ["cstance", "fomc", "meetingbank"]
+    assert second["run"] == ["C-STANCE", "FOMC", "MeetingBank"]
     assert second["mine"] == ["70.0", "0.0", "50.0"] and second["a-single"] == ["90.0", "80.0", "70.0"]
     assert "mean of the tasks, and BWT is not defined: `a-single`, `a-joint`, `an-icl`" in notes
     assert "Not comparable" not in notes and "Demo" not in notes and "Not complete" not in notes
@@ -54,9 +55,9 @@ def test_a_comparison_has_one_row_a_run(make, bounds):
 
 def test_the_csv_has_the_same_numbers_and_nothing_where_nothing_is_known(make):
     _, _, _, rows = compared([make(), make(without((3, 1)), name="unfinished")])
-    assert float(rows["mine"]["OP"]) == pytest.approx(40) and float(rows["mine"]["fomc"]) == 0
-    assert rows["unfinished"]["OP"] == rows["unfinished"]["fomc"] == rows["unfinished"]["BWT"] == ""
-    assert float(rows["unfinished"]["cstance"]) == pytest.approx(70)
+    assert float(rows["mine"]["OP"]) == pytest.approx(40) and float(rows["mine"]["FOMC"]) == 0
+    assert rows["unfinished"]["OP"] == rows["unfinished"]["FOMC"] == rows["unfinished"]["BWT"] == ""
+    assert float(rows["unfinished"]["C-STANCE"]) == pytest.approx(70)
 
 
 def test_an_unfinished_run_has_no_op_in_a_comparison(make):
@@ -79,23 +80,23 @@ def test_reasoning_and_plain_tasks_share_a_column(make):
     data = {"path": "p", "demo": False, "fingerprint": dict.fromkeys(names, "f01")}
     rcl = make(name="rcl", method="rcl", tasks=names, data=data, task_versions=dict.fromkeys(names, 5))
     first, second, notes, _ = compared([make(), rcl])
-    assert second["run"] == ["cstance", "fomc", "meetingbank"] and second["rcl"] == second["mine"]
+    assert second["run"] == ["C-STANCE", "FOMC", "MeetingBank"] and second["rcl"] == second["mine"]
     assert first["run"][:2] == ["method", "tasks"]
-    assert first["rcl"][1] == "3 (reasoning_cstance, reasoning_fomc, reasoning_meetingbank)"
-    assert "in data of cstance, data of fomc, data of meetingbank: `mine` against `rcl`" in notes
+    assert first["rcl"][1] == "3 (C-STANCE (R), FOMC (R), MeetingBank (R))"
+    assert "in data of C-STANCE, data of FOMC, data of MeetingBank: `mine` against `rcl`" in notes
     assert "version" not in notes and "tasks" not in notes.replace("mean of the tasks", "")
 
 
 def test_a_run_with_both_variants_of_a_task_keeps_them_apart(make):
     names = ["trace_fomc", "reasoning_fomc", "reasoning_py150"]
     both = make(name="both", tasks=names, data={"path": "p", "demo": False, "fingerprint": {}})
-    assert compared([both])[1]["run"] == ["fomc", "reasoning_fomc", "py150"]
+    assert compared([both])[1]["run"] == ["FOMC", "FOMC (R)", "Py150"]
 
 
 def test_tasks_that_a_run_does_not_have_are_missing(make):
     other = make(name="other", tasks=["trace_fomc", "trace_py150", "trace_cstance"])
     _, second, notes, _ = compared([make(), other])
-    assert second["run"] == ["cstance", "fomc", "meetingbank", "py150"]
+    assert second["run"] == ["C-STANCE", "FOMC", "MeetingBank", "Py150"]
     assert second["mine"] == ["70.0", "0.0", "50.0", DASH] and second["other"] == ["50.0", "70.0", DASH, "0.0"]
     assert "**Not comparable** in tasks" in notes
 
@@ -111,7 +112,7 @@ def test_tasks_that_a_run_does_not_have_are_missing(make):
         ({"model": {"name": "a/model", "revision": "v2"}}, "revision: main in `mine`; v2 in `other`"),
         (
             {"data": {"path": "p", "demo": False, "fingerprint": {**dict.fromkeys(TASKS, "f00"), TASKS[1]: "f01"}}},
-            "data of fomc: `mine` against `other`",
+            "data of FOMC: `mine` against `other`",
         ),
         ({"task_versions": {**dict.fromkeys(TASKS, 1), TASKS[1]: 2}}, "version of trace_fomc: 1 in `mine`; 2 in"),
     ],
@@ -145,7 +146,7 @@ def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make):
     ]
     first, second, notes, rows = compared(runs)
     title, interval = "mean ± standard deviation over 2 seeds", "95 % interval over 2 seeds"
-    assert list(first) == ["run", "s1", "s2", "more", title, interval]
+    assert list(first) == ["run", "s1", "s2", "more", title, interval, "paper: LoraSeqFT"]
     # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
     assert first["run"][0] == "train rows" and first[title][0] == first["s1"][0]
     assert first[title][1:5] == ["35.0 ± 7.1", "-50.0 ± 0.0", "50.0 ± 0.0", "15.0 ± 7.1"]
@@ -154,7 +155,7 @@ def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make):
     assert second[title] == ["65.0 ± 7.1", "0.0 ± 0.0", "40.0 ± 14.1"]
     assert "seeds are those of `s1`, `s2`" in notes and "another training" in notes
     assert float(rows["mean over 2 seeds"]["OP"]) == pytest.approx(35)
-    assert float(rows["standard deviation over 2 seeds"]["meetingbank"]) == pytest.approx(14.142, abs=1e-3)
+    assert float(rows["standard deviation over 2 seeds"]["MeetingBank"]) == pytest.approx(14.142, abs=1e-3)
     assert float(rows["high end of the 95 % interval over 2 seeds"]["OP"]) == pytest.approx(98.53, abs=0.01)
 
 
@@ -178,7 +179,7 @@ def test_long_lists_of_tasks_are_shortened_and_orders_named(make):
     assert [lines[f"run-{n}"]["tasks"] for n in names] == [
         "8 (order2)",
         "8 (reasoning_order1)",
-        "5 (cstance, fomc, meetingbank, …)",
+        "5 (C-STANCE, FOMC, MeetingBank, …)",
     ]
 
 
@@ -251,6 +252,37 @@ def test_differences_to_the_baseline_are_paired_where_the_rows_are_the_same(make
     assert high - low < float(lines["mine"]["OP high"]) - float(lines["mine"]["OP low"])
 
 
+def forgot(own, last, n=40, tasks=TASKS):
+    """Rows of three tasks trained one after the other: `own` are right at the own stage, `last` from then on."""
+    rows = {}
+    for i, task in enumerate(tasks):
+        right = np.array([0] * (i + 1) + [own] + [last[task]] * (3 - i - 1))
+        rows[task] = {"accuracy": (np.arange(n)[:, None] < right).astype(float)}
+    return rows
+
+
+def test_the_difference_in_bwt_is_paired_whatever_the_order(make):
+    order = [TASKS[1], TASKS[0], TASKS[2]]
+    little, much = dict.fromkeys(TASKS, 32), dict.fromkeys(TASKS, 12)
+    runs = [
+        make(rows=forgot(40, little)),
+        make(name="forgot", rows=forgot(40, much)),
+        make(name="ordered", tasks=order, rows=forgot(40, much, tasks=order)),
+        make(name="lastly", tasks=TASKS[::-1], rows=forgot(40, much, tasks=TASKS[::-1])),
+    ]
+    _, rows = differences(runs)
+    assert rows["forgot"]["BWT"] == rows["ordered"]["BWT"] and rows["forgot"]["BWT"].endswith("] ↓")
+    low, high = map(float, rows["forgot"]["BWT"].removeprefix("-50.0 [").removesuffix("] ↓").split(", "))
+    first, _, _, lines = compared(runs)
+    widths = [float(lines[run]["BWT high"]) - float(lines[run]["BWT low"]) for run in ("mine", "forgot")]
+    assert high - low < np.hypot(*widths), "narrower than that of two runs on rows of their own"
+    # Another task is the last one, which nothing could be forgotten of: a mean over other tasks.
+    assert rows["lastly"]["BWT"] == "-50.0"
+    bwt = dict(zip(first["run"], first["forgot"], strict=True))["BWT"]
+    assert bwt.startswith("-70.0 [") and bwt.endswith("]")
+    assert float(lines["ordered"]["BWT difference low"]) == pytest.approx(low, abs=0.05)
+
+
 def test_a_difference_of_means_over_other_tasks_is_none(make):
     runs = [make(), make(name="other", tasks=[*TASKS[:2], "trace_py150"])]
     assert not any(table.title.startswith("Difference") for table in compare(runs).tables)
@@ -286,12 +318,12 @@ def suite(run, index, value, rows=None, data="hub", n=20):
     write_json(stage.eval_file("general_mmlu"), content)
 
 
-def judged(run, win, lose, judge="a/judge"):
+def judged(run, win, lose, judge="a/judge", n=10):
     stage, base = run.stages[-1], run.stages[0]
     for s in (base, stage):
-        write_cell(s, "safety_cona", {"characters": np.ones(10)})
-    counts = {"n": 10, "win": win, "tie": 10 - win - lose, "lose": lose, "unscored": 0, "identical": 0}
-    counts |= {"judged": 10, "disagreements": 0, "first": 5, "second": 5}
+        write_cell(s, "safety_cona", {"characters": np.ones(n)})
+    counts = {"n": n, "win": win, "tie": n - win - lose, "lose": lose, "unscored": 0, "identical": 0}
+    counts |= {"judged": n, "disagreements": 0, "first": 5, "second": 5}
     direct = {"n": 10, "unscored": 0, "safe": 9, "unsafe": 1, "rate": 0.9}
     numbers = {"settings": {"judge": judge, "sampling": {}, "prompts": 1}, "pairs": counts, "direct": direct}
     numbers |= {"samples": sample_fingerprints(base, stage, "safety_cona"), "limit": None, "failed": 0, "unpaired": 0}
@@ -307,11 +339,40 @@ def test_the_deltas_and_their_cost_are_in_the_table(make):
         judged(run, 4, 1)
     first, _, notes, lines = compared(runs)
     row = dict(zip(first["run"], first["mine"], strict=True))
-    assert (row["general"], row["safety"], row["judge tokens"]) == ("-10.0", "+30.0", "1,500")
+    assert (row["general"], row["safety"], row["judge tokens"]) == ("-10.0", "+30.0 [-15.8, +65.8]", "1,500")
     assert "instruction" not in row and "Not comparable" not in notes and "net win rate" in notes
     _, rows = differences(runs)
     assert (rows["other"]["general"], rows["other"]["safety"]) == ("-10.0", "+0.0")
     assert float(lines["other"]["general"]) == pytest.approx(-20)
+
+
+def test_differences_of_the_deltas_are_paired(make):
+    n, runs = 60, [make(), make(name="other")]
+    prompts = np.arange(20)
+    for run, after, lost in zip(runs, (20, 45), (2, 12), strict=True):
+        for index, right in ((0, 50), (3, after)):
+            write_cell(
+                run.stages[index],
+                "general_mmlu",
+                {"accuracy": np.arange(n) < right},
+                subtasks=["a", "b"] * (n // 2),
+                settings={"backend": "hf", "general_rows": None, "data": "hub"},
+                version="1.0",
+            )
+        judged(run, 4, lost, n=20)
+        verdicts = ["lose" if i < lost else "win" if i >= 16 else "tie" for i in prompts]
+        rows = ({"doc_id": int(i), "combined": verdict} for i, verdict in zip(prompts, verdicts, strict=True))
+        write_jsonl(judge_file(run.stages[-1], "safety_cona").with_suffix(".jsonl"), rows)
+    _, rows = differences(runs)
+    assert rows["other"]["general"].startswith("+41.7 [") and rows["other"]["general"].endswith("] ↑")
+    assert rows["other"]["safety"].startswith("-50.0 [") and rows["other"]["safety"].endswith("] ↓")
+    line = compared(runs)[3]["other"]
+    low, high = (float(line[f"safety difference {end}"]) for end in ("low", "high"))
+    # 10 of 20 prompts were lost by one run alone.
+    assert (low, high) == pytest.approx([100 * x for x in net_interval(0, 10, 20)])
+    # Of verdicts on other prompts there is no paired difference.
+    write_jsonl(judge_file(runs[1].stages[-1], "safety_cona").with_suffix(".jsonl"), [{"doc_id": 1, "combined": "win"}])
+    assert differences(runs)[1]["other"]["safety"] == "-50.0"
 
 
 @pytest.mark.parametrize(
@@ -345,23 +406,29 @@ def test_limited_test_rows_are_announced_even_if_all_runs_have_them(make):
 def test_the_same_limits_with_other_numbers_of_rows_are_named(make):
     """Rows that are left out of one of the runs."""
     notes = compared([make(rows=learned(0.5, 0.5, 0.5)), make(name="other", rows=learned(0.5, 0.5, 0.5, n=30))])[2]
-    assert "rows of cstance, rows of fomc, rows of meetingbank: 40 in `mine`; 30 in `other`" in notes
+    assert "rows of C-STANCE, rows of FOMC, rows of MeetingBank: 40 in `mine`; 30 in `other`" in notes
 
 
-def test_the_paper_s_numbers_stand_beside_methods_it_has(make, bounds):
+def test_the_paper_s_numbers_stand_apart_below_the_methods_it_has(make, bounds):
     runs = [make(), *bounds().values()]
     comparison = compare(runs)
-    assert comparison.tables[-1].title == "The paper's numbers"
-    rows = {row[0]: dict(zip(comparison.tables[-1].header, row, strict=True)) for row in comparison.tables[-1].rows}
-    assert list(rows) == ["LoraSeqFT", "SingleFT", "MT", "ICL-6shot"]
-    assert {rows["LoraSeqFT"][k] for k in ("model", "train rows", "epochs", "OP", "BWT", "general")} == {
-        *("LLaMA-2-7B-Chat", "5000", "5,3,7,5,3,5,5,7", "12.7", "-45.7", "-7.0"),
-    }
-    assert rows["MT"]["OP"] == "52.3" and rows["MT"]["epochs"] == rows["MT"]["BWT"] == DASH
-    assert "arXiv 2310.06762" in comparison.notes[-1] and "no target" in comparison.notes[-1]
+    table = comparison.tables[0]
+    assert table.apart == 4 and not any(t.apart for t in comparison.tables[1:])
+    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows[-4:]}
+    assert list(rows) == ["paper: LoraSeqFT", "paper: SingleFT", "paper: MT", "paper: ICL-6shot"]
+    assert rows["paper: LoraSeqFT"]["OP"] == "12.7" and rows["paper: LoraSeqFT"]["BWT"] == "-45.7"
+    assert rows["paper: LoraSeqFT"]["base"] == DASH and "general" not in table.header, "no run has one"
+    assert rows["paper: MT"]["OP"] == "52.3" and rows["paper: MT"]["BWT"] == DASH
+    setup, lora = comparison.notes[-5:-3]
+    assert "arXiv 2310.06762" in setup and "no target" in setup
+    assert lora == "paper: LoraSeqFT: LLaMA-2-7B-Chat, training rows a task 5000, epochs 5,3,7,5,3,5,5,7."
+    assert comparison.notes[-2] == "paper: MT: LLaMA-2-7B-Chat."
     line = next(row for row in comparison.lines if row["run"] == "paper: LoraSeqFT, LLaMA-2-7B-Chat")
-    assert (line["OP"], line["BWT"]) == ("12.7", "-45.7")
-    assert not any("paper" in t.title for t in compare([make(name="ewc", method="ewc")]).tables)
+    assert (line["OP"], line["BWT"], line["general"], line["train rows"]) == ("12.7", "-45.7", "-7.0", "5000")
+    assert "| *paper: LoraSeqFT* |" in comparison.markdown() and "| mine |" in comparison.markdown()
+    latex = comparison.latex()
+    assert r"\textcolor{gray}{paper: LoraSeqFT}" in latex and latex.startswith(r"% \usepackage{booktabs,xcolor}")
+    assert "paper" not in compare([make(name="ewc", method="ewc")]).markdown()
 
 
 def test_the_latex_has_every_row_and_nothing_that_is_a_command(make):

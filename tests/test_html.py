@@ -223,7 +223,7 @@ def test_a_figure_that_is_no_longer_drawn_is_removed(make):
 
 def test_samples_are_embedded_with_their_scores_and_verdicts(rich):
     data = Page(rich).data
-    assert data["tasks"][:2] == ["cstance", "fomc"] and "instruct_lima" in data["tasks"]
+    assert data["tasks"][:2] == ["C-STANCE", "FOMC"] and "instruct_lima" in data["tasks"]
     assert data["own"][:3] == [1, 2, 3] and data["binary"][:3] == [True, True, False]
     assert len(data["rows"]) == 8 * 20 + 6 * 60 + 2 * 20
     row = next(r for r in data["rows"] if r[0] == 1 and r[1] == "7")
@@ -393,7 +393,7 @@ def test_samples_are_searched_and_filtered(visit, rich):
         return int(page.locator("#count").text_content().split(" of ")[0].replace(",", ""))
 
     assert shown() == len([r for r in data["rows"] if {0, 8} <= {a[0] for a in r[5]}])
-    page.select_option("#task", label="fomc")
+    page.select_option("#task", label="FOMC")
     assert shown() == 20 and page.locator("#paging").is_hidden()
     page.select_option("#before", "own")
     page.select_option("#change", "lost")
@@ -401,7 +401,7 @@ def test_samples_are_searched_and_filtered(visit, rich):
     lost = [name for name, scores in fomc.items() if scores[2] == 1 and scores[8] == 0]
     assert shown() == len(lost) > 0
     heads = page.locator("article h3").all_text_contents()
-    assert sorted(heads) == sorted(f"fomc · {name}right to wrong" for name in lost)
+    assert sorted(heads) == sorted(f"FOMC · {name}right to wrong" for name in lost)
     page.fill("#search", f"QUESTION {lost[0]}:")
     count = page.get_by_role("status")
     count.filter(has_text=re.compile("^1 of")).wait_for()

@@ -43,7 +43,7 @@ def test_the_matrix_shows_every_cell_and_a_dash_where_there_is_none(make):
     write_report(run)
     rows = table(run, "## Scores")
     assert [rows[s.name] for s in run.stages] == PERCENT
-    assert rows["stage"] == ["cstance<br>accuracy", "fomc<br>accuracy", "meetingbank<br>rouge_l"]
+    assert rows["stage"] == ["C-STANCE<br>accuracy", "FOMC<br>accuracy", "MeetingBank<br>rouge_l"]
     # OP_t, BWT_t and forgetting_t, worked by hand
     rows = table(run, "## Scores", 2)
     assert rows["stage"] == ["OP_t", "BWT_t", "Forgetting_t"] and "0_base" not in rows
@@ -62,9 +62,9 @@ def test_the_top_states_op_and_bwt_and_how_they_are_made(make):
     assert top["FWT"][0] == DASH  # needs cells that are not measured
     rows = table(run, "## Learning and forgetting")
     assert rows["task"] == ["base", "own stage", "stage 3", "learned", "since then", "in all"]
-    assert rows["cstance"] == ["10.0", "80.0", "70.0", "+70.0", "-10.0", "+60.0"]
-    assert rows["fomc"] == ["20.0", "90.0", "0.0", "+70.0", "-90.0", "-20.0"]
-    assert rows["meetingbank"] == ["30.0", "50.0", "50.0", "+20.0", DASH, "+20.0"]
+    assert rows["C-STANCE"] == ["10.0", "80.0", "70.0", "+70.0", "-10.0", "+60.0"]
+    assert rows["FOMC"] == ["20.0", "90.0", "0.0", "+70.0", "-90.0", "-20.0"]
+    assert rows["MeetingBank"] == ["30.0", "50.0", "50.0", "+20.0", DASH, "+20.0"]
     assert "[" not in "".join(text(run).split("## Bounds")[0]), "without samples there is no interval"
 
 
@@ -77,7 +77,7 @@ def test_an_unfinished_stage_gives_no_number_that_counts_it_as_0(make):
     assert by_stage["3_trace_meetingbank"] == [DASH, DASH, DASH]
     assert "0.0" not in [c for row in [*rows.values(), *by_stage.values()] for c in row]
     last = table(run, "## Learning and forgetting")
-    assert last["task"][2] == "stage 2" and last["meetingbank"] == [DASH, "50.0", DASH, DASH, DASH, DASH]
+    assert last["task"][2] == "stage 2" and last["MeetingBank"] == [DASH, "50.0", DASH, DASH, DASH, DASH]
 
 
 def test_a_run_without_cells_has_a_report_of_dashes(make):
@@ -116,7 +116,7 @@ def test_form_tolerant_accuracy_is_shown_for_the_tasks_that_have_it(make):
     run = make()
     write_report(run)
     rows = table(run, "### Form-tolerant accuracy")
-    assert rows["stage"] == ["cstance", "fomc"]
+    assert rows["stage"] == ["C-STANCE", "FOMC"]
     assert rows["3_trace_meetingbank"] == ["85.0", "50.0"]
 
 
@@ -174,7 +174,7 @@ def right(*counts, n=40):
 
 @pytest.fixture
 def measured(make):
-    """40 rows a task. cstance loses 30, then 4 of them for good; its tolerant score keeps 20. fomc loses 2 rows."""
+    """40 rows a task. C-STANCE loses 30, then 4 of them for good; its tolerant score keeps 20. FOMC loses 2 rows."""
     strict = right(4, 36, 6, 32)
     return make(
         rows={
@@ -195,9 +195,9 @@ def test_what_changed_is_marked_only_where_the_interval_excludes_zero(measured):
         ["80.0", "50.0"],  # four rows lost and none won, or two: nothing that is certain
     ]
     rows = table(measured, "## Learning and forgetting")
-    assert rows["cstance"][3].startswith("+80.0 [") and rows["cstance"][3].endswith("] ↑")
-    assert rows["cstance"][4].startswith("-10.0 [") and rows["cstance"][4].endswith("]")
-    assert rows["meetingbank"][3].endswith("] ↑") and rows["meetingbank"][4] == DASH
+    assert rows["C-STANCE"][3].startswith("+80.0 [") and rows["C-STANCE"][3].endswith("] ↑")
+    assert rows["C-STANCE"][4].startswith("-10.0 [") and rows["C-STANCE"][4].endswith("]")
+    assert rows["MeetingBank"][3].endswith("] ↑") and rows["MeetingBank"][4] == DASH
     assert text(measured).count("excludes zero") == 2
 
 
@@ -232,11 +232,11 @@ def test_scores_csv_has_the_intervals(measured):
 def test_form_is_told_from_knowledge(measured):
     measured.stages[3].eval_file(TASKS[1]).unlink()
     measured.stages[3].eval_file(TASKS[2]).unlink()
-    write_report(measured)  # up to stage 2, where cstance lost 30 rows, 20 of them in form alone
+    write_report(measured)  # up to stage 2, where C-STANCE lost 30 rows, 20 of them in form alone
     assert "from its own stage to stage 2" in text(measured)
     rows = table(measured, "### Form or knowledge")
-    assert list(rows) == ["task", "---", "cstance"]
-    lost, form, share, knowledge = rows["cstance"]
+    assert list(rows) == ["task", "---", "C-STANCE"]
+    lost, form, share, knowledge = rows["C-STANCE"]
     assert (
         lost.startswith("75.0 [") and form.startswith("50.0 [") and share == "67 %" and knowledge.startswith("25.0 [")
     )
@@ -256,7 +256,7 @@ def test_a_run_without_a_sequence_has_intervals_too(make):
     )
     write_report(run)
     assert table(run, "# a-single")["mean of the tasks"][0].startswith("75.0 [")
-    assert table(run, "## Learning")["fomc"][2].endswith("] ↑")
+    assert table(run, "## Learning")["FOMC"][2].endswith("] ↑")
 
 
 def test_checkpoints_whose_names_are_no_tasks_get_no_op_and_no_bwt(make):
@@ -307,8 +307,8 @@ def test_single_and_joint_say_what_was_learned_and_icl_that_nothing_is_trained(b
     runs = bounds()
     for run in runs.values():
         write_report(run)
-    assert table(runs["single"], "## Learning")["fomc"] == ["20.0", "80.0", "+60.0"]
-    assert table(runs["joint"], "## Learning")["meetingbank"] == ["30.0", "90.0", "+60.0"]
+    assert table(runs["single"], "## Learning")["FOMC"] == ["20.0", "80.0", "+60.0"]
+    assert table(runs["joint"], "## Learning")["MeetingBank"] == ["30.0", "90.0", "+60.0"]
     assert table(runs["single"], "## Scores")["2_trace_fomc"] == [DASH, "80.0", DASH]
     assert "nothing is trained" in text(runs["icl"]) and "## Learning" not in text(runs["icl"])
 
@@ -338,7 +338,7 @@ def test_bounds_are_the_comparable_runs_beside_it(make, bounds):
         "single (a model per task)",
         "joint (multi-task)",
     ]
-    assert rows["model"] == ["cstance", "fomc", "meetingbank", "mean"]
+    assert rows["model"] == ["C-STANCE", "FOMC", "MeetingBank", "mean"]
     assert rows["base, zero-shot"] == ["10.0", "20.0", "30.0", "20.0"]
     assert rows["this run (stage 3)"] == ["70.0", "0.0", "50.0", "40.0"]
     assert rows["single (a model per task)"] == ["70.0", "80.0", "90.0", "80.0"]
@@ -452,7 +452,7 @@ def test_answers_that_could_be_extracted_are_counted(make):
     write_json(run.stages[3].eval_file(TASKS[0]), unknown)
     write_report(run)
     rows = table(run, "### Answers that could be extracted")
-    assert rows["stage"] == ["cstance", "fomc", "meetingbank"]
+    assert rows["stage"] == ["C-STANCE", "FOMC", "MeetingBank"]
     assert rows["0_base"] == ["97.0 (3)"] * 3
     assert rows["2_trace_fomc"] == ["97.0 (3)", "97.0 (3)", DASH]
     assert rows["3_trace_meetingbank"] == [DASH, "97.0 (3)", "97.0 (3)"]

@@ -69,12 +69,12 @@ def test_one_view_has_stage_step_loss_speed_and_time_left(options, capfd, monkey
     Stopped.__module__ = CLTrainer.__module__
     with pytest.raises(KeyboardInterrupt):
         train(options, Stopped)
-    view = r"stage 1/2 fomc .*step 4/4, \d\d:\d\d<\d\d:\d\d, loss \d+\.\d{3}, \d+ tokens/s, run \d+ s left"
+    view = r"stage 1/2 FOMC .*step 4/4, \d\d:\d\d<\d\d:\d\d, loss \d+\.\d{3}, \d+ tokens/s, run \d+ s left"
     shown = bars(capfd)
-    assert re.fullmatch(view, [line for line in shown if line.startswith("stage 1/2 fomc")][-1])
+    assert re.fullmatch(view, [line for line in shown if line.startswith("stage 1/2 FOMC")][-1])
     # Of the last stage the time left is that of the bar; one that goes on begins where it was.
     train(options)
-    shown = [line for line in bars(capfd) if line.startswith("stage 2/2 numglue_ds")]
+    shown = [line for line in bars(capfd) if line.startswith("stage 2/2 NumGLUE-ds")]
     assert "step 2/4" in shown[0] and "step 4/4" in shown[-1]
     assert "tokens/s" in shown[-1] and "run" not in shown[-1]
 

@@ -252,7 +252,7 @@ def check_the_summary(folder, printed):
     assert [name for name in rows if not name.startswith("paper: ")] == ["few", "many"]
     assert rows["few"]["train rows"] == "first 8" and rows["many"]["train rows"] == "first 16"
     assert float(rows["few"]["trained tokens"]) > 0
-    assert {rows["few"][k] for k in ("OP", "fomc", "numglue_ds")} & {"", DASH} == set()
+    assert {rows["few"][k] for k in ("OP", "FOMC", "NumGLUE-ds")} & {"", DASH} == set()
     assert (folder / "few" / "report.md").is_file()
 
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from judges.judging import KINDS
-from judges.report import Judged, net_win_rate
+from judges.report import Judged, net_win_rate, verdicts
 from judges.report import load as load_judged
 from trace_bench import metrics, paper
 from trace_bench.bounds import conditions, same_conditions
-from trace_bench.data import GROUPS, ORDERS, SUITES
+from trace_bench.data import GROUPS, ORDERS, REASONING, SUITES
 from trace_bench.metrics import Estimate, Matrix
-from trace_bench.results import Results, general_delta
+from trace_bench.results import Results
 from trace_bench.run import Run, RunError, differences, read_json, write_text
 from trace_bench.tables import (
     DASH,
@@ -35,7 +35,7 @@ from trace_bench.tables import (
     markdown,
     number,
     percent_with_interval,
-    short,
+    task_name,
     value_text,
     without_empty_columns,
 )
@@ -55,58 +55,79 @@ _NUMBERS: dict[str, Callable[[float], str]] = {
     "trained tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
     "judge tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
 }
-#: Those whose difference to the baseline is shown.
-_COMPARED = ("OP", "BWT", "FWT", "Forgetting", "general", "instruction", "safety")
+#: Those that are scores, whose intervals and whose differences to the baseline are shown, and whether with a sign.
+SCORES = {
+    "OP": False,
+    "BWT": True,
+    "FWT": True,
+    "Forgetting": False,
+    "general": True,
+    "instruction": True,
+    "safety": True,
+}
 _TEXTS = ("method", "trains", "tasks", "train rows")
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Several runs beside each other."""
-
-    tables: list[Table]
-    notes: list[str]
-    """What the numbers are, and what keeps the runs from being comparable; Markdown."""
-    header: list[str]
-    lines: list[dict[str, Any]]
-    """The CSV: percent, not rounded; what is not known is missing or NaN."""
-
-    def markdown(self) -> str:
-        """The comparison as Markdown."""
-        parts = [f"{table.title}:\n\n{markdown(table.header, table.rows)}" for table in self.tables]
-        return "\n\n".join([*parts, "\n".join(f"- {note}" for note in self.notes)]) + "\n"
-
-    def latex(self) -> str:
-        """The comparison as LaTeX, for the package booktabs."""
-        notes = [rf"\item {latex_text(note)}" for note in self.notes]
-        listed = "\n".join([r"\begin{itemize}", *notes, r"\end{itemize}"])
-        return "\n\n".join(["% \\usepackage{booktabs}", *map(latex, self.tables), listed]) + "\n"
-
-    def csv(self) -> str:
-        """All numbers as one CSV, a line a run."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, self.header, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({k: v for k, v in line.items() if v != DASH and v == v} for line in self.lines)
-        return out.getvalue()
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What a comparison shows of a run. Numbers and finals in percent; NaN = not known, or not defined for it."""
+class Entry:
+    """What a comparison shows of a run."""
 
     name: str
     results: Results
     judged: dict[str, Judged]
     """Kind -> what `judges.report.load` found."""
     texts: dict[str, str]
+    scores: dict[str, Estimate]
+    """Those of `SCORES`, fractions of 1; NaN = not known, or not defined for the run."""
     numbers: dict[str, float]
-    op: Estimate
+    """All numbers; scores in percent."""
     finals: dict[str, float]
+    """The final score of each task, percent."""
 
     @property
     def run(self) -> Run:
+        """The run."""
         return self.results.run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs beside each other."""
+
+    entries: list[Entry]
+    against: Entry
+    """The baseline."""
+    versus: dict[str, Versus]
+    """Of each other run, by its name."""
+    tables: list[Table]
+    warnings: list[str]
+    """What keeps the runs from being comparable; Markdown."""
+    notes: list[str]
+    """What the numbers are."""
+    lines: list[dict[str, Any]]
+    """The CSV: percent, not rounded; what is not known is missing or NaN."""
+
+    def markdown(self) -> str:
+        """The comparison as Markdown; rows of the paper in italics."""
+        parts = [f"{t.title}:\n\n{markdown(t.header, t.set_apart('*{}*'.format))}" for t in self.tables]
+        return "\n\n".join([*parts, "\n".join(f"- {note}" for note in (*self.warnings, *self.notes))]) + "\n"
+
+    def latex(self) -> str:
+        """The comparison as LaTeX, for the packages booktabs and xcolor; rows of the paper in grey."""
+        notes = [rf"\item {latex_text(note)}" for note in (*self.warnings, *self.notes)]
+        listed = "\n".join([r"\begin{itemize}", *notes, r"\end{itemize}"])
+        return "\n\n".join([r"% \usepackage{booktabs,xcolor}", *map(latex, self.tables), listed]) + "\n"
+
+    def csv(self) -> str:
+        """All numbers as one CSV, a line a run; columns of which nothing is known are left out."""
+        lines = [{k: v for k, v in line.items() if v != DASH and v == v} for line in self.lines]
+        columns = list(dict.fromkeys(["run", *_TEXTS, *_NUMBERS, *(key for line in self.lines for key in line)]))
+        known = [c for c in columns if c in ("run", *_TEXTS, *_NUMBERS) or any(c in line for line in lines)]
+        out = io.StringIO()
+        writer = csv.DictWriter(out, known, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        return out.getvalue()
 
 
 def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
@@ -126,25 +147,26 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
     against = entries[paths.index(baseline.path.resolve()) if baseline is not None else 0]
     groups = _seed_groups(entries)
     columns = list(dict.fromkeys(task for e in entries for task in e.finals))
-    versus = {e.name: _Versus(e, against) for e in entries if e is not against}
+    versus = {e.name: Versus(e, against) for e in entries if e is not against}
     reference = paper.table(name for e in entries if (name := paper.name_of(e.run)))
     # One model for orientation; the reports of the runs have all.
-    reference_rows = [row for row in reference.rows if "LLaMA-2-7B-Chat" in row]
+    references = [dict(zip(reference.header, r, strict=True)) for r in reference.rows if "LLaMA-2-7B-Chat" in r]
     tables = [
-        without_empty_columns(_runs_table(entries, groups)),
+        without_empty_columns(_runs_table(entries, groups, references)),
         without_empty_columns(_versus_table(versus, against)),
         _finals_table(entries, groups, columns, versus, against),
-        without_empty_columns(Table(reference.header, reference_rows, reference.title)),
     ]
     lines = [_line(e, versus.get(e.name)) for e in entries]
     for group in groups:
         lines += _seed_lines(group, columns)
-    lines += [_reference_line(dict(zip(reference.header, row, strict=True))) for row in reference_rows]
     return Comparison(
+        entries,
+        against,
+        versus,
         [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
-        [*_comparability(entries), *_definitions(entries, groups), *([paper.SETUP] if reference.rows else [])],
-        ["run", *_TEXTS, *_NUMBERS, *_BOUNDS_OF_OP, *columns],
-        lines,
+        _comparability(entries),
+        [*_definitions(entries, groups), *_set_ups(references)],
+        [*lines, *map(_reference_line, references)],
     )
 
 
@@ -185,12 +207,26 @@ def check_output(output: str | Path | None) -> None:
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def _entry(name: str, run: Run) -> _Entry:
+def _entry(name: str, run: Run) -> Entry:
     results = Results(run)
-    op = results.mean if results.has_mean else Estimate(math.nan)
     finals = {_plain(task, run): 100 * float(v) for task, v in zip(run.tasks, results.final, strict=True)}
     judged = {kind.name: load_judged(run, kind) for kind in KINDS}
-    return _Entry(name, results, judged, _texts(run), _numbers(results, judged), op, finals)
+    scores = dict.fromkeys(SCORES, _UNKNOWN) | _scores(results, judged)
+    return Entry(name, results, judged, _texts(run), scores, _numbers(results, judged, scores), finals)
+
+
+_UNKNOWN = Estimate(math.nan)
+
+
+def _scores(results: Results, judged: dict[str, Judged]) -> dict[str, Estimate]:
+    last = results.run.stages[-1]
+    found = {"general": results.general.get(last.index, _UNKNOWN)}
+    found |= {name: net_win_rate(counts, last) for name, counts in judged.items()}
+    if results.has_mean:
+        found["OP"] = results.mean
+    if results.is_sequential:
+        found |= {name: results.sequence[name][-1] for name in ("BWT", "FWT", "Forgetting")}
+    return found
 
 
 def _texts(run: Run) -> dict[str, str]:
@@ -210,29 +246,24 @@ def _list_of_tasks(run: Run) -> str:
     for name, order in ORDERS.items():
         if run.tasks == order:
             return f"{len(order)} ({name})"
-    tasks = [short(t) for t in run.tasks]
+    tasks = [task_name(t) for t in run.tasks]
     if not tasks:
         return "none"
     return f"{len(tasks)} ({', '.join(tasks if len(tasks) <= 4 else [*tasks[:3], '…'])})"
 
 
-def _numbers(results: Results, judged: dict[str, Judged]) -> dict[str, float]:
+def _numbers(results: Results, judged: dict[str, Judged], scores: dict[str, Estimate]) -> dict[str, float]:
     """The numbers of a run: scores in percent; NaN = not known, or not defined for the method."""
-    run, R = results.run, 100 * results.R
+    run = results.run
     trained = [read_json(s.train_file) if s.train_file.exists() else None for s in run.stages[1:]]
     done = [t for t in trained if t is not None]
     complete = len(done) == len(trained)
     replies = [numbers for found in judged.values() for numbers in found.values()]
     measured = [*results.cells.values(), *results.besides.values()]
-    sequence = results.is_sequential
+    zero_shot = run.tasks and not run.manifest["config"].get("num_fewshot")
     return {
-        "OP": 100 * float(results.final.mean()) if results.has_mean else math.nan,
-        "BWT": metrics.backward_transfer(R) if sequence else math.nan,
-        "FWT": metrics.forward_transfer(R) if sequence else math.nan,
-        "Forgetting": metrics.forgetting(R) if sequence else math.nan,
-        "base": math.nan if run.manifest["config"].get("num_fewshot") or not run.tasks else float(R[0].mean()),
-        "general": 100 * general_delta(results.besides, run.stages[-1]),
-        **{name: 100 * net_win_rate(found, run.stages[-1]).value for name, found in judged.items()},
+        **{name: 100 * estimate.value for name, estimate in scores.items()},
+        "base": 100 * float(results.R[0].mean()) if zero_shot else math.nan,
         "training min": sum(t["seconds"] for t in done) / 60 if complete else math.nan,
         "evaluation min": sum(cell["seconds"] for cell in measured) / 60 if measured else math.nan,
         "trained tokens": sum(t["tokens"] for t in done) if complete else math.nan,
@@ -241,87 +272,148 @@ def _numbers(results: Results, judged: dict[str, Judged]) -> dict[str, float]:
 
 
 def _plain(task: str, run: Run) -> str:
-    """A name of the task that the reasoning variant shares with the plain one."""
-    plain = task.removeprefix("reasoning_")
+    """The name of a task that the reasoning variant shares with the plain one."""
+    plain = task.replace("reasoning_", "trace_", 1) if task in REASONING else task
     # A run that trains both variants of a task keeps them apart.
-    return task if plain != task and f"trace_{plain}" in run.tasks else short(plain)
+    return task_name(task if plain in run.tasks else plain)
 
 
 # ------------------------------------------------------------------------------------------------- against a baseline
 
 
-class _Versus:
-    """A run against the baseline."""
+class Versus:
+    """A run against the baseline.
 
-    def __init__(self, entry: _Entry, against: _Entry) -> None:
-        run, other = entry.results, against.results
-        self.numbers = {k: entry.numbers[k] - against.numbers[k] for k in _COMPARED}
+    Attributes:
+        finals: Name of a task -> the difference in its final score.
+        scores: Those of `SCORES` -> the difference.
+
+    Differences are fractions of 1, with an interval where both runs have the same test rows and settings. It is paired:
+    that of the mean over the rows of what one run makes of a row minus what the other does.
+    """
+
+    def __init__(self, entry: Entry, against: Entry) -> None:
+        self.mine, self.theirs = entry.results, against.results
+        self.shared = same_conditions(self.mine.run, self.theirs.run)
+        values = {name: entry.scores[name].value - against.scores[name].value for name in SCORES}
         if entry.finals.keys() != against.finals.keys():  # a mean over other tasks is another number
-            self.numbers |= dict.fromkeys(("OP", "BWT", "FWT", "Forgetting"), math.nan)
-        theirs = _conditions_besides(against)
-        for name, settings in _conditions_besides(entry).items():
-            if settings != theirs[name]:
-                self.numbers[name] = math.nan
-        # Task -> the scores of both on the same test rows, shape (rows, 2); those of NaN where they share none.
-        self.pairs = {_plain(task, run.run): _pair(run, other, task) for task in run.run.tasks}
-        bounds = metrics.mean_of([self.final(task) for task in self.pairs])[1:]
-        known = not math.isnan(self.numbers["OP"])
-        self.op = Estimate(self.numbers["OP"] / 100, *(bounds if known else ()))
+            values |= dict.fromkeys(("OP", "BWT", "FWT", "Forgetting"), math.nan)
+        settings = _conditions_besides(against)
+        for name, mine in _conditions_besides(entry).items():
+            if mine != settings[name]:
+                values[name] = math.nan
+        tasks = self.mine.run.tasks
+        finals = [self._of_task(task, Results.final_rows) for task in tasks]
+        self.finals = {_plain(task, self.mine.run): e for task, e in zip(tasks, finals, strict=True)}
+        paired = {
+            "OP": metrics.mean_of(finals),
+            "BWT": self._of_changes(slice(None, -1), Results.rows_since_own),
+            "FWT": self._of_changes(slice(1, None), Results.rows_ahead),
+            "general": self._of_suites(),
+            **{kind.name: self._of_verdicts(entry.judged[kind.name], against.judged[kind.name]) for kind in KINDS},
+        }
+        self.scores = {
+            name: Estimate(value, *(paired[name][1:] if name in paired and not math.isnan(value) else ()))
+            for name, value in values.items()
+        }
 
-    def final(self, task: str) -> Estimate:
-        """The difference in the final score of a task."""
-        differences = np.subtract(*self.pairs[task].T)
-        low, high = metrics.difference_interval(differences[:, None])
-        return Estimate(differences.mean(), low[0], high[0])
+    def _of_task(self, task: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
+        one, two = self.mine.rows.get(task), self.theirs.rows.get(task)
+        if not self.shared or one is None or two is None or one.ids != two.ids:
+            return _UNKNOWN
+        return _mean(of_rows(self.mine, task) - of_rows(self.theirs, task))
+
+    def _of_changes(self, part: slice, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
+        """Of the mean over a part of the tasks, if it is the same tasks in both runs, whatever their order."""
+        mine, theirs = (sorted(results.run.tasks[part]) for results in (self.mine, self.theirs))
+        if mine != theirs or not (self.mine.is_sequential and self.theirs.is_sequential):
+            return _UNKNOWN
+        return metrics.mean_of([self._of_task(task, of_rows) for task in mine])
+
+    def _of_suites(self) -> Estimate:
+        """Of the general-ability delta."""
+        found = []
+        for suite in GROUPS["general"]:
+            if all((0, suite) in results.besides for results in (self.mine, self.theirs)):
+                one, two = self.mine.rows_besides.get(suite), self.theirs.rows_besides.get(suite)
+                if one is None or two is None or one.ids != two.ids:
+                    return _UNKNOWN
+                x, y = (
+                    rows.scores[results.headlines[suite]] for rows, results in ((one, self.mine), (two, self.theirs))
+                )
+                changes = (x[:, -1] - x[:, 0]) - (y[:, -1] - y[:, 0])
+                found += one.estimates(changes[:, None], metrics.difference_interval)
+        return metrics.mean_of(found)
+
+    def _of_verdicts(self, mine: Judged, theirs: Judged) -> Estimate:
+        """Of a net win rate, if verdicts on the same prompts were scored."""
+        won = {"win": 1, "tie": 0, "lose": -1}
+        found = []
+        for judged, results in ((mine, self.mine), (theirs, self.theirs)):
+            last = results.run.stages[-1]
+            found.append(
+                {
+                    (suite, doc_id): won[verdict]
+                    for index, suite in judged
+                    if index == last.index
+                    for doc_id, verdict in verdicts(last, suite).items()
+                    if verdict in won
+                }
+            )
+        one, two = found
+        if not one or one.keys() != two.keys():
+            return _UNKNOWN
+        return _mean(np.array([one[row] - two[row] for row in one], dtype=float))
 
 
-def _pair(run: Results, other: Results, task: str) -> Matrix:
-    shared = same_conditions(run.run, other.run) and task in run.rows and task in other.rows
-    if shared and run.rows[task].ids == other.rows[task].ids:
-        return np.column_stack([run.final_rows(task), other.final_rows(task)])
-    return np.full((2, 2), np.nan)
+def _mean(differences: Matrix) -> Estimate:
+    low, high = metrics.difference_interval(differences[:, None])
+    return Estimate(float(differences.mean()), float(low[0]), float(high[0]))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _runs_table(entries: list[_Entry], groups: list[list[_Entry]]) -> Table:
-    """The runs' numbers; what is the same in all of them is said once."""
+def _runs_table(entries: list[Entry], groups: list[list[Entry]], references: list[dict[str, str]]) -> Table:
+    """The runs' numbers, and the paper's; what is the same in all runs is said once."""
     texts = [k for k in _TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
     same = [f"{k} {entries[0].texts[k]}" for k in _TEXTS if k not in texts]
     rows = []
     for e in entries:
-        numbers = {k: write(e.numbers[k]) for k, write in _NUMBERS.items()} | {"OP": percent_with_interval(e.op)}
+        numbers = {k: write(e.numbers[k]) for k, write in _NUMBERS.items()}
+        numbers |= {k: percent_with_interval(e.scores[k], sign) for k, sign in SCORES.items()}
         rows.append([e.name, *(e.texts[k] for k in texts), *numbers.values()])
     for group in groups:
         labels = [group[0].texts[k] for k in texts]
         values = {k: [e.numbers[k] for e in group] for k in _NUMBERS}
         means = [_mean_and_deviation(values[k], write) for k, write in _NUMBERS.items()]
         rows.append([_MEAN.format(len(group)), *labels, *means])
-        bounds = [_interval_over_seeds(values[k], w) if k in _COMPARED else DASH for k, w in _NUMBERS.items()]
+        bounds = [_interval_over_seeds(values[k], w) if k in SCORES else DASH for k, w in _NUMBERS.items()]
         rows.append([_INTERVAL.format(len(group)), *labels, *bounds])
+    for reference in references:
+        theirs = _reference_line(reference)
+        rows.append([f"paper: {reference['method']}", *(theirs.get(k, DASH) for k in (*texts, *_NUMBERS))])
     title = "Runs, scores in percent" + (f" (in all: {', '.join(same)})" if same else "")
-    return Table(["run", *texts, *_NUMBERS], rows, title)
+    return Table(["run", *texts, *_NUMBERS], rows, title, apart=len(references))
 
 
-def _versus_table(versus: dict[str, _Versus], against: _Entry) -> Table:
+def _versus_table(versus: dict[str, Versus], against: Entry) -> Table:
     rows = []
     for name, v in versus.items():
-        numbers = {k: number(v.numbers[k], sign=True) for k in _COMPARED}
-        rows.append([name, *(numbers | {"OP": percent_with_interval(v.op, sign=True) + arrow(v.op)}).values()])
-    return Table(["run", *_COMPARED], rows, f"Difference to `{against.name}`, in points")
+        rows.append([name, *(percent_with_interval(e, sign=True) + arrow(e) for e in v.scores.values())])
+    return Table(["run", *SCORES], rows, f"Difference to `{against.name}`, in points")
 
 
 def _finals_table(
-    entries: list[_Entry],
-    groups: list[list[_Entry]],
+    entries: list[Entry],
+    groups: list[list[Entry]],
     columns: list[str],
-    versus: dict[str, _Versus],
-    against: _Entry,
+    versus: dict[str, Versus],
+    against: Entry,
 ) -> Table:
-    def cell(e: _Entry, task: str) -> str:
+    def cell(e: Entry, task: str) -> str:
         compared = e.name in versus and task in e.finals
-        return number(e.finals.get(task)) + (arrow(versus[e.name].final(task)) if compared else "")
+        return number(e.finals.get(task)) + (arrow(versus[e.name].finals[task]) if compared else "")
 
     rows = [[e.name, *(cell(e, task) for task in columns)] for e in entries]
     title = "Final score of each task, percent of its headline metric"
@@ -349,16 +441,25 @@ def _interval_over_seeds(values: list[float], write: Callable[[float], str]) -> 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
 
-_BOUNDS_OF_OP = ("OP low", "OP high", "OP difference", "OP difference low", "OP difference high")
+
+def _line(entry: Entry, versus: Versus | None) -> dict[str, Any]:
+    bounds: dict[str, float] = {}
+    for name in SCORES:
+        _, low, high = entry.scores[name]
+        bounds |= {f"{name} low": low, f"{name} high": high}
+        if versus:
+            value, low, high = versus.scores[name]
+            bounds |= {f"{name} difference": value, f"{name} difference low": low, f"{name} difference high": high}
+    return {
+        "run": entry.name,
+        **entry.texts,
+        **entry.numbers,
+        **{name: 100 * bound for name, bound in bounds.items()},
+        **entry.finals,
+    }
 
 
-def _line(entry: _Entry, versus: _Versus | None) -> dict[str, Any]:
-    bounds = [*entry.op[1:], *(versus.op if versus else [math.nan] * 3)]
-    op = dict(zip(_BOUNDS_OF_OP, (100 * bound for bound in bounds), strict=True))
-    return {"run": entry.name, **entry.texts, **entry.numbers, **op, **entry.finals}
-
-
-def _seed_lines(group: list[_Entry], columns: list[str]) -> list[dict[str, Any]]:
+def _seed_lines(group: list[Entry], columns: list[str]) -> list[dict[str, Any]]:
     values = {k: [e.numbers[k] for e in group] for k in _NUMBERS}
     values |= {task: [e.finals.get(task, math.nan) for e in group] for task in columns}
     statistics: dict[str, Callable[[list[float]], Any]] = {
@@ -376,15 +477,31 @@ def _seed_lines(group: list[_Entry], columns: list[str]) -> list[dict[str, Any]]
 def _reference_line(row: dict[str, str]) -> dict[str, Any]:
     """A row of the paper's numbers."""
     numbers = {k: v for k, v in row.items() if k in _NUMBERS}
-    return {"run": f"paper: {row['method']}, {row['model']}", "method": row["method"], "tasks": "8 (order1)", **numbers}
+    texts = {"method": row["method"], "tasks": "8 (order1)", "train rows": row.get("train rows", DASH)}
+    return {"run": f"paper: {row['method']}, {row['model']}", **texts, **numbers}
+
+
+def _set_ups(references: list[dict[str, str]]) -> list[str]:
+    """What the paper's rows were measured in."""
+    if not references:
+        return []
+    notes = [paper.SETUP]
+    for row in references:
+        known = [
+            f"{what} {row[key]}"
+            for key, what in (("train rows", "training rows a task"), ("epochs", "epochs"))
+            if row.get(key, DASH) != DASH
+        ]
+        notes.append(f"paper: {row['method']}: {', '.join([row['model'], *known])}.")
+    return notes
 
 
 # -------------------------------------------------------------------------------------------------------- comparability
 
 
-def _seed_groups(entries: list[_Entry]) -> list[list[_Entry]]:
+def _seed_groups(entries: list[Entry]) -> list[list[Entry]]:
     """Runs that differ in nothing but the seed, two or more each."""
-    groups: list[list[_Entry]] = []
+    groups: list[list[Entry]] = []
     for entry in entries:
         for group in groups:
             keys = [
@@ -399,7 +516,7 @@ def _seed_groups(entries: list[_Entry]) -> list[list[_Entry]]:
     return [group for group in groups if len(group) > 1]
 
 
-def _conditions_besides(entry: _Entry) -> dict[str, dict[str, Any]]:
+def _conditions_besides(entry: Entry) -> dict[str, dict[str, Any]]:
     """What the three deltas of two runs have to share to be compared: column of the comparison -> what -> value."""
     last = entry.run.stages[-1].index
     besides = entry.results.besides
@@ -425,7 +542,7 @@ def _conditions_besides(entry: _Entry) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _comparability(entries: list[_Entry]) -> list[str]:
+def _comparability(entries: list[Entry]) -> list[str]:
     """What the runs differ in that their scores depend on, beside the training; and what they all lack."""
     found: dict[str, dict[str, Any]] = {}  # what -> run -> value, of the runs that have it
     limits = {e.run.manifest["config"].get("test_rows") for e in entries}
@@ -458,12 +575,12 @@ def _comparability(entries: list[_Entry]) -> list[str]:
             notes.setdefault(text, []).append(key)
     lines = [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
 
-    def named(text: str, applies: Callable[[_Entry], Any]) -> None:
+    def named(text: str, applies: Callable[[Entry], Any]) -> None:
         those = [e.name for e in entries if applies(e)]
         if those:
             lines.append(f"{text}: {'all' if names == those and len(names) > 3 else _ticks(those)}.")
 
-    def suites(e: _Entry) -> list[dict[str, Any]]:
+    def suites(e: Entry) -> list[dict[str, Any]]:
         return [cell for (_, name), cell in e.results.besides.items() if name in SUITES]
 
     named("**Demo data**, not comparable with TRACE", lambda e: e.run.manifest["data"]["demo"])
@@ -478,7 +595,7 @@ def _comparability(entries: list[_Entry]) -> list[str]:
     return lines
 
 
-def _definitions(entries: list[_Entry], groups: list[list[_Entry]]) -> list[str]:
+def _definitions(entries: list[Entry], groups: list[list[Entry]]) -> list[str]:
     """What the numbers are, and which runs are not complete."""
     lines = ["OP, BWT and Forgetting after the last stage, BWT divided by t-1; base = mean of the base model."]
     if any(not math.isnan(e.numbers[k]) for e in entries for k in ("general", "instruction", "safety")):
@@ -489,7 +606,7 @@ def _definitions(entries: list[_Entry], groups: list[list[_Entry]]) -> list[str]
     means = [e.name for e in entries if e.results.has_mean and not e.results.is_sequential]
     if means:
         lines.append(f"OP is the mean of the tasks, and BWT is not defined: {_ticks(means)}.")
-    if any(not math.isnan(e.op.low) for e in entries):
+    if any(not math.isnan(score.low) for e in entries for score in e.scores.values()):
         lines.append(
             "In brackets 95 % intervals over test rows: what other test rows would give, not another training seed. "
             "Differences are paired where both runs have the same rows and settings; elsewhere they have no interval."

@@ -22,7 +22,7 @@ from trace_bench.data import SUITES
 from trace_bench.metrics import Estimate
 from trace_bench.results import Results, headline
 from trace_bench.run import Stage
-from trace_bench.tables import DASH, short
+from trace_bench.tables import DASH, task_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,7 +181,7 @@ def stage_label(stage: Stage) -> str:
     """A stage's name in a figure."""
     if stage.index == 0:
         return "base"
-    return short(stage.task) if stage.task else stage.name.partition("_")[2]
+    return task_name(stage.task) if stage.task else stage.name.partition("_")[2]
 
 
 def _clipped(text: str, most: int = 14) -> str:
@@ -233,7 +233,7 @@ def _matrix(results: Results) -> tuple[Figure, str] | None:
             text = DASH if np.isnan(value) else f"{value:.1f}"
             colour = MUTED if np.isnan(value) else "#ffffff" if value > 55 else "#0b1f33"
             axes.text(i, t, text, ha="center", va="center", color=colour)
-        axes.set_xticks(range(tasks), [_clipped(short(t)) for t in run.tasks])
+        axes.set_xticks(range(tasks), [_clipped(task_name(t)) for t in run.tasks])
         axes.set_yticks(range(stages), [f"{s.index} {_clipped(stage_label(s), 16)}" for s in run.stages])
     else:
         axes.set_xlabel("task, in the order of training")
@@ -266,7 +266,7 @@ def _tasks(results: Results) -> tuple[Figure, str] | None:
         if own is not None:
             panel.axvline(own, color=RULE, linewidth=1.2)
             panel.plot([own], [100 * R[own, i]], color=ORANGE, marker="D", markersize=6.0, linestyle="none")
-        panel.set_title(_clipped(short(run.tasks[i]), 22))
+        panel.set_title(_clipped(task_name(run.tasks[i]), 22))
     for panel in axes[len(drawn) :]:
         panel.set_visible(False)
     axes[0].set_ylim(-4, 104)
@@ -310,7 +310,7 @@ def _form(results: Results) -> tuple[Figure, str] | None:
         values, low, high = (100 * np.array([e[k] for e in parts], dtype=float) for k in range(3))
         axes.barh(y + shift, values, 0.36, color=colour, label=label)
         axes.hlines(y + shift, low, high, color=INK, linewidth=1.0)
-    axes.set_yticks(y, [_clipped(short(form.task), 20) for form in forms])
+    axes.set_yticks(y, [_clipped(task_name(form.task), 20) for form in forms])
     axes.invert_yaxis()
     axes.grid(True, axis="x")
     axes.grid(False, axis="y")

@@ -20,14 +20,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from judges.judging import KINDS, judge_file
-from judges.report import load, net_win_rate
+from judges.judging import KINDS
+from judges.report import load, net_win_rate, verdicts
 from trace_bench.data import JUDGED, SUITES
 from trace_bench.figures import COLOURS, NAMES, Picture, pictures, stage_label
 from trace_bench.metrics import Estimate
 from trace_bench.results import Results
 from trace_bench.run import read_jsonl, write_bytes, write_text
-from trace_bench.tables import DASH, Block, Section, Table, arrow, percent, short
+from trace_bench.tables import DASH, Block, Section, Table, arrow, percent, task_name
 
 #: Size of the samples in the page. Those that changed most come first, so what is left out changed least.
 SAMPLE_BYTES = 2_500_000
@@ -368,7 +368,7 @@ def _read_answers(results: Results) -> list[_Answers]:
                 continue
             left_out = run.left_out.get(name, ())
             metric = None if name in JUDGED else cells[stage.index, name]["headline"]
-            verdicts = _verdicts(results, stage.index, name)
+            judged = _verdicts(results, stage.index, name)
             samples = [row for row in read_jsonl(file) if row["doc_id"] not in left_out]
             texts = [row["response"] for row in samples if isinstance(row.get("response"), str)]
             if texts and len(texts) == len(samples):
@@ -378,7 +378,7 @@ def _read_answers(results: Results) -> list[_Answers]:
             if prompts and np.isnan(answers.prompt):
                 answers.prompt = sum(prompts) / len(prompts)
             for row in samples:
-                _add_sample(answers, stage.index, row, metric, verdicts)
+                _add_sample(answers, stage.index, row, metric, judged)
         if answers.rows:
             found.append(answers)
     return found
@@ -386,12 +386,8 @@ def _read_answers(results: Results) -> list[_Answers]:
 
 def _verdicts(results: Results, index: int, name: str) -> dict[Any, str]:
     """doc_id -> what judges say of a stage's answer against the base model's; empty if it was not judged."""
-    stage = results.run.stages[index]
-    file = judge_file(stage, name).with_suffix(".jsonl")
-    if name not in JUDGED or not index or not file.exists():
-        return {}
-    current = any((index, name) in load(results.run, kind) for kind in KINDS)
-    return {row["doc_id"]: row["combined"] for row in read_jsonl(file) if "combined" in row} if current else {}
+    current = name in JUDGED and any((index, name) in load(results.run, kind) for kind in KINDS)
+    return verdicts(results.run.stages[index], name) if index and current else {}
 
 
 def _add_sample(
@@ -449,7 +445,11 @@ def _lengths_blocks(results: Results, answers: Sequence[_Answers]) -> list[Block
         Table(
             ["", "prompt", *(f"{s.index}<br>{stage_label(s)}" for s in stages)],
             [
-                [short(a.name), DASH if np.isnan(a.prompt) else f"{a.prompt:.0f}", *(cell(a, s.index) for s in stages)]
+                [
+                    task_name(a.name),
+                    DASH if np.isnan(a.prompt) else f"{a.prompt:.0f}",
+                    *(cell(a, s.index) for s in stages),
+                ]
                 for a in measured
             ],
         ),
@@ -494,7 +494,7 @@ def _embed(results: Results, answers: Sequence[_Answers]) -> _Embedded:
             break
         rows.append(text)
     head = {
-        "tasks": [short(a.name) for a in answers],
+        "tasks": [task_name(a.name) for a in answers],
         "binary": [a.values <= {0.0, 1.0} and bool(a.values) for a in answers],
         "own": [own.get(a.name, 0) if results.is_sequential else 0 for a in answers],
         "stages": [f"{s.index} {stage_label(s)}" for s in run.stages],

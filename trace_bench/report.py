@@ -33,7 +33,7 @@ from trace_bench.tables import (
     markdown,
     percent,
     percent_with_interval,
-    short,
+    task_name,
 )
 
 DEMO = (
@@ -163,7 +163,7 @@ def _learning_section(results: Results) -> Iterable[Block]:
         since = results.since_own[last, i] if own < last else None
         rows.append(
             [
-                short(task),
+                task_name(task),
                 percent(R[0, i]),
                 percent(R[own, i]),
                 percent(R[last, i]) if own <= last else DASH,
@@ -204,7 +204,7 @@ def _learned_section(results: Results) -> Iterable[Block]:
     run = results.run
     if len(run.stages) > 1:
         rows = [
-            [short(task), percent(base), percent(end), _change(results.since_base[stage, i])]
+            [task_name(task), percent(base), percent(end), _change(results.since_base[stage, i])]
             for i, (task, base, end, stage) in enumerate(
                 zip(run.tasks, results.R[0], results.final, results.final_stages, strict=True)
             )
@@ -224,7 +224,7 @@ def _checkpoints_section(results: Results) -> Iterable[Block]:
         rows = [[s.name, *(_change(changes.get((s.index, i))) for i in range(len(run.tasks)))] for s in stages]
         if rows and run.tasks:
             yield f"## {title}\n\nIn points." + _legend([c for row in rows for c in row], "")
-            yield Table(["checkpoint", *(short(t) for t in run.tasks)], rows)
+            yield Table(["checkpoint", *(task_name(t) for t in run.tasks)], rows)
 
 
 def _bounds_section(run: Run, R: Matrix) -> Iterable[Block]:
@@ -240,7 +240,7 @@ def _bounds_section(run: Run, R: Matrix) -> Iterable[Block]:
         "## Bounds\n\nRuns beside this one with the same base model, data and evaluation, in percent. What learns the "
         "tasks one by one is expected between the base model and the last two."
     )
-    yield Table(["model", *(short(t) for t in run.tasks), "mean"], rows)
+    yield Table(["model", *(task_name(t) for t in run.tasks), "mean"], rows)
     notes = []
     for method in BOUNDS:
         bound = next((b for b in found if b.method == method), None)
@@ -272,7 +272,7 @@ def _matrix_section(results: Results) -> Iterable[Block]:
     since = "the task's own stage" if results.is_sequential else "the base model"
     legend = _legend([c for row in rows for c in row], f" since {since}")
     yield f"## Scores\n\nRows: the model after a stage. Columns: tasks, in percent.{legend}"
-    header = ["stage", *(f"{short(t)}<br>{results.headlines.get(t, DASH)}" for t in run.tasks)]
+    header = ["stage", *(f"{task_name(t)}<br>{results.headlines.get(t, DASH)}" for t in run.tasks)]
     yield Table(header, rows)
     if results.is_sequential:
         yield Table(
@@ -302,7 +302,7 @@ def _tolerant_section(results: Results) -> Iterable[Block]:
         "right answer in another form."
     )
     yield Table(
-        ["stage", *(short(run.tasks[i]) for i in columns)],
+        ["stage", *(task_name(run.tasks[i]) for i in columns)],
         [[s.name, *(percent(tolerant[s.index, i]) for i in columns)] for s in run.stages],
     )
 
@@ -322,7 +322,7 @@ def _form_section(results: Results) -> Iterable[Block]:
             ["task", "lost", "in form alone", "share", "in knowledge"],
             [
                 [
-                    short(form.task),
+                    task_name(form.task),
                     percent_with_interval(form.strict),
                     percent_with_interval(form.form),
                     f"{100 * form.form.value / form.strict.value:.0f} %" if form.strict.sign > 0 else DASH,
@@ -350,7 +350,7 @@ def _extracted_section(run: Run, cells: Cells) -> Iterable[Block]:
         "many have none. A text without one scores 0."
     )
     yield Table(
-        ["stage", *(short(t) for t in columns)],
+        ["stage", *(task_name(t) for t in columns)],
         [[s.name, *(share(cells.get((s.index, t))) for t in columns)] for s in run.stages],
     )
 
@@ -370,7 +370,7 @@ def _limits_section(results: Results) -> Iterable[Block]:
         f"max_new_tokens {config.get('max_new_tokens') or 'as the tasks have it'})."
     )
     yield Table(
-        ["stage", *map(short, tasks)],
+        ["stage", *map(task_name, tasks)],
         [
             [
                 stage.name,
@@ -520,8 +520,8 @@ def _provenance(run: Run, cells: dict, besides: dict) -> str:
     if run.tasks:
         lines += [
             f"- data: {'demo' if m['data']['demo'] else m['data'].get('path')}; fingerprints "
-            + ", ".join(f"{short(t)} `{f}`" for t, f in m["data"]["fingerprint"].items()),
-            "- task versions: " + ", ".join(f"{short(t)} {v}" for t, v in m["task_versions"].items()),
+            + ", ".join(f"{task_name(t)} `{f}`" for t, f in m["data"]["fingerprint"].items()),
+            "- task versions: " + ", ".join(f"{task_name(t)} {v}" for t, v in m["task_versions"].items()),
         ]
     lines += [
         f"- seed: {m.get('seed', DASH)}; program: {m.get('commit') or 'no checkout'}",

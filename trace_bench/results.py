@@ -304,6 +304,16 @@ class Results:
         """The headline scores of a task's rows in the end, shape (rows,)."""
         return self.task_rows(task)[:, self.final_stages[self.run.tasks.index(task)]]
 
+    def rows_since_own(self, task: str) -> Matrix:
+        """How the rows of a task changed from its own stage to the last, shape (rows,): what BWT is made of."""
+        x = self.task_rows(task)
+        return x[:, -1] - x[:, self.run.tasks.index(task) + 1]
+
+    def rows_ahead(self, task: str) -> Matrix:
+        """How they changed from the base model to the stage before the task's own: what FWT is made of."""
+        x = self.task_rows(task)
+        return x[:, self.run.tasks.index(task)] - x[:, 0]
+
     @cached_property
     def intervals(self) -> dict[tuple[int, str, str], tuple[float, float]]:
         """(stage, name, metric) -> the interval of the score, of all that have one, the matrix and what is besides."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from trace_bench.data import FOLDERS, REASONING
 from trace_bench.metrics import Estimate
 
 DASH = "–"
 
 
-def short(task: str) -> str:
-    """A task's name without the prefix that the eight have."""
-    return task.removeprefix("trace_")
+def task_name(task: str) -> str:
+    """A task as the paper calls it, with (R) where it is asked for its reasoning first; others by their own name."""
+    return f"{REASONING[task]} (R)" if task in REASONING else FOLDERS.get(task, task)
 
 
 def number(value: float | None, sign: bool = False) -> str:
@@ -47,13 +48,13 @@ def arrow(change: Estimate | None) -> str:
 def value_text(value: Any) -> str:
     """A setting in a sentence; short, whatever it is."""
     if isinstance(value, dict):
-        return ", ".join(f"{short(k)} {v}" for k, v in value.items())
+        return ", ".join(f"{task_name(k)} {v}" for k, v in value.items())
     return "not set" if value is None else str(value)
 
 
 def left_out_text(left_out: dict[str, tuple[int, int]]) -> str:
     """Says which test rows do not count in a run that is seen without leaked rows (`Results.left_out`)."""
-    text = ", ".join(f"{short(task)} {n} of {total}" for task, (n, total) in left_out.items() if n)
+    text = ", ".join(f"{task_name(task)} {n} of {total}" for task, (n, total) in left_out.items() if n)
     return (
         "Test rows whose prompt is in the training rows of the task, exactly or nearly, are left out of all scores: "
         f"{text or 'none was found'}. Not comparable with scores of all rows."
@@ -67,6 +68,16 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
+    apart: int = 0
+    """The last so many rows are for orientation and set apart from the others."""
+
+    def set_apart(self, form: Callable[[str], str]) -> list[Sequence[str]]:
+        """The rows, with the cells of those for orientation in another form."""
+        own = len(self.rows) - self.apart
+        return [
+            *self.rows[:own],
+            *([form(cell) if cell not in ("", DASH) else cell for cell in row] for row in self.rows[own:]),
+        ]
 
 
 #: A part of a report: a table, or Markdown of headings, paragraphs, lists and quotes.
@@ -83,9 +94,10 @@ class Section:
 
 
 def without_empty_columns(table: Table) -> Table:
-    """The table without columns that hold nothing but dashes."""
-    kept = [i for i in range(len(table.header)) if any(row[i] != DASH for row in table.rows)]
-    return Table([table.header[i] for i in kept], [[row[i] for i in kept] for row in table.rows], table.title)
+    """The table without columns that hold nothing but dashes, whatever rows for orientation have there."""
+    own = table.rows[: len(table.rows) - table.apart]
+    kept = [i for i in range(len(table.header)) if any(row[i] != DASH for row in own)]
+    return replace(table, header=[table.header[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -95,8 +107,10 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table environment in LaTeX, for the package booktabs."""
-    lines = [" & ".join(map(latex_text, line)) + r" \\" for line in (table.header, *table.rows)]
+    """A table environment in LaTeX, for the packages booktabs and xcolor."""
+    texts = replace(table, rows=[list(map(latex_text, row)) for row in table.rows])
+    rows = texts.set_apart(r"\textcolor{{gray}}{{{}}}".format)
+    lines = [" & ".join(line) + r" \\" for line in (list(map(latex_text, table.header)), *rows)]
     words = [any(re.search("[a-z]", row[i]) for row in table.rows) for i in range(len(table.header))]
     columns = "".join("l" if of_words else "r" for of_words in words)
     return "\n".join(

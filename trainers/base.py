@@ -72,7 +72,7 @@ from trace_bench.run import (
     write_json,
 )
 from trace_bench.status import duration, seconds_left
-from trace_bench.tables import short
+from trace_bench.tables import task_name
 
 log = logging.getLogger(__name__)
 
@@ -886,7 +886,7 @@ class _Progress(ProgressCallback):
         super().__init__()
         self.trainer = trainer
         stages = trainer.run.stages[1:]
-        self.title = f"stage {trainer.stage.index}/{len(stages)} {short(trainer.stage.task or trainer.stage.name)}"
+        self.title = f"stage {trainer.stage.index}/{len(stages)} {task_name(trainer.stage.task or trainer.stage.name)}"
         self.trained = [read_json(s.train_file)["seconds"] for s in stages if s.train_file.exists()]
         self.stages = len(stages)
 
