@@ -204,11 +204,11 @@ def test_the_command_compares_several_runs_and_writes_where_asked(make, tmp_path
         assert files == {"manifest.json", "stages", "report.md", "report.html", "figures", "scores.csv"}
 
 
-def test_the_output_of_a_comparison_has_one_of_three_endings(make, tmp_path):
+def test_the_output_of_a_comparison_has_one_of_four_endings(make, tmp_path):
     run = make()
     with pytest.raises(SystemExit) as e:
-        main(["report", str(run.path), "--output", str(tmp_path / "summary.html")])
-    assert "ends in .md, .csv, .tex" in str(e.value.code) and not (run.path / "report.md").exists()
+        main(["report", str(run.path), "--output", str(tmp_path / "summary.pdf")])
+    assert "ends in .md, .csv, .tex, .html" in str(e.value.code) and not (run.path / "report.md").exists()
 
 
 def test_runs_of_one_name_are_told_apart(make, tmp_path):

@@ -8,17 +8,25 @@ import sys
 import time
 from functools import partial
 from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from made_runs import NAN, TASKS, make_rich_run, make_run, without
 
 from trace_bench import html
+from trace_bench.comparison import compare, write_comparison
 from trace_bench.report import write_report
-from trace_bench.run import read_jsonl, write_jsonl
+from trace_bench.run import Run, read_jsonl, write_jsonl
 from trace_bench.tables import DASH
 
 HOSTILE = '</script><img src=x onerror="window.hacked = 1"><!--<script>\'&\u2028$x_1$ {{1}} **b** `c`'
+
+
+def _file(run):
+    """The page of a run, or of several: a file."""
+    return run if isinstance(run, Path) else run.path / "report.html"
 
 
 class Page(HTMLParser):
@@ -26,7 +34,7 @@ class Page(HTMLParser):
 
     def __init__(self, run):
         super().__init__()
-        self.source = (run.path / "report.html").read_text(encoding="utf-8")
+        self.source = _file(run).read_text(encoding="utf-8")
         self.elements, self.open, self.texts, self.cells = [], [], [], []
         self.feed(self.source)
 
@@ -58,6 +66,16 @@ def rich(tmp_path_factory):
     run = make_rich_run(partial(make_run, tmp_path_factory.mktemp("runs"), name="rich", demo=True), n=20)
     write_report(run)
     return run
+
+
+@pytest.fixture(scope="module")
+def several(rich, hostile, tmp_path_factory):
+    """The page of several runs, of which one is hostile and one has everything."""
+    make = partial(make_run, tmp_path_factory.mktemp("more"), demo=True)
+    other = make_rich_run(make, n=20, seed=1, name="other & <b>more", method="olora")
+    file = other.path.parent / "all of them.html"
+    write_comparison([rich, other, hostile], file)
+    return file
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +314,42 @@ def test_help_does_not_load_matplotlib():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+# ------------------------------------------------------------------------------------------------------- several runs
+
+
+def test_the_page_of_several_runs_says_what_their_comparison_says(rich, several):
+    other = Run.open(several.parent / "other & <b>more")
+    comparison, page = compare([rich, other]), Page(several)
+    shown = {cell.strip() for cell in page.cells}
+    for table in comparison.tables:
+        assert {cell for row in table.rows for cell in row if re.match(r"[+-]?\d+\.\d", cell)} <= shown
+    words = " ".join(text for _, text in page.texts)
+    assert "set against rich" in words.replace("  ", " ") and "Not comparable" in words and "no target" in words
+    grey = re.findall(r'<tr class="apart">.*?</tr>', page.source)
+    assert [re.search("paper: [A-Za-z-]+", row)[0] for row in grey] == ["paper: LoraSeqFT", "paper: O-LoRA"]
+    assert "12.7" in grey[0] and len(re.findall('class="q[0-9]+"', page.source)) >= 16
+
+
+def test_the_page_of_several_runs_leads_to_theirs(rich, several):
+    page = Page(several)
+    links = [unquote(a["href"]) for tag, a in page.elements if tag == "a"]
+    reports = {(several.parent / link).resolve() for link in links}
+    # The other one has no report.
+    assert rich.path / "report.html" in reports and len(reports) == 2 and all(file.is_file() for file in reports)
+    assert not any(link.startswith("/") for link in links), "a folder of runs can be moved"
+    figures = several.parent / "all of them-figures"
+    assert sorted(f.name for f in figures.iterdir()) == ["runs.png", "runs.svg", "stages.png", "stages.svg"]
+
+
+def test_the_page_of_several_runs_has_no_script(several):
+    page = Page(several)
+    (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
+    assert "script-src 'none'" in policy and "default-src 'none'" in policy
+    assert {"script", "img", "b", "svg onload"}.isdisjoint(tag for tag, _ in page.elements)
+    assert not [a for _, a in page.elements if any(key.startswith("on") for key in a)]
+    assert "other & <b>more" in "".join(text for _, text in page.texts)
+
+
 # ------------------------------------------------------------------------------------------------------------ browser
 
 FLAGS = [
@@ -358,7 +412,7 @@ def visit(browser):
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text))
         page.on("pageerror", lambda error: problems.append(str(error)))
-        address = (run.path / "report.html").as_uri()
+        address = _file(run).as_uri()
         page.on("request", lambda r: r.url in (address, "data:,") or problems.append(r.url[:100]))
         page.goto(address)
         return page
@@ -374,6 +428,18 @@ def test_the_page_does_not_scroll_sideways(visit, rich, width):
     page = visit(rich, width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("article.sample").count() == 20
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_of_several_runs_in_a_browser(visit, several, width, scheme):
+    page = visit(several, width, color_scheme=scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("figure svg").count() == 2 and page.evaluate("window.hacked === undefined")
+    assert page.evaluate(CONTRAST)[0][0] >= 4.5
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 1040, "height": 900})  # A4 on its side, between its margins
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1040
 
 
 def test_hostile_texts_run_nothing(visit, hostile):

@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     p.add_argument("paths", metavar="RUN", nargs="+", help="a run directory")
     p.add_argument("--baseline", metavar="RUN", help="the run that the others are set against (default: the first)")
-    p.add_argument("--output", metavar="FILE", help="write the comparison there too: FILE.md, FILE.csv or FILE.tex")
+    p.add_argument("--output", metavar="FILE", help="write the comparison there too: FILE.html, .md, .csv or .tex")
     p.add_argument(
         "--without-leaked",
         metavar="AUDIT.json",

@@ -99,6 +99,8 @@ class Comparison:
     """The baseline."""
     versus: dict[str, Versus]
     """Of each other run, by its name."""
+    references: list[dict[str, str]]
+    """The paper's numbers for methods that are among the runs, as texts: percent."""
     tables: list[Table]
     warnings: list[str]
     """What keeps the runs from being comparable; Markdown."""
@@ -163,6 +165,7 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         entries,
         against,
         versus,
+        references,
         [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
         _comparability(entries),
         [*_definitions(entries, groups), *_set_ups(references)],
@@ -175,7 +178,7 @@ def write_comparison(runs: Sequence[Run], output: str | Path | None = None, base
 
     Args:
         runs: The runs.
-        output: A file whose name ends in .md, .csv or .tex, and is written in that form.
+        output: A file whose name ends in .md, .csv, .tex or .html, and is written in that form.
         baseline: See `compare`.
 
     Returns:
@@ -187,21 +190,32 @@ def write_comparison(runs: Sequence[Run], output: str | Path | None = None, base
     check_output(output)
     comparison = compare(runs, baseline)
     if output is not None:
-        write_text(Path(output), _FORMS[Path(output).suffix](comparison))
+        write_form(comparison, Path(output))
     return comparison.markdown()
 
 
+def write_form(comparison: Comparison, file: Path) -> None:
+    """Writes a comparison in the form that the file's name ends in; beside a page its figures."""
+    if file.suffix == ".html":
+        from trace_bench.comparison_page import write_page
+
+        write_page(comparison, file)
+    else:
+        write_text(file, _FORMS[file.suffix](comparison))
+
+
 _FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
+ENDINGS = (*_FORMS, ".html")
 
 
 def check_output(output: str | Path | None) -> None:
     """Refuses a file that cannot be written as a comparison.
 
     Raises:
-        RunError: if its name does not end in .md, .csv or .tex.
+        RunError: if its name does not end in one of `ENDINGS`.
     """
-    if output is not None and Path(output).suffix not in _FORMS:
-        raise RunError(f"--output {output}: name a file that ends in {', '.join(_FORMS)}; the ending is the form.")
+    if output is not None and Path(output).suffix not in ENDINGS:
+        raise RunError(f"--output {output}: name a file that ends in {', '.join(ENDINGS)}; the ending is the form.")
 
 
 # ------------------------------------------------------------------------------------------------------------- one run

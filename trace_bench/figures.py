@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,8 +28,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from trace_bench.comparison import Comparison
+
 #: More tasks than these have no curve each; it is shown for the ones that changed most.
 MOST_CURVES = 24
+#: More runs than these are not drawn beside each other.
+MOST_RUNS = 40
+#: Deltas, which are drawn of runs that have them.
+SIGNED = ("general", "instruction", "safety")
 #: More stages than these are numbered, not named; more tasks have no number in the cells of the matrix.
 MOST_NAMES = 12
 
@@ -113,10 +119,19 @@ class Picture:
 
 def pictures(results: Results) -> list[Picture]:
     """Draws what the run has numbers for."""
+    return _drawn(_DRAW, results)
+
+
+def pictures_of_runs(comparison: Comparison) -> list[Picture]:
+    """Draws several runs beside each other."""
+    return _drawn({"runs": _runs, "stages": _stages}, comparison)
+
+
+def _drawn(drawings: Mapping[str, Callable[[Any], tuple[Figure, str] | None]], of: Any) -> list[Picture]:
     drawn = []
     with _style():
-        for name, draw in _DRAW.items():
-            made = draw(results)
+        for name, draw in drawings.items():
+            made = draw(of)
             if made is not None:
                 figure, caption = made
                 drawn.append(Picture(name, caption, _svg(figure), _png(figure)))
@@ -438,6 +453,68 @@ def _cost(results: Results) -> tuple[Figure, str] | None:
         _name_stages(panel, stages, wide=False)
         panel.set_xlabel("stage")
     return figure, "What each stage took."
+
+
+def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
+    entries, against = comparison.entries[:MOST_RUNS], comparison.against
+    shown = [n for n in ("OP", "BWT", *SIGNED) if any(not math.isnan(e.scores[n].value) for e in entries)]
+    if not shown:
+        return None
+    papers = {f"paper: {r['method']}": r for r in comparison.references}
+    names = [*(e.name for e in entries), *papers]
+    figure, axes = _axes(0.9 + 0.27 * len(names), 1, len(shown), left=2.2, gap=0.25, sharey=True)
+    for panel, name in zip(axes, shown, strict=True):
+        if name != "OP":
+            panel.axvline(0, color=MUTED, linewidth=0.8)
+        panel.axvline(100 * against.scores[name].value, color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
+        for y, entry in enumerate(entries):
+            value, low, high = (100 * x for x in entry.scores[name])
+            colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
+            panel.hlines(y, low, high, color=colour, linewidth=1.4, alpha=0.65)
+            panel.plot([value], [y], color=colour, marker=marker)
+        for y, row in enumerate(papers.values(), len(entries)):
+            value = float(row[name]) if row.get(name, DASH) != DASH else math.nan
+            panel.plot([value], [y], color=GREY, marker="D", markerfacecolor="none")
+        panel.set_title(name)
+        panel.grid(True, axis="x")
+        panel.grid(False, axis="y")
+    axes[0].set_yticks(range(len(names)), [_clipped(name, 30) for name in names])
+    axes[0].set_ylim(len(names) - 0.4, -0.6)
+    note = f" Shown are the first {MOST_RUNS} of {len(comparison.entries)} runs." * (
+        len(comparison.entries) > MOST_RUNS
+    )
+    grey = " Grey, hollow: the paper's." if papers else ""
+    return figure, (
+        f"Percent and points; bars: 95 % intervals over test rows. Square and dashed line: {against.name}.{grey}{note}"
+    )
+
+
+def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
+    entries = [e for e in comparison.entries if e.results.is_sequential and len(e.run.stages) > 2]
+    if not entries:
+        return None
+    note = f" Shown are the first {MOST_CURVES} of {len(entries)} runs." if len(entries) > MOST_CURVES else ""
+    entries, against = entries[:MOST_CURVES], comparison.against
+    columns = min(4, len(entries))
+    rows = math.ceil(len(entries) / columns)
+    figure, axes = _axes(0.95 + 1.65 * rows, rows, columns, left=0.5, bottom=0.5, gap=0.25, sharex=True, sharey=True)
+    for panel, entry in zip(axes, entries, strict=False):
+        if against.results.is_sequential and entry is not against:
+            theirs = against.results.sequence["OP"]
+            panel.plot(range(1, len(theirs) + 1), [100 * e.value for e in theirs], color=GREY, linewidth=1.2)
+        estimates = entry.results.sequence["OP"]
+        colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
+        _line(panel, range(1, len(estimates) + 1), estimates, colour, marker, markersize=3.5)
+        panel.set_title(_clipped(entry.name, 26))
+    for panel in axes[len(entries) :]:
+        panel.set_visible(False)
+    longest = max(entries, key=lambda e: len(e.run.stages))
+    axes[0].set_ylim(-4, 104)
+    axes[0].set_yticks([0, 50, 100])
+    _name_stages(axes[0], longest.run.stages[1:], wide=False)
+    figure.text(0.5, 0.08 / figure.get_figheight(), "stage", ha="center", color=MUTED)
+    grey = f" Grey: {against.name}." if against.results.is_sequential and len(entries) > 1 else ""
+    return figure, f"OP_t, the mean of the tasks seen so far, percent; bars: 95 % intervals over test rows.{grey}{note}"
 
 
 _DRAW = {

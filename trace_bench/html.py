@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -58,6 +58,10 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+#: What the colours of a table mean.
+HEAT_KEY = "Colour: 0 " + "".join(f'<span class="key q{step}"></span>' for step in range(0, 21, 4)) + " 100."
+
+
 def write_page(results: Results, sections: Iterable[Section]) -> None:
     """Writes report.html and figures/ of a run.
 
@@ -71,21 +75,21 @@ def write_page(results: Results, sections: Iterable[Section]) -> None:
         if name not in drawn:  # of an earlier report, when there was something to draw
             for kind in ("svg", "png"):
                 (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    for picture in drawn.values():
+    write_pictures(folder, drawn.values())
+    write_text(results.run.path / "report.html", _page(results, {s.key: s.blocks for s in sections}, drawn))
+
+
+def write_pictures(folder: Path, drawn: Iterable[Picture]) -> None:
+    """Writes figures as SVG and PNG."""
+    for picture in drawn:
         write_text(folder / f"{picture.name}.svg", picture.svg)
         write_bytes(folder / f"{picture.name}.png", picture.png)
-    write_text(results.run.path / "report.html", _page(results, {s.key: s.blocks for s in sections}, drawn))
 
 
 def _page(results: Results, blocks: dict[str, list[Block]], drawn: dict[str, Picture]) -> str:
     answers = _read_answers(results)
     blocks = blocks | {"lengths": _lengths_blocks(results, answers)}
     embedded = _embed(results, answers)
-    style, script = ((Path(__file__).parent / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    policy = (
-        f"default-src 'none'; style-src '{_hash(style)}'; script-src '{_hash(script)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
     parts, links = [], []
     for key, (title, names) in _PARTS.items():
         if key == "samples":
@@ -96,7 +100,39 @@ def _page(results: Results, blocks: dict[str, list[Block]], drawn: dict[str, Pic
         if content:
             parts.append(f'<section id="{key}">\n{content}\n</section>')
             links += [f'<a href="#{key}">{title}</a>'] if title else []
-    name = escape(results.run.path.name)
+    return document(
+        results.run.path.name,
+        ["\n".join(text_html(b) for b in blocks["run"] if isinstance(b, str)), _tiles_html(results)],
+        [
+            f'<nav aria-label="Parts of this page">{"".join(links)}</nav>',
+            "<main>",
+            _blocks_html(blocks["summary"]) if "summary" in blocks else "",
+            *parts,
+            "</main>",
+        ],
+        "Made by <code>trace-bench report</code> from the files of the run. The figures are in its folder "
+        "<code>figures</code> as SVG and PNG, all scores in <code>scores.csv</code>.",
+        data=embedded.json,
+    )
+
+
+def document(title: str, head: Sequence[str], body: Sequence[str], foot: str, data: str | None = None) -> str:
+    """A page that loads nothing and runs no script but its own.
+
+    Args:
+        title: Of the window, a text.
+        head: HTML of its head.
+        body: HTML between head and foot.
+        foot: HTML of its foot.
+        data: JSON for the page's script, escaped for a script element; None = a page without a script.
+    """
+    style, script = ((Path(__file__).parent / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    allowed = "'none'" if data is None else f"'{_hash(script)}'"
+    policy = (
+        f"default-src 'none'; style-src '{_hash(style)}'; script-src {allowed}; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    scripts = [f'<script type="application/json" id="data">{data}</script>', f"<script>{script}</script>"]
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -106,24 +142,17 @@ def _page(results: Results, blocks: dict[str, list[Block]], drawn: dict[str, Pic
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             '<meta name="color-scheme" content="light dark">',
-            f"<title>{name} – TRACE-Bench</title>",
+            f"<title>{escape(title)} – TRACE-Bench</title>",
             '<link rel="icon" href="data:,">',
             f"<style>{style}</style>",
             "</head>",
             "<body>",
             "<header>",
-            "\n".join(map(_text_html, (b for b in blocks["run"] if isinstance(b, str)))),
-            _tiles_html(results),
+            *head,
             "</header>",
-            f'<nav aria-label="Parts of this page">{"".join(links)}</nav>',
-            "<main>",
-            _blocks_html(blocks["summary"]) if "summary" in blocks else "",
-            *parts,
-            "</main>",
-            "<footer>Made by <code>trace-bench report</code> from the files of the run. The figures are in its folder "
-            "<code>figures</code> as SVG and PNG, all scores in <code>scores.csv</code>.</footer>",
-            f'<script type="application/json" id="data">{embedded.json}</script>',
-            f"<script>{script}</script>",
+            *body,
+            f"<footer>{foot}</footer>",
+            *(scripts if data is not None else []),
             "</body>",
             "</html>\n",
         ]
@@ -141,23 +170,23 @@ def _part_html(results: Results, key: str, blocks: Sequence[Block], figures: Seq
     """The content of a part; its figures stand before its first table."""
     if not blocks and not figures:
         return ""
-    shown = "\n".join(map(_figure_html, figures))
+    shown = "\n".join(map(figure_html, figures))
     if key == "judged" and blocks:  # a section for each kind, and one figure for all
         return f"<h2>Answers against the base model</h2>\n{shown}\n{_blocks_html(blocks, demote=1)}"
     first = next((i for i, b in enumerate(blocks) if isinstance(b, Table)), len(blocks))
     before, after = _blocks_html(blocks[:first]), blocks[first:]
     if key == "scores" and after and isinstance(after[0], Table):
         images = [picture for picture in figures if picture.name == "matrix"]
-        shown = "\n".join(_figure_html(picture) for picture in figures if picture not in images)
+        shown = "\n".join(figure_html(picture) for picture in figures if picture not in images)
         shown, after = f"{_matrix_html(results, after[0].header, images)}\n{shown}", after[1:]
     return "\n".join([before, shown, _blocks_html(after)])
 
 
 def _blocks_html(blocks: Iterable[Block], demote: int = 0) -> str:
-    return "\n".join(_table_html(b) if isinstance(b, Table) else _text_html(b, demote) for b in blocks)
+    return "\n".join(table_html(b) if isinstance(b, Table) else text_html(b, demote) for b in blocks)
 
 
-def _text_html(text: str, demote: int = 0) -> str:
+def text_html(text: str, demote: int = 0) -> str:
     """The Markdown of a report's texts: headings, paragraphs, lists and quotes, which are warnings here."""
     parts = []
     for chunk in text.strip().split("\n\n"):
@@ -180,18 +209,42 @@ def _inline(text: str) -> str:
     return re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", text)
 
 
-def _table_html(table: Table) -> str:
-    rows = [list(map(str, row)) for row in table.rows]
-    if len(rows) * len(table.header) > TABLE_CELLS:
-        return f"<p>A table of {len(rows)} rows and {len(table.header)} columns is in report.md.</p>"
-    body = "".join(
-        f'<tr><th scope="row">{_inline(first)}</th>{"".join(map(_cell_html, rest))}</tr>\n' for first, *rest in rows
-    )
-    return _scroll(f"<table>\n<thead>{_head_html(table.header)}</thead>\n<tbody>\n{body}</tbody>\n</table>")
+def table_html(table: Table, links: Mapping[str, str] | None = None, heat: bool = False) -> str:
+    """A table, its rows for orientation in grey.
+
+    Args:
+        table: The table.
+        links: First cell of a row -> where it leads.
+        heat: Whether its numbers are percent and coloured.
+    """
+    if len(table.rows) * len(table.header) > TABLE_CELLS:
+        return f"<p>A table of {len(table.rows)} rows and {len(table.header)} columns is in report.md.</p>"
+    own, body = len(table.rows) - table.apart, ""
+    for i, (first, *rest) in enumerate(table.rows):
+        name = _inline(first)
+        if links and first in links:
+            name = f'<a href="{escape(links[first])}">{name}</a>'
+        apart = ' class="apart"' if i >= own else ""
+        cells = "".join(map(_heat_html if heat else _cell_html, rest))
+        body += f'<tr{apart}><th scope="row">{name}</th>{cells}</tr>\n'
+    kind = ' class="matrix"' if heat else ""
+    of_text = [i for i, column in enumerate(zip(*table.rows, strict=True)) if i and not heat and _is_text(column)]
+    head = _head_html(table.header, of_text)
+    return _scroll(f"<table{kind}>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>")
 
 
-def _head_html(header: Sequence[str]) -> str:
-    return "<tr>" + "".join(f'<th scope="col">{_lines(text)}</th>' for text in header) + "</tr>"
+def _head_html(header: Sequence[str], of_text: Sequence[int] = ()) -> str:
+    kinds = [' class="text"' if i in of_text else "" for i in range(len(header))]
+    cells = (f'<th scope="col"{kind}>{_lines(text)}</th>' for kind, text in zip(kinds, header, strict=True))
+    return f"<tr>{''.join(cells)}</tr>"
+
+
+def _is_text(column: Iterable[str]) -> bool:
+    return not any(_NUMBER.match(cell) for cell in column)
+
+
+#: How a cell begins that is a number, or would be one.
+_NUMBER = re.compile(r"[+-]?\d|–")
 
 
 def _lines(text: str) -> str:
@@ -201,10 +254,22 @@ def _lines(text: str) -> str:
 
 
 def _cell_html(text: str) -> str:
-    kind = "number" if re.match(r"[+-]?\d|–", text) else "text"
+    kind = "number" if _NUMBER.match(text) else "text"
     if text.endswith(("↓", "↑")):
         kind += " down" if text.endswith("↓") else " up"
     return f'<td class="{kind}">{_inline(text)}</td>'
+
+
+def _heat_html(text: str) -> str:
+    """A cell whose number has a colour, if it is one number."""
+    if not (number := re.fullmatch(r"(\d+\.\d)( [↓↑])?", text)):
+        return f'<td class="none">{_inline(text)}</td>'
+    return f'<td class="{_heat(float(number[1]) / 100)}">{escape(text)}</td>'
+
+
+def _heat(value: float) -> str:
+    """The class of the colour of a fraction."""
+    return f"q{min(20, max(0, round(20 * value)))}"
 
 
 def _scroll(content: str) -> str:
@@ -219,7 +284,7 @@ def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Pictu
         stages, tasks = results.R.shape
         return (
             f"<p>The scores of {stages} stages and {tasks} tasks are shown as an image. As numbers they are in "
-            f"report.md and scores.csv.</p>{''.join(map(_figure_html, images))}"
+            f"report.md and scores.csv.</p>{''.join(map(figure_html, images))}"
         )
     changes = results.since_own if results.is_sequential else results.since_base
     rows = []
@@ -232,16 +297,16 @@ def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Pictu
                 cells.append(f'<td class="none{own}">{DASH}</td>')
                 continue
             title = "" if np.isnan(low) else f' title="95 % interval {percent(low)} to {percent(high)}"'
-            step = min(20, max(0, round(20 * value)))
-            cells.append(f'<td class="q{step}{own}"{title}>{percent(value)}{arrow(changes.get((stage.index, i)))}</td>')
+            cells.append(
+                f'<td class="{_heat(value)}{own}"{title}>{percent(value)}{arrow(changes.get((stage.index, i)))}</td>'
+            )
         rows.append(f'<tr><th scope="row">{stage.index} {escape(stage_label(stage))}</th>{"".join(cells)}</tr>\n')
     own = " Framed: the task's own stage." if any(s.task for s in run.stages) else ""
-    return _scroll(
-        f'<table class="matrix">\n<thead>{_head_html(header)}</thead>\n<tbody>\n{"".join(rows)}</tbody>\n</table>'
-    ) + (
-        f'<p class="caption">{own} {DASH}: not evaluated. Colour: 0 '
-        + "".join(f'<span class="key q{step}"></span>' for step in range(0, 21, 4))
-        + " 100.</p>"
+    return (
+        _scroll(
+            f'<table class="matrix">\n<thead>{_head_html(header)}</thead>\n<tbody>\n{"".join(rows)}</tbody>\n</table>'
+        )
+        + f'<p class="caption">{own} {DASH}: not evaluated. {HEAT_KEY}</p>'
     )
 
 
@@ -284,7 +349,8 @@ def _tile_html(name: str, text: str, value: Estimate, sign: bool) -> str:
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def _figure_html(picture: Picture) -> str:
+def figure_html(picture: Picture) -> str:
+    """A figure with its caption."""
     return (
         f'<figure id="figure-{picture.name}">{_scroll(inline_svg(picture))}'
         f"<figcaption>{escape(picture.caption)}</figcaption></figure>"

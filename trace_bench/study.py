@@ -40,7 +40,7 @@ from typing import Any
 
 import yaml
 
-from trace_bench.comparison import compare
+from trace_bench.comparison import compare, write_form
 from trace_bench.report import write_report
 from trace_bench.run import Run, RunError, write_text
 
@@ -167,7 +167,7 @@ def run_study(
     launch: str | None = None,
     dry_run: bool = False,
 ) -> bool:
-    """Does the runs of a study one after the other, prints their comparison and writes it as summary.md and .csv.
+    """Does the runs of a study one after the other, prints their comparison and writes it (summary.md, .csv, .html).
 
     Args:
         file: The study file.
@@ -236,6 +236,7 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
     if there:
         comparison = compare(there)
         text += comparison.markdown()
-        write_text(folder / "summary.csv", comparison.csv())
+        for ending in (".csv", ".html"):
+            write_form(comparison, folder / f"summary{ending}")
     write_text(folder / "summary.md", text)
     return text

@@ -1,0 +1,49 @@
+"""The page of several runs: the tables of their comparison, figures, and the way to the page of each run."""
+
+from __future__ import annotations
+
+import os
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+from trace_bench.comparison import Comparison
+from trace_bench.figures import pictures_of_runs
+from trace_bench.html import HEAT_KEY, document, figure_html, table_html, text_html, write_pictures
+from trace_bench.run import write_text
+
+
+def write_page(comparison: Comparison, file: Path) -> None:
+    """Writes the page, and its figures as SVG and PNG into a folder beside it, `<name>-figures`.
+
+    Args:
+        comparison: What to show.
+        file: Where; its name without the ending is the title.
+    """
+    drawn = {picture.name: picture for picture in pictures_of_runs(comparison)}
+    write_pictures(file.with_name(f"{file.stem}-figures"), drawn.values())
+    reports = {e.name: e.run.path / "report.html" for e in comparison.entries}
+    links = {
+        name: quote(os.path.relpath(report, file.parent).replace(os.sep, "/"))
+        for name, report in reports.items()
+        if report.exists()
+    }
+    body = ['<main class="wide">']
+    for table in comparison.tables:
+        title, _, rest = table.title.partition(", ")
+        heat = title.startswith("Final")
+        body.append(text_html(f"## {title}\n\n{rest[:1].upper()}{rest[1:]}."))
+        if title == "Runs" and "runs" in drawn:
+            body.append(figure_html(drawn["runs"]))
+        body.append(table_html(table, links, heat))
+        body += [f'<p class="caption">{HEAT_KEY}</p>'] if heat else []
+    if "stages" in drawn:
+        body += [text_html("## Over the stages"), figure_html(drawn["stages"])]
+    body += [text_html("## What the numbers are\n\n" + "\n".join(f"- {note}" for note in comparison.notes)), "</main>"]
+    head = text_html(f"# {file.stem}\n\n{len(comparison.entries)} runs, set against `{comparison.against.name}`.")
+    warnings = [text_html(f"> {warning}") for warning in comparison.warnings]
+    foot = (
+        f"Made by <code>trace-bench report</code> from the files of the runs. The figures are in the folder "
+        f"<code>{escape(file.stem)}-figures</code> as SVG and PNG."
+    )
+    write_text(file, document(file.stem, [head, *warnings], body, foot))
