@@ -175,6 +175,13 @@ def floats(rows, _):
     return {("train", "floats"): [0, 1]}
 
 
+def words_among_numbers(rows, _):
+    for i, row in enumerate(rows["train"]):
+        row["answer"] = ("{}", "-{}.5", "1,{:03}")[i % 3].format(i)
+    rows["train"][3]["answer"] = "June"
+    return {("train", "words"): [3]}
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -192,6 +199,7 @@ def floats(rows, _):
         no_broken_characters,
         white_space,
         floats,
+        words_among_numbers,
     ],
     ids=lambda f: f.__name__,
 )
@@ -473,7 +481,7 @@ def test_scores_are_made_from_the_rows_that_are_left(audited, tmp_path, capsys):
     seen = without_leaked(run, tmp_path / "audit.json")
     assert score_matrix(seen)[:, 0] == pytest.approx([0 / 9, 2 / 9])
     text = (run.path / "report.md").read_text(encoding="utf-8")
-    assert "**Without leaked rows.**" in text and "fomc 3 of 12" in text
+    assert "**Without leaked rows.**" in text and "FOMC 3 of 12" in text
     assert "1_trace_fomc,trace_fomc,accuracy,0.2222222222222222,0.14" in (run.path / "scores.csv").read_text()
     write_report(run)
     assert "leaked" not in (run.path / "report.md").read_text(encoding="utf-8")
@@ -613,6 +621,9 @@ def test_the_real_data_s_broken_parts(small, large):
     assert having(large, "mojibake") == {}
     assert having(small, "floats") == {("trace_numglue_cm", "train"): 2}
     assert having(large, "floats") == {("trace_numglue_cm", "train"): 18}
+    words = {("trace_numglue_cm", "train"): 25, ("trace_numglue_cm", "eval"): 2, ("trace_numglue_cm", "test"): 3}
+    found = {where: n for where, n in having(small, "words").items() if where[0] in data.FOLDERS}
+    assert found == words and having(large, "words") == {**words, ("trace_numglue_cm", "train"): 275}
     ends = having(small, "white_space")
     assert [ends["trace_20minuten", split] for split in data.SPLITS] == [500, 100, 100]
     for key in ("bad_rows", "other_variant", "doubled_cue"):  # the doubled cues are in rows that are not at hand
@@ -658,3 +669,25 @@ def test_official_files_are_recognised_and_the_rebuilt_one_is_not(small, large):
 def test_the_variants_of_the_data_are_not_nested():
     first, second = (Split.read(root / "C-STANCE" / "test.json") for root in (SMALL, LARGE))
     assert len(overlap(second, first)["exact"]) == 29
+
+
+@real_data
+@pytest.mark.slow  # counts 20 million characters
+def test_lengths_in_tokens_are_those_that_are_known():
+    """Median tokens of prompts and answers, SmolLM2's tokenizer; what is known of them is of other rows in part."""
+    known = {
+        "trace_cstance": (278, 1),
+        "trace_fomc": (77, 1),
+        "trace_meetingbank": (776, 72),
+        "trace_py150": (222, 11),
+        "trace_scienceqa": (73, 172),
+        "trace_numglue_cm": (46, 2),
+        "trace_numglue_ds": (39, 2),
+        "trace_20minuten": (871, 96),
+    }
+    report = audit.audit(SMALL, audit.open_tokenizer(None))
+    for task, medians in known.items():
+        train = report["tasks"][task]["splits"]["train"]
+        found = tuple(train[field]["tokens"]["median"] for field in ("prompt", "answer"))
+        assert found == pytest.approx(medians, rel=0.15), task
+    assert report["tasks"]["trace_meetingbank"]["splits"]["test"]["prompt"]["tokens"]["cut"] == 60

@@ -96,6 +96,7 @@ _MOJIBAKE = re.compile(
 # 1.4300000000000002: a sum of binary fractions, written with all its digits.
 # The look-behinds let a run of zeros be read once, not once for each of them.
 _FLOAT = re.compile(r"\d\.(?=\d{12})\d*?(?:(?<!0)0{6,}+[1-9]|(?<!9)9{6,}+[0-8])\d{0,2}(?!\d)")
+_DECIMAL = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
 
 
 # ------------------------------------------------------------------------------------------------------- similarity
@@ -357,6 +358,7 @@ def _facts(task: str, split: Split) -> dict[str, Any]:
     def having(test: Callable[[dict[str, str]], object]) -> list[int]:
         return [i for i, row in rows.items() if test(row)]
 
+    words = [i for i, answer in decisive.items() if not _DECIMAL.fullmatch(answer.strip())]
     broken = {i: (field, match) for i, row in rows.items() for field in row if (match := _MOJIBAKE.search(row[field]))}
     return {
         "rows": len(rows) + len(split.bad),
@@ -373,6 +375,7 @@ def _facts(task: str, split: Split) -> dict[str, Any]:
         ],
         "white_space": having(lambda row: row["answer"] != row["answer"].rstrip()),
         "floats": having(lambda row: _FLOAT.search(row["answer"])),
+        "words": words if len(words) < len(rows) / 2 else [],
     }
 
 
@@ -425,6 +428,7 @@ _FINDINGS = {
     "mojibake": "rows with broken characters",
     "white_space": "answers that end in white space",
     "floats": "answers with a number such as 1.4300000000000002",
+    "words": "answers that are no number, where most are one",
 }
 
 
