@@ -342,6 +342,23 @@ def test_the_mean_of_tasks_is_covered_near_0_and_1_too(rates, n):
     assert np.mean(covered) >= 0.92
 
 
+@pytest.mark.parametrize("rates", [[0.9, 0.3, 0.9, 0.6], [0.98, 0.02, 0.98, 0.98]])
+def test_the_difference_of_two_runs_in_what_they_forgot_is_covered(rates):
+    """Own stage and last one of two runs, on the same 24 rows of three tasks, of which some are easy for both."""
+    rng, n, covered = np.random.default_rng(0), 24, []
+    for _ in range(300):
+        estimates = []
+        for _ in range(3):
+            alike = rng.random((n, 4)) < 0.6
+            right = np.where(alike, rng.random((n, 1)), rng.random((n, 4))) < rates
+            rows = (right[:, 1].astype(float) - right[:, 0]) - (right[:, 3].astype(float) - right[:, 2])
+            low, high = difference_interval(rows[:, None])
+            estimates.append(Estimate(rows.mean(), low[0], high[0]))
+        mean = mean_of(estimates)
+        covered.append(mean.low <= (rates[1] - rates[0]) - (rates[3] - rates[2]) <= mean.high)
+    assert 0.92 <= np.mean(covered) <= 0.99
+
+
 def test_the_interval_over_seeds_is_student_s():
     assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
     assert np.isnan(seed_interval([1.0])).all() and np.isnan(seed_interval([1.0, np.nan])).all()
