@@ -1,5 +1,6 @@
 """Tests of report.html and its figures: what is escaped, what is loaded, and how it looks and works in a browser."""
 
+import io
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from made_runs import NAN, TASKS, make_rich_run, make_run, without
+from PIL import Image
 
 from trace_bench import html
 from trace_bench.comparison import compare, write_comparison
@@ -118,7 +120,8 @@ def test_figures_are_written_as_svg_and_png(rich):
         svg = (rich.path / "figures" / f"{name}.svg").read_text(encoding="utf-8")
         assert "<text" in svg and "<dc:date>" not in svg
     page = Page(rich)
-    assert len([tag for tag, _ in page.elements if tag == "svg"]) == 7  # the matrix is a table there
+    images = [attributes for tag, attributes in page.elements if tag == "svg" and "role" in attributes]
+    assert len(images) == 7  # the matrix is a table there
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     svg_ids = [i for i in ids if i.count("-") and "axes" in i]
     assert svg_ids and len(svg_ids) == len(set(svg_ids)), "figures share no ids"
@@ -435,11 +438,27 @@ def test_the_page_does_not_scroll_sideways(visit, rich, width):
 def test_the_page_of_several_runs_in_a_browser(visit, several, width, scheme):
     page = visit(several, width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("figure svg").count() == 2 and page.evaluate("window.hacked === undefined")
+    assert page.locator("figure svg[role=img]").count() == 2 and page.evaluate("window.hacked === undefined")
     assert page.evaluate(CONTRAST)[0][0] >= 4.5
     page.emulate_media(media="print")
     page.set_viewport_size({"width": 1040, "height": 900})  # A4 on its side, between its margins
     assert page.evaluate("document.documentElement.scrollWidth") <= 1040
+
+
+def test_panels_stand_one_below_the_other_on_a_phone(visit, rich):
+    for width in (1280, 390):
+        page = visit(rich, width)
+        cut = page.locator("figure.cut")
+        names = cut.evaluate_all("all => all.map((figure) => figure.id)")
+        assert names == [f"figure-{name}" for name in ("sequence", "tasks", "general", "judged", "cost")]
+        halves = cut.locator(".halves svg").all()
+        assert len(halves) == 10 and all(half.is_visible() == (width < 640) for half in halves)
+        wide = cut.locator(".whole").evaluate_all("all => all.map((e) => e.getBoundingClientRect().width)")
+        assert all((w > 640) == (width > 640) for w in wide)
+    # The halves have the curves and bars of the figure, in its colours.
+    for half in halves:
+        pixels = np.asarray(Image.open(io.BytesIO(half.screenshot())).convert("HSV"))
+        assert (pixels[..., 1] > 150).sum() > 50
 
 
 def test_hostile_texts_run_nothing(visit, hostile):
@@ -509,7 +528,7 @@ def test_texts_are_readable(visit, rich, scheme):
 
 def test_all_but_the_samples_works_without_javascript(visit, rich):
     page = visit(rich, java_script_enabled=False)
-    assert page.locator("figure svg").count() == 7 and page.locator("table.matrix td").count() == 72
+    assert page.locator("figure svg[role=img]").count() == 7 and page.locator("table.matrix td").count() == 72
     assert page.locator("#browser").is_hidden()
     assert "need JavaScript" in page.locator("body").inner_text()
 

@@ -115,6 +115,8 @@ class Picture:
     caption: str
     svg: str
     png: bytes
+    cut: float | None
+    """Where panels beside each other can be cut apart, to stand one below the other: points from the left."""
 
 
 def pictures(results: Results) -> list[Picture]:
@@ -134,7 +136,7 @@ def _drawn(drawings: Mapping[str, Callable[[Any], tuple[Figure, str] | None]], o
             made = draw(of)
             if made is not None:
                 figure, caption = made
-                drawn.append(Picture(name, caption, _svg(figure), _png(figure)))
+                drawn.append(Picture(name, caption, _svg(figure), _png(figure), _cut(figure)))
     return drawn
 
 
@@ -160,6 +162,15 @@ def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150, facecolor="white", metadata={"Software": None})
     return out.getvalue()
+
+
+def _cut(figure: Figure) -> float | None:
+    """Between the two halves of the columns, with room for the numbers at an axis; None where names are at the left."""
+    columns = sorted({tuple(axes.get_position().intervalx) for axes in figure.axes})
+    if len(columns) not in (2, 4) or columns[0][0] * _WIDTH > 1:
+        return None
+    end, begin = columns[len(columns) // 2 - 1][1], columns[len(columns) // 2][0]
+    return 72 * (_WIDTH * begin - min(0.55, 0.9 * _WIDTH * (begin - end)))
 
 
 def _axes(

@@ -350,14 +350,24 @@ def _tile_html(name: str, text: str, value: Estimate, sign: bool) -> str:
 
 
 def figure_html(picture: Picture) -> str:
-    """A figure with its caption."""
+    """A figure with its caption; where the window is narrow its halves stand one below the other, if it has any."""
+    root = inline_svg(picture)
+    svg, caption = ElementTree.tostring(root, encoding="unicode"), escape(picture.caption)
+    if picture.cut is None:
+        return f'<figure id="figure-{picture.name}">{_scroll(svg)}<figcaption>{caption}</figcaption></figure>'
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    drawing = next(child.attrib["id"] for child in root if child.tag == "g")
+    halves = "".join(
+        f'<svg viewBox="{x:g} 0 {wide:g} {height:g}" aria-hidden="true"><use href="#{drawing}"/></svg>'
+        for x, wide in ((0.0, picture.cut), (picture.cut, width - picture.cut))
+    )
     return (
-        f'<figure id="figure-{picture.name}">{_scroll(inline_svg(picture))}'
-        f"<figcaption>{escape(picture.caption)}</figcaption></figure>"
+        f'<figure id="figure-{picture.name}" class="cut"><div class="whole">{svg}</div>'
+        f'<div class="halves">{halves}</div><figcaption>{caption}</figcaption></figure>'
     )
 
 
-def inline_svg(picture: Picture) -> str:
+def inline_svg(picture: Picture) -> ElementTree.Element:
     """An SVG of matplotlib as a part of the page.
 
     Its colours become variables of the page, which differ in dark and light. Its styles become attributes, since the
@@ -383,7 +393,7 @@ def inline_svg(picture: Picture) -> str:
         root.attrib.pop(key, None)
     root.set("role", "img")
     root.set("aria-label", picture.caption)
-    return ElementTree.tostring(root, encoding="unicode")
+    return root
 
 
 def _local(name: str) -> str:
