@@ -20,7 +20,7 @@ def compared(runs, baseline=None):
     """The runs and the final scores, each as rows by their first cell, the notes, and the rows of the CSV."""
     comparison = compare(runs, baseline)
     tables = {
-        table.title: {name: list(rest) for name, *rest in (table.header, *table.rows)} for table in comparison.tables
+        table.caption: {name: list(rest) for name, *rest in (table.header, *table.rows)} for table in comparison.tables
     }
     first, finals = (next(t for title, t in tables.items() if title.startswith(w)) for w in ("Runs", "Final"))
     lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
@@ -30,7 +30,7 @@ def compared(runs, baseline=None):
 def differences(runs, baseline=None):
     """The table of differences, as rows by their first cell."""
     [table] = [t for t in compare(runs, baseline).tables if t.title.startswith("Difference")]
-    return table.title, {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
+    return table.caption, {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
 
 
 def test_a_comparison_has_one_row_a_run(make, bounds):
@@ -41,7 +41,7 @@ def test_a_comparison_has_one_row_a_run(make, bounds):
         *("method", "trains", "train rows", "OP", "BWT", "Forgetting", "base"),
         *("training min", "evaluation min", "trained tokens"),
     ]
-    assert compare(runs).tables[0].title.endswith("(in all: tasks 3 (C-STANCE, FOMC, MeetingBank))")
+    assert compare(runs).tables[0].caption.endswith("(in all: tasks 3 (C-STANCE, FOMC, MeetingBank))")
     assert first["mine"] == ["sequential", "lora", "first 64", "40.0", "-50.0", "50.0", "20.0", "0.1", "0.2", "3,000"]
     assert first["a-single"] == ["single", "lora", "all", "80.0", DASH, DASH, "20.0", "0.1", "0.1", "3,000"]
     assert first["a-joint"] == ["joint", "lora", "all", "70.0", DASH, DASH, "20.0", "0.0", "0.1", "1,000"]

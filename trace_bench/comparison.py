@@ -111,7 +111,7 @@ class Comparison:
 
     def markdown(self) -> str:
         """The comparison as Markdown; rows of the paper in italics."""
-        parts = [f"{t.title}:\n\n{markdown(t.header, t.set_apart('*{}*'.format))}" for t in self.tables]
+        parts = [f"{t.caption}:\n\n{markdown(t.header, t.set_apart('*{}*'.format))}" for t in self.tables]
         return "\n\n".join([*parts, "\n".join(f"- {note}" for note in (*self.warnings, *self.notes))]) + "\n"
 
     def latex(self) -> str:
@@ -407,15 +407,15 @@ def _runs_table(entries: list[Entry], groups: list[list[Entry]], references: lis
     for reference in references:
         theirs = _reference_line(reference)
         rows.append([f"paper: {reference['method']}", *(theirs.get(k, DASH) for k in (*texts, *_NUMBERS))])
-    title = "Runs, scores in percent" + (f" (in all: {', '.join(same)})" if same else "")
-    return Table(["run", *texts, *_NUMBERS], rows, title, apart=len(references))
+    about = "scores in percent" + (f" (in all: {', '.join(same)})" if same else "")
+    return Table(["run", *texts, *_NUMBERS], rows, "Runs", about, apart=len(references))
 
 
 def _versus_table(versus: dict[str, Versus], against: Entry) -> Table:
     rows = []
     for name, v in versus.items():
         rows.append([name, *(percent_with_interval(e, sign=True) + arrow(e) for e in v.scores.values())])
-    return Table(["run", *SCORES], rows, f"Difference to `{against.name}`, in points")
+    return Table(["run", *SCORES], rows, f"Difference to `{against.name}`", "in points")
 
 
 def _finals_table(
@@ -430,13 +430,13 @@ def _finals_table(
         return number(e.finals.get(task)) + (arrow(versus[e.name].finals[task]) if compared else "")
 
     rows = [[e.name, *(cell(e, task) for task in columns)] for e in entries]
-    title = "Final score of each task, percent of its headline metric"
+    about = "percent of its headline metric"
     if any(text.endswith(("↑", "↓")) for row in rows for text in row):
-        title += f" (↓, ↑: the 95 % interval of the paired difference to `{against.name}` excludes zero)"
+        about += f" (↓, ↑: the 95 % interval of the paired difference to `{against.name}` excludes zero)"
     for group in groups:
         values = {t: [e.finals.get(t, math.nan) for e in group] for t in columns}
         rows.append([_MEAN.format(len(group)), *(_mean_and_deviation(values[t], number) for t in columns)])
-    return Table(["run", *columns], rows, title)
+    return Table(["run", *columns], rows, "Final score of each task", about)
 
 
 _MEAN = "mean ± standard deviation over {} seeds"

@@ -30,10 +30,9 @@ def write_page(comparison: Comparison, file: Path) -> None:
     }
     body = ['<main class="wide">']
     for table in comparison.tables:
-        title, _, rest = table.title.partition(", ")
-        heat = title.startswith("Final")
-        body.append(text_html(f"## {title}\n\n{rest[:1].upper()}{rest[1:]}."))
-        if title == "Runs" and "runs" in drawn:
+        heat = table.title.startswith("Final")
+        body.append(text_html(f"## {table.title}\n\n{table.about[0].upper()}{table.about[1:]}."))
+        if table.title == "Runs" and "runs" in drawn:
             body.append(figure_html(drawn["runs"]))
         body.append(table_html(table, links, heat))
         body += [f'<p class="caption">{HEAT_KEY}</p>'] if heat else []

@@ -68,8 +68,15 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     title: str = ""
+    about: str = ""
+    """What its numbers are, behind the title."""
     apart: int = 0
     """The last so many rows are for orientation and set apart from the others."""
+
+    @property
+    def caption(self) -> str:
+        """Title and what the numbers are."""
+        return f"{self.title}, {self.about}" if self.about else self.title
 
     def set_apart(self, form: Callable[[str], str]) -> list[Sequence[str]]:
         """The rows, with the cells of those for orientation in another form."""
@@ -117,7 +124,7 @@ def latex(table: Table) -> str:
         [
             r"\begin{table}",
             r"\centering\small",
-            rf"\caption{{{latex_text(table.title)}}}",
+            rf"\caption{{{latex_text(table.caption)}}}",
             rf"\begin{{tabular}}{{{columns}}}",
             r"\toprule",
             lines[0],
