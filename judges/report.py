@@ -36,6 +36,14 @@ def load(run: Run, kind: Kind) -> Judged:
     return found
 
 
+def judge_tokens(judged: Iterable[Judged]) -> dict[int, int]:
+    """Stage -> tokens of the judges' prompts and replies, of the stages that were judged."""
+    found: dict[int, int] = {}
+    for (index, _), numbers in (item for of_kind in judged for item in of_kind.items()):
+        found[index] = found.get(index, 0) + numbers["prompt_tokens"] + numbers["completion_tokens"]
+    return found
+
+
 def verdicts(stage: Stage, suite: str) -> dict[Any, str]:
     """doc_id -> win, tie, lose or unscored, of the pairs that a stage's numbers count; none where lines are missing."""
     file = judge_file(stage, suite).with_suffix(".jsonl")

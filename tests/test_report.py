@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from made_runs import ICL, JOINT, NAN, SINGLE, TASKS, R, cell, without
+from made_runs import ICL, JOINT, NAN, SINGLE, TASKS, R, cell, make_rich_run, without
 
 from trace_bench import metrics
 from trace_bench.report import write_report
@@ -269,6 +269,22 @@ def test_checkpoints_whose_names_are_no_tasks_get_no_op_and_no_bwt(make):
 def test_checkpoints_of_every_task_in_order_get_op_and_bwt(make):
     run = make(checkpoints=dict.fromkeys(TASKS, "a"))
     assert "OP_3 40.0, BWT_3 -50.0" in write_report(run)
+
+
+def test_the_cost_of_each_stage_and_of_all(make):
+    run = make_rich_run(make, n=5)
+    write_report(run)
+    rows = table(run, "## Cost")
+    heads = ["rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s", "judge tokens"]
+    assert rows["stage"] == heads and len(rows) == 12
+    assert rows["0_base"] == [*[DASH] * 6, rows["0_base"][6], "18,120"]
+    assert rows["1_trace_cstance"][:6] == ["176", "22", "33,000", "55", "500", "1.0 (process)"]
+    steps = [20 + 2 * t for t in range(1, 9)]
+    assert rows["in all"][:6] == [*(f"{k * sum(steps):,.0f}" for k in (8, 1, 1500, 2.5)), DASH, DASH]
+    assert rows["in all"][7] == f"{9 * 18120:,}"
+    run = make(name="untrained", method="icl", stages=[])
+    write_report(run)
+    assert table(run, "## Cost")["stage"] == ["evaluation s"]
 
 
 def test_the_report_takes_seconds_and_needs_no_torch(make):

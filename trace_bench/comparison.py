@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from judges.judging import KINDS
-from judges.report import Judged, net_win_rate, verdicts
+from judges.report import Judged, judge_tokens, net_win_rate, verdicts
 from judges.report import load as load_judged
 from trace_bench import metrics, paper
 from trace_bench.bounds import conditions, same_conditions
@@ -272,7 +272,7 @@ def _numbers(results: Results, judged: dict[str, Judged], scores: dict[str, Esti
     trained = [read_json(s.train_file) if s.train_file.exists() else None for s in run.stages[1:]]
     done = [t for t in trained if t is not None]
     complete = len(done) == len(trained)
-    replies = [numbers for found in judged.values() for numbers in found.values()]
+    replies = judge_tokens(judged.values())
     measured = [*results.cells.values(), *results.besides.values()]
     zero_shot = run.tasks and not run.manifest["config"].get("num_fewshot")
     return {
@@ -281,7 +281,7 @@ def _numbers(results: Results, judged: dict[str, Judged], scores: dict[str, Esti
         "training min": sum(t["seconds"] for t in done) / 60 if complete else math.nan,
         "evaluation min": sum(cell["seconds"] for cell in measured) / 60 if measured else math.nan,
         "trained tokens": sum(t["tokens"] for t in done) if complete else math.nan,
-        "judge tokens": sum(n["prompt_tokens"] + n["completion_tokens"] for n in replies) if replies else math.nan,
+        "judge tokens": sum(replies.values()) if replies else math.nan,
     }
 
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from judges.judging import KINDS
+from judges.report import judge_tokens, load
 from judges.report import sections as judged_sections
 from trace_bench import paper
 from trace_bench.bounds import BOUNDS, bounds
@@ -34,6 +36,7 @@ from trace_bench.tables import (
     percent,
     percent_with_interval,
     task_name,
+    without_empty_columns,
 )
 
 DEMO = (
@@ -491,27 +494,34 @@ def _paper_section(run: Run) -> Iterable[Block]:
 
 
 def _cost_section(results: Results) -> Iterable[Block]:
+    """What each stage took, and all of them."""
+    judged = judge_tokens(load(results.run, kind) for kind in KINDS)
     rows = []
     for stage in results.run.stages:
-        seconds = results.evaluation_seconds(stage)
-        train = results.training.get(stage.index)
-        if train is None:
-            rows.append([stage.name, *[DASH] * 6, f"{seconds:.0f}"])
-            continue
+        train = results.training.get(stage.index, {})
+        memory = f"{train['peak_memory_bytes'] / 2**30:.1f} ({train['memory_of']})" if train else DASH
         rows.append(
             [
                 stage.name,
-                str(train["rows"]),
-                str(train["steps"]),
-                f"{train['tokens']:,}",
-                f"{train['seconds']:.0f}",
-                f"{train['tokens_per_second']:.0f}",
-                f"{train['peak_memory_bytes'] / 2**30:.1f} ({train['memory_of']})",
-                f"{seconds:.0f}",
+                *(_count(train.get(key)) for key in ("rows", "steps", "tokens", "seconds", "tokens_per_second")),
+                memory,
+                _count(results.evaluation_seconds(stage)),
+                _count(judged.get(stage.index)),
             ]
         )
+    sums = [
+        _count(sum(t[key] for t in results.training.values()) if results.training else None)
+        for key in ("rows", "steps", "tokens", "seconds")
+    ]
+    evaluation = _count(sum(map(results.evaluation_seconds, results.run.stages)))
+    rows.append(["in all", *sums, DASH, DASH, evaluation, _count(sum(judged.values()) if judged else None)])
     yield "## Cost"
-    yield Table(["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s"], rows)
+    header = ["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s", "judge tokens"]
+    yield without_empty_columns(Table(header, rows))
+
+
+def _count(value: float | None) -> str:
+    return DASH if value is None else f"{value:,.0f}"
 
 
 def _provenance(run: Run, cells: dict, besides: dict) -> str:
