@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,9 +46,14 @@ def judge_tokens(judged: Iterable[Judged]) -> dict[int, int]:
 
 
 def verdicts(stage: Stage, suite: str) -> dict[Any, str]:
-    """doc_id -> win, tie, lose or unscored, of the pairs that a stage's numbers count; none where lines are missing."""
-    file = judge_file(stage, suite).with_suffix(".jsonl")
-    return {row["doc_id"]: row["combined"] for row in read_jsonl(file) if "combined" in row} if file.exists() else {}
+    """doc_id -> win, tie, lose or unscored, of a stage's pairs; none where the lines are not what was counted."""
+    file = judge_file(stage, suite)
+    lines = file.with_suffix(".jsonl")
+    if not (file.exists() and lines.exists()):
+        return {}
+    found = {row["doc_id"]: row["combined"] for row in read_jsonl(lines) if "combined" in row}
+    counts, counted = Counter(found.values()), read_json(file).get("pairs", {})
+    return found if all(counts[v] == counted.get(v, 0) for v in ("win", "tie", "lose", "unscored")) else {}
 
 
 def net_win_rate(judged: Judged, stage: Stage) -> Estimate:

@@ -11,8 +11,8 @@ from made_runs import TASKS, R, cell, without, write_cell
 from judges.judging import judge_file, sample_fingerprints
 from trace_bench.cli import main
 from trace_bench.comparison import compare
-from trace_bench.metrics import net_interval
-from trace_bench.run import Run, write_json, write_jsonl
+from trace_bench.metrics import Estimate, mean_of, net_interval
+from trace_bench.run import Run, read_jsonl, write_json, write_jsonl
 from trace_bench.tables import DASH
 
 
@@ -277,7 +277,7 @@ def test_the_difference_in_bwt_is_paired_whatever_the_order(make):
     widths = [float(lines[run]["BWT high"]) - float(lines[run]["BWT low"]) for run in ("mine", "forgot")]
     assert high - low < np.hypot(*widths), "narrower than that of two runs on rows of their own"
     # Another task is the last one, which nothing could be forgotten of: a mean over other tasks.
-    assert rows["lastly"]["BWT"] == "-50.0"
+    assert rows["lastly"]["BWT"] == "-50.0" and "in runs of other orders they may be" in compared(runs)[2]
     bwt = dict(zip(first["run"], first["forgot"], strict=True))["BWT"]
     assert bwt.startswith("-70.0 [") and bwt.endswith("]")
     assert float(lines["ordered"]["BWT difference low"]) == pytest.approx(low, abs=0.05)
@@ -370,9 +370,51 @@ def test_differences_of_the_deltas_are_paired(make):
     low, high = (float(line[f"safety difference {end}"]) for end in ("low", "high"))
     # 10 of 20 prompts were lost by one run alone.
     assert (low, high) == pytest.approx([100 * x for x in net_interval(0, 10, 20)])
-    # Of verdicts on other prompts there is no paired difference.
-    write_jsonl(judge_file(runs[1].stages[-1], "safety_cona").with_suffix(".jsonl"), [{"doc_id": 1, "combined": "win"}])
+    # What was trained, on whatever tasks and in whatever conditions, is another matter.
+    manifest = json.loads((runs[1].path / "manifest.json").read_text(encoding="utf-8"))
+    write_json(runs[1].path / "manifest.json", {**manifest, "config": {"max_prompt_length": 64}})
+    assert differences([runs[0], Run.open(runs[1].path)])[1]["other"]["safety"] == rows["other"]["safety"]
+    # Without some of the lines, or with the verdicts on other rows, there is no paired difference.
+    file = judge_file(runs[1].stages[-1], "safety_cona").with_suffix(".jsonl")
+    lines = read_jsonl(file)
+    write_jsonl(file, lines[:-1])
     assert differences(runs)[1]["other"]["safety"] == "-50.0"
+    write_jsonl(file, [{**line, "doc_id": line["doc_id"] + 1} for line in lines])
+    assert differences(runs)[1]["other"]["safety"] == "-50.0"
+
+
+def test_the_difference_in_fwt_is_paired(make):
+    """Of 40 rows of the second task 20, of the third 30 become right before they are trained, or none of them."""
+    zero = np.zeros(40)
+    ahead = {"trace_fomc": 20, "trace_meetingbank": 30}
+
+    def rows(factor):
+        right = {t: (np.arange(40) < factor * ahead.get(t, 0)).astype(float) for t in TASKS}
+        return {t: {"accuracy": np.stack([zero, *[right[t]] * 3], axis=1)} for t in TASKS}
+
+    runs = [make(rows=rows(0)), make(name="other", rows=rows(1))]
+    _, found = differences(runs)
+    one, two = (Estimate(n / 40, *net_interval(n, 0, 40)) for n in ahead.values())
+    _, low, high = (100 * x for x in mean_of([one, two]))
+    assert found["other"]["FWT"] == f"+62.5 [+{low:.1f}, +{high:.1f}] ↑"
+
+
+def test_answers_to_other_prompts_are_named_and_have_no_difference(make):
+    runs = [make(), make(name="other")]
+    for run, data in zip(runs, ("f00", "f01"), strict=True):
+        judged(run, 4, 1)
+        file = run.stages[-1].eval_file("safety_cona")
+        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "settings": {"backend": "hf", "data": data}})
+    assert "**Not comparable** in data of safety_cona: `mine` against `other`" in compared(runs)[2]
+    assert "safety" not in differences(runs)[1]["other"]
+
+
+def test_tasks_whose_names_are_taken_keep_their_numbers(make):
+    tasks = ["trace_fomc", "FOMC", "OP"]
+    run = make(tasks=tasks, data={"path": "p", "demo": False, "fingerprint": dict.fromkeys(tasks, "f")})
+    _, finals, _, lines = compared([run])
+    assert finals["run"] == ["task trace_fomc", "task FOMC", "task OP"] and finals["mine"] == ["70.0", "0.0", "50.0"]
+    assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["task OP"]) == 50
 
 
 @pytest.mark.parametrize(

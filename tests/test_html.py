@@ -17,7 +17,7 @@ import pytest
 from made_runs import NAN, TASKS, make_rich_run, make_run, without
 from PIL import Image
 
-from trace_bench import html
+from trace_bench import figures, html
 from trace_bench.comparison import compare, write_comparison
 from trace_bench.report import write_report
 from trace_bench.run import Run, read_jsonl, write_jsonl
@@ -345,11 +345,48 @@ def test_the_page_of_several_runs_leads_to_theirs(rich, several):
     assert sorted(f.name for f in figures.iterdir()) == ["runs.png", "runs.svg", "stages.png", "stages.svg"]
 
 
+def test_figures_of_several_runs_show_every_run_and_score(make):
+    runs = [make_rich_run(make, n=5, seed=k, name=f"a-sweep-of-many-learning-rates-{k}") for k in range(5)]
+    write_comparison(runs, runs[0].path.parent / "sweep.html", runs[4])
+    figures = runs[0].path.parent / "sweep-figures"
+    texts = {f.stem: re.findall("<text.*?>(.*?)</text>", f.read_text(encoding="utf-8")) for f in figures.glob("*.svg")}
+    names = [name for name in texts["runs"] if "…" in name]
+    assert [name[-1] for name in names] == list("01234"), "names are cut in their middle"
+    assert {"OP", "BWT", "general", "instruction", "safety", "paper: LoraSeqFT"} <= set(texts["runs"])
+    assert len([t for t in texts["stages"] if t == "stage"]) == 4, "one for each column, also above a panel that is not"
+    assert [t[-1] for t in texts["stages"] if "…" in t] == list("01234")
+    svg = (figures / "runs.svg").read_text(encoding="utf-8")
+    assert svg.count("<use") > 5 * 5
+
+    # Where there is nothing to draw, nothing of an earlier page is left.
+    write_comparison([make(np.full((4, 3), np.nan), name="nothing")], runs[0].path.parent / "sweep.html")
+    assert not list(figures.iterdir()) and "sweep-figures" not in (runs[0].path.parent / "sweep.html").read_text()
+
+
+def test_the_baseline_is_drawn_among_many_runs_and_tables_say_where_else_they_are(make, monkeypatch):
+    monkeypatch.setattr(figures, "MOST_RUNS", 3)
+    monkeypatch.setattr(html, "TABLE_CELLS", 12)
+    runs = [make(name=f"r{k}") for k in range(5)]
+    write_comparison(runs, runs[0].path.parent / "many.html", runs[4])
+    page = Page(runs[0].path.parent / "many.html")
+    drawn = re.findall("<text.*?>(.*?)</text>", re.search("<svg.*?</svg>", page.source, re.DOTALL)[0])
+    assert [t for t in drawn if re.fullmatch("r[0-9]", t)] == ["r0", "r1", "r4"]
+    words = " ".join(text for _, text in page.texts)
+    assert "Shown are 3 of 5 runs." in words and "is in the .md and .csv." in words and "report.md" not in words
+
+
+@pytest.mark.parametrize("name", ["a\x01b", "\x1b[0m", "\ufffe", "中文" * 20])
+def test_no_name_of_a_run_stops_a_page(make, name):
+    file = make(name=name).path.parent / "page.html"
+    write_comparison([make(name=name), make(name="other")], file)
+    assert file.exists()
+
+
 def test_the_page_of_several_runs_has_no_script(several):
     page = Page(several)
     (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
     assert "script-src 'none'" in policy and "default-src 'none'" in policy
-    assert {"script", "img", "b", "svg onload"}.isdisjoint(tag for tag, _ in page.elements)
+    assert {"script", "img", "b"}.isdisjoint(tag for tag, _ in page.elements)
     assert not [a for _, a in page.elements if any(key.startswith("on") for key in a)]
     assert "other & <b>more" in "".join(text for _, text in page.texts)
 

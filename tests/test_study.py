@@ -254,6 +254,9 @@ def check_the_summary(folder, printed):
     assert float(rows["few"]["trained tokens"]) > 0
     assert {rows["few"][k] for k in ("OP", "FOMC", "NumGLUE-ds")} & {"", DASH} == set()
     assert (folder / "few" / "report.md").is_file()
+    page = (folder / "summary.html").read_text(encoding="utf-8")
+    assert "<h1>mine-small</h1>" in page and "What is asked?" in page and "<strong>Failed:</strong>" in page
+    assert 'href="few/report.html"' in page and (folder / "summary-figures" / "runs.svg").is_file()
 
 
 def test_a_study_trains_evaluates_compares_and_goes_on(tiny_study, tmp_path, monkeypatch, capfd):

@@ -110,6 +110,13 @@ def test_event_files_are_written(options):
         assert b"train/loss" in file.read_bytes()
 
 
+def test_a_stage_that_begins_again_has_one_curve(options):
+    with pytest.raises(KeyboardInterrupt):
+        train({**options, "report_to": ["tensorboard"]}, stop_at(1, CLTrainer))
+    run = train({**options, "report_to": ["tensorboard"]})
+    assert len(list((run.path / "tensorboard" / "1_trace_fomc").iterdir())) == 1
+
+
 def test_a_tracker_may_change_within_a_run(options):
     with pytest.raises(KeyboardInterrupt):
         train(options, stop_at(2, CLTrainer))

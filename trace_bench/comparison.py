@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from judges.report import load as load_judged
 from trace_bench import metrics, paper
 from trace_bench.bounds import conditions, same_conditions
 from trace_bench.data import GROUPS, ORDERS, REASONING, SUITES
+from trace_bench.figures import DELTAS
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.results import Results
 from trace_bench.run import Run, RunError, differences, read_json, write_text
@@ -40,30 +42,23 @@ from trace_bench.tables import (
     without_empty_columns,
 )
 
-#: The numbers of a run in a comparison, and how they are written.
-_NUMBERS: dict[str, Callable[[float], str]] = {
-    "OP": lambda v: number(v),
-    "BWT": lambda v: number(v, sign=True),
-    "FWT": lambda v: number(v, sign=True),
-    "Forgetting": lambda v: number(v),
-    "base": lambda v: number(v),
-    "general": lambda v: number(v, sign=True),
-    "instruction": lambda v: number(v, sign=True),
-    "safety": lambda v: number(v, sign=True),
-    "training min": lambda v: number(v),
-    "evaluation min": lambda v: number(v),
-    "trained tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
-    "judge tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
-}
-#: Those that are scores, whose intervals and whose differences to the baseline are shown, and whether with a sign.
+#: Those numbers of a run that are scores, and whether they have a sign. All but forgetting have intervals, and
+#: differences to the baseline as well.
 SCORES = {
     "OP": False,
     "BWT": True,
     "FWT": True,
     "Forgetting": False,
-    "general": True,
-    "instruction": True,
-    "safety": True,
+    **dict.fromkeys(DELTAS, True),
+}
+#: All numbers, and how they are written.
+_NUMBERS: dict[str, Callable[[float], str]] = {
+    **{name: partial(number, sign=sign) for name, sign in SCORES.items()},
+    "base": number,
+    "training min": number,
+    "evaluation min": number,
+    "trained tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
+    "judge tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
 }
 _TEXTS = ("method", "trains", "tasks", "train rows")
 
@@ -178,7 +173,8 @@ def write_comparison(runs: Sequence[Run], output: str | Path | None = None, base
 
     Args:
         runs: The runs.
-        output: A file whose name ends in .md, .csv, .tex or .html, and is written in that form.
+        output: A file whose name ends in .md, .csv, .tex or .html, and is written in that form; beside a page its
+            figures.
         baseline: See `compare`.
 
     Returns:
@@ -189,19 +185,13 @@ def write_comparison(runs: Sequence[Run], output: str | Path | None = None, base
     """
     check_output(output)
     comparison = compare(runs, baseline)
-    if output is not None:
-        write_form(comparison, Path(output))
-    return comparison.markdown()
-
-
-def write_form(comparison: Comparison, file: Path) -> None:
-    """Writes a comparison in the form that the file's name ends in; beside a page its figures."""
-    if file.suffix == ".html":
+    if output is not None and Path(output).suffix == ".html":
         from trace_bench.comparison_page import write_page
 
-        write_page(comparison, file)
-    else:
-        write_text(file, _FORMS[file.suffix](comparison))
+        write_page(comparison, Path(output))
+    elif output is not None:
+        write_text(Path(output), _FORMS[Path(output).suffix](comparison))
+    return comparison.markdown()
 
 
 _FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
@@ -236,10 +226,10 @@ def _scores(results: Results, judged: dict[str, Judged]) -> dict[str, Estimate]:
     last = results.run.stages[-1]
     found = {"general": results.general.get(last.index, _UNKNOWN)}
     found |= {name: net_win_rate(counts, last) for name, counts in judged.items()}
-    if results.has_mean:
-        found["OP"] = results.mean
     if results.is_sequential:
-        found |= {name: results.sequence[name][-1] for name in ("BWT", "FWT", "Forgetting")}
+        found |= {name: results.sequence[name][-1] for name in ("OP", "BWT", "FWT", "Forgetting")}
+    elif results.has_mean:
+        found["OP"] = results.mean
     return found
 
 
@@ -289,7 +279,9 @@ def _plain(task: str, run: Run) -> str:
     """The name of a task that the reasoning variant shares with the plain one."""
     plain = task.replace("reasoning_", "trace_", 1) if task in REASONING else task
     # A run that trains both variants of a task keeps them apart.
-    return task_name(task if plain in run.tasks else plain)
+    name = task_name(task if plain in run.tasks else plain)
+    taken = name in ("run", *_TEXTS, *_NUMBERS) or any(task_name(other) == name for other in run.tasks if other != task)
+    return f"task {task}" if taken else name
 
 
 # ------------------------------------------------------------------------------------------------- against a baseline
@@ -299,11 +291,12 @@ class Versus:
     """A run against the baseline.
 
     Attributes:
-        finals: Name of a task -> the difference in its final score.
-        scores: Those of `SCORES` -> the difference.
+        finals: Name of a task -> the paired difference in its final score; NaN where rows cannot be paired.
+        scores: Those of `SCORES` -> the difference, with an interval where rows can be paired.
 
-    Differences are fractions of 1, with an interval where both runs have the same test rows and settings. It is paired:
-    that of the mean over the rows of what one run makes of a row minus what the other does.
+    Differences are fractions of 1. Rows are paired where both runs have the same ones: of tasks under the same
+    conditions (`same_conditions`), of suites and judged sets whatever was trained. A paired interval is that of the
+    mean over the rows of what one run makes of a row minus what the other does.
     """
 
     def __init__(self, entry: Entry, against: Entry) -> None:
@@ -360,7 +353,7 @@ class Versus:
         return metrics.mean_of(found)
 
     def _of_verdicts(self, mine: Judged, theirs: Judged) -> Estimate:
-        """Of a net win rate, if verdicts on the same prompts were scored."""
+        """Of a net win rate, if the pairs that were scored are those of the same rows."""
         won = {"win": 1, "tie": 0, "lose": -1}
         found = []
         for judged, results in ((mine, self.mine), (theirs, self.theirs)):
@@ -468,7 +461,7 @@ def _line(entry: Entry, versus: Versus | None) -> dict[str, Any]:
         "run": entry.name,
         **entry.texts,
         **entry.numbers,
-        **{name: 100 * bound for name, bound in bounds.items()},
+        **{name: 100 * bound for name, bound in bounds.items() if not math.isnan(bound)},
         **entry.finals,
     }
 
@@ -552,6 +545,11 @@ def _conditions_besides(entry: Entry) -> dict[str, dict[str, Any]]:
             found[kind.name] = {
                 f"judge of {kind.name}": " and ".join(judges),
                 f"answers judged for {kind.name}": {suite: n["direct"]["n"] for suite, n in judged.items()},
+                **{
+                    f"data of {suite}": besides[last, suite]["settings"].get("data")
+                    for suite in judged
+                    if (last, suite) in besides
+                },
             }
     return found
 
@@ -623,7 +621,14 @@ def _definitions(entries: list[Entry], groups: list[list[Entry]]) -> list[str]:
     if any(not math.isnan(score.low) for e in entries for score in e.scores.values()):
         lines.append(
             "In brackets 95 % intervals over test rows: what other test rows would give, not another training seed. "
-            "Differences are paired where both runs have the same rows and settings; elsewhere they have no interval."
+            "Differences are paired where both runs have the same test rows and, of tasks, the same settings; "
+            "elsewhere they have no interval."
+        )
+    ends = {tuple(_plain(e.run.tasks[k], e.run) for k in (0, -1)) for e in entries if e.results.is_sequential}
+    if len(ends) > 1:
+        lines.append(
+            "BWT and Forgetting leave the last task of a run out, and FWT the first: in runs of other orders they may "
+            "be means over other tasks, and then their differences have no interval."
         )
     for group in groups:
         lines.append(

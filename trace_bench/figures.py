@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,8 +36,8 @@ if TYPE_CHECKING:
 MOST_CURVES = 24
 #: More runs than these are not drawn beside each other.
 MOST_RUNS = 40
-#: Deltas, which are drawn of runs that have them.
-SIGNED = ("general", "instruction", "safety")
+#: The three deltas (TRACE, section 3.3).
+DELTAS = ("general", "instruction", "safety")
 #: More stages than these are numbered, not named; more tasks have no number in the cells of the matrix.
 MOST_NAMES = 12
 
@@ -106,6 +108,10 @@ _STYLE: Any = {
 }
 
 
+#: Characters of a name that XML cannot hold.
+_NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
 @dataclass(frozen=True)
 class Picture:
     """A drawn figure."""
@@ -126,7 +132,7 @@ def pictures(results: Results) -> list[Picture]:
 
 def pictures_of_runs(comparison: Comparison) -> list[Picture]:
     """Draws several runs beside each other."""
-    return _drawn({"runs": _runs, "stages": _stages}, comparison)
+    return _drawn(_DRAW_RUNS, comparison)
 
 
 def _drawn(drawings: Mapping[str, Callable[[Any], tuple[Figure, str] | None]], of: Any) -> list[Picture]:
@@ -155,7 +161,7 @@ def _style() -> Iterator[None]:
 def _svg(figure: Figure) -> str:
     out = io.StringIO()
     figure.savefig(out, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    return out.getvalue()
+    return _NO_XML.sub("\ufffd", out.getvalue())
 
 
 def _png(figure: Figure) -> bytes:
@@ -165,7 +171,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def _cut(figure: Figure) -> float | None:
-    """Between the two halves of the columns, with room for the numbers at an axis; None where names are at the left."""
+    """Between the halves of two or four columns, with room for the numbers at an axis; None where there are names."""
     columns = sorted({tuple(axes.get_position().intervalx) for axes in figure.axes})
     if len(columns) not in (2, 4) or columns[0][0] * _WIDTH > 1:
         return None
@@ -203,6 +209,22 @@ def _axes(
     return figure, list(axes.flat)
 
 
+def _percent_panels(count: int, stages: Sequence[Stage]) -> tuple[Figure, list[Axes]]:
+    """A figure with so many small panels, four in a row, percent over stages; both halves of it have their numbers."""
+    columns = min(4, count)
+    rows = math.ceil(count / columns)
+    figure, axes = _axes(1.0 + 1.65 * rows, rows, columns, left=0.5, bottom=0.55, gap=0.42, sharex=True, sharey=True)
+    axes[0].set_ylim(-4, 104)
+    axes[0].set_yticks([0, 50, 100])
+    _name_stages(axes[0], stages, wide=False)
+    for i, panel in enumerate(axes):
+        panel.set_visible(i < count)
+        panel.tick_params(labelsize=8, labelbottom=i + columns >= count, labelleft=i % columns in (0, columns // 2))
+        if i + columns >= count:  # the lowest of its column
+            panel.set_xlabel("stage")
+    return figure, axes[:count]
+
+
 def stage_label(stage: Stage) -> str:
     """A stage's name in a figure."""
     if stage.index == 0:
@@ -211,7 +233,21 @@ def stage_label(stage: Stage) -> str:
 
 
 def _clipped(text: str, most: int = 14) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    """A text no longer than so many letters, its middle left out: names of runs differ at their ends."""
+    if _letters(text) <= most:
+        return text
+    head = tail = ""
+    for first, last in zip(text, reversed(text), strict=True):
+        if _letters(head + first + tail) < most:
+            head += first
+        if _letters(head + last + tail) < most:
+            tail = last + tail
+    return f"{head}…{tail}"
+
+
+def _letters(text: str) -> int:
+    """The width of a text; Chinese characters are twice as wide as others."""
+    return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def _name_stages(axes: Axes, stages: Sequence[Stage], wide: bool = True) -> None:
@@ -278,11 +314,9 @@ def _tasks(results: Results) -> tuple[Figure, str] | None:
         ranges = {i: np.nanmax(R[:, i]) - np.nanmin(R[:, i]) for i in drawn}
         drawn = sorted(sorted(drawn, key=lambda i: -ranges[i])[:MOST_CURVES])
         note = f" Shown are the {MOST_CURVES} of {len(run.tasks)} tasks whose scores have the widest range."
-    columns = min(4, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
-    figure, axes = _axes(0.95 + 1.65 * rows, rows, columns, left=0.5, bottom=0.5, gap=0.25, sharex=True, sharey=True)
+    figure, axes = _percent_panels(len(drawn), run.stages)
     numbers = range(len(run.stages))
-    for panel, i in zip(axes, drawn, strict=False):
+    for panel, i in zip(axes, drawn, strict=True):
         estimates = [results.cell(t, i) for t in numbers]
         own = i + 1 if results.is_sequential else None
         known = [t for t in numbers if not np.isnan(R[t, i])]
@@ -293,12 +327,6 @@ def _tasks(results: Results) -> tuple[Figure, str] | None:
             panel.axvline(own, color=RULE, linewidth=1.2)
             panel.plot([own], [100 * R[own, i]], color=ORANGE, marker="D", markersize=6.0, linestyle="none")
         panel.set_title(_clipped(task_name(run.tasks[i]), 22))
-    for panel in axes[len(drawn) :]:
-        panel.set_visible(False)
-    axes[0].set_ylim(-4, 104)
-    axes[0].set_yticks([0, 50, 100])
-    _name_stages(axes[0], run.stages, wide=False)
-    figure.text(0.5, 0.08 / figure.get_figheight(), "stage", ha="center", color=MUTED)
     own_text = " Diamond: right after the task's own stage." if results.is_sequential else ""
     return figure, f"Score of each task over the stages, percent; bars: 95 % intervals.{own_text}{note}"
 
@@ -468,7 +496,9 @@ def _cost(results: Results) -> tuple[Figure, str] | None:
 
 def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
     entries, against = comparison.entries[:MOST_RUNS], comparison.against
-    shown = [n for n in ("OP", "BWT", *SIGNED) if any(not math.isnan(e.scores[n].value) for e in entries)]
+    if against not in entries:
+        entries = [*entries[:-1], against]
+    shown = [n for n in ("OP", "BWT", *DELTAS) if any(not math.isnan(e.scores[n].value) for e in entries)]
     if not shown:
         return None
     papers = {f"paper: {r['method']}": r for r in comparison.references}
@@ -491,9 +521,7 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
         panel.grid(False, axis="y")
     axes[0].set_yticks(range(len(names)), [_clipped(name, 30) for name in names])
     axes[0].set_ylim(len(names) - 0.4, -0.6)
-    note = f" Shown are the first {MOST_RUNS} of {len(comparison.entries)} runs." * (
-        len(comparison.entries) > MOST_RUNS
-    )
+    note = f" Shown are {MOST_RUNS} of {len(comparison.entries)} runs." * (len(comparison.entries) > MOST_RUNS)
     grey = " Grey, hollow: the paper's." if papers else ""
     return figure, (
         f"Percent and points; bars: 95 % intervals over test rows. Square and dashed line: {against.name}.{grey}{note}"
@@ -501,15 +529,15 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
 
 
 def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
-    entries = [e for e in comparison.entries if e.results.is_sequential and len(e.run.stages) > 2]
+    sequential = [e for e in comparison.entries if e.results.is_sequential and len(e.run.stages) > 2]
+    entries = [e for e in sequential if not all(math.isnan(op.value) for op in e.results.sequence["OP"])]
     if not entries:
         return None
     note = f" Shown are the first {MOST_CURVES} of {len(entries)} runs." if len(entries) > MOST_CURVES else ""
     entries, against = entries[:MOST_CURVES], comparison.against
-    columns = min(4, len(entries))
-    rows = math.ceil(len(entries) / columns)
-    figure, axes = _axes(0.95 + 1.65 * rows, rows, columns, left=0.5, bottom=0.5, gap=0.25, sharex=True, sharey=True)
-    for panel, entry in zip(axes, entries, strict=False):
+    longest = max(entries, key=lambda e: len(e.run.stages))
+    figure, axes = _percent_panels(len(entries), longest.run.stages[1:])
+    for panel, entry in zip(axes, entries, strict=True):
         if against.results.is_sequential and entry is not against:
             theirs = against.results.sequence["OP"]
             panel.plot(range(1, len(theirs) + 1), [100 * e.value for e in theirs], color=GREY, linewidth=1.2)
@@ -517,13 +545,6 @@ def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
         colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
         _line(panel, range(1, len(estimates) + 1), estimates, colour, marker, markersize=3.5)
         panel.set_title(_clipped(entry.name, 26))
-    for panel in axes[len(entries) :]:
-        panel.set_visible(False)
-    longest = max(entries, key=lambda e: len(e.run.stages))
-    axes[0].set_ylim(-4, 104)
-    axes[0].set_yticks([0, 50, 100])
-    _name_stages(axes[0], longest.run.stages[1:], wide=False)
-    figure.text(0.5, 0.08 / figure.get_figheight(), "stage", ha="center", color=MUTED)
     grey = f" Grey: {against.name}." if against.results.is_sequential and len(entries) > 1 else ""
     return figure, f"OP_t, the mean of the tasks seen so far, percent; bars: 95 % intervals over test rows.{grey}{note}"
 
@@ -538,5 +559,6 @@ _DRAW = {
     "losses": _losses,
     "cost": _cost,
 }
-#: The figures that there may be.
-NAMES = tuple(_DRAW)
+_DRAW_RUNS = {"runs": _runs, "stages": _stages}
+#: The figures that there may be, of a run and of several.
+NAMES, RUNS_NAMES = tuple(_DRAW), tuple(_DRAW_RUNS)

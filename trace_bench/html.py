@@ -11,7 +11,7 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -69,21 +69,25 @@ def write_page(results: Results, sections: Iterable[Section]) -> None:
         results: The numbers of the run.
         sections: The texts and tables of its report.
     """
-    folder = results.run.path / "figures"
     drawn = {picture.name: picture for picture in pictures(results)}
-    for name in NAMES:
-        if name not in drawn:  # of an earlier report, when there was something to draw
-            for kind in ("svg", "png"):
-                (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    write_pictures(folder, drawn.values())
+    write_pictures(results.run.path / "figures", drawn.values(), NAMES)
     write_text(results.run.path / "report.html", _page(results, {s.key: s.blocks for s in sections}, drawn))
 
 
-def write_pictures(folder: Path, drawn: Iterable[Picture]) -> None:
-    """Writes figures as SVG and PNG."""
+def write_pictures(folder: Path, drawn: Collection[Picture], names: Iterable[str]) -> None:
+    """Writes figures as SVG and PNG, and removes those of an earlier report for which there is nothing to draw now.
+
+    Args:
+        folder: Where.
+        drawn: The figures.
+        names: Of all that there may be.
+    """
     for picture in drawn:
         write_text(folder / f"{picture.name}.svg", picture.svg)
         write_bytes(folder / f"{picture.name}.png", picture.png)
+    for name in set(names) - {picture.name for picture in drawn}:
+        for kind in ("svg", "png"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
 
 
 def _page(results: Results, blocks: dict[str, list[Block]], drawn: dict[str, Picture]) -> str:
@@ -209,28 +213,31 @@ def _inline(text: str) -> str:
     return re.sub(r"\*\*(.*?)\*\*", r"<strong>\1</strong>", text)
 
 
-def table_html(table: Table, links: Mapping[str, str] | None = None, heat: bool = False) -> str:
+def table_html(
+    table: Table, links: Mapping[str, str] | None = None, *, heat: bool = False, elsewhere: str = "report.md"
+) -> str:
     """A table, its rows for orientation in grey.
 
     Args:
         table: The table.
         links: First cell of a row -> where it leads.
         heat: Whether its numbers are percent and coloured.
+        elsewhere: What has the table if it is too large for the page.
     """
     if len(table.rows) * len(table.header) > TABLE_CELLS:
-        return f"<p>A table of {len(table.rows)} rows and {len(table.header)} columns is in report.md.</p>"
+        return f"<p>A table of {len(table.rows)} rows and {len(table.header)} columns is in {elsewhere}.</p>"
+    of_text = [i for i, column in enumerate(zip(*table.rows, strict=True)) if i and not heat and _is_text(column)]
     own, body = len(table.rows) - table.apart, ""
     for i, (first, *rest) in enumerate(table.rows):
         name = _inline(first)
         if links and first in links:
             name = f'<a href="{escape(links[first])}">{name}</a>'
         apart = ' class="apart"' if i >= own else ""
-        cells = "".join(map(_heat_html if heat else _cell_html, rest))
+        cells = "".join(_heat_html(c) if heat else _cell_html(c, k in of_text) for k, c in enumerate(rest, 1))
         body += f'<tr{apart}><th scope="row">{name}</th>{cells}</tr>\n'
-    kind = ' class="matrix"' if heat else ""
-    of_text = [i for i, column in enumerate(zip(*table.rows, strict=True)) if i and not heat and _is_text(column)]
+    kind, key = (' class="matrix"', f'<p class="caption">{HEAT_KEY}</p>') if heat else ("", "")
     head = _head_html(table.header, of_text)
-    return _scroll(f"<table{kind}>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>")
+    return _scroll(f"<table{kind}>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>") + key
 
 
 def _head_html(header: Sequence[str], of_text: Sequence[int] = ()) -> str:
@@ -240,7 +247,8 @@ def _head_html(header: Sequence[str], of_text: Sequence[int] = ()) -> str:
 
 
 def _is_text(column: Iterable[str]) -> bool:
-    return not any(_NUMBER.match(cell) for cell in column)
+    known = [cell for cell in column if cell != DASH]
+    return bool(known) and not any(_NUMBER.match(cell) for cell in known)
 
 
 #: How a cell begins that is a number, or would be one.
@@ -253,8 +261,9 @@ def _lines(text: str) -> str:
     return escape(first) + "".join(f"<br><small>{escape(line)}</small>" for line in rest)
 
 
-def _cell_html(text: str) -> str:
-    kind = "number" if _NUMBER.match(text) else "text"
+def _cell_html(text: str, of_text: bool) -> str:
+    """A cell, of a column of texts or of numbers, in which there may be texts, too."""
+    kind = "number" if _NUMBER.match(text) and not of_text else "text"
     if text.endswith(("↓", "↑")):
         kind += " down" if text.endswith("↓") else " up"
     return f'<td class="{kind}">{_inline(text)}</td>'

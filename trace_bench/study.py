@@ -40,7 +40,8 @@ from typing import Any
 
 import yaml
 
-from trace_bench.comparison import compare, write_form
+from trace_bench.comparison import compare
+from trace_bench.comparison_page import write_page
 from trace_bench.report import write_report
 from trace_bench.run import Run, RunError, write_text
 
@@ -235,8 +236,8 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
     text = head + "".join(f"{line}\n\n" for line in lines)
     if there:
         comparison = compare(there)
+        write_text(folder / "summary.csv", comparison.csv())
+        write_page(comparison, folder / "summary.html", text)
         text += comparison.markdown()
-        for ending in (".csv", ".html"):
-            write_form(comparison, folder / f"summary{ending}")
     write_text(folder / "summary.md", text)
     return text

@@ -220,7 +220,7 @@ class CLConfig(SFTConfig):
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints within a stage to keep."})
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
-        metadata={"help": "Trackers, such as trackio, wandb and tensorboard: a run of each for each stage."},
+        metadata={"help": "Trackers, such as trackio wandb tensorboard: a run of each for each stage. [none]"},
     )
 
     # HF reads these fields as JSON when they come from the command line.
@@ -1211,6 +1211,8 @@ def _train_stage(
     checkpoint = trainer.resume()
     if checkpoint is not None:
         _say(state, f"stage {stage.index}/{len(run.stages) - 1} {stage.name}: goes on at step {trainer.before['step']}")
+    elif state.is_main_process:  # what TensorBoard was told of an attempt that was lost
+        shutil.rmtree(run.path / "tensorboard" / stage.name, ignore_errors=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     ending = time.perf_counter()
     trainer.end_stage()
