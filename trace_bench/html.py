@@ -258,7 +258,9 @@ _NUMBER = re.compile(r"[+-]?\d|–")
 def _lines(text: str) -> str:
     """A head of a table: its first line, and smaller what follows `<br>`."""
     first, *rest = text.split("<br>")
-    return escape(first) + "".join(f"<br><small>{escape(line)}</small>" for line in rest)
+    # A name such as C-STANCE stays on one line.
+    whole = re.sub(r"(\S+-\S+)", r'<span class="word">\1</span>', escape(first))
+    return whole + "".join(f"<br><small>{escape(line)}</small>" for line in rest)
 
 
 def _cell_html(text: str, of_text: bool) -> str:
