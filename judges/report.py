@@ -78,6 +78,10 @@ def sections(run: Run) -> Iterable[Block]:
 def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
     suites = sorted({suite for _, suite in found})
     yield f"## {kind.title}\n\n" + "\n".join(_notes(run, kind, found, suites))
+    forced = sum(n["forced"] for n in found.values())
+    if forced:
+        share = _rate(forced / sum(n["requests"] for n in found.values()))
+        yield f"> **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one."
     rows = []
     for stage in run.stages:
         mine = [numbers for (index, _), numbers in found.items() if index == stage.index]
@@ -159,10 +163,6 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
     failed = sum(n["failed"] for n in found.values())
     if failed:
         yield f"- {failed} requests failed and count as unscored: the same `trace-bench judge` asks them again"
-    forced = sum(n["forced"] for n in found.values())
-    if forced:
-        share = _rate(forced / sum(n["requests"] for n in found.values()))
-        yield f"- **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one"
     unpaired = sum(n["unpaired"] for n in found.values())
     if unpaired:
         yield f"- {unpaired} rows had no partner at the base model and were left out"
