@@ -14,11 +14,12 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from made_runs import NAN, TASKS, make_rich_run, make_run, without
+from made_runs import NAN, TASKS, make_rich_run, make_run, without, write_cell
 from PIL import Image
 
 from trace_bench import figures, html
 from trace_bench.comparison import compare, write_comparison
+from trace_bench.data import JUDGED
 from trace_bench.report import write_report
 from trace_bench.run import Run, read_jsonl, write_jsonl
 from trace_bench.tables import DASH
@@ -581,3 +582,17 @@ def test_print_shows_all(visit, rich):
     clipped = page.evaluate(f"{boxes}.filter((e) => getComputedStyle(e).overflowX !== 'visible').length")
     assert clipped == 0
     assert len(page.pdf()) > 50_000
+
+
+def test_print_has_room_for_every_judged_set(visit, make):
+    run = make()
+    for stage in (run.stages[0], run.stages[3]):
+        for k, name in enumerate(JUDGED):
+            columns = {"characters": np.full(8, 400.0), "empty": np.arange(8) < k}
+            write_cell(stage, name, columns, settings={"test_rows": 8, "backend": "hf"})
+    write_report(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8").split("## Answers for the judges")[1]
+    assert "| 3_trace_meetingbank | 400 | 400 (12 %) | 400 (25 %) |" in text
+    page = visit(run, 720)
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 720

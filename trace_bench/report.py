@@ -458,8 +458,8 @@ def _judged_section(run: Run, besides: Cells) -> Iterable[Block]:
     if not cells:
         return
     yield (
-        "## Answers for the judges\n\nMean length of an answer in characters, and the percentage of empty ones. They "
-        "say whether there is something to judge, not how good it is."
+        "## Answers for the judges\n\nCharacters of an answer on average; in brackets the percentage of answers that are "
+        "empty, where some are. They say whether there is something to judge, not how good it is."
     )
     limits = {cell["settings"]["test_rows"] for cell in cells.values()} - {None}
     if limits:
@@ -469,7 +469,8 @@ def _judged_section(run: Run, besides: Cells) -> Iterable[Block]:
     def text(cell: dict[str, Any] | None) -> str:
         if cell is None:
             return DASH
-        return f"{cell['metrics']['characters']['value']:.0f}, {percent(cell['metrics']['empty']['value'])} empty"
+        characters, empty = (cell["metrics"][name]["value"] for name in ("characters", "empty"))
+        return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
 
     yield Table(
         ["stage", *(f"{n}<br>{next(c['n'] for (_, m), c in cells.items() if m == n)} prompts" for n in names)],
