@@ -589,7 +589,7 @@ def test_print_has_room_for_every_judged_set(visit, make):
     for stage in (run.stages[0], run.stages[3]):
         for k, name in enumerate(JUDGED):
             columns = {"characters": np.full(8, 400.0), "empty": np.arange(8) < k}
-            write_cell(stage, name, columns, settings={"test_rows": 8, "backend": "hf"})
+            write_cell(stage, name, columns, settings={"test_rows": 8, "backend": "hf"}, version=1)
     write_report(run)
     text = (run.path / "report.md").read_text(encoding="utf-8").split("## Answers for the judges")[1]
     assert "| 3_trace_meetingbank | 400 | 400 (12 %) | 400 (25 %) |" in text

@@ -458,8 +458,8 @@ def _judged_section(run: Run, besides: Cells) -> Iterable[Block]:
     if not cells:
         return
     yield (
-        "## Answers for the judges\n\nCharacters of an answer on average; in brackets the percentage of answers that are "
-        "empty, where some are. They say whether there is something to judge, not how good it is."
+        "## Answers for the judges\n\nCharacters of an answer on average; in brackets the percentage of answers that "
+        "are empty, where some are. They say whether there is something to judge, not how good it is."
     )
     limits = {cell["settings"]["test_rows"] for cell in cells.values()} - {None}
     if limits:
