@@ -31,6 +31,7 @@ from trace_bench.run import (
     write_json,
     write_jsonl,
 )
+from trace_bench.tables import task_name
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def _evaluate(
             if i + 1 < len(order):
                 lm.prepare(order[i + 1][0].checkpoint)
             for batch in _batches(todo, tasks):
-                bar.set_postfix_str(f"{stage.name}: {', '.join(batch)}"[:60])
+                bar.set_postfix_str(f"{stage.name}: {', '.join(map(task_name, batch))}"[:60])
                 if batch[0] in groups:
                     _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], engine_args, checkpoint)
                 else:
