@@ -889,6 +889,7 @@ class _Progress(ProgressCallback):
         self.title = f"stage {trainer.stage.index}/{len(stages)} {task_name(trainer.stage.task or trainer.stage.name)}"
         self.trained = [read_json(s.train_file)["seconds"] for s in stages if s.train_file.exists()]
         self.stages = len(stages)
+        self.watched = sys.stderr.isatty()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.current_step = state.global_step  # a stage that goes on
@@ -899,6 +900,7 @@ class _Progress(ProgressCallback):
                 desc=self.title,
                 dynamic_ncols=True,
                 bar_format="{desc} {bar} step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}",
+                mininterval=0.1 if self.watched else 30,  # in a file every state would be a line
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
@@ -909,7 +911,7 @@ class _Progress(ProgressCallback):
         if len(self.trained) + 1 < self.stages:
             left = seconds_left(self.trained, self.stages, seconds, state.global_step / state.max_steps)
             text += f", run {duration(left)} left"
-        self.training_bar.set_postfix_str(text)
+        self.training_bar.set_postfix_str(text, refresh=self.watched)
 
 
 # ----------------------------------------------------------------------------------------------------- the stage loop
