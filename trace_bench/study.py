@@ -232,7 +232,8 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
         except RunError as e:
             failed.setdefault(name, str(e))
     lines = [f"> **Failed:** `{name}`: {why}." for name, why in failed.items()]
-    lines += [f"> Not done: `{name}`." for name in missing if name not in failed]
+    undone = [f"`{name}`" for name in missing if name not in failed]
+    lines += [f"> Not done: {', '.join(undone)}."] if undone else []
     text = head + "".join(f"{line}\n\n" for line in lines)
     if there:
         comparison = compare(there)
