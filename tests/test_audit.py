@@ -11,6 +11,7 @@ from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.scaling import TOKENS
 from trace_bench import audit, data, models
 from trace_bench.audit import Split, as_text, overlap, shingles, similar, without_leaked, without_rows
 from trace_bench.cli import main
@@ -675,18 +676,8 @@ def test_the_variants_of_the_data_are_not_nested():
 @pytest.mark.slow  # counts 20 million characters
 def test_lengths_in_tokens_are_those_that_are_known():
     """Median tokens of prompts and answers, SmolLM2's tokenizer; what is known of them is of other rows in part."""
-    known = {
-        "trace_cstance": (278, 1),
-        "trace_fomc": (77, 1),
-        "trace_meetingbank": (776, 72),
-        "trace_py150": (222, 11),
-        "trace_scienceqa": (73, 172),
-        "trace_numglue_cm": (46, 2),
-        "trace_numglue_ds": (39, 2),
-        "trace_20minuten": (871, 96),
-    }
     report = audit.audit(SMALL, audit.open_tokenizer(None))
-    for task, medians in known.items():
+    for task, medians in TOKENS.items():
         train = report["tasks"][task]["splits"]["train"]
         found = tuple(train[field]["tokens"]["median"] for field in ("prompt", "answer"))
         assert found == pytest.approx(medians, rel=0.15), task

@@ -18,19 +18,18 @@ from typing import Any
 import numpy as np
 
 from judges.judging import KINDS
-from judges.report import Judged, judge_tokens, net_win_rate, verdicts
-from judges.report import load as load_judged
+from judges.report import judge_tokens, net_win_rate, verdicts
 from trace_bench import metrics, paper
 from trace_bench.bounds import conditions, same_conditions
 from trace_bench.data import GROUPS, ORDERS, REASONING, SUITES
-from trace_bench.figures import DELTAS
 from trace_bench.metrics import Estimate, Matrix
-from trace_bench.results import Results
-from trace_bench.run import Run, RunError, differences, read_json, write_text
+from trace_bench.results import DELTAS, Results
+from trace_bench.run import Run, RunError, differences, write_text
 from trace_bench.tables import (
     DASH,
     Table,
     arrow,
+    count,
     latex,
     latex_text,
     left_out_text,
@@ -57,8 +56,8 @@ _NUMBERS: dict[str, Callable[[float], str]] = {
     "base": number,
     "training min": number,
     "evaluation min": number,
-    "trained tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
-    "judge tokens": lambda v: DASH if math.isnan(v) else f"{v:,.0f}",
+    "trained tokens": count,
+    "judge tokens": count,
 }
 _TEXTS = ("method", "trains", "tasks", "train rows")
 
@@ -69,8 +68,6 @@ class Entry:
 
     name: str
     results: Results
-    judged: dict[str, Judged]
-    """Kind -> what `judges.report.load` found."""
     texts: dict[str, str]
     scores: dict[str, Estimate]
     """Those of `SCORES`, fractions of 1; NaN = not known, or not defined for the run."""
@@ -214,18 +211,17 @@ def check_output(output: str | Path | None) -> None:
 def _entry(name: str, run: Run) -> Entry:
     results = Results(run)
     finals = {_plain(task, run): 100 * float(v) for task, v in zip(run.tasks, results.final, strict=True)}
-    judged = {kind.name: load_judged(run, kind) for kind in KINDS}
-    scores = dict.fromkeys(SCORES, _UNKNOWN) | _scores(results, judged)
-    return Entry(name, results, judged, _texts(run), scores, _numbers(results, judged, scores), finals)
+    scores = dict.fromkeys(SCORES, _UNKNOWN) | _scores(results)
+    return Entry(name, results, _texts(run), scores, _numbers(results, scores), finals)
 
 
 _UNKNOWN = Estimate(math.nan)
 
 
-def _scores(results: Results, judged: dict[str, Judged]) -> dict[str, Estimate]:
+def _scores(results: Results) -> dict[str, Estimate]:
     last = results.run.stages[-1]
     found = {"general": results.general.get(last.index, _UNKNOWN)}
-    found |= {name: net_win_rate(counts, last) for name, counts in judged.items()}
+    found |= {name: net_win_rate(counts, last) for name, counts in results.judged.items()}
     if results.is_sequential:
         found |= {name: results.sequence[name][-1] for name in ("OP", "BWT", "FWT", "Forgetting")}
     elif results.has_mean:
@@ -256,13 +252,12 @@ def _list_of_tasks(run: Run) -> str:
     return f"{len(tasks)} ({', '.join(tasks if len(tasks) <= 4 else [*tasks[:3], '…'])})"
 
 
-def _numbers(results: Results, judged: dict[str, Judged], scores: dict[str, Estimate]) -> dict[str, float]:
+def _numbers(results: Results, scores: dict[str, Estimate]) -> dict[str, float]:
     """The numbers of a run: scores in percent; NaN = not known, or not defined for the method."""
     run = results.run
-    trained = [read_json(s.train_file) if s.train_file.exists() else None for s in run.stages[1:]]
-    done = [t for t in trained if t is not None]
-    complete = len(done) == len(trained)
-    replies = judge_tokens(judged.values())
+    done = results.training.values()
+    complete = len(done) == len(run.stages) - 1
+    replies = judge_tokens(results.judged.values())
     measured = [*results.cells.values(), *results.besides.values()]
     zero_shot = run.tasks and not run.manifest["config"].get("num_fewshot")
     return {
@@ -317,7 +312,7 @@ class Versus:
             "BWT": self._of_changes(slice(None, -1), Results.rows_since_own),
             "FWT": self._of_changes(slice(1, None), Results.rows_ahead),
             "general": self._of_suites(),
-            **{kind.name: self._of_verdicts(entry.judged[kind.name], against.judged[kind.name]) for kind in KINDS},
+            **{kind.name: self._of_verdicts(kind.name) for kind in KINDS},
         }
         self.scores = {
             name: Estimate(value, *(paired[name][1:] if name in paired and not math.isnan(value) else ()))
@@ -352,16 +347,16 @@ class Versus:
                 found += one.estimates(changes[:, None], metrics.difference_interval)
         return metrics.mean_of(found)
 
-    def _of_verdicts(self, mine: Judged, theirs: Judged) -> Estimate:
+    def _of_verdicts(self, kind: str) -> Estimate:
         """Of a net win rate, if the pairs that were scored are those of the same rows."""
         won = {"win": 1, "tie": 0, "lose": -1}
         found = []
-        for judged, results in ((mine, self.mine), (theirs, self.theirs)):
+        for results in (self.mine, self.theirs):
             last = results.run.stages[-1]
             found.append(
                 {
                     (suite, doc_id): won[verdict]
-                    for index, suite in judged
+                    for index, suite in results.judged[kind]
                     if index == last.index
                     for doc_id, verdict in verdicts(last, suite).items()
                     if verdict in won
@@ -538,7 +533,7 @@ def _conditions_besides(entry: Entry) -> dict[str, dict[str, Any]]:
                 f"version of {suite}": cell["version"],
             }
     for kind in KINDS:
-        judged = {suite: n for (i, suite), n in entry.judged[kind.name].items() if i == last}
+        judged = {suite: n for (i, suite), n in entry.results.judged[kind.name].items() if i == last}
         found[kind.name] = {}
         if judged:
             judges = sorted({json.dumps(n["settings"], sort_keys=True) for n in judged.values()})

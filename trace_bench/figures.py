@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from judges.judging import KINDS
-from judges.report import load, pooled
+from judges.report import pooled
 from trace_bench.data import SUITES
 from trace_bench.metrics import Estimate
-from trace_bench.results import Results, headline
+from trace_bench.results import DELTAS, Results, headline
 from trace_bench.run import Stage
 from trace_bench.tables import DASH, task_name
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 MOST_CURVES = 24
 #: More runs than these are not drawn beside each other.
 MOST_RUNS = 40
-#: The three deltas (TRACE, section 3.3).
-DELTAS = ("general", "instruction", "safety")
 #: More stages than these are numbered, not named; more tasks have no number in the cells of the matrix.
 MOST_NAMES = 12
 
@@ -414,10 +412,9 @@ def _general(results: Results) -> tuple[Figure, str] | None:
 
 
 def _judged(results: Results) -> tuple[Figure, str] | None:
-    found = {kind: load(results.run, kind) for kind in KINDS}
     shown = {}
-    for kind, judged in found.items():
-        counts = {stage.index: pooled(judged, stage) for stage in results.run.stages}
+    for kind in KINDS:
+        counts = {stage.index: pooled(results.judged[kind.name], stage) for stage in results.run.stages}
         scored = {i: c for i, c in counts.items() if c and c["n"] > c["unscored"]}
         if scored:
             shown[kind] = scored

@@ -21,13 +21,13 @@ from xml.etree import ElementTree
 import numpy as np
 
 from judges.judging import KINDS
-from judges.report import load, net_win_rate, verdicts
+from judges.report import net_win_rate, verdicts
 from trace_bench.data import JUDGED, SUITES
 from trace_bench.figures import COLOURS, NAMES, Picture, pictures, stage_label
 from trace_bench.metrics import Estimate
 from trace_bench.results import Results
 from trace_bench.run import read_jsonl, write_bytes, write_text
-from trace_bench.tables import DASH, Block, Section, Table, arrow, percent, task_name
+from trace_bench.tables import DASH, Block, Section, Table, arrow, length, percent, task_name
 
 #: Size of the samples in the page. Those that changed most come first, so what is left out changed least.
 SAMPLE_BYTES = 2_500_000
@@ -337,7 +337,7 @@ def _tiles_html(results: Results) -> str:
         tiles.append(("Mean", "of the tasks", results.mean, False))
     tiles.append(("Δ general", "ability, mean of the suites", results.general.get(last.index, _UNKNOWN), True))
     for kind in KINDS:
-        net = net_win_rate(load(results.run, kind), last)
+        net = net_win_rate(results.judged[kind.name], last)
         tiles.append((f"Δ {kind.name}", "wins minus losses against the base model", net, True))
     return '<dl class="tiles">' + "".join(_tile_html(*tile) for tile in tiles) + "</dl>"
 
@@ -473,7 +473,7 @@ def _read_answers(results: Results) -> list[_Answers]:
 
 def _verdicts(results: Results, index: int, name: str) -> dict[Any, str]:
     """doc_id -> what judges say of a stage's answer against the base model's; empty if it was not judged."""
-    current = name in JUDGED and any((index, name) in load(results.run, kind) for kind in KINDS)
+    current = any((index, name) in judged for judged in results.judged.values())
     return verdicts(results.run.stages[index], name) if index and current else {}
 
 
@@ -521,10 +521,7 @@ def _lengths_blocks(results: Results, answers: Sequence[_Answers]) -> list[Block
     stages = [s for s in results.run.stages if any(s.index in a.lengths for a in measured)]
 
     def cell(a: _Answers, index: int) -> str:
-        if index not in a.lengths:
-            return DASH
-        characters, empty = a.lengths[index]
-        return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
+        return length(*a.lengths[index]) if index in a.lengths else DASH
 
     return [
         "## Lengths\n\nCharacters of prompts and of answers, on average; in brackets the percentage of answers that "

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from judges.judging import KINDS
-from judges.report import judge_tokens, load
+from judges.report import judge_tokens
 from judges.report import sections as judged_sections
 from trace_bench import paper
 from trace_bench.bounds import BOUNDS, bounds
@@ -31,7 +30,9 @@ from trace_bench.tables import (
     Section,
     Table,
     arrow,
+    count,
     left_out_text,
+    length,
     markdown,
     percent,
     percent_with_interval,
@@ -469,8 +470,7 @@ def _judged_section(run: Run, besides: Cells) -> Iterable[Block]:
     def text(cell: dict[str, Any] | None) -> str:
         if cell is None:
             return DASH
-        characters, empty = (cell["metrics"][name]["value"] for name in ("characters", "empty"))
-        return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
+        return length(*(cell["metrics"][name]["value"] for name in ("characters", "empty")))
 
     yield Table(
         ["stage", *(f"{n}<br>{next(c['n'] for (_, m), c in cells.items() if m == n)} prompts" for n in names)],
@@ -496,7 +496,7 @@ def _paper_section(run: Run) -> Iterable[Block]:
 
 def _cost_section(results: Results) -> Iterable[Block]:
     """What each stage took, and all of them."""
-    judged = judge_tokens(load(results.run, kind) for kind in KINDS)
+    judged = judge_tokens(results.judged.values())
     rows = []
     for stage in results.run.stages:
         train = results.training.get(stage.index, {})
@@ -504,25 +504,21 @@ def _cost_section(results: Results) -> Iterable[Block]:
         rows.append(
             [
                 stage.name,
-                *(_count(train.get(key)) for key in ("rows", "steps", "tokens", "seconds", "tokens_per_second")),
+                *(count(train.get(key)) for key in ("rows", "steps", "tokens", "seconds", "tokens_per_second")),
                 memory,
-                _count(results.evaluation_seconds(stage)),
-                _count(judged.get(stage.index)),
+                count(results.evaluation_seconds(stage)),
+                count(judged.get(stage.index)),
             ]
         )
     sums = [
-        _count(sum(t[key] for t in results.training.values()) if results.training else None)
+        count(sum(t[key] for t in results.training.values()) if results.training else None)
         for key in ("rows", "steps", "tokens", "seconds")
     ]
-    evaluation = _count(sum(map(results.evaluation_seconds, results.run.stages)))
-    rows.append(["in all", *sums, DASH, DASH, evaluation, _count(sum(judged.values()) if judged else None)])
+    evaluation = count(sum(map(results.evaluation_seconds, results.run.stages)))
+    rows.append(["in all", *sums, DASH, DASH, evaluation, count(sum(judged.values()) if judged else None)])
     yield "## Cost"
     header = ["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s", "judge tokens"]
     yield without_empty_columns(Table(header, rows))
-
-
-def _count(value: float | None) -> str:
-    return DASH if value is None else f"{value:,.0f}"
 
 
 def _provenance(run: Run, cells: dict, besides: dict) -> str:

@@ -15,12 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from judges.judging import KINDS
+from judges.report import Judged
+from judges.report import load as load_judged
 from trace_bench import metrics
 from trace_bench.audit import without_rows
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 
+#: The three deltas (TRACE, section 3.3).
+DELTAS = ("general", *(kind.name for kind in KINDS))
 #: (stage index, name of the task, suite or set) -> the content of its eval file.
 Cells = dict[tuple[int, str], dict[str, Any]]
 
@@ -247,6 +252,11 @@ class Results:
     def _rows(self, names: Iterable[str], cells: Cells) -> dict[str, Rows]:
         loaded = {name: load_rows(self.run, name, cells) for name in names}
         return {name: rows for name, rows in loaded.items() if rows is not None}
+
+    @cached_property
+    def judged(self) -> dict[str, Judged]:
+        """Kind of judgement -> what `judges.report.load` found."""
+        return {kind.name: load_judged(self.run, kind) for kind in KINDS}
 
     @cached_property
     def training(self) -> dict[int, dict[str, Any]]:

@@ -73,7 +73,7 @@ def _training(stage: Stage) -> str:
     text = f"step {p['step']} of {p['steps']}, loss {p['loss']:.3f}, {p['tokens'] / p['seconds']:.0f} tokens/s"
     if silent > SILENT:
         return f"training was interrupted {duration(silent)} ago at {text}"
-    left = p["seconds"] / p["step"] * (p["steps"] - p["step"])
+    left = seconds_left([], 1, p["seconds"], p["step"] / p["steps"])
     return f"training: {text}, {duration(left)} left"
 
 

@@ -27,6 +27,16 @@ def number(value: float | None, sign: bool = False) -> str:
     return f"{value:+.1f}" if sign else f"{value:.1f}"
 
 
+def count(value: float | None) -> str:
+    """A whole number; a dash where there is none."""
+    return DASH if value is None or math.isnan(value) else f"{value:,.0f}"
+
+
+def length(characters: float, empty: float) -> str:
+    """How long answers are on average, and in brackets the percentage of empty ones, where some are."""
+    return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
+
+
 def percent(value: float, sign: bool = False) -> str:
     """A fraction of 1 as percent."""
     return number(100 * value, sign)
