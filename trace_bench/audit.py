@@ -30,6 +30,7 @@ from trace_bench.models import QUICKSTART, ModelError, load_tokenizer, resolve_m
 from trace_bench.run import Run, RunError, fingerprint, read_json
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES
+from trace_tasks.tokens import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -409,7 +410,7 @@ def _counters(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]],
     """Functions that count the tokens of prompts, as they are tested, and of answers, without EOS."""
 
     def prompts(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in data.prompt_ids(tokenizer, texts)]
+        return [len(ids) for ids in prompt_ids(tokenizer, texts)]
 
     def answers(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]

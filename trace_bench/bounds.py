@@ -22,7 +22,7 @@ BOUNDS = {
     "joint": "joint (multi-task)",
 }
 #: Settings under which a score is measured: scores of other ones are other numbers.
-_MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
+_MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 #: Settings of the training. A bound with others is still a bound, and the report says so.
 _TRAINED = (
     "train_rows",

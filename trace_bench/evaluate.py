@@ -32,6 +32,7 @@ from trace_bench.run import (
     write_jsonl,
 )
 from trace_bench.tables import task_name
+from trace_tasks.tokens import Chat, PromptError, prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,9 @@ def _evaluate(
         "chat_template": config.get("chat_template", False),
         "num_fewshot": config.get("num_fewshot"),
     }
+    template_args = config.get("chat_template_args") or {}
+    if template_args and settings["chat_template"]:
+        settings["chat_template_args"] = template_args
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
     engine_args = {k: v for k, v in engine_args.items() if v is not None}
     refuse_secrets(engine_args)
@@ -135,6 +139,10 @@ def _evaluate(
     if not judged:  # else it was checked above
         use_data(run, data_path)
     check_base(run)
+    if settings["chat_template"]:
+        model = run.manifest["model"]
+        tokenizer = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trusted)
+        check_room(make_chat(config, run, tokenizer), settings["max_prompt_length"])
     base = _base_tensors(run, settings["backend"])
     for stage in plan:
         check_checkpoint(stage, base)  # before the engine starts
@@ -172,7 +180,10 @@ def _evaluate(
         revision=run.manifest["model"].get("revision"),
         max_prompt_length=settings["max_prompt_length"],
         engine_args=engine_args,
+        checkpoints=[s.checkpoint for s in plan if s.checkpoint is not None],
     )
+    if any(s.get("chat_template") for todo in plan.values() for s in todo.values()):
+        lm.chat = make_chat(config, run, lm.tokenizer)
     _check_suites(plan, groups, settings["backend"], lm.max_length)
     for name in {name: None for todo in plan.values() for name in todo if name in tasks}:
         prompt, answer = (more.get(name) or settings)["max_prompt_length"] or 1, answer_tokens(tasks[name])
@@ -202,6 +213,7 @@ def _evaluate(
                 if batch[0] in groups:
                     _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], engine_args, checkpoint)
                 else:
+                    lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
                     mine = {n: tasks[n] for n in batch}
                     _evaluate_cells(lm, stage, mine, {n: todo[n] for n in batch}, engine_args, checkpoint)
                 bar.update(len(batch))
@@ -223,6 +235,7 @@ def _settings_besides(
     Neither takes the limits of the matrix: suites have prompts and lengths of their own.
     """
     settings: dict[str, dict[str, Any]] = {}
+    template_args = config.get("chat_template_args")
     if judged:
         model = run.manifest["model"]
         base = models.resolve_model(model["name"])
@@ -234,6 +247,7 @@ def _settings_besides(
                 "max_prompt_length": None,
                 "max_new_tokens": config.get("judged_max_new_tokens"),
                 "chat_template": tokenizer.chat_template is not None,
+                **({"chat_template_args": template_args} if template_args and tokenizer.chat_template else {}),
                 "num_fewshot": None,
                 "data": data.source_fingerprint(name),
             }
@@ -245,6 +259,34 @@ def _settings_besides(
             "data": data.source_fingerprint(name),
         }
     return settings
+
+
+def make_chat(config: Any, run: Run, tokenizer: Any) -> Chat:
+    """What renders the chat prompts of a run: in training, in evaluation, and of the answers for the judges.
+
+    Args:
+        config: The run's configuration, or that of its manifest.
+        run: The run, whose date a template is told.
+        tokenizer: The base model's.
+
+    Raises:
+        PromptError: if it has no chat template.
+    """
+    arguments = config.get("chat_template_args") if isinstance(config, dict) else config.chat_template_args
+    return Chat(tokenizer, arguments, run.manifest.get("date"))
+
+
+def check_room(chat: Chat, limit: int | None) -> None:
+    """Refuses a chat template that leaves no room for a question within the limit of a prompt.
+
+    Raises:
+        PromptError: with both lengths.
+    """
+    ids = prompt_ids(chat.tokenizer, [chat([{"role": "user", "content": "?"}])], None, chat)[0]
+    if limit is not None and len(ids) >= limit:
+        raise PromptError(
+            f"The chat template takes {len(ids) - 1} tokens by itself and max_prompt_length is {limit}: raise it."
+        )
 
 
 def _check_suites(plan: dict[Stage, Any], groups: dict[str, Any], backend: str, context: int | None) -> None:
@@ -542,6 +584,7 @@ def _evaluate_cells(
                 },
                 "checkpoint": checkpoint,
                 "settings": settings[name],
+                "served": lm.served,
                 # On record, but free to differ between cells: most of it is memory and speed.
                 "engine_args": engine_args,
                 # Tasks that were generated together share their time by rows.
@@ -660,6 +703,7 @@ def _evaluate_suite(
             "subtasks": subtasks,
             "checkpoint": checkpoint,
             "settings": settings,
+            "served": lm.served,
             "engine_args": engine_args,
             "seconds": round(seconds, 3),
         },
@@ -798,6 +842,7 @@ def external_run(
             "tasks": tasks,
             "task_versions": {name: task.VERSION for name, task in loaded.items()},
             "checkpoints": {name: given.get(name, folder) for name, folder in there.items()} or given,
+            "date": time.strftime("%Y-%m-%d"),
             "data": data.data_record(root, loaded),
             "config": settings,
         },

@@ -56,7 +56,16 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.evaluate import BESIDES, answer_tokens, check_base, check_checkpoint, check_rows, refuse_secrets
+from trace_bench.evaluate import (
+    BESIDES,
+    answer_tokens,
+    check_base,
+    check_checkpoint,
+    check_room,
+    check_rows,
+    make_chat,
+    refuse_secrets,
+)
 from trace_bench.run import (
     Run,
     RunError,
@@ -73,6 +82,7 @@ from trace_bench.run import (
 )
 from trace_bench.status import duration, seconds_left
 from trace_bench.tables import task_name
+from trace_tasks.tokens import Chat, PromptError, example_ids
 
 log = logging.getLogger(__name__)
 
@@ -142,6 +152,8 @@ class CLConfig(SFTConfig):
         max_answer_length: Tokens of an answer in training, EOS included.
         max_new_tokens: The most tokens generated for an answer; None leaves it to the tasks.
         chat_template: Whether prompts are put into the model's chat template, in training and in evaluation.
+        chat_template_args: Variables of the chat template, such as {"enable_thinking": false}; judged answers have
+            them too.
         cells: The tasks that each stage is evaluated on: "seen", "all", or "own" (that of the stage alone).
         keep: Which checkpoints stay on the disk: "all"; "last" (earlier stages cannot be evaluated later); or
             "evaluated" (each stage is evaluated right after training, then the one before is dropped).
@@ -175,6 +187,10 @@ class CLConfig(SFTConfig):
     )
     chat_template: bool = field(
         default=False, metadata={"help": "Put prompts into the chat template, in training and evaluation."}
+    )
+    chat_template_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables of the chat template, as JSON, such as '{\"enable_thinking\": false}'."},
     )
     cells: str = field(
         default="seen",
@@ -224,7 +240,7 @@ class CLConfig(SFTConfig):
     )
 
     # HF reads these fields as JSON when they come from the command line.
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]  # type: ignore[misc]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args", "chat_template_args"]  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Checks the values that can be checked without data or model."""
@@ -281,8 +297,12 @@ class CLConfig(SFTConfig):
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not allowed: use a number of at least 0.")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise ConfigError(f"seed={self.seed!r} is not allowed: use a number from 0 to {2**32 - 1}.")
-        if not isinstance(self.engine_args, dict | None):
-            raise ConfigError(f"engine_args={self.engine_args!r} is not allowed: use a mapping of arguments.")
+        for name, mapping in (("engine_args", self.engine_args), ("chat_template_args", self.chat_template_args)):
+            if not isinstance(mapping, dict | None):
+                raise ConfigError(f"{name}={mapping!r} is not allowed: use a mapping of arguments.")
+        assert not isinstance(self.engine_args, str)  # HF has read it
+        if self.chat_template_args and not (self.chat_template or self.judged):
+            raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         try:
             refuse_secrets(self.engine_args or {})
         except RunError as e:
@@ -335,6 +355,8 @@ class CLTrainer(SFTTrainer):
     def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
         self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
         self.tokenizer = tokenizer
+        #: Renders chat prompts as the evaluation does; None without a chat template.
+        self.chat = make_chat(config, run, tokenizer) if config.chat_template else None
         self.grouped: LengthGrouped | None = None
         args = self.stage_args(stage)
         args.output_dir = str(stage.attempt)
@@ -417,16 +439,15 @@ class CLTrainer(SFTTrainer):
             task: An lm-eval task with a training split.
             limit: The first so many rows; None = the run's `train_rows`.
         """
-        template = self._chat_template if self.config.chat_template else None
         tasks = data.load_tasks([task])
         check_rows(self.run, tasks)
-        return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, template))
+        return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, self.chat))
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
         """Token ids of prompts and answers, as `stage_dataset` returns them."""
         prompts, answers = zip(*rows, strict=True)
-        examples = data.example_ids(
-            self.tokenizer, prompts, answers, self.config.max_prompt_length, self.config.max_answer_length
+        examples = example_ids(
+            self.tokenizer, prompts, answers, self.config.max_prompt_length, self.config.max_answer_length, self.chat
         )
         return Dataset.from_list(examples)
 
@@ -608,14 +629,6 @@ class CLTrainer(SFTTrainer):
                 f"(delete its train.json), or restore the file."
             )
         return {name: tensor.to(self.accelerator.device) for name, tensor in load_file(file).items()}
-
-    def _chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
 
     def load_model(self, checkpoint: Path | None) -> Any:
         """Loads a full model: `checkpoint`, or the base model."""
@@ -929,7 +942,7 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
         except (OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file, no YAML, an unknown key
             raise ConfigError(f"the configuration cannot be read: {e}") from e
         train(trainer, args, model_args)
-    except (ConfigError, RunError, data.DataError, models.ModelError) as e:
+    except (ConfigError, RunError, data.DataError, models.ModelError, PromptError) as e:
         sys.exit(f"error: {e}")
     except Exception as e:  # a full disk, no permission, no memory: from whatever library
         line = advice(e, _MEMORY)
@@ -994,6 +1007,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
         "data": data.data_record(root, tasks),
         "seed": config.seed,
+        # What a chat template that asks for the date is told, whenever a stage is trained or evaluated.
+        "date": time.strftime("%Y-%m-%d"),
         "config": {
             **config.manifest(),
             **{
@@ -1013,10 +1028,11 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     _check_model(config, model_args, models.read_config(base, model_args.model_revision), tasks)
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
-    if config.chat_template and tokenizer.chat_template is None:
-        raise ConfigError(f"chat_template is set, but the tokenizer of {base} has none.")
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
+        if config.chat_template:
+            assert not isinstance(config.chat_template_args, str)
+            check_room(Chat(tokenizer, config.chat_template_args), config.max_prompt_length)
         with state.main_process_first():
             run = Run.create(config.output_dir, manifest)
         _train_stages(trainer, config, model_args, run, root, tokenizer, state)
