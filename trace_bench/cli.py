@@ -562,8 +562,7 @@ def _judge(args: argparse.Namespace) -> None:
         assert run is not None
         with locked(run.path, "judge"):
             results = judging.judge_jobs(jobs, judge, limit=args.limit)
-        unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
-        what = f"judged {len(jobs)} suites ({unscored} judgements unscored)"
+        what = judging.summary(results, judge.sampling)
     _print_usage(args, what, judge.usage)
 
 
