@@ -97,9 +97,9 @@ def calibrate(judge: Judge) -> dict[str, Any]:
 
     Returns:
         "settings" of the judge, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), "cut"
-        and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of pairs: the good answer wins in both orders, an
-        identical one ties in both; what is unparsable is not right), `unparsed`, and of pairs `disagreement_rate` and
-        `first_position_rate`.
+        and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of
+        pairs: the good answer wins in both orders, an identical one ties in both; what is unparsable is not right),
+        `unparsed`, and of pairs `disagreement_rate` and `first_position_rate`.
 
     Raises:
         JudgeError: if the judge cannot be asked.

@@ -196,8 +196,8 @@ class Judge:
             raise JudgeError(f"--sampling {', '.join(fixed)}: the program sets this itself. Leave it out.")
         if not isinstance(sampling.get("chat_template_kwargs", {}), dict):
             raise JudgeError(
-                f"--sampling chat_template_kwargs is {sampling['chat_template_kwargs']!r}, not an object. Give the chat "
-                'template its arguments such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
+                f"--sampling chat_template_kwargs is {sampling['chat_template_kwargs']!r}, not an object. Give the "
+                'arguments of the chat template such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
             )
         self.model, self.endpoint, self.sampling = model, endpoint, sampling
         self.cache = Cache(cache)

@@ -2,7 +2,7 @@
 
 Small models reason and then forget the verdict. Here, unlike over an endpoint, one can be had: the reply is continued
 with the opening brackets, and the model chooses among the verdicts that it was offered. Such verdicts are counted
-(`forced`), and the calibration says what they are worth. A reply that ends in thinking is not continued: it is unscored.
+(`forced`), and the calibration says what they are worth. A reply that ends in thinking is unscored instead.
 
 A request is rendered once. What is generated, and what continues a reply, stands behind that very text: a template that
 renders a reply again may leave its thinking out, or the whole of it.
@@ -103,7 +103,7 @@ class LocalJudge(Judge):
             limit = one.sampling.max_tokens or max(1, room - len(one.ids))
             if len(one.ids) + limit > room:
                 errors[one.key] = (
-                    f"a prompt of {len(one.ids)} and a reply of up to {limit} tokens do not fit into the model's {room}: "
+                    f"a prompt of {len(one.ids)} tokens and a reply of {limit} do not fit into the model's {room}: "
                     "give --engine-args a larger max_model_len, or --sampling a smaller max_tokens"
                 )
             else:

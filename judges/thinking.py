@@ -1,8 +1,8 @@
 """What a model thinks aloud, told from what it answers. Pure.
 
-Models that reason write their thinking between marks of their family, and then the answer. A chat template may write the
-opening mark itself, as DeepSeek-R1's does, so that a reply holds the closing one alone. A mark between quotes or
-backticks is one that the text speaks of.
+Models that reason write their thinking between marks of their family, and then the answer. A chat template may write
+the opening mark itself, as DeepSeek-R1's does, so that a reply holds the closing one alone. A mark behind a quotation
+mark or backtick is one that the text speaks of.
 """
 
 from __future__ import annotations

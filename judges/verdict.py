@@ -2,8 +2,8 @@
 
 A verdict is a word in double square brackets, such as [[A]]. The rule:
 
-1. What a model thinks aloud gives no verdict (`judges.thinking`): only what follows its thinking is read, and of a reply
-   whose thinking is not closed nothing.
+1. What a model thinks aloud gives no verdict (`judges.thinking`): only what follows its thinking is read, and nothing
+   of a reply whose thinking is not closed.
 2. Nor does a reply that was cut at its limit of tokens: over an endpoint it may be thinking without any mark, since the
    chat template opened it ("if I chose [[A]] ...").
 3. A reply that names one verdict, however often, gives it.
@@ -96,11 +96,13 @@ def ends_in_words(counts: Mapping[str, int], replies: int, sampling: Mapping[str
     found = []
     if counts.get("cut"):
         found.append(
-            f"{counts['cut']} of {replies} replies were cut at their limit of tokens, and no verdict is read from them: "
-            f"raise it with {longer(sampling)}"
+            f"{counts['cut']} of {replies} replies were cut at their limit of tokens, and no verdict is read from "
+            f"them: raise it with {longer(sampling)}"
         )
     if counts.get("unclosed"):
-        found.append(f"{counts['unclosed']} of {replies} replies ended in thinking that is not closed, and have no verdict")
+        found.append(
+            f"{counts['unclosed']} of {replies} replies ended in thinking that is not closed, and have no verdict"
+        )
     return found
 
 

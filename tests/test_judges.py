@@ -180,6 +180,14 @@ def test_the_marks_of_every_family_are_known(start, end):
     assert not opened_by(f"<|assistant|>{start}\n{end}\n\n"), "a template that turns thinking off"
 
 
+@pytest.mark.parametrize("piece", ["<", "<a", "<a:", "<think", "<think>", "`<think>", "<|channel|>final", "Here's ", " "])
+def test_long_thinking_takes_no_long_time(piece):
+    started = time.process_time()
+    text = piece * (200_000 // len(piece))
+    answer_of(text), opened_by(text)
+    assert time.process_time() - started < 2
+
+
 @pytest.mark.parametrize("start, end", MARKS[:-1])
 def test_an_answer_cannot_show_the_marks_of_thinking(start, end):
     shown = prompts.neutralise(f"{start}I hide{end}")
@@ -216,6 +224,7 @@ def test_the_option_that_raises_a_limit_is_the_one_that_was_given():
     assert longer({"temperature": 0, "max_tokens": 64}) == """--sampling '{"temperature": 0, "max_tokens": 128}'"""
     assert longer({"max_completion_tokens": 50}) == """--sampling '{"max_completion_tokens": 100}'"""
     assert '"max_tokens": 4096}' in longer({"temperature": 1}) and "a longer context" in longer({"temperature": 1})
+
 
 def test_words_are_verdicts_too():
     assert parse("fine\n[[Safe]]", prompts.SAFETY) == "SAFE"
@@ -713,10 +722,11 @@ class FakeTokenizer:
     """Renders chats with a template as transformers does; every character is a token."""
 
     chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    added_tokens_decoder = {
-        0: SimpleNamespace(content="<|special|>", special=True),
-        1: SimpleNamespace(content="</think>", special=False),
-    }
+
+    def __init__(self):
+        contents = {"<|special|>": True, "</think>": False}
+        tokens = [SimpleNamespace(content=content, special=special) for content, special in contents.items()]
+        self.added_tokens_decoder = dict(enumerate(tokens))
 
     def get_chat_template(self):
         return self.chat_template
@@ -775,7 +785,9 @@ def test_a_local_model_judges_a_run_without_a_server(run, llm, monkeypatch, caps
     numbers = result(run, 1, "instruct_lima")
     assert numbers["pairs"]["win"] == 3 and numbers["endpoint"].startswith("vllm:")
     assert max(map(len, llm.asked)) == 10
-    pairs = [judging.Pair(i, f"question {i}", mine, base) for i, (mine, base) in enumerate(zip(MINE, BASE, strict=True))]
+    pairs = [
+        judging.Pair(i, f"question {i}", mine, base) for i, (mine, base) in enumerate(zip(MINE, BASE, strict=True))
+    ]
     wanted = [r["messages"][0]["content"] for pair in pairs for r in pair.requests(instruction.KIND)]
     assert numbers["prompt_tokens"] == sum(map(len, wanted)) and numbers["requests"] == len(wanted)
     asked = sum(map(len, llm.asked))
@@ -819,7 +831,7 @@ QWEN = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 R1 = DROPPING + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
-#: Every assistant turn is shown with a thinking, an empty one if need be, and in capitals: nothing of it can be found again.
+#: Every assistant turn is shown in capitals, behind a thinking that it did not have: nothing of it can be found again.
 SHOUTING = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{{ '<think></think>' + m.content | upper if m.role == 'assistant' else m.content }}{% endfor %}"
@@ -889,7 +901,9 @@ def test_no_verdict_is_taken_or_forced_out_of_thinking_that_is_not_closed(
 
 def test_the_last_verdict_after_the_thinking_of_a_local_judge_counts(run, llm, monkeypatch):
     monkeypatch.setattr(FakeTokenizer, "chat_template", R1)
-    llm.answer = lambda text: "[[A]] or [[REFUSED]]?\n</think>\n[[C]]" if "ANSWER A" in text else "x</think>[[ANSWERED]]"
+    llm.answer = lambda text: (
+        "[[A]] or [[REFUSED]]?\n</think>\n[[C]]" if "ANSWER A" in text else "x</think>[[ANSWERED]]"
+    )
     numbers = judged_locally(llm, run)
     assert (numbers["pairs"]["tie"], numbers["direct"]["answered"], numbers["forced"]) == (6, 6, 0)
 
@@ -901,7 +915,9 @@ def test_arguments_of_the_chat_template_are_used_and_on_record(run, llm, server,
     numbers = judged_locally(llm, run, **arguments)
     assert all(text.endswith("<|assistant|><think>\n\n</think>\n\n") for text in llm.prompts)
     assert numbers["settings"]["sampling"] == {"max_tokens": 16, **arguments}
-    assert (numbers["pairs"]["tie"], numbers["unclosed"]) == (6, 0), "thinking that is closed before the reply is no thinking"
+    assert (numbers["pairs"]["tie"], numbers["unclosed"]) == (6, 0), (
+        "thinking that is closed before the reply is no thinking"
+    )
     # The same option reaches a server, which renders the chat itself.
     command(server, run, "--stages", "2", "--sampling", json.dumps(arguments))
     assert {json.dumps(body["chat_template_kwargs"]) for body in server.bodies} == {'{"enable_thinking": false}'}

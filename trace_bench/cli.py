@@ -52,6 +52,10 @@ a server of your own, such as `vllm serve MODEL --host 127.0.0.1`, or no server 
 models that take other parameters:
   trace-bench judge runs/mine --model o3 --sampling '{"max_completion_tokens": 4096}'
 
+models that think, which need room, or their thinking turned off (--local and vLLM's server):
+  trace-bench judge runs/mine --model FOLDER --local --sampling '{"temperature": 0, "max_tokens": 8192}'
+  ... --sampling '{"temperature": 0, "max_tokens": 1024, "chat_template_kwargs": {"enable_thinking": false}}'
+
 Results: stages/*/judge/SUITE.json and .jsonl, and two sections in `trace-bench report runs/mine`.
 """
 ANNOTATE_EPILOG = """\
