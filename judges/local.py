@@ -57,7 +57,7 @@ class LocalJudge(Judge):
         cache: The file of replies.
         sampling: Parameters of every request, as `vllm serve` takes them: those of vLLM's SamplingParams,
             `max_completion_tokens` for `max_tokens`, and `chat_template_kwargs`, an object of arguments of the chat
-            template. None = greedy.
+            template. None = SAMPLING.
         engine_args: Arguments of vLLM's LLM, such as tensor_parallel_size; those of memory and speed only, since
             replies are cached without them.
     """
@@ -82,7 +82,9 @@ class LocalJudge(Judge):
         self.folder = resolve_model(model)
         self.revision = pinned_revision(self.folder)
         # Other weights under the same name are another judge: their replies are not mixed in the cache.
-        super().__init__(model, endpoint=f"vllm:{self.revision}", cache=cache, sampling=sampling or SAMPLING)
+        super().__init__(
+            model, endpoint=f"vllm:{self.revision}", cache=cache, sampling=SAMPLING if sampling is None else sampling
+        )
         self._tokenizer: Any = None
         self._llm: Any = None
 
@@ -137,7 +139,7 @@ class LocalJudge(Judge):
         from vllm import SamplingParams
 
         names = {name: value for name, value in body.items() if name not in _OTHER}
-        limit = body.get("max_completion_tokens") or body.get("max_tokens")
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
         try:
             # Marks of thinking are special tokens of some models.
             sampling = SamplingParams(**{"skip_special_tokens": False, **names, "max_tokens": limit})

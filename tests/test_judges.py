@@ -180,7 +180,9 @@ def test_the_marks_of_every_family_are_known(start, end):
     assert not opened_by(f"<|assistant|>{start}\n{end}\n\n"), "a template that turns thinking off"
 
 
-@pytest.mark.parametrize("piece", ["<", "<a", "<a:", "<think", "<think>", "`<think>", "<|channel|>final", "Here's ", " "])
+@pytest.mark.parametrize(
+    "piece", ["<", "<a", "<a:", "<think", "<think>", "`<think>", "<|channel|>final", "Here's ", " "]
+)
 def test_long_thinking_takes_no_long_time(piece):
     started = time.process_time()
     text = piece * (200_000 // len(piece))
