@@ -52,6 +52,10 @@ a server of your own, such as `vllm serve MODEL --host 127.0.0.1`, or no server 
 models that take other parameters:
   trace-bench judge runs/mine --model o3 --sampling '{"max_completion_tokens": 4096}'
 
+models that think, which need room, or their thinking turned off (--local and vLLM's server):
+  trace-bench judge runs/mine --model FOLDER --local --sampling '{"temperature": 0, "max_tokens": 8192}'
+  ... --sampling '{"temperature": 0, "max_tokens": 1024, "chat_template_kwargs": {"enable_thinking": false}}'
+
 Results: stages/*/judge/SUITE.json and .jsonl, and two sections in `trace-bench report runs/mine`.
 """
 ANNOTATE_EPILOG = """\
@@ -565,8 +569,7 @@ def _judge(args: argparse.Namespace) -> None:
         assert run is not None
         with locked(run.path, "judge"):
             results = judging.judge_jobs(jobs, judge, limit=args.limit)
-        unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
-        what = f"judged {len(jobs)} suites ({unscored} judgements unscored)"
+        what = judging.summary(results, judge.sampling)
     _print_usage(args, what, judge.usage)
 
 
