@@ -5,13 +5,26 @@ The weights are random, wide enough for lively texts: what is done wrongly anywh
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import pytest
 import torch
+from lm_eval.api.instance import Instance
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from trace_bench.engine import EngineError, open_engine
+from trace_bench.models import ModelError
+
+ROOT = Path(__file__).parents[1]
 
 #: Two layers, and heads of 64, a size that every attention kernel has.
 _LAYERS = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -57,7 +70,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 #: The kinds of checkpoint that every architecture has.
 KINDS = ("base", "lora", "full", "modules_to_save")
 #: Further kinds, for a tied and an untied model.
-MORE_KINDS = ("rslora", "dora", "lora_embeddings", "lora_head", "saved_embeddings")
+MORE_KINDS = (
+    *("rslora", "dora", "lora_embeddings", "lora_head", "saved_embeddings"),
+    *("full_other_tying", "full_other_rope", "full_with_buffers"),
+)
 #: Prompts of different lengths, so that a batch of them is padded.
 PROMPTS = [
     "Now: ",
@@ -65,9 +81,8 @@ PROMPTS = [
     "What is 7 + 5? ",
     "?",
     "Die Straße ist naß, 你好.\nAnswer:",
-    "One, two, three, four, five, six",
 ]
-NEW_TOKENS = 10
+NEW_TOKENS = 8
 
 
 def make_base(architecture: str, path: Path, tokenizer: Any) -> Path:
@@ -96,9 +111,20 @@ def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path | None, Any
     seed = crc32(f"{kind} {model.config.model_type}".encode())
     if kind == "base":
         return None, model
-    if kind == "full":
+    if kind.startswith("full"):
+        config = model.config
+        if kind == "full_other_tying":
+            config.tie_word_embeddings = not config.tie_word_embeddings
+        if kind == "full_other_rope":
+            config.rope_parameters = {**config.rope_parameters, "rope_theta": 3.0}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         randomise(model, seed)
-        return _save(model, path, AutoTokenizer.from_pretrained(base)), model
+        _save(model, path, AutoTokenizer.from_pretrained(base))
+        if kind == "full_with_buffers":  # as LLaMA-2's and Pythia's files have them
+            file = path / "model.safetensors"
+            buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(32) for i in range(2)}
+            save_file({**load_file(file), **buffers}, file, {"format": "pt"})
+        return path, model
     torch.manual_seed(seed)
     adapted = get_peft_model(model, _lora_config(kind, model)).eval()
     for name, parameter in adapted.named_parameters():
@@ -149,6 +175,37 @@ def _save(model: Any, path: Path, tokenizer: Any) -> Path:
     return path
 
 
+def make_writer(path: Path, tokenizer: Any, follows: dict[str, str], **config: Any) -> Path:
+    """Writes a model that answers as it is told: behind a token the one that `follows` names.
+
+    Its one layer adds nothing, and the row of a token in the head is the sum of the embeddings of those that it follows.
+
+    Args:
+        path: The folder.
+        tokenizer: Goes into it, too.
+        follows: Token -> next token, as pieces.
+        **config: For LlamaConfig, such as eos_token_id.
+    """
+    settings = {**_LLAMA, **_UNTIED, "num_hidden_layers": 1, "pad_token_id": tokenizer.pad_token_id}
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("llama", **{**settings, **ids, **config}), dtype=torch.float32
+    )
+    table, head = model.get_input_embeddings().weight.data, model.get_output_embeddings().weight.data
+    table.normal_()
+    table /= table.norm(dim=1, keepdim=True)
+    head.zero_()
+    for before, after in follows.items():
+        known = tokenizer.convert_tokens_to_ids([before, after])
+        assert tokenizer.unk_token_id not in known
+        head[known[1]] += table[known[0]]
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+        layer.mlp.down_proj.weight.data.zero_()
+    return _save(model, path, tokenizer)
+
+
 def reload(base: Path, checkpoint: Path | None) -> Any:
     """The model of a checkpoint, an adapter unmerged, in float32."""
     if checkpoint is not None and not (checkpoint / "adapter_config.json").exists():
@@ -196,3 +253,70 @@ def reference_likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str
         logprobs = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
         sums.append(float(logprobs[n - 1 : -1].gather(1, ids[0, n:, None]).sum()))
     return sums
+
+
+def generate(lm: Any, prompts: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
+    """What an engine answers in one request."""
+    kwargs = {"until": [], "max_gen_toks": new_tokens, "do_sample": False}
+    return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
+
+
+def likelihoods(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
+    """The log-likelihood that an engine finds for each text behind its context: (context, text) -> nats."""
+    return [ll for ll, _ in lm.loglikelihood([Instance("loglikelihood", {}, tuple(p), i) for i, p in enumerate(pairs)])]
+
+
+def served(
+    lm: Any,
+    loads: Sequence[str | Path | None],
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[str, str]] = (),
+    new_tokens: int = NEW_TOKENS,
+) -> list[dict[str, Any]]:
+    """What an engine makes of checkpoints, one loaded after the other: answers and likelihoods, or why it refused one.
+
+    A None at the beginning is the engine as it was started.
+    """
+    found: list[dict[str, Any]] = []
+    for checkpoint in loads:
+        try:
+            if found or checkpoint:
+                lm.load(checkpoint and Path(checkpoint))
+            found.append({"answers": generate(lm, prompts, new_tokens)})
+            if pairs:
+                found[-1]["likelihoods"] = likelihoods(lm, pairs)
+        except (EngineError, ModelError) as e:
+            found.append({"refused": str(e)})
+    return found
+
+
+def by_transformers(base: Path, loads: Sequence[Path | None], prompts: Sequence[str], *args: Any) -> list[dict]:
+    """What `served` gives of an engine of transformers in float32, four rows at a time."""
+    lm = open_engine("hf", str(base), engine_args={"dtype": "float32", "batch_size": 4})
+    return served(lm, loads, prompts, *args)
+
+
+def by_vllm(base: Path, loads: Sequence[Path | None], prompts: Sequence[str], *args: Any) -> list[dict]:
+    """What `served` gives of an engine of vLLM in float32, in a process of its own."""
+    request = json.dumps([str(base), [c and str(c) for c in loads], prompts, *args])
+    out = base.with_name(f"{base.name}-{crc32(request.encode())}.json")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    subprocess.run(
+        [sys.executable, __file__, request, str(out)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": paths, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        check=True,
+    )
+    return json.loads(out.read_text())
+
+
+#: The engines that have to answer alike.
+BACKENDS = [
+    pytest.param(by_transformers, id="hf"),
+    pytest.param(by_vllm, id="vllm", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
+]
+
+if __name__ == "__main__":
+    base, *request = json.loads(sys.argv[1])
+    lm = open_engine("vllm", base, engine_args={"max_model_len": 256, "dtype": "float32"})
+    Path(sys.argv[2]).write_text(json.dumps(served(lm, *request)))
