@@ -25,7 +25,7 @@ from architectures import (
     reference_likelihoods,
     reload,
 )
-from conftest import pieces_tokenizer
+from conftest import byte_tokenizer, pieces_tokenizer
 from transformers import AutoTokenizer
 
 #: Contexts and texts of one token or several, as in MMLU and PIQA.
@@ -56,9 +56,10 @@ def base_of(tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
 
     @cache
     def make(architecture: str) -> tuple[Path, list[str]]:
-        tokenizer = pieces_tokenizer()
+        # Of a Qwen transformers makes the tokenizer byte-level, whatever its files say.
+        tokenizer = byte_tokenizer() if architecture.startswith("qwen") else pieces_tokenizer()
         base = make_base(architecture, folder / architecture, tokenizer)
-        answers = reference(reload(base, None), tokenizer, PROMPTS)
+        answers = reference(reload(base, None), AutoTokenizer.from_pretrained(base), PROMPTS)
         assert len(set(answers)) == len(PROMPTS), "lively texts, or nothing is shown"
         return base, answers
 
