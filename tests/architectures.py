@@ -165,7 +165,9 @@ def randomise(model: Any, seed: int) -> None:
             continue
         std = 0.25 if parameter.dim() > 1 else 0.1
         if "embed_tokens" in name and model.config.model_type in ("gemma2", "gemma3_text"):
-            std = 0.02  # they multiply it by the root of the width, and norm what a layer adds: a copy of the last token
+            std = (
+                0.02  # they multiply it by the root of the width, and norm what a layer adds: a copy of the last token
+            )
         torch.nn.init.normal_(parameter, std=std)
 
 
@@ -175,7 +177,7 @@ def _save(model: Any, path: Path, tokenizer: Any) -> Path:
     return path
 
 
-def make_writer(path: Path, tokenizer: Any, follows: dict[str, str], **config: Any) -> Path:
+def make_writer(path: Path, tokenizer: Any, follows: dict[str, str | list[str]], **config: Any) -> Path:
     """Writes a model that answers as it is told: behind a token the one that `follows` names.
 
     Its one layer adds nothing, and the row of a token in the head is the sum of the embeddings of those that it follows.
@@ -183,7 +185,7 @@ def make_writer(path: Path, tokenizer: Any, follows: dict[str, str], **config: A
     Args:
         path: The folder.
         tokenizer: Goes into it, too.
-        follows: Token -> next token, as pieces.
+        follows: Token -> next token, as pieces; or the next one, and others that are less likely.
         **config: For LlamaConfig, such as eos_token_id.
     """
     settings = {**_LLAMA, **_UNTIED, "num_hidden_layers": 1, "pad_token_id": tokenizer.pad_token_id}
@@ -196,10 +198,10 @@ def make_writer(path: Path, tokenizer: Any, follows: dict[str, str], **config: A
     table.normal_()
     table /= table.norm(dim=1, keepdim=True)
     head.zero_()
+    vocabulary = tokenizer.get_vocab()
     for before, after in follows.items():
-        known = tokenizer.convert_tokens_to_ids([before, after])
-        assert tokenizer.unk_token_id not in known
-        head[known[1]] += table[known[0]]
+        for rank, token in enumerate([after] if isinstance(after, str) else after, start=1):
+            head[vocabulary[token]] += table[vocabulary[before]] / rank
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.data.zero_()
         layer.mlp.down_proj.weight.data.zero_()

@@ -110,7 +110,9 @@ def pieces_tokenizer(legacy: bool = False, **kwargs):
 
     letters = sorted(set(string.ascii_letters + string.digits + string.punctuation))
     merges = [("▁", letter) for letter in letters]  # "▁A" is one piece
-    merges += product(string.ascii_lowercase, repeat=2)  # most pieces are text, so that different ids are different texts
+    merges += product(
+        string.ascii_lowercase, repeat=2
+    )  # most pieces are text, so that different ids are different texts
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, *map("".join, merges)]
     tokenizer = LlamaTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)},
