@@ -180,7 +180,7 @@ def _save(model: Any, path: Path, tokenizer: Any) -> Path:
 def make_writer(path: Path, tokenizer: Any, follows: dict[str, str | list[str]], **config: Any) -> Path:
     """Writes a model that answers as it is told: behind a token the one that `follows` names.
 
-    Its one layer adds nothing, and the row of a token in the head is the sum of the embeddings of those that it follows.
+    Its one layer adds nothing, and a row of the head is the sum of the embeddings that its token follows.
 
     Args:
         path: The folder.
