@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train
+from conftest import both_tokenizers, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -178,6 +178,7 @@ def test_other_data_than_the_run_s_is_refused(run, tmp_path):
         evaluate.evaluate(run, data_path=str(copy))
 
 
+@both_tokenizers
 def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_model, tmp_path, demo_data):
     from lm_eval.api.instance import Instance
     from transformers import AutoTokenizer

@@ -815,10 +815,10 @@ def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model):
+def tokenizer(tiny_models):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tiny_model)
+    return AutoTokenizer.from_pretrained(tiny_models["bytes"])
 
 
 @fuzz("examples of training", 150, prompt=filled, answer=filled, most=st.integers(1, 40), longest=st.integers(1, 40))
