@@ -2,7 +2,9 @@
 
 `R` is a float array of shape (T+1, T). Row 0 is the base model, row t the model after stage t; column i-1 is the
 i-th task of the order. `R[t, i]` in the text below counts tasks from 1. NaN means not evaluated: a result that needs
-such a cell is NaN. Inputs are never changed. Scores are fractions of 1.
+such a cell is NaN. Inputs are never changed. Scores are of one unit, such as fractions of 1, and more is better: of a
+metric of which less is better give -R to all functions of changes (`backward_transfer`, `forward_transfer`,
+`forgetting`), so that their signs mean what they say.
 
 Every function of R takes replicates of it too, shape (..., T+1, T), and gives an array of the leading dimensions then:
 so `bootstrap_interval(rows, backward_transfer)` is the interval of BWT.
