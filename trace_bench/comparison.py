@@ -372,7 +372,8 @@ class Versus:
         one, two = self.mine.rows.get(task), self.theirs.rows.get(task)
         if not self.shared or one is None or two is None or one.ids != two.ids:
             return _UNKNOWN
-        return _mean(of_rows(self.mine, task) - of_rows(self.theirs, task))
+        differences = of_rows(self.mine, task) - of_rows(self.theirs, task)
+        return _mean(differences, fractions=self.mine.units[task].scale == 1)
 
     def _of_changes(self, part: slice, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
         """Of the mean over a part of the tasks, if it is the same tasks in both runs, whatever their order."""
@@ -422,8 +423,8 @@ def _final_rows(results: Results, task: str) -> Matrix:
     return results.units[task].sign * results.final_rows(task)
 
 
-def _mean(differences: Matrix) -> Estimate:
-    low, high = metrics.difference_interval(differences[:, None])
+def _mean(differences: Matrix, fractions: bool = True) -> Estimate:
+    low, high = metrics.difference_interval(differences[:, None], fractions=fractions)
     return Estimate(float(differences.mean()), float(low[0]), float(high[0]))
 
 
@@ -687,7 +688,7 @@ def _definitions(entries: list[Entry], groups: list[list[Entry]]) -> list[str]:
         )
     if not _all_percent(entries):
         names = dict.fromkeys(map(_unit_name, entries))
-        listed = "; ".join(f"{name} in {_ticks(e.name for e in entries if _unit_name(e) == name)}" for name in names)
+        listed = "; ".join(f"{_ticks(e.name for e in entries if _unit_name(e) == name)} {name}" for name in names)
         lines.append(
             f"Unit of OP, BWT, FWT, Forgetting and base: {listed}. No mean is taken over tasks of different units. "
             "Changes and differences are gains: + and ↑ are better, so that where lower is better a fall is a gain."

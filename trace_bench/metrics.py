@@ -214,21 +214,25 @@ def _resampled_means(group: Matrix, count: int, rng: np.random.Generator) -> Mat
     return weights.astype(np.float64) @ group / (n - 1)
 
 
-def mean_interval(scores: ArrayLike, *, level: float = 0.95) -> tuple[Matrix, Matrix]:
+def mean_interval(scores: ArrayLike, *, level: float = 0.95, fractions: bool = True) -> tuple[Matrix, Matrix]:
     """Intervals of the means of columns: Wilson's where all rows are 0 or 1, else the bootstrap over rows.
 
     Args:
         scores: Scores of test rows, shape (n, columns).
         level: Coverage.
+        fractions: Whether a score is between 0 and 1. If not, rows that are 0 and 1 by chance are no proportion.
 
     Returns:
         (low, high), shape (columns,); NaN where a column holds NaN, or has one row that is not 0 or 1.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    return _by_kind(scores, (0, 1), lambda c: wilson_interval(int(c.sum()), len(c), level=level), level)
+    kinds = (0, 1) if fractions else ()
+    return _by_kind(scores, kinds, lambda c: wilson_interval(int(c.sum()), len(c), level=level), level)
 
 
-def difference_interval(differences: ArrayLike, *, level: float = 0.95) -> tuple[Matrix, Matrix]:
+def difference_interval(
+    differences: ArrayLike, *, level: float = 0.95, fractions: bool = True
+) -> tuple[Matrix, Matrix]:
     """Intervals of the means of paired differences, one a test row.
 
     `net_interval` where all rows are -1, 0 or 1, as differences of 0/1 scores are; else the bootstrap over rows.
@@ -236,6 +240,7 @@ def difference_interval(differences: ArrayLike, *, level: float = 0.95) -> tuple
     Args:
         differences: Shape (n, columns).
         level: Coverage.
+        fractions: As in `mean_interval`.
 
     Returns:
         (low, high), shape (columns,); NaN as in `mean_interval`.
@@ -243,7 +248,7 @@ def difference_interval(differences: ArrayLike, *, level: float = 0.95) -> tuple
     differences = np.asarray(differences, dtype=np.float64)
     return _by_kind(
         differences,
-        (-1, 0, 1),
+        (-1, 0, 1) if fractions else (),
         lambda c: net_interval(int((c > 0).sum()), int((c < 0).sum()), len(c), level=level),
         level,
     )

@@ -144,8 +144,8 @@ def _units(results: Results) -> Iterable[Block]:
     for task, unit in results.units.items():
         if task in results.headlines:
             tasks.setdefault(unit.name, []).append(task_name(task))
-    text = "; ".join(f"{name} ({', '.join(those)})" for name, those in tasks.items())
-    text = f"**Units.** Scores are in {text}. Changes are gains: + and ↑ are better, - and ↓ are worse"
+    text = "; ".join(f"{', '.join(those)}: {name}" for name, those in tasks.items())
+    text = f"**Units.** {text}. Changes are gains: + and ↑ are better, - and ↓ are worse"
     if any(not unit.higher_is_better for unit in results.units.values()):
         text += ", so that where lower is better a fall is a gain"
     if results.unit is None and results.has_mean:

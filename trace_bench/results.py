@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -139,10 +139,11 @@ class Rows:
         parts = [np.stack([rows[part].mean(axis=0), *interval(rows[part])], axis=1) for part in self.parts]
         return [metrics.mean_of([Estimate(*part[column]) for part in parts]) for column in range(rows.shape[1])]
 
-    def changes(self, metric: str, later: list[int], earlier: int, sign: int = 1) -> list[Estimate]:
-        """The scores at the later stages minus that at the earlier one, times the sign of the metric's `Unit`."""
-        x = self.scores[metric]
-        return self.estimates(sign * (x[:, later] - x[:, [earlier]]), metrics.difference_interval)
+    def changes(self, unit: Unit, later: list[int], earlier: int) -> list[Estimate]:
+        """What the scores of a metric gained from the earlier stage to the later ones."""
+        x = self.scores[unit.metric]
+        interval = partial(metrics.difference_interval, fractions=unit.scale == 1)
+        return self.estimates(unit.sign * (x[:, later] - x[:, [earlier]]), interval)
 
 
 def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
@@ -367,12 +368,19 @@ class Results:
     def intervals(self) -> dict[tuple[int, str, str], tuple[float, float]]:
         """(stage, name, metric) -> the interval of the score, of all that have one, the matrix and what is besides."""
         found = {}
+        cells = self.cells | self.besides
         for name, rows in (self.rows | self.rows_besides).items():
-            columns = np.concatenate(list(rows.scores.values()), axis=1)
-            keys = [(stage.index, name, metric) for metric in rows.scores for stage in self.run.stages]
-            for key, (_, low, high) in zip(keys, rows.estimates(columns, metrics.mean_interval), strict=True):
-                if not math.isnan(low):
-                    found[key] = (low, high)
+            mine = [cell for (_, n), cell in cells.items() if n == name]
+            for fractions in (True, False):
+                those = [m for m in rows.scores if (unit_of(m, mine).scale == 1) is fractions]
+                if not those:
+                    continue
+                columns = np.concatenate([rows.scores[metric] for metric in those], axis=1)
+                keys = [(stage.index, name, metric) for metric in those for stage in self.run.stages]
+                estimates = rows.estimates(columns, partial(metrics.mean_interval, fractions=fractions))
+                for key, (_, low, high) in zip(keys, estimates, strict=True):
+                    if not math.isnan(low):
+                        found[key] = (low, high)
         return found
 
     def cell(self, t: int, i: int) -> Estimate:
@@ -385,7 +393,8 @@ class Results:
         """The mean of the tasks in the end; NaN if they have different units."""
         if self.unit is None:
             return Estimate(math.nan)
-        bounds = [metrics.mean_interval(self.final_rows(task)[:, None]) for task in self.run.tasks]
+        interval = partial(metrics.mean_interval, fractions=self.unit.scale == 1)
+        bounds = [interval(self.final_rows(task)[:, None]) for task in self.run.tasks]
         return metrics.mean_of([Estimate(float(v), a[0], b[0]) for v, (a, b) in zip(self.final, bounds, strict=True)])
 
     @cached_property
@@ -437,7 +446,7 @@ class Results:
         values = {t: float(self.gains[t, i] - self.gains[earlier, i]) for t in stages}
         if task not in self.rows:
             return {t: Estimate(value) for t, value in values.items()}
-        found = self.rows[task].changes(self.headlines[task], stages, earlier, self.units[task].sign)
+        found = self.rows[task].changes(self.units[task], stages, earlier)
         return {t: Estimate(value, *e[1:]) for (t, value), e in zip(values.items(), found, strict=True)}
 
     @cached_property
@@ -466,7 +475,7 @@ class Results:
         for suite in SUITES:
             later = [i for i, name in self.besides if name == suite and i]
             if later and (0, suite) in self.besides and suite in self.rows_besides:
-                changes = self.rows_besides[suite].changes(self.headlines[suite], later, 0)
+                changes = self.rows_besides[suite].changes(Unit(self.headlines[suite]), later, 0)
                 found |= {(i, suite): change for i, change in zip(later, changes, strict=True)}
         return found
 
