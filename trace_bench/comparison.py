@@ -111,15 +111,13 @@ class Comparison:
     lines: list[dict[str, Any]]
     """The CSV: percent, or the unit of a run's tasks, not rounded; what is not known is missing or NaN."""
 
-    @property
-    def units(self) -> dict[str, Unit]:
-        """Name of a task -> its unit, which is the same in all runs."""
-        return {task: unit for e in self.entries for task, unit in e.units.items()}
-
-    def final_ends(self) -> list[tuple[float, float]]:
-        """Of each task the worst and the best final score that is shown, for colours (`Unit.ends`)."""
-        found = []
-        for task, unit in self.units.items():
+    def final_ends(self) -> list[tuple[float, float] | None]:
+        """Of each task the worst and the best final score that is shown, for colours; None without a common unit."""
+        found: list[tuple[float, float] | None] = []
+        for task, unit in _column_units(self.entries).items():
+            if unit is None:
+                found.append(None)
+                continue
             finals = [e.finals[task] / unit.factor for e in self.entries if task in e.finals]
             worst, best = unit.ends(finals)
             found.append((unit.factor * worst, unit.factor * best))
@@ -372,6 +370,8 @@ class Versus:
         one, two = self.mine.rows.get(task), self.theirs.rows.get(task)
         if not self.shared or one is None or two is None or one.ids != two.ids:
             return _UNKNOWN
+        if shared_unit(results.units[task] for results in (self.mine, self.theirs)) is None:
+            return _UNKNOWN
         differences = of_rows(self.mine, task) - of_rows(self.theirs, task)
         return _mean(differences, fractions=self.mine.units[task].scale == 1)
 
@@ -471,6 +471,12 @@ def _versus_table(versus: dict[str, Versus], against: Entry) -> Table:
     return Table(["run", *SCORES], rows, f"Difference to `{against.name}`", about)
 
 
+def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
+    """Name of a task -> its unit; None if its headline is another in some runs, and in another unit."""
+    columns = dict.fromkeys(task for e in entries for task in e.units)
+    return {task: shared_unit(e.units[task] for e in entries if task in e.units) for task in columns}
+
+
 def _finals_table(
     entries: list[Entry],
     groups: list[list[Entry]],
@@ -478,12 +484,14 @@ def _finals_table(
     versus: dict[str, Versus],
     against: Entry,
 ) -> Table:
+    def shown(e: Entry, task: str) -> Callable[[float | None], str]:
+        return e.units.get(task, PERCENT).shown
+
     def cell(e: Entry, task: str) -> str:
         compared = e.name in versus and task in e.finals
-        text = e.units.get(task, PERCENT).shown(e.finals.get(task))
-        return text + (arrow(versus[e.name].finals[task]) if compared else "")
+        return shown(e, task)(e.finals.get(task)) + (arrow(versus[e.name].finals[task]) if compared else "")
 
-    units = {task: unit for e in entries for task, unit in e.units.items()}
+    units = _column_units(entries)
     rows = [[e.name, *(cell(e, task) for task in columns)] for e in entries]
     all_percent = _all_percent(entries)
     about = "percent of its headline metric" if all_percent else "in the unit of its headline metric"
@@ -491,8 +499,9 @@ def _finals_table(
         about += f" (↓, ↑: the 95 % interval of the paired difference to `{against.name}` excludes zero)"
     for group in groups:
         values = {t: [e.finals.get(t, math.nan) for e in group] for t in columns}
-        rows.append([_MEAN.format(len(group)), *(_mean_and_deviation(values[t], units[t].shown) for t in columns)])
-    head = columns if all_percent else [f"{task}<br>{units[task].name}" for task in columns]
+        rows.append([_MEAN.format(len(group)), *(_mean_and_deviation(values[t], shown(group[0], t)) for t in columns)])
+    names = {task: unit.name if unit else "different units" for task, unit in units.items()}
+    head = columns if all_percent else [f"{task}<br>{names[task]}" for task in columns]
     return Table(["run", *head], rows, "Final score of each task", about)
 
 

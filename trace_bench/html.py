@@ -221,7 +221,7 @@ def table_html(
     table: Table,
     links: Mapping[str, str] | None = None,
     *,
-    heat: Sequence[tuple[float, float]] = (),
+    heat: Sequence[tuple[float, float] | None] = (),
     elsewhere: str = "report.md",
 ) -> str:
     """A table, its rows for orientation in grey.
@@ -229,7 +229,8 @@ def table_html(
     Args:
         table: The table.
         links: First cell of a row -> where it leads.
-        heat: If its numbers are coloured, the worst and the best one of each column but the first (`Unit.ends`).
+        heat: If its numbers are coloured, the worst and the best one of each column but the first (`Unit.ends`), or
+            None for a column without colours.
         elsewhere: What has the table if it is too large for the page.
     """
     if len(table.rows) * len(table.header) > TABLE_CELLS:
@@ -284,9 +285,9 @@ def _cell_html(text: str, of_text: bool) -> str:
     return f'<td class="{kind}">{_inline(text)}</td>'
 
 
-def _heat_html(text: str, ends: tuple[float, float]) -> str:
+def _heat_html(text: str, ends: tuple[float, float] | None) -> str:
     """A cell whose number has a colour, if it is one number."""
-    if not (number := re.fullmatch(r"(-?\d+\.\d+(?:e[+-]\d+)?)( [↓↑])?", text)):
+    if ends is None or not (number := re.fullmatch(r"(-?\d+\.\d+(?:e[+-]\d+)?)( [↓↑])?", text)):
         return f'<td class="none">{_inline(text)}</td>'
     return f'<td class="{_heat(shade(float(number[1]), ends))}">{escape(text)}</td>'
 
