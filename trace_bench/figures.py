@@ -375,7 +375,7 @@ def _sequence(results: Results) -> tuple[Figure, str] | None:
         panel.set_xlabel("stage")
     return figure, (
         "OP_t: mean score of the tasks seen so far. BWT_t: their mean change since their own stage; below zero is "
-        f"forgetting. {'Percent and points' if unit.scale == 1 else f'In {unit.metric}'}; bars: 95 % intervals over "
+        f"forgetting. {'Percent and points' if unit.scale == 1 else f'In {unit.plain}'}; bars: 95 % intervals over "
         "test rows."
     )
 
@@ -532,7 +532,8 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
         shown = [n for n in shown if n in DELTAS]
     if not shown:
         return None
-    papers = {f"paper: {r['method']}": r for r in comparison.references}
+    in_percent = unit is None or unit.is_percent
+    papers = {f"paper: {r['method']}": r for r in comparison.references if in_percent}
     names = [*(e.name for e in entries), *papers]
     figure, axes = _axes(0.9 + 0.27 * len(names), 1, len(shown), left=2.2, gap=0.25, sharey=True)
     for panel, name in zip(axes, shown, strict=True):
@@ -547,16 +548,16 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
             panel.hlines(y, low, high, color=colour, linewidth=1.4, alpha=0.65)
             panel.plot([value], [y], color=colour, marker=marker)
         for y, row in enumerate(papers.values(), len(entries)):
-            value = float(row[name]) if row.get(name, DASH) != DASH and own.is_percent else math.nan
+            value = float(row[name]) if row.get(name, DASH) != DASH else math.nan
             panel.plot([value], [y], color=GREY, marker="D", markerfacecolor="none")
-        panel.set_title(name if own.is_percent else f"{name} ({own.name})")
+        panel.set_title(name if own.is_percent else f"{name} ({own.name if name == 'OP' else own.of_changes})")
         panel.grid(True, axis="x")
         panel.grid(False, axis="y")
     axes[0].set_yticks(range(len(names)), [_clipped(name, 30) for name in names])
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     note = f" Shown are {MOST_RUNS} of {len(comparison.entries)} runs." * (len(comparison.entries) > MOST_RUNS)
     grey = " Grey, hollow: the paper's." if papers else ""
-    what = "Percent and points" if unit is None or unit.is_percent else f"OP and BWT in {unit.name}, others in points"
+    what = "Percent and points" if in_percent or unit is None else f"OP and BWT in {unit.plain}, others in points"
     return figure, (f"{what}; bars: 95 % intervals over test rows. Square and dashed line: {against.name}.{grey}{note}")
 
 

@@ -368,7 +368,7 @@ def _tile_html(name: str, text: str, value: Estimate, sign: bool, unit: Unit | N
     unit = unit or PERCENT
     shown = unit.text(value.value, sign)
     interval = "" if np.isnan(value.low) else f"{unit.text(value.low, sign)} to {unit.text(value.high, sign)}"
-    text += "" if unit.is_percent else f"; {unit.name}"
+    text += "" if unit.is_percent else f"; {unit.of_changes if sign else unit.name}"
     stem, _, index = name.partition("_")
     sub = f"<sub>{escape(index)}</sub>" if index else ""
     missing = "" if shown != DASH else ' class="missing"'

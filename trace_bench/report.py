@@ -162,7 +162,7 @@ def _sequence_section(results: Results) -> Iterable[Block]:
             [
                 f"OP_{t}",
                 unit.with_interval(op),
-                f"mean of the {t} tasks seen, at stage {t}",
+                f"mean of the {t} tasks seen, at stage {t}{_lower(unit)}",
             ],
             [
                 f"BWT_{t}",
@@ -177,7 +177,7 @@ def _sequence_section(results: Results) -> Iterable[Block]:
         ]
         if t == len(run.tasks):
             rows.append(["FWT", unit.with_interval(sequence["FWT"][0], sign=True), "needs the full matrix"])
-            rows.append(["mean OP_t", unit.with_interval(sequence["mean OP"][0]), "over all stages"])
+            rows.append(["mean OP_t", unit.with_interval(sequence["mean OP"][0]), f"over all stages{_lower(unit)}"])
         yield Table(["", _unit_name(results), ""], rows)
         if not math.isnan(op.low):
             yield INTERVALS
@@ -225,7 +225,11 @@ def _column(results: Results, task: str) -> str:
 
 def _unit_name(results: Results) -> str:
     """The unit of a mean over the tasks."""
-    return results.unit.name if results.unit else "no unit in common"
+    return results.unit.plain if results.unit else "no unit in common"
+
+
+def _lower(unit: Unit) -> str:
+    return "" if unit.higher_is_better else "; lower is better"
 
 
 def _change(unit: Unit, change: Estimate | None) -> str:
@@ -246,8 +250,9 @@ def _mean_section(results: Results) -> Iterable[Block]:
     else:
         what = f"the base model with {shots} demonstrations" if shots else "the base model, zero-shot"
     mean = results.mean
-    text = (results.unit or PERCENT).with_interval(mean)
-    yield Table(["", _unit_name(results), ""], [["mean of the tasks", text, what]])
+    unit = results.unit or PERCENT
+    row = ["mean of the tasks", unit.with_interval(mean), what + _lower(unit)]
+    yield Table(["", _unit_name(results), ""], [row])
     if not math.isnan(mean.low):
         yield INTERVALS
 

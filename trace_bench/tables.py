@@ -62,8 +62,12 @@ class Unit:
     @property
     def name(self) -> str:
         """The unit, and that lower is better where it is."""
-        name = "percent" if self.scale == 1 else self.metric
-        return name if self.higher_is_better else f"{name}, lower is better"
+        return self.plain if self.higher_is_better else f"{self.plain}, lower is better"
+
+    @property
+    def plain(self) -> str:
+        """The unit alone."""
+        return "percent" if self.scale == 1 else self.metric
 
     @property
     def of_changes(self) -> str:
