@@ -610,6 +610,12 @@ def check_stages(tasks: dict[str, Task]) -> None:
                 f"{name} is a task of type {task.OUTPUT_TYPE}: a column of the matrix has to be generated "
                 "(output_type: generate_until), since it is trained on as text."
             )
+        metric = next(iter(task.aggregation()))
+        if task.higher_is_better().get(metric) is None:
+            raise DataError(
+                f"{name}: nobody says whether more or less {metric} is better, so forgetting could not be told from "
+                "learning. Write higher_is_better: true or false behind it in the metric_list of the task."
+            )
 
 
 def load_suites(names: Sequence[str]) -> dict[str, Group]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -563,7 +564,9 @@ def _evaluate_cells(
         samples = results["samples"][name]
         used = samples[0]["filter"]  # lm-eval scores each row once for every filter of the task
         rows = sorted((r for r in samples if r["filter"] == used), key=lambda r: r["doc_id"])
-        metrics = list(task.aggregation())
+        # A function that gives several scores has none of its own name.
+        metrics = [m for m in task.aggregation() if m in rows[0]]
+        values = {m: results["results"][name][f"{m},{used}"] for m in metrics}
         write_jsonl(stage.samples_file(name), (_sample(r, metrics, name in data.JUDGED) for r in rows))
         write_json(
             stage.eval_file(name),
@@ -576,12 +579,10 @@ def _evaluate_cells(
                 "n_unfinished": sum(r["filtered_resps"][0] in lm.unfinished for r in rows),
                 "headline": metrics[0],
                 "metrics": {
-                    m: {
-                        "value": results["results"][name][f"{m},{used}"],
-                        "stderr": _stderr([r[m] for r in rows]),
-                    }
-                    for m in metrics
+                    m: {"value": values[m], "stderr": _stderr([r[m] for r in rows], values[m])} for m in metrics
                 },
+                "higher_is_better": {m: task.higher_is_better().get(m) for m in metrics},
+                "scale": {m: _scale(task.aggregation()[m], [values[m], *(r[m] for r in rows)]) for m in metrics},
                 "checkpoint": checkpoint,
                 "settings": settings[name],
                 "served": lm.served,
@@ -679,7 +680,7 @@ def _evaluate_suite(
                 if "," in key and "_stderr" not in key
             },
         }
-    metrics = {}
+    metrics, better, scale = {}, {}, {}
     for aggregate in group.aggregate_metric_list:
         sizes = [s["n"] if aggregate.weight_by_size else 1 for s in subtasks.values()]
         for kind in aggregate.filter_list:
@@ -689,6 +690,8 @@ def _evaluate_suite(
                 "value": results["results"][group.name][key],
                 "stderr": _stderr_of_mean(errors, sizes),
             }
+            better[_metric_name(key)] = next(iter(tasks.values())).higher_is_better().get(aggregate.metric)
+            scale[_metric_name(key)] = _scale(None, [r.get(_metric_name(key)) for r in samples])
     write_jsonl(stage.samples_file(group.name), samples)
     write_json(
         stage.eval_file(group.name),
@@ -700,6 +703,8 @@ def _evaluate_suite(
             "n_cut": sum(s["n_cut"] for s in subtasks.values()),
             "headline": next(iter(metrics)),
             "metrics": metrics,
+            "higher_is_better": better,
+            "scale": scale,
             "subtasks": subtasks,
             "checkpoint": checkpoint,
             "settings": settings,
@@ -760,12 +765,27 @@ def _cut_prompts(lm: Any, task: Any) -> int:
     return len(cut)
 
 
-def _stderr(values: list[Any]) -> float | None:
-    """Standard error of the mean; None for a single row, or where a row's value is no number."""
+def _scale(aggregation: Any, values: Iterable[Any]) -> int | None:
+    """The scale of a metric, as `tables.Unit` has it.
+
+    100 for lm-eval's BLEU, chrF and TER, which are made by their aggregation. Of any other metric nobody says it: its
+    scores are taken for fractions of 1 as long as all values, of the rows and of the task, are between 0 and 1.
+    """
+    from lm_eval.api.registry import get_aggregation
+
+    if aggregation in [get_aggregation(name) for name in ("bleu", "chrf", "chrf++", "ter")]:
+        return 100
+    return 1 if all(-1e-6 <= float(v) <= 1 + 1e-6 for v in values if isinstance(v, Real)) else None
+
+
+def _stderr(values: list[Any], score: float | None = None) -> float | None:
+    """Standard error of the mean; None for a single row, where a row's value is no number, or the score no mean."""
     n = len(values)
-    if n < 2 or any(isinstance(v, list) for v in values):
+    if n < 2 or not all(isinstance(v, Real) for v in values):
         return None
     mean = sum(values) / n
+    if score is not None and not math.isclose(mean, score, rel_tol=1e-9, abs_tol=1e-9):
+        return None
     return (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
 
 
