@@ -96,7 +96,7 @@ class ICLTrainer(CLTrainer):
                     "--icl_prompt_length %d.",
                     *(name, given, needed, max(given - answer, 1)),
                 )
-                config.engine_args = {**engine, name: needed}
+                engine = config.engine_args = {**engine, name: needed}
         return {"icl": ICL_VERSION}
 
 
