@@ -15,7 +15,7 @@ from trace_bench.study import methods
 from trace_tasks.tokens import example_ids
 from trainers.base import CLConfig, CLTrainer, ConfigError
 
-#: Not one stage per task: tested below.
+#: Not one stage per task: tested below and, icl, in test_icl.py.
 ELSEWHERE = {"joint", "icl"}
 THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
 
@@ -115,23 +115,6 @@ def test_joint_killed_and_resumed_ends_in_the_same_bytes(options, tmp_path):
     assert not Run.open(again["output_dir"]).stages[1].is_trained
     a, b = weights(whole, 1), weights(train(again, trainer, config), 1)
     assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_icl_trains_nothing_and_puts_demonstrations_before_each_prompt(options):
-    trainer, config = method("icl")
-    run = train({**options, "max_prompt_length": 1000}, trainer, config)
-    assert evaluate.evaluate(run) == 2 and [s.name for s in run.stages] == ["0_base"]
-    import json
-
-    task = "trace_numglue_ds"
-    samples = [json.loads(line) for line in run.stages[0].samples_file(task).read_text().splitlines()]
-    assert all(s["prompt"].count("Solve the following math problem.") == 7 for s in samples), "six and the question"
-    tested = {r["prompt"] for r in data.read_split(data.find_data("demo"), "NumGLUE-ds", "test")}
-    for s in samples:
-        shots = s["prompt"].split("\n\n")[:-1]
-        assert not any(shot.startswith(t) for shot in shots for t in tested), "no test row is a demonstration"
-    with pytest.raises(ConfigError, match="num_fewshot=-1"):
-        train({**options, "num_fewshot": -1}, trainer, config)
 
 
 # --------------------------------------------------------------------------------------------------------------- replay

@@ -21,6 +21,8 @@ BOUNDS = {
     "single": "single (a model per task)",
     "joint": "joint (multi-task)",
 }
+#: Tokens of a prompt in the official ICL code.
+ICL_PROMPT_LENGTH = 3584
 #: Settings under which a score is measured: scores of other ones are other numbers.
 _MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 #: Settings of the training. A bound with others is still a bound, and the report says so.
@@ -95,6 +97,17 @@ def bounds(run: Run) -> list[Bound]:
         for candidates in found.values()
         if candidates
     ]
+
+
+def demonstrations(run: Run) -> str:
+    """How the base model of an icl run was shown what to do, and where that is not the official way."""
+    config = run.manifest["config"]
+    limit = config.get("max_prompt_length")
+    length = f"; prompts have at most {limit} tokens (officially {ICL_PROMPT_LENGTH})"
+    return (
+        f"with {config['num_fewshot']} demonstrations, which are training rows (officially test rows) and none on "
+        "MeetingBank" + (length if limit and limit != ICL_PROMPT_LENGTH else "")
+    )
 
 
 def conditions(run: Run) -> dict[str, Any]:

@@ -105,6 +105,11 @@ def _evaluate(
     template_args = config.get("chat_template_args") or {}
     if template_args and settings["chat_template"]:
         settings["chat_template_args"] = template_args
+    seed = config.get("seed", 1234)
+    if settings["num_fewshot"]:  # what else decides the prompts and the answers with demonstrations
+        from trace_tasks.utils import ICL_VERSION
+
+        settings["icl"] = {"version": ICL_VERSION, "seed": seed}
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
     engine_args = {k: v for k, v in engine_args.items() if v is not None}
     refuse_secrets(engine_args)
@@ -164,7 +169,7 @@ def _evaluate(
     groups = data.load_suites([s for s in suites if any(s in todo for todo in plan.values())])
     for name, task in tasks.items():
         # As the training prompts are made, whatever a task from elsewhere says of shots.
-        _prepare(task, (more.get(name) or settings)["num_fewshot"] or 0)
+        _prepare(task, (more.get(name) or settings)["num_fewshot"] or 0, seed)
     for group in groups.values():
         for task in group.get_all_tasks():
             _prepare(task)
@@ -576,7 +581,8 @@ def _evaluate_cells(
                 "version": task.VERSION,
                 "n": len(rows),
                 "n_cut": lm.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens(task)),
-                "n_unfinished": sum(r["filtered_resps"][0] in lm.unfinished for r in rows),
+                # An answer of which the first token counts ends there.
+                "n_unfinished": sum(r["filtered_resps"][0] in lm.unfinished for r in rows if not _is_one_token(r)),
                 "headline": metrics[0],
                 "metrics": {
                     m: {"value": values[m], "stderr": _stderr([r[m] for r in rows], values[m])} for m in metrics
@@ -594,15 +600,24 @@ def _evaluate_cells(
         )
 
 
-def _prepare(task: Any, num_fewshot: int | None = None) -> None:
+def _is_one_token(row: dict[str, Any]) -> bool:
+    return row["arguments"][0][1].get("max_gen_toks") == 1
+
+
+def _prepare(task: Any, num_fewshot: int | None = None, seed: int = 1234) -> None:
     """Sets what lm-eval's `simple_evaluate` sets, and makes a task build its prompts for the first stage only.
 
     `simple_evaluate` itself would take most of a second for a description of the machine, at every stage.
+
+    Args:
+        task: An lm-eval task.
+        num_fewshot: Demonstrations, unless the task itself says 0; None leaves it to the task.
+        seed: By which demonstrations are drawn; lm-eval's own for the suites.
     """
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(1234)
+    task.set_fewshot_seed(seed)
     build = task.build_all_requests
     built: list[bool] = []
 

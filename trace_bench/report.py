@@ -19,7 +19,7 @@ import numpy as np
 from judges.report import judge_tokens
 from judges.report import sections as judged_sections
 from trace_bench import paper
-from trace_bench.bounds import BOUNDS, bounds
+from trace_bench.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.results import Cells, Results, headline, unit_of
@@ -248,7 +248,7 @@ def _mean_section(results: Results) -> Iterable[Block]:
     elif len(run.stages) > 1:
         what = f"one model, after stage {run.stages[-1].name}; BWT is not defined"
     else:
-        what = f"the base model with {shots} demonstrations" if shots else "the base model, zero-shot"
+        what = f"the base model {demonstrations(run)}" if shots else "the base model, zero-shot"
     mean = results.mean
     unit = results.unit or PERCENT
     row = ["mean of the tasks", unit.with_interval(mean), what + _lower(unit)]
@@ -309,10 +309,11 @@ def _bounds_section(results: Results) -> Iterable[Block]:
         _scores_row(f"this run (stage {len(run.tasks)})", R[-1], units),
         *(_scores_row(b.label, b.scores, units) for b in found if b.method != "icl"),
     ]
+    shown = [f" ICL is the base model {demonstrations(b.run)}." for b in found if b.method == "icl"]
     what = ", each score in the unit of its task" if results.not_percent else ", in percent"
     yield (
         f"## Bounds\n\nRuns beside this one with the same base model, data and evaluation{what}. What learns the "
-        "tasks one by one is expected between the base model and the last two."
+        "tasks one by one is expected between the base model and the last two." + "".join(shown)
     )
     head = [_column(results, t) if results.not_percent else task_name(t) for t in run.tasks]
     yield Table(["model", *head, "mean"], rows)

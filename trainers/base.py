@@ -387,7 +387,7 @@ class CLTrainer(SFTTrainer):
 
     @classmethod
     def prepare(cls, config: Any, model_args: ModelConfig) -> dict[str, Any]:
-        """Checks what the method needs, before anything expensive starts.
+        """Checks what the method needs, before anything expensive starts. It may change the configuration.
 
         Returns:
             What the method adds to the manifest, and so may not change when the run is resumed.
@@ -991,6 +991,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     data.check_stages(tasks)
     _check_gradients(trainer, config)
     _check_trackers(config)
+    added = trainer.prepare(config, model_args)
 
     manifest = {
         "method": _method(trainer),
@@ -1017,7 +1018,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
                 if v != getattr(ModelConfig(), k) or k in ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
             },
         },
-        **trainer.prepare(config, model_args),
+        **added,
     }
     _check_shards()
     model_args = copy.copy(model_args)
