@@ -56,7 +56,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.evaluate import BESIDES, answer_tokens, check_base, check_checkpoint, check_rows, refuse_secrets
+from trace_bench.checkpoints import check_own
+from trace_bench.evaluate import BESIDES, answer_tokens, check_base, check_rows, refuse_secrets
 from trace_bench.run import (
     Run,
     RunError,
@@ -1096,7 +1097,7 @@ def _check_sources(run: Run, stage: Stage, root: Path | None, trainer: type[CLTr
         raise RunError(f"{root} holds other data than the run began with. Restore it, or begin a new run.")
     before = run.stages[stage.index - 1]
     if before.train_file.exists() and any((before.path / kind).is_dir() for kind in ("adapter", "model")):
-        check_checkpoint(before)
+        check_own(before)
     last = read_json(before.train_file) if before.train_file.exists() else {}
     if last.get("method_source") not in (None, _method_source(trainer)):
         log.warning(
