@@ -327,7 +327,9 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(thei
     tensors = load_file(part / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, part / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(engine, "open_engine", None)
-    with pytest.raises(RunError, match=r"part lacks 9 tensors that its config\.json describes, such as model\.layers\.1"):
+    with pytest.raises(
+        RunError, match=r"part lacks 9 tensors that its config\.json describes, such as model\.layers\.1"
+    ):
         theirs(part=part)
     assert not (tmp_path / "theirs").exists(), "nothing is recorded"
     name = "model.embed_tokens.weight"

@@ -39,6 +39,8 @@ PROMPT = "PROMPT_TUNING"
 #: Options of LoRA with which the adapter is more than a sum to weights: part of the input, other layers, a router.
 NOT_A_SUM = ("alora_invocation_tokens", "layer_replication", "arrow_config")
 
+#: Buffers that older files hold and that today's classes neither have nor name among what they ignore.
+OLD_BUFFERS = re.compile(r"\.(masked_bias|inv_freq|position_ids|causal_mask|cos_cached|sin_cached|_extra_state)$")
 #: Entries of config.json that change no answer, or are dealt with elsewhere (EOS by the engine, the vocabulary by its
 #: shapes, generation by greedy decoding).
 HARMLESS = {
@@ -300,6 +302,7 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], whose: str)
             "model, its vocabulary was changed, or tensors are missing. Give the model that it was trained from, its "
             "own config.json, or take --backend hf."
         )
+    unknown = [name for name in unknown if not OLD_BUFFERS.search(name)]
     if unknown:
         parts = {name.split(".")[0] for name in model.state_dict()}
         inside = [name for name in unknown if name.split(".")[0] in parts]
@@ -569,8 +572,8 @@ def heads_trained(model_args: Any, trust_remote_code: bool = False) -> list[str]
     from trl import get_peft_config
 
     config = get_peft_config(model_args)
-    if config is None:
-        return []
+    if config is None or not (model_args.lora_target_modules or model_args.lora_modules_to_save):
+        return []  # PEFT's defaults name neither
     model = architecture(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
     if not _is_tied(model):
         return []
@@ -579,6 +582,9 @@ def heads_trained(model_args: Any, trust_remote_code: bool = False) -> list[str]
         with torch.device("meta"), _quiet():
             adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
     except ValueError as e:
-        raise RunError(f"LoRA cannot be put into {model_args.model_name_or_path}: {_line(e)}") from e
+        raise RunError(
+            f"LoRA cannot be put into {model_args.model_name_or_path}: {_line(e)} Give --lora_target_modules "
+            "all-linear, or two or more names of its modules (one alone is taken as a regular expression)."
+        ) from e
     trained = [name.removeprefix("base_model.model.") for name, p in adapted.named_parameters() if p.requires_grad]
     return sorted(head for head in heads if any(name.startswith(f"{head}.") for name in trained))
