@@ -327,9 +327,7 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(thei
     tensors = load_file(part / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, part / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(engine, "open_engine", None)
-    with pytest.raises(
-        RunError, match=r"part lacks 9 tensors that its config\.json describes, such as model\.layers\.1"
-    ):
+    with pytest.raises(RunError, match=r"part lacks 9 tensors of the model .* describes, such as model\.layers\.1"):
         theirs(part=part)
     assert not (tmp_path / "theirs").exists(), "nothing is recorded"
     name = "model.embed_tokens.weight"
@@ -338,7 +336,7 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(thei
     config = read_json(part / "config.json")
     write_json(part / "config.json", {**config, "vocab_size": len(tensors[name])})
     run = theirs(part=part)
-    with pytest.raises(RunError, match=rf"part: {name} has shape \[\d+, 128\], and the base model has .*--backend hf"):
+    with pytest.raises(RunError, match=rf"part: {name} has shape \[\d+, 128\], that of the base model .*--backend hf"):
         evaluate.evaluate(run, backend="vllm")
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: (_ for _ in ()).throw(EOFError))
     with pytest.raises(EOFError):  # transformers makes a model of the checkpoint's own config

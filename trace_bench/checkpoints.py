@@ -265,12 +265,12 @@ def _check_full(folder: Path, base: Callable[[], Any], backend: str, trust_remot
     own = architecture(folder, None, trust_remote_code)
     if read_json(folder / "config.json").get("quantization_config"):
         return  # its tensors are packed: names and shapes are those of the quantisation
-    _compare(folder, own, shapes, "its config.json describes")
+    _compare(folder, own, shapes, "the model that its config.json describes")
     if backend == "vllm":  # weights are put into an engine that was started on the base model
-        _compare(folder, base(), shapes, "the base model has")
+        _compare(folder, base(), shapes, "the base model")
 
 
-def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], whose: str) -> None:
+def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) -> None:
     """Loads names and shapes into an architecture, as transformers does with weights.
 
     So buffers that older files hold (rotary_emb.inv_freq, attention.bias) count for nothing, as do names that
@@ -287,20 +287,20 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], whose: str)
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError) as e:
-        raise RunError(f"{folder} does not hold the tensors that {whose}: {_line(e)}. Give the whole model.") from e
+        raise RunError(f"{folder} does not hold the tensors of {name}: {_line(e)}. Give the whole model.") from e
     lacking, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if lacking:
         instead = f"; it holds {unknown[0]}, which fits nothing" if unknown else ""
         raise RunError(
-            f"{folder} lacks {len(lacking)} tensors that {whose}, such as {lacking[0]}{instead}. In an engine they "
+            f"{folder} lacks {len(lacking)} tensors of {name}, such as {lacking[0]}{instead}. In an engine they "
             "would be those of another model. Give the whole model, with the names that save_pretrained gives."
         )
     if found["mismatched_keys"]:
-        name, shape, wanted = min(found["mismatched_keys"], key=str)
+        tensor, shape, wanted = min(found["mismatched_keys"], key=str)
         raise RunError(
-            f"{folder}: {name} has shape {list(shape)}, and {whose} {list(wanted)}. It was not trained from the base "
-            "model, its vocabulary was changed, or tensors are missing. Give the model that it was trained from, its "
-            "own config.json, or take --backend hf."
+            f"{folder}: {tensor} has shape {list(shape)}, that of {name} {list(wanted)}. It was not trained from the "
+            "base model, its vocabulary was changed, or tensors are missing. Give the model that it was trained from, "
+            "its own config.json, or take --backend hf."
         )
     unknown = [name for name in unknown if not OLD_BUFFERS.search(name)]
     if unknown:
@@ -308,8 +308,8 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], whose: str)
         inside = [name for name in unknown if name.split(".")[0] in parts]
         if inside:
             raise RunError(
-                f"{folder} holds {len(inside)} tensors that no part of the model takes that {whose}, such as "
-                f"{inside[0]}: they would be left out. Give the config.json that belongs to these weights."
+                f"{folder} holds {len(inside)} tensors that {name} has no place for, such as {inside[0]}: they would "
+                "be left out. Give the config.json that belongs to these weights."
             )
         log.warning("%s holds tensors beside the language model, such as %s. They are not used.", folder, unknown[0])
 
