@@ -484,6 +484,9 @@ def plain_lora_rank(checkpoint: Path) -> int | None:
     )
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(config.get(k) for k in more):
         return None
+    # PiSSA and the like take a part of the base's weights into the adapter, which PEFT does again when it loads one.
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
+        return None
     if any(name in key for key in tensor_shapes(checkpoint) for name in ("lora_embedding_", "lm_head", "embed_out")):
         return None
     return config["r"] if config["r"] <= 512 else None

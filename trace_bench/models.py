@@ -313,9 +313,10 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
                     parameter.data = parameter.data.float()
     model = wrapped.merge_and_unload()
     kept, whole = 0.0, 0.0
+    draws = torch.Generator().manual_seed(0)  # the same adapter gives the same model
     for parameter, old in before.items():
         exact = parameter.data
-        parameter.data = round_unbiased(exact, old.dtype)
+        parameter.data = round_unbiased(exact, old.dtype, draws)
         update = exact.sub_(old).flatten()
         kept += float(torch.dot(update, (parameter.data.float() - old.float()).flatten()))
         whole += float(torch.dot(update, update))
@@ -342,20 +343,19 @@ def untie(model: Any) -> None:
     model.all_tied_weights_keys = {}  # what transformers leaves out of a saved file
 
 
-def round_unbiased(exact: Any, dtype: Any) -> Any:
+def round_unbiased(exact: Any, dtype: Any, generator: Any) -> Any:
     """Rounds float32 to bf16 or float16 up or down at random, so that the mean is the exact value.
 
-    The draws are the same at every call, so that the same adapter gives the same model. A value that `dtype` has stays
-    what it is.
+    A value that `dtype` has stays what it is.
 
     Args:
         exact: A float32 tensor.
         dtype: torch.bfloat16 or torch.float16.
+        generator: torch's, for the draws.
     """
     import torch
 
     dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]  # bits of the mantissa
-    generator = torch.Generator().manual_seed(0)
     bits = torch.randint(0, 1 << dropped, exact.shape, dtype=torch.int32, generator=generator)
     bits += exact.contiguous().view(torch.int32)
     bits &= -1 << dropped
