@@ -18,12 +18,14 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
 from trace_bench.run import fingerprint, fresh_dir
+from trace_tasks.reasoning import row_variant
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -297,6 +299,18 @@ def is_demo(root: Path) -> bool:
     return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(demo.README_TITLE)
 
 
+def is_reasoning(root: Path) -> bool:
+    """Whether most tasks at `root` have rows of the reasoning variant: that of the first row of each is looked at."""
+    found = []
+    for name in FOLDERS.values():
+        for split in SPLITS:
+            with suppress(DataError):
+                rows = read_split(root, name, split)
+                found.append(row_variant(name, rows[0]))
+                break
+    return 2 * found.count("reasoning") > len(found)
+
+
 def _demo_folder() -> Path:
     from trace_bench import demo
 
@@ -393,8 +407,14 @@ def _unpack_tar(archive: Path, target: Path) -> None:
 # --------------------------------------------------------------------------------------------- reading and checking
 
 
-def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
+def read_split(root: Path, folder: str, split: str, variant: str | None = None) -> list[dict[str, str]]:
     """Reads and checks one file of the official layout.
+
+    Args:
+        root: The data set.
+        folder: The task's folder in it.
+        split: One of `SPLITS`.
+        variant: "plain" or "reasoning" refuses rows of the other one; None takes both.
 
     Returns:
         The rows, each {"prompt": str, "answer": str}; other keys are refused, so that no variant of the data is
@@ -407,7 +427,20 @@ def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
     if not file.is_file():
         have = sorted(p.name for p in (root / folder).glob("*")) if (root / folder).is_dir() else "no such folder"
         raise DataError(f"{file} is missing ({folder}: {have}).")
-    return read_rows(file)
+    rows = read_rows(file)
+    found = [row_variant(folder, row) for row in rows] if variant else []
+    other = [i for i, of in enumerate(found) if of not in (variant, None)]
+    if other:
+        raise DataError(
+            f"{file}, row {other[0]}{f' and {len(other) - 1} more' if other[1:] else ''}: of the {found[other[0]]} "
+            "variant. TRACE_DATA names plain rows, for trace_*; TRACE_REASONING those with reasoning, for reasoning_*."
+        )
+    return rows
+
+
+def task_variant(task: str) -> str:
+    """The variant of the data that a TRACE task takes its rows from, "plain" or "reasoning"."""
+    return "reasoning" if task in REASONING else "plain"
 
 
 def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
@@ -490,8 +523,29 @@ def task_folders(root: Path, tasks: Iterable[str]) -> dict[str, Path]:
     return folders
 
 
-def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
+def check(root: Path, tasks: Iterable[str], needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
     """Reads every split of every TRACE task; other tasks bring their own data and are passed over.
+
+    Args:
+        root: The data set.
+        tasks: lm-eval task names.
+        needed: As for `check_folders`.
+
+    Returns:
+        Rows per task and split.
+
+    Raises:
+        DataError: listing the problem of every bad file.
+    """
+    return check_folders(task_folders(root, tasks), needed)
+
+
+def check_folders(folders: dict[str, Path], needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
+    """Reads every split of some TRACE tasks.
+
+    Args:
+        folders: Task -> its folder.
+        needed: The splits that have to be there. Training needs all; to evaluate without demonstrations takes test.
 
     Returns:
         Rows per task and split.
@@ -501,10 +555,13 @@ def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
     """
     sizes: dict[str, dict[str, int]] = {}
     problems = []
-    for task, folder in task_folders(root, tasks).items():
+    for task, folder in folders.items():
         for split in SPLITS:
+            if split not in needed and not (folder / f"{split}.json").is_file():
+                continue
             try:
-                sizes.setdefault(task, {})[split] = len(read_split(folder.parent, folder.name, split))
+                rows = read_split(folder.parent, folder.name, split, task_variant(task))
+                sizes.setdefault(task, {})[split] = len(rows)
             except DataError as e:
                 problems.append(str(e))
     if problems:
@@ -513,9 +570,39 @@ def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
 
 
 def data_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
-    """SHA-256 (16 digits) over the three files of each TRACE task: task -> digest."""
+    """SHA-256 (16 digits) over the files of each TRACE task, three if all are there: task -> digest."""
+    return {task: folder_fingerprint(folder) for task, folder in task_folders(root, tasks).items()}
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 (16 digits) over the files of a task's folder that are there."""
     names = [f"{split}.json" for split in SPLITS]
-    return {task: fingerprint(folder, names) for task, folder in task_folders(root, tasks).items()}
+    return fingerprint(folder, [name for name in names if (folder / name).is_file()])
+
+
+def tested_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
+    """As `data_fingerprint`, over the test rows alone: what an evaluation without demonstrations depends on."""
+    return {task: fingerprint(folder, ["test.json"]) for task, folder in task_folders(root, tasks).items()}
+
+
+def changed_tasks(root: Path, record: dict[str, Any]) -> list[str]:
+    """The TRACE tasks whose rows are not those that a run began with.
+
+    Where a file other than test.json is missing, now or when the run began, the test rows alone are compared.
+
+    Args:
+        root: The data set.
+        record: The run's `data_record`.
+    """
+    expected = {task: digest for task, digest in record["fingerprint"].items() if needs_data([task])}
+    folders, whole, tested = (f(root, expected) for f in (task_folders, data_fingerprint, tested_fingerprint))
+    changed = []
+    for task, digest in expected.items():
+        complete = all((folders[task] / f"{split}.json").is_file() for split in SPLITS)
+        same_test = tested[task] == (digest if complete else record.get("test", {}).get(task))
+        if digest != whole[task] and not same_test:
+            changed.append(task)
+    return changed
 
 
 def needs_data(tasks: Iterable[str]) -> bool:
@@ -554,6 +641,7 @@ def data_record(root: Path | None, tasks: dict[str, Task]) -> dict[str, Any]:
         **({"reasoning": str(reasoning)} if reasoning else {}),
         "demo": root is not None and is_demo(root),
         "fingerprint": (data_fingerprint(root, tasks) if root else {}) | rows_fingerprint(tasks),
+        **({"test": tested_fingerprint(root, tasks)} if root else {}),
     }
 
 
