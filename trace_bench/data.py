@@ -9,8 +9,10 @@ for token ids (`prompt_ids`, `example_ids`), so they cannot drift apart.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import lzma
 import os
 import stat
@@ -20,6 +22,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval", "test")
 #: lm-eval task -> folder of the official layout, in the paper's order 1 (section 4).
@@ -683,12 +689,27 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
             f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. A task "
             "of your own is a YAML in a folder that TRACE_TASKS names."
         )
-    loaded = manager.load(list(names))["tasks"] if names else {}
+    loaded: dict[str, Task] = {}
+    for name in names:
+        try:
+            loaded |= manager.load([name])["tasks"]
+        except (DataError, MemoryError):
+            raise
+        except Exception as e:  # whatever lm-eval, a template, a function of the task or the hub says
+            if isinstance(e, OSError) and e.errno not in (None, errno.ENOENT):
+                raise  # a full disk and the like
+            raise DataError(
+                f"The task {name} cannot be made ({type(e).__name__}: {e}). Is its data there, with at least one row "
+                "in the split that its test_split names, and with the columns that its templates name?"
+            ) from e
+    groups = [name for name in names if name not in loaded]
+    if groups:
+        raise DataError(f"{', '.join(groups)}: a group of tasks cannot be one column. Name the tasks themselves.")
     return {name: loaded[name] for name in names}
 
 
 def check_stages(tasks: dict[str, Task]) -> None:
-    """Refuses tasks that cannot be a column of the matrix, before anything is trained.
+    """Refuses tasks that cannot be a column of the matrix, before anything is trained or an engine is started.
 
     Raises:
         DataError: naming the task, and what it lacks.
@@ -699,6 +720,22 @@ def check_stages(tasks: dict[str, Task]) -> None:
                 f"{name} is a task of type {task.OUTPUT_TYPE}: a column of the matrix has to be generated "
                 "(output_type: generate_until), since it is trained on as text."
             )
+        if task.multiple_input:
+            raise DataError(f"{name} has several inputs a row (its doc_to_text is an index), so it has no one prompt.")
+        if task.config.process_results is not None:
+            continue  # it is scored by a function of its own, whatever its targets are
+        for i, doc in enumerate(task.eval_docs):
+            target = task.doc_to_target(doc)
+            if isinstance(target, list) and not task.multiple_target:
+                raise DataError(
+                    f"{name}, test row {i}: the target is the list {target!r:.80}, and that of row 0 is a text, so "
+                    f"lm-eval would compare answers with the characters {str(target)!r:.80}. {_BRACKETS}"
+                )
+            if task.config.doc_to_choice is not None:
+                try:
+                    target_text(task, doc)
+                except ValueError as e:
+                    raise DataError(f"{name}, test row {i}: {e}") from e
 
 
 def load_suites(names: Sequence[str]) -> dict[str, Group]:
@@ -728,6 +765,43 @@ def load_suites(names: Sequence[str]) -> dict[str, Group]:
     return suites
 
 
+#: lm-eval reads the text that a template of a target gives as a list where it stands in brackets.
+_BRACKETS = (
+    "Where an answer is a text in brackets, name its column (doc_to_target: answer) instead of a template "
+    "('{{answer}}'), whose text lm-eval reads as a list."
+)
+
+
+def target_text(task: Task, doc: dict[str, Any]) -> str:
+    """The answer of a row as lm-eval has it in few-shot prompts, or compares with: the text to train.
+
+    A number is its digits, an index its choice, and of several valid answers the first is taken.
+
+    Args:
+        task: An lm-eval task.
+        doc: One of its rows.
+
+    Raises:
+        ValueError: if there is no such text; the message has the target.
+    """
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and not (task.config.process_results and isinstance(target, str)):
+        choices = task.doc_to_choice(doc)
+        if not isinstance(target, int) or not 0 <= target < len(choices):
+            raise ValueError(f"the target {target!r:.80} is no index of the {len(choices)} choices of doc_to_choice.")
+        target = choices[target]
+    elif isinstance(target, list):
+        texts = [text for text in target if isinstance(text, str) and text.strip()]
+        if not texts:
+            raise ValueError(f"the target {target!r:.80} is a list without a text. {_BRACKETS}")
+        target = texts[0]
+    elif isinstance(target, int | float) and target == target:
+        target = str(target)  # as lm-eval does before it compares
+    if not isinstance(target, str):
+        raise ValueError(f"the target {target!r:.80} is {type(target).__name__}, not a text.")
+    return target
+
+
 def training_rows(
     task: Task, limit: int | None = None, chat_template: Callable[..., str] | None = None
 ) -> list[tuple[str, str]]:
@@ -739,24 +813,38 @@ def training_rows(
         chat_template: Renders chat messages to text, as lm-eval's `LM.apply_chat_template`; None = raw prompts.
 
     Raises:
-        DataError: if the task has no training split.
+        DataError: if the task has no training rows, or one of them has no prompt or no answer; it names the row.
     """
-    if not task.has_training_docs():
-        raise DataError(f"The task {task.task_name} has no training split, so it cannot be a stage.")
-    docs = list(task.training_docs())[:limit]
-    return [
-        (
-            task.fewshot_context(
-                doc,
-                num_fewshot=0,
-                apply_chat_template=chat_template is not None,
-                chat_template=chat_template,
-                gen_prefix=task.doc_to_prefix(doc),
-            ),
-            task.doc_to_target(doc),
+    name, docs = task.task_name, None
+    if task.has_training_docs():
+        with suppress(KeyError):
+            docs = task.training_docs()
+    if docs is None:
+        split = task.config.training_split
+        raise DataError(
+            f"The task {name} has no training split, so it cannot be a stage"
+            + (f": its data lacks the split {split!r} that its training_split names." if split else ".")
         )
-        for doc in docs
-    ]
+    rows: list[tuple[str, str]] = []
+    for i, doc in enumerate(islice(docs, limit)):
+        try:
+            made = partial(task.fewshot_context, doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
+            prompt, answer = made(), target_text(task, doc)
+            if not prompt.strip() or not answer.strip():
+                raise ValueError(f"the {'answer' if prompt.strip() else 'prompt'} is empty.")
+            if chat_template is not None:
+                prompt = made(apply_chat_template=True, chat_template=chat_template)
+        except Exception as e:  # whatever a template or a function of the task says of the row
+            what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+            raise DataError(f"{name}, training row {i}: {what}") from e
+        rows.append((prompt, answer))
+    if not rows:
+        raise DataError(f"The task {name} has no training rows, so it cannot be a stage.")
+    if task.multiple_target:
+        log.warning(
+            "%s has several valid answers a row. The first is trained, as lm-eval's few-shot prompts have it.", name
+        )
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------ token ids
