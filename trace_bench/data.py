@@ -699,8 +699,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
             if isinstance(e, OSError) and e.errno not in (None, errno.ENOENT):
                 raise  # a full disk and the like
             raise DataError(
-                f"The task {name} cannot be made ({type(e).__name__}: {e}). Is its data there, with at least one row "
-                "in the split that its test_split names, and with the columns that its templates name?"
+                f"The task {name} cannot be made ({type(e).__name__}: {e}). Is its data there, with at least one test "
+                "row, and with the splits and columns that its YAML names?"
             ) from e
     groups = [name for name in names if name not in loaded]
     if groups:

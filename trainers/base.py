@@ -1024,6 +1024,9 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     _check_shards()
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
+    if isinstance(model_args.lora_target_modules, str) and re.fullmatch(r"\w+", model_args.lora_target_modules):
+        # TRL makes a text of a list of one, which PEFT reads as a pattern for the whole path of a module.
+        model_args.lora_target_modules = [model_args.lora_target_modules]
     if not Path(base).is_dir():
         model_args.model_revision = manifest["model"]["revision"]  # the same at all stages, if the hub's changes
     tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
@@ -1128,7 +1131,7 @@ def _check_empty(model: Any, model_args: ModelConfig, tokenizer: Any, trust_remo
 
     try:
         empty = made()
-    except (ImportError, ValueError) as e:
+    except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
         raise ConfigError(f"transformers cannot make the model {base}: {_line(e)}") from e
     size = empty.get_input_embeddings().weight.shape[0]
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
