@@ -601,7 +601,8 @@ def changed_tasks(root: Path, record: dict[str, Any]) -> list[str]:
         record: The run's `data_record`.
     """
     expected = {task: digest for task, digest in record["fingerprint"].items() if needs_data([task])}
-    folders, whole, tested = (f(root, expected) for f in (task_folders, data_fingerprint, tested_fingerprint))
+    folders = task_folders(root, expected)
+    whole, tested = data_fingerprint(root, expected), tested_fingerprint(root, expected)
     changed = []
     for task, digest in expected.items():
         complete = all((folders[task] / f"{split}.json").is_file() for split in SPLITS)

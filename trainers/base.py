@@ -1148,7 +1148,7 @@ def _check_empty(model: Any, model_args: ModelConfig, tokenizer: Any, trust_remo
         problem = _lora_problem(empty, model_args)
         if problem is not None:
             raise ConfigError(
-                f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(made, model_args)}"
+                f"LoRA does not fit {base} ({model.model_type}): {problem.rstrip('.')}. {_lora_remedy(made, model_args)}"
             )
 
 
@@ -1159,6 +1159,7 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     peft_config = get_peft_config(model_args)
     assert peft_config is not None
     names = {name for name, _ in empty.named_modules()}
+    adapted: Any
     try:
         adapted = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, NotImplementedError) as e:
@@ -1181,23 +1182,19 @@ def _lora_remedy(made: Callable[[], Any], model_args: ModelConfig) -> str:
     linear = {n.rpartition(".")[2] for n, m in made().named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
     # What PEFT refuses in state-space models, whose kernels take these weights without calling the layer.
     listed = sorted(linear - {"lm_head", "out_proj"})
-    for targets, dropout in (
-        (None, 0.0),
-        ("all-linear", None),
-        ("all-linear", 0.0),
-        (listed, None),
-    ):
+    choices: list[tuple[Any, float | None]] = [(None, 0.0), ("all-linear", None), ("all-linear", 0.0), (listed, None)]
+    for targets, dropout in choices:
         tried = copy.copy(model_args)
         words = []
         if targets is not None:
-            tried.lora_target_modules, tried.lora_target_parameters, tried.lora_modules_to_save = targets, None, None
+            tried.lora_target_modules = targets
             words.append(f"--lora_target_modules {targets if isinstance(targets, str) else ' '.join(targets)}")
         if dropout is not None:
             tried.lora_dropout = dropout
             words.append("--lora_dropout 0")
         if tried != model_args and _lora_problem(made(), tried) is None:
             return f"Use {' '.join(words)}."
-    return f"Its linear layers are {', '.join(sorted(linear))}: name some with --lora_target_modules."
+    return f"Its linear layers are {', '.join(sorted(linear))}."
 
 
 def _line(error: BaseException) -> str:
