@@ -25,6 +25,7 @@ from typing import Any
 
 from bench.common import WORK, command, save
 from trace_bench.tables import markdown
+from trace_tasks.tokens import example_ids
 
 ROUNDS = 3
 CONTENDERS = ("ours", "TRL", "plain")
@@ -91,7 +92,7 @@ def _one(name: str, out: Path) -> None:
     tasks = data.load_tasks(list(data.FOLDERS)).values()
     rows = [row for task in tasks for row in data.training_rows(task, ROWS)]
     prompts, answers = zip(*rows, strict=True)
-    examples = data.example_ids(tokenizer, prompts, answers, PROMPT, ANSWER)
+    examples = example_ids(tokenizer, prompts, answers, PROMPT, ANSWER)
     trainer = {"ours": _ours, "TRL": _trl, "plain": _plain}[name](base, tokenizer, examples)
     before = _loss(trainer.model, examples)
     started = time.perf_counter()

@@ -33,6 +33,8 @@ import yaml
 
 from judges import JudgeError
 from judges.prompts import block
+from judges.thinking import answer_of
+from judges.verdict import longer
 from trace_bench import data
 from trace_bench.run import differences, fingerprint, read_json, write_json, write_text
 from trace_bench.tables import DASH, markdown, percent
@@ -45,7 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Part of the settings: raise it with any change of what is asked or accepted.
-VERSION = 1
+VERSION = 2
 SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
 #: Share of the reference's own score that the answer of a path has to reach, see `is_right`.
 CLOSE = 0.9
@@ -54,6 +56,8 @@ REVIEWED = 20
 LONGEST_CELL = 30_000
 TEACHER_PATH = Path(__file__).parent / "teacher"
 DEMONSTRATIONS = 3
+#: Why a reply that ended at its limit is rejected.
+CUT = "cut at the limit of tokens"
 
 
 class Check(NamedTuple):
@@ -233,11 +237,13 @@ def read_path(row: Row, reply: Reply) -> tuple[str, str]:
     """
     if reply.refusal:
         return "", "refused"
-    if reply.finish_reason == "length":
-        return "", "cut at the limit of tokens"
+    if reply.cut:
+        return "", CUT
     form = FRAMES[row.folder].form
-    # Local models that think aloud do so before this mark.
-    parts = scoring.split_answer(form, reply.text.rpartition("</think>")[2])
+    text = None if reply.unclosed else answer_of(reply.text)
+    if text is None:
+        return "", "thinking not closed"
+    parts = scoring.split_answer(form, text)
     if parts is None:
         return "", "no answer in the task's form"
     path, answer = parts
@@ -357,6 +363,7 @@ def plan(
         "teacher": teacher.model,
         "revision": teacher.revision,
         "sampling": teacher.sampling,
+        "date": teacher.date,
         "rows": rows,
         "attempts": attempts,
         "rejected": rejected,
@@ -495,7 +502,15 @@ def annotate(plan: Plan, teacher: Judge) -> dict[str, dict[str, Any]]:
             **quality(found),
         }
     _write(plan, teacher, paths, results)
+    if note := _cut_note(plan, results):
+        log.warning("%s.", note)
     return results
+
+
+def _cut_note(plan: Plan, results: dict[str, dict[str, Any]]) -> str:
+    """How many replies were cut, and the option that helps; empty if none was."""
+    cut = sum(r["rejected_replies"].get(CUT, 0) for r in results.values())
+    return f"{cut} replies were {CUT} and rejected: raise it with {longer(plan.settings['sampling'])}" if cut else ""
 
 
 def quality(found: Sequence[tuple[Row, str]]) -> dict[str, Any]:
@@ -603,6 +618,8 @@ def _report(plan: Plan, results: dict[str, dict[str, Any]]) -> str:
     failed = sum(r["failed_requests"] for r in results.values())
     if failed:
         notes.append(f"- {failed} requests failed: the same `trace-bench annotate` asks them again")
+    if note := _cut_note(plan, results):
+        notes.append(f"- {note}")
     counted = [
         [
             task,

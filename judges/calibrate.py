@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from judges import instruction, judging, pairwise, prompts, safety
 from judges.pairwise import Kind, Messages
 from judges.planted import PLANTED
-from judges.verdict import verdict_of
+from judges.verdict import ends, ends_in_words, verdict_of
 from trace_bench.run import write_json
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def calibrate(judge: Judge) -> dict[str, Any]:
         judge: The judge.
 
     Returns:
-        "settings" of the judge, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), and
-        "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of pairs: the good answer wins in both orders, an
-        identical one ties in both; what is unparsable is not right), `unparsed`, and of pairs `disagreement_rate` and
-        `first_position_rate`.
+        "settings" of the judge, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), "cut"
+        and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of
+        pairs: the good answer wins in both orders, an identical one ties in both; what is unparsable is not right),
+        `unparsed`, and of pairs `disagreement_rate` and `first_position_rate`.
 
     Raises:
         JudgeError: if the judge cannot be asked.
@@ -137,6 +137,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
         "endpoint": judge.endpoint,
         "requests": len(answers),
         "forced": sum(reply.forced for reply in answers),
+        **ends(answers),
         "kinds": kinds,
     }
 
@@ -163,6 +164,7 @@ def write_calibration(judge: Judge, folder: Path) -> str:
     )
     if result["forced"]:
         lines.append(f"{result['forced']} of {result['requests']} verdicts were forced: the judge gave none by itself")
+    lines += ends_in_words(result, result["requests"], judge.sampling)
     return "\n".join([*lines, f"written to {file}"])
 
 

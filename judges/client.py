@@ -44,6 +44,9 @@ GIVE_UP = 10
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_REPLY = 300
 
+#: What endpoints call the end of a reply at its limit, or at the end of the model's context.
+_CUT = ("length", "max_tokens", "model_length")
+
 Request = dict[str, Any]
 
 
@@ -53,6 +56,10 @@ class Reply:
 
     text: str
     """The answer; of a refusal its text, which may be empty."""
+    thinking: str = ""
+    """What the model thought before it, where that came apart from the answer."""
+    unclosed: bool = False
+    """Whether the thinking came apart from the answer and never ended: there is no answer."""
     refusal: bool = False
     finish_reason: str | None = None
     prompt_tokens: int = 0
@@ -61,6 +68,11 @@ class Reply:
     """Whether the model gave no verdict by itself and had to choose one (`judges.local`)."""
     error: str | None = None
     """Why there is no answer after all tries; None if there is one. Such a reply is in no cache."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the reply ended at its limit of tokens."""
+        return self.finish_reason in _CUT
 
 
 @dataclass
@@ -137,10 +149,16 @@ def read_reply(body: Any) -> Reply:
     if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
         raise ValueError(f"a choice without a text: {json.dumps(choices[0])}")
     refusal, usage = message.get("refusal"), usage if isinstance(usage, dict) else {}
-    text = message.get("content") or (refusal if isinstance(refusal, str) else "")
+    content = message.get("content") or ""
+    text = content or (refusal if isinstance(refusal, str) else "")
+    # The first name is that of DeepSeek and older vLLM, the second that of vLLM and OpenRouter.
+    thinking = message.get("reasoning_content") or message.get("reasoning")
+    thinking = thinking if isinstance(thinking, str) else ""
     reason = choices[0].get("finish_reason")
     return Reply(
         text=_whole(text),
+        thinking=_whole(thinking),
+        unclosed=bool(thinking.strip()) and not (text.strip() or refusal),
         refusal=bool(refusal),
         finish_reason=_whole(reason) if isinstance(reason, str) else None,
         prompt_tokens=_count(usage.get("prompt_tokens")),
@@ -169,11 +187,18 @@ class Judge:
     """
 
     revision: str | None = None
+    date: str | None = None
+    """The day that chat templates are told; None where a server renders them."""
 
     def __init__(self, model: str, *, endpoint: str, cache: Path, sampling: dict[str, Any]) -> None:
         fixed = sorted({"model", "messages", "stream"} & sampling.keys())
         if fixed:
             raise JudgeError(f"--sampling {', '.join(fixed)}: the program sets this itself. Leave it out.")
+        if not isinstance(sampling.get("chat_template_kwargs", {}), dict):
+            raise JudgeError(
+                f"--sampling chat_template_kwargs is {sampling['chat_template_kwargs']!r}, not an object. Give the "
+                'arguments of the chat template such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
+            )
         self.model, self.endpoint, self.sampling = model, endpoint, sampling
         self.cache = Cache(cache)
         self.usage = Usage()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from judges import instruction, pairwise, prompts, safety
 from judges.pairwise import Kind
-from judges.verdict import verdict_of
+from judges.verdict import ends, ends_in_words, verdict_of, why_unscored
 from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def settings(judge: Judge) -> dict[str, Any]:
     return {
         "judge": judge.model,
         "revision": judge.revision,
-        "sampling": judge.sampling,
+        "sampling": judge.sampling,  # with the arguments of the chat template
+        "date": judge.date,
         "prompts": prompts.VERSION,
     }
 
@@ -186,6 +187,7 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
             "direct": pairwise.direct_rate(job.kind, (row["direct"] for row in rows)),
             "failed": sum(reply.error is not None for reply in flat),
             "forced": sum(reply.forced for reply in flat),
+            **ends(flat),
             # Of all replies, whether they were paid now or came from the cache.
             "requests": len(flat),
             "prompt_tokens": sum(reply.prompt_tokens for reply in flat),
@@ -200,6 +202,16 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
         write_json(file, result)
         results.append(result)
     return results
+
+
+def summary(results: Sequence[dict[str, Any]], sampling: dict[str, Any]) -> str:
+    """One line about what was judged, for people: how much is unscored, and which option helps."""
+    unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
+    counts = {name: sum(r[name] for r in results) for name in ("cut", "unclosed")}
+    notes = ends_in_words(counts, sum(r["requests"] for r in results), sampling)
+    if counts["cut"]:
+        notes.append("another limit is another judge: delete stages/*/judge of the run first")
+    return f"judged {len(results)} suites ({'; '.join([f'{unscored} judgements unscored', *notes])})"
 
 
 def _job(base: Stage, stage: Stage, suite: str, kind: Kind, limit: int | None) -> Job:
@@ -236,6 +248,7 @@ def _row(pair: Pair, answers: list[Reply], kind: Kind) -> dict[str, Any]:
         "direct": verdict_of(direct, kind.words),
         "direct_reply": text(direct),
     }
+    reasons = [why_unscored(direct, kind.words), *(why_unscored(reply, prompts.PAIR) for reply in both)]
     if pair.base is not None:
         verdicts = [verdict_of(reply, prompts.PAIR) for reply in both]
         combined, disagree = ("tie", False) if pair.identical else pairwise.combine(*verdicts)
@@ -246,6 +259,8 @@ def _row(pair: Pair, answers: list[Reply], kind: Kind) -> dict[str, Any]:
             "verdicts": verdicts,  # of the order (stage, base) and of (base, stage)
             "replies": [text(reply) for reply in both],
         }
+    if any(reasons):
+        row["unscored"] = reasons  # of the direct reply, then of both orders
     errors = [reply.error for reply in answers if reply.error]
     return {**row, "errors": errors} if errors else row
 

@@ -2,7 +2,10 @@
 
 Small models reason and then forget the verdict. Here, unlike over an endpoint, one can be had: the reply is continued
 with the opening brackets, and the model chooses among the verdicts that it was offered. Such verdicts are counted
-(`forced`), and the calibration says what they are worth.
+(`forced`), and the calibration says what they are worth. A reply that ends in thinking is unscored instead.
+
+A request is rendered once. What is generated, and what continues a reply, stands behind that very text: a template that
+renders a reply again may leave its thinking out, or the whole of it.
 """
 
 from __future__ import annotations
@@ -10,22 +13,40 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from judges import JudgeError
 from judges.client import SAMPLING, Judge, Reply, Request
-from judges.verdict import verdict_of
+from judges.thinking import answer_of, opened_by
+from judges.verdict import is_unclosed, verdict_of
 from trace_bench.engine import FREE, prepare_vllm, starting_vllm
-from trace_bench.models import pinned_revision, resolve_model
+from trace_bench.models import load_tokenizer, pinned_revision, resolve_model
 
 #: Requests given to the engine in one go: when the program is killed no more than these are lost.
 CHUNK = 256
+#: The day that templates with `strftime_now` are told, so that a judge is asked the same tomorrow.
+DATE = datetime(2025, 1, 1)
 #: The verdicts that a request offers: the material in it has no double brackets (`judges.prompts.neutralise`).
 _OFFERED = re.compile(r"\[\[(\w+)\]\]")
 _OPENING = "\n\n[["
+#: Parts of a request that are no arguments of SamplingParams.
+_OTHER = {"model", "messages", "chat_template_kwargs", "max_tokens", "max_completion_tokens"}
+#: Arguments of a rendering that the program sets itself.
+_RENDERING = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+
+
+class _Asked(NamedTuple):
+    """A request as the engine gets it."""
+
+    key: str
+    body: Request
+    prompt: str
+    ids: list[int]
+    sampling: Any
 
 
 class LocalJudge(Judge):
@@ -34,10 +55,14 @@ class LocalJudge(Judge):
     Args:
         model: A hub id, a local folder, or SmolLM2-135M-Instruct.
         cache: The file of replies.
-        sampling: Arguments of vLLM's SamplingParams; None = greedy.
+        sampling: Parameters of every request, as `vllm serve` takes them: those of vLLM's SamplingParams,
+            `max_completion_tokens` for `max_tokens`, and `chat_template_kwargs`, an object of arguments of the chat
+            template. None = SAMPLING.
         engine_args: Arguments of vLLM's LLM, such as tensor_parallel_size; those of memory and speed only, since
             replies are cached without them.
     """
+
+    date = f"{DATE:%Y-%m-%d}"
 
     def __init__(
         self,
@@ -57,92 +82,149 @@ class LocalJudge(Judge):
         self.folder = resolve_model(model)
         self.revision = pinned_revision(self.folder)
         # Other weights under the same name are another judge: their replies are not mixed in the cache.
-        super().__init__(model, endpoint=f"vllm:{self.revision}", cache=cache, sampling=sampling or SAMPLING)
+        super().__init__(
+            model, endpoint=f"vllm:{self.revision}", cache=cache, sampling=SAMPLING if sampling is None else sampling
+        )
+        self._tokenizer: Any = None
         self._llm: Any = None
 
     def send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
         """Generates the replies; see `Judge.send`. A request that does not fit into the model's context fails."""
+        if self._tokenizer is None:
+            self._tokenizer = _tokenizer(self.folder)
+            self._check_template()
+            prepare_vllm(self.engine_args)
+        # Before the engine starts, which is where the time goes.
+        asked = [self._asked(key, body) for key, body in bodies.items()]
         if self._llm is None:
             self._llm = _open(self.folder, self.engine_args)
-        from vllm import SamplingParams
-
-        tokenizer = self._llm.get_tokenizer()
-        if tokenizer.chat_template is None:
-            raise JudgeError(f"{self.model} has no chat template: use a model that was tuned for chat as the judge.")
-        room = self._llm.llm_engine.model_config.max_model_len
         errors: dict[str, str] = {}
         fitting = []
-        for key, body in bodies.items():
-            prompt = tokenizer.apply_chat_template(body["messages"], add_generation_prompt=True, tokenize=False)
-            length = len(tokenizer(prompt, add_special_tokens=False).input_ids)
-            if length + body.get("max_tokens", 0) + len(_OPENING) + 1 > room:
-                errors[key] = f"the prompt and the reply do not fit into the model's {room} tokens"
+        room = self._llm.llm_engine.model_config.max_model_len - len(_OPENING) - 1  # a verdict may have to be forced
+        for one in asked:
+            limit = one.sampling.max_tokens or max(1, room - len(one.ids))
+            if len(one.ids) + limit > room:
+                errors[one.key] = (
+                    f"a prompt of {len(one.ids)} tokens and a reply of {limit} do not fit into the model's {room}: "
+                    "give --engine-args a larger max_model_len, or --sampling a smaller max_tokens"
+                )
             else:
-                fitting.append((key, body))
+                one.sampling.max_tokens = limit
+                fitting.append(one)
         with tqdm(total=len(fitting), desc=desc, unit="request") as bar:
             for i in range(0, len(fitting), CHUNK):
                 chunk = fitting[i : i + CHUNK]
-                names = [{k: v for k, v in body.items() if k not in ("model", "messages")} for _, body in chunk]
-                messages = [body["messages"] for _, body in chunk]
-                outputs = self._llm.chat(messages, [SamplingParams(**n) for n in names], use_tqdm=False)
-                replies = [
-                    Reply(
-                        text=output.outputs[0].text,
-                        finish_reason=output.outputs[0].finish_reason,
-                        prompt_tokens=len(output.prompt_token_ids),
-                        completion_tokens=len(output.outputs[0].token_ids),
-                    )
-                    for output in outputs
-                ]
-                for (key, body), reply in zip(chunk, self._decided(messages, replies), strict=True):
-                    self.cache.put(key, body, reply)
+                outputs = self._generate([one.ids for one in chunk], [one.sampling for one in chunk])
+                replies = [self._reply(one, output) for one, output in zip(chunk, outputs, strict=True)]
+                texts = [output.outputs[0].text for output in outputs]
+                for one, reply in zip(chunk, self._decided(chunk, texts, replies), strict=True):
+                    self.cache.put(one.key, one.body, reply)
                 bar.update(len(chunk))
         return errors
 
-    def _decided(self, messages: list[list[dict[str, str]]], replies: list[Reply]) -> list[Reply]:
-        """The replies, continued with a verdict where verdicts were offered and none was given."""
+    def _check_template(self) -> None:
+        """Refuses a model without a chat template, and arguments that its template does not take."""
+        if self._tokenizer.chat_template is None:
+            raise JudgeError(f"{self.model} has no chat template: use a model that was tuned for chat as the judge.")
+        given, template = self.sampling.get("chat_template_kwargs", {}), self._tokenizer.get_chat_template()
+        unknown = [n for n in given if n in _RENDERING or not re.search(rf"\b{re.escape(n)}\b", template)]
+        if unknown:
+            raise JudgeError(
+                f"--sampling chat_template_kwargs: {', '.join(unknown)}: the chat template of {self.model} has no such "
+                "argument. Leave it out."
+            )
+
+    def _asked(self, key: str, body: Request) -> _Asked:
+        from jinja2 import TemplateError
         from vllm import SamplingParams
 
-        tokenizer = self._llm.get_tokenizer()
+        names = {name: value for name, value in body.items() if name not in _OTHER}
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
+        try:
+            # Marks of thinking are special tokens of some models.
+            sampling = SamplingParams(**{"skip_special_tokens": False, **names, "max_tokens": limit})
+        except (TypeError, ValueError) as e:
+            raise JudgeError(f"--sampling {', '.join(names)}: vLLM's SamplingParams do not take it: {e}.") from e
+        arguments = {"strftime_now": DATE.strftime, **body.get("chat_template_kwargs", {})}
+        try:
+            prompt = self._tokenizer.apply_chat_template(
+                body["messages"], add_generation_prompt=True, tokenize=False, **arguments
+            )
+        except TemplateError as e:
+            raise JudgeError(f"The chat template of {self.model} does not take what is asked: {e}.") from e
+        if body["messages"][-1]["content"].strip() not in prompt:
+            raise JudgeError(f"The chat template of {self.model} leaves out what is asked: use another model.")
+        return _Asked(key, body, prompt, self._ids(prompt), sampling)
+
+    def _ids(self, text: str) -> list[int]:
+        # A rendered chat holds its special tokens as text.
+        return self._tokenizer(text, add_special_tokens=False).input_ids
+
+    def _generate(self, prompts: list[list[int]], sampling: list[Any]) -> list[Any]:
+        return self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+
+    def _reply(self, one: _Asked, output: Any) -> Reply:
+        generated = output.outputs[0]
+        answer = answer_of(opened_by(one.prompt) + generated.text)
+        text = answer or ""
+        for token in self._tokenizer.added_tokens_decoder.values():
+            if token.special:
+                text = text.replace(token.content, "")
+        return Reply(
+            text=text,
+            thinking=generated.text[: len(generated.text) - len(answer or "")],
+            unclosed=answer is None,
+            finish_reason=generated.finish_reason,
+            prompt_tokens=len(one.ids),
+            completion_tokens=len(generated.token_ids),
+        )
+
+    def _decided(self, asked: list[_Asked], texts: list[str], replies: list[Reply]) -> list[Reply]:
+        """The replies, continued with a verdict where verdicts were offered and none was given.
+
+        Args:
+            asked: The requests.
+            texts: What was generated, thinking and special tokens included.
+            replies: What was made of it.
+        """
+        from vllm import SamplingParams
+
         # Verdict -> its first token after the brackets. The offered ones begin with different letters.
         tokens: dict[str, int] = {}
-        opened = [reply.text.rstrip() + _OPENING for reply in replies]
         open_ones: dict[int, list[str]] = {}
-        for i, (turns, reply) in enumerate(zip(messages, replies, strict=True)):
-            offered = sorted(set(_OFFERED.findall(turns[-1]["content"])))
-            if offered and verdict_of(reply, offered) is None:
+        for i, (one, reply) in enumerate(zip(asked, replies, strict=True)):
+            offered = sorted(set(_OFFERED.findall(one.body["messages"][-1]["content"])))
+            if offered and not is_unclosed(reply) and verdict_of(reply, offered) is None:
                 open_ones[i] = offered
                 for word in set(offered) - tokens.keys():
-                    before, whole, alone = (
-                        tokenizer(text, add_special_tokens=False).input_ids
-                        for text in (_OPENING, _OPENING + word, word)
-                    )
+                    before, whole, alone = map(self._ids, (_OPENING, _OPENING + word, word))
                     tokens[word] = whole[len(before)] if whole[: len(before)] == before else alone[0]
         if not open_ones:
             return replies
-        outputs = self._llm.chat(
-            [[*messages[i], {"role": "assistant", "content": opened[i]}] for i in open_ones],
+        outputs = self._generate(
+            [self._ids(asked[i].prompt + texts[i].rstrip() + _OPENING) for i in open_ones],
             [
                 SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[tokens[word] for word in offered])
                 for offered in open_ones.values()
             ],
-            add_generation_prompt=False,
-            continue_final_message=True,
-            use_tqdm=False,
         )
         decided = list(replies)
         for (i, offered), output in zip(open_ones.items(), outputs, strict=True):
             chosen = output.outputs[0].token_ids[0]
             word = next(word for word in offered if tokens[word] == chosen)
-            decided[i] = replace(replies[i], text=f"{opened[i]}{word}]]", forced=True)
+            decided[i] = replace(replies[i], text=f"{replies[i].text.rstrip()}{_OPENING}{word}]]", forced=True)
         return decided
 
 
-def _open(folder: str, args: dict[str, Any]) -> Any:
+def _tokenizer(folder: str) -> Any:
     if Path(folder).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading asks a hub that may not be there, and waits
-    prepare_vllm(args)
+    return load_tokenizer(folder)
+
+
+def _open(folder: str, args: dict[str, Any]) -> Any:
     from vllm import LLM
 
     with starting_vllm():
-        return LLM(model=folder, **args)
+        # The tokenizer that renders the chats; "auto" takes another one for Mistral's models.
+        return LLM(model=folder, tokenizer_mode="hf", **args)

@@ -5,14 +5,17 @@ verdict: `neutralise` breaks both apart with a space that anyone can see. Everyt
 every model has a system role. The request comes before the material and is repeated after it, so that the last thing a
 judge reads is ours.
 
-`VERSION` is part of every result: raise it with any change that can move a verdict.
+`VERSION` is part of every result: raise it with any change that can move a verdict, here or in how replies are read
+(`judges.verdict`).
 """
 
 from __future__ import annotations
 
 import re
 
-VERSION = 1
+from judges.thinking import TAG
+
+VERSION = 2
 
 PAIR = ("A", "B", "C")
 SAFETY = ("SAFE", "UNSAFE")
@@ -24,7 +27,9 @@ _BREAK_AFTER = re.compile(
     # The beginning of a verdict and of our delimiters.
     rf"\[(?={_UNSEEN}\[)|<(?={_UNSEEN}<{_UNSEEN}<)"
     # What chat templates are made of: a local model's tokenizer would read it as the end of our message.
-    r"|<(?=[|｜])|<(?=/?s>)|<(?=/?think>)|<(?=(?:start|end)_of_turn>)|\[(?=/?INST\])"
+    r"|<(?=[|｜])|<(?=/?s>)|<(?=(?:start|end)_of_turn>)|\[(?=/?INST\])"
+    # What a model thinks between.
+    rf"|<(?=/?{TAG})|\[(?=/?THINK\])|<(?=unused\d|channel\|>)|◁(?=/?think▷)"
 )
 
 _IMPARTIAL = (

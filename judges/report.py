@@ -12,6 +12,7 @@ from judges import pairwise
 from judges.calibrate import calibration_file
 from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
 from judges.pairwise import Kind
+from judges.verdict import ends_in_words
 from trace_bench.metrics import Estimate, wilson_interval
 from trace_bench.run import Run, Stage, read_json, read_jsonl
 from trace_bench.tables import DASH, Block, Table, percent, percent_with_interval
@@ -155,6 +156,11 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
     for judge in judges:
         how = f"`{json.dumps(judge['sampling'])}`, prompts version {judge['prompts']}"
         yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge)}"
+        its = [n for n in found.values() if n["settings"] == judge]
+        # Older results do not have these counts.
+        counts = {name: sum(n.get(name, 0) for n in its) for name in ("cut", "unclosed")}
+        for sentence in ends_in_words(counts, sum(n["requests"] for n in its), judge["sampling"]):
+            yield f"- {sentence}"
     if len(judges) > 1:
         yield "- **Several judges**: what was judged by different ones cannot be compared"
     limits = {n["limit"] for n in found.values() if n["limit"]}

@@ -1,9 +1,10 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
 import os
+import string
 from collections import Counter
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -61,15 +62,28 @@ def bounds(make):
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The tiny model with a byte-level tokenizer, and with one like LLaMA-2's."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "bytes": make_tiny_model(folder / "tiny"),
+        "pieces": make_tiny_model(folder / "pieces", pieces_tokenizer()),
+    }
 
 
-def make_tiny_model(path: Path) -> Path:
-    """Writes a Llama of 0.3M parameters with tied embeddings and a byte-level tokenizer to a local folder."""
-    import torch
+@pytest.fixture
+def tiny_model(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> Path:
+    return tiny_models[getattr(request, "param", "bytes")]
+
+
+#: For a test that compares engines: the tiny model with either tokenizer.
+both_tokenizers = pytest.mark.parametrize("tiny_model", ["bytes", "pieces"], indirect=True)
+
+
+def byte_tokenizer():
+    """A tokenizer whose tokens are the bytes, as GPT-2's without a merge; it adds no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
@@ -80,10 +94,45 @@ def make_tiny_model(path: Path) -> Path:
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
     )
     tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def pieces_tokenizer(legacy: bool = False, **kwargs):
+    """A tokenizer like LLaMA-2's: pieces with the word mark, bytes for what has no piece, and a BOS.
+
+    Decoded alone, the first piece of a text loses the space that its mark stands for.
+
+    Args:
+        legacy: A mark also behind special tokens (the scheme "always" instead of "first"), as LLaMA-2's file has it.
+        **kwargs: For LlamaTokenizer, such as add_eos_token.
+    """
+    from transformers import LlamaTokenizer
+
+    letters = sorted(set(string.ascii_letters + string.digits + string.punctuation))
+    merges = [("▁", letter) for letter in letters]  # "▁A" is one piece
+    merges += product(
+        string.ascii_lowercase, repeat=2
+    )  # most pieces are text, so that different ids are different texts
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, *map("".join, merges)]
+    tokenizer = LlamaTokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=merges,
+        **{"add_bos_token": True, "pad_token": "</s>", "legacy": legacy, **kwargs},
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_tiny_model(path: Path, tokenizer=None) -> Path:
+    """Writes a Llama of 0.3M parameters with tied embeddings and a tokenizer (byte-level) to a local folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = tokenizer or byte_tokenizer()
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(vocab),
+            vocab_size=len(tokenizer),
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,

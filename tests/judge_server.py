@@ -1,7 +1,7 @@
 """A fake OpenAI-compatible server on 127.0.0.1 whose faults are written into the prompts, and which counts.
 
 A request whose text holds "FAULT:name*n" gets that fault the first n times (without "*n": every time). Otherwise the
-answer is that of `answer`, or a verdict for the longer text.
+answer is that of `answer` (a text, or a message with "finish_reason"), or a verdict for the longer text.
 """
 
 import json
@@ -107,6 +107,9 @@ class Server:
         handler.wfile.write(content)
 
     def completion(self, text, **message):
+        answer = self.answer(text)
+        # An answer may also be a message, with the reason of its end.
+        message = {"content": answer, **message} if isinstance(answer, str) else {**answer, **message}
         return {
             "id": "c",
             "object": "chat.completion",
@@ -114,8 +117,8 @@ class Server:
             "choices": [
                 {
                     "index": 0,
-                    "finish_reason": "stop",
-                    "message": {"role": "assistant", "content": self.answer(text), **message},
+                    "finish_reason": message.pop("finish_reason", "stop"),
+                    "message": {"role": "assistant", **message},
                 }
             ],
             "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},

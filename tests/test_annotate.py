@@ -256,6 +256,37 @@ def test_replies_that_were_cut_or_refused_are_rejected():
     assert read_path(CODE, Reply(whole, refusal=True)) == ("", "refused")
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply("<think>Rates rose.\nAnswer:B"),
+        Reply("<think>Rates fell.</think>\nNo.\n<think>Rates rose.\nAnswer:B"),
+        Reply("[THINK]Rates rose.\nAnswer:B"),
+        Reply("", thinking="Rates rose.\nAnswer:B", unclosed=True),
+    ],
+)
+def test_no_answer_is_taken_out_of_thinking_that_is_not_closed(reply):
+    assert read_path(FOMC, reply) == ("", "thinking not closed")
+
+
+def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(tmp_path, caplog):
+    root = write_fomc(tmp_path / "data", [("one", "B"), ("cut", "B"), ("think", "B")])
+    whole = "It rose.\nAnswer:B"
+    with Server(
+        lambda text: (
+            {"content": whole, "finish_reason": "length"} if "\ncut" in text
+            else {"content": None, "reasoning": whole} if "\nthink" in text
+            else whole
+        )
+    ) as server:  # fmt: skip
+        argv = ["--attempts", "1", "--sampling", '{"max_tokens": 9}']
+        command(server, tmp_path / "out", "--data", str(root), *argv)
+    mine = read_json(tmp_path / "out/annotation.json")["tasks"]["trace_fomc"]
+    assert mine["rejected_replies"] == {"cut at the limit of tokens": 1, "thinking not closed": 1}
+    note = """1 replies were cut at the limit of tokens and rejected: raise it with --sampling '{"max_tokens": 18}'"""
+    assert note in caplog.text and note in (tmp_path / "out/annotation.md").read_text(encoding="utf-8")
+
+
 PIECES = [
     "Answer:",
     "\n回答：",

@@ -19,6 +19,7 @@ from trace_bench.comparison import write_comparison
 from trace_bench.report import write_report
 from trace_bench.results import score_matrix
 from trace_bench.run import Run, RunError, read_json, write_json, write_jsonl
+from trace_tasks.tokens import example_ids
 
 FOMC = "What is the monetary policy stance for the following text? A. dovish, B. hawkish, C. neutral. Choose one."
 FIRST = "Give your reasoning first, and then the answer."
@@ -280,7 +281,7 @@ def test_tokens_are_counted_as_in_training_and_testing(rows, write, tiny_model):
     rows["trace_fomc"]["train"][11] = plain(sentence("longer", 70), "A")
     root = write(rows)
     train = rows["trace_fomc"]["train"]
-    examples = data.example_ids(tokenizer, [r["prompt"] for r in train], [r["answer"] for r in train])
+    examples = example_ids(tokenizer, [r["prompt"] for r in train], [r["answer"] for r in train])
     answers = [sum(label != -100 for label in example["labels"]) for example in examples]
     prompts = [len(example["labels"]) - n for example, n in zip(examples, answers, strict=True)]
     for limit, cut in ((10, 1), (11, 0)):

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from trace_bench import data
-from trace_bench.data import DataError, example_ids, prompt_ids
+from trace_bench.data import DataError
+from trace_tasks.tokens import example_ids, prompt_ids
 
 ROWS = [{"prompt": f"frage {i}: für\n", "answer": f"{i}\n"} for i in range(3)]
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "trace"

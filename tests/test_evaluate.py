@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train
+from conftest import both_tokenizers, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from trace_bench import data, engine, evaluate, models, report, results
+from trace_bench.engine import merging, swap
 from trace_bench.run import Run, RunError, read_json
+from trace_tasks.tokens import example_ids, prompt_ids
 
 
 @pytest.fixture
@@ -105,16 +107,16 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, monkeypatch):
 
 def test_one_engine_serves_all_stages(run, monkeypatch):
     starts, swaps = [], []
-    original = engine._open_hf
+    original = engine.open_engine
 
-    def counted(base, args):
-        lm = original(base, args)
-        starts.append(base)
+    def counted(*args, **kwargs):
+        lm = original(*args, **kwargs)
+        starts.append(lm.base)
         load = lm.load
-        lm.load = lambda checkpoint: (swaps.append(checkpoint), load(checkpoint))
+        lm.load = lambda checkpoint, *rest: (swaps.append(checkpoint), load(checkpoint, *rest))
         return lm
 
-    monkeypatch.setattr(engine, "_open_hf", counted)
+    monkeypatch.setattr(engine, "open_engine", counted)
     evaluate.evaluate(run)
     assert len(starts) == 1 and swaps == [s.checkpoint for s in run.stages[1:]], "the base model is there already"
 
@@ -124,12 +126,14 @@ def test_prompts_are_built_and_tokenized_once_for_all_stages(run, monkeypatch):
     from lm_eval.api.task import ConfigurableTask
 
     built, encoded = [], []
-    original, prompt_ids = ConfigurableTask.fewshot_context, data.prompt_ids
+    original = ConfigurableTask.fewshot_context
     monkeypatch.setattr(
         ConfigurableTask, "fewshot_context", lambda self, *a, **k: built.append(1) or original(self, *a, **k)
     )
     monkeypatch.setattr(
-        data, "prompt_ids", lambda t, texts, n: encoded.extend((text, n) for text in texts) or prompt_ids(t, texts, n)
+        swap,
+        "prompt_ids",
+        lambda t, texts, n, chat: encoded.extend((text, n) for text in texts) or prompt_ids(t, texts, n, chat),
     )
     assert evaluate.evaluate(run, cells="all") == 6
     assert len(built) == 2 * 6, "two tasks of six rows, three stages"
@@ -174,6 +178,7 @@ def test_other_data_than_the_run_s_is_refused(run, tmp_path):
         evaluate.evaluate(run, data_path=str(copy))
 
 
+@both_tokenizers
 def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_model, tmp_path, demo_data):
     from lm_eval.api.instance import Instance
     from transformers import AutoTokenizer
@@ -198,24 +203,21 @@ def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_mode
 
 
 def test_a_checkpoint_is_merged_ahead_where_that_takes_nothing_from_the_engine(tiny_model, checkpoints, monkeypatch):
-    lm = engine.open_engine("hf", str(tiny_model))
-    lm.prepare(checkpoints["adapter"])
-    assert lm._ahead is None, "on a CPU merging would slow the engine down"
-    monkeypatch.setattr(engine, "_has_gpu", lambda: True)
-    for checkpoint in (None, checkpoints["full model"]):
-        lm.prepare(checkpoint)
-        assert lm._ahead is None, "nothing to merge"
-    with lm.as_full_model(checkpoints["adapter"]) as folder:
+    adapter, merger = checkpoints["adapter"], merging.Merging(str(tiny_model), None, False)
+    merger.prepare(adapter)
+    assert merger._ahead is None, "on a CPU merging would slow the engine down"
+    with merger.full_model(adapter) as (folder, lost):
         merged = load_file(Path(folder) / "model.safetensors")
-    assert not Path(folder).exists()
-    lm.prepare(checkpoints["adapter"])
-    monkeypatch.setattr(models, "load_merged", lambda *a, **k: pytest.fail("it was merged already"))
-    with lm.as_full_model(checkpoints["adapter"]) as folder:
+    assert not Path(folder).exists() and lost == 0, "in float32"
+    monkeypatch.setattr(merging, "has_gpu", lambda: True)
+    merger.prepare(adapter)
+    monkeypatch.setattr(models, "merge", lambda *a, **k: pytest.fail("it was merged already"))
+    with merger.full_model(adapter) as (folder, lost):
         ahead = load_file(Path(folder) / "model.safetensors")
-    assert not Path(folder).exists() and all(torch.equal(ahead[k], v) for k, v in merged.items())
+    assert not Path(folder).exists() and all(torch.equal(ahead[k], v) for k, v in merged.items()) and lost == 0
     monkeypatch.undo()
-    lm._ahead = checkpoints["adapter"], tempfile.TemporaryDirectory(), subprocess.Popen(["false"])
-    with lm.as_full_model(checkpoints["adapter"]) as folder:
+    merger._ahead = adapter, tempfile.TemporaryDirectory(), subprocess.Popen(["false"])
+    with merger.full_model(adapter) as (folder, _):
         assert load_file(Path(folder) / "model.safetensors").keys() == merged.keys(), "it failed: merged here"
 
 
@@ -230,23 +232,26 @@ def test_the_token_ids_trained_on_are_the_ones_tested_on(name, chat, tiny_model,
     task = data.load_tasks([name])[name]
     task.config.generation_kwargs["max_gen_toks"] = 2
     tested = []
-    original = type(lm)._model_generate
+    original = lm._generated
 
-    def look(self, context, **kwargs):
-        masks = kwargs["attention_mask"].bool()
-        tested.extend(row[mask].tolist() for row, mask in zip(context, masks, strict=True))
-        return original(self, context, **kwargs)
+    def look(batch):
+        tested.extend(list(want.ids) for want in batch)
+        return original(batch)
 
-    monkeypatch.setattr(type(lm), "_model_generate", look)
+    monkeypatch.setattr(lm, "_generated", look)
     lm_eval.simple_evaluate(
         model=lm, tasks=[task], limit=3, apply_chat_template=chat, bootstrap_iters=0, task_manager=data.task_manager()
     )
     # The same rows as if they were training rows.
     monkeypatch.setattr(task, "training_docs", task.test_docs)
     rows = data.training_rows(task, 3, lm.apply_chat_template if chat else None)
-    examples = data.example_ids(lm.tokenizer, *zip(*rows, strict=True), max_prompt=limit, max_answer=32)
+    examples = example_ids(lm.tokenizer, *zip(*rows, strict=True), max_prompt=limit, max_answer=32, chat=lm.chat)
     trained = [[i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label == -100] for e in examples]
-    assert sorted(tested) == sorted(trained) and all(len(ids) == limit for ids in trained)
+    assert sorted(tested) == sorted(trained)
+    assert all(limit - 3 * chat <= len(ids) <= limit for ids in trained), "of a chat no half of a character is kept"
+    if chat:  # the content is cut, not the template
+        assert all(lm.tokenizer.decode(ids).startswith("<s>user\n") for ids in trained)
+        assert all(lm.tokenizer.decode(ids).endswith("</s>\n<s>assistant\n") for ids in trained)
 
 
 def test_checkpoints_from_elsewhere(run, tiny_model, tmp_path):

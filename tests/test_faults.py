@@ -56,14 +56,14 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def done(tiny_model, tmp_path_factory) -> Path:
+def done(tiny_models, tmp_path_factory) -> Path:
     """A run of two stages, trained, evaluated and judged once for all tests of this file."""
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch, with_key(patch, folder), Server() as server:
         patch.setenv("TRACE_DATA", "demo")
         run = train(
             {
-                **{"model_name_or_path": str(tiny_model), "output_dir": str(folder / "run"), "data": "demo"},
+                **{"model_name_or_path": str(tiny_models["bytes"]), "output_dir": str(folder / "run"), "data": "demo"},
                 **{"tasks": ["trace_fomc", "trace_numglue_ds"], "train_rows": 16, "test_rows": 6, "max_steps": 2},
                 **{"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_prompt_length": 96},
                 **{"max_new_tokens": 4, "gradient_checkpointing": False, "use_peft": True, "lora_r": 4},

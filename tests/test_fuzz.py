@@ -33,6 +33,7 @@ from trace_bench.results import Results
 from trace_bench.run import Run, RunError, Stage, fingerprint, read_json, read_jsonl, write_json, write_jsonl
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES, as_tested, reasoning_answer
+from trace_tasks.tokens import example_ids, prompt_ids
 
 EXAMPLES: Counter[str] = Counter()
 
@@ -814,20 +815,20 @@ def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_model):
+def tokenizer(tiny_models):
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(tiny_model)
+    return AutoTokenizer.from_pretrained(tiny_models["bytes"])
 
 
 @fuzz("examples of training", 150, prompt=filled, answer=filled, most=st.integers(1, 40), longest=st.integers(1, 40))
 def test_an_example_is_the_end_of_its_prompt_and_the_beginning_of_its_answer(tokenizer, prompt, answer, most, longest):
-    (whole,), (cut,) = data.prompt_ids(tokenizer, [prompt]), data.prompt_ids(tokenizer, [prompt], most)
+    (whole,), (cut,) = prompt_ids(tokenizer, [prompt]), prompt_ids(tokenizer, [prompt], most)
     assert cut == whole[-most:] and len(cut) <= most
-    example = data.example_ids(tokenizer, [prompt], [answer], most, longest)[0]
+    example = example_ids(tokenizer, [prompt], [answer], most, longest)[0]
     target = [label for label in example["labels"] if label != -100]
     assert example["input_ids"] == cut + target and 1 <= len(target) <= longest
-    (full,) = data.example_ids(tokenizer, [prompt], [answer])
+    (full,) = example_ids(tokenizer, [prompt], [answer])
     alone = tokenizer(answer, add_special_tokens=False).input_ids
     assert full["input_ids"] == [*whole, *alone, tokenizer.eos_token_id]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -243,6 +244,23 @@ def test_a_body_without_a_reply_is_told_from_an_empty_reply(body):
         read_reply(body)
     assert read_reply({"choices": [{"message": {"content": None}}]}) == Reply("")
     assert read_reply({"choices": [{"message": {"content": "half \ud83d"}}]}) == Reply("half ?")
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thinking_that_a_server_tells_apart_is_no_answer(name):
+    def read(**message):
+        return read_reply({"choices": [{"message": message, "finish_reason": "length"}]})
+
+    thought = Reply("", thinking="It is [[A]]", unclosed=True, finish_reason="length")
+    assert read(content=None, **{name: "It is [[A]]"}) == thought == read(**{name: "It is [[A]]"}, content="")
+    assert read(content="[[B]]", **{name: "It is [[A]]"}) == replace(thought, text="[[B]]", unclosed=False)
+    assert read(content="[[B]]", **{name: None}).thinking == "" == read(content="[[B]]", **{name: [1]}).thinking
+    assert not read(content=None, refusal="No.", **{name: "x"}).unclosed
+
+
+@pytest.mark.parametrize("reason", ["length", "max_tokens", "model_length"])
+def test_a_reply_that_ended_at_its_limit_is_cut_under_any_name(reason):
+    assert Reply("", finish_reason=reason).cut and not Reply("", finish_reason="stop").cut and not Reply("").cut
 
 
 # -------------------------------------------------------------------------------------------------------- key, endpoint

@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from judge_server import KEY, Server, judge, with_key
 
 from judges import calibrate, instruction, judging, local, pairwise, prompts, safety
+from judges.client import Reply
 from judges.planted import PLANTED
-from judges.verdict import parse
+from judges.thinking import answer_of, opened_by
+from judges.verdict import longer, parse, verdict_of, why_unscored
 from trace_bench.cli import main
 from trace_bench.metrics import wilson_interval
 from trace_bench.report import write_report
@@ -131,22 +133,99 @@ def test_the_verdict_of_a_reply(reply, verdict):
 @pytest.mark.parametrize(
     "reply, verdict",
     [
-        ("If I chose [[A]], then", None),
-        ("[[A]] is where I lean, because", None),
-        ("It is better.\n\n[[B]]", "B"),
-        ("It is better.\n**[[B]]**", "B"),
-        ("[[A]]\nbut then ag", None),
-        ("", None),
-        (None, None),
+        ("<think>[[A]]? No, [[B]].</think>\nIt is [[C]]", "C"),
+        ("<think>[[A]] it is.</think>\nI cannot say.", None),
+        ("I lean to [[A]].</think>It is [[B]]", "B"),  # the template opened it
+        ("<think>It is [[A]]", None),
+        ("<think>It is\n\n[[A]]", None),
+        ("[[A]]\n<think>But then", None),
+        ("<think>a</think>\n[[A]]\n<think>b</think>\n[[B]]", "B"),
+        ("<think>a</think>\n[[A]]\n<think>But [[B]]", None),
+        ("<think><reasoning>a</reasoning>\n[[A]]", None),
+        ("A shows its `<think>` and `</think>`, B does not.\n[[B]]", "B"),
+        ("A shows its < think>, B does not.\n[[B]]", "B"),  # as `neutralise` shows it
+        ("I think [[A]]", "A"),
     ],
 )
-def test_a_reply_that_was_cut_has_a_verdict_only_if_it_ended_with_one(reply, verdict):
-    assert parse(reply, prompts.PAIR, cut=True) == verdict
+def test_what_a_judge_thinks_aloud_is_no_verdict(reply, verdict):
+    assert parse(reply, prompts.PAIR) == verdict
 
 
-def test_what_a_judge_thinks_aloud_is_no_verdict():
-    assert parse("<think>[[A]]? No, [[B]].</think>\nIt is [[C]]", prompts.PAIR) == "C"
-    assert parse("<think>[[A]] it is.</think>\nI cannot say.", prompts.PAIR) is None
+MARKS = [
+    ("<think>", "</think>"),
+    ("<Thinking>", "</Thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("<mm:think>", "</mm:think>"),
+    ("<ifm|think_fast>", "</ifm|think_fast>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|><|START_RESPONSE|>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"),
+    ("<|channel>thought\n", "<channel|>"),
+    ("<unused94>thought\n", "<unused95>"),
+    ("Here is my thought process:", "Here is my response:"),
+]
+
+
+@pytest.mark.parametrize("start, end", MARKS)
+def test_the_marks_of_every_family_are_known(start, end):
+    assert parse(f"{start}Is it\n[[A]]{end}\nIt is better.\n[[B]]", prompts.PAIR) == "B"
+    assert parse(f"Is it\n[[A]]{end}\nIt is better.\n[[B]]", prompts.PAIR) == "B"
+    assert parse(f"{start}Is it\n[[A]]", prompts.PAIR) is None
+    assert parse(f"{start}Is it [[A]]{end}", prompts.PAIR) is None
+    assert opened_by(f"<|assistant|>{start}").strip() == ("" if "process" in start else start.strip())
+    assert not opened_by(f"<|assistant|>{start}\n{end}\n\n"), "a template that turns thinking off"
+
+
+@pytest.mark.parametrize(
+    "piece", ["<", "<a", "<a:", "<think", "<think>", "`<think>", "<|channel|>final", "Here's ", " "]
+)
+def test_long_thinking_takes_no_long_time(piece):
+    started = time.process_time()
+    text = piece * (200_000 // len(piece))
+    answer_of(text), opened_by(text)
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("start, end", MARKS[:-1])
+def test_an_answer_cannot_show_the_marks_of_thinking(start, end):
+    shown = prompts.neutralise(f"{start}I hide{end}")
+    assert answer_of(shown) == shown and shown.replace(" ", "") == f"{start}I hide{end}".replace(" ", "")
+
+
+@pytest.mark.parametrize("reply", ["If I chose [[A]], then", "It is better.\n\n[[B]]", "[[A]]\nbut then ag", "", None])
+def test_a_reply_that_was_cut_has_no_verdict(reply):
+    """A chat template may have opened the thinking, and over an endpoint no mark of it is seen."""
+    assert parse(reply, prompts.PAIR, cut=True) is None
+
+
+@pytest.mark.parametrize(
+    "reply, reason",
+    [
+        (Reply("[[A]]"), None),
+        (Reply("[[A]]", finish_reason="length", forced=True), None),
+        (Reply("A.", finish_reason="stop"), "no clear verdict"),
+        (Reply("[[A]]", finish_reason="length"), "cut at its limit of tokens"),
+        (Reply("[[A]]", finish_reason="model_length"), "cut at its limit of tokens"),
+        (Reply("<think>[[A]]"), "thinking not closed"),
+        (Reply("<think>[[A]]", finish_reason="length"), "thinking not closed, cut at its limit of tokens"),
+        (Reply("", thinking="[[A]]", unclosed=True), "thinking not closed"),
+        (Reply("No.", refusal=True), "refused"),
+        (Reply("", error="no server"), "failed"),
+    ],
+)
+def test_a_reply_without_a_verdict_has_a_reason(reply, reason):
+    assert why_unscored(reply, prompts.PAIR) == reason
+    assert verdict_of(reply, prompts.PAIR) == (None if reason else "A")
+
+
+def test_the_option_that_raises_a_limit_is_the_one_that_was_given():
+    assert longer({"temperature": 0, "max_tokens": 64}) == """--sampling '{"temperature": 0, "max_tokens": 128}'"""
+    assert longer({"max_completion_tokens": 50}) == """--sampling '{"max_completion_tokens": 100}'"""
+    assert '"max_tokens": 4096}' in longer({"temperature": 1}) and "a longer context" in longer({"temperature": 1})
 
 
 def test_words_are_verdicts_too():
@@ -613,43 +692,56 @@ def test_calibration_shows_a_bias_for_a_position(server, monkeypatch, verdict, f
 
 
 class FakeLLM:
-    """What `LocalJudge` uses of vLLM's LLM, with a context of 3000 characters."""
+    """What `LocalJudge` uses of vLLM's LLM, with a context of 3000 characters, each of them a token."""
 
     def __init__(self):
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=3000 + 16))
-        self.asked, self.forced, self.opened = [], [], []
-
-    def get_tokenizer(self):
-        return FakeTokenizer()
+        self.prompts, self.asked, self.forced, self.opened = [], [], [], []
 
     answer = staticmethod(judge)
     finish_reason = "stop"
 
-    def chat(self, messages, sampling_params, use_tqdm, add_generation_prompt=True, continue_final_message=False):
-        assert len(sampling_params) == len(messages) and add_generation_prompt != continue_final_message
-        if continue_final_message:
-            assert all(m[-1]["role"] == "assistant" and m[-1]["content"].endswith("\n\n[[") for m in messages)
-            self.forced.append([p.allowed_token_ids for p in sampling_params])
-            texts, tokens = [""] * len(messages), [[p.allowed_token_ids[-1]] for p in sampling_params]
+    def generate(self, prompts, sampling_params, use_tqdm):
+        assert len(sampling_params) == len(prompts)
+        texts = ["".join(prompt["prompt_token_ids"]) for prompt in prompts]
+        if hasattr(sampling_params[0], "allowed_token_ids"):
+            assert all(text.endswith("\n\n[[") for text in texts)
+            self.forced.append(texts)
+            replies, tokens = [""] * len(texts), [[p.allowed_token_ids[-1]] for p in sampling_params]
         else:
-            self.asked.append([m[-1]["content"] for m in messages])
-            texts, tokens = [self.answer(m[-1]["content"]) for m in messages], [[0] * 2] * len(messages)
+            self.prompts += texts
+            self.asked.append(sampling_params)
+            replies, tokens = [self.answer(text) for text in texts], [[0] * 2] * len(texts)
         return [
             SimpleNamespace(
-                prompt_token_ids=[0] * 4,
                 outputs=[SimpleNamespace(text=text, token_ids=ids, finish_reason=self.finish_reason)],
             )
-            for text, ids in zip(texts, tokens, strict=True)
+            for text, ids in zip(replies, tokens, strict=True)
         ]
 
 
 class FakeTokenizer:
-    chat_template = "yes"
+    """Renders chats with a template as transformers does; every character is a token."""
 
-    def apply_chat_template(self, messages, add_generation_prompt, tokenize):
-        return messages[-1]["content"]
+    chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def __init__(self):
+        contents = {"<|special|>": True, "</think>": False}
+        tokens = [SimpleNamespace(content=content, special=special) for content, special in contents.items()]
+        self.added_tokens_decoder = dict(enumerate(tokens))
+
+    def get_chat_template(self):
+        return self.chat_template
+
+    def apply_chat_template(self, messages, tokenize, **kwargs):
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        assert not tokenize
+        rendered, _ = render_jinja_template([messages], chat_template=self.chat_template, **kwargs)
+        return rendered[0]
 
     def __call__(self, text, add_special_tokens):
+        assert not add_special_tokens
         return SimpleNamespace(input_ids=list(text))
 
 
@@ -659,10 +751,22 @@ def llm(monkeypatch, tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=SimpleNamespace))
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=FakeSamplingParams))
+    monkeypatch.setattr(local, "prepare_vllm", lambda args: None)
+    monkeypatch.setattr(local, "_tokenizer", lambda folder: FakeTokenizer())
     monkeypatch.setattr(local, "_open", lambda folder, args: llm.opened.append(args) or llm)
     llm.model = str(model)
     return llm
+
+
+class FakeSamplingParams(SimpleNamespace):
+    """Takes what the tests give, and refuses other names as vLLM does."""
+
+    def __init__(self, **given):
+        known = {"temperature", "max_tokens", "skip_special_tokens", "allowed_token_ids", "seed", "min_p"}
+        if given.keys() - known:
+            raise TypeError(f"Unexpected keyword argument {min(given.keys() - known)!r}")
+        super().__init__(**given)
 
 
 def test_a_local_model_judges_a_run_without_a_server(run, llm, monkeypatch, capsys):
@@ -682,7 +786,12 @@ def test_a_local_model_judges_a_run_without_a_server(run, llm, monkeypatch, caps
     main(argv)
     numbers = result(run, 1, "instruct_lima")
     assert numbers["pairs"]["win"] == 3 and numbers["endpoint"].startswith("vllm:")
-    assert max(map(len, llm.asked)) == 10 and numbers["prompt_tokens"] == 4 * numbers["requests"]
+    assert max(map(len, llm.asked)) == 10
+    pairs = [
+        judging.Pair(i, f"question {i}", mine, base) for i, (mine, base) in enumerate(zip(MINE, BASE, strict=True))
+    ]
+    wanted = [r["messages"][0]["content"] for pair in pairs for r in pair.requests(instruction.KIND)]
+    assert numbers["prompt_tokens"] == sum(map(len, wanted)) and numbers["requests"] == len(wanted)
     asked = sum(map(len, llm.asked))
     (run.stages[1].path / "judge" / "instruct_lima.json").unlink()
     main(argv)
@@ -693,7 +802,9 @@ def test_a_local_model_that_gives_no_verdict_has_to_choose_one(run, llm):
     llm.answer = lambda text: "Both have merits. " if "ANSWER A" in text else judge(text)
     judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
     [numbers] = judging.judge_jobs(judging.plan(run, judge_, stages=[1], suites=["instruct_lima"]), judge_)
-    assert llm.forced == [[["A", "B", "C"]] * 10], "five pairs in both orders; verdicts on answers alone were given"
+    [continued] = llm.forced
+    assert len(continued) == 10, "five pairs in both orders; verdicts on answers alone were given"
+    assert {text.removesuffix("Both have merits.\n\n[[") for text in continued} <= set(llm.prompts)
     assert numbers["forced"] == 10 and numbers["pairs"]["unscored"] == 0
     assert numbers["pairs"]["tie"] == 6 and numbers["pairs"]["disagreements"] == 0, "it chose [[C]] throughout"
     assert rows(run, 1, "instruct_lima")[1]["replies"] == ["Both have merits.\n\n[[C]]"] * 2
@@ -709,6 +820,223 @@ def test_a_local_model_whose_reply_was_cut_while_it_thought_has_to_choose(run, l
     judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
     [numbers] = judging.judge_jobs(judging.plan(run, judge_, stages=[1], suites=["instruct_lima"]), judge_)
     assert numbers["forced"] > 0 and {v for r in rows(run, 1, "instruct_lima") for v in r["verdicts"]} <= {"C", None}
+
+
+#: Chat templates of models that think: earlier thinking is left out, and what stands before the reply differs.
+DROPPING = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if m.role == 'assistant' and '</think>' in m.content %}{{ m.content.split('</think>')[-1].lstrip() }}"
+    "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+)
+QWEN = (
+    DROPPING + "{% if add_generation_prompt %}<|assistant|>"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+R1 = DROPPING + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+#: Every assistant turn is shown in capitals, behind a thinking that it did not have: nothing of it can be found again.
+SHOUTING = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{{ '<think></think>' + m.content | upper if m.role == 'assistant' else m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def judged_locally(llm, run, **sampling):
+    """The numbers of the first stage's pairs by a local judge."""
+    judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16, **sampling})
+    [numbers] = judging.judge_jobs(judging.plan(run, judge_, stages=[1], suites=["instruct_lima"]), judge_)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    "template, reply",
+    [
+        (QWEN, "<think>\nIs it [[A]]?\n</think>\n\nBoth have merits."),
+        (QWEN, "Both have merits."),
+        (R1, "Is it [[A]]?\n</think>\n\nBoth have merits."),
+        (R1, "<think>\nIs it [[A]]?\n</think>\n\nBoth have merits."),
+        (R1, "Is it [[A]]?\n</think>"),
+        (SHOUTING, "Both have merits."),
+        (QWEN, "<|START_THINKING|>Is it [[A]]?<|END_THINKING|><|special|>Both have merits.<|special|>"),
+    ],
+)
+def test_a_reply_is_continued_whatever_the_template_makes_of_it(run, llm, monkeypatch, template, reply):
+    """A template that leaves out what precedes </think> stopped the judge once it rendered the reply again."""
+    monkeypatch.setattr(FakeTokenizer, "chat_template", template)
+    llm.answer = lambda text: reply
+    numbers = judged_locally(llm, run)
+    assert [text.removesuffix(f"{reply}\n\n[[") for text in llm.forced[0]] == llm.prompts
+    assert all(text.endswith(("<|assistant|>", "<|assistant|><think>\n")) for text in llm.prompts)
+    assert numbers["forced"] == numbers["requests"] == 16 and numbers["pairs"]["unscored"] == 0
+    assert (numbers["cut"], numbers["unclosed"]) == (0, 0)
+    spoken = "Both have merits." if "merits" in reply else ""
+    shown = rows(run, 1, "instruct_lima")[1]["replies"]
+    assert [text.lstrip() for text in shown] == [f"{spoken}\n\n[[C]]".lstrip()] * 2, "without its thinking"
+    [cached, *_] = (json.loads(line) for line in Path("cache.jsonl").read_text(encoding="utf-8").splitlines())
+    assert ("Is it [[A]]?" in cached["reply"]["thinking"]) == ("Is it" in reply), "which is kept beside it"
+
+
+@pytest.mark.parametrize("reason", ["stop", "length"])
+@pytest.mark.parametrize(
+    "template, reply",
+    [
+        (QWEN, "<think>\nIt is\n\n[[A]]"),
+        (R1, "It is\n\n[[A]]"),
+        (R1, "It is\n\n[[A]] as `</think>` shows"),
+        (QWEN, "<|START_THINKING|>It is\n\n[[A]]"),
+    ],
+)
+def test_no_verdict_is_taken_or_forced_out_of_thinking_that_is_not_closed(
+    run, llm, monkeypatch, template, reply, reason
+):
+    monkeypatch.setattr(FakeTokenizer, "chat_template", template)
+    llm.answer, llm.finish_reason = lambda text: reply, reason
+    numbers = judged_locally(llm, run)
+    assert not llm.forced and numbers["forced"] == 0
+    assert (numbers["unclosed"], numbers["cut"]) == (16, 16 * (reason == "length"))
+    assert (numbers["pairs"]["unscored"], numbers["direct"]["unscored"]) == (5, 6), "the sixth pair is identical"
+    why = "thinking not closed" + ", cut at its limit of tokens" * (reason == "length")
+    assert rows(run, 1, "instruct_lima")[1]["unscored"] == [why] * 3
+    write_report(run)
+    assert "16 of 16 replies ended in thinking that is not closed" in section(run, "Instruction following")
+
+
+def test_the_last_verdict_after_the_thinking_of_a_local_judge_counts(run, llm, monkeypatch):
+    monkeypatch.setattr(FakeTokenizer, "chat_template", R1)
+    llm.answer = lambda text: (
+        "[[A]] or [[REFUSED]]?\n</think>\n[[C]]" if "ANSWER A" in text else "x</think>[[ANSWERED]]"
+    )
+    numbers = judged_locally(llm, run)
+    assert (numbers["pairs"]["tie"], numbers["direct"]["answered"], numbers["forced"]) == (6, 6, 0)
+
+
+def test_arguments_of_the_chat_template_are_used_and_on_record(run, llm, server, monkeypatch):
+    monkeypatch.setattr(FakeTokenizer, "chat_template", QWEN)
+    arguments = {"chat_template_kwargs": {"enable_thinking": False}}
+    llm.answer = lambda text: "[[C]]" if "ANSWER A" in text else "[[ANSWERED]]"
+    numbers = judged_locally(llm, run, **arguments)
+    assert all(text.endswith("<|assistant|><think>\n\n</think>\n\n") for text in llm.prompts)
+    assert numbers["settings"]["sampling"] == {"max_tokens": 16, **arguments}
+    assert (numbers["pairs"]["tie"], numbers["unclosed"]) == (6, 0), (
+        "thinking that is closed before the reply is no thinking"
+    )
+    # The same option reaches a server, which renders the chat itself.
+    command(server, run, "--stages", "2", "--sampling", json.dumps(arguments))
+    assert {json.dumps(body["chat_template_kwargs"]) for body in server.bodies} == {'{"enable_thinking": false}'}
+    assert result(run, 2, "instruct_lima")["settings"]["sampling"] == arguments
+
+
+@pytest.mark.parametrize(
+    "sampling, message",
+    [
+        ({"chat_template_kwargs": {"enable_thinkin": False}}, "enable_thinkin: the chat template of"),
+        ({"chat_template_kwargs": {"add_generation_prompt": False}}, "has no such argument"),
+        ({"chat_template_kwargs": "off"}, "'off', not an object"),
+        ({"reasoning_effort": "low"}, "Unexpected keyword argument 'reasoning_effort'"),
+    ],
+)
+def test_what_a_local_judge_cannot_use_is_an_error_before_its_engine_starts(run, llm, monkeypatch, sampling, message):
+    monkeypatch.setattr(FakeTokenizer, "chat_template", QWEN)
+    argv = ["judge", run.path, "--model", llm.model, "--local", "--sampling", json.dumps(sampling)]
+    assert message in error(*argv) and not llm.opened
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{{ raise_exception('no users here') }}", "no users here"),
+        ("{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}", "leaves out"),
+    ],
+)
+def test_a_template_that_does_not_show_the_request_is_an_error(run, llm, monkeypatch, template, message):
+    monkeypatch.setattr(FakeTokenizer, "chat_template", template)
+    assert message in error("judge", run.path, "--model", llm.model, "--local") and not llm.opened
+
+
+def test_a_template_with_a_date_is_told_the_same_day_every_day(run, llm, monkeypatch):
+    monkeypatch.setattr(FakeTokenizer, "chat_template", "Today: {{ strftime_now('%d %b %Y') }}\n" + QWEN)
+    numbers = judged_locally(llm, run)
+    assert all(text.startswith("Today: 01 Jan 2025\n") for text in llm.prompts)
+    assert numbers["settings"]["date"] == "2025-01-01"
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_local_judge_takes_the_limit_by_both_of_its_names(run, llm, name):
+    judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={name: 21})
+    judge_.complete([{"messages": instruction.KIND.direct("q", "a")}])
+    assert [(p.max_tokens, p.skip_special_tokens) for p in llm.asked[0]] == [(21, False)]
+
+
+def test_without_a_limit_a_local_judge_may_fill_its_context_as_a_served_one(run, llm):
+    judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"temperature": 0})
+    judge_.complete([{"messages": instruction.KIND.direct("q", "a")}])
+    [prompt], [[sampling]] = llm.prompts, llm.asked
+    assert sampling.max_tokens == 3016 - len("\n\n[[") - 1 - len(prompt), "with room for a verdict to be forced"
+
+
+def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(run, llm, capsys):
+    llm.finish_reason, llm.answer = "length", lambda text: "It is better.\n\n[[A]]"
+    argv = ["judge", str(run.path), "--model", llm.model, "--local", "--suites", "instruct_lima", "--stages", "1"]
+    main([*argv, "--sampling", '{"temperature": 0, "max_tokens": 16}'])
+    option = """--sampling '{"temperature": 0, "max_tokens": 32}'"""
+    out = capsys.readouterr().out
+    assert "0 judgements unscored; 16 of 16 replies were cut at their limit of tokens" in out and option in out
+    assert result(run, 1, "instruct_lima")["cut"] == 16 and result(run, 1, "instruct_lima")["forced"] == 16
+    write_report(run)
+    assert option in section(run, "Instruction following")
+    # As the line says: without the results of the old limit the command works.
+    raised = [*argv, "--sampling", '{"temperature": 0, "max_tokens": 32}']
+    assert "sampling.max_tokens: 16 -> 32" in error(*raised) and "delete stages/*/judge" in out
+    for file in run.path.glob("stages/*/judge/*"):
+        file.unlink()
+    llm.finish_reason = "stop"
+    main(raised)
+    assert "cut" not in capsys.readouterr().out and result(run, 1, "instruct_lima")["cut"] == 0
+
+
+def cut_or_thinking(text):
+    """Three judges in one: by what the answer says it thinks without end, is cut while it thinks, or is a server's."""
+    fault = re.search("cut|endless|parsed|null|marked", text)[0]
+    return {
+        "cut": {"content": "It is\n[[A]]", "finish_reason": "length"},
+        "endless": {"content": "<think>It is\n[[A]]"},
+        "parsed": {"content": None, "reasoning_content": "It is\n[[A]]", "finish_reason": "length"},
+        "null": {"content": None, "reasoning": "It is\n[[A]]"},
+        "marked": {"content": "Is it\n[[A]]</think>\n[[C]]", "reasoning": None},
+    }[fault]
+
+
+@pytest.mark.parametrize("way", ["direct", "batch"])
+def test_a_served_judge_that_is_cut_or_thinks_without_end_gives_no_verdict(server, run, monkeypatch, capsys, way):
+    monkeypatch.setattr("judges.batch.POLL_SECONDS", 0.02)
+    server.answer = cut_or_thinking
+    whys = ["cut", "endless", "parsed", "null", "marked"]
+    for stage in run.stages:
+        write_samples(stage, "instruct_lima", [f"{stage.index} {why}" for why in whys])
+    argv = ["--suites", "instruct_lima", "--stages", "1", "--sampling", '{"max_completion_tokens": 50}']
+    command(server, run, *argv, *["--batch"] * (way == "batch"))
+    numbers = result(run, 1, "instruct_lima")
+    assert (numbers["cut"], numbers["unclosed"], numbers["requests"]) == (6, 9, 15)
+    assert (numbers["pairs"]["unscored"], numbers["pairs"]["tie"], numbers["direct"]["unscored"]) == (4, 1, 5)
+    limit, open_ = "cut at its limit of tokens", "thinking not closed"
+    found = [row["unscored"] for row in rows(run, 1, "instruct_lima")]
+    assert found[:4] == [[limit] * 3, [open_] * 3, [f"{open_}, {limit}"] * 3, [open_] * 3]
+    assert found[4] == ["no clear verdict", None, None], "[[C]] is none of the direct verdicts"
+    out = capsys.readouterr().out
+    option = """--sampling '{"max_completion_tokens": 100}'"""
+    assert "9 judgements unscored; 6 of 15 replies were cut" in out and option in out
+    assert "9 of 15 replies ended in thinking that is not closed" in out
+    write_report(run)
+    assert option in section(run, "Instruction following")
+
+
+def test_a_calibration_names_replies_that_were_cut(server, monkeypatch, capsys):
+    monkeypatch.setattr(calibrate, "PLANTED", PLANTED[:2])
+    server.answer = lambda text: {"content": "[[A]]", "finish_reason": "length"}
+    main(["judge", "--calibrate", "--model", "m", "--base-url", server.url])
+    written = json.loads(Path("calibration-m.json").read_text(encoding="utf-8"))
+    assert written["cut"] == written["requests"] > 0 and all(k["accuracy"] == 0 for k in written["kinds"].values())
+    assert """--sampling '{"temperature": 0, "max_tokens": 2048}'""" in capsys.readouterr().out
 
 
 def test_a_local_judge_takes_what_its_engine_needs(run, llm, monkeypatch):

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from trace_bench import data, evaluate, report, results
 from trace_bench.run import Run, read_json
 from trace_bench.study import methods
+from trace_tasks.tokens import example_ids
 from trainers.base import CLConfig, CLTrainer, ConfigError
 
-#: Not one stage per task: tested below.
+#: Not one stage per task: tested below and, icl, in test_icl.py.
 ELSEWHERE = {"joint", "icl"}
 THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
 
@@ -116,23 +117,6 @@ def test_joint_killed_and_resumed_ends_in_the_same_bytes(options, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_icl_trains_nothing_and_puts_demonstrations_before_each_prompt(options):
-    trainer, config = method("icl")
-    run = train({**options, "max_prompt_length": 1000}, trainer, config)
-    assert evaluate.evaluate(run) == 2 and [s.name for s in run.stages] == ["0_base"]
-    import json
-
-    task = "trace_numglue_ds"
-    samples = [json.loads(line) for line in run.stages[0].samples_file(task).read_text().splitlines()]
-    assert all(s["prompt"].count("Solve the following math problem.") == 7 for s in samples), "six and the question"
-    tested = {r["prompt"] for r in data.read_split(data.find_data("demo"), "NumGLUE-ds", "test")}
-    for s in samples:
-        shots = s["prompt"].split("\n\n")[:-1]
-        assert not any(shot.startswith(t) for shot in shots for t in tested), "no test row is a demonstration"
-    with pytest.raises(ConfigError, match="num_fewshot=-1"):
-        train({**options, "num_fewshot": -1}, trainer, config)
-
-
 # --------------------------------------------------------------------------------------------------------------- replay
 
 
@@ -188,7 +172,7 @@ def test_replay_sees_exactly_its_rows_after_the_stage_s_own(options):
 def rows_of(run: Run, task: str, options: dict) -> list[list[int]]:
     rows = data.training_rows(data.load_tasks([task])[task], options["train_rows"])
     prompts, targets = zip(*rows, strict=True)
-    examples = data.example_ids(run_tokenizer(options), prompts, targets, options["max_prompt_length"], 512)
+    examples = example_ids(run_tokenizer(options), prompts, targets, options["max_prompt_length"], 512)
     return [e["input_ids"] for e in examples]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command_line, stop_at, train
+from conftest import both_tokenizers, command_line, stop_at, train
 from lm_eval.api.instance import Instance
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -276,6 +276,7 @@ def vllm_outputs(tmp_path: Path, base: Path, adapter: Path, soft: bool) -> list:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@both_tokenizers
 def test_vllm_generates_behind_a_prompt_what_transformers_does(lively, tmp_path):
     lm = engine.open_engine("hf", str(lively[0]), engine_args={"dtype": "float32"})
     plain = generate(lm, PROMPTS)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, train
+from conftest import both_tokenizers, command_line, train
 
 from trace_bench import data, report, results
 from trace_bench.run import Run, read_json
@@ -85,6 +85,7 @@ def vllm_outputs(tmp_path: Path, base: Path, prompts: list[str], checkpoints: li
     return json.loads(out.read_text())
 
 
+@both_tokenizers
 def test_a_swapped_vllm_engine_generates_the_tokens_of_a_fresh_one(checkpoints, tiny_model, tmp_path, demo_data):
     """For an adapter and for a full model."""
     from transformers import AutoTokenizer
@@ -101,6 +102,7 @@ def test_a_swapped_vllm_engine_generates_the_tokens_of_a_fresh_one(checkpoints, 
         assert vllm_outputs(tmp_path, tmp_path / kind, prompts, [])[0] == output
 
 
+@both_tokenizers
 def test_a_run_is_evaluated_through_vllm_as_through_transformers(options, tmp_path):
     options = {
         **options,

@@ -73,7 +73,7 @@ def test_the_reference_scores_full_marks_and_nonsense_none(task):
 
 
 @every_task
-def test_demonstrations_follow_the_rules_of_the_paper(task):
+def test_demonstrations_follow_the_rules_of_the_paper(task):  # prompts made of them: test_icl.py
     task.set_fewshot_seed(7)
     drawn = list(task.sampler.sample(6))
     assert len(drawn) == 6 and list(task.sampler.sample(6)) == drawn, "one draw serves all test rows"
@@ -83,9 +83,8 @@ def test_demonstrations_follow_the_rules_of_the_paper(task):
     elif len({d["answer"] for d in task.training_docs()}) >= 6:
         assert max(answers.values()) == 1, "no answer twice"
     assert sum(len((d["prompt"] + d["answer"]).encode()) for d in drawn) <= task.sampler.budget / 2
-    assert not {d["prompt"] for d in drawn} & {d["prompt"] for d in task.test_docs()}
-    context = task.fewshot_context(task.test_docs()[0], 6)
-    assert context == "".join(f"{d['prompt']}{d['answer']}\n\n" for d in drawn) + task.test_docs()[0]["prompt"]
+    tested = {d["prompt"] for d in task.test_docs()}
+    assert not any(prompt.endswith(d["prompt"]) for d in drawn for prompt in tested)  # drawn without the instruction
     task.set_fewshot_seed(8)
     assert list(task.sampler.sample(6)) != drawn
 

@@ -30,6 +30,7 @@ from trace_bench.models import QUICKSTART, ModelError, load_tokenizer, resolve_m
 from trace_bench.run import Run, RunError, fingerprint, read_json
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES, row_variant
+from trace_tasks.tokens import prompt_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -409,7 +410,7 @@ def _counters(tokenizer: PreTrainedTokenizerBase) -> tuple[Callable[[list[str]],
     """Functions that count the tokens of prompts, as they are tested, and of answers, without EOS."""
 
     def prompts(texts: list[str]) -> list[int]:
-        return [len(ids) for ids in data.prompt_ids(tokenizer, texts)]
+        return [len(ids) for ids in prompt_ids(tokenizer, texts)]
 
     def answers(texts: list[str]) -> list[int]:
         return [len(ids) for ids in tokenizer(texts, add_special_tokens=False).input_ids]
@@ -538,15 +539,20 @@ def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_o
         left_out: `doc_id` of the rows that do not count.
 
     Returns:
-        Another cell, with "n_left_out" beside the "n" rows that count. Without any of these, its values are None.
+        Another cell, with "n_left_out" beside the "n" rows that count. Without any of these, its values are None; so
+        is that of a metric whose rows are no numbers, such as BLEU's.
     """
     rows = [row for row in samples if row["doc_id"] not in left_out]
+
+    def mean(values: list[Any]) -> float | None:
+        return sum(values) / len(values) if values and not any(isinstance(v, list) for v in values) else None
+
     return cell | {
         "n": len(rows),
         "n_left_out": cell["n"] - len(rows),
         "metrics": {
             name: {
-                "value": sum(row[name] for row in rows) / len(rows) if rows else None,
+                "value": mean([row[name] for row in rows]),
                 "stderr": _stderr([row[name] for row in rows]),
             }
             for name in cell["metrics"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from trace_bench.metrics import Matrix
-from trace_bench.results import Results
+from trace_bench.results import Cells, Results
 from trace_bench.run import Run, RunError
 from trace_bench.tables import value_text
 
@@ -21,8 +21,10 @@ BOUNDS = {
     "single": "single (a model per task)",
     "joint": "joint (multi-task)",
 }
+#: Tokens of a prompt in the official ICL code.
+ICL_PROMPT_LENGTH = 3584
 #: Settings under which a score is measured: scores of other ones are other numbers.
-_MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
+_MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 #: Settings of the training. A bound with others is still a bound, and the report says so.
 _TRAINED = (
     "train_rows",
@@ -58,6 +60,8 @@ class Bound:
     run: Run
     scores: Matrix
     """Its final scores, in the order of the other run's tasks."""
+    cells: Cells
+    """What they are from."""
     other_training: list[str]
     """The settings of the training in which it differs, each with its value there and here."""
 
@@ -78,19 +82,32 @@ def bounds(run: Run) -> list[Bound]:
                 continue
             if method == "icl" and not config.get("num_fewshot"):
                 continue  # the base model alone
-            scores = Results(sibling).final
+            results = Results(sibling)
+            scores = results.final
             other = _other_training(run, sibling)
         except (RunError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
             log.warning("%s is left out of the bounds of %s: %s: %s", file.parent, run.path, type(e).__name__, e)
             continue
         if not np.isnan(scores).all():
             ordered = scores[[sibling.tasks.index(t) for t in run.tasks]]
-            found[method].append(Bound(method, BOUNDS[method].format_map(config), sibling, ordered, other))
+            label = BOUNDS[method].format_map(config)
+            found[method].append(Bound(method, label, sibling, ordered, results.cells, other))
     return [
         min(candidates, key=lambda b: (len(b.other_training), np.isnan(b.scores).sum()))
         for candidates in found.values()
         if candidates
     ]
+
+
+def demonstrations(run: Run) -> str:
+    """How the base model of an icl run was shown what to do, and where that is not the official way."""
+    config = run.manifest["config"]
+    limit = config.get("max_prompt_length")
+    length = f"; prompts have at most {limit} tokens (officially {ICL_PROMPT_LENGTH})"
+    return (
+        f"with {config['num_fewshot']} demonstrations, which are training rows (officially test rows) and none on "
+        "MeetingBank" + (length if limit and limit != ICL_PROMPT_LENGTH else "")
+    )
 
 
 def conditions(run: Run) -> dict[str, Any]:

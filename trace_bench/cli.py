@@ -52,6 +52,10 @@ a server of your own, such as `vllm serve MODEL --host 127.0.0.1`, or no server 
 models that take other parameters:
   trace-bench judge runs/mine --model o3 --sampling '{"max_completion_tokens": 4096}'
 
+models that think, which need room, or their thinking turned off (--local and vLLM's server):
+  trace-bench judge runs/mine --model FOLDER --local --sampling '{"temperature": 0, "max_tokens": 8192}'
+  ... --sampling '{"temperature": 0, "max_tokens": 1024, "chat_template_kwargs": {"enable_thinking": false}}'
+
 Results: stages/*/judge/SUITE.json and .jsonl, and two sections in `trace-bench report runs/mine`.
 """
 ANNOTATE_EPILOG = """\
@@ -148,6 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     g.add_argument("--max-prompt-length", type=_positive, help="tokens of a prompt, cut on the left (1024)")
     g.add_argument("--max-new-tokens", type=_positive, help="the most tokens of an answer (default: each task's own)")
     g.add_argument("--chat-template", action="store_true", help="put prompts into the model's chat template")
+    g.add_argument("--chat-template-args", metavar="JSON", help="its variables, such as '{\"enable_thinking\": false}'")
     p.set_defaults(run=_evaluate)
 
     p = commands.add_parser(
@@ -260,10 +265,11 @@ def main(argv: list[str] | None = None) -> None:
     from trace_bench.run import RunError, advice
     from trace_bench.study import StudyError
     from trace_bench.versions import VersionError
+    from trace_tasks.tokens import PromptError
 
     try:
         args.run(args)
-    except (DataError, EngineError, JudgeError, ModelError, RunError, StudyError, VersionError) as e:
+    except (DataError, EngineError, JudgeError, ModelError, PromptError, RunError, StudyError, VersionError) as e:
         sys.exit(f"error: {e}")
     except Exception as e:  # a full disk, no permission, no memory: from whatever library
         line = advice(e, _MEMORY)
@@ -278,7 +284,7 @@ _MEMORY = (
 )
 
 
-_OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template")
+_OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 _OF_CHECKPOINTS = ("model", "tasks", *_OF_TASKS)
 
 
@@ -416,6 +422,7 @@ def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_a
     names = [name for name, _, _ in pairs]
     if len(set(names)) < len(names):
         raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(names)}.")
+    args.chat_template_args = _json_object("--chat-template-args", args.chat_template_args)
     given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
     if "tasks" in given:
         listed = [] if given["tasks"] == "none" else given["tasks"].split(",")
@@ -590,8 +597,7 @@ def _judge(args: argparse.Namespace) -> None:
         assert run is not None
         with locked(run.path, "judge"):
             results = judging.judge_jobs(jobs, judge, limit=args.limit)
-        unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
-        what = f"judged {len(jobs)} suites ({unscored} judgements unscored)"
+        what = judging.summary(results, judge.sampling)
     _print_usage(args, what, judge.usage)
 
 

@@ -23,11 +23,13 @@ from trace_bench import metrics, paper
 from trace_bench.bounds import conditions, same_conditions
 from trace_bench.data import GROUPS, ORDERS, REASONING, SUITES
 from trace_bench.metrics import Estimate, Matrix
-from trace_bench.results import DELTAS, Results
+from trace_bench.results import DELTAS, Results, unit_of
 from trace_bench.run import Run, RunError, differences, write_text
 from trace_bench.tables import (
     DASH,
+    PERCENT,
     Table,
+    Unit,
     arrow,
     count,
     latex,
@@ -35,7 +37,7 @@ from trace_bench.tables import (
     left_out_text,
     markdown,
     number,
-    percent_with_interval,
+    shared_unit,
     task_name,
     value_text,
     without_empty_columns,
@@ -50,7 +52,9 @@ SCORES = {
     "Forgetting": False,
     **dict.fromkeys(DELTAS, True),
 }
-#: All numbers, and how they are written.
+#: Those that are means over the tasks, and have their unit.
+_OF_TASKS = ("OP", "BWT", "FWT", "Forgetting")
+#: All numbers, and how they are written, in percent where they are scores.
 _NUMBERS: dict[str, Callable[[float], str]] = {
     **{name: partial(number, sign=sign) for name, sign in SCORES.items()},
     "base": number,
@@ -70,16 +74,22 @@ class Entry:
     results: Results
     texts: dict[str, str]
     scores: dict[str, Estimate]
-    """Those of `SCORES`, fractions of 1; NaN = not known, or not defined for the run."""
+    """Those of `SCORES`, as the metrics give them; NaN = not known, or not defined for the run."""
     numbers: dict[str, float]
-    """All numbers; scores in percent."""
+    """All numbers; scores as they are shown, most of them in percent."""
     finals: dict[str, float]
-    """The final score of each task, percent."""
+    """The final score of each task, as it is shown."""
+    units: dict[str, Unit]
+    """The unit of each task."""
 
     @property
     def run(self) -> Run:
         """The run."""
         return self.results.run
+
+    def unit(self, name: str) -> Unit:
+        """The unit of one of `SCORES`; of a mean over tasks without a common unit, which is NaN, percent."""
+        return (self.results.unit or PERCENT) if name in _OF_TASKS else PERCENT
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,19 @@ class Comparison:
     notes: list[str]
     """What the numbers are."""
     lines: list[dict[str, Any]]
-    """The CSV: percent, not rounded; what is not known is missing or NaN."""
+    """The CSV: percent, or the unit of a run's tasks, not rounded; what is not known is missing or NaN."""
+
+    def final_ends(self) -> list[tuple[float, float] | None]:
+        """Of each task the worst and the best final score that is shown, for colours; None without a common unit."""
+        found: list[tuple[float, float] | None] = []
+        for task, unit in _column_units(self.entries).items():
+            if unit is None:
+                found.append(None)
+                continue
+            finals = [e.finals[task] / unit.factor for e in self.entries if task in e.finals]
+            worst, best = unit.ends(finals)
+            found.append((unit.factor * worst, unit.factor * best))
+        return found
 
     def markdown(self) -> str:
         """The comparison as Markdown; rows of the paper in italics."""
@@ -137,7 +159,12 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         runs.insert(0, baseline)
         paths.insert(0, baseline.path.resolve())
     names = [run.path.name for run in runs]
-    entries = [_entry(n if names.count(n) == 1 else str(r.path), r) for n, r in zip(names, runs, strict=True)]
+    loaded = [Results(run) for run in runs]
+    units = _units(loaded)
+    entries = [
+        _entry(n if names.count(n) == 1 else str(r.path), Results(r, u))
+        for n, r, u in zip(names, runs, units, strict=True)
+    ]
     against = entries[paths.index(baseline.path.resolve()) if baseline is not None else 0]
     groups = _seed_groups(entries)
     columns = list(dict.fromkeys(task for e in entries for task in e.finals))
@@ -208,11 +235,27 @@ def check_output(output: str | Path | None) -> None:
 # ------------------------------------------------------------------------------------------------------------- one run
 
 
-def _entry(name: str, run: Run) -> Entry:
-    results = Results(run)
-    finals = {_plain(task, run): 100 * float(v) for task, v in zip(run.tasks, results.final, strict=True)}
+def _units(loaded: list[Results]) -> list[dict[str, Unit]]:
+    """The units of each run's tasks, as the cells of all runs show them together."""
+    together: dict[tuple[str, str], list[dict[str, Any]]] = {}  # (column, headline) -> its cells
+    for results in loaded:
+        for (_, task), cell in results.cells.items():
+            together.setdefault((_plain(task, results.run), cell["headline"]), []).append(cell)
+
+    def unit(results: Results, task: str) -> Unit:
+        column = _plain(task, results.run)
+        metric = results.headlines.get(task) or next((m for c, m in together if c == column), "")
+        return unit_of(metric, together.get((column, metric), []))
+
+    return [{task: unit(results, task) for task in results.run.tasks} for results in loaded]
+
+
+def _entry(name: str, results: Results) -> Entry:
+    run = results.run
+    units = {_plain(task, run): results.units[task] for task in run.tasks}
+    finals = {n: u.factor * float(v) for (n, u), v in zip(units.items(), results.final, strict=True)}
     scores = dict.fromkeys(SCORES, _UNKNOWN) | _scores(results)
-    return Entry(name, results, _texts(run), scores, _numbers(results, scores), finals)
+    return Entry(name, results, _texts(run), scores, _numbers(results, scores), finals, units)
 
 
 _UNKNOWN = Estimate(math.nan)
@@ -253,16 +296,17 @@ def _list_of_tasks(run: Run) -> str:
 
 
 def _numbers(results: Results, scores: dict[str, Estimate]) -> dict[str, float]:
-    """The numbers of a run: scores in percent; NaN = not known, or not defined for the method."""
+    """The numbers of a run: scores as they are shown; NaN = not known, or not defined for the method."""
     run = results.run
+    factors = {name: results.unit.factor if name in _OF_TASKS and results.unit else 100 for name in SCORES}
     done = results.training.values()
     complete = len(done) == len(run.stages) - 1
     replies = judge_tokens(results.judged.values())
     measured = [*results.cells.values(), *results.besides.values()]
     zero_shot = run.tasks and not run.manifest["config"].get("num_fewshot")
     return {
-        **{name: 100 * estimate.value for name, estimate in scores.items()},
-        "base": 100 * float(results.R[0].mean()) if zero_shot else math.nan,
+        **{name: factors[name] * estimate.value for name, estimate in scores.items()},
+        "base": factors["OP"] * float(results.R[0].mean()) if zero_shot and results.unit else math.nan,
         "training min": sum(t["seconds"] for t in done) / 60 if complete else math.nan,
         "evaluation min": sum(cell["seconds"] for cell in measured) / 60 if measured else math.nan,
         "trained tokens": sum(t["tokens"] for t in done) if complete else math.nan,
@@ -289,23 +333,26 @@ class Versus:
         finals: Name of a task -> the paired difference in its final score; NaN where rows cannot be paired.
         scores: Those of `SCORES` -> the difference, with an interval where rows can be paired.
 
-    Differences are fractions of 1. Rows are paired where both runs have the same ones: of tasks under the same
-    conditions (`same_conditions`), of suites and judged sets whatever was trained. A paired interval is that of the
-    mean over the rows of what one run makes of a row minus what the other does.
+    Differences are gains: positive where the run is better (of Forgetting, where it forgot more). Rows are paired
+    where both runs have the same ones: of tasks under the same conditions (`same_conditions`), of suites and judged
+    sets whatever was trained. A paired interval is that of the mean over the rows of what one run makes of a row minus
+    what the other does.
     """
 
     def __init__(self, entry: Entry, against: Entry) -> None:
         self.mine, self.theirs = entry.results, against.results
         self.shared = same_conditions(self.mine.run, self.theirs.run)
         values = {name: entry.scores[name].value - against.scores[name].value for name in SCORES}
-        if entry.finals.keys() != against.finals.keys():  # a mean over other tasks is another number
-            values |= dict.fromkeys(("OP", "BWT", "FWT", "Forgetting"), math.nan)
+        values["OP"] *= entry.unit("OP").sign
+        of_one_unit = shared_unit([entry.unit("OP"), against.unit("OP")]) is not None
+        if entry.finals.keys() != against.finals.keys() or not of_one_unit:  # a mean over others is another number
+            values |= dict.fromkeys(_OF_TASKS, math.nan)
         settings = _conditions_besides(against)
         for name, mine in _conditions_besides(entry).items():
             if mine != settings[name]:
                 values[name] = math.nan
         tasks = self.mine.run.tasks
-        finals = [self._of_task(task, Results.final_rows) for task in tasks]
+        finals = [self._of_task(task, _final_rows) for task in tasks]
         self.finals = {_plain(task, self.mine.run): e for task, e in zip(tasks, finals, strict=True)}
         paired = {
             "OP": metrics.mean_of(finals),
@@ -323,7 +370,10 @@ class Versus:
         one, two = self.mine.rows.get(task), self.theirs.rows.get(task)
         if not self.shared or one is None or two is None or one.ids != two.ids:
             return _UNKNOWN
-        return _mean(of_rows(self.mine, task) - of_rows(self.theirs, task))
+        if shared_unit(results.units[task] for results in (self.mine, self.theirs)) is None:
+            return _UNKNOWN
+        differences = of_rows(self.mine, task) - of_rows(self.theirs, task)
+        return _mean(differences, fractions=self.mine.units[task].scale == 1)
 
     def _of_changes(self, part: slice, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
         """Of the mean over a part of the tasks, if it is the same tasks in both runs, whatever their order."""
@@ -368,8 +418,13 @@ class Versus:
         return _mean(np.array([one[row] - two[row] for row in one], dtype=float))
 
 
-def _mean(differences: Matrix) -> Estimate:
-    low, high = metrics.difference_interval(differences[:, None])
+def _final_rows(results: Results, task: str) -> Matrix:
+    """The final scores of a task's rows, so that their difference is a gain."""
+    return results.units[task].sign * results.final_rows(task)
+
+
+def _mean(differences: Matrix, fractions: bool = True) -> Estimate:
+    low, high = metrics.difference_interval(differences[:, None], fractions=fractions)
     return Estimate(float(differences.mean()), float(low[0]), float(high[0]))
 
 
@@ -383,27 +438,43 @@ def _runs_table(entries: list[Entry], groups: list[list[Entry]], references: lis
     rows = []
     for e in entries:
         numbers = {k: write(e.numbers[k]) for k, write in _NUMBERS.items()}
-        numbers |= {k: percent_with_interval(e.scores[k], sign) for k, sign in SCORES.items()}
+        numbers["base"] = e.unit("OP").shown(e.numbers["base"])
+        numbers |= {k: e.unit(k).with_interval(e.scores[k], sign) for k, sign in SCORES.items()}
         rows.append([e.name, *(e.texts[k] for k in texts), *numbers.values()])
     for group in groups:
         labels = [group[0].texts[k] for k in texts]
         values = {k: [e.numbers[k] for e in group] for k in _NUMBERS}
-        means = [_mean_and_deviation(values[k], write) for k, write in _NUMBERS.items()]
+        writers = _NUMBERS | {k: partial(group[0].unit(k).shown, sign=SCORES[k]) for k in _OF_TASKS}
+        writers["base"] = group[0].unit("OP").shown
+        means = [_mean_and_deviation(values[k], write) for k, write in writers.items()]
         rows.append([_MEAN.format(len(group)), *labels, *means])
-        bounds = [_interval_over_seeds(values[k], w) if k in SCORES else DASH for k, w in _NUMBERS.items()]
+        bounds = [_interval_over_seeds(values[k], w) if k in SCORES else DASH for k, w in writers.items()]
         rows.append([_INTERVAL.format(len(group)), *labels, *bounds])
     for reference in references:
         theirs = _reference_line(reference)
         rows.append([f"paper: {reference['method']}", *(theirs.get(k, DASH) for k in (*texts, *_NUMBERS))])
-    about = "scores in percent" + (f" (in all: {', '.join(same)})" if same else "")
+    about = "scores in percent" if _all_percent(entries) else "scores in percent or the unit of the run's tasks"
+    about += f" (in all: {', '.join(same)})" if same else ""
     return Table(["run", *texts, *_NUMBERS], rows, "Runs", about, apart=len(references))
+
+
+def _all_percent(entries: Iterable[Entry]) -> bool:
+    return not any(e.results.not_percent for e in entries)
 
 
 def _versus_table(versus: dict[str, Versus], against: Entry) -> Table:
     rows = []
     for name, v in versus.items():
-        rows.append([name, *(percent_with_interval(e, sign=True) + arrow(e) for e in v.scores.values())])
-    return Table(["run", *SCORES], rows, f"Difference to `{against.name}`", "in points")
+        texts = (against.unit(k).with_interval(e, sign=True) + arrow(e) for k, e in v.scores.items())
+        rows.append([name, *texts])
+    about = "in points" if not against.results.not_percent else "gains, in points or the unit of the tasks"
+    return Table(["run", *SCORES], rows, f"Difference to `{against.name}`", about)
+
+
+def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
+    """Name of a task -> its unit; None if its headline is another in some runs, and in another unit."""
+    columns = dict.fromkeys(task for e in entries for task in e.units)
+    return {task: shared_unit(e.units[task] for e in entries if task in e.units) for task in columns}
 
 
 def _finals_table(
@@ -413,18 +484,25 @@ def _finals_table(
     versus: dict[str, Versus],
     against: Entry,
 ) -> Table:
+    def shown(e: Entry, task: str) -> Callable[[float | None], str]:
+        return e.units.get(task, PERCENT).shown
+
     def cell(e: Entry, task: str) -> str:
         compared = e.name in versus and task in e.finals
-        return number(e.finals.get(task)) + (arrow(versus[e.name].finals[task]) if compared else "")
+        return shown(e, task)(e.finals.get(task)) + (arrow(versus[e.name].finals[task]) if compared else "")
 
+    units = _column_units(entries)
     rows = [[e.name, *(cell(e, task) for task in columns)] for e in entries]
-    about = "percent of its headline metric"
+    all_percent = _all_percent(entries)
+    about = "percent of its headline metric" if all_percent else "in the unit of its headline metric"
     if any(text.endswith(("↑", "↓")) for row in rows for text in row):
         about += f" (↓, ↑: the 95 % interval of the paired difference to `{against.name}` excludes zero)"
     for group in groups:
         values = {t: [e.finals.get(t, math.nan) for e in group] for t in columns}
-        rows.append([_MEAN.format(len(group)), *(_mean_and_deviation(values[t], number) for t in columns)])
-    return Table(["run", *columns], rows, "Final score of each task", about)
+        rows.append([_MEAN.format(len(group)), *(_mean_and_deviation(values[t], shown(group[0], t)) for t in columns)])
+    names = {task: unit.name if unit else "different units" for task, unit in units.items()}
+    head = columns if all_percent else [f"{task}<br>{names[task]}" for task in columns]
+    return Table(["run", *head], rows, "Final score of each task", about)
 
 
 _MEAN = "mean ± standard deviation over {} seeds"
@@ -447,18 +525,25 @@ def _interval_over_seeds(values: list[float], write: Callable[[float], str]) -> 
 def _line(entry: Entry, versus: Versus | None) -> dict[str, Any]:
     bounds: dict[str, float] = {}
     for name in SCORES:
-        _, low, high = entry.scores[name]
+        factor = entry.unit(name).factor
+        _, low, high = (factor * x for x in entry.scores[name])
         bounds |= {f"{name} low": low, f"{name} high": high}
         if versus:
-            value, low, high = versus.scores[name]
+            value, low, high = (factor * x for x in versus.scores[name])
             bounds |= {f"{name} difference": value, f"{name} difference low": low, f"{name} difference high": high}
     return {
         "run": entry.name,
         **entry.texts,
         **entry.numbers,
-        **{name: 100 * bound for name, bound in bounds.items() if not math.isnan(bound)},
+        **{name: bound for name, bound in bounds.items() if not math.isnan(bound)},
         **entry.finals,
+        **({"unit of OP": _unit_name(entry)} if entry.results.not_percent else {}),
     }
+
+
+def _unit_name(entry: Entry) -> str:
+    """The unit of a run's means over its tasks."""
+    return entry.results.unit.name if entry.results.unit else "different units"
 
 
 def _seed_lines(group: list[Entry], columns: list[str]) -> list[dict[str, Any]]:
@@ -609,6 +694,13 @@ def _definitions(entries: list[Entry], groups: list[list[Entry]]) -> list[str]:
         lines.append(
             "general = mean change of the general-ability suites since the base model; instruction and safety = net "
             "win rate (win - lose) against it."
+        )
+    if not _all_percent(entries):
+        names = dict.fromkeys(map(_unit_name, entries))
+        listed = "; ".join(f"{_ticks(e.name for e in entries if _unit_name(e) == name)} {name}" for name in names)
+        lines.append(
+            f"Unit of OP, BWT, FWT, Forgetting and base: {listed}. No mean is taken over tasks of different units. "
+            "Changes and differences are gains: + and ↑ are better, so that where lower is better a fall is a gain."
         )
     means = [e.name for e in entries if e.results.has_mean and not e.results.is_sequential]
     if means:

@@ -36,7 +36,8 @@ def write_page(comparison: Comparison, file: Path, head: str = "") -> None:
         body.append(text_html(f"## {table.title}\n\n{table.about[0].upper()}{table.about[1:]}."))
         if table.title == "Runs" and "runs" in drawn:
             body.append(figure_html(drawn["runs"]))
-        body.append(table_html(table, links, heat=table.title.startswith("Final"), elsewhere="the .md and .csv"))
+        heat = comparison.final_ends() if table.title.startswith("Final") else ()
+        body.append(table_html(table, links, heat=heat, elsewhere="the .md and .csv"))
     if "stages" in drawn:
         body += [text_html("## Over the stages"), figure_html(drawn["stages"])]
     body += [text_html("## What the numbers are\n\n" + "\n".join(f"- {note}" for note in comparison.notes)), "</main>"]

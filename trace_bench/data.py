@@ -3,8 +3,8 @@
 The data is in the official layout, `<FOLDER>/{train,eval,test}.json`, each file a JSON list of objects with the
 strings "prompt" and "answer". `TRACE_DATA` names it: a folder, an official archive, or the word `demo`.
 
-What is trained on and what is tested on come from the same lm-eval task object and through the same two functions
-for token ids (`prompt_ids`, `example_ids`), so they cannot drift apart.
+What is trained on and what is tested on come from the same lm-eval task object and through the same functions for token
+ids (`trace_tasks.tokens`), so they cannot drift apart.
 """
 
 from __future__ import annotations
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -723,6 +722,12 @@ def check_stages(tasks: dict[str, Task]) -> None:
             )
         if task.multiple_input:
             raise DataError(f"{name} has several inputs a row (its doc_to_text is an index), so it has no one prompt.")
+        metric = next(iter(task.aggregation()))
+        if task.higher_is_better().get(metric) is None:
+            raise DataError(
+                f"{name}: nobody says whether more or less {metric} is better, so forgetting could not be told from "
+                "learning. Write higher_is_better: true or false behind it in the metric_list of the task."
+            )
         if task.config.process_results is not None:
             continue  # it is scored by a function of its own, whatever its targets are
         for i, doc in enumerate(task.eval_docs):
@@ -833,11 +838,11 @@ def training_rows(
             prompt, answer = made(), target_text(task, doc)
             if not prompt.strip() or not answer.strip():
                 raise ValueError(f"the {'answer' if prompt.strip() else 'prompt'} is empty.")
-            if chat_template is not None:
-                prompt = made(apply_chat_template=True, chat_template=chat_template)
         except Exception as e:  # whatever a template or a function of the task says of the row
             what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
             raise DataError(f"{name}, training row {i}: {what}") from e
+        if chat_template is not None:
+            prompt = made(apply_chat_template=True, chat_template=chat_template)
         rows.append((prompt, answer))
     if not rows:
         raise DataError(f"The task {name} has no training rows, so it cannot be a stage.")
@@ -846,70 +851,3 @@ def training_rows(
             "%s has several valid answers a row. The first is trained, as lm-eval's few-shot prompts have it.", name
         )
     return rows
-
-
-# ------------------------------------------------------------------------------------------------------ token ids
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-    """Token ids of prompts, truncated on the left as the official code does (its tokenizer keeps the BOS token).
-
-    Args:
-        tokenizer: The model's tokenizer.
-        texts: Prompts. One that begins with the BOS text already (chat templates write it) gets no second one.
-        limit: The most tokens of a prompt; the end is kept. None = no limit.
-
-    Returns:
-        One list of ids a prompt, at most `limit` long.
-    """
-    bos, bos_id = tokenizer.bos_token, tokenizer.bos_token_id
-    special = [not (bos and t.startswith(bos)) for t in texts]
-    out: list[list[int]] = [[] for _ in texts]
-    for flag in (True, False):
-        chosen = [i for i, s in enumerate(special) if s is flag]
-        if not chosen:
-            continue
-        encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=flag, return_attention_mask=False)
-        for i, ids in zip(chosen, encoded.input_ids, strict=True):
-            if limit is not None and len(ids) > limit:
-                keep_bos = ids[:1] == [bos_id]
-                ids = ids[:1] * keep_bos + ids[len(ids) - limit + keep_bos :]
-            out[i] = list(ids)
-    return out
-
-
-def example_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    answers: Sequence[str],
-    max_prompt: int | None = None,
-    max_answer: int | None = None,
-) -> list[dict[str, list[int]]]:
-    """Training examples: prompt ids (exactly the tested ones), then answer ids and EOS, which alone carry loss.
-
-    The answer is tokenised together with its prompt and what follows the prompt's ids is taken, since tokenizers
-    that mark word starts give an answer other ids when it stands alone, which would teach a leading space. Where
-    tokens merge across the border the answer is tokenised alone, so that the prompt stays as it is tested.
-
-    Args:
-        tokenizer: The model's tokenizer; it must have an EOS token.
-        prompts: Prompt texts.
-        answers: Answer texts, as many.
-        max_prompt: Prompts keep their last so many tokens.
-        max_answer: Answers keep their first so many tokens, EOS included; a cut answer ends without EOS.
-
-    Returns:
-        {"input_ids", "labels"} each; labels are -100 on the prompt.
-    """
-    full = prompt_ids(tokenizer, prompts)
-    cut = prompt_ids(tokenizer, prompts, max_prompt) if max_prompt is not None else full
-    joint = prompt_ids(tokenizer, [p + a for p, a in zip(prompts, answers, strict=True)])
-    examples = []
-    for answer, whole, kept, both in zip(answers, full, cut, joint, strict=True):
-        if both[: len(whole)] == whole:
-            target = both[len(whole) :]
-        else:
-            target = tokenizer(answer, add_special_tokens=False).input_ids
-        target = [*target, tokenizer.eos_token_id][:max_answer]
-        examples.append({"input_ids": kept + target, "labels": [-100] * len(kept) + target})
-    return examples

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from trace_bench.run import (
     write_jsonl,
 )
 from trace_bench.tables import task_name
+from trace_tasks.tokens import Chat, PromptError, prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +102,14 @@ def _evaluate(
         "chat_template": config.get("chat_template", False),
         "num_fewshot": config.get("num_fewshot"),
     }
+    template_args = config.get("chat_template_args") or {}
+    if template_args and settings["chat_template"]:
+        settings["chat_template_args"] = template_args
+    seed = config.get("seed", 1234)
+    if settings["num_fewshot"]:  # what else decides the prompts and the answers with demonstrations
+        from trace_tasks.utils import ICL_VERSION
+
+        settings["icl"] = {"version": ICL_VERSION, "seed": seed}
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
     engine_args = {k: v for k, v in engine_args.items() if v is not None}
     refuse_secrets(engine_args)
@@ -135,6 +145,10 @@ def _evaluate(
     if not judged:  # else it was checked above
         use_data(run, data_path)
     check_base(run)
+    if settings["chat_template"]:
+        model = run.manifest["model"]
+        tokenizer = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trusted)
+        check_room(make_chat(config, run, tokenizer), settings["max_prompt_length"])
     base = _base_tensors(run, settings["backend"])
     for stage in plan:
         check_checkpoint(stage, base)  # before the engine starts
@@ -155,7 +169,7 @@ def _evaluate(
     groups = data.load_suites([s for s in suites if any(s in todo for todo in plan.values())])
     for name, task in tasks.items():
         # As the training prompts are made, whatever a task from elsewhere says of shots.
-        _prepare(task, (more.get(name) or settings)["num_fewshot"] or 0)
+        _prepare(task, (more.get(name) or settings)["num_fewshot"] or 0, seed)
     for group in groups.values():
         for task in group.get_all_tasks():
             _prepare(task)
@@ -172,7 +186,10 @@ def _evaluate(
         revision=run.manifest["model"].get("revision"),
         max_prompt_length=settings["max_prompt_length"],
         engine_args=engine_args,
+        checkpoints=[s.checkpoint for s in plan if s.checkpoint is not None],
     )
+    if any(s.get("chat_template") for todo in plan.values() for s in todo.values()):
+        lm.chat = make_chat(config, run, lm.tokenizer)
     _check_suites(plan, groups, settings["backend"], lm.max_length)
     for name in {name: None for todo in plan.values() for name in todo if name in tasks}:
         prompt, answer = (more.get(name) or settings)["max_prompt_length"] or 1, answer_tokens(tasks[name])
@@ -202,6 +219,7 @@ def _evaluate(
                 if batch[0] in groups:
                     _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], engine_args, checkpoint)
                 else:
+                    lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
                     mine = {n: tasks[n] for n in batch}
                     _evaluate_cells(lm, stage, mine, {n: todo[n] for n in batch}, engine_args, checkpoint)
                 bar.update(len(batch))
@@ -223,6 +241,7 @@ def _settings_besides(
     Neither takes the limits of the matrix: suites have prompts and lengths of their own.
     """
     settings: dict[str, dict[str, Any]] = {}
+    template_args = config.get("chat_template_args")
     if judged:
         model = run.manifest["model"]
         base = models.resolve_model(model["name"])
@@ -234,6 +253,7 @@ def _settings_besides(
                 "max_prompt_length": None,
                 "max_new_tokens": config.get("judged_max_new_tokens"),
                 "chat_template": tokenizer.chat_template is not None,
+                **({"chat_template_args": template_args} if template_args and tokenizer.chat_template else {}),
                 "num_fewshot": None,
                 "data": data.source_fingerprint(name),
             }
@@ -245,6 +265,34 @@ def _settings_besides(
             "data": data.source_fingerprint(name),
         }
     return settings
+
+
+def make_chat(config: Any, run: Run, tokenizer: Any) -> Chat:
+    """What renders the chat prompts of a run: in training, in evaluation, and of the answers for the judges.
+
+    Args:
+        config: The run's configuration, or that of its manifest.
+        run: The run, whose date a template is told.
+        tokenizer: The base model's.
+
+    Raises:
+        PromptError: if it has no chat template.
+    """
+    arguments = config.get("chat_template_args") if isinstance(config, dict) else config.chat_template_args
+    return Chat(tokenizer, arguments, run.manifest.get("date"))
+
+
+def check_room(chat: Chat, limit: int | None) -> None:
+    """Refuses a chat template that leaves no room for a question within the limit of a prompt.
+
+    Raises:
+        PromptError: with both lengths.
+    """
+    ids = prompt_ids(chat.tokenizer, [chat([{"role": "user", "content": "?"}])], None, chat)[0]
+    if limit is not None and len(ids) >= limit:
+        raise PromptError(
+            f"The chat template takes {len(ids) - 1} tokens by itself and max_prompt_length is {limit}: raise it."
+        )
 
 
 def _check_suites(plan: dict[Stage, Any], groups: dict[str, Any], backend: str, context: int | None) -> None:
@@ -525,7 +573,9 @@ def _evaluate_cells(
         samples = results["samples"][name]
         used = samples[0]["filter"]  # lm-eval scores each row once for every filter of the task
         rows = sorted((r for r in samples if r["filter"] == used), key=lambda r: r["doc_id"])
-        metrics = list(task.aggregation())
+        # A function that gives several scores has none of its own name.
+        metrics = [m for m in task.aggregation() if m in rows[0]]
+        values = {m: results["results"][name][f"{m},{used}"] for m in metrics}
         write_jsonl(stage.samples_file(name), (_sample(r, metrics, name in data.JUDGED) for r in rows))
         write_json(
             stage.eval_file(name),
@@ -535,17 +585,17 @@ def _evaluate_cells(
                 "version": task.VERSION,
                 "n": len(rows),
                 "n_cut": lm.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens(task)),
-                "n_unfinished": sum(r["filtered_resps"][0] in lm.unfinished for r in rows),
+                # An answer of which the first token counts ends there.
+                "n_unfinished": sum(r["filtered_resps"][0] in lm.unfinished for r in rows if not _is_one_token(r)),
                 "headline": metrics[0],
                 "metrics": {
-                    m: {
-                        "value": results["results"][name][f"{m},{used}"],
-                        "stderr": _stderr([r[m] for r in rows]),
-                    }
-                    for m in metrics
+                    m: {"value": values[m], "stderr": _stderr([r[m] for r in rows], values[m])} for m in metrics
                 },
+                "higher_is_better": {m: task.higher_is_better().get(m) for m in metrics},
+                "scale": {m: _scale(task.aggregation()[m], [values[m], *(r[m] for r in rows)]) for m in metrics},
                 "checkpoint": checkpoint,
                 "settings": settings[name],
+                "served": lm.served,
                 # On record, but free to differ between cells: most of it is memory and speed.
                 "engine_args": engine_args,
                 # Tasks that were generated together share their time by rows.
@@ -554,15 +604,24 @@ def _evaluate_cells(
         )
 
 
-def _prepare(task: Any, num_fewshot: int | None = None) -> None:
+def _is_one_token(row: dict[str, Any]) -> bool:
+    return row["arguments"][0][1].get("max_gen_toks") == 1
+
+
+def _prepare(task: Any, num_fewshot: int | None = None, seed: int = 1234) -> None:
     """Sets what lm-eval's `simple_evaluate` sets, and makes a task build its prompts for the first stage only.
 
     `simple_evaluate` itself would take most of a second for a description of the machine, at every stage.
+
+    Args:
+        task: An lm-eval task.
+        num_fewshot: Demonstrations, unless the task itself says 0; None leaves it to the task.
+        seed: By which demonstrations are drawn; lm-eval's own for the suites.
     """
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(1234)
+    task.set_fewshot_seed(seed)
     build = task.build_all_requests
     built: list[bool] = []
 
@@ -640,7 +699,7 @@ def _evaluate_suite(
                 if "," in key and "_stderr" not in key
             },
         }
-    metrics = {}
+    metrics, better, scale = {}, {}, {}
     for aggregate in group.aggregate_metric_list:
         sizes = [s["n"] if aggregate.weight_by_size else 1 for s in subtasks.values()]
         for kind in aggregate.filter_list:
@@ -650,6 +709,8 @@ def _evaluate_suite(
                 "value": results["results"][group.name][key],
                 "stderr": _stderr_of_mean(errors, sizes),
             }
+            better[_metric_name(key)] = next(iter(tasks.values())).higher_is_better().get(aggregate.metric)
+            scale[_metric_name(key)] = _scale(None, [r.get(_metric_name(key)) for r in samples])
     write_jsonl(stage.samples_file(group.name), samples)
     write_json(
         stage.eval_file(group.name),
@@ -661,9 +722,12 @@ def _evaluate_suite(
             "n_cut": sum(s["n_cut"] for s in subtasks.values()),
             "headline": next(iter(metrics)),
             "metrics": metrics,
+            "higher_is_better": better,
+            "scale": scale,
             "subtasks": subtasks,
             "checkpoint": checkpoint,
             "settings": settings,
+            "served": lm.served,
             "engine_args": engine_args,
             "seconds": round(seconds, 3),
         },
@@ -720,12 +784,27 @@ def _cut_prompts(lm: Any, task: Any) -> int:
     return len(cut)
 
 
-def _stderr(values: list[Any]) -> float | None:
-    """Standard error of the mean; None for a single row, or where a row's value is no number."""
+def _scale(aggregation: Any, values: Iterable[Any]) -> int | None:
+    """The scale of a metric, as `tables.Unit` has it.
+
+    100 for lm-eval's BLEU, chrF and TER, which are made by their aggregation. Of any other metric nobody says it: its
+    scores are taken for fractions of 1 as long as all values, of the rows and of the task, are between 0 and 1.
+    """
+    from lm_eval.api.registry import get_aggregation
+
+    if aggregation in [get_aggregation(name) for name in ("bleu", "chrf", "chrf++", "ter")]:
+        return 100
+    return 1 if all(-1e-6 <= float(v) <= 1 + 1e-6 for v in values if isinstance(v, Real)) else None
+
+
+def _stderr(values: list[Any], score: float | None = None) -> float | None:
+    """Standard error of the mean; None for a single row, where a row's value is no number, or the score no mean."""
     n = len(values)
-    if n < 2 or any(isinstance(v, list) for v in values):
+    if n < 2 or not all(isinstance(v, Real) for v in values):
         return None
     mean = sum(values) / n
+    if score is not None and not math.isclose(mean, score, rel_tol=1e-9, abs_tol=1e-9):
+        return None
     return (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
 
 
@@ -802,6 +881,7 @@ def external_run(
             "tasks": tasks,
             "task_versions": {name: task.VERSION for name, task in loaded.items()},
             "checkpoints": {name: given.get(name, folder) for name, folder in there.items()} or given,
+            "date": time.strftime("%Y-%m-%d"),
             "data": data.data_record(root, loaded),
             "config": settings,
         },

@@ -24,7 +24,7 @@ from trace_bench.data import SUITES
 from trace_bench.metrics import Estimate
 from trace_bench.results import DELTAS, Results, headline
 from trace_bench.run import Stage
-from trace_bench.tables import DASH, task_name
+from trace_bench.tables import DASH, PERCENT, Unit, shade, shared_unit, task_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,17 +207,24 @@ def _axes(
     return figure, list(axes.flat)
 
 
-def _percent_panels(count: int, stages: Sequence[Stage]) -> tuple[Figure, list[Axes]]:
-    """A figure with so many small panels, four in a row, percent over stages; both halves of it have their numbers."""
+def _panels(units: Sequence[Unit], stages: Sequence[Stage]) -> tuple[Figure, list[Axes]]:
+    """A figure with a small panel for each unit, four in a row, scores over stages.
+
+    Where all are percent they share an axis, and both halves of the figure have its numbers.
+    """
+    count, shared = len(units), all(unit.is_percent for unit in units)
     columns = min(4, count)
     rows = math.ceil(count / columns)
-    figure, axes = _axes(1.0 + 1.65 * rows, rows, columns, left=0.5, bottom=0.55, gap=0.42, sharex=True, sharey=True)
-    axes[0].set_ylim(-4, 104)
-    axes[0].set_yticks([0, 50, 100])
+    figure, axes = _axes(1.0 + 1.65 * rows, rows, columns, left=0.5, bottom=0.55, gap=0.42, sharex=True, sharey=shared)
+    for panel, unit in zip(axes[: 1 if shared else count], units, strict=False):
+        if unit.scale == 1:
+            panel.set_ylim(-4, 104)
+            panel.set_yticks([0, 50, 100])
     _name_stages(axes[0], stages, wide=False)
     for i, panel in enumerate(axes):
         panel.set_visible(i < count)
-        panel.tick_params(labelsize=8, labelbottom=i + columns >= count, labelleft=i % columns in (0, columns // 2))
+        numbers = not shared or i % columns in (0, columns // 2)
+        panel.tick_params(labelsize=8, labelbottom=i + columns >= count, labelleft=numbers)
         if i + columns >= count:  # the lowest of its column
             panel.set_xlabel("stage")
     return figure, axes[:count]
@@ -259,10 +266,16 @@ def _name_stages(axes: Axes, stages: Sequence[Stage], wide: bool = True) -> None
 
 
 def _line(
-    axes: Axes, x: Sequence[int], estimates: Sequence[Estimate], colour: str, marker: str = "o", **kwargs: Any
+    axes: Axes,
+    x: Sequence[int],
+    estimates: Sequence[Estimate],
+    colour: str,
+    marker: str = "o",
+    unit: Unit = PERCENT,
+    **kwargs: Any,
 ) -> None:
-    """A line through estimates in percent, with their intervals as bars; a gap where there is none."""
-    values, low, high = (100 * np.array([e[k] for e in estimates], dtype=float) for k in range(3))
+    """A line through estimates, with their intervals as bars; a gap where there is none."""
+    values, low, high = (unit.factor * np.array([e[k] for e in estimates], dtype=float) for k in range(3))
     axes.vlines(x, low, high, color=colour, linewidth=1.1, alpha=0.65)
     axes.plot(x, values, color=colour, marker=marker if len(values) <= 40 else "", **kwargs)
 
@@ -277,29 +290,38 @@ def _many(results: Results) -> bool:
 def _matrix(results: Results) -> tuple[Figure, str] | None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    R, run = 100 * results.R, results.run
+    R, run = results.R, results.run
     if np.isnan(R).all():
         return None
     stages, tasks = R.shape
     height = 7.0 if _many(results) else 1.0 + 0.42 * stages
     figure, (axes,) = _axes(height, left=1.5, right=0.55)
     colours = LinearSegmentedColormap.from_list("scores", _HEAT)
-    image = axes.imshow(R, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    units = [results.units[task] for task in run.tasks]
+    ends = [unit.ends(R[:, i]) for i, unit in enumerate(units)]
+    shades = 100 * np.array([[shade(value, ends[i]) for i, value in enumerate(row)] for row in R])
+    image = axes.imshow(shades, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
     axes.grid(False)
     for spine in axes.spines.values():
         spine.set_visible(False)
     if tasks <= MOST_NAMES and stages <= MOST_NAMES + 1:
         for (t, i), value in np.ndenumerate(R):
-            text = DASH if np.isnan(value) else f"{value:.1f}"
-            colour = MUTED if np.isnan(value) else "#ffffff" if value > 55 else "#0b1f33"
-            axes.text(i, t, text, ha="center", va="center", color=colour)
+            colour = MUTED if np.isnan(value) else "#ffffff" if shades[t, i] > 55 else "#0b1f33"
+            axes.text(i, t, units[i].text(value), ha="center", va="center", color=colour)
         axes.set_xticks(range(tasks), [_clipped(task_name(t)) for t in run.tasks])
         axes.set_yticks(range(stages), [f"{s.index} {_clipped(stage_label(s), 16)}" for s in run.stages])
     else:
         axes.set_xlabel("task, in the order of training")
         axes.set_ylabel("stage")
-    figure.colorbar(image, ax=axes, pad=0.015, fraction=0.025, label="percent").outline.set_visible(False)
-    return figure, "Scores in percent. Rows: the model after a stage. Columns: tasks. Empty: not evaluated."
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.025, label="worst to best")
+    bar.outline.set_visible(False)
+    what = "each in the unit of its metric; colours go from a column's worst to its best"
+    if results.not_percent:
+        bar.set_ticks([])
+    else:
+        bar.set_label("percent")
+        what = "in percent"
+    return figure, f"Scores {what}. Rows: the model after a stage. Columns: tasks. Empty: not evaluated."
 
 
 def _tasks(results: Results) -> tuple[Figure, str] | None:
@@ -309,44 +331,52 @@ def _tasks(results: Results) -> tuple[Figure, str] | None:
         return None
     note = ""
     if len(drawn) > MOST_CURVES:
-        ranges = {i: np.nanmax(R[:, i]) - np.nanmin(R[:, i]) for i in drawn}
+        ends = [results.units[task].ends(R[:, i]) for i, task in enumerate(run.tasks)]
+        ranges = {i: np.ptp([shade(v, ends[i]) for v in R[:, i] if not np.isnan(v)]) for i in drawn}
         drawn = sorted(sorted(drawn, key=lambda i: -ranges[i])[:MOST_CURVES])
         note = f" Shown are the {MOST_CURVES} of {len(run.tasks)} tasks whose scores have the widest range."
-    figure, axes = _percent_panels(len(drawn), run.stages)
+    units = [results.units[run.tasks[i]] for i in drawn]
+    figure, axes = _panels(units, run.stages)
     numbers = range(len(run.stages))
-    for panel, i in zip(axes, drawn, strict=True):
+    for panel, i, unit in zip(axes, drawn, units, strict=True):
         estimates = [results.cell(t, i) for t in numbers]
         own = i + 1 if results.is_sequential else None
         known = [t for t in numbers if not np.isnan(R[t, i])]
         # Stages in between that were not evaluated: a thin line leads over them.
-        panel.plot(known, 100 * R[known, i], color=BLUE, linewidth=0.8, linestyle=(0, (2, 2)))
-        _line(panel, numbers, estimates, BLUE, markersize=3.5)
+        panel.plot(known, unit.factor * R[known, i], color=BLUE, linewidth=0.8, linestyle=(0, (2, 2)))
+        _line(panel, numbers, estimates, BLUE, unit=unit, markersize=3.5)
         if own is not None:
             panel.axvline(own, color=RULE, linewidth=1.2)
-            panel.plot([own], [100 * R[own, i]], color=ORANGE, marker="D", markersize=6.0, linestyle="none")
+            panel.plot([own], [unit.factor * R[own, i]], color=ORANGE, marker="D", markersize=6.0, linestyle="none")
         panel.set_title(_clipped(task_name(run.tasks[i]), 22))
+        if results.not_percent:
+            panel.set_ylabel(unit.name, fontsize=7.0, labelpad=1.0)
     own_text = " Diamond: right after the task's own stage." if results.is_sequential else ""
-    return figure, f"Score of each task over the stages, percent; bars: 95 % intervals.{own_text}{note}"
+    what = "each in the unit of its metric" if results.not_percent else "percent"
+    return figure, f"Score of each task over the stages, {what}; bars: 95 % intervals.{own_text}{note}"
 
 
 def _sequence(results: Results) -> tuple[Figure, str] | None:
-    if not results.is_sequential or not results.last_stage:
+    unit = results.unit
+    if not results.is_sequential or not results.last_stage or unit is None:
         return None
     stages = results.run.stages[1:]
     figure, (left, right) = _axes(2.9, 1, 2, left=0.5)
     x = [s.index for s in stages]
-    _line(left, x, results.sequence["OP"], BLUE)
-    left.set_title("OP_t")
-    left.set_ylim(-4, 104)
+    _line(left, x, results.sequence["OP"], BLUE, unit=unit)
+    left.set_title("OP_t" if unit.is_percent else f"OP_t ({unit.name})")
+    if unit.scale == 1:
+        left.set_ylim(-4, 104)
     right.axhline(0, color=MUTED, linewidth=0.8)
-    _line(right, x, results.sequence["BWT"], ORANGE, "s")
+    _line(right, x, results.sequence["BWT"], ORANGE, "s", unit=unit)
     right.set_title("BWT_t")
     for panel in (left, right):
         _name_stages(panel, stages, wide=False)
         panel.set_xlabel("stage")
     return figure, (
         "OP_t: mean score of the tasks seen so far. BWT_t: their mean change since their own stage; below zero is "
-        "forgetting. Percent and points; bars: 95 % intervals over test rows."
+        f"forgetting. {'Percent and points' if unit.scale == 1 else f'In {unit.plain}'}; bars: 95 % intervals over "
+        "test rows."
     )
 
 
@@ -496,33 +526,39 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
     if against not in entries:
         entries = [*entries[:-1], against]
     shown = [n for n in ("OP", "BWT", *DELTAS) if any(not math.isnan(e.scores[n].value) for e in entries)]
+    means = [e for e in entries if not math.isnan(e.scores["OP"].value)]
+    unit = shared_unit(e.unit("OP") for e in means)
+    if unit is None:  # there is no axis for them
+        shown = [n for n in shown if n in DELTAS]
     if not shown:
         return None
-    papers = {f"paper: {r['method']}": r for r in comparison.references}
+    in_percent = unit is None or unit.is_percent
+    papers = {f"paper: {r['method']}": r for r in comparison.references if in_percent}
     names = [*(e.name for e in entries), *papers]
     figure, axes = _axes(0.9 + 0.27 * len(names), 1, len(shown), left=2.2, gap=0.25, sharey=True)
     for panel, name in zip(axes, shown, strict=True):
         if name != "OP":
             panel.axvline(0, color=MUTED, linewidth=0.8)
-        panel.axvline(100 * against.scores[name].value, color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
+        own = PERCENT if name in DELTAS or unit is None else unit
+        at = own.factor * against.scores[name].value
+        panel.axvline(at, color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
         for y, entry in enumerate(entries):
-            value, low, high = (100 * x for x in entry.scores[name])
+            value, low, high = (own.factor * x for x in entry.scores[name])
             colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
             panel.hlines(y, low, high, color=colour, linewidth=1.4, alpha=0.65)
             panel.plot([value], [y], color=colour, marker=marker)
         for y, row in enumerate(papers.values(), len(entries)):
             value = float(row[name]) if row.get(name, DASH) != DASH else math.nan
             panel.plot([value], [y], color=GREY, marker="D", markerfacecolor="none")
-        panel.set_title(name)
+        panel.set_title(name if own.is_percent else f"{name} ({own.name if name == 'OP' else own.of_changes})")
         panel.grid(True, axis="x")
         panel.grid(False, axis="y")
     axes[0].set_yticks(range(len(names)), [_clipped(name, 30) for name in names])
     axes[0].set_ylim(len(names) - 0.4, -0.6)
     note = f" Shown are {MOST_RUNS} of {len(comparison.entries)} runs." * (len(comparison.entries) > MOST_RUNS)
     grey = " Grey, hollow: the paper's." if papers else ""
-    return figure, (
-        f"Percent and points; bars: 95 % intervals over test rows. Square and dashed line: {against.name}.{grey}{note}"
-    )
+    what = "Percent and points" if in_percent or unit is None else f"OP and BWT in {unit.plain}, others in points"
+    return figure, (f"{what}; bars: 95 % intervals over test rows. Square and dashed line: {against.name}.{grey}{note}")
 
 
 def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
@@ -533,17 +569,22 @@ def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
     note = f" Shown are the first {MOST_CURVES} of {len(entries)} runs." if len(entries) > MOST_CURVES else ""
     entries, against = entries[:MOST_CURVES], comparison.against
     longest = max(entries, key=lambda e: len(e.run.stages))
-    figure, axes = _percent_panels(len(entries), longest.run.stages[1:])
-    for panel, entry in zip(axes, entries, strict=True):
-        if against.results.is_sequential and entry is not against:
+    units = [e.unit("OP") for e in entries]
+    figure, axes = _panels(units, longest.run.stages[1:])
+    for panel, entry, unit in zip(axes, entries, units, strict=True):
+        comparable = shared_unit([unit, against.unit("OP")]) is not None
+        if against.results.is_sequential and entry is not against and comparable:
             theirs = against.results.sequence["OP"]
-            panel.plot(range(1, len(theirs) + 1), [100 * e.value for e in theirs], color=GREY, linewidth=1.2)
+            panel.plot(range(1, len(theirs) + 1), [unit.factor * e.value for e in theirs], color=GREY, linewidth=1.2)
         estimates = entry.results.sequence["OP"]
         colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
-        _line(panel, range(1, len(estimates) + 1), estimates, colour, marker, markersize=3.5)
+        _line(panel, range(1, len(estimates) + 1), estimates, colour, marker, unit=unit, markersize=3.5)
         panel.set_title(_clipped(entry.name, 26))
+        if not all(u.is_percent for u in units):
+            panel.set_ylabel(unit.name, fontsize=7.0, labelpad=1.0)
     grey = f" Grey: {against.name}." if against.results.is_sequential and len(entries) > 1 else ""
-    return figure, f"OP_t, the mean of the tasks seen so far, percent; bars: 95 % intervals over test rows.{grey}{note}"
+    what = "percent" if all(u.is_percent for u in units) else "in the unit of the tasks"
+    return figure, f"OP_t, the mean of the tasks seen so far, {what}; bars: 95 % intervals over test rows.{grey}{note}"
 
 
 _DRAW = {

@@ -27,7 +27,7 @@ from trace_bench.figures import COLOURS, NAMES, Picture, pictures, stage_label
 from trace_bench.metrics import Estimate
 from trace_bench.results import Results
 from trace_bench.run import read_jsonl, write_bytes, write_text
-from trace_bench.tables import DASH, Block, Section, Table, arrow, length, percent, task_name
+from trace_bench.tables import DASH, PERCENT, Block, Section, Table, Unit, arrow, length, shade, task_name
 
 #: Size of the samples in the page. Those that changed most come first, so what is left out changed least.
 SAMPLE_BYTES = 2_500_000
@@ -58,8 +58,12 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-#: What the colours of a table mean.
-HEAT_KEY = "Colour: 0 " + "".join(f'<span class="key q{step}"></span>' for step in range(0, 21, 4)) + " 100."
+_KEY = "".join(f'<span class="key q{step}"></span>' for step in range(0, 21, 4))
+#: What the colours of a table mean, in percent and in other units.
+HEAT_KEY = f"Colour: 0 {_KEY} 100."
+HEAT_KEY_OF_UNITS = (
+    f"Colour: worst {_KEY} best, from 0 to 1 or 100, or where a score has no known end between those of its column."
+)
 
 
 def write_page(results: Results, sections: Iterable[Section]) -> None:
@@ -214,14 +218,19 @@ def _inline(text: str) -> str:
 
 
 def table_html(
-    table: Table, links: Mapping[str, str] | None = None, *, heat: bool = False, elsewhere: str = "report.md"
+    table: Table,
+    links: Mapping[str, str] | None = None,
+    *,
+    heat: Sequence[tuple[float, float] | None] = (),
+    elsewhere: str = "report.md",
 ) -> str:
     """A table, its rows for orientation in grey.
 
     Args:
         table: The table.
         links: First cell of a row -> where it leads.
-        heat: Whether its numbers are percent and coloured.
+        heat: If its numbers are coloured, the worst and the best one of each column but the first (`Unit.ends`), or
+            None for a column without colours.
         elsewhere: What has the table if it is too large for the page.
     """
     if len(table.rows) * len(table.header) > TABLE_CELLS:
@@ -233,9 +242,14 @@ def table_html(
         if links and first in links:
             name = f'<a href="{escape(links[first])}">{name}</a>'
         apart = ' class="apart"' if i >= own else ""
-        cells = "".join(_heat_html(c) if heat else _cell_html(c, k in of_text) for k, c in enumerate(rest, 1))
+        cells = "".join(
+            _heat_html(c, heat[k - 1]) if heat else _cell_html(c, k in of_text) for k, c in enumerate(rest, 1)
+        )
         body += f'<tr{apart}><th scope="row">{name}</th>{cells}</tr>\n'
-    kind, key = (' class="matrix"', f'<p class="caption">{HEAT_KEY}</p>') if heat else ("", "")
+    kind, key = "", ""
+    if heat:
+        in_percent = set(heat) == {(0.0, 100.0)}
+        kind, key = ' class="matrix"', f'<p class="caption">{HEAT_KEY if in_percent else HEAT_KEY_OF_UNITS}</p>'
     head = _head_html(table.header, of_text)
     return _scroll(f"<table{kind}>\n<thead>{head}</thead>\n<tbody>\n{body}</tbody>\n</table>") + key
 
@@ -271,15 +285,15 @@ def _cell_html(text: str, of_text: bool) -> str:
     return f'<td class="{kind}">{_inline(text)}</td>'
 
 
-def _heat_html(text: str) -> str:
+def _heat_html(text: str, ends: tuple[float, float] | None) -> str:
     """A cell whose number has a colour, if it is one number."""
-    if not (number := re.fullmatch(r"(\d+\.\d)( [↓↑])?", text)):
+    if ends is None or not (number := re.fullmatch(r"(-?\d+\.\d+(?:e[+-]\d+)?)( [↓↑])?", text)):
         return f'<td class="none">{_inline(text)}</td>'
-    return f'<td class="{_heat(float(number[1]) / 100)}">{escape(text)}</td>'
+    return f'<td class="{_heat(shade(float(number[1]), ends))}">{escape(text)}</td>'
 
 
 def _heat(value: float) -> str:
-    """The class of the colour of a fraction."""
+    """The class of the colour of a score, from 0 (worst) to 1 (best)."""
     return f"q{min(20, max(0, round(20 * value)))}"
 
 
@@ -299,32 +313,35 @@ def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Pictu
         )
     changes = results.since_own if results.is_sequential else results.since_base
     rows = []
+    units = [results.units[task] for task in run.tasks]
+    ends = [unit.ends(results.R[:, i]) for i, unit in enumerate(units)]
     for stage in run.stages:
         cells = []
-        for i, task in enumerate(run.tasks):
+        for i, (task, unit) in enumerate(zip(run.tasks, units, strict=True)):
             value, low, high = results.cell(stage.index, i)
             own = " own" if stage.task == task else ""
             if np.isnan(value):
                 cells.append(f'<td class="none{own}">{DASH}</td>')
                 continue
-            title = "" if np.isnan(low) else f' title="95 % interval {percent(low)} to {percent(high)}"'
-            cells.append(
-                f'<td class="{_heat(value)}{own}"{title}>{percent(value)}{arrow(changes.get((stage.index, i)))}</td>'
-            )
+            title = "" if np.isnan(low) else f' title="95 % interval {unit.text(low)} to {unit.text(high)}"'
+            kind = f"{_heat(shade(value, ends[i]))}{own}"
+            cells.append(f'<td class="{kind}"{title}>{unit.text(value)}{arrow(changes.get((stage.index, i)))}</td>')
         rows.append(f'<tr><th scope="row">{stage.index} {escape(stage_label(stage))}</th>{"".join(cells)}</tr>\n')
     own = " Framed: the task's own stage." if any(s.task for s in run.stages) else ""
+    key = HEAT_KEY_OF_UNITS if results.not_percent else HEAT_KEY
     return (
         _scroll(
             f'<table class="matrix">\n<thead>{_head_html(header)}</thead>\n<tbody>\n{"".join(rows)}</tbody>\n</table>'
         )
-        + f'<p class="caption">{own} {DASH}: not evaluated. {HEAT_KEY}</p>'
+        + f'<p class="caption">{own} {DASH}: not evaluated. {key}</p>'
     )
 
 
 def _tiles_html(results: Results) -> str:
     """The headline numbers."""
     last = results.run.stages[-1]
-    tiles: list[tuple[str, str, Estimate, bool]] = []
+    tiles: list[tuple[str, str, Estimate, bool, Unit | None]] = []
+    unit = results.unit
     if results.is_sequential:
         t = results.last_stage or len(results.run.tasks)
         what = (
@@ -332,28 +349,32 @@ def _tiles_html(results: Results) -> str:
             ("BWT", "change since the own stage", True),
             ("Forgetting", "drop from the best stage", False),
         )
-        tiles += [(f"{n}_{t}", text, results.sequence[n][t - 1], sign) for n, text, sign in what]
+        tiles += [(f"{n}_{t}", text, results.sequence[n][t - 1], sign, unit) for n, text, sign in what]
     elif results.has_mean:
-        tiles.append(("Mean", "of the tasks", results.mean, False))
-    tiles.append(("Δ general", "ability, mean of the suites", results.general.get(last.index, _UNKNOWN), True))
+        tiles.append(("Mean", "of the tasks", results.mean, False, unit))
+    delta = results.general.get(last.index, _UNKNOWN)
+    tiles.append(("Δ general", "ability, mean of the suites", delta, True, PERCENT))
     for kind in KINDS:
         net = net_win_rate(results.judged[kind.name], last)
-        tiles.append((f"Δ {kind.name}", "wins minus losses against the base model", net, True))
+        tiles.append((f"Δ {kind.name}", "wins minus losses against the base model", net, True, PERCENT))
     return '<dl class="tiles">' + "".join(_tile_html(*tile) for tile in tiles) + "</dl>"
 
 
 _UNKNOWN = Estimate(float("nan"))
 
 
-def _tile_html(name: str, text: str, value: Estimate, sign: bool) -> str:
-    shown = percent(value.value, sign)
-    interval = "" if np.isnan(value.low) else f"{percent(value.low, sign)} to {percent(value.high, sign)}"
+def _tile_html(name: str, text: str, value: Estimate, sign: bool, unit: Unit | None) -> str:
+    unknown = "not measured" if unit else "the tasks have different units"
+    unit = unit or PERCENT
+    shown = unit.text(value.value, sign)
+    interval = "" if np.isnan(value.low) else f"{unit.text(value.low, sign)} to {unit.text(value.high, sign)}"
+    text += "" if unit.is_percent else f"; {unit.of_changes if sign else unit.name}"
     stem, _, index = name.partition("_")
     sub = f"<sub>{escape(index)}</sub>" if index else ""
     missing = "" if shown != DASH else ' class="missing"'
     return (
         f"<div{missing}><dt>{escape(stem)}{sub}</dt><dd><b>{shown}</b> <i>{interval}</i>"
-        f"<small>{escape(text if shown != DASH else 'not measured')}</small></dd></div>"
+        f"<small>{escape(text if shown != DASH else unknown)}</small></dd></div>"
     )
 
 
@@ -433,6 +454,8 @@ class _Answers:
     """What the stages answered to the prompts of a task, suite or set, cut to what a page can hold."""
 
     name: str
+    unit: Unit
+    """Of its headline score."""
     rows: dict[Any, dict[str, Any]] = field(default_factory=dict)
     """(subtask, doc_id) -> prompt, target, and stage -> answer, score and verdict."""
     lengths: dict[int, tuple[float, float]] = field(default_factory=dict)
@@ -440,7 +463,12 @@ class _Answers:
     prompt: float = float("nan")
     """Mean characters of a prompt."""
     values: set[float] = field(default_factory=set)
-    """Scores of single rows: only 0 and 1 where an answer is right or wrong."""
+    """Scores of single rows."""
+
+    @property
+    def binary(self) -> bool:
+        """Whether an answer is right or wrong, with nothing between."""
+        return self.unit.is_percent and self.values <= {0.0, 1.0}
 
 
 def _read_answers(results: Results) -> list[_Answers]:
@@ -448,7 +476,7 @@ def _read_answers(results: Results) -> list[_Answers]:
     run, cells = results.run, results.cells | results.besides
     found = []
     for name in [*run.tasks, *SUITES, *JUDGED]:
-        answers = _Answers(name)
+        answers = _Answers(name, results.units.get(name, PERCENT))
         for stage in run.stages:
             file = stage.samples_file(name)
             if (stage.index, name) not in cells or not file.exists():
@@ -559,13 +587,15 @@ def _embed(results: Results, answers: Sequence[_Answers]) -> _Embedded:
     own = {stage.task: stage.index for stage in run.stages if stage.task}
     queue: list[tuple[int, int, int, str]] = []
     for number, a in enumerate(answers):
+        # A tenth of the scale; of an unknown scale, of the scores there are.
+        enough = 0.0 if a.binary else 0.1 * abs(float(np.subtract(*a.unit.ends(list(a.values)))))
         ranks: dict[int, int] = {}
         for (subtask, doc_id), row in a.rows.items():
             found = row["answers"]
             if few:
                 kept = {0, own.get(a.name, 0), max(found)}
                 found = {i: answer for i, answer in found.items() if i in kept}
-            rank = _rank(found, own.get(a.name, 0), a.values <= {0.0, 1.0})
+            rank = _rank(found, own.get(a.name, 0), a.unit.sign, enough)
             ranks[rank] = ranks.get(rank, 0) + 1
             name = f"{subtask} {doc_id}".strip()
             value = [number, name, row["prompt"], row["target"], *_packed(found)]
@@ -579,7 +609,9 @@ def _embed(results: Results, answers: Sequence[_Answers]) -> _Embedded:
         rows.append(text)
     head = {
         "tasks": [task_name(a.name) for a in answers],
-        "binary": [a.values <= {0.0, 1.0} and bool(a.values) for a in answers],
+        "binary": [a.binary and bool(a.values) for a in answers],
+        # By which a score is multiplied to be shown, the sign of a gain, and the unit of a gain.
+        "units": [[a.unit.factor, a.unit.sign, a.unit.of_changes] for a in answers],
         "own": [own.get(a.name, 0) if results.is_sequential else 0 for a in answers],
         "stages": [f"{s.index} {stage_label(s)}" for s in run.stages],
     }
@@ -587,15 +619,15 @@ def _embed(results: Results, answers: Sequence[_Answers]) -> _Embedded:
     return _Embedded(joined, len(rows), len(queue), few)
 
 
-def _rank(found: dict[int, tuple[str, float | None, str | None]], own: int, binary: bool) -> int:
+def _rank(found: dict[int, tuple[str, float | None, str | None]], own: int, sign: int, enough: float) -> int:
     """0 = got worse since the base model or the own stage, 1 = better, 2 = another answer, 3 = the same."""
     last = max(found)
     text, score, verdict = found[last]
     pairs = [found[i] for i in (0, own) if i in found and i != last]
-    changes = [score - before[1] for before in pairs if score is not None and before[1] is not None]
-    if verdict == "lose" or any(c < (0 if binary else -0.1) for c in changes):
+    gains = [sign * (score - before[1]) for before in pairs if score is not None and before[1] is not None]
+    if verdict == "lose" or any(gain < -enough for gain in gains):
         return 0
-    if verdict == "win" or any(c > (0 if binary else 0.1) for c in changes):
+    if verdict == "win" or any(gain > enough for gain in gains):
         return 1
     return 2 if any(before[0] != text for before in pairs) else 3
 

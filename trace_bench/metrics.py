@@ -2,7 +2,9 @@
 
 `R` is a float array of shape (T+1, T). Row 0 is the base model, row t the model after stage t; column i-1 is the
 i-th task of the order. `R[t, i]` in the text below counts tasks from 1. NaN means not evaluated: a result that needs
-such a cell is NaN. Inputs are never changed. Scores are fractions of 1.
+such a cell is NaN. Inputs are never changed. Scores are of one unit, such as fractions of 1, and more is better: of a
+metric of which less is better give -R to all functions of changes (`backward_transfer`, `forward_transfer`,
+`forgetting`), so that their signs mean what they say.
 
 Every function of R takes replicates of it too, shape (..., T+1, T), and gives an array of the leading dimensions then:
 so `bootstrap_interval(rows, backward_transfer)` is the interval of BWT.
@@ -212,21 +214,25 @@ def _resampled_means(group: Matrix, count: int, rng: np.random.Generator) -> Mat
     return weights.astype(np.float64) @ group / (n - 1)
 
 
-def mean_interval(scores: ArrayLike, *, level: float = 0.95) -> tuple[Matrix, Matrix]:
+def mean_interval(scores: ArrayLike, *, level: float = 0.95, fractions: bool = True) -> tuple[Matrix, Matrix]:
     """Intervals of the means of columns: Wilson's where all rows are 0 or 1, else the bootstrap over rows.
 
     Args:
         scores: Scores of test rows, shape (n, columns).
         level: Coverage.
+        fractions: Whether a score is between 0 and 1. If not, rows that are 0 and 1 by chance are no proportion.
 
     Returns:
         (low, high), shape (columns,); NaN where a column holds NaN, or has one row that is not 0 or 1.
     """
     scores = np.asarray(scores, dtype=np.float64)
-    return _by_kind(scores, (0, 1), lambda c: wilson_interval(int(c.sum()), len(c), level=level), level)
+    kinds = (0, 1) if fractions else ()
+    return _by_kind(scores, kinds, lambda c: wilson_interval(int(c.sum()), len(c), level=level), level)
 
 
-def difference_interval(differences: ArrayLike, *, level: float = 0.95) -> tuple[Matrix, Matrix]:
+def difference_interval(
+    differences: ArrayLike, *, level: float = 0.95, fractions: bool = True
+) -> tuple[Matrix, Matrix]:
     """Intervals of the means of paired differences, one a test row.
 
     `net_interval` where all rows are -1, 0 or 1, as differences of 0/1 scores are; else the bootstrap over rows.
@@ -234,6 +240,7 @@ def difference_interval(differences: ArrayLike, *, level: float = 0.95) -> tuple
     Args:
         differences: Shape (n, columns).
         level: Coverage.
+        fractions: As in `mean_interval`.
 
     Returns:
         (low, high), shape (columns,); NaN as in `mean_interval`.
@@ -241,7 +248,7 @@ def difference_interval(differences: ArrayLike, *, level: float = 0.95) -> tuple
     differences = np.asarray(differences, dtype=np.float64)
     return _by_kind(
         differences,
-        (-1, 0, 1),
+        (-1, 0, 1) if fractions else (),
         lambda c: net_interval(int((c > 0).sum()), int((c < 0).sum()), len(c), level=level),
         level,
     )

@@ -37,6 +37,9 @@
     return { text: row.texts[place], score, verdict };
   }
 
+  // Of a metric with a unit of its own, four digits that count.
+  const shown = (factor, score) => (factor === 100 ? (100 * score).toFixed(1) : String(Number(score.toPrecision(4))));
+
   // What became of an answer: [group of the filter, words, direction], or null where a stage has no answer.
   function compare(row) {
     const [one, two] = [stageOf(before, row), stageOf(after, row)];
@@ -51,9 +54,11 @@
         const kept = a.score === 1 ? "right at both" : "wrong at both";
         return a.text === b.text ? ["same", kept, ""] : ["other", kept, ""];
       }
-      const points = (100 * (b.score - a.score)).toFixed(1);
-      if (a.score > b.score) return ["worse", `${points} points`, "worse"];
-      if (a.score < b.score) return ["better", `+${points} points`, "better"];
+      const [factor, sign, unit] = data.units[row.t];
+      const gain = sign * (b.score - a.score);
+      const words = `${gain > 0 ? "+" : ""}${shown(factor, gain)} ${unit}`;
+      if (gain < 0) return ["worse", words, "worse"];
+      if (gain > 0) return ["better", words, "better"];
     }
     return a.text === b.text ? ["same", "the same answer", ""] : ["other", "another answer", ""];
   }
@@ -85,7 +90,7 @@
     const { score } = answer(row, stage);
     const name = `stage ${data.stages[stage]}`;
     if (score === null) return name;
-    return `${name}: ${data.binary[row.t] ? (score === 1 ? "right" : "wrong") : (100 * score).toFixed(1)}`;
+    return `${name}: ${data.binary[row.t] ? (score === 1 ? "right" : "wrong") : shown(data.units[row.t][0], score)}`;
   }
 
   function card(row) {

@@ -19,16 +19,18 @@ import numpy as np
 from judges.report import judge_tokens
 from judges.report import sections as judged_sections
 from trace_bench import paper
-from trace_bench.bounds import BOUNDS, bounds
+from trace_bench.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
-from trace_bench.results import Cells, Results, headline
+from trace_bench.results import Cells, Results, headline, unit_of
 from trace_bench.run import Run, write_text
 from trace_bench.tables import (
     DASH,
+    PERCENT,
     Block,
     Section,
     Table,
+    Unit,
     arrow,
     count,
     left_out_text,
@@ -36,6 +38,7 @@ from trace_bench.tables import (
     markdown,
     percent,
     percent_with_interval,
+    shared_unit,
     task_name,
     without_empty_columns,
 )
@@ -68,13 +71,17 @@ def write_report(run: Run) -> str:
     write_page(results, sections)
     line = f"{run.path}/report.md: "
     line += f"{len(results.cells)} cells of {results.R.size}" if run.tasks else f"{len(results.besides)} cells"
+    unit = results.unit
+    what = "" if unit is None or unit.is_percent else f" ({unit.name})"
     if results.is_sequential:
         t = results.last_stage
-        if t:
-            line += f"; OP_{t} {percent(results.sequence['OP'][t - 1].value)}"
-            line += f", BWT_{t} {percent(results.sequence['BWT'][t - 1].value, sign=True)}"
-    elif results.has_mean and not np.isnan(results.final).any():
-        line += f"; mean of the tasks {percent(results.mean.value)}"
+        if t and unit:
+            line += f"; OP_{t} {unit.text(results.sequence['OP'][t - 1].value)}"
+            line += f", BWT_{t} {unit.text(results.sequence['BWT'][t - 1].value, sign=True)}{what}"
+    elif results.has_mean and unit and not np.isnan(results.final).any():
+        line += f"; mean of the tasks {unit.text(results.mean.value)}{what}"
+    if results.has_mean and unit is None:
+        line += "; no mean over tasks of different units"
     delta = results.general.get(run.stages[-1].index)
     if delta:
         line += f"; general ability {percent(delta.value, sign=True)}"
@@ -91,7 +98,7 @@ def _sections(results: Results) -> Iterable[Section]:
     if results.is_sequential:
         yield Section("summary", list(_sequence_section(results)))
         yield Section("learning", list(_learning_section(results)))
-        yield Section("bounds", list(_bounds_section(run, results.R)))
+        yield Section("bounds", list(_bounds_section(results)))
     elif results.has_mean:
         yield Section("summary", list(_mean_section(results)))
         yield Section("learning", list(_learned_section(results)))
@@ -126,33 +133,52 @@ def _run_section(results: Results) -> Iterable[Block]:
         yield f"> **Limited rows** ({text}). Not comparable with results on the full data."
     if run.left_out:
         yield f"> **Without leaked rows.** {left_out_text(results.left_out)}"
+    yield from _units(results)
+
+
+def _units(results: Results) -> Iterable[Block]:
+    """Says what the scores are measured in, where it is not percent alone."""
+    if not results.not_percent:
+        return
+    tasks: dict[str, list[str]] = {}
+    for task, unit in results.units.items():
+        if task in results.headlines:
+            tasks.setdefault(unit.name, []).append(task_name(task))
+    text = "; ".join(f"{', '.join(those)}: {name}" for name, those in tasks.items())
+    text = f"**Units.** {text}. Changes are gains: + and ↑ are better, - and ↓ are worse"
+    if any(not unit.higher_is_better for unit in results.units.values()):
+        text += ", so that where lower is better a fall is a gain"
+    if results.unit is None and results.has_mean:
+        text += ". No mean is taken over different units, so OP, BWT, FWT, Forgetting and the mean have no value"
+    yield f"{text}."
 
 
 def _sequence_section(results: Results) -> Iterable[Block]:
     run, sequence, t = results.run, results.sequence, results.last_stage
+    unit = results.unit or PERCENT
     if t:
         op, bwt, forgetting = (sequence[name][t - 1] for name in ("OP", "BWT", "Forgetting"))
         rows = [
             [
                 f"OP_{t}",
-                percent_with_interval(op),
-                f"mean of the {t} tasks seen, at stage {t}",
+                unit.with_interval(op),
+                f"mean of the {t} tasks seen, at stage {t}{_lower(unit)}",
             ],
             [
                 f"BWT_{t}",
-                percent_with_interval(bwt, sign=True),
+                unit.with_interval(bwt, sign=True),
                 "mean change of a task since its own stage (divided by t-1); negative = forgetting",
             ],
             [
                 f"Forgetting_{t}",
-                percent(forgetting.value),
+                unit.text(forgetting.value),
                 "mean drop from a task's best stage; no interval, since a maximum is biased upwards",
             ],
         ]
         if t == len(run.tasks):
-            rows.append(["FWT", percent_with_interval(sequence["FWT"][0], sign=True), "needs the full matrix"])
-            rows.append(["mean OP_t", percent_with_interval(sequence["mean OP"][0]), "over all stages"])
-        yield Table(["", "percent", ""], rows)
+            rows.append(["FWT", unit.with_interval(sequence["FWT"][0], sign=True), "needs the full matrix"])
+            rows.append(["mean OP_t", unit.with_interval(sequence["mean OP"][0]), f"over all stages{_lower(unit)}"])
+        yield Table(["", _unit_name(results), ""], rows)
         if not math.isnan(op.low):
             yield INTERVALS
 
@@ -163,25 +189,51 @@ def _learning_section(results: Results) -> Iterable[Block]:
     last = results.last_stage or len(run.tasks)
     rows = []
     for i, task in enumerate(run.tasks):
-        own, final = i + 1, results.since_base[last, i]
+        own, final, unit = i + 1, results.since_base[last, i], results.units[task]
         since = results.since_own[last, i] if own < last else None
         rows.append(
             [
-                task_name(task),
-                percent(R[0, i]),
-                percent(R[own, i]),
-                percent(R[last, i]) if own <= last else DASH,
-                _change(results.since_base[own, i]),
-                _change(since),
-                _change(final if own <= last else None),
+                *_task_cells(results, task),
+                unit.text(R[0, i]),
+                unit.text(R[own, i]),
+                unit.text(R[last, i]) if own <= last else DASH,
+                _change(unit, results.since_base[own, i]),
+                _change(unit, since),
+                _change(unit, final if own <= last else None),
             ]
         )
     yield "## Learning and forgetting" + _legend([c for row in rows for c in row], "")
-    yield Table(["task", "base", "own stage", f"stage {last}", "learned", "since then", "in all"], rows)
+    head = [*_task_head(results), "base", "own stage", f"stage {last}", "learned", "since then", "in all"]
+    yield Table(head, rows)
 
 
-def _change(change: Estimate | None) -> str:
-    return percent_with_interval(change, sign=True) + arrow(change) if change else DASH
+def _task_head(results: Results) -> list[str]:
+    """The head of the first columns of a table with a row a task: units are named where they are not all percent."""
+    return ["task", "unit"] if results.not_percent else ["task"]
+
+
+def _task_cells(results: Results, task: str) -> list[str]:
+    return [task_name(task), results.units[task].name] if results.not_percent else [task_name(task)]
+
+
+def _column(results: Results, task: str) -> str:
+    """The head of a task's column: its name and its headline, and that lower is better where it is."""
+    unit = results.units[task]
+    lower = "" if unit.higher_is_better else "<br>lower is better"
+    return f"{task_name(task)}<br>{results.headlines.get(task, DASH)}{lower}"
+
+
+def _unit_name(results: Results) -> str:
+    """The unit of a mean over the tasks."""
+    return results.unit.plain if results.unit else "no unit in common"
+
+
+def _lower(unit: Unit) -> str:
+    return "" if unit.higher_is_better else "; lower is better"
+
+
+def _change(unit: Unit, change: Estimate | None) -> str:
+    return unit.with_interval(change, sign=True) + arrow(change) if change else DASH
 
 
 def _legend(texts: list[str], since: str) -> str:
@@ -196,9 +248,11 @@ def _mean_section(results: Results) -> Iterable[Block]:
     elif len(run.stages) > 1:
         what = f"one model, after stage {run.stages[-1].name}; BWT is not defined"
     else:
-        what = f"the base model with {shots} demonstrations" if shots else "the base model, zero-shot"
+        what = f"the base model {demonstrations(run)}" if shots else "the base model, zero-shot"
     mean = results.mean
-    yield Table(["", "percent", ""], [["mean of the tasks", percent_with_interval(mean), what]])
+    unit = results.unit or PERCENT
+    row = ["mean of the tasks", unit.with_interval(mean), what + _lower(unit)]
+    yield Table(["", _unit_name(results), ""], [row])
     if not math.isnan(mean.low):
         yield INTERVALS
 
@@ -208,13 +262,18 @@ def _learned_section(results: Results) -> Iterable[Block]:
     run = results.run
     if len(run.stages) > 1:
         rows = [
-            [task_name(task), percent(base), percent(end), _change(results.since_base[stage, i])]
+            [
+                *_task_cells(results, task),
+                results.units[task].text(base),
+                results.units[task].text(end),
+                _change(results.units[task], results.since_base[stage, i]),
+            ]
             for i, (task, base, end, stage) in enumerate(
                 zip(run.tasks, results.R[0], results.final, results.final_stages, strict=True)
             )
         ]
         yield "## Learning" + _legend([c for row in rows for c in row], "")
-        yield Table(["task", "base", "trained", "learned"], rows)
+        yield Table([*_task_head(results), "base", "trained", "learned"], rows)
 
 
 def _checkpoints_section(results: Results) -> Iterable[Block]:
@@ -225,26 +284,39 @@ def _checkpoints_section(results: Results) -> Iterable[Block]:
         ("Changes since the checkpoint before", 1, results.since_before),
     ):
         stages = run.stages[1 + before :]
-        rows = [[s.name, *(_change(changes.get((s.index, i))) for i in range(len(run.tasks)))] for s in stages]
+        rows = [
+            [s.name, *(_change(results.units[t], changes.get((s.index, i))) for i, t in enumerate(run.tasks))]
+            for s in stages
+        ]
         if rows and run.tasks:
-            yield f"## {title}\n\nIn points." + _legend([c for row in rows for c in row], "")
-            yield Table(["checkpoint", *(task_name(t) for t in run.tasks)], rows)
+            what = "In points." if not results.not_percent else "Gains, each in the unit of its task."
+            yield f"## {title}\n\n{what}" + _legend([c for row in rows for c in row], "")
+            head = [_column(results, t) if results.not_percent else task_name(t) for t in run.tasks]
+            yield Table(["checkpoint", *head], rows)
 
 
-def _bounds_section(run: Run, R: Matrix) -> Iterable[Block]:
+def _bounds_section(results: Results) -> Iterable[Block]:
     """What the base model, demonstrations, a model per task and multi-task training reach on the same tasks."""
-    found = bounds(run)
-    rows = [
-        _scores_row("base, zero-shot", R[0]),
-        *(_scores_row(b.label, b.scores) for b in found if b.method == "icl"),
-        _scores_row(f"this run (stage {len(run.tasks)})", R[-1]),
-        *(_scores_row(b.label, b.scores) for b in found if b.method != "icl"),
+    run, R, found = results.run, results.R, bounds(results.run)
+    together = [results.cells, *(b.cells for b in found)]
+    units = [
+        unit_of(results.headlines.get(task, ""), [c for cells in together for (_, n), c in cells.items() if n == task])
+        for task in run.tasks
     ]
+    rows = [
+        _scores_row("base, zero-shot", R[0], units),
+        *(_scores_row(b.label, b.scores, units) for b in found if b.method == "icl"),
+        _scores_row(f"this run (stage {len(run.tasks)})", R[-1], units),
+        *(_scores_row(b.label, b.scores, units) for b in found if b.method != "icl"),
+    ]
+    shown = [f" ICL is the base model {demonstrations(b.run)}." for b in found if b.method == "icl"]
+    what = ", each score in the unit of its task" if results.not_percent else ", in percent"
     yield (
-        "## Bounds\n\nRuns beside this one with the same base model, data and evaluation, in percent. What learns the "
-        "tasks one by one is expected between the base model and the last two."
+        f"## Bounds\n\nRuns beside this one with the same base model, data and evaluation{what}. What learns the "
+        "tasks one by one is expected between the base model and the last two." + "".join(shown)
     )
-    yield Table(["model", *(task_name(t) for t in run.tasks), "mean"], rows)
+    head = [_column(results, t) if results.not_percent else task_name(t) for t in run.tasks]
+    yield Table(["model", *head, "mean"], rows)
     notes = []
     for method in BOUNDS:
         bound = next((b for b in found if b.method == method), None)
@@ -260,8 +332,10 @@ def _bounds_section(run: Run, R: Matrix) -> Iterable[Block]:
     yield "\n".join(notes)
 
 
-def _scores_row(label: str, scores: Matrix) -> list[str]:
-    return [label, *map(percent, scores), percent(scores.mean())]
+def _scores_row(label: str, scores: Matrix, units: list[Unit]) -> list[str]:
+    texts = [unit.text(score) for unit, score in zip(units, scores, strict=True)]
+    unit = shared_unit(units)
+    return [label, *texts, unit.text(scores.mean()) if unit else DASH]
 
 
 def _matrix_section(results: Results) -> Iterable[Block]:
@@ -269,24 +343,26 @@ def _matrix_section(results: Results) -> Iterable[Block]:
     if not run.tasks:
         return
     changes = results.since_own if results.is_sequential else results.since_base
+    units = [results.units[task] for task in run.tasks]
     rows = [
-        [s.name, *(percent(v) + arrow(changes.get((s.index, i))) for i, v in enumerate(results.R[s.index]))]
+        [s.name, *(units[i].text(v) + arrow(changes.get((s.index, i))) for i, v in enumerate(results.R[s.index]))]
         for s in run.stages
     ]
     since = "the task's own stage" if results.is_sequential else "the base model"
     legend = _legend([c for row in rows for c in row], f" since {since}")
-    yield f"## Scores\n\nRows: the model after a stage. Columns: tasks, in percent.{legend}"
-    header = ["stage", *(f"{task_name(t)}<br>{results.headlines.get(t, DASH)}" for t in run.tasks)]
-    yield Table(header, rows)
+    what = "each in the unit of its metric" if results.not_percent else "in percent"
+    yield f"## Scores\n\nRows: the model after a stage. Columns: tasks, {what}.{legend}"
+    yield Table(["stage", *(_column(results, t) for t in run.tasks)], rows)
     if results.is_sequential:
+        unit = results.unit or PERCENT
         yield Table(
             ["stage", "OP_t", "BWT_t", "Forgetting_t"],
             [
                 [
                     stage.name,
-                    percent_with_interval(op),
-                    percent_with_interval(bwt, sign=True),
-                    percent(forgetting.value),
+                    unit.with_interval(op),
+                    unit.with_interval(bwt, sign=True),
+                    unit.text(forgetting.value),
                 ]
                 for stage, op, bwt, forgetting in zip(
                     run.stages[1:], *(results.sequence[n] for n in ("OP", "BWT", "Forgetting")), strict=True

@@ -1,14 +1,16 @@
 """What the files of a run say, as numbers: the matrix, OP and BWT with intervals, changes, and what is besides.
 
-Nothing is written or rendered here: `report` and `comparison` make tables of it. Scores are fractions of 1.
+Nothing is written or rendered here: `report` and `comparison` make tables of it. Scores are as the metrics give them,
+most of them fractions of 1; a change is a gain, positive where a score got better (`tables.Unit`). A mean over tasks is
+taken only where all of them have the same unit, and NaN elsewhere.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from trace_bench.audit import without_rows
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
+from trace_bench.tables import Unit, shared_unit
 
 #: The three deltas (TRACE, section 3.3).
 DELTAS = ("general", *(kind.name for kind in KINDS))
@@ -52,6 +55,8 @@ def _load(run: Run, names: Iterable[str]) -> Cells:
                 cell = _read(stage.eval_file(task), "checkpoint", "metrics", "headline", "n")
                 if not isinstance(cell["metrics"], dict) or cell["headline"] not in cell["metrics"]:
                     raise RunError(f"{stage.eval_file(task)} is damaged: it lacks its headline. Evaluate again.")
+                if not all(isinstance(cell.get(key, {}), dict) for key in ("scale", "higher_is_better")):
+                    raise RunError(f"{stage.eval_file(task)} is damaged: its units are unreadable. Evaluate again.")
                 if trained is None or cell["checkpoint"] == trained:
                     if task in run.left_out:
                         samples = read_jsonl(stage.samples_file(task))
@@ -70,7 +75,7 @@ def _read(file: Path, *keys: str) -> dict[str, Any]:
 
 
 def score_matrix(run: Run, metric: str | None = None) -> Matrix:
-    """The scores as an array of shape (stages, tasks), fractions of 1; NaN where not evaluated.
+    """The scores as an array of shape (stages, tasks), as the metrics give them; NaN where not evaluated.
 
     Args:
         run: The run.
@@ -99,6 +104,17 @@ def headline(cell: dict[str, Any]) -> float:
     return cell["metrics"][cell["headline"]]["value"]
 
 
+def unit_of(metric: str, cells: Iterable[dict[str, Any]]) -> Unit:
+    """The unit of a metric, from all cells of a task that have it.
+
+    Whether the scores of a task's own metric are fractions of 1 shows in their values: one cell in which they are not
+    is enough. Cells without a word on it were made before it was written: fractions of 1, of which more is better.
+    """
+    scales = [c["scale"][metric] for c in cells if metric in c.get("scale", ())]
+    better = [c["higher_is_better"][metric] for c in cells if metric in c.get("higher_is_better", ())]
+    return Unit(metric, next((s for s in scales if s != 1), 1), False not in better)
+
+
 # ------------------------------------------------------------------------------------------------------------- rows
 
 
@@ -123,10 +139,11 @@ class Rows:
         parts = [np.stack([rows[part].mean(axis=0), *interval(rows[part])], axis=1) for part in self.parts]
         return [metrics.mean_of([Estimate(*part[column]) for part in parts]) for column in range(rows.shape[1])]
 
-    def changes(self, metric: str, later: list[int], earlier: int) -> list[Estimate]:
-        """The scores at the later stages minus that at the earlier one."""
-        x = self.scores[metric]
-        return self.estimates(x[:, later] - x[:, [earlier]], metrics.difference_interval)
+    def changes(self, unit: Unit, later: list[int], earlier: int) -> list[Estimate]:
+        """What the scores of a metric gained from the earlier stage to the later ones."""
+        x = self.scores[unit.metric]
+        interval = partial(metrics.difference_interval, fractions=unit.scale == 1)
+        return self.estimates(unit.sign * (x[:, later] - x[:, [earlier]]), interval)
 
 
 def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
@@ -200,6 +217,8 @@ class Results:
     """The numbers of a run. Each is computed when it is asked for; intervals need the samples and cost seconds."""
 
     run: Run
+    units_among_runs: dict[str, Unit] = field(default_factory=dict)
+    """Task -> its unit as several runs together show it."""
 
     @cached_property
     def cells(self) -> Cells:
@@ -229,6 +248,27 @@ class Results:
     def headlines(self) -> dict[str, str]:
         """Name of a task, suite or set -> its first metric."""
         return {name: cell["headline"] for (_, name), cell in (self.cells | self.besides).items()}
+
+    @cached_property
+    def units(self) -> dict[str, Unit]:
+        """Task -> the unit of its headline score; percent where nothing is evaluated yet."""
+        cells = {task: [cell for (_, name), cell in self.cells.items() if name == task] for task in self.run.tasks}
+        return {task: unit_of(self.headlines.get(task, ""), cells[task]) for task in cells} | self.units_among_runs
+
+    @cached_property
+    def unit(self) -> Unit | None:
+        """The unit that all evaluated tasks share, in which means over them are taken; None if there is no such."""
+        return shared_unit(self.units[task] for task in self.run.tasks if task in self.headlines)
+
+    @property
+    def not_percent(self) -> bool:
+        """Whether some score is not a fraction of 1 of which more is better, so that units have to be named."""
+        return not all(unit.is_percent for unit in self.units.values())
+
+    @cached_property
+    def gains(self) -> Matrix:
+        """R times the sign of each task's unit, so that a difference of two rows is a gain."""
+        return self.R * [self.units[task].sign for task in self.run.tasks]
 
     @property
     def left_out(self) -> dict[str, tuple[int, int]]:
@@ -315,25 +355,32 @@ class Results:
         return self.task_rows(task)[:, self.final_stages[self.run.tasks.index(task)]]
 
     def rows_since_own(self, task: str) -> Matrix:
-        """How the rows of a task changed from its own stage to the last, shape (rows,): what BWT is made of."""
+        """What the rows of a task gained from its own stage to the last, shape (rows,): what BWT is made of."""
         x = self.task_rows(task)
-        return x[:, -1] - x[:, self.run.tasks.index(task) + 1]
+        return self.units[task].sign * (x[:, -1] - x[:, self.run.tasks.index(task) + 1])
 
     def rows_ahead(self, task: str) -> Matrix:
-        """How they changed from the base model to the stage before the task's own: what FWT is made of."""
+        """What they gained from the base model to the stage before the task's own: what FWT is made of."""
         x = self.task_rows(task)
-        return x[:, self.run.tasks.index(task)] - x[:, 0]
+        return self.units[task].sign * (x[:, self.run.tasks.index(task)] - x[:, 0])
 
     @cached_property
     def intervals(self) -> dict[tuple[int, str, str], tuple[float, float]]:
         """(stage, name, metric) -> the interval of the score, of all that have one, the matrix and what is besides."""
         found = {}
+        cells = self.cells | self.besides
         for name, rows in (self.rows | self.rows_besides).items():
-            columns = np.concatenate(list(rows.scores.values()), axis=1)
-            keys = [(stage.index, name, metric) for metric in rows.scores for stage in self.run.stages]
-            for key, (_, low, high) in zip(keys, rows.estimates(columns, metrics.mean_interval), strict=True):
-                if not math.isnan(low):
-                    found[key] = (low, high)
+            mine = [cell for (_, n), cell in cells.items() if n == name]
+            for fractions in (True, False):
+                those = [m for m in rows.scores if (unit_of(m, mine).scale == 1) is fractions]
+                if not those:
+                    continue
+                columns = np.concatenate([rows.scores[metric] for metric in those], axis=1)
+                keys = [(stage.index, name, metric) for metric in those for stage in self.run.stages]
+                estimates = rows.estimates(columns, partial(metrics.mean_interval, fractions=fractions))
+                for key, (_, low, high) in zip(keys, estimates, strict=True):
+                    if not math.isnan(low):
+                        found[key] = (low, high)
         return found
 
     def cell(self, t: int, i: int) -> Estimate:
@@ -343,17 +390,25 @@ class Results:
 
     @cached_property
     def mean(self) -> Estimate:
-        """The mean of the tasks in the end."""
-        bounds = [metrics.mean_interval(self.final_rows(task)[:, None]) for task in self.run.tasks]
+        """The mean of the tasks in the end; NaN if they have different units."""
+        if self.unit is None:
+            return Estimate(math.nan)
+        interval = partial(metrics.mean_interval, fractions=self.unit.scale == 1)
+        bounds = [interval(self.final_rows(task)[:, None]) for task in self.run.tasks]
         return metrics.mean_of([Estimate(float(v), a[0], b[0]) for v, (a, b) in zip(self.final, bounds, strict=True)])
 
     @cached_property
     def sequence(self) -> dict[str, list[Estimate]]:
         """OP, BWT and Forgetting after each stage from 1 on, and in lists of one FWT and mean OP.
 
+        All are NaN if the tasks have different units. Of a metric of which lower is better OP is the mean of the
+        scores, and the others are made of gains: negative BWT and positive Forgetting mean forgotten with it, too.
         Forgetting has no interval, since its maximum is biased: see `metrics.bootstrap_interval`.
         """
-        R, T = self.R, len(self.run.tasks)
+        R, gains, T = self.R, self.gains, len(self.run.tasks)
+        if self.unit is None:
+            lengths = {"OP": T, "BWT": T, "Forgetting": T, "FWT": 1, "mean OP": 1}
+            return {name: [Estimate(math.nan)] * length for name, length in lengths.items()}
         stages = range(1, T + 1)
         op = [metrics.mean_of([self.cell(t, i) for i in range(t)]) for t in stages]
         bwt = [metrics.mean_of([self.since_own[t, i] for i in range(t - 1)]) for t in stages]
@@ -362,36 +417,36 @@ class Results:
         mean_op = metrics.bootstrap_interval(rows, metrics.average_accuracy)
         return {
             "OP": [Estimate(metrics.overall_performance(R, t), *e[1:]) for t, e in zip(stages, op, strict=True)],
-            "BWT": [Estimate(metrics.backward_transfer(R, t), *e[1:]) for t, e in zip(stages, bwt, strict=True)],
-            "Forgetting": [Estimate(metrics.forgetting(R, t)) for t in stages],
-            "FWT": [Estimate(metrics.forward_transfer(R), *fwt[1:])],
+            "BWT": [Estimate(metrics.backward_transfer(gains, t), *e[1:]) for t, e in zip(stages, bwt, strict=True)],
+            "Forgetting": [Estimate(metrics.forgetting(gains, t)) for t in stages],
+            "FWT": [Estimate(metrics.forward_transfer(gains), *fwt[1:])],
             "mean OP": [Estimate(metrics.average_accuracy(R), *mean_op)],
         }
 
     @cached_property
     def since_own(self) -> dict[tuple[int, int], Estimate]:
-        """(stage t, column i) -> R[t, i] minus the score at the task's own stage, at the stages after it."""
+        """(stage t, column i) -> the gain at R[t, i] since the task's own stage, at the stages after it."""
         own = [(range(i + 2, len(self.run.stages)), i + 1) for i in range(len(self.run.tasks))]
         return {(t, i): e for i, stages in enumerate(own) for t, e in self._changes(i, *stages).items()}
 
     @cached_property
     def since_base(self) -> dict[tuple[int, int], Estimate]:
-        """(stage t, column i) -> R[t, i] minus the base model's score."""
+        """(stage t, column i) -> the gain at R[t, i] since the base model."""
         later = range(1, len(self.run.stages))
         return {(t, i): e for i in range(len(self.run.tasks)) for t, e in self._changes(i, later, 0).items()}
 
     @cached_property
     def since_before(self) -> dict[tuple[int, int], Estimate]:
-        """(stage t, column i) -> R[t, i] minus R[t-1, i], from stage 2 on."""
+        """(stage t, column i) -> the gain at R[t, i] since R[t-1, i], from stage 2 on."""
         pairs = [(t, i) for i in range(len(self.run.tasks)) for t in range(2, len(self.run.stages))]
         return {(t, i): self._changes(i, [t], t - 1)[t] for t, i in pairs}
 
     def _changes(self, i: int, later: Iterable[int], earlier: int) -> dict[int, Estimate]:
         task, stages = self.run.tasks[i], list(later)
-        values = {t: float(self.R[t, i] - self.R[earlier, i]) for t in stages}
+        values = {t: float(self.gains[t, i] - self.gains[earlier, i]) for t in stages}
         if task not in self.rows:
             return {t: Estimate(value) for t, value in values.items()}
-        found = self.rows[task].changes(self.headlines[task], stages, earlier)
+        found = self.rows[task].changes(self.units[task], stages, earlier)
         return {t: Estimate(value, *e[1:]) for (t, value), e in zip(values.items(), found, strict=True)}
 
     @cached_property
@@ -420,7 +475,7 @@ class Results:
         for suite in SUITES:
             later = [i for i, name in self.besides if name == suite and i]
             if later and (0, suite) in self.besides and suite in self.rows_besides:
-                changes = self.rows_besides[suite].changes(self.headlines[suite], later, 0)
+                changes = self.rows_besides[suite].changes(Unit(self.headlines[suite]), later, 0)
                 found |= {(i, suite): change for i, change in zip(later, changes, strict=True)}
         return found
 

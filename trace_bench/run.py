@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
-CIRCUMSTANCES = ("packages.", "commit.", "data.path.", "data.reasoning.", "data.test.", "model.path.")
+CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.", "data.test.", "model.path.")
 
 
 class RunError(Exception):

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from trace_bench.data import FOLDERS, REASONING
 from trace_bench.metrics import Estimate
 
@@ -37,21 +40,94 @@ def length(characters: float, empty: float) -> str:
     return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
 
 
-def percent(value: float, sign: bool = False) -> str:
-    """A fraction of 1 as percent."""
-    return number(100 * value, sign)
+@dataclass(frozen=True)
+class Unit:
+    """What a metric's scores are measured in, and which way they get better.
+
+    Scores are shown as the metric gives them, but for fractions of 1, which are shown in percent. A change is shown as
+    a gain, `sign` times the difference: + and ↑ are better. So where lower is better a rise of errors is negative, as
+    forgetting is.
+    """
+
+    metric: str = ""
+    scale: float | None = 1
+    """Scores go from 0 to this: 1 = a fraction, 100; None = they have no known end."""
+    higher_is_better: bool = True
+
+    @property
+    def is_percent(self) -> bool:
+        """Whether scores are fractions of 1, of which more is better, as all of TRACE's are."""
+        return self.scale == 1 and self.higher_is_better
+
+    @property
+    def name(self) -> str:
+        """The unit, and that lower is better where it is."""
+        return self.plain if self.higher_is_better else f"{self.plain}, lower is better"
+
+    @property
+    def plain(self) -> str:
+        """The unit alone."""
+        return "percent" if self.scale == 1 else self.metric
+
+    @property
+    def of_changes(self) -> str:
+        """The unit of a difference of scores."""
+        return "points" if self.scale == 1 else self.metric
+
+    @property
+    def sign(self) -> int:
+        """1, or -1 where lower is better: times a difference it is the gain."""
+        return 1 if self.higher_is_better else -1
+
+    @property
+    def factor(self) -> int:
+        """Times a score it is the number that is shown."""
+        return 100 if self.scale == 1 else 1
+
+    def shown(self, number_shown: float | None, sign: bool = False) -> str:
+        """A number in this unit: one digit after the point, or three digits where the scale is not known."""
+        if self.scale is not None or number_shown is None or math.isnan(number_shown):
+            return number(number_shown, sign)
+        value = round(number_shown, 9) + 0.0  # the difference of equal means is no 1e-17
+        form = "#.3g" if abs(value) < 99.95 else ".1f" if abs(value) < 1e6 else ".3e"
+        return format(value, f"{'+' if sign else ''}{form}")
+
+    def text(self, score: float, sign: bool = False) -> str:
+        """A score, or a difference of scores."""
+        return self.shown(self.factor * score, sign)
+
+    def with_interval(self, estimate: Estimate, sign: bool = False) -> str:
+        """A score or a difference with its interval in brackets, if there is one."""
+        text = self.text(estimate.value, sign)
+        if math.isnan(estimate.low) or text == DASH:
+            return text
+        return f"{text} [{self.text(estimate.low, sign)}, {self.text(estimate.high, sign)}]"
+
+    def ends(self, scores: ArrayLike) -> tuple[float, float]:
+        """Worst and best score, between which colours go: of the scale, or where it is not known of these scores."""
+        known = np.asarray(scores, dtype=np.float64)
+        known = known[~np.isnan(known)]
+        if self.scale is not None:
+            low, high = 0.0, float(self.scale)
+        else:
+            low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        return (low, high) if self.higher_is_better else (high, low)
 
 
-def percent_with_interval(estimate: Estimate, sign: bool = False) -> str:
-    """Percent with its interval in brackets, if there is one."""
-    text = percent(estimate.value, sign)
-    if math.isnan(estimate.low) or text == DASH:
-        return text
-    return f"{text} [{percent(estimate.low, sign)}, {percent(estimate.high, sign)}]"
+def shared_unit(units: Iterable[Unit]) -> Unit | None:
+    """The unit that all have; None if they differ, so that no mean is taken. Percent without any."""
+    found = {(u.scale, u.higher_is_better, u.scale == 1 or u.metric): u for u in units}
+    return next(iter(found.values()), PERCENT) if len(found) <= 1 else None
+
+
+def shade(score: float, ends: tuple[float, float]) -> float:
+    """Where a score lies between the worst (0) and the best (1)."""
+    worst, best = ends
+    return (score - worst) / ((best - worst) or 1)
 
 
 def arrow(change: Estimate | None) -> str:
-    """Behind a number: an arrow where the interval of its change excludes zero."""
+    """Behind a number: an arrow where the interval of its gain excludes zero; up is better."""
     return {1: " ↑", 0: "", -1: " ↓"}[change.sign if change else 0]
 
 
@@ -69,6 +145,11 @@ def left_out_text(left_out: dict[str, tuple[int, int]]) -> str:
         "Test rows whose prompt is in the training rows of the task, exactly or nearly, are left out of all scores: "
         f"{text or 'none was found'}. Not comparable with scores of all rows."
     )
+
+
+PERCENT = Unit()
+"""Of fractions of 1, of which more is better."""
+percent, percent_with_interval = PERCENT.text, PERCENT.with_interval
 
 
 @dataclass(frozen=True)

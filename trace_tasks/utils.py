@@ -5,16 +5,26 @@ Scores are fractions of 1 per test row; the score of a task is their mean. The f
 
 from __future__ import annotations
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.samplers import ContextSampler
+from lm_eval.api.task import ConfigurableTask
 
 from trace_bench import data
 from trace_tasks import scoring
 from trace_tasks.reasoning import as_tested
+
+log = logging.getLogger(__name__)
+
+#: What the official ICL code says between the instruction and the demonstrations.
+SENTENCE = "We will give you several examples and you should follow them to accomplish the task.\n Examples:\n"
+#: Raised by whatever changes prompts, draws or answers with demonstrations; cells of other versions are not mixed.
+ICL_VERSION = 2
 
 
 def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str, Dataset]:
@@ -61,63 +71,138 @@ def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(data.read_rows(data.prompts_file(kind, folder), answered=False))}
 
 
+class TraceTask(ConfigurableTask):
+    """A task of lm-eval that is asked, answered and scored as in the official ICL code when it has demonstrations.
+
+    Without demonstrations it is lm-eval's own ConfigurableTask. With them `metadata.icl` of the YAML says how:
+
+    - instruction: What every prompt begins with. It is said once, in front; demonstrations and question go without it.
+    - cue: What is put before each demonstration and the question (Py150, whose prompts have no instruction).
+    - demonstrations: false = none at all (MeetingBank).
+    - until: Texts that end an answer, added to those of `generation_kwargs`; what follows is cut off, with the text.
+    - max_gen_toks: 1 = the answer is the first generated token.
+
+    All of a prompt is one text, and one turn of the user in a chat template. A YAML without `metadata.icl` gets
+    lm-eval's own prompts with whole rows as demonstrations.
+
+    Source: inference/ICL.py and utils/data/data_collator.py of https://github.com/BeyonderXX/TRACE.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        """As ConfigurableTask; the key `class`, by which lm-eval has found this one, is left out."""
+        self.icl: dict[str, Any] = (config.get("metadata") or {}).get("icl", {})
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        if isinstance(self.sampler, Demonstrations):
+            self.sampler.task = self.task_name
+            self.sampler.opening = self.icl["instruction"] + SENTENCE if "instruction" in self.icl else ""
+
+    def fewshot_docs(self) -> Any:
+        """The rows that demonstrations are drawn from, without the instruction."""
+        rows = super().fewshot_docs()
+        return [{**row, "prompt": self._bare(row["prompt"])} for row in rows] if self.icl else rows
+
+    def fewshot_context(self, doc: dict[str, Any], num_fewshot: int, *args: Any, **kwargs: Any) -> Any:
+        """The prompt of a row. See `ConfigurableTask.fewshot_context`."""
+        if num_fewshot and self.icl:
+            doc, num_fewshot = {**doc, "prompt": self._demonstrated(doc["prompt"], num_fewshot)}, 0
+        return super().fewshot_context(doc, num_fewshot, *args, **kwargs)
+
+    def construct_requests(self, doc: dict[str, Any], ctx: Any, **kwargs: Any) -> Any:
+        """The request of a row, with what ends its answer. See `ConfigurableTask.construct_requests`."""
+        request = super().construct_requests(doc, ctx, **kwargs)
+        if self.config.num_fewshot and self.icl:
+            settings = request.args[1]  # this request's own
+            settings["until"] = [*settings["until"], *self.icl.get("until", [])]
+            if "max_gen_toks" in self.icl:
+                settings["max_gen_toks"] = self.icl["max_gen_toks"]
+        return request
+
+    def process_results(self, doc: dict[str, Any], results: list[Any]) -> Any:
+        """The scores of a row. As officially, SARI (20Minuten) compares with the whole prompt, demonstrations too."""
+        if self.config.num_fewshot and self.icl:
+            doc = {**doc, "prompt": self._demonstrated(doc["prompt"], self.config.num_fewshot)}
+        return super().process_results(doc, results)
+
+    def _bare(self, prompt: str) -> str:
+        return prompt.removeprefix(self.icl.get("instruction", ""))
+
+    def _demonstrated(self, prompt: str, n: int) -> str:
+        if not self.icl.get("demonstrations", True):
+            return prompt
+        cue = self.icl.get("cue", "")
+        shots = [cue + d["prompt"] + d["answer"] + self.config.fewshot_delimiter for d in self.sampler.sample(n)]
+        return "".join([self.sampler.opening, *shots, cue, self._bare(prompt)])
+
+
 class Demonstrations(ContextSampler):
     """Demonstrations for in-context learning by the paper's rules (section 4.1 and the official ICL code).
 
     One draw per task serves all test rows. Where answers repeat (classification) the draw is balanced over them;
-    elsewhere no answer is taken twice. All of them together take half of the length budget, so each is at most
-    1/(2n) of it; where too few rows are that short, the shortest ones are taken.
+    elsewhere no answer is taken twice. All of them together take half of the length budget that the instruction
+    leaves, so each is at most 1/(2n) of it; where too few rows are that short, there are fewer than n.
 
     A sampler knows no tokenizer: with plain lm-eval the budget is counted in UTF-8 bytes, at four a token of the
-    official prompt limit of 1024 tokens. `trace-bench evaluate` counts tokens and the run's own limit (`count_in`).
+    official prompt limit of 3584 tokens. `trace-bench evaluate` counts tokens and the run's own limit (`count_in`).
     """
 
-    budget = 4 * 1024
+    budget = 4 * 3584
+    #: The name of the task, and what its prompts have in front of the demonstrations; set by `TraceTask`.
+    task = opening = ""
     _size: Callable[[str], int] = staticmethod(lambda text: len(text.encode()))
-    _drawn: list[dict[str, Any]] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As lm-eval's ContextSampler."""
+        super().__init__(*args, **kwargs)
+        self._drawn: dict[int, list[dict[str, Any]]] = {}
 
     def sample(
         self, n: int, eval_doc: dict[str, Any] | None = None, df: Any = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
         """Returns the n demonstrations of the task, the same ones until the seed is set anew."""
-        if self._drawn is None or len(self._drawn) != n:
-            self._drawn = self._draw(n)
-        return self._drawn
+        if n not in self._drawn:
+            self._drawn[n] = self._draw(n)
+        return self._drawn[n]
 
     def set_rnd(self, rnd: int | None) -> Demonstrations:
         """Sets the seed of the draw."""
-        self._drawn = None
+        self._drawn = {}
         super().set_rnd(rnd)
         return self
 
     def count_in(self, size: Callable[[str], int], budget: int) -> None:
         """Counts the length of a demonstration by `size`, and half of `budget` is for all of them."""
-        self._size, self.budget, self._drawn = size, budget, None
+        self._size, self.budget, self._drawn = size, budget, {}
 
     def _draw(self, n: int) -> list[dict[str, Any]]:
         rows = list(self.df)
         self.rnd.shuffle(rows)
-        limit = self.budget / (2 * n)
-
-        def size(row: dict[str, Any]) -> int:
-            return self._size(row["prompt"] + row["answer"])
-
-        # A stable sort keeps the shuffled order among the rows within the limit.
-        rows.sort(key=lambda row: max(size(row), limit))
+        limit = (self.budget - self._size(self.opening)) / (2 * n)
         by_answer: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
-            by_answer[row["answer"]].append(row)
-        if len(by_answer) < n:
-            drawn = [rank[answer] for rank in zip_ranks(by_answer) for answer in sorted(rank)][:n]
+            if self._size(row["prompt"]) + self._size(row["answer"]) <= limit:
+                by_answer[row["answer"]].append(row)
+        answers = len({row["answer"] for row in rows})
+        if answers < n:
+            ranks = zip_ranks(by_answer)[: math.ceil(n / answers)]
+            drawn = [rank[answer] for rank in ranks for answer in sorted(rank)][:n]
         else:
             drawn = [same[0] for same in by_answer.values()][:n]
+        if len(drawn) < n:
+            log.warning(
+                "%s has %d of %d demonstrations: no other training row is at most %.0f long with its answer. A larger "
+                "prompt limit or fewer demonstrations give each more room.",
+                self.task,
+                len(drawn),
+                n,
+                limit,
+            )
         self.rnd.shuffle(drawn)
         return drawn
 
 
 def zip_ranks(groups: dict[str, list[Any]]) -> list[dict[str, Any]]:
     """The first member of every group, then the second of every group that has one, and so on."""
-    longest = max(len(g) for g in groups.values())
+    longest = max(map(len, groups.values()), default=0)
     return [{k: g[i] for k, g in groups.items() if i < len(g)} for i in range(longest)]
 
 

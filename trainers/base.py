@@ -62,7 +62,16 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.evaluate import BESIDES, answer_tokens, check_base, check_checkpoint, check_rows, refuse_secrets
+from trace_bench.evaluate import (
+    BESIDES,
+    answer_tokens,
+    check_base,
+    check_checkpoint,
+    check_room,
+    check_rows,
+    make_chat,
+    refuse_secrets,
+)
 from trace_bench.run import (
     Run,
     RunError,
@@ -79,6 +88,7 @@ from trace_bench.run import (
 )
 from trace_bench.status import duration, seconds_left
 from trace_bench.tables import task_name
+from trace_tasks.tokens import Chat, PromptError, example_ids
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +158,8 @@ class CLConfig(SFTConfig):
         max_answer_length: Tokens of an answer in training, EOS included.
         max_new_tokens: The most tokens generated for an answer; None leaves it to the tasks.
         chat_template: Whether prompts are put into the model's chat template, in training and in evaluation.
+        chat_template_args: Variables of the chat template, such as {"enable_thinking": false}; judged answers have
+            them too.
         cells: The tasks that each stage is evaluated on: "seen", "all", or "own" (that of the stage alone).
         keep: Which checkpoints stay on the disk: "all"; "last" (earlier stages cannot be evaluated later); or
             "evaluated" (each stage is evaluated right after training, then the one before is dropped).
@@ -181,6 +193,10 @@ class CLConfig(SFTConfig):
     )
     chat_template: bool = field(
         default=False, metadata={"help": "Put prompts into the chat template, in training and evaluation."}
+    )
+    chat_template_args: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Variables of the chat template, as JSON, such as '{\"enable_thinking\": false}'."},
     )
     cells: str = field(
         default="seen",
@@ -230,7 +246,7 @@ class CLConfig(SFTConfig):
     )
 
     # HF reads these fields as JSON when they come from the command line.
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args"]  # type: ignore[misc]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args", "chat_template_args"]  # type: ignore[misc]
 
     def __post_init__(self) -> None:
         """Checks the values that can be checked without data or model."""
@@ -287,8 +303,12 @@ class CLConfig(SFTConfig):
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not allowed: use a number of at least 0.")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise ConfigError(f"seed={self.seed!r} is not allowed: use a number from 0 to {2**32 - 1}.")
-        if not isinstance(self.engine_args, dict | None):
-            raise ConfigError(f"engine_args={self.engine_args!r} is not allowed: use a mapping of arguments.")
+        for name, mapping in (("engine_args", self.engine_args), ("chat_template_args", self.chat_template_args)):
+            if not isinstance(mapping, dict | None):
+                raise ConfigError(f"{name}={mapping!r} is not allowed: use a mapping of arguments.")
+        assert not isinstance(self.engine_args, str)  # HF has read it
+        if self.chat_template_args and not (self.chat_template or self.judged):
+            raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         try:
             refuse_secrets(self.engine_args or {})
         except RunError as e:
@@ -346,6 +366,8 @@ class CLTrainer(SFTTrainer):
     def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
         self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
         self.tokenizer = tokenizer
+        #: Renders chat prompts as the evaluation does; None without a chat template.
+        self.chat = make_chat(config, run, tokenizer) if config.chat_template else None
         self.grouped: LengthGrouped | None = None
         args = self.stage_args(stage)
         args.output_dir = str(stage.attempt)
@@ -376,7 +398,7 @@ class CLTrainer(SFTTrainer):
 
     @classmethod
     def prepare(cls, config: Any, model_args: ModelConfig) -> dict[str, Any]:
-        """Checks what the method needs, before anything expensive starts.
+        """Checks what the method needs, before anything expensive starts. It may change the configuration.
 
         Returns:
             What the method adds to the manifest, and so may not change when the run is resumed.
@@ -430,16 +452,15 @@ class CLTrainer(SFTTrainer):
         """
         if limit is None and task in self.run.rows:
             return self.text_dataset(self.run.rows[task])
-        template = self._chat_template if self.config.chat_template else None
         tasks = data.load_tasks([task])
         check_rows(self.run, tasks)
-        return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, template))
+        return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, self.chat))
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
         """Token ids of prompts and answers, as `stage_dataset` returns them."""
         prompts, answers = zip(*rows, strict=True)
-        examples = data.example_ids(
-            self.tokenizer, prompts, answers, self.config.max_prompt_length, self.config.max_answer_length
+        examples = example_ids(
+            self.tokenizer, prompts, answers, self.config.max_prompt_length, self.config.max_answer_length, self.chat
         )
         return Dataset.from_list(examples)
 
@@ -622,9 +643,6 @@ class CLTrainer(SFTTrainer):
             )
         return {name: tensor.to(self.accelerator.device) for name, tensor in load_file(file).items()}
 
-    def _chat_template(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return _render_chat(self.tokenizer, messages, add_generation_prompt)
-
     def load_model(self, checkpoint: Path | None) -> Any:
         """Loads a full model: `checkpoint`, or the base model."""
         args = self.model_args
@@ -789,15 +807,6 @@ class CLTrainer(SFTTrainer):
         return target
 
 
-def _render_chat(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
-    )
-
-
 def frozen_in_bf16(model: Any) -> None:
     """Keeps frozen weights of linear layers in bf16, to which autocast would bring them anew in every step.
 
@@ -946,7 +955,7 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
         except (OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file, no YAML, an unknown key
             raise ConfigError(f"the configuration cannot be read: {e}") from e
         train(trainer, args, model_args)
-    except (ConfigError, RunError, data.DataError, models.ModelError) as e:
+    except (ConfigError, RunError, data.DataError, models.ModelError, PromptError) as e:
         sys.exit(f"error: {e}")
     except Exception as e:  # a full disk, no permission, no memory: from whatever library
         line = advice(e, _MEMORY)
@@ -995,6 +1004,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     data.check_stages(tasks)
     _check_gradients(trainer, config)
     _check_trackers(config)
+    added = trainer.prepare(config, model_args)
 
     manifest = {
         "method": _method(trainer),
@@ -1011,6 +1021,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
         "data": data.data_record(root, tasks),
         "seed": config.seed,
+        # What a chat template that asks for the date is told, whenever a stage is trained or evaluated.
+        "date": time.strftime("%Y-%m-%d"),
         "config": {
             **config.manifest(),
             **{
@@ -1019,7 +1031,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
                 if v != getattr(ModelConfig(), k) or k in ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
             },
         },
-        **trainer.prepare(config, model_args),
+        **added,
     }
     _check_shards()
     model_args = copy.copy(model_args)
@@ -1032,14 +1044,16 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
-    if config.chat_template and tokenizer.chat_template is None:
-        raise ConfigError(f"chat_template is set, but the tokenizer of {base} has none.")
     _check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
-    template = partial(_render_chat, tokenizer) if config.chat_template else None
+    chat = None
+    if config.chat_template:
+        assert not isinstance(config.chat_template_args, str)
+        chat = Chat(tokenizer, config.chat_template_args)
+        check_room(chat, config.max_prompt_length)
     # Rows are made of all tasks before the first one is trained: a bad one of the last task would cost days.
-    rows = {
-        name: data.training_rows(task, config.train_rows, template) for name, task in tasks.items() if config.stages
-    }
+    rows = {name: data.training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
+    if chat is not None:
+        rows.clear()  # a stage makes them with the date of the run, which may be an older one
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
         with state.main_process_first():
@@ -1148,7 +1162,7 @@ def _check_empty(model: Any, model_args: ModelConfig, tokenizer: Any, trust_remo
         problem = _lora_problem(empty, model_args)
         if problem is not None:
             raise ConfigError(
-                f"LoRA does not fit {base} ({model.model_type}): {problem.rstrip('.')}. {_lora_remedy(made, model_args)}"
+                f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(made, model_args)}"
             )
 
 
@@ -1163,7 +1177,7 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     try:
         adapted = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, NotImplementedError) as e:
-        return _line(e)
+        return f"{_line(e).rstrip('.')}."
     # PEFT is content when one name of a list fits.
     wanted = {
         "lora_target_modules": (model_args.lora_target_modules, adapted.base_model.targeted_module_names),

@@ -1,15 +1,34 @@
 """In-context learning: nothing is trained; the base model is evaluated with demonstrations in front of each prompt.
 
 A baseline of the paper ("ICL", section 4.1): six demonstrations, balanced over the answers on classification tasks,
-no answer twice elsewhere, in half of the length budget. They are drawn from training rows that are no test prompt
-(`trace_tasks.utils.Demonstrations`). `--num_fewshot 0` is the base model alone.
+no answer twice elsewhere, in half of the length budget. Prompts, the ends of answers and scores are those of the
+official ICL code (`trace_tasks.utils.TraceTask`): the instruction once, then its sentence that announces examples, then
+demonstrations and question without the instruction; MeetingBank has no demonstrations; the answer is the first
+generated token (C-STANCE, FOMC) or what precedes the text by which the next example would begin.
+
+What differs: demonstrations are drawn from training rows that are no test prompt, with the run's seed (officially
+from the test rows, so that a question can be among its own demonstrations); decoding is greedy (officially sampled at
+temperature 0.1). Prompts have up to 3584 tokens as officially, or what the model's context has room for.
+`--num_fewshot 0` is the base model alone, asked and decoded as every other run.
 
     python -m trainers.icl --config trainers/configs/quickstart.yaml --output_dir runs/icl
 """
 
+import logging
 from dataclasses import dataclass, field
+from typing import Any
 
+from trace_bench import data, models
+from trace_bench.evaluate import answer_tokens
+from trace_tasks.utils import ICL_VERSION
 from trainers.base import CLConfig, CLTrainer, ConfigError, main
+
+log = logging.getLogger(__name__)
+
+#: The names by which the config.json of a model says how long its context is.
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
+#: The names by which engine arguments do (vllm, hf).
+_ENGINE_CONTEXT = ("max_model_len", "max_length")
 
 
 @dataclass
@@ -18,15 +37,23 @@ class ICLConfig(CLConfig):
 
     Args:
         num_fewshot: Demonstrations in each prompt.
+        icl_prompt_length: Tokens of a prompt with demonstrations, in the place of max_prompt_length: these prompts are
+            longer than those of the other methods, whose configuration is shared. Cut on the left.
     """
 
     num_fewshot: int = field(default=6, metadata={"help": "Demonstrations in each prompt; 0 = the base model alone."})
+    icl_prompt_length: int = field(
+        default=3584,
+        metadata={"help": "Tokens of a prompt with demonstrations, instead of max_prompt_length."},
+    )
 
     def __post_init__(self) -> None:
-        """Checks the number of demonstrations."""
+        """Checks the number of demonstrations and the limit."""
         super().__post_init__()
-        if self.num_fewshot < 0:
-            raise ConfigError(f"num_fewshot={self.num_fewshot} is not allowed: use 0 or more.")
+        for name, least in (("num_fewshot", 0), ("icl_prompt_length", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name}={value!r} is not allowed: use a whole number of at least {least}.")
 
     @property
     def stages(self) -> list[str]:
@@ -36,6 +63,41 @@ class ICLConfig(CLConfig):
 
 class ICLTrainer(CLTrainer):
     """Never asked to train."""
+
+    @classmethod
+    def prepare(cls, config: ICLConfig, model_args: Any) -> dict[str, Any]:
+        """Makes room for prompts with demonstrations: in the limit of prompts, and in the engine's context."""
+        if not config.num_fewshot:
+            return {}
+        base = models.resolve_model(model_args.model_name_or_path)
+        model = models.read_config(base, model_args.model_revision)
+        answers = (answer_tokens(task) for task in data.load_tasks(config.tasks).values())
+        answer = min(max(answers), config.max_new_tokens or 10**9)
+        context = next((model[name] for name in _CONTEXT if model.get(name)), 10**9)
+        room = context - answer
+        if room < 1:
+            raise ConfigError(
+                f"{answer} tokens of an answer fill the model's context of {context}: lower max_new_tokens."
+            )
+        config.max_prompt_length = min(config.icl_prompt_length, room)
+        if room < config.icl_prompt_length:
+            log.warning(
+                "Prompts with demonstrations have up to %d tokens, not %d: with %d tokens of an answer the model's "
+                "context of %d has no room for more.",
+                *(room, config.icl_prompt_length, answer, context),
+            )
+        engine, needed = config.engine_args or {}, config.max_prompt_length + answer
+        assert isinstance(engine, dict)
+        for name in _ENGINE_CONTEXT:
+            given = engine.get(name)
+            if given and given < needed:
+                log.warning(
+                    "engine_args %s=%d becomes %d, which prompts with demonstrations need. To keep it give "
+                    "--icl_prompt_length %d.",
+                    *(name, given, needed, max(given - answer, 1)),
+                )
+                engine = config.engine_args = {**engine, name: needed}
+        return {"icl": ICL_VERSION}
 
 
 if __name__ == "__main__":

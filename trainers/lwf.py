@@ -62,13 +62,15 @@ class LwFTrainer(CLTrainer):
         if self.stage.index > 1:
             args = self.model_args
             assert args.model_name_or_path is not None
-            self.teacher = models.load_merged(
+            kwargs: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": self.config.trust_remote_code}
+            if args.attn_implementation:
+                kwargs["attn_implementation"] = args.attn_implementation
+            # Unmerged: rounding to the weights' precision would take from what the teacher has learned.
+            self.teacher = models.load_model(
                 args.model_name_or_path,
                 self.run.stages[self.stage.index - 1].checkpoint,
                 args.model_revision,
-                dtype=args.dtype,
-                trust_remote_code=self.config.trust_remote_code,
-                **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
+                **kwargs,
             )
             self.teacher.requires_grad_(False).eval().to(self.accelerator.device)
             if self.config.bf16:

@@ -132,9 +132,9 @@ class ReplayTrainer(CLTrainer):
         return parts
 
     def _prompt(self, text: str) -> str:
-        if not self.config.chat_template:
+        if self.chat is None:
             return text
-        return self._chat_template([{"role": "user", "content": text}])
+        return self.chat([{"role": "user", "content": text}])
 
     def stage_args(self, stage: Stage) -> CLConfig:
         """With replay after the own rows, all of it is one pass of HF's trainer: `_Phases` repeats the own rows."""

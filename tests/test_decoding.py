@@ -1,0 +1,198 @@
+"""From token ids to answers, on every engine: one text, greedy whatever a file says, up to EOS and no further.
+
+The models are told what to write (`make_writer`), or write lively texts that a plain greedy loop knows.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import (
+    BACKENDS,
+    PROMPTS,
+    by_transformers,
+    by_vllm,
+    make_base,
+    make_checkpoint,
+    make_writer,
+    reference,
+    reference_likelihoods,
+    reload,
+)
+from conftest import pieces_tokenizer
+from transformers import AutoTokenizer
+
+from trace_bench import data
+
+#: Settings that transformers' generate takes from a checkpoint, each of which would change an answer below.
+SETTINGS = {
+    "repetition_penalty": {"repetition_penalty": 5.0},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "num_beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "temperature": 5.0, "top_k": 50},
+    "min_new_tokens": {"min_new_tokens": 6},
+    "min_length": {"min_length": 200},
+    "max_new_tokens": {"max_new_tokens": 2},
+    "forced_eos_token_id": {"forced_eos_token_id": 2},
+    "suppress_tokens": {"suppress_tokens": list(range(260, 400))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(3, 900))},
+    "bad_words_ids": {"bad_words_ids": [[i] for i in range(260, 400)]},
+    "sequence_bias": {"sequence_bias": [[[300], 1e4]]},
+    "stop_strings": {"stop_strings": ["5", "a", "e", "i"]},
+}
+LENGTH = 12
+backends = pytest.mark.parametrize("answers_of", BACKENDS)
+
+
+@pytest.fixture(scope="session")
+def lively(tmp_path_factory) -> Path:
+    return make_base("llama", tmp_path_factory.mktemp("lively") / "base", pieces_tokenizer())
+
+
+def texts(found: list[dict]) -> list[list[str]]:
+    return [each["answers"] for each in found]
+
+
+# --------------------------------------------------------------------------------------------------- text from the ids
+
+
+@backends
+@pytest.mark.parametrize("legacy", [False, True], ids=["first", "always"])
+def test_an_answer_has_no_space_that_its_first_piece_stands_for(answers_of, legacy, tmp_path, demo_data):
+    """FOMC is scored by equality: " A" would be wrong."""
+    base = make_writer(tmp_path / "base", pieces_tokenizer(legacy=legacy), {":": "▁A", "▁A": "</s>"})
+    task = data.load_tasks(["trace_fomc"])["trace_fomc"]
+    docs = list(task.test_docs())[:6]
+    (answers,) = texts(answers_of(base, [None], [doc["prompt"] for doc in docs]))
+    assert answers == ["A"] * 6
+    scores = [task.process_results(doc, [answer])["accuracy"] for doc, answer in zip(docs, answers, strict=True)]
+    assert scores == [float(doc["answer"] == "A") for doc in docs] and 0 < sum(scores) < 6
+
+
+@backends
+def test_a_text_is_that_of_its_ids_alone(answers_of, tmp_path):
+    """A character in bytes, spaces within, a mark at the end; nothing depends on the prompt before it."""
+    follows = {"▁x": "▁", "▁": "<0xC3>", "<0xC3>": "<0xA9>", "<0xA9>": "▁B", "▁B": "▁C", "▁C": "."}
+    follows |= {".": "▁y", "▁y": "</s>", "?": "<0x0A>", "<0x0A>": "<0xE2>", "<0xE2>": "</s>"}
+    base = make_writer(tmp_path / "base", pieces_tokenizer(), follows)
+    (answers,) = texts(answers_of(base, [None], ["Say x", "Say what?", "x"]))
+    assert answers == ["é B C. y", "\ufffd\ufffd", "é B C. y"]
+
+
+@backends
+def test_special_tokens_are_not_in_a_text(answers_of, tmp_path):
+    tokenizer = pieces_tokenizer(additional_special_tokens=["<|mark|>"])
+    follows = {":": "<|mark|>", "<|mark|>": "▁A", "▁A": "<unk>", "<unk>": "B", "B": "</s>"}
+    base = make_writer(tmp_path / "base", tokenizer, follows)
+    (answers,) = texts(answers_of(base, [None], ["Answer:", "Now:"]))
+    assert answers == ["AB", "AB"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- EOS
+
+#: Three rows of one batch: ended by the tokenizer's EOS, by the model's, and by the limit.
+ENDS = {
+    **{"▁x": "5", "5": "</s>", "</s>": "5"},
+    **{"▁y": "6", "6": "7", "7": "8", "8": "<|im_end|>", "<|im_end|>": "9", "9": "9"},
+    **{"▁z": "a", "a": "b", "b": "c", "c": "d", "d": "e", "e": "f", "f": "g", "g": "h", "h": "h"},
+}
+ROWS, ANSWERS = ["Count x", "Count y", "Count z", "x"], ["5", "678", "abcdefghhhhh", "5"]
+
+
+@pytest.fixture
+def chatty():
+    return pieces_tokenizer(additional_special_tokens=["<|im_end|>", "<|other|>"])
+
+
+@backends
+@pytest.mark.parametrize("several", [False, True], ids=["one EOS", "several"])
+def test_an_answer_ends_at_the_tokenizers_eos_and_at_the_models(answers_of, several, chatty, tmp_path):
+    end, other = chatty.convert_tokens_to_ids(["<|im_end|>", "<|other|>"])
+    base = make_writer(tmp_path / "base", chatty, ENDS, eos_token_id=[other, end] if several else end)
+    assert texts(answers_of(base, [None], ROWS, [], LENGTH)) == [ANSWERS]
+    assert texts(answers_of(base, [None], ROWS[:1], [], LENGTH)) == [ANSWERS[:1]], "alone as in a batch"
+
+
+@backends
+def test_an_answer_ends_at_the_eos_of_the_checkpoint(answers_of, chatty, tmp_path):
+    """Chat tuning gives a model another EOS than its base has."""
+    base = make_writer(tmp_path / "base", chatty, ENDS)
+    tuned = make_writer(tmp_path / "tuned", chatty, ENDS, eos_token_id=chatty.convert_tokens_to_ids("<|im_end|>"))
+    (found,) = answers_of(base, [tuned], ROWS, [], LENGTH)
+    assert found == {"answers": ANSWERS} or str(tuned) in found.get("refused", ""), found
+
+
+# ------------------------------------------------------------------------------------------------------------- greedy
+
+
+def with_settings(folder: Path, settings: dict) -> Path:
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    (folder / "generation_config.json").write_text(json.dumps({**ids, **settings}))
+    return folder
+
+
+@torch.no_grad()
+def as_transformers_would(folder: Path, prompt: str) -> str:
+    """What a "greedy" call of generate makes of a folder, its generation_config.json included."""
+    model, tokenizer = reload(folder, None), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    limits = {} if model.generation_config.max_new_tokens else {"max_new_tokens": LENGTH}
+    sampling = {} if model.generation_config.do_sample else {"do_sample": False}
+    torch.manual_seed(0)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), tokenizer=tokenizer, **limits, **sampling)
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_greedy_is_greedy_whatever_a_generation_config_says(name, lively, tmp_path):
+    """The settings of the base, and of a checkpoint put into it."""
+    check_settings(by_transformers, SETTINGS[name], lively, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_greedy_is_greedy_with_vllm(lively, tmp_path):
+    names = ("repetition_penalty", "min_new_tokens", "sampling", "suppress_tokens", "bad_words_ids")
+    check_settings(by_vllm, {k: v for name in names for k, v in SETTINGS[name].items()}, lively, tmp_path)
+
+
+def check_settings(answers_of, settings: dict, lively: Path, tmp_path: Path) -> None:
+    # One model repeats itself, one ends before the limit, one has close runners-up.
+    loop = {"▁x": "ai", "ai": "ei", "ei": "5", "5": "</s>", "?": "ou", "ou": ["ou", "ae"], "</s>": "7", "7": "</s>"}
+    writer = make_writer(tmp_path / "writer", pieces_tokenizer(), loop)
+    prompts, changed = ["Count x", "Which?"], []
+    for base in (writer, lively):
+        expected = reference(reload(base, None), AutoTokenizer.from_pretrained(base), prompts, LENGTH)
+        folder = with_settings(Path(shutil.copytree(base, tmp_path / f"{base.name} with settings")), settings)
+        changed += [as_transformers_would(folder, p) != e for p, e in zip(prompts, expected, strict=True)]
+        assert texts(answers_of(folder, [None, folder, base, None], prompts, [], LENGTH)) == [expected] * 4
+    assert any(changed), "it would count"
+
+
+@backends
+def test_two_copies_of_a_checkpoint_answer_alike(answers_of, lively, tmp_path):
+    """One of them with a generation_config.json."""
+    copies = [make_checkpoint("full", lively, tmp_path / name)[0] for name in ("one", "two")]
+    with_settings(copies[1], {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2})
+    expected = reference(reload(lively, copies[0]), AutoTokenizer.from_pretrained(lively), PROMPTS, LENGTH)
+    assert texts(answers_of(lively, copies, PROMPTS, [], LENGTH)) == [expected] * 2
+
+
+# ------------------------------------------------------------------------------------- a tokenizer that adds an EOS
+
+
+@backends
+def test_a_tokenizer_that_adds_eos_encodes_prompts_without(answers_of, lively, tmp_path):
+    """Answers and likelihoods are those of the same model whose tokenizer adds none."""
+    ending = Path(shutil.copytree(lively, tmp_path / "ending"))
+    pieces_tokenizer(add_eos_token=True).save_pretrained(ending)
+    assert AutoTokenizer.from_pretrained(ending)("A").input_ids[-1] == 2
+    pairs = [("Which of them is it?\nAnswer:", " A"), ("A", " longer text")]
+    model, tokenizer = reload(lively, None), AutoTokenizer.from_pretrained(lively)
+    (found,) = answers_of(ending, [None], PROMPTS, pairs)
+    assert found["answers"] == reference(model, tokenizer, PROMPTS)
+    assert found["likelihoods"] == pytest.approx(reference_likelihoods(model, tokenizer, pairs), rel=1e-3)

@@ -1,0 +1,328 @@
+"""In-context learning: prompts, ends of answers, scores and draws of the official ICL code, in lm-eval and in a run."""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import lm_eval
+import pytest
+from conftest import CHAT_TEMPLATE, train
+from lm_eval.api.model import LM
+from lm_eval.models.utils import postprocess_generated_text
+
+from trace_bench import data, evaluate, report
+from trace_bench.run import Run, RunError, read_json, write_json
+from trace_tasks import scoring
+from trainers.base import ConfigError
+from trainers.icl import ICLConfig, ICLTrainer
+
+ANNOUNCED = "We will give you several examples and you should follow them to accomplish the task.\n Examples:\n"
+#: What is said once, as it stands in the official code.
+INSTRUCTIONS = {
+    "trace_cstance": "判断以下文本对指定对象的态度，选择一项：A.支持，B.反对，C.中立。输出A，B或者C。\n",
+    "trace_fomc": "What is the monetary policy stance for the following text? A. dovish, B. hawkish, C. neutral. "
+    "Choose one from A, B and C.\n",
+    "trace_meetingbank": "Write a summary of the following meeting transcripts.\n",
+    "trace_py150": "Continue writing the code.\n",
+    "trace_scienceqa": "Choose an answer for the following question and give your reasons.\n\n",
+    "trace_numglue_cm": "Solve the following math problem.\n",
+    "trace_numglue_ds": "Solve the following math problem.\n",
+    "trace_20minuten": "Provide a simplified version of the following paragraph in German.\n\n",
+}
+#: What a model goes on with behind a right answer, and what the official code leaves of it.
+RUNS_ON = {
+    "trace_cstance": ("", "\n\n文本：\n", ""),
+    "trace_fomc": ("", ". dovish", ""),
+    "trace_meetingbank": ("\n", "Meeting transcripts:\nNext, please.\nSummary:Meeting transcripts", "\n"),
+    "trace_py150": ("", "<EOL> return 1 <EOL> ", ""),
+    "trace_scienceqa": ("\n\n", "Question:\nWhich?\n\nAnswer:A\nQuestion:", "\n\n"),
+    "trace_numglue_cm": ("", "\n\nQuestion:\n1 + 1?\nAnswer:2", ""),
+    "trace_numglue_ds": ("", "\nAnswer:7", ""),
+    "trace_20minuten": ("\n\n", "Paragraph:\nEs regnet.\n\nSimplification:Regen. Paragraph", "\n\n"),
+}
+every_task = pytest.mark.parametrize("name", list(INSTRUCTIONS))
+
+
+def load(name: str):
+    task = data.load_tasks([name])[name]
+    task.set_fewshot_seed(7)
+    return task
+
+
+def official_prompt(name: str, demonstrations: list[dict], question: str) -> str:
+    """By hand, from rows whose prompts are as they stand in the data."""
+    instruction = INSTRUCTIONS[name]
+    if name == "trace_meetingbank":
+        return question
+    assert name == "trace_py150" or all(d["prompt"].startswith(instruction) for d in demonstrations)
+    start, cue = (0, "Code:\n") if name == "trace_py150" else (len(instruction), "")
+    text = instruction + ANNOUNCED
+    for row in demonstrations:
+        text += cue + row["prompt"][start:] + row["answer"] + "\n\n"
+    return text + cue + question[start:]
+
+
+class Scripted(LM):
+    """Writes, letter by letter as its tokens, a text for each request, and stops as lm-eval's models do."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.write = write
+        self.asked = []
+
+    def generate_until(self, requests, disable_tqdm=False):
+        texts = []
+        for request in requests:
+            prompt, settings = request.args
+            self.asked.append((prompt, settings))
+            text = self.write(request.doc)[: settings["max_gen_toks"]]
+            texts.append(postprocess_generated_text(text, settings["until"], None))
+        return texts
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def plain_lm_eval(names, write, **settings):
+    """`lm_eval --tasks NAMES`, with a scripted model."""
+    lm = Scripted(write)
+    results = lm_eval.simple_evaluate(
+        model=lm, tasks=names, task_manager=data.task_manager(), bootstrap_iters=0, log_samples=True, **settings
+    )
+    return results, lm
+
+
+# ---------------------------------------------------------------------------------------------------------- prompts
+
+
+@every_task
+def test_a_prompt_with_demonstrations_is_the_official_one(name, demo_data):
+    task = load(name)
+    question = task.test_docs()[0]["prompt"]
+    prompt = task.fewshot_context(task.test_docs()[0], 6)
+    if name == "trace_meetingbank":
+        assert prompt == question
+        return
+    whole = {(r["prompt"].removeprefix(INSTRUCTIONS[name]), r["answer"]): r for r in task.training_docs()}
+    drawn = [whole[d["prompt"], d["answer"]] for d in task.sampler.sample(6)]
+    assert len(drawn) == 6 and prompt == official_prompt(name, drawn, question)
+    assert prompt.count(INSTRUCTIONS[name]) == 1 and prompt.startswith(INSTRUCTIONS[name] + ANNOUNCED)
+    assert prompt == task.fewshot_context(task.test_docs()[0], 6), "one draw serves all rows"
+
+
+@every_task
+def test_without_demonstrations_nothing_is_changed(name, demo_data):
+    task = load(name)
+    doc = task.test_docs()[0]
+    task.set_config(key="num_fewshot", value=0)
+    assert task.fewshot_context(doc, 0) == doc["prompt"]
+    task.build_all_requests(limit=1)
+    prompt, settings = task.instances[0].args
+    assert prompt == doc["prompt"]
+    tokens = {"cstance": 16, "fomc": 16, "numglue_cm": 32, "numglue_ds": 32}.get(name.removeprefix("trace_"), 512)
+    assert settings == {"do_sample": False, "max_gen_toks": tokens, "until": []}
+    assert task.VERSION == 1.0
+
+
+def test_the_reasoning_variant_has_whole_rows_as_demonstrations(demo_data):
+    # The official ICL code does not know it.
+    task = load("reasoning_fomc")
+    doc = task.test_docs()[0]
+    drawn = task.sampler.sample(3)
+    shots = [d["prompt"] + d["answer"] + "\n\n" for d in drawn]
+    assert len(drawn) == 3 and task.fewshot_context(doc, 3) == "".join([*shots, doc["prompt"]])
+
+
+@pytest.mark.parametrize("multiturn", [False, True])
+def test_in_a_chat_template_the_official_prompt_is_one_turn_of_the_user(multiturn, demo_data):
+    task = load("trace_fomc")
+    doc = task.test_docs()[0]
+
+    def render(messages, add_generation_prompt=True):
+        from jinja2 import Template
+
+        return Template(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=add_generation_prompt)
+
+    chat = {"apply_chat_template": True, "chat_template": render, "fewshot_as_multiturn": multiturn}
+    plain = task.fewshot_context(doc, 6)
+    assert task.fewshot_context(doc, 6, **chat) == f"<s>user\n{plain}</s>\n<s>assistant\n"
+
+
+# ------------------------------------------------------------------------------------------------- answers and scores
+
+
+@every_task
+def test_an_answer_ends_where_the_official_code_ends_it_and_zero_shot_it_does_not(name, demo_data):
+    gap, more, left = RUNS_ON[name]
+
+    def write(doc):
+        return doc["answer"] + gap + more
+
+    shown, lm = plain_lm_eval([name], write, num_fewshot=6, limit=3)
+    samples = shown["samples"][name]
+    assert [s["filtered_resps"][0] for s in samples] == [s["doc"]["answer"] + left for s in samples]
+    alone, lm = plain_lm_eval([name], write, num_fewshot=0, limit=3)
+    samples = alone["samples"][name]
+    limit = lm.asked[0][1]["max_gen_toks"]
+    assert [s["filtered_resps"][0] for s in samples] == [write(s["doc"])[:limit] for s in samples]
+    if name in ("trace_cstance", "trace_fomc", "trace_numglue_cm", "trace_numglue_ds"):
+        assert shown["results"][name]["accuracy,none"] == 1 and alone["results"][name]["accuracy,none"] == 0
+
+
+def test_a_stop_that_the_user_gives_is_kept(demo_data):
+    _, lm = plain_lm_eval(
+        ["trace_scienceqa"], lambda doc: doc["answer"], num_fewshot=2, limit=1, gen_kwargs={"until": ["###"]}
+    )
+    assert lm.asked[0][1]["until"] == ["###", "Question:"]
+
+
+def test_sari_compares_with_the_whole_prompt_as_officially(demo_data):
+    shown, lm = plain_lm_eval(["trace_20minuten"], lambda doc: "Es regnet.", num_fewshot=6, limit=2)
+    for sample, (prompt, _) in zip(shown["samples"]["trace_20minuten"], lm.asked, strict=True):
+        assert prompt.count("Simplification:") == 7
+        assert sample["sari"] == scoring.sari(prompt, "Es regnet.", sample["doc"]["answer"])
+
+
+# -------------------------------------------------------------------------------------------------------------- draws
+
+
+def test_demonstrations_that_are_too_long_are_not_taken(demo_data, caplog):
+    task = load("trace_numglue_ds")
+    opening = len(INSTRUCTIONS["trace_numglue_ds"] + ANNOUNCED)
+    sizes = sorted(len(d["prompt"]) + len(d["answer"]) for d in task.sampler.df)
+    task.sampler.count_in(len, opening + 12 * sizes[len(sizes) // 2])
+    drawn = task.sampler.sample(6)
+    assert len(drawn) == 6 and max(len(d["prompt"] + d["answer"]) for d in drawn) <= sizes[len(sizes) // 2]
+    assert "demonstrations" not in caplog.text
+    task.sampler.count_in(len, opening + 12 * sizes[0])
+    drawn = task.sampler.sample(6)
+    assert 1 <= len(drawn) <= sizes.count(sizes[0]) < 6
+    assert f"trace_numglue_ds has {len(drawn)} of 6 demonstrations" in caplog.text
+    task.sampler.count_in(len, opening)
+    doc = task.test_docs()[0]
+    assert task.fewshot_context(doc, 6) == official_prompt("trace_numglue_ds", [], doc["prompt"])
+
+
+@pytest.mark.parametrize("n", [3, 4, 6])
+def test_the_draw_is_balanced_and_follows_the_seed(n, demo_data):
+    task = load("trace_cstance")
+    drawn = task.sampler.sample(n)
+    counts = Counter(d["answer"] for d in drawn)
+    assert len(drawn) == n and max(counts.values()) - min(counts.values()) <= 1 and len(counts) == 3
+    task.set_fewshot_seed(7)
+    assert task.sampler.sample(n) == drawn
+    task.set_fewshot_seed(8)
+    assert task.sampler.sample(n) != drawn
+
+
+# -------------------------------------------------------------------------------------------------------------- a run
+
+
+def samples(run: Run, task: str) -> list[dict]:
+    return [json.loads(line) for line in run.stages[0].samples_file(task).read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_trains_nothing_and_asks_and_cuts_as_officially(options, caplog):
+    tasks = ["trace_fomc", "trace_numglue_ds", "trace_meetingbank"]
+    options |= {"tasks": tasks, "num_fewshot": 3, "engine_args": {"max_length": 100}, "test_rows": 3}
+    with caplog.at_level(logging.WARNING):
+        run = train(options, ICLTrainer, ICLConfig)
+    assert evaluate.evaluate(run) == 3 and [s.name for s in run.stages] == ["0_base"]
+    # 1024 tokens of context, four of an answer.
+    assert run.manifest["config"]["max_prompt_length"] == 1020
+    assert "Prompts with demonstrations have up to 1020 tokens, not 3584" in caplog.text
+    assert "max_length=100 becomes 1024" in caplog.text and run.manifest["config"]["engine_args"]["max_length"] == 1024
+    report.write_report(run)
+    assert "prompts have at most 1020 tokens (officially 3584)" in (run.path / "report.md").read_text()
+
+    rows = {t: data.read_split(data.find_data("demo"), data.FOLDERS[t], "test") for t in tasks}
+    whole = {
+        (r["prompt"].removeprefix(INSTRUCTIONS[t]), r["answer"]): r
+        for t in tasks
+        for r in data.read_split(data.find_data("demo"), data.FOLDERS[t], "train")
+    }
+    for name in tasks:
+        task = load(name)
+        task.set_fewshot_seed(42)  # the run's: HF's default
+        task.sampler.count_in(lambda text: len(text.encode()), 1020)  # a token is a byte here
+        shown = [] if name == "trace_meetingbank" else task.sampler.sample(3)
+        drawn = [whole[d["prompt"], d["answer"]] for d in shown]
+        assert len(drawn) == (0 if name == "trace_meetingbank" else 3)
+        assert not {d["prompt"] for d in drawn} & {r["prompt"] for r in rows[name]}
+        for sample, row in zip(samples(run, name), rows[name], strict=False):
+            assert sample["prompt"] == official_prompt(name, drawn, row["prompt"])
+        cell = read_json(run.stages[0].eval_file(name))
+        assert cell["settings"]["num_fewshot"] == 3 and cell["settings"]["max_prompt_length"] == 1020
+        assert cell["settings"]["icl"] == {"version": 2, "seed": 42}
+    cell = read_json(run.stages[0].eval_file("trace_fomc"))
+    assert cell["n_unfinished"] == 0, "an answer of which the first token counts ends there"
+    # One token of a byte-level tokenizer is a byte, one letter or a part of one.
+    assert all(len(s["response"]) <= 1 for s in samples(run, "trace_fomc"))
+    assert all("\n" not in s["response"] for s in samples(run, "trace_numglue_ds"))
+
+
+def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
+    prompts = {}
+    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
+        changes = {"seed": seed, "output_dir": str(tmp_path / name), "num_fewshot": 3, "tasks": ["trace_fomc"]}
+        run = train({**options, **changes}, ICLTrainer, ICLConfig)
+        evaluate.evaluate(run)
+        prompts[name] = [s["prompt"] for s in samples(run, "trace_fomc")]
+    assert prompts["a"] == prompts["b"] != prompts["c"]
+
+
+def test_cells_that_were_asked_and_cut_otherwise_are_not_mixed_with_these(options):
+    run = train({**options, "num_fewshot": 3}, ICLTrainer, ICLConfig)
+    evaluate.evaluate(run)
+    file = run.stages[0].eval_file("trace_fomc")
+    cell = read_json(file)
+    del cell["settings"]["icl"]  # as an earlier state of the program left it
+    write_json(file, cell)
+    with pytest.raises(RunError, match=r"icl\.version: 'absent' -> 2"):
+        evaluate.evaluate(run)
+    manifest = run.path / "manifest.json"
+    write_json(manifest, {k: v for k, v in run.manifest.items() if k != "icl"})
+    with pytest.raises(RunError, match="icl"):
+        train({**options, "num_fewshot": 3}, ICLTrainer, ICLConfig)
+
+
+def test_zero_demonstrations_are_the_base_model_alone(options, caplog):
+    engine = {"max_length": 512}
+    with caplog.at_level(logging.WARNING):
+        run = train({**options, "num_fewshot": 0, "engine_args": engine}, ICLTrainer, ICLConfig)
+    evaluate.evaluate(run)
+    config = run.manifest["config"]
+    assert config["max_prompt_length"] == 96 and config["engine_args"] == engine and "icl" not in run.manifest
+    assert "demonstrations" not in caplog.text
+    settings = read_json(run.stages[0].eval_file("trace_fomc"))["settings"]
+    assert "icl" not in settings and settings["num_fewshot"] == 0
+    assert samples(run, "trace_fomc")[0]["prompt"].startswith(INSTRUCTIONS["trace_fomc"])
+    assert ANNOUNCED not in samples(run, "trace_fomc")[0]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_fewshot": -1}, "num_fewshot=-1"),
+        ({"icl_prompt_length": 0}, "icl_prompt_length=0"),
+        (
+            {"tasks": ["trace_py150"], "max_new_tokens": None, "context": 512},
+            "512 tokens of an answer fill the model's context of 512",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_starts(options, tiny_model, tmp_path, change, words):
+    if "context" in change:
+        folder = tmp_path / "short"
+        shutil.copytree(tiny_model, folder)
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", {**config, "max_position_embeddings": change["context"]})
+        options["model_name_or_path"] = str(folder)
+    options |= {k: v for k, v in change.items() if k != "context"}
+    with pytest.raises(ConfigError, match=words):
+        train(options, ICLTrainer, ICLConfig)
+    assert not Path(options["output_dir"]).exists()

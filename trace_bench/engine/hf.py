@@ -1,0 +1,130 @@
+"""transformers' generate as the engine: adapters unmerged, as they were trained."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from trace_bench import models
+from trace_bench.engine.swap import Swap, Wanted
+from trace_tasks.tokens import text_of
+
+
+class SwapHF(Swap, HFLM):  # type: ignore[misc]
+    """lm-eval's HFLM, whose model is loaded again for each stage."""
+
+    def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
+        """See `SwapLM`."""
+        self.soft_prompt = models.soft_prompt(checkpoint)
+        dtype, device = self._model.dtype, self._model.device
+        self._model: Any = None  # one model at a time in memory
+        self._model = models.load_model(
+            self.base, checkpoint, self.revision, below=below, dtype=dtype, trust_remote_code=self.trust_remote_code
+        )
+        self._model = self._model.to(device).eval()
+        self.ends = models.end_ids(self.tokenizer, self.base, self.revision, checkpoint)
+        self.plain()
+        kind = "soft prompt" if self.soft_prompt is not None else "adapter"
+        self.served = {"weights": "base" if checkpoint is None else kind if models.is_adapter(checkpoint) else "model"}
+
+    def plain(self) -> None:
+        """Leaves of the generation settings that a checkpoint brings the ids alone: greedy means greedy."""
+        from peft import PeftModel
+
+        model = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
+        model.generation_config = GenerationConfig(
+            bos_token_id=self.tokenizer.bos_token_id, eos_token_id=sorted(self.ends), pad_token_id=self.pad
+        )
+
+    @property
+    def pad(self) -> int:
+        """What fills rows of a batch: any token, since it is masked in front and cut off behind."""
+        return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
+        answers: dict[int, list[int]] = {}
+
+        def settings(i: int) -> str:
+            return repr((wanted[i].most, wanted[i].stops, sorted(wanted[i].ends), wanted[i].sampling))
+
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        order = sorted(range(len(wanted)), key=lambda i: (settings(i), -len(wanted[i].ids), wanted[i].ids))
+        for _, group in groupby(order, key=settings):
+            same = list(group)
+            for start in range(0, len(same), size):
+                batch = same[start : start + size]
+                answers |= zip(batch, self._generated([wanted[i] for i in batch]), strict=True)
+        return [answers[i] for i in range(len(wanted))]
+
+    def _generated(self, batch: list[Wanted]) -> list[list[int]]:
+        """The answers to a batch of prompts that share all settings."""
+        want, width = batch[0], max(len(w.ids) for w in batch)
+        ids = torch.tensor([[self.pad] * (width - len(w.ids)) + list(w.ids) for w in batch], device=self.device)
+        mask = torch.tensor([[0] * (width - len(w.ids)) + [1] * len(w.ids) for w in batch], device=self.device)
+        kwargs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        start = width
+        if self.soft_prompt is not None:
+            embeds = self._behind_prompt(ids)
+            mask = torch.cat([mask.new_ones(len(mask), len(self.soft_prompt)), mask], dim=1)
+            # The prompt belongs next to the text, as in training: what pads a row on the left goes before both.
+            order = mask.argsort(dim=1, stable=True)
+            kwargs = {
+                "inputs_embeds": embeds.gather(1, order[:, :, None].expand_as(embeds)),
+                "attention_mask": mask.gather(1, order),
+            }
+            start = 0  # generate then returns what is new alone
+        if want.stops and not self.think_end_token:
+            kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
+        if want.sampling:
+            kwargs |= dict(want.sampling)
+        began = time.perf_counter()
+        precision = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
+            outputs = self._model.generate(
+                **kwargs,
+                max_new_tokens=want.most,
+                do_sample="temperature" in kwargs,
+                eos_token_id=sorted(want.ends),
+                pad_token_id=self.pad,
+                use_cache=True,
+            )
+        self.work.seconds += time.perf_counter() - began
+        self.work.prompt_tokens += int(mask.sum())
+        answers = []
+        for row in outputs[:, start:].tolist():
+            # Behind its end a row goes on with padding until the longest of the batch has ended.
+            end = next((n for n, token in enumerate(row) if token in want.ends), len(row) - 1)
+            answers.append(row[: end + 1])
+        self.work.generated_tokens += sum(map(len, answers))
+        return answers
+
+    def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+        if self.soft_prompt is None:
+            return super()._model_call(inps, attn_mask, labels)
+        with torch.no_grad():
+            return self._model(inputs_embeds=self._behind_prompt(inps)).logits[:, len(self.soft_prompt) :]
+
+    def _behind_prompt(self, ids: Any) -> Any:
+        embeds = self._model.get_input_embeddings()(ids)
+        return torch.cat([self.soft_prompt.to(embeds).expand(len(ids), -1, -1), embeds], dim=1)
+
+
+class _Stops(StoppingCriteria):
+    """Ends a row whose text holds one of the stops."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], start: int) -> None:
+        self.tokenizer, self.stops, self.start = tokenizer, stops, start
+        # A character takes up to four tokens (bytes), and some tokens have no text.
+        self.tail = 4 * max(map(len, stops)) + 16
+
+    def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        texts = [text_of(self.tokenizer, row[-self.tail :]) for row in input_ids[:, self.start :].tolist()]
+        return torch.tensor([any(s in text for s in self.stops) for text in texts], device=input_ids.device)

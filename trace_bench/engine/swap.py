@@ -1,0 +1,206 @@
+"""What both engines share: prompts, answers, and the text of a checkpoint's weights on the disk."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from trace_tasks.tokens import Chat, prompt_ids, text_of
+
+
+class EngineError(Exception):
+    """The engine cannot be started, or cannot serve a checkpoint; the message says what to do."""
+
+
+@dataclass
+class Work:
+    """What an engine has done: tokens, and the seconds they took."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An answer that is wanted: the prompt, and where the answer ends."""
+
+    ids: tuple[int, ...]
+    most: int
+    """The most tokens."""
+    stops: tuple[str, ...]
+    """Texts that end it."""
+    ends: frozenset[int]
+    """Tokens that end it: EOS."""
+    sampling: tuple[tuple[str, Any], ...] = ()
+    """What a task asks for beyond greedy decoding; none for ours."""
+
+
+class SwapLM(Protocol):
+    """An lm-eval LM whose weights can be swapped."""
+
+    tokenizer: Any
+    work: Work
+    chat: Chat | None
+    """Renders chat prompts; None takes the tokenizer's template as it is."""
+    max_prompt_length: int | None
+    """Prompts of generation tasks keep their last so many tokens."""
+    served: dict[str, Any]
+    """How the weights that are loaded came into the engine, for the record of a cell."""
+    unfinished: set[str]
+    """Answers that ended at their length limit, not at a stop string or EOS; for whoever asks to empty."""
+
+    def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
+        """Puts the weights of a checkpoint into the engine; None = the base model.
+
+        Args:
+            checkpoint: An adapter or a full model.
+            below: Adapters that were merged into the base before this one was trained on it.
+        """
+
+    def cut_prompts(self, texts: list[str], answer_tokens: int) -> int:
+        """How many prompts lost their beginning: longer than the run's limit, or than the context with the answer."""
+
+    def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
+        """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
+
+    def together(self, checkpoints: Sequence[Path]) -> None:
+        """Says which checkpoints are asked the next questions afterwards, so that all can answer in one batch."""
+
+
+class Swap:
+    """The shared part of the engines, mixed into lm-eval's classes: everything that is decided in token ids."""
+
+    base: str
+    revision: str | None
+    trust_remote_code: bool
+    max_prompt_length: int | None
+    tokenizer: Any
+    ends: frozenset[int]
+    chat: Chat | None = None
+    soft_prompt: Any = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.work = Work()
+        self.unfinished: set[str] = set()
+        self.served: dict[str, Any] = {"weights": "base"}
+        # Token ids of the texts of earlier stages, which are those of the next ones.
+        self._ids: dict[tuple[str, int | None], array[int]] = {}
+        self._pairs: dict[tuple[str, str], tuple[array[int], ...]] = {}
+        super().__init__(**kwargs)
+
+    @property
+    def max_length(self) -> int:
+        """The tokens of a prompt and its answer together; a soft prompt takes some of the context."""
+        taken = 0 if self.soft_prompt is None else len(self.soft_prompt)
+        return super().max_length - taken  # type: ignore[misc]
+
+    def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
+        """See `SwapLM`."""
+
+    def together(self, checkpoints: Sequence[Path]) -> None:
+        """See `SwapLM`."""
+
+    # ----------------------------------------------------------------------------------------------------- prompts
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """lm-eval's hook for chat prompts."""
+        self.chat = self.chat or Chat(self.tokenizer)
+        return self.chat(chat_history, add_generation_prompt)
+
+    def tok_encode(self, string: str | list[str], add_special_tokens: bool | None = None, **_: Any) -> Any:
+        """Whole texts, as lm-eval asks for them where likelihoods are compared."""
+        texts = [string] if isinstance(string, str) else list(string)
+        if add_special_tokens is False:
+            ids = self.tokenizer(texts, add_special_tokens=False).input_ids
+        else:
+            ids = prompt_ids(self.tokenizer, texts, None, self.chat)
+        return ids[0] if isinstance(string, str) else ids
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if (context, continuation) not in self._pairs:
+            pair = super()._encode_pair(context, continuation)  # type: ignore[misc]
+            self._pairs[context, continuation] = tuple(array("l", ids) for ids in pair)
+        first, second = self._pairs[context, continuation]
+        return first.tolist(), second.tolist()
+
+    def cut_prompts(self, texts: list[str], answer_tokens: int) -> int:
+        """See `SwapLM`."""
+        limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
+        return sum(len(ids) > limit for ids in self._prompt_ids(texts, None))
+
+    def _prompt_ids(self, texts: list[str], limit: int | None) -> list[list[int]]:
+        new = [text for text in dict.fromkeys(texts) if (text, limit) not in self._ids]
+        for text, ids in zip(new, prompt_ids(self.tokenizer, new, limit, self.chat), strict=True):
+            self._ids[text, limit] = array("l", ids)
+        return [self._ids[text, limit].tolist() for text in texts]
+
+    # ----------------------------------------------------------------------------------------------------- answers
+
+    def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """lm-eval's, without its bar."""
+        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """The answers to lm-eval's requests: greedy, ended by EOS, the task's stops or its length."""
+        wanted = [self._wanted(*request.args) for request in requests]
+        texts = []
+        for request, want, ids in zip(requests, wanted, self._answers(wanted), strict=True):
+            end = next((n for n, token in enumerate(ids) if token in want.ends), None)
+            whole = self._spoken(ids[:end])
+            text = _until(whole, want.stops)
+            if end is None and text == whole and len(ids) >= want.most:
+                self.unfinished.add(text)
+            texts.append(text)
+            self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
+        return texts
+
+    def _wanted(self, text: str, options: dict[str, Any]) -> Wanted:
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        kwargs = dict(normalize_gen_kwargs(options, self.max_gen_toks))  # type: ignore[attr-defined]
+        most, until = kwargs.pop("max_gen_toks"), [stop for stop in kwargs.pop("until", None) or [] if stop]
+        if not kwargs.pop("do_sample", False):
+            kwargs.pop("temperature", None)
+        room = self.max_length - most
+        if room < 1:
+            raise EngineError(
+                f"An answer of {most} tokens leaves no room for a prompt in the engine's context of {self.max_length}: "
+                "give --engine-args a larger max_model_len (vllm) or max_length (hf)."
+            )
+        # Special tokens are not part of a text, so a stop that is one is found among the ids.
+        special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        (ids,) = self._prompt_ids([text], min(room, self.max_prompt_length or room))
+        return Wanted(
+            ids=tuple(ids),
+            most=most,
+            stops=tuple(stop for stop in until if stop not in special),
+            ends=self.ends | {special[stop] for stop in until if stop in special},
+            sampling=tuple(kwargs.items()),
+        )
+
+    def _spoken(self, ids: Sequence[int]) -> str:
+        """The text of an answer; behind its last `think_end_token` where lm-eval was given one."""
+        mark = self.think_end_token  # type: ignore[attr-defined]
+        if mark is None:
+            return text_of(self.tokenizer, ids)
+        if isinstance(mark, str) and len(marks := self.tokenizer(mark, add_special_tokens=False).input_ids) == 1:
+            (mark,) = marks  # as a special token it is not part of the text
+        if isinstance(mark, int):
+            last = max((n for n, token in enumerate(ids) if token == mark), default=None)
+            return text_of(self.tokenizer, ids) if last is None else text_of(self.tokenizer, ids[last + 1 :]).lstrip()
+        before, found, after = text_of(self.tokenizer, ids).rpartition(mark)
+        return after.lstrip() if found else before + after
+
+    def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
+        """Token ids of the answers, each at least to its end."""
+        raise NotImplementedError
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text

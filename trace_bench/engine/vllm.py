@@ -1,0 +1,326 @@
+"""vLLM as the engine: one for all stages, whose weights are swapped in place.
+
+A full model is loaded over the weights that are there. An adapter answers unmerged (vLLM's LoRA requests) on a GPU,
+where all stages' adapters share a batch; on a CPU, where that path is an order of magnitude slower, it is merged. A
+checkpoint that is not the base with other weights (another rope_theta, a head of its own where the base ties it) gets
+an engine of its own, and so do all where the first swap shows that this engine cannot swap.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.models.vllm_causallms import VLLM
+from tqdm import tqdm
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+
+from trace_bench import models
+from trace_bench.engine.merging import Merging
+from trace_bench.engine.start import has_gpu, starting_vllm
+from trace_bench.engine.swap import EngineError, Swap, Wanted
+
+log = logging.getLogger(__name__)
+
+#: The ranks that vLLM has kernels for.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
+    """lm-eval's VLLM, whose engine gets the weights of each stage.
+
+    Args:
+        adapters: Those that will be loaded and can answer unmerged, in any order.
+        **kwargs: For lm-eval's class.
+    """
+
+    def __init__(self, adapters: Sequence[Path] = (), **kwargs: Any) -> None:
+        self.adapters = {path: LoRARequest(path.name, n, str(path)) for n, path in enumerate(adapters, 1)}
+        self.adapter: LoRARequest | None = None
+        self._later: list[LoRARequest] = []
+        self._known: dict[tuple[int | None, Wanted], list[int]] = {}
+        #: Whether weights can be swapped: not known before the first swap.
+        self.swaps: bool | None = None
+        super().__init__(worker_extension_cls="trace_bench.engine.worker.SwapWorker", **kwargs)
+        # What the engine was started on, and whose weights it has.
+        self.started_on = self.holds = self.model_args["model"]
+
+    # ----------------------------------------------------------------------------------------------------- weights
+
+    @cached_property
+    def merging(self) -> Merging:
+        """Makes full models of adapters."""
+        return Merging(self.base, self.revision, self.trust_remote_code)
+
+    def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
+        """See `SwapLM`."""
+        self.soft_prompt = models.soft_prompt(checkpoint)
+        if self.soft_prompt is not None and not self.model_args.get("enable_prompt_embeds"):
+            raise EngineError(
+                f"{checkpoint} is a soft prompt, for which vLLM has to be started with the engine argument "
+                "enable_prompt_embeds: true. Give it, or evaluate with --backend hf."
+            )
+        self.adapter = self.adapters.get(checkpoint) if checkpoint is not None and not below else None
+        self._later = []
+        name = self.adapter.lora_int_id if self.adapter is not None else None
+        self._known = {key: ids for key, ids in self._known.items() if key[0] == name}
+        with self._full_model(checkpoint, below) as (folder, served):
+            if folder != self.holds:
+                self._put(folder, served)
+            self.served = served
+        self.ends = models.end_ids(self.tokenizer, self.base, self.revision, checkpoint)
+        self._forget()
+
+    def _put(self, folder: str, served: dict[str, Any]) -> None:
+        """Gets the weights of a full model into the engine: swapped, or with an engine of its own."""
+        other = models.config_differences(self.base, folder) if folder != self.base else []
+        if other:
+            served["own_engine"] = f"its config differs from the base model's: {', '.join(other)}"
+        elif self.swaps is not False:
+            if self.started_on != self.base:
+                self._restart(self.base)
+                if folder == self.base:
+                    return
+            before = self._probe() if self.swaps is None and self.holds == self.base != folder else None
+            self._swap(folder)
+            if before is None:
+                return
+            # The first swap proves itself: with the weights that it was started on the engine has to say the same.
+            self._swap(self.base)
+            self.swaps = _same(self._probe(), before)
+            if self.swaps:
+                self._swap(folder)
+                return
+            log.warning(
+                "vLLM does not answer as before when the same weights are swapped in again, so that no swap can be "
+                "trusted with this model here. The engine is started again for each stage, which takes longer."
+            )
+        if not other:
+            served["own_engine"] = "its weights cannot be swapped in this engine"
+        self._restart(folder)
+
+    def _swap(self, folder: str) -> None:
+        self.model.collective_rpc("swap_weights", args=(folder,))
+        self.holds = folder
+        self._forget()
+
+    def _forget(self) -> None:
+        """Empties the prefix cache, which holds keys and values of the former weights or soft prompt."""
+        if not self.model.reset_prefix_cache(reset_connector=True):
+            raise EngineError(
+                f"vLLM does not forget what it computed before {self.holds} was loaded: run the command again."
+            )
+
+    def _restart(self, folder: str) -> None:
+        """Ends the engine and starts one on other weights; the tokenizer stays the base model's."""
+        from vllm import LLM
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        args = {**self.model_args, "model": folder, "tokenizer": self.base}
+        if folder != self.base:
+            args["revision"] = None
+        self.model.llm_engine.engine_core.shutdown()
+        self.model: Any = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        with starting_vllm():
+            self.model = LLM(**args)
+        self.started_on = self.holds = folder
+
+    def _probe(self) -> list[Any]:
+        """The first tokens of a few answers, with their log-probabilities."""
+        room = min(24, self.max_length - 8)
+        (text,) = self._prompt_ids(["What changes when the weights of a model change? " * 3], None)
+        prompts = [{"prompt_token_ids": text[:n]} for n in sorted({max(room // 3, 1), max(room // 2, 1), max(room, 1)})]
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, detokenize=False)
+        outputs = self.model.generate(prompts, params, use_tqdm=False)
+        return [
+            (list(o.outputs[0].token_ids), [next(iter(p.values())).logprob for p in o.outputs[0].logprobs])
+            for o in outputs
+        ]
+
+    @contextmanager
+    def _full_model(self, checkpoint: Path | None, below: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """A folder (or hub id) of the full weights that a checkpoint needs, and how it is served."""
+        if checkpoint is None:
+            yield self.base, {"weights": "base"}
+        elif not models.is_adapter(checkpoint):
+            yield str(checkpoint), {"weights": "model"}
+        elif self.soft_prompt is not None:
+            yield self.base, {"weights": "soft prompt"}
+        elif self.adapter is not None:
+            yield self.base, {"weights": "adapter"}
+        else:
+            with self.merging.full_model(checkpoint, below) as (folder, lost):
+                yield folder, {"weights": "merged adapter", "lost": lost}
+
+    def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
+        """See `SwapLM`."""
+        if checkpoint is None or not models.is_adapter(checkpoint) or models.soft_prompt(checkpoint) is not None:
+            return
+        if below or checkpoint not in self.adapters:
+            self.merging.prepare(checkpoint, below)
+
+    # ----------------------------------------------------------------------------------------------------- answers
+
+    def together(self, checkpoints: Sequence[Path]) -> None:
+        """See `SwapLM`."""
+        self._later = [self.adapters[path] for path in checkpoints if path in self.adapters]
+
+    def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
+        asked = [self.adapter, *(self._later if self.adapter is not None else [])]
+        jobs = [
+            (adapter, want)
+            for adapter in asked
+            for want in dict.fromkeys(wanted)
+            if (_number(adapter), want) not in self._known
+        ]
+        # Long prompts first, and those that begin alike together, for the cache.
+        jobs.sort(key=lambda job: (-len(job[1].ids), job[1].ids))
+        if jobs:
+            outputs = self._model_generate(
+                [list(want.ids) for _, want in jobs],
+                generate=True,
+                sampling_params=[self._params(want) for _, want in jobs],
+                adapters=[adapter for adapter, _ in jobs],
+            )
+            for (adapter, want), output in zip(jobs, outputs, strict=True):
+                self._known[_number(adapter), want] = list(output.outputs[0].token_ids)
+        answers = [self._known[_number(self.adapter), want] for want in wanted]
+        if self.adapter is None:
+            self._known.clear()
+        return answers
+
+    def _params(self, want: Wanted) -> Any:
+        stops = list(want.stops) if not self.think_end_token else []
+        return SamplingParams(
+            **{"temperature": 0, **dict(want.sampling)},
+            max_tokens=want.most,
+            # The tokens that end an answer, whatever vLLM finds in a generation_config.json.
+            ignore_eos=True,
+            stop_token_ids=sorted(want.ends),
+            stop=stops or None,
+            detokenize=bool(stops),
+            skip_special_tokens=True,
+        )
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """One pass for all choices of a question where each is a single token, as in MMLU and BoolQ.
+
+        lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, which also keeps vLLM
+        from using what its cache has of the prompt. Here the next token is generated, and the probabilities of
+        the choices are read off it: the same numbers but for rounding.
+        """
+        contexts: dict[tuple[int, ...], list[int]] = {}
+        longest = self.max_length - 2  # with the choice and a generated token, as lm-eval has it
+        for i, (_, context, continuation) in enumerate(requests):
+            if len(continuation) == 1 and self.soft_prompt is None:
+                contexts.setdefault(tuple(context[-longest:]), []).append(i)
+        answers: dict[int, tuple[float, bool]] = {}
+        prompts = sorted(contexts)  # those with the same shots one after the other, for the cache
+        if prompts:
+            outputs = self._model_generate(
+                [list(prompt) for prompt in prompts],
+                generate=True,
+                sampling_params=[
+                    SamplingParams(
+                        temperature=0,
+                        max_tokens=1,
+                        detokenize=False,
+                        logprob_token_ids=sorted({requests[i][2][0] for i in contexts[prompt]}),
+                    )
+                    for prompt in prompts
+                ],
+            )
+            for prompt, output in zip(prompts, outputs, strict=True):
+                generated = output.outputs[0]
+                logprobs = {token: p.logprob for token, p in generated.logprobs[0].items()}
+                for i in contexts[prompt]:
+                    name, _, (token,) = requests[i]
+                    answers[i] = (logprobs[token], logprobs[token] >= logprobs[generated.token_ids[0]])
+                    self.cache_hook.add_partial("loglikelihood", name, answers[i])
+        rest = [i for i in range(len(requests)) if i not in answers]
+        if rest:
+            answers |= zip(rest, super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm), strict=True)
+        return [answers[i] for i in range(len(requests))]
+
+    def _model_generate(
+        self,
+        requests: list[list[int]],
+        generate: bool = False,
+        sampling_params: Any = None,
+        adapters: list[LoRARequest | None] | None = None,
+    ) -> Any:
+        prompts: list[Any] = [{"prompt_token_ids": ids} for ids in requests]
+        if not generate:
+            if self.soft_prompt is not None:
+                raise EngineError("vLLM gives no likelihoods behind a soft prompt: evaluate with --backend hf.")
+            sampling_params = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
+        if self.soft_prompt is not None:
+            soft, n = self.soft_prompt.to(self.model.llm_engine.model_config.dtype), len(self.soft_prompt)
+            prompts = [
+                {
+                    # Rows of zeros where the engine looks up the embedding of a token itself.
+                    "prompt_embeds": torch.cat([soft, soft.new_zeros(len(ids), soft.shape[1])]),
+                    "prompt_token_ids": [0] * n + ids,
+                    "prompt_is_token_ids": [False] * n + [True] * len(ids),
+                }
+                for ids in requests
+            ]
+        # A bar below that of the cells, which vanishes; none in files.
+        bar = sys.stderr.isatty() and partial(tqdm, leave=False, position=1)
+        started = time.perf_counter()
+        outputs = self.model.generate(
+            prompts,
+            sampling_params=sampling_params,
+            use_tqdm=bar,
+            lora_request=adapters if adapters is not None and any(adapters) else self.adapter,
+        )
+        self.work.seconds += time.perf_counter() - started
+        self.work.prompt_tokens += sum(len(ids) for ids in requests)
+        self.work.generated_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
+        return outputs
+
+
+def _number(adapter: LoRARequest | None) -> int | None:
+    return None if adapter is None else adapter.lora_int_id
+
+
+def _same(one: list[Any], other: list[Any]) -> bool:
+    """Whether two probes have the same tokens, with the same probabilities but for rounding."""
+    return all(
+        a_ids == b_ids and all(abs(x - y) < 0.05 for x, y in zip(a, b, strict=True))
+        for (a_ids, a), (b_ids, b) in zip(one, other, strict=True)
+    )
+
+
+def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
+    """Decides which adapters answer unmerged, and adds to the engine's arguments what they need.
+
+    By default those that can where there is a GPU; the engine argument enable_lora says otherwise.
+
+    Args:
+        args: Arguments of vLLM's LLM; changed.
+        checkpoints: What will be loaded.
+
+    Returns:
+        The adapters that are served by LoRA requests.
+    """
+    if not args.get("enable_lora", has_gpu()):
+        return []
+    ranks = {path: rank for path in dict.fromkeys(checkpoints) if (rank := models.plain_lora_rank(path))}
+    if ranks:
+        args["enable_lora"] = True
+        args.setdefault("max_lora_rank", next(r for r in _RANKS if r >= max(ranks.values())))
+        args.setdefault("max_loras", min(len(ranks), 8))
+        args.setdefault("max_cpu_loras", len(ranks))
+    return list(ranks)

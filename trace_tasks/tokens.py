@@ -1,0 +1,219 @@
+"""From texts to token ids and back: one way for training, evaluation and judging, on every backend.
+
+Prompts: the special tokens that the tokenizer puts in front (BOS), then the text. What a tokenizer would put behind
+(`add_eos_token`) is left out: a model that reads EOS has nothing more to say. A chat prompt is the text of the template
+and nothing else, as transformers' own `apply_chat_template` encodes it.
+
+Answers: text is made from the generated ids alone, without special tokens and without cleaning up spaces, as the
+official code does. vLLM by itself decodes behind the prompt, which gives SentencePiece's first word a space in front.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+
+class PromptError(ValueError):
+    """A prompt cannot be made as the chat template or the length limit asks; the message says what to change."""
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of generated token ids, as the official code makes it (`batch_decode`, special tokens skipped)."""
+    return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def leading_ids(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts in front of a text, such as BOS; none for many."""
+    alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    start = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
+    return list(whole[:start])
+
+
+class Chat:
+    """Renders chat prompts from the tokenizer, its chat template, the template's arguments and one date.
+
+    Args:
+        tokenizer: It has to have a chat template.
+        arguments: Further variables of the template, such as {"enable_thinking": False}.
+        date: The day that a template gets from `strftime_now`: that of the run, so that its prompts stay the same.
+            None = today.
+
+    Raises:
+        PromptError: if there is no template.
+    """
+
+    def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
+        if tokenizer.chat_template is None:
+            raise PromptError(
+                "chat_template is set, but the tokenizer has none. Take a model that was tuned for chat, or leave "
+                "chat_template out."
+            )
+        self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
+        self.day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
+        #: What each rendered text was made from: a prompt that is too long is rendered again with less content.
+        self._made: dict[str, tuple[list[dict[str, str]], bool]] = {}
+
+    def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a chat; without `add_generation_prompt` it ends within the last message, to be continued.
+
+        Raises:
+            PromptError: if the template does not take the messages.
+        """
+        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+        text = self._render(turns, add_generation_prompt)
+        self._made[text] = turns, add_generation_prompt
+        return text
+
+    def __contains__(self, text: str) -> bool:
+        return text in self._made
+
+    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **{"strftime_now": self.day.strftime, **self.arguments},
+            )
+        except TemplateError as e:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise PromptError(
+                f"The model's chat template does not take the turns {roles}: {e}. A task's `description` becomes a "
+                "system turn: put it into doc_to_text where the template has none; or leave chat_template out."
+            ) from e
+
+    def cut_ids(self, text: str, limit: int) -> list[int]:
+        """Token ids of a rendered chat with so much of its content left out, from the left, that they fit.
+
+        Earlier turns go first, then the beginning of the last question. The template's own words stay.
+
+        Args:
+            text: What `__call__` returned.
+            limit: The most tokens.
+
+        Raises:
+            PromptError: if the template alone is longer.
+        """
+        turns, generation = self._made[text]
+        ids = self._encode(text)
+        while len(ids) > limit:
+            asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+            if len(asked) > 1:  # the first question goes with all up to the second one
+                turns = turns[: asked[0]] + turns[asked[1] :]
+                ids = self._encode(self._render(turns, generation))
+                continue
+            last = asked[0] if asked else len(turns) - 1
+            return self._cut_turn(turns, last, generation, limit, ids)
+        return ids
+
+    def _cut_turn(
+        self, turns: list[dict[str, str]], index: int, generation: bool, limit: int, ids: list[int]
+    ) -> list[int]:
+        content = turns[index]["content"]
+        words = self.tokenizer(content, add_special_tokens=False).input_ids
+        keep = len(words) - (len(ids) - limit)
+        while keep > 0:
+            # Decoding half of a character's bytes gives a mark in its place.
+            end = text_of(self.tokenizer, words[len(words) - keep :]).lstrip("\ufffd")
+            cut = {**turns[index], "content": content[len(content) - len(end) :]}
+            ids = self._encode(self._render([*turns[:index], cut, *turns[index + 1 :]], generation))
+            if len(ids) <= limit:
+                return ids
+            keep -= len(ids) - limit
+        raise PromptError(
+            f"The chat template and what surrounds the question take more than the limit of {limit} tokens of a "
+            "prompt: raise max_prompt_length."
+        )
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def prompt_ids(
+    tokenizer: Any, texts: Sequence[str], limit: int | None = None, chat: Chat | None = None
+) -> list[list[int]]:
+    """Token ids of prompts, truncated on the left; BOS stays in front, and of a chat the template stays whole.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        texts: Prompts. One that begins with the BOS text already gets no second one.
+        limit: The most tokens of a prompt; the end is kept. None = no limit.
+        chat: What rendered those of the texts that are chats.
+
+    Returns:
+        One list of ids a prompt, at most `limit` long.
+
+    Raises:
+        PromptError: if a chat template alone is longer than the limit.
+    """
+    if not texts:
+        return []
+    bos, leading = tokenizer.bos_token, leading_ids(tokenizer)
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False).input_ids
+    out = []
+    for text, ids in zip(texts, encoded, strict=True):
+        ids = list(ids)
+        if chat is not None and text in chat:
+            out.append(ids if limit is None or len(ids) <= limit else chat.cut_ids(text, limit))
+            continue
+        if bos and text.startswith(bos):
+            head, ids = ids[:1], ids[1:]
+        else:
+            head = leading
+        if limit is not None and len(head) + len(ids) > limit:
+            ids = ids[max(len(ids) - (limit - len(head)), 0) :] if limit > len(head) else []
+        out.append(head[: limit if limit is not None else None] + ids)
+    return out
+
+
+def example_ids(
+    tokenizer: Any,
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    max_prompt: int | None = None,
+    max_answer: int | None = None,
+    chat: Chat | None = None,
+) -> list[dict[str, list[int]]]:
+    """Training examples: prompt ids (exactly the tested ones), then answer ids and EOS, which alone carry loss.
+
+    The answer is tokenised together with its prompt and what follows the prompt's ids is taken, since tokenizers
+    that mark word starts give an answer other ids when it stands alone, which would teach a leading space. Where
+    tokens merge across the border the answer is tokenised alone, so that the prompt stays as it is tested.
+
+    Args:
+        tokenizer: The model's tokenizer; it must have an EOS token.
+        prompts: Prompt texts.
+        answers: Answer texts, as many.
+        max_prompt: Prompts keep their last so many tokens.
+        max_answer: Answers keep their first so many tokens, EOS included; a cut answer ends without EOS.
+        chat: What rendered those of the prompts that are chats.
+
+    Returns:
+        {"input_ids", "labels"} each; labels are -100 on the prompt.
+    """
+    full = prompt_ids(tokenizer, prompts, None, chat)
+    cut = prompt_ids(tokenizer, prompts, max_prompt, chat) if max_prompt is not None else full
+    texts = [p + a for p, a in zip(prompts, answers, strict=True)]
+    if chat is None:
+        joint = prompt_ids(tokenizer, texts)
+    else:  # a chat with its answer is no text that was rendered, and gets no BOS either
+        joint = [
+            list(tokenizer(text, add_special_tokens=False).input_ids)
+            if prompt in chat
+            else prompt_ids(tokenizer, [text])[0]
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+    examples = []
+    for answer, whole, kept, both in zip(answers, full, cut, joint, strict=True):
+        if both[: len(whole)] == whole:
+            target = both[len(whole) :]
+        else:
+            target = tokenizer(answer, add_special_tokens=False).input_ids
+        target = [*target, tokenizer.eos_token_id][:max_answer]
+        examples.append({"input_ids": kept + target, "labels": [-100] * len(kept) + target})
+    return examples
