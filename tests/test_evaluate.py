@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from trace_bench import data, engine, evaluate, models, report, results
 from trace_bench.engine import merging, swap
-from trace_bench.run import Run, RunError, read_json
+from trace_bench.run import Run, RunError, read_json, write_json
 from trace_tasks.tokens import example_ids, prompt_ids
 
 
@@ -332,16 +332,20 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(thei
     tensors = load_file(part / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, part / "model.safetensors", {"format": "pt"})
     monkeypatch.setattr(engine, "open_engine", None)
-    with pytest.raises(RunError, match=r"part lacks 9 tensors of the base model, such as model\.layers\.1\."):
-        evaluate.evaluate(theirs(part=part))
+    with pytest.raises(RunError, match=r"part lacks 9 tensors of the model .* describes, such as model\.layers\.1"):
+        theirs(part=part)
+    assert not (tmp_path / "theirs").exists(), "nothing is recorded"
     name = "model.embed_tokens.weight"
     tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
     save_file(tensors, part / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunError, match=rf"part was not trained from the base model.*{name} has shape \[\d+, 128\]"):
-        evaluate.evaluate(Run.open(tmp_path / "theirs"), backend="vllm")
+    config = read_json(part / "config.json")
+    write_json(part / "config.json", {**config, "vocab_size": len(tensors[name])})
+    run = theirs(part=part)
+    with pytest.raises(RunError, match=rf"part: {name} has shape \[\d+, 128\], that of the base model .*--backend hf"):
+        evaluate.evaluate(run, backend="vllm")
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: (_ for _ in ()).throw(EOFError))
-    with pytest.raises(EOFError):  # transformers makes a model of any shapes
-        evaluate.evaluate(Run.open(tmp_path / "theirs"))
+    with pytest.raises(EOFError):  # transformers makes a model of the checkpoint's own config
+        evaluate.evaluate(run)
 
 
 def test_a_checkpoint_with_a_tokenizer_of_its_own_is_measured_with_the_base_model_s_and_that_is_said(

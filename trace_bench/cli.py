@@ -147,6 +147,12 @@ def main(argv: list[str] | None = None) -> None:
         "run of checkpoints takes further ones later, by themselves",
     )
     g.add_argument("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
+    g.add_argument(
+        "--chain", action="store_true", help="each adapter was trained on the base with those before it merged in"
+    )
+    g.add_argument(
+        "--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise"
+    )
     g.add_argument("--tasks", help="columns of the matrix: names with commas, order1 (the default), order2, or none")
     g.add_argument("--test-rows", type=_positive, help="first so many test rows of each task")
     g.add_argument("--max-prompt-length", type=_positive, help="tokens of a prompt, cut on the left (1024)")
@@ -285,7 +291,7 @@ _MEMORY = (
 
 
 _OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
-_OF_CHECKPOINTS = ("model", "tasks", *_OF_TASKS)
+_OF_CHECKPOINTS = ("model", "tasks", "chain", "renamed_base", *_OF_TASKS)
 
 
 def _options(names: Iterable[str]) -> str:
@@ -431,6 +437,7 @@ def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_a
     if run is not None:  # further checkpoints: what is not given is the run's own
         manifest = run.manifest
         known = {"model": manifest["model"]["name"], "tasks": manifest["tasks"], **manifest["config"]}
+        known |= {name: manifest.get(name, False) for name in ("chain", "renamed_base")}
     elif "model" not in given:
         raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
     elif given.get("tasks") == [] and not {"general", "judged"} & besides.keys():
@@ -442,6 +449,7 @@ def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_a
         if given.get("tasks") == [] and args.general_stages is None:
             known["general_stages"] = "all"  # a checkpoint in between would have nothing
         known |= {"engine_args": engine_args} if engine_args else {}
+        known |= {"chain": False, "renamed_base": False}
     settings = {**known, **given}
     for_tasks = [name for name in ("data", *_OF_TASKS) if getattr(args, name)]
     if settings["tasks"] == [] and for_tasks:
@@ -454,6 +462,8 @@ def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_a
         {name: path for name, _, path in pairs},
         model=settings.pop("model"),
         tasks=settings.pop("tasks"),
+        chain=settings.pop("chain"),
+        renamed_base=settings.pop("renamed_base"),
         settings=settings,
         data_path=args.data,
     )

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import data, models
+from trace_bench.checkpoints import check_checkpoints, checkpoint_fingerprint, warn_of_tokenizers
 from trace_bench.engine import FREE
 from trace_bench.run import (
     Run,
     RunError,
     Stage,
     differences,
-    fingerprint,
     is_file_name,
     locked,
     read_json,
@@ -149,9 +149,7 @@ def _evaluate(
         model = run.manifest["model"]
         tokenizer = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trusted)
         check_room(make_chat(config, run, tokenizer), settings["max_prompt_length"])
-    base = _base_tensors(run, settings["backend"])
-    for stage in plan:
-        check_checkpoint(stage, base)  # before the engine starts
+    check_checkpoints(run, plan, settings["backend"], trusted)
     warn_of_tokenizers(run, plan, trusted)
     tasks = data.load_tasks([*run.tasks, *judged])
     check_rows(run, tasks)
@@ -186,7 +184,7 @@ def _evaluate(
         revision=run.manifest["model"].get("revision"),
         max_prompt_length=settings["max_prompt_length"],
         engine_args=engine_args,
-        checkpoints=[s.checkpoint for s in plan if s.checkpoint is not None],
+        checkpoints=[s.checkpoint for s in plan if s.checkpoint is not None and not s.below],
     )
     if any(s.get("chat_template") for todo in plan.values() for s in todo.values()):
         lm.chat = make_chat(config, run, lm.tokenizer)
@@ -211,9 +209,9 @@ def _evaluate(
             # Of the weights that are loaded now, whatever happens to the files while the engine works.
             checkpoint = checkpoint_fingerprint(stage)
             if i or stage.index:
-                lm.load(stage.checkpoint)
+                lm.load(stage.checkpoint, stage.below)
             if i + 1 < len(order):
-                lm.prepare(order[i + 1][0].checkpoint)
+                lm.prepare(order[i + 1][0].checkpoint, order[i + 1][0].below)
             for batch in _batches(todo, tasks):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(map(task_name, batch))}"[:60])
                 if batch[0] in groups:
@@ -376,111 +374,6 @@ def _check_settings(run: Run, file: Path, cell: dict[str, Any], settings: dict[s
             + "\n".join(lines)
             + f"\nOne matrix needs one setting. Use the old one, or delete {where}."
         )
-
-
-def checkpoint_fingerprint(stage: Stage) -> str | None:
-    """What identifies the weights of a stage; None for the base model, which the manifest identifies."""
-    if stage.index == 0:
-        return None
-    if stage.external is not None:
-        return fingerprint(stage.external)
-    return read_json(stage.train_file)["checkpoint"]
-
-
-def check_checkpoint(stage: Stage, base: dict[str, list[int] | None] | None = None) -> None:
-    """Refuses a checkpoint that is not what the training wrote or, from elsewhere, is damaged or a part of a model.
-
-    Args:
-        stage: The stage.
-        base: The tensors that a full model has to have, and their shapes where these matter.
-
-    Raises:
-        RunError: naming it, and what to do.
-    """
-    path = stage.checkpoint
-    if path is None:
-        return
-    models.refuse_pickle(path)
-    if stage.external is not None:
-        found = _check_files(path)
-        if base is not None and not models.is_adapter(path):
-            lacking = sorted(base.keys() - found.keys()) if base.keys() & found.keys() else []
-            if lacking:
-                raise RunError(
-                    f"{path} lacks {len(lacking)} tensors of the base model, such as {lacking[0]}: in the engine they "
-                    "would keep what the stage before had. Give the whole model."
-                )
-            other = next((name for name, shape in found.items() if base.get(name) not in (None, shape)), None)
-            if other is not None:
-                raise RunError(
-                    f"{path} was not trained from the base model, or its vocabulary was changed: {other} has shape "
-                    f"{found[other]}, that of the base model {base[other]}. Give the model that it was trained from, "
-                    "or take --backend hf."
-                )
-    elif fingerprint(path) != checkpoint_fingerprint(stage):
-        raise RunError(
-            f"{path} is not what the training of the stage wrote (its fingerprint differs): it was changed or "
-            f"damaged. Restore it, or delete {stage.train_file} to train the stage anew."
-        )
-
-
-def _check_files(checkpoint: Path) -> dict[str, list[int]]:
-    """Looks at the headers of a checkpoint's weights, which say how long each file has to be; the tensors' shapes."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(checkpoint.glob("*.safetensors"))
-    index = checkpoint / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted({checkpoint / name for name in read_json(index)["weight_map"].values()})
-    if not files:
-        raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint anew.")
-    shapes: dict[str, list[int]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as e:
-            raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint anew.") from e
-    return shapes
-
-
-def _base_tensors(run: Run, backend: str) -> dict[str, list[int] | None] | None:
-    """The tensors that full checkpoints from elsewhere need, with their shapes if they have to fit into an engine.
-
-    None where there are no such checkpoints, or the base model is on the hub.
-    """
-    if all(s.external is None or models.is_adapter(s.external) for s in run.stages):
-        return None
-    folder = Path(models.resolve_model(run.manifest["model"]["name"]))
-    if not folder.is_dir():
-        return None
-    # A head that is tied to the embeddings may be missing. transformers makes each model anew, of whatever shapes.
-    shapes = {name: shape for name, shape in _check_files(folder).items() if name != "lm_head.weight"}
-    return {name: shape if backend == "vllm" else None for name, shape in shapes.items()}
-
-
-def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: bool = False) -> None:
-    """Says where a checkpoint from elsewhere brings another tokenizer than the base model, whose is used for all."""
-    model, base = run.manifest["model"], None
-    for stage in stages:
-        if stage.external is None or not (stage.external / "tokenizer_config.json").exists():
-            continue
-        try:
-            if base is None:
-                path = models.resolve_model(model["name"])
-                base = models.load_tokenizer(path, model.get("revision"), trust_remote_code)
-            own = models.load_tokenizer(stage.external, None, trust_remote_code)
-        except Exception as e:  # nothing is measured with it, whatever is wrong with it
-            log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
-            continue
-        differs = ["vocabulary"] if own.get_vocab() != base.get_vocab() else []
-        differs += ["chat template"] if own.chat_template != base.chat_template else []
-        if differs:
-            log.warning(
-                "%s brings another %s than the base model has. It is measured with the base model's, as all are.",
-                stage.name,
-                " and another ".join(differs),
-            )
 
 
 def check_base(run: Run) -> None:
@@ -831,6 +724,8 @@ def external_run(
     tasks: list[str],
     settings: dict[str, Any],
     data_path: str | None = None,
+    chain: bool = False,
+    renamed_base: bool = False,
 ) -> Run:
     """Makes a run of checkpoints that were trained elsewhere.
 
@@ -843,9 +738,11 @@ def external_run(
         tasks: The columns of the matrix; none = only what is measured besides it.
         settings: Evaluation settings, as in the config of a run.
         data_path: Where the data is; None takes TRACE_DATA.
+        chain: Whether each adapter was trained on the base with those before it merged in.
+        renamed_base: Whether adapters may name another base model, since this is a copy under another name.
 
     Raises:
-        RunError: if a folder holds no checkpoint.
+        RunError: if a folder holds no checkpoint, or one that does not fit the base model or its engine.
         data.DataError: for a suite, set or task that is not known, or without its data.
     """
     refuse_secrets(settings.get("engine_args") or {})
@@ -868,25 +765,40 @@ def external_run(
     loaded = data.load_tasks(tasks)
     data.check_stages(loaded)
     file = Path(path) / "manifest.json"
-    there = Run.open(path).manifest.get("checkpoints", {}) if file.exists() else {}
-    if there and measured_run(path) is None:
-        file.unlink()
-        there = {}
+    began = Run.open(path).manifest if file.exists() else {}
+    there = began.get("checkpoints", {})
+    failed = bool(there) and measured_run(path) is None
+    if failed:
+        began = there = {}
+    in_order = sorted(checkpoints, key=lambda name: list(there).index(name) if name in there else len(there))
+    if chain and list(checkpoints) != in_order:
+        raise RunError(
+            f"--checkpoint {', '.join(checkpoints)}: the adapters of a chain lie on each other in a fixed order, which "
+            f"is {', '.join(there)} in {path}. Further ones go on top: give them alone, or behind these."
+        )
     given = {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()}
-    run = Run.create(
-        path,
-        {
-            "method": "external",
-            "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
-            "tasks": tasks,
-            "task_versions": {name: task.VERSION for name, task in loaded.items()},
-            "checkpoints": {name: given.get(name, folder) for name, folder in there.items()} or given,
-            "date": time.strftime("%Y-%m-%d"),
-            "data": data.data_record(root, loaded),
-            "config": settings,
-        },
-    )
-    if given.keys() - there.keys() and there:
-        write_json(file, {**run.manifest, "checkpoints": {**there, **given}})
+    renamed = {"renamed_base": True} if renamed_base else {}
+    manifest = {
+        "method": "external",
+        "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
+        "tasks": tasks,
+        "task_versions": {name: task.VERSION for name, task in loaded.items()},
+        "checkpoints": {name: given.get(name, folder) for name, folder in there.items()} or given,
+        **({"chain": True} if chain else {}),
+        **(renamed if not there else {k: began[k] for k in began if k == "renamed_base"}),
+        "date": time.strftime("%Y-%m-%d"),
+        "data": data.data_record(root, loaded),
+        "config": settings,
+    }
+    # Before anything is recorded. Earlier ones that are not given again may be evaluated and gone.
+    run = Run(Path(path), {**manifest, "checkpoints": {**there, **given}, **renamed})
+    new = [stage for name, stage in zip(run.manifest["checkpoints"], run.stages[1:], strict=True) if name in given]
+    trusted = (settings.get("engine_args") or {}).get("trust_remote_code", False)
+    check_checkpoints(run, new, settings["backend"], trusted)
+    if failed:
+        file.unlink()
+    run = Run.create(path, manifest)
+    if there and (given.keys() - there.keys() or renamed.keys() - began.keys()):
+        write_json(file, {**run.manifest, "checkpoints": {**there, **given}, **renamed})
         run = Run.open(path)
     return run

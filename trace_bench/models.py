@@ -138,35 +138,6 @@ def is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / "adapter_config.json").is_file()
 
 
-def plain_lora_rank(checkpoint: Path) -> int | None:
-    """The rank of an adapter that vLLM's LoRA requests serve as it is, plain LoRA or rsLoRA; None for any other.
-
-    Not for those that train more than two factors of linear layers, or scale layers differently: vLLM would leave that
-    out.
-    """
-    if not is_adapter(checkpoint):
-        return None
-    config = read_json(checkpoint / "adapter_config.json")
-    more = (
-        *("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters"),
-        *("use_dora", "lora_bias", "layer_replication", "fan_in_fan_out", "megatron_config"),
-        "alora_invocation_tokens",
-    )
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or any(config.get(k) for k in more):
-        return None
-    if any(name in key for key in adapter_shapes(checkpoint) for name in ("lora_embedding_", "lm_head", "embed_out")):
-        return None
-    return config["r"] if config["r"] <= 512 else None
-
-
-def adapter_shapes(checkpoint: Path) -> dict[str, list[int]]:
-    """The tensors of an adapter's file and their shapes."""
-    from safetensors import safe_open
-
-    with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as tensors:
-        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
-
-
 def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: Path | None = None) -> frozenset[int]:
     """The tokens that end an answer: the EOS of the tokenizer, of the base model, and of a full checkpoint.
 
@@ -201,22 +172,6 @@ def _model_file(model: str, name: str, revision: str | None) -> dict[str, Any] |
         return read_json(Path(hf_hub_download(model, name, revision=revision)))
     except EntryNotFoundError:  # also without the hub, where the cache lacks it
         return None
-
-
-#: Entries of a config.json that change no answer.
-_CONFIG_NOTES = {
-    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures", "auto_map"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "gradient_checkpointing", "attn_implementation"),
-}
-
-
-def config_differences(base: str, checkpoint: str) -> list[str]:
-    """The entries in which the config of a full checkpoint differs from the base model's, with both values."""
-    one, two = read_config(base), read_config(checkpoint)
-    names = sorted(
-        k for k in (one.keys() | two.keys()) - _CONFIG_NOTES if not k.startswith("_") and one.get(k) != two.get(k)
-    )
-    return [f"{name} ({two.get(name)!r} instead of {one.get(name)!r})" for name in names]
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

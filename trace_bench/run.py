@@ -287,7 +287,8 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         RunError: naming the entry.
     """
     kinds = {"method": str, "tasks": list, "data": dict, "config": dict}
-    optional = {"model": dict, "task_versions": dict, "stages": list, "checkpoints": dict}
+    optional: dict[str, type] = {"model": dict, "task_versions": dict, "stages": list, "checkpoints": dict}
+    optional |= {"chain": bool, "renamed_base": bool}
     for key, kind in (kinds | optional).items():
         if not isinstance(manifest.get(key), kind) and (key in kinds or key in manifest):
             raise RunError(f"{file} is damaged: {key!r} is {type(manifest.get(key)).__name__}, not {kind.__name__}.")
@@ -311,6 +312,8 @@ class Stage:
     task: str | None
     path: Path
     external: Path | None = None
+    #: In a chain: the adapters of the stages before, on whose merged model this one was trained, the first one first.
+    below: tuple[Path, ...] = ()
 
     @property
     def train_file(self) -> Path:
@@ -495,9 +498,12 @@ class Run:
         """The rows of the matrix: the base model and one stage per task, or the given checkpoints."""
         stages = [Stage(0, "0_base", None, self.path / "stages" / "0_base")]
         if "checkpoints" in self.manifest:
-            for i, (name, target) in enumerate(self.manifest["checkpoints"].items(), 1):
+            folders = [Path(target) for target in self.manifest["checkpoints"].values()]
+            for i, name in enumerate(self.manifest["checkpoints"], 1):
                 task = name if name in self.tasks else None
-                stages.append(Stage(i, f"{i}_{name}", task, self.path / "stages" / f"{i}_{name}", Path(target)))
+                below = tuple(folders[: i - 1]) if self.manifest.get("chain") else ()
+                path = self.path / "stages" / f"{i}_{name}"
+                stages.append(Stage(i, f"{i}_{name}", task, path, folders[i - 1], below))
         else:
             # One stage per task, unless the method says otherwise (joint training has one, in-context learning none).
             for i, name in enumerate(self.manifest.get("stages", self.tasks), 1):

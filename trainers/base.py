@@ -62,11 +62,11 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
+from trace_bench.checkpoints import check_own, heads_trained
 from trace_bench.evaluate import (
     BESIDES,
     answer_tokens,
     check_base,
-    check_checkpoint,
     check_room,
     check_rows,
     make_chat,
@@ -1041,6 +1041,13 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         model_args.lora_target_modules = [model_args.lora_target_modules]
     if not Path(base).is_dir():
         model_args.model_revision = manifest["model"]["revision"]  # the same at all stages, if the hub's changes
+    heads = heads_trained(model_args, config.trust_remote_code) if config.backend == "vllm" else []
+    if heads:
+        raise ConfigError(
+            f"lora_target_modules or lora_modules_to_save train {', '.join(heads)} of {base}, whose embedding and head "
+            "are one tensor: vLLM would change both or leave the change out. Train other layers (all-linear leaves "
+            "the head out), or take backend=hf."
+        )
     tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
@@ -1259,7 +1266,7 @@ def _check_sources(run: Run, stage: Stage, root: Path | None, trainer: type[CLTr
         raise RunError(f"{root} holds other data than the run began with. Restore it, or begin a new run.")
     before = run.stages[stage.index - 1]
     if before.train_file.exists() and any((before.path / kind).is_dir() for kind in ("adapter", "model")):
-        check_checkpoint(before)
+        check_own(before)
     last = read_json(before.train_file) if before.train_file.exists() else {}
     if last.get("method_source") not in (None, _method_source(trainer)):
         log.warning(

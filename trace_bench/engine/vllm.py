@@ -25,6 +25,7 @@ from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from trace_bench import models
+from trace_bench.checkpoints import config_differences, plain_lora_rank
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import has_gpu, starting_vllm
 from trace_bench.engine.swap import EngineError, Swap, Wanted
@@ -82,7 +83,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
 
     def _put(self, folder: str, served: dict[str, Any]) -> None:
         """Gets the weights of a full model into the engine: swapped, or with an engine of its own."""
-        other = models.config_differences(self.base, folder) if folder != self.base else []
+        other = self._differences(folder)
         if other:
             served["own_engine"] = f"its config differs from the base model's: {', '.join(other)}"
         elif self.swaps is not False:
@@ -107,6 +108,12 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         if not other:
             served["own_engine"] = "its weights cannot be swapped in this engine"
         self._restart(folder)
+
+    def _differences(self, folder: str) -> list[str]:
+        """What of a checkpoint's config an engine that was started on the base model would not know."""
+        if folder == self.base:
+            return []
+        return config_differences(self.base, Path(folder), self.revision, self.trust_remote_code)
 
     def _swap(self, folder: str) -> None:
         self.model.collective_rpc("swap_weights", args=(folder,))
@@ -317,7 +324,7 @@ def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
     """
     if not args.get("enable_lora", has_gpu()):
         return []
-    ranks = {path: rank for path in dict.fromkeys(checkpoints) if (rank := models.plain_lora_rank(path))}
+    ranks = {path: rank for path in dict.fromkeys(checkpoints) if (rank := plain_lora_rank(path))}
     if ranks:
         args["enable_lora"] = True
         args.setdefault("max_lora_rank", next(r for r in _RANKS if r >= max(ranks.values())))

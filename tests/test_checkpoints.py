@@ -1,0 +1,662 @@
+"""Checkpoints from elsewhere: what fits the base model is served, all else is refused before an engine starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import train
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
+from trl import ModelConfig
+
+from trace_bench import checkpoints
+from trace_bench.checkpoints import another_base, check_checkpoints, config_differences, heads_trained, tied_and_trained
+from trace_bench.cli import main
+from trace_bench.evaluate import external_run
+from trace_bench.models import ModelError
+from trace_bench.run import Run, RunError, read_json, write_json
+from trainers.base import ConfigError
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "max_position_embeddings": 64,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES, num_key_value_heads=2, tie_word_embeddings=False),
+    "neox": GPTNeoXConfig(**SIZES),
+    "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
+    "gpt2": GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1),
+}
+#: Buffers that the files of LLaMA-2, Pythia and GPT-2 on the hub hold, and today's transformers does not save.
+BUFFERS = {
+    "llama": {"model.layers.{}.self_attn.rotary_emb.inv_freq": (16,)},
+    "neox": {
+        "gpt_neox.layers.{}.attention.rotary_emb.inv_freq": (4,),
+        "gpt_neox.layers.{}.attention.bias": (1, 1, 64, 64),
+        "gpt_neox.layers.{}.attention.masked_bias": (),
+    },
+    "gpt2": {"transformer.h.{}.attn.bias": (1, 1, 64, 64), "transformer.h.{}.attn.masked_bias": ()},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Base models of random weights, by name."""
+    root = tmp_path_factory.mktemp("bases")
+    for name, config in CONFIGS.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(root / name)
+    return {name: root / name for name in CONFIGS}
+
+
+def lora(**options) -> LoraConfig:
+    return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"], "r": 4, **options})
+
+
+def make_adapter(base: Path, folder: Path, config, std: float = 0.1) -> Path:
+    """Saves an adapter of random weights, as its training would."""
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=std)
+    model.save_pretrained(folder)
+    return folder
+
+
+def run_of(base: Path | str, *folders: Path, **entries) -> Run:
+    """A run of checkpoints that is written nowhere."""
+    manifest = {"model": {"name": str(base)}, "tasks": [], "checkpoints": {}, **entries}
+    manifest["checkpoints"] = {f"v{i}": str(folder) for i, folder in enumerate(folders, 1)}
+    return Run(Path("nowhere"), manifest)
+
+
+def check(base: Path | str, *folders: Path, backend: str = "vllm", **entries) -> None:
+    run = run_of(base, *folders, **entries)
+    check_checkpoints(run, run.stages, backend)
+
+
+def rewrite(folder: Path, change, file: str = "adapter_model.safetensors") -> Path:
+    """Changes the tensors of a checkpoint."""
+    save_file(change(load_file(folder / file)), folder / file, {"format": "pt"})
+    return folder
+
+
+def reconfigure(folder: Path, file: str = "adapter_config.json", **entries) -> Path:
+    write_json(folder / file, {**read_json(folder / file), **entries})
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------- kinds of adapters
+
+#: What PEFT needs to make an adapter of a kind on the tiny model, where its defaults do not do.
+OPTIONS = {
+    "ADALORA": {"total_step": 10},
+    "BOFT": {"boft_block_size": 4},
+    "C3A": {"block_size": 16},
+    "FOURIERFT": {"n_frequency": 32},
+    "IA3": {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "OFT": {"oft_block_size": 16},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [3, 4]},
+    "VBLORA": {"num_vectors": 8, "vector_length": 8, "topk": 2},
+    "WAVEFT": {"n_frequency": 32},
+    "PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "PREFIX_TUNING": {"num_virtual_tokens": 4},
+    "P_TUNING": {"num_virtual_tokens": 4},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2},
+}
+
+
+def config_of(kind: str):
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    named = {} if "target_modules" not in config.__dataclass_fields__ else {"target_modules": ["q_proj", "down_proj"]}
+    if kind == "ADAPTION_PROMPT":
+        named = {}
+    return config(**{"task_type": "CAUSAL_LM", **named, **OPTIONS.get(kind, {})})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(checkpoints.MERGED | checkpoints.UNMERGED))
+def test_a_kind_that_is_served_fits_and_its_merged_model_is_the_one_that_was_trained(kind, bases, tmp_path):
+    folder = make_adapter(bases["llama"], tmp_path / kind, config_of(kind))
+    check(bases["llama"], folder, backend="hf")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["llama"]), folder)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        trained = model.eval()(ids).logits
+        if kind in checkpoints.UNMERGED:
+            with pytest.raises(RunError, match=rf"kind {kind}.*--backend hf"):
+                check(bases["llama"], folder)
+        else:
+            check(bases["llama"], folder)
+            assert torch.allclose(model.merge_and_unload()(ids).logits, trained, atol=1e-5)
+        base = AutoModelForCausalLM.from_pretrained(bases["llama"])(ids).logits
+    assert not torch.allclose(trained, base, atol=1e-5), "it changes the model"
+    if len(load_file(folder / "adapter_model.safetensors")) > 1:
+        rewrite(folder, lambda tensors: dict(sorted(tensors.items())[1:]))
+        with pytest.raises(RunError, match="does not fit"):
+            check(bases["llama"], folder, backend="hf")
+
+
+@pytest.mark.parametrize("backend", ["vllm", "hf"])
+@pytest.mark.parametrize("kind", ["PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT"])
+def test_a_kind_without_weights_to_put_in_is_refused(kind, backend, bases, tmp_path):
+    folder = make_adapter(bases["llama"], tmp_path / kind, config_of(kind))
+    with pytest.raises(RunError, match=rf"an adapter of the kind {kind}, which cannot be served.*LORA.*PROMPT_TUNING"):
+        check(bases["llama"], folder, backend=backend)
+
+
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ({"peft_type": "XLORA"}, "of the kind XLORA"),
+        ({"peft_type": "NEW"}, "of the kind NEW"),
+        ({"peft_type": None}, "of the kind None"),
+        ({"task_type": "SEQ_CLS"}, "task type SEQ_CLS"),
+        ({"alora_invocation_tokens": [1, 2]}, "uses alora_invocation_tokens"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "uses layer_replication"),
+        ({"lora_bias": True}, "lora_bias.*--backend hf"),
+    ],
+)
+def test_adapters_that_are_no_sum_to_the_weights_are_refused(entries, message, bases, tmp_path):
+    folder = reconfigure(make_adapter(bases["llama"], tmp_path / "a", lora()), **entries)
+    with pytest.raises(RunError, match=message):
+        check(bases["llama"], folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("base", ["llama", "neox"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 2, "query_key_value": 2}, "alpha_pattern": {"down_proj": 3}},
+        {"bias": "all"},
+        {"bias": "lora_only", "layers_to_transform": [1]},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*layers\.1\..*(q_proj|dense)"},
+        {"modules_to_save": ["lm_head", "embed_tokens", "embed_in"]},
+        {"trainable_token_indices": [3, 4]},
+        {"target_modules": ["embed_tokens", "embed_in", "lm_head"]},
+        {"task_type": None},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_whatever_lora_can_do_fits_and_misses_a_tensor_that_is_taken_away(base, options, bases, tmp_path):
+    if base == "neox":
+        options = {"target_modules": ["query_key_value", "dense_4h_to_h"], **options}
+    folder = make_adapter(bases[base], tmp_path / "a", lora(**options))
+    check(bases[base], folder)
+    rewrite(
+        folder, lambda tensors: dict([item for item in sorted(tensors.items()) if "base_layer" not in item[0]][:-1])
+    )
+    with pytest.raises(RunError, match="does not fit"):
+        check(bases[base], folder)
+
+
+def test_lora_of_experts_fits(bases, tmp_path):
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    folder = make_adapter(bases["mixtral"], tmp_path / "a", lora(target_modules=[], target_parameters=experts))
+    check(bases["mixtral"], folder)
+    rewrite(folder, lambda tensors: dict(sorted(tensors.items())[1:]))
+    with pytest.raises(RunError, match="does not fit"):
+        check(bases["mixtral"], folder)
+
+
+def test_vera_whose_projection_is_not_in_its_file_is_refused(bases, tmp_path):
+    folder = make_adapter(bases["llama"], tmp_path / "a", config_of("VERA"))
+    rewrite(folder, lambda tensors: {k: v for k, v in tensors.items() if "vera_A" not in k and "vera_B" not in k})
+    with pytest.raises(RunError, match=r"does not fit.*vera_A"):
+        check(bases["llama"], folder)
+
+
+def test_a_soft_prompt_of_another_width_or_length_is_refused(bases, tmp_path):
+    folder = make_adapter(bases["llama"], tmp_path / "a", config_of("PROMPT_TUNING"))
+    check(bases["llama"], folder)
+    with pytest.raises(RunError, match=r"prompt_embeddings have shape \[4, 64\].*they have \[3, 64\]"):
+        check(bases["llama"], reconfigure(folder, num_virtual_tokens=3))
+    reconfigure(folder, num_virtual_tokens=4)
+    rewrite(folder, lambda tensors: {k: v[:, :32].contiguous() for k, v in tensors.items()})
+    with pytest.raises(RunError, match=r"prompt_embeddings have shape \[4, 32\].*they have \[4, 64\]"):
+        check(bases["llama"], folder)
+
+
+# ----------------------------------------------------------------------------------------------------- names and shapes
+
+
+def test_an_adapter_whose_tensors_fit_no_module_is_refused_with_both_names(bases, tmp_path):
+    """PEFT only warns ("Found missing adapter keys"), and the base model is measured."""
+    folder = make_adapter(bases["llama"], tmp_path / "a", lora())
+    mine = "base_model.model.language_model.model.layers"
+    rewrite(folder, lambda tensors: {k.replace("base_model.model.model.layers", mine): v for k, v in tensors.items()})
+    with pytest.raises(RunError) as error:
+        check(bases["llama"], folder)
+    text = str(error.value)
+    assert "8 of its tensors fit no module, such as base_model.model.language_model.model.layers.0" in text
+    assert "get no tensor, such as base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" in text
+    reconfigure(folder, target_modules=["language_model.model.layers.0.self_attn.q_proj"])
+    with pytest.raises(RunError, match=r"not found in the base model.*language_model.*such as model\.layers\.0"):
+        check(bases["llama"], folder)
+
+
+def test_an_adapter_of_other_shapes_is_refused_before_an_engine_starts(bases, tmp_path):
+    folder = make_adapter(bases["llama"], tmp_path / "a", lora(modules_to_save=["lm_head"]))
+    check(bases["llama"], folder)
+    rewrite(folder, lambda t: {k: torch.zeros(104, 64) if "lm_head" in k else v for k, v in t.items()})
+    with pytest.raises(RunError, match=r"size mismatch for .*lm_head.*\[104, 64\].*\[96, 64\]"):
+        check(bases["llama"], folder)
+    wide = AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "hidden_size": 128}, num_key_value_heads=2))
+    wide.save_pretrained(tmp_path / "wide")
+    folder = make_adapter(tmp_path / "wide", tmp_path / "b", lora())
+    with pytest.raises(RunError, match=r"size mismatch for .*q_proj.*\[4, 128\].*\[4, 64\]"):
+        check(bases["llama"], folder, renamed_base=True)
+    folder = reconfigure(make_adapter(bases["llama"], tmp_path / "c", lora()), r=8)
+    with pytest.raises(RunError, match=r"size mismatch for .*\[4, .*\[8, "):
+        check(bases["llama"], folder)
+
+
+def test_a_model_of_seven_billion_parameters_takes_no_memory(tmp_path):
+    LlamaConfig(num_hidden_layers=32).save_pretrained(tmp_path / "base")
+    name = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
+    tensors = {name.format(i, "A"): torch.zeros(1, 4096) for i in range(32)}
+    tensors |= {name.format(i, "B"): torch.zeros(4096, 1) for i in range(32)}
+    (tmp_path / "a").mkdir()
+    lora(target_modules=["q_proj"], r=1).save_pretrained(tmp_path / "a")
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    check(tmp_path / "base", tmp_path / "a")
+    rewrite(tmp_path / "a", lambda t: {k: v for k, v in t.items() if ".31." not in k})
+    with pytest.raises(RunError, match=r"layers\.31\.self_attn\.q_proj"):
+        check(tmp_path / "base", tmp_path / "a")
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_damaged_adapter_is_an_error_that_names_the_file(file, bases, tmp_path):
+    folder = make_adapter(bases["llama"], tmp_path / "a", lora())
+    (folder / file).write_bytes((folder / file).read_bytes()[:100])
+    with pytest.raises(RunError, match=f"{file} is .*damaged"):
+        check(bases["llama"], folder)
+
+
+# ------------------------------------------------------------------------------------------------------- the base model
+
+
+@pytest.mark.parametrize(
+    "model, said, other",
+    [
+        ("meta-llama/Llama-2-7b-hf", None, False),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-hf", False),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/llama-2-7b-hf", False),
+        ("meta-llama/Llama-2-7b-hf", "/data/models/Llama-2-7b-hf/", False),
+        ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf", True),
+        ("meta-llama/Llama-2-7b-hf", "NousResearch/Llama-2-7b-hf", True),
+        ("meta-llama/Llama-2-7b-hf", "/data/models/merged-1", True),
+        ("m/x", "/h/hub/models--m--x/snapshots/" + "a" * 40, False),
+        ("m/x", "/h/hub/models--m--x/snapshots/" + "b" * 40, True),
+        ("m/x", "/h/hub/models--n--x/snapshots/" + "a" * 40, True),
+    ],
+)
+def test_the_base_that_an_adapter_names_is_compared_by_name_and_commit(model, said, other):
+    entry = {"name": model, "revision": "a" * 40}
+    assert (another_base({"base_model_name_or_path": said}, entry) is not None) == other
+
+
+def test_the_revision_that_an_adapter_names_is_compared(monkeypatch):
+    entry = {"name": "EleutherAI/pythia-1b", "revision": "a" * 40}
+    known = {"step3000": "b" * 40, "v1": "a" * 40}
+
+    def pinned(base, revision="main"):
+        if revision not in known:
+            raise ModelError(revision)
+        return known[revision]
+
+    monkeypatch.setattr("trace_bench.models.pinned_revision", pinned)
+    for revision, other in {None: 0, "main": 0, "v1": 0, "a" * 40: 0, "step3000": 1, "b" * 40: 1, "gone": 1}.items():
+        adapter = {"base_model_name_or_path": "EleutherAI/pythia-1b", "revision": revision}
+        assert bool(another_base(adapter, entry)) == other, revision
+
+
+def test_the_base_that_an_adapter_names_is_compared_by_its_files(bases, tmp_path):
+    base = bases["llama"]
+    for name in ("copy", "other", "longer rope"):
+        shutil.copytree(base, tmp_path / name)
+    (tmp_path / "copy" / "README.md").write_text("mine")
+    rewrite(tmp_path / "other", lambda tensors: {k: v + 1 for k, v in tensors.items()}, "model.safetensors")
+    reconfigure(tmp_path / "longer rope", "config.json", rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+    (tmp_path / "link").symlink_to(base)
+    same = [str(base), f"{base}/../llama/", str(tmp_path / "link"), str(tmp_path / "copy"), "org/Llama", "/gone/llama"]
+    for said in same:
+        assert another_base({"base_model_name_or_path": said}, {"name": str(base)}) is None, said
+    for said in (
+        str(tmp_path / "other"),
+        str(tmp_path / "longer rope"),
+        "org/llama-2",
+        "/gone/merged",
+        "\0",
+        "x" * 999,
+    ):
+        assert another_base({"base_model_name_or_path": said}, {"name": str(base)}), said
+
+
+def test_the_quickstart_s_name_is_the_same_as_its_folder(bases, tmp_path, monkeypatch):
+    folder = tmp_path / "cache" / "SmolLM2-135M-Instruct"
+    monkeypatch.setattr("trace_bench.models.resolve_model", lambda name: str(folder))
+    shutil.copytree(bases["llama"], folder)
+    for said in (
+        str(folder),
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "SmolLM2-135M-Instruct",
+        "/moved/SmolLM2-135M-Instruct",
+    ):
+        assert another_base({"base_model_name_or_path": said}, {"name": "SmolLM2-135M-Instruct"}) is None, said
+    assert another_base({"base_model_name_or_path": "HuggingFaceTB/SmolLM2-135M"}, {"name": "SmolLM2-135M-Instruct"})
+
+
+def external(path: Path, base: Path, folders: dict[str, Path], **options) -> Run:
+    """A run of checkpoints without tasks, which needs no data."""
+    return external_run(
+        path, {k: str(v) for k, v in folders.items()}, model=str(base), tasks=[], settings={"backend": "hf"}, **options
+    )
+
+
+def test_another_base_is_an_error_that_names_the_options_and_can_be_overruled(bases, tmp_path, monkeypatch):
+    base, path = bases["llama"], tmp_path / "run"
+    folder = make_adapter(base, tmp_path / "a", lora())
+    reconfigure(folder, base_model_name_or_path="/gone/merged-1")
+    with pytest.raises(RunError, match=r"another base model.*merged-1.*--model.*--renamed-base.*--chain"):
+        external(path, base, {"v1": folder})
+    assert not path.exists(), "nothing is recorded"
+    run = external(path, base, {"v1": folder}, renamed_base=True)
+    assert run.manifest["renamed_base"] is True and "chain" not in run.manifest
+    check_checkpoints(Run.open(path), Run.open(path).stages, "hf")  # it is remembered
+
+
+def test_the_option_can_come_with_a_later_checkpoint(bases, tmp_path):
+    base, path = bases["llama"], tmp_path / "run"
+    folders = {f"v{i}": make_adapter(base, tmp_path / f"v{i}", lora()) for i in (1, 2)}
+    external(path, base, {"v1": folders["v1"]})
+    write_json(path / "stages" / "1_v1" / "eval" / "x.json", {})  # something is measured
+    reconfigure(folders["v2"], base_model_name_or_path="/gone/other-name")
+    with pytest.raises(RunError, match="another base model"):
+        external(path, base, {"v2": folders["v2"]})
+    assert list(Run.open(path).manifest["checkpoints"]) == ["v1"]
+    run = external(path, base, {"v2": folders["v2"]}, renamed_base=True)
+    assert list(run.manifest["checkpoints"]) == ["v1", "v2"] and run.manifest["renamed_base"] is True
+
+
+# --------------------------------------------------------------------------------------------------------------- chains
+
+
+def test_a_chain_stacks_adapters_in_the_order_given(bases, tmp_path):
+    base, path = bases["llama"], tmp_path / "run"
+    folders = {f"v{i}": make_adapter(base, tmp_path / f"v{i}", lora()) for i in (1, 2, 3)}
+    for i in (2, 3):  # each was trained on the merged model before it
+        reconfigure(folders[f"v{i}"], base_model_name_or_path=f"/gone/merged-{i - 1}")
+    with pytest.raises(RunError, match=r"v2 was trained from another base.*--chain"):
+        external(path, base, {k: folders[k] for k in ("v1", "v2")})
+    run = external(path, base, {k: folders[k] for k in ("v1", "v2")}, chain=True)
+    assert run.manifest["chain"] is True
+    assert [stage.below for stage in run.stages] == [(), (), (folders["v1"],)]
+    write_json(path / "stages" / "1_v1" / "eval" / "x.json", {})
+    with pytest.raises(RunError, match="fixed order, which is v1, v2"):
+        external(path, base, {k: folders[k] for k in ("v2", "v1")}, chain=True)
+    with pytest.raises(RunError, match="fixed order, which is v1, v2"):
+        external(path, base, {k: folders[k] for k in ("v3", "v1")}, chain=True)
+    with pytest.raises(RunError, match=r"chain: True -> 'absent'"):
+        external(path, base, {"v3": folders["v3"]}, renamed_base=True)
+    run = external(path, base, {"v3": folders["v3"]}, chain=True)
+    assert Run.open(path).stages[3].below == (folders["v1"], folders["v2"])
+
+
+def test_the_fingerprint_of_a_stage_of_a_chain_covers_the_adapters_below(bases, tmp_path):
+    folders = [make_adapter(bases["llama"], tmp_path / f"v{i}", lora()) for i in (1, 2)]
+    chain, apart = run_of(bases["llama"], *folders, chain=True), run_of(bases["llama"], *folders)
+    before = [checkpoints.checkpoint_fingerprint(s) for s in chain.stages]
+    assert before[:2] == [checkpoints.checkpoint_fingerprint(s) for s in apart.stages][:2]
+    assert before[2] != checkpoints.checkpoint_fingerprint(apart.stages[2])
+    rewrite(folders[0], lambda tensors: {k: v + 1 for k, v in tensors.items()})
+    after = [checkpoints.checkpoint_fingerprint(s) for s in chain.stages]
+    assert before[1] != after[1] and before[2] != after[2]
+
+
+def test_only_the_first_adapter_of_a_chain_has_to_name_the_base_and_all_have_to_fit(bases, tmp_path):
+    folders = [make_adapter(bases["llama"], tmp_path / f"v{i}", lora()) for i in (1, 2)]
+    reconfigure(folders[1], base_model_name_or_path="/gone/merged")
+    check(bases["llama"], *folders, chain=True)
+    with pytest.raises(RunError, match="v2 was trained from another base"):
+        check(bases["llama"], *reversed(folders), chain=True)
+    rewrite(folders[0], lambda tensors: dict(sorted(tensors.items())[1:]))
+    run = run_of(bases["llama"], *folders, chain=True)
+    with pytest.raises(RunError, match="v1 does not fit"):
+        check_checkpoints(run, run.stages[2:], "hf")  # it lies below
+
+
+def test_full_models_and_soft_prompts_are_no_part_of_a_chain(bases, tmp_path):
+    adapter = make_adapter(bases["llama"], tmp_path / "a", lora())
+    with pytest.raises(RunError, match=r"is a full model.*without --chain"):
+        check(bases["llama"], adapter, bases["llama"], chain=True)
+    prompt = make_adapter(bases["llama"], tmp_path / "p", config_of("PROMPT_TUNING"))
+    with pytest.raises(RunError, match=r"is a soft prompt.*without --chain"):
+        check(bases["llama"], adapter, prompt, chain=True)
+
+
+def test_the_command_records_both_options_and_refuses_them_without_checkpoints(bases, tmp_path, monkeypatch):
+    evaluated = []
+    monkeypatch.setattr("trace_bench.evaluate.evaluate", lambda run, **_: evaluated.append(run) or 1)
+    monkeypatch.setattr("trace_bench.data.source_fingerprint", lambda name: "x")
+    folders = [make_adapter(bases["llama"], tmp_path / f"v{i}", lora()) for i in (1, 2)]
+    reconfigure(folders[0], base_model_name_or_path="/gone/x")
+    command = ["evaluate", str(tmp_path / "run")]
+    given = [f"--checkpoint=v{i}={folder}" for i, folder in enumerate(folders, 1)]
+    rest = ["--model", str(bases["llama"]), "--tasks", "none", "--general", "general_boolq", "--backend", "hf"]
+    with pytest.raises(SystemExit, match="--renamed-base"):
+        main([*command, *given, *rest, "--chain"])
+    assert not (tmp_path / "run").exists()
+    main([*command, *given, *rest, "--chain", "--renamed-base"])
+    (run,) = evaluated
+    assert run.manifest["chain"] is run.manifest["renamed_base"] is True and run.stages[2].below == (folders[0],)
+    assert not {"chain", "renamed_base"} & run.manifest["config"].keys()
+    with pytest.raises(SystemExit, match="--chain: only with --checkpoint"):
+        main([*command, "--chain"])
+    write_json(run.path / "stages" / "1_v1" / "eval" / "general_boolq.json", {})
+    third = make_adapter(bases["llama"], tmp_path / "v3", lora())
+    main([*command, f"--checkpoint=v3={third}"])  # goes on top by itself
+    assert evaluated[-1].stages[3].below == tuple(folders)
+
+
+# ------------------------------------------------------------------------------------------------------ tied embeddings
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options, trained",
+    [
+        ({}, []),
+        ({"target_modules": "all-linear"}, []),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, ["model.embed_tokens"]),
+        ({"target_modules": ["q_proj", "lm_head"]}, ["lm_head"]),
+        ({"target_modules": r".*(q_proj|head)"}, ["lm_head"]),
+        ({"target_modules": r".*layers.*q_proj"}, []),
+        ({"modules_to_save": ["lm_head"]}, ["lm_head"]),
+        ({"modules_to_save": ["embed_tokens"]}, ["model.embed_tokens"]),
+    ],
+    ids=str,
+)
+def test_what_trains_the_embedding_or_head_of_a_tied_model_is_known_before_and_after(
+    options, trained, tiny_model, bases, tmp_path
+):
+    for base, found in ((tiny_model, trained), (bases["llama"], [])):  # the second is not tied
+        folder = make_adapter(base, tmp_path / base.name, lora(**options))
+        assert tied_and_trained(base, folder) == bool(found)
+        arguments = {f"lora_{k}": v if isinstance(v, list) else [v] for k, v in options.items()}
+        arguments = {"lora_target_modules": ["q_proj", "down_proj"], **arguments}
+        model_args = ModelConfig(model_name_or_path=str(base), use_peft=True, **arguments)
+        if isinstance(options.get("target_modules"), str):
+            model_args.lora_target_modules = options["target_modules"]
+        assert heads_trained(model_args) == found
+    assert heads_trained(ModelConfig(model_name_or_path=str(tiny_model))) == [], "without LoRA"
+
+
+def test_whether_a_model_is_tied_comes_from_its_class_where_its_config_does_not_say(bases, tmp_path):
+    config = read_json(bases["gpt2"] / "config.json")
+    del config["tie_word_embeddings"]
+    write_json(tmp_path / "config.json", config)
+    assert heads_trained(
+        ModelConfig(model_name_or_path=str(tmp_path), use_peft=True, lora_target_modules=["lm_head"])
+    ) == ["lm_head"]
+
+
+# ---------------------------------------------------------------------------------------------------------- full models
+
+
+@pytest.mark.parametrize("base", BUFFERS)
+def test_buffers_in_the_files_of_a_base_or_checkpoint_are_no_weights(base, bases, tmp_path):
+    with_buffers, without = tmp_path / "with", tmp_path / "without"
+    for folder in (with_buffers, without):
+        shutil.copytree(bases[base], folder)
+    buffers = {name.format(i): torch.ones(shape) for name, shape in BUFFERS[base].items() for i in range(2)}
+    rewrite(with_buffers, lambda tensors: tensors | buffers, "model.safetensors")
+    for a, b in ((with_buffers, without), (without, with_buffers)):
+        for backend in ("vllm", "hf"):
+            check(a, b, backend=backend)
+    # A real tensor is still missed.
+    rewrite(without, lambda tensors: dict(sorted(tensors.items())[1:]), "model.safetensors")
+    with pytest.raises(RunError, match=r"without lacks 1 tensors of the model that its config\.json describes"):
+        check(with_buffers, without)
+
+
+def test_names_as_older_files_have_them_are_known(bases, tmp_path):
+    """GPT-2's file on the hub has no prefix, Mixtral's has a tensor for each expert."""
+    shutil.copytree(bases["gpt2"], tmp_path / "gpt2")
+    rewrite(tmp_path / "gpt2", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()}, "model.safetensors")
+    check(bases["gpt2"], tmp_path / "gpt2")
+    names = load_file(bases["mixtral"] / "model.safetensors").keys()
+    assert any("block_sparse_moe.experts.3.w2" in name for name in names), "as on the hub"
+    shutil.copytree(bases["mixtral"], tmp_path / "mixtral")
+    check(bases["mixtral"], tmp_path / "mixtral")
+    rewrite(
+        tmp_path / "mixtral", lambda t: {k: v for k, v in t.items() if "experts.3.w2" not in k}, "model.safetensors"
+    )
+    with pytest.raises(RunError, match="mixtral"):
+        check(bases["mixtral"], tmp_path / "mixtral")
+
+
+def test_a_checkpoint_of_other_names_is_refused_with_both(bases, tmp_path, caplog):
+    """As a training program saves it that wraps the model: "module.", "_orig_mod."."""
+    shutil.copytree(bases["llama"], tmp_path / "m")
+    rewrite(tmp_path / "m", lambda tensors: {f"module.{k}": v for k, v in tensors.items()}, "model.safetensors")
+    with pytest.raises(RunError, match=r"such as lm_head\.weight; it holds module\.lm_head\.weight"):
+        check(bases["llama"], tmp_path / "m", backend="hf")
+    shutil.copytree(bases["llama"], tmp_path / "n")
+    more = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(tmp_path / "n", lambda tensors: tensors | {more: torch.ones(64)}, "model.safetensors")
+    with pytest.raises(RunError, match=rf"1 tensors that the model .* has no place for, such as {more}"):
+        check(bases["llama"], tmp_path / "n", backend="hf")
+    shutil.copytree(bases["llama"], tmp_path / "o")
+    rewrite(tmp_path / "o", lambda tensors: tensors | {"v_head.weight": torch.ones(64)}, "model.safetensors")
+    check(bases["llama"], tmp_path / "o")
+    assert "tensors beside the language model, such as v_head.weight" in caplog.text
+
+
+def test_a_checkpoint_of_another_size_is_served_by_its_own_config_only(bases, tmp_path):
+    small = LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, num_key_value_heads=2, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "m")
+    check(bases["llama"], tmp_path / "m", backend="hf")
+    with pytest.raises(RunError, match="m lacks 9 tensors of the base model"):
+        check(bases["llama"], tmp_path / "m", backend="vllm")
+
+
+def test_what_is_no_causal_language_model_or_brings_code_is_refused(bases, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(bases["llama"], folder)
+    (folder / "mine.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    for config in ({"model_type": "t5"}, {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}, {}):
+        write_json(folder / "config.json", config)
+        with pytest.raises(ModelError, match=str(folder)):
+            check(bases["llama"], folder, backend="hf")
+    assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------- config.json
+
+
+LLAMA = json.loads(CONFIGS["llama"].to_json_string()) | {"architectures": ["LlamaForCausalLM"]}
+OLD_ROPE = {k: v for k, v in LLAMA.items() if k != "rope_parameters"} | {"rope_theta": 10000.0, "rope_scaling": None}
+
+
+@pytest.mark.parametrize(
+    "base, theirs, lines",
+    [
+        (LLAMA, {**LLAMA, "dtype": "bfloat16", "transformers_version": "4.40.0", "use_cache": False}, []),
+        (LLAMA, {**LLAMA, "eos_token_id": [1, 2], "vocab_size": 104, "unsloth_fixed": True}, []),
+        (LLAMA, {k: v for k, v in LLAMA.items() if k not in ("head_dim", "mlp_bias", "tie_word_embeddings")}, []),
+        (LLAMA, OLD_ROPE, []),
+        (OLD_ROPE, {**OLD_ROPE, "rope_theta": 10000}, []),
+        (LLAMA, {**OLD_ROPE, "rope_theta": 1e6}, ["rope_parameters.rope_theta: 10000.0 -> 1000000.0"]),
+        (
+            {**OLD_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {**OLD_ROPE, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            ["rope_parameters.factor: 2.0 -> 4.0"],
+        ),
+        (LLAMA, {**LLAMA, "rms_norm_eps": 1e-5}, ["rms_norm_eps: 1e-06 -> 1e-05"]),
+        (LLAMA, {**LLAMA, "hidden_act": "gelu"}, ["hidden_act: 'silu' -> 'gelu'"]),
+        (LLAMA, {**LLAMA, "attention_bias": True}, ["attention_bias: False -> True"]),
+        (LLAMA, {**LLAMA, "tie_word_embeddings": True}, ["tie_word_embeddings: False -> True"]),
+        (LLAMA, {**LLAMA, "logit_scale": 0.5}, ["logit_scale: None -> 0.5"]),
+        (LLAMA, {**LLAMA, "quantization_config": {"bits": 4}}, ["quantization_config.bits: None -> 4"]),
+    ],
+)
+def test_what_changes_answers_in_a_config_is_told_from_what_does_not(base, theirs, lines, tmp_path):
+    for name, config in {"base": base, "theirs": theirs}.items():
+        write_json(tmp_path / name / "config.json", config)
+    assert config_differences(tmp_path / "base", tmp_path / "theirs") == lines
+
+
+def test_other_architectures_name_what_differs(bases, tmp_path):
+    experts = json.loads(CONFIGS["mixtral"].to_json_string()) | {"num_experts_per_tok": 1, "sliding_window": 8}
+    write_json(tmp_path / "m" / "config.json", experts)
+    assert config_differences(bases["mixtral"], tmp_path / "m") == [
+        "num_experts_per_tok: 2 -> 1",
+        "sliding_window: None -> 8",
+    ]
+    qwen = json.loads(Qwen2Config(**SIZES, num_key_value_heads=2).to_json_string())
+    write_json(tmp_path / "q" / "config.json", qwen)
+    assert "model_type: 'llama' -> 'qwen2'" in config_differences(bases["llama"], tmp_path / "q")
+
+
+def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, tmp_path):
+    """Transformers unties it, and an engine that was started on the tied base would leave the head out."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "m"))
+    assert config_differences(tiny_model, folder) == []
+    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": embedding.clone()}, "model.safetensors")
+    assert config_differences(tiny_model, folder) == []
+    rewrite(folder, lambda tensors: tensors | {"lm_head.weight": embedding + 1}, "model.safetensors")
+    assert config_differences(tiny_model, folder) == ["tie_word_embeddings: True -> False"]
+
+
+def test_training_refuses_a_head_of_a_tied_model_that_vllm_would_leave_out(options):
+    options |= {"backend": "vllm", "lora_modules_to_save": ["lm_head"]}
+    with pytest.raises(ConfigError, match=r"train lm_head of .*backend=hf"):
+        train(options)
+    assert not Path(options["output_dir"]).exists(), "no manifest that refuses the corrected command"
