@@ -1041,6 +1041,10 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         model_args.lora_target_modules = [model_args.lora_target_modules]
     if not Path(base).is_dir():
         model_args.model_revision = manifest["model"]["revision"]  # the same at all stages, if the hub's changes
+    tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
+    _check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
     heads = heads_trained(model_args, config.trust_remote_code) if config.backend == "vllm" else []
     if heads:
         raise ConfigError(
@@ -1048,10 +1052,6 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
             "are one tensor: vLLM would change both or leave the change out. Train other layers (all-linear leaves "
             "the head out), or take backend=hf."
         )
-    tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
-    if tokenizer.eos_token is None:
-        raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
-    _check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
     chat = None
     if config.chat_template:
         assert not isinstance(config.chat_template_args, str)
@@ -1126,7 +1126,9 @@ def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) 
         what = "an encoder-decoder"
     elif type(model) in MODEL_FOR_MASKED_LM_MAPPING and not listed.get("is_decoder"):
         what = "an encoder"
-    elif type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in listed.get("auto_map", {}):
+    elif type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
+        listed.get("auto_map") or {}
+    ):
         what = "of another kind"
     elif heads := [a for a in model.architectures or () if _OTHER_HEAD.search(a)]:
         what = f"a {heads[0]} without a head for the next token"
