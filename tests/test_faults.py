@@ -165,12 +165,17 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
     copy = shutil.copytree(run.stages[1].checkpoint, tmp_path / "copy")
     command = ["evaluate", tmp_path / "theirs", "--model", run.manifest["model"]["name"], "--tasks", "trace_fomc"]
     command += ["--checkpoint", f"trace_fomc={copy}", "--backend", "hf", "--data", "demo", "--test-rows", "2"]
+    begun = [*command[:1], tmp_path / "begun", *command[2:]]
+    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: (_ for _ in ()).throw(engine.EngineError("started")))
+    assert "started" in error(*begun), "a run whose checkpoint is whole when it is recorded"
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
     truncate(copy / "adapter_model.safetensors")
-    assert re.search(r"adapter_model.safetensors is missing or damaged .* Copy", error(*command))
+    for damaged in (command, ["evaluate", tmp_path / "begun"]):
+        assert re.search(r"adapter_model.safetensors is missing or damaged .* Copy", error(*damaged))
     (copy / "adapter_model.safetensors").unlink()
     assert "no .safetensors file" in error(*command)
-    assert "its weights are gone" in error("evaluate", tmp_path / "theirs")
+    assert "its weights are gone" in error("evaluate", tmp_path / "begun")
+    assert not (tmp_path / "theirs").exists(), "nothing is recorded of what cannot be evaluated"
 
 
 @pytest.mark.parametrize(
