@@ -377,7 +377,8 @@ def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, ri
         assert data.read_split(out, folder, "train") == wanted
         for split in ("eval", "test"):
             assert data.read_split(out, folder, split) == official[folder][split]
-    assert data.check(out, data.FOLDERS)["trace_fomc"] == {"train": 6, "eval": 8, "test": 24}
+    sizes = data.check_folders({task: out / folder for task, folder in data.REASONING.items()})
+    assert sizes["reasoning_fomc"] == {"train": 6, "eval": 8, "test": 24}
     report = (out / "annotation.md").read_text(encoding="utf-8")
     assert "| trace_fomc | 8 | 6 (75.0 %) | 2 + 2 + 2 | 0 | 2 | 0 |" in report and "Demo data" in report
 

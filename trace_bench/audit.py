@@ -29,7 +29,7 @@ from trace_bench.evaluate import _stderr
 from trace_bench.models import QUICKSTART, ModelError, load_tokenizer, resolve_model
 from trace_bench.run import Run, RunError, fingerprint, read_json
 from trace_tasks import scoring
-from trace_tasks.reasoning import FRAMES
+from trace_tasks.reasoning import FRAMES, row_variant
 from trace_tasks.tokens import prompt_ids
 
 if TYPE_CHECKING:
@@ -80,7 +80,6 @@ _CUE = re.compile(
 )
 _DOUBLED_CUE = re.compile(r"(\b\w+[:：])\s*\1\s*\Z")
 _OTHER_VARIANT = dict(zip([*data.FOLDERS, *data.REASONING], [*data.REASONING, *data.FOLDERS], strict=True))
-_ASKS_REASONING = re.compile(r"\A[^\n]*(?:Give your reasoning first|and then the reasoning|先给出推理)")
 # Chinese and Japanese write no spaces: there a character is a word. Signs that carry meaning in a formula are words.
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W_{_IDEOGRAPH}]+|[+<=>|~^$€£]")
@@ -359,6 +358,7 @@ def _facts(task: str, split: Split) -> dict[str, Any]:
     def having(test: Callable[[dict[str, str]], object]) -> list[int]:
         return [i for i, row in rows.items() if test(row)]
 
+    folder = {**data.FOLDERS, **data.REASONING}[task]
     words = [i for i, answer in decisive.items() if not _DECIMAL.fullmatch(answer.strip())]
     broken = {i: (field, match) for i, row in rows.items() for field in row if (match := _MOJIBAKE.search(row[field]))}
     return {
@@ -368,7 +368,7 @@ def _facts(task: str, split: Split) -> dict[str, Any]:
         "labels": dict(sorted(labels.items())) if len(labels) <= min(LABELS, len(rows) / 2) else None,
         "bad_rows": [{"row": i, "problem": problem} for i, problem in split.bad.items()],
         "contradicting": [same for same in split.prompts.values() if len({decisive[i] for i in same}) > 1],
-        "other_variant": having(lambda row: bool(_ASKS_REASONING.search(row["prompt"])) != (task in data.REASONING)),
+        "other_variant": having(lambda row: row_variant(folder, row) == data.task_variant(_OTHER_VARIANT[task])),
         "doubled_cue": having(lambda row: _DOUBLED_CUE.search(row["prompt"])),
         "mojibake": [
             {"row": i, "field": field, "text": match.string[max(0, match.start() - 20) : match.end() + 20]}

@@ -6,7 +6,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -345,23 +345,51 @@ def _data(args: argparse.Namespace) -> None:
 
     good, problems = [], []
     for root in data.find_all_data(args.source):
-        try:
-            sizes = data.check(root, data.FOLDERS)
-        except data.DataError as e:
-            problems.append(f"{root} cannot be used.\n{e}")
-            continue
-        prints = data.data_fingerprint(root, data.FOLDERS)
-        print(f"{root}\n{'task':<18}{'train':>8}{'eval':>8}{'test':>8}  fingerprint")
-        for task, rows in sizes.items():
-            print(f"{task:<18}{rows['train']:>8}{rows['eval']:>8}{rows['test']:>8}  {prints[task]}")
+        reasoning = data.is_reasoning(root)
+        variable, names = ("TRACE_REASONING", data.REASONING) if reasoning else ("TRACE_DATA", data.FOLDERS)
+        there = {task: root / folder for task, folder in names.items() if (root / folder).is_dir()}
+        complete, problem = _complete(there, data.SPLITS)
+        tested, _ = _complete(there, ["test"])
+        print(f"{root}\n{'task':<22}{'train':>8}{'eval':>8}{'test':>8}  fingerprint")
+        for task, rows in tested.items():
+            sizes = "".join(f"{rows.get(split, '-'):>8}" for split in data.SPLITS)
+            print(f"{task:<22}{sizes}  {data.folder_fingerprint(there[task])}")
         if data.is_demo(root):
             print("Demo data made by this program: for trials, not comparable with TRACE.")
-        good.append(root)
+        export = f"  export {variable}={root}"
+        part = [f"Complete: {len(complete)} of {len(names)} tasks."]
+        if complete:
+            part += [f"Train and evaluate them with:\n{export}\n  --tasks {' '.join(complete)}"]
+        if len(tested) > len(complete):
+            part += [f"With test rows, to evaluate checkpoints on:\n{export}\n  --tasks {','.join(tested)}"]
+        if not complete or len(tested) < len(there):
+            problems.append("\n".join([f"{root} cannot be used as it is.", problem, *part]))
+        elif len(complete) < len(names):
+            absent = [task for task in names if task not in there]
+            part += [f"Not there: {', '.join(absent)}."] if absent else []
+            print("\n".join([*([problem] if problem else []), *part]))
+        elif reasoning:
+            print(
+                f"The variant with reasoning, for the tasks reasoning_*, beside the plain rows. Use it with:\n{export}"
+            )
+        else:
+            good.append(export)
     if good:
         print("Complete. Use it with:" if len(good) == 1 else "Complete. Use one of them with:")
-        print("\n".join(f"  export TRACE_DATA={root}" for root in good))
+        print("\n".join(good))
     if problems:
         raise data.DataError("\n".join(problems))
+
+
+def _complete(folders: dict[str, Path], needed: Sequence[str]) -> tuple[dict[str, dict[str, int]], str]:
+    """The rows of each task that has all that is needed of it, and what is wrong with the others."""
+    from trace_bench import data
+
+    try:
+        return data.check_folders(folders, needed), ""
+    except data.DataError as e:
+        alone = [_complete({task: folder}, needed)[0] for task, folder in folders.items()] if len(folders) > 1 else []
+        return {task: sizes for good in alone for task, sizes in good.items()}, str(e)
 
 
 def _audit(args: argparse.Namespace) -> None:

@@ -9,8 +9,10 @@ ids (`trace_tasks.tokens`), so they cannot drift apart.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import lzma
 import os
 import stat
@@ -18,17 +20,23 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
 from trace_bench.run import fingerprint, fresh_dir
+from trace_tasks.reasoning import row_variant
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval", "test")
 #: lm-eval task -> folder of the official layout, in the paper's order 1 (section 4).
@@ -296,6 +304,18 @@ def is_demo(root: Path) -> bool:
     return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(demo.README_TITLE)
 
 
+def is_reasoning(root: Path) -> bool:
+    """Whether most tasks at `root` have rows of the reasoning variant: that of the first row of each is looked at."""
+    found = []
+    for name in FOLDERS.values():
+        for split in SPLITS:
+            with suppress(DataError):
+                rows = read_split(root, name, split)
+                found.append(row_variant(name, rows[0]))
+                break
+    return 2 * found.count("reasoning") > len(found)
+
+
 def _demo_folder() -> Path:
     from trace_bench import demo
 
@@ -392,8 +412,14 @@ def _unpack_tar(archive: Path, target: Path) -> None:
 # --------------------------------------------------------------------------------------------- reading and checking
 
 
-def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
+def read_split(root: Path, folder: str, split: str, variant: str | None = None) -> list[dict[str, str]]:
     """Reads and checks one file of the official layout.
+
+    Args:
+        root: The data set.
+        folder: The task's folder in it.
+        split: One of `SPLITS`.
+        variant: "plain" or "reasoning" refuses rows of the other one; None takes both.
 
     Returns:
         The rows, each {"prompt": str, "answer": str}; other keys are refused, so that no variant of the data is
@@ -406,7 +432,20 @@ def read_split(root: Path, folder: str, split: str) -> list[dict[str, str]]:
     if not file.is_file():
         have = sorted(p.name for p in (root / folder).glob("*")) if (root / folder).is_dir() else "no such folder"
         raise DataError(f"{file} is missing ({folder}: {have}).")
-    return read_rows(file)
+    rows = read_rows(file)
+    found = [row_variant(folder, row) for row in rows] if variant else []
+    other = [i for i, of in enumerate(found) if of not in (variant, None)]
+    if other:
+        raise DataError(
+            f"{file}, row {other[0]}{f' and {len(other) - 1} more' if other[1:] else ''}: of the {found[other[0]]} "
+            "variant. TRACE_DATA names plain rows, for trace_*; TRACE_REASONING those with reasoning, for reasoning_*."
+        )
+    return rows
+
+
+def task_variant(task: str) -> str:
+    """The variant of the data that a TRACE task takes its rows from, "plain" or "reasoning"."""
+    return "reasoning" if task in REASONING else "plain"
 
 
 def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
@@ -489,8 +528,29 @@ def task_folders(root: Path, tasks: Iterable[str]) -> dict[str, Path]:
     return folders
 
 
-def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
+def check(root: Path, tasks: Iterable[str], needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
     """Reads every split of every TRACE task; other tasks bring their own data and are passed over.
+
+    Args:
+        root: The data set.
+        tasks: lm-eval task names.
+        needed: As for `check_folders`.
+
+    Returns:
+        Rows per task and split.
+
+    Raises:
+        DataError: listing the problem of every bad file.
+    """
+    return check_folders(task_folders(root, tasks), needed)
+
+
+def check_folders(folders: dict[str, Path], needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
+    """Reads every split of some TRACE tasks.
+
+    Args:
+        folders: Task -> its folder.
+        needed: The splits that have to be there. Training needs all; to evaluate without demonstrations takes test.
 
     Returns:
         Rows per task and split.
@@ -500,10 +560,13 @@ def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
     """
     sizes: dict[str, dict[str, int]] = {}
     problems = []
-    for task, folder in task_folders(root, tasks).items():
+    for task, folder in folders.items():
         for split in SPLITS:
+            if split not in needed and not (folder / f"{split}.json").is_file():
+                continue
             try:
-                sizes.setdefault(task, {})[split] = len(read_split(folder.parent, folder.name, split))
+                rows = read_split(folder.parent, folder.name, split, task_variant(task))
+                sizes.setdefault(task, {})[split] = len(rows)
             except DataError as e:
                 problems.append(str(e))
     if problems:
@@ -512,9 +575,40 @@ def check(root: Path, tasks: Iterable[str]) -> dict[str, dict[str, int]]:
 
 
 def data_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
-    """SHA-256 (16 digits) over the three files of each TRACE task: task -> digest."""
+    """SHA-256 (16 digits) over the files of each TRACE task, three if all are there: task -> digest."""
+    return {task: folder_fingerprint(folder) for task, folder in task_folders(root, tasks).items()}
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """SHA-256 (16 digits) over the files of a task's folder that are there."""
     names = [f"{split}.json" for split in SPLITS]
-    return {task: fingerprint(folder, names) for task, folder in task_folders(root, tasks).items()}
+    return fingerprint(folder, [name for name in names if (folder / name).is_file()])
+
+
+def tested_fingerprint(root: Path, tasks: Iterable[str]) -> dict[str, str]:
+    """As `data_fingerprint`, over the test rows alone: what an evaluation without demonstrations depends on."""
+    return {task: fingerprint(folder, ["test.json"]) for task, folder in task_folders(root, tasks).items()}
+
+
+def changed_tasks(root: Path, record: dict[str, Any]) -> list[str]:
+    """The TRACE tasks whose rows are not those that a run began with.
+
+    Where a file other than test.json is missing, now or when the run began, the test rows alone are compared.
+
+    Args:
+        root: The data set.
+        record: The run's `data_record`.
+    """
+    expected = {task: digest for task, digest in record["fingerprint"].items() if needs_data([task])}
+    folders = task_folders(root, expected)
+    whole, tested = data_fingerprint(root, expected), tested_fingerprint(root, expected)
+    changed = []
+    for task, digest in expected.items():
+        complete = all((folders[task] / f"{split}.json").is_file() for split in SPLITS)
+        same_test = tested[task] == (digest if complete else record.get("test", {}).get(task))
+        if digest != whole[task] and not same_test:
+            changed.append(task)
+    return changed
 
 
 def needs_data(tasks: Iterable[str]) -> bool:
@@ -553,6 +647,7 @@ def data_record(root: Path | None, tasks: dict[str, Task]) -> dict[str, Any]:
         **({"reasoning": str(reasoning)} if reasoning else {}),
         "demo": root is not None and is_demo(root),
         "fingerprint": (data_fingerprint(root, tasks) if root else {}) | rows_fingerprint(tasks),
+        **({"test": tested_fingerprint(root, tasks)} if root else {}),
     }
 
 
@@ -594,12 +689,27 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
             f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. A task "
             "of your own is a YAML in a folder that TRACE_TASKS names."
         )
-    loaded = manager.load(list(names))["tasks"] if names else {}
+    loaded: dict[str, Task] = {}
+    for name in names:
+        try:
+            loaded |= manager.load([name])["tasks"]
+        except (DataError, MemoryError):
+            raise
+        except Exception as e:  # whatever lm-eval, a template, a function of the task or the hub says
+            if isinstance(e, OSError) and e.errno not in (None, errno.ENOENT):
+                raise  # a full disk and the like
+            raise DataError(
+                f"The task {name} cannot be made ({type(e).__name__}: {e}). Is its data there, with at least one test "
+                "row, and with the splits and columns that its YAML names?"
+            ) from e
+    groups = [name for name in names if name not in loaded]
+    if groups:
+        raise DataError(f"{', '.join(groups)}: a group of tasks cannot be one column. Name the tasks themselves.")
     return {name: loaded[name] for name in names}
 
 
 def check_stages(tasks: dict[str, Task]) -> None:
-    """Refuses tasks that cannot be a column of the matrix, before anything is trained.
+    """Refuses tasks that cannot be a column of the matrix, before anything is trained or an engine is started.
 
     Raises:
         DataError: naming the task, and what it lacks.
@@ -610,12 +720,28 @@ def check_stages(tasks: dict[str, Task]) -> None:
                 f"{name} is a task of type {task.OUTPUT_TYPE}: a column of the matrix has to be generated "
                 "(output_type: generate_until), since it is trained on as text."
             )
+        if task.multiple_input:
+            raise DataError(f"{name} has several inputs a row (its doc_to_text is an index), so it has no one prompt.")
         metric = next(iter(task.aggregation()))
         if task.higher_is_better().get(metric) is None:
             raise DataError(
                 f"{name}: nobody says whether more or less {metric} is better, so forgetting could not be told from "
                 "learning. Write higher_is_better: true or false behind it in the metric_list of the task."
             )
+        if task.config.process_results is not None:
+            continue  # it is scored by a function of its own, whatever its targets are
+        for i, doc in enumerate(task.eval_docs):
+            target = task.doc_to_target(doc)
+            if isinstance(target, list) and not task.multiple_target:
+                raise DataError(
+                    f"{name}, test row {i}: the target is the list {target!r:.80}, and that of row 0 is a text, so "
+                    f"lm-eval would compare answers with the characters {str(target)!r:.80}. {_BRACKETS}"
+                )
+            if task.config.doc_to_choice is not None:
+                try:
+                    target_text(task, doc)
+                except ValueError as e:
+                    raise DataError(f"{name}, test row {i}: {e}") from e
 
 
 def load_suites(names: Sequence[str]) -> dict[str, Group]:
@@ -645,6 +771,43 @@ def load_suites(names: Sequence[str]) -> dict[str, Group]:
     return suites
 
 
+#: lm-eval reads the text that a template of a target gives as a list where it stands in brackets.
+_BRACKETS = (
+    "Where an answer is a text in brackets, name its column (doc_to_target: answer) instead of a template "
+    "('{{answer}}'), whose text lm-eval reads as a list."
+)
+
+
+def target_text(task: Task, doc: dict[str, Any]) -> str:
+    """The answer of a row as lm-eval has it in few-shot prompts, or compares with: the text to train.
+
+    A number is its digits, an index its choice, and of several valid answers the first is taken.
+
+    Args:
+        task: An lm-eval task.
+        doc: One of its rows.
+
+    Raises:
+        ValueError: if there is no such text; the message has the target.
+    """
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and not (task.config.process_results and isinstance(target, str)):
+        choices = task.doc_to_choice(doc)
+        if not isinstance(target, int) or not 0 <= target < len(choices):
+            raise ValueError(f"the target {target!r:.80} is no index of the {len(choices)} choices of doc_to_choice.")
+        target = choices[target]
+    elif isinstance(target, list):
+        texts = [text for text in target if isinstance(text, str) and text.strip()]
+        if not texts:
+            raise ValueError(f"the target {target!r:.80} is a list without a text. {_BRACKETS}")
+        target = texts[0]
+    elif isinstance(target, int | float) and target == target:
+        target = str(target)  # as lm-eval does before it compares
+    if not isinstance(target, str):
+        raise ValueError(f"the target {target!r:.80} is {type(target).__name__}, not a text.")
+    return target
+
+
 def training_rows(
     task: Task, limit: int | None = None, chat_template: Callable[..., str] | None = None
 ) -> list[tuple[str, str]]:
@@ -656,21 +819,35 @@ def training_rows(
         chat_template: Renders chat messages to text, as lm-eval's `LM.apply_chat_template`; None = raw prompts.
 
     Raises:
-        DataError: if the task has no training split.
+        DataError: if the task has no training rows, or one of them has no prompt or no answer; it names the row.
     """
-    if not task.has_training_docs():
-        raise DataError(f"The task {task.task_name} has no training split, so it cannot be a stage.")
-    docs = list(task.training_docs())[:limit]
-    return [
-        (
-            task.fewshot_context(
-                doc,
-                num_fewshot=0,
-                apply_chat_template=chat_template is not None,
-                chat_template=chat_template,
-                gen_prefix=task.doc_to_prefix(doc),
-            ),
-            task.doc_to_target(doc),
+    name, docs = task.task_name, None
+    if task.has_training_docs():
+        with suppress(KeyError):
+            docs = task.training_docs()
+    if docs is None:
+        split = task.config.training_split
+        raise DataError(
+            f"The task {name} has no training split, so it cannot be a stage"
+            + (f": its data lacks the split {split!r} that its training_split names." if split else ".")
         )
-        for doc in docs
-    ]
+    rows: list[tuple[str, str]] = []
+    for i, doc in enumerate(islice(docs, limit)):
+        try:
+            made = partial(task.fewshot_context, doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
+            prompt, answer = made(), target_text(task, doc)
+            if not prompt.strip() or not answer.strip():
+                raise ValueError(f"the {'answer' if prompt.strip() else 'prompt'} is empty.")
+        except Exception as e:  # whatever a template or a function of the task says of the row
+            what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+            raise DataError(f"{name}, training row {i}: {what}") from e
+        if chat_template is not None:
+            prompt = made(apply_chat_template=True, chat_template=chat_template)
+        rows.append((prompt, answer))
+    if not rows:
+        raise DataError(f"The task {name} has no training rows, so it cannot be a stage.")
+    if task.multiple_target:
+        log.warning(
+            "%s has several valid answers a row. The first is trained, as lm-eval's few-shot prompts have it.", name
+        )
+    return rows

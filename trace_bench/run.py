@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
-CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.", "model.path.")
+CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.", "data.test.", "model.path.")
 
 
 class RunError(Exception):
@@ -408,6 +408,8 @@ class Run:
     manifest: dict[str, Any]
     #: Task -> `doc_id` of test rows that do not count: the run as seen by a report without leaked rows.
     left_out: dict[str, set[int]] = field(default_factory=dict)
+    #: Task -> its training rows as texts, made once when a training begins; empty elsewhere.
+    rows: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -430,8 +432,14 @@ class Run:
         return cls(path, manifest)
 
     @classmethod
-    def create(cls, path: str | Path, manifest: dict[str, Any]) -> Run:
+    def create(cls, path: str | Path, manifest: dict[str, Any], *, restart: bool = False) -> Run:
         """Creates a run, or opens the one that is there for resuming.
+
+        Args:
+            path: The run directory.
+            manifest: The configuration.
+            restart: Begins a run again with another configuration if no stage of it is trained and nothing measured,
+                since its first attempt failed or was stopped, and says so.
 
         Raises:
             RunError: if a run is there with another configuration; the message lists every differing key.
@@ -444,6 +452,12 @@ class Run:
             return cls(path, manifest)
         run = cls.open(path)
         lines = differences(run.manifest, manifest)
+        if lines and restart and not run.has_results():
+            log.warning("%s is begun again with another configuration, as no stage is trained yet (then -> now):", path)
+            log.warning("%s", "\n".join(lines))
+            run.drop_attempts()
+            write_json(path / "manifest.json", manifest)
+            return cls(path, manifest)
         if lines:
             raise RunError(
                 f"{path} holds a run with another configuration (there -> asked for):\n"
@@ -457,6 +471,22 @@ class Run:
                 manifest["packages"],
             )
         return run
+
+    def has_results(self) -> bool:
+        """Whether a stage is trained, or anything measured, whatever the manifest says of stages."""
+        return any(True for kind in ("train.json", "eval/*.json") for _ in self.path.glob(f"stages/*/{kind}"))
+
+    def drop_attempts(self) -> None:
+        """Removes what unfinished trainings left, checkpoints within a stage among it."""
+        for attempt in self.path.glob("stages/*/.trainer"):
+            steps = len(list(attempt.glob("checkpoint-*")))
+            if steps:
+                log.warning(
+                    "%s: %d checkpoint(s) within the stage are of the old configuration and go.", attempt, steps
+                )
+        for kind in (".trainer", "adapter", "model", "method_state"):
+            for leftover in self.path.glob(f"stages/*/{kind}"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     @property
     def tasks(self) -> list[str]:

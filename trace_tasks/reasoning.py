@@ -68,6 +68,33 @@ FRAMES = {
 }
 
 
+_ASKS = re.compile(r"\A[^\n]*(?:Give your reasoning first|and then the reasoning|先给出推理)")
+
+
+def row_variant(folder: str, row: dict[str, str]) -> str | None:
+    """Which variant of the data a row belongs to, by what it says.
+
+    A reasoning row asks for the reasoning in its first line, or has some before the marker of its answer. A plain row
+    ends in the cue for the bare answer (Py150 has none: its plain prompts begin with the code).
+
+    Args:
+        folder: The task's folder, such as "FOMC".
+        row: Its prompt and answer.
+
+    Returns:
+        "reasoning", "plain", or None for a row in a frame of its own.
+    """
+    frame, prompt, answer = FRAMES[folder], row["prompt"], row["answer"]
+    if _ASKS.search(prompt):
+        return "reasoning"
+    before, marker, _ = answer.partition(frame.marker)
+    explained = folder == "ScienceQA" and answer[1:2] == "\n"  # a plain answer too: the letter, then its reasons
+    if marker and before.strip() and not explained:
+        return "reasoning"
+    plain = prompt.endswith(frame.cue) if frame.cue else prompt.startswith(frame.instruction)
+    return "plain" if plain else None
+
+
 def reasoning_prompt(folder: str, prompt: str) -> str:
     """The prompt that asks for the reasoning too.
 

@@ -36,18 +36,24 @@ def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str,
         **_: What lm-eval passes besides (the task's metadata); unused.
 
     Returns:
-        The splits train, eval and test, and `fewshot`: the training rows whose prompt is no test prompt.
+        The splits test and, where they are there, train and eval; and `fewshot`: the training rows whose prompt is no
+        test prompt.
+
+    Raises:
+        data.DataError: if there are no test rows, a file is bad, or it holds rows of the other variant.
     """
     if variant not in (None, "reasoning"):
         raise ValueError(f"variant={variant!r} is not known: leave it out or use reasoning.")
     root = data.find_data() if variant is None else data.find_reasoning()
-    splits = {split: data.read_split(root, folder, split) for split in data.SPLITS}
+    there = [s for s in data.SPLITS if s == "test" or (root / folder / f"{s}.json").is_file()]
+    splits = {split: data.read_split(root, folder, split, variant or "plain") for split in there}
     if variant == "reasoning":
         for rows in splits.values():
             for row in rows:
                 row["prompt"] = as_tested(row["prompt"])
     tested = {row["prompt"] for row in splits["test"]}
-    splits["fewshot"] = [row for row in splits["train"] if row["prompt"] not in tested] or splits["train"]
+    trained = splits.get("train", [])
+    splits["fewshot"] = [row for row in trained if row["prompt"] not in tested] or trained
     return {name: Dataset.from_list(rows) for name, rows in splits.items()}
 
 

@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +45,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     PrinterCallback,
     ProgressCallback,
@@ -52,6 +57,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
@@ -322,6 +328,11 @@ class CLConfig(SFTConfig):
         """The stages of the run. One for each task and named after it, unless a method has others."""
         return self.tasks
 
+    @property
+    def virtual_tokens(self) -> int:
+        """The most positions that a method's soft prompts take of the model's context."""
+        return 0
+
     def _own(self) -> set[str]:
         """The names of the project's own settings and of the method's."""
         return {f.name for f in fields(self)} - {f.name for f in fields(SFTConfig)}
@@ -439,6 +450,8 @@ class CLTrainer(SFTTrainer):
             task: An lm-eval task with a training split.
             limit: The first so many rows; None = the run's `train_rows`.
         """
+        if limit is None and task in self.run.rows:
+            return self.text_dataset(self.run.rows[task])
         tasks = data.load_tasks([task])
         check_rows(self.run, tasks)
         return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, self.chat))
@@ -1023,8 +1036,15 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     _check_shards()
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
+    if isinstance(model_args.lora_target_modules, str) and re.fullmatch(r"\w+", model_args.lora_target_modules):
+        # TRL makes a text of a list of one, which PEFT reads as a pattern for the whole path of a module.
+        model_args.lora_target_modules = [model_args.lora_target_modules]
     if not Path(base).is_dir():
         model_args.model_revision = manifest["model"]["revision"]  # the same at all stages, if the hub's changes
+    tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
+    _check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
     heads = heads_trained(model_args, config.trust_remote_code) if config.backend == "vllm" else []
     if heads:
         raise ConfigError(
@@ -1032,23 +1052,34 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
             "are one tensor: vLLM would change both or leave the change out. Train other layers (all-linear leaves "
             "the head out), or take backend=hf."
         )
-    tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
-    _check_model(config, model_args, models.read_config(base, model_args.model_revision), tasks)
-    if tokenizer.eos_token is None:
-        raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
+    chat = None
+    if config.chat_template:
+        assert not isinstance(config.chat_template_args, str)
+        chat = Chat(tokenizer, config.chat_template_args)
+        check_room(chat, config.max_prompt_length)
+    # Rows are made of all tasks before the first one is trained: a bad one of the last task would cost days.
+    rows = {name: data.training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
+    if chat is not None:
+        rows.clear()  # a stage makes them with the date of the run, which may be an older one
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
-        if config.chat_template:
-            assert not isinstance(config.chat_template_args, str)
-            check_room(Chat(tokenizer, config.chat_template_args), config.max_prompt_length)
         with state.main_process_first():
-            run = Run.create(config.output_dir, manifest)
+            run = replace(Run.create(config.output_dir, manifest, restart=True), rows=rows)
         _train_stages(trainer, config, model_args, run, root, tokenizer, state)
     return run
 
 
-def _check_model(config: CLConfig, model_args: ModelConfig, model: dict[str, Any], tasks: dict[str, Any]) -> None:
-    """Refuses what would fail, or mean something else, after the training: when its checkpoints are evaluated."""
+#: What a model's configuration calls the most tokens that it reads; sliding windows are no limit.
+_CONTEXT = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
+    "max_seq_length",
+)
+
+
+def _check_model(
+    config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks: dict[str, Any], *, lora: bool
+) -> None:
+    """Refuses what would fail, or mean something else, in the training or when its checkpoints are evaluated."""
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ConfigError(
             "load_in_4bit and load_in_8bit are not supported: evaluation merges adapters into the weights as they are, "
@@ -1060,21 +1091,138 @@ def _check_model(config: CLConfig, model_args: ModelConfig, model: dict[str, Any
             "little forgetting. Use dtype=float32 with bf16=true (autocast).",
             model_args.dtype,
         )
-    method = (model.get("quantization_config") or {}).get("quant_method")
+    base = str(model_args.model_name_or_path)
+    model = _causal_config(base, model_args, config.trust_remote_code)
+    method = (model.to_dict().get("quantization_config") or {}).get("quant_method")
     if model_args.use_peft and method in ("gptq", "awq", "aqlm", "eetq"):
         raise ConfigError(
-            f"{model_args.model_name_or_path} is quantised with {method}, into which PEFT cannot merge an adapter, as "
-            "evaluation does. Take the model in bf16."
+            f"{base} is quantised with {method}, into which PEFT cannot merge an adapter, as evaluation does. Take the "
+            "model in bf16."
         )
-    context = model.get("max_position_embeddings")
+    text = model.get_text_config(decoder=True).to_dict()
+    context = min((text[name] for name in _CONTEXT if isinstance(text.get(name), int)), default=None)
     for name, task in tasks.items():
-        answer = min(answer_tokens(task), config.max_new_tokens or 10**9)
+        answer = min(answer_tokens(task), config.max_new_tokens or 10**9) + config.virtual_tokens
         if context and config.max_prompt_length + answer > context:
             raise ConfigError(
                 f"max_prompt_length={config.max_prompt_length} and {answer} tokens of an answer of {name} are more "
                 f"than the model's context of {context}: use a max_prompt_length of at most {context - answer}, or "
                 "lower max_new_tokens."
             )
+    if config.deepspeed_plugin is None:  # which makes shards of a model wherever it is made
+        _check_empty(model, model_args, tokenizer, config.trust_remote_code, lora)
+
+
+def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
+    """The configuration of a base model that writes text from left to right."""
+    try:
+        model = AutoConfig.from_pretrained(
+            base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+        )
+    except (ImportError, KeyError, OSError, ValueError) as e:  # a type that transformers does not know, code of its own
+        raise ConfigError(f"transformers cannot make the model {base}: {_line(e)}") from e
+    kind, listed = model.model_type, model.to_dict()
+    if listed.get("is_encoder_decoder") or type(model) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        what = "an encoder-decoder"
+    elif type(model) in MODEL_FOR_MASKED_LM_MAPPING and not listed.get("is_decoder"):
+        what = "an encoder"
+    elif type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
+        listed.get("auto_map") or {}
+    ):
+        what = "of another kind"
+    elif heads := [a for a in model.architectures or () if _OTHER_HEAD.search(a)]:
+        what = f"a {heads[0]} without a head for the next token"
+    else:
+        return model
+    raise ConfigError(f"{base} ({kind}) is not a causal model but {what}. Take a model such as Llama, Qwen or GPT-2.")
+
+
+_OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$")
+
+
+def _check_empty(model: Any, model_args: ModelConfig, tokenizer: Any, trust_remote_code: bool, lora: bool) -> None:
+    """Makes the base model without weights, in a second, and the run's adapter on it, as each stage will."""
+    base = model_args.model_name_or_path
+
+    def made() -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                copy.deepcopy(model),
+                trust_remote_code=trust_remote_code,
+                **({"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}),
+            )
+
+    try:
+        empty = made()
+    except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
+        raise ConfigError(f"transformers cannot make the model {base}: {_line(e)}") from e
+    size = empty.get_input_embeddings().weight.shape[0]
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
+    never_seen = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    if beyond.keys() - never_seen:
+        raise ConfigError(
+            f"The tokenizer of {base} has {len(beyond)} tokens without a row in the model's {size} embeddings, such as "
+            f"{min(beyond, key=beyond.__getitem__)!r}. Take the tokenizer that the model came with, or resize the "
+            "model's embeddings and save it."
+        )
+    if beyond:
+        log.warning("The model has no embeddings of %s: a row with such a text would stop it.", ", ".join(beyond))
+    if lora:
+        problem = _lora_problem(empty, model_args)
+        if problem is not None:
+            raise ConfigError(
+                f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(made, model_args)}"
+            )
+
+
+def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
+    """What keeps the run's LoRA from a model; None if it fits."""
+    from peft import get_peft_model
+
+    peft_config = get_peft_config(model_args)
+    assert peft_config is not None
+    names = {name for name, _ in empty.named_modules()}
+    adapted: Any
+    try:
+        adapted = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
+    except (ValueError, RuntimeError, NotImplementedError) as e:
+        return f"{_line(e).rstrip('.')}."
+    # PEFT is content when one name of a list fits.
+    wanted = {
+        "lora_target_modules": (model_args.lora_target_modules, adapted.base_model.targeted_module_names),
+        "lora_target_parameters": (model_args.lora_target_parameters, adapted.base_model.targeted_parameter_names),
+        "lora_modules_to_save": (model_args.lora_modules_to_save, names),
+    }
+    for option, (given, there) in wanted.items():
+        for name in given if isinstance(given, list) else ():
+            if not any(f".{full}".endswith(f".{name}") for full in there):
+                return f"{option} names {name!r}, which the model does not have."
+    return None
+
+
+def _lora_remedy(made: Callable[[], Any], model_args: ModelConfig) -> str:
+    """The options under which LoRA fits, found by trying."""
+    linear = {n.rpartition(".")[2] for n, m in made().named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    # What PEFT refuses in state-space models, whose kernels take these weights without calling the layer.
+    listed = sorted(linear - {"lm_head", "out_proj"})
+    choices: list[tuple[Any, float | None]] = [(None, 0.0), ("all-linear", None), ("all-linear", 0.0), (listed, None)]
+    for targets, dropout in choices:
+        tried = copy.copy(model_args)
+        words = []
+        if targets is not None:
+            tried.lora_target_modules = targets
+            words.append(f"--lora_target_modules {targets if isinstance(targets, str) else ' '.join(targets)}")
+        if dropout is not None:
+            tried.lora_dropout = dropout
+            words.append("--lora_dropout 0")
+        if tried != model_args and _lora_problem(made(), tried) is None:
+            return f"Use {' '.join(words)}."
+    return f"Its linear layers are {', '.join(sorted(linear))}."
+
+
+def _line(error: BaseException) -> str:
+    """The message of a library on one line, its first sentences."""
+    return " ".join(str(error).split())[:300]
 
 
 def _train_stages(

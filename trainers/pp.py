@@ -57,6 +57,11 @@ class PPConfig(CLConfig):
             assert not isinstance(self.engine_args, str)  # HF has read it
             self.engine_args = {**(self.engine_args or {}), "enable_prompt_embeds": True}
 
+    @property
+    def virtual_tokens(self) -> int:
+        """The prompts of all stages are in front of the last one's inputs."""
+        return self.prompt_tokens * len(self.stages)
+
 
 class Prompts(torch.nn.Module):
     """In the place of PEFT's table of virtual tokens: rows that are trained, in front of rows that are not.
