@@ -11,9 +11,10 @@ from trace_bench.run import Run, RunError, read_json, write_json
 from trace_tasks.tokens import Chat, PromptError, example_ids, prompt_ids
 from trainers.base import ConfigError
 
-#: As Qwen3's: thinking is on unless it is turned off, and a variable that is given as none is not the same as none given.
+#: As Qwen3's: thinking is on unless it is turned off by false; none that is given is not the same as nothing given.
 SWITCH = (
-    "{% for m in messages %}<s>{{ m['role'] }} {{ strftime_now('%d.%m.%Y') }}\n{{ m['content'] | trim }}</s>\n{% endfor %}"
+    "{% for m in messages %}<s>{{ m['role'] }} {{ strftime_now('%d.%m.%Y') }}\n"
+    "{{ m['content'] | trim }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
     "<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )

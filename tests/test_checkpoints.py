@@ -18,10 +18,9 @@ from transformers import (
     MixtralConfig,
     Qwen2Config,
 )
-from trl import ModelConfig
 
 from trace_bench import checkpoints
-from trace_bench.checkpoints import another_base, check_checkpoints, config_differences, heads_trained, tied_and_trained
+from trace_bench.checkpoints import another_base, check_checkpoints, config_differences
 from trace_bench.cli import main
 from trace_bench.evaluate import external_run
 from trace_bench.models import ModelError
@@ -482,48 +481,6 @@ def test_the_command_records_both_options_and_refuses_them_without_checkpoints(b
     third = make_adapter(bases["llama"], tmp_path / "v3", lora())
     main([*command, f"--checkpoint=v3={third}"])  # goes on top by itself
     assert evaluated[-1].stages[3].below == tuple(folders)
-
-
-# ------------------------------------------------------------------------------------------------------ tied embeddings
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "options, trained",
-    [
-        ({}, []),
-        ({"target_modules": "all-linear"}, []),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, ["model.embed_tokens"]),
-        ({"target_modules": ["q_proj", "lm_head"]}, ["lm_head"]),
-        ({"target_modules": r".*(q_proj|head)"}, ["lm_head"]),
-        ({"target_modules": r".*layers.*q_proj"}, []),
-        ({"modules_to_save": ["lm_head"]}, ["lm_head"]),
-        ({"modules_to_save": ["embed_tokens"]}, ["model.embed_tokens"]),
-    ],
-    ids=str,
-)
-def test_what_trains_the_embedding_or_head_of_a_tied_model_is_known_before_and_after(
-    options, trained, tiny_model, bases, tmp_path
-):
-    for base, found in ((tiny_model, trained), (bases["llama"], [])):  # the second is not tied
-        folder = make_adapter(base, tmp_path / base.name, lora(**options))
-        assert tied_and_trained(base, folder) == bool(found)
-        arguments = {f"lora_{k}": v if isinstance(v, list) else [v] for k, v in options.items()}
-        arguments = {"lora_target_modules": ["q_proj", "down_proj"], **arguments}
-        model_args = ModelConfig(model_name_or_path=str(base), use_peft=True, **arguments)
-        if isinstance(options.get("target_modules"), str):
-            model_args.lora_target_modules = options["target_modules"]
-        assert heads_trained(model_args) == found
-    assert heads_trained(ModelConfig(model_name_or_path=str(tiny_model))) == [], "without LoRA"
-
-
-def test_whether_a_model_is_tied_comes_from_its_class_where_its_config_does_not_say(bases, tmp_path):
-    config = read_json(bases["gpt2"] / "config.json")
-    del config["tie_word_embeddings"]
-    write_json(tmp_path / "config.json", config)
-    assert heads_trained(
-        ModelConfig(model_name_or_path=str(tmp_path), use_peft=True, lora_target_modules=["lm_head"])
-    ) == ["lm_head"]
 
 
 # ---------------------------------------------------------------------------------------------------------- full models

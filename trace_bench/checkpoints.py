@@ -354,6 +354,12 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _heads(model: Any) -> set[str]:
+    """The names of a model's embedding and of its head."""
+    heads = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    return {name for name, module in model.named_modules() if any(module is head for head in heads)}
+
+
 def _head_of_its_own(checkpoint: Path, trust_remote_code: bool) -> bool:
     """Whether a model that its config ties holds another head than its embeddings: transformers unties it then."""
     import torch
@@ -542,73 +548,3 @@ def _same_model(a: Path, b: Path, trust_remote_code: bool) -> bool:
         return False
     names = [name for name, _ in files[0]]
     return fingerprint(a, names) == fingerprint(b, names)
-
-
-# ------------------------------------------------------------------------------------------------------ tied embeddings
-
-
-def _heads(model: Any) -> set[str]:
-    """The names of a model's embedding and of its head."""
-    heads = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    return {name for name, module in model.named_modules() if any(module is head for head in heads)}
-
-
-def _is_tied(model: Any) -> bool:
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
-
-
-def tied_and_trained(
-    base: str | Path, adapter: Path, revision: str | None = None, trust_remote_code: bool = False
-) -> bool:
-    """Whether an adapter changes the embedding or the head of a model in which both are one tensor.
-
-    Merged into that tensor the change of one would be a change of the other, and an engine that was started on the tied
-    model has no head of its own to put it into.
-
-    Args:
-        base: What `models.resolve_model` returned for the base model.
-        adapter: The folder of a PEFT adapter.
-        revision: Revision of the base model on the hub.
-        trust_remote_code: As for transformers.
-    """
-    model = architecture(base, revision, trust_remote_code)
-    heads = tuple(f"base_model.model.{name}." for name in _heads(model))
-    return _is_tied(model) and any(name.startswith(heads) for name in tensor_shapes(adapter))
-
-
-def heads_trained(model_args: Any, trust_remote_code: bool = False) -> list[str]:
-    """The embedding and head that a LoRA configuration trains in a model in which both are one tensor.
-
-    Args:
-        model_args: TRL's ModelConfig, its model resolved: lora_target_modules, lora_modules_to_save and so on, which
-            PEFT itself matches with the modules of the model.
-        trust_remote_code: As for transformers.
-
-    Returns:
-        Names of modules; none for a model that is not tied, or without LoRA.
-
-    Raises:
-        RunError: if PEFT finds no module of that name, or cannot train it.
-    """
-    import torch
-    from peft import get_peft_model
-    from trl import get_peft_config
-
-    config = get_peft_config(model_args)
-    if config is None or not (model_args.lora_target_modules or model_args.lora_modules_to_save):
-        return []  # PEFT's defaults name neither
-    model = architecture(model_args.model_name_or_path, model_args.model_revision, trust_remote_code)
-    if not _is_tied(model):
-        return []
-    heads = _heads(model)
-    try:
-        with torch.device("meta"), _quiet():
-            adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-    except ValueError as e:
-        raise RunError(
-            f"LoRA cannot be put into {model_args.model_name_or_path}: {_line(e)} Give --lora_target_modules "
-            "all-linear, or two or more names of its modules (one alone is taken as a regular expression)."
-        ) from e
-    trained = [name.removeprefix("base_model.model.") for name, p in adapted.named_parameters() if p.requires_grad]
-    return sorted(head for head in heads if any(name.startswith(f"{head}.") for name in trained))

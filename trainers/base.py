@@ -62,7 +62,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
 from trace_bench import data, models
-from trace_bench.checkpoints import check_own, heads_trained
+from trace_bench.checkpoints import check_own
 from trace_bench.evaluate import (
     BESIDES,
     answer_tokens,
@@ -1045,13 +1045,6 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
     _check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
-    heads = heads_trained(model_args, config.trust_remote_code) if config.backend == "vllm" else []
-    if heads:
-        raise ConfigError(
-            f"lora_target_modules or lora_modules_to_save train {', '.join(heads)} of {base}, whose embedding and head "
-            "are one tensor: vLLM would change both or leave the change out. Train other layers (all-linear leaves "
-            "the head out), or take backend=hf."
-        )
     chat = None
     if config.chat_template:
         assert not isinstance(config.chat_template_args, str)
@@ -1070,7 +1063,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
 
 
 #: What a model's configuration calls the most tokens that it reads; sliding windows are no limit.
-_CONTEXT = (
+CONTEXT_NAMES = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
     "max_seq_length",
 )
@@ -1100,7 +1093,7 @@ def _check_model(
             "model in bf16."
         )
     text = model.get_text_config(decoder=True).to_dict()
-    context = min((text[name] for name in _CONTEXT if isinstance(text.get(name), int)), default=None)
+    context = min((text[name] for name in CONTEXT_NAMES if isinstance(text.get(name), int)), default=None)
     for name, task in tasks.items():
         answer = min(answer_tokens(task), config.max_new_tokens or 10**9) + config.virtual_tokens
         if context and config.max_prompt_length + answer > context:

@@ -21,12 +21,10 @@ from typing import Any
 from trace_bench import data, models
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.utils import ICL_VERSION
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CONTEXT_NAMES, CLConfig, CLTrainer, ConfigError, main
 
 log = logging.getLogger(__name__)
 
-#: The names by which the config.json of a model says how long its context is.
-_CONTEXT = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 #: The names by which engine arguments do (vllm, hf).
 _ENGINE_CONTEXT = ("max_model_len", "max_length")
 
@@ -73,7 +71,7 @@ class ICLTrainer(CLTrainer):
         model = models.read_config(base, model_args.model_revision)
         answers = (answer_tokens(task) for task in data.load_tasks(config.tasks).values())
         answer = min(max(answers), config.max_new_tokens or 10**9)
-        context = next((model[name] for name in _CONTEXT if model.get(name)), 10**9)
+        context = min((model[name] for name in CONTEXT_NAMES if isinstance(model.get(name), int)), default=10**9)
         room = context - answer
         if room < 1:
             raise ConfigError(
