@@ -39,7 +39,7 @@ def main() -> None:
     from trace_bench import data, models
     from trace_bench.run import Run
 
-    run = Run.open(_trained())
+    run = Run.open(trained())
     base = models.resolve_model(run.manifest["model"]["name"])
     tasks = data.load_tasks(run.tasks)
     stubs = _stubs(tasks)
@@ -67,7 +67,7 @@ def main() -> None:
     for stage, names in zip(run.stages, seen, strict=True):
         merged = WORK / "evaluation" / "merged"
         shutil.rmtree(merged, ignore_errors=True)
-        models.load_merged(base, stage.checkpoint, None, dtype="auto", trust_remote_code=False).save_pretrained(merged)
+        models.load_merged(base, stage.checkpoint, dtype="auto").save_pretrained(merged)
         for file in Path(base).glob("*token*"):
             shutil.copy(file, merged)
         peft = f",peft={stage.checkpoint}" if stage.checkpoint else ""
@@ -151,7 +151,7 @@ def main() -> None:
     )
 
 
-def _trained() -> Path:
+def trained() -> Path:
     """The run whose checkpoints are evaluated: eight stages, a few steps each."""
     path = WORK / "evaluation" / "run"
     limits = ["--max_prompt_length", PROMPT, "--max_new_tokens", ANSWER, "--train_rows", 16, "--test_rows", ROWS]

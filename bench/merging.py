@@ -1,0 +1,91 @@
+"""What merging into bf16 leaves of an adapter: to the nearest value, and without a bias (`trace_bench.models.merge`).
+
+The log-likelihood of one task's training answers under an adapter of `bench.evaluation`'s run, whose update is made
+smaller: 0.1 of it is about what a learning rate of 1e-4 gives. All models compute in float32, so that the weights alone
+differ. Printed is the share of the adapter's gain over the base model that is left.
+
+    make bench PART=merging
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bench.common import WORK, save
+from bench.evaluation import trained
+from trace_bench.tables import markdown
+
+TASK = "trace_py150"
+ROWS, PROMPT, ANSWER = 12, 256, 128
+SIZES = (1.0, 0.3, 0.1, 0.03)
+
+
+def main() -> None:
+    """Measures every size and saves the result."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from trace_bench import data, models
+    from trace_bench.run import Run
+    from trace_tasks.tokens import example_ids
+
+    run = Run.open(trained())
+    base = models.resolve_model(run.manifest["model"]["name"])
+    adapter = next(stage.checkpoint for stage in run.stages if stage.task == TASK)
+    rows = data.training_rows(data.load_tasks([TASK])[TASK], ROWS)
+    examples = example_ids(models.load_tokenizer(base), *zip(*rows, strict=True), PROMPT, ANSWER)
+
+    def load(dtype: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+
+    before = likelihood(load(torch.float32), examples)
+    result: dict[str, Any] = {"task": TASK, "rows": ROWS, "log_likelihood_of_the_base": round(before, 4), "sizes": {}}
+    for size in SIZES:
+        folder = _scaled(adapter, size)
+        gain = likelihood(PeftModel.from_pretrained(load(torch.float32), folder), examples) - before
+        nearest = PeftModel.from_pretrained(load(torch.bfloat16), folder).merge_and_unload().float()
+        unbiased, lost = models.merge(load(torch.bfloat16), folder)
+        result["sizes"][size] = {
+            "gain_nats_per_token": round(gain, 4),
+            "left_to_the_nearest": round((likelihood(nearest, examples) - before) / gain, 4),
+            "left_without_a_bias": round((likelihood(unbiased.float(), examples) - before) / gain, 4),
+            "lost_along_the_update": round(lost, 5),
+        }
+    save("merging", result)
+    head = ["size of the update", "gain, nats a token", "left: nearest", "left: without a bias"]
+    print(markdown(head, [[size, *list(found.values())[:3]] for size, found in result["sizes"].items()]))
+
+
+def likelihood(model: Any, examples: list[dict[str, list[int]]]) -> float:
+    """Mean log-likelihood of the answers' tokens."""
+    import torch
+
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            labels = torch.tensor(example["labels"][1:])
+            answer = labels != -100
+            logprobs = model(torch.tensor([example["input_ids"]])).logits[0, :-1][answer].float().log_softmax(-1)
+            total += float(logprobs.gather(1, labels[answer][:, None]).sum())
+            tokens += int(answer.sum())
+    return total / tokens
+
+
+def _scaled(adapter: Path, size: float) -> Path:
+    """A copy of an adapter with a smaller update."""
+    from safetensors.torch import load_file, save_file
+
+    folder = WORK / "merging" / str(size)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(adapter, folder)
+    file = folder / "adapter_model.safetensors"
+    tensors = {name: size * t if "lora_B" in name else t for name, t in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+if __name__ == "__main__":
+    main()
