@@ -6,6 +6,10 @@ no cache, float32. None answers differently.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from operator import ne
@@ -17,6 +21,7 @@ from architectures import (
     KINDS,
     MORE_KINDS,
     PROMPTS,
+    ROOT,
     by_transformers,
     by_vllm,
     make_base,
@@ -140,3 +145,58 @@ def test_vllm_answers_as_the_trained_model(architecture, kind, vllm_of):
 def assert_same(found: dict, expected: dict) -> None:
     assert found["answers"] == expected["answers"]
     assert found["likelihoods"] == pytest.approx(expected["likelihoods"], rel=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ vllm's unmerged adapters
+
+UNMERGED = """
+import json, sys
+from pathlib import Path
+from architectures import generate, likelihoods
+from trace_bench.engine import open_engine
+
+if __name__ == "__main__":
+    base, adapters, prompts, pairs = json.loads(sys.argv[1])
+    adapters = [Path(a) for a in adapters]
+    args = {"max_model_len": 256, "dtype": "float32", "enable_lora": True}
+    lm = open_engine("vllm", base, engine_args=args, checkpoints=adapters)
+    calls, found = [], []
+    original = lm.model.generate
+    lm.model.generate = lambda prompts, **kwargs: calls.append(len(prompts)) or original(prompts, **kwargs)
+    for i, adapter in enumerate(adapters):
+        lm.load(adapter)
+        lm.together(adapters[i + 1 :])
+        answers = generate(lm, prompts)
+        found.append({"answers": answers, "served": lm.served["weights"], "likelihoods": None})
+    asked = list(calls)
+    lm.load(adapters[0])
+    found[0]["likelihoods"] = likelihoods(lm, pairs)
+    lm.load(None)
+    found.append({"answers": generate(lm, prompts), "served": lm.served["weights"]})
+    Path(sys.argv[2]).write_text(json.dumps({"found": found, "calls": asked}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_vllm_serves_adapters_unmerged_and_those_of_later_stages_in_one_batch(base_of, tmp_path):
+    """As on a GPU, where that is the default; a kind that LoRA requests cannot hold is merged beside them."""
+    base, answers_of_base = base_of("llama_tied")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    made = {kind: make_checkpoint(kind, base, tmp_path / kind) for kind in ("lora", "rslora", "dora")}
+    expected = {kind: reference(model, tokenizer, PROMPTS) for kind, (_, model) in made.items()}
+    script, out = tmp_path / "unmerged.py", tmp_path / "out.json"
+    script.write_text(UNMERGED)
+    request = json.dumps([str(base), [str(path) for path, _ in made.values()], PROMPTS, PAIRS])
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
+    result = json.loads(out.read_text())
+    *found, again = result["found"]
+    assert [f["served"] for f in found] == ["adapter", "adapter", "merged adapter"]
+    assert [f["answers"] for f in found] == list(expected.values())
+    assert again == {"answers": answers_of_base, "served": "base"}
+    # Both adapters answer at once when the first is loaded; the second asks nothing.
+    assert result["calls"][0] == 2 * len(PROMPTS) and sum(result["calls"]) >= 3 * len(PROMPTS)
+    assert len(PROMPTS) not in result["calls"][1:2], result["calls"]
+    likelihoods_of_lora = reference_likelihoods(made["lora"][1], tokenizer, PAIRS)
+    assert found[0]["likelihoods"] == pytest.approx(likelihoods_of_lora, rel=1e-3)

@@ -175,6 +175,8 @@ class Demonstrations(ContextSampler):
 
     def _draw(self, n: int) -> list[dict[str, Any]]:
         rows = list(self.df)
+        if not rows:
+            raise data.DataError(f"{self.task}: demonstrations are training rows, and there are none. Add train.json.")
         self.rnd.shuffle(rows)
         limit = (self.budget - self._size(self.opening)) / (2 * n)
         by_answer: dict[str, list[dict[str, Any]]] = defaultdict(list)

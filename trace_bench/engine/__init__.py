@@ -99,6 +99,8 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path]) -> 
             "cannot be swapped. Use tensor_parallel_size, or evaluate several stages at once, each on a GPU of its own "
             "(CUDA_VISIBLE_DEVICES=1 trace-bench evaluate RUN --stages 1)."
         )
+    if any(models.soft_prompt(path) is not None for path in checkpoints):
+        args.setdefault("enable_prompt_embeds", True)
     prepare_vllm(args)
     from trace_bench.engine.vllm import SwapVLLM, lora_args
 
