@@ -147,8 +147,8 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         """The first tokens of a few answers, with their log-probabilities."""
         room = min(24, self.max_length - 8)
         (text,) = self._prompt_ids(["What changes when the weights of a model change? " * 3], None)
-        prompts = [{"prompt_token_ids": text[:n]} for n in sorted({max(room // 3, 1), max(room // 2, 1), max(room, 1)})]
-        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, logprobs=0, detokenize=False)
+        prompts = [{"prompt_token_ids": text[:n]} for n in sorted({max(room // 2, 1), max(room, 1)})]
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=0, detokenize=False)
         outputs = self.model.generate(prompts, params, use_tqdm=False)
         return [
             (list(o.outputs[0].token_ids), [next(iter(p.values())).logprob for p in o.outputs[0].logprobs])
