@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file, save_file
@@ -25,7 +24,6 @@ from trace_bench.cli import main
 from trace_bench.evaluate import external_run
 from trace_bench.models import ModelError
 from trace_bench.run import Run, RunError, read_json, write_json
-from trainers.base import ConfigError
 
 SIZES = {
     "vocab_size": 96,
@@ -610,10 +608,3 @@ def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, 
     assert config_differences(tiny_model, folder) == []
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": embedding + 1}, "model.safetensors")
     assert config_differences(tiny_model, folder) == ["tie_word_embeddings: True -> False"]
-
-
-def test_training_refuses_a_head_of_a_tied_model_that_vllm_would_leave_out(options):
-    options |= {"backend": "vllm", "lora_modules_to_save": ["lm_head"]}
-    with pytest.raises(ConfigError, match=r"train lm_head of .*backend=hf"):
-        train(options)
-    assert not Path(options["output_dir"]).exists(), "no manifest that refuses the corrected command"

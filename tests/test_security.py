@@ -32,6 +32,7 @@ from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate, external_run
 from trace_bench.models import ModelError
 from trace_bench.run import RunError, fresh_dir, read_jsonl, write_json, write_jsonl, write_text
+from trainers.base import ConfigError
 
 SECRETS = {
     "OPENAI_API_KEY": "sk-sentinel-0123456789abcdef",
@@ -585,7 +586,7 @@ def test_code_that_a_model_brings_is_not_run(tmp_path, options, tiny_model, touc
     ):
         try:
             load()
-        except (ModelError, OSError, ValueError, SystemExit) as e:
+        except (ConfigError, ModelError, OSError, ValueError, SystemExit) as e:
             assert "code" in str(e) or "evil" in str(e)
     assert not touched.exists() and "evil" not in sys.modules
 
