@@ -28,8 +28,10 @@ from bench.common import ROOT, WORK, save
 from bench.evaluation import ANSWER, CONTEXT, PROMPT, headline, trained
 from trace_bench.tables import markdown
 
-ROWS = 4
-STAGES = (2, 5, 8)
+ROWS = 3
+STAGES = (5, 8)
+#: The most tokens of an answer.
+LONGEST = 32
 #: Way -> the way that it changes in one thing.
 WAYS = {
     "as trained": None,
@@ -119,7 +121,7 @@ def answers(way: str, dtype: str) -> dict[str, Any]:
             lm.plain()
         for name in run.tasks[:index]:
             task, docs = tasks[name], list(tasks[name].test_docs())[:ROWS]
-            limit = {"max_gen_toks": min(task.config.generation_kwargs["max_gen_toks"], ANSWER)}
+            limit = {"max_gen_toks": min(task.config.generation_kwargs["max_gen_toks"], LONGEST)}
             requests = [
                 Instance("generate_until", doc, (task.doc_to_text(doc), {**task.config.generation_kwargs, **limit}), i)
                 for i, doc in enumerate(docs)

@@ -43,9 +43,7 @@ PAIRS = [
 VLLM = {
     "llama": (*KINDS, *MORE_KINDS),
     "llama_tied": (*KINDS, *MORE_KINDS),
-    "qwen3": KINDS,
     "mixtral": KINDS,
-    "qwen2_moe": KINDS,
 }
 
 
@@ -162,7 +160,7 @@ if __name__ == "__main__":
     lm = open_engine("vllm", base, engine_args=args, checkpoints=adapters)
     calls, found = [], []
     original = lm.model.generate
-    lm.model.generate = lambda prompts, **kwargs: calls.append(len(prompts)) or original(prompts, **kwargs)
+    lm.model.generate = lambda ps, *rest, **kwargs: calls.append(len(ps)) or original(ps, *rest, **kwargs)
     for i, adapter in enumerate(adapters):
         lm.load(adapter)
         lm.together(adapters[i + 1 :])

@@ -226,35 +226,36 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, which also keeps vLLM
         from using what its cache has of the prompt. Here the next token is generated, and the probabilities of
         the choices are read off it: the same numbers but for rounding.
+
+        Behind an adapter that is not merged every token is read so, since vLLM's probabilities of prompts do not go
+        with its LoRA requests; the cache spares the passes over what precedes it.
         """
-        contexts: dict[tuple[int, ...], list[int]] = {}
-        longest = self.max_length - 2  # with the choice and a generated token, as lm-eval has it
+        paths: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for i, (_, context, continuation) in enumerate(requests):
-            if len(continuation) == 1 and self.soft_prompt is None:
-                contexts.setdefault(tuple(context[-longest:]), []).append(i)
-        answers: dict[int, tuple[float, bool]] = {}
-        prompts = sorted(contexts)  # those with the same shots one after the other, for the cache
+            if self.soft_prompt is None and (len(continuation) == 1 or self.adapter is not None):
+                ids = [*context, *continuation]
+                cut = max(len(ids) - (self.max_length - 1), 0)  # on the left, as lm-eval does
+                paths[i] = [(tuple(ids[cut : len(context) + n]), token) for n, token in enumerate(continuation)]
+        tokens: dict[tuple[int, ...], set[int]] = {}
+        for path in paths.values():
+            for prompt, token in path:
+                tokens.setdefault(prompt, set()).add(token)
+        prompts = sorted(tokens)  # those with the same shots one after the other, for the cache
+        logprobs: dict[tuple[int, ...], dict[int, float]] = {}
         if prompts:
-            outputs = self._model_generate(
-                [list(prompt) for prompt in prompts],
-                generate=True,
-                sampling_params=[
-                    SamplingParams(
-                        temperature=0,
-                        max_tokens=1,
-                        detokenize=False,
-                        logprob_token_ids=sorted({requests[i][2][0] for i in contexts[prompt]}),
-                    )
-                    for prompt in prompts
-                ],
-            )
+            params = [
+                SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprob_token_ids=sorted(tokens[prompt]))
+                for prompt in prompts
+            ]
+            outputs = self._model_generate([list(p) for p in prompts], generate=True, sampling_params=params)
             for prompt, output in zip(prompts, outputs, strict=True):
-                generated = output.outputs[0]
-                logprobs = {token: p.logprob for token, p in generated.logprobs[0].items()}
-                for i in contexts[prompt]:
-                    name, _, (token,) = requests[i]
-                    answers[i] = (logprobs[token], logprobs[token] >= logprobs[generated.token_ids[0]])
-                    self.cache_hook.add_partial("loglikelihood", name, answers[i])
+                logprobs[prompt] = {token: p.logprob for token, p in output.outputs[0].logprobs[0].items()}
+        answers: dict[int, tuple[float, bool]] = {}
+        for i, path in paths.items():
+            # The generated token, the likeliest one, is among those that are known.
+            greedy = all(logprobs[prompt][token] >= max(logprobs[prompt].values()) for prompt, token in path)
+            answers[i] = (sum(logprobs[prompt][token] for prompt, token in path), greedy)
+            self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
         rest = [i for i in range(len(requests)) if i not in answers]
         if rest:
             answers |= zip(rest, super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm), strict=True)
