@@ -70,10 +70,10 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
                 f"{checkpoint} is a soft prompt, for which vLLM has to be started with the engine argument "
                 "enable_prompt_embeds: true. Give it, or evaluate with --backend hf."
             )
+        left = _number(self.adapter)
         self.adapter = self.adapters.get(checkpoint) if checkpoint is not None and not below else None
         self._later = []
-        name = self.adapter.lora_int_id if self.adapter is not None else None
-        self._known = {key: ids for key, ids in self._known.items() if key[0] == name}
+        self._known = {key: ids for key, ids in self._known.items() if key[0] != left}
         with self._full_model(checkpoint, below) as (folder, served):
             if folder != self.holds:
                 self._put(folder, served)
