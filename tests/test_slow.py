@@ -53,55 +53,6 @@ def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, 
     assert scores[0].count("\n") > 4 * 3, "four stages, three tasks, at least one metric each"
 
 
-SWAP = """
-import json, sys
-from pathlib import Path
-from lm_eval.api.instance import Instance
-from trace_bench.engine import open_engine
-
-def generate(lm, prompts):
-    kwargs = {"until": [], "max_gen_toks": 12, "do_sample": False}
-    return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
-
-if __name__ == "__main__":
-    base, prompts, checkpoints = json.loads(sys.argv[1])
-    lm = open_engine("vllm", base, max_prompt_length=128, engine_args={"max_model_len": 256, "dtype": "float32"})
-    outputs = [generate(lm, prompts)]
-    for checkpoint in checkpoints:
-        lm.load(checkpoint and Path(checkpoint))
-        outputs.append(generate(lm, prompts))
-    Path(sys.argv[2]).write_text(json.dumps(outputs))
-"""
-
-
-def vllm_outputs(tmp_path: Path, base: Path, prompts: list[str], checkpoints: list[str | None]) -> list[list[str]]:
-    """What an engine opened on `base` generates, then after swapping in each checkpoint."""
-    script = tmp_path / "swap.py"  # the engine is a process of its own and imports the main module again
-    script.write_text(SWAP)
-    out = tmp_path / "out.json"
-    subprocess.run(
-        [sys.executable, str(script), json.dumps([str(base), prompts, checkpoints]), str(out)], cwd=ROOT, check=True
-    )
-    return json.loads(out.read_text())
-
-
-@both_tokenizers
-def test_a_swapped_vllm_engine_generates_the_tokens_of_a_fresh_one(checkpoints, tiny_model, tmp_path, demo_data):
-    """For an adapter and for a full model."""
-    from transformers import AutoTokenizer
-
-    from trace_bench import models
-
-    prompts = [d["prompt"] for d in data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:5]
-    base, *swapped, again = vllm_outputs(tmp_path, tiny_model, prompts, [*map(str, checkpoints.values()), None])
-    assert again == base, "and back to the base model"
-    for (kind, checkpoint), output in zip(checkpoints.items(), swapped, strict=True):
-        assert output != base and len(set(output)) > 1, "lively texts, or nothing is shown"
-        models.load_merged(str(tiny_model), checkpoint).save_pretrained(tmp_path / kind)
-        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / kind)
-        assert vllm_outputs(tmp_path, tmp_path / kind, prompts, [])[0] == output
-
-
 @both_tokenizers
 def test_a_run_is_evaluated_through_vllm_as_through_transformers(options, tmp_path):
     options = {
