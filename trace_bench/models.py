@@ -369,8 +369,9 @@ def save_merged(
     revision: str | None,
     trust_remote_code: bool,
     below: Sequence[str] = (),
+    dtype: str = "auto",
 ) -> float:
-    """Writes the model of an adapter as a full model, in the precision of the base model's file.
+    """Writes the model of an adapter as a full model.
 
     Args:
         base: What `resolve_model` returned for the base model.
@@ -379,12 +380,13 @@ def save_merged(
         revision: Revision of the base model on the hub.
         trust_remote_code: As for transformers.
         below: As for `load_model`.
+        dtype: The precision of the weights; auto = that of the base model's file.
 
     Returns:
         The share of the update that the rounding lost.
     """
     paths = [Path(p) for p in below]
-    model = _load_base(base, Path(checkpoint), revision, paths, dtype="auto", trust_remote_code=trust_remote_code)
+    model = _load_base(base, Path(checkpoint), revision, paths, dtype=dtype, trust_remote_code=trust_remote_code)
     model, lost = merge(model, Path(checkpoint))
     model.save_pretrained(folder)
     return lost

@@ -29,6 +29,8 @@ class Merging:
     base: str
     revision: str | None
     trust_remote_code: bool
+    dtype: str = "auto"
+    """The precision of the engine, in which the merged weights are written; auto = that of the base model's file."""
     _ahead: tuple[Path, tempfile.TemporaryDirectory, subprocess.Popen] | None = None
 
     def prepare(self, adapter: Path, below: Sequence[Path] = ()) -> None:
@@ -60,6 +62,7 @@ class Merging:
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
             "below": [str(path) for path in below],
+            "dtype": self.dtype,
         }
 
     @staticmethod

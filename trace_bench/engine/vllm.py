@@ -60,7 +60,8 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
     @cached_property
     def merging(self) -> Merging:
         """Makes full models of adapters."""
-        return Merging(self.base, self.revision, self.trust_remote_code)
+        dtype = str(self.model.llm_engine.model_config.dtype).removeprefix("torch.")
+        return Merging(self.base, self.revision, self.trust_remote_code, dtype)
 
     def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
         """See `SwapLM`."""
