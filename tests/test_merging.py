@@ -78,16 +78,21 @@ def test_what_is_lost_is_measured_and_said(small, monkeypatch, caplog):
     assert 0.1 < lost < 1 and f"loses {100 * lost:.0f} % of its update" in caplog.text
 
 
+def save_lively(adapted, folder, seed: int) -> None:
+    """Saves an adapter with random weights that change all answers."""
+    torch.manual_seed(seed)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(folder)
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_a_tied_tensor_is_untied_before_one_of_its_uses_changes(target, tiny_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     assert model.config.tie_word_embeddings
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", target], task_type="CAUSAL_LM"))
-    torch.manual_seed(0)
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    adapted.save_pretrained(tmp_path / "adapter")
+    save_lively(adapted, tmp_path / "adapter", seed=0)
     ids = torch.randint(3, 250, (2, 20))
     with torch.no_grad():
         expected = adapted.eval()(ids).logits
@@ -102,11 +107,7 @@ def test_the_adapters_below_are_merged_in_their_order(tiny_model, checkpoints, t
     first = checkpoints["adapter"]
     merged = models.load_merged(str(tiny_model), first, dtype=torch.float32)
     second = get_peft_model(merged, LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
-    torch.manual_seed(3)
-    for name, parameter in second.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    second.save_pretrained(tmp_path / "second")
+    save_lively(second, tmp_path / "second", seed=3)
     ids = torch.randint(3, 250, (2, 20))
     with torch.no_grad():
         expected = second.eval()(ids).logits

@@ -21,7 +21,7 @@ from typing import Any
 
 from trace_bench import models
 from trace_bench.models import ModelError
-from trace_bench.run import Run, RunError, Stage, fingerprint, read_json
+from trace_bench.run import Run, RunError, Stage, fingerprint, one_line, read_json
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def architecture(model: str | Path, revision: str | None = None, trust_remote_co
         with torch.device("meta"), _quiet():
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as e:
-        raise ModelError(f"{model} is no causal language model that transformers can build: {_line(e)}") from e
+        raise ModelError(f"{model} is no causal language model that transformers can build: {one_line(e)}") from e
 
 
 def _config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
@@ -196,7 +196,7 @@ def _config(model: str | Path, revision: str | None, trust_remote_code: bool) ->
         with _quiet():
             return AutoConfig.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ModelError(f"The config.json of {model} cannot be used: {_line(e)}") from e
+        raise ModelError(f"The config.json of {model} cannot be used: {one_line(e)}") from e
 
 
 @contextmanager
@@ -215,10 +215,6 @@ def _quiet() -> Iterator[None]:
         theirs.set_verbosity(level)
         if bars:
             theirs.enable_progress_bar()
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
@@ -287,7 +283,7 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) 
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError) as e:
-        raise RunError(f"{folder} does not hold the tensors of {name}: {_line(e)}. Give the whole model.") from e
+        raise RunError(f"{folder} does not hold the tensors of {name}: {one_line(e)}. Give the whole model.") from e
     lacking, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if lacking:
         instead = f"; it holds {unknown[0]}, which fits nothing" if unknown else ""
@@ -452,7 +448,7 @@ def _check_adapter(folder: Path, adapter: dict[str, Any], base: Callable[[], Any
         raise RunError(f"{folder} does not fit {name}: it holds no tensor {e}. {example} {fix}") from e
     except (ValueError, RuntimeError, TypeError, AttributeError) as e:
         lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
-        reason = lines[0] if lines else _line(e)
+        reason = lines[0] if lines else one_line(e)
         raise RunError(f"{folder} does not fit {name}: {reason} {example if not lines else ''} {fix}") from e
     saved = {id(tensor) for tensor in own.values()}
     lacking = sorted(key for key in loaded.missing_keys if id(state[key]) in saved)

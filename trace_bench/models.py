@@ -299,7 +299,7 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
 
     wrapped = PeftModel.from_pretrained(model, str(adapter))
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    if len({id(_weight_below(m)) for m in ends}) < len(ends) and any(
+    if len({id(_below(m).weight) for m in ends}) < len(ends) and any(
         isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in ends
     ):
         untie(model)
@@ -323,20 +323,18 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     return model, 1 - kept / whole if whole else 0.0
 
 
-def _weight_below(module: Any) -> Any:
-    """The weight of an embedding or head below whatever PEFT put around it."""
+def _below(module: Any) -> Any:
+    """An embedding or head below whatever PEFT put around it."""
     while hasattr(module, "original_module") or hasattr(module, "base_layer"):
         module = module.original_module if hasattr(module, "original_module") else module.base_layer
-    return module.weight
+    return module
 
 
 def untie(model: Any) -> None:
     """Gives a head that is tied to the embeddings weights of its own, equal ones."""
     import torch
 
-    head = model.get_output_embeddings()
-    while hasattr(head, "original_module") or hasattr(head, "base_layer"):
-        head = head.original_module if hasattr(head, "original_module") else head.base_layer
+    head = _below(model.get_output_embeddings())
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False

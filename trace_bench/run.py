@@ -45,6 +45,11 @@ class RunError(Exception):
     """The run directory does not hold what was asked of it."""
 
 
+def one_line(error: BaseException) -> str:
+    """The message of a library on one line, its first sentences."""
+    return " ".join(str(error).split())[:300]
+
+
 def advice(error: BaseException, memory: str) -> str | None:
     """What an error of the machine means and what to do about it, in one line; None for any other error.
 

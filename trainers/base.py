@@ -80,6 +80,7 @@ from trace_bench.run import (
     fingerprint,
     fresh_dir,
     locked,
+    one_line,
     read_json,
     source_commit,
     staging,
@@ -1063,10 +1064,15 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
 
 
 #: What a model's configuration calls the most tokens that it reads; sliding windows are no limit.
-CONTEXT_NAMES = (
+_CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
     "max_seq_length",
 )
+
+
+def context_length(model: dict[str, Any]) -> int | None:
+    """The most tokens that a model of this configuration reads; None where it has no limit."""
+    return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
 
 
 def _check_model(
@@ -1092,8 +1098,7 @@ def _check_model(
             f"{base} is quantised with {method}, into which PEFT cannot merge an adapter, as evaluation does. Take the "
             "model in bf16."
         )
-    text = model.get_text_config(decoder=True).to_dict()
-    context = min((text[name] for name in CONTEXT_NAMES if isinstance(text.get(name), int)), default=None)
+    context = context_length(model.get_text_config(decoder=True).to_dict())
     for name, task in tasks.items():
         answer = min(answer_tokens(task), config.max_new_tokens or 10**9) + config.virtual_tokens
         if context and config.max_prompt_length + answer > context:
@@ -1113,7 +1118,7 @@ def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) 
             base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
         )
     except (ImportError, KeyError, OSError, ValueError) as e:  # a type that transformers does not know, code of its own
-        raise ConfigError(f"transformers cannot make the model {base}: {_line(e)}") from e
+        raise ConfigError(f"transformers cannot make the model {base}: {one_line(e)}") from e
     kind, listed = model.model_type, model.to_dict()
     if listed.get("is_encoder_decoder") or type(model) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         what = "an encoder-decoder"
@@ -1148,7 +1153,7 @@ def _check_empty(model: Any, model_args: ModelConfig, tokenizer: Any, trust_remo
     try:
         empty = made()
     except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
-        raise ConfigError(f"transformers cannot make the model {base}: {_line(e)}") from e
+        raise ConfigError(f"transformers cannot make the model {base}: {one_line(e)}") from e
     size = empty.get_input_embeddings().weight.shape[0]
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
     never_seen = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
@@ -1179,7 +1184,7 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     try:
         adapted = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, NotImplementedError) as e:
-        return f"{_line(e).rstrip('.')}."
+        return f"{one_line(e).rstrip('.')}."
     # PEFT is content when one name of a list fits.
     wanted = {
         "lora_target_modules": (model_args.lora_target_modules, adapted.base_model.targeted_module_names),
@@ -1211,11 +1216,6 @@ def _lora_remedy(made: Callable[[], Any], model_args: ModelConfig) -> str:
         if tried != model_args and _lora_problem(made(), tried) is None:
             return f"Use {' '.join(words)}."
     return f"Its linear layers are {', '.join(sorted(linear))}."
-
-
-def _line(error: BaseException) -> str:
-    """The message of a library on one line, its first sentences."""
-    return " ".join(str(error).split())[:300]
 
 
 def _train_stages(

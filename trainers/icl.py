@@ -21,11 +21,11 @@ from typing import Any
 from trace_bench import data, models
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.utils import ICL_VERSION
-from trainers.base import CONTEXT_NAMES, CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, context_length, main
 
 log = logging.getLogger(__name__)
 
-#: The names by which engine arguments do (vllm, hf).
+#: What engine arguments call the context (vllm, hf).
 _ENGINE_CONTEXT = ("max_model_len", "max_length")
 
 
@@ -68,10 +68,9 @@ class ICLTrainer(CLTrainer):
         if not config.num_fewshot:
             return {}
         base = models.resolve_model(model_args.model_name_or_path)
-        model = models.read_config(base, model_args.model_revision)
         answers = (answer_tokens(task) for task in data.load_tasks(config.tasks).values())
         answer = min(max(answers), config.max_new_tokens or 10**9)
-        context = min((model[name] for name in CONTEXT_NAMES if isinstance(model.get(name), int)), default=10**9)
+        context = context_length(models.read_config(base, model_args.model_revision)) or 10**9
         room = context - answer
         if room < 1:
             raise ConfigError(

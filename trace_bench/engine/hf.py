@@ -83,8 +83,7 @@ class SwapHF(Swap, HFLM):  # type: ignore[misc]
             start = 0  # generate then returns what is new alone
         if want.stops and not self.think_end_token:
             kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
-        if want.sampling:
-            kwargs |= dict(want.sampling)
+        kwargs |= dict(want.sampling)
         began = time.perf_counter()
         precision = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():

@@ -69,7 +69,7 @@ class Merging:
     def _checked(adapter: Path, lost: float) -> float:
         if lost > MOST_LOST:
             log.warning(
-                "Merged into weights of the base model's precision, %s loses %.0f %% of its update. Evaluate with "
+                "Merged into weights of the engine's precision, %s loses %.0f %% of its update. Evaluate with "
                 "--backend hf, which does not merge.",
                 adapter,
                 100 * lost,

@@ -1,4 +1,4 @@
-"""What both engines share: prompts, answers, and the text of a checkpoint's weights on the disk."""
+"""What both engines share: prompts and answers, decided in token ids."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ class Swap:
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The answers to lm-eval's requests: greedy, ended by EOS, the task's stops or its length."""
-        wanted = [self._wanted(*request.args) for request in requests]
+        # Special tokens are not part of a text, so a stop that is one is found among the ids.
+        special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        wanted = [self._wanted(special, *request.args) for request in requests]
         texts = []
         for request, want, ids in zip(requests, wanted, self._answers(wanted), strict=True):
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
@@ -158,7 +160,7 @@ class Swap:
             self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
         return texts
 
-    def _wanted(self, text: str, options: dict[str, Any]) -> Wanted:
+    def _wanted(self, special: dict[str, int], text: str, options: dict[str, Any]) -> Wanted:
         from lm_eval.models.utils import normalize_gen_kwargs
 
         kwargs = dict(normalize_gen_kwargs(options, self.max_gen_toks))  # type: ignore[attr-defined]
@@ -171,8 +173,6 @@ class Swap:
                 f"An answer of {most} tokens leaves no room for a prompt in the engine's context of {self.max_length}: "
                 "give --engine-args a larger max_model_len (vllm) or max_length (hf)."
             )
-        # Special tokens are not part of a text, so a stop that is one is found among the ids.
-        special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         (ids,) = self._prompt_ids([text], min(room, self.max_prompt_length or room))
         return Wanted(
             ids=tuple(ids),
