@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from judges import instruction, pairwise, prompts, safety
 from judges.pairwise import Kind
 from judges.verdict import ends, ends_in_words, verdict_of, why_unscored
+from trace_bench.checks import check_samples, verify
 from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def plan(
     """
     base = run.stages[0]
     wanted = run.indices(stages)
+    verify(run, [stage for stage in run.stages if stage.index in wanted])
     present = {(s.index, suite): kind for s in run.stages for kind in KINDS for suite in suites_of(s, kind)}
     names = sorted({suite for index, suite in present if index in wanted})
     chosen = names if suites is None else sorted(set(suites))
@@ -136,6 +138,9 @@ def plan(
             f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at the "
             f"stages asked for; there are: {', '.join(names) or 'none'}. `trace-bench evaluate` writes them."
         )
+    for kind in KINDS:
+        if any(suite.startswith(kind.prefix) for suite in chosen):
+            _check_one_judge(run, kind, judge, limit, {(i, suite) for i in wanted for suite in chosen})
     jobs = []
     for stage in run.stages:
         if stage.index not in wanted:
@@ -149,7 +154,7 @@ def plan(
             if (0, suite) not in present:
                 raise RunError(f"Stage 0 has no samples of {suite} to compare {stage.name} with: evaluate stage 0.")
             job = _job(base, stage, suite, present[stage.index, suite], limit)
-            if not _is_done(job, judge, limit):
+            if not _is_done(job, limit):
                 jobs.append(job)
     return jobs
 
@@ -286,7 +291,7 @@ def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
             rows[row["doc_id"]] = row
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise RunError(f"{file}, line {number} is no sample ({e}). Delete the file and evaluate again.") from e
-    stage.check_samples(suite, len(rows))
+    check_samples(stage, suite, list(rows))
     return rows
 
 
@@ -300,19 +305,46 @@ def _is_current(stage: Stage, suite: str) -> bool:
     return True
 
 
-def _is_done(job: Job, judge: Judge, limit: int | None) -> bool:
+def _check_one_judge(
+    run: Run, kind: Kind, judge: Judge, limit: int | None, chosen: Collection[tuple[int, str]]
+) -> None:
+    """Refuses to judge some stages or suites of a run by another judge, or on other rows, than the others have.
+
+    Args:
+        run: The run.
+        kind: What is judged; each kind is a table of its own.
+        judge: Who judges now.
+        limit: The first so many rows.
+        chosen: (stage index, suite) of what is judged now, and so made anew where the rows are others.
+    """
+    now = json.loads(json.dumps({**settings(judge), "endpoint": judge.endpoint}))
+    for stage in run.stages:
+        for suite in suites_of(stage, kind):
+            file = judge_file(stage, suite)
+            if not file.exists():
+                continue
+            there = read_json(file)
+            made = {**there["settings"], "endpoint": there.get("endpoint", judge.endpoint)}
+            lines = differences(made, now)
+            if lines:
+                raise RunError(
+                    f"{file} was made by another judge (there -> asked for):\n"
+                    + "\n".join(lines)
+                    + f"\nOne table needs one judge. Use the old one, or delete {run.path}/stages/*/judge; its replies "
+                    "stay in the cache."
+                )
+            if there["limit"] != limit and (stage.index, suite) not in chosen:
+                raise RunError(
+                    f"{file} was made with --limit {there['limit']}, asked for is {limit}: rates over other rows are "
+                    "other numbers. Use the old limit, or judge all stages and suites at once."
+                )
+
+
+def _is_done(job: Job, limit: int | None) -> bool:
     file = judge_file(job.stage, job.suite)
     if not file.exists():
         return False
     there = read_json(file)
-    lines = differences(there["settings"], json.loads(json.dumps(settings(judge))))
-    if lines:
-        raise RunError(
-            f"{file} was made by another judge (there -> asked for):\n"
-            + "\n".join(lines)
-            + f"\nOne table needs one judge. Use the old one, or delete {job.stage.path.parent}/*/judge; its replies "
-            "stay in the cache."
-        )
     if there["samples"] != job.samples:
         log.warning("%s was made from older samples and is made anew.", file)
         return False

@@ -14,7 +14,7 @@ from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
 from judges.pairwise import Kind
 from judges.verdict import ends_in_words
 from trace_bench.metrics import Estimate, wilson_interval
-from trace_bench.run import Run, Stage, read_json, read_jsonl
+from trace_bench.run import Run, RunError, Stage, differences, read_json, read_jsonl
 from trace_bench.tables import DASH, Block, Table, percent, percent_with_interval
 
 #: (stage index, suite) -> numbers.
@@ -22,7 +22,11 @@ Judged = dict[tuple[int, str], dict[str, Any]]
 
 
 def load(run: Run, kind: Kind) -> Judged:
-    """The judgements that are there and were made from the present samples."""
+    """The judgements that are there and were made from the present samples.
+
+    Raises:
+        RunError: if a file lies where it does not belong, or its numbers are not those of its lines.
+    """
     found = {}
     base = run.stages[0]
     for stage in run.stages:
@@ -34,8 +38,52 @@ def load(run: Run, kind: Kind) -> Judged:
                 continue
             numbers = read_json(file)
             if numbers["samples"] == sample_fingerprints(base, stage, suite):
+                _check(stage, suite, kind, numbers)
                 found[stage.index, suite] = numbers
     return found
+
+
+def _check(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> None:
+    """Refuses numbers of another stage or suite, and those that do not add up to the verdicts beside them."""
+    file = judge_file(stage, suite)
+    redo = f"Delete {file} and judge again: the replies are in the cache."
+    here = {"stage": stage.name, "suite": suite, "kind": kind.name}
+    if wrong := {key: numbers[key] for key in here if numbers.get(key, here[key]) != here[key]}:
+        raise RunError(f"{file} says {wrong}: it was moved or copied from elsewhere. {redo}")
+    try:
+        lines = differences(*_sums(stage, suite, kind, numbers, redo))
+    except (AttributeError, KeyError, TypeError) as e:
+        raise RunError(f"{file} or the lines beside it are no judgement ({e!r}). {redo}") from e
+    if lines:
+        raise RunError(f"{file} does not add up (there -> of its verdicts):\n" + "\n".join(lines) + f"\n{redo}")
+
+
+def _sums(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any], redo: str) -> tuple[dict, dict]:
+    """The counts and rates of a file, and the same of the verdicts that they are of."""
+    file = judge_file(stage, suite)
+    there = {"direct": numbers["direct"], "pairs": numbers.get("pairs") or {}}
+    if file.with_suffix(".jsonl").exists():
+        rows = read_jsonl(file.with_suffix(".jsonl"))
+        ids = Counter(json.dumps(row["doc_id"]) for row in rows)
+        if ids and ids.most_common(1)[0][1] > 1:
+            raise RunError(f"{file.with_suffix('.jsonl')} holds the row {ids.most_common(1)[0][0]} twice. {redo}")
+        for row in rows if stage.index else ():
+            if not row["identical"] and (row["combined"], row["disagree"]) != pairwise.combine(*row["verdicts"]):
+                raise RunError(
+                    f"{file.with_suffix('.jsonl')}: row {row['doc_id']} is not what its verdicts say. {redo}"
+                )
+        counts = pairwise.tally(rows) if stage.index else None
+        direct = pairwise.direct_rate(kind, (row["direct"] for row in rows))
+    else:
+        counts = {name: there["pairs"][name] for name in pairwise.COUNTS} if there["pairs"] else None
+        words = [w for w in kind.words for _ in range(there["direct"][w.lower()])]
+        direct = pairwise.direct_rate(kind, [*words, *[None] * there["direct"]["unscored"]])
+        if counts and counts["n"] != sum(counts[name] for name in ("win", "tie", "lose", "unscored")):
+            raise RunError(f"{file}: win, tie, lose and unscored are not all of its {counts['n']} pairs. {redo}")
+    pairs = {**counts, **pairwise.rates(counts)} if counts else {}
+    sums = {"direct": direct, "pairs": {k: v for k, v in pairs.items() if k in there["pairs"]}}
+    sums["direct"] = {k: v for k, v in direct.items() if k in there["direct"]}
+    return there, json.loads(json.dumps(sums))
 
 
 def judge_tokens(judged: Iterable[Judged]) -> dict[int, int]:
@@ -47,25 +95,34 @@ def judge_tokens(judged: Iterable[Judged]) -> dict[int, int]:
 
 
 def verdicts(stage: Stage, suite: str) -> dict[Any, str]:
-    """doc_id -> win, tie, lose or unscored, of a stage's pairs; none where the lines are not what was counted."""
-    file = judge_file(stage, suite)
-    lines = file.with_suffix(".jsonl")
-    if not (file.exists() and lines.exists()):
+    """doc_id -> win, tie, lose or unscored, of a stage's pairs; none where the lines are not kept (see `load`)."""
+    lines = judge_file(stage, suite).with_suffix(".jsonl")
+    if not (judge_file(stage, suite).exists() and lines.exists()):
         return {}
-    found = {row["doc_id"]: row["combined"] for row in read_jsonl(lines) if "combined" in row}
-    counts, counted = Counter(found.values()), read_json(file).get("pairs", {})
-    return found if all(counts[v] == counted.get(v, 0) for v in ("win", "tie", "lose", "unscored")) else {}
+    return {row["doc_id"]: row["combined"] for row in read_jsonl(lines) if "combined" in row}
 
 
 def net_win_rate(judged: Judged, stage: Stage) -> Estimate:
-    """The net win rate of a stage, pooled over its suites; NaN where no pair was scored."""
+    """The net win rate of a stage, pooled over its suites; NaN where no pair was scored, or a suite is missing."""
     counts = pooled(judged, stage)
     return _estimate(pairwise.rates(counts), "net") if counts else Estimate(math.nan)
 
 
 def pooled(judged: Judged, stage: Stage) -> dict[str, int] | None:
-    """The counts of a stage's pairs, its suites together; None where there are no pairs."""
-    return _pooled([numbers for (index, _), numbers in judged.items() if index == stage.index])
+    """The counts of a stage's pairs, its suites together; None where there are no pairs, or not all suites' ones.
+
+    A rate over other suites, or over other rows of them, is another number, as it is of the general-ability delta.
+    """
+    mine = {suite: numbers for (index, suite), numbers in judged.items() if index == stage.index}
+    pairs = [numbers["pairs"] for numbers in mine.values() if "pairs" in numbers]
+    if not pairs or _lacking(judged, stage):
+        return None
+    return {name: sum(p[name] for p in pairs) for name in pairwise.COUNTS}
+
+
+def _lacking(judged: Judged, stage: Stage) -> list[str]:
+    """The suites that other stages were judged on and this one was not."""
+    return sorted({suite for _, suite in judged} - {suite for index, suite in judged if index == stage.index})
 
 
 def sections(run: Run) -> Iterable[Block]:
@@ -87,7 +144,9 @@ def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
     for stage in run.stages:
         mine = [numbers for (index, _), numbers in found.items() if index == stage.index]
         if mine:
-            rows.append([stage.name, *_pair_cells(mine), *_direct_cells(kind, mine)])
+            whole = not _lacking(found, stage)
+            direct = _direct_cells(kind, mine) if whole else [DASH] * 2
+            rows.append([stage.name, *_pair_cells(pooled(found, stage)), *direct])
     header = ["stage", "pairs", "win", "tie", "lose", "net win rate", "orders disagree", "first position", "unscored"]
     yield Table([*header, kind.rate, "unscored"], rows)
     if len(suites) > 1:
@@ -102,20 +161,13 @@ def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
         )
 
 
-def _pooled(mine: list[dict[str, Any]]) -> dict[str, int] | None:
-    """The counts of pairs of several suites together; None where there are no pairs."""
-    pairs = [numbers["pairs"] for numbers in mine if "pairs" in numbers]
-    return {name: sum(p[name] for p in pairs) for name in pairwise.COUNTS} if pairs else None
-
-
 def _estimate(rates: dict[str, Any], name: str) -> Estimate:
     value, interval = rates["net_win_rate" if name == "net" else f"{name}_rate"], rates[f"{name}_interval"]
     return Estimate(math.nan) if value is None else Estimate(value, *interval)
 
 
-def _pair_cells(mine: list[dict[str, Any]]) -> list[str]:
+def _pair_cells(counts: dict[str, int] | None) -> list[str]:
     """The cells of pairwise judgement, pooled over the suites of a stage."""
-    counts = _pooled(mine)
     if counts is None:
         return [DASH] * 8
     rates = pairwise.rates(counts)
@@ -163,7 +215,13 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
             yield f"- {sentence}"
     if len(judges) > 1:
         yield "- **Several judges**: what was judged by different ones cannot be compared"
+    for stage in run.stages:
+        lacking = _lacking(found, stage) if any(index == stage.index for index, _ in found) else []
+        if lacking:
+            yield f"- {stage.name} was not judged on {', '.join(lacking)}, so its suites have no common rate"
     limits = {n["limit"] for n in found.values() if n["limit"]}
+    if len({n["limit"] for n in found.values()}) > 1:
+        yield "- **Other rows at other stages**: some were judged on the first rows alone"
     if limits:
         yield f"- **Limited rows**: first {' or '.join(map(str, sorted(limits)))} of each suite"
     failed = sum(n["failed"] for n in found.values())

@@ -11,6 +11,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+from made_runs import cell
 
 from trace_bench import data, evaluate
 from trace_bench.cli import main
@@ -313,8 +314,7 @@ def test_options_of_checkpoints_are_not_ignored_where_there_is_none(run, monkeyp
 
 
 def test_cells_of_other_settings_are_an_error_that_lists_them(run):
-    cell = {"settings": {"backend": "hf"}, "checkpoint": None}
-    write_json(run.stages[0].eval_file("trace_fomc"), cell)
+    write_json(run.stages[0].eval_file("trace_fomc"), cell(run.stages[0], "trace_fomc", 0.5))
     assert "backend: 'hf' -> 'vllm'" in error("evaluate", run.path, "--stages", "0")
 
 

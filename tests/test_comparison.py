@@ -289,10 +289,10 @@ def test_a_difference_of_means_over_other_tasks_is_none(make):
 
 
 def test_the_baseline_is_the_first_run_or_the_one_that_was_named(make, tmp_path, capsys):
-    runs = [make(), make(R - 0.1, name="lower"), make(R / 2, name="half")]
+    runs = [make(), make(np.maximum(R - 0.1, 0), name="lower"), make(R / 2, name="half")]
     assert list(differences(runs)[1]) == ["lower", "half"]
     title, rows = differences(runs, runs[1])
-    assert title == "Difference to `lower`, in points" and rows["mine"]["OP"] == "+10.0"
+    assert title == "Difference to `lower`, in points" and rows["mine"]["OP"] == "+6.7"
     main(["report", str(runs[0].path), "--baseline", str(runs[2].path)])
     out = capsys.readouterr().out
     assert "Difference to `half`, in points" in out and "| mine | +20.0 |" in out
@@ -323,8 +323,8 @@ def judged(run, win, lose, judge="a/judge", n=10):
     for s in (base, stage):
         write_cell(s, "safety_cona", {"characters": np.ones(n)})
     counts = {"n": n, "win": win, "tie": n - win - lose, "lose": lose, "unscored": 0, "identical": 0}
-    counts |= {"judged": n, "disagreements": 0, "first": 5, "second": 5}
-    direct = {"n": 10, "unscored": 0, "safe": 9, "unsafe": 1, "rate": 0.9}
+    counts |= {"judged": n, "disagreements": 0, "first": win + lose, "second": win + lose}
+    direct = {"n": n, "unscored": 0, "safe": n - 1, "unsafe": 1, "rate": 1 - 1 / n}
     numbers = {"settings": {"judge": judge, "sampling": {}, "prompts": 1}, "pairs": counts, "direct": direct}
     numbers |= {"samples": sample_fingerprints(base, stage, "safety_cona"), "limit": None, "failed": 0, "unpaired": 0}
     tokens = {"prompt_tokens": 1000, "completion_tokens": 500}
@@ -361,7 +361,18 @@ def test_differences_of_the_deltas_are_paired(make):
             )
         judged(run, 4, lost, n=20)
         verdicts = ["lose" if i < lost else "win" if i >= 16 else "tie" for i in prompts]
-        rows = ({"doc_id": int(i), "combined": verdict} for i, verdict in zip(prompts, verdicts, strict=True))
+        of = {"win": ["A", "B"], "tie": ["C", "C"], "lose": ["B", "A"]}
+        same = {"disagree": False, "identical": False}
+        rows = [
+            {
+                "doc_id": int(i),
+                "direct": "SAFE" if i else "UNSAFE",
+                "combined": verdict,
+                "verdicts": of[verdict],
+                **same,
+            }
+            for i, verdict in zip(prompts, verdicts, strict=True)
+        ]
         write_jsonl(judge_file(run.stages[-1], "safety_cona").with_suffix(".jsonl"), rows)
     _, rows = differences(runs)
     assert rows["other"]["general"].startswith("+41.7 [") and rows["other"]["general"].endswith("] ↑")

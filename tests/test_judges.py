@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -581,7 +582,7 @@ def test_the_report_has_both_sections(server, run, monkeypatch):
     low, high = wilson_interval(4, 9)
     assert lines["1_trace_fomc"][:2] == ["9", f"44.4 [{100 * low:.1f}, {100 * high:.1f}]"]
     assert lines["1_trace_fomc"][4].startswith("+22.2 [") and lines["1_trace_fomc"][5:8] == ["0.0", "50.0", "0"]
-    assert lines["2_trace_cstance"][0] == "6"
+    assert lines["2_trace_cstance"] == [DASH] * 10 and "2_trace_cstance was not judged on instruct_koala" in text
     assert lines["1_trace_fomc"][8].startswith("11.1 [")  # 1 of 9 refused
     assert "instruct_koala, instruct_lima" in text and "| koala | lima |" in text
     assert "`fake/judge`" in text and "not calibrated: `trace-bench judge" in text
@@ -921,6 +922,8 @@ def test_arguments_of_the_chat_template_are_used_and_on_record(run, llm, server,
         "thinking that is closed before the reply is no thinking"
     )
     # The same option reaches a server, which renders the chat itself.
+    for stage in run.stages:
+        shutil.rmtree(stage.path / "judge", ignore_errors=True)  # another judge: one table has one
     command(server, run, "--stages", "2", "--sampling", json.dumps(arguments))
     assert {json.dumps(body["chat_template_kwargs"]) for body in server.bodies} == {'{"enable_thinking": false}'}
     assert result(run, 2, "instruct_lima")["settings"]["sampling"] == arguments

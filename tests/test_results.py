@@ -56,9 +56,7 @@ def test_the_interval_of_bwt_is_that_of_paired_rows(make):
     assert unpaired.value == wide.value and unpaired.high - unpaired.low > 1.5 * (wide.high - wide.low)
 
 
-@pytest.mark.parametrize(
-    "damage", ["no samples", "another value", "other rows", "a row less", "rows that are no numbers"]
-)
+@pytest.mark.parametrize("damage", ["no samples", "another value", "rows that are no numbers"])
 def test_where_the_score_is_not_the_mean_of_the_rows_there_is_no_interval(run, damage):
     stage = run.stages[3]
     before = Results(run).intervals
@@ -67,10 +65,6 @@ def test_where_the_score_is_not_the_mean_of_the_rows_there_is_no_interval(run, d
     content = read_json(stage.eval_file(TASKS[1]))
     if damage == "another value":
         content["metrics"]["score"]["value"] += 0.01
-    elif damage == "other rows":
-        lines = [line | {"doc_id": line["doc_id"] + 1} for line in lines]
-    elif damage == "a row less":
-        lines = lines[1:]
     elif damage == "rows that are no numbers":
         lines[0]["score"] = [lines[0]["score"]]
     write_json(stage.eval_file(TASKS[1]), content)

@@ -646,9 +646,7 @@ def _comparability(entries: list[Entry]) -> list[str]:
         for settings in _conditions_besides(e).values():
             flat |= settings
         cells = e.results.cells
-        backends = {cell["settings"]["backend"] for cell in (cells or e.results.besides).values()}
-        if backends:
-            flat["backend"] = ", ".join(sorted(backends))
+        flat |= _engine(e)
         if len(limits) == 1:  # else that is said
             flat |= {f"rows of {_plain(task, e.run)}": cell["n"] for (_, task), cell in cells.items()}
         for key, value in flat.items():
@@ -666,6 +664,7 @@ def _comparability(entries: list[Entry]) -> list[str]:
                 text = "; ".join(f"{value} in {_runs(group, names)}" for value, group in groups.items())
             notes.setdefault(text, []).append(key)
     lines = [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
+    lines += _other_versions(entries)
 
     def named(text: str, applies: Callable[[Entry], Any]) -> None:
         those = [e.name for e in entries if applies(e)]
@@ -685,6 +684,41 @@ def _comparability(entries: list[Entry]) -> list[str]:
         lambda e: any(c["settings"]["data"] != "hub" for c in suites(e)),
     )
     return lines
+
+
+def _engine(entry: Entry) -> dict[str, Any]:
+    """What a run was trained and its answers generated with, beside the model and the method."""
+    run, config = entry.run, entry.run.manifest["config"]
+    cells = (entry.results.cells or entry.results.besides).values()
+    found: dict[str, Any] = {}
+    if cells:
+        engines = {json.dumps(c["settings"].get("engine") or "defaults", sort_keys=True) for c in cells}
+        found["backend"] = ", ".join(sorted({c["settings"]["backend"] for c in cells}))
+        found["engine settings"] = " and ".join(sorted(engines)).replace('"', "")
+    if len(run.stages) > 1 and "checkpoints" not in run.manifest:
+        found |= {f"{key} of the training": config.get(key) or None for key in ("dtype", "bf16", "fp16")}
+    return found
+
+
+def _other_versions(entries: list[Entry]) -> list[str]:
+    """Where runs were trained or measured with different versions of the program or of libraries."""
+    found: dict[str, dict[str, list[str]]] = {}  # what -> version -> runs
+    for e in entries:
+        manifest = e.run.manifest
+        made = {f"{name} of the training": v for name, v in manifest["packages"].items() if len(e.run.stages) > 1}
+        made |= {"commit": manifest.get("commit")}
+        made |= {name: ", ".join(versions) for name, versions in e.results.versions.items() if name != "commit"}
+        for name, version in made.items():
+            if version is not None:
+                found.setdefault(name, {}).setdefault(str(version), []).append(e.name)
+    names = [e.name for e in entries]
+    return [
+        f"**Different versions**, to which a part of the differences may be due: {what} "
+        + "; ".join(f"{version} in {_runs(runs, names)}" for version, runs in versions.items())
+        + "."
+        for what, versions in found.items()
+        if len(versions) > 1
+    ] + [f"**Cells of different versions** in `{e.name}`: {t}." for e in entries for t in e.results.other_versions]
 
 
 def _definitions(entries: list[Entry], groups: list[list[Entry]]) -> list[str]:

@@ -18,17 +18,17 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from trace_bench import data, models
+from trace_bench import checks, data, models
 from trace_bench.checkpoints import check_checkpoints, checkpoint_fingerprint, warn_of_tokenizers
 from trace_bench.engine import FREE
 from trace_bench.run import (
     Run,
     RunError,
     Stage,
-    differences,
+    fingerprint,
     is_file_name,
     locked,
-    read_json,
+    source_commit,
     write_json,
     write_jsonl,
 )
@@ -123,43 +123,35 @@ def _evaluate(
     suites = data.expand(config.get("general", ()), data.SUITES)
     judged = data.expand(config.get("judged", ()), data.JUDGED)
     if judged:
-        use_data(run, data_path)  # demo data brings prompts of its own
+        checks.use_data(run, data_path)  # demo data brings prompts of its own
     more = _settings_besides(run, config, trusted, suites, judged, {k: settings[k] for k in ("backend", "engine")})
     last = {0, len(run.stages) - 1}
     measured = last if config.get("general_stages", "last") == "last" else {s.index for s in chosen}
+    checks.check_one_setting(run, dict.fromkeys(run.tasks, settings) | more)
     plan: dict[Stage, dict[str, dict[str, Any]]] = {}
     for stage in chosen:
         if stage.is_trained:
             all_cells = dict.fromkeys(seen_tasks(run, stage, which), settings)
-            todo = missing_cells(run, stage, all_cells | more if stage.index in measured else all_cells)
+            todo = missing_cells(stage, all_cells | more if stage.index in measured else all_cells)
             if todo:
                 plan[stage] = todo
-    for stage in run.stages:  # a delta needs the same settings at stages that are not evaluated now
-        for name in more:
-            if stage.eval_file(name).exists():
-                _check_settings(run, stage.eval_file(name), read_json(stage.eval_file(name)), more[name])
     missing = sum(map(len, plan.values()))
     if not plan:
         return 0
 
-    if not judged:  # else it was checked above
-        use_data(run, data_path)
-    check_base(run)
+    tasks = checks.verify(run, plan, data_path, [*run.tasks, *judged])
     if settings["chat_template"]:
         model = run.manifest["model"]
         tokenizer = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trusted)
         check_room(make_chat(config, run, tokenizer), settings["max_prompt_length"])
     check_checkpoints(run, plan, settings["backend"], trusted)
     warn_of_tokenizers(run, plan, trusted)
-    tasks = data.load_tasks([*run.tasks, *judged])
-    check_rows(run, tasks)
+    # What the tasks are, before they get the limits of this run.
+    defined = {name: checks.defined_as(task) for name, task in tasks.items()}
+    checks.check_one_definition(run, defined)
+    for line in checks.other_versions(run):
+        log.warning("Cells of the run were made with another version of what makes scores: %s.", line)
     for name, task in tasks.items():
-        if run.manifest["task_versions"].get(name, task.VERSION) != task.VERSION:
-            raise RunError(
-                f"{name} has version {task.VERSION} now, the run was begun with "
-                f"{run.manifest['task_versions'][name]}: their scores cannot be compared. Use the program's older "
-                "version, or begin a new run."
-            )
         limit = (more.get(name) or settings)["max_new_tokens"]
         if limit is not None:
             kwargs = task.config.generation_kwargs
@@ -207,7 +199,15 @@ def _evaluate(
     with tqdm(total=missing, desc="evaluating", unit="cell") as bar:
         for i, (stage, todo) in enumerate(order):
             # Of the weights that are loaded now, whatever happens to the files while the engine works.
-            checkpoint = checkpoint_fingerprint(stage)
+            made = {
+                "checkpoint": checkpoint_fingerprint(stage),
+                "run": run.identity,
+                "date": run.manifest.get("date"),
+                # On record, but free to differ between cells: most of it is memory and speed.
+                "engine_args": engine_args,
+                "made_with": checks.made_with(),
+                "commit": source_commit(),
+            }
             if i or stage.index:
                 lm.load(stage.checkpoint, stage.below)
             if i + 1 < len(order):
@@ -215,11 +215,11 @@ def _evaluate(
             for batch in _batches(todo, tasks):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(map(task_name, batch))}"[:60])
                 if batch[0] in groups:
-                    _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], engine_args, checkpoint)
+                    _evaluate_suite(lm, stage, groups[batch[0]], todo[batch[0]], made)
                 else:
                     lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
                     mine = {n: tasks[n] for n in batch}
-                    _evaluate_cells(lm, stage, mine, {n: todo[n] for n in batch}, engine_args, checkpoint)
+                    _evaluate_cells(lm, stage, mine, {n: todo[n] for n in batch}, made, defined)
                 bar.update(len(batch))
     seconds, work = time.perf_counter() - started, lm.work
     print(
@@ -337,96 +337,25 @@ def seen_tasks(run: Run, stage: Stage, which: str) -> list[str]:
     return run.tasks[own if which == "own" else 0 : own + 1]
 
 
-def missing_cells(run: Run, stage: Stage, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def missing_cells(stage: Stage, wanted: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The cells that a stage has still to be evaluated on.
 
     Args:
-        run: The run.
-        stage: One of its stages.
+        stage: A stage of a run.
         wanted: Name of the cell -> the settings under which it is wanted.
 
     Returns:
-        Those of `wanted` that are not there.
-
-    Raises:
-        RunError: if a cell was made with other settings; the message lists the differing keys.
+        Those of `wanted` that are not there, or were made from other weights than the stage has now.
     """
     todo = {}
     current = checkpoint_fingerprint(stage)
     for name, settings in wanted.items():
-        file = stage.eval_file(name)
-        if file.exists():
-            cell = read_json(file)
-            _check_settings(run, file, cell, settings)
-            if cell["checkpoint"] == current:
+        if stage.eval_file(name).exists():
+            if checks.read_cell(stage, name)["checkpoint"] == current:
                 continue
-            log.warning("%s was made from an older checkpoint and is made anew.", file)
+            log.warning("%s was made from an older checkpoint and is made anew.", stage.eval_file(name))
         todo[name] = settings
     return todo
-
-
-def _check_settings(run: Run, file: Path, cell: dict[str, Any], settings: dict[str, Any]) -> None:
-    lines = differences(cell["settings"], settings)
-    if lines:
-        where = f"{run.path}/stages/*/eval" + (f"/{file.name}" if "data" in settings else "")
-        raise RunError(
-            f"{file} was made with other settings (there -> asked for):\n"
-            + "\n".join(lines)
-            + f"\nOne matrix needs one setting. Use the old one, or delete {where}."
-        )
-
-
-def check_base(run: Run) -> None:
-    """Makes sure that a base model in a local folder is the one that the run began with.
-
-    Raises:
-        RunError: if the files of the folder have another fingerprint.
-    """
-    base, expected = models.resolve_model(run.manifest["model"]["name"]), run.manifest["model"].get("revision")
-    if expected and Path(base).is_dir() and models.pinned_revision(base) != expected:
-        raise RunError(
-            f"{base} holds another base model than the run began with (its fingerprint is not {expected}). Restore it, "
-            "or begin a new run."
-        )
-
-
-def use_data(run: Run, path: str | None = None) -> None:
-    """Points TRACE_DATA to the run's data and makes sure that it is the same data.
-
-    Raises:
-        RunError: if the data behind the path has another fingerprint than the run began with.
-    """
-    expected = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if data.needs_data([k])}
-    if not expected:
-        return
-    source = path or ("demo" if run.manifest["data"]["demo"] else run.manifest["data"]["path"])
-    root = data.find_data(source)
-    if path is None and "reasoning" in run.manifest["data"] and not run.manifest["data"]["demo"]:
-        os.environ.setdefault("TRACE_REASONING", run.manifest["data"]["reasoning"])
-    data.check(root, run.tasks, data.SPLITS if run.manifest["config"].get("num_fewshot") else ["test"])
-    changed = data.changed_tasks(root, run.manifest["data"])
-    if changed:
-        unknown = not run.manifest["data"].get("test") and len(data.check(root, changed, ["test"])[changed[0]]) < 3
-        raise RunError(
-            f"{root} holds other data than the run began with, in: {', '.join(changed)}."
-            + " Files are missing there, and the run was begun by an older program, which did not note its test rows "
-            "alone: add train.json and eval.json." * unknown
-        )
-    os.environ["TRACE_DATA"] = str(root)
-
-
-def check_rows(run: Run, tasks: dict[str, Any]) -> None:
-    """Makes sure that tasks from elsewhere have the rows that they had when the run began.
-
-    Raises:
-        RunError: naming those whose rows changed.
-    """
-    expected = run.manifest["data"]["fingerprint"]
-    changed = [name for name, digest in data.rows_fingerprint(tasks).items() if digest != expected.get(name, digest)]
-    if changed:
-        raise RunError(
-            f"The rows of {', '.join(changed)} are not those that the run began with. Restore them, or begin a new run."
-        )
 
 
 def _batches(todo: dict[str, dict[str, Any]], tasks: dict[str, Any]) -> list[list[str]]:
@@ -450,8 +379,8 @@ def _evaluate_cells(
     stage: Stage,
     tasks: dict[str, Any],
     settings: dict[str, dict[str, Any]],
-    engine_args: dict[str, Any],
-    checkpoint: str | None,
+    made: dict[str, Any],
+    defined: dict[str, str],
 ) -> None:
     shared = settings[next(iter(tasks))]
     lm.unfinished.clear()
@@ -486,11 +415,11 @@ def _evaluate_cells(
                 },
                 "higher_is_better": {m: task.higher_is_better().get(m) for m in metrics},
                 "scale": {m: _scale(task.aggregation()[m], [values[m], *(r[m] for r in rows)]) for m in metrics},
-                "checkpoint": checkpoint,
+                "samples": fingerprint(stage.samples_file(name)),
                 "settings": settings[name],
+                "definition": defined[name],
                 "served": lm.served,
-                # On record, but free to differ between cells: most of it is memory and speed.
-                "engine_args": engine_args,
+                **made,
                 # Tasks that were generated together share their time by rows.
                 "seconds": round(seconds * len(samples) / sum(len(s) for s in results["samples"].values()), 3),
             },
@@ -569,8 +498,7 @@ def _evaluate_suite(
     stage: Stage,
     group: Any,
     settings: dict[str, Any],
-    engine_args: dict[str, Any],
-    checkpoint: str | None,
+    made: dict[str, Any],
 ) -> None:
     """One cell for a suite of lm-eval tasks, its value being lm-eval's own aggregate."""
     tasks = {task.task_name: task for task in group.get_all_tasks()}
@@ -618,10 +546,10 @@ def _evaluate_suite(
             "higher_is_better": better,
             "scale": scale,
             "subtasks": subtasks,
-            "checkpoint": checkpoint,
+            "samples": fingerprint(stage.samples_file(group.name)),
             "settings": settings,
             "served": lm.served,
-            "engine_args": engine_args,
+            **made,
             "seconds": round(seconds, 3),
         },
     )
@@ -783,6 +711,7 @@ def external_run(
         "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
         "tasks": tasks,
         "task_versions": {name: task.VERSION for name, task in loaded.items()},
+        "task_definitions": checks.definitions(loaded),
         "checkpoints": {name: given.get(name, folder) for name, folder in there.items()} or given,
         **({"chain": True} if chain else {}),
         **(renamed if not there else {k: began[k] for k in began if k == "renamed_base"}),

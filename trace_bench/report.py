@@ -20,6 +20,7 @@ from judges.report import judge_tokens
 from judges.report import sections as judged_sections
 from trace_bench import paper
 from trace_bench.bounds import BOUNDS, bounds, demonstrations
+from trace_bench.checks import stale
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.results import Cells, Results, headline, unit_of
@@ -114,7 +115,7 @@ def _sections(results: Results) -> Iterable[Section]:
     yield Section("judged", list(judged_sections(run)))
     yield Section("paper", list(_paper_section(run)))
     yield Section("cost", list(_cost_section(results)))
-    yield Section("provenance", [_provenance(run, results.cells, results.besides)])
+    yield Section("provenance", [_provenance(results)])
 
 
 def _run_section(results: Results) -> Iterable[Block]:
@@ -133,6 +134,13 @@ def _run_section(results: Results) -> Iterable[Block]:
         yield f"> **Limited rows** ({text}). Not comparable with results on the full data."
     if run.left_out:
         yield f"> **Without leaked rows.** {left_out_text(results.left_out)}"
+    why = stale(run)
+    if why:
+        stages = ", ".join(run.stages[i].name for i in why)
+        yield f"> **Stale**: {stages}. {next(iter(why.values()))}"
+    if results.other_versions:
+        listed = "\n".join(f"> - {text}" for text in results.other_versions)
+        yield f"> **Cells of different versions**: a change between their stages may be theirs.\n>\n{listed}"
     yield from _units(results)
 
 
@@ -597,7 +605,8 @@ def _cost_section(results: Results) -> Iterable[Block]:
     yield without_empty_columns(Table(header, rows))
 
 
-def _provenance(run: Run, cells: dict, besides: dict) -> str:
+def _provenance(results: Results) -> str:
+    run, cells, besides = results.run, results.cells, results.besides
     m = run.manifest
     lines = [f"- base model: `{m['model']['name']}`, revision `{m['model'].get('revision')}`"]
     if run.tasks:
@@ -610,6 +619,9 @@ def _provenance(run: Run, cells: dict, besides: dict) -> str:
         f"- seed: {m.get('seed', DASH)}; program: {m.get('commit') or 'no checkout'}",
         "- packages at the start: " + ", ".join(f"{k} {v}" for k, v in m["packages"].items()),
     ]
+    made = {key: ", ".join(versions) for key, versions in results.versions.items() if not key.startswith("definition")}
+    if made:
+        lines.append("- scores made with: " + ", ".join(f"{key} {text}" for key, text in made.items()))
     settings = {json.dumps(cell["settings"], sort_keys=True) for cell in cells.values()}
     lines += [f"- evaluation: `{s}`" for s in sorted(settings)]
     for name in [*SUITES, *JUDGED]:

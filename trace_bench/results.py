@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from judges.judging import KINDS
 from judges.report import Judged
 from judges.report import load as load_judged
-from trace_bench import metrics
+from trace_bench import checks, metrics
 from trace_bench.audit import without_rows
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
@@ -49,29 +48,19 @@ def _load(run: Run, names: Iterable[str]) -> Cells:
         if not stage.is_trained:
             continue  # what is there was made from weights that are no more
         stage.check_one_checkpoint()
-        trained = _read(stage.train_file, "checkpoint")["checkpoint"] if stage.train_file.exists() else None
+        checks.check_origin(run, stage)
+        trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
         for task in names:
-            if stage.eval_file(task).exists():
-                cell = _read(stage.eval_file(task), "checkpoint", "metrics", "headline", "n")
-                if not isinstance(cell["metrics"], dict) or cell["headline"] not in cell["metrics"]:
-                    raise RunError(f"{stage.eval_file(task)} is damaged: it lacks its headline. Evaluate again.")
-                if not all(isinstance(cell.get(key, {}), dict) for key in ("scale", "higher_is_better")):
-                    raise RunError(f"{stage.eval_file(task)} is damaged: its units are unreadable. Evaluate again.")
-                if trained is None or cell["checkpoint"] == trained:
-                    if task in run.left_out:
-                        samples = read_jsonl(stage.samples_file(task))
-                        stage.check_samples(task, len(samples))
-                        cell = without_rows(cell, samples, run.left_out[task])
-                    cells[stage.index, task] = cell
+            if not stage.eval_file(task).exists():
+                continue
+            cell = checks.read_cell(stage, task)
+            if trained is None or cell["checkpoint"] == trained:
+                if task in run.left_out:
+                    samples = read_jsonl(stage.samples_file(task))
+                    checks.check_samples(stage, task, [row["doc_id"] for row in samples])
+                    cell = without_rows(cell, samples, run.left_out[task])
+                cells[stage.index, task] = cell
     return cells
-
-
-def _read(file: Path, *keys: str) -> dict[str, Any]:
-    content = read_json(file)
-    lacking = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if lacking:
-        raise RunError(f"{file} is damaged: it lacks {', '.join(lacking)}. Delete it and run the same command again.")
-    return content
 
 
 def score_matrix(run: Run, metric: str | None = None) -> Matrix:
@@ -149,11 +138,12 @@ class Rows:
 def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
     """The rows of a task or suite from the samples of all stages; None if there are none.
 
-    A score is checked to be the mean of its rows, or the mean of its subtasks' means. Where it is neither, the rows do
-    not say how certain it is, and those of the stage are NaN.
+    A score is checked to be the mean of its rows, or the mean of its subtasks' means. Where it is neither and never was
+    (corpus BLEU), the rows do not say how certain it is, and those of the stage are NaN.
 
     Raises:
-        RunError: if a file of samples is damaged.
+        RunError: if samples are damaged, are not those that their score was made from, or are of other rows than those
+            of another stage.
     """
     mine = {i: cell for (i, n), cell in cells.items() if n == name and run.stages[i].samples_file(name).exists()}
     left_out = run.left_out.get(name, ())
@@ -161,19 +151,26 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
     for i, cell in mine.items():
         file = run.stages[i].samples_file(name)
         try:
-            counted = [row for row in read_jsonl(file) if row["doc_id"] not in left_out]
+            rows = read_jsonl(file)
+            checks.check_samples(run.stages[i], name, [(row.get("task", ""), row["doc_id"]) for row in rows])
+            counted = [row for row in rows if row["doc_id"] not in left_out]
             columns = {metric: _numbers([row.get(metric) for row in counted]) for metric in cell["metrics"]}
             samples[i] = [(row.get("task", ""), row["doc_id"]) for row in counted], columns
         except (AttributeError, KeyError, TypeError) as e:
             raise RunError(f"{file} is damaged: a row is no sample ({e!r}). Delete it and its score.") from e
     if not any(ids for ids, _ in samples.values()):
         return None
-    ids = next(ids for ids, _ in samples.values() if ids)
+    first, ids = next((i, ids) for i, (ids, _) in samples.items() if ids)
     scores = {m: np.full((len(ids), len(run.stages)), np.nan) for cell in mine.values() for m in cell["metrics"]}
     for i, (theirs, values) in samples.items():
-        if theirs == ids:
-            for metric, column in values.items():
-                scores[metric][:, i] = column
+        if theirs != ids:
+            raise RunError(
+                f"{run.stages[i].samples_file(name)} and {run.stages[first].samples_file(name)} are not of the same "
+                "rows, or not in the same order: no change between them can be measured. Delete both and their "
+                "scores, and evaluate again."
+            )
+        for metric, column in values.items():
+            scores[metric][:, i] = column
     labels = np.unique([label for label, _ in ids], return_inverse=True)[1]
     subtasks = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
 
@@ -187,9 +184,15 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
         (together, subtasks), key=lambda parts: sum(fits(parts, i, cell["headline"]) for i, cell in mine.items())
     )
     for metric, x in scores.items():
-        for i in mine:
-            if not fits(parts, i, metric):
-                x[:, i] = np.nan
+        for i, cell in mine.items():
+            if fits(parts, i, metric):
+                continue
+            if cell["metrics"].get(metric, {}).get("stderr") is not None and not np.isnan(x[:, i]).any():
+                raise RunError(
+                    f"{run.stages[i].samples_file(name)} does not give the {metric} of its score: one of both was "
+                    "changed. Delete both and evaluate again."
+                )
+            x[:, i] = np.nan
     return Rows(ids, scores, parts)
 
 
@@ -302,6 +305,31 @@ class Results:
     def training(self) -> dict[int, dict[str, Any]]:
         """Stage -> what its train.json says, of the stages that were trained here."""
         return {s.index: read_json(s.train_file) for s in self.run.stages if s.train_file.exists()}
+
+    @cached_property
+    def versions(self) -> dict[str, dict[str, list[str]]]:
+        """What made the scores (a library, the scoring code, a task's definition) -> version -> stages of its cells.
+
+        Cells of older programs do not say it.
+        """
+        found: dict[str, dict[str, list[str]]] = {}
+        for (index, name), cell in sorted((self.cells | self.besides).items()):
+            made = {**cell.get("made_with", {}), "commit": cell.get("commit")}
+            made[f"definition of {name}"] = cell.get("definition")
+            for key, value in made.items():
+                if value is not None:
+                    stages = found.setdefault(key, {}).setdefault(str(value), [])
+                    stages += [name for name in (self.run.stages[index].name,) if name not in stages]
+        return found
+
+    @cached_property
+    def other_versions(self) -> list[str]:
+        """Where cells of the run were made with different versions: one text each."""
+        return [
+            f"{key}: " + "; ".join(f"{value} at {', '.join(stages)}" for value, stages in versions.items())
+            for key, versions in self.versions.items()
+            if len(versions) > 1
+        ]
 
     def evaluation_seconds(self, stage: Stage) -> float:
         """How long all that there is of a stage took to evaluate."""

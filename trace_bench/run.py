@@ -39,6 +39,10 @@ FORMAT = 1
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
 CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.", "data.test.", "model.path.")
+#: Those, and what may be added to a run.
+_NOT_IDENTITY = (*CIRCUMSTANCES, "checkpoints.", "renamed_base.")
+#: Entries of a manifest that older programs did not write.
+_LATER = ("task_definitions",)
 
 
 class RunError(Exception):
@@ -240,10 +244,10 @@ def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     return total.hexdigest()[:16]
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Versions of the packages that decide a result, as installed; absent ones are left out."""
     versions = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -272,7 +276,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def differences(old: dict, new: dict) -> list[str]:
     """The keys in which two manifests (or settings) differ, one line each with both values."""
-    a, b = _flat(old), _flat(new)
+    told = [{k: v for k, v in m.items() if k not in _LATER or (k in old and k in new)} for m in (old, new)]
+    a, b = map(_flat, told)
     return [
         f"  {key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
         for key in sorted(a.keys() | b.keys())
@@ -293,6 +298,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
     """
     kinds = {"method": str, "tasks": list, "data": dict, "config": dict}
     optional: dict[str, type] = {"model": dict, "task_versions": dict, "stages": list, "checkpoints": dict}
+    optional |= {"task_definitions": dict}
     optional |= {"chain": bool, "renamed_base": bool}
     for key, kind in (kinds | optional).items():
         if not isinstance(manifest.get(key), kind) and (key in kinds or key in manifest):
@@ -388,22 +394,6 @@ class Stage:
                     "changed in between. Evaluate the stage again, which makes the older ones anew."
                 )
 
-    def check_samples(self, task: str, found: int) -> None:
-        """Makes sure that the samples of a cell are whole.
-
-        Args:
-            task: The name of the cell.
-            found: How many there are.
-
-        Raises:
-            RunError: if the score was made from another number of rows.
-        """
-        if self.eval_file(task).exists() and read_json(self.eval_file(task)).get("n", found) != found:
-            raise RunError(
-                f"{self.samples_file(task)} holds {found} rows, and {self.eval_file(task)} was made from another "
-                "number: a part is lost. Delete both and evaluate again."
-            )
-
 
 @dataclass(frozen=True)
 class Run:
@@ -453,6 +443,7 @@ class Run:
         manifest = {"format": FORMAT, **manifest, "packages": package_versions(), "commit": source_commit()}
         manifest = json.loads(json.dumps(manifest))  # as it will be read back: lists instead of tuples
         if not (path / "manifest.json").exists():
+            manifest = cls(path, manifest)._restored()
             write_json(path / "manifest.json", manifest)
             return cls(path, manifest)
         run = cls.open(path)
@@ -477,9 +468,44 @@ class Run:
             )
         return run
 
+    def _restored(self) -> dict[str, Any]:
+        """The manifest for a folder without one: as asked for, or that of the results which lost theirs.
+
+        Raises:
+            RunError: if there are results that were made with another configuration, or do not say with which.
+        """
+        date = self.manifest.get("date")
+        names = {stage.path.name for stage in self.stages}
+        for file in self._results():
+            made = read_json(file)
+            identity = made.get("run") if isinstance(made, dict) else None
+            stage = file.relative_to(self.path / "stages").parts[0]
+            if identity != self.identity or stage not in names:
+                raise RunError(
+                    f"{self.path} has results but no manifest.json, and {file} was not made by this command: its "
+                    f"configuration is {identity or 'not on record'}, the one asked for {self.identity}. Run the "
+                    "command that made it, which restores the manifest; restore it from a copy; or give this run "
+                    "another folder."
+                )
+            date = made.get("date") or date
+        if date != self.manifest.get("date"):
+            log.warning("%s: the manifest was lost and is restored: the run began on %s.", self.path, date)
+        return {**self.manifest, **({"date": date} if date else {})}
+
+    @cached_property
+    def identity(self) -> str:
+        """What the run is, whatever its circumstances and how many checkpoints it has by now: SHA-256, 16 digits."""
+        flat = {k: v for k, v in _flat(self.manifest).items() if not f"{k}.".startswith(_NOT_IDENTITY)}
+        return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _results(self) -> Iterator[Path]:
+        """What says that a stage is trained, or that something is measured, whatever the manifest says of stages."""
+        for kind in ("train.json", "eval/*.json"):
+            yield from sorted(self.path.glob(f"stages/*/{kind}"))
+
     def has_results(self) -> bool:
         """Whether a stage is trained, or anything measured, whatever the manifest says of stages."""
-        return any(True for kind in ("train.json", "eval/*.json") for _ in self.path.glob(f"stages/*/{kind}"))
+        return any(True for _ in self._results())
 
     def drop_attempts(self) -> None:
         """Removes what unfinished trainings left, checkpoints within a stage among it."""

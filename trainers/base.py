@@ -61,14 +61,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from trace_bench import data, models
-from trace_bench.checkpoints import check_own
+from trace_bench import checks, data, models
 from trace_bench.evaluate import (
     BESIDES,
     answer_tokens,
-    check_base,
     check_room,
-    check_rows,
     make_chat,
     refuse_secrets,
 )
@@ -454,7 +451,7 @@ class CLTrainer(SFTTrainer):
         if limit is None and task in self.run.rows:
             return self.text_dataset(self.run.rows[task])
         tasks = data.load_tasks([task])
-        check_rows(self.run, tasks)
+        checks.check_tasks(self.run, tasks)
         return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, self.chat))
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
@@ -1020,6 +1017,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         # Another number of processes is another batch.
         **({"processes": state.num_processes} if state.num_processes > 1 else {}),
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
+        "task_definitions": checks.definitions(tasks),
         "data": data.data_record(root, tasks),
         "seed": config.seed,
         # What a chat template that asks for the date is told, whenever a stage is trained or evaluated.
@@ -1231,6 +1229,7 @@ def _train_stages(
         _evaluate(run, run.stages[0], state)
     for stage in run.stages[1:]:
         if stage.is_trained:
+            checks.verify(run, [stage])
             _say(state, f"stage {stage.index}/{len(config.stages)} {stage.name}: trained already")
             if state.is_main_process:
                 shutil.rmtree(stage.attempt, ignore_errors=True)  # killed just after train.json was written
@@ -1255,13 +1254,9 @@ def _method_source(trainer: type[CLTrainer]) -> str | None:
 
 def _check_sources(run: Run, stage: Stage, root: Path | None, trainer: type[CLTrainer]) -> None:
     """Refuses to train on what is no longer what the run began with: files may change between stages."""
-    check_base(run)
-    expected = run.manifest["data"]["fingerprint"].items()
-    if root is not None and not data.data_fingerprint(root, run.tasks).items() <= expected:
-        raise RunError(f"{root} holds other data than the run began with. Restore it, or begin a new run.")
     before = run.stages[stage.index - 1]
-    if before.train_file.exists() and any((before.path / kind).is_dir() for kind in ("adapter", "model")):
-        check_own(before)
+    there = any((before.path / kind).is_dir() for kind in ("adapter", "model"))
+    checks.verify(run, [before] if there else [], root, [])
     last = read_json(before.train_file) if before.train_file.exists() else {}
     if last.get("method_source") not in (None, _method_source(trainer)):
         log.warning(
@@ -1392,6 +1387,7 @@ def _train_stage(
         # Of `seconds` those that begin_stage and end_stage took: what a method costs whatever the number of steps.
         summary["seconds_around_steps"] = round(around, 3)
         summary |= {"commit": source_commit(), "method_source": _method_source(trainer_class)}
+        summary |= checks.origin(run, stage)
         summary["checkpoint"] = fingerprint(saved)
         if stage.method_state.is_dir():
             summary["method_state"] = fingerprint(stage.method_state)
