@@ -204,6 +204,7 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
         file = judge_file(job.stage, job.suite)
         file.unlink(missing_ok=True)  # between the two files there are no numbers rather than those of other rows
         write_jsonl(file.with_suffix(".jsonl"), rows)
+        result["lines"] = fingerprint(file.with_suffix(".jsonl"))
         write_json(file, result)
         results.append(result)
     return results

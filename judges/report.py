@@ -14,7 +14,7 @@ from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
 from judges.pairwise import Kind
 from judges.verdict import ends_in_words
 from trace_bench.metrics import Estimate, wilson_interval
-from trace_bench.run import Run, RunError, Stage, differences, read_json, read_jsonl
+from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, read_jsonl
 from trace_bench.tables import DASH, Block, Table, percent, percent_with_interval
 
 #: (stage index, suite) -> numbers.
@@ -50,6 +50,13 @@ def _check(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> Non
     here = {"stage": stage.name, "suite": suite, "kind": kind.name}
     if wrong := {key: numbers[key] for key in here if numbers.get(key, here[key]) != here[key]}:
         raise RunError(f"{file} says {wrong}: it was moved or copied from elsewhere. {redo}")
+    if file.with_suffix(".jsonl").exists() and numbers.get("lines") not in (
+        None,
+        fingerprint(file.with_suffix(".jsonl")),
+    ):
+        raise RunError(
+            f"{file.with_suffix('.jsonl')} was changed since it was written (its fingerprint differs). {redo}"
+        )
     try:
         lines = differences(*_sums(stage, suite, kind, numbers, redo))
     except (AttributeError, KeyError, TypeError) as e:

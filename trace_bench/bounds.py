@@ -119,6 +119,7 @@ def conditions(run: Run) -> dict[str, Any]:
         "tasks": sorted(m["tasks"]),
         "data": m["data"]["fingerprint"],
         "task versions": m["task_versions"],
+        "task definitions": m.get("task_definitions"),
         **{key: m["config"].get(key) or None for key in _MEASURED},  # false and not given are one
     }
 
@@ -128,7 +129,8 @@ def same_conditions(run: Run, other: Run) -> bool:
     one, two = conditions(run), conditions(other)
     if "icl" in (run.manifest["method"], other.manifest["method"]):  # demonstrations need room
         one["max_prompt_length"] = two["max_prompt_length"]
-    return one == two
+    known = None not in (one["task definitions"], two["task definitions"])  # older runs do not say them
+    return all(one[key] == two[key] for key in one if known or key != "task definitions")
 
 
 def _other_training(run: Run, sibling: Run) -> list[str]:

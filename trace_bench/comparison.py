@@ -640,7 +640,8 @@ def _comparability(entries: list[Entry]) -> list[str]:
     limits = {e.run.manifest["config"].get("test_rows") for e in entries}
     for e in entries:
         flat = {**conditions(e.run), "tasks": ", ".join(sorted(_plain(t, e.run) for t in e.run.tasks))}
-        data, versions = flat.pop("data"), flat.pop("task versions")
+        data, versions, definitions = (flat.pop(key) for key in ("data", "task versions", "task definitions"))
+        flat |= {f"definition of {_plain(t, e.run)}": json.dumps(d) for t, d in (definitions or {}).items()}
         flat |= {f"data of {_plain(task, e.run)}": fingerprint for task, fingerprint in data.items()}
         flat |= {f"version of {task}": version for task, version in versions.items()}
         for settings in _conditions_besides(e).values():
@@ -658,7 +659,7 @@ def _comparability(entries: list[Entry]) -> list[str]:
         for name, value in values.items():
             groups.setdefault(value_text(value), []).append(name)
         if len(groups) > 1:
-            if key.startswith("data of"):  # a fingerprint says nothing to a reader, and all tasks fit on one line
+            if key.startswith(("data of", "definition of")):  # says nothing to a reader, and all tasks fit on one line
                 text = " against ".join(_runs(group, names) for group in groups.values())
             else:
                 text = "; ".join(f"{value} in {_runs(group, names)}" for value, group in groups.items())

@@ -127,6 +127,7 @@ def _evaluate(
     more = _settings_besides(run, config, trusted, suites, judged, {k: settings[k] for k in ("backend", "engine")})
     last = {0, len(run.stages) - 1}
     measured = last if config.get("general_stages", "last") == "last" else {s.index for s in chosen}
+    checks.verify(run, chosen)
     checks.check_one_setting(run, dict.fromkeys(run.tasks, settings) | more)
     plan: dict[Stage, dict[str, dict[str, Any]]] = {}
     for stage in chosen:

@@ -1,0 +1,568 @@
+"""Is it still what the run began with: settings, tasks, where stages are from, and what the files of a run mean."""
+
+import json
+import logging
+import re
+import shutil
+from importlib.metadata import version
+
+import numpy as np
+import pytest
+from conftest import train
+from made_runs import TASKS, make_rich_run
+
+from judges import judging
+from judges.judging import judge_file
+from judges.report import load as load_judged
+from judges.report import pooled
+from trace_bench import checks, data, evaluate
+from trace_bench.comparison import compare
+from trace_bench.report import write_report
+from trace_bench.results import Results
+from trace_bench.run import Run, RunError, read_json, read_jsonl, write_json, write_jsonl
+from trainers.single import SingleConfig, SingleTrainer
+
+
+@pytest.fixture
+def run(options) -> Run:
+    return train(options)
+
+
+def cells(run):
+    return sorted(str(file.relative_to(run.path)) for file in run.path.glob("stages/*/eval/*.json"))
+
+
+def change(file, **changes):
+    write_json(file, {**read_json(file), **changes})
+
+
+# ------------------------------------------------------------------------------------------------------- one setting
+
+
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"engine_args": {"dtype": "float16"}}, r"engine.dtype: 'absent' -> 'float16'"),
+        ({"backend": "vllm"}, r"backend: 'hf' -> 'vllm'"),
+    ],
+)
+def test_a_stage_evaluated_by_itself_has_the_settings_of_the_others(run, asked, message):
+    evaluate.evaluate(run, stages=[0, 1])
+    before = cells(run)
+    with pytest.raises(RunError, match=message):
+        evaluate.evaluate(run, stages=[2], **asked)
+    assert cells(run) == before
+    shutil.rmtree(run.path / "stages" / "0_base" / "eval")
+    shutil.rmtree(run.stages[1].path / "eval")
+    if asked.get("backend") != "vllm":
+        assert evaluate.evaluate(run, stages=[2], **asked) == 2, "after what the message says the command works"
+
+
+# ----------------------------------------------------------------------------------------------------- what a task is
+
+YAML = """
+task: mine
+dataset_path: json
+dataset_kwargs: {data_files: {train: FOLDER/rows.jsonl, test: FOLDER/rows.jsonl}}
+training_split: train
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}} "
+doc_to_target: a
+process_results: !function mine.score
+generation_kwargs: {max_gen_toks: 4, until: ["\\n"]}
+metric_list: [{metric: right, aggregation: mean, higher_is_better: true}]
+"""
+CODE = """
+from rules import right
+
+
+def score(doc, results):
+    return {"right": float(right(results[0], doc["a"]))}
+"""
+RULES = "def right(text, answer):\n    return text.strip() == answer\n"
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The folder of a task of one's own: YAML, function, and a module that the function imports."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rows = [{"q": f"Question {i}?", "a": f"{i}"} for i in range(16)]
+    write_jsonl(folder / "rows.jsonl", rows)
+    (folder / "mine.yaml").write_text(YAML.replace("FOLDER", str(folder)))
+    (folder / "mine.py").write_text(CODE)
+    (folder / "rules.py").write_text(RULES)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("TRACE_TASKS", str(folder))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    return folder
+
+
+def defined():
+    return checks.definition(data.load_tasks(["mine"])["mine"])
+
+
+def replace(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "file, old, new, what",
+    [
+        ("mine.yaml", '"{{q}} "', '"Say: {{q}} "', "doc_to_text"),
+        ("mine.yaml", "doc_to_target: a", 'doc_to_target: "no {{a}}"', "doc_to_target"),
+        ("mine.yaml", "max_gen_toks: 4", "max_gen_toks: 1", "generation_kwargs.max_gen_toks"),
+        ("mine.yaml", 'until: ["\\n"]', "until: []", "generation_kwargs.until"),
+        ("mine.yaml", "higher_is_better: true", "higher_is_better: false", "metric_list"),
+        ("mine.yaml", "process_results", 'description: "Be brief."\nprocess_results', "description"),
+        ("mine.yaml", "process_results", 'target_delimiter: ""\nprocess_results', "target_delimiter"),
+        ("mine.py", '"right": float', '"right": 1 - float', "process_results"),
+        ("rules.py", "text.strip() ==", "text ==", "process_results"),
+    ],
+)
+def test_another_task_under_the_same_name_and_version_is_another_definition(own, file, old, new, what):
+    before = defined()
+    assert defined() == before
+    replace(own / file, old, new)
+    after = {f"{k}": v for k, v in defined().items()}
+    names = {key for key in before | after if before.get(key) != after.get(key)}
+    assert what.partition(".")[0] in names and names <= {what.partition(".")[0], "examples", "fewshot_config"}
+
+
+def test_comments_and_layout_are_no_part_of_a_task(own):
+    before = defined()
+    replace(own / "rules.py", "    return", "    # as the paper says\n    return")
+    replace(own / "mine.py", "def score(doc, results):", "def score(doc,\n          results):")
+    (own / "another.py").write_text("print('not imported')\n")
+    replace(own / "mine.yaml", "task: mine", "# mine\ntask: mine")
+    assert defined() == before
+
+
+def test_a_function_that_reads_another_file_shows_in_what_it_makes(own):
+    (own / "instruction.txt").write_text("Answer: ")
+    replace(own / "mine.yaml", 'doc_to_text: "{{q}} "', "doc_to_text: !function mine.ask")
+    with (own / "mine.py").open("a") as f:
+        f.write(f"\n\ndef ask(doc):\n    return open({str(own / 'instruction.txt')!r}).read() + doc['q']\n")
+    before = defined()
+    (own / "instruction.txt").write_text("Do not answer: ")
+    assert {k for k, v in defined().items() if v != before[k]} == {"examples"}
+
+
+@pytest.mark.parametrize("file, old, new", [("mine.yaml", '"{{q}} "', '"{{q}}"'), ("rules.py", "==", "!=")])
+def test_a_task_edited_between_two_stages_is_refused_by_evaluation_and_training(own, options, file, old, new):
+    del options["data"]
+    options |= {"tasks": ["mine"], "test_rows": None}
+    run = train(options)
+    assert evaluate.evaluate(run, stages=[0]) == 1
+    original = (own / file).read_text()
+    replace(own / file, old, new)
+    with pytest.raises(RunError, match=r"(?s)A task is another than the run began with.*mine.*Restore its YAML"):
+        evaluate.evaluate(run, stages=[1])
+    with pytest.raises(RunError, match=r"(?s)another configuration.*task_definitions.mine"):
+        train(options)
+    (own / file).write_text(original)
+    assert evaluate.evaluate(run, stages=[1]) == 1
+
+
+def test_cells_of_a_run_without_definitions_are_still_of_one(own, options):
+    """A run that an older program began: its manifest does not say what the tasks were, its cells do from now on."""
+    del options["data"]
+    run = train({**options, "tasks": ["mine"], "test_rows": None})
+    for stage in run.stages[1:]:
+        trained = read_json(stage.train_file)
+        write_json(stage.train_file, {k: v for k, v in trained.items() if k not in ("run", "parent", "model", "date")})
+    write_json(run.path / "manifest.json", {k: v for k, v in run.manifest.items() if k != "task_definitions"})
+    run = Run.open(run.path)
+    evaluate.evaluate(run, stages=[0])
+    replace(own / "rules.py", "==", "!=")
+    with pytest.raises(RunError, match="asked or scored in another way than now"):
+        evaluate.evaluate(run, stages=[1])
+    assert train({**options, "tasks": ["mine"], "test_rows": None}).path == run.path, "it can be gone on with"
+
+
+def test_a_cell_says_what_made_it_and_a_report_where_cells_differ(run, monkeypatch, caplog):
+    evaluate.evaluate(run, stages=[0, 1])
+    made = read_json(run.stages[0].eval_file("trace_fomc"))
+    assert made["made_with"]["transformers"] == version("transformers") and made["run"] == run.identity
+    assert made["made_with"]["scoring code"] == checks.made_with()["scoring code"]
+    now = checks.made_with()
+    monkeypatch.setattr(checks, "made_with", lambda: {**now, "transformers": "6.0", "scoring code": "f00"})
+    with caplog.at_level(logging.WARNING):
+        evaluate.evaluate(run, stages=[2])
+    assert f"transformers {now['transformers']} then, 6.0 now" in caplog.text and "scoring code" in caplog.text
+    write_report(run)
+    text = (run.path / "report.md").read_text(encoding="utf-8")
+    assert "Cells of different versions" in text
+    assert f"transformers: {now['transformers']} at 0_base, 1_trace_fomc; 6.0 at 2_trace_numglue_ds" in text
+    comparison = compare([run]).markdown()
+    assert "**Cells of different versions** in `run`: transformers" in comparison
+
+
+def test_the_scoring_code_is_part_of_what_makes_a_score(tmp_path, monkeypatch):
+    before = checks.made_with()
+    shutil.copytree(data.TASKS_PATH, tmp_path / "tasks")
+    monkeypatch.setattr(data, "TASKS_PATH", tmp_path / "tasks")
+    checks.made_with.cache_clear()
+    assert checks.made_with() == before
+    with (tmp_path / "tasks" / "scoring.py").open("a") as f:
+        f.write("\naccuracy = max\n")
+    checks.made_with.cache_clear()
+    assert checks.made_with()["scoring code"] != before["scoring code"]
+    checks.made_with.cache_clear()
+
+
+# ---------------------------------------------------------------------------------------------- where stages are from
+
+
+def test_a_lost_manifest_is_restored_by_the_same_command_and_by_no_other(options, run):
+    before = read_json(run.path / "manifest.json")
+    change(run.path / "manifest.json", date="2020-02-02")
+    for stage in run.stages[1:]:
+        change(stage.train_file, date="2020-02-02")
+    (run.path / "manifest.json").unlink()
+    with pytest.raises(RunError, match=r"results but no manifest.json.*Run the command that made it"):
+        train({**options, "learning_rate": 1e-3})
+    assert not (run.path / "manifest.json").exists()
+    with pytest.raises(RunError, match="results but no manifest"):
+        train({**options, "tasks": options["tasks"][::-1]})
+    again = train(options)
+    assert again.identity == run.identity
+    assert read_json(run.path / "manifest.json") == {**before, "date": "2020-02-02"}, "a template is told the same day"
+
+
+def test_results_that_do_not_say_where_they_are_from_get_no_new_manifest(options, run):
+    for stage in run.stages[1:]:
+        trained = read_json(stage.train_file)
+        write_json(stage.train_file, {k: v for k, v in trained.items() if k != "run"})
+    (run.path / "manifest.json").unlink()
+    with pytest.raises(RunError, match="its configuration is not on record"):
+        train(options)
+
+
+def test_a_damaged_manifest_is_restored_as_its_message_says(options, run):
+    before = (run.path / "manifest.json").read_text()
+    (run.path / "manifest.json").write_text(before[:100])
+    with pytest.raises(RunError, match=r"manifest.json is damaged .*Delete it and run the same command again"):
+        train(options)
+    (run.path / "manifest.json").unlink()
+    train(options)
+    assert (run.path / "manifest.json").read_text() == before
+
+
+def test_the_manifest_of_checkpoints_from_elsewhere_is_restored_too(run, tiny_model, tmp_path):
+    given = {s.task: str(s.checkpoint) for s in run.stages[1:]}
+    settings = {k: v for k, v in run.manifest["config"].items() if k in ("test_rows", "max_prompt_length", "backend")}
+
+    def theirs(**changes):
+        asked = {"model": str(tiny_model), "tasks": run.tasks, "settings": settings, "data_path": "demo", **changes}
+        return evaluate.external_run(tmp_path / "theirs", given, **asked)
+
+    evaluate.evaluate(theirs(), stages=[0, 1])
+    manifest = tmp_path / "theirs" / "manifest.json"
+    before = manifest.read_text()
+    manifest.unlink()
+    with pytest.raises(RunError, match="results but no manifest"):
+        theirs(settings={**settings, "test_rows": 3})
+    assert theirs().manifest == json.loads(before)
+
+
+def test_a_manifest_that_was_edited_is_refused(run):
+    change(run.path / "manifest.json", config={**run.manifest["config"], "test_rows": 3})
+    for step in (evaluate.evaluate, Results.R.func, judging.plan):
+        changed = Run.open(run.path)
+        with pytest.raises(RunError, match="another configuration than"):
+            step(Results(changed)) if step is Results.R.func else step(changed, *[None] * (step is judging.plan))
+
+
+def test_a_stage_whose_parent_was_trained_again_is_stale(options):
+    options["tasks"] = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
+    run = train(options)
+    assert checks.stale(run) == {}
+    evaluate.evaluate(run)
+    first = run.stages[1]
+    first.train_file.unlink()
+    shutil.rmtree(first.path / "adapter")
+    train(options)
+    assert checks.stale(run) == {}, "the same weights, so the stages after it are what they were"
+    # As on another machine: the same settings, other bytes.
+    weights = first.checkpoint / "adapter_model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    save_file({k: v * 1.5 for k, v in load_file(weights).items()}, weights)
+    change(first.train_file, checkpoint=checks.fingerprint(first.checkpoint))
+    assert list(checks.stale(run)) == [2, 3]
+    for step in (lambda: train(options), lambda: evaluate.evaluate(run), lambda: judging.plan(run, None)):
+        with pytest.raises(RunError, match=r"2_trace_numglue_ds is stale: stage 1_trace_fomc was trained again"):
+            step()
+    assert evaluate.evaluate(run, stages=[0, 1]) == 1, "what is not stale can be measured"
+    write_report(run)
+    assert "**Stale**: 2_trace_numglue_ds, 3_trace_numglue_cm" in (run.path / "report.md").read_text(encoding="utf-8")
+    for file in re.findall(r"\S+train\.json", checks.stale(run)[2]):
+        shutil.os.unlink(file)
+    train(options)
+    assert checks.stale(run) == {} and evaluate.evaluate(run) == 5
+
+
+def test_a_model_per_task_has_no_stage_before_it(options):
+    run = train(options, SingleTrainer, SingleConfig)
+    change(run.stages[1].train_file, checkpoint="other weights")
+    assert checks.stale(run) == {}
+
+
+def test_a_stage_that_was_moved_is_refused(run):
+    shutil.copy(run.stages[1].train_file, run.stages[2].train_file)
+    with pytest.raises(RunError, match=r"says {'stage': 1, 'task': 'trace_fomc'}, and lies at stage 2"):
+        evaluate.evaluate(run)
+
+
+@pytest.mark.parametrize("what", ["base", "data"])
+def test_base_model_and_data_are_asked_of_training_and_evaluation_alike(options, run, what, tmp_path, monkeypatch):
+    run.stages[2].train_file.unlink()
+    monkeypatch.setattr(
+        checks, "check_base" if what == "base" else "use_data", refuse := lambda *_: pytest.fail("asked")
+    )
+    for step in (lambda: train(options), lambda: evaluate.evaluate(run, stages=[0])):
+        with pytest.raises(pytest.fail.Exception, match="asked"):
+            step()
+    assert refuse
+
+
+# -------------------------------------------------------------------------------------------------- what files mean
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stage": "2_trace_fomc"}, r"says {'stage': '2_trace_fomc'}"),
+        ({"task": "trace_cstance"}, r"says {'task': 'trace_cstance'}"),
+        ({"metrics": {"accuracy": {"value": 3.0, "stderr": None}}}, "accuracy is 3.0, no fraction of 1"),
+        ({"metrics": {"accuracy": {"value": -0.5, "stderr": None}}}, "no fraction of 1"),
+        ({"metrics": {"accuracy": {"value": "0.5", "stderr": None}}}, "accuracy is '0.5'"),
+        ({"metrics": {"accuracy": {"value": True, "stderr": None}}}, "accuracy is True"),
+        ({"metrics": {"accuracy": {"value": 0.5, "stderr": -1}}}, "standard error of accuracy is -1"),
+        ({"metrics": {"accuracy": {"value": 0.5, "stderr": "x"}}}, "standard error of accuracy is 'x'"),
+        ({"metrics": {"accuracy": 0.5}}, "accuracy has no value"),
+        ({"metrics": {}}, "lacks its headline"),
+        ({"n": 0}, "n=0 is no number of rows"),
+        ({"n": 1.5}, "n=1.5"),
+        ({"n_cut": 101}, "n_cut=101 of 100 rows"),
+        ({"seconds": -1}, "seconds=-1"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_an_error(make, changes, message):
+    run = make()
+    change(run.stages[3].eval_file(TASKS[1]), **changes)
+    for step in (lambda: Results(run).R, lambda: write_report(run), lambda: compare([run])):
+        with pytest.raises(RunError, match=re.escape(message)) as e:
+            step()
+        assert "evaluate again" in str(e.value)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_a_score_that_is_not_finite_is_an_error(make, value):
+    run = make()
+    file = run.stages[3].eval_file(TASKS[0])
+    file.write_text(file.read_text().replace('"value": 0.7', f'"value": {value}'))
+    with pytest.raises(RunError, match="damaged"):
+        _ = Results(run).R
+
+
+def test_a_metric_that_is_no_fraction_may_be_any_finite_number(make):
+    run = make()
+    change(run.stages[3].eval_file(TASKS[1]), scale={"accuracy": None}, metrics={"accuracy": {"value": 812.5}})
+    assert Results(run).R[3, 1] == 812.5
+
+
+@pytest.mark.parametrize("damage", ["lost", "doubled", "both", "other rows", "another order", "text", "score"])
+def test_samples_that_are_not_those_of_the_score_are_an_error(make, damage):
+    x = np.linspace(0, 1, 10)[:, None] * [[0.5, 0.9, 0.8, 0.7]]
+    run = make(rows={t: {"accuracy": x} for t in TASKS})
+    for stage in run.stages:
+        change(stage.eval_file(TASKS[0]), samples=checks.fingerprint(stage.samples_file(TASKS[0])))
+    assert not np.isnan(Results(run).sequence["BWT"][-1].low)
+    file = run.stages[3].samples_file(TASKS[0])
+    rows = read_jsonl(file)
+    damaged = {
+        "lost": rows[1:],
+        "doubled": [rows[0], *rows],
+        "both": [rows[0], rows[0], *rows[2:]],
+        "other rows": [row | {"doc_id": row["doc_id"] + 1} for row in rows],
+        "another order": rows[::-1],
+        "text": [rows[0] | {"response": "another"}, *rows[1:]],
+        "score": [rows[0] | {"accuracy": rows[1]["accuracy"]}, rows[1] | {"accuracy": rows[0]["accuracy"]}, *rows[2:]],
+    }
+    write_jsonl(file, damaged[damage])
+    with pytest.raises(RunError, match=r"(?s)samples.*valuate again"):
+        write_report(run)
+    # As its message says.
+    file.unlink()
+    run.stages[3].eval_file(TASKS[0]).unlink()
+    write_report(run)
+
+
+@pytest.mark.parametrize("damage", ["lost", "doubled", "other rows", "another order"])
+def test_samples_of_older_cells_are_checked_by_what_is_known(make, damage):
+    x = np.linspace(0, 1, 10)[:, None] * [[0.5, 0.9, 0.8, 0.7]]
+    run = make(rows={TASKS[0]: {"accuracy": x}})
+    file = run.stages[3].samples_file(TASKS[0])
+    rows = read_jsonl(file)
+    damaged = {
+        "lost": rows[1:],
+        "doubled": [rows[0], rows[0], *rows[2:]],
+        "other rows": [row | {"doc_id": row["doc_id"] + 1} for row in rows],
+        "another order": rows[::-1],
+    }
+    write_jsonl(file, damaged[damage])
+    with pytest.raises(RunError, match="evaluate again"):
+        _ = Results(run).sequence
+
+
+def test_a_score_that_was_changed_is_not_the_mean_of_its_rows(make):
+    run = make(rows={TASKS[0]: {"accuracy": np.full((10, 4), 0.5)}})
+    change(run.stages[3].eval_file(TASKS[0]), metrics={"accuracy": {"value": 0.9, "stderr": 0.1}})
+    with pytest.raises(RunError, match="does not give the accuracy of its score"):
+        _ = Results(run).intervals
+
+
+# -------------------------------------------------------------------------------------------------------- judgements
+
+
+@pytest.fixture
+def rich(make):
+    return make_rich_run(make, tasks=TASKS)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"stage": "1_trace_cstance"}, "was moved or copied"),
+        ({"suite": "instruct_koala"}, "was moved or copied"),
+        ({"direct": ("rate", 0.99)}, "direct.rate: 0.99"),
+        ({"direct": ("n", 21)}, "direct.n: 21 -> 20"),
+        ({"pairs": ("win", 20)}, "pairs.win: 20"),
+        ({"pairs": ("net_win_rate", 1.0)}, "pairs.net_win_rate: 1.0"),
+        ({"pairs": ("unscored", 5)}, "pairs.unscored: 5 -> 0"),
+        ({"lines": "f00"}, "was changed since"),
+    ],
+)
+@pytest.mark.parametrize("lines", [True, False])
+def test_judgements_that_do_not_add_up_are_an_error(rich, changes, message, lines):
+    file = judge_file(rich.stages[3], "instruct_lima")
+    if not lines:
+        if "lines" in changes:
+            pytest.skip("there are no lines")
+        file.with_suffix(".jsonl").unlink()
+    there = read_json(file)
+    for key, value in changes.items():
+        there[key] = {**there[key], value[0]: value[1]} if isinstance(value, tuple) else value
+    write_json(file, there)
+    with pytest.raises(RunError) as e:
+        write_report(rich)
+    assert "judge again" in str(e.value) and (message in str(e.value) or not lines)
+
+
+@pytest.mark.parametrize("damage", ["lost", "doubled", "verdict", "result"])
+def test_lines_of_judgements_that_were_changed_are_an_error(rich, damage):
+    file = judge_file(rich.stages[3], "instruct_lima").with_suffix(".jsonl")
+    rows = read_jsonl(file)
+    lost = next(i for i, row in enumerate(rows) if row["combined"] == "lose")
+    won = {"combined": "win"} if damage == "result" else {"combined": "win", "verdicts": ["A", "B"]}
+    damaged = {"lost": rows[1:], "doubled": [*rows, rows[0]]}
+    write_jsonl(file, damaged.get(damage) or [row | won if i == lost else row for i, row in enumerate(rows)])
+    with pytest.raises(RunError, match="judge again"):
+        write_report(rich)
+
+
+def test_a_net_win_rate_is_pooled_over_the_same_sets_only(rich):
+    kind = judging.KINDS[0]
+    for stage in rich.stages[:3]:
+        for folder in ("eval/samples", "judge"):
+            for file in stage.path.glob(f"{folder}/instruct_lima.json*"):
+                shutil.copy(file, file.with_name(file.name.replace("lima", "koala")))
+        file = judge_file(stage, "instruct_koala")
+        change(file, suite="instruct_koala")
+    found = load_judged(rich, kind)
+    assert pooled(found, rich.stages[2])["n"] == 40
+    assert pooled(found, rich.stages[3]) is None, "one of the two sets is missing there"
+    write_report(rich)
+    text = (rich.path / "report.md").read_text(encoding="utf-8")
+    assert f"{rich.stages[3].name} was not judged on instruct_koala" in text
+
+
+class Judge:
+    """As far as planning needs one."""
+
+    model, revision, date, endpoint, sampling = "a/judge", None, None, "http://one/v1", {"temperature": 0}
+
+    def __init__(self, **changes):
+        vars(self).update(changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": "another"}, "judge: 'a/judge' -> 'another'"),
+        ({"endpoint": "http://two/v1"}, "endpoint: 'http://one/v1' -> 'http://two/v1'"),
+        ({"sampling": {"temperature": 1}}, "sampling.temperature: 0 -> 1"),
+    ],
+)
+def test_a_stage_judged_by_itself_has_the_judge_of_the_others(rich, changes, message):
+    for stage in rich.stages:
+        for suite in ("instruct_lima", "safety_cona"):
+            change(judge_file(stage, suite), settings=judging.settings(Judge()), endpoint=Judge.endpoint)
+    judge_file(rich.stages[3], "instruct_lima").unlink()
+    [job] = judging.plan(rich, Judge(), stages=[3])
+    assert job.suite == "instruct_lima"
+    with pytest.raises(RunError, match=re.escape(message)):
+        judging.plan(rich, Judge(**changes), stages=[3], suites=["instruct_lima"])
+    with pytest.raises(RunError, match="limit None, asked for is 5"):
+        judging.plan(rich, Judge(), stages=[3], suites=["instruct_lima"], limit=5)
+    assert len(judging.plan(rich, Judge(), suites=["instruct_lima"], limit=5)) == 4, "all of them, on the same rows"
+
+
+# ------------------------------------------------------------------------------------------------------- comparisons
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"settings": {"backend": "hf", "engine": {"dtype": "float16"}}}, "**Not comparable** in engine settings"),
+        ({"settings": {"backend": "hf", "engine": {"quantization": "fp8"}}}, "quantization: fp8"),
+        ({"settings": {"backend": "vllm"}}, "**Not comparable** in backend"),
+        ({"made_with": {"transformers": "6.0"}}, "**Different versions**"),
+        ({"made_with": {"scoring code": "f00"}}, "scoring code"),
+        ({"definition": "f00"}, "definition of trace_"),
+    ],
+)
+def test_a_comparison_names_what_cells_were_made_with(make, changes, message):
+    def made(name, **changed):
+        run = make(name=name)
+        for file in run.path.glob("stages/*/eval/*.json"):
+            change(file, **{"made_with": {"transformers": "5.0", "scoring code": "abc"}, "definition": "d", **changed})
+        return run
+
+    same = compare([made("one"), made("two")]).markdown()
+    assert "Not comparable" not in same and "Different versions" not in same
+    assert message in compare([made("three"), made("four", **changes)]).markdown()
+
+
+@pytest.mark.parametrize(
+    "manifest, message",
+    [
+        ({"packages": {"torch": "1.0"}}, "torch of the training"),
+        ({"commit": "f00"}, "commit"),
+        ({"config": {"dtype": "float16"}}, "dtype of the training"),
+        ({"config": {"bf16": True}}, "bf16 of the training"),
+        ({"config": {"chat_template": True, "chat_template_args": {"thinking": True}}}, "chat_template_args"),
+        ({"task_definitions": {TASKS[0]: {"doc_to_text": "other"}}}, "definition of C-STANCE"),
+    ],
+)
+def test_a_comparison_names_what_runs_were_made_with(make, manifest, message):
+    began = {"task_definitions": {TASKS[0]: {"doc_to_text": "q"}}}
+    one, two = make(name="one", **began), make(name="two", **{**began, **manifest})
+    change(two.path / "manifest.json", **manifest)
+    text = compare([one, Run.open(two.path)]).markdown()
+    assert message in text
