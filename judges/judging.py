@@ -291,7 +291,10 @@ def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
                 raise ValueError(f"doc_id {row['doc_id']!r} was there before")
             rows[row["doc_id"]] = row
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise RunError(f"{file}, line {number} is no sample ({e}). Delete the file and evaluate again.") from e
+            raise RunError(
+                f"{file}, line {number} is no sample ({e}). Delete it and its score, {stage.eval_file(suite)}, and "
+                "evaluate again."
+            ) from e
     check_samples(stage, suite, list(rows))
     return rows
 

@@ -391,7 +391,8 @@ class Stage:
             if len(made) > 1:
                 raise RunError(
                     f"The cells of stage {self.name} were made from {len(made)} states of {self.external}: it was "
-                    "changed in between. Evaluate the stage again, which makes the older ones anew."
+                    "changed in between. Evaluate the stage again as before, with the same --general and --judged, "
+                    f"which makes the older ones anew; or delete {self.path}/eval and evaluate again."
                 )
 
 
