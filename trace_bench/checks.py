@@ -362,6 +362,9 @@ def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
     for key in ("n_cut", "n_unfinished"):
         if not (_is_number(cell.get(key, 0)) and 0 <= cell.get(key, 0) <= n):
             return f"{key}={cell[key]!r} of {n} rows"
+    parts = cell.get("subtasks", {})
+    if parts and sum(part.get("n", 0) for part in parts.values()) != n:
+        return f"its {len(parts)} subtasks do not have the {n} rows together"
     if not (_is_number(cell.get("seconds", 0)) and cell.get("seconds", 0) >= 0):
         return f"seconds={cell['seconds']!r}"
     for name, score in metrics.items():
@@ -461,6 +464,6 @@ def other_versions(run: Run) -> list[str]:
         for file in stage.path.glob("eval/*.json"):
             made = read_cell(stage, file.stem).get("made_with", {})
             for key, value in made.items():
-                if now.get(key) != value:
+                if key != "device" and now.get(key) != value:
                     found.setdefault(key, set()).add(str(value))
     return [f"{key} {', '.join(sorted(values))} then, {now.get(key, 'none')} now" for key, values in found.items()]

@@ -166,6 +166,7 @@ def _evaluate(
             _prepare(task)
     _check_suites(plan, groups, settings["backend"], engine_args.get("max_model_len") or engine_args.get("max_length"))
 
+    import torch
     from tqdm import tqdm
 
     from trace_bench.engine import open_engine
@@ -195,6 +196,7 @@ def _evaluate(
         for task in tasks.values():
             if hasattr(task.sampler, "count_in"):  # our own: demonstrations take half of the prompt's length
                 task.sampler.count_in(lambda text: len(lm.tokenizer(text).input_ids), settings["max_prompt_length"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     ready = time.perf_counter() - started
     order = list(plan.items())
     with tqdm(total=missing, desc="evaluating", unit="cell") as bar:
@@ -206,7 +208,7 @@ def _evaluate(
                 "date": run.manifest.get("date"),
                 # On record, but free to differ between cells: most of it is memory and speed.
                 "engine_args": engine_args,
-                "made_with": checks.made_with(),
+                "made_with": {**checks.made_with(), "device": device},
                 "commit": source_commit(),
             }
             if i or stage.index:

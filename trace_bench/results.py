@@ -328,7 +328,7 @@ class Results:
         return [
             f"{key}: " + "; ".join(f"{value} at {', '.join(stages)}" for value, stages in versions.items())
             for key, versions in self.versions.items()
-            if len(versions) > 1
+            if len(versions) > 1 and key != "commit"  # which says less than the fingerprint of the scoring code
         ]
 
     def evaluation_seconds(self, stage: Stage) -> float:
