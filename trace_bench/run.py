@@ -417,6 +417,8 @@ class Run:
         path = Path(path)
         file = path / "manifest.json"
         if not file.is_file():
+            if cls(path, {}).has_results():
+                raise RunError(f"{path} has lost its manifest.json. The command that began the run writes it again.")
             found = sorted(p.parent.as_posix() for p in path.parent.glob("*/manifest.json"))
             raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
         manifest = read_json(file)
