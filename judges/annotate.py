@@ -36,7 +36,7 @@ from judges.prompts import block
 from judges.thinking import answer_of
 from judges.verdict import longer
 from trace_bench import data
-from trace_bench.run import differences, fingerprint, read_json, write_json, write_text
+from trace_bench.run import differences, fingerprint, read_json, refuse_links, write_json, write_text
 from trace_bench.tables import DASH, markdown, percent
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt
@@ -391,6 +391,7 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
     file = annotation_file(out)
     if out.exists() and not out.is_dir():
         raise JudgeError(f"{out} is a file. Name a folder.")
+    refuse_links(out, *data.FOLDERS.values())
     if file.exists():
         lines = differences(read_json(file)["settings"], settings)
         if lines:

@@ -26,6 +26,7 @@ import openai
 from tqdm import tqdm
 
 from judges import JudgeError
+from trace_bench.run import MOST_LINES, open_own, read_file
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Cache:
         self._torn = False
         if not path.exists():
             return
-        content = path.read_bytes()
+        content = read_file(path, MOST_LINES)
         self._torn = not content.endswith(b"\n") and bool(content)
         for line in content.split(b"\n"):
             try:
@@ -121,7 +122,7 @@ class Cache:
         line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Made for its user alone: prompts and answers may be private.
-        with open(self.path, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as f:
+        with open(self.path, "ab", opener=lambda path, flags: open_own(Path(path), flags, 0o600)) as f:
             f.write((b"\n" if self._torn else b"") + line.encode())
             f.flush()
             os.fsync(f.fileno())

@@ -18,7 +18,20 @@ from judges import instruction, pairwise, prompts, safety
 from judges.pairwise import Kind
 from judges.verdict import ends, ends_in_words, verdict_of, why_unscored
 from trace_bench.checks import check_samples, verify
-from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, write_json, write_jsonl
+from trace_bench.run import (
+    MOST_LINES,
+    WRITTEN,
+    Run,
+    RunError,
+    Stage,
+    differences,
+    fingerprint,
+    read_file,
+    read_json,
+    refuse_links,
+    write_json,
+    write_jsonl,
+)
 
 if TYPE_CHECKING:
     from judges.client import Judge, Reply, Request
@@ -126,6 +139,7 @@ def plan(
         RunError: if a stage or suite does not exist, the samples of two stages do not belong together, or there are
             results of another judge.
     """
+    refuse_links(run.path, *WRITTEN)
     base = run.stages[0]
     wanted = run.indices(stages)
     verify(run, [stage for stage in run.stages if stage.index in wanted])
@@ -278,7 +292,7 @@ def _asked(row: dict[str, Any]) -> str:
 
 def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
     file, rows = stage.samples_file(suite), {}
-    for number, line in enumerate(file.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_file(file, MOST_LINES).split(b"\n"), 1):
         if not line:
             continue
         try:

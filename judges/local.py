@@ -25,6 +25,7 @@ from judges.thinking import answer_of, opened_by
 from judges.verdict import is_unclosed, verdict_of
 from trace_bench.engine import FREE, prepare_vllm, starting_vllm
 from trace_bench.models import load_tokenizer, pinned_revision, resolve_model
+from trace_tasks.tokens import PromptError, rendered
 
 #: Requests given to the engine in one go: when the program is killed no more than these are lost.
 CHUNK = 256
@@ -135,7 +136,6 @@ class LocalJudge(Judge):
             )
 
     def _asked(self, key: str, body: Request) -> _Asked:
-        from jinja2 import TemplateError
         from vllm import SamplingParams
 
         names = {name: value for name, value in body.items() if name not in _OTHER}
@@ -147,11 +147,11 @@ class LocalJudge(Judge):
             raise JudgeError(f"--sampling {', '.join(names)}: vLLM's SamplingParams do not take it: {e}.") from e
         arguments = {"strftime_now": DATE.strftime, **body.get("chat_template_kwargs", {})}
         try:
-            prompt = self._tokenizer.apply_chat_template(
-                body["messages"], add_generation_prompt=True, tokenize=False, **arguments
+            prompt = rendered(
+                self._tokenizer, body["messages"], "Use another judge.", add_generation_prompt=True, **arguments
             )
-        except TemplateError as e:
-            raise JudgeError(f"The chat template of {self.model} does not take what is asked: {e}.") from e
+        except PromptError as e:
+            raise JudgeError(f"{self.model}: {e}") from e
         if body["messages"][-1]["content"].strip() not in prompt:
             raise JudgeError(f"The chat template of {self.model} leaves out what is asked: use another model.")
         return _Asked(key, body, prompt, self._ids(prompt), sampling)

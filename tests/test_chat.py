@@ -1,6 +1,8 @@
 """Chat prompts: one renderer for training, evaluation and judged answers; its arguments and its date are on record."""
 
 import json
+import threading
+import time
 
 import pytest
 from conftest import train
@@ -8,6 +10,7 @@ from transformers import AutoTokenizer
 
 from trace_bench import engine, evaluate
 from trace_bench.run import Run, RunError, read_json, write_json
+from trace_tasks import tokens
 from trace_tasks.tokens import Chat, PromptError, example_ids, prompt_ids
 from trainers.base import ConfigError
 
@@ -170,3 +173,67 @@ def test_both_engines_render_with_it():
     for engine_class in (SwapHF, SwapVLLM):
         for name in ("apply_chat_template", "tok_encode", "generate_until", "_spoken"):
             assert getattr(engine_class, name) is getattr(Swap, name)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ messages[0]['content'] * 10**9 }}",
+        "{{ [0] * 10**10 }}",
+        "{{ 'x' | center(10**10) }}",
+        "{{ '%10000000000d' % 1 }}",
+        "{{ 9 ** (9**9) }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% macro f(n) %}{% for i in range(n) %}{{ f(n) }}{% endfor %}{% endmacro %}{{ f(9) }}",
+        "{% for m in messages * 10**9 %}{{ m['content'] }}{% endfor %}",
+        "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{{ 'x' * 2000000 }}",
+        "{{ 1 / 0 }}",
+        "{{ messages.nothing.more }}",
+        "{{ 'a' + 1 }}",
+        "{% for %}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    ],
+    ids=lambda t: t[:50],
+)
+def test_a_template_that_would_take_for_ever_or_all_memory_is_refused(template, tiny_model, monkeypatch):
+    monkeypatch.setattr(tokens, "RENDERING", (2.0, 2**29))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = template
+    began = time.monotonic()
+    with pytest.raises(PromptError, match="chat template") as e:
+        Chat(tokenizer)([{"role": "user", "content": "what"}])
+    assert time.monotonic() - began < 20 and len(str(e.value)) < 1000
+    tokenizer.chat_template = SWITCH
+    assert "what" in Chat(tokenizer)([{"role": "user", "content": "what"}]), "the limits end with it"
+
+
+def test_memory_is_limited_beside_the_main_thread_too(tiny_model, monkeypatch):
+    tokenizer, found = AutoTokenizer.from_pretrained(tiny_model), []
+    tokenizer.chat_template = "{{ 'x' * 10**10 }}"
+
+    def ask() -> None:
+        try:
+            Chat(tokenizer)([{"role": "user", "content": "what"}])
+        except PromptError as e:
+            found.append(str(e))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join(60)
+    assert "1 GiB of memory" in found[0]
+
+
+def test_long_chats_and_templates_are_rendered(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for i in range(m['content'] | length) %}{% if loop.last %}{{ i }}{% endif %}"
+        "{% endfor %}{{ m['content'] }}{{ '-' * 80 }}{% endfor %}"
+    )
+    asked = "é" * 90_000
+    assert asked in Chat(tokenizer)([{"role": "user", "content": "a" * 9}, {"role": "user", "content": asked}])

@@ -1,7 +1,9 @@
 """Checkpoints from elsewhere: what fits the base model is served, all else is refused before an engine starts."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from trace_bench import checkpoints
+from trace_bench import checkpoints, models
 from trace_bench.checkpoints import another_base, check_checkpoints, config_differences
 from trace_bench.cli import main
 from trace_bench.evaluate import external_run
@@ -608,3 +610,181 @@ def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, 
     assert config_differences(tiny_model, folder) == []
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": embedding + 1}, "model.safetensors")
     assert config_differences(tiny_model, folder) == ["tie_word_embeddings: True -> False"]
+
+
+# ------------------------------------------------------------------------------------- what would never come to an end
+
+SLOW = r"(.*)*(.*)*(.*)*(.*)*x"
+#: Entries of an adapter_config.json with which PEFT would take for ever, or all memory.
+ENDLESS = [
+    {"target_modules": r"(\w+\.?)*\d!"},
+    {"target_modules": SLOW},
+    {"target_modules": ".*" * 30 + "x"},
+    {"target_modules": r"(a|a|\w|\.)*$(?<=!)"},
+    {"exclude_modules": SLOW},
+    {"rank_pattern": {SLOW: 8}},
+    {"alpha_pattern": {SLOW: 8}},
+    {"layers_pattern": [SLOW], "layers_to_transform": [0]},
+    {"target_modules": [f"m{i}" for i in range(300_000)], "exclude_modules": [f"n{i}" for i in range(2_000_000)]},
+    {"r": 10**9},
+    {"r": 10**18},
+    {"rank_pattern": {"q_proj": 10**9}},
+    {"init_lora_weights": "pissa_niter_1000000000"},
+    {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 10**9}},
+    {"layer_replication": [[0, 10**9]]},
+]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("entries", ENDLESS, ids=lambda e: " ".join(map(str, e.items()))[:60])
+def test_an_adapter_that_would_take_for_ever_is_refused(entries, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "READING", (3.0, 2**30))
+    adapter = reconfigure(make_adapter(bases["llama"], tmp_path / "a", lora()), **entries)
+    began = time.monotonic()
+    with pytest.raises(RunError, match=str(adapter)):
+        check(bases["llama"], adapter)
+    assert time.monotonic() - began < 20
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind, entries",
+    [
+        ("VERA", {"r": 10**9}),
+        ("RANDLORA", {"r": 10**9}),
+        ("PEANUT", {"depth": 10**9}),
+        ("VBLORA", {"num_vectors": 10**9, "vector_length": 64}),
+        ("OFT", {"num_cayley_neumann_terms": 10**9}),
+        ("PSOFT", {"psoft_svd_lowrank_niter": 10**9}),
+        ("PROMPT_TUNING", {"num_virtual_tokens": 10**9}),
+        ("LOHA", {"r": 10**9}),
+        ("IA3", {"target_modules": SLOW}),
+    ],
+)
+def test_other_kinds_that_would_take_for_ever_are_refused(kind, entries, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "READING", (5.0, 2**30))
+    adapter = reconfigure(make_adapter(bases["llama"], tmp_path / "a", config_of(kind)), **entries)
+    began = time.monotonic()
+    with pytest.raises(RunError, match=str(adapter)):
+        check(bases["llama"], adapter, backend="hf")
+    assert time.monotonic() - began < 25
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*\.layers\.[0-9]+\.(self_attn|mlp)\.(q_proj|v_proj|down_proj)"},
+        {"target_modules": r"model.layers.(0|1).self_attn.(q|v)_proj"},
+        {"target_modules": r"^(?!.*down).*_proj$"},
+        {
+            "rank_pattern": {r"^model\.layers\.\d+\.self_attn\.q_proj": 8, "down_proj": 2},
+            "alpha_pattern": {"q_proj": 32},
+        },
+        {"exclude_modules": r".*\.0\.mlp\.down_proj"},
+        {"layers_to_transform": [1], "layers_pattern": ["layers", "h"]},
+        {"init_lora_weights": "pissa_niter_4", "r": 2},
+    ],
+)
+def test_patterns_as_adapters_have_them_are_served(options, bases, tmp_path):
+    check(bases["llama"], make_adapter(bases["llama"], tmp_path / "a", lora(**options)))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"num_hidden_layers": 10**9},
+        {"vocab_size": 10**15},
+        {"vocab_size": 10**18, "hidden_size": 10**18},
+        {"num_attention_heads": 10**9, "head_dim": 10**12},
+        {"num_labels": 10**10},
+        {"hidden_size": -1},
+        {"num_hidden_layers": "many"},
+        {"vocab_size": None},
+        {"model_type": "qwen2", "num_hidden_layers": 10**9},
+        {"model_type": "mixtral", "num_local_experts": 10**18},
+    ],
+    ids=str,
+)
+def test_a_config_of_silly_sizes_is_refused_in_time(entries, bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "READING", (3.0, 2**30))
+    model = reconfigure(shutil.copytree(bases["llama"], tmp_path / "m"), "config.json", **entries)
+    began = time.monotonic()
+    with pytest.raises((RunError, ModelError), match=str(model)) as e:
+        check(bases["llama"], model, backend="hf")
+    assert time.monotonic() - began < 25 and "\n" not in str(e.value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "extra.safetensors"])
+def test_a_pipe_in_a_model_is_not_waited_for(name, bases, tmp_path):
+    model = shutil.copytree(bases["llama"], tmp_path / "m")
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    for use in (lambda: check(bases["llama"], model), lambda: models.resolve_model(str(model))):
+        with pytest.raises(ModelError, match=rf"{name} is no file but a pipe|no model: it has no config"):
+            use()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "adapter_config.json", "chat_template.jinja"])
+def test_a_file_of_a_model_that_is_far_too_long_is_refused(name, bases, tmp_path):
+    model = shutil.copytree(bases["llama"], tmp_path / "m")
+    with (model / name).open("ab") as f:
+        f.truncate(models.MOST_FILE + 1)
+    with pytest.raises(ModelError, match=rf"{name} has more than 256 MiB"):
+        check(bases["llama"], model)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight_map": {"a": "../other/model.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": 3}},
+        {"weight_map": ["a"]},
+        {},
+        [],
+    ],
+)
+def test_an_index_names_files_of_its_folder_alone(content, bases, tmp_path):
+    model = shutil.copytree(bases["llama"], tmp_path / "m")
+    write_json(model / "model.safetensors.index.json", content)
+    with pytest.raises(RunError, match=r"index\.json is damaged"):
+        check(bases["llama"], model)
+
+
+@pytest.mark.parametrize("size", [2**63, 2**40, 10**8, 0])
+def test_a_header_of_an_absurd_size_is_refused(size, bases, tmp_path):
+    adapter = make_adapter(bases["llama"], tmp_path / "a", lora())
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(size.to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(RunError, match="missing or damaged"):
+        check(bases["llama"], adapter)
+
+
+@pytest.mark.timeout(120)
+def test_an_adapter_of_a_run_from_elsewhere_has_the_same_limits(bases, tmp_path, monkeypatch):
+    """Its train.json names whatever fingerprint its adapter has."""
+    monkeypatch.setattr(models, "READING", (2.0, 2**30))
+    manifest = {
+        "method": "m",
+        "model": {"name": str(bases["llama"])},
+        "tasks": ["trace_fomc"],
+        "data": {},
+        "config": {},
+    }
+    run = Run.create(tmp_path / "run", manifest)
+    folder = run.stages[1].path / "adapter"
+    make_adapter(bases["llama"], folder, lora())
+    for entries in ({"target_modules": SLOW}, {"rank_pattern": {SLOW: 1}}, {"init_lora_weights": "pissa_niter_999999"}):
+        kept = read_json(folder / "adapter_config.json")
+        reconfigure(folder, **entries)
+        write_json(run.stages[1].train_file, {"checkpoint": checkpoints.fingerprint(folder)})
+        with pytest.raises(RunError, match=str(folder)):
+            check_checkpoints(run, run.stages, "hf")
+        write_json(folder / "adapter_config.json", kept)
+    write_json(run.stages[1].train_file, {"checkpoint": checkpoints.fingerprint(folder)})
+    check_checkpoints(run, run.stages, "hf")

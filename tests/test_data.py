@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -352,3 +353,61 @@ def test_the_prompt_of_an_example_is_the_tested_prompt(bos, prompt, answer, limi
         assert example["input_ids"] == tested + target
         assert example["labels"][: len(tested)] == [-100] * len(tested)
         assert "".join(made.convert_ids_to_tokens(target)) == answer + "</s>"
+
+
+# ------------------------------------------------------------------------------------------ sizes, and caches that last
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz", "a.tar.xz"])
+def test_a_member_that_is_too_large_is_refused(tmp_path, cache, monkeypatch, name):
+    archive = pack(tmp_path / name, [("FOMC/train.json", bytes(10)), ("FOMC/test.json", bytes(60_000))])
+    monkeypatch.setattr(data, "MOST_ROWS", 50_000)
+    with pytest.raises(DataError, match=r"holds a file of .*nothing was unpacked"):
+        data.unpack(archive)
+    assert not any(cache.iterdir())
+    monkeypatch.setattr(data, "MOST_ROWS", 60_000)
+    assert (data.unpack(archive) / "FOMC" / "test.json").stat().st_size == 60_000
+
+
+def test_what_lies_behind_the_end_of_an_archive_is_not_read_for_ever(tmp_path, cache, monkeypatch):
+    import gzip
+
+    whole = pack(tmp_path / "a.tar", [("FOMC/test.json", b"[]")]).read_bytes()
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole + bytes(20_000_000)))
+    assert data.unpack(tmp_path / "a.tar.gz").is_dir()
+    monkeypatch.setattr(data, "MOST_BYTES", 10_000_000)
+    shutil.rmtree(cache)
+    with pytest.raises(DataError, match="more than"):
+        data.unpack(tmp_path / "a.tar.gz")
+    assert not any(cache.iterdir())
+
+
+def test_a_file_of_rows_that_is_too_large_is_not_read(tmp_path, monkeypatch):
+    root = layout(tmp_path / "data")
+    file = root / "FOMC" / "test.json"
+    monkeypatch.setattr(data, "MOST_ROWS", file.stat().st_size)
+    assert data.read_split(root, "FOMC", "test") == ROWS
+    monkeypatch.setattr(data, "MOST_ROWS", file.stat().st_size - 1)
+    with pytest.raises(DataError, match=r"FOMC/test\.json has more than"):
+        data.read_split(root, "FOMC", "test")
+
+
+@pytest.mark.parametrize("source", ["demo", "archive"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-5]),
+        lambda file: file.write_bytes(file.read_bytes()[:-5] + b"wrong"),
+        Path.unlink,
+        lambda file: shutil.rmtree(file.parents[1]),
+        lambda file: [shutil.rmtree(file.parents[1]), file.parents[1].mkdir()],
+    ],
+    ids=["cut", "changed", "gone", "all gone", "empty"],
+)
+def test_a_damaged_cache_is_made_again(tmp_path, source, damage):
+    if source == "archive":
+        source = str(pack(tmp_path / "a.zip", [(f"FOMC/{s}.json", json.dumps(ROWS).encode()) for s in data.SPLITS]))
+    root = data.find_data(source)
+    before = data.data_fingerprint(root, ["trace_fomc"])
+    damage(root / "FOMC" / "train.json")
+    assert data.find_data(source) == root and data.data_fingerprint(root, ["trace_fomc"]) == before

@@ -1,6 +1,12 @@
 """Adapters merged into weights of less precision than their update: nothing is lost in the mean, or it is said."""
 
 import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,3 +122,65 @@ def test_the_adapters_below_are_merged_in_their_order(tiny_model, checkpoints, t
             assert torch.allclose(model.eval()(ids).logits, expected, atol=1e-4)
             alone = load(str(tiny_model), tmp_path / "second", dtype=torch.float32)
             assert not torch.allclose(alone.eval()(ids).logits, expected, atol=1e-2)
+
+
+HOLD = """
+import sys, time
+from trace_bench.engine import merging
+merging.has_gpu = lambda: True
+merging._MERGE = "import time; time.sleep(600)"
+one = merging.Merging("base", None, False)
+one.prepare(merging.Path("adapter"))
+print(one._ahead[2].pid, flush=True)
+if sys.argv[1] == "wait":
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def temporary(tmp_path, monkeypatch):
+    """The system's folder for temporary files."""
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    return folder
+
+
+def begun(how: str) -> tuple[subprocess.Popen, int]:
+    """A program that merges ahead, and the number of its child."""
+    command = [sys.executable, "-c", HOLD, how]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
+    return process, int(process.stdout.readline())
+
+
+def alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_merged_model_of_a_killed_program_goes_with_the_next_one(temporary, tiny_model, checkpoints):
+    process, child = begun("wait")
+    (left,) = temporary.iterdir()
+    merger = merging.Merging(str(tiny_model), None, False)
+    with merger.full_model(checkpoints["adapter"]) as (folder, _):
+        assert left.exists() and Path(folder).parent == temporary, "it is in use"
+    process.kill()
+    process.wait()
+    os.kill(child, 9)
+    with merger.full_model(checkpoints["adapter"]) as (folder, _):
+        assert not left.exists()
+    assert not any(temporary.iterdir())
+
+
+def test_a_program_that_ends_takes_what_it_merges_ahead_with_it(temporary):
+    process, child = begun("end")
+    process.wait(60)
+    for _ in range(100):
+        if not alive(child):
+            break
+        time.sleep(0.1)
+    assert not alive(child) and not any(temporary.iterdir())

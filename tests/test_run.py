@@ -1,8 +1,13 @@
 """Tests of `trace_bench.run`: what is on the disk is whole, and a run is resumed as it was begun or not at all."""
 
+import fcntl
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,9 +17,13 @@ from trace_bench.run import (
     Run,
     RunError,
     Stage,
+    cached_dir,
     fingerprint,
     fresh_dir,
+    locked,
     read_json,
+    read_jsonl,
+    temporary_dir,
     write_json,
     write_jsonl,
     write_text,
@@ -122,6 +131,206 @@ def test_what_a_killed_program_left_is_not_in_the_next_folder(tmp_path):
         assert names(tmp) == []
         (tmp / "whole").touch()
     assert (names(tmp_path), names(target)) == (["adapter"], ["whole"])
+
+
+def killed_in(code: str, *arguments: object) -> None:
+    """Runs Python that prints a line, and kills it then."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_lives_stays(tmp_path):
+    code = "import sys, time; from pathlib import Path; from trace_bench import run\n"
+    code += "def wait(fd): print('there', flush=True); time.sleep(60)\n"
+    code += "run.os.fsync = wait; run.write_text(Path(sys.argv[1]), 'half')"
+    killed_in(code, tmp_path / "report.md")
+    (left,) = tmp_path.iterdir()
+    assert re.fullmatch(r"\.report\.md\.[0-9a-f]{12}\.tmp", left.name)
+    (tmp_path / ".report.md.0123.tmp").touch()
+    (tmp_path / ".other.md.0123.tmp").touch()
+    with left.open("r+") as live:
+        fcntl.flock(live, fcntl.LOCK_EX)
+        write_text(tmp_path / "report.md", "whole")
+        assert names(tmp_path) == sorted([left.name, ".other.md.0123.tmp", "report.md"])
+    write_text(tmp_path / "report.md", "whole")
+    assert names(tmp_path) == [".other.md.0123.tmp", "report.md"]
+
+
+def test_folders_of_killed_programs_go_with_the_next_one_and_what_lives_stays(tmp_path):
+    code = "import sys, time; from pathlib import Path; from trace_bench.run import temporary_dir\n"
+    code += (
+        "with temporary_dir(Path(sys.argv[1]), 'merged-') as f: (f / 'x').touch(); print(1, flush=True); time.sleep(60)"
+    )
+    killed_in(code, tmp_path)
+    (left,) = tmp_path.iterdir()
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "file").touch()
+    (tmp_path / "merged-a.tmp").symlink_to(tmp_path / "victim")
+    (left / "inside").symlink_to(tmp_path / "victim")
+    with temporary_dir(tmp_path, "merged-") as one:
+        (one / "file").touch()
+        assert not left.exists()
+        with temporary_dir(tmp_path, "merged-") as two:
+            assert one != two and (one / "file").exists()
+    assert names(tmp_path) == ["merged-a.tmp", "victim"] and names(tmp_path / "victim") == ["file"]
+
+
+def test_a_name_that_was_taken_is_not_written_to(tmp_path, monkeypatch):
+    """Whoever guesses a name has it; another one is drawn for a folder, and a file is not opened."""
+    (tmp_path / "victim").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(run_module.secrets, "token_hex", lambda n: "guessed")
+    (tmp_path / ".report.md.guessed.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        write_text(tmp_path / "report.md", "new")
+    assert (tmp_path / "victim").read_text(encoding="utf-8") == "mine"
+
+
+# ---------------------------------------------------------------------------------------- locks, links and odd files
+
+
+@pytest.mark.parametrize("what", ["train", "evaluate", "judge", "annotate"])
+def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path, what):
+    victim = tmp_path / "victim"
+    victim.write_text("mine", encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    lock = tmp_path / "run" / f".{what}.lock"
+    for target in (victim, tmp_path / "new"):
+        lock.unlink(missing_ok=True)
+        lock.symlink_to(target)
+        with pytest.raises(RunError, match=rf"{re.escape(str(lock))} is no ordinary file.*remove it"):
+            locked(tmp_path / "run", what).__enter__()
+    assert victim.read_text(encoding="utf-8") == "mine" and not (tmp_path / "new").exists()
+    lock.unlink()
+    with locked(tmp_path / "run", what):
+        assert re.fullmatch(r"process \d+ on \S+", lock.read_text(encoding="utf-8"))
+
+
+@pytest.mark.timeout(20)
+def test_a_lock_that_is_a_pipe_a_folder_or_a_device_is_refused(tmp_path):
+    os.mkfifo(tmp_path / ".train.lock")
+    (tmp_path / ".judge.lock").mkdir()
+    for what in ("train", "judge"):
+        with pytest.raises(RunError, match="no ordinary file"):
+            locked(tmp_path, what).__enter__()
+    with pytest.raises(RunError, match="no ordinary file"):
+        run_module.open_own(Path("/dev/null"), os.O_RDWR)
+
+
+def test_a_lock_with_a_second_name_is_a_lock_and_keeps_its_content(tmp_path):
+    """As after `cp -al`; or it was made to have something else cut."""
+    (tmp_path / "victim").write_text("secret\nmine", encoding="utf-8")
+    (tmp_path / ".train.lock").hardlink_to(tmp_path / "victim")
+    with locked(tmp_path, "train"), pytest.raises(RunError, match="in use: another process began") as e:
+        locked(tmp_path, "train").__enter__()
+    assert (tmp_path / "victim").read_text(encoding="utf-8") == "secret\nmine" and "secret" not in str(e.value)
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "device").symlink_to("/dev/zero")
+    for name in ("pipe", "device"):
+        for read in (read_json, read_jsonl):
+            with pytest.raises(RunError, match=rf"{name} is no file but a folder, a pipe or a device"):
+                read(tmp_path / name)
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "manifest.json")
+    with pytest.raises(RunError, match="manifest"):
+        Run.open(tmp_path / "run")
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path):
+    with (tmp_path / "x.json").open("wb") as f:
+        f.truncate(run_module.MOST_JSON + 1)
+    with pytest.raises(RunError, match=r"x\.json has more than 64 MiB"):
+        read_json(tmp_path / "x.json")
+    with (tmp_path / "x.json").open("wb") as f:
+        f.truncate(run_module.MOST_LINES + 1)
+    with pytest.raises(RunError, match=r"x\.json has more than 4096 MiB"):
+        read_jsonl(tmp_path / "x.json")
+
+
+# ------------------------------------------------------------------------------------------------------------- caches
+
+
+def fill(folder: Path) -> None:
+    (folder / "sub").mkdir()
+    (folder / "sub" / "a").write_text("content", encoding="utf-8")
+    (folder / "b").write_text("", encoding="utf-8")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+WHOLE = {"sub/a": b"content", "b": b""}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda cache: (cache / "sub" / "a").write_text("conten"),
+        lambda cache: (cache / "sub" / "a").write_text("contens"),
+        lambda cache: (cache / "sub" / "a").write_text(""),
+        lambda cache: (cache / "b").write_text("x"),
+        lambda cache: (cache / "b").unlink(),
+        lambda cache: (cache / "sub").rename(cache / "other"),
+        lambda cache: ((cache / "b").unlink(), (cache / "b").mkdir()),
+        lambda cache: ((cache / "b").unlink(), os.mkfifo(cache / "b")),
+        lambda cache: [cache.rename(cache.with_name("gone")), cache.mkdir()],
+        lambda cache: cache.rename(cache.with_name("gone")),
+        lambda cache: [cache.rename(cache.with_name("gone")), cache.write_text("a file")],
+        lambda cache: (cache.parent / ".made.json").unlink(),
+        lambda cache: (cache.parent / ".made.json").write_text("{"),
+        lambda cache: (cache.parent / ".made.json").write_text('{"b": 3}'),
+    ],
+)
+def test_a_cache_that_is_damaged_is_made_again(tmp_path, damage):
+    target = tmp_path / "cache" / "made"
+    for _ in range(3):
+        assert cached_dir(target, fill) == target and content(target) == WHOLE
+    damage(target)
+    assert cached_dir(target, fill) == target and content(target) == WHOLE
+    cached_dir(target, lambda folder: pytest.fail("it is whole"))
+    assert {p for p in names(target.parent) if p.endswith(".tmp")} == set()
+
+
+def test_a_maker_that_fails_leaves_nothing_and_one_that_is_killed_nothing_for_the_next(tmp_path):
+    target = tmp_path / "cache" / "made"
+    with pytest.raises(OSError, match="no space"):
+        cached_dir(target, boom)
+    assert names(target.parent) == []
+    code = "import sys, time; from pathlib import Path; from trace_bench.run import cached_dir\n"
+    code += "def make(f): (f / 'half').touch(); print(1, flush=True); time.sleep(60)\n"
+    killed_in(code + "cached_dir(Path(sys.argv[1]), make)", target)
+    assert len(names(target.parent)) == 1
+    assert content(cached_dir(target, fill)) == WHOLE
+    assert names(target.parent) == [".made.json", ".made.lock", "made"]
+
+
+def test_of_two_makers_with_the_same_number_the_first_wins_and_nobody_reads_half(tmp_path, monkeypatch):
+    """As two machines that share a file system."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    target, begun, first_is_done = tmp_path / "cache" / "made", threading.Event(), threading.Event()
+
+    def slow(folder: Path) -> None:
+        (folder / "half").touch()
+        begun.set()
+        assert first_is_done.wait(20)
+        fill(folder)
+
+    thread = threading.Thread(target=cached_dir, args=(target, slow))
+    thread.start()
+    assert begun.wait(20)
+    assert content(cached_dir(target, fill)) == WHOLE
+    with (target / "sub" / "a").open("rb") as reader:
+        inode = target.stat().st_ino
+        first_is_done.set()
+        thread.join(20)
+        assert target.stat().st_ino == inode and reader.read() == b"content"
+    assert content(target) == WHOLE and names(target.parent) == [".made.json", ".made.lock", "made"]
 
 
 # -------------------------------------------------------------------------------------------------------- fingerprint

@@ -26,12 +26,12 @@ from made_runs import make_run
 from judges import JudgeError, annotate, client, judging, prompts
 from judges.client import Client
 from judges.verdict import parse
-from trace_bench import audit, data, models
+from trace_bench import audit, data, demo, models
 from trace_bench.cli import main
 from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate, external_run
 from trace_bench.models import ModelError
-from trace_bench.run import RunError, fresh_dir, read_jsonl, write_json, write_jsonl, write_text
+from trace_bench.run import RunError, cached_dir, fresh_dir, read_jsonl, write_json, write_jsonl, write_text
 from trainers.base import ConfigError
 
 SECRETS = {
@@ -182,8 +182,7 @@ def test_caches_are_for_their_user_alone(tmp_path, monkeypatch):
         assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
         shared = tmp_path / "shared"
         shared.mkdir(mode=0o755)
-        with fresh_dir(shared / "made", shared=True):
-            pass
+        cached_dir(shared / "made", lambda folder: (folder / "file").touch())
         assert stat.S_IMODE(shared.stat().st_mode) == 0o755, "what is there keeps its rights"
     finally:
         os.umask(old)
@@ -473,15 +472,135 @@ def test_links_in_a_run_are_replaced_and_not_written_through(tmp_path):
         (run.path / name).symlink_to(victim / "file")
     main(["report", str(run.path)])
     assert (victim / "file").read_text() == "mine" and not (run.path / "report.md").is_symlink()
+    for name in ("link", ".link.tmp", ".link.x.tmp", f".link.{os.getpid()}.tmp"):
+        (tmp_path / name).symlink_to(victim)
+    with fresh_dir(tmp_path / "link") as made:
+        (made / "new").touch()
+    assert [p.name for p in (tmp_path / "link").iterdir()] == ["new"] and not (tmp_path / "link").is_symlink()
+    shutil.rmtree(tmp_path / "link")
     (tmp_path / "link").symlink_to(victim)
-    with pytest.raises(OSError), fresh_dir(tmp_path / "link"):
-        pass
-    (tmp_path / ".other.tmp").symlink_to(victim)
-    with pytest.raises(OSError), fresh_dir(tmp_path / "other"):
-        pass
     write_text(tmp_path / "link", "x")
     assert not (tmp_path / "link").is_symlink()
     assert [p.name for p in victim.iterdir()] == ["file"] and (victim / "file").read_text() == "mine"
+
+
+#: A command and the folders of a run that it writes into, or below.
+WRITES = {
+    "report": ["figures"],
+    "evaluate": ["stages", "stages/0_base", "stages/0_base/eval", "stages/0_base/eval/samples"],
+    "judge": ["stages", "stages/1_trace_cstance", "stages/1_trace_cstance/judge"],
+    "train": ["stages/1_trace_fomc/.trainer", "stages/1_trace_fomc/method_state", "tensorboard", "tensorboard/x"],
+}
+
+
+@pytest.mark.parametrize("command, place", [(c, place) for c, places in WRITES.items() for place in places])
+def test_a_folder_of_a_run_that_leads_elsewhere_is_refused(tmp_path, options, demo_data, command, place):
+    victim = tmp_path / "victim"
+    (victim / "eval" / "samples").mkdir(parents=True)
+    for name in ("eval/trace_fomc.json", "report.md", "matrix.svg", ".evaluate.lock", "progress.json"):
+        (victim / name).write_text("mine")
+    before = {p: p.read_bytes() for p in victim.rglob("*") if p.is_file()}
+    if command == "train":
+        run = Path(options["output_dir"])
+        run.mkdir()
+    else:
+        run = make_run(tmp_path / "runs").path
+    for target in (victim, tmp_path / "nowhere"):
+        link = run / place
+        shutil.rmtree(link, ignore_errors=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(target)
+        with pytest.raises((SystemExit, RunError), match=rf"{re.escape(place)} is a link to .*Remove"):
+            if command == "train":
+                train(options)
+            else:
+                main(
+                    [
+                        command,
+                        str(run),
+                        *(["--model", "m", "--base-url", "http://127.0.0.1:1/v1"] * (command == "judge")),
+                    ]
+                )
+        link.unlink()
+    assert {p: p.read_bytes() for p in victim.rglob("*") if p.is_file()} == before
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_in_a_run_is_not_waited_for(tmp_path, demo_data):
+    run = make_run(tmp_path / "runs")
+    commands = {"report": [], "evaluate": [], "judge": ["--model", "m", "--base-url", "http://127.0.0.1:1/v1"]}
+    for file in (run.stages[0].eval_file("trace_fomc"), run.stages[1].train_file, run.path / "figures" / "matrix.svg"):
+        kept = file.read_bytes() if file.exists() else None
+        file.unlink(missing_ok=True)
+        file.parent.mkdir(exist_ok=True)
+        os.mkfifo(file)
+        for command, more in commands.items():
+            with pytest.raises(SystemExit, match=rf"{file.name} is no file but a pipe"):
+                main([command, str(run.path), *more])
+        file.unlink()
+        if kept is not None:
+            file.write_bytes(kept)
+    os.mkfifo(run.path / "report.md")
+    main(["report", str(run.path)])
+    assert (run.path / "report.md").is_file()
+
+
+def test_a_run_on_another_disk_is_used_through_links(tmp_path, options):
+    (tmp_path / "disk" / "runs" / "one").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk" / "runs")
+    (tmp_path / "runs" / "linked").symlink_to(tmp_path / "disk" / "runs" / "one")
+    for name in ("one", "linked", "new"):
+        run = train({**options, "output_dir": str(tmp_path / "runs" / name), "max_steps": 1})
+        assert evaluate(run) in (5, 0)
+        main(["report", str(run.path)])
+    assert (tmp_path / "disk" / "runs" / "one" / "report.md").is_file()
+    # A checkpoint that was moved is read through a link, and only the link goes when it is dropped.
+    adapter = run.stages[1].path / "adapter"
+    adapter.rename(tmp_path / "moved")
+    adapter.symlink_to(tmp_path / "moved")
+    run.stages[1].eval_file("trace_fomc").unlink()
+    assert evaluate(run) == 1
+    run.stages[1].train_file.unlink()
+    train({**options, "output_dir": str(run.path), "max_steps": 1})
+    assert not adapter.is_symlink() and (tmp_path / "moved" / "adapter_model.safetensors").is_file()
+
+
+def test_a_cache_of_replies_that_is_a_link_is_not_written_to(tmp_path):
+    (tmp_path / "victim").write_text("mine\n")
+    (tmp_path / "judge-cache.jsonl").symlink_to(tmp_path / "victim")
+    with pytest.raises(RunError, match=r"judge-cache\.jsonl is no ordinary file"):
+        client.Cache(tmp_path / "judge-cache.jsonl").put("k", {}, client.Reply("text"))
+    assert (tmp_path / "victim").read_text() == "mine\n"
+
+
+def test_demo_data_and_annotations_are_not_written_through_links(tmp_path):
+    demo.write_demo(tmp_path / "demo")
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "demo" / "README.txt").rename(tmp_path / "readme")
+    (tmp_path / "demo" / "README.txt").symlink_to(tmp_path / "readme")
+    before = (tmp_path / "readme").read_bytes()
+    demo.write_demo(tmp_path / "demo", seed=1)
+    assert (tmp_path / "readme").read_bytes() == before
+    shutil.rmtree(tmp_path / "demo" / "FOMC")
+    (tmp_path / "demo" / "FOMC").symlink_to(tmp_path / "victim")
+    with pytest.raises(RunError, match="FOMC is a link"):
+        demo.write_demo(tmp_path / "demo")
+    with pytest.raises(SystemExit, match="FOMC is a link"):
+        main(
+            [
+                "annotate",
+                str(tmp_path / "demo"),
+                "--model",
+                "m",
+                "--base-url",
+                "http://127.0.0.1:1/v1",
+                "--data",
+                "demo",
+            ]
+        )
+    assert not any((tmp_path / "victim").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------- code in models

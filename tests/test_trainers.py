@@ -401,3 +401,46 @@ def test_the_example_of_the_readme_is_a_method(options, tmp_path):
     run = Run.open(options["output_dir"])
     assert run.manifest["method"] == "shrink" and run.manifest["config"]["shrink"] == 0.0
     assert same(weights(run, 1), weights(run, 2)), "the gradient of stage 2 is shrunk to nothing"
+
+
+def test_names_that_peft_keeps_in_sets_are_saved_in_order(tmp_path):
+    """The order of a set of texts is another one in each process."""
+    from peft import AdaLoraConfig, IA3Config, LoraConfig
+
+    names = [f"layer{i}" for i in range(30)]
+    for kind in (LoraConfig, AdaLoraConfig, IA3Config):
+        more = (
+            {"total_step": 9} if kind is AdaLoraConfig else {"feedforward_modules": names} if kind is IA3Config else {}
+        )
+        for order in (names, names[::-1]):
+            config = kind(target_modules=set(order), exclude_modules=order, modules_to_save=["b", "a"], **more)
+            config.save_pretrained(str(tmp_path))
+            base.sort_names(tmp_path, config)
+            saved = read_json(tmp_path / "adapter_config.json")
+            assert saved["target_modules"] == saved["exclude_modules"] == sorted(names)
+            assert saved["modules_to_save"] == ["b", "a"], "a list has the order that it was given"
+            assert kind.from_pretrained(str(tmp_path)).target_modules == set(names)
+
+
+SAVE = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import train
+from trainers import olora
+train(eval(sys.argv[1]))
+train({**eval(sys.argv[1]), "output_dir": sys.argv[2]}, olora.OLoRATrainer, olora.OLoRAConfig)
+"""
+
+
+def test_adapters_are_the_same_bytes_whatever_the_order_of_sets(options, tmp_path):
+    options |= {"lora_target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+    options |= {"max_steps": 1, "train_rows": 8}
+    found = []
+    for seed in ("1", "2"):
+        options["output_dir"] = str(tmp_path / seed)
+        command = [sys.executable, "-c", SAVE, repr(options), str(tmp_path / f"olora{seed}")]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1], env=environment)
+        runs = [tmp_path / seed, tmp_path / f"olora{seed}"]
+        found.append([{p.relative_to(run): p.read_bytes() for p in run.glob("stages/*/adapter/*")} for run in runs])
+    assert found[0] == found[1] and all(len(files) >= 4 for files in found[0])

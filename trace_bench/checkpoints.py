@@ -14,14 +14,15 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trace_bench import models
+from trace_bench.limits import LimitError, limited
 from trace_bench.models import ModelError
-from trace_bench.run import Run, RunError, Stage, fingerprint, one_line, read_json
+from trace_bench.run import Run, RunError, Stage, fingerprint, is_file_name, one_line, read_json
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ MERGED = {
 UNMERGED = {"BEFT", "LILY"}
 #: The kind that is a prompt in front of the input: `models.soft_prompt`.
 PROMPT = "PROMPT_TUNING"
+#: Options of adapters that PEFT takes for regular expressions, as it does a text in target_modules.
+PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 #: Options of LoRA with which the adapter is more than a sum to weights: part of the input, other layers, a router.
 NOT_A_SUM = ("alora_invocation_tokens", "layer_replication", "arrow_config")
 
@@ -75,14 +78,21 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
         models.ModelError: if weights are pickles, or a model brings code that is not trusted.
     """
     stages = list(stages)
+    name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
+    base = partial(architecture, models.resolve_model(name), revision, trust_remote_code)
     for stage in stages:
         if stage.external is None:
             check_own(stage)
-    name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
-    base = partial(architecture, models.resolve_model(name), revision, trust_remote_code)
+            if stage.checkpoint is not None and models.is_adapter(stage.checkpoint):  # a run may come from elsewhere
+                adapter = _adapter_config(stage.checkpoint)
+                _refuse_endless(stage.checkpoint, adapter)
+                if any(adapter.get(key) for key in PATTERNS) or isinstance(adapter.get("target_modules"), str):
+                    _check_adapter(stage.checkpoint, adapter, base, name)
     chain = run.manifest.get("chain", False)
     folders = dict.fromkeys(path for s in stages if s.external for path in (*s.below, s.external))
     for folder in folders:
+        if folder.is_dir():
+            models.refuse_odd_files(folder)
         models.refuse_pickle(folder)
         if not models.is_adapter(folder):
             if chain:
@@ -94,6 +104,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
             continue
         adapter = _adapter_config(folder)
         _check_kind(folder, adapter, backend, chain)
+        _refuse_endless(folder, adapter)
         # In a chain the others were trained on merged models that need not be on the disk any more.
         if not run.manifest.get("renamed_base") and (not chain or folder == run.stages[1].external):
             reason = another_base(adapter, run.manifest["model"], trust_remote_code)
@@ -181,9 +192,9 @@ def architecture(model: str | Path, revision: str | None = None, trust_remote_co
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the modules are the same, and building quantised ones needs other packages
     try:
-        with torch.device("meta"), _quiet():
+        with torch.device("meta"), _quiet(), limited(*models.READING):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as e:
+    except Exception as e:  # whatever the model's code says of its configuration
         raise ModelError(f"{model} is no causal language model that transformers can build: {one_line(e)}") from e
 
 
@@ -193,9 +204,9 @@ def _config(model: str | Path, revision: str | None, trust_remote_code: bool) ->
 
     on_hub = "main" if revision is None or Path(model).is_dir() else revision
     try:
-        with _quiet():
+        with _quiet(), limited(*models.READING) if Path(model).is_dir() else nullcontext():
             return AutoConfig.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except Exception as e:  # whatever the class of the configuration says of its entries
         raise ModelError(f"The config.json of {model} cannot be used: {one_line(e)}") from e
 
 
@@ -232,7 +243,8 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
     if models.is_adapter(checkpoint):
         files = [file for file in files if file.name == "adapter_model.safetensors"]  # PEFT looks for this name alone
     elif index.exists():
-        files = sorted({checkpoint / name for name in read_json(index)["weight_map"].values()})
+        names = set(_weight_map(index).values())
+        files = sorted(checkpoint / name for name in names)
     if not files:
         raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint anew.")
     shapes: dict[str, list[int]] = {}
@@ -243,6 +255,15 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
         except (OSError, SafetensorError) as e:
             raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint anew.") from e
     return shapes
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The files in which an index says that the tensors are."""
+    content = read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) and is_file_name(name) for name in found.values()):
+        raise RunError(f"{index} is damaged: its weight_map names a file of this folder for each tensor. Copy it anew.")
+    return found
 
 
 def _empty(shapes: dict[str, list[int]]) -> dict[str, Any]:
@@ -273,7 +294,7 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) 
     transformers has changed since.
     """
     try:
-        with _quiet():
+        with _quiet(), limited(*models.READING):
             _, found = type(model).from_pretrained(
                 None,
                 config=copy.deepcopy(model.config),
@@ -282,7 +303,7 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) 
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, LimitError) as e:
         raise RunError(f"{folder} does not hold the tensors of {name}: {one_line(e)}. Give the whole model.") from e
     lacking, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if lacking:
@@ -413,6 +434,24 @@ def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool
             raise RunError(f"{folder} uses {name}, which no engine here serves as it was trained. {whole}.")
 
 
+#: The most steps of an iteration that an adapter_config.json may ask for, such as of an approximate inverse.
+MOST_STEPS = 1000
+
+
+def _refuse_endless(folder: Path, config: dict[str, Any]) -> None:
+    """Refuses an adapter whose loading would take for ever on real weights alone, where nothing limits it."""
+    said = re.search(r"_niter_(\d+)$", str(config.get("init_lora_weights")))
+    steps: dict[str, Any] = {"init_lora_weights": int(said[1][:9])} if said else {}
+    for entries in (config, *(value for value in config.values() if isinstance(value, dict))):
+        steps |= {k: n for k, n in entries.items() if re.search("iter|terms", k) and isinstance(n, int | float)}
+    for key, number in steps.items():
+        if number > MOST_STEPS:
+            raise RunError(
+                f"{folder}/adapter_config.json: {key} asks for {number} steps, which would take for ever. At most "
+                f"{MOST_STEPS} are allowed; no real adapter has so many."
+            )
+
+
 def _check_adapter(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], name: str) -> None:
     """Refuses an adapter whose tensors are not those that PEFT looks for in the base model, by name and shape."""
     import torch
@@ -434,7 +473,7 @@ def _check_adapter(folder: Path, adapter: dict[str, Any], base: Callable[[], Any
     example += f"{modules[0]}." if modules else "(no linear layer)."
     fix = "Give the model that it was trained from, or save it again from there with save_pretrained."
     try:
-        with _quiet():
+        with _quiet(), limited(*models.READING):
             config = PeftConfig.from_pretrained(str(folder))
             config.inference_mode = True
             if adapter["peft_type"] == "LORA":
@@ -444,6 +483,11 @@ def _check_adapter(folder: Path, adapter: dict[str, Any], base: Callable[[], Any
             loaded: Any = set_peft_model_state_dict(adapted, _empty(shapes))
             state = adapted.state_dict()
             own = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+    except LimitError as e:
+        raise RunError(
+            f"{folder} cannot be used: {e} to put it on {name}. Its adapter_config.json has sizes or patterns that no "
+            "real adapter has."
+        ) from None
     except KeyError as e:  # a module that was trained as a whole, or its tokens
         raise RunError(f"{folder} does not fit {name}: it holds no tensor {e}. {example} {fix}") from e
     except (ValueError, RuntimeError, TypeError, AttributeError) as e:

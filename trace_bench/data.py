@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
-from trace_bench.run import fingerprint, fresh_dir
+from trace_bench.run import RunError, cached_dir, fingerprint, read_file
 from trace_tasks.reasoning import row_variant
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ TASKS_PATH = Path(__file__).parent.parent / "trace_tasks"
 #: What an archive may unpack to: the official one is far below, and one that is made to fill a disk is far above.
 MOST_BYTES = 20 * 2**30
 MOST_MEMBERS = 100_000
+#: A file of rows is read into memory whole.
+MOST_ROWS = 2 * 2**30
 #: The longest name or header of a tar's member, which tarfile reads into memory whole.
 MOST_HEADER = 2**20
 
@@ -319,11 +321,7 @@ def is_reasoning(root: Path) -> bool:
 def _demo_folder() -> Path:
     from trace_bench import demo
 
-    root = cache_dir() / f"demo-v{demo.VERSION}"
-    if not root.is_dir():
-        with fresh_dir(root, shared=True) as tmp:
-            demo.write_demo(tmp)
-    return root
+    return cached_dir(cache_dir() / f"demo-v{demo.VERSION}", demo.write_demo)
 
 
 def unpack(archive: Path) -> Path:
@@ -335,21 +333,14 @@ def unpack(archive: Path) -> Path:
     """
     with archive.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
-    root = cache_dir() / f"data-{digest}"
-    if root.is_dir():
-        return root
+    unpack_into = partial(_unpack_zip if zipfile.is_zipfile(archive) else _unpack_tar, archive)
     try:
-        with fresh_dir(root, shared=True) as tmp:
-            if zipfile.is_zipfile(archive):
-                _unpack_zip(archive, tmp)
-            else:
-                _unpack_tar(archive, tmp)
+        return cached_dir(cache_dir() / f"data-{digest}", unpack_into)
     except (
         *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError),
         *(ValueError, struct.error),  # names that are no text or hold NUL, fields cut short
     ) as e:
         raise DataError(f"{archive} cannot be unpacked: {type(e).__name__}: {e}. Fetch it again.") from e
-    return root
 
 
 def _refuse_outside(name: str, archive: Path) -> None:
@@ -358,7 +349,12 @@ def _refuse_outside(name: str, archive: Path) -> None:
         raise DataError(f"{archive}: the member {name!r} points outside of the archive; nothing was unpacked.")
 
 
-def _refuse_too_much(members: int, size: int, archive: Path) -> None:
+def _refuse_too_much(members: int, size: int, archive: Path, largest: int = 0) -> None:
+    if largest > MOST_ROWS:
+        raise DataError(
+            f"{archive} holds a file of {largest / 2**30:.1f} GiB, and {MOST_ROWS / 2**30:g} GiB are the most that is "
+            "read: no TRACE data; nothing was unpacked."
+        )
     if members > MOST_MEMBERS or size > MOST_BYTES:
         raise DataError(
             f"{archive} would unpack to more than {MOST_BYTES / 2**30:g} GiB or {MOST_MEMBERS} files: no TRACE "
@@ -370,7 +366,8 @@ def _unpack_zip(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as z:
         members = z.infolist()
         # zipfile reads no more of a member than the size that is said here.
-        _refuse_too_much(len(members), sum(member.file_size for member in members), archive)
+        sizes = [member.file_size for member in members]
+        _refuse_too_much(len(members), sum(sizes), archive, max(sizes, default=0))
         for member in members:
             _refuse_outside(member.filename, archive)
             if stat.S_ISLNK(member.external_attr >> 16):
@@ -399,14 +396,15 @@ def _unpack_tar(archive: Path, target: Path) -> None:
         size = 0
         for number, member in enumerate(t, 1):  # before the next header is read, and what is between decompressed
             size += abs(member.size)  # a second header may say anything
-            _refuse_too_much(number, size, archive)
+            _refuse_too_much(number, size, archive, member.size)
             _refuse_outside(member.name, archive)
             if not (member.isfile() or member.isdir()):
                 raise DataError(f"{archive}: the member {member.name!r} is a link or device; nothing was unpacked.")
         t.extractall(target, filter="data")
         # The checksum of a compressed file is at its end, which tarfile does not read.
-        while t.fileobj is not None and t.fileobj.read(1 << 20):
-            pass
+        while t.fileobj is not None and (behind := t.fileobj.read(1 << 20)):
+            size += len(behind)
+            _refuse_too_much(0, size, archive)
 
 
 # --------------------------------------------------------------------------------------------- reading and checking
@@ -470,7 +468,9 @@ def read_list(file: Path) -> list[Any]:
         DataError: if the file is no UTF-8, no JSON, no list, or an empty one.
     """
     try:
-        rows = json.loads(file.read_bytes().decode("utf-8-sig"), object_pairs_hook=_once)
+        rows = json.loads(read_file(file, MOST_ROWS).decode("utf-8-sig"), object_pairs_hook=_once)
+    except RunError as e:
+        raise DataError(str(e)) from e
     except OSError as e:
         raise DataError(f"{file} cannot be read: {e.strerror}.") from e
     except UnicodeDecodeError as e:

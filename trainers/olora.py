@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import set_seed
 
 from trace_bench.run import Stage, fresh_dir
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, sort_names
 
 #: PEFT's name for the adapter that is trained, and ours for the frozen one of all earlier tasks.
 NEW, PAST = "default", "past"
@@ -120,6 +120,7 @@ class OLoRATrainer(CLTrainer):
                     {k: v.detach().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors"
                 )
                 config.save_pretrained(str(folder))
+                sort_names(folder, config)
         return target
 
     def record(self) -> dict[str, Any]:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trace_bench import models
 from trace_bench.engine.start import has_gpu
+from trace_bench.run import temporary_dir
 
 log = logging.getLogger(__name__)
 
 _MERGE = "import json, sys; from trace_bench import models; print(models.save_merged(**json.loads(sys.argv[1])))"
 #: The share of an update that rounding may lose before a warning says so.
 MOST_LOST = 0.05
+
+
+def _folder() -> AbstractContextManager[Path]:
+    """A folder for a merged model; those of killed programs, which are as large as a model, go first."""
+    return temporary_dir(Path(tempfile.gettempdir()), "trace-merged-")
+
+
+def _end(process: subprocess.Popen) -> None:
+    process.kill()
+    process.wait()
 
 
 @dataclass
@@ -31,28 +43,38 @@ class Merging:
     trust_remote_code: bool
     dtype: str = "auto"
     """The precision of the engine, in which the merged weights are written; auto = that of the base model's file."""
-    _ahead: tuple[Path, tempfile.TemporaryDirectory, subprocess.Popen] | None = None
+    _ahead: tuple[Path, Path, subprocess.Popen] | None = None
+    _until_taken: ExitStack = field(default_factory=ExitStack)
+    """Ends the process that merges ahead, and removes its folder."""
+
+    def __post_init__(self) -> None:
+        """Makes sure that nothing of it is left when this program ends."""
+        atexit.register(self._until_taken.close)
 
     def prepare(self, adapter: Path, below: Sequence[Path] = ()) -> None:
         """Begins to merge the adapter that is needed next, in a process of its own."""
         # On a CPU merging would take from the engine what it needs itself.
         if has_gpu():
-            folder = tempfile.TemporaryDirectory(prefix="trace-merged-")
+            self._until_taken.close()
+            folder = self._until_taken.enter_context(_folder())
             # Not in a thread: transformers loads models under settings that hold for all threads.
-            command = [sys.executable, "-c", _MERGE, json.dumps(self._arguments(adapter, below, folder.name))]
-            self._ahead = adapter, folder, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            command = [sys.executable, "-c", _MERGE, json.dumps(self._arguments(adapter, below, str(folder)))]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            self._until_taken.callback(_end, process)
+            self._ahead = adapter, folder, process
 
     @contextmanager
     def full_model(self, adapter: Path, below: Sequence[Path] = ()) -> Iterator[tuple[str, float]]:
         """A temporary folder with the merged model, and the share of the update that its rounding lost."""
         ahead, self._ahead = self._ahead, None
-        if ahead and ahead[0] == adapter and ahead[2].wait() == 0:
-            assert ahead[2].stdout is not None
-            with ahead[1] as folder:
-                yield folder, self._checked(adapter, float(ahead[2].stdout.read()))
-            return
-        with tempfile.TemporaryDirectory(prefix="trace-merged-") as folder:
-            yield folder, self._checked(adapter, models.save_merged(**self._arguments(adapter, below, folder)))
+        with self._until_taken:
+            if ahead and ahead[0] == adapter and ahead[2].wait() == 0:
+                assert ahead[2].stdout is not None
+                yield str(ahead[1]), self._checked(adapter, float(ahead[2].stdout.read()))
+                return
+        with _folder() as folder:
+            lost = models.save_merged(**self._arguments(adapter, below, str(folder)))
+            yield str(folder), self._checked(adapter, lost)
 
     def _arguments(self, adapter: Path, below: Sequence[Path], folder: str) -> dict:
         return {
