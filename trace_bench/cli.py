@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
+
+from trace_bench.ending import command
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,6 +88,12 @@ Results: the official reasoning layout, annotation.md and .json, review.csv for 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the command line."""
+    given = sys.argv[1:] if argv is None else argv
+    with command(next(iter(given), ""), None if argv is None else shlex.join(["trace-bench", *argv])):
+        _main(given)
+
+
+def _main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="trace-bench",
         description="TRACE: continual learning of aligned language models, measured after every stage.",
@@ -258,7 +267,6 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("name", nargs="?", default="SmolLM2-135M-Instruct")
     p.set_defaults(run=_model_path)
 
-    argv = sys.argv[1:] if argv is None else argv
     if argv[:2] == ["data", "audit"]:
         argv = ["data audit", *argv[2:]]
     args = parser.parse_args(argv)

@@ -32,7 +32,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -42,6 +41,7 @@ import yaml
 
 from trace_bench.comparison import compare
 from trace_bench.comparison_page import write_page
+from trace_bench.ending import run_child
 from trace_bench.report import write_report
 from trace_bench.run import Run, RunError, write_text
 
@@ -208,7 +208,7 @@ def run_study(
                 print(shlex.join(command))
                 continue
             print(f"--- {name}: {step}", flush=True)
-            code = subprocess.run(command).returncode
+            code = run_child(command)
             if code:
                 failed[name] = f"its {step} ended with exit code {code}"
                 break

@@ -25,7 +25,7 @@ import math
 import os
 import re
 import resource
-import subprocess
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +61,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from trace_bench import checks, data, models
+from trace_bench import checks, data, ending, models
 from trace_bench.evaluate import (
     BESIDES,
     answer_tokens,
@@ -959,6 +959,11 @@ class _Progress(ProgressCallback):
 
 def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
     """Parses `--config FILE.yaml` and command-line options (which win) and trains every stage of the run."""
+    with ending.command("train", None if argv is None else f"python -m trainers.{_method(trainer)} {shlex.join(argv)}"):
+        _main(trainer, config, argv)
+
+
+def _main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if "--help_all" in (sys.argv if argv is None else argv):
@@ -1493,7 +1498,7 @@ def _evaluate(run: Run, stage: Stage, state: PartialState) -> None:
             "FSDP_",
         )
         environment = {k: v for k, v in os.environ.items() if not k.startswith(launched)}
-        if subprocess.run(command, env=environment).returncode:
+        if ending.run_child(command, environment):
             raise RunError(f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again.")
     state.wait_for_everyone()
 
