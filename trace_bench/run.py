@@ -33,7 +33,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -280,18 +280,43 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
+class JsonObject(dict[str, Any]):
+    """An object of a JSON file; an entry that is not there is an error which names the file."""
+
+    def __init__(self, path: Path, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise RunError(f"{self.path} is damaged: it lacks {key!r}. {_remedy(self.path)}")
+
+
+def _remedy(path: Path) -> str:
+    """What to do about a damaged file of a run."""
+    if path.name == "manifest.json":
+        return "Restore it, or begin a new run."
+    if path.parent.name == "samples":
+        return "Delete it and its score, and evaluate again."
+    return "Delete it and run the same command again to redo it."
+
+
 def read_jsonl(path: Path) -> list[Any]:
     """Reads what `write_jsonl` wrote.
 
     Raises:
-        RunError: with the path and the line when it is gone or damaged.
+        RunError: with the path and the line when it is gone or damaged, or no line of such a file.
     """
     if not path.exists():
         raise RunError(f"{path} is gone. Delete its score and evaluate again, which writes both.")
-    rows = []
+    from trace_bench import shapes
+
+    rows, shape = [], shapes.of_file(path)
     for number, line in enumerate(read_file(path, MOST_LINES).split(b"\n"), 1):
         try:
-            rows += [json.loads(line.decode("utf-8"))] if line else []
+            if line:
+                rows.append(shapes.strict(line.decode("utf-8"), partial(JsonObject, path)))
+                if shape is not None:
+                    shapes.check(shape, rows[-1])
         except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
             raise RunError(
                 f"{path}, line {number} is damaged ({e}). Delete it and its score, and evaluate again."
@@ -317,16 +342,28 @@ def read_file(path: Path, most: int) -> bytes:
         return f.read()
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of a run.
+def read_json(path: Path, shape: Any = None) -> Any:
+    """Reads a JSON file, and checks that it holds what a file of that place does (`shapes`).
+
+    Args:
+        path: The file.
+        shape: What it has to hold; None = what its place in a run says, and anything elsewhere.
 
     Raises:
-        RunError: with the path and the place of the damage when it is not JSON.
+        RunError: with the path and the place of the damage when it is not JSON, or holds something else.
     """
+    from trace_bench import shapes
+
+    shape, hook = shape or shapes.of_file(path), partial(JsonObject, path)
     try:
-        return json.loads(read_file(path, MOST_JSON).decode("utf-8"))
+        text = read_file(path, MOST_JSON).decode("utf-8")
+        content = json.loads(text, object_hook=hook) if shape is None else shapes.strict(text, hook)
+        later = shape is shapes.Manifest and isinstance(content, dict) and content.get("format") != FORMAT
+        if shape is not None and not later:
+            shapes.check(shape, content)
+        return content
     except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
-        raise RunError(f"{path} is damaged ({e}). Delete it and run the same command again to redo it.") from e
+        raise RunError(f"{path} is damaged ({e}). {_remedy(path)}") from e
 
 
 @contextmanager
@@ -493,27 +530,18 @@ def is_file_name(name: str) -> bool:
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Checks what a run is read by. Names become files and folders, and a run may come from elsewhere.
+    """Checks the names of a run. They become files and folders, and a run may come from elsewhere.
 
     Raises:
         RunError: naming the entry.
     """
-    kinds = {"method": str, "tasks": list, "data": dict, "config": dict}
-    optional: dict[str, type] = {"model": dict, "task_versions": dict, "stages": list, "checkpoints": dict}
-    optional |= {"task_definitions": dict}
-    optional |= {"chain": bool, "renamed_base": bool}
-    for key, kind in (kinds | optional).items():
-        if not isinstance(manifest.get(key), kind) and (key in kinds or key in manifest):
-            raise RunError(f"{file} is damaged: {key!r} is {type(manifest.get(key)).__name__}, not {kind.__name__}.")
     names = [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]
     for name in names:
-        if not isinstance(name, str) or not is_file_name(name):
+        if not is_file_name(name):
             raise RunError(
                 f"{file}: {name!r} cannot be the name of a task or stage: it becomes a folder of the run, so it is a "
                 "text without '/' that does not begin with '.'."
             )
-    if not all(isinstance(target, str) for target in manifest.get("checkpoints", {}).values()):
-        raise RunError(f"{file} is damaged: 'checkpoints' names a folder for each stage.")
 
 
 @dataclass(frozen=True)
