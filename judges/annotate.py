@@ -35,7 +35,7 @@ from judges import JudgeError
 from judges.prompts import block
 from judges.thinking import answer_of
 from judges.verdict import longer
-from trace_bench import data
+from trace_bench import data, shapes
 from trace_bench.run import differences, fingerprint, read_json, refuse_links, write_json, write_text
 from trace_bench.tables import DASH, markdown, percent
 from trace_tasks import scoring
@@ -393,7 +393,7 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
         raise JudgeError(f"{out} is a file. Name a folder.")
     refuse_links(out, *data.FOLDERS.values())
     if file.exists():
-        lines = differences(read_json(file)["settings"], settings)
+        lines = differences(read_json(file, shapes.Annotation)["settings"], settings)
         if lines:
             raise JudgeError(
                 f"{out} was annotated with other settings (there -> asked for):\n"

@@ -106,7 +106,9 @@ class Cache:
             try:
                 row = json.loads(line)
                 reply = Reply(**row["reply"])
-                if isinstance(reply.text, str):
+                if (str, str, int, int) == tuple(
+                    map(type, (reply.text, reply.thinking, reply.prompt_tokens, reply.completion_tokens))
+                ):
                     self._replies[row["key"]] = reply
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a line that was torn when a program was killed: its request counts as never sent

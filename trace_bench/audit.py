@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from trace_bench import data
+from trace_bench import data, shapes
 from trace_bench.evaluate import _stderr
 from trace_bench.models import QUICKSTART, ModelError, load_tokenizer, resolve_model
 from trace_bench.run import Run, RunError, fingerprint, read_json
@@ -513,9 +513,11 @@ def without_leaked(run: Run, file: Path) -> Run:
     prints = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if data.needs_data([k])}
     if not prints:
         raise RunError(f"{run.path} has none of the TRACE tasks, so there are no leaked rows to leave out.")
-    found = read_json(file) if file.is_file() else None
-    if not isinstance(found, dict) or "leaked" not in found:
-        raise RunError(f"{file} is no audit. Make one: trace-bench data audit SOURCE --output {file}")
+    try:
+        found = read_json(file)
+        shapes.check(shapes.Audit, found)
+    except (OSError, ValueError) as e:
+        raise RunError(f"{file} is no audit ({e}). Make one: trace-bench data audit SOURCE --output {file}") from e
     others = [task for task in prints if found["tasks"].get(task, {}).get("fingerprint") != prints[task]]
     if others:
         raise RunError(

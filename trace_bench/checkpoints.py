@@ -194,8 +194,8 @@ def architecture(model: str | Path, revision: str | None = None, trust_remote_co
     try:
         with torch.device("meta"), _quiet(), limited(*models.READING):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as e:  # whatever the model's code says of its configuration
-        raise ModelError(f"{model} is no causal language model that transformers can build: {one_line(e)}") from e
+    except Exception as e:  # whatever a class of a library says of values from elsewhere
+        raise ModelError(f"{model} is no causal language model that transformers can build: {models.why_not(e)}") from e
 
 
 def _config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
@@ -206,8 +206,8 @@ def _config(model: str | Path, revision: str | None, trust_remote_code: bool) ->
     try:
         with _quiet(), limited(*models.READING) if Path(model).is_dir() else nullcontext():
             return AutoConfig.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
-    except Exception as e:  # whatever the class of the configuration says of its entries
-        raise ModelError(f"The config.json of {model} cannot be used: {one_line(e)}") from e
+    except Exception as e:  # whatever a class of a library says of values from elsewhere
+        raise ModelError(f"The config.json of {model} cannot be used: {models.why_not(e)}") from e
 
 
 @contextmanager
@@ -411,7 +411,7 @@ def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool
     """Refuses kinds of adapters that the backend has no way to serve."""
     kind = adapter.get("peft_type")
     whole = "Merge it where it was trained (merge_and_unload, save_pretrained), and give the full model"
-    if kind not in MERGED | UNMERGED | {PROMPT}:
+    if not isinstance(kind, str) or kind not in MERGED | UNMERGED | {PROMPT}:
         raise RunError(
             f"{folder} is an adapter of the kind {kind}, which cannot be served: it neither changes weights that are "
             f"known to be right, nor is it a plain soft prompt. Served are {', '.join(sorted(MERGED))} and {PROMPT}, "
@@ -490,7 +490,7 @@ def _check_adapter(folder: Path, adapter: dict[str, Any], base: Callable[[], Any
         ) from None
     except KeyError as e:  # a module that was trained as a whole, or its tokens
         raise RunError(f"{folder} does not fit {name}: it holds no tensor {e}. {example} {fix}") from e
-    except (ValueError, RuntimeError, TypeError, AttributeError) as e:
+    except Exception as e:  # whatever PEFT says of values from elsewhere
         lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else one_line(e)
         raise RunError(f"{folder} does not fit {name}: {reason} {example if not lines else ''} {fix}") from e

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.data import cache_dir
-from trace_bench.limits import LimitError, limited
-from trace_bench.run import cached_dir, fingerprint, read_json
+from trace_bench.limits import limited
+from trace_bench.run import cached_dir, fingerprint, one_line, read_json
 
 QUICKSTART = "SmolLM2-135M-Instruct"
 _GGUF = f"{QUICKSTART}.Q4_1.gguf"
@@ -96,7 +96,10 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
     local = Path(base).is_dir()
     file = Path(base) / "config.json" if local else Path(hf_hub_download(base, "config.json", revision=revision))
     config = read_json(file)
-    return {**config, **config.get("text_config", {})}
+    text = config.get("text_config") or {} if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        raise ModelError(f"{file} is damaged: it holds no object with the settings of a model. Fetch the model again.")
+    return {**config, **text}
 
 
 def _quickstart() -> Path:
@@ -176,11 +179,14 @@ def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: 
     if checkpoint is not None and not is_adapter(checkpoint):
         places.append((str(checkpoint), None))
     for place, commit in places:
-        settings = _model_file(place, "generation_config.json", commit) or {}
-        eos = settings.get("eos_token_id")
+        settings = _model_file(place, "generation_config.json", commit)
+        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
         if eos is None:  # as transformers has it: the model's config says what this file does not
             eos = read_config(place, commit).get("eos_token_id")
-        found |= set(eos) if isinstance(eos, list) else {eos}
+        tokens = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(token, int | None) for token in tokens):
+            raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
+        found |= set(tokens)
     return frozenset(found - {None})
 
 
@@ -216,8 +222,18 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
         # What is on the hub is waited for as long as it takes.
         with limited(*READING) if Path(model).is_dir() else nullcontext():
             return AutoTokenizer.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, LimitError) as e:
-        raise ModelError(f"The tokenizer of {model} cannot be loaded: {e}") from e
+    except Exception as e:  # whatever a library says of files from elsewhere
+        raise ModelError(f"The tokenizer of {model} cannot be loaded: {why_not(e)}") from e
+
+
+def why_not(error: Exception) -> str:
+    """What a library says of a model's files, in one line, with our own words where it wants to run their code."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it brings code of its own (auto_map), which is not run. If you trust that code: trust_remote_code: true in "
+            "a configuration, or --engine-args '{\"trust_remote_code\": true}'; --local and audits take none."
+        )
+    return one_line(error)
 
 
 def soft_prompt(checkpoint: Path | None) -> Any:

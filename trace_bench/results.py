@@ -89,8 +89,9 @@ def _suites(besides: Cells, index: int) -> list[str]:
 
 
 def headline(cell: dict[str, Any]) -> float:
-    """The score that stands for a cell."""
-    return cell["metrics"][cell["headline"]]["value"]
+    """The score that stands for a cell; NaN where it has none."""
+    value = cell["metrics"][cell["headline"]]["value"]
+    return math.nan if value is None else value
 
 
 def unit_of(metric: str, cells: Iterable[dict[str, Any]]) -> Unit:

@@ -349,10 +349,10 @@ def check(shape: Any, content: Any) -> None:
         where: list[str] = []
         inside = content
         for part in error["loc"]:  # pydantic adds the names of the types that it tried
-            if (isinstance(inside, dict) and part not in inside) or not isinstance(inside, dict | list):
+            if not (part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int)):
                 break
-            where.append(str(part))
             inside = inside[part]
+            where.append(str(part))
         if error["type"] == "missing":
             raise ValueError(f"it lacks {'.'.join(map(str, error['loc']))!r}") from None
         what = error["msg"].removeprefix("Input should be ")

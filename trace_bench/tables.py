@@ -35,8 +35,10 @@ def count(value: float | None) -> str:
     return DASH if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
-def length(characters: float, empty: float) -> str:
+def length(characters: float | None, empty: float | None) -> str:
     """How long answers are on average, and in brackets the percentage of empty ones, where some are."""
+    if characters is None:
+        return DASH
     return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
 
 

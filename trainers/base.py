@@ -770,9 +770,9 @@ class CLTrainer(SFTTrainer):
         folders = {p: p.name.rpartition("-")[2] for p in self.stage.attempt.glob("checkpoint-*")}
         for folder in sorted((p for p, n in folders.items() if n.isdigit()), key=lambda p: -int(folders[p])):
             try:
-                whole = json.loads((folder / _WHOLE).read_text(encoding="utf-8"))
+                whole = read_json(folder / _WHOLE)
                 sizes = {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE}
-            except (OSError, ValueError):
+            except (OSError, RunError):
                 continue  # it was being written when the program was killed
             if whole["of"] == mine and whole["files"] == sizes:
                 yield folder, whole
@@ -1137,14 +1137,9 @@ def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) 
             model = AutoConfig.from_pretrained(
                 base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
             )
-    except (
-        ImportError,
-        KeyError,
-        OSError,
-        ValueError,
-        LimitError,
-    ) as e:  # a type that transformers does not know, code of its own
-        raise ConfigError(f"transformers cannot make the model {base}: {one_line(e)}") from e
+        model.get_text_config(decoder=True).to_dict()
+    except Exception as e:  # a type that transformers does not know, code of its own, values that a class does not take
+        raise ConfigError(f"transformers cannot make the model {base}: {models.why_not(e)}") from e
     kind, listed = model.model_type, model.to_dict()
     if listed.get("is_encoder_decoder") or type(model) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
         what = "an encoder-decoder"
