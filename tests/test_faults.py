@@ -1,7 +1,8 @@
 """What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory.
 
-`python tests/test_faults.py FOLDER [--kills 100] [--seed 0]` is the fault harness by itself: it kills every command at
-random file operations and moments until that many kills, and compares each resumed run with an uninterrupted one.
+`python tests/test_faults.py FOLDER [--kills 100] [--signals 30] [--seed 0]` is the fault harness by itself: it kills every
+command at random file operations and moments until that many kills, then sends that many signals (Ctrl-C, SIGTERM,
+SIGKILL) to processes of the command line, and compares each resumed run with an uninterrupted one.
 """
 
 import argparse
@@ -13,13 +14,17 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # bitwise equality is promised for one number of threads, and threads do not survive forks
@@ -36,6 +41,7 @@ from tqdm import tqdm
 from judges import judging
 from trace_bench import cli, data, engine, evaluate, report, results, status
 from trace_bench import run as run_module
+from trace_bench import study as study_module
 from trace_bench.run import Run, RunError, locked, read_json, write_json
 from trainers import base, ewc, gem, olora, osf, pp
 from trainers.base import CLConfig, CLTrainer
@@ -535,48 +541,101 @@ def test_two_fresh_processes_give_the_same_bytes(options, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the harness
 
 
+@pytest.mark.timeout(300)
 def test_killed_commands_end_in_the_same_files_some_kills(tmp_path, record_property):
-    record_property("counts", kill_harness(tmp_path, kills=5, seconds=110))
+    record_property("counts", kill_harness(tmp_path, kills=5, signals=4, seconds=250))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_killed_commands_end_in_the_same_files_a_hundred_kills(tmp_path, record_property):
-    record_property("counts", kill_harness(tmp_path, kills=100, seconds=800))
+    record_property("counts", kill_harness(tmp_path, kills=100, signals=30, seconds=1400))
 
 
-def kill_harness(folder: Path, kills: int, seconds: float) -> dict[str, int]:
-    """Runs this file as a program; how many kills and full disks there were."""
-    command = [sys.executable, __file__, str(folder), "--kills", str(kills)]
+def kill_harness(folder: Path, kills: int, signals: int, seconds: float) -> dict[str, int]:
+    """Runs this file as a program; how many kills, signals and full disks there were."""
+    command = [sys.executable, __file__, str(folder), "--kills", str(kills), "--signals", str(signals)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     counts = {name: sum(c.values()) for name, c in json.loads(done.stdout.splitlines()[-1]).items()}
-    assert counts["kills"] >= kills
+    assert counts["kills"] >= kills and counts["signals"] >= signals
     return counts
 
 
+def call(module: str, arguments: list[str]) -> None:
+    """What `python -m MODULE ARGUMENTS` does, without its imports."""
+    if module == "trace_bench.cli":
+        cli.main(arguments)
+    else:
+        base.main(ewc.EWCTrainer, ewc.EWCConfig, arguments)
+
+
+def forked(words: list[str], environment: object = None) -> int:
+    """`ending.run_child` in a fork, which has its imports already."""
+    pid = os.fork()
+    if pid == 0:
+        code: object = 0
+        try:
+            call(words[2], words[3:])
+        except SystemExit as e:
+            code = e.code
+            if isinstance(code, str):
+                print(code, file=sys.stderr, flush=True)
+                code = 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        os._exit(int(code or 0))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 class Commands:
-    """The five commands of a run, as functions to be called in a process of their own."""
+    """The commands of a run, as functions to be called in a process of their own, and as words of a command line."""
 
     def __init__(self, folder: Path, options: dict, url: str) -> None:
         self.folder, self.run, self.out = folder, folder / "run", folder / "annotated"
         asking = ["--model", "fake", "--base-url", url, "--concurrency", "2"]
         training = command_line({**options, "output_dir": self.run})
         annotating = ["--data", "demo", "--tasks", "trace_fomc", "--rows", "6", "--attempts", "2"]
-        self.all = {
-            "train": lambda: base.main(ewc.EWCTrainer, ewc.EWCConfig, training),
-            "evaluate": lambda: cli.main(["evaluate", str(self.run)]),
-            "judge": lambda: cli.main(["judge", str(self.run), *asking]),
-            "annotate": lambda: cli.main(["annotate", str(self.out), *asking, *annotating]),
-            "report": lambda: cli.main(["report", str(self.run)]),
+        self.archive, self.study, self.cache = folder.parent / "archive.zip", folder / "study", folder / "cache"
+        if not self.archive.exists():
+            shutil.make_archive(str(self.archive.with_suffix("")), "zip", data.find_data("demo"))
+            plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
+            write_json(folder.parent / "config.yaml", plain)  # JSON is YAML
+            study = {"config": "config.yaml", "runs": {"mine": {"method": "ewc"}}}
+            write_json(folder.parent / "study.yaml", study)
+        study = ["study", str(folder.parent / "study.yaml"), "--output_dir", str(self.study)]
+        self.words = {
+            "data": ["trace_bench.cli", "data", str(self.archive)],
+            "train": ["trainers.ewc", *training],
+            "evaluate": ["trace_bench.cli", "evaluate", str(self.run)],
+            "judge": ["trace_bench.cli", "judge", str(self.run), *asking],
+            "annotate": ["trace_bench.cli", "annotate", str(self.out), *asking, *annotating],
+            "report": ["trace_bench.cli", "report", str(self.run)],
+            "study": ["trace_bench.cli", *study],
         }
+        self.all = {name: partial(self._call, name) for name in self.words}
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What the unpacked archive, and what is put into the system's folder for temporary files, can be found by."""
+        return {
+            "TMPDIR": str(self.folder / "temporary"),
+            **({"TRACE_CACHE": str(self.cache)} if name == "data" else {}),
+        }
+
+    def _call(self, name: str) -> None:
+        os.environ |= self.environment(name)
+        study_module.run_child = forked
+        module, *arguments = self.words[name]
+        call(module, arguments)
 
     def finished(self) -> dict[Path, tuple]:
         """What is done and may not be done again: files with what tells one writing of them from another."""
         files: list[Path] = []
-        for trained in self.run.glob("stages/*/train.json"):
+        files += self.cache.glob("data-*/*/*")
+        for trained in (*self.run.glob("stages/*/train.json"), *self.study.glob("*/stages/*/train.json")):
             files += [trained, *trained.parent.glob("adapter/*"), *trained.parent.glob("method_state/*")]
-        for cell in self.run.glob("stages/*/eval/*.json"):
+        for cell in (*self.run.glob("stages/*/eval/*.json"), *self.study.glob("*/stages/*/eval/*.json")):
             files += [cell, cell.parent / "samples" / f"{cell.stem}.jsonl"]
         files += self.run.glob("stages/*/judge/*.json")
         return {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
@@ -595,9 +654,16 @@ class Commands:
     def outcome(self) -> dict[str, object]:
         """All that a run comes to, without times."""
         found: dict[str, object] = {"scores.csv": (self.run / "scores.csv").read_bytes()}
-        for file in sorted(p for p in [*self.run.glob("stages/**/*"), *self.out.glob("**/*")] if p.is_file()):
+        found["study"] = (self.study / "mine" / "scores.csv").read_bytes()
+        places = (
+            (self.run, "stages/**/*"),
+            (self.study, "*/stages/**/*"),
+            (self.out, "**/*"),
+            (self.cache, "data-*/*/*"),
+        )
+        for file in sorted(p for folder, pattern in places for p in folder.glob(pattern) if p.is_file()):
             name = file.relative_to(self.folder).as_posix()
-            if file.name.startswith(".") or "cache" in file.name:
+            if file.name.startswith(".") or "annotate-cache" in file.name:
                 continue
             if file.suffix == ".json":
                 content = json.loads(file.read_bytes())
@@ -625,6 +691,7 @@ def in_child(command, folder: Path, *, at: int = 0, torn: int = 0, after: float 
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
+        os.setsid()  # killed with its children, as `kill -9 -PID` and a machine that goes off do
         os.dup2(write, 1)
         os.dup2(write, 2)
         os.close(read)
@@ -636,7 +703,7 @@ def in_child(command, folder: Path, *, at: int = 0, torn: int = 0, after: float 
             if count == at:
                 if fd is not None and torn:
                     os.truncate(f"/proc/self/fd/{fd}", max(0, os.fstat(fd).st_size - torn))
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.killpg(0, signal.SIGKILL)
 
         def hook(event: str, args: tuple) -> None:
             if event == "open":
@@ -668,8 +735,6 @@ def in_child(command, folder: Path, *, at: int = 0, torn: int = 0, after: float 
         except SystemExit as e:
             print(e.code, file=sys.stderr)
         except BaseException:
-            import traceback
-
             traceback.print_exc()
         print(f"\noperations {count}", flush=True)
         os._exit(code)
@@ -678,7 +743,7 @@ def in_child(command, folder: Path, *, at: int = 0, torn: int = 0, after: float 
     while True:
         ready, _, _ = select.select([read], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            os.kill(pid, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
             deadline = time.monotonic() + 60
             continue
         part = os.read(read, 65536)
@@ -691,6 +756,72 @@ def in_child(command, folder: Path, *, at: int = 0, torn: int = 0, after: float 
     counted = re.search(r"operations (\d+)", text)
     how = "killed" if os.WIFSIGNALED(status_) else "error" if os.WEXITSTATUS(status_) else "done"
     return how, text, int(counted[1]) if counted else 0
+
+
+def interrupted_process(command: str, environment: dict[str, str], number: int, delay: float) -> tuple[int, str]:
+    """Runs a command line in a shell and sends it a signal; a Ctrl-C goes to its children as well, as in a terminal.
+
+    Returns:
+        Its exit code, and what it wrote.
+    """
+    process = subprocess.Popen(
+        f"exec {command}",
+        shell=True,
+        cwd=ROOT,
+        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    caught = re.compile(r"SigCgt:\s*(\w+)")
+    while process.poll() is None:  # until it listens: before that nothing of ours has begun
+        with suppress(FileNotFoundError, ProcessLookupError):
+            found = caught.search(Path(f"/proc/{process.pid}/status").read_text())
+            if found and int(found[1], 16) >> (signal.SIGTERM - 1) & 1:
+                break
+        time.sleep(0.002)
+    try:
+        process.wait(delay)
+    except subprocess.TimeoutExpired:
+        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+    try:
+        return process.returncode, process.communicate(timeout=60)[0]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def signals(commands: "Commands", names: list[str], seconds: dict[str, float], rng: random.Random) -> Counter:
+    """Interrupts each command once by a signal, and goes on with the command that it says; which signals came."""
+    came: Counter[str] = Counter()
+    temporary = commands.folder / "temporary"
+    temporary.mkdir(parents=True)
+    for name in commands.words:
+        command = shlex.join([sys.executable, "-m", *commands.words[name]])
+        numbers = [rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])] if name in names else []
+        for number in [*numbers, None]:
+            before, delay = commands.finished(), rng.uniform(0, seconds[name]) if number else 300
+            code, text = interrupted_process(command, commands.environment(name), number or 0, delay)
+            where = f"{name}, {number!r} after {delay:.2f} s: {code}\n{text}"
+            again = [str(f) for f, mark in before.items() if commands.finished().get(f) != mark]
+            assert not again, f"done again: {again}\n{where}"
+            assert "Traceback" not in text and "Exception ignored" not in text, where
+            if number is None:
+                assert code == 0, where
+            elif code == -number:  # killed, or while Python was ending
+                came[number.name] += number == signal.SIGKILL
+                if number == signal.SIGKILL:
+                    shutil.rmtree(temporary)
+                    temporary.mkdir()
+            elif code:
+                lines = [line for line in text.splitlines() if line.startswith("stopped: ")]
+                assert code == 128 + number and len(lines) == 1, where
+                left = [p for p in commands.folder.rglob("*") if ".tmp" in p.name] + list(temporary.iterdir())
+                assert not left, f"{left}\n{where}"
+                command = lines[0].partition("Go on with: ")[2]
+                came[number.name] += 1
+    return came
 
 
 def serve() -> tuple[str, int]:
@@ -715,8 +846,8 @@ def serve() -> tuple[str, int]:
     return os.read(read, 200).decode(), pid
 
 
-def harness(folder: Path, kills: int, seed: int) -> None:
-    """Kills the commands that many times, and prints what it counted."""
+def harness(folder: Path, kills: int, interruptions: int, seed: int) -> None:
+    """Kills the commands that many times, sends them that many signals, and prints what it counted."""
     torch.set_num_threads(1)
     environment = {"TRACE_CACHE": str(folder / "cache"), "TRACE_DATA": "demo", "HF_HUB_OFFLINE": "1"}
     os.environ |= {**environment, "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "none", "TQDM_DISABLE": "1"}
@@ -738,7 +869,7 @@ def harness(folder: Path, kills: int, seed: int) -> None:
     }
     rng, began = random.Random(seed), time.monotonic()
     url, server = serve()
-    counts = {name: Counter() for name in ("kills", "full disks", "ended by themselves")}
+    counts = {name: Counter() for name in ("kills", "full disks", "ended by themselves", "signals")}
     went_on = 0
     try:
         reference = Commands(folder / "reference", options, url)
@@ -757,6 +888,9 @@ def harness(folder: Path, kills: int, seed: int) -> None:
             commands = Commands(folder / f"round{rounds}", options, url)
             for name, command in commands.all.items():
                 left = operations[name]
+                if name == "study" and rounds % 3 != 1:
+                    assert in_child(command, commands.folder)[0] == "done"  # most of it is what the others are
+                    continue
                 many = (2 if name == "train" else 1) * (4 if kills > 20 else 1)
                 faults = ["full", *["kill"] * many]
                 rng.shuffle(faults)
@@ -783,10 +917,9 @@ def harness(folder: Path, kills: int, seed: int) -> None:
                         left = max(4, left - how_to.get("at", 0) // 2)
                     elif how == "error":
                         line = [x for x in text.splitlines() if x.startswith("error: ")]
-                        assert fault == "full" and len(line) == 1 and "Traceback" not in text, (
-                            f"{name} {how_to}\n{text}"
-                        )
-                        assert "run the command again" in line[0], line
+                        clear = len(line) == 1 or (name == "study" and line)  # a study has its children's, and goes on
+                        assert fault == "full" and clear and "Traceback" not in text, f"{name} {how_to}\n{text}"
+                        assert all("run the command again" in x for x in line if "evaluation of" not in x), line
                         counts["full disks"][name] += 1
                     else:
                         counts["ended by themselves"][name] += 1
@@ -799,9 +932,24 @@ def harness(folder: Path, kills: int, seed: int) -> None:
             assert sorted(commands.replies()) == paid, "every reply is paid once"
             assert not list(commands.folder.rglob(".trainer")), "nothing temporary stays"
             shutil.rmtree(commands.folder)
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", "import trainers.base"], cwd=ROOT, check=True)
+        imports = time.monotonic() - started
+        longest = {name: took + imports for name, took in seconds.items()}
+        longest |= {"data": 0.5, "judge": 2.0, "annotate": 2.0, "study": seconds["study"] + 2 * imports}
+        while sum(counts["signals"].values()) < interruptions:
+            rounds += 1
+            commands = Commands(folder / f"round{rounds}", options, url)
+            some = ["data", "train", "judge", "study"] if interruptions < 10 else list(commands.words)
+            counts["signals"] += signals(commands, some, longest, rng)
+            found = commands.outcome()
+            different = [name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
+            assert not different, f"round {rounds}: {different}"
+            assert sorted(commands.replies()) == paid, "every reply is paid once"
+            shutil.rmtree(commands.folder)
         total, took = {name: sum(c.values()) for name, c in counts.items()}, time.monotonic() - began
         print(
-            f"{total['kills']} kills and {total['full disks']} full disks in {rounds} rounds, {took:.0f} s; "
+            f"{total['kills']} kills, {total['signals']} signals and {total['full disks']} full disks in {rounds} rounds, {took:.0f} s; "
             f"a stage went on at a checkpoint {went_on} times"
         )
         print(json.dumps(counts))
@@ -814,6 +962,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--signals", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    harness(given.folder, given.kills, given.seed)
+    harness(given.folder, given.kills, given.signals, given.seed)

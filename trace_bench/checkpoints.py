@@ -132,6 +132,15 @@ def check_own(stage: Stage) -> None:
             f"{path} is not what the training of the stage wrote (its fingerprint differs): it was changed or "
             f"damaged. Restore it, or delete {stage.train_file} to train the stage anew."
         )
+    if models.is_adapter(path):
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        kind = _adapter_config(path).get("peft_type")
+        if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise RunError(
+                f"{path} is an adapter of the kind {kind}, which the PEFT that is installed does not know. Install the "
+                "version that the stage was trained with: manifest.json has it."
+            )
 
 
 def checkpoint_fingerprint(stage: Stage) -> str | None:

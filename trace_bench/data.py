@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
-from trace_bench.run import RunError, cached_dir, fingerprint, read_file
+from trace_bench.run import RunError, advice, cached_dir, fingerprint, read_file
 from trace_tasks.reasoning import row_variant
 
 if TYPE_CHECKING:
@@ -340,6 +340,8 @@ def unpack(archive: Path) -> Path:
         *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError),
         *(ValueError, struct.error),  # names that are no text or hold NUL, fields cut short
     ) as e:
+        if advice(e, ""):  # of the machine, as a full disk: another copy of the archive would not help
+            raise
         raise DataError(f"{archive} cannot be unpacked: {type(e).__name__}: {e}. Fetch it again.") from e
 
 

@@ -74,6 +74,15 @@ def _handle(number: int, frame: Any) -> None:
         os._exit(128 + number)
 
 
+def _swallowed(unraisable: Any) -> None:
+    """Sends a signal again that met a place where no exception can be raised, such as `__del__`."""
+    if isinstance(unraisable.exc_value, Stopped) and _Watch.stopped:
+        number, _Watch.stopped = _Watch.stopped[0], None
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+    else:
+        sys.__unraisablehook__(unraisable)
+
+
 def _say_stopped() -> None:
     # Of several processes that train together the first one speaks.
     if _Watch.said or _QUIET in os.environ or os.environ.get("RANK", "0") != "0":
@@ -117,6 +126,7 @@ def command(name: str, given: str | None = None) -> Iterator[None]:
         watch()
     _Watch.name, _Watch.line, _Watch.stopped, _Watch.said, _Watch.working = name, given or "", None, False, True
     _prepare_output()
+    hook, sys.unraisablehook = sys.unraisablehook, _swallowed
     try:
         try:
             yield
@@ -132,7 +142,7 @@ def command(name: str, given: str | None = None) -> Iterator[None]:
             sys.exit(128 + signal.SIGPIPE)
         raise
     finally:
-        _Watch.working = False
+        _Watch.working, sys.unraisablehook = False, hook
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -243,10 +243,10 @@ def soft_prompt(checkpoint: Path | None) -> Any:
     """
     if checkpoint is None or not is_adapter(checkpoint):
         return None
-    from peft import PeftConfig
     from safetensors.torch import load_file
 
-    if PeftConfig.from_pretrained(str(checkpoint)).peft_type != "PROMPT_TUNING":
+    adapter = read_json(checkpoint / "adapter_config.json")
+    if not isinstance(adapter, dict) or adapter.get("peft_type") != "PROMPT_TUNING":
         return None
     return load_file(checkpoint / "adapter_model.safetensors")["prompt_embeddings"]
 

@@ -347,7 +347,7 @@ class Results:
     def is_sequential(self) -> bool:
         """Whether row t is the model after tasks 1 to t, so that OP and BWT are defined."""
         run = self.run
-        return run.is_sequence() and len(run.stages) == len(run.tasks) + 1 and not self.is_single
+        return bool(run.tasks) and run.is_sequence() and len(run.stages) == len(run.tasks) + 1 and not self.is_single
 
     @property
     def has_mean(self) -> bool:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-import json
 import logging
 import math
 import os

@@ -83,9 +83,10 @@ def open_engine(
         args["revision"] = revision
         if backend == "vllm":
             args.setdefault("tokenizer_revision", revision)
+    tokenizer = models.load_tokenizer(base, revision, trusted)  # lm-eval's may get a padding token
     lm = _open_vllm(base, args, checkpoints) if backend == "vllm" else _open_hf(base, args)
     lm.base, lm.revision, lm.max_prompt_length, lm.trust_remote_code = base, revision, max_prompt_length, trusted
-    lm.tokenizer = models.load_tokenizer(base, revision, trusted)  # lm-eval's may have got a padding token
+    lm.tokenizer = tokenizer
     lm.ends = models.end_ids(lm.tokenizer, base, revision)
     if backend == "hf":
         lm.plain()
