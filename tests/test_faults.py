@@ -1,7 +1,7 @@
 """What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory.
 
-`python tests/test_faults.py FOLDER [--kills 100] [--signals 30] [--seed 0]` is the fault harness by itself: it kills every
-command at random file operations and moments until that many kills, then sends that many signals (Ctrl-C, SIGTERM,
+`python tests/test_faults.py FOLDER [--kills 100] [--signals 30] [--seed 0]` is the fault harness by itself: it kills
+every command at random file operations and moments until that many kills, then sends that many signals (Ctrl-C, SIGTERM,
 SIGKILL) to processes of the command line, and compares each resumed run with an uninterrupted one.
 """
 
@@ -617,11 +617,9 @@ class Commands:
         self.all = {name: partial(self._call, name) for name in self.words}
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the unpacked archive, and what is put into the system's folder for temporary files, can be found by."""
-        return {
-            "TMPDIR": str(self.folder / "temporary"),
-            **({"TRACE_CACHE": str(self.cache)} if name == "data" else {}),
-        }
+        """What makes the unpacked archive, and temporary files of the system's folder, be found again."""
+        cache = {"TRACE_CACHE": str(self.cache)} if name == "data" else {}
+        return {"TMPDIR": str(self.folder / "temporary"), **cache}
 
     def _call(self, name: str) -> None:
         os.environ |= self.environment(name)
@@ -786,7 +784,8 @@ def interrupted_process(command: str, environment: dict[str, str], number: int, 
     except subprocess.TimeoutExpired:
         (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
     try:
-        return process.returncode, process.communicate(timeout=60)[0]
+        text = process.communicate(timeout=60)[0]
+        return process.returncode, text
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -949,8 +948,8 @@ def harness(folder: Path, kills: int, interruptions: int, seed: int) -> None:
             shutil.rmtree(commands.folder)
         total, took = {name: sum(c.values()) for name, c in counts.items()}, time.monotonic() - began
         print(
-            f"{total['kills']} kills, {total['signals']} signals and {total['full disks']} full disks in {rounds} rounds, {took:.0f} s; "
-            f"a stage went on at a checkpoint {went_on} times"
+            f"{total['kills']} kills, {total['signals']} signals and {total['full disks']} full disks "
+            f"in {rounds} rounds, {took:.0f} s; a stage went on at a checkpoint {went_on} times"
         )
         print(json.dumps(counts))
     finally:

@@ -230,8 +230,8 @@ def why_not(error: Exception) -> str:
     """What a library says of a model's files, in one line, with our own words where it wants to run their code."""
     if "trust_remote_code" in str(error):
         return (
-            "it brings code of its own (auto_map), which is not run. If you trust that code: trust_remote_code: true in "
-            "a configuration, or --engine-args '{\"trust_remote_code\": true}'; --local and audits take none."
+            "it brings code of its own (auto_map), which is not run. If you trust that code: trust_remote_code: true "
+            "in a configuration, or --engine-args '{\"trust_remote_code\": true}'; --local and audits take none."
         )
     return one_line(error)
 
