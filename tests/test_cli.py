@@ -2,18 +2,23 @@
 
 import importlib
 import inspect
+import os
 import re
+import shlex
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
-from made_runs import cell
+from made_runs import cell, make_rich_run
 
-from trace_bench import data, evaluate
+from trace_bench import cli, data, ending, evaluate
 from trace_bench.cli import main
 from trace_bench.run import Run, write_json
 from trace_bench.study import methods
@@ -328,3 +333,245 @@ def test_data_checks_every_data_set_of_an_archive(tmp_path, capsys):
         main(["data", shutil.make_archive(str(tmp_path / "bad"), "zip", tmp_path / "in")])
     assert "LLM-CL-Benchmark_500 cannot be used" in str(e.value) and "test.json is missing" in str(e.value)
     assert capsys.readouterr().out.count("export TRACE_DATA=") == 1, "the good one can be used all the same"
+
+
+# --------------------------------------------------------------------------------- stopped, or with nobody who listens
+
+ROOT = Path(__file__).parents[1]
+STOPPED = re.compile(r"^stopped: .* Go on with: (.*)$", re.M)
+
+
+def listens(process):
+    """Waits until a process has a handler for SIGTERM."""
+    while process.poll() is None:
+        with suppress(OSError):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (signal.SIGTERM - 1) & 1:
+                return
+        time.sleep(0.001)
+
+
+def start(*command, **options):
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **options}
+    )
+
+
+def the_line(process, number):
+    """The command of the one line with which a process ends on a signal."""
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + number, (process.returncode, out, err)
+    assert "Traceback" not in err and "Exception ignored" not in err, err
+    (command,) = STOPPED.findall(err)
+    return command
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainers.sequential", "--config", "a file.yaml", "--tasks", "trace_fomc"],
+        ["trainers.ewc", "--output_dir", "runs/$x"],
+        ["trace_bench.cli", "study", "it's.yaml"],
+    ],
+    ids=lambda w: w[0],
+)
+def test_ctrl_c_while_a_command_imports_is_one_line_with_that_very_command(words, number):
+    process = start(sys.executable, "-m", *words)
+    listens(process)
+    time.sleep(0.1 if words[0].startswith("trainers") else 0)
+    assert the_line(process, number) == shlex.join([sys.executable, "-m", *words])
+
+
+def test_the_script_is_named_as_it_was_called(monkeypatch, tmp_path):
+    script = tmp_path / "trace-bench"
+    script.write_text("#!")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "evaluate", "runs/a b"])
+    monkeypatch.setattr(sys, "orig_argv", [sys.executable, *sys.argv])
+    assert ending._given() == f"{script} evaluate 'runs/a b'"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert ending._given() == "trace-bench evaluate 'runs/a b'"
+
+
+def test_what_launched_a_training_is_part_of_the_command():
+    """As accelerate launch and torchrun: a program of its own, with the same words at its end."""
+    launcher = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
+    words = ["-m", "trainers.sequential", "--config", "a b.yaml"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while not children.read_text():
+        time.sleep(0.001)
+    child = int(children.read_text())
+    listens(type("Child", (), {"pid": child, "poll": lambda self: None})())
+    os.kill(child, signal.SIGTERM)
+    assert process.wait() == 143
+    assert STOPPED.findall(process.stderr.read()) == [shlex.join([sys.executable, "-c", launcher, *words])]
+
+
+def test_ctrl_c_while_a_judge_is_waited_for(make, tmp_path):
+    run = make_rich_run(make, tasks=["trace_fomc"], n=2)
+    for stage in run.stages:
+        shutil.rmtree(stage.path / "judge")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        words = [*MODULE, "judge", str(run.path), "--model", "m", "--base-url", url]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            process = start(*words, NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+            connection = silent.accept()[0]
+            assert the_line(process, number) == shlex.join(words)
+            connection.close()
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "judge", "annotate", "study", "report", "status", "data"])
+def test_ctrl_c_in_any_command_says_what_is_kept(command, monkeypatch, capfd):
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    if command == "train":
+        from trainers import base
+
+        monkeypatch.setattr(base, "train", stopped)
+        argv = ["--output_dir", "r"]
+        function, given = (lambda: base.main(base.CLTrainer, base.CLConfig, argv)), "python -m trainers.sequential "
+    else:
+        monkeypatch.setattr(cli, f"_{command}", stopped)
+        argv = [command, "a b", *(["--model", "m"] if command in ("judge", "annotate") else [])]
+        function, given = (lambda: main(argv)), "trace-bench "
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e:
+        function()
+    assert e.value.code == 130 and signal.getsignal(signal.SIGTERM) is before
+    kept = {"train": "stages", "evaluate": "cells", "judge": "replies", "annotate": "replies", "study": "runs"}
+    (line,) = re.findall("^stopped: .*$", capfd.readouterr().err, re.M)
+    assert kept.get(command, "nothing is lost") in line and line.endswith(f"Go on with: {given}{shlex.join(argv)}")
+
+
+CHILD = """
+import time; from trace_bench import ending
+with ending.command('train'): print('on', flush=True); time.sleep(60)
+"""
+PARENT = f"""
+import sys; from trace_bench import ending
+with ending.command("study"):
+    sys.exit(ending.run_child([sys.executable, "-c", {CHILD!r}]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("whole_group", [True, False], ids=["terminal", "kill"])
+def test_a_command_that_is_stopped_ends_the_one_that_it_started_and_speaks_for_both(number, whole_group):
+    process = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        **{"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True},
+    )
+    assert process.stdout.readline() == "on\n"
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    assert process.wait(30) == 128 + number
+    assert process.stderr.read().count("stopped: ") == 1
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_a_signal_that_meets_a_destructor_is_not_lost():
+    code = """
+import os, signal, time; from trace_bench import ending
+class Late:
+    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.1)
+with ending.command("train"):
+    Late()
+    time.sleep(30)
+"""
+    done, seconds = call(sys.executable, "-c", code)
+    assert (done.returncode, done.stderr.count("stopped: ")) == (143, 1) and "Traceback" not in done.stderr
+    assert seconds < 20
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    code = """
+import os, signal; from trace_bench import ending
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with ending.command("train"):
+    os.kill(os.getpid(), signal.SIGINT)
+    print("goes on")
+"""
+    done, _ = call(sys.executable, "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "goes on\n", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trace_bench.cli", "--help"],
+        ["trace_bench.cli", "judge", "--help"],
+        ["trace_bench.cli", "status", "RUN"],
+        ["trace_bench.cli", "report", "RUN"],
+        ["trace_bench.cli", "tasks-path"],
+        ["trainers.replay", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_where_nobody_listens_a_command_ends_in_silence(run, words):
+    words = [str(run.path) if word == "RUN" else word for word in words]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode in ((0, 141) if "--help" in words else (141,))  # argparse takes no notice
+    assert done.stderr == ""
+    closed = subprocess.run(
+        ["sh", "-c", f"exec {shlex.join([sys.executable, '-m', *words])} >&-"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
+def test_an_output_that_is_full_is_one_line(run):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*MODULE, "status", str(run.path)], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and re.fullmatch("error: .*No space left on device.*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "ascii_only",
+    [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}],
+    ids=str,
+)
+@pytest.mark.parametrize("argv", [["status", "A"], ["report", "A"], ["report", "A", "B"], ["report", "é–…→"]])
+def test_a_terminal_that_knows_ascii_alone_gets_all_that_it_can_show(make, ascii_only, argv):
+    places = {name: str(make_rich_run(make, tasks=["trace_fomc"], n=2, name=name).path) for name in "AB"}
+    done = subprocess.run(
+        [*MODULE, *(places.get(word, word) for word in argv)], capture_output=True, env={**os.environ, **ascii_only}
+    )
+    assert done.returncode == (argv[-1] == "é–…→"), done.stderr
+    assert (done.stdout + done.stderr).isascii() and b"Traceback" not in done.stderr
+    assert len(argv) < 3 or b"\\u2013" in done.stdout, "a dash is shown as what it is"
+
+
+# -------------------------------------------------------------------------------------------------------- requirements
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "requirements").glob("*.txt")), ids=lambda f: f.name)
+def test_every_requirement_is_an_exact_pin(file):
+    lines = [line.partition("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    assert any(lines)
+    for line in filter(None, lines):
+        assert re.fullmatch(r"[A-Za-z0-9._-]+(\[[a-z,]+\])?==[A-Za-z0-9.]+", line), line
+
+
+def test_make_audit_looks_at_every_list():
+    done, _ = call("make", "-n", "-C", str(ROOT), "audit")
+    assert done.returncode == 0 and "--no-deps" in done.stdout and "for list in cpu gpu dev" in done.stdout
+
+
+def test_make_audit_without_a_network_is_one_line():
+    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0"}
+    nowhere |= {"PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": ""}
+    done = subprocess.run(
+        ["make", "-s", "-C", str(ROOT), "audit", f"PYTHON={sys.executable}"],
+        **{"capture_output": True, "text": True, "env": {**os.environ, **nowhere}},
+    )
+    assert done.returncode and re.fullmatch("audit: pip-audit cannot be installed.*network.*\n", done.stdout)

@@ -1,8 +1,8 @@
 """What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory.
 
 `python tests/test_faults.py FOLDER [--kills 100] [--signals 30] [--seed 0]` is the fault harness by itself: it kills
-every command at random file operations and moments until that many kills, then sends that many signals (Ctrl-C, SIGTERM,
-SIGKILL) to processes of the command line, and compares each resumed run with an uninterrupted one.
+every command at random file operations and moments until that many kills, then sends that many signals (SIGINT, SIGTERM
+and SIGKILL) to processes of the command line, and compares each resumed run with an uninterrupted one.
 """
 
 import argparse

@@ -67,11 +67,21 @@ def _handle(number: int, frame: Any) -> None:
         os._exit(128 + number)
     elif _Watch.stopped is None:
         _Watch.stopped = number, time.monotonic()
-        if not _Watch.spawning:
+        if not (_Watch.spawning or _cancelled()):
             raise Stopped
     elif time.monotonic() - _Watch.stopped[1] > _SAME:  # asked again: what cannot be given back in time stays
         _say_stopped()
         os._exit(128 + number)
+
+
+def _cancelled() -> bool:
+    """Whether an event loop was running, whose tasks end as asyncio has it: an exception within one would be lost."""
+    asyncio = sys.modules.get("asyncio")
+    loop = asyncio._get_running_loop() if asyncio else None
+    if asyncio is None or loop is None:
+        return False
+    loop.call_soon_threadsafe(lambda: [task.cancel() for task in asyncio.all_tasks(loop)])
+    return True
 
 
 def _swallowed(unraisable: Any) -> None:
@@ -153,7 +163,8 @@ def _prepare_output() -> None:
         if getattr(sys, name) is None:  # closed (>&-): the next file that is opened would get the output of libraries
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may be ASCII, a name no text
+        with suppress(OSError):  # a file that became something else
+            sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a terminal may be ASCII, a name no text
 
 
 def _flush() -> None:
