@@ -1,7 +1,9 @@
 """Tests of `trace_bench.data`: bad data is named with file and row, archives stay in the cache, token ids match."""
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import stat
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from trace_bench import data
+from trace_bench import cli, data
 from trace_bench.data import DataError
 from trace_tasks.tokens import example_ids, prompt_ids
 
@@ -411,3 +413,24 @@ def test_a_damaged_cache_is_made_again(tmp_path, source, damage):
     before = data.data_fingerprint(root, ["trace_fomc"])
     damage(root / "FOMC" / "train.json")
     assert data.find_data(source) == root and data.data_fingerprint(root, ["trace_fomc"]) == before
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES])
+def test_a_disk_that_is_full_while_an_archive_is_unpacked_is_no_damage_of_the_archive(
+    tmp_path, cache, monkeypatch, kind, number
+):
+    archive = pack(tmp_path / f"a.{kind}", members(tmp_path))
+
+    def full(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        for library in (shutil, tarfile):
+            patch.setattr(library, "copyfileobj", full)
+        with pytest.raises(SystemExit, match=r"^error: ") as e:
+            cli.main(["data", str(archive)])
+    assert os.strerror(number) in e.value.code and "Fetch it again" not in e.value.code and "\n" not in e.value.code
+    assert "writable" in e.value.code if number == errno.EACCES else "make room" in e.value.code
+    assert not list(cache.glob("*")), "nothing half unpacked stays"
+    assert data.find_data(str(archive)).is_dir(), "with room it works"

@@ -48,8 +48,8 @@ from trainers.base import CLConfig, CLTrainer
 
 ROOT = Path(__file__).parents[1]
 JUDGED = {"judged": ["instruct_lima"], "judged_rows": 3, "judged_max_new_tokens": 4}
-#: What differs from time to time in files that are otherwise the same.
-TIMES = {"seconds", "seconds_around_steps", "tokens_per_second", "peak_memory_bytes", "mean_loss"}
+#: What differs from time to time in files that are otherwise the same (a checkout may be edited meanwhile).
+TIMES = {"commit", "seconds", "seconds_around_steps", "tokens_per_second", "peak_memory_bytes", "mean_loss"}
 
 
 def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:

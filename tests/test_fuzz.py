@@ -8,6 +8,7 @@ import inspect
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -18,13 +19,13 @@ import pytest
 from conftest import train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_runs import make_run
+from made_runs import make_bounds, make_rich_run, make_run
 
-from judges import JudgeError, annotate, batch, judging
+from judges import JudgeError, annotate, batch, judging, prompts
 from judges.client import Cache, Client, Reply, read_reply
 from judges.prompts import PAIR, neutralise
 from judges.verdict import parse
-from trace_bench import audit, data, metrics
+from trace_bench import audit, data, engine, metrics, shapes
 from trace_bench.cli import main
 from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate
@@ -807,8 +808,274 @@ def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path
             base.CLTrainer, base.CLConfig, ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "r")]
         )
     assert str(e.value.code).startswith("error: ") or "error: " in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: the configuration cannot be read"):
+    with pytest.raises(SystemExit, match=r"error: the configuration cannot be read"):
         base.main(base.CLTrainer, base.CLConfig, ["--config", str(tmp_path / "missing.yaml")])
+
+
+# ---------------------------------------------------------------------------------------------------- files of a run
+
+ABSENT = object()
+ODD_VALUES = [
+    *(ABSENT, None, [], {}, "x", "\ud800", -1, 0, 10**400, 1e308, True, [None], {"a": None}, math.nan, math.inf)
+]
+RUN_FILES = [
+    "manifest.json",
+    "stages/1_trace_cstance/train.json",
+    "stages/2_trace_meetingbank/eval/trace_cstance.json",
+    "stages/2_trace_meetingbank/eval/general_piqa.json",
+    "stages/2_trace_meetingbank/eval/instruct_lima.json",
+    "stages/2_trace_meetingbank/eval/samples/trace_cstance.jsonl",
+    "stages/0_base/eval/samples/instruct_lima.jsonl",
+    "stages/2_trace_meetingbank/judge/instruct_lima.json",
+    "stages/2_trace_meetingbank/judge/instruct_lima.jsonl",
+]
+#: Settings of a run and its cells under which nothing is left to evaluate.
+CELL_SETTINGS = {
+    **{"backend": "hf", "test_rows": None, "max_prompt_length": None, "max_new_tokens": None},
+    **{"chat_template": False, "num_fewshot": None, "engine": {}},
+}
+RUN_CONFIG = {
+    **{"backend": "hf", "test_rows": None, "train_rows": 5, "max_prompt_length": None, "num_fewshot": None, "seed": 1},
+    **{"cells": "seen", "general": [], "judged": [], "engine_args": {}, "chat_template_args": None, "epochs": [1, 2]},
+    **{"learning_rate": 1e-4, "lora_target_modules": ["a"], "dtype": "bfloat16", "trust_remote_code": False},
+}
+
+
+def places(value, at=()):
+    """Where something stands in a JSON value; of lists the first entry."""
+    yield at
+    if isinstance(value, dict):
+        for key in value:
+            yield from places(value[key], (*at, key))
+    elif isinstance(value, list) and value:
+        yield from places(value[0], (*at, 0))
+
+
+def replaced(value, at, new):
+    if not at:
+        return new
+    value = inside = copy.deepcopy(value)
+    for part in at[:-1]:
+        inside = inside[part]
+    if new is ABSENT:
+        del inside[at[-1]]
+    else:
+        inside[at[-1]] = new
+    return value
+
+
+def odd_files(folder):
+    """Files of a run with one value replaced: name, place, content."""
+    for name in RUN_FILES:
+        text = (folder / name).read_text()
+        first, *others = text.splitlines() if name.endswith("l") else [text]
+        for at in places(json.loads(first)):
+            for new in ODD_VALUES[0 if at else 1 :]:
+                changed = json.dumps(replaced(json.loads(first), at, new))
+                yield name, at, "\n".join([changed, *others]) + "\n"
+
+
+@pytest.fixture
+def read_only_commands(make, monkeypatch):
+    """A run with all that there is, one that it bounds, and the commands that read it."""
+    import made_runs
+    from matplotlib.figure import Figure
+
+    def saved(self, file, **options):  # drawing takes seconds, and adds no reading
+        svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="9pt" height="9pt"><g id="d"/></svg>'
+        file.write(svg if options["format"] == "svg" else b"")
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    monkeypatch.setattr(Client, "send", lambda *a: (_ for _ in ()).throw(JudgeError("asked")))
+    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("an engine was started"))
+    monkeypatch.setattr(made_runs, "SETTINGS", CELL_SETTINGS)
+    tasks = ["trace_cstance", "trace_meetingbank"]
+    run = make_rich_run(make, tasks=tasks, n=3, config=RUN_CONFIG, date="2026-01-01")
+    other = make_rich_run(make, tasks=tasks, n=3, name="other", config=RUN_CONFIG, date="2026-01-01")
+    for file in run.path.glob("stages/*/judge/*.json"):
+        content = read_json(file)
+        write_json(file, {**content, "settings": {**content["settings"], "date": None, "prompts": prompts.VERSION}})
+    judge = ["--model", "a/judge", "--base-url", "http://127.0.0.1:1/v1", "--sampling", '{"temperature": 0}']
+    commands = [["status"], ["evaluate"], ["judge"], ["report"], ["compare"]]
+    more = {"judge": judge, "compare": [str(other.path)]}
+    names = {"compare": "report"}
+    return run, [[names.get(c, c), str(run.path), *more.get(c, [])] for (c,) in commands]
+
+
+def some_odd_files(run, commands, every):
+    for name, at, content in list(odd_files(run.path))[::every]:
+        file = run.path / name
+        whole = file.read_bytes()
+        file.write_text(content)
+        for command in commands:
+            EXAMPLES["files of runs"] += 1
+            try:
+                main(command)
+            except SystemExit as e:
+                assert isinstance(e.code, str) and e.code.startswith("error: "), (name, at, content, e.code)
+                if "is damaged" in e.code:
+                    assert Path(name).name in e.code and "\n" not in e.code, e.code
+        file.write_bytes(whole)
+
+
+def test_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_only_commands, capsys):
+    run, commands = read_only_commands
+    for command in commands:
+        main(command)
+    out = capsys.readouterr().out
+    assert "nothing to evaluate" in out and "nothing to judge" in out
+    some_odd_files(run, commands, 61)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_all_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_only_commands):
+    some_odd_files(*read_only_commands, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "new", "words"),
+    [
+        ("manifest.json", ("config", "test_rows"), "many", "'config.test_rows' is 'many', not a valid integer"),
+        ("manifest.json", ("model",), 3, "'model' is 3"),
+        ("manifest.json", ("tasks",), None, "'tasks' is None"),
+        ("manifest.json", ("config", "backend"), "tgi", "'config.backend' is 'tgi', not 'vllm' or 'hf'"),
+        ("manifest.json", ("model", "name"), ABSENT, "lacks 'model.name'"),
+        ("stages/1_trace_cstance/train.json", (), [], "holds a list"),
+        ("stages/1_trace_cstance/train.json", ("losses", 0, "loss"), None, "'losses.0.loss' is None"),
+        ("stages/1_trace_cstance/train.json", ("checkpoint",), ABSENT, "lacks checkpoint|lacks 'checkpoint'"),
+        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("n",), "7", "'n' is '7'"),
+        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("n",), 10**400, "401 digits"),
+        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("seconds",), ABSENT, "lacks 'seconds'"),
+        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("metrics", "accuracy", "value"), math.nan, "NaN"),
+        ("stages/2_trace_meetingbank/judge/instruct_lima.json", ("pairs", "win"), True, "'pairs.win' is True"),
+        ("stages/2_trace_meetingbank/judge/instruct_lima.json", ("direct",), {}, "lacks 'direct.n'"),
+    ],
+)
+def test_the_file_and_the_entry_are_named(read_only_commands, name, at, new, words):
+    run, _ = read_only_commands
+    content = json.loads((run.path / name).read_text())
+    (run.path / name).write_text(json.dumps(replaced(content, at, new)))
+    with pytest.raises(SystemExit, match=rf"error: {re.escape(str(run.path / name))} is damaged.*({words})"):
+        main(["report", str(run.path)])
+
+
+def test_a_bound_with_odd_values_is_passed_over(make, caplog):
+    bounding = make_bounds(make)["joint"]
+    run = make()
+    file = bounding.stages[1].eval_file("trace_fomc")
+    content = json.loads(file.read_text())
+    for at, new in ((("metrics",), []), (("n",), None), (("headline",), ABSENT), ((), 7)):
+        caplog.clear()
+        file.write_text(json.dumps(replaced(content, at, new)))
+        main(["report", str(run.path)])
+        assert "a-joint is left out of the bounds" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "new", [[], None, 7, {}, {"leaked": []}, {"source": "s", "tasks": {}, "leaked": {"trace_fomc": 7}}]
+)
+def test_an_odd_audit_is_no_audit(make, tmp_path, new):
+    (tmp_path / "audit.json").write_text(json.dumps(new))
+    with pytest.raises(SystemExit, match=r"error: .*audit.json is no audit"):
+        main(["report", str(make().path), "--without-leaked", str(tmp_path / "audit.json")])
+
+
+def test_a_checkpoint_within_a_stage_with_odd_values_is_not_gone_on_from(options):
+    from conftest import stop_at
+
+    from trainers.base import CLTrainer
+
+    options |= {"tasks": ["trace_fomc"], "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        train(options, stop_at(1, CLTrainer))
+    run = Run.open(options["output_dir"])
+    (file,) = run.path.glob("stages/1_*/.trainer/checkpoint-*/whole.json")
+    whole = json.loads(file.read_text())
+    shapes.check(shapes.Within, whole)
+    for at in (("counters",), ("seconds",), ("of",), ("losses",), ()):
+        file.write_text(json.dumps(replaced(whole, at, [])))
+        with pytest.raises(KeyboardInterrupt):
+            train({**options, "save_strategy": "no"}, stop_at(1, CLTrainer))
+        file.parent.mkdir(parents=True, exist_ok=True)
+
+
+# -------------------------------------------------------------------------------------------- models from elsewhere
+
+
+def evaluated(folder, model, checkpoint):
+    options = ["--tasks", "trace_fomc", "--backend", "hf", "--data", "demo", "--test-rows", "1", "--renamed-base"]
+    given = ["--model", str(model), "--checkpoint", f"trace_fomc={checkpoint}"]
+    main(["evaluate", str(folder / "run"), *given, *options])
+
+
+def with_entry(source, target, file, key, value):
+    shutil.copytree(source, target)
+    content = json.loads((target / file).read_text())
+    (target / file).write_text(json.dumps({**content, key: value}))
+    return target
+
+
+@pytest.mark.parametrize("kind", ["NEWKIND", "lora", 5, None, [], {}, ""])
+def test_a_kind_of_adapter_that_is_not_known_is_one_line(checkpoints, tiny_model, tmp_path, kind):
+    adapter = with_entry(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", "peft_type", kind)
+    with pytest.raises(SystemExit, match=r"error: .*odd is an adapter of the kind .*which cannot be served"):
+        evaluated(tmp_path, tiny_model, adapter)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("r", "x"), ("r", []), ("target_modules", "["), ("target_modules", 5), ("rank_pattern", 5), ("lora_dropout", 5)],
+)
+def test_odd_values_of_an_adapter_are_one_line(checkpoints, tiny_model, tmp_path, key, value):
+    adapter = with_entry(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", key, value)
+    with pytest.raises(SystemExit, match=r"error: .*odd"):
+        evaluated(tmp_path, tiny_model, adapter)
+
+
+CODE = [{"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}, {"AutoConfig": "other/repo--code.C"}, 5, None, "x"]
+
+
+@pytest.mark.parametrize("auto_map", CODE, ids=repr)
+def test_code_of_a_model_is_not_run_and_named(checkpoints, tiny_model, tmp_path, options, auto_map, monkeypatch):
+    model = with_entry(tiny_model, tmp_path / "odd", "config.json", "auto_map", auto_map)
+    (model / "code.py").write_text("raise SystemExit('the code was run')")
+    content = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**content, "model_type": "mine", "architectures": ["M"]}))
+    said = []
+    for command in (lambda: evaluated(tmp_path, model, checkpoints["adapter"]), lambda: trained(options, model)):
+        with pytest.raises(SystemExit, match=r"error: .*odd") as e:
+            command()
+        assert "\n" not in e.value.code
+        said.append(e.value.code)
+    if isinstance(auto_map, dict):
+        assert all("brings code of its own" in line and "trust_remote_code: true" in line for line in said), said
+
+
+@pytest.mark.parametrize(
+    "auto_map", [{"AutoTokenizer": ["code.T", None]}, {"AutoTokenizer": 5}, 5, ["code.T"]], ids=repr
+)
+def test_code_of_a_tokenizer_is_not_run_and_named(checkpoints, tiny_model, tmp_path, options, auto_map):
+    model = with_entry(tiny_model, tmp_path / "odd", "tokenizer_config.json", "auto_map", auto_map)
+    (model / "code.py").write_text("raise SystemExit('the code was run')")
+    content = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**content, "tokenizer_class": "Mine"}))
+    for command in (
+        lambda: evaluated(tmp_path, model, checkpoints["adapter"]),
+        lambda: trained(options, model),
+        lambda: main(["data", "audit", "demo", "--tokenizer", str(model)]),
+    ):
+        with pytest.raises(SystemExit, match=r"error: The tokenizer of .*odd cannot be loaded") as e:
+            command()
+        assert "\n" not in e.value.code
+
+
+def trained(options, model):
+    from conftest import command_line
+
+    from trainers import base
+
+    base.main(base.CLTrainer, base.CLConfig, command_line({**options, "model_name_or_path": str(model)}))
 
 
 # --------------------------------------------------------------------------------------------- token ids, the whole way

@@ -1,6 +1,7 @@
 """`trace-bench status`: what it says of a run that is being trained, was interrupted, or is done."""
 
 import json
+import math
 import re
 import time
 
@@ -83,3 +84,42 @@ def test_the_time_left_takes_other_stages_as_long_as_those_that_are_known():
     assert seconds_left([10.0, 30.0], 4, 10, 0.5) == 10 + 1 * 20
     assert seconds_left([10.0, 30.0], 4, 0, 0) == 2 * 20
     assert seconds_left([10.0], 2, 6, 1) == 0
+
+
+PROGRESS = {"step": 2, "steps": 8, "loss": 1.5, "tokens": 400, "seconds": 4.0, "time": 1e9}
+
+
+@pytest.mark.parametrize(
+    "value", [None, [], {}, "x", True, -1, 0, math.nan, 10**400, "\ud800"], ids=lambda v: repr(v)[:9]
+)
+@pytest.mark.parametrize("key", PROGRESS)
+def test_odd_values_in_the_progress_of_a_training_are_named(make, capsys, key, value):
+    run = make(tasks=["trace_fomc", "trace_py150"])
+    run.stages[2].train_file.unlink()
+    run.stages[2].attempt.mkdir()
+    run.stages[2].progress_file.write_text(json.dumps({**PROGRESS, key: value}))
+    try:
+        shown = lines(run, capsys)
+    except SystemExit as e:
+        assert re.match(rf"error: .*progress\.json is damaged .*({key}|NaN|401 digits|surrogates)", e.code), e.code
+        assert "\n" not in e.code
+    else:  # at the very beginning
+        assert (key, value) == ("loss", -1) or (value == 0 and key in ("step", "loss", "tokens", "time"))
+        assert "training" in shown[3]
+    for content in ("[]", "null", "7", "{}"):
+        run.stages[2].progress_file.write_text(content)
+        with pytest.raises(SystemExit, match=r"error: .*progress\.json is damaged"):
+            cli.main(["status", str(run.path)])
+
+
+@pytest.mark.parametrize("key", ["steps", "seconds", "tokens_per_second"])
+@pytest.mark.parametrize("value", [None, [], "x", float("inf"), -1, ...])
+def test_odd_values_in_what_a_training_wrote_are_named(make, key, value):
+    run = make(tasks=["trace_fomc"])
+    content = json.loads(run.stages[1].train_file.read_text()) | {key: value}
+    if value is ...:
+        del content[key]
+    run.stages[1].train_file.write_text(json.dumps(content))
+    with pytest.raises(SystemExit, match=rf"train\.json is damaged.*({key}|Infinity).*Delete it and run") as e:
+        cli.main(["status", str(run.path)])
+    assert "\n" not in e.value.code
