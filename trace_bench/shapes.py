@@ -87,6 +87,7 @@ class Manifest(TypedDict, total=False):
     renamed_base: bool
     processes: Count
     task_versions: dict[str, Scalar]
+    task_definitions: dict[str, dict[str, Any]]
     data: Required[Data]
     config: Required[Config]
     seed: Count
@@ -122,6 +123,10 @@ class Trained(TypedDict, total=False):
     mean_loss: Number
     losses: list[Loss]
     checkpoint: str
+    run: str
+    date: str | None
+    model: str | None
+    parent: dict[str, str | None] | None
     method_source: str | None
     method_state: str
 
@@ -167,6 +172,12 @@ class Settings(TypedDict, total=False):
     engine: dict[str, Any]
 
 
+class SubTask(TypedDict, total=False):
+    """A part of a suite."""
+
+    n: Count
+
+
 class Cell(TypedDict, total=False):
     """A score file: eval/TASK.json."""
 
@@ -183,6 +194,11 @@ class Cell(TypedDict, total=False):
     scale: dict[str, Number | None]
     checkpoint: str | None
     settings: Settings
+    subtasks: dict[str, SubTask]
+    samples: str | None
+    made_with: dict[str, str | None]
+    definition: dict[str, Any] | None
+    commit: str | None
     seconds: Seconds
 
 
@@ -237,6 +253,7 @@ class JudgedSet(TypedDict, total=False):
 
     suite: str
     settings: JudgeSettings
+    lines: str
     limit: Count | None
     samples: dict[str, str | None]
     unpaired: Count
@@ -257,7 +274,9 @@ class Verdict(TypedDict, total=False):
     doc_id: Required[int | str]
     direct: str | None
     combined: str
-    verdicts: list[str | None]
+    disagree: bool
+    identical: bool
+    verdicts: Annotated[list[Literal["A", "B", "C"] | None], Field(min_length=2, max_length=2)]
 
 
 class PlantedKind(TypedDict, total=False):
