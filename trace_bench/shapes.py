@@ -197,7 +197,7 @@ class Cell(TypedDict, total=False):
     subtasks: dict[str, SubTask]
     samples: str | None
     made_with: dict[str, str | None]
-    definition: dict[str, Any] | None
+    definition: str | None
     commit: str | None
     seconds: Seconds
 
