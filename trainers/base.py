@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import json
 import logging
 import math
 import os
@@ -68,7 +69,7 @@ from trace_bench.evaluate import (
     make_chat,
     refuse_secrets,
 )
-from trace_bench.limits import LimitError, limited
+from trace_bench.limits import limited
 from trace_bench.run import (
     Run,
     RunError,
