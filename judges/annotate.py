@@ -37,7 +37,8 @@ from judges.thinking import answer_of
 from judges.verdict import longer
 from trace_bench import data, shapes
 from trace_bench.run import differences, fingerprint, read_json, refuse_links, write_json, write_text
-from trace_bench.tables import DASH, markdown, percent
+from trace_bench.tables import DASH, Table, markdown, percent
+from trace_bench.text import cell, markdown_text, one_line
 from trace_tasks import scoring
 from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt
 
@@ -602,7 +603,7 @@ def _cell(text: str) -> str:
     """A text that a spread-sheet takes for one: no formula, and not too long."""
     if len(text) > LONGEST_CELL:
         text = f"{text[: LONGEST_CELL // 2]} [...] {text[-LONGEST_CELL // 2 :]}"
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+    return cell(text)
 
 
 def _report(plan: Plan, results: dict[str, dict[str, Any]]) -> str:
@@ -649,16 +650,20 @@ def _report(plan: Plan, results: dict[str, dict[str, Any]]) -> str:
     return "\n\n".join(
         [
             "# Reasoning paths",
-            "\n".join(notes),
+            "\n".join(map(markdown_text, map(one_line, notes))),
             markdown(
-                ["task", "rows", "accepted", "by attempt", "kept", "dropped", "failed", "tokens in", "tokens out"],
-                counted,
+                Table(
+                    ["task", "rows", "accepted", "by attempt", "kept", "dropped", "failed", "tokens in", "tokens out"],
+                    counted,
+                )
             ),
             "Accepted: the path ends in the right answer, or in a copy of the reference where the teacher saw it. What "
             "is written is the answer of the data in any case. Kept: written with the answer alone.",
             markdown(
-                ["task", "characters", "words", "answer first", "duplicates", "replies rejected", "rows left out"],
-                described,
+                Table(
+                    ["task", "characters", "words", "answer first", "duplicates", "replies rejected", "rows left out"],
+                    described,
+                )
             ),
             "Lengths: median (5th to 95th percentile; min, max). Answer first: paths whose first sentence states the "
             "answer already. Duplicates: paths that several rows share. `review.csv` holds random rows for people to "

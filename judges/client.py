@@ -4,9 +4,10 @@ A request is the body of a chat completion without what the client adds to each:
 Every reply is appended to a cache file and synced before the next request of its worker is sent, keyed by the whole
 request: a killed program loses what was in flight, and nothing that succeeded is sent again.
 
-The openai package retries 408, 409, 429 and 5xx, time-outs and cut connections, with back-off, and waits as long as
-Retry-After says, up to two minutes. Handled here is what it leaves: longer waits, bodies that are no JSON, bodies
-without a choice. The key comes from OPENAI_API_KEY and goes into the header of the requests, nowhere else.
+The openai package retries 408, 409, 429 and 5xx and cut connections, with back-off, and waits as long as Retry-After
+says, up to two minutes. Handled here is what it leaves: longer waits, bodies that are no JSON, bodies without a choice.
+What comes back is bounded in size and time, and no redirect is followed (`Bounded`). The key comes from OPENAI_API_KEY
+and goes into the header of the requests, nowhere else.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import hashlib
 import json
 import logging
 import os
+import time
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,9 @@ import openai
 from tqdm import tqdm
 
 from judges import JudgeError
-from trace_bench.run import MOST_LINES, open_own, read_file
+from trace_bench.keys import refuse_secrets
+from trace_bench.run import MOST_LINES, InUse, RunError, locked, open_own, read_file
+from trace_bench.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +47,15 @@ FIRST_WAIT = 0.5
 LONGEST_WAIT = 900.0
 #: Failures in a row (or from the start) after which the endpoint is taken to be down, or the request to be wrong.
 GIVE_UP = 10
+#: Bytes of a reply, as they come and unpacked: the longest that models write, with their thinking, are about 1 MB.
+MOST_REPLY = 4 * 2**20
+#: The most of a batch's replies together, and the seconds that it, or the file of its requests, may be on its way.
+MOST_FILE = 2 * 2**30
+FILE_SECONDS = 3600.0
+#: The largest count of tokens or requests that is believed.
+MOST_COUNT = 10**9
+#: Seconds between two looks at whether another process is done with the cache.
+LOCK_SECONDS = 0.2
 #: For estimates only: characters of a token, and tokens of a reply.
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_REPLY = 300
@@ -92,26 +107,49 @@ class Usage:
 
 
 class Cache:
-    """Replies on the disk: a file of JSON lines {"key", "request", "reply"}, only ever appended to."""
+    """Replies on the disk: a file of JSON lines {"key", "request", "reply"}, only ever appended to.
+
+    Several processes may share it: who sends has it `alone`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._replies: dict[str, Reply] = {}
-        self._torn = False
-        if not path.exists():
-            return
-        content = read_file(path, MOST_LINES)
-        self._torn = not content.endswith(b"\n") and bool(content)
+        self.read()
+
+    def read(self) -> None:
+        """Reads what is in the file now, whoever wrote it."""
+        content = read_file(self.path, MOST_LINES) if self.path.exists() else b""
         for line in content.split(b"\n"):
             try:
                 row = json.loads(line)
                 reply = Reply(**row["reply"])
-                if (str, str, int, int) == tuple(
-                    map(type, (reply.text, reply.thinking, reply.prompt_tokens, reply.completion_tokens))
-                ):
+                if isinstance(row["key"], str) and _is_whole(reply):
                     self._replies[row["key"]] = reply
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a line that was torn when a program was killed: its request counts as never sent
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process sends requests whose replies go into this file, and then keeps it for this one.
+
+        So nothing is paid twice: what others asked meanwhile has been read when the block begins. One lock for all
+        requests is enough, since processes that share a cache mostly share the endpoint, and its limits, too. The lock
+        ends with its process, however that ends.
+        """
+        with ExitStack() as lock:
+            waits = False
+            while True:
+                try:
+                    lock.enter_context(locked(self.path.parent, self.path.name))
+                    break
+                except InUse as e:
+                    if not waits:
+                        log.warning("Waiting for %s, which is adding replies to %s.", e.holder, self.path)
+                    waits = True
+                    time.sleep(LOCK_SECONDS)
+            self.read()
+            yield
 
     def __contains__(self, key: str) -> bool:
         return key in self._replies
@@ -124,12 +162,25 @@ class Cache:
         line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Made for its user alone: prompts and answers may be private.
-        with open(self.path, "ab", opener=lambda path, flags: open_own(Path(path), flags, 0o600)) as f:
-            f.write((b"\n" if self._torn else b"") + line.encode())
-            f.flush()
+        with open(self.path, "ab+", buffering=0, opener=lambda _, flags: open_own(self.path, flags, 0o600)) as f:
+            # A program that was killed may have left a part of a line, this one or another on this file.
+            torn = f.seek(0, os.SEEK_END) and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
+            rest = memoryview((b"\n" if torn else b"") + line.encode())
+            while rest:  # one system call, so that the lines of two machines do not mix; less is written on a full disk
+                rest = rest[f.write(rest) :]
             os.fsync(f.fileno())
-        self._torn = False
         self._replies[key] = reply
+
+
+def _is_whole(reply: Reply) -> bool:
+    """Whether a reply that was read back holds what replies hold."""
+    texts = (reply.text, reply.thinking, reply.finish_reason or "")
+    return (
+        all(isinstance(text, str) and text == _whole(text) for text in texts)
+        and all(isinstance(value, bool) for value in (reply.unclosed, reply.refusal, reply.forced))
+        and all(number == count(number) for number in (reply.prompt_tokens, reply.completion_tokens))
+        and reply.error is None
+    )
 
 
 def request_key(endpoint: str, body: Request) -> str:
@@ -163,9 +214,9 @@ def read_reply(body: Any) -> Reply:
         thinking=_whole(thinking),
         unclosed=bool(thinking.strip()) and not (text.strip() or refusal),
         refusal=bool(refusal),
-        finish_reason=_whole(reason) if isinstance(reason, str) else None,
-        prompt_tokens=_count(usage.get("prompt_tokens")),
-        completion_tokens=_count(usage.get("completion_tokens")),
+        finish_reason=_whole(reason)[:100] if isinstance(reason, str) else None,
+        prompt_tokens=count(usage.get("prompt_tokens")),
+        completion_tokens=count(usage.get("completion_tokens")),
     )
 
 
@@ -174,9 +225,86 @@ def _whole(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _count(value: Any) -> int:
-    """A number of tokens as a server tells it; 0 for what is none."""
-    return value if isinstance(value, int) and value > 0 else 0
+def count(value: Any) -> int:
+    """A number as a server tells it; 0 for what is none, or cannot be true."""
+    return value if type(value) is int and 0 < value <= MOST_COUNT else 0
+
+
+class Bounded(httpx.AsyncClient):
+    """Sends requests such that a server can neither hold us for ever, nor fill the memory, nor lead us elsewhere.
+
+    A reply has a size, as it comes and unpacked, and a time for all of it, connecting included: the time-outs of httpx
+    begin again with every byte. Redirects come back as they are, since they would carry prompts and names of the
+    organisation to another host. Of its headers only those remain that are looked at. A reply that is refused is
+    replaced by one that says why, as `extensions["why"]`, and whether the package may ask again.
+    """
+
+    def __init__(self, endpoint: str, seconds: float, most_file: int) -> None:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # --concurrency is the limit
+        super().__init__(limits=limits, headers={"Accept-Encoding": "gzip"})
+        self.path, self.seconds, self.most_file = httpx.URL(endpoint).path, seconds, most_file
+
+    async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:  # type: ignore[override]
+        """Sends a request and reads the whole reply."""
+        of_files = request.url.path.removeprefix(self.path).startswith("/files")
+        most = self.most_file if of_files and request.method == "GET" else MOST_REPLY
+        seconds = max(self.seconds, FILE_SECONDS) if of_files else self.seconds
+        try:
+            async with asyncio.timeout(seconds):
+                response = await super().send(request, **{**options, "stream": True, "follow_redirects": False})
+                try:
+                    content = b"" if _is_redirect(response.status_code) else await _read(response, most)
+                finally:
+                    await response.aclose()
+        except TimeoutError:
+            # What costs money, and as much time again, is not left to the package, which would try eight times more.
+            again = {"x-should-retry": "true"} if request.method == "GET" else {"Retry-After": "0"}
+            return _refused(request, 504, f"no whole reply within {seconds:g} s", again)
+        except _RefusedError as e:
+            return _refused(request, 502, str(e), {})
+        names = (
+            ("location",) if _is_redirect(response.status_code) else ("retry-after", "retry-after-ms", "x-should-retry")
+        )
+        headers = {name: response.headers[name] for name in names if name in response.headers}
+        headers["Content-Type"] = "application/json"  # another charset could take for ever to decode
+        return httpx.Response(response.status_code, headers=headers, content=content, request=request)
+
+
+class _RefusedError(Exception):
+    """Why a reply is not read."""
+
+
+def _refused(request: httpx.Request, status: int, why: str, headers: dict[str, str]) -> httpx.Response:
+    headers = {"x-should-retry": "false", **headers}
+    return httpx.Response(status, headers=headers, request=request, content=b"", extensions={"why": why})
+
+
+def _is_redirect(status: int) -> bool:
+    return 300 <= status < 400
+
+
+async def _read(response: httpx.Response, most: int) -> bytes:
+    """The content of a reply.
+
+    Raises:
+        _RefusedError: if it is larger, or packed in a way that was not asked for.
+    """
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    if coding not in ("", "identity", "gzip"):
+        raise _RefusedError(f"a reply in the encoding {coding[:40]!r}, which was not asked for")
+    unpacker = zlib.decompressobj(16 + zlib.MAX_WBITS) if coding == "gzip" else None
+    content, raw = bytearray(), 0
+    async for part in response.aiter_raw():
+        raw += len(part)
+        try:
+            content += unpacker.decompress(part, most + 1 - len(content)) if unpacker else part
+        except zlib.error as e:
+            raise httpx.DecodingError(str(e), request=response.request) from e
+        if max(raw, len(content)) > most:
+            raise _RefusedError(f"a reply of more than {most:,} bytes")
+    if unpacker and not unpacker.eof:
+        raise httpx.DecodingError("a part of the reply is missing", request=response.request)
+    return bytes(content)
 
 
 class Judge:
@@ -202,12 +330,16 @@ class Judge:
                 f"--sampling chat_template_kwargs is {sampling['chat_template_kwargs']!r}, not an object. Give the "
                 'arguments of the chat template such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
             )
+        try:
+            refuse_secrets({"model": model, "sampling": sampling}, "the judge's")
+        except RunError as e:
+            raise JudgeError(str(e)) from None
         self.model, self.endpoint, self.sampling = model, endpoint, sampling
         self.cache = Cache(cache)
         self.usage = Usage()
 
     def send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
-        """Asks what the cache does not hold, and puts the replies there.
+        """Asks what the cache does not hold, and puts the replies there. No other process does meanwhile.
 
         Args:
             bodies: Key -> body.
@@ -218,6 +350,10 @@ class Judge:
             Key -> error of those that failed.
         """
         raise NotImplementedError
+
+    def collect(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
+        """Waits for replies that come later than `send` returns, and may for a day. Others may send meanwhile."""
+        return {}
 
     def bodies(self, requests: Sequence[Request]) -> dict[str, Request]:
         """Key -> whole body of a chat completion, each different one once, in the order of the requests."""
@@ -241,12 +377,15 @@ class Judge:
             JudgeError: if the endpoint does not take the key or know the model, or nothing but failures came back from
                 it so far.
         """
-        bodies = self.bodies(requests)
-        todo = {key: body for key, body in bodies.items() if key not in self.cache}
+        bodies, todo, errors = self.bodies(requests), {}, {}
+        if not all(key in self.cache for key in bodies):
+            with self.cache.alone():
+                todo = {key: body for key, body in bodies.items() if key not in self.cache}
+                # Of earlier calls too: that a few last requests all fail does not mean that the endpoint is down.
+                succeeded = self.usage.cached + self.usage.sent - self.usage.failed + len(bodies) - len(todo)
+                errors = self.send(todo, desc, succeeded) if todo else {}
+            errors |= self.collect(todo, desc, succeeded) if todo else {}
         self.usage.cached += len(bodies) - len(todo)
-        # Of earlier calls too: that a few last requests all fail does not mean that the endpoint is down.
-        succeeded = self.usage.cached + self.usage.sent - self.usage.failed
-        errors = self.send(todo, desc, succeeded) if todo else {}
         for key in todo:
             if key in errors:
                 self.usage.failed += 1
@@ -284,7 +423,7 @@ class Client(Judge):
         base_url: The endpoint, such as http://localhost:8000/v1; None takes OPENAI_BASE_URL, or OpenAI's own.
         sampling: Parameters of every request; None = SAMPLING.
         concurrency: The most requests at a time.
-        timeout: Seconds to wait for a reply.
+        timeout: Seconds that a reply may take, from connecting to its last byte.
         batch: Whether to use the Batch API (`judges.batch`): the same replies, later and cheaper.
 
     Raises:
@@ -300,7 +439,7 @@ class Client(Judge):
         base_url: str | None = None,
         sampling: dict[str, Any] | None = None,
         concurrency: int = 8,
-        timeout: float = 300.0,
+        timeout: float = 600.0,
         batch: bool = False,
     ) -> None:
         endpoint = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
@@ -326,20 +465,44 @@ class Client(Judge):
         # Read where it is used, so that no object holds it.
         return os.environ.get("OPENAI_API_KEY", "").strip()
 
-    def connection(self) -> dict[str, Any]:
-        """Arguments for the clients of the openai package."""
-        return {
-            "api_key": self._key() or "none",  # the package wants one, `vllm serve` does not
-            "base_url": self.endpoint,
-            "max_retries": MAX_RETRIES,
-            "timeout": self.timeout,
-        }
+    def connect(self, most_file: int = MOST_REPLY) -> openai.AsyncOpenAI:
+        """A client of the openai package, to be closed, whose files have so many bytes at most."""
+        return openai.AsyncOpenAI(
+            api_key=self._key() or "none",  # the package wants one, `vllm serve` does not
+            base_url=self.endpoint,
+            max_retries=MAX_RETRIES,
+            # Of openai 2 this is the HTTP library; openai 3 has a successor of it, and takes both.
+            timeout=httpx.Timeout(FILE_SECONDS, connect=60.0),  # type: ignore[arg-type]
+            http_client=Bounded(self.endpoint, self.timeout, most_file),  # type: ignore[arg-type]
+        )
 
     def masked(self, error: object) -> str:
-        """The text of an error for people to read: short, and without the key, which servers may send back."""
-        text = _whole(str(error) or type(error).__name__)
+        """The text of an error for people to read: a short line, without the key, which servers may send back."""
+        if isinstance(error, openai.APIStatusError):
+            error = error.response.extensions.get("why", error)
+        text = " ".join(printable(str(error) or type(error).__name__).split())
         key = self._key()
         return (text.replace(key, "***") if len(key) >= 6 else text)[:500]
+
+    def refuse_redirect(self, error: openai.APIStatusError) -> None:
+        """Raises an error that says where a reply would have led; nothing if it would not have led elsewhere."""
+        if not _is_redirect(error.status_code):
+            return
+        asked, text = error.response.request.url, error.response.headers.get("location", "")
+        try:
+            url = asked.join(text)
+            # No user, password or query: they may be secrets of the server's.
+            target = f"{url.scheme}://{url.netloc.decode()}{url.raw_path.partition(b'?')[0].decode()}"
+        except (httpx.InvalidURL, ValueError):
+            text = ""
+        rest = asked.path.removeprefix(httpx.URL(self.endpoint).path)
+        advice = "Name the endpoint itself with --base-url."
+        if text and url.scheme in ("http", "https") and url.host and target.endswith(rest):
+            advice = f"If that is your endpoint, use --base-url {target.removesuffix(rest)}"
+        where = f"redirects to {target}" if text else f"answers {error.status_code}, which leads nowhere"
+        raise JudgeError(
+            self.masked(f"{self.endpoint} {where}. Redirects are not followed: they carry prompts elsewhere. {advice}")
+        ) from None
 
     def send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
         """Sends the requests, through the Batch API if that was chosen; see `Judge.send`."""
@@ -348,11 +511,18 @@ class Client(Judge):
                 "OPENAI_API_KEY is not set. Set it, or name an endpoint that needs none with --base-url or "
                 "OPENAI_BASE_URL, such as that of `vllm serve`, or judge with a local model (--local)."
             )
-        if self.batch:
-            from judges.batch import complete_batch
+        from judges.batch import refuse_submitted, submit
 
-            return complete_batch(self, bodies, desc, succeeded)
+        if self.batch:
+            return asyncio.run(submit(self, bodies))
+        refuse_submitted(self, bodies)
         return asyncio.run(self._send(bodies, desc, succeeded))
+
+    def collect(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
+        """Waits for the batches; see `Judge.collect`."""
+        from judges.batch import fetch
+
+        return asyncio.run(fetch(self, bodies, desc, succeeded)) if self.batch else {}
 
     async def _send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
         errors: dict[str, str] = {}
@@ -377,7 +547,7 @@ class Client(Judge):
                         )
                 bar.update()
 
-        async with openai.AsyncOpenAI(**self.connection()) as api:
+        async with self.connect() as api:
             with tqdm(total=len(bodies), desc=desc, unit="request") as bar:
                 await asyncio.gather(*(work(api, bar) for _ in range(min(self.concurrency, len(bodies)))))
         if not succeeded:
@@ -398,6 +568,7 @@ class Client(Judge):
                 raw = await api.chat.completions.with_raw_response.create(**known, extra_body=extra)
                 return read_reply(json.loads(raw.http_response.content)), False
             except openai.APIStatusError as e:
+                self.refuse_redirect(e)
                 error = self.masked(e)
                 if e.status_code in (401, 404):
                     raise JudgeError(f"{self.endpoint} does not serve {self.model} with this key: {error}") from None

@@ -24,7 +24,9 @@ from judges.client import SAMPLING, Judge, Reply, Request
 from judges.thinking import answer_of, opened_by
 from judges.verdict import is_unclosed, verdict_of
 from trace_bench.engine import FREE, prepare_vllm, starting_vllm
+from trace_bench.keys import refuse_secrets
 from trace_bench.models import load_tokenizer, pinned_revision, resolve_model
+from trace_bench.run import RunError
 from trace_tasks.tokens import PromptError, rendered
 
 #: Requests given to the engine in one go: when the program is killed no more than these are lost.
@@ -80,6 +82,10 @@ class LocalJudge(Judge):
                 f"engine_args: {', '.join(refused)}: would make another judge of this model. There are "
                 f"{', '.join(sorted(FREE))}."
             )
+        try:
+            refuse_secrets({"model": model, "engine_args": self.engine_args}, "the judge's")
+        except RunError as e:
+            raise JudgeError(str(e)) from None
         self.folder = resolve_model(model)
         self.revision = pinned_revision(self.folder)
         # Other weights under the same name are another judge: their replies are not mixed in the cache.

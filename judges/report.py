@@ -16,6 +16,7 @@ from judges.verdict import ends_in_words
 from trace_bench.metrics import Estimate, wilson_interval
 from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, read_jsonl
 from trace_bench.tables import DASH, Block, Table, percent, percent_with_interval
+from trace_bench.text import one_line
 
 #: (stage index, suite) -> numbers.
 Judged = dict[tuple[int, str], dict[str, Any]]
@@ -142,7 +143,8 @@ def sections(run: Run) -> Iterable[Block]:
 
 def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
     suites = sorted({suite for _, suite in found})
-    yield f"## {kind.title}\n\n" + "\n".join(_notes(run, kind, found, suites))
+    about, *notes = map(one_line, _notes(run, kind, found, suites))
+    yield f"## {kind.title}\n\n{about}\n\n" + "\n".join(notes)
     forced = sum(n["forced"] for n in found.values())
     if forced:
         share = _rate(forced / sum(n["requests"] for n in found.values()))
@@ -208,7 +210,7 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
         "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
         "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
         "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
-        f"The rate of {kind.rate} is judged answer by answer.\n"
+        f"The rate of {kind.rate} is judged answer by answer."
     )
     yield f"- suites: {', '.join(suites)}"
     judges = list({json.dumps(n["settings"], sort_keys=True): n["settings"] for n in found.values()}.values())

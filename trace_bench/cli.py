@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from trace_bench.ending import command
+from trace_bench.text import prepare_logging, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -270,7 +271,7 @@ def _main(argv: list[str]) -> None:
     if argv[:2] == ["data", "audit"]:
         argv = ["data audit", *argv[2:]]
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    prepare_logging()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line on NUMA whenever an engine starts on a CPU
     from judges import JudgeError
     from trace_bench.data import DataError
@@ -284,12 +285,12 @@ def _main(argv: list[str]) -> None:
     try:
         args.run(args)
     except (DataError, EngineError, JudgeError, ModelError, PromptError, RunError, StudyError, VersionError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(printable(f"error: {e}"))
     except Exception as e:  # a full disk, no permission, no memory: from whatever library
         line = advice(e, _MEMORY)
         if line is None:
             raise
-        sys.exit(f"error: {line}")
+        sys.exit(printable(f"error: {line}"))
 
 
 _MEMORY = (
@@ -300,6 +301,11 @@ _MEMORY = (
 
 _OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 _OF_CHECKPOINTS = ("model", "tasks", "chain", "renamed_base", *_OF_TASKS)
+
+
+def _show(text: str, end: str = "\n") -> None:
+    """Prints what may hold names and texts from elsewhere."""
+    print(printable(text), end=end)
 
 
 def _options(names: Iterable[str]) -> str:
@@ -358,10 +364,10 @@ def _data(args: argparse.Namespace) -> None:
         there = {task: root / folder for task, folder in names.items() if (root / folder).is_dir()}
         complete, problem = _complete(there, data.SPLITS)
         tested, _ = _complete(there, ["test"])
-        print(f"{root}\n{'task':<22}{'train':>8}{'eval':>8}{'test':>8}  fingerprint")
+        _show(f"{root}\n{'task':<22}{'train':>8}{'eval':>8}{'test':>8}  fingerprint")
         for task, rows in tested.items():
             sizes = "".join(f"{rows.get(split, '-'):>8}" for split in data.SPLITS)
-            print(f"{task:<22}{sizes}  {data.folder_fingerprint(there[task])}")
+            _show(f"{task:<22}{sizes}  {data.folder_fingerprint(there[task])}")
         if data.is_demo(root):
             print("Demo data made by this program: for trials, not comparable with TRACE.")
         export = f"  export {variable}={root}"
@@ -375,16 +381,16 @@ def _data(args: argparse.Namespace) -> None:
         elif len(complete) < len(names):
             absent = [task for task in names if task not in there]
             part += [f"Not there: {', '.join(absent)}."] if absent else []
-            print("\n".join([*([problem] if problem else []), *part]))
+            _show("\n".join([*([problem] if problem else []), *part]))
         elif reasoning:
-            print(
+            _show(
                 f"The variant with reasoning, for the tasks reasoning_*, beside the plain rows. Use it with:\n{export}"
             )
         else:
             good.append(export)
     if good:
         print("Complete. Use it with:" if len(good) == 1 else "Complete. Use one of them with:")
-        print("\n".join(good))
+        _show("\n".join(good))
     if problems:
         raise data.DataError("\n".join(problems))
 
@@ -416,10 +422,10 @@ def _audit(args: argparse.Namespace) -> None:
         max_prompt_length=args.max_prompt_length,
         max_answer_length=args.max_answer_length,
     )
-    print(audit.as_text(report))
+    _show(audit.as_text(report))
     if args.output:
         write_json(Path(args.output), report)
-        print(f"All of it, with the numbers of the rows: {args.output}")
+        _show(f"All of it, with the numbers of the rows: {args.output}")
     if report["unreadable"]:
         raise data.DataError("\n".join(report["unreadable"]))
 
@@ -568,7 +574,7 @@ def _print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Reque
     from judges.client import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY
 
     guess = judge.estimate(requests)
-    print(
+    _show(
         f"{guess.sent} requests to send to {judge.endpoint}, {guess.cached} in the cache; about "
         f"{guess.prompt_tokens:,} prompt tokens (characters / {CHARACTERS_PER_TOKEN}) and "
         f"{guess.completion_tokens:,} reply tokens (at most {TOKENS_PER_REPLY} each){_cost(args, guess)}"
@@ -576,7 +582,7 @@ def _print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Reque
 
 
 def _print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
-    print(
+    _show(
         f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
         f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{_cost(args, usage)}"
     )
@@ -609,7 +615,7 @@ def _judge(args: argparse.Namespace) -> None:
         _print_estimate(args, judge, [r for job in jobs for r in job.requests] or planted)
         return
     if args.calibrate:
-        print(calibrate.write_calibration(judge, folder))
+        _show(calibrate.write_calibration(judge, folder))
         what = "calibrated"
     else:
         assert run is not None
@@ -669,9 +675,9 @@ def _report(args: argparse.Namespace) -> None:
     baseline = open_run(args.baseline) if args.baseline else None
     lines = [write_report(run) for run in runs]
     if len(runs) == 1 and not args.output and baseline is None:
-        print(lines[0])
+        _show(lines[0])
     else:
-        print(write_comparison(runs, args.output, baseline), end="")
+        _show(write_comparison(runs, args.output, baseline), end="")
 
 
 def _study(args: argparse.Namespace) -> None:
@@ -692,7 +698,7 @@ def _status(args: argparse.Namespace) -> None:
     from trace_bench.run import Run
     from trace_bench.status import status
 
-    print(status(Run.open(args.path)))
+    _show(status(Run.open(args.path)))
 
 
 def _tasks_path(args: argparse.Namespace) -> None:

@@ -42,6 +42,7 @@ from trace_bench.tables import (
     value_text,
     without_empty_columns,
 )
+from trace_bench.text import cell, markdown_text, one_line
 
 #: Those numbers of a run that are scores, and whether they have a sign. All but forgetting have intervals, and
 #: differences to the baseline as well.
@@ -125,8 +126,9 @@ class Comparison:
 
     def markdown(self) -> str:
         """The comparison as Markdown; rows of the paper in italics."""
-        parts = [f"{t.caption}:\n\n{markdown(t.header, t.set_apart('*{}*'.format))}" for t in self.tables]
-        return "\n\n".join([*parts, "\n".join(f"- {note}" for note in (*self.warnings, *self.notes))]) + "\n"
+        parts = [f"{markdown_text(t.caption)}:\n\n{markdown(t)}" for t in self.tables]
+        notes = [f"- {markdown_text(note)}" for note in (*self.warnings, *self.notes)]
+        return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
     def latex(self) -> str:
         """The comparison as LaTeX, for the packages booktabs and xcolor; rows of the paper in grey."""
@@ -140,9 +142,9 @@ class Comparison:
         columns = list(dict.fromkeys(["run", *_TEXTS, *_NUMBERS, *(key for line in self.lines for key in line)]))
         known = [c for c in columns if c in ("run", *_TEXTS, *_NUMBERS) or any(c in line for line in lines)]
         out = io.StringIO()
-        writer = csv.DictWriter(out, known, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(map(cell, known))
+        writer.writerows([cell(line.get(column, "")) for column in known] for line in lines)
         return out.getvalue()
 
 
@@ -158,11 +160,11 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
     if baseline is not None and baseline.path.resolve() not in paths:
         runs.insert(0, baseline)
         paths.insert(0, baseline.path.resolve())
-    names = [run.path.name for run in runs]
+    names = [one_line(run.path.name) for run in runs]
     loaded = [Results(run) for run in runs]
     units = _units(loaded)
     entries = [
-        _entry(n if names.count(n) == 1 else str(r.path), Results(r, u))
+        _entry(n if names.count(n) == 1 else one_line(str(r.path)), Results(r, u))
         for n, r, u in zip(names, runs, units, strict=True)
     ]
     against = entries[paths.index(baseline.path.resolve()) if baseline is not None else 0]
@@ -186,8 +188,8 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         versus,
         references,
         [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
-        _comparability(entries),
-        [*_definitions(entries, groups), *_set_ups(references)],
+        list(map(one_line, _comparability(entries))),
+        list(map(one_line, [*_definitions(entries, groups), *_set_ups(references)])),
         [*lines, *map(_reference_line, references)],
     )
 
@@ -273,11 +275,12 @@ def _scores(results: Results) -> dict[str, Estimate]:
 
 
 def _texts(run: Run) -> dict[str, str]:
-    trains = run.manifest.get("trains", DASH) if len(run.stages) > 1 else DASH
-    rows = run.manifest["config"].get("train_rows")
+    manifest = one_line(run.manifest)
+    trains = manifest.get("trains", DASH) if len(run.stages) > 1 else DASH
+    rows = manifest["config"].get("train_rows")
     known = len(run.stages) > 1 and "checkpoints" not in run.manifest
     texts = (
-        run.manifest["method"],
+        manifest["method"],
         trains,
         _list_of_tasks(run),
         (f"first {rows}" if rows else "all") if known else DASH,

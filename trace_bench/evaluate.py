@@ -21,6 +21,7 @@ from typing import Any
 from trace_bench import checks, data, models
 from trace_bench.checkpoints import check_checkpoints, checkpoint_fingerprint, warn_of_tokenizers
 from trace_bench.engine import FREE
+from trace_bench.keys import refuse_secrets
 from trace_bench.run import (
     WRITTEN,
     Run,
@@ -115,7 +116,7 @@ def _evaluate(
         settings["icl"] = {"version": ICL_VERSION, "seed": seed}
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
     engine_args = {k: v for k, v in engine_args.items() if v is not None}
-    refuse_secrets(engine_args)
+    refuse_secrets(engine_args, "engine_args")
     if config.get("trust_remote_code"):
         engine_args.setdefault("trust_remote_code", True)
     trusted = engine_args.get("trust_remote_code", False)
@@ -315,17 +316,6 @@ def _check_suites(plan: dict[Stage, Any], groups: dict[str, Any], backend: str, 
                         f"{name} compares likelihoods, which vLLM does not give behind the soft prompt of "
                         f"{stage.name}. Leave the suite out, or evaluate the whole run with --backend hf."
                     )
-
-
-def refuse_secrets(engine_args: dict[str, Any]) -> None:
-    """Refuses tokens of the hub among the arguments of an engine: they are on record in every cell.
-
-    Raises:
-        RunError: naming the argument, not its value.
-    """
-    for name, value in engine_args.items():
-        if isinstance(value, str) and name.lower().endswith(("token", "key", "password", "secret")):
-            raise RunError(f"engine_args {name}: results hold these arguments, so no secret can be one. Set HF_TOKEN.")
 
 
 def answer_tokens(task: Any) -> int:
@@ -679,7 +669,7 @@ def external_run(
         RunError: if a folder holds no checkpoint, or one that does not fit the base model or its engine.
         data.DataError: for a suite, set or task that is not known, or without its data.
     """
-    refuse_secrets(settings.get("engine_args") or {})
+    refuse_secrets({"model": model, "checkpoints": checkpoints, **settings}, "the run's")
     for name, folder in checkpoints.items():
         files = {p.name for p in Path(folder).glob("*")}
         if not files & {"adapter_config.json", "config.json"}:
@@ -687,7 +677,10 @@ def external_run(
         if not any(f.endswith(".safetensors") for f in files):
             raise RunError(f"--checkpoint {name}={folder}: no .safetensors file; other formats are not loaded.")
         if not is_file_name(name):
-            raise RunError(f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or begin with '.'.")
+            raise RunError(
+                f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or control characters, "
+                "or begin with '.'."
+            )
     root = data.find_data(data_path) if data.needs_data(tasks) else None
     if root is not None:
         os.environ["TRACE_DATA"] = str(root)

@@ -43,6 +43,8 @@ from trace_bench.tables import (
     task_name,
     without_empty_columns,
 )
+from trace_bench.text import cell as csv_cell
+from trace_bench.text import markdown_text, one_line
 
 DEMO = (
     "> **Demo data.** The tasks have TRACE's form, but the rows are made by this program. The scores show learning "
@@ -67,7 +69,7 @@ def write_report(run: Run) -> str:
     refuse_links(run.path, *WRITTEN)
     results = Results(run)
     sections = list(_sections(results))
-    texts = [markdown(b.header, b.rows) if isinstance(b, Table) else b for s in sections for b in s.blocks]
+    texts = [markdown(b) if isinstance(b, Table) else markdown_text(b) for s in sections for b in s.blocks]
     write_text(run.path / "scores.csv", _scores_csv(results))
     write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
     write_page(results, sections)
@@ -121,11 +123,11 @@ def _sections(results: Results) -> Iterable[Section]:
 
 def _run_section(results: Results) -> Iterable[Block]:
     """What the run is, and what keeps its scores from being comparable."""
-    run, manifest = results.run, results.run.manifest
+    run, manifest = results.run, one_line(results.run.manifest)
     kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     if len(run.stages) == 1:
         kind = "nothing is trained"
-    yield f"# {run.path.name}"
+    yield f"# {one_line(run.path.name)}"
     yield f"Method **{manifest['method']}** ({kind}), base model `{manifest['model']['name']}`."
     if manifest["data"]["demo"]:
         yield DEMO
@@ -138,9 +140,9 @@ def _run_section(results: Results) -> Iterable[Block]:
     why = stale(run)
     if why:
         stages = ", ".join(run.stages[i].name for i in why)
-        yield f"> **Stale**: {stages}. {next(iter(why.values()))}"
+        yield f"> **Stale**: {stages}. {one_line(next(iter(why.values())))}"
     if results.other_versions:
-        listed = "\n".join(f"> - {text}" for text in results.other_versions)
+        listed = "\n".join(f"> - {one_line(text)}" for text in results.other_versions)
         yield f"> **Cells of different versions**: a change between their stages may be theirs.\n>\n{listed}"
     yield from _units(results)
 
@@ -159,7 +161,7 @@ def _units(results: Results) -> Iterable[Block]:
         text += ", so that where lower is better a fall is a gain"
     if results.unit is None and results.has_mean:
         text += ". No mean is taken over different units, so OP, BWT, FWT, Forgetting and the mean have no value"
-    yield f"{text}."
+    yield f"{one_line(text)}."
 
 
 def _sequence_section(results: Results) -> Iterable[Block]:
@@ -318,7 +320,7 @@ def _bounds_section(results: Results) -> Iterable[Block]:
         _scores_row(f"this run (stage {len(run.tasks)})", R[-1], units),
         *(_scores_row(b.label, b.scores, units) for b in found if b.method != "icl"),
     ]
-    shown = [f" ICL is the base model {demonstrations(b.run)}." for b in found if b.method == "icl"]
+    shown = [f" ICL is the base model {one_line(demonstrations(b.run))}." for b in found if b.method == "icl"]
     what = ", each score in the unit of its task" if results.not_percent else ", in percent"
     yield (
         f"## Bounds\n\nRuns beside this one with the same base model, data and evaluation{what}. What learns the "
@@ -332,12 +334,12 @@ def _bounds_section(results: Results) -> Iterable[Block]:
         if bound is None:
             notes.append(
                 f"- {method} is missing: `make {method}-train CONFIG=...`, with the configuration and tasks of this "
-                f"run and the new run's folder in `{run.path.parent}`."
+                f"run and the new run's folder in `{one_line(str(run.path.parent))}`."
             )
             continue
         other = "; ".join(bound.other_training)
         training = f"; its training is another (there, here): {other}" if other else ""
-        notes.append(f"- {method}: the run `{bound.run.path.name}`{training}")
+        notes.append(f"- {method}: the run `{one_line(bound.run.path.name)}`{training}")
     yield "\n".join(notes)
 
 
@@ -452,7 +454,7 @@ def _limits_section(results: Results) -> Iterable[Block]:
     tasks = [t for t in run.tasks if any(sum(count) for (_, task), count in counts.items() if task == t)]
     if not tasks:
         return
-    config = run.manifest["config"]
+    config = one_line(run.manifest["config"])
     yield (
         "## Limits\n\nPercent of the prompts whose beginning was cut off / of the answers that reached the limit of "
         f"their length and so may lack their end (max_prompt_length {config.get('max_prompt_length') or DASH}, "
@@ -490,7 +492,7 @@ def _general_section(results: Results) -> Iterable[Block]:
     )
     limits = {cell["settings"]["general_rows"] for cell in cells.values()} - {None}
     if limits:
-        text = " or ".join(map(str, sorted(limits)))
+        text = one_line(" or ".join(map(str, sorted(limits))))
         yield (
             f"> **Limited rows** (at least {text} of each suite, the first ones of each subtask). Not comparable with "
             "results on the full suites."
@@ -549,7 +551,7 @@ def _judged_section(run: Run, besides: Cells) -> Iterable[Block]:
     )
     limits = {cell["settings"]["test_rows"] for cell in cells.values()} - {None}
     if limits:
-        yield f"> **Limited rows** (first {' or '.join(map(str, sorted(limits)))} of each set)."
+        yield f"> **Limited rows** (first {one_line(' or '.join(map(str, sorted(limits))))} of each set)."
     names = [n for n in JUDGED if any(n == name for _, name in cells)]
 
     def text(cell: dict[str, Any] | None) -> str:
@@ -608,7 +610,7 @@ def _cost_section(results: Results) -> Iterable[Block]:
 
 def _provenance(results: Results) -> str:
     run, cells, besides = results.run, results.cells, results.besides
-    m = run.manifest
+    m = one_line(run.manifest)
     lines = [f"- base model: `{m['model']['name']}`, revision `{m['model'].get('revision')}`"]
     if run.tasks:
         lines += [
@@ -622,7 +624,7 @@ def _provenance(results: Results) -> str:
     ]
     made = {key: ", ".join(versions) for key, versions in results.versions.items() if not key.startswith("definition")}
     if made:
-        lines.append("- scores made with: " + ", ".join(f"{key} {text}" for key, text in made.items()))
+        lines.append("- scores made with: " + one_line(", ".join(f"{key} {text}" for key, text in made.items())))
     settings = {json.dumps(cell["settings"], sort_keys=True) for cell in cells.values()}
     lines += [f"- evaluation: `{s}`" for s in sorted(settings)]
     for name in [*SUITES, *JUDGED]:
@@ -642,16 +644,15 @@ def _scores_csv(results: Results) -> str:
     cells = results.cells | results.besides
     for (index, task), cell in sorted(cells.items(), key=lambda c: (c[0][0], order.index(c[0][1]))):
         for metric, score in cell["metrics"].items():
-            writer.writerow(
-                [
-                    results.run.stages[index].name,
-                    task,
-                    metric,
-                    score["value"],
-                    score["stderr"],
-                    cell["n"],
-                    cell.get("n_unscored", 0),
-                    *results.intervals.get((index, task, metric), (None, None)),
-                ]
-            )
+            row = [
+                results.run.stages[index].name,
+                task,
+                metric,
+                score["value"],
+                score["stderr"],
+                cell["n"],
+                cell.get("n_unscored", 0),
+                *results.intervals.get((index, task, metric), (None, None)),
+            ]
+            writer.writerow(map(csv_cell, row))
     return out.getvalue()

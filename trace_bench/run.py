@@ -59,6 +59,12 @@ class RunError(Exception):
     """The run directory does not hold what was asked of it."""
 
 
+class InUse(RunError):
+    """Another process, the holder, writes the same results."""
+
+    holder = "another process"
+
+
 def one_line(error: BaseException) -> str:
     """The message of a library on one line, its first sentences."""
     return " ".join(str(error).split())[:300]
@@ -98,7 +104,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         what: The step, such as "evaluate".
 
     Raises:
-        RunError: if another process has it; the message names that process.
+        InUse: if another process has it; the message names that process.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -113,11 +119,13 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             found = re.match(r"process \d+ on [\w.-]+", file.read(200))
-            holder = found[0] if found else "another process"
-            raise RunError(
+            holder = found[0] if found else InUse.holder
+            error = InUse(
                 f"{folder} is in use: {holder} began `{what}` there and is not done. Wait "
                 "for it, or end it: the lock goes with its process. Several may evaluate different --stages."
-            ) from None
+            )
+            error.holder = holder
+            raise error from None
         except OSError as e:
             log.warning("%s: no locks on this file system (%s). Start no second process that writes there.", folder, e)
         else:
@@ -526,7 +534,7 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def is_file_name(name: str) -> bool:
     """Whether a task, stage or checkpoint may have this name: it becomes a file or folder of the run, none hidden."""
-    return bool(name) and not name.startswith(".") and "/" not in name and "\0" not in name
+    return bool(name) and not name.startswith(".") and "/" not in name and name.isprintable()
 
 
 def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
@@ -540,7 +548,7 @@ def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
         if not is_file_name(name):
             raise RunError(
                 f"{file}: {name!r} cannot be the name of a task or stage: it becomes a folder of the run, so it is a "
-                "text without '/' that does not begin with '.'."
+                "text of printable characters without '/' that does not begin with '.'."
             )
 
 

@@ -42,8 +42,10 @@ import yaml
 from trace_bench.comparison import compare
 from trace_bench.comparison_page import write_page
 from trace_bench.ending import run_child
+from trace_bench.keys import refuse_secrets
 from trace_bench.report import write_report
 from trace_bench.run import Run, RunError, write_text
+from trace_bench.text import markdown_text, one_line, printable
 
 TRAINERS = Path(__file__).parent.parent / "trainers"
 _MAIN = 'if __name__ == "__main__":'
@@ -69,7 +71,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
         Run name -> its method and its command-line arguments, without --output_dir.
 
     Raises:
-        StudyError: naming the place in the file and what is allowed there.
+        StudyError, RunError: naming the place in the file and what is allowed there.
     """
     file, scale = Path(file), "full" if full else "small"
     if not file.is_file():
@@ -81,6 +83,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
     if not isinstance(study, dict) or study.keys() != {"config", "runs"}:
         found = sorted(map(str, study)) if isinstance(study, dict) else type(study).__name__
         raise StudyError(f"{file}: a study has the keys config and runs, and no others; found {found}.")
+    refuse_secrets(study, f"{file},")  # they would be shown as arguments of commands
     config = _at(scale, study["config"], f"{file}, config")
     if not isinstance(config, str) or not (file.parent / config).is_file():
         raise StudyError(f"{file}, config: {config!r} is no file; it is looked for relative to {file.parent}.")
@@ -205,7 +208,7 @@ def run_study(
         }
         for step, command in commands.items():
             if dry_run:
-                print(shlex.join(command))
+                print(printable(shlex.join(command)))
                 continue
             print(f"--- {name}: {step}", flush=True)
             code = run_child(command)
@@ -214,7 +217,7 @@ def run_study(
                 break
     if not dry_run:
         question = Path(file).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-        print(_summary(f"# {title}\n\n{question}\n\n", folder, list(runs), failed), end="")
+        print(printable(_summary(f"# {title}\n\n{question}\n\n", folder, list(runs), failed)), end="")
     return not failed
 
 
@@ -234,11 +237,12 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
     lines = [f"> **Failed:** `{name}`: {why}." for name, why in failed.items()]
     undone = [f"`{name}`" for name in missing if name not in failed]
     lines += [f"> Not done: {', '.join(undone)}."] if undone else []
-    text = head + "".join(f"{line}\n\n" for line in lines)
+    text = head + "".join(f"{line}\n\n" for line in map(one_line, lines))
+    written = head + "".join(f"> {markdown_text(line[2:])}\n\n" for line in map(one_line, lines))
     if there:
         comparison = compare(there)
         write_text(folder / "summary.csv", comparison.csv())
         write_page(comparison, folder / "summary.html", text)
-        text += comparison.markdown()
-    write_text(folder / "summary.md", text)
-    return text
+        written += comparison.markdown()
+    write_text(folder / "summary.md", written)
+    return written

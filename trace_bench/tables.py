@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from trace_bench.data import FOLDERS, REASONING
 from trace_bench.metrics import Estimate
+from trace_bench.text import markdown_text, one_line
 
 DASH = "–"
 
@@ -136,8 +137,8 @@ def arrow(change: Estimate | None) -> str:
 def value_text(value: Any) -> str:
     """A setting in a sentence; short, whatever it is."""
     if isinstance(value, dict):
-        return ", ".join(f"{task_name(k)} {v}" for k, v in value.items())
-    return "not set" if value is None else str(value)
+        return one_line(", ".join(f"{task_name(k)} {v}" for k, v in value.items()))
+    return "not set" if value is None else one_line(str(value))
 
 
 def left_out_text(left_out: dict[str, tuple[int, int]]) -> str:
@@ -200,10 +201,12 @@ def without_empty_columns(table: Table) -> Table:
     return replace(table, header=[table.header[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines)
+def markdown(table: Table) -> str:
+    """A table in Markdown; rows for orientation in italics."""
+    texts = replace(table, rows=[[markdown_text(cell, in_table=True) for cell in row] for row in table.rows])
+    head = ["<br>".join(markdown_text(line, in_table=True) for line in text.split("<br>")) for text in table.header]
+    lines = [head, ["---"] * len(head), *texts.set_apart("*{}*".format)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def latex(table: Table) -> str:
@@ -249,7 +252,7 @@ _LATEX = {
 
 def latex_text(text: str) -> str:
     """Text as LaTeX sets it: nothing in it is a command; `code` and **bold** of Markdown become LaTeX's."""
-    text = "".join(_LATEX.get(c, c) for c in text.replace("<br>", " "))
+    text = "".join(_LATEX.get(c, c) for c in one_line(text.replace("<br>", " ")))
     text = re.sub(r"`([^`]*)`", r"\\texttt{\1}", text)
     text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)
     return re.sub(r"(?<![\w.,-])-(?=\d)", "$-$", text)  # a minus, not a hyphen

@@ -67,8 +67,8 @@ from trace_bench.evaluate import (
     answer_tokens,
     check_room,
     make_chat,
-    refuse_secrets,
 )
+from trace_bench.keys import refuse_secrets
 from trace_bench.limits import limited
 from trace_bench.run import (
     Run,
@@ -87,6 +87,7 @@ from trace_bench.run import (
 )
 from trace_bench.status import duration, seconds_left
 from trace_bench.tables import task_name
+from trace_bench.text import prepare_logging, printable
 from trace_tasks.tokens import Chat, PromptError, example_ids
 
 log = logging.getLogger(__name__)
@@ -309,7 +310,7 @@ class CLConfig(SFTConfig):
         if self.chat_template_args and not (self.chat_template or self.judged):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         try:
-            refuse_secrets(self.engine_args or {})
+            refuse_secrets(self.to_dict(), "the configuration's")
         except RunError as e:
             raise ConfigError(str(e)) from e
         try:
@@ -926,7 +927,8 @@ class _Progress(ProgressCallback):
         super().__init__()
         self.trainer = trainer
         stages = trainer.run.stages[1:]
-        self.title = f"stage {trainer.stage.index}/{len(stages)} {task_name(trainer.stage.task or trainer.stage.name)}"
+        name = printable(task_name(trainer.stage.task or trainer.stage.name))
+        self.title = f"stage {trainer.stage.index}/{len(stages)} {name}"
         self.trained = [read_json(s.train_file)["seconds"] for s in stages if s.train_file.exists()]
         self.stages = len(stages)
         self.watched = sys.stderr.isatty()
@@ -964,7 +966,7 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
 
 
 def _main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None) -> None:
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    prepare_logging()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     if "--help_all" in (sys.argv if argv is None else argv):
         argv = ["--help"]
@@ -975,12 +977,12 @@ def _main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | No
             raise ConfigError(f"the configuration cannot be read: {e}") from e
         train(trainer, args, model_args)
     except (ConfigError, RunError, data.DataError, models.ModelError, PromptError) as e:
-        sys.exit(f"error: {e}")
+        sys.exit(printable(f"error: {e}"))
     except Exception as e:  # a full disk, no permission, no memory: from whatever library
         line = advice(e, _MEMORY)
         if line is None:
             raise
-        sys.exit(f"error: {line}")
+        sys.exit(printable(f"error: {line}"))
 
 
 def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -> Run:
@@ -1053,6 +1055,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         },
         **added,
     }
+    refuse_secrets(manifest, "the manifest's")
     _check_shards()
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
@@ -1500,4 +1503,4 @@ def _evaluate(run: Run, stage: Stage, state: PartialState) -> None:
 
 def _say(state: PartialState, line: str) -> None:
     if state.is_main_process:
-        print(line, flush=True)
+        print(printable(line), flush=True)
