@@ -174,7 +174,7 @@ class Cache:
 
 def _is_whole(reply: Reply) -> bool:
     """Whether a reply that was read back holds what replies hold."""
-    texts = (reply.text, reply.thinking, reply.finish_reason or "")
+    texts = (reply.text, reply.thinking, "" if reply.finish_reason is None else reply.finish_reason)
     return (
         all(isinstance(text, str) and text == _whole(text) for text in texts)
         and all(isinstance(value, bool) for value in (reply.unclosed, reply.refusal, reply.forced))
@@ -241,7 +241,9 @@ class Bounded(httpx.AsyncClient):
 
     def __init__(self, endpoint: str, seconds: float, most_file: int) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)  # --concurrency is the limit
-        super().__init__(limits=limits, headers={"Accept-Encoding": "gzip"})
+        # httpx would parse where a redirect leads, even if it does not follow it.
+        hooks = {"response": [_hide_location]}
+        super().__init__(limits=limits, headers={"Accept-Encoding": "gzip"}, event_hooks=hooks)
         self.path, self.seconds, self.most_file = httpx.URL(endpoint).path, seconds, most_file
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:  # type: ignore[override]
@@ -262,12 +264,20 @@ class Bounded(httpx.AsyncClient):
             return _refused(request, 504, f"no whole reply within {seconds:g} s", again)
         except _RefusedError as e:
             return _refused(request, 502, str(e), {})
-        names = (
-            ("location",) if _is_redirect(response.status_code) else ("retry-after", "retry-after-ms", "x-should-retry")
-        )
+        waits = ("retry-after", "retry-after-ms", "x-should-retry")
+        names = (_HIDDEN,) if _is_redirect(response.status_code) else waits
         headers = {name: response.headers[name] for name in names if name in response.headers}
         headers["Content-Type"] = "application/json"  # another charset could take for ever to decode
         return httpx.Response(response.status_code, headers=headers, content=content, request=request)
+
+
+#: The header that a redirect has for its Location.
+_HIDDEN = "x-hidden-location"
+
+
+async def _hide_location(response: httpx.Response) -> None:
+    if _is_redirect(response.status_code):
+        response.headers[_HIDDEN] = response.headers.pop("location", "")
 
 
 class _RefusedError(Exception):
@@ -488,7 +498,7 @@ class Client(Judge):
         """Raises an error that says where a reply would have led; nothing if it would not have led elsewhere."""
         if not _is_redirect(error.status_code):
             return
-        asked, text = error.response.request.url, error.response.headers.get("location", "")
+        asked, text = error.response.request.url, error.response.headers.get(_HIDDEN, "")
         try:
             url = asked.join(text)
             # No user, password or query: they may be secrets of the server's.

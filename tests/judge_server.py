@@ -4,12 +4,15 @@ A request whose text holds "FAULT:name*n" gets that fault the first n times (wit
 answer is that of `answer` (a text, or a message with "finish_reason"), or a verdict for the longer text.
 """
 
+import gzip
 import json
 import re
 import threading
 import time
+import zlib
 from collections import Counter
 from contextlib import contextmanager
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-secret-0123456789"
@@ -28,6 +31,13 @@ def with_key(monkeypatch, folder):
 
 FAULT = re.compile(r"FAULT:(\w+)(?:\*(\d+))?")
 BLOCK = re.compile(r"<<<(ANSWER[ AB]*)>>>\n(.*?)\n<<<END OF \1>>>", re.S)
+
+
+@cache
+def bomb():
+    """A gzip file of 100 MB of nothing."""
+    packer = zlib.compressobj(wbits=31)
+    return b"".join(packer.compress(bytes(1_000_000)) for _ in range(100)) + packer.flush()
 
 
 def judge(text):
@@ -52,6 +62,8 @@ class Server:
         self.seen = Counter()  # text -> times asked
         self.succeeded = Counter()  # text -> times answered well
         self.bodies, self.headers, self.times = [], [], []
+        self.written, self.closed = 0, False
+        self.usage, self.location = {}, ""
         self.at_once = self.most_at_once = 0
         self.files, self.batches = {}, {}
         self.batch_fault = ""  # "lose": make the batch, cut the connection; "refuse": 400; "fail": fails validation
@@ -93,6 +105,7 @@ class Server:
         return self
 
     def __exit__(self, *args):
+        self.closed = True
         self.http.shutdown()
         self.http.server_close()
 
@@ -199,6 +212,79 @@ class Server:
         self.send(handler, 200, self.completion(text, content=None, refusal="I would rather not."))
         with self.lock:
             self.succeeded[text] += 1
+
+    # ---- replies without end
+
+    def begin(self, handler, status=200, **headers):
+        handler.send_response(status)
+        for name, value in {"Content_Type": "application/json", **headers}.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.end_headers()
+        handler.close_connection = True
+
+    def endless(self, handler, part, pause=0.0):
+        while not self.closed:
+            handler.wfile.write(part)
+            self.written += len(part)
+            time.sleep(pause)
+
+    def fault_huge(self, handler, text):
+        self.begin(handler, Content_Length=300_000_000)
+        handler.wfile.write(b'{"choices": [{"message": {"content": "')
+        self.endless(handler, b"x" * 65536)
+
+    def fault_endless(self, handler, text):
+        self.begin(handler)
+        self.endless(handler, b" " * 65536)
+
+    def fault_huge_error(self, handler, text):
+        self.begin(handler, 400)
+        self.endless(handler, b"x" * 65536)
+
+    def fault_trickle(self, handler, text):
+        self.begin(handler)
+        self.endless(handler, b" ", 0.02)
+
+    def fault_drip(self, handler, text):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-A: ")
+        handler.close_connection = True
+        self.endless(handler, b"a", 0.02)
+
+    def fault_informal(self, handler, text):
+        handler.close_connection = True
+        self.endless(handler, b"HTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n", 0.02)
+
+    def fault_headers(self, handler, text):
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        handler.close_connection = True
+        self.endless(handler, b"X-A: " + b"a" * 1000 + b"\r\n")
+
+    def fault_bomb(self, handler, text):
+        self.send(handler, 200, bomb(), Content_Encoding="gzip")
+
+    def fault_packed(self, handler, text):
+        self.send(handler, 200, gzip.compress(json.dumps(self.completion(text)).encode()), Content_Encoding="gzip")
+
+    def fault_cut_gzip(self, handler, text):
+        self.send(handler, 200, gzip.compress(b'{"choices": []}')[:-9], Content_Encoding="gzip")
+
+    def fault_brotli(self, handler, text):
+        self.send(handler, 200, b"\x8b\x02\x80", Content_Encoding="br")
+
+    def fault_twice(self, handler, text):
+        self.send(handler, 200, gzip.compress(gzip.compress(b"{}")), Content_Encoding="gzip, gzip")
+
+    def fault_charset(self, handler, text):
+        self.send(handler, 400, b"a" * 3_000_000, Content_Type="application/json; charset=punycode")
+
+    def fault_counts(self, handler, text):
+        self.send(handler, 200, {**self.completion(text), "usage": self.usage})
+
+    def fault_control(self, handler, text):
+        self.send(handler, 400, {"error": {"message": "\x1b]0;owned\x07\x1b[2J\u202eevil\r\nERROR: gone\x9b1m"}})
+
+    def fault_moved(self, handler, text):
+        self.send(handler, 307, b"", Location=self.location)
 
     # ---- Batch API
 

@@ -3,21 +3,25 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import openai
 import pytest
-from judge_server import KEY, Server, with_key
+from judge_server import KEY, Server, bomb, with_key
 
 from judges import JudgeError, batch, client
 from judges.batch import batch_file
 from judges.client import Cache, Client, Reply, read_reply, request_key
+from trace_bench.run import RunError
 
 
 @pytest.fixture(autouse=True)
@@ -263,6 +267,150 @@ def test_a_reply_that_ended_at_its_limit_is_cut_under_any_name(reason):
     assert Reply("", finish_reason=reason).cut and not Reply("", finish_reason="stop").cut and not Reply("").cut
 
 
+# ------------------------------------------------------------------------------------------------- replies without end
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ("huge", "more than 4,194,304 bytes"),
+        ("endless", "more than 4,194,304 bytes"),
+        ("huge_error", "more than 4,194,304 bytes"),
+        ("bomb", "more than 4,194,304 bytes"),
+        ("brotli", "encoding 'br'"),
+        ("twice", "encoding 'gzip, gzip'"),
+    ],
+)
+def test_a_reply_has_a_size_and_an_encoding(server, make, fault, why):
+    replies = make(concurrency=1).complete(ask("a", f"FAULT:{fault}", "b"))
+    assert why in replies[1].error and [replies[0].text, replies[2].text] == ["echo a", "echo b"]
+    assert server.seen[f"FAULT:{fault}"] == 1, "what is as large again next time is not paid again"
+    assert server.written < 40 * 2**20, "the rest is not waited for; there are buffers in between"
+
+
+def test_a_bomb_is_not_unpacked(server, make):
+    judge = make()
+    judge.complete(ask("a"))
+    assert len(bomb()) < 200_000
+    tracemalloc.start()
+    try:
+        judge.complete(ask("FAULT:bomb"))
+        assert tracemalloc.get_traced_memory()[1] < 30e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("fault", ["trickle", "drip", "informal", "slow"])
+def test_a_reply_has_a_time_in_all(server, make, monkeypatch, fault):
+    monkeypatch.setattr(client, "ATTEMPTS", 2)
+    started = time.monotonic()
+    replies = make(timeout=0.4).complete(ask("a", f"FAULT:{fault}"))
+    assert "no whole reply within 0.4 s" in replies[1].error and replies[0].text == "echo a"
+    assert time.monotonic() - started < 10 and server.seen[f"FAULT:{fault}"] == 2
+
+
+@pytest.mark.parametrize("fault", ["headers", "cut_gzip", "charset"])
+def test_other_replies_that_lead_nowhere_are_errors(server, make, monkeypatch, fault):
+    monkeypatch.setattr(client, "MAX_RETRIES", 1)
+    started = time.monotonic()
+    replies = make().complete(ask("a", f"FAULT:{fault}"))
+    assert replies[1].error and replies[0].text == "echo a" and time.monotonic() - started < 20
+
+
+def test_a_packed_reply_is_read(server, make):
+    assert texts(make().complete(ask("FAULT:packed"))) == ["echo FAULT:packed"]
+
+
+@pytest.mark.parametrize(
+    "number", [-3, 10**400, True, 1e400, 2.5, "7", None, [1], {"a": 1}, 10**9 + 1, float("nan")], ids=repr
+)
+def test_counts_that_cannot_be_true_are_not_believed(server, make, tmp_path, number):
+    server.usage = {"prompt_tokens": number, "completion_tokens": 3}
+    judge = make()
+    judge.complete(ask("FAULT:counts"))
+    assert (judge.usage.prompt_tokens, judge.usage.completion_tokens) == (0, 3)
+    kept = make()
+    assert kept.complete(ask("FAULT:counts"))[0].prompt_tokens == 0 and kept.usage.cached == 1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"prompt_tokens": -1}, {"prompt_tokens": True}, {"completion_tokens": 10**400}, {"text": None}),
+        *({"text": "\ud800"}, {"thinking": 1}, {"forced": "no"}, {"refusal": 1}, {"finish_reason": []}, {"error": "e"}),
+    ],
+    ids=repr,
+)
+def test_a_line_of_a_cache_with_odd_values_counts_as_not_there(tmp_path, changes):
+    row = {"key": "k", "request": None, "reply": {**vars(Reply("fine")), **changes}}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, "key": ["k"]}) + "\n")
+    assert "k" not in Cache(tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-5", "1e400", "x", "9" * 5000])
+def test_an_odd_retry_after_is_no_wait(server, make, monkeypatch, value):
+    monkeypatch.setattr(client, "MAX_RETRIES", 1)
+    monkeypatch.setattr(
+        server, "fault_busy", lambda h, t: server.send(h, 429, {"error": {"message": "slow"}}, Retry_After=value)
+    )
+    started = time.monotonic()
+    assert "slow" in make().complete(ask("a", "FAULT:busy"))[1].error and time.monotonic() - started < 10
+
+
+def test_control_characters_of_a_server_are_shown_as_text(server, make, caplog):
+    error = make().complete(ask("a", "FAULT:control"))[1].error
+    assert "\\x1b]0;owned\\x07" in error and "\\u202eevil" in error and error.isprintable()
+    assert all(line.isprintable() for line in (r.getMessage() for r in caplog.records if r.name.startswith("judges")))
+
+
+@pytest.mark.parametrize("way", ["direct", "batch"])
+def test_a_redirect_is_not_followed_and_its_address_can_be_used(server, make, tmp_path, monkeypatch, way):
+    with Server() as other:
+        server.location = other.url.replace("//", "//user:pw@") + "/chat/completions?key=secret#f"
+        text = "FAULT:moved"
+        if way == "batch":
+            server.location = server.location.replace("/chat/completions", "/files")
+            monkeypatch.setattr(server, "upload", lambda handler, content: server.fault_moved(handler, ""))
+        monkeypatch.setenv("OPENAI_ORG_ID", "org-private")
+        with pytest.raises(JudgeError, match="not followed") as e:
+            make(batch=way == "batch").complete(ask(text))
+        assert not other.headers and not other.bodies
+        assert "pw" not in str(e.value) and "secret" not in str(e.value)
+        (advised,) = re.findall(r"use --base-url (\S+)", str(e.value))
+        judge = Client("m", cache=tmp_path / "c.jsonl", base_url=advised, batch=way == "batch")
+        other.location = "/elsewhere"
+        monkeypatch.setattr(other, "fault_moved", lambda handler, text: "fine")
+        assert advised == other.url and texts(judge.complete(ask("b"))) == ["echo b"]
+
+
+@pytest.mark.parametrize(
+    ("status", "location"),
+    [
+        (301, "/login"),
+        (302, "//other.example/v1"),
+        (303, "javascript:alert(1)"),
+        (308, ""),
+        (304, None),
+        (307, "http://["),
+    ],
+)
+def test_every_redirect_is_one_error(server, make, status, location):
+    headers = {} if location is None else {"Location": location}
+    server.fault_moved = lambda handler, text: server.send(handler, status, b"", x_should_retry="true", **headers)
+    with pytest.raises(JudgeError, match=r"Redirects are not followed.*Name the endpoint itself with --base-url") as e:
+        make().complete(ask("FAULT:moved"))
+    assert sum(server.seen.values()) == 1 and server.url in str(e.value)
+
+
+def test_proxies_of_the_environment_stay(server, make, monkeypatch):
+    with Server() as proxy:
+        monkeypatch.delenv("NO_PROXY")
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
+        with pytest.raises(JudgeError):  # it is none, and knows no whole addresses
+            make().complete(ask("a"))
+        assert proxy.headers and not server.headers
+
+
 # -------------------------------------------------------------------------------------------------------- key, endpoint
 
 
@@ -420,3 +568,159 @@ def test_an_endpoint_without_the_batch_api_says_so(tmp_path, server, monkeypatch
     judge = Client("m", cache=tmp_path / "c.jsonl", base_url=server.url + "/nothing", batch=True)
     with pytest.raises(JudgeError, match="Without --batch"):
         judge.complete(ask("a"))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", 7), ("id", "../../v2"), ("id", "a\nb"), ("id", None), ("id", ["x"]),
+        ("status", "resting"), ("status", {"a": 1}), ("status", None), ("status", "\x1b[2J"),
+        ("output_file_id", "a/../b?c"), ("output_file_id", 5),
+    ],
+)  # fmt: skip
+def test_what_a_batch_api_may_not_say_is_one_error(server, make, field, value):
+    said = server.batch
+    server.batch = lambda name: {**said(name), field: value}
+    with pytest.raises(JudgeError, match=r"unusable reply|did not make the batch") as e:
+        make(batch=True).complete(ask("a"))
+    assert str(e.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "counts", [None, 5, [], {"completed": 10**400, "failed": "x"}, {"completed": -9, "failed": True}]
+)
+def test_odd_counts_and_reasons_of_a_batch_are_survived(server, make, counts):
+    said = server.batch
+    odd = {"request_counts": counts, "errors": {"data": "none"}, "metadata": [1], "created_at": "never"}
+    server.batch = lambda name: {**said(name), **odd}
+    assert texts(make(batch=True).complete(ask("a"))) == ["echo a"]
+
+
+@pytest.mark.parametrize("rows", [5, [5], [{"id": 1}], [{"id": "x", "metadata": "tag"}]])
+def test_a_list_of_batches_without_end_has_one(server, make, monkeypatch, rows):
+    monkeypatch.setattr(batch, "MOST_PAGES", 3)
+    server.batch_fault = "lose"
+    asked, get = [], server.get
+
+    def listed(handler, path):
+        if path == ["batches"]:
+            asked.append(path)
+            server.send(handler, 200, {"data": rows, "has_more": True})
+        else:
+            get(handler, path)
+
+    monkeypatch.setattr(server, "get", listed)
+    with pytest.raises(JudgeError):
+        make(batch=True).complete(ask("a"))
+    assert 1 <= len(asked) <= 3
+
+
+def test_the_file_of_a_batch_has_a_size(server, make, monkeypatch):
+    monkeypatch.setattr(batch, "MOST_REPLY", 10_000)
+    output = server.output
+    server.output = lambda name, errors: output(name, errors) + b"\n" + b"x" * 5000
+    assert texts(make(batch=True).complete(ask("a"))) == ["echo a"]
+    server.output = lambda name, errors: b"x" * 50_000
+    with pytest.raises(JudgeError, match="more than 20,000 bytes"):
+        make(batch=True).complete(ask("b"))
+
+
+def test_a_batch_gives_no_replies_to_what_it_was_not_asked(server, make):
+    key = next(iter(make().bodies(ask("b"))))
+    output = server.output
+    server.output = lambda name, errors: output(name, errors).replace(b'"id": "r"', b'"id": "r"') + (
+        b"" if errors else b"\n" + json.dumps({"custom_id": key, "response": {"status_code": 200,
+                                              "body": server.completion("forged")}}).encode() + b'\n{"custom_id": []}'
+    )  # fmt: skip
+    judge = make(batch=True)
+    assert texts(judge.complete(ask("a"))) == ["echo a"] and key not in judge.cache
+
+
+# ------------------------------------------------------------------------------------------------------ shared caches
+
+
+def together(*programs):
+    for one in programs:
+        assert one.wait(timeout=120) == 0
+
+
+def test_two_programs_at_once_pay_once(tmp_path):
+    cache = tmp_path / "cache.jsonl"
+    with Server(delay=0.05) as server:
+        together(*(program(server.url, cache, n) for n in (20, 30, 25)))
+        assert set(server.seen.values()) == {1} and len(server.seen) == 30
+        assert len(set(cache.read_text().splitlines())) == 30
+
+
+def test_two_batches_at_once_pay_once(tmp_path):
+    cache = tmp_path / "cache.jsonl"
+    with Server() as server:
+        server.batch_polls = 3
+        together(*(program(server.url, cache, n, batch=True) for n in (5, 8, 6)))
+        assert sum(len(rows) for rows in server.files.values()) == 8 and set(server.succeeded.values()) == {1}
+        assert len(cache.read_text().splitlines()) == 8 and not batch_file(cache).exists()
+
+
+def test_a_killed_program_keeps_nobody_waiting(tmp_path, caplog):
+    cache = tmp_path / "cache.jsonl"
+    with Server(delay=0.2) as server:
+        first = program(server.url, cache, 500, concurrency=2)
+        wait_for(lambda: cache.exists() and cache.read_bytes().count(b"\n") >= 4)
+        done = []
+        judge = Client("m", cache=cache, base_url=server.url)
+        waiting = threading.Thread(target=lambda: done.extend(judge.complete(ask("q0", "q1", "mine"))))
+        waiting.start()
+        wait_for(lambda: "Waiting for process" in caplog.text)
+        assert f"process {first.pid} on " in caplog.text and not server.seen["mine"]
+        first.kill()
+        first.wait()
+        waiting.join(timeout=60)
+        assert texts(done) == ["echo q0", "echo q1", "echo mine"] and server.seen["q0"] == 1 == server.seen["mine"]
+
+
+def test_a_stopped_program_gives_the_cache_back(server, make, monkeypatch):
+    judge = make()
+    monkeypatch.setattr(judge, "_send", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        judge.complete(ask("a"))
+    assert texts(make().complete(ask("a"))) == ["echo a"]
+
+
+def test_without_locks_a_warning_is_all(server, make, monkeypatch, caplog):
+    def unsupported(*args):
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    assert texts(make().complete(ask("a"))) == ["echo a"] and "no locks on this file system" in caplog.text
+
+
+def test_what_is_in_a_batch_is_not_sent_one_by_one_as_well(server, make, tmp_path):
+    entry = {"tag": "t", "id": "batch-9", "endpoint": server.url, "keys": list(make().bodies(ask("a")))}
+    file = batch_file(tmp_path / "cache.jsonl")
+    file.write_text(json.dumps({"batches": [entry]}))
+    with pytest.raises(JudgeError, match="Use --batch to wait for it, or delete") as e:
+        make().complete(ask("a", "b"))
+    assert not server.seen and str(file) in str(e.value)
+    assert texts(make().complete(ask("c"))) == ["echo c"]
+    file.unlink()
+    assert texts(make().complete(ask("a", "b"))) == ["echo a", "echo b"]
+
+
+def test_a_part_of_a_line_that_another_left_is_not_built_upon(tmp_path):
+    one, other = Cache(tmp_path / "c.jsonl"), Cache(tmp_path / "c.jsonl")
+    one.put("1", None, Reply("1"))
+    with one.path.open("ab") as f:
+        f.write(b'{"key": "2", "re')
+    other.put("3", None, Reply("x" * 100_000))
+    one.read()
+    assert "3" in one and "2" not in one and "1" in Cache(one.path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"batches": 5}', '{"batches": [5]}', '{"batches": [{"keys": [1]}]}', "{"])
+def test_a_damaged_list_of_batches_is_named(server, make, tmp_path, content):
+    file = batch_file(tmp_path / "cache.jsonl")
+    file.write_text(content)
+    with pytest.raises(RunError, match=f"{file.name} is damaged.*Delete it"):
+        make(batch=True).complete(ask("a"))
+    file.unlink()
+    assert texts(make(batch=True).complete(ask("a"))) == ["echo a"]

@@ -10,8 +10,10 @@ import re
 import shutil
 import stat
 import struct
+import subprocess
 import sys
 import tarfile
+import time
 import traceback
 import zipfile
 from pathlib import Path
@@ -30,6 +32,7 @@ from trace_bench import audit, data, demo, models
 from trace_bench.cli import main
 from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate, external_run
+from trace_bench.keys import refuse_secrets
 from trace_bench.models import ModelError
 from trace_bench.run import RunError, cached_dir, fresh_dir, read_jsonl, write_json, write_jsonl, write_text
 from trainers.base import ConfigError
@@ -745,3 +748,160 @@ def test_a_missing_key_and_a_bad_url_are_errors_of_the_project(tmp_path):
         with pytest.raises(JudgeError):
             Client("m", cache=tmp_path / "c", base_url=url)
     assert Client("m", cache=tmp_path / "c", base_url="http://[::1]:8000/v1/").endpoint == "http://[::1]:8000/v1"
+
+
+# --------------------------------------------------------------------------------------------------- secrets, anywhere
+
+JWT = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.abc-def"
+SECRET_SETTINGS = [
+    {"api_key": "x"},
+    {"hf_overrides": {"inner": [{"hf_token": "a-b"}]}},
+    {"extra_headers": {"Authorization": "anything"}},
+    {"extra_headers": {"X-Api-Key": "zz"}},
+    {"extra_headers": {"Set-Cookie": "a=b"}},
+    {"extra_headers": ["Authorization: Basic dXNlcjpwYXNz"]},
+    {"extra_body": {"a": [[{"clientSecret": "s"}]]}},
+    {"extra_query": {"subscription-key": "s"}},
+    {"extra_query": {"u": "https://h/v1?api_key=abcdef123456"}},
+    {"password": 12345},
+    {"auth": ["me", "pw"]},
+    {"credentials": {"user": "me"}},
+    {"token": "t"},
+    {"access_key_id": "x"},
+    {"refreshTokens": ["a"]},
+    {"a": "sk-proj-abcDEF1234567890xyz"},
+    {"a": ["b", ("c", "hf_AbCdEfGhIjKlMnOpQr")]},
+    {"a": "ghp_abcdefghijklmnop1234"},
+    {"a": "AKIAIOSFODNN7EXAMPLE"},
+    {"a": "Bearer abcdefgh12"},
+    {"a": f"x {JWT}"},
+    {"a": "http://me:pw@host/v1"},
+    {"a": "https://0123456789abcdef0123@host/v1"},
+    {"a": "-----BEGIN RSA PRIVATE KEY-----"},
+    {"a": '{"b": {"token": "abc"}}'},
+    {"sk-abcdef0123456789abcd": 1},
+    {"a": f"at {SECRETS['WANDB_API_KEY']}"},
+]
+HARMLESS_SETTINGS = [
+    {"max_tokens": 5, "pad_token_id": 3, "stop_token_ids": [1], "truncate_prompt_tokens": 4, "logprob_token_ids": [2]},
+    {"pad_token": "<pad>", "eos_token": "</s>", "add_bos_token": True, "skip_special_tokens": "yes", "token": None},
+    {"tokenizer": "/m/sk", "tokenizer_mode": "hf", "max_num_batched_tokens": 8192, "prompt_cache_key": "study"},
+    {"hub_token": "<HUB_TOKEN>", "use_auth_token": False, "author": "x", "lora_target_modules": ["k_proj", "key"]},
+    {"model": "org/task-sk-model-7b", "path": "/data/disk-12345678901234567890/hf_models_v2/hf_cache_2024"},
+    {"stop": ["\n", "key: value"], "url": "http://localhost:8000/v1", "revision": "0123456789abcdef" * 2 + "01234567"},
+    {"repo": "git@github.com:a/b", "chat_template": "{{ bos_token }}{{ token }}"},
+]
+
+
+@pytest.fixture
+def known(monkeypatch):
+    for name, value in SECRETS.items():
+        monkeypatch.setenv(name, value)
+
+
+def leaves(value):
+    """The texts in a value of JSON that are no names."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [text for v in value for text in leaves(v)] if isinstance(value, list | tuple) else [str(value)]
+
+
+@pytest.mark.parametrize("given", SECRET_SETTINGS, ids=repr)
+def test_a_secret_is_refused_at_any_depth_and_not_shown(known, given):
+    for settings_ in (given, {"deep": [[{"down": given}]]}):
+        with pytest.raises(RunError, match="Leave it out") as e:
+            refuse_secrets(settings_, "settings")
+        assert str(e.value).startswith("settings ") and "sk-abc" not in str(e.value)
+        assert not [text for text in leaves(given) if len(text) > 7 and text in str(e.value)]
+        assert not e.value.__cause__ and not e.value.__context__
+
+
+@pytest.mark.parametrize("given", HARMLESS_SETTINGS, ids=repr)
+def test_what_only_sounds_like_a_secret_is_taken(known, given):
+    refuse_secrets({"settings": [given]}, "settings")
+
+
+@pytest.mark.parametrize("text", ["a", "sk-", "://", "bearer ", "token=", "eyJ-", "a:", "_-token", "eyJaaaaa.", "{"])
+def test_no_text_keeps_the_search_for_secrets_busy(text):
+    started = time.monotonic()
+    refuse_secrets({"a": text * (200_000 // len(text))}, "settings")
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("given", [SECRET_SETTINGS[i] for i in (1, 2, 6, 15, 18, 26)], ids=repr)
+def test_every_command_refuses_secrets_before_it_writes(known, tmp_path, checkpoints, tiny_model, options, given):
+    text, before = json.dumps(given), set(tmp_path.rglob("*"))
+    judge_ = ["judge", "--calibrate", "--model", "m", "--base-url", "http://127.0.0.1:9/v1", "--sampling", text]
+    teach = ["annotate", tmp_path / "out", *judge_[2:], "--data", "demo"]
+    begin = ["evaluate", tmp_path / "r", "--model", tiny_model, "--checkpoint", f"v={checkpoints['adapter']}"]
+    begin += ["--tasks", "trace_fomc", "--data", "demo", "--backend", "hf"]
+    for command in (
+        judge_,
+        teach,
+        [*begin, "--engine-args", text],
+        [*begin, "--chat-template", "--chat-template-args", text],
+    ):
+        line = failed(command, [])
+        assert "Leave it out" in line and not [v for v in SECRETS.values() if v in line], command
+    for changes in ({"engine_args": given}, {"chat_template_args": given, "chat_template": True}):
+        with pytest.raises((ConfigError, RunError), match="Leave it out"):
+            train({**options, **changes, "output_dir": str(tmp_path / "t")})
+    assert {p for p in tmp_path.rglob("*") if "cache" not in p.name} <= before
+
+
+@pytest.mark.parametrize("name", ["sk-proj-abcDEF1234567890xyz", "https://me:pw@host/model", "hf_AbCdEfGhIjKlMnOpQr"])
+def test_a_secret_is_no_name_of_a_judge(tmp_path, name):
+    for more in (["--base-url", "http://127.0.0.1:9/v1"], ["--local"]):
+        line = failed(["judge", "--calibrate", "--model", name, *more], [])
+        assert "judge's model" in line and name not in line
+    study = tmp_path / "s.yaml"
+    study.write_text(json.dumps({"config": "c.yaml", "runs": {"a": {"method": "sequential", "run_name": name}}}))
+    assert "runs.a.run_name" in failed(["study", study, "--dry-run"], [])
+
+
+# ------------------------------------------------------------------------------------------- text from elsewhere, shown
+
+CONTROL = "\x1b]0;owned\x07\x1b[2J\r\x9b1m\0\u202eevil\u2066\u200f\u2028"
+
+
+def test_control_characters_reach_no_terminal(tmp_path, capsys, monkeypatch):
+    """Names in a manifest, errors of servers, warnings: printed by every command."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    run = make_run(tmp_path / "runs", method=f"m{CONTROL}", model={"name": f"a/{CONTROL}\n# x", "revision": CONTROL})
+    other = make_run(tmp_path / "runs", name="other\x1b[31m\u202e")
+    main(["status", str(run.path)])
+    main(["report", str(run.path), str(other.path)])
+    main(["report", str(other.path), "--output", str(tmp_path / "x.md")])
+    failed(["evaluate", tmp_path / f"none{CONTROL.replace(chr(0), '')}"], lines := [])
+    write_json(run.path / "manifest.json", {**run.manifest, "format": CONTROL})
+    lines.append(failed(["status", run.path], []))
+    lines.append(failed(["judge", run.path, "--model", "m", "--sampling", '{"model": 1, "a\x1b": 2}'], []))
+    printed = capsys.readouterr()
+    shown = [*lines[1:], printed.out, printed.err, *((tmp_path / name).read_text() for name in ("x.md",))]
+    assert all(char.isprintable() or char in "\n\t" for text in shown for char in text)
+    assert "\\x1b[2J" in printed.out and "\\u202eevil" in printed.out and "\\x1b" in lines[1]
+
+
+def test_warnings_and_unexpected_errors_are_printable(tmp_path):
+    code = (
+        "import logging, sys\nfrom trace_bench.text import prepare_logging\nprepare_logging()\n"
+        "logging.getLogger('x').warning('of %s', sys.argv[1])\nraise ValueError(sys.argv[1])"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, CONTROL.replace("\0", "")], capture_output=True, cwd=Path(__file__).parents[1]
+    )
+    text = ended.stderr.decode()
+    assert ended.returncode == 1 and "WARNING: of \\x1b]0;owned" in text and "ValueError: \\x1b]0;owned" in text
+    assert all(char.isprintable() or char == "\n" for char in text)
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2J", "a\u202eb", "a\nb", "a\x9b", "a\x7f", "\u2066"])
+def test_names_of_stages_hold_no_control_characters(tmp_path, checkpoints, name):
+    with pytest.raises(RunError, match="cannot hold '/' or control characters"):
+        external_run(tmp_path / "r", {name: str(checkpoints["adapter"])}, model="m", tasks=["trace_fomc"], settings={})
+    write_json(
+        tmp_path / "r" / "manifest.json",
+        {"format": 1, "method": "m", "data": {}, "config": {}, "tasks": ["trace_fomc"], "stages": [name]},
+    )
+    with pytest.raises(SystemExit, match="cannot be the name of a task or stage"):
+        main(["status", str(tmp_path / "r")])

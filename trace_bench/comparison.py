@@ -42,7 +42,8 @@ from trace_bench.tables import (
     value_text,
     without_empty_columns,
 )
-from trace_bench.text import cell, markdown_text, one_line
+from trace_bench.text import cell as csv_cell
+from trace_bench.text import markdown_text, one_line
 
 #: Those numbers of a run that are scores, and whether they have a sign. All but forgetting have intervals, and
 #: differences to the baseline as well.
@@ -143,8 +144,9 @@ class Comparison:
         known = [c for c in columns if c in ("run", *_TEXTS, *_NUMBERS) or any(c in line for line in lines)]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(map(cell, known))
-        writer.writerows([cell(line.get(column, "")) for column in known] for line in lines)
+        writer.writerow(map(csv_cell, known))
+        for line in lines:  # the paper's numbers are texts
+            writer.writerow([line.get(c, "") if c in _NUMBERS else csv_cell(line.get(c, "")) for c in known])
         return out.getvalue()
 
 

@@ -64,19 +64,11 @@ def _escaped(text: str, in_table: bool) -> str:
 
 
 def cell(value: Any) -> Any:
-    """A value for a table that spread-sheets open: a text that they would take for a formula begins with an apostrophe.
-
-    Numbers stay, also those that are texts.
-    """
-    if not isinstance(value, str) or not value.lstrip(" ").startswith(
+    """A value for a table that spread-sheets open: where they would see a formula, a text begins with an apostrophe."""
+    formula = isinstance(value, str) and value.lstrip(" ").startswith(
         ("=", "+", "-", "@", "\t", "\r", "\n", *"＝＋－＠")
-    ):
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return f"'{value}"
-    return value
+    )
+    return f"'{value}" if formula else value
 
 
 class _Formatter(logging.Formatter):
