@@ -499,3 +499,19 @@ def test_a_comparison_of_many_runs_names_the_few(make):
     runs = [make(name=f"r{i}") for i in range(5)] + [make(name="short", config={"test_rows": 5})]
     notes = compared(runs)[2]
     assert "test_rows: not set in all others; 5 in `short`" in notes
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1+2", "-1", "@SUM(A1)"])
+def test_names_in_the_csv_are_no_formulas(make, name):
+    tasks = [*TASKS[:2], f"{name} task"]
+    more = {"tasks": tasks, "task_versions": dict.fromkeys(tasks, 1), "method": name}
+    text = compare([make(name=name.replace("/", ":"), **more), make(name="other")]).csv()
+    rows = list(csv.reader(io.StringIO(text)))
+    assert not [c for row in rows for c in row if c.startswith(("=", "+", "@"))]
+    assert {c for row in rows for c in row if c.startswith("-") and not c[1:].replace(".", "").isdigit()} <= set()
+    assert f"'{name} task" in rows[0] and rows[1][0] == f"'{name.replace('/', ':')}" and rows[1][1] == f"'{name}"
+
+
+def test_numbers_in_the_csv_stay_numbers(make):
+    rows = list(csv.DictReader(io.StringIO(compare([make(), make(name="other")]).csv())))
+    assert float(rows[0]["BWT"]) < 0 and any(row["BWT"].startswith("-") for row in rows if "paper" in row["run"])

@@ -2,19 +2,26 @@
 
 import csv
 import logging
+import re
 import subprocess
 import sys
 import time
+from html import unescape
 
 import numpy as np
 import pytest
 from made_runs import ICL, JOINT, NAN, SINGLE, TASKS, R, cell, make_rich_run, without
+from markdown_it import MarkdownIt
 
+from judges.judging import judge_file, sample_fingerprints
 from trace_bench import metrics
+from trace_bench.comparison import compare
 from trace_bench.report import write_report
 from trace_bench.results import score_matrix
-from trace_bench.run import write_json
-from trace_bench.tables import DASH
+from trace_bench.run import write_json, write_jsonl
+from trace_bench.tables import DASH, Table, latex_text, markdown
+from trace_bench.text import cell as csv_cell
+from trace_bench.text import markdown_text, one_line
 
 
 @pytest.fixture(autouse=True)
@@ -478,3 +485,118 @@ def test_without_extraction_there_is_no_such_section(make):
     run = make()
     write_report(run)
     assert "extracted" not in text(run)
+
+
+# ------------------------------------------------------------------------------------------------- names from elsewhere
+
+HOSTILE = [
+    "![x](http://evil.example/a.png)",
+    "[click](http://evil.example)",
+    "<img src=http://evil.example/a.png>",
+    "<script>alert(1)</script>",
+    "a | b",
+    "`code` ![x](http://evil.example)",
+    "``` ![x](http://evil.example)",
+    "a` <img src=x> `b",
+    "\\<img src=x>",
+    "\\![x](http://evil.example)",
+    "**bold** _so_ ~~gone~~",
+    "a\n\n# Heading\n\n![x](http://evil.example)",
+    "a\n\n[x]: http://evil.example\n\n[x]",
+    "<http://evil.example>",
+    "&lt;img&gt; &#33;",
+    "![x][y]\n[y]: http://evil.example",
+    "$x$ \\(y\\)",
+    "=1+1",
+]
+
+
+def rendered(markdown):
+    """The tags and the text of Markdown, as a renderer with tables and links of addresses makes them."""
+    page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
+    return set(re.findall(r"<(\w+)", page)), unescape(re.sub(r"<[^>]+>", "", page))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markdown_shows_text_from_elsewhere_as_text(text):
+    tags, shown = rendered(markdown_text(f"The model {one_line(text)} of {text.splitlines()[0]}."))
+    assert tags <= {"p", "code", "strong"}
+    if not {"`", "*"} & set(text):
+        assert " ".join(text.split()) in " ".join(shown.split())
+    table = Table(["head", f"{text}<br>second"], [[text, "1.0 [0.5, 1.5]"]], apart=0)
+    tags, shown = rendered(markdown(table))
+    assert tags <= {"table", "thead", "tbody", "tr", "th", "td", "code", "strong", "br"}
+    assert "1.0 [0.5, 1.5]" in shown
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_name_of_a_run_makes_anything_but_text_in_a_report(make, text, tmp_path):
+    def report(text):
+        name = text.replace("/", ":")
+        task = " ".join(name.split())
+        tasks = [*TASKS[:2], task]
+        run = make(
+            name=name, method=text, model={"name": text, "revision": text}, tasks=tasks, packages={text: text},
+            config={"epochs": text, "chat_template_args": {text: text}, "max_prompt_length": text, "test_rows": text},
+            task_versions=dict.fromkeys(tasks, text), metric={text: {"value": 0.5, "stderr": None}},
+            data={"path": text, "demo": False, "fingerprint": dict.fromkeys(tasks, text)},
+        )  # fmt: skip
+        for index, suite in ((0, "instruct_x"), (1, "instruct_x"), (1, f"instruct_{task}")):
+            write_jsonl(run.stages[0].samples_file(suite), [])
+            write_jsonl(run.stages[index].samples_file(suite), [])
+            numbers = {"n": 1, "unscored": 0, "answered": 1, "refused": 0, "rate": 0.0}
+            write_json(
+                judge_file(run.stages[index], suite),
+                {"settings": {"judge": text, "sampling": {text: text}, "prompts": text}, "direct": numbers, "cut": 1}
+                | {"samples": sample_fingerprints(run.stages[0], run.stages[index], suite), "limit": None, "failed": 0}
+                | {
+                    "requests": 1,
+                    "forced": 0,
+                    "unpaired": 0,
+                    "unclosed": 0,
+                    "prompt_tokens": 1,
+                    "completion_tokens": 1,
+                },
+            )
+        write_report(run)
+        together = compare([run, make(name="other")])
+        assert "\n\n\n" not in together.latex() and "\\input" not in together.latex()
+        return rendered(run.path.joinpath("report.md").read_text()), rendered(together.markdown())
+
+    plain, hostile = report("plain"), report(text)
+    for (tags, _), (ours, _) in zip(hostile, plain, strict=True):
+        assert tags <= ours | {"code", "strong"}, tags - ours
+    if text.isprintable() and not {"`", "*"} & set(text):
+        assert text in hostile[0][1] and text in hostile[1][1]
+
+
+def test_addresses_are_no_links():
+    assert markdown_text("see http://evil.example or www.evil.example") == (
+        "see http\\://evil.example or www\\.evil.example"
+    )
+    assert markdown_text("`http://a` OP_8, 1_trace_fomc [1.0, 2.0] **Bold**") == (
+        "`http://a` OP_8, 1_trace_fomc [1.0, 2.0] **Bold**"
+    ), "what is harmless stays readable"
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", " =1", "＝1", "\n=1"])
+def test_texts_in_tables_for_spread_sheets_are_no_formulas(make, text):
+    assert csv_cell(text) == f"'{text}" and csv_cell(f"a{text}") == f"a{text}"
+    assert csv_cell(-1.5) == -1.5 and csv_cell(None) is None
+    if not text.isprintable():
+        return  # no name of a task
+    run = make(tasks=[text], matrix=np.array([[0.5], [0.7]]), metric={text: {"value": -0.5, "stderr": None}})
+    write_report(run)
+    with (run.path / "scores.csv").open(newline="") as f:
+        rows = list(csv.reader(f))[1:]
+    assert {row[1] for row in rows} == {f"'{text}"} and f"'{text}" in {row[2] for row in rows}
+    assert "-0.5" in {row[3] for row in rows}, "numbers are numbers"
+
+
+def test_latex_text_is_text():
+    assert latex_text("\\ { } $ & # ^ _ ~ %") == (
+        r"\textbackslash{} \{ \} \$ \& \# \textasciicircum{} \_ \textasciitilde{} \%"
+    )
+    assert latex_text("\\input{/etc/passwd}\n\nx ^^5cinput \x1b") == (
+        r"\textbackslash{}input\{/etc/passwd\}  x \textasciicircum{}\textasciicircum{}5cinput \textbackslash{}x1b"
+    )
