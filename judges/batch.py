@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ MOST_BYTES = 150_000_000
 POLL_SECONDS = 30.0
 #: Pages of batches, the newest first, that are looked through for one of ours.
 MOST_PAGES = 100
+#: Lines of a batch that cannot be read and are shown; the others are counted.
+SHOWN = 10
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _STATES = ("validating", "in_progress", "finalizing", "cancelling", *_ENDED)
 
@@ -294,7 +296,7 @@ async def _take(
             most = min(MOST_FILE, MOST_REPLY * (len(entry["keys"]) + 1))
             async with client.connect(most) as api:
                 content = (await api.files.content(_name(batch, field))).content
-            _keep(client, entry["keys"], content, bodies, errors)
+            _keep(client, content, bodies, errors, entry["keys"])
     reasons = batch.get("errors")
     reasons = reasons.get("data") if isinstance(reasons, dict) else None
     reasons = [r.get("message") or r.get("code") for r in reasons if isinstance(r, dict)] if reasons else []
@@ -303,9 +305,15 @@ async def _take(
     return errors | dict.fromkeys(missing, client.masked(why))
 
 
-def _keep(client: Client, keys: list[str], content: bytes, bodies: dict[str, Request], errors: dict[str, str]) -> None:
-    """Puts the replies of an output file into the cache, and what went wrong into `errors`."""
-    asked, unreadable = set(keys), 0
+def _keep(
+    client: Client,
+    content: bytes,
+    bodies: dict[str, Request],
+    errors: dict[str, str],
+    keys: Iterable[str] | None = None,
+) -> None:
+    """Puts the replies of an output file into the cache, and what went wrong into `errors`; `keys` = of the batch."""
+    asked, unreadable = set(bodies if keys is None else keys), 0
     for line in io.BytesIO(content):
         if not line.strip():
             continue
@@ -323,11 +331,12 @@ def _keep(client: Client, keys: list[str], content: bytes, bodies: dict[str, Req
         except (ValueError, TypeError, RecursionError) as e:
             if key is None:  # whose reply it was shows as a request without one
                 unreadable += 1
-                log.warning("A line of the batch cannot be read: %s", client.masked(e)) if unreadable == 1 else None
+                if unreadable <= SHOWN:
+                    log.warning("A line of the batch cannot be read: %s", client.masked(e))
             else:
                 errors[key] = client.masked(e)
             continue
         if key not in client.cache:
             client.cache.put(key, bodies.get(key), reply)
-    if unreadable > 1:
-        log.warning("%d lines of the batch cannot be read.", unreadable)
+    if unreadable > SHOWN:
+        log.warning("In all %d lines of the batch cannot be read.", unreadable)

@@ -585,12 +585,12 @@ def test_texts_in_tables_for_spread_sheets_are_no_formulas(make, text):
     assert csv_cell(-1.5) == -1.5 and csv_cell(None) is None
     if not text.isprintable():
         return  # no name of a task
-    run = make(tasks=[text], matrix=np.array([[0.5], [0.7]]), metric={text: {"value": -0.5, "stderr": None}})
+    run = make(tasks=[text], matrix=np.array([[0.5], [0.7]]), metric={text: {"value": 0.25, "stderr": None}})
     write_report(run)
     with (run.path / "scores.csv").open(newline="") as f:
         rows = list(csv.reader(f))[1:]
     assert {row[1] for row in rows} == {f"'{text}"} and f"'{text}" in {row[2] for row in rows}
-    assert "-0.5" in {row[3] for row in rows}, "numbers are numbers"
+    assert "0.25" in {row[3] for row in rows}, "numbers are numbers"
 
 
 def test_latex_text_is_text():

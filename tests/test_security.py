@@ -34,7 +34,7 @@ from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate, external_run
 from trace_bench.keys import refuse_secrets
 from trace_bench.models import ModelError
-from trace_bench.run import RunError, cached_dir, fresh_dir, read_jsonl, write_json, write_jsonl, write_text
+from trace_bench.run import RunError, cached_dir, fresh_dir, read_json, read_jsonl, write_json, write_jsonl, write_text
 from trainers.base import ConfigError
 
 SECRETS = {
@@ -105,7 +105,8 @@ def test_keys_are_in_nothing_that_a_run_leaves_or_shows(secrets, options, tmp_pa
     with Server() as server:
         ask = ["judge", run.path, "--model", "m", "--base-url", server.url]
         samples = run.stages[1].samples_file("instruct_lima")
-        good = samples.read_bytes()
+        good, cell = samples.read_bytes(), run.stages[1].eval_file("instruct_lima")
+        write_json(cell, {**read_json(cell), "samples": None})  # as older programs: the answers are replaced below
         monkeypatch.setattr(Client, "__init__", _patient(Client.__init__))
         for fault in faults:
             write_jsonl(samples, [{**row, "response": f"{fault} FAULT:{fault}"} for row in read_jsonl(samples)])
@@ -856,7 +857,7 @@ def test_a_secret_is_no_name_of_a_judge(tmp_path, name):
         assert "judge's model" in line and name not in line
     study = tmp_path / "s.yaml"
     study.write_text(json.dumps({"config": "c.yaml", "runs": {"a": {"method": "sequential", "run_name": name}}}))
-    assert "runs.a.run_name" in failed(["study", study, "--dry-run"], [])
+    assert "runs a run_name" in failed(["study", study, "--dry-run"], [])
 
 
 # ------------------------------------------------------------------------------------------- text from elsewhere, shown

@@ -80,7 +80,7 @@ def refuse_secrets(settings: Any, what: str) -> None:
             continue
         elif secret or (isinstance(value, str) and (_VALUE.search(value) or any(text in value for text in known))):
             raise RunError(
-                f"{what} {'.'.join(path)}: this is a secret, or looks like one, and settings are on record for "
+                f"{what} {' '.join(path)}: this is a secret, or looks like one, and settings are on record for "
                 "everybody to read. Leave it out: the key of an endpoint belongs into OPENAI_API_KEY, that of the hub "
                 "into HF_TOKEN."
             )
