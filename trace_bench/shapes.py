@@ -276,7 +276,7 @@ class Verdict(TypedDict, total=False):
     combined: str
     disagree: bool
     identical: bool
-    verdicts: Annotated[list[Literal["A", "B", "C"] | None], Field(min_length=2, max_length=2)]
+    verdicts: Annotated[list[Literal["A", "B", "C"] | None], Field(max_length=2)]  # none of answers that are identical
 
 
 class PlantedKind(TypedDict, total=False):
