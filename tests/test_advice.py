@@ -132,7 +132,10 @@ def retrained(case):
 #: for, and then all of `again` work.
 DAMAGE = {
     "manifest cut": (lambda c: cut(c.run.path / "manifest.json"), ["evaluate", "train", "evaluate", "report"]),
-    "manifest of another format": (lambda c: (c.run.path / "manifest.json").write_text("[]"), ["train", "report"]),
+    "manifest of another kind": (
+        lambda c: (c.run.path / "manifest.json").write_text("[]"),
+        ["report", "train", "report"],
+    ),
     "record of the first stage cut": (lambda c: cut(c.stage(1).train_file), ["train", "evaluate", "judge", "report"]),
     "record of the last stage cut": (lambda c: cut(c.stage(2).train_file), ["train", "evaluate", "report"]),
     "record of another stage": (

@@ -245,7 +245,7 @@ def test_results_that_do_not_say_where_they_are_from_get_no_new_manifest(options
 def test_a_damaged_manifest_is_restored_as_its_message_says(options, run):
     before = (run.path / "manifest.json").read_text()
     (run.path / "manifest.json").write_text(before[:100])
-    with pytest.raises(RunError, match=r"manifest.json is damaged .*Delete it and run the same command again"):
+    with pytest.raises(RunError, match=r"manifest.json is damaged .*delete it: the command that began the run"):
         train(options)
     (run.path / "manifest.json").unlink()
     train(options)
@@ -340,16 +340,16 @@ def test_base_model_and_data_are_asked_of_training_and_evaluation_alike(options,
         ({"task": "trace_cstance"}, r"says {'task': 'trace_cstance'}"),
         ({"metrics": {"accuracy": {"value": 3.0, "stderr": None}}}, "accuracy is 3.0, no fraction of 1"),
         ({"metrics": {"accuracy": {"value": -0.5, "stderr": None}}}, "no fraction of 1"),
-        ({"metrics": {"accuracy": {"value": "0.5", "stderr": None}}}, "accuracy is '0.5'"),
-        ({"metrics": {"accuracy": {"value": True, "stderr": None}}}, "accuracy is True"),
+        ({"metrics": {"accuracy": {"value": "0.5", "stderr": None}}}, "'metrics.accuracy.value' is '0.5'"),
+        ({"metrics": {"accuracy": {"value": True, "stderr": None}}}, "'metrics.accuracy.value' is True"),
         ({"metrics": {"accuracy": {"value": 0.5, "stderr": -1}}}, "standard error of accuracy is -1"),
-        ({"metrics": {"accuracy": {"value": 0.5, "stderr": "x"}}}, "standard error of accuracy is 'x'"),
-        ({"metrics": {"accuracy": 0.5}}, "accuracy has no value"),
+        ({"metrics": {"accuracy": {"value": 0.5, "stderr": "x"}}}, "'metrics.accuracy.stderr' is 'x'"),
+        ({"metrics": {"accuracy": 0.5}}, "'metrics.accuracy' is 0.5"),
         ({"metrics": {}}, "lacks its headline"),
         ({"n": 0}, "n=0 is no number of rows"),
-        ({"n": 1.5}, "n=1.5"),
+        ({"n": 1.5}, "'n' is 1.5"),
         ({"n_cut": 101}, "n_cut=101 of 100 rows"),
-        ({"seconds": -1}, "seconds=-1"),
+        ({"seconds": -1}, "'seconds' is -1"),
     ],
 )
 def test_a_cell_that_cannot_be_is_an_error(make, changes, message):

@@ -87,6 +87,11 @@ def run(done, tmp_path, demo_data) -> Run:
     return Run.open(shutil.copytree(done, tmp_path / "runs" / "run"))
 
 
+def endpoint(run: Run) -> str:
+    """Where the run was judged; nobody listens there any more."""
+    return read_json(run.stages[0].path / "judge/instruct_lima.json")["endpoint"]
+
+
 def error(*argv: object) -> str:
     """The one line with which a command ends."""
     with pytest.raises(SystemExit) as e:
@@ -146,7 +151,7 @@ def test_stages_are_evaluated_at_once_but_none_twice_and_readers_never_wait(run,
         cli.main(["status", str(run.path)])
         run.stages[1].path.joinpath("judge/instruct_lima.json").unlink(missing_ok=True)
         run.stages[2].path.joinpath("judge/instruct_lima.json").unlink()
-        assert "in use" in error("judge", run.path, "--model", "fake", "--base-url", "http://127.0.0.1:1/v1")
+        assert "in use" in error("judge", run.path, "--model", "fake", "--base-url", endpoint(run))
 
 
 # ------------------------------------------------------------------------------------------ damaged and other files
@@ -199,7 +204,7 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
 def test_json_that_is_cut_is_named_with_what_to_do(run, file, commands):
     truncate(run.path / file)
     for command in commands:
-        asked = ["--model", "fake", "--base-url", "http://127.0.0.1:1/v1"] if command == "judge" else []
+        asked = ["--model", "fake", "--base-url", endpoint(run)] if command == "judge" else []
         assert file in (line := error(command, run.path, *asked)) and re.search("[Dd]elete|damaged", line), line
 
 
@@ -208,13 +213,14 @@ def test_samples_that_lost_whole_lines_are_not_judged(run):
     file = stage.samples_file("instruct_lima")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     (stage.path / "judge" / "instruct_lima.json").unlink()
-    line = error("judge", run.path, "--model", "fake", "--base-url", "http://127.0.0.1:1/v1")
+    line = error("judge", run.path, "--model", "fake", "--base-url", endpoint(run))
     assert "holds 2 rows" in line and "Delete both" in line
 
 
 def test_a_cut_cache_of_replies_costs_the_cut_line_alone(run, monkeypatch, tmp_path):
     cache = judging.cache_file(run.path.parent)
-    shutil.rmtree(run.stages[2].path / "judge")
+    for stage in run.stages:
+        shutil.rmtree(stage.path / "judge", ignore_errors=True)
     with with_key(monkeypatch, tmp_path), Server() as server:
         command = ["judge", str(run.path), "--model", "fake", "--base-url", server.url]
         cli.main(command)

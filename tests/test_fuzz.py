@@ -189,7 +189,7 @@ def test_json_of_another_shape_is_named(tmp_path, content, words):
 
 def test_a_file_that_cannot_be_opened_is_an_error_that_names_it(tmp_path):
     (tmp_path / "test.json").mkdir()
-    with pytest.raises(DataError, match=r"test\.json cannot be read"):
+    with pytest.raises(DataError, match=r"test\.json is no file but a folder"):
         data.read_rows(tmp_path / "test.json")
 
 

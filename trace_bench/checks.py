@@ -12,12 +12,10 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import platform
 from collections.abc import Iterable, Sequence
 from functools import cache
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -331,9 +329,6 @@ def read_cell(stage: Stage, name: str) -> dict[str, Any]:
     """
     file = stage.eval_file(name)
     cell = read_json(file)
-    lacking = [k for k in ("checkpoint", "metrics", "headline", "n") if not isinstance(cell, dict) or k not in cell]
-    if lacking:
-        raise RunError(f"{file} is damaged: it lacks {', '.join(lacking)}. {_REDO}")
     here = {"stage": stage.name, "task": name}
     if wrong := {key: cell[key] for key in here if cell.get(key, here[key]) != here[key]}:
         raise RunError(
@@ -350,37 +345,26 @@ _REDO = "Delete it and evaluate again."
 
 
 def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
-    """What cannot be in a cell; None if all of it can."""
-    metrics, scale = cell["metrics"], cell.get("scale", {})
-    if not isinstance(metrics, dict) or cell["headline"] not in metrics:
+    """What cannot be in a cell, whose types were checked when it was read; None if all of it can."""
+    metrics, scale, n = cell["metrics"], cell.get("scale", {}), cell["n"]
+    if cell["headline"] not in metrics:
         return "it lacks its headline"
-    if not all(isinstance(cell.get(key, {}), dict) for key in ("scale", "higher_is_better", "settings", "made_with")):
-        return "its units or settings are unreadable"
-    n = cell["n"]
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if n < 1:
         return f"n={n!r} is no number of rows"
     for key in ("n_cut", "n_unfinished"):
-        if not (_is_number(cell.get(key, 0)) and 0 <= cell.get(key, 0) <= n):
+        if cell.get(key, 0) > n:
             return f"{key}={cell[key]!r} of {n} rows"
     parts = cell.get("subtasks", {})
     if parts and sum(part.get("n", 0) for part in parts.values()) != n:
         return f"its {len(parts)} subtasks do not have the {n} rows together"
-    if not (_is_number(cell.get("seconds", 0)) and cell.get("seconds", 0) >= 0):
-        return f"seconds={cell['seconds']!r}"
     for name, score in metrics.items():
-        if not isinstance(score, dict) or "value" not in score:
-            return f"{name} has no value"
         value, stderr = score["value"], score.get("stderr")
         fraction = scale.get(name, None if judged else 1) == 1  # older cells of tasks do not say it
-        if value is not None and not (_is_number(value) and (not fraction or -1e-6 <= value <= 1 + 1e-6)):
-            return f"{name} is {value!r}" + (", no fraction of 1" if fraction else ", no finite number")
-        if stderr is not None and not (_is_number(stderr) and stderr >= 0):
+        if value is not None and fraction and not -1e-6 <= value <= 1 + 1e-6:
+            return f"{name} is {value!r}, no fraction of 1"
+        if stderr is not None and stderr < 0:
             return f"the standard error of {name} is {stderr!r}"
     return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_samples(stage: Stage, name: str, ids: Sequence[Any]) -> None:

@@ -302,9 +302,11 @@ class JsonObject(dict[str, Any]):
 def _remedy(path: Path) -> str:
     """What to do about a damaged file of a run."""
     if path.name == "manifest.json":
-        return "Restore it, or begin a new run."
+        return "Restore it, or delete it: the command that began the run writes it again."
     if path.parent.name == "samples":
         return "Delete it and its score, and evaluate again."
+    if path.parent.name in ("eval", "judge"):
+        return f"Delete it and {path.parent.name.replace('eval', 'evaluate')} again."
     return "Delete it and run the same command again to redo it."
 
 
@@ -326,9 +328,7 @@ def read_jsonl(path: Path) -> list[Any]:
                 if shape is not None:
                     shapes.check(shape, rows[-1])
         except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
-            raise RunError(
-                f"{path}, line {number} is damaged ({e}). Delete it and its score, and evaluate again."
-            ) from e
+            raise RunError(f"{path}, line {number} is damaged ({e}). {_remedy(path)}") from e
     return rows
 
 
