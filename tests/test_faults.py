@@ -95,6 +95,12 @@ def error(*argv: object) -> str:
     return e.value.code
 
 
+def asking(run: Run) -> list[str]:
+    """The options of the judge of `done`, which answers no more."""
+    judged = read_json(run.stages[0].path / "judge" / "instruct_lima.json")
+    return ["--model", "fake", "--base-url", judged["endpoint"]]
+
+
 # ------------------------------------------------------------------------------------------------ a second process
 
 
@@ -146,7 +152,7 @@ def test_stages_are_evaluated_at_once_but_none_twice_and_readers_never_wait(run,
         cli.main(["status", str(run.path)])
         run.stages[1].path.joinpath("judge/instruct_lima.json").unlink(missing_ok=True)
         run.stages[2].path.joinpath("judge/instruct_lima.json").unlink()
-        assert "in use" in error("judge", run.path, "--model", "fake", "--base-url", "http://127.0.0.1:1/v1")
+        assert "in use" in error("judge", run.path, *asking(run))
 
 
 # ------------------------------------------------------------------------------------------ damaged and other files
@@ -197,9 +203,10 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
     ],
 )
 def test_json_that_is_cut_is_named_with_what_to_do(run, file, commands):
+    judge_of_run = asking(run)
     truncate(run.path / file)
     for command in commands:
-        asked = ["--model", "fake", "--base-url", "http://127.0.0.1:1/v1"] if command == "judge" else []
+        asked = judge_of_run if command == "judge" else []
         assert file in (line := error(command, run.path, *asked)) and re.search("[Dd]elete|damaged", line), line
 
 
@@ -208,7 +215,7 @@ def test_samples_that_lost_whole_lines_are_not_judged(run):
     file = stage.samples_file("instruct_lima")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     (stage.path / "judge" / "instruct_lima.json").unlink()
-    line = error("judge", run.path, "--model", "fake", "--base-url", "http://127.0.0.1:1/v1")
+    line = error("judge", run.path, *asking(run))
     assert "holds 2 rows" in line and "Delete both" in line
 
 
