@@ -409,7 +409,7 @@ def test_a_killed_program_goes_on_to_the_same_files_and_pays_nothing_twice(serve
     with Server(teacher) as other:
         teacher.server = other
         monkeypatch.setattr(Cache, "put", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match="130"):
             command(other, tmp_path / "killed", *argv)
         assert files(tmp_path / "killed") == {}, "nothing is written before all is asked"
         monkeypatch.setattr(Cache, "put", put)

@@ -87,17 +87,18 @@ def run(done, tmp_path, demo_data) -> Run:
     return Run.open(shutil.copytree(done, tmp_path / "runs" / "run"))
 
 
-def endpoint(run: Run) -> str:
-    """Where the run was judged; nobody listens there any more."""
-    return read_json(run.stages[0].path / "judge/instruct_lima.json")["endpoint"]
-
-
 def error(*argv: object) -> str:
     """The one line with which a command ends."""
     with pytest.raises(SystemExit) as e:
         cli.main([str(a) for a in argv])
     assert isinstance(e.value.code, str) and e.value.code.startswith("error: "), e.value.code
     return e.value.code
+
+
+def asking(run: Run) -> list[str]:
+    """The options of the judge of `done`, which answers no more."""
+    judged = read_json(run.stages[0].path / "judge" / "instruct_lima.json")
+    return ["--model", "fake", "--base-url", judged["endpoint"]]
 
 
 # ------------------------------------------------------------------------------------------------ a second process
@@ -151,7 +152,7 @@ def test_stages_are_evaluated_at_once_but_none_twice_and_readers_never_wait(run,
         cli.main(["status", str(run.path)])
         run.stages[1].path.joinpath("judge/instruct_lima.json").unlink(missing_ok=True)
         run.stages[2].path.joinpath("judge/instruct_lima.json").unlink()
-        assert "in use" in error("judge", run.path, "--model", "fake", "--base-url", endpoint(run))
+        assert "in use" in error("judge", run.path, *asking(run))
 
 
 # ------------------------------------------------------------------------------------------ damaged and other files
@@ -202,9 +203,10 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
     ],
 )
 def test_json_that_is_cut_is_named_with_what_to_do(run, file, commands):
+    judge_of_run = asking(run)
     truncate(run.path / file)
     for command in commands:
-        asked = ["--model", "fake", "--base-url", endpoint(run)] if command == "judge" else []
+        asked = judge_of_run if command == "judge" else []
         assert file in (line := error(command, run.path, *asked)) and re.search("[Dd]elete|damaged", line), line
 
 
@@ -213,7 +215,7 @@ def test_samples_that_lost_whole_lines_are_not_judged(run):
     file = stage.samples_file("instruct_lima")
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     (stage.path / "judge" / "instruct_lima.json").unlink()
-    line = error("judge", run.path, "--model", "fake", "--base-url", endpoint(run))
+    line = error("judge", run.path, *asking(run))
     assert "holds 2 rows" in line and "Delete both" in line
 
 
@@ -548,9 +550,9 @@ def test_two_fresh_processes_give_the_same_bytes(options, tmp_path):
 # ---------------------------------------------------------------------------------------------------- the harness
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_killed_commands_end_in_the_same_files_some_kills(tmp_path, record_property):
-    record_property("counts", kill_harness(tmp_path, kills=5, signals=4, seconds=250))
+    record_property("counts", kill_harness(tmp_path, kills=5, signals=4, seconds=500))
 
 
 @pytest.mark.slow
@@ -804,9 +806,12 @@ def signals(commands: "Commands", names: list[str], seconds: dict[str, float], r
     temporary = commands.folder / "temporary"
     temporary.mkdir(parents=True)
     for name in commands.words:
+        if name not in names:
+            how, text, _ = in_child(commands.all[name], commands.folder)
+            assert how == "done", text
+            continue
         command = shlex.join([sys.executable, "-m", *commands.words[name]])
-        numbers = [rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL])] if name in names else []
-        for number in [*numbers, None]:
+        for number in (rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]), None):
             before, delay = commands.finished(), rng.uniform(0, seconds[name]) if number else 300
             code, text = interrupted_process(command, commands.environment(name), number or 0, delay)
             where = f"{name}, {number!r} after {delay:.2f} s: {code}\n{text}"
