@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.common import ROOT, WORK, save
 from bench.evaluation import ANSWER, CONTEXT, PROMPT, headline, trained
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 
 ROWS = 3
 STAGES = (5, 8)
@@ -75,11 +75,13 @@ def main() -> None:
     head = ["switched", "from", "bf16: differ", "mean score", "float32: differ", "mean score"]
     print(
         markdown(
-            head,
-            [
-                [way, w["changes"] or "", *(v for d in ("bfloat16", "float32") for v in w[d].values())]
-                for way, w in result["ways"].items()
-            ],
+            Table(
+                head,
+                [
+                    [way, w["changes"] or "", *(v for d in ("bfloat16", "float32") for v in w[d].values())]
+                    for way, w in result["ways"].items()
+                ],
+            )
         )
     )
 

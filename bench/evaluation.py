@@ -25,7 +25,7 @@ from typing import Any
 
 from bench.common import ROOT, WORK, command, save
 from trace_bench.run import read_jsonl
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 
 ROWS = 4
 BATCH = 4
@@ -142,11 +142,19 @@ def main() -> None:
     print(result["ours"])
     print(
         markdown(
-            ["9 stages, 44 cells", "seconds", "ours is faster by", "mean score", f"answers that differ (of {total})"],
-            [
-                [name, c["seconds"], f"{c['ratio']}x", c["mean_of_the_cells"], c["rows_that_differ_from_ours"]]
-                for name, c in result["contenders"].items()
-            ],
+            Table(
+                [
+                    "9 stages, 44 cells",
+                    "seconds",
+                    "ours is faster by",
+                    "mean score",
+                    f"answers that differ (of {total})",
+                ],
+                [
+                    [name, c["seconds"], f"{c['ratio']}x", c["mean_of_the_cells"], c["rows_that_differ_from_ours"]]
+                    for name, c in result["contenders"].items()
+                ],
+            )
         )
     )
 

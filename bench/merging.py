@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.common import WORK, save
 from bench.evaluation import trained
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 
 TASK = "trace_py150"
 ROWS, PROMPT, ANSWER = 12, 256, 128
@@ -56,7 +56,7 @@ def main() -> None:
         }
     save("merging", result)
     head = ["size of the update", "gain, nats a token", "left: nearest", "left: without a bias"]
-    print(markdown(head, [[size, *list(found.values())[:3]] for size, found in result["sizes"].items()]))
+    print(markdown(Table(head, [[size, *list(found.values())[:3]] for size, found in result["sizes"].items()])))
 
 
 def likelihood(model: Any, examples: list[dict[str, list[int]]]) -> float:

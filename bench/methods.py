@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.common import WORK, command, save
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 
 ROUNDS = 3
 TASKS = ("trace_fomc", "trace_scienceqa")
@@ -58,7 +58,7 @@ def main() -> None:
     save("methods", {"tasks": TASKS, "rows": ROWS, "epochs": EPOCHS, "methods": result})
     columns = ["steps_over_sequential", "over_sequential", "tokens_over_sequential", "kept_mib", "peak_memory_gib"]
     titles = ["steps over sequential", "stage over sequential", "tokens over sequential", "kept, MiB", "peak, GiB"]
-    print(markdown(["method", *titles], [[m, *(r[c] for c in columns)] for m, r in result.items()]))
+    print(markdown(Table(["method", *titles], [[m, *(r[c] for c in columns)] for m, r in result.items()])))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from bench.common import save
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 
 ROWS = 5000
 
@@ -42,7 +42,7 @@ def main() -> None:
     seconds["intervals"] = _time(lambda: metrics.bootstrap_interval(groups, metrics.average_accuracy))
     seconds = {name: round(value, 2) for name, value in seconds.items()}
     save("scale", {"rows": ROWS, "demo": data.is_demo(data.find_data()), "seconds": seconds})
-    print(markdown([f"scale ({ROWS} rows)", "seconds"], [[name, value] for name, value in seconds.items()]))
+    print(markdown(Table([f"scale ({ROWS} rows)", "seconds"], [[name, value] for name, value in seconds.items()])))
 
 
 def _time(what) -> float:

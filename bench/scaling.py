@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 
 CONFIGS = Path(__file__).parents[1] / "trainers" / "configs"
 
@@ -289,9 +289,9 @@ def cache(plan: Plan, parameters: int) -> tuple[float, float, int]:
 def tables(plan: Plan) -> str:
     """All tables of a plan, as they stand in SCALING.md."""
     parts, counts = memory(plan)
-    lines = [f"### {plan.title}", "", markdown(["count", ""], [[k, f"{v:,}"] for k, v in counts.items()]), ""]
+    lines = [f"### {plan.title}", "", markdown(Table(["count", ""], [[k, f"{v:,}"] for k, v in counts.items()])), ""]
     rows = [[name, f"{size / 1e9:.2f}"] for name, size in [*parts.items(), ("**sum**", sum(parts.values()))]]
-    lines += [markdown(["on each GPU", "GB"], rows), ""]
+    lines += [markdown(Table(["on each GPU", "GB"], rows)), ""]
     cost = times(plan, counts)
     rows = [
         [name.removeprefix("trace_"), f"{tokens / 1e6:.1f}", f"{flops / 1e15:.0f}", f"{busy:.0f}", f"{sending:.0f}"]
@@ -299,7 +299,7 @@ def tables(plan: Plan) -> str:
     ]
     sums = [sum(row[i] for row in cost) for i in range(1, 5)]
     rows.append(["**all**", f"{sums[0] / 1e6:.1f}", f"{sums[1] / 1e15:.0f}", f"{sums[2]:.0f}", f"{sums[3]:.0f}"])
-    lines += [markdown(["task", "tokens, millions", "PFLOP", "computing, s", "sending, s"], rows), ""]
+    lines += [markdown(Table(["task", "tokens, millions", "PFLOP", "computing, s", "sending, s"], rows)), ""]
     lines += [f"Computing and sending overlap, so a task takes the longer of both: {_minutes(cost)} min for all tasks."]
     if counts["GPUs"] > counts["GPUs sharing a copy of the weights"]:
         spread = _minutes(times(plan, counts, shards=counts["GPUs"]))

@@ -12,7 +12,7 @@ import sys
 from statistics import median
 
 from bench.common import ROOT, WORK, command, save
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 
 ROUNDS = 5
 
@@ -35,8 +35,10 @@ def main() -> None:
     save("startup", result)
     print(
         markdown(
-            ["command", "seconds", "imports torch"],
-            [[n, r["seconds"], "yes" if r["imports_torch"] else "no"] for n, r in result.items()],
+            Table(
+                ["command", "seconds", "imports torch"],
+                [[n, r["seconds"], "yes" if r["imports_torch"] else "no"] for n, r in result.items()],
+            )
         )
     )
 

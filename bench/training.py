@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from bench.common import WORK, command, save
-from trace_bench.tables import markdown
+from trace_bench.tables import Table, markdown
 from trace_tasks.tokens import example_ids
 
 ROUNDS = 3
@@ -62,18 +62,20 @@ def main() -> None:
     save("training", {"rows": found["ours"][0]["rows"], "tokens": found["ours"][0]["tokens"], "contenders": result})
     print(
         markdown(
-            ["training", "tokens/s", "ours is faster by", "loss", "bf16 share", "GiB"],
-            [
+            Table(
+                ["training", "tokens/s", "ours is faster by", "loss", "bf16 share", "GiB"],
                 [
-                    name,
-                    r["tokens_per_second"],
-                    f"{r['ours_is_faster_by']}x",
-                    f"{r['loss_before']} -> {r['loss_after']}",
-                    f"{100 * r['bf16_share']:.0f} %",
-                    r["peak_memory_gib"],
-                ]
-                for name, r in result.items()
-            ],
+                    [
+                        name,
+                        r["tokens_per_second"],
+                        f"{r['ours_is_faster_by']}x",
+                        f"{r['loss_before']} -> {r['loss_after']}",
+                        f"{100 * r['bf16_share']:.0f} %",
+                        r["peak_memory_gib"],
+                    ]
+                    for name, r in result.items()
+                ],
+            )
         )
     )
 

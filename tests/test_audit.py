@@ -450,7 +450,7 @@ def audited(rows, write, tmp_path):
         for stage in run.stages:
             if stage.index:
                 training = {"rows": 1, "steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
-                training |= {"peak_memory_bytes": 1, "memory_of": "process", "checkpoint": None}
+                training |= {"peak_memory_bytes": 1, "memory_of": "process", "checkpoint": "w"}
                 write_json(stage.train_file, training)
             for task in tasks:
                 good = right[min(stage.index, 1)]
@@ -463,7 +463,7 @@ def audited(rows, write, tmp_path):
                         "n": 12,
                         "headline": "accuracy",
                         "metrics": {"accuracy": score},
-                        "checkpoint": None,
+                        "checkpoint": "w" if stage.index else None,
                         "settings": {"backend": "hf"},
                         "seconds": 1.0,
                     },

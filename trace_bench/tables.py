@@ -203,7 +203,7 @@ def without_empty_columns(table: Table) -> Table:
 
 def markdown(table: Table) -> str:
     """A table in Markdown; rows for orientation in italics."""
-    texts = replace(table, rows=[[markdown_text(cell, in_table=True) for cell in row] for row in table.rows])
+    texts = replace(table, rows=[[markdown_text(str(cell), in_table=True) for cell in row] for row in table.rows])
     head = ["<br>".join(markdown_text(line, in_table=True) for line in text.split("<br>")) for text in table.header]
     lines = [head, ["---"] * len(head), *texts.set_apart("*{}*".format)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
