@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,6 +67,8 @@ _NUMBERS: dict[str, Callable[[float], str]] = {
     "trained tokens": count,
     "judge tokens": count,
 }
+#: Those that are no scores.
+_COSTS = [name for name in _NUMBERS if name not in (*SCORES, "base")]
 _TEXTS = ("method", "trains", "tasks", "train rows")
 
 
@@ -92,6 +96,18 @@ class Entry:
     def unit(self, name: str) -> Unit:
         """The unit of one of `SCORES`; of a mean over tasks without a common unit, which is NaN, percent."""
         return (self.results.unit or PERCENT) if name in _OF_TASKS else PERCENT
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but the seed, two or more."""
+
+    name: str
+    entries: list[Entry]
+
+    def by_seed(self, number: Callable[[Entry], float]) -> dict[Any, float]:
+        """Seed -> a number of its run."""
+        return {e.run.manifest.get("seed"): number(e) for e in self.entries}
 
 
 @dataclass(frozen=True)
@@ -170,7 +186,10 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         for n, r, u in zip(names, runs, units, strict=True)
     ]
     against = entries[paths.index(baseline.path.resolve()) if baseline is not None else 0]
-    groups = _seed_groups(entries)
+    groups = _named(_seed_groups(entries), names)
+    reference_group = next((g for g in groups if against in g.entries), groups[0] if groups else None)
+    seeds = [SeedDifferences(g, reference_group) for g in groups if reference_group and g is not reference_group]
+    marks = _marks(seeds)
     columns = list(dict.fromkeys(task for e in entries for task in e.finals))
     versus = {e.name: Versus(e, against) for e in entries if e is not against}
     reference = paper.table(name for e in entries if (name := paper.name_of(e.run)))
@@ -179,19 +198,24 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
     tables = [
         without_empty_columns(_runs_table(entries, groups, references)),
         without_empty_columns(_versus_table(versus, against)),
-        _finals_table(entries, groups, columns, versus, against),
+        without_empty_columns(_seeds_table(seeds, marks)),
+        without_empty_columns(_others_table(seeds)),
+        _finals_table(entries, groups, columns, marks, seeds),
+        without_empty_columns(_spread_table(groups, columns)),
     ]
     lines = [_line(e, versus.get(e.name)) for e in entries]
     for group in groups:
-        lines += _seed_lines(group, columns)
+        lines += _seed_lines(group, columns, len(groups) > 1)
+    for difference in (*seeds, *_between_others(seeds)):
+        lines += _seed_difference_lines(difference, columns)
     return Comparison(
         entries,
         against,
         versus,
         references,
         [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
-        list(map(one_line, _comparability(entries))),
-        list(map(one_line, [*_definitions(entries, groups), *_set_ups(references)])),
+        list(map(one_line, [*_comparability(entries), *_budgets(entries, groups)])),
+        list(map(one_line, [*_definitions(entries, groups, seeds), *_set_ups(references)])),
         [*lines, *map(_reference_line, references)],
     )
 
@@ -347,15 +371,8 @@ class Versus:
     def __init__(self, entry: Entry, against: Entry) -> None:
         self.mine, self.theirs = entry.results, against.results
         self.shared = same_conditions(self.mine.run, self.theirs.run)
-        values = {name: entry.scores[name].value - against.scores[name].value for name in SCORES}
-        values["OP"] *= entry.unit("OP").sign
-        of_one_unit = shared_unit([entry.unit("OP"), against.unit("OP")]) is not None
-        if entry.finals.keys() != against.finals.keys() or not of_one_unit:  # a mean over others is another number
-            values |= dict.fromkeys(_OF_TASKS, math.nan)
-        settings = _conditions_besides(against)
-        for name, mine in _conditions_besides(entry).items():
-            if mine != settings[name]:
-                values[name] = math.nan
+        values = dict.fromkeys(SCORES, math.nan)
+        values |= {name: _gain(entry, name) - _gain(against, name) for name in _defined(entry, against)}
         tasks = self.mine.run.tasks
         finals = [self._of_task(task, _final_rows) for task in tasks]
         self.finals = {_plain(task, self.mine.run): e for task, e in zip(tasks, finals, strict=True)}
@@ -423,6 +440,25 @@ class Versus:
         return _mean(np.array([one[row] - two[row] for row in one], dtype=float))
 
 
+def _gain(entry: Entry, name: str) -> float:
+    """A number of a run, so that a difference of two is a gain."""
+    return entry.scores[name].value * (entry.unit("OP").sign if name == "OP" else 1)
+
+
+def _final_gain(entry: Entry, task: str) -> float:
+    """A final score as it is shown, so that a difference of two is a gain."""
+    return entry.units[task].sign * entry.finals[task]
+
+
+def _defined(entry: Entry, against: Entry) -> set[str]:
+    """Those of `SCORES` of which two runs have a difference: means over the same, measured under the same settings."""
+    names = set(SCORES)
+    if entry.finals.keys() != against.finals.keys() or shared_unit([entry.unit("OP"), against.unit("OP")]) is None:
+        names -= set(_OF_TASKS)  # a mean over others is another number
+    settings = _conditions_besides(against)
+    return names - {name for name, mine in _conditions_besides(entry).items() if mine != settings[name]}
+
+
 def _final_rows(results: Results, task: str) -> Matrix:
     """The final scores of a task's rows, so that their difference is a gain."""
     return results.units[task].sign * results.final_rows(task)
@@ -433,10 +469,178 @@ def _mean(differences: Matrix, fractions: bool = True) -> Estimate:
     return Estimate(float(differences.mean()), float(low[0]), float(high[0]))
 
 
+# --------------------------------------------------------------------------------------------- methods over their seeds
+
+
+class SeedDifferences:
+    """The differences of the seed means of two groups, as gains; of Forgetting, how much more was forgotten.
+
+    Attributes:
+        estimates: Those of `SCORES` and the names of tasks -> the difference of the means with its interval
+            (`metrics.seed_difference`); tasks as they are shown, most of them in percent.
+        p: The same -> the p-value; only of what may be marked.
+    """
+
+    def __init__(self, group: Group, reference: Group) -> None:
+        self.group, self.reference = group, reference
+        one, two = group.entries[0], reference.entries[0]
+        self.estimates: dict[str, Estimate] = {}
+        self.p: dict[str, float] = {}
+        for name in [name for name in SCORES if name in _defined(one, two)]:
+            self._add(name, partial(_gain, name=name))
+        for task, unit in one.units.items():
+            if task in two.units and shared_unit([unit, two.units[task]]) is not None:
+                self._add(task, partial(_final_gain, task=task))
+        comparable = same_conditions(one.run, two.run)
+        self.p = {n: p for n, p in self.p.items() if n != "Forgetting" and (comparable or n in DELTAS)}
+
+    def _add(self, name: str, number: Callable[[Entry], float]) -> None:
+        found = metrics.seed_difference(self.group.by_seed(number), self.reference.by_seed(number))
+        self.estimates[name], self.p[name] = found
+
+    @property
+    def paired(self) -> bool:
+        """Whether both have the same seeds."""
+        seeds = [{e.run.manifest.get("seed") for e in group.entries} for group in (self.group, self.reference)]
+        return seeds[0] == seeds[1]
+
+    def texts(self, marks: dict[tuple[str, str], int]) -> list[str]:
+        """Those of `SCORES` with their intervals and arrows."""
+        unit = self.group.entries[0].unit
+        return [
+            unit(k).with_interval(self.estimates.get(k, _UNKNOWN), sign=True)
+            + arrow(marks.get((self.group.name, k), 0))
+            for k in SCORES
+        ]
+
+
+def _marks(seeds: Sequence[SeedDifferences]) -> dict[tuple[str, str], int]:
+    """(group, one of `SCORES` or a task) -> 1 or -1, where the group is better or worse than the one of the baseline.
+
+    All of a comparison are certain together. OP, which methods are compared by, has one half of the level, all else the
+    other: few seeds have few degrees of freedom, and would show nothing if each of many tasks counted as much as OP.
+    """
+    p = {(d.group.name, name): value for d in seeds for name, value in d.p.items() if not math.isnan(value)}
+    means = sum(name == "OP" for _, name in p)
+    weights = [1 / means if name == "OP" else 1 / (len(p) - means) for _, name in p]
+    certain = metrics.holm(list(p.values()), weights)
+    signs = {(d.group.name, name): e.sign for d in seeds for name, e in d.estimates.items()}
+    return {key: signs[key] for key, sure in zip(p, certain, strict=True) if sure}
+
+
+def _between_others(seeds: Sequence[SeedDifferences]) -> list[SeedDifferences]:
+    """The differences of all pairs of groups that the baseline is in none of."""
+    return [SeedDifferences(one.group, two.group) for one, two in itertools.combinations(seeds, 2)]
+
+
+def _seeds_table(seeds: Sequence[SeedDifferences], marks: dict[tuple[str, str], int]) -> Table:
+    rows = [[d.group.name, *d.texts(marks)] for d in seeds]
+    title = f"Difference of seed means to `{seeds[0].reference.name}`" if seeds else ""
+    return Table(["run", *SCORES], rows, title, _about_seeds(seeds))
+
+
+def _others_table(seeds: Sequence[SeedDifferences]) -> Table:
+    others = _between_others(seeds)
+    rows = [[f"{d.group.name} against {d.reference.name}", *d.texts({})] for d in others]
+    return Table(
+        ["run", *SCORES], rows, "Differences of seed means between the others", _about_seeds(others) + "; no arrows"
+    )
+
+
+def _about_seeds(seeds: Sequence[SeedDifferences]) -> str:
+    in_percent = _all_percent(e for d in seeds for e in (*d.group.entries, *d.reference.entries))
+    return "in points" if in_percent else "gains, in points or the unit of the tasks"
+
+
+def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
+    """The components of the variance of a run's score."""
+    names = ["OP", "BWT", *columns]
+    rows = []
+    for group in groups:
+        first = group.entries[0]
+
+        def written(deviations: dict[str, float], first: Entry = first) -> list[str]:
+            units = {name: first.unit(name) for name in ("OP", "BWT")} | first.units
+            return [units[n].shown(v) if (v := deviations.get(n, 0.0)) > 0 else DASH for n in names]
+
+        rows.append([f"{group.name}: between seeds", *written(_deviation_between_seeds(group, columns))])
+        rows.append([f"{group.name}: test rows", *written(_deviation_of_test_rows(group, columns))])
+    about = (
+        "standard deviations of a run's score: between seeds (what another training changes, on the same test rows) "
+        "and of test rows (what other test rows change, for the same training)"
+    )
+    return Table(["run", *names], rows, "Spread", about)
+
+
+def _deviation_between_seeds(group: Group, columns: list[str]) -> dict[str, float]:
+    """Of each number; 0 where all seeds have the same."""
+    values = {name: [e.numbers[name] for e in group.entries] for name in ("OP", "BWT")}
+    values |= {task: [e.finals.get(task, math.nan) for e in group.entries] for task in columns}
+    return {name: float(np.std(v, ddof=1)) if _varies(v) else 0.0 for name, v in values.items()}
+
+
+def _varies(values: list[float]) -> bool:
+    """Whether the numbers of seeds say anything about a variance."""
+    return not math.isnan(metrics.seed_interval(values)[0])
+
+
+def _deviation_of_test_rows(group: Group, columns: list[str]) -> dict[str, float]:
+    """The standard error of each number over test rows, as one run of the group has it on average."""
+    found = []
+    for e in group.entries:
+        results, tasks = e.results, e.run.tasks
+        squares = {
+            _plain(task, e.run): _square(results.final_rows(task), e.units[_plain(task, e.run)]) for task in tasks
+        }
+        of_runs = {"OP": sum(squares.values()) / len(tasks) ** 2}
+        if results.is_sequential and len(tasks) > 1:
+            gained = [_square(results.rows_since_own(task), e.unit("BWT")) for task in tasks[:-1]]
+            of_runs["BWT"] = sum(gained) / len(gained) ** 2
+        known = dict.fromkeys(_OF_TASKS, math.nan) if results.unit is None else of_runs
+        found.append(squares | known)
+    return {name: float(np.mean([f.get(name, math.nan) for f in found])) ** 0.5 for name in ("OP", "BWT", *columns)}
+
+
+def _square(rows: Matrix, unit: Unit) -> float:
+    """The squared standard error of a mean of rows, as it is shown."""
+    return unit.factor**2 * float(np.var(rows, ddof=1)) / len(rows) if len(rows) > 1 else math.nan
+
+
+#: A difference that is worth seeing, in points.
+_WORTH = 2.0
+
+
+def _seeds_needed(groups: Sequence[Group]) -> list[str]:
+    """How many seeds would show a difference in OP, from the spread of those that are there."""
+    unit = shared_unit(e.unit("OP") for group in groups for e in group.entries)
+    values = {group.name: [e.numbers["OP"] for e in group.entries] for group in groups}
+    values = {name: v for name, v in values.items() if not np.isnan(v).any()}
+    spread = [v for v in values.values() if _varies(v)]
+    if unit is None or not spread:
+        return []
+    freedom = sum(len(v) - 1 for v in spread)
+    deviation = math.sqrt(sum((len(v) - 1) * np.var(v, ddof=1) for v in spread) / freedom)
+    wanted = [(_WORTH, f"{unit.shown(_WORTH)} {unit.of_changes}")] if unit.is_percent else []
+    if len(values) > 1:
+        means = {name: float(np.mean(v)) for name, v in values.items()}
+        one, two = sorted(means, key=lambda name: -unit.sign * means[name])[:2]
+        gap = abs(means[one] - means[two])
+        if gap > 1e-9:
+            wanted.append((gap, f"the {unit.shown(gap)} {unit.of_changes} between the two best ({_ticks([one, two])})"))
+    needed = [(text, metrics.seeds_needed(deviation, difference)) for difference, text in wanted]
+    listed = "; ".join(f"{text}: {n or f'more than {metrics.MOST_SEEDS}'}" for text, n in needed)
+    if not needed:
+        return []
+    return [
+        "Seeds that each of two methods needs for a difference in OP to be seen (t-test at 5 %, power 80 %; standard "
+        f"deviation between seeds {unit.shown(deviation)} {unit.of_changes}, {freedom} degrees of freedom): {listed}."
+    ]
+
+
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _runs_table(entries: list[Entry], groups: list[list[Entry]], references: list[dict[str, str]]) -> Table:
+def _runs_table(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> Table:
     """The runs' numbers, and the paper's; what is the same in all runs is said once."""
     texts = [k for k in _TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
     same = [f"{k} {entries[0].texts[k]}" for k in _TEXTS if k not in texts]
@@ -447,14 +651,15 @@ def _runs_table(entries: list[Entry], groups: list[list[Entry]], references: lis
         numbers |= {k: e.unit(k).with_interval(e.scores[k], sign) for k, sign in SCORES.items()}
         rows.append([e.name, *(e.texts[k] for k in texts), *numbers.values()])
     for group in groups:
-        labels = [group[0].texts[k] for k in texts]
-        values = {k: [e.numbers[k] for e in group] for k in _NUMBERS}
-        writers = _NUMBERS | {k: partial(group[0].unit(k).shown, sign=SCORES[k]) for k in _OF_TASKS}
-        writers["base"] = group[0].unit("OP").shown
-        means = [_mean_and_deviation(values[k], write) for k, write in writers.items()]
-        rows.append([_MEAN.format(len(group)), *labels, *means])
+        first = group.entries[0]
+        labels = [first.texts[k] for k in texts]
+        values = {k: [e.numbers[k] for e in group.entries] for k in _NUMBERS}
+        writers = _NUMBERS | {k: partial(first.unit(k).shown, sign=SCORES[k]) for k in _OF_TASKS}
+        writers["base"] = first.unit("OP").shown
+        means = [_mean_and_deviation(values[k], write, cost=k in _COSTS) for k, write in writers.items()]
+        rows.append([_over(group, _MEAN, len(groups) > 1), *labels, *means])
         bounds = [_interval_over_seeds(values[k], w) if k in SCORES else DASH for k, w in writers.items()]
-        rows.append([_INTERVAL.format(len(group)), *labels, *bounds])
+        rows.append([_over(group, _INTERVAL, len(groups) > 1), *labels, *bounds])
     for reference in references:
         theirs = _reference_line(reference)
         rows.append([f"paper: {reference['method']}", *(theirs.get(k, DASH) for k in (*texts, *_NUMBERS))])
@@ -470,8 +675,7 @@ def _all_percent(entries: Iterable[Entry]) -> bool:
 def _versus_table(versus: dict[str, Versus], against: Entry) -> Table:
     rows = []
     for name, v in versus.items():
-        texts = (against.unit(k).with_interval(e, sign=True) + arrow(e) for k, e in v.scores.items())
-        rows.append([name, *texts])
+        rows.append([name, *(against.unit(k).with_interval(e, sign=True) for k, e in v.scores.items())])
     about = "in points" if not against.results.not_percent else "gains, in points or the unit of the tasks"
     return Table(["run", *SCORES], rows, f"Difference to `{against.name}`", about)
 
@@ -484,27 +688,27 @@ def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
 
 def _finals_table(
     entries: list[Entry],
-    groups: list[list[Entry]],
+    groups: list[Group],
     columns: list[str],
-    versus: dict[str, Versus],
-    against: Entry,
+    marks: dict[tuple[str, str], int],
+    seeds: Sequence[SeedDifferences],
 ) -> Table:
     def shown(e: Entry, task: str) -> Callable[[float | None], str]:
         return e.units.get(task, PERCENT).shown
 
-    def cell(e: Entry, task: str) -> str:
-        compared = e.name in versus and task in e.finals
-        return shown(e, task)(e.finals.get(task)) + (arrow(versus[e.name].finals[task]) if compared else "")
-
     units = _column_units(entries)
-    rows = [[e.name, *(cell(e, task) for task in columns)] for e in entries]
+    rows = [[e.name, *(shown(e, task)(e.finals.get(task)) for task in columns)] for e in entries]
     all_percent = _all_percent(entries)
     about = "percent of its headline metric" if all_percent else "in the unit of its headline metric"
-    if any(text.endswith(("↑", "↓")) for row in rows for text in row):
-        about += f" (↓, ↑: the 95 % interval of the paired difference to `{against.name}` excludes zero)"
     for group in groups:
-        values = {t: [e.finals.get(t, math.nan) for e in group] for t in columns}
-        rows.append([_MEAN.format(len(group)), *(_mean_and_deviation(values[t], shown(group[0], t)) for t in columns)])
+        texts = []
+        for task in columns:
+            values = [e.finals.get(task, math.nan) for e in group.entries]
+            text = _mean_and_deviation(values, shown(group.entries[0], task))
+            texts.append(text + arrow(marks.get((group.name, task), 0)))
+        rows.append([_over(group, _MEAN, len(groups) > 1), *texts])
+    if any(text.endswith(("↑", "↓")) for row in rows for text in row):
+        about += f" (↓, ↑: worse or better than `{seeds[0].reference.name}` over the seeds)"
     names = {task: unit.name if unit else "different units" for task, unit in units.items()}
     head = columns if all_percent else [f"{task}<br>{names[task]}" for task in columns]
     return Table(["run", *head], rows, "Final score of each task", about)
@@ -514,14 +718,24 @@ _MEAN = "mean ± standard deviation over {} seeds"
 _INTERVAL = "95 % interval over {} seeds"
 
 
-def _mean_and_deviation(values: list[float], write: Callable[[float], str]) -> str:
-    mean, deviation = np.mean(values), np.std(values, ddof=1)
-    return DASH if math.isnan(mean) else f"{write(float(mean))} ± {write(float(deviation)).lstrip('+')}"
+def _over(group: Group, text: str, several: bool) -> str:
+    """What a row over the seeds of a group is called; with its name if there are several groups."""
+    return text.format(len(group.entries)) + (f" of {group.name}" if several else "")
+
+
+def _mean_and_deviation(values: list[float], write: Callable[[float], str], cost: bool = False) -> str:
+    mean = float(np.mean(values))
+    if math.isnan(mean):
+        return DASH
+    if not _varies(values):  # a cost may be the same for every seed, a score only by chance
+        return write(mean) if cost else f"{write(mean)} ± {DASH}"
+    return f"{write(mean)} ± {write(float(np.std(values, ddof=1))).lstrip('+')}"
 
 
 def _interval_over_seeds(values: list[float], write: Callable[[float], str]) -> str:
     low, high = metrics.seed_interval(values)
-    return DASH if math.isnan(low) else f"[{write(low)}, {write(high)}]"
+    # Where both ends are written alike the seeds differ too little to say how much another one would.
+    return DASH if math.isnan(low) or write(low) == write(high) else f"[{write(low)}, {write(high)}]"
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV
@@ -551,18 +765,34 @@ def _unit_name(entry: Entry) -> str:
     return entry.results.unit.name if entry.results.unit else "different units"
 
 
-def _seed_lines(group: list[Entry], columns: list[str]) -> list[dict[str, Any]]:
-    values = {k: [e.numbers[k] for e in group] for k in _NUMBERS}
-    values |= {task: [e.finals.get(task, math.nan) for e in group] for task in columns}
+def _seed_lines(group: Group, columns: list[str], several: bool) -> list[dict[str, Any]]:
+    values = {k: [e.numbers[k] for e in group.entries] for k in _NUMBERS}
+    values |= {task: [e.finals.get(task, math.nan) for e in group.entries] for task in columns}
+    first = group.entries[0]
     statistics: dict[str, Callable[[list[float]], Any]] = {
         "mean": np.mean,
         "standard deviation": lambda v: np.std(v, ddof=1),
         "low end of the 95 % interval": lambda v: metrics.seed_interval(v)[0],
         "high end of the 95 % interval": lambda v: metrics.seed_interval(v)[1],
     }
-    return [
-        {"run": f"{name} over {len(group)} seeds", **group[0].texts, **{k: f(v) for k, v in values.items()}}
+    lines: list[dict[str, Any]] = [
+        {"run": _over(group, f"{name} over {{}} seeds", several), **first.texts, **{k: f(v) for k, v in values.items()}}
         for name, f in statistics.items()
+    ]
+    name = _over(group, "standard error over test rows, mean over {} seeds", several)
+    return [*lines, {"run": name, **first.texts, **_deviation_of_test_rows(group, columns)}]
+
+
+def _seed_difference_lines(difference: SeedDifferences, columns: list[str]) -> list[dict[str, Any]]:
+    unit = difference.group.entries[0].unit
+    factors = {name: unit(name).factor for name in SCORES}  # those of tasks are in their unit already
+    texts = ("difference of seed means", "low end of the 95 % interval", "high end of the 95 % interval")
+    return [
+        {
+            "run": f"{text}, {difference.group.name} against {difference.reference.name}",
+            **{name: factors.get(name, 1) * estimate[i] for name, estimate in difference.estimates.items()},
+        }
+        for i, text in enumerate(texts)
     ]
 
 
@@ -606,6 +836,50 @@ def _seed_groups(entries: list[Entry]) -> list[list[Entry]]:
         else:
             groups.append([entry])
     return [group for group in groups if len(group) > 1]
+
+
+def _named(groups: list[list[Entry]], runs: Sequence[str]) -> list[Group]:
+    """Groups with the names of their runs less the seed, such as `ewc` of `ewc-seed0` and `ewc-seed1`."""
+    stems = [{re.sub(r"[-_.]?seed[-_.]?\d+", "", e.name) for e in group} for group in groups]
+    taken = [*runs, *(name for stem in stems for name in stem)]
+    names = [next(iter(stem)) if len(stem) == 1 else "" for stem in stems]
+    return [
+        Group(name if name and taken.count(name) == 1 else f"{group[0].name} and its seeds", group)
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _budgets(entries: list[Entry], groups: list[Group]) -> list[str]:
+    """Where methods were given different budgets: rows kept of earlier tasks, and seeds."""
+    memories: dict[str, list[str]] = {}
+    for e in entries:
+        if (rows := _memory_rows(e.results)) is not None:
+            memories.setdefault(f"{rows:,}", []).append(e.name)
+    seeds: dict[str, list[str]] = {}
+    for group in groups:
+        seeds.setdefault(str(len(group.entries)), []).append(group.name)
+    for e in entries:
+        if groups and not any(e in group.entries for group in groups):
+            seeds.setdefault("1", []).append(e.name)
+    what = {"rows kept of an earlier task": memories, "numbers of seeds": seeds}
+    return [
+        f"**Unequal budgets**, to which a part of the differences may be due: {name}: "
+        + "; ".join(f"{n} in {_ticks(runs)}" for n, runs in values.items())
+        + "."
+        for name, values in what.items()
+        if len(values) > 1
+    ]
+
+
+def _memory_rows(results: Results) -> int | None:
+    """How many rows of an earlier task a method keeps, the most of any task; None if it keeps none."""
+    kept = [
+        rows
+        for train in results.training.values()
+        for task, rows in (train.get("memory_rows") or train.get("replayed") or {}).items()
+        if task != "alignment"
+    ]
+    return max(kept, default=None) or results.run.manifest["config"].get("memory_rows")
 
 
 def _conditions_besides(entry: Entry) -> dict[str, dict[str, Any]]:
@@ -727,7 +1001,7 @@ def _other_versions(entries: list[Entry]) -> list[str]:
     ] + [f"**Cells of different versions** in `{e.name}`: {t}." for e in entries for t in e.results.other_versions]
 
 
-def _definitions(entries: list[Entry], groups: list[list[Entry]]) -> list[str]:
+def _definitions(entries: list[Entry], groups: list[Group], seeds: Sequence[SeedDifferences]) -> list[str]:
     """What the numbers are, and which runs are not complete."""
     lines = ["OP, BWT and Forgetting after the last stage, BWT divided by t-1; base = mean of the base model."]
     if any(not math.isnan(e.numbers[k]) for e in entries for k in ("general", "instruction", "safety")):
@@ -757,11 +1031,38 @@ def _definitions(entries: list[Entry], groups: list[list[Entry]]) -> list[str]:
             "BWT and Forgetting leave the last task of a run out, and FWT the first: in runs of other orders they may "
             "be means over other tasks, and then their differences have no interval."
         )
-    for group in groups:
-        lines.append(
-            f"The seeds are those of {_ticks(e.name for e in group)}, which differ in nothing else. Their interval "
-            "(Student's t) is what another training would give, on the same test rows."
+    if groups:
+        listed = "; ".join(
+            f"`{g.name}` ({_ticks(e.name for e in g.entries)})"
+            if len(groups) > 1
+            else _ticks(e.name for e in g.entries)
+            for g in groups
         )
+        lines.append(
+            f"The seeds are those of {listed}, which differ in nothing else. Their interval (Student's t) is what "
+            "another training would give, on the same test rows. Where all seeds gave the same number the variance "
+            "cannot be estimated: a dash."
+        )
+    if seeds:
+        kinds = {True: "paired by seed", False: "Welch's, since the seeds differ"}
+        listed = "; ".join(
+            f"{_ticks(d.group.name for d in seeds if d.paired is paired)} {kind}"
+            for paired, kind in kinds.items()
+            if any(d.paired is paired for d in seeds)
+        )
+        lines.append(
+            f"Differences of seed means to `{seeds[0].reference.name}`: {listed}; in brackets 95 % intervals "
+            "(Student's t). ↓, ↑: worse, better. Arrows are corrected for all tested differences to it, of all "
+            "scores and tasks (Holm, with half of the level for OP): where no method differs, at most one comparison "
+            "in twenty shows any. Intervals are not corrected."
+        )
+    if len(entries) > 1:
+        lines.append(
+            "Test rows alone give no arrow: differences of single runs do not say what other trainings would give. For "
+            "that both sides need two seeds or more"
+            + (", in the same conditions." if seeds else "; here no two methods have them.")
+        )
+    lines += _seeds_needed(groups)
     lines += [
         f"Without leaked rows in `{e.name}`: {left_out_text(e.results.left_out)}" for e in entries if e.run.left_out
     ]

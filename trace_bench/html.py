@@ -311,7 +311,6 @@ def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Pictu
             f"<p>The scores of {stages} stages and {tasks} tasks are shown as an image. As numbers they are in "
             f"report.md and scores.csv.</p>{''.join(map(figure_html, images))}"
         )
-    changes = results.since_own if results.is_sequential else results.since_base
     rows = []
     units = [results.units[task] for task in run.tasks]
     ends = [unit.ends(results.R[:, i]) for i, unit in enumerate(units)]
@@ -325,7 +324,9 @@ def _matrix_html(results: Results, header: Sequence[str], images: Sequence[Pictu
                 continue
             title = "" if np.isnan(low) else f' title="95 % interval {unit.text(low)} to {unit.text(high)}"'
             kind = f"{_heat(shade(value, ends[i]))}{own}"
-            cells.append(f'<td class="{kind}"{title}>{unit.text(value)}{arrow(changes.get((stage.index, i)))}</td>')
+            cells.append(
+                f'<td class="{kind}"{title}>{unit.text(value)}{arrow(results.matrix_mark(stage.index, i))}</td>'
+            )
         rows.append(f'<tr><th scope="row">{stage.index} {escape(stage_label(stage))}</th>{"".join(cells)}</tr>\n')
     own = " Framed: the task's own stage." if any(s.task for s in run.stages) else ""
     key = HEAT_KEY_OF_UNITS if results.not_percent else HEAT_KEY

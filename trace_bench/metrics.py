@@ -318,6 +318,65 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
     return max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
+def difference_p(parts: Sequence[ArrayLike], *, fractions: bool = True) -> Matrix:
+    """Two-sided p-values of paired differences, one a test row: how likely they are where nothing changed.
+
+    The exact sign test of the rows that changed (McNemar's exact test) where all rows are -1, 0 or 1, as differences of
+    0/1 scores are; else Student's t. The latter is never smaller than 2^(1-k), the chance that all of the k rows that
+    changed go one way, which keeps it honest where few rows changed. With several parts it is the t of the mean of
+    their means, with Welch's degrees of freedom.
+
+    Args:
+        parts: Differences, shape (rows, columns) each with the same columns; usually one part.
+        fractions: As in `difference_interval`.
+
+    Returns:
+        Shape (columns,); NaN where a column holds NaN, or a part has one row that is not -1, 0 or 1.
+    """
+    from scipy.special import bdtr, stdtr
+
+    groups = [np.asarray(part, dtype=np.float64) for part in parts]
+    rows = np.concatenate(groups)
+    plus, minus = (rows > 0).sum(axis=0), (rows < 0).sum(axis=0)
+    if any(len(g) < 2 for g in groups):
+        student = np.full(rows.shape[1], np.nan)
+    else:
+        squares = np.stack([g.var(axis=0, ddof=1) / len(g) for g in groups])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            t = np.mean([g.mean(axis=0) for g in groups], axis=0) * len(groups) / np.sqrt(squares.sum(axis=0))
+            freedom = squares.sum(axis=0) ** 2 / sum(q**2 / (len(g) - 1) for q, g in zip(squares, groups, strict=True))
+        same = ~(squares.sum(axis=0) > 0) & ~np.isnan(rows).any(axis=0)  # then the signs alone say it
+        student = np.maximum(
+            np.where(same, 0, 2 * stdtr(freedom, -np.abs(t))), np.minimum(1, 2.0 ** (1 - plus - minus))
+        )
+    if len(groups) > 1 or not fractions:
+        return student
+    exact = np.minimum(1, 2 * bdtr(np.minimum(plus, minus), plus + minus, 0.5))
+    return np.where(np.isin(rows, (-1, 0, 1)).all(axis=0), exact, student)
+
+
+def holm(p: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.05) -> NDArray[np.bool_]:
+    """Which of several hypotheses are rejected, so that any of the true ones is with at most this probability.
+
+    Holm 1979, Scandinavian Journal of Statistics 6, whatever the dependence of the tests: the smallest p-value is held
+    against level / m, the next against level / (m - 1), and so on up to the first that is larger.
+
+    Args:
+        p: p-values; NaN = not tested.
+        weights: What share of the level each one begins with, relative to the others; None = all the same.
+        level: The family-wise error rate.
+    """
+    p = np.asarray(p, dtype=np.float64)
+    share = np.ones(p.shape) if weights is None else np.asarray(weights, dtype=np.float64)
+    found, left = np.zeros(p.shape, dtype=bool), share[~np.isnan(p)].sum()
+    for i in np.argsort(p / share, kind="stable"):
+        if not p[i] * left <= level * share[i]:
+            break
+        found[i] = True
+        left -= share[i]
+    return found
+
+
 def seed_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
     """Interval of the mean over training seeds (Student's t).
 
@@ -329,18 +388,87 @@ def seed_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[floa
         level: Coverage.
 
     Returns:
-        (low, high); NaN for both with less than two values, or a NaN among them.
+        (low, high); NaN for both with less than two values, a NaN among them, or values that are all the same: from
+        those no variance can be estimated.
 
     Raises:
         ValueError: if `level` is not between 0 and 1.
     """
-    from scipy.special import stdtrit
+    estimate, _ = seed_difference({i: float(v) for i, v in enumerate(np.ravel(values))}, level=level)
+    return estimate.low, estimate.high
+
+
+def seed_difference(
+    mine: Mapping[Any, float], theirs: Mapping[Any, float] | None = None, *, level: float = 0.95
+) -> tuple[Estimate, float]:
+    """The difference of two methods' means over training seeds, with its interval (Student's t) and p-value.
+
+    Paired by seed where both have the same seeds, else Welch's (1947, Biometrika 34).
+
+    Args:
+        mine: Seed -> number.
+        theirs: The same of the other method; None = zero, which gives the mean of `mine`.
+        level: Coverage of the interval.
+
+    Returns:
+        The estimate, and the two-sided p-value of no difference. Bounds and p-value are NaN with less than two seeds, a
+        NaN, or numbers that are all the same (when paired, differences that are), which say nothing of the variance.
+
+    Raises:
+        ValueError: if `level` is not between 0 and 1.
+    """
+    from scipy.special import stdtr, stdtrit
 
     _check_level(level)
-    if len(values) < 2:
-        return np.nan, np.nan
-    half = stdtrit(len(values) - 1, (1 + level) / 2) * np.std(values, ddof=1) / len(values) ** 0.5
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+    theirs = dict.fromkeys(mine, 0.0) if theirs is None else theirs
+    if not mine or not theirs:
+        return Estimate(float("nan")), float("nan")
+    if mine.keys() == theirs.keys():
+        samples = [np.array([mine[seed] - theirs[seed] for seed in mine])]
+    else:
+        samples = [np.array(list(mine.values())), np.array(list(theirs.values()))]
+    value = float(np.mean(list(mine.values())) - np.mean(list(theirs.values())))
+    largest = max(map(abs, [*mine.values(), *theirs.values()]))
+    if any(len(x) < 2 or not np.ptp(x) > 1e-9 * largest for x in samples):
+        return Estimate(value), float("nan")
+    squares = [x.var(ddof=1) / len(x) for x in samples]
+    error = sum(squares) ** 0.5
+    freedom = sum(squares) ** 2 / sum(q**2 / (len(x) - 1) for q, x in zip(squares, samples, strict=True))
+    half = stdtrit(freedom, (1 + level) / 2) * error
+    return Estimate(value, float(value - half), float(value + half)), float(2 * stdtr(freedom, -abs(value) / error))
+
+
+#: More seeds than these nobody trains.
+MOST_SEEDS = 1000
+
+
+def seeds_needed(deviation: float, difference: float, *, level: float = 0.95, power: float = 0.8) -> int | None:
+    """How many seeds each of two methods needs for a difference of their means to be seen (two-sided t-test).
+
+    Args:
+        deviation: Standard deviation between seeds, of both methods.
+        difference: The difference of the means, in the same unit.
+        level: One minus the level of the test.
+        power: How often the difference is to be seen.
+
+    Returns:
+        At least 2; None if it is more than `MOST_SEEDS`.
+
+    Raises:
+        ValueError: if `level` or `power` is not between 0 and 1, or a number is not positive.
+    """
+    from scipy.special import nctdtr, stdtrit
+
+    _check_level(level)
+    _check_level(power)
+    if not (deviation > 0 and difference > 0):
+        raise ValueError(f"deviation={deviation} and difference={difference}: use numbers above 0.")
+    n = np.arange(2, MOST_SEEDS + 1)
+    freedom = 2 * (n - 1)
+    # Of an effect above 100 deviations two seeds are enough.
+    shift = min(difference / deviation, 100) * np.sqrt(n / 2)
+    enough = np.flatnonzero((shift > 20) | (nctdtr(freedom, shift, stdtrit(freedom, (1 + level) / 2)) <= 1 - power))
+    return int(n[enough[0]]) if enough.size else None
 
 
 def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, float]:

@@ -55,8 +55,9 @@ INTERVALS = (
     "all stages. What another training seed would change is not in them."
 )
 ARROWS = (
-    "↓, ↑: changed{since}: the 95 % interval of the paired difference over test rows excludes zero, as it does in one "
-    "of twenty unchanged cells by chance."
+    "↓, ↑: changed{since}. Arrows are corrected for all changes that this report tests (Holm): where nothing changed, "
+    "at most one report in twenty shows any. Intervals are not corrected: one in twenty of unchanged cells excludes "
+    "zero by chance."
 )
 #: What a manifest's "trains" means.
 _TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
@@ -208,9 +209,9 @@ def _learning_section(results: Results) -> Iterable[Block]:
                 unit.text(R[0, i]),
                 unit.text(R[own, i]),
                 unit.text(R[last, i]) if own <= last else DASH,
-                _change(unit, results.since_base[own, i]),
-                _change(unit, since),
-                _change(unit, final if own <= last else None),
+                _change(unit, results.since_base[own, i], results.mark(task, 0, own)),
+                _change(unit, since, results.mark(task, own, last)),
+                _change(unit, final if own <= last else None, results.mark(task, 0, last)),
             ]
         )
     yield "## Learning and forgetting" + _legend([c for row in rows for c in row], "")
@@ -243,12 +244,13 @@ def _lower(unit: Unit) -> str:
     return "" if unit.higher_is_better else "; lower is better"
 
 
-def _change(unit: Unit, change: Estimate | None) -> str:
-    return unit.with_interval(change, sign=True) + arrow(change) if change else DASH
+def _change(unit: Unit, change: Estimate | None, mark: int) -> str:
+    return unit.with_interval(change, sign=True) + arrow(mark) if change else DASH
 
 
 def _legend(texts: list[str], since: str) -> str:
-    return f"\n\n{ARROWS.format(since=since)}" if any(t.endswith(("↓", "↑")) for t in texts) else ""
+    """What arrows mean, where there are some, or changes with intervals, which might have one."""
+    return f"\n\n{ARROWS.format(since=since)}" if any(t.endswith(("↓", "↑", "]")) for t in texts) else ""
 
 
 def _mean_section(results: Results) -> Iterable[Block]:
@@ -277,7 +279,7 @@ def _learned_section(results: Results) -> Iterable[Block]:
                 *_task_cells(results, task),
                 results.units[task].text(base),
                 results.units[task].text(end),
-                _change(results.units[task], results.since_base[stage, i]),
+                _change(results.units[task], results.since_base[stage, i], results.mark(task, 0, stage)),
             ]
             for i, (task, base, end, stage) in enumerate(
                 zip(run.tasks, results.R[0], results.final, results.final_stages, strict=True)
@@ -295,10 +297,11 @@ def _checkpoints_section(results: Results) -> Iterable[Block]:
         ("Changes since the checkpoint before", 1, results.since_before),
     ):
         stages = run.stages[1 + before :]
-        rows = [
-            [s.name, *(_change(results.units[t], changes.get((s.index, i))) for i, t in enumerate(run.tasks))]
-            for s in stages
-        ]
+        rows = []
+        for s in stages:
+            earlier = before and s.index - 1
+            gains = [(t, changes.get((s.index, i))) for i, t in enumerate(run.tasks)]
+            rows.append([s.name, *(_change(results.units[t], e, results.mark(t, earlier, s.index)) for t, e in gains)])
         if rows and run.tasks:
             what = "In points." if not results.not_percent else "Gains, each in the unit of its task."
             yield f"## {title}\n\n{what}" + _legend([c for row in rows for c in row], "")
@@ -353,12 +356,11 @@ def _matrix_section(results: Results) -> Iterable[Block]:
     run = results.run
     if not run.tasks:
         return
-    changes = results.since_own if results.is_sequential else results.since_base
-    units = [results.units[task] for task in run.tasks]
-    rows = [
-        [s.name, *(units[i].text(v) + arrow(changes.get((s.index, i))) for i, v in enumerate(results.R[s.index]))]
-        for s in run.stages
-    ]
+    rows = []
+    for s in run.stages:
+        scores = enumerate(zip(run.tasks, results.R[s.index], strict=True))
+        texts = [results.units[task].text(v) + arrow(results.matrix_mark(s.index, i)) for i, (task, v) in scores]
+        rows.append([s.name, *texts])
     since = "the task's own stage" if results.is_sequential else "the base model"
     legend = _legend([c for row in rows for c in row], f" since {since}")
     what = "each in the unit of its metric" if results.not_percent else "in percent"
@@ -514,7 +516,7 @@ def _general_section(results: Results) -> Iterable[Block]:
         if not any(index == stage.index for index, _ in cells):
             continue
         scores = {s: headline(cells[stage.index, s]) if (stage.index, s) in cells else math.nan for s in SUITES}
-        texts = {s: percent(v) + arrow(results.suite_changes.get((stage.index, s))) for s, v in scores.items()}
+        texts = {s: percent(v) + arrow(results.mark(s, 0, stage.index)) for s, v in scores.items()}
         mean = float(np.mean([scores[s] for s in suites])) if suites else math.nan
         rows.append(
             [

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,9 +131,17 @@ class Rows:
 
     def changes(self, unit: Unit, later: list[int], earlier: int) -> list[Estimate]:
         """What the scores of a metric gained from the earlier stage to the later ones."""
-        x = self.scores[unit.metric]
         interval = partial(metrics.difference_interval, fractions=unit.scale == 1)
-        return self.estimates(unit.sign * (x[:, later] - x[:, [earlier]]), interval)
+        return self.estimates(self._gains(unit, later, earlier), interval)
+
+    def p_values(self, unit: Unit, later: list[int], earlier: int) -> Matrix:
+        """How likely such gains are where nothing changed: see `metrics.difference_p`."""
+        rows = self._gains(unit, later, earlier)
+        return metrics.difference_p([rows[part] for part in self.parts], fractions=unit.scale == 1)
+
+    def _gains(self, unit: Unit, later: list[int], earlier: int) -> Matrix:
+        x = self.scores[unit.metric]
+        return unit.sign * (x[:, later] - x[:, [earlier]])
 
 
 def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
@@ -214,6 +222,14 @@ class Form:
     tolerant: Estimate
     form: Estimate
     """Strict minus tolerant: lost in the form of the answer alone."""
+
+
+class Change(NamedTuple):
+    """A change of a task's or suite's score between two stages."""
+
+    name: str
+    earlier: int
+    later: int
 
 
 @dataclass(frozen=True)
@@ -477,6 +493,52 @@ class Results:
             return {t: Estimate(value) for t, value in values.items()}
         found = self.rows[task].changes(self.units[task], stages, earlier)
         return {t: Estimate(value, *e[1:]) for (t, value), e in zip(values.items(), found, strict=True)}
+
+    @cached_property
+    def tested(self) -> list[Change]:
+        """The changes that a report marks where they are certain."""
+        found: list[Change] = []
+        stages = range(len(self.run.stages))
+        for i, task in enumerate(self.run.tasks):
+            if self.is_sequential:
+                found += [Change(task, i + 1, t) for t in stages[i + 2 :]]
+                found += [Change(task, 0, t) for t in sorted({i + 1, max(i + 1, self.last_stage)})]
+            else:
+                found += [Change(task, 0, t) for t in stages[1:]]
+                found += [Change(task, t - 1, t) for t in stages[2:] if not self.has_mean]
+        return found + [Change(suite, 0, index) for index, suite in self.suite_changes]
+
+    @cached_property
+    def marks(self) -> dict[Change, int]:
+        """1 or -1 for the changes that get an arrow.
+
+        They are certain together (Holm over all that is tested): where nothing changed a report has an arrow in at most
+        one of twenty cases. None contradicts the interval that is shown, which is that of one change alone.
+        """
+        p: dict[Change, float] = {}
+        for name, earlier in dict.fromkeys((change.name, change.earlier) for change in self.tested):
+            rows = self.rows.get(name) or self.rows_besides.get(name)
+            if rows is not None:
+                unit = self.units.get(name) or Unit(self.headlines[name])
+                those = [c for c in self.tested if (c.name, c.earlier) == (name, earlier)]
+                p |= zip(those, rows.p_values(unit, [c.later for c in those], earlier), strict=True)
+        certain = metrics.holm(list(p.values()))
+        signs = {change: self._estimate(change).sign for change, sure in zip(p, certain, strict=True) if sure}
+        return {change: sign for change, sign in signs.items() if sign}
+
+    def mark(self, name: str, earlier: int, later: int) -> int:
+        """1 or -1 where a task or suite is certain to have got better or worse between two stages, else 0."""
+        return self.marks.get(Change(name, earlier, later), 0)
+
+    def matrix_mark(self, t: int, i: int) -> int:
+        """The mark of R[t, i]: since the task's own stage, or the base model where there is no sequence."""
+        return self.mark(self.run.tasks[i], i + 1 if self.is_sequential else 0, t)
+
+    def _estimate(self, change: Change) -> Estimate:
+        if change.name not in self.run.tasks:
+            return self.suite_changes[change.later, change.name]
+        since = self.since_own if self.is_sequential else self.since_before
+        return (since if change.earlier else self.since_base)[change.later, self.run.tasks.index(change.name)]
 
     @cached_property
     def forms(self) -> list[Form]:

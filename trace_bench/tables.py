@@ -129,9 +129,9 @@ def shade(score: float, ends: tuple[float, float]) -> float:
     return (score - worst) / ((best - worst) or 1)
 
 
-def arrow(change: Estimate | None) -> str:
-    """Behind a number: an arrow where the interval of its gain excludes zero; up is better."""
-    return {1: " ↑", 0: "", -1: " ↓"}[change.sign if change else 0]
+def arrow(mark: int) -> str:
+    """Behind a number: an arrow where its change is certain, 1 or -1; up is better."""
+    return {1: " ↑", 0: "", -1: " ↓"}[mark]
 
 
 def value_text(value: Any) -> str:
