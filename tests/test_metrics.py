@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from scipy.stats import multinomial
+from scipy.stats import multinomial, ttest_1samp, ttest_ind, ttest_rel
 
 import trace_bench
 from trace_bench.metrics import (
@@ -16,14 +16,18 @@ from trace_bench.metrics import (
     backward_transfer,
     bootstrap_interval,
     difference_interval,
+    difference_p,
     forgetting,
     forward_transfer,
     general_ability_delta,
+    holm,
     mean_interval,
     mean_of,
     net_interval,
     overall_performance,
+    seed_difference,
     seed_interval,
+    seeds_needed,
     wilson_interval,
 )
 
@@ -362,6 +366,105 @@ def test_the_difference_of_two_runs_in_what_they_forgot_is_covered(rates):
 def test_the_interval_over_seeds_is_student_s():
     assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
     assert np.isnan(seed_interval([1.0])).all() and np.isnan(seed_interval([1.0, np.nan])).all()
+
+
+@pytest.mark.parametrize("values", [[0.3, 0.3], [0.1 + 0.2, 0.3], [50.0] * 5, [0.0, 0.0]], ids=str)
+def test_seeds_of_equal_numbers_say_nothing_of_another_one(values):
+    assert np.isnan(seed_interval(values)).all()
+    mine, theirs = dict(enumerate(values)), dict(enumerate(np.add(values, 2.0)))
+    for other in (theirs, {f"other {seed}": v for seed, v in theirs.items()}):
+        estimate, p = seed_difference(mine, other)
+        assert estimate.value == pytest.approx(-2) and np.isnan([*estimate[1:], p]).all() and estimate.sign == 0
+
+
+def test_methods_are_paired_by_seed_where_they_have_the_same_seeds_else_compared_as_welch_does():
+    rng = np.random.default_rng(0)
+    mine, theirs = dict(enumerate(rng.normal(3, 2, 4))), dict(enumerate(rng.normal(5, 1, 4)))
+    theirs = dict(reversed(theirs.items()))  # in whatever order
+    estimate, p = seed_difference(mine, theirs)
+    right = ttest_rel([mine[s] for s in range(4)], [theirs[s] for s in range(4)])
+    assert (*estimate[1:], p) == pytest.approx((*right.confidence_interval(), right.pvalue))
+    assert estimate.value == pytest.approx(np.mean(list(mine.values())) - np.mean(list(theirs.values())))
+    for others in ({7: 5.0, 8: 6.5}, {0: 5.0, 1: 6.5}, theirs | {9: 4.0}):
+        estimate, p = seed_difference(mine, others)
+        right = ttest_ind(list(mine.values()), list(others.values()), equal_var=False)
+        assert (*estimate[1:], p) == pytest.approx((*right.confidence_interval(), right.pvalue))
+    assert seed_difference(mine)[0][1:] == pytest.approx(seed_interval(list(mine.values())))
+
+
+@pytest.mark.parametrize("mine, theirs", [({}, {}), ({1: 1.0}, {1: 2.0}), ({1: 1.0, 2: 3.0}, {3: 2.0}), ({}, {1: 1.0})])
+def test_one_seed_is_no_difference_over_seeds(mine, theirs):
+    estimate, p = seed_difference(mine, theirs)
+    assert np.isnan([*estimate[1:], p]).all()
+    assert np.isnan(seed_difference({1: 1.0, 2: np.nan}, {1: 1.0, 2: 3.0})[1])
+
+
+def test_how_many_seeds_are_needed():
+    """The sizes of groups that tables of the t-test's power have."""
+    assert [seeds_needed(1, d) for d in (0.5, 0.8, 1, 2)] == [64, 26, 17, 6]
+    assert seeds_needed(3.0, 1.5) == 64 and seeds_needed(1, 0.5, power=0.9) == 86
+    assert seeds_needed(1e-9, 50) == 2 and seeds_needed(1, 1e-3) is None
+    rng, n = np.random.default_rng(0), seeds_needed(1, 1.4)
+    seen = ttest_ind(rng.normal(size=(n, 2000)), rng.normal(1.4, size=(n, 2000))).pvalue < 0.05
+    assert 0.78 < seen.mean() < 0.9
+    for wrong in ((0, 1), (1, 0), (np.nan, 1), (1, -2)):
+        with pytest.raises(ValueError, match="deviation="):
+            seeds_needed(*wrong)
+
+
+def test_the_p_values_of_changed_rows():
+    def p(*differences, **options):
+        return difference_p([np.array(differences, dtype=float)[:, None]], **options)[0]
+
+    # By hand: of 10 rows that changed 2 or fewer went one way: 2 * (1 + 10 + 45) / 1024
+    assert p(*[1] * 8, *[-1] * 2, *[0] * 30) == pytest.approx(0.109375) == p(*[-1] * 8, *[1] * 2, *[0] * 30)
+    assert p(*[0] * 40) == 1 and p(0, 0, 0, 1) == 1 and p(*[1] * 12) == pytest.approx(2**-11)
+    real = np.random.default_rng(0).random(60) - 0.4
+    assert p(*real) == pytest.approx(ttest_1samp(real, 0).pvalue)
+    assert p(*[3] * 8, *[-1] * 2, fractions=False) == pytest.approx(ttest_1samp([3] * 8 + [-1] * 2, 0).pvalue)
+    # Few rows that changed are not certain, however alike: all of them going one way is chance in 2^(1-k).
+    assert p(*[0.5] * 3, *[0] * 200) == pytest.approx(0.25) and p(*[0.0] * 30, fractions=False) == 1
+    assert p(*[0.25] * 40) == pytest.approx(2**-39) and p(0.3, 0.4) >= 0.5
+    found = difference_p([np.array([[0.0, np.nan], [0.0, 1.0]])])
+    assert found[0] == 1 and np.isnan(found[1])
+
+
+def test_the_p_value_of_a_mean_over_parts():
+    rng = np.random.default_rng(0)
+    one, two = rng.normal(0.5, 1, (40, 1)), rng.normal(0.1, 2, (15, 1))
+    # The difference of the means is the mean over parts of one and of minus the other, times two.
+    assert difference_p([one, -two]) == pytest.approx(ttest_ind(one[:, 0], two[:, 0], equal_var=False).pvalue)
+    assert np.isnan(difference_p([one, two[:1]])).all(), "a part of one row has no variance"
+
+
+@pytest.mark.parametrize("graded", [False, True])
+def test_what_is_certain_lies_clear_of_zero_in_its_interval_too(graded):
+    rng = np.random.default_rng(0)
+    for n in (24, 100, 500):
+        rows = rng.integers(-1, 2, (n, 200)) + (rng.random((n, 200)) < rng.random(200)) * graded * 0.3
+        rows = np.where(rng.random((n, 200)) < rng.random(200), rows, 0)
+        rows[rng.random((n, 200)) < 0.3 * rng.random(200)] = 1
+        low, high = difference_interval(rows)
+        certain = difference_p([rows]) < 0.01
+        assert certain.sum() > 10 and ((low > 0) | (high < 0))[certain].all()
+
+
+@pytest.mark.parametrize(
+    "p, weights, rejected",
+    [
+        ([0.01, 0.04, 0.03, 0.005], None, [True, False, False, True]),  # .005 <= .0125, .01 <= .0167, .03 > .025
+        ([0.01, 0.02, 0.03], None, [True, True, True]),  # .0167, .025, .05
+        ([0.02, 0.02, 0.02], None, [False] * 3),
+        ([0.04, np.nan, np.nan], None, [True, False, False]),
+        ([0.024, 0.001, 0.03], [2, 1, 1], [True] * 3),  # .001 <= .0125, .024 <= .05 * 2/3, .03 <= .05
+        ([0.03, 0.03], [9, 1], [True, True]),  # .03 <= .045, .03 <= .05
+        ([0.03, 0.03], [1, 1], [False, False]),
+        ([], None, []),
+        ([np.nan], None, [False]),
+    ],
+)
+def test_holm_by_hand(p, weights, rejected):
+    assert holm(p, weights).tolist() == rejected
 
 
 def test_an_estimate_knows_whether_it_is_clear_of_zero():

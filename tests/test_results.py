@@ -2,14 +2,16 @@
 
 import json
 from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
-from made_runs import NAN, TASKS, cell, write_cell
+from made_runs import EIGHT, NAN, TASKS, cell, write_cell
 
 from trace_bench import metrics
-from trace_bench.results import Results
+from trace_bench.results import Change, Results, Rows
 from trace_bench.run import RunError, read_json, write_json
+from trace_bench.tables import Unit
 
 N = 30
 
@@ -157,3 +159,59 @@ def test_rows_that_are_left_out_are_in_no_interval_either(run):
     right = Results(run).rows[TASKS[0]].scores["accuracy"][10:, 3]
     assert cell == pytest.approx((right.mean(), *metrics.wilson_interval(int(right.sum()), N - 10)))
     assert Results(seen).left_out == {TASKS[0]: (10, N)} and Results(run).left_out == {}
+
+
+# ------------------------------------------------------------------------------------------------ marks of a report
+
+
+def simulated(run, rng, n, gain=()):
+    """The results of an eight-task run in which nothing changes, but for the gains of (task, from that stage on).
+
+    Rows are 0/1 with a rate between .05 and .95, or graded as rouge is: many zeros, the others anywhere up to 1. Stages
+    answer a row alike, since it is easy or hard.
+    """
+    rows, units, gain = {}, {}, dict(gain)
+    for i, task in enumerate(run.tasks):
+        metric = "rouge_l" if i % 3 == 2 else "accuracy"
+        latent = (rng.standard_normal((n, 1)) + rng.standard_normal((n, 9))) / 2**0.5
+        level = np.full(9, NormalDist().inv_cdf(rng.uniform(0.05, 0.95)))
+        for stage in range(9):
+            for (name, since), shift in gain.items():
+                if name == task and stage >= since:
+                    level[stage] = NormalDist().inv_cdf(0.8 + shift)
+                elif name == task:
+                    level[stage] = NormalDist().inv_cdf(0.8)
+        x = (latent < level).astype(float) if metric == "accuracy" else np.clip((latent + level) / 4, 0, 1)
+        rows[task] = Rows([("", k) for k in range(n)], {metric: x}, [np.arange(n)])
+        units[task] = Unit(metric)
+    R = np.stack([rows[task].scores[units[task].metric].mean(axis=0) for task in run.tasks], axis=1)
+    seen = {"rows": rows, "units": units, "R": R, "cells": {}, "besides": {}, "rows_besides": {}}
+    return type("Simulated", (Results,), {**seen, "headlines": {t: u.metric for t, u in units.items()}})(run)
+
+
+@pytest.fixture
+def eight(make):
+    return make(np.full((9, 8), NAN), tasks=EIGHT)
+
+
+@pytest.mark.parametrize("n", [100, 500])
+def test_a_report_in_which_nothing_changed_shows_an_arrow_in_one_of_twenty_cases(eight, n):
+    rng = np.random.default_rng(n)
+    reports = [simulated(eight, rng, n) for _ in range(300)]
+    assert len(reports[0].tested) == 28 + 15, "what BWT is made of, and learned and in all"
+    marked = np.mean([bool(r.marks) for r in reports])
+    assert marked <= 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
+    # So many have an interval that excludes zero, which is what arrows came from before they were corrected.
+    alone = np.mean([any(e.sign for e in r.since_own.values()) for r in reports[:10]])
+    assert alone > 5 * 0.05
+
+
+@pytest.mark.parametrize("n, lost", [(100, 0.35), (500, 0.15)])
+def test_a_change_of_reasonable_size_is_marked_nearly_always_and_nothing_else(eight, n, lost):
+    rng = np.random.default_rng(n)
+    reports = [simulated(eight, rng, n, {(EIGHT[1], 6): -lost}) for _ in range(60)]
+    changed = {Change(EIGHT[1], 2, t) for t in (6, 7, 8)} | {Change(EIGHT[1], 0, 8)}
+    found = [r.marks for r in reports]
+    assert np.mean([changed <= marks.keys() for marks in found]) >= 0.8
+    assert {marks.get(change, -1) for marks in found for change in changed} == {-1}
+    assert np.mean([bool(marks.keys() - changed) for marks in found]) <= 0.05 + 2 * (0.05 * 0.95 / 60) ** 0.5

@@ -592,7 +592,7 @@ def _deviation_of_test_rows(group: Group, columns: list[str]) -> dict[str, float
         squares = {
             _plain(task, e.run): _square(results.final_rows(task), e.units[_plain(task, e.run)]) for task in tasks
         }
-        of_runs = {"OP": sum(squares.values()) / len(tasks) ** 2}
+        of_runs = {"OP": sum(squares.values()) / len(tasks) ** 2 if tasks else math.nan}
         if results.is_sequential and len(tasks) > 1:
             gained = [_square(results.rows_since_own(task), e.unit("BWT")) for task in tasks[:-1]]
             of_runs["BWT"] = sum(gained) / len(gained) ** 2
