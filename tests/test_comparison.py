@@ -3,15 +3,17 @@
 import csv
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from made_runs import TASKS, R, cell, without, write_cell
+from scipy.stats import ttest_ind
 
 from judges.judging import judge_file, sample_fingerprints
 from trace_bench.cli import main
-from trace_bench.comparison import compare
-from trace_bench.metrics import Estimate, mean_of, net_interval
+from trace_bench.comparison import _marks, compare, write_comparison
+from trace_bench.metrics import Estimate, mean_of, net_interval, seed_difference
 from trace_bench.run import Run, read_jsonl, write_json, write_jsonl
 from trace_bench.tables import DASH
 
@@ -520,3 +522,200 @@ def test_names_in_the_csv_are_no_formulas(make, name):
 def test_numbers_in_the_csv_stay_numbers(make):
     rows = list(csv.DictReader(io.StringIO(compare([make(), make(name="other")]).csv())))
     assert float(rows[0]["BWT"]) < 0 and any(row["BWT"].startswith("-") for row in rows if "paper" in row["run"])
+
+
+# --------------------------------------------------------------------------------------------- methods over their seeds
+
+
+def seeded(make, name, finals, seeds=None, **options):
+    """A run a seed, whose final scores are these in percent (one number: of all tasks), learned in the own stage."""
+    runs = []
+    for k, final in enumerate(finals):
+        seed = (seeds or range(len(finals)))[k]
+        matrix = R.copy()
+        matrix[3] = np.broadcast_to(final, 3) / 100
+        for i in range(3):
+            matrix[i + 1, i] = 0.9 if i < 2 else matrix[3, 2]
+        config = {"seed": seed, **options.get("config", {})}
+        manifest = {"method": name, "seed": seed, **options, "config": config}
+        runs.append(make(matrix, name=f"{name}-seed{seed}", **manifest))
+    return runs
+
+
+def over_seeds(comparison, title="Difference of seed means to"):
+    [table] = [t for t in comparison.tables if t.title.startswith(title)]
+    return table.title, {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
+
+
+def test_methods_are_compared_over_their_seeds_paired_and_marked(make):
+    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63])]
+    comparison = compare(runs)
+    title, rows = over_seeds(comparison)
+    # Differences 20, 21, 19: 20 ± 4.3027 / sqrt(3)
+    assert title == "Difference of seed means to `sequential`" and list(rows) == ["replay"]
+    assert rows["replay"]["OP"] == "+20.0 [+17.5, +22.5] ↑"
+    finals = next(t for t in comparison.tables if t.title.startswith("Final"))
+    assert "worse or better than `sequential` over the seeds" in finals.about
+    cells = {name: rest for name, *rest in finals.rows}
+    assert cells["mean ± standard deviation over 3 seeds of replay"] == ["61.7 ± 1.5 ↑"] * 3
+    assert not [c for name, rest in cells.items() if "replay" not in name or "seed0" in name for c in rest if "↑" in c]
+    notes = "\n".join(comparison.notes)
+    assert "`replay` paired by seed" in notes and "Arrows are corrected" in notes and "Intervals are not" in notes
+    lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
+    low = lines["low end of the 95 % interval, replay against sequential"]
+    assert float(low["OP"]) == pytest.approx(17.516, abs=1e-3) == float(low["FOMC"])
+    assert "+20.0 [+17.5, +22.5] ↑" in comparison.markdown()
+    assert r"+20.0 {[}+17.5, +22.5{]} $\uparrow$" in comparison.latex() and "±" not in comparison.latex()
+
+
+def test_other_seeds_are_compared_as_welch_does(make):
+    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63, 61], seeds=[1, 2, 3, 4])]
+    comparison = compare(runs)
+    _, rows = over_seeds(comparison)
+    low, high = ttest_ind([60, 62, 63, 61], [40, 41, 44], equal_var=False).confidence_interval()
+    assert rows["replay"]["OP"] == f"+19.8 [+{low:.1f}, +{high:.1f}] ↑"
+    assert "`replay` Welch's, since the seeds differ" in "\n".join(comparison.notes)
+    assert "**Unequal budgets**" in comparison.warnings[0]
+    assert "numbers of seeds: 3 in `sequential`; 4 in `replay`" in comparison.warnings[0]
+
+
+@pytest.mark.parametrize("seeds", [None, [7, 8]])
+def test_equal_seeds_are_neither_certain_nor_marked(make, seeds):
+    runs = [*seeded(make, "sequential", [40, 40]), *seeded(make, "replay", [60, 60], seeds=seeds)]
+    comparison = compare(runs)
+    _, rows = over_seeds(comparison)
+    assert rows["replay"]["OP"] == "+20.0"
+    text = comparison.markdown() + comparison.latex() + comparison.csv()
+    assert "± 0.0" not in text and not any("↑" in c for t in comparison.tables for row in t.rows for c in row)
+    assert "[60.0, 60.0]" not in text and "Seeds that each" not in text
+
+
+def test_differences_too_small_to_be_written_have_no_interval_of_no_width(make):
+    comparison = compare(seeded(make, "sequential", [40, 40.0001]))
+    assert "[40.0, 40.0]" not in comparison.markdown()
+
+
+def test_a_single_run_against_seeds_gets_no_arrow(make):
+    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [80])]
+    comparison = compare(runs, runs[-1])
+    assert not [t for t in comparison.tables if "seed means" in t.title]
+    assert not any("↑" in c or "↓" in c for t in comparison.tables for row in t.rows for c in row)
+    notes = "\n".join(comparison.notes)
+    assert "Test rows alone give no arrow" in notes and "here no two methods have them" in notes
+
+
+def test_what_was_measured_otherwise_is_no_better_over_seeds_either(make):
+    data = {"path": "p", "demo": False, "fingerprint": dict.fromkeys(TASKS, "f01")}
+    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63], data=data)]
+    comparison = compare(runs)
+    assert over_seeds(comparison)[1]["replay"]["OP"] == "+20.0 [+17.5, +22.5]"
+    assert any("Not comparable" in w for w in comparison.warnings)
+
+
+def test_methods_besides_the_baseline_are_set_against_each_other(make):
+    runs = [*seeded(make, "a", [40, 41, 44]), *seeded(make, "b", [60, 62, 63]), *seeded(make, "c", [70, 71, 74])]
+    title, rows = over_seeds(compare(runs), "Differences of seed means between")
+    assert list(rows) == ["b against c"] and rows["b against c"]["OP"] == "-10.0 [-12.5, -7.5]"
+    title, rows = over_seeds(compare(runs, runs[4]))
+    assert title == "Difference of seed means to `b`" and list(rows) == ["a", "c"] and rows["a"]["OP"].endswith("↓")
+
+
+def test_where_lower_is_better_fewer_errors_over_seeds_are_a_gain(make):
+    unit = {"higher_is_better": {"mae": False}, "scale": {"mae": None}}
+    runs = []
+    for name, errors in (("one", (5.0, 5.2, 5.3)), ("two", (2.1, 2.0, 2.4))):
+        for seed, error in enumerate(errors):
+            run = make(np.full((2, 1), np.nan), tasks=["t0"], name=f"{name}-seed{seed}", method=name, seed=seed)
+            for stage in run.stages:
+                write_cell(stage, "t0", {"mae": error + np.linspace(-0.1, 0.1, 30)}, **unit)
+            runs.append(run)
+    comparison = compare(runs)
+    assert over_seeds(comparison)[1]["two"]["OP"].startswith("+3.00 [+2.5")
+    assert over_seeds(comparison)[1]["two"]["OP"].endswith("↑")
+    assert "the 3.00 mae between the two best (`two`, `one`): 2" in "\n".join(comparison.notes)
+
+
+def test_both_components_of_the_variance_are_shown_and_how_many_seeds_are_needed(make):
+    runs = []
+    for seed, rate in enumerate((0.5, 0.6, 0.7)):
+        runs.append(make(name=f"x-seed{seed}", rows=learned(rate, 0.5, rate), seed=seed))
+    comparison = compare(runs)
+    _, rows = over_seeds(comparison, "Spread")
+    assert rows["x: between seeds"] == {"OP": "6.7", "C-STANCE": "10.0", "FOMC": DASH, "MeetingBank": "10.0"}
+    # Of 40 rows: the root of the mean of p (1 - p) / 39 over the runs
+    error = 100 * np.mean([p * (1 - p) / 39 for p in (0.5, 0.6, 0.7)]) ** 0.5
+    assert rows["x: test rows"]["C-STANCE"] == f"{error:.1f}" and rows["x: test rows"]["FOMC"] == "8.0"
+    [line] = [note for note in comparison.notes if note.startswith("Seeds that each")]
+    assert "standard deviation between seeds 6.7 points, 2 degrees of freedom): 2.0 points: 176." in line
+    csv_lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
+    row = csv_lines["standard error over test rows, mean over 3 seeds"]
+    assert float(row["C-STANCE"]) == pytest.approx(error)
+    assert r"x: between seeds" in comparison.latex()
+
+
+def test_the_page_of_a_comparison_has_the_differences_over_seeds(make, tmp_path):
+    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63])]
+    write_comparison(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<td class="number up">+20.0 [+17.5, +22.5] ↑</td>' in page and "<h2>Spread</h2>" in page
+    assert "Test rows alone give no arrow" in page and "Seeds that each of two methods needs" in page
+
+
+@pytest.mark.parametrize("seeds, means", [([0, 1, 2], "paired"), ([3, 4, 5], "Welch")])
+def test_comparisons_in_which_no_method_differs_show_an_arrow_in_one_of_twenty_cases(seeds, means):
+    rng, marked, n = np.random.default_rng(0), [], 400
+    for _ in range(n):
+        found = []
+        theirs = rng.normal(size=(3, 9))
+        for name in "abc":
+            mine = rng.normal(size=(3, 9)) + 0.5 * theirs * (means == "paired")
+            pairs = [
+                seed_difference(dict(zip(seeds, mine[:, k], strict=True)), dict(enumerate(theirs[:, k])))
+                for k in range(9)
+            ]
+            keys = ["OP", *map(str, range(8))]
+            found.append(
+                SimpleNamespace(
+                    group=SimpleNamespace(name=name),
+                    estimates={key: e for key, (e, _) in zip(keys, pairs, strict=True)},
+                    p={key: p for key, (_, p) in zip(keys, pairs, strict=True)},
+                )
+            )
+        marked.append(bool(_marks(found)))
+    assert np.mean(marked) <= 0.05 + 2 * (0.05 * 0.95 / n) ** 0.5
+
+
+def test_unequal_memories_are_named_and_equal_ones_are_not(make):
+    runs = [make(name="gem", method="gem"), make(name="replay", method="replay"), make()]
+
+    def kept(run, **record):
+        stage = run.stages[-1]
+        trained = json.loads(stage.train_file.read_text(encoding="utf-8"))
+        write_json(stage.train_file, {**trained, **record})
+
+    kept(runs[0], memory_rows={TASKS[0]: 256, TASKS[1]: 256})
+    kept(runs[1], replayed={TASKS[0]: 50, TASKS[1]: 40, "alignment": 1030})
+    [warning] = [w for w in compare(runs).warnings if "Unequal" in w]
+    assert "rows kept of an earlier task: 256 in `gem`; 50 in `replay`." in warning
+    kept(runs[1], replayed={TASKS[0]: 256, TASKS[1]: 256, "alignment": 1030})
+    assert not [w for w in compare(runs).warnings if "Unequal" in w]
+    more = make(name="agem", method="agem", config={"memory_rows": 64})
+    assert "256 in `gem`, `replay`; 64 in `agem`" in "\n".join(compare([*runs, more]).warnings)
+
+
+@pytest.mark.parametrize(
+    "names, group",
+    [
+        (["ewc-seed0", "ewc-seed1"], "ewc"),
+        (["lora-ewc-seed0-order1", "lora-ewc-seed11-order1"], "lora-ewc-order1"),
+        (["one", "two"], "one and its seeds"),
+        (["seed0", "seed1"], "seed0 and its seeds"),
+        (["ewc-seed0", "ewc-seed1", "ewc"], "ewc-seed0 and its seeds"),
+    ],
+)
+def test_a_group_is_called_as_its_runs_without_the_seed(make, names, group):
+    runs = [
+        make(R * (1 - 0.1 * seed), name=name, seed=seed, method="m" if seed < 2 else "other")
+        for seed, name in enumerate(names)
+    ]
+    assert list(over_seeds(compare(runs), "Spread")[1]) == [f"{group}: between seeds", f"{group}: test rows"]
