@@ -632,7 +632,7 @@ def test_where_lower_is_better_fewer_errors_over_seeds_are_a_gain(make):
     comparison = compare(runs)
     assert over_seeds(comparison)[1]["two"]["OP"].startswith("+3.00 [+2.5")
     assert over_seeds(comparison)[1]["two"]["OP"].endswith("↑")
-    assert "the 3.00 mae between the two best (`two`, `one`): 2" in "\n".join(comparison.notes)
+    assert "the 3.00 mae between the two best (`two`, `one`): 2 seeds" in "\n".join(comparison.notes)
 
 
 def test_both_components_of_the_variance_are_shown_and_how_many_seeds_are_needed(make):
@@ -646,7 +646,7 @@ def test_both_components_of_the_variance_are_shown_and_how_many_seeds_are_needed
     error = 100 * np.mean([p * (1 - p) / 39 for p in (0.5, 0.6, 0.7)]) ** 0.5
     assert rows["x: test rows"]["C-STANCE"] == f"{error:.1f}" and rows["x: test rows"]["FOMC"] == "8.0"
     [line] = [note for note in comparison.notes if note.startswith("Seeds that each")]
-    assert "standard deviation between seeds 6.7 points, 2 degrees of freedom): 2.0 points: 176." in line
+    assert "standard deviation between seeds 6.7 points, 2 degrees of freedom): 2.0 points: 176 seeds." in line
     csv_lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
     row = csv_lines["standard error over test rows, mean over 3 seeds"]
     assert float(row["C-STANCE"]) == pytest.approx(error)

@@ -359,7 +359,6 @@ class Versus:
     """A run against the baseline.
 
     Attributes:
-        finals: Name of a task -> the paired difference in its final score; NaN where rows cannot be paired.
         scores: Those of `SCORES` -> the difference, with an interval where rows can be paired.
 
     Differences are gains: positive where the run is better (of Forgetting, where it forgot more). Rows are paired
@@ -375,7 +374,6 @@ class Versus:
         values |= {name: _gain(entry, name) - _gain(against, name) for name in _defined(entry, against)}
         tasks = self.mine.run.tasks
         finals = [self._of_task(task, _final_rows) for task in tasks]
-        self.finals = {_plain(task, self.mine.run): e for task, e in zip(tasks, finals, strict=True)}
         paired = {
             "OP": metrics.mean_of(finals),
             "BWT": self._of_changes(slice(None, -1), Results.rows_since_own),
@@ -628,7 +626,7 @@ def _seeds_needed(groups: Sequence[Group]) -> list[str]:
         if gap > 1e-9:
             wanted.append((gap, f"the {unit.shown(gap)} {unit.of_changes} between the two best ({_ticks([one, two])})"))
     needed = [(text, metrics.seeds_needed(deviation, difference)) for difference, text in wanted]
-    listed = "; ".join(f"{text}: {n or f'more than {metrics.MOST_SEEDS}'}" for text, n in needed)
+    listed = "; ".join(f"{text}: {n or f'more than {metrics.MOST_SEEDS:,}'} seeds" for text, n in needed)
     if not needed:
         return []
     return [
