@@ -10,9 +10,9 @@ the step itself is projected, after the optimizer. The paper uses plain SGD, whe
 but Adam makes another direction of it.
 
 The memory grows with the tasks, by `ogd_size` times the trained parameters in float32 for each: 3.9 GB a task for the
-quickstart's adapter of 4.9 million. In each process are the directions of all tasks and, at the end of a stage, those
-again while they are written, or the gradients of the rows. The trainer counts this before the first stage, and refuses
-with the numbers for which there is room.
+quickstart's adapter of 4.9 million. Each process holds the directions of all tasks and, at the end of a stage, the
+gradients of its rows. The trainer counts this before the first stage, and refuses with the numbers for which there is
+room.
 
     python -m trainers.ogd --config trainers/configs/quickstart.yaml --output_dir runs/ogd
 """
@@ -78,13 +78,12 @@ class OGDTrainer(CLTrainer):
         c, tasks = self.config, len(self.run.tasks)
         cuda = self.accelerator.device.type == "cuda"
         there = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
-        kept = tasks * min(c.ogd_size, c.ogd_rows)
-        needed = (kept + max(kept, c.ogd_rows)) * self.direction
+        needed = (tasks * min(c.ogd_size, c.ogd_rows) + c.ogd_rows) * self.direction
         if needed > there:
-            fits = there // (2 * tasks * self.direction)
+            fits = there // ((tasks + 1) * self.direction)
             raise ConfigError(
                 f"OGD with ogd_size={c.ogd_size} and ogd_rows={c.ogd_rows} needs {needed / 2**30:.1f} GiB for the "
-                f"directions of {tasks} tasks ({self.direction / 2**20:.1f} MiB each, and as much to write them), and "
+                f"directions of {tasks} tasks and the rows of one ({self.direction / 2**20:.1f} MiB each), and "
                 f"{there / 2**30:.1f} GiB are free. "
                 + (f"There is room for --ogd_size {fits} --ogd_rows {fits}." if fits else "Use LoRA.")
             )
