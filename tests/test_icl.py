@@ -267,7 +267,8 @@ def test_a_run_trains_nothing_and_asks_and_cuts_as_officially(options, caplog):
 
 def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
     """Of every task that has any; and a comparison takes the runs for the seeds of one method."""
-    tasks = [t for t in INSTRUCTIONS if t != "trace_meetingbank"]
+    # No demonstration of 20Minuten fits 1,024 bytes.
+    tasks = [t for t in INSTRUCTIONS if t not in ("trace_meetingbank", "trace_20minuten")]
     runs, prompts = {}, {}
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
         changes = {"seed": seed, "output_dir": str(tmp_path / name), "num_fewshot": 3, "tasks": tasks, "test_rows": 2}
@@ -278,8 +279,8 @@ def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
     assert prompts["a"] == prompts["b"]
     for task in tasks:
         assert not set(prompts["a"][task]) & set(prompts["c"][task]), task
-    text = comparison.compare([runs["a"], runs["c"]])
-    assert "over 2 seeds" in text
+    found = str(comparison.compare([runs["a"], runs["c"]]))
+    assert "over 2 seeds" in found, "they differ in nothing but the seed"
 
 
 def test_cells_that_were_asked_and_cut_otherwise_are_not_mixed_with_these(options):
