@@ -3,7 +3,7 @@
 All methods train the same rows for the same steps, a stage after the other, in turn, ROUNDS times, on two tasks whose
 rows are equally long. Of the last stage, where all earlier tasks count, two times: that of the whole stage, and that of
 its steps, without what a method does before the first and after the last one (the passes of EWC over at most 256 and of
-OGD over at most 64 rows, which are large beside the few rows here). Medians of the rounds. `kept` is what a method
+OGD over at most 200 rows, which are large beside the few rows here). Medians of the rounds. `kept` is what a method
 leaves on the disk for the next stage besides the checkpoint. OSF, which trains all parameters, is not there.
 """
 

@@ -52,6 +52,7 @@ def small(options):
             "osf": {"use_peft": False, "learning_rate": 0.1},
             "pp": {"prompt_tokens": 4, "learning_rate": 5.0},
             "replay": {"replay_ratio": 0.25, "alignment_rows": 8},  # whole batches in every stage
+            "joint": {"tasks": ["trace_fomc", "trace_py150"]},  # answers of two tokens and of many
             "gem": {"train_sampling_strategy": "random", "tasks": THREE},  # two memories
         }
         return {
@@ -122,6 +123,22 @@ def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp
     record_property("counts", {"methods trained by two processes": len(names)})
     assert errors.pop("osf") < 1e-3, "singular vectors of a model without structure turn easily"
     assert max(errors.values()) < 1e-4, errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("weights", ["rows", "tokens"])
+def test_two_processes_weigh_the_rows_of_tasks_with_short_and_long_answers_as_one(weights, small, tmp_path, one_thread):
+    changes = {"loss_weights": weights, "tasks": ["trace_fomc", "trace_py150"]}
+    names = ["joint", "lwf", "agem"]
+    jobs = [{"method": n, "options": small(n, tmp_path / "two") | changes} for n in names]
+    assert two_processes(jobs, tmp_path) == 0
+    for name in names:
+        split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}  # the same eight rows a step
+        one = train(small(name, tmp_path / "one") | changes | split, *method(name))
+        two = Run.open(tmp_path / "two" / name)
+        moved = sum(read_json(s.train_file)["moved"] for s in two.stages[1:])
+        assert norm(tensors(one), tensors(two)) < 1e-4 * moved, name
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from conftest import CHAT_TEMPLATE, train
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from trace_bench import data, evaluate, report
+from trace_bench import comparison, data, evaluate, report
 from trace_bench.run import Run, RunError, read_json, write_json
 from trace_tasks import scoring
 from trainers.base import ConfigError
@@ -266,13 +266,21 @@ def test_a_run_trains_nothing_and_asks_and_cuts_as_officially(options, caplog):
 
 
 def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
-    prompts = {}
+    """Of every task that has any; and a comparison takes the runs for the seeds of one method."""
+    # No demonstration of 20Minuten fits 1,024 bytes.
+    tasks = [t for t in INSTRUCTIONS if t not in ("trace_meetingbank", "trace_20minuten")]
+    runs, prompts = {}, {}
     for name, seed in {"a": 1, "b": 1, "c": 2}.items():
-        changes = {"seed": seed, "output_dir": str(tmp_path / name), "num_fewshot": 3, "tasks": ["trace_fomc"]}
-        run = train({**options, **changes}, ICLTrainer, ICLConfig)
+        changes = {"seed": seed, "output_dir": str(tmp_path / name), "num_fewshot": 3, "tasks": tasks, "test_rows": 2}
+        run = runs[name] = train({**options, **changes}, ICLTrainer, ICLConfig)
         evaluate.evaluate(run)
-        prompts[name] = [s["prompt"] for s in samples(run, "trace_fomc")]
-    assert prompts["a"] == prompts["b"] != prompts["c"]
+        prompts[name] = {t: [s["prompt"] for s in samples(run, t)] for t in tasks}
+        assert {read_json(run.stages[0].eval_file(t))["settings"]["icl"]["seed"] for t in tasks} == {seed}
+    assert prompts["a"] == prompts["b"]
+    for task in tasks:
+        assert not set(prompts["a"][task]) & set(prompts["c"][task]), task
+    found = str(comparison.compare([runs["a"], runs["c"]]))
+    assert "over 2 seeds" in found, "they differ in nothing but the seed"
 
 
 def test_cells_that_were_asked_and_cut_otherwise_are_not_mixed_with_these(options):

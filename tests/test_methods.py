@@ -1,7 +1,11 @@
 """The methods: every one trains, resumes and is evaluated; and each does what its paper says."""
 
 import importlib
+import re
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -356,7 +360,8 @@ def test_ewc_state_after_two_tasks(options, online):
         pytest.param({"lora_modules_to_save": ["lm_head"]}, id="a head, which sees answers alone"),
     ],
 )
-def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(options, change):
+@pytest.mark.parametrize("weights", ["rows", "tokens"])
+def test_the_fisher_information_is_the_squared_gradient_of_the_task_s_rows(options, change, weights):
     trainer, config = method("ewc")
     pairs = []
 
@@ -368,15 +373,24 @@ def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(
             for batch in self.batches(rows, 1):
                 self.model.zero_grad()
                 self.model(**batch).loss.backward()  # transformers' own loss, of one row
+                length = int((batch["labels"] != -100).sum())
+                items = sum(x != -100 for r in rows["labels"] for x in r) if weights == "tokens" else len(rows) * length
                 for n, p in self.trained().items():
-                    by_hand[n] += p.grad**2 / len(rows)
+                    by_hand[n] += (length * p.grad) ** 2 / items
             self.model.zero_grad()
             pairs.append((result, by_hand))
             return result
 
     # Rows of other lengths in one batch, the last batch not full.
     train(
-        {**options, **EXACT, "tasks": ["trace_py150", "trace_fomc"], "train_rows": 10, **change},
+        {
+            **options,
+            **EXACT,
+            "loss_weights": weights,
+            "tasks": ["trace_py150", "trace_fomc"],
+            "train_rows": 10,
+            **change,
+        },
         Spy,
         config,
     )
@@ -384,6 +398,98 @@ def test_the_fisher_information_is_the_mean_squared_gradient_of_the_task_s_rows(
     for result, by_hand in pairs:
         for name in result:
             torch.testing.assert_close(result[name], by_hand[name], rtol=1e-3, atol=1e-9)
+
+
+class Known(torch.nn.Module):
+    """A language model of six words whose only trained weight is that of a hidden layer; each word follows the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden = torch.nn.Embedding(6, 5), torch.nn.Linear(5, 5, bias=False)
+        self.head = torch.nn.Linear(5, 6, bias=False)
+        self.words.requires_grad_(False)
+        self.head.weight.requires_grad_(False)
+        self.head.weight *= 4  # far from uniform
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache=None):
+        return SimpleNamespace(logits=self.head(torch.tanh(self.hidden(self.words(input_ids)))))
+
+    def fisher_after(self) -> torch.Tensor:
+        """The true Fisher information of the next word after each word: all six words, as likely as they are."""
+        found = []
+        for word in range(6):
+            logp = self(torch.tensor([[word]])).logits[0, 0].log_softmax(-1)
+            parts = [torch.autograd.grad(x, self.hidden.weight, retain_graph=True)[0] for x in logp]
+            found.append(sum(x.exp().detach() * part**2 for x, part in zip(logp, parts, strict=True)))
+        return torch.stack(found)
+
+
+def known_fisher(rows: list[list[int]], model: Known, **changes) -> torch.Tensor:
+    """What the trainer makes of rows of a prompt of one word."""
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+    trainer, config = method("ewc")
+    instance = object.__new__(trainer)
+    instance.config = instance.args = config(output_dir="x", per_device_train_batch_size=64, ewc_rows=10**6, **changes)
+    instance.config.gradient_checkpointing = instance.aux_loss_enabled = False
+    instance.model, instance.accelerator, instance.stage = model, Accelerator(cpu=True), SimpleNamespace(task="known")
+    instance.model_args = SimpleNamespace(lora_modules_to_save=None, lora_target_parameters=None)
+    instance.compute_loss_context_manager = nullcontext
+    instance.task_dataset = lambda task: Dataset.from_list(
+        [{"input_ids": r, "labels": [-100, *r[1:]]} for r in rows],
+    )
+
+    def collate(some):
+        pads = [max(len(r["input_ids"]) for r in some) - len(r["input_ids"]) for r in some]
+        return {
+            "input_ids": torch.tensor([r["input_ids"] + [0] * n for r, n in zip(some, pads, strict=True)]),
+            "labels": torch.tensor([r["labels"] + [-100] * n for r, n in zip(some, pads, strict=True)]),
+        }
+
+    instance.data_collator = collate
+    return instance.fisher()["hidden.weight"]
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+@pytest.mark.parametrize("weights", ["rows", "tokens"])
+@pytest.mark.parametrize("lengths", [[2], [20], [180], [2, 20, 180]], ids=str)
+def test_the_fisher_information_of_a_known_model_whatever_the_length_of_answers(lengths, weights, fisher):
+    """The curvature of the loss: in the model's own text both kinds come to the true one, enumerated."""
+    torch.manual_seed(0)
+    model = Known()
+    true = model.fisher_after()
+    with torch.no_grad():
+        follows = model(torch.arange(6)[None]).logits[0].softmax(-1)
+    rows, wanted, tokens = [], [], 0
+    for n in lengths:
+        text = [torch.arange(800) % 6]
+        for _ in range(n):
+            text.append(torch.multinomial(follows[text[-1]], 1)[:, 0])
+        rows += torch.stack(text, 1).tolist()
+    for row in rows:
+        positions = true[row[:-1]]
+        tokens += len(positions)
+        wanted.append(positions.sum(0) if weights == "tokens" else positions.mean(0))
+    wanted = sum(wanted) / (tokens if weights == "tokens" else len(rows))
+    found = known_fisher(rows, model, loss_weights=weights, ewc_fisher=fisher)
+    assert float(found.sum() / wanted.sum()) == pytest.approx(1, abs=0.1)
+    assert float(torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0)) > 0.98
+
+
+def test_only_the_sampled_fisher_information_stays_where_the_data_are_fitted():
+    """The three words after which the model is surest: the data's labels have next to no gradient, others have."""
+    torch.manual_seed(0)
+    model = Known()
+    probability, following = model(torch.arange(6)[None]).logits[0].softmax(-1).max(-1)
+    words = probability.argsort()[-3:].tolist()
+    rows = 800 * [[word, int(following[word])] for word in words]
+    empirical, sampled = (float(known_fisher(rows, model, ewc_fisher=k).sum()) for k in ("empirical", "sampled"))
+    assert sampled == pytest.approx(float(model.fisher_after()[words].mean(0).sum()), rel=0.15)
+    assert empirical < 0.4 * sampled
 
 
 # ----------------------------------------------------------------------------------------------------------- LwF
@@ -423,10 +529,14 @@ def test_the_distillation_loss_is_the_divergence_from_the_teacher():
     student, teacher = torch.randn(5, 11, requires_grad=True), torch.randn(5, 11)
     loss = instance.distillation(student, teacher)
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
-    assert loss.item() == pytest.approx((4 * (p * (p / q).log()).sum()).item(), rel=1e-5)
-    assert instance.distillation(teacher, teacher).item() == pytest.approx(0, abs=1e-5)
-    (gradient,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(gradient, 2 * (q - p).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-6)
+    assert instance.distillation(teacher, teacher).abs().max() < 1e-5
+    # The paper's loss: the cross entropy of both distributions, sharpened by 1/T; no T^2 in front of either.
+    paper = -(p * q.log()).sum()
+    gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss.sum(), paper)]
+    torch.testing.assert_close(gradients[0], ((q - p) / 2).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert config(output_dir="x").lwf_lambda == 1 and config(output_dir="x").lwf_temperature == 2
 
 
 # --------------------------------------------------------------------------------------------------- GEM and A-GEM
@@ -434,19 +544,22 @@ def test_the_distillation_loss_is_the_divergence_from_the_teacher():
 
 def gem_step(name: str, gradients: list[torch.Tensor], step: torch.Tensor, **changes) -> torch.Tensor:
     """What a method makes of a step's gradient, given the gradients on the memories."""
-    from datasets import Dataset
-
     trainer, config = method(name)
     instance = object.__new__(trainer)
-    instance.config = config(output_dir="x", **changes)
+    instance.config = made(config, **changes)
     parameter = torch.nn.Parameter(torch.zeros_like(step))
     parameter.grad = step.clone()
     instance.trained = lambda: {"w": parameter}
-    instance.memory = {f"task {i}": Dataset.from_list([{"i": i}]) for i in range(len(gradients))}
-    instance.drawn = lambda rows: rows
-    instance.loss_gradient = lambda rows: {"w": torch.stack([gradients[i] for i in rows["i"]]).mean(0)}
+    instance.memory = {f"task {i}": [i] for i in range(len(gradients))}
+    instance.drawn, instance.drawn_evenly = lambda rows: rows, lambda: range(len(gradients))
+    instance.loss_gradient = lambda rows, weights=None: {"w": torch.stack([gradients[i] for i in rows]).mean(0)}
     instance.adjust_gradients(None)
     return parameter.grad
+
+
+@cache
+def made(config: type[CLConfig], **changes) -> CLConfig:
+    return config(output_dir="x", **changes)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -535,11 +648,78 @@ def test_the_memory_gradient_is_the_loss_gradient_of_remembered_rows(options, na
     assert len(texts) == 8 and all("Stance:" in t for t in texts), "rows of the first task"
 
 
+def test_the_memory_gradient_of_agem_is_every_task_s(options):
+    """Of tasks with answers of 2 and of 180 tokens; by tokens the long ones would be all of it."""
+
+    def cosines(trainer, memory):
+        from trainers.memory import dot
+
+        own = [trainer.loss_gradient(rows) for rows in trainer.memory.values()]
+        return [float(dot(memory, g) / (dot(memory, memory) * dot(g, g)).sqrt()) for g in own]
+
+    def look(trainer, adjust):
+        texts = [(f"Write about {i}. ", f"{i} is the number that this is about. " * 10) for i in range(12)]
+        trainer.memory["long"] = trainer.text_dataset(texts)
+        adjust(trainer.model)
+        (memory,) = trainer.against
+        drawn = trainer.drawn_evenly()
+        lengths = sorted(sum(x != -100 for x in labels) for labels in drawn["labels"])
+        by_tokens = trainer.loss_gradient(drawn, weights="tokens")
+        return cosines(trainer, memory), cosines(trainer, by_tokens), lengths
+
+    changes = {**EXACT, "max_answer_length": 180, "learning_rate": 1e-3, "memory_rows": 12, "memory_batch_size": 12}
+    found, by_tokens, lengths = probe(options, "agem", 2, look, **changes)
+    assert lengths == [2] * 6 + [180] * 6, "as many rows of each"
+    assert min(found) > 0.3 and max(found) / min(found) < 3
+    assert max(by_tokens) > 0.95 and min(by_tokens) < 0.5 * min(found)
+
+
+@pytest.mark.parametrize("name", ["gem", "agem"])
+def test_the_step_of_the_optimizer_is_projected_as_well_if_asked(name, options):
+    trainer, config = method(name)
+    free, bound, conflicts = [], [], []
+
+    class Spy(trainer):
+        def project(self, descent):
+            from trainers.memory import dot
+
+            start = {n: p.detach() + descent[n] for n, p in self.trained().items()}
+            allowed = super().project(descent)
+
+            def worst(step):
+                return min(float(dot(m, step) / (dot(m, m) * dot(step, step)).sqrt()) for m in self.against)
+
+            free.append(worst(descent))
+            bound.append(worst(allowed))
+            self.wanted = {n: start[n] - allowed[n] for n in start}
+            return allowed
+
+        def training_step(self, *args, **kwargs):
+            self.reached()
+            return super().training_step(*args, **kwargs)
+
+        def end_stage(self):
+            self.reached()
+            conflicts.append(self.record()["projected_optimizer_steps"])
+
+        def reached(self):
+            for n, wanted in getattr(self, "wanted", {}).items():
+                torch.testing.assert_close(self.trained()[n].detach(), wanted, rtol=0, atol=1e-6)
+
+    Spy.__module__ = trainer.__module__
+    options = {**small(options, name), **EXACT, "memory_rows": 8, "max_steps": 8, "learning_rate": 3e-2}
+    run = train({**options, "project_step": True}, Spy, config)
+    assert len(free) == 16, "every step from the second task on"
+    assert min(free) < -0.01, "Adam goes against the memory, after a gradient that does not"
+    assert min(bound) > -1e-3 and sum(conflicts) == sum(f < 0 for f in free)
+    assert read_json(run.stages[3].train_file)["projected_optimizer_steps"] == conflicts[2]
+
+
 # ------------------------------------------------------------------------------------------------------------------ OGD
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
-def test_every_step_of_ogd_is_orthogonal_to_what_is_stored(options, optimizer):
+@pytest.mark.parametrize(("optimizer", "size", "kept"), [("sgd", 200, 4), ("adamw_torch", 200, 4), ("sgd", 3, 3)])
+def test_every_step_of_ogd_is_orthogonal_to_what_is_stored(options, optimizer, size, kept):
     trainer, config = method("ogd")
     products, lengths, sizes = [], [], {}
 
@@ -559,9 +739,14 @@ def test_every_step_of_ogd_is_orthogonal_to_what_is_stored(options, optimizer):
             return result
 
     Spy.__module__ = trainer.__module__
-    train({**small(options, "ogd"), **EXACT, "optim": optimizer, "learning_rate": 1e-2}, Spy, config)
-    assert sizes == {1: 0, 2: 4, 3: 6}, "four rows a task, six directions at most"
+    options = {**small(options, "ogd"), **EXACT, "optim": optimizer, "learning_rate": 1e-2, "ogd_size": size}
+    run = train(options, Spy, config)
+    assert sizes == {1: 0, 2: kept, 3: 2 * kept}, "the bound is of each task, and four rows have four gradients"
     assert max(products) < 1e-4 and min(lengths) > 0
+    record = read_json(run.stages[3].train_file)
+    assert record["directions"] == 2 * kept
+    assert record["directions_bytes"] == 2 * kept * 4 * record["trainable_parameters"]
+    assert config(output_dir="x").ogd_size == 200, "the paper's"
 
 
 def test_ogd_stores_the_gradients_of_the_answer_s_logits(options):
@@ -594,10 +779,20 @@ def test_ogd_stores_the_gradients_of_the_answer_s_logits(options):
     assert inside == pytest.approx(whole, rel=1e-3), "a remembered row's gradient lies within the stored directions"
 
 
-def test_ogd_refuses_what_no_memory_holds(options):
+def test_ogd_refuses_what_no_memory_holds(options, monkeypatch, tmp_path):
     trainer, config = method("ogd")
-    with pytest.raises(ConfigError, match="GiB"):
-        train({**options, "tasks": THREE[:1], "ogd_size": 10**9}, trainer, config)
+    options = {**options, "max_steps": 1}
+    with pytest.raises(ConfigError, match=r"ogd_rows=1000000000 needs .* GiB"):
+        train({**options, "ogd_size": 10**9, "ogd_rows": 10**9}, trainer, config)
+    # What is named as what there is room for is so.
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
+    with pytest.raises(ConfigError, match="GiB are free") as refused:
+        train(options, trainer, config)
+    fits = int(re.search(r"--ogd_size (\d+) --ogd_rows \1\.", str(refused.value))[1])
+    assert 0 < fits < 64
+    assert train({**options, "ogd_size": fits, "ogd_rows": fits}, trainer, config).stages[2].is_trained
+    with pytest.raises(ConfigError, match="GiB are free"):
+        train({**options, "output_dir": f"{tmp_path}/b", "ogd_size": fits + 1, "ogd_rows": fits + 1}, trainer, config)
 
 
 # --------------------------------------------------------------------------------------------------------------- O-LoRA
@@ -745,6 +940,52 @@ def test_accumulation_and_batch_size_take_the_same_step(name, options, tmp_path)
         gradients.append(seen[0])
     for key in gradients[0]:
         torch.testing.assert_close(gradients[0][key], gradients[1][key], rtol=5e-3, atol=2e-6)
+
+
+LENGTHS = ["trace_fomc", "trace_py150", "trace_meetingbank"]
+
+
+@pytest.mark.parametrize("weights", ["rows", "tokens"])
+def test_the_loss_weighs_rows_or_tokens_the_same_however_a_batch_is_split(weights, options, tmp_path):
+    """The gradient of a step, against the losses of its rows one by one, with answers of 2 to 180 tokens."""
+    trainer, config = method("joint")
+    seen, wanted = {}, {}
+    splits = {"8 x 1": (9, 1, "random"), "1 x 9": (1, 9, "random"), "3 x 3, by length": (3, 3, "group_by_length")}
+    for name, (batch, accumulation, order) in splits.items():
+
+        class Spy(trainer):
+            def adjust_gradients(self, model, name=name):
+                seen[name] = {n: p.grad.clone() for n, p in self.trained().items()}
+                self.model.zero_grad()
+                items = 0
+                for row in self.batches(self.train_dataset, 1):
+                    weight = int((row["labels"] != -100).sum()) if weights == "tokens" else 1
+                    (self.model(**row).loss * weight).backward()  # transformers' own loss, of one row
+                    items += weight
+                wanted[name] = {n: p.grad / items for n, p in self.trained().items()}
+
+        changes = {"tasks": LENGTHS, "train_rows": 3, "max_answer_length": 180, "loss_weights": weights, "max_steps": 1}
+        changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        changes |= {"train_sampling_strategy": order, "output_dir": str(tmp_path / name)}
+        run = train({**options, **EXACT, **changes}, Spy, config)
+        assert read_json(run.stages[1].train_file)["rows"] == 9
+    for name in splits:
+        for n in wanted[name]:
+            torch.testing.assert_close(seen[name][n], wanted[name][n], rtol=1e-3, atol=2e-6)
+
+
+def test_rows_weigh_the_same_unless_tokens_are_asked_for(options):
+    for name in methods():
+        assert method(name)[1](output_dir="x").loss_weights == "rows", name
+    for change, words in (
+        ({"loss_weights": "answers"}, "loss_weights='answers' is not allowed: use rows or tokens"),
+        ({"loss_type": "dft"}, "set loss_weights: tokens, or loss_type: nll"),
+        ({"label_smoothing_factor": 0.1}, "set loss_weights: tokens"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            train({**options, **change})
+    for change in ({"loss_type": "dft"}, {"label_smoothing_factor": 0.1}):
+        CLConfig(output_dir="x", loss_weights="tokens", **change)
 
 
 @pytest.mark.parametrize("name", ["ewc", "gem", "agem", "ogd", "olora"])

@@ -160,6 +160,7 @@ def test_a_bad_value_is_refused_with_what_is_allowed(options, change, words):
         ({"chat_template_path": "somewhere"}, "chat_template_path"),
         ({"padding_free": True}, "padding_free=true joins rows"),
         ({"packing": True}, "packing=true joins rows"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is a loss by tokens"),
         ({"max_prompt_length": 1021}, "context of 1024: use a max_prompt_length of at most 1020"),
     ],
 )
@@ -316,7 +317,8 @@ def test_the_cpu_loss_is_trl_s_loss(options):
             losses.append((ours.item(), theirs.item()))
             return ours
 
-    train({**options, "bf16": False, "lora_dropout": 0.0, "tasks": ["trace_scienceqa"]}, Both)
+    changes = {"bf16": False, "lora_dropout": 0.0, "tasks": ["trace_scienceqa"], "loss_weights": "tokens"}
+    train({**options, **changes}, Both)
     assert len(losses) == 3
     for ours, theirs in losses:
         assert ours == pytest.approx(theirs, rel=1e-5)

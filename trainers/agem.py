@@ -3,16 +3,19 @@
 Chaudhry et al. 2019 (arXiv 1812.00420), equation 11: with g the gradient of the step and m the one on a batch drawn
 from the memory of all earlier tasks, g - (g.m / m.m) m is taken instead of g where g.m < 0, else g as it is.
 
-The promise is about the gradient; an optimizer with moments (Adam) turns it into a step of its own.
+m is the mean over rows of the gradient of the mean over the row's answer tokens, whatever `loss_weights` is, and every
+task gives the same number of rows to the batch, to one row: no task with long answers speaks for the others.
+
+The promise is about the gradient; an optimizer with moments (Adam) turns it into a step of its own, unless
+`project_step` projects that, too. The paper has plain SGD.
 
     python -m trainers.agem --config trainers/configs/quickstart.yaml --output_dir runs/agem
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-from datasets import concatenate_datasets
+import torch
+from datasets import Dataset, concatenate_datasets
 
 from trainers.base import main
 from trainers.memory import MemoryConfig, MemoryTrainer, dot
@@ -21,18 +24,26 @@ from trainers.memory import MemoryConfig, MemoryTrainer, dot
 class AGEMTrainer(MemoryTrainer):
     """A stage whose gradient is projected once, against the mean of the memory."""
 
-    def adjust_gradients(self, model: Any) -> None:
-        """Takes the part of the gradient off that would raise the loss on the memory."""
-        if not self.memory:
-            return
-        memory = self.loss_gradient(self.drawn(concatenate_datasets(list(self.memory.values()))))
-        gradient = self.gradient()
-        product = dot(gradient, memory)
-        if product < 0:
-            self.conflicts += 1
-            factor = float(product / dot(memory, memory))
-            for name, parameter in self.trained().items():
-                parameter.grad = gradient[name].sub(memory[name], alpha=factor)
+    def drawn_evenly(self) -> Dataset:
+        """The rows of all memories that serve this step: of every task the same number, to one row."""
+        tasks = list(self.memory.values())
+        each, left = divmod(self.batch_size, len(tasks))
+        first = torch.randperm(len(tasks), generator=self.generator()).tolist()[:left]
+        sizes = [each + (i in first) for i in range(len(tasks))]
+        return concatenate_datasets([self.drawn(rows, n) for rows, n in zip(tasks, sizes, strict=True) if n])
+
+    def memory_gradients(self) -> list[dict[str, torch.Tensor]]:
+        """The one gradient on all memories, of which every row is the same part."""
+        return [self.loss_gradient(self.drawn_evenly(), weights="rows")]
+
+    def projected(self, vector: dict[str, torch.Tensor], of_step: bool = False) -> dict[str, torch.Tensor] | None:
+        """Takes the part of a direction off that would raise the loss on the memory."""
+        (memory,) = self.against
+        product = dot(vector, memory)
+        if product >= 0:
+            return None
+        factor = float(product / dot(memory, memory))
+        return {name: v.sub(memory[name], alpha=factor) for name, v in vector.items()}
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from torch.utils.data import Sampler
 from tqdm.auto import tqdm
 from transformers import (
@@ -132,6 +133,9 @@ _INDIFFERENT = (
 )
 
 
+#: What weighs the same in a loss.
+LOSS_WEIGHTS = ["rows", "tokens"]
+
 _MEMORY = (
     "In a new run (--output_dir) give a smaller per_device_train_batch_size with as much more "
     "gradient_accumulation_steps, gradient_checkpointing: true, a shorter max_prompt_length or max_answer_length, or "
@@ -160,6 +164,9 @@ class CLConfig(SFTConfig):
         chat_template: Whether prompts are put into the model's chat template, in training and in evaluation.
         chat_template_args: Variables of the chat template, such as {"enable_thinking": false}; judged answers have
             them too.
+        loss_weights: What weighs the same in the loss of an optimizer step: "rows" (the mean over a row's answer
+            tokens, then over the rows: what the official micro-batches of one to four rows come to) or "tokens" (the
+            mean over all answer tokens, HF's own: a row weighs as much as its answer is long).
         cells: The tasks that each stage is evaluated on: "seen", "all", or "own" (that of the stage alone).
         keep: Which checkpoints stay on the disk: "all"; "last" (earlier stages cannot be evaluated later); or
             "evaluated" (each stage is evaluated right after training, then the one before is dropped).
@@ -197,6 +204,10 @@ class CLConfig(SFTConfig):
     chat_template_args: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Variables of the chat template, as JSON, such as '{\"enable_thinking\": false}'."},
+    )
+    loss_weights: str = field(
+        default="rows",
+        metadata={"help": "What weighs the same in the loss: rows, or tokens as HF has it.", "choices": LOSS_WEIGHTS},
     )
     cells: str = field(
         default="seen",
@@ -309,6 +320,11 @@ class CLConfig(SFTConfig):
         assert not isinstance(self.engine_args, str)  # HF has read it
         if self.chat_template_args and not (self.chat_template or self.judged):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
+        for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+            if self.loss_weights == "rows" and getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is a loss by tokens: set loss_weights: tokens, or {name}: {plain}."
+                )
         try:
             refuse_secrets(self.to_dict(), "the configuration's")
         except RunError as e:
@@ -384,6 +400,8 @@ class CLTrainer(SFTTrainer):
             train_dataset=self.stage_dataset(stage),
             processing_class=tokenizer,
         )
+        # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
+        self.model_accepts_loss_kwargs = True
         for noisy in (ProgressCallback, PrinterCallback):
             self.remove_callback(noisy)
         self.add_callback(_Live(self))
@@ -520,17 +538,42 @@ class CLTrainer(SFTTrainer):
         # Rows are padded on the right, where a causal model never looks: without a mask the attention kernels leave
         # the future out instead of computing and masking it.
         kept = {k: v for k, v in inputs.items() if k not in ("labels", "attention_mask")}
+        if self.aux_loss_enabled:  # which needs the mask to leave padding out
+            kept |= {"attention_mask": inputs["attention_mask"], "output_router_logits": True}
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(at_answers)
         try:
-            logits = model(**kept, use_cache=False).logits
+            output = model(**kept, use_cache=False)
         finally:
             hook.remove()
-        return logits.float(), target[answer]
+        #: What a mixture of experts adds to the loss of a batch, as TRL takes it.
+        self.router_loss = self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0.0
+        return output.logits.float(), target[answer]
 
-    def per_token(self, total: torch.Tensor, tokens: int, num_items_in_batch: Any) -> torch.Tensor:
-        """A sum over answer tokens as HF's trainer wants a loss: divided by the tokens of the whole step."""
-        loss = total / (tokens if num_items_in_batch is None else num_items_in_batch)
+    def weighted(self, losses: torch.Tensor, inputs: Any, weights: str | None = None) -> tuple[torch.Tensor, int]:
+        """The weighted sum of a batch's losses, and by how many items of the whole a sum over batches is divided.
+
+        Args:
+            losses: Of each answer token, in the order of `answer_logits`.
+            inputs: The batch, with labels.
+            weights: "rows" or "tokens"; None = the run's.
+
+        Returns:
+            With "rows" the sum of the rows' means, and the rows; with "tokens" the sum of all, and the tokens.
+        """
+        lengths = (inputs["labels"][:, 1:] != -100).sum(dim=1)
+        if (weights or self.config.loss_weights) == "tokens":
+            return losses.sum(), len(losses)
+        return (losses / lengths.repeat_interleave(lengths)).sum(), int((lengths > 0).sum())
+
+    def step_loss(self, losses: torch.Tensor, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """Losses of answer tokens as HF's trainer wants the loss of a micro-batch.
+
+        What is divided by are the items (rows or tokens) of the whole optimizer step, over its micro-batches and
+        processes: the gradient of the step does not depend on how its rows are split.
+        """
+        total, items = self.weighted(losses, inputs)
+        loss = total / (items if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all
         return loss
@@ -546,22 +589,24 @@ class CLTrainer(SFTTrainer):
         """The rows that this process works on when all processes share a computation."""
         return rows.select(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
 
-    def loss_gradient(self, rows: Dataset) -> dict[str, torch.Tensor]:
-        """The gradient of the task loss (mean over the answer tokens of `rows`), beside the one being accumulated.
+    def loss_gradient(self, rows: Dataset, weights: str | None = None) -> dict[str, torch.Tensor]:
+        """The gradient of the task loss on `rows`, beside the one being accumulated.
 
         Each process computes its share of the rows, and all get the sum: it is faster, and the processes cannot drift
         apart by the rounding of kernels that sum in another order each time.
 
         Args:
             rows: The same ones in every process.
+            weights: What weighs the same in the mean, "rows" or "tokens"; None = as in the loss of the run.
         """
         parameters = self.trained()
-        total = sum(label != -100 for row in rows["labels"] for label in row)
+        lengths = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+        items = sum(lengths) if (weights or self.config.loss_weights) == "tokens" else len(rows)
         gradient = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for batch in self.batches(self.own_share(rows)):
             with self.compute_loss_context_manager():
                 logits, target = self.answer_logits(self.model, batch)
-                loss = torch.nn.functional.cross_entropy(logits, target, reduction="sum") / total
+                loss = self.weighted(cross_entropy(logits, target, reduction="none"), batch, weights)[0] / items
             parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, part in zip(parameters, parts, strict=True):
                 if part is not None:
@@ -570,9 +615,9 @@ class CLTrainer(SFTTrainer):
         return self.accelerator.reduce(gradient, "sum") if self.accelerator.num_processes > 1 else gradient
 
     def row_gradients(
-        self, rows: Dataset, value: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+        self, rows: Dataset, value: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradient of each row's own mean over its answer tokens, beside the one being accumulated.
+        """The gradient of each row's own sum over its answer tokens, beside the one being accumulated.
 
         Where linear layers alone are trained, such as LoRA's, one pass for the rows of a batch is enough: a row's
         gradient of a layer's weight is the product of the layer's inputs and of the gradients of its outputs, both of
@@ -580,7 +625,8 @@ class CLTrainer(SFTTrainer):
 
         Args:
             rows: What this process works on; nothing is exchanged.
-            value: Makes of logits (tokens, vocabulary) and their targets (tokens) what is averaged (tokens).
+            value: Makes of logits (tokens, vocabulary), their targets (tokens), and how many tokens the answer has that
+                each is of (tokens), what is summed (tokens).
 
         Yields:
             The name of a parameter and its gradients for some rows, shape (rows, *parameter), float32. All parameters
@@ -612,7 +658,7 @@ class CLTrainer(SFTTrainer):
             for hook in hooks:
                 hook.remove()
             answers = (batch["labels"][:, 1:] != -100).sum(dim=1)
-            total = (value(logits, target) / answers.repeat_interleave(answers)).sum()
+            total = value(logits, target, answers.repeat_interleave(answers)).sum()
             if together:
                 gradients = torch.autograd.grad(total, [output for _, output in seen.values()])
                 for (name, (inputs, _)), gradient in zip(seen.items(), gradients, strict=True):
@@ -682,19 +728,28 @@ class CLTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss. On a CPU the same loss with the LM head at answer positions only.
+        """The loss, its rows or tokens weighing the same; TRL's own by tokens on a GPU.
 
-        TRL's fused head skips the prompt's positions on GPUs, but not on CPUs, where the head over the whole
-        vocabulary would take most of the time of a step when answers are short.
+        Ours computes the LM head at answer positions only. So does TRL's fused head on GPUs, but not on CPUs, where the
+        head over the whole vocabulary would take most of the time of a step when answers are short.
         """
+        rows = self.config.loss_weights == "rows"
         plain = self.config.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
-        if return_outputs or not (self.args.use_cpu and plain):
+        if return_outputs or not (rows or (self.args.use_cpu and plain)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, target = self.answer_logits(model, inputs)
-        total = torch.nn.functional.cross_entropy(logits, target, reduction="sum")
-        loss = self.per_token(total, len(target), num_items_in_batch)
+        loss = self.step_loss(cross_entropy(logits, target, reduction="none"), inputs, num_items_in_batch)
         self.count_tokens(model, inputs)
-        return loss
+        return loss + self.router_loss / self.current_gradient_accumulation_steps
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """HF's batches of an optimizer step, and what its loss is divided by: the answer tokens, or the rows."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.config.loss_weights == "rows" and samples:
+            items = sum((batch["labels"][:, 1:] != -100).any(dim=1).sum() for batch in samples).to(device)  # type: ignore[union-attr]
+            if self.args.average_tokens_across_devices:
+                items = self.accelerator.gather(items).sum()
+        return samples, items
 
     def count_tokens(self, model: Any, inputs: Any) -> None:
         """Adds a batch to the tokens that were trained, as TRL's own `compute_loss` does."""
@@ -1357,6 +1412,8 @@ def _check_gradients(trainer: type[CLTrainer], config: CLConfig) -> None:
             f"{joined[0]}=true joins rows, which needs flash attention on a GPU and a method without gradients or "
             "losses of its own (sequential, single, joint, replay, rcl). Leave it out."
         )
+    if joined and config.loss_weights == "rows":
+        raise ConfigError(f"{joined[0]}=true joins rows, which then cannot weigh the same: set loss_weights: tokens.")
     if trainer.adjust_gradients is CLTrainer.adjust_gradients:
         return
     refuse_shards(config, f"{_method(trainer)} needs whole gradients", "with LoRA if memory is short")

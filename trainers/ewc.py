@@ -2,8 +2,23 @@ r"""Elastic weight consolidation: parameters that mattered to earlier tasks are 
 
 Kirkpatrick et al. 2017 (arXiv 1612.00796): when training task t, the penalty
 \lambda/2 \sum_{k<t} \sum_i F_{k,i} (\theta_i - \theta^*_{k,i})^2 is added to the loss, with \theta^*_k the parameters
-after task k and F_k the diagonal of the Fisher information there: the mean over rows of the squared gradient of the
-row's loss. The loss here is the task's alone, without the penalty.
+after task k and F_k the diagonal of the Fisher information there, of the task's loss alone, without the penalty.
+
+F is in the units of the loss that is minimised: it is the curvature of that loss, and \lambda has one meaning whatever
+the length of answers. With g the gradient of a row's log-likelihood (the sum over its n answer tokens), F is the mean
+over rows of g^2 / n where rows weigh the same (`loss_weights`), and the sum over rows of g^2 divided by the number of
+all answer tokens where tokens do. With \lambda = 1 the loss of each earlier task counts, to second order,
+as much as the present one: the posterior of the paper for tasks of equal size. The default is the \lambda = 400
+of the paper's Atari experiments.
+
+`ewc_fisher` says whose labels g is of. "empirical": the data's, which vanishes where the loss does (arXiv 2502.11756).
+"sampled": the model's own, one draw at each position behind the data's tokens; its mean over draws is the Fisher
+information itself.
+
+The penalty is on the parameters that are trained. With LoRA these are A and B, and it is not invariant to what leaves
+the model B A as it is: for any invertible M, M A and B M^-1 are the same model with another penalty. It counts changes
+of A and of B as if the other one stood still, and where one factor is small, as B is early on, the other looks free. A
+penalty on B A would need the Fisher information of whole weights.
 
 By default the online variant (Schwarz et al. 2018, arXiv 1805.06370): one anchor, the newest parameters,
 and one running sum F = \gamma F + F_k. `ewc_online: false` keeps every task's own anchor. In both cases the gradient
@@ -21,6 +36,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from trainers.base import CLConfig, CLTrainer, ConfigError, main
 from trainers.memory import choose_rows
@@ -35,12 +51,20 @@ class EWCConfig(CLConfig):
         ewc_online: One anchor and a running Fisher, rather than one of each per task.
         ewc_gamma: How much of the running Fisher is kept at each stage (online).
         ewc_rows: Training rows that the Fisher information is estimated on.
+        ewc_fisher: Labels that it is estimated with: "empirical" (the data's) or "sampled" (the model's own).
     """
 
-    ewc_lambda: float = field(default=1e4, metadata={"help": "Weight of the penalty."})
+    ewc_lambda: float = field(default=400.0, metadata={"help": "Weight of the penalty."})
     ewc_online: bool = field(default=True, metadata={"help": "One anchor and a running Fisher."})
     ewc_gamma: float = field(default=1.0, metadata={"help": "How much of the running Fisher is kept at each stage."})
     ewc_rows: int = field(default=256, metadata={"help": "Training rows for the Fisher information."})
+    ewc_fisher: str = field(
+        default="empirical",
+        metadata={
+            "help": "Labels of the Fisher information: the data's, or sampled from the model.",
+            "choices": ["empirical", "sampled"],
+        },
+    )
 
     def __post_init__(self) -> None:
         """Checks the numbers."""
@@ -82,8 +106,19 @@ class EWCTrainer(CLTrainer):
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ewc_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.trained().items()}
-        for name, gradients in self.row_gradients(self.own_share(rows), _loss):
-            total[name] += gradients.square().sum(0) / len(rows)
+        generator = torch.Generator(self.accelerator.device)
+        generator.manual_seed(self.config.seed * 1_000_003 + self.accelerator.process_index)
+        by_tokens = self.config.loss_weights == "tokens"
+        items = sum(label != -100 for labels in rows["labels"] for label in labels) if by_tokens else len(rows)
+
+        def loss(logits: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+            if self.config.ewc_fisher == "sampled":
+                target = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+            losses = cross_entropy(logits, target, reduction="none")
+            return losses if by_tokens else losses / lengths.sqrt()
+
+        for name, gradients in self.row_gradients(self.own_share(rows), loss):
+            total[name] += gradients.square().sum(0) / items
         return self.accelerator.reduce(total, "sum")
 
     def end_stage(self) -> None:
@@ -100,10 +135,6 @@ class EWCTrainer(CLTrainer):
                 state[f"P/{name}"] = old + new
                 state[f"Q/{name}"] = self.state_tensors.get(f"Q/{name}", torch.zeros_like(new)) + new * anchor
         self.save_state(state)
-
-
-def _loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ regularisation by 1e-3 of the original, which is no small number beside squared 
 Differences from the paper: each gradient of a memory is on a batch drawn from it, not on all of it. The official TRACE
 code keeps the last gradient of each earlier task instead, and projects each parameter on its own.
 
-The promise is about the gradient; an optimizer with moments (Adam) turns it into a step of its own.
+The promise is about the gradient; an optimizer with moments (Adam) turns it into a step of its own, unless
+`project_step` projects that, too. The paper has plain SGD.
 
     python -m trainers.gem --config trainers/configs/quickstart.yaml --output_dir runs/gem
 """
@@ -18,9 +19,9 @@ The promise is about the gradient; an optimizer with moments (Adam) turns it int
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
+import torch
 
 from trainers.base import ConfigError, main
 from trainers.memory import MemoryConfig, MemoryTrainer, dot
@@ -72,25 +73,27 @@ class GEMTrainer(MemoryTrainer):
 
     config: GEMConfig
 
-    def adjust_gradients(self, model: Any) -> None:
-        """Replaces the gradient by the nearest one that raises no earlier task's loss."""
-        if not self.memory:
-            return
-        memory = [self.loss_gradient(self.drawn(rows)) for rows in self.memory.values()]
-        gradient = self.gradient()
-        c = np.array([float(dot(m, gradient)) for m in memory])
+    def memory_gradients(self) -> list[dict[str, torch.Tensor]]:
+        """The gradient on each task's memory."""
+        return [self.loss_gradient(self.drawn(rows)) for rows in self.memory.values()]
+
+    def projected(self, vector: dict[str, torch.Tensor], of_step: bool = False) -> dict[str, torch.Tensor] | None:
+        """The nearest direction that raises no earlier task's loss."""
+        memory = self.against
+        c = np.array([float(dot(m, vector)) for m in memory])
         if (c >= 0).all():
-            return
-        self.conflicts += 1
+            return None
         P = np.zeros((len(memory), len(memory)))
         for i, a in enumerate(memory):
             for j in range(i + 1):
                 P[i, j] = P[j, i] = float(dot(a, memory[j]))
-        weights = solve_dual(P, c, self.config.gem_margin)
-        for name, parameter in self.trained().items():
-            parameter.grad = gradient[name].clone()
-            for weight, m in zip(weights, memory, strict=True):
-                parameter.grad.add_(m[name], alpha=float(weight))
+        # The margin is in units of the gradient; of the step the nearest allowed one is taken.
+        weights = solve_dual(P, c, 0.0 if of_step else self.config.gem_margin)
+        allowed = {name: v.clone() for name, v in vector.items()}
+        for weight, m in zip(weights, memory, strict=True):
+            for name, v in allowed.items():
+                v.add_(m[name].to(v.dtype), alpha=float(weight))
+        return allowed
 
 
 if __name__ == "__main__":

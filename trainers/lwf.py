@@ -2,8 +2,11 @@ r"""Learning without forgetting: on the new task's rows, the model is held to wh
 
 Li and Hoiem 2016 (arXiv 1606.09282): the loss of the new task plus \lambda times a distillation loss from the model of
 the stage before (the teacher), on the new rows. For a language model the "outputs" are the distributions over the next
-token at the answer's positions; the distillation loss is T^2 KL(teacher || student) at temperature T = 2 (the paper's
-and the official TRACE code's), per answer token like the loss itself. The first stage has no teacher: plain training.
+token at the answer's positions; the distillation loss is KL(teacher || student) at temperature T, weighed over tokens
+and rows as the loss itself is. \lambda = 1 and T = 2 are the paper's (T the official TRACE code's, too), whose cross
+entropy has the gradient of the divergence. The factor T^2 of Hinton et al. 2015 (arXiv 1503.02531) is in neither the
+paper nor the official code, nor here: `lwf_lambda: 4` is the same as T^2 at T = 2. The first stage has no teacher, and
+is plain training.
 
 The official TRACE code takes the divergence with its arguments exchanged and over a batch of logits kept on the disk,
 which fit the rows only while the batches come in the same order.
@@ -28,7 +31,7 @@ class LwFConfig(CLConfig):
     """As CLConfig, and the distillation.
 
     Args:
-        lwf_lambda: Weight of the distillation loss.
+        lwf_lambda: Weight of the distillation loss; no T^2 comes on top.
         lwf_temperature: Temperature of both distributions.
     """
 
@@ -85,17 +88,16 @@ class LwFTrainer(CLTrainer):
         logits, target = self.answer_logits(model, inputs)
         with torch.no_grad(), self.accelerator.autocast():  # as the student, whose forward HF wraps
             taught, _ = self.answer_logits(self.teacher, inputs)
-        total = cross_entropy(logits, target, reduction="sum") + self.config.lwf_lambda * self.distillation(
-            logits, taught
-        )
+        losses = cross_entropy(logits, target, reduction="none")
+        losses = losses + self.config.lwf_lambda * self.distillation(logits, taught)
         self.count_tokens(model, inputs)
-        return self.per_token(total, len(target), num_items_in_batch)
+        return self.step_loss(losses, inputs, num_items_in_batch)
 
     def distillation(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-        """T^2 KL(teacher || student), summed over the positions."""
+        """KL(teacher || student) at temperature T, of each position."""
         t = self.config.lwf_temperature
         student, teacher = log_softmax(logits / t, dim=-1), log_softmax(taught / t, dim=-1)
-        return t * t * kl_div(student, teacher, reduction="sum", log_target=True)
+        return kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
 if __name__ == "__main__":

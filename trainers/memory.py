@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 from trainers.base import CLConfig, CLTrainer, ConfigError
 
+#: "first" is what the official TRACE code replays, "random" our default.
 CHOICES = ["first", "random", "balanced"]
 
 
@@ -23,8 +26,8 @@ def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
     Args:
         rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
         count: How many; at most all of them are taken.
-        how: "first"; "random"; or "balanced": random, equally many of each answer as far as there are any. Where
-            every row has an answer of its own this is "random".
+        how: "first" (the official code's); "random" (ours); or "balanced": random, equally many of each answer as far
+            as there are any. Where every row has an answer of its own this is "random".
         seed: Decides "random" and "balanced".
 
     Returns:
@@ -60,6 +63,8 @@ class MemoryConfig(CLConfig):
         memory_rows: Rows kept of each earlier task.
         memory_choice: Which rows: "first", "random" or "balanced".
         memory_batch_size: Rows of the memory drawn for each gradient; None = as many as a step trains on.
+        project_step: Whether what the optimizer makes of the projected gradient is projected, too. The papers use plain
+            SGD, whose step is the gradient; that of Adam may go against the memory though the gradient does not.
     """
 
     memory_rows: int = field(default=256, metadata={"help": "Rows kept of each earlier task."})
@@ -69,6 +74,7 @@ class MemoryConfig(CLConfig):
     memory_batch_size: int | None = field(
         default=None, metadata={"help": "Rows drawn from a memory for each gradient; default: those of a step."}
     )
+    project_step: bool = field(default=False, metadata={"help": "Project the optimizer's step, too."})
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -80,13 +86,14 @@ class MemoryConfig(CLConfig):
 
 
 class MemoryTrainer(CLTrainer):
-    """A trainer that knows some rows of each earlier task."""
+    """A trainer that knows some rows of each earlier task, and projects its steps with gradients on them."""
 
     config: MemoryConfig
     memory: dict[str, Dataset]
-    #: Steps whose gradient was projected.
+    #: Gradients and, with project_step, steps of the optimizer that were projected.
     conflicts = 0
-    counters = (*CLTrainer.counters, "conflicts")
+    step_conflicts = 0
+    counters = (*CLTrainer.counters, "conflicts", "step_conflicts")
 
     def begin_stage(self) -> None:
         """Chooses the rows of the earlier tasks."""
@@ -95,16 +102,58 @@ class MemoryTrainer(CLTrainer):
             task: choose_rows(self.task_dataset(task), c.memory_rows, c.memory_choice, c.seed)
             for task in self.run.tasks[: self.stage.index - 1]
         }
+        if self.memory and c.project_step:
+            self.add_callback(ProjectStep(self))
 
-    def drawn(self, rows: Dataset) -> Dataset:
+    def memory_gradients(self) -> list[dict[str, torch.Tensor]]:
+        """The gradients on the memory that a step may not go against."""
+        raise NotImplementedError
+
+    def projected(self, vector: dict[str, torch.Tensor], of_step: bool = False) -> dict[str, torch.Tensor] | None:
+        """A direction of descent that does not go against `self.against`, or None where `vector` does not.
+
+        Args:
+            vector: The gradient, or the optimizer's step downhill.
+            of_step: Whether it is the step.
+        """
+        raise NotImplementedError
+
+    def adjust_gradients(self, model: Any) -> None:
+        """Projects the gradient, so that the optimizer's moments hold nothing against the memory either."""
+        if not self.memory:
+            return
+        self.against = self.memory_gradients()
+        allowed = self.projected(self.gradient())
+        if allowed is not None:
+            self.conflicts += 1
+            for name, parameter in self.trained().items():
+                parameter.grad = allowed[name]
+
+    def project(self, descent: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What `ProjectStep` makes of the optimizer's step."""
+        allowed = self.projected(descent, of_step=True)
+        if allowed is None:
+            return descent
+        self.step_conflicts += 1
+        return allowed
+
+    def drawn(self, rows: Dataset, size: int | None = None) -> Dataset:
         """The rows of a memory that serve this step; the same ones on every process."""
-        size = self.config.memory_batch_size or (
+        size = self.batch_size if size is None else size
+        return rows.select(torch.randperm(len(rows), generator=self.generator())[:size].tolist())
+
+    @property
+    def batch_size(self) -> int:
+        """How many rows of a memory serve a step."""
+        return self.config.memory_batch_size or (
             self.args.per_device_train_batch_size
             * self.args.gradient_accumulation_steps
             * self.accelerator.num_processes
         )
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        return rows.select(torch.randperm(len(rows), generator=generator)[:size].tolist())
+
+    def generator(self) -> torch.Generator:
+        """Random numbers of this step, the same ones on every process and in a resumed run."""
+        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
 
     def gradient(self) -> dict[str, torch.Tensor]:
         """The accumulated gradient of the step, by parameter."""
@@ -113,4 +162,26 @@ class MemoryTrainer(CLTrainer):
     def record(self) -> dict[str, object]:
         """How many rows of each task were in the memory, and in how many steps the gradient was projected."""
         rows = {task: len(rows) for task, rows in self.memory.items()}
-        return {"memory_rows": rows, "projected_steps": self.conflicts}
+        found: dict[str, object] = {"memory_rows": rows, "projected_steps": self.conflicts}
+        return found | ({"projected_optimizer_steps": self.step_conflicts} if self.config.project_step else {})
+
+
+class ProjectStep(TrainerCallback):
+    """Lets a trainer's `project` have its say on what the optimizer did.
+
+    `project` takes the way downhill, parameters before less parameters after the step, and returns the allowed one.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Notes where the step begins."""
+        self.before = {name: p.detach().clone() for name, p in self.trainer.trained().items()}
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Goes the allowed way from there."""
+        parameters = self.trainer.trained()
+        descent = self.trainer.project({name: self.before[name] - p.detach() for name, p in parameters.items()})
+        for name, p in parameters.items():
+            p.data.copy_(self.before[name] - descent[name])

@@ -8,8 +8,9 @@ Two variants (`replay`):
 - "mixed": the same rows are part of the stage's own training set, and so are seen in each of its epochs.
 
 The paper leaves open how much is replayed and how it is chosen: `replay_ratio` is the share of each earlier task (the
-official scripts' 0.1), `replay_choice` says which rows. The alignment set is LIMA in the official data, which has it as
-a folder `Lima`; any JSON list of prompts and answers will do, and "none" leaves it out.
+official scripts' 0.1), `replay_choice` says which rows: "first" (the official code's) or "random" (ours). The alignment
+set is LIMA in the official data, which has it as a folder `Lima`; any JSON list of prompts and answers will do, and
+"none" leaves it out.
 
     python -m trainers.replay --config trainers/configs/quickstart.yaml --output_dir runs/replay
     python -m trainers.replay --config trainers/configs/quickstart_rcl.yaml --tasks reasoning_order1   # RCL + replay
@@ -42,7 +43,7 @@ class ReplayConfig(CLConfig):
     Args:
         replay: "after" the stage's own rows, or "mixed" with them.
         replay_ratio: Share of each earlier task's training rows; 0 = none.
-        replay_choice: Which rows: "first", "random", or "balanced" over the answers.
+        replay_choice: Which rows: "first" (the official code's), "random" (ours), or "balanced" over the answers.
         alignment_data: The alignment set: a JSON file of prompts and answers, a folder with train.json, or "none".
             None takes the folder Lima in the data.
         alignment_rows: The first so many rows of the alignment set; None = all.
@@ -51,7 +52,8 @@ class ReplayConfig(CLConfig):
     replay: str = field(default="after", metadata={"help": "When rows are replayed.", "choices": ["after", "mixed"]})
     replay_ratio: float = field(default=0.1, metadata={"help": "Share of each earlier task's rows; 0 = none."})
     replay_choice: str = field(
-        default="random", metadata={"help": "Which rows are replayed: first, random or balanced.", "choices": CHOICES}
+        default="random",
+        metadata={"help": "Which rows are replayed: first (officially), random or balanced.", "choices": CHOICES},
     )
     alignment_data: str | None = field(
         default=None,
