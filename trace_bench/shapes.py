@@ -10,7 +10,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required
+from typing import Annotated, Any, Literal, NotRequired, Required
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -319,6 +319,7 @@ class Leaked(TypedDict):
     exact: list[Count]
     near: list[Count]
     other_variant: list[Count]
+    other_tasks: NotRequired[dict[str, list[Count]]]
 
 
 class AuditedTask(TypedDict, total=False):
