@@ -304,7 +304,7 @@ def test_number_is_read(prediction, reference):
         ("", "8"),
         ("", ""),
         (".", "August"),
-        ("eight", "8"),
+        ("eighty", "8"),
         ("8.1", "8"),
         ("8.00001", "8"),
         ("-8", "8"),
