@@ -224,6 +224,7 @@ class Direct(TypedDict, total=False):
 
     n: Required[Count]
     unscored: Required[Count]
+    broken: Count
     answered: Count
     refused: Count
     safe: Count
@@ -240,6 +241,7 @@ class Pairs(TypedDict, total=False):
     tie: Required[Count]
     lose: Required[Count]
     unscored: Required[Count]
+    broken: Count
     identical: Count
     judged: Count
     disagreements: Count
@@ -277,6 +279,8 @@ class Verdict(TypedDict, total=False):
     disagree: bool
     identical: bool
     verdicts: Annotated[list[Literal["A", "B", "C"] | None], Field(max_length=2)]  # none of answers that are identical
+    lengths: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    broken: list[str | None]
 
 
 class PlantedKind(TypedDict, total=False):

@@ -92,6 +92,10 @@ _TAKEN_BACK = re.compile(
 _NEXT_PROMPT = re.compile(r"\n\s*(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)", re.IGNORECASE)
 # Not behind a label ("A.支持").
 _SENTENCE_END = re.compile(r"(?<!\b[A-Za-z]\.)(?<=[.!?])(?=\s|\Z)|(?<=[。！？])|\n")
+_LABEL_ALONE = re.compile(rf"^[^\S\n]*({_LABEL})[.)]?[^\S\n]*$", re.MULTILINE)
+_STATED_OPTION = re.compile(
+    r"^[^\S\n]*(?:the|my) (?:correct )?(?:answer|stance) is ([^.\n]*)", re.MULTILINE | re.IGNORECASE
+)
 _LIST_OF_OPTIONS = re.compile(
     r"(?:\A|(?<=\n))[^\S\n]*[A-E][.):][^\n]*(?:\n\s*[A-E][.):][^\n]*)+|[A-E][.):][^\n]{0,80}?[,;.，；、。][^\S\n]*[B-E][.):][^\n]*"
 )
@@ -180,6 +184,8 @@ def _choice(text: str, options: dict[str, str] | None = None) -> str | None:
         letter = leading["label"].upper()
         own = text[: found.start()] if (found := _NEXT_PROMPT.search(text, leading.end())) else text
         others = {match["label"].upper() for match in _MARKED_LABELS[0].finditer(own, leading.end("label"))}
+        others |= {label.upper() for label in _LABEL_ALONE.findall(own)}
+        others |= {_named_option(sentence, options) or letter for sentence in _STATED_OPTION.findall(own)}
         return None if others - {letter} or _is_contradicted(text, leading, options) else letter
     for pattern in _MARKED_LABELS:
         if marked := list(pattern.finditer(text)):
@@ -223,7 +229,7 @@ def _named_option(text: str, options: dict[str, str]) -> str | None:
                 named.add(letters[match[0]])
             elif _LONG_ENOUGH.search(match[0]):
                 named.add("")  # taken back: the sentence is about it, but chooses nothing
-        if named:
+        if named - {""}:
             return named.pop() if len(named) == 1 else None
     return None
 
@@ -246,6 +252,8 @@ def _is_ambiguous(text: str, matches: list[re.Match[str]]) -> bool:
         start = match.end("label")
         if _END_OF_LINE.match(text, start):  # alone on its line: below comes an explanation or the next prompt, no list
             continue
+        if re.compile(r"\s*[、,]\s*\Z").match(text, start):  # cut within a list
+            return True
         first = start > end  # of its line: what is listed behind another one is listed behind it too
         if first:
             end = len(text) if (found := text.find("\n", start)) < 0 else found
@@ -267,7 +275,13 @@ def names_choice(text: str, letter: str) -> bool:
 
 # Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5. "27/2" is one number, a date is none.
 _NUMBER = re.compile(
-    r"(?<![A-Za-z\d])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?",
+    r"(?<![A-Za-z\d)])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    r"(?!\d{0,9}[A-Z][a-z]?[(\dA-Z])",  # nor one of a formula: "2Mg(OH)2"
+)
+# What stands before the last of several numbers where it is the result: "..., so 12", "which is 2 hours".
+_CONCLUDES = re.compile(
+    r"\b(?:so|thus|therefore|hence|equals?|total|is|are|was|were|makes?|gives?|gets?|needs?|have|has|left)\W+(?:\w+\W+){0,2}\Z",
+    re.IGNORECASE,
 )
 _FRACTION = re.compile(r"/(\d+(?:\.\d+)?)(?![\d/])")
 _RESULT_MARKER = re.compile(r"\banswer\s*(?:is\b|:)|=", re.IGNORECASE)
@@ -337,8 +351,9 @@ def number_tolerant(prediction: str, reference: str) -> float:
     1. that of the first line that is not empty, where this is a number with a unit of at most three words, unless a
        later "answer is" says another one: then there is none;
     2. otherwise the first one after the last "answer is", "answer:", "####" or "\boxed{" that has one in its line;
-    3. otherwise that of the last sentence with a number: the first one after its last "=", or its last one. A text of
-       more than 12 words that ends in no full stop was cut within its reasoning, and has none.
+    3. otherwise that of the last sentence with a number: the first one after its last "=", or its only one, or the
+       last one behind "so", "is", "are", "total" and the like. A text of more than 12 words that ends in no full stop
+       was cut within its reasoning, and has none.
 
     Where the reference is a word ("August"), the first non-empty line of the prediction, or the part of it
     after the last marker if that is not empty, must equal it, ignoring case, repeated white space and any
@@ -357,17 +372,17 @@ def number_tolerant(prediction: str, reference: str) -> float:
     """
     if accuracy(prediction, reference):
         return 1.0
-    expected = _read_number(reference)
+    expected = read_number(reference)
     if expected is None:
         word = _read_word(reference)
         return float(word != "" and _read_word(prediction) == word)
-    value = _read_number(prediction)
+    value = read_number(prediction)
     return float(value is not None and math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9))
 
 
 def names_number(text: str, answer: str) -> bool:
     """Whether the number `answer` stands in `text`, however it is written, or the word `answer` in either case."""
-    expected = _read_number(answer)
+    expected = read_number(answer)
     if expected is None:
         word = re.escape(_read_word(answer))
         return re.search(rf"(?<!\w){word}(?!\w)", " ".join(text.split()).casefold()) is not None
@@ -381,18 +396,20 @@ def _after_marker(line: str) -> str:
     return line[ends[-1] :] if ends else ""
 
 
-def _read_number(text: str) -> float | None:
+def read_number(text: str) -> float | None:
     """Reads the number that `number_tolerant` says, None where there is none or it overflows a float."""
     text = _SIGNED_CURRENCY.sub("", text.replace("\N{MINUS SIGN}", "-"))
     if found := _NEXT_PROMPT.search(text.lstrip()):
         text = text.lstrip()[: found.start()]
-    text = _in_digits(text)
+    text = _in_digits(re.sub(r"\d{1,2}:\d\d(?:[:.]\d+)?", " ", text))  # a time of day is no number
     lines = [line for line in text.splitlines() if line.strip()]
     stated: list[float | None] = []
     for line in lines:
-        ends = [match.end() for match in _STATED_ANSWER.finditer(line)]
-        numbers = [_NUMBER.search(line, end) for end in ends[-1:]]
-        stated += [_value(line, number) for number in numbers if number]
+        for end in [match.end() for match in _STATED_ANSWER.finditer(line)][-1:]:
+            sentence = re.split(r"(?<=[.!?。])(?=\s)", line[end:])[0]
+            # "The answer is 2 + 2 = 4."
+            if number := _NUMBER.search(sentence, sentence.rfind("=") + 1) or _NUMBER.search(sentence):
+                stated.append(_value(sentence, number))
     if lines and len(lines[0]) < 200 and _BARE.match(lines[0].rstrip(" .)]\"'*")):
         first = _NUMBER.search(lines[0])
         value = _value(lines[0], first) if first else None
@@ -407,9 +424,18 @@ def _read_number(text: str) -> float | None:
                 equals = sentence.rfind("=") + 1
                 marked = _NUMBER.search(sentence, equals) if equals else None
                 number = marked or numbers_there[-1]
-                # "10 * 35": an operation without its result.
-                open_end = not marked and re.search(r"[*×+/]\s*\Z", sentence[: number.start()])
-                return None if open_end else _value(sentence, number)
+                before = sentence[numbers_there[-2].end() if len(numbers_there) > 1 else 0 : number.start()]
+                # "10 * 35", an operation without its result, or several numbers of which none is said to be one.
+                if not marked and (
+                    re.search(r"[*×+/]\s*\Z", before)
+                    or (
+                        len({n[0] for n in numbers_there}) > 1
+                        and re.search(r"[^\W\d_]", sentence)
+                        and not _CONCLUDES.search(before[-80:])
+                    )
+                ):
+                    return None
+                return _value(sentence, number)
     return None
 
 
