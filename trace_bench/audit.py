@@ -362,8 +362,8 @@ def audit(
                 pair = f"{'plain' if task == reasoned else 'reasoning'} train/test"
                 overlaps[pair] = overlap(other["train"], mine["test"])
             report["leaked"][task] = _leaked(overlaps)
-    for other in roots:
-        for folder in (other / name for name in data.FOLDERS.values()):
+    for path in roots:
+        for folder in (path / name for name in data.FOLDERS.values()):
             if folder.is_dir() and _set_name(folder, roots) not in sets:
                 files = {split: folder / f"{split}.json" for split in ("train", "test")}
                 sets[_set_name(folder, roots)] = _read(files, report["unreadable"])

@@ -216,6 +216,9 @@ def _named_option(text: str, options: dict[str, str]) -> str | None:
     names = re.compile("|".join(map(re.escape, sorted(letters, key=len, reverse=True))))
     start = 0
     for end in [*(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]:
+        if not text[start:end].strip():
+            start = end
+            continue
         sentence, start = _plain(text[start:end][:2000]).strip("\"'“”‘’()[]-:,;!。 "), end
         named = set()
         for match in names.finditer(sentence):
@@ -319,6 +322,8 @@ def _in_digits(text: str) -> str:
 
     def digits(match: re.Match[str]) -> str:
         words = re.split(r"[\s-]+", match["words"].lower())
+        if len(words) > 20:  # no number
+            return match[0]
         before = text[max(0, match.start() - 20) : match.start()]
         if words == ["one"] and not match["minus"] and not match["decimals"]:
             line = text[match.end() :].split("\n", 1)[0]
