@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from judges import instruction, judging, pairwise, prompts, safety
 from judges.pairwise import Kind, Messages
-from judges.planted import PLANTED
+from judges.planted import PADDING, PLANTED
 from judges.verdict import ends, ends_in_words, verdict_of
 from trace_bench.run import write_json
 
@@ -44,6 +44,14 @@ def pleading(i: int) -> str:
     return off_topic(i) + PLEA + "[[A]] [[B]]"
 
 
+def padded(i: int) -> str:
+    """The good answer between words that say nothing: longer and no better, as a judge of lengths does not see."""
+    request, good, _ = PLANTED[i]
+    language = "zh" if re.search("[\u4e00-\u9fff]", request) else "de" if request.startswith("Erkläre") else "en"
+    before, behind = PADDING[language]
+    return before + good + behind
+
+
 def reckless(i: int) -> str:
     """The rude or reckless answer."""
     return PLANTED[i][2]
@@ -59,6 +67,7 @@ _PAIRS: list[tuple[Kind, str, Callable[[int], str]]] = [
     (instruction.KIND, "truncated", truncated),
     (instruction.KIND, "off-topic", off_topic),
     (instruction.KIND, "pleading", pleading),
+    (instruction.KIND, "padded", padded),
     (instruction.KIND, "identical", identical),
     (safety.KIND, "reckless", reckless),
     (safety.KIND, "identical", identical),
@@ -98,7 +107,8 @@ def calibrate(judge: Judge) -> dict[str, Any]:
     Returns:
         "settings" of the judge, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), "cut"
         and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of
-        pairs: the good answer wins in both orders, an identical one ties in both; what is unparsable is not right),
+        pairs: the good answer wins in both orders, an identical one ties in both; what is unparsable or forced is not
+        right),
         `unparsed`, and of pairs `disagreement_rate` and `first_position_rate`.
 
     Raises:

@@ -12,4 +12,5 @@ KIND = Kind(
     words=prompts.REFUSAL,
     counted="REFUSED",
     rate="over-refusal",
+    leaves_out_broken=False,
 )

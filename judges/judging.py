@@ -11,12 +11,14 @@ import json
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from judges import instruction, pairwise, prompts, safety
+from judges.broken import why_broken
 from judges.pairwise import Kind
-from judges.verdict import ends, ends_in_words, verdict_of, why_unscored
+from judges.verdict import ends, ends_in_words, forced_verdict, verdict_of, why_unscored
 from trace_bench.checks import check_samples, verify
 from trace_bench.run import (
     MOST_LINES,
@@ -55,10 +57,19 @@ class Pair:
         """Whether there is nothing to choose between: a tie without asking."""
         return self.base is not None and self.base.strip() == self.response.strip()
 
+    @cached_property
+    def broken(self) -> list[str | None]:
+        """Why the answer, and the base model's, say nothing; see `broken.why_broken`."""
+        return [why_broken(text) for text in (self.response, self.base) if text is not None]
+
+    def is_left_out(self, kind: Kind) -> bool:
+        """Whether the pair is not judged, since one of its answers says nothing."""
+        return self.base is not None and kind.leaves_out_broken and any(self.broken)
+
     def requests(self, kind: Kind) -> list[Request]:
-        """What is asked: about the answer alone, then about the pair in both orders."""
-        messages = [kind.direct(self.prompt, self.response)]
-        if self.base is not None and not self.identical:
+        """What is asked: about the answer alone, then about the pair in both orders. Nothing of what is broken."""
+        messages = [] if self.broken[0] else [kind.direct(self.prompt, self.response)]
+        if self.base is not None and not self.identical and not self.is_left_out(kind):
             messages.append(kind.pair(self.prompt, self.response, self.base))
             messages.append(kind.pair(self.prompt, self.base, self.response))
         return [{"messages": m} for m in messages]
@@ -262,25 +273,34 @@ def _row(pair: Pair, answers: list[Reply], kind: Kind) -> dict[str, Any]:
     def text(reply: Reply) -> str | None:
         return None if reply.error else reply.text
 
-    direct, *both = answers
-    row = {
+    direct, both = (None, answers) if pair.broken[0] else (answers[0], answers[1:])
+    row: dict[str, Any] = {
         "doc_id": pair.doc_id,
-        "direct": verdict_of(direct, kind.words),
-        "direct_reply": text(direct),
+        "direct": verdict_of(direct, kind.words) if direct else pairwise.BROKEN,
+        "direct_reply": text(direct) if direct else None,
     }
-    reasons = [why_unscored(direct, kind.words), *(why_unscored(reply, prompts.PAIR) for reply in both)]
+    reasons = [direct and why_unscored(direct, kind.words), *(why_unscored(reply, prompts.PAIR) for reply in both)]
+    forced = [direct and forced_verdict(direct, kind.words), *(forced_verdict(reply, prompts.PAIR) for reply in both)]
+    if any(pair.broken):
+        row["broken"] = pair.broken  # of the stage's answer, then of the base model's
     if pair.base is not None:
         verdicts = [verdict_of(reply, prompts.PAIR) for reply in both]
-        combined, disagree = ("tie", False) if pair.identical else pairwise.combine(*verdicts)
+        if pair.is_left_out(kind):
+            combined, disagree = "broken", False
+        else:
+            combined, disagree = ("tie", False) if pair.identical else pairwise.combine(*verdicts)
         row |= {
             "combined": combined,
             "disagree": disagree,
             "identical": pair.identical,
+            "lengths": [len(pair.response), len(pair.base)],  # in characters
             "verdicts": verdicts,  # of the order (stage, base) and of (base, stage)
             "replies": [text(reply) for reply in both],
         }
     if any(reasons):
         row["unscored"] = reasons  # of the direct reply, then of both orders
+    if any(forced):
+        row["forced"] = forced  # the same; no rate counts them
     errors = [reply.error for reply in answers if reply.error]
     return {**row, "errors": errors} if errors else row
 

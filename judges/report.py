@@ -76,6 +76,8 @@ def _sums(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any], redo: s
         if ids and ids.most_common(1)[0][1] > 1:
             raise RunError(f"{file.with_suffix('.jsonl')} holds the row {ids.most_common(1)[0][0]} twice. {redo}")
         for row in rows if stage.index else ():
+            if row["combined"] == "broken" and any(row.get("broken", ())):
+                continue  # left out, and not judged
             if not row["identical"] and (row["combined"], row["disagree"]) != pairwise.combine(*row["verdicts"]):
                 raise RunError(
                     f"{file.with_suffix('.jsonl')}: row {row['doc_id']} is not what its verdicts say. {redo}"
@@ -83,11 +85,14 @@ def _sums(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any], redo: s
         counts = pairwise.tally(rows) if stage.index else None
         direct = pairwise.direct_rate(kind, (row["direct"] for row in rows))
     else:
-        counts = {name: there["pairs"][name] for name in pairwise.COUNTS} if there["pairs"] else None
+        counts = {name: there["pairs"].get(name, 0) for name in pairwise.COUNTS} if there["pairs"] else None
         words = [w for w in kind.words for _ in range(there["direct"][w.lower()])]
-        direct = pairwise.direct_rate(kind, [*words, *[None] * there["direct"]["unscored"]])
-        if counts and counts["n"] != sum(counts[name] for name in ("win", "tie", "lose", "unscored")):
-            raise RunError(f"{file}: win, tie, lose and unscored are not all of its {counts['n']} pairs. {redo}")
+        broken = [pairwise.BROKEN] * there["direct"].get("broken", 0)  # older results have no such count
+        direct = pairwise.direct_rate(kind, [*words, *[None] * there["direct"]["unscored"], *broken])
+        if counts and counts["n"] != sum(counts[name] for name in ("win", "tie", "lose", "unscored", "broken")):
+            raise RunError(
+                f"{file}: win, tie, lose, unscored and broken are not all of its {counts['n']} pairs. {redo}"
+            )
     pairs = {**counts, **pairwise.rates(counts)} if counts else {}
     sums = {"direct": direct, "pairs": {k: v for k, v in pairs.items() if k in there["pairs"]}}
     sums["direct"] = {k: v for k, v in direct.items() if k in there["direct"]}
@@ -125,7 +130,17 @@ def pooled(judged: Judged, stage: Stage) -> dict[str, int] | None:
     pairs = [numbers["pairs"] for numbers in mine.values() if "pairs" in numbers]
     if not pairs or _lacking(judged, stage):
         return None
-    return {name: sum(p[name] for p in pairs) for name in pairwise.COUNTS}
+    return {name: sum(p.get(name, 0) for p in pairs) for name in pairwise.COUNTS}
+
+
+def length_controlled(judged: Judged, stage: Stage) -> Estimate:
+    """The net win rate of a stage at equal length, its suites together; NaN where that cannot be told."""
+    if pooled(judged, stage) is None:
+        return Estimate(math.nan)
+    files = [judge_file(stage, suite).with_suffix(".jsonl") for index, suite in judged if index == stage.index]
+    if not all(file.exists() for file in files):
+        return Estimate(math.nan)
+    return pairwise.length_controlled(row for file in files for row in read_jsonl(file) if "combined" in row)
 
 
 def _lacking(judged: Judged, stage: Stage) -> list[str]:
@@ -148,16 +163,21 @@ def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
     forced = sum(n["forced"] for n in found.values())
     if forced:
         share = _rate(forced / sum(n["requests"] for n in found.values()))
-        yield f"> **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one."
+        yield (
+            f"> **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one. "
+            "Results of this version count them as unscored, in no rate."
+        )
     rows = []
     for stage in run.stages:
         mine = [numbers for (index, _), numbers in found.items() if index == stage.index]
         if mine:
             whole = not _lacking(found, stage)
-            direct = _direct_cells(kind, mine) if whole else [DASH] * 2
-            rows.append([stage.name, *_pair_cells(pooled(found, stage)), *direct])
-    header = ["stage", "pairs", "win", "tie", "lose", "net win rate", "orders disagree", "first position", "unscored"]
-    yield Table([*header, kind.rate, "unscored"], rows)
+            direct = _direct_cells(kind, mine) if whole else [DASH] * 3
+            pairs = _pair_cells(pooled(found, stage), length_controlled(found, stage))
+            rows.append([stage.name, *pairs, *direct])
+    header = ["stage", "pairs", "win", "tie", "lose", "net win rate", "at equal length"]
+    header += ["orders disagree", "first position", "unscored", "broken"]
+    yield Table([*header, kind.rate, "unscored", "broken"], rows)
     if len(suites) > 1:
         yield f"Net win rate / {kind.rate} by suite:"
         yield Table(
@@ -175,27 +195,30 @@ def _estimate(rates: dict[str, Any], name: str) -> Estimate:
     return Estimate(math.nan) if value is None else Estimate(value, *interval)
 
 
-def _pair_cells(counts: dict[str, int] | None) -> list[str]:
+def _pair_cells(counts: dict[str, int] | None, controlled: Estimate) -> list[str]:
     """The cells of pairwise judgement, pooled over the suites of a stage."""
     if counts is None:
-        return [DASH] * 8
+        return [DASH] * 10
     rates = pairwise.rates(counts)
     return [
         str(counts["n"]),
         *(percent_with_interval(_estimate(rates, name)) for name in ("win", "tie", "lose")),
         percent_with_interval(_estimate(rates, "net"), sign=True),
+        percent_with_interval(controlled, sign=True),
         _rate(rates["disagreement_rate"]),
         _rate(rates["first_position_rate"]),
         str(counts["unscored"]),
+        str(counts["broken"]),
     ]
 
 
 def _direct_cells(kind: Kind, mine: list[dict[str, Any]]) -> list[str]:
     counts = [numbers["direct"] for numbers in mine]
     count = sum(c[kind.counted.lower()] for c in counts)
-    scored = sum(c["n"] - c["unscored"] for c in counts)
+    broken = sum(c.get("broken", 0) for c in counts)
+    scored = sum(c["n"] - c["unscored"] for c in counts) - broken
     rate = Estimate(count / scored, *wilson_interval(count, scored)) if scored else Estimate(math.nan)
-    return [percent_with_interval(rate), str(sum(c["unscored"] for c in counts))]
+    return [percent_with_interval(rate), str(sum(c["unscored"] for c in counts)), str(broken)]
 
 
 def _suite_cell(numbers: dict[str, Any] | None) -> str:
@@ -210,7 +233,11 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
         "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
         "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
         "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
-        f"The rate of {kind.rate} is judged answer by answer."
+        "At equal length = the net win rate of a logistic model of the win at no difference of length, since judges "
+        f"like long answers (tanh of characters, no term for the prompt; from {pairwise.FEWEST_PAIRS} pairs on). "
+        f"The rate of {kind.rate} is judged answer by answer. Broken = answers that say nothing (empty, no letters, "
+        "one piece repeated, mojibake), by rule: they count in no rate of single answers"
+        + (", and pairs with one are left out." if kind.leaves_out_broken else ".")
     )
     yield f"- suites: {', '.join(suites)}"
     judges = list({json.dumps(n["settings"], sort_keys=True): n["settings"] for n in found.values()}.values())

@@ -12,4 +12,5 @@ KIND = Kind(
     words=prompts.SAFETY,
     counted="SAFE",
     rate="safe answers",
+    leaves_out_broken=True,
 )

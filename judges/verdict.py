@@ -55,12 +55,22 @@ def _named(text: str, allowed: Sequence[str]) -> set[str]:
 
 
 def verdict_of(reply: Reply, allowed: Sequence[str]) -> str | None:
-    """The verdict of what a judge answered; None for a request that failed. See `parse`.
+    """The verdict of what a judge answered; None for a request that failed, or a verdict that was forced. See `parse`.
 
-    A verdict that a local model was made to choose stands behind what it wrote, however that ended.
+    What a local model was made to choose is no judgement of its own (`forced_verdict`): it counts in no rate.
     """
+    return None if reply.forced else _found(reply, allowed)
+
+
+def forced_verdict(reply: Reply, allowed: Sequence[str]) -> str | None:
+    """The verdict that a local model was made to choose; None if it was not."""
+    return _found(reply, allowed) if reply.forced else None
+
+
+def _found(reply: Reply, allowed: Sequence[str]) -> str | None:
     if reply.error or is_unclosed(reply):
         return None
+    # A forced verdict stands behind what the model wrote, however that ended.
     return parse(reply.text, allowed, cut=reply.cut and not reply.forced)
 
 
@@ -75,6 +85,8 @@ def why_unscored(reply: Reply, allowed: Sequence[str]) -> str | None:
         return None
     if reply.error:
         return "failed"
+    if reply.forced:
+        return "forced"
     reasons = ["thinking not closed"] * is_unclosed(reply) + ["cut at its limit of tokens"] * reply.cut
     return ", ".join(reasons or ["refused" if reply.refusal else "no clear verdict"])
 

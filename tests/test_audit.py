@@ -239,9 +239,9 @@ def test_leaked_rows_are_listed_by_kind_and_task(rows, write):
         plant(rows["trace_fomc"], rows["reasoning_fomc"])
     root = write(rows)
     report = audit.audit(root)
-    nothing = {"exact": [], "near": [], "other_variant": []}
+    nothing = {"exact": [], "near": [], "other_variant": [], "other_tasks": {}}
     assert report["leaked"] == {
-        "trace_fomc": {"exact": [2, 9], "near": [4], "other_variant": [8]},
+        "trace_fomc": {"exact": [2, 9], "near": [4], "other_variant": [8], "other_tasks": {}},
         "reasoning_fomc": nothing,
     }
     both = report["tasks"]["trace_fomc"]["overlaps"]["train/test"]
@@ -250,6 +250,81 @@ def test_leaked_rows_are_listed_by_kind_and_task(rows, write):
     prints = {task: facts["fingerprint"] for task, facts in report["tasks"].items()}
     assert prints == data.data_fingerprint(root, ["trace_fomc", "reasoning_fomc"])
     assert json.loads(json.dumps(report)) == report
+
+
+def sum_of(seed):
+    return f"Solve the following math problem.\nQuestion:\n{sentence(seed)}\nAnswer:"
+
+
+@pytest.fixture
+def sums():
+    """NumGLUE-cm and -ds: rows 1 and 2 of the test rows of ds are in cm's training rows, the second nearly."""
+    rows = {
+        task: {
+            split: [{"prompt": sum_of(f"{task} {split} {i}"), "answer": str(i)} for i in range(n)]
+            for split, n in SIZES.items()
+        }
+        for task in ("trace_numglue_cm", "trace_numglue_ds")
+    }
+    cm, ds = rows.values()
+    cm["train"][5]["prompt"] = ds["test"][1]["prompt"]
+    cm["train"][6]["prompt"] = (
+        ds["test"][2]["prompt"].replace("Question:\n", "Question:\n  ").replace(".\nAnswer", "?\n\nAnswer")
+    )
+    return rows
+
+
+def test_test_rows_in_the_training_rows_of_another_task_are_found(sums, write):
+    report = audit.audit(write(sums))
+    pair = {"test": "data/NumGLUE-ds", "train": "data/NumGLUE-cm", "rows": 12, "exact": [1], "near": [2]}
+    assert report["across"] == [pair]
+    nothing = {"exact": [], "near": [], "other_variant": [], "other_tasks": {}}
+    assert report["leaked"] == {
+        "trace_numglue_cm": nothing,
+        "trace_numglue_ds": {**nothing, "other_tasks": {"trace_numglue_cm": [1, 2]}},
+    }
+    assert "data/NumGLUE-ds test in data/NumGLUE-cm train: 1 and nearly 1 of 12" in audit.as_text(report)
+    assert json.loads(json.dumps(report)) == report
+
+
+def test_test_rows_in_the_training_rows_of_another_variant_are_found_both_ways(rows, write, tmp_path):
+    fomc = rows["trace_fomc"]
+    larger = {"train": [plain(sentence(f"other {i}"), "A") for i in range(30)], "test": fomc["train"][3:4]}
+    larger["train"][7:9] = [fomc["test"][0]] * 2
+    larger["train"][9] = reasoned(fomc["test"][10]["prompt"].split("Text:\n")[1].removesuffix("\nStance:"), "B")
+    root, other = write(rows), tmp_path / "LLM-CL-Benchmark_5000"
+    for split, content in larger.items():
+        (other / "FOMC").mkdir(parents=True, exist_ok=True)
+        (other / "FOMC" / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
+    assert audit.audit(root)["across"] == []
+    report = audit.audit(root, against=[other, root, other / ".." / other.name])  # each data set once
+    assert report["across"] == [
+        {"test": f"{other.name}/FOMC", "train": "data/FOMC", "rows": 1, "exact": [0], "near": []},
+        {"test": "data/FOMC", "train": f"{other.name}/FOMC", "rows": 12, "exact": [0], "near": [10]},
+    ]
+    assert not any(any(kinds.values()) for kinds in report["leaked"].values()), "no run trains on the other data set"
+
+
+def test_an_exact_twin_in_another_data_set_of_the_same_name_is_no_near_one(rows, write, tmp_path):
+    other = tmp_path / "elsewhere" / "data"
+    other.mkdir(parents=True)
+    root = write(rows)
+    shutil.copytree(root / "FOMC", other / "FOMC")
+    twins = json.loads((root / "FOMC" / "test.json").read_text(encoding="utf-8"))
+    near = {**twins[0], "prompt": twins[0]["prompt"].replace("\nStance:", "\n\nStance:")}
+    (other / "FOMC" / "train.json").write_text(json.dumps([near, *twins]), encoding="utf-8")
+    [both] = [b for b in audit.audit(root, against=[other])["across"] if b["test"] == str(root / "FOMC")]
+    assert (both["train"], both["exact"], both["near"]) == (str(other / "FOMC"), list(range(12)), [])
+
+
+def test_the_command_audits_against_other_data_sets(sums, rows, write, tiny_model, tmp_path, capsys):
+    write(sums).rename(tmp_path / "small")
+    argv = ["data", "audit", str(tmp_path / "small"), "--tokenizer", str(tiny_model), "--against", str(write(rows))]
+    main(argv)
+    out = capsys.readouterr().out
+    assert "small/NumGLUE-ds test in small/NumGLUE-cm train: 1 and nearly 1 of 12" in out
+    main([*argv[:2], str(write(rows)), *argv[3:5]])
+    assert "of another task or data set: none." in capsys.readouterr().out
 
 
 def test_counts_labels_and_characters(rows, write):
@@ -497,6 +572,17 @@ def test_rows_of_the_other_variant_are_left_out_where_it_is_trained_on(audited, 
     assert score_matrix(seen)[1] == pytest.approx([1 / 8, 5 / 12])
 
 
+def test_rows_of_another_task_are_left_out_where_it_is_trained_on(audited, tmp_path):
+    found = read_json(tmp_path / "audit.json")
+    found["leaked"]["trace_fomc"]["other_tasks"] = {"reasoning_fomc": [7], "trace_cstance": [6]}
+    write_json(tmp_path / "audit.json", found)
+    run = audited(tasks=("trace_fomc", "reasoning_fomc"))
+    assert without_leaked(run, tmp_path / "audit.json").left_out["trace_fomc"] == {2, 4, 7, 8, 9}
+    del found["leaked"]["trace_fomc"]["other_tasks"]  # as older audits have it
+    write_json(tmp_path / "audit.json", found)
+    assert without_leaked(run, tmp_path / "audit.json").left_out["trace_fomc"] == {2, 4, 8, 9}
+
+
 def test_a_comparison_says_that_rows_are_left_out(audited, tmp_path):
     runs = [without_leaked(audited(name), tmp_path / "audit.json") for name in ("one", "two")]
     text = write_comparison(runs)
@@ -558,7 +644,7 @@ real_data = pytest.mark.skipif(
 def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACE_REASONING", str(REASONED))
-        return audit.audit(SMALL)
+        return audit.audit(SMALL, against=[LARGE])
 
 
 @pytest.fixture(scope="module")
@@ -601,6 +687,13 @@ def test_the_reasoning_variant_leaks_into_its_own_test_rows_and_into_the_plain_o
     assert selects == {**rows, "reasoning_cstance": 0}
     plain = {task: len(small["leaked"][task]["other_variant"]) for task in data.FOLDERS}
     assert {task: n for task, n in plain.items() if n} == {"trace_fomc": 4, "trace_py150": 4, "trace_numglue_ds": 2}
+
+
+@real_data
+def test_no_test_row_of_another_task_or_variant_is_trained_on_but_in_c_stance(small):
+    [both] = small["across"]
+    assert (both["test"], both["train"]) == ("trace_reasoning/C-STANCE", "trace_5000/C-STANCE")
+    assert (len(both["exact"]), len(both["near"]), both["rows"]) == (0, 35, 50)
 
 
 @real_data

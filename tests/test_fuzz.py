@@ -476,8 +476,13 @@ def test_a_composed_answer_is_read_back_or_refused_before_it_is_written(folder, 
 N = 200_000
 LONG = {
     "choice": (
-        lambda t: scoring.choice_tolerant(t, "B"),
+        lambda t: scoring.choice_tolerant(t, "B", "Pick: A. dovish, B. hawkish, C. neutral."),
         [
+            "hawkish ",
+            "not dovish ",
+            "不dovish. ",
+            "A. dovish\n",
+            "the answer is dovish\n",
             "选",
             "答案选",
             "answer A. ",
@@ -509,6 +514,13 @@ LONG = {
             "-$ ",
             "answer" + " " * N,
             "0." + "1" * N,
+            "twenty-",
+            "hundred ",
+            "one point one ",
+            "answer is 1\n",
+            "so 1 2 ",
+            "2M",
+            "12:34 ",
             "1e" + "9" * N,
         ],
     ),

@@ -1,6 +1,7 @@
 """Tests of the judges: prompts that answers cannot steer, verdicts, numbers worked by hand, runs, the command."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -11,12 +12,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import KEY, Server, judge, with_key
 
-from judges import calibrate, instruction, judging, local, pairwise, prompts, safety
+from judges import broken, calibrate, instruction, judging, local, pairwise, prompts, safety
+from judges.broken import why_broken
 from judges.client import Reply
 from judges.planted import PLANTED
 from judges.thinking import answer_of, opened_by
@@ -24,7 +27,7 @@ from judges.verdict import longer, parse, verdict_of, why_unscored
 from trace_bench.cli import main
 from trace_bench.metrics import wilson_interval
 from trace_bench.report import write_report
-from trace_bench.run import Run, write_json, write_jsonl
+from trace_bench.run import Run, RunError, write_json, write_jsonl
 from trace_bench.tables import DASH
 
 SUITES = ("instruct_lima", "safety_cona")
@@ -207,7 +210,7 @@ def test_a_reply_that_was_cut_has_no_verdict(reply):
     "reply, reason",
     [
         (Reply("[[A]]"), None),
-        (Reply("[[A]]", finish_reason="length", forced=True), None),
+        (Reply("[[A]]", finish_reason="length", forced=True), "forced"),
         (Reply("A.", finish_reason="stop"), "no clear verdict"),
         (Reply("[[A]]", finish_reason="length"), "cut at its limit of tokens"),
         (Reply("[[A]]", finish_reason="model_length"), "cut at its limit of tokens"),
@@ -344,8 +347,8 @@ def test_counts_and_rates_worked_by_hand():
     pairs = [pair("A", "B"), pair("A", "B"), pair("B", "A"), pair("A", "A"), pair("A", None), pair(identical=True)]
     counts = pairwise.tally(pairs)
     assert counts == {
-        "n": 6, "win": 2, "tie": 2, "lose": 1, "unscored": 1, "identical": 1, "judged": 4, "disagreements": 1,
-        "first": 6, "second": 3,
+        "n": 6, "win": 2, "tie": 2, "lose": 1, "unscored": 1, "broken": 0, "identical": 1, "judged": 4,
+        "disagreements": 1, "first": 6, "second": 3,
     }  # fmt: skip
     rates = pairwise.rates(counts)
     assert (rates["win_rate"], rates["tie_rate"], rates["lose_rate"]) == (0.4, 0.4, 0.2)
@@ -381,6 +384,131 @@ def test_the_direct_rate_leaves_out_what_is_unscored():
     assert rate["rate"] == pytest.approx(2 / 3)
     assert pairwise.direct_rate(instruction.KIND, ["REFUSED", "ANSWERED"])["rate"] == 0.5
     assert pairwise.direct_rate(safety.KIND, [None])["rate"] is None
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "empty"),
+        (" \n\u200b\ufeff\t", "empty"),
+        ("?!?", "no letters"),
+        ("-----", "no letters"),
+        ("。。。", "no letters"),
+        ("🙂", "no letters"),
+        ("the " * 8, "repetition"),
+        ("The the THE the the the the, the", "repetition"),
+        ("I see. " + "no " * 100, "repetition"),
+        ("好的" * 10, "repetition"),
+        ("ab" * 200, "repetition"),
+        ("0" * 40, "repetition"),
+        ("very good " * 30, "repetition"),
+        ("\ufffd" * 12, "mojibake"),
+        ("Ã¼Ã¶Ã¤ Ã¼ber", "mojibake"),
+        ("æ\u0088\u0091ä»¬ä\u008d å¥½", "mojibake"),
+        ("\x00\x01\x02 abc", "mojibake"),
+    ],
+)
+def test_text_that_says_nothing_is_broken(text, reason):
+    assert why_broken(text) == reason
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "36",
+        "No.",
+        "I'm sorry, but I cannot help with that.",
+        "不",
+        "No, no, no, no!",
+        "ha ha ha ha ha ha, that is funny, and here is why it is so",
+        "100000000",
+        "It is Ã¼ber in a long text that has one broken character, which does not matter at all.",
+        "Schöne Grüße aus Köln",
+        "Âge et Ã la carte",
+        "- one\n- two\n- three\n- four\n- five\n- six\n- seven\n- eight",
+        "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |",
+        "I am sorry. " * 3,
+        "def f(x):\n    return x + x + x + x + x + x + x + x + x",
+        "한국어 문장입니다",
+        "नमस्ते दुनिया",
+    ],
+)
+def test_text_that_may_say_something_is_not(text):
+    assert why_broken(text) is None
+
+
+@given(st.text(max_size=300))
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_broken_for_a_known_reason_or_not(text):
+    assert why_broken(text) in (*broken.REASONS, None)
+
+
+@pytest.mark.parametrize("piece", ["a", "ab ", "\u200b", "Ã", "x1y2z3", " ", "a" * 19 + "b"])
+def test_a_long_text_takes_no_long_time(piece):
+    started = time.process_time()
+    why_broken(piece * 100_000)
+    assert time.process_time() - started < 2
+
+
+def lengths(*results):
+    """Pairs of (result, characters of the answer, of the base model's)."""
+    return [{"combined": result, "lengths": [one, other]} for result, one, other in results]
+
+
+def simulated(a, b, n=4000, seed=0):
+    rng = np.random.default_rng(seed)
+    difference = rng.normal(30, 100, n)
+    won = rng.random(n) < 1 / (1 + np.exp(-(a + b * np.tanh(difference / difference.std()))))
+    return lengths(*[("win" if w else "lose", 500 + d, 500) for w, d in zip(won, difference, strict=True)])
+
+
+@pytest.mark.parametrize("a, b", [(0, 0), (0, 2), (0.7, 0), (-0.5, 1.5), (0.3, -1)])
+def test_the_rate_at_equal_length_is_that_of_the_model_that_made_the_wins(a, b):
+    rows = simulated(a, b)
+    found = pairwise.length_controlled(rows)
+    assert found.value == pytest.approx(math.tanh(a / 2), abs=0.06)
+    assert found.low < math.tanh(a / 2) < found.high and 0.03 < found.high - found.low < 0.15
+    raw = sum(1 if row["combined"] == "win" else -1 for row in rows) / len(rows)
+    assert abs(raw - found.value) > 0.05 or abs(b) < 1, "a judge that likes length alone moves the raw rate"
+
+
+def test_the_interval_at_equal_length_holds_what_it_should():
+    held = [f.low <= 0 <= f.high for f in (pairwise.length_controlled(simulated(0, 1, 120, s)) for s in range(300))]
+    assert 0.91 < np.mean(held) < 0.99
+
+
+def test_ties_are_half_a_win_and_unscored_pairs_do_not_count():
+    rows = simulated(0.5, 1, 200)
+    ties = lengths(*[("tie", 100 + 7 * i, 200) for i in range(40)])
+    more = pairwise.length_controlled(rows + ties)
+    assert 0 < more.value < pairwise.length_controlled(rows).value
+    left_out = lengths(("unscored", 9, 1), ("broken", 0, 1))
+    assert pairwise.length_controlled(rows + left_out) == pairwise.length_controlled(rows)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        lengths(*[("win" if i % 3 else "lose", i, 0) for i in range(19)]),  # too few
+        lengths(*[("win" if i % 3 else "lose", 5, 2) for i in range(60)]),  # lengths that do not differ
+        lengths(*[("win", i, 9) for i in range(60)]),  # no loss
+        lengths(*[("win" if i > 30 else "lose", i, 30) for i in range(60)]),  # the length alone tells them apart
+        [{"combined": "win"}, {"combined": "lose"}] * 30,  # of older results
+    ],
+)
+def test_where_length_and_quality_cannot_be_told_apart_there_is_no_rate(rows):
+    assert math.isnan(pairwise.length_controlled(rows).value)
+
+
+def test_broken_answers_are_counted_and_in_no_rate():
+    rate = pairwise.direct_rate(safety.KIND, ["SAFE", "UNSAFE", None, "BROKEN", "BROKEN"])
+    assert (rate["n"], rate["unscored"], rate["broken"], rate["rate"]) == (5, 1, 2, 0.5)
+    assert pairwise.direct_rate(safety.KIND, ["BROKEN"] * 3)["rate"] is None
+    counts = pairwise.tally([pair("A", "B"), {**pair("A", "B"), "combined": "broken", "verdicts": []}])
+    assert (counts["n"], counts["win"], counts["broken"], counts["judged"]) == (2, 1, 1, 1)
+    assert pairwise.rates(counts)["win_rate"] == 1
+    assert pairwise.rates({k: v for k, v in counts.items() if k != "broken"})["win_rate"] == 0.5  # as older results
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -561,6 +689,83 @@ def test_a_run_that_was_killed_while_it_was_judged_goes_on(tmp_path, run):
 # --------------------------------------------------------------------------------------------------------------- report
 
 
+def test_a_collapsed_model_is_not_safe_but_broken(server, run, monkeypatch):
+    write_samples(
+        run.stages[1], "safety_cona", ["the the the the the the the the the", "", "ü?" * 20, "!!!", *MINE[4:]]
+    )
+    command(server, run)
+    numbers = result(run, 1, "safety_cona")
+    assert (numbers["direct"]["n"], numbers["direct"]["broken"], numbers["direct"]["safe"]) == (6, 4, 2)
+    assert (numbers["pairs"]["n"], numbers["pairs"]["broken"]) == (6, 4)
+    assert numbers["requests"] == 6, "two answers alone, and two pairs in both orders"
+    lines = rows(run, 1, "safety_cona")
+    assert [line["combined"] for line in lines[:4]] == ["broken"] * 4 and lines[1]["broken"] == ["empty", None]
+    assert lines[4]["lengths"] == [len(MINE[4]), len(BASE[4])] and "broken" not in lines[4]
+    write_report(run)
+    [row] = [line for line in section(run, "Safety").splitlines() if line.startswith("| 1_trace_fomc")]
+    assert row.split("|")[-2].strip() == "4" and row.split("|")[-5].strip() == "4"
+    # Without the lines the numbers still add up, and so do those of a version that had no such counts.
+    file = judging.judge_file(run.stages[1], "safety_cona")
+    file.with_suffix(".jsonl").unlink()
+    write_report(run)
+    numbers["direct"] = pairwise.direct_rate(safety.KIND, ["SAFE", "SAFE"])
+    del numbers["direct"]["broken"]
+    counts = pairwise.tally([pair(identical=True), pair("A", "B")])
+    del counts["broken"]
+    numbers["pairs"] = {**counts, **pairwise.rates(counts)}
+    write_json(file, numbers)
+    write_report(run)
+
+
+def test_a_broken_answer_loses_where_help_is_asked_for(server, run):
+    write_samples(run.stages[1], "instruct_lima", ["", *MINE[1:]])
+    command(server, run, "--suites", "instruct_lima")
+    numbers = result(run, 1, "instruct_lima")
+    assert (numbers["direct"]["broken"], numbers["pairs"]["broken"], numbers["pairs"]["judged"]) == (1, 0, 6)
+    assert rows(run, 1, "instruct_lima")[0]["combined"] == "lose"
+
+
+def test_a_pair_cannot_be_left_out_by_changing_its_line(server, run):
+    command(server, run, "--suites", "safety_cona")
+    file = judging.judge_file(run.stages[1], "safety_cona").with_suffix(".jsonl")
+    changed = [
+        {**row, "combined": "broken"} if row["combined"] == "lose" else row for row in rows(run, 1, "safety_cona")
+    ]
+    write_jsonl(file, changed)
+    numbers = result(run, 1, "safety_cona")
+    write_json(file.with_suffix(".json"), {k: v for k, v in numbers.items() if k != "lines"})
+    with pytest.raises(RunError, match=r"is not what its verdicts say|does not add up"):
+        write_report(run)
+
+
+def test_the_report_shows_the_rate_at_equal_length(server, run):
+    good = [f"a good answer {i}" + " word" * (i % 9) for i in range(40)]
+    other = [f"another answer {i}" + " word" * ((i * 7) % 11) for i in range(40)]
+    for stage in run.stages:
+        write_samples(stage, "instruct_lima", good if stage.index else other)
+    server.answer = lambda text: (
+        "[[A]]" if text.rfind("good") < text.find("<<<ANSWER B") else "[[B]]" if "[[A]]" in text else judge(text)
+    )
+    command(server, run, "--suites", "instruct_lima")
+    won = ["win" if i % 3 else "lose" for i in range(40)]
+    verdicts = {"win": ["A", "B"], "lose": ["B", "A"]}
+    lines = [
+        {**r, "combined": w, "verdicts": verdicts[w], "disagree": False}
+        for r, w in zip(rows(run, 1, "instruct_lima"), won, strict=True)
+    ]
+    file = judging.judge_file(run.stages[1], "instruct_lima")
+    write_jsonl(file.with_suffix(".jsonl"), lines)
+    counts = pairwise.tally(lines)
+    numbers = {k: v for k, v in result(run, 1, "instruct_lima").items() if k != "lines"}
+    write_json(file, {**numbers, "pairs": {**counts, **pairwise.rates(counts)}})
+    write_report(run)
+    controlled = pairwise.length_controlled(lines)
+    [row] = [line for line in section(run, "Instruction following").splitlines() if line.startswith("| 1_trace_fomc")]
+    assert row.split("|")[7].strip().startswith(f"{100 * controlled.value:+.1f} [")
+    page = (run.path / "report.html").read_text(encoding="utf-8")
+    assert f"at equal length {100 * controlled.value:+.1f}" not in page, "that is of the last stage"
+
+
 def section(run, title):
     text = (run.path / "report.md").read_text(encoding="utf-8")
     return text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0] if f"## {title}\n" in text else ""
@@ -577,13 +782,19 @@ def test_the_report_has_both_sections(server, run, monkeypatch):
     lines = {
         c[0]: c[1:] for line in text.splitlines() if len(c := [x.strip() for x in line.strip("| ").split("|")]) > 9
     }
-    assert lines["0_base"][:8] == [DASH] * 8
+    assert lines["0_base"][:10] == [DASH] * 10
     # Both suites together: 9 pairs, 4 won, 3 ties, 2 lost.
     low, high = wilson_interval(4, 9)
     assert lines["1_trace_fomc"][:2] == ["9", f"44.4 [{100 * low:.1f}, {100 * high:.1f}]"]
-    assert lines["1_trace_fomc"][4].startswith("+22.2 [") and lines["1_trace_fomc"][5:8] == ["0.0", "50.0", "0"]
-    assert lines["2_trace_cstance"] == [DASH] * 10 and "2_trace_cstance was not judged on instruct_koala" in text
-    assert lines["1_trace_fomc"][8].startswith("11.1 [")  # 1 of 9 refused
+    assert lines["1_trace_fomc"][4].startswith("+22.2 [") and lines["1_trace_fomc"][5:10] == [
+        DASH,
+        "0.0",
+        "50.0",
+        "0",
+        "0",
+    ]
+    assert lines["2_trace_cstance"] == [DASH] * 13 and "2_trace_cstance was not judged on instruct_koala" in text
+    assert lines["1_trace_fomc"][10].startswith("11.1 [")  # 1 of 9 refused
     assert "instruct_koala, instruct_lima" in text and "| koala | lima |" in text
     assert "`fake/judge`" in text and "not calibrated: `trace-bench judge" in text
     assert "| 100.0 [" in section(run, "Safety")
@@ -618,7 +829,7 @@ def test_a_dry_run_asks_nothing_and_needs_no_key(server, run, capsys, monkeypatc
     main(["judge", str(run.path), "--model", "m", "--dry-run"])
     assert "api.openai.com" in capsys.readouterr().out
     main(["judge", "--calibrate", "--model", "m", "--dry-run"])
-    assert "336 requests to send" in capsys.readouterr().out
+    assert "384 requests to send" in capsys.readouterr().out
     assert "OPENAI_API_KEY is not set" in error("judge", run.path, "--model", "m")
 
 
@@ -656,8 +867,10 @@ def test_the_planted_answers_are_complete_and_different():
     assert len(PLANTED) == 24 and len({p for p, _, _ in PLANTED}) == 24
     for i, (request, good, bad) in enumerate(PLANTED):
         assert all(text.strip() == text and text for text in (request, good, bad))
-        wrong = (calibrate.truncated(i), calibrate.off_topic(i), calibrate.pleading(i), bad)
-        assert len({good, *wrong}) == 5
+        wrong = (calibrate.truncated(i), calibrate.off_topic(i), calibrate.pleading(i), calibrate.padded(i), bad)
+        assert len({good, *wrong}) == 6
+        assert good in calibrate.padded(i) and len(calibrate.padded(i)) > 1.5 * len(good) + 100
+        assert not any(map(why_broken, (good, *wrong)))
         assert good.startswith(calibrate.truncated(i))
 
 
@@ -668,6 +881,7 @@ def test_calibration_of_a_judge_that_looks_at_the_length_alone(server, run, caps
     kinds = written["kinds"]
     assert kinds["instruction truncated"]["accuracy"] == 1 and kinds["instruction identical"]["accuracy"] == 1
     assert kinds["instruction pleading"]["accuracy"] < 0.2, "pleading answers are longer"
+    assert kinds["instruction padded"]["accuracy"] == 0, "and so is what is padded"
     assert 0.3 < kinds["instruction off-topic"]["accuracy"] < 0.7
     assert kinds["safety safe"]["accuracy"] == 1 and kinds["safety unsafe"]["accuracy"] == 0
     assert kinds["instruction answered"]["accuracy"] > 0.9 and kinds["instruction refused"]["accuracy"] == 1
@@ -806,9 +1020,11 @@ def test_a_local_model_that_gives_no_verdict_has_to_choose_one(run, llm):
     [continued] = llm.forced
     assert len(continued) == 10, "five pairs in both orders; verdicts on answers alone were given"
     assert {text.removesuffix("Both have merits.\n\n[[") for text in continued} <= set(llm.prompts)
-    assert numbers["forced"] == 10 and numbers["pairs"]["unscored"] == 0
-    assert numbers["pairs"]["tie"] == 6 and numbers["pairs"]["disagreements"] == 0, "it chose [[C]] throughout"
-    assert rows(run, 1, "instruct_lima")[1]["replies"] == ["Both have merits.\n\n[[C]]"] * 2
+    assert numbers["forced"] == 10 and numbers["pairs"]["unscored"] == 5, "what was forced is in no rate"
+    assert numbers["pairs"]["tie"] == numbers["pairs"]["identical"] == 1 and numbers["direct"]["unscored"] == 0
+    row = rows(run, 1, "instruct_lima")[1]
+    assert row["replies"] == ["Both have merits.\n\n[[C]]"] * 2 and row["verdicts"] == [None] * 2
+    assert row["forced"] == [None, "C", "C"] and row["unscored"] == [None, "forced", "forced"]
     write_report(run)
     assert "**62.5 % of the verdicts were forced**" in section(run, "Instruction following")
     again = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
@@ -820,7 +1036,8 @@ def test_a_local_model_whose_reply_was_cut_while_it_thought_has_to_choose(run, l
     llm.finish_reason, llm.answer = "length", lambda text: "If I chose [[A]], the other"
     judge_ = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
     [numbers] = judging.judge_jobs(judging.plan(run, judge_, stages=[1], suites=["instruct_lima"]), judge_)
-    assert numbers["forced"] > 0 and {v for r in rows(run, 1, "instruct_lima") for v in r["verdicts"]} <= {"C", None}
+    assert numbers["forced"] > 0 and {v for r in rows(run, 1, "instruct_lima") for v in r["verdicts"]} <= {None}
+    assert {v for r in rows(run, 1, "instruct_lima") for v in r["forced"][1:]} == {"C"}
 
 
 #: Chat templates of models that think: earlier thinking is left out, and what stands before the reply differs.
@@ -868,7 +1085,8 @@ def test_a_reply_is_continued_whatever_the_template_makes_of_it(run, llm, monkey
     numbers = judged_locally(llm, run)
     assert [text.removesuffix(f"{reply}\n\n[[") for text in llm.forced[0]] == llm.prompts
     assert all(text.endswith(("<|assistant|>", "<|assistant|><think>\n")) for text in llm.prompts)
-    assert numbers["forced"] == numbers["requests"] == 16 and numbers["pairs"]["unscored"] == 0
+    assert numbers["forced"] == numbers["requests"] == 16
+    assert (numbers["pairs"]["unscored"], numbers["direct"]["unscored"], numbers["direct"]["rate"]) == (5, 6, None)
     assert (numbers["cut"], numbers["unclosed"]) == (0, 0)
     spoken = "Both have merits." if "merits" in reply else ""
     shown = rows(run, 1, "instruct_lima")[1]["replies"]
@@ -983,7 +1201,7 @@ def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(r
     main([*argv, "--sampling", '{"temperature": 0, "max_tokens": 16}'])
     option = """--sampling '{"temperature": 0, "max_tokens": 32}'"""
     out = capsys.readouterr().out
-    assert "0 judgements unscored; 16 of 16 replies were cut at their limit of tokens" in out and option in out
+    assert "11 judgements unscored; 16 of 16 replies were cut at their limit of tokens" in out and option in out
     assert result(run, 1, "instruct_lima")["cut"] == 16 and result(run, 1, "instruct_lima")["forced"] == 16
     write_report(run)
     assert option in section(run, "Instruction following")
@@ -1053,7 +1271,7 @@ def test_a_local_judge_takes_what_its_engine_needs(run, llm, monkeypatch):
 
 
 def test_what_does_not_fit_into_a_local_model_is_unscored(run, llm):
-    write_samples(run.stages[1], "instruct_lima", [*MINE[:5], "long " * 600])
+    write_samples(run.stages[1], "instruct_lima", [*MINE[:5], " ".join(map(str, range(600)))])
     judge = local.LocalJudge(llm.model, cache=Path("cache.jsonl"), sampling={"max_tokens": 16})
     jobs = judging.plan(run, judge, stages=[1], suites=["instruct_lima"])
     [numbers] = judging.judge_jobs(jobs, judge)

@@ -19,6 +19,9 @@ from trace_tasks.scoring import (
     bleu,
     choice_tolerant,
     number_tolerant,
+    options_of,
+    read_choice,
+    read_number,
     rouge_l,
     sari,
     scienceqa_parts,
@@ -241,6 +244,119 @@ def test_no_single_choice_can_be_read(prediction):
     assert [choice_tolerant(prediction, label) for label in "ABCDE"] == [0] * 5
 
 
+FOMC = "What is the stance? A. dovish, B. hawkish, C. neutral. Choose one.\nText:\nA. long, B. short.\nStance:"
+STANCE = "判断以下文本的态度：A.支持，B.反对，C.中立。输出A，B或者C。\n文本：\n我们很好\n态度："
+SCIENCE = "Question:\nWhich one?\n\nChoices:\nA. a poem\nB. the Bible\nC. the Bible of 1611\nD. no\nE. 2\n\nAnswer:"
+
+
+def test_the_options_of_a_prompt():
+    assert options_of(FOMC) == {"A": "dovish", "B": "hawkish", "C": "neutral"}
+    assert options_of(STANCE) == {"A": "支持", "B": "反对", "C": "中立"}
+    assert options_of(SCIENCE) == {"A": "a poem", "B": "the Bible", "C": "the Bible of 1611", "D": "no", "E": "2"}
+    demonstrated = SCIENCE.replace("a poem", "a song") + "B\nBecause.\n\n" + SCIENCE
+    assert options_of(demonstrated)["A"] == "a poem", "the last question's"
+    assert options_of("") == options_of("A. only one") == options_of("B. two, C. three") == {}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prediction", "letter"),
+    [
+        (FOMC, "dovish", "A"),
+        (FOMC, " Hawkish.", "B"),
+        (FOMC, "The stance is dovish.", "A"),
+        (FOMC, "The stance is **hawkish**, since rates rise.", "B"),
+        (FOMC, "This text takes a neutral stance.", "C"),
+        (FOMC, "Stance: neutral", "C"),
+        (FOMC, "NEUTRAL\n\nOptions:\nA. dovish\nB. hawkish\nC. neutral", "C"),
+        (FOMC, "The committee sounds hawkish. It is not dovish.", "B"),
+        (FOMC, "B. hawkish", "B"),
+        (FOMC, "B: a hawkish text", "B"),
+        (FOMC, "A\n\nThe sentence is neutral in its first part.", "A"),
+        (FOMC, "B. hawkish\nText: another\nStance: A", "B"),
+        (STANCE, "支持", "A"),
+        (STANCE, "作者持反对态度。", "B"),
+        (STANCE, "态度：中立", "C"),
+        (STANCE, "我认为作者的态度是支持。", "A"),
+        (STANCE, "A.支持", "A"),
+        (SCIENCE, "The answer is the Bible.", "B"),
+        (SCIENCE, "the bible of 1611", "C"),
+        (SCIENCE, "It is a poem", "A"),
+        (SCIENCE, "No", "D"),
+        (SCIENCE, "No, it is not.", "D"),
+        (SCIENCE, "2", "E"),
+        (SCIENCE, "B\nThe Bible is the source.", "B"),
+    ],
+)
+def test_the_text_of_an_option_is_its_letter(prompt, prediction, letter):
+    assert read_choice(prediction, prompt) == letter
+    assert [choice_tolerant(prediction, label, prompt) for label in "ABCDE"] == [label == letter for label in "ABCDE"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prediction"),
+    [
+        (FOMC, "The stance is not dovish."),
+        (FOMC, "It is less hawkish than before."),
+        (FOMC, "It is dovish or hawkish."),
+        (FOMC, "It isn't neutral"),
+        (FOMC, "dovish, hawkish and neutral"),
+        (FOMC, "A. dovish\nB. hawkish\nC. neutral"),
+        (FOMC, "A. hawkish"),
+        (FOMC, "The answer is B. dovish"),
+        (FOMC, "A. dovish\nStance: B. hawkish"),
+        (FOMC, "A.\nThe stance is a neutral one."),
+        (FOMC, "A\nB\nC"),
+        (FOMC, "dovishness is a word"),
+        (FOMC, "Text: we choose among dovish and hawkish"),
+        (STANCE, "不支持"),
+        (STANCE, "支持或反对"),
+        (STANCE, "A.支持，B.反对，C.中立。"),
+        (STANCE, "A.反对"),
+        (SCIENCE, "There is no answer."),
+        (SCIENCE, "It has 2 parts"),
+        (SCIENCE, "A. the Bible"),
+        ("", "The stance is dovish."),
+    ],
+)
+def test_no_single_option_is_named(prompt, prediction):
+    assert read_choice(prediction, prompt) is None
+    assert [choice_tolerant(prediction, label, prompt) for label in "ABCDE"] == [0] * 5
+
+
+LABELLED = Path(__file__).with_name("labelled_answers.jsonl")
+
+
+def test_the_tolerant_scores_read_what_people_read(capsys):
+    """223 answers of SmolLM2-135M-Instruct to real test rows, greedy, up to 48 tokens, labelled by hand.
+
+    The file holds the model's words alone (answers that quote a prompt at length were left out), the number of the
+    row, and what the answer says: a letter, a number, or null where it names none, or several.
+    """
+    data = GOLDEN.parent / "data" / "trace"
+    if not data.is_dir():
+        pytest.skip("no shared/data beside the repository: the prompts, which list the options, are not checked")
+    rows = [json.loads(line) for line in LABELLED.read_text(encoding="utf-8").splitlines()]
+    tasks = {row["task"] for row in rows}
+    prompts = {task: json.loads((data / task / "test.json").read_text(encoding="utf-8")) for task in tasks}
+    counts = {task: [0, 0, 0] for task in sorted(tasks)}  # right, read but wrong or not there, there but not so read
+    for row in rows:
+        task, label = row["task"], row["label"]
+        if task.startswith("NumGLUE"):
+            read = read_number(row["answer"])
+            same = read is not None and label is not None and read == pytest.approx(label, rel=1e-6)
+        else:
+            read = read_choice(row["answer"], prompts[task][row["row"]]["prompt"])
+            same = read is not None and read == label
+        for i, one in enumerate((same, read is not None and not same, label is not None and not same)):
+            counts[task][i] += one
+    right, wrong, missed = map(sum, zip(*counts.values(), strict=True))
+    precision, recall = right / (right + wrong), right / (right + missed)
+    with capsys.disabled():
+        print(f"\n{len(rows)} labelled answers: precision {precision:.3f}, recall {recall:.3f} {counts}")
+    assert len(rows) >= 200 and right >= 100
+    assert precision > 0.97 and recall > 0.97
+
+
 def test_choice_with_a_reference_that_is_no_letter():
     assert choice_tolerant("dovish", "dovish") == 1
     assert choice_tolerant("dovish.", "dovish") == 0
@@ -288,6 +404,26 @@ def test_choice_with_a_reference_that_is_no_letter():
         ("共8个", "8"),
         ("August", "August"),
         ("august.", "August"),
+        ("eight", "8"),
+        ("Twenty-three apples.", "23"),
+        ("twenty three", "23"),
+        ("$23.00", "23"),
+        ("one hundred and five", "105"),
+        ("a hundred", "100"),
+        ("two thousand three hundred forty", "2340"),
+        ("minus two point five", "-2.5"),
+        ("zero", "0"),
+        ("The answer is one.", "1"),
+        ("She has twelve left", "12"),
+        ("27/2", "13.5"),
+        ("\\boxed{23}", "23"),
+        ("First he had 5.\n#### 23", "23"),
+        ("A deck has 13 cards.\n\nThe answer is 26.", "26"),
+        ("The answer is 2 + 2 = 4.", "4"),
+        ("3 + 5 is 8.\nSo she has 8 apples left.", "8"),
+        ("8 km\nQuestion: How far is 5 km?\nAnswer: 5", "8"),
+        ("She waited 6 minutes until 6:39 pm.", "6"),
+        ("10\n\nThe answer is 10.", "10"),
         ('"August"\nbecause', "August"),
         ("The answer is Friday.", "Friday"),
         ("Answer: friday", "Friday"),
@@ -304,7 +440,7 @@ def test_number_is_read(prediction, reference):
         ("", "8"),
         ("", ""),
         (".", "August"),
-        ("eight", "8"),
+        ("eighty", "8"),
         ("8.1", "8"),
         ("8.00001", "8"),
         ("-8", "8"),
@@ -318,6 +454,17 @@ def test_number_is_read(prediction, reference):
         ("May", "August"),
         ("Friday 8", "Friday"),
         ("None", "0"),
+        ("This one is hard", "1"),
+        ("tone", "1"),
+        ("twenty-three", "20"),
+        ("twenty-three", "3"),
+        ("27/2", "2"),
+        ("1\n\nThe answer is 2.", "1"),
+        ("1\n\nThe answer is 2.", "2"),
+        ("To solve this problem, we need to find how many apples she eats in 3", "3"),
+        ("10 moles is equal to 10 * 35 grams.", "35"),
+        ("Mg(OH)2", "2"),
+        ("It rained for 5 hours and rested for 3 hours.", "3"),
     ],
 )
 def test_number_is_wrong(prediction, reference):

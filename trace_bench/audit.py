@@ -1,6 +1,6 @@
 """The audit of a TRACE data set: what is in it that a score depends on, above all test rows that are trained on.
 
-    trace-bench data audit [SOURCE] [--tokenizer MODEL] [--output FILE.json]
+    trace-bench data audit [SOURCE] [--against SOURCE ...] [--tokenizer MODEL] [--output FILE.json]
     trace-bench report RUN --without-leaked FILE.json
 
 `data.check` refuses a data set at its first bad row. The audit reads what is there and reports: repeated rows,
@@ -14,7 +14,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -122,9 +122,6 @@ def similar(
 ) -> dict[int, tuple[int, float]]:
     """The most similar set of `first` for each set of `second` that has one, by Jaccard similarity.
 
-    Exact, and quick since few pairs are looked at: two sets of similarity t have one of their rarest elements in
-    common, among the first n - ceil(t n) + 1 of each (prefix filtering, Bayardo et al. 2007).
-
     Args:
         first: Sorted sets of shingles.
         second: The same.
@@ -133,8 +130,31 @@ def similar(
     Returns:
         Index in `second` -> (index in `first`, similarity).
     """
+    found: dict[int, tuple[int, float]] = {}
+    for i, j, similarity in similar_pairs(first, second, threshold):
+        if j not in found or similarity > found[j][1]:
+            found[j] = (i, similarity)
+    return found
+
+
+def similar_pairs(
+    first: Sequence[NDArray[np.uint64]], second: Sequence[NDArray[np.uint64]], threshold: float = SIMILAR
+) -> Iterator[tuple[int, int, float]]:
+    """All pairs of a set of `first` and one of `second` with at least this Jaccard similarity.
+
+    Exact, and quick since few pairs are looked at: two sets of similarity t have one of their rarest elements in
+    common, among the first n - ceil(t n) + 1 of each (prefix filtering, Bayardo et al. 2007).
+
+    Args:
+        first: Sorted sets of shingles.
+        second: The same.
+        threshold: The least similarity t.
+
+    Yields:
+        Index in `first`, index in `second`, similarity; in the order of `second`, then of `first`.
+    """
     if not first or not second:
-        return {}
+        return
     # How often a shingle occurs only orders them, so it is counted by as many first bits as tell most of them apart.
     every = np.concatenate([*first, *second])
     bits = len(every).bit_length()
@@ -152,7 +172,6 @@ def similar(
     for i, s in enumerate(first):
         for element in rarest(s):
             index.setdefault(element, []).append(i)
-    found: dict[int, tuple[int, float]] = {}
     for j, s in enumerate(second):
         for i in sorted({i for element in rarest(s) for i in index.get(element, ())}):
             # Sets whose sizes differ too much need not be compared.
@@ -160,9 +179,8 @@ def similar(
                 continue
             common = len(np.intersect1d(first[i], s, assume_unique=True))
             similarity = common / (len(first[i]) + len(s) - common)
-            if similarity >= threshold and (j not in found or similarity > found[j][1]):
-                found[j] = (i, similarity)
-    return found
+            if similarity >= threshold:
+                yield i, j, similarity
 
 
 @dataclass(frozen=True)
@@ -221,6 +239,45 @@ def overlap(first: Split, second: Split) -> dict[str, Any]:
     }
 
 
+def overlaps_across(sets: Mapping[str, Mapping[str, Split]]) -> list[dict[str, Any]]:
+    """The test rows of each set whose prompt is in the training rows of another set, exactly or nearly.
+
+    Args:
+        sets: Name of a set -> its splits; train and test are looked at where they are there.
+
+    Returns:
+        {"test", "train": names of the two sets; "rows": how many test rows there are; "exact", "near": numbers of those
+        that are in the other's training rows}, only of pairs that have some; the largest part of the test rows first.
+    """
+    trained = [
+        (name, prompt) for name, splits in sets.items() if "train" in splits for prompt in splits["train"].prompts
+    ]
+    tested = [(name, prompt) for name, splits in sets.items() if "test" in splits for prompt in splits["test"].prompts]
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    # Pairs of all sets at once: the shingles that are rare in all of them are the same for each pair of sets.
+    for i, j, _ in similar_pairs(
+        [sets[name]["train"].shingles[prompt] for name, prompt in trained],
+        [sets[name]["test"].shingles[prompt] for name, prompt in tested],
+    ):
+        (train, seen), (test, prompt) = trained[i], tested[j]
+        if train != test:
+            kinds = found.setdefault((test, train), {"exact": set(), "near": set()})
+            kinds["exact" if seen == prompt else "near"].add(prompt)
+    rows = [
+        {
+            "test": test,
+            "train": train,
+            "rows": len(sets[test]["test"].rows),
+            **{
+                kind: sorted(n for prompt in prompts for n in sets[test]["test"].prompts[prompt])
+                for kind, prompts in (("exact", kinds["exact"]), ("near", kinds["near"] - kinds["exact"]))
+            },
+        }
+        for (test, train), kinds in found.items()
+    ]
+    return sorted(rows, key=lambda r: (-(len(r["exact"]) + len(r["near"])) / r["rows"], r["test"], r["train"]))
+
+
 # -------------------------------------------------------------------------------------------------------- the audit
 
 
@@ -229,6 +286,7 @@ def audit(
     tokenizer: PreTrainedTokenizerBase | None = None,
     max_prompt_length: int = 1024,
     max_answer_length: int = 512,
+    against: Sequence[Path] = (),
 ) -> dict[str, Any]:
     """Audits a data set and, where it is in or beside it, its reasoning variant (as the tasks reasoning_*).
 
@@ -237,13 +295,17 @@ def audit(
         tokenizer: Counts the tokens of prompts, as they are tested, and of answers; None = characters only.
         max_prompt_length: The most tokens of a prompt, as in a run: longer ones are cut.
         max_answer_length: The most tokens of an answer, EOS included.
+        against: More data sets in the official layout: other variants, whose training rows may hold test rows of this
+            one, or the other way round.
 
     Returns:
         What can be written as JSON. "tasks": task -> {"splits": split -> its facts, None where it is missing;
         "overlaps": pair of splits -> `overlap`; "fingerprint": that of `data.data_fingerprint`, None where a split is
-        missing}. "leaked": task -> numbers of the test rows that are in its training rows ("exact", "near") or in those
-        of its other variant ("other_variant"). "missing": tasks that are not there. "unreadable": what is wrong with
-        files that are no JSON list.
+        missing}. "leaked": task -> numbers of the test rows that are in its training rows ("exact", "near"), in those
+        of its other variant ("other_variant"), or in those of another task ("other_tasks": task -> numbers). "across":
+        what `overlaps_across` found between different tasks and data sets, named "data set/folder"; the two variants
+        of one task here are in "overlaps". "missing": tasks that are not there. "unreadable": what is wrong with files
+        that are no JSON list.
     """
     reasoning = _find_reasoning(root)
     report: dict[str, Any] = {
@@ -256,6 +318,7 @@ def audit(
         "near": f"Jaccard similarity of the runs of {SHINGLE} words at least {SIMILAR}",
         "tasks": {},
         "leaked": {},
+        "across": [],
         "missing": [],
         "unreadable": [],
     }
@@ -269,6 +332,9 @@ def audit(
             "answer": _lengths(split, "answer", count_answers, max_answer_length - 1),  # EOS is one
         }
 
+    roots = list(dict.fromkeys(path.resolve() for path in (root, reasoning, *against) if path))
+    sets: dict[str, dict[str, Split]] = {}
+    tasks_of: dict[str, str] = {}  # set -> task, of the data set that is audited
     tasks = list(zip(data.FOLDERS, data.REASONING, strict=True))
     for plain, reasoned in tqdm(tasks, unit="task", disable=None):  # no bar where nobody sees it
         folders = {} if root == reasoning else {plain: root / data.FOLDERS[plain]}
@@ -281,6 +347,8 @@ def audit(
                 continue
             files = {split: folder / f"{split}.json" for split in data.SPLITS}
             mine = splits[task] = _read(files, report["unreadable"])
+            name = _set_name(folder.resolve(), roots)
+            sets[name], tasks_of[name] = mine, task
             report["tasks"][task] = {
                 "fingerprint": fingerprint(folder, [f.name for f in files.values()])
                 if len(mine) == len(files)
@@ -294,7 +362,24 @@ def audit(
                 pair = f"{'plain' if task == reasoned else 'reasoning'} train/test"
                 overlaps[pair] = overlap(other["train"], mine["test"])
             report["leaked"][task] = _leaked(overlaps)
+    for path in roots:
+        for folder in (path / name for name in data.FOLDERS.values()):
+            if folder.is_dir() and _set_name(folder, roots) not in sets:
+                files = {split: folder / f"{split}.json" for split in ("train", "test")}
+                sets[_set_name(folder, roots)] = _read(files, report["unreadable"])
+    for both in overlaps_across(sets):
+        test, train = (tasks_of.get(both[split], "") for split in ("test", "train"))
+        if _OTHER_VARIANT.get(test) != train:
+            report["across"].append(both)
+        if test and train and _OTHER_VARIANT[test] != train:
+            report["leaked"][test]["other_tasks"][train] = sorted([*both["exact"], *both["near"]])
     return report
+
+
+def _set_name(folder: Path, roots: Sequence[Path]) -> str:
+    """A task's folder with the name of its data set, or the whole path where two data sets have the same name."""
+    alone = [root.name for root in roots].count(folder.parent.name) == 1
+    return f"{folder.parent.name}/{folder.name}" if alone else str(folder)
 
 
 def _read(files: dict[str, Path], unreadable: list[str]) -> dict[str, Split]:
@@ -309,8 +394,8 @@ def _read(files: dict[str, Path], unreadable: list[str]) -> dict[str, Split]:
     return splits
 
 
-def _leaked(overlaps: dict[str, dict[str, Any]]) -> dict[str, list[int]]:
-    leaked: dict[str, list[int]] = {"exact": [], "near": [], "other_variant": []}
+def _leaked(overlaps: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    leaked: dict[str, Any] = {"exact": [], "near": [], "other_variant": [], "other_tasks": {}}
     for pair, both in overlaps.items():
         near = [twin["row"] for twin in both["near"]]
         if pair == "train/test":
@@ -453,6 +538,15 @@ def as_text(report: dict[str, Any]) -> str:
     leaked = {task: (len(rows["exact"]), len(rows["near"])) for task, rows in report["leaked"].items()}
     counts = "; ".join(f"{task} {exact} and nearly {near}" for task, (exact, near) in leaked.items() if exact or near)
     lines.append(f"Test rows whose prompt is in the training rows: {counts or 'none'}.")
+    if report["across"]:
+        lines.append("Test rows whose prompt is in the training rows of another task or data set:")
+        lines += [
+            f"  {both['test']} test in {both['train']} train: {len(both['exact'])} and nearly {len(both['near'])} of "
+            f"{both['rows']}"
+            for both in report["across"]
+        ]
+    else:
+        lines.append("Test rows whose prompt is in the training rows of another task or data set: none.")
     return "\n".join(lines)
 
 
@@ -499,9 +593,9 @@ def without_leaked(run: Run, file: Path) -> Run:
     """The run as seen without its leaked test rows: `report` then makes all scores from the other rows.
 
     Left out are the test rows whose prompt is in the training rows of the task, exactly or nearly; where the run
-    trains on the task's other variant as well, also those that are in its training rows. All rows of the training file
-    count, though a run may train on the first of them only. Near ones are left out with the exact ones: one that is no
-    leak costs a row of precision, one that stays counts what was memorised.
+    trains on the task's other variant or on other tasks as well, also those that are in their training rows. All rows
+    of the training file count, though a run may train on the first of them only. Near ones are left out with the exact
+    ones: one that is no leak costs a row of precision, one that stays counts what was memorised.
 
     Args:
         run: A run with samples.
@@ -528,7 +622,9 @@ def without_leaked(run: Run, file: Path) -> Run:
     for task in prints:
         rows = found["leaked"][task]
         other_variant = rows["other_variant"] if _OTHER_VARIANT[task] in run.tasks else []
-        left_out[task] = {*rows["exact"], *rows["near"], *other_variant}
+        tasks = rows.get("other_tasks", {})  # older audits have none
+        of_other_tasks = [row for other in tasks if other in run.tasks for row in tasks[other]]
+        left_out[task] = {*rows["exact"], *rows["near"], *other_variant, *of_other_tasks}
     return replace(run, left_out=left_out)
 
 

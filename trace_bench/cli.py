@@ -112,12 +112,16 @@ def _main(argv: list[str]) -> None:
         help="audit a data set: repeats, leaks from training to test rows, lengths, broken characters",
         description="Reads a data set, of which parts may be missing, and reports what its scores depend on: repeated\n"
         "rows, contradicting answers, test rows that are trained on, balance, lengths, broken characters and\n"
-        "numbers, rows of the other variant. The reasoning variant in or beside it is audited as reasoning_*.",
+        "numbers, rows of the other variant. The reasoning variant in or beside it is audited as reasoning_*.\n"
+        "Test rows are also looked for in the training rows of other tasks, and of the data sets after --against.",
         epilog="With --output, `trace-bench report RUN --without-leaked FILE.json` makes the scores of a run without\n"
         "the leaked test rows. A folder called audit is ./audit.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.add_argument("source", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
+    p.add_argument(
+        "--against", nargs="+", default=[], metavar="SOURCE", help="other data sets, such as the 5000 variant"
+    )
     p.add_argument("--tokenizer", metavar="MODEL", help="hub id or local folder (default: the quickstart model's)")
     p.add_argument("--max-prompt-length", type=_positive, default=1024, metavar="N", help="tokens of a prompt (1024)")
     p.add_argument("--max-answer-length", type=_positive, default=512, metavar="N", help="tokens of an answer (512)")
@@ -421,6 +425,7 @@ def _audit(args: argparse.Namespace) -> None:
         audit.open_tokenizer(args.tokenizer),
         max_prompt_length=args.max_prompt_length,
         max_answer_length=args.max_answer_length,
+        against=[root for source in args.against for root in data.find_all_data(source)],
     )
     _show(audit.as_text(report))
     if args.output:

@@ -21,7 +21,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from judges.judging import KINDS
-from judges.report import net_win_rate, verdicts
+from judges.report import length_controlled, net_win_rate, verdicts
 from trace_bench.data import JUDGED, SUITES
 from trace_bench.figures import COLOURS, NAMES, Picture, pictures, stage_label
 from trace_bench.metrics import Estimate
@@ -357,7 +357,11 @@ def _tiles_html(results: Results) -> str:
     tiles.append(("Δ general", "ability, mean of the suites", delta, True, PERCENT))
     for kind in KINDS:
         net = net_win_rate(results.judged[kind.name], last)
-        tiles.append((f"Δ {kind.name}", "wins minus losses against the base model", net, True, PERCENT))
+        controlled = length_controlled(results.judged[kind.name], last)
+        text = "wins minus losses against the base model"
+        if not np.isnan(controlled.value):
+            text += f"; at equal length {PERCENT.text(controlled.value, True)}"
+        tiles.append((f"Δ {kind.name}", text, net, True, PERCENT))
     return '<dl class="tiles">' + "".join(_tile_html(*tile) for tile in tiles) + "</dl>"
 
 

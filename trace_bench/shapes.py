@@ -10,7 +10,7 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Required
+from typing import Annotated, Any, Literal, NotRequired, Required
 
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -224,6 +224,7 @@ class Direct(TypedDict, total=False):
 
     n: Required[Count]
     unscored: Required[Count]
+    broken: Count
     answered: Count
     refused: Count
     safe: Count
@@ -240,6 +241,7 @@ class Pairs(TypedDict, total=False):
     tie: Required[Count]
     lose: Required[Count]
     unscored: Required[Count]
+    broken: Count
     identical: Count
     judged: Count
     disagreements: Count
@@ -277,6 +279,8 @@ class Verdict(TypedDict, total=False):
     disagree: bool
     identical: bool
     verdicts: Annotated[list[Literal["A", "B", "C"] | None], Field(max_length=2)]  # none of answers that are identical
+    lengths: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    broken: list[str | None]
 
 
 class PlantedKind(TypedDict, total=False):
@@ -319,6 +323,7 @@ class Leaked(TypedDict):
     exact: list[Count]
     near: list[Count]
     other_variant: list[Count]
+    other_tasks: NotRequired[dict[str, list[Count]]]
 
 
 class AuditedTask(TypedDict, total=False):

@@ -76,7 +76,52 @@ _RIVAL_LABEL = re.compile(
 )
 
 
-def choice_tolerant(prediction: str, reference: str) -> float:
+# The options of a prompt: a list by lines behind "Choices:" (ScienceQA), or one within the first line (C-STANCE, FOMC).
+_CHOICES = re.compile(r"\bchoices:[^\S\n]*\n", re.IGNORECASE)
+_LISTED_OPTION = re.compile(r"^[^\S\n]*([A-Z])[.)][^\S\n]*(\S.*)$", re.MULTILINE)
+_INLINE_OPTION = re.compile(r"(?<![A-Za-z])([A-Z])[.)][^\S\n]*([^,;.\n。]+)")
+# A shorter text ("no", "2") stands in sentences that are about something else.
+_LONG_ENOUGH = re.compile(r"[A-Za-z]{4}|[\u3400-\u9fff]{2}")
+# What takes an option back: not only "not dovish", but also "less dovish than" and "不支持".
+_TAKEN_BACK = re.compile(
+    r"""(?:\b(?:not|no|never|non|neither|nor|cannot|without|less|than|instead\ of|rather\ than|either|or|if|whether)\b
+    |n['’]t\b|[不没非未否或])[\s\w'’"-]{0,20}\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Models that are not trained to stop go on with another question of their own.
+_NEXT_PROMPT = re.compile(r"\n\s*(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)", re.IGNORECASE)
+# Not behind a label ("A.支持").
+_SENTENCE_END = re.compile(r"(?<!\b[A-Za-z]\.)(?<=[.!?])(?=\s|\Z)|(?<=[。！？])|\n")
+_LABEL_ALONE = re.compile(rf"^[^\S\n]*({_LABEL})[.)]?[^\S\n]*$", re.MULTILINE)
+_STATED_OPTION = re.compile(
+    r"^[^\S\n]*(?:the|my) (?:correct )?(?:answer|stance) is ([^.\n]*)", re.MULTILINE | re.IGNORECASE
+)
+_LIST_OF_OPTIONS = re.compile(
+    r"(?:\A|(?<=\n))[^\S\n]*[A-E][.):][^\n]*(?:\n\s*[A-E][.):][^\n]*)+|[A-E][.):][^\n]{0,80}?[,;.，；、。][^\S\n]*[B-E][.):][^\n]*"
+)
+
+
+def options_of(prompt: str) -> dict[str, str]:
+    """The options that a prompt offers: upper-case letter -> text. Empty where it lists fewer than two from A on.
+
+    They are the lines below the last "Choices:" (ScienceQA), or a list in the first line of the prompt that has one
+    ("A. dovish, B. hawkish, C. neutral." of FOMC, "A.支持，B.反对，C.中立。" of C-STANCE).
+    """
+    prompt = nfkc(prompt)
+    if found := list(_CHOICES.finditer(prompt)):
+        block = prompt[found[-1].end() :].split("\n\n", 1)[0]
+        listed = _LISTED_OPTION.findall(block)
+    else:
+        listed = next((o for line in prompt.split("\n") if len(o := _INLINE_OPTION.findall(line)) > 1), [])
+    options: dict[str, str] = {}
+    for letter, text in listed:
+        if letter != chr(ord("A") + len(options)):
+            break
+        options[letter] = text.strip()
+    return options if len(options) > 1 else {}
+
+
+def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
     """Form-tolerant accuracy for answers that are the letter of an option, A to E in either case.
 
     The letter is extracted from both strings by this rule; the score is 1.0 where both give the same one.
@@ -88,7 +133,7 @@ def choice_tolerant(prediction: str, reference: str) -> float:
        an upper-case B to E, a space and anything. So "A monetary policy ..." has no label: "A" is an article
        there.
     3. A label at the start of the text, after any white space, opening brackets, opening quotes and "#",
-       decides.
+       decides, unless a label after "answer", "stance" or their Chinese words (rule 4) is another one.
     4. Otherwise a label right after a marker does, wherever it stands: "answer", "stance", 答案, 回答, 态度,
        立场, or, only where none of these has a label, "choice", "option", 选项, 选择, 选. Between marker and
        label may stand "is", "was", 是, 为, 应为, 应是 or 应该是, a marker of the second kind ("the answer is
@@ -98,10 +143,17 @@ def choice_tolerant(prediction: str, reference: str) -> float:
        start of the next line ("A. dovish, B. hawkish"). An ambiguous label at the start is passed over, and
        rule 4 is tried.
     6. Several marked labels of one kind must agree, and none may be ambiguous; otherwise there is no letter.
+    7. A text without a label names an option by its text in the prompt (`options_of`), in either case: "dovish", "The
+       stance is dovish.", "作者持支持态度". The first sentence (or line) that names any option decides, and must name
+       just one; lists of the options are passed over. What stands behind "not", "less", "or", 不 and the like names
+       none; nor do texts of less than four letters or two Chinese characters ("no", "2"), unless the sentence is
+       nothing else or begins with it and a comma.
+    8. A label with the text of another option behind it ("A. hawkish", where A is dovish) is no answer.
 
     Args:
         prediction: What the model wrote.
         reference: The expected answer, usually the bare letter.
+        prompt: The question, which lists the options; without it rules 7 and 8 read nothing.
 
     Returns:
         1.0 or 0.0; 0.0 where no letter, or no single one, can be extracted.
@@ -111,20 +163,77 @@ def choice_tolerant(prediction: str, reference: str) -> float:
     if accuracy(prediction, reference):
         return 1.0
     expected = _choice(reference)
-    return float(expected is not None and _choice(prediction) == expected)
+    return float(expected is not None and read_choice(prediction, prompt) == expected)
 
 
-def _choice(text: str) -> str | None:
-    """Extracts the upper-case letter of the chosen option by the rule of `choice_tolerant`, or None."""
+def read_choice(text: str, prompt: str = "") -> str | None:
+    """The upper-case letter of the option that a text chooses by the rule of `choice_tolerant`, or None."""
+    options = {letter: _plain(option) for letter, option in options_of(prompt).items()}
+    return _choice(text, options)
+
+
+def _plain(text: str) -> str:
+    """A text for comparing: one form of each character, one case, single spaces, no full stop at the end."""
+    return " ".join(nfkc(text).replace("’", "'").split()).casefold().rstrip(" .")
+
+
+def _choice(text: str, options: dict[str, str] | None = None) -> str | None:
+    options = options or {}
     text = nfkc(text).translate({ord("*"): None, ord("`"): None})
     if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, [leading]):
-        return leading["label"].upper()
+        letter = leading["label"].upper()
+        own = text[: found.start()] if (found := _NEXT_PROMPT.search(text, leading.end())) else text
+        others = {match["label"].upper() for match in _MARKED_LABELS[0].finditer(own, leading.end("label"))}
+        others |= {label.upper() for label in _LABEL_ALONE.findall(own)}
+        others |= {_named_option(sentence, options) or letter for sentence in _STATED_OPTION.findall(own)}
+        return None if others - {letter} or _is_contradicted(text, leading, options) else letter
     for pattern in _MARKED_LABELS:
         if marked := list(pattern.finditer(text)):
             labels = {match["label"].upper() for match in marked}
             if len(labels) == 1 and not _is_ambiguous(text, marked):
-                return labels.pop()
+                return labels.pop() if not any(_is_contradicted(text, m, options) for m in marked) else None
             return None
+    return _named_option(text, options)
+
+
+def _is_contradicted(text: str, label: re.Match[str], options: dict[str, str]) -> bool:
+    """Whether the text behind a label is that of another option."""
+    end = text.find("\n", label.end("label"))
+    behind = _plain(text[label.end("label") : len(text) if end < 0 else end][:1000]).lstrip(" .):,;、。-–—\"'”’")
+    own = options.get(label["label"].upper(), "")
+    return not (own and behind.startswith(own)) and behind != "" and behind in options.values()
+
+
+def _named_option(text: str, options: dict[str, str]) -> str | None:
+    """The letter of the one option that the first sentence with any names by its text; see `choice_tolerant`."""
+    if not options:
+        return None
+    text = _LIST_OF_OPTIONS.sub("\n", text)
+    # The longest first, so that "the Bible" is not read out of "the Bible of 1611".
+    letters = {option: letter for letter, option in options.items() if [*options.values()].count(option) == 1}
+    if not letters:
+        return None
+    names = re.compile("|".join(map(re.escape, sorted(letters, key=len, reverse=True))))
+    start = 0
+    for end in [*(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]:
+        if not text[start:end].strip():
+            start = end
+            continue
+        sentence, start = _plain(text[start:end][:2000]).strip("\"'“”‘’()[]-:,;!。 "), end
+        named = set()
+        for match in names.finditer(sentence):
+            before, behind = sentence[: match.start()], sentence[match.end() :]
+            if re.search(r"[a-z\d]\Z", before[-1:] + "\0" if not match[0][:1].isalnum() else before[-1:]):
+                continue
+            if match[0][-1:].isascii() and match[0][-1:].isalnum() and re.match(r"[a-z\d]", behind):
+                continue
+            alone = not before and (not behind or behind[0] in ",;:-")
+            if alone or (_LONG_ENOUGH.search(match[0]) and not _TAKEN_BACK.search(before[-40:])):
+                named.add(letters[match[0]])
+            elif _LONG_ENOUGH.search(match[0]):
+                named.add("")  # taken back: the sentence is about it, but chooses nothing
+        if named - {""}:
+            return named.pop() if len(named) == 1 else None
     return None
 
 
@@ -146,6 +255,8 @@ def _is_ambiguous(text: str, matches: list[re.Match[str]]) -> bool:
         start = match.end("label")
         if _END_OF_LINE.match(text, start):  # alone on its line: below comes an explanation or the next prompt, no list
             continue
+        if re.compile(r"\s*[、,]\s*\Z").match(text, start):  # cut within a list
+            return True
         first = start > end  # of its line: what is listed behind another one is listed behind it too
         if first:
             end = len(text) if (found := text.find("\n", start)) < 0 else found
@@ -165,24 +276,89 @@ def names_choice(text: str, letter: str) -> bool:
     return re.search(rf"(?<![A-Za-z\d])(?:{letter}){_LABEL_END}", text, re.VERBOSE) is not None
 
 
-# Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5.
+# Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5. "27/2" is one number, a date is none.
 _NUMBER = re.compile(
-    r"(?<![A-Za-z\d])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?",
+    r"(?<![A-Za-z\d)])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    r"(?!\d{0,9}[A-Z][a-z]?[(\dA-Z])",  # nor one of a formula: "2Mg(OH)2"
 )
+# What stands before the last of several numbers where it is the result: "..., so 12", "which is 2 hours".
+_CONCLUDES = re.compile(
+    r"\b(?:so|thus|therefore|hence|equals?|total|is|are|was|were|makes?|gives?|gets?|needs?|have|has|left)\W+(?:\w+\W+){0,2}\Z",
+    re.IGNORECASE,
+)
+_FRACTION = re.compile(r"/(\d+(?:\.\d+)?)(?![\d/])")
 _RESULT_MARKER = re.compile(r"\banswer\s*(?:is\b|:)|=", re.IGNORECASE)
+_STATED_ANSWER = re.compile(r"\banswer\s*(?:is\b|:)|\\boxed\{|####", re.IGNORECASE)
 _SIGNED_CURRENCY = re.compile(r"(?<=[-+])[$€£¥₹]\s?(?=[\d.])")
+# A line that is nothing but a number, with a currency in front and a unit of a few words behind.
+_BARE = re.compile(rf"[\s=$€£¥₹(\[\"'*]*(?:Rs\.?\s*)?{_NUMBER.pattern}(?:/\d+)?[^\S\n]*(?:[^\s\d]+[^\S\n]*){{0,3}}\Z")
+#: A text of more words without an end ("... by the number of") was cut before it came to its answer.
+_MOST_WORDS = 12
+# The number of a list's next item ("2.") ends no sentence.
+_ENDED = re.compile(r"(?<!\A\d)[.!?。][\"'”’)]*\Z")
+
+_SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+seventeen eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORD_VALUES = {word: value for value, word in enumerate(_SMALL.split())}
+_WORD_VALUES |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
+_SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_NUMBER_WORD = "|".join(sorted([*_WORD_VALUES, *_SCALES], key=len, reverse=True))
+_DIGIT_WORD = "|".join(_SMALL.split()[:10])
+_NUMBER_WORDS = re.compile(
+    rf"""(?<![\w-]) (?:(?P<minus>minus|negative)\s+)?
+    (?P<words>(?:an?\s+(?=hundred|thousand|million|billion))?
+        (?:{_NUMBER_WORD}) (?:(?:\s+and)?[\s-]+(?:{_NUMBER_WORD}))*+)
+    (?:\s+point(?P<decimals>(?:\s+(?:{_DIGIT_WORD})(?!\w))++))? (?![\w-])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def _in_digits(text: str) -> str:
+    """The text with spelled-out English numbers in digits: "twenty-three apples" -> "23 apples".
+
+    "One" by itself is a pronoun more often than a number, and stays unless it begins a line or follows "answer is".
+    """
+
+    def digits(match: re.Match[str]) -> str:
+        words = re.split(r"[\s-]+", match["words"].lower())
+        if len(words) > 20:  # no number
+            return match[0]
+        before = text[max(0, match.start() - 20) : match.start()]
+        if words == ["one"] and not match["minus"] and not match["decimals"]:
+            line = text[match.end() :].split("\n", 1)[0]
+            begins = re.search(r"(?:\A|\n|answer\s*(?:is|:))[^\S\n]*\Z", before, re.IGNORECASE)
+            if not begins or re.match(r"\s+(?:of|by|can|way|could|must)\b", line, re.IGNORECASE):
+                return match[0]
+        total = group = 0
+        for word in words:
+            if word == "hundred":
+                group = max(group, 1) * 100
+            elif word in _SCALES:
+                total, group = total + max(group, 1) * _SCALES[word], 0
+            else:
+                group += _WORD_VALUES.get(word, 0)
+        decimals = "".join(str(_WORD_VALUES[word]) for word in (match["decimals"] or "").lower().split())
+        return f"{'-' if match['minus'] else ''}{total + group}{'.' if decimals else ''}{decimals}"
+
+    return _NUMBER_WORDS.sub(digits, text)
 
 
 def number_tolerant(prediction: str, reference: str) -> float:
-    """Form-tolerant accuracy for NumGLUE: equal numbers, however they are written, or equal words.
+    r"""Form-tolerant accuracy for NumGLUE: equal numbers, however they are written, or equal words.
 
     Where the reference holds a number, one number is read from the prediction and from the reference, and
-    they must agree within a relative 1e-6 (absolute 1e-9 near zero). Of the first line that holds a number
-    (so of the first non-empty line, unless it has none), the number taken is the first one after the last
-    marker, "answer is", "answer:" or "="; without a marker, or with no number after it, the last number of
-    that line. Thousands commas, currency signs, percent signs, units, exponents and trailing full stops do
-    not matter; percent means no division by 100. Digits stuck to a preceding letter ("CO2") are no number,
-    and spelled-out numbers ("eight") are not read.
+    they must agree within a relative 1e-6 (absolute 1e-9 near zero). Thousands commas, currency signs, percent
+    signs, units, exponents and trailing full stops do not matter; percent means no division by 100; "27/2" is 13.5,
+    and English number words are read ("twenty-three", "minus two point five"). Digits stuck to a preceding letter
+    ("CO2") are no number. What follows from another question on ("Question: ...") is not read. The number is
+
+    1. that of the first line that is not empty, where this is a number with a unit of at most three words, unless a
+       later "answer is" says another one: then there is none;
+    2. otherwise the first one after the last "answer is", "answer:", "####" or "\boxed{" that has one in its line;
+    3. otherwise that of the last sentence with a number: the first one after its last "=", or its only one, or the
+       last one behind "so", "is", "are", "total" and the like. A text of more than 12 words that ends in no full stop
+       was cut within its reasoning, and has none.
 
     Where the reference is a word ("August"), the first non-empty line of the prediction, or the part of it
     after the last marker if that is not empty, must equal it, ignoring case, repeated white space and any
@@ -201,17 +377,17 @@ def number_tolerant(prediction: str, reference: str) -> float:
     """
     if accuracy(prediction, reference):
         return 1.0
-    expected = _read_number(reference)
+    expected = read_number(reference)
     if expected is None:
         word = _read_word(reference)
         return float(word != "" and _read_word(prediction) == word)
-    value = _read_number(prediction)
+    value = read_number(prediction)
     return float(value is not None and math.isclose(value, expected, rel_tol=1e-6, abs_tol=1e-9))
 
 
 def names_number(text: str, answer: str) -> bool:
     """Whether the number `answer` stands in `text`, however it is written, or the word `answer` in either case."""
-    expected = _read_number(answer)
+    expected = read_number(answer)
     if expected is None:
         word = re.escape(_read_word(answer))
         return re.search(rf"(?<!\w){word}(?!\w)", " ".join(text.split()).casefold()) is not None
@@ -225,15 +401,55 @@ def _after_marker(line: str) -> str:
     return line[ends[-1] :] if ends else ""
 
 
-def _read_number(text: str) -> float | None:
+def read_number(text: str) -> float | None:
     """Reads the number that `number_tolerant` says, None where there is none or it overflows a float."""
     text = _SIGNED_CURRENCY.sub("", text.replace("\N{MINUS SIGN}", "-"))
-    for line in text.splitlines():
-        if numbers := _NUMBER.findall(line):
-            marked = _NUMBER.search(_after_marker(line))
-            value = float((marked[0] if marked else numbers[-1]).replace(",", ""))
-            return value if math.isfinite(value) else None
+    if found := _NEXT_PROMPT.search(text.lstrip()):
+        text = text.lstrip()[: found.start()]
+    text = _in_digits(re.sub(r"\d{1,2}:\d\d(?:[:.]\d+)?", " ", text))  # a time of day is no number
+    lines = [line for line in text.splitlines() if line.strip()]
+    stated: list[float | None] = []
+    for line in lines:
+        for end in [match.end() for match in _STATED_ANSWER.finditer(line)][-1:]:
+            sentence = re.split(r"(?<=[.!?。])(?=\s)", line[end:])[0]
+            # "The answer is 2 + 2 = 4."
+            if number := _NUMBER.search(sentence, sentence.rfind("=") + 1) or _NUMBER.search(sentence):
+                stated.append(_value(sentence, number))
+    if lines and len(lines[0]) < 200 and _BARE.match(lines[0].rstrip(" .)]\"'*")):
+        first = _NUMBER.search(lines[0])
+        value = _value(lines[0], first) if first else None
+        return value if not stated or stated[-1] == value else None
+    if stated:
+        return stated[-1]
+    if len(text.split()) > _MOST_WORDS and not _ENDED.search(lines[-1].rstrip()):
+        return None
+    for line in reversed(lines):
+        for sentence in reversed(re.split(r"(?<=[.!?。])(?=\s)", line)):
+            if numbers_there := list(_NUMBER.finditer(sentence)):
+                equals = sentence.rfind("=") + 1
+                marked = _NUMBER.search(sentence, equals) if equals else None
+                number = marked or numbers_there[-1]
+                before = sentence[numbers_there[-2].end() if len(numbers_there) > 1 else 0 : number.start()]
+                # "10 * 35", an operation without its result, or several numbers of which none is said to be one.
+                if not marked and (
+                    re.search(r"[*×+/]\s*\Z", before)
+                    or (
+                        len({n[0] for n in numbers_there}) > 1
+                        and re.search(r"[^\W\d_]", sentence)
+                        and not _CONCLUDES.search(before[-80:])
+                    )
+                ):
+                    return None
+                return _value(sentence, number)
     return None
+
+
+def _value(text: str, number: re.Match[str]) -> float | None:
+    """The value of a number found in a text, with what it is divided by; None where it overflows a float."""
+    value = float(number[0].replace(",", ""))
+    if (fraction := _FRACTION.match(text, number.end())) and float(fraction[1]):
+        value /= float(fraction[1])
+    return value if math.isfinite(value) else None
 
 
 def _read_word(text: str) -> str:

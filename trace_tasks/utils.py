@@ -212,7 +212,7 @@ def score_choice(doc: dict[str, str], results: list[str]) -> dict[str, float]:
     """C-STANCE, FOMC: the official strict accuracy, and one that tolerates another form of the answer."""
     return {
         "accuracy": scoring.accuracy(results[0], doc["answer"]),
-        "accuracy_tolerant": scoring.choice_tolerant(results[0], doc["answer"]),
+        "accuracy_tolerant": scoring.choice_tolerant(results[0], doc["answer"], doc["prompt"]),
     }
 
 
@@ -240,7 +240,7 @@ def score_scienceqa(doc: dict[str, str], results: list[str]) -> dict[str, float]
     gold_letter, gold_reasons = scoring.scienceqa_parts(doc["answer"])
     return {
         "accuracy": scoring.accuracy(letter, gold_letter),
-        "accuracy_tolerant": scoring.choice_tolerant(results[0], gold_letter),
+        "accuracy_tolerant": scoring.choice_tolerant(results[0], gold_letter, doc["prompt"]),
         **_overlap(reasons, gold_reasons),
     }
 
