@@ -324,6 +324,32 @@ def test_the_cpu_loss_is_trl_s_loss(options):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
+def test_a_mixture_of_experts_has_trl_s_router_loss_with_rows_too(options, tmp_path):
+    from architectures import make_base
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    losses = []
+
+    class Both(CLTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ours = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+            rows = len(inputs["labels"])
+            tokens = num_items_in_batch * int((inputs["labels"] != -100).sum()) // rows
+            theirs = SFTTrainer.compute_loss(self, model, dict(inputs), return_outputs, tokens)
+            losses.append((ours.item(), theirs.item(), self.router_loss.item()))
+            return ours
+
+    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    changes = {"model_name_or_path": str(base), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    changes |= {"bf16": False, "lora_dropout": 0.0, "tasks": ["trace_fomc"], "max_steps": 2}
+    changes |= {"lora_target_modules": ["q_proj", "v_proj"]}
+    train({**options, **changes}, Both)
+    assert len(losses) == 4, "of FOMC, whose answers are equally long: rows and tokens come to the same"
+    for ours, theirs, router in losses:
+        assert ours == pytest.approx(theirs, rel=1e-4) and router > 0.001
+
+
 def test_frozen_weights_kept_in_bf16_give_the_same_bits_as_autocast_alone(options, tmp_path):
     class Autocast(CLTrainer):
         def stage_model(self, stage):
