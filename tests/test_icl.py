@@ -127,7 +127,7 @@ def test_without_demonstrations_nothing_is_changed(name, demo_data):
     tokens = 64 if short else 512
     assert settings == {"do_sample": False, "max_gen_toks": tokens, "until": []}
     version = 1.1 if short or name == "trace_scienceqa" else 1.0
-    assert task.VERSION == version
+    assert version == task.VERSION
 
 
 def test_the_reasoning_variant_has_whole_rows_as_demonstrations(demo_data):
