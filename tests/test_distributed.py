@@ -129,7 +129,7 @@ def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("weights", ["rows", "tokens"])
 def test_two_processes_weigh_the_rows_of_tasks_with_short_and_long_answers_as_one(weights, small, tmp_path, one_thread):
-    changes = {"loss_weights": weights, "tasks": ["trace_fomc", "trace_py150"]}
+    changes = {"loss_weights": weights, "tasks": ["trace_fomc", "trace_py150"], "train_sampling_strategy": "random"}
     names = ["joint", "lwf", "agem"]
     jobs = [{"method": n, "options": small(n, tmp_path / "two") | changes} for n in names]
     assert two_processes(jobs, tmp_path) == 0
