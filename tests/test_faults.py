@@ -33,7 +33,7 @@ if __name__ == "__main__":  # bitwise equality is promised for one number of thr
 
 import pytest
 import torch
-from conftest import command_line, make_tiny_model, train
+from conftest import command_line, make_tiny_model, pieces_tokenizer, train
 from judge_server import Server, judge, with_key
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -61,6 +61,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.fixture
+def tiny_model(tiny_models) -> Path:
+    """One that writes letters: what is no text is not judged."""
+    return tiny_models["pieces"]
+
+
 @pytest.fixture(scope="module")
 def done(tiny_models, tmp_path_factory) -> Path:
     """A run of two stages, trained, evaluated and judged once for all tests of this file."""
@@ -69,7 +75,7 @@ def done(tiny_models, tmp_path_factory) -> Path:
         patch.setenv("TRACE_DATA", "demo")
         run = train(
             {
-                **{"model_name_or_path": str(tiny_models["bytes"]), "output_dir": str(folder / "run"), "data": "demo"},
+                **{"model_name_or_path": str(tiny_models["pieces"]), "output_dir": str(folder / "run"), "data": "demo"},
                 **{"tasks": ["trace_fomc", "trace_numglue_ds"], "train_rows": 16, "test_rows": 6, "max_steps": 2},
                 **{"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_prompt_length": 96},
                 **{"max_new_tokens": 4, "gradient_checkpointing": False, "use_peft": True, "lora_r": 4},
@@ -327,7 +333,7 @@ def test_on_a_full_disk_every_write_fails_in_turn_and_nothing_that_is_done_is_lo
                 assert not list(run.path.rglob("*.tmp"))
             else:
                 pytest.fail(f"{command} never ended")
-    assert fulls["evaluate"] >= 5 and fulls["judge"] >= 5 and fulls["report"] >= 2, fulls
+    assert fulls["evaluate"] >= 5 and fulls["judge"] >= 2 and fulls["report"] >= 2, fulls
     assert (run.path / "scores.csv").read_bytes() == scores
 
 
@@ -865,7 +871,7 @@ def harness(folder: Path, kills: int, interruptions: int, seed: int) -> None:
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         os.environ.pop(name, None)
 
-    model = make_tiny_model(folder / "tiny")
+    model = make_tiny_model(folder / "tiny", pieces_tokenizer())
     import lm_eval.models.huggingface  # noqa: F401
     import matplotlib.pyplot  # noqa: F401
     import openai.resources.chat  # noqa: F401
