@@ -244,7 +244,7 @@ def test_answers_that_got_worse_come_first_whatever_the_direction(make):
 
 
 def test_checkpoints_of_unknown_training_are_set_against_each_other_in_gains(make):
-    run = run_of(make, TER[:3], ["ter", "accuracy", "bleu"], checkpoints={"a": "/x/a", "b": "/x/b"})
+    run = run_of(make, TER[:3], ["ter", "bleu", "bleu"], checkpoints={"a": "/x/a", "b": "/x/b"})
     _, text, _ = report_of(run)
     changes = rows_of(text.split("## Changes since the checkpoint before")[1].split("## Scores")[0])
     assert changes["2_b"][0] == "-15.0" and "In points" not in text

@@ -324,7 +324,7 @@ def read_jsonl(path: Path) -> list[Any]:
     for number, line in enumerate(read_file(path, MOST_LINES).split(b"\n"), 1):
         try:
             if line:
-                rows.append(shapes.strict(line.decode("utf-8"), partial(JsonObject, path)))
+                rows.append(shapes.strict(line.decode("utf-8"), partial(JsonObject, path), shape is shapes.Sample))
                 if shape is not None:
                     shapes.check(shape, rows[-1])
         except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
