@@ -118,7 +118,7 @@ def test_the_loss_is_the_one_computed_by_hand_and_trl_s(options):
             checked.append(self.stage.index)
             return ours
 
-    run_pp({**options, "bf16": False}, Look)
+    run_pp({**options, "bf16": False, "loss_weights": "tokens"}, Look)
     assert checked == [1] * 3 + [2] * 3
 
 
