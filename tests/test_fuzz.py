@@ -939,12 +939,6 @@ def test_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_on
     some_odd_files(run, commands, 61)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(2400)
-def test_all_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_only_commands):
-    some_odd_files(*read_only_commands, 1)
-
-
 @pytest.mark.parametrize(
     ("name", "at", "new", "words"),
     [
