@@ -42,7 +42,7 @@ PAIRS = [
 ]
 #: Architectures for vLLM -> the kinds of checkpoint: dense, tied, and with experts.
 VLLM = {
-    "llama": (*KINDS, *MORE_KINDS),
+    "llama": KINDS,
     "llama_tied": (*KINDS, *MORE_KINDS),
     "mixtral": KINDS,
 }
