@@ -65,10 +65,10 @@ def verify(
     stages = list(stages)
     for stage in run.stages:
         check_origin(run, stage)
+    why = stale(run)
     for stage in stages:
-        why = stale(run).get(stage.index)
-        if why:
-            raise RunError(f"Stage {stage.name} is stale: {why}")
+        if stage.index in why:
+            raise RunError(f"Stage {stage.name} is stale: {why[stage.index]}")
     if tasks is None:
         return {}
     use_data(run, None if data_path is None else str(data_path))

@@ -859,12 +859,17 @@ def _budgets(entries: list[Entry], groups: list[Group]) -> list[str]:
     for e in entries:
         if groups and not any(e in group.entries for group in groups):
             seeds.setdefault("1", []).append(e.name)
-    what = {"rows kept of an earlier task": memories, "numbers of seeds": seeds}
+    what = {"rows kept of an earlier task:": memories, "numbers of seeds:": seeds}
+    return _apart("Unequal budgets", what, _ticks)
+
+
+def _apart(title: str, found: dict[str, dict[str, list[str]]], named: Callable[[list[str]], str]) -> list[str]:
+    """A warning for each thing (what -> value -> runs) of which runs have different values."""
     return [
-        f"**Unequal budgets**, to which a part of the differences may be due: {name}: "
-        + "; ".join(f"{n} in {_ticks(runs)}" for n, runs in values.items())
+        f"**{title}**, to which a part of the differences may be due: {what} "
+        + "; ".join(f"{value} in {named(runs)}" for value, runs in values.items())
         + "."
-        for name, values in what.items()
+        for what, values in found.items()
         if len(values) > 1
     ]
 
@@ -990,13 +995,10 @@ def _other_versions(entries: list[Entry]) -> list[str]:
             if version is not None:
                 found.setdefault(name, {}).setdefault(str(version), []).append(e.name)
     names = [e.name for e in entries]
-    return [
-        f"**Different versions**, to which a part of the differences may be due: {what} "
-        + "; ".join(f"{version} in {_runs(runs, names)}" for version, runs in versions.items())
-        + "."
-        for what, versions in found.items()
-        if len(versions) > 1
-    ] + [f"**Cells of different versions** in `{e.name}`: {t}." for e in entries for t in e.results.other_versions]
+    lines = _apart("Different versions", found, partial(_runs, all_names=names))
+    return lines + [
+        f"**Cells of different versions** in `{e.name}`: {t}." for e in entries for t in e.results.other_versions
+    ]
 
 
 def _definitions(entries: list[Entry], groups: list[Group], seeds: Sequence[SeedDifferences]) -> list[str]:

@@ -200,21 +200,20 @@ def _evaluate(
         for task in tasks.values():
             if hasattr(task.sampler, "count_in"):  # our own: demonstrations take half of the prompt's length
                 task.sampler.count_in(lambda text: len(lm.tokenizer(text).input_ids), settings["max_prompt_length"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    made_by = {
+        "run": run.identity,
+        "date": run.manifest.get("date"),
+        # On record, but free to differ between cells: most of it is memory and speed.
+        "engine_args": engine_args,
+        "made_with": {**checks.made_with(), "device": "cuda" if torch.cuda.is_available() else "cpu"},
+        "commit": source_commit(),
+    }
     ready = time.perf_counter() - started
     order = list(plan.items())
     with tqdm(total=missing, desc="evaluating", unit="cell") as bar:
         for i, (stage, todo) in enumerate(order):
             # Of the weights that are loaded now, whatever happens to the files while the engine works.
-            made = {
-                "checkpoint": checkpoint_fingerprint(stage),
-                "run": run.identity,
-                "date": run.manifest.get("date"),
-                # On record, but free to differ between cells: most of it is memory and speed.
-                "engine_args": engine_args,
-                "made_with": {**checks.made_with(), "device": device},
-                "commit": source_commit(),
-            }
+            made = {"checkpoint": checkpoint_fingerprint(stage), **made_by}
             if i or stage.index:
                 lm.load(stage.checkpoint, stage.below)
             if i + 1 < len(order):
