@@ -47,17 +47,13 @@ def load(run: Run, kind: Kind) -> Judged:
 def _check(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> None:
     """Refuses numbers of another stage or suite, and those that do not add up to the verdicts beside them."""
     file = judge_file(stage, suite)
+    verdict_file = file.with_suffix(".jsonl")
     redo = f"Delete {file} and judge again: the replies are in the cache."
     here = {"stage": stage.name, "suite": suite, "kind": kind.name}
     if wrong := {key: numbers[key] for key in here if numbers.get(key, here[key]) != here[key]}:
         raise RunError(f"{file} says {wrong}: it was moved or copied from elsewhere. {redo}")
-    if file.with_suffix(".jsonl").exists() and numbers.get("lines") not in (
-        None,
-        fingerprint(file.with_suffix(".jsonl")),
-    ):
-        raise RunError(
-            f"{file.with_suffix('.jsonl')} was changed since it was written (its fingerprint differs). {redo}"
-        )
+    if verdict_file.exists() and numbers.get("lines") not in (None, fingerprint(verdict_file)):
+        raise RunError(f"{verdict_file} was changed since it was written (its fingerprint differs). {redo}")
     try:
         lines = differences(*_sums(stage, suite, kind, numbers, redo))
     except (AttributeError, KeyError, TypeError) as e:
@@ -69,19 +65,18 @@ def _check(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> Non
 def _sums(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any], redo: str) -> tuple[dict, dict]:
     """The counts and rates of a file, and the same of the verdicts that they are of."""
     file = judge_file(stage, suite)
+    verdict_file = file.with_suffix(".jsonl")
     there = {"direct": numbers["direct"], "pairs": numbers.get("pairs") or {}}
-    if file.with_suffix(".jsonl").exists():
-        rows = read_jsonl(file.with_suffix(".jsonl"))
+    if verdict_file.exists():
+        rows = read_jsonl(verdict_file)
         ids = Counter(json.dumps(row["doc_id"]) for row in rows)
         if ids and ids.most_common(1)[0][1] > 1:
-            raise RunError(f"{file.with_suffix('.jsonl')} holds the row {ids.most_common(1)[0][0]} twice. {redo}")
+            raise RunError(f"{verdict_file} holds the row {ids.most_common(1)[0][0]} twice. {redo}")
         for row in rows if stage.index else ():
             if row["combined"] == "broken" and any(row.get("broken", ())):
                 continue  # left out, and not judged
             if not row["identical"] and (row["combined"], row["disagree"]) != pairwise.combine(*row["verdicts"]):
-                raise RunError(
-                    f"{file.with_suffix('.jsonl')}: row {row['doc_id']} is not what its verdicts say. {redo}"
-                )
+                raise RunError(f"{verdict_file}: row {row['doc_id']} is not what its verdicts say. {redo}")
         counts = pairwise.tally(rows) if stage.index else None
         direct = pairwise.direct_rate(kind, (row["direct"] for row in rows))
     else:

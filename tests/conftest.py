@@ -176,10 +176,14 @@ def checkpoints(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def options(tiny_model: Path, tmp_path: Path) -> dict:
+    return quick_options(tiny_model, tmp_path / "run")
+
+
+def quick_options(model: Path, output_dir: Path) -> dict:
     """Options of a run that trains the tiny model on two demo tasks in about a second."""
     return {
-        "model_name_or_path": str(tiny_model),
-        "output_dir": str(tmp_path / "run"),
+        "model_name_or_path": str(model),
+        "output_dir": str(output_dir),
         "data": "demo",
         "tasks": ["trace_fomc", "trace_numglue_ds"],
         "train_rows": 16,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import train
+from conftest import quick_options, train
 from judge_server import Server, with_key
 
 from judges.judging import judge_file
@@ -54,25 +54,9 @@ def finished(tiny_models, tmp_path_factory, server):
     """A run that is trained, evaluated, judged and reported."""
     folder = tmp_path_factory.mktemp("advice")
     options = {
-        "model_name_or_path": str(tiny_models["bytes"]),
-        "data": "demo",
-        "tasks": [FIRST, SECOND],
-        "train_rows": 16,
-        "test_rows": 4,
-        "judged": [JUDGED],
-        "judged_rows": 3,
-        "judged_max_new_tokens": 8,
-        "general_stages": "all",
-        "max_steps": 2,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-2,
-        "max_prompt_length": 96,
-        "max_new_tokens": 4,
-        "gradient_checkpointing": False,
-        "use_peft": True,
-        "lora_r": 4,
-        "backend": "hf",
-        "disable_tqdm": True,
+        **quick_options(tiny_models["bytes"], folder / "run"),
+        **{"test_rows": 4, "max_steps": 2, "general_stages": "all"},
+        **{"judged": [JUDGED], "judged_rows": 3, "judged_max_new_tokens": 8},
     }
     case = Case(Run(folder / "run", {}), options, server.url)
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,12 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
     name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
     base = partial(architecture, models.resolve_model(name), revision, trust_remote_code)
     for stage in stages:
-        if stage.external is None:
-            check_own(stage)
-            if stage.checkpoint is not None and models.is_adapter(stage.checkpoint):  # a run may come from elsewhere
-                adapter = _adapter_config(stage.checkpoint)
-                _refuse_endless(stage.checkpoint, adapter)
-                if any(adapter.get(key) for key in PATTERNS) or isinstance(adapter.get("target_modules"), str):
-                    _check_adapter(stage.checkpoint, adapter, base, name)
+        own = stage.checkpoint if stage.external is None else None  # whose bytes `checks.verify` compares
+        if own is not None and models.is_adapter(own):  # a run may come from elsewhere
+            adapter = _adapter_config(own)
+            _refuse_endless(own, adapter)
+            if any(adapter.get(key) for key in PATTERNS) or isinstance(adapter.get("target_modules"), str):
+                _check_adapter(own, adapter, base, name)
     chain = run.manifest.get("chain", False)
     folders = dict.fromkeys(path for s in stages if s.external for path in (*s.below, s.external))
     for folder in folders:
@@ -213,7 +212,7 @@ def _config(model: str | Path, revision: str | None, trust_remote_code: bool) ->
 
     on_hub = "main" if revision is None or Path(model).is_dir() else revision
     try:
-        with _quiet(), limited(*models.READING) if Path(model).is_dir() else nullcontext():
+        with _quiet(), models.reading(model):
             return AutoConfig.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
     except Exception as e:  # whatever a class of a library says of values from elsewhere
         raise ModelError(f"The config.json of {model} cannot be used: {models.why_not(e)}") from e

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,11 @@ _GGUF = f"{QUICKSTART}.Q4_1.gguf"
 MOST_FILE = 256 * 2**20
 #: The most seconds and bytes for reading the configuration or tokenizer of a folder, or making its architecture.
 READING = (60.0, 8 * 2**30)
+
+
+def reading(model: str | Path) -> AbstractContextManager[None]:
+    """The limit for reading the files of a model: those of a folder; what is on the hub is waited for."""
+    return limited(*READING) if Path(model).is_dir() else nullcontext()
 
 
 class ModelError(Exception):
@@ -219,8 +224,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
 
     on_hub = "main" if revision is None or Path(model).is_dir() else revision
     try:
-        # What is on the hub is waited for as long as it takes.
-        with limited(*READING) if Path(model).is_dir() else nullcontext():
+        with reading(model):
             return AutoTokenizer.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
     except Exception as e:  # whatever a library says of files from elsewhere
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {why_not(e)}") from e

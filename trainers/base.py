@@ -1191,7 +1191,7 @@ def _check_model(
 def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
     """The configuration of a base model that writes text from left to right."""
     try:
-        with limited(*models.READING) if Path(base).is_dir() else nullcontext():
+        with models.reading(base):
             model = AutoConfig.from_pretrained(
                 base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
             )
