@@ -170,7 +170,8 @@ def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, dem
             counts = result["direct"]
             assert counts["n"] == 3 and not result["failed"]
             pairs = result.get("pairs")
-            assert pairs is None or sum(pairs[k] for k in ("win", "tie", "lose", "unscored", "broken")) == pairs["n"] == 3
+            outcomes = ("win", "tie", "lose", "unscored", "broken")
+            assert pairs is None or sum(pairs[k] for k in outcomes) == pairs["n"] == 3
         sizes.append([(r["suite"], r["requests"], r["prompt_tokens"]) for r in results])
     assert sizes[0] == sizes[1]
     report.write_report(run)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
 from trace_bench.run import RunError, advice, cached_dir, fingerprint, read_file
+from trace_tasks.errors import TraceError
 from trace_tasks.reasoning import row_variant
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ folders LLM-CL-Benchmark_500, _1000, _5000 and _Reasoning). With the archive at 
 unpacks it, checks it, and prints the value for TRACE_DATA."""
 
 
-class DataError(Exception):
+class DataError(TraceError):
     """The data is missing or not as it should be; the message says where and how to fix it."""
 
 

@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from trace_tasks.errors import TraceError
 
-class LimitError(Exception):
+
+class LimitError(TraceError):
     """Something took more time or memory than it may."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from trace_bench.data import cache_dir
 from trace_bench.limits import limited
 from trace_bench.run import cached_dir, fingerprint, one_line, read_json
+from trace_tasks.errors import TraceError
 
 QUICKSTART = "SmolLM2-135M-Instruct"
 _GGUF = f"{QUICKSTART}.Q4_1.gguf"
@@ -31,7 +32,7 @@ def reading(model: str | Path) -> AbstractContextManager[None]:
     return limited(*READING) if Path(model).is_dir() else nullcontext()
 
 
-class ModelError(Exception):
+class ModelError(TraceError):
     """The model cannot be had; the message says why and what to do."""
 
 

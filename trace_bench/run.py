@@ -37,6 +37,8 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from trace_tasks.errors import TraceError
+
 log = logging.getLogger(__name__)
 
 FORMAT = 1
@@ -55,7 +57,7 @@ _LATER = ("task_definitions",)
 MOST_JSON, MOST_LINES = 64 * 2**20, 4 * 2**30
 
 
-class RunError(Exception):
+class RunError(TraceError):
     """The run directory does not hold what was asked of it."""
 
 

@@ -46,12 +46,13 @@ from trace_bench.keys import refuse_secrets
 from trace_bench.report import write_report
 from trace_bench.run import Run, RunError, write_text
 from trace_bench.text import markdown_text, one_line, printable
+from trace_tasks.errors import TraceError
 
 TRAINERS = Path(__file__).parent.parent / "trainers"
 _MAIN = 'if __name__ == "__main__":'
 
 
-class StudyError(Exception):
+class StudyError(TraceError):
     """The study file cannot be used; the message says where, and what is allowed."""
 
 

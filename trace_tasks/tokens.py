@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from trace_bench.limits import LimitError, limited
+from trace_tasks.errors import TraceError
 
 
-class PromptError(ValueError):
+class PromptError(TraceError, ValueError):
     """A prompt cannot be made as the chat template or the length limit asks; the message says what to change."""
 
 

@@ -89,6 +89,7 @@ from trace_bench.run import (
 from trace_bench.status import duration, seconds_left
 from trace_bench.tables import task_name
 from trace_bench.text import prepare_logging, printable
+from trace_tasks.errors import TraceError
 from trace_tasks.tokens import Chat, PromptError, example_ids
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ _MEMORY = (
 )
 
 
-class ConfigError(Exception):
+class ConfigError(TraceError):
     """The configuration cannot be run; the message says which value and what is allowed."""
 
 

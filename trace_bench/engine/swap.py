@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from trace_tasks.errors import TraceError
 from trace_tasks.tokens import Chat, prompt_ids, text_of
 
 
-class EngineError(Exception):
+class EngineError(TraceError):
     """The engine cannot be started, or cannot serve a checkpoint; the message says what to do."""
 
 
