@@ -175,7 +175,9 @@ def use_data(run: Run, path: str | None = None) -> None:
     expected = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if data.needs_data([k])}
     if not expected:
         return
-    source = path or ("demo" if run.manifest["data"]["demo"] else run.manifest["data"]["path"])
+    source = path or run.manifest["data"]["path"]
+    if path is None and run.manifest["data"]["demo"] and not data.is_demo(Path(source)):
+        source = "demo"  # the run was made on another machine: this one makes the same rows
     root = data.find_data(source)
     if path is None and "reasoning" in run.manifest["data"] and not run.manifest["data"]["demo"]:
         os.environ.setdefault("TRACE_REASONING", run.manifest["data"]["reasoning"])
