@@ -75,6 +75,9 @@ check: ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+house: ## lines, longest file and function, circles, direction of imports
+	$(BIN)/python -m bench.house
+
 audit: ## known vulnerabilities of the pinned versions, from PyPI's list (needs the network)
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	{ $(PYTHON) -m venv "$$tmp" && "$$tmp/bin/pip" install -q pip-audit==2.10.1; } >"$$tmp/log" 2>&1 || \

@@ -1,0 +1,110 @@
+"""How large the house is and which way its imports run: lines, the longest file and function, circles, direction.
+
+    make house
+
+Four packages, one direction: trace_tasks <- trace_bench <- {trainers, judges}. Imports within functions count, too: a
+circle that is closed only as the program runs is still a circle. `tests/test_house.py` keeps the limits.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+#: Package -> the packages that it may import.
+MAY_IMPORT = {
+    "trace_tasks": set(),
+    "trace_bench": {"trace_tasks"},
+    "trainers": {"trace_tasks", "trace_bench"},
+    "judges": {"trace_tasks", "trace_bench"},
+}
+MOST_LINES, MOST_FILE, MOST_FUNCTION = 12_000, 450, 60
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of the four packages; a package's own name is its `__init__.py`."""
+    found = {}
+    for package in MAY_IMPORT:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of the house that a file imports, wherever in the file it does."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                names.add(inner if inner in known else node.module)
+    return names & known.keys()
+
+
+def graph() -> dict[str, set[str]]:
+    """Module -> the modules of the house that it imports."""
+    known = modules()
+    return {name: imported(path, known) - {name} for name, path in known.items()}
+
+
+def circle(edges: dict[str, set[str]]) -> list[str]:
+    """One circle of imports, from a module back to itself; empty where there is none."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def upward(edges: dict[str, set[str]]) -> list[str]:
+    """The imports that run back up, as "importer -> imported"."""
+    return [
+        f"{name} -> {other}"
+        for name, others in edges.items()
+        for other in sorted(others)
+        if (here := name.partition(".")[0]) != (there := other.partition(".")[0]) and there not in MAY_IMPORT[here]
+    ]
+
+
+def functions() -> Iterator[tuple[int, str]]:
+    """Lines and place of each function."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield (node.end_lineno or node.lineno) - node.lineno + 1, f"{name}.{node.name}"
+
+
+def files() -> list[tuple[int, str]]:
+    """Lines and name of each module."""
+    return [(len(path.read_text(encoding="utf-8").splitlines()), name) for name, path in modules().items()]
+
+
+def main() -> int:
+    """Prints the figures; 1 where a limit does not hold."""
+    lines, edges = files(), graph()
+    total, long_functions = sum(n for n, _ in lines), sorted(functions(), reverse=True)
+    print(f"source lines      {total:,} in {len(lines)} files; at most {MOST_LINES:,}")
+    for package in MAY_IMPORT:
+        print(f"  {package:16}{sum(n for n, name in lines if name.partition('.')[0] == package):,}")
+    print(f"test lines        {sum(len(p.read_text().splitlines()) for p in (ROOT / 'tests').rglob('*.py')):,}")
+    for title, found, most in (
+        ("longest files", lines, MOST_FILE),
+        ("longest functions", long_functions, MOST_FUNCTION),
+    ):
+        longest = ", ".join(f"{name} {n}" for n, name in sorted(found, reverse=True)[:3])
+        print(f"{title:18}{longest}; at most {most}, {sum(n > most for n, _ in found)} are longer")
+    print(f"a circle          {' -> '.join(circle(edges)) or 'none'}")
+    print(f"imports back up   {', '.join(upward(edges)) or 'none'}")
+    too_long = total > MOST_LINES or max(lines)[0] > MOST_FILE or long_functions[0][0] > MOST_FUNCTION
+    return int(too_long or bool(circle(edges) or upward(edges)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
