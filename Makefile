@@ -92,7 +92,7 @@ audit: ## known vulnerabilities of the pinned versions, from PyPI's list (needs 
 docs: ## the documentation as a site in site/, from README.md and docs/
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements/docs.txt
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: ## the tests: no network, GPU or key needed; JOBS at a time (2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),2)

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: keys stay in memory, texts material and files in their folder; no pickle is opened."""
+"""What docs/security.md promises: keys stay in memory, texts material and files in their folder; no pickle is opened."""
 
 import gzip
 import io
