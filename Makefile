@@ -82,7 +82,7 @@ audit: ## known vulnerabilities of the pinned versions, from PyPI's list (needs 
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	{ $(PYTHON) -m venv "$$tmp" && "$$tmp/bin/pip" install -q pip-audit==2.10.1; } >"$$tmp/log" 2>&1 || \
 		{ echo "audit: pip-audit cannot be installed, which needs the network: $$(tail -n 1 "$$tmp/log")"; exit 1; }; \
-	found=0; for list in cpu gpu dev; do \
+	found=0; for list in cpu gpu dev docs; do \
 		"$$tmp/bin/pip-audit" --strict --no-deps --disable-pip -r requirements/$$list.txt 2>"$$tmp/log" || found=1; \
 		said=$$(grep -E "^(Found|No known)" "$$tmp/log") || \
 			{ echo "audit: no list of vulnerabilities can be reached, so nothing is known: $$(tail -n 1 "$$tmp/log")"; exit 1; }; \

@@ -1,4 +1,4 @@
-"""The documentation: its commands parse, the files that it names are there, and no link is broken. Nothing is started."""
+"""The documentation: its commands parse, the files that it names exist, and no link is broken. Nothing is started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("docs/*.md"), *ROOT.glob("trace_tasks/*.md")))
 PAGES += ["README.md", "CONTRIBUTING.md"]
-#: A path of the repository, as commands and prose name it, and what stands for a name of the reader's in it.
+#: What begins a command in prose; a path of the repository; what stands for a name of the reader's in it.
+PROGRAM = re.compile(r"(?:make|trace-bench|python -m|lm_eval) ")
 PATH = re.compile(r"(?:trainers|tests|trace_tasks|trace_bench|judges|bench|docs|requirements|\.ci)/[\w./-]+")
 PLACEHOLDER = re.compile(r"\b(?:NAME|FILE|METHOD|TASK)\b")
 
@@ -35,7 +36,7 @@ def inline(page: str, kind: str) -> Iterator[Token]:
 def commands(page: str) -> Iterator[list[str]]:
     """Every command of the shell blocks and of the prose, without comments and variables in front of it."""
     blocks = [t.content for t in tokens(page) if t.type == "code_block" or (t.type == "fence" and t.info == "sh")]
-    prose = [t.content for t in inline(page, "code_inline") if re.match(r"(make|trace-bench|python -m|lm_eval) ", t.content)]
+    prose = [t.content for t in inline(page, "code_inline") if PROGRAM.match(t.content)]
     for line in "\n".join([*blocks, *prose]).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words:
