@@ -16,7 +16,7 @@ define check-python
 @test ! -e $(VENV)/.done-$(if $(findstring gpu,$@),cpu,gpu) || { echo "$(VENV) was made for the other device: make setup VENV=.venv-$(DEVICE), or remove it first"; exit 1; }
 endef
 
-.PHONY: help setup bench check audit test test-slow test-versions data evaluate judge report study sweep
+.PHONY: help setup bench check house audit docs test test-slow test-versions data evaluate judge report study sweep
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -82,12 +82,17 @@ audit: ## known vulnerabilities of the pinned versions, from PyPI's list (needs 
 	@tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
 	{ $(PYTHON) -m venv "$$tmp" && "$$tmp/bin/pip" install -q pip-audit==2.10.1; } >"$$tmp/log" 2>&1 || \
 		{ echo "audit: pip-audit cannot be installed, which needs the network: $$(tail -n 1 "$$tmp/log")"; exit 1; }; \
-	found=0; for list in cpu gpu dev; do \
+	found=0; for list in cpu gpu dev docs; do \
 		"$$tmp/bin/pip-audit" --strict --no-deps --disable-pip -r requirements/$$list.txt 2>"$$tmp/log" || found=1; \
 		said=$$(grep -E "^(Found|No known)" "$$tmp/log") || \
 			{ echo "audit: no list of vulnerabilities can be reached, so nothing is known: $$(tail -n 1 "$$tmp/log")"; exit 1; }; \
 		echo "requirements/$$list.txt: $$said"; \
 	done; exit $$found
+
+docs: ## the documentation as a site in site/, from README.md and docs/
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements/docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: ## the tests: no network, GPU or key needed; JOBS at a time (2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),2)

@@ -1,4 +1,4 @@
-"""Memory and time of two large runs from first principles: the tables of SCALING.md.
+"""Memory and time of two large runs from first principles: the tables of docs/scaling.md.
 
     python -m bench.scaling
 
@@ -287,7 +287,7 @@ def cache(plan: Plan, parameters: int) -> tuple[float, float, int]:
 
 
 def tables(plan: Plan) -> str:
-    """All tables of a plan, as they stand in SCALING.md."""
+    """All tables of a plan, as they stand in docs/scaling.md."""
     parts, counts = memory(plan)
     lines = [f"### {plan.title}", "", markdown(Table(["count", ""], [[k, f"{v:,}"] for k, v in counts.items()])), ""]
     rows = [[name, f"{size / 1e9:.2f}"] for name, size in [*parts.items(), ("**sum**", sum(parts.values()))]]

@@ -282,8 +282,8 @@ def test_the_numbers_of_scaling_md_are_what_the_arithmetic_gives(plan):
     pins = dict(line.split("==") for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if "==" in line)
     others = [name for name in ("accelerate", "peft", "transformers") if version(name) != pins[name]]
     if others:
-        pytest.skip(f"SCALING.md is of the pinned versions, not of these of {', '.join(others)}")
-    text = (ROOT / "SCALING.md").read_text()
+        pytest.skip(f"docs/scaling.md is of the pinned versions, not of these of {', '.join(others)}")
+    text = (ROOT / "docs" / "scaling.md").read_text()
     assert scaling.tables(plan) in text
     parts, counts = scaling.memory(plan)
     for copies in (1, 2) if counts["GPUs"] == 8 else (1, 16):

@@ -1,4 +1,4 @@
-"""What SECURITY.md promises: keys stay in memory, texts material and files in their folder; no pickle is opened."""
+"""docs/security.md promises: keys stay in memory, texts are material, files stay in their folder, no pickle opens."""
 
 import gzip
 import io

@@ -419,9 +419,9 @@ def test_the_chat_template_reaches_training(options):
     assert Look.text.rstrip().endswith("</s>")
 
 
-def test_the_example_of_the_readme_is_a_method(options, tmp_path):
+def test_the_example_of_the_documentation_is_a_method(options, tmp_path):
     root = Path(__file__).parents[1]
-    (code,) = re.findall(r"```python\n(.*?)```", (root / "trainers/README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs/methods.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 30
     (tmp_path / "shrink.py").write_text(code)
     arguments = [*command_line(options), "--shrink", "0.0"]

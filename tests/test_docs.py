@@ -1,0 +1,150 @@
+"""The documentation: its commands parse, the files that it names exist, and no link is broken. Nothing is started."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("docs/*.md"), *ROOT.glob("trace_tasks/*.md")))
+PAGES += ["README.md", "CONTRIBUTING.md"]
+#: What begins a command in prose; a path of the repository; what stands for a name of the reader's in it.
+PROGRAM = re.compile(r"(?:make|trace-bench|python -m|lm_eval) ")
+PATH = re.compile(r"(?:trainers|tests|trace_tasks|trace_bench|judges|bench|docs|requirements|\.ci)/[\w./-]+")
+PLACEHOLDER = re.compile(r"\b(?:NAME|FILE|METHOD|TASK)\b")
+
+
+@cache
+def tokens(page: str) -> list[Token]:
+    return MarkdownIt("commonmark").enable("table").parse((ROOT / page).read_text(encoding="utf-8"))
+
+
+def inline(page: str, kind: str) -> Iterator[Token]:
+    for token in tokens(page):
+        yield from (child for child in token.children or [] if child.type == kind)
+
+
+def commands(page: str) -> Iterator[list[str]]:
+    """Every command of the shell blocks and of the prose, without comments and variables in front of it."""
+    blocks = [t.content for t in tokens(page) if t.type == "code_block" or (t.type == "fence" and t.info == "sh")]
+    prose = [t.content for t in inline(page, "code_inline") if PROGRAM.match(t.content)]
+    for line in "\n".join([*blocks, *prose]).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = next((i for i, word in enumerate(words) if word in ("&&", "|", ";")), len(words))
+            command, words = words[:end], words[end + 1 :]
+            while command and re.match(r"[A-Z_]+=", command[0]):
+                command = command[1:]
+            if command:
+                yield command
+
+
+@cache
+def output(*command: str) -> str:
+    """What a command that starts nothing prints; it has to succeed."""
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def options(words: list[str]) -> set[str]:
+    return {word.split("=")[0] for word in words if word.startswith("--")}
+
+
+def unknown(words: list[str], *command: str) -> set[str]:
+    """Options that the help of a command does not have."""
+    return options(words) - set(re.findall(r"(?<![\w-])--[\w-]+", output(*command, "--help"))) - {"--help"}
+
+
+def check_make(words: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for word in words:
+        name, given, _ = word.partition("=")
+        assert not given or re.search(rf"\$\({name}\)|^{name} \?=", makefile, re.MULTILINE), f"{name} is not used"
+        if name.endswith("-train"):
+            assert (ROOT / "trainers" / f"{name.removesuffix('-train')}.py").is_file(), name
+    # Lines with $(MAKE) are run even by `make -n`: by a shell that does nothing.
+    output("make", "-n", "SHELL=/bin/true", "DEVICE=cpu", *words)
+
+
+def check_python(words: list[str]) -> None:
+    """`python FILE` and `python -m MODULE`, also behind a launcher."""
+    if "-m" not in words:
+        text = (ROOT / words[0]).read_text()
+        assert all(f'"{option}"' in text for option in options(words)), words
+        return
+    module, *rest = words[words.index("-m") + 1 :]
+    if module.startswith("trainers."):
+        assert not unknown(rest, sys.executable, "-m", module), words
+    elif module.startswith("bench."):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+
+
+def check_trace_bench(words: list[str]) -> None:
+    end = next((i for i, word in enumerate(words) if word.startswith("-") or word != word.lower()), len(words))
+    command = words[:2] if words[:2] == ["data", "audit"] else words[: min(end, 1)]
+    assert not unknown(words, sys.executable, "-m", "trace_bench.cli", *command), words
+
+
+CHECKS = {
+    "make": check_make,
+    "python": check_python,
+    "accelerate": check_python,
+    "torchrun": check_python,
+    "trace-bench": check_trace_bench,
+    "lm_eval": lambda words: unknown(words, str(Path(sys.executable).with_name("lm_eval")), "run"),
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_parse(page):
+    for program, *words in commands(page):
+        check = CHECKS.get(Path(program).name)
+        if check and "..." not in words and not any("<" in word for word in words):
+            assert not check(words), f"{program} {shlex.join(words)}"
+        for path in PATH.findall(shlex.join([program, *words])):
+            assert PLACEHOLDER.search(path) or (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    for code in inline(page, "code_inline"):
+        path = code.content
+        if PATH.fullmatch(path) and Path(path).suffix and not PLACEHOLDER.search(path):
+            assert (ROOT / path).exists(), path
+
+
+@cache
+def anchors(page: str) -> set[str]:
+    """Headings as anchors that the repository's page and the site have in common."""
+    found = set()
+    for heading, content in zip(tokens(page), tokens(page)[1:], strict=False):
+        if heading.type == "heading_open":
+            text = "".join(child.content for child in content.children or []).lower()
+            kept = re.sub(r"[^\w\s-]", "", text).strip()
+            found |= {kept.replace(" ", "-")} & {re.sub(r"[-\s]+", "-", kept)}
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_link_is_broken(page):
+    links = [t.attrs["href"] for t in inline(page, "link_open")] + [t.attrs["src"] for t in inline(page, "image")]
+    for link in map(str, links):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent.joinpath(file).resolve() if file else ROOT / page
+        assert target.is_file(), f"{link}: no such file"
+        assert not anchor or anchor in anchors(str(target.relative_to(ROOT))), f"{link}: no such heading"
+
+
+def test_every_page_can_be_found():
+    index = {str(t.attrs["href"]) for t in inline("docs/index.md", "link_open")}
+    assert {p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")} - {"index.md"} <= index
