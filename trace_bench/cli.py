@@ -43,7 +43,7 @@ the tasks alone, with plain lm-eval:
 """
 JUDGE_EPILOG = """\
 before money is spent:
-  trace-bench judge --calibrate --model JUDGE             accuracy and bias on planted pairs (336 requests)
+  trace-bench judge --calibrate --model JUDGE             accuracy and bias on planted pairs (384 requests)
   trace-bench judge runs/mine --model JUDGE --dry-run --price-in 2.5 --price-out 10
 
 OpenAI; the key is read from the environment and written nowhere:
