@@ -98,8 +98,7 @@ test: ## the tests: no network, GPU or key needed; JOBS at a time (2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),2)
 
 test-slow: ## whole pipelines and real inference engines
-	# A file's tests share an engine, so that a file is one worker's.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(or $(JOBS),2) --dist loadfile
+	$(BIN)/python -m pytest -m slow --durations=20
 
 test-versions: setup ## the tests with the oldest and with the newest libraries that are supported
 	# Laid over those of the environment, which stays as it is.
