@@ -18,7 +18,7 @@ from typing import Any
 from bench.common import ROOT, WORK, command, save
 
 TASKS = ("trace_fomc", "trace_scienceqa")
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 ROWS, TEST_ROWS, EPOCHS, TEMPERATURE = 48, 24, 2, 2.0
 METHODS = {"new for each stage": ["-m", "trainers.sequential"], "carried over": [str(ROOT / "bench" / "carried.py")]}
 
@@ -119,7 +119,7 @@ def main() -> None:
             path = trained(method, seed)
             last = Run.open(path).stages[-1]
             cells = [read_json(last.path / "eval" / f"{task}.json") for task in TASKS]
-            scores[method].append([round(100 * cell["metrics"][cell["headline"]], 1) for cell in cells])
+            scores[method].append([round(100 * cell["metrics"][cell["headline"]]["value"], 1) for cell in cells])
             print(method, seed, scores[method][-1], flush=True)
     result = {"optimizer": {m: {"final": s, "mean": np.mean(s, 0).round(1).tolist()} for m, s in scores.items()}}
     result |= gradients(WORK / "deviations" / f"{next(iter(METHODS)).replace(' ', '_')}-{SEEDS[0]}")

@@ -256,3 +256,13 @@ def test_write_replaces_demo_data_only(tmp_path):
     (tmp_path / "README.txt").unlink()
     with pytest.raises(FileExistsError, match="not demo data"):
         demo.write_demo(tmp_path)
+
+
+def test_larger_demo_data_has_the_rows_that_were_asked_for(tmp_path):
+    demo.main([str(tmp_path / "large"), "--rows", "100", "4", "30"])
+    counts = {len(json.loads((tmp_path / "large" / t / "train.json").read_text())) for t in demo.TASKS}
+    assert (
+        counts == {100} and "100 training, 4 eval and 30 test rows" in (tmp_path / "large" / "README.txt").read_text()
+    )
+    with pytest.raises(SystemExit, match=r"too few different rows.* Ask for fewer"):
+        demo.main([str(tmp_path / "huge"), "--rows", "100000", "8", "24"])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -25,6 +26,7 @@ VERSION = 3  # bump whenever a row changes: results on different versions must n
 # The version that the draws depend on. Later ones only added folders: the rows of the eight tasks are version 1's.
 _DRAW = 1
 SPLITS = ("train", "eval", "test")
+ROWS = (64, 8, 24)  # of each split
 README_TITLE = "TRACE demo data"
 
 Row = dict[str, str]
@@ -678,7 +680,7 @@ def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, li
     return {split: splits[split] for split in SPLITS}
 
 
-def make_demo(seed: int = 0, rows: tuple[int, int, int] = (64, 8, 24)) -> dict[str, Splits]:
+def make_demo(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Splits]:
     """Makes the demo data of the eight tasks.
 
     Args:
@@ -700,7 +702,7 @@ def make_demo(seed: int = 0, rows: tuple[int, int, int] = (64, 8, 24)) -> dict[s
     }
 
 
-def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = (64, 8, 24)) -> dict[str, Splits]:
+def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Splits]:
     """Makes the reasoning variant: the rows of `make_demo`, asked for their reasoning; arguments as there.
 
     Returns:
@@ -767,12 +769,13 @@ def make_prompts() -> dict[str, list[Row]]:
     return made
 
 
-def write_demo(root: Path, seed: int = 0) -> None:
+def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> None:
     """Writes the demo data as ``<TASK>/{train,eval,test}.json``, and in it the reasoning variant and the further sets.
 
     Args:
         root: Folder to write to; earlier demo data in it is replaced.
         seed: See ``make_demo``.
+        rows: See ``make_demo``.
 
     Raises:
         FileExistsError: If the folder holds task folders that are not demo data.
@@ -784,15 +787,16 @@ def write_demo(root: Path, seed: int = 0) -> None:
     if not is_demo and any((root / folder).exists() for folder in (*TASKS, REASONING_FOLDER, LIMA)):
         raise FileExistsError(f"{root} holds task folders that are not demo data")
     folders = {
-        **make_demo(seed),
-        **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed).items()},
+        **make_demo(seed, rows),
+        **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed, rows).items()},
         LIMA: make_lima(),
         **{name: {"test": rows} for name, rows in make_prompts().items()},
     }
     refuse_links(root, *{name.partition("/")[0] for name in folders})
+    counts = "" if rows == ROWS else f", {rows[0]} training, {rows[1]} eval and {rows[2]} test rows"
     write_text(
         readme,
-        f"{README_TITLE}, version {VERSION}, seed {seed}\n\n"
+        f"{README_TITLE}, version {VERSION}, seed {seed}{counts}\n\n"
         "Made from templates by trace_bench.demo in the prompt frames of TRACE (arXiv 2310.06762).\n"
         "It holds no row of the benchmark. Scores on it are NOT comparable with TRACE: it only shows\n"
         "that training, evaluation and forgetting work end to end.\n\n"
@@ -817,8 +821,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m trace_bench.demo", description="Write the TRACE demo data.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--rows", type=int, nargs=3, default=ROWS, metavar=("TRAIN", "EVAL", "TEST"), help="rows of each task: 64 8 24"
+    )
     args = parser.parse_args(argv)
-    write_demo(args.out, args.seed)
+    try:
+        write_demo(args.out, args.seed, tuple(args.rows))
+    except ValueError as e:
+        sys.exit(f"error: {e}. Ask for fewer rows.")
     print(f"wrote {len(TASKS)} demo tasks, their reasoning variant and {LIMA} to {args.out}")
 
 
