@@ -711,3 +711,8 @@ def test_import_is_light():
         cwd=Path(__file__).parents[1],
     )
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("text", [".5C1", "x .5Mg(", "-.5C1 and 7", "So .25 it is"])
+def test_a_number_is_never_an_empty_match(text):
+    assert number_tolerant(text, "0.25") == (text == "So .25 it is")

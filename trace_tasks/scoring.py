@@ -278,7 +278,7 @@ def names_choice(text: str, letter: str) -> bool:
 
 # Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5. "27/2" is one number, a date is none.
 _NUMBER = re.compile(
-    r"(?<![A-Za-z\d)])[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?"
+    r"(?<![A-Za-z\d)])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
     r"(?!\d{0,9}[A-Z][a-z]?[(\dA-Z])",  # nor one of a formula: "2Mg(OH)2"
 )
 # What stands before the last of several numbers where it is the result: "..., so 12", "which is 2 hours".
