@@ -44,7 +44,7 @@ PAIRS = [
 VLLM = {
     "llama": KINDS,
     "llama_tied": (*KINDS, *MORE_KINDS),
-    "mixtral": ["lora", "modules_to_save"],  # an engine for each, since experts cannot be swapped on a CPU
+    "mixtral": ["base", "lora"],  # an engine for each, since experts cannot be swapped on a CPU
 }
 
 

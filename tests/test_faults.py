@@ -559,7 +559,7 @@ def test_two_fresh_processes_give_the_same_bytes(options, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_and_stopped_commands_end_in_the_same_files(tmp_path, record_property):
-    record_property("counts", kill_harness(tmp_path, kills=15, signals=5, seconds=1400))
+    record_property("counts", kill_harness(tmp_path, kills=8, signals=4, seconds=1400))
 
 
 def kill_harness(folder: Path, kills: int, signals: int, seconds: float) -> dict[str, int]:

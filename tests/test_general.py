@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import SHARED, both_tokenizers, train
+from conftest import SHARED, train
 
 from trace_bench import cli, data, engine, evaluate
 from trace_bench.report import write_report
@@ -482,7 +482,7 @@ def test_a_suite_whose_answers_do_not_fit_the_context_is_refused_before_anything
 
 
 @pytest.mark.slow
-@both_tokenizers
+@pytest.mark.parametrize("tiny_model", ["pieces"], indirect=True)  # the tokenizer that is harder to get right
 def test_vllm_measures_what_transformers_does(options, local, tmp_path):
     """The likelihoods of both engines, and answers of full length."""
     besides = {"general": SUITES, "judged": SETS, "judged_max_new_tokens": 8, "test_rows": 2}

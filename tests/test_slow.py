@@ -83,8 +83,9 @@ def test_a_run_is_evaluated_through_vllm_as_through_transformers(options, tmp_pa
     assert results.score_matrix(vllm).shape == (4, 3)
 
 
-@pytest.mark.parametrize("backend", ["hf", "vllm"])
-@pytest.mark.parametrize("include", [False, True], ids=["installed", "include_path"])
+@pytest.mark.parametrize(
+    ("backend", "include"), [("hf", False), ("vllm", True)], ids=["installed-hf", "include_path-vllm"]
+)
 def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path):
     """The literal command of the README; `installed` is what `make setup` does to the environment's lm-eval."""
     tasks = Path(subprocess.check_output([sys.executable, "-m", "trace_bench.cli", "tasks-path"], text=True).strip())
