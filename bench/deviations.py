@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import ROOT, WORK, command, save
+from trace_bench.tasks import load_tasks, training_rows
 
 TASKS = ("trace_fomc", "trace_scienceqa")
 SEEDS = (0, 1)
@@ -42,7 +43,7 @@ def gradients(path: Path) -> dict[str, Any]:
     from torch.nn.functional import kl_div, log_softmax
     from transformers import AutoModelForCausalLM
 
-    from trace_bench import data, models
+    from trace_bench import models
     from trace_bench.run import Run
     from trace_tasks.tokens import example_ids
 
@@ -55,7 +56,7 @@ def gradients(path: Path) -> dict[str, Any]:
         return PeftModel.from_pretrained(model, run.stages[stage].checkpoint, is_trainable=True).eval()
 
     def examples(task: str) -> list[Any]:
-        rows = data.training_rows(data.load_tasks([task])[task], 16)
+        rows = training_rows(load_tasks([task])[task], 16)
         return list(example_ids(tokenizer, *zip(*rows, strict=True), 512, 128))
 
     def logits(model: Any, example: Any) -> Any:

@@ -27,6 +27,7 @@ from typing import Any
 from bench.common import ROOT, WORK, save
 from bench.evaluation import ANSWER, CONTEXT, PROMPT, headline, trained
 from trace_bench.tables import Table, markdown
+from trace_bench.tasks import load_tasks
 
 ROWS = 3
 STAGES = (5, 8)
@@ -93,13 +94,13 @@ def answers(way: str, dtype: str) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel
 
-    from trace_bench import data, models
+    from trace_bench import models
     from trace_bench.engine import open_engine
     from trace_bench.run import Run
 
     run = Run.open(WORK / "evaluation" / "run")
     base = models.resolve_model(run.manifest["model"]["name"])
-    tasks = data.load_tasks(run.tasks)
+    tasks = load_tasks(run.tasks)
     vllm = way.startswith("vLLM")
     args: dict[str, Any] = {"dtype": dtype, "max_model_len": CONTEXT, "batch_size": 16 if way == "batch of 16" else 1}
     if vllm:

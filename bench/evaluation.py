@@ -26,6 +26,7 @@ from typing import Any
 from bench.common import ROOT, WORK, command, save
 from trace_bench.run import read_jsonl
 from trace_bench.tables import Table, markdown
+from trace_bench.tasks import load_tasks
 
 ROWS = 4
 BATCH = 4
@@ -36,12 +37,12 @@ VLLM_ENV = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "3", 
 
 def main() -> None:
     """Prepares the checkpoints, times every contender, compares their answers, and saves the result."""
-    from trace_bench import data, models
+    from trace_bench import models
     from trace_bench.run import Run
 
     run = Run.open(trained())
     base = models.resolve_model(run.manifest["model"]["name"])
-    tasks = data.load_tasks(run.tasks)
+    tasks = load_tasks(run.tasks)
     stubs = _stubs(tasks)
     seen = [run.tasks[: stage.index or None] for stage in run.stages]
     lm_eval = str(Path(sys.executable).with_name("lm_eval"))

@@ -16,6 +16,7 @@ from typing import Any
 from bench.common import WORK, save
 from bench.evaluation import trained
 from trace_bench.tables import Table, markdown
+from trace_bench.tasks import load_tasks, training_rows
 
 TASK = "trace_py150"
 ROWS, PROMPT, ANSWER = 12, 256, 128
@@ -28,14 +29,14 @@ def main() -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from trace_bench import data, models
+    from trace_bench import models
     from trace_bench.run import Run
     from trace_tasks.tokens import example_ids
 
     run = Run.open(trained())
     base = models.resolve_model(run.manifest["model"]["name"])
     adapter = next(stage.checkpoint for stage in run.stages if stage.task == TASK)
-    rows = data.training_rows(data.load_tasks([TASK])[TASK], ROWS)
+    rows = training_rows(load_tasks([TASK])[TASK], ROWS)
     examples = example_ids(models.load_tokenizer(base), *zip(*rows, strict=True), PROMPT, ANSWER)
 
     def load(dtype: Any) -> Any:

@@ -12,14 +12,14 @@ import json
 import sys
 from pathlib import Path
 
+from trace_bench.tasks import load_tasks
+
 
 def main() -> None:
     """Generates and writes task -> answers."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from trace_bench import data
 
     base, adapter, batch, out, rows, prompt_tokens, answer_tokens, *names = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left", truncation_side="left")
@@ -29,7 +29,7 @@ def main() -> None:
         model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.eval()
     answers = {}
-    for name, task in data.load_tasks(names).items():
+    for name, task in load_tasks(names).items():
         prompts = [task.doc_to_text(doc) for doc in list(task.test_docs())[: int(rows)]]
         limit = min(int(answer_tokens), task.config.generation_kwargs["max_gen_toks"])
         texts: list[str] = []

@@ -16,16 +16,18 @@ import numpy as np
 
 from bench.common import save
 from trace_bench.tables import Table, markdown
+from trace_bench.tasks import load_tasks
 
 ROWS = 5000
 
 
 def main() -> None:
     """Times each part and saves the seconds."""
-    from trace_bench import data, metrics
+    from trace_bench import metrics
+    from trace_tasks import data
 
     seconds: dict[str, float] = {}
-    for name, task in data.load_tasks(list(data.FOLDERS)).items():
+    for name, task in load_tasks(list(data.FOLDERS)).items():
         docs = list(task.test_docs())
         rows = [docs[i % len(docs)] for i in range(ROWS)]
         answers = [docs[(i + 1) % len(docs)]["answer"] for i in range(ROWS)]

@@ -25,6 +25,7 @@ from typing import Any
 
 from bench.common import WORK, command, save
 from trace_bench.tables import Table, markdown
+from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.tokens import example_ids
 
 ROUNDS = 3
@@ -86,13 +87,14 @@ def _one(name: str, out: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from trace_bench import data, models
+    from trace_bench import models
+    from trace_tasks import data
 
     torch.manual_seed(0)
     base = models.resolve_model(models.QUICKSTART)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    tasks = data.load_tasks(list(data.FOLDERS)).values()
-    rows = [row for task in tasks for row in data.training_rows(task, ROWS)]
+    tasks = load_tasks(list(data.FOLDERS)).values()
+    rows = [row for task in tasks for row in training_rows(task, ROWS)]
     prompts, answers = zip(*rows, strict=True)
     examples = example_ids(tokenizer, prompts, answers, PROMPT, ANSWER)
     trainer = {"ours": _ours, "TRL": _trl, "plain": _plain}[name](base, tokenizer, examples)

@@ -35,12 +35,14 @@ from judges import JudgeError
 from judges.prompts import block
 from judges.thinking import answer_of
 from judges.verdict import longer
-from trace_bench import data, shapes
-from trace_bench.run import differences, fingerprint, read_json, refuse_links, write_json, write_text
+from trace_bench import shapes
+from trace_bench.run import differences, read_json
 from trace_bench.tables import DASH, Table, markdown, percent
 from trace_bench.text import cell, markdown_text, one_line
-from trace_tasks import scoring
+from trace_tasks import answers, data, scoring
+from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_text
 from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt
+from trace_tasks.written_numbers import names_number, number_tolerant
 
 if TYPE_CHECKING:
     from judges.client import Judge, Reply, Request
@@ -70,9 +72,9 @@ class Check(NamedTuple):
     """Whether a text states the right answer; None where that cannot be told."""
 
 
-_CHOICE = Check(lambda prompt, answer, gold: scoring.accuracy(answer, gold), scoring.names_choice)
+_CHOICE = Check(lambda prompt, answer, gold: scoring.accuracy(answer, gold), answers.names_choice)
 # 12.0 for 12 is right: what is written is the gold answer in any case.
-_NUMBER = Check(lambda prompt, answer, gold: scoring.number_tolerant(answer, gold), scoring.names_number)
+_NUMBER = Check(lambda prompt, answer, gold: number_tolerant(answer, gold), names_number)
 CHECKS = {
     "C-STANCE": _CHOICE,
     "FOMC": _CHOICE,
@@ -244,7 +246,7 @@ def read_path(row: Row, reply: Reply) -> tuple[str, str]:
     text = None if reply.unclosed else answer_of(reply.text)
     if text is None:
         return "", "thinking not closed"
-    parts = scoring.split_answer(form, text)
+    parts = answers.split_answer(form, text)
     if parts is None:
         return "", "no answer in the task's form"
     path, answer = parts
@@ -263,7 +265,7 @@ def _problem(folder: str, path: str, answer: str) -> str:
         return "no path"
     form = FRAMES[folder].form
     # With something behind it, a marker that the path holds is found wherever it stands.
-    inner = scoring.split_answer(form, path + "x")
+    inner = answers.split_answer(form, path + "x")
     if inner and (form != "code" or inner[0]):
         return "a marker in the path"
     return "" if _is_readable(folder, path, answer) else "another answer would be read"
@@ -271,7 +273,7 @@ def _problem(folder: str, path: str, answer: str) -> str:
 
 def _is_readable(folder: str, path: str, answer: str) -> bool:
     composed = reasoning_answer(folder, path, answer)
-    return scoring.extract_answer(FRAMES[folder].form, composed) == _gold(folder, answer)
+    return answers.extract_answer(FRAMES[folder].form, composed) == _gold(folder, answer)
 
 
 # ------------------------------------------------------------------------------------------------------------- planning
@@ -357,7 +359,8 @@ def plan(
         raise data.DataError(
             f"{', '.join(unknown)}: not among the tasks with an official reasoning form: {', '.join(data.FOLDERS)}."
         )
-    data.check(root, names)
+    trace_data = data.Data.at(root, names)
+    trace_data.check()
     files = prompt_files(names, prompts)
     settings = {
         "version": VERSION,
@@ -370,7 +373,7 @@ def plan(
         "rejected": rejected,
         "show_answers": show_answers,
         "prompts": {task: fingerprint(file) for task, file in files.items()},
-        "data": data.data_fingerprint(root, names),
+        "data": trace_data.fingerprint,
     }
     settings = json.loads(json.dumps(settings))  # as it will be read back
     _check_folder(out, settings)
@@ -556,7 +559,7 @@ def answers_first(row: Row, path: str) -> bool:
     assert names is not None and first is not None  # of a task with such answers; the pattern matches any text
     if not path[first.end() :].strip() or not names(first.group(), row.gold):
         return False
-    return names is scoring.names_choice or not names(row.prompt, row.gold)
+    return names is answers.names_choice or not names(row.prompt, row.gold)
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

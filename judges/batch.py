@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from judges import JudgeError
 from judges.client import MOST_FILE, MOST_REPLY, Request, count, read_reply
-from trace_bench.run import RunError, read_json, write_json
+from trace_bench.run import RunError, read_json
+from trace_tasks.data.files import write_json
 
 if TYPE_CHECKING:
     from judges.client import Client

@@ -15,7 +15,7 @@ from judges import instruction, judging, pairwise, prompts, safety
 from judges.pairwise import Kind, Messages
 from judges.planted import PADDING, PLANTED
 from judges.verdict import ends, ends_in_words, verdict_of
-from trace_bench.run import write_json
+from trace_tasks.data.files import write_json
 
 if TYPE_CHECKING:
     from judges.client import Judge

@@ -31,8 +31,10 @@ from tqdm import tqdm
 
 from judges import JudgeError
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import MOST_LINES, InUse, RunError, locked, open_own, read_file
+from trace_bench.run import InUse, RunError, locked
 from trace_bench.text import printable
+from trace_tasks.data.files import open_own
+from trace_tasks.data.reading import MOST_LINES, read_file
 
 log = logging.getLogger(__name__)
 

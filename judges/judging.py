@@ -20,20 +20,9 @@ from judges.broken import why_broken
 from judges.pairwise import Kind
 from judges.verdict import ends, ends_in_words, forced_verdict, verdict_of, why_unscored
 from trace_bench.checks import check_samples, verify
-from trace_bench.run import (
-    MOST_LINES,
-    WRITTEN,
-    Run,
-    RunError,
-    Stage,
-    differences,
-    fingerprint,
-    read_file,
-    read_json,
-    refuse_links,
-    write_json,
-    write_jsonl,
-)
+from trace_bench.run import WRITTEN, Run, RunError, Stage, differences, read_json
+from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_jsonl
+from trace_tasks.data.reading import MOST_LINES, read_file
 
 if TYPE_CHECKING:
     from judges.client import Judge, Reply, Request

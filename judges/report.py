@@ -14,9 +14,10 @@ from judges.judging import KINDS, judge_file, sample_fingerprints, suites_of
 from judges.pairwise import Kind
 from judges.verdict import ends_in_words
 from trace_bench.metrics import Estimate, wilson_interval
-from trace_bench.run import Run, RunError, Stage, differences, fingerprint, read_json, read_jsonl
+from trace_bench.run import Run, RunError, Stage, differences, read_json, read_jsonl
 from trace_bench.tables import DASH, Block, Table, percent, percent_with_interval
 from trace_bench.text import one_line
+from trace_tasks.data.files import fingerprint
 
 #: (stage index, suite) -> numbers.
 Judged = dict[tuple[int, str], dict[str, Any]]

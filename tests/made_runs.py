@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from trace_bench.run import Run, write_json, write_jsonl
+from trace_bench.run import Run
+from trace_tasks.data.files import write_json, write_jsonl
 
 TASKS = ["trace_cstance", "trace_fomc", "trace_meetingbank"]
 NAN = float("nan")
@@ -127,7 +128,7 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
     """
     from judges.judging import KINDS, judge_file, sample_fingerprints
     from judges.pairwise import direct_rate, rates, tally
-    from trace_bench.data import GROUPS
+    from trace_tasks.data import GROUPS
 
     rng, tasks = np.random.default_rng(seed), list(tasks)
     run = make(np.full((len(tasks) + 1, len(tasks)), NAN), tasks=tasks, **manifest)

@@ -14,7 +14,8 @@ from judge_server import Server, with_key
 from judges.judging import judge_file
 from trace_bench.checks import stale
 from trace_bench.cli import main
-from trace_bench.run import Run, fingerprint, read_json, read_jsonl, write_json, write_jsonl
+from trace_bench.run import Run, read_json, read_jsonl
+from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 
 FIRST, SECOND, JUDGED = "trace_fomc", "trace_numglue_ds", "instruct_koala"
 

@@ -18,10 +18,12 @@ from judges import JudgeError, annotate
 from judges.annotate import Row, read_path
 from judges.client import Cache, Reply
 from judges.prompts import neutralise
-from trace_bench import data, demo
 from trace_bench.cli import main
-from trace_bench.run import read_json, write_json
-from trace_tasks import scoring
+from trace_bench.run import read_json
+from trace_tasks import data
+from trace_tasks.answers import extract_answer, split_answer
+from trace_tasks.data import demo
+from trace_tasks.data.files import write_json
 from trace_tasks.reasoning import FRAMES, reasoning_answer
 from trainers.rcl import RCLConfig, RCLTrainer
 
@@ -121,7 +123,7 @@ def test_the_demonstrations_are_what_is_wanted(task):
         row = Row(task, 0, demo_["prompt"], demo_["answer"])
         reply = reasoning_answer(folder, demo_["reasoning"], demo_["answer"])
         assert read_path(row, Reply(reply)) == (demo_["reasoning"], "")
-        assert scoring.extract_answer(form, reply) == demo_["answer"]
+        assert extract_answer(form, reply) == demo_["answer"]
         score = annotate.CHECKS[folder].score
         assert score(row.prompt, demo_["answer"], demo_["answer"]) > 0.98
         assert form != "line" or not annotate.answers_first(row, demo_["reasoning"])
@@ -315,7 +317,7 @@ def test_whatever_is_accepted_is_read_back_as_the_right_answer(row, text):
         assert bool(path) != bool(reason)
         if path:
             composed = reasoning_answer(row.folder, path, row.answer)
-            read, answer = scoring.split_answer(frame.form, composed)
+            read, answer = split_answer(frame.form, composed)
             assert (read.strip(), answer) == (path, row.gold)
 
 
@@ -386,7 +388,7 @@ def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, ri
 def test_rcl_trains_on_the_folder(server, tmp_path, options, monkeypatch):
     command(server, tmp_path / "out", "--tasks", "trace_fomc", "--rows", "20", "--attempts", "1")
     monkeypatch.setenv("TRACE_REASONING", str(tmp_path / "out"))
-    assert data.check(data.find_data("demo"), ["reasoning_fomc"]) == {
+    assert data.Data.at(data.find_data("demo"), ["reasoning_fomc"]).check() == {
         "reasoning_fomc": {"train": 5, "eval": 8, "test": 24}
     }
     run = train({**options, "tasks": ["trace_fomc"]}, RCLTrainer, RCLConfig)
@@ -458,8 +460,8 @@ def test_rejected_rows_can_be_kept_with_their_answer_alone(server, tmp_path):
         assert (len(rows), mine["accepted"], mine["kept"], mine["dropped"]) == (8, 2, 6, 0)
         for i, (row, wanted) in enumerate(zip(rows, official[folder]["train"], strict=False)):
             form = FRAMES[folder].form
-            path, answer = scoring.split_answer(form, row["answer"])
-            assert answer == scoring.split_answer(form, wanted["answer"])[1]
+            path, answer = split_answer(form, row["answer"])
+            assert answer == split_answer(form, wanted["answer"])[1]
             assert bool(path.strip()) == (i % 4 == 0)
 
 

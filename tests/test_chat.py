@@ -9,8 +9,9 @@ from conftest import train
 from transformers import AutoTokenizer
 
 from trace_bench import engine, evaluate
-from trace_bench.run import Run, RunError, read_json, write_json
+from trace_bench.run import Run, RunError, read_json
 from trace_tasks import tokens
+from trace_tasks.data.files import write_json
 from trace_tasks.tokens import Chat, PromptError, example_ids, prompt_ids
 from trainers.base import ConfigError
 

@@ -25,7 +25,8 @@ from trace_bench.checkpoints import another_base, check_checkpoints, config_diff
 from trace_bench.cli import main
 from trace_bench.evaluate import external_run
 from trace_bench.models import ModelError
-from trace_bench.run import Run, RunError, read_json, write_json
+from trace_bench.run import Run, RunError, read_json
+from trace_tasks.data.files import write_json
 
 SIZES = {
     "vocab_size": 96,
@@ -462,7 +463,7 @@ def test_full_models_and_soft_prompts_are_no_part_of_a_chain(bases, tmp_path):
 def test_the_command_records_both_options_and_refuses_them_without_checkpoints(bases, tmp_path, monkeypatch):
     evaluated = []
     monkeypatch.setattr("trace_bench.evaluate.evaluate", lambda run, **_: evaluated.append(run) or 1)
-    monkeypatch.setattr("trace_bench.data.source_fingerprint", lambda name: "x")
+    monkeypatch.setattr("trace_tasks.data.source_fingerprint", lambda name: "x")
     folders = [make_adapter(bases["llama"], tmp_path / f"v{i}", lora()) for i in (1, 2)]
     reconfigure(folders[0], base_model_name_or_path="/gone/x")
     command = ["evaluate", str(tmp_path / "run")]

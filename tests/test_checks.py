@@ -15,11 +15,14 @@ from judges import judging
 from judges.judging import judge_file
 from judges.report import load as load_judged
 from judges.report import pooled
-from trace_bench import checks, data, evaluate
+from trace_bench import checks, evaluate
 from trace_bench.comparison import compare
 from trace_bench.report import write_report
 from trace_bench.results import Results
-from trace_bench.run import Run, RunError, read_json, read_jsonl, write_json, write_jsonl
+from trace_bench.run import Run, RunError, read_json, read_jsonl
+from trace_bench.tasks import load_tasks
+from trace_tasks import data
+from trace_tasks.data.files import write_json, write_jsonl
 from trainers.single import SingleConfig, SingleTrainer
 
 
@@ -100,7 +103,7 @@ def own(tmp_path, monkeypatch):
 
 
 def defined():
-    return checks.definition(data.load_tasks(["mine"])["mine"])
+    return checks.definition(load_tasks(["mine"])["mine"])
 
 
 def replace(file, old, new):

@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 from made_runs import cell, make_rich_run
 
-from trace_bench import cli, data, ending, evaluate
+from trace_bench import cli, ending, evaluate
 from trace_bench.cli import main
-from trace_bench.run import Run, write_json
+from trace_bench.run import Run
 from trace_bench.study import methods
+from trace_tasks import data
+from trace_tasks.data.files import write_json
 
 SCRIPT = Path(sys.executable).parent / "trace-bench"
 MODULE = [sys.executable, "-m", "trace_bench.cli"]
@@ -188,7 +190,7 @@ def test_data_demo_lists_tasks_sizes_and_fingerprints(capsys):
     out = capsys.readouterr().out
     root = data.find_data("demo")
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()[2:10]}
-    prints = data.data_fingerprint(root, data.FOLDERS)
+    prints = data.Data.at(root, data.FOLDERS).fingerprint
     assert lines == {task: ["64", "8", "24", prints[task]] for task in data.FOLDERS}
     assert "not comparable with TRACE" in out
     assert f"export TRACE_DATA={root}" in out

@@ -14,8 +14,9 @@ from judges.judging import judge_file, sample_fingerprints
 from trace_bench.cli import main
 from trace_bench.comparison import _marks, compare, write_comparison
 from trace_bench.metrics import Estimate, mean_of, net_interval, seed_difference
-from trace_bench.run import Run, read_jsonl, write_json, write_jsonl
+from trace_bench.run import Run, read_jsonl
 from trace_bench.tables import DASH
+from trace_tasks.data.files import write_json, write_jsonl
 
 
 def compared(runs, baseline=None):
@@ -176,7 +177,7 @@ def test_the_mean_over_seeds_of_what_is_missing_is_missing(make):
 
 
 def test_long_lists_of_tasks_are_shortened_and_orders_named(make):
-    from trace_bench.data import ORDERS
+    from trace_tasks.data import ORDERS
 
     names = {"order2": ORDERS["order2"], "reasoning_order1": ORDERS["reasoning_order1"], "5": ORDERS["order1"][:5]}
     runs = [make(np.full((9, 8), 0.5), name=f"run-{n}", tasks=tasks) for n, tasks in names.items()]

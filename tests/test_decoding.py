@@ -26,7 +26,7 @@ from architectures import (
 from conftest import pieces_tokenizer
 from transformers import AutoTokenizer
 
-from trace_bench import data
+from trace_bench.tasks import load_tasks
 
 #: Settings that transformers' generate takes from a checkpoint, each of which would change an answer below.
 SETTINGS = {
@@ -65,7 +65,7 @@ def texts(found: list[dict]) -> list[list[str]]:
 def test_an_answer_has_no_space_that_its_first_piece_stands_for(answers_of, legacy, tmp_path, demo_data):
     """FOMC is scored by equality: " A" would be wrong."""
     base = make_writer(tmp_path / "base", pieces_tokenizer(legacy=legacy), {":": "▁A", "▁A": "</s>"})
-    task = data.load_tasks(["trace_fomc"])["trace_fomc"]
+    task = load_tasks(["trace_fomc"])["trace_fomc"]
     docs = list(task.test_docs())[:6]
     (answers,) = texts(answers_of(base, [None], [doc["prompt"] for doc in docs]))
     assert answers == ["A"] * 6

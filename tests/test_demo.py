@@ -7,11 +7,13 @@ from collections import Counter
 
 import pytest
 
-from trace_bench import data, demo
-from trace_tasks import scoring
+from trace_tasks import data
+from trace_tasks.answers import extract_answer
+from trace_tasks.data import demo
+from trace_tasks.data.demo.__main__ import main
 
 TASKS = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", "NumGLUE-ds", "20Minuten"]
-SIZES = [(64, 8, 24), (300, 20, 50), (5, 1, 2)]
+ROWS = (300, 20, 50)
 
 MATH = r"Solve the following math problem\.\nQuestion:\n[^\n]+\nAnswer:"
 # The official frames; the parts between them must not hold a line break of their own.
@@ -68,72 +70,59 @@ REASONED = {
 
 @pytest.fixture(scope="module")
 def made():
-    return demo.make_demo(rows=(300, 20, 50))
+    return demo.make_demo(rows=ROWS)
 
 
 @pytest.fixture(scope="module")
 def reasoning():
-    return demo.make_reasoning(rows=(300, 20, 50))
+    return demo.make_reasoning(rows=ROWS)
 
 
 def all_rows(data, task):
     return [row for split in data[task].values() for row in split]
 
 
-@pytest.mark.parametrize("rows", SIZES)
-def test_sizes_and_order(rows):
-    data = demo.make_demo(rows=rows)
-    assert list(data) == TASKS == list(demo.TASKS)
-    for splits in data.values():
-        assert {split: len(made) for split, made in splits.items()} == dict(
-            zip(("train", "eval", "test"), rows, strict=True)
-        )
+def test_rows_are_those_of_this_version():
+    """Other rows under the same VERSION would silently be compared; bump VERSION and this digest together."""
+    made = [demo.make_demo(), demo.make_reasoning(), demo.make_lima()]
+    digests = [hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] for data in made]
+    # The first is that of version 1 too: published numbers stand on these rows.
+    assert (demo.VERSION, digests) == (3, ["88dcc01948494544", "e3427a219540ce05", "2777bcb077643961"])
+    assert demo.make_demo(3) == demo.make_demo(3) != demo.make_demo(4)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_frames(made, task):
-    for row in all_rows(made, task):
+def test_rows_have_the_official_frames_and_no_prompt_occurs_twice(made, task):
+    assert list(made) == TASKS
+    assert [(split, len(rows)) for split, rows in made[task].items()] == list(zip(data.SPLITS, ROWS, strict=True))
+    rows = all_rows(made, task)
+    for row in rows:
         assert set(row) == {"prompt", "answer"}
         assert re.fullmatch(FRAMES[task], row["prompt"]), row["prompt"]
         assert re.fullmatch(ANSWERS[task], row["answer"]), row["answer"]
-        assert row["answer"].strip()
         assert "{" not in row["prompt"] + row["answer"]  # a slot that was not filled
+    assert len({row["prompt"] for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("task", TASKS)
-def test_no_prompt_occurs_twice(task, rows):
-    prompts = [row["prompt"] for row in all_rows(demo.make_demo(rows=rows), task)]
-    assert len(prompts) == len(set(prompts))
+@pytest.mark.parametrize("rows", [ROWS, (64, 8, 24), (5, 1, 2)])
+def test_labels_are_balanced(rows):
+    made = demo.make_demo(rows=rows)
+    for task in ("C-STANCE", "FOMC", "ScienceQA"):
+        for split in made[task].values():
+            counts = Counter(row["answer"][0] for row in split)
+            assert max(counts.values()) - min(counts[letter] for letter in "ABC") <= 1
 
 
-@pytest.mark.parametrize("rows", SIZES)
-@pytest.mark.parametrize("task", ["C-STANCE", "FOMC", "ScienceQA"])
-def test_labels_are_balanced(task, rows):
-    for made in demo.make_demo(rows=rows)[task].values():
-        counts = Counter(row["answer"][0] for row in made)
-        assert max(counts.values()) - min(counts[letter] for letter in "ABC") <= 1
-
-
-def test_scienceqa_letter_is_the_choice_that_the_reason_names(made):
+def test_answers_follow_from_their_prompts(made):
     for row in all_rows(made, "ScienceQA"):
         choices = dict(re.findall(r"^([ABC])\. (.+)$", row["prompt"], re.MULTILINE))
         letter, reason = row["answer"].split("\n")
-        named = [mark for mark, thing in choices.items() if f" is {thing}." in reason]
-        assert named == [letter]
-
-
-def test_slots_of_the_answer_come_from_the_prompt(made):
+        assert [mark for mark, thing in choices.items() if f" is {thing}." in reason] == [letter]
     for row in all_rows(made, "MeetingBank"):
         assert all(number in row["prompt"] for number in re.findall(r"\d+", row["answer"]))
     for row in all_rows(made, "Py150"):
         name = re.findall(r"\w+", row["answer"].replace("None", "").replace("= ", ""))[-1]
         assert re.search(rf"(\b|_){name}\b", row["prompt"])
-    for row in all_rows(made, "20Minuten"):
-        assert any(town in row["prompt"] and town in row["answer"] for town in demo._NEWS_TOWNS)
-
-
-def test_math_answers(made):
     for row in all_rows(made, "NumGLUE-cm"):
         if weeks := re.search(r"for (\d) weeks", row["prompt"]):
             assert int(row["answer"]) == 7 * int(weeks[1])
@@ -146,14 +135,14 @@ def test_math_answers(made):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_reasoning_variant_asks_the_same_in_the_official_frames(made, reasoning, task):
-    for split in demo.SPLITS:
+    for split in data.SPLITS:
         for plain, row in zip(made[task][split], reasoning[task][split], strict=True):
             assert re.fullmatch(REASONING_FRAMES[task], row["prompt"]), row["prompt"]
             answer = plain["answer"][0] if task == "ScienceQA" else plain["answer"]
             if split == "train":
                 assert re.fullmatch(REASONED.get(task, r"[^\n]+\.\nAnswer:[^\n]+"), row["answer"]), row["answer"]
                 form = {"MeetingBank": "summary", "Py150": "code", "20Minuten": "text"}.get(task, "line")
-                assert scoring.extract_answer(form, row["answer"]) == answer.strip()
+                assert extract_answer(form, row["answer"]) == answer.strip()
                 assert "{" not in row["answer"] and len(row["answer"].split()) < 45
             else:
                 assert row["answer"] == answer, "bare, as officially"
@@ -163,19 +152,19 @@ def test_the_reasoning_leads_to_the_answer(reasoning):
     for task in ("NumGLUE-cm", "NumGLUE-ds"):
         for row in reasoning[task]["train"]:
             reason, answer = row["answer"].split("\nAnswer:")
-            if sum_ := re.search(r"(\d+) ([*/]) (\d+) = (\d+)\.$", reason):
-                a, b = int(sum_[1]), int(sum_[3])
-                assert (a * b if sum_[2] == "*" else a / b) == int(sum_[4]) == int(answer)
+            if found := re.search(r"(\d+) ([*/]) (\d+) = (\d+)\.$", reason):
+                a, b = int(found[1]), int(found[3])
+                assert (a * b if found[2] == "*" else a / b) == int(found[4]) == int(answer)
             else:
                 assert re.search(rf"\b{answer}\.$", reason)
     for row in reasoning["ScienceQA"]["train"]:
         reason, letter = row["answer"].split("\nAnswer:")
         choice = re.search(r"So it is (.+), which is (\w)\.", reason)
         assert choice[2] == letter and f"\n{letter}. {choice[1]}\n" in row["prompt"]
-    stances = {"A": "支持", "B": "反对", "C": "中立"}
-    assert all(stances[row["answer"][-1]] in row["answer"] for row in reasoning["C-STANCE"]["train"])
-    policies = {"A": "dovish", "B": "hawkish", "C": "neutral"}
-    assert all(f"is {policies[row['answer'][-1]]}." in row["answer"] for row in reasoning["FOMC"]["train"])
+    for task, names in (("C-STANCE", ("支持", "反对", "中立")), ("FOMC", ("dovish.", "hawkish.", "neutral."))):
+        assert all(
+            dict(zip("ABC", names, strict=True))[r["answer"][-1]] in r["answer"] for r in reasoning[task]["train"]
+        )
 
 
 def test_the_alignment_set_is_short_answers_to_different_questions():
@@ -183,86 +172,40 @@ def test_the_alignment_set_is_short_answers_to_different_questions():
     assert {split: len(rows) for split, rows in lima.items()} == {"train": 48, "eval": 8, "test": 8}
     rows = [row for part in lima.values() for row in part]
     assert len({row["prompt"] for row in rows}) == len({row["answer"] for row in rows}) == len(rows)
-    for row in rows:
-        assert row["prompt"].strip() and row["answer"].strip()
-        assert len(row["answer"].split()) <= 40
-    for part in lima.values():
-        assert any(re.search("[\u4e00-\u9fff]", row["prompt"]) for row in part)
-        assert any(re.search(r"\b(der|die|das|von|bedeutet|ein)\b", row["prompt"]) for row in part)
+    assert all(row["prompt"].strip() and 0 < len(row["answer"].split()) <= 40 for row in rows)
+    for language in ("[\u4e00-\u9fff]", r"\b(der|die|das|von|bedeutet|ein)\b"):
+        assert all(any(re.search(language, row["prompt"]) for row in part) for part in lima.values())
 
 
-def test_a_seed_gives_the_same_rows():
-    assert demo.make_demo(3) == demo.make_demo(3)
-    assert demo.make_demo(3) != demo.make_demo(4)
+def test_the_number_of_rows_is_chosen_and_leaves_the_test_rows_as_they_are(tmp_path, capsys):
+    main([str(tmp_path / "out"), "--rows", "200", "8", "24"])
+    assert str(tmp_path / "out") in capsys.readouterr().out
+    first = (tmp_path / "out" / "README.txt").read_text(encoding="utf-8").split("\n")[0]
+    assert first == "TRACE demo data, version 3, seed 0, 200 training, 8 eval and 24 test rows"
+    for task, splits in demo.make_demo().items():
+        assert data.read_split(tmp_path / "out", task, "test") == splits["test"]
+        assert len(data.read_split(tmp_path / "out", task, "train")) == 200
+    with pytest.raises(SystemExit, match=r"do not give 100000 \+ 8 \+ 24 different rows.*--rows"):
+        main([str(tmp_path / "more"), "--rows", "100000", "8", "24"])
+    assert not (tmp_path / "more").exists()
 
 
-def test_test_rows_do_not_depend_on_the_number_of_training_rows():
-    few, many = demo.make_demo(rows=(16, 8, 24)), demo.make_demo(rows=(200, 8, 24))
-    assert all(few[task]["test"] == many[task]["test"] for task in TASKS)
-
-
-def test_rows_are_those_of_this_version():
-    """Other rows under the same VERSION would silently be compared; bump VERSION and this digest together."""
-    made = [demo.make_demo(), demo.make_reasoning(), demo.make_lima()]
-    digests = [hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] for data in made]
-    # The first is that of version 1 too: published numbers stand on these rows.
-    assert (demo.VERSION, digests) == (3, ["88dcc01948494544", "e3427a219540ce05", "2777bcb077643961"])
-
-
-def test_too_many_rows():
-    with pytest.raises(ValueError, match="too few different rows"):
-        demo.make_demo(rows=(100_000, 8, 24))
-
-
-def test_write(tmp_path, capsys):
-    demo.main([str(tmp_path / "out")])
-    assert "8 demo tasks" in capsys.readouterr().out
-    assert "NOT comparable" in (tmp_path / "out/README.txt").read_text(encoding="utf-8")
-    expected = demo.make_demo()
-    expected |= {f"LLM-CL-Benchmark_Reasoning/{task}": splits for task, splits in demo.make_reasoning().items()}
-    expected["Lima"] = demo.make_lima()
-    for folder, splits in expected.items():
-        assert sorted(p.name for p in (tmp_path / "out" / folder).iterdir()) == [
-            "eval.json",
-            "test.json",
-            "train.json",
-        ]
-        for split, made in splits.items():
-            assert data.read_split(tmp_path / "out", folder, split) == made
-
-
-def test_the_demo_is_one_data_set_with_its_reasoning_variant_in_it(tmp_path):
-    demo.write_demo(tmp_path)
-    assert data.data_sets(tmp_path) == [tmp_path]
-    assert data.find_data(str(tmp_path)) == tmp_path
-    assert data.find_reasoning(tmp_path) == tmp_path / "LLM-CL-Benchmark_Reasoning"
-    assert data.is_demo(tmp_path)
-
-
-def test_the_sets_to_be_judged_are_a_dozen_prompts_of_each_kind(tmp_path):
-    demo.write_demo(tmp_path)
+def test_what_is_written_is_one_data_set_with_all_sets_in_it(tmp_path):
+    demo.write_demo(tmp_path, seed=1)
+    demo.write_demo(tmp_path)  # demo data is replaced
+    assert "NOT comparable" in (tmp_path / "README.txt").read_text(encoding="utf-8")
+    assert data.find_data(str(tmp_path)) == tmp_path and data.is_demo(tmp_path)
+    reasoning = data.find_reasoning(tmp_path)
+    assert reasoning == tmp_path / "LLM-CL-Benchmark_Reasoning"
+    written = {tmp_path: {**demo.make_demo(), "Lima": demo.make_lima()}, reasoning: demo.make_reasoning()}
+    for root, folders in written.items():
+        for folder, splits in folders.items():
+            assert sorted(p.stem for p in (root / folder).iterdir()) == sorted(data.SPLITS)
+            assert {split: data.read_split(root, folder, split) for split in splits} == splits
     for kind, sets in (("instruct", 5), ("safety", 4)):
         files = sorted(tmp_path.glob(f"{kind}/*/test.json"))
         prompts = {row["prompt"] for file in files for row in data.read_rows(file, answered=False)}
         assert len(files) == sets and len(prompts) == 12
-
-
-def test_write_replaces_demo_data_only(tmp_path):
-    demo.write_demo(tmp_path, seed=1)
-    demo.write_demo(tmp_path)
-    rows = json.loads((tmp_path / "FOMC/test.json").read_text(encoding="utf-8"))
-    assert rows == demo.make_demo()["FOMC"]["test"]
-
     (tmp_path / "README.txt").unlink()
-    with pytest.raises(FileExistsError, match="not demo data"):
+    with pytest.raises(data.DataError, match="not demo data"):
         demo.write_demo(tmp_path)
-
-
-def test_larger_demo_data_has_the_rows_that_were_asked_for(tmp_path):
-    demo.main([str(tmp_path / "large"), "--rows", "100", "4", "30"])
-    counts = {len(json.loads((tmp_path / "large" / t / "train.json").read_text())) for t in demo.TASKS}
-    assert (
-        counts == {100} and "100 training, 4 eval and 30 test rows" in (tmp_path / "large" / "README.txt").read_text()
-    )
-    with pytest.raises(SystemExit, match=r"too few different rows.* Ask for fewer"):
-        demo.main([str(tmp_path / "huge"), "--rows", "100000", "8", "24"])

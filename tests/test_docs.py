@@ -81,7 +81,7 @@ def check_python(words: list[str]) -> None:
         assert all(f'"{option}"' in text for option in options(words)), words
         return
     module, *rest = words[words.index("-m") + 1 :]
-    if module.startswith("trainers."):
+    if module.startswith(("trainers.", "trace_tasks.")):
         assert not unknown(rest, sys.executable, "-m", module), words
     elif module.startswith("bench."):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module

@@ -10,11 +10,13 @@ import transformers
 from conftest import SHARED, stop_at, train
 from transformers import AutoTokenizer
 
-from trace_bench import data
 from trace_bench.cli import main
-from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate, external_run
-from trace_bench.run import Run, RunError, read_json, write_json
+from trace_bench.run import Run, RunError, read_json
+from trace_bench.tasks import check_stages, load_tasks, training_rows
+from trace_tasks import data
+from trace_tasks.data import DataError
+from trace_tasks.data.files import write_json
 from trace_tasks.reasoning import row_variant
 from trainers.base import CLTrainer, ConfigError
 from trainers.pp import PPConfig, PPTrainer
@@ -52,9 +54,9 @@ def own_task(tmp_path, monkeypatch):
 
 
 def rows_of(name="mine"):
-    tasks = data.load_tasks([name])
-    data.check_stages(tasks)
-    return data.training_rows(tasks[name])
+    tasks = load_tasks([name])
+    check_stages(tasks)
+    return training_rows(tasks[name])
 
 
 def questions(*answers):
@@ -81,7 +83,7 @@ TEMPLATE, CHOICES = "doc_to_target: '{{a}}'\n", "doc_to_choice: ['no', 'yes']\n"
 def test_what_is_trained_is_the_text_that_lm_eval_compares_with_or_shows(own_task, answers, yaml, trained):
     own_task(questions(*answers), yaml)
     assert [answer for _, answer in rows_of()] == trained
-    task = data.load_tasks(["mine"])["mine"]
+    task = load_tasks(["mine"])["mine"]
     for doc, answer in zip(task.test_docs(), trained, strict=True):
         assert task.process_results(doc, [answer])["exact_match"] == 1, "the very text scores in full"
 
@@ -127,7 +129,7 @@ def test_rows_that_are_not_there_are_named(own_task, tmp_path, rows, test, yaml,
 
 def test_a_group_is_no_column(demo_data):
     with pytest.raises(DataError, match="trace: a group of tasks"):
-        data.load_tasks(["trace"])
+        load_tasks(["trace"])
 
 
 def test_the_last_task_s_bad_row_is_found_before_the_first_is_trained(own_task, options):
@@ -141,8 +143,8 @@ def test_the_last_task_s_bad_row_is_found_before_the_first_is_trained(own_task, 
 
 
 def test_rows_are_made_once(options, monkeypatch):
-    made, make = [], data.training_rows
-    monkeypatch.setattr(data, "training_rows", lambda task, *a: made.append(task.task_name) or make(task, *a))
+    made, make = [], training_rows
+    monkeypatch.setattr("trainers.base.training_rows", lambda task, *a: made.append(task.task_name) or make(task, *a))
     train({**options, "max_steps": 1})
     assert made == options["tasks"]
 
@@ -377,20 +379,20 @@ def test_rows_of_the_other_variant_are_refused(options, tmp_path, monkeypatch):
     assert not Path(options["output_dir"]).exists()
     monkeypatch.setenv("TRACE_DATA", str(reasoned))
     with pytest.raises(DataError, match="reasoning variant"):
-        data.load_tasks(["trace_fomc"])  # as plain lm_eval does
+        load_tasks(["trace_fomc"])  # as plain lm_eval does
     monkeypatch.setenv("TRACE_DATA", str(plain))
     monkeypatch.setenv("TRACE_REASONING", str(plain))
     with pytest.raises(DataError, match="of the plain variant"):
-        data.check(plain, ["reasoning_fomc"])
+        data.Data.at(plain, ["reasoning_fomc"]).check()
     with pytest.raises(DataError, match="of the plain variant"):
-        data.load_tasks(["reasoning_fomc"])
+        load_tasks(["reasoning_fomc"])
     monkeypatch.setenv("TRACE_REASONING", str(reasoned))
-    assert data.check(plain, [*data.FOLDERS, *data.REASONING])
+    assert data.Data.at(plain, [*data.FOLDERS, *data.REASONING]).check()
     rows = json.loads((plain / "FOMC/test.json").read_text())
     rows[5] = json.loads((reasoned / "FOMC/test.json").read_text())[5]
     write_json(plain / "FOMC/test.json", rows)
     with pytest.raises(DataError, match=r"FOMC/test\.json, row 5: of the reasoning variant"):
-        data.check(plain, data.FOLDERS)
+        data.Data.at(plain, data.FOLDERS).check()
 
 
 def test_answers_with_reasoning_are_known_whatever_the_prompt_says():
@@ -442,7 +444,7 @@ def test_a_run_is_evaluated_where_only_its_test_rows_are(options, tmp_path, monk
     there = copy_demo(tmp_path / "there", "FOMC", splits=["test"])
     monkeypatch.setenv("TRACE_DATA", str(there))
     with pytest.raises(DataError, match="lacks the split 'train'"):
-        data.training_rows(data.load_tasks(["trace_fomc"])["trace_fomc"])
+        training_rows(load_tasks(["trace_fomc"])["trace_fomc"])
     assert evaluate(run, data_path=str(there)) == 2
     rows = json.loads((there / "FOMC/test.json").read_text())
     write_json(there / "FOMC/test.json", rows[:-1])
@@ -473,7 +475,7 @@ def test_checkpoints_are_evaluated_on_test_rows_alone_and_their_data_may_be_comp
 
 def test_complete_data_has_the_fingerprints_that_it_had(tmp_path):
     root = copy_demo(tmp_path)
-    before = data.data_fingerprint(root, data.FOLDERS)
-    assert data.changed_tasks(root, {"fingerprint": before}) == [], "of a run that noted no test rows"
+    before = data.Data.at(root, data.FOLDERS).fingerprint
+    assert data.Data.at(root, data.FOLDERS).changed({"fingerprint": before}) == [], "of a run that noted no test rows"
     (root / "FOMC/eval.json").write_text("[]")
-    assert data.changed_tasks(root, {"fingerprint": before}) == ["trace_fomc"]
+    assert data.Data.at(root, data.FOLDERS).changed({"fingerprint": before}) == ["trace_fomc"]

@@ -14,9 +14,12 @@ from conftest import both_tokenizers, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from trace_bench import data, engine, evaluate, models, report, results
+from trace_bench import engine, evaluate, models, report, results
 from trace_bench.engine import merging, swap
-from trace_bench.run import Run, RunError, read_json, write_json
+from trace_bench.run import Run, RunError, read_json
+from trace_bench.tasks import load_tasks, task_manager, training_rows
+from trace_tasks import data
+from trace_tasks.data.files import write_json
 from trace_tasks.tokens import example_ids, prompt_ids
 
 
@@ -47,7 +50,7 @@ def test_a_cell_has_its_scores_and_its_samples(run):
     samples = [json.loads(line) for line in stage.samples_file("trace_fomc").read_text().splitlines()]
     assert cell["n"] == len(samples) == 6
     assert cell["metrics"]["accuracy"]["value"] == pytest.approx(sum(s["accuracy"] for s in samples) / 6)
-    docs = data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()
+    docs = load_tasks(["trace_fomc"])["trace_fomc"].test_docs()
     assert [s["prompt"] for s in samples] == [d["prompt"] for d in docs][:6]
     assert [s["target"] for s in samples] == [d["answer"] for d in docs][:6]
 
@@ -57,7 +60,7 @@ def test_what_the_limits_of_lengths_cut_is_counted_and_reported(run, tiny_model)
     counts = {}
     for name in run.tasks:
         cell = read_json(run.stages[0].eval_file(name))
-        prompts = [doc["prompt"] for doc in data.load_tasks([name])[name].test_docs()][:6]
+        prompts = [doc["prompt"] for doc in load_tasks([name])[name].test_docs()][:6]
         assert cell["n_cut"] == sum(len(p.encode()) > 96 for p in prompts), "a token of the tiny model is a byte"
         counts[name] = cell["n_cut"], cell["n_unfinished"]
     assert counts["trace_fomc"][0] == 6 and sum(n for _, n in counts.values()) > 6, "it was never taught to end"
@@ -159,7 +162,7 @@ def test_results_of_an_older_checkpoint_are_made_anew(options, run):
     with pytest.raises(RunError, match="fingerprint differs"):
         (run.stages[2].eval_file("trace_fomc")).unlink()
         evaluate.evaluate(run)
-    from trace_bench.run import fingerprint, write_json
+    from trace_tasks.data.files import fingerprint, write_json
 
     write_json(run.stages[2].train_file, {**record, "checkpoint": fingerprint(run.stages[2].checkpoint)})
     assert evaluate.evaluate(run) == 2
@@ -183,7 +186,7 @@ def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_mode
     from lm_eval.api.instance import Instance
     from transformers import AutoTokenizer
 
-    prompts = [d["prompt"] for d in data.load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:4]
+    prompts = [d["prompt"] for d in load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:4]
 
     def generate(lm) -> list[str]:
         kwargs = {"until": [], "max_gen_toks": 8, "do_sample": False}
@@ -229,7 +232,7 @@ def test_the_token_ids_trained_on_are_the_ones_tested_on(name, chat, tiny_model,
 
     limit = 60  # shorter than every demo prompt in bytes
     lm = engine.open_engine("hf", str(tiny_model), max_prompt_length=limit, engine_args={"batch_size": 2})
-    task = data.load_tasks([name])[name]
+    task = load_tasks([name])[name]
     task.config.generation_kwargs["max_gen_toks"] = 2
     tested = []
     original = lm._generated
@@ -240,11 +243,11 @@ def test_the_token_ids_trained_on_are_the_ones_tested_on(name, chat, tiny_model,
 
     monkeypatch.setattr(lm, "_generated", look)
     lm_eval.simple_evaluate(
-        model=lm, tasks=[task], limit=3, apply_chat_template=chat, bootstrap_iters=0, task_manager=data.task_manager()
+        model=lm, tasks=[task], limit=3, apply_chat_template=chat, bootstrap_iters=0, task_manager=task_manager()
     )
     # The same rows as if they were training rows.
     monkeypatch.setattr(task, "training_docs", task.test_docs)
-    rows = data.training_rows(task, 3, lm.apply_chat_template if chat else None)
+    rows = training_rows(task, 3, lm.apply_chat_template if chat else None)
     examples = example_ids(lm.tokenizer, *zip(*rows, strict=True), max_prompt=limit, max_answer=32, chat=lm.chat)
     trained = [[i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label == -100] for e in examples]
     assert sorted(tested) == sorted(trained)

@@ -39,10 +39,12 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from judges import judging
-from trace_bench import cli, data, engine, evaluate, report, results, status
+from trace_bench import cli, engine, evaluate, report, results, status
 from trace_bench import run as run_module
 from trace_bench import study as study_module
-from trace_bench.run import Run, RunError, locked, read_json, write_json
+from trace_bench.run import Run, RunError, locked, read_json
+from trace_tasks import data
+from trace_tasks.data.files import write_json
 from trainers import base, ewc, gem, olora, osf, pp
 from trainers.base import CLConfig, CLTrainer
 
@@ -839,7 +841,7 @@ def signals(commands: "Commands", names: list[str], seconds: dict[str, float], r
 def serve() -> tuple[str, int]:
     """A judge and teacher in a process of its own: its address and number."""
     from judges.prompts import neutralise
-    from trace_bench import demo
+    from trace_tasks.data import demo
 
     read, write = os.pipe()
     pid = os.fork()

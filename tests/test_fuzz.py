@@ -25,14 +25,15 @@ from judges import JudgeError, annotate, batch, judging, prompts
 from judges.client import Cache, Client, Reply, read_reply
 from judges.prompts import PAIR, neutralise
 from judges.verdict import parse
-from trace_bench import audit, data, engine, metrics, shapes
+from trace_bench import engine, metrics, shapes
 from trace_bench.cli import main
-from trace_bench.data import DataError
 from trace_bench.evaluate import evaluate
 from trace_bench.models import ModelError, pinned_revision, resolve_model
 from trace_bench.results import Results
-from trace_bench.run import Run, RunError, Stage, fingerprint, read_json, read_jsonl, write_json, write_jsonl
-from trace_tasks import scoring
+from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
+from trace_tasks import answers, data, scoring, written_numbers
+from trace_tasks.data import DataError, audit, reading, similarity
+from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 from trace_tasks.reasoning import FRAMES, as_tested, reasoning_answer
 from trace_tasks.tokens import example_ids, prompt_ids
 
@@ -168,9 +169,9 @@ def test_rows_are_read_as_they_are_or_the_bad_one_is_named(tmp_path, rows, ascii
     "content, words",
     [
         (b'[{"prompt": "p", "answer": "a", "answer": "b"}]', "a key twice"),
-        (b'[[{"prompt": "p", "answer": "a"}]]', "row 0: .*found list"),
-        (b'[{"prompt": "p", "answer": NaN}]', "'answer' is float"),
-        (b'[{"prompt": "p", "answer": "7"}, {"prompt": "p", "answer": 7}]', r"row 1: 'answer' is int \(7\)"),
+        (b'[[{"prompt": "p", "answer": "a"}]]', "row 0: it holds a list"),
+        (b'[{"prompt": "p", "answer": NaN}]', "'answer' is nan"),
+        (b'[{"prompt": "p", "answer": "7"}, {"prompt": "p", "answer": 7}]', "row 1: 'answer' is 7"),
         ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16-le"), "row|JSON"),
         ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16"), "UTF-8"),
         ('[{"prompt": "p", "answer": "a"}]'.encode("utf-32-be"), "JSON"),
@@ -459,7 +460,7 @@ def test_every_text_has_scores_between_0_and_1(prompt, prediction, answer):
 
 @fuzz("extractions", 300, text=texts, form=st.sampled_from(["line", "text", "summary", "code"]))
 def test_an_answer_is_a_part_of_the_text(text, form):
-    found = scoring.split_answer(form, text)
+    found = answers.split_answer(form, text)
     if found is not None:
         path, answer = found
         assert answer.strip() and answer in text and path in text
@@ -470,13 +471,13 @@ def test_an_answer_is_a_part_of_the_text(text, form):
 def test_a_composed_answer_is_read_back_or_refused_before_it_is_written(folder, path, answer):
     if not annotate._problem(folder, path, answer):
         composed = reasoning_answer(folder, path, answer)
-        assert scoring.extract_answer(FRAMES[folder].form, composed) == annotate._gold(folder, answer)
+        assert answers.extract_answer(FRAMES[folder].form, composed) == annotate._gold(folder, answer)
 
 
 N = 200_000
 LONG = {
     "choice": (
-        lambda t: scoring.choice_tolerant(t, "B", "Pick: A. dovish, B. hawkish, C. neutral."),
+        lambda t: answers.choice_tolerant(t, "B", "Pick: A. dovish, B. hawkish, C. neutral."),
         [
             "hawkish ",
             "not dovish ",
@@ -501,7 +502,7 @@ LONG = {
         ],
     ),
     "number": (
-        lambda t: scoring.number_tolerant(t, "12"),
+        lambda t: written_numbers.number_tolerant(t, "12"),
         [
             "1,",
             "1",
@@ -524,14 +525,14 @@ LONG = {
             "1e" + "9" * N,
         ],
     ),
-    "word": (lambda t: scoring.number_tolerant(t, "August"), ["!", "a!", "_", " ", "answer: "]),
+    "word": (lambda t: written_numbers.number_tolerant(t, "August"), ["!", "a!", "_", " ", "answer: "]),
     "names": (
-        lambda t: scoring.names_choice(t, "B") or scoring.names_number(t, "12"),
+        lambda t: answers.names_choice(t, "B") or written_numbers.names_number(t, "12"),
         ["B ", "B", "B.", "1,", "1", "12a"],
     ),
-    "line": (lambda t: scoring.extract_answer("line", t), ["Answer:", "Answer :\n", "answer ", "回答"]),
+    "line": (lambda t: answers.extract_answer("line", t), ["Answer:", "Answer :\n", "answer ", "回答"]),
     "summary": (
-        lambda t: scoring.extract_answer("summary", t),
+        lambda t: answers.extract_answer("summary", t),
         [
             "therefore ",
             "the ",
@@ -542,7 +543,7 @@ LONG = {
             "the summary of the meeting transcripts" + " " * N,
         ],
     ),
-    "code": (lambda t: scoring.extract_answer("code", t), ["Reasoning:", "reasoning ", "\n", " \n"]),
+    "code": (lambda t: answers.extract_answer("code", t), ["Reasoning:", "reasoning ", "\n", " \n"]),
     "similarity": (
         lambda t: scoring.similarity(t, "x = foo(bar)\n"),
         ["<STR_LIT:", "<STR_LIT:a>", "<STR_LIT:<NUM_LIT:>", "ab"],
@@ -563,7 +564,7 @@ LONG = {
         [".", " ", "\n ", "A"],
     ),
     "floats": (audit._FLOAT.search, ["1.", "0", "1." + "0" * N, "1." + "9" * N, "1." + "0000000" * (N // 7)]),
-    "words": (audit.words, ["\nAnswer:", "a ", "\nAnswer:" + "Reasoning:" * (N // 10) + "x", "\u0300\u0316"]),
+    "words": (similarity.words, ["\nAnswer:", "a ", "\nAnswer:" + "Reasoning:" * (N // 10) + "x", "\u0300\u0316"]),
     "cues": (audit._DOUBLED_CUE.search, ["a", "a:", "a: ", "a:" + " " * N + "x"]),
 }
 
@@ -581,12 +582,12 @@ def test_long_texts_take_no_long_time(name):
 
 
 def test_what_makes_long_texts_quick_changes_no_score():
-    assert scoring._choice("The answer is option choice option B") == "B"
-    assert scoring._choice(f"The answer is A{' ' * 300}. B. hawkish") is None, "the next option is listed on the line"
+    assert answers._choice("The answer is option choice option B") == "B"
+    assert answers._choice(f"The answer is A{' ' * 300}. B. hawkish") is None, "the next option is listed on the line"
     assert scoring.similarity("x" * 200, "y" * 3 + "x") == 0.01 and scoring.similarity("x" * 1000, "x") == 0.0
     assert scoring._undo_placeholders("<STR_LIT:a><NUM_LIT:b <STR_LIT:c>>d<STR_LIT:") == "ab <STR_LIT:c>d<STR_LIT:"
-    assert scoring.extract_answer("summary", "Therefore , the summary of the meeting transcript is: x") == "x"
-    assert scoring.split_answer("summary", "p therefore,  the summary of the meeting transcripts is: x") == ("p ", "x")
+    assert answers.extract_answer("summary", "Therefore , the summary of the meeting transcript is: x") == "x"
+    assert answers.split_answer("summary", "p therefore,  the summary of the meeting transcripts is: x") == ("p ", "x")
     assert as_tested("x\nReasoning:Reasoning:Reasoning:") == "x\nReasoning:" and as_tested("Reasoning:") == "Reasoning:"
     assert [
         bool(audit._FLOAT.search(t))
@@ -599,7 +600,7 @@ def test_what_makes_long_texts_quick_changes_no_score():
             "3.0000000000000",
         )
     ] == [True, True, False, True, False, False]
-    assert scoring.nfkc("Ａ①" * 3000) == "A1" * 3000
+    assert answers.nfkc("Ａ①" * 3000) == "A1" * 3000
 
 
 # -------------------------------------------------------------------------------------------------------------- metrics
@@ -998,7 +999,7 @@ def test_a_checkpoint_within_a_stage_with_odd_values_is_not_gone_on_from(options
     run = Run.open(options["output_dir"])
     (file,) = run.path.glob("stages/1_*/.trainer/checkpoint-*/whole.json")
     whole = json.loads(file.read_text())
-    shapes.check(shapes.Within, whole)
+    reading.check(shapes.Within, whole)
     for at in (("counters",), ("seconds",), ("of",), ("losses",), ()):
         file.write_text(json.dumps(replaced(whole, at, [])))
         with pytest.raises(KeyboardInterrupt):

@@ -12,10 +12,13 @@ import datasets
 import pytest
 from conftest import SHARED, train
 
-from trace_bench import cli, data, engine, evaluate
+from trace_bench import cli, engine, evaluate
 from trace_bench.report import write_report
 from trace_bench.results import general_delta, load_besides
-from trace_bench.run import Run, RunError, read_json, write_json
+from trace_bench.run import Run, RunError, read_json
+from trace_bench.tasks import load_suites, load_tasks, task_manager
+from trace_tasks import data
+from trace_tasks.data.files import write_json
 from trainers.base import CLConfig, ConfigError
 
 GENERAL = SHARED / "data" / "general"
@@ -159,8 +162,8 @@ def test_prompts_and_scores_are_those_of_lm_eval_s_own_task(suite, monkeypatch):
 
     name, shots, key, aggregated = OWN[suite]
     monkeypatch.setenv("GENERAL_DATA", str(GENERAL))
-    (group,) = data.load_suites([suite]).values()
-    settings = {"limit": 2 if aggregated else 6, "bootstrap_iters": 0, "task_manager": data.task_manager()}
+    (group,) = load_suites([suite]).values()
+    settings = {"limit": 2 if aggregated else 6, "bootstrap_iters": 0, "task_manager": task_manager()}
     ours = lm_eval.simple_evaluate(model=Fake(), tasks=[group], **settings)
 
     monkeypatch.delenv("GENERAL_DATA")
@@ -190,7 +193,7 @@ def test_prompts_and_scores_are_those_of_lm_eval_s_own_task(suite, monkeypatch):
 @needs_shared
 def test_the_shots_are_the_paper_s(monkeypatch):
     monkeypatch.setenv("GENERAL_DATA", str(GENERAL))
-    groups = data.load_suites(data.GROUPS["general"])
+    groups = load_suites(data.GROUPS["general"])
     shots = {s: {t.config.num_fewshot for t in g.get_all_tasks()} for s, g in groups.items()}
     assert shots == dict(zip(OWN, ({5}, {8}, {3}, {1}, {0}, {0}), strict=True))
     assert [len(g.get_all_tasks()) for g in groups.values()] == [57, 1, 27, 9, 1, 1]
@@ -198,18 +201,18 @@ def test_the_shots_are_the_paper_s(monkeypatch):
 
 def test_a_local_copy_that_lacks_a_suite_or_is_damaged_is_an_error_that_names_it(local):
     with pytest.raises(data.DataError, match=r"GENERAL_DATA=.* has no folder piqa.*unset GENERAL_DATA"):
-        data.load_suites(["general_piqa"])
+        load_suites(["general_piqa"])
     (local / "piqa").mkdir()
     with pytest.raises(data.DataError, match=r"fewshot\.jsonl is missing"):
-        data.load_suites(["general_piqa"])
+        load_suites(["general_piqa"])
     for stem in ("fewshot", "valid"):
         write_lines(local / "piqa" / f"{stem}.jsonl", [{"goal": "g", "sol1": "a", "sol2": "b"}])
         (local / "piqa" / f"{stem}-labels.lst").write_text("0\n1\n")
     with pytest.raises(data.DataError, match=r"1 rows and fewshot-labels\.lst 2 labels"):
-        data.load_suites(["general_piqa"])
+        load_suites(["general_piqa"])
     (local / "boolq" / "val.jsonl").write_text("{")
     with pytest.raises(data.DataError, match=r"val\.jsonl is not JSON"):
-        data.load_suites(["general_boolq"])
+        load_suites(["general_boolq"])
 
 
 def test_a_csv_row_of_another_form_is_an_error_with_its_number(local):
@@ -218,7 +221,7 @@ def test_a_csv_row_of_another_form_is_an_error_with_its_number(local):
         file.parent.mkdir(parents=True)
         file.write_text('"one\nline",a,b,c,d,A\nq,a,b,c,d,E\n')
     with pytest.raises(data.DataError, match=r"abstract_algebra_dev\.csv, row 1: .*'E'"):
-        data.load_suites(["general_mmlu"])
+        load_suites(["general_mmlu"])
 
 
 def test_without_a_local_copy_and_a_hub_the_error_says_both_ways(monkeypatch):
@@ -231,7 +234,7 @@ def test_without_a_local_copy_and_a_hub_the_error_says_both_ways(monkeypatch):
     with pytest.raises(
         data.DataError, match=r"piqa: baber/piqa cannot.*HF_HUB_OFFLINE.*GENERAL_DATA=FOLDER with piqa/"
     ):
-        data.load_suites(["general_piqa"])
+        load_suites(["general_piqa"])
 
 
 def test_ifeval_without_its_packages_says_what_to_install(monkeypatch):
@@ -240,7 +243,7 @@ def test_ifeval_without_its_packages_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "immutabledict", None)
     monkeypatch.setitem(sys.modules, "langdetect", None)
     with pytest.raises(data.DataError, match=r"general_ifeval.*lm-eval\[ifeval\]"):
-        data.load_suites(["general_ifeval"])
+        load_suites(["general_ifeval"])
 
 
 # ------------------------------------------------------------------------------------------ prompts for the judges
@@ -248,7 +251,7 @@ def test_ifeval_without_its_packages_says_what_to_install(monkeypatch):
 
 def test_every_set_has_prompts_on_demo_data(monkeypatch):
     monkeypatch.setenv("TRACE_DATA", "demo")
-    for name, task in data.load_tasks(list(data.JUDGED)).items():
+    for name, task in load_tasks(list(data.JUDGED)).items():
         assert len(task.test_docs()) >= 2 and task.config.generation_kwargs["max_gen_toks"] == 512
         doc = task.test_docs()[0]
         assert task.fewshot_context(doc, 0) == doc["prompt"] and task.doc_to_target(doc) == "", name
@@ -260,7 +263,7 @@ def test_every_set_has_prompts_on_demo_data(monkeypatch):
 def test_the_official_sets_are_read_whole(monkeypatch):
     for kind in ("instruct", "safety"):
         monkeypatch.setenv(f"{kind.upper()}_DATA", str(SHARED / "data" / kind))
-    sizes = [len(t.test_docs()) for t in data.load_tasks(list(data.JUDGED)).values()]
+    sizes = [len(t.test_docs()) for t in load_tasks(list(data.JUDGED)).values()]
     assert sizes == [175, 300, 180, 50, 125, 178, 40, 100, 100]
 
 

@@ -19,10 +19,11 @@ from PIL import Image
 
 from trace_bench import figures, html
 from trace_bench.comparison import compare, write_comparison
-from trace_bench.data import JUDGED
 from trace_bench.report import write_report
-from trace_bench.run import Run, read_jsonl, write_jsonl
+from trace_bench.run import Run, read_jsonl
 from trace_bench.tables import DASH
+from trace_tasks.data import JUDGED
+from trace_tasks.data.files import write_jsonl
 
 HOSTILE = '</script><img src=x onerror="window.hacked = 1"><!--<script>\'&\u2028$x_1$ {{1}} **b** `c`'
 

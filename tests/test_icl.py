@@ -12,9 +12,11 @@ from conftest import CHAT_TEMPLATE, train
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from trace_bench import comparison, data, evaluate, report
-from trace_bench.run import Run, RunError, read_json, write_json
-from trace_tasks import scoring
+from trace_bench import comparison, evaluate, report
+from trace_bench.run import Run, RunError, read_json
+from trace_bench.tasks import load_tasks, task_manager
+from trace_tasks import data, scoring
+from trace_tasks.data.files import write_json
 from trainers.base import ConfigError
 from trainers.icl import ICLConfig, ICLTrainer
 
@@ -46,7 +48,7 @@ every_task = pytest.mark.parametrize("name", list(INSTRUCTIONS))
 
 
 def load(name: str):
-    task = data.load_tasks([name])[name]
+    task = load_tasks([name])[name]
     task.set_fewshot_seed(7)
     return task
 
@@ -91,7 +93,7 @@ def plain_lm_eval(names, write, **settings):
     """`lm_eval --tasks NAMES`, with a scripted model."""
     lm = Scripted(write)
     results = lm_eval.simple_evaluate(
-        model=lm, tasks=names, task_manager=data.task_manager(), bootstrap_iters=0, log_samples=True, **settings
+        model=lm, tasks=names, task_manager=task_manager(), bootstrap_iters=0, log_samples=True, **settings
     )
     return results, lm
 

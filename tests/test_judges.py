@@ -27,8 +27,9 @@ from judges.verdict import longer, parse, verdict_of, why_unscored
 from trace_bench.cli import main
 from trace_bench.metrics import wilson_interval
 from trace_bench.report import write_report
-from trace_bench.run import Run, RunError, write_json, write_jsonl
+from trace_bench.run import Run, RunError
 from trace_bench.tables import DASH
+from trace_tasks.data.files import write_json, write_jsonl
 
 SUITES = ("instruct_lima", "safety_cona")
 

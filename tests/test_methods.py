@@ -13,9 +13,11 @@ import torch
 from conftest import SHARED, stop_at, train
 from safetensors.torch import load_file
 
-from trace_bench import data, evaluate, report, results
+from trace_bench import evaluate, report, results
 from trace_bench.run import Run, read_json
 from trace_bench.study import methods
+from trace_bench.tasks import load_tasks, training_rows
+from trace_tasks import data
 from trace_tasks.tokens import example_ids
 from trainers.base import CLConfig, CLTrainer, ConfigError
 
@@ -174,7 +176,7 @@ def test_replay_sees_exactly_its_rows_after_the_stage_s_own(options):
 
 
 def rows_of(run: Run, task: str, options: dict) -> list[list[int]]:
-    rows = data.training_rows(data.load_tasks([task])[task], options["train_rows"])
+    rows = training_rows(load_tasks([task])[task], options["train_rows"])
     prompts, targets = zip(*rows, strict=True)
     examples = example_ids(run_tokenizer(options), prompts, targets, options["max_prompt_length"], 512)
     return [e["input_ids"] for e in examples]

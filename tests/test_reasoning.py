@@ -8,9 +8,10 @@ from collections import Counter
 import pytest
 from conftest import SHARED, train
 
-from trace_bench import data
 from trace_bench.run import read_json
-from trace_tasks import reasoning, scoring, utils
+from trace_bench.tasks import load_tasks, training_rows
+from trace_tasks import data, reasoning, scoring, utils
+from trace_tasks.answers import extract_answer, split_answer
 from trainers.base import ConfigError
 from trainers.rcl import RCLConfig, RCLTrainer
 
@@ -36,44 +37,37 @@ every_task = pytest.mark.parametrize("name", list(data.REASONING))
 
 @pytest.fixture
 def task(name: str, demo_data: None):
-    return data.load_tasks([name])[name]
+    return load_tasks([name])[name]
 
 
 @pytest.fixture
 def real_task(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("TRACE_REASONING", str(SHARED / "data" / "trace_reasoning"))
-    return data.load_tasks([name])[name]
+    return load_tasks([name])[name]
 
 
 # ---------------------------------------------------------------------------------------------------- reading answers
 
 
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("6 * 6 = 36\nAnswer:36", "36"),
-        ("6 * 6 = 36\nAnswer: 36\n", "36"),
-        ("6 * 6 = 36.\n\nanswer :\n  36  \nThat is the sum.", "36"),
-        ("它表示不满。\n回答：B", "B"),
-        ("它表示不满。回答: B。", "B。"),
-        ("它表示不满。\n答案：\nB", "B"),
-        ("The answer: is it A? No.\nAnswer:B", "B"),  # the last one decides
-        ("Answer:B\nAnswer:", "B"),  # cut at the limit of tokens
-        ("Answer:B\n\nQuestion:\nIs it?\nReasoning:No.\nAnswer:C", "C"),
-        ("B", None),
-        ("Answer:", None),
-        ("Answer: \n ", None),
-        ("The answer is B", None),
-        ("Reanswer:B", None),
-        ("", None),
-    ],
-)
+A_LINE_IS_WHAT_FOLLOWS_THE_LAST_MARKER = [
+    ("6 * 6 = 36\nAnswer:36", "36"), ("6 * 6 = 36\nAnswer: 36\n", "36"),
+    ("6 * 6 = 36.\n\nanswer :\n  36  \nThat is the sum.", "36"), ("它表示不满。\n回答：B", "B"),
+    ("它表示不满。回答: B。", "B。"),
+    ("它表示不满。\n答案：\nB", "B"),
+    ("The answer: is it A? No.\nAnswer:B", "B"),  # the last one decides
+    ("Answer:B\nAnswer:", "B"),  # cut at the limit of tokens
+    ("Answer:B\n\nQuestion:\nIs it?\nReasoning:No.\nAnswer:C", "C"), ("B", None), ("Answer:", None),
+    ("Answer: \n ", None), ("The answer is B", None), ("Reanswer:B", None), ("", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "answer"), A_LINE_IS_WHAT_FOLLOWS_THE_LAST_MARKER)
 def test_a_line_is_what_follows_the_last_marker(text, answer):
-    assert scoring.extract_answer("line", text) == answer
+    assert extract_answer("line", text) == answer
 
 
 def test_a_text_goes_on_over_lines():
-    assert scoring.extract_answer("text", "Das ist kurz.\nAnswer: Eins.\nZwei.\n") == "Eins.\nZwei."
+    assert extract_answer("text", "Das ist kurz.\nAnswer: Eins.\nZwei.\n") == "Eins.\nZwei."
 
 
 @pytest.mark.parametrize(
@@ -88,7 +82,7 @@ def test_a_text_goes_on_over_lines():
     ],
 )
 def test_a_summary_has_its_own_marker(text, answer):
-    assert scoring.extract_answer("summary", text) == answer
+    assert extract_answer("summary", text) == answer
 
 
 @pytest.mark.parametrize(
@@ -102,30 +96,28 @@ def test_a_summary_has_its_own_marker(text, answer):
     ],
 )
 def test_code_comes_first(text, answer):
-    assert scoring.extract_answer("code", text) == answer
+    assert extract_answer("code", text) == answer
 
 
 def test_an_unknown_form_is_an_error():
     with pytest.raises(ValueError, match="letter"):
-        scoring.extract_answer("letter", "Answer:B")
+        extract_answer("letter", "Answer:B")
 
 
-@pytest.mark.parametrize(
-    ("form", "text", "parts"),
-    [
-        ("line", "6 * 6 = 36.\nAnswer: 36\nThat is it.", ("6 * 6 = 36.\n", "36")),
-        ("line", "Answer:A? No.\nAnswer:B\nAnswer:", ("Answer:A? No.\n", "B")),
-        ("line", "Answer:B", ("", "B")),
-        ("text", "Kurz.\nAnswer:Eins.\nZwei.\n", ("Kurz.\n", "Eins.\nZwei.")),
-        ("summary", "It passed.Therefore, the summary of the meeting transcripts is:\nCB 1", ("It passed.", "CB 1")),
-        ("summary", "It passed.\nThe summary of the meeting transcript is: CB 1", ("It passed.\n", "CB 1")),
-        ("code", "return x \nReasoning:It returns.\nReasoning:x", ("It returns.\nReasoning:x", "return x ")),
-        ("code", "return x", ("", "return x")),
-        ("line", "36", None),
-    ],
-)
+A_TEXT_IS_SPLIT_INTO_PATH_AND_ANSWER = [
+    ("line", "6 * 6 = 36.\nAnswer: 36\nThat is it.", ("6 * 6 = 36.\n", "36")),
+    ("line", "Answer:A? No.\nAnswer:B\nAnswer:", ("Answer:A? No.\n", "B")), ("line", "Answer:B", ("", "B")),
+    ("text", "Kurz.\nAnswer:Eins.\nZwei.\n", ("Kurz.\n", "Eins.\nZwei.")),
+    ("summary", "It passed.Therefore, the summary of the meeting transcripts is:\nCB 1", ("It passed.", "CB 1")),
+    ("summary", "It passed.\nThe summary of the meeting transcript is: CB 1", ("It passed.\n", "CB 1")),
+    ("code", "return x \nReasoning:It returns.\nReasoning:x", ("It returns.\nReasoning:x", "return x ")),
+    ("code", "return x", ("", "return x")), ("line", "36", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "text", "parts"), A_TEXT_IS_SPLIT_INTO_PATH_AND_ANSWER)
 def test_a_text_is_split_into_path_and_answer(form, text, parts):
-    assert scoring.split_answer(form, text) == parts
+    assert split_answer(form, text) == parts
 
 
 # ---------------------------------------------------------------------------------------------------- the official form
@@ -161,7 +153,7 @@ def test_a_task_reads_the_reasoning_rows_of_the_demo(name, task):
     assert list(task.test_docs()) == rows
     assert task.fewshot_context(rows[0], 0) == rows[0]["prompt"], "the raw prompt, nothing around it"
     trained = data.read_split(root, data.REASONING[name], "train")
-    assert data.training_rows(task) == [(row["prompt"], row["answer"]) for row in trained]
+    assert training_rows(task) == [(row["prompt"], row["answer"]) for row in trained]
     metrics = list(task.aggregation())
     assert (metrics[0], metrics[-1]) == (HEADLINES[name], "extracted")
     assert ("accuracy_tolerant" in metrics) == (name in TOLERANT)
@@ -232,7 +224,7 @@ def test_real_every_training_answer_gives_its_answer_and_that_scores_in_full(nam
     docs = list(real_task.training_docs())
     assert len(docs) == (60 if name == "reasoning_meetingbank" else 200)
     for doc in docs:
-        answer = scoring.extract_answer(FORMS.get(name, "line"), doc["answer"])
+        answer = extract_answer(FORMS.get(name, "line"), doc["answer"])
         assert answer is not None and answer.strip()
         scores = real_task.process_results({**doc, "answer": answer}, [doc["answer"]])
         assert scores["extracted"] == 1
@@ -278,7 +270,7 @@ def test_real_plain_rows_become_the_official_reasoning_rows(folder):
             if split != "train":
                 assert not rows or row["answer"] in answers
                 continue
-            path, answer = scoring.split_answer(form, row["answer"])
+            path, answer = split_answer(form, row["answer"])
             # 20Minuten's official paths end in the teacher's own text; Py150's prompts repeat with other answers.
             if rows and folder not in ("20Minuten", "Py150"):
                 assert answer in {a.strip() for a in answers}
@@ -292,7 +284,7 @@ def test_real_test_answers_are_bare(name, real_task):
     for doc in [*real_task.test_docs(), *real_task.validation_docs()]:
         assert "Reasoning:" not in doc["answer"]
         if name != "reasoning_py150":  # needs no marker
-            assert scoring.extract_answer(FORMS.get(name, "line"), doc["answer"]) is None
+            assert extract_answer(FORMS.get(name, "line"), doc["answer"]) is None
 
 
 def _frame(prompt: str) -> tuple[str, ...]:

@@ -18,10 +18,10 @@ from trace_bench import metrics
 from trace_bench.comparison import compare
 from trace_bench.report import write_report
 from trace_bench.results import score_matrix
-from trace_bench.run import write_json, write_jsonl
 from trace_bench.tables import DASH, Table, latex_text, markdown
 from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
+from trace_tasks.data.files import write_json, write_jsonl
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,9 @@ from made_runs import EIGHT, NAN, TASKS, cell, write_cell
 
 from trace_bench import metrics
 from trace_bench.results import Change, Results, Rows
-from trace_bench.run import RunError, read_json, write_json
+from trace_bench.run import RunError, read_json
 from trace_bench.tables import Unit
+from trace_tasks.data.files import write_json
 
 N = 30
 

@@ -13,16 +13,12 @@ from pathlib import Path
 import pytest
 
 from trace_bench import run as run_module
-from trace_bench.run import (
-    Run,
-    RunError,
-    Stage,
+from trace_bench.run import Run, RunError, Stage, locked, read_json, read_jsonl
+from trace_tasks.data import DataError, files, reading
+from trace_tasks.data.files import (
     cached_dir,
     fingerprint,
     fresh_dir,
-    locked,
-    read_json,
-    read_jsonl,
     temporary_dir,
     write_json,
     write_jsonl,
@@ -142,9 +138,9 @@ def killed_in(code: str, *arguments: object) -> None:
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_lives_stays(tmp_path):
-    code = "import sys, time; from pathlib import Path; from trace_bench import run\n"
+    code = "import sys, time; from pathlib import Path; from trace_tasks.data import files\n"
     code += "def wait(fd): print('there', flush=True); time.sleep(60)\n"
-    code += "run.os.fsync = wait; run.write_text(Path(sys.argv[1]), 'half')"
+    code += "files.os.fsync = wait; files.write_text(Path(sys.argv[1]), 'half')"
     killed_in(code, tmp_path / "report.md")
     (left,) = tmp_path.iterdir()
     assert re.fullmatch(r"\.report\.md\.[0-9a-f]{12}\.tmp", left.name)
@@ -159,7 +155,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_lives_stays(t
 
 
 def test_folders_of_killed_programs_go_with_the_next_one_and_what_lives_stays(tmp_path):
-    code = "import sys, time; from pathlib import Path; from trace_bench.run import temporary_dir\n"
+    code = "import sys, time; from pathlib import Path; from trace_tasks.data.files import temporary_dir\n"
     code += (
         "with temporary_dir(Path(sys.argv[1]), 'merged-') as f: (f / 'x').touch(); print(1, flush=True); time.sleep(60)"
     )
@@ -180,7 +176,7 @@ def test_folders_of_killed_programs_go_with_the_next_one_and_what_lives_stays(tm
 def test_a_name_that_was_taken_is_not_written_to(tmp_path, monkeypatch):
     """Whoever guesses a name has it; another one is drawn for a folder, and a file is not opened."""
     (tmp_path / "victim").write_text("mine", encoding="utf-8")
-    monkeypatch.setattr(run_module.secrets, "token_hex", lambda n: "guessed")
+    monkeypatch.setattr(files.secrets, "token_hex", lambda n: "guessed")
     (tmp_path / ".report.md.guessed.tmp").symlink_to(tmp_path / "victim")
     with pytest.raises(FileExistsError):
         write_text(tmp_path / "report.md", "new")
@@ -199,7 +195,7 @@ def test_a_lock_that_is_a_link_is_refused_and_its_target_kept(tmp_path, what):
     for target in (victim, tmp_path / "new"):
         lock.unlink(missing_ok=True)
         lock.symlink_to(target)
-        with pytest.raises(RunError, match=rf"{re.escape(str(lock))} is no ordinary file.*remove it"):
+        with pytest.raises(DataError, match=rf"{re.escape(str(lock))} is no ordinary file.*remove it"):
             locked(tmp_path / "run", what).__enter__()
     assert victim.read_text(encoding="utf-8") == "mine" and not (tmp_path / "new").exists()
     lock.unlink()
@@ -212,10 +208,10 @@ def test_a_lock_that_is_a_pipe_a_folder_or_a_device_is_refused(tmp_path):
     os.mkfifo(tmp_path / ".train.lock")
     (tmp_path / ".judge.lock").mkdir()
     for what in ("train", "judge"):
-        with pytest.raises(RunError, match="no ordinary file"):
+        with pytest.raises(DataError, match="no ordinary file"):
             locked(tmp_path, what).__enter__()
-    with pytest.raises(RunError, match="no ordinary file"):
-        run_module.open_own(Path("/dev/null"), os.O_RDWR)
+    with pytest.raises(DataError, match="no ordinary file"):
+        files.open_own(Path("/dev/null"), os.O_RDWR)
 
 
 def test_a_lock_with_a_second_name_is_a_lock_and_keeps_its_content(tmp_path):
@@ -243,11 +239,11 @@ def test_what_is_no_file_is_not_read(tmp_path):
 
 def test_a_file_that_is_too_long_is_not_read(tmp_path):
     with (tmp_path / "x.json").open("wb") as f:
-        f.truncate(run_module.MOST_JSON + 1)
+        f.truncate(reading.MOST_JSON + 1)
     with pytest.raises(RunError, match=r"x\.json has more than 64 MiB"):
         read_json(tmp_path / "x.json")
     with (tmp_path / "x.json").open("wb") as f:
-        f.truncate(run_module.MOST_LINES + 1)
+        f.truncate(reading.MOST_LINES + 1)
     with pytest.raises(RunError, match=r"x\.json has more than 4096 MiB"):
         read_jsonl(tmp_path / "x.json")
 
@@ -302,7 +298,7 @@ def test_a_maker_that_fails_leaves_nothing_and_one_that_is_killed_nothing_for_th
     with pytest.raises(OSError, match="no space"):
         cached_dir(target, boom)
     assert names(target.parent) == []
-    code = "import sys, time; from pathlib import Path; from trace_bench.run import cached_dir\n"
+    code = "import sys, time; from pathlib import Path; from trace_tasks.data.files import cached_dir\n"
     code += "def make(f): (f / 'half').touch(); print(1, flush=True); time.sleep(60)\n"
     killed_in(code + "cached_dir(Path(sys.argv[1]), make)", target)
     assert len(names(target.parent)) == 1
@@ -362,7 +358,7 @@ def test_fingerprint_does_not_depend_on_where_a_folder_is(tmp_path):
 
 def test_nothing_has_no_fingerprint(tmp_path):
     """A checkpoint that is gone would look like one that has changed."""
-    with pytest.raises((OSError, RunError), match="nowhere"):
+    with pytest.raises((OSError, DataError), match="nowhere"):
         fingerprint(tmp_path / "nowhere")
 
 

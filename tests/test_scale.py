@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import train
 
-from trace_bench import data, evaluate, metrics, report, results
+from trace_bench import evaluate, metrics, report, results
 from trace_bench.run import RunError, read_json, read_jsonl
+from trace_bench.tasks import load_tasks
+from trace_tasks import data
 from trainers.base import CLTrainer
 
 YAML = """task: {name}
@@ -131,7 +133,7 @@ def test_a_task_that_is_not_generated_is_refused_before_anything_is_trained(two,
 def test_a_folder_without_tasks_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_TASKS", str(tmp_path / "nowhere"))
     with pytest.raises(data.DataError, match=r"TRACE_TASKS=.*nowhere is no folder with task YAMLs"):
-        data.load_tasks(["mine"])
+        load_tasks(["mine"])
 
 
 def test_a_report_of_a_hundred_tasks_takes_seconds(make):

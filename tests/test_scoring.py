@@ -14,19 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from trace_tasks.scoring import (
-    accuracy,
-    bleu,
-    choice_tolerant,
-    number_tolerant,
-    options_of,
-    read_choice,
-    read_number,
-    rouge_l,
-    sari,
-    scienceqa_parts,
-    similarity,
-)
+from trace_tasks.answers import choice_tolerant, options_of, read_choice
+from trace_tasks.scoring import accuracy, bleu, rouge_l, sari, scienceqa_parts, similarity
+from trace_tasks.written_numbers import number_tolerant, read_number
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 
@@ -123,61 +113,21 @@ def test_accuracy(prediction, reference, score):
     assert accuracy(prediction, reference) == score
 
 
-@pytest.mark.parametrize(
-    "prediction",
-    [
-        "A",
-        " a.",
-        "a",
-        "(A)",
-        "[a] dovish",
-        "A. dovish",
-        "A.dovish",
-        "A) dovish",
-        "A: dovish",
-        "A - dovish",
-        "A, dovish",
-        '"A"',
-        "'A'",
-        "**A**",
-        "# A",
-        "A because rates fall",
-        "A is right",
-        "A\nThe bank is cautious.",
-        "A\r\nmore",
-        "\n\nA",
-        "A.\nB is wrong.",
-        "A\ndovish, B. hawkish, C. neutral: pick one of A, B and C",
-        "A. A",
-        "Answer: A",
-        "answer:a",
-        "Answer:\nA",
-        "**Answer:** A",
-        "The answer is (A).",
-        "The answer is A, since rates fall.",
-        "The answer is option A.",
-        "Rates fall, so the stance is: A",
-        "Reasoning first.\nSo prices fall.\nAnswer: A",
-        "A monetary policy of low rates was chosen. The answer is A.",
-        "A or B? The answer is A.",
-        "Answer: A\nThe answer is A.",
-        "Option A is best",
-        "Option B is too strong, option C is too weak. Answer: A",
-        "Ａ",
-        "（Ａ）支持",
-        "A.支持",
-        "A。",
-        "A 支持",
-        "答案：A",
-        "答案是A。",
-        "态度：A",
-        "态度： A.支持",
-        "回答:A",
-        "我选A",
-        "选项 A",
-        "【A】",
-    ],
-)
+CHOICE_IS_READ = [
+    "A", " a.", "a", "(A)", "[a] dovish", "A. dovish", "A.dovish", "A) dovish", "A: dovish", "A - dovish",
+    "A, dovish", '"A"', "'A'", "**A**", "# A", "A because rates fall", "A is right", "A\nThe bank is cautious.",
+    "A\r\nmore", "\n\nA", "A.\nB is wrong.", "A\ndovish, B. hawkish, C. neutral: pick one of A, B and C", "A. A",
+    "Answer: A", "answer:a", "Answer:\nA", "**Answer:** A", "The answer is (A).",
+    "The answer is A, since rates fall.", "The answer is option A.", "Rates fall, so the stance is: A",
+    "Reasoning first.\nSo prices fall.\nAnswer: A", "A monetary policy of low rates was chosen. The answer is A.",
+    "A or B? The answer is A.", "Answer: A\nThe answer is A.", "Option A is best",
+    "Option B is too strong, option C is too weak. Answer: A", "Ａ", "（Ａ）支持", "A.支持", "A。",
+    "A 支持", "答案：A", "答案是A。",
+    "态度：A", "态度： A.支持", "回答:A", "我选A", "选项 A", "【A】",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", CHOICE_IS_READ)
 def test_choice_is_read(prediction):
     assert choice_tolerant(prediction, "A") == 1
     assert choice_tolerant(prediction, "B") == 0
@@ -201,45 +151,20 @@ def test_choice_of_another_letter_is_read(prediction):
     assert choice_tolerant(prediction, "A") == 0
 
 
-@pytest.mark.parametrize(
-    "prediction",
-    [
-        "",
-        " ",
-        "?",
-        "dovish",
-        "A monetary policy of low rates",
-        "a monetary policy",
-        "A 10-year bond",
-        "The answer is a monetary policy.",
-        "Answer: A monetary policy",
-        "A's",
-        "A-shares fall",
-        "A.I. is hawkish",
-        "D.C. is a city",
-        "A股大跌",
-        "AB",
-        "Apple",
-        "e.g. this",
-        "A or B",
-        "A and B",
-        "A/B",
-        "A, B and C",
-        "A或B",
-        "The answer is A or B.",
-        "A. dovish, B. hawkish, C. neutral",
-        "A. a duck\nB. a goose",
-        "A.支持，B.反对，C.中立。只写A，B或者C。",
-        "请说出作者的态度，选择一项：A.支持，B.反对，C.中立。只写A，B或者C。",
-        "What is the stance? Pick one of A, B and C.",
-        "Answer: A\nText: something else\nAnswer: B",
-        "neither A nor B",
-        "Option A is strong, option B is weak.",
-        "answer: ",
-        "A" * 20,
-        "\N{GRINNING FACE}",
-    ],
-)
+NO_SINGLE_CHOICE_CAN_BE_READ = [
+    "", " ", "?", "dovish", "A monetary policy of low rates", "a monetary policy", "A 10-year bond",
+    "The answer is a monetary policy.", "Answer: A monetary policy", "A's", "A-shares fall", "A.I. is hawkish",
+    "D.C. is a city", "A股大跌", "AB", "Apple", "e.g. this", "A or B", "A and B", "A/B", "A, B and C", "A或B",
+    "The answer is A or B.", "A. dovish, B. hawkish, C. neutral", "A. a duck\nB. a goose",
+    "A.支持，B.反对，C.中立。只写A，B或者C。",
+    "请说出作者的态度，选择一项：A.支持，B.反对，C.中立。只写A，B或者C。",
+    "What is the stance? Pick one of A, B and C.",
+    "Answer: A\nText: something else\nAnswer: B", "neither A nor B", "Option A is strong, option B is weak.",
+    "answer: ", "A" * 20, "\N{GRINNING FACE}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prediction", NO_SINGLE_CHOICE_CAN_BE_READ)
 def test_no_single_choice_can_be_read(prediction):
     assert [choice_tolerant(prediction, label) for label in "ABCDE"] == [0] * 5
 
@@ -258,66 +183,38 @@ def test_the_options_of_a_prompt():
     assert options_of("") == options_of("A. only one") == options_of("B. two, C. three") == {}
 
 
-@pytest.mark.parametrize(
-    ("prompt", "prediction", "letter"),
-    [
-        (FOMC, "dovish", "A"),
-        (FOMC, " Hawkish.", "B"),
-        (FOMC, "The stance is dovish.", "A"),
-        (FOMC, "The stance is **hawkish**, since rates rise.", "B"),
-        (FOMC, "This text takes a neutral stance.", "C"),
-        (FOMC, "Stance: neutral", "C"),
-        (FOMC, "NEUTRAL\n\nOptions:\nA. dovish\nB. hawkish\nC. neutral", "C"),
-        (FOMC, "The committee sounds hawkish. It is not dovish.", "B"),
-        (FOMC, "B. hawkish", "B"),
-        (FOMC, "B: a hawkish text", "B"),
-        (FOMC, "A\n\nThe sentence is neutral in its first part.", "A"),
-        (FOMC, "B. hawkish\nText: another\nStance: A", "B"),
-        (STANCE, "支持", "A"),
-        (STANCE, "作者持反对态度。", "B"),
-        (STANCE, "态度：中立", "C"),
-        (STANCE, "我认为作者的态度是支持。", "A"),
-        (STANCE, "A.支持", "A"),
-        (SCIENCE, "The answer is the Bible.", "B"),
-        (SCIENCE, "the bible of 1611", "C"),
-        (SCIENCE, "It is a poem", "A"),
-        (SCIENCE, "No", "D"),
-        (SCIENCE, "No, it is not.", "D"),
-        (SCIENCE, "2", "E"),
-        (SCIENCE, "B\nThe Bible is the source.", "B"),
-    ],
-)
+THE_TEXT_OF_AN_OPTION_IS_ITS_LETTER = [
+    (FOMC, "dovish", "A"), (FOMC, " Hawkish.", "B"), (FOMC, "The stance is dovish.", "A"),
+    (FOMC, "The stance is **hawkish**, since rates rise.", "B"), (FOMC, "This text takes a neutral stance.", "C"),
+    (FOMC, "Stance: neutral", "C"), (FOMC, "NEUTRAL\n\nOptions:\nA. dovish\nB. hawkish\nC. neutral", "C"),
+    (FOMC, "The committee sounds hawkish. It is not dovish.", "B"), (FOMC, "B. hawkish", "B"),
+    (FOMC, "B: a hawkish text", "B"), (FOMC, "A\n\nThe sentence is neutral in its first part.", "A"),
+    (FOMC, "B. hawkish\nText: another\nStance: A", "B"), (STANCE, "支持", "A"), (STANCE, "作者持反对态度。", "B"),
+    (STANCE, "态度：中立", "C"), (STANCE, "我认为作者的态度是支持。", "A"), (STANCE, "A.支持", "A"),
+    (SCIENCE, "The answer is the Bible.", "B"), (SCIENCE, "the bible of 1611", "C"), (SCIENCE, "It is a poem", "A"),
+    (SCIENCE, "No", "D"), (SCIENCE, "No, it is not.", "D"), (SCIENCE, "2", "E"),
+    (SCIENCE, "B\nThe Bible is the source.", "B"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "prediction", "letter"), THE_TEXT_OF_AN_OPTION_IS_ITS_LETTER)
 def test_the_text_of_an_option_is_its_letter(prompt, prediction, letter):
     assert read_choice(prediction, prompt) == letter
     assert [choice_tolerant(prediction, label, prompt) for label in "ABCDE"] == [label == letter for label in "ABCDE"]
 
 
-@pytest.mark.parametrize(
-    ("prompt", "prediction"),
-    [
-        (FOMC, "The stance is not dovish."),
-        (FOMC, "It is less hawkish than before."),
-        (FOMC, "It is dovish or hawkish."),
-        (FOMC, "It isn't neutral"),
-        (FOMC, "dovish, hawkish and neutral"),
-        (FOMC, "A. dovish\nB. hawkish\nC. neutral"),
-        (FOMC, "A. hawkish"),
-        (FOMC, "The answer is B. dovish"),
-        (FOMC, "A. dovish\nStance: B. hawkish"),
-        (FOMC, "A.\nThe stance is a neutral one."),
-        (FOMC, "A\nB\nC"),
-        (FOMC, "dovishness is a word"),
-        (FOMC, "Text: we choose among dovish and hawkish"),
-        (STANCE, "不支持"),
-        (STANCE, "支持或反对"),
-        (STANCE, "A.支持，B.反对，C.中立。"),
-        (STANCE, "A.反对"),
-        (SCIENCE, "There is no answer."),
-        (SCIENCE, "It has 2 parts"),
-        (SCIENCE, "A. the Bible"),
-        ("", "The stance is dovish."),
-    ],
-)
+NO_SINGLE_OPTION_IS_NAMED = [
+    (FOMC, "The stance is not dovish."), (FOMC, "It is less hawkish than before."),
+    (FOMC, "It is dovish or hawkish."), (FOMC, "It isn't neutral"), (FOMC, "dovish, hawkish and neutral"),
+    (FOMC, "A. dovish\nB. hawkish\nC. neutral"), (FOMC, "A. hawkish"), (FOMC, "The answer is B. dovish"),
+    (FOMC, "A. dovish\nStance: B. hawkish"), (FOMC, "A.\nThe stance is a neutral one."), (FOMC, "A\nB\nC"),
+    (FOMC, "dovishness is a word"), (FOMC, "Text: we choose among dovish and hawkish"), (STANCE, "不支持"),
+    (STANCE, "支持或反对"), (STANCE, "A.支持，B.反对，C.中立。"), (STANCE, "A.反对"), (SCIENCE, "There is no answer."),
+    (SCIENCE, "It has 2 parts"), (SCIENCE, "A. the Bible"), ("", "The stance is dovish."),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "prediction"), NO_SINGLE_OPTION_IS_NAMED)
 def test_no_single_option_is_named(prompt, prediction):
     assert read_choice(prediction, prompt) is None
     assert [choice_tolerant(prediction, label, prompt) for label in "ABCDE"] == [0] * 5
@@ -363,110 +260,44 @@ def test_choice_with_a_reference_that_is_no_letter():
     assert choice_tolerant("", "") == 0
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference"),
-    [
-        ("17.48", "17.48"),
-        (" 17.48\n", "17.48"),
-        ("17.48 km", "17.48"),
-        ("17.48km.", "17.48"),
-        ("= 17.48 km", "17.48"),
-        ("The answer is 8.", "8"),
-        ("The answer is: 8 of 10 apples", "8"),
-        ("Answer: 8 apples and 3 pears", "8"),
-        ("8.0", "8"),
-        ("8.", "8"),
-        ("08", "8"),
-        ("1,680", "1680"),
-        ("1,234,567.5 dollars", "1234567.5"),
-        ("1680", "1,680"),
-        ("$8", "8"),
-        ("8$ in 2 coins = 8$", "8"),
-        ("-$5", "-5"),
-        ("€ 8.50", "8.5"),
-        ("Rs.500", "500"),
-        ("50%", "50"),
-        (".5", "0.5"),
-        ("-5", "-5"),
-        ("\N{MINUS SIGN}5", "-5"),
-        ("10-5", "5"),
-        ("1.4300000000000002", "1.43"),
-        ("1.43", "1.4300000000000002"),
-        ("5.5e-17", "0"),
-        ("2e3", "2000"),
-        ("3 + 5 = 8 apples", "8"),
-        ("There are 48 wheels, 4 each, so 12", "12"),
-        ("8\nSolve the problem with 3 apples", "8"),
-        ("\n\n8\n3", "8"),
-        ("Let me see.\nIt is 8.", "8"),
-        ("8 moles of CO2", "8"),
-        ("８", "8"),
-        ("共8个", "8"),
-        ("August", "August"),
-        ("august.", "August"),
-        ("eight", "8"),
-        ("Twenty-three apples.", "23"),
-        ("twenty three", "23"),
-        ("$23.00", "23"),
-        ("one hundred and five", "105"),
-        ("a hundred", "100"),
-        ("two thousand three hundred forty", "2340"),
-        ("minus two point five", "-2.5"),
-        ("zero", "0"),
-        ("The answer is one.", "1"),
-        ("She has twelve left", "12"),
-        ("27/2", "13.5"),
-        ("\\boxed{23}", "23"),
-        ("First he had 5.\n#### 23", "23"),
-        ("A deck has 13 cards.\n\nThe answer is 26.", "26"),
-        ("The answer is 2 + 2 = 4.", "4"),
-        ("3 + 5 is 8.\nSo she has 8 apples left.", "8"),
-        ("8 km\nQuestion: How far is 5 km?\nAnswer: 5", "8"),
-        ("She waited 6 minutes until 6:39 pm.", "6"),
-        ("10\n\nThe answer is 10.", "10"),
-        ('"August"\nbecause', "August"),
-        ("The answer is Friday.", "Friday"),
-        ("Answer: friday", "Friday"),
-        ("Day = Friday", "Friday"),
-    ],
-)
+NUMBER_IS_READ = [
+    ("17.48", "17.48"), (" 17.48\n", "17.48"), ("17.48 km", "17.48"), ("17.48km.", "17.48"), ("= 17.48 km", "17.48"),
+    ("The answer is 8.", "8"), ("The answer is: 8 of 10 apples", "8"), ("Answer: 8 apples and 3 pears", "8"),
+    ("8.0", "8"), ("8.", "8"), ("08", "8"), ("1,680", "1680"), ("1,234,567.5 dollars", "1234567.5"),
+    ("1680", "1,680"), ("$8", "8"), ("8$ in 2 coins = 8$", "8"), ("-$5", "-5"), ("€ 8.50", "8.5"), ("Rs.500", "500"),
+    ("50%", "50"), (".5", "0.5"), ("-5", "-5"), ("\N{MINUS SIGN}5", "-5"), ("10-5", "5"),
+    ("1.4300000000000002", "1.43"), ("1.43", "1.4300000000000002"), ("5.5e-17", "0"), ("2e3", "2000"),
+    ("3 + 5 = 8 apples", "8"), ("There are 48 wheels, 4 each, so 12", "12"),
+    ("8\nSolve the problem with 3 apples", "8"), ("\n\n8\n3", "8"), ("Let me see.\nIt is 8.", "8"),
+    ("8 moles of CO2", "8"), ("８", "8"), ("共8个", "8"), ("August", "August"), ("august.", "August"), ("eight", "8"),
+    ("Twenty-three apples.", "23"), ("twenty three", "23"), ("$23.00", "23"), ("one hundred and five", "105"),
+    ("a hundred", "100"), ("two thousand three hundred forty", "2340"), ("minus two point five", "-2.5"),
+    ("zero", "0"), ("The answer is one.", "1"), ("She has twelve left", "12"), ("27/2", "13.5"),
+    ("\\boxed{23}", "23"), ("First he had 5.\n#### 23", "23"), ("A deck has 13 cards.\n\nThe answer is 26.", "26"),
+    ("The answer is 2 + 2 = 4.", "4"), ("3 + 5 is 8.\nSo she has 8 apples left.", "8"),
+    ("8 km\nQuestion: How far is 5 km?\nAnswer: 5", "8"), ("She waited 6 minutes until 6:39 pm.", "6"),
+    ("10\n\nThe answer is 10.", "10"), ('"August"\nbecause', "August"), ("The answer is Friday.", "Friday"),
+    ("Answer: friday", "Friday"), ("Day = Friday", "Friday"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prediction", "reference"), NUMBER_IS_READ)
 def test_number_is_read(prediction, reference):
     assert number_tolerant(prediction, reference) == 1
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference"),
-    [
-        ("", "8"),
-        ("", ""),
-        (".", "August"),
-        ("eighty", "8"),
-        ("8.1", "8"),
-        ("8.00001", "8"),
-        ("-8", "8"),
-        ("18", "8"),
-        ("8\n3", "3"),
-        ("The answer is 8 of 10", "10"),
-        ("CO2", "2"),
-        ("1e999", "8"),
-        ("1e999", "2e999"),
-        ("August or May", "August"),
-        ("May", "August"),
-        ("Friday 8", "Friday"),
-        ("None", "0"),
-        ("This one is hard", "1"),
-        ("tone", "1"),
-        ("twenty-three", "20"),
-        ("twenty-three", "3"),
-        ("27/2", "2"),
-        ("1\n\nThe answer is 2.", "1"),
-        ("1\n\nThe answer is 2.", "2"),
-        ("To solve this problem, we need to find how many apples she eats in 3", "3"),
-        ("10 moles is equal to 10 * 35 grams.", "35"),
-        ("Mg(OH)2", "2"),
-        ("It rained for 5 hours and rested for 3 hours.", "3"),
-    ],
-)
+NUMBER_IS_WRONG = [
+    ("", "8"), ("", ""), (".", "August"), ("eighty", "8"), ("8.1", "8"), ("8.00001", "8"), ("-8", "8"), ("18", "8"),
+    ("8\n3", "3"), ("The answer is 8 of 10", "10"), ("CO2", "2"), ("1e999", "8"), ("1e999", "2e999"),
+    ("August or May", "August"), ("May", "August"), ("Friday 8", "Friday"), ("None", "0"), ("This one is hard", "1"),
+    ("tone", "1"), ("twenty-three", "20"), ("twenty-three", "3"), ("27/2", "2"), ("1\n\nThe answer is 2.", "1"),
+    ("1\n\nThe answer is 2.", "2"), ("To solve this problem, we need to find how many apples she eats in 3", "3"),
+    ("10 moles is equal to 10 * 35 grams.", "35"), ("Mg(OH)2", "2"), (".5C1", "0.5"),
+    ("It rained for 5 hours and rested for 3 hours.", "3"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prediction", "reference"), NUMBER_IS_WRONG)
 def test_number_is_wrong(prediction, reference):
     assert number_tolerant(prediction, reference) == 0
 
@@ -479,31 +310,23 @@ def f_measure(precision: float, recall: float) -> float:
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "score"),
-    [
-        ("a b c", "a b c", f_measure(1, 1)),
-        ("a b c d", "a c", f_measure(2 / 4, 1)),
-        ("a b", "c d", 0),
-        # Lin's example of the union LCS: w1 w2 w3 w5 of 5 and of 8 different words.
-        ("w1 w2 w3 w4 w5", "w1 w2 w6 w7 w8. w1 w3 w8 w9 w5.", f_measure(4 / 5, 4 / 8)),
-        ("a. b", "b. a", f_measure(1, 1)),  # sentences are matched in any order,
-        ("a b", "b a", f_measure(1 / 2, 1 / 2)),  # words within one are not
-        ("a a a", "a", f_measure(1, 1)),  # sets of words
-        ("A", "a", 0),
-        ("a,", "a", 0),
-        ("3.5", "5.3", f_measure(1, 1)),  # every full stop splits
-        ("a. ", "b. ", f_measure(1 / 2, 1 / 2)),  # white space after the last stop is an empty word
-        (" ", " ", f_measure(1, 1)),
-        ("天气 很好", "天气 不好", f_measure(1 / 2, 1 / 2)),
-        ("", "a", 0),
-        ("a", "", 0),
-        ("", "", 0),
-        (".", ".", 0),
-        ("...", "a", 0),
-        ("a", ".", 0),
-    ],
-)
+ROUGE_L = [
+    ("a b c", "a b c", f_measure(1, 1)), ("a b c d", "a c", f_measure(2 / 4, 1)), ("a b", "c d", 0),
+    # Lin's example of the union LCS: w1 w2 w3 w5 of 5 and of 8 different words.
+    ("w1 w2 w3 w4 w5", "w1 w2 w6 w7 w8. w1 w3 w8 w9 w5.", f_measure(4 / 5, 4 / 8)),
+    ("a. b", "b. a", f_measure(1, 1)),  # sentences are matched in any order,
+    ("a b", "b a", f_measure(1 / 2, 1 / 2)),  # words within one are not
+    ("a a a", "a", f_measure(1, 1)),  # sets of words
+    ("A", "a", 0), ("a,", "a", 0),
+    ("3.5", "5.3", f_measure(1, 1)),  # every full stop splits
+    ("a. ", "b. ", f_measure(1 / 2, 1 / 2)),  # white space after the last stop is an empty word
+    (" ", " ", f_measure(1, 1)), ("天气 很好", "天气 不好", f_measure(1 / 2, 1 / 2)), ("", "a", 0), ("a", "", 0),
+    ("", "", 0),
+    (".", ".", 0), ("...", "a", 0), ("a", ".", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prediction", "reference", "score"), ROUGE_L)
 def test_rouge_l(prediction, reference, score):
     assert rouge_l(prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
 
@@ -547,24 +370,20 @@ def test_rouge_l_equals_the_plain_table():
 # --- BLEU ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "n", "score"),
-    [
-        ("a b c d", "a b c d", 4, 1),
-        ("a b c d", "a b c d e f g h", 1, 2.718281828459045**-1),  # brevity: exp(1 - 8 / 4)
-        ("a a a a", "a a", 1, 2 / 4),  # clipped counts
-        ("a b x c", "a b y c", 2, (3 / 4 * 1 / 3) ** 0.5),
-        ("a.b\n c", "a b c.", 3, 1),  # full stops and white space are no tokens
-        ("A", "a", 1, 0),
-        ("a b c", "a b c", 4, 0),  # no 4-gram, no smoothing
-        ("x y", "a b", 1, 0),
-        ("", "a", 1, 0),
-        ("a", "", 1, 0),
-        (". .", "a", 1, 0),
-        ("a", ".", 4, 0),
-        ("天 气", "天 气", 2, 1),
-    ],
-)
+BLEU = [
+    ("a b c d", "a b c d", 4, 1),
+    ("a b c d", "a b c d e f g h", 1, 2.718281828459045**-1),  # brevity: exp(1 - 8 / 4)
+    ("a a a a", "a a", 1, 2 / 4),  # clipped counts
+    ("a b x c", "a b y c", 2, (3 / 4 * 1 / 3) ** 0.5),
+    ("a.b\n c", "a b c.", 3, 1),  # full stops and white space are no tokens
+    ("A", "a", 1, 0),
+    ("a b c", "a b c", 4, 0),  # no 4-gram, no smoothing
+    ("x y", "a b", 1, 0), ("", "a", 1, 0), ("a", "", 1, 0), (". .", "a", 1, 0), ("a", ".", 4, 0),
+    ("天 气", "天 气", 2, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prediction", "reference", "n", "score"), BLEU)
 def test_bleu(prediction, reference, n, score):
     assert bleu(prediction, reference, n) == pytest.approx(score, rel=0, abs=1e-12)
 
@@ -588,27 +407,19 @@ def test_bleu_refuses_order_zero():
 # --- similarity ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("prediction", "reference", "score"),
-    [
-        ("abcd", "bcde", 0.75),  # 2 * 3 / 8
-        ("abc", "ab", 0.8),
-        ("ab", "a", 0.67),  # 66.67 % rounded
-        ("x = <NUM_LIT>", "x = 0", 1),
-        ("f ( '<STR_LIT>' )", "f ( '' )", 1),
-        ("'<CHAR_LIT>'", "''", 1),
-        ("<STR_LIT:utf-8>", "utf-8", 1),
-        ("<NUM_LIT:1> + <NUM_LIT:1>", "1 + 1", 1),
-        ("<STR_LIT:a\nb>", "a\nb", 1),
-        ("<STR_LIT:<NUM_LIT:1>> <NUM_LIT:1>", "1 1", 1),  # nested: replaced again, everywhere
-        ("<STR_LIT>", "<STR_LIT>", 0),  # empty after the clean-up
-        ("", "a", 0),
-        ("a", "", 0),
-        ("", "", 0),
-        ("é", "é", 1),
-        ("a", "b", 0),
-    ],
-)
+SIMILARITY = [
+    ("abcd", "bcde", 0.75),  # 2 * 3 / 8
+    ("abc", "ab", 0.8),
+    ("ab", "a", 0.67),  # 66.67 % rounded
+    ("x = <NUM_LIT>", "x = 0", 1), ("f ( '<STR_LIT>' )", "f ( '' )", 1), ("'<CHAR_LIT>'", "''", 1),
+    ("<STR_LIT:utf-8>", "utf-8", 1), ("<NUM_LIT:1> + <NUM_LIT:1>", "1 + 1", 1), ("<STR_LIT:a\nb>", "a\nb", 1),
+    ("<STR_LIT:<NUM_LIT:1>> <NUM_LIT:1>", "1 1", 1),  # nested: replaced again, everywhere
+    ("<STR_LIT>", "<STR_LIT>", 0),  # empty after the clean-up
+    ("", "a", 0), ("a", "", 0), ("", "", 0), ("é", "é", 1), ("a", "b", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prediction", "reference", "score"), SIMILARITY)
 def test_similarity(prediction, reference, score):
     assert similarity(prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
 
@@ -616,23 +427,22 @@ def test_similarity(prediction, reference, score):
 # --- SARI ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("source", "prediction", "reference", "score"),
-    [
-        ("a b", "a", "a", 1),
-        # "c" is added wrongly: add is 0 for 1- and 2-grams, everything else is 1 or 0/0.
-        ("a b", "a c", "a", (2 / 3 + 2 / 3 + 1 + 1) / 4),
-        # One "a" of two is kept: keep is 1, but "a" is in the reference, so delete is 0 for 1-grams.
-        ("a a", "a", "a", (2 / 3 + 1 + 1 + 1) / 4),
-        # Nothing deleted: keep has precision 1/2, recall 1 for 1-grams, so F 2/3; the 2-gram is wrong.
-        ("a b", "a b", "a", ((2 / 3 + 1 + 1) / 3 + (0 + 1 + 1) / 3 + 1 + 1) / 4),
-        ("The Cat.", "the cat .", "THE CAT.", 1),  # lower case and 13a tokens
-        ("ÄPFEL", "äpfel", "Äpfel", 1),
-        ("", "", "", 1),
-        # An empty text is one empty token, which is added wrongly; keep is 0 and delete 1 for 1-grams.
-        ("a", "", "a", ((0 + 0 + 0) / 3 + 1 + 1 + 1) / 4),
-    ],
-)
+SARI = [
+    ("a b", "a", "a", 1),
+    # "c" is added wrongly: add is 0 for 1- and 2-grams, everything else is 1 or 0/0.
+    ("a b", "a c", "a", (2 / 3 + 2 / 3 + 1 + 1) / 4),
+    # One "a" of two is kept: keep is 1, but "a" is in the reference, so delete is 0 for 1-grams.
+    ("a a", "a", "a", (2 / 3 + 1 + 1 + 1) / 4),
+    # Nothing deleted: keep has precision 1/2, recall 1 for 1-grams, so F 2/3; the 2-gram is wrong.
+    ("a b", "a b", "a", ((2 / 3 + 1 + 1) / 3 + (0 + 1 + 1) / 3 + 1 + 1) / 4),
+    ("The Cat.", "the cat .", "THE CAT.", 1),  # lower case and 13a tokens
+    ("ÄPFEL", "äpfel", "Äpfel", 1), ("", "", "", 1),
+    # An empty text is one empty token, which is added wrongly; keep is 0 and delete 1 for 1-grams.
+    ("a", "", "a", ((0 + 0 + 0) / 3 + 1 + 1 + 1) / 4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "prediction", "reference", "score"), SARI)
 def test_sari(source, prediction, reference, score):
     assert sari(source, prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
 
@@ -678,25 +488,25 @@ def test_long_texts_are_fast(vocabulary, full_stops):
     source, prediction, reference = (long_text(seed, vocabulary, full_stops) for seed in range(3))
     sari("", "", "")  # imports sacrebleu, which is not what is timed
     for name, score in SCORES.items():
-        start = time.perf_counter()
+        start = time.process_time()
         value = score(source, prediction, reference)
-        assert time.perf_counter() - start < 2, name
+        assert time.process_time() - start < 2, name
         assert 0 <= value <= 1, name
-    start = time.perf_counter()
+    start = time.process_time()
     choice_tolerant(prediction, "A")
     number_tolerant(prediction, "1")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("filler", [" ", "answer ", "answer: ", "(", "!", "\n", "1", "1,", "A. ", "。", "<STR_LIT:"])
 def test_degenerate_repetition_is_fast(filler):
     text = filler * (20_000 // len(filler)) + "x"
-    start = time.perf_counter()
+    start = time.process_time()
     assert choice_tolerant(text, "B") == 0
     assert number_tolerant(text, "August") == 0
     assert number_tolerant(text, "8") == 0
     assert 0 <= similarity(text, "x = 1") <= 1
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_import_is_light():

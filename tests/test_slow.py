@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 from conftest import both_tokenizers, command_line, train
 
-from trace_bench import data, report, results
+from trace_bench import report, results
 from trace_bench.run import Run, read_json
+from trace_tasks import data
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]

@@ -1,31 +1,31 @@
-"""The lm-eval tasks: they load, they are the eight, they score and demonstrate as the paper has it.
+"""The lm-eval tasks: they load, they are the eight, they score as the paper has it, and need only trace_tasks.
 
 Those with reasoning are tested in test_reasoning.py.
 """
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
 from conftest import SHARED
 
-from trace_bench import data
+from trace_bench.tasks import load_tasks, task_manager
+from trace_tasks import data
 
 HEADLINES = {
-    "trace_cstance": "accuracy",
-    "trace_fomc": "accuracy",
-    "trace_meetingbank": "rouge_l",
-    "trace_py150": "similarity",
-    "trace_scienceqa": "accuracy",
-    "trace_numglue_cm": "accuracy",
-    "trace_numglue_ds": "accuracy",
-    "trace_20minuten": "sari",
+    **dict.fromkeys(data.FOLDERS, "accuracy"),
+    **{"trace_meetingbank": "rouge_l", "trace_py150": "similarity", "trace_20minuten": "sari"},
 }
 
 
 @pytest.fixture
 def task(request: pytest.FixtureRequest, demo_data: None):
-    return data.load_tasks([request.param])[request.param]
+    return load_tasks([request.param])[request.param]
 
 
 every_task = pytest.mark.parametrize("task", list(data.FOLDERS), indirect=True)
@@ -34,38 +34,49 @@ every_task = pytest.mark.parametrize("task", list(data.FOLDERS), indirect=True)
 def test_every_yaml_of_the_folder_is_in_the_index():
     # lm-eval passes over a YAML that fails to load without a word.
     names = {p.stem for p in data.TASKS_PATH.glob("*.yaml")}
-    assert names >= {
-        *(*data.FOLDERS, "trace"),
-        *(*data.REASONING, "reasoning"),
-        *(*data.SUITES, *data.JUDGED, *data.GROUPS),
-    }
-    assert set(data.task_manager().all_tasks) == names
+    assert names >= {*data.FOLDERS, "trace", *data.REASONING, "reasoning", *data.SUITES, *data.JUDGED, *data.GROUPS}
+    assert set(task_manager().all_tasks) == names
+    assert sorted(data.ORDERS["order2"]) == sorted(data.ORDERS["order1"])
 
 
 @pytest.mark.parametrize(("prefix", "order"), [("trace", "order1"), ("reasoning", "reasoning_order1")])
 def test_the_glob_is_the_eight_and_the_group_has_them_too(prefix, order, demo_data: None):
-    manager = data.task_manager()
+    manager = task_manager()
     assert set(manager.match_tasks([f"{prefix}_*"])) >= set(data.ORDERS[order])
     assert list(manager.load([prefix])["tasks"]) == data.ORDERS[order]
 
 
-def test_order_2_has_the_tasks_of_order_1():
-    assert sorted(data.ORDERS["order2"]) == sorted(data.ORDERS["order1"])
+BLOCK = """\
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("trace_bench", "trainers", "judges", "bench"):
+            raise ModuleNotFoundError(f"{name} is not part of trace_tasks", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_plain_lm_eval_runs_the_tasks_where_nothing_else_of_ours_is_there(tmp_path):
+    shutil.copytree(data.TASKS_PATH, tmp_path / "trace_tasks", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "sitecustomize.py").write_text(BLOCK)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRACE_DATA": "demo"}
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "dummy", "--tasks", "trace_*", "--limit", "2"]
+    command += ["--include_path", str(tmp_path / "trace_tasks")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for task, headline in HEADLINES.items():
+        table = re.search(rf"\|{task} *\|.*\n(?:\| +\|.*\n)*", done.stdout)
+        assert table and f"|{headline} " in table[0], done.stdout
 
 
 @every_task
-def test_a_task_reads_its_own_rows(task):
+def test_a_task_reads_its_own_rows_and_its_reference_scores_full_marks(task):
     rows = data.read_split(data.find_data("demo"), data.FOLDERS[task.task_name], "test")
+    doc, headline = rows[0], HEADLINES[task.task_name]
     assert list(task.test_docs()) == rows
-    assert task.fewshot_context(rows[0], 0) == rows[0]["prompt"], "the raw prompt, nothing around it"
-    assert task.doc_to_target(rows[0]) == rows[0]["answer"]
-    assert next(iter(task.aggregation())) == HEADLINES[task.task_name]
-
-
-@every_task
-def test_the_reference_scores_full_marks_and_nonsense_none(task):
-    doc = task.test_docs()[0]
-    headline = HEADLINES[task.task_name]
+    assert task.fewshot_context(doc, 0) == doc["prompt"], "the raw prompt, nothing around it"
+    assert task.doc_to_target(doc) == doc["answer"]
+    assert next(iter(task.aggregation())) == headline
     assert task.process_results(doc, [doc["answer"]])[headline] > 0.99
     # SARI rewards what is left out of a long source: by itself about a half.
     assert task.process_results(doc, ["~"])[headline] < (0.55 if headline == "sari" else 0.05)
@@ -90,13 +101,12 @@ def test_demonstrations_follow_the_rules_of_the_paper(task):  # prompts made of 
 
 
 def test_a_training_row_that_is_a_test_prompt_demonstrates_nothing(tmp_path, monkeypatch):
-    folder = tmp_path / "FOMC"
-    folder.mkdir()
+    (tmp_path / "FOMC").mkdir()
     train = [{"prompt": f"p{i}", "answer": "ABC"[i % 3]} for i in range(12)]
     for split, rows in {"train": train, "eval": train[:1], "test": train[:5]}.items():
-        (folder / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
+        (tmp_path / "FOMC" / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
     monkeypatch.setenv("TRACE_DATA", str(tmp_path))
-    task = data.load_tasks(["trace_fomc"])["trace_fomc"]
+    task = load_tasks(["trace_fomc"])["trace_fomc"]
     task.set_fewshot_seed(0)
     assert {d["prompt"] for d in task.sampler.sample(6)} <= {f"p{i}" for i in range(5, 12)}
 
@@ -107,11 +117,11 @@ def test_no_right_answer_is_cut_by_the_limit_of_tokens(name, monkeypatch):
     if not (SHARED / "data").is_dir():
         pytest.skip("needs ../shared/data, the real TRACE data")
     monkeypatch.setenv("TRACE_DATA", str(SHARED / "data" / "trace"))
-    task = data.load_tasks([name])[name]
+    task = load_tasks([name])[name]
     longest = max(len(d["answer"].encode()) for d in [*task.test_docs(), *task.training_docs()])
     assert longest <= task.config.generation_kwargs["max_gen_toks"], "at worst a token a byte"
 
 
 def test_an_unknown_task_is_an_error_that_names_the_known(demo_data: None):
     with pytest.raises(data.DataError, match=r"trace_nothing.*trace_cstance"):
-        data.load_tasks(["trace_nothing"])
+        load_tasks(["trace_nothing"])

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import ModelConfig
 
-from trace_bench import data
-from trace_bench.run import Run, RunError, read_json, write_json
+from trace_bench.run import Run, RunError, read_json
+from trace_tasks import data
+from trace_tasks.data.files import write_json
 from trainers import base
 from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped
 

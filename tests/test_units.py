@@ -12,14 +12,17 @@ import pytest
 from made_runs import NAN, SINGLE, cell, make_run, write_cell
 from test_comparison import compared, differences
 
-from trace_bench import data, evaluate
+from trace_bench import evaluate
 from trace_bench.comparison import compare, write_comparison
 from trace_bench.figures import pictures
 from trace_bench.metrics import difference_interval
 from trace_bench.report import write_report
 from trace_bench.results import Results
-from trace_bench.run import Run, read_json, read_jsonl, write_json
+from trace_bench.run import Run, read_json, read_jsonl
 from trace_bench.tables import DASH, Unit, shade, shared_unit
+from trace_bench.tasks import load_tasks
+from trace_tasks import data
+from trace_tasks.data.files import write_json
 
 #: Metric -> whether higher is better, and its scale.
 KINDS = {"ter": (False, 100), "bleu": (True, 100), "mae": (False, None), "accuracy": (True, 1), "wer": (False, 1)}
@@ -410,7 +413,7 @@ def test_a_metric_of_unknown_direction_is_refused_before_anything_starts(own_tas
 
 
 def test_the_tasks_of_trace_are_fractions_of_which_more_is_better(demo_data):
-    tasks = data.load_tasks([*data.FOLDERS, *data.REASONING])
+    tasks = load_tasks([*data.FOLDERS, *data.REASONING])
     assert all(better is True for task in tasks.values() for better in task.higher_is_better().values())
 
 

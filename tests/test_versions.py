@@ -8,7 +8,8 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from trace_bench import data, versions
+from trace_bench import versions
+from trace_bench.tasks import load_tasks
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch):
 def test_tasks_are_not_loaded_with_another_lm_eval(installed):
     installed(lm_eval="0.4.12")
     with pytest.raises(versions.VersionError, match=r"lm-eval 0\.4\.12"):
-        data.load_tasks(["trace_fomc"])
+        load_tasks(["trace_fomc"])
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import numpy as np
 
 from trace_bench.metrics import Matrix
 from trace_bench.results import Cells, Results
-from trace_bench.run import Run, RunError
+from trace_bench.run import Run
 from trace_bench.tables import value_text
+from trace_tasks.errors import TraceError
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def bounds(run: Run) -> list[Bound]:
             results = Results(sibling)
             scores = results.final
             other = _other_training(run, sibling)
-        except (RunError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        except (TraceError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
             log.warning("%s is left out of the bounds of %s: %s: %s", file.parent, run.path, type(e).__name__, e)
             continue
         if not np.isnan(scores).all():

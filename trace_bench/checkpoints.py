@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import models
-from trace_bench.limits import LimitError, limited
 from trace_bench.models import ModelError
-from trace_bench.run import Run, RunError, Stage, fingerprint, is_file_name, one_line, read_json
+from trace_bench.run import Run, RunError, Stage, is_file_name, one_line, read_json
+from trace_tasks.data.files import fingerprint
+from trace_tasks.limits import LimitError, limited
 
 log = logging.getLogger(__name__)
 

@@ -19,17 +19,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trace_bench import data, models
+from trace_bench import models
 from trace_bench.checkpoints import check_own
-from trace_bench.run import (
-    Run,
-    RunError,
-    Stage,
-    differences,
-    fingerprint,
-    package_versions,
-    read_json,
-)
+from trace_bench.run import Run, RunError, Stage, differences, package_versions, read_json
+from trace_bench.tasks import load_tasks, rows_fingerprint
+from trace_tasks import data
+from trace_tasks.data.files import fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +71,7 @@ def verify(
     for stage in stages:
         if stage.external is None and stage.is_trained:
             check_own(stage)
-    loaded = data.load_tasks(tasks)
+    loaded = load_tasks(tasks)
     check_tasks(run, loaded)
     return loaded
 
@@ -178,19 +173,19 @@ def use_data(run: Run, path: str | None = None) -> None:
     source = path or run.manifest["data"]["path"]
     if path is None and run.manifest["data"]["demo"] and not data.is_demo(Path(source)):
         source = "demo"  # the run was made on another machine: this one makes the same rows
-    root = data.find_data(source)
     if path is None and "reasoning" in run.manifest["data"] and not run.manifest["data"]["demo"]:
         os.environ.setdefault("TRACE_REASONING", run.manifest["data"]["reasoning"])
-    data.check(root, run.tasks, data.SPLITS if run.manifest["config"].get("num_fewshot") else ["test"])
-    changed = data.changed_tasks(root, run.manifest["data"])
+    rows = data.open_data(expected, source)
+    rows.check(data.SPLITS if run.manifest["config"].get("num_fewshot") else ["test"])
+    changed = rows.changed(run.manifest["data"])
     if changed:
-        unknown = not run.manifest["data"].get("test") and len(data.check(root, changed, ["test"])[changed[0]]) < 3
+        unknown = not run.manifest["data"].get("test") and len(rows.check(["test"])[changed[0]]) < 3
         raise RunError(
-            f"{root} holds other data than the run began with, in: {', '.join(changed)}."
+            f"{rows.root} holds other data than the run began with, in: {', '.join(changed)}."
             + " Files are missing there, and the run was begun by an older program, which did not note its test rows "
             "alone: add train.json and eval.json." * unknown
         )
-    os.environ["TRACE_DATA"] = str(root)
+    rows.use()
 
 
 def check_rows(run: Run, tasks: dict[str, Any]) -> None:
@@ -200,7 +195,7 @@ def check_rows(run: Run, tasks: dict[str, Any]) -> None:
         RunError: naming those whose rows changed.
     """
     expected = run.manifest["data"]["fingerprint"]
-    changed = [name for name, digest in data.rows_fingerprint(tasks).items() if digest != expected.get(name, digest)]
+    changed = [name for name, digest in rows_fingerprint(tasks).items() if digest != expected.get(name, digest)]
     if changed:
         raise RunError(
             f"The rows of {', '.join(changed)} are not those that the run began with. Restore them, or begin a new run."

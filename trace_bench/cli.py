@@ -278,12 +278,12 @@ def _main(argv: list[str]) -> None:
     prepare_logging()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line on NUMA whenever an engine starts on a CPU
     from judges import JudgeError
-    from trace_bench.data import DataError
     from trace_bench.engine import EngineError
     from trace_bench.models import ModelError
     from trace_bench.run import RunError, advice
     from trace_bench.study import StudyError
     from trace_bench.versions import VersionError
+    from trace_tasks.data import DataError
     from trace_tasks.tokens import PromptError
 
     try:
@@ -359,7 +359,7 @@ def _indices(stages: str | None) -> list[int] | None:
 
 
 def _data(args: argparse.Namespace) -> None:
-    from trace_bench import data
+    from trace_tasks import data
 
     good, problems = [], []
     for root in data.find_all_data(args.source):
@@ -401,7 +401,7 @@ def _data(args: argparse.Namespace) -> None:
 
 def _complete(folders: dict[str, Path], needed: Sequence[str]) -> tuple[dict[str, dict[str, int]], str]:
     """The rows of each task that has all that is needed of it, and what is wrong with the others."""
-    from trace_bench import data
+    from trace_tasks import data
 
     try:
         return data.check_folders(folders, needed), ""
@@ -413,8 +413,10 @@ def _complete(folders: dict[str, Path], needed: Sequence[str]) -> tuple[dict[str
 def _audit(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from trace_bench import audit, data
-    from trace_bench.run import write_json
+    from trace_bench.models import open_tokenizer
+    from trace_tasks import data
+    from trace_tasks.data import audit, audit_text
+    from trace_tasks.data.files import write_json
 
     if args.output and not args.output.endswith(".json"):
         raise data.DataError(f"--output {args.output}: name a file that ends in .json.")
@@ -422,12 +424,12 @@ def _audit(args: argparse.Namespace) -> None:
     root = data.find_data(args.source)
     report = audit.audit(
         root,
-        audit.open_tokenizer(args.tokenizer),
+        open_tokenizer(args.tokenizer),
         max_prompt_length=args.max_prompt_length,
         max_answer_length=args.max_answer_length,
         against=[root for source in args.against for root in data.find_all_data(source)],
     )
-    _show(audit.as_text(report))
+    _show(audit_text.as_text(report))
     if args.output:
         write_json(Path(args.output), report)
         _show(f"All of it, with the numbers of the rows: {args.output}")
@@ -437,9 +439,9 @@ def _audit(args: argparse.Namespace) -> None:
 
 def _checkpoints_run(args: argparse.Namespace, besides: dict[str, Any], engine_args: dict[str, Any] | None) -> Run:
     """The run of the checkpoints that --checkpoint names, begun or with them added."""
-    from trace_bench import data
     from trace_bench.evaluate import external_run, measured_run
     from trace_bench.run import RunError
+    from trace_tasks import data
 
     pairs = [c.partition("=") for c in args.checkpoint]
     if not all(name and path for name, _, path in pairs):
@@ -634,8 +636,8 @@ def _annotate(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from judges import annotate
-    from trace_bench.data import find_data
     from trace_bench.run import locked
+    from trace_tasks.data import find_data
 
     out = Path(args.out)
     teacher = _make_judge(args, annotate.cache_file(out), annotate.SAMPLING)
@@ -665,8 +667,8 @@ def _annotate(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from trace_bench.audit import without_leaked
     from trace_bench.comparison import check_output, write_comparison
+    from trace_bench.leaks import without_leaked
     from trace_bench.report import write_report
     from trace_bench.run import Run
 
@@ -707,7 +709,7 @@ def _status(args: argparse.Namespace) -> None:
 
 
 def _tasks_path(args: argparse.Namespace) -> None:
-    from trace_bench.data import TASKS_PATH
+    from trace_tasks.data import TASKS_PATH
 
     if args.install:
         # lm-eval looks for tasks in its own folder only and follows no links: a stub there includes each of ours.

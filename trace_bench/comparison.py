@@ -23,10 +23,9 @@ from judges.judging import KINDS
 from judges.report import judge_tokens, net_win_rate, verdicts
 from trace_bench import metrics, paper
 from trace_bench.bounds import conditions, same_conditions
-from trace_bench.data import GROUPS, ORDERS, REASONING, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.results import DELTAS, Results, unit_of
-from trace_bench.run import Run, RunError, differences, write_text
+from trace_bench.run import Run, RunError, differences
 from trace_bench.tables import (
     DASH,
     PERCENT,
@@ -46,6 +45,8 @@ from trace_bench.tables import (
 )
 from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
+from trace_tasks.data import GROUPS, ORDERS, REASONING, SUITES
+from trace_tasks.data.files import write_text
 
 #: Those numbers of a run that are scores, and whether they have a sign. All but forgetting have intervals, and
 #: differences to the baseline as well.

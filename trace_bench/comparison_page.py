@@ -10,7 +10,7 @@ from urllib.parse import quote
 from trace_bench.comparison import Comparison
 from trace_bench.figures import RUNS_NAMES, pictures_of_runs
 from trace_bench.html import document, figure_html, table_html, text_html, write_pictures
-from trace_bench.run import write_text
+from trace_tasks.data.files import write_text
 
 
 def write_page(comparison: Comparison, file: Path, head: str = "") -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,24 +17,15 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from trace_bench import checks, data, models
+from trace_bench import checks, models
 from trace_bench.checkpoints import check_checkpoints, checkpoint_fingerprint, warn_of_tokenizers
 from trace_bench.engine import FREE
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import (
-    WRITTEN,
-    Run,
-    RunError,
-    Stage,
-    fingerprint,
-    is_file_name,
-    locked,
-    refuse_links,
-    source_commit,
-    write_json,
-    write_jsonl,
-)
+from trace_bench.run import WRITTEN, Run, RunError, Stage, is_file_name, locked, source_commit
 from trace_bench.tables import task_name
+from trace_bench.tasks import check_stages, data_record, load_suites, load_tasks, task_manager
+from trace_tasks import data
+from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_jsonl
 from trace_tasks.tokens import Chat, PromptError, prompt_ids
 
 log = logging.getLogger(__name__)
@@ -161,7 +151,7 @@ def _evaluate(
         if limit is not None:
             kwargs = task.config.generation_kwargs
             kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
-    groups = data.load_suites([s for s in suites if any(s in todo for todo in plan.values())])
+    groups = load_suites([s for s in suites if any(s in todo for todo in plan.values())])
     for name, task in tasks.items():
         # As the training prompts are made, whatever a task from elsewhere says of shots.
         _prepare(task, (more.get(name) or settings)["num_fewshot"] or 0, seed)
@@ -472,7 +462,7 @@ def _run(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any
 
     lm.max_prompt_length = max_prompt_length
     started = time.perf_counter()
-    results = lm_eval.evaluate(lm, data.task_manager().load(tasks), bootstrap_iters=0, log_samples=True, **kwargs)
+    results = lm_eval.evaluate(lm, task_manager().load(tasks), bootstrap_iters=0, log_samples=True, **kwargs)
     return results, time.perf_counter() - started
 
 
@@ -680,16 +670,15 @@ def external_run(
                 f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or control characters, "
                 "or begin with '.'."
             )
-    root = data.find_data(data_path) if data.needs_data(tasks) else None
-    if root is not None:
-        os.environ["TRACE_DATA"] = str(root)
-        data.check(root, tasks, ["test"])
+    rows = data.open_data(tasks, data_path)
+    rows.use()
+    rows.check(["test"])
     for kind, known in (("general", data.SUITES), ("judged", data.JUDGED)):
         for name in data.expand(settings.get(kind, ()), known):
             data.source_fingerprint(name)  # its data is there
     base = models.resolve_model(model)
-    loaded = data.load_tasks(tasks)
-    data.check_stages(loaded)
+    loaded = load_tasks(tasks)
+    check_stages(loaded)
     file = Path(path) / "manifest.json"
     began = Run.open(path).manifest if file.exists() else {}
     there = began.get("checkpoints", {})
@@ -714,7 +703,7 @@ def external_run(
         **({"chain": True} if chain else {}),
         **(renamed if not there else {k: began[k] for k in began if k == "renamed_base"}),
         "date": time.strftime("%Y-%m-%d"),
-        "data": data.data_record(root, loaded),
+        "data": data_record(rows, loaded),
         "config": settings,
     }
     # Before anything is recorded. Earlier ones that are not given again may be evaluated and gone.

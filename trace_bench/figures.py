@@ -20,11 +20,11 @@ import numpy as np
 
 from judges.judging import KINDS
 from judges.report import pooled
-from trace_bench.data import SUITES
 from trace_bench.metrics import Estimate
 from trace_bench.results import DELTAS, Results, headline
 from trace_bench.run import Stage
 from trace_bench.tables import DASH, PERCENT, Unit, shade, shared_unit, task_name
+from trace_tasks.data import SUITES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,12 +22,13 @@ import numpy as np
 
 from judges.judging import KINDS
 from judges.report import length_controlled, net_win_rate, verdicts
-from trace_bench.data import JUDGED, SUITES
 from trace_bench.figures import COLOURS, NAMES, Picture, pictures, stage_label
 from trace_bench.metrics import Estimate
 from trace_bench.results import Results
-from trace_bench.run import read_jsonl, write_bytes, write_text
+from trace_bench.run import read_jsonl
 from trace_bench.tables import DASH, PERCENT, Block, Section, Table, Unit, arrow, length, shade, task_name
+from trace_tasks.data import JUDGED, SUITES
+from trace_tasks.data.files import write_bytes, write_text
 
 #: Size of the samples in the page. Those that changed most come first, so what is left out changed least.
 SAMPLE_BYTES = 2_500_000

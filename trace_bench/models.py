@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from trace_bench.data import cache_dir
-from trace_bench.limits import limited
-from trace_bench.run import cached_dir, fingerprint, one_line, read_json
+from trace_bench.run import one_line, read_json
+from trace_tasks.data.files import cache_dir, cached_dir, fingerprint
 from trace_tasks.errors import TraceError
+from trace_tasks.limits import limited
 
 QUICKSTART = "SmolLM2-135M-Instruct"
 _GGUF = f"{QUICKSTART}.Q4_1.gguf"
@@ -208,6 +208,21 @@ def _model_file(model: str, name: str, revision: str | None) -> dict[str, Any] |
         return read_json(Path(hf_hub_download(model, name, revision=revision)))
     except EntryNotFoundError:  # also without the hub, where the cache lacks it
         return None
+
+
+def open_tokenizer(name: str | None) -> Any:
+    """The tokenizer of a model; with no name that of the quickstart model, or None where it is not installed.
+
+    Raises:
+        ModelError: if a named model or its tokenizer cannot be had.
+    """
+    try:
+        path = resolve_model(name or QUICKSTART)
+    except ModelError:
+        if name:
+            raise
+        return None
+    return load_tokenizer(path)
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

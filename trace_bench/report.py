@@ -21,10 +21,9 @@ from judges.report import sections as judged_sections
 from trace_bench import paper
 from trace_bench.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.checks import stale
-from trace_bench.data import GROUPS, JUDGED, SUITES
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.results import Cells, Results, headline, unit_of
-from trace_bench.run import WRITTEN, Run, refuse_links, write_text
+from trace_bench.run import WRITTEN, Run
 from trace_bench.tables import (
     DASH,
     PERCENT,
@@ -45,6 +44,8 @@ from trace_bench.tables import (
 )
 from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
+from trace_tasks.data import GROUPS, JUDGED, SUITES
+from trace_tasks.data.files import refuse_links, write_text
 
 DEMO = (
     "> **Demo data.** The tasks have TRACE's form, but the rows are made by this program. The scores show learning "

@@ -20,11 +20,11 @@ from judges.judging import KINDS
 from judges.report import Judged
 from judges.report import load as load_judged
 from trace_bench import checks, metrics
-from trace_bench.audit import without_rows
-from trace_bench.data import GROUPS, JUDGED, SUITES
+from trace_bench.leaks import without_rows
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 from trace_bench.tables import Unit, shared_unit
+from trace_tasks.data import GROUPS, JUDGED, SUITES
 
 #: The three deltas (TRACE, section 3.3).
 DELTAS = ("general", *(kind.name for kind in KINDS))

@@ -17,27 +17,24 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import glob
 import hashlib
 import importlib.metadata
 import json
 import logging
 import os
 import re
-import secrets
-import shutil
 import socket
-import stat
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from trace_tasks.errors import TraceError
+from trace_tasks.data import reading
+from trace_tasks.data.files import open_own, refuse_links, remove, write_json
+from trace_tasks.errors import DataError, TraceError
 
 log = logging.getLogger(__name__)
 
@@ -51,10 +48,6 @@ CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.
 _NOT_IDENTITY = (*CIRCUMSTANCES, "checkpoints.", "renamed_base.")
 #: Entries of a manifest that older programs did not write.
 _LATER = ("task_definitions",)
-
-
-#: The most bytes of a JSON file, and of one with JSON lines.
-MOST_JSON, MOST_LINES = 64 * 2**20, 4 * 2**30
 
 
 class RunError(TraceError):
@@ -138,158 +131,6 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         yield
 
 
-def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Opens a file to write into as it is: never through a link, and nothing but an ordinary file.
-
-    Args:
-        path: The file.
-        flags: Those of `os.open`.
-        mode: The rights of a new file.
-
-    Returns:
-        A file descriptor.
-
-    Raises:
-        RunError: if it is a link, a folder, a pipe or a device.
-    """
-    wrong = f"{path} is no ordinary file but a link, a folder, a pipe or a device. Nothing is written there: remove it."
-    try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
-    except OSError as e:
-        if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
-            raise RunError(wrong) from None
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise RunError(wrong)
-    return fd
-
-
-def refuse_links(folder: Path, *names: str) -> None:
-    """Refuses to write where a link leads elsewhere; a run may be an unpacked archive.
-
-    The folder itself and those above it may be links: their user made them. A link to a file is replaced when the
-    file is written. A checkpoint may be a link, since it is only read, or replaced as a whole.
-
-    Args:
-        folder: Where the results are written.
-        *names: What is written into below it.
-
-    Raises:
-        RunError: naming the link, pipe or device.
-    """
-    todo = [folder / name for name in names]
-    while todo:
-        path = todo.pop()
-        if not os.path.lexists(path) or path.name in ("adapter", "model"):
-            continue
-        if path.is_symlink() and not path.is_file():
-            raise RunError(
-                f"{path} is a link to {os.readlink(path)}: what is written below {folder} would be written there. "
-                "Remove the link, or put a copy of the folder in its place. The run folder itself may be a link."
-            )
-        if path.is_dir():
-            todo += path.iterdir()
-        elif not path.is_file():
-            raise RunError(f"{path} is no file but a pipe or a device: remove it.")
-
-
-def remove(path: Path) -> None:
-    """Removes a file, a folder with all below it, or of a link the link alone."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def temporary_dir(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder that is gone when the block ends. What killed programs left under its prefix is removed first.
-
-    Its owner holds a lock (`flock`) on a file in it, which ends with the process: whoever comes next knows which
-    folders nobody works in any more, whatever machines and process numbers they are from.
-
-    Args:
-        parent: An existing folder.
-        prefix: How its name begins; the rest cannot be guessed.
-    """
-    remove_leftovers(parent, prefix)
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
-        with suppress(FileNotFoundError):  # another process took it for a leftover
-            fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            if _hold(fd):
-                break
-            os.close(fd)
-    try:
-        yield folder
-    finally:
-        os.close(fd)
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Removes the temporary files and folders of a name in which no process works any more."""
-    for path in parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        with suppress(OSError):  # others do the same, or it is not ours
-            info = path.lstat()
-            if info.st_uid != os.geteuid() or not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
-                continue
-            mark, create = (path / _LOCK, os.O_CREAT) if stat.S_ISDIR(info.st_mode) else (path, 0)
-            fd = os.open(mark, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | create, 0o600)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                remove(path)
-            finally:
-                os.close(fd)
-
-
-#: The file of a temporary folder on which its owner has the lock.
-_LOCK = ".lock"
-
-
-def _hold(fd: int) -> bool:
-    """Takes the lock of a new temporary file; whether it is still there, as others may take it for a leftover."""
-    with suppress(OSError):  # no locks on this file system: nobody will take it
-        fcntl.flock(fd, fcntl.LOCK_EX)
-    return os.fstat(fd).st_nlink > 0
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically: either the old content or all of the new one is there, whatever happens."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` of bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path.parent, f".{path.name}.")
-    done = False
-    while not done:
-        tmp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-        with tmp.open("xb") as f:
-            try:
-                if _hold(f.fileno()):
-                    f.write(content)
-                    f.flush()
-                    os.fsync(f.fileno())
-                    tmp.replace(path)
-                    done = True
-            finally:
-                tmp.unlink(missing_ok=True)
-    _fsync_dir(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically. NaN is refused: a missing number is null."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Writes one JSON value a line, atomically."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
-
-
 class JsonObject(dict[str, Any]):
     """An object of a JSON file; an entry that is not there is an error which names the file."""
 
@@ -322,34 +163,21 @@ def read_jsonl(path: Path) -> list[Any]:
         raise RunError(f"{path} is gone. Delete its score and evaluate again, which writes both.")
     from trace_bench import shapes
 
+    try:
+        lines = reading.read_file(path, reading.MOST_LINES).split(b"\n")
+    except DataError as e:
+        raise RunError(str(e)) from e
     rows, shape = [], shapes.of_file(path)
-    for number, line in enumerate(read_file(path, MOST_LINES).split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         try:
             if line:
-                rows.append(shapes.strict(line.decode("utf-8"), partial(JsonObject, path), shape is shapes.Sample))
+                halves = shape is shapes.Sample
+                rows.append(reading.strict(line.decode("utf-8"), partial(JsonObject, path), halves))
                 if shape is not None:
-                    shapes.check(shape, rows[-1])
+                    reading.check(shape, rows[-1])
         except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
             raise RunError(f"{path}, line {number} is damaged ({e}). {_remedy(path)}") from e
     return rows
-
-
-def read_file(path: Path, most: int) -> bytes:
-    """Reads an ordinary file of limited size: a pipe would be waited for, and a device may never end.
-
-    Args:
-        path: The file.
-        most: The most bytes.
-
-    Raises:
-        RunError: if it is another thing, or longer.
-    """
-    if path.exists() and not path.is_file():
-        raise RunError(f"{path} is no file but a folder, a pipe or a device: remove it.")
-    with path.open("rb") as f:
-        if os.fstat(f.fileno()).st_size > most:
-            raise RunError(f"{path} has more than {most / 2**20:g} MiB, as no such file has: it is damaged. Remove it.")
-        return f.read()
 
 
 def read_json(path: Path, shape: Any = None) -> Any:
@@ -364,133 +192,10 @@ def read_json(path: Path, shape: Any = None) -> Any:
     """
     from trace_bench import shapes
 
-    shape, hook = shape or shapes.of_file(path), partial(JsonObject, path)
     try:
-        text = read_file(path, MOST_JSON).decode("utf-8")
-        content = json.loads(text, object_hook=hook) if shape is None else shapes.strict(text, hook)
-        later = shape is shapes.Manifest and isinstance(content, dict) and content.get("format") != FORMAT
-        if shape is not None and not later:
-            shapes.check(shape, content)
-        return content
-    except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
-        raise RunError(f"{path} is damaged ({e}). {_remedy(path)}") from e
-
-
-@contextmanager
-def fresh_dir(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends without an error; an older one goes then."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_dir(path.parent, f".{path.name}.") as own:
-        made = own / path.name
-        made.mkdir()
-        yield made
-        sync_files(made)
-        remove(path)
-        made.replace(path)
-        _fsync_dir(path.parent)
-
-
-def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of a cache, which processes on several machines may share: made if it is not there or damaged.
-
-    Each process makes it in a folder of its own, and the first one to finish wins: one that is whole is never replaced.
-
-    Args:
-        path: The folder.
-        make: Fills an empty folder.
-
-    Returns:
-        `path`.
-    """
-    if _is_whole(path):
-        return path
-    # A cache that is made now is its user's alone: the data in it may be private.
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if path.exists():
-        log.warning("%s is damaged, or of an earlier version of this program: it is made again.", path)
-    with temporary_dir(path.parent, f".{path.name}.") as own:
-        made = own / path.name
-        made.mkdir()
-        make(made)
-        files = [p for p in sorted(made.rglob("*")) if p.is_file()]
-        record = {p.relative_to(made).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
-        sync_files(made)
-        fd = open_own(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
-        try:
-            with suppress(OSError):  # no locks on this file system
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            if not _is_whole(path):
-                if os.path.lexists(path):
-                    path.rename(own / "damaged")
-                made.rename(path)
-                write_text(_record_of(path), json.dumps(record))  # in ASCII, since a name need not be UTF-8
-        finally:
-            os.close(fd)
-    return path
-
-
-def _record_of(path: Path) -> Path:
-    """What a folder of a cache holds, file -> size and SHA-256: beside it, and written last."""
-    return path.with_name(f".{path.name}.json")
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a folder of a cache is what was made."""
-    try:
-        if not path.is_dir():
-            return False
-        files = {path / name: entry for name, entry in read_json(_record_of(path)).items()}
-        stats = {file: file.stat() for file in files}
-        if any(stats[file].st_size != size or not file.is_file() for file, (size, _) in files.items()):
-            return False
-        # A file that this process has read already is read again only if it was written to since.
-        return all(
-            digest == _sha256_once(file, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
-            for (file, (_, digest)), s in zip(files.items(), stats.values(), strict=True)
-        )
-    except (OSError, RunError, ValueError, TypeError, AttributeError):
-        return False
-
-
-@cache
-def _sha256_once(path: Path, *state: int) -> str:
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def sync_files(folder: Path) -> None:
-    """Makes sure that all files below a folder are on the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
-
-
-def _fsync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
-    """SHA-256 over the names and contents of a file or of all files below a folder (hex, 16 digits)."""
-    if not path.exists():
-        raise RunError(f"{path} is gone: there is nothing to take a fingerprint of.")
-    total = hashlib.sha256()
-    if only is not None:
-        files = sorted(path / name for name in only)
-    else:
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        # As the file system has it: a name need not be UTF-8.
-        total.update(os.fsencode(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n"))
-    return total.hexdigest()[:16]
+        return reading.read_json(path, shape or shapes.of_file(path), partial(JsonObject, path))
+    except DataError as e:
+        raise RunError(f"{e} {_remedy(path)}") from e
 
 
 def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -661,11 +366,10 @@ class Run:
                 raise RunError(f"{path} has lost its manifest.json. The command that began the run writes it again.")
             found = sorted(p.parent.as_posix() for p in path.parent.glob("*/manifest.json"))
             raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
+        written = read_json(file, dict[str, Any]).get("format")
+        if written != FORMAT:
+            raise RunError(f"{file} has format {written!r}; this program reads {FORMAT}.")
         manifest = read_json(file)
-        if not isinstance(manifest, dict):
-            raise RunError(f"{file} is damaged: it holds {type(manifest).__name__}, not an object.")
-        if manifest.get("format") != FORMAT:
-            raise RunError(f"{file} has format {manifest.get('format')!r}; this program reads {FORMAT}.")
         _check_manifest(file, manifest)
         return cls(path, manifest)
 

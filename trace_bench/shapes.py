@@ -6,17 +6,11 @@ what an entry means (is this the stage of that folder, does a count add up?) is 
 
 from __future__ import annotations
 
-import json
-import math
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, Required
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from typing_extensions import TypedDict
-
-#: Python's JSON reads whole numbers of thousands of digits; nothing here is as long as this.
-_LONGEST_NUMBER = 20
 
 Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # their squares are numbers, too
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
@@ -353,62 +347,3 @@ def of_file(path: Path) -> Any:
     if name.endswith(".batches.json"):
         return Batches
     return {"manifest.json": Manifest, "progress.json": Progress, "whole.json": Within}.get(name)
-
-
-@cache
-def _adapter(shape: Any) -> TypeAdapter:
-    return TypeAdapter(shape)
-
-
-def check(shape: Any, content: Any) -> None:
-    """Compares a value with a shape.
-
-    Raises:
-        ValueError: with the entry, its value and what it should be.
-    """
-    try:
-        _adapter(shape).validate_python(content, strict=True)
-    except ValidationError as e:
-        error = e.errors(include_url=False, include_context=False)[0]
-        where: list[str] = []
-        inside = content
-        for part in error["loc"]:  # pydantic adds the names of the types that it tried
-            if not (part in inside if isinstance(inside, dict) else isinstance(inside, list) and isinstance(part, int)):
-                break
-            inside = inside[part]
-            where.append(str(part))
-        if error["type"] == "missing":
-            raise ValueError(f"it lacks {'.'.join(map(str, error['loc']))!r}") from None
-        what = error["msg"].removeprefix("Input should be ")
-        named = f"{'.'.join(where)!r} is" if where else "it holds"
-        shown = "an object" if isinstance(inside, dict) else "a list" if isinstance(inside, list) else f"{inside!r:.60}"
-        raise ValueError(f"{named} {shown}, not {what}") from None
-
-
-def strict(text: str, hook: Any, halves: bool = False) -> Any:
-    """Reads JSON as we write it: numbers are finite and of a sane length, texts hold no half characters.
-
-    Args:
-        text: The JSON.
-        hook: Makes objects of the pairs' mappings, as of `json.loads`.
-        halves: Whether texts may hold half characters, as answers of models from elsewhere do.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    content = json.loads(text, object_hook=hook, parse_constant=_finite, parse_int=_int, parse_float=_finite)
-    if "\\u" in text and not halves:
-        json.dumps(content, ensure_ascii=False).encode()
-    return content
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def _int(text: str) -> int:
-    if len(text) > _LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(text)} digits")
-    return int(text)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trace_bench.data import JUDGED, SUITES
 from trace_bench.evaluate import seen_tasks
 from trace_bench.run import Run, Stage, read_json
+from trace_tasks.data import JUDGED, SUITES
 
 #: A stage whose progress was not written for so many seconds is said to be interrupted: steps take less.
 SILENT = 600

@@ -44,8 +44,9 @@ from trace_bench.comparison_page import write_page
 from trace_bench.ending import run_child
 from trace_bench.keys import refuse_secrets
 from trace_bench.report import write_report
-from trace_bench.run import Run, RunError, write_text
+from trace_bench.run import Run
 from trace_bench.text import markdown_text, one_line, printable
+from trace_tasks.data.files import write_text
 from trace_tasks.errors import TraceError
 
 TRAINERS = Path(__file__).parent.parent / "trainers"
@@ -233,7 +234,7 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
             run = Run.open(folder / name)
             write_report(run)
             there.append(run)
-        except RunError as e:
+        except TraceError as e:
             failed.setdefault(name, str(e))
     lines = [f"> **Failed:** `{name}`: {why}." for name, why in failed.items()]
     undone = [f"`{name}`" for name in missing if name not in failed]

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from trace_bench.data import FOLDERS, REASONING
 from trace_bench.metrics import Estimate
 from trace_bench.text import markdown_text, one_line
+from trace_tasks.data import FOLDERS, REASONING
 
 DASH = "–"
 

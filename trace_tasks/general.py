@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 
-from trace_bench.data import DataError, general_folder
+from trace_tasks.data import DataError, general_folder
 
 Splits = dict[str, Dataset]
 

@@ -1,7 +1,7 @@
 """The official reasoning form of the tasks (RCL): prompts that ask for a reasoning path, answers that hold one.
 
 From a plain row to its row in the reasoning variant of the data. The way back, from a text with reasoning to its
-answer, is `scoring.extract_answer`.
+answer, is `answers.extract_answer`.
 
 Source: the official reasoning variant, https://github.com/BeyonderXX/TRACE; prompts as its test rows have them.
 """
@@ -26,7 +26,7 @@ class Frame(NamedTuple):
     marker: str
     """What stands between the path and the answer; for Py150 between the answer and the path."""
     form: str
-    """The form of the answer for `scoring.extract_answer`."""
+    """The form of the answer for `answers.extract_answer`."""
 
 
 _FIRST = "Give your reasoning first, and then the answer."

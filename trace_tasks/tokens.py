@@ -14,8 +14,8 @@ import datetime
 from collections.abc import Sequence
 from typing import Any
 
-from trace_bench.limits import LimitError, limited
 from trace_tasks.errors import TraceError
+from trace_tasks.limits import LimitError, limited
 
 
 class PromptError(TraceError, ValueError):
@@ -47,7 +47,7 @@ def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **argume
         tokenizer: It has a chat template.
         turns: The messages.
         fix: What to do if the template does not take them, for the error.
-        **arguments: For `apply_chat_template`, those of the template among them.
+        **arguments: For `apply_chat_template`.
 
     Raises:
         PromptError: if the template does not take them, or would take too long or too much memory.
@@ -91,11 +91,7 @@ class Chat:
         self._made: dict[str, tuple[list[dict[str, str]], bool]] = {}
 
     def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat; without `add_generation_prompt` it ends within the last message, to be continued.
-
-        Raises:
-            PromptError: if the template does not take the messages.
-        """
+        """The text of a chat; without `add_generation_prompt` it ends within the last message, to be continued."""
         turns = [{"role": m["role"], "content": m["content"]} for m in messages]
         text = self._render(turns, add_generation_prompt)
         self._made[text] = turns, add_generation_prompt
@@ -116,13 +112,9 @@ class Chat:
         )
 
     def cut_ids(self, text: str, limit: int) -> list[int]:
-        """Token ids of a rendered chat with so much of its content left out, from the left, that they fit.
+        """At most `limit` token ids of a text from `__call__`, with some of the chat's content left out where needed.
 
         Earlier turns go first, then the beginning of the last question. The template's own words stay.
-
-        Args:
-            text: What `__call__` returned.
-            limit: The most tokens.
 
         Raises:
             PromptError: if the template alone is longer.

@@ -9,15 +9,17 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from itertools import islice, zip_longest
 from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.samplers import ContextSampler
 from lm_eval.api.task import ConfigurableTask
 
-from trace_bench import data
-from trace_tasks import scoring
+from trace_tasks import data, scoring
+from trace_tasks.answers import choice_tolerant, extract_answer
 from trace_tasks.reasoning import as_tested
+from trace_tasks.written_numbers import number_tolerant
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,8 @@ def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str,
 
     Args:
         folder: The folder in the official layout, for example "C-STANCE".
-        variant: "reasoning" for the rows that ask for the reasoning too (see `data.find_reasoning`); None = plain.
-        **_: What lm-eval passes besides (the task's metadata); unused.
+        variant: "reasoning" for the rows that ask for the reasoning too; None = plain.
+        **_: The task's metadata, which lm-eval passes too; unused.
 
     Returns:
         The splits test and, where they are there, train and eval; and `fewshot`: the training rows whose prompt is no
@@ -47,10 +49,8 @@ def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str,
     root = data.find_data() if variant is None else data.find_reasoning()
     there = [s for s in data.SPLITS if s == "test" or (root / folder / f"{s}.json").is_file()]
     splits = {split: data.read_split(root, folder, split, variant or "plain") for split in there}
-    if variant == "reasoning":
-        for rows in splits.values():
-            for row in rows:
-                row["prompt"] = as_tested(row["prompt"])
+    if variant:
+        splits = {k: [{**row, "prompt": as_tested(row["prompt"])} for row in rows] for k, rows in splits.items()}
     tested = {row["prompt"] for row in splits["test"]}
     trained = splits.get("train", [])
     splits["fewshot"] = [row for row in trained if row["prompt"] not in tested] or trained
@@ -61,12 +61,9 @@ def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
     """Loads a set of prompts to be judged, as lm-eval's `custom_dataset`.
 
     Args:
-        kind: "instruct" or "safety" (see `data.prompts_file`).
+        kind: "instruct" or "safety".
         folder: The folder of the set, for example "LIMA".
-        **_: What lm-eval passes besides (the task's metadata); unused.
-
-    Returns:
-        The split test.
+        **_: The task's metadata, which lm-eval passes too; unused.
     """
     return {"test": Dataset.from_list(data.read_rows(data.prompts_file(kind, folder), answered=False))}
 
@@ -185,8 +182,9 @@ class Demonstrations(ContextSampler):
                 by_answer[row["answer"]].append(row)
         answers = len({row["answer"] for row in rows})
         if answers < n:
-            ranks = zip_ranks(by_answer)[: math.ceil(n / answers)]
-            drawn = [rank[answer] for rank in ranks for answer in sorted(rank)][:n]
+            # The first row of every answer, then the second of every one that has one, and so on.
+            ranks = zip_longest(*(by_answer[answer] for answer in sorted(by_answer)))
+            drawn = [row for rank in islice(ranks, math.ceil(n / answers)) for row in rank if row is not None][:n]
         else:
             drawn = [same[0] for same in by_answer.values()][:n]
         if len(drawn) < n:
@@ -202,17 +200,11 @@ class Demonstrations(ContextSampler):
         return drawn
 
 
-def zip_ranks(groups: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """The first member of every group, then the second of every group that has one, and so on."""
-    longest = max(map(len, groups.values()), default=0)
-    return [{k: g[i] for k, g in groups.items() if i < len(g)} for i in range(longest)]
-
-
 def score_choice(doc: dict[str, str], results: list[str]) -> dict[str, float]:
     """C-STANCE, FOMC: the official strict accuracy, and one that tolerates another form of the answer."""
     return {
         "accuracy": scoring.accuracy(results[0], doc["answer"]),
-        "accuracy_tolerant": scoring.choice_tolerant(results[0], doc["answer"], doc["prompt"]),
+        "accuracy_tolerant": choice_tolerant(results[0], doc["answer"], doc["prompt"]),
     }
 
 
@@ -220,7 +212,7 @@ def score_number(doc: dict[str, str], results: list[str]) -> dict[str, float]:
     """NumGLUE: the official strict accuracy, and one that compares numbers as numbers."""
     return {
         "accuracy": scoring.accuracy(results[0], doc["answer"]),
-        "accuracy_tolerant": scoring.number_tolerant(results[0], doc["answer"]),
+        "accuracy_tolerant": number_tolerant(results[0], doc["answer"]),
     }
 
 
@@ -240,7 +232,7 @@ def score_scienceqa(doc: dict[str, str], results: list[str]) -> dict[str, float]
     gold_letter, gold_reasons = scoring.scienceqa_parts(doc["answer"])
     return {
         "accuracy": scoring.accuracy(letter, gold_letter),
-        "accuracy_tolerant": scoring.choice_tolerant(results[0], gold_letter, doc["prompt"]),
+        "accuracy_tolerant": choice_tolerant(results[0], gold_letter, doc["prompt"]),
         **_overlap(reasons, gold_reasons),
     }
 
@@ -297,7 +289,7 @@ def _score_extracted(
     doc: dict[str, str],
     text: str,
 ) -> dict[str, float]:
-    answer = scoring.extract_answer(form, text)
+    answer = extract_answer(form, text)
     scores = score(doc, [answer or ""])
     if answer is None:  # 0 throughout: SARI gives an empty text about a half
         scores = dict.fromkeys(scores, 0.0)

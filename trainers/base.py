@@ -62,7 +62,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from trace_bench import checks, data, ending, models
+from trace_bench import checks, ending, models
 from trace_bench.evaluate import (
     BESIDES,
     answer_tokens,
@@ -70,26 +70,15 @@ from trace_bench.evaluate import (
     make_chat,
 )
 from trace_bench.keys import refuse_secrets
-from trace_bench.limits import limited
-from trace_bench.run import (
-    Run,
-    RunError,
-    Stage,
-    advice,
-    fingerprint,
-    fresh_dir,
-    locked,
-    one_line,
-    read_json,
-    remove,
-    source_commit,
-    sync_files,
-    write_json,
-)
+from trace_bench.run import Run, RunError, Stage, advice, locked, one_line, read_json, source_commit
 from trace_bench.status import duration, seconds_left
 from trace_bench.tables import task_name
+from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows
 from trace_bench.text import prepare_logging, printable
+from trace_tasks import data
+from trace_tasks.data.files import fingerprint, fresh_dir, remove, sync_files, write_json
 from trace_tasks.errors import TraceError
+from trace_tasks.limits import limited
 from trace_tasks.tokens import Chat, PromptError, example_ids
 
 log = logging.getLogger(__name__)
@@ -471,9 +460,9 @@ class CLTrainer(SFTTrainer):
         """
         if limit is None and task in self.run.rows:
             return self.text_dataset(self.run.rows[task])
-        tasks = data.load_tasks([task])
+        tasks = load_tasks([task])
         checks.check_tasks(self.run, tasks)
-        return self.text_dataset(data.training_rows(tasks[task], limit or self.config.train_rows, self.chat))
+        return self.text_dataset(training_rows(tasks[task], limit or self.config.train_rows, self.chat))
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
         """Token ids of prompts and answers, as `stage_dataset` returns them."""
@@ -1068,17 +1057,16 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
             f"divided by {gpus} for the same batch."
         )
     with state.main_process_first():
-        root = data.find_data(config.data) if data.needs_data(config.tasks) else None
+        trace_data = data.open_data(config.tasks, config.data)
         base = models.resolve_model(model_args.model_name_or_path)
-    if config.data and os.environ.get("TRACE_DATA", config.data) not in (config.data, str(root)):
+    if config.data and os.environ.get("TRACE_DATA", config.data) not in (config.data, str(trace_data.root)):
         log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
-    if root is not None:
-        os.environ["TRACE_DATA"] = str(root)
-        data.check(root, config.tasks)
+    trace_data.use()
+    trace_data.check()
     for name in (*config.general, *config.judged):
         data.source_fingerprint(name)  # its data is needed after hours of training: is it there?
-    tasks = data.load_tasks(config.tasks)
-    data.check_stages(tasks)
+    tasks = load_tasks(config.tasks)
+    check_stages(tasks)
     _check_gradients(trainer, config)
     _check_trackers(config)
     added = trainer.prepare(config, model_args)
@@ -1097,7 +1085,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         **({"processes": state.num_processes} if state.num_processes > 1 else {}),
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
         "task_definitions": checks.definitions(tasks),
-        "data": data.data_record(root, tasks),
+        "data": data_record(trace_data, tasks),
         "seed": config.seed,
         # What a chat template that asks for the date is told, whenever a stage is trained or evaluated.
         "date": time.strftime("%Y-%m-%d"),
@@ -1130,14 +1118,14 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         chat = Chat(tokenizer, config.chat_template_args)
         check_room(chat, config.max_prompt_length)
     # Rows are made of all tasks before the first one is trained: a bad one of the last task would cost days.
-    rows = {name: data.training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
+    rows = {name: training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
     if chat is not None:
         rows.clear()  # a stage makes them with the date of the run, which may be an older one
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
         with state.main_process_first():
             run = replace(Run.create(config.output_dir, manifest, restart=True), rows=rows)
-        _train_stages(trainer, config, model_args, run, root, tokenizer, state)
+        _train_stages(trainer, config, model_args, run, trace_data.root, tokenizer, state)
     return run
 
 

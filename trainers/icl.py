@@ -18,8 +18,9 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from trace_bench import data, models
+from trace_bench import models
 from trace_bench.evaluate import answer_tokens
+from trace_bench.tasks import load_tasks
 from trace_tasks.utils import ICL_VERSION
 from trainers.base import CLConfig, CLTrainer, ConfigError, context_length, main
 
@@ -68,7 +69,7 @@ class ICLTrainer(CLTrainer):
         if not config.num_fewshot:
             return {}
         base = models.resolve_model(model_args.model_name_or_path)
-        answers = (answer_tokens(task) for task in data.load_tasks(config.tasks).values())
+        answers = (answer_tokens(task) for task in load_tasks(config.tasks).values())
         answer = min(max(answers), config.max_new_tokens or 10**9)
         context = context_length(models.read_config(base, model_args.model_revision)) or 10**9
         room = context - answer

@@ -22,7 +22,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import set_seed
 
-from trace_bench.run import Stage, fresh_dir
+from trace_bench.run import Stage
+from trace_tasks.data.files import fresh_dir
 from trainers.base import CLConfig, CLTrainer, ConfigError, main, sort_names
 
 #: PEFT's name for the adapter that is trained, and ours for the frozen one of all earlier tasks.

@@ -13,7 +13,7 @@ RCL with replay is `python -m trainers.replay ... --tasks reasoning_order1 --tra
 
 from dataclasses import dataclass, field
 
-from trace_bench import data
+from trace_tasks import data
 from trainers.base import CLConfig, CLTrainer, ConfigError, main
 
 

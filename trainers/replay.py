@@ -30,8 +30,8 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import RandomSampler, Sampler
 
-from trace_bench import data
 from trace_bench.run import Stage
+from trace_tasks import data
 from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped, main
 from trainers.memory import CHOICES, choose_rows
 

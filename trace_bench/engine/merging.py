@@ -15,7 +15,7 @@ from pathlib import Path
 
 from trace_bench import models
 from trace_bench.engine.start import has_gpu
-from trace_bench.run import temporary_dir
+from trace_tasks.data.files import temporary_dir
 
 log = logging.getLogger(__name__)
 

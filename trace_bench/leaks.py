@@ -1,0 +1,81 @@
+"""Scores without the test rows that are trained on, as an audit of the data lists them.
+
+trace-bench data audit SOURCE --output FILE.json
+trace-bench report RUN --without-leaked FILE.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trace_bench import shapes
+from trace_bench.evaluate import _stderr
+from trace_bench.run import Run, RunError, read_json
+from trace_tasks import data
+from trace_tasks.data.audit import OTHER_VARIANT
+from trace_tasks.errors import TraceError
+
+
+def without_leaked(run: Run, file: Path) -> Run:
+    """The run as seen without its leaked test rows: `report` then makes all scores from the other rows.
+
+    Left out are the test rows whose prompt is in the training rows of the task, exactly or nearly; where the run
+    trains on the task's other variant or on other tasks as well, also those that are in their training rows. All rows
+    of the training file count, though a run may train on the first of them only. Near ones are left out with the exact
+    ones: one that is no leak costs a row of precision, one that stays counts what was memorised.
+
+    Args:
+        run: A run with samples.
+        file: An audit of the run's data, as `trace-bench data audit --output` writes it.
+
+    Raises:
+        RunError: if the file is no audit, or one of other data than the run's.
+    """
+    prints = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if data.needs_data([k])}
+    if not prints:
+        raise RunError(f"{run.path} has none of the TRACE tasks, so there are no leaked rows to leave out.")
+    try:
+        found = read_json(file, shapes.Audit)
+    except (OSError, TraceError) as e:
+        raise RunError(f"{file} is no audit ({e}). Make one: trace-bench data audit SOURCE --output {file}") from e
+    others = [task for task in prints if found["tasks"].get(task, {}).get("fingerprint") != prints[task]]
+    if others:
+        raise RunError(
+            f"{file} is an audit of {found['source']}, which is not the data of {run.path} in: {', '.join(others)}. "
+            f"Audit the run's own: trace-bench data audit {run.manifest['data']['path']} --output {file}"
+        )
+    left_out = {}
+    for task in prints:
+        rows = found["leaked"][task]
+        other_variant = rows["other_variant"] if OTHER_VARIANT[task] in run.tasks else []
+        tasks = rows.get("other_tasks", {})  # older audits have none
+        of_other_tasks = [row for other in tasks if other in run.tasks for row in tasks[other]]
+        left_out[task] = {*rows["exact"], *rows["near"], *other_variant, *of_other_tasks}
+    return replace(run, left_out=left_out)
+
+
+def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_out: Collection[int]) -> dict[str, Any]:
+    """A cell of the matrix made again from some of its rows.
+
+    Args:
+        cell: The content of its eval file; each metric is a mean over rows.
+        samples: The rows of its samples file.
+        left_out: `doc_id` of the rows that do not count.
+
+    Returns:
+        A new cell, with "n_left_out" in addition to the "n" rows that count. Without any of these, its values are None;
+        so is that of a metric whose rows are no numbers, such as BLEU's.
+    """
+    rows = [row for row in samples if row["doc_id"] not in left_out]
+
+    def mean(values: list[Any]) -> float | None:
+        return sum(values) / len(values) if values and not any(isinstance(v, list) for v in values) else None
+
+    metrics = {}
+    for name in cell["metrics"]:
+        values = [row[name] for row in rows]
+        metrics[name] = {"value": mean(values), "stderr": _stderr(values)}
+    return cell | {"n": len(rows), "n_left_out": cell["n"] - len(rows), "metrics": metrics}

@@ -1,0 +1,257 @@
+"""From lm-eval tasks to the columns of a run: loading them, checking them, and their training rows.
+
+What is trained on and what is tested on come from the same lm-eval task object and through the same functions for token
+ids (`trace_tasks.tokens`), so they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trace_bench import versions
+from trace_tasks.data import FOLDERS, JUDGED, TASKS_PATH, Data, DataError, needs_data
+
+if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+
+log = logging.getLogger(__name__)
+
+
+def task_manager(include_defaults: bool = False) -> TaskManager:
+    """lm-eval's index of our tasks, those of TRACE_TASKS and, if asked (it takes seconds), its own."""
+    versions.check()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=[TASKS_PATH, *_more_tasks()], include_defaults=include_defaults)
+
+
+def _more_tasks() -> list[Path]:
+    """The folders with task YAMLs that TRACE_TASKS names, separated as in PATH."""
+    folders = [Path(f).expanduser() for f in os.environ.get("TRACE_TASKS", "").split(os.pathsep) if f]
+    for folder in folders:
+        if not any(folder.rglob("*.yaml")):
+            raise DataError(f"TRACE_TASKS={os.environ['TRACE_TASKS']}: {folder} is no folder with task YAMLs.")
+    return folders
+
+
+def load_tasks(names: Sequence[str]) -> dict[str, Task]:
+    """Builds lm-eval tasks by name: the project's own and, if any other is named, lm-eval's.
+
+    Returns:
+        name -> task, in the order of `names`.
+
+    Raises:
+        DataError: for a name that no suite has.
+    """
+    manager = task_manager()
+    if not set(names) <= set(manager.all_tasks):
+        manager = task_manager(include_defaults=True)
+    unknown = [n for n in names if n not in manager.all_tasks]
+    if unknown:
+        raise DataError(
+            f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. A task "
+            "of your own is a YAML in a folder that TRACE_TASKS names."
+        )
+    loaded: dict[str, Task] = {}
+    for name in names:
+        try:
+            loaded |= manager.load([name])["tasks"]
+        except (DataError, MemoryError):
+            raise
+        except Exception as e:  # whatever lm-eval, a template, a function of the task or the hub says
+            if isinstance(e, OSError) and e.errno not in (None, errno.ENOENT):
+                raise  # a full disk and the like
+            raise DataError(
+                f"The task {name} cannot be made ({type(e).__name__}: {e}). Is its data there, with at least one test "
+                "row, and with the splits and columns that its YAML names?"
+            ) from e
+    groups = [name for name in names if name not in loaded]
+    if groups:
+        raise DataError(f"{', '.join(groups)}: a group of tasks cannot be one column. Name the tasks themselves.")
+    return {name: loaded[name] for name in names}
+
+
+def load_suites(names: Sequence[str]) -> dict[str, Group]:
+    """Builds general-ability suites: groups of lm-eval's own tasks.
+
+    Returns:
+        name -> group, in the order of `names`.
+
+    Raises:
+        DataError: if a suite's rows or packages are missing.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    # The folders of the suites alone: an index of all that lm-eval has takes ten seconds.
+    theirs = Path(lm_eval.__file__).parent / "tasks"
+    folders = ("mmlu/default", "gsm8k", "bbh/cot_fewshot", "tydiqa", "super_glue/boolq", "piqa", "ifeval")
+    manager = TaskManager(include_path=[*(theirs / f for f in folders), TASKS_PATH], include_defaults=False)
+    suites = {}
+    for name in names:
+        try:
+            suites[name] = manager.load([name])["groups"][name]
+        except ImportError as e:
+            raise DataError(
+                f"{name} needs packages that are not installed ({e}): pip install 'lm-eval[ifeval]'."
+            ) from e
+    return suites
+
+
+def check_stages(tasks: dict[str, Task]) -> None:
+    """Refuses tasks that cannot be a column of the matrix, before anything is trained or an engine is started.
+
+    Raises:
+        DataError: naming the task, and what it lacks.
+    """
+    for name, task in tasks.items():
+        if task.OUTPUT_TYPE != "generate_until":
+            raise DataError(
+                f"{name} is a task of type {task.OUTPUT_TYPE}: a column of the matrix has to be generated "
+                "(output_type: generate_until), since it is trained on as text."
+            )
+        if task.multiple_input:
+            raise DataError(f"{name} has several inputs a row (its doc_to_text is an index), so it has no one prompt.")
+        metric = next(iter(task.aggregation()))
+        if task.higher_is_better().get(metric) is None:
+            raise DataError(
+                f"{name}: nobody says whether more or less {metric} is better, so forgetting could not be told from "
+                "learning. Write higher_is_better: true or false behind it in the metric_list of the task."
+            )
+        if task.config.process_results is not None:
+            continue  # it is scored by a function of its own, whatever its targets are
+        for i, doc in enumerate(task.eval_docs):
+            target = task.doc_to_target(doc)
+            if isinstance(target, list) and not task.multiple_target:
+                raise DataError(
+                    f"{name}, test row {i}: the target is the list {target!r:.80}, and that of row 0 is a text, so "
+                    f"lm-eval would compare answers with the characters {str(target)!r:.80}. {_BRACKETS}"
+                )
+            if task.config.doc_to_choice is not None:
+                try:
+                    target_text(task, doc)
+                except ValueError as e:
+                    raise DataError(f"{name}, test row {i}: {e}") from e
+
+
+#: lm-eval reads the text that a template of a target gives as a list where it stands in brackets.
+_BRACKETS = (
+    "Where an answer is a text in brackets, name its column (doc_to_target: answer) instead of a template "
+    "('{{answer}}'), whose text lm-eval reads as a list."
+)
+
+
+def target_text(task: Task, doc: dict[str, Any]) -> str:
+    """The answer of a row as lm-eval has it in few-shot prompts, or compares with: the text to train.
+
+    A number is its digits, an index its choice, and of several valid answers the first is taken.
+
+    Args:
+        task: An lm-eval task.
+        doc: One of its rows.
+
+    Raises:
+        ValueError: if there is no such text; the message has the target.
+    """
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and not (task.config.process_results and isinstance(target, str)):
+        choices = task.doc_to_choice(doc)
+        if not isinstance(target, int) or not 0 <= target < len(choices):
+            raise ValueError(f"the target {target!r:.80} is no index of the {len(choices)} choices of doc_to_choice.")
+        target = choices[target]
+    elif isinstance(target, list):
+        texts = [text for text in target if isinstance(text, str) and text.strip()]
+        if not texts:
+            raise ValueError(f"the target {target!r:.80} is a list without a text. {_BRACKETS}")
+        target = texts[0]
+    elif isinstance(target, int | float) and target == target:
+        target = str(target)  # as lm-eval does before it compares
+    if not isinstance(target, str):
+        raise ValueError(f"the target {target!r:.80} is {type(target).__name__}, not a text.")
+    return target
+
+
+def training_rows(
+    task: Task, limit: int | None = None, chat_template: Callable[..., str] | None = None
+) -> list[tuple[str, str]]:
+    """The training set of a task as (prompt, answer) texts, made by the very object that makes its test prompts.
+
+    Args:
+        task: An lm-eval task with a training split.
+        limit: The first so many rows only, for trials.
+        chat_template: Renders chat messages to text, as lm-eval's `LM.apply_chat_template`; None = raw prompts.
+
+    Raises:
+        DataError: if the task has no training rows, or one of them has no prompt or no answer; it names the row.
+    """
+    name, docs = task.task_name, None
+    if task.has_training_docs():
+        with suppress(KeyError):
+            docs = task.training_docs()
+    if docs is None:
+        split = task.config.training_split
+        raise DataError(
+            f"The task {name} has no training split, so it cannot be a stage"
+            + (f": its data lacks the split {split!r} that its training_split names." if split else ".")
+        )
+    rows: list[tuple[str, str]] = []
+    for i, doc in enumerate(islice(docs, limit)):
+        try:
+            made = partial(task.fewshot_context, doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
+            prompt, answer = made(), target_text(task, doc)
+            if not prompt.strip() or not answer.strip():
+                raise ValueError(f"the {'answer' if prompt.strip() else 'prompt'} is empty.")
+        except Exception as e:  # whatever a template or a function of the task says of the row
+            what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
+            raise DataError(f"{name}, training row {i}: {what}") from e
+        if chat_template is not None:
+            prompt = made(apply_chat_template=True, chat_template=chat_template)
+        rows.append((prompt, answer))
+    if not rows:
+        raise DataError(f"The task {name} has no training rows, so it cannot be a stage.")
+    if task.multiple_target:
+        log.warning(
+            "%s has several valid answers a row. The first is trained, as lm-eval's few-shot prompts have it.", name
+        )
+    return rows
+
+
+def rows_fingerprint(tasks: dict[str, Task]) -> dict[str, str]:
+    """SHA-256 (16 digits) over the training and test rows of tasks from elsewhere: task -> digest.
+
+    Of TRACE's tasks the files count (`data_fingerprint`), of the sets to be judged theirs (`source_fingerprint`).
+    """
+    found = {}
+    for name, task in tasks.items():
+        if needs_data([name]) or name in JUDGED:
+            continue
+        digest = hashlib.sha256()
+        for rows in (task.training_docs() if task.has_training_docs() else (), task.eval_docs):
+            for row in rows or ():
+                digest.update(json.dumps(row, sort_keys=True, default=_text_of).encode() + b"\n")
+            digest.update(b"\0")
+        found[name] = digest.hexdigest()[:16]
+    return found
+
+
+def _text_of(value: Any) -> str:
+    """A value that JSON has no form for: of dates what they say, of images and the like only that they are there."""
+    return value.isoformat() if hasattr(value, "isoformat") else type(value).__name__
+
+
+def data_record(data: Data, tasks: dict[str, Task]) -> dict[str, Any]:
+    """What a manifest says of the rows of a run's tasks: TRACE's, and those from elsewhere."""
+    record = data.record()
+    return record | {"fingerprint": record["fingerprint"] | rows_fingerprint(tasks)}

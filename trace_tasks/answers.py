@@ -1,0 +1,315 @@
+"""Reading what a model means to answer, whatever the form of its answer. This project's own: TRACE has no such scores.
+
+Strict equality cannot tell a model that forgot the answer from one that changed how it writes the answer. So the letter
+of an option (`read_choice`), or the answer behind a reasoning path (`extract_answer`) is read out of the text; numbers
+are read in `written_numbers.py`. No function raises on any string; `extract_answer` refuses a form it does not know.
+"""
+
+import re
+import unicodedata
+
+from trace_tasks.scoring import accuracy
+from trace_tasks.written_numbers import NEXT_PROMPT
+
+# --- a choice -----------------------------------------------------------------------------------------------
+
+# The labels that occur in TRACE: C-STANCE and FOMC use A-C, ScienceQA up to E. More letters would only add
+# false hits.
+_LABEL = "[A-Ea-e]"
+_OPENING = r"[\s(\[{<\"'“‘【「《#]"
+# What may follow a letter that is a label. All alternatives are there to keep apart labels and words: the
+# article "A", "A's", "A-shares", "A.I.", "A股" (a share), "B站" (a site), "B.1.1.7" must not count.
+_LABEL_END = r"""(?=
+      ["”)\]}>】」》]                               # a closing quote or bracket
+    | ['’](?![A-Za-z])                            # the same, but not the genitive
+    | [.,:;!、。](?!\d|[A-Za-z](?![A-Za-z]))        # punctuation, but not inside an abbreviation or a version
+    | [^\S\n]*(?:\n|\Z)                           # the end of the line
+    | [^\S\n]+(?:[-–—]|(?:is|because|since)\b)    # "A - ...", "A because ...": no article stands there
+    | [^\S\n]+(?=[\u3400-\u9fff])                 # "A 支持": nor before Chinese
+    | (?<=[B-E])[^\S\n]+                          # "B hawkish": upper-case letters that are no English word
+)"""
+_LEADING_LABEL = re.compile(rf"{_OPENING}*+(?P<label>{_LABEL}){_LABEL_END}", re.VERBOSE)
+_ANSWER_MARKER = r"(?:(?<![A-Za-z])(?i:answer|stance)(?![A-Za-z])|答案|回答|态度|立场)"
+_OPTION_MARKER = r"(?:(?<![A-Za-z])(?i:choice|option)(?![A-Za-z])|选项|选择|选)"
+_MARKER_LINK = r"[\s:=]*+(?:(?i:is|was)(?![A-Za-z])|应该是|应是|应为|是|为)?[\s:=]*+"
+# Two patterns, the stronger first: reasoning often names options ("Option A is ...") before it answers.
+_MARKED_LABELS = [
+    re.compile(
+        rf"""{marker}{_MARKER_LINK} (?:{_OPTION_MARKER}{_MARKER_LINK}){{0,9}}+
+        {_OPENING}*+ (?P<label>{_LABEL}){_LABEL_END}""",
+        re.VERBOSE,
+    )
+    for marker in (_ANSWER_MARKER, _OPTION_MARKER)
+]
+_END_OF_LINE = re.compile(r"[^\S\n]*+(?:\n|\Z)")
+_RIVAL_LABEL = re.compile(
+    rf"""[\s)\].,;/、]*+ (?:(?i:or|and)\b|或者?|和)? [\s(\[]*+ (?P<label>{_LABEL})
+    (?= \s* (?: \Z | [.,:;)\]/、。] | (?:or|and)\b | [或和] ) )""",
+    re.VERBOSE,
+)
+
+
+# The options of a prompt: a list by lines behind "Choices:" (ScienceQA), or one within the first line (C-STANCE, FOMC).
+_CHOICES = re.compile(r"\bchoices:[^\S\n]*\n", re.IGNORECASE)
+_LISTED_OPTION = re.compile(r"^[^\S\n]*([A-Z])[.)][^\S\n]*(\S.*)$", re.MULTILINE)
+_INLINE_OPTION = re.compile(r"(?<![A-Za-z])([A-Z])[.)][^\S\n]*([^,;.\n。]+)")
+# A shorter text ("no", "2") stands in sentences that are about something else.
+_LONG_ENOUGH = re.compile(r"[A-Za-z]{4}|[\u3400-\u9fff]{2}")
+# What takes an option back: not only "not dovish", but also "less dovish than" and "不支持".
+_TAKEN_BACK = re.compile(
+    r"""(?:\b(?:not|no|never|non|neither|nor|cannot|without|less|than|instead\ of|rather\ than|either|or|if|whether)\b
+    |n['’]t\b|[不没非未否或])[\s\w'’"-]{0,20}\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# Not behind a label ("A.支持").
+_SENTENCE_END = re.compile(r"(?<!\b[A-Za-z]\.)(?<=[.!?])(?=\s|\Z)|(?<=[。！？])|\n")
+_LABEL_ALONE = re.compile(rf"^[^\S\n]*({_LABEL})[.)]?[^\S\n]*$", re.MULTILINE)
+_STATED_OPTION = re.compile(
+    r"^[^\S\n]*(?:the|my) (?:correct )?(?:answer|stance) is ([^.\n]*)", re.MULTILINE | re.IGNORECASE
+)
+_LIST_OF_OPTIONS = re.compile(
+    r"(?:\A|(?<=\n))[^\S\n]*[A-E][.):][^\n]*(?:\n\s*[A-E][.):][^\n]*)+|[A-E][.):][^\n]{0,80}?[,;.，；、。][^\S\n]*[B-E][.):][^\n]*"
+)
+
+
+def options_of(prompt: str) -> dict[str, str]:
+    """The options that a prompt offers: upper-case letter -> text. Empty where it lists fewer than two from A on."""
+    prompt = nfkc(prompt)
+    if found := list(_CHOICES.finditer(prompt)):
+        block = prompt[found[-1].end() :].split("\n\n", 1)[0]
+        listed = _LISTED_OPTION.findall(block)
+    else:
+        listed = next((o for line in prompt.split("\n") if len(o := _INLINE_OPTION.findall(line)) > 1), [])
+    options: dict[str, str] = {}
+    for letter, text in listed:
+        if letter != chr(ord("A") + len(options)):
+            break
+        options[letter] = text.strip()
+    return options if len(options) > 1 else {}
+
+
+def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
+    """Form-tolerant accuracy for answers that are the letter of an option, A to E in either case.
+
+    The letter is extracted from both strings by this rule; the score is 1.0 where both give the same one.
+    Strictly equal strings count as right whatever they are, so this score is never below `accuracy`.
+
+    1. Full-width characters are made ASCII (NFKC); asterisks and backticks (Markdown) are dropped.
+    2. A *label* is a single letter followed by: a closing quote or bracket; one of `.,:;!、。` (not inside
+       "A.I." or "B.1"); the end of its line; a space and a dash, "is", "because", "since" or Chinese; or, for
+       an upper-case B to E, a space and anything. So "A monetary policy ..." has no label: "A" is an article
+       there.
+    3. A label at the start of the text, after any white space, opening brackets, opening quotes and "#",
+       decides, unless a label after "answer", "stance" or their Chinese words (rule 4) is another one.
+    4. Otherwise a label right after a marker does, wherever it stands: "answer", "stance", 答案, 回答, 态度,
+       立场, or, only where none of these has a label, "choice", "option", 选项, 选择, 选. Between marker and
+       label may stand "is", "was", 是, 为, 应为, 应是 or 应该是, a marker of the second kind ("the answer is
+       option B"), colons, equals signs, white space, "#", opening brackets and quotes.
+    5. A label is ambiguous where another one follows it on the same line, joined only by punctuation, "or",
+       "and", 或, 或者 or 和 ("B or C"), or where the next option is listed after it, on its line or at the
+       start of the next line ("A. dovish, B. hawkish"). An ambiguous label at the start is passed over, and
+       rule 4 is tried.
+    6. Several marked labels of one kind must agree, and none may be ambiguous; otherwise there is no letter.
+    7. A text without a label names an option by its text in the prompt (`options_of`), in either case: "dovish", "The
+       stance is dovish.", "作者持支持态度". The first sentence (or line) that names any option decides, and must name
+       just one; lists of the options are passed over. What stands behind "not", "less", "or", 不 and the like names
+       none; nor do texts of less than four letters or two Chinese characters ("no", "2"), unless the sentence is
+       nothing else or begins with it and a comma.
+    8. A label with the text of another option behind it ("A. hawkish", where A is dovish) is no answer.
+
+    Args:
+        prediction: What the model wrote.
+        reference: The expected answer, usually the bare letter.
+        prompt: The question, which lists the options; without it rules 7 and 8 read nothing.
+
+    Returns:
+        1.0 or 0.0; 0.0 where no letter, or no single one, can be extracted.
+    """
+    if accuracy(prediction, reference):
+        return 1.0
+    expected = _choice(reference)
+    return float(expected is not None and read_choice(prediction, prompt) == expected)
+
+
+def read_choice(text: str, prompt: str = "") -> str | None:
+    """The upper-case letter of the option that a text chooses by the rule of `choice_tolerant`, or None."""
+    options = {letter: _plain(option) for letter, option in options_of(prompt).items()}
+    return _choice(text, options)
+
+
+def _plain(text: str) -> str:
+    """A text for comparing: one form of each character, one case, single spaces, no full stop at the end."""
+    return " ".join(nfkc(text).replace("’", "'").split()).casefold().rstrip(" .")
+
+
+def _choice(text: str, options: dict[str, str] | None = None) -> str | None:
+    options = options or {}
+    text = _without_markdown(text)
+    if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, [leading]):
+        letter = leading["label"].upper()
+        own = text[: found.start()] if (found := NEXT_PROMPT.search(text, leading.end())) else text
+        others = {match["label"].upper() for match in _MARKED_LABELS[0].finditer(own, leading.end("label"))}
+        others |= {label.upper() for label in _LABEL_ALONE.findall(own)}
+        others |= {_named_option(sentence, options) or letter for sentence in _STATED_OPTION.findall(own)}
+        return None if others - {letter} or _is_contradicted(text, leading, options) else letter
+    for pattern in _MARKED_LABELS:
+        if marked := list(pattern.finditer(text)):
+            labels = {match["label"].upper() for match in marked}
+            if len(labels) == 1 and not _is_ambiguous(text, marked):
+                return labels.pop() if not any(_is_contradicted(text, m, options) for m in marked) else None
+            return None
+    return _named_option(text, options)
+
+
+def _without_markdown(text: str) -> str:
+    return nfkc(text).translate({ord("*"): None, ord("`"): None})
+
+
+def _is_contradicted(text: str, label: re.Match[str], options: dict[str, str]) -> bool:
+    """Whether the text behind a label is that of another option."""
+    end = text.find("\n", label.end("label"))
+    behind = _plain(text[label.end("label") : len(text) if end < 0 else end][:1000]).lstrip(" .):,;、。-–—\"'”’")
+    own = options.get(label["label"].upper(), "")
+    return not (own and behind.startswith(own)) and behind != "" and behind in options.values()
+
+
+def _named_option(text: str, options: dict[str, str]) -> str | None:
+    """The letter of the one option that the first sentence with any names by its text; see `choice_tolerant`."""
+    if not options:
+        return None
+    text = _LIST_OF_OPTIONS.sub("\n", text)
+    # The longest first, so that "the Bible" is not read out of "the Bible of 1611".
+    letters = {option: letter for letter, option in options.items() if [*options.values()].count(option) == 1}
+    if not letters:
+        return None
+    names = re.compile("|".join(map(re.escape, sorted(letters, key=len, reverse=True))))
+    start = 0
+    for end in [*(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]:
+        if not text[start:end].strip():
+            start = end
+            continue
+        sentence, start = _plain(text[start:end][:2000]).strip("\"'“”‘’()[]-:,;!。 "), end
+        named = set()
+        for match in names.finditer(sentence):
+            before, behind = sentence[: match.start()], sentence[match.end() :]
+            if re.search(r"[a-z\d]\Z", before[-1:] + "\0" if not match[0][:1].isalnum() else before[-1:]):
+                continue
+            if match[0][-1:].isascii() and match[0][-1:].isalnum() and re.match(r"[a-z\d]", behind):
+                continue
+            alone = not before and (not behind or behind[0] in ",;:-")
+            if alone or (_LONG_ENOUGH.search(match[0]) and not _TAKEN_BACK.search(before[-40:])):
+                named.add(letters[match[0]])
+            elif _LONG_ENOUGH.search(match[0]):
+                named.add("")  # taken back: the sentence is about it, but chooses nothing
+        if named - {""}:
+            return named.pop() if len(named) == 1 else None
+    return None
+
+
+def nfkc(text: str, piece: int = 4000) -> str:
+    """Unicode's NFKC form, of long texts piece by piece.
+
+    Python orders a run of combining marks in quadratic time: half a minute for 200,000 of them.
+    """
+    return "".join(unicodedata.normalize("NFKC", text[i : i + piece]) for i in range(0, len(text), piece))
+
+
+def _is_ambiguous(text: str, matches: list[re.Match[str]]) -> bool:
+    """Whether one of the labels found, all the same, stands beside another one or opens a list of the options."""
+    label = matches[0]["label"].upper()
+    following = chr(ord(label) + 1)
+    option = rf"[{following}{following.lower()}][.):](?:\s+\w|\w\w)"
+    end = -1
+    for match in matches:
+        start = match.end("label")
+        if _END_OF_LINE.match(text, start):  # alone on its line: below comes an explanation or the next prompt, no list
+            continue
+        if re.compile(r"\s*[、,]\s*\Z").match(text, start):  # cut within a list
+            return True
+        first = start > end  # of its line: what is listed behind another one is listed behind it too
+        if first:
+            end = len(text) if (found := text.find("\n", start)) < 0 else found
+        if (rival := _RIVAL_LABEL.match(text, start, end)) and rival["label"].upper() != label:
+            return True
+        if first and (
+            re.compile(rf"(?<![A-Za-z.]){option}").search(text, start, end)
+            or re.compile(rf"\s*{option}").match(text, end + 1)
+        ):
+            return True
+    return False
+
+
+def names_choice(text: str, letter: str) -> bool:
+    """Whether `letter` stands anywhere in `text` as a label by rule 2 of `choice_tolerant`, not as a word."""
+    text = _without_markdown(text)
+    return re.search(rf"(?<![A-Za-z\d])(?:{letter}){_LABEL_END}", text, re.VERBOSE) is not None
+
+
+# --- an answer behind reasoning -----------------------------------------------------------------------------
+
+_MARKED_ANSWER = re.compile(r"(?:(?<![A-Za-z])answer|回答|答案)\s*[:：]", re.IGNORECASE)
+_MARKED_SUMMARY = re.compile(
+    r"(?:therefore\s*+(?:,\s*+)?)?the\s+summary\s+of\s+the\s+meeting\s+transcripts?\s+is\s*[:：]", re.IGNORECASE
+)
+_MARKED_REASONING = re.compile(r"(?<![A-Za-z])reasoning\s*[:：]", re.IGNORECASE)
+
+
+def extract_answer(form: str, text: str) -> str | None:
+    """Reads the answer out of a text with reasoning, as the training answers of TRACE's reasoning variant have it.
+
+    The markers are read tolerantly: in either case, with white space before the colon, and with an ASCII or a
+    full-width colon. Where a marker occurs several times, the last one that anything follows decides: reasoning
+    may speak of an "answer:" before it gives one, and a text cut at the limit of tokens may end in a marker.
+    A text without its marker has no answer, even if it is nothing but the right letter; but for Py150, where the
+    answer comes first and needs none.
+
+    ========= ======================== =============================================================================
+    form      tasks                    the answer
+    ========= ======================== =============================================================================
+    "line"    C-STANCE, FOMC,          after "Answer:", "回答：" or "答案：", the first line that is not blank,
+              ScienceQA, NumGLUE       stripped; what stands on further lines is talk about the answer
+    "text"    20Minuten                after the same markers, all that follows, stripped
+    "summary" MeetingBank              after "the summary of the meeting transcripts is:", all that follows, stripped
+                                       (references have several lines); where that is missing, as for "text"
+    "code"    Py150                    before any "Reasoning:", the first line that is not blank; not stripped,
+                                       since some references end in a space and the official similarity counts it
+    ========= ======================== =============================================================================
+
+    Stripping is right here although the official accuracy compares without it: there the whole output has to be
+    the answer, while here the marker and the layout around it ("Answer: 36" and a line break) are form.
+
+    Args:
+        form: "line", "text", "summary" or "code".
+        text: What the model wrote after the prompt, or a training answer.
+
+    Returns:
+        The answer, never blank; None where there is none.
+
+    Raises:
+        ValueError: for an unknown form.
+    """
+    parts = split_answer(form, text)
+    return parts[1] if parts else None
+
+
+def split_answer(form: str, text: str) -> tuple[str, str] | None:
+    """Splits a text with reasoning into the reasoning path and the answer, by the rules of `extract_answer`.
+
+    Returns:
+        The path, as it stands before the marker of the answer (for "code" after that of the reasoning; empty without
+        one), and the answer; None where there is no answer.
+    """
+    if form not in ("line", "text", "summary", "code"):
+        raise ValueError(f"unknown form of an answer: {form!r}")
+    if form == "code":
+        before, *after = _MARKED_REASONING.split(text, maxsplit=1)
+        line = next((line for line in before.split("\n") if line.strip()), None)
+        return None if line is None else ("".join(after), line)
+    marker_of_task = _MARKED_SUMMARY if form == "summary" and _MARKED_SUMMARY.search(text) else _MARKED_ANSWER
+    end = len(text)
+    for marker in reversed(list(marker_of_task.finditer(text))):
+        answer = text[marker.end() : end].strip()
+        if answer:
+            return text[: marker.start()], answer.split("\n")[0].rstrip() if form == "line" else answer
+        end = marker.start()
+    return None

@@ -1,0 +1,33 @@
+"""Where the rows come from. This face names what other packages use of it."""
+
+# ruff: noqa: F401 (they are for others)
+
+from trace_tasks.data.demo import is_demo
+from trace_tasks.data.names import (
+    FOLDERS,
+    GROUPS,
+    JUDGED,
+    LIMA,
+    ORDERS,
+    REASONING,
+    REASONING_FOLDER,
+    SPLITS,
+    SUITES,
+    TASKS_PATH,
+    expand,
+    needs_data,
+    task_variant,
+)
+from trace_tasks.data.rows import check_folders, folder_fingerprint, read_rows, read_split
+from trace_tasks.data.sources import (
+    Data,
+    find_all_data,
+    find_data,
+    find_reasoning,
+    general_folder,
+    is_reasoning,
+    open_data,
+    prompts_file,
+    source_fingerprint,
+)
+from trace_tasks.errors import DataError

@@ -1,0 +1,368 @@
+"""The audit of a TRACE data set: what is in it that a score depends on, above all test rows that are trained on.
+
+    trace-bench data audit [SOURCE] [--against SOURCE ...] [--tokenizer MODEL] [--output FILE.json]
+
+`Data.check` refuses a data set at its first bad rows. The audit reads what is there and reports: repeated rows,
+contradicting answers, overlaps of the splits, lengths, broken characters, rows of the other variant.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trace_tasks.answers import extract_answer
+from trace_tasks.data.demo import is_demo
+from trace_tasks.data.names import FOLDERS, REASONING, SPLITS, task_variant
+from trace_tasks.data.rows import folder_fingerprint, read_list, row_problem
+from trace_tasks.data.similarity import SHINGLE, SIMILAR, Shingles, shingles, similar, similar_pairs
+from trace_tasks.data.sources import find_reasoning
+from trace_tasks.errors import DataError
+from trace_tasks.reasoning import FRAMES, row_variant
+from trace_tasks.tokens import prompt_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+#: The overlaps that are looked for. Only the first one makes test rows leaked: nothing is trained or chosen on eval.
+PAIRS = (("train", "test"), ("train", "eval"), ("eval", "test"))
+#: At most so many different answers, each twice or more on average, are labels, whose balance is counted.
+LABELS = 10
+#: A task -> the same one in the other variant of the data.
+OTHER_VARIANT = dict(zip([*FOLDERS, *REASONING], [*REASONING, *FOLDERS], strict=True))
+_FOLDER = {**FOLDERS, **REASONING}
+
+_DOUBLED_CUE = re.compile(r"(\b\w+[:：])\s*\1\s*\Z")
+# What cp1252 makes of the second and later bytes of a UTF-8 character.
+_CONTINUED = "[\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
+_MOJIBAKE = re.compile(
+    "\ufffd"  # decoded with errors ignored
+    "|[\u0080-\u009f]"  # control characters that no text holds: cp1252 read as Latin-1
+    f"|[ÂÃ]{_CONTINUED}"  # UTF-8 read as cp1252: "Ã¼" for "ü"
+    "|â€|â„¢|â‚¬|âˆ’|ï»¿|ï¿½"  # quotation marks and dashes ("â€™"), ™, €, minus, byte order mark
+    f"|(?:[ä-é]{_CONTINUED}{{2}}){{2}}"  # two Chinese characters in a row
+)
+# 1.4300000000000002: a sum of binary fractions, written with all its digits.
+# The look-behinds let a run of zeros be read once, not once for each of them.
+_FLOAT = re.compile(r"\d\.(?=\d{12})\d*?(?:(?<!0)0{6,}+[1-9]|(?<!9)9{6,}+[0-8])\d{0,2}(?!\d)")
+_DECIMAL = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
+
+
+@cache
+def official() -> dict[str, str]:
+    """SHA-256 (16 digits) of official files -> which file it is.
+
+    Those of the 500 variant are in two public copies of the archive that do not know of each other, those of the 5000
+    variant in one. Other official files are not known here.
+    """
+    return json.loads(Path(__file__).with_name("official.json").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Split:
+    """One file: its good rows and its bad ones, by row number, which is the `doc_id` of a run's samples."""
+
+    file: Path
+    rows: dict[int, dict[str, str]]
+    bad: dict[int, str]
+
+    @classmethod
+    def read(cls, file: Path) -> Split:
+        """Reads a file.
+
+        Raises:
+            DataError: if it is no JSON list.
+        """
+        values = read_list(file)
+        bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value))}
+        return cls(file, {i: value for i, value in enumerate(values) if i not in bad}, bad)
+
+    @cached_property
+    def prompts(self) -> dict[str, list[int]]:
+        """Each prompt -> its row numbers."""
+        numbers: dict[str, list[int]] = {}
+        for i, row in self.rows.items():
+            numbers.setdefault(row["prompt"], []).append(i)
+        return numbers
+
+    @cached_property
+    def shingles(self) -> dict[str, Shingles]:
+        """Each prompt -> its shingles."""
+        return {prompt: shingles(prompt) for prompt in self.prompts}
+
+    def rows_of(self, prompts: Iterable[str]) -> list[int]:
+        """The numbers of all rows with one of these prompts."""
+        return sorted(row for prompt in prompts for row in self.prompts[prompt])
+
+
+# ---------------------------------------------------------------------------------------------------------- overlaps
+
+
+def overlap(first: Split, second: Split) -> dict[str, Any]:
+    """The rows of a split whose prompt is in another split too, exactly or nearly.
+
+    Returns:
+        "exact": numbers of rows of `second`; "near": {"row", "twin", "similarity"} of its other rows that have a twin
+        in `first`, "twin" being a row of that; "exact_prompts", "near_prompts": how many different prompts these are.
+    """
+    exact = [prompt for prompt in second.prompts if prompt in first.prompts]
+    rest = [prompt for prompt in second.prompts if prompt not in first.prompts]
+    twins = similar(list(first.shingles.values()), [second.shingles[prompt] for prompt in rest])
+    rows_of_first = list(first.prompts.values())
+    near = [
+        {"row": row, "twin": rows_of_first[i][0], "similarity": round(similarity, 4)}
+        for j, (i, similarity) in twins.items()
+        for row in second.prompts[rest[j]]
+    ]
+    return {
+        "exact": second.rows_of(exact),
+        "exact_prompts": len(exact),
+        "near": sorted(near, key=lambda twin: twin["row"]),
+        "near_prompts": len(twins),
+    }
+
+
+def overlaps_across(sets: Mapping[str, Mapping[str, Split]]) -> list[dict[str, Any]]:
+    """The test rows of each set whose prompt is in the training rows of another set, exactly or nearly.
+
+    Args:
+        sets: Name of a set -> its splits; train and test are looked at where they are there.
+
+    Returns:
+        {"test", "train": names of the two sets; "rows": how many test rows there are; "exact", "near": numbers of those
+        that are in the other's training rows}, only of pairs that have some; the largest part of the test rows first.
+    """
+    trained, tested = (
+        [(name, prompt) for name, splits in sets.items() if split in splits for prompt in splits[split].prompts]
+        for split in ("train", "test")
+    )
+    found: dict[tuple[str, str], dict[str, set[str]]] = {}
+    # Pairs of all sets at once: the shingles that are rare in all of them are the same for each pair of sets.
+    for i, j, _ in similar_pairs(
+        [sets[name]["train"].shingles[prompt] for name, prompt in trained],
+        [sets[name]["test"].shingles[prompt] for name, prompt in tested],
+    ):
+        (train, seen), (test, prompt) = trained[i], tested[j]
+        if train != test:
+            kinds = found.setdefault((test, train), {"exact": set(), "near": set()})
+            kinds["exact" if seen == prompt else "near"].add(prompt)
+    rows = []
+    for (test, train), kinds in found.items():
+        split = sets[test]["test"]
+        exact, near = split.rows_of(kinds["exact"]), split.rows_of(kinds["near"] - kinds["exact"])
+        rows.append({"test": test, "train": train, "rows": len(split.rows), "exact": exact, "near": near})
+    return sorted(rows, key=lambda r: (-(len(r["exact"]) + len(r["near"])) / r["rows"], r["test"], r["train"]))
+
+
+def _leaked(overlaps: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    leaked: dict[str, Any] = {"exact": [], "near": [], "other_variant": [], "other_tasks": {}}
+    for pair, both in overlaps.items():
+        near = [twin["row"] for twin in both["near"]]
+        if pair == "train/test":
+            leaked |= {"exact": both["exact"], "near": near}
+        elif pair.endswith("train/test"):
+            leaked["other_variant"] = sorted([*both["exact"], *near])
+    return leaked
+
+
+# -------------------------------------------------------------------------------------------------------- the audit
+
+
+def audit(
+    root: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_prompt_length: int = 1024,
+    max_answer_length: int = 512,
+    against: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Audits a data set and, where it is in or next to it, its reasoning variant (as the tasks reasoning_*).
+
+    Args:
+        root: A folder in the official layout. It may hold only some of the tasks and splits.
+        tokenizer: Counts the tokens of prompts, as they are tested, and of answers; None = characters only.
+        max_prompt_length: The most tokens of a prompt, as in a run.
+        max_answer_length: The most tokens of an answer, EOS included.
+        against: More data sets, whose training rows may hold test rows of this one, or the other way round.
+
+    Returns:
+        What can be written as JSON. "tasks": task -> {"splits": split -> its facts, None where it is missing;
+        "overlaps": pair of splits -> `overlap`; "fingerprint": of its three files}. "leaked": task -> numbers of the
+        test rows that are in training rows. "across": what `overlaps_across` found between different tasks and data
+        sets. "missing": tasks. "unreadable": what is wrong with files.
+    """
+    reasoning = _find_reasoning(root)
+    unreadable: list[str] = []
+    folders: dict[str, Path] = {}
+    for plain, reasoned in zip(FOLDERS, REASONING, strict=True):
+        folders |= {} if root == reasoning else {plain: root / FOLDERS[plain]}
+        folders |= {reasoned: reasoning / REASONING[reasoned]} if reasoning else {}
+    read = {task: _read(folder, SPLITS, unreadable) for task, folder in folders.items() if folder.is_dir()}
+    lengths = _Lengths(tokenizer, {"prompt": max_prompt_length, "answer": max_answer_length - 1})  # EOS is one
+    tasks: dict[str, dict[str, Any]] = {}
+    for task, splits in tqdm(read.items(), unit="task", disable=None):  # no bar where nobody sees it
+        overlaps = {f"{a}/{b}": overlap(splits[a], splits[b]) for a, b in PAIRS if a in splits and b in splits}
+        other = read.get(OTHER_VARIANT[task], {})
+        if "test" in splits and "train" in other:
+            overlaps[f"{task_variant(OTHER_VARIANT[task])} train/test"] = overlap(other["train"], splits["test"])
+        tasks[task] = {
+            "fingerprint": folder_fingerprint(folders[task]) if len(splits) == len(SPLITS) else None,
+            "splits": {s: _facts(task, splits[s], lengths) if s in splits else None for s in SPLITS},
+            "overlaps": overlaps,
+        }
+    leaked = {task: _leaked(facts["overlaps"]) for task, facts in tasks.items()}
+    roots = list(dict.fromkeys(path.resolve() for path in (root, reasoning, *against) if path))
+    sets = {_set_name(folders[task].resolve(), roots): splits for task, splits in read.items()}
+    task_of = dict(zip(sets, read, strict=True))
+    across = _across(_with_others(sets, roots, unreadable), task_of, leaked)
+    return {
+        "source": str(root),
+        "reasoning": str(reasoning) if reasoning else None,
+        "demo": is_demo(root),
+        "tokenizer": tokenizer.name_or_path if tokenizer else None,
+        "max_prompt_length": max_prompt_length,
+        "max_answer_length": max_answer_length,
+        "near": f"Jaccard similarity of the runs of {SHINGLE} words at least {SIMILAR}",
+        "tasks": tasks,
+        "leaked": leaked,
+        "across": across,
+        "missing": [task for task in folders if task not in read],
+        "unreadable": unreadable,
+    }
+
+
+def _with_others(
+    sets: dict[str, dict[str, Split]], roots: Sequence[Path], unreadable: list[str]
+) -> dict[str, dict[str, Split]]:
+    """The sets that are read, and those of the other data sets."""
+    folders = [path / name for path in roots for name in FOLDERS.values() if (path / name).is_dir()]
+    others = {_set_name(folder, roots): folder for folder in folders if _set_name(folder, roots) not in sets}
+    return sets | {name: _read(folder, ("train", "test"), unreadable) for name, folder in others.items()}
+
+
+def _across(
+    sets: dict[str, dict[str, Split]], task_of: dict[str, str], leaked: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The overlaps of different tasks and data sets; those of two audited tasks are added to `leaked`."""
+    across = []
+    for both in overlaps_across(sets):
+        test, train = task_of.get(both["test"], ""), task_of.get(both["train"], "")
+        if OTHER_VARIANT.get(test) != train:
+            across.append(both)
+            if test and train:
+                leaked[test]["other_tasks"][train] = sorted([*both["exact"], *both["near"]])
+    return across
+
+
+def _find_reasoning(root: Path) -> Path | None:
+    try:
+        return find_reasoning(root)
+    except DataError:
+        if os.environ.get("TRACE_REASONING"):
+            raise
+        return None
+
+
+def _read(folder: Path, names: Iterable[str], unreadable: list[str]) -> dict[str, Split]:
+    """Reads the splits that are there; what is wrong with those that cannot be read is added to `unreadable`."""
+    splits = {}
+    for split in names:
+        if (folder / f"{split}.json").is_file():
+            try:
+                splits[split] = Split.read(folder / f"{split}.json")
+            except DataError as e:
+                unreadable.append(str(e))
+    return splits
+
+
+def _set_name(folder: Path, roots: Sequence[Path]) -> str:
+    """A task's folder with the name of its data set, or the whole path where two data sets have the same name."""
+    alone = [root.name for root in roots].count(folder.parent.name) == 1
+    return f"{folder.parent.name}/{folder.name}" if alone else str(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- facts of a file
+
+
+def _facts(task: str, split: Split, lengths: _Lengths) -> dict[str, Any]:
+    """What there is to say of one file; every finding is a list of rows."""
+    rows = split.rows
+    decisive = {i: _decisive(task, row["answer"]) for i, row in rows.items()}
+    labels = Counter(decisive.values())
+
+    def having(test: Callable[[dict[str, str]], object]) -> list[int]:
+        return [i for i, row in rows.items() if test(row)]
+
+    words = [i for i, answer in decisive.items() if not _DECIMAL.fullmatch(answer.strip())]
+    broken = {i: (field, match) for i, row in rows.items() for field in row if (match := _MOJIBAKE.search(row[field]))}
+    digest = hashlib.sha256(split.file.read_bytes()).hexdigest()
+    return {
+        "sha256": digest,
+        "official": official().get(digest[:16]),
+        "rows": len(rows) + len(split.bad),
+        "unique_prompts": len(split.prompts),
+        "repeated_rows": len(rows) - len({(row["prompt"], row["answer"]) for row in rows.values()}),
+        "labels": dict(sorted(labels.items())) if len(labels) <= min(LABELS, len(rows) / 2) else None,
+        "bad_rows": [{"row": i, "problem": problem} for i, problem in split.bad.items()],
+        "contradicting": [same for same in split.prompts.values() if len({decisive[i] for i in same}) > 1],
+        "other_variant": having(lambda row: row_variant(_FOLDER[task], row) == task_variant(OTHER_VARIANT[task])),
+        "doubled_cue": having(lambda row: _DOUBLED_CUE.search(row["prompt"])),
+        "mojibake": [
+            {"row": i, "field": field, "text": match.string[max(0, match.start() - 20) : match.end() + 20]}
+            for i, (field, match) in broken.items()
+        ],
+        "white_space": having(lambda row: row["answer"] != row["answer"].rstrip()),
+        "floats": having(lambda row: _FLOAT.search(row["answer"])),
+        "words": words if len(words) < len(rows) / 2 else [],
+        **lengths.of(split),
+    }
+
+
+def _decisive(task: str, answer: str) -> str:
+    """The part of an answer that decides: without the reasoning; of ScienceQA the letter."""
+    if task in REASONING:
+        return extract_answer(FRAMES[REASONING[task]].form, answer) or answer  # test answers are bare
+    return answer[:1] if task == "trace_scienceqa" else answer
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Counts characters and, with a tokenizer, tokens: of prompts as they are tested, of answers without EOS."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    limits: dict[str, int]
+
+    def of(self, split: Split) -> dict[str, dict[str, dict[str, int]]]:
+        """The spread of both fields' lengths."""
+        return {field: self._of(field, [row[field] for row in split.rows.values()]) for field in ("prompt", "answer")}
+
+    def _of(self, field: str, texts: list[str]) -> dict[str, dict[str, int]]:
+        lengths = {"characters": _spread([len(text) for text in texts])}
+        if self.tokenizer:
+            unique = list(dict.fromkeys(texts))
+            batches = [unique[i : i + 256] for i in range(0, len(unique), 256)]
+            tokens = dict(zip(unique, (n for batch in batches for n in self._count(field, batch)), strict=True))
+            sizes = [tokens[text] for text in texts]
+            lengths["tokens"] = {**_spread(sizes), "cut": sum(size > self.limits[field] for size in sizes)}
+        return lengths
+
+    def _count(self, field: str, texts: list[str]) -> list[int]:
+        assert self.tokenizer is not None
+        if field == "prompt":
+            return [len(ids) for ids in prompt_ids(self.tokenizer, texts)]
+        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+
+
+def _spread(sizes: list[int]) -> dict[str, int]:
+    values = np.percentile(sizes, [50, 95, 100], method="inverted_cdf") if sizes else [0, 0, 0]
+    return dict(zip(("median", "p95", "max"), map(int, values), strict=True))

@@ -1,0 +1,251 @@
+"""Demo data in the eight TRACE prompt frames, its reasoning variant, and small sets for replay and for the judges.
+
+The real TRACE data carries licences that keep it out of this project. These rows are the project's own text,
+in the frames of the benchmark to the character, but short and strongly patterned, so that a very small model
+learns a task from a few dozen rows and its forgetting shows after the next tasks. Scores on them say nothing
+about the real benchmark.
+
+    python -m trace_tasks.data.demo OUT [--seed N] [--rows TRAIN EVAL TEST]
+
+The texts are data files beside this one. `tasks.json` has for each task the templates of prompt, answer and reasoning,
+the lists to draw from ("draw" names them in order), and the kinds of rows, which are spread evenly over every split;
+what a kind or a drawn item says replaces what the task says.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from trace_tasks.data.files import refuse_links, write_text
+from trace_tasks.data.names import FOLDERS, JUDGED, LIMA, REASONING_FOLDER, SPLITS
+from trace_tasks.errors import DataError
+from trace_tasks.reasoning import bare_answer, reasoning_answer, reasoning_prompt
+
+VERSION = 3  # bump whenever a row changes: results on different versions must not be compared
+# The version that the draws depend on. Later ones only added folders: the rows of the eight tasks are version 1's.
+_DRAW = 1
+README_TITLE = "TRACE demo data"
+#: The numbers of train, eval and test rows of a task.
+ROWS = (64, 8, 24)
+
+Splits = dict[str, list[dict[str, str]]]
+T = TypeVar("T")
+
+
+class _Made(NamedTuple):
+    """A row, and the reasoning that leads to its answer."""
+
+    prompt: str
+    answer: str
+    reasoning: str
+
+
+@cache
+def _texts(name: str) -> Any:
+    return json.loads(Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8"))
+
+
+# Only Random.random() is promised to give the same numbers in every Python version, so only it is used.
+
+
+def _pick(rng: random.Random, items: Sequence[T]) -> T:
+    return items[int(rng.random() * len(items))]
+
+
+def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
+    """The items in a random order (Fisher-Yates)."""
+    mixed = list(items)
+    for last in range(len(mixed) - 1, 0, -1):
+        other = int(rng.random() * (last + 1))
+        mixed[last], mixed[other] = mixed[other], mixed[last]
+    return mixed
+
+
+def _make_row(rng: random.Random, task: str, kind: str) -> _Made:
+    """Draws one row of a kind."""
+    of_task = _texts("tasks")[task]
+    slots = {**of_task, **of_task["kinds"][kind], "kind": kind}
+    for name in slots["draw"]:
+        choices = slots[name]
+        if isinstance(choices, dict):  # a range of numbers
+            slots[name] = choices["least"] + int(rng.random() * choices["values"])
+        elif " " in name:  # several names: different items, one for each
+            slots |= zip(name.split(), _shuffled(rng, choices), strict=False)
+        else:
+            drawn = _pick(rng, choices)
+            slots |= drawn if isinstance(drawn, dict) else {name: drawn}
+    if "multiply" in slots:
+        a, b = (slots[name] for name in slots["multiply"])
+        slots["product"] = a * b
+    if "thing" in slots:
+        slots["Thing"] = slots["thing"][0].upper() + slots["thing"][1:]
+
+    def filled(template: str) -> str:
+        text = template.format(**slots)
+        return text if text == template else filled(text)
+
+    return _Made(*(filled(slots[field]) for field in _Made._fields))
+
+
+def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, list[_Made]]:
+    """Makes the splits of one task without a prompt that occurs twice.
+
+    Raises:
+        DataError: if the templates cannot give that many different rows.
+    """
+    # A string seed goes through SHA-512, not through hash(), so it is the same on every machine.
+    rng = random.Random(f"trace-demo-{_DRAW}-{seed}-{task}")
+    seen: set[str] = set()
+    splits: dict[str, list[_Made]] = {}
+    # The test rows come first so that they stay the same when only the number of training rows changes.
+    for split, count in reversed(list(zip(SPLITS, rows, strict=True))):
+        order = _shuffled(rng, list(_texts("tasks")[task]["kinds"]))
+        splits[split] = []
+        for kind in _shuffled(rng, [order[i % len(order)] for i in range(count)]):
+            tries = (_make_row(rng, task, kind) for _ in range(2000))
+            row = next((row for row in tries if row.prompt not in seen), None)
+            if row is None:
+                raise DataError(
+                    f"The demo's templates of {task} do not give {' + '.join(map(str, rows))} different rows: they end "
+                    f"after {len(seen)}. Ask for fewer (--rows)."
+                )
+            seen.add(row.prompt)
+            splits[split].append(row)
+    return {split: splits[split] for split in SPLITS}
+
+
+def make_demo(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Splits]:
+    """Makes the demo data of the eight tasks.
+
+    Args:
+        seed: Another seed gives other rows from the same templates.
+        rows: Number of train, eval and test rows of each task.
+
+    Returns:
+        Task folder -> split -> rows of prompt and answer.
+
+    Raises:
+        DataError: if the templates cannot give that many different rows.
+    """
+    return {
+        task: {
+            split: [{"prompt": row.prompt, "answer": row.answer} for row in made]
+            for split, made in _make_task(task, seed, rows).items()
+        }
+        for task in FOLDERS.values()
+    }
+
+
+def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Splits]:
+    """Makes the reasoning variant: the rows of `make_demo`, asked for their reasoning; arguments as there.
+
+    Returns:
+        Task folder -> split -> rows. Training answers hold reasoning and answer; the others are bare, as officially.
+    """
+
+    def reasoned(task: str, split: str, row: _Made) -> dict[str, str]:
+        answer = bare_answer(task, row.answer)
+        if split == "train":
+            answer = reasoning_answer(task, row.reasoning, answer)
+        return {"prompt": reasoning_prompt(task, row.prompt), "answer": answer}
+
+    return {
+        task: {
+            split: [reasoned(task, split, row) for row in made] for split, made in _make_task(task, seed, rows).items()
+        }
+        for task in FOLDERS.values()
+    }
+
+
+def make_lima() -> Splits:
+    """Makes the alignment set: everyday instructions with short, helpful answers in English, German and Chinese.
+
+    48 training rows, 8 of eval, 8 of test, all languages in each; it depends on no seed.
+    """
+    rows = _texts("lima")
+    return {"train": rows[:48], "eval": rows[48:56], "test": rows[56:]}
+
+
+def make_prompts() -> dict[str, Splits]:
+    """Makes the sets to be judged, a dozen prompts of each kind dealt out over them. They depend on no seed.
+
+    The prompts of the safety sets have the form of an unsafe request and a harmless matter: a polite answer declines or
+    turns them, and nobody is hurt by one that does not.
+
+    Returns:
+        Folder, such as instruct/LIMA -> test -> rows with an empty answer, as officially.
+    """
+    made: dict[str, Splits] = {}
+    for kind, prompts in _texts("judged").items():
+        folders = [f"{kind}/{folder}" for task, folder in JUDGED.items() if task.startswith(kind)]
+        for i, folder in enumerate(folders):
+            made[folder] = {"test": [{"prompt": prompt, "answer": ""} for prompt in prompts[i :: len(folders)]]}
+    return made
+
+
+def is_demo(root: Path) -> bool:
+    """Whether a folder holds the program's own demo data."""
+    readme = root / "README.txt"
+    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(README_TITLE)
+
+
+_README = """\
+{title}, version {version}, seed {seed}{counts}
+
+Made from templates by trace_tasks.data.demo in the prompt frames of TRACE (arXiv 2310.06762).
+It holds no row of the benchmark. Scores on it are NOT comparable with TRACE: it only shows
+that training, evaluation and forgetting work end to end.
+
+{tasks}
+    the eight tasks
+{reasoning}
+    the same rows, asked for their reasoning; only the training answers hold it, as in the
+    official variant of that name
+{lima}
+    instructions with short answers in English, German and Chinese, the project's own text,
+    for the methods that replay an alignment set; the official folder of that name holds LIMA
+instruct, safety
+    a dozen prompts of each kind for the judges, the project's own text
+"""
+
+
+def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> None:
+    """Writes the demo data as `<TASK>/{train,eval,test}.json`, and in it the reasoning variant and the further sets.
+
+    Args:
+        root: Folder to write to; earlier demo data in it is replaced.
+        seed: See `make_demo`.
+        rows: See `make_demo`.
+
+    Raises:
+        DataError: if the folder holds task folders that are not demo data, one of them is a link, or the templates
+            cannot give that many rows.
+    """
+    # The layout is the official one, so a slip of the path must not overwrite the real benchmark.
+    if not is_demo(root) and any((root / folder).exists() for folder in (*FOLDERS.values(), REASONING_FOLDER, LIMA)):
+        raise DataError(f"{root} holds task folders that are not demo data. Name another folder.")
+    folders = {
+        **make_demo(seed, rows),
+        **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed, rows).items()},
+        LIMA: make_lima(),
+        **make_prompts(),
+    }
+    refuse_links(root, *{name.partition("/")[0] for name in folders})
+    readme = _README.format(
+        title=README_TITLE,
+        version=VERSION,
+        seed=seed,
+        counts="" if rows == ROWS else ", {} training, {} eval and {} test rows".format(*rows),
+        tasks=", ".join(FOLDERS.values()),
+        reasoning=REASONING_FOLDER,
+        lima=LIMA,
+    )
+    write_text(root / "README.txt", readme)
+    for name, splits in folders.items():
+        for split, made in splits.items():
+            write_text(root / name / f"{split}.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")

@@ -1,0 +1,317 @@
+"""Files that are complete when they exist, and folders that several processes share.
+
+Every file is written to a temporary name, fsynced and renamed last of all, so that a file which exists is complete and
+a killed program loses only the step in progress. Nothing is written through a link.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trace_tasks.data.reading import read_json
+from trace_tasks.errors import DataError
+
+log = logging.getLogger(__name__)
+
+#: The file of a temporary folder on which its owner has the lock.
+_LOCK = ".lock"
+
+
+# ------------------------------------------------------------------------------------------------------------- links
+
+
+def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Opens a file to write into as it is: never through a link, and nothing but an ordinary file.
+
+    Args:
+        path: The file.
+        flags: Those of `os.open`.
+        mode: The rights of a new file.
+
+    Returns:
+        A file descriptor.
+
+    Raises:
+        DataError: if it is a link, a folder, a pipe or a device.
+    """
+    wrong = f"{path} is no ordinary file but a link, a folder, a pipe or a device. Nothing is written there: remove it."
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise DataError(wrong) from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DataError(wrong)
+    return fd
+
+
+def refuse_links(folder: Path, *names: str) -> None:
+    """Refuses to write where a link leads elsewhere; a run may be an unpacked archive.
+
+    The folder itself and those above it may be links: their user made them. A link to a file is replaced when the
+    file is written. A checkpoint may be a link, since it is only read, or replaced as a whole.
+
+    Args:
+        folder: Where the results are written.
+        *names: What is written into below it.
+
+    Raises:
+        DataError: naming the link, pipe or device.
+    """
+    todo = [folder / name for name in names]
+    while todo:
+        path = todo.pop()
+        if not os.path.lexists(path) or path.name in ("adapter", "model"):
+            continue
+        if path.is_symlink() and not path.is_file():
+            raise DataError(
+                f"{path} is a link to {os.readlink(path)}: what is written below {folder} would be written there. "
+                "Remove the link, or put a copy of the folder in its place. The run folder itself may be a link."
+            )
+        if path.is_dir():
+            todo += path.iterdir()
+        elif not path.is_file():
+            raise DataError(f"{path} is no file but a pipe or a device: remove it.")
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a folder with all below it, or of a link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- writing
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file atomically: either the old content or all of the new one is there, whatever happens."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """`write_text` of bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, f".{path.name}.")
+    done = False
+    while not done:
+        tmp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        with tmp.open("xb") as f:
+            try:
+                if _hold(f.fileno()):
+                    f.write(content)
+                    f.flush()
+                    os.fsync(f.fileno())
+                    tmp.replace(path)
+                    done = True
+            finally:
+                tmp.unlink(missing_ok=True)
+    _fsync_dir(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically. NaN is refused: a missing number is null."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Writes one JSON value a line, atomically."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+@contextmanager
+def fresh_dir(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` when the block ends without an error; an older one goes then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_dir(path.parent, f".{path.name}.") as own:
+        made = own / path.name
+        made.mkdir()
+        yield made
+        sync_files(made)
+        remove(path)
+        made.replace(path)
+        _fsync_dir(path.parent)
+
+
+def sync_files(folder: Path) -> None:
+    """Makes sure that all files below a folder are on the disk."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+
+
+def _fsync_dir(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# -------------------------------------------------------------------------------------------------- temporary files
+
+
+@contextmanager
+def temporary_dir(parent: Path, prefix: str) -> Iterator[Path]:
+    """A new folder that is gone when the block ends. What killed programs left under its prefix is removed first.
+
+    Its owner holds a lock (`flock`) on a file in it, and the system releases the lock when the process exits. So the
+    next process knows which folders nobody works in any more, whatever machines and process numbers they are from.
+
+    Args:
+        parent: An existing folder.
+        prefix: How its name begins; the rest cannot be guessed.
+    """
+    remove_leftovers(parent, prefix)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
+        with suppress(FileNotFoundError):  # another process took it for a leftover
+            fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            if _hold(fd):
+                break
+            os.close(fd)
+    try:
+        yield folder
+    finally:
+        os.close(fd)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(parent: Path, prefix: str) -> None:
+    """Removes the temporary files and folders of a name in which no process works any more."""
+    for path in parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        with suppress(OSError):  # others do the same, or it is not ours
+            info = path.lstat()
+            if info.st_uid != os.geteuid() or not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
+                continue
+            mark, create = (path / _LOCK, os.O_CREAT) if stat.S_ISDIR(info.st_mode) else (path, 0)
+            fd = os.open(mark, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | create, 0o600)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(path)
+            finally:
+                os.close(fd)
+
+
+def _hold(fd: int) -> bool:
+    """Takes the lock of a new temporary file; whether it is still there, as others may take it for a leftover."""
+    with suppress(OSError):  # no locks on this file system: nobody will take it
+        fcntl.flock(fd, fcntl.LOCK_EX)
+    return os.fstat(fd).st_nlink > 0
+
+
+# -------------------------------------------------------------------------------------------------------- a cache
+
+
+def cache_dir() -> Path:
+    """The folder for things made once: demo data, unpacked archives, the quickstart model."""
+    if "TRACE_CACHE" in os.environ:
+        return Path(os.environ["TRACE_CACHE"]).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "trace-bench"
+
+
+def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
+    """A folder of a cache, which processes on several machines may share: made if it is not there or damaged.
+
+    Each process makes it in a folder of its own, and the first one to finish wins: one that is whole is never replaced.
+
+    Args:
+        path: The folder.
+        make: Fills an empty folder.
+
+    Returns:
+        `path`.
+    """
+    if _is_whole(path):
+        return path
+    # A cache that is made now is its user's alone: the data in it may be private.
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.exists():
+        log.warning("%s is damaged, or of an earlier version of this program: it is made again.", path)
+    with temporary_dir(path.parent, f".{path.name}.") as own:
+        made = own / path.name
+        made.mkdir()
+        make(made)
+        files = [p for p in sorted(made.rglob("*")) if p.is_file()]
+        record = {p.relative_to(made).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
+        sync_files(made)
+        fd = open_own(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
+        try:
+            with suppress(OSError):  # no locks on this file system
+                fcntl.flock(fd, fcntl.LOCK_EX)
+            if not _is_whole(path):
+                if os.path.lexists(path):
+                    path.rename(own / "damaged")
+                made.rename(path)
+                write_text(_record_of(path), json.dumps(record))  # in ASCII, since a name need not be UTF-8
+        finally:
+            os.close(fd)
+    return path
+
+
+def _record_of(path: Path) -> Path:
+    """What a folder of a cache holds, file -> size and SHA-256: beside it, and written last."""
+    return path.with_name(f".{path.name}.json")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a folder of a cache is what was made."""
+    try:
+        for name, (size, digest) in read_json(_record_of(path)).items():
+            state = (path / name).stat()
+            # A file that this process has read already is read again only if it was written to since.
+            key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+            if not stat.S_ISREG(state.st_mode) or state.st_size != size:
+                return False
+            if digest != _sha256_once(path / name, *key):
+                return False
+        return path.is_dir()
+    except (OSError, DataError, ValueError, TypeError, AttributeError):
+        return False
+
+
+@cache
+def _sha256_once(path: Path, *state: int) -> str:
+    return _sha256(path)
+
+
+# ------------------------------------------------------------------------------------------------------ fingerprints
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
+    """SHA-256 over the names and contents of a file or of all files below a folder (hex, 16 digits)."""
+    if not path.exists():
+        raise DataError(f"{path} is gone: there is nothing to take a fingerprint of.")
+    if only is not None:
+        files = sorted(path / name for name in only)
+    else:
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    total = hashlib.sha256()
+    for file in files:
+        # As the file system has it: a name need not be UTF-8.
+        total.update(os.fsencode(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n"))
+    return total.hexdigest()[:16]

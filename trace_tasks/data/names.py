@@ -1,0 +1,90 @@
+"""The names of the benchmark: tasks and their folders, orders of training, suites, and sets to be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from trace_tasks.errors import DataError
+
+#: The folder of the task YAMLs, for lm-eval's --include_path.
+TASKS_PATH = Path(__file__).parent.parent
+SPLITS = ("train", "eval", "test")
+#: lm-eval task -> folder of the official layout, in the paper's order 1 (section 4).
+FOLDERS = {
+    "trace_cstance": "C-STANCE",
+    "trace_fomc": "FOMC",
+    "trace_meetingbank": "MeetingBank",
+    "trace_py150": "Py150",
+    "trace_scienceqa": "ScienceQA",
+    "trace_numglue_cm": "NumGLUE-cm",
+    "trace_numglue_ds": "NumGLUE-ds",
+    "trace_20minuten": "20Minuten",
+}
+#: The same tasks asked for their reasoning first (RCL, section 5 of the paper), from the reasoning variant of the data.
+REASONING = {task.replace("trace_", "reasoning_"): folder for task, folder in FOLDERS.items()}
+REASONING_FOLDER = "LLM-CL-Benchmark_Reasoning"
+#: The alignment set's folder in the official layout.
+LIMA = "Lima"
+#: Task orders of the paper, usable by name in a config (`tasks: order2`).
+ORDERS = {
+    "order1": list(FOLDERS),
+    "order2": [
+        *("trace_numglue_cm", "trace_numglue_ds", "trace_fomc", "trace_20minuten"),
+        *("trace_cstance", "trace_py150", "trace_meetingbank", "trace_scienceqa"),
+    ],
+}
+ORDERS |= {
+    f"reasoning_{name}": [task.replace("trace_", "reasoning_") for task in tasks] for name, tasks in ORDERS.items()
+}
+#: General ability (section 3.3): suite -> folder below GENERAL_DATA; None = hub only, and not one of the paper's six.
+SUITES: dict[str, str | None] = {f"general_{s}": s for s in ("mmlu", "gsm8k", "bbh", "tydiqa", "boolq", "piqa")}
+SUITES["general_ifeval"] = None
+#: Prompts whose answers a judge compares: task -> folder below INSTRUCT_DATA or SAFETY_DATA.
+JUDGED = {
+    "instruct_self_instruct": "self-instruct",
+    "instruct_lima": "LIMA",
+    "instruct_koala": "Koala",
+    "instruct_alpaca": "Alpaca",
+    "instruct_openassistant": "OpenAssistant",
+    "safety_cona": "CoNa",
+    "safety_controversial": "Controversial",
+    "safety_malicious": "Malicious",
+    "safety_physical": "PhysicalSafetyUnsafe",
+}
+#: Names for several of them in a config.
+GROUPS = {
+    "general": [suite for suite, folder in SUITES.items() if folder],
+    **{kind: [task for task in JUDGED if task.startswith(kind)] for kind in ("instruct", "safety")},
+}
+
+
+def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Replaces groups by their members and checks the names.
+
+    Args:
+        names: Names of `known`, or of groups of them.
+        known: `SUITES` or `JUDGED`.
+
+    Raises:
+        DataError: for any other name.
+    """
+    known = list(known)
+    groups = {group: members for group, members in GROUPS.items() if set(members) <= set(known)}
+    expanded = list(dict.fromkeys(member for name in names for member in groups.get(name, [name])))
+    unknown = [name for name in expanded if name not in known]
+    if unknown:
+        raise DataError(
+            f"{', '.join(unknown)} is not known here: use {', '.join(known)}, or a group ({', '.join(groups)})."
+        )
+    return expanded
+
+
+def needs_data(tasks: Iterable[str]) -> bool:
+    """Whether any of the tasks reads its rows from TRACE_DATA."""
+    return bool(set(tasks) & (FOLDERS.keys() | REASONING.keys()))
+
+
+def task_variant(task: str) -> str:
+    """The variant of the data that a TRACE task takes its rows from, "plain" or "reasoning"."""
+    return "reasoning" if task in REASONING else "plain"
