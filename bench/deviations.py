@@ -43,7 +43,7 @@ def gradients(path: Path) -> dict[str, Any]:
     from torch.nn.functional import kl_div, log_softmax
     from transformers import AutoModelForCausalLM
 
-    from trace_bench import models
+    from trace_bench.engine import models
     from trace_bench.run import Run
     from trace_tasks.tokens import example_ids
 

@@ -94,8 +94,7 @@ def answers(way: str, dtype: str) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
     from peft import PeftModel
 
-    from trace_bench import models
-    from trace_bench.engine import open_engine
+    from trace_bench.engine import models, open_engine
     from trace_bench.run import Run
 
     run = Run.open(WORK / "evaluation" / "run")

@@ -37,7 +37,7 @@ VLLM_ENV = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "3", 
 
 def main() -> None:
     """Prepares the checkpoints, times every contender, compares their answers, and saves the result."""
-    from trace_bench import models
+    from trace_bench.engine import models
     from trace_bench.run import Run
 
     run = Run.open(trained())

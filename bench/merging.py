@@ -1,4 +1,4 @@
-"""What merging into bf16 leaves of an adapter: to the nearest value, and without a bias (`trace_bench.models.merge`).
+"""What merging into bf16 leaves of an adapter: to the nearest value, and without a bias (`models.merge`).
 
 The log-likelihood of one task's training answers under an adapter of `bench.evaluation`'s run, whose update is made
 smaller: 0.1 of it is about what a learning rate of 1e-4 gives. All models compute in float32, so that the weights alone
@@ -29,7 +29,7 @@ def main() -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from trace_bench import models
+    from trace_bench.engine import models
     from trace_bench.run import Run
     from trace_tasks.tokens import example_ids
 

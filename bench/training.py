@@ -87,7 +87,7 @@ def _one(name: str, out: Path) -> None:
     import torch
     from transformers import AutoTokenizer
 
-    from trace_bench import models
+    from trace_bench.engine import models
     from trace_tasks import data
 
     torch.manual_seed(0)

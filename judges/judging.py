@@ -19,7 +19,7 @@ from judges import instruction, pairwise, prompts, safety
 from judges.broken import why_broken
 from judges.pairwise import Kind
 from judges.verdict import ends, ends_in_words, forced_verdict, verdict_of, why_unscored
-from trace_bench.checks import check_samples, verify
+from trace_bench.records import check_one_checkpoint, check_samples, check_stages
 from trace_bench.run import WRITTEN, Run, RunError, Stage, differences, read_json
 from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_jsonl
 from trace_tasks.data.reading import MOST_LINES, read_file
@@ -142,7 +142,7 @@ def plan(
     refuse_links(run.path, *WRITTEN)
     base = run.stages[0]
     wanted = run.indices(stages)
-    verify(run, [stage for stage in run.stages if stage.index in wanted])
+    check_stages(run, [stage for stage in run.stages if stage.index in wanted])
     present = {(s.index, suite): kind for s in run.stages for kind in KINDS for suite in suites_of(s, kind)}
     names = sorted({suite for index, suite in present if index in wanted})
     chosen = names if suites is None else sorted(set(suites))
@@ -324,7 +324,7 @@ def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
 
 def _is_current(stage: Stage, suite: str) -> bool:
     """Whether the samples are those of the weights that the stage has now."""
-    stage.check_one_checkpoint()
+    check_one_checkpoint(stage)
     cell, trained = stage.eval_file(suite), stage.train_file
     if cell.exists() and trained.exists() and read_json(cell)["checkpoint"] != read_json(trained)["checkpoint"]:
         log.warning("%s, %s: the samples are of an older checkpoint. Evaluate the stage first.", stage.name, suite)

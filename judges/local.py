@@ -23,9 +23,9 @@ from judges import JudgeError
 from judges.client import SAMPLING, Judge, Reply, Request
 from judges.thinking import answer_of, opened_by
 from judges.verdict import is_unclosed, verdict_of
-from trace_bench.engine import FREE, prepare_vllm, starting_vllm
+from trace_bench.engine import SPEED_ONLY_ARGS, prepare_vllm, starting_vllm
+from trace_bench.engine.models import load_tokenizer, pinned_revision, resolve_model
 from trace_bench.keys import refuse_secrets
-from trace_bench.models import load_tokenizer, pinned_revision, resolve_model
 from trace_bench.run import RunError
 from trace_tasks.tokens import PromptError, rendered
 
@@ -76,11 +76,11 @@ class LocalJudge(Judge):
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         self.engine_args = {"enable_prefix_caching": True, **(engine_args or {})}
-        refused = sorted(self.engine_args.keys() - FREE)
+        refused = sorted(self.engine_args.keys() - SPEED_ONLY_ARGS)
         if refused:
             raise JudgeError(
                 f"engine_args: {', '.join(refused)}: would make another judge of this model. There are "
-                f"{', '.join(sorted(FREE))}."
+                f"{', '.join(sorted(SPEED_ONLY_ARGS))}."
             )
         try:
             refuse_secrets({"model": model, "engine_args": self.engine_args}, "the judge's")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trace_bench.engine import EngineError, open_engine
-from trace_bench.models import ModelError
+from trace_bench.engine.models import ModelError
 
 ROOT = Path(__file__).parents[1]
 
@@ -257,9 +257,9 @@ def reference_likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str
     return sums
 
 
-def generate(lm: Any, prompts: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[str]:
+def generate(lm: Any, prompts: Sequence[str], new_tokens: int = NEW_TOKENS, until: Sequence[str] = ()) -> list[str]:
     """What an engine answers in one request."""
-    kwargs = {"until": [], "max_gen_toks": new_tokens, "do_sample": False}
+    kwargs = {"until": list(until), "max_gen_toks": new_tokens, "do_sample": False}
     return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
 
 

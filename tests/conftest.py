@@ -1,6 +1,7 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
 import os
+import shutil
 import string
 from collections import Counter
 from functools import partial
@@ -65,10 +66,7 @@ def bounds(make):
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model with a byte-level tokenizer, and with one like LLaMA-2's."""
     folder = tmp_path_factory.mktemp("models")
-    return {
-        "bytes": make_tiny_model(folder / "tiny"),
-        "pieces": make_tiny_model(folder / "pieces", pieces_tokenizer()),
-    }
+    return {"bytes": make_tiny_model(folder / "tiny"), "pieces": make_tiny_model(folder / "pieces", pieces_tokenizer())}
 
 
 @pytest.fixture
@@ -177,6 +175,22 @@ def checkpoints(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
 @pytest.fixture
 def options(tiny_model: Path, tmp_path: Path) -> dict:
     return quick_options(tiny_model, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `quick_options`, trained once for all tests of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACE_DATA", "demo")
+        return train(quick_options(tiny_models["bytes"], tmp_path_factory.mktemp("trained") / "run")).path
+
+
+@pytest.fixture
+def run(trained: Path, options: dict):
+    """A copy of the trained run, which `train(options)` goes on with."""
+    from trace_bench.run import Run
+
+    return Run.open(shutil.copytree(trained, options["output_dir"]))
 
 
 def quick_options(model: Path, output_dir: Path) -> dict:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.scaling import TOKENS
-from trace_bench import models
 from trace_bench.cli import main
 from trace_bench.comparison import write_comparison
+from trace_bench.engine import models
 from trace_bench.leaks import without_leaked, without_rows
 from trace_bench.report import write_report
 from trace_bench.results import score_matrix

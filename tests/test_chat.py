@@ -1,6 +1,7 @@
 """Chat prompts: one renderer for training, evaluation and judged answers; its arguments and its date are on record."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -28,8 +29,6 @@ OFF = {"enable_thinking": False}
 @pytest.fixture
 def switched(tiny_model, tmp_path, options):
     """Options of a run of a chat model whose template has a switch and asks for the date."""
-    import shutil
-
     model = shutil.copytree(tiny_model, tmp_path / "switched")
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = SWITCH
@@ -168,12 +167,12 @@ def test_a_template_that_refuses_the_turns_says_so(chat):
 @pytest.mark.slow
 def test_both_engines_render_with_it():
     from trace_bench.engine.hf import SwapHF
-    from trace_bench.engine.swap import Swap
+    from trace_bench.engine.swap import SwapLM
     from trace_bench.engine.vllm import SwapVLLM
 
     for engine_class in (SwapHF, SwapVLLM):
         for name in ("apply_chat_template", "tok_encode", "generate_until", "_spoken"):
-            assert getattr(engine_class, name) is getattr(Swap, name)
+            assert getattr(engine_class, name) is getattr(SwapLM, name)
 
 
 @pytest.mark.timeout(120)
@@ -181,22 +180,14 @@ def test_both_engines_render_with_it():
     "template",
     [
         "{% for i in range(10**9) %}x{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
         "{{ 'x' * 10**10 }}",
-        "{{ messages[0]['content'] * 10**9 }}",
-        "{{ [0] * 10**10 }}",
         "{{ 'x' | center(10**10) }}",
-        "{{ '%10000000000d' % 1 }}",
         "{{ 9 ** (9**9) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-        "{% macro f(n) %}{% for i in range(n) %}{{ f(n) }}{% endfor %}{% endmacro %}{{ f(9) }}",
-        "{% for m in messages * 10**9 %}{{ m['content'] }}{% endfor %}",
         "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
         "{{ 'x' * 2000000 }}",
         "{{ 1 / 0 }}",
-        "{{ messages.nothing.more }}",
-        "{{ 'a' + 1 }}",
         "{% for %}",
         "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     ],

@@ -15,20 +15,15 @@ from judges import judging
 from judges.judging import judge_file
 from judges.report import load as load_judged
 from judges.report import pooled
-from trace_bench import checks, evaluate
+from trace_bench import checks, evaluate, records
 from trace_bench.comparison import compare
 from trace_bench.report import write_report
 from trace_bench.results import Results
 from trace_bench.run import Run, RunError, read_json, read_jsonl
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
-from trace_tasks.data.files import write_json, write_jsonl
+from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 from trainers.single import SingleConfig, SingleTrainer
-
-
-@pytest.fixture
-def run(options) -> Run:
-    return train(options)
 
 
 def cells(run):
@@ -42,23 +37,19 @@ def change(file, **changes):
 # ------------------------------------------------------------------------------------------------------- one setting
 
 
-@pytest.mark.parametrize(
-    "asked, message",
-    [
-        ({"engine_args": {"dtype": "float16"}}, r"engine.dtype: 'absent' -> 'float16'"),
-        ({"backend": "vllm"}, r"backend: 'hf' -> 'vllm'"),
-    ],
-)
-def test_a_stage_evaluated_by_itself_has_the_settings_of_the_others(run, asked, message):
+def test_a_stage_evaluated_by_itself_has_the_settings_of_the_others(run):
     evaluate.evaluate(run, stages=[0, 1])
     before = cells(run)
-    with pytest.raises(RunError, match=message):
-        evaluate.evaluate(run, stages=[2], **asked)
+    for asked, message in (
+        ({"engine_args": {"dtype": "float16"}}, r"engine.dtype: 'absent' -> 'float16'"),
+        ({"backend": "vllm"}, r"backend: 'hf' -> 'vllm'"),
+    ):
+        with pytest.raises(RunError, match=message):
+            evaluate.evaluate(run, stages=[2], **asked)
     assert cells(run) == before
-    shutil.rmtree(run.path / "stages" / "0_base" / "eval")
-    shutil.rmtree(run.stages[1].path / "eval")
-    if asked.get("backend") != "vllm":
-        assert evaluate.evaluate(run, stages=[2], **asked) == 2, "after what the message says the command works"
+    for stage in run.stages[:2]:
+        shutil.rmtree(stage.path / "eval")
+    assert evaluate.evaluate(run, stages=[2], engine_args={"dtype": "float16"}) == 2, "as the message says"
 
 
 # ----------------------------------------------------------------------------------------------------- what a task is
@@ -103,7 +94,7 @@ def own(tmp_path, monkeypatch):
 
 
 def defined():
-    return checks.definition(load_tasks(["mine"])["mine"])
+    return checks.definitions(load_tasks(["mine"]))["mine"]
 
 
 def replace(file, old, new):
@@ -117,11 +108,9 @@ def replace(file, old, new):
     [
         ("mine.yaml", '"{{q}} "', '"Say: {{q}} "', "doc_to_text"),
         ("mine.yaml", "doc_to_target: a", 'doc_to_target: "no {{a}}"', "doc_to_target"),
-        ("mine.yaml", "max_gen_toks: 4", "max_gen_toks: 1", "generation_kwargs.max_gen_toks"),
-        ("mine.yaml", 'until: ["\\n"]', "until: []", "generation_kwargs.until"),
+        ("mine.yaml", "max_gen_toks: 4", "max_gen_toks: 1", "generation_kwargs"),
         ("mine.yaml", "higher_is_better: true", "higher_is_better: false", "metric_list"),
         ("mine.yaml", "process_results", 'description: "Be brief."\nprocess_results', "description"),
-        ("mine.yaml", "process_results", 'target_delimiter: ""\nprocess_results', "target_delimiter"),
         ("mine.py", '"right": float', '"right": 1 - float', "process_results"),
         ("rules.py", "text.strip() ==", "text ==", "process_results"),
     ],
@@ -130,9 +119,9 @@ def test_another_task_under_the_same_name_and_version_is_another_definition(own,
     before = defined()
     assert defined() == before
     replace(own / file, old, new)
-    after = {f"{k}": v for k, v in defined().items()}
+    after = defined()
     names = {key for key in before | after if before.get(key) != after.get(key)}
-    assert what.partition(".")[0] in names and names <= {what.partition(".")[0], "examples", "fewshot_config"}
+    assert what in names and names <= {what, "examples", "fewshot_config"}
 
 
 def test_comments_and_layout_are_no_part_of_a_task(own):
@@ -222,37 +211,21 @@ def test_the_scoring_code_is_part_of_what_makes_a_score(tmp_path, monkeypatch):
 
 def test_a_lost_manifest_is_restored_by_the_same_command_and_by_no_other(options, run):
     before = read_json(run.path / "manifest.json")
-    change(run.path / "manifest.json", date="2020-02-02")
     for stage in run.stages[1:]:
         change(stage.train_file, date="2020-02-02")
     (run.path / "manifest.json").unlink()
-    with pytest.raises(RunError, match=r"results but no manifest.json.*Run the command that made it"):
-        train({**options, "learning_rate": 1e-3})
-    assert not (run.path / "manifest.json").exists()
-    with pytest.raises(RunError, match="results but no manifest"):
-        train({**options, "tasks": options["tasks"][::-1]})
+    for other in ({"learning_rate": 1e-3}, {"tasks": options["tasks"][::-1]}):
+        with pytest.raises(RunError, match=r"results but no manifest.json.*Run the command that made it"):
+            train({**options, **other})
+        assert not (run.path / "manifest.json").exists()
     again = train(options)
     assert again.identity == run.identity
     assert read_json(run.path / "manifest.json") == {**before, "date": "2020-02-02"}, "a template is told the same day"
-
-
-def test_results_that_do_not_say_where_they_are_from_get_no_new_manifest(options, run):
-    for stage in run.stages[1:]:
-        trained = read_json(stage.train_file)
-        write_json(stage.train_file, {k: v for k, v in trained.items() if k != "run"})
     (run.path / "manifest.json").unlink()
+    trained = read_json(run.stages[1].train_file)
+    write_json(run.stages[1].train_file, {k: v for k, v in trained.items() if k != "run"})
     with pytest.raises(RunError, match="its configuration is not on record"):
         train(options)
-
-
-def test_a_damaged_manifest_is_restored_as_its_message_says(options, run):
-    before = (run.path / "manifest.json").read_text()
-    (run.path / "manifest.json").write_text(before[:100])
-    with pytest.raises(RunError, match=r"manifest.json is damaged .*delete it: the command that began the run"):
-        train(options)
-    (run.path / "manifest.json").unlink()
-    train(options)
-    assert (run.path / "manifest.json").read_text() == before
 
 
 def test_the_manifest_of_checkpoints_from_elsewhere_is_restored_too(run, tiny_model, tmp_path):
@@ -283,36 +256,36 @@ def test_a_manifest_that_was_edited_is_refused(run):
 def test_a_stage_whose_parent_was_trained_again_is_stale(options):
     options["tasks"] = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
     run = train(options)
-    assert checks.stale(run) == {}
+    assert records.stale(run) == {}
     evaluate.evaluate(run)
     first = run.stages[1]
     first.train_file.unlink()
     shutil.rmtree(first.path / "adapter")
     train(options)
-    assert checks.stale(run) == {}, "the same weights, so the stages after it are what they were"
+    assert records.stale(run) == {}, "the same weights, so the stages after it are what they were"
     # As on another machine: the same settings, other bytes.
     weights = first.checkpoint / "adapter_model.safetensors"
     from safetensors.torch import load_file, save_file
 
     save_file({k: v * 1.5 for k, v in load_file(weights).items()}, weights)
-    change(first.train_file, checkpoint=checks.fingerprint(first.checkpoint))
-    assert list(checks.stale(run)) == [2, 3]
+    change(first.train_file, checkpoint=fingerprint(first.checkpoint))
+    assert list(records.stale(run)) == [2, 3]
     for step in (lambda: train(options), lambda: evaluate.evaluate(run), lambda: judging.plan(run, None)):
         with pytest.raises(RunError, match=r"2_trace_numglue_ds is stale: stage 1_trace_fomc was trained again"):
             step()
     assert evaluate.evaluate(run, stages=[0, 1]) == 1, "what is not stale can be measured"
     write_report(run)
     assert "**Stale**: 2_trace_numglue_ds, 3_trace_numglue_cm" in (run.path / "report.md").read_text(encoding="utf-8")
-    for file in re.findall(r"\S+train\.json", checks.stale(run)[2]):
+    for file in re.findall(r"\S+train\.json", records.stale(run)[2]):
         shutil.os.unlink(file)
     train(options)
-    assert checks.stale(run) == {} and evaluate.evaluate(run) == 5
+    assert records.stale(run) == {} and evaluate.evaluate(run) == 5
 
 
 def test_a_model_per_task_has_no_stage_before_it(options):
     run = train(options, SingleTrainer, SingleConfig)
     change(run.stages[1].train_file, checkpoint="other weights")
-    assert checks.stale(run) == {}
+    assert records.stale(run) == {}
 
 
 def test_a_stage_that_was_moved_is_refused(run):
@@ -342,17 +315,11 @@ def test_base_model_and_data_are_asked_of_training_and_evaluation_alike(options,
         ({"stage": "2_trace_fomc"}, r"says {'stage': '2_trace_fomc'}"),
         ({"task": "trace_cstance"}, r"says {'task': 'trace_cstance'}"),
         ({"metrics": {"accuracy": {"value": 3.0, "stderr": None}}}, "accuracy is 3.0, no fraction of 1"),
-        ({"metrics": {"accuracy": {"value": -0.5, "stderr": None}}}, "no fraction of 1"),
         ({"metrics": {"accuracy": {"value": "0.5", "stderr": None}}}, "'metrics.accuracy.value' is '0.5'"),
-        ({"metrics": {"accuracy": {"value": True, "stderr": None}}}, "'metrics.accuracy.value' is True"),
         ({"metrics": {"accuracy": {"value": 0.5, "stderr": -1}}}, "standard error of accuracy is -1"),
-        ({"metrics": {"accuracy": {"value": 0.5, "stderr": "x"}}}, "'metrics.accuracy.stderr' is 'x'"),
-        ({"metrics": {"accuracy": 0.5}}, "'metrics.accuracy' is 0.5"),
         ({"metrics": {}}, "lacks its headline"),
         ({"n": 0}, "n=0 is no number of rows"),
-        ({"n": 1.5}, "'n' is 1.5"),
         ({"n_cut": 101}, "n_cut=101 of 100 rows"),
-        ({"seconds": -1}, "'seconds' is -1"),
     ],
 )
 def test_a_cell_that_cannot_be_is_an_error(make, changes, message):
@@ -364,62 +331,41 @@ def test_a_cell_that_cannot_be_is_an_error(make, changes, message):
         assert "evaluate again" in str(e.value)
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_a_score_that_is_not_finite_is_an_error(make, value):
-    run = make()
-    file = run.stages[3].eval_file(TASKS[0])
-    file.write_text(file.read_text().replace('"value": 0.7', f'"value": {value}'))
-    with pytest.raises(RunError, match="damaged"):
-        _ = Results(run).R
-
-
 def test_a_metric_that_is_no_fraction_may_be_any_finite_number(make):
     run = make()
+    file = run.stages[3].eval_file(TASKS[0])
+    whole = file.read_text()
+    for value in ("NaN", "-Infinity", "1e999"):
+        file.write_text(whole.replace('"value": 0.7', f'"value": {value}'))
+        with pytest.raises(RunError, match="damaged"):
+            _ = Results(run).R
+    file.write_text(whole)
     change(run.stages[3].eval_file(TASKS[1]), scale={"accuracy": None}, metrics={"accuracy": {"value": 812.5}})
     assert Results(run).R[3, 1] == 812.5
 
 
-@pytest.mark.parametrize("damage", ["lost", "doubled", "both", "other rows", "another order", "text", "score"])
-def test_samples_that_are_not_those_of_the_score_are_an_error(make, damage):
-    x = np.linspace(0, 1, 10)[:, None] * [[0.5, 0.9, 0.8, 0.7]]
-    run = make(rows={t: {"accuracy": x} for t in TASKS})
-    for stage in run.stages:
-        change(stage.eval_file(TASKS[0]), samples=checks.fingerprint(stage.samples_file(TASKS[0])))
-    assert not np.isnan(Results(run).sequence["BWT"][-1].low)
-    file = run.stages[3].samples_file(TASKS[0])
-    rows = read_jsonl(file)
-    damaged = {
-        "lost": rows[1:],
-        "doubled": [rows[0], *rows],
-        "both": [rows[0], rows[0], *rows[2:]],
-        "other rows": [row | {"doc_id": row["doc_id"] + 1} for row in rows],
-        "another order": rows[::-1],
-        "text": [rows[0] | {"response": "another"}, *rows[1:]],
-        "score": [rows[0] | {"accuracy": rows[1]["accuracy"]}, rows[1] | {"accuracy": rows[0]["accuracy"]}, *rows[2:]],
-    }
-    write_jsonl(file, damaged[damage])
-    with pytest.raises(RunError, match=r"(?s)samples.*valuate again"):
-        write_report(run)
-    # As its message says.
-    file.unlink()
-    run.stages[3].eval_file(TASKS[0]).unlink()
-    write_report(run)
+DAMAGED = {
+    "lost": lambda rows: rows[1:],
+    "doubled": lambda rows: [rows[0], *rows],
+    "both": lambda rows: [rows[0], rows[0], *rows[2:]],
+    "other rows": lambda rows: [row | {"doc_id": row["doc_id"] + 1} for row in rows],
+    "another order": lambda rows: rows[::-1],
+    "text": lambda rows: [rows[0] | {"response": "another"}, *rows[1:]],
+}
 
 
-@pytest.mark.parametrize("damage", ["lost", "doubled", "other rows", "another order"])
-def test_samples_of_older_cells_are_checked_by_what_is_known(make, damage):
+@pytest.mark.parametrize("fingerprints", [True, False], ids=["", "older"])
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_samples_that_are_not_those_of_the_score_are_an_error(make, damage, fingerprints):
     x = np.linspace(0, 1, 10)[:, None] * [[0.5, 0.9, 0.8, 0.7]]
     run = make(rows={TASKS[0]: {"accuracy": x}})
+    for stage in run.stages if fingerprints else ():
+        change(stage.eval_file(TASKS[0]), samples=fingerprint(stage.samples_file(TASKS[0])))
     file = run.stages[3].samples_file(TASKS[0])
-    rows = read_jsonl(file)
-    damaged = {
-        "lost": rows[1:],
-        "doubled": [rows[0], rows[0], *rows[2:]],
-        "other rows": [row | {"doc_id": row["doc_id"] + 1} for row in rows],
-        "another order": rows[::-1],
-    }
-    write_jsonl(file, damaged[damage])
-    with pytest.raises(RunError, match="evaluate again"):
+    write_jsonl(file, DAMAGED[damage](read_jsonl(file)))
+    if not fingerprints and damage == "text":
+        pytest.skip("older cells do not say it")
+    with pytest.raises(RunError, match=r"(?s)samples.*valuate again"):
         _ = Results(run).sequence
 
 

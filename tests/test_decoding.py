@@ -31,17 +31,13 @@ from trace_bench.tasks import load_tasks
 #: Settings that transformers' generate takes from a checkpoint, each of which would change an answer below.
 SETTINGS = {
     "repetition_penalty": {"repetition_penalty": 5.0},
-    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
     "num_beams": {"num_beams": 3},
     "sampling": {"do_sample": True, "temperature": 5.0, "top_k": 50},
     "min_new_tokens": {"min_new_tokens": 6},
-    "min_length": {"min_length": 200},
     "max_new_tokens": {"max_new_tokens": 2},
     "forced_eos_token_id": {"forced_eos_token_id": 2},
     "suppress_tokens": {"suppress_tokens": list(range(260, 400))},
-    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(3, 900))},
     "bad_words_ids": {"bad_words_ids": [[i] for i in range(260, 400)]},
-    "sequence_bias": {"sequence_bias": [[[300], 1e4]]},
     "stop_strings": {"stop_strings": ["5", "a", "e", "i"]},
 }
 LENGTH = 12

@@ -344,7 +344,7 @@ def test_a_run_of_which_nothing_is_done_may_be_begun_with_another_configuration(
     assert list(run.stages[1].attempt.glob("checkpoint-*")), "of the old configuration"
     again = train({**options, "learning_rate": 1e-3, "tasks": ["trace_fomc"]})
     assert again.manifest["config"]["learning_rate"] == 1e-3 and again.stages[1].is_trained
-    assert "config.learning_rate: 0.01 -> 0.001" in caplog.text and "go." in caplog.text
+    assert "config.learning_rate: 0.01 -> 0.001" in caplog.text and "removed." in caplog.text
     assert not list(run.path.rglob("checkpoint-*"))
 
 

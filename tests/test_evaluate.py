@@ -10,22 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import generate
 from conftest import both_tokenizers, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from trace_bench import engine, evaluate, models, report, results
-from trace_bench.engine import merging, swap
+from trace_bench import engine, evaluate, report, results
+from trace_bench.engine import merging, models, swap
+from trace_bench.evaluate import cells as cells_module
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks import data
-from trace_tasks.data.files import write_json
+from trace_tasks.data.files import fingerprint, write_json
 from trace_tasks.tokens import example_ids, prompt_ids
-
-
-@pytest.fixture
-def run(options) -> Run:
-    return train(options)
 
 
 def cells(run: Run) -> list[list[str]]:
@@ -68,18 +65,11 @@ def test_what_the_limits_of_lengths_cut_is_counted_and_reported(run, tiny_model)
     text = (run.path / "report.md").read_text(encoding="utf-8").split("## Limits")[1]
     assert re.search(r"\| 0_base \| 100 / \d+ \|", text)
 
-    from lm_eval.api.instance import Instance
-
     lm = engine.open_engine("hf", str(tiny_model))
-
-    def generate(until: list[str]) -> str:
-        kwargs = {"until": until, "max_gen_toks": 12, "do_sample": False}
-        return lm.generate_until([Instance("generate_until", {}, ("Some words: ", kwargs), 0)])[0]
-
-    answer = generate([])
+    (answer,) = generate(lm, ["Some words: "], 12)
     assert lm.unfinished == {answer}
     lm.unfinished.clear()
-    assert generate([answer[1]]) == answer[: answer.index(answer[1])]
+    assert generate(lm, ["Some words: "], 12, until=[answer[1]]) == [answer[: answer.index(answer[1])]]
     assert not lm.unfinished, "it ended at a stop string"
 
 
@@ -90,18 +80,18 @@ def test_done_cells_are_not_done_again_and_start_no_engine(run, monkeypatch):
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(run, monkeypatch):
-    monkeypatch.setattr(evaluate, "BATCH", 1)  # one task at a time
+    monkeypatch.setattr(cells_module, "BATCH", 1)  # one task at a time
     done = []
-    original = evaluate._evaluate_cells
+    original = cells_module.evaluate_batch
 
-    def interrupted(lm, stage, tasks, *rest):
+    def interrupted(*args):
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append((stage.index, *tasks))
-        original(lm, stage, tasks, *rest)
+        done.append(args)
+        original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluate, "_evaluate_cells", interrupted)
+        patch.setattr(cells_module, "evaluate_batch", interrupted)
         evaluate.evaluate(run)
     assert len(done) == 3 and sum(map(len, cells(run))) == 3
     assert evaluate.evaluate(run) == 2
@@ -156,22 +146,16 @@ def test_results_of_an_older_checkpoint_are_made_anew(options, run):
     record = read_json(run.stages[2].train_file)
     # The stage is trained again, to other weights.
     (adapter,) = run.stages[2].checkpoint.glob("*.safetensors")
-    from safetensors.torch import load_file, save_file
-
     save_file({k: v * 2 for k, v in load_file(adapter).items()}, adapter)
     with pytest.raises(RunError, match="fingerprint differs"):
         (run.stages[2].eval_file("trace_fomc")).unlink()
         evaluate.evaluate(run)
-    from trace_tasks.data.files import fingerprint, write_json
-
     write_json(run.stages[2].train_file, {**record, "checkpoint": fingerprint(run.stages[2].checkpoint)})
     assert evaluate.evaluate(run) == 2
     assert read_json(run.stages[2].eval_file("trace_fomc"))["checkpoint"] != old
 
 
 def test_other_data_than_the_run_s_is_refused(run, tmp_path):
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(data.find_data("demo"), copy)
     assert evaluate.evaluate(run, stages=[0], data_path=str(copy)) == 2, "the same data may have moved"
@@ -183,26 +167,19 @@ def test_other_data_than_the_run_s_is_refused(run, tmp_path):
 
 @both_tokenizers
 def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_model, tmp_path, demo_data):
-    from lm_eval.api.instance import Instance
-    from transformers import AutoTokenizer
-
     prompts = [d["prompt"] for d in load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:4]
 
-    def generate(lm) -> list[str]:
-        kwargs = {"until": [], "max_gen_toks": 8, "do_sample": False}
-        return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
-
     swapped = engine.open_engine("hf", str(tiny_model))
-    base = generate(swapped)
+    base = generate(swapped, prompts)
     for kind, checkpoint in checkpoints.items():
         swapped.load(checkpoint)
-        output = generate(swapped)
+        output = generate(swapped, prompts)
         assert output != base and len(set(output)) > 1, "lively texts, or nothing is shown"
         models.load_merged(str(tiny_model), checkpoint).save_pretrained(tmp_path / kind)
         AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / kind)
-        assert generate(engine.open_engine("hf", str(tmp_path / kind))) == output
+        assert generate(engine.open_engine("hf", str(tmp_path / kind)), prompts) == output
     swapped.load(None)
-    assert generate(swapped) == base, "and back"
+    assert generate(swapped, prompts) == base, "and back"
 
 
 def test_a_checkpoint_is_merged_ahead_where_that_takes_nothing_from_the_engine(tiny_model, checkpoints, monkeypatch):
@@ -224,8 +201,10 @@ def test_a_checkpoint_is_merged_ahead_where_that_takes_nothing_from_the_engine(t
         assert load_file(Path(folder) / "model.safetensors").keys() == merged.keys(), "it failed: merged here"
 
 
-@pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
-@pytest.mark.parametrize("name", list(data.FOLDERS))
+@pytest.mark.parametrize(
+    "name, chat",
+    [*((name, False) for name in data.FOLDERS), *((name, True) for name in ("trace_fomc", "trace_20minuten"))],
+)
 def test_the_token_ids_trained_on_are_the_ones_tested_on(name, chat, tiny_model, demo_data, monkeypatch):
     """The prompt part of a training example against what reaches the model in evaluation, truncation included."""
     import lm_eval
@@ -262,11 +241,11 @@ def test_checkpoints_from_elsewhere(run, tiny_model, tmp_path):
     settings = {"backend": "hf", "test_rows": 6, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
     arguments = {"model": str(tiny_model), "tasks": run.tasks, "settings": settings, "data_path": "demo"}
     theirs = evaluate.external_run(tmp_path / "theirs", checkpoints, **arguments)
-    assert theirs.is_sequence() and evaluate.evaluate(theirs) == 5
-    evaluate.evaluate(run)
+    assert theirs.is_sequence() and evaluate.evaluate(theirs, stages=[2]) == 2
+    evaluate.evaluate(run, stages=[2])
     assert (results.score_matrix(theirs)[2] == results.score_matrix(run)[2]).all()
     named = evaluate.external_run(tmp_path / "named", {"best": checkpoints[run.tasks[1]]}, **arguments)
-    assert not named.is_sequence() and evaluate.evaluate(named) == 4, "a name that is no task: all tasks"
+    assert not named.is_sequence() and evaluate.evaluate(named, stages=[1]) == 2, "a name that is no task: all tasks"
     with pytest.raises(RunError, match="no adapter"):
         evaluate.external_run(tmp_path / "none", {"x": str(tmp_path)}, **arguments)
 
@@ -384,10 +363,11 @@ def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(ru
     assert evaluate.evaluate(run, engine_args={"batch_size": 2, "max_length": 512}) == 3
 
 
-def test_arguments_for_vllm_serve_transformers_where_they_mean_something(run, tiny_model):
+def test_arguments_for_vllm_serve_transformers_where_they_mean_something(options, tiny_model):
     args = {"max_model_len": 256, "gpu_memory_utilization": 0.9, "tensor_parallel_size": 2, "batch_size": 4}
     assert engine.open_engine("hf", str(tiny_model), engine_args=args).max_length == 256
-    run.manifest["config"]["engine_args"] = {"dtype": "float32", "batch_size": 2}
+    again = {"engine_args": {"dtype": "float32", "batch_size": 2}, "output_dir": options["output_dir"] + "2"}
+    run = train({**options, **again})
     assert evaluate.evaluate(run, stages=[0], engine_args={"batch_size": 3}) == 2, "beside the run's own"
     assert read_json(run.stages[0].eval_file("trace_fomc"))["engine_args"] == {"dtype": "float32", "batch_size": 3}
     with pytest.raises(RunError, match=r"engine\.dtype: 'float32' -> 'absent'"):
@@ -426,13 +406,10 @@ def test_an_engine_that_is_not_there_is_a_clear_error(tiny_model, monkeypatch):
         engine.open_engine("vllm", str(tiny_model))
 
 
-def test_names_of_models(tiny_model, tmp_path):
-    assert models.resolve_model(str(tiny_model)) == str(tiny_model)
+@pytest.mark.parametrize("bad", ["NOWHERE", "./x", "a/b/c", "EMPTY"])
+def test_names_that_are_no_model(tiny_model, tmp_path, bad):
+    assert models.resolve_model(str(tiny_model)) == str(tiny_model.absolute())
     assert models.resolve_model("org/name") == "org/name"
-    for bad in (str(tmp_path / "nowhere"), "./x", "a/b/c"):
-        with pytest.raises(models.ModelError):
-            models.resolve_model(bad)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(models.ModelError, match=r"config\.json"):
-        models.resolve_model(str(tmp_path / "empty"))
-    assert Path(models.resolve_model(str(tiny_model))).is_absolute()
+    (tmp_path / "EMPTY").mkdir()
+    with pytest.raises(models.ModelError, match=r"neither a folder nor|no config\.json"):
+        models.resolve_model(str(tmp_path / bad) if bad.isupper() else bad)

@@ -1,57 +1,36 @@
-"""What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory.
+"""What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory."""
 
-`python tests/test_faults.py FOLDER [--kills 100] [--signals 30] [--seed 0]` is the fault harness by itself: it kills
-every command at random file operations and moments until that many kills, then sends that many signals (SIGINT, SIGTERM
-and SIGKILL) to processes of the command line, and compares each resumed run with an uninterrupted one.
-"""
-
-import argparse
 import errno
 import fcntl
 import json
 import os
-import random
 import re
-import resource
-import select
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections import Counter
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
-
-if __name__ == "__main__":  # bitwise equality is promised for one number of threads, and threads do not survive forks
-    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import torch
-from conftest import command_line, make_tiny_model, pieces_tokenizer, train
-from judge_server import Server, judge, with_key
+from conftest import command_line, quick_options, train
+from judge_server import Server, with_key
+from kill_harness import TIMES
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from judges import judging
 from trace_bench import cli, engine, evaluate, report, results, status
-from trace_bench import run as run_module
-from trace_bench import study as study_module
+from trace_bench.evaluate import cells
 from trace_bench.run import Run, RunError, locked, read_json
 from trace_tasks import data
 from trace_tasks.data.files import write_json
+from trace_tasks.errors import advice
 from trainers import base, ewc, gem, olora, osf, pp
 from trainers.base import CLConfig, CLTrainer
 
 ROOT = Path(__file__).parents[1]
 JUDGED = {"judged": ["instruct_lima"], "judged_rows": 3, "judged_max_new_tokens": 4}
-#: What differs from time to time in files that are otherwise the same (a checkout may be edited meanwhile).
-TIMES = {"commit", "seconds", "seconds_around_steps", "tokens_per_second", "peak_memory_bytes", "mean_loss"}
 
 
 def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
@@ -73,17 +52,10 @@ def tiny_model(tiny_models) -> Path:
 def done(tiny_models, tmp_path_factory) -> Path:
     """A run of two stages, trained, evaluated and judged once for all tests of this file."""
     folder = tmp_path_factory.mktemp("done")
+    options = {**quick_options(tiny_models["pieces"], folder / "run"), "max_steps": 2, **JUDGED}
     with pytest.MonkeyPatch.context() as patch, with_key(patch, folder), Server() as server:
         patch.setenv("TRACE_DATA", "demo")
-        run = train(
-            {
-                **{"model_name_or_path": str(tiny_models["pieces"]), "output_dir": str(folder / "run"), "data": "demo"},
-                **{"tasks": ["trace_fomc", "trace_numglue_ds"], "train_rows": 16, "test_rows": 6, "max_steps": 2},
-                **{"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_prompt_length": 96},
-                **{"max_new_tokens": 4, "gradient_checkpointing": False, "use_peft": True, "lora_r": 4},
-                **{"backend": "hf", "disable_tqdm": True, **JUDGED},
-            }
-        )
+        run = train(options)
         evaluate.evaluate(run)
         cli.main(["judge", str(run.path), "--model", "fake", "--base-url", server.url])
         report.write_report(run)
@@ -91,8 +63,15 @@ def done(tiny_models, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(done, tmp_path, demo_data) -> Run:
-    return Run.open(shutil.copytree(done, tmp_path / "runs" / "run"))
+def again(options) -> dict:
+    """The options with which `done` was trained, in the folder of `run`."""
+    return {**options, "max_steps": 2, **JUDGED}
+
+
+@pytest.fixture
+def run(done, options, demo_data) -> Run:
+    options["output_dir"] = str(Path(options["output_dir"]).parent / "runs" / "run")
+    return Run.open(shutil.copytree(done, options["output_dir"]))
 
 
 def error(*argv: object) -> str:
@@ -112,41 +91,25 @@ def asking(run: Run) -> list[str]:
 # ------------------------------------------------------------------------------------------------ a second process
 
 
-def test_of_two_processes_the_second_is_told_which_the_first_is(tmp_path):
-    refused = pytest.raises(RunError, match=rf"process {os.getpid()} on .*`train`")
-    with locked(tmp_path, "train"), locked(tmp_path, "judge"), refused, locked(tmp_path, "train"):
-        pass
-    with locked(tmp_path, "train"):
-        pass
-
-
-def test_the_lock_of_a_killed_process_does_not_stay(tmp_path):
+def test_the_lock_of_a_process_is_said_to_be_its_own_and_ends_with_it(options, tmp_path):
     hold = "import sys, time; from pathlib import Path; from trace_bench.run import locked\n"
     hold += "with locked(Path(sys.argv[1]), 'train'): print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE)
+    folder = options["output_dir"]
+    process = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
-    with pytest.raises(RunError, match=f"process {process.pid} "), locked(tmp_path, "train"):
-        pass
+    with locked(Path(folder), "judge"), pytest.raises(RunError, match=rf"process {process.pid} on .*`train`"):
+        train(options)
+    assert not (Path(folder) / "manifest.json").exists()
     process.kill()
     process.wait()
-    with locked(tmp_path, "train"):
+    with locked(Path(folder), "train"):
         pass
 
 
 def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
-    def unsupported(*args):
-        raise OSError(errno.ENOTSUP, "not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "not supported")))
     with locked(tmp_path, "train"), locked(tmp_path, "train"):
         assert "no locks on this file system" in caplog.text
-
-
-def test_two_trainings_of_one_run_are_refused(options):
-    folder = Path(options["output_dir"])
-    with locked(folder, "train"), pytest.raises(RunError, match="in use"):
-        train(options)
-    assert not (folder / "manifest.json").exists()
 
 
 def test_stages_are_evaluated_at_once_but_none_twice_and_readers_never_wait(run, capsys):
@@ -170,7 +133,7 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_is_neither_evaluated_nor_trained_upon(run, options):
+def test_a_damaged_checkpoint_is_neither_evaluated_nor_trained_upon(run, again):
     adapter = run.stages[1].checkpoint / "adapter_model.safetensors"
     run.stages[1].eval_file("trace_fomc").unlink()
     for damage in (truncate, Path.unlink):
@@ -178,7 +141,7 @@ def test_a_damaged_checkpoint_is_neither_evaluated_nor_trained_upon(run, options
         assert "fingerprint differs" in error("evaluate", run.path)
     run.stages[2].train_file.unlink()
     with pytest.raises(RunError, match=r"1_trace_fomc/adapter is not what the training of the stage wrote"):
-        train({**options, "max_steps": 2, **JUDGED, "output_dir": str(run.path)})
+        train(again)
 
 
 def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts(run, tmp_path, monkeypatch):
@@ -204,10 +167,8 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
         ("manifest.json", ["evaluate", "report", "status", "judge"]),
         ("stages/2_trace_numglue_ds/train.json", ["evaluate", "report", "status", "judge"]),
         ("stages/1_trace_fomc/eval/trace_fomc.json", ["evaluate", "report"]),
-        ("stages/2_trace_numglue_ds/eval/samples/trace_fomc.jsonl", ["report"]),
         ("stages/0_base/eval/samples/instruct_lima.jsonl", ["judge"]),
         ("stages/2_trace_numglue_ds/judge/instruct_lima.json", ["report", "judge"]),
-        ("stages/2_trace_numglue_ds/judge/instruct_lima.jsonl", ["report"]),
     ],
 )
 def test_json_that_is_cut_is_named_with_what_to_do(run, file, commands):
@@ -216,15 +177,6 @@ def test_json_that_is_cut_is_named_with_what_to_do(run, file, commands):
     for command in commands:
         asked = judge_of_run if command == "judge" else []
         assert file in (line := error(command, run.path, *asked)) and re.search("[Dd]elete|damaged", line), line
-
-
-def test_samples_that_lost_whole_lines_are_not_judged(run):
-    stage = run.stages[2]
-    file = stage.samples_file("instruct_lima")
-    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
-    (stage.path / "judge" / "instruct_lima.json").unlink()
-    line = error("judge", run.path, *asking(run))
-    assert "holds 2 rows" in line and "Delete both" in line
 
 
 def test_a_cut_cache_of_replies_costs_the_cut_line_alone(run, monkeypatch, tmp_path):
@@ -278,12 +230,12 @@ def test_other_data_between_two_stages_is_refused(options, tmp_path):
     assert Run.open(options["output_dir"]).stages[1].is_trained
 
 
-def test_clocks_and_times_of_files_decide_nothing(run, options, monkeypatch, capsys):
+def test_clocks_and_times_of_files_decide_nothing(run, again, monkeypatch, capsys):
     before = (run.path / "scores.csv").read_bytes()
     for i, file in enumerate(sorted(run.path.rglob("*"))):
         os.utime(file, (i * 7919 % 100 * 1e8,) * 2)
     monkeypatch.setattr(time, "time", lambda: 1.0)
-    train({**options, "max_steps": 2, **JUDGED, "output_dir": str(run.path)})
+    train(again)
     assert capsys.readouterr().out.count("trained already") == 2
     assert evaluate.evaluate(run) == 0
     report.write_report(run)
@@ -339,8 +291,8 @@ def test_on_a_full_disk_every_write_fails_in_turn_and_nothing_that_is_done_is_lo
     assert (run.path / "scores.csv").read_bytes() == scores
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_cannot_be_written_is_read_all_the_same(run, options, monkeypatch, number):
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(run, again, monkeypatch):
+    number = errno.EROFS
     opened = Path.open
 
     def read_only(self, mode="r", *args, **kwargs):
@@ -350,7 +302,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(run, options, monk
 
     monkeypatch.setattr(Path, "open", read_only)
     monkeypatch.setattr(os, "access", lambda *a: False)
-    train({**options, "max_steps": 2, **JUDGED, "output_dir": str(run.path)})
+    train(again)
     assert evaluate.evaluate(run) == 0
     assert "2 stages" in status.status(run)
     run.stages[1].eval_file("trace_fomc").unlink()
@@ -372,25 +324,18 @@ def test_without_memory_a_training_says_what_to_change_and_keeps_its_stages(opti
     assert Run.open(options["output_dir"]).stages[1].is_trained
 
 
-@pytest.mark.parametrize(
-    "problem",
-    [
-        torch.OutOfMemoryError("CUDA out of memory."),
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried"),
-    ],
-)
+@pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
 def test_without_memory_an_evaluation_keeps_what_it_has(run, monkeypatch, problem):
     for stage in run.stages[1:]:
         stage.eval_file("trace_fomc").unlink()
-    original = evaluate._evaluate_cells
+    original = cells.evaluate_batch
 
-    def hungry(lm, stage, *args):
+    def hungry(plan, tasks, lm, stage, *args):
         if stage.index == 2:
             raise problem
-        original(lm, stage, *args)
+        original(plan, tasks, lm, stage, *args)
 
-    monkeypatch.setattr(evaluate, "_evaluate_cells", hungry)
+    monkeypatch.setattr(cells, "evaluate_batch", hungry)
     assert "batch_size" in error("evaluate", run.path)
     assert [s.eval_file("trace_fomc").exists() for s in run.stages] == [True, True, False]
 
@@ -399,10 +344,8 @@ def test_without_memory_an_evaluation_keeps_what_it_has(run, monkeypatch, proble
     "problem",
     [
         ValueError("To serve at least one request with the models's max seq len (32768), (16.0 GiB KV cache is needed"),
-        ValueError("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`."),
         ValueError("Free memory on device (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)"),
         RuntimeError("Engine core initialization failed. See root cause above."),
-        torch.OutOfMemoryError("CUDA out of memory."),
         MemoryError(),
     ],
 )
@@ -415,7 +358,7 @@ def test_what_vllm_says_of_memory_is_one_line_with_what_to_change(problem):
 def test_other_errors_stay_what_they_are():
     with pytest.raises(ValueError, match="unknown argument"), engine.starting_vllm():
         raise ValueError("unknown argument")
-    assert run_module.advice(ValueError("x"), "") is None and run_module.advice(FileNotFoundError(2, "x"), "") is None
+    assert advice(ValueError("x"), "") is None and advice(FileNotFoundError(2, "x"), "") is None
 
 
 # ------------------------------------------------------------------------------------------- going on within a stage
@@ -446,7 +389,10 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+QUICK = ("lora", "grouped", "ewc", "olora", "pp")
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
 def test_a_stage_goes_on_at_its_last_checkpoint_to_the_same_bytes(options, tmp_path, capsys, method):
     """In the third epoch, with dropout, as the optimizer, the schedule and the order of the rows were."""
     trainer, config, changes = METHODS[method]
@@ -486,8 +432,15 @@ def stopped(options):
     return options, attempt
 
 
-@pytest.mark.parametrize("missing", ["whole.json", "optimizer.pt", "trainer_state.json", "trained.safetensors"])
-@pytest.mark.parametrize("damage", [Path.unlink, truncate])
+@pytest.mark.parametrize(
+    "missing, damage",
+    [
+        ("whole.json", Path.unlink),
+        ("whole.json", truncate),
+        ("optimizer.pt", truncate),
+        ("trained.safetensors", Path.unlink),
+    ],
+)
 def test_a_half_written_checkpoint_is_not_gone_on_from(stopped, capsys, missing, damage):
     options, attempt = stopped
     damage(attempt / "checkpoint-4" / missing)
@@ -561,422 +514,12 @@ def test_two_fresh_processes_give_the_same_bytes(options, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_killed_and_stopped_commands_end_in_the_same_files(tmp_path, record_property):
-    record_property("counts", kill_harness(tmp_path, kills=8, signals=4, seconds=1400))
+    record_property("counts", kill_harness(tmp_path, ["--kills", "8", "--signals", "4"], seconds=1400))
 
 
-def kill_harness(folder: Path, kills: int, signals: int, seconds: float) -> dict[str, int]:
-    """Runs this file as a program; how many kills, signals and full disks there were."""
-    command = [sys.executable, __file__, str(folder), "--kills", str(kills), "--signals", str(signals)]
+def kill_harness(folder: Path, options: list[str], seconds: float) -> dict[str, int]:
+    """Runs the harness as a program; how many kills, signals and full disks there were."""
+    command = [sys.executable, str(ROOT / "tests" / "kill_harness.py"), str(folder), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    counts = {name: sum(c.values()) for name, c in json.loads(done.stdout.splitlines()[-1]).items()}
-    assert counts["kills"] >= kills and counts["signals"] >= signals
-    return counts
-
-
-def call(module: str, arguments: list[str]) -> None:
-    """What `python -m MODULE ARGUMENTS` does, without its imports."""
-    if module == "trace_bench.cli":
-        cli.main(arguments)
-    else:
-        base.main(ewc.EWCTrainer, ewc.EWCConfig, arguments)
-
-
-def forked(words: list[str], environment: object = None) -> int:
-    """`ending.run_child` in a fork, which has its imports already."""
-    pid = os.fork()
-    if pid == 0:
-        code: object = 0
-        try:
-            call(words[2], words[3:])
-        except SystemExit as e:
-            code = e.code
-            if isinstance(code, str):
-                print(code, file=sys.stderr, flush=True)
-                code = 1
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        os._exit(int(code or 0))
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-class Commands:
-    """The commands of a run, as functions to be called in a process of their own, and as words of a command line."""
-
-    def __init__(self, folder: Path, options: dict, url: str) -> None:
-        self.folder, self.run, self.out = folder, folder / "run", folder / "annotated"
-        asking = ["--model", "fake", "--base-url", url, "--concurrency", "2"]
-        training = command_line({**options, "output_dir": self.run})
-        annotating = ["--data", "demo", "--tasks", "trace_fomc", "--rows", "6", "--attempts", "2"]
-        self.archive, self.study, self.cache = folder.parent / "archive.zip", folder / "study", folder / "cache"
-        if not self.archive.exists():
-            shutil.make_archive(str(self.archive.with_suffix("")), "zip", data.find_data("demo"))
-            plain = {k: str(v) if isinstance(v, Path) else v for k, v in options.items()}
-            write_json(folder.parent / "config.yaml", plain)  # JSON is YAML
-            study = {"config": "config.yaml", "runs": {"mine": {"method": "ewc"}}}
-            write_json(folder.parent / "study.yaml", study)
-        study = ["study", str(folder.parent / "study.yaml"), "--output_dir", str(self.study)]
-        self.words = {
-            "data": ["trace_bench.cli", "data", str(self.archive)],
-            "train": ["trainers.ewc", *training],
-            "evaluate": ["trace_bench.cli", "evaluate", str(self.run)],
-            "judge": ["trace_bench.cli", "judge", str(self.run), *asking],
-            "annotate": ["trace_bench.cli", "annotate", str(self.out), *asking, *annotating],
-            "report": ["trace_bench.cli", "report", str(self.run)],
-            "study": ["trace_bench.cli", *study],
-        }
-        self.all = {name: partial(self._call, name) for name in self.words}
-
-    def environment(self, name: str) -> dict[str, str]:
-        """What makes the unpacked archive, and temporary files of the system's folder, be found again."""
-        cache = {"TRACE_CACHE": str(self.cache)} if name == "data" else {}
-        return {"TMPDIR": str(self.folder / "temporary"), **cache}
-
-    def _call(self, name: str) -> None:
-        os.environ |= self.environment(name)
-        study_module.run_child = forked
-        module, *arguments = self.words[name]
-        call(module, arguments)
-
-    def finished(self) -> dict[Path, tuple]:
-        """What is done and may not be done again: files with what tells one writing of them from another."""
-        files: list[Path] = []
-        files += self.cache.glob("data-*/*/*")
-        for trained in (*self.run.glob("stages/*/train.json"), *self.study.glob("*/stages/*/train.json")):
-            files += [trained, *trained.parent.glob("adapter/*"), *trained.parent.glob("method_state/*")]
-        for cell in (*self.run.glob("stages/*/eval/*.json"), *self.study.glob("*/stages/*/eval/*.json")):
-            files += [cell, cell.parent / "samples" / f"{cell.stem}.jsonl"]
-        files += self.run.glob("stages/*/judge/*.json")
-        return {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
-
-    def replies(self) -> list[str]:
-        """The keys of the replies that were paid, as often as they are in a cache."""
-        found = []
-        for cache in (judging.cache_file(self.folder), self.out / "annotate-cache.jsonl"):
-            for line in cache.read_bytes().split(b"\n") if cache.exists() else ():
-                try:
-                    found.append(json.loads(line)["key"])
-                except (ValueError, KeyError):
-                    continue
-        return found
-
-    def outcome(self) -> dict[str, object]:
-        """All that a run comes to, without times."""
-        found: dict[str, object] = {"scores.csv": (self.run / "scores.csv").read_bytes()}
-        found["study"] = (self.study / "mine" / "scores.csv").read_bytes()
-        places = (
-            (self.run, "stages/**/*"),
-            (self.study, "*/stages/**/*"),
-            (self.out, "**/*"),
-            (self.cache, "data-*/*/*"),
-        )
-        for file in sorted(p for folder, pattern in places for p in folder.glob(pattern) if p.is_file()):
-            name = file.relative_to(self.folder).as_posix()
-            if file.name.startswith(".") or "annotate-cache" in file.name:
-                continue
-            if file.suffix == ".json":
-                content = json.loads(file.read_bytes())
-                found[name] = {k: v for k, v in content.items() if k not in TIMES} if type(content) is dict else content
-            else:
-                found[name] = file.read_bytes()
-        return found
-
-
-def in_child(command, folder: Path, *, at: int = 0, torn: int = 0, after: float = 60.0, limit: int | None = None):
-    """Runs a command in a fork.
-
-    Args:
-        command: A function.
-        folder: The folder whose file operations are counted.
-        at: Kill it at this one of them; 0 = at none.
-        torn: Bytes cut from the end of the file that is being written when it is killed.
-        after: Kill it after so many seconds.
-        limit: The longest file that can be written, as on a disk that is full.
-
-    Returns:
-        How it ended ("killed", "done", "error"), its output, and the number of file operations.
-    """
-    read, write = os.pipe()
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()  # killed with its children, as `kill -9 -PID` and a machine that goes off do
-        os.dup2(write, 1)
-        os.dup2(write, 2)
-        os.close(read)
-        count = 0
-
-        def operation(fd: int | None = None) -> None:
-            nonlocal count
-            count += 1
-            if count == at:
-                if fd is not None and torn:
-                    os.truncate(f"/proc/self/fd/{fd}", max(0, os.fstat(fd).st_size - torn))
-                os.killpg(0, signal.SIGKILL)
-
-        def hook(event: str, args: tuple) -> None:
-            if event == "open":
-                path, _, flags = args
-                if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) or not isinstance(path, str):
-                    return
-            elif event not in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
-                return
-            path = os.fspath(args[0])
-            if isinstance(path, str) and (not path.startswith("/") or path.startswith(str(folder))):
-                operation()
-
-        sync = os.fsync
-
-        def fsync(fd: int) -> None:
-            operation(fd if not os.path.isdir(f"/proc/self/fd/{fd}") else None)
-            sync(fd)
-
-        code = 1
-        try:
-            os.fsync = fsync
-            # tqdm's lock is shared with forked processes: one that is killed while it has it would stop all others.
-            tqdm.set_lock(threading.RLock())
-            sys.addaudithook(hook)
-            if limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            command()
-            code = 0
-        except SystemExit as e:
-            print(e.code, file=sys.stderr)
-        except BaseException:
-            traceback.print_exc()
-        print(f"\noperations {count}", flush=True)
-        os._exit(code)
-    os.close(write)
-    deadline, output = time.monotonic() + after, b""
-    while True:
-        ready, _, _ = select.select([read], [], [], max(0.0, deadline - time.monotonic()))
-        if not ready:
-            os.killpg(pid, signal.SIGKILL)
-            deadline = time.monotonic() + 60
-            continue
-        part = os.read(read, 65536)
-        if not part:
-            break
-        output += part
-    os.close(read)
-    _, status_ = os.waitpid(pid, 0)
-    text = output.decode(errors="replace")
-    counted = re.search(r"operations (\d+)", text)
-    how = "killed" if os.WIFSIGNALED(status_) else "error" if os.WEXITSTATUS(status_) else "done"
-    return how, text, int(counted[1]) if counted else 0
-
-
-def interrupted_process(command: str, environment: dict[str, str], number: int, delay: float) -> tuple[int, str]:
-    """Runs a command line in a shell and sends it a signal; a Ctrl-C goes to its children as well, as in a terminal.
-
-    Returns:
-        Its exit code, and what it wrote.
-    """
-    process = subprocess.Popen(
-        f"exec {command}",
-        shell=True,
-        cwd=ROOT,
-        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    caught = re.compile(r"SigCgt:\s*(\w+)")
-    while process.poll() is None:  # until it listens: before that nothing of ours has begun
-        with suppress(FileNotFoundError, ProcessLookupError):
-            found = caught.search(Path(f"/proc/{process.pid}/status").read_text())
-            if found and int(found[1], 16) >> (signal.SIGTERM - 1) & 1:
-                break
-        time.sleep(0.002)
-    try:
-        process.wait(delay)
-    except subprocess.TimeoutExpired:
-        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    try:
-        text = process.communicate(timeout=60)[0]
-        return process.returncode, text
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def signals(commands: "Commands", names: list[str], seconds: dict[str, float], rng: random.Random) -> Counter:
-    """Interrupts each command once by a signal, and goes on with the command that it says; which signals came."""
-    came: Counter[str] = Counter()
-    temporary = commands.folder / "temporary"
-    temporary.mkdir(parents=True)
-    for name in commands.words:
-        if name not in names:
-            how, text, _ = in_child(commands.all[name], commands.folder)
-            assert how == "done", text
-            continue
-        command = shlex.join([sys.executable, "-m", *commands.words[name]])
-        for number in (rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]), None):
-            before, delay = commands.finished(), rng.uniform(0, seconds[name]) if number else 300
-            code, text = interrupted_process(command, commands.environment(name), number or 0, delay)
-            where = f"{name}, {number!r} after {delay:.2f} s: {code}\n{text}"
-            again = [str(f) for f, mark in before.items() if commands.finished().get(f) != mark]
-            assert not again, f"done again: {again}\n{where}"
-            assert "Traceback" not in text and "Exception ignored" not in text, where
-            if number is None:
-                assert code == 0, where
-            elif code == -number:  # killed, or while Python was ending
-                came[number.name] += number == signal.SIGKILL
-                if number == signal.SIGKILL:
-                    shutil.rmtree(temporary)
-                    temporary.mkdir()
-            elif code:
-                lines = [line for line in text.splitlines() if line.startswith("stopped: ")]
-                assert code == 128 + number and len(lines) == 1, where
-                left = [p for p in commands.folder.rglob("*") if ".tmp" in p.name] + list(temporary.iterdir())
-                assert not left, f"{left}\n{where}"
-                command = lines[0].partition("Go on with: ")[2]
-                came[number.name] += 1
-    return came
-
-
-def serve() -> tuple[str, int]:
-    """A judge and teacher in a process of its own: its address and number."""
-    from judges.prompts import neutralise
-    from trace_tasks.data import demo
-
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        rows = [row for splits in demo.make_reasoning().values() for row in splits["train"]]
-        right = {neutralise(row["prompt"]): row["answer"] for row in rows}
-
-        def answer(text: str) -> str:
-            task = text.rpartition("<<<TASK>>>\n")[2].partition("\n<<<END OF TASK>>>")[0]
-            return right.get(task, "") if "<<<TASK>>>" in text else judge(text)
-
-        with Server(answer) as server:
-            os.write(write, server.url.encode())
-            signal.pause()
-        os._exit(0)
-    return os.read(read, 200).decode(), pid
-
-
-def harness(folder: Path, kills: int, interruptions: int, seed: int) -> None:
-    """Kills the commands that many times, sends them that many signals, and prints what it counted."""
-    torch.set_num_threads(1)
-    environment = {"TRACE_CACHE": str(folder / "cache"), "TRACE_DATA": "demo", "HF_HUB_OFFLINE": "1"}
-    os.environ |= {**environment, "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "none", "TQDM_DISABLE": "1"}
-    for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        os.environ.pop(name, None)
-
-    model = make_tiny_model(folder / "tiny", pieces_tokenizer())
-    import lm_eval.models.huggingface  # noqa: F401
-    import matplotlib.pyplot  # noqa: F401
-    import openai.resources.chat  # noqa: F401
-
-    data.find_data("demo")
-    options = {
-        **{"model_name_or_path": model, "data": "demo", "tasks": ["trace_fomc", "trace_numglue_ds"]},
-        **{"train_rows": 16, "test_rows": 3, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2},
-        **{"max_prompt_length": 48, "max_new_tokens": 3, "gradient_checkpointing": False, "use_peft": True},
-        **{"lora_r": 2, "lora_dropout": 0.1, "backend": "hf", "disable_tqdm": True, "ewc_rows": 2},
-        **{"save_strategy": "steps", "save_steps": 2, "seed": 7, **JUDGED},
-    }
-    rng, began = random.Random(seed), time.monotonic()
-    url, server = serve()
-    counts = {name: Counter() for name in ("kills", "full disks", "ended by themselves", "signals")}
-    went_on = 0
-    try:
-        reference = Commands(folder / "reference", options, url)
-        operations, seconds = {}, {}
-        for name, command in reference.all.items():
-            started = time.monotonic()
-            how, text, operations[name] = in_child(command, reference.folder)
-            assert how == "done", text
-            seconds[name] = time.monotonic() - started
-        print("file operations:", operations, "seconds:", {k: round(v, 1) for k, v in seconds.items()}, flush=True)
-        expected, paid = reference.outcome(), sorted(reference.replies())
-        assert len(paid) == len(set(paid)) > 10
-        rounds = 0
-        while sum(counts["kills"].values()) < kills:
-            rounds += 1
-            commands = Commands(folder / f"round{rounds}", options, url)
-            for name, command in commands.all.items():
-                left = operations[name]
-                if name == "study" and rounds % 3 != 1:
-                    assert in_child(command, commands.folder)[0] == "done"  # most of it is what the others are
-                    continue
-                many = (2 if name == "train" else 1) * (4 if kills > 20 else 1)
-                faults = ["full", *["kill"] * many]
-                rng.shuffle(faults)
-                for fault in [*faults, "none"]:
-                    before, whole = commands.finished(), list(commands.run.glob("stages/*/.trainer/*/whole.json"))
-                    how_to = {}
-                    if fault == "full":
-                        how_to = {"limit": rng.choice([0, 500, 5000])}
-                    elif fault == "kill" and rng.random() < 0.7:
-                        how_to = {"at": rng.randint(1, max(1, left // 2)), "torn": rng.choice([0, 1, 30])}
-                    elif fault == "kill":
-                        how_to = {"after": rng.uniform(0, seconds[name] * 0.8)}
-                    how, text, _ = in_child(command, commands.folder, **how_to)
-                    while fault == "none" and how == "killed":  # by its limit of time, on a busy machine
-                        how, text, _ = in_child(command, commands.folder)
-                    after = commands.finished()
-                    again = [str(f) for f, mark in before.items() if after.get(f) != mark]
-                    assert not again, f"round {rounds}, {name}, {fault} {how_to}: done again: {again}\n{text}"
-                    if name == "train" and whole and how == "done":
-                        assert "goes on at step" in text or "trained already" in text, text
-                    went_on += "goes on at step" in text
-                    if how == "killed":
-                        counts["kills"][name] += 1
-                        left = max(4, left - how_to.get("at", 0) // 2)
-                    elif how == "error":
-                        line = [x for x in text.splitlines() if x.startswith("error: ")]
-                        clear = len(line) == 1 or (name == "study" and line)  # a study has its children's, and goes on
-                        assert fault == "full" and clear and "Traceback" not in text, f"{name} {how_to}\n{text}"
-                        assert all("run the command again" in x for x in line if "evaluation of" not in x), line
-                        counts["full disks"][name] += 1
-                    else:
-                        counts["ended by themselves"][name] += 1
-                        if fault != "none":
-                            break
-            found = commands.outcome()
-            assert found.keys() == expected.keys(), found.keys() ^ expected.keys()
-            different = [name for name in expected if found[name] != expected[name]]
-            assert not different, f"round {rounds}: {different}"
-            assert sorted(commands.replies()) == paid, "every reply is paid once"
-            assert not list(commands.folder.rglob(".trainer")), "nothing temporary stays"
-            shutil.rmtree(commands.folder)
-        started = time.monotonic()
-        subprocess.run([sys.executable, "-c", "import trainers.base"], cwd=ROOT, check=True)
-        imports = time.monotonic() - started
-        longest = {name: took + imports for name, took in seconds.items()}
-        longest |= {"data": 0.5, "judge": 2.0, "annotate": 2.0, "study": seconds["study"] + 2 * imports}
-        while sum(counts["signals"].values()) < interruptions:
-            rounds += 1
-            commands = Commands(folder / f"round{rounds}", options, url)
-            some = ["data", "train", "judge", "study"] if interruptions < 10 else list(commands.words)
-            counts["signals"] += signals(commands, some, longest, rng)
-            found = commands.outcome()
-            different = [name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
-            assert not different, f"round {rounds}: {different}"
-            assert sorted(commands.replies()) == paid, "every reply is paid once"
-            shutil.rmtree(commands.folder)
-        total, took = {name: sum(c.values()) for name, c in counts.items()}, time.monotonic() - began
-        print(
-            f"{total['kills']} kills, {total['signals']} signals and {total['full disks']} full disks "
-            f"in {rounds} rounds, {took:.0f} s; a stage went on at a checkpoint {went_on} times"
-        )
-        print(json.dumps(counts))
-    finally:
-        os.kill(server, signal.SIGKILL)
-        os.waitpid(server, 0)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--signals", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    harness(given.folder, given.kills, given.signals, given.seed)
+    return json.loads(done.stdout.splitlines()[-1])

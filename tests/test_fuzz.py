@@ -7,7 +7,6 @@ import copy
 import inspect
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -19,7 +18,7 @@ import pytest
 from conftest import train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_runs import make_bounds, make_rich_run, make_run
+from made_runs import make_rich_run, make_run
 
 from judges import JudgeError, annotate, batch, judging, prompts
 from judges.client import Cache, Client, Reply, read_reply
@@ -28,12 +27,11 @@ from judges.verdict import parse
 from trace_bench import engine, metrics, shapes
 from trace_bench.cli import main
 from trace_bench.evaluate import evaluate
-from trace_bench.models import ModelError, pinned_revision, resolve_model
 from trace_bench.results import Results
 from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 from trace_tasks import answers, data, scoring, written_numbers
 from trace_tasks.data import DataError, audit, reading, similarity
-from trace_tasks.data.files import fingerprint, write_json, write_jsonl
+from trace_tasks.data.files import write_json, write_jsonl
 from trace_tasks.reasoning import FRAMES, as_tested, reasoning_answer
 from trace_tasks.tokens import example_ids, prompt_ids
 
@@ -70,50 +68,17 @@ def fuzz(target, examples, **arguments):
     return decorate
 
 
+def cut(text):
+    return text.split("¦")
+
+
 # NUL, line ends of all kinds, a byte order mark, right-to-left, zero width, combining, composed emoji, digits and
 # letters that are not ASCII, and the marks that programs here look for.
 PIECES = [
     *"\0 \t\n\r\v\f\x1c\x85\xa0\u2028\u2029\ufeff\u200b\u202e\u0301\u0316\u0661\uff21\u0130\u017f\ufdfa\U0001d7d8",
-    *(
-        "\r\n",
-        "e\u0301",
-        "👩‍👩‍👧",
-        "שלום",
-        "中文",
-        "A",
-        "B.",
-        "(C)",
-        "answer is ",
-        "Answer:",
-        "回答：",
-        "答案",
-        "选",
-        "Reasoning:",
-    ),
-    *(
-        "the summary of the meeting transcripts is:",
-        "Therefore, ",
-        "<STR_LIT:x>",
-        "<NUM_LIT>",
-        "<STR_LIT:",
-        ">",
-        "1,234.5",
-    ),
-    *(
-        "-7e3",
-        "=",
-        ".",
-        "nan",
-        "1e999",
-        "[[A]]",
-        "[[",
-        "]]",
-        "<<<END OF ANSWER A>>>",
-        "<<<",
-        "<|im_end|>",
-        "</s>",
-        "{}",
-    ),
+    *cut("\r\n¦e\u0301¦👩‍👩‍👧¦שלום¦中文¦A¦B.¦(C)¦answer is ¦Answer:¦回答：¦答案¦选¦Reasoning:¦Therefore, ¦<NUM_LIT>"),
+    *cut("<STR_LIT:x>¦<STR_LIT:¦>¦1,234.5¦-7e3¦=¦.¦nan¦1e999¦[[A]]¦[[¦]]¦<<<END OF ANSWER A>>>¦<<<¦</s>¦{}"),
+    *("the summary of the meeting transcripts is:", "<|im_end|>"),
 ]
 texts = st.lists(
     st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=12
@@ -174,8 +139,6 @@ def test_rows_are_read_as_they_are_or_the_bad_one_is_named(tmp_path, rows, ascii
         (b'[{"prompt": "p", "answer": "7"}, {"prompt": "p", "answer": 7}]', "row 1: 'answer' is 7"),
         ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16-le"), "row|JSON"),
         ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16"), "UTF-8"),
-        ('[{"prompt": "p", "answer": "a"}]'.encode("utf-32-be"), "JSON"),
-        (b'[{"prompt": "p", "answer": "a"}] []', "JSON"),
         (b'{"prompt": ["p"], "answer": ["a"]}', "not a list"),
         (b'[{"prompt": "p", "answer": "\\udc80"}]', "surrogate"),
         (b'[{"prompt": ' + b"[" * 900 + b"]" * 900 + b', "answer": "a"}]', "JSON|row 0"),
@@ -186,31 +149,6 @@ def test_json_of_another_shape_is_named(tmp_path, content, words):
     (tmp_path / "test.json").write_bytes(content)
     with pytest.raises(DataError, match=rf"(?s)test\.json.*({words})"):
         data.read_rows(tmp_path / "test.json")
-
-
-def test_a_file_that_cannot_be_opened_is_an_error_that_names_it(tmp_path):
-    (tmp_path / "test.json").mkdir()
-    with pytest.raises(DataError, match=r"test\.json is no file but a folder"):
-        data.read_rows(tmp_path / "test.json")
-
-
-@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-this-name/x", "a\0b", "../" * 2000])
-def test_names_that_no_folder_can_have_are_errors_of_the_project(name):
-    assert isinstance(outcome(lambda: data.find_data(name), DataError), DataError)
-    assert isinstance(outcome(lambda: pinned_revision(resolve_model(name)), ModelError), ModelError)
-
-
-@fuzz(
-    "data sets", 15, rows=st.lists(st.fixed_dictionaries({"prompt": filled, "answer": filled}), min_size=1, max_size=4)
-)
-def test_a_task_gets_every_row_and_every_character(tmp_path, monkeypatch, rows):
-    for split in data.SPLITS:
-        write_json(tmp_path / "FOMC" / f"{split}.json", rows)
-    monkeypatch.setenv("TRACE_DATA", str(tmp_path))
-    from trace_tasks import utils
-
-    loaded = utils.load_dataset("FOMC")
-    assert all(loaded[split].to_list() == rows for split in data.SPLITS)
 
 
 def read_samples(file):
@@ -233,22 +171,6 @@ def test_any_file_of_a_run_is_read_or_named(tmp_path, content):
         found = outcome(lambda read=read: read(file), RunError)
         assert not isinstance(found, RunError) or "file.json" in str(found)
     assert isinstance(outcome(lambda: read_samples(file), RunError), dict | RunError)
-
-
-@pytest.mark.parametrize("content", [b"[" * 100_000, b"1" * 5000, b'"\xff"', b'{"a": 1', b"\xff\xfe[\0]\0"])
-def test_damage_of_every_kind_is_named(tmp_path, content):
-    (tmp_path / "x.json").write_bytes(content)
-    for read in (read_json, read_jsonl, read_samples):
-        with pytest.raises(RunError, match=r"x\.json"):
-            read(tmp_path / "x.json")
-
-
-@fuzz("lines", 100, rows=st.lists(texts | st.dictionaries(texts, texts, max_size=2), max_size=5))
-def test_lines_are_read_as_they_were_written(tmp_path, rows):
-    write_jsonl(tmp_path / "x.jsonl", rows)
-    assert read_jsonl(tmp_path / "x.jsonl") == rows
-    write_json(tmp_path / "x.json", rows)
-    assert read_json(tmp_path / "x.json") == rows
 
 
 def test_samples_are_not_dropped_for_the_sake_of_a_number(tmp_path):
@@ -315,11 +237,9 @@ def test_a_cell_of_another_shape_is_named(tmp_path_factory, cell, row, trained):
 @pytest.mark.parametrize(
     "suite, file, content",
     [
-        ("bbh", "boolean_expressions.json", '{"rows": []}'),
         ("bbh", "boolean_expressions.json", '{"examples": [1]}'),
         ("bbh", "boolean_expressions.json", '{"examples": [{"input": "\\ud800", "target": "x"}]}'),
         ("boolq", "train.jsonl", '{"question": "q"}'),
-        ("boolq", "train.jsonl", "[1]"),
         ("tydiqa", "fewshot/english.json", '{"data": [{"paragraphs": 7}]}'),
         ("mmlu", "dev/x_dev.csv", f'"{"x" * 200_000}",b,c,d,e,A'),
     ],
@@ -339,12 +259,6 @@ def test_a_suite_in_another_shape_is_named(tmp_path, monkeypatch, suite, file, c
     task._config = type("C", (), {"task": "a task"})()
     with pytest.raises(DataError, match=suite):
         task.download()
-
-
-def test_a_file_name_need_not_be_utf8(tmp_path):
-    before = fingerprint(tmp_path)
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xfe")).write_text("x")
-    assert fingerprint(tmp_path) != before
 
 
 # ------------------------------------------------------------------------------------------------- replies and verdicts
@@ -418,12 +332,6 @@ def test_lines_of_a_batch_that_cannot_be_read_cost_only_themselves(tmp_path, cap
     assert caplog.text.count("cannot be read") == len(unknown)
 
 
-@pytest.mark.parametrize("option", ["model", "messages", "stream"])
-def test_sampling_cannot_change_what_is_on_record(tmp_path, option):
-    with pytest.raises(JudgeError, match=option):
-        Client("m", cache=tmp_path / "c", base_url="http://127.0.0.1:9/v1", sampling={option: "other"})
-
-
 @pytest.mark.parametrize("text", ["{", "[1]", "NaN", '{"a": NaN}', '{"a": Infinity}', "[" * 100_000])
 def test_options_of_json_are_objects_of_json(tmp_path, text):
     run = make_run(tmp_path)
@@ -475,54 +383,22 @@ def test_a_composed_answer_is_read_back_or_refused_before_it_is_written(folder, 
 
 
 N = 200_000
+SPACES, MARKS = " " * N, "\u0300\u0316" * (N // 2)
+#: What is looked for in an answer -> the function, and texts that make it try again and again where they are repeated.
 LONG = {
     "choice": (
         lambda t: answers.choice_tolerant(t, "B", "Pick: A. dovish, B. hawkish, C. neutral."),
         [
-            "hawkish ",
-            "not dovish ",
-            "不dovish. ",
-            "A. dovish\n",
-            "the answer is dovish\n",
-            "选",
-            "答案选",
-            "answer A. ",
-            "answer A, ",
-            "answer B\n",
-            "(",
-            "\ufdfa",
-            "选:",
-            "answer option ",
-            "a\u0300\u0316",
-            "answer" + " " * N,
-            "a" + "\u0300\u0316" * (N // 2),
-            "B" + " " * N + "x",
-            "答案" + "(" * N,
-            "选" + ":" * N,
+            *cut("hawkish ¦not dovish ¦不dovish. ¦A. dovish\n¦the answer is dovish\n¦选¦答案选¦answer A. ¦answer A, "),
+            *cut("answer B\n¦(¦\ufdfa¦选:¦answer option ¦a\u0300\u0316"),
+            *("answer" + SPACES, "a" + MARKS, "B" + SPACES + "x", "答案" + "(" * N, "选" + ":" * N),
         ],
     ),
     "number": (
         lambda t: written_numbers.number_tolerant(t, "12"),
         [
-            "1,",
-            "1",
-            "1,111,",
-            "answer ",
-            "1e",
-            "-",
-            "=",
-            "0.",
-            "-$ ",
-            "answer" + " " * N,
-            "0." + "1" * N,
-            "twenty-",
-            "hundred ",
-            "one point one ",
-            "answer is 1\n",
-            "so 1 2 ",
-            "2M",
-            "12:34 ",
-            "1e" + "9" * N,
+            *cut("1,¦1¦1,111,¦answer ¦1e¦-¦=¦0.¦-$ ¦twenty-¦hundred ¦one point one ¦answer is 1\n¦so 1 2 ¦2M¦12:34 "),
+            *("answer" + SPACES, "0." + "1" * N, "1e" + "9" * N),
         ],
     ),
     "word": (lambda t: written_numbers.number_tolerant(t, "August"), ["!", "a!", "_", " ", "answer: "]),
@@ -534,13 +410,9 @@ LONG = {
     "summary": (
         lambda t: answers.extract_answer("summary", t),
         [
-            "therefore ",
-            "the ",
-            "the summary of the meeting transcripts is ",
-            "therefore" + " " * N,
-            "the" + " " * N,
-            "therefore" + " " * (N // 2) + "," + " " * (N // 2),
-            "the summary of the meeting transcripts" + " " * N,
+            *("therefore ", "the ", "the summary of the meeting transcripts is ", "therefore" + SPACES, "the" + SPACES),
+            "therefore" + SPACES[: N // 2] + "," + SPACES[: N // 2],
+            "the summary of the meeting transcripts" + SPACES,
         ],
     ),
     "code": (lambda t: answers.extract_answer("code", t), ["Reasoning:", "reasoning ", "\n", " \n"]),
@@ -555,7 +427,7 @@ LONG = {
     "sari": (lambda t: scoring.sari(t, t[:1000], "the cat"), ["a ", ".", "1.,", "&amp;"]),
     "verdict": (
         lambda t: parse(t, PAIR),
-        ["[[", "[[a", "[[A ", "[[A]]\n", "[[" + " " * N, "[[" + "a" * N, "[[A" + " " * N],
+        ["[[", "[[a", "[[A ", "[[A]]\n", "[[" + SPACES, "[[" + "a" * N, "[[A" + SPACES],
     ),
     "neutralise": (neutralise, ["<", "[", "[\u200b", "<|", "<" + "\u200b" * N + "x", "[" + "\u200b" * N + "x"]),
     "as_tested": (lambda t: as_tested(t + "x"), ["Reasoning:"]),
@@ -565,7 +437,7 @@ LONG = {
     ),
     "floats": (audit._FLOAT.search, ["1.", "0", "1." + "0" * N, "1." + "9" * N, "1." + "0000000" * (N // 7)]),
     "words": (similarity.words, ["\nAnswer:", "a ", "\nAnswer:" + "Reasoning:" * (N // 10) + "x", "\u0300\u0316"]),
-    "cues": (audit._DOUBLED_CUE.search, ["a", "a:", "a: ", "a:" + " " * N + "x"]),
+    "cues": (audit._DOUBLED_CUE.search, ["a", "a:", "a: ", "a:" + SPACES + "x"]),
 }
 
 
@@ -589,17 +461,8 @@ def test_what_makes_long_texts_quick_changes_no_score():
     assert answers.extract_answer("summary", "Therefore , the summary of the meeting transcript is: x") == "x"
     assert answers.split_answer("summary", "p therefore,  the summary of the meeting transcripts is: x") == ("p ", "x")
     assert as_tested("x\nReasoning:Reasoning:Reasoning:") == "x\nReasoning:" and as_tested("Reasoning:") == "Reasoning:"
-    assert [
-        bool(audit._FLOAT.search(t))
-        for t in (
-            "1.4300000000000002",
-            "0.30000000000000004",
-            "1.4299999999999999",
-            "1.000000000001",
-            "1.123456789012",
-            "3.0000000000000",
-        )
-    ] == [True, True, False, True, False, False]
+    floats = ("1.4300000000000002", "1.4299999999999999", "1.000000000001", "1.123456789012", "3.0000000000000")
+    assert [bool(audit._FLOAT.search(t)) for t in floats] == [True, False, True, False, False]
     assert answers.nfkc("Ａ①" * 3000) == "A1" * 3000
 
 
@@ -653,30 +516,6 @@ def test_the_numbers_of_a_matrix(R):
 
 
 @fuzz(
-    "intervals",
-    150,
-    scores=st.lists(st.lists(st.sampled_from([0.0, 1.0]) | unit, min_size=2, max_size=2), min_size=1, max_size=30),
-    seed=st.integers(0, 99),
-)
-def test_intervals_of_rows(scores, seed):
-    x = np.array(scores)
-    before = x.copy()
-    low, high = metrics.mean_interval(x)
-    for column in range(2):
-        mean = x[:, column].mean()
-        if np.isin(x[:, column], (0, 1)).all():
-            assert low[column] <= mean <= high[column], "Wilson's interval holds its estimate"
-            shuffled = np.random.default_rng(seed).permutation(x)
-            assert same(metrics.mean_interval(shuffled)[0][column], low[column]), "the order of the rows is nothing"
-        elif len(x) > 1:
-            assert x[:, column].min() - 1e-12 <= low[column] <= high[column] <= x[:, column].max() + 1e-12
-    assert np.array_equal(x, before)
-    with_gap = x.copy()
-    with_gap[0, 0] = math.nan
-    assert np.isnan(metrics.mean_interval(with_gap)[0]).tolist() == [True, bool(np.isnan(low[1]))]
-
-
-@fuzz(
     "counts",
     300,
     n=st.integers(0, 500),
@@ -707,47 +546,16 @@ estimates = st.tuples(unit, st.floats(0, 0.5), st.floats(0, 0.5)).map(
 )
 
 
-@fuzz("means", 200, found=st.lists(estimates, min_size=1, max_size=8), seed=st.integers(0, 99))
-def test_a_mean_of_estimates(found, seed):
-    mean = metrics.mean_of(found)
-    assert mean.low <= mean.value <= mean.high and same(mean.value, np.mean([e.value for e in found]))
-    order = np.random.default_rng(seed).permutation(len(found))
-    assert same(metrics.mean_of([found[i] for i in order]), mean)
-    assert mean.high - mean.low <= max(e.high - e.low for e in found) + 1e-12
-    assert np.isnan(metrics.mean_of([*found, metrics.Estimate(0.5)])[1:]).all()
-
-
-@pytest.mark.parametrize("R", [[], [[]], [[1.0]], [[1, 2], [3, 4]], [1, 2], "text", [[1, 2], [3]], [[None], ["x"]], 7])
-def test_what_is_no_matrix_is_an_error(R):
-    for function in (
-        metrics.overall_performance,
-        metrics.backward_transfer,
-        metrics.forward_transfer,
-        metrics.forgetting,
-    ):
-        with pytest.raises((ValueError, TypeError)):
-            function(R)
-
-
 # ------------------------------------------------------------------------------------------------------- configurations
 
 numbers = st.sampled_from(
     [0, -1, 1, 0.5, 2**31, 2**63, 10**30, -(10**30), math.nan, math.inf, "7", "many", True, None, [1], {}]
 )
-OWN = [
-    "train_rows",
-    "test_rows",
-    "max_prompt_length",
-    "max_answer_length",
-    "max_new_tokens",
-    "general_rows",
-    "seed",
-    "judged_rows",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
+OWN = (
+    *("train_rows", "test_rows", "max_prompt_length", "max_answer_length", "max_new_tokens", "general_rows"),
+    *("seed", "judged_rows", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     "num_train_epochs",
-]
+)
 
 
 @fuzz(
@@ -779,15 +587,11 @@ def test_a_configuration_can_be_used_or_is_refused(tmp_path, changes):
     ("change", "words"),
     [
         ({"num_train_epochs": 0}, "num_train_epochs=0"),
-        ({"num_train_epochs": math.nan}, "num_train_epochs=nan"),
         ({"epochs": [1.0, 0.0]}, "epochs=0.0"),
         ({"epochs": 3}, "use a list"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
-        ({"learning_rate": math.inf}, "learning_rate=inf"),
-        ({"seed": -1}, "seed=-1"),
         ({"seed": 2**32}, "seed=4294967296"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0"),
         ({"train_rows": "many"}, "train_rows='many'"),
         ({"tasks": []}, "tasks is empty"),
         ({"bf16": True, "fp16": True}, "."),
@@ -801,12 +605,6 @@ def test_a_value_that_cannot_be_run_is_refused_before_anything_starts(options, c
     with pytest.raises(ConfigError, match=words) as e:
         train({**options, **change})
     assert "hf_secret" not in str(e.value) and not Path(options["output_dir"]).exists()
-
-
-def test_one_name_needs_no_brackets(tmp_path):
-    from trainers.base import CLConfig
-
-    assert CLConfig(output_dir=str(tmp_path), tasks="order2").tasks == data.ORDERS["order2"]
 
 
 @pytest.mark.parametrize(
@@ -937,25 +735,20 @@ def test_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_on
         main(command)
     out = capsys.readouterr().out
     assert "nothing to evaluate" in out and "nothing to judge" in out
-    some_odd_files(run, commands, 61)
+    some_odd_files(run, commands, 97)
 
 
 @pytest.mark.parametrize(
     ("name", "at", "new", "words"),
     [
         ("manifest.json", ("config", "test_rows"), "many", "'config.test_rows' is 'many', not a valid integer"),
-        ("manifest.json", ("model",), 3, "'model' is 3"),
-        ("manifest.json", ("tasks",), None, "'tasks' is None"),
         ("manifest.json", ("config", "backend"), "tgi", "'config.backend' is 'tgi', not 'vllm' or 'hf'"),
         ("manifest.json", ("model", "name"), ABSENT, "lacks 'model.name'"),
         ("stages/1_trace_cstance/train.json", (), [], "holds a list"),
-        ("stages/1_trace_cstance/train.json", ("losses", 0, "loss"), None, "'losses.0.loss' is None"),
         ("stages/1_trace_cstance/train.json", ("checkpoint",), ABSENT, "lacks checkpoint|lacks 'checkpoint'"),
-        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("n",), "7", "'n' is '7'"),
         ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("n",), 10**400, "401 digits"),
         ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("seconds",), ABSENT, "lacks 'seconds'"),
         ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("metrics", "accuracy", "value"), math.nan, "NaN"),
-        ("stages/2_trace_meetingbank/judge/instruct_lima.json", ("pairs", "win"), True, "'pairs.win' is True"),
         ("stages/2_trace_meetingbank/judge/instruct_lima.json", ("direct",), {}, "lacks 'direct.n'"),
     ],
 )
@@ -967,21 +760,7 @@ def test_the_file_and_the_entry_are_named(read_only_commands, name, at, new, wor
         main(["report", str(run.path)])
 
 
-def test_a_bound_with_odd_values_is_passed_over(make, caplog):
-    bounding = make_bounds(make)["joint"]
-    run = make()
-    file = bounding.stages[1].eval_file("trace_fomc")
-    content = json.loads(file.read_text())
-    for at, new in ((("metrics",), []), (("n",), None), (("headline",), ABSENT), ((), 7)):
-        caplog.clear()
-        file.write_text(json.dumps(replaced(content, at, new)))
-        main(["report", str(run.path)])
-        assert "a-joint is left out of the bounds" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "new", [[], None, 7, {}, {"leaked": []}, {"source": "s", "tasks": {}, "leaked": {"trace_fomc": 7}}]
-)
+@pytest.mark.parametrize("new", [[], {}, {"source": "s", "tasks": {}, "leaked": {"trace_fomc": 7}}])
 def test_an_odd_audit_is_no_audit(make, tmp_path, new):
     (tmp_path / "audit.json").write_text(json.dumps(new))
     with pytest.raises(SystemExit, match=r"error: .*audit.json is no audit"):
@@ -1023,7 +802,7 @@ def with_entry(source, target, file, key, value):
     return target
 
 
-@pytest.mark.parametrize("kind", ["NEWKIND", "lora", 5, None, [], {}, ""])
+@pytest.mark.parametrize("kind", ["lora", 5, None, [], {}])
 def test_a_kind_of_adapter_that_is_not_known_is_one_line(checkpoints, tiny_model, tmp_path, kind):
     adapter = with_entry(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", "peft_type", kind)
     with pytest.raises(SystemExit, match=r"error: .*odd is an adapter of the kind .*which cannot be served"):
@@ -1031,8 +810,7 @@ def test_a_kind_of_adapter_that_is_not_known_is_one_line(checkpoints, tiny_model
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("r", "x"), ("r", []), ("target_modules", "["), ("target_modules", 5), ("rank_pattern", 5), ("lora_dropout", 5)],
+    ("key", "value"), [("r", "x"), ("target_modules", "["), ("target_modules", 5), ("rank_pattern", 5)]
 )
 def test_odd_values_of_an_adapter_are_one_line(checkpoints, tiny_model, tmp_path, key, value):
     adapter = with_entry(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", key, value)
@@ -1040,28 +818,7 @@ def test_odd_values_of_an_adapter_are_one_line(checkpoints, tiny_model, tmp_path
         evaluated(tmp_path, tiny_model, adapter)
 
 
-CODE = [{"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}, {"AutoConfig": "other/repo--code.C"}, 5, None, "x"]
-
-
-@pytest.mark.parametrize("auto_map", CODE, ids=repr)
-def test_code_of_a_model_is_not_run_and_named(checkpoints, tiny_model, tmp_path, options, auto_map, monkeypatch):
-    model = with_entry(tiny_model, tmp_path / "odd", "config.json", "auto_map", auto_map)
-    (model / "code.py").write_text("raise SystemExit('the code was run')")
-    content = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**content, "model_type": "mine", "architectures": ["M"]}))
-    said = []
-    for command in (lambda: evaluated(tmp_path, model, checkpoints["adapter"]), lambda: trained(options, model)):
-        with pytest.raises(SystemExit, match=r"error: .*odd") as e:
-            command()
-        assert "\n" not in e.value.code
-        said.append(e.value.code)
-    if isinstance(auto_map, dict):
-        assert all("brings code of its own" in line and "trust_remote_code: true" in line for line in said), said
-
-
-@pytest.mark.parametrize(
-    "auto_map", [{"AutoTokenizer": ["code.T", None]}, {"AutoTokenizer": 5}, 5, ["code.T"]], ids=repr
-)
+@pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["code.T", None]}, 5], ids=repr)
 def test_code_of_a_tokenizer_is_not_run_and_named(checkpoints, tiny_model, tmp_path, options, auto_map):
     model = with_entry(tiny_model, tmp_path / "odd", "tokenizer_config.json", "auto_map", auto_map)
     (model / "code.py").write_text("raise SystemExit('the code was run')")

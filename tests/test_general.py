@@ -13,6 +13,7 @@ import pytest
 from conftest import SHARED, train
 
 from trace_bench import cli, engine, evaluate
+from trace_bench.evaluate import cells, suites
 from trace_bench.report import write_report
 from trace_bench.results import general_delta, load_besides
 from trace_bench.run import Run, RunError, read_json
@@ -365,7 +366,7 @@ def test_stage_0_and_the_last_are_measured_besides_the_matrix(run, local, monkey
 
 
 def test_an_interrupted_evaluation_loses_one_suite_at_most(run, monkeypatch):
-    original = evaluate._run
+    original = cells.run_tasks
     calls = []
 
     def interrupted(lm, tasks, **kwargs):
@@ -375,7 +376,8 @@ def test_an_interrupted_evaluation_loses_one_suite_at_most(run, monkeypatch):
         return original(lm, tasks, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluate, "_run", interrupted)
+        patch.setattr(cells, "run_tasks", interrupted)
+        patch.setattr(suites, "run_tasks", interrupted)
         evaluate.evaluate(run, stages=[0])
     assert calls == [run.tasks, SETS, SUITES[:1]]
     assert there(run)[0] == [*SETS, SUITES[0]]
@@ -395,9 +397,9 @@ def test_a_run_without_them_gets_them_on_the_command_line(options, local, capsys
     # Other rows under the same name are other settings too.
     write_lines(local / "boolq" / "train.jsonl", [{"question": "q", "passage": "p", "label": True}])
     with pytest.raises(RunError, match=r"data: '\w{16}' -> "):
-        evaluate.evaluate(run, besides={"general": ["general_boolq"], "general_stages": "all"})
+        evaluate.evaluate(run, extra={"general": ["general_boolq"], "general_stages": "all"})
     with pytest.raises(data.DataError, match="general_nothing is not known here"):
-        evaluate.evaluate(run, besides={"general": ["general_nothing"]})
+        evaluate.evaluate(run, extra={"general": ["general_nothing"]})
 
 
 @pytest.fixture
@@ -476,7 +478,7 @@ def test_a_first_attempt_that_measured_nothing_does_not_bind_the_next_one(alone,
 def test_a_suite_whose_answers_do_not_fit_the_context_is_refused_before_anything_runs(options, monkeypatch):
     monkeypatch.setenv("GENERAL_DATA", str(GENERAL))
     run = train(options | {"general": ["general_bbh"], "general_rows": 1})
-    monkeypatch.setattr(evaluate, "_run", lambda *a, **k: pytest.fail("something ran"))
+    monkeypatch.setattr(suites, "run_tasks", lambda *a, **k: pytest.fail("something ran"))
     with pytest.raises(RunError, match=r"general_bbh generates up to 1024 tokens.*context has 1024"):
         evaluate.evaluate(run)  # the model's own context, known when the engine is open
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))

@@ -13,8 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from trace_bench import models
-from trace_bench.engine import merging
+from trace_bench.engine import merging, models
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

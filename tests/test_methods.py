@@ -828,7 +828,7 @@ def test_the_adapter_of_olora_is_the_sum_of_its_parts(options, rslora):
 
 
 def test_a_stage_of_olora_starts_as_the_model_before_and_evaluates_as_merged(options):
-    from trace_bench import models
+    from trace_bench.engine import models
 
     trainer, config = method("olora")
     seen = []

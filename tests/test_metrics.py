@@ -1,7 +1,6 @@
 """Tests of `trace_bench.metrics`: the paper's printed numbers, a matrix worked by hand, NaN, and intervals."""
 
 import json
-import time
 from pathlib import Path
 from statistics import NormalDist
 
@@ -53,14 +52,7 @@ DELTA_MISPRINTS = {
 }
 
 # R[t, i] of three tasks; the base model is the first row.
-R3 = np.array(
-    [
-        [0.1, 0.2, 0.3],
-        [0.8, 0.3, 0.2],
-        [0.9, 0.9, 0.6],
-        [0.7, 0.5, 1.0],
-    ]
-)
+R3 = np.array([[0.1, 0.2, 0.3], [0.8, 0.3, 0.2], [0.9, 0.9, 0.6], [0.7, 0.5, 1.0]])
 # Function -> the cells (row, column) that its value for the last stage is made of.
 NEEDS = {
     overall_performance: {(3, 0), (3, 1), (3, 2)},
@@ -96,8 +88,7 @@ def test_printed_runs_are_reproduced(run, name, function):
 
 
 @pytest.mark.parametrize(
-    "model, method",
-    [(m, method) for m, rows in PAPER["general_ability_percent"].items() for method in rows],
+    "model, method", [(m, method) for m, rows in PAPER["general_ability_percent"].items() for method in rows]
 )
 def test_printed_general_ability_deltas_are_reproduced(model, method):
     base, after = dict(PAPER["general_ability_percent"][model]["base"]), PAPER["general_ability_percent"][model][method]
@@ -190,10 +181,6 @@ def test_other_suites_are_an_error(base, after):
         general_ability_delta(base, after)
 
 
-def test_general_ability_delta_of_a_missing_suite_is_nan():
-    assert np.isnan(general_ability_delta({"a": 1.0, "b": np.nan}, {"a": 1.0, "b": 1.0}))
-
-
 # ----------------------------------------------------------------------------------------------------------- intervals
 
 
@@ -219,12 +206,6 @@ def test_bootstrap_is_deterministic_for_a_seed_and_contains_the_mean():
     assert (low, high) == bootstrap_interval(groups, resamples=300)
     assert (low, high) != bootstrap_interval(groups, resamples=300, seed=1)
     assert low < np.mean([g.mean() for g in groups]) < high
-
-
-def test_a_higher_level_gives_a_wider_interval():
-    rows = np.random.default_rng(0).random(50)
-    (a, b), (c, d) = (bootstrap_interval([rows], level=level, resamples=500) for level in (0.8, 0.99))
-    assert c < a < b < d
 
 
 @pytest.mark.parametrize("n", [40, 200])
@@ -257,13 +238,6 @@ def test_small_groups_keep_their_variance():
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
 
 
-def test_a_missing_cell_leaves_the_statistics_that_do_not_need_it():
-    rows = [np.random.default_rng(i).random((20, 4)) for i in range(3)]
-    rows[1][:, 1] = np.nan  # R[1, 2], above the diagonal
-    low, high = bootstrap_interval(rows, lambda R: np.stack([backward_transfer(R), forward_transfer(R)], axis=-1))
-    assert low[0] < high[0] and np.isnan([low[1], high[1]]).all()
-
-
 @pytest.mark.parametrize("rows", [[], [[]], [[1.0]], [[1.0, 0.0], []], [np.zeros((1, 4))] * 3], ids=str)
 def test_the_interval_of_less_than_two_rows_is_nan(rows):
     assert np.isnan(bootstrap_interval(rows)).all()
@@ -273,13 +247,6 @@ def test_the_interval_of_less_than_two_rows_is_nan(rows):
 def test_groups_of_other_shapes_are_an_error_that_says_which(rows):
     with pytest.raises(ValueError, match=r"Groups of the shapes .*\(n, columns\)"):
         bootstrap_interval(rows)
-
-
-def test_a_run_of_full_size_takes_seconds():
-    rows = [np.random.default_rng(i).random((2000, 9)) for i in range(8)]
-    started = time.process_time()
-    low, high = bootstrap_interval(rows, average_accuracy)
-    assert low < high and time.process_time() - started < 4
 
 
 @pytest.mark.parametrize("level", [0, 1, 95])

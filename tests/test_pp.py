@@ -13,7 +13,8 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trace_bench import engine, models
+from trace_bench import engine
+from trace_bench.engine import models
 from trace_bench.evaluate import evaluate
 from trace_bench.run import Run, read_json
 from trainers.base import ConfigError

@@ -125,7 +125,7 @@ def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path):
 
 def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, demo_data):
     """`vllm serve` over HTTP and `--local`: the same chat template and limits, and every pair is accounted for."""
-    from trace_bench import models
+    from trace_bench.engine import models
 
     run = train({**options, "judged": ["instruct_lima", "safety_cona"], "judged_rows": 3, "judged_max_new_tokens": 24})
     subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", str(run.path)], cwd=ROOT, check=True)

@@ -15,7 +15,7 @@ from test_comparison import compared, differences
 from trace_bench import evaluate
 from trace_bench.comparison import compare, write_comparison
 from trace_bench.figures import pictures
-from trace_bench.metrics import difference_interval
+from trace_bench.metrics import difference_interval, standard_error
 from trace_bench.report import write_report
 from trace_bench.results import Results
 from trace_bench.run import Run, read_json, read_jsonl
@@ -401,9 +401,9 @@ def test_cells_say_what_their_scores_are_measured_in(own_tasks, tiny_model, tmp_
 
 
 def test_the_error_of_a_mean_is_of_means_alone():
-    assert evaluate._stderr([1.0, 2.0, 6.0], 3.0) == pytest.approx((7 / 3) ** 0.5)
-    assert evaluate._stderr([1.0, 2.0, 6.0], 2.0) is None, "a median"
-    assert evaluate._stderr([(0, 1), (1, 1)], 0.5) is None
+    assert standard_error([1.0, 2.0, 6.0], 3.0) == pytest.approx((7 / 3) ** 0.5)
+    assert standard_error([1.0, 2.0, 6.0], 2.0) is None, "a median"
+    assert standard_error([(0, 1), (1, 1)], 0.5) is None
 
 
 def test_a_metric_of_unknown_direction_is_refused_before_anything_starts(own_tasks, tiny_model, tmp_path):

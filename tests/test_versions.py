@@ -32,21 +32,12 @@ def installed(monkeypatch):
     versions.check.cache_clear()
 
 
-def test_what_is_installed_here_is_supported():
-    versions.check.cache_clear()
-    versions.check()
-
-
 @pytest.mark.parametrize(
     ("name", "version", "said"),
     [
         ("trl", "0.29.0", "trl 0.29.0 is installed; "),
-        ("trl", "2.0.0", "trl 2.0.0 is installed; "),
-        ("transformers", "5.15.1", "transformers 5.15.1 is installed; "),
         ("transformers", "6.0.0", "transformers 6.0.0 is installed; "),
-        ("peft", "0.20.0", "peft 0.20.0 is installed; "),
         ("lm-eval", "0.4.12", "lm-eval 0.4.12 is installed; "),
-        ("lm-eval", "0.5.0", "lm-eval 0.5.0 is installed; "),
         ("accelerate", None, "accelerate is not installed; "),
     ],
 )

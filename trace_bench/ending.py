@@ -1,6 +1,6 @@
-"""How a command ends that is stopped or not listened to: one line or none, no traceback, and the shell's exit codes.
+"""How a command ends: an error of ours, a signal or a closed output is one line or none, with the shell's exit codes.
 
-A signal becomes an exception in the main thread, so that `finally` gives back temporary folders, locks and engines. One
+A signal becomes an exception in the main thread, so that `finally` removes temporary folders, locks and engines. One
 line then says what is kept and the command that goes on.
 """
 
@@ -20,8 +20,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from trace_bench.text import printable
+from trace_tasks.errors import TraceError, advice
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-#: Command -> what an interrupted one keeps; of the others nothing is lost, since they take no long time.
+#: Command -> what is kept when it is interrupted. The other commands are short.
 KEPT = {
     "train": "trained stages, and checkpoints within a stage, are kept",
     "evaluate": "finished cells are kept",
@@ -29,29 +32,29 @@ KEPT = {
     "annotate": "replies are kept",
     "study": "what its runs have done is kept",
 }
-#: Set for a command that another one started: that one says the line for both.
+#: Set for a command that another of ours started, which says the line for both.
 _QUIET = "_TRACE_BENCH_PARENT"
-#: A second signal within so many seconds is the same one: a terminal sends Ctrl-C to parent and child, and so do we.
+#: A second signal within so many seconds counts as the first: a terminal and we send it to parent and child.
 _SAME = 1.0
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this program to end. Libraries that know Ctrl-C give back what they have for all of them."""
+    """A signal asked this program to end. Libraries clean up as they do after Ctrl-C."""
 
 
 class _Watch:
-    """What the handler of the signals has to know."""
+    """What the signal handler has to know."""
 
-    process = 0  # where it was installed: forks are another one
+    process = 0  # where it was installed: a fork has another number
     name, line = "", ""  # the command, and how it was given
-    working = False  # whether there may be something to give back
-    spawning = False  # whether a child is being started, which nobody would end
+    working = False  # whether there may be something to clean up
+    spawning = False  # whether a child is being started, which would be left running
     stopped: tuple[int, float] | None = None  # the first signal, and when it came
     said = False  # whether the line was written
 
 
 def watch() -> None:
-    """Ends this program with the line on any of `SIGNALS`, at once until `command` begins; ignored ones stay so."""
+    """Ends this program with the line on any of `SIGNALS`, at once until `command` begins; not those ignored."""
     _Watch.process = os.getpid()
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -59,7 +62,7 @@ def watch() -> None:
 
 
 def _handle(number: int, frame: Any) -> None:
-    if os.getpid() != _Watch.process:  # a fork of a library: its parent is told as well
+    if os.getpid() != _Watch.process:  # a library's fork; its parent gets the signal too
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
     elif not _Watch.working:
@@ -69,13 +72,13 @@ def _handle(number: int, frame: Any) -> None:
         _Watch.stopped = number, time.monotonic()
         if not (_Watch.spawning or _cancelled()):
             raise Stopped
-    elif time.monotonic() - _Watch.stopped[1] > _SAME:  # asked again: what cannot be given back in time stays
+    elif time.monotonic() - _Watch.stopped[1] > _SAME:  # asked again: end without cleaning up
         _say_stopped()
         os._exit(128 + number)
 
 
 def _cancelled() -> bool:
-    """Whether an event loop was running, whose tasks end as asyncio has it: an exception within one would be lost."""
+    """Whether an event loop was running: its tasks are cancelled, since an exception within one would be lost."""
     asyncio = sys.modules.get("asyncio")
     loop = asyncio._get_running_loop() if asyncio else None
     if asyncio is None or loop is None:
@@ -85,21 +88,21 @@ def _cancelled() -> bool:
 
 
 def _swallowed(unraisable: Any) -> None:
-    """Sends a signal again that met a place where no exception can be raised, such as `__del__`."""
+    """Sends a signal again that came where no exception can be raised, such as in `__del__`."""
     if isinstance(unraisable.exc_value, Stopped) and _Watch.stopped:
         number, _Watch.stopped = _Watch.stopped[0], None
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        threading.Timer(0.1, os.kill, (os.getpid(), number)).start()
     else:
         sys.__unraisablehook__(unraisable)
 
 
 def _say_stopped() -> None:
-    # Of several processes that train together the first one speaks.
+    # If several processes train together, the first one says it.
     if _Watch.said or _QUIET in os.environ or os.environ.get("RANK", "0") != "0":
         return
     _Watch.said = True
     kept = KEPT.get(_Watch.name, "nothing is lost")
-    # On a new line, behind a progress bar.
+    # On a new line, since a progress bar may be shown.
     line = f"\nstopped: {kept}. Go on with: {_Watch.line or _given()}\n"
     with suppress(OSError):
         os.write(2, line.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"))
@@ -120,15 +123,17 @@ def _given() -> str:
 
 
 @contextmanager
-def command(name: str, given: str | None = None) -> Iterator[None]:
-    """Runs a command such that it ends in one line where it is stopped, and silently where nobody listens.
+def command(name: str, given: str | None = None, memory: str = "") -> Iterator[None]:
+    """Runs a command such that it ends in one line where it fails or is stopped, and silently if nobody listens.
 
     Args:
-        name: What `KEPT` is looked up by.
+        name: The key of `KEPT`.
         given: The command line; None = that of this program.
+        memory: What to do if the machine is short of memory.
 
     Raises:
-        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 141 where the reader of the output is gone.
+        SystemExit: 130 after Ctrl-C, 143 after SIGTERM, 141 if the reader of the output is gone, and with a message for
+            errors that a user can mend.
     """
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -140,16 +145,12 @@ def command(name: str, given: str | None = None) -> Iterator[None]:
     try:
         try:
             yield
+            if _Watch.stopped:  # the signal was lost in a library
+                raise Stopped
         finally:
             _flush()
-    except BaseException as e:  # whatever a library makes of it
-        if _Watch.stopped or isinstance(e, KeyboardInterrupt):
-            number = _Watch.stopped[0] if _Watch.stopped else signal.SIGINT
-            _unheard()
-            _say_stopped()
-            sys.exit(128 + number)
-        if isinstance(e, BrokenPipeError) and _unheard():
-            sys.exit(128 + signal.SIGPIPE)
+    except BaseException as e:  # libraries may turn the signal into something else
+        _end(e, memory)
         raise
     finally:
         _Watch.working, sys.unraisablehook = False, hook
@@ -157,10 +158,26 @@ def command(name: str, given: str | None = None) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _end(error: BaseException, memory: str) -> None:
+    """Exits for all but unexpected errors."""
+    if _Watch.stopped or isinstance(error, KeyboardInterrupt):
+        number = _Watch.stopped[0] if _Watch.stopped else signal.SIGINT
+        _unheard()
+        _say_stopped()
+        sys.exit(128 + number)
+    if isinstance(error, BrokenPipeError) and _unheard():
+        sys.exit(128 + signal.SIGPIPE)
+    line = str(error) if isinstance(error, TraceError) else None
+    if line is None and isinstance(error, Exception):
+        line = advice(error, memory)
+    if line is not None:
+        sys.exit(printable(f"error: {line}"))
+
+
 def _prepare_output() -> None:
-    """Makes sure that there is an output, and that it takes every character."""
+    """Replaces closed outputs, and lets standard output take every character."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed (>&-): the next file that is opened would get the output of libraries
+        if getattr(sys, name) is None:  # closed (>&-): else libraries would write into the next file that is opened
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):
         with suppress(OSError):  # a file that became something else
@@ -168,7 +185,7 @@ def _prepare_output() -> None:
 
 
 def _flush() -> None:
-    """Writes what was printed, so that a failure is met here and not while Python ends."""
+    """Writes what was printed, so that a failure comes here and not while Python ends."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:
@@ -179,7 +196,7 @@ def _flush() -> None:
 
 
 def _unheard() -> bool:
-    """Whether the reader of an output is gone, as of `| head`; nothing is written to such a one any more."""
+    """Whether the reader of an output is gone, as of `| head`; such an output is closed."""
     poll = select.poll()
     for fd in (1, 2):
         poll.register(fd, 0)
@@ -196,15 +213,7 @@ def _to_nowhere(fd: int) -> None:
 
 
 def run_child(words: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Runs another command of ours; where this one is stopped, that one is, too, and has ended when this one does.
-
-    Args:
-        words: Its command line.
-        environment: Its environment; None = that of this program.
-
-    Returns:
-        Its exit code.
-    """
+    """Runs another command of ours and returns its exit code; a signal ends it before this command ends."""
     environment = {**(os.environ if environment is None else environment), _QUIET: "1"}
     sys.stdout.flush()
     child = None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import shapes
-from trace_bench.evaluate import _stderr
+from trace_bench.metrics import standard_error
 from trace_bench.run import Run, RunError, read_json
 from trace_tasks import data
 from trace_tasks.data.audit import OTHER_VARIANT
@@ -77,5 +77,5 @@ def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_o
     metrics = {}
     for name in cell["metrics"]:
         values = [row[name] for row in rows]
-        metrics[name] = {"value": mean(values), "stderr": _stderr(values)}
+        metrics[name] = {"value": mean(values), "stderr": standard_error(values)}
     return cell | {"n": len(rows), "n_left_out": cell["n"] - len(rows), "metrics": metrics}

@@ -1,18 +1,20 @@
 """The numbers of continual learning: pure functions of the score matrix, and their intervals over test rows.
 
-`R` is a float array of shape (T+1, T). Row 0 is the base model, row t the model after stage t; column i-1 is the
-i-th task of the order. `R[t, i]` in the text below counts tasks from 1. NaN means not evaluated: a result that needs
-such a cell is NaN. Inputs are never changed. Scores are of one unit, such as fractions of 1, and more is better: of a
-metric of which less is better give -R to all functions of changes (`backward_transfer`, `forward_transfer`,
-`forgetting`), so that their signs mean what they say.
+`R` is a float array of shape (T+1, T). Row 0 is the base model, row t the model after stage t (`t=None`: the last);
+column i-1 is the i-th task of the order. `R[t, i]` in the formulas counts tasks from 1. NaN means not evaluated: a
+result that needs such a cell is NaN. Inputs are never changed. More is better; of a metric of which less is better give
+-R to all functions of changes, so that their signs mean what they say.
 
-Every function of R takes replicates of it too, shape (..., T+1, T), and gives an array of the leading dimensions then:
-so `bootstrap_interval(rows, backward_transfer)` is the interval of BWT.
+Every function of R also takes replicates of it, shape (..., T+1, T), and then gives an array of the leading dimensions:
+so `bootstrap_interval(rows, backward_transfer)` is the interval of BWT. Intervals are pairs (low, high) of coverage
+`level`, NaN where there are too few rows; a level outside 0 to 1 is a ValueError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isclose
+from numbers import Real
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -59,12 +61,7 @@ def _stage(t: int | None, T: int) -> int:
 
 
 def overall_performance(R: ArrayLike, t: int | None = None) -> Value:
-    """OP_t = 1/t sum_{i<=t} R[t, i]: the mean score on the tasks seen so far (TRACE, section 3.3, equation 1).
-
-    Args:
-        R: Scores, shape (T+1, T).
-        t: The stage; None = the last.
-    """
+    """OP_t = 1/t sum_{i<=t} R[t, i]: the mean score on the tasks seen so far (TRACE, section 3.3, equation 1)."""
     R = _matrix(R)
     t = _stage(t, R.shape[-1])
     return _value(R[..., t, :t].mean(axis=-1))
@@ -73,11 +70,7 @@ def overall_performance(R: ArrayLike, t: int | None = None) -> Value:
 def backward_transfer(R: ArrayLike, t: int | None = None) -> Value:
     """BWT_t = 1/(t-1) sum_{i<t} (R[t, i] - R[i, i]): what later stages did to a task (TRACE, section 3.3).
 
-    Negative = forgetting. The paper's formula is printed with 1/t; its tables are made with 1/(t-1), as here.
-
-    Args:
-        R: Scores, shape (T+1, T).
-        t: The stage; None = the last. At t = 1 there is no earlier task: NaN.
+    Negative = forgetting. NaN at t = 1. The paper prints 1/t in its formula; its tables are made with 1/(t-1), as here.
     """
     R = _matrix(R)
     t = _stage(t, R.shape[-1])
@@ -91,10 +84,7 @@ def forward_transfer(R: ArrayLike) -> Value:
     """FWT = 1/(T-1) sum_{i>1} (R[i-1, i] - R[0, i]): what earlier stages did to a task not trained yet.
 
     Lopez-Paz & Ranzato 2017 (GEM), equation 4, with the base model's zero-shot score as the reference where they
-    have a random initialisation. Needs the cells above the diagonal (`cells: all`).
-
-    Args:
-        R: Scores, shape (T+1, T). With T = 1: NaN.
+    have a random initialisation. Needs the cells above the diagonal (`cells: all`). NaN with one task.
     """
     R = _matrix(R)
     T = R.shape[-1]
@@ -108,12 +98,8 @@ def forgetting(R: ArrayLike, t: int | None = None) -> Value:
     """F_t = 1/(t-1) sum_{i<t} (max_{i<=l<t} R[l, i] - R[t, i]): the drop from a task's best score so far.
 
     Chaudhry et al. 2018 (Riemannian Walk), section 4. Positive = forgetting. It differs from -BWT where a task got
-    better after its own stage. The best of several measured scores is too high by chance: where
-    nothing is forgotten in eight tasks it is 6 points with 40 test rows and 2 with 200.
-
-    Args:
-        R: Scores, shape (T+1, T).
-        t: The stage; None = the last. At t = 1: NaN.
+    better after its own stage. The best of several measured scores is too high by chance: where nothing is forgotten in
+    eight tasks it is 6 points with 40 test rows and 2 with 200. NaN at t = 1.
     """
     R = _matrix(R)
     t = _stage(t, R.shape[-1])
@@ -123,21 +109,13 @@ def forgetting(R: ArrayLike, t: int | None = None) -> Value:
 
 
 def average_accuracy(R: ArrayLike) -> Value:
-    """The mean of OP_t over all stages ("average incremental accuracy", Rebuffi et al. 2017, iCaRL).
-
-    Args:
-        R: Scores, shape (T+1, T).
-    """
+    """The mean of OP_t over all stages ("average incremental accuracy", Rebuffi et al. 2017, iCaRL)."""
     R = _matrix(R)
     return _value(np.mean([overall_performance(R, t) for t in range(1, R.shape[-1] + 1)], axis=0))
 
 
 def general_ability_delta(base: Mapping[str, Value], after: Mapping[str, Value]) -> Value:
-    """Mean over the suites of (after - base) (TRACE, section 3.3, general ability delta).
-
-    Args:
-        base: Suite -> score of the original model.
-        after: Suite -> score of the trained model, of the same suites.
+    """Mean over the suites of (after - base) (TRACE, section 3.3), each suite -> score of a model.
 
     Raises:
         ValueError: if the suites differ, since a mean over other suites is another number.
@@ -158,31 +136,27 @@ def bootstrap_interval(
     """Percentile bootstrap interval over test rows, paired (Efron and Tibshirani 1993, chapters 6 and 13).
 
     The rows of a group (the test set of a task) are drawn with replacement, whole rows, so that all columns (stages)
-    are means over the same draw. Groups are drawn independently of each other. Of n rows n-1 are drawn, which gives
-    the mean its unbiased variance s^2/n in small groups too (McCarthy and Snowden 1985).
+    are means over the same draw. Groups are drawn independently. Of n rows n-1 are drawn, which gives the mean its
+    unbiased variance s^2/n in small groups too (McCarthy and Snowden 1985).
 
-    Checked by simulation for OP and BWT of four and eight tasks of 0/1 rows with rates .1 to .9: with 24, 40 and 200
-    rows 93 to 96 % are covered. Where rates are near 0 or 1 and rows few it is too narrow, since rows that are all the
-    same have no spread: OP of four tasks at .02 and .98 is covered in 73 % with 24 rows, 90 % with 40, 93 % with 200.
-    `mean_interval`, `difference_interval` and `mean_of` are sound there. It does not fit `forgetting`, whose maximum is
-    biased: with eight tasks of equal scores 27 to 30 % are covered, whatever the rows.
+    In simulations of OP and BWT of four and eight tasks of 0/1 rows with rates .1 to .9 and 24, 40 or 200 rows, 93 to
+    96 % are covered. Near 0 and 1 it is too narrow, since rows that are all the same have no spread: OP of four tasks
+    at .02 and .98 is covered in 73 % with 24 rows, 90 % with 40, 93 % with 200. `mean_interval`, `difference_interval`
+    and `mean_of` are sound there. It does not fit `forgetting`, whose maximum is biased: with eight tasks of equal
+    scores 27 to 30 % are covered, whatever the rows.
 
     Args:
         rows: A group each: shape (n,), or (n, columns) with as many columns in every group. A NaN makes its column of
             the group NaN.
         statistic: From replicates of the groups' means, shape (resamples, groups) or (resamples, columns, groups), to
-            an array whose first dimension is the resamples; it is called with some of them at a time. With a column a
-            stage and a group a task the replicates are R's. None: the mean over the groups.
+            an array whose first dimension is the resamples. With a column a stage and a group a task the replicates are
+            R's. None: the mean over the groups.
         level: Coverage.
-        resamples: Number of resamples.
+        resamples: Number of resamples, of which some are held in memory at a time.
         seed: Seed of the draws; the same seed gives the same interval.
 
-    Returns:
-        (low, high), each a float or an array of the statistic's shape; NaN if there is no group, or one has less than
-        two rows.
-
     Raises:
-        ValueError: if `level` is not between 0 and 1, or the groups differ in their columns.
+        ValueError: if the groups differ in their columns.
     """
     _check_level(level)
     groups = [np.asarray(group, dtype=np.float64) for group in rows]
@@ -215,15 +189,10 @@ def _resampled_means(group: Matrix, count: int, rng: np.random.Generator) -> Mat
 
 
 def mean_interval(scores: ArrayLike, *, level: float = 0.95, fractions: bool = True) -> tuple[Matrix, Matrix]:
-    """Intervals of the means of columns: Wilson's where all rows are 0 or 1, else the bootstrap over rows.
+    """Intervals of the means of columns (rows, columns): Wilson's where all rows are 0 or 1, else the bootstrap.
 
-    Args:
-        scores: Scores of test rows, shape (n, columns).
-        level: Coverage.
-        fractions: Whether a score is between 0 and 1. If not, rows that are 0 and 1 by chance are no proportion.
-
-    Returns:
-        (low, high), shape (columns,); NaN where a column holds NaN, or has one row that is not 0 or 1.
+    Without `fractions` a score is not between 0 and 1, and rows that are 0 and 1 by chance are no proportion. NaN where
+    a column holds NaN, or has one row that is not 0 or 1.
     """
     scores = np.asarray(scores, dtype=np.float64)
     kinds = (0, 1) if fractions else ()
@@ -233,17 +202,10 @@ def mean_interval(scores: ArrayLike, *, level: float = 0.95, fractions: bool = T
 def difference_interval(
     differences: ArrayLike, *, level: float = 0.95, fractions: bool = True
 ) -> tuple[Matrix, Matrix]:
-    """Intervals of the means of paired differences, one a test row.
+    """Intervals of the means of paired differences, one a test row: shape (rows, columns).
 
     `net_interval` where all rows are -1, 0 or 1, as differences of 0/1 scores are; else the bootstrap over rows.
-
-    Args:
-        differences: Shape (n, columns).
-        level: Coverage.
-        fractions: As in `mean_interval`.
-
-    Returns:
-        (low, high), shape (columns,); NaN as in `mean_interval`.
+    `fractions` and NaN as in `mean_interval`.
     """
     differences = np.asarray(differences, dtype=np.float64)
     return _by_kind(
@@ -268,18 +230,24 @@ def _by_kind(
     return low, high
 
 
+def standard_error(values: Sequence[Any], score: float | None = None) -> float | None:
+    """Standard error of the mean; None for a single row, where a value is no number, or `score` is not the mean."""
+    n = len(values)
+    if n < 2 or not all(isinstance(v, Real) for v in values):
+        return None
+    mean = sum(values) / n
+    if score is not None and not isclose(mean, score, rel_tol=1e-9, abs_tol=1e-9):
+        return None
+    return (sum((v - mean) ** 2 for v in values) / (n - 1) / n) ** 0.5
+
+
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of independent estimates (Zou and Donner 2008, Statistics in Medicine 27: variance estimates recovery).
 
     Test sets of tasks are independent, so OP is the mean of the last cells and BWT that of the paired differences,
     with the intervals that `mean_interval` and `difference_interval` give those. Rates of 0 and 1 keep their
     uncertainty: in the simulations of `bootstrap_interval`, 92 to 97 % are covered, near 0 and 1 95 to 99.6 %.
-
-    Args:
-        estimates: Numbers with their intervals.
-
-    Returns:
-        The mean; without an interval where one of them has none. NaN without any.
+    Without an interval where one of the estimates has none; NaN without any estimate.
     """
     if not estimates:
         return Estimate(np.nan)
@@ -299,14 +267,11 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
     Args:
         plus: Rows with +1: won, or right only the second time.
         minus: Rows with -1.
-        n: All rows, those with 0 too.
+        n: All rows, including those with 0.
         level: Coverage.
 
-    Returns:
-        (low, high), within -1 and 1; NaN for both if there is no row.
-
     Raises:
-        ValueError: if `level` is not between 0 and 1, or the counts are not within `n`.
+        ValueError: if the counts are not within `n`.
     """
     _check_level(level)
     if not (plus >= 0 and minus >= 0 and plus + minus <= n):
@@ -356,15 +321,11 @@ def difference_p(parts: Sequence[ArrayLike], *, fractions: bool = True) -> Matri
 
 
 def holm(p: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.05) -> NDArray[np.bool_]:
-    """Which of several hypotheses are rejected, so that any of the true ones is with at most this probability.
+    """Which of several hypotheses are rejected, so that any of the true ones is with at most the probability `level`.
 
     Holm 1979, Scandinavian Journal of Statistics 6, whatever the dependence of the tests: the smallest p-value is held
-    against level / m, the next against level / (m - 1), and so on up to the first that is larger.
-
-    Args:
-        p: p-values; NaN = not tested.
-        weights: What share of the level each one begins with, relative to the others; None = all the same.
-        level: The family-wise error rate.
+    against level / m, the next against level / (m - 1), and so on up to the first that is larger. A p of NaN is not
+    tested; `weights` are the shares of the level that the tests begin with, None = all the same.
     """
     p = np.asarray(p, dtype=np.float64)
     share = np.ones(p.shape) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -378,21 +339,11 @@ def holm(p: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.05)
 
 
 def seed_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over training seeds (Student's t).
+    """Interval of the mean over training seeds (Student's t), one value a seed.
 
     It says what another training would change, on the same test rows; the intervals over test rows say what other
-    rows would change, for the same training.
-
-    Args:
-        values: One number a seed.
-        level: Coverage.
-
-    Returns:
-        (low, high); NaN for both with less than two values, a NaN among them, or values that are all the same: from
-        those no variance can be estimated.
-
-    Raises:
-        ValueError: if `level` is not between 0 and 1.
+    rows would change, for the same training. NaN with less than two values, a NaN among them, or values that are all
+    the same, from which no variance can be estimated.
     """
     estimate, _ = seed_difference({i: float(v) for i, v in enumerate(np.ravel(values))}, level=level)
     return estimate.low, estimate.high
@@ -401,7 +352,7 @@ def seed_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[floa
 def seed_difference(
     mine: Mapping[Any, float], theirs: Mapping[Any, float] | None = None, *, level: float = 0.95
 ) -> tuple[Estimate, float]:
-    """The difference of two methods' means over training seeds, with its interval (Student's t) and p-value.
+    """The difference of two methods' means over training seeds, with its interval (Student's t), and its p-value.
 
     Paired by seed where both have the same seeds, else Welch's (1947, Biometrika 34).
 
@@ -413,9 +364,6 @@ def seed_difference(
     Returns:
         The estimate, and the two-sided p-value of no difference. Bounds and p-value are NaN with less than two seeds, a
         NaN, or numbers that are all the same (when paired, differences that are), which say nothing of the variance.
-
-    Raises:
-        ValueError: if `level` is not between 0 and 1.
     """
     from scipy.special import stdtr, stdtrit
 
@@ -453,9 +401,6 @@ def seeds_needed(deviation: float, difference: float, *, level: float = 0.95, po
 
     Returns:
         At least 2; None if it is more than `MOST_SEEDS`.
-
-    Raises:
-        ValueError: if `level` or `power` is not between 0 and 1, or a number is not positive.
     """
     from scipy.special import nctdtr, stdtrit
 
@@ -472,19 +417,7 @@ def seeds_needed(deviation: float, difference: float, *, level: float = 0.95, po
 
 
 def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927): sensible near 0 and 1 and for few rows.
-
-    Args:
-        count: Rows that have the property.
-        n: Rows.
-        level: Coverage.
-
-    Returns:
-        (low, high), within 0 and 1; NaN for both if there is no row.
-
-    Raises:
-        ValueError: if `level` is not between 0 and 1, or `count` not between 0 and `n`.
-    """
+    """Score interval of a proportion, `count` of `n` rows (Wilson 1927): sensible near 0 and 1 and for few rows."""
     _check_level(level)
     if not 0 <= count <= n:
         raise ValueError(f"count={count} of n={n}: use a count between 0 and n.")

@@ -20,8 +20,8 @@ from judges.report import judge_tokens
 from judges.report import sections as judged_sections
 from trace_bench import paper
 from trace_bench.bounds import BOUNDS, bounds, demonstrations
-from trace_bench.checks import stale
 from trace_bench.metrics import Estimate, Matrix
+from trace_bench.records import stale
 from trace_bench.results import Cells, Results, headline, unit_of
 from trace_bench.run import WRITTEN, Run
 from trace_bench.tables import (

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from judges.judging import KINDS
 from judges.report import Judged
 from judges.report import load as load_judged
-from trace_bench import checks, metrics
+from trace_bench import metrics, records
 from trace_bench.leaks import without_rows
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
@@ -47,17 +47,17 @@ def _load(run: Run, names: Iterable[str]) -> Cells:
     for stage in run.stages:
         if not stage.is_trained:
             continue  # what is there was made from weights that are no more
-        stage.check_one_checkpoint()
-        checks.check_origin(run, stage)
+        records.check_one_checkpoint(stage)
+        records.check_origin(run, stage)
         trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
         for task in names:
             if not stage.eval_file(task).exists():
                 continue
-            cell = checks.read_cell(stage, task)
+            cell = records.read_cell(stage, task)
             if trained is None or cell["checkpoint"] == trained:
                 if task in run.left_out:
                     samples = read_jsonl(stage.samples_file(task))
-                    checks.check_samples(stage, task, [row["doc_id"] for row in samples])
+                    records.check_samples(stage, task, [row["doc_id"] for row in samples])
                     cell = without_rows(cell, samples, run.left_out[task])
                 cells[stage.index, task] = cell
     return cells
@@ -161,7 +161,7 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
         file = run.stages[i].samples_file(name)
         try:
             rows = read_jsonl(file)
-            checks.check_samples(run.stages[i], name, [(row.get("task", ""), row["doc_id"]) for row in rows])
+            records.check_samples(run.stages[i], name, [(row.get("task", ""), row["doc_id"]) for row in rows])
             counted = [row for row in rows if row["doc_id"] not in left_out]
             columns = {metric: _numbers([row.get(metric) for row in counted]) for metric in cell["metrics"]}
             samples[i] = [(row.get("task", ""), row["doc_id"]) for row in counted], columns

@@ -25,15 +25,16 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from trace_tasks.data import reading
-from trace_tasks.data.files import open_own, refuse_links, remove, write_json
+from trace_tasks.data.files import fingerprint, open_own, refuse_links, remove, write_json
 from trace_tasks.errors import DataError, TraceError
 
 log = logging.getLogger(__name__)
@@ -60,46 +61,18 @@ class InUse(RunError):
     holder = "another process"
 
 
-def one_line(error: BaseException) -> str:
-    """The message of a library on one line, its first sentences."""
-    return " ".join(str(error).split())[:300]
-
-
-def advice(error: BaseException, memory: str) -> str | None:
-    """What an error of the machine means and what to do about it, in one line; None for any other error.
-
-    Args:
-        error: What ended a command.
-        memory: What to do if it was short of memory.
-    """
-    text = " ".join((str(error) or type(error).__name__).split())[:300].rstrip(".")
-    number = error.errno if isinstance(error, OSError) else None
-    # safetensors and torch write files by themselves, and have errors of their own.
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
-        r"\(os error (28|122|27)\)|PytorchStreamWriter failed|inline_container.*(file write|unexpected pos)", text
-    ):
-        return f"{text}. The disk or the quota is full. What is done is kept: make room and run the command again."
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"\(os error (1|13|30)\)", text):
-        return f"{text}. What is done is kept: make the folder writable, or copy it to where you may write."
-    if isinstance(error, MemoryError) or re.search(
-        r"out of memory|can't allocate memory|not enough memory", text, re.I
-    ):
-        return f"Not enough memory: {text}. What is done is kept. {memory}"
-    return None
-
-
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keeps a second process from writing the same results; who only reads needs no lock.
+    """Keeps a second process from writing the same results. Reading needs no lock.
 
-    The system releases the lock when the process ends, however it ends: a leftover lock file is harmless.
+    The system releases the lock when the process exits. A leftover lock file is harmless.
 
     Args:
         folder: Where the results are written.
         what: The step, such as "evaluate".
 
     Raises:
-        InUse: if another process has it; the message names that process.
+        InUse: naming the process that has the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,7 +80,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or os.access(folder, os.W_OK):
             raise
-        yield  # nothing can be written here; if there is something to write, that is the error
+        yield  # the folder is read-only: there is an error only if something has to be written
         return
     with open(fd, "r+", encoding="utf-8", errors="replace") as file:
         try:
@@ -116,15 +89,15 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             found = re.match(r"process \d+ on [\w.-]+", file.read(200))
             holder = found[0] if found else InUse.holder
             error = InUse(
-                f"{folder} is in use: {holder} began `{what}` there and is not done. Wait "
-                "for it, or end it: the lock goes with its process. Several may evaluate different --stages."
+                f"{folder} is in use: {holder} began `{what}` there and is not done. Wait for it, or end it: the lock "
+                "ends with its process. Several processes may evaluate different --stages."
             )
             error.holder = holder
             raise error from None
         except OSError as e:
             log.warning("%s: no locks on this file system (%s). Start no second process that writes there.", folder, e)
         else:
-            if os.fstat(fd).st_nlink == 1:  # under another name it may be anything
+            if os.fstat(fd).st_nlink == 1:  # a file with a second name may be anything: leave its content
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
@@ -199,13 +172,11 @@ def read_json(path: Path, shape: Any = None) -> Any:
 
 
 def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Versions of the packages that decide a result, as installed; absent ones are left out."""
+    """Installed versions of the packages that decide a result."""
     versions = {}
     for name in names:
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -228,10 +199,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, sub in value.items() for k, v in _flat(sub, f"{prefix}.{key}".strip(".")).items()}
 
 
-def differences(old: dict, new: dict) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys in which two manifests (or settings) differ, one line each with both values."""
-    told = [{k: v for k, v in m.items() if k not in _LATER or (k in old and k in new)} for m in (old, new)]
-    a, b = map(_flat, told)
+    known = [{k: v for k, v in m.items() if k not in _LATER or (k in old and k in new)} for m in (old, new)]
+    a, b = map(_flat, known)
     return [
         f"  {key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
         for key in sorted(a.keys() | b.keys())
@@ -240,35 +211,24 @@ def differences(old: dict, new: dict) -> list[str]:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a task, stage or checkpoint may have this name: it becomes a file or folder of the run, none hidden."""
+    """Whether a task, stage or checkpoint may have this name, which becomes a file or folder of the run."""
     return bool(name) and not name.startswith(".") and "/" not in name and name.isprintable()
-
-
-def _check_manifest(file: Path, manifest: dict[str, Any]) -> None:
-    """Checks the names of a run. They become files and folders, and a run may come from elsewhere.
-
-    Raises:
-        RunError: naming the entry.
-    """
-    names = [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]
-    for name in names:
-        if not is_file_name(name):
-            raise RunError(
-                f"{file}: {name!r} cannot be the name of a task or stage: it becomes a folder of the run, so it is a "
-                "text of printable characters without '/' that does not begin with '.'."
-            )
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run: the model after training on `task`; stage 0 is the base model."""
+    """One stage of a run: the model after training on `task`; stage 0 is the base model.
+
+    Attributes:
+        external: The folder of a checkpoint that was trained elsewhere.
+        below: In a chain, the adapters that were merged into the base before this one was trained.
+    """
 
     index: int
     name: str
     task: str | None
     path: Path
     external: Path | None = None
-    #: In a chain: the adapters of the stages before, on whose merged model this one was trained, the first one first.
     below: tuple[Path, ...] = ()
 
     @property
@@ -282,18 +242,18 @@ class Stage:
         return self.index == 0 or self.external is not None or self.train_file.exists()
 
     @property
-    def progress_file(self) -> Path:
-        """How far the training of the stage is; only there while it goes on, or was interrupted."""
-        return self.attempt / "progress.json"
-
-    @property
     def attempt(self) -> Path:
         """Temporary files of the training, with its checkpoints within the stage; gone when the stage is trained."""
         return self.path / ".trainer"
 
     @property
+    def progress_file(self) -> Path:
+        """How far the training of the stage is; exists while it runs, or was interrupted."""
+        return self.attempt / "progress.json"
+
+    @property
     def method_state(self) -> Path:
-        """Folder for what a method carries to the next stage besides the checkpoint."""
+        """Folder for what a method carries to the next stage in addition to the checkpoint."""
         return self.path / "method_state"
 
     @property
@@ -303,10 +263,8 @@ class Stage:
         Raises:
             RunError: if the stage is not trained or its checkpoint was dropped (`keep`).
         """
-        if self.external is not None:
+        if self.external is not None or self.index == 0:
             return self.external
-        if self.index == 0:
-            return None
         if not self.is_trained:
             raise RunError(f"Stage {self.name} is not trained: {self.train_file} does not exist.")
         for kind in ("adapter", "model"):
@@ -317,6 +275,17 @@ class Stage:
             "the newest full model stays on the disk; use keep=all to evaluate earlier stages later."
         )
 
+    def fingerprint(self) -> str | None:
+        """What identifies the weights; None for the base model, which the manifest identifies."""
+        if self.index == 0:
+            return None
+        if self.external is None:
+            return read_json(self.train_file)["checkpoint"]
+        if not self.below:
+            return fingerprint(self.external)
+        prints = [fingerprint(path) for path in (*self.below, self.external)]
+        return hashlib.sha256("\n".join(prints).encode()).hexdigest()[:16]
+
     def eval_file(self, task: str) -> Path:
         """The score file of one cell."""
         return self.path / "eval" / f"{task}.json"
@@ -325,39 +294,31 @@ class Stage:
         """The samples of one cell, one JSON object a line."""
         return self.path / "eval" / "samples" / f"{task}.jsonl"
 
-    def check_one_checkpoint(self) -> None:
-        """Makes sure that all cells of a checkpoint from elsewhere were made from the same state of its files.
-
-        Raises:
-            RunError: if the files were changed and a part of the cells made anew since.
-        """
-        if self.external is not None:
-            made = {read_json(file).get("checkpoint") for file in self.path.glob("eval/*.json")}
-            if len(made) > 1:
-                raise RunError(
-                    f"The cells of stage {self.name} were made from {len(made)} states of {self.external}: it was "
-                    "changed in between. Evaluate the stage again as before, with the same --general and --judged, "
-                    f"which makes the older ones anew; or delete {self.path}/eval and evaluate again."
-                )
-
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory with its manifest."""
+    """A run directory with its manifest, which never changes.
+
+    Attributes:
+        left_out: Task -> `doc_id` of test rows that do not count, in a report without leaked rows.
+        rows: Task -> its training rows as texts, made once when a training begins; empty elsewhere.
+    """
 
     path: Path
-    manifest: dict[str, Any]
-    #: Task -> `doc_id` of test rows that do not count: the run as seen by a report without leaked rows.
+    manifest: Mapping[str, Any]
     left_out: dict[str, set[int]] = field(default_factory=dict)
-    #: Task -> its training rows as texts, made once when a training begins; empty elsewhere.
     rows: dict[str, list[tuple[str, str]]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Makes the manifest read-only."""
+        object.__setattr__(self, "manifest", MappingProxyType(self.manifest))
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """Opens an existing run.
 
         Raises:
-            RunError: if there is no run, or it was written by a later program.
+            RunError: if there is no run, it was written by a later program, or a name in it cannot be that of a folder.
         """
         path = Path(path)
         file = path / "manifest.json"
@@ -370,37 +331,41 @@ class Run:
         if written != FORMAT:
             raise RunError(f"{file} has format {written!r}; this program reads {FORMAT}.")
         manifest = read_json(file)
-        _check_manifest(file, manifest)
+        for name in [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]:
+            if not is_file_name(name):
+                raise RunError(
+                    f"{file}: {name!r} cannot be the name of a task or stage: it becomes a folder of the run, so it is "
+                    "a text of printable characters without '/' that does not begin with '.'."
+                )
         return cls(path, manifest)
 
     @classmethod
-    def create(cls, path: str | Path, manifest: dict[str, Any], *, restart: bool = False) -> Run:
+    def create(cls, path: str | Path, manifest: Mapping[str, Any], *, restart: bool = False) -> Run:
         """Creates a run, or opens the one that is there for resuming.
 
         Args:
             path: The run directory.
             manifest: The configuration.
-            restart: Begins a run again with another configuration if no stage of it is trained and nothing measured,
-                since its first attempt failed or was stopped, and says so.
+            restart: Begins a run again with another configuration if no stage of it is trained and nothing measured.
 
         Raises:
             RunError: if a run is there with another configuration; the message lists every differing key.
         """
-        path = Path(path)
+        path, file = Path(path), Path(path) / "manifest.json"
         refuse_links(path, *WRITTEN)
         manifest = {"format": FORMAT, **manifest, "packages": package_versions(), "commit": source_commit()}
         manifest = json.loads(json.dumps(manifest))  # as it will be read back: lists instead of tuples
-        if not (path / "manifest.json").exists():
+        if not file.exists():
             manifest = cls(path, manifest)._restored()
-            write_json(path / "manifest.json", manifest)
+            write_json(file, manifest)
             return cls(path, manifest)
         run = cls.open(path)
         lines = differences(run.manifest, manifest)
         if lines and restart and not run.has_results():
-            log.warning("%s is begun again with another configuration, as no stage is trained yet (then -> now):", path)
+            log.warning("%s begins again with another configuration, as no stage is trained yet (then -> now):", path)
             log.warning("%s", "\n".join(lines))
             run.drop_attempts()
-            write_json(path / "manifest.json", manifest)
+            write_json(file, manifest)
             return cls(path, manifest)
         if lines:
             raise RunError(
@@ -408,16 +373,13 @@ class Run:
                 + "\n".join(lines)
                 + "\nResume with the old values, or give this run another folder (--output_dir)."
             )
-        if run.manifest["packages"] != manifest["packages"]:
-            log.warning(
-                "Resuming with other package versions than the run began with: %s then, %s now.",
-                run.manifest["packages"],
-                manifest["packages"],
-            )
+        then, now = run.manifest["packages"], manifest["packages"]
+        if then != now:
+            log.warning("Resuming with other package versions than the run began with: %s then, %s now.", then, now)
         return run
 
     def _restored(self) -> dict[str, Any]:
-        """The manifest for a folder without one: as asked for, or that of the results which lost theirs.
+        """The manifest for a folder without one: as asked for, with the date of results that are there.
 
         Raises:
             RunError: if there are results that were made with another configuration, or do not say with which.
@@ -427,8 +389,7 @@ class Run:
         for file in self._results():
             made = read_json(file)
             identity = made.get("run") if isinstance(made, dict) else None
-            stage = file.relative_to(self.path / "stages").parts[0]
-            if identity != self.identity or stage not in names:
+            if identity != self.identity or file.relative_to(self.path / "stages").parts[0] not in names:
                 raise RunError(
                     f"{self.path} has results but no manifest.json, and {file} was not made by this command: its "
                     f"configuration is {identity or 'not on record'}, the one asked for {self.identity}. Run the "
@@ -443,25 +404,25 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """What the run is, whatever its circumstances and how many checkpoints it has by now: SHA-256, 16 digits."""
-        flat = {k: v for k, v in _flat(self.manifest).items() if not f"{k}.".startswith(_NOT_IDENTITY)}
+        flat = {k: v for k, v in _flat(dict(self.manifest)).items() if not f"{k}.".startswith(_NOT_IDENTITY)}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
-    def _results(self) -> Iterator[Path]:
-        """What says that a stage is trained, or that something is measured, whatever the manifest says of stages."""
-        for kind in ("train.json", "eval/*.json"):
-            yield from sorted(self.path.glob(f"stages/*/{kind}"))
+    def _results(self) -> list[Path]:
+        """The files that say that a stage is trained, or something measured, whatever the manifest says of stages."""
+        return sorted(self.path.glob("stages/*/train.json")) + sorted(self.path.glob("stages/*/eval/*.json"))
 
     def has_results(self) -> bool:
-        """Whether a stage is trained, or anything measured, whatever the manifest says of stages."""
-        return any(True for _ in self._results())
+        """Whether a stage is trained, or anything measured."""
+        return bool(self._results())
 
     def drop_attempts(self) -> None:
-        """Removes what unfinished trainings left, checkpoints within a stage among it."""
+        """Removes what unfinished trainings left, including checkpoints within a stage."""
         for attempt in self.path.glob("stages/*/.trainer"):
-            steps = len(list(attempt.glob("checkpoint-*")))
-            if steps:
+            if steps := len(list(attempt.glob("checkpoint-*"))):
                 log.warning(
-                    "%s: %d checkpoint(s) within the stage are of the old configuration and go.", attempt, steps
+                    "%s: %d checkpoint(s) within the stage are of the old configuration and are removed.",
+                    attempt,
+                    steps,
                 )
         for kind in (".trainer", "adapter", "model", "method_state"):
             for leftover in self.path.glob(f"stages/*/{kind}"):
@@ -474,21 +435,26 @@ class Run:
 
     @cached_property
     def stages(self) -> list[Stage]:
-        """The rows of the matrix: the base model and one stage per task, or the given checkpoints."""
+        """The rows of the matrix: the base model, and the given checkpoints or the trained stages.
+
+        There is one stage per task, unless the method says otherwise: joint training has one, in-context learning none.
+        """
+        folders = {name: Path(target) for name, target in self.manifest.get("checkpoints", {}).items()}
+        chain = list(folders.values()) if self.manifest.get("chain") else []
         stages = [Stage(0, "0_base", None, self.path / "stages" / "0_base")]
-        if "checkpoints" in self.manifest:
-            folders = [Path(target) for target in self.manifest["checkpoints"].values()]
-            for i, name in enumerate(self.manifest["checkpoints"], 1):
-                task = name if name in self.tasks else None
-                below = tuple(folders[: i - 1]) if self.manifest.get("chain") else ()
-                path = self.path / "stages" / f"{i}_{name}"
-                stages.append(Stage(i, f"{i}_{name}", task, path, folders[i - 1], below))
-        else:
-            # One stage per task, unless the method says otherwise (joint training has one, in-context learning none).
-            for i, name in enumerate(self.manifest.get("stages", self.tasks), 1):
-                task = name if name in self.tasks else None
-                stages.append(Stage(i, f"{i}_{name}", task, self.path / "stages" / f"{i}_{name}"))
+        names = folders if "checkpoints" in self.manifest else self.manifest.get("stages", self.tasks)
+        for i, name in enumerate(names, 1):
+            task = name if name in self.tasks else None
+            path = self.path / "stages" / f"{i}_{name}"
+            stages.append(Stage(i, f"{i}_{name}", task, path, folders.get(name), tuple(chain[: i - 1])))
         return stages
+
+    def seen_tasks(self, stage: Stage, which: str) -> list[str]:
+        """The columns of the matrix that a stage is evaluated on; `which` is "seen", "all" or "own" (`cells`)."""
+        if which == "all" or stage.task is None:
+            return self.tasks
+        own = self.tasks.index(stage.task)
+        return self.tasks[own if which == "own" else 0 : own + 1]
 
     def indices(self, chosen: Iterable[int] | None) -> set[int]:
         """The indices of chosen stages; None = all of them.
@@ -496,10 +462,10 @@ class Run:
         Raises:
             RunError: if there is no such stage.
         """
-        wanted = set(range(len(self.stages))) if chosen is None else set(chosen)
-        unknown = wanted - set(range(len(self.stages)))
-        if unknown:
-            raise RunError(f"There is no stage {sorted(unknown)}: the run has 0 to {len(self.stages) - 1}.")
+        every = set(range(len(self.stages)))
+        wanted = every if chosen is None else set(chosen)
+        if unknown := sorted(wanted - every):
+            raise RunError(f"There is no stage {unknown}: the run has 0 to {len(self.stages) - 1}.")
         return wanted
 
     def is_sequence(self) -> bool:

@@ -1,13 +1,13 @@
 """What the JSON files of a run hold: the type of each entry, so that no file from elsewhere stops a reader half-way.
 
-Which file has which shape is decided by where it lies. Entries that nobody reads are not listed, and may be anything;
-what an entry means (is this the stage of that folder, does a count add up?) is asked by those who use it.
+Where a file lies decides which object it has to hold. Entries that nobody reads are not listed and may be anything.
+What an entry means (is this the stage of that folder, does a count add up?) is asked in `records`.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, Required
+from typing import Annotated, Any, Literal, Required
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -20,322 +20,167 @@ Scalar = bool | int | float | str | None
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)] | None
 
 
-class Model(TypedDict, total=False):
-    """The base model."""
-
-    name: Required[str]
-    path: str
-    revision: str | None
-
-
-class Data(TypedDict, total=False):
-    """Where the rows are from."""
-
-    path: str | None
-    reasoning: str
-    demo: bool
-    fingerprint: dict[str, str]
-    test: dict[str, str]
-
-
-class Config(TypedDict, total=False):
-    """The settings of a run that are read again: what is evaluated, and what a comparison shows."""
-
-    backend: Literal["vllm", "hf"]
-    cells: Literal["seen", "all", "own"]
-    test_rows: Positive | None
-    max_prompt_length: Positive | None
-    max_new_tokens: Positive | None
-    chat_template: bool
-    chat_template_args: dict[str, Any] | None
-    num_fewshot: Count | None
-    engine_args: dict[str, Any] | None
-    trust_remote_code: bool
-    general: list[str]
-    general_stages: Literal["last", "all"]
-    general_rows: Positive | None
-    judged: list[str]
-    judged_rows: Positive | None
-    judged_max_new_tokens: Positive | None
-    train_rows: Positive | None
-    epochs: list[Number] | None
-    num_train_epochs: Number
-    max_steps: int
-    learning_rate: Number
-    per_device_train_batch_size: Count
-    gradient_accumulation_steps: Count
-    max_answer_length: Count | None
-    seed: Count
-
-
-class Manifest(TypedDict, total=False):
-    """manifest.json."""
-
-    method: Required[str]
-    trains: str
-    model: Model
-    tasks: Required[list[str]]
-    stages: list[str]
-    checkpoints: dict[str, str]
-    chain: bool
-    renamed_base: bool
-    processes: Count
-    task_versions: dict[str, Scalar]
-    task_definitions: dict[str, dict[str, Any]]
-    data: Required[Data]
-    config: Required[Config]
-    seed: Count
-    date: str
-    packages: dict[str, str]
-    commit: str | None
-
-
-class Loss(TypedDict, total=False):
-    """The loss of a step."""
-
-    step: Required[Count]
-    loss: Required[Number]
-    learning_rate: Number
-
-
-class Trained(TypedDict, total=False):
-    """train.json of a stage."""
-
-    stage: Count
-    task: str | None
-    rows: Count
-    steps: Count
-    tokens: Count
-    seconds: Seconds
-    seconds_around_steps: Seconds
-    tokens_per_second: Seconds
-    peak_memory_bytes: Count
-    memory_of: str
-    processes: Count
-    parameters: Count
-    trainable_parameters: Count
-    mean_loss: Number
-    losses: list[Loss]
-    checkpoint: str
-    run: str
-    date: str | None
-    model: str | None
-    parent: dict[str, str | None] | None
-    method_source: str | None
-    method_state: str
-
-
-class Progress(TypedDict):
-    """progress.json of a stage in training."""
-
-    step: Count
-    steps: Positive
-    loss: float
-    tokens: Count
-    seconds: Annotated[float, Field(gt=0, le=1e12)]
-    time: Seconds
-
-
-class Within(TypedDict):
-    """whole.json of a checkpoint within a stage."""
-
-    of: dict[str, Any]
-    step: Count
-    seconds: Seconds
-    losses: Number
-    counters: dict[str, Number]
-    files: dict[str, Count]
-
-
-class Score(TypedDict, total=False):
-    """A metric of a cell."""
-
-    value: Required[Number | None]
-    stderr: Number | None
-
-
-class Settings(TypedDict, total=False):
-    """How a cell was made."""
-
-    backend: str
-    test_rows: Count | None
-    general_rows: Count | None
-    max_prompt_length: Count | None
-    max_new_tokens: Count | None
-    data: str | None
-    engine: dict[str, Any]
-
-
-class SubTask(TypedDict, total=False):
-    """A part of a suite."""
-
-    n: Count
-
-
-class Cell(TypedDict, total=False):
-    """A score file: eval/TASK.json."""
-
-    stage: str
-    task: str
-    version: Scalar
-    n: Count
-    n_cut: Count
-    n_unfinished: Count
-    n_unscored: Count
-    headline: str
-    metrics: dict[str, Score]
-    higher_is_better: dict[str, bool | None]
-    scale: dict[str, Number | None]
-    checkpoint: str | None
-    settings: Settings
-    subtasks: dict[str, SubTask]
-    samples: str | None
-    made_with: dict[str, str | None]
-    definition: str | None
-    commit: str | None
-    seconds: Seconds
-
-
-class Sample(TypedDict, total=False):
-    """A line of eval/samples/TASK.jsonl."""
-
-    task: str
-    doc_id: Required[int | str]
-
-
-class JudgeSettings(TypedDict, total=False):
-    """Who judged, and how."""
-
-    judge: Required[str]
-    revision: str | None
-    sampling: Required[dict[str, Any]]
-    date: str | None
-    prompts: Required[Scalar]
-
-
-class Direct(TypedDict, total=False):
-    """Verdicts on answers by themselves."""
-
-    n: Required[Count]
-    unscored: Required[Count]
-    broken: Count
-    answered: Count
-    refused: Count
-    safe: Count
-    unsafe: Count
-    rate: Number | None
-    interval: Interval
-
-
-class Pairs(TypedDict, total=False):
-    """Verdicts on pairs."""
-
-    n: Required[Count]
-    win: Required[Count]
-    tie: Required[Count]
-    lose: Required[Count]
-    unscored: Required[Count]
-    broken: Count
-    identical: Count
-    judged: Count
-    disagreements: Count
-    first: Count
-    second: Count
-    net_win_rate: Number | None
-
-
-class JudgedSet(TypedDict, total=False):
-    """The numbers of a judge: judge/SET.json."""
-
-    suite: str
-    settings: JudgeSettings
-    lines: str
-    limit: Count | None
-    samples: dict[str, str | None]
-    unpaired: Count
-    direct: Direct
-    pairs: Pairs
-    failed: Count
-    forced: Count
-    cut: Count
-    unclosed: Count
-    requests: Count
-    prompt_tokens: Count
-    completion_tokens: Count
-
-
-class Verdict(TypedDict, total=False):
-    """A line of judge/SET.jsonl."""
-
-    doc_id: Required[int | str]
-    direct: str | None
-    combined: str
-    disagree: bool
-    identical: bool
-    verdicts: Annotated[list[Literal["A", "B", "C"] | None], Field(max_length=2)]  # none of answers that are identical
-    lengths: Annotated[list[Count], Field(min_length=2, max_length=2)]
-    broken: list[str | None]
-
-
-class PlantedKind(TypedDict, total=False):
-    """How often a judge was right on answers of one kind."""
-
-    accuracy: Required[Number | None]
-
-
-class Calibration(TypedDict, total=False):
-    """calibration-JUDGE.json beside the runs."""
-
-    settings: Required[JudgeSettings]
-    kinds: Required[dict[str, PlantedKind]]
-
-
-class Batch(TypedDict, total=False):
-    """A batch of requests that was submitted."""
-
-    id: Required[str | None]
-    endpoint: Required[str]
-    keys: Required[list[str]]
-    tag: Required[str]
-
-
-class Batches(TypedDict):
-    """judge-cache.batches.json: what was not fetched yet."""
-
-    batches: list[Batch]
-
-
-class Annotation(TypedDict, total=False):
-    """annotation.json of a teacher's folder."""
-
-    settings: Required[dict[str, Any]]
-
-
-class Leaked(TypedDict):
-    """Test rows that are trained on, by their numbers."""
-
-    exact: list[Count]
-    near: list[Count]
-    other_variant: list[Count]
-    other_tasks: NotRequired[dict[str, list[Count]]]
-
-
-class AuditedTask(TypedDict, total=False):
-    """A task of an audit."""
-
-    fingerprint: str | None
-
-
-class Audit(TypedDict, total=False):
-    """What `trace-bench data audit --output` writes."""
-
-    source: Required[str]
-    tasks: Required[dict[str, AuditedTask]]
-    leaked: Required[dict[str, Leaked]]
+def _object(*entries: tuple[Any, str]) -> Any:
+    """A JSON object: types, each with the names of the entries that have it. A name with "!" has to be there."""
+    types = {}
+    for kind, names in entries:
+        for name in names.split():
+            types[name.rstrip("!")] = Required[kind] if name.endswith("!") else kind
+    return TypedDict("Object", types, total=False)  # type: ignore[operator]
+
+
+def _map(kind: Any) -> Any:
+    """An object whose entries have one type, whatever their names."""
+    return dict[str, kind]
+
+
+def _list(kind: Any) -> Any:
+    return list[kind]
+
+
+# -------------------------------------------------------------------------------------------------------- what a run is
+
+Text = str | None
+Flags = dict[str, bool | None]
+Words = dict[str, str]
+Anything = dict[str, Any]
+
+_Model = _object((str, "name! path"), (Text, "revision"))
+_Data = _object((Text, "path"), (str, "reasoning"), (bool, "demo"), (Words, "fingerprint test"))
+#: The settings of a run that are read again: what is evaluated, and what a comparison shows.
+_Config = _object(
+    (Literal["vllm", "hf"], "backend"),
+    (Literal["seen", "all", "own"], "cells"),
+    (Literal["last", "all"], "general_stages"),
+    (Positive | None, "test_rows max_prompt_length max_new_tokens general_rows judged_rows judged_max_new_tokens"),
+    (Positive | None, "train_rows"),
+    (Count | None, "num_fewshot max_answer_length"),
+    (Count, "per_device_train_batch_size gradient_accumulation_steps seed"),
+    (bool, "chat_template trust_remote_code"),
+    (Anything | None, "chat_template_args engine_args"),
+    (list[str], "general judged"),
+    (list[Number] | None, "epochs"),
+    (Number, "num_train_epochs learning_rate"),
+    (int, "max_steps"),
+)
+#: manifest.json
+Manifest = _object(
+    (str, "method! trains date"),
+    (Text, "commit"),
+    (_Model, "model"),
+    (_Data, "data!"),
+    (_Config, "config!"),
+    (list[str], "tasks! stages"),
+    (Words, "checkpoints packages"),
+    (bool, "chain renamed_base"),
+    (Count, "processes seed"),
+    (dict[str, Scalar], "task_versions"),
+    (dict[str, Anything], "task_definitions"),
+)
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+_Loss = _object((Count, "step!"), (Number, "loss! learning_rate"))
+#: train.json of a stage
+Trained = _object(
+    (Count, "stage rows steps tokens peak_memory_bytes processes parameters trainable_parameters"),
+    (Seconds, "seconds seconds_around_steps tokens_per_second"),
+    (Number, "mean_loss"),
+    (_list(_Loss), "losses"),
+    (str, "memory_of checkpoint run method_state"),
+    (Text, "task date model method_source"),
+    (dict[str, Text] | None, "parent"),
+)
+#: progress.json of a stage in training
+Progress = _object(
+    (Count, "step! tokens!"),
+    (Positive, "steps!"),
+    (float, "loss!"),
+    (Annotated[float, Field(gt=0, le=1e12)], "seconds!"),
+    (Seconds, "time!"),
+)
+#: whole.json of a checkpoint within a stage
+Within = _object(
+    (Anything, "of!"),
+    (Count, "step!"),
+    (Seconds, "seconds!"),
+    (Number, "losses!"),
+    (dict[str, Number], "counters!"),
+    (dict[str, Count], "files!"),
+)
+
+# --------------------------------------------------------------------------------------------------------------- cells
+
+_Score = _object((Number | None, "value! stderr"))
+_Settings = _object(
+    (str, "backend"),
+    (Count | None, "test_rows general_rows max_prompt_length max_new_tokens"),
+    (Text, "data"),
+    (Anything, "engine"),
+)
+#: A score file: eval/TASK.json
+Cell = _object(
+    (str, "stage task headline"),
+    (Scalar, "version"),
+    (Count, "n n_cut n_unfinished n_unscored"),
+    (_map(_Score), "metrics"),
+    (Flags, "higher_is_better"),
+    (dict[str, Number | None], "scale"),
+    (Text, "checkpoint samples definition commit"),
+    (_Settings, "settings"),
+    (_map(_object((Count, "n"))), "subtasks"),
+    (dict[str, Text], "made_with"),
+    (Seconds, "seconds"),
+)
+#: A line of eval/samples/TASK.jsonl
+Sample = _object((str, "task"), (int | str, "doc_id!"))
+
+# --------------------------------------------------------------------------------------------- judgements, other files
+
+_JudgeSettings = _object((str, "judge!"), (Text, "revision date"), (Anything, "sampling!"), (Scalar, "prompts!"))
+#: Verdicts on answers by themselves
+_Direct = _object(
+    (Count, "n! unscored! broken answered refused safe unsafe"), (Number | None, "rate"), (Interval, "interval")
+)
+#: Verdicts on pairs
+_Pairs = _object(
+    (Count, "n! win! tie! lose! unscored! broken identical judged disagreements first second"),
+    (Number | None, "net_win_rate"),
+)
+#: The numbers of a judge: judge/SET.json
+JudgedSet = _object(
+    (str, "suite lines"),
+    (_JudgeSettings, "settings"),
+    (Count | None, "limit"),
+    (dict[str, Text], "samples"),
+    (Count, "unpaired failed forced cut unclosed requests prompt_tokens completion_tokens"),
+    (_Direct, "direct"),
+    (_Pairs, "pairs"),
+)
+#: A line of judge/SET.jsonl; identical answers have no verdicts
+Verdict = _object(
+    (int | str, "doc_id!"),
+    (Text, "direct"),
+    (str, "combined"),
+    (bool, "disagree identical"),
+    (Annotated[list[Literal["A", "B", "C"] | None], Field(max_length=2)], "verdicts"),
+    (Annotated[list[Count], Field(min_length=2, max_length=2)], "lengths"),
+    (list[Text], "broken"),
+)
+#: calibration-JUDGE.json beside the runs: how often a judge was right on answers of each kind
+Calibration = _object((_JudgeSettings, "settings!"), (_map(_object((Number | None, "accuracy!"))), "kinds!"))
+#: judge-cache.batches.json: batches of requests that were submitted and not fetched yet
+Batches = _object((_list(_object((Text, "id!"), (str, "endpoint! tag!"), (list[str], "keys!"))), "batches!"))
+#: annotation.json of a teacher's folder
+Annotation = _object((Anything, "settings!"))
+#: Test rows that are trained on, by their numbers
+_Leaked = _object((list[Count], "exact! near! other_variant!"), (dict[str, list[Count]], "other_tasks"))
+#: What `trace-bench data audit --output` writes
+Audit = _object((str, "source!"), (_map(_object((Text, "fingerprint"))), "tasks!"), (_map(_Leaked), "leaked!"))
 
 
 def of_file(path: Path) -> Any:
-    """The shape of a file of a run, or beside runs, from where it lies; None for any other file."""
+    """The object that a file of a run, or beside runs, has to hold; None for any other file."""
     folder, name = path.parent, path.name
     if folder.name in ("eval", "judge", "samples"):
         lines = path.suffix == ".jsonl"

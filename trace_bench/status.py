@@ -6,19 +6,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trace_bench.evaluate import seen_tasks
 from trace_bench.run import Run, Stage, read_json
 from trace_tasks.data import JUDGED, SUITES
 
-#: A stage whose progress was not written for so many seconds is said to be interrupted: steps take less.
+#: A stage counts as interrupted if its progress was not written for so many seconds; steps take less.
 SILENT = 600
 
 
 def status(run: Run) -> str:
     """The state of a run, a line for each stage.
 
-    What is to be evaluated is the matrix as the run's configuration asks for it. General suites and sets to be judged
-    are counted where they are there, since they may be asked for on the command line.
+    Tasks count as the run's configuration asks for them. General suites and sets to be judged, which may be asked for
+    on the command line, count if they exist.
     """
     stages = run.stages
     lines = [f"{run.path}: {run.manifest['method']}, {run.manifest['model']['name']}, {len(stages) - 1} stages"]
@@ -45,7 +44,7 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
     else:
         yield _training(stage)
         return
-    wanted = seen_tasks(run, stage, run.manifest["config"].get("cells", "seen"))
+    wanted = run.seen_tasks(stage, run.manifest["config"].get("cells", "seen"))
     done = sum(stage.eval_file(task).exists() for task in wanted)
     if wanted:
         yield f"evaluated {done} of {len(wanted)} tasks"
@@ -78,12 +77,12 @@ def _training(stage: Stage) -> str:
 
 
 def seconds_left(trained: Sequence[float], stages: int, spent: float, fraction: float) -> float:
-    """How long the training of a run still takes, if stages that have not begun take as long as the others.
+    """How long the training of a run still takes, if the other stages take as long as those so far.
 
     Args:
         trained: Seconds of each stage that is trained.
         stages: How many stages the run trains.
-        spent: Seconds of the stage in training; 0 where none is.
+        spent: Seconds of the stage in training; 0 if there is none.
         fraction: How much of it is done, from 0 to 1.
     """
     whole = [spent / fraction] if fraction else []

@@ -9,20 +9,15 @@ A study is a YAML file; `trainers/configs/studies/` holds the paper's:
       many: {method: sequential, train_rows: {small: 64, full: null}}
 
 `config` is relative to the study file. The keys of a run are `method`, a file in `trainers/`, and options of it. Any
-value may be written as {small: X, full: Y}: X by default, Y with `--full`; null leaves the option (or the run) out.
-
-A value {each: [X, Y]} makes a run of every value, and several of them a run of every combination: a sweep over methods,
-seeds and orders is
+value may be {small: X, full: Y}: X by default, Y with `--full`; null leaves the option (or the run) out. A value
+{each: [X, Y]} makes a run of every value, and several of them a run of every combination:
 
     method: {each: [sequential, ewc]}
     seed: {each: [0, 1, 2]}
     tasks: {each: {order1: [order1], order2: [order2]}}
 
-where values with no short name of their own are given one. The runs of `lora` are then lora-sequential-seed0-order1 ...
-
-Each run is `python -m trainers.METHOD` and `trace-bench evaluate`, which go on where they were; what `trace-bench
-report` says of all of them comes last. `--launch 'accelerate launch --num_processes 8'` trains on several GPUs; `--only
-N` does the N-th run, for the jobs of an array on a cluster (`trainers/configs/slurm/sweep.sbatch`).
+The runs of `lora` are then lora-sequential-seed0-order1 ... Each run is `python -m trainers.METHOD` and `trace-bench
+evaluate`, which go on where they were; what `trace-bench report` says of all of them comes last.
 """
 
 from __future__ import annotations
@@ -63,14 +58,7 @@ def methods() -> list[str]:
 
 
 def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, list[str]]]:
-    """Reads and checks a study file.
-
-    Args:
-        file: The study file.
-        full: Whether at the scale of the paper.
-
-    Returns:
-        Run name -> its method and its command-line arguments, without --output_dir.
+    """Reads a study file at the small or full scale: run name -> method and command-line arguments.
 
     Raises:
         StudyError, RunError: naming the place in the file and what is allowed there.
@@ -89,61 +77,59 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
     config = _at(scale, study["config"], f"{file}, config")
     if not isinstance(config, str) or not (file.parent / config).is_file():
         raise StudyError(f"{file}, config: {config!r} is no file; it is looked for relative to {file.parent}.")
-    path = os.path.normpath(file.parent / config)
     runs = _at(scale, study["runs"], f"{file}, runs")
     if not isinstance(runs, dict):
         raise StudyError(f"{file}, runs: expected run names with their options, found {runs!r:.60}.")
-    commands = {}
-    known = methods()
+    commands: dict[str, tuple[str, list[str]]] = {}
+    known, path = methods(), os.path.normpath(file.parent / config)
     for name, options in _each(runs, scale, f"{file}, runs"):
         where = f"{file}, runs, {name}"
         if name in commands:
             raise StudyError(f"{where}: two runs have this name.")
-        if not re.fullmatch(r"\w[\w.-]*", str(name)):
+        if not re.fullmatch(r"\w[\w.-]*", name):
             raise StudyError(f"{where}: the name becomes a folder; use letters, digits, '_', '-' and '.'.")
-        if not isinstance(options, dict) or options.get("method") not in known:
-            method = options.get("method") if isinstance(options, dict) else options
+        method = options.pop("method", None) if isinstance(options, dict) else options
+        if not isinstance(options, dict) or method not in known:
             raise StudyError(f"{where}: method {method!r} is not one of {', '.join(known)}.")
-        arguments = ["--config", path]
-        for key, value in options.items():
+        for key in options:
             if key in ("config", "output_dir") or not re.fullmatch(r"[a-z]\w*", str(key)):
                 raise StudyError(f"{where}: {key!r} is not allowed; use method and options of it, without '--'.")
-            if key != "method":
-                arguments += _argument(key, value)
-        commands[name] = (options["method"], arguments)
+        arguments = [word for key, value in options.items() for word in _argument(key, value)]
+        commands[name] = method, ["--config", path, *arguments]
     if not commands:
         raise StudyError(f"{file}: there is no run at the {scale} scale.")
     return commands
 
 
 def _each(runs: dict[Any, Any], scale: str, where: str) -> Iterator[tuple[str, Any]]:
-    """The runs by name with their options, those with values {each: ...} as a run of every combination."""
+    """The runs by name with their options; one with values {each: ...} as a run of every combination."""
     for name, options in runs.items():
         options = _at(scale, options, f"{where}, {name}")
-        if options is None:
-            continue
-        if not isinstance(options, dict):
+        if isinstance(options, dict):
+            options = {key: _at(scale, value, f"{where}, {name}, {key}") for key, value in options.items()}
+            choices = [
+                _choices(key, value, scale, f"{where}, {name}, {key}")
+                for key, value in options.items()
+                if isinstance(value, dict) and "each" in value
+            ]
+            for chosen in itertools.product(*choices):
+                parts = [str(name), *(part for part, _, _ in chosen)]
+                yield "-".join(parts), {**options, **{key: value for _, key, value in chosen}}
+        elif options is not None:
             yield str(name), options
-            continue
-        options = {key: _at(scale, value, f"{where}, {name}, {key}") for key, value in options.items()}
-        choices = []  # of each option to vary: the parts of a name and the values
-        for key, value in options.items():
-            if not isinstance(value, dict) or "each" not in value:
-                continue
-            values = _at(scale, value["each"], f"{where}, {name}, {key}, each")
-            if isinstance(values, list) and all(isinstance(v, str | int | float) for v in values):
-                values = {v if isinstance(v, str) else f"{key}{v}": v for v in values}
-            if value.keys() != {"each"} or not isinstance(values, dict) or not values:
-                raise StudyError(
-                    f"{where}, {name}, {key}: found {value!r:.60}; each takes a list of words or numbers, or a mapping "
-                    "of names to values, and nothing stands beside it."
-                )
-            choices.append([(str(part), key, v) for part, v in values.items()])
-        for chosen in itertools.product(*choices):
-            yield (
-                "-".join([str(name), *(part for part, _, _ in chosen)]),
-                {**options, **{key: v for _, key, v in chosen}},
-            )
+
+
+def _choices(key: str, value: dict[str, Any], scale: str, where: str) -> list[tuple[str, str, Any]]:
+    """The values of an option that varies: the part of a run's name, the option, the value."""
+    values = _at(scale, value["each"], f"{where}, each")
+    if isinstance(values, list) and all(isinstance(v, str | int | float) for v in values):
+        values = {v if isinstance(v, str) else f"{key}{v}": v for v in values}
+    if value.keys() != {"each"} or not isinstance(values, dict) or not values:
+        raise StudyError(
+            f"{where}: found {value!r:.60}; each takes a list of words or numbers, or a mapping of names to values, "
+            "and nothing stands beside it."
+        )
+    return [(str(part), key, v) for part, v in values.items()]
 
 
 def _at(scale: str, value: Any, where: str) -> Any:
@@ -185,9 +171,6 @@ def run_study(
 
     Returns:
         Whether every run succeeded. One that fails does not stop the others.
-
-    Raises:
-        StudyError: before anything starts.
     """
     runs = read_study(file, full)
     title = f"{Path(file).stem}-{'full' if full else 'small'}"

@@ -7,11 +7,13 @@ from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-#: Extras of inference engines. One of them may be there; neither has to be.
+from trace_tasks.errors import TraceError
+
+#: Extras of inference engines. At most one of them is installed.
 _ENGINES = ("cpu", "gpu")
 
 
-class VersionError(ImportError):
+class VersionError(TraceError, ImportError):
     """A library is missing or has a version that is not supported; the message says which one and what to install."""
 
 
@@ -28,23 +30,23 @@ def check() -> None:
         declared = [Requirement(text) for text in requires("trace-bench") or ()]
     except PackageNotFoundError:  # the sources alone, on PYTHONPATH: nothing is declared
         return
-    wrong = []
-    for requirement in declared:
-        engine = any(requirement.marker and requirement.marker.evaluate({"extra": extra}) for extra in _ENGINES)
-        if requirement.marker and not engine:
+    wrong: dict[str, str] = {}  # what to install -> what is there
+    for need in declared:
+        engine = any(need.marker and need.marker.evaluate({"extra": extra}) for extra in _ENGINES)
+        if need.marker and not engine:
             continue
+        wanted = f"{need.name}{need.specifier}"
         try:
-            found = version(requirement.name)
+            found = version(need.name)
         except PackageNotFoundError:
             if not engine:
-                wrong.append((requirement, "is not installed"))
-            continue
-        if not requirement.specifier.contains(found, prereleases=True):
-            wrong.append((requirement, f"{found} is installed"))
+                wrong[wanted] = f"{need.name} is not installed"
+        else:
+            if not need.specifier.contains(found, prereleases=True):
+                wrong[wanted] = f"{need.name} {found} is installed"
     if wrong:
-        found_there = ", ".join(f"{r.name} {what}" for r, what in wrong)
-        wanted = [f"{r.name}{r.specifier}" for r, _ in wrong]
-        quoted = " ".join(f"'{name}'" for name in wanted)
+        quoted = " ".join(f"'{name}'" for name in wrong)
         raise VersionError(
-            f"{found_there}; trace-bench {version('trace-bench')} works with {', '.join(wanted)}: pip install {quoted}"
+            f"{', '.join(wrong.values())}; trace-bench {version('trace-bench')} works with {', '.join(wrong)}: pip "
+            f"install {quoted}"
         )

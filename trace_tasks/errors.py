@@ -1,5 +1,10 @@
 """The errors that a user can mend: one family. Commands print their message without a traceback and exit with 1."""
 
+from __future__ import annotations
+
+import errno
+import re
+
 
 class TraceError(Exception):
     """Something that the user can put right; the message has the value, what is allowed and how to fix it."""
@@ -7,3 +12,31 @@ class TraceError(Exception):
 
 class DataError(TraceError):
     """Data or a file is missing or not as it should be; the message says where and how to fix it."""
+
+
+def brief(error: BaseException) -> str:
+    """A library's message on one line, cut to a readable length."""
+    return " ".join((str(error) or type(error).__name__).split())[:300]
+
+
+def advice(error: BaseException, memory: str) -> str | None:
+    """What an error of the machine means and what to do about it, in one line; None for any other error.
+
+    Args:
+        error: What ended a command.
+        memory: What to do if it was short of memory.
+    """
+    text = brief(error).rstrip(".")
+    number = error.errno if isinstance(error, OSError) else None
+    # safetensors and torch write files by themselves, and have errors of their own.
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
+        r"\(os error (28|122|27)\)|PytorchStreamWriter failed|inline_container.*(file write|unexpected pos)", text
+    ):
+        return f"{text}. The disk or the quota is full. What is done is kept: make room and run the command again."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"\(os error (1|13|30)\)", text):
+        return f"{text}. What is done is kept: make the folder writable, or copy it to where you may write."
+    if isinstance(error, MemoryError) or re.search(
+        r"out of memory|can't allocate memory|not enough memory", text, re.I
+    ):
+        return f"Not enough memory: {text}. What is done is kept. {memory}"
+    return None

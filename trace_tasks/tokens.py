@@ -237,3 +237,16 @@ def example_ids(
         target = [*target, tokenizer.eos_token_id][:max_answer]
         examples.append({"input_ids": kept + target, "labels": [-100] * len(kept) + target})
     return examples
+
+
+def check_room(chat: Chat, limit: int | None) -> None:
+    """Refuses a chat template that leaves no room for a question within the limit of a prompt.
+
+    Raises:
+        PromptError: with both lengths.
+    """
+    ids = prompt_ids(chat.tokenizer, [chat([{"role": "user", "content": "?"}])], None, chat)[0]
+    if limit is not None and len(ids) >= limit:
+        raise PromptError(
+            f"The chat template takes {len(ids) - 1} tokens by itself and max_prompt_length is {limit}: raise it."
+        )

@@ -62,24 +62,20 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
 
-from trace_bench import checks, ending, models
-from trace_bench.evaluate import (
-    BESIDES,
-    answer_tokens,
-    check_room,
-    make_chat,
-)
+from trace_bench import checks, ending, records
+from trace_bench.engine import models
+from trace_bench.evaluate import EXTRA_SETTINGS, answer_tokens
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import Run, RunError, Stage, advice, locked, one_line, read_json, source_commit
+from trace_bench.run import Run, RunError, Stage, locked, read_json, source_commit
 from trace_bench.status import duration, seconds_left
 from trace_bench.tables import task_name
 from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows
 from trace_bench.text import prepare_logging, printable
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, fresh_dir, remove, sync_files, write_json
-from trace_tasks.errors import TraceError
+from trace_tasks.errors import TraceError, brief
 from trace_tasks.limits import limited
-from trace_tasks.tokens import Chat, PromptError, example_ids
+from trace_tasks.tokens import Chat, check_room, example_ids
 
 log = logging.getLogger(__name__)
 
@@ -351,7 +347,8 @@ class CLConfig(SFTConfig):
         return {
             k: v
             for k, v in values.items()
-            if k not in _INDIFFERENT and ((k in own and k not in BESIDES) or k in _DECIDING or v != defaults.get(k))
+            if k not in _INDIFFERENT
+            and ((k in own and k not in EXTRA_SETTINGS) or k in _DECIDING or v != defaults.get(k))
         }
 
 
@@ -373,7 +370,8 @@ class CLTrainer(SFTTrainer):
         self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
         self.tokenizer = tokenizer
         #: Renders chat prompts as the evaluation does; None without a chat template.
-        self.chat = make_chat(config, run, tokenizer) if config.chat_template else None
+        arguments: Any = config.chat_template_args
+        self.chat = Chat(tokenizer, arguments, run.manifest.get("date")) if config.chat_template else None
         self.grouped: LengthGrouped | None = None
         args = self.stage_args(stage)
         args.output_dir = str(stage.attempt)
@@ -1006,28 +1004,17 @@ class _Progress(ProgressCallback):
 
 def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
     """Parses `--config FILE.yaml` and command-line options (which win) and trains every stage of the run."""
-    with ending.command("train", None if argv is None else f"python -m trainers.{_method(trainer)} {shlex.join(argv)}"):
-        _main(trainer, config, argv)
-
-
-def _main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None) -> None:
-    prepare_logging()
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    if "--help_all" in (sys.argv if argv is None else argv):
-        argv = ["--help"]
-    try:
+    given = None if argv is None else f"python -m trainers.{_method(trainer)} {shlex.join(argv)}"
+    with ending.command("train", given, _MEMORY):
+        prepare_logging()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        if "--help_all" in (sys.argv if argv is None else argv):
+            argv = ["--help"]
         try:
             args, model_args = TrlParser((config, ModelConfig)).parse_args_and_config(argv)  # type: ignore[arg-type]
         except (OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file, no YAML, an unknown key
             raise ConfigError(f"the configuration cannot be read: {e}") from e
         train(trainer, args, model_args)
-    except (ConfigError, RunError, data.DataError, models.ModelError, PromptError) as e:
-        sys.exit(printable(f"error: {e}"))
-    except Exception as e:  # a full disk, no permission, no memory: from whatever library
-        line = advice(e, _MEMORY)
-        if line is None:
-            raise
-        sys.exit(printable(f"error: {line}"))
 
 
 def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -> Run:
@@ -1222,7 +1209,7 @@ def _check_empty(model: Any, model_args: ModelConfig, tokenizer: Any, trust_remo
         with limited(*models.READING):
             empty = made()
     except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
-        raise ConfigError(f"transformers cannot make the model {base}: {one_line(e)}") from e
+        raise ConfigError(f"transformers cannot make the model {base}: {brief(e)}") from e
     size = empty.get_input_embeddings().weight.shape[0]
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
     never_seen = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
@@ -1253,7 +1240,7 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     try:
         adapted = get_peft_model(empty, peft_config, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, NotImplementedError) as e:
-        return f"{one_line(e).rstrip('.')}."
+        return f"{brief(e).rstrip('.')}."
     # PEFT is content when one name of a list fits.
     wanted = {
         "lora_target_modules": (model_args.lora_target_modules, adapted.base_model.targeted_module_names),
@@ -1300,7 +1287,7 @@ def _train_stages(
         _evaluate(run, run.stages[0], state)
     for stage in run.stages[1:]:
         if stage.is_trained:
-            checks.verify(run, [stage])
+            records.check_stages(run, [stage])
             _say(state, f"stage {stage.index}/{len(config.stages)} {stage.name}: trained already")
             if state.is_main_process:
                 remove(stage.attempt)  # killed just after train.json was written
@@ -1327,7 +1314,7 @@ def _check_sources(run: Run, stage: Stage, root: Path | None, trainer: type[CLTr
     """Refuses to train on what is no longer what the run began with: files may change between stages."""
     before = run.stages[stage.index - 1]
     there = any((before.path / kind).is_dir() for kind in ("adapter", "model"))
-    checks.verify(run, [before] if there else [], root, [])
+    checks.verify(run, [before] if there else [], root)
     last = read_json(before.train_file) if before.train_file.exists() else {}
     if last.get("method_source") not in (None, _method_source(trainer)):
         log.warning(
@@ -1460,7 +1447,7 @@ def _train_stage(
         # Of `seconds` those that begin_stage and end_stage took: what a method costs whatever the number of steps.
         summary["seconds_around_steps"] = round(around, 3)
         summary |= {"commit": source_commit(), "method_source": _method_source(trainer_class)}
-        summary |= checks.origin(run, stage)
+        summary |= records.origin(run, stage)
         summary["checkpoint"] = fingerprint(saved)
         if stage.method_state.is_dir():
             summary["method_state"] = fingerprint(stage.method_state)

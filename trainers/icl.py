@@ -18,7 +18,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from trace_bench import models
+from trace_bench.engine import models
 from trace_bench.evaluate import answer_tokens
 from trace_bench.tasks import load_tasks
 from trace_tasks.utils import ICL_VERSION

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from trace_bench import models
+from trace_bench.engine import models
 from trainers.base import CLConfig, CLTrainer, ConfigError, frozen_in_bf16, main, refuse_shards
 
 

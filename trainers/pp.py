@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from peft import PromptTuningConfig, get_peft_model
 
-from trace_bench import models
+from trace_bench.engine import models
 from trace_bench.run import Stage
 from trainers.base import CLConfig, CLTrainer, ConfigError, main
 

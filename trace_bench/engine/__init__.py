@@ -1,10 +1,8 @@
 """One inference engine for all stages: the weights are swapped in place.
 
 `lm_eval --model vllm` once per checkpoint pays the start of an engine every time. Here one lm-eval LM object is
-opened on the base model, and `load` puts the weights of a stage into it. What it answers is what the model that was
-trained answers, decoded greedily, or there is an error: text comes from the generated ids alone, generation ends at the
-tokenizer's EOS and the model's, and an adapter is served unmerged where the engine can.
-A prompt-tuning adapter has no weights to merge: the engine puts its prompt in front of every input.
+opened on the base model, and `load` puts the weights of a stage into it. It answers what the trained model answers,
+decoded greedily, or there is an error.
 """
 
 from __future__ import annotations
@@ -14,14 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from trace_bench import models
+from trace_bench.engine import models
 from trace_bench.engine.start import has_gpu, prepare_vllm, starting_vllm
-from trace_bench.engine.swap import EngineError, Swap, SwapLM, Wanted, Work
+from trace_bench.engine.swap import EngineError, SwapLM
 
-__all__ = ["FREE", "EngineError", "Swap", "SwapLM", "Wanted", "Work", "open_engine", "prepare_vllm", "starting_vllm"]
+__all__ = ["SPEED_ONLY_ARGS", "EngineError", "SwapLM", "open_engine", "prepare_vllm", "starting_vllm"]
 
 #: Engine arguments that may differ between the cells of a matrix: memory and speed. All others are settings.
-FREE = {
+SPEED_ONLY_ARGS = {
     *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "device"),
     *("batch_size", "max_batch_size", "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_length"),
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "cpu_offload_gb", "swap_space", "block_size"),
@@ -33,21 +31,17 @@ _HF_ARGS = {
     *("batch_size", "max_batch_size", "device", "dtype", "max_length", "revision", "trust_remote_code"),
     *("prefix_token_id", "softmax_dtype", "mixed_precision_dtype", "think_end_token", "logits_cache"),
 }
-#: What the engine decides by itself, and why.
+_SWAPPED = "cannot be given, since the weights are swapped. Leave it out."
+_TEMPLATE = (
+    "would change the prompts of the evaluation alone. Give chat_template_args to the run (--chat_template_args in "
+    "training, --chat-template-args with --checkpoint)."
+)
+_ENCODING = "would encode prompts in another way than training does. Change it in the tokenizer's files."
+#: Arguments that the engine decides by itself -> why.
 _REFUSED = {
-    **dict.fromkeys(
-        ("pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"),
-        "cannot be given, since the weights are swapped. Leave it out.",
-    ),
-    **dict.fromkeys(
-        ("chat_template_args", "enable_thinking"),
-        "would change the prompts of the evaluation alone. Give chat_template_args to the run (--chat_template_args in "
-        "training, --chat-template-args with --checkpoint).",
-    ),
-    **dict.fromkeys(
-        ("add_bos_token", "tokenizer", "use_fast_tokenizer", "truncation", "truncation_side"),
-        "would encode prompts in another way than training does. Change it in the tokenizer's files.",
-    ),
+    **dict.fromkeys(("pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"), _SWAPPED),
+    **dict.fromkeys(("chat_template_args", "enable_thinking"), _TEMPLATE),
+    **dict.fromkeys(("add_bos_token", "tokenizer", "use_fast_tokenizer", "truncation", "truncation_side"), _ENCODING),
 }
 
 
@@ -67,14 +61,14 @@ def open_engine(
         base: What `models.resolve_model` returned.
         revision: Revision of the base model on the hub.
         max_prompt_length: Prompts of generation tasks keep their last so many tokens, as in training.
-        engine_args: Given on as they are to lm-eval's VLLM (and so to vLLM's LLM) or HFLM.
-        checkpoints: What will be loaded by itself, so that vLLM can make room for adapters that answer unmerged.
+        engine_args: Passed to lm-eval's VLLM (and so to vLLM's LLM) or HFLM.
+        checkpoints: The checkpoints that will be loaded, so that vLLM can make room for adapters.
 
     Raises:
         EngineError: if the backend is not installed, or an argument cannot be given.
     """
     if Path(base).is_dir():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading asks a hub that may not be there, and waits
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading waits for a hub that may not be there
     args = dict(engine_args or {})
     for name in sorted(args.keys() & _REFUSED.keys()):
         raise EngineError(f"engine_args: {name} {_REFUSED[name]}")
@@ -83,13 +77,13 @@ def open_engine(
         args["revision"] = revision
         if backend == "vllm":
             args.setdefault("tokenizer_revision", revision)
-    tokenizer = models.load_tokenizer(base, revision, trusted)  # lm-eval's may get a padding token
+    tokenizer = models.load_tokenizer(base, revision, trusted)  # lm-eval may add a padding token to its own
     lm = _open_vllm(base, args, checkpoints) if backend == "vllm" else _open_hf(base, args)
     lm.base, lm.revision, lm.max_prompt_length, lm.trust_remote_code = base, revision, max_prompt_length, trusted
     lm.tokenizer = tokenizer
-    lm.ends = models.end_ids(lm.tokenizer, base, revision)
+    lm.ends = models.end_ids(tokenizer, base, revision)
     if backend == "hf":
-        lm.plain()
+        lm.decode_greedily()
     return lm
 
 
@@ -105,7 +99,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path]) -> 
     prepare_vllm(args)
     from trace_bench.engine.vllm import SwapVLLM, lora_args
 
-    # Mistral's own tokenizer, which "auto" would take for its models, is another one than training uses.
+    # "auto" would take Mistral's own tokenizer for its models, and training does not use that one.
     args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", **args}
     with starting_vllm():
         return SwapVLLM(adapters=lora_args(args, checkpoints), pretrained=base, **args)
@@ -116,13 +110,10 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
 
     if "max_model_len" in args:  # a run's arguments for vLLM serve here, too
         args.setdefault("max_length", args["max_model_len"])
-    args = {k: v for k, v in args.items() if k in _HF_ARGS or k not in FREE}
-    unknown = sorted(args.keys() - _HF_ARGS)
-    if unknown:
+    args = {k: v for k, v in args.items() if k in _HF_ARGS or k not in SPEED_ONLY_ARGS}
+    if unknown := sorted(args.keys() - _HF_ARGS):
         raise EngineError(
             f"engine_args: {', '.join(unknown)}: the weights of later stages are loaded without, so that stages could "
             f"not be compared. With the backend hf there are {', '.join(sorted(_HF_ARGS))}."
         )
-    args.setdefault("batch_size", 16)
-    args.setdefault("device", "cuda" if has_gpu() else "cpu")
-    return SwapHF(pretrained=base, **args)
+    return SwapHF(pretrained=base, **{"batch_size": 16, "device": "cuda" if has_gpu() else "cpu", **args})

@@ -1,4 +1,4 @@
-"""transformers' generate as the engine: adapters unmerged, as they were trained."""
+"""The engine of transformers' generate: adapters stay unmerged, as they were trained."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from trace_bench import models
-from trace_bench.engine.swap import Swap, Wanted
+from trace_bench.engine import models
+from trace_bench.engine.swap import SwapLM, Wanted
 from trace_tasks.tokens import text_of
 
 
-class SwapHF(Swap, HFLM):  # type: ignore[misc]
+class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
     """lm-eval's HFLM, whose model is loaded again for each stage."""
 
     def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
@@ -26,17 +26,16 @@ class SwapHF(Swap, HFLM):  # type: ignore[misc]
         self.soft_prompt = models.soft_prompt(checkpoint)
         dtype, device = self._model.dtype, self._model.device
         self._model: Any = None  # one model at a time in memory
-        self._model = models.load_model(
-            self.base, checkpoint, self.revision, below=below, dtype=dtype, trust_remote_code=self.trust_remote_code
-        )
-        self._model = self._model.to(device).eval()
+        options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
+        model = models.load_model(self.base, checkpoint, self.revision, below=below, **options)
+        self._model = model.to(device).eval()
         self.ends = models.end_ids(self.tokenizer, self.base, self.revision, checkpoint)
-        self.plain()
+        self.decode_greedily()
         kind = "soft prompt" if self.soft_prompt is not None else "adapter"
         self.served = {"weights": "base" if checkpoint is None else kind if models.is_adapter(checkpoint) else "model"}
 
-    def plain(self) -> None:
-        """Leaves of the generation settings that a checkpoint brings the ids alone: greedy means greedy."""
+    def decode_greedily(self) -> None:
+        """Drops all generation settings of the checkpoint but the special tokens."""
         from peft import PeftModel
 
         model = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
@@ -46,7 +45,7 @@ class SwapHF(Swap, HFLM):  # type: ignore[misc]
 
     @property
     def pad(self) -> int:
-        """What fills rows of a batch: any token, since it is masked in front and cut off behind."""
+        """The token that fills the rows of a batch: any, since it is masked in front and cut off behind."""
         return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
@@ -74,13 +73,13 @@ class SwapHF(Swap, HFLM):  # type: ignore[misc]
         if self.soft_prompt is not None:
             embeds = self._behind_prompt(ids)
             mask = torch.cat([mask.new_ones(len(mask), len(self.soft_prompt)), mask], dim=1)
-            # The prompt belongs next to the text, as in training: what pads a row on the left goes before both.
+            # As in training, the soft prompt stands next to the text, so padding goes before both.
             order = mask.argsort(dim=1, stable=True)
             kwargs = {
                 "inputs_embeds": embeds.gather(1, order[:, :, None].expand_as(embeds)),
                 "attention_mask": mask.gather(1, order),
             }
-            start = 0  # generate then returns what is new alone
+            start = 0  # generate then returns the new tokens alone
         if want.stops and not self.think_end_token:
             kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
         kwargs |= dict(want.sampling)
@@ -99,7 +98,7 @@ class SwapHF(Swap, HFLM):  # type: ignore[misc]
         self.work.prompt_tokens += int(mask.sum())
         answers = []
         for row in outputs[:, start:].tolist():
-            # Behind its end a row goes on with padding until the longest of the batch has ended.
+            # A row that has ended is padded until the longest row of the batch has ended.
             end = next((n for n, token in enumerate(row) if token in want.ends), len(row) - 1)
             answers.append(row[: end + 1])
         self.work.generated_tokens += sum(map(len, answers))
@@ -117,7 +116,7 @@ class SwapHF(Swap, HFLM):  # type: ignore[misc]
 
 
 class _Stops(StoppingCriteria):
-    """Ends a row whose text holds one of the stops."""
+    """Ends a row once its text holds one of the stops."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], start: int) -> None:
         self.tokenizer, self.stops, self.start = tokenizer, stops, start

@@ -1,4 +1,4 @@
-"""Merged adapters on the disk, for an engine that takes full models only; made ahead where that costs it nothing."""
+"""Merged adapters on the disk, for an engine that takes full models only; on a GPU the next one is made ahead."""
 
 from __future__ import annotations
 
@@ -13,19 +13,18 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trace_bench import models
+from trace_bench.engine import models
 from trace_bench.engine.start import has_gpu
 from trace_tasks.data.files import temporary_dir
 
 log = logging.getLogger(__name__)
 
-_MERGE = "import json, sys; from trace_bench import models; print(models.save_merged(**json.loads(sys.argv[1])))"
+_MERGE = "import json, sys; from trace_bench.engine import models; print(models.save_merged(**json.loads(sys.argv[1])))"
 #: The share of an update that rounding may lose before a warning says so.
 MOST_LOST = 0.05
 
 
 def _folder() -> AbstractContextManager[Path]:
-    """A folder for a merged model; those of killed programs, which are as large as a model, go first."""
     return temporary_dir(Path(tempfile.gettempdir()), "trace-merged-")
 
 
@@ -36,32 +35,35 @@ def _end(process: subprocess.Popen) -> None:
 
 @dataclass
 class Merging:
-    """Merges adapters into one base model."""
+    """Merges adapters into one base model.
+
+    Attributes:
+        dtype: The precision of the engine, in which merged weights are written; auto = that of the base model's file.
+    """
 
     base: str
     revision: str | None
     trust_remote_code: bool
     dtype: str = "auto"
-    """The precision of the engine, in which the merged weights are written; auto = that of the base model's file."""
     _ahead: tuple[Path, Path, subprocess.Popen] | None = None
     _until_taken: ExitStack = field(default_factory=ExitStack)
     """Ends the process that merges ahead, and removes its folder."""
 
     def __post_init__(self) -> None:
-        """Makes sure that nothing of it is left when this program ends."""
+        """Cleans up when this program ends."""
         atexit.register(self._until_taken.close)
 
     def prepare(self, adapter: Path, below: Sequence[Path] = ()) -> None:
         """Begins to merge the adapter that is needed next, in a process of its own."""
-        # On a CPU merging would take from the engine what it needs itself.
-        if has_gpu():
-            self._until_taken.close()
-            folder = self._until_taken.enter_context(_folder())
-            # Not in a thread: transformers loads models under settings that hold for all threads.
-            command = [sys.executable, "-c", _MERGE, json.dumps(self._arguments(adapter, below, str(folder)))]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            self._until_taken.callback(_end, process)
-            self._ahead = adapter, folder, process
+        if not has_gpu():  # on a CPU merging would slow the engine down
+            return
+        self._until_taken.close()
+        folder = self._until_taken.enter_context(_folder())
+        # Not in a thread: transformers loads models under settings that hold for all threads.
+        command = [sys.executable, "-c", _MERGE, json.dumps(self._arguments(adapter, below, folder))]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._until_taken.callback(_end, process)
+        self._ahead = adapter, folder, process
 
     @contextmanager
     def full_model(self, adapter: Path, below: Sequence[Path] = ()) -> Iterator[tuple[str, float]]:
@@ -70,30 +72,23 @@ class Merging:
         with self._until_taken:
             if ahead and ahead[0] == adapter and ahead[2].wait() == 0:
                 assert ahead[2].stdout is not None
-                yield str(ahead[1]), self._checked(adapter, float(ahead[2].stdout.read()))
+                yield str(ahead[1]), _checked(adapter, float(ahead[2].stdout.read()))
                 return
         with _folder() as folder:
-            lost = models.save_merged(**self._arguments(adapter, below, str(folder)))
-            yield str(folder), self._checked(adapter, lost)
+            yield str(folder), _checked(adapter, models.save_merged(**self._arguments(adapter, below, folder)))
 
-    def _arguments(self, adapter: Path, below: Sequence[Path], folder: str) -> dict:
-        return {
-            "base": self.base,
-            "checkpoint": str(adapter),
-            "folder": folder,
-            "revision": self.revision,
-            "trust_remote_code": self.trust_remote_code,
-            "below": [str(path) for path in below],
-            "dtype": self.dtype,
-        }
+    def _arguments(self, adapter: Path, below: Sequence[Path], folder: Path) -> dict:
+        paths = {"checkpoint": str(adapter), "folder": str(folder), "below": [str(path) for path in below]}
+        own = ("base", "revision", "trust_remote_code", "dtype")
+        return paths | {name: getattr(self, name) for name in own}
 
-    @staticmethod
-    def _checked(adapter: Path, lost: float) -> float:
-        if lost > MOST_LOST:
-            log.warning(
-                "Merged into weights of the engine's precision, %s loses %.0f %% of its update. Evaluate with "
-                "--backend hf, which does not merge.",
-                adapter,
-                100 * lost,
-            )
-        return round(lost, 5)
+
+def _checked(adapter: Path, lost: float) -> float:
+    if lost > MOST_LOST:
+        log.warning(
+            "Merged into weights of the engine's precision, %s loses %.0f %% of its update. Evaluate with "
+            "--backend hf, which does not merge.",
+            adapter,
+            100 * lost,
+        )
+    return round(lost, 5)

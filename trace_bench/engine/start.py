@@ -1,4 +1,4 @@
-"""Starting vLLM: what it needs to be quick without a GPU, and clear words where its memory does not suffice."""
+"""Starting vLLM: what makes it quick without a GPU, and a clear error where its memory does not suffice."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from trace_bench.engine.swap import EngineError
 
-#: How vLLM says that memory or the context does not suffice: before its start, or in the process of the engine.
+#: What vLLM says when memory or the context does not suffice.
 _MEMORY = re.compile(
     r"KV cache|cache blocks|max_model_len|max seq len|gpu.memory.utilization|out of memory|can't allocate memory"
     r"|Engine core initialization failed",
@@ -22,11 +22,7 @@ _MEMORY = re.compile(
 
 @contextmanager
 def starting_vllm() -> Iterator[None]:
-    """Makes one clear error of what vLLM says when its memory does not suffice.
-
-    Raises:
-        EngineError: with vLLM's own numbers and what to change.
-    """
+    """Turns vLLM's errors about memory into one EngineError that says what to change."""
     try:
         yield
     except (ValueError, RuntimeError, MemoryError) as e:
@@ -41,10 +37,7 @@ def starting_vllm() -> Iterator[None]:
 
 
 def prepare_vllm(args: dict[str, Any]) -> None:
-    """Makes sure that vLLM is there, and sets what it needs to be quick without a GPU.
-
-    Args:
-        args: Arguments of vLLM's LLM, to which defaults are added.
+    """Imports vLLM and adds the defaults that make it quick here to the arguments of its LLM.
 
     Raises:
         EngineError: if vLLM cannot be imported.
@@ -52,7 +45,7 @@ def prepare_vllm(args: dict[str, Any]) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     args.setdefault("use_tqdm_on_load", False)  # weights are loaded at every stage
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")  # of names in torch that it looks at
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
     try:
         import vllm  # noqa: F401
     except ImportError as e:
@@ -61,19 +54,18 @@ def prepare_vllm(args: dict[str, Any]) -> None:
             "or evaluate with --backend hf."
         ) from e
     if not has_gpu():
-        # On two cores the default keeps one of them for the engine's front end: half of the speed.
+        # By default vLLM reserves a core for its front end: half of the speed on two cores.
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "3")
         args.setdefault("enforce_eager", True)  # compiling takes longer than it saves on small models
         if args.get("tensor_parallel_size", 1) == 1:
-            # The engine in this process: its start does not import everything twice more (5 s instead of 25 s), and
-            # no process is left behind when this one is killed.
+            # The engine runs in this process: it starts in 5 s instead of 25 s, and ends when this process is killed.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             args.setdefault("distributed_executor_backend", "uni")
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU for this process."""
+    """Whether this process can use a GPU."""
     import torch
 
     return torch.cuda.is_available()

@@ -1,4 +1,4 @@
-"""What both engines share: prompts and answers, decided in token ids."""
+"""What both engines share: an lm-eval LM whose weights are swapped, and everything that is decided in token ids."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from trace_tasks.errors import TraceError
 from trace_tasks.tokens import Chat, prompt_ids, text_of
@@ -37,43 +37,18 @@ class Wanted:
     ends: frozenset[int]
     """Tokens that end it: EOS."""
     sampling: tuple[tuple[str, Any], ...] = ()
-    """What a task asks for beyond greedy decoding; none for ours."""
+    """What a task asks for beyond greedy decoding; empty for TRACE's tasks."""
 
 
-class SwapLM(Protocol):
-    """An lm-eval LM whose weights can be swapped."""
+class SwapLM:
+    """Mixed into lm-eval's class of a backend.
 
-    tokenizer: Any
-    work: Work
-    chat: Chat | None
-    """Renders chat prompts; None takes the tokenizer's template as it is."""
-    max_prompt_length: int | None
-    """Prompts of generation tasks keep their last so many tokens."""
-    served: dict[str, Any]
-    """How the weights that are loaded came into the engine, for the record of a cell."""
-    unfinished: set[str]
-    """Answers that ended at their length limit, not at a stop string or EOS; for whoever asks to empty."""
-
-    def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
-        """Puts the weights of a checkpoint into the engine; None = the base model.
-
-        Args:
-            checkpoint: An adapter or a full model.
-            below: Adapters that were merged into the base before this one was trained on it.
-        """
-
-    def cut_prompts(self, texts: list[str], answer_tokens: int) -> int:
-        """How many prompts lost their beginning: longer than the run's limit, or than the context with the answer."""
-
-    def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
-        """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
-
-    def together(self, checkpoints: Sequence[Path]) -> None:
-        """Says which checkpoints are asked the next questions afterwards, so that all can answer in one batch."""
-
-
-class Swap:
-    """The shared part of the engines, mixed into lm-eval's classes: everything that is decided in token ids."""
+    Attributes:
+        chat: Renders chat prompts; None takes the tokenizer's template as it is.
+        max_prompt_length: Prompts of generation tasks keep their last so many tokens.
+        served: How the loaded weights came into the engine, for the record of a cell.
+        unfinished: Answers that ended at their length limit. The caller empties it.
+    """
 
     base: str
     revision: str | None
@@ -88,7 +63,7 @@ class Swap:
         self.work = Work()
         self.unfinished: set[str] = set()
         self.served: dict[str, Any] = {"weights": "base"}
-        # Token ids of the texts of earlier stages, which are those of the next ones.
+        # The stages ask the same texts, so their token ids are kept.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
         self._pairs: dict[tuple[str, str], tuple[array[int], ...]] = {}
         super().__init__(**kwargs)
@@ -99,11 +74,24 @@ class Swap:
         taken = 0 if self.soft_prompt is None else len(self.soft_prompt)
         return super().max_length - taken  # type: ignore[misc]
 
+    def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
+        """Puts the weights of a checkpoint into the engine; None = the base model.
+
+        Args:
+            checkpoint: An adapter or a full model.
+            below: Adapters that were merged into the base before this one was trained on it.
+        """
+        raise NotImplementedError
+
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
-        """See `SwapLM`."""
+        """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
 
     def together(self, checkpoints: Sequence[Path]) -> None:
-        """See `SwapLM`."""
+        """Says which checkpoints get the same questions later, so that all can answer in one batch."""
+
+    def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
+        """Token ids of the answers, each at least to its end."""
+        raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- prompts
 
@@ -113,7 +101,7 @@ class Swap:
         return self.chat(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str | list[str], add_special_tokens: bool | None = None, **_: Any) -> Any:
-        """Whole texts, as lm-eval asks for them where likelihoods are compared."""
+        """lm-eval's hook for whole texts, whose likelihoods are compared."""
         texts = [string] if isinstance(string, str) else list(string)
         if add_special_tokens is False:
             ids = self.tokenizer(texts, add_special_tokens=False).input_ids
@@ -129,7 +117,7 @@ class Swap:
         return first.tolist(), second.tolist()
 
     def cut_prompts(self, texts: list[str], answer_tokens: int) -> int:
-        """See `SwapLM`."""
+        """How many prompts lost their beginning: longer than the run's limit, or than the context with the answer."""
         limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
         return sum(len(ids) > limit for ids in self._prompt_ids(texts, None))
 
@@ -142,19 +130,20 @@ class Swap:
     # ----------------------------------------------------------------------------------------------------- answers
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """lm-eval's, without its bar."""
+        """lm-eval's, without its progress bar."""
         return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[misc]
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The answers to lm-eval's requests: greedy, ended by EOS, the task's stops or its length."""
-        # Special tokens are not part of a text, so a stop that is one is found among the ids.
+        # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
         special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         wanted = [self._wanted(special, *request.args) for request in requests]
         texts = []
         for request, want, ids in zip(requests, wanted, self._answers(wanted), strict=True):
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
-            whole = self._spoken(ids[:end])
-            text = _until(whole, want.stops)
+            whole = text = self._spoken(ids[:end])
+            for stop in want.stops:
+                text = text.split(stop)[0]
             if end is None and text == whole and len(ids) >= want.most:
                 self.unfinished.add(text)
             texts.append(text)
@@ -184,24 +173,12 @@ class Swap:
         )
 
     def _spoken(self, ids: Sequence[int]) -> str:
-        """The text of an answer; behind its last `think_end_token` where lm-eval was given one."""
+        """The text of an answer; where lm-eval was given a `think_end_token`, what comes after the last one."""
         mark = self.think_end_token  # type: ignore[attr-defined]
-        if mark is None:
-            return text_of(self.tokenizer, ids)
         if isinstance(mark, str) and len(marks := self.tokenizer(mark, add_special_tokens=False).input_ids) == 1:
-            (mark,) = marks  # as a special token it is not part of the text
+            (mark,) = marks  # a special token is not part of the text
         if isinstance(mark, int):
             last = max((n for n, token in enumerate(ids) if token == mark), default=None)
             return text_of(self.tokenizer, ids) if last is None else text_of(self.tokenizer, ids[last + 1 :]).lstrip()
-        before, found, after = text_of(self.tokenizer, ids).rpartition(mark)
-        return after.lstrip() if found else before + after
-
-    def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
-        """Token ids of the answers, each at least to its end."""
-        raise NotImplementedError
-
-
-def _until(text: str, stops: Sequence[str]) -> str:
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
+        text = text_of(self.tokenizer, ids)
+        return text if mark is None or mark not in text else text.rpartition(mark)[2].lstrip()

@@ -1,9 +1,9 @@
-"""vLLM as the engine: one for all stages, whose weights are swapped in place.
+"""The vLLM engine.
 
-A full model is loaded over the weights that are there. An adapter answers unmerged (vLLM's LoRA requests) on a GPU,
-where all stages' adapters share a batch; on a CPU, where that path is an order of magnitude slower, it is merged. A
-checkpoint that is not the base with other weights (another rope_theta, a head of its own where the base ties it) gets
-an engine of its own, and so do all where the first swap shows that this engine cannot swap.
+A full model is loaded over the weights in the engine. An adapter answers unmerged (vLLM's LoRA requests) on a GPU,
+where the adapters of all stages share a batch; on a CPU that path is an order of magnitude slower, so the adapter is
+merged. A checkpoint whose config differs from the base model's (such as rope_theta, or an untied head) gets an engine
+of its own, and so do all checkpoints if the first swap shows that this engine cannot swap.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tqdm import tqdm
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
-from trace_bench import models
-from trace_bench.checkpoints import config_differences, plain_lora_rank
+from trace_bench.engine import models
+from trace_bench.engine.checkpoints import config_differences, plain_lora_rank
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import has_gpu, starting_vllm
-from trace_bench.engine.swap import EngineError, Swap, Wanted
+from trace_bench.engine.swap import EngineError, SwapLM, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
-class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
+class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
     """lm-eval's VLLM, whose engine gets the weights of each stage.
 
     Args:
-        adapters: Those that will be loaded and can answer unmerged, in any order.
+        adapters: The adapters that will be loaded and can answer unmerged.
         **kwargs: For lm-eval's class.
     """
 
@@ -49,17 +49,16 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         self.adapter: LoRARequest | None = None
         self._later: list[LoRARequest] = []
         self._known: dict[tuple[int | None, Wanted], list[int]] = {}
-        #: Whether weights can be swapped: not known before the first swap.
+        #: Whether weights can be swapped; None = not known before the first swap.
         self.swaps: bool | None = None
         super().__init__(worker_extension_cls="trace_bench.engine.worker.SwapWorker", **kwargs)
-        # What the engine was started on, and whose weights it has.
+        # The model that the engine was started on, and the one whose weights it has now.
         self.started_on = self.holds = self.model_args["model"]
 
     # ----------------------------------------------------------------------------------------------------- weights
 
     @cached_property
-    def merging(self) -> Merging:
-        """Makes full models of adapters."""
+    def _merging(self) -> Merging:
         dtype = str(self.model.llm_engine.model_config.dtype).removeprefix("torch.")
         return Merging(self.base, self.revision, self.trust_remote_code, dtype)
 
@@ -71,10 +70,10 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
                 f"{checkpoint} is a soft prompt, for which vLLM has to be started with the engine argument "
                 "enable_prompt_embeds: true. Give it, or evaluate with --backend hf."
             )
-        left = _number(self.adapter)
+        former = _number(self.adapter)
         self.adapter = self.adapters.get(checkpoint) if checkpoint is not None and not below else None
         self._later = []
-        self._known = {key: ids for key, ids in self._known.items() if key[0] != left}
+        self._known = {key: ids for key, ids in self._known.items() if key[0] != former}
         with self._full_model(checkpoint, below) as (folder, served):
             if folder != self.holds:
                 self._put(folder, served)
@@ -83,8 +82,9 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         self._forget()
 
     def _put(self, folder: str, served: dict[str, Any]) -> None:
-        """Gets the weights of a full model into the engine: swapped, or with an engine of its own."""
-        other = self._differences(folder)
+        """Brings the weights of a full model into the engine: by a swap, or by starting an engine on them."""
+        base = self.base, Path(folder), self.revision, self.trust_remote_code
+        other = config_differences(*base) if folder != self.base else []
         if other:
             served["own_engine"] = f"its config differs from the base model's: {', '.join(other)}"
         elif self.swaps is not False:
@@ -96,7 +96,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
             self._swap(folder)
             if before is None:
                 return
-            # The first swap proves itself: with the weights that it was started on the engine has to say the same.
+            # The first swap is tested: with the weights that it was started on the engine has to answer as before.
             self._swap(self.base)
             self.swaps = _same(self._probe(), before)
             if self.swaps:
@@ -109,12 +109,6 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         if not other:
             served["own_engine"] = "its weights cannot be swapped in this engine"
         self._restart(folder)
-
-    def _differences(self, folder: str) -> list[str]:
-        """What of a checkpoint's config an engine that was started on the base model would not know."""
-        if folder == self.base:
-            return []
-        return config_differences(self.base, Path(folder), self.revision, self.trust_remote_code)
 
     def _swap(self, folder: str) -> None:
         self.model.collective_rpc("swap_weights", args=(folder,))
@@ -129,7 +123,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
             )
 
     def _restart(self, folder: str) -> None:
-        """Ends the engine and starts one on other weights; the tokenizer stays the base model's."""
+        """Ends the engine and starts another on these weights; the tokenizer stays the base model's."""
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -168,7 +162,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         elif self.adapter is not None:
             yield self.base, {"weights": "adapter"}
         else:
-            with self.merging.full_model(checkpoint, below) as (folder, lost):
+            with self._merging.full_model(checkpoint, below) as (folder, lost):
                 yield folder, {"weights": "merged adapter", "lost": lost}
 
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
@@ -176,7 +170,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         if checkpoint is None or not models.is_adapter(checkpoint) or models.soft_prompt(checkpoint) is not None:
             return
         if below or checkpoint not in self.adapters:
-            self.merging.prepare(checkpoint, below)
+            self._merging.prepare(checkpoint, below)
 
     # ----------------------------------------------------------------------------------------------------- answers
 
@@ -192,7 +186,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
             for want in dict.fromkeys(wanted)
             if (_number(adapter), want) not in self._known
         ]
-        # Long prompts first, and those that begin alike together, for the cache.
+        # Long prompts first, and those with the same beginning together, for the cache.
         jobs.sort(key=lambda job: (-len(job[1].ids), job[1].ids))
         if jobs:
             outputs = self._model_generate(
@@ -224,12 +218,10 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """One pass for all choices of a question where each is a single token, as in MMLU and BoolQ.
 
-        lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, which also keeps vLLM
-        from using what its cache has of the prompt. Here the next token is generated, and the probabilities of
-        the choices are read off it: the same numbers but for rounding.
-
-        Behind an adapter that is not merged every token is read so, since vLLM's probabilities of prompts do not go
-        with its LoRA requests; the cache spares the passes over what precedes it.
+        lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, and vLLM cannot use its cache
+        for that. Here the next token is generated, and the probabilities of the choices are read off it: the same
+        numbers but for rounding. Behind an unmerged adapter every token is read so, since vLLM gives no probabilities
+        of prompts with LoRA requests.
         """
         paths: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for i, (_, context, continuation) in enumerate(requests):
@@ -237,20 +229,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
                 ids = [*context, *continuation]
                 cut = max(len(ids) - (self.max_length - 1), 0)  # on the left, as lm-eval does
                 paths[i] = [(tuple(ids[cut : len(context) + n]), token) for n, token in enumerate(continuation)]
-        tokens: dict[tuple[int, ...], set[int]] = {}
-        for path in paths.values():
-            for prompt, token in path:
-                tokens.setdefault(prompt, set()).add(token)
-        prompts = sorted(tokens)  # those with the same shots one after the other, for the cache
-        logprobs: dict[tuple[int, ...], dict[int, float]] = {}
-        if prompts:
-            params = [
-                SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprob_token_ids=sorted(tokens[prompt]))
-                for prompt in prompts
-            ]
-            outputs = self._model_generate([list(p) for p in prompts], generate=True, sampling_params=params)
-            for prompt, output in zip(prompts, outputs, strict=True):
-                logprobs[prompt] = {token: p.logprob for token, p in output.outputs[0].logprobs[0].items()}
+        logprobs = self._next_logprobs([step for path in paths.values() for step in path])
         answers: dict[int, tuple[float, bool]] = {}
         for i, path in paths.items():
             # The generated token, the likeliest one, is among those that are known.
@@ -261,6 +240,24 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
         if rest:
             answers |= zip(rest, super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm), strict=True)
         return [answers[i] for i in range(len(requests))]
+
+    def _next_logprobs(self, steps: list[tuple[tuple[int, ...], int]]) -> dict[tuple[int, ...], dict[int, float]]:
+        """Prompt -> token -> log-probability of that token behind the prompt, for all steps (prompt, token)."""
+        tokens: dict[tuple[int, ...], set[int]] = {}
+        for prompt, token in steps:
+            tokens.setdefault(prompt, set()).add(token)
+        if not tokens:
+            return {}
+        prompts = sorted(tokens)  # those with the same shots one after the other, for the cache
+        params = [
+            SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprob_token_ids=sorted(tokens[prompt]))
+            for prompt in prompts
+        ]
+        outputs = self._model_generate([list(p) for p in prompts], generate=True, sampling_params=params)
+        return {
+            prompt: {token: p.logprob for token, p in output.outputs[0].logprobs[0].items()}
+            for prompt, output in zip(prompts, outputs, strict=True)
+        }
 
     def _model_generate(
         self,
@@ -285,7 +282,7 @@ class SwapVLLM(Swap, VLLM):  # type: ignore[misc]
                 }
                 for ids in requests
             ]
-        # A bar below that of the cells, which vanishes; none in files.
+        # A second bar below that of the cells; none where the output is a file.
         bar = sys.stderr.isatty() and partial(tqdm, leave=False, position=1)
         started = time.perf_counter()
         outputs = self.model.generate(
@@ -313,16 +310,9 @@ def _same(one: list[Any], other: list[Any]) -> bool:
 
 
 def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
-    """Decides which adapters answer unmerged, and adds to the engine's arguments what they need.
+    """The adapters that are served unmerged, by LoRA requests; what they need is added to the arguments of vLLM's LLM.
 
-    By default those that can where there is a GPU; the engine argument enable_lora says otherwise.
-
-    Args:
-        args: Arguments of vLLM's LLM; changed.
-        checkpoints: What will be loaded.
-
-    Returns:
-        The adapters that are served by LoRA requests.
+    By default these are all that can be on a GPU, and none on a CPU; the engine argument enable_lora says otherwise.
     """
     if not args.get("enable_lora", has_gpu()):
         return []

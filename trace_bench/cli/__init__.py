@@ -1,0 +1,104 @@
+"""The command `trace-bench`: one module a command, which is imported when its command is given."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+import sys
+from typing import Any
+
+from trace_bench.ending import command
+from trace_bench.text import prepare_logging, printable
+
+#: Command -> its line in the help, and its module. That has add_arguments(parser) and run(args) -> exit code.
+COMMANDS = {
+    "data": ("check a data set (folder, archive or demo) and print its fingerprint", "trace_bench.cli.data"),
+    "data audit": (
+        "audit a data set: repeats, leaks from training to test rows, lengths, broken characters",
+        "trace_bench.cli.audit",
+    ),
+    "evaluate": ("fill the cells of a run's matrix, one engine for all stages", "trace_bench.cli.evaluate"),
+    "judge": (
+        "judge the answers of a run: instruction following and safety against the base model",
+        "judges.commands.judge",
+    ),
+    "annotate": (
+        "make the training data of RCL: a teacher writes reasoning paths, which are checked",
+        "judges.commands.annotate",
+    ),
+    "report": (
+        "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
+        "trace_bench.cli.report",
+    ),
+    "study": ("train, evaluate and compare the runs of a study file", "trace_bench.cli.study"),
+    "status": (
+        "how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
+        "trace_bench.cli.status",
+    ),
+    "tasks-path": ("print the folder of the lm-eval tasks, for --include_path", "trace_bench.cli.tasks_path"),
+}
+EPILOG = """\
+the main job:
+  make sequential-train                      train eight stages, evaluate the matrix, write the report (demo data)
+  python -m trainers.sequential --config trainers/configs/quickstart.yaml --output_dir runs/mine
+  trace-bench evaluate runs/mine             fill the missing cells; interrupted, it goes on where it was
+  trace-bench report runs/mine               report.md, report.html, figures/ and scores.csv
+  trace-bench status runs/mine               how far it is, while it goes on
+
+instruction following and safety, from the answers to the instruct_* and safety_* tasks:
+  trace-bench judge runs/mine --model JUDGE  verdicts against the base model; see trace-bench judge --help
+
+reasoning paths for RCL, written by a teacher and checked:
+  trace-bench annotate data/mine --model TEACHER; TRACE_REASONING=data/mine python -m trainers.rcl ...
+
+checkpoints trained elsewhere:
+  trace-bench evaluate runs/theirs --model BASE --checkpoint trace_cstance=PATH --checkpoint trace_fomc=PATH
+  trace-bench evaluate runs/general --model BASE --checkpoint v1=PATH --tasks none --general general
+
+the tasks alone, with plain lm-eval:
+  TRACE_DATA=demo lm_eval run --model hf --model_args pretrained=MODEL --tasks 'trace_*' \\
+      --include_path $(trace-bench tasks-path)
+"""
+_MEMORY = (
+    "Give --engine-args a smaller batch_size (hf), or max_num_seqs, max_model_len or gpu_memory_utilization (vllm), "
+    "and run the command again."
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line."""
+    given = sys.argv[1:] if argv is None else argv
+    line = None if argv is None else shlex.join(["trace-bench", *argv])
+    with command(next(iter(given), ""), line, _MEMORY):
+        if given[:2] == ["data", "audit"]:
+            given = ["data audit", *given[2:]]
+        args, module = _parse(given)
+        prepare_logging()
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch warns of NUMA whenever an engine starts on a CPU
+        if code := module.run(args):
+            sys.exit(code)
+
+
+def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
+    """The arguments, and the module of the command."""
+    parser = argparse.ArgumentParser(
+        prog="trace-bench",
+        description="TRACE: continual learning of aligned language models, measured after every stage.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    module = None
+    for name, (line, path) in COMMANDS.items():
+        own = commands.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
+        if given[:1] == [name]:
+            module = importlib.import_module(path)
+            module.add_arguments(own)
+    return parser.parse_args(given), module
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Prints text that may come from elsewhere, such as names."""
+    print(printable(text), end=end)

@@ -1,0 +1,58 @@
+"""`trace-bench data audit`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from trace_bench.cli import show
+from trace_bench.cli.options import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.description = (
+        "Reads a data set, of which parts may be missing, and reports what its scores depend on: repeated\n"
+        "rows, contradicting answers, test rows that are trained on, balance, lengths, broken characters and\n"
+        "numbers, rows of the other variant. The reasoning variant in or beside it is audited as reasoning_*.\n"
+        "Test rows are also looked for in the training rows of other tasks, and of the data sets after --against."
+    )
+    parser.epilog = (
+        "With --output, `trace-bench report RUN --without-leaked FILE.json` makes the scores of a run without\n"
+        "the leaked test rows. A folder called audit is ./audit."
+    )
+    add = parser.add_argument
+    add("source", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
+    add("--against", nargs="+", default=[], metavar="SOURCE", help="other data sets, such as the 5000 variant")
+    add("--tokenizer", metavar="MODEL", help="hub id or local folder (default: the quickstart model's)")
+    add("--max-prompt-length", type=positive, default=1024, metavar="N", help="tokens of a prompt (1024)")
+    add("--max-answer-length", type=positive, default=512, metavar="N", help="tokens of an answer (512)")
+    add("--output", metavar="FILE.json", help="write all of it there, with the numbers of the rows")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows the audit of a data set, and writes it."""
+    from trace_bench.engine.models import open_tokenizer
+    from trace_tasks import data
+    from trace_tasks.data import audit, audit_text
+    from trace_tasks.data.files import write_json
+
+    if args.output and not args.output.endswith(".json"):
+        raise data.DataError(f"--output {args.output}: name a file that ends in .json.")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    root = data.find_data(args.source)
+    report = audit.audit(
+        root,
+        open_tokenizer(args.tokenizer),
+        max_prompt_length=args.max_prompt_length,
+        max_answer_length=args.max_answer_length,
+        against=[root for source in args.against for root in data.find_all_data(source)],
+    )
+    show(audit_text.as_text(report))
+    if args.output:
+        write_json(Path(args.output), report)
+        show(f"All of it, with the numbers of the rows: {args.output}")
+    if report["unreadable"]:
+        raise data.DataError("\n".join(report["unreadable"]))
+    return 0

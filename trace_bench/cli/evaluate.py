@@ -1,0 +1,137 @@
+"""`trace-bench evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from typing import Any
+
+from trace_bench.cli.options import indices, json_object, options, positive
+from trace_bench.run import Run, RunError
+
+#: Options that a run has in its manifest, so that they go with --checkpoint only; the first need tasks.
+_OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
+_OF_CHECKPOINTS = ("model", "tasks", "chain", "renamed_base", *_OF_TASKS)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.description = "Evaluates every trained stage on the tasks seen so far. Done cells are skipped."
+    add = parser.add_argument
+    add("path", metavar="RUN", help="the run directory")
+    add("--stages", help="indices, such as 0,3,8 (default: all that are trained)")
+    add("--cells", choices=["seen", "all", "own"], help="tasks of each stage (default: the run's, seen)")
+    add("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, vllm)")
+    add(
+        "--engine-args",
+        metavar="JSON",
+        help="for the engine, in addition to the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
+    )
+    add("--data", help="where the data is now, if it was moved")
+    add = parser.add_argument_group(
+        "in addition to the matrix (default: what the run's configuration says)"
+    ).add_argument
+    add("--general", metavar="SUITES", help="general (the paper's six) or names of suites, with commas")
+    add("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
+    add("--general-rows", type=positive, help="at least so many rows of each suite, as many of each subtask")
+    add("--judged", metavar="SETS", help="instruct, safety or names of sets, with commas; same stages")
+    add("--judged-rows", type=positive, help="first so many prompts of each set")
+    add("--judged-max-new-tokens", type=positive, help="the most tokens of an answer (512)")
+    add = parser.add_argument_group("checkpoints trained elsewhere").add_argument
+    add(
+        "--checkpoint",
+        action="append",
+        metavar="NAME=PATH",
+        help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name; a "
+        "run of checkpoints takes further ones later, by themselves",
+    )
+    add("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
+    add("--chain", action="store_true", help="each adapter was trained on the base with those before it merged in")
+    add("--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise")
+    add("--tasks", help="columns of the matrix: names with commas, order1 (the default), order2, or none")
+    add("--test-rows", type=positive, help="first so many test rows of each task")
+    add("--max-prompt-length", type=positive, help="tokens of a prompt, cut on the left (1024)")
+    add("--max-new-tokens", type=positive, help="the most tokens of an answer (default: each task's own)")
+    add("--chat-template", action="store_true", help="put prompts into the model's chat template")
+    add("--chat-template-args", metavar="JSON", help="its variables, such as '{\"enable_thinking\": false}'")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluates the missing cells of a run, or of checkpoints from elsewhere."""
+    from trace_bench import evaluate
+
+    engine_args, stages = json_object("--engine-args", args.engine_args), indices(args.stages)
+    extra = {name: value for name in evaluate.EXTRA_SETTINGS if (value := getattr(args, name)) is not None}
+    extra |= {name: extra[name].split(",") for name in ("general", "judged") if name in extra}
+    if args.checkpoint:
+        chosen = _run_of_checkpoints(args, extra, engine_args)
+    else:
+        if wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]:
+            raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
+        chosen = Run.open(args.path)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+    done = evaluate.evaluate(
+        chosen,
+        stages=stages,
+        cells=args.cells,
+        backend=args.backend,
+        engine_args=engine_args,
+        data_path=args.data,
+        extra=extra,
+    )
+    if not done:
+        print("nothing to evaluate: every cell is done")
+    return 0
+
+
+def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_args: dict[str, Any] | None) -> Run:
+    """The run of the checkpoints that --checkpoint names: a new one, or one to which they are added."""
+    from trace_bench import evaluate
+    from trace_tasks import data
+
+    checkpoints = _checkpoints(args.checkpoint)
+    args.chat_template_args = json_object("--chat-template-args", args.chat_template_args)
+    given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
+    if "tasks" in given:
+        listed = [] if given["tasks"] == "none" else given["tasks"].split(",")
+        given["tasks"] = [t for name in listed for t in data.ORDERS.get(name, [name])]
+    there = evaluate.measured_run(args.path)
+    if there is not None:  # what is not given is as in the run
+        manifest = there.manifest
+        known = {"model": manifest["model"]["name"], "tasks": manifest["tasks"], **manifest["config"]}
+        known |= {name: manifest.get(name, False) for name in ("chain", "renamed_base")}
+    elif "model" not in given:
+        raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
+    elif given.get("tasks") == [] and not {"general", "judged"} & extra.keys():
+        raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged, or both.")
+    else:
+        known = {"chain": False, "renamed_base": False, "tasks": data.ORDERS["order1"]}
+        # Recorded for later checkpoints: all of them need the same, or their differences mean nothing.
+        known |= {"backend": "vllm", "test_rows": None, "max_prompt_length": 1024, "max_new_tokens": None}
+        known |= {"chat_template": False, "general_stages": "last", **extra}
+        if given.get("tasks") == [] and args.general_stages is None:
+            known["general_stages"] = "all"  # else nothing would be measured of a checkpoint in between
+        known |= {"engine_args": engine_args} if engine_args else {}
+    settings = {**known, **given}
+    for_tasks = [name for name in ("data", *_OF_TASKS) if getattr(args, name)]
+    if settings["tasks"] == [] and for_tasks:
+        raise RunError(
+            f"{options(for_tasks)}: for tasks, and there are none. The others have --general-rows, --judged-rows "
+            "and --judged-max-new-tokens."
+        )
+    own = {name: settings.pop(name) for name in ("model", "tasks", "chain", "renamed_base")}
+    return evaluate.external_run(args.path, checkpoints, settings=settings, data_path=args.data, **own)
+
+
+def _checkpoints(given: list[str]) -> dict[str, str]:
+    """--checkpoint NAME=PATH, given several times: name -> path."""
+    pairs = [text.partition("=") for text in given]
+    if not all(name and path for name, _, path in pairs):
+        raise RunError(f"--checkpoint {' '.join(given)}: write each as NAME=PATH.")
+    found = {name: path for name, _, path in pairs}
+    if len(found) < len(pairs):
+        raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(name for name, _, _ in pairs)}.")
+    return found

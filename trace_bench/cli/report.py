@@ -1,0 +1,47 @@
+"""`trace-bench report`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trace_bench.cli import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.description = (
+        "Writes report.md, report.html, figures/ and scores.csv of each run. Several runs are compared."
+    )
+    add = parser.add_argument
+    add("paths", metavar="RUN", nargs="+", help="a run directory")
+    add("--baseline", metavar="RUN", help="the run that the others are set against (default: the first)")
+    add("--output", metavar="FILE", help="write the comparison there too: FILE.html, .md, .csv or .tex")
+    add(
+        "--without-leaked",
+        metavar="AUDIT.json",
+        help="leave test rows that are trained on out of all scores; a file of `trace-bench data audit --output`",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the reports and shows where they are, or the comparison."""
+    from trace_bench.comparison import check_output, write_comparison
+    from trace_bench.leaks import without_leaked
+    from trace_bench.report import write_report
+    from trace_bench.run import Run
+
+    check_output(args.output)
+
+    def open_run(path: str) -> Run:
+        run = Run.open(path)
+        return without_leaked(run, Path(args.without_leaked)) if args.without_leaked else run
+
+    runs = [open_run(path) for path in dict.fromkeys(args.paths)]
+    baseline = open_run(args.baseline) if args.baseline else None
+    lines = [write_report(run) for run in runs]
+    if len(runs) == 1 and not args.output and baseline is None:
+        show(lines[0])
+    else:
+        show(write_comparison(runs, args.output, baseline), end="")
+    return 0

@@ -1,0 +1,22 @@
+"""`trace-bench status`."""
+
+from __future__ import annotations
+
+import argparse
+
+from trace_bench.cli import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.description = "Says how far a run is, from its files alone, while it goes on or afterwards."
+    parser.add_argument("path", metavar="RUN", help="the run directory")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows the state of a run."""
+    from trace_bench.run import Run
+    from trace_bench.status import status
+
+    show(status(Run.open(args.path)))
+    return 0

@@ -1,0 +1,30 @@
+"""`trace-bench study`."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.description = "Does the runs of a study one after the other and compares them. Done steps are skipped."
+    add = parser.add_argument
+    add("file", metavar="FILE.yaml", help="such as trainers/configs/studies/replay.yaml")
+    add("--full", action="store_true", help="at the scale of the paper instead of the small one")
+    add("--output_dir", "--output-dir", metavar="DIR", help="default: runs/<name of the study>-<small|full>")
+    add(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="these runs only, by name or by number from 1 on; the table has all that are there",
+    )
+    add("--launch", metavar="COMMAND", help="starts the trainings, as 'accelerate launch --num_processes 8'")
+    add("--dry-run", action="store_true", help="print the commands and do nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the runs; 1 if one of them failed."""
+    from trace_bench.study import run_study
+
+    options = {name: getattr(args, name) for name in ("full", "output_dir", "only", "launch", "dry_run")}
+    return 0 if run_study(args.file, **options) else 1

@@ -1,0 +1,246 @@
+"""The architecture and tensors of a model, without its weights.
+
+The model of a config.json is built on torch's "meta" device, which takes no memory. transformers then loads the names
+and shapes from the headers of the weight files into it, as it would load the weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trace_bench.engine import models
+from trace_bench.engine.models import ModelError
+from trace_bench.run import RunError, is_file_name, read_json
+from trace_tasks.errors import brief
+from trace_tasks.limits import LimitError, limited
+
+log = logging.getLogger(__name__)
+
+#: Buffers that older files hold and that today's classes neither have nor name among what they ignore.
+_OLD_BUFFERS = re.compile(r"\.(masked_bias|inv_freq|position_ids|causal_mask|cos_cached|sin_cached|_extra_state)$")
+#: Entries of config.json that change no answer, or are handled elsewhere (EOS by the engine, the vocabulary by its
+#: shapes, generation by greedy decoding).
+_HARMLESS = {
+    *("dtype", "torch_dtype", "transformers_version", "_name_or_path", "name_or_path", "architectures", "auto_map"),
+    *("use_cache", "gradient_checkpointing", "initializer_range", "initializer_factor", "return_dict", "torchscript"),
+    *("output_hidden_states", "output_attentions", "output_router_logits", "chunk_size_feed_forward", "is_decoder"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "vocab_size"),
+    *("problem_type", "id2label", "label2id", "finetuning_task", "task_specific_params", "tokenizer_class", "prefix"),
+    *("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "activation_dropout", "layerdrop"),
+    *("embedding_dropout", "router_aux_loss_coef", "router_jitter_noise", "pretraining_tp", "pruned_heads"),
+    *("unsloth_fixed", "unsloth_version", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p"),
+    *("num_beams", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "length_penalty", "n_ctx"),
+    *("_attn_implementation_autoset", "_attn_implementation", "attn_implementation", "experts_implementation"),
+}
+
+
+def architecture(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model of a config.json without weights, whatever its size.
+
+    Raises:
+        ModelError: if the architecture is not known, is no causal language model, or needs code that is not trusted.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = _config(model, revision, trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # the modules are the same, and building quantised ones needs other packages
+    try:
+        with torch.device("meta"), quiet(), limited(*models.READING):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as e:  # values from elsewhere make libraries raise anything
+        raise ModelError(f"{model} is no causal language model that transformers can build: {models.why_not(e)}") from e
+
+
+def _config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
+    """The config of a model, with the defaults of its class filled in."""
+    from transformers import AutoConfig
+
+    try:
+        with quiet(), models.reading(model):
+            return AutoConfig.from_pretrained(
+                model, revision=models.on_hub(model, revision), trust_remote_code=trust_remote_code
+            )
+    except Exception as e:  # values from elsewhere make libraries raise anything
+        raise ModelError(f"The config.json of {model} cannot be used: {models.why_not(e)}") from e
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hides the reports and bars of transformers and PEFT about weights that are not loaded."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------------------- tensors
+
+
+def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
+    """The names and shapes of a checkpoint's tensors. A header says how long its file is, so a cut file is found.
+
+    Raises:
+        RunError: if there are no weights, or a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(checkpoint.glob("*.safetensors"))
+    index = checkpoint / "model.safetensors.index.json"
+    if models.is_adapter(checkpoint):
+        files = [file for file in files if file.name == "adapter_model.safetensors"]  # PEFT looks for this name alone
+    elif index.exists():
+        files = sorted({checkpoint / name for name in _weight_map(index).values()})
+    if not files:
+        raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint again.")
+    shapes: dict[str, list[int]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as e:
+            raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint again.") from e
+    return shapes
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor -> file, as an index says."""
+    content = read_json(index)
+    found = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(found, dict) or not all(isinstance(name, str) and is_file_name(name) for name in found.values()):
+        raise RunError(
+            f"{index} is damaged: its weight_map names a file of this folder for each tensor. Copy it again."
+        )
+    return found
+
+
+def empty_tensors(shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """Tensors of these shapes that take no memory."""
+    import torch
+
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def check_full_model(folder: Path, base: Callable[[], Any], backend: str, trust_remote_code: bool) -> None:
+    """Refuses a full model that is a part of one, or whose tensors are not those of its architecture.
+
+    Args:
+        folder: The model.
+        base: Makes the architecture of the base model: vLLM puts the weights into an engine that was started on it.
+        backend: "vllm" or "hf".
+        trust_remote_code: As for transformers.
+    """
+    shapes = tensor_shapes(folder)
+    own = architecture(folder, None, trust_remote_code)
+    if read_json(folder / "config.json").get("quantization_config"):
+        return  # its tensors are packed, so names and shapes are those of the quantisation
+    _compare(folder, own, shapes, "the model that its config.json describes")
+    if backend == "vllm":
+        _compare(folder, base(), shapes, "the base model")
+
+
+def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) -> None:
+    """Loads names and shapes into an architecture; older names and buffers count as transformers counts them."""
+    try:
+        with quiet(), limited(*models.READING):
+            _, found = type(model).from_pretrained(
+                None,
+                config=copy.deepcopy(model.config),
+                state_dict=empty_tensors(shapes),
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, LimitError) as e:
+        raise RunError(f"{folder} does not hold the tensors of {name}: {brief(e)}. Give the whole model.") from e
+    lacking, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+    if lacking:
+        instead = f"; it holds {unknown[0]}, which fits nothing" if unknown else ""
+        raise RunError(
+            f"{folder} lacks {len(lacking)} tensors of {name}, such as {lacking[0]}{instead}. In an engine they "
+            "would be those of another model. Give the whole model, with the names that save_pretrained gives."
+        )
+    if found["mismatched_keys"]:
+        tensor, shape, wanted = min(found["mismatched_keys"], key=str)
+        raise RunError(
+            f"{folder}: {tensor} has shape {list(shape)}, that of {name} {list(wanted)}. It was not trained from the "
+            "base model, its vocabulary was changed, or tensors are missing. Give the model that it was trained from, "
+            "its own config.json, or take --backend hf."
+        )
+    unknown = [name for name in unknown if not _OLD_BUFFERS.search(name)]
+    if unknown:
+        parts = {name.split(".")[0] for name in model.state_dict()}
+        inside = [name for name in unknown if name.split(".")[0] in parts]
+        if inside:
+            raise RunError(
+                f"{folder} holds {len(inside)} tensors that {name} has no place for, such as {inside[0]}: they would "
+                "be left out. Give the config.json that belongs to these weights."
+            )
+        log.warning("%s holds tensors beside the language model, such as %s. They are not used.", folder, unknown[0])
+
+
+# --------------------------------------------------------------------------------------------------------- config.json
+
+
+def config_differences(
+    base: str | Path, checkpoint: Path, revision: str | None = None, trust_remote_code: bool = False
+) -> list[str]:
+    """The entries of a full checkpoint's config.json that change answers, with the base model's value and its own.
+
+    Without any, an engine that was started on the base model serves the checkpoint's weights as they were trained.
+    transformers' classes read both, so that defaults count as if they were written, and older names as the newer ones
+    (rope_theta and rope_scaling are rope_parameters). The vocabulary is compared by its shapes.
+    """
+    a = _flat(_config(base, revision, trust_remote_code).to_dict())
+    b = _flat(_config(checkpoint, None, trust_remote_code).to_dict())
+    if b.get("tie_word_embeddings") and _has_own_head(checkpoint, trust_remote_code):
+        b["tie_word_embeddings"] = False
+    return [
+        f"{key}: {a.get(key)!r} -> {b.get(key)!r}"
+        for key in sorted(a.keys() | b.keys())
+        # An empty entry that one side alone has is no difference.
+        if a.get(key) != b.get(key) and (a.get(key) or b.get(key) or (key in a and key in b))
+    ]
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The entries of a config that may change answers, nested ones with dots."""
+    flat: dict[str, Any] = {}
+    for key, entry in value.items():
+        if key in _HARMLESS or (key == "type" and "rope_type" in value):  # the older name of rope_type
+            continue
+        flat |= _flat(entry, f"{prefix}{key}.") if isinstance(entry, dict) else {prefix + key: entry}
+    return flat
+
+
+def _has_own_head(checkpoint: Path, trust_remote_code: bool) -> bool:
+    """Whether a model that its config ties holds another head than its embeddings: transformers then unties it."""
+    import torch
+    from safetensors import safe_open
+
+    model = architecture(checkpoint, None, trust_remote_code)
+    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
+    names = {f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)}
+    values: dict[str, Any] = {}
+    for file in checkpoint.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            values |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
+    return len(values) == 2 and not torch.equal(*values.values())

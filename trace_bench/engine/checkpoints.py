@@ -1,0 +1,341 @@
+"""Can an engine serve this checkpoint, and is it the model that was trained?
+
+This is asked before an engine starts or anything is recorded, from headers of weight files and configurations alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from trace_bench.engine import models
+from trace_bench.engine.architecture import (
+    architecture,
+    check_full_model,
+    config_differences,
+    empty_tensors,
+    quiet,
+    tensor_shapes,
+)
+from trace_bench.engine.models import ModelError
+from trace_tasks.limits import LimitError, limited
+from trace_bench.run import Run, RunError, Stage, fingerprint, read_json
+from trace_tasks.errors import brief
+
+log = logging.getLogger(__name__)
+
+#: Kinds of PEFT adapters that change weights and can be merged: both backends serve them. The tests compare each
+#: merged model with the unmerged one.
+MERGED = {
+    *("LORA", "ADALORA", "BOFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3"),
+    *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD"),
+    *("SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
+}
+#: Kinds that PEFT cannot merge, or only on some models. transformers serves them as they are.
+UNMERGED = {"BEFT", "LILY"}
+#: The kind that is a prompt in front of the input: `models.soft_prompt`.
+PROMPT = "PROMPT_TUNING"
+#: Options that PEFT takes for regular expressions, as it does a text in target_modules.
+_PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
+#: Options of LoRA with which the adapter is more than a sum to weights: part of the input, other layers, a router.
+_NOT_A_SUM = ("alora_invocation_tokens", "layer_replication", "arrow_config")
+#: Options of LoRA that vLLM's LoRA requests would leave out.
+_NOT_IN_REQUESTS = (
+    *("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters"),
+    *("use_dora", "lora_bias", "layer_replication", "fan_in_fan_out", "megatron_config", "alora_invocation_tokens"),
+)
+#: The most steps of an iteration that an adapter_config.json may ask for, such as of an approximate inverse.
+MOST_STEPS = 1000
+
+
+def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_remote_code: bool = False) -> None:
+    """Refuses what an engine would load wrongly, or fail on half-way.
+
+    Args:
+        run: The run.
+        stages: The stages that are to be evaluated.
+        backend: "vllm" or "hf": what serves them.
+        trust_remote_code: As for transformers.
+
+    Raises:
+        RunError: naming the checkpoint, and what to do.
+        models.ModelError: if weights are pickles, or a model brings code that is not trusted.
+    """
+    stages = list(stages)
+    name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
+    base = partial(architecture, models.resolve_model(name), revision, trust_remote_code)
+    for stage in stages:
+        own = stage.checkpoint if stage.external is None else None  # `check_own` compares its bytes
+        if own is not None and models.is_adapter(own):  # a run may come from elsewhere
+            adapter = _adapter_config(own)
+            _refuse_endless(own, adapter)
+            if any(adapter.get(key) for key in _PATTERNS) or isinstance(adapter.get("target_modules"), str):
+                _check_fit(own, adapter, base, name)
+    chain = run.manifest.get("chain", False)
+    for folder in dict.fromkeys(path for s in stages if s.external for path in (*s.below, s.external)):
+        if folder.is_dir():
+            models.refuse_odd_files(folder)
+        models.refuse_pickle(folder)
+        if models.is_adapter(folder):
+            adapter = _adapter_config(folder)
+            _check_kind(folder, adapter, backend, chain)
+            _refuse_endless(folder, adapter)
+            # In a chain only the first adapter was trained on the base model itself.
+            if not run.manifest.get("renamed_base") and (not chain or folder == run.stages[1].external):
+                _refuse_another_base(folder, adapter, run.manifest["model"], trust_remote_code)
+            _check_fit(folder, adapter, base, name)
+        elif chain:
+            raise RunError(
+                f"{folder} is a full model, which holds all weights: it cannot lie on the adapters of a chain. "
+                "Evaluate it in a run without --chain."
+            )
+        else:
+            check_full_model(folder, base, backend, trust_remote_code)
+
+
+def check_own(stage: Stage) -> None:
+    """Refuses a checkpoint of the run that is not what its training wrote.
+
+    Raises:
+        RunError: naming it, and what to do.
+    """
+    path = stage.checkpoint
+    if path is None:
+        return
+    models.refuse_pickle(path)
+    if fingerprint(path) != stage.fingerprint():
+        raise RunError(
+            f"{path} is not what the training of the stage wrote (its fingerprint differs): it was changed or "
+            f"damaged. Restore it, or delete {stage.train_file} to train the stage again."
+        )
+    if models.is_adapter(path):
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        kind = _adapter_config(path).get("peft_type")
+        if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+            raise RunError(
+                f"{path} is an adapter of the kind {kind}, which the installed PEFT does not know. Install the "
+                "version that the stage was trained with: manifest.json has it."
+            )
+
+
+def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: bool = False) -> None:
+    """Warns where a checkpoint from elsewhere brings another tokenizer than the base model's, which is used for all."""
+    model, base = run.manifest["model"], None
+    for stage in stages:
+        if stage.external is None or not (stage.external / "tokenizer_config.json").exists():
+            continue
+        try:
+            if base is None:
+                path = models.resolve_model(model["name"])
+                base = models.load_tokenizer(path, model.get("revision"), trust_remote_code)
+            own = models.load_tokenizer(stage.external, None, trust_remote_code)
+        except Exception as e:  # nothing is measured with it, whatever is wrong with it
+            log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
+            continue
+        differs = ["vocabulary"] if own.get_vocab() != base.get_vocab() else []
+        differs += ["chat template"] if own.chat_template != base.chat_template else []
+        if differs:
+            log.warning(
+                "%s brings another %s than the base model has. It is measured with the base model's, as all are.",
+                stage.name,
+                " and another ".join(differs),
+            )
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict):
+        raise RunError(f"{folder}/adapter_config.json is damaged: it holds {type(config).__name__}, not an object.")
+    return config
+
+
+def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool) -> None:
+    """Refuses kinds of adapters that the backend has no way to serve."""
+    kind = adapter.get("peft_type")
+    whole = "Merge it where it was trained (merge_and_unload, save_pretrained), and give the full model"
+    if not isinstance(kind, str) or kind not in MERGED | UNMERGED | {PROMPT}:
+        raise RunError(
+            f"{folder} is an adapter of the kind {kind}, which cannot be served: it neither changes weights that are "
+            f"known to be right, nor is it a plain soft prompt. Served are {', '.join(sorted(MERGED))} and {PROMPT}, "
+            f"with --backend hf also {', '.join(sorted(UNMERGED))}. {whole}, if the kind can be merged."
+        )
+    if adapter.get("task_type") not in (None, "CAUSAL_LM"):
+        raise RunError(
+            f"{folder} was trained for the task type {adapter['task_type']}: its model has another head or other "
+            "inputs than a causal language model. Only CAUSAL_LM is served."
+        )
+    if chain and kind == PROMPT:
+        raise RunError(f"{folder} is a soft prompt, on which no adapter can be stacked. Evaluate it without --chain.")
+    if backend == "vllm" and (kind in UNMERGED or adapter.get("lora_bias")):
+        what = "with lora_bias, which can be merged" if adapter.get("lora_bias") else f"of the kind {kind}, merged"
+        raise RunError(
+            f"{folder} is an adapter {what} into few models only, and vLLM serves merged weights. Take --backend hf."
+        )
+    for name in _NOT_A_SUM if kind == "LORA" else ():
+        if adapter.get(name):
+            raise RunError(f"{folder} uses {name}, which no engine here serves as it was trained. {whole}.")
+
+
+def _refuse_endless(folder: Path, config: dict[str, Any]) -> None:
+    """Refuses an adapter that would take for ever on real weights, where no time limit applies."""
+    said = re.search(r"_niter_(\d+)$", str(config.get("init_lora_weights")))
+    steps: dict[str, Any] = {"init_lora_weights": int(said[1][:9])} if said else {}
+    for entries in (config, *(value for value in config.values() if isinstance(value, dict))):
+        steps |= {k: n for k, n in entries.items() if re.search("iter|terms", k) and isinstance(n, int | float)}
+    for key, number in steps.items():
+        if number > MOST_STEPS:
+            raise RunError(
+                f"{folder}/adapter_config.json: {key} asks for {number} steps, which would take for ever. At most "
+                f"{MOST_STEPS} are allowed; no real adapter has so many."
+            )
+
+
+def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], name: str) -> None:
+    """Refuses an adapter whose tensors are not those that PEFT looks for in the base model, by name and shape."""
+    import torch
+
+    shapes = tensor_shapes(folder)
+    model = base()
+    if adapter["peft_type"] == PROMPT:
+        wanted = [adapter.get("num_virtual_tokens"), model.get_input_embeddings().weight.shape[1]]
+        if shapes.get("prompt_embeddings") != wanted:
+            raise RunError(
+                f"{folder} does not fit {name}: its prompt_embeddings have shape {shapes.get('prompt_embeddings')}, "
+                f"with its num_virtual_tokens and the width of the model they have {wanted}. Give the model that it "
+                "was trained from."
+            )
+        return
+    modules = [key for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    example = f"Its tensors are called such as {min(shapes, default='(none)')}, the modules of {name} such as "
+    example += f"{modules[0]}." if modules else "(no linear layer)."
+    fix = "Give the model that it was trained from, or save it again from there with save_pretrained."
+    try:
+        lacking, unknown = _put_on(folder, adapter, model, shapes)
+    except LimitError as e:
+        raise RunError(
+            f"{folder} cannot be used: {e} to put it on {name}. Its adapter_config.json has sizes or patterns that no "
+            "real adapter has."
+        ) from None
+    except KeyError as e:  # a module that was trained as a whole, or its tokens
+        raise RunError(f"{folder} does not fit {name}: it holds no tensor {e}. {example} {fix}") from e
+    except Exception as e:  # values from elsewhere make PEFT raise anything
+        lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
+        reason = lines[0] if lines else f"{brief(e)} {example}"
+        raise RunError(f"{folder} does not fit {name}: {reason} {fix}") from e
+    facts = [f"{len(unknown)} of its tensors fit no module, such as {unknown[0]}"] if unknown else []
+    facts += [f"modules that it names get no tensor, such as {lacking[0]}"] if lacking else []
+    if facts:
+        raise RunError(
+            f"{folder} does not fit {name}: {'; '.join(facts)}. PEFT would only warn, and the base model be measured. "
+            f"{example} {fix}"
+        )
+
+
+def _put_on(
+    folder: Path, adapter: dict[str, Any], model: Any, shapes: dict[str, list[int]]
+) -> tuple[list[str], list[str]]:
+    """Loads the names and shapes of an adapter into PEFT's model of it: the tensors that are lacking, and unknown."""
+    from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+
+    with quiet(), limited(*models.READING):
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = True
+        if adapter["peft_type"] == "LORA":
+            config.init_lora_weights = True  # others need the weights of the base
+        kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
+        adapted = kind(model, config, low_cpu_mem_usage=True).to("meta")
+        loaded: Any = set_peft_model_state_dict(adapted, empty_tensors(shapes))
+        state = adapted.state_dict()
+        own = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+    saved = {id(tensor) for tensor in own.values()}
+    lacking = sorted(key for key in loaded.missing_keys if id(state[key]) in saved)
+    # As files name them: without the name of the adapter.
+    lacking, unknown = (
+        [key.replace(".default", "") for key in keys] for keys in (lacking, sorted(loaded.unexpected_keys))
+    )
+    return lacking, unknown
+
+
+def plain_lora_rank(checkpoint: Path) -> int | None:
+    """The rank of an adapter that vLLM's LoRA requests serve as it was trained (LoRA, rsLoRA); None for any other."""
+    if not models.is_adapter(checkpoint):
+        return None
+    config = _adapter_config(checkpoint)
+    plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
+    if not plain or any(config.get(key) for key in _NOT_IN_REQUESTS):
+        return None
+    # PiSSA and the like take a part of the base's weights into the adapter, which PEFT does again when it loads one.
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
+        return None
+    if any(name in key for key in tensor_shapes(checkpoint) for name in ("lora_embedding_", "lm_head", "embed_out")):
+        return None
+    return config["r"] if config["r"] <= 512 else None
+
+
+# ---------------------------------------------------------------------------------------------------- their base model
+
+
+def _refuse_another_base(folder: Path, adapter: dict[str, Any], model: dict[str, Any], trust_remote_code: bool) -> None:
+    reason = another_base(adapter, model, trust_remote_code)
+    if reason:
+        raise RunError(
+            f"{folder} was trained from another base model than the run's: {reason}. Give --model the right "
+            "one; --renamed-base if it is a copy of that under another name; --chain if each adapter was "
+            "trained on the base with those before it merged in."
+        )
+
+
+def another_base(adapter: dict[str, Any], model: dict[str, Any], trust_remote_code: bool = False) -> str | None:
+    """Why an adapter_config.json says another base model than a manifest (name, revision); None if it does not.
+
+    The same folder by another path, a folder of the same files, and a hub id whose last part is the folder's name
+    count as the same model.
+    """
+    said = adapter.get("base_model_name_or_path")
+    if not isinstance(said, str) or not said:
+        return None
+    base = models.resolve_model(model["name"])
+    theirs, ours = Path(said), Path(base)
+    if ours.is_dir() and os.path.isfile(theirs / "config.json") and any(theirs.glob("*.safetensors")):
+        if theirs.resolve() == ours.resolve() or _same_model(theirs, ours, trust_remote_code):
+            return None
+        return f"adapter_config.json names {said}, whose files are others than those of {base}"
+    (said_name, said_commit), (name, commit) = _hub_name(said), _hub_name(base)
+    of_hub = [n.count("/") == 1 and not n.startswith((".", "~")) for n in (said_name, name)]
+    both = (said_name, name) if all(of_hub) else (Path(said_name).name, Path(name).name)
+    if both[0].casefold() != both[1].casefold():
+        return f"adapter_config.json names {said}, the run's is {model['name']}"
+    said_commit = said_commit or adapter.get("revision") or "main"
+    commit = commit or (None if ours.is_dir() else model.get("revision"))
+    if commit is None or said_commit in ("main", commit):
+        return None
+    try:
+        if models.pinned_revision(name, said_commit) == commit:
+            return None
+    except ModelError:
+        pass  # what cannot be looked up is not known to be the run's
+    return f"adapter_config.json names the revision {said_commit} of {said}, the run's is {commit}"
+
+
+def _hub_name(model: str) -> tuple[str, str | None]:
+    """The hub id and commit of a folder in the hub's cache; the name itself and None of all others."""
+    found = re.search(r"models--([^/]+)/snapshots/([^/]+)", model)
+    return (found[1].replace("--", "/"), found[2]) if found else (model.rstrip("/"), None)
+
+
+def _same_model(a: Path, b: Path, trust_remote_code: bool) -> bool:
+    """Whether two folders hold the same model, whatever else is in them."""
+    files = [sorted((f.name, f.stat().st_size) for f in folder.glob("*.safetensors")) for folder in (a, b)]
+    if files[0] != files[1] or config_differences(a, b, None, trust_remote_code):
+        return False
+    names = [name for name, _ in files[0]]
+    return fingerprint(a, names) == fingerprint(b, names)

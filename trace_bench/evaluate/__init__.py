@@ -1,0 +1,61 @@
+"""Evaluation: fills the missing cells of a run, stage x task, with one engine for all stages.
+
+A cell is done when its file `eval/<task>.json` exists and was made from the checkpoint that the stage has now. Done
+cells are skipped, so an interrupted evaluation goes on where it was. Nothing here asks which method trained a stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
+
+from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
+from trace_bench.evaluate.external import external_run, measured_run
+from trace_bench.evaluate.plan import EXTRA_SETTINGS, make_plan
+from trace_bench.evaluate.tasks import answer_tokens, load_tasks
+from trace_bench.run import WRITTEN, Run, locked
+from trace_tasks.data.files import refuse_links
+
+__all__ = ["EXTRA_SETTINGS", "answer_tokens", "evaluate", "external_run", "measured_run"]
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
+    """Evaluates every missing cell of a run: those of its matrix, and the extra ones (suites, sets to be judged).
+
+    Args:
+        run: The run. Its configuration says how many rows, how long answers, which backend.
+        stages: Indices of the stages; None = all that are trained.
+        data_path: Where the data is now, if it was moved; its fingerprint must be the run's.
+        **asked: What is asked for instead of what the run says: see `make_plan`.
+
+    Returns:
+        The number of cells evaluated now.
+
+    Raises:
+        RunError: if a cell was made with other settings, the data or the base model is not the run's, a checkpoint has
+            changed, or another process evaluates one of the stages.
+        data.DataError: if a suite or a set is not known, or its data is not there.
+    """
+    refuse_links(run.path, *WRITTEN)
+    wanted = run.indices(stages)
+    chosen = [stage for stage in run.stages if stage.index in wanted]
+    with ExitStack() as locks:
+        for stage in chosen:
+            if stage.is_trained:
+                locks.enter_context(locked(stage.path, "evaluate"))
+            else:
+                log.warning("Stage %s is not trained yet and left out.", stage.name)
+        plan = make_plan(run, chosen, data_path=data_path, **asked)
+        if plan.todo:
+            tasks = load_tasks(plan, data_path)
+            began = time.perf_counter()
+            lm = start_engine(plan, tasks)
+            ready = time.perf_counter()
+            evaluate_plan(plan, tasks, lm)
+            print(summary(plan, lm, time.perf_counter() - began, ready - began), flush=True)
+        return plan.cells

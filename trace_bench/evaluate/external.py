@@ -1,0 +1,129 @@
+"""Runs of checkpoints that were trained elsewhere."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from trace_bench import checks
+from trace_bench.engine import models
+from trace_bench.engine.checkpoints import check_checkpoints
+from trace_bench.keys import refuse_secrets
+from trace_bench.run import Run, RunError, is_file_name
+from trace_bench.tasks import check_stages, data_record, load_tasks
+from trace_tasks import data
+from trace_tasks.data.files import write_json
+
+
+def measured_run(path: str | Path) -> Run | None:
+    """The run at a path if something of it is measured already; else None."""
+    if not (Path(path) / "manifest.json").exists():
+        return None
+    run = Run.open(path)
+    return run if any(True for stage in run.stages for _ in stage.path.glob("eval/*.json")) else None
+
+
+def external_run(
+    path: str | Path,
+    checkpoints: dict[str, str],
+    *,
+    model: str,
+    tasks: list[str],
+    settings: dict[str, Any],
+    data_path: str | None = None,
+    chain: bool = False,
+    renamed_base: bool = False,
+) -> Run:
+    """Makes a run of checkpoints that were trained elsewhere, or adds some to it.
+
+    Args:
+        path: The run directory. A run of which nothing was measured, since the first attempt failed, begins again.
+        checkpoints: Name -> folder of a PEFT adapter or a full model, in the order of training. A name that is a
+            task stands for the stage after that task, and if all do, in order, OP and BWT are defined. Those that the
+            run has need not be given again: new ones become its next stages.
+        model: The base model.
+        tasks: The columns of the matrix; may be empty.
+        settings: Evaluation settings, as in the config of a run.
+        data_path: Where the data is; None takes TRACE_DATA.
+        chain: Whether each adapter was trained on the base with those before it merged in.
+        renamed_base: Whether adapters may name another base model, since this is a copy under another name.
+
+    Raises:
+        RunError: if a folder holds no checkpoint, or one that does not fit the base model or its engine.
+        data.DataError: for a suite, set or task that is not known, or without its data.
+    """
+    refuse_secrets({"model": model, "checkpoints": checkpoints, **settings}, "the run's")
+    _check_folders(checkpoints)
+    run, file = measured_run(path), Path(path) / "manifest.json"
+    began = run.manifest if run is not None else {}
+    there = began.get("checkpoints", {})
+    _check_order(path, checkpoints, there, chain)
+    given = {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()}
+    now = {**there, **given}
+    manifest = _manifest(model, tasks, settings, data_path) | ({"chain": True} if chain else {})
+    renamed = {"renamed_base": True} if renamed_base else {}
+    trusted = (settings.get("engine_args") or {}).get("trust_remote_code", False)
+    # Before anything is recorded. Earlier checkpoints that are not given again may be evaluated and gone.
+    asked = Run(Path(path), {**manifest, "checkpoints": now, **renamed})
+    new = [stage for name, stage in zip(now, asked.stages[1:], strict=True) if name in given]
+    check_checkpoints(asked, new, settings["backend"], trusted)
+    if there:  # the run as it is has to be what is asked for, but for what is added
+        kept = {name: given.get(name, folder) for name, folder in there.items()}
+        manifest |= {"checkpoints": kept} | {k: began[k] for k in began if k == "renamed_base"}
+    else:
+        manifest |= {"checkpoints": given} | renamed
+        if file.exists() and "checkpoints" in Run.open(path).manifest:
+            file.unlink()
+    run = Run.create(path, manifest)
+    if there and (given.keys() - there.keys() or renamed.keys() - began.keys()):
+        write_json(file, {**run.manifest, "checkpoints": now, **renamed})
+        run = Run.open(path)
+    return run
+
+
+def _check_folders(checkpoints: dict[str, str]) -> None:
+    for name, folder in checkpoints.items():
+        files = {p.name for p in Path(folder).glob("*")}
+        if not files & {"adapter_config.json", "config.json"}:
+            raise RunError(f"--checkpoint {name}={folder}: no adapter (adapter_config.json) or model (config.json).")
+        if not any(f.endswith(".safetensors") for f in files):
+            raise RunError(f"--checkpoint {name}={folder}: no .safetensors file; other formats are not loaded.")
+        if not is_file_name(name):
+            raise RunError(
+                f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or control characters, "
+                "or begin with '.'."
+            )
+
+
+def _check_order(path: str | Path, checkpoints: dict[str, str], there: dict[str, str], chain: bool) -> None:
+    """The adapters of a chain lie on each other in the order in which they came."""
+    in_order = sorted(checkpoints, key=lambda name: list(there).index(name) if name in there else len(there))
+    if chain and list(checkpoints) != in_order:
+        raise RunError(
+            f"--checkpoint {', '.join(checkpoints)}: the adapters of a chain lie on each other in a fixed order, which "
+            f"is {', '.join(there)} in {path}. Further ones go on top: give them alone, or behind these."
+        )
+
+
+def _manifest(model: str, tasks: list[str], settings: dict[str, Any], data_path: str | None) -> dict[str, Any]:
+    """The manifest without its checkpoints; the data and tasks are checked."""
+    rows = data.open_data(tasks, data_path)
+    rows.use()
+    rows.check(["test"])
+    for kind, known in (("general", data.SUITES), ("judged", data.JUDGED)):
+        for name in data.expand(settings.get(kind, ()), known):
+            data.source_fingerprint(name)  # its data is there
+    base = models.resolve_model(model)
+    loaded = load_tasks(tasks)
+    check_stages(loaded)
+    return {
+        "method": "external",
+        "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
+        "tasks": tasks,
+        "task_versions": {name: task.VERSION for name, task in loaded.items()},
+        "task_definitions": checks.definitions(loaded),
+        "date": time.strftime("%Y-%m-%d"),
+        "data": data_record(rows, loaded),
+        "config": settings,
+    }

@@ -1,0 +1,216 @@
+"""Which cells are missing, and under which settings they are made."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from trace_bench import checks, records
+from trace_bench.engine import SPEED_ONLY_ARGS, models
+from trace_bench.keys import refuse_secrets
+from trace_bench.run import Run, RunError, Stage, differences
+from trace_tasks import data
+from trace_tasks.tokens import Chat
+
+log = logging.getLogger(__name__)
+
+#: The settings of what is measured in addition to the matrix (`CLConfig`). A manifest has those that were set.
+EXTRA_SETTINGS = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
+_DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be evaluated.
+
+    Attributes:
+        config: The run's configuration, with what was asked for instead.
+        engine_args: All arguments of the engine.
+        matrix: The settings of the matrix.
+        suites: Name of a general suite -> the settings of its cells.
+        judged: Name of a set to be judged -> the settings of its cells.
+        there: The cells that exist: (stage, name) -> content.
+        todo: Stage -> the names of its missing cells.
+    """
+
+    run: Run
+    config: dict[str, Any]
+    engine_args: dict[str, Any]
+    matrix: dict[str, Any]
+    suites: dict[str, dict[str, Any]]
+    judged: dict[str, dict[str, Any]]
+    there: dict[tuple[Stage, str], dict[str, Any]]
+    todo: dict[Stage, list[str]]
+
+    @property
+    def cells(self) -> int:
+        """The number of missing cells."""
+        return sum(map(len, self.todo.values()))
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of all missing cells."""
+        return list(dict.fromkeys(name for names in self.todo.values() for name in names))
+
+    @property
+    def backend(self) -> str:
+        """Either vllm or hf."""
+        return self.config["backend"]
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """The arguments of functions that load something of the base model."""
+        model = self.run.manifest["model"]
+        return {"model": models.resolve_model(model["name"]), "revision": model.get("revision")}
+
+    @property
+    def seed(self) -> int:
+        """Draws the demonstrations."""
+        return self.config.get("seed", 1234)
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """The settings that a cell is made with."""
+        return self.suites.get(name) or self.judged.get(name) or self.matrix
+
+    def chat(self, tokenizer: Any) -> Chat:
+        """Renders the chat prompts as the training of the run did."""
+        return Chat(tokenizer, self.config.get("chat_template_args"), self.run.manifest.get("date"))
+
+
+def make_plan(
+    run: Run,
+    chosen: Sequence[Stage],
+    *,
+    cells: str | None = None,
+    backend: str | None = None,
+    engine_args: dict[str, Any] | None = None,
+    data_path: str | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Plan:
+    """Finds the missing cells of the chosen stages.
+
+    Args:
+        run: The run.
+        chosen: The stages to evaluate.
+        cells: The tasks of each stage: "seen", "all", or "own" (that of the stage alone); None = as the run says. The
+            base model and checkpoints that belong to no task are always evaluated on all tasks.
+        backend: "vllm" or "hf" instead of the run's own.
+        engine_args: Engine arguments in addition to the run's own. They win, and null removes one of the run's.
+        data_path: Where the data is; None = where the manifest says.
+        extra: Settings of `EXTRA_SETTINGS` instead of the run's own.
+
+    Raises:
+        RunError: if cells of the run were made with other settings.
+    """
+    config = {**_DEFAULTS, **run.manifest["config"], **(extra or {})}
+    config |= {k: v for k, v in {"cells": cells, "backend": backend}.items() if v is not None}
+    engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
+    engine_args = {k: v for k, v in engine_args.items() if v is not None}
+    refuse_secrets(engine_args, "engine_args")
+    if config.get("trust_remote_code"):
+        engine_args.setdefault("trust_remote_code", True)
+    suites, judged = data.expand(config["general"], data.SUITES), data.expand(config["judged"], data.JUDGED)
+    records.check_stages(run, chosen)
+    matrix = _matrix_settings(config, engine_args)
+    plan = Plan(run, config, engine_args, matrix, {}, {}, {}, {})
+    if judged:
+        checks.locate_data(run, data_path)  # demo data has its own prompts
+        plan.judged.update(_judged_settings(plan, judged))
+    plan.suites.update(_suite_settings(plan, suites))
+    plan.there.update(_read_cells(plan))
+    for stage in chosen:
+        if stage.is_trained:
+            both_ends = stage.index in (0, len(run.stages) - 1)
+            more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
+            if missing := _missing(stage, [*run.seen_tasks(stage, config["cells"]), *more], plan.there):
+                plan.todo[stage] = missing
+    return plan
+
+
+def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
+    settings = {name: config.get(name) for name in ("backend", "test_rows", "max_prompt_length", "max_new_tokens")}
+    settings |= {"chat_template": config.get("chat_template", False), "num_fewshot": config.get("num_fewshot")}
+    if config.get("chat_template_args") and settings["chat_template"]:
+        settings["chat_template_args"] = config["chat_template_args"]
+    if settings["num_fewshot"]:  # then the seed and the way of drawing decide the prompts
+        from trace_tasks.utils import ICL_VERSION
+
+        settings["icl"] = {"version": ICL_VERSION, "seed": config.get("seed", 1234)}
+    return settings | {"engine": {k: v for k, v in engine_args.items() if k not in SPEED_ONLY_ARGS}}
+
+
+def _judged_settings(plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The limits of the matrix do not hold for sets to be judged; a model with a chat template is asked in it."""
+    trusted = plan.engine_args.get("trust_remote_code", False)
+    chat = models.load_tokenizer(**plan.base, trust_remote_code=trusted).chat_template is not None
+    arguments = plan.config.get("chat_template_args") if chat else None
+    shared = {
+        **{name: plan.matrix[name] for name in ("backend", "engine")},
+        "test_rows": plan.config.get("judged_rows"),
+        "max_prompt_length": None,
+        "max_new_tokens": plan.config.get("judged_max_new_tokens"),
+        "chat_template": chat,
+        **({"chat_template_args": arguments} if arguments else {}),
+        "num_fewshot": None,
+    }
+    return {name: {**shared, "data": data.source_fingerprint(name)} for name in names}
+
+
+def _suite_settings(plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Suites have prompts and lengths of their own, from the installed lm-eval."""
+    shared = {name: plan.matrix[name] for name in ("backend", "engine")}
+    shared |= {"general_rows": plan.config.get("general_rows"), "lm_eval": version("lm-eval")}
+    return {name: {**shared, "data": data.source_fingerprint(name)} for name in names}
+
+
+def _read_cells(plan: Plan) -> dict[tuple[Stage, str], dict[str, Any]]:
+    """Reads the cells that are there, at whatever stage, which have to have the settings that are asked for now."""
+    there = {}
+    for stage in plan.run.stages:
+        for name in [*plan.run.tasks, *plan.judged, *plan.suites]:
+            file, settings = stage.eval_file(name), plan.settings(name)
+            if not file.exists():
+                continue
+            there[stage, name] = cell = records.read_cell(stage, name)
+            if lines := differences(cell.get("settings", {}), settings):
+                where = f"{plan.run.path}/stages/*/eval" + (f"/{name}.json" if "data" in settings else "")
+                raise RunError(
+                    f"{file} was made with other settings (there -> asked for):\n"
+                    + "\n".join(lines)
+                    + f"\nOne matrix needs one setting. Use the old one, or delete {where}."
+                )
+    return there
+
+
+def _missing(stage: Stage, wanted: list[str], there: dict[tuple[Stage, str], dict[str, Any]]) -> list[str]:
+    """The wanted cells that are not there, or were made from other weights than the stage has now."""
+    current = stage.fingerprint()
+    todo = [name for name in wanted if (stage, name) not in there or there[stage, name]["checkpoint"] != current]
+    for name in todo:
+        if (stage, name) in there:
+            log.warning("%s was made from an older checkpoint and is made again.", stage.eval_file(name))
+    return todo
+
+
+def other_versions(plan: Plan) -> list[str]:
+    """Libraries and scoring code that cells of the run were made with, where they are not today's."""
+    now, found = checks.made_with(), dict[str, set[str]]()
+    for cell in plan.there.values():
+        for key, value in cell.get("made_with", {}).items():
+            if key != "device" and now.get(key) != value:
+                found.setdefault(key, set()).add(str(value))
+    return [f"{key} {', '.join(sorted(values))} then, {now.get(key, 'none')} now" for key, values in found.items()]
+
+
+def check_one_definition(plan: Plan, defined: dict[str, str]) -> None:
+    """Makes sure that all cells of a column were asked and scored in one way, also where no manifest says which."""
+    for (stage, name), cell in plan.there.items():
+        if name in defined and cell.get("definition", defined[name]) != defined[name]:
+            raise RunError(
+                f"{stage.eval_file(name)} was made when {name} asked or scored in another way than now. Restore "
+                f"its YAML and its functions, or delete {plan.run.path}/stages/*/eval/{name}.json."
+            )

@@ -1,0 +1,168 @@
+"""The lm-eval tasks of an evaluation: loaded, checked, given the limits of the run, and run on an engine."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from numbers import Real
+from typing import Any
+
+from trace_bench import checks
+from trace_bench.engine import models
+from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
+from trace_bench.evaluate.plan import Plan, check_one_definition, other_versions
+from trace_bench.run import RunError
+from trace_bench.tasks import load_suites, task_manager
+from trace_tasks.tokens import check_room
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """The tasks of a plan.
+
+    Attributes:
+        single: Name -> task of the matrix, or set to be judged.
+        suites: Name -> group of lm-eval's tasks.
+        defined: Name -> the fingerprint of a single task's definition, for its cells.
+    """
+
+    single: dict[str, Any]
+    suites: dict[str, Any]
+    defined: dict[str, str]
+
+
+def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
+    """Loads the tasks of a plan, after everything that they and the checkpoints are made from was checked.
+
+    Raises:
+        RunError, data.DataError, models.ModelError: naming what is not as it was, or cannot be evaluated.
+    """
+    trusted = plan.engine_args.get("trust_remote_code", False)
+    single, definitions = checks.verify(plan.run, plan.todo, data_path, [*plan.run.tasks, *plan.judged])
+    if plan.matrix["chat_template"]:
+        tokenizer = models.load_tokenizer(**plan.base, trust_remote_code=trusted)
+        check_room(plan.chat(tokenizer), plan.matrix["max_prompt_length"])
+    check_checkpoints(plan.run, plan.todo, plan.backend, trusted)
+    warn_of_tokenizers(plan.run, plan.todo, trusted)
+    defined = {name: checks.digest(definition) for name, definition in definitions.items()}
+    check_one_definition(plan, defined)
+    for line in other_versions(plan):
+        log.warning("Cells of the run were made with another version of what makes scores: %s.", line)
+    for name, task in single.items():
+        settings = plan.settings(name)
+        if (limit := settings["max_new_tokens"]) is not None:
+            kwargs = task.config.generation_kwargs
+            kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
+        # As training makes the prompts, whatever a task from elsewhere says of shots.
+        _prepare(task, settings["num_fewshot"] or 0, plan.seed)
+    suites = load_suites([name for name in plan.suites if name in plan.missing])
+    for suite in suites.values():
+        for task in suite.get_all_tasks():
+            _prepare(task)
+    return Tasks(single, suites, defined)
+
+
+def check_context(plan: Plan, tasks: Tasks, context: int | None) -> None:
+    """Refuses what would fail half-way, or be cut shorter than the run says, in the engine's context."""
+    wider = "Give --engine-args a larger max_model_len (vllm) or max_length (hf), or"
+    for name, suite in tasks.suites.items():
+        subtasks = suite.get_all_tasks()
+        longest = max(map(answer_tokens, subtasks), default=0)
+        if context is not None and longest >= context:
+            raise RunError(
+                f"{name} generates up to {longest} tokens and the engine's context has {context}, prompt included. "
+                f"{wider} leave the suite out."
+            )
+        if plan.backend == "vllm" and any(task.OUTPUT_TYPE == "multiple_choice" for task in subtasks):
+            for stage, names in plan.todo.items():
+                if name in names and models.soft_prompt(stage.checkpoint) is not None:
+                    raise RunError(
+                        f"{name} compares likelihoods, which vLLM does not give behind the soft prompt of "
+                        f"{stage.name}. Leave the suite out, or evaluate the whole run with --backend hf."
+                    )
+    for name in plan.missing:
+        if name in tasks.single and context is not None:
+            prompt, answer = plan.settings(name)["max_prompt_length"] or 1, answer_tokens(tasks.single[name])
+            if prompt + answer > context:
+                raise RunError(
+                    f"{name}: {prompt} tokens of a prompt and {answer} of an answer do not fit into the engine's "
+                    f"context of {context}, so prompts would be cut to other lengths than the run says. {wider} begin "
+                    "with a smaller max_prompt_length or max_new_tokens."
+                )
+
+
+def answer_tokens(task: Any) -> int:
+    """The most tokens that a task generates; 0 = it compares likelihoods."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return 0
+    return task.config.generation_kwargs.get("max_gen_toks", 256)  # lm-eval's own default
+
+
+def _prepare(task: Any, num_fewshot: int | None = None, seed: int = 1234) -> None:
+    """Does what lm-eval's `simple_evaluate` does before a task is run, and lets it build its prompts only once.
+
+    `simple_evaluate` itself would describe the machine at every stage, which takes most of a second.
+
+    Args:
+        task: An lm-eval task.
+        num_fewshot: Demonstrations, unless the task itself says 0; None leaves it to the task.
+        seed: Draws the demonstrations; lm-eval's own for the suites.
+    """
+    own = task.get_config("num_fewshot")
+    if own is None or (num_fewshot is not None and own != 0):
+        task.set_config(key="num_fewshot", value=num_fewshot or 0)
+    task.set_fewshot_seed(seed)
+    build = task.build_all_requests
+    built: list[bool] = []
+
+    def once(**kwargs: Any) -> None:
+        if not built:
+            with _without_bars():
+                build(**kwargs)
+            built.append(True)
+        for instance in task.instances:
+            instance.resps, instance.filtered_resps = [], {}
+
+    task.build_all_requests = once
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hides lm-eval's progress bar for each task whose prompts it makes: MMLU has 57."""
+    from lm_eval.api import task
+
+    theirs = task.tqdm
+    task.tqdm = partial(theirs, disable=True)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        task.tqdm = theirs  # type: ignore[misc]
+
+
+def run_tasks(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any) -> tuple[Any, float]:
+    """lm-eval's results, and the seconds they took."""
+    import lm_eval
+
+    lm.max_prompt_length = max_prompt_length
+    started = time.perf_counter()
+    results = lm_eval.evaluate(lm, task_manager().load(tasks), bootstrap_iters=0, log_samples=True, **kwargs)
+    return results, time.perf_counter() - started
+
+
+def scale_of(aggregation: Any, values: Iterable[Any]) -> int | None:
+    """The scale of a metric, as `tables.Unit` has it.
+
+    100 for lm-eval's BLEU, chrF and TER, which are made by their aggregation. No other metric says it: its scores count
+    as fractions of 1 if all values, of the rows and of the task, are between 0 and 1.
+    """
+    from lm_eval.api.registry import get_aggregation
+
+    if aggregation in [get_aggregation(name) for name in ("bleu", "chrf", "chrf++", "ter")]:
+        return 100
+    return 1 if all(-1e-6 <= float(v) <= 1 + 1e-6 for v in values if isinstance(v, Real)) else None

@@ -1,0 +1,170 @@
+"""What each JSON file of a run says about its origin, held against where it lies and what else is there.
+
+A stage belongs to the configuration and the stage before that it was trained on, a cell to its stage, task and weights,
+samples to their score. Only JSON is read here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from trace_bench.run import Run, RunError, Stage, read_json
+from trace_tasks.data import JUDGED
+from trace_tasks.data.files import fingerprint
+
+_REDO = "Delete it and evaluate again."
+
+# -------------------------------------------------------------------------------------------------------------- stages
+
+
+def check_stages(run: Run, used: Iterable[Stage] = ()) -> None:
+    """Makes sure that all stages belong to the run, and that those to be used were trained on what is there now.
+
+    Raises:
+        RunError: naming the file, what it says, and what to do.
+    """
+    for stage in run.stages:
+        check_origin(run, stage)
+    why = stale(run)
+    for stage in used:
+        if stage.index in why:
+            raise RunError(f"Stage {stage.name} is stale: {why[stage.index]}")
+
+
+def origin(run: Run, stage: Stage) -> dict[str, Any]:
+    """What a stage is trained from, for its train.json: configuration, base model, and the stage before."""
+    return {
+        "run": run.identity,
+        "date": run.manifest.get("date"),
+        "model": run.manifest["model"].get("revision"),
+        "parent": _parent(run, stage),
+    }
+
+
+def _parent(run: Run, stage: Stage) -> dict[str, Any] | None:
+    """The fingerprints, as they are now, of what a stage is trained upon; None = the base model alone."""
+    if stage.index < 2 or run.manifest["method"] == "single":
+        return None
+    before = run.stages[stage.index - 1]
+    trained = read_json(before.train_file) if before.train_file.exists() else {}
+    return {key: trained.get(key) for key in ("checkpoint", "method_state")}
+
+
+def check_origin(run: Run, stage: Stage) -> None:
+    """Makes sure that the train.json of a stage is that of this stage and configuration."""
+    if stage.external is not None or not stage.train_file.exists():
+        return
+    trained = read_json(stage.train_file)
+    here = {"stage": stage.index, "task": stage.task}
+    if wrong := _differing(trained, here):
+        raise RunError(
+            f"{stage.train_file} says {wrong}, and lies at stage {stage.index} ({stage.task}): it was moved or copied "
+            "from elsewhere. Put each stage back to where it was trained, or delete this file to train the stage again."
+        )
+    if trained.get("run", run.identity) != run.identity:
+        raise RunError(
+            f"{stage.train_file} was made with another configuration than {run.path}/manifest.json has (fingerprint "
+            f"{trained['run']}, now {run.identity}). Restore the manifest, or begin a new run in another folder."
+        )
+
+
+def _differing(content: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a file that are there and not what they are here."""
+    return {key: content[key] for key in here if content.get(key, here[key]) != here[key]}
+
+
+def stale(run: Run) -> dict[int, str]:
+    """Stages that were trained upon another stage than the one before them now: index -> why and what to do."""
+    found: dict[int, str] = {}
+    trained = [s for s in run.stages if s.external is None and s.train_file.exists()]
+    for stage in trained:
+        recorded = read_json(stage.train_file)
+        before = run.stages[stage.index - 1]
+        if recorded.get("parent") is None or not before.train_file.exists():
+            continue
+        if recorded["parent"] != _parent(run, stage) or before.index in found:
+            later = " ".join(str(s.train_file) for s in trained if s.index >= stage.index)
+            found[stage.index] = (
+                f"stage {before.name} was trained again since, or is not the one that it was trained upon. Delete "
+                f"{later} to train from there on again, or restore the older {before.path}."
+            )
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- cells
+
+
+def read_cell(stage: Stage, name: str) -> dict[str, Any]:
+    """The score file of a cell, checked to be that of this stage and task, with numbers that can be."""
+    file = stage.eval_file(name)
+    cell = read_json(file)
+    if wrong := _differing(cell, {"stage": stage.name, "task": name}):
+        raise RunError(
+            f"{file} says {wrong}, and lies at {stage.name}: it was moved, copied from elsewhere, or the stages were "
+            f"renamed. {_REDO}"
+        )
+    problem = _cell_problem(cell, name in JUDGED)
+    if problem:
+        raise RunError(f"{file} is damaged: {problem}. {_REDO}")
+    return cell
+
+
+def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
+    """What cannot be in a cell, whose types were checked when it was read; None if all of it can."""
+    metrics, scale, n = cell["metrics"], cell.get("scale", {}), cell["n"]
+    if cell["headline"] not in metrics:
+        return "it lacks its headline"
+    if n < 1:
+        return f"n={n!r} is no number of rows"
+    for key in ("n_cut", "n_unfinished"):
+        if cell.get(key, 0) > n:
+            return f"{key}={cell[key]!r} of {n} rows"
+    parts = cell.get("subtasks", {})
+    if parts and sum(part.get("n", 0) for part in parts.values()) != n:
+        return f"its {len(parts)} subtasks do not have the {n} rows together"
+    for name, score in metrics.items():
+        value, stderr = score["value"], score.get("stderr")
+        fraction = scale.get(name, None if judged else 1) == 1  # older cells of tasks do not say it
+        if value is not None and fraction and not -1e-6 <= value <= 1 + 1e-6:
+            return f"{name} is {value!r}, no fraction of 1"
+        if stderr is not None and stderr < 0:
+            return f"the standard error of {name} is {stderr!r}"
+    return None
+
+
+def check_samples(stage: Stage, name: str, ids: Sequence[Any]) -> None:
+    """Makes sure that the samples of a cell are those that its score was made from.
+
+    Args:
+        stage: The stage.
+        name: The name of the cell.
+        ids: What identifies each row, in their order.
+
+    Raises:
+        RunError: if lines were lost, doubled or changed.
+    """
+    file, scored = stage.samples_file(name), stage.eval_file(name)
+    if not scored.exists():
+        return
+    cell = read_cell(stage, name)
+    redo = f"{scored} was made from other samples. Delete both and evaluate again."
+    if len(ids) != cell["n"]:
+        raise RunError(f"{file} holds {len(ids)} rows, and its score was made from {cell['n']}: {redo}")
+    if len(set(ids)) < len(ids):
+        twice = next(one for i, one in enumerate(ids) if one in ids[:i])
+        raise RunError(f"{file} holds the row {twice!r} twice: {redo}")
+    if cell.get("samples") not in (None, fingerprint(file)):
+        raise RunError(f"{file} was changed since it was written (its fingerprint differs): {redo}")
+
+
+def check_one_checkpoint(stage: Stage) -> None:
+    """Makes sure that all cells of a checkpoint from elsewhere were made from the same state of its files."""
+    if stage.external is not None:
+        made = {read_json(file).get("checkpoint") for file in stage.path.glob("eval/*.json")}
+        if len(made) > 1:
+            raise RunError(
+                f"The cells of stage {stage.name} were made from {len(made)} states of {stage.external}: it was "
+                "changed in between. Evaluate the stage again as before, with the same --general and --judged, "
+                f"which makes the older cells again; or delete {stage.path}/eval and evaluate again."
+            )
