@@ -23,9 +23,9 @@ from trace_bench.engine.architecture import (
     tensor_shapes,
 )
 from trace_bench.engine.models import ModelError
-from trace_tasks.limits import LimitError, limited
 from trace_bench.run import Run, RunError, Stage, fingerprint, read_json
 from trace_tasks.errors import brief
+from trace_tasks.limits import LimitError, limited
 
 log = logging.getLogger(__name__)
 
