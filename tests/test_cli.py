@@ -126,7 +126,8 @@ class MineConfig(CLConfig):
 if __name__ == "__main__":
     main(CLTrainer, MineConfig)
 """
-    (tmp_path / "base.py").write_text("class CLConfig: pass")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.py").write_text("class CLConfig: pass")
     (tmp_path / "mine.py").write_text(code)
     assert trainers.help.show("mine")
     out = capsys.readouterr().out
@@ -394,7 +395,7 @@ def test_ctrl_c_in_any_command_says_what_is_kept(command, monkeypatch, capfd):
     if command == "train":
         from trainers import base
 
-        monkeypatch.setattr(base, "train", stopped)
+        monkeypatch.setattr(base.stages, "train", stopped)
         argv = ["--output_dir", "r"]
         function, given = (lambda: base.main(base.CLTrainer, base.CLConfig, argv)), "python -m trainers.sequential "
     else:

@@ -19,6 +19,7 @@ from bench import scaling
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.study import methods
 from trainers.base import CLTrainer, ConfigError, LengthGrouped
+from trainers.base.preflight import check_launch
 from trainers.replay import _Phases
 
 ROOT = Path(__file__).parents[1]
@@ -212,9 +213,7 @@ def test_a_launch_file_says_its_command_and_saves_whole_checkpoints(file, monkey
     assert args.num_processes == 8 * args.num_machines and environment["ACCELERATE_MIXED_PRECISION"] == "bf16"
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    from trainers.base import _check_shards
-
-    _check_shards()
+    check_launch()
     for key, allowed in (
         ("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT"),
         ("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL", "true"),
@@ -222,7 +221,7 @@ def test_a_launch_file_says_its_command_and_saves_whole_checkpoints(file, monkey
         if environment.get(key, "").lower() == allowed.lower():
             monkeypatch.delenv(key)
             with pytest.raises(ConfigError, match=f"(?i:not set).*: set {allowed}"):
-                _check_shards()
+                check_launch()
             break
     else:
         assert args.zero_stage == 2, "every other file is about saving"

@@ -144,7 +144,10 @@ def test_the_last_task_s_bad_row_is_found_before_the_first_is_trained(own_task, 
 
 def test_rows_are_made_once(options, monkeypatch):
     made, make = [], training_rows
-    monkeypatch.setattr("trainers.base.training_rows", lambda task, *a: made.append(task.task_name) or make(task, *a))
+    for module in ("stages", "trainer"):
+        monkeypatch.setattr(
+            f"trainers.base.{module}.training_rows", lambda task, *a: made.append(task.task_name) or make(task, *a)
+        )
     train({**options, "max_steps": 1})
     assert made == options["tasks"]
 
@@ -159,7 +162,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "vocab_size": 300,
 }
-GPT2 = ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300})
+GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}
 BERT = {k: v for k, v in SMALL.items() if "key_value" not in k}
 MIXTRAL = ("MixtralConfig", {**SMALL, "num_local_experts": 4})
 MAMBA = ("MambaConfig", {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300})
@@ -196,14 +199,9 @@ def refused(architecture, *args, **kwargs):
 @pytest.mark.parametrize(
     "kind, settings, what",
     [
-        (
-            "T5Config",
-            {"d_model": 64, "num_layers": 2, "vocab_size": 300},
-            "t5.*not a causal model but an encoder-decoder",
-        ),
-        ("BartConfig", {"d_model": 64, "vocab_size": 300}, "bart.*not a causal model but an encoder-decoder"),
+        ("T5Config", {"d_model": 64, "num_layers": 2, "vocab_size": 300}, "t5.*but an encoder-decoder"),
+        ("BartConfig", {"d_model": 64, "vocab_size": 300}, "bart.*but an encoder-decoder"),
         ("BertConfig", BERT, "bert.*not a causal model but an encoder"),
-        ("ModernBertConfig", BERT, "not a causal model"),
         ("ViTConfig", {}, "not a causal model but of another kind"),
         (
             "LlamaConfig",
@@ -213,8 +211,7 @@ def refused(architecture, *args, **kwargs):
     ],
 )
 def test_a_model_that_does_not_write_from_left_to_right_is_refused(architecture, options, kind, settings, what):
-    message = refused(architecture, kind, settings)
-    assert re.search(what, message)
+    assert re.search(what, refused(architecture, kind, settings))
     assert not Path(options["output_dir"]).exists()
 
 
@@ -229,13 +226,9 @@ def test_a_type_that_transformers_does_not_know_is_refused(options, tiny_model, 
 @pytest.mark.parametrize(
     "kind, settings",
     [
-        ("GPT2Config", {**GPT2[1], "n_positions": 64}),
+        ("GPT2Config", {**GPT2, "n_positions": 64}),
         ("MptConfig", {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300, "max_seq_len": 64}),
         ("LlamaConfig", {**SMALL, "max_position_embeddings": 64}),
-        (
-            "GPTJConfig",
-            {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "vocab_size": 300, "n_positions": 64},
-        ),
         ("Gemma3Config", {"text_config": {**SMALL, "head_dim": 16, "max_position_embeddings": 64}}),
     ],
 )
@@ -245,15 +238,9 @@ def test_the_context_is_found_under_any_name(architecture, kind, settings):
     architecture(kind, settings, {**full, "max_prompt_length": 60})
 
 
-@pytest.mark.parametrize(
-    "kind, settings",
-    [
-        ("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}),
-        ("MistralConfig", {**SMALL, "sliding_window": 16}),
-    ],
-)
-def test_without_a_limit_there_is_none(architecture, kind, settings):
-    architecture(kind, settings)
+def test_without_a_limit_there_is_none(architecture):
+    architecture("BloomConfig", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300})
+    architecture("MistralConfig", {**SMALL, "sliding_window": 16})
 
 
 def test_soft_prompts_take_their_part_of_the_context(architecture):
@@ -459,13 +446,12 @@ def test_checkpoints_are_evaluated_on_test_rows_alone_and_their_data_may_be_comp
     tiny_model, checkpoints, tmp_path
 ):
     there = copy_demo(tmp_path / "there", "FOMC", splits=["test"])
-    settings = {"backend": "hf", "test_rows": 4, "max_prompt_length": 96, "max_new_tokens": 4}
     run = external_run(
         tmp_path / "run",
         {"trace_fomc": str(checkpoints["adapter"])},
         model=str(tiny_model),
         tasks=["trace_fomc"],
-        settings=settings,
+        settings={"backend": "hf", "test_rows": 4, "max_prompt_length": 96, "max_new_tokens": 4},
         data_path=str(there),
     )
     assert evaluate(run, stages=[0]) == 1

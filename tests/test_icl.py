@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import jinja2
 import lm_eval
 import pytest
 from conftest import CHAT_TEMPLATE, train
@@ -124,12 +125,12 @@ def test_without_demonstrations_nothing_is_changed(name, demo_data):
     assert task.fewshot_context(doc, 0) == doc["prompt"]
     task.build_all_requests(limit=1)
     prompt, settings = task.instances[0].args
-    assert prompt == doc["prompt"]
     short = name.removeprefix("trace_") in ("cstance", "fomc", "numglue_cm", "numglue_ds")
-    tokens = 64 if short else 512
-    assert settings == {"do_sample": False, "max_gen_toks": tokens, "until": []}
-    version = 1.1 if short or name == "trace_scienceqa" else 1.0
-    assert version == task.VERSION
+    assert (prompt, settings) == (
+        doc["prompt"],
+        {"do_sample": False, "max_gen_toks": 64 if short else 512, "until": []},
+    )
+    assert (1.1 if short or name == "trace_scienceqa" else 1.0) == task.VERSION
 
 
 def test_the_reasoning_variant_has_whole_rows_as_demonstrations(demo_data):
@@ -141,19 +142,15 @@ def test_the_reasoning_variant_has_whole_rows_as_demonstrations(demo_data):
     assert len(drawn) == 3 and task.fewshot_context(doc, 3) == "".join([*shots, doc["prompt"]])
 
 
-@pytest.mark.parametrize("multiturn", [False, True])
-def test_in_a_chat_template_the_official_prompt_is_one_turn_of_the_user(multiturn, demo_data):
+def test_in_a_chat_template_the_official_prompt_is_one_turn_of_the_user(demo_data):
     task = load("trace_fomc")
     doc = task.test_docs()[0]
 
     def render(messages, add_generation_prompt=True):
-        from jinja2 import Template
+        return jinja2.Template(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=add_generation_prompt)
 
-        return Template(CHAT_TEMPLATE).render(messages=messages, add_generation_prompt=add_generation_prompt)
-
-    chat = {"apply_chat_template": True, "chat_template": render, "fewshot_as_multiturn": multiturn}
-    plain = task.fewshot_context(doc, 6)
-    assert task.fewshot_context(doc, 6, **chat) == f"<s>user\n{plain}</s>\n<s>assistant\n"
+    chat = {"apply_chat_template": True, "chat_template": render, "fewshot_as_multiturn": True}
+    assert task.fewshot_context(doc, 6, **chat) == f"<s>user\n{task.fewshot_context(doc, 6)}</s>\n<s>assistant\n"
 
 
 # ------------------------------------------------------------------------------------------------- answers and scores
@@ -178,9 +175,8 @@ def test_an_answer_ends_where_the_official_code_ends_it_and_zero_shot_it_does_no
 
 
 def test_a_stop_that_the_user_gives_is_kept(demo_data):
-    _, lm = plain_lm_eval(
-        ["trace_scienceqa"], lambda doc: doc["answer"], num_fewshot=2, limit=1, gen_kwargs={"until": ["###"]}
-    )
+    given = {"num_fewshot": 2, "limit": 1, "gen_kwargs": {"until": ["###"]}}
+    _, lm = plain_lm_eval(["trace_scienceqa"], lambda doc: doc["answer"], **given)
     assert lm.asked[0][1]["until"] == ["###", "Question:"]
 
 
@@ -316,25 +312,16 @@ def test_zero_demonstrations_are_the_base_model_alone(options, caplog):
     assert ANNOUNCED not in samples(run, "trace_fomc")[0]["prompt"]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"num_fewshot": -1}, "num_fewshot=-1"),
-        ({"icl_prompt_length": 0}, "icl_prompt_length=0"),
-        (
-            {"tasks": ["trace_py150"], "max_new_tokens": None, "context": 512},
-            "512 tokens of an answer fill the model's context of 512",
-        ),
-    ],
-)
-def test_what_cannot_be_is_refused_before_anything_starts(options, tiny_model, tmp_path, change, words):
-    if "context" in change:
-        folder = tmp_path / "short"
-        shutil.copytree(tiny_model, folder)
-        config = read_json(folder / "config.json")
-        write_json(folder / "config.json", {**config, "max_position_embeddings": change["context"]})
-        options["model_name_or_path"] = str(folder)
-    options |= {k: v for k, v in change.items() if k != "context"}
-    with pytest.raises(ConfigError, match=words):
-        train(options, ICLTrainer, ICLConfig)
+@pytest.mark.parametrize(("name", "value"), [("num_fewshot", -1), ("icl_prompt_length", 0)])
+def test_what_cannot_be_is_refused_before_anything_starts(options, name, value):
+    with pytest.raises(ConfigError, match=f"{name}={value}"):
+        train(options | {name: value}, ICLTrainer, ICLConfig)
     assert not Path(options["output_dir"]).exists()
+
+
+def test_answers_that_fill_the_context_are_refused(options, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "short")
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"max_position_embeddings": 512})
+    changes = {"model_name_or_path": str(folder), "tasks": ["trace_py150"], "max_new_tokens": None}
+    with pytest.raises(ConfigError, match="512 tokens of an answer fill the model's context of 512"):
+        train(options | changes, ICLTrainer, ICLConfig)

@@ -14,16 +14,17 @@ from conftest import SHARED, stop_at, train
 from safetensors.torch import load_file
 
 from trace_bench import evaluate, report, results
-from trace_bench.run import Run, read_json
+from trace_bench.engine import models
+from trace_bench.run import Run, RunError, read_json
 from trace_bench.study import methods
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks import data
+from trace_tasks.data.files import write_json
 from trace_tasks.tokens import example_ids
 from trainers.base import CLConfig, CLTrainer, ConfigError
 
-#: Not one stage per task: tested below and, icl, in test_icl.py.
-ELSEWHERE = {"joint", "icl"}
 THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def method(name: str) -> tuple[type[CLTrainer], type[CLConfig]]:
@@ -35,6 +36,12 @@ def method(name: str) -> tuple[type[CLTrainer], type[CLConfig]]:
     if not configs:
         configs = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, CLConfig)][-1:]
     return (trainers or [CLTrainer])[0], configs[0]
+
+
+def as_method(spy: type[CLTrainer]) -> type[CLTrainer]:
+    """Makes a spy on a trainer the same method as far as the manifest goes."""
+    spy.__module__ = spy.__base__.__module__
+    return spy
 
 
 def small(options: dict, name: str, **changes) -> dict:
@@ -55,30 +62,31 @@ def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-@pytest.mark.parametrize("name", [m for m in methods() if m not in ELSEWHERE])
+@pytest.mark.parametrize("name", [m for m in methods() if m != "icl"])  # which trains nothing: test_icl.py
 def test_a_method_killed_and_resumed_ends_in_the_same_bytes_and_is_evaluated(name, options, tmp_path):
     trainer, config = method(name)
-    options = small(options, name)
+    options = small(options, name, test_rows=2)
     whole = train(options, trainer, config)
     again = {**options, "output_dir": str(tmp_path / "again")}
-    for stage in (2, 3):
-        with pytest.raises(KeyboardInterrupt):
-            train(again, stop_at(stage, trainer), config)
-        assert not Run.open(again["output_dir"]).stages[stage].is_trained
+    last = len(whole.stages) - 1
+    with pytest.raises(KeyboardInterrupt):
+        train(again, stop_at(last, trainer), config)
+    assert [s.is_trained for s in Run.open(again["output_dir"]).stages] == [True] * last + [False]
     resumed = train(again, trainer, config)
-    for stage in (1, 2, 3):
-        a, b = (sorted(r.stages[stage].checkpoint.glob("*.safetensors")) for r in (whole, resumed))
-        assert [f.read_bytes() for f in a] == [f.read_bytes() for f in b], stage
-        states = [sorted(r.stages[stage].method_state.glob("*")) for r in (whole, resumed)]
-        assert [f.read_bytes() for f in states[0]] == [f.read_bytes() for f in states[1]]
+    for a, b in zip(whole.stages[1:], resumed.stages[1:], strict=True):
+        for there, here in ((a.checkpoint, b.checkpoint), (a.method_state, b.method_state)):
+            files = sorted(there.glob("*.safetensors"))
+            assert [f.read_bytes() for f in files] == [(here / f.name).read_bytes() for f in files], a.name
     evaluate.evaluate(resumed)
     R = results.score_matrix(resumed)
-    seen = np.eye(3, dtype=bool) if name == "single" else np.tril(np.ones((3, 3), dtype=bool))
+    seen = np.tril(np.ones((3, 3), dtype=bool))
+    seen = {"single": np.eye(3, dtype=bool), "joint": np.ones((1, 3), dtype=bool)}.get(name, seen)
     assert not np.isnan(R[0]).any() and (np.isnan(R[1:]) == ~seen).all()
-    assert str(report.write_report(resumed)).endswith(".") or (resumed.path / "report.md").exists()
+    report.write_report(resumed)
+    assert (resumed.path / "report.md").is_file()
 
 
-@pytest.mark.parametrize("name", ["sequential", "single", "ewc", "lwf", "agem", "gem", "ogd", "replay"])
+@pytest.mark.parametrize("name", ["ewc", "lwf", "gem", "ogd"])
 def test_full_fine_tuning(name, options):
     trainer, config = method(name)
     run = train({**small(options, name), "tasks": THREE[:2], "use_peft": False, "learning_rate": 1e-4}, trainer, config)
@@ -96,8 +104,6 @@ def test_single_does_not_depend_on_the_stage_before(options, tmp_path):
     alone = train({**options, "tasks": options["tasks"][1:], "output_dir": str(tmp_path / "alone")}, trainer, config)
     a, b = weights(both, 2), weights(alone, 1)
     assert all(torch.equal(a[k], b[k]) for k in a)
-    evaluate.evaluate(both)
-    assert np.isnan(results.score_matrix(both)[2, 0]) and not np.isnan(results.score_matrix(both)[2, 1])
 
 
 def test_joint_is_one_stage_on_all_rows(options):
@@ -106,21 +112,8 @@ def test_joint_is_one_stage_on_all_rows(options):
     assert [s.name for s in run.stages] == ["0_base", "1_joint"]
     record = read_json(run.stages[1].train_file)
     assert record["rows"] == 16 + 2 * 16 + 16 and record["epochs"] == 1
-    assert evaluate.evaluate(run) == 2 * 3, "the joint model is evaluated on all tasks"
-    assert not np.isnan(results.score_matrix(run)).any()
     with pytest.raises(ConfigError, match="whole numbers"):
         train({**small(options, "joint"), "epochs": [1.0, 1.5, 1.0]}, trainer, config)
-
-
-def test_joint_killed_and_resumed_ends_in_the_same_bytes(options, tmp_path):
-    trainer, config = method("joint")
-    whole = train(small(options, "joint"), trainer, config)
-    again = {**small(options, "joint"), "output_dir": str(tmp_path / "again")}
-    with pytest.raises(KeyboardInterrupt):
-        train(again, stop_at(1, trainer), config)
-    assert not Run.open(again["output_dir"]).stages[1].is_trained
-    a, b = weights(whole, 1), weights(train(again, trainer, config), 1)
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 # --------------------------------------------------------------------------------------------------------------- replay
@@ -203,17 +196,11 @@ def test_replay_of_reasoning_rows_and_a_sequence_of_plain_and_reasoning_tasks(op
     tasks = ["reasoning_fomc", "trace_numglue_cm", "reasoning_numglue_ds"]
     options = {**small(options, "replay"), "tasks": tasks, "max_answer_length": 256, "max_prompt_length": 512}
     run = train({**options, "replay_ratio": 0.25, "alignment_rows": 2}, spy, config)
-    assert read_json(run.stages[3].train_file)["replayed"] == {
-        "reasoning_fomc": 4,
-        "trace_numglue_cm": 4,
-        "alignment": 2,
-    }
+    replayed = {"reasoning_fomc": 4, "trace_numglue_cm": 4, "alignment": 2}
+    assert read_json(run.stages[3].train_file)["replayed"] == replayed
     texts = [run_tokenizer(options).decode(row) for row in spy.sets[3]]
-    assert all("Give your reasoning first" in t and "\nAnswer:" in t for t in texts[:16] + texts[16:20])
+    assert all("Give your reasoning first" in t and "\nAnswer:" in t for t in texts[:20])
     assert not any("Give your reasoning" in t for t in texts[20:])
-    evaluate.evaluate(run)
-    text = (report.write_report(run), (run.path / "report.md").read_text())[1]
-    assert "### Answers that could be extracted" in text
 
 
 @pytest.mark.skipif(
@@ -228,33 +215,31 @@ def test_the_official_alignment_set(options):
         assert len(rows) == 100 and all(r["prompt"] and r["answer"] for r in rows)
 
 
-def test_replay_checks_its_options_before_anything_starts(options, tmp_path):
-    trainer, config = method("replay")
-    for change, words in (
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
         ({"replay_ratio": 2.0}, "replay_ratio=2.0"),
         ({"replay": "before"}, "replay='before'"),
         ({"replay_choice": "last"}, "replay_choice='last'"),
         ({"replay_ratio": 0.0, "alignment_data": "none"}, "nothing to replay"),
-        ({"alignment_data": str(tmp_path / "no.json")}, "no alignment set"),
+        ({"alignment_data": "no.json"}, "no alignment set"),
         ({"max_steps": 3}, "max_steps=3"),
-    ):
-        with pytest.raises((ConfigError, data.DataError), match=words):
-            train({**small(options, "replay"), **change}, trainer, config)
+    ],
+)
+def test_replay_checks_its_options_before_anything_starts(options, change, words):
+    with pytest.raises((ConfigError, data.DataError), match=words):
+        train({**small(options, "replay"), **change}, *method("replay"))
     assert not Path(options["output_dir"]).exists()
 
 
 def test_another_alignment_set_behind_the_same_path_is_refused(options, tmp_path):
-    import json
-
-    from trace_bench.run import RunError
-
     trainer, config = method("replay")
-    file = tmp_path / "mine.json"
-    file.write_text(json.dumps([{"prompt": "Say hello.", "answer": "Hello."}] * 3))
+    file = tmp_path / "own.json"
+    write_json(file, [{"prompt": "Say hello.", "answer": "Hello."}] * 3)
     options = {**small(options, "replay"), "tasks": THREE[:1], "alignment_data": str(file)}
     run = train(options, trainer, config)
     assert read_json(run.stages[1].train_file)["replayed"] == {"alignment": 3}
-    file.write_text(json.dumps([{"prompt": "Say hello.", "answer": "Hi."}] * 3))
+    write_json(file, [{"prompt": "Say hello.", "answer": "Hi."}] * 3)
     with pytest.raises(RunError, match=r"alignment\.fingerprint"):
         train(options, trainer, config)
 
@@ -295,8 +280,7 @@ def probe(options, name: str, stage: int, look, **changes):
             else:
                 super().adjust_gradients(model)
 
-    Probe.__module__ = trainer.__module__
-    train({**small(options, name, **changes), "tasks": THREE[:stage]}, Probe, config)
+    train({**small(options, name, **changes), "tasks": THREE[:stage]}, as_method(Probe), config)
     return seen[0]
 
 
@@ -341,8 +325,7 @@ def test_ewc_state_after_two_tasks(options, online):
             anchors.append({n: p.detach().clone() for n, p in self.trained().items()})
             return result
 
-    Spy.__module__ = trainer.__module__
-    run = train({**small(options, "ewc"), **EXACT, "ewc_online": online, "ewc_gamma": 0.5}, Spy, config)
+    run = train({**small(options, "ewc"), **EXACT, "ewc_online": online, "ewc_gamma": 0.5}, as_method(Spy), config)
     state = load_file(run.stages[2].method_state / "state.safetensors")
     for name in fishers[0]:
         (a, b), (x, y) = (f[name] for f in fishers[:2]), (c[name] for c in anchors[:2])
@@ -383,19 +366,9 @@ def test_the_fisher_information_is_the_squared_gradient_of_the_task_s_rows(optio
             pairs.append((result, by_hand))
             return result
 
-    # Rows of other lengths in one batch, the last batch not full.
-    train(
-        {
-            **options,
-            **EXACT,
-            "loss_weights": weights,
-            "tasks": ["trace_py150", "trace_fomc"],
-            "train_rows": 10,
-            **change,
-        },
-        Spy,
-        config,
-    )
+    # Rows of different lengths in one batch, the last batch not full.
+    rows = {"loss_weights": weights, "tasks": ["trace_py150", "trace_fomc"], "train_rows": 10}
+    train({**options, **EXACT, **rows, **change}, Spy, config)
     assert len(pairs) == 2
     for result, by_hand in pairs:
         for name in result:
@@ -512,8 +485,7 @@ def test_the_teacher_of_lwf_is_the_stage_before(options):
                 seen[self.stage.index] = (loss.item(), plain.item(), logits.detach(), taught, trains)
             return loss
 
-    Spy.__module__ = trainer.__module__
-    train({**small(options, "lwf"), **EXACT}, Spy, config)
+    train({**small(options, "lwf"), **EXACT}, as_method(Spy), config)
     loss, plain, _, taught, _ = seen[1]
     assert taught is None and loss == plain, "no teacher at the first stage"
     for stage in (2, 3):
@@ -653,27 +625,20 @@ def test_the_memory_gradient_is_the_loss_gradient_of_remembered_rows(options, na
 def test_the_memory_gradient_of_agem_is_every_task_s(options):
     """Of tasks with answers of 2 and of 180 tokens; by tokens the long ones would be all of it."""
 
-    def cosines(trainer, memory):
-        from trainers.memory import dot
-
-        own = [trainer.loss_gradient(rows) for rows in trainer.memory.values()]
-        return [float(dot(memory, g) / (dot(memory, memory) * dot(g, g)).sqrt()) for g in own]
-
     def look(trainer, adjust):
         texts = [(f"Write about {i}. ", f"{i} is the number that this is about. " * 10) for i in range(12)]
         trainer.memory["long"] = trainer.text_dataset(texts)
         adjust(trainer.model)
-        (memory,) = trainer.against
         drawn = trainer.drawn_evenly()
-        lengths = sorted(sum(x != -100 for x in labels) for labels in drawn["labels"])
-        by_tokens = trainer.loss_gradient(drawn, weights="tokens")
-        return cosines(trainer, memory), cosines(trainer, by_tokens), lengths
+        lengths = [sum(x != -100 for x in labels) for labels in drawn["labels"]]
+        tasks = [trainer.loss_gradient(drawn.select(rows), weights="rows") for rows in (range(6), range(6, 12))]
+        return trainer.against[0], tasks, lengths
 
     changes = {**EXACT, "max_answer_length": 180, "learning_rate": 1e-3, "memory_rows": 12, "memory_batch_size": 12}
-    found, by_tokens, lengths = probe(options, "agem", 2, look, **changes)
+    memory, (short, long), lengths = probe(options, "agem", 2, look, **changes)
     assert lengths == [2] * 6 + [180] * 6, "as many rows of each"
-    assert min(found) > 0.3 and max(found) / min(found) < 3
-    assert max(by_tokens) > 0.95 and min(by_tokens) < 0.5 * min(found)
+    for name, gradient in memory.items():
+        torch.testing.assert_close(gradient, (short[name] + long[name]) / 2, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["gem", "agem"])
@@ -708,9 +673,8 @@ def test_the_step_of_the_optimizer_is_projected_as_well_if_asked(name, options):
             for n, wanted in getattr(self, "wanted", {}).items():
                 torch.testing.assert_close(self.trained()[n].detach(), wanted, rtol=0, atol=1e-6)
 
-    Spy.__module__ = trainer.__module__
     options = {**small(options, name), **EXACT, "memory_rows": 8, "max_steps": 8, "learning_rate": 3e-2}
-    run = train({**options, "project_step": True}, Spy, config)
+    run = train({**options, "project_step": True}, as_method(Spy), config)
     assert len(free) == 16, "every step from the second task on"
     assert min(free) < -0.01, "Adam goes against the memory, after a gradient that does not"
     assert min(bound) > -1e-3 and sum(conflicts) == sum(f < 0 for f in free)
@@ -740,9 +704,8 @@ def test_every_step_of_ogd_is_orthogonal_to_what_is_stored(options, optimizer, s
                 torch.testing.assert_close(basis, torch.eye(len(basis), dtype=torch.float64), atol=1e-4, rtol=0)
             return result
 
-    Spy.__module__ = trainer.__module__
     options = {**small(options, "ogd"), **EXACT, "optim": optimizer, "learning_rate": 1e-2, "ogd_size": size}
-    run = train(options, Spy, config)
+    run = train(options, as_method(Spy), config)
     assert sizes == {1: 0, 2: kept, 3: 2 * kept}, "the bound is of each task, and four rows have four gradients"
     assert max(products) < 1e-4 and min(lengths) > 0
     record = read_json(run.stages[3].train_file)
@@ -758,25 +721,19 @@ def test_ogd_stores_the_gradients_of_the_answer_s_logits(options):
     class Spy(trainer):
         def end_stage(self):
             super().end_stage()
-            if self.stage.index == 1:
-                rows = self.task_dataset(self.stage.task)
-                state = load_file(self.stage.method_state / "state.safetensors")
-                (batch,) = self.batches(rows.select([0]))
-                logits = self.model(**batch).logits[0, :-1]
-                labels = batch["labels"][0, 1:]
-                positions = labels != -100
-                output = logits[positions].gather(1, labels[positions][:, None]).mean()
-                parts = dict(
-                    zip(self.trained(), torch.autograd.grad(output, list(self.trained().values())), strict=True)
-                )
-                inside = sum(state[n].flatten(1).double() @ parts[n].flatten().double() for n in parts)
-                unit = sum(state[n].flatten(1).double().square().sum(1) for n in parts)
-                seen.append(
-                    (float((inside**2 / unit).sum()), sum(float((g.double() ** 2).sum()) for g in parts.values()))
-                )
+            rows = self.task_dataset(self.stage.task)
+            state = load_file(self.stage.method_state / "state.safetensors")
+            (batch,) = self.batches(rows.select([0]))
+            answer = batch["labels"][0, 1:] != -100
+            logits, target = self.model(**batch).logits[0, :-1][answer], batch["labels"][0, 1:][answer]
+            output = logits.gather(1, target[:, None]).mean()
+            gradients = torch.autograd.grad(output, list(self.trained().values()))
+            parts = {name: g.double() for name, g in zip(self.trained(), gradients, strict=True)}
+            inside = sum(state[n].flatten(1).double() @ part.flatten() for n, part in parts.items())
+            seen.append((float(inside.square().sum()), float(sum(part.square().sum() for part in parts.values()))))
 
-    Spy.__module__ = trainer.__module__
-    train({**options, **EXACT, "tasks": THREE[:1], "train_rows": 3, "ogd_rows": 3, "ogd_size": 3}, Spy, config)
+    options = {**options, **EXACT, "tasks": THREE[:1], "train_rows": 3, "ogd_rows": 3, "ogd_size": 3}
+    train(options, as_method(Spy), config)
     inside, whole = seen[0]
     assert inside == pytest.approx(whole, rel=1e-3), "a remembered row's gradient lies within the stored directions"
 
@@ -784,11 +741,9 @@ def test_ogd_stores_the_gradients_of_the_answer_s_logits(options):
 def test_ogd_refuses_what_no_memory_holds(options, monkeypatch, tmp_path):
     trainer, config = method("ogd")
     options = {**options, "max_steps": 1}
-    with pytest.raises(ConfigError, match=r"ogd_rows=1000000000 needs .* GiB"):
-        train({**options, "ogd_size": 10**9, "ogd_rows": 10**9}, trainer, config)
     # What is named as what there is room for is so.
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
-    with pytest.raises(ConfigError, match="GiB are free") as refused:
+    with pytest.raises(ConfigError, match=r"ogd_rows=200 needs .* GiB are free") as refused:
         train(options, trainer, config)
     fits = int(re.search(r"--ogd_size (\d+) --ogd_rows \1\.", str(refused.value))[1])
     assert 0 < fits < 64
@@ -802,67 +757,50 @@ def test_ogd_refuses_what_no_memory_holds(options, monkeypatch, tmp_path):
 
 def deltas(run: Run, stage: int) -> dict[str, torch.Tensor]:
     """The change of each weight by the adapter of a stage, as PEFT merges it."""
-    import json
-
     w = weights(run, stage)
-    config = json.loads((run.stages[stage].checkpoint / "adapter_config.json").read_text())
+    config = read_json(run.stages[stage].checkpoint / "adapter_config.json")
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
     return {n: scale * w[n.replace("lora_A", "lora_B")] @ w[n] for n in w if "lora_A" in n}
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_the_adapter_of_olora_is_the_sum_of_its_parts(options, rslora):
-    run = train({**small(options, "olora"), **EXACT, "use_rslora": rslora}, *method("olora"))
+def test_olora_adds_an_adapter_in_a_subspace_of_its_own_to_the_frozen_ones(options, rslora):
+    trainer, config = method("olora")
+    begins, logits = {}, []
+
+    class Spy(trainer):
+        def begin_stage(self):
+            super().begin_stage()
+            begins[self.stage.index] = {n: p.detach().clone() for n, p in self.trained().items() if "lora_A" in n}
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self.stage.index == 3 and not logits:
+                checkpoint = self.run.stages[2].checkpoint
+                before = models.load_merged(options["model_name_or_path"], checkpoint, dtype=torch.float32)
+                with torch.no_grad():
+                    logits.extend(self.answer_logits(m, inputs)[0] for m in (model, before))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    changes = {**EXACT, "use_rslora": rslora, "lora_target_modules": LINEAR}
+    run = train({**small(options, "olora"), **changes}, as_method(Spy), config)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)  # a stage begins as the merged model before
+    for name, a in begins[1].items():
+        # Of random subspaces of this size no direction is shared.
+        assert torch.linalg.matrix_rank(torch.cat([a, begins[2][name]])) == 2 * len(a)
     for stage in (2, 3):
+        # PEFT keeps them in a set, whose order differs from process to process.
+        assert read_json(run.stages[stage].checkpoint / "adapter_config.json")["target_modules"] == sorted(LINEAR)
+        assert read_json(run.stages[stage].train_file)["orthogonality_loss"] > 0
         old, new = weights(run, stage - 1), weights(run, stage)
         for name, tensor in new.items():
             before, own = (tensor[:-4], tensor[-4:]) if "lora_A" in name else (tensor[:, :-4], tensor[:, -4:])
             assert torch.equal(before, old[name]), "the earlier adapters are frozen"
             assert own.shape[0 if "lora_A" in name else 1] == 4
-        w = weights(run, stage)
         scale = 32 / (4**0.5 if rslora else 4)
         for name, delta in deltas(run, stage).items():
-            A, B = w[name], w[name.replace("lora_A", "lora_B")]
+            A, B = new[name], new[name.replace("lora_A", "lora_B")]
             parts = sum(scale * B[:, k : k + 4] @ A[k : k + 4] for k in range(0, 4 * stage, 4))
             torch.testing.assert_close(delta, parts, rtol=1e-4, atol=1e-6)
-
-
-def test_a_stage_of_olora_starts_as_the_model_before_and_evaluates_as_merged(options):
-    from trace_bench.engine import models
-
-    trainer, config = method("olora")
-    seen = []
-
-    class Spy(trainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            if self.stage.index == 3 and not seen:
-                before = models.load_merged(
-                    options["model_name_or_path"], self.run.stages[2].checkpoint, dtype=torch.float32
-                )
-                with torch.no_grad():
-                    seen.append((self.answer_logits(model, inputs)[0], self.answer_logits(before, inputs)[0]))
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    Spy.__module__ = trainer.__module__
-    train({**small(options, "olora"), **EXACT}, Spy, config)
-    torch.testing.assert_close(*seen[0], rtol=1e-3, atol=1e-4)
-
-
-def test_the_adapters_of_olora_do_not_begin_in_one_subspace(options):
-    trainer, config = method("olora")
-    first = {}
-
-    class Spy(trainer):
-        def begin_stage(self):
-            super().begin_stage()
-            first[self.stage.index] = {n: p.detach().clone() for n, p in self.trained().items() if "lora_A" in n}
-
-    Spy.__module__ = trainer.__module__
-    train({**small(options, "olora"), **EXACT}, Spy, config)
-    for name, a in first[1].items():
-        b = first[2][name]
-        # Of random subspaces of this size no direction is shared.
-        assert torch.linalg.matrix_rank(torch.cat([a, b])) == len(a) + len(b)
 
 
 def test_the_orthogonality_loss_of_olora(options):
@@ -889,24 +827,6 @@ def test_the_orthogonality_loss_of_olora(options):
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-3, atol=1e-4)
 
 
-def test_the_weight_of_olora_makes_the_subspaces_orthogonal(options, tmp_path):
-    losses = []
-    for weight in (0.0, 5.0):
-        run = train(
-            {
-                **small(options, "olora"),
-                **EXACT,
-                "olora_lambda": weight,
-                "max_steps": 30,
-                "learning_rate": 3e-3,
-                "output_dir": str(tmp_path / str(weight)),
-            },
-            *method("olora"),
-        )
-        losses.append(read_json(run.stages[2].train_file)["orthogonality_loss"])
-    assert losses[1] < 0.5 * losses[0]
-
-
 def test_olora_refuses_other_adapters(options):
     for change, words in (({"use_peft": False}, "use_peft=false"), ({"use_dora": True}, "use_dora=True")):
         with pytest.raises(ConfigError, match=words):
@@ -916,7 +836,7 @@ def test_olora_refuses_other_adapters(options):
 # -------------------------------------------------------------------------------------------------- gradient methods
 
 
-@pytest.mark.parametrize("name", ["ewc", "lwf", "gem", "agem", "ogd", "olora"])
+@pytest.mark.parametrize("name", ["ewc", "lwf", "gem", "olora"])
 def test_accumulation_and_batch_size_take_the_same_step(name, options, tmp_path):
     """The gradient after the method, for 1 x 8 and 4 x 2 rows."""
     trainer, config = method(name)
@@ -931,13 +851,12 @@ def test_accumulation_and_batch_size_take_the_same_step(name, options, tmp_path)
                     seen.append({n: p.grad.clone() for n, p in self.trained().items() if p.grad is not None})
 
         # The first stage is the same in both: its rows in one batch. What differs is the division of the second one.
-        Spy.__module__ = trainer.__module__
         first = {**small(options, name), **EXACT, "tasks": THREE[:2], "train_rows": 8, "max_steps": 1}
         first |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": batch}
         first |= {"output_dir": str(tmp_path / f"{batch}"), "optim": "sgd", "learning_rate": 0.1}
         if name in ("gem", "agem"):
             first["memory_rows"] = 8
-        train(first, Spy, config)
+        train(first, as_method(Spy), config)
         assert len(seen) == 1
         gradients.append(seen[0])
     for key in gradients[0]:
@@ -969,23 +888,15 @@ def test_the_loss_weighs_rows_or_tokens_the_same_however_a_batch_is_split(weight
         changes = {"tasks": LENGTHS, "train_rows": 3, "max_answer_length": 180, "loss_weights": weights, "max_steps": 1}
         changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
         changes |= {"train_sampling_strategy": order, "output_dir": str(tmp_path / name)}
-        run = train({**options, **EXACT, **changes}, Spy, config)
+        run = train({**options, **EXACT, **changes}, as_method(Spy), config)
         assert read_json(run.stages[1].train_file)["rows"] == 9
     for name in splits:
         for n in wanted[name]:
             torch.testing.assert_close(seen[name][n], wanted[name][n], rtol=1e-3, atol=2e-6)
 
 
-def test_rows_weigh_the_same_unless_tokens_are_asked_for(options):
-    for name in methods():
-        assert method(name)[1](output_dir="x").loss_weights == "rows", name
-    for change, words in (
-        ({"loss_weights": "answers"}, "loss_weights='answers' is not allowed: use rows or tokens"),
-        ({"loss_type": "dft"}, "set loss_weights: tokens, or loss_type: nll"),
-        ({"label_smoothing_factor": 0.1}, "set loss_weights: tokens"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            train({**options, **change})
+def test_rows_weigh_the_same_unless_tokens_are_asked_for():
+    assert {method(name)[1](output_dir="x").loss_weights for name in methods()} == {"rows"}
     for change in ({"loss_type": "dft"}, {"label_smoothing_factor": 0.1}):
         CLConfig(output_dir="x", loss_weights="tokens", **change)
 
@@ -996,41 +907,3 @@ def test_sharded_gradients_are_refused_at_the_start(name, options, monkeypatch):
     with pytest.raises(ConfigError, match=f"{name} needs whole gradients, and FSDP"):
         train(options, *method(name))
     assert not Path(options["output_dir"]).exists()
-
-
-def two_linear_tasks(project) -> tuple[float, float]:
-    """Two linear regressions on one weight vector whose answers agree on a known w.
-
-    Returns:
-        The loss on the first one after the second was learned, and the loss on the second. `project` changes a gradient
-        of the second, given the rows of the first and its gradient.
-    """
-    torch.manual_seed(0)
-    truth = torch.randn(6)
-    X1, X2 = torch.randn(3, 6), torch.randn(3, 6)
-    w = torch.zeros(6)
-
-    def gradient(X, w):
-        return X.T @ (X @ w - X @ truth) / len(X)
-
-    for _ in range(4000):
-        w -= 0.1 * gradient(X1, w)
-    for _ in range(4000):
-        w -= 0.1 * project(gradient(X2, w), X1, gradient(X1, w))
-    return float(((X1 @ (w - truth)) ** 2).mean()), float(((X2 @ (w - truth)) ** 2).mean())
-
-
-def test_a_known_case_two_linear_tasks_with_a_common_solution():
-    """Three equations each in six unknowns: sequential training forgets the first, the others need not."""
-    forgot, learned = two_linear_tasks(lambda g, X, m: g)
-    assert forgot > 0.1 and learned < 1e-6
-
-    def ogd(g, X, m):
-        basis = torch.linalg.qr(X.T).Q
-        return g - basis @ (basis.T @ g)
-
-    assert max(two_linear_tasks(ogd)) < 1e-6, "orthogonal steps keep the first and find the common solution"
-    kept, learned = two_linear_tasks(lambda g, X, m: gem_step("agem", [m], g))
-    assert kept < 0.1 * forgot and learned < 1e-3
-    kept, learned = two_linear_tasks(lambda g, X, m: gem_step("gem", [m], g, gem_margin=0.0))
-    assert kept < 0.1 * forgot and learned < 1e-3

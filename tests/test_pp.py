@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import both_tokenizers, command_line, stop_at, train
+from conftest import both_tokenizers, command_line, train
 from lm_eval.api.instance import Instance
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trace_bench import engine
 from trace_bench.engine import models
-from trace_bench.evaluate import evaluate
 from trace_bench.run import Run, read_json
 from trainers.base import ConfigError
 from trainers.pp import PPConfig, PPTrainer
@@ -140,17 +139,6 @@ def test_the_checkpoint_is_an_ordinary_adapter_and_the_trained_model(options, ti
         torch.testing.assert_close(loaded, logits[stage], rtol=1e-5, atol=1e-6)
 
 
-def test_an_interrupted_run_ends_in_the_same_bytes(options, tmp_path):
-    whole = run_pp(options)
-    again = {**options, "output_dir": str(tmp_path / "again")}
-    with pytest.raises(KeyboardInterrupt):
-        run_pp(again, stop_at(2, PPTrainer))
-    resumed = run_pp(again)
-    for stage in (1, 2):
-        a, b = (r.stages[stage].checkpoint / "adapter_model.safetensors" for r in (whole, resumed))
-        assert a.read_bytes() == b.read_bytes()
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -225,11 +213,6 @@ def test_likelihoods_are_those_behind_the_prompt(lively):
         logits = by_hand(model, models.soft_prompt(adapter), ids)[:-1].log_softmax(-1)
         expected = logits.gather(1, torch.tensor(ids[1:])[:, None])[-n:].sum()
         assert found == pytest.approx(float(expected), rel=1e-5) and found != pytest.approx(without, rel=1e-2)
-
-
-def test_a_run_is_evaluated(options):
-    run = run_pp({**options, "tasks": [*options["tasks"], "trace_numglue_cm"]})
-    assert evaluate(run) == 3 + 1 + 2 + 3
 
 
 def test_only_prompt_tuning_adapters_are_soft_prompts(checkpoints, lively):

@@ -32,48 +32,29 @@ included, with a weight of 1. The gradient of a mean over a batch is not a row's
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, main, option
 from trainers.memory import choose_rows
 
 
 @dataclass
 class EWCConfig(CLConfig):
-    """As CLConfig, and the strength of the penalty.
+    """As CLConfig, and the strength of the penalty."""
 
-    Args:
-        ewc_lambda: Weight of the penalty.
-        ewc_online: One anchor and a running Fisher, rather than one of each per task.
-        ewc_gamma: How much of the running Fisher is kept at each stage (online).
-        ewc_rows: Training rows that the Fisher information is estimated on.
-        ewc_fisher: Labels that it is estimated with: "empirical" (the data's) or "sampled" (the model's own).
-    """
-
-    ewc_lambda: float = field(default=400.0, metadata={"help": "Weight of the penalty."})
-    ewc_online: bool = field(default=True, metadata={"help": "One anchor and a running Fisher."})
-    ewc_gamma: float = field(default=1.0, metadata={"help": "How much of the running Fisher is kept at each stage."})
-    ewc_rows: int = field(default=256, metadata={"help": "Training rows for the Fisher information."})
-    ewc_fisher: str = field(
-        default="empirical",
-        metadata={
-            "help": "Labels of the Fisher information: the data's, or sampled from the model.",
-            "choices": ["empirical", "sampled"],
-        },
+    ewc_lambda: float = option(400.0, "Weight of the penalty.", least=0)
+    ewc_online: bool = option(True, "One anchor and a running Fisher, rather than one of each per task.")
+    ewc_gamma: float = option(1.0, "How much of the running Fisher is kept at each stage (online).", least=0, most=1)
+    ewc_rows: int = option(256, "Training rows for the Fisher information.", least=1)
+    ewc_fisher: str = option(
+        "empirical",
+        "Labels of the Fisher information: the data's, or sampled from the model.",
+        choices=["empirical", "sampled"],
     )
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        super().__post_init__()
-        if self.ewc_lambda < 0 or not 0 <= self.ewc_gamma <= 1 or self.ewc_rows < 1:
-            raise ConfigError(
-                f"ewc_lambda={self.ewc_lambda}, ewc_gamma={self.ewc_gamma}, ewc_rows={self.ewc_rows}: lambda is at "
-                "least 0, gamma from 0 to 1, and at least one row is needed."
-            )
 
 
 class EWCTrainer(CLTrainer):

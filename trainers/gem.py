@@ -18,30 +18,22 @@ The promise is about the gradient; an optimizer with moments (Adam) turns it int
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from trainers.base import ConfigError, main
+from trainers.base import main, option
 from trainers.memory import MemoryConfig, MemoryTrainer, dot
 
 
 @dataclass
 class GEMConfig(MemoryConfig):
-    """As MemoryConfig, and the margin.
+    """As MemoryConfig, and the margin."""
 
-    Args:
-        gem_margin: The least weight of every memory in a projected step; 0 = the nearest gradient that is allowed.
-    """
-
-    gem_margin: float = field(default=0.5, metadata={"help": "Least weight of each memory in a projected step."})
-
-    def __post_init__(self) -> None:
-        """Checks the margin."""
-        super().__post_init__()
-        if self.gem_margin < 0:
-            raise ConfigError(f"gem_margin={self.gem_margin} is not allowed: use 0 or more.")
+    gem_margin: float = option(
+        0.5, "Least weight of each memory in a projected step; 0 = the nearest gradient that is allowed.", least=0
+    )
 
 
 def solve_dual(products: np.ndarray, conflicts: np.ndarray, margin: float) -> np.ndarray:

@@ -33,16 +33,12 @@ USUAL = {
 
 
 def own_options(module: str, name: str | None = None) -> Iterator[tuple[str, str, str]]:
-    """What a method's config adds to TRL's, the settings of its own file first.
-
-    Args:
-        module: The name of a file in this folder.
-        name: A class in it; None = the config that its call of `main` names.
+    """What the config of a method (the class `name`, or the one in its call of `main`) adds to TRL's.
 
     Yields:
-        The name of the file, the setting, and its help with what is allowed and the default.
+        The name of the file, the setting, and its help; those of the method's own file come first.
     """
-    tree = ast.parse((FOLDER / f"{module}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(_file(module).read_text(encoding="utf-8"))
     if name is None:
         calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "main")
         name = next((ast.unparse(call.args[1]) for call in calls if len(call.args) > 1), "")
@@ -59,11 +55,15 @@ def own_options(module: str, name: str | None = None) -> Iterator[tuple[str, str
                 yield from own_options(module, ast.unparse(base))
 
 
+def _file(module: str) -> Path:
+    return FOLDER / "base/config.py" if module == "base" else FOLDER / f"{module}.py"
+
+
 def _describe(value: ast.expr) -> str:
-    """The help of a setting, from what a dataclass has behind the equals sign."""
+    """The help of a setting, from what a dataclass has behind the equals sign: `option`, `field` or a plain default."""
     given: dict[str | None, ast.expr] = {"default": value}
     if isinstance(value, ast.Call):
-        given = {keyword.arg: keyword.value for keyword in value.keywords}
+        given = {**dict(zip(("default", "help"), value.args, strict=False)), **{k.arg: k.value for k in value.keywords}}
     metadata = given.get("metadata")
     if isinstance(metadata, ast.Dict):
         given |= {ast.literal_eval(k): v for k, v in zip(metadata.keys, metadata.values, strict=True) if k}
@@ -71,17 +71,13 @@ def _describe(value: ast.expr) -> str:
     if isinstance(given.get("choices"), ast.List):
         parts.append(f"({', '.join(ast.literal_eval(given['choices']))})")
     default = ast.unparse(given["default"]) if "default" in given else "None"
-    if default != "None":
-        parts.append("[" + default.strip("'") + "]")
+    if default not in ("None", "[]"):
+        parts.append("[" + default.strip("'[]").replace("', '", " ") + "]")
     return " ".join(parts)
 
 
 def show(method: str) -> bool:
-    """Prints what a method does, its own options, those of every run, and the usual ones of HF and TRL.
-
-    Returns:
-        Whether it could: there is such a file, it says which config is its own, and the texts are in it.
-    """
+    """Prints what a method does, and its options; False if there is no such file, or its texts are computed."""
     file = FOLDER / f"{method}.py"
     try:
         options = list(own_options(method)) if file.is_file() else []

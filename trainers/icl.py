@@ -15,14 +15,14 @@ temperature 0.1). Prompts have up to 3584 tokens as officially, or what the mode
 """
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trace_bench.engine import models
 from trace_bench.evaluate import answer_tokens
 from trace_bench.tasks import load_tasks
 from trace_tasks.utils import ICL_VERSION
-from trainers.base import CLConfig, CLTrainer, ConfigError, context_length, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, context_length, main, option
 
 log = logging.getLogger(__name__)
 
@@ -32,27 +32,12 @@ _ENGINE_CONTEXT = ("max_model_len", "max_length")
 
 @dataclass
 class ICLConfig(CLConfig):
-    """As CLConfig, of which only what concerns evaluation is used.
+    """As CLConfig, of which only what concerns evaluation is used."""
 
-    Args:
-        num_fewshot: Demonstrations in each prompt.
-        icl_prompt_length: Tokens of a prompt with demonstrations, in the place of max_prompt_length: these prompts are
-            longer than those of the other methods, whose configuration is shared. Cut on the left.
-    """
-
-    num_fewshot: int = field(default=6, metadata={"help": "Demonstrations in each prompt; 0 = the base model alone."})
-    icl_prompt_length: int = field(
-        default=3584,
-        metadata={"help": "Tokens of a prompt with demonstrations, instead of max_prompt_length."},
+    num_fewshot: int = option(6, "Demonstrations in each prompt; 0 = the base model alone.", least=0)
+    icl_prompt_length: int = option(
+        3584, "Tokens of a prompt with demonstrations, instead of max_prompt_length; cut on the left.", least=1
     )
-
-    def __post_init__(self) -> None:
-        """Checks the number of demonstrations and the limit."""
-        super().__post_init__()
-        for name, least in (("num_fewshot", 0), ("icl_prompt_length", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ConfigError(f"{name}={value!r} is not allowed: use a whole number of at least {least}.")
 
     @property
     def stages(self) -> list[str]:

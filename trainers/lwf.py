@@ -16,36 +16,22 @@ which fit the rows only while the batches come in the same order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from trace_bench.engine import models
-from trainers.base import CLConfig, CLTrainer, ConfigError, frozen_in_bf16, main, refuse_shards
+from trainers.base import CLConfig, CLTrainer, frozen_in_bf16, main, option, refuse_shards
 
 
 @dataclass
 class LwFConfig(CLConfig):
-    """As CLConfig, and the distillation.
+    """As CLConfig, and the distillation."""
 
-    Args:
-        lwf_lambda: Weight of the distillation loss; no T^2 comes on top.
-        lwf_temperature: Temperature of both distributions.
-    """
-
-    lwf_lambda: float = field(default=1.0, metadata={"help": "Weight of the distillation loss."})
-    lwf_temperature: float = field(default=2.0, metadata={"help": "Temperature of the distillation."})
-
-    def __post_init__(self) -> None:
-        """Checks the numbers."""
-        super().__post_init__()
-        if self.lwf_lambda < 0 or self.lwf_temperature <= 0:
-            raise ConfigError(
-                f"lwf_lambda={self.lwf_lambda}, lwf_temperature={self.lwf_temperature}: the weight is at least 0, the "
-                "temperature above 0."
-            )
+    lwf_lambda: float = option(1.0, "Weight of the distillation loss; no T^2 comes on top.", least=0)
+    lwf_temperature: float = option(2.0, "Temperature of both distributions.", above=0)
 
 
 class LwFTrainer(CLTrainer):

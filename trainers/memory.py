@@ -7,31 +7,28 @@ choice depends on the data and the seed alone, and the data is checked against t
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
 
-from trainers.base import CLConfig, CLTrainer, ConfigError
+from trainers.base import CLConfig, CLTrainer, option
 
 #: "first" is what the official TRACE code replays, "random" our default.
 CHOICES = ["first", "random", "balanced"]
 
 
 def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
-    """Chooses the rows of a task that are remembered.
+    """Chooses the rows of a task that are remembered, at most all of them, in the order of the data.
 
     Args:
         rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
-        count: How many; at most all of them are taken.
+        count: How many.
         how: "first" (the official code's); "random" (ours); or "balanced": random, equally many of each answer as far
             as there are any. Where every row has an answer of its own this is "random".
         seed: Decides "random" and "balanced".
-
-    Returns:
-        The chosen rows, in the order of the data.
     """
     count = min(count, len(rows))
     order = list(range(len(rows)))
@@ -57,32 +54,15 @@ def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @dataclass
 class MemoryConfig(CLConfig):
-    """What the methods with a gradient memory share.
+    """What the methods with a gradient memory share."""
 
-    Args:
-        memory_rows: Rows kept of each earlier task.
-        memory_choice: Which rows: "first", "random" or "balanced".
-        memory_batch_size: Rows of the memory drawn for each gradient; None = as many as a step trains on.
-        project_step: Whether what the optimizer makes of the projected gradient is projected, too. The papers use plain
-            SGD, whose step is the gradient; that of Adam may go against the memory though the gradient does not.
-    """
-
-    memory_rows: int = field(default=256, metadata={"help": "Rows kept of each earlier task."})
-    memory_choice: str = field(
-        default="random", metadata={"help": "Which rows are kept: first, random or balanced.", "choices": CHOICES}
+    memory_rows: int = option(256, "Rows kept of each earlier task.", least=1)
+    memory_choice: str = option("random", "Which rows are kept: first, random or balanced.", choices=CHOICES)
+    memory_batch_size: int | None = option(
+        None, "Rows drawn from a memory for each gradient; default: those of a step.", least=1
     )
-    memory_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows drawn from a memory for each gradient; default: those of a step."}
-    )
-    project_step: bool = field(default=False, metadata={"help": "Project the optimizer's step, too."})
-
-    def __post_init__(self) -> None:
-        """Checks the sizes."""
-        super().__post_init__()
-        for name in ("memory_rows", "memory_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is not allowed: use a number of at least 1.")
+    # The papers use plain SGD, whose step is the gradient; that of Adam may go against the memory though it does not.
+    project_step: bool = option(False, "Project what the optimizer makes of the projected gradient, too.")
 
 
 class MemoryTrainer(CLTrainer):

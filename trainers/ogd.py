@@ -20,34 +20,22 @@ room.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
 from trainers.memory import ProjectStep, choose_rows
 
 
 @dataclass
 class OGDConfig(CLConfig):
-    """As CLConfig, and the stored directions.
+    """As CLConfig, and the stored directions."""
 
-    Args:
-        ogd_rows: Rows of each task whose gradients are taken.
-        ogd_size: The most directions kept of each task; no more than there are rows.
-    """
-
-    ogd_rows: int = field(default=200, metadata={"help": "Rows of each task whose gradients are taken."})
-    ogd_size: int = field(default=200, metadata={"help": "The most directions kept of each task."})
-
-    def __post_init__(self) -> None:
-        """Checks the sizes."""
-        super().__post_init__()
-        for name in ("ogd_rows", "ogd_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is not allowed: use a number of at least 1.")
+    ogd_rows: int = option(200, "Rows of each task whose gradients are taken.", least=1)
+    ogd_size: int = option(200, "The most directions kept of each task; no more than there are rows.", least=1)
 
 
 class OGDTrainer(CLTrainer):

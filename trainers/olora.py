@@ -13,7 +13,7 @@ each stage and its product is the sum of the tasks' adapters. The next stage fin
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import set_seed
 
 from trace_bench.run import Stage
 from trace_tasks.data.files import fresh_dir
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, sort_names
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, sort_names
 
 #: PEFT's name for the adapter that is trained, and ours for the frozen one of all earlier tasks.
 NEW, PAST = "default", "past"
@@ -32,19 +32,9 @@ NEW, PAST = "default", "past"
 
 @dataclass
 class OLoRAConfig(CLConfig):
-    """As CLConfig, and the strength of the orthogonality.
+    """As CLConfig, and the strength of the orthogonality."""
 
-    Args:
-        olora_lambda: Weight of the orthogonality loss.
-    """
-
-    olora_lambda: float = field(default=0.5, metadata={"help": "Weight of the orthogonality loss."})
-
-    def __post_init__(self) -> None:
-        """Checks the weight."""
-        super().__post_init__()
-        if self.olora_lambda < 0:
-            raise ConfigError(f"olora_lambda={self.olora_lambda} is not allowed: use 0 or more.")
+    olora_lambda: float = option(0.5, "Weight of the orthogonality loss.", least=0)
 
 
 class OLoRATrainer(CLTrainer):

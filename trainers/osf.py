@@ -24,7 +24,7 @@ them have gradients and moments. PEFT advises learning rates of 1e-5 to 1e-4.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +32,19 @@ from peft import OSFConfig as Tuner
 from peft import get_peft_model
 
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, refuse_shards
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, refuse_shards
 
 
 @dataclass
 class OSFConfig(CLConfig):
-    """As CLConfig, and how much is preserved.
+    """As CLConfig, and how much is preserved."""
 
-    Args:
-        osf_preserved: The fraction of each weight's singular directions that every stage preserves; None lets it grow
-            with the stages, (t - 1)/T.
-    """
-
-    osf_preserved: float | None = field(
-        default=None,
-        metadata={"help": "Fraction of singular directions preserved at every stage; default: grows, (t-1)/T."},
+    osf_preserved: float | None = option(
+        None,
+        "Fraction of each weight's singular directions that every stage preserves; default: grows, (t-1)/T.",
+        above=0,
+        below=1,
     )
-
-    def __post_init__(self) -> None:
-        """Checks the fraction."""
-        super().__post_init__()
-        if self.osf_preserved is not None and not 0 < self.osf_preserved < 1:
-            raise ConfigError(f"osf_preserved={self.osf_preserved} is not allowed: use a fraction between 0 and 1.")
 
 
 class OSFTrainer(CLTrainer):

@@ -21,7 +21,7 @@ vLLM serves such checkpoints with its engine argument enable_prompt_embeds, whic
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,29 +29,20 @@ from peft import PromptTuningConfig, get_peft_model
 
 from trace_bench.engine import models
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
 
 
 @dataclass
 class PPConfig(CLConfig):
-    """As CLConfig, and the size of the prompts.
+    """As CLConfig, and the size of the prompts."""
 
-    Args:
-        prompt_tokens: Vectors of each task's prompt.
-        prompt_mlp: Bottleneck of the residual MLP through which a prompt is trained; 0 trains it directly.
-    """
-
-    prompt_tokens: int = field(default=20, metadata={"help": "Virtual tokens of each task's prompt."})
-    prompt_mlp: int = field(
-        default=0, metadata={"help": "Bottleneck of the residual MLP over a prompt in training; 0 = none."}
-    )
+    prompt_tokens: int = option(20, "Virtual tokens of each task's prompt.", least=1)
+    prompt_mlp: int = option(0, "Bottleneck of the residual MLP over a prompt in training; 0 = none.", least=0)
 
     def __post_init__(self) -> None:
-        """Checks the sizes, and prepares vLLM for soft prompts."""
+        """Prepares vLLM for soft prompts."""
         super().__post_init__()
-        if self.prompt_tokens < 1:
-            raise ConfigError(f"prompt_tokens={self.prompt_tokens} is not allowed: use a number of at least 1.")
-        if self.prompt_mlp < 0 or self.prompt_mlp == 1:
+        if self.prompt_mlp == 1:
             raise ConfigError(f"prompt_mlp={self.prompt_mlp} is not allowed: use 0 (none), or 2 or more.")
         if self.backend == "vllm":
             assert not isinstance(self.engine_args, str)  # HF has read it

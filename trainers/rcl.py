@@ -11,19 +11,17 @@ or of the folder LLM-CL-Benchmark_Reasoning in or beside TRACE_DATA; `trace-benc
 RCL with replay is `python -m trainers.replay ... --tasks reasoning_order1 --train_rows 500`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from trace_tasks import data
-from trainers.base import CLConfig, CLTrainer, ConfigError, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
 
 
 @dataclass
 class RCLConfig(CLConfig):
     """Configuration of RCL: that of every run, with the tasks in their reasoning form and 500 training rows each."""
 
-    train_rows: int | None = field(
-        default=500, metadata={"help": "First so many training rows of each task; the paper has 500."}
-    )
+    train_rows: int | None = option(500, "First so many training rows of each task; the paper has 500.", least=1)
 
     def __post_init__(self) -> None:
         """Puts the reasoning task in the place of every plain one.

@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,44 +32,27 @@ from torch.utils.data import RandomSampler, Sampler
 
 from trace_bench.run import Stage
 from trace_tasks import data
-from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped, main, option
 from trainers.memory import CHOICES, choose_rows
 
 
 @dataclass
 class ReplayConfig(CLConfig):
-    """As CLConfig, and what is replayed.
+    """As CLConfig, and what is replayed."""
 
-    Args:
-        replay: "after" the stage's own rows, or "mixed" with them.
-        replay_ratio: Share of each earlier task's training rows; 0 = none.
-        replay_choice: Which rows: "first" (the official code's), "random" (ours), or "balanced" over the answers.
-        alignment_data: The alignment set: a JSON file of prompts and answers, a folder with train.json, or "none".
-            None takes the folder Lima in the data.
-        alignment_rows: The first so many rows of the alignment set; None = all.
-    """
-
-    replay: str = field(default="after", metadata={"help": "When rows are replayed.", "choices": ["after", "mixed"]})
-    replay_ratio: float = field(default=0.1, metadata={"help": "Share of each earlier task's rows; 0 = none."})
-    replay_choice: str = field(
-        default="random",
-        metadata={"help": "Which rows are replayed: first (officially), random or balanced.", "choices": CHOICES},
+    replay: str = option("after", "When rows are replayed.", choices=["after", "mixed"])
+    replay_ratio: float = option(0.1, "Share of each earlier task's rows; 0 = none.", least=0, most=1)
+    replay_choice: str = option(
+        "random", "Which rows are replayed: first (officially), random or balanced.", choices=CHOICES
     )
-    alignment_data: str | None = field(
-        default=None,
-        metadata={"help": "Alignment set: JSON file, folder with train.json, or none. Default: Lima in the data."},
+    alignment_data: str | None = option(
+        None, "Alignment set: JSON file, folder with train.json, or none. Default: Lima in the data."
     )
-    alignment_rows: int | None = field(
-        default=None, metadata={"help": "First so many rows of the alignment set; default: all."}
-    )
+    alignment_rows: int | None = option(None, "First so many rows of the alignment set; default: all.", least=1)
 
     def __post_init__(self) -> None:
-        """Checks the share and finds the alignment set."""
+        """Refuses settings that leave nothing to replay, or would mix or cut it."""
         super().__post_init__()
-        if not 0 <= self.replay_ratio <= 1:
-            raise ConfigError(f"replay_ratio={self.replay_ratio} is not allowed: use a share from 0 to 1.")
-        if self.alignment_rows is not None and self.alignment_rows < 1:
-            raise ConfigError(f"alignment_rows={self.alignment_rows} is not allowed: use a number of at least 1.")
         if self.replay_ratio == 0 and self.alignment_data == "none":
             raise ConfigError("replay_ratio=0 and alignment_data=none leave nothing to replay: that is sequential.")
         if self.replay == "after" and self.shuffle_dataset:

@@ -6,21 +6,18 @@ well as fine-tuning and forgets nothing. Each stage is evaluated on its own task
     python -m trainers.single --config trainers/configs/quickstart.yaml --output_dir runs/single
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, main
+from trainers.base import CLConfig, CLTrainer, main, option
 
 
 @dataclass
 class SingleConfig(CLConfig):
     """As CLConfig, with one changed default."""
 
-    cells: str = field(
-        default="own",
-        metadata={"help": "The tasks each stage is evaluated on.", "choices": ["seen", "all", "own"]},
-    )
+    cells: str = option("own", "The tasks each stage is evaluated on.", choices=["seen", "all", "own"])
 
 
 class SingleTrainer(CLTrainer):

@@ -1,0 +1,29 @@
+"""What every method is made of: a configuration, a trainer for one stage, and the loop over the stages.
+
+config        options and their checks        progress     what is shown and logged while a stage is trained
+trainer       the hooks of a method           preflight    what cannot work is refused before the first stage
+gradients     losses and gradients            stages       `main`, and the loop over the stages
+checkpoints   what a stage leaves, and what it goes on from
+sampler       batches of rows of similar length
+"""
+
+from trainers.base.checkpoints import sort_names
+from trainers.base.config import CLConfig, ConfigError, option
+from trainers.base.preflight import context_length, refuse_shards
+from trainers.base.sampler import LengthGrouped
+from trainers.base.stages import main, train
+from trainers.base.trainer import CLTrainer, frozen_in_bf16
+
+__all__ = [
+    "CLConfig",
+    "CLTrainer",
+    "ConfigError",
+    "LengthGrouped",
+    "context_length",
+    "frozen_in_bf16",
+    "main",
+    "option",
+    "refuse_shards",
+    "sort_names",
+    "train",
+]

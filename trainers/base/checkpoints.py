@@ -1,0 +1,162 @@
+"""What a stage leaves on the disk: its checkpoint, the state of its method, and checkpoints within the stage."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
+
+from trace_bench.run import Run, RunError, Stage, read_json
+from trace_tasks.data.files import fingerprint, fresh_dir, remove, sync_files, write_json
+from trainers.base.gradients import GradientTrainer
+from trainers.base.sampler import LengthGrouped
+
+#: Files of a checkpoint within a stage: the trained parameters, and what is written last.
+_TRAINED, _WHOLE = "trained.safetensors", "whole.json"
+
+
+class CheckpointTrainer(GradientTrainer):
+    """A trainer that saves its stage, and goes on within it after a kill."""
+
+    #: What is counted during a stage and so has to be kept in its checkpoints, in addition to what HF keeps.
+    counters: ClassVar[tuple[str, ...]] = ("_total_train_tokens",)
+    run: Run
+    stage: Stage
+    #: Before the checkpoint that the stage goes on from: seconds, the sum of the losses of its steps, and the steps.
+    before: dict[str, float]
+    #: The order of the rows where they are grouped by length: it has to know which epoch a stage goes on in.
+    grouped: LengthGrouped | None = None
+    #: When the stage began, as `time.perf_counter` counts; what was done before a kill is subtracted.
+    started: float
+
+    # ------------------------------------------------------------------------------------------------ after the stage
+
+    def save_checkpoint(self) -> Path:
+        """Saves the stage's adapter or model, whole or not at all, and returns its folder."""
+        target = self.stage.path / ("adapter" if self.model_args.use_peft else "model")
+        # All processes take part in gathering the weights; the first one writes, and says where.
+        with fresh_dir(target) if self.is_world_process_zero() else nullcontext(target) as folder:
+            (place,) = broadcast_object_list([str(folder)])
+            self.save_model(place)
+            if self.is_world_process_zero():
+                if not list(folder.glob("*.safetensors")):
+                    raise RunError(
+                        f"{target} would hold no weights: DeepSpeed or FSDP saved shards. Launch with a file of "
+                        "trainers/configs/accelerate, which have them put together."
+                    )
+                # A pickle of the arguments: nobody reads it, and only safetensors are kept.
+                (folder / "training_args.bin").unlink(missing_ok=True)
+                if self.model_args.use_peft:
+                    sort_names(folder, self.accelerator.unwrap_model(self.model).peft_config["default"])
+        return target
+
+    def save_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Writes what the next stage needs to stage.method_state; for `end_stage`."""
+        if self.is_world_process_zero():
+            with fresh_dir(self.stage.method_state) as folder:
+                save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+
+    def load_state(self) -> dict[str, torch.Tensor]:
+        """What `save_state` wrote at the stage before, on the device; empty at the first stage."""
+        if self.stage.index == 1:
+            return {}
+        file = self.run.stages[self.stage.index - 1].method_state / "state.safetensors"
+        if not file.is_file():
+            raise RunError(
+                f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before again "
+                "(delete its train.json), or restore the file."
+            )
+        return {name: tensor.to(self.accelerator.device) for name, tensor in load_file(file).items()}
+
+    # ----------------------------------------------------------------------------------------------- within the stage
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """HF's; but in a checkpoint within the stage the trained parameters, as the method has them in memory."""
+        if not _internal_call or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+        elif self.args.should_save:
+            folder = Path(str(output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file({name: p.detach().contiguous() for name, p in self.trained().items()}, folder / _TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The counterpart of `save_model`; called by HF's trainer."""
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = load_file(Path(resume_from_checkpoint) / _TRAINED)
+        for name, parameter in self.trained().items():
+            parameter.data.copy_(saved[name])
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """HF's checkpoint, and last of all the file that says that it is whole; then older ones go.
+
+        HF also writes pickles. It reads them with weights_only, which runs no code; training_args.bin it never reads.
+        """
+        if self.state.global_step >= self.state.max_steps and self.state.epoch and self.state.epoch % 1:
+            return  # HF, going on within an epoch, looks at the number of steps only after one more of them
+        folder = self.stage.attempt / f"checkpoint-{self.state.global_step}"
+        if self.is_world_process_zero():
+            remove(folder)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            sync_files(folder)
+            whole = {
+                "of": self._origin(),
+                "step": self.state.global_step,
+                "seconds": time.perf_counter() - self.started,
+                "losses": self.before["losses"] + self._total_loss_scalar + float(self._tr_loss),
+                "counters": {name: getattr(self, name) for name in self.counters},
+                "files": _sizes(folder),
+            }
+            write_json(folder / _WHOLE, whole)
+            rotate_checkpoints(str(self.stage.attempt), self.config.save_total_limit)
+
+    def _origin(self) -> dict[str, Any]:
+        """What a checkpoint within the stage has to share with an attempt that goes on from it."""
+        before = self.run.stages[self.stage.index - 1].train_file
+        return {
+            "run": fingerprint(self.run.path / "manifest.json"),
+            "stage before": fingerprint(before) if before.exists() else None,
+            "processes": self.args.world_size,
+        }
+
+    def resume(self) -> str | None:
+        """The newest whole checkpoint of this very stage, its counts taken over; None = from the beginning."""
+        origin = self._origin()
+        for folder in map(Path, reversed(sort_checkpoints(str(self.stage.attempt)))):
+            try:
+                whole = read_json(folder / _WHOLE)
+                usable = whole["of"] == origin and whole["files"] == _sizes(folder)
+            except (OSError, RunError):
+                usable = False  # it was being written when the program was killed
+            if usable:
+                for name, value in whole["counters"].items():
+                    setattr(self, name, value)
+                self.before = {name: whole[name] for name in self.before}
+                self.started -= whole["seconds"]
+                return str(folder)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                remove(folder)  # else it would count as the newest when older ones are removed
+        return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE}
+
+
+def sort_names(folder: Path, config: Any) -> None:
+    """Sorts the names in the adapter_config.json of a folder that PEFT's `config` keeps in sets, in no fixed order."""
+    file = folder / "adapter_config.json"
+    names = {key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)}
+    file.write_text(json.dumps({**read_json(file), **names}, indent=2, sort_keys=True), encoding="utf-8")

@@ -1,0 +1,252 @@
+"""The configuration of a run. Each option says its default, its help and what is allowed in one place."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, get_args, get_type_hints
+
+import torch
+from trl import SFTConfig
+
+from trace_bench.evaluate import EXTRA_SETTINGS
+from trace_bench.keys import refuse_secrets
+from trace_bench.run import RunError
+from trace_tasks import data
+from trace_tasks.errors import TraceError
+
+#: Settings that HF's configs do not mark as deciding the result, but that do.
+_DECIDING = {
+    *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("lr_scheduler_type", "max_steps", "optim", "seed", "bf16"),
+}
+#: Settings that say where and how to run, not what comes out.
+_INDIFFERENT = {
+    *("output_dir", "data", "disable_tqdm", "logging_steps", "report_to", "run_name", "project", "trackio_space_id"),
+    *("trackio_bucket_id", "trackio_static_space_id", "dataloader_num_workers", "dataloader_pin_memory"),
+    *("dataset_num_proc", "local_rank", "use_cpu", "eos_token", "log_level", "save_strategy", "save_steps"),
+    *("save_total_limit", "dataset_kwargs", "ddp_timeout", "keep"),
+}
+#: Limit -> how an error names it, and how it is checked.
+_LIMITS = {
+    "least": ("of at least", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("of at most", operator.le),
+    "below": ("below", operator.lt),
+}
+#: The limits of options that HF and TRL define.
+_LIMITS_OF_HF: dict[str, dict[str, float]] = {
+    "num_train_epochs": {"above": 0},
+    "learning_rate": {"least": 0},
+    "seed": {"least": 0, "most": 2**32 - 1},
+    "per_device_train_batch_size": {"least": 1},
+    "gradient_accumulation_steps": {"least": 1},
+}
+_TOKENIZER = "TRL changes the tokenizer of training alone: change the files of the base model, for evaluation, too."
+#: Options of TRL that evaluation could not follow -> why.
+_REFUSED = {
+    "eos_token": _TOKENIZER,
+    "chat_template_path": _TOKENIZER,
+    "max_length": "it would cut answers off. Use max_prompt_length and max_answer_length.",
+}
+
+
+class ConfigError(TraceError):
+    """The configuration cannot be run; the message says which value and what is allowed."""
+
+
+class Help(str):
+    """The help text of an option. It carries the limits, since HF's parser hands all other metadata on to argparse."""
+
+    limits: dict[str, float]
+
+
+def option(default: Any, help: str, *, choices: list[str] | None = None, **limits: float) -> Any:
+    """A field of a config: `CLConfig` checks its value, and `--help` shows its text, choices and default.
+
+    Args:
+        default: The default. None is allowed where the type of the field has it.
+        help: What the option is for.
+        choices: All that is allowed.
+        **limits: Of a number: `least` and `most`, or `above` and `below`, which are not allowed themselves.
+    """
+    if not limits.keys() <= _LIMITS.keys():
+        raise TypeError(f"{', '.join(limits)}: the limits of an option are {', '.join(_LIMITS)}.")
+    text = Help(help)
+    text.limits = limits
+    metadata = {"help": text} | ({"choices": choices} if choices else {})
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) -> None:
+    """Refuses what is not a number of the type `kind` within `limits`."""
+    kinds = get_args(kind) or (kind,)
+    if value is None and type(None) in kinds:
+        return
+    whole = float not in kinds
+    number = isinstance(value, int if whole else int | float) and value < math.inf
+    if not number or not all(_LIMITS[key][1](value, limit) for key, limit in limits.items()):
+        allowed = " and ".join(f"{_LIMITS[key][0]} {limit}" for key, limit in limits.items())
+        raise ConfigError(f"{name}={value!r} is not allowed: use a {'whole ' * whole}number {allowed}.")
+
+
+@dataclass
+class CLConfig(SFTConfig):
+    """Configuration of a run: TRL's SFTConfig with the sequence of tasks and how it is measured."""
+
+    data: str | None = option(None, "Where the data is; default: TRACE_DATA.")
+    tasks: list[str] = option(["order1"], "lm-eval tasks in the order of training, or order1 or order2 of the paper.")
+    epochs: list[float] | None = option(None, "Epochs of each task, in their order; default: num_train_epochs for all.")
+    train_rows: int | None = option(None, "Training rows of each task, the first ones; default: all.", least=1)
+    test_rows: int | None = option(None, "Test rows of each task, the first ones; default: all.", least=1)
+    max_prompt_length: int = option(1024, "Tokens of a prompt in training and evaluation, cut on the left.", least=1)
+    max_answer_length: int = option(512, "Tokens of an answer in training, with EOS.", least=1)
+    max_new_tokens: int | None = option(None, "Most tokens generated for an answer; default: each task's own.", least=1)
+    chat_template: bool = option(False, "Put prompts into the chat template, in training and evaluation.")
+    chat_template_args: dict[str, Any] | str | None = option(
+        None, "Variables of the chat template, as JSON: '{\"enable_thinking\": false}'. Judged answers have them too."
+    )
+    loss_weights: str = option("rows", "What weighs the same in the loss; tokens is HF's.", choices=["rows", "tokens"])
+    cells: str = option("seen", "The tasks each stage is evaluated on.", choices=["seen", "all", "own"])
+    keep: str = option(
+        "all",
+        "Checkpoints to keep on the disk: all; last (earlier stages cannot be evaluated later); or evaluated (each "
+        "stage is evaluated right after training, then the one before is dropped).",
+        choices=["all", "last", "evaluated"],
+    )
+    general: list[str] = option([], "General-ability suites beyond the matrix: names, or general for the paper's six.")
+    general_stages: str = option(
+        "last", "Stages of general and judged: stage 0 and the last, or all.", choices=["last", "all"]
+    )
+    general_rows: int | None = option(
+        None, "At least so many rows of each suite: equal parts, rounded up, of its subtasks; default: all.", least=1
+    )
+    judged: list[str] = option([], "Prompts answered for the judges: instruct, safety, or their names.")
+    judged_rows: int | None = option(None, "First so many prompts of each judged set; default: all.", least=1)
+    judged_max_new_tokens: int | None = option(None, "Most tokens of an answer to be judged; default: 512.", least=1)
+    backend: str = option("vllm", "Inference for the evaluation.", choices=["vllm", "hf"])
+    engine_args: dict[str, Any] | str | None = option(None, "Arguments of vLLM's LLM or lm-eval's HFLM, as JSON.")
+
+    # The paper's optimisation (its section 4.2 and the official scripts) where TRL's defaults differ.
+    lr_scheduler_type: str = option("constant", "Learning rate schedule of each stage.")
+    adam_beta2: float = option(0.95, "Beta2 of AdamW.")
+    # The loss curve of a stage is part of its record, and stages are short.
+    logging_steps: float = option(1, "Log the loss every so many steps.")
+    # Examples come as token ids, cut already: TRL's own limit would cut answers.
+    max_length: int | None = option(None, "Not used: see max_prompt_length.")
+    # HF's checkpoints, from which a killed stage goes on; they are removed when the stage is done.
+    save_strategy: str = option("no", "Checkpoints within a stage, to go on from: no, steps (save_steps) or epoch.")
+    save_total_limit: int | None = option(1, "Checkpoints within a stage to keep.", least=1)
+    report_to: list[str] = option(["none"], "Trackers, such as trackio wandb tensorboard: a run of each per stage.")
+
+    # HF reads these fields as JSON when they come from the command line.
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args", "chat_template_args"]  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        """Checks the values that can be checked without data or model.
+
+        Raises:
+            ConfigError: naming the value and what is allowed.
+        """
+        # HF refuses bfloat16 without an accelerator unless it is told that a CPU is meant.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        try:
+            super().__post_init__()
+            self._read_names()
+            refuse_secrets(self.to_dict(), "the configuration's")
+        except (TypeError, ValueError, RunError) as e:  # TypeError, ValueError: HF's own checks
+            raise ConfigError(str(e)) from e
+        self._check_options()
+        self._check_combinations()
+
+    def _read_names(self) -> None:
+        """Makes lists of the names of tasks, suites and sets, with all that an order or a group stands for."""
+        for name in ("tasks", "general", "judged"):
+            value = getattr(self, name)
+            names = [value] if isinstance(value, str) else value  # YAML without brackets
+            if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+                raise ConfigError(f"{name}={value!r} is not allowed: use a list of names.")
+            setattr(self, name, names)
+        self.tasks = [t for name in self.tasks for t in data.ORDERS.get(name, [name])]
+        for name, known in (("general", data.SUITES), ("judged", data.JUDGED)):
+            try:
+                setattr(self, name, data.expand(getattr(self, name), known))
+            except data.DataError as e:
+                raise ConfigError(f"{name}={getattr(self, name)}: {e}") from e
+
+    def _check_options(self) -> None:
+        """Checks each option against what `option` says is allowed."""
+        own, kinds = self._own(), get_type_hints(type(self))
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata.get("choices")
+            if choices and f.name in own and value not in choices:
+                raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
+            if limits := self._limits(f.name):
+                _check_number(f.name, value, kinds[f.name], limits)
+        for name in ("engine_args", "chat_template_args"):
+            if not isinstance(getattr(self, name), dict | None):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: use a mapping of arguments.")
+        for name, why in _REFUSED.items():
+            if getattr(self, name) is not None:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: {why}")
+
+    @classmethod
+    def _limits(cls, name: str) -> dict[str, float]:
+        """The limits of an option; a method that changes only its default need not say them again."""
+        for config in cls.__mro__:
+            option = getattr(config, "__dataclass_fields__", {}).get(name)
+            limits = getattr(option.metadata.get("help"), "limits", None) if option else None
+            if limits:
+                return limits
+        return _LIMITS_OF_HF.get(name, {})
+
+    def _check_combinations(self) -> None:
+        if not self.tasks:
+            raise ConfigError("tasks is empty: name at least one task.")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise ConfigError(f"tasks={self.tasks}: every task can be one stage only.")
+        if not isinstance(self.epochs, list | None):
+            raise ConfigError(f"epochs={self.epochs!r} is not allowed: use a list with a number for each task.")
+        for value in self.epochs or ():
+            _check_number("epochs", value, float, {"above": 0})
+        if self.epochs is not None and len(self.epochs) != len(self.tasks):
+            raise ConfigError(
+                f"epochs has {len(self.epochs)} values for {len(self.tasks)} tasks ({', '.join(self.tasks)}). "
+                "Give one for each task, or leave it out and set num_train_epochs."
+            )
+        if self.save_strategy != "no" and self.save_only_model:
+            raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
+        if self.chat_template_args and not (self.chat_template or self.judged):
+            raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
+        for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+            if self.loss_weights == "rows" and getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is a loss by tokens: set loss_weights: tokens, or {name}: {plain}."
+                )
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of the run. One for each task and named after it, unless a method has others."""
+        return self.tasks
+
+    @property
+    def virtual_tokens(self) -> int:
+        """The most positions that a method's soft prompts take of the model's context."""
+        return 0
+
+    def _own(self) -> set[str]:
+        """The names of the project's own settings and of the method's."""
+        return {f.name for f in fields(self)} - {f.name for f in fields(SFTConfig)}
+
+    def manifest(self) -> dict[str, Any]:
+        """The settings that decide the result: all of the project's own and every changed one of TRL's."""
+        always = self._own() - set(EXTRA_SETTINGS) | _DECIDING
+        defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name not in _INDIFFERENT and (name in always or value != defaults.get(name))
+        }

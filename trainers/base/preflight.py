@@ -1,0 +1,267 @@
+"""What cannot work is refused before the first stage: launches, trackers, settings, base models, adapters."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+)
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.pytorch_utils import Conv1D
+from trl import ModelConfig, get_peft_config
+
+from trace_bench.engine import models
+from trace_bench.evaluate import answer_tokens
+from trace_tasks.errors import brief
+from trace_tasks.limits import limited
+from trainers.base.config import CLConfig, ConfigError
+from trainers.base.trainer import CLTrainer
+
+log = logging.getLogger(__name__)
+
+#: What a model's configuration calls the most tokens that it reads; sliding windows are no limit.
+_CONTEXT = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
+    "max_seq_length",
+)
+_OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$")
+
+
+# ---------------------------------------------------------------------------------------------------------- the launch
+
+
+def refuse_shards(config: CLConfig, why: str, instead: str) -> None:
+    """Refuses DeepSpeed and FSDP, whether a launch or an option asks for them: why, and how to launch instead."""
+    sharded = {
+        "DeepSpeed": config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
+        "FSDP": config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
+    }
+    for name, used in sharded.items():
+        if used:
+            raise ConfigError(
+                f"{why}, and {name} gives each process a part of them. "
+                f"Launch it without, on one process or several (DDP), {instead}."
+            )
+
+
+def check_devices(config: CLConfig, processes: int, method: str) -> None:
+    """Refuses several GPUs in one process, which HF would use in a way of its own."""
+    gpus = 0 if config.use_cpu else torch.cuda.device_count()
+    if gpus > 1 and processes == 1 and config.stages:
+        raise ConfigError(
+            f"{gpus} GPUs are visible to one process. Take one of them (CUDA_VISIBLE_DEVICES=0), or all: accelerate "
+            f"launch --num_processes {gpus} -m trainers.{method} ..., with gradient_accumulation_steps divided by "
+            f"{gpus} for the same batch."
+        )
+
+
+def check_launch() -> None:
+    """Refuses launches of accelerate that save shards or nothing instead of a whole checkpoint."""
+
+    def given(name: str) -> str:
+        return os.environ.get(name, "not set").lower()
+
+    if given("ACCELERATE_USE_FSDP") == "true":
+        setting, value, wanted, file = "fsdp_state_dict_type", given("FSDP_STATE_DICT_TYPE"), "FULL_STATE_DICT", "fsdp"
+    elif given("ACCELERATE_USE_DEEPSPEED") == "true" and given("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        value = given("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
+        setting, wanted, file = "zero3_save_16bit_model", "true", "zero3"
+    else:
+        return
+    if value != wanted.lower():
+        raise ConfigError(
+            f"{setting} is {value.upper()}, which saves no checkpoint that a stage could start from: set {wanted}, as "
+            f"trainers/configs/accelerate/{file}.yaml does."
+        )
+
+
+def check_trackers(config: CLConfig) -> None:
+    """Refuses trackers that are not installed; HF would only notice when the model is loaded."""
+    try:
+        for callback in get_reporting_integration_callbacks(config.report_to):
+            callback()
+    except (ImportError, RuntimeError, ValueError) as e:
+        raise ConfigError(f"report_to={config.report_to}: {e}") from e
+
+
+def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
+    """Refuses settings under which a method would not see rows or gradients as they are."""
+    joined = [option for option in ("packing", "padding_free") if getattr(config, option)]
+    own = {h for h in ("adjust_gradients", "compute_loss") if getattr(trainer, h) is not getattr(CLTrainer, h)}
+    if joined and (config.use_cpu or own):
+        raise ConfigError(
+            f"{joined[0]}=true joins rows, which needs flash attention on a GPU and a method without gradients or "
+            "losses of its own (sequential, single, joint, replay, rcl). Leave it out."
+        )
+    if joined and config.loss_weights == "rows":
+        raise ConfigError(f"{joined[0]}=true joins rows, which then cannot weigh the same: set loss_weights: tokens.")
+    if "adjust_gradients" in own:
+        refuse_shards(config, f"{name} needs whole gradients", "with LoRA if memory is short")
+        if config.fp16:
+            raise ConfigError(f"{name} needs true gradients, and fp16=true scales them: use bf16 or float32.")
+
+
+# ------------------------------------------------------------------------------------------------------ the base model
+
+
+def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks: dict[str, Any], lora: bool) -> None:
+    """Refuses what would fail, or mean something else, in the training or when its checkpoints are evaluated."""
+    base, code = str(model_args.model_name_or_path), config.trust_remote_code
+    if tokenizer.eos_token is None:
+        raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
+    model = _causal_config(base, model_args, code)
+    _check_weights(model, model_args)
+    _check_context(model, config, tasks)
+    if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
+        return
+    kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+
+    def make() -> Any:
+        with torch.device("meta"):  # without weights: a second, whatever the size
+            return AutoModelForCausalLM.from_config(copy.deepcopy(model), trust_remote_code=code, **kwargs)
+
+    try:
+        with limited(*models.READING):
+            empty = make()
+    except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
+        raise ConfigError(f"transformers cannot make the model {base}: {brief(e)}") from e
+    _check_vocabulary(empty, tokenizer, base)
+    if lora and (problem := _lora_problem(empty, model_args)):
+        raise ConfigError(f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(make, model_args)}")
+
+
+def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
+    """The configuration of a base model that writes text from left to right."""
+    try:
+        with models.reading(base):
+            model = AutoConfig.from_pretrained(
+                base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
+            )
+        model.get_text_config(decoder=True).to_dict()
+    except Exception as e:  # a type that transformers does not know, code of its own, values that a class does not take
+        raise ConfigError(f"transformers cannot make the model {base}: {models.why_not(e)}") from e
+    settings = model.to_dict()
+    own_code = "AutoModelForCausalLM" in (settings.get("auto_map") or {})
+    other_heads = [name for name in model.architectures or () if _OTHER_HEAD.search(name)]
+    if settings.get("is_encoder_decoder") or type(model) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        what = "an encoder-decoder"
+    elif type(model) in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder"):
+        what = "an encoder"
+    elif type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        what = "of another kind"
+    elif other_heads:
+        what = f"a {other_heads[0]} without a head for the next token"
+    else:
+        return model
+    raise ConfigError(
+        f"{base} ({model.model_type}) is not a causal model but {what}. Take a model such as Llama, Qwen or GPT-2."
+    )
+
+
+def _check_weights(model: Any, model_args: ModelConfig) -> None:
+    """Refuses weights that evaluation cannot merge with what is trained."""
+    if model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ConfigError(
+            "load_in_4bit and load_in_8bit are not supported: evaluation merges adapters into the weights as they are, "
+            "which are not those that were trained with. Use dtype=bfloat16 and LoRA."
+        )
+    if not model_args.use_peft and model_args.dtype in ("bfloat16", "float16"):
+        log.warning(
+            "All parameters are trained in %s: a step of AdamW is often smaller than its rounding, which looks like "
+            "little forgetting. Use dtype=float32 with bf16=true (autocast).",
+            model_args.dtype,
+        )
+    method = (model.to_dict().get("quantization_config") or {}).get("quant_method")
+    if model_args.use_peft and method in ("gptq", "awq", "aqlm", "eetq"):
+        raise ConfigError(
+            f"{model_args.model_name_or_path} is quantised with {method}, into which PEFT cannot merge an adapter, as "
+            "evaluation does. Take the model in bf16."
+        )
+
+
+def context_length(model: dict[str, Any]) -> int | None:
+    """The most tokens that a model of this configuration reads; None where it has no limit."""
+    return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
+
+
+def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
+    """Refuses a limit of prompts with which prompt and answer do not fit into the model's context."""
+    context = context_length(model.get_text_config(decoder=True).to_dict())
+    for name, task in tasks.items():
+        answer = min(answer_tokens(task), config.max_new_tokens or 10**9) + config.virtual_tokens
+        if context and config.max_prompt_length + answer > context:
+            raise ConfigError(
+                f"max_prompt_length={config.max_prompt_length} and {answer} tokens of an answer of {name} are more "
+                f"than the model's context of {context}: use a max_prompt_length of at most {context - answer}, or "
+                "lower max_new_tokens."
+            )
+
+
+def _check_vocabulary(empty: Any, tokenizer: Any, base: str) -> None:
+    """Refuses a tokenizer with tokens that the model has no embeddings of."""
+    size = empty.get_input_embeddings().weight.shape[0]
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
+    never_seen = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
+    if beyond.keys() - never_seen:
+        raise ConfigError(
+            f"The tokenizer of {base} has {len(beyond)} tokens without a row in the model's {size} embeddings, such as "
+            f"{min(beyond, key=beyond.__getitem__)!r}. Take the tokenizer that the model came with, or resize the "
+            "model's embeddings and save it."
+        )
+    if beyond:
+        log.warning("The model has no embeddings of %s: a row with such a text would stop it.", ", ".join(beyond))
+
+
+def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
+    """What keeps the run's LoRA from a model; None if it fits."""
+    from peft import get_peft_model
+
+    names = [name for name, _ in empty.named_modules()]
+    adapter: Any = get_peft_config(model_args)
+    try:
+        adapted: Any = get_peft_model(empty, adapter, low_cpu_mem_usage=True).base_model
+    except (ValueError, RuntimeError, NotImplementedError) as e:
+        return f"{brief(e).rstrip('.')}."
+    # PEFT is content when one name of a list fits.
+    found = {
+        "lora_target_modules": adapted.targeted_module_names,
+        "lora_target_parameters": adapted.targeted_parameter_names,
+        "lora_modules_to_save": names,
+    }
+    for option, there in found.items():
+        given = getattr(model_args, option)
+        for name in given if isinstance(given, list) else ():
+            if not any(f".{full}".endswith(f".{name}") for full in there):
+                return f"{option} names {name!r}, which the model does not have."
+    return None
+
+
+def _lora_remedy(make: Callable[[], Any], model_args: ModelConfig) -> str:
+    """The options under which LoRA fits, found by trying."""
+    linear = {n.rpartition(".")[2] for n, m in make().named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    # What PEFT refuses in state-space models, whose kernels take these weights without calling the layer.
+    listed = sorted(linear - {"lm_head", "out_proj"})
+    choices: list[tuple[Any, float | None]] = [(None, 0.0), ("all-linear", None), ("all-linear", 0.0), (listed, None)]
+    for targets, dropout in choices:
+        tried = copy.copy(model_args)
+        words = []
+        if targets is not None:
+            tried.lora_target_modules = targets
+            words.append(f"--lora_target_modules {targets if isinstance(targets, str) else ' '.join(targets)}")
+        if dropout is not None:
+            tried.lora_dropout = dropout
+            words.append("--lora_dropout 0")
+        if tried != model_args and _lora_problem(make(), tried) is None:
+            return f"Use {' '.join(words)}."
+    return f"Its linear layers are {', '.join(sorted(linear))}."

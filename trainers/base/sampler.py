@@ -1,0 +1,39 @@
+"""The order of the rows: batches of similar length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+class LengthGrouped(Sampler[int]):
+    """Batches of rows of similar length, in random order, a different one in each epoch.
+
+    `window` batches are drawn at random and grouped among themselves. HF's own sampler sorts a quarter of the rows at
+    most at a time, so that a stage of few rows is hardly grouped, and every window begins with its longest batch.
+    """
+
+    def __init__(self, lengths: list[int], size: int, seed: int, window: int = 50) -> None:
+        self.lengths, self.size, self.seed, self.window = lengths, size, seed, window
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader: an epoch that is resumed has the order that it had."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        random = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=random).tolist()
+        whole = len(order) // self.size * self.size
+        batches = []
+        for start in range(0, whole, self.size * self.window):
+            rows = sorted(order[start : min(start + self.size * self.window, whole)], key=self.lengths.__getitem__)
+            batches += [rows[i : i + self.size] for i in range(0, len(rows), self.size)]
+        for i in torch.randperm(len(batches), generator=random).tolist():
+            yield from batches[i]
+        yield from order[whole:]  # an incomplete batch can only be the last one

@@ -1,0 +1,359 @@
+"""The loop over the stages of a run.
+
+Each stage is loaded from the checkpoint of the stage before, whether or not this process trained it, so a resumed run
+and an uninterrupted one are the same run.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+import logging
+import os
+import re
+import resource
+import shlex
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from transformers.trainer_pt_utils import get_model_param_count
+from trl import ModelConfig, TrlParser
+
+from trace_bench import checks, ending, records
+from trace_bench.engine import models
+from trace_bench.keys import refuse_secrets
+from trace_bench.run import Run, RunError, Stage, locked, read_json, source_commit
+from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows
+from trace_bench.text import prepare_logging, printable
+from trace_tasks import data
+from trace_tasks.data.files import fingerprint, remove, write_json
+from trace_tasks.tokens import Chat, check_room
+from trainers.base import preflight
+from trainers.base.config import CLConfig, ConfigError
+from trainers.base.trainer import CLTrainer
+
+log = logging.getLogger(__name__)
+
+_MEMORY = (
+    "In a new run (--output_dir) give a smaller per_device_train_batch_size with as much more "
+    "gradient_accumulation_steps, gradient_checkpointing: true, a shorter max_prompt_length or max_answer_length, or "
+    "LoRA (use_peft: true)."
+)
+#: What `save_checkpoint` and `end_stage` write.
+_LEFT_BY_STAGE = ("adapter", "model", "method_state")
+#: How the variables begin by which a launcher tells its processes of each other.
+_LAUNCHED = (*("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),)
+
+
+def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
+    """Parses `--config FILE.yaml` and command-line options (which win) and trains every stage of the run."""
+    given = None if argv is None else f"python -m trainers.{method_name(trainer)} {shlex.join(argv)}"
+    with ending.command("train", given, _MEMORY):
+        prepare_logging()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        if "--help_all" in (sys.argv if argv is None else argv):
+            argv = ["--help"]
+        train(trainer, *_parse(config, argv))
+
+
+def _parse(config: type[CLConfig], argv: list[str] | None) -> Any:
+    try:
+        return TrlParser((config, ModelConfig)).parse_args_and_config(argv)  # type: ignore[arg-type]
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file, no YAML, an unknown key
+        raise ConfigError(f"the configuration cannot be read: {e}") from e
+
+
+def method_name(trainer: type[CLTrainer]) -> str:
+    """The name of a method is the name of its file."""
+    if trainer.__module__ == CLTrainer.__module__:
+        return "sequential"
+    if trainer.__module__ == "__main__":
+        return Path(sys.argv[0]).stem
+    return trainer.__module__.rpartition(".")[2]
+
+
+def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -> Run:
+    """Trains every stage of a run that is not trained yet, with TRL's arguments of the base model and LoRA.
+
+    Raises:
+        TraceError: before anything expensive starts, if something cannot work.
+    """
+    state, method = PartialState(), method_name(trainer)
+    if not model_args.model_name_or_path:
+        raise ConfigError("model_name_or_path is not set: name a hub id, a local folder, or " + models.QUICKSTART)
+    if not config.output_dir:
+        raise ConfigError("output_dir is not set: it names the run directory, for example runs/sequential.")
+    preflight.check_devices(config, state.num_processes, method)
+    with state.main_process_first():
+        trace_data = data.open_data(config.tasks, config.data)
+        base = models.resolve_model(model_args.model_name_or_path)
+    tasks = _load_tasks(config, trace_data)
+    preflight.check_method(trainer, config, method)
+    preflight.check_trackers(config)
+    added = trainer.prepare(config, model_args)
+    manifest = _manifest(method, config, model_args, base, trace_data, tasks, state.num_processes) | added
+    refuse_secrets(manifest, "the manifest's")
+    preflight.check_launch()
+    model_args = _pinned(model_args, base, manifest["model"]["revision"])
+    tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
+    preflight.check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
+    rows = _make_rows(config, tasks, tokenizer)
+    # Of all processes of a launch the first one has the lock.
+    with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
+        with state.main_process_first():
+            run = replace(Run.create(config.output_dir, manifest, restart=True), rows=rows)
+        Loop(trainer, config, model_args, run, trace_data.root, tokenizer, state).train()
+    return run
+
+
+def _load_tasks(config: CLConfig, trace_data: data.Data) -> dict[str, Any]:
+    """The tasks of the stages by name; makes sure that all data of the run is there, which may be needed in hours."""
+    if config.data and os.environ.get("TRACE_DATA", config.data) not in (config.data, str(trace_data.root)):
+        log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
+    trace_data.use()
+    trace_data.check()
+    for name in (*config.general, *config.judged):
+        data.source_fingerprint(name)
+    tasks = load_tasks(config.tasks)
+    check_stages(tasks)
+    return tasks
+
+
+def _manifest(
+    method: str,
+    config: CLConfig,
+    model_args: ModelConfig,
+    base: str,
+    trace_data: data.Data,
+    tasks: dict[str, Any],
+    processes: int,
+) -> dict[str, Any]:
+    """What a run is: its method, model, data and settings."""
+    plain, always = ModelConfig(), ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
+    of_model = {k: v for k, v in asdict(model_args).items() if v != getattr(plain, k) or k in always}
+    return {
+        "method": method,
+        "trains": "lora" if model_args.use_peft else "full",
+        "model": {
+            "name": model_args.model_name_or_path,
+            "path": base,
+            "revision": models.pinned_revision(base, model_args.model_revision),
+        },
+        "tasks": config.tasks,
+        **({"stages": config.stages} if config.stages != config.tasks else {}),
+        # A different number of processes is a different batch.
+        **({"processes": processes} if processes > 1 else {}),
+        "task_versions": {name: task.VERSION for name, task in tasks.items()},
+        "task_definitions": checks.definitions(tasks),
+        "data": data_record(trace_data, tasks),
+        "seed": config.seed,
+        # What a chat template that asks for the date is told, whenever a stage is trained or evaluated.
+        "date": time.strftime("%Y-%m-%d"),
+        "config": config.manifest() | of_model,
+    }
+
+
+def _pinned(model_args: ModelConfig, base: str, revision: str) -> ModelConfig:
+    """The arguments of the model as all stages use them, whatever the hub has by then."""
+    model_args = copy.copy(model_args)
+    model_args.model_name_or_path = base
+    if isinstance(model_args.lora_target_modules, str) and re.fullmatch(r"\w+", model_args.lora_target_modules):
+        # TRL makes a text of a list of one, which PEFT reads as a pattern for the whole path of a module.
+        model_args.lora_target_modules = [model_args.lora_target_modules]
+    if not Path(base).is_dir():
+        model_args.model_revision = revision
+    return model_args
+
+
+def _make_rows(config: CLConfig, tasks: dict[str, Any], tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
+    """The training rows of all tasks, before the first one is trained: a bad one of the last task would cost days."""
+    chat = None
+    if config.chat_template:
+        assert not isinstance(config.chat_template_args, str)
+        chat = Chat(tokenizer, config.chat_template_args)
+        check_room(chat, config.max_prompt_length)
+    rows = {name: training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
+    return rows if chat is None else {}  # a stage makes them with the date of the run, which may be an older one
+
+
+@dataclass
+class Loop:
+    """What is the same for all stages of a run."""
+
+    trainer: type[CLTrainer]
+    config: CLConfig
+    model_args: ModelConfig
+    run: Run
+    root: Path | None
+    tokenizer: Any
+    state: PartialState
+
+    def train(self) -> None:
+        """Trains the stages that are not trained yet, and evaluates and drops checkpoints as `keep` says."""
+        if self.config.keep == "evaluated":
+            self._evaluate(self.run.stages[0])
+        for stage in self.run.stages[1:]:
+            if stage.is_trained:
+                records.check_stages(self.run, [stage])
+                self._say(stage, f"{stage.name}: trained already")
+                if self.state.is_main_process:
+                    remove(stage.attempt)  # killed just after train.json was written
+            else:
+                self._check_sources(stage)
+                self._train_stage(stage)
+            if self.config.keep == "evaluated":
+                self._evaluate(stage)
+            if self.config.keep != "all" and stage.index > 1:
+                self._remove_left(self.run.stages[stage.index - 1])
+
+    def _train_stage(self, stage: Stage) -> None:
+        self._remove_left(stage)  # by a killed attempt
+        self.state.wait_for_everyone()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        if self.config.deepspeed_plugin is not None:
+            # accelerate takes its plugin once, and HF's loader looks at the one that was made last, for a manifest.
+            AcceleratorState._reset_state()
+            self.config.deepspeed_plugin.set_deepspeed_weakref()
+        trainer = self.trainer(self.config, self.model_args, self.run, stage, self.tokenizer)
+        trainer.started = time.perf_counter()
+        trainer.begin_stage()
+        around = time.perf_counter() - trainer.started
+        checkpoint = trainer.resume()
+        if checkpoint is not None:
+            self._say(stage, f"{stage.name}: goes on at step {trainer.before['step']}")
+        elif self.state.is_main_process:  # what TensorBoard was told of an attempt that was lost
+            remove(self.run.path / "tensorboard" / stage.name)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trained = time.perf_counter()
+        trainer.end_stage()
+        seconds = time.perf_counter() - trainer.started
+        around += time.perf_counter() - trained
+        saved = trainer.save_checkpoint()
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self._record(trainer, seconds, around, saved)
+        self.state.wait_for_everyone()
+        # The next stage loads its model from the disk: let go of this one first.
+        del trainer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _record(self, trainer: CLTrainer, seconds: float, around: float, checkpoint: Path) -> None:
+        """Writes train.json, which says that the stage is trained; `around` is what begin_stage and end_stage took."""
+        stage = trainer.stage
+        record = _summary(trainer, seconds) | {
+            "seconds_around_steps": round(around, 3),
+            "commit": source_commit(),
+            "method_source": _method_source(self.trainer),
+            **records.origin(self.run, stage),
+            "checkpoint": fingerprint(checkpoint),
+        }
+        if stage.method_state.is_dir():
+            record["method_state"] = fingerprint(stage.method_state)
+        write_json(stage.train_file, record)
+        remove(stage.attempt)
+        losses = [entry["loss"] for entry in record["losses"]]
+        loss = f"{losses[0]:.3f} -> {losses[-1]:.3f}" if losses else f"{record['mean_loss']:.3f}"
+        self._say(
+            stage,
+            f"{stage.task or stage.name}: {record['rows']} rows, {record['steps']} steps, loss {loss}, "
+            f"{record['tokens_per_second']:.0f} tokens/s, {seconds:.0f} s",
+        )
+
+    def _check_sources(self, stage: Stage) -> None:
+        """Refuses to train on what is no longer what the run began with: files may change between stages."""
+        if not self.state.is_main_process:
+            return
+        before = self.run.stages[stage.index - 1]
+        there = any((before.path / kind).is_dir() for kind in ("adapter", "model"))
+        checks.verify(self.run, [before] if there else [], self.root)
+        last = read_json(before.train_file) if before.train_file.exists() else {}
+        if last.get("method_source") not in (None, _method_source(self.trainer)):
+            log.warning(
+                "The file of the method %s has changed since stage %s was trained: this run would mix two methods. For "
+                "a clean one begin again in another folder.",
+                method_name(self.trainer),
+                before.name,
+            )
+        recorded = last.get("method_state")
+        if recorded and before.method_state.is_dir() and fingerprint(before.method_state) != recorded:
+            raise RunError(
+                f"{before.method_state} is not what the training of the stage wrote: it was changed or damaged. "
+                f"Restore it, or delete {before.train_file} to train the stage again."
+            )
+
+    def _evaluate(self, stage: Stage) -> None:
+        """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
+        if self.state.is_main_process:
+            command = ["-m", "trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index)]
+            # It is a program of its own, not one of the processes that were launched together.
+            environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
+            if ending.run_child([sys.executable, *command], environment):
+                raise RunError(
+                    f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again."
+                )
+        self.state.wait_for_everyone()
+
+    def _remove_left(self, stage: Stage) -> None:
+        if self.state.is_main_process:
+            for kind in _LEFT_BY_STAGE:
+                remove(stage.path / kind)
+
+    def _say(self, stage: Stage, text: str) -> None:
+        if self.state.is_main_process:
+            print(printable(f"stage {stage.index}/{len(self.run.stages) - 1} {text}"), flush=True)
+
+
+def _method_source(trainer: type[CLTrainer]) -> str | None:
+    """The fingerprint of a method's file; None where there is no file, as in a notebook."""
+    try:
+        file = Path(inspect.getfile(trainer))
+    except (OSError, TypeError):
+        return None
+    if trainer is CLTrainer:  # sequential training is all that is in this folder
+        return fingerprint(file.parent, [f.name for f in file.parent.glob("*.py")])
+    return fingerprint(file)
+
+
+def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
+    """What train.json says of the training itself."""
+    assert trainer.model is not None and isinstance(trainer.train_dataset, Dataset)
+    cuda = torch.cuda.is_available()
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    steps, tokens = trainer.state.global_step, int(trainer._total_train_tokens)
+    return {
+        "stage": trainer.stage.index,
+        "task": trainer.stage.task,
+        "rows": len(trainer.train_dataset),
+        "epochs": trainer.args.num_train_epochs,
+        "steps": steps,
+        "tokens": tokens,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        "peak_memory_bytes": peak,
+        "memory_of": "cuda" if cuda else "process",
+        "processes": trainer.accelerator.num_processes,
+        # Of the whole model, also where this process has a part of it.
+        "parameters": get_model_param_count(trainer.model),
+        "trainable_parameters": get_model_param_count(trainer.model, trainable_only=True),
+        # HF's own "train_loss" is the mean since the checkpoint that the stage went on from.
+        "mean_loss": (trainer.before["losses"] + trainer._total_loss_scalar) / max(steps, 1),
+        "losses": [
+            {key: entry[key] for key in ("step", "loss", "learning_rate")}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ],
+        **trainer.record(),
+    }

@@ -1,0 +1,188 @@
+"""The trainer of one stage: TRL's SFTTrainer with the hooks of a method (docs/methods.md has them in a table)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, set_seed
+from trl import ModelConfig, get_peft_config
+
+from trace_bench import checks
+from trace_bench.engine import models
+from trace_bench.run import Run, RunError, Stage
+from trace_bench.tasks import load_tasks, training_rows
+from trace_tasks.tokens import Chat, example_ids
+from trainers.base.checkpoints import CheckpointTrainer
+from trainers.base.config import CLConfig
+from trainers.base.progress import follow
+from trainers.base.sampler import LengthGrouped
+
+
+class CLTrainer(CheckpointTrainer):
+    """One stage of continual learning. Subclasses override hooks; this class is sequential fine-tuning."""
+
+    def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
+        self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
+        self.tokenizer = tokenizer
+        #: Renders chat prompts as the evaluation does; None without a chat template.
+        arguments: Any = config.chat_template_args
+        self.chat = Chat(tokenizer, arguments, run.manifest.get("date")) if config.chat_template else None
+        args = self.stage_args(stage)
+        args.output_dir = str(stage.attempt)
+        # A stage begins at step 0: in one run of a tracker the stages would lie on each other.
+        args.run_name = f"{args.run_name or run.path.name} {stage.name}"
+        args.save_total_limit = None  # `_save_checkpoint` drops older ones, when the new one is whole
+        self.before = {"seconds": 0.0, "losses": 0.0, "step": 0}
+        self.started = time.perf_counter()
+        set_seed(args.seed)  # an adapter's first weights are random
+        super().__init__(
+            model=self.stage_model(stage),
+            args=args,
+            train_dataset=self.stage_dataset(stage),
+            processing_class=tokenizer,
+        )
+        # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
+        self.model_accepts_loss_kwargs = True
+        follow(self)
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    @classmethod
+    def prepare(cls, config: Any, model_args: ModelConfig) -> dict[str, Any]:
+        """Checks what the method needs, before anything expensive starts. It may change the configuration.
+
+        Returns:
+            What the method adds to the manifest, and so may not change when the run is resumed.
+        """
+        return {}
+
+    def stage_dataset(self, stage: Stage) -> Dataset:
+        """The training set of a stage: columns input_ids and labels."""
+        assert stage.task is not None
+        return self.task_dataset(stage.task)
+
+    def stage_args(self, stage: Stage) -> CLConfig:
+        """The settings of a stage: those of the run, with the epochs of its task."""
+        args = copy.copy(self.config)
+        if self.config.epochs is not None:
+            args.num_train_epochs = self.config.epochs[stage.index - 1]
+        return args
+
+    def stage_model(self, stage: Stage) -> Any:
+        """The model to train: the one of the stage before, its adapter or all of its parameters trainable."""
+        return self.trainable_model(self.run.stages[stage.index - 1].checkpoint)
+
+    def begin_stage(self) -> None:
+        """Called before the training of the stage: load what the method needs of earlier stages."""
+
+    def end_stage(self) -> None:
+        """Called after the training, before the checkpoint is saved: write the method's state."""
+
+    def adjust_gradients(self, model: Any) -> None:
+        """Called once per optimizer step with the accumulated gradient, before clipping.
+
+        A penalty belongs here, as a gradient: one added to the loss would be scaled by how the batch is divided
+        into micro-batches and processes.
+        """
+
+    def record(self) -> dict[str, Any]:
+        """What the method adds to the stage's train.json."""
+        return {}
+
+    # --------------------------------------------------------------------------------------------------- for methods
+
+    def task_dataset(self, task: str, limit: int | None = None) -> Dataset:
+        """Token ids of a task's training rows: the first `limit`, or as many as the run's `train_rows` says."""
+        if limit is None and task in self.run.rows:
+            return self.text_dataset(self.run.rows[task])
+        tasks = load_tasks([task])
+        checks.check_tasks(self.run, tasks)
+        return self.text_dataset(training_rows(tasks[task], limit or self.config.train_rows, self.chat))
+
+    def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
+        """Token ids of prompts and answers, as `stage_dataset` returns them."""
+        prompts, answers = zip(*rows, strict=True)
+        limits = self.config.max_prompt_length, self.config.max_answer_length
+        return Dataset.from_list(example_ids(self.tokenizer, prompts, answers, *limits, self.chat))
+
+    def trainable_model(self, checkpoint: Path | None) -> Any:
+        """A model to train on from a checkpoint (None = the base model): its adapter, or all of its parameters."""
+        if not self.model_args.use_peft:
+            return self.load_model(checkpoint)
+        from peft import PeftModel, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        base = self.load_model(None)
+        model: Any
+        if checkpoint is not None:
+            models.refuse_pickle(checkpoint)
+            model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+        else:
+            peft_config = get_peft_config(self.model_args)
+            assert peft_config is not None
+            # As TRL does for ZeRO-3, which wants parameters of one type.
+            plugin = self.config.deepspeed_plugin
+            one_type = plugin is not None and plugin.zero_stage == 3
+            model = get_peft_model(base, peft_config, autocast_adapter_dtype=not one_type)
+        if self.config.bf16:
+            # PEFT brings each layer's input to the adapter's float32, and autocast brings it back to bf16 in the next
+            # operation: two copies of every activation that change no bit.
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
+            frozen_in_bf16(model)
+        return model
+
+    def load_model(self, checkpoint: Path | None) -> Any:
+        """Loads a full model: `checkpoint`, or the base model."""
+        args = self.model_args
+        kwargs: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": self.config.trust_remote_code}
+        kwargs["use_safetensors"] = True  # other formats can hold code
+        if args.attn_implementation is not None:
+            kwargs["attn_implementation"] = args.attn_implementation
+        if checkpoint is None:
+            kwargs["revision"] = args.model_revision
+        return AutoModelForCausalLM.from_pretrained(str(checkpoint or args.model_name_or_path), **kwargs)
+
+    # ------------------------------------------------------------------------------------------------- HF's own hooks
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """TRL's step, then `adjust_gradients` when the gradient of the optimizer step is complete."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            # HF would log 0 and go on, and every later stage would begin with these weights.
+            raise RunError(
+                f"The loss of stage {self.stage.name} is {loss.item()} at step {self.state.global_step + 1}: training "
+                "has diverged. Begin a new run with a lower learning_rate or max_grad_norm."
+            )
+        if self.accelerator.sync_gradients:
+            self.adjust_gradients(model)
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """HF's sampler, but for `train_sampling_strategy: group_by_length`."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        # Processes work on batches that follow each other: they wait for the longest of them.
+        self.grouped = LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+        return self.grouped
+
+
+def frozen_in_bf16(model: Any) -> None:
+    """Keeps frozen weights of linear layers in bf16; otherwise autocast would convert them in every step.
+
+    The embeddings stay what they are, since the states begin with them; they may be tied to the head.
+    """
+    embeddings = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
+            for parameter in module.parameters():
+                if not parameter.requires_grad and parameter.numel():  # ZeRO-3 leaves empty ones
+                    parameter.data = parameter.data.to(torch.bfloat16)
