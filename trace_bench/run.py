@@ -168,7 +168,7 @@ def read_json(path: Path, shape: Any = None) -> Any:
     try:
         return reading.read_json(path, shape or shapes.of_file(path), partial(JsonObject, path))
     except DataError as e:
-        raise RunError(f"{e} {_remedy(path)}") from e
+        raise RunError(f"{e} {_remedy(path)}" if isinstance(e, reading.Damaged) else str(e)) from e
 
 
 def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
@@ -194,7 +194,7 @@ def source_commit() -> str | None:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
+    if not isinstance(value, Mapping):
         return {prefix: value}
     return {k: v for key, sub in value.items() for k, v in _flat(sub, f"{prefix}.{key}".strip(".")).items()}
 
@@ -328,7 +328,7 @@ class Run:
             found = sorted(p.parent.as_posix() for p in path.parent.glob("*/manifest.json"))
             raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
         written = read_json(file, dict[str, Any]).get("format")
-        if written != FORMAT:
+        if written != FORMAT:  # asked first: in another format anything may have another shape
             raise RunError(f"{file} has format {written!r}; this program reads {FORMAT}.")
         manifest = read_json(file)
         for name in [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]:
@@ -388,7 +388,7 @@ class Run:
         names = {stage.path.name for stage in self.stages}
         for file in self._results():
             made = read_json(file)
-            identity = made.get("run") if isinstance(made, dict) else None
+            identity = made.get("run")
             if identity != self.identity or file.relative_to(self.path / "stages").parts[0] not in names:
                 raise RunError(
                     f"{self.path} has results but no manifest.json, and {file} was not made by this command: its "
@@ -404,7 +404,7 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """What the run is, whatever its circumstances and how many checkpoints it has by now: SHA-256, 16 digits."""
-        flat = {k: v for k, v in _flat(dict(self.manifest)).items() if not f"{k}.".startswith(_NOT_IDENTITY)}
+        flat = {k: v for k, v in _flat(self.manifest).items() if not f"{k}.".startswith(_NOT_IDENTITY)}
         return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
 
     def _results(self) -> list[Path]:

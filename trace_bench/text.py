@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import traceback
+from collections.abc import Mapping
 from typing import Any
 
 #: Control characters but for tab and line feed, marks that turn the direction of writing, invisible ones, lone halves.
@@ -33,7 +34,7 @@ def printable(text: str) -> str:
 
 def one_line(value: Any) -> Any:
     """A value of JSON with all of its texts printable, each on one line."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {one_line(k): one_line(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [one_line(v) for v in value]

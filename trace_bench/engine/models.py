@@ -138,6 +138,10 @@ def reading(model: str | Path) -> AbstractContextManager[None]:
 def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a base model, with the entries of its language model if it has several models."""
     config = _model_file(base, "config.json", revision)
+    if config is None:
+        raise ModelError(
+            f"{base} has no config.json, or the hub cannot be reached (HF_HUB_OFFLINE): is the name right?"
+        )
     text = config.get("text_config") or {} if isinstance(config, dict) else None
     if not isinstance(text, dict):
         raise ModelError(

@@ -23,7 +23,8 @@ def start_engine(plan: Plan, tasks: Tasks) -> Any:
     """Starts the engine on the base model, and makes sure that what the plan asks fits into its context."""
     from trace_bench.engine import open_engine
 
-    asked = plan.engine_args.get("max_model_len") or plan.engine_args.get("max_length")
+    lengths = ("max_length", "max_model_len") if plan.backend == "hf" else ("max_model_len",)
+    asked = next((plan.engine_args[name] for name in lengths if plan.engine_args.get(name)), None)
     check_context(plan, tasks, asked if isinstance(asked, int) else None)
     lm: Any = open_engine(
         plan.backend,

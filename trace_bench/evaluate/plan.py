@@ -126,7 +126,8 @@ def make_plan(
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
-            if missing := _missing(stage, [*run.seen_tasks(stage, config["cells"]), *more], plan.there):
+            wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
+            if missing := _missing(stage, wanted, plan.there):
                 plan.todo[stage] = missing
     return plan
 
@@ -186,7 +187,7 @@ def _read_cells(plan: Plan) -> dict[tuple[Stage, str], dict[str, Any]]:
     return there
 
 
-def _missing(stage: Stage, wanted: list[str], there: dict[tuple[Stage, str], dict[str, Any]]) -> list[str]:
+def _missing(stage: Stage, wanted: Iterable[str], there: dict[tuple[Stage, str], dict[str, Any]]) -> list[str]:
     """The wanted cells that are not there, or were made from other weights than the stage has now."""
     current = stage.fingerprint()
     todo = [name for name in wanted if (stage, name) not in there or there[stage, name]["checkpoint"] != current]

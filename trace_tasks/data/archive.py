@@ -8,7 +8,7 @@ import stat
 import tarfile
 import zipfile
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from trace_tasks.data.files import cache_dir, cached_dir
 from trace_tasks.data.rows import MOST_ROWS
@@ -42,8 +42,8 @@ def unpack(archive: Path) -> Path:
     except Exception as e:  # whatever the libraries say of a damaged archive
         if isinstance(e, OSError) and e.errno in _OF_THE_MACHINE:
             raise
-        what = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}"
-        raise DataError(f"{archive} cannot be unpacked: {what}. Fetch it again.") from e
+        what = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}. Fetch it again"
+        raise DataError(f"{archive} cannot be unpacked: {what}.") from e
 
 
 def _unpack_zip(archive: Path, target: Path) -> None:
@@ -88,7 +88,8 @@ def _check_member(archive: Path, name: str, size: int, is_plain: bool, number: i
     Raises:
         DataError: naming the member.
     """
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    parts = name.replace("\\", "/").split("/")  # also as Windows reads names, since a cache may be shared
+    if not parts[0] or ".." in parts or ":" in parts[0]:
         raise DataError(f"{archive}: the member {name!r} points outside of the archive; nothing was unpacked.")
     if not is_plain:
         raise DataError(f"{archive}: the member {name!r} is a link or device; nothing was unpacked.")

@@ -222,8 +222,8 @@ def audit(
         }
     leaked = {task: _leaked(facts["overlaps"]) for task, facts in tasks.items()}
     roots = list(dict.fromkeys(path.resolve() for path in (root, reasoning, *against) if path))
-    sets = {_set_name(folders[task].resolve(), roots): splits for task, splits in read.items()}
-    task_of = dict(zip(sets, read, strict=True))
+    task_of = {_set_name(folders[task].resolve(), roots): task for task in read}  # links may make two of them one
+    sets = {name: read[task] for name, task in task_of.items()}
     across = _across(_with_others(sets, roots, unreadable), task_of, leaked)
     return {
         "source": str(root),

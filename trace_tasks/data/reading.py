@@ -14,6 +14,11 @@ from trace_tasks.errors import DataError
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
+
+class Damaged(DataError):
+    """A file holds something else than it should."""
+
+
 #: The most bytes of a JSON file, and of one with JSON lines.
 MOST_JSON, MOST_LINES = 64 * 2**20, 4 * 2**30
 #: Python's JSON reads whole numbers of thousands of digits; nothing here is as long as this.
@@ -59,7 +64,7 @@ def read_json(path: Path, shape: Any = None, hook: Any = None) -> Any:
         check(shape, content)
         return content
     except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
-        raise DataError(f"{path} is damaged ({e}).") from e
+        raise Damaged(f"{path} is damaged ({e}).") from e
 
 
 @cache

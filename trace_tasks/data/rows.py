@@ -63,7 +63,7 @@ def row_problem(row: Any, answered: bool = True) -> str | None:
     try:
         check(Row if answered else Question, row)
     except ValueError as e:
-        return f"{e}."
+        return f"{e}; its keys are {sorted(row)}." if isinstance(row, dict) and "lacks" in str(e) else f"{e}."
     return None
 
 
