@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.common import ROOT, WORK, save
 from bench.evaluation import ANSWER, CONTEXT, PROMPT, headline, trained
-from trace_bench.tables import Table, markdown
+from trace_bench.report import Table, markdown
 from trace_bench.tasks import load_tasks
 
 ROWS = 3

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import ROOT, WORK, command, save
+from trace_bench.report import Table, markdown
 from trace_bench.run import read_jsonl
-from trace_bench.tables import Table, markdown
 from trace_bench.tasks import load_tasks
 
 ROWS = 4

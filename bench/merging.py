@@ -15,7 +15,7 @@ from typing import Any
 
 from bench.common import WORK, save
 from bench.evaluation import trained
-from trace_bench.tables import Table, markdown
+from trace_bench.report import Table, markdown
 from trace_bench.tasks import load_tasks, training_rows
 
 TASK = "trace_py150"

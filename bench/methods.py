@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.common import WORK, command, save
-from trace_bench.tables import Table, markdown
+from trace_bench.report import Table, markdown
 
 ROUNDS = 3
 TASKS = ("trace_fomc", "trace_scienceqa")

@@ -15,7 +15,7 @@ import time
 import numpy as np
 
 from bench.common import save
-from trace_bench.tables import Table, markdown
+from trace_bench.report import Table, markdown
 from trace_bench.tasks import load_tasks
 
 ROWS = 5000

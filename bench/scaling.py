@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from trace_bench.tables import Table, markdown
+from trace_bench.report import Table, markdown
 
 CONFIGS = Path(__file__).parents[1] / "trainers" / "configs"
 

@@ -12,7 +12,7 @@ import sys
 from statistics import median
 
 from bench.common import ROOT, WORK, command, save
-from trace_bench.tables import Table, markdown
+from trace_bench.report import Table, markdown
 
 ROUNDS = 5
 

@@ -24,7 +24,7 @@ from statistics import median
 from typing import Any
 
 from bench.common import WORK, command, save
-from trace_bench.tables import Table, markdown
+from trace_bench.report import Table, markdown
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.tokens import example_ids
 

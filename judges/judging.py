@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from judges import instruction, pairwise, prompts, safety
+from judges import prompts
 from judges.broken import why_broken
-from judges.pairwise import Kind
-from judges.verdict import ends, ends_in_words, forced_verdict, verdict_of, why_unscored
+from judges.judge import Judge
+from judges.replies import Reply, Request
+from judges.verdict import ends, forced_verdict, verdict_of, why_unscored
+from trace_bench import judgements
+from trace_bench.judgements import BROKEN, KINDS, Kind, judge_file, sample_fingerprints, suites_of
 from trace_bench.records import check_one_checkpoint, check_samples, check_stages
-from trace_bench.run import WRITTEN, Run, RunError, Stage, differences, read_json
+from trace_bench.run import WRITTEN, Run, RunError, Stage, differences, read_json, read_jsonl
 from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_jsonl
-from trace_tasks.data.reading import MOST_LINES, read_file
-
-if TYPE_CHECKING:
-    from judges.client import Judge, Reply, Request
 
 log = logging.getLogger(__name__)
-
-KINDS = (instruction.KIND, safety.KIND)
 
 
 @dataclass(frozen=True)
@@ -57,11 +54,47 @@ class Pair:
 
     def requests(self, kind: Kind) -> list[Request]:
         """What is asked: about the answer alone, then about the pair in both orders. Nothing of what is broken."""
-        messages = [] if self.broken[0] else [kind.direct(self.prompt, self.response)]
+        messages = [] if self.broken[0] else [prompts.direct(kind, self.prompt, self.response)]
         if self.base is not None and not self.identical and not self.is_left_out(kind):
-            messages.append(kind.pair(self.prompt, self.response, self.base))
-            messages.append(kind.pair(self.prompt, self.base, self.response))
+            messages.append(prompts.pair(kind, self.prompt, self.response, self.base))
+            messages.append(prompts.pair(kind, self.prompt, self.base, self.response))
         return [{"messages": m} for m in messages]
+
+    def line(self, kind: Kind, replies: Sequence[Reply]) -> dict[str, Any]:
+        """A line of the results: verdicts, and the replies to `requests` that they were read from."""
+        direct, both = (None, replies) if self.broken[0] else (replies[0], replies[1:])
+        judged = [(direct, kind.words), *((reply, prompts.PAIR) for reply in both)]
+        line: dict[str, Any] = {
+            "doc_id": self.doc_id,
+            "direct": verdict_of(direct, kind.words) if direct else BROKEN,
+            "direct_reply": _shown(direct) if direct else None,
+        }
+        if any(self.broken):
+            line["broken"] = self.broken  # of the stage's answer, then of the base model's
+        if self.base is not None:
+            verdicts = [verdict_of(reply, prompts.PAIR) for reply in both]
+            if self.is_left_out(kind):
+                combined, disagree = "broken", False
+            else:
+                combined, disagree = ("tie", False) if self.identical else judgements.combine(*verdicts)
+            line |= {
+                "combined": combined,
+                "disagree": disagree,
+                "identical": self.identical,
+                "lengths": [len(self.response), len(self.base)],  # in characters
+                "verdicts": verdicts,  # of the order (stage, base) and of (base, stage)
+                "replies": [_shown(reply) for reply in both],
+            }
+        # Of the direct reply, then of both orders. No rate counts what was forced.
+        for name, told in (("unscored", why_unscored), ("forced", forced_verdict)):
+            if any(values := [reply and told(reply, words) for reply, words in judged]):
+                line[name] = values
+        errors = [reply.error for reply in replies if reply.error]
+        return {**line, "errors": errors} if errors else line
+
+
+def _shown(reply: Reply) -> str | None:
+    return None if reply.error else reply.text
 
 
 @dataclass(frozen=True)
@@ -80,10 +113,16 @@ class Job:
         """All that is asked, pair after pair."""
         return [request for pair in self.pairs for request in pair.requests(self.kind)]
 
-
-def judge_file(stage: Stage, suite: str) -> Path:
-    """The numbers of one suite at one stage; the replies are beside it, as .jsonl."""
-    return stage.path / "judge" / f"{suite}.json"
+    def is_done(self, limit: int | None) -> bool:
+        """Whether the results are there, of these samples and without a failed request."""
+        file = judge_file(self.stage, self.suite)
+        if not file.exists():
+            return False
+        there = read_json(file)
+        if there["samples"] != self.samples:
+            log.warning("%s was made from older samples and is made again.", file)
+            return False
+        return there["limit"] == limit and not there["failed"]
 
 
 def cache_file(folder: Path) -> Path:
@@ -102,19 +141,6 @@ def settings(judge: Judge) -> dict[str, Any]:
     }
 
 
-def suites_of(stage: Stage, kind: Kind) -> list[str]:
-    """The suites of a kind that a stage has samples of, whoever chose them."""
-    return sorted(p.stem for p in stage.samples_file("x").parent.glob(f"{kind.prefix}*.jsonl"))
-
-
-def sample_fingerprints(base: Stage, stage: Stage, suite: str) -> dict[str, str | None]:
-    """What identifies the samples that a judgement was made from."""
-    return {
-        "stage": fingerprint(stage.samples_file(suite)),
-        "base": None if stage.index == 0 else fingerprint(base.samples_file(suite)),
-    }
-
-
 def plan(
     run: Run,
     judge: Judge,
@@ -123,7 +149,7 @@ def plan(
     suites: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> list[Job]:
-    """What is to be judged, without asking anything.
+    """What is to be judged and not done, without asking anything.
 
     Args:
         run: The run.
@@ -132,19 +158,16 @@ def plan(
         suites: Names of suites; None = all that there are samples of.
         limit: First so many rows of each suite.
 
-    Returns:
-        The jobs that are not done.
-
     Raises:
         RunError: if a stage or suite does not exist, the samples of two stages do not belong together, or there are
-            results of another judge.
+            results of a different judge.
     """
     refuse_links(run.path, *WRITTEN)
-    base = run.stages[0]
-    wanted = run.indices(stages)
-    check_stages(run, [stage for stage in run.stages if stage.index in wanted])
-    present = {(s.index, suite): kind for s in run.stages for kind in KINDS for suite in suites_of(s, kind)}
-    names = sorted({suite for index, suite in present if index in wanted})
+    indices = run.indices(stages)
+    wanted = [stage for stage in run.stages if stage.index in indices]
+    check_stages(run, wanted)
+    present = {(stage, suite): kind for stage in run.stages for kind in KINDS for suite in suites_of(stage, kind)}
+    names = sorted({suite for stage, suite in present if stage.index in indices})
     chosen = names if suites is None else sorted(set(suites))
     missing = set(chosen) - set(names)
     if missing or not names:
@@ -152,174 +175,46 @@ def plan(
             f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at the "
             f"stages asked for; there are: {', '.join(names) or 'none'}. `trace-bench evaluate` writes them."
         )
-    for kind in KINDS:
-        if any(suite.startswith(kind.prefix) for suite in chosen):
-            _check_one_judge(run, kind, judge, limit, {(i, suite) for i in wanted for suite in chosen})
+    kinds = {kind for (_, suite), kind in present.items() if suite in chosen}  # each has a table of its own
+    for (stage, suite), kind in present.items():
+        if kind in kinds:
+            _check_same_judge(stage, suite, judge, limit, stage.index in indices and suite in chosen)
     jobs = []
-    for stage in run.stages:
-        if stage.index not in wanted:
-            continue
+    for stage in wanted:
         if not stage.is_trained:
             log.warning("Stage %s is not trained and left out: its samples are of weights that are gone.", stage.name)
             continue
         for suite in chosen:
-            if (stage.index, suite) not in present or not _is_current(stage, suite):
+            if (stage, suite) not in present or not _is_current(stage, suite):
                 continue
-            if (0, suite) not in present:
+            if (run.stages[0], suite) not in present:
                 raise RunError(f"Stage 0 has no samples of {suite} to compare {stage.name} with: evaluate stage 0.")
-            job = _job(base, stage, suite, present[stage.index, suite], limit)
-            if not _is_done(job, limit):
+            job = _job(run.stages[0], stage, suite, present[stage, suite], limit)
+            if not job.is_done(limit):
                 jobs.append(job)
     return jobs
 
 
-def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """Asks what is not in the cache and writes the results of each job.
-
-    Args:
-        jobs: What `plan` returned.
-        judge: Who judges.
-        limit: As given to `plan`, for the record.
-
-    Returns:
-        The contents of the files of numbers.
-
-    Raises:
-        JudgeError: if the judge cannot be asked. Its replies so far are kept.
-    """
-    # All at once: one progress bar, one batch; and since the replies are kept, nothing is lost by writing at the end.
-    replies = iter(judge.complete([request for job in jobs for request in job.requests]))
-    results = []
-    for job in jobs:
-        mine = [[next(replies) for _ in pair.requests(job.kind)] for pair in job.pairs]
-        rows = [_row(pair, answers, job.kind) for pair, answers in zip(job.pairs, mine, strict=True)]
-        flat = [reply for answers in mine for reply in answers]
-        result = {
-            "suite": job.suite,
-            "kind": job.kind.name,
-            "stage": job.stage.name,
-            "settings": settings(judge),
-            "endpoint": judge.endpoint,
-            "limit": limit,
-            "samples": job.samples,
-            "unpaired": job.unpaired,
-            "direct": pairwise.direct_rate(job.kind, (row["direct"] for row in rows)),
-            "failed": sum(reply.error is not None for reply in flat),
-            "forced": sum(reply.forced for reply in flat),
-            **ends(flat),
-            # Of all replies, whether they were paid now or came from the cache.
-            "requests": len(flat),
-            "prompt_tokens": sum(reply.prompt_tokens for reply in flat),
-            "completion_tokens": sum(reply.completion_tokens for reply in flat),
-        }
-        if job.stage.index:
-            counts = pairwise.tally(rows)
-            result["pairs"] = {**counts, **pairwise.rates(counts)}
-        file = judge_file(job.stage, job.suite)
-        file.unlink(missing_ok=True)  # between the two files there are no numbers rather than those of other rows
-        write_jsonl(file.with_suffix(".jsonl"), rows)
-        result["lines"] = fingerprint(file.with_suffix(".jsonl"))
-        write_json(file, result)
-        results.append(result)
-    return results
-
-
-def summary(results: Sequence[dict[str, Any]], sampling: dict[str, Any]) -> str:
-    """One line about what was judged, for people: how much is unscored, and which option helps."""
-    unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
-    counts = {name: sum(r[name] for r in results) for name in ("cut", "unclosed")}
-    notes = ends_in_words(counts, sum(r["requests"] for r in results), sampling)
-    if counts["cut"]:
-        notes.append("another limit is another judge: delete stages/*/judge of the run first")
-    return f"judged {len(results)} suites ({'; '.join([f'{unscored} judgements unscored', *notes])})"
-
-
-def _job(base: Stage, stage: Stage, suite: str, kind: Kind, limit: int | None) -> Job:
-    mine = _read_samples(stage, suite)
-    if stage.index == 0:
-        pairs, unpaired = [Pair(i, _asked(row), row["response"], None) for i, row in mine.items()], 0
-    else:
-        theirs = _read_samples(base, suite)
-        pairs = [
-            Pair(i, _asked(row), row["response"], theirs[i]["response"])
-            for i, row in mine.items()
-            if i in theirs and theirs[i]["prompt"] == row["prompt"]
-        ]
-        unpaired = len(mine.keys() | theirs.keys()) - len(pairs)
-        if not pairs:
-            raise RunError(
-                f"{stage.samples_file(suite)} and {base.samples_file(suite)} have no prompt in common: they were made "
-                "from other data or settings. Evaluate both anew."
-            )
-        if unpaired:
-            log.warning("%s, %s: %d rows have no partner and are left out.", stage.name, suite, unpaired)
-    return Job(stage, suite, kind, sample_fingerprints(base, stage, suite), pairs[:limit], unpaired)
-
-
-def _row(pair: Pair, answers: list[Reply], kind: Kind) -> dict[str, Any]:
-    """A line of the results: verdicts, and the replies they were read from."""
-
-    def text(reply: Reply) -> str | None:
-        return None if reply.error else reply.text
-
-    direct, both = (None, answers) if pair.broken[0] else (answers[0], answers[1:])
-    row: dict[str, Any] = {
-        "doc_id": pair.doc_id,
-        "direct": verdict_of(direct, kind.words) if direct else pairwise.BROKEN,
-        "direct_reply": text(direct) if direct else None,
-    }
-    reasons = [direct and why_unscored(direct, kind.words), *(why_unscored(reply, prompts.PAIR) for reply in both)]
-    forced = [direct and forced_verdict(direct, kind.words), *(forced_verdict(reply, prompts.PAIR) for reply in both)]
-    if any(pair.broken):
-        row["broken"] = pair.broken  # of the stage's answer, then of the base model's
-    if pair.base is not None:
-        verdicts = [verdict_of(reply, prompts.PAIR) for reply in both]
-        if pair.is_left_out(kind):
-            combined, disagree = "broken", False
-        else:
-            combined, disagree = ("tie", False) if pair.identical else pairwise.combine(*verdicts)
-        row |= {
-            "combined": combined,
-            "disagree": disagree,
-            "identical": pair.identical,
-            "lengths": [len(pair.response), len(pair.base)],  # in characters
-            "verdicts": verdicts,  # of the order (stage, base) and of (base, stage)
-            "replies": [text(reply) for reply in both],
-        }
-    if any(reasons):
-        row["unscored"] = reasons  # of the direct reply, then of both orders
-    if any(forced):
-        row["forced"] = forced  # the same; no rate counts them
-    errors = [reply.error for reply in answers if reply.error]
-    return {**row, "errors": errors} if errors else row
-
-
-def _asked(row: dict[str, Any]) -> str:
-    """What the user asked: the instruction, where a sample has it beside the prompt that a chat template made of it."""
-    return row.get("instruction", row["prompt"])
-
-
-def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
-    file, rows = stage.samples_file(suite), {}
-    for number, line in enumerate(read_file(file, MOST_LINES).split(b"\n"), 1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line.decode("utf-8"))
-            for text in (row["prompt"], row["response"], _asked(row)):
-                if not isinstance(text, str):
-                    raise ValueError("prompt and response must be texts")
-                text.encode("utf-8")  # half a character, which no request can hold, is an error here
-            if row["doc_id"] in rows:
-                raise ValueError(f"doc_id {row['doc_id']!r} was there before")
-            rows[row["doc_id"]] = row
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise RunError(
-                f"{file}, line {number} is no sample ({e}). Delete it and its score, {stage.eval_file(suite)}, and "
-                "evaluate again."
-            ) from e
-    check_samples(stage, suite, list(rows))
-    return rows
+def _check_same_judge(stage: Stage, suite: str, judge: Judge, limit: int | None, again: bool) -> None:
+    """Refuses to add to results of a different judge, or of other rows unless those are judged `again` now."""
+    file = judge_file(stage, suite)
+    if not file.exists():
+        return
+    made = read_json(file)
+    there = {**made["settings"], "endpoint": made.get("endpoint", judge.endpoint)}
+    now = json.loads(json.dumps({**settings(judge), "endpoint": judge.endpoint}))
+    if lines := differences(there, now):
+        raise RunError(
+            f"{file} was made by another judge (there -> asked for):\n"
+            + "\n".join(lines)
+            + f"\nOne table needs one judge. Use the old one, or delete {stage.path.parent}/*/judge; its replies "
+            "stay in the cache."
+        )
+    if made["limit"] != limit and not again:
+        raise RunError(
+            f"{file} was made with --limit {made['limit']}, asked for is {limit}: rates over other rows are other "
+            "numbers. Use the old limit, or judge all stages and suites at once."
+        )
 
 
 def _is_current(stage: Stage, suite: str) -> bool:
@@ -332,47 +227,93 @@ def _is_current(stage: Stage, suite: str) -> bool:
     return True
 
 
-def _check_one_judge(
-    run: Run, kind: Kind, judge: Judge, limit: int | None, chosen: Collection[tuple[int, str]]
-) -> None:
-    """Refuses to judge some stages or suites of a run by another judge, or on other rows, than the others have.
+def _job(base: Stage, stage: Stage, suite: str, kind: Kind, limit: int | None) -> Job:
+    rows = _read_samples(stage, suite)
+    of_base = _read_samples(base, suite) if stage.index else rows
+    pairs = [
+        # A sample of a chat has the instruction in addition to the prompt that a template made of it.
+        Pair(i, row.get("instruction", row["prompt"]), row["response"], of_base[i]["response"] if stage.index else None)
+        for i, row in rows.items()
+        if i in of_base and of_base[i]["prompt"] == row["prompt"]
+    ]
+    unpaired = len(rows.keys() | of_base.keys()) - len(pairs)
+    if stage.index and not pairs:
+        raise RunError(
+            f"{stage.samples_file(suite)} and {base.samples_file(suite)} have no prompt in common: they were made "
+            "from other data or settings. Evaluate both again."
+        )
+    if unpaired:
+        log.warning("%s, %s: %d rows have no partner and are left out.", stage.name, suite, unpaired)
+    return Job(stage, suite, kind, sample_fingerprints(base, stage, suite), pairs[:limit], unpaired)
 
-    Args:
-        run: The run.
-        kind: What is judged; each kind is a table of its own.
-        judge: Who judges now.
-        limit: The first so many rows.
-        chosen: (stage index, suite) of what is judged now, and so made anew where the rows are others.
+
+def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
+    """doc_id -> sample."""
+    file, found = stage.samples_file(suite), {}
+    rows = read_jsonl(file)
+    for number, row in enumerate(rows, 1):
+        try:
+            for text in (row["prompt"], row["response"], row.get("instruction", "")):
+                text.encode("utf-8")  # half a character, which no request can hold, is an error here
+            if row["doc_id"] in found:
+                raise ValueError(f"doc_id {row['doc_id']!r} was there before")
+        except (ValueError, AttributeError) as e:
+            raise RunError(
+                f"{file}, line {number} is no sample ({e}): prompt and response must be texts, and doc_id a new one. "
+                f"Delete it and its score, {stage.eval_file(suite)}, and evaluate again."
+            ) from e
+        found[row["doc_id"]] = row
+    check_samples(stage, suite, list(found))
+    return found
+
+
+def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -> list[dict[str, Any]]:
+    """Asks what is not in the cache, writes the results of each job, and returns the contents of the files of numbers.
+
+    Raises:
+        JudgeError: if the judge cannot be asked. Its replies so far are kept.
     """
-    now = json.loads(json.dumps({**settings(judge), "endpoint": judge.endpoint}))
-    for stage in run.stages:
-        for suite in suites_of(stage, kind):
-            file = judge_file(stage, suite)
-            if not file.exists():
-                continue
-            there = read_json(file)
-            made = {**there["settings"], "endpoint": there.get("endpoint", judge.endpoint)}
-            lines = differences(made, now)
-            if lines:
-                raise RunError(
-                    f"{file} was made by another judge (there -> asked for):\n"
-                    + "\n".join(lines)
-                    + f"\nOne table needs one judge. Use the old one, or delete {run.path}/stages/*/judge; its replies "
-                    "stay in the cache."
-                )
-            if there["limit"] != limit and (stage.index, suite) not in chosen:
-                raise RunError(
-                    f"{file} was made with --limit {there['limit']}, asked for is {limit}: rates over other rows are "
-                    "other numbers. Use the old limit, or judge all stages and suites at once."
-                )
+    # All at once: one progress bar, one batch; and since the replies are kept, nothing is lost by writing at the end.
+    replies = iter(judge.complete([request for job in jobs for request in job.requests]))
+    results = []
+    for job in jobs:
+        answers = [[next(replies) for _ in pair.requests(job.kind)] for pair in job.pairs]
+        lines = [pair.line(job.kind, of_pair) for pair, of_pair in zip(job.pairs, answers, strict=True)]
+        flat = [reply for of_pair in answers for reply in of_pair]
+        result = {
+            "suite": job.suite,
+            "kind": job.kind.name,
+            "stage": job.stage.name,
+            "settings": settings(judge),
+            "endpoint": judge.endpoint,
+            "limit": limit,
+            "samples": job.samples,
+            "unpaired": job.unpaired,
+            "direct": judgements.direct_rate(job.kind, (line["direct"] for line in lines)),
+            "failed": sum(reply.error is not None for reply in flat),
+            "forced": sum(reply.forced for reply in flat),
+            **ends(flat),
+            # Of all replies, whether they were paid now or came from the cache.
+            "requests": len(flat),
+            "prompt_tokens": sum(reply.prompt_tokens for reply in flat),
+            "completion_tokens": sum(reply.completion_tokens for reply in flat),
+        }
+        if job.stage.index:
+            counts = judgements.tally(lines)
+            result["pairs"] = {**counts, **judgements.rates(counts)}
+        file = judge_file(job.stage, job.suite)
+        file.unlink(missing_ok=True)  # between the two files there are no numbers rather than those of other rows
+        write_jsonl(file.with_suffix(".jsonl"), lines)
+        write_json(file, {**result, "lines": fingerprint(file.with_suffix(".jsonl"))})
+        results.append(result)
+    return results
 
 
-def _is_done(job: Job, limit: int | None) -> bool:
-    file = judge_file(job.stage, job.suite)
-    if not file.exists():
-        return False
-    there = read_json(file)
-    if there["samples"] != job.samples:
-        log.warning("%s was made from older samples and is made anew.", file)
-        return False
-    return there["limit"] == limit and not there["failed"]
+def summary(results: Sequence[dict[str, Any]], sampling: dict[str, Any]) -> str:
+    """One line about what was judged, for people: how much is unscored, and which option helps."""
+    unscored = sum(r["direct"]["unscored"] + r.get("pairs", {}).get("unscored", 0) for r in results)
+    counts = {name: sum(r[name] for r in results) for name in ("cut", "unclosed")}
+    notes = judgements.ends_in_words(counts, sum(r["requests"] for r in results), sampling)
+    if counts["cut"]:
+        notes.append("another limit is another judge: delete stages/*/judge of the run first")
+    return f"judged {len(results)} suites ({'; '.join([f'{unscored} judgements unscored', *notes])})"

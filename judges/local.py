@@ -1,17 +1,18 @@
 """A judge in this process: a local model in vLLM, no server and no key.
 
-Small models reason and then forget the verdict. Here, unlike over an endpoint, one can be had: the reply is continued
+Small models reason and then forget the verdict. Unlike over an endpoint, one can be had here: the reply is continued
 with the opening brackets, and the model chooses among the verdicts that it was offered. Such verdicts are counted
 (`forced`), and the calibration says what they are worth. A reply that ends in thinking is unscored instead.
 
-A request is rendered once. What is generated, and what continues a reply, stands behind that very text: a template that
-renders a reply again may leave its thinking out, or the whole of it.
+A request is rendered once. What is generated, and what continues a reply, comes after that very text: a template that
+renders a reply again may leave out its thinking, or all of it.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -20,13 +21,13 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from judges import JudgeError
-from judges.client import SAMPLING, Judge, Reply, Request
+from judges.judge import Judge
+from judges.replies import Reply, Request
 from judges.thinking import answer_of, opened_by
 from judges.verdict import is_unclosed, verdict_of
 from trace_bench.engine import SPEED_ONLY_ARGS, prepare_vllm, starting_vllm
 from trace_bench.engine.models import load_tokenizer, pinned_revision, resolve_model
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import RunError
 from trace_tasks.tokens import PromptError, rendered
 
 #: Requests given to the engine in one go: when the program is killed no more than these are lost.
@@ -58,11 +59,8 @@ class LocalJudge(Judge):
     Args:
         model: A hub id, a local folder, or SmolLM2-135M-Instruct.
         cache: The file of replies.
-        sampling: Parameters of every request, as `vllm serve` takes them: those of vLLM's SamplingParams,
-            `max_completion_tokens` for `max_tokens`, and `chat_template_kwargs`, an object of arguments of the chat
-            template. None = SAMPLING.
-        engine_args: Arguments of vLLM's LLM, such as tensor_parallel_size; those of memory and speed only, since
-            replies are cached without them.
+        sampling: As `vllm serve` takes it: vLLM's SamplingParams, and `chat_template_kwargs`. None = `judge.SAMPLING`.
+        engine_args: Arguments of vLLM's LLM; those of memory and speed only, since replies are cached without them.
     """
 
     date = f"{DATE:%Y-%m-%d}"
@@ -76,32 +74,26 @@ class LocalJudge(Judge):
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         self.engine_args = {"enable_prefix_caching": True, **(engine_args or {})}
-        refused = sorted(self.engine_args.keys() - SPEED_ONLY_ARGS)
-        if refused:
+        if refused := sorted(self.engine_args.keys() - SPEED_ONLY_ARGS):
             raise JudgeError(
                 f"engine_args: {', '.join(refused)}: would make another judge of this model. There are "
                 f"{', '.join(sorted(SPEED_ONLY_ARGS))}."
             )
-        try:
-            refuse_secrets({"model": model, "engine_args": self.engine_args}, "the judge's")
-        except RunError as e:
-            raise JudgeError(str(e)) from None
+        refuse_secrets({"model": model, "engine_args": self.engine_args}, "the judge's")
         self.folder = resolve_model(model)
         self.revision = pinned_revision(self.folder)
         # Other weights under the same name are another judge: their replies are not mixed in the cache.
-        super().__init__(
-            model, endpoint=f"vllm:{self.revision}", cache=cache, sampling=SAMPLING if sampling is None else sampling
-        )
+        super().__init__(model, endpoint=f"vllm:{self.revision}", cache=cache, sampling=sampling)
         self._tokenizer: Any = None
         self._llm: Any = None
 
-    def send(self, bodies: dict[str, Request], desc: str, succeeded: int) -> dict[str, str]:
+    def send(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
         """Generates the replies; see `Judge.send`. A request that does not fit into the model's context fails."""
         if self._tokenizer is None:
             self._tokenizer = _tokenizer(self.folder)
             self._check_template()
             prepare_vllm(self.engine_args)
-        # Before the engine starts, which is where the time goes.
+        # Before the engine starts, which takes the time.
         asked = [self._asked(key, body) for key, body in bodies.items()]
         if self._llm is None:
             self._llm = _open(self.folder, self.engine_args)
@@ -110,21 +102,19 @@ class LocalJudge(Judge):
         room = self._llm.llm_engine.model_config.max_model_len - len(_OPENING) - 1  # a verdict may have to be forced
         for one in asked:
             limit = one.sampling.max_tokens or max(1, room - len(one.ids))
-            if len(one.ids) + limit > room:
+            if len(one.ids) + limit <= room:
+                one.sampling.max_tokens = limit
+                fitting.append(one)
+            else:
                 errors[one.key] = (
                     f"a prompt of {len(one.ids)} tokens and a reply of {limit} do not fit into the model's {room}: "
                     "give --engine-args a larger max_model_len, or --sampling a smaller max_tokens"
                 )
-            else:
-                one.sampling.max_tokens = limit
-                fitting.append(one)
         with tqdm(total=len(fitting), desc=desc, unit="request") as bar:
             for i in range(0, len(fitting), CHUNK):
                 chunk = fitting[i : i + CHUNK]
                 outputs = self._generate([one.ids for one in chunk], [one.sampling for one in chunk])
-                replies = [self._reply(one, output) for one, output in zip(chunk, outputs, strict=True)]
-                texts = [output.outputs[0].text for output in outputs]
-                for one, reply in zip(chunk, self._decided(chunk, texts, replies), strict=True):
+                for one, reply in zip(chunk, self._replies(chunk, outputs), strict=True):
                     self.cache.put(one.key, one.body, reply)
                 bar.update(len(chunk))
         return errors
@@ -134,8 +124,7 @@ class LocalJudge(Judge):
         if self._tokenizer.chat_template is None:
             raise JudgeError(f"{self.model} has no chat template: use a model that was tuned for chat as the judge.")
         given, template = self.sampling.get("chat_template_kwargs", {}), self._tokenizer.get_chat_template()
-        unknown = [n for n in given if n in _RENDERING or not re.search(rf"\b{re.escape(n)}\b", template)]
-        if unknown:
+        if unknown := [n for n in given if n in _RENDERING or not re.search(rf"\b{re.escape(n)}\b", template)]:
             raise JudgeError(
                 f"--sampling chat_template_kwargs: {', '.join(unknown)}: the chat template of {self.model} has no such "
                 "argument. Leave it out."
@@ -167,10 +156,40 @@ class LocalJudge(Judge):
         return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def _generate(self, prompts: list[list[int]], sampling: list[Any]) -> list[Any]:
-        return self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
+        return [output.outputs[0] for output in outputs]
 
-    def _reply(self, one: _Asked, output: Any) -> Reply:
-        generated = output.outputs[0]
+    def _replies(self, asked: Sequence[_Asked], generated: Sequence[Any]) -> list[Reply]:
+        """The replies, continued with a verdict where verdicts were offered and none was given."""
+        from vllm import SamplingParams
+
+        replies = [self._reply(one, output) for one, output in zip(asked, generated, strict=True)]
+        offers: dict[int, list[str]] = {}
+        for i, (one, reply) in enumerate(zip(asked, replies, strict=True)):
+            offered = sorted(set(_OFFERED.findall(one.body["messages"][-1]["content"])))
+            if offered and not is_unclosed(reply) and verdict_of(reply, offered) is None:
+                offers[i] = offered
+        if not offers:
+            return replies
+        # Verdict -> its first token after the brackets. The offered ones begin with different letters.
+        tokens = {word: self._first_token(word) for word in {word for offered in offers.values() for word in offered}}
+        chosen = self._generate(
+            [self._ids(asked[i].prompt + generated[i].text.rstrip() + _OPENING) for i in offers],
+            [
+                SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[tokens[word] for word in offered])
+                for offered in offers.values()
+            ],
+        )
+        for (i, offered), output in zip(offers.items(), chosen, strict=True):
+            word = next(word for word in offered if tokens[word] == output.token_ids[0])
+            replies[i] = replace(replies[i], text=f"{replies[i].text.rstrip()}{_OPENING}{word}]]", forced=True)
+        return replies
+
+    def _first_token(self, word: str) -> int:
+        before, whole, alone = map(self._ids, (_OPENING, _OPENING + word, word))
+        return whole[len(before)] if whole[: len(before)] == before else alone[0]
+
+    def _reply(self, one: _Asked, generated: Any) -> Reply:
         answer = answer_of(opened_by(one.prompt) + generated.text)
         text = answer or ""
         for token in self._tokenizer.added_tokens_decoder.values():
@@ -185,42 +204,6 @@ class LocalJudge(Judge):
             completion_tokens=len(generated.token_ids),
         )
 
-    def _decided(self, asked: list[_Asked], texts: list[str], replies: list[Reply]) -> list[Reply]:
-        """The replies, continued with a verdict where verdicts were offered and none was given.
-
-        Args:
-            asked: The requests.
-            texts: What was generated, thinking and special tokens included.
-            replies: What was made of it.
-        """
-        from vllm import SamplingParams
-
-        # Verdict -> its first token after the brackets. The offered ones begin with different letters.
-        tokens: dict[str, int] = {}
-        open_ones: dict[int, list[str]] = {}
-        for i, (one, reply) in enumerate(zip(asked, replies, strict=True)):
-            offered = sorted(set(_OFFERED.findall(one.body["messages"][-1]["content"])))
-            if offered and not is_unclosed(reply) and verdict_of(reply, offered) is None:
-                open_ones[i] = offered
-                for word in set(offered) - tokens.keys():
-                    before, whole, alone = map(self._ids, (_OPENING, _OPENING + word, word))
-                    tokens[word] = whole[len(before)] if whole[: len(before)] == before else alone[0]
-        if not open_ones:
-            return replies
-        outputs = self._generate(
-            [self._ids(asked[i].prompt + texts[i].rstrip() + _OPENING) for i in open_ones],
-            [
-                SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[tokens[word] for word in offered])
-                for offered in open_ones.values()
-            ],
-        )
-        decided = list(replies)
-        for (i, offered), output in zip(open_ones.items(), outputs, strict=True):
-            chosen = output.outputs[0].token_ids[0]
-            word = next(word for word in offered if tokens[word] == chosen)
-            decided[i] = replace(replies[i], text=f"{replies[i].text.rstrip()}{_OPENING}{word}]]", forced=True)
-        return decided
-
 
 def _tokenizer(folder: str) -> Any:
     if Path(folder).is_dir():
@@ -232,5 +215,5 @@ def _open(folder: str, args: dict[str, Any]) -> Any:
     from vllm import LLM
 
     with starting_vllm():
-        # The tokenizer that renders the chats; "auto" takes another one for Mistral's models.
+        # The tokenizer that renders the chats; "auto" takes a different one for Mistral's models.
         return LLM(model=folder, tokenizer_mode="hf", **args)

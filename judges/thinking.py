@@ -1,8 +1,8 @@
-"""What a model thinks aloud, told from what it answers. Pure.
+"""Tells what a model thinks aloud from what it answers. Pure.
 
 Models that reason write their thinking between marks of their family, and then the answer. A chat template may write
-the opening mark itself, as DeepSeek-R1's does, so that a reply holds the closing one alone. A mark behind a quotation
-mark or backtick is one that the text speaks of.
+the opening mark itself, as DeepSeek-R1's does: then a reply holds the closing one alone. A mark behind a quotation mark
+or backtick is one that the text speaks of.
 """
 
 from __future__ import annotations
@@ -11,43 +11,38 @@ import re
 
 #: Of Qwen3, DeepSeek-R1, GLM and most others; also <seed:think>, <mm:think>, <ifm|think_fast>, <think:...>.
 TAG = r"(?:\w{1,16}[:|])?(?i:think|thinking|thoughts?|reasoning)(?:_\w{1,16})?(?::[^\s<>]{1,32})?>"
-#: Opening and closing mark of each kind.
-_KINDS = (
-    rf"<{TAG}",
-    rf"</{TAG}",
+#: The opening and the closing mark of each family.
+_MARKS = [
+    (rf"<{TAG}", rf"</{TAG}"),
     # Magistral
-    r"\[THINK\]",
-    r"\[/THINK\]",
+    (r"\[THINK\]", r"\[/THINK\]"),
     # Kimi-VL, Kimi-K3
-    r"◁think▷|<\|open\|>think<\|sep\|>",
-    r"◁/think▷|<\|close\|>think<\|sep\|>",
+    (r"◁think▷|<\|open\|>think<\|sep\|>", r"◁/think▷|<\|close\|>think<\|sep\|>"),
     # Command A
-    r"<\|START_THINKING\|>",
-    r"<\|END_THINKING\|>",
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
     # OpenThinker, Sky-T1
-    r"<\|begin_of_thought\|>",
-    r"<\|end_of_thought\|>",
+    (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
     # gpt-oss: channels, of which the last holds the answer.
-    r"<\|channel\|>(?:analysis|commentary)[^\n<]{0,40}<\|message\|>",
-    r"<\|channel\|>final[^\n<]{0,40}<\|message\|>",
+    (
+        r"<\|channel\|>(?:analysis|commentary)[^\n<]{0,40}<\|message\|>",
+        r"<\|channel\|>final[^\n<]{0,40}<\|message\|>",
+    ),
     # Gemma 4, MedGemma
-    r"<\|channel>thought|<unused94>thought",
-    r"<channel\|>|<unused95>",
+    (r"<\|channel>thought|<unused94>thought", r"<channel\|>|<unused95>"),
     # Granite 3: plain words, so only where a reply begins with them.
-    r"\A\s{0,8}Here(?:'s| is) my thought process:",
-    r"Here(?:'s| is) my response:",
-)
+    (r"\A\s{0,8}Here(?:'s| is) my thought process:", r"Here(?:'s| is) my response:"),
+]
 _QUOTE = "[`\"'“”‘’«»]"
-#: Group 2 i + 1 is the opening mark of kind i, group 2 i + 2 its closing one.
-_MARK = re.compile(rf"(?<!{_QUOTE})(?:" + "|".join(f"({mark})" for mark in _KINDS) + ")")
-_OPENED = re.compile("(?:" + "|".join(_KINDS[::2]) + r")\s{0,8}\Z")
+#: Group 2 i + 1 is the opening mark of family i, group 2 i + 2 its closing one.
+_MARK = re.compile(rf"(?<!{_QUOTE})(?:" + "|".join(f"({mark})" for marks in _MARKS for mark in marks) + ")")
+_OPENED = re.compile("(?:" + "|".join(opening for opening, _ in _MARKS) + r")\s{0,8}\Z")
 
 
 def answer_of(text: str) -> str | None:
     """What a text says after its thinking: all of it where there is none.
 
     Args:
-        text: A reply, behind what `opened_by` finds in its prompt.
+        text: What `opened_by` finds in the prompt, and the reply.
 
     Returns:
         What follows the last closing mark; None if thinking was opened and not closed, so that there is no answer.
@@ -55,9 +50,9 @@ def answer_of(text: str) -> str | None:
     opened: set[str | int] = set()
     end = 0
     for mark in _MARK.finditer(text):
-        kind, closes = divmod((mark.lastindex or 0) - 1, 2)
-        # Tags are told apart by their names: </reasoning> closes no <think>.
-        name = kind or mark.group().lower().replace("/", "")
+        family, closes = divmod((mark.lastindex or 0) - 1, 2)
+        # Tags are told apart by their names: </reasoning> does not close <think>.
+        name = family or mark.group().lower().replace("/", "")
         if closes:
             opened.discard(name)
             end = mark.end()
@@ -67,6 +62,6 @@ def answer_of(text: str) -> str | None:
 
 
 def opened_by(prompt: str) -> str:
-    """The opening mark with which a rendered prompt ends, for the model to think behind it; empty if there is none."""
+    """The opening mark at the end of a rendered prompt, after which the model thinks; empty if there is none."""
     found = _OPENED.search(prompt[-100:])
     return found.group() if found else ""

@@ -14,16 +14,14 @@ A verdict is a word in double square brackets, such as [[A]]. The rule:
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from judges.thinking import answer_of
 
 if TYPE_CHECKING:
-    from judges.client import Reply
+    from judges.judge import Reply
 
 _VERDICT = re.compile(r"\[\[\s*(\w+)\s*\]\]")
 
@@ -37,16 +35,14 @@ def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str |
         cut: Whether the reply ended at its limit of tokens.
 
     Returns:
-        One of `allowed`, or None if the reply was cut, its thinking is not closed, or its answer names none of them, or
-        several without deciding in its last line.
+        One of `allowed`; None if the reply has no verdict, see above.
     """
     text = answer_of(reply or "")
     if text is None or cut:
         return None
     verdicts = _named(text, allowed)
     if len(verdicts) > 1:
-        last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
-        verdicts = _named(last, allowed)
+        verdicts = _named(text.rstrip().splitlines()[-1], allowed)
     return verdicts.pop() if len(verdicts) == 1 else None
 
 
@@ -55,9 +51,9 @@ def _named(text: str, allowed: Sequence[str]) -> set[str]:
 
 
 def verdict_of(reply: Reply, allowed: Sequence[str]) -> str | None:
-    """The verdict of what a judge answered; None for a request that failed, or a verdict that was forced. See `parse`.
+    """The verdict of what a judge answered; None for a request that failed, or a forced verdict. See `parse`.
 
-    What a local model was made to choose is no judgement of its own (`forced_verdict`): it counts in no rate.
+    A verdict that a local model was made to choose (`forced_verdict`) is no judgement of its own: no rate counts it.
     """
     return None if reply.forced else _found(reply, allowed)
 
@@ -92,35 +88,6 @@ def why_unscored(reply: Reply, allowed: Sequence[str]) -> str | None:
 
 
 def ends(replies: Iterable[Reply]) -> dict[str, int]:
-    """How replies ended where that costs verdicts: `cut` at their limit, `unclosed` in their thinking; or both."""
+    """Counts replies whose end costs verdicts: `cut` at their limit, `unclosed` in their thinking; or both."""
     replies = list(replies)
     return {"cut": sum(reply.cut for reply in replies), "unclosed": sum(map(is_unclosed, replies))}
-
-
-def ends_in_words(counts: Mapping[str, int], replies: int, sampling: Mapping[str, Any]) -> list[str]:
-    """A sentence for each count of `ends` that is not 0, and the option that helps.
-
-    Args:
-        counts: What `ends` returned, or sums of it; empty for results of versions without these counts.
-        replies: Of how many.
-        sampling: The judge's parameters.
-    """
-    found = []
-    if counts.get("cut"):
-        found.append(
-            f"{counts['cut']} of {replies} replies were cut at their limit of tokens, and no verdict is read from "
-            f"them: raise it with {longer(sampling)}"
-        )
-    if counts.get("unclosed"):
-        found.append(
-            f"{counts['unclosed']} of {replies} replies ended in thinking that is not closed, and have no verdict"
-        )
-    return found
-
-
-def longer(sampling: Mapping[str, Any]) -> str:
-    """The option that doubles the limit of replies, as it is typed."""
-    name = "max_completion_tokens" if "max_completion_tokens" in sampling else "max_tokens"
-    limit = sampling.get(name)
-    option = f"--sampling {shlex.quote(json.dumps({**sampling, name: 2 * limit if limit else 4096}))}"
-    return option if limit else f"{option}, or give the model a longer context"

@@ -4,18 +4,18 @@ A request whose text holds "FAULT:name*n" gets that fault the first n times (wit
 answer is that of `answer` (a text, or a message with "finish_reason"), or a verdict for the longer text.
 """
 
-import gzip
 import json
 import re
 import threading
 import time
-import zlib
 from collections import Counter
 from contextlib import contextmanager
-from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import count
 
 KEY = "sk-secret-0123456789"
+FAULT = re.compile(r"FAULT:(\w+)(?:\*(\d+))?")
+BLOCK = re.compile(r"<<<(ANSWER[ AB]*)>>>\n(.*?)\n<<<END OF \1>>>", re.S)
 
 
 @contextmanager
@@ -27,17 +27,6 @@ def with_key(monkeypatch, folder):
         monkeypatch.delenv(name, raising=False)
     yield
     assert not [p for p in folder.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
-
-
-FAULT = re.compile(r"FAULT:(\w+)(?:\*(\d+))?")
-BLOCK = re.compile(r"<<<(ANSWER[ AB]*)>>>\n(.*?)\n<<<END OF \1>>>", re.S)
-
-
-@cache
-def bomb():
-    """A gzip file of 100 MB of nothing."""
-    packer = zlib.compressobj(wbits=31)
-    return b"".join(packer.compress(bytes(1_000_000)) for _ in range(100)) + packer.flush()
 
 
 def judge(text):
@@ -53,6 +42,42 @@ def judge(text):
     return f"echo {text}"
 
 
+def _error(message, **fields):
+    return {"error": {"message": message, **fields}}
+
+
+#: Fault -> status, body (a text or a value of JSON; {key} = the header with the key) and headers.
+SAID = {
+    "busy": (429, _error("slow down", code="rate_limit"), {"Retry-After": "0.15"}),
+    "down": (500, _error("oops"), {"Retry-After": "0.05"}),
+    "garbled": (200, '{"choices": [{"message": {"content": "[[A]]"', {}),
+    "html": (200, "<html>proxy</html>", {}),
+    "number": (200, 42, {}),
+    "empty": (200, {"choices": [], "usage": None}, {}),
+    "nothing": (200, {"choices": None, **_error("upstream")}, {}),
+    "deep": (200, '{"choices": ' + "[" * 100_000, {}),
+    "denied": (401, _error("Incorrect API key provided: {key}"), {}),
+    "long": (400, _error("too long for {key}", code="context_length_exceeded"), {}),
+    "filter": (400, _error("no", code="content_filter"), {}),
+    "control": (400, _error("\x1b]0;owned\x07\x1b[2J\u202eevil\r\nERROR: gone\x9b1m"), {}),
+    "packed": (200, {}, {"Content-Encoding": "gzip"}),
+    "charset": (400, "a" * 3_000_000, {"Content-Type": "application/json; charset=punycode"}),
+}
+_PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+#: Fault -> the beginning of a reply, what comes again and again (None = the end), and seconds in between.
+ENDLESS = {
+    "slow": (b"", b"", 0.05),
+    "cut": (_PLAIN.replace(b"\r\n\r\n", b'\r\nContent-Length: 1000\r\n\r\n{"id": "c", "cho'), None, 0),
+    "huge": (_PLAIN.replace(b"\r\n\r\n", b"\r\nContent-Length: 300000000\r\n\r\n"), b"x" * 65536, 0),
+    "endless": (_PLAIN, b" " * 65536, 0),
+    "huge_error": (_PLAIN.replace(b"200 OK", b"400 Bad"), b"x" * 65536, 0),
+    "trickle": (_PLAIN, b" ", 0.02),
+    "drip": (b"HTTP/1.1 200 OK\r\nX-A: ", b"a", 0.02),
+    "informal": (b"", b"HTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n", 0.02),
+    "headers": (b"HTTP/1.1 200 OK\r\n", b"X-A: " + b"a" * 1000 + b"\r\n", 0),
+}
+
+
 class Server:
     """Runs while the `with` block does."""
 
@@ -63,9 +88,11 @@ class Server:
         self.succeeded = Counter()  # text -> times answered well
         self.bodies, self.headers, self.times = [], [], []
         self.written, self.closed = 0, False
-        self.usage, self.location = {}, ""
+        self.said = dict(SAID)
+        self.usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
         self.at_once = self.most_at_once = 0
         self.files, self.batches = {}, {}
+        self.upload_fault = None  # in `said`
         self.batch_fault = ""  # "lose": make the batch, cut the connection; "refuse": 400; "fail": fails validation
         self.batch_polls = 1  # polls until a batch is completed
 
@@ -88,7 +115,7 @@ class Server:
                 elif self.path == "/v1/batches":
                     server.make_batch(self, json.loads(content))
                 else:
-                    server.send(self, 404, {"error": {"message": f"no {self.path}"}})
+                    server.send(self, 404, _error(f"no {self.path}"))
 
             def do_GET(self):
                 server.get(self, self.path.split("?")[0].removeprefix("/v1/").split("/"))
@@ -109,13 +136,14 @@ class Server:
         self.http.shutdown()
         self.http.server_close()
 
-    def send(self, handler, status, body, **headers):
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    def send(self, handler, status, body, headers=None):
+        key = handler.headers["Authorization"] or ""
+        text = body if isinstance(body, str) else json.dumps(body)
+        content = text.replace("{key}", key).encode()
         handler.send_response(status)
-        handler.send_header("Content-Type", "application/json")
+        for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
+            handler.send_header(name, value)
         handler.send_header("Content-Length", str(len(content)))
-        for name, value in headers.items():
-            handler.send_header(name.replace("_", "-"), str(value))
         handler.end_headers()
         handler.wfile.write(content)
 
@@ -123,19 +151,9 @@ class Server:
         answer = self.answer(text)
         # An answer may also be a message, with the reason of its end.
         message = {"content": answer, **message} if isinstance(answer, str) else {**answer, **message}
-        return {
-            "id": "c",
-            "object": "chat.completion",
-            "model": "fake",
-            "choices": [
-                {
-                    "index": 0,
-                    "finish_reason": message.pop("finish_reason", "stop"),
-                    "message": {"role": "assistant", **message},
-                }
-            ],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13},
-        }
+        choice = {"index": 0, "finish_reason": message.pop("finish_reason", "stop")}
+        choice["message"] = {"role": "assistant", **message}
+        return {"id": "c", "object": "chat.completion", "model": "fake", "choices": [choice], "usage": self.usage}
 
     def chat(self, handler, body):
         text = body["messages"][-1]["content"]
@@ -149,146 +167,36 @@ class Server:
         time.sleep(self.delay)
         try:
             found = FAULT.search(text)
-            fault = found and (found[2] is None or times <= int(found[2])) and found[1]
-            if fault and getattr(self, f"fault_{fault}")(handler, text) != "fine":
-                return
-            with self.lock:
-                self.succeeded[text] += 1
-            self.send(handler, 200, self.completion(text)) if not fault else None
+            fault = found[1] if found and (found[2] is None or times <= int(found[2])) else None
+            if fault in ENDLESS:
+                self.reply_without_end(handler, *ENDLESS[fault])
+            elif fault in self.said:
+                self.send(handler, *self.said[fault])
+            else:
+                refused = {"content": None, "refusal": "I would rather not."} if fault == "refusal" else {}
+                with self.lock:
+                    self.succeeded[text] += 1
+                self.send(handler, 200, self.completion(text, **refused))
         finally:
             with self.lock:
                 self.at_once -= 1
 
-    # ---- faults
-
-    def fault_busy(self, handler, text):
-        self.send(handler, 429, {"error": {"message": "slow down", "code": "rate_limit"}}, Retry_After=0.15)
-
-    def fault_down(self, handler, text):
-        self.send(handler, 500, {"error": {"message": "oops"}}, Retry_After=0.05)
-
-    def fault_slow(self, handler, text):
-        time.sleep(1.5)
+    def reply_without_end(self, handler, start, part, pause):
         handler.close_connection = True
-
-    def fault_cut(self, handler, text):
-        handler.send_response(200)
-        handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", "1000")
-        handler.end_headers()
-        handler.wfile.write(b'{"id": "c", "cho')
-        handler.close_connection = True
-
-    def fault_garbled(self, handler, text):
-        self.send(handler, 200, b'{"choices": [{"message": {"content": "[[A]]"')
-
-    def fault_html(self, handler, text):
-        self.send(handler, 200, b"<html>proxy</html>")
-
-    def fault_number(self, handler, text):
-        self.send(handler, 200, b"42")
-
-    def fault_empty(self, handler, text):
-        self.send(handler, 200, {"choices": [], "usage": None})
-
-    def fault_nothing(self, handler, text):
-        self.send(handler, 200, {"choices": None, "error": {"message": "upstream"}})
-
-    def fault_deep(self, handler, text):
-        self.send(handler, 200, b'{"choices": ' + b"[" * 100_000)
-
-    def fault_denied(self, handler, text):
-        key = handler.headers["Authorization"]
-        self.send(handler, 401, {"error": {"message": f"Incorrect API key provided: {key}"}})
-
-    def fault_long(self, handler, text):
-        key = handler.headers["Authorization"]
-        self.send(handler, 400, {"error": {"message": f"too long for {key}", "code": "context_length_exceeded"}})
-
-    def fault_filter(self, handler, text):
-        self.send(handler, 400, {"error": {"message": "no", "code": "content_filter"}})
-
-    def fault_refusal(self, handler, text):
-        self.send(handler, 200, self.completion(text, content=None, refusal="I would rather not."))
-        with self.lock:
-            self.succeeded[text] += 1
-
-    # ---- replies without end
-
-    def begin(self, handler, status=200, **headers):
-        handler.send_response(status)
-        for name, value in {"Content_Type": "application/json", **headers}.items():
-            handler.send_header(name.replace("_", "-"), value)
-        handler.end_headers()
-        handler.close_connection = True
-
-    def endless(self, handler, part, pause=0.0):
-        while not self.closed:
+        handler.wfile.write(start)
+        for _ in count() if part is not None else ():
+            if self.closed or (not part and time.monotonic() - self.times[-1] > 1.5):
+                return
             handler.wfile.write(part)
             self.written += len(part)
             time.sleep(pause)
 
-    def fault_huge(self, handler, text):
-        self.begin(handler, Content_Length=300_000_000)
-        handler.wfile.write(b'{"choices": [{"message": {"content": "')
-        self.endless(handler, b"x" * 65536)
-
-    def fault_endless(self, handler, text):
-        self.begin(handler)
-        self.endless(handler, b" " * 65536)
-
-    def fault_huge_error(self, handler, text):
-        self.begin(handler, 400)
-        self.endless(handler, b"x" * 65536)
-
-    def fault_trickle(self, handler, text):
-        self.begin(handler)
-        self.endless(handler, b" ", 0.02)
-
-    def fault_drip(self, handler, text):
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-A: ")
-        handler.close_connection = True
-        self.endless(handler, b"a", 0.02)
-
-    def fault_informal(self, handler, text):
-        handler.close_connection = True
-        self.endless(handler, b"HTTP/1.1 103 Early Hints\r\nA: b\r\n\r\n", 0.02)
-
-    def fault_headers(self, handler, text):
-        handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
-        handler.close_connection = True
-        self.endless(handler, b"X-A: " + b"a" * 1000 + b"\r\n")
-
-    def fault_bomb(self, handler, text):
-        self.send(handler, 200, bomb(), Content_Encoding="gzip")
-
-    def fault_packed(self, handler, text):
-        self.send(handler, 200, gzip.compress(json.dumps(self.completion(text)).encode()), Content_Encoding="gzip")
-
-    def fault_cut_gzip(self, handler, text):
-        self.send(handler, 200, gzip.compress(b'{"choices": []}')[:-9], Content_Encoding="gzip")
-
-    def fault_brotli(self, handler, text):
-        self.send(handler, 200, b"\x8b\x02\x80", Content_Encoding="br")
-
-    def fault_twice(self, handler, text):
-        self.send(handler, 200, gzip.compress(gzip.compress(b"{}")), Content_Encoding="gzip, gzip")
-
-    def fault_charset(self, handler, text):
-        self.send(handler, 400, b"a" * 3_000_000, Content_Type="application/json; charset=punycode")
-
-    def fault_counts(self, handler, text):
-        self.send(handler, 200, {**self.completion(text), "usage": self.usage})
-
-    def fault_control(self, handler, text):
-        self.send(handler, 400, {"error": {"message": "\x1b]0;owned\x07\x1b[2J\u202eevil\r\nERROR: gone\x9b1m"}})
-
-    def fault_moved(self, handler, text):
-        self.send(handler, 307, b"", Location=self.location)
-
     # ---- Batch API
 
     def upload(self, handler, content):
+        if self.upload_fault:
+            self.send(handler, *self.said[self.upload_fault])
+            return
         name = f"file-{len(self.files)}"
         lines = [line for line in content.splitlines() if line.startswith(b'{"custom_id"')]
         self.files[name] = [json.loads(line) for line in lines]
@@ -297,7 +205,7 @@ class Server:
 
     def make_batch(self, handler, body):
         if self.batch_fault == "refuse":
-            self.send(handler, 400, {"error": {"message": f"no, {handler.headers['Authorization']}"}})
+            self.send(handler, 400, _error("no, {key}"))
             return
         name = f"batch-{len(self.batches)}"
         self.batches[name] = {**body, "polls": 0}
@@ -340,4 +248,4 @@ class Server:
             self.succeeded[text] += not errors
             response = {"status_code": 500 if errors else 200, "body": {} if errors else self.completion(text)}
             lines.append(json.dumps({"id": "r", "custom_id": row["custom_id"], "response": response, "error": None}))
-        return "\n".join(reversed(lines)).encode()  # in no particular order
+        return "\n".join(reversed(lines))  # in no particular order

@@ -2,7 +2,9 @@
 
 import numpy as np
 
+from trace_bench.judgements import KINDS, direct_rate, judge_file, rates, sample_fingerprints, tally
 from trace_bench.run import Run
+from trace_tasks.data import GROUPS
 from trace_tasks.data.files import write_json, write_jsonl
 
 TASKS = ["trace_cstance", "trace_fomc", "trace_meetingbank"]
@@ -126,10 +128,6 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
     Each task is learned in its own stage and forgotten more the longer it is ago; what is forgotten of the tasks with
     an accuracy is half of it form: the right letter in a sentence.
     """
-    from judges.judging import KINDS, judge_file, sample_fingerprints
-    from judges.pairwise import direct_rate, rates, tally
-    from trace_tasks.data import GROUPS
-
     rng, tasks = np.random.default_rng(seed), list(tasks)
     run = make(np.full((len(tasks) + 1, len(tasks)), NAN), tasks=tasks, **manifest)
     for stage in run.stages:
@@ -154,17 +152,7 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
         for stage in run.stages:
             _write_answers(rng, stage, suite, 1 - 0.07 * stage.index, 20)
             results = rng.choice(["win", "tie", "lose"], size=20, p=_won(stage.index))
-            rows = [
-                {
-                    "doc_id": k,
-                    "direct": kind.words[k % 2],
-                    "combined": str(result),
-                    "disagree": False,
-                    "identical": False,
-                    "verdicts": {"win": ["A", "B"], "tie": ["C", "C"], "lose": ["B", "A"]}[result],
-                }
-                for k, result in enumerate(results)
-            ]
+            rows = [verdict_row(k, str(result), kind.words[k % 2]) for k, result in enumerate(results)]
             counts = tally(rows)
             write_jsonl(judge_file(stage, suite).with_suffix(".jsonl"), rows)
             write_json(
@@ -182,6 +170,13 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
                 },
             )
     return run
+
+
+def verdict_row(doc_id, result, word):
+    """A line of a judge's verdicts: on a pair in both orders, and on the answer alone."""
+    verdicts = {"win": ["A", "B"], "tie": ["C", "C"], "lose": ["B", "A"]}[result]
+    same = {"disagree": False, "identical": False}
+    return {"doc_id": doc_id, "direct": word, "combined": result, "verdicts": verdicts, **same}
 
 
 def _won(index):

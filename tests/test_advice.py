@@ -10,8 +10,8 @@ import pytest
 from conftest import quick_options, train
 from judge_server import Server, with_key
 
-from judges.judging import judge_file
 from trace_bench.cli import main
+from trace_bench.judgements import judge_file
 from trace_bench.records import stale
 from trace_bench.run import Run, read_json, read_jsonl
 from trace_tasks.data.files import fingerprint, write_json, write_jsonl

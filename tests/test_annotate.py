@@ -1,12 +1,10 @@
 """Tests of the annotator: no wrong answer gets in, nothing is paid twice, and RCL trains on what it writes."""
 
 import csv
+import hashlib
 import io
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from conftest import train
@@ -14,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from judge_server import Server, with_key
 
-from judges import JudgeError, annotate
-from judges.annotate import Row, read_path
-from judges.client import Cache, Reply
+from judges import JudgeError
 from judges.prompts import neutralise
+from judges.replies import Cache, Reply
+from judges.teacher import paths, prompts, review
+from judges.teacher.paths import Row, read_path
 from trace_bench.cli import main
 from trace_bench.run import read_json
 from trace_tasks import data
@@ -115,31 +114,36 @@ def write_fomc(root, rows, test=()):
 
 
 @every_task
-def test_the_demonstrations_are_what_is_wanted(task):
+def test_the_demonstrations_are_what_is_wanted(task, right):
     folder = data.FOLDERS[task]
-    prompt = annotate.read_prompt(annotate.prompt_files([task])[task], folder)
+    prompt = prompts.read_prompt(prompts.prompt_files([task])[task], folder)
     form = FRAMES[folder].form
     for demo_ in prompt.demonstrations:
-        row = Row(task, 0, demo_["prompt"], demo_["answer"])
-        reply = reasoning_answer(folder, demo_["reasoning"], demo_["answer"])
-        assert read_path(row, Reply(reply)) == (demo_["reasoning"], "")
-        assert extract_answer(form, reply) == demo_["answer"]
-        score = annotate.CHECKS[folder].score
-        assert score(row.prompt, demo_["answer"], demo_["answer"]) > 0.98
-        assert form != "line" or not annotate.answers_first(row, demo_["reasoning"])
-        assert 20 <= annotate.quality([(row, demo_["reasoning"])])["words"]["min"] <= 120
-    answers = [demo_["answer"] for demo_ in prompt.demonstrations]
+        row = Row(task, 0, demo_.prompt, demo_.answer)
+        reply = reasoning_answer(folder, demo_.reasoning, demo_.answer)
+        assert read_path(row, Reply(reply)) == (demo_.reasoning, "")
+        assert extract_answer(form, reply) == demo_.answer
+        score = paths.CHECKS[folder].score
+        assert score(row.prompt, demo_.answer, demo_.answer) > 0.98
+        assert form != "line" or not review.answers_first(row, demo_.reasoning)
+        assert 20 <= review.quality([(row, demo_.reasoning)])["words"]["min"] <= 120
+    answers = [demo_.answer for demo_ in prompt.demonstrations]
     assert len(set(answers)) == 3
     if folder in ("C-STANCE", "FOMC", "ScienceQA"):
         assert sorted(answers) == ["A", "B", "C"]
-    chinese = [any("\u4e00" <= c <= "\u9fff" for c in d["reasoning"]) for d in prompt.demonstrations]
+    chinese = [any("\u4e00" <= c <= "\u9fff" for c in d.reasoning) for d in prompt.demonstrations]
     assert chinese == [folder == "C-STANCE"] * 3
+    assert not {neutralise(d.prompt) for d in prompt.demonstrations} & right.keys(), "they are no rows of the demo data"
 
 
-def test_the_demonstrations_are_no_rows_of_the_demo_data(right):
-    for task, file in annotate.prompt_files(data.FOLDERS).items():
-        prompt = annotate.read_prompt(file, data.FOLDERS[task])
-        assert not {neutralise(d["prompt"]) for d in prompt.demonstrations} & right.keys()
+def test_the_built_in_prompts_ask_as_ever():
+    """Replies are cached by what is asked: raise annotate.VERSION with any change."""
+    asked = [
+        prompts.read_prompt(file, data.FOLDERS[task]).messages(data.FOLDERS[task], "PROMPT", answer)
+        for task, file in prompts.prompt_files(data.FOLDERS).items()
+        for answer in (None, "ANSWER")
+    ]
+    assert hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8] == "ac309270"
 
 
 def test_the_teacher_is_asked_in_turns_and_sees_the_answer_only_where_it_should(server, tmp_path):
@@ -163,7 +167,7 @@ def test_the_teacher_is_asked_in_turns_and_sees_the_answer_only_where_it_should(
 def test_own_prompts_replace_the_built_in_ones_of_their_names(server, tmp_path):
     own = tmp_path / "own"
     own.mkdir()
-    built_in = annotate.TEACHER_PATH / "fomc.yaml"
+    built_in = prompts.FOLDER / "fomc.yaml"
     (own / "fomc.yaml").write_text(built_in.read_text(encoding="utf-8").replace("reasoning paths", "MY PATHS"))
     argv = ["--rows", "1", "--attempts", "1", "--tasks", "trace_fomc,trace_cstance", "--prompts", str(own)]
     command(server, tmp_path / "out", *argv)
@@ -177,20 +181,23 @@ def test_own_prompts_replace_the_built_in_ones_of_their_names(server, tmp_path):
     ("change", "message"),
     [
         (lambda text: "a: [", "not YAML"),
-        (lambda text: "- 1", "keys have to be instruction, shown"),
-        (lambda text: text.replace("shown:", "show:"), "keys have to be instruction, shown"),
-        (lambda text: text[: text.rindex("  - prompt")], "list of 3"),
-        (lambda text: text.replace("answer: A", "answer: 1"), "demonstration 1: answer is 1, not a text"),
-        (lambda text: text.replace("answer: A", "solution: A"), "demonstration 1: the keys"),
+        (lambda text: "- 1", "should be a dictionary"),
+        (lambda text: text.replace("shown:", "show:"), "shown: Field required"),
+        (lambda text: text[: text.rindex("  - prompt")], "List should have at least 3 items"),
+        (
+            lambda text: text.replace("answer: A", "answer: 1"),
+            "demonstrations.0.answer: Input should be a valid string .there is 1",
+        ),
+        (lambda text: text.replace("answer: A", "solution: A"), "demonstrations.0.answer: Field required"),
         (lambda text: text.replace("Reasoning:\n", "Stance:\n"), "demonstration 1: a prompt holds"),
         (lambda text: text.replace("The text reports", "Answer: A. The text"), "demonstration 1: a marker in the path"),
     ],
 )
 def test_a_wrong_prompt_file_is_an_error_that_names_it(tmp_path, change, message):
     file = tmp_path / "fomc.yaml"
-    file.write_text(change((annotate.TEACHER_PATH / "fomc.yaml").read_text(encoding="utf-8")), encoding="utf-8")
+    file.write_text(change((prompts.FOLDER / "fomc.yaml").read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(JudgeError, match=message) as e:
-        annotate.read_prompt(file, "FOMC")
+        prompts.read_prompt(file, "FOMC")
     assert str(file) in str(e.value)
 
 
@@ -252,23 +259,21 @@ def test_other_replies_are_rejected_with_the_reason(row, text, reason):
     assert read_path(row, Reply(text)) == ("", reason)
 
 
-def test_replies_that_were_cut_or_refused_are_rejected():
-    whole = "return x\nReasoning: It returns"
-    assert read_path(CODE, Reply(whole, finish_reason="length")) == ("", "cut at the limit of tokens")
-    assert read_path(CODE, Reply(whole, refusal=True)) == ("", "refused")
+RIGHT = "Rates rose.\nAnswer:B"
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "reason"),
     [
-        Reply("<think>Rates rose.\nAnswer:B"),
-        Reply("<think>Rates fell.</think>\nNo.\n<think>Rates rose.\nAnswer:B"),
-        Reply("[THINK]Rates rose.\nAnswer:B"),
-        Reply("", thinking="Rates rose.\nAnswer:B", unclosed=True),
+        (Reply(RIGHT, finish_reason="length"), "cut at the limit of tokens"),
+        (Reply(RIGHT, refusal=True), "refused"),
+        (Reply(f"<think>{RIGHT}"), "thinking not closed"),
+        (Reply(f"<think>Rates fell.</think>\nNo.\n<think>{RIGHT}"), "thinking not closed"),
+        (Reply("", thinking=RIGHT, unclosed=True), "thinking not closed"),
     ],
 )
-def test_no_answer_is_taken_out_of_thinking_that_is_not_closed(reply):
-    assert read_path(FOMC, reply) == ("", "thinking not closed")
+def test_no_answer_is_taken_out_of_replies_that_did_not_end_well(reply, reason):
+    assert read_path(FOMC, reply) == ("", reason)
 
 
 def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(tmp_path, caplog):
@@ -290,18 +295,8 @@ def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(t
 
 
 PIECES = [
-    "Answer:",
-    "\n回答：",
-    "答案:",
-    f"{THEREFORE}\n",
-    "\nReasoning:",
-    "\n",
-    " ",
-    "A",
-    "B",
-    "12",
-    "return x ",
-    "It is.",
+    *("Answer:", "\n回答：", "答案:", f"{THEREFORE}\n", "\nReasoning:", "\n", " "),
+    *("A", "B", "12", "return x ", "It is."),
 ]
 
 
@@ -309,7 +304,7 @@ PIECES = [
     st.sampled_from([FOMC, NUMBER, STANCE, CODE, SUMMARY, GERMAN]),
     st.lists(st.sampled_from(PIECES)).map("".join),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_whatever_is_accepted_is_read_back_as_the_right_answer(row, text):
     frame = FRAMES[row.folder]
     for reply in (text, reasoning_answer(row.folder, text, row.answer), f"{row.gold}{frame.marker}{text}"):
@@ -342,18 +337,18 @@ def test_whatever_is_accepted_is_read_back_as_the_right_answer(row, text):
     ],
 )
 def test_an_answer_that_comes_first(row, path, first):
-    assert annotate.answers_first(row, path) is first
+    assert review.answers_first(row, path) is first
 
 
 def test_the_numbers_of_quality_worked_by_hand():
     rows = [Row("trace_fomc", i, "", "B") for i in range(3)]
-    numbers = annotate.quality(list(zip(rows, ["It is B. So.", "It  is B.\nSo.", "Rates rose."], strict=True)))
+    numbers = review.quality(list(zip(rows, ["It is B. So.", "It  is B.\nSo.", "Rates rose."], strict=True)))
     assert numbers["duplicates"] == 2 and numbers["answer_first"] == 2
     assert numbers["characters"] == {"min": 11, "p5": 11.1, "median": 12, "p95": 12.9, "max": 13}
     assert (numbers["words"]["min"], numbers["words"]["max"]) == (2, 4)
-    assert annotate.quality([(STANCE, "文本称赞iPhone很好。")])["words"]["max"] == 7
-    assert annotate.quality([(GERMAN, "The train.")])["answer_first"] is None
-    assert annotate.quality([])["characters"] is None
+    assert review.quality([(STANCE, "文本称赞iPhone很好。")])["words"]["max"] == 7
+    assert review.quality([(GERMAN, "The train.")])["answer_first"] is None
+    assert review.quality([])["characters"] is None
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
@@ -509,7 +504,7 @@ def test_the_review_sheet_is_safe_for_spread_sheets(tmp_path):
     content = (tmp_path / "out/review.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbftask,row,prompt,path,answer,ok,comment\r\n")
     table = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    assert len(table) == annotate.REVIEWED
+    assert len(table) == review.REVIEWED
     indices = [int(line["row"]) for line in table]
     assert indices == sorted(set(indices)) != list(range(20))
     written = data.read_split(tmp_path / "out", "FOMC", "train")
@@ -518,7 +513,7 @@ def test_the_review_sheet_is_safe_for_spread_sheets(tmp_path):
         assert not line["path"].startswith(("=", "+", "-", "@")) and len(line["prompt"]) <= 32_767
         assert written[int(line["row"])]["answer"] == f"{line['path'].removeprefix(chr(39))}\nAnswer:B"
     for text in ("=1", "+1", "-1", "@x", "\t=1", "\r=1"):
-        assert annotate._cell(text) == f"'{text}"
+        assert review._cell(text) == f"'{text}"
 
 
 def test_data_that_this_command_did_not_write_is_not_overwritten(server, tmp_path):
@@ -565,15 +560,13 @@ def test_a_dry_run_asks_and_writes_nothing_and_needs_no_key(server, tmp_path, ca
         (["--tasks", "trace_fomc,gsm8k"], "gsm8k: not among the tasks"),
         (["--data", "nowhere"], "no such folder or archive"),
         (["--prompts", "."], "has the files none"),
+        (["--prompts", "own"], "has the files formc.yaml"),
     ],
 )
 def test_options_that_cannot_be_used_are_errors(tmp_path, argv, message):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/formc.yaml").touch()
     assert message in error(tmp_path / "out", "--model", "m", *argv)
-
-
-def test_files_of_unknown_tasks_among_own_prompts_are_an_error(tmp_path):
-    (tmp_path / "formc.yaml").touch()
-    assert "has the files formc.yaml" in error(tmp_path / "out", "--model", "m", "--prompts", tmp_path)
 
 
 @pytest.mark.parametrize("argv", [["--rows", "0"], ["--attempts", "0"], ["--rejected", "no"], ["--price-in", "nan"]])
@@ -590,14 +583,3 @@ def test_several_attempts_at_temperature_0_are_warned_of(server, tmp_path, caplo
     caplog.clear()
     command(server, tmp_path / "out", *argv, "--attempts", "1")
     assert not caplog.text
-
-
-def test_the_help_has_examples_and_imports_no_client():
-    code = (
-        "import sys\nfrom trace_bench.cli import main\n"
-        "try: main(['annotate', '--help'])\nexcept SystemExit: pass\n"
-        "heavy = {'openai', 'torch', 'vllm', 'httpx', 'numpy'} & set(sys.modules)\nassert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    assert "--show-answers" in done.stdout and "TRACE_REASONING=data/mine python -m trainers.rcl" in done.stdout

@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 
 from bench.scaling import TOKENS
 from trace_bench.cli import main
-from trace_bench.comparison import write_comparison
 from trace_bench.engine import models
-from trace_bench.leaks import without_leaked, without_rows
-from trace_bench.report import write_report
-from trace_bench.results import score_matrix
+from trace_bench.report import Results, write_comparison, write_report
+from trace_bench.report.leaks import without_leaked, without_rows
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import data_record
 from trace_tasks import data
@@ -527,26 +525,26 @@ def audited(rows, write, tmp_path):
 
 def test_scores_are_made_from_the_rows_that_are_left(audited, tmp_path, capsys):
     run = audited()
-    before = score_matrix(run)
+    before = Results(run).R
     assert before[:, 0] == pytest.approx([3 / 12, 5 / 12])
     main(["report", str(run.path), "--without-leaked", str(tmp_path / "audit.json")])
     # 12 rows less 2, 9 and 4; row 8 is in the reasoning variant, which is not trained on
     assert "OP_1 22.2" in capsys.readouterr().out
     seen = without_leaked(run, tmp_path / "audit.json")
-    assert score_matrix(seen)[:, 0] == pytest.approx([0 / 9, 2 / 9])
+    assert Results(seen).R[:, 0] == pytest.approx([0 / 9, 2 / 9])
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert "**Without leaked rows.**" in text and "FOMC 3 of 12" in text
     assert "1_trace_fomc,trace_fomc,accuracy,0.2222222222222222,0.14" in (run.path / "scores.csv").read_text()
     write_report(run)
     assert "leaked" not in (run.path / "report.md").read_text(encoding="utf-8")
-    assert np.array_equal(score_matrix(run), before)
+    assert np.array_equal(Results(run).R, before)
 
 
 def test_rows_of_the_other_variant_are_left_out_where_it_is_trained_on(audited, tmp_path):
     run = audited(tasks=("trace_fomc", "reasoning_fomc"))
     seen = without_leaked(run, tmp_path / "audit.json")
     assert seen.left_out == {"trace_fomc": {2, 4, 8, 9}, "reasoning_fomc": set()}
-    assert score_matrix(seen)[1] == pytest.approx([1 / 8, 5 / 12])
+    assert Results(seen).R[1] == pytest.approx([1 / 8, 5 / 12])
 
 
 def test_rows_of_another_task_are_left_out_where_it_is_trained_on(audited, tmp_path):

@@ -12,13 +12,9 @@ from conftest import train
 from made_runs import TASKS, make_rich_run
 
 from judges import judging
-from judges.judging import judge_file
-from judges.report import load as load_judged
-from judges.report import pooled
-from trace_bench import checks, evaluate, records
-from trace_bench.comparison import compare
-from trace_bench.report import write_report
-from trace_bench.results import Results
+from trace_bench import checks, evaluate, judgements, records
+from trace_bench.judgements import judge_file
+from trace_bench.report import Results, compare, write_report
 from trace_bench.run import Run, RunError, read_json, read_jsonl
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
@@ -426,16 +422,16 @@ def test_lines_of_judgements_that_were_changed_are_an_error(rich, damage):
 
 
 def test_a_net_win_rate_is_pooled_over_the_same_sets_only(rich):
-    kind = judging.KINDS[0]
+    kind = judgements.KINDS[0]
     for stage in rich.stages[:3]:
         for folder in ("eval/samples", "judge"):
             for file in stage.path.glob(f"{folder}/instruct_lima.json*"):
                 shutil.copy(file, file.with_name(file.name.replace("lima", "koala")))
         file = judge_file(stage, "instruct_koala")
         change(file, suite="instruct_koala")
-    found = load_judged(rich, kind)
-    assert pooled(found, rich.stages[2])["n"] == 40
-    assert pooled(found, rich.stages[3]) is None, "one of the two sets is missing there"
+    found = judgements.load(rich, kind)
+    assert judgements.pooled(found, rich.stages[2])["n"] == 40
+    assert judgements.pooled(found, rich.stages[3]) is None, "one of the two sets is missing there"
     write_report(rich)
     text = (rich.path / "report.md").read_text(encoding="utf-8")
     assert f"{rich.stages[3].name} was not judged on instruct_koala" in text

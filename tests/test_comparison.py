@@ -1,4 +1,4 @@
-"""Tests of `trace_bench.comparison` on run directories written here: numbers, differences, seeds, warnings, forms."""
+"""Tests of comparisons on run directories written here: numbers, differences, seeds, warnings, forms."""
 
 import csv
 import io
@@ -7,43 +7,65 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_runs import TASKS, R, cell, without, write_cell
+from made_runs import TASKS, R, cell, verdict_row, without, write_cell
 from scipy.stats import ttest_ind
 
-from judges.judging import judge_file, sample_fingerprints
 from trace_bench.cli import main
-from trace_bench.comparison import _marks, compare, write_comparison
+from trace_bench.judgements import judge_file, sample_fingerprints
 from trace_bench.metrics import Estimate, mean_of, net_interval, seed_difference
-from trace_bench.run import Run, read_jsonl
-from trace_bench.tables import DASH
+from trace_bench.report import DASH, compare, write_comparison
+from trace_bench.report.seeds import marks_of
+from trace_bench.run import Run, read_json, read_jsonl
+from trace_tasks.data import ORDERS
 from trace_tasks.data.files import write_json, write_jsonl
+
+
+def rows_of(table):
+    """First cell of a row -> the others by the head of their column."""
+    return {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
+
+
+def table_of(comparison, title):
+    [table] = [t for t in comparison.tables if t.title.startswith(title)]
+    return table
+
+
+def lines_of(comparison):
+    """The rows of the CSV by their first cell."""
+    return {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
 
 
 def compared(runs, baseline=None):
     """The runs and the final scores, each as rows by their first cell, the notes, and the rows of the CSV."""
     comparison = compare(runs, baseline)
-    tables = {
-        table.caption: {name: list(rest) for name, *rest in (table.header, *table.rows)} for table in comparison.tables
-    }
-    first, finals = (next(t for title, t in tables.items() if title.startswith(w)) for w in ("Runs", "Final"))
-    lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
-    return first, finals, "\n".join([*comparison.warnings, *comparison.notes]), lines
+    first, finals = (
+        {name: list(rest) for name, *rest in (table.header, *table.rows)}
+        for table in (table_of(comparison, "Runs"), table_of(comparison, "Final"))
+    )
+    return first, finals, "\n".join([*comparison.warnings, *comparison.notes]), lines_of(comparison)
 
 
 def differences(runs, baseline=None):
     """The table of differences, as rows by their first cell."""
-    [table] = [t for t in compare(runs, baseline).tables if t.title.startswith("Difference")]
-    return table.caption, {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
+    table = table_of(compare(runs, baseline), "Difference")
+    return table.caption, rows_of(table)
+
+
+def interval(text, value):
+    """The ends of an interval behind a value."""
+    return tuple(map(float, text.removeprefix(f"{value} [").removesuffix("]").split(", ")))
+
+
+def has_arrows(comparison):
+    return any(c.endswith(("↑", "↓")) for table in comparison.tables for row in table.rows for c in row)
 
 
 def test_a_comparison_has_one_row_a_run(make, bounds):
     runs = [make(config={"train_rows": 64}), *bounds().values()]
     first, second, notes, _ = compared(runs)
     # Without what all have in common, and without what none has.
-    assert first["run"] == [
-        *("method", "trains", "train rows", "OP", "BWT", "Forgetting", "base"),
-        *("training min", "evaluation min", "trained tokens"),
-    ]
+    costs = ["training min", "evaluation min", "trained tokens"]
+    assert first["run"] == ["method", "trains", "train rows", "OP", "BWT", "Forgetting", "base", *costs]
     assert compare(runs).tables[0].caption.endswith("(in all: tasks 3 (C-STANCE, FOMC, MeetingBank))")
     assert first["mine"] == ["sequential", "lora", "first 64", "40.0", "-50.0", "50.0", "20.0", "0.1", "0.2", "3,000"]
     assert first["a-single"] == ["single", "lora", "all", "80.0", DASH, DASH, "20.0", "0.1", "0.1", "3,000"]
@@ -56,29 +78,25 @@ def test_a_comparison_has_one_row_a_run(make, bounds):
     assert "Not comparable" not in notes and "Demo" not in notes and "Not complete" not in notes
 
 
-def test_the_csv_has_the_same_numbers_and_nothing_where_nothing_is_known(make):
-    _, _, _, rows = compared([make(), make(without((3, 1)), name="unfinished")])
-    assert float(rows["mine"]["OP"]) == pytest.approx(40) and float(rows["mine"]["FOMC"]) == 0
-    assert rows["unfinished"]["OP"] == rows["unfinished"]["FOMC"] == rows["unfinished"]["BWT"] == ""
-    assert float(rows["unfinished"]["C-STANCE"]) == pytest.approx(70)
-
-
-def test_an_unfinished_run_has_no_op_in_a_comparison(make):
-    first, second, notes, _ = compared([make(), make(without((3, 1)), name="unfinished")])
+def test_what_is_missing_is_a_dash_in_tables_and_nothing_in_the_csv(make):
+    runs = [make(), make(without((3, 1)), name="unfinished", seed=2)]
+    first, second, notes, lines = compared(runs)
+    title = "mean ± standard deviation over 2 seeds"
     assert first["run"][:3] == ["OP", "BWT", "Forgetting"] and first["unfinished"][:3] == [DASH, DASH, DASH]
     assert second["unfinished"] == ["70.0", DASH, "50.0"]
+    assert first[title][0] == DASH and second[title] == [f"70.0 ± {DASH}", DASH, f"50.0 ± {DASH}"]
     assert "Not complete, so that numbers are missing: `unfinished`" in notes
+    assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["FOMC"]) == 0
+    assert lines["unfinished"]["OP"] == lines["unfinished"]["FOMC"] == lines["unfinished"]["BWT"] == ""
+    runs[1].stages[3].train_file.unlink()  # a stage that is not trained leaves the cost open
+    first, _, _, lines = compared(runs[1:])
+    assert "training min" not in first["run"] and lines["unfinished"]["trained tokens"] == ""
 
 
-def test_a_stage_that_is_not_trained_leaves_the_cost_open(make):
-    run = make(name="unfinished")
-    run.stages[3].train_file.unlink()
-    first, _, _, lines = compared([run])
-    assert "training min" not in first["run"] and "trained tokens" not in first["run"]
-    assert lines["unfinished"]["trained tokens"] == ""
+# ----------------------------------------------------------------------------------------------------- names of tasks
 
 
-def test_reasoning_and_plain_tasks_share_a_column(make):
+def test_reasoning_and_plain_tasks_share_a_column_unless_a_run_has_both(make):
     names = [t.replace("trace_", "reasoning_") for t in TASKS]
     data = {"path": "p", "demo": False, "fingerprint": dict.fromkeys(names, "f01")}
     rcl = make(name="rcl", method="rcl", tasks=names, data=data, task_versions=dict.fromkeys(names, 5))
@@ -88,20 +106,49 @@ def test_reasoning_and_plain_tasks_share_a_column(make):
     assert first["rcl"][1] == "3 (C-STANCE (R), FOMC (R), MeetingBank (R))"
     assert "in data of C-STANCE, data of FOMC, data of MeetingBank: `mine` against `rcl`" in notes
     assert "version" not in notes and "tasks" not in notes.replace("mean of the tasks", "")
-
-
-def test_a_run_with_both_variants_of_a_task_keeps_them_apart(make):
     names = ["trace_fomc", "reasoning_fomc", "reasoning_py150"]
     both = make(name="both", tasks=names, data={"path": "p", "demo": False, "fingerprint": {}})
     assert compared([both])[1]["run"] == ["FOMC", "FOMC (R)", "Py150"]
 
 
-def test_tasks_that_a_run_does_not_have_are_missing(make):
-    other = make(name="other", tasks=["trace_fomc", "trace_py150", "trace_cstance"])
-    _, second, notes, _ = compared([make(), other])
+def test_tasks_whose_names_are_taken_keep_their_numbers(make):
+    tasks = ["trace_fomc", "FOMC", "OP"]
+    run = make(tasks=tasks, data={"path": "p", "demo": False, "fingerprint": dict.fromkeys(tasks, "f")})
+    _, finals, _, lines = compared([run])
+    assert finals["run"] == ["task trace_fomc", "task FOMC", "task OP"] and finals["mine"] == ["70.0", "0.0", "50.0"]
+    assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["task OP"]) == 50
+
+
+def test_tasks_that_a_run_does_not_have_are_missing_and_means_over_others_have_no_difference(make):
+    runs = [make(), make(name="other", tasks=["trace_fomc", "trace_py150", "trace_cstance"])]
+    _, second, notes, _ = compared(runs)
     assert second["run"] == ["C-STANCE", "FOMC", "MeetingBank", "Py150"]
     assert second["mine"] == ["70.0", "0.0", "50.0", DASH] and second["other"] == ["50.0", "70.0", DASH, "0.0"]
     assert "**Not comparable** in tasks" in notes
+    assert not any(table.title.startswith("Difference") for table in compare(runs).tables)
+
+
+def test_long_lists_of_tasks_are_shortened_and_orders_named(make):
+    names = {"order2": ORDERS["order2"], "reasoning_order1": ORDERS["reasoning_order1"], "5": ORDERS["order1"][:5]}
+    lines = compared([make(np.full((9, 8), 0.5), name=f"run-{n}", tasks=tasks) for n, tasks in names.items()])[3]
+    short = "5 (C-STANCE, FOMC, MeetingBank, …)"
+    assert [lines[f"run-{n}"]["tasks"] for n in names] == ["8 (order2)", "8 (reasoning_order1)", short]
+
+
+def test_checkpoints_of_unknown_training_have_no_op_and_no_cost(make):
+    first, second, *_ = compared([make(R[:3], checkpoints={"mine": "a", "theirs": "b"})])
+    assert first["run"] == ["method", "tasks", "base", "evaluation min"] and first["mine"][2] == "20.0"
+    assert second["mine"] == ["60.0", "90.0", DASH]
+
+
+def test_runs_of_one_name_are_told_apart(make, tmp_path):
+    run = make()
+    copy = tmp_path / "elsewhere" / "mine"
+    write_json(copy / "manifest.json", json.loads((run.path / "manifest.json").read_text(encoding="utf-8")))
+    assert {str(run.path), str(copy)} <= set(compared([run, Run.open(copy)])[0])
+
+
+# ------------------------------------------------------------------------------------------------------- comparability
 
 
 @pytest.mark.parametrize(
@@ -118,81 +165,52 @@ def test_tasks_that_a_run_does_not_have_are_missing(make):
             "data of FOMC: `mine` against `other`",
         ),
         ({"task_versions": {**dict.fromkeys(TASKS, 1), TASKS[1]: 2}}, "version of trace_fomc: 1 in `mine`; 2 in"),
+        ({"config": {"train_rows": 3, "learning_rate": 1.0}}, None),
     ],
 )
 def test_what_keeps_runs_from_being_comparable_is_named(make, change, words):
     notes = compared([make(), make(name="other", **change)])[2]
-    assert f"**Not comparable** in {words}" in notes and notes.count("Not comparable") == 1
+    assert notes.count("Not comparable") == (words is not None)
+    assert words is None or f"**Not comparable** in {words}" in notes
 
 
-def test_another_backend_is_named_and_other_training_is_not(make):
-    other = make(name="other", config={"train_rows": 3, "learning_rate": 1.0})
-    assert "Not comparable" not in compared([make(), other])[2]
-    for task in TASKS:
-        write_json(other.stages[0].eval_file(task), cell(other.stages[0], task, 0.5, settings={"backend": "vllm"}))
-    for stage in other.stages[1:]:
-        for task in TASKS:
-            stage.eval_file(task).unlink(missing_ok=True)
-    assert "in backend: hf in `mine`; vllm in `other`" in compared([make(), other])[2]
-
-
-def test_demo_data_is_announced_in_a_comparison(make):
-    assert "**Demo data**, not comparable with TRACE: `other`" in compared([make(), make(name="other", demo=True)])[2]
-
-
-def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make):
-    lower = R - np.array([0.1, 0.0, 0.2])
-    runs = [
-        make(name="s1", config={"seed": 1}),
-        make(lower, name="s2", seed=2, config={"seed": 2}),
-        make(name="more", config={"seed": 1, "train_rows": 5}),
+def test_backend_demo_data_and_limits_are_named(make):
+    vllm = make(name="other", demo=True)
+    for file in vllm.path.glob("stages/*/eval/*.json"):
+        write_json(file, read_json(file) | {"settings": {"backend": "vllm"}})
+    notes = compared([make(), vllm])[2]
+    assert "in backend: hf in `mine`; vllm in `other`" in notes
+    assert "**Demo data**, not comparable with TRACE: `other`" in notes
+    limited = [make(name=f"limited{k}", config={"test_rows": 5}) for k in range(2)]
+    notes = compared(limited)[2]
+    assert "**Limited test rows**" in notes and "Not comparable" not in notes
+    # Rows that are left out of one of the runs.
+    notes = compared([make(name="a", rows=learned(0.5, 0.5, 0.5)), make(name="b", rows=learned(0.5, 0.5, 0.5, n=30))])[
+        2
     ]
-    first, second, notes, rows = compared(runs)
-    title, interval = "mean ± standard deviation over 2 seeds", "95 % interval over 2 seeds"
-    assert list(first) == ["run", "s1", "s2", "more", title, interval, "paper: LoraSeqFT"]
-    assert "Unequal budgets" in notes and "numbers of seeds: 2 in `s1 and its seeds`; 1 in `more`" in notes
-    # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
-    assert first["run"][0] == "train rows" and first[title][0] == first["s1"][0]
-    # No variance can be estimated from two equal numbers: neither ± 0.0 nor an interval of no width.
-    assert first[title][1:5] == ["35.0 ± 7.1", f"-50.0 ± {DASH}", f"50.0 ± {DASH}", "15.0 ± 7.1"]
-    # Student's t of one degree of freedom is 12.7, so two seeds say little: 35 ± 12.706 * 5
-    assert first[interval][1:3] == ["[-28.5, 98.5]", DASH]
-    assert second[title] == ["65.0 ± 7.1", f"0.0 ± {DASH}", "40.0 ± 14.1"]
-    assert "variance cannot be estimated" in notes
-    assert "seeds are those of `s1`, `s2`" in notes and "another training" in notes
-    assert float(rows["mean over 2 seeds"]["OP"]) == pytest.approx(35)
-    assert float(rows["standard deviation over 2 seeds"]["MeetingBank"]) == pytest.approx(14.142, abs=1e-3)
-    assert float(rows["high end of the 95 % interval over 2 seeds"]["OP"]) == pytest.approx(98.53, abs=0.01)
+    assert "rows of C-STANCE, rows of FOMC, rows of MeetingBank: 40 in `a`; 30 in `b`" in notes
+    notes = compared([*(make(name=f"r{i}") for i in range(5)), limited[0]])[2]
+    assert "test_rows: not set in all others; 5 in `limited0`" in notes
 
 
-def test_the_same_seed_twice_is_no_deviation(make):
-    assert not any("±" in name for name in compared([make(), make(name="again")])[0])
+def test_unequal_memories_are_named_and_equal_ones_are_not(make):
+    runs = [make(name="gem", method="gem"), make(name="replay", method="replay"), make()]
+
+    def kept(run, **record):
+        file = run.stages[-1].train_file
+        write_json(file, {**read_json(file), **record})
+
+    kept(runs[0], memory_rows={TASKS[0]: 256, TASKS[1]: 256})
+    kept(runs[1], replayed={TASKS[0]: 50, TASKS[1]: 40, "alignment": 1030})
+    [warning] = [w for w in compare(runs).warnings if "Unequal" in w]
+    assert "rows kept of an earlier task: 256 in `gem`; 50 in `replay`." in warning
+    kept(runs[1], replayed={TASKS[0]: 256, TASKS[1]: 256, "alignment": 1030})
+    assert not [w for w in compare(runs).warnings if "Unequal" in w]
+    more = make(name="agem", method="agem", config={"memory_rows": 64})
+    assert "256 in `gem`, `replay`; 64 in `agem`" in "\n".join(compare([*runs, more]).warnings)
 
 
-def test_the_mean_over_seeds_of_what_is_missing_is_missing(make):
-    runs = [make(), make(without((3, 1)), name="other", seed=2)]
-    first, second, *_ = compared(runs)
-    title = "mean ± standard deviation over 2 seeds"
-    assert first[title][0] == DASH and second[title] == [f"70.0 ± {DASH}", DASH, f"50.0 ± {DASH}"]
-
-
-def test_long_lists_of_tasks_are_shortened_and_orders_named(make):
-    from trace_tasks.data import ORDERS
-
-    names = {"order2": ORDERS["order2"], "reasoning_order1": ORDERS["reasoning_order1"], "5": ORDERS["order1"][:5]}
-    runs = [make(np.full((9, 8), 0.5), name=f"run-{n}", tasks=tasks) for n, tasks in names.items()]
-    lines = compared(runs)[3]
-    assert [lines[f"run-{n}"]["tasks"] for n in names] == [
-        "8 (order2)",
-        "8 (reasoning_order1)",
-        "5 (C-STANCE, FOMC, MeetingBank, …)",
-    ]
-
-
-def test_checkpoints_of_unknown_training_have_no_op_and_no_cost(make):
-    first, second, *_ = compared([make(R[:3], checkpoints={"mine": "a", "theirs": "b"})])
-    assert first["run"] == ["method", "tasks", "base", "evaluation min"] and first["mine"][2] == "20.0"
-    assert second["mine"] == ["60.0", "90.0", DASH]
+# --------------------------------------------------------------------------------------------------------------- forms
 
 
 @pytest.mark.parametrize("form", ["md", "csv", "tex"])
@@ -217,11 +235,49 @@ def test_the_output_of_a_comparison_has_one_of_four_endings(make, tmp_path):
     assert "ends in .md, .csv, .tex, .html" in str(e.value.code) and not (run.path / "report.md").exists()
 
 
-def test_runs_of_one_name_are_told_apart(make, tmp_path):
-    run = make()
-    copy = tmp_path / "elsewhere" / "mine"
-    write_json(copy / "manifest.json", json.loads((run.path / "manifest.json").read_text(encoding="utf-8")))
-    assert {str(run.path), str(copy)} <= set(compared([run, Run.open(copy)])[0])
+def test_the_latex_has_every_row_and_nothing_that_is_a_command(make):
+    runs = [make(name="100%_a&b", rows=learned(0.5, 0.5, 0.5)), make(name="[lower]$", rows=learned(0.1, 0.5, 0.5))]
+    comparison = compare(runs)
+    text = comparison.latex()
+    assert text.count(r"\toprule") == len(comparison.tables) == text.count(r"\end{table}")
+    assert r"100\%\_a\&b & " in text and r"{[}lower{]}\$ & " in text
+    assert r"$-$13.3 {[}$-$" in text and r"\texttt{100\%\_a\&b}" in text
+    for table, part in zip(comparison.tables, text.split(r"\toprule")[1:], strict=True):
+        lines = [line for line in part.split(r"\bottomrule")[0].splitlines() if line.endswith(r" \\")]
+        assert len(lines) == 1 + len(table.rows) and {line.count(" & ") for line in lines} == {len(table.header) - 1}
+    assert "↓" not in text and "–" not in text and "**" not in text and "`" not in text
+
+
+@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1+2", "-1", "@SUM(A1)"])
+def test_names_in_the_csv_are_no_formulas_and_numbers_stay_numbers(make, name):
+    tasks = [*TASKS[:2], f"{name} task"]
+    more = {"tasks": tasks, "task_versions": dict.fromkeys(tasks, 1), "method": name}
+    rows = list(csv.reader(io.StringIO(compare([make(name=name.replace("/", ":"), **more), make(name="other")]).csv())))
+    assert not [c for row in rows for c in row if c.startswith(("=", "+", "@"))]
+    negative = [c for row in rows for c in row if c.startswith("-")]
+    assert negative and all(float(c) < 0 for c in negative)
+    assert f"'{name} task" in rows[0] and rows[1][0] == f"'{name.replace('/', ':')}" and rows[1][1] == f"'{name}"
+
+
+def test_the_paper_s_numbers_stand_apart_below_the_methods_it_has(make, bounds):
+    comparison = compare([make(), *bounds().values()])
+    table = comparison.tables[0]
+    assert table.apart == 4 and not any(t.apart for t in comparison.tables[1:])
+    rows = dict(list(rows_of(table).items())[-4:])
+    assert list(rows) == ["paper: LoraSeqFT", "paper: SingleFT", "paper: MT", "paper: ICL-6shot"]
+    assert rows["paper: LoraSeqFT"]["OP"] == "12.7" and rows["paper: LoraSeqFT"]["BWT"] == "-45.7"
+    assert rows["paper: LoraSeqFT"]["base"] == DASH and "general" not in table.header, "no run has one"
+    assert rows["paper: MT"]["OP"] == "52.3" and rows["paper: MT"]["BWT"] == DASH
+    setup, lora = comparison.notes[-5:-3]
+    assert "arXiv 2310.06762" in setup and "no target" in setup
+    assert lora == "paper: LoraSeqFT: LLaMA-2-7B-Chat, training rows a task 5000, epochs 5,3,7,5,3,5,5,7."
+    assert comparison.notes[-2] == "paper: MT: LLaMA-2-7B-Chat."
+    line = next(row for row in comparison.lines if row["run"] == "paper: LoraSeqFT, LLaMA-2-7B-Chat")
+    assert (line["OP"], line["BWT"], line["general"], line["train rows"]) == ("12.7", "-45.7", "-7.0", "5000")
+    assert "| *paper: LoraSeqFT* |" in comparison.markdown() and "| mine |" in comparison.markdown()
+    latex = comparison.latex()
+    assert r"\textcolor{gray}{paper: LoraSeqFT}" in latex and latex.startswith(r"% \usepackage{booktabs,xcolor}")
+    assert "paper" not in compare([make(name="ewc", method="ewc")]).markdown()
 
 
 # ---------------------------------------------------------------------------------------------------------- a baseline
@@ -235,6 +291,15 @@ def learned(*rates, n=40):
     }
 
 
+def forgot(own, last, n=40, tasks=TASKS):
+    """Rows of three tasks trained one after the other: `own` are right at the own stage, `last` from then on."""
+    rows = {}
+    for i, task in enumerate(tasks):
+        right = np.array([0] * (i + 1) + [own] + [last[task]] * (3 - i - 1))
+        rows[task] = {"accuracy": (np.arange(n)[:, None] < right).astype(float)}
+    return rows
+
+
 def test_differences_to_the_baseline_are_paired_where_the_rows_are_the_same(make):
     runs = [
         make(rows=learned(0.5, 0.5, 0.5)),
@@ -244,29 +309,19 @@ def test_differences_to_the_baseline_are_paired_where_the_rows_are_the_same(make
     ]
     title, rows = differences(runs)
     assert title == "Difference to `mine`, in points" and list(rows) == ["better", "others", "without samples"]
-    low, high = map(float, rows["better"]["OP"].removeprefix("+16.7 [").removesuffix("]").split(", "))
+    low, high = interval(rows["better"]["OP"], "+16.7")
     assert 0 < low < 16.7 < high
     assert rows["others"]["OP"] == "+16.7", "other data: no pairs and no interval"
     assert rows["without samples"]["OP"] == "-10.0" and rows["without samples"]["BWT"] == "-50.0"
     first, finals, notes, lines = compared(runs)
     assert first["mine"][0].startswith("50.0 [") and "Differences are paired" in notes
     # 16 rows won and none lost, which says nothing of other trainings
-    assert finals["better"] == ["90.0", "60.0", "50.0"] and finals["others"] == ["90.0", "60.0", "50.0"]
+    assert finals["better"] == ["90.0", "60.0", "50.0"] and not has_arrows(compare(runs))
     assert "Test rows alone give no arrow" in notes and "here no two methods have them" in notes
-    assert not {"↑", "↓"} & set(compare(runs).markdown().split("## ")[0].replace("↓, ↑", ""))
     assert float(lines["better"]["OP difference low"]) == pytest.approx(low, abs=0.05)
     assert lines["mine"]["OP difference"] == "" and lines["others"]["OP difference low"] == ""
     # The interval of the difference is narrower than those of the two runs, which share their rows.
     assert high - low < float(lines["mine"]["OP high"]) - float(lines["mine"]["OP low"])
-
-
-def forgot(own, last, n=40, tasks=TASKS):
-    """Rows of three tasks trained one after the other: `own` are right at the own stage, `last` from then on."""
-    rows = {}
-    for i, task in enumerate(tasks):
-        right = np.array([0] * (i + 1) + [own] + [last[task]] * (3 - i - 1))
-        rows[task] = {"accuracy": (np.arange(n)[:, None] < right).astype(float)}
-    return rows
 
 
 def test_the_difference_in_bwt_is_paired_whatever_the_order(make):
@@ -279,24 +334,33 @@ def test_the_difference_in_bwt_is_paired_whatever_the_order(make):
         make(name="lastly", tasks=TASKS[::-1], rows=forgot(40, much, tasks=TASKS[::-1])),
     ]
     _, rows = differences(runs)
-    assert rows["forgot"]["BWT"] == rows["ordered"]["BWT"] and rows["forgot"]["BWT"].endswith("]")
-    low, high = map(float, rows["forgot"]["BWT"].removeprefix("-50.0 [").removesuffix("]").split(", "))
-    first, _, _, lines = compared(runs)
+    assert rows["forgot"]["BWT"] == rows["ordered"]["BWT"]
+    low, high = interval(rows["forgot"]["BWT"], "-50.0")
+    first, _, notes, lines = compared(runs)
     widths = [float(lines[run]["BWT high"]) - float(lines[run]["BWT low"]) for run in ("mine", "forgot")]
     assert high - low < np.hypot(*widths), "narrower than that of two runs on rows of their own"
     # Another task is the last one, which nothing could be forgotten of: a mean over other tasks.
-    assert rows["lastly"]["BWT"] == "-50.0" and "in runs of other orders they may be" in compared(runs)[2]
+    assert rows["lastly"]["BWT"] == "-50.0" and "in runs of other orders they may be" in notes
     bwt = dict(zip(first["run"], first["forgot"], strict=True))["BWT"]
     assert bwt.startswith("-70.0 [") and bwt.endswith("]")
     assert float(lines["ordered"]["BWT difference low"]) == pytest.approx(low, abs=0.05)
 
 
-def test_a_difference_of_means_over_other_tasks_is_none(make):
-    runs = [make(), make(name="other", tasks=[*TASKS[:2], "trace_py150"])]
-    assert not any(table.title.startswith("Difference") for table in compare(runs).tables)
+def test_the_difference_in_fwt_is_paired(make):
+    """Of 40 rows of the second task 20, of the third 30 become right before they are trained, or none of them."""
+    ahead = {"trace_fomc": 20, "trace_meetingbank": 30}
+
+    def rows(factor):
+        right = {t: (np.arange(40) < factor * ahead.get(t, 0)).astype(float) for t in TASKS}
+        return {t: {"accuracy": np.stack([np.zeros(40), *[right[t]] * 3], axis=1)} for t in TASKS}
+
+    _, found = differences([make(rows=rows(0)), make(name="other", rows=rows(1))])
+    one, two = (Estimate(n / 40, *net_interval(n, 0, 40)) for n in ahead.values())
+    _, low, high = (100 * x for x in mean_of([one, two]))
+    assert found["other"]["FWT"] == f"+62.5 [+{low:.1f}, +{high:.1f}]"
 
 
-def test_the_baseline_is_the_first_run_or_the_one_that_was_named(make, tmp_path, capsys):
+def test_the_baseline_is_the_first_run_or_the_one_that_was_named(make, capsys):
     runs = [make(), make(np.maximum(R - 0.1, 0), name="lower"), make(R / 2, name="half")]
     assert list(differences(runs)[1]) == ["lower", "half"]
     title, rows = differences(runs, runs[1])
@@ -309,14 +373,11 @@ def test_the_baseline_is_the_first_run_or_the_one_that_was_named(make, tmp_path,
 def test_runs_in_the_same_conditions_but_for_room_for_demonstrations_are_paired(make):
     icl = {t: {"accuracy": x["accuracy"][:, :1]} for t, x in learned(0.1, 0.1, 0.1).items()}
     config = {"num_fewshot": 6, "max_prompt_length": 512}
-    runs = [
-        make(rows=learned(0.9, 0.9, 0.9)),
-        make(rows=icl, name="an-icl", method="icl", stages=[], config=config),
-    ]
+    runs = [make(rows=learned(0.9, 0.9, 0.9)), make(rows=icl, name="an-icl", method="icl", stages=[], config=config)]
     assert differences(runs)[1]["an-icl"]["OP"].endswith("]")
 
 
-# -------------------------------------------------------------------------------------------- deltas, costs, the paper
+# -------------------------------------------------------------------------------------------------------------- deltas
 
 
 def suite(run, index, value, rows=None, data="hub", n=20):
@@ -335,52 +396,63 @@ def judged(run, win, lose, judge="a/judge", n=10):
     direct = {"n": n, "unscored": 0, "safe": n - 1, "unsafe": 1, "rate": 1 - 1 / n}
     numbers = {"settings": {"judge": judge, "sampling": {}, "prompts": 1}, "pairs": counts, "direct": direct}
     numbers |= {"samples": sample_fingerprints(base, stage, "safety_cona"), "limit": None, "failed": 0, "unpaired": 0}
-    tokens = {"prompt_tokens": 1000, "completion_tokens": 500}
-    write_json(judge_file(stage, "safety_cona"), numbers | tokens)
+    write_json(judge_file(stage, "safety_cona"), numbers | {"prompt_tokens": 1000, "completion_tokens": 500})
 
 
-def test_the_deltas_and_their_cost_are_in_the_table(make):
+@pytest.fixture
+def with_deltas(make):
     runs = [make(), make(name="other")]
     for run, after in zip(runs, (0.4, 0.3), strict=True):
         suite(run, 0, 0.5)
         suite(run, 3, after)
         judged(run, 4, 1)
-    first, _, notes, lines = compared(runs)
+    return runs
+
+
+def test_the_deltas_and_their_cost_are_in_the_table(with_deltas):
+    first, _, notes, lines = compared(with_deltas)
     row = dict(zip(first["run"], first["mine"], strict=True))
     assert (row["general"], row["safety"], row["judge tokens"]) == ("-10.0", "+30.0 [-15.8, +65.8]", "1,500")
     assert "instruction" not in row and "Not comparable" not in notes and "net win rate" in notes
-    _, rows = differences(runs)
+    _, rows = differences(with_deltas)
     assert (rows["other"]["general"], rows["other"]["safety"]) == ("-10.0", "+0.0")
     assert float(lines["other"]["general"]) == pytest.approx(-20)
 
 
+@pytest.mark.parametrize(
+    "change, words, delta",
+    [
+        (lambda run: suite(run, 3, 0.4, n=10), "rows of general_mmlu: 20 in `mine`; 10 in `other`", "general"),
+        (lambda run: suite(run, 3, 0.4, data="f00"), "data of general_mmlu: `mine` against `other`", "general"),
+        (lambda run: judged(run, 4, 1, "b/judge"), "judge of safety: ", "safety"),
+        (lambda run: other_prompts(run), "data of safety_cona: `mine` against `other`", "safety"),
+    ],
+    ids=["rows", "copy", "judge", "prompts"],
+)
+def test_deltas_measured_otherwise_are_named_and_have_no_difference(with_deltas, change, words, delta):
+    assert differences(with_deltas)[1]["other"][delta] != DASH
+    change(with_deltas[1])
+    notes = compared(with_deltas)[2]
+    assert f"**Not comparable** in {words}" in notes
+    assert delta not in differences(with_deltas)[1]["other"]
+    assert ("**Local copies** of general suites" in notes) == ("data of general" in words)
+
+
+def other_prompts(run):
+    file = run.stages[-1].eval_file("safety_cona")
+    write_json(file, {**read_json(file), "settings": {"backend": "hf", "data": "f01"}})
+
+
 def test_differences_of_the_deltas_are_paired(make):
     n, runs = 60, [make(), make(name="other")]
-    prompts = np.arange(20)
+    settings = {"backend": "hf", "general_rows": None, "data": "hub"}
     for run, after, lost in zip(runs, (20, 45), (2, 12), strict=True):
         for index, right in ((0, 50), (3, after)):
-            write_cell(
-                run.stages[index],
-                "general_mmlu",
-                {"accuracy": np.arange(n) < right},
-                subtasks=["a", "b"] * (n // 2),
-                settings={"backend": "hf", "general_rows": None, "data": "hub"},
-                version="1.0",
-            )
+            columns, labels = {"accuracy": np.arange(n) < right}, ["a", "b"] * (n // 2)
+            write_cell(run.stages[index], "general_mmlu", columns, labels, settings=settings, version="1.0")
         judged(run, 4, lost, n=20)
-        verdicts = ["lose" if i < lost else "win" if i >= 16 else "tie" for i in prompts]
-        of = {"win": ["A", "B"], "tie": ["C", "C"], "lose": ["B", "A"]}
-        same = {"disagree": False, "identical": False}
-        rows = [
-            {
-                "doc_id": int(i),
-                "direct": "SAFE" if i else "UNSAFE",
-                "combined": verdict,
-                "verdicts": of[verdict],
-                **same,
-            }
-            for i, verdict in zip(prompts, verdicts, strict=True)
-        ]
+        results = ["lose" if i < lost else "win" if i >= 16 else "tie" for i in range(20)]
+        rows = [verdict_row(i, result, "SAFE" if i else "UNSAFE") for i, result in enumerate(results)]
         write_jsonl(judge_file(run.stages[-1], "safety_cona").with_suffix(".jsonl"), rows)
     _, rows = differences(runs)
     assert rows["other"]["general"].startswith("+41.7 [") and rows["other"]["general"].endswith("]")
@@ -390,139 +462,13 @@ def test_differences_of_the_deltas_are_paired(make):
     # 10 of 20 prompts were lost by one run alone.
     assert (low, high) == pytest.approx([100 * x for x in net_interval(0, 10, 20)])
     # What was trained, on whatever tasks and in whatever conditions, is another matter.
-    manifest = json.loads((runs[1].path / "manifest.json").read_text(encoding="utf-8"))
-    write_json(runs[1].path / "manifest.json", {**manifest, "config": {"max_prompt_length": 64}})
+    manifest = runs[1].path / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "config": {"max_prompt_length": 64}})
     assert differences([runs[0], Run.open(runs[1].path)])[1]["other"]["safety"] == rows["other"]["safety"]
     # With the verdicts on other rows there is no paired difference.
     file = judge_file(runs[1].stages[-1], "safety_cona").with_suffix(".jsonl")
-    lines = read_jsonl(file)
-    write_jsonl(file, [{**line, "doc_id": line["doc_id"] + 1} for line in lines])
+    write_jsonl(file, [{**line, "doc_id": line["doc_id"] + 1} for line in read_jsonl(file)])
     assert differences(runs)[1]["other"]["safety"] == "-50.0"
-
-
-def test_the_difference_in_fwt_is_paired(make):
-    """Of 40 rows of the second task 20, of the third 30 become right before they are trained, or none of them."""
-    zero = np.zeros(40)
-    ahead = {"trace_fomc": 20, "trace_meetingbank": 30}
-
-    def rows(factor):
-        right = {t: (np.arange(40) < factor * ahead.get(t, 0)).astype(float) for t in TASKS}
-        return {t: {"accuracy": np.stack([zero, *[right[t]] * 3], axis=1)} for t in TASKS}
-
-    runs = [make(rows=rows(0)), make(name="other", rows=rows(1))]
-    _, found = differences(runs)
-    one, two = (Estimate(n / 40, *net_interval(n, 0, 40)) for n in ahead.values())
-    _, low, high = (100 * x for x in mean_of([one, two]))
-    assert found["other"]["FWT"] == f"+62.5 [+{low:.1f}, +{high:.1f}]"
-
-
-def test_answers_to_other_prompts_are_named_and_have_no_difference(make):
-    runs = [make(), make(name="other")]
-    for run, data in zip(runs, ("f00", "f01"), strict=True):
-        judged(run, 4, 1)
-        file = run.stages[-1].eval_file("safety_cona")
-        write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "settings": {"backend": "hf", "data": data}})
-    assert "**Not comparable** in data of safety_cona: `mine` against `other`" in compared(runs)[2]
-    assert "safety" not in differences(runs)[1]["other"]
-
-
-def test_tasks_whose_names_are_taken_keep_their_numbers(make):
-    tasks = ["trace_fomc", "FOMC", "OP"]
-    run = make(tasks=tasks, data={"path": "p", "demo": False, "fingerprint": dict.fromkeys(tasks, "f")})
-    _, finals, _, lines = compared([run])
-    assert finals["run"] == ["task trace_fomc", "task FOMC", "task OP"] and finals["mine"] == ["70.0", "0.0", "50.0"]
-    assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["task OP"]) == 50
-
-
-@pytest.mark.parametrize(
-    "change, words, delta",
-    [
-        (lambda run: suite(run, 3, 0.4, n=10), "rows of general_mmlu: 20 in `mine`; 10 in `other`", "general"),
-        (lambda run: suite(run, 3, 0.4, data="f00"), "data of general_mmlu: `mine` against `other`", "general"),
-        (lambda run: judged(run, 4, 1, "b/judge"), "judge of safety: ", "safety"),
-    ],
-    ids=["rows", "copy", "judge"],
-)
-def test_deltas_measured_otherwise_are_named_and_have_no_difference(make, change, words, delta):
-    runs = [make(), make(name="other")]
-    for run in runs:
-        suite(run, 0, 0.5)
-        suite(run, 3, 0.4)
-        judged(run, 4, 1)
-    assert differences(runs)[1]["other"][delta] != DASH
-    change(runs[1])
-    notes = compared(runs)[2]
-    assert f"**Not comparable** in {words}" in notes
-    assert delta not in differences(runs)[1]["other"]
-    assert ("**Local copies** of general suites" in notes) == ("data of" in words)
-
-
-def test_limited_test_rows_are_announced_even_if_all_runs_have_them(make):
-    notes = compared([make(config={"test_rows": 5}), make(name="other", config={"test_rows": 5})])[2]
-    assert "**Limited test rows**" in notes and "Not comparable" not in notes
-
-
-def test_the_same_limits_with_other_numbers_of_rows_are_named(make):
-    """Rows that are left out of one of the runs."""
-    notes = compared([make(rows=learned(0.5, 0.5, 0.5)), make(name="other", rows=learned(0.5, 0.5, 0.5, n=30))])[2]
-    assert "rows of C-STANCE, rows of FOMC, rows of MeetingBank: 40 in `mine`; 30 in `other`" in notes
-
-
-def test_the_paper_s_numbers_stand_apart_below_the_methods_it_has(make, bounds):
-    runs = [make(), *bounds().values()]
-    comparison = compare(runs)
-    table = comparison.tables[0]
-    assert table.apart == 4 and not any(t.apart for t in comparison.tables[1:])
-    rows = {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows[-4:]}
-    assert list(rows) == ["paper: LoraSeqFT", "paper: SingleFT", "paper: MT", "paper: ICL-6shot"]
-    assert rows["paper: LoraSeqFT"]["OP"] == "12.7" and rows["paper: LoraSeqFT"]["BWT"] == "-45.7"
-    assert rows["paper: LoraSeqFT"]["base"] == DASH and "general" not in table.header, "no run has one"
-    assert rows["paper: MT"]["OP"] == "52.3" and rows["paper: MT"]["BWT"] == DASH
-    setup, lora = comparison.notes[-5:-3]
-    assert "arXiv 2310.06762" in setup and "no target" in setup
-    assert lora == "paper: LoraSeqFT: LLaMA-2-7B-Chat, training rows a task 5000, epochs 5,3,7,5,3,5,5,7."
-    assert comparison.notes[-2] == "paper: MT: LLaMA-2-7B-Chat."
-    line = next(row for row in comparison.lines if row["run"] == "paper: LoraSeqFT, LLaMA-2-7B-Chat")
-    assert (line["OP"], line["BWT"], line["general"], line["train rows"]) == ("12.7", "-45.7", "-7.0", "5000")
-    assert "| *paper: LoraSeqFT* |" in comparison.markdown() and "| mine |" in comparison.markdown()
-    latex = comparison.latex()
-    assert r"\textcolor{gray}{paper: LoraSeqFT}" in latex and latex.startswith(r"% \usepackage{booktabs,xcolor}")
-    assert "paper" not in compare([make(name="ewc", method="ewc")]).markdown()
-
-
-def test_the_latex_has_every_row_and_nothing_that_is_a_command(make):
-    runs = [make(name="100%_a&b", rows=learned(0.5, 0.5, 0.5)), make(name="[lower]$", rows=learned(0.1, 0.5, 0.5))]
-    comparison = compare(runs)
-    text = comparison.latex()
-    assert text.count(r"\toprule") == len(comparison.tables) == text.count(r"\end{table}")
-    assert r"100\%\_a\&b & " in text and r"{[}lower{]}\$ & " in text
-    assert r"$-$13.3 {[}$-$" in text and r"\texttt{100\%\_a\&b}" in text
-    for table, part in zip(comparison.tables, text.split(r"\toprule")[1:], strict=True):
-        lines = [line for line in part.split(r"\bottomrule")[0].splitlines() if line.endswith(r" \\")]
-        assert len(lines) == 1 + len(table.rows) and {line.count(" & ") for line in lines} == {len(table.header) - 1}
-    assert "↓" not in text and "–" not in text and "**" not in text and "`" not in text
-
-
-def test_a_comparison_of_many_runs_names_the_few(make):
-    runs = [make(name=f"r{i}") for i in range(5)] + [make(name="short", config={"test_rows": 5})]
-    notes = compared(runs)[2]
-    assert "test_rows: not set in all others; 5 in `short`" in notes
-
-
-@pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1+2", "-1", "@SUM(A1)"])
-def test_names_in_the_csv_are_no_formulas(make, name):
-    tasks = [*TASKS[:2], f"{name} task"]
-    more = {"tasks": tasks, "task_versions": dict.fromkeys(tasks, 1), "method": name}
-    text = compare([make(name=name.replace("/", ":"), **more), make(name="other")]).csv()
-    rows = list(csv.reader(io.StringIO(text)))
-    assert not [c for row in rows for c in row if c.startswith(("=", "+", "@"))]
-    assert {c for row in rows for c in row if c.startswith("-") and not c[1:].replace(".", "").isdigit()} <= set()
-    assert f"'{name} task" in rows[0] and rows[1][0] == f"'{name.replace('/', ':')}" and rows[1][1] == f"'{name}"
-
-
-def test_numbers_in_the_csv_stay_numbers(make):
-    rows = list(csv.DictReader(io.StringIO(compare([make(), make(name="other")]).csv())))
-    assert float(rows[0]["BWT"]) < 0 and any(row["BWT"].startswith("-") for row in rows if "paper" in row["run"])
 
 
 # --------------------------------------------------------------------------------------------- methods over their seeds
@@ -531,50 +477,75 @@ def test_numbers_in_the_csv_stay_numbers(make):
 def seeded(make, name, finals, seeds=None, **options):
     """A run a seed, whose final scores are these in percent (one number: of all tasks), learned in the own stage."""
     runs = []
-    for k, final in enumerate(finals):
-        seed = (seeds or range(len(finals)))[k]
+    for seed, final in zip(seeds or range(len(finals)), finals, strict=True):
         matrix = R.copy()
         matrix[3] = np.broadcast_to(final, 3) / 100
-        for i in range(3):
-            matrix[i + 1, i] = 0.9 if i < 2 else matrix[3, 2]
-        config = {"seed": seed, **options.get("config", {})}
-        manifest = {"method": name, "seed": seed, **options, "config": config}
+        matrix[[1, 2, 3], [0, 1, 2]] = 0.9, 0.9, matrix[3, 2]
+        manifest = {"method": name, "seed": seed, **options, "config": {"seed": seed, **options.get("config", {})}}
         runs.append(make(matrix, name=f"{name}-seed{seed}", **manifest))
     return runs
 
 
 def over_seeds(comparison, title="Difference of seed means to"):
-    [table] = [t for t in comparison.tables if t.title.startswith(title)]
-    return table.title, {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
+    table = table_of(comparison, title)
+    return table.title, rows_of(table)
 
 
-def test_methods_are_compared_over_their_seeds_paired_and_marked(make):
+def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make):
+    runs = [
+        make(name="s1", config={"seed": 1}),
+        make(R - np.array([0.1, 0.0, 0.2]), name="s2", seed=2, config={"seed": 2}),
+        make(name="more", config={"seed": 1, "train_rows": 5}),
+    ]
+    first, second, notes, rows = compared(runs)
+    title, interval = "mean ± standard deviation over 2 seeds", "95 % interval over 2 seeds"
+    assert list(first) == ["run", "s1", "s2", "more", title, interval, "paper: LoraSeqFT"]
+    assert "Unequal budgets" in notes and "numbers of seeds: 2 in `s1 and its seeds`; 1 in `more`" in notes
+    # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
+    assert first["run"][0] == "train rows" and first[title][0] == first["s1"][0]
+    # No variance can be estimated from two equal numbers: neither ± 0.0 nor an interval of no width.
+    assert first[title][1:5] == ["35.0 ± 7.1", f"-50.0 ± {DASH}", f"50.0 ± {DASH}", "15.0 ± 7.1"]
+    # Student's t of one degree of freedom is 12.7, so two seeds say little: 35 ± 12.706 * 5
+    assert first[interval][1:3] == ["[-28.5, 98.5]", DASH]
+    assert second[title] == ["65.0 ± 7.1", f"0.0 ± {DASH}", "40.0 ± 14.1"]
+    assert "variance cannot be estimated" in notes
+    assert "seeds are those of `s1`, `s2`" in notes and "another training" in notes
+    assert float(rows["mean over 2 seeds"]["OP"]) == pytest.approx(35)
+    assert float(rows["standard deviation over 2 seeds"]["MeetingBank"]) == pytest.approx(14.142, abs=1e-3)
+    assert float(rows["high end of the 95 % interval over 2 seeds"]["OP"]) == pytest.approx(98.53, abs=0.01)
+    again = compared([make(name="s3"), make(name="s4")])[0]
+    assert not any("±" in name for name in again), "the same seed twice is no deviation"
+
+
+def test_methods_are_compared_over_their_seeds_paired_and_marked(make, tmp_path):
     runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63])]
     comparison = compare(runs)
     title, rows = over_seeds(comparison)
     # Differences 20, 21, 19: 20 ± 4.3027 / sqrt(3)
     assert title == "Difference of seed means to `sequential`" and list(rows) == ["replay"]
     assert rows["replay"]["OP"] == "+20.0 [+17.5, +22.5] ↑"
-    finals = next(t for t in comparison.tables if t.title.startswith("Final"))
+    finals = table_of(comparison, "Final")
     assert "worse or better than `sequential` over the seeds" in finals.about
     cells = {name: rest for name, *rest in finals.rows}
     assert cells["mean ± standard deviation over 3 seeds of replay"] == ["61.7 ± 1.5 ↑"] * 3
     assert not [c for name, rest in cells.items() if "replay" not in name or "seed0" in name for c in rest if "↑" in c]
     notes = "\n".join(comparison.notes)
     assert "`replay` paired by seed" in notes and "Arrows are corrected" in notes and "Intervals are not" in notes
-    lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
-    low = lines["low end of the 95 % interval, replay against sequential"]
+    low = lines_of(comparison)["low end of the 95 % interval, replay against sequential"]
     assert float(low["OP"]) == pytest.approx(17.516, abs=1e-3) == float(low["FOMC"])
     assert "+20.0 [+17.5, +22.5] ↑" in comparison.markdown()
     assert r"+20.0 {[}+17.5, +22.5{]} $\uparrow$" in comparison.latex() and "±" not in comparison.latex()
+    write_comparison(runs, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert '<td class="number up">+20.0 [+17.5, +22.5] ↑</td>' in page and "<h2>Spread</h2>" in page
+    assert "Test rows alone give no arrow" in page and "Seeds that each of two methods needs" in page
 
 
 def test_other_seeds_are_compared_as_welch_does(make):
     runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63, 61], seeds=[1, 2, 3, 4])]
     comparison = compare(runs)
-    _, rows = over_seeds(comparison)
     low, high = ttest_ind([60, 62, 63, 61], [40, 41, 44], equal_var=False).confidence_interval()
-    assert rows["replay"]["OP"] == f"+19.8 [+{low:.1f}, +{high:.1f}] ↑"
+    assert over_seeds(comparison)[1]["replay"]["OP"] == f"+19.8 [+{low:.1f}, +{high:.1f}] ↑"
     assert "`replay` Welch's, since the seeds differ" in "\n".join(comparison.notes)
     assert "**Unequal budgets**" in comparison.warnings[0]
     assert "numbers of seeds: 3 in `sequential`; 4 in `replay`" in comparison.warnings[0]
@@ -582,34 +553,23 @@ def test_other_seeds_are_compared_as_welch_does(make):
 
 @pytest.mark.parametrize("seeds", [None, [7, 8]])
 def test_equal_seeds_are_neither_certain_nor_marked(make, seeds):
-    runs = [*seeded(make, "sequential", [40, 40]), *seeded(make, "replay", [60, 60], seeds=seeds)]
-    comparison = compare(runs)
-    _, rows = over_seeds(comparison)
-    assert rows["replay"]["OP"] == "+20.0"
+    comparison = compare([*seeded(make, "sequential", [40, 40]), *seeded(make, "replay", [60, 60], seeds=seeds)])
+    assert over_seeds(comparison)[1]["replay"]["OP"] == "+20.0" and not has_arrows(comparison)
     text = comparison.markdown() + comparison.latex() + comparison.csv()
-    assert "± 0.0" not in text and not any("↑" in c for t in comparison.tables for row in t.rows for c in row)
-    assert "[60.0, 60.0]" not in text and "Seeds that each" not in text
+    assert "± 0.0" not in text and "[60.0, 60.0]" not in text and "Seeds that each" not in text
+    # Nor have differences that are too small to be written an interval of no width.
+    assert "[40.0, 40.0]" not in compare(seeded(make, "ewc", [40, 40.0001])).markdown()
 
 
-def test_differences_too_small_to_be_written_have_no_interval_of_no_width(make):
-    comparison = compare(seeded(make, "sequential", [40, 40.0001]))
-    assert "[40.0, 40.0]" not in comparison.markdown()
-
-
-def test_a_single_run_against_seeds_gets_no_arrow(make):
-    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [80])]
-    comparison = compare(runs, runs[-1])
-    assert not [t for t in comparison.tables if "seed means" in t.title]
-    assert not any("↑" in c or "↓" in c for t in comparison.tables for row in t.rows for c in row)
-    notes = "\n".join(comparison.notes)
-    assert "Test rows alone give no arrow" in notes and "here no two methods have them" in notes
-
-
-def test_what_was_measured_otherwise_is_no_better_over_seeds_either(make):
+def test_arrows_need_seeds_on_both_sides_in_the_same_conditions(make):
+    sequential = seeded(make, "sequential", [40, 41, 44])
+    lone = seeded(make, "replay", [80])
+    alone = compare([*sequential, *lone], lone[0])
+    assert not [t for t in alone.tables if "seed means" in t.title] and not has_arrows(alone)
+    assert "here no two methods have them" in "\n".join(alone.notes)
     data = {"path": "p", "demo": False, "fingerprint": dict.fromkeys(TASKS, "f01")}
-    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63], data=data)]
-    comparison = compare(runs)
-    assert over_seeds(comparison)[1]["replay"]["OP"] == "+20.0 [+17.5, +22.5]"
+    comparison = compare([*sequential, *seeded(make, "ewc", [60, 62, 63], data=data)])
+    assert over_seeds(comparison)[1]["ewc"]["OP"] == "+20.0 [+17.5, +22.5]"
     assert any("Not comparable" in w for w in comparison.warnings)
 
 
@@ -631,77 +591,40 @@ def test_where_lower_is_better_fewer_errors_over_seeds_are_a_gain(make):
                 write_cell(stage, "t0", {"mae": error + np.linspace(-0.1, 0.1, 30)}, **unit)
             runs.append(run)
     comparison = compare(runs)
-    assert over_seeds(comparison)[1]["two"]["OP"].startswith("+3.00 [+2.5")
-    assert over_seeds(comparison)[1]["two"]["OP"].endswith("↑")
+    op = over_seeds(comparison)[1]["two"]["OP"]
+    assert op.startswith("+3.00 [+2.5") and op.endswith("↑")
     assert "the 3.00 mae between the two best (`two`, `one`): 2 seeds" in "\n".join(comparison.notes)
 
 
 def test_both_components_of_the_variance_are_shown_and_how_many_seeds_are_needed(make):
-    runs = []
-    for seed, rate in enumerate((0.5, 0.6, 0.7)):
-        runs.append(make(name=f"x-seed{seed}", rows=learned(rate, 0.5, rate), seed=seed))
-    comparison = compare(runs)
+    rates = (0.5, 0.6, 0.7)
+    comparison = compare([make(name=f"x-seed{k}", rows=learned(r, 0.5, r), seed=k) for k, r in enumerate(rates)])
     _, rows = over_seeds(comparison, "Spread")
     assert rows["x: between seeds"] == {"OP": "6.7", "C-STANCE": "10.0", "FOMC": DASH, "MeetingBank": "10.0"}
     # Of 40 rows: the root of the mean of p (1 - p) / 39 over the runs
-    error = 100 * np.mean([p * (1 - p) / 39 for p in (0.5, 0.6, 0.7)]) ** 0.5
+    error = 100 * np.mean([p * (1 - p) / 39 for p in rates]) ** 0.5
     assert rows["x: test rows"]["C-STANCE"] == f"{error:.1f}" and rows["x: test rows"]["FOMC"] == "8.0"
     [line] = [note for note in comparison.notes if note.startswith("Seeds that each")]
     assert "standard deviation between seeds 6.7 points, 2 degrees of freedom): 2.0 points: 176 seeds." in line
-    csv_lines = {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
-    row = csv_lines["standard error over test rows, mean over 3 seeds"]
-    assert float(row["C-STANCE"]) == pytest.approx(error)
-    assert r"x: between seeds" in comparison.latex()
-
-
-def test_the_page_of_a_comparison_has_the_differences_over_seeds(make, tmp_path):
-    runs = [*seeded(make, "sequential", [40, 41, 44]), *seeded(make, "replay", [60, 62, 63])]
-    write_comparison(runs, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert '<td class="number up">+20.0 [+17.5, +22.5] ↑</td>' in page and "<h2>Spread</h2>" in page
-    assert "Test rows alone give no arrow" in page and "Seeds that each of two methods needs" in page
+    row = lines_of(comparison)["standard error over test rows, mean over 3 seeds"]
+    assert float(row["C-STANCE"]) == pytest.approx(error) and "x: between seeds" in comparison.latex()
 
 
 @pytest.mark.parametrize("seeds, means", [([0, 1, 2], "paired"), ([3, 4, 5], "Welch")])
 def test_comparisons_in_which_no_method_differs_show_an_arrow_in_one_of_twenty_cases(seeds, means):
-    rng, marked, n = np.random.default_rng(0), [], 400
+    rng, marked, n = np.random.default_rng(0), [], 200
+    keys = ["OP", *map(str, range(8))]
     for _ in range(n):
         found = []
         theirs = rng.normal(size=(3, 9))
         for name in "abc":
             mine = rng.normal(size=(3, 9)) + 0.5 * theirs * (means == "paired")
-            pairs = [
-                seed_difference(dict(zip(seeds, mine[:, k], strict=True)), dict(enumerate(theirs[:, k])))
-                for k in range(9)
-            ]
-            keys = ["OP", *map(str, range(8))]
-            found.append(
-                SimpleNamespace(
-                    group=SimpleNamespace(name=name),
-                    estimates={key: e for key, (e, _) in zip(keys, pairs, strict=True)},
-                    p={key: p for key, (_, p) in zip(keys, pairs, strict=True)},
-                )
-            )
-        marked.append(bool(_marks(found)))
+            columns = [(dict(zip(seeds, mine[:, k], strict=True)), dict(enumerate(theirs[:, k]))) for k in range(9)]
+            pairs = {key: seed_difference(*column) for key, column in zip(keys, columns, strict=True)}
+            estimates, p = ({key: pair[i] for key, pair in pairs.items()} for i in (0, 1))
+            found.append(SimpleNamespace(group=SimpleNamespace(name=name), estimates=estimates, p=p))
+        marked.append(bool(marks_of(found)))
     assert np.mean(marked) <= 0.05 + 2 * (0.05 * 0.95 / n) ** 0.5
-
-
-def test_unequal_memories_are_named_and_equal_ones_are_not(make):
-    runs = [make(name="gem", method="gem"), make(name="replay", method="replay"), make()]
-
-    def kept(run, **record):
-        stage = run.stages[-1]
-        trained = json.loads(stage.train_file.read_text(encoding="utf-8"))
-        write_json(stage.train_file, {**trained, **record})
-
-    kept(runs[0], memory_rows={TASKS[0]: 256, TASKS[1]: 256})
-    kept(runs[1], replayed={TASKS[0]: 50, TASKS[1]: 40, "alignment": 1030})
-    [warning] = [w for w in compare(runs).warnings if "Unequal" in w]
-    assert "rows kept of an earlier task: 256 in `gem`; 50 in `replay`." in warning
-    kept(runs[1], replayed={TASKS[0]: 256, TASKS[1]: 256, "alignment": 1030})
-    assert not [w for w in compare(runs).warnings if "Unequal" in w]
-    more = make(name="agem", method="agem", config={"memory_rows": 64})
-    assert "256 in `gem`, `replay`; 64 in `agem`" in "\n".join(compare([*runs, more]).warnings)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from conftest import both_tokenizers, train
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from trace_bench import engine, evaluate, report, results
+from trace_bench import engine, evaluate, report
 from trace_bench.engine import merging, models, swap
 from trace_bench.evaluate import cells as cells_module
 from trace_bench.run import Run, RunError, read_json
@@ -37,7 +37,7 @@ def test_the_seen_tasks_then_the_full_matrix(run, capsys):
     assert cells(run) == [[first, second], [first], [first, second]]
     assert evaluate.evaluate(run, cells="all") == 1
     assert cells(run)[1] == [first, second]
-    assert not math.isnan(results.score_matrix(run).sum())
+    assert not math.isnan(report.Results(run).R.sum())
 
 
 def test_a_cell_has_its_scores_and_its_samples(run):
@@ -243,7 +243,7 @@ def test_checkpoints_from_elsewhere(run, tiny_model, tmp_path):
     theirs = evaluate.external_run(tmp_path / "theirs", checkpoints, **arguments)
     assert theirs.is_sequence() and evaluate.evaluate(theirs, stages=[2]) == 2
     evaluate.evaluate(run, stages=[2])
-    assert (results.score_matrix(theirs)[2] == results.score_matrix(run)[2]).all()
+    assert (report.Results(theirs).R[2] == report.Results(run).R[2]).all()
     named = evaluate.external_run(tmp_path / "named", {"best": checkpoints[run.tasks[1]]}, **arguments)
     assert not named.is_sequence() and evaluate.evaluate(named, stages=[1]) == 2, "a name that is no task: all tasks"
     with pytest.raises(RunError, match="no adapter"):
@@ -290,7 +290,7 @@ def test_the_report_of_checkpoints_says_what_changed_since_the_base_and_since_th
     base, before = text.split("## Changes since the base model")[1].split("## Changes since the checkpoint before")
     assert "| 1_v1 |" in base and "| 2_v2 |" in base
     assert "| 1_v1 |" not in before.split("##")[0] and "| 2_v2 |" in before.split("##")[0]
-    R = results.score_matrix(run)
+    R = report.Results(run).R
     assert f"{100 * (R[2, 0] - R[1, 0]):+.1f}" in before.split("##")[0]
     assert "Changes since the base model" in (run.path / "report.html").read_text(encoding="utf-8")
 

@@ -20,7 +20,7 @@ from kill_harness import TIMES
 from safetensors.torch import load_file, save_file
 
 from judges import judging
-from trace_bench import cli, engine, evaluate, report, results, status
+from trace_bench import cli, engine, evaluate, report, status
 from trace_bench.evaluate import cells
 from trace_bench.run import Run, RunError, locked, read_json
 from trace_tasks import data
@@ -504,7 +504,7 @@ def test_two_fresh_processes_give_the_same_bytes(options, tmp_path):
         )
         found.append({p.relative_to(run): p.read_bytes() for p in run.rglob("adapter/*")})
         found[-1] |= {p.relative_to(run): p.read_bytes() for p in run.rglob("samples/*.jsonl")}
-        found[-1] |= {"R": results.score_matrix(Run.open(run)).tobytes()}
+        found[-1] |= {"R": report.Results(Run.open(run)).R.tobytes()}
     assert len(found[0]) >= 2 * 2 + 5 + 1 and found[0] == found[1]
 
 

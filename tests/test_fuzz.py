@@ -20,14 +20,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_runs import make_rich_run, make_run
 
-from judges import JudgeError, annotate, batch, judging, prompts
-from judges.client import Cache, Client, Reply, read_reply
+from judges import JudgeError, judging, prompts
+from judges.batch import BatchClient
+from judges.client import Client
 from judges.prompts import PAIR, neutralise
+from judges.replies import Cache, Reply, read_reply
+from judges.teacher import paths
 from judges.verdict import parse
 from trace_bench import engine, metrics, shapes
 from trace_bench.cli import main
 from trace_bench.evaluate import evaluate
-from trace_bench.results import Results
+from trace_bench.report import Results
 from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 from trace_tasks import answers, data, scoring, written_numbers
 from trace_tasks.data import DataError, audit, reading, similarity
@@ -321,15 +324,15 @@ def test_material_gives_no_verdict_and_takes_none_away(text, verdict):
 
 
 def test_lines_of_a_batch_that_cannot_be_read_cost_only_themselves(tmp_path, caplog):
-    client = Client("m", cache=tmp_path / "c.jsonl", base_url="http://127.0.0.1:9/v1")
+    client = BatchClient("m", cache=tmp_path / "c.jsonl", base_url="http://127.0.0.1:9/v1")
     body = {"choices": [{"message": {"content": "r"}, "finish_reason": 7}], "usage": {"prompt_tokens": "10"}}
     good = {"custom_id": "good", "response": {"status_code": 200, "body": body}}
     lines = [json.dumps({**good, "custom_id": "bad", "response": r}) for r in (None, 7, "x", {"status_code": 200})]
     unknown = ["7", "[]", "null", "{}", '{"custom_id": 7}', "{", "[" * 100_000, '"\\ud800"']
-    errors = {}
-    batch._keep(client, "\n".join([*unknown, *lines, json.dumps(good)]).encode(), {"good": {}, "bad": {}}, errors)
+    content = "\n".join([*unknown, *lines, json.dumps(good)]).encode()
+    errors = client._keep(content, ["good", "bad"], {"good": {}, "bad": {}})
     assert client.cache["good"] == Reply("r") and errors.keys() == {"bad"}
-    assert caplog.text.count("cannot be read") == len(unknown)
+    assert f"{len(unknown)} lines of the batch cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "NaN", '{"a": NaN}', '{"a": Infinity}', "[" * 100_000])
@@ -377,9 +380,9 @@ def test_an_answer_is_a_part_of_the_text(text, form):
 
 @fuzz("composed answers", 150, folder=st.sampled_from(sorted(FRAMES)), path=texts, answer=filled)
 def test_a_composed_answer_is_read_back_or_refused_before_it_is_written(folder, path, answer):
-    if not annotate._problem(folder, path, answer):
+    if not paths.path_problem(folder, path, answer):
         composed = reasoning_answer(folder, path, answer)
-        assert answers.extract_answer(FRAMES[folder].form, composed) == annotate._gold(folder, answer)
+        assert answers.extract_answer(FRAMES[folder].form, composed) == paths.read_back(folder, answer)
 
 
 N = 200_000
@@ -432,7 +435,7 @@ LONG = {
     "neutralise": (neutralise, ["<", "[", "[\u200b", "<|", "<" + "\u200b" * N + "x", "[" + "\u200b" * N + "x"]),
     "as_tested": (lambda t: as_tested(t + "x"), ["Reasoning:"]),
     "paths": (
-        lambda t: annotate.read_path(annotate.Row("trace_fomc", 0, "p", "B"), Reply(t + "\nAnswer: B")),
+        lambda t: paths.read_path(paths.Row("trace_fomc", 0, "p", "B"), Reply(t + "\nAnswer: B")),
         [".", " ", "\n ", "A"],
     ),
     "floats": (audit._FLOAT.search, ["1.", "0", "1." + "0" * N, "1." + "9" * N, "1." + "0000000" * (N // 7)]),

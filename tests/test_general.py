@@ -14,8 +14,7 @@ from conftest import SHARED, train
 
 from trace_bench import cli, engine, evaluate
 from trace_bench.evaluate import cells, suites
-from trace_bench.report import write_report
-from trace_bench.results import general_delta, load_besides
+from trace_bench.report import Results, write_report
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_suites, load_tasks, task_manager
 from trace_tasks import data
@@ -567,4 +566,4 @@ def test_the_report_has_the_suites_their_mean_and_the_delta(measured):
     assert "**Limited rows** (at least 10 of each suite, the first ones of each subtask)" in section
     assert "**Local copy** of the data of mmlu, piqa:" in section
     assert "2_trace_cstance,general_piqa,acc,0.8,,20,0" in (measured.path / "scores.csv").read_text(encoding="utf-8")
-    assert general_delta(load_besides(measured), measured.stages[2]) == pytest.approx(-0.05)
+    assert Results(measured).general[2].value == pytest.approx(-0.05)

@@ -13,7 +13,7 @@ from conftest import CHAT_TEMPLATE, train
 from lm_eval.api.model import LM
 from lm_eval.models.utils import postprocess_generated_text
 
-from trace_bench import comparison, evaluate, report
+from trace_bench import evaluate, report
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_tasks, task_manager
 from trace_tasks import data, scoring
@@ -279,7 +279,7 @@ def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
     assert prompts["a"] == prompts["b"]
     for task in tasks:
         assert not set(prompts["a"][task]) & set(prompts["c"][task]), task
-    found = str(comparison.compare([runs["a"], runs["c"]]))
+    found = str(report.compare([runs["a"], runs["c"]]))
     assert "over 2 seeds" in found, "they differ in nothing but the seed"
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import SHARED, stop_at, train
 from safetensors.torch import load_file
 
-from trace_bench import evaluate, report, results
+from trace_bench import evaluate, report
 from trace_bench.engine import models
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.study import methods
@@ -78,7 +78,7 @@ def test_a_method_killed_and_resumed_ends_in_the_same_bytes_and_is_evaluated(nam
             files = sorted(there.glob("*.safetensors"))
             assert [f.read_bytes() for f in files] == [(here / f.name).read_bytes() for f in files], a.name
     evaluate.evaluate(resumed)
-    R = results.score_matrix(resumed)
+    R = report.Results(resumed).R
     seen = np.tril(np.ones((3, 3), dtype=bool))
     seen = {"single": np.eye(3, dtype=bool), "joint": np.ones((1, 3), dtype=bool)}.get(name, seen)
     assert not np.isnan(R[0]).any() and (np.isnan(R[1:]) == ~seen).all()

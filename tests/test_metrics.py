@@ -30,7 +30,7 @@ from trace_bench.metrics import (
     wilson_interval,
 )
 
-PAPER = json.loads((Path(trace_bench.__file__).parent / "paper_results.json").read_text(encoding="utf-8"))
+PAPER = json.loads((Path(trace_bench.__file__).parent / "report" / "paper_results.json").read_text(encoding="utf-8"))
 RUNS = [*PAPER["runs"], {**PAPER["order2_llama2_7b_seqft"], "model": "LLaMA-2-7B-Chat", "method": "SeqFT", "order": 2}]
 ULP = 1e-9  # float slack
 
@@ -47,8 +47,8 @@ OFF_BY_ONE = {
 }
 # Misprints of the general ability deltas: swapped digits, and a figure that no rounding explains.
 DELTA_MISPRINTS = {
-    ("Vicuna-7B", "LoraSeq"): -5.31,  # printed -5.13
-    ("Vicuna-13B", "LoraSeq"): -6.81,  # printed -6.18
+    ("Vicuna-7B-v1.5", "LoraSeqFT"): -5.31,  # printed -5.13
+    ("Vicuna-13B-v1.5", "LoraSeqFT"): -6.81,  # printed -6.18
 }
 
 # R[t, i] of three tasks; the base model is the first row.

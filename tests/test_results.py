@@ -1,4 +1,4 @@
-"""Tests of `trace_bench.results`: which intervals the samples of a run allow, and which they do not."""
+"""Tests of `trace_bench.report.results`: which intervals the samples of a run allow, and which they do not."""
 
 import json
 from dataclasses import replace
@@ -9,9 +9,10 @@ import pytest
 from made_runs import EIGHT, NAN, TASKS, cell, write_cell
 
 from trace_bench import metrics
-from trace_bench.results import Change, Results, Rows
+from trace_bench.report.results import Change, Results
+from trace_bench.report.rows import Rows
+from trace_bench.report.tables import Unit
 from trace_bench.run import RunError, read_json
-from trace_bench.tables import Unit
 from trace_tasks.data.files import write_json
 
 N = 30
@@ -109,8 +110,8 @@ def test_the_delta_of_suites_is_paired_whatever_the_weights_of_their_subtasks(ru
     assert list(results.general) == [3]
     delta = results.general[3]
     assert delta.value == pytest.approx(0.1) and delta.sign == 1 and delta.high - delta.low < 0.25
-    assert len(results.rows_besides["general_mmlu"].parts) == 1
-    assert len(results.rows_besides["general_tydiqa"].parts) == 2
+    assert len(results.rows["general_mmlu"].parts) == 1
+    assert len(results.rows["general_tydiqa"].parts) == 2
     low, high = results.intervals[3, "general_tydiqa", "acc"]
     assert high - low > 0.2, "half of the score rests on ten rows"
     run.stages[3].samples_file("general_mmlu").unlink()
@@ -186,7 +187,7 @@ def simulated(run, rng, n, gain=()):
         rows[task] = Rows([("", k) for k in range(n)], {metric: x}, [np.arange(n)])
         units[task] = Unit(metric)
     R = np.stack([rows[task].scores[units[task].metric].mean(axis=0) for task in run.tasks], axis=1)
-    seen = {"rows": rows, "units": units, "R": R, "cells": {}, "besides": {}, "rows_besides": {}}
+    seen = {"rows": rows, "units": units, "R": R, "cells": {}}
     return type("Simulated", (Results,), {**seen, "headlines": {t: u.metric for t, u in units.items()}})(run)
 
 
@@ -198,10 +199,10 @@ def eight(make):
 @pytest.mark.parametrize("n", [100, 500])
 def test_a_report_in_which_nothing_changed_shows_an_arrow_in_one_of_twenty_cases(eight, n):
     rng = np.random.default_rng(n)
-    reports = [simulated(eight, rng, n) for _ in range(300)]
+    reports = [simulated(eight, rng, n) for _ in range(150)]
     assert len(reports[0].tested) == 28 + 15, "what BWT is made of, and learned and in all"
     marked = np.mean([bool(r.marks) for r in reports])
-    assert marked <= 0.05 + 2 * (0.05 * 0.95 / 300) ** 0.5
+    assert marked <= 0.05 + 2 * (0.05 * 0.95 / 150) ** 0.5
     # So many have an interval that excludes zero, which is what arrows came from before they were corrected.
     alone = np.mean([any(e.sign for e in r.since_own.values()) for r in reports[:10]])
     assert alone > 5 * 0.05
@@ -210,9 +211,9 @@ def test_a_report_in_which_nothing_changed_shows_an_arrow_in_one_of_twenty_cases
 @pytest.mark.parametrize("n, lost", [(100, 0.35), (500, 0.15)])
 def test_a_change_of_reasonable_size_is_marked_nearly_always_and_nothing_else(eight, n, lost):
     rng = np.random.default_rng(n)
-    reports = [simulated(eight, rng, n, {(EIGHT[1], 6): -lost}) for _ in range(60)]
+    reports = [simulated(eight, rng, n, {(EIGHT[1], 6): -lost}) for _ in range(30)]
     changed = {Change(EIGHT[1], 2, t) for t in (6, 7, 8)} | {Change(EIGHT[1], 0, 8)}
     found = [r.marks for r in reports]
     assert np.mean([changed <= marks.keys() for marks in found]) >= 0.8
     assert {marks.get(change, -1) for marks in found for change in changed} == {-1}
-    assert np.mean([bool(marks.keys() - changed) for marks in found]) <= 0.05 + 2 * (0.05 * 0.95 / 60) ** 0.5
+    assert np.mean([bool(marks.keys() - changed) for marks in found]) <= 0.05 + 2 * (0.05 * 0.95 / 30) ** 0.5

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import train
 
-from trace_bench import evaluate, metrics, report, results
+from trace_bench import evaluate, metrics, report
 from trace_bench.run import RunError, read_json, read_jsonl
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
@@ -47,7 +47,7 @@ def test_thirty_stages_of_ones_own_tasks(options, own_tasks):
     del options["data"]
     run = train({**options, "tasks": own_tasks, "max_steps": 1, "per_device_train_batch_size": 4, "test_rows": 2})
     assert evaluate.evaluate(run) == 30 + 30 * 31 // 2
-    R = results.score_matrix(run)
+    R = report.Results(run).R
     assert R.shape == (31, 30) and np.isfinite(R[30]).all() and np.isnan(R[1, 1:]).all()
     seconds = [json.loads(s.train_file.read_text())["seconds"] for s in run.stages[1:]]
     assert np.median(seconds[20:]) < 3 * np.median(seconds[:10]), "the cost of a stage does not grow with its number"
@@ -145,7 +145,7 @@ def test_a_report_of_many_tasks_takes_seconds(make):
     started = time.process_time()
     report.write_report(run)
     assert time.process_time() - started < 10
-    R = results.score_matrix(run)
+    R = report.Results(run).R
     assert R.shape == (41, 40)
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert f"{100 * metrics.overall_performance(R):.1f}" in text

@@ -16,6 +16,7 @@ import tarfile
 import time
 import traceback
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,13 +26,16 @@ from hypothesis import strategies as st
 from judge_server import Server, judge
 from made_runs import make_run
 
-from judges import JudgeError, annotate, client, judging, prompts
+from judges import JudgeError, prompts
 from judges.client import Client
+from judges.replies import Cache, Reply
+from judges.teacher.prompts import FOLDER, read_prompt
 from judges.verdict import parse
 from trace_bench.cli import main
 from trace_bench.engine import models
 from trace_bench.engine.models import ModelError
 from trace_bench.evaluate import evaluate, external_run
+from trace_bench.judgements import KINDS, judge_file
 from trace_bench.keys import refuse_secrets
 from trace_bench.run import RunError, read_json, read_jsonl
 from trace_bench.tasks import load_tasks, task_manager
@@ -67,8 +71,7 @@ def secrets(monkeypatch, tmp_path, tmp_path_factory, caplog, capfd):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(client, "FIRST_WAIT", 0.02)
-    monkeypatch.setattr(client, "MAX_RETRIES", 1)
+    monkeypatch.setattr("judges.client.MAX_RETRIES", 1)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
     caplog.set_level(logging.DEBUG)
@@ -183,7 +186,7 @@ def test_an_error_that_holds_the_key_is_masked(tmp_path, key, text):
 def test_caches_are_for_their_user_alone(tmp_path, monkeypatch):
     old = os.umask(0o022)
     try:
-        client.Cache(tmp_path / "judge-cache.jsonl").put("k", {}, client.Reply("private"))
+        Cache(tmp_path / "judge-cache.jsonl").put("k", {}, Reply("private"))
         assert stat.S_IMODE((tmp_path / "judge-cache.jsonl").stat().st_mode) == 0o600
         monkeypatch.setenv("TRACE_CACHE", str(tmp_path / "cache"))
         data.find_data(str(packed(tmp_path / "a.zip", [("FOMC/test.json", b"[]")])))
@@ -225,7 +228,7 @@ MARKS += [
     " ",
 ]
 material = st.lists(st.sampled_from(MARKS) | st.text(max_size=3), max_size=10).map("".join)
-ASKED = [prompts.instruction_pair, prompts.safety_pair, prompts.safety_direct, prompts.refusal]
+ASKED = [partial(ask, kind) for ask in (prompts.pair, prompts.direct) for kind in KINDS]
 TEMPLATE = re.compile(r"<\|[^ ]|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<｜")
 
 
@@ -251,7 +254,7 @@ def judge_echo(shown):
 @FUZZ
 @given(material.filter(str.strip), st.none() | material.filter(str.strip))
 def test_a_teacher_is_shown_one_task_and_no_other_end_of_it(prompt, answer):
-    teacher = annotate.read_prompt(annotate.TEACHER_PATH / "fomc.yaml", "FOMC")
+    teacher = read_prompt(FOLDER / "fomc.yaml", "FOMC")
     last = teacher.messages("FOMC", prompt, answer)[-1]["content"]
     assert last.count("<<<") == (2 if answer is None else 4) and not TEMPLATE.search(last)
     assert f"<<<TASK>>>\n{prompts.neutralise(prompt)}\n<<<END OF TASK>>>" in last
@@ -275,7 +278,7 @@ def test_an_answer_cannot_vote_for_itself(tmp_path, secrets, monkeypatch):
     with Server(judge) as server:
         main(["judge", str(run.path), "--model", "m", "--base-url", server.url])
     for suite in ("instruct_lima", "safety_cona"):
-        result = json.loads(judging.judge_file(run.stages[1], suite).read_text())
+        result = json.loads(judge_file(run.stages[1], suite).read_text())
         assert result["pairs"]["lose"] == len(attacks) and result["pairs"]["unscored"] == 0
 
 
@@ -578,7 +581,7 @@ def test_a_cache_of_replies_that_is_a_link_is_not_written_to(tmp_path):
     (tmp_path / "victim").write_text("mine\n")
     (tmp_path / "judge-cache.jsonl").symlink_to(tmp_path / "victim")
     with pytest.raises(DataError, match=r"judge-cache\.jsonl is no ordinary file"):
-        client.Cache(tmp_path / "judge-cache.jsonl").put("k", {}, client.Reply("text"))
+        Cache(tmp_path / "judge-cache.jsonl").put("k", {}, Reply("text"))
     assert (tmp_path / "victim").read_text() == "mine\n"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import both_tokenizers, command_line, train
 
-from trace_bench import report, results
+from trace_bench import report
 from trace_bench.run import Run, read_json
 from trace_tasks import data
 
@@ -49,7 +49,7 @@ def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, 
         killed_until_done([sys.executable, "-m", "trace_bench.cli", "evaluate", str(run)], rng, kills)
         subprocess.run([sys.executable, "-m", "trace_bench.cli", "report", str(run)], cwd=ROOT, check=True)
         scores.append((run / "scores.csv").read_text())
-        assert not np.isnan(results.score_matrix(Run.open(run))).any()
+        assert not np.isnan(report.Results(Run.open(run)).R).any()
     assert scores[0] == scores[1]
     assert scores[0].count("\n") > 4 * 3, "four stages, three tasks, at least one metric each"
 
@@ -81,7 +81,7 @@ def test_a_run_is_evaluated_through_vllm_as_through_transformers(options, tmp_pa
     assert rows == 9 * 6
     # Two engines sum in another order, so that a tie between two tokens may fall either way.
     assert agreeing >= 0.95 * rows, f"{agreeing} of {rows} responses agree"
-    assert results.score_matrix(vllm).shape == (4, 3)
+    assert report.Results(vllm).R.shape == (4, 3)
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,7 @@ def test_the_time_left_takes_other_stages_as_long_as_those_that_are_known():
 PROGRESS = {"step": 2, "steps": 8, "loss": 1.5, "tokens": 400, "seconds": 4.0, "time": 1e9}
 
 
-@pytest.mark.parametrize(
-    "value", [None, [], {}, "x", True, -1, 0, math.nan, 10**400, "\ud800"], ids=lambda v: repr(v)[:9]
-)
+@pytest.mark.parametrize("value", [None, [], "x", -1, 0, math.nan, 10**400], ids=lambda v: repr(v)[:9])
 @pytest.mark.parametrize("key", PROGRESS)
 def test_odd_values_in_the_progress_of_a_training_are_named(make, capsys, key, value):
     run = make(tasks=["trace_fomc", "trace_py150"])

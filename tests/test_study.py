@@ -13,8 +13,8 @@ import yaml
 
 from trace_bench import study
 from trace_bench.cli import main
+from trace_bench.report.tables import DASH
 from trace_bench.study import StudyError, methods, read_study, run_study
-from trace_bench.tables import DASH
 
 STUDIES = sorted((study.TRAINERS / "configs" / "studies").glob("*.yaml"))
 

@@ -13,13 +13,11 @@ from made_runs import NAN, SINGLE, cell, make_run, write_cell
 from test_comparison import compared, differences
 
 from trace_bench import evaluate
-from trace_bench.comparison import compare, write_comparison
-from trace_bench.figures import pictures
 from trace_bench.metrics import difference_interval, standard_error
-from trace_bench.report import write_report
-from trace_bench.results import Results
+from trace_bench.report import Results, compare, write_comparison, write_report
+from trace_bench.report.figures import pictures
+from trace_bench.report.tables import DASH, Unit, shade, shared_unit
 from trace_bench.run import Run, read_json, read_jsonl
-from trace_bench.tables import DASH, Unit, shade, shared_unit
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
 from trace_tasks.data.files import write_json
@@ -54,8 +52,8 @@ def rows_of(markdown):
     return {first: rest for first, *rest in lines}
 
 
-def report_of(run):
-    line = write_report(run)
+def report_of(run, *others):
+    line = write_report(run, others)
     return line, (run.path / "report.md").read_text(), (run.path / "report.html").read_text()
 
 
@@ -235,14 +233,14 @@ def test_arrows_and_colours_say_better_and_worse(make):
 
 
 def test_answers_that_got_worse_come_first_whatever_the_direction(make):
-    from trace_bench.html import _embed, _read_answers
+    from trace_bench.report.samples import embed, read_answers
 
     run = make(np.full((2, 1), NAN), tasks=["t0"])
     unit = {"higher_is_better": {"mae": False}, "scale": {"mae": None}}
     write_cell(run.stages[0], "t0", {"mae": np.array([5.0, 5, 5])}, **unit)
     write_cell(run.stages[1], "t0", {"mae": np.array([1.0, 5, 9])}, **unit)
     results = Results(run)
-    rows = json.loads(_embed(results, _read_answers(results)).json)["rows"]
+    rows = json.loads(embed(results, read_answers(results)).json)["rows"]
     assert [row[1] for row in rows] == ["2", "0", "1"], "more errors, fewer errors, the same"
 
 
@@ -257,8 +255,7 @@ def test_checkpoints_of_unknown_training_are_set_against_each_other_in_gains(mak
 def test_bounds_are_in_the_unit_of_the_run(make):
     R = np.array([[50.0, 60, 70], [20, NAN, NAN], [NAN, 30, NAN], [NAN, NAN, 40]])
     run = run_of(make, TER, ["ter"] * 3)
-    run_of(make, R, ["ter"] * 3, name="a-single", method="single")
-    _, text, _ = report_of(run)
+    _, text, _ = report_of(run, run_of(make, R, ["ter"] * 3, name="a-single", method="single"))
     assert rows_of(text.split("## Bounds")[1])["single (a model per task)"] == ["20.0", "30.0", "40.0", "30.0"]
     line, text, _ = report_of(Run.open(run.path.parent / "a-single"))
     assert line.endswith("; mean of the tasks 30.0 (ter, lower is better)")
@@ -309,7 +306,7 @@ def test_runs_of_different_units_have_no_difference(make, tmp_path):
     assert first["mixed"][at("OP")] == DASH and first["percent"][at("OP")] == "41.7"
     assert first["mixed"][at("base")] == DASH and lines["mixed"]["OP"] == ""
     assert "`mixed` different units; `percent` percent" in notes
-    assert all(math.isnan(v.value) for v in compare([mixed, percent]).versus["percent"].scores.values())
+    assert all(math.isnan(v.value) for v in compare([mixed, percent]).versus["percent"].values())
     for ending in ("md", "tex", "html"):
         write_comparison([mixed, percent], tmp_path / f"c.{ending}")
 

@@ -34,11 +34,9 @@ from typing import Any
 
 import yaml
 
-from trace_bench.comparison import compare
-from trace_bench.comparison_page import write_page
 from trace_bench.ending import run_child
 from trace_bench.keys import refuse_secrets
-from trace_bench.report import write_report
+from trace_bench.report import Results, compare, write_comparison_page, write_report
 from trace_bench.run import Run
 from trace_bench.text import markdown_text, one_line, printable
 from trace_tasks.data.files import write_text
@@ -215,10 +213,16 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
             continue
         try:
             run = Run.open(folder / name)
-            write_report(run)
+            _ = Results(run).cells  # those of a damaged run cannot bound the others
             there.append(run)
         except TraceError as e:
             failed.setdefault(name, str(e))
+    for run in list(there):
+        try:
+            write_report(run, there)
+        except TraceError as e:
+            failed.setdefault(run.path.name, str(e))
+            there.remove(run)
     lines = [f"> **Failed:** `{name}`: {why}." for name, why in failed.items()]
     undone = [f"`{name}`" for name in missing if name not in failed]
     lines += [f"> Not done: {', '.join(undone)}."] if undone else []
@@ -227,7 +231,7 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
     if there:
         comparison = compare(there)
         write_text(folder / "summary.csv", comparison.csv())
-        write_page(comparison, folder / "summary.html", text)
+        write_comparison_page(comparison, folder / "summary.html", text)
         written += comparison.markdown()
     write_text(folder / "summary.md", written)
     return written

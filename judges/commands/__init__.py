@@ -1,1 +1,1 @@
-"""The commands of `trace-bench` that ask a model, one module each."""
+"""The commands `trace-bench judge` and `trace-bench annotate`."""

@@ -1,25 +1,19 @@
-"""What `judge` and `annotate` share: the options that name a model to ask, and what it cost."""
+"""What the commands share that ask a model: its options, the model, and what asking it costs."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from judges import JudgeError
-from trace_bench import versions
 from trace_bench.cli import show
-from trace_bench.cli.options import json_object, positive
+from trace_bench.cli.options import json_object, options, positive
 
 if TYPE_CHECKING:
-    from judges.client import Judge, Request, Usage
+    from pathlib import Path
 
-
-def _price(text: str) -> float:
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not allowed: use the price of a million tokens, such as 2.5")
-    return number
+    from judges.judge import Judge, Usage
+    from judges.replies import Request
 
 
 def add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
@@ -37,47 +31,47 @@ def add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
     g.add_argument("--dry-run", action="store_true", help="count requests, tokens and cost, and ask nothing")
 
 
+def _price(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not allowed: use the price of a million tokens, such as 2.5")
+    return number
+
+
 def refuse_useless(args: argparse.Namespace, switch: str, *useless: str) -> None:
-    """Refuses options that do nothing beside another one."""
-    given = [f"--{n.replace('_', '-')}" for n in useless if getattr(args, switch) and getattr(args, n)]
+    """Refuses options that do nothing where `switch` is given."""
+    given = [name for name in useless if getattr(args, switch) and getattr(args, name)]
     if given:
-        raise JudgeError(f"{', '.join(given)}: does nothing with --{switch}. Leave it out.")
+        raise JudgeError(f"{options(given)}: does nothing with --{switch}. Leave it out.")
 
 
-def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any]) -> Judge:
+def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any] | None = None) -> Judge:
     """The model that the options of `add_asking` name; `sampling` where they give none."""
-    versions.check()
-    from judges.client import Client
+    from trace_bench import versions
 
+    versions.check()
     if (args.price_in is None) != (args.price_out is None):
         raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
     refuse_useless(args, "local", "base_url", "concurrency", "batch")
-    given = json_object("--sampling", args.sampling)
+    given, engine_args = json_object("--sampling", args.sampling), json_object("--engine-args", args.engine_args)
     sampling = sampling if given is None else given
-    if args.engine_args and not args.local:
-        raise JudgeError("--engine-args is for the engine of --local. Leave it out.")
     if args.local:
         from judges.local import LocalJudge
 
-        engine_args = json_object("--engine-args", args.engine_args)
         return LocalJudge(args.model, cache=cache, sampling=sampling, engine_args=engine_args)
-    return Client(
-        args.model,
-        cache=cache,
-        base_url=args.base_url,
-        sampling=sampling,
-        concurrency=args.concurrency or 8,
-        batch=args.batch,
-    )
+    if args.engine_args:
+        raise JudgeError("--engine-args is for the engine of --local. Leave it out.")
+    from judges.batch import BatchClient
+    from judges.client import Client
 
-
-def _cost(args: argparse.Namespace, usage: Usage) -> str:
-    return "" if args.price_in is None else f", cost {usage.cost(args.price_in, args.price_out):.2f}"
+    kind = BatchClient if args.batch else Client
+    base_url, concurrency = args.base_url, args.concurrency or 8
+    return kind(args.model, cache=cache, base_url=base_url, sampling=sampling, concurrency=concurrency)
 
 
 def print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Request]) -> None:
-    """Shows what asking would cost."""
-    from judges.client import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY
+    """Prints what a dry run found."""
+    from judges.judge import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY
 
     guess = judge.estimate(requests)
     show(
@@ -88,8 +82,12 @@ def print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Reques
 
 
 def print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
-    """Shows what was done, and what it cost."""
+    """Prints what was done and what it took."""
     show(
         f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
         f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{_cost(args, usage)}"
     )
+
+
+def _cost(args: argparse.Namespace, usage: Usage) -> str:
+    return "" if args.price_in is None else f", cost {usage.cost(args.price_in, args.price_out):.2f}"

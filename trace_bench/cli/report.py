@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the reports and shows where they are, or the comparison."""
-    from trace_bench.comparison import check_output, write_comparison
-    from trace_bench.leaks import without_leaked
-    from trace_bench.report import write_report
+    from trace_bench.report import check_output, write_comparison, write_report
+    from trace_bench.report.leaks import without_leaked
     from trace_bench.run import Run
 
     check_output(args.output)
@@ -39,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
 
     runs = [open_run(path) for path in dict.fromkeys(args.paths)]
     baseline = open_run(args.baseline) if args.baseline else None
-    lines = [write_report(run) for run in runs]
+    lines = [write_report(run, runs) for run in runs]
     if len(runs) == 1 and not args.output and baseline is None:
         show(lines[0])
     else:

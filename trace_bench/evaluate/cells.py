@@ -10,8 +10,7 @@ from trace_bench.evaluate.suites import evaluate_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
 from trace_bench.metrics import standard_error
 from trace_bench.run import Stage, source_commit
-from trace_bench.tables import task_name
-from trace_tasks.data import JUDGED
+from trace_tasks.data import JUDGED, task_name
 from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 
 #: Prompts given to the engine at once: a small run's stage is one batch, and of a large run at most one task is lost

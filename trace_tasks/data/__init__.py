@@ -16,6 +16,7 @@ from trace_tasks.data.names import (
     TASKS_PATH,
     expand,
     needs_data,
+    task_name,
     task_variant,
 )
 from trace_tasks.data.rows import check_folders, folder_fingerprint, read_rows, read_split

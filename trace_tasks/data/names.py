@@ -88,3 +88,8 @@ def needs_data(tasks: Iterable[str]) -> bool:
 def task_variant(task: str) -> str:
     """The variant of the data that a TRACE task takes its rows from, "plain" or "reasoning"."""
     return "reasoning" if task in REASONING else "plain"
+
+
+def task_name(task: str) -> str:
+    """A task as the paper calls it, with (R) where it is asked for its reasoning first; others by their own name."""
+    return f"{REASONING[task]} (R)" if task in REASONING else FOLDERS.get(task, task)

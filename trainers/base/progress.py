@@ -12,8 +12,8 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from trace_bench.run import read_json
 from trace_bench.status import duration, seconds_left
-from trace_bench.tables import task_name
 from trace_bench.text import printable
+from trace_tasks.data import task_name
 from trace_tasks.data.files import write_json
 from trainers.base.checkpoints import CheckpointTrainer
 

@@ -1,4 +1,4 @@
-"""Numbers and tables as text, for the reports of runs, comparisons and judgements: Markdown and LaTeX."""
+"""Numbers and tables as text, in Markdown and LaTeX."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from trace_bench.metrics import Estimate
+from trace_bench.run import Stage
 from trace_bench.text import markdown_text, one_line
-from trace_tasks.data import FOLDERS, REASONING
+from trace_tasks.data import task_name
 
 DASH = "–"
-
-
-def task_name(task: str) -> str:
-    """A task as the paper calls it, with (R) where it is asked for its reasoning first; others by their own name."""
-    return f"{REASONING[task]} (R)" if task in REASONING else FOLDERS.get(task, task)
+_ARROWS = (
+    "↓, ↑: changed{since}. Arrows are corrected for all changes that this report tests (Holm): where nothing changed, "
+    "at most one report in twenty shows any. Intervals are not corrected: one in twenty of unchanged cells excludes "
+    "zero by chance."
+)
 
 
 def number(value: float | None, sign: bool = False) -> str:
     """One digit after the point; a dash where there is no number."""
     if value is None or math.isnan(value):
         return DASH
-    value = round(value, 1) + 0.0  # no "-0.0"
-    return f"{value:+.1f}" if sign else f"{value:.1f}"
+    return format(round(value, 1) + 0.0, "+.1f" if sign else ".1f")  # no "-0.0"
 
 
 def count(value: float | None) -> str:
@@ -47,9 +47,8 @@ def length(characters: float | None, empty: float | None) -> str:
 class Unit:
     """What a metric's scores are measured in, and which way they get better.
 
-    Scores are shown as the metric gives them, but for fractions of 1, which are shown in percent. A change is shown as
-    a gain, `sign` times the difference: + and ↑ are better. So where lower is better a rise of errors is negative, as
-    forgetting is.
+    Fractions of 1 are shown in percent, other scores as the metric gives them. A change is shown as a gain, `sign`
+    times the difference: + and ↑ are better. So where lower is better a rise of errors is negative, as forgetting is.
     """
 
     metric: str = ""
@@ -63,14 +62,14 @@ class Unit:
         return self.scale == 1 and self.higher_is_better
 
     @property
-    def name(self) -> str:
-        """The unit, and that lower is better where it is."""
-        return self.plain if self.higher_is_better else f"{self.plain}, lower is better"
-
-    @property
     def plain(self) -> str:
         """The unit alone."""
         return "percent" if self.scale == 1 else self.metric
+
+    @property
+    def name(self) -> str:
+        """The unit, and that lower is better where it is."""
+        return self.plain if self.higher_is_better else f"{self.plain}, lower is better"
 
     @property
     def of_changes(self) -> str:
@@ -117,6 +116,11 @@ class Unit:
         return (low, high) if self.higher_is_better else (high, low)
 
 
+PERCENT = Unit()
+"""Of fractions of 1, of which more is better."""
+percent, percent_with_interval = PERCENT.text, PERCENT.with_interval
+
+
 def shared_unit(units: Iterable[Unit]) -> Unit | None:
     """The unit that all have; None if they differ, so that no mean is taken. Percent without any."""
     found = {(u.scale, u.higher_is_better, u.scale == 1 or u.metric): u for u in units}
@@ -134,11 +138,16 @@ def arrow(mark: int) -> str:
     return {1: " ↑", 0: "", -1: " ↓"}[mark]
 
 
-def value_text(value: Any) -> str:
-    """A setting in a sentence; short, whatever it is."""
-    if isinstance(value, dict):
-        return one_line(", ".join(f"{task_name(k)} {v}" for k, v in value.items()))
-    return "not set" if value is None else one_line(str(value))
+def legend(rows: Iterable[Iterable[str]], since: str = "") -> str:
+    """What arrows in a table mean, where there are some, or changes with intervals, which might have one."""
+    return f"\n\n{_ARROWS.format(since=since)}" if any(t.endswith(("↓", "↑", "]")) for row in rows for t in row) else ""
+
+
+def stage_label(stage: Stage) -> str:
+    """A stage's name where there is little room."""
+    if stage.index == 0:
+        return "base"
+    return task_name(stage.task) if stage.task else stage.name.partition("_")[2]
 
 
 def left_out_text(left_out: dict[str, tuple[int, int]]) -> str:
@@ -150,9 +159,11 @@ def left_out_text(left_out: dict[str, tuple[int, int]]) -> str:
     )
 
 
-PERCENT = Unit()
-"""Of fractions of 1, of which more is better."""
-percent, percent_with_interval = PERCENT.text, PERCENT.with_interval
+def value_text(value: Any) -> str:
+    """A setting in a sentence."""
+    if isinstance(value, dict):
+        return one_line(", ".join(f"{task_name(k)} {v}" for k, v in value.items()))
+    return "not set" if value is None else one_line(str(value))
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str = ""
     about: str = ""
-    """What its numbers are, behind the title."""
+    """What its numbers are."""
     apart: int = 0
     """The last so many rows are for orientation and set apart from the others."""
 
@@ -172,65 +183,53 @@ class Table:
         """Title and what the numbers are."""
         return f"{self.title}, {self.about}" if self.about else self.title
 
-    def set_apart(self, form: Callable[[str], str]) -> list[Sequence[str]]:
-        """The rows, with the cells of those for orientation in another form."""
-        own = len(self.rows) - self.apart
-        return [
-            *self.rows[:own],
-            *([form(cell) if cell not in ("", DASH) else cell for cell in row] for row in self.rows[own:]),
-        ]
+    def without_empty_columns(self) -> Table:
+        """The table without columns that hold nothing but dashes, whatever rows for orientation have there."""
+        own = self.rows[: len(self.rows) - self.apart]
+        kept = [i for i in range(len(self.header)) if any(row[i] != DASH for row in own)]
+        return replace(self, header=[self.header[i] for i in kept], rows=[[row[i] for i in kept] for row in self.rows])
+
+    def texts(self, form: Callable[[str], str], apart: str) -> list[list[str]]:
+        """The cells of the rows in a form; those of rows for orientation within the braces of `apart`."""
+        own, rows = len(self.rows) - self.apart, [[form(str(cell)) for cell in row] for row in self.rows]
+        return rows[:own] + [[apart.format(c) if c not in ("", DASH) else c for c in row] for row in rows[own:]]
 
 
 #: A part of a report: a table, or Markdown of headings, paragraphs, lists and quotes.
 Block = str | Table
 
 
-@dataclass(frozen=True)
-class Section:
-    """A part of a report."""
-
-    key: str
-    """What it is about: the page puts figures to some."""
-    blocks: list[Block]
-
-
-def without_empty_columns(table: Table) -> Table:
-    """The table without columns that hold nothing but dashes, whatever rows for orientation have there."""
-    own = table.rows[: len(table.rows) - table.apart]
-    kept = [i for i in range(len(table.header)) if any(row[i] != DASH for row in own)]
-    return replace(table, header=[table.header[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
+def _markdown_cell(text: str) -> str:
+    return markdown_text(text, in_table=True)
 
 
 def markdown(table: Table) -> str:
     """A table in Markdown; rows for orientation in italics."""
-    texts = replace(table, rows=[[markdown_text(str(cell), in_table=True) for cell in row] for row in table.rows])
-    head = ["<br>".join(markdown_text(line, in_table=True) for line in text.split("<br>")) for text in table.header]
-    lines = [head, ["---"] * len(head), *texts.set_apart("*{}*".format)]
+    head = ["<br>".join(map(_markdown_cell, text.split("<br>"))) for text in table.header]
+    lines = [head, ["---"] * len(head), *table.texts(_markdown_cell, "*{}*")]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+_LATEX_TABLE = r"""\begin{{table}}
+\centering\small
+\caption{{{caption}}}
+\begin{{tabular}}{{{columns}}}
+\toprule
+{head}
+\midrule
+{rows}
+\bottomrule
+\end{{tabular}}
+\end{{table}}"""
 
 
 def latex(table: Table) -> str:
     """A table environment in LaTeX, for the packages booktabs and xcolor."""
-    texts = replace(table, rows=[list(map(latex_text, row)) for row in table.rows])
-    rows = texts.set_apart(r"\textcolor{{gray}}{{{}}}".format)
-    lines = [" & ".join(line) + r" \\" for line in (list(map(latex_text, table.header)), *rows)]
+    rows = [list(map(latex_text, table.header)), *table.texts(latex_text, r"\textcolor{{gray}}{{{}}}")]
+    head, *lines = [" & ".join(row) + r" \\" for row in rows]
     words = [any(re.search("[a-z]", row[i]) for row in table.rows) for i in range(len(table.header))]
     columns = "".join("l" if of_words else "r" for of_words in words)
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering\small",
-            rf"\caption{{{latex_text(table.caption)}}}",
-            rf"\begin{{tabular}}{{{columns}}}",
-            r"\toprule",
-            lines[0],
-            r"\midrule",
-            *lines[1:],
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-        ]
-    )
+    return _LATEX_TABLE.format(caption=latex_text(table.caption), columns=columns, head=head, rows="\n".join(lines))
 
 
 _LATEX = {

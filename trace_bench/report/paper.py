@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.metrics import general_ability_delta
+from trace_bench.report.tables import DASH, Table, number
 from trace_bench.run import Run
-from trace_bench.tables import DASH, Table, number, without_empty_columns
 
 SETUP = (
     "TRACE, arXiv 2310.06762, tables 1 and 3: order 1, sampling at temperature 0.1, general ability with OpenCompass, "
@@ -34,15 +34,6 @@ _TRAINING = {
     "Replay": ("5000", "1,1,5,5,1,5,5,5"),
     "RCL-0.5k": ("500", DASH),
 }
-#: How the table of general ability calls them.
-_GENERAL = {"SeqFT": "Seq", "LoraSeqFT": "LoraSeq", "Replay": "Replay"}
-_MODELS = {
-    "LLaMA-2-7B-Chat": "L2-7B-Chat",
-    "LLaMA-2-13B-Chat": "L2-13B-Chat",
-    "Vicuna-7B-v1.5": "Vicuna-7B",
-    "Vicuna-13B-v1.5": "Vicuna-13B",
-    "Baichuan2-7B": "Baichuan2-7B",
-}
 
 
 def name_of(run: Run) -> str | None:
@@ -59,7 +50,7 @@ def table(names: Iterable[str]) -> Table:
     """
     header = ["method", "model", "train rows", "epochs", "OP", "BWT", "general", "instruction", "safety"]
     rows = [row for name in dict.fromkeys(names) for row in _rows(name)]
-    return without_empty_columns(Table(header, rows, "The paper's numbers"))
+    return Table(header, rows, "The paper's numbers").without_empty_columns()
 
 
 def _rows(name: str) -> Iterable[list[str]]:
@@ -78,12 +69,9 @@ def _rows(name: str) -> Iterable[list[str]]:
 
 def _deltas(paper: dict[str, Any], model: str, name: str) -> list[str]:
     """General ability, instruction following, safety."""
-    suites = {
-        method: {suite: score for suite, score in scores.items() if suite != "delta_printed"}
-        for method, scores in paper["general_ability_percent"][_MODELS[model]].items()
-    }
-    method = _GENERAL.get(name)
-    general = general_ability_delta(suites["base"], suites[method]) if method else None
+    scores = paper["general_ability_percent"][model]
+    suites = {m: {s: v for s, v in scores[m].items() if s != "delta_printed"} for m in scores}
+    general = general_ability_delta(suites["base"], suites[name]) if name in suites else None
     judged = paper["judge_win_tie_lose_percent"] if model == "LLaMA-2-13B-Chat" else {}
     pairs = [judged.get(f"llama2_13b_{kind}", {}).get(name) for kind in ("instruction", "safety")]
     return [number(general, sign=True), *(number(p and p[0] - p[2], sign=True) for p in pairs)]

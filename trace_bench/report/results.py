@@ -1,48 +1,39 @@
-"""What the files of a run say, as numbers: the matrix, OP and BWT with intervals, changes, and what is besides.
+"""What the files of a run say, as numbers: the matrix, OP and BWT with intervals, changes, suites and judgements.
 
-Nothing is written or rendered here: `report` and `comparison` make tables of it. Scores are as the metrics give them,
-most of them fractions of 1; a change is a gain, positive where a score got better (`tables.Unit`). A mean over tasks is
-taken only where all of them have the same unit, and NaN elsewhere.
+Only JSON is read, and nothing is written or rendered here. Scores are as the metrics give them, most of them fractions
+of 1; a change is a gain, positive where a score got better (`tables.Unit`). A mean over tasks is NaN unless all of them
+have the same unit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from judges.judging import KINDS
-from judges.report import Judged
-from judges.report import load as load_judged
-from trace_bench import metrics, records
-from trace_bench.leaks import without_rows
+from trace_bench import judgements, metrics, records
+from trace_bench.judgements import Judged
 from trace_bench.metrics import Estimate, Matrix
-from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
-from trace_bench.tables import Unit, shared_unit
+from trace_bench.report.leaks import without_rows
+from trace_bench.report.rows import Cells, Rows, load_rows
+from trace_bench.report.tables import Unit, shared_unit
+from trace_bench.run import Run, Stage, read_json, read_jsonl
 from trace_tasks.data import GROUPS, JUDGED, SUITES
 
 #: The three deltas (TRACE, section 3.3).
-DELTAS = ("general", *(kind.name for kind in KINDS))
-#: (stage index, name of the task, suite or set) -> the content of its eval file.
-Cells = dict[tuple[int, str], dict[str, Any]]
+DELTAS = ("general", *(kind.name for kind in judgements.KINDS))
+UNKNOWN = Estimate(math.nan)
 
 
 def load_cells(run: Run) -> Cells:
-    """All cells of the matrix that are there."""
-    return _load(run, run.tasks)
+    """All that is measured: the cells of the matrix, general suites and sets to be judged.
 
-
-def load_besides(run: Run) -> Cells:
-    """What is measured besides the matrix: general-ability suites and sets to be judged."""
-    return _load(run, [*SUITES, *JUDGED])
-
-
-def _load(run: Run, names: Iterable[str]) -> Cells:
+    Cells of an older checkpoint, and of a stage that is no longer trained, are left out.
+    """
     cells = {}
     for stage in run.stages:
         if not stage.is_trained:
@@ -50,42 +41,17 @@ def _load(run: Run, names: Iterable[str]) -> Cells:
         records.check_one_checkpoint(stage)
         records.check_origin(run, stage)
         trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
-        for task in names:
-            if not stage.eval_file(task).exists():
+        for name in dict.fromkeys([*run.tasks, *SUITES, *JUDGED]):
+            if not stage.eval_file(name).exists():
                 continue
-            cell = records.read_cell(stage, task)
+            cell = records.read_cell(stage, name)
             if trained is None or cell["checkpoint"] == trained:
-                if task in run.left_out:
-                    samples = read_jsonl(stage.samples_file(task))
-                    records.check_samples(stage, task, [row["doc_id"] for row in samples])
-                    cell = without_rows(cell, samples, run.left_out[task])
-                cells[stage.index, task] = cell
+                if name in run.left_out:
+                    samples = read_jsonl(stage.samples_file(name))
+                    records.check_samples(stage, name, [row["doc_id"] for row in samples])
+                    cell = without_rows(cell, samples, run.left_out[name])
+                cells[stage.index, name] = cell
     return cells
-
-
-def score_matrix(run: Run, metric: str | None = None) -> Matrix:
-    """The scores as an array of shape (stages, tasks), as the metrics give them; NaN where not evaluated.
-
-    Args:
-        run: The run.
-        metric: A metric's name; tasks without it are NaN. None = the headline of each task.
-    """
-    return Results(run).matrix(metric)
-
-
-def general_delta(besides: Cells, stage: Stage) -> float:
-    """The general-ability delta of a stage over the paper's suites that the base model was measured on.
-
-    NaN without any, or where the stage lacks one: a mean over other suites is another number.
-    """
-    base, after = ({s: headline(besides[i, s]) for s in _suites(besides, i)} for i in (0, stage.index))
-    if not base or stage.index == 0 or base.keys() != after.keys():
-        return math.nan
-    return metrics.general_ability_delta(base, after)
-
-
-def _suites(besides: Cells, index: int) -> list[str]:
-    return [s for s in GROUPS["general"] if (index, s) in besides]
 
 
 def headline(cell: dict[str, Any]) -> float:
@@ -98,119 +64,12 @@ def unit_of(metric: str, cells: Iterable[dict[str, Any]]) -> Unit:
     """The unit of a metric, from all cells of a task that have it.
 
     Whether the scores of a task's own metric are fractions of 1 shows in their values: one cell in which they are not
-    is enough. Cells without a word on it were made before it was written: fractions of 1, of which more is better.
+    is enough. Older cells do not say it: fractions of 1, of which more is better.
     """
+    cells = list(cells)
     scales = [c["scale"][metric] for c in cells if metric in c.get("scale", ())]
     better = [c["higher_is_better"][metric] for c in cells if metric in c.get("higher_is_better", ())]
     return Unit(metric, next((s for s in scales if s != 1), 1), False not in better)
-
-
-# ------------------------------------------------------------------------------------------------------------- rows
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The scores of a task's test rows, or of a suite's: the same rows at all stages."""
-
-    ids: list[tuple[str, Any]]
-    """(subtask of a suite, doc_id) of each row."""
-    scores: dict[str, Matrix]
-    """Metric -> scores, shape (rows, stages); NaN at stages whose score is not the mean of these rows."""
-    parts: list[NDArray[np.intp]]
-    """The score is the mean of these parts' means: all rows, or each subtask's where subtasks count the same."""
-
-    def estimates(self, rows: Matrix, interval: Callable[[Matrix], tuple[Matrix, Matrix]]) -> list[Estimate]:
-        """The mean of each column over the rows, with its interval.
-
-        Args:
-            rows: A number a row, shape (rows, columns).
-            interval: `metrics.mean_interval` or `metrics.difference_interval`.
-        """
-        parts = [np.stack([rows[part].mean(axis=0), *interval(rows[part])], axis=1) for part in self.parts]
-        return [metrics.mean_of([Estimate(*part[column]) for part in parts]) for column in range(rows.shape[1])]
-
-    def changes(self, unit: Unit, later: list[int], earlier: int) -> list[Estimate]:
-        """What the scores of a metric gained from the earlier stage to the later ones."""
-        interval = partial(metrics.difference_interval, fractions=unit.scale == 1)
-        return self.estimates(self._gains(unit, later, earlier), interval)
-
-    def p_values(self, unit: Unit, later: list[int], earlier: int) -> Matrix:
-        """How likely such gains are where nothing changed: see `metrics.difference_p`."""
-        rows = self._gains(unit, later, earlier)
-        return metrics.difference_p([rows[part] for part in self.parts], fractions=unit.scale == 1)
-
-    def _gains(self, unit: Unit, later: list[int], earlier: int) -> Matrix:
-        x = self.scores[unit.metric]
-        return unit.sign * (x[:, later] - x[:, [earlier]])
-
-
-def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
-    """The rows of a task or suite from the samples of all stages; None if there are none.
-
-    A score is checked to be the mean of its rows, or the mean of its subtasks' means. Where it is neither and never was
-    (corpus BLEU), the rows do not say how certain it is, and those of the stage are NaN.
-
-    Raises:
-        RunError: if samples are damaged, are not those that their score was made from, or are of other rows than those
-            of another stage.
-    """
-    mine = {i: cell for (i, n), cell in cells.items() if n == name and run.stages[i].samples_file(name).exists()}
-    left_out = run.left_out.get(name, ())
-    samples = {}
-    for i, cell in mine.items():
-        file = run.stages[i].samples_file(name)
-        try:
-            rows = read_jsonl(file)
-            records.check_samples(run.stages[i], name, [(row.get("task", ""), row["doc_id"]) for row in rows])
-            counted = [row for row in rows if row["doc_id"] not in left_out]
-            columns = {metric: _numbers([row.get(metric) for row in counted]) for metric in cell["metrics"]}
-            samples[i] = [(row.get("task", ""), row["doc_id"]) for row in counted], columns
-        except (AttributeError, KeyError, TypeError) as e:
-            raise RunError(f"{file} is damaged: a row is no sample ({e!r}). Delete it and its score.") from e
-    if not any(ids for ids, _ in samples.values()):
-        return None
-    first, ids = next((i, ids) for i, (ids, _) in samples.items() if ids)
-    scores = {m: np.full((len(ids), len(run.stages)), np.nan) for cell in mine.values() for m in cell["metrics"]}
-    for i, (theirs, values) in samples.items():
-        if theirs != ids:
-            raise RunError(
-                f"{run.stages[i].samples_file(name)} and {run.stages[first].samples_file(name)} are not of the same "
-                "rows, or not in the same order: no change between them can be measured. Delete both and their "
-                "scores, and evaluate again."
-            )
-        for metric, column in values.items():
-            scores[metric][:, i] = column
-    labels = np.unique([label for label, _ in ids], return_inverse=True)[1]
-    subtasks = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
-
-    def fits(parts: list[NDArray[np.intp]], i: int, metric: str) -> bool:
-        value = mine[i]["metrics"].get(metric, {}).get("value")
-        found = np.mean([scores[metric][part, i].mean() for part in parts])
-        return value is not None and abs(found - value) < 1e-6
-
-    together = [np.arange(len(ids))]
-    parts = max(
-        (together, subtasks), key=lambda parts: sum(fits(parts, i, cell["headline"]) for i, cell in mine.items())
-    )
-    for metric, x in scores.items():
-        for i, cell in mine.items():
-            if fits(parts, i, metric):
-                continue
-            if cell["metrics"].get(metric, {}).get("stderr") is not None and not np.isnan(x[:, i]).any():
-                raise RunError(
-                    f"{run.stages[i].samples_file(name)} does not give the {metric} of its score: one of both was "
-                    "changed. Delete both and evaluate again."
-                )
-            x[:, i] = np.nan
-    return Rows(ids, scores, parts)
-
-
-def _numbers(values: list[Any]) -> list[float]:
-    """The scores of rows; NaN if one of them is no number."""
-    return values if all(isinstance(v, int | float) for v in values) else [math.nan] * len(values)
-
-
-# ---------------------------------------------------------------------------------------------------------- results
 
 
 @dataclass(frozen=True)
@@ -242,18 +101,22 @@ class Results:
 
     @cached_property
     def cells(self) -> Cells:
-        """The cells of the matrix."""
+        """See `load_cells`."""
         return load_cells(self.run)
 
-    @cached_property
-    def besides(self) -> Cells:
-        """What is measured besides the matrix."""
-        return load_besides(self.run)
+    def cells_of(self, names: Iterable[str]) -> Cells:
+        """The cells of some tasks, suites or sets."""
+        names = set(names)
+        return {(i, name): cell for (i, name), cell in self.cells.items() if name in names}
 
     def matrix(self, metric: str | None = None) -> Matrix:
-        """See `score_matrix`."""
+        """The scores as the metrics give them, shape (stages, tasks); NaN where not evaluated.
+
+        Args:
+            metric: A metric's name; tasks without it are NaN. None = the headline of each task.
+        """
         R = np.full((len(self.run.stages), len(self.run.tasks)), np.nan)
-        for (index, task), cell in self.cells.items():
+        for (index, task), cell in self.cells_of(self.run.tasks).items():
             score = cell["metrics"].get(metric or cell["headline"])
             if score is not None and score["value"] is not None:
                 R[index, self.run.tasks.index(task)] = score["value"]
@@ -267,13 +130,14 @@ class Results:
     @cached_property
     def headlines(self) -> dict[str, str]:
         """Name of a task, suite or set -> its first metric."""
-        return {name: cell["headline"] for (_, name), cell in (self.cells | self.besides).items()}
+        return {name: cell["headline"] for (_, name), cell in self.cells.items()}
 
     @cached_property
     def units(self) -> dict[str, Unit]:
         """Task -> the unit of its headline score; percent where nothing is evaluated yet."""
-        cells = {task: [cell for (_, name), cell in self.cells.items() if name == task] for task in self.run.tasks}
-        return {task: unit_of(self.headlines.get(task, ""), cells[task]) for task in cells} | self.units_among_runs
+        tasks = self.run.tasks
+        found = {task: unit_of(self.headlines.get(task, ""), self.cells_of([task]).values()) for task in tasks}
+        return found | self.units_among_runs
 
     @cached_property
     def unit(self) -> Unit | None:
@@ -293,30 +157,19 @@ class Results:
     @property
     def left_out(self) -> dict[str, tuple[int, int]]:
         """Task -> how many of its test rows do not count, of how many; empty where all of them count."""
-        return {
-            task: (cell["n_left_out"], cell["n_left_out"] + cell["n"])
-            for (_, task), cell in self.cells.items()
-            if task in self.run.left_out
-        }
+        cells = self.cells_of(self.run.left_out)
+        return {task: (cell["n_left_out"], cell["n_left_out"] + cell["n"]) for (_, task), cell in cells.items()}
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
-        """The rows of the tasks, of those that have samples."""
-        return self._rows(self.run.tasks, self.cells)
-
-    @cached_property
-    def rows_besides(self) -> dict[str, Rows]:
-        """The rows of the suites and of the sets to be judged."""
-        return self._rows([*SUITES, *JUDGED], self.besides)
-
-    def _rows(self, names: Iterable[str], cells: Cells) -> dict[str, Rows]:
-        loaded = {name: load_rows(self.run, name, cells) for name in names}
+        """The test rows of the tasks, suites and sets that have samples."""
+        loaded = {name: load_rows(self.run, name, self.cells) for name in self.headlines}
         return {name: rows for name, rows in loaded.items() if rows is not None}
 
     @cached_property
     def judged(self) -> dict[str, Judged]:
-        """Kind of judgement -> what `judges.report.load` found."""
-        return {kind.name: load_judged(self.run, kind) for kind in KINDS}
+        """Name of a kind of judgement -> what judges said."""
+        return {kind.name: judgements.load(self.run, kind) for kind in judgements.KINDS}
 
     @cached_property
     def training(self) -> dict[int, dict[str, Any]]:
@@ -327,19 +180,20 @@ class Results:
     def versions(self) -> dict[str, dict[str, list[str]]]:
         """What made the scores (a library, the scoring code, a task's definition) -> version -> stages of its cells.
 
-        Cells of older programs do not say it.
+        Older cells do not say it.
         """
         found: dict[str, dict[str, list[str]]] = {}
-        for (index, name), cell in sorted((self.cells | self.besides).items()):
+        for (index, name), cell in sorted(self.cells.items()):
             made = {**cell.get("made_with", {}), "commit": cell.get("commit")}
             made[f"definition of {name}"] = cell.get("definition")
             for key, value in made.items():
                 if value is not None:
                     stages = found.setdefault(key, {}).setdefault(str(value), [])
-                    stages += [name for name in (self.run.stages[index].name,) if name not in stages]
+                    if self.run.stages[index].name not in stages:
+                        stages.append(self.run.stages[index].name)
         return found
 
-    @cached_property
+    @property
     def other_versions(self) -> list[str]:
         """Where cells of the run were made with different versions: one text each."""
         return [
@@ -350,7 +204,7 @@ class Results:
 
     def evaluation_seconds(self, stage: Stage) -> float:
         """How long all that there is of a stage took to evaluate."""
-        return sum(cell["seconds"] for (i, _), cell in (self.cells | self.besides).items() if i == stage.index)
+        return sum(cell["seconds"] for (i, _), cell in self.cells.items() if i == stage.index)
 
     # ------------------------------------------------------------------------------------------ what the run is
 
@@ -411,33 +265,36 @@ class Results:
 
     @cached_property
     def intervals(self) -> dict[tuple[int, str, str], tuple[float, float]]:
-        """(stage, name, metric) -> the interval of the score, of all that have one, the matrix and what is besides."""
-        found = {}
-        cells = self.cells | self.besides
-        for name, rows in (self.rows | self.rows_besides).items():
-            mine = [cell for (_, n), cell in cells.items() if n == name]
+        """(stage, name, metric) -> the interval of the score, of all that have one."""
+        found: dict[tuple[int, str, str], tuple[float, float]] = {}
+        for name, rows in self.rows.items():
+            cells = self.cells_of([name]).values()
             for fractions in (True, False):
-                those = [m for m in rows.scores if (unit_of(m, mine).scale == 1) is fractions]
+                those = [m for m in rows.scores if (unit_of(m, cells).scale == 1) is fractions]
                 if not those:
                     continue
                 columns = np.concatenate([rows.scores[metric] for metric in those], axis=1)
                 keys = [(stage.index, name, metric) for metric in those for stage in self.run.stages]
                 estimates = rows.estimates(columns, partial(metrics.mean_interval, fractions=fractions))
-                for key, (_, low, high) in zip(keys, estimates, strict=True):
-                    if not math.isnan(low):
-                        found[key] = (low, high)
+                found |= {key: (e.low, e.high) for key, e in zip(keys, estimates, strict=True) if not math.isnan(e.low)}
         return found
+
+    def score(self, stage: int, name: str) -> Estimate:
+        """The headline score of a cell with its interval; NaN where there is no cell."""
+        cell = self.cells.get((stage, name))
+        if cell is None:
+            return UNKNOWN
+        return Estimate(headline(cell), *self.intervals.get((stage, name, cell["headline"]), ()))
 
     def cell(self, t: int, i: int) -> Estimate:
         """R[t, i] with its interval."""
-        task = self.run.tasks[i]
-        return Estimate(float(self.R[t, i]), *self.intervals.get((t, task, self.headlines.get(task, "")), ()))
+        return self.score(t, self.run.tasks[i])
 
     @cached_property
     def mean(self) -> Estimate:
         """The mean of the tasks in the end; NaN if they have different units."""
         if self.unit is None:
-            return Estimate(math.nan)
+            return UNKNOWN
         interval = partial(metrics.mean_interval, fractions=self.unit.scale == 1)
         bounds = [interval(self.final_rows(task)[:, None]) for task in self.run.tasks]
         return metrics.mean_of([Estimate(float(v), a[0], b[0]) for v, (a, b) in zip(self.final, bounds, strict=True)])
@@ -453,7 +310,7 @@ class Results:
         R, gains, T = self.R, self.gains, len(self.run.tasks)
         if self.unit is None:
             lengths = {"OP": T, "BWT": T, "Forgetting": T, "FWT": 1, "mean OP": 1}
-            return {name: [Estimate(math.nan)] * length for name, length in lengths.items()}
+            return {name: [UNKNOWN] * length for name, length in lengths.items()}
         stages = range(1, T + 1)
         op = [metrics.mean_of([self.cell(t, i) for i in range(t)]) for t in stages]
         bwt = [metrics.mean_of([self.since_own[t, i] for i in range(t - 1)]) for t in stages]
@@ -486,12 +343,12 @@ class Results:
         pairs = [(t, i) for i in range(len(self.run.tasks)) for t in range(2, len(self.run.stages))]
         return {(t, i): self._changes(i, [t], t - 1)[t] for t, i in pairs}
 
-    def _changes(self, i: int, later: Iterable[int], earlier: int) -> dict[int, Estimate]:
-        task, stages = self.run.tasks[i], list(later)
-        values = {t: float(self.gains[t, i] - self.gains[earlier, i]) for t in stages}
+    def _changes(self, i: int, later: Sequence[int], earlier: int) -> dict[int, Estimate]:
+        task = self.run.tasks[i]
+        values = {t: float(self.gains[t, i] - self.gains[earlier, i]) for t in later}
         if task not in self.rows:
             return {t: Estimate(value) for t, value in values.items()}
-        found = self.rows[task].changes(self.units[task], stages, earlier)
+        found = self.rows[task].changes(self.units[task], list(later), earlier)
         return {t: Estimate(value, *e[1:]) for (t, value), e in zip(values.items(), found, strict=True)}
 
     @cached_property
@@ -517,11 +374,10 @@ class Results:
         """
         p: dict[Change, float] = {}
         for name, earlier in dict.fromkeys((change.name, change.earlier) for change in self.tested):
-            rows = self.rows.get(name) or self.rows_besides.get(name)
-            if rows is not None:
+            if name in self.rows:
                 unit = self.units.get(name) or Unit(self.headlines[name])
                 those = [c for c in self.tested if (c.name, c.earlier) == (name, earlier)]
-                p |= zip(those, rows.p_values(unit, [c.later for c in those], earlier), strict=True)
+                p |= zip(those, self.rows[name].p_values(unit, [c.later for c in those], earlier), strict=True)
         certain = metrics.holm(list(p.values()))
         signs = {change: self._estimate(change).sign for change, sure in zip(p, certain, strict=True) if sure}
         return {change: sign for change, sign in signs.items() if sign}
@@ -542,21 +398,20 @@ class Results:
 
     @cached_property
     def forms(self) -> list[Form]:
-        """Form against knowledge: for tasks with a form-tolerant accuracy beside the official one."""
-        tolerant, last = self.matrix("accuracy_tolerant"), self.last_stage
+        """Form against knowledge: for tasks of a sequence with a form-tolerant accuracy beside the official one."""
+        tolerant, last = self.matrix("accuracy_tolerant"), self.last_stage if self.is_sequential else 0
         found = []
         for i, task in enumerate(self.run.tasks[: max(0, last - 1)]):
             strict, knowledge = (float(R[i + 1, i] - R[last, i]) for R in (self.R, tolerant))
             if self.headlines[task] != "accuracy" or math.isnan(strict + knowledge):
                 continue
-            values = (strict, knowledge, strict - knowledge)
-            bounds: list[tuple[float, ...]] = [()] * 3
+            estimates = [Estimate(value) for value in (strict, knowledge, strict - knowledge)]
             if task in self.rows:
                 scores = self.rows[task].scores
                 a, b = (scores[m][:, i + 1] - scores[m][:, last] for m in ("accuracy", "accuracy_tolerant"))
-                low, high = metrics.difference_interval(np.stack([a, b, a - b], axis=1))
-                bounds = list(zip(low, high, strict=True))
-            found.append(Form(task, *(Estimate(v, *b) for v, b in zip(values, bounds, strict=True))))
+                ends = zip(*metrics.difference_interval(np.stack([a, b, a - b], axis=1)), strict=True)
+                estimates = [Estimate(e.value, *bounds) for e, bounds in zip(estimates, ends, strict=True)]
+            found.append(Form(task, *estimates))
         return found
 
     @cached_property
@@ -564,23 +419,27 @@ class Results:
         """(stage, suite) -> the suite's score minus the base model's, of those measured at both that have samples."""
         found: dict[tuple[int, str], Estimate] = {}
         for suite in SUITES:
-            later = [i for i, name in self.besides if name == suite and i]
-            if later and (0, suite) in self.besides and suite in self.rows_besides:
-                changes = self.rows_besides[suite].changes(Unit(self.headlines[suite]), later, 0)
+            later = [i for i, _ in self.cells_of([suite]) if i]
+            if later and (0, suite) in self.cells and suite in self.rows:
+                changes = self.rows[suite].changes(Unit(self.headlines[suite]), later, 0)
                 found |= {(i, suite): change for i, change in zip(later, changes, strict=True)}
         return found
 
     @cached_property
     def general(self) -> dict[int, Estimate]:
-        """Stage -> general-ability delta, of the stages that have one."""
-        stages = [s for s in self.run.stages if not math.isnan(general_delta(self.besides, s))]
-        if not stages:
-            return {}
-        suites = _suites(self.besides, 0)
-        values = [general_delta(self.besides, stage) for stage in stages]
-        if any(suite not in self.rows_besides for suite in suites):
-            return {stage.index: Estimate(v) for stage, v in zip(stages, values, strict=True)}
-        indices = [stage.index for stage in stages]
-        changes = [[self.suite_changes[i, suite] for i in indices] for suite in suites]
-        bounds = [metrics.mean_of(of_stage)[1:] for of_stage in zip(*changes, strict=True)]
-        return {i: Estimate(v, *b) for i, v, b in zip(indices, values, bounds, strict=True)}
+        """Stage -> general-ability delta over the paper's suites that the base model was measured on.
+
+        A stage that lacks one of them has no delta: a mean over other suites is another number.
+        """
+        scores = [
+            {s: headline(self.cells[stage.index, s]) for s in GROUPS["general"] if (stage.index, s) in self.cells}
+            for stage in self.run.stages
+        ]
+        found = {}
+        for i, after in enumerate(scores):
+            if i and after and after.keys() == scores[0].keys():
+                value = metrics.general_ability_delta(scores[0], after)
+                changes = [self.suite_changes.get((i, suite), UNKNOWN) for suite in after]
+                if not math.isnan(value):
+                    found[i] = Estimate(value, *metrics.mean_of(changes)[1:])
+        return found

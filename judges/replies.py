@@ -1,0 +1,188 @@
+"""Requests, replies, and the files that keep them so that nothing is paid twice."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from trace_bench.run import InUse, locked, read_json
+from trace_tasks.data.files import open_own
+from trace_tasks.data.reading import MOST_LINES, read_file
+
+log = logging.getLogger(__name__)
+
+#: The largest count of tokens or requests that is believed.
+MOST_COUNT = 10**9
+#: Seconds between two looks at whether another process is done with the cache.
+LOCK_SECONDS = 0.2
+#: How endpoints say that a reply ended at its limit, or at the end of the model's context.
+_CUT = ("length", "max_tokens", "model_length")
+
+#: The body of a chat completion without what a judge adds to each: the model and the sampling parameters.
+Request = dict[str, Any]
+Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one request."""
+
+    text: str
+    """The answer; of a refusal its text, which may be empty."""
+    thinking: str = ""
+    """What the model thought first, where the endpoint returns it separately."""
+    unclosed: bool = False
+    """Whether the thinking came separately and never ended: there is no answer."""
+    refusal: bool = False
+    finish_reason: str | None = None
+    prompt_tokens: Count = 0
+    completion_tokens: Count = 0
+    forced: bool = False
+    """Whether the model gave no verdict by itself and had to choose one (`judges.local`)."""
+    error: str | None = None
+    """Why there is no answer after all tries; None if there is one. Such a reply is in no cache."""
+
+    @property
+    def cut(self) -> bool:
+        """Whether the reply ended at its limit of tokens."""
+        return self.finish_reason in _CUT
+
+
+@dataclass
+class _Line:
+    """A line of a cache."""
+
+    key: str
+    reply: Reply
+
+
+_LINE = TypeAdapter(_Line)
+
+
+class Cache:
+    """Replies on the disk: a file of JSON lines {"key", "request", "reply"}, only ever appended to.
+
+    Several processes may share it: the one that sends has it `alone`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._replies: dict[str, Reply] = {}
+        self.read()
+
+    def read(self) -> None:
+        """Reads what is in the file now, whoever wrote it."""
+        content = read_file(self.path, MOST_LINES) if self.path.exists() else b""
+        for line in content.split(b"\n"):
+            # A line may be torn when a program is killed: its request counts as never sent.
+            with suppress(ValueError):
+                found = _LINE.validate_json(line, strict=True)
+                if found.reply.error is None:
+                    self._replies[found.key] = found.reply
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Waits until no other process adds replies to this file, and then keeps it for this one.
+
+        What others asked meanwhile has been read when the block begins, so it is not paid again. One lock for all
+        requests is enough: processes that share a cache mostly share the endpoint, and its limits, too.
+        """
+        with ExitStack() as lock:
+            for attempt in itertools.count():
+                try:
+                    lock.enter_context(locked(self.path.parent, self.path.name))
+                    break
+                except InUse as e:
+                    if attempt == 0:
+                        log.warning("Waiting for %s, which is adding replies to %s.", e.holder, self.path)
+                    time.sleep(LOCK_SECONDS)
+            self.read()
+            yield
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._replies
+
+    def __getitem__(self, key: str) -> Reply:
+        return self._replies[key]
+
+    def put(self, key: str, request: Request | None, reply: Reply) -> None:
+        """Adds a reply; when this returns it is on the disk."""
+        line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Prompts and answers may be private: the file is for its user alone.
+        with open(self.path, "ab+", buffering=0, opener=lambda _, flags: open_own(self.path, flags, 0o600)) as f:
+            # A program that was killed, this one or another, may have left a part of a line.
+            torn = f.seek(0, os.SEEK_END) and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
+            rest = memoryview((b"\n" if torn else b"") + line.encode())
+            while rest:  # one system call, so that the lines of two machines do not mix; a full disk takes less
+                rest = rest[f.write(rest) :]
+            os.fsync(f.fileno())
+        self._replies[key] = reply
+
+
+def batch_file(cache: Path) -> Path:
+    """The batches of requests that were submitted and not fetched yet: next to the cache of their replies."""
+    return cache.with_suffix(".batches.json")
+
+
+def submitted(cache: Path, endpoint: str | None = None) -> list[dict[str, Any]]:
+    """The batches in `batch_file`: those of one endpoint, or all."""
+    file = batch_file(cache)
+    batches = read_json(file)["batches"] if file.exists() else []
+    return [batch for batch in batches if endpoint in (None, batch["endpoint"])]
+
+
+def request_key(endpoint: str, body: Request) -> str:
+    """SHA-256 of a whole request: the endpoint, the model, the messages, and every sampling parameter."""
+    return hashlib.sha256(json.dumps([endpoint, body], sort_keys=True).encode()).hexdigest()
+
+
+def read_reply(body: Any) -> Reply:
+    """The reply in the body of a chat completion.
+
+    Raises:
+        ValueError: if there is none; the message says what is there instead.
+    """
+    if not isinstance(body, dict):
+        raise ValueError(f"a body that is {type(body).__name__}, not an object")
+    choices = body.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise ValueError(f"no choices: {json.dumps(body.get('error') or body)}")
+    message, reason = choices[0].get("message"), choices[0].get("finish_reason")
+    if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
+        raise ValueError(f"a choice without a text: {json.dumps(choices[0])}")
+    usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
+    refusal = message.get("refusal")
+    text = _text(message.get("content") or refusal)
+    # The first name is that of DeepSeek and older vLLM, the second that of vLLM and OpenRouter.
+    thinking = _text(message.get("reasoning_content") or message.get("reasoning"))
+    return Reply(
+        text=text,
+        thinking=thinking,
+        unclosed=bool(thinking.strip()) and not (text.strip() or refusal),
+        refusal=bool(refusal),
+        finish_reason=_text(reason)[:100] if isinstance(reason, str) else None,
+        prompt_tokens=count(usage.get("prompt_tokens")),
+        completion_tokens=count(usage.get("completion_tokens")),
+    )
+
+
+def _text(value: Any) -> str:
+    """A text that a file can hold, since JSON can hold half a character; empty for anything but a text."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+
+
+def count(value: Any) -> int:
+    """A number as a server tells it; 0 for what is none, or cannot be true."""
+    return value if type(value) is int and 0 < value <= MOST_COUNT else 0

@@ -1,0 +1,271 @@
+"""From plain rows to rows with reasoning paths: plan and check, ask round after round, write."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from judges import JudgeError
+from judges.judge import Judge
+from judges.replies import Request
+from judges.teacher.paths import Row, is_readable, read_path
+from judges.teacher.prompts import TeacherPrompt, prompt_files, read_prompt
+from judges.teacher.review import cut_note, quality, report, review
+from trace_bench import shapes
+from trace_bench.run import differences, read_json
+from trace_tasks import data
+from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_text
+from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt
+
+log = logging.getLogger(__name__)
+
+#: Part of the settings: raise it with any change of what is asked or accepted.
+VERSION = 2
+SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be annotated, checked, with nothing asked."""
+
+    out: Path
+    rows: dict[str, list[Row]]
+    """Task -> its rows, in the order of the file."""
+    bare: dict[str, dict[str, list[dict[str, str]]]]
+    """Task -> eval and test rows, as they are written."""
+    left_out: dict[str, dict[str, int]]
+    """Task -> why rows before the last one taken were not: repeated, test prompt, unreadable answer."""
+    prompts: dict[str, TeacherPrompt]
+    settings: dict[str, Any]
+    demo: bool
+
+    def requests(self, rows: Iterable[Row], attempt: int = 1) -> list[Request]:
+        """What is asked about rows; attempts differ in their seed."""
+        requests = []
+        for row in rows:
+            shown = self.settings["show_answers"] or FRAMES[row.folder].form != "line"
+            messages = self.prompts[row.task].messages(row.folder, row.prompt, row.gold if shown else None)
+            requests.append({"messages": messages, "seed": attempt})
+        return requests
+
+
+def cache_file(out: Path) -> Path:
+    """The replies."""
+    return out / "annotate-cache.jsonl"
+
+
+def annotation_file(out: Path) -> Path:
+    """The settings and the numbers; written last."""
+    return out / "annotation.json"
+
+
+def plan(
+    out: Path,
+    teacher: Judge,
+    root: Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    rows: int,
+    attempts: int,
+    rejected: str = "drop",
+    show_answers: bool = False,
+    prompts: Path | None = None,
+) -> Plan:
+    """Reads and checks everything that an annotation needs.
+
+    Args:
+        out: The folder to write to.
+        teacher: Who will be asked.
+        root: The plain data.
+        tasks: Names of the eight tasks or of their orders; None = all that the data has.
+        rows: The first so many different prompts of each task that are no test prompt.
+        attempts: The most times that a row is asked about.
+        rejected: "drop" leaves rows without an accepted path out, "keep" writes them with their answer alone.
+        show_answers: Whether the teacher sees the right answers of all tasks.
+        prompts: A folder of the user's with files for `prompt_files`.
+
+    Raises:
+        DataError: if a task is unknown, or its data is missing or in another frame.
+        JudgeError: if a teacher's prompt is wrong, or the folder was made with other settings or by something else.
+    """
+    names = _names(root, tasks)
+    trace_data = data.Data.at(root, names)
+    trace_data.check()
+    files = prompt_files(names, prompts)
+    settings = {
+        "version": VERSION,
+        "teacher": teacher.model,
+        "revision": teacher.revision,
+        "sampling": teacher.sampling,
+        "date": teacher.date,
+        "rows": rows,
+        "attempts": attempts,
+        "rejected": rejected,
+        "show_answers": show_answers,
+        "prompts": {task: fingerprint(file) for task, file in files.items()},
+        "data": trace_data.fingerprint,
+    }
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    _check_folder(out, settings)
+    if attempts > 1 and teacher.sampling.get("temperature") == 0:
+        log.warning("At temperature 0 every attempt gives the same reply: use --attempts 1 or a temperature above 0.")
+    taken = {task: _rows(root, task, rows) for task in names}
+    return Plan(
+        out=out,
+        rows={task: found for task, (found, _) in taken.items()},
+        bare={task: {split: _bare_rows(root, task, split) for split in ("eval", "test")} for task in names},
+        left_out={task: left_out for task, (_, left_out) in taken.items()},
+        prompts={task: read_prompt(file, data.FOLDERS[task]) for task, file in files.items()},
+        settings=settings,
+        demo=data.is_demo(root),
+    )
+
+
+def _names(root: Path, tasks: Sequence[str] | None) -> list[str]:
+    """The tasks that are asked for, or all that the data has."""
+    names = [t for name in tasks for t in data.ORDERS.get(name, [name])] if tasks else []
+    if unknown := [name for name in names if name not in data.FOLDERS]:
+        raise data.DataError(
+            f"{', '.join(unknown)}: not among the tasks with an official reasoning form: {', '.join(data.FOLDERS)}."
+        )
+    return list(dict.fromkeys(names)) or [t for t, folder in data.FOLDERS.items() if (root / folder).is_dir()]
+
+
+def _check_folder(out: Path, settings: dict[str, Any]) -> None:
+    file = annotation_file(out)
+    if out.exists() and not out.is_dir():
+        raise JudgeError(f"{out} is a file. Name a folder.")
+    refuse_links(out, *data.FOLDERS.values())
+    if file.exists():
+        if lines := differences(read_json(file, shapes.Annotation)["settings"], settings):
+            raise JudgeError(
+                f"{out} was annotated with other settings (there -> asked for):\n"
+                + "\n".join(lines)
+                + f"\nUse the old ones, or another folder. To make this one again, delete {file}: replies to the same "
+                "requests are taken from the cache."
+            )
+    elif not cache_file(out).exists() and any((out / folder).exists() for folder in data.FOLDERS.values()):
+        raise JudgeError(f"{out} holds task folders that this command did not write. Name another folder.")
+
+
+def _rows(root: Path, task: str, most: int) -> tuple[list[Row], dict[str, int]]:
+    """The first different prompts of the training file, and what was left out up to the last of them."""
+    folder = data.FOLDERS[task]
+    tested = {row["prompt"] for row in data.read_split(root, folder, "test")}
+    left_out = {"repeated": 0, "test prompt": 0, "unreadable answer": 0}
+    seen: set[str] = set()
+    rows: list[Row] = []
+    for i, row in enumerate(data.read_split(root, folder, "train")):
+        if len(rows) == most:
+            break
+        answer = bare_answer(folder, row["answer"])
+        if row["prompt"] in seen:
+            left_out["repeated"] += 1
+        elif row["prompt"] in tested:
+            left_out["test prompt"] += 1
+        elif not is_readable(folder, "", answer):
+            left_out["unreadable answer"] += 1
+        else:
+            rows.append(Row(task, i, _asking(root, task, "train", i, row["prompt"]), answer))
+        seen.add(row["prompt"])
+    if not rows:
+        raise data.DataError(f"{root / folder}/train.json has no row to annotate: {left_out}.")
+    return rows, left_out
+
+
+def _bare_rows(root: Path, task: str, split: str) -> list[dict[str, str]]:
+    folder = data.FOLDERS[task]
+    return [
+        {"prompt": _asking(root, task, split, i, row["prompt"]), "answer": bare_answer(folder, row["answer"])}
+        for i, row in enumerate(data.read_split(root, folder, split))
+    ]
+
+
+def _asking(root: Path, task: str, split: str, index: int, prompt: str) -> str:
+    """A prompt in the reasoning form."""
+    folder = data.FOLDERS[task]
+    try:
+        return reasoning_prompt(folder, prompt)
+    except ValueError as e:
+        raise data.DataError(f"{root / folder / split}.json, row {index}: {e}") from e
+
+
+def annotate(plan: Plan, teacher: Judge) -> dict[str, dict[str, Any]]:
+    """Asks what is not in the cache, and writes the folder.
+
+    Every round asks about all rows without an accepted path, with the round as the seed, so that an interrupted program
+    comes to the same files as one that was not. A request that failed counts as not accepted.
+
+    Returns:
+        Task -> numbers, as in annotation.json.
+
+    Raises:
+        JudgeError: if the teacher cannot be asked. Its replies so far are kept.
+    """
+    paths: dict[Row, str] = {}
+    accepted: dict[str, list[int]] = {task: [] for task in plan.rows}
+    counts: dict[str, Counter[str]] = {task: Counter() for task in plan.rows}
+    reasons: dict[str, Counter[str]] = {task: Counter() for task in plan.rows}
+    attempts = plan.settings["attempts"]
+    for attempt in range(1, attempts + 1):
+        asked = [row for rows in plan.rows.values() for row in rows if row not in paths]
+        replies = teacher.complete(plan.requests(asked, attempt), f"attempt {attempt} of {attempts}")
+        for row, reply in zip(asked, replies, strict=True):
+            if reply.error is not None:
+                counts[row.task]["failed_requests"] += 1
+                continue
+            counts[row.task]["prompt_tokens"] += reply.prompt_tokens
+            counts[row.task]["completion_tokens"] += reply.completion_tokens
+            path, reason = read_path(row, reply)
+            if path:
+                paths[row] = path
+            else:
+                reasons[row.task][reason] += 1
+        for task, rows in plan.rows.items():
+            accepted[task].append(sum(row in paths for row in rows) - sum(accepted[task]))
+    paths = {row: paths[row] for rows in plan.rows.values() for row in rows if row in paths}  # in their order
+    results: dict[str, dict[str, Any]] = {}
+    for task, rows in plan.rows.items():
+        found = [(row, path) for row, path in paths.items() if row.task == task]
+        kept = len(rows) - len(found) if plan.settings["rejected"] == "keep" else 0
+        results[task] = {
+            "rows": len(rows),
+            "accepted": len(found),
+            "accepted_by_attempt": accepted[task],
+            "kept": kept,
+            "dropped": len(rows) - len(found) - kept,
+            # Of all replies, whether they were paid now or came from the cache.
+            **{name: counts[task][name] for name in ("failed_requests", "prompt_tokens", "completion_tokens")},
+            "rejected_replies": dict(sorted(reasons[task].items())),
+            "left_out": plan.left_out[task],
+            **quality(found),
+        }
+    _write(plan, teacher, paths, results)
+    if note := cut_note(plan.settings, results):
+        log.warning("%s.", note)
+    return results
+
+
+def _write(plan: Plan, teacher: Judge, paths: dict[Row, str], results: dict[str, dict[str, Any]]) -> None:
+    file = annotation_file(plan.out)
+    file.unlink(missing_ok=True)  # until it is there again the folder is not done
+    for task, rows in plan.rows.items():
+        folder = data.FOLDERS[task]
+        train = [
+            {"prompt": row.prompt, "answer": reasoning_answer(folder, paths.get(row, ""), row.answer)}
+            for row in rows
+            if row in paths or plan.settings["rejected"] == "keep"
+        ]
+        if not train:
+            log.warning("%s: no path was accepted, so there is no %s.", task, plan.out / folder)
+            continue
+        for split, content in {"train": train, **plan.bare[task]}.items():
+            write_json(plan.out / folder / f"{split}.json", content)
+    write_text(plan.out / "review.csv", review(paths))
+    write_text(plan.out / "annotation.md", report(plan.settings, plan.demo, results))
+    write_json(file, {"settings": plan.settings, "endpoint": teacher.endpoint, "demo": plan.demo, "tasks": results})

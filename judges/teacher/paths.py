@@ -1,0 +1,130 @@
+"""Reads a reasoning path out of a teacher's reply, and checks the answer that it leads to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from judges.replies import Reply
+from judges.thinking import answer_of
+from trace_tasks import answers, data, scoring
+from trace_tasks.reasoning import FRAMES, reasoning_answer
+from trace_tasks.written_numbers import names_number, number_tolerant
+
+#: Share of the reference's own score that the answer of a path has to reach, see `is_right`.
+CLOSE = 0.9
+#: Why a reply that ended at its limit is rejected.
+CUT = "cut at the limit of tokens"
+
+
+class Check(NamedTuple):
+    """How the answers of a task are compared."""
+
+    score: Callable[[str, str, str], float]
+    """Prompt, answer, right answer -> the task's headline score."""
+    names: Callable[[str, str], bool] | None = None
+    """Whether a text states the right answer; None where that cannot be told."""
+
+
+_CHOICE = Check(lambda prompt, answer, gold: scoring.accuracy(answer, gold), answers.names_choice)
+# 12.0 for 12 is right: what is written is the gold answer in any case.
+_NUMBER = Check(lambda prompt, answer, gold: number_tolerant(answer, gold), names_number)
+CHECKS = {
+    "C-STANCE": _CHOICE,
+    "FOMC": _CHOICE,
+    "MeetingBank": Check(lambda prompt, answer, gold: scoring.rouge_l(answer, gold)),
+    "Py150": Check(lambda prompt, answer, gold: scoring.similarity(answer, gold)),
+    "ScienceQA": _CHOICE,
+    "NumGLUE-cm": _NUMBER,
+    "NumGLUE-ds": _NUMBER,
+    "20Minuten": Check(scoring.sari),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A training example: its place in the plain file, the prompt in the reasoning form, the bare answer."""
+
+    task: str
+    index: int
+    prompt: str
+    answer: str
+
+    @property
+    def folder(self) -> str:
+        """The task's folder."""
+        return data.FOLDERS[self.task]
+
+    @property
+    def gold(self) -> str:
+        """The answer as it is read back from a training answer."""
+        return read_back(self.folder, self.answer)
+
+
+def read_back(folder: str, answer: str) -> str:
+    """An answer of the data as it is read back from a training answer."""
+    return answer if FRAMES[folder].form == "code" else answer.strip()
+
+
+def is_right(folder: str, prompt: str, answer: str, gold: str) -> bool:
+    """Whether an answer is good enough for its path to be kept.
+
+    Where the headline is an accuracy, it has to be right. The references of MeetingBank, Py150 and 20Minuten are each
+    one of many good texts: the teacher is shown the reference and ends with it, and the answer has to reach `CLOSE` of
+    the score that the reference has against itself. That forgives slips of copying, such as other quotation marks; a
+    text of the teacher's own is far below (GPT-4 in the official data: a SARI of 0.37 to 0.46 against 0.99).
+    """
+    score = CHECKS[folder].score
+    # Some references of Py150 are ") ", of which a copy without the space would lose a third.
+    answer, gold = answer.strip(), gold.strip()
+    return score(prompt, answer, gold) >= CLOSE * score(prompt, gold, gold) > 0
+
+
+# What stands before the marker has to end a sentence or a line: not "So the final answer: 36", nor "**Answer:** B".
+_ENDED = re.compile(r"(?:[\n.!?。！？]|\A)[ \t]*\Z")
+
+
+def read_path(row: Row, reply: Reply) -> tuple[str, str]:
+    """The reasoning path of a reply, and why it is rejected.
+
+    Returns:
+        The path and "", or "" and the reason.
+    """
+    if reply.refusal:
+        return "", "refused"
+    if reply.cut:
+        return "", CUT
+    frame = FRAMES[row.folder]
+    text = None if reply.unclosed else answer_of(reply.text)
+    if text is None:
+        return "", "thinking not closed"
+    path, answer = answers.split_answer(frame.form, text) or ("", None)
+    if answer is None:
+        return "", "no answer in the task's form"
+    if not is_right(row.folder, row.prompt, answer, row.gold):
+        return "", "wrong answer"
+    if frame.form != "code" and not _ENDED.search(path):
+        return "", "no answer in the task's form"
+    path = path.strip().removeprefix(frame.reasoning_cue).strip()
+    problem = path_problem(row.folder, path, row.answer)
+    return ("", problem) if problem else (path, "")
+
+
+def path_problem(folder: str, path: str, answer: str) -> str:
+    """Why a path cannot stand before an answer; empty if it can."""
+    if not path.strip():
+        return "no path"
+    form = FRAMES[folder].form
+    # With a letter after it, a marker that the path holds is found wherever it stands.
+    inner = answers.split_answer(form, path + "x")
+    if inner and (form != "code" or inner[0]):
+        return "a marker in the path"
+    return "" if is_readable(folder, path, answer) else "another answer would be read"
+
+
+def is_readable(folder: str, path: str, answer: str) -> bool:
+    """Whether the very answer is read back from a training answer with this path."""
+    composed = reasoning_answer(folder, path, answer)
+    return answers.extract_answer(FRAMES[folder].form, composed) == read_back(folder, answer)

@@ -1,0 +1,97 @@
+"""What bounds a run: runs that show what the base model, and what all tasks at once, can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trace_bench.metrics import Matrix
+from trace_bench.report.conditions import same_conditions
+from trace_bench.report.results import Results
+from trace_bench.report.rows import Cells
+from trace_bench.report.tables import value_text
+from trace_bench.run import Run
+
+#: Methods whose runs bound what continual learning can reach, and what a report calls them.
+BOUNDS = {
+    "icl": "ICL, {num_fewshot} demonstrations",
+    "single": "single (a model per task)",
+    "joint": "joint (multi-task)",
+}
+#: Tokens of a prompt in the official ICL code.
+ICL_PROMPT_LENGTH = 3584
+#: Settings of the training. A bound with others is still a bound, and the report says so.
+_TRAINED = (
+    *("train_rows", "epochs", "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "max_grad_norm", "optim", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("max_answer_length", "seed", "bf16", "dtype"),
+    *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"),
+)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A run that bounds another one."""
+
+    method: str
+    label: str
+    run: Run
+    scores: Matrix
+    """Its final scores, in the order of the other run's tasks."""
+    cells: Cells
+    """What they are from."""
+    other_training: list[str]
+    """The settings of the training in which it differs, each with its value there and here."""
+
+
+def bounds(run: Run, others: Iterable[Run]) -> list[Bound]:
+    """Those of other runs that bound a run, one of each method of `BOUNDS`, in that order.
+
+    Of several the one with the fewest other settings of the training, and of several such the most complete one.
+    """
+    found: dict[str, list[Bound]] = {method: [] for method in BOUNDS}
+    for other in others:
+        method, config = other.manifest["method"], other.manifest["config"]
+        shows_nothing = method == "icl" and not config.get("num_fewshot")  # the base model alone
+        if method not in BOUNDS or shows_nothing or not same_conditions(run, other):
+            continue
+        results = Results(other)
+        if not np.isnan(results.final).all():
+            scores = results.final[[other.tasks.index(t) for t in run.tasks]]
+            label, training = BOUNDS[method].format_map(config), _other_training(run, other)
+            found[method].append(Bound(method, label, other, scores, results.cells_of(run.tasks), training))
+    return [
+        min(candidates, key=lambda b: (len(b.other_training), np.isnan(b.scores).sum()))
+        for candidates in found.values()
+        if candidates
+    ]
+
+
+def demonstrations(run: Run) -> str:
+    """How the base model of an icl run was shown what to do, and where that is not the official way."""
+    config = run.manifest["config"]
+    limit = config.get("max_prompt_length")
+    length = f"; prompts have at most {limit} tokens (officially {ICL_PROMPT_LENGTH})"
+    return (
+        f"with {config['num_fewshot']} demonstrations, which are training rows (officially test rows) and none on "
+        "MeetingBank" + (length if limit and limit != ICL_PROMPT_LENGTH else "")
+    )
+
+
+def _other_training(run: Run, other: Run) -> list[str]:
+    """The settings of the training in which another run differs, each with its value there and here."""
+    if len(other.stages) == 1:
+        return []  # nothing was trained
+
+    def training(run: Run) -> dict[str, Any]:
+        config = {key: run.manifest["config"].get(key) for key in _TRAINED}
+        if config["epochs"]:  # by task, since the order of the tasks may differ; num_train_epochs is not used
+            config["epochs"] = dict(sorted(zip(run.tasks, config["epochs"], strict=True)))
+            config["num_train_epochs"] = None
+        return config
+
+    there, here = training(other), training(run)
+    return [f"{k} {value_text(there[k])}, {value_text(here[k])}" for k in _TRAINED if there[k] != here[k]]

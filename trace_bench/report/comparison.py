@@ -1,0 +1,307 @@
+"""Several runs side by side: their numbers, against a baseline, and what keeps them from being comparable.
+
+A comparison is plain tables and notes, of which Markdown, CSV, LaTeX and a page are made.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from trace_bench import metrics
+from trace_bench.metrics import Estimate
+from trace_bench.report import notes, paper
+from trace_bench.report.differences import paired_differences
+from trace_bench.report.entry import COSTS, NUMBERS, SCORES, TEXTS, Entry, entries_of
+from trace_bench.report.seeds import (
+    Group,
+    Marks,
+    SeedDifferences,
+    between_others,
+    deviation_between_seeds,
+    deviation_of_test_rows,
+    groups_of,
+    interval_over_seeds,
+    marks_of,
+    mean_and_deviation,
+)
+from trace_bench.report.tables import DASH, PERCENT, Table, Unit, arrow, latex, latex_text, markdown, shared_unit
+from trace_bench.run import Run
+from trace_bench.text import cell as csv_cell
+from trace_bench.text import markdown_text, one_line
+
+_MEAN = "mean ± standard deviation over {} seeds"
+_INTERVAL = "95 % interval over {} seeds"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several runs side by side."""
+
+    entries: list[Entry]
+    against: Entry
+    """The baseline."""
+    versus: dict[str, dict[str, Estimate]]
+    """Name of each other run -> one of `entry.SCORES` -> its difference to the baseline."""
+    references: list[dict[str, str]]
+    """The paper's numbers for methods that are among the runs, as texts: percent."""
+    tables: list[Table]
+    warnings: list[str]
+    """What keeps the runs from being comparable; Markdown."""
+    notes: list[str]
+    """What the numbers are."""
+    lines: list[dict[str, Any]]
+    """The CSV: percent, or the unit of a run's tasks, not rounded; what is not known is missing or NaN."""
+
+    def final_ends(self) -> list[tuple[float, float] | None]:
+        """Of each task the worst and the best final score that is shown, for colours; None without a common unit."""
+        found: list[tuple[float, float] | None] = []
+        for task, unit in _column_units(self.entries).items():
+            if unit is None:
+                found.append(None)
+                continue
+            worst, best = unit.ends([e.finals[task] / unit.factor for e in self.entries if task in e.finals])
+            found.append((unit.factor * worst, unit.factor * best))
+        return found
+
+    def markdown(self) -> str:
+        """The comparison as Markdown; rows of the paper in italics."""
+        parts = [f"{markdown_text(t.caption)}:\n\n{markdown(t)}" for t in self.tables]
+        listed = [f"- {markdown_text(note)}" for note in (*self.warnings, *self.notes)]
+        return "\n\n".join([*parts, "\n".join(listed)]) + "\n"
+
+    def latex(self) -> str:
+        """The comparison as LaTeX, for the packages booktabs and xcolor; rows of the paper in grey."""
+        items = [rf"\item {latex_text(note)}" for note in (*self.warnings, *self.notes)]
+        listed = "\n".join([r"\begin{itemize}", *items, r"\end{itemize}"])
+        return "\n\n".join([r"% \usepackage{booktabs,xcolor}", *map(latex, self.tables), listed]) + "\n"
+
+    def csv(self) -> str:
+        """All numbers as one CSV, a line a run; columns of which nothing is known are left out."""
+        lines = [{k: v for k, v in line.items() if v != DASH and v == v} for line in self.lines]
+        always = ("run", *TEXTS, *NUMBERS)
+        columns = list(dict.fromkeys([*always, *(key for line in self.lines for key in line)]))
+        known = [c for c in columns if c in always or any(c in line for line in lines)]
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(map(csv_cell, known))
+        for line in lines:  # the paper's numbers are texts
+            writer.writerow([line.get(c, "") if c in NUMBERS else csv_cell(line.get(c, "")) for c in known])
+        return out.getvalue()
+
+
+def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
+    """Compares runs: one row each, against a baseline, their final scores by task, and what keeps them apart.
+
+    Args:
+        runs: The runs.
+        baseline: The run that the others are set against; None = the first one.
+    """
+    runs = list(runs)
+    paths = [run.path.resolve() for run in runs]
+    if baseline is not None and baseline.path.resolve() not in paths:
+        runs.insert(0, baseline)
+        paths.insert(0, baseline.path.resolve())
+    entries = entries_of(runs)
+    against = entries[paths.index(baseline.path.resolve()) if baseline is not None else 0]
+    groups = groups_of(entries)
+    reference = next((g for g in groups if against in g.entries), groups[0] if groups else None)
+    seeds = [SeedDifferences.between(g, reference) for g in groups if reference and g is not reference]
+    others = between_others(seeds)
+    marks = marks_of(seeds)
+    columns = list(dict.fromkeys(task for e in entries for task in e.finals))
+    versus = {e.name: paired_differences(e, against) for e in entries if e is not against}
+    of_paper = paper.table(name for e in entries if (name := paper.name_of(e.run)))
+    # One model for orientation; the reports of the runs have all.
+    references = [dict(zip(of_paper.header, r, strict=True)) for r in of_paper.rows if "LLaMA-2-7B-Chat" in r]
+    tables = [
+        _runs_table(entries, groups, references),
+        *_difference_tables(versus, against, seeds, others, marks),
+        _finals_table(entries, groups, columns, marks, seeds),
+        _spread_table(groups, columns),
+    ]
+    lines = [_line(e, versus.get(e.name, {})) for e in entries]
+    for group in groups:
+        lines += _seed_lines(group, columns, len(groups) > 1)
+    for difference in (*seeds, *others):
+        lines += _difference_lines(difference)
+    return Comparison(
+        entries,
+        against,
+        versus,
+        references,
+        [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
+        list(map(one_line, notes.warnings(entries, groups))),
+        list(map(one_line, notes.notes(entries, groups, seeds, references))),
+        [*lines, *map(_reference_line, references)],
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _runs_table(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> Table:
+    """The runs' numbers, and the paper's; what is the same in all runs is said once."""
+    texts = [k for k in TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
+    same = [f"{k} {entries[0].texts[k]}" for k in TEXTS if k not in texts]
+    rows = []
+    for e in entries:
+        numbers = {k: e.writer(k)(e.numbers[k]) for k in NUMBERS}
+        numbers |= {k: e.unit(k).with_interval(e.scores[k], sign) for k, sign in SCORES.items()}
+        rows.append([e.name, *(e.texts[k] for k in texts), *numbers.values()])
+    for group in groups:
+        labels = [group.entries[0].texts[k] for k in texts]
+        writers = {k: group.entries[0].writer(k) for k in NUMBERS}
+        means = [mean_and_deviation(group.numbers(k), write, cost=k in COSTS) for k, write in writers.items()]
+        rows.append([group.label(_MEAN, len(groups) > 1), *labels, *means])
+        bounds = [interval_over_seeds(group.numbers(k), w) if k in SCORES else DASH for k, w in writers.items()]
+        rows.append([group.label(_INTERVAL, len(groups) > 1), *labels, *bounds])
+    for reference in references:
+        line = _reference_line(reference)
+        rows.append([f"paper: {reference['method']}", *(line.get(k, DASH) for k in (*texts, *NUMBERS))])
+    about = "scores in percent" if _all_percent(entries) else "scores in percent or the unit of the run's tasks"
+    about += f" (in all: {', '.join(same)})" if same else ""
+    return Table(["run", *texts, *NUMBERS], rows, "Runs", about, len(references)).without_empty_columns()
+
+
+def _all_percent(entries: Iterable[Entry]) -> bool:
+    return not any(e.results.not_percent for e in entries)
+
+
+def _about_differences(entries: Iterable[Entry]) -> str:
+    return "in points" if _all_percent(entries) else "gains, in points or the unit of the tasks"
+
+
+def _difference_tables(
+    versus: dict[str, dict[str, Estimate]],
+    against: Entry,
+    seeds: Sequence[SeedDifferences],
+    others: Sequence[SeedDifferences],
+    marks: Marks,
+) -> list[Table]:
+    """To the baseline run by run, to its seeds, and between the other groups."""
+    units = {name: against.unit(name) for name in SCORES}
+    runs = [[name, *(units[k].with_interval(e, sign=True) for k, e in v.items())] for name, v in versus.items()]
+    to_seeds = [[d.group.name, *d.texts(marks)] for d in seeds]
+    between = [[f"{d.group.name} against {d.reference.name}", *d.texts({})] for d in others]
+    tables = [Table(["run", *SCORES], runs, f"Difference to `{against.name}`", _about_differences([against]))]
+    for rows, title, differences, arrows in (
+        (to_seeds, f"Difference of seed means to `{seeds[0].reference.name}`" if seeds else "", seeds, ""),
+        (between, "Differences of seed means between the others", others, "; no arrows"),
+    ):
+        entries = [e for d in differences for e in (*d.group.entries, *d.reference.entries)]
+        tables.append(Table(["run", *SCORES], rows, title, _about_differences(entries) + arrows))
+    return [table.without_empty_columns() for table in tables]
+
+
+def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
+    """Column of a task -> its unit; None if its headline is another in some runs, and in another unit."""
+    columns = dict.fromkeys(task for e in entries for task in e.units)
+    return {task: shared_unit(e.units[task] for e in entries if task in e.units) for task in columns}
+
+
+def _finals_table(
+    entries: list[Entry], groups: list[Group], columns: list[str], marks: Marks, seeds: Sequence[SeedDifferences]
+) -> Table:
+    def write(e: Entry, task: str) -> Callable[[float | None], str]:
+        return e.units.get(task, PERCENT).shown
+
+    rows = [[e.name, *(write(e, task)(e.finals.get(task)) for task in columns)] for e in entries]
+    for group in groups:
+        first = group.entries[0]
+        texts = {task: mean_and_deviation(group.numbers(task), write(first, task)) for task in columns}
+        marked = [text + arrow(marks.get((group.name, task), 0)) for task, text in texts.items()]
+        rows.append([group.label(_MEAN, len(groups) > 1), *marked])
+    in_percent = _all_percent(entries)
+    about = "percent of its headline metric" if in_percent else "in the unit of its headline metric"
+    if any(text.endswith(("↑", "↓")) for row in rows for text in row):
+        about += f" (↓, ↑: worse or better than `{seeds[0].reference.name}` over the seeds)"
+    names = {task: unit.name if unit else "different units" for task, unit in _column_units(entries).items()}
+    head = columns if in_percent else [f"{task}<br>{names[task]}" for task in columns]
+    return Table(["run", *head], rows, "Final score of each task", about)
+
+
+def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
+    """The components of the variance of a run's score."""
+    names = ["OP", "BWT", *columns]
+    rows = []
+    for group in groups:
+        first = group.entries[0]
+        units = {name: first.unit(name) for name in ("OP", "BWT")} | first.units
+        for label, found in (
+            ("between seeds", deviation_between_seeds(group, columns)),
+            ("test rows", deviation_of_test_rows(group, columns)),
+        ):
+            rows.append(
+                [f"{group.name}: {label}", *(units[n].shown(v) if (v := found[n]) > 0 else DASH for n in names)]
+            )
+    about = (
+        "standard deviations of a run's score: between seeds (what another training changes, on the same test rows) "
+        "and of test rows (what other test rows change, for the same training)"
+    )
+    return Table(["run", *names], rows, "Spread", about).without_empty_columns()
+
+
+# ----------------------------------------------------------------------------------------------------------------- CSV
+
+
+def _line(entry: Entry, versus: dict[str, Estimate]) -> dict[str, Any]:
+    bounds: dict[str, float] = {}
+    for name in SCORES:
+        for what, estimate in ((name, entry.scores[name]), (f"{name} difference", versus.get(name))):
+            if estimate is not None:
+                value, low, high = (entry.unit(name).factor * x for x in estimate)
+                bounds |= {what: value} if what != name else {}
+                bounds |= {f"{what} low": low, f"{what} high": high}
+    return {
+        "run": entry.name,
+        **entry.texts,
+        **entry.numbers,
+        **{name: bound for name, bound in bounds.items() if not math.isnan(bound)},
+        **entry.finals,
+        **({"unit of OP": entry.unit_name} if entry.results.not_percent else {}),
+    }
+
+
+def _seed_lines(group: Group, columns: list[str], several: bool) -> list[dict[str, Any]]:
+    values = {name: group.numbers(name) for name in (*NUMBERS, *columns)}
+    texts = group.entries[0].texts
+    statistics: dict[str, Callable[[list[float]], Any]] = {
+        "mean": np.mean,
+        "standard deviation": partial(np.std, ddof=1),
+        "low end of the 95 % interval": lambda v: metrics.seed_interval(v)[0],
+        "high end of the 95 % interval": lambda v: metrics.seed_interval(v)[1],
+    }
+    lines: list[dict[str, Any]] = [
+        {"run": group.label(f"{name} over {{}} seeds", several), **texts, **{k: of(v) for k, v in values.items()}}
+        for name, of in statistics.items()
+    ]
+    name = group.label("standard error over test rows, mean over {} seeds", several)
+    return [*lines, {"run": name, **texts, **deviation_of_test_rows(group, columns)}]
+
+
+def _difference_lines(difference: SeedDifferences) -> list[dict[str, Any]]:
+    unit = difference.group.entries[0].unit
+    factors = {name: unit(name).factor for name in SCORES}  # tasks are as they are shown already
+    texts = ("difference of seed means", "low end of the 95 % interval", "high end of the 95 % interval")
+    return [
+        {
+            "run": f"{text}, {difference.group.name} against {difference.reference.name}",
+            **{name: factors.get(name, 1) * estimate[i] for name, estimate in difference.estimates.items()},
+        }
+        for i, text in enumerate(texts)
+    ]
+
+
+def _reference_line(row: dict[str, str]) -> dict[str, Any]:
+    """A row of the paper's numbers."""
+    numbers = {k: v for k, v in row.items() if k in NUMBERS}
+    texts = {"method": row["method"], "tasks": "8 (order1)", "train rows": row.get("train rows", DASH)}
+    return {"run": f"paper: {row['method']}, {row['model']}", **texts, **numbers}

@@ -1,0 +1,64 @@
+"""What two runs have to share so that their scores can be compared."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trace_bench.judgements import KINDS
+from trace_bench.report.results import Results
+from trace_bench.run import Run
+from trace_tasks.data import GROUPS
+
+#: Settings under which a score is measured: scores of other ones are other numbers.
+_MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
+
+
+def conditions(run: Run) -> dict[str, Any]:
+    """What the scores of the matrices of two runs have to share to be compared."""
+    m = run.manifest
+    return {
+        "base model": m["model"]["name"],
+        "revision": m["model"].get("revision"),
+        "tasks": sorted(m["tasks"]),
+        "data": m["data"]["fingerprint"],
+        "task versions": m["task_versions"],
+        "task definitions": m.get("task_definitions"),
+        **{key: m["config"].get(key) or None for key in _MEASURED},  # false and not given are one
+    }
+
+
+def same_conditions(run: Run, other: Run) -> bool:
+    """Whether the scores of two runs can be compared, row by row."""
+    one, two = conditions(run), conditions(other)
+    if "icl" in (run.manifest["method"], other.manifest["method"]):  # demonstrations need room
+        one["max_prompt_length"] = two["max_prompt_length"]
+    if None in (one["task definitions"], two["task definitions"]):  # older runs do not say them
+        one["task definitions"] = two["task definitions"]
+    return one == two
+
+
+def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:
+    """What the three deltas of two runs have to share to be compared: name of the delta -> what -> value."""
+    last, cells = results.run.stages[-1].index, results.cells
+    suites = [suite for suite in GROUPS["general"] if (last, suite) in cells]
+    general: dict[str, Any] = {}
+    if suites:
+        general["general suites"] = ", ".join(suite.removeprefix("general_") for suite in suites)
+    for suite in suites:
+        cell = cells[last, suite]
+        general |= {f"data of {suite}": cell["settings"]["data"], f"rows of {suite}": cell["n"]}
+        general[f"version of {suite}"] = cell["version"]
+    found = {"general": general}
+    for kind in KINDS:
+        judged = {suite: numbers for (i, suite), numbers in results.judged[kind.name].items() if i == last}
+        found[kind.name] = {}
+        if judged:
+            judges = sorted({json.dumps(numbers["settings"], sort_keys=True) for numbers in judged.values()})
+            answers = {suite: numbers["direct"]["n"] for suite, numbers in judged.items()}
+            found[kind.name] = {
+                f"judge of {kind.name}": " and ".join(judges),
+                f"answers judged for {kind.name}": answers,
+                **{f"data of {s}": cells[last, s]["settings"].get("data") for s in judged if (last, s) in cells},
+            }
+    return found

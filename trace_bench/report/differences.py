@@ -1,0 +1,109 @@
+"""A run against a baseline: differences of their numbers, with intervals where the test rows can be paired.
+
+Differences are gains: positive where the run is better (of Forgetting, where it forgot more). Rows are paired where
+both runs have the same ones: of tasks under the same conditions (`same_conditions`), of suites and judged sets whatever
+was trained. A paired interval is that of the mean over the rows of the differences that the runs make of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from trace_bench import judgements, metrics
+from trace_bench.metrics import Estimate, Matrix
+from trace_bench.report.conditions import delta_conditions, same_conditions
+from trace_bench.report.entry import OF_TASKS, SCORES, Entry
+from trace_bench.report.results import UNKNOWN, Results
+from trace_bench.report.tables import shared_unit
+from trace_tasks.data import GROUPS
+
+
+def gain(entry: Entry, name: str) -> float:
+    """One of `SCORES` of a run, so that a difference of two is a gain."""
+    return entry.scores[name].value * (entry.unit("OP").sign if name == "OP" else 1)
+
+
+def defined(entry: Entry, against: Entry) -> list[str]:
+    """Those of `SCORES` of which two runs have a difference: means over the same, measured under the same settings."""
+    names = set(SCORES)
+    if entry.finals.keys() != against.finals.keys() or shared_unit([entry.unit("OP"), against.unit("OP")]) is None:
+        names -= set(OF_TASKS)  # a mean over others is another number
+    settings = delta_conditions(against.results)
+    names -= {name for name, own in delta_conditions(entry.results).items() if own != settings[name]}
+    return [name for name in SCORES if name in names]
+
+
+def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
+    """Those of `SCORES` -> the difference to the baseline, with an interval where rows can be paired."""
+    one, two = entry.results, against.results
+    paired = {"general": _of_suites(one, two)}
+    paired |= {kind.name: _of_verdicts(one, two, kind.name) for kind in judgements.KINDS}
+    if same_conditions(one.run, two.run):
+        paired["OP"] = metrics.mean_of([_of_task(one, two, task, _final_gains) for task in one.run.tasks])
+        paired["BWT"] = _of_changes(one, two, slice(None, -1), Results.rows_since_own)
+        paired["FWT"] = _of_changes(one, two, slice(1, None), Results.rows_ahead)
+    found = dict.fromkeys(SCORES, UNKNOWN)
+    for name in defined(entry, against):
+        value = gain(entry, name) - gain(against, name)
+        found[name] = Estimate(value, *(paired.get(name, UNKNOWN)[1:] if not math.isnan(value) else ()))
+    return found
+
+
+def _final_gains(results: Results, task: str) -> Matrix:
+    """The final scores of a task's rows, so that their difference is a gain."""
+    return results.units[task].sign * results.final_rows(task)
+
+
+def _of_task(one: Results, two: Results, task: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
+    if not _same_rows(one, two, task) or shared_unit([one.units[task], two.units[task]]) is None:
+        return UNKNOWN
+    return _mean(of_rows(one, task) - of_rows(two, task), fractions=one.units[task].scale == 1)
+
+
+def _same_rows(one: Results, two: Results, name: str) -> bool:
+    return name in one.rows and name in two.rows and one.rows[name].ids == two.rows[name].ids
+
+
+def _of_changes(one: Results, two: Results, part: slice, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
+    """Of the mean over a part of the tasks, if it is the same tasks in both runs, whatever their order."""
+    tasks, others = (sorted(results.run.tasks[part]) for results in (one, two))
+    if tasks != others or not (one.is_sequential and two.is_sequential):
+        return UNKNOWN
+    return metrics.mean_of([_of_task(one, two, task, of_rows) for task in tasks])
+
+
+def _of_suites(one: Results, two: Results) -> Estimate:
+    """Of the general-ability delta."""
+    found = []
+    for suite in GROUPS["general"]:
+        if all((0, suite) in results.cells for results in (one, two)):
+            if not _same_rows(one, two, suite):
+                return UNKNOWN
+            x, y = (results.task_rows(suite) for results in (one, two))
+            changes = (x[:, -1] - x[:, 0]) - (y[:, -1] - y[:, 0])
+            found += one.rows[suite].estimates(changes[:, None], metrics.difference_interval)
+    return metrics.mean_of(found)
+
+
+def _of_verdicts(one: Results, two: Results, kind: str) -> Estimate:
+    """Of a net win rate, if the pairs that were scored are those of the same rows."""
+    won = {"win": 1, "tie": 0, "lose": -1}
+
+    def scored(results: Results) -> dict[tuple[str, object], int]:
+        last = results.run.stages[-1]
+        suites = [suite for index, suite in results.judged[kind] if index == last.index]
+        pairs = ((s, doc_id, v) for s in suites for doc_id, v in judgements.verdicts(last, s).items())
+        return {(suite, doc_id): won[verdict] for suite, doc_id, verdict in pairs if verdict in won}
+
+    a, b = scored(one), scored(two)
+    if not a or a.keys() != b.keys():
+        return UNKNOWN
+    return _mean(np.array([a[row] - b[row] for row in a], dtype=float))
+
+
+def _mean(differences: Matrix, fractions: bool = True) -> Estimate:
+    low, high = metrics.difference_interval(differences[:, None], fractions=fractions)
+    return Estimate(float(differences.mean()), float(low[0]), float(high[0]))

@@ -1,0 +1,148 @@
+"""What a comparison shows of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from trace_bench import judgements
+from trace_bench.metrics import Estimate
+from trace_bench.report.results import DELTAS, UNKNOWN, Results, unit_of
+from trace_bench.report.tables import DASH, PERCENT, Unit, count, number
+from trace_bench.run import Run
+from trace_bench.text import one_line
+from trace_tasks.data import ORDERS, REASONING, task_name
+
+#: Those numbers of a run that are means over its tasks, and whether they have a sign.
+OF_TASKS = {"OP": False, "BWT": True, "FWT": True, "Forgetting": False}
+#: Those that are scores. All but forgetting have intervals, and differences to the baseline as well.
+SCORES = {**OF_TASKS, **dict.fromkeys(DELTAS, True)}
+#: Those that are no scores, and how they are written.
+COSTS = {"training min": number, "evaluation min": number, "trained tokens": count, "judge tokens": count}
+NUMBERS = (*SCORES, "base", *COSTS)
+TEXTS = ("method", "trains", "tasks", "train rows")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a comparison shows of a run."""
+
+    name: str
+    results: Results
+
+    @property
+    def run(self) -> Run:
+        """The run."""
+        return self.results.run
+
+    @cached_property
+    def units(self) -> dict[str, Unit]:
+        """Column of a task -> its unit."""
+        return {column_of(task, self.run): self.results.units[task] for task in self.run.tasks}
+
+    def unit(self, name: str) -> Unit:
+        """The unit of one of `SCORES`; of a mean over tasks without a common unit, which is NaN, percent."""
+        return (self.results.unit or PERCENT) if name in OF_TASKS else PERCENT
+
+    @property
+    def unit_name(self) -> str:
+        """The unit of the means over the tasks."""
+        return self.results.unit.name if self.results.unit else "different units"
+
+    def writer(self, name: str) -> Callable[[float], str]:
+        """How one of `NUMBERS` is written."""
+        if name in COSTS:
+            return COSTS[name]
+        return partial(self.unit("OP" if name == "base" else name).shown, sign=SCORES.get(name, False))
+
+    @cached_property
+    def finals(self) -> dict[str, float]:
+        """Column of a task -> its final score, as it is shown."""
+        pairs = zip(self.units.items(), self.results.final, strict=True)
+        return {name: unit.factor * float(value) for (name, unit), value in pairs}
+
+    @cached_property
+    def scores(self) -> dict[str, Estimate]:
+        """Those of `SCORES`, as the metrics give them; NaN = not known, or not defined for the run."""
+        results, last = self.results, self.run.stages[-1]
+        found = dict.fromkeys(SCORES, UNKNOWN) | {"general": results.general.get(last.index, UNKNOWN)}
+        found |= {name: judgements.net_win_rate(counts, last) for name, counts in results.judged.items()}
+        if results.is_sequential:
+            found |= {name: results.sequence[name][-1] for name in OF_TASKS}
+        elif results.has_mean:
+            found["OP"] = results.mean
+        return found
+
+    @cached_property
+    def numbers(self) -> dict[str, float]:
+        """All of `NUMBERS`, scores as they are shown; NaN = not known, or not defined for the run."""
+        results, run = self.results, self.run
+        done = results.training.values()
+        complete = len(done) == len(run.stages) - 1
+        replies = judgements.judge_tokens(results.judged.values())
+        cells = results.cells.values()
+        zero_shot = run.tasks and not run.manifest["config"].get("num_fewshot")
+        base = self.unit("OP").factor * float(results.R[0].mean()) if zero_shot and results.unit else math.nan
+        return {
+            **{name: self.unit(name).factor * estimate.value for name, estimate in self.scores.items()},
+            "base": base,
+            "training min": sum(t["seconds"] for t in done) / 60 if complete else math.nan,
+            "evaluation min": sum(cell["seconds"] for cell in cells) / 60 if cells else math.nan,
+            "trained tokens": sum(t["tokens"] for t in done) if complete else math.nan,
+            "judge tokens": sum(replies.values()) if replies else math.nan,
+        }
+
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """Those of `TEXTS`."""
+        manifest = one_line(self.run.manifest)
+        trained, rows = len(self.run.stages) > 1, manifest["config"].get("train_rows")
+        return {
+            "method": manifest["method"],
+            "trains": manifest.get("trains", DASH) if trained else DASH,
+            "tasks": _list_of_tasks(self.run),
+            "train rows": (f"first {rows}" if rows else "all") if trained and "checkpoints" not in manifest else DASH,
+        }
+
+
+def _list_of_tasks(run: Run) -> str:
+    for name, order in ORDERS.items():
+        if run.tasks == order:
+            return f"{len(order)} ({name})"
+    tasks = [task_name(t) for t in run.tasks]
+    return f"{len(tasks)} ({', '.join(tasks if len(tasks) <= 4 else [*tasks[:3], '…'])})" if tasks else "none"
+
+
+def column_of(task: str, run: Run) -> str:
+    """The name of a task's column, which the reasoning variant shares with the plain one."""
+    plain = task.replace("reasoning_", "trace_", 1) if task in REASONING else task
+    # A run that trains both variants of a task keeps them apart.
+    name = task_name(task if plain in run.tasks else plain)
+    taken = name in ("run", *TEXTS, *NUMBERS) or any(task_name(other) == name for other in run.tasks if other != task)
+    return f"task {task}" if taken else name
+
+
+def entries_of(runs: Sequence[Run]) -> list[Entry]:
+    """The entries of runs, told apart by their paths where names are the same, in units that all of them share."""
+    loaded = [Results(run) for run in runs]
+    together: dict[tuple[str, str], list[dict[str, Any]]] = {}  # (column, headline) -> its cells
+    for results in loaded:
+        for (_, task), cell in results.cells_of(results.run.tasks).items():
+            together.setdefault((column_of(task, results.run), cell["headline"]), []).append(cell)
+
+    def unit(results: Results, task: str) -> Unit:
+        column = column_of(task, results.run)
+        metric = results.headlines.get(task) or next((m for c, m in together if c == column), "")
+        return unit_of(metric, together.get((column, metric), []))
+
+    names = [one_line(run.path.name) for run in runs]
+    return [
+        Entry(
+            name if names.count(name) == 1 else one_line(str(results.run.path)),
+            Results(results.run, {task: unit(results, task) for task in results.run.tasks}),
+        )
+        for name, results in zip(names, loaded, strict=True)
+    ]

@@ -1,0 +1,361 @@
+"""The figures of a run, and those of several runs."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from trace_bench import judgements
+from trace_bench.report.drawing import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    MOST_NAMES,
+    MUTED,
+    ON_BLUE,
+    ON_LIGHT,
+    ORANGE,
+    PURPLE,
+    RULE,
+    SKY,
+    YELLOW,
+    Drawing,
+    Picture,
+    axes_of,
+    clipped,
+    draw,
+    line,
+    number_stages,
+    panels,
+    shown,
+)
+from trace_bench.report.results import DELTAS, Results
+from trace_bench.report.tables import DASH, PERCENT, shade, shared_unit, stage_label
+from trace_tasks.data import SUITES, task_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from trace_bench.report.comparison import Comparison
+
+#: More tasks than these have no curve each; it is shown for the ones that changed most.
+MOST_CURVES = 24
+#: More runs than these are not drawn side by side.
+MOST_RUNS = 40
+_SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (YELLOW, "v"), (SKY, "P"), (GREY, "X")]
+_HEAT = ["#dbe9f6", "#9ecae1", "#3f8fc5", "#08306b"]
+
+
+def pictures(results: Results) -> list[Picture]:
+    """Draws what the run has numbers for."""
+    return draw(_OF_A_RUN, results)
+
+
+def pictures_of_runs(comparison: Comparison) -> list[Picture]:
+    """Draws several runs side by side."""
+    return draw(_OF_RUNS, comparison)
+
+
+def _matrix(results: Results) -> tuple[Figure, str] | None:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    R, run = results.R, results.run
+    if np.isnan(R).all():
+        return None
+    stages, tasks = R.shape
+    height = 7.0 if max(tasks, stages - 1) > MOST_CURVES else 1.0 + 0.42 * stages
+    figure, (axes,) = axes_of(height, left=1.5, right=0.55)
+    colours = LinearSegmentedColormap.from_list("scores", _HEAT)
+    units = [results.units[task] for task in run.tasks]
+    ends = [unit.ends(R[:, i]) for i, unit in enumerate(units)]
+    shades = 100 * np.array([[shade(value, ends[i]) for i, value in enumerate(row)] for row in R])
+    image = axes.imshow(shades, cmap=colours, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    if tasks <= MOST_NAMES and stages <= MOST_NAMES + 1:
+        for (t, i), value in np.ndenumerate(R):
+            colour = MUTED if np.isnan(value) else "#ffffff" if shades[t, i] > 55 else "#0b1f33"
+            axes.text(i, t, units[i].text(value), ha="center", va="center", color=colour)
+        axes.set_xticks(range(tasks), [clipped(task_name(t)) for t in run.tasks])
+        axes.set_yticks(range(stages), [f"{s.index} {clipped(stage_label(s), 16)}" for s in run.stages])
+    else:
+        axes.set_xlabel("task, in the order of training")
+        axes.set_ylabel("stage")
+    what, label = "in percent", "percent"
+    if results.not_percent:
+        what, label = "each in the unit of its metric; colours go from a column's worst to its best", "worst to best"
+    bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.025, label=label)
+    bar.outline.set_visible(False)
+    if results.not_percent:
+        bar.set_ticks([])
+    return figure, f"Scores {what}. Rows: the model after a stage. Columns: tasks. Empty: not evaluated."
+
+
+def _tasks(results: Results) -> tuple[Figure, str] | None:
+    run, R = results.run, results.R
+    drawn = [i for i in range(len(run.tasks)) if not np.isnan(R[:, i]).all()]
+    if not drawn or len(run.stages) < 2 or results.is_single:
+        return None
+    note = ""
+    if len(drawn) > MOST_CURVES:
+        ends = [results.units[task].ends(R[:, i]) for i, task in enumerate(run.tasks)]
+        ranges = {i: np.ptp([shade(v, ends[i]) for v in R[:, i] if not np.isnan(v)]) for i in drawn}
+        drawn = sorted(sorted(drawn, key=lambda i: -ranges[i])[:MOST_CURVES])
+        note = f" Shown are the {MOST_CURVES} of {len(run.tasks)} tasks whose scores have the widest range."
+    units = [results.units[run.tasks[i]] for i in drawn]
+    figure, axes = panels(units, run.stages)
+    numbers = range(len(run.stages))
+    for panel, i, unit in zip(axes, drawn, units, strict=True):
+        known = [t for t in numbers if not np.isnan(R[t, i])]
+        # Stages in between that were not evaluated: a thin line leads over them.
+        panel.plot(known, unit.factor * R[known, i], color=BLUE, linewidth=0.8, linestyle=(0, (2, 2)))
+        line(panel, numbers, [results.cell(t, i) for t in numbers], BLUE, unit=unit, markersize=3.5)
+        if results.is_sequential:
+            own, score = i + 1, unit.factor * R[i + 1, i]
+            panel.axvline(own, color=RULE, linewidth=1.2)
+            panel.plot([own], [score], color=ORANGE, marker="D", markersize=6.0, linestyle="none")
+        panel.set_title(clipped(task_name(run.tasks[i]), 22))
+        if results.not_percent:
+            panel.set_ylabel(unit.name, fontsize=7.0, labelpad=1.0)
+    own_text = " Diamond: right after the task's own stage." if results.is_sequential else ""
+    what = "each in the unit of its metric" if results.not_percent else "percent"
+    return figure, f"Score of each task over the stages, {what}; bars: 95 % intervals.{own_text}{note}"
+
+
+def _sequence(results: Results) -> tuple[Figure, str] | None:
+    unit = results.unit
+    if not results.is_sequential or not results.last_stage or unit is None:
+        return None
+    stages = results.run.stages[1:]
+    figure, (left, right) = axes_of(2.9, 1, 2, left=0.5)
+    x = [s.index for s in stages]
+    line(left, x, results.sequence["OP"], BLUE, unit=unit)
+    left.set_title("OP_t" if unit.is_percent else f"OP_t ({unit.name})")
+    if unit.scale == 1:
+        left.set_ylim(-4, 104)
+    right.axhline(0, color=MUTED, linewidth=0.8)
+    line(right, x, results.sequence["BWT"], ORANGE, "s", unit=unit)
+    right.set_title("BWT_t")
+    number_stages(stages, left, right)
+    return figure, (
+        "OP_t: mean score of the tasks seen so far. BWT_t: their mean change since their own stage; below zero is "
+        f"forgetting. {'Percent and points' if unit.scale == 1 else f'In {unit.plain}'}; bars: 95 % intervals over "
+        "test rows."
+    )
+
+
+def _form(results: Results) -> tuple[Figure, str] | None:
+    forms = results.forms
+    if not forms or len(forms) > MOST_CURVES:
+        return None
+    figure, (axes,) = axes_of(0.95 + 0.5 * len(forms), left=1.5)
+    y = np.arange(len(forms))
+    for label, colour, shift, parts in (
+        ("in knowledge", BLUE, -0.2, [form.tolerant for form in forms]),
+        ("in form alone", YELLOW, 0.2, [form.form for form in forms]),
+    ):
+        values, low, high = shown(parts)
+        axes.barh(y + shift, values, 0.36, color=colour, label=label)
+        axes.hlines(y + shift, low, high, color=INK, linewidth=1.0)
+    axes.set_yticks(y, [clipped(task_name(form.task), 20) for form in forms])
+    axes.invert_yaxis()
+    _grid_across(axes)
+    axes.axvline(0, color=MUTED, linewidth=0.8)
+    axes.set_xlabel("points lost since the task's own stage")
+    figure.legend(loc="upper right", ncols=2)
+    return figure, (
+        f"What was forgotten by stage {results.last_stage}: in knowledge (wrong in any form), or in the form of the "
+        "answer alone. Lines: 95 % intervals."
+    )
+
+
+def _grid_across(axes: Axes) -> None:
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
+
+
+def _general(results: Results) -> tuple[Figure, str] | None:
+    cells = results.cells_of(SUITES)
+    if not cells:
+        return None
+    stages = [s for s in results.run.stages if any(index == s.index for index, _ in cells)]
+    names = [s for s in SUITES if any(s == name for _, name in cells)]
+    figure, (left, right) = axes_of(3.3, 1, 2, left=0.5, gap=1.5)
+    ends: list[tuple[float, str, str, str]] = []
+    for name, (colour, marker) in zip(names, _SERIES, strict=False):
+        known = [s.index for s in stages if (s.index, name) in cells]
+        estimates = [results.score(i, name) for i in known]
+        line(left, known, estimates, colour, marker)
+        ends.append((100 * estimates[-1].value, name.removeprefix("general_"), colour, marker))
+    left.set_title("suites")
+    left.set_ylim(-4, 104)
+    at = -math.inf
+    for y, text, colour, marker in sorted(ends):
+        at = max(y, at + 7.5)  # labels do not lie on each other
+        place = left.get_yaxis_transform()  # across in parts of the axes, upwards in percent
+        left.plot([1.03], [at], color=colour, marker=marker, transform=place, clip_on=False)
+        left.text(1.06, at, text, transform=place, va="center")
+    x = sorted(results.general)
+    right.axhline(0, color=MUTED, linewidth=0.8)
+    line(right, x, [results.general[i] for i in x], ORANGE, "s")
+    right.set_title("delta: mean change since stage 0")
+    number_stages([results.run.stages[0], *stages], left, right)
+    for panel in (left, right):
+        panel.set_xlim(-0.5, results.run.stages[-1].index + 0.5)
+    return figure, "General ability, percent and points; bars: 95 % intervals over test rows."
+
+
+def _judged(results: Results) -> tuple[Figure, str] | None:
+    kinds = {}
+    for kind in judgements.KINDS:
+        counts = {stage.index: judgements.pooled(results.judged[kind.name], stage) for stage in results.run.stages}
+        scored = {i: c for i, c in counts.items() if c and c["n"] > c["unscored"]}
+        if scored:
+            kinds[kind.title] = scored
+    if not kinds:
+        return None
+    figure, axes = axes_of(3.0, 1, len(kinds), left=0.5)
+    for panel, (title, scored) in zip(axes, kinds.items(), strict=True):
+        x = np.array(list(scored))
+        totals = np.array([c["n"] - c["unscored"] for c in scored.values()])
+        bottom = np.zeros(len(x))
+        for part, colour in (("win", BLUE), ("tie", GREY), ("lose", ORANGE)):
+            height = 100 * np.array([c[part] for c in scored.values()]) / totals
+            bars = panel.bar(x, height, 0.7, bottom, color=colour, label=part)
+            for bar, share in zip(bars, height, strict=True) if len(x) <= MOST_NAMES else ():
+                if share >= 8:
+                    middle = bar.get_x() + 0.35, bar.get_y() + share / 2
+                    on = ON_BLUE if colour == BLUE else ON_LIGHT
+                    panel.text(*middle, f"{share:.0f}", ha="center", va="center", color=on, fontsize=8.0)
+            bottom += height
+        panel.set_title(title)
+        panel.set_ylim(0, 100)
+    number_stages(results.run.stages[1:], *axes)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper right", ncols=3)
+    return figure, "Answers of each stage against the base model's: percent of the scored pairs won, tied and lost."
+
+
+def _losses(results: Results) -> tuple[Figure, str] | None:
+    losses = {i: t["losses"] for i, t in results.training.items() if t.get("losses")}
+    if not losses:
+        return None
+    figure, (axes,) = axes_of(2.9)
+    start, ticks = 0, []
+    for number, (i, entries) in enumerate(losses.items()):
+        steps = start + np.array([e["step"] for e in entries])
+        end = start + max(results.training[i]["steps"], entries[-1]["step"])
+        axes.plot(steps, [e["loss"] for e in entries], color=(BLUE, ORANGE)[number % 2], linewidth=1.3)
+        axes.axvline(end, color=RULE, linewidth=0.8)
+        label = f"\n{clipped(stage_label(results.run.stages[i]), 12)}" if len(losses) <= MOST_NAMES else ""
+        ticks.append(((start + end) / 2, f"{i}{label}"))
+        start = end
+    places, labels = zip(*ticks[:: math.ceil(len(ticks) / MOST_NAMES)], strict=True)
+    axes.set_xticks(places, labels, fontsize=8.0)
+    axes.set_xlim(0, start)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("loss")
+    return figure, "Training loss as it was logged, stage after stage; the width of a stage is its number of steps."
+
+
+def _cost(results: Results) -> tuple[Figure, str] | None:
+    stages, training = results.run.stages, results.training
+    if not training:
+        return None
+    x = np.array([s.index for s in stages])
+    train = np.array([training[i]["seconds"] if i in training else 0.0 for i in x])
+    evaluation = np.array([results.evaluation_seconds(s) for s in stages])
+    unit, per = ("minutes", 60.0) if (train + evaluation).max() > 300 else ("seconds", 1.0)
+    figure, (left, right) = axes_of(2.9, 1, 2)
+    left.bar(x, train / per, 0.7, color=BLUE, label="training")
+    left.bar(x, evaluation / per, 0.7, train / per, color=YELLOW, label="evaluation")
+    left.set_title(unit)
+    left.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.0)
+    right.bar(x, [training[i]["tokens"] if i in training else 0 for i in x], 0.7, color=BLUE)
+    right.set_title("tokens trained on")
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    number_stages(stages, left, right)
+    return figure, "What each stage took."
+
+
+def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
+    entries, against = comparison.entries[:MOST_RUNS], comparison.against
+    if against not in entries:
+        entries = [*entries[:-1], against]
+    names = [n for n in ("OP", "BWT", *DELTAS) if any(not math.isnan(e.scores[n].value) for e in entries)]
+    unit = shared_unit(e.unit("OP") for e in entries if not math.isnan(e.scores["OP"].value))
+    if unit is None:  # there is no axis for them
+        names = [n for n in names if n in DELTAS]
+    if not names:
+        return None
+    in_percent = unit is None or unit.is_percent
+    papers = {f"paper: {r['method']}": r for r in comparison.references if in_percent}
+    rows = [*(e.name for e in entries), *papers]
+    figure, axes = axes_of(0.9 + 0.27 * len(rows), 1, len(names), left=2.2, gap=0.25, sharey=True)
+    for panel, name in zip(axes, names, strict=True):
+        if name != "OP":
+            panel.axvline(0, color=MUTED, linewidth=0.8)
+        own = PERCENT if name in DELTAS or unit is None else unit
+        baseline = own.factor * against.scores[name].value
+        panel.axvline(baseline, color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
+        for y, entry in enumerate(entries):
+            value, low, high = (own.factor * x for x in entry.scores[name])
+            colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
+            panel.hlines(y, low, high, color=colour, linewidth=1.4, alpha=0.65)
+            panel.plot([value], [y], color=colour, marker=marker)
+        for y, row in enumerate(papers.values(), len(entries)):
+            value = float(row[name]) if row.get(name, DASH) != DASH else math.nan
+            panel.plot([value], [y], color=GREY, marker="D", markerfacecolor="none")
+        panel.set_title(name if own.is_percent else f"{name} ({own.name if name == 'OP' else own.of_changes})")
+        _grid_across(panel)
+    axes[0].set_yticks(range(len(rows)), [clipped(name, 30) for name in rows])
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    note = f" Shown are {MOST_RUNS} of {len(comparison.entries)} runs." * (len(comparison.entries) > MOST_RUNS)
+    grey = " Grey, hollow: the paper's." if papers else ""
+    what = "Percent and points" if in_percent or unit is None else f"OP and BWT in {unit.plain}, others in points"
+    return figure, f"{what}; bars: 95 % intervals over test rows. Square and dashed line: {against.name}.{grey}{note}"
+
+
+def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
+    sequential = [e for e in comparison.entries if e.results.is_sequential and len(e.run.stages) > 2]
+    entries = [e for e in sequential if not all(math.isnan(op.value) for op in e.results.sequence["OP"])]
+    if not entries:
+        return None
+    note = f" Shown are the first {MOST_CURVES} of {len(entries)} runs." if len(entries) > MOST_CURVES else ""
+    entries, against = entries[:MOST_CURVES], comparison.against
+    longest = max(entries, key=lambda e: len(e.run.stages))
+    units = [e.unit("OP") for e in entries]
+    in_percent = all(unit.is_percent for unit in units)
+    figure, axes = panels(units, longest.run.stages[1:])
+    for panel, entry, unit in zip(axes, entries, units, strict=True):
+        comparable = shared_unit([unit, against.unit("OP")]) is not None
+        if against.results.is_sequential and entry is not against and comparable:
+            values, *_ = shown(against.results.sequence["OP"], unit)
+            panel.plot(range(1, len(values) + 1), values, color=GREY, linewidth=1.2)
+        estimates = entry.results.sequence["OP"]
+        colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
+        line(panel, range(1, len(estimates) + 1), estimates, colour, marker, unit=unit, markersize=3.5)
+        panel.set_title(clipped(entry.name, 26))
+        if not in_percent:
+            panel.set_ylabel(unit.name, fontsize=7.0, labelpad=1.0)
+    grey = f" Grey: {against.name}." if against.results.is_sequential and len(entries) > 1 else ""
+    what = "percent" if in_percent else "in the unit of the tasks"
+    return figure, f"OP_t, the mean of the tasks seen so far, {what}; bars: 95 % intervals over test rows.{grey}{note}"
+
+
+_OF_A_RUN: dict[str, Drawing] = {
+    "matrix": _matrix,
+    "tasks": _tasks,
+    "sequence": _sequence,
+    "form": _form,
+    "general": _general,
+    "judged": _judged,
+    "losses": _losses,
+    "cost": _cost,
+}
+_OF_RUNS: dict[str, Drawing] = {"runs": _runs, "stages": _stages}
+#: The figures that there may be, of a run and of several.
+NAMES, RUNS_NAMES = tuple(_OF_A_RUN), tuple(_OF_RUNS)

@@ -1,0 +1,140 @@
+"""The sections about instruction following and safety."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from trace_bench import judgements
+from trace_bench.judgements import Judged, Kind, lacking, pooled, rate_of
+from trace_bench.metrics import Estimate, wilson_interval
+from trace_bench.report.results import Results
+from trace_bench.report.tables import DASH, Block, Table, percent, percent_with_interval
+from trace_bench.run import Run, read_json
+from trace_bench.text import one_line
+
+
+def sections(results: Results) -> Iterable[Block]:
+    """A section for each kind of judgement that there is."""
+    for kind in judgements.KINDS:
+        if results.judged[kind.name]:
+            yield from _section(results.run, kind, results.judged[kind.name])
+
+
+def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
+    suites = sorted({suite for _, suite in found})
+    yield f"## {kind.title}\n\n{_about(kind)}\n\n" + "\n".join(map(one_line, _notes(run, kind, found, suites)))
+    forced = sum(n["forced"] for n in found.values())
+    if forced:
+        share = percent(forced / sum(n["requests"] for n in found.values()))
+        yield (
+            f"> **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one. "
+            "Results of this version count them as unscored, in no rate."
+        )
+    stages = [stage for stage in run.stages if any(index == stage.index for index, _ in found)]
+    rows = []
+    for stage in stages:
+        of_stage = [numbers for (index, _), numbers in found.items() if index == stage.index]
+        single = [DASH] * 3 if lacking(found, stage) else _single_cells(kind, of_stage)
+        controlled = judgements.net_win_rate_at_equal_length(found, stage)
+        rows.append([stage.name, *_pair_cells(pooled(found, stage), controlled), *single])
+    header = ["stage", "pairs", "win", "tie", "lose", "net win rate", "at equal length"]
+    header += ["orders disagree", "first position", "unscored", "broken"]
+    yield Table([*header, kind.rate, "unscored", "broken"], rows)
+    if len(suites) > 1:
+        yield f"Net win rate / {kind.rate} by suite:"
+        rows = [[stage.name, *(_suite_cell(found.get((stage.index, suite))) for suite in suites)] for stage in stages]
+        yield Table(["stage", *(suite.removeprefix(kind.prefix) for suite in suites)], rows)
+
+
+def _pair_cells(counts: dict[str, int] | None, controlled: Estimate) -> list[str]:
+    """The cells of pairwise judgement, pooled over the suites of a stage."""
+    if counts is None:
+        return [DASH] * 10
+    rates = judgements.rates(counts)
+    return [
+        str(counts["n"]),
+        *(percent_with_interval(rate_of(counts, name)) for name in ("win", "tie", "lose")),
+        percent_with_interval(rate_of(counts, "net"), sign=True),
+        percent_with_interval(controlled, sign=True),
+        *(_rate(rates[name]) for name in ("disagreement_rate", "first_position_rate")),
+        str(counts["unscored"]),
+        str(counts["broken"]),
+    ]
+
+
+def _single_cells(kind: Kind, of_stage: list[dict[str, Any]]) -> list[str]:
+    """The cells of the judgement of single answers."""
+    counts = [numbers["direct"] for numbers in of_stage]
+    counted, unscored, broken = (sum(c.get(k, 0) for c in counts) for k in (kind.counted.lower(), "unscored", "broken"))
+    scored = sum(c["n"] for c in counts) - unscored - broken
+    rate = Estimate(counted / scored, *wilson_interval(counted, scored)) if scored else Estimate(math.nan)
+    return [percent_with_interval(rate), str(unscored), str(broken)]
+
+
+def _suite_cell(numbers: dict[str, Any] | None) -> str:
+    if numbers is None:
+        return DASH
+    net = numbers.get("pairs", {}).get("net_win_rate")
+    return f"{DASH if net is None else percent(net, sign=True)} / {_rate(numbers['direct']['rate'])}"
+
+
+def _about(kind: Kind) -> str:
+    left_out = ", and pairs with one are left out." if kind.leaves_out_broken else "."
+    return (
+        "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
+        "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
+        "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
+        "At equal length = the net win rate of a logistic model of the win at no difference of length, since judges "
+        f"like long answers (tanh of characters, no term for the prompt; from {judgements.FEWEST_PAIRS} pairs on). "
+        f"The rate of {kind.rate} is judged answer by answer. Broken = answers that say nothing (empty, no letters, "
+        f"one piece repeated, mojibake), by rule: they count in no rate of single answers{left_out}"
+    )
+
+
+def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[str]:
+    yield f"- suites: {', '.join(suites)}"
+    judges = list({json.dumps(n["settings"], sort_keys=True): n["settings"] for n in found.values()}.values())
+    for judge in judges:
+        how = f"`{json.dumps(judge['sampling'])}`, prompts version {judge['prompts']}"
+        yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge)}"
+        its = [n for n in found.values() if n["settings"] == judge]
+        counts = {name: sum(n.get(name, 0) for n in its) for name in ("cut", "unclosed")}  # older results lack them
+        for sentence in judgements.ends_in_words(counts, sum(n["requests"] for n in its), judge["sampling"]):
+            yield f"- {sentence}"
+    if len(judges) > 1:
+        yield "- **Several judges**: what was judged by different ones cannot be compared"
+    for stage in run.stages:
+        missing = lacking(found, stage) if any(index == stage.index for index, _ in found) else []
+        if missing:
+            yield f"- {stage.name} was not judged on {', '.join(missing)}, so its suites have no common rate"
+    limits = {n["limit"] for n in found.values()}
+    if len(limits) > 1:
+        yield "- **Other rows at other stages**: some were judged on the first rows alone"
+    if any(limits):
+        yield f"- **Limited rows**: first {' or '.join(map(str, sorted(filter(None, limits))))} of each suite"
+    failed, unpaired = (sum(n[key] for n in found.values()) for key in ("failed", "unpaired"))
+    if failed:
+        yield f"- {failed} requests failed and count as unscored: the same `trace-bench judge` asks them again"
+    if unpaired:
+        yield f"- {unpaired} rows had no partner at the base model and were left out"
+
+
+def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
+    """How often the judge was right where that is known, if it was calibrated with the same settings."""
+    # Next to the run, or above it where a study keeps its runs together.
+    files = [judgements.calibration_file(folder, judge["judge"]) for folder in run.path.absolute().parents[:2]]
+    found = [calibration for file in files if file.exists() and (calibration := read_json(file))["settings"] == judge]
+    if not found:
+        return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge['judge']}`"
+    return "right on planted answers, percent: " + ", ".join(
+        f"{name.removeprefix(kind.name).strip()} {_rate(numbers['accuracy'])}"
+        for name, numbers in found[0]["kinds"].items()
+        if name.startswith(kind.name)
+    )
+
+
+def _rate(value: float | None) -> str:
+    return DASH if value is None else percent(value)

@@ -1,0 +1,288 @@
+"""The sentences of a comparison: what keeps its runs from being comparable, and what its numbers are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from trace_bench.report import paper
+from trace_bench.report.conditions import conditions, delta_conditions
+from trace_bench.report.entry import Entry, column_of
+from trace_bench.report.results import DELTAS, Results
+from trace_bench.report.seeds import Group, SeedDifferences, seeds_needed
+from trace_bench.report.tables import DASH, left_out_text, value_text
+from trace_tasks.data import SUITES
+
+#: What runs are set apart in -> value -> the names of those that have it.
+Values = dict[str, dict[str, list[str]]]
+
+
+def _ticks(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _runs(names: list[str], all_names: list[str]) -> str:
+    """Runs in a sentence about how all of them fall apart; most of many are "all others"."""
+    return "all others" if len(names) > max(3, len(all_names) / 2) else _ticks(names)
+
+
+def _add(values: Values, what: str, value: str, run: str) -> None:
+    values.setdefault(what, {}).setdefault(value, []).append(run)
+
+
+# ------------------------------------------------------------------------------------------------------------ warnings
+
+
+def warnings(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
+    """What runs differ in that their scores depend on, beside the training; and what they all lack."""
+    return [
+        *_not_comparable(entries),
+        *_other_versions(entries),
+        *_limits(entries),
+        *_budgets(entries, groups),
+    ]
+
+
+def _not_comparable(entries: Sequence[Entry]) -> list[str]:
+    names = [e.name for e in entries]
+    same_limit = len({e.run.manifest["config"].get("test_rows") for e in entries}) == 1  # else that is said
+    found: Values = {}
+    for e in entries:
+        for key, value in _conditions(e, same_limit).items():
+            _add(found, key, value_text(value), e.name)
+    notes: dict[str, list[str]] = {}  # how the runs fall apart -> what in
+    for key, values in found.items():
+        if len(values) > 1:
+            parts = {value: _runs(runs, names) for value, runs in values.items()}
+            if key.startswith(("data of", "definition of")):  # says nothing to a reader, and all tasks fit on one line
+                text = " against ".join(parts.values())
+            else:
+                text = "; ".join(f"{value} in {runs}" for value, runs in parts.items())
+            notes.setdefault(text, []).append(key)
+    return [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
+
+
+def _conditions(entry: Entry, same_limit: bool) -> dict[str, Any]:
+    """All that the scores of a run depend on beside its training."""
+    run, cells = entry.run, entry.results.cells_of(entry.run.tasks)
+
+    def column(task: str) -> str:
+        return column_of(task, run)
+
+    found = {**conditions(run), "tasks": ", ".join(sorted(map(column, run.tasks)))}
+    data, versions, definitions = (found.pop(key) for key in ("data", "task versions", "task definitions"))
+    found |= {f"definition of {column(t)}": json.dumps(d) for t, d in (definitions or {}).items()}
+    found |= {f"data of {column(task)}": fingerprint for task, fingerprint in data.items()}
+    found |= {f"version of {task}": version for task, version in versions.items()}
+    for settings in delta_conditions(entry.results).values():
+        found |= settings
+    found |= _engine(entry)
+    if same_limit:
+        found |= {f"rows of {column(task)}": cell["n"] for (_, task), cell in cells.items()}
+    return found
+
+
+def _engine(entry: Entry) -> dict[str, Any]:
+    """What a run was trained and its answers generated with, beside the model and the method."""
+    run, config = entry.run, entry.run.manifest["config"]
+    cells = (entry.results.cells_of(run.tasks) or entry.results.cells).values()
+    found: dict[str, Any] = {}
+    if cells:
+        engines = {json.dumps(c["settings"].get("engine") or "defaults", sort_keys=True) for c in cells}
+        found["backend"] = ", ".join(sorted({c["settings"]["backend"] for c in cells}))
+        found["engine settings"] = " and ".join(sorted(engines)).replace('"', "")
+    if len(run.stages) > 1 and "checkpoints" not in run.manifest:
+        found |= {f"{key} of the training": config.get(key) or None for key in ("dtype", "bf16", "fp16")}
+    return found
+
+
+def _other_versions(entries: Sequence[Entry]) -> list[str]:
+    """Where runs were trained or measured with different versions of the program or of libraries."""
+    found: Values = {}
+    for e in entries:
+        manifest = e.run.manifest
+        made = {f"{name} of the training": v for name, v in manifest["packages"].items() if len(e.run.stages) > 1}
+        made |= {"commit": manifest.get("commit")}
+        made |= {name: ", ".join(versions) for name, versions in e.results.versions.items() if name != "commit"}
+        for name, version in made.items():
+            if version is not None:
+                _add(found, name, str(version), e.name)
+    lines = _apart("Different versions", found, partial(_runs, all_names=[e.name for e in entries]))
+    return lines + [
+        f"**Cells of different versions** in `{e.name}`: {text}." for e in entries for text in e.results.other_versions
+    ]
+
+
+def _limits(entries: Sequence[Entry]) -> list[str]:
+    def suites(e: Entry) -> list[dict[str, Any]]:
+        return [cell["settings"] for cell in e.results.cells_of(SUITES).values()]
+
+    names = [e.name for e in entries]
+    lines = []
+    applies: Callable[[Entry], Any]
+    for text, applies in (
+        ("**Demo data**, not comparable with TRACE", lambda e: e.run.manifest["data"]["demo"]),
+        (
+            "**Limited test rows**, not comparable with the full data",
+            lambda e: e.run.manifest["config"].get("test_rows"),
+        ),
+        ("**Limited rows** of the general suites", lambda e: any(s["general_rows"] for s in suites(e))),
+        (
+            "**Local copies** of general suites, comparable with the hub's only if they are complete",
+            lambda e: any(s["data"] != "hub" for s in suites(e)),
+        ),
+    ):
+        those = [e.name for e in entries if applies(e)]
+        if those:
+            lines.append(f"{text}: {'all' if names == those and len(names) > 3 else _ticks(those)}.")
+    return lines
+
+
+def _budgets(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
+    """Where methods were given different budgets: rows kept of earlier tasks, and seeds."""
+    kept, seeds = "rows kept of an earlier task:", "numbers of seeds:"
+    found: Values = {kept: {}, seeds: {}}
+    for e in entries:
+        if (rows := _memory_rows(e.results)) is not None:
+            _add(found, kept, f"{rows:,}", e.name)
+    for group in groups:
+        _add(found, seeds, str(len(group.entries)), group.name)
+    for e in entries:
+        if groups and not any(e in group.entries for group in groups):
+            _add(found, seeds, "1", e.name)
+    return _apart("Unequal budgets", found, _ticks)
+
+
+def _memory_rows(results: Results) -> int | None:
+    """How many rows of an earlier task a method keeps, the most of any task; None if it keeps none."""
+    kept = [
+        rows
+        for train in results.training.values()
+        for task, rows in (train.get("memory_rows") or train.get("replayed") or {}).items()
+        if task != "alignment"
+    ]
+    return max(kept, default=None) or results.run.manifest["config"].get("memory_rows")
+
+
+def _apart(title: str, found: Values, named: Callable[[list[str]], str]) -> list[str]:
+    """A warning for each thing of which runs have different values."""
+    return [
+        f"**{title}**, to which a part of the differences may be due: {what} "
+        + "; ".join(f"{value} in {named(runs)}" for value, runs in values.items())
+        + "."
+        for what, values in found.items()
+        if len(values) > 1
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------- notes
+
+
+def notes(
+    entries: Sequence[Entry],
+    groups: Sequence[Group],
+    seeds: Sequence[SeedDifferences],
+    references: Sequence[dict[str, str]],
+) -> list[str]:
+    """What the numbers are, and which runs are not complete."""
+    return [
+        *_definitions(entries),
+        *_intervals(entries),
+        *_of_seeds(groups, seeds, len(entries)),
+        *(f"Without leaked rows in `{e.name}`: {left_out_text(e.results.left_out)}" for e in entries if e.run.left_out),
+        *_unfinished(entries),
+        *_set_ups(references),
+    ]
+
+
+def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
+    yield "OP, BWT and Forgetting after the last stage, BWT divided by t-1; base = mean of the base model."
+    if any(not math.isnan(e.numbers[k]) for e in entries for k in DELTAS):
+        yield (
+            "general = mean change of the general-ability suites since the base model; instruction and safety = net "
+            "win rate (win - lose) against it."
+        )
+    if any(e.results.not_percent for e in entries):
+        names = dict.fromkeys(e.unit_name for e in entries)
+        listed = "; ".join(f"{_ticks(e.name for e in entries if e.unit_name == name)} {name}" for name in names)
+        yield (
+            f"Unit of OP, BWT, FWT, Forgetting and base: {listed}. No mean is taken over tasks of different units. "
+            "Changes and differences are gains: + and ↑ are better, so that where lower is better a fall is a gain."
+        )
+    means = [e.name for e in entries if e.results.has_mean and not e.results.is_sequential]
+    if means:
+        yield f"OP is the mean of the tasks, and BWT is not defined: {_ticks(means)}."
+
+
+def _intervals(entries: Sequence[Entry]) -> Iterable[str]:
+    if any(not math.isnan(score.low) for e in entries for score in e.scores.values()):
+        yield (
+            "In brackets 95 % intervals over test rows: what other test rows would give, not another training seed. "
+            "Differences are paired where both runs have the same test rows and, of tasks, the same settings; "
+            "elsewhere they have no interval."
+        )
+    ends = {tuple(column_of(e.run.tasks[k], e.run) for k in (0, -1)) for e in entries if e.results.is_sequential}
+    if len(ends) > 1:
+        yield (
+            "BWT and Forgetting leave the last task of a run out, and FWT the first: in runs of other orders they may "
+            "be means over other tasks, and then their differences have no interval."
+        )
+
+
+def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries: int) -> Iterable[str]:
+    if groups:
+        runs = {group.name: _ticks(e.name for e in group.entries) for group in groups}
+        listed = "; ".join(f"`{name}` ({names})" if len(groups) > 1 else names for name, names in runs.items())
+        yield (
+            f"The seeds are those of {listed}, which differ in nothing else. Their interval (Student's t) is what "
+            "another training would give, on the same test rows. Where all seeds gave the same number the variance "
+            "cannot be estimated: a dash."
+        )
+    if seeds:
+        kinds = {True: "paired by seed", False: "Welch's, since the seeds differ"}
+        listed = "; ".join(
+            f"{_ticks(d.group.name for d in seeds if d.is_paired is paired)} {kind}"
+            for paired, kind in kinds.items()
+            if any(d.is_paired is paired for d in seeds)
+        )
+        yield (
+            f"Differences of seed means to `{seeds[0].reference.name}`: {listed}; in brackets 95 % intervals "
+            "(Student's t). ↓, ↑: worse, better. Arrows are corrected for all tested differences to it, of all "
+            "scores and tasks (Holm, with half of the level for OP): where no method differs, at most one comparison "
+            "in twenty shows any. Intervals are not corrected."
+        )
+    if entries > 1:
+        yield (
+            "Test rows alone give no arrow: differences of single runs do not say what other trainings would give. For "
+            "that both sides need two seeds or more"
+            + (", in the same conditions." if seeds else "; here no two methods have them.")
+        )
+    if needed := seeds_needed(groups):
+        yield needed
+
+
+def _unfinished(entries: Sequence[Entry]) -> Iterable[str]:
+    names = []
+    for e in entries:
+        R = e.results.R
+        # The cells that OP, BWT and Forgetting are made of.
+        needed = R[1:][np.tril_indices(R.shape[1])] if e.results.is_sequential else e.results.final
+        if np.isnan(needed).any():
+            names.append(e.name)
+    if names:
+        yield f"Not complete, so that numbers are missing: {_ticks(names)}."
+
+
+def _set_ups(references: Sequence[dict[str, str]]) -> Iterable[str]:
+    """What the paper's rows were measured in."""
+    if references:
+        yield paper.SETUP
+    for row in references:
+        known = {"training rows a task": row.get("train rows", DASH), "epochs": row.get("epochs", DASH)}
+        texts = [row["model"], *(f"{what} {value}" for what, value in known.items() if value != DASH)]
+        yield f"paper: {row['method']}: {', '.join(texts)}."

@@ -1,0 +1,162 @@
+"""The page of a run, report.html: the texts and tables of report.md, figures, lengths of answers and samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup
+
+from trace_bench import judgements
+from trace_bench.metrics import Estimate
+from trace_bench.report import html, samples
+from trace_bench.report.figures import NAMES, pictures
+from trace_bench.report.results import UNKNOWN, Results
+from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, arrow, stage_label
+from trace_tasks.data.files import write_text
+
+#: The parts of the page in their order: key of the section -> what the menu calls it, and its figures.
+_PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "summary": ("", ()),
+    "scores": ("Scores", ("matrix", "sequence")),
+    "learning": ("Learning", ("tasks",)),
+    "form": ("", ("form",)),
+    "tolerant": ("", ()),
+    "extracted": ("", ()),
+    "limits": ("", ()),
+    "general": ("General ability", ("general",)),
+    "judged": ("Against the base model", ("judged",)),
+    "answers": ("Answers", ()),
+    "bounds": ("Bounds", ()),
+    "paper": ("The paper", ()),
+    "cost": ("Cost", ("losses", "cost")),
+    "lengths": ("Lengths", ()),
+    "samples": ("Samples", ()),
+    "provenance": ("Provenance", ()),
+}
+
+
+def write_page(results: Results, blocks: dict[str, list[Block]]) -> None:
+    """Writes report.html and figures/ of a run.
+
+    Args:
+        results: The numbers of the run.
+        blocks: The texts and tables of its report, as `sections.sections` makes them.
+    """
+    folder = results.run.path
+    figures = html.write_pictures(folder / "figures", pictures(results), NAMES)
+    answers = samples.read_answers(results)
+    embedded = samples.embed(results, answers)
+    blocks = blocks | {"lengths": samples.lengths(results, answers)}
+    parts = {key: _part(results, key, blocks.get(key, []), figures) for key in _PARTS}
+    parts["samples"] = [embedded] if embedded else []
+    page = html.document(
+        title=folder.name,
+        head=[html.text_html(block) for block in blocks["run"] if isinstance(block, str)],
+        tiles=list(_tiles(results)),
+        menu={key: name for key, (name, _) in _PARTS.items() if name and parts[key]},
+        parts=parts,
+        foot=Markup(
+            "Made by <code>trace-bench report</code> from the files of the run. The figures are in its folder "
+            "<code>figures</code> as SVG and PNG, all scores in <code>scores.csv</code>."
+        ),
+        data=embedded.json if embedded else None,
+    )
+    write_text(folder / "report.html", page)
+
+
+def _part(results: Results, key: str, blocks: Sequence[Block], figures: Mapping[str, html.FigureView]) -> list[Any]:
+    """The content of a part; its figures stand before its first table."""
+    shown = [figures[name] for name in _PARTS[key][1] if name in figures]
+    if key == "judged" and blocks:  # a section for each kind, and one figure for all
+        return [html.text_html("## Answers against the base model"), *shown, *_views(blocks, demote=1)]
+    first = next((i for i, block in enumerate(blocks) if isinstance(block, Table)), len(blocks))
+    before, after = _views(blocks[:first]), _views(blocks[first:])
+    if key == "scores" and blocks:
+        stages, tasks = results.R.shape
+        if stages * tasks > html.TABLE_CELLS:
+            size = f"The scores of {stages} stages and {tasks} tasks are shown as an image."
+            before.append(html.text_html(f"{size} As numbers they are in report.md and scores.csv."))
+        else:
+            before.append(_matrix(results, blocks[first]))
+            shown = [figure for figure in shown if figure.name != "matrix"]
+        del after[0]
+    return [*before, *shown, *after]
+
+
+def _views(blocks: Iterable[Block], demote: int = 0) -> list[Any]:
+    return [html.table_view(b) if isinstance(b, Table) else html.text_html(b, demote) for b in blocks]
+
+
+def _matrix(results: Results, table: Block) -> html.TableView:
+    """The scores with colours; the intervals are shown where one points at a score."""
+    run = results.run
+    units = [results.units[task] for task in run.tasks]
+    ends = [unit.ends(results.R[:, i]) for i, unit in enumerate(units)]
+    rows = []
+    for stage in run.stages:
+        cells = []
+        for i, (task, unit) in enumerate(zip(run.tasks, units, strict=True)):
+            value, low, high = results.cell(stage.index, i)
+            own = " own" if stage.task == task else ""
+            title = "" if np.isnan(low) else f"95 % interval {unit.text(low)} to {unit.text(high)}"
+            colour = "none" if np.isnan(value) else html.heat(value, ends[i])
+            text = unit.text(value) + arrow(results.matrix_mark(stage.index, i))
+            cells.append(html.Cell(text, colour + own, title))
+        rows.append(html.Row(f"{stage.index} {stage_label(stage)}", cells))
+    own = "Framed: the task's own stage. " if any(s.task for s in run.stages) else ""
+    meaning = html.ENDS_OF_UNITS if results.not_percent else ("0", "100")
+    assert isinstance(table, Table)
+    heads = [html.head_cell(text) for text in table.header]
+    return html.TableView(heads, rows, True, f"{own}{DASH}: not evaluated.", meaning)
+
+
+# --------------------------------------------------------------------------------------------------------------- tiles
+
+
+class Tile(NamedTuple):
+    """A headline number; `below` stands lower behind its name."""
+
+    name: str
+    below: str
+    value: str
+    interval: str
+    text: str
+    missing: bool
+
+
+def _tiles(results: Results) -> Iterable[Tile]:
+    last, unit = results.run.stages[-1], results.unit
+    if results.is_sequential:
+        t = results.last_stage or len(results.run.tasks)
+        for name, text, sign in (
+            ("OP", "mean of the tasks seen", False),
+            ("BWT", "change since the own stage", True),
+            ("Forgetting", "drop from the best stage", False),
+        ):
+            yield _tile(name, text, results.sequence[name][t - 1], sign, unit, str(t))
+    elif results.has_mean:
+        yield _tile("Mean", "of the tasks", results.mean, False, unit)
+    general = results.general.get(last.index, UNKNOWN)
+    yield _tile("Δ general", "ability, mean of the suites", general)
+    for kind in judgements.KINDS:
+        judged = results.judged[kind.name]
+        text = "wins minus losses against the base model"
+        controlled = judgements.net_win_rate_at_equal_length(judged, last)
+        if not np.isnan(controlled.value):
+            text += f"; at equal length {PERCENT.text(controlled.value, True)}"
+        yield _tile(f"Δ {kind.name}", text, judgements.net_win_rate(judged, last))
+
+
+def _tile(
+    name: str, text: str, value: Estimate, sign: bool = True, unit: Unit | None = PERCENT, index: str = ""
+) -> Tile:
+    own = unit or PERCENT
+    shown = own.text(value.value, sign)
+    if shown == DASH:
+        unknown = "not measured" if unit else "the tasks have different units"
+        return Tile(name, index, shown, "", unknown, True)
+    interval = "" if np.isnan(value.low) else f"{own.text(value.low, sign)} to {own.text(value.high, sign)}"
+    text += "" if own.is_percent else f"; {own.of_changes if sign else own.name}"
+    return Tile(name, index, shown, interval, text, False)

@@ -1,0 +1,86 @@
+"""The sections about the paper's numbers, what the run cost, and what it was made from; and its scores as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from trace_bench.judgements import judge_tokens
+from trace_bench.report import paper
+from trace_bench.report.results import Results
+from trace_bench.report.tables import DASH, Block, Table, count
+from trace_bench.text import cell as csv_cell
+from trace_bench.text import one_line
+from trace_tasks.data import JUDGED, SUITES, task_name
+
+
+def of_the_paper(results: Results) -> Iterable[Block]:
+    """What the paper reports for the method."""
+    name = paper.name_of(results.run)
+    if name is not None:
+        table = paper.table([name])
+        yield f"## {table.title} for this method ({name})\n\n{paper.SETUP}"
+        yield Table(table.header[1:], [row[1:] for row in table.rows])
+
+
+def cost(results: Results) -> Iterable[Block]:
+    """What each stage took, and all of them."""
+    judged, training = judge_tokens(results.judged.values()), results.training
+    rows = []
+    for stage in results.run.stages:
+        train = training.get(stage.index, {})
+        numbers = [count(train.get(key)) for key in ("rows", "steps", "tokens", "seconds", "tokens_per_second")]
+        memory = f"{train['peak_memory_bytes'] / 2**30:.1f} ({train['memory_of']})" if train else DASH
+        evaluation = count(results.evaluation_seconds(stage))
+        rows.append([stage.name, *numbers, memory, evaluation, count(judged.get(stage.index))])
+    sums = [
+        count(sum(train[key] for train in training.values()) if training else None)
+        for key in ("rows", "steps", "tokens", "seconds")
+    ]
+    evaluation = count(sum(map(results.evaluation_seconds, results.run.stages)))
+    rows.append(["in all", *sums, DASH, DASH, evaluation, count(sum(judged.values()) if judged else None)])
+    yield "## Cost"
+    header = ["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s", "judge tokens"]
+    yield Table(header, rows).without_empty_columns()
+
+
+def provenance(results: Results) -> Iterable[Block]:
+    """What the run and its scores were made from."""
+    run, m = results.run, one_line(results.run.manifest)
+    lines = [f"- base model: `{m['model']['name']}`, revision `{m['model'].get('revision')}`"]
+    if run.tasks:
+        source = "demo" if m["data"]["demo"] else m["data"].get("path")
+        prints = ", ".join(f"{task_name(t)} `{f}`" for t, f in m["data"]["fingerprint"].items())
+        lines.append(f"- data: {source}; fingerprints {prints}")
+        lines.append("- task versions: " + ", ".join(f"{task_name(t)} {v}" for t, v in m["task_versions"].items()))
+    lines.append(f"- seed: {m.get('seed', DASH)}; program: {m.get('commit') or 'no checkout'}")
+    lines.append("- packages at the start: " + ", ".join(f"{k} {v}" for k, v in m["packages"].items()))
+    made = {key: ", ".join(versions) for key, versions in results.versions.items() if not key.startswith("definition")}
+    if made:
+        lines.append("- scores made with: " + one_line(", ".join(f"{key} {text}" for key, text in made.items())))
+    lines += _settings("evaluation", (c["settings"] for c in results.cells_of(run.tasks).values()))
+    for name in [*SUITES, *JUDGED]:
+        cells = results.cells_of([name]).values()
+        lines += _settings(name, ({"version": c["version"], **c["settings"]} for c in cells))
+    config = ", ".join(f"{k}={v}" for k, v in m["config"].items() if k != "tasks" and v is not None)
+    yield "## Provenance\n\n" + "\n".join([*lines, f"- configuration: `{config}`"])
+
+
+def _settings(name: str, settings: Iterable[dict[str, Any]]) -> list[str]:
+    return [f"- {name}: `{text}`" for text in sorted({json.dumps(s, sort_keys=True) for s in settings})]
+
+
+def scores_csv(results: Results) -> str:
+    """All scores, a line each."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["stage", "task", "metric", "value", "stderr", "n", "n_unscored", "low", "high"])
+    for (index, name), cell in results.cells.items():
+        for metric, score in cell["metrics"].items():
+            numbers = [score["value"], score["stderr"], cell["n"], cell.get("n_unscored", 0)]
+            ends = results.intervals.get((index, name, metric), (None, None))
+            writer.writerow(map(csv_cell, [results.run.stages[index].name, name, metric, *numbers, *ends]))
+    return out.getvalue()

@@ -1,0 +1,383 @@
+"""The sections of a run's report, as texts and tables: what it is, its scores, what was learned and forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import numpy as np
+
+from trace_bench.metrics import Estimate, Matrix
+from trace_bench.records import stale
+from trace_bench.report import judged, record, suites
+from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
+from trace_bench.report.results import Results, unit_of
+from trace_bench.report.tables import (
+    DASH,
+    PERCENT,
+    Block,
+    Table,
+    Unit,
+    arrow,
+    left_out_text,
+    legend,
+    percent,
+    percent_with_interval,
+    shared_unit,
+)
+from trace_bench.run import Run, Stage
+from trace_bench.text import one_line
+from trace_tasks.data import task_name
+
+DEMO = (
+    "> **Demo data.** The tasks have TRACE's form, but the rows are made by this program. The scores show learning "
+    "and forgetting;\n> they cannot be compared with TRACE."
+)
+INTERVALS = (
+    "In brackets 95 % intervals: what other test rows of the same kind would give, each row taken with its answers at "
+    "all stages. What another training seed would change is not in them."
+)
+#: What a manifest's "trains" means.
+_TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
+
+
+def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Block]]:
+    """The parts of the report in their order, by key; a part of which the run has nothing is empty.
+
+    Args:
+        results: The numbers of the run.
+        others: Runs that may bound it.
+    """
+    parts: dict[str, Callable[[Results], Iterable[Block]]] = {
+        "run": _run,
+        "summary": _summary,
+        "learning": _learning,
+        "bounds": partial(_bounds, others=others),
+        "scores": _scores,
+        "tolerant": _tolerant,
+        "form": _form,
+        "extracted": _extracted,
+        "limits": _limits,
+        "general": suites.general,
+        "answers": suites.answers,
+        "judged": judged.sections,
+        "paper": record.of_the_paper,
+        "cost": record.cost,
+        "provenance": record.provenance,
+    }
+    return {key: list(part(results)) for key, part in parts.items()}
+
+
+def _run(results: Results) -> Iterable[Block]:
+    """What the run is, and what keeps its scores from being comparable."""
+    run, manifest = results.run, one_line(results.run.manifest)
+    kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
+    if len(run.stages) == 1:
+        kind = "nothing is trained"
+    yield f"# {one_line(run.path.name)}"
+    yield f"Method **{manifest['method']}** ({kind}), base model `{manifest['model']['name']}`."
+    if manifest["data"]["demo"]:
+        yield DEMO
+    limits = {k: v for k in ("train_rows", "test_rows") if (v := manifest["config"].get(k))}
+    if limits:
+        text = ", ".join(f"{k.replace('_', ' ')}: first {v} of each task" for k, v in limits.items())
+        yield f"> **Limited rows** ({text}). Not comparable with results on the full data."
+    if run.left_out:
+        yield f"> **Without leaked rows.** {left_out_text(results.left_out)}"
+    why = stale(run)
+    if why:
+        stages = ", ".join(run.stages[i].name for i in why)
+        yield f"> **Stale**: {stages}. {one_line(next(iter(why.values())))}"
+    if results.other_versions:
+        listed = "\n".join(f"> - {one_line(text)}" for text in results.other_versions)
+        yield f"> **Cells of different versions**: a change between their stages may be theirs.\n>\n{listed}"
+    if results.not_percent:
+        yield f"{one_line(_units(results))}."
+
+
+def _units(results: Results) -> str:
+    """What the scores are measured in, where it is not percent alone."""
+    tasks: dict[str, list[str]] = {}
+    for task, unit in results.units.items():
+        if task in results.headlines:
+            tasks.setdefault(unit.name, []).append(task_name(task))
+    text = "; ".join(f"{', '.join(those)}: {name}" for name, those in tasks.items())
+    text = f"**Units.** {text}. Changes are gains: + and ↑ are better, - and ↓ are worse"
+    if any(not unit.higher_is_better for unit in results.units.values()):
+        text += ", so that where lower is better a fall is a gain"
+    if results.unit is None and results.has_mean:
+        text += ". No mean is taken over different units, so OP, BWT, FWT, Forgetting and the mean have no value"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------- numbers of the run
+
+
+def _summary(results: Results) -> Iterable[Block]:
+    """The numbers that stand for the run; of checkpoints of unknown training there are none."""
+    unit = results.unit or PERCENT
+    lower = "" if unit.higher_is_better else "; lower is better"
+    if results.is_sequential and results.last_stage:
+        rows, first = _sequence_rows(results, unit, lower), results.sequence["OP"][results.last_stage - 1]
+    elif results.has_mean and not results.is_sequential:
+        rows = [["mean of the tasks", unit.with_interval(results.mean), _what_the_mean_is_of(results) + lower]]
+        first = results.mean
+    else:
+        return
+    yield Table(["", unit.plain if results.unit else "no unit in common", ""], rows)
+    if not math.isnan(first.low):
+        yield INTERVALS
+
+
+def _sequence_rows(results: Results, unit: Unit, lower: str) -> list[list[str]]:
+    sequence, t = results.sequence, results.last_stage
+    op, bwt, forgetting = (sequence[name][t - 1] for name in ("OP", "BWT", "Forgetting"))
+    change = "mean change of a task since its own stage (divided by t-1); negative = forgetting"
+    drop = "mean drop from a task's best stage; no interval, since a maximum is biased upwards"
+    rows = [
+        [f"OP_{t}", unit.with_interval(op), f"mean of the {t} tasks seen, at stage {t}{lower}"],
+        [f"BWT_{t}", unit.with_interval(bwt, sign=True), change],
+        [f"Forgetting_{t}", unit.text(forgetting.value), drop],
+    ]
+    if t == len(results.run.tasks):
+        rows.append(["FWT", unit.with_interval(sequence["FWT"][0], sign=True), "needs the full matrix"])
+        rows.append(["mean OP_t", unit.with_interval(sequence["mean OP"][0]), f"over all stages{lower}"])
+    return rows
+
+
+def _what_the_mean_is_of(results: Results) -> str:
+    run = results.run
+    if results.is_single:
+        return "each task with its own model, trained from the base model: an upper bound; BWT is not defined"
+    if len(run.stages) > 1:
+        return f"one model, after stage {run.stages[-1].name}; BWT is not defined"
+    shots = run.manifest["config"].get("num_fewshot")
+    return f"the base model {demonstrations(run)}" if shots else "the base model, zero-shot"
+
+
+def _learning(results: Results) -> Iterable[Block]:
+    if not results.has_mean:
+        yield from _changes_of_checkpoints(results)
+    elif results.is_sequential:
+        yield from _learned_and_forgotten(results)
+    elif len(results.run.stages) > 1:
+        rows = []
+        for i, (task, stage) in enumerate(zip(results.run.tasks, results.final_stages, strict=True)):
+            unit, learned = results.units[task], _change(results, task, results.since_base[stage, i], 0, stage)
+            scores = (unit.text(results.R[t, i]) for t in (0, stage))
+            rows.append([*_task_cells(results, task), *scores, learned])
+        yield "## Learning" + legend(rows)
+        yield Table([*_task_head(results), "base", "trained", "learned"], rows)
+
+
+def _learned_and_forgotten(results: Results) -> Iterable[Block]:
+    """What each task gained at its own stage, and what became of it."""
+    tasks, R = results.run.tasks, results.R
+    last = results.last_stage or len(tasks)
+    rows = []
+    for i, task in enumerate(tasks):
+        own, text = i + 1, results.units[task].text
+        seen, later = own <= last, own < last
+        rows.append(
+            [
+                *_task_cells(results, task),
+                text(R[0, i]),
+                text(R[own, i]),
+                text(R[last, i]) if seen else DASH,
+                _change(results, task, results.since_base[own, i], 0, own),
+                _change(results, task, results.since_own[last, i], own, last) if later else DASH,
+                _change(results, task, results.since_base[last, i], 0, last) if seen else DASH,
+            ]
+        )
+    yield "## Learning and forgetting" + legend(rows)
+    yield Table([*_task_head(results), "base", "own stage", f"stage {last}", "learned", "since then", "in all"], rows)
+
+
+def _changes_of_checkpoints(results: Results) -> Iterable[Block]:
+    """For checkpoints of unknown training: what each one gained and lost."""
+    run = results.run
+    for title, skipped, changes in (
+        ("Changes since the base model", 0, results.since_base),
+        ("Changes since the checkpoint before", 1, results.since_before),
+    ):
+        rows = [
+            [
+                s.name,
+                *(
+                    _change(results, task, changes[s.index, i], skipped and s.index - 1, s.index)
+                    for i, task in enumerate(run.tasks)
+                ),
+            ]
+            for s in run.stages[1 + skipped :]
+        ]
+        if rows and run.tasks:
+            what = "Gains, each in the unit of its task." if results.not_percent else "In points."
+            yield f"## {title}\n\n{what}" + legend(rows)
+            yield Table(["checkpoint", *_columns(results)], rows)
+
+
+def _change(results: Results, task: str, change: Estimate, earlier: int, later: int) -> str:
+    return results.units[task].with_interval(change, sign=True) + arrow(results.mark(task, earlier, later))
+
+
+def _task_head(results: Results) -> list[str]:
+    """The head of the first columns of a table with a row a task: units are named where they are not all percent."""
+    return ["task", "unit"] if results.not_percent else ["task"]
+
+
+def _task_cells(results: Results, task: str) -> list[str]:
+    return [task_name(task), results.units[task].name] if results.not_percent else [task_name(task)]
+
+
+def _column(results: Results, task: str) -> str:
+    """The head of a task's column: its name and its headline, and that lower is better where it is."""
+    lower = "" if results.units[task].higher_is_better else "<br>lower is better"
+    return f"{task_name(task)}<br>{results.headlines.get(task, DASH)}{lower}"
+
+
+def _columns(results: Results) -> list[str]:
+    """The heads of the tasks' columns, with their metrics where not all are percent."""
+    return [_column(results, t) if results.not_percent else task_name(t) for t in results.run.tasks]
+
+
+# -------------------------------------------------------------------------------------------------------------- bounds
+
+
+def _bounds(results: Results, others: Iterable[Run]) -> Iterable[Block]:
+    """What the base model, demonstrations, a model per task and multi-task training reach on the same tasks."""
+    if not results.is_sequential:
+        return
+    run, R = results.run, results.R
+    found = {bound.method: bound for bound in bounds(run, others)}
+    cells = [item for of_run in (results.cells, *(b.cells for b in found.values())) for item in of_run.items()]
+    units = [unit_of(results.headlines.get(t, ""), [c for (_, name), c in cells if name == t]) for t in run.tasks]
+    icl = found.get("icl")
+    rows = [
+        _scores_row("base, zero-shot", R[0], units),
+        *([_scores_row(icl.label, icl.scores, units)] if icl else []),
+        _scores_row(f"this run (stage {len(run.tasks)})", R[-1], units),
+        *(_scores_row(b.label, b.scores, units) for b in found.values() if b is not icl),
+    ]
+    what = ", each score in the unit of its task" if results.not_percent else ", in percent"
+    shown = f" ICL is the base model {one_line(demonstrations(icl.run))}." if icl else ""
+    yield (
+        "## Bounds\n\nRuns reported together with this one that have the same base model, data and evaluation"
+        f"{what}. What learns the tasks one by one is expected between the base model and the last two.{shown}"
+    )
+    yield Table(["model", *_columns(results), "mean"], rows)
+    notes = []
+    for method in BOUNDS:
+        if method in found:
+            other = "; ".join(found[method].other_training)
+            training = f"; its training is another (there, here): {other}" if other else ""
+            notes.append(f"- {method}: the run `{one_line(found[method].run.path.name)}`{training}")
+        else:
+            notes.append(
+                f"- {method} is missing: `make {method}-train CONFIG=...`, with the configuration and tasks of this "
+                "run; then name both runs to `trace-bench report`."
+            )
+    yield "\n".join(notes)
+
+
+def _scores_row(label: str, scores: Matrix, units: list[Unit]) -> list[str]:
+    texts = [unit.text(score) for unit, score in zip(units, scores, strict=True)]
+    unit = shared_unit(units)
+    return [label, *texts, unit.text(scores.mean()) if unit else DASH]
+
+
+# ---------------------------------------------------------------------------------------------------------- the matrix
+
+
+def _scores(results: Results) -> Iterable[Block]:
+    run = results.run
+    if not run.tasks:
+        return
+    rows = []
+    for s in run.stages:
+        texts = (results.units[task].text(score) for task, score in zip(run.tasks, results.R[s.index], strict=True))
+        rows.append([s.name, *(text + arrow(results.matrix_mark(s.index, i)) for i, text in enumerate(texts))])
+    since = "the task's own stage" if results.is_sequential else "the base model"
+    what = "each in the unit of its metric" if results.not_percent else "in percent"
+    yield f"## Scores\n\nRows: the model after a stage. Columns: tasks, {what}.{legend(rows, f' since {since}')}"
+    yield Table(["stage", *(_column(results, t) for t in run.tasks)], rows)
+    if results.is_sequential:
+        unit = results.unit or PERCENT
+        numbers = zip(run.stages[1:], *(results.sequence[name] for name in ("OP", "BWT", "Forgetting")), strict=True)
+        rows = [
+            [s.name, unit.with_interval(op), unit.with_interval(bwt, sign=True), unit.text(forgetting.value)]
+            for s, op, bwt, forgetting in numbers
+        ]
+        yield Table(["stage", "OP_t", "BWT_t", "Forgetting_t"], rows)
+
+
+def _tolerant(results: Results) -> Iterable[Block]:
+    run, tolerant = results.run, results.matrix("accuracy_tolerant")
+    columns = [i for i in range(len(run.tasks)) if not np.isnan(tolerant[:, i]).all()]
+    if columns:
+        yield (
+            "### Form-tolerant accuracy\n\nThe official accuracy asks for the very same string. This one accepts the "
+            "right answer in another form."
+        )
+        rows = [[s.name, *(percent(tolerant[s.index, i]) for i in columns)] for s in run.stages]
+        yield Table(["stage", *(task_name(run.tasks[i]) for i in columns)], rows)
+
+
+def _form(results: Results) -> Iterable[Block]:
+    """What of the forgetting the form-tolerant accuracy does not see."""
+    if not results.forms:
+        return
+    yield (
+        "### Form or knowledge\n\nWhat a task lost in the official accuracy from its own stage to stage "
+        f"{results.last_stage}, in points: part of it only because the answer has another form, the rest because "
+        "it is wrong in any form, or was cut at the limit of its length before it came to the answer (see Limits). "
+        "In the paper LLaMA-2-7B's FOMC is 0 right after ScienceQA, whose answers come with explanations, and is "
+        "back later: a loss of form."
+    )
+    rows = []
+    for form in results.forms:
+        lost, of_form, known = map(percent_with_interval, (form.strict, form.form, form.tolerant))
+        share = f"{100 * form.form.value / form.strict.value:.0f} %" if form.strict.sign > 0 else DASH
+        rows.append([task_name(form.task), lost, of_form, share, known])
+    yield Table(["task", "lost", "in form alone", "share", "in knowledge"], rows)
+
+
+def _extracted(results: Results) -> Iterable[Block]:
+    """For tasks that ask for the reasoning first: how often there was an answer in the text at all."""
+    cells = results.cells
+    columns = [t for t in results.run.tasks if any("extracted" in c["metrics"] for c in results.cells_of([t]).values())]
+    if not columns:
+        return
+
+    def share(stage: Stage, task: str) -> str:
+        cell = cells.get((stage.index, task))
+        value = cell["metrics"].get("extracted", {}).get("value") if cell else None
+        return DASH if cell is None or value is None else f"{percent(value)} ({round((1 - value) * cell['n'])})"
+
+    yield (
+        "### Answers that could be extracted\n\nPercent of the texts in which there is an answer, and in brackets how "
+        "many have none. A text without one scores 0."
+    )
+    rows = [[s.name, *(share(s, t) for t in columns)] for s in results.run.stages]
+    yield Table(["stage", *map(task_name, columns)], rows)
+
+
+def _limits(results: Results) -> Iterable[Block]:
+    """What the limits on lengths cut off, where they did."""
+    run, cells = results.run, results.cells
+    counts = {key: (c.get("n_cut", 0), c.get("n_unfinished", 0)) for key, c in results.cells_of(run.tasks).items()}
+    tasks = [t for t in run.tasks if any(sum(count) for (_, task), count in counts.items() if task == t)]
+    if not tasks or run.left_out:  # with rows left out the counts would be those of other rows
+        return
+
+    def shares(key: tuple[int, str]) -> str:
+        return " / ".join(f"{100 * n / cells[key]['n']:.0f}" for n in counts[key]) if key in counts else DASH
+
+    config = one_line(run.manifest["config"])
+    yield (
+        "## Limits\n\nPercent of the prompts whose beginning was cut off / of the answers that reached the limit of "
+        f"their length and so may lack their end (max_prompt_length {config.get('max_prompt_length') or DASH}, "
+        f"max_new_tokens {config.get('max_new_tokens') or 'as the tasks have it'})."
+    )
+    rows = [[stage.name, *(shares((stage.index, task)) for task in tasks)] for stage in run.stages]
+    yield Table(["stage", *map(task_name, tasks)], rows)

@@ -1,0 +1,113 @@
+"""The sections about the general-ability suites and about the answers that are there for judges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from trace_bench.report.results import UNKNOWN, Results, headline
+from trace_bench.report.rows import Cells
+from trace_bench.report.tables import (
+    DASH,
+    Block,
+    Table,
+    arrow,
+    legend,
+    length,
+    percent,
+    percent_with_interval,
+)
+from trace_bench.run import Run, Stage
+from trace_bench.text import one_line
+from trace_tasks.data import GROUPS, JUDGED, SUITES
+
+
+def general(results: Results) -> Iterable[Block]:
+    """The general-ability suites, stage by stage, and their delta."""
+    run, cells = results.run, results.cells_of(SUITES)
+    if not cells:
+        return
+    there = [s for s in SUITES if any(s == name for _, name in cells)]
+    suites, others = ([s for s in there if (s in GROUPS["general"]) is own] for own in (True, False))
+    beside = f" Beside it, and not in mean and delta: {', '.join(map(_short, others))}." if others else ""
+    yield (
+        "## General ability\n\nlm-eval's own tasks in the paper's settings, in percent. Delta: the mean over the "
+        f"suites of the change since stage 0 (TRACE, section 3.3).{beside}"
+    )
+    yield from _general_warnings(cells)
+    rows = []
+    for stage in _measured(run, cells):
+        scores = {s: headline(cells[stage.index, s]) if (stage.index, s) in cells else math.nan for s in there}
+        texts = {s: percent(v) + arrow(results.mark(s, 0, stage.index)) for s, v in scores.items()}
+        mean = float(np.mean([scores[s] for s in suites])) if suites else math.nan
+        delta = percent_with_interval(results.general.get(stage.index, UNKNOWN), sign=True)
+        rows.append([stage.name, *(texts[s] for s in suites), percent(mean), delta, *(texts[s] for s in others)])
+    if text := legend(rows, " since the base model"):
+        yield text.strip()
+
+    def head(suite: str) -> str:
+        of_suite = list(results.cells_of([suite]).values())
+        sizes = " or ".join(map(str, sorted({cell["n"] for cell in of_suite})))
+        return f"{_short(suite)}<br>{of_suite[0]['headline']}<br>{sizes} rows"
+
+    yield Table(["stage", *map(head, suites), "mean", "delta", *map(head, others)], rows)
+    cut = [
+        f"{_short(name)} at {run.stages[index].name} {cell['n_cut']} of {cell['n']}"
+        for (index, name), cell in cells.items()
+        if cell["n_cut"]
+    ]
+    if cut:
+        yield (
+            "> **Prompts cut on the left**, as they were longer than the engine's context, so that shots are missing: "
+            f"{'; '.join(cut)}. A larger context (`--engine-args`) gives other scores."
+        )
+
+
+def _general_warnings(cells: Cells) -> Iterable[Block]:
+    limits = {cell["settings"]["general_rows"] for cell in cells.values()} - {None}
+    if limits:
+        text = one_line(" or ".join(map(str, sorted(limits))))
+        yield (
+            f"> **Limited rows** (at least {text} of each suite, the first ones of each subtask). Not comparable with "
+            "results on the full suites."
+        )
+    local = {name for (_, name), cell in cells.items() if cell["settings"]["data"] != "hub"}
+    if local:
+        yield (
+            f"> **Local copy** of the data of {', '.join(_short(s) for s in SUITES if s in local)}: comparable with "
+            "the hub's only if it is complete. The numbers of rows are in the head of the table."
+        )
+
+
+def answers(results: Results) -> Iterable[Block]:
+    """What there is for the judges: how long the answers are, and how many are empty."""
+    cells = results.cells_of(JUDGED)
+    if not cells:
+        return
+    yield (
+        "## Answers for the judges\n\nCharacters of an answer on average; in brackets the percentage of answers that "
+        "are empty, where some are. They say whether there is something to judge, not how good it is."
+    )
+    limits = {cell["settings"]["test_rows"] for cell in cells.values()} - {None}
+    if limits:
+        yield f"> **Limited rows** (first {one_line(' or '.join(map(str, sorted(limits))))} of each set)."
+
+    def text(cell: dict[str, Any] | None) -> str:
+        return length(*(cell["metrics"][m]["value"] for m in ("characters", "empty"))) if cell else DASH
+
+    prompts = {name: next((c["n"] for (_, n), c in cells.items() if n == name), None) for name in JUDGED}
+    names = [name for name in JUDGED if prompts[name]]
+    rows = [[s.name, *(text(cells.get((s.index, name))) for name in names)] for s in _measured(results.run, cells)]
+    yield Table(["stage", *(f"{name}<br>{prompts[name]} prompts" for name in names)], rows)
+
+
+def _measured(run: Run, cells: Cells) -> list[Stage]:
+    """The stages that have one of the cells."""
+    return [stage for stage in run.stages if any(index == stage.index for index, _ in cells)]
+
+
+def _short(suite: str) -> str:
+    return suite.removeprefix("general_")

@@ -1,0 +1,93 @@
+"""Writes the report of a run and the comparison of several, from their files alone, in seconds and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trace_bench.report.comparison import Comparison, compare
+from trace_bench.report.comparison_page import write_comparison_page
+from trace_bench.report.page import write_page
+from trace_bench.report.record import scores_csv
+from trace_bench.report.results import Results
+from trace_bench.report.sections import sections
+from trace_bench.report.tables import Table, markdown, percent
+from trace_bench.run import WRITTEN, Run, RunError
+from trace_bench.text import markdown_text
+from trace_tasks.data.files import refuse_links, write_text
+
+_FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
+ENDINGS = (*_FORMS, ".html")
+
+
+def write_report(run: Run, others: Iterable[Run] = ()) -> str:
+    """Writes report.md, report.html, figures/ and scores.csv and returns one line that sums them up.
+
+    Args:
+        run: The run.
+        others: Runs that are reported with it; those that bound it are shown in its report.
+    """
+    refuse_links(run.path, *WRITTEN)
+    results = Results(run)
+    parts = sections(results, others)
+    texts = [markdown(b) if isinstance(b, Table) else markdown_text(b) for blocks in parts.values() for b in blocks]
+    write_text(run.path / "scores.csv", scores_csv(results))
+    write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
+    write_page(results, parts)
+    return f"{run.path}/report.md: {_summary(results)}"
+
+
+def _summary(results: Results) -> str:
+    """The headline numbers in one line."""
+    run, unit = results.run, results.unit
+    cells = len(results.cells_of(run.tasks))
+    line = f"{cells} cells of {results.R.size}" if run.tasks else f"{len(results.cells)} cells"
+    what = "" if unit is None or unit.is_percent else f" ({unit.name})"
+    t = results.last_stage if results.is_sequential else 0
+    if t and unit:
+        op, bwt = (results.sequence[name][t - 1].value for name in ("OP", "BWT"))
+        line += f"; OP_{t} {unit.text(op)}, BWT_{t} {unit.text(bwt, sign=True)}{what}"
+    elif not results.is_sequential and results.has_mean and unit and not np.isnan(results.final).any():
+        line += f"; mean of the tasks {unit.text(results.mean.value)}{what}"
+    if results.has_mean and unit is None:
+        line += "; no mean over tasks of different units"
+    delta = results.general.get(run.stages[-1].index)
+    if delta:
+        line += f"; general ability {percent(delta.value, sign=True)}"
+    return line + ("; without leaked rows" if run.left_out else "")
+
+
+def write_comparison(runs: Sequence[Run], output: str | Path | None = None, baseline: Run | None = None) -> str:
+    """Compares runs and, if asked, writes the comparison.
+
+    Args:
+        runs: The runs.
+        output: A file whose name ends in .md, .csv, .tex or .html, and is written in that form; next to a page its
+            figures.
+        baseline: See `compare`.
+
+    Returns:
+        The comparison as Markdown.
+
+    Raises:
+        RunError: if `output` has another ending.
+    """
+    check_output(output)
+    comparison = compare(runs, baseline)
+    if output is not None and Path(output).suffix == ".html":
+        write_comparison_page(comparison, Path(output))
+    elif output is not None:
+        write_text(Path(output), _FORMS[Path(output).suffix](comparison))
+    return comparison.markdown()
+
+
+def check_output(output: str | Path | None) -> None:
+    """Refuses a file that cannot be written as a comparison.
+
+    Raises:
+        RunError: if its name does not end in one of `ENDINGS`.
+    """
+    if output is not None and Path(output).suffix not in ENDINGS:
+        raise RunError(f"--output {output}: name a file that ends in {', '.join(ENDINGS)}; the ending is the form.")
