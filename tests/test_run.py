@@ -1,9 +1,11 @@
 """Tests of `trace_bench.run`: what is on the disk is whole, and a run is resumed as it was begun or not at all."""
 
+import csv
 import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from trace_bench import run as run_module
+from trace_bench.cli import main
 from trace_bench.run import Run, RunError, Stage, locked, read_json, read_jsonl
+from trace_bench.versions import package_versions
 from trace_tasks.data import DataError, files, reading
 from trace_tasks.data.files import (
     cached_dir,
@@ -371,7 +375,7 @@ def test_a_run_is_created_once_and_opened_as_it_was(tmp_path):
     assert Run.create(tmp_path / "r", MANIFEST).manifest == Run.open(tmp_path / "r").manifest == made.manifest
     assert (tmp_path / "r/manifest.json").read_bytes() == before
     assert made.manifest.items() >= MANIFEST.items()
-    assert made.manifest["packages"] == run_module.package_versions()
+    assert made.manifest["packages"] == package_versions()
 
 
 def test_another_configuration_is_an_error_that_lists_each_differing_key_with_both_values(tmp_path):
@@ -480,3 +484,21 @@ def test_checkpoints_from_elsewhere_are_stages(tmp_path, given, sequence):
     assert all(s.is_trained and s.checkpoint == tmp_path / name for s, name in zip(run.stages[1:], given, strict=True))
     assert [s.task for s in run.stages[1:]] == [n if n in MANIFEST["tasks"] else None for n in given]
     assert run.is_sequence() == sequence
+
+
+# -------------------------------------------------------------------------------------------------- runs of version 0.1
+
+
+def test_a_run_of_version_0_1_opens_with_the_same_numbers(tmp_path, capsys):
+    """Version 0.1 made `run_0.1`, with its scores.csv: EWC on two demo tasks, measured on three rows each."""
+    shutil.copytree(Path(__file__).parent / "run_0.1", path := tmp_path / "run_0.1")
+    with (path / "scores.csv").open(encoding="utf-8", newline="") as f:
+        before = {(row["stage"], row["task"], row["metric"]): float(row["value"]) for row in csv.DictReader(f)}
+    main(["report", str(path)])
+    with (path / "scores.csv").open(encoding="utf-8", newline="") as f:
+        after = {(row["stage"], row["task"], row["metric"]): row["value"] for row in csv.DictReader(f)}
+    assert before.keys() <= after.keys()
+    assert {key: float(after[key]) for key in before} == pytest.approx(before, abs=1e-12)
+    assert "OP_2 8.8, BWT_2 -2.0" in capsys.readouterr().out, "as version 0.1 said"
+    main(["status", str(path)])
+    assert "2_trace_meetingbank" in capsys.readouterr().out

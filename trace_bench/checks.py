@@ -20,8 +20,9 @@ from typing import Any
 from trace_bench import records
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_own
-from trace_bench.run import Run, RunError, Stage, differences, package_versions
+from trace_bench.run import Run, RunError, Stage, differences
 from trace_bench.tasks import load_tasks, rows_fingerprint
+from trace_bench.versions import package_versions
 from trace_tasks import data
 
 #: Fields of a task's config that decide prompts, answers and scores; its rows have a fingerprint of their own.

@@ -18,21 +18,20 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
 import re
 import socket
-import subprocess
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from trace_bench.versions import package_versions, source_commit
 from trace_tasks.data import reading
 from trace_tasks.data.files import fingerprint, open_own, refuse_links, remove, write_json
 from trace_tasks.errors import DataError, TraceError
@@ -42,7 +41,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 #: The folders of a run into which results are written.
 WRITTEN = ("stages", "figures", "tensorboard")
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
 CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.", "data.test.", "model.path.")
 #: Those, and what may be added to a run.
@@ -169,28 +167,6 @@ def read_json(path: Path, shape: Any = None) -> Any:
         return reading.read_json(path, shape or shapes.of_file(path), partial(JsonObject, path))
     except DataError as e:
         raise RunError(f"{e} {_remedy(path)}" if isinstance(e, reading.Damaged) else str(e)) from e
-
-
-def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Installed versions of the packages that decide a result."""
-    versions = {}
-    for name in names:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def source_commit() -> str | None:
-    """The commit of this program's checkout, with "+" when it has local changes; None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        head, dirty = (
-            subprocess.run(cmd, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-            for cmd in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+" if dirty else "")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from trace_tasks.errors import TraceError
 
+#: The packages that decide a result.
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "lm-eval", "vllm", "datasets")
 #: Extras of inference engines. At most one of them is installed.
 _ENGINES = ("cpu", "gpu")
 
@@ -50,3 +56,25 @@ def check() -> None:
             f"{', '.join(wrong.values())}; trace-bench {version('trace-bench')} works with {', '.join(wrong)}: pip "
             f"install {quoted}"
         )
+
+
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    """Installed versions of the packages that decide a result."""
+    versions = {}
+    for name in names:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def source_commit() -> str | None:
+    """The commit of this program's checkout, with "+" when it has local changes; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        head, dirty = (
+            subprocess.run(cmd, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+            for cmd in (["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if dirty else "")

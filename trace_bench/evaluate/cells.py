@@ -9,7 +9,8 @@ from trace_bench.evaluate.plan import Plan
 from trace_bench.evaluate.suites import evaluate_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
 from trace_bench.metrics import standard_error
-from trace_bench.run import Stage, source_commit
+from trace_bench.run import Stage
+from trace_bench.versions import source_commit
 from trace_tasks.data import JUDGED, task_name
 from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 

@@ -32,9 +32,10 @@ from trl import ModelConfig, TrlParser
 from trace_bench import checks, ending, records
 from trace_bench.engine import models
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import Run, RunError, Stage, locked, read_json, source_commit
+from trace_bench.run import Run, RunError, Stage, locked, read_json
 from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows
 from trace_bench.text import prepare_logging, printable
+from trace_bench.versions import source_commit
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, remove, write_json
 from trace_tasks.tokens import Chat, check_room
