@@ -197,9 +197,8 @@ class CLConfig(SFTConfig):
     def _limits(cls, name: str) -> dict[str, float]:
         """The limits of an option; a method that changes only its default need not say them again."""
         for config in cls.__mro__:
-            option = getattr(config, "__dataclass_fields__", {}).get(name)
-            limits = getattr(option.metadata.get("help"), "limits", None) if option else None
-            if limits:
+            of_class = getattr(config, "__dataclass_fields__", {})
+            if name in of_class and (limits := getattr(of_class[name].metadata.get("help"), "limits", None)):
                 return limits
         return _LIMITS_OF_HF.get(name, {})
 

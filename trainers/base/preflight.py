@@ -73,15 +73,16 @@ def check_launch() -> None:
         return os.environ.get(name, "not set").lower()
 
     if given("ACCELERATE_USE_FSDP") == "true":
-        setting, value, wanted, file = "fsdp_state_dict_type", given("FSDP_STATE_DICT_TYPE"), "FULL_STATE_DICT", "fsdp"
+        value = given("FSDP_STATE_DICT_TYPE").upper()
+        setting, wanted, file = "fsdp_state_dict_type", "FULL_STATE_DICT", "fsdp"
     elif given("ACCELERATE_USE_DEEPSPEED") == "true" and given("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
         value = given("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
         setting, wanted, file = "zero3_save_16bit_model", "true", "zero3"
     else:
         return
-    if value != wanted.lower():
+    if value != wanted:
         raise ConfigError(
-            f"{setting} is {value.upper()}, which saves no checkpoint that a stage could start from: set {wanted}, as "
+            f"{setting} is {value}, which saves no checkpoint that a stage could start from: set {wanted}, as "
             f"trainers/configs/accelerate/{file}.yaml does."
         )
 
