@@ -21,8 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from trace_bench.engine import EngineError, open_engine
-from trace_bench.engine.models import ModelError
+from trace_bench.engine import open_engine
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,8 +66,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"model_type": "qwen3_moe", **_LLAMA, **_UNTIED, **_EXPERTS},
     "olmoe": {"model_type": "olmoe", **_LLAMA, **_UNTIED, "num_experts": 4, "num_experts_per_tok": 2},
 }
-#: The kinds of checkpoint that every architecture has.
-KINDS = ("base", "lora", "full", "modules_to_save")
+#: The kinds of checkpoint.
+KINDS = ("lora", "full", "modules_to_save")
 #: Further kinds, for a tied and an untied model.
 MORE_KINDS = (
     *("rslora", "dora", "lora_embeddings", "lora_head", "saved_embeddings"),
@@ -96,21 +95,10 @@ def make_base(architecture: str, path: Path, tokenizer: Any) -> Path:
     return _save(model, path, tokenizer)
 
 
-def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path | None, Any]:
-    """Writes a checkpoint of a base model to a folder.
-
-    Args:
-        kind: One of KINDS or MORE_KINDS.
-        base: What `make_base` wrote.
-        path: The folder.
-
-    Returns:
-        The path, None for the base itself, and the model in memory as it would be after training.
-    """
+def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
+    """Writes a checkpoint of a base model to a folder: the path, and the model in memory as it is after training."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     seed = crc32(f"{kind} {model.config.model_type}".encode())
-    if kind == "base":
-        return None, model
     if kind.startswith("full"):
         config = model.config
         if kind == "full_other_tying":
@@ -165,9 +153,7 @@ def randomise(model: Any, seed: int) -> None:
             continue
         std = 0.25 if parameter.dim() > 1 else 0.1
         if "embed_tokens" in name and model.config.model_type in ("gemma2", "gemma3_text"):
-            std = (
-                0.02  # they multiply it by the root of the width, and norm what a layer adds: a copy of the last token
-            )
+            std = 0.02  # they multiply it by the root of the width, and norm what a layer adds
         torch.nn.init.normal_(parameter, std=std)
 
 
@@ -180,13 +166,8 @@ def _save(model: Any, path: Path, tokenizer: Any) -> Path:
 def make_writer(path: Path, tokenizer: Any, follows: dict[str, str | list[str]], **config: Any) -> Path:
     """Writes a model that answers as it is told: behind a token the one that `follows` names.
 
-    Its one layer adds nothing, and a row of the head is the sum of the embeddings that its token follows.
-
-    Args:
-        path: The folder.
-        tokenizer: Goes into it, too.
-        follows: Token -> next token, as pieces; or the next one, and others that are less likely.
-        **config: For LlamaConfig, such as eos_token_id.
+    Its one layer adds nothing, and a row of the head is the sum of the embeddings that its token follows. `follows`
+    is token -> next token, as pieces; or the next one, and others that are less likely.
     """
     settings = {**_LLAMA, **_UNTIED, "num_hidden_layers": 1, "pad_token_id": tokenizer.pad_token_id}
     ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -275,20 +256,14 @@ def served(
     pairs: Sequence[tuple[str, str]] = (),
     new_tokens: int = NEW_TOKENS,
 ) -> list[dict[str, Any]]:
-    """What an engine makes of checkpoints, one loaded after the other: answers and likelihoods, or why it refused one.
-
-    A None at the beginning is the engine as it was started.
-    """
+    """What an engine makes of checkpoints, one loaded after the other: answers and likelihoods."""
     found: list[dict[str, Any]] = []
     for checkpoint in loads:
-        try:
-            if found or checkpoint:
-                lm.load(checkpoint and Path(checkpoint))
-            found.append({"answers": generate(lm, prompts, new_tokens)})
-            if pairs:
-                found[-1]["likelihoods"] = likelihoods(lm, pairs)
-        except (EngineError, ModelError) as e:
-            found.append({"refused": str(e)})
+        if found or checkpoint:
+            lm.load(checkpoint and Path(checkpoint))
+        found.append({"answers": generate(lm, prompts, new_tokens)})
+        if pairs:
+            found[-1]["likelihoods"] = likelihoods(lm, pairs)
     return found
 
 

@@ -4,8 +4,6 @@ Every cell is compared with a plain greedy loop over the unmerged PEFT model (se
 no cache, float32. None answers differently.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -40,12 +38,24 @@ PAIRS = [
     ("A", " longer text, of several words."),
     ("Die Straße ist", " naß"),
 ]
-#: Architectures for vLLM -> the kinds of checkpoint: dense, tied, and with experts.
-VLLM = {
-    "llama": KINDS,
-    "llama_tied": (*KINDS, *MORE_KINDS),
-    "mixtral": ["base", "lora"],  # an engine for each, since experts cannot be swapped on a CPU
-}
+ALL_KINDS = (*KINDS, *MORE_KINDS)
+#: One architecture of each kind of positions, attention, experts and state; the others are slow tests.
+QUICK = ("llama", "llama_tied", "gpt2", "gptj", "falcon_alibi", "gemma3", "mamba", "mixtral")
+_SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
+CELLS = [
+    *(
+        pytest.param(
+            *(by_transformers, name, ALL_KINDS if "llama" in name else ("lora", "modules_to_save")),
+            id=f"hf-{name}",
+            marks=[] if name in QUICK else _SLOW,
+        )
+        for name in ARCHITECTURES
+    ),
+    pytest.param(by_vllm, "llama", KINDS, id="vllm-llama", marks=_SLOW),
+    pytest.param(by_vllm, "llama_tied", ALL_KINDS, id="vllm-llama_tied", marks=_SLOW),
+    # An engine for each, since experts cannot be swapped on a CPU.
+    pytest.param(by_vllm, "mixtral", ["lora"], id="vllm-mixtral", marks=_SLOW),
+]
 
 
 @pytest.fixture(scope="session")
@@ -65,85 +75,27 @@ def base_of(tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
     return make
 
 
-# ------------------------------------------------------------------------------------------------------- transformers
+@pytest.mark.parametrize(("answers_of", "architecture", "kinds"), CELLS)
+def test_an_engine_answers_as_the_trained_model(answers_of, architecture, kinds, base_of, tmp_path):
+    """One engine and all kinds of checkpoint, the base between any two of them."""
+    base, answers_of_base = base_of(architecture)
+    tokenizer = AutoTokenizer.from_pretrained(base)
 
+    def answered(model) -> dict:
+        answers = reference(model, tokenizer, PROMPTS)
+        return {"answers": answers, "likelihoods": reference_likelihoods(model, tokenizer, PAIRS)}
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_transformers_answers_as_the_trained_model(architecture, kind, base_of, tmp_path):
-    served_by_transformers(*base_of(architecture), kind, tmp_path)
-
-
-@pytest.mark.parametrize("kind", MORE_KINDS)
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
-def test_transformers_answers_as_the_trained_model_of_further_kinds(architecture, kind, base_of, tmp_path):
-    served_by_transformers(*base_of(architecture), kind, tmp_path)
-
-
-def served_by_transformers(base: Path, answers_of_base: list[str], kind: str, tmp_path: Path) -> None:
-    checkpoint, model = make_checkpoint(kind, base, tmp_path / kind)
-    expected = reference(model, AutoTokenizer.from_pretrained(base), PROMPTS)
-    if kind == "base":
-        assert by_transformers(base, [None], PROMPTS) == [{"answers": expected}]
-    else:
-        assert all(map(ne, expected, answers_of_base)), "another model"
-        assert by_transformers(base, [checkpoint, None], PROMPTS) == [
-            {"answers": expected},
-            {"answers": answers_of_base},
-        ], "the checkpoint, and back"
-
-
-@pytest.mark.parametrize("kind", ["lora", "modules_to_save"])
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "mpt", "mamba", "mixtral"])
-def test_likelihoods_of_transformers_are_those_of_the_trained_model(architecture, kind, base_of, tmp_path):
-    base, _ = base_of(architecture)
-    checkpoint, model = make_checkpoint(kind, base, tmp_path / kind)
-    expected = reference_likelihoods(model, AutoTokenizer.from_pretrained(base), PAIRS)
-    (found,) = by_transformers(base, [checkpoint], PROMPTS[:1], PAIRS)
-    assert found["likelihoods"] == pytest.approx(expected, rel=1e-4)
-
-
-# --------------------------------------------------------------------------------------------------------------- vllm
-
-
-@pytest.fixture(scope="session")
-def vllm_of(base_of, tmp_path_factory):
-    """What one engine of vLLM makes of every kind of checkpoint of an architecture, the base between any two of them.
-
-    A kind -> its path, what was found, what is expected, and what was found of the base after it.
-    """
-
-    @cache
-    def serve(architecture: str) -> dict[str, dict]:
-        base, _ = base_of(architecture)
-        tokenizer, folder = AutoTokenizer.from_pretrained(base), tmp_path_factory.mktemp(architecture)
-        cells, loads = {}, []
-        for kind in VLLM[architecture]:
-            checkpoint, model = make_checkpoint(kind, base, folder / kind)
-            answers = reference(model, tokenizer, PROMPTS)
-            expected = {"answers": answers, "likelihoods": reference_likelihoods(model, tokenizer, PAIRS)}
-            cells[kind] = {"checkpoint": checkpoint, "expected": expected}
-            loads += [checkpoint, None]
-        found = by_vllm(base, loads, PROMPTS, PAIRS)
-        for cell, now, after in zip(cells.values(), found[::2], found[1::2], strict=True):
-            cell |= {"found": now, "after": after}
-        return cells
-
-    return serve
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("architecture", "kind"), [(name, kind) for name, kinds in VLLM.items() for kind in kinds])
-def test_vllm_answers_as_the_trained_model(architecture, kind, vllm_of):
-    cell, base = vllm_of(architecture)[kind], vllm_of(architecture)["base"]["expected"]
-    assert_same(cell["found"], cell["expected"])
-    assert_same(cell["after"], base)
-
-
-def assert_same(found: dict, expected: dict) -> None:
-    assert found["answers"] == expected["answers"]
-    assert found["likelihoods"] == pytest.approx(expected["likelihoods"], rel=1e-3)
+    loads, expected = [None], [answered(reload(base, None))]
+    for kind in kinds:
+        checkpoint, model = make_checkpoint(kind, base, tmp_path / kind)
+        loads += [checkpoint, None]
+        expected += [answered(model), expected[0]]
+        assert all(map(ne, expected[-2]["answers"], answers_of_base)), "another model"
+    found = answers_of(base, loads, PROMPTS, PAIRS)
+    assert [each["answers"] for each in found] == [each["answers"] for each in expected]
+    for each, wanted in zip(found, expected, strict=True):
+        precision = 1e-4 if answers_of is by_transformers else 1e-3
+        assert each["likelihoods"] == pytest.approx(wanted["likelihoods"], rel=precision)
 
 
 # ------------------------------------------------------------------------------------------ vllm's unmerged adapters

@@ -3,13 +3,12 @@
 import json
 import shutil
 import threading
-import time
 
 import pytest
-from conftest import train
+from conftest import pieces_tokenizer, train
 from transformers import AutoTokenizer
 
-from trace_bench import engine, evaluate
+from trace_bench import evaluate
 from trace_bench.run import Run, RunError, read_json
 from trace_tasks import tokens
 from trace_tasks.data.files import write_json
@@ -47,10 +46,10 @@ def prompts(run: Run, index: int = 0, task: str = "trace_fomc") -> list[str]:
     return [json.loads(line).get("given") or json.loads(line)["prompt"] for line in lines]
 
 
-@pytest.mark.parametrize("arguments", [None, OFF], ids=["default", "off"])
-def test_training_and_evaluation_render_the_same_prompts(switched, arguments):
+def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
     from trainers.base import CLTrainer
 
+    monkeypatch.setenv("TRACE_DATA", "demo")
     trained = []
 
     class Look(CLTrainer):
@@ -60,34 +59,29 @@ def test_training_and_evaluation_render_the_same_prompts(switched, arguments):
             return rows
 
     Look.__module__ = CLTrainer.__module__
-    run = train({**switched, "chat_template_args": arguments}, Look)
+    run = train({**switched, "chat_template_args": OFF, "max_steps": 1}, Look)
     date = run.manifest["date"]
     write_json(run.path / "manifest.json", {**run.manifest, "date": "2020-01-02"})  # as if it had begun then
     run = Run.open(run.path)
     evaluate.evaluate(run)
-    end = "<s>assistant\n" + ("<think>\n\n</think>\n\n" if arguments else "")
-    assert all(p.startswith("<s>user 02.01.2020\n") and p.endswith("</s>\n" + end) for p in prompts(run))
+    end = "</s>\n<s>assistant\n<think>\n\n</think>\n\n"
+    assert all(p.startswith("<s>user 02.01.2020\n") and p.endswith(end) for p in prompts(run))
     year, month, day = date.split("-")
-    assert trained[0].startswith(f"<s>user {day}.{month}.{year}\n") and ("</s>\n" + end) in trained[0]
-    settings = read_json(run.stages[1].eval_file("trace_fomc"))["settings"]
-    assert settings.get("chat_template_args") == arguments
+    assert trained[0].startswith(f"<s>user {day}.{month}.{year}\n") and end in trained[0]
+    assert read_json(run.stages[1].eval_file("trace_fomc"))["settings"]["chat_template_args"] == OFF
 
-
-def test_other_arguments_of_the_template_are_another_setting(switched):
-    run = train({**switched, "chat_template_args": OFF})
-    evaluate.evaluate(run, stages=[0])
     run.manifest["config"]["chat_template_args"] = {"enable_thinking": True}
     with pytest.raises(RunError, match=r"chat_template_args\.enable_thinking: False -> True"):
         evaluate.evaluate(run)
 
-
-def test_judged_answers_have_the_arguments_too(switched, monkeypatch):
-    monkeypatch.setenv("TRACE_DATA", "demo")
-    more = {"judged": ["instruct_lima"], "judged_rows": 1, "judged_max_new_tokens": 2}
-    run = train({**switched, **more, "chat_template": False, "chat_template_args": OFF})
-    evaluate.evaluate(run, stages=[0])
+    # Judged answers have the arguments, too, where the tasks have no template.
+    run.manifest["config"].update(chat_template_args=OFF, chat_template=False)
+    for stage in run.stages:
+        stage.eval_file("trace_fomc").unlink()
+    extra = {"judged": ["instruct_lima"], "judged_rows": 1, "judged_max_new_tokens": 2}
+    evaluate.evaluate(run, stages=[0], extra=extra)
     (given,) = prompts(run, 0, "instruct_lima")
-    assert given.endswith("<s>assistant\n<think>\n\n</think>\n\n")
+    assert given.startswith("<s>user") and given.endswith(end)
     settings = read_json(run.stages[0].eval_file("instruct_lima"))["settings"]
     assert settings["chat_template"] is True and settings["chat_template_args"] == OFF
     assert "chat_template_args" not in read_json(run.stages[0].eval_file("trace_fomc"))["settings"]
@@ -107,12 +101,6 @@ def test_what_cannot_be_rendered_is_refused_before_anything_is_trained(switched,
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("name", ["enable_thinking", "chat_template_args", "add_bos_token", "tokenizer"])
-def test_an_engine_takes_no_argument_that_would_change_its_prompts_alone(name, tiny_model):
-    with pytest.raises(engine.EngineError, match=rf"engine_args: {name} would"):
-        engine.open_engine("hf", str(tiny_model), engine_args={name: False})
-
-
 @pytest.fixture
 def chat(switched):
     return Chat(AutoTokenizer.from_pretrained(switched["model_name_or_path"]), OFF, "2020-01-02")
@@ -129,16 +117,14 @@ def test_what_is_cut_is_the_content_and_earlier_turns_go_first(chat):
     head, end = "<s>system 02.01.2020\nBe short.</s>\n", "</s>\n<s>assistant\n<think>\n\n</think>\n\n"
     assert whole.startswith(head) and whole.endswith("an end" + end)
     (ids,) = prompt_ids(chat.tokenizer, [whole], None, chat)
-    for less, kept in ((0, None), (1, "the question, with a beginning and an end"), (95, "inning and an end")):
-        (cut,) = prompt_ids(chat.tokenizer, [whole], len(ids) - less, chat)
-        text = chat.tokenizer.decode(cut)
-        if kept is None:
-            assert text == whole
-        elif less == 1:
-            assert text == f"{head}<s>user 02.01.2020\n{kept}{end}", "the example goes as a whole"
-        else:
-            assert text.startswith(head + "<s>user 02.01.2020\n") and text.endswith("an end" + end)
-            assert len(cut) <= len(ids) - less and "an example" not in text
+    assert chat.tokenizer.decode(prompt_ids(chat.tokenizer, [whole], len(ids), chat)[0]) == whole
+    (cut,) = prompt_ids(chat.tokenizer, [whole], len(ids) - 1, chat)
+    question = "the question, with a beginning and an end"
+    assert chat.tokenizer.decode(cut) == f"{head}<s>user 02.01.2020\n{question}{end}", "the example goes as a whole"
+    (cut,) = prompt_ids(chat.tokenizer, [whole], len(ids) - 95, chat)
+    text = chat.tokenizer.decode(cut)
+    assert text.startswith(head + "<s>user 02.01.2020\n") and text.endswith("an end" + end)
+    assert len(cut) <= len(ids) - 95 and "an example" not in text
     with pytest.raises(PromptError, match="take more than the limit of 30 tokens"):
         prompt_ids(chat.tokenizer, [whole], 30, chat)
 
@@ -151,8 +137,21 @@ def test_a_chat_has_the_templates_ids_and_no_others(chat):
     )
     assert prompt_ids(chat.tokenizer, [chat(turns)], None, chat) == [own]
     (example,) = example_ids(chat.tokenizer, [chat(turns)], ["yes"], chat=chat)
+    assert Chat(chat.tokenizer, None, "2020-01-02")(turns).endswith("</s>\n<s>assistant\n"), (
+        "nothing given: its default"
+    )
     answer = [*chat.tokenizer("yes", add_special_tokens=False).input_ids, chat.tokenizer.eos_token_id]
     assert example["input_ids"] == own + answer and example["labels"] == [-100] * len(own) + answer
+
+
+def test_an_answer_to_a_chat_is_encoded_with_it_and_without_bos():
+    tokenizer = pieces_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    chat = Chat(tokenizer)
+    text = chat([{"role": "user", "content": "a question"}])
+    (example,) = example_ids(tokenizer, [text], ["yes"], chat=chat)
+    ids = tokenizer(f"{text}yes", add_special_tokens=False).input_ids
+    assert example["input_ids"] == [*ids, tokenizer.eos_token_id] and tokenizer("x").input_ids[0] not in ids
 
 
 def test_a_template_that_refuses_the_turns_says_so(chat):
@@ -164,18 +163,7 @@ def test_a_template_that_refuses_the_turns_says_so(chat):
         Chat(chat.tokenizer)
 
 
-@pytest.mark.slow
-def test_both_engines_render_with_it():
-    from trace_bench.engine.hf import SwapHF
-    from trace_bench.engine.swap import SwapLM
-    from trace_bench.engine.vllm import SwapVLLM
-
-    for engine_class in (SwapHF, SwapVLLM):
-        for name in ("apply_chat_template", "tok_encode", "generate_until", "_spoken"):
-            assert getattr(engine_class, name) is getattr(SwapLM, name)
-
-
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "template",
     [
@@ -194,13 +182,12 @@ def test_both_engines_render_with_it():
     ids=lambda t: t[:50],
 )
 def test_a_template_that_would_take_for_ever_or_all_memory_is_refused(template, tiny_model, monkeypatch):
-    monkeypatch.setattr(tokens, "RENDERING", (2.0, 2**29))
+    monkeypatch.setattr(tokens, "RENDERING", (0.5, 2**29))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = template
-    began = time.monotonic()
     with pytest.raises(PromptError, match="chat template") as e:
         Chat(tokenizer)([{"role": "user", "content": "what"}])
-    assert time.monotonic() - began < 20 and len(str(e.value)) < 1000
+    assert len(str(e.value)) < 1000
     tokenizer.chat_template = SWITCH
     assert "what" in Chat(tokenizer)([{"role": "user", "content": "what"}]), "the limits end with it"
 
@@ -217,15 +204,13 @@ def test_memory_is_limited_beside_the_main_thread_too(tiny_model, monkeypatch):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    thread.join(60)
+    thread.join()
     assert "1 GiB of memory" in found[0]
 
 
-def test_long_chats_and_templates_are_rendered(tiny_model):
+def test_long_chats_are_rendered(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% for i in range(m['content'] | length) %}{% if loop.last %}{{ i }}{% endif %}"
-        "{% endfor %}{{ m['content'] }}{{ '-' * 80 }}{% endfor %}"
-    )
+    loop = "{% for i in range(m['content'] | length) %}{% if loop.last %}{{ i }}{% endif %}{% endfor %}"
+    tokenizer.chat_template = f"{{% for m in messages %}}{loop}{{{{ m['content'] }}}}{{{{ '-' * 80 }}}}{{% endfor %}}"
     asked = "é" * 90_000
     assert asked in Chat(tokenizer)([{"role": "user", "content": "a" * 9}, {"role": "user", "content": asked}])

@@ -4,19 +4,19 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import tempfile
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import generate
-from conftest import both_tokenizers, train
+from lm_eval.api.task import ConfigurableTask
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from trace_bench import engine, evaluate, report
-from trace_bench.engine import merging, models, swap
+from trace_bench.engine import models, swap
+from trace_bench.engine.checkpoints import warn_of_tokenizers
 from trace_bench.evaluate import cells as cells_module
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_tasks, task_manager, training_rows
@@ -29,7 +29,13 @@ def cells(run: Run) -> list[list[str]]:
     return [[t for t in run.tasks if s.eval_file(t).exists()] for s in run.stages]
 
 
-def test_the_seen_tasks_then_the_full_matrix(run, capsys):
+@pytest.fixture
+def no_engine(monkeypatch):
+    """Makes the start of an engine an error from now on."""
+    return lambda: monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
+
+
+def test_the_seen_tasks_then_the_full_matrix_and_nothing_twice(run, capsys, no_engine):
     first, second = run.tasks
     assert evaluate.evaluate(run) == 5
     (read, written) = map(int, re.search(r"(\d+) tokens read, (\d+) written", capsys.readouterr().out).groups())
@@ -38,6 +44,8 @@ def test_the_seen_tasks_then_the_full_matrix(run, capsys):
     assert evaluate.evaluate(run, cells="all") == 1
     assert cells(run)[1] == [first, second]
     assert not math.isnan(report.Results(run).R.sum())
+    no_engine()
+    assert evaluate.evaluate(run, cells="all") == 0
 
 
 def test_a_cell_has_its_scores_and_its_samples(run):
@@ -73,12 +81,6 @@ def test_what_the_limits_of_lengths_cut_is_counted_and_reported(run, tiny_model)
     assert not lm.unfinished, "it ended at a stop string"
 
 
-def test_done_cells_are_not_done_again_and_start_no_engine(run, monkeypatch):
-    evaluate.evaluate(run)
-    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
-    assert evaluate.evaluate(run) == 0
-
-
 def test_an_interrupted_evaluation_goes_on_where_it_was(run, monkeypatch):
     monkeypatch.setattr(cells_module, "BATCH", 1)  # one task at a time
     done = []
@@ -98,9 +100,10 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, monkeypatch):
     assert sum(map(len, cells(run))) == 5
 
 
-def test_one_engine_serves_all_stages(run, monkeypatch):
-    starts, swaps = [], []
-    original = engine.open_engine
+def test_one_engine_serves_all_stages_and_makes_the_prompts_once(run, monkeypatch):
+    """What a further stage costs is its swap and its tokens. Counted, since times cannot be trusted."""
+    starts, swaps, built, encoded = [], [], [], []
+    original, build = engine.open_engine, ConfigurableTask.fewshot_context
 
     def counted(*args, **kwargs):
         lm = original(*args, **kwargs)
@@ -109,35 +112,18 @@ def test_one_engine_serves_all_stages(run, monkeypatch):
         lm.load = lambda checkpoint, *rest: (swaps.append(checkpoint), load(checkpoint, *rest))
         return lm
 
+    def encode(tokenizer, texts, limit, chat):
+        encoded.extend((text, limit) for text in texts)
+        return prompt_ids(tokenizer, texts, limit, chat)
+
     monkeypatch.setattr(engine, "open_engine", counted)
-    evaluate.evaluate(run)
-    assert len(starts) == 1 and swaps == [s.checkpoint for s in run.stages[1:]], "the base model is there already"
-
-
-def test_prompts_are_built_and_tokenized_once_for_all_stages(run, monkeypatch):
-    """What a further stage costs is its swap and its tokens. Counted, since times cannot be trusted."""
-    from lm_eval.api.task import ConfigurableTask
-
-    built, encoded = [], []
-    original = ConfigurableTask.fewshot_context
-    monkeypatch.setattr(
-        ConfigurableTask, "fewshot_context", lambda self, *a, **k: built.append(1) or original(self, *a, **k)
-    )
-    monkeypatch.setattr(
-        swap,
-        "prompt_ids",
-        lambda t, texts, n, chat: encoded.extend((text, n) for text in texts) or prompt_ids(t, texts, n, chat),
-    )
+    monkeypatch.setattr(ConfigurableTask, "fewshot_context", lambda *a, **k: built.append(1) or build(*a, **k))
+    monkeypatch.setattr(swap, "prompt_ids", encode)
     assert evaluate.evaluate(run, cells="all") == 6
+    assert len(starts) == 1 and swaps == [s.checkpoint for s in run.stages[1:]], "the base model is there already"
     assert len(built) == 2 * 6, "two tasks of six rows, three stages"
     assert len(encoded) == len(set(encoded)), "and of those that are cut once more, to say that they are"
     assert len([text for text, limit in encoded if limit]) <= 2 * 6
-
-
-def test_other_settings_are_not_mixed_into_a_matrix(run):
-    evaluate.evaluate(run, stages=[0])
-    with pytest.raises(RunError, match=r"backend: 'hf' -> 'vllm'"):
-        evaluate.evaluate(run, backend="vllm")
 
 
 def test_results_of_an_older_checkpoint_are_made_anew(options, run):
@@ -147,8 +133,8 @@ def test_results_of_an_older_checkpoint_are_made_anew(options, run):
     # The stage is trained again, to other weights.
     (adapter,) = run.stages[2].checkpoint.glob("*.safetensors")
     save_file({k: v * 2 for k, v in load_file(adapter).items()}, adapter)
+    run.stages[2].eval_file("trace_fomc").unlink()
     with pytest.raises(RunError, match="fingerprint differs"):
-        (run.stages[2].eval_file("trace_fomc")).unlink()
         evaluate.evaluate(run)
     write_json(run.stages[2].train_file, {**record, "checkpoint": fingerprint(run.stages[2].checkpoint)})
     assert evaluate.evaluate(run) == 2
@@ -165,134 +151,69 @@ def test_other_data_than_the_run_s_is_refused(run, tmp_path):
         evaluate.evaluate(run, data_path=str(copy))
 
 
-@both_tokenizers
-def test_a_swapped_engine_generates_what_a_fresh_one_does(checkpoints, tiny_model, tmp_path, demo_data):
-    prompts = [d["prompt"] for d in load_tasks(["trace_fomc"])["trace_fomc"].test_docs()][:4]
-
-    swapped = engine.open_engine("hf", str(tiny_model))
-    base = generate(swapped, prompts)
-    for kind, checkpoint in checkpoints.items():
-        swapped.load(checkpoint)
-        output = generate(swapped, prompts)
-        assert output != base and len(set(output)) > 1, "lively texts, or nothing is shown"
-        models.load_merged(str(tiny_model), checkpoint).save_pretrained(tmp_path / kind)
-        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / kind)
-        assert generate(engine.open_engine("hf", str(tmp_path / kind)), prompts) == output
-    swapped.load(None)
-    assert generate(swapped, prompts) == base, "and back"
-
-
-def test_a_checkpoint_is_merged_ahead_where_that_takes_nothing_from_the_engine(tiny_model, checkpoints, monkeypatch):
-    adapter, merger = checkpoints["adapter"], merging.Merging(str(tiny_model), None, False)
-    merger.prepare(adapter)
-    assert merger._ahead is None, "on a CPU merging would slow the engine down"
-    with merger.full_model(adapter) as (folder, lost):
-        merged = load_file(Path(folder) / "model.safetensors")
-    assert not Path(folder).exists() and lost == 0, "in float32"
-    monkeypatch.setattr(merging, "has_gpu", lambda: True)
-    merger.prepare(adapter)
-    monkeypatch.setattr(models, "merge", lambda *a, **k: pytest.fail("it was merged already"))
-    with merger.full_model(adapter) as (folder, lost):
-        ahead = load_file(Path(folder) / "model.safetensors")
-    assert not Path(folder).exists() and all(torch.equal(ahead[k], v) for k, v in merged.items()) and lost == 0
-    monkeypatch.undo()
-    merger._ahead = adapter, tempfile.TemporaryDirectory(), subprocess.Popen(["false"])
-    with merger.full_model(adapter) as (folder, _):
-        assert load_file(Path(folder) / "model.safetensors").keys() == merged.keys(), "it failed: merged here"
-
-
 @pytest.mark.parametrize(
-    "name, chat",
-    [*((name, False) for name in data.FOLDERS), *((name, True) for name in ("trace_fomc", "trace_20minuten"))],
+    "names, chat", [(list(data.FOLDERS), False), (["trace_fomc", "trace_20minuten"], True)], ids=["raw", "chat"]
 )
-def test_the_token_ids_trained_on_are_the_ones_tested_on(name, chat, tiny_model, demo_data, monkeypatch):
+def test_the_token_ids_trained_on_are_the_ones_tested_on(names, chat, tiny_model, demo_data, monkeypatch):
     """The prompt part of a training example against what reaches the model in evaluation, truncation included."""
     import lm_eval
 
     limit = 60  # shorter than every demo prompt in bytes
     lm = engine.open_engine("hf", str(tiny_model), max_prompt_length=limit, engine_args={"batch_size": 2})
-    task = load_tasks([name])[name]
-    task.config.generation_kwargs["max_gen_toks"] = 2
-    tested = []
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # seconds
+    tested: list[list[int]] = []
     original = lm._generated
-
-    def look(batch):
-        tested.extend(list(want.ids) for want in batch)
-        return original(batch)
-
-    monkeypatch.setattr(lm, "_generated", look)
-    lm_eval.simple_evaluate(
-        model=lm, tasks=[task], limit=3, apply_chat_template=chat, bootstrap_iters=0, task_manager=task_manager()
+    monkeypatch.setattr(
+        lm, "_generated", lambda batch: tested.extend(list(want.ids) for want in batch) or original(batch)
     )
-    # The same rows as if they were training rows.
-    monkeypatch.setattr(task, "training_docs", task.test_docs)
-    rows = training_rows(task, 3, lm.apply_chat_template if chat else None)
-    examples = example_ids(lm.tokenizer, *zip(*rows, strict=True), max_prompt=limit, max_answer=32, chat=lm.chat)
-    trained = [[i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label == -100] for e in examples]
-    assert sorted(tested) == sorted(trained)
-    assert all(limit - 3 * chat <= len(ids) <= limit for ids in trained), "of a chat no half of a character is kept"
-    if chat:  # the content is cut, not the template
-        assert all(lm.tokenizer.decode(ids).startswith("<s>user\n") for ids in trained)
-        assert all(lm.tokenizer.decode(ids).endswith("</s>\n<s>assistant\n") for ids in trained)
-
-
-def test_checkpoints_from_elsewhere(run, tiny_model, tmp_path):
-    checkpoints = {s.task: str(s.checkpoint) for s in run.stages[1:]}
-    settings = {"backend": "hf", "test_rows": 6, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
-    arguments = {"model": str(tiny_model), "tasks": run.tasks, "settings": settings, "data_path": "demo"}
-    theirs = evaluate.external_run(tmp_path / "theirs", checkpoints, **arguments)
-    assert theirs.is_sequence() and evaluate.evaluate(theirs, stages=[2]) == 2
-    evaluate.evaluate(run, stages=[2])
-    assert (report.Results(theirs).R[2] == report.Results(run).R[2]).all()
-    named = evaluate.external_run(tmp_path / "named", {"best": checkpoints[run.tasks[1]]}, **arguments)
-    assert not named.is_sequence() and evaluate.evaluate(named, stages=[1]) == 2, "a name that is no task: all tasks"
-    with pytest.raises(RunError, match="no adapter"):
-        evaluate.external_run(tmp_path / "none", {"x": str(tmp_path)}, **arguments)
+    settings = {"limit": 3, "apply_chat_template": chat, "bootstrap_iters": 0, "task_manager": task_manager()}
+    for name, task in load_tasks(names).items():
+        task.config.generation_kwargs["max_gen_toks"] = 2
+        tested.clear()
+        lm_eval.simple_evaluate(model=lm, tasks=[task], **settings)
+        # The same rows as if they were training rows.
+        monkeypatch.setattr(task, "training_docs", task.test_docs)
+        rows = training_rows(task, 3, lm.apply_chat_template if chat else None)
+        examples = example_ids(lm.tokenizer, *zip(*rows, strict=True), max_prompt=limit, max_answer=32, chat=lm.chat)
+        trained = [[i for i, label in zip(e["input_ids"], e["labels"], strict=True) if label == -100] for e in examples]
+        assert sorted(tested) == sorted(trained), name
+        assert all(limit - 3 * chat <= len(ids) <= limit for ids in trained), "of a chat no half of a character is kept"
+        if chat:  # the content is cut, not the template
+            texts = lm.tokenizer.batch_decode(trained)
+            assert all(t.startswith("<s>user\n") and t.endswith("</s>\n<s>assistant\n") for t in texts)
 
 
 @pytest.fixture
 def theirs(run, tiny_model, tmp_path):
-    """Makes a run of checkpoints from elsewhere: copies of the stages of `run`."""
+    """Makes a run of checkpoints from elsewhere: copies of the stages of `run`, as v1, v2, and others by name."""
+    settings = {"backend": "hf", "test_rows": 6, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
 
     def make(*stages: int, **names: Path) -> Run:
-        folders = {}
-        for stage in stages:
-            folders[f"v{stage}"] = tmp_path / f"v{stage}"
-            shutil.copytree(run.stages[stage].checkpoint, folders[f"v{stage}"], dirs_exist_ok=True)
-        settings = {"backend": "hf", "test_rows": 6, "max_prompt_length": 96, "max_new_tokens": 4}
-        return evaluate.external_run(
-            tmp_path / "theirs",
-            {k: str(v) for k, v in {**folders, **names}.items()},
-            model=str(tiny_model),
-            tasks=run.tasks,
-            settings={**settings, "chat_template": False},
-            data_path="demo",
-        )
+        folders = {f"v{stage}": tmp_path / f"v{stage}" for stage in stages}
+        for stage, folder in zip(stages, folders.values(), strict=True):
+            shutil.copytree(run.stages[stage].checkpoint, folder, dirs_exist_ok=True)
+        given = {name: str(folder) for name, folder in {**folders, **names}.items()}
+        options = {"model": str(tiny_model), "tasks": run.tasks, "settings": settings, "data_path": "demo"}
+        return evaluate.external_run(tmp_path / "theirs", given, **options)
 
     return make
 
 
+def test_checkpoints_from_elsewhere_that_are_named_as_tasks_are_a_sequence(run, theirs):
+    sequence = theirs(**{s.task: s.checkpoint for s in run.stages[1:]})
+    assert sequence.is_sequence() and evaluate.evaluate(sequence, stages=[2]) == 2
+    evaluate.evaluate(run, stages=[2])
+    assert (report.Results(sequence).R[2] == report.Results(run).R[2]).all()
+
+
 def test_a_further_checkpoint_becomes_the_next_stage_and_nothing_is_done_again(theirs, tmp_path):
-    assert evaluate.evaluate(theirs(1)) == 4
+    assert not theirs(1).is_sequence() and evaluate.evaluate(theirs(1)) == 4, "names that are no task: all tasks"
     more = theirs(2)  # given by itself
     assert [s.name for s in more.stages] == ["0_base", "1_v1", "2_v2"] and evaluate.evaluate(more) == 2
     assert [s.name for s in theirs(1, 2).stages] == ["0_base", "1_v1", "2_v2"], "or with the others"
     with pytest.raises(RunError, match=r"checkpoints\.v1: .*/v1' -> .*/v2'"):
         theirs(v1=tmp_path / "v2")
     assert [s.name for s in Run.open(more.path).stages] == ["0_base", "1_v1", "2_v2"]
-
-
-def test_the_report_of_checkpoints_says_what_changed_since_the_base_and_since_the_one_before(theirs):
-    run = theirs(1, 2)
-    evaluate.evaluate(run)
-    report.write_report(run)
-    text = (run.path / "report.md").read_text(encoding="utf-8")
-    base, before = text.split("## Changes since the base model")[1].split("## Changes since the checkpoint before")
-    assert "| 1_v1 |" in base and "| 2_v2 |" in base
-    assert "| 1_v1 |" not in before.split("##")[0] and "| 2_v2 |" in before.split("##")[0]
-    R = report.Results(run).R
-    assert f"{100 * (R[2, 0] - R[1, 0]):+.1f}" in before.split("##")[0]
-    assert "Changes since the base model" in (run.path / "report.html").read_text(encoding="utf-8")
 
 
 def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(theirs, run, tmp_path):
@@ -308,12 +229,14 @@ def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(theirs, r
         report.write_report(mixed)
 
 
-def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(theirs, tiny_model, tmp_path, monkeypatch):
+def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(
+    theirs, tiny_model, tmp_path, no_engine, monkeypatch
+):
     part = tmp_path / "part"
     shutil.copytree(tiny_model, part)
     tensors = load_file(part / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, part / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr(engine, "open_engine", None)
+    no_engine()
     with pytest.raises(RunError, match=r"part lacks 9 tensors of the model .* describes, such as model\.layers\.1"):
         theirs(part=part)
     assert not (tmp_path / "theirs").exists(), "nothing is recorded"
@@ -330,23 +253,20 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(thei
         evaluate.evaluate(run)
 
 
-def test_a_checkpoint_with_a_tokenizer_of_its_own_is_measured_with_the_base_model_s_and_that_is_said(
-    theirs, tiny_model, tmp_path, caplog
-):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.save_pretrained(tmp_path / "v1")  # as most training programs do
-    run = theirs(1)
-    evaluate.evaluate(run, stages=[1])
-    assert "It is measured with the base model's" not in caplog.text
+def test_the_tokenizer_of_a_checkpoint_is_not_used_and_that_is_said(theirs, tiny_model, tmp_path, caplog):
+    tokenizer, run = AutoTokenizer.from_pretrained(tiny_model), theirs(1)
+
+    def said() -> str:
+        caplog.clear()
+        tokenizer.save_pretrained(tmp_path / "v1")
+        warn_of_tokenizers(run, run.stages)
+        return caplog.text
+
+    assert said() == "", "most training programs save the one that they had"
     tokenizer.add_tokens("<new>")
-    tokenizer.save_pretrained(tmp_path / "v1")
-    evaluate.evaluate(run, stages=[1])
-    assert "1_v1 brings another vocabulary than the base model has" in caplog.text
-    caplog.clear()
+    assert "1_v1 brings another vocabulary than the base model has" in said()
     tokenizer.chat_template = "{{ messages }}"
-    tokenizer.save_pretrained(tmp_path / "v1")
-    assert evaluate.evaluate(run, stages=[1]) == 2, "its files are others"
-    assert "1_v1 brings another vocabulary and another chat template than" in caplog.text
+    assert "1_v1 brings another vocabulary and another chat template than" in said()
     for file in (tmp_path / "v1").glob("tokenizer*"):
         file.write_text("{")
     assert evaluate.evaluate(run, stages=[1]) == 2, "nothing is measured with it"
@@ -357,21 +277,23 @@ def test_a_checkpoint_with_a_tokenizer_of_its_own_is_measured_with_the_base_mode
 
 
 def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(run):
-    evaluate.evaluate(run, stages=[0])
-    with pytest.raises(RunError, match=r"engine\.dtype: 'absent' -> 'bfloat16'"):
-        evaluate.evaluate(run, engine_args={"dtype": "bfloat16"})
+    _ = run.identity  # it stays that of the stages
+    run.manifest["config"]["engine_args"] = {"dtype": "float32", "batch_size": 2}
+    assert evaluate.evaluate(run, stages=[0], engine_args={"batch_size": 3}) == 2, "in addition to the run's own"
+    assert read_json(run.stages[0].eval_file("trace_fomc"))["engine_args"] == {"dtype": "float32", "batch_size": 3}
+    for other, message in (
+        ({"engine_args": {"dtype": "bfloat16"}}, r"engine\.dtype: 'float32' -> 'bfloat16'"),
+        ({"engine_args": {"dtype": None}}, r"engine\.dtype: 'float32' -> 'absent'"),
+        ({"backend": "vllm"}, r"backend: 'hf' -> 'vllm'"),
+    ):
+        with pytest.raises(RunError, match=message):
+            evaluate.evaluate(run, **other)
     assert evaluate.evaluate(run, engine_args={"batch_size": 2, "max_length": 512}) == 3
 
 
-def test_arguments_for_vllm_serve_transformers_where_they_mean_something(options, tiny_model):
+def test_arguments_for_vllm_serve_transformers_where_they_mean_something(tiny_model):
     args = {"max_model_len": 256, "gpu_memory_utilization": 0.9, "tensor_parallel_size": 2, "batch_size": 4}
     assert engine.open_engine("hf", str(tiny_model), engine_args=args).max_length == 256
-    again = {"engine_args": {"dtype": "float32", "batch_size": 2}, "output_dir": options["output_dir"] + "2"}
-    run = train({**options, **again})
-    assert evaluate.evaluate(run, stages=[0], engine_args={"batch_size": 3}) == 2, "beside the run's own"
-    assert read_json(run.stages[0].eval_file("trace_fomc"))["engine_args"] == {"dtype": "float32", "batch_size": 3}
-    with pytest.raises(RunError, match=r"engine\.dtype: 'float32' -> 'absent'"):
-        evaluate.evaluate(run, engine_args={"dtype": None})
 
 
 def test_a_context_that_would_cut_prompts_shorter_than_the_run_says_is_refused(run):
@@ -385,9 +307,14 @@ def test_a_context_that_would_cut_prompts_shorter_than_the_run_says_is_refused(r
     [
         ({"load_in_4bit": True, "batch_size": 2}, r"load_in_4bit: the weights of later stages are loaded without"),
         ({"pretrained": "other"}, r"pretrained cannot be given"),
+        *(
+            ({name: False}, f"engine_args: {name} would change the prompts")
+            for name in ("enable_thinking", "chat_template_args")
+        ),
+        *(({name: False}, f"engine_args: {name} would encode prompts") for name in ("add_bos_token", "tokenizer")),
     ],
 )
-def test_arguments_that_hold_for_the_first_stage_alone_are_refused(tiny_model, args, message):
+def test_arguments_that_hold_for_the_first_stage_or_the_evaluation_alone_are_refused(tiny_model, args, message):
     with pytest.raises(engine.EngineError, match=message):
         engine.open_engine("hf", str(tiny_model), engine_args=args)
 
@@ -396,12 +323,10 @@ def test_a_stage_that_is_not_trained_is_left_out(run, caplog):
     run.stages[2].train_file.unlink()
     assert evaluate.evaluate(run) == 3
     assert "2_trace_numglue_ds is not trained" in caplog.text
-    with pytest.raises(RunError, match="no stage"):
-        evaluate.evaluate(run, stages=[9])
 
 
 def test_an_engine_that_is_not_there_is_a_clear_error(tiny_model, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(engine.EngineError, match=r"make setup.*--backend hf"):
         engine.open_engine("vllm", str(tiny_model))
 

@@ -1,16 +1,16 @@
 """Adapters merged into weights of less precision than their update: nothing is lost in the mean, or it is said."""
 
+import io
 import logging
-import os
 import subprocess
 import sys
-import tempfile
-import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from trace_bench.engine import merging, models
@@ -123,63 +123,57 @@ def test_the_adapters_below_are_merged_in_their_order(tiny_model, checkpoints, t
             assert not torch.allclose(alone.eval()(ids).logits, expected, atol=1e-2)
 
 
+def test_the_next_checkpoint_is_merged_ahead_where_that_takes_nothing_from_the_engine(
+    tiny_model, checkpoints, monkeypatch
+):
+    adapter, merger = checkpoints["adapter"], merging.Merging(str(tiny_model), None, False)
+
+    def merged() -> dict:
+        with merger.full_model(adapter) as (folder, lost):
+            tensors = load_file(Path(folder) / "model.safetensors")
+        assert not Path(folder).exists() and lost == 0, "in float32"
+        return tensors
+
+    class InHere:
+        """Runs the program at once, in this process: imports take seconds."""
+
+        def __init__(self, command, **_):
+            self.stdout = io.StringIO()
+            with monkeypatch.context() as patch, redirect_stdout(self.stdout):
+                patch.setattr(sys, "argv", ["-c", *command[3:]])
+                exec(command[2], {})
+            self.stdout.seek(0)
+
+        def wait(self):
+            return 0
+
+        kill = wait
+
+    merger.prepare(adapter)
+    assert merger._ahead is None, "on a CPU merging would slow the engine down"
+    known = merged()
+    with monkeypatch.context() as patch:
+        patch.setattr(merging, "has_gpu", lambda: True)
+        patch.setattr(merging.subprocess, "Popen", InHere)
+        merger.prepare(adapter)
+        patch.setattr(models, "merge", lambda *a, **k: pytest.fail("it was merged already"))
+        ahead = merged()
+    assert ahead.keys() == known.keys() and all(torch.equal(ahead[name], known[name]) for name in known)
+    merger._ahead = adapter, Path("gone"), subprocess.Popen(["false"])
+    assert merged().keys() == known.keys(), "it failed: merged here"
+
+
 HOLD = """
-import sys, time
 from trace_bench.engine import merging
 merging.has_gpu = lambda: True
 merging._MERGE = "import time; time.sleep(600)"
 one = merging.Merging("base", None, False)
 one.prepare(merging.Path("adapter"))
-print(one._ahead[2].pid, flush=True)
-if sys.argv[1] == "wait":
-    time.sleep(600)
+print(one._ahead[2].pid, one._ahead[1])
 """
 
 
-@pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """The system's folder for temporary files."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    monkeypatch.setenv("TMPDIR", str(folder))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    return folder
-
-
-def begun(how: str) -> tuple[subprocess.Popen, int]:
-    """A program that merges ahead, and the number of its child."""
-    command = [sys.executable, "-c", HOLD, how]
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, text=True)
-    return process, int(process.stdout.readline())
-
-
-def alive(number: int) -> bool:
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_the_merged_model_of_a_killed_program_goes_with_the_next_one(temporary, tiny_model, checkpoints):
-    process, child = begun("wait")
-    (left,) = temporary.iterdir()
-    merger = merging.Merging(str(tiny_model), None, False)
-    with merger.full_model(checkpoints["adapter"]) as (folder, _):
-        assert left.exists() and Path(folder).parent == temporary, "it is in use"
-    process.kill()
-    process.wait()
-    os.kill(child, 9)
-    with merger.full_model(checkpoints["adapter"]) as (folder, _):
-        assert not left.exists()
-    assert not any(temporary.iterdir())
-
-
-def test_a_program_that_ends_takes_what_it_merges_ahead_with_it(temporary):
-    process, child = begun("end")
-    process.wait(60)
-    for _ in range(100):
-        if not alive(child):
-            break
-        time.sleep(0.1)
-    assert not alive(child) and not any(temporary.iterdir())
+def test_a_program_that_ends_takes_what_it_merges_ahead_with_it():
+    out = subprocess.check_output([sys.executable, "-c", HOLD], cwd=Path(__file__).parents[1], text=True)
+    child, folder = out.split()
+    assert not Path(f"/proc/{child}").exists() and not Path(folder).exists()

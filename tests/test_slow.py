@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import both_tokenizers, command_line, train
+from conftest import command_line, train
 
 from trace_bench import report
 from trace_bench.run import Run, read_json
@@ -23,6 +23,14 @@ from trace_tasks import data
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 THREE = ["trace_fomc", "trace_py150", "trace_numglue_ds"]
+CLI = [sys.executable, "-m", "trace_bench.cli"]
+
+
+@pytest.fixture
+def env(demo_data) -> dict[str, str]:
+    """Of programs that start vLLM."""
+    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    return {**os.environ, **small, "NO_PROXY": "127.0.0.1"}
 
 
 def killed_until_done(command: list[str], rng: random.Random, kills: int) -> None:
@@ -46,96 +54,47 @@ def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, 
         run = tmp_path / name
         train_it = [sys.executable, "-m", "trainers.sequential", *command_line({**options, "output_dir": run})]
         killed_until_done(train_it, rng, kills)
-        killed_until_done([sys.executable, "-m", "trace_bench.cli", "evaluate", str(run)], rng, kills)
-        subprocess.run([sys.executable, "-m", "trace_bench.cli", "report", str(run)], cwd=ROOT, check=True)
+        killed_until_done([*CLI, "evaluate", str(run)], rng, kills)
+        subprocess.run([*CLI, "report", str(run)], cwd=ROOT, check=True)
         scores.append((run / "scores.csv").read_text())
         assert not np.isnan(report.Results(Run.open(run)).R).any()
     assert scores[0] == scores[1]
     assert scores[0].count("\n") > 4 * 3, "four stages, three tasks, at least one metric each"
 
 
-@both_tokenizers
-def test_a_run_is_evaluated_through_vllm_as_through_transformers(options, tmp_path):
-    options = {
-        **options,
-        "tasks": THREE,
-        "backend": "vllm",
-        "engine_args": '{"max_model_len": 256, "dtype": "float32"}',
-    }
-    command = [sys.executable, "-m", "trainers.sequential", *command_line(options)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", options["output_dir"]], cwd=ROOT, check=True)
-    vllm = Run.open(options["output_dir"])
-    hf = train({**options, "backend": "hf", "engine_args": '{"dtype": "float32"}', "output_dir": str(tmp_path / "hf")})
-    from trace_bench.evaluate import evaluate
-
-    assert evaluate(hf) == 3 + 1 + 2 + 3
-    rows = agreeing = 0
-    for a, b in zip(vllm.stages, hf.stages, strict=True):
-        for task in THREE[: a.index or 3]:
-            texts = [
-                [json.loads(line)["response"] for line in s.samples_file(task).read_text().splitlines()] for s in (a, b)
-            ]
-            rows += len(texts[0])
-            agreeing += sum(x == y for x, y in zip(*texts, strict=True))
-    assert rows == 9 * 6
-    # Two engines sum in another order, so that a tie between two tokens may fall either way.
-    assert agreeing >= 0.95 * rows, f"{agreeing} of {rows} responses agree"
-    assert report.Results(vllm).R.shape == (4, 3)
-
-
 @pytest.mark.parametrize(
     ("backend", "include"), [("hf", False), ("vllm", True)], ids=["installed-hf", "include_path-vllm"]
 )
-def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path):
+def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path, env):
     """The literal command of the README; `installed` is what `make setup` does to the environment's lm-eval."""
-    tasks = Path(subprocess.check_output([sys.executable, "-m", "trace_bench.cli", "tasks-path"], text=True).strip())
+    tasks = Path(subprocess.check_output([*CLI, "tasks-path"], text=True).strip())
     if not include:
-        subprocess.run([sys.executable, "-m", "trace_bench.cli", "tasks-path", "--install"], check=True)
+        subprocess.run([*CLI, "tasks-path", "--install"], check=True)
     extra = ",max_model_len=1024,enforce_eager=True" if backend == "vllm" else ""
-    subprocess.run(
-        [
-            str(Path(sys.executable).with_name("lm_eval")),
-            "run",
-            "--model",
-            backend,
-            "--model_args",
-            f"pretrained={tiny_model},dtype=float32{extra}",
-            "--tasks",
-            "trace_*",
-            "--limit",
-            "2",
-            "--gen_kwargs",
-            "max_gen_toks=4",
-            "--output_path",
-            str(tmp_path),
-            *(["--device", "cpu"] if backend == "hf" else []),
-            *(["--num_fewshot", "6"] if not include and backend == "hf" else []),
-            *(["--include_path", str(tasks)] if include else []),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "TRACE_DATA": "demo", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"},
-        check=True,
-    )
+    arguments = [
+        *("run", "--model", backend, "--model_args", f"pretrained={tiny_model},dtype=float32{extra}"),
+        *("--tasks", "trace_*", "--limit", "2", "--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path)),
+        *(["--include_path", str(tasks)] if include else ["--device", "cpu", "--num_fewshot", "6"]),
+    ]
+    subprocess.run([str(Path(sys.executable).with_name("lm_eval")), *arguments], cwd=tmp_path, env=env, check=True)
     (results,) = tmp_path.rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]
     assert sorted(scores) == sorted(data.FOLDERS)
     assert all(0 <= s["sari,none"] <= 1 for t, s in scores.items() if t == "trace_20minuten")
 
 
-def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, demo_data):
+def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, env):
     """`vllm serve` over HTTP and `--local`: the same chat template and limits, and every pair is accounted for."""
     from trace_bench.engine import models
 
     run = train({**options, "judged": ["instruct_lima", "safety_cona"], "judged_rows": 3, "judged_max_new_tokens": 24})
-    subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", str(run.path)], cwd=ROOT, check=True)
+    subprocess.run([*CLI, "evaluate", str(run.path)], cwd=ROOT, check=True)
     copy = shutil.copytree(run.path, tmp_path / "local" / "run")
     model = models.resolve_model("SmolLM2-135M-Instruct")
-    judge = [sys.executable, "-m", "trace_bench.cli", "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
+    judge = [*CLI, "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "NO_PROXY": "127.0.0.1"}
     server = subprocess.Popen(
         [
             *(str(Path(sys.executable).with_name("vllm")), "serve", model, "--served-model-name", "judge"),
@@ -144,7 +103,7 @@ def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, dem
         env=env,
         start_new_session=True,
     )
-    outputs = []
+    served = [*judge, str(run.path), "--model", "judge", "--base-url", f"http://127.0.0.1:{port}/v1"]
     try:
         deadline = time.monotonic() + 300
         while True:
@@ -154,9 +113,7 @@ def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, dem
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
                 time.sleep(1)
-        served = [*judge, str(run.path), "--model", "judge", "--base-url", f"http://127.0.0.1:{port}/v1"]
-        for _ in range(2):
-            outputs.append(subprocess.check_output(served, cwd=ROOT, env=env, text=True))
+        outputs = [subprocess.check_output(served, cwd=ROOT, env=env, text=True) for _ in range(2)]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()

@@ -41,13 +41,9 @@ MOST_ADDED = 1_000_000
 
 
 def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **arguments: Any) -> str:
-    """The text that the tokenizer's chat template makes of a chat.
+    """The text that the tokenizer's chat template makes of a chat; the arguments are for `apply_chat_template`.
 
-    Args:
-        tokenizer: It has a chat template.
-        turns: The messages.
-        fix: What to do if the template does not take them, for the error.
-        **arguments: For `apply_chat_template`.
+    `fix` says in the error what to do if the template does not take the turns.
 
     Raises:
         PromptError: if the template does not take them, or would take too long or too much memory.
@@ -120,28 +116,26 @@ class Chat:
             PromptError: if the template alone is longer.
         """
         turns, generation = self._made[text]
-        ids = self._encode(text)
-        while len(ids) > limit:
+        (ids,) = _encoded(self.tokenizer, [text])
+        asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
+        while len(ids) > limit and len(asked) > 1:  # the first question goes with all up to the second one
+            turns = turns[: asked[0]] + turns[asked[1] :]
             asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-            if len(asked) > 1:  # the first question goes with all up to the second one
-                turns = turns[: asked[0]] + turns[asked[1] :]
-                ids = self._encode(self._render(turns, generation))
-                continue
-            last = asked[0] if asked else len(turns) - 1
-            return self._cut_turn(turns, last, generation, limit, ids)
-        return ids
+            (ids,) = _encoded(self.tokenizer, [self._render(turns, generation)])
+        return ids if len(ids) <= limit else self._cut_turn(turns, asked[0] if asked else -1, generation, limit, ids)
 
     def _cut_turn(
         self, turns: list[dict[str, str]], index: int, generation: bool, limit: int, ids: list[int]
     ) -> list[int]:
         content = turns[index]["content"]
-        words = self.tokenizer(content, add_special_tokens=False).input_ids
+        (words,) = _encoded(self.tokenizer, [content])
         keep = len(words) - (len(ids) - limit)
         while keep > 0:
             # Decoding half of a character's bytes gives a mark in its place.
             end = text_of(self.tokenizer, words[len(words) - keep :]).lstrip("\ufffd")
-            cut = {**turns[index], "content": content[len(content) - len(end) :]}
-            ids = self._encode(self._render([*turns[:index], cut, *turns[index + 1 :]], generation))
+            cut = list(turns)
+            cut[index] = {**turns[index], "content": content[len(content) - len(end) :]}
+            (ids,) = _encoded(self.tokenizer, [self._render(cut, generation)])
             if len(ids) <= limit:
                 return ids
             keep -= len(ids) - limit
@@ -150,8 +144,10 @@ class Chat:
             "prompt: raise max_prompt_length."
         )
 
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of texts by themselves, without special tokens."""
+    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False).input_ids if texts else []
 
 
 def prompt_ids(
@@ -159,35 +155,23 @@ def prompt_ids(
 ) -> list[list[int]]:
     """Token ids of prompts, truncated on the left; BOS stays in front, and of a chat the template stays whole.
 
-    Args:
-        tokenizer: The model's tokenizer.
-        texts: Prompts. One that begins with the BOS text already gets no second one.
-        limit: The most tokens of a prompt; the end is kept. None = no limit.
-        chat: What rendered those of the texts that are chats.
-
-    Returns:
-        One list of ids a prompt, at most `limit` long.
+    A text that begins with the BOS text already gets no second one. `chat` rendered those of the texts that are chats.
+    At most `limit` tokens are kept, the end of a prompt; None = no limit.
 
     Raises:
         PromptError: if a chat template alone is longer than the limit.
     """
-    if not texts:
-        return []
     bos, leading = tokenizer.bos_token, leading_ids(tokenizer)
-    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False).input_ids
     out = []
-    for text, ids in zip(texts, encoded, strict=True):
-        ids = list(ids)
+    for text, ids in zip(texts, _encoded(tokenizer, texts), strict=True):
         if chat is not None and text in chat:
             out.append(ids if limit is None or len(ids) <= limit else chat.cut_ids(text, limit))
             continue
-        if bos and text.startswith(bos):
-            head, ids = ids[:1], ids[1:]
-        else:
-            head = leading
-        if limit is not None and len(head) + len(ids) > limit:
-            ids = ids[max(len(ids) - (limit - len(head)), 0) :] if limit > len(head) else []
-        out.append(head[: limit if limit is not None else None] + ids)
+        has_bos = bos and text.startswith(bos)
+        head, whole = (ids[:1], ids) if has_bos else (leading, leading + ids)
+        if limit is not None and len(whole) > limit:
+            whole = head[:limit] + whole[len(whole) - max(limit - len(head), 0) :]
+        out.append(whole)
     return out
 
 
@@ -205,13 +189,8 @@ def example_ids(
     that mark word starts give an answer other ids when it stands alone, which would teach a leading space. Where
     tokens merge across the border the answer is tokenised alone, so that the prompt stays as it is tested.
 
-    Args:
-        tokenizer: The model's tokenizer; it must have an EOS token.
-        prompts: Prompt texts.
-        answers: Answer texts, as many.
-        max_prompt: Prompts keep their last so many tokens.
-        max_answer: Answers keep their first so many tokens, EOS included; a cut answer ends without EOS.
-        chat: What rendered those of the prompts that are chats.
+    Prompts keep their last `max_prompt` tokens. Answers keep their first `max_answer`, EOS included; a cut answer ends
+    without EOS. `chat` rendered those of the prompts that are chats.
 
     Returns:
         {"input_ids", "labels"} each; labels are -100 on the prompt.
@@ -219,15 +198,10 @@ def example_ids(
     full = prompt_ids(tokenizer, prompts, None, chat)
     cut = prompt_ids(tokenizer, prompts, max_prompt, chat) if max_prompt is not None else full
     texts = [p + a for p, a in zip(prompts, answers, strict=True)]
-    if chat is None:
-        joint = prompt_ids(tokenizer, texts)
-    else:  # a chat with its answer is no text that was rendered, and gets no BOS either
-        joint = [
-            list(tokenizer(text, add_special_tokens=False).input_ids)
-            if prompt in chat
-            else prompt_ids(tokenizer, [text])[0]
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+    joint = prompt_ids(tokenizer, texts)
+    if chat is not None:  # a chat with its answer is no text that was rendered, and gets no BOS either
+        bare = _encoded(tokenizer, texts)
+        joint = [b if prompt in chat else j for prompt, b, j in zip(prompts, bare, joint, strict=True)]
     examples = []
     for answer, whole, kept, both in zip(answers, full, cut, joint, strict=True):
         if both[: len(whole)] == whole:

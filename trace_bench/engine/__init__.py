@@ -31,17 +31,18 @@ _HF_ARGS = {
     *("batch_size", "max_batch_size", "device", "dtype", "max_length", "revision", "trust_remote_code"),
     *("prefix_token_id", "softmax_dtype", "mixed_precision_dtype", "think_end_token", "logits_cache"),
 }
-_SWAPPED = "cannot be given, since the weights are swapped. Leave it out."
-_TEMPLATE = (
-    "would change the prompts of the evaluation alone. Give chat_template_args to the run (--chat_template_args in "
-    "training, --chat-template-args with --checkpoint)."
-)
-_ENCODING = "would encode prompts in another way than training does. Change it in the tokenizer's files."
 #: Arguments that the engine decides by itself -> why.
 _REFUSED = {
-    **dict.fromkeys(("pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"), _SWAPPED),
-    **dict.fromkeys(("chat_template_args", "enable_thinking"), _TEMPLATE),
-    **dict.fromkeys(("add_bos_token", "tokenizer", "use_fast_tokenizer", "truncation", "truncation_side"), _ENCODING),
+    ("pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"): (
+        "cannot be given, since the weights are swapped. Leave it out."
+    ),
+    ("chat_template_args", "enable_thinking"): (
+        "would change the prompts of the evaluation alone. Give chat_template_args to the run (--chat_template_args in "
+        "training, --chat-template-args with --checkpoint)."
+    ),
+    ("add_bos_token", "tokenizer", "use_fast_tokenizer", "truncation", "truncation_side"): (
+        "would encode prompts in another way than training does. Change it in the tokenizer's files."
+    ),
 }
 
 
@@ -54,15 +55,11 @@ def open_engine(
     engine_args: dict[str, Any] | None = None,
     checkpoints: Sequence[Path] = (),
 ) -> SwapLM:
-    """Starts an engine with the weights of the base model.
+    """Starts an engine with the weights of the base model: what `models.resolve_model` returned.
 
-    Args:
-        backend: "vllm", or "hf" for transformers' generate.
-        base: What `models.resolve_model` returned.
-        revision: Revision of the base model on the hub.
-        max_prompt_length: Prompts of generation tasks keep their last so many tokens, as in training.
-        engine_args: Passed to lm-eval's VLLM (and so to vLLM's LLM) or HFLM.
-        checkpoints: The checkpoints that will be loaded, so that vLLM can make room for adapters.
+    The backend is "vllm", or "hf" for transformers' generate. `engine_args` are passed to lm-eval's VLLM (and so to
+    vLLM's LLM) or HFLM. Prompts of generation tasks keep their last `max_prompt_length` tokens, as in training. vLLM
+    makes room for the adapters among the checkpoints, which will be loaded.
 
     Raises:
         EngineError: if the backend is not installed, or an argument cannot be given.
@@ -70,8 +67,9 @@ def open_engine(
     if Path(base).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading waits for a hub that may not be there
     args = dict(engine_args or {})
-    for name in sorted(args.keys() & _REFUSED.keys()):
-        raise EngineError(f"engine_args: {name} {_REFUSED[name]}")
+    for names, why in _REFUSED.items():
+        for name in sorted(args.keys() & set(names)):
+            raise EngineError(f"engine_args: {name} {why}")
     trusted = args.get("trust_remote_code", False)
     if revision and not Path(base).is_dir():
         args["revision"] = revision

@@ -51,7 +51,8 @@ def architecture(model: str | Path, revision: str | None = None, trust_remote_co
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = _config(model, revision, trust_remote_code)
+    with quiet():
+        config = models.load_config(model, revision, trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the modules are the same, and building quantised ones needs other packages
     try:
@@ -59,19 +60,6 @@ def architecture(model: str | Path, revision: str | None = None, trust_remote_co
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as e:  # values from elsewhere make libraries raise anything
         raise ModelError(f"{model} is no causal language model that transformers can build: {models.why_not(e)}") from e
-
-
-def _config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
-    """The config of a model, with the defaults of its class filled in."""
-    from transformers import AutoConfig
-
-    try:
-        with quiet(), models.reading(model):
-            return AutoConfig.from_pretrained(
-                model, revision=models.on_hub(model, revision), trust_remote_code=trust_remote_code
-            )
-    except Exception as e:  # values from elsewhere make libraries raise anything
-        raise ModelError(f"The config.json of {model} cannot be used: {models.why_not(e)}") from e
 
 
 @contextmanager
@@ -142,11 +130,7 @@ def empty_tensors(shapes: dict[str, list[int]]) -> dict[str, Any]:
 def check_full_model(folder: Path, base: Callable[[], Any], backend: str, trust_remote_code: bool) -> None:
     """Refuses a full model that is a part of one, or whose tensors are not those of its architecture.
 
-    Args:
-        folder: The model.
-        base: Makes the architecture of the base model: vLLM puts the weights into an engine that was started on it.
-        backend: "vllm" or "hf".
-        trust_remote_code: As for transformers.
+    `base` makes the architecture of the base model: vLLM puts the weights into an engine that was started on it.
     """
     shapes = tensor_shapes(folder)
     own = architecture(folder, None, trust_remote_code)
@@ -209,8 +193,9 @@ def config_differences(
     transformers' classes read both, so that defaults count as if they were written, and older names as the newer ones
     (rope_theta and rope_scaling are rope_parameters). The vocabulary is compared by its shapes.
     """
-    a = _flat(_config(base, revision, trust_remote_code).to_dict())
-    b = _flat(_config(checkpoint, None, trust_remote_code).to_dict())
+    with quiet():
+        a = _flat(models.load_config(base, revision, trust_remote_code).to_dict())
+        b = _flat(models.load_config(checkpoint, None, trust_remote_code).to_dict())
     if b.get("tie_word_embeddings") and _has_own_head(checkpoint, trust_remote_code):
         b["tie_word_embeddings"] = False
     return [

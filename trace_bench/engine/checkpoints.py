@@ -22,8 +22,8 @@ from trace_bench.engine.architecture import (
     quiet,
     tensor_shapes,
 )
-from trace_bench.engine.models import ModelError
-from trace_bench.run import Run, RunError, Stage, fingerprint, read_json
+from trace_bench.engine.models import PROMPT, ModelError
+from trace_bench.run import Run, RunError, Stage, fingerprint
 from trace_tasks.errors import brief
 from trace_tasks.limits import LimitError, limited
 
@@ -38,8 +38,6 @@ MERGED = {
 }
 #: Kinds that PEFT cannot merge, or only on some models. transformers serves them as they are.
 UNMERGED = {"BEFT", "LILY"}
-#: The kind that is a prompt in front of the input: `models.soft_prompt`.
-PROMPT = "PROMPT_TUNING"
 #: Options that PEFT takes for regular expressions, as it does a text in target_modules.
 _PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 #: Options of LoRA with which the adapter is more than a sum to weights: part of the input, other layers, a router.
@@ -54,40 +52,38 @@ MOST_STEPS = 1000
 
 
 def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_remote_code: bool = False) -> None:
-    """Refuses what an engine would load wrongly, or fail on half-way.
-
-    Args:
-        run: The run.
-        stages: The stages that are to be evaluated.
-        backend: "vllm" or "hf": what serves them.
-        trust_remote_code: As for transformers.
+    """Refuses what the engine of a backend would load wrongly, or fail on half-way.
 
     Raises:
         RunError: naming the checkpoint, and what to do.
         models.ModelError: if weights are pickles, or a model brings code that is not trusted.
     """
-    stages = list(stages)
+    stages, chain = list(stages), run.manifest.get("chain", False)
     name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
     base = partial(architecture, models.resolve_model(name), revision, trust_remote_code)
     for stage in stages:
         own = stage.checkpoint if stage.external is None else None  # `check_own` compares its bytes
         if own is not None and models.is_adapter(own):  # a run may come from elsewhere
-            adapter = _adapter_config(own)
+            adapter = models.adapter_config(own)
             _refuse_endless(own, adapter)
             if any(adapter.get(key) for key in _PATTERNS) or isinstance(adapter.get("target_modules"), str):
                 _check_fit(own, adapter, base, name)
-    chain = run.manifest.get("chain", False)
     for folder in dict.fromkeys(path for s in stages if s.external for path in (*s.below, s.external)):
         if folder.is_dir():
             models.refuse_odd_files(folder)
         models.refuse_pickle(folder)
         if models.is_adapter(folder):
-            adapter = _adapter_config(folder)
+            adapter = models.adapter_config(folder)
             _check_kind(folder, adapter, backend, chain)
             _refuse_endless(folder, adapter)
             # In a chain only the first adapter was trained on the base model itself.
-            if not run.manifest.get("renamed_base") and (not chain or folder == run.stages[1].external):
-                _refuse_another_base(folder, adapter, run.manifest["model"], trust_remote_code)
+            named = not run.manifest.get("renamed_base") and (not chain or folder == run.stages[1].external)
+            if named and (why := another_base(adapter, run.manifest["model"], trust_remote_code)):
+                raise RunError(
+                    f"{folder} was trained from another base model than the run's: {why}. Give --model the right "
+                    "one; --renamed-base if it is a copy of that under another name; --chain if each adapter was "
+                    "trained on the base with those before it merged in."
+                )
             _check_fit(folder, adapter, base, name)
         elif chain:
             raise RunError(
@@ -116,7 +112,7 @@ def check_own(stage: Stage) -> None:
     if models.is_adapter(path):
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        kind = _adapter_config(path).get("peft_type")
+        kind = models.adapter_config(path).get("peft_type")
         if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise RunError(
                 f"{path} is an adapter of the kind {kind}, which the installed PEFT does not know. Install the "
@@ -126,14 +122,12 @@ def check_own(stage: Stage) -> None:
 
 def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: bool = False) -> None:
     """Warns where a checkpoint from elsewhere brings another tokenizer than the base model's, which is used for all."""
-    model, base = run.manifest["model"], None
+    model = run.manifest["model"]
     for stage in stages:
         if stage.external is None or not (stage.external / "tokenizer_config.json").exists():
             continue
         try:
-            if base is None:
-                path = models.resolve_model(model["name"])
-                base = models.load_tokenizer(path, model.get("revision"), trust_remote_code)
+            base = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trust_remote_code)
             own = models.load_tokenizer(stage.external, None, trust_remote_code)
         except Exception as e:  # nothing is measured with it, whatever is wrong with it
             log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
@@ -149,13 +143,6 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
 
 
 # ------------------------------------------------------------------------------------------------------------ adapters
-
-
-def _adapter_config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "adapter_config.json")
-    if not isinstance(config, dict):
-        raise RunError(f"{folder}/adapter_config.json is damaged: it holds {type(config).__name__}, not an object.")
-    return config
 
 
 def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool) -> None:
@@ -258,18 +245,18 @@ def _put_on(
         own = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
     saved = {id(tensor) for tensor in own.values()}
     lacking = sorted(key for key in loaded.missing_keys if id(state[key]) in saved)
-    # As files name them: without the name of the adapter.
-    lacking, unknown = (
-        [key.replace(".default", "") for key in keys] for keys in (lacking, sorted(loaded.unexpected_keys))
-    )
-    return lacking, unknown
+
+    def as_in_files(keys: list[str]) -> list[str]:  # without the name of the adapter
+        return [key.replace(".default", "") for key in keys]
+
+    return as_in_files(lacking), as_in_files(sorted(loaded.unexpected_keys))
 
 
 def plain_lora_rank(checkpoint: Path) -> int | None:
     """The rank of an adapter that vLLM's LoRA requests serve as it was trained (LoRA, rsLoRA); None for any other."""
     if not models.is_adapter(checkpoint):
         return None
-    config = _adapter_config(checkpoint)
+    config = models.adapter_config(checkpoint)
     plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
     if not plain or any(config.get(key) for key in _NOT_IN_REQUESTS):
         return None
@@ -282,16 +269,6 @@ def plain_lora_rank(checkpoint: Path) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------------- their base model
-
-
-def _refuse_another_base(folder: Path, adapter: dict[str, Any], model: dict[str, Any], trust_remote_code: bool) -> None:
-    reason = another_base(adapter, model, trust_remote_code)
-    if reason:
-        raise RunError(
-            f"{folder} was trained from another base model than the run's: {reason}. Give --model the right "
-            "one; --renamed-base if it is a copy of that under another name; --chain if each adapter was "
-            "trained on the base with those before it merged in."
-        )
 
 
 def another_base(adapter: dict[str, Any], model: dict[str, Any], trust_remote_code: bool = False) -> str | None:

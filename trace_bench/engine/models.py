@@ -18,7 +18,8 @@ from trace_tasks.errors import TraceError, brief
 from trace_tasks.limits import limited
 
 QUICKSTART = "SmolLM2-135M-Instruct"
-_GGUF = f"{QUICKSTART}.Q4_1.gguf"
+#: The kind of adapter that is a prompt in front of the input: `soft_prompt`.
+PROMPT = "PROMPT_TUNING"
 #: The most bytes of a file of a model that holds no weights; tokenizers have up to 40 MB.
 MOST_FILE = 256 * 2**20
 #: The most seconds and bytes for reading the configuration or tokenizer of a folder, or making its architecture.
@@ -69,12 +70,13 @@ def _dequantise(target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    source, plain = str(next(iter(spec.submodule_search_locations))), GgufConfig(dequantize=True)
+    source, file = next(iter(spec.submodule_search_locations)), f"{QUICKSTART}.Q4_1.gguf"
+    plain = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=_GGUF, quantization_config=plain, dtype=torch.bfloat16
+        source, gguf_file=file, quantization_config=plain, dtype=torch.bfloat16
     )
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source, gguf_file=_GGUF).save_pretrained(target)
+    AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(target)
 
 
 def pinned_revision(base: str, revision: str = "main") -> str:
@@ -125,6 +127,11 @@ def refuse_pickle(folder: Path) -> None:
 def is_adapter(checkpoint: Path) -> bool:
     """Whether a checkpoint is a PEFT adapter rather than a full model."""
     return (checkpoint / "adapter_config.json").is_file()
+
+
+def adapter_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of an adapter, an object with any entries."""
+    return read_json(checkpoint / "adapter_config.json", dict[str, Any])
 
 
 # ----------------------------------------------------------------------------------------- configuration and tokenizer
@@ -197,11 +204,6 @@ def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: 
     return frozenset(found - {None})
 
 
-def on_hub(model: str | Path, revision: str | None) -> str:
-    """The revision for `from_pretrained`; that of a local folder is a fingerprint, which nothing is loaded by."""
-    return "main" if revision is None or Path(model).is_dir() else revision
-
-
 def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """Loads the tokenizer of a model, or of a checkpoint that brings its own.
 
@@ -210,13 +212,28 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
     """
     from transformers import AutoTokenizer
 
+    return _read(AutoTokenizer, f"The tokenizer of {model} cannot be loaded", model, revision, trust_remote_code)
+
+
+def load_config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
+    """The config of a model, with the defaults of its class filled in.
+
+    Raises:
+        ModelError: if it is damaged, or brings code that is not trusted.
+    """
+    from transformers import AutoConfig
+
+    return _read(AutoConfig, f"The config.json of {model} cannot be used", model, revision, trust_remote_code)
+
+
+def _read(kind: Any, failure: str, model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
+    # That of a local folder is a fingerprint, which nothing is loaded by.
+    revision = "main" if revision is None or Path(model).is_dir() else revision
     try:
         with reading(model):
-            return AutoTokenizer.from_pretrained(
-                model, revision=on_hub(model, revision), trust_remote_code=trust_remote_code
-            )
+            return kind.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as e:  # files from elsewhere make libraries raise anything
-        raise ModelError(f"The tokenizer of {model} cannot be loaded: {why_not(e)}") from e
+        raise ModelError(f"{failure}: {why_not(e)}") from e
 
 
 def why_not(error: Exception) -> str:
@@ -237,12 +254,9 @@ def soft_prompt(checkpoint: Path | None) -> Any:
 
     Such a checkpoint is the base model with these embeddings in front of every input: no weight changes.
     """
-    if checkpoint is None or not is_adapter(checkpoint):
-        return None
     from safetensors.torch import load_file
 
-    adapter = read_json(checkpoint / "adapter_config.json")
-    if not isinstance(adapter, dict) or adapter.get("peft_type") != "PROMPT_TUNING":
+    if checkpoint is None or not is_adapter(checkpoint) or adapter_config(checkpoint).get("peft_type") != PROMPT:
         return None
     return load_file(checkpoint / "adapter_model.safetensors")["prompt_embeddings"]
 
@@ -252,13 +266,10 @@ def load_model(
 ) -> Any:
     """Loads the model of a checkpoint as it was trained, an adapter unmerged (PEFT's model around it).
 
-    Args:
-        base: What `resolve_model` returned for the base model.
-        checkpoint: A PEFT adapter, a full model, or None for the base model itself. Of a prompt-tuning adapter this is
-            the base model; `soft_prompt` gives the prompt.
-        revision: Revision of the base model on the hub.
-        below: Adapters that were merged into the base, one after the other, before this one was trained on it.
-        **kwargs: For `AutoModelForCausalLM.from_pretrained`, such as dtype.
+    The base is what `resolve_model` returned. The checkpoint is a PEFT adapter, a full model, or None for the base
+    itself; of a prompt-tuning adapter the base is loaded, and `soft_prompt` gives the prompt. The adapters `below` were
+    merged into the base, one after the other, before this one was trained on it. All else goes to
+    `AutoModelForCausalLM.from_pretrained`, such as dtype.
     """
     model = _load_base(base, checkpoint, revision, below, **kwargs)
     if _changes_layers(checkpoint):
@@ -381,8 +392,7 @@ def save_merged(
     dtype: str = "auto",
 ) -> float:
     """Writes the model of an adapter as a full model (arguments as for `load_model`); what `merge` lost."""
-    paths = [Path(p) for p in below]
-    model = _load_base(base, Path(checkpoint), revision, paths, dtype=dtype, trust_remote_code=trust_remote_code)
-    model, lost = merge(model, Path(checkpoint))
+    adapter, options = Path(checkpoint), {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    model, lost = merge(_load_base(base, adapter, revision, [Path(p) for p in below], **options), adapter)
     model.save_pretrained(folder)
     return lost

@@ -27,11 +27,9 @@ log = logging.getLogger(__name__)
 def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
     """Evaluates every missing cell of a run: those of its matrix, and the extra ones (suites, sets to be judged).
 
-    Args:
-        run: The run. Its configuration says how many rows, how long answers, which backend.
-        stages: Indices of the stages; None = all that are trained.
-        data_path: Where the data is now, if it was moved; its fingerprint must be the run's.
-        **asked: What is asked for instead of what the run says: see `make_plan`.
+    The configuration of the run says how many rows, how long answers, which backend; what is `asked` for instead is in
+    `make_plan`. The stages are indices, None = all that are trained. `data_path` is where the data is now, if it was
+    moved; its fingerprint must be the run's.
 
     Returns:
         The number of cells evaluated now.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from trace_bench import checks
-from trace_bench.evaluate.plan import Plan
-from trace_bench.evaluate.suites import evaluate_suite
+from trace_bench.evaluate.plan import Plan, base_of
+from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
 from trace_bench.metrics import standard_error
 from trace_bench.run import Stage
@@ -26,15 +27,16 @@ def start_engine(plan: Plan, tasks: Tasks) -> Any:
     lengths = ("max_length", "max_model_len") if plan.backend == "hf" else ("max_model_len",)
     asked = next((plan.engine_args[name] for name in lengths if plan.engine_args.get(name)), None)
     check_context(plan, tasks, asked if isinstance(asked, int) else None)
+    base = base_of(plan.run)
     lm: Any = open_engine(
         plan.backend,
-        plan.base["model"],
-        revision=plan.base["revision"],
+        base["model"],
+        revision=base["revision"],
         max_prompt_length=plan.matrix["max_prompt_length"],
         engine_args=plan.engine_args,
         checkpoints=[s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below],
     )
-    if any(plan.settings(name).get("chat_template") for name in plan.missing):
+    if any(plan.settings[name].get("chat_template") for name in plan.missing):
         lm.chat = plan.chat(lm.tokenizer)
     check_context(plan, tasks, lm.max_length)
     limit = plan.matrix["max_prompt_length"]
@@ -69,11 +71,9 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
                 lm.prepare(order[i + 1][0].checkpoint, order[i + 1][0].below)
             for batch in _batches(plan, tasks, names):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(map(task_name, batch))}"[:60])
-                if batch[0] in tasks.suites:
-                    evaluate_suite(lm, stage, tasks.suites[batch[0]], plan.settings(batch[0]), made)
-                else:
+                if batch[0] in tasks.single:
                     lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
-                    evaluate_batch(plan, tasks, lm, stage, batch, made)
+                evaluate_batch(plan, tasks, lm, stage, batch, made)
                 bar.update(len(batch))
 
 
@@ -82,7 +82,7 @@ def _batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:
     batches: list[list[str]] = []
     size, before = 0, None
     for name in names:
-        shared = {k: v for k, v in plan.settings(name).items() if k != "data"}
+        shared = {k: v for k, v in plan.settings[name].items() if k != "data"}
         task = tasks.single.get(name)
         rows = min(len(task.eval_docs), shared["test_rows"] or len(task.eval_docs)) if task is not None else 0
         if not batches or task is None or shared != before or size + rows > BATCH:
@@ -94,56 +94,60 @@ def _batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:
 
 
 def evaluate_batch(plan: Plan, tasks: Tasks, lm: Any, stage: Stage, batch: list[str], made: dict[str, Any]) -> None:
-    """Makes the cells of tasks that share their settings; the engine holds the stage's weights.
+    """Makes the cells of tasks that share their settings, or of a suite; the engine holds the stage's weights.
 
-    Args:
-        plan: The plan.
-        tasks: Its tasks.
-        lm: The engine.
-        stage: The stage.
-        batch: The names of the cells.
-        made: What the record says of how they were made.
+    Each record says with `made` how its cell was made.
     """
-    shared = plan.settings(batch[0])
-    lm.unfinished.clear()
-    results, seconds = run_tasks(
-        lm,
-        [tasks.single[name] for name in batch],
-        max_prompt_length=shared["max_prompt_length"],
-        limit=shared["test_rows"],
-        apply_chat_template=shared["chat_template"],
-    )
-    answers = sum(map(len, results["samples"].values()))
-    for name in batch:
-        samples = results["samples"][name]
-        scores = _score(lm, stage, name, tasks.single[name], samples, results["results"][name])
+    for name, scores, samples, seconds in _measured(plan, tasks, lm, batch):
+        write_jsonl(stage.samples_file(name), samples)
         record = {
             "stage": stage.name,
             "task": name,
-            "version": tasks.single[name].VERSION,
             **scores,
             "samples": fingerprint(stage.samples_file(name)),
-            "settings": plan.settings(name),
-            "definition": tasks.defined[name],
+            "settings": plan.settings[name],
+            **({"definition": tasks.defined[name]} if name in tasks.defined else {}),
             "served": lm.served,
             **made,
-            # Tasks that were generated together share their time by rows.
-            "seconds": round(seconds * len(samples) / answers, 3),
+            "seconds": round(seconds, 3),
         }
         write_json(stage.eval_file(name), record)
 
 
+def _measured(
+    plan: Plan, tasks: Tasks, lm: Any, batch: list[str]
+) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]], float]]:
+    """The name, scores, samples and seconds of each cell of a batch."""
+    settings = plan.settings[batch[0]]
+    if batch[0] in tasks.suites:
+        yield batch[0], *run_suite(lm, tasks.suites[batch[0]], settings["general_rows"])
+        return
+    lm.unfinished.clear()
+    results, seconds = run_tasks(
+        lm,
+        [tasks.single[name] for name in batch],
+        max_prompt_length=settings["max_prompt_length"],
+        limit=settings["test_rows"],
+        apply_chat_template=settings["chat_template"],
+    )
+    answers = sum(map(len, results["samples"].values()))
+    for name in batch:
+        rows = results["samples"][name]
+        scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, results["results"][name])
+        yield name, scores, samples, seconds * len(rows) / answers  # they share their time by rows
+
+
 def _score(
-    lm: Any, stage: Stage, name: str, task: Any, samples: list[dict[str, Any]], results: dict[str, Any]
-) -> dict[str, Any]:
-    """Writes the samples of a cell; its scores and counts."""
+    lm: Any, judged: bool, task: Any, samples: list[dict[str, Any]], results: dict[str, Any]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The scores and counts of a cell, and the lines of its samples."""
     used = samples[0]["filter"]  # lm-eval scores each row once for every filter of the task
     rows = sorted((r for r in samples if r["filter"] == used), key=lambda r: r["doc_id"])
     # A function that gives several scores has none of its own name.
     metrics = [m for m in task.aggregation() if m in rows[0]]
     values = {m: results[f"{m},{used}"] for m in metrics}
-    write_jsonl(stage.samples_file(name), (_sample(r, metrics, name in JUDGED) for r in rows))
-    return {
+    scores = {
+        "version": task.VERSION,
         "n": len(rows),
         "n_cut": lm.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens(task)),
         # An answer of which only the first token counts always ends there.
@@ -157,6 +161,7 @@ def _score(
         "higher_is_better": {m: task.higher_is_better().get(m) for m in metrics},
         "scale": {m: scale_of(task.aggregation()[m], [values[m], *(r[m] for r in rows)]) for m in metrics},
     }
+    return scores, [_sample(r, metrics, judged) for r in rows]
 
 
 def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, Any]:

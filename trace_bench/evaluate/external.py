@@ -37,17 +37,15 @@ def external_run(
 ) -> Run:
     """Makes a run of checkpoints that were trained elsewhere, or adds some to it.
 
-    Args:
-        path: The run directory. A run of which nothing was measured, since the first attempt failed, begins again.
-        checkpoints: Name -> folder of a PEFT adapter or a full model, in the order of training. A name that is a
-            task stands for the stage after that task, and if all do, in order, OP and BWT are defined. Those that the
-            run has need not be given again: new ones become its next stages.
-        model: The base model.
-        tasks: The columns of the matrix; may be empty.
-        settings: Evaluation settings, as in the config of a run.
-        data_path: Where the data is; None takes TRACE_DATA.
-        chain: Whether each adapter was trained on the base with those before it merged in.
-        renamed_base: Whether adapters may name another base model, since this is a copy under another name.
+    A run of which nothing was measured, since the first attempt failed, begins again.
+
+    The checkpoints are name -> folder of a PEFT adapter or a full model, in the order of training. A name that is a
+    task stands for the stage after that task, and if all do, in order, OP and BWT are defined. Those that the run has
+    need not be given again: new ones become its next stages. In a chain each adapter was trained on the base with those
+    before it merged in. With `renamed_base` they may name another base model, since this is a copy under another name.
+
+    The tasks are the columns of the matrix, if any; the settings are those of the evaluation, as in the config of a
+    run; `data_path` None takes TRACE_DATA.
 
     Raises:
         RunError: if a folder holds no checkpoint, or one that does not fit the base model or its engine.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -31,8 +30,7 @@ class Plan:
         config: The run's configuration, with what was asked for instead.
         engine_args: All arguments of the engine.
         matrix: The settings of the matrix.
-        suites: Name of a general suite -> the settings of its cells.
-        judged: Name of a set to be judged -> the settings of its cells.
+        settings: Name of a task, set to be judged or general suite -> the settings of its cells.
         there: The cells that exist: (stage, name) -> content.
         todo: Stage -> the names of its missing cells.
     """
@@ -41,8 +39,7 @@ class Plan:
     config: dict[str, Any]
     engine_args: dict[str, Any]
     matrix: dict[str, Any]
-    suites: dict[str, dict[str, Any]]
-    judged: dict[str, dict[str, Any]]
+    settings: dict[str, dict[str, Any]]
     there: dict[tuple[Stage, str], dict[str, Any]]
     todo: dict[Stage, list[str]]
 
@@ -61,24 +58,15 @@ class Plan:
         """Either vllm or hf."""
         return self.config["backend"]
 
-    @cached_property
-    def base(self) -> dict[str, Any]:
-        """The arguments of functions that load something of the base model."""
-        model = self.run.manifest["model"]
-        return {"model": models.resolve_model(model["name"]), "revision": model.get("revision")}
-
-    @property
-    def seed(self) -> int:
-        """Draws the demonstrations."""
-        return self.config.get("seed", 1234)
-
-    def settings(self, name: str) -> dict[str, Any]:
-        """The settings that a cell is made with."""
-        return self.suites.get(name) or self.judged.get(name) or self.matrix
-
     def chat(self, tokenizer: Any) -> Chat:
         """Renders the chat prompts as the training of the run did."""
         return Chat(tokenizer, self.config.get("chat_template_args"), self.run.manifest.get("date"))
+
+
+def base_of(run: Run) -> dict[str, Any]:
+    """The arguments of functions that load something of a run's base model."""
+    model = run.manifest["model"]
+    return {"model": models.resolve_model(model["name"]), "revision": model.get("revision")}
 
 
 def make_plan(
@@ -91,17 +79,11 @@ def make_plan(
     data_path: str | None = None,
     extra: dict[str, Any] | None = None,
 ) -> Plan:
-    """Finds the missing cells of the chosen stages.
+    """Finds the missing cells of the chosen stages. What is given holds instead of what the run says.
 
-    Args:
-        run: The run.
-        chosen: The stages to evaluate.
-        cells: The tasks of each stage: "seen", "all", or "own" (that of the stage alone); None = as the run says. The
-            base model and checkpoints that belong to no task are always evaluated on all tasks.
-        backend: "vllm" or "hf" instead of the run's own.
-        engine_args: Engine arguments in addition to the run's own. They win, and null removes one of the run's.
-        data_path: Where the data is; None = where the manifest says.
-        extra: Settings of `EXTRA_SETTINGS` instead of the run's own.
+    `cells` are the tasks of each stage: "seen", "all", or "own" (that of the stage alone). The base model and
+    checkpoints that belong to no task are always evaluated on all tasks. `engine_args` are added to the run's own. They
+    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`.
 
     Raises:
         RunError: if cells of the run were made with other settings.
@@ -116,20 +98,25 @@ def make_plan(
     suites, judged = data.expand(config["general"], data.SUITES), data.expand(config["judged"], data.JUDGED)
     records.check_stages(run, chosen)
     matrix = _matrix_settings(config, engine_args)
-    plan = Plan(run, config, engine_args, matrix, {}, {}, {}, {})
+    shared = {name: matrix[name] for name in ("backend", "engine")}
+    settings = dict.fromkeys(run.tasks, matrix)
     if judged:
         checks.locate_data(run, data_path)  # demo data has its own prompts
-        plan.judged.update(_judged_settings(plan, judged))
-    plan.suites.update(_suite_settings(plan, suites))
-    plan.there.update(_read_cells(plan))
+        own = shared | _judged_settings(run, config, engine_args)
+        settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in judged}
+    # Suites have prompts and lengths of their own, from the installed lm-eval.
+    own = {**shared, "general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
+    settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
+    there = _read_cells(run, settings)
+    todo: dict[Stage, list[str]] = {}
     for stage in chosen:
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
             wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
-            if missing := _missing(stage, wanted, plan.there):
-                plan.todo[stage] = missing
-    return plan
+            if missing := _missing(stage, wanted, there):
+                todo[stage] = missing
+    return Plan(run, config, engine_args, matrix, settings, there, todo)
 
 
 def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
@@ -144,41 +131,32 @@ def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dic
     return settings | {"engine": {k: v for k, v in engine_args.items() if k not in SPEED_ONLY_ARGS}}
 
 
-def _judged_settings(plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _judged_settings(run: Run, config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
     """The limits of the matrix do not hold for sets to be judged; a model with a chat template is asked in it."""
-    trusted = plan.engine_args.get("trust_remote_code", False)
-    chat = models.load_tokenizer(**plan.base, trust_remote_code=trusted).chat_template is not None
-    arguments = plan.config.get("chat_template_args") if chat else None
-    shared = {
-        **{name: plan.matrix[name] for name in ("backend", "engine")},
-        "test_rows": plan.config.get("judged_rows"),
+    trusted = engine_args.get("trust_remote_code", False)
+    chat = models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template is not None
+    arguments = config.get("chat_template_args") if chat else None
+    return {
+        "test_rows": config.get("judged_rows"),
         "max_prompt_length": None,
-        "max_new_tokens": plan.config.get("judged_max_new_tokens"),
+        "max_new_tokens": config.get("judged_max_new_tokens"),
         "chat_template": chat,
         **({"chat_template_args": arguments} if arguments else {}),
         "num_fewshot": None,
     }
-    return {name: {**shared, "data": data.source_fingerprint(name)} for name in names}
 
 
-def _suite_settings(plan: Plan, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Suites have prompts and lengths of their own, from the installed lm-eval."""
-    shared = {name: plan.matrix[name] for name in ("backend", "engine")}
-    shared |= {"general_rows": plan.config.get("general_rows"), "lm_eval": version("lm-eval")}
-    return {name: {**shared, "data": data.source_fingerprint(name)} for name in names}
-
-
-def _read_cells(plan: Plan) -> dict[tuple[Stage, str], dict[str, Any]]:
+def _read_cells(run: Run, wanted: dict[str, dict[str, Any]]) -> dict[tuple[Stage, str], dict[str, Any]]:
     """Reads the cells that are there, at whatever stage, which have to have the settings that are asked for now."""
     there = {}
-    for stage in plan.run.stages:
-        for name in [*plan.run.tasks, *plan.judged, *plan.suites]:
-            file, settings = stage.eval_file(name), plan.settings(name)
+    for stage in run.stages:
+        for name, settings in wanted.items():
+            file = stage.eval_file(name)
             if not file.exists():
                 continue
             there[stage, name] = cell = records.read_cell(stage, name)
             if lines := differences(cell.get("settings", {}), settings):
-                where = f"{plan.run.path}/stages/*/eval" + (f"/{name}.json" if "data" in settings else "")
+                where = f"{run.path}/stages/*/eval" + (f"/{name}.json" if "data" in settings else "")
                 raise RunError(
                     f"{file} was made with other settings (there -> asked for):\n"
                     + "\n".join(lines)

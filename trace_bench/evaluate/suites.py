@@ -8,25 +8,14 @@ from typing import Any
 
 from trace_bench.evaluate.tasks import answer_tokens, run_tasks, scale_of
 from trace_bench.metrics import standard_error
-from trace_bench.run import Stage
-from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 
 log = logging.getLogger(__name__)
 
 
-def evaluate_suite(lm: Any, stage: Stage, group: Any, settings: dict[str, Any], made: dict[str, Any]) -> None:
-    """Makes the cell of a suite.
-
-    Args:
-        lm: The engine, which holds the stage's weights.
-        stage: The stage.
-        group: lm-eval's group of tasks.
-        settings: The settings of the cell.
-        made: What the record says of how it was made.
-    """
+def run_suite(lm: Any, group: Any, rows: int | None) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
+    """The scores, samples and seconds of a suite, lm-eval's `group` of tasks, on at least so many of its rows."""
     tasks = {task.task_name: task for task in group.get_all_tasks()}
-    wanted = settings["general_rows"]  # of the suite; lm-eval's limit is that of each subtask
-    limit = None if wanted is None else math.ceil(wanted / len(tasks))
+    limit = None if rows is None else math.ceil(rows / len(tasks))  # lm-eval's is that of each subtask
     results, seconds = run_tasks(lm, [group], max_prompt_length=None, limit=limit)
     subtasks: dict[str, dict[str, Any]] = {}
     samples: list[dict[str, Any]] = []
@@ -34,41 +23,31 @@ def evaluate_suite(lm: Any, stage: Stage, group: Any, settings: dict[str, Any], 
         docs: dict[int, list[dict[str, Any]]] = {}  # lm-eval has a row for each document and filter
         for row in results["samples"][name]:
             docs.setdefault(row["doc_id"], []).append(row)
-        rows = [_sample(name, task, docs[i]) for i in sorted(docs)]
-        samples += rows
+        own = [_sample(name, task, docs[i]) for i in sorted(docs)]
+        samples += own
         subtasks[name] = {
             "version": task.VERSION,
-            "n": len(rows),
+            "n": len(own),
             "n_cut": _cut_prompts(lm, task),
             "metrics": {
-                _metric_name(key): {"value": value, "stderr": standard_error([r[_metric_name(key)] for r in rows])}
+                _metric_name(key): {"value": value, "stderr": standard_error([r[_metric_name(key)] for r in own])}
                 for key, value in results["results"][name].items()
                 if "," in key and "_stderr" not in key
             },
         }
     metrics = _aggregates(group, results["results"][group.name], subtasks)
     higher = next(iter(tasks.values())).higher_is_better()
-    write_jsonl(stage.samples_file(group.name), samples)
-    write_json(
-        stage.eval_file(group.name),
-        {
-            "stage": stage.name,
-            "task": group.name,
-            "version": group.version,
-            "n": len(samples),
-            "n_cut": sum(s["n_cut"] for s in subtasks.values()),
-            "headline": next(iter(metrics)),
-            "metrics": metrics,
-            "higher_is_better": {name: higher.get(name.partition(",")[0]) for name in metrics},
-            "scale": {name: scale_of(None, [row.get(name) for row in samples]) for name in metrics},
-            "subtasks": subtasks,
-            "samples": fingerprint(stage.samples_file(group.name)),
-            "settings": settings,
-            "served": lm.served,
-            **made,
-            "seconds": round(seconds, 3),
-        },
-    )
+    scores = {
+        "version": group.version,
+        "n": len(samples),
+        "n_cut": sum(s["n_cut"] for s in subtasks.values()),
+        "headline": next(iter(metrics)),
+        "metrics": metrics,
+        "higher_is_better": {name: higher.get(name.partition(",")[0]) for name in metrics},
+        "scale": {name: scale_of(None, [row.get(name) for row in samples]) for name in metrics},
+        "subtasks": subtasks,
+    }
+    return scores, samples, seconds
 
 
 def _aggregates(group: Any, values: dict[str, Any], subtasks: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,10 @@ from typing import Any
 from trace_bench import checks
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
-from trace_bench.evaluate.plan import Plan, check_one_definition, other_versions
+from trace_bench.evaluate.plan import Plan, base_of, check_one_definition, other_versions
 from trace_bench.run import RunError
 from trace_bench.tasks import load_suites, task_manager
+from trace_tasks.data import SUITES
 from trace_tasks.tokens import check_room
 
 log = logging.getLogger(__name__)
@@ -24,17 +25,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tasks:
-    """The tasks of a plan.
-
-    Attributes:
-        single: Name -> task of the matrix, or set to be judged.
-        suites: Name -> group of lm-eval's tasks.
-        defined: Name -> the fingerprint of a single task's definition, for its cells.
-    """
+    """The tasks of a plan, by name."""
 
     single: dict[str, Any]
+    """Tasks of the matrix, and sets to be judged."""
     suites: dict[str, Any]
+    """Groups of lm-eval's tasks."""
     defined: dict[str, str]
+    """The fingerprint of a single task's definition, for its cells."""
 
 
 def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
@@ -44,9 +42,11 @@ def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
         RunError, data.DataError, models.ModelError: naming what is not as it was, or cannot be evaluated.
     """
     trusted = plan.engine_args.get("trust_remote_code", False)
-    single, definitions = checks.verify(plan.run, plan.todo, data_path, [*plan.run.tasks, *plan.judged])
+    single, definitions = checks.verify(
+        plan.run, plan.todo, data_path, [name for name in plan.settings if name not in SUITES]
+    )
     if plan.matrix["chat_template"]:
-        tokenizer = models.load_tokenizer(**plan.base, trust_remote_code=trusted)
+        tokenizer = models.load_tokenizer(**base_of(plan.run), trust_remote_code=trusted)
         check_room(plan.chat(tokenizer), plan.matrix["max_prompt_length"])
     check_checkpoints(plan.run, plan.todo, plan.backend, trusted)
     warn_of_tokenizers(plan.run, plan.todo, trusted)
@@ -55,13 +55,13 @@ def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
     for line in other_versions(plan):
         log.warning("Cells of the run were made with another version of what makes scores: %s.", line)
     for name, task in single.items():
-        settings = plan.settings(name)
+        settings = plan.settings[name]
         if (limit := settings["max_new_tokens"]) is not None:
             kwargs = task.config.generation_kwargs
             kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
         # As training makes the prompts, whatever a task from elsewhere says of shots.
-        _prepare(task, settings["num_fewshot"] or 0, plan.seed)
-    suites = load_suites([name for name in plan.suites if name in plan.missing])
+        _prepare(task, settings["num_fewshot"] or 0, plan.config.get("seed", 1234))
+    suites = load_suites([name for name in plan.missing if name in SUITES])
     for suite in suites.values():
         for task in suite.get_all_tasks():
             _prepare(task)
@@ -88,7 +88,7 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None) -> None:
                     )
     for name in plan.missing:
         if name in tasks.single and context is not None:
-            prompt, answer = plan.settings(name)["max_prompt_length"] or 1, answer_tokens(tasks.single[name])
+            prompt, answer = plan.settings[name]["max_prompt_length"] or 1, answer_tokens(tasks.single[name])
             if prompt + answer > context:
                 raise RunError(
                     f"{name}: {prompt} tokens of a prompt and {answer} of an answer do not fit into the engine's "
@@ -107,12 +107,8 @@ def answer_tokens(task: Any) -> int:
 def _prepare(task: Any, num_fewshot: int | None = None, seed: int = 1234) -> None:
     """Does what lm-eval's `simple_evaluate` does before a task is run, and lets it build its prompts only once.
 
-    `simple_evaluate` itself would describe the machine at every stage, which takes most of a second.
-
-    Args:
-        task: An lm-eval task.
-        num_fewshot: Demonstrations, unless the task itself says 0; None leaves it to the task.
-        seed: Draws the demonstrations; lm-eval's own for the suites.
+    `simple_evaluate` itself would describe the machine at every stage, which takes most of a second. The number of
+    demonstrations holds unless the task itself says 0; None leaves it to the task.
     """
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
