@@ -4,7 +4,7 @@ import numpy as np
 
 from trace_bench.judgements import KINDS, direct_rate, judge_file, rates, sample_fingerprints, tally
 from trace_bench.run import Run
-from trace_tasks.data import GROUPS
+from trace_tasks.data import GROUPS, ORDERS
 from trace_tasks.data.files import write_json, write_jsonl
 
 TASKS = ["trace_cstance", "trace_fomc", "trace_meetingbank"]
@@ -78,22 +78,14 @@ def cell(stage, task, value, checkpoint=None, **changes):
 
 def write_cell(stage, task, columns, subtasks=None, **changes):
     """A cell with its samples: metric -> score of each row; the first metric is the headline."""
-    n = len(next(iter(columns.values())))
-    write_jsonl(
-        stage.samples_file(task),
-        (
-            {
-                **({"task": subtasks[i]} if subtasks else {}),
-                "doc_id": i,
-                "response": 'a text with "accuracy": 1.0 in it',
-                **{m: float(x[i]) for m, x in columns.items()},
-            }
-            for i in range(n)
-        ),
-    )
+    headline, n = next(iter(columns)), len(next(iter(columns.values())))
+    rows = [{"doc_id": i, "response": 'a text with "accuracy": 1.0 in it'} for i in range(n)]
+    for i, row in enumerate(rows):
+        row |= {"task": subtasks[i]} if subtasks else {}
+        row |= {m: float(x[i]) for m, x in columns.items()}
+    write_jsonl(stage.samples_file(task), rows)
     scores = {m: {"value": float(np.mean(x)), "stderr": None} for m, x in columns.items()}
-    content = {"headline": next(iter(columns)), "metrics": scores, "n": n, **changes}
-    write_json(stage.eval_file(task), cell(stage, task, 0.0) | content)
+    write_json(stage.eval_file(task), cell(stage, task, 0.0, headline=headline, metrics=scores, n=n) | changes)
 
 
 def make_bounds(make, **options):
@@ -108,16 +100,7 @@ def make_bounds(make, **options):
 
 # ----------------------------------------------------------------------------------------- a run that has everything
 
-EIGHT = [
-    "trace_cstance",
-    "trace_fomc",
-    "trace_meetingbank",
-    "trace_py150",
-    "trace_scienceqa",
-    "trace_numglue_cm",
-    "trace_numglue_ds",
-    "trace_20minuten",
-]
+EIGHT = ORDERS["order1"]
 #: Task -> its headline and the words of a wrong answer.
 _GRADED = {"trace_meetingbank": "rouge_l", "trace_py150": "similarity", "trace_20minuten": "sari"}
 
@@ -153,22 +136,18 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
             _write_answers(rng, stage, suite, 1 - 0.07 * stage.index, 20)
             results = rng.choice(["win", "tie", "lose"], size=20, p=_won(stage.index))
             rows = [verdict_row(k, str(result), kind.words[k % 2]) for k, result in enumerate(results)]
-            counts = tally(rows)
             write_jsonl(judge_file(stage, suite).with_suffix(".jsonl"), rows)
-            write_json(
-                judge_file(stage, suite),
-                {
-                    "suite": suite,
-                    "settings": {"judge": "a/judge", "revision": None, "sampling": {"temperature": 0}, "prompts": 1},
-                    "limit": None,
-                    "samples": sample_fingerprints(run.stages[0], stage, suite),
-                    "unpaired": 0,
-                    "direct": direct_rate(kind, (row["direct"] for row in rows)),
-                    **dict.fromkeys(("failed", "forced"), 0),
-                    **{"requests": 60, "prompt_tokens": 9000, "completion_tokens": 60},
-                    **({"pairs": {**counts, **rates(counts)}} if stage.index else {}),
-                },
-            )
+            numbers = {
+                "suite": suite,
+                "settings": {"judge": "a/judge", "revision": None, "sampling": {"temperature": 0}, "prompts": 1},
+                "samples": sample_fingerprints(run.stages[0], stage, suite),
+                "direct": direct_rate(kind, (row["direct"] for row in rows)),
+                "limit": None,
+                **{"failed": 0, "forced": 0, "unpaired": 0},
+                **{"requests": 60, "prompt_tokens": 9000, "completion_tokens": 60},
+            }
+            pairs = {"pairs": {**tally(rows), **rates(tally(rows))}} if stage.index else {}
+            write_json(judge_file(stage, suite), numbers | pairs)
     return run
 
 
@@ -213,13 +192,5 @@ def _write_answers(rng, stage, task, chance, n):
 
 
 def _trained(stage):
-    return {
-        "checkpoint": f"weights {stage.index}",
-        "rows": 10,
-        "steps": 5,
-        "tokens": 1000,
-        "seconds": 2.0,
-        "tokens_per_second": 500.0,
-        "peak_memory_bytes": 2**30,
-        "memory_of": "process",
-    }
+    numbers = {"rows": 10, "steps": 5, "tokens": 1000, "seconds": 2.0, "tokens_per_second": 500.0}
+    return {"checkpoint": f"weights {stage.index}", **numbers, "peak_memory_bytes": 2**30, "memory_of": "process"}

@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import multinomial, ttest_1samp, ttest_ind, ttest_rel
 
 import trace_bench
+from trace_bench import metrics
 from trace_bench.metrics import (
     Estimate,
-    average_accuracy,
     backward_transfer,
     bootstrap_interval,
     difference_interval,
@@ -59,49 +59,36 @@ NEEDS = {
     backward_transfer: {(3, 0), (3, 1), (1, 0), (2, 1)},
     forward_transfer: {(1, 1), (2, 2), (0, 1), (0, 2)},
     forgetting: {(1, 0), (2, 0), (3, 0), (2, 1), (3, 1)},
-    average_accuracy: {(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)},
+    metrics.average_accuracy: {(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (3, 2)},
 }
 BY_STAGE = [overall_performance, backward_transfer, forgetting]
 
 
-def paper_matrix(run):
+@pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{r['model']}-{r['method']}-order{r['order']}")
+def test_printed_runs_are_reproduced(run):
     R = np.full((9, 8), np.nan)
     for i, score in enumerate(run["learned"]):
         R[i + 1, i] = score
     R[8] = run["final"]
-    return R
+    for name, function in (("OP", overall_performance), ("BWT", backward_transfer)):
+        value, printed = function(R), run[f"{name}_printed"]
+        expected = OFF_BY_ONE.get((run["model"], run["method"], run["order"], name))
+        if expected is None:
+            assert abs(value - printed) <= 0.0005 + ULP
+        else:
+            assert abs(value - printed) > 0.0005 + ULP and round(value, 3) == expected
+        # What rounding the scores to three digits can explain; every printed cell is within.
+        assert abs(value - printed) <= (0.001 if name == "OP" else 0.0015) + ULP
 
 
-@pytest.mark.parametrize("name, function", [("OP", overall_performance), ("BWT", backward_transfer)])
-@pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{r['model']}-{r['method']}-order{r['order']}")
-def test_printed_runs_are_reproduced(run, name, function):
-    value, printed = function(paper_matrix(run)), run[f"{name}_printed"]
-    ours = OFF_BY_ONE.get((run["model"], run["method"], run["order"], name))
-    if ours is None:
-        assert abs(value - printed) <= 0.0005 + ULP
-    else:
-        assert abs(value - printed) > 0.0005 + ULP
-        assert round(value, 3) == ours
-        assert abs(ours - printed) <= 0.001 + ULP
-    # What rounding the scores to three digits can explain; every printed cell is within.
-    assert abs(value - printed) <= (0.001 if name == "OP" else 0.0015) + ULP
-
-
-@pytest.mark.parametrize(
-    "model, method", [(m, method) for m, rows in PAPER["general_ability_percent"].items() for method in rows]
-)
-def test_printed_general_ability_deltas_are_reproduced(model, method):
-    base, after = dict(PAPER["general_ability_percent"][model]["base"]), PAPER["general_ability_percent"][model][method]
-    after = dict(after)
-    base.pop("delta_printed")
-    printed = after.pop("delta_printed")
-    value = general_ability_delta(base, after)
-    # Scores of two digits move a mean of differences by up to .01, and the delta was rounded to .005.
-    if (model, method) in DELTA_MISPRINTS:
-        assert abs(value - printed) > 0.1
-        assert round(value, 2) == DELTA_MISPRINTS[model, method]
-    else:
-        assert abs(value - printed) <= 0.015 + ULP
+def test_printed_general_ability_deltas_are_reproduced():
+    for model, rows in PAPER["general_ability_percent"].items():
+        scores = {m: {s: v for s, v in row.items() if s != "delta_printed"} for m, row in rows.items()}
+        for method, row in rows.items():
+            value, misprint = general_ability_delta(scores["base"], scores[method]), (model, method) in DELTA_MISPRINTS
+            # Scores of two digits move a mean of differences by up to .01, and the delta was rounded to .005.
+            assert (abs(value - row["delta_printed"]) <= 0.015 + ULP) != misprint, (model, method)
+            assert not misprint or round(value, 2) == DELTA_MISPRINTS[model, method]
 
 
 @pytest.mark.parametrize(
@@ -115,31 +102,15 @@ def test_printed_general_ability_deltas_are_reproduced(model, method):
         (forward_transfer(R3), 0.2),  # ((.3 - .2) + (.6 - .3)) / 2
         (forgetting(R3, 2), -0.1),  # .8 - .9
         (forgetting(R3), 0.3),  # ((max(.8, .9) - .7) + (.9 - .5)) / 2
-        (average_accuracy(R3), (0.8 + 0.9 + 2.2 / 3) / 3),
+        (metrics.average_accuracy(R3), (0.8 + 0.9 + 2.2 / 3) / 3),
         (general_ability_delta({"a": 0.5, "b": 0.2}, {"b": 0.1, "a": 0.8}), 0.1),  # (.3 - .1) / 2
+        (backward_transfer(R3, 1), np.nan),  # after the first stage there is nothing to forget
+        (forgetting(R3, 1), np.nan),
+        (forward_transfer([[0.1], [0.9]]), np.nan),
     ],
 )
 def test_values_worked_by_hand(value, by_hand):
-    assert value == pytest.approx(by_hand)
-
-
-@pytest.mark.parametrize("t", [1, 2, 3, None])
-@pytest.mark.parametrize("function", BY_STAGE)
-def test_the_last_stage_is_the_default_and_later_rows_do_not_matter(function, t):
-    R = R3.copy()
-    if t is None:
-        assert function(R) == function(R, 3)
-    else:
-        expected = function(R, t)
-        R[t + 1 :] = np.nan
-        assert function(R, t) == pytest.approx(expected, nan_ok=True)
-
-
-@pytest.mark.parametrize("function", [backward_transfer, forgetting])
-def test_after_the_first_stage_there_is_nothing_to_forget(function):
-    assert np.isnan(function(R3, 1))
-    assert np.isnan(function([[0.1], [0.9]]))
-    assert np.isnan(forward_transfer([[0.1], [0.9]]))
+    assert value == pytest.approx(by_hand, nan_ok=True)
 
 
 @pytest.mark.parametrize("function", NEEDS)
@@ -147,48 +118,12 @@ def test_a_missing_cell_gives_nan_if_and_only_if_it_is_needed(function):
     for cell in np.ndindex(R3.shape):
         R = R3.copy()
         R[cell] = np.nan
-        if cell in NEEDS[function]:
-            assert np.isnan(function(R)), cell
-        else:
-            assert function(R) == function(R3), cell
-
-
-@pytest.mark.parametrize("function", NEEDS)
-def test_inputs_are_unchanged_and_may_be_lists(function):
-    R = R3.copy()
-    R.flags.writeable = False
-    assert function(R) == function(R3.tolist())
-    assert np.array_equal(R, R3)
-
-
-@pytest.mark.parametrize("shape", [(3, 3), (4, 4), (3, 4), (5, 3), (4,), (1, 0), (4, 3, 1)])
-@pytest.mark.parametrize("function", NEEDS)
-def test_another_shape_is_an_error_that_says_which(function, shape):
-    with pytest.raises(ValueError, match=r"\(T\+1, T\)"):
-        function(np.zeros(shape))
-
-
-@pytest.mark.parametrize("t", [0, -1, 4])
-@pytest.mark.parametrize("function", BY_STAGE)
-def test_a_stage_out_of_range_is_an_error(function, t):
-    with pytest.raises(ValueError, match=f"t={t}.*1 to 3"):
-        function(R3, t)
-
-
-@pytest.mark.parametrize("base, after", [({"a": 1.0}, {"b": 1.0}), ({"a": 1.0}, {"a": 1.0, "b": 1.0}), ({}, {})])
-def test_other_suites_are_an_error(base, after):
-    with pytest.raises(ValueError, match="same suites"):
-        general_ability_delta(base, after)
-
-
-# ----------------------------------------------------------------------------------------------------------- intervals
-
-
-def binary_rows(rates, n, rng):
-    """0/1 rows with these rates, shape (n, len(rates)), correlated over the columns as the answers of stages are."""
-    hard = rng.standard_normal((n, 1))
-    thresholds = [NormalDist().inv_cdf(rate) for rate in rates]
-    return ((hard + rng.standard_normal((n, len(rates)))) / 2**0.5 < thresholds).astype(float)
+        R.flags.writeable = False
+        assert np.isnan(function(R)) if cell in NEEDS[function] else function(R) == function(R3.tolist()), cell
+    for t in (1, 2) if function in BY_STAGE else ():
+        R = R3.copy()
+        R[t + 1 :] = np.nan
+        assert function(R, t) == pytest.approx(function(R3, t), nan_ok=True), "later rows do not matter"
 
 
 @pytest.mark.parametrize("function", NEEDS)
@@ -200,80 +135,79 @@ def test_replicates_of_a_matrix_give_an_array_of_its_values(function):
     assert function(np.stack([R3[:2, :1]] * 2)).shape == (2,), "one task alone"
 
 
-def test_bootstrap_is_deterministic_for_a_seed_and_contains_the_mean():
-    groups = [np.random.default_rng(1).random(40), np.random.default_rng(2).random(70)]
-    low, high = bootstrap_interval(groups, resamples=300)
-    assert (low, high) == bootstrap_interval(groups, resamples=300)
-    assert (low, high) != bootstrap_interval(groups, resamples=300, seed=1)
-    assert low < np.mean([g.mean() for g in groups]) < high
+def test_what_cannot_be_is_an_error_that_says_which():
+    for function in NEEDS:
+        for shape in [(3, 3), (3, 4), (5, 3), (4,), (1, 0), (4, 3, 1)]:
+            with pytest.raises(ValueError, match=r"\(T\+1, T\)"):
+                function(np.zeros(shape))
+    for function in BY_STAGE:
+        for t in (0, -1, 4):
+            with pytest.raises(ValueError, match=f"t={t}.*1 to 3"):
+                function(R3, t)
+    for base, after in [({"a": 1.0}, {"b": 1.0}), ({"a": 1.0}, {"a": 1.0, "b": 1.0}), ({}, {})]:
+        with pytest.raises(ValueError, match="same suites"):
+            general_ability_delta(base, after)
+    for rows in ([0.0, 1.0], [np.zeros((5, 2)), np.zeros((5, 3))], [np.zeros(5), np.zeros((5, 2))]):
+        with pytest.raises(ValueError, match=r"Groups of the shapes .*\(n, columns\)"):
+            bootstrap_interval(rows)
+    for level in (0, 1, 95):
+        for interval in (bootstrap_interval, mean_interval, difference_interval, seed_interval):
+            with pytest.raises(ValueError, match=f"level={level}"):
+                interval(np.zeros((2, 1)), level=level)
+    for wrong in ((-1, 0, 2), (2, 1, 2)):
+        with pytest.raises(ValueError, match="plus="):
+            net_interval(*wrong)
+    for wrong in ((0, 1), (1, 0), (np.nan, 1), (1, -2)):
+        with pytest.raises(ValueError, match="deviation="):
+            seeds_needed(*wrong)
 
 
-@pytest.mark.parametrize("n", [40, 200])
-def test_intervals_of_op_and_bwt_cover_the_truth_about_as_often_as_they_say(n):
-    rng = np.random.default_rng(n)
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+def binary_rows(rates, n, rng):
+    """0/1 rows with these rates, shape (n, len(rates)), correlated over the columns as the answers of stages are."""
+    thresholds = [NormalDist().inv_cdf(rate) for rate in rates]
+    return ((rng.standard_normal((n, 1)) + rng.standard_normal((n, len(rates)))) / 2**0.5 < thresholds).astype(float)
+
+
+def test_intervals_of_op_and_bwt_cover_the_truth_about_as_often_as_they_say():
+    rng = np.random.default_rng(40)
     truth = np.array([[0.1, 0.1, 0.1], [0.7, 0.1, 0.1], [0.5, 0.8, 0.1], [0.3, 0.6, 0.6]])
     both = lambda R: np.stack([overall_performance(R), backward_transfer(R)], axis=-1)  # noqa: E731
     covered = []
-    for seed in range(600):
-        rows = [binary_rows(truth[:, i], n, rng) for i in range(3)]
-        low, high = bootstrap_interval(rows, both, resamples=400, seed=seed)
+    for seed in range(500):
+        rows = [binary_rows(truth[:, i], 40, rng) for i in range(3)]
+        low, high = bootstrap_interval(rows, both, resamples=300, seed=seed)
         covered.append((low <= both(truth)) & (both(truth) <= high))
     assert (np.mean(covered, axis=0) >= 0.92).all() and (np.mean(covered, axis=0) <= 0.98).all()
 
 
-def test_a_paired_interval_is_narrower_than_an_unpaired_one():
+def test_the_bootstrap_is_paired_deterministic_for_a_seed_and_fair_to_small_groups():
     rng = np.random.default_rng(0)
     rows = [binary_rows([0.2, 0.7, 0.6, 0.5], 100, rng) for _ in range(3)]
     shuffled = [np.stack([rng.permutation(column) for column in x.T], axis=1) for x in rows]
     widths = [np.subtract(*bootstrap_interval(x, backward_transfer)[::-1]) for x in (rows, shuffled)]
     assert 0 < widths[0] < 0.9 * widths[1]
-    assert np.subtract(*bootstrap_interval(rows, lambda R: R[:, 3, 0] - R[:, 1, 0])) < 0
-
-
-def test_small_groups_keep_their_variance():
-    """50 subtasks of three rows: drawing three of three would make the interval a fifth too narrow."""
-    groups = list(np.random.default_rng(0).normal(size=(50, 3)))
+    groups = [rng.random(40), rng.random(70)]
+    low, high = bootstrap_interval(groups)
+    assert (low, high) == bootstrap_interval(groups) and (low, high) != bootstrap_interval(groups, seed=1)
+    assert low < np.mean([g.mean() for g in groups]) < high
+    # 50 subtasks of three rows: drawing three of three would make the interval a fifth too narrow.
+    groups = list(rng.normal(size=(50, 3)))
     low, high = bootstrap_interval(groups)
     error = np.mean([g.var(ddof=1) / 3 for g in groups]) ** 0.5 / 50**0.5
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
+    for few in ([], [[]], [[1.0]], [[1.0, 0.0], []], [np.zeros((1, 4))] * 3):
+        assert np.isnan(bootstrap_interval(few)).all()
 
 
-@pytest.mark.parametrize("rows", [[], [[]], [[1.0]], [[1.0, 0.0], []], [np.zeros((1, 4))] * 3], ids=str)
-def test_the_interval_of_less_than_two_rows_is_nan(rows):
-    assert np.isnan(bootstrap_interval(rows)).all()
-
-
-@pytest.mark.parametrize("rows", [[0.0, 1.0], [np.zeros((5, 2)), np.zeros((5, 3))], [np.zeros(5), np.zeros((5, 2))]])
-def test_groups_of_other_shapes_are_an_error_that_says_which(rows):
-    with pytest.raises(ValueError, match=r"Groups of the shapes .*\(n, columns\)"):
-        bootstrap_interval(rows)
-
-
-@pytest.mark.parametrize("level", [0, 1, 95])
-def test_a_level_out_of_range_is_an_error(level):
-    for interval in (bootstrap_interval, mean_interval, difference_interval, seed_interval):
-        with pytest.raises(ValueError, match=f"level={level}"):
-            interval(np.zeros((2, 1)), level=level)
-    with pytest.raises(ValueError, match=f"level={level}"):
-        net_interval(1, 1, 2, level=level)
-
-
-def test_the_net_interval():
-    # By hand: (9 - 3) / 22, variance (12 / 22 - (6 / 22)^2) / 22
+def test_the_net_interval_by_hand_and_enumerated_over_rates():
+    # (9 - 3) / 22, variance (12 / 22 - (6 / 22)^2) / 22
     assert net_interval(8, 2, 20) == pytest.approx((-0.0141, 0.5595), abs=1e-4)
     assert net_interval(2, 8, 20) == pytest.approx((-0.5595, 0.0141), abs=1e-4)
-    assert np.isnan(net_interval(0, 0, 0)).all()
-    for n in (1, 6, 500):
-        low, high = net_interval(n, 0, n)
-        assert low < high == 1, "whatever all rows say is within"
-    for wrong in ((-1, 0, 2), (2, 1, 2)):
-        with pytest.raises(ValueError, match="plus="):
-            net_interval(*wrong)
-
-
-@pytest.mark.parametrize("n", [24, 40])
-def test_the_net_interval_covers_whatever_the_rates(n):
-    """Enumerated: the probability of every outcome, with rates near 0 and 1 among them."""
+    assert np.isnan(net_interval(0, 0, 0)).all() and net_interval(6, 0, 6)[1] == 1
+    n = 24
     plus, minus = (grid.ravel() for grid in np.meshgrid(np.arange(n + 1), np.arange(n + 1)))
     plus, minus = plus[plus + minus <= n], minus[plus + minus <= n]
     low, high = np.array([net_interval(int(a), int(b), n) for a, b in zip(plus, minus, strict=True)]).T
@@ -290,49 +224,25 @@ def test_single_means_and_differences_take_the_interval_that_fits_their_rows():
     low, high = difference_interval(np.stack([binary - binary[::-1], real - 0.5], axis=1))
     assert (low[0], high[0]) == net_interval(5, 5, 40)
     assert low[1] < real.mean() - 0.5 < high[1]
+    signs = [Estimate(0.2, 0.1, 0.3).sign, Estimate(-0.2, -0.3, -0.1).sign, Estimate(0.2, 0, 0.4).sign]
+    assert signs == [1, -1, 0] and Estimate(1).sign == 0
 
 
 def test_the_mean_of_independent_estimates():
     one, two = Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.2, 0.4)
     # .4, less sqrt(.1^2 + .1^2) / 2, plus sqrt(.2^2 + .1^2) / 2
     assert mean_of([one, two]) == pytest.approx((0.4, 0.3293, 0.5118), abs=1e-4)
-    assert mean_of([one]) == pytest.approx(one)
     unknown = mean_of([one, Estimate(0.3)])
-    assert unknown.value == pytest.approx(0.4) and np.isnan(unknown[1:]).all()
-    assert np.isnan(mean_of([]).value)
-
-
-@pytest.mark.parametrize("rates, n", [([0.02, 0.98, 0.5, 0.02], 24), ([0.02, 0.98, 0.02, 0.98], 40)])
-def test_the_mean_of_tasks_is_covered_near_0_and_1_too(rates, n):
-    rng = np.random.default_rng(0)
-    covered = []
-    for _ in range(1000):
-        counts = rng.binomial(n, rates)
+    assert unknown.value == pytest.approx(0.4) and np.isnan(unknown[1:]).all() and np.isnan(mean_of([]).value)
+    # Near 0 and 1 it covers the truth, too.
+    rng, rates, n, covered = np.random.default_rng(0), [0.02, 0.98, 0.5, 0.02], 24, []
+    for counts in rng.binomial(n, rates, size=(1000, 4)):
         mean = mean_of([Estimate(c / n, *wilson_interval(int(c), n)) for c in counts])
         covered.append(mean.low <= np.mean(rates) <= mean.high)
     assert np.mean(covered) >= 0.92
 
 
-@pytest.mark.parametrize("rates", [[0.9, 0.3, 0.9, 0.6], [0.98, 0.02, 0.98, 0.98]])
-def test_the_difference_of_two_runs_in_what_they_forgot_is_covered(rates):
-    """Own stage and last one of two runs, on the same 24 rows of three tasks, of which some are easy for both."""
-    rng, n, covered = np.random.default_rng(0), 24, []
-    for _ in range(300):
-        estimates = []
-        for _ in range(3):
-            alike = rng.random((n, 4)) < 0.6
-            right = np.where(alike, rng.random((n, 1)), rng.random((n, 4))) < rates
-            rows = (right[:, 1].astype(float) - right[:, 0]) - (right[:, 3].astype(float) - right[:, 2])
-            low, high = difference_interval(rows[:, None])
-            estimates.append(Estimate(rows.mean(), low[0], high[0]))
-        mean = mean_of(estimates)
-        covered.append(mean.low <= (rates[1] - rates[0]) - (rates[3] - rates[2]) <= mean.high)
-    assert 0.92 <= np.mean(covered) <= 0.99
-
-
-def test_the_interval_over_seeds_is_student_s():
-    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
-    assert np.isnan(seed_interval([1.0])).all() and np.isnan(seed_interval([1.0, np.nan])).all()
+# --------------------------------------------------------------------------------------------------- seeds and p-values
 
 
 @pytest.mark.parametrize("values", [[0.3, 0.3], [0.1 + 0.2, 0.3], [50.0] * 5, [0.0, 0.0]], ids=str)
@@ -356,14 +266,12 @@ def test_methods_are_paired_by_seed_where_they_have_the_same_seeds_else_compared
         estimate, p = seed_difference(mine, others)
         right = ttest_ind(list(mine.values()), list(others.values()), equal_var=False)
         assert (*estimate[1:], p) == pytest.approx((*right.confidence_interval(), right.pvalue))
-    assert seed_difference(mine)[0][1:] == pytest.approx(seed_interval(list(mine.values())))
-
-
-@pytest.mark.parametrize("mine, theirs", [({}, {}), ({1: 1.0}, {1: 2.0}), ({1: 1.0, 2: 3.0}, {3: 2.0}), ({}, {1: 1.0})])
-def test_one_seed_is_no_difference_over_seeds(mine, theirs):
-    estimate, p = seed_difference(mine, theirs)
-    assert np.isnan([*estimate[1:], p]).all()
-    assert np.isnan(seed_difference({1: 1.0, 2: np.nan}, {1: 1.0, 2: 3.0})[1])
+    assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    for few in ([1.0], [1.0, np.nan]):
+        assert np.isnan(seed_interval(few)).all()
+    for one, two in [({}, {}), ({1: 1.0}, {1: 2.0}), ({1: 1.0, 2: 3.0}, {3: 2.0}), ({}, {1: 1.0})]:
+        estimate, p = seed_difference(one, two)
+        assert np.isnan([*estimate[1:], p]).all(), "one seed is no difference over seeds"
 
 
 def test_how_many_seeds_are_needed():
@@ -371,12 +279,6 @@ def test_how_many_seeds_are_needed():
     assert [seeds_needed(1, d) for d in (0.5, 0.8, 1, 2)] == [64, 26, 17, 6]
     assert seeds_needed(3.0, 1.5) == 64 and seeds_needed(1, 0.5, power=0.9) == 86
     assert seeds_needed(1e-9, 50) == 2 and seeds_needed(1, 1e-3) is None
-    rng, n = np.random.default_rng(0), seeds_needed(1, 1.4)
-    seen = ttest_ind(rng.normal(size=(n, 2000)), rng.normal(1.4, size=(n, 2000))).pvalue < 0.05
-    assert 0.78 < seen.mean() < 0.9
-    for wrong in ((0, 1), (1, 0), (np.nan, 1), (1, -2)):
-        with pytest.raises(ValueError, match="deviation="):
-            seeds_needed(*wrong)
 
 
 def test_the_p_values_of_changed_rows():
@@ -386,7 +288,8 @@ def test_the_p_values_of_changed_rows():
     # By hand: of 10 rows that changed 2 or fewer went one way: 2 * (1 + 10 + 45) / 1024
     assert p(*[1] * 8, *[-1] * 2, *[0] * 30) == pytest.approx(0.109375) == p(*[-1] * 8, *[1] * 2, *[0] * 30)
     assert p(*[0] * 40) == 1 and p(0, 0, 0, 1) == 1 and p(*[1] * 12) == pytest.approx(2**-11)
-    real = np.random.default_rng(0).random(60) - 0.4
+    rng = np.random.default_rng(0)
+    real = rng.random(60) - 0.4
     assert p(*real) == pytest.approx(ttest_1samp(real, 0).pvalue)
     assert p(*[3] * 8, *[-1] * 2, fractions=False) == pytest.approx(ttest_1samp([3] * 8 + [-1] * 2, 0).pvalue)
     # Few rows that changed are not certain, however alike: all of them going one way is chance in 2^(1-k).
@@ -394,12 +297,8 @@ def test_the_p_values_of_changed_rows():
     assert p(*[0.25] * 40) == pytest.approx(2**-39) and p(0.3, 0.4) >= 0.5
     found = difference_p([np.array([[0.0, np.nan], [0.0, 1.0]])])
     assert found[0] == 1 and np.isnan(found[1])
-
-
-def test_the_p_value_of_a_mean_over_parts():
-    rng = np.random.default_rng(0)
+    # The difference of two means is the mean over parts of one and of minus the other, times two.
     one, two = rng.normal(0.5, 1, (40, 1)), rng.normal(0.1, 2, (15, 1))
-    # The difference of the means is the mean over parts of one and of minus the other, times two.
     assert difference_p([one, -two]) == pytest.approx(ttest_ind(one[:, 0], two[:, 0], equal_var=False).pvalue)
     assert np.isnan(difference_p([one, two[:1]])).all(), "a part of one row has no variance"
 
@@ -407,7 +306,7 @@ def test_the_p_value_of_a_mean_over_parts():
 @pytest.mark.parametrize("graded", [False, True])
 def test_what_is_certain_lies_clear_of_zero_in_its_interval_too(graded):
     rng = np.random.default_rng(0)
-    for n in (24, 100, 500):
+    for n in (24, 200):
         rows = rng.integers(-1, 2, (n, 200)) + (rng.random((n, 200)) < rng.random(200)) * graded * 0.3
         rows = np.where(rng.random((n, 200)) < rng.random(200), rows, 0)
         rows[rng.random((n, 200)) < 0.3 * rng.random(200)] = 1
@@ -425,20 +324,8 @@ def test_what_is_certain_lies_clear_of_zero_in_its_interval_too(graded):
         ([0.04, np.nan, np.nan], None, [True, False, False]),
         ([0.024, 0.001, 0.03], [2, 1, 1], [True] * 3),  # .001 <= .0125, .024 <= .05 * 2/3, .03 <= .05
         ([0.03, 0.03], [9, 1], [True, True]),  # .03 <= .045, .03 <= .05
-        ([0.03, 0.03], [1, 1], [False, False]),
         ([], None, []),
-        ([np.nan], None, [False]),
     ],
 )
 def test_holm_by_hand(p, weights, rejected):
     assert holm(p, weights).tolist() == rejected
-
-
-def test_an_estimate_knows_whether_it_is_clear_of_zero():
-    signs = [
-        Estimate(0.2, 0.1, 0.3).sign,
-        Estimate(-0.2, -0.3, -0.1).sign,
-        Estimate(0.2, 0, 0.4).sign,
-        Estimate(1).sign,
-    ]
-    assert signs == [1, -1, 0, 0]

@@ -15,8 +15,9 @@ from markdown_it import MarkdownIt
 from trace_bench import metrics
 from trace_bench.cli import main
 from trace_bench.judgements import judge_file, sample_fingerprints
-from trace_bench.report import Results, compare, write_report
+from trace_bench.report import compare, write_report
 from trace_bench.report.tables import DASH, Table, latex_text, markdown
+from trace_bench.run import Run, read_json
 from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
 from trace_tasks.data.files import write_json, write_jsonl
@@ -43,9 +44,9 @@ def table(run, heading, number=1):
     return {first: rest for first, *rest in rows}
 
 
-def test_the_matrix_shows_every_cell_and_a_dash_where_there_is_none(make):
+def test_the_matrix_its_numbers_and_how_they_are_made(make):
     run = make()
-    write_report(run)
+    assert write_report(run).endswith("report.md: 9 cells of 12; OP_3 40.0, BWT_3 -50.0")
     rows = table(run, "## Scores")
     assert [rows[s.name] for s in run.stages] == PERCENT
     assert rows["stage"] == ["C-STANCE<br>accuracy", "FOMC<br>accuracy", "MeetingBank<br>rouge_l"]
@@ -55,22 +56,29 @@ def test_the_matrix_shows_every_cell_and_a_dash_where_there_is_none(make):
     assert rows["1_trace_cstance"] == ["80.0", DASH, DASH]
     assert rows["2_trace_fomc"] == ["75.0", "-20.0", "20.0"]  # (60 + 90) / 2; 60 - 80
     assert rows["3_trace_meetingbank"] == ["40.0", "-50.0", "50.0"]  # 120 / 3; (-10 - 90) / 2
-
-
-def test_the_top_states_op_and_bwt_and_how_they_are_made(make):
-    run = make()
-    line = write_report(run)
-    assert line.endswith("report.md: 9 cells of 12; OP_3 40.0, BWT_3 -50.0")
     top = table(run, "# mine")
     assert (top["OP_3"][0], top["BWT_3"][0], top["Forgetting_3"][0]) == ("40.0", "-50.0", "50.0")
-    assert "divided by t-1" in top["BWT_3"][1]
-    assert top["FWT"][0] == DASH  # needs cells that are not measured
+    assert "divided by t-1" in top["BWT_3"][1] and top["FWT"][0] == DASH  # needs cells that are not measured
     rows = table(run, "## Learning and forgetting")
     assert rows["task"] == ["base", "own stage", "stage 3", "learned", "since then", "in all"]
     assert rows["C-STANCE"] == ["10.0", "80.0", "70.0", "+70.0", "-10.0", "+60.0"]
     assert rows["FOMC"] == ["20.0", "90.0", "0.0", "+70.0", "-90.0", "-20.0"]
     assert rows["MeetingBank"] == ["30.0", "50.0", "50.0", "+20.0", DASH, "+20.0"]
     assert "[" not in "".join(text(run).split("## Bounds")[0]), "without samples there is no interval"
+    rows = table(run, "### Form-tolerant accuracy")
+    assert rows["stage"] == ["C-STANCE", "FOMC"] and rows["3_trace_meetingbank"] == ["85.0", "50.0"]
+    rows = table(run, "## The paper's numbers for this method (LoraSeqFT)")
+    assert rows["model"] == ["train rows", "epochs", "OP", "BWT", "general", "instruction", "safety"]
+    assert rows["LLaMA-2-7B-Chat"] == ["5000", "5,3,7,5,3,5,5,7", "12.7", "-45.7", "-7.0", DASH, DASH]
+    assert rows["LLaMA-2-13B-Chat"][4:] == ["-7.8", "-91.0", "-14.0"]  # won 3 and lost 94; 0 and 14
+    assert not any(words in text(run) for words in ("extracted", "Limited rows", "Demo data"))
+    with (run.path / "scores.csv").open(encoding="utf-8", newline="") as f:
+        header, *rows = csv.reader(f)
+    assert header == ["stage", "task", "metric", "value", "stderr", "n", "n_unscored", "low", "high"]
+    assert rows[0] == ["0_base", "trace_cstance", "accuracy", "0.1", "0.01", "100", "0", "", ""]
+    assert ["3_trace_meetingbank", "trace_fomc", "accuracy", "0.0", "0.01", "100", "0", "", ""] in rows
+    assert ["1_trace_cstance", "trace_cstance", "accuracy_tolerant", "0.9", "", "100", "0", "", ""] in rows
+    assert len(rows) == 9 + 7  # 9 cells, 7 of them with a second metric
 
 
 def test_an_unfinished_stage_gives_no_number_that_counts_it_as_0(make):
@@ -83,10 +91,7 @@ def test_an_unfinished_stage_gives_no_number_that_counts_it_as_0(make):
     assert "0.0" not in [c for row in [*rows.values(), *by_stage.values()] for c in row]
     last = table(run, "## Learning and forgetting")
     assert last["task"][2] == "stage 2" and last["MeetingBank"] == [DASH, "50.0", DASH, DASH, DASH, DASH]
-
-
-def test_a_run_without_cells_has_a_report_of_dashes(make):
-    run = make(np.full((4, 3), NAN))
+    run = make(np.full((4, 3), NAN), name="nothing")
     assert write_report(run).endswith("0 cells of 12")
     rows = table(run, "## Scores")
     assert {c for s in run.stages for c in rows[s.name]} == {DASH} and "OP_3" not in text(run)
@@ -94,7 +99,6 @@ def test_a_run_without_cells_has_a_report_of_dashes(make):
 
 def test_scores_that_could_not_be_made_or_are_of_an_older_checkpoint_are_missing(make):
     run = make()
-    assert np.array_equal(Results(run).R, R, equal_nan=True)
     write_json(run.stages[3].eval_file(TASKS[2]), cell(run.stages[3], TASKS[2], None))
     # The stage was trained anew and not yet evaluated anew.
     write_json(run.stages[2].eval_file(TASKS[0]), cell(run.stages[2], TASKS[0], 0.6, "weights before"))
@@ -104,46 +108,14 @@ def test_scores_that_could_not_be_made_or_are_of_an_older_checkpoint_are_missing
     assert table(run, "## Scores", 2)["3_trace_meetingbank"] == [DASH, "-50.0", DASH], "BWT needs neither of them"
 
 
-def test_form_tolerant_accuracy_and_the_paper_s_numbers_are_shown_where_there_are_some(make):
-    run = make()
-    write_report(run)
-    rows = table(run, "### Form-tolerant accuracy")
-    assert rows["stage"] == ["C-STANCE", "FOMC"] and rows["3_trace_meetingbank"] == ["85.0", "50.0"]
-    rows = table(run, "## The paper's numbers for this method (LoraSeqFT)")
-    assert rows["model"] == ["train rows", "epochs", "OP", "BWT", "general", "instruction", "safety"]
-    assert rows["LLaMA-2-7B-Chat"] == ["5000", "5,3,7,5,3,5,5,7", "12.7", "-45.7", "-7.0", DASH, DASH]
-    assert rows["LLaMA-2-13B-Chat"][4:] == ["-7.8", "-91.0", "-14.0"]  # won 3 and lost 94; 0 and 14
-    assert "extracted" not in text(run)
-    run = make(name="strict", rows={task: {"accuracy": right(0, 20, 10, 10)} for task in TASKS})
-    write_report(run)
-    assert "Form or knowledge" not in text(run) and "### Form" not in text(run)
-
-
-@pytest.mark.parametrize(
-    "config, notes",
-    [
-        ({"test_rows": 24, "train_rows": None}, ["test rows: first 24"]),
-        ({"test_rows": 5, "train_rows": 64}, ["train rows: first 64", "test rows: first 5"]),
-        ({"test_rows": None}, []),
-    ],
-)
-def test_demo_data_and_limited_rows_are_announced(make, config, notes):
-    run = make(config=config, demo=bool(notes))
-    write_report(run)
-    assert ("**Limited rows**" in text(run)) == ("> **Demo data.**" in text(run)) == bool(notes)
-    assert all(note in text(run) for note in notes)
-
-
-def test_scores_csv_has_one_line_for_each_score(make):
-    run = make()
-    write_report(run)
-    with (run.path / "scores.csv").open(encoding="utf-8", newline="") as f:
-        header, *rows = csv.reader(f)
-    assert header == ["stage", "task", "metric", "value", "stderr", "n", "n_unscored", "low", "high"]
-    assert rows[0] == ["0_base", "trace_cstance", "accuracy", "0.1", "0.01", "100", "0", "", ""]
-    assert ["3_trace_meetingbank", "trace_fomc", "accuracy", "0.0", "0.01", "100", "0", "", ""] in rows
-    assert ["1_trace_cstance", "trace_cstance", "accuracy_tolerant", "0.9", "", "100", "0", "", ""] in rows
-    assert len(rows) == 9 + 7  # 9 cells, 7 of them with a second metric
+def test_demo_data_and_limited_rows_are_announced(make):
+    for name, config, note in (
+        ("test", {"test_rows": 24, "train_rows": None}, "**Limited rows** (test rows: first 24 of each task)"),
+        ("both", {"test_rows": 5, "train_rows": 64}, "(train rows: first 64 of each task, test rows: first 5 of"),
+    ):
+        run = make(name=name, config=config, demo=True)
+        write_report(run)
+        assert note in text(run) and "> **Demo data.**" in text(run)
 
 
 # ---------------------------------------------------------------------------------------------------------- intervals
@@ -168,8 +140,8 @@ def measured(make):
     )
 
 
-def test_what_changed_is_marked_only_where_the_interval_excludes_zero(measured):
-    write_report(measured)
+def test_op_and_bwt_have_intervals_and_what_changed_for_certain_a_mark(measured):
+    assert ", BWT_3 -7.5" in write_report(measured)
     rows = table(measured, "## Scores")
     assert [rows[s.name][:2] for s in measured.stages] == [
         ["10.0", "0.0"],
@@ -182,10 +154,6 @@ def test_what_changed_is_marked_only_where_the_interval_excludes_zero(measured):
     assert rows["C-STANCE"][4].startswith("-10.0 [") and rows["C-STANCE"][4].endswith("]")
     assert rows["MeetingBank"][3].endswith("] ↑") and rows["MeetingBank"][4] == DASH
     assert text(measured).count("Arrows are corrected") == 2 and "Intervals are not corrected" in text(measured)
-
-
-def test_op_and_bwt_have_intervals_and_forgetting_has_none(measured):
-    assert ", BWT_3 -7.5" in write_report(measured)
     top = table(measured, "# mine")
 
     def bounds(cell):
@@ -200,10 +168,6 @@ def test_op_and_bwt_have_intervals_and_forgetting_has_none(measured):
     low, _, high = bounds(top["mean OP_t"][0])
     assert low < high
     assert top["FWT"][0] == DASH and "training seed" in text(measured)
-
-
-def test_scores_csv_has_the_intervals(measured):
-    write_report(measured)
     with (measured.path / "scores.csv").open(encoding="utf-8", newline="") as f:
         rows = {(r["stage"], r["task"], r["metric"]): r for r in csv.DictReader(f)}
     row = rows["1_trace_cstance", "trace_cstance", "accuracy"]
@@ -218,21 +182,16 @@ def test_form_is_told_from_knowledge(measured):
     write_report(measured)  # up to stage 2, where C-STANCE lost 30 rows, 20 of them in form alone
     assert "from its own stage to stage 2" in text(measured)
     rows = table(measured, "### Form or knowledge")
-    assert list(rows) == ["task", "---", "C-STANCE"]
-    lost, form, share, knowledge = rows["C-STANCE"]
-    assert (
-        lost.startswith("75.0 [") and form.startswith("50.0 [") and share == "67 %" and knowledge.startswith("25.0 [")
-    )
+    assert list(rows) == ["task", "---", "C-STANCE"] and rows["C-STANCE"][2] == "67 %"
+    lost, form, _, knowledge = rows["C-STANCE"]
+    assert lost.startswith("75.0 [") and form.startswith("50.0 [") and knowledge.startswith("25.0 [")
 
 
-def test_a_run_without_a_sequence_has_intervals_too(make):
-    run = make(
-        name="a-single",
-        method="single",
-        rows={task: {"accuracy": right(2, 30, 30, 30)} for task in TASKS},
-    )
+def test_a_run_without_a_sequence_or_a_tolerant_accuracy_has_intervals_too(make):
+    rows = {task: {"accuracy": right(2, 30, 30, 30)} for task in TASKS}
+    run = make(name="a-single", method="single", rows=rows)
     write_report(run)
-    assert table(run, "# a-single")["mean of the tasks"][0].startswith("75.0 [")
+    assert table(run, "# a-single")["mean of the tasks"][0].startswith("75.0 [") and "### Form" not in text(run)
     assert table(run, "## Learning")["FOMC"][2].endswith("] ↑")
 
 
@@ -265,7 +224,7 @@ def test_the_report_takes_seconds_and_loads_neither_engine_nor_evaluation(make):
     code = """
 import sys
 from trace_bench.report import write_report
-from trace_bench.run import Run
+from trace_bench.run import Run, read_json
 write_report(Run.open(sys.argv[1]))
 heavy = {'torch', 'lm_eval', 'transformers', 'vllm', 'datasets'}
 above = {'trace_bench.evaluate', 'trace_bench.engine', 'judges', 'trainers'}
@@ -298,14 +257,6 @@ def test_runs_without_a_sequence_have_a_mean_and_no_op_and_no_bwt(bounds):
     assert table(runs["joint"], "## Learning")["MeetingBank"] == ["30.0", "90.0", "+60.0"]
     assert table(runs["single"], "## Scores")["2_trace_fomc"] == [DASH, "80.0", DASH]
     assert "nothing is trained" in text(runs["icl"]) and "## Learning" not in text(runs["icl"])
-
-
-def test_a_model_per_task_has_the_mean_of_their_own_when_it_is_complete(make):
-    run = make(SINGLE * np.nan, name="nothing", method="single")
-    assert write_report(run).endswith("0 cells of 12")
-    assert table(run, "# nothing")["mean of the tasks"][0] == DASH
-    run = make(np.where(np.isnan(SINGLE), 0.0, SINGLE), name="a-single", method="single")
-    assert write_report(run).endswith("mean of the tasks 80.0")
 
 
 def bounded(run, others):
@@ -364,7 +315,7 @@ def test_demonstrations_may_take_longer_prompts_and_none_are_no_bound(make, boun
     assert bounded(run, [zero, three])["ICL, 3 demonstrations"][-1] == "40.0"
 
 
-def test_a_bound_of_another_training_budget_says_so(make, bounds):
+def test_a_bound_of_another_training_budget_says_so_and_one_without_scores_is_missing(make, bounds):
     there = {"train_rows": 64, "epochs": [3, 2, 1], "num_train_epochs": 3.0, "chat_template": False}
     here = {"train_rows": 16, "epochs": [1, 2, 3], "num_train_epochs": 9.0}
     same = {"learning_rate": 0.1}
@@ -375,14 +326,13 @@ def test_a_bound_of_another_training_budget_says_so(make, bounds):
     assert "- single: the run `a-single`; its training is another (there, here): train_rows 64, 16\n" in text(run)
     bounded(run, [*others, make(JOINT, name="b-joint", method="joint", stages=["joint"], config=here | same)])
     assert "- joint: the run `b-joint`\n" in text(run), "the one with the same training is taken"
-
-
-def test_a_bound_that_is_not_evaluated_is_missing_and_a_part_of_it_has_no_mean(make):
-    nothing = make(SINGLE * np.nan, name="a-single", method="single")
-    part = make(np.array([[NAN, NAN, NAN], [0.5, NAN, 0.5]]), name="a-joint", method="joint", stages=["joint"])
-    run = make()
+    nothing = make(SINGLE * np.nan, name="c-single", method="single")
+    part = make(np.array([[NAN, NAN, NAN], [0.5, NAN, 0.5]]), name="c-joint", method="joint", stages=["joint"])
+    run = make(name="other")
     assert bounded(run, [nothing, part])["joint (multi-task)"] == ["50.0", DASH, "50.0", DASH]
-    assert "- single is missing" in text(run)
+    assert "- single is missing" in text(run), "it is not evaluated"
+    assert write_report(nothing).endswith("0 cells of 12")
+    assert table(nothing, "# c-single")["mean of the tasks"][0] == DASH
 
 
 def test_answers_that_could_be_extracted_are_counted(make):
@@ -422,6 +372,13 @@ HOSTILE = [
 ]
 
 
+#: What a report and a comparison are made of.
+TAGS = {
+    *("h1", "h2", "h3", "p", "ul", "li", "blockquote", "code", "strong"),
+    *("table", "thead", "tbody", "tr", "th", "td", "br"),
+}
+
+
 def rendered(markdown):
     """The tags and the text of Markdown, as a renderer with tables and links of addresses makes them."""
     page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
@@ -429,56 +386,64 @@ def rendered(markdown):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_markdown_shows_text_from_elsewhere_as_text(text):
+def test_no_name_of_a_run_makes_anything_but_text_in_a_report(make, text):
     tags, shown = rendered(markdown_text(f"The model {one_line(text)} of {text.splitlines()[0]}."))
     assert tags <= {"p", "code", "strong"}
     if not {"`", "*"} & set(text):
         assert " ".join(text.split()) in " ".join(shown.split())
-    table = Table(["head", f"{text}<br>second"], [[text, "1.0 [0.5, 1.5]"]], apart=0)
-    tags, shown = rendered(markdown(table))
+    tags, shown = rendered(markdown(Table(["head", f"{text}<br>second"], [[text, "1.0 [0.5, 1.5]"]], apart=0)))
     assert tags <= {"table", "thead", "tbody", "tr", "th", "td", "code", "strong", "br"}
     assert "1.0 [0.5, 1.5]" in shown
 
+    name = text.replace("/", ":")
+    task = " ".join(name.split())
+    tasks = [*TASKS[:2], task]
+    run = make(
+        name=name, method=text, model={"name": text, "revision": text}, tasks=tasks, packages={text: text},
+        config={"epochs": text, "chat_template_args": {text: text}, "max_prompt_length": text, "test_rows": text},
+        task_versions=dict.fromkeys(tasks, text), metric={text: {"value": 0.5, "stderr": None}},
+        data={"path": text, "demo": False, "fingerprint": dict.fromkeys(tasks, text)},
+    )  # fmt: skip
+    for index, suite in ((0, "instruct_x"), (1, "instruct_x"), (1, f"instruct_{task}")):
+        for stage in (run.stages[0], run.stages[index]):
+            write_jsonl(stage.samples_file(suite), [])
+        numbers = {
+            **dict.fromkeys(("requests", "cut", "prompt_tokens", "completion_tokens"), 1),
+            **dict.fromkeys(("failed", "forced", "unpaired", "unclosed"), 0),
+            "settings": {"judge": text, "sampling": {text: text}, "prompts": text},
+            "direct": {"n": 1, "unscored": 0, "answered": 1, "refused": 0, "rate": 0.0},
+            "samples": sample_fingerprints(run.stages[0], run.stages[index], suite),
+            "limit": None,
+        }
+        write_json(judge_file(run.stages[index], suite), numbers)
+    write_report(run)
+    comparison = compare([run, make(name="other", method="ewc")])
+    assert "\n\n\n" not in comparison.latex() and "\\input" not in comparison.latex()
+    for made in (run.path.joinpath("report.md").read_text(), comparison.markdown()):
+        tags, shown = rendered(made)
+        assert tags <= TAGS
+        assert not text.isprintable() or {"`", "*"} & set(text) or text in shown
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_no_name_of_a_run_makes_anything_but_text_in_a_report(make, text, tmp_path):
-    def report(text):
-        name = text.replace("/", ":")
-        task = " ".join(name.split())
-        tasks = [*TASKS[:2], task]
-        run = make(
-            name=name, method=text, model={"name": text, "revision": text}, tasks=tasks, packages={text: text},
-            config={"epochs": text, "chat_template_args": {text: text}, "max_prompt_length": text, "test_rows": text},
-            task_versions=dict.fromkeys(tasks, text), metric={text: {"value": 0.5, "stderr": None}},
-            data={"path": text, "demo": False, "fingerprint": dict.fromkeys(tasks, text)},
-        )  # fmt: skip
-        for index, suite in ((0, "instruct_x"), (1, "instruct_x"), (1, f"instruct_{task}")):
-            write_jsonl(run.stages[0].samples_file(suite), [])
-            write_jsonl(run.stages[index].samples_file(suite), [])
-            numbers = {"n": 1, "unscored": 0, "answered": 1, "refused": 0, "rate": 0.0}
-            write_json(
-                judge_file(run.stages[index], suite),
-                {"settings": {"judge": text, "sampling": {text: text}, "prompts": text}, "direct": numbers, "cut": 1}
-                | {"samples": sample_fingerprints(run.stages[0], run.stages[index], suite), "limit": None, "failed": 0}
-                | {
-                    "requests": 1,
-                    "forced": 0,
-                    "unpaired": 0,
-                    "unclosed": 0,
-                    "prompt_tokens": 1,
-                    "completion_tokens": 1,
-                },
-            )
-        write_report(run)
-        together = compare([run, make(name="other")])
-        assert "\n\n\n" not in together.latex() and "\\input" not in together.latex()
-        return rendered(run.path.joinpath("report.md").read_text()), rendered(together.markdown())
 
-    plain, hostile = report("plain"), report(text)
-    for (tags, _), (ours, _) in zip(hostile, plain, strict=True):
-        assert tags <= ours | {"code", "strong"}, tags - ours
-    if text.isprintable() and not {"`", "*"} & set(text):
-        assert text in hostile[0][1] and text in hostile[1][1]
+def test_line_breaks_in_a_manifest_stay_on_one_line_of_the_report_and_the_page(make, monkeypatch):
+    monkeypatch.undo()  # with the page
+    broken = "lora\n\n# PWNED\r\u2028## PWNED"
+    run = make(
+        method=broken,
+        model={"name": broken, "revision": broken},
+        config={"chat_template_args": {broken: broken}, broken: broken},
+        data={"path": broken, "demo": False, "fingerprint": dict.fromkeys(TASKS, broken)},
+        task_versions=dict.fromkeys(TASKS, broken),
+    )
+    content = read_json(run.path / "manifest.json")
+    write_json(run.path / "manifest.json", content | {"packages": {broken: broken}, "commit": broken})
+    run = Run.open(run.path)
+    write_report(run)
+    lines = [line for line in text(run).splitlines() if "PWNED" in line]
+    assert len(lines) == 7 and not [line for line in lines if line.startswith("#")]
+    assert all(line.count("lora  # PWNED  ## PWNED") == line.count("lora") for line in lines)
+    page = (run.path / "report.html").read_text()
+    assert "PWNED" in page and not [h for h in re.findall(r"<h\d.*?</h\d>", page, re.DOTALL) if "PWNED" in h]
 
 
 def test_addresses_are_no_links():

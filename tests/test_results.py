@@ -1,6 +1,5 @@
 """Tests of `trace_bench.report.results`: which intervals the samples of a run allow, and which they do not."""
 
-import json
 from dataclasses import replace
 from statistics import NormalDist
 
@@ -12,8 +11,8 @@ from trace_bench import metrics
 from trace_bench.report.results import Change, Results
 from trace_bench.report.rows import Rows
 from trace_bench.report.tables import Unit
-from trace_bench.run import RunError, read_json
-from trace_tasks.data.files import write_json
+from trace_bench.run import RunError, read_json, read_jsonl
+from trace_tasks.data.files import write_json, write_jsonl
 
 N = 30
 
@@ -32,12 +31,13 @@ def run(make):
 
 def test_every_change_is_that_of_the_matrix_and_inside_its_interval(run):
     results = Results(run)
-    assert set(results.since_own) == {(2, 0), (3, 0), (3, 1)}  # tasks learned at stages 1 and 2, later stages
-    for (t, i), change in results.since_own.items():
+    since_own = [(i, t) for i in (0, 1, 2) for t in range(i + 2, 4)]
+    assert [key for key in results.changes if key.earlier] == [(TASKS[i], i + 1, t) for i, t in since_own]
+    for i, t in since_own:
+        change = results.change(i, i + 1, t)
         assert change.value == pytest.approx(results.R[t, i] - results.R[i + 1, i])
         assert change.low < change.value < change.high
-    assert results.since_own[3, 0].sign == -1
-    assert {t for t, _ in results.since_base} == {1, 2, 3}
+    assert results.change(0, 1, 3).sign == -1 and {key.later for key in results.changes} == {1, 2, 3}
     op, bwt = results.sequence["OP"], results.sequence["BWT"]
     assert op[1].value == metrics.overall_performance(results.R, 2) and op[1].low < op[1].value < op[1].high
     assert bwt[1].value == metrics.backward_transfer(results.R, 2) and bwt[1].low < bwt[1].value < bwt[1].high
@@ -51,43 +51,34 @@ def test_the_interval_of_bwt_is_that_of_paired_rows(make):
     paired = make(rows={t: {"score": np.linspace(0, 1, N)[:, None] * [[0.5, 0.9, 0.8, 0.7]]} for t in TASKS})
     wide = Results(paired).sequence["BWT"][2]
     file = paired.stages[3].samples_file(TASKS[0])
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    scores = [line["score"] for line in lines]
-    for line, score in zip(lines, np.random.default_rng(0).permutation(scores), strict=True):
-        line["score"] = score
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    lines = read_jsonl(file)
+    scores = np.random.default_rng(0).permutation([line["score"] for line in lines])
+    write_jsonl(file, [{**line, "score": score} for line, score in zip(lines, scores, strict=True)])
     unpaired = Results(paired).sequence["BWT"][2]
     assert unpaired.value == wide.value and unpaired.high - unpaired.low > 1.5 * (wide.high - wide.low)
 
 
-@pytest.mark.parametrize("damage", ["no samples", "another value", "rows that are no numbers"])
+@pytest.mark.parametrize("damage", ["no samples", "another value", "rows that are no numbers", "older weights"])
 def test_where_the_score_is_not_the_mean_of_the_rows_there_is_no_interval(run, damage):
-    stage = run.stages[3]
+    stage, key = run.stages[3], (3, TASKS[1], "score")
     before = Results(run).intervals
-    file = stage.samples_file(TASKS[1])
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    content = read_json(stage.eval_file(TASKS[1]))
-    if damage == "another value":
-        content["metrics"]["score"]["value"] += 0.01
-    elif damage == "rows that are no numbers":
-        lines[0]["score"] = [lines[0]["score"]]
-    write_json(stage.eval_file(TASKS[1]), content)
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    file, scored = stage.samples_file(TASKS[1]), stage.eval_file(TASKS[1])
     if damage == "no samples":
         file.unlink()
+    elif damage == "another value":
+        content = read_json(scored)
+        content["metrics"]["score"]["value"] += 0.01
+        write_json(scored, content)
+    elif damage == "older weights":
+        write_json(scored, cell(stage, TASKS[1], 0.5, "weights before"))
+    else:
+        lines = read_jsonl(file)
+        write_jsonl(file, [{**lines[0], "score": [lines[0]["score"]]}, *lines[1:]])
     after = Results(run)
-    assert (3, TASKS[1], "score") in before and (3, TASKS[1], "score") not in after.intervals
-    assert np.isnan(after.since_own[3, 1][1:]).all() and not np.isnan(after.since_own[3, 1].value)
-    rest = {key: value for key, value in before.items() if key != (3, TASKS[1], "score")}
-    assert list(after.intervals) == list(rest)
-    assert np.array(list(after.intervals.values())) == pytest.approx(np.array(list(rest.values())))
-
-
-def test_damaged_samples_are_an_error_that_says_where(run):
-    with run.stages[1].samples_file(TASKS[0]).open("a", encoding="utf-8") as f:
-        f.write('{"doc_id": 30, "accuracy":\n')
-    with pytest.raises(RunError, match=rf"{TASKS[0]}.jsonl, line 31 is damaged.*evaluate again"):
-        _ = Results(run).sequence
+    assert np.isnan(after.change(1, 2, 3)[1:]).all()
+    assert np.isnan(after.change(1, 2, 3).value) == (damage == "older weights")
+    assert key in before and list(after.intervals) == [k for k in before if k != key]
+    assert np.array(list(after.intervals.values())) == pytest.approx(np.array([before[k] for k in after.intervals]))
 
 
 def put_suite(run, index, suite, scores, subtasks, equal=False):
@@ -135,24 +126,16 @@ def test_form_and_knowledge_add_up_to_what_was_lost(make):
     assert form.form.value == pytest.approx(15 / N) and np.isnan(form.form.low)
 
 
-def test_forward_transfer_has_an_interval_when_the_matrix_is_full(make):
+def test_a_full_matrix_has_forward_transfer_and_a_model_per_task_stands_with_its_own_stage(make):
     run = make(rows={t: {"score": rows(i)} for i, t in enumerate(TASKS)})
     fwt = Results(run).sequence["FWT"][0]
     assert fwt.value == metrics.forward_transfer(Results(run).R) and fwt.low < fwt.value < fwt.high
-
-
-def test_a_model_per_task_stands_with_its_own_stage(make):
     x = rows()
     own = [np.where(np.arange(4) == i + 1, x[:, [1]], NAN) for i in range(3)]
-    run = make(method="single", rows={t: {"score": own[i]} for i, t in enumerate(TASKS)})
+    run = make(name="single", method="single", rows={t: {"score": own[i]} for i, t in enumerate(TASKS)})
     results = Results(run)
     assert results.final_stages == [1, 2, 3] and results.mean.value == pytest.approx(x[:, 1].mean())
     assert results.mean.low < results.mean.value < results.mean.high
-
-
-def test_cells_of_older_weights_have_no_rows(run):
-    write_json(run.stages[3].eval_file(TASKS[1]), cell(run.stages[3], TASKS[1], 0.5, "weights before"))
-    assert not [key for key in Results(run).intervals if key[:2] == (3, TASKS[1])]
 
 
 def test_rows_that_are_left_out_are_in_no_interval_either(run):
@@ -161,6 +144,10 @@ def test_rows_that_are_left_out_are_in_no_interval_either(run):
     right = Results(run).rows[TASKS[0]].scores["accuracy"][10:, 3]
     assert cell == pytest.approx((right.mean(), *metrics.wilson_interval(int(right.sum()), N - 10)))
     assert Results(seen).left_out == {TASKS[0]: (10, N)} and Results(run).left_out == {}
+    with run.stages[1].samples_file(TASKS[0]).open("a", encoding="utf-8") as file:
+        file.write('{"doc_id": 30, "accuracy":\n')
+    with pytest.raises(RunError, match=rf"{TASKS[0]}.jsonl, line 31 is damaged.*evaluate again"):
+        _ = Results(run).intervals
 
 
 # ------------------------------------------------------------------------------------------------ marks of a report
@@ -177,12 +164,9 @@ def simulated(run, rng, n, gain=()):
         metric = "rouge_l" if i % 3 == 2 else "accuracy"
         latent = (rng.standard_normal((n, 1)) + rng.standard_normal((n, 9))) / 2**0.5
         level = np.full(9, NormalDist().inv_cdf(rng.uniform(0.05, 0.95)))
-        for stage in range(9):
-            for (name, since), shift in gain.items():
-                if name == task and stage >= since:
-                    level[stage] = NormalDist().inv_cdf(0.8 + shift)
-                elif name == task:
-                    level[stage] = NormalDist().inv_cdf(0.8)
+        for (name, since), shift in gain.items():
+            if name == task:
+                level = np.array([NormalDist().inv_cdf(0.8 + shift * (stage >= since)) for stage in range(9)])
         x = (latent < level).astype(float) if metric == "accuracy" else np.clip((latent + level) / 4, 0, 1)
         rows[task] = Rows([("", k) for k in range(n)], {metric: x}, [np.arange(n)])
         units[task] = Unit(metric)
@@ -191,29 +175,22 @@ def simulated(run, rng, n, gain=()):
     return type("Simulated", (Results,), {**seen, "headlines": {t: u.metric for t, u in units.items()}})(run)
 
 
-@pytest.fixture
-def eight(make):
-    return make(np.full((9, 8), NAN), tasks=EIGHT)
-
-
-@pytest.mark.parametrize("n", [100, 500])
-def test_a_report_in_which_nothing_changed_shows_an_arrow_in_one_of_twenty_cases(eight, n):
-    rng = np.random.default_rng(n)
-    reports = [simulated(eight, rng, n) for _ in range(150)]
+def test_a_report_in_which_nothing_changed_shows_an_arrow_in_one_of_twenty_cases(make):
+    eight, rng = make(np.full((9, 8), NAN), tasks=EIGHT), np.random.default_rng(100)
+    reports = [simulated(eight, rng, 100) for _ in range(100)]
     assert len(reports[0].tested) == 28 + 15, "what BWT is made of, and learned and in all"
     marked = np.mean([bool(r.marks) for r in reports])
-    assert marked <= 0.05 + 2 * (0.05 * 0.95 / 150) ** 0.5
+    assert marked <= 0.05 + 2 * (0.05 * 0.95 / 100) ** 0.5
     # So many have an interval that excludes zero, which is what arrows came from before they were corrected.
-    alone = np.mean([any(e.sign for e in r.since_own.values()) for r in reports[:10]])
-    assert alone > 5 * 0.05
+    assert np.mean([any(e.sign for e in r.changes.values()) for r in reports[:10]]) > 5 * 0.05
 
 
 @pytest.mark.parametrize("n, lost", [(100, 0.35), (500, 0.15)])
-def test_a_change_of_reasonable_size_is_marked_nearly_always_and_nothing_else(eight, n, lost):
-    rng = np.random.default_rng(n)
-    reports = [simulated(eight, rng, n, {(EIGHT[1], 6): -lost}) for _ in range(30)]
+def test_a_change_of_reasonable_size_is_marked_nearly_always_and_nothing_else(make, n, lost):
+    eight, rng = make(np.full((9, 8), NAN), tasks=EIGHT), np.random.default_rng(n)
+    reports = [simulated(eight, rng, n, {(EIGHT[1], 6): -lost}) for _ in range(20)]
     changed = {Change(EIGHT[1], 2, t) for t in (6, 7, 8)} | {Change(EIGHT[1], 0, 8)}
     found = [r.marks for r in reports]
     assert np.mean([changed <= marks.keys() for marks in found]) >= 0.8
     assert {marks.get(change, -1) for marks in found for change in changed} == {-1}
-    assert np.mean([bool(marks.keys() - changed) for marks in found]) <= 0.05 + 2 * (0.05 * 0.95 / 30) ** 0.5
+    assert np.mean([bool(marks.keys() - changed) for marks in found]) <= 0.05 + 2 * (0.05 * 0.95 / 20) ** 0.5

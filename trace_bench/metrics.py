@@ -33,8 +33,8 @@ class Estimate(NamedTuple):
     """A number with its 95 % interval; the bounds are NaN where there is none."""
 
     value: float
-    low: float = float("nan")
-    high: float = float("nan")
+    low: float = np.nan
+    high: float = np.nan
 
     @property
     def sign(self) -> int:
@@ -51,6 +51,11 @@ def _matrix(R: ArrayLike) -> Matrix:
 
 def _value(array: Matrix) -> Value:
     return float(array) if np.ndim(array) == 0 else array
+
+
+def _mean_over_tasks(values: Matrix) -> Value:
+    """The mean over the last dimension; NaN without tasks."""
+    return _value(values.mean(axis=-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan))
 
 
 def _stage(t: int | None, T: int) -> int:
@@ -74,10 +79,8 @@ def backward_transfer(R: ArrayLike, t: int | None = None) -> Value:
     """
     R = _matrix(R)
     t = _stage(t, R.shape[-1])
-    if t == 1:
-        return _value(np.full(R.shape[:-2], np.nan))
     i = np.arange(t - 1)
-    return _value((R[..., t, i] - R[..., i + 1, i]).mean(axis=-1))
+    return _mean_over_tasks(R[..., t, i] - R[..., i + 1, i])
 
 
 def forward_transfer(R: ArrayLike) -> Value:
@@ -87,11 +90,8 @@ def forward_transfer(R: ArrayLike) -> Value:
     have a random initialisation. Needs the cells above the diagonal (`cells: all`). NaN with one task.
     """
     R = _matrix(R)
-    T = R.shape[-1]
-    if T == 1:
-        return _value(np.full(R.shape[:-2], np.nan))
-    i = np.arange(1, T)
-    return _value((R[..., i, i] - R[..., 0, i]).mean(axis=-1))
+    i = np.arange(1, R.shape[-1])
+    return _mean_over_tasks(R[..., i, i] - R[..., 0, i])
 
 
 def forgetting(R: ArrayLike, t: int | None = None) -> Value:
@@ -103,9 +103,8 @@ def forgetting(R: ArrayLike, t: int | None = None) -> Value:
     """
     R = _matrix(R)
     t = _stage(t, R.shape[-1])
-    if t == 1:
-        return _value(np.full(R.shape[:-2], np.nan))
-    return _value(np.mean([R[..., i:t, i - 1].max(axis=-1) - R[..., t, i - 1] for i in range(1, t)], axis=0))
+    drops = [R[..., i + 1 : t, i].max(axis=-1) - R[..., t, i] for i in range(t - 1)]
+    return _value(np.mean(drops, axis=0) if drops else np.full(R.shape[:-2], np.nan))
 
 
 def average_accuracy(R: ArrayLike) -> Value:
@@ -151,9 +150,9 @@ def bootstrap_interval(
         statistic: From replicates of the groups' means, shape (resamples, groups) or (resamples, columns, groups), to
             an array whose first dimension is the resamples. With a column a stage and a group a task the replicates are
             R's. None: the mean over the groups.
-        level: Coverage.
-        resamples: Number of resamples, of which some are held in memory at a time.
-        seed: Seed of the draws; the same seed gives the same interval.
+        level: As in all intervals.
+        resamples: How many.
+        seed: The same seed gives the same interval.
 
     Raises:
         ValueError: if the groups differ in their columns.
@@ -207,13 +206,11 @@ def difference_interval(
     `net_interval` where all rows are -1, 0 or 1, as differences of 0/1 scores are; else the bootstrap over rows.
     `fractions` and NaN as in `mean_interval`.
     """
-    differences = np.asarray(differences, dtype=np.float64)
-    return _by_kind(
-        differences,
-        (-1, 0, 1) if fractions else (),
-        lambda c: net_interval(int((c > 0).sum()), int((c < 0).sum()), len(c), level=level),
-        level,
-    )
+
+    def net(column: Matrix) -> tuple[float, float]:
+        return net_interval(int((column > 0).sum()), int((column < 0).sum()), len(column), level=level)
+
+    return _by_kind(np.asarray(differences, dtype=np.float64), (-1, 0, 1) if fractions else (), net, level)
 
 
 def _by_kind(
@@ -262,16 +259,8 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
 
     The adjusted Wald interval of Bonett and Price (2012), Journal of Educational and Behavioral Statistics 37, which
     Fagerland, Lydersen and Laake (2014) recommend. Enumerated over a grid of rates it covers 93 to 100 % with 24
-    rows and 94 to 100 % with 200, where the bootstrap falls to 38 %: rows that are all the same have no spread.
-
-    Args:
-        plus: Rows with +1: won, or right only the second time.
-        minus: Rows with -1.
-        n: All rows, including those with 0.
-        level: Coverage.
-
-    Raises:
-        ValueError: if the counts are not within `n`.
+    rows and 94 to 100 % with 200, where the bootstrap falls to 38 %: rows that are all the same have no spread. `n`
+    counts all rows, those of 0 among them; counts that are not within it are a ValueError.
     """
     _check_level(level)
     if not (plus >= 0 and minus >= 0 and plus + minus <= n):
@@ -291,12 +280,8 @@ def difference_p(parts: Sequence[ArrayLike], *, fractions: bool = True) -> Matri
     changed go one way, which keeps it honest where few rows changed. With several parts it is the t of the mean of
     their means, with Welch's degrees of freedom.
 
-    Args:
-        parts: Differences, shape (rows, columns) each with the same columns; usually one part.
-        fractions: As in `difference_interval`.
-
-    Returns:
-        Shape (columns,); NaN where a column holds NaN, or a part has one row that is not -1, 0 or 1.
+    Parts have the shape (rows, columns), usually one part; the p-values (columns,). They are NaN where a column holds
+    NaN, or a part has one row that is not -1, 0 or 1. `fractions` as in `difference_interval`.
     """
     from scipy.special import bdtr, stdtr
 
@@ -354,23 +339,16 @@ def seed_difference(
 ) -> tuple[Estimate, float]:
     """The difference of two methods' means over training seeds, with its interval (Student's t), and its p-value.
 
-    Paired by seed where both have the same seeds, else Welch's (1947, Biometrika 34).
-
-    Args:
-        mine: Seed -> number.
-        theirs: The same of the other method; None = zero, which gives the mean of `mine`.
-        level: Coverage of the interval.
-
-    Returns:
-        The estimate, and the two-sided p-value of no difference. Bounds and p-value are NaN with less than two seeds, a
-        NaN, or numbers that are all the same (when paired, differences that are), which say nothing of the variance.
+    Paired by seed where both (seed -> number) have the same seeds, else Welch's (1947, Biometrika 34). Without `theirs`
+    it is the mean of `mine`. Bounds and the two-sided p-value are NaN with less than two seeds, a NaN, or numbers that
+    are all the same (when paired, differences that are), which say nothing of the variance.
     """
     from scipy.special import stdtr, stdtrit
 
     _check_level(level)
     theirs = dict.fromkeys(mine, 0.0) if theirs is None else theirs
     if not mine or not theirs:
-        return Estimate(float("nan")), float("nan")
+        return Estimate(np.nan), np.nan
     if mine.keys() == theirs.keys():
         samples = [np.array([mine[seed] - theirs[seed] for seed in mine])]
     else:
@@ -378,7 +356,7 @@ def seed_difference(
     value = float(np.mean(list(mine.values())) - np.mean(list(theirs.values())))
     largest = max(map(abs, [*mine.values(), *theirs.values()]))
     if any(len(x) < 2 or not np.ptp(x) > 1e-9 * largest for x in samples):
-        return Estimate(value), float("nan")
+        return Estimate(value), np.nan
     squares = [x.var(ddof=1) / len(x) for x in samples]
     error = sum(squares) ** 0.5
     freedom = sum(squares) ** 2 / sum(q**2 / (len(x) - 1) for q, x in zip(squares, samples, strict=True))
@@ -393,14 +371,8 @@ MOST_SEEDS = 1000
 def seeds_needed(deviation: float, difference: float, *, level: float = 0.95, power: float = 0.8) -> int | None:
     """How many seeds each of two methods needs for a difference of their means to be seen (two-sided t-test).
 
-    Args:
-        deviation: Standard deviation between seeds, of both methods.
-        difference: The difference of the means, in the same unit.
-        level: One minus the level of the test.
-        power: How often the difference is to be seen.
-
-    Returns:
-        At least 2; None if it is more than `MOST_SEEDS`.
+    `deviation` is the standard deviation between seeds of both methods, `level` one minus that of the test, `power` how
+    often the difference is to be seen. At least 2; None if it is more than `MOST_SEEDS`.
     """
     from scipy.special import nctdtr, stdtrit
 
@@ -422,7 +394,7 @@ def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, 
     if not 0 <= count <= n:
         raise ValueError(f"count={count} of n={n}: use a count between 0 and n.")
     if n == 0:
-        return float("nan"), float("nan")
+        return np.nan, np.nan
     z, p = NormalDist().inv_cdf((1 + level) / 2), count / n
     center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5

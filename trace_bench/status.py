@@ -57,9 +57,9 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
         yield f"{judged} of {answered} sets judged"
 
 
-def _progress(stage: Stage) -> dict[str, Any] | None:
+def _progress(stage: Stage) -> Any:
     try:
-        return dict(read_json(stage.progress_file))
+        return read_json(stage.progress_file)
     except FileNotFoundError:  # none yet, or the stage was done a moment ago
         return None
 
@@ -79,11 +79,8 @@ def _training(stage: Stage) -> str:
 def seconds_left(trained: Sequence[float], stages: int, spent: float, fraction: float) -> float:
     """How long the training of a run still takes, if the other stages take as long as those so far.
 
-    Args:
-        trained: Seconds of each stage that is trained.
-        stages: How many stages the run trains.
-        spent: Seconds of the stage in training; 0 if there is none.
-        fraction: How much of it is done, from 0 to 1.
+    `trained` has the seconds of the stages that are trained, of so many `stages` in all. The stage in training took
+    `spent` seconds for a fraction of it; both are 0 if there is none.
     """
     whole = [spent / fraction] if fraction else []
     pace = [*trained, *whole]

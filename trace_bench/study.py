@@ -118,7 +118,6 @@ def _each(runs: dict[Any, Any], scale: str, where: str) -> Iterator[tuple[str, A
 
 
 def _choices(key: str, value: dict[str, Any], scale: str, where: str) -> list[tuple[str, str, Any]]:
-    """The values of an option that varies: the part of a run's name, the option, the value."""
     values = _at(scale, value["each"], f"{where}, each")
     if isinstance(values, list) and all(isinstance(v, str | int | float) for v in values):
         values = {v if isinstance(v, str) else f"{key}{v}": v for v in values}
@@ -131,7 +130,6 @@ def _choices(key: str, value: dict[str, Any], scale: str, where: str) -> list[tu
 
 
 def _at(scale: str, value: Any, where: str) -> Any:
-    """The value at a scale."""
     if not isinstance(value, dict) or not value.keys() & {"small", "full"}:
         return value
     if value.keys() != {"small", "full"}:
@@ -143,9 +141,8 @@ def _argument(key: str, value: Any) -> list[str]:
     """An option as the trainers take it: lists as several values, mappings as JSON."""
     if value is None:
         return []
-    if isinstance(value, list):
-        return [f"--{key}", *map(str, value)]
-    return [f"--{key}", json.dumps(value) if isinstance(value, dict | bool) else str(value)]
+    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict | bool) else value]
+    return [f"--{key}", *map(str, values)]
 
 
 def run_study(
@@ -223,11 +220,11 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
         except TraceError as e:
             failed.setdefault(run.path.name, str(e))
             there.remove(run)
-    lines = [f"> **Failed:** `{name}`: {why}." for name, why in failed.items()]
+    lines = [one_line(f"**Failed:** `{name}`: {why}.") for name, why in failed.items()]
     undone = [f"`{name}`" for name in missing if name not in failed]
-    lines += [f"> Not done: {', '.join(undone)}."] if undone else []
-    text = head + "".join(f"{line}\n\n" for line in map(one_line, lines))
-    written = head + "".join(f"> {markdown_text(line[2:])}\n\n" for line in map(one_line, lines))
+    lines += [f"Not done: {', '.join(undone)}."] if undone else []
+    text = head + "".join(f"> {line}\n\n" for line in lines)
+    written = head + "".join(f"> {markdown_text(line)}\n\n" for line in lines)
     if there:
         comparison = compare(there)
         write_text(folder / "summary.csv", comparison.csv())

@@ -66,15 +66,11 @@ def _escaped(text: str, in_table: bool) -> str:
 
 def cell(value: Any) -> Any:
     """A value for a table that spread-sheets open: where they would see a formula, a text begins with an apostrophe."""
-    formula = isinstance(value, str) and value.lstrip(" ").startswith(
-        ("=", "+", "-", "@", "\t", "\r", "\n", *"＝＋－＠")
-    )
+    formula = isinstance(value, str) and value.lstrip(" ").startswith(tuple("=+-@\t\r\n＝＋－＠"))
     return f"'{value}" if formula else value
 
 
 class _Formatter(logging.Formatter):
-    """Log lines for a terminal."""
-
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 

@@ -5,8 +5,7 @@ A comparison is plain tables and notes, of which Markdown, CSV, LaTeX and a page
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from trace_bench.metrics import Estimate
 from trace_bench.report import notes, paper
 from trace_bench.report.differences import paired_differences
 from trace_bench.report.entry import COSTS, NUMBERS, SCORES, TEXTS, Entry, entries_of
+from trace_bench.report.results import UNKNOWN
 from trace_bench.report.seeds import (
     Group,
     Marks,
     SeedDifferences,
-    between_others,
     deviation_between_seeds,
     deviation_of_test_rows,
     groups_of,
@@ -32,7 +31,18 @@ from trace_bench.report.seeds import (
     marks_of,
     mean_and_deviation,
 )
-from trace_bench.report.tables import DASH, PERCENT, Table, Unit, arrow, latex, latex_text, markdown, shared_unit
+from trace_bench.report.tables import (
+    DASH,
+    PERCENT,
+    Table,
+    Unit,
+    arrow,
+    csv_text,
+    latex,
+    latex_text,
+    markdown,
+    shared_unit,
+)
 from trace_bench.run import Run
 from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
@@ -62,14 +72,12 @@ class Comparison:
 
     def final_ends(self) -> list[tuple[float, float] | None]:
         """Of each task the worst and the best final score that is shown, for colours; None without a common unit."""
-        found: list[tuple[float, float] | None] = []
-        for task, unit in _column_units(self.entries).items():
-            if unit is None:
-                found.append(None)
-                continue
+
+        def ends(task: str, unit: Unit) -> tuple[float, float]:
             worst, best = unit.ends([e.finals[task] / unit.factor for e in self.entries if task in e.finals])
-            found.append((unit.factor * worst, unit.factor * best))
-        return found
+            return unit.factor * worst, unit.factor * best
+
+        return [ends(task, unit) if unit else None for task, unit in _column_units(self.entries).items()]
 
     def markdown(self) -> str:
         """The comparison as Markdown; rows of the paper in italics."""
@@ -87,34 +95,28 @@ class Comparison:
         """All numbers as one CSV, a line a run; columns of which nothing is known are left out."""
         lines = [{k: v for k, v in line.items() if v != DASH and v == v} for line in self.lines]
         always = ("run", *TEXTS, *NUMBERS)
-        columns = list(dict.fromkeys([*always, *(key for line in self.lines for key in line)]))
+        columns = dict.fromkeys([*always, *(key for line in self.lines for key in line)])
         known = [c for c in columns if c in always or any(c in line for line in lines)]
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(map(csv_cell, known))
-        for line in lines:  # the paper's numbers are texts
-            writer.writerow([line.get(c, "") if c in NUMBERS else csv_cell(line.get(c, "")) for c in known])
-        return out.getvalue()
+        # The paper's numbers are texts.
+        rows = ([line.get(c, "") if c in NUMBERS else csv_cell(line.get(c, "")) for c in known] for line in lines)
+        return csv_text([map(csv_cell, known), *rows])
 
 
 def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
     """Compares runs: one row each, against a baseline, their final scores by task, and what keeps them apart.
 
-    Args:
-        runs: The runs.
-        baseline: The run that the others are set against; None = the first one.
+    The baseline is the first run, if none is named; it need not be among the others.
     """
-    runs = list(runs)
+    baseline = baseline or runs[0]
     paths = [run.path.resolve() for run in runs]
-    if baseline is not None and baseline.path.resolve() not in paths:
-        runs.insert(0, baseline)
-        paths.insert(0, baseline.path.resolve())
+    if baseline.path.resolve() not in paths:
+        runs, paths = [baseline, *runs], [baseline.path.resolve(), *paths]
     entries = entries_of(runs)
-    against = entries[paths.index(baseline.path.resolve()) if baseline is not None else 0]
+    against = entries[paths.index(baseline.path.resolve())]
     groups = groups_of(entries)
     reference = next((g for g in groups if against in g.entries), groups[0] if groups else None)
     seeds = [SeedDifferences.between(g, reference) for g in groups if reference and g is not reference]
-    others = between_others(seeds)
+    others = [SeedDifferences.between(a.group, b.group) for a, b in itertools.combinations(seeds, 2)]
     marks = marks_of(seeds)
     columns = list(dict.fromkeys(task for e in entries for task in e.finals))
     versus = {e.name: paired_differences(e, against) for e in entries if e is not against}
@@ -175,10 +177,6 @@ def _all_percent(entries: Iterable[Entry]) -> bool:
     return not any(e.results.not_percent for e in entries)
 
 
-def _about_differences(entries: Iterable[Entry]) -> str:
-    return "in points" if _all_percent(entries) else "gains, in points or the unit of the tasks"
-
-
 def _difference_tables(
     versus: dict[str, dict[str, Estimate]],
     against: Entry,
@@ -187,18 +185,23 @@ def _difference_tables(
     marks: Marks,
 ) -> list[Table]:
     """To the baseline run by run, to its seeds, and between the other groups."""
-    units = {name: against.unit(name) for name in SCORES}
-    runs = [[name, *(units[k].with_interval(e, sign=True) for k, e in v.items())] for name, v in versus.items()]
+
+    def table(title: str, rows: list[list[str]], entries: Iterable[Entry], arrows: str = "") -> Table:
+        about = "in points" if _all_percent(entries) else "gains, in points or the unit of the tasks"
+        return Table(["run", *SCORES], rows, title, about + arrows).without_empty_columns()
+
+    def of_both(differences: Sequence[SeedDifferences]) -> list[Entry]:
+        return [e for d in differences for e in (*d.group.entries, *d.reference.entries)]
+
+    runs = [[n, *(against.unit(k).with_interval(e, sign=True) for k, e in v.items())] for n, v in versus.items()]
     to_seeds = [[d.group.name, *d.texts(marks)] for d in seeds]
     between = [[f"{d.group.name} against {d.reference.name}", *d.texts({})] for d in others]
-    tables = [Table(["run", *SCORES], runs, f"Difference to `{against.name}`", _about_differences([against]))]
-    for rows, title, differences, arrows in (
-        (to_seeds, f"Difference of seed means to `{seeds[0].reference.name}`" if seeds else "", seeds, ""),
-        (between, "Differences of seed means between the others", others, "; no arrows"),
-    ):
-        entries = [e for d in differences for e in (*d.group.entries, *d.reference.entries)]
-        tables.append(Table(["run", *SCORES], rows, title, _about_differences(entries) + arrows))
-    return [table.without_empty_columns() for table in tables]
+    reference = seeds[0].reference.name if seeds else ""
+    return [
+        table(f"Difference to `{against.name}`", runs, [against]),
+        table(f"Difference of seed means to `{reference}`", to_seeds, of_both(seeds)),
+        table("Differences of seed means between the others", between, of_both(others), "; no arrows"),
+    ]
 
 
 def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
@@ -235,13 +238,10 @@ def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
     for group in groups:
         first = group.entries[0]
         units = {name: first.unit(name) for name in ("OP", "BWT")} | first.units
-        for label, found in (
-            ("between seeds", deviation_between_seeds(group, columns)),
-            ("test rows", deviation_of_test_rows(group, columns)),
-        ):
-            rows.append(
-                [f"{group.name}: {label}", *(units[n].shown(v) if (v := found[n]) > 0 else DASH for n in names)]
-            )
+        for label, deviation in (("between seeds", deviation_between_seeds), ("test rows", deviation_of_test_rows)):
+            found = deviation(group, columns)
+            texts = (units[name].shown(found[name]) if found[name] > 0 else DASH for name in names)
+            rows.append([f"{group.name}: {label}", *texts])
     about = (
         "standard deviations of a run's score: between seeds (what another training changes, on the same test rows) "
         "and of test rows (what other test rows change, for the same training)"
@@ -255,11 +255,10 @@ def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
 def _line(entry: Entry, versus: dict[str, Estimate]) -> dict[str, Any]:
     bounds: dict[str, float] = {}
     for name in SCORES:
-        for what, estimate in ((name, entry.scores[name]), (f"{name} difference", versus.get(name))):
-            if estimate is not None:
-                value, low, high = (entry.unit(name).factor * x for x in estimate)
-                bounds |= {what: value} if what != name else {}
-                bounds |= {f"{what} low": low, f"{what} high": high}
+        factor, difference = entry.unit(name).factor, versus.get(name, UNKNOWN)
+        bounds |= {f"{name} {end}": factor * x for end, x in zip(("low", "high"), entry.scores[name][1:], strict=True)}
+        ends = ("", " low", " high")
+        bounds |= {f"{name} difference{end}": factor * x for end, x in zip(ends, difference, strict=True)}
     return {
         "run": entry.name,
         **entry.texts,
@@ -279,12 +278,9 @@ def _seed_lines(group: Group, columns: list[str], several: bool) -> list[dict[st
         "low end of the 95 % interval": lambda v: metrics.seed_interval(v)[0],
         "high end of the 95 % interval": lambda v: metrics.seed_interval(v)[1],
     }
-    lines: list[dict[str, Any]] = [
-        {"run": group.label(f"{name} over {{}} seeds", several), **texts, **{k: of(v) for k, v in values.items()}}
-        for name, of in statistics.items()
-    ]
-    name = group.label("standard error over test rows, mean over {} seeds", several)
-    return [*lines, {"run": name, **texts, **deviation_of_test_rows(group, columns)}]
+    found = {f"{name} over {{}} seeds": {k: of(v) for k, v in values.items()} for name, of in statistics.items()}
+    found["standard error over test rows, mean over {} seeds"] = deviation_of_test_rows(group, columns)
+    return [{"run": group.label(name, several), **texts, **numbers} for name, numbers in found.items()]
 
 
 def _difference_lines(difference: SeedDifferences) -> list[dict[str, Any]]:
@@ -301,7 +297,6 @@ def _difference_lines(difference: SeedDifferences) -> list[dict[str, Any]]:
 
 
 def _reference_line(row: dict[str, str]) -> dict[str, Any]:
-    """A row of the paper's numbers."""
     numbers = {k: v for k, v in row.items() if k in NUMBERS}
     texts = {"method": row["method"], "tasks": "8 (order1)", "train rows": row.get("train rows", DASH)}
     return {"run": f"paper: {row['method']}, {row['model']}", **texts, **numbers}

@@ -76,7 +76,6 @@ def _of_changes(one: Results, two: Results, part: slice, of_rows: Callable[[Resu
 
 
 def _of_suites(one: Results, two: Results) -> Estimate:
-    """Of the general-ability delta."""
     found = []
     for suite in GROUPS["general"]:
         if all((0, suite) in results.cells for results in (one, two)):

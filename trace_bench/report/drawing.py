@@ -124,13 +124,15 @@ def axes_of(
 def panels(units: Sequence[Unit], stages: Sequence[Stage]) -> tuple[Figure, list[Axes]]:
     """A figure with a small panel for each unit, four in a row, scores over stages.
 
-    Where all are percent they share an axis, and both halves of the figure have its numbers.
+    Where all are percent they share an axis, and both halves of the figure have its numbers; else all name their unit.
     """
     count, shared = len(units), all(unit.is_percent for unit in units)
     columns = min(4, count)
     rows = math.ceil(count / columns)
     figure, axes = axes_of(1.0 + 1.65 * rows, rows, columns, left=0.5, gap=0.42, sharex=True, sharey=shared)
     for panel, unit in zip(axes[: 1 if shared else count], units, strict=False):
+        if not shared:
+            panel.set_ylabel(unit.name, fontsize=7.0, labelpad=1.0)
         if unit.scale == 1:
             panel.set_ylim(-4, 104)
             panel.set_yticks([0, 50, 100])
@@ -158,7 +160,6 @@ def clipped(text: str, most: int = 14) -> str:
 
 
 def _letters(text: str) -> int:
-    """The width of a text; Chinese characters are twice as wide as others."""
     return sum(2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 

@@ -139,10 +139,6 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
         return unit_of(metric, together.get((column, metric), []))
 
     names = [one_line(run.path.name) for run in runs]
-    return [
-        Entry(
-            name if names.count(name) == 1 else one_line(str(results.run.path)),
-            Results(results.run, {task: unit(results, task) for task in results.run.tasks}),
-        )
-        for name, results in zip(names, loaded, strict=True)
-    ]
+    names = [name if names.count(name) == 1 else one_line(str(r.path)) for name, r in zip(names, runs, strict=True)]
+    units = [{task: unit(results, task) for task in results.run.tasks} for results in loaded]
+    return [Entry(name, Results(run, of_run)) for name, run, of_run in zip(names, runs, units, strict=True)]

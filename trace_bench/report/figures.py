@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -32,7 +32,7 @@ from trace_bench.report.drawing import (
     panels,
     shown,
 )
-from trace_bench.report.results import DELTAS, Results
+from trace_bench.report.results import DELTAS, Results, measured
 from trace_bench.report.tables import DASH, PERCENT, shade, shared_unit, stage_label
 from trace_tasks.data import SUITES, task_name
 
@@ -119,8 +119,6 @@ def _tasks(results: Results) -> tuple[Figure, str] | None:
             panel.axvline(own, color=RULE, linewidth=1.2)
             panel.plot([own], [score], color=ORANGE, marker="D", markersize=6.0, linestyle="none")
         panel.set_title(clipped(task_name(run.tasks[i]), 22))
-        if results.not_percent:
-            panel.set_ylabel(unit.name, fontsize=7.0, labelpad=1.0)
     own_text = " Diamond: right after the task's own stage." if results.is_sequential else ""
     what = "each in the unit of its metric" if results.not_percent else "percent"
     return figure, f"Score of each task over the stages, {what}; bars: 95 % intervals.{own_text}{note}"
@@ -182,7 +180,7 @@ def _general(results: Results) -> tuple[Figure, str] | None:
     cells = results.cells_of(SUITES)
     if not cells:
         return None
-    stages = [s for s in results.run.stages if any(index == s.index for index, _ in cells)]
+    stages = measured(results.run, cells)
     names = [s for s in SUITES if any(s == name for _, name in cells)]
     figure, (left, right) = axes_of(3.3, 1, 2, left=0.5, gap=1.5)
     ends: list[tuple[float, str, str, str]] = []
@@ -339,23 +337,16 @@ def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
         colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
         line(panel, range(1, len(estimates) + 1), estimates, colour, marker, unit=unit, markersize=3.5)
         panel.set_title(clipped(entry.name, 26))
-        if not in_percent:
-            panel.set_ylabel(unit.name, fontsize=7.0, labelpad=1.0)
     grey = f" Grey: {against.name}." if against.results.is_sequential and len(entries) > 1 else ""
     what = "percent" if in_percent else "in the unit of the tasks"
     return figure, f"OP_t, the mean of the tasks seen so far, {what}; bars: 95 % intervals over test rows.{grey}{note}"
 
 
-_OF_A_RUN: dict[str, Drawing] = {
-    "matrix": _matrix,
-    "tasks": _tasks,
-    "sequence": _sequence,
-    "form": _form,
-    "general": _general,
-    "judged": _judged,
-    "losses": _losses,
-    "cost": _cost,
-}
-_OF_RUNS: dict[str, Drawing] = {"runs": _runs, "stages": _stages}
+def _by_name(*drawings: Any) -> dict[str, Drawing]:
+    return {drawing.__name__.lstrip("_"): drawing for drawing in drawings}
+
+
+_OF_A_RUN = _by_name(_matrix, _tasks, _sequence, _form, _general, _judged, _losses, _cost)
+_OF_RUNS = _by_name(_runs, _stages)
 #: The figures that there may be, of a run and of several.
 NAMES, RUNS_NAMES = tuple(_OF_A_RUN), tuple(_OF_RUNS)

@@ -116,14 +116,14 @@ def table_view(
     heat: Sequence[tuple[float, float] | None] = (),
     elsewhere: str = "report.md",
 ) -> TableView | Markup:
-    """A table for the page, or if it is too large a sentence that says where it is.
+    """A table for the page, or if it is too large a sentence that says where it is: `elsewhere`.
 
     Args:
         table: The table.
         links: First cell of a row -> where it leads.
         heat: If its numbers are coloured, the worst and the best one of each column but the first (`Unit.ends`), or
             None for a column without colours.
-        elsewhere: What has the table if it is too large for the page.
+        elsewhere: Files that have all tables.
     """
     if len(table.rows) * len(table.header) > TABLE_CELLS:
         size = f"{len(table.rows)} rows and {len(table.header)} columns"
@@ -191,13 +191,7 @@ class FigureView:
 def write_pictures(folder: Path, drawn: Collection[Picture], names: Iterable[str]) -> dict[str, FigureView]:
     """Writes figures as SVG and PNG, and removes those of an earlier report for which there is nothing to draw now.
 
-    Args:
-        folder: Where.
-        drawn: The figures.
-        names: Of all that there may be.
-
-    Returns:
-        Name -> the figure for the page.
+    `names` are those of all that there may be. Returns name -> the figure for the page.
     """
     for picture in drawn:
         write_text(folder / f"{picture.name}.svg", picture.svg)

@@ -10,7 +10,7 @@ from typing import Any
 from trace_bench import judgements
 from trace_bench.judgements import Judged, Kind, lacking, pooled, rate_of
 from trace_bench.metrics import Estimate, wilson_interval
-from trace_bench.report.results import Results
+from trace_bench.report.results import Results, measured
 from trace_bench.report.tables import DASH, Block, Table, percent, percent_with_interval
 from trace_bench.run import Run, read_json
 from trace_bench.text import one_line
@@ -33,7 +33,7 @@ def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
             f"> **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one. "
             "Results of this version count them as unscored, in no rate."
         )
-    stages = [stage for stage in run.stages if any(index == stage.index for index, _ in found)]
+    stages = measured(run, found)
     rows = []
     for stage in stages:
         of_stage = [numbers for (index, _), numbers in found.items() if index == stage.index]
@@ -50,7 +50,6 @@ def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
 
 
 def _pair_cells(counts: dict[str, int] | None, controlled: Estimate) -> list[str]:
-    """The cells of pairwise judgement, pooled over the suites of a stage."""
     if counts is None:
         return [DASH] * 10
     rates = judgements.rates(counts)
@@ -66,7 +65,6 @@ def _pair_cells(counts: dict[str, int] | None, controlled: Estimate) -> list[str
 
 
 def _single_cells(kind: Kind, of_stage: list[dict[str, Any]]) -> list[str]:
-    """The cells of the judgement of single answers."""
     counts = [numbers["direct"] for numbers in of_stage]
     counted, unscored, broken = (sum(c.get(k, 0) for c in counts) for k in (kind.counted.lower(), "unscored", "broken"))
     scored = sum(c["n"] for c in counts) - unscored - broken
@@ -106,9 +104,8 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
             yield f"- {sentence}"
     if len(judges) > 1:
         yield "- **Several judges**: what was judged by different ones cannot be compared"
-    for stage in run.stages:
-        missing = lacking(found, stage) if any(index == stage.index for index, _ in found) else []
-        if missing:
+    for stage in measured(run, found):
+        if missing := lacking(found, stage):
             yield f"- {stage.name} was not judged on {', '.join(missing)}, so its suites have no common rate"
     limits = {n["limit"] for n in found.values()}
     if len(limits) > 1:

@@ -27,10 +27,6 @@ def without_leaked(run: Run, file: Path) -> Run:
     of the training file count, though a run may train on the first of them only. Near ones are left out with the exact
     ones: one that is no leak costs a row of precision, one that stays counts what was memorised.
 
-    Args:
-        run: A run with samples.
-        file: An audit of the run's data, as `trace-bench data audit --output` writes it.
-
     Raises:
         RunError: if the file is no audit, or one of other data than the run's.
     """
@@ -58,16 +54,10 @@ def without_leaked(run: Run, file: Path) -> Run:
 
 
 def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_out: Collection[int]) -> dict[str, Any]:
-    """A cell of the matrix made again from some of its rows.
+    """A cell of the matrix made again from its samples without some of them, by their `doc_id`.
 
-    Args:
-        cell: The content of its eval file; each metric is a mean over rows.
-        samples: The rows of its samples file.
-        left_out: `doc_id` of the rows that do not count.
-
-    Returns:
-        A new cell, with "n_left_out" in addition to the "n" rows that count. Without any of these, its values are None;
-        so is that of a metric whose rows are no numbers, such as BLEU's.
+    It has "n_left_out" in addition to the "n" rows that count. Without any of these, its values are None; so is that of
+    a metric whose rows are no numbers, such as BLEU's.
     """
     rows = [row for row in samples if row["doc_id"] not in left_out]
 

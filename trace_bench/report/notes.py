@@ -40,12 +40,7 @@ def _add(values: Values, what: str, value: str, run: str) -> None:
 
 def warnings(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
     """What runs differ in that their scores depend on, beside the training; and what they all lack."""
-    return [
-        *_not_comparable(entries),
-        *_other_versions(entries),
-        *_limits(entries),
-        *_budgets(entries, groups),
-    ]
+    return [*_not_comparable(entries), *_other_versions(entries), *_limits(entries), *_budgets(entries, groups)]
 
 
 def _not_comparable(entries: Sequence[Entry]) -> list[str]:
@@ -71,20 +66,15 @@ def _conditions(entry: Entry, same_limit: bool) -> dict[str, Any]:
     """All that the scores of a run depend on beside its training."""
     run, cells = entry.run, entry.results.cells_of(entry.run.tasks)
 
-    def column(task: str) -> str:
-        return column_of(task, run)
-
+    column = partial(column_of, run=run)
     found = {**conditions(run), "tasks": ", ".join(sorted(map(column, run.tasks)))}
     data, versions, definitions = (found.pop(key) for key in ("data", "task versions", "task definitions"))
     found |= {f"definition of {column(t)}": json.dumps(d) for t, d in (definitions or {}).items()}
     found |= {f"data of {column(task)}": fingerprint for task, fingerprint in data.items()}
     found |= {f"version of {task}": version for task, version in versions.items()}
-    for settings in delta_conditions(entry.results).values():
-        found |= settings
+    found |= dict(item for settings in delta_conditions(entry.results).values() for item in settings.items())
     found |= _engine(entry)
-    if same_limit:
-        found |= {f"rows of {column(task)}": cell["n"] for (_, task), cell in cells.items()}
-    return found
+    return found | {f"rows of {column(task)}": cell["n"] for (_, task), cell in cells.items() if same_limit}
 
 
 def _engine(entry: Entry) -> dict[str, Any]:
@@ -102,7 +92,6 @@ def _engine(entry: Entry) -> dict[str, Any]:
 
 
 def _other_versions(entries: Sequence[Entry]) -> list[str]:
-    """Where runs were trained or measured with different versions of the program or of libraries."""
     found: Values = {}
     for e in entries:
         manifest = e.run.manifest
@@ -118,29 +107,23 @@ def _other_versions(entries: Sequence[Entry]) -> list[str]:
     ]
 
 
-def _limits(entries: Sequence[Entry]) -> list[str]:
-    def suites(e: Entry) -> list[dict[str, Any]]:
-        return [cell["settings"] for cell in e.results.cells_of(SUITES).values()]
-
-    names = [e.name for e in entries]
-    lines = []
-    applies: Callable[[Entry], Any]
-    for text, applies in (
-        ("**Demo data**, not comparable with TRACE", lambda e: e.run.manifest["data"]["demo"]),
-        (
-            "**Limited test rows**, not comparable with the full data",
-            lambda e: e.run.manifest["config"].get("test_rows"),
-        ),
-        ("**Limited rows** of the general suites", lambda e: any(s["general_rows"] for s in suites(e))),
-        (
-            "**Local copies** of general suites, comparable with the hub's only if they are complete",
-            lambda e: any(s["data"] != "hub" for s in suites(e)),
-        ),
-    ):
-        those = [e.name for e in entries if applies(e)]
-        if those:
-            lines.append(f"{text}: {'all' if names == those and len(names) > 3 else _ticks(those)}.")
-    return lines
+def _limits(entries: Sequence[Entry]) -> Iterable[str]:
+    found: dict[str, list[str]] = {}
+    for e in entries:
+        suites = [cell["settings"] for cell in e.results.cells_of(SUITES).values()]
+        applies = {
+            "**Demo data**, not comparable with TRACE": e.run.manifest["data"]["demo"],
+            "**Limited test rows**, not comparable with the full data": e.run.manifest["config"].get("test_rows"),
+            "**Limited rows** of the general suites": any(s["general_rows"] for s in suites),
+            "**Local copies** of general suites, comparable with the hub's only if they are complete": any(
+                s["data"] != "hub" for s in suites
+            ),
+        }
+        for text, here in applies.items():
+            found.setdefault(text, []).extend([e.name] if here else [])
+    for text, names in found.items():
+        if names:
+            yield f"{text}: {'all' if len(names) == len(entries) > 3 else _ticks(names)}."
 
 
 def _budgets(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
@@ -170,7 +153,6 @@ def _memory_rows(results: Results) -> int | None:
 
 
 def _apart(title: str, found: Values, named: Callable[[list[str]], str]) -> list[str]:
-    """A warning for each thing of which runs have different values."""
     return [
         f"**{title}**, to which a part of the differences may be due: {what} "
         + "; ".join(f"{value} in {named(runs)}" for value, runs in values.items())
@@ -279,7 +261,6 @@ def _unfinished(entries: Sequence[Entry]) -> Iterable[str]:
 
 
 def _set_ups(references: Sequence[dict[str, str]]) -> Iterable[str]:
-    """What the paper's rows were measured in."""
     if references:
         yield paper.SETUP
     for row in references:

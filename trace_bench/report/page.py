@@ -1,9 +1,15 @@
-"""The page of a run, report.html: the texts and tables of report.md, figures, lengths of answers and samples."""
+"""The pages: of a run the texts and tables of report.md, figures, lengths of answers and samples; and of several runs.
+
+That of several has the tables of their comparison, figures, and the way to the page of each run.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
@@ -11,7 +17,8 @@ from markupsafe import Markup
 from trace_bench import judgements
 from trace_bench.metrics import Estimate
 from trace_bench.report import html, samples
-from trace_bench.report.figures import NAMES, pictures
+from trace_bench.report.comparison import Comparison
+from trace_bench.report.figures import NAMES, RUNS_NAMES, pictures, pictures_of_runs
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, arrow, stage_label
 from trace_tasks.data.files import write_text
@@ -38,12 +45,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def write_page(results: Results, blocks: dict[str, list[Block]]) -> None:
-    """Writes report.html and figures/ of a run.
-
-    Args:
-        results: The numbers of the run.
-        blocks: The texts and tables of its report, as `sections.sections` makes them.
-    """
+    """Writes report.html and figures/ of a run, with the texts and tables that `sections.sections` makes."""
     folder = results.run.path
     figures = html.write_pictures(folder / "figures", pictures(results), NAMES)
     answers = samples.read_answers(results)
@@ -67,7 +69,6 @@ def write_page(results: Results, blocks: dict[str, list[Block]]) -> None:
 
 
 def _part(results: Results, key: str, blocks: Sequence[Block], figures: Mapping[str, html.FigureView]) -> list[Any]:
-    """The content of a part; its figures stand before its first table."""
     shown = [figures[name] for name in _PARTS[key][1] if name in figures]
     if key == "judged" and blocks:  # a section for each kind, and one figure for all
         return [html.text_html("## Answers against the base model"), *shown, *_views(blocks, demote=1)]
@@ -115,18 +116,8 @@ def _matrix(results: Results, table: Block) -> html.TableView:
 # --------------------------------------------------------------------------------------------------------------- tiles
 
 
-class Tile(NamedTuple):
-    """A headline number; `below` stands lower behind its name."""
-
-    name: str
-    below: str
-    value: str
-    interval: str
-    text: str
-    missing: bool
-
-
-def _tiles(results: Results) -> Iterable[Tile]:
+def _tiles(results: Results) -> Iterable[dict[str, Any]]:
+    """The headline numbers."""
     last, unit = results.run.stages[-1], results.unit
     if results.is_sequential:
         t = results.last_stage or len(results.run.tasks)
@@ -151,12 +142,50 @@ def _tiles(results: Results) -> Iterable[Tile]:
 
 def _tile(
     name: str, text: str, value: Estimate, sign: bool = True, unit: Unit | None = PERCENT, index: str = ""
-) -> Tile:
+) -> dict[str, Any]:
+    """What page.html shows of a number; `below` stands lower behind its name."""
     own = unit or PERCENT
-    shown = own.text(value.value, sign)
-    if shown == DASH:
-        unknown = "not measured" if unit else "the tasks have different units"
-        return Tile(name, index, shown, "", unknown, True)
-    interval = "" if np.isnan(value.low) else f"{own.text(value.low, sign)} to {own.text(value.high, sign)}"
-    text += "" if own.is_percent else f"; {own.of_changes if sign else own.name}"
-    return Tile(name, index, shown, interval, text, False)
+    shown, low, high = (own.text(number, sign) for number in value)
+    if missing := shown == DASH:
+        text = "not measured" if unit else "the tasks have different units"
+    elif not own.is_percent:
+        text += f"; {own.of_changes if sign else own.name}"
+    interval = "" if DASH in (shown, low) else f"{low} to {high}"
+    return {"name": name, "below": index, "value": shown, "interval": interval, "text": text, "missing": missing}
+
+
+# -------------------------------------------------------------------------------------------------------- several runs
+
+
+def write_comparison_page(comparison: Comparison, file: Path, head: str = "") -> None:
+    """Writes the page, and its figures as SVG and PNG into a folder next to it, `<name>-figures`.
+
+    `head` is Markdown to begin with, its first line a title; by default the file's name without the ending.
+    """
+    head = head or f"# {file.stem}"
+    folder = file.with_name(f"{file.stem}-figures")
+    figures = html.write_pictures(folder, pictures_of_runs(comparison), RUNS_NAMES)
+    reports = {e.name: e.run.path / "report.html" for e in comparison.entries}
+    links = {name: quote(os.path.relpath(report, file.parent)) for name, report in reports.items() if report.exists()}
+    blocks: list[Any] = []
+    for table in comparison.tables:
+        blocks.append(html.text_html(f"## {table.title}\n\n{table.about[0].upper()}{table.about[1:]}."))
+        if table.title == "Runs" and "runs" in figures:
+            blocks.append(figures["runs"])
+        heat = comparison.final_ends() if table.title.startswith("Final") else ()
+        blocks.append(html.table_view(table, links, heat=heat, elsewhere="the .md and .csv"))
+    if "stages" in figures:
+        blocks += [html.text_html("## Over the stages"), figures["stages"]]
+    blocks.append(html.text_html("## What the numbers are\n\n" + "\n".join(f"- {note}" for note in comparison.notes)))
+    about = f"{len(comparison.entries)} runs, set against `{comparison.against.name}`."
+    foot = Markup("Made by <code>trace-bench report</code> from the files of the runs.")
+    if figures:
+        foot += Markup(" The figures are in the folder <code>{}</code> as SVG and PNG.").format(folder.name)
+    page = html.document(
+        title=head.partition("\n")[0].lstrip("# "),
+        head=[html.text_html(text) for text in (head, about, *(f"> {warning}" for warning in comparison.warnings))],
+        parts={"comparison": blocks},
+        wide=True,
+        foot=foot,
+    )
+    write_text(file, page)

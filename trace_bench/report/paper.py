@@ -68,7 +68,6 @@ def _rows(name: str) -> Iterable[list[str]]:
 
 
 def _deltas(paper: dict[str, Any], model: str, name: str) -> list[str]:
-    """General ability, instruction following, safety."""
     scores = paper["general_ability_percent"][model]
     suites = {m: {s: v for s, v in scores[m].items() if s != "delta_printed"} for m in scores}
     general = general_ability_delta(suites["base"], suites[name]) if name in suites else None

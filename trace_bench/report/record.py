@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 from trace_bench.judgements import judge_tokens
 from trace_bench.report import paper
 from trace_bench.report.results import Results
-from trace_bench.report.tables import DASH, Block, Table, count
+from trace_bench.report.tables import DASH, Block, Table, count, csv_text
 from trace_bench.text import cell as csv_cell
 from trace_bench.text import one_line
 from trace_tasks.data import JUDGED, SUITES, task_name
@@ -75,12 +73,10 @@ def _settings(name: str, settings: Iterable[dict[str, Any]]) -> list[str]:
 
 def scores_csv(results: Results) -> str:
     """All scores, a line each."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["stage", "task", "metric", "value", "stderr", "n", "n_unscored", "low", "high"])
+    rows: list[Iterable[Any]] = [["stage", "task", "metric", "value", "stderr", "n", "n_unscored", "low", "high"]]
     for (index, name), cell in results.cells.items():
         for metric, score in cell["metrics"].items():
             numbers = [score["value"], score["stderr"], cell["n"], cell.get("n_unscored", 0)]
             ends = results.intervals.get((index, name, metric), (None, None))
-            writer.writerow(map(csv_cell, [results.run.stages[index].name, name, metric, *numbers, *ends]))
-    return out.getvalue()
+            rows.append(map(csv_cell, [results.run.stages[index].name, name, metric, *numbers, *ends]))
+    return csv_text(rows)

@@ -7,8 +7,9 @@ have the same unit.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -52,6 +53,11 @@ def load_cells(run: Run) -> Cells:
                     cell = without_rows(cell, samples, run.left_out[name])
                 cells[stage.index, name] = cell
     return cells
+
+
+def measured(run: Run, cells: Collection[tuple[int, str]]) -> list[Stage]:
+    """The stages that have one of the cells."""
+    return [stage for stage in run.stages if any(index == stage.index for index, _ in cells)]
 
 
 def headline(cell: dict[str, Any]) -> float:
@@ -110,11 +116,7 @@ class Results:
         return {(i, name): cell for (i, name), cell in self.cells.items() if name in names}
 
     def matrix(self, metric: str | None = None) -> Matrix:
-        """The scores as the metrics give them, shape (stages, tasks); NaN where not evaluated.
-
-        Args:
-            metric: A metric's name; tasks without it are NaN. None = the headline of each task.
-        """
+        """The scores of a metric (None = the headline of each task), shape (stages, tasks); NaN where there is none."""
         R = np.full((len(self.run.stages), len(self.run.tasks)), np.nan)
         for (index, task), cell in self.cells_of(self.run.tasks).items():
             score = cell["metrics"].get(metric or cell["headline"])
@@ -313,8 +315,8 @@ class Results:
             return {name: [UNKNOWN] * length for name, length in lengths.items()}
         stages = range(1, T + 1)
         op = [metrics.mean_of([self.cell(t, i) for i in range(t)]) for t in stages]
-        bwt = [metrics.mean_of([self.since_own[t, i] for i in range(t - 1)]) for t in stages]
-        fwt = metrics.mean_of([self.since_base[i, i] for i in range(1, T)])
+        bwt = [metrics.mean_of([self.change(i, i + 1, t) for i in range(t - 1)]) for t in stages]
+        fwt = metrics.mean_of([self.change(i, 0, i) for i in range(1, T)])
         rows = [self.task_rows(task) for task in self.run.tasks]
         mean_op = metrics.bootstrap_interval(rows, metrics.average_accuracy)
         return {
@@ -326,44 +328,47 @@ class Results:
         }
 
     @cached_property
-    def since_own(self) -> dict[tuple[int, int], Estimate]:
-        """(stage t, column i) -> the gain at R[t, i] since the task's own stage, at the stages after it."""
-        own = [(range(i + 2, len(self.run.stages)), i + 1) for i in range(len(self.run.tasks))]
-        return {(t, i): e for i, stages in enumerate(own) for t, e in self._changes(i, *stages).items()}
+    def changes(self) -> dict[Change, Estimate]:
+        """What was gained: by suites since the base model, and by tasks since the base model and another stage.
 
-    @cached_property
-    def since_base(self) -> dict[tuple[int, int], Estimate]:
-        """(stage t, column i) -> the gain at R[t, i] since the base model."""
-        later = range(1, len(self.run.stages))
-        return {(t, i): e for i in range(len(self.run.tasks)) for t, e in self._changes(i, later, 0).items()}
-
-    @cached_property
-    def since_before(self) -> dict[tuple[int, int], Estimate]:
-        """(stage t, column i) -> the gain at R[t, i] since R[t-1, i], from stage 2 on."""
-        pairs = [(t, i) for i in range(len(self.run.tasks)) for t in range(2, len(self.run.stages))]
-        return {(t, i): self._changes(i, [t], t - 1)[t] for t, i in pairs}
-
-    def _changes(self, i: int, later: Sequence[int], earlier: int) -> dict[int, Estimate]:
-        task = self.run.tasks[i]
-        values = {t: float(self.gains[t, i] - self.gains[earlier, i]) for t in later}
-        if task not in self.rows:
-            return {t: Estimate(value) for t, value in values.items()}
-        found = self.rows[task].changes(self.units[task], list(later), earlier)
-        return {t: Estimate(value, *e[1:]) for (t, value), e in zip(values.items(), found, strict=True)}
-
-    @cached_property
-    def tested(self) -> list[Change]:
-        """The changes that a report marks where they are certain."""
-        found: list[Change] = []
+        The other one is the task's own; of checkpoints of unknown training it is the one before.
+        """
+        found: dict[Change, Estimate] = {}
         stages = range(len(self.run.stages))
         for i, task in enumerate(self.run.tasks):
+            since: dict[int, Sequence[int]] = {0: stages[1:]}
             if self.is_sequential:
-                found += [Change(task, i + 1, t) for t in stages[i + 2 :]]
-                found += [Change(task, 0, t) for t in sorted({i + 1, max(i + 1, self.last_stage)})]
-            else:
-                found += [Change(task, 0, t) for t in stages[1:]]
-                found += [Change(task, t - 1, t) for t in stages[2:] if not self.has_mean]
-        return found + [Change(suite, 0, index) for index, suite in self.suite_changes]
+                since[i + 1] = stages[i + 2 :]
+            elif not self.has_mean:
+                since |= {t - 1: [t] for t in stages[2:]}
+            for earlier, later in since.items():
+                bounds = [UNKNOWN] * len(later)
+                if task in self.rows:
+                    bounds = self.rows[task].changes(self.units[task], list(later), earlier)
+                values = [float(self.gains[t, i] - self.gains[earlier, i]) for t in later]
+                found |= {
+                    Change(task, earlier, t): Estimate(value, *e[1:])
+                    for t, value, e in zip(later, values, bounds, strict=True)
+                }
+        for suite in SUITES:
+            later = [i for i, _ in self.cells_of([suite]) if i]
+            if later and (0, suite) in self.cells and suite in self.rows:
+                changes = self.rows[suite].changes(Unit(self.headlines[suite]), later, 0)
+                found |= {Change(suite, 0, i): change for i, change in zip(later, changes, strict=True)}
+        return found
+
+    def change(self, i: int, earlier: int, later: int) -> Estimate:
+        """The gain of R[later, i] since R[earlier, i], which is one of `changes`."""
+        return self.changes[Change(self.run.tasks[i], earlier, later)]
+
+    @property
+    def tested(self) -> list[Change]:
+        """The changes that a report marks where they are certain: in a sequence not all of those since the base."""
+        shown = set(self.changes)
+        for i, task in enumerate(self.run.tasks if self.is_sequential else ()):
+            shown -= {Change(task, 0, t) for t in range(len(self.run.stages))}
+            shown |= {Change(task, 0, t) for t in (i + 1, max(i + 1, self.last_stage))}
+        return [change for change in self.changes if change in shown]
 
     @cached_property
     def marks(self) -> dict[Change, int]:
@@ -373,13 +378,12 @@ class Results:
         one of twenty cases. None contradicts the interval that is shown, which is that of one change alone.
         """
         p: dict[Change, float] = {}
-        for name, earlier in dict.fromkeys((change.name, change.earlier) for change in self.tested):
+        for (name, earlier), group in itertools.groupby(self.tested, key=lambda change: change[:2]):
             if name in self.rows:
-                unit = self.units.get(name) or Unit(self.headlines[name])
-                those = [c for c in self.tested if (c.name, c.earlier) == (name, earlier)]
+                unit, those = self.units.get(name) or Unit(self.headlines[name]), list(group)
                 p |= zip(those, self.rows[name].p_values(unit, [c.later for c in those], earlier), strict=True)
         certain = metrics.holm(list(p.values()))
-        signs = {change: self._estimate(change).sign for change, sure in zip(p, certain, strict=True) if sure}
+        signs = {change: self.changes[change].sign for change, sure in zip(p, certain, strict=True) if sure}
         return {change: sign for change, sign in signs.items() if sign}
 
     def mark(self, name: str, earlier: int, later: int) -> int:
@@ -389,12 +393,6 @@ class Results:
     def matrix_mark(self, t: int, i: int) -> int:
         """The mark of R[t, i]: since the task's own stage, or the base model where there is no sequence."""
         return self.mark(self.run.tasks[i], i + 1 if self.is_sequential else 0, t)
-
-    def _estimate(self, change: Change) -> Estimate:
-        if change.name not in self.run.tasks:
-            return self.suite_changes[change.later, change.name]
-        since = self.since_own if self.is_sequential else self.since_before
-        return (since if change.earlier else self.since_base)[change.later, self.run.tasks.index(change.name)]
 
     @cached_property
     def forms(self) -> list[Form]:
@@ -415,17 +413,6 @@ class Results:
         return found
 
     @cached_property
-    def suite_changes(self) -> dict[tuple[int, str], Estimate]:
-        """(stage, suite) -> the suite's score minus the base model's, of those measured at both that have samples."""
-        found: dict[tuple[int, str], Estimate] = {}
-        for suite in SUITES:
-            later = [i for i, _ in self.cells_of([suite]) if i]
-            if later and (0, suite) in self.cells and suite in self.rows:
-                changes = self.rows[suite].changes(Unit(self.headlines[suite]), later, 0)
-                found |= {(i, suite): change for i, change in zip(later, changes, strict=True)}
-        return found
-
-    @cached_property
     def general(self) -> dict[int, Estimate]:
         """Stage -> general-ability delta over the paper's suites that the base model was measured on.
 
@@ -439,7 +426,7 @@ class Results:
         for i, after in enumerate(scores):
             if i and after and after.keys() == scores[0].keys():
                 value = metrics.general_ability_delta(scores[0], after)
-                changes = [self.suite_changes.get((i, suite), UNKNOWN) for suite in after]
+                changes = [self.changes.get(Change(suite, 0, i), UNKNOWN) for suite in after]
                 if not math.isnan(value):
                     found[i] = Estimate(value, *metrics.mean_of(changes)[1:])
         return found

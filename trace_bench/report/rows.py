@@ -32,12 +32,7 @@ class Rows:
     """The score is the mean of these parts' means: all rows, or each subtask's where subtasks count the same."""
 
     def estimates(self, rows: Matrix, interval: Callable[[Matrix], tuple[Matrix, Matrix]]) -> list[Estimate]:
-        """The mean of each column over the rows, with its interval.
-
-        Args:
-            rows: A number a row, shape (rows, columns).
-            interval: `metrics.mean_interval` or `metrics.difference_interval`.
-        """
+        """The mean of each column of shape (rows, columns), with the interval of `metrics` for means or differences."""
         parts = [np.stack([rows[part].mean(axis=0), *interval(rows[part])], axis=1) for part in self.parts]
         return [metrics.mean_of([Estimate(*part[column]) for part in parts]) for column in range(rows.shape[1])]
 
@@ -85,7 +80,8 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
                 "can be measured. Delete both and their scores, and evaluate again."
             )
         for metric in cell["metrics"] if ids else ():
-            scores[metric][:, i] = _numbers([row.get(metric) for row in rows])
+            values = [row.get(metric) for row in rows]
+            scores[metric][:, i] = values if all(isinstance(v, int | float) for v in values) else math.nan
     if not ids:
         return None
     parts = _parts(ids, scores, own)
@@ -100,11 +96,6 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
                 )
             x[:, i] = np.nan
     return Rows(ids, scores, parts)
-
-
-def _numbers(values: list[Any]) -> list[float]:
-    """The scores of rows; NaN if one of them is no number."""
-    return values if all(isinstance(v, int | float) for v in values) else [math.nan] * len(values)
 
 
 def _parts(ids: list[tuple[str, Any]], scores: dict[str, Matrix], cells: dict[int, Any]) -> list[NDArray[np.intp]]:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from trace_bench import judgements
 from trace_bench.report.results import Results
 from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, length, stage_label
-from trace_bench.run import Stage, read_jsonl
+from trace_bench.run import read_jsonl
 from trace_tasks.data import JUDGED, SUITES, task_name
 
 #: Size of the samples in the page. Those that changed most come first, so what is left out changed least.
@@ -122,15 +122,11 @@ def read_answers(results: Results) -> list[Answers]:
             if (stage.index, name) in results.cells and file.exists():
                 left_out = run.left_out.get(name, ())
                 samples = [row for row in read_jsonl(file) if row["doc_id"] not in left_out]
-                answers.add(stage.index, samples, metric, _verdicts(results, stage, name))
+                current = stage.index and any((stage.index, name) in judged for judged in results.judged.values())
+                answers.add(stage.index, samples, metric, judgements.verdicts(stage, name) if current else {})
         if answers.prompts:
             found.append(answers)
     return found
-
-
-def _verdicts(results: Results, stage: Stage, name: str) -> dict[Any, str]:
-    current = any((stage.index, name) in judged for judged in results.judged.values())
-    return judgements.verdicts(stage, name) if stage.index and current else {}
 
 
 def lengths(results: Results, answers: Sequence[Answers]) -> list[Block]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 
-from trace_bench.metrics import Estimate, Matrix
+from trace_bench.metrics import Matrix
 from trace_bench.records import stale
 from trace_bench.report import judged, record, suites
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
@@ -26,7 +28,7 @@ from trace_bench.report.tables import (
     percent_with_interval,
     shared_unit,
 )
-from trace_bench.run import Run, Stage
+from trace_bench.run import Run
 from trace_bench.text import one_line
 from trace_tasks.data import task_name
 
@@ -43,12 +45,7 @@ _TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
 
 
 def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Block]]:
-    """The parts of the report in their order, by key; a part of which the run has nothing is empty.
-
-    Args:
-        results: The numbers of the run.
-        others: Runs that may bound it.
-    """
+    """The parts of the report in their order, by key; empty where the run has nothing. Other runs may bound it."""
     parts: dict[str, Callable[[Results], Iterable[Block]]] = {
         "run": _run,
         "summary": _summary,
@@ -70,7 +67,6 @@ def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Blo
 
 
 def _run(results: Results) -> Iterable[Block]:
-    """What the run is, and what keeps its scores from being comparable."""
     run, manifest = results.run, one_line(results.run.manifest)
     kind = _TRAINS.get(manifest.get("trains", ""), "checkpoints from elsewhere")
     if len(run.stages) == 1:
@@ -97,7 +93,6 @@ def _run(results: Results) -> Iterable[Block]:
 
 
 def _units(results: Results) -> str:
-    """What the scores are measured in, where it is not percent alone."""
     tasks: dict[str, list[str]] = {}
     for task, unit in results.units.items():
         if task in results.headlines:
@@ -164,30 +159,28 @@ def _learning(results: Results) -> Iterable[Block]:
     elif len(results.run.stages) > 1:
         rows = []
         for i, (task, stage) in enumerate(zip(results.run.tasks, results.final_stages, strict=True)):
-            unit, learned = results.units[task], _change(results, task, results.since_base[stage, i], 0, stage)
-            scores = (unit.text(results.R[t, i]) for t in (0, stage))
-            rows.append([*_task_cells(results, task), *scores, learned])
+            scores = (results.units[task].text(results.R[t, i]) for t in (0, stage))
+            rows.append([*_task_cells(results, task), *scores, _change(results, i, 0, stage)])
         yield "## Learning" + legend(rows)
         yield Table([*_task_head(results), "base", "trained", "learned"], rows)
 
 
 def _learned_and_forgotten(results: Results) -> Iterable[Block]:
-    """What each task gained at its own stage, and what became of it."""
     tasks, R = results.run.tasks, results.R
     last = results.last_stage or len(tasks)
     rows = []
     for i, task in enumerate(tasks):
         own, text = i + 1, results.units[task].text
-        seen, later = own <= last, own < last
+        seen = own <= last
         rows.append(
             [
                 *_task_cells(results, task),
                 text(R[0, i]),
                 text(R[own, i]),
                 text(R[last, i]) if seen else DASH,
-                _change(results, task, results.since_base[own, i], 0, own),
-                _change(results, task, results.since_own[last, i], own, last) if later else DASH,
-                _change(results, task, results.since_base[last, i], 0, last) if seen else DASH,
+                _change(results, i, 0, own),
+                _change(results, i, own, last) if own < last else DASH,
+                _change(results, i, 0, last) if seen else DASH,
             ]
         )
     yield "## Learning and forgetting" + legend(rows)
@@ -197,27 +190,20 @@ def _learned_and_forgotten(results: Results) -> Iterable[Block]:
 def _changes_of_checkpoints(results: Results) -> Iterable[Block]:
     """For checkpoints of unknown training: what each one gained and lost."""
     run = results.run
-    for title, skipped, changes in (
-        ("Changes since the base model", 0, results.since_base),
-        ("Changes since the checkpoint before", 1, results.since_before),
+    stages, columns = run.stages, range(len(run.tasks))
+    for title, pairs in (
+        ("Changes since the base model", [(stages[0], stage) for stage in stages[1:]]),
+        ("Changes since the checkpoint before", list(itertools.pairwise(stages[1:]))),
     ):
-        rows = [
-            [
-                s.name,
-                *(
-                    _change(results, task, changes[s.index, i], skipped and s.index - 1, s.index)
-                    for i, task in enumerate(run.tasks)
-                ),
-            ]
-            for s in run.stages[1 + skipped :]
-        ]
+        rows = [[s.name, *(_change(results, i, before.index, s.index) for i in columns)] for before, s in pairs]
         if rows and run.tasks:
             what = "Gains, each in the unit of its task." if results.not_percent else "In points."
             yield f"## {title}\n\n{what}" + legend(rows)
             yield Table(["checkpoint", *_columns(results)], rows)
 
 
-def _change(results: Results, task: str, change: Estimate, earlier: int, later: int) -> str:
+def _change(results: Results, i: int, earlier: int, later: int) -> str:
+    task, change = results.run.tasks[i], results.change(i, earlier, later)
     return results.units[task].with_interval(change, sign=True) + arrow(results.mark(task, earlier, later))
 
 
@@ -231,7 +217,6 @@ def _task_cells(results: Results, task: str) -> list[str]:
 
 
 def _column(results: Results, task: str) -> str:
-    """The head of a task's column: its name and its headline, and that lower is better where it is."""
     lower = "" if results.units[task].higher_is_better else "<br>lower is better"
     return f"{task_name(task)}<br>{results.headlines.get(task, DASH)}{lower}"
 
@@ -312,19 +297,17 @@ def _scores(results: Results) -> Iterable[Block]:
 
 
 def _tolerant(results: Results) -> Iterable[Block]:
-    run, tolerant = results.run, results.matrix("accuracy_tolerant")
-    columns = [i for i in range(len(run.tasks)) if not np.isnan(tolerant[:, i]).all()]
-    if columns:
+    tolerant = dict(zip(results.run.tasks, results.matrix("accuracy_tolerant").T, strict=True))
+    tasks = [task for task, column in tolerant.items() if not np.isnan(column).all()]
+    if tasks:
         yield (
             "### Form-tolerant accuracy\n\nThe official accuracy asks for the very same string. This one accepts the "
             "right answer in another form."
         )
-        rows = [[s.name, *(percent(tolerant[s.index, i]) for i in columns)] for s in run.stages]
-        yield Table(["stage", *(task_name(run.tasks[i]) for i in columns)], rows)
+        yield _by_stage(results, tasks, lambda index, task: percent(tolerant[task][index]))
 
 
 def _form(results: Results) -> Iterable[Block]:
-    """What of the forgetting the form-tolerant accuracy does not see."""
     if not results.forms:
         return
     yield (
@@ -344,33 +327,31 @@ def _form(results: Results) -> Iterable[Block]:
 
 def _extracted(results: Results) -> Iterable[Block]:
     """For tasks that ask for the reasoning first: how often there was an answer in the text at all."""
-    cells = results.cells
-    columns = [t for t in results.run.tasks if any("extracted" in c["metrics"] for c in results.cells_of([t]).values())]
-    if not columns:
+    cells = results.cells_of(results.run.tasks)
+    having = {task for (_, task), cell in cells.items() if "extracted" in cell["metrics"]}
+    if not having:
         return
 
-    def share(stage: Stage, task: str) -> str:
-        cell = cells.get((stage.index, task))
-        value = cell["metrics"].get("extracted", {}).get("value") if cell else None
-        return DASH if cell is None or value is None else f"{percent(value)} ({round((1 - value) * cell['n'])})"
+    def share(index: int, task: str) -> str:
+        cell = cells.get((index, task), {"metrics": {}})
+        value = cell["metrics"].get("extracted", {}).get("value")
+        return DASH if value is None else f"{percent(value)} ({round((1 - value) * cell['n'])})"
 
     yield (
         "### Answers that could be extracted\n\nPercent of the texts in which there is an answer, and in brackets how "
         "many have none. A text without one scores 0."
     )
-    rows = [[s.name, *(share(s, t) for t in columns)] for s in results.run.stages]
-    yield Table(["stage", *map(task_name, columns)], rows)
+    yield _by_stage(results, [task for task in results.run.tasks if task in having], share)
 
 
 def _limits(results: Results) -> Iterable[Block]:
-    """What the limits on lengths cut off, where they did."""
     run, cells = results.run, results.cells
     counts = {key: (c.get("n_cut", 0), c.get("n_unfinished", 0)) for key, c in results.cells_of(run.tasks).items()}
     tasks = [t for t in run.tasks if any(sum(count) for (_, task), count in counts.items() if task == t)]
     if not tasks or run.left_out:  # with rows left out the counts would be those of other rows
         return
 
-    def shares(key: tuple[int, str]) -> str:
+    def shares(*key: Any) -> str:
         return " / ".join(f"{100 * n / cells[key]['n']:.0f}" for n in counts[key]) if key in counts else DASH
 
     config = one_line(run.manifest["config"])
@@ -379,5 +360,9 @@ def _limits(results: Results) -> Iterable[Block]:
         f"their length and so may lack their end (max_prompt_length {config.get('max_prompt_length') or DASH}, "
         f"max_new_tokens {config.get('max_new_tokens') or 'as the tasks have it'})."
     )
-    rows = [[stage.name, *(shares((stage.index, task)) for task in tasks)] for stage in run.stages]
-    yield Table(["stage", *map(task_name, tasks)], rows)
+    yield _by_stage(results, tasks, shares)
+
+
+def _by_stage(results: Results, tasks: list[str], text: Callable[[int, str], str]) -> Table:
+    rows = [[stage.name, *(text(stage.index, task) for task in tasks)] for stage in results.run.stages]
+    return Table(["stage", *map(task_name, tasks)], rows)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -111,11 +110,6 @@ class SeedDifferences:
 def _final_gain(entry: Entry, task: str) -> float:
     """A final score as it is shown, so that a difference of two is a gain."""
     return entry.units[task].sign * entry.finals[task]
-
-
-def between_others(seeds: Sequence[SeedDifferences]) -> list[SeedDifferences]:
-    """The differences of all pairs of groups that the baseline is in none of."""
-    return [SeedDifferences.between(one.group, two.group) for one, two in itertools.combinations(seeds, 2)]
 
 
 def marks_of(seeds: Sequence[SeedDifferences]) -> Marks:

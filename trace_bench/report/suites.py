@@ -8,20 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from trace_bench.report.results import UNKNOWN, Results, headline
+from trace_bench.report.results import UNKNOWN, Results, headline, measured
 from trace_bench.report.rows import Cells
-from trace_bench.report.tables import (
-    DASH,
-    Block,
-    Table,
-    arrow,
-    legend,
-    length,
-    percent,
-    percent_with_interval,
-)
-from trace_bench.run import Run, Stage
-from trace_bench.text import one_line
+from trace_bench.report.tables import DASH, Block, Table, arrow, legend, length, percent, percent_with_interval
 from trace_tasks.data import GROUPS, JUDGED, SUITES
 
 
@@ -37,9 +26,19 @@ def general(results: Results) -> Iterable[Block]:
         "## General ability\n\nlm-eval's own tasks in the paper's settings, in percent. Delta: the mean over the "
         f"suites of the change since stage 0 (TRACE, section 3.3).{beside}"
     )
-    yield from _general_warnings(cells)
+    if limits := _limits(cells, "general_rows"):
+        yield (
+            f"> **Limited rows** (at least {limits} of each suite, the first ones of each subtask). Not comparable "
+            "with results on the full suites."
+        )
+    local = {name for (_, name), cell in cells.items() if cell["settings"]["data"] != "hub"}
+    if local:
+        yield (
+            f"> **Local copy** of the data of {', '.join(_short(s) for s in SUITES if s in local)}: comparable with "
+            "the hub's only if it is complete. The numbers of rows are in the head of the table."
+        )
     rows = []
-    for stage in _measured(run, cells):
+    for stage in measured(run, cells):
         scores = {s: headline(cells[stage.index, s]) if (stage.index, s) in cells else math.nan for s in there}
         texts = {s: percent(v) + arrow(results.mark(s, 0, stage.index)) for s, v in scores.items()}
         mean = float(np.mean([scores[s] for s in suites])) if suites else math.nan
@@ -66,22 +65,6 @@ def general(results: Results) -> Iterable[Block]:
         )
 
 
-def _general_warnings(cells: Cells) -> Iterable[Block]:
-    limits = {cell["settings"]["general_rows"] for cell in cells.values()} - {None}
-    if limits:
-        text = one_line(" or ".join(map(str, sorted(limits))))
-        yield (
-            f"> **Limited rows** (at least {text} of each suite, the first ones of each subtask). Not comparable with "
-            "results on the full suites."
-        )
-    local = {name for (_, name), cell in cells.items() if cell["settings"]["data"] != "hub"}
-    if local:
-        yield (
-            f"> **Local copy** of the data of {', '.join(_short(s) for s in SUITES if s in local)}: comparable with "
-            "the hub's only if it is complete. The numbers of rows are in the head of the table."
-        )
-
-
 def answers(results: Results) -> Iterable[Block]:
     """What there is for the judges: how long the answers are, and how many are empty."""
     cells = results.cells_of(JUDGED)
@@ -91,22 +74,20 @@ def answers(results: Results) -> Iterable[Block]:
         "## Answers for the judges\n\nCharacters of an answer on average; in brackets the percentage of answers that "
         "are empty, where some are. They say whether there is something to judge, not how good it is."
     )
-    limits = {cell["settings"]["test_rows"] for cell in cells.values()} - {None}
-    if limits:
-        yield f"> **Limited rows** (first {one_line(' or '.join(map(str, sorted(limits))))} of each set)."
+    if limits := _limits(cells, "test_rows"):
+        yield f"> **Limited rows** (first {limits} of each set)."
 
     def text(cell: dict[str, Any] | None) -> str:
         return length(*(cell["metrics"][m]["value"] for m in ("characters", "empty"))) if cell else DASH
 
-    prompts = {name: next((c["n"] for (_, n), c in cells.items() if n == name), None) for name in JUDGED}
-    names = [name for name in JUDGED if prompts[name]]
-    rows = [[s.name, *(text(cells.get((s.index, name))) for name in names)] for s in _measured(results.run, cells)]
+    prompts = {name: cell["n"] for (_, name), cell in reversed(cells.items())}
+    names = [name for name in JUDGED if name in prompts]
+    rows = [[s.name, *(text(cells.get((s.index, name))) for name in names)] for s in measured(results.run, cells)]
     yield Table(["stage", *(f"{name}<br>{prompts[name]} prompts" for name in names)], rows)
 
 
-def _measured(run: Run, cells: Cells) -> list[Stage]:
-    """The stages that have one of the cells."""
-    return [stage for stage in run.stages if any(index == stage.index for index, _ in cells)]
+def _limits(cells: Cells, key: str) -> str:
+    return " or ".join(map(str, sorted({cell["settings"][key] for cell in cells.values()} - {None})))
 
 
 def _short(suite: str) -> str:

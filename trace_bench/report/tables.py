@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -199,15 +202,19 @@ class Table:
 Block = str | Table
 
 
-def _markdown_cell(text: str) -> str:
-    return markdown_text(text, in_table=True)
-
-
 def markdown(table: Table) -> str:
     """A table in Markdown; rows for orientation in italics."""
-    head = ["<br>".join(map(_markdown_cell, text.split("<br>"))) for text in table.header]
-    lines = [head, ["---"] * len(head), *table.texts(_markdown_cell, "*{}*")]
+    escaped = partial(markdown_text, in_table=True)
+    head = ["<br>".join(map(escaped, text.split("<br>"))) for text in table.header]
+    lines = [head, ["---"] * len(head), *table.texts(escaped, "*{}*")]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Rows, whose texts are `text.cell`s, as CSV."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue()
 
 
 _LATEX_TABLE = r"""\begin{{table}}

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trace_bench.report.comparison import Comparison, compare
-from trace_bench.report.comparison_page import write_comparison_page
-from trace_bench.report.page import write_page
+from trace_bench.report.page import write_comparison_page, write_page
 from trace_bench.report.record import scores_csv
 from trace_bench.report.results import Results
 from trace_bench.report.sections import sections
@@ -25,9 +24,7 @@ ENDINGS = (*_FORMS, ".html")
 def write_report(run: Run, others: Iterable[Run] = ()) -> str:
     """Writes report.md, report.html, figures/ and scores.csv and returns one line that sums them up.
 
-    Args:
-        run: The run.
-        others: Runs that are reported with it; those that bound it are shown in its report.
+    Those of the other runs that bound it are shown in its report.
     """
     refuse_links(run.path, *WRITTEN)
     results = Results(run)
@@ -40,7 +37,6 @@ def write_report(run: Run, others: Iterable[Run] = ()) -> str:
 
 
 def _summary(results: Results) -> str:
-    """The headline numbers in one line."""
     run, unit = results.run, results.unit
     cells = len(results.cells_of(run.tasks))
     line = f"{cells} cells of {results.R.size}" if run.tasks else f"{len(results.cells)} cells"
@@ -60,19 +56,10 @@ def _summary(results: Results) -> str:
 
 
 def write_comparison(runs: Sequence[Run], output: str | Path | None = None, baseline: Run | None = None) -> str:
-    """Compares runs and, if asked, writes the comparison.
-
-    Args:
-        runs: The runs.
-        output: A file whose name ends in .md, .csv, .tex or .html, and is written in that form; next to a page its
-            figures.
-        baseline: See `compare`.
-
-    Returns:
-        The comparison as Markdown.
+    """Compares runs (see `compare`), writes the comparison in the form of the output's ending, and returns Markdown.
 
     Raises:
-        RunError: if `output` has another ending.
+        RunError: if `output` has another ending than `ENDINGS`.
     """
     check_output(output)
     comparison = compare(runs, baseline)
