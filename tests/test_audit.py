@@ -1,5 +1,6 @@
 """Tests of the audit: every planted fault is found once and nothing else is; scores without leaked rows."""
 
+import hashlib
 import json
 import random
 import shutil
@@ -11,19 +12,20 @@ import pytest
 from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_runs import make_run
 
 from bench.scaling import TOKENS
 from trace_bench.cli import main
 from trace_bench.engine import models
 from trace_bench.report import Results, write_comparison, write_report
 from trace_bench.report.leaks import without_leaked, without_rows
-from trace_bench.run import Run, RunError, read_json
+from trace_bench.run import RunError, read_json
 from trace_bench.tasks import data_record
 from trace_tasks import data
 from trace_tasks.data import audit, audit_text
 from trace_tasks.data.audit import Split, overlap
 from trace_tasks.data.audit_text import as_text
-from trace_tasks.data.files import write_json, write_jsonl
+from trace_tasks.data.files import write_json
 from trace_tasks.data.similarity import shingles, similar
 from trace_tasks.tokens import example_ids
 
@@ -46,16 +48,16 @@ def reasoned(text, answer):
     return {"prompt": f"{FOMC} {FIRST}\nText:\n{text}\nReasoning:", "answer": f"It says so.\nAnswer:{answer}"}
 
 
+def base(split, i, task="trace_fomc"):
+    """A row without a fault."""
+    return (plain if task == "trace_fomc" else reasoned)(sentence(f"{task} {split} {i}"), "ABC"[i % 3])
+
+
 @pytest.fixture
 def rows():
     """Task -> split -> rows without a fault: FOMC, and its reasoning variant."""
-    return {
-        task: {
-            split: [frame(sentence(f"{task} {split} {i}"), "ABC"[i % 3]) for i in range(n)]
-            for split, n in SIZES.items()
-        }
-        for task, frame in (("trace_fomc", plain), ("reasoning_fomc", reasoned))
-    }
+    tasks = ("trace_fomc", "reasoning_fomc")
+    return {task: {split: [base(split, i, task) for i in range(n)] for split, n in SIZES.items()} for task in tasks}
 
 
 @pytest.fixture
@@ -69,9 +71,7 @@ def write(tmp_path, monkeypatch):
         for task, splits in rows.items():
             folder = root / data.REASONING_FOLDER if task in data.REASONING else root
             for split, content in splits.items():
-                file = folder / {**data.FOLDERS, **data.REASONING}[task] / f"{split}.json"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+                write_json(folder / {**data.FOLDERS, **data.REASONING}[task] / f"{split}.json", content)
         return root
 
     return write
@@ -91,124 +91,77 @@ def findings(report):
 
 # --------------------------------------------------------------------------------------------------- planted faults
 
-
-def same_row(rows, _):
-    rows["train"][5] = dict(rows["train"][4])
-    return {}
-
-
-def other_answer(rows, _):
-    rows["train"][5] = {**rows["train"][4], "answer": "C"}
-    return {("train", "contradicting"): [[4, 5]]}
-
-
-def leak(rows, _):
-    rows["test"][2] = dict(rows["train"][7])
-    rows["test"][9] = dict(rows["train"][7])
-    return {("train/test", "exact"): [2, 9]}
-
-
-def leak_into_eval(rows, _):
-    rows["eval"][0] = dict(rows["train"][1])
-    rows["test"][3] = dict(rows["eval"][2])
-    return {("train/eval", "exact"): [0], ("eval/test", "exact"): [3]}
-
-
-def another_form(rows, _):
-    """Case, white space, punctuation, and full-width forms of letters and signs."""
-    text = sentence("another form")
-    rows["train"][3] = plain(text, "A")
-    wide = "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in text[:60])
-    rows["test"][4] = plain((wide + text[60:]).upper().replace(" ", "  ,\n"), "A")
-    return {("train/test", "near"): [4]}
-
-
-def another_word(rows, _):
-    text = sentence("another word")
-    rows["train"][3] = plain(text, "A")
-    rows["test"][4] = plain(text.replace(text.split()[-1], "Otherwise."), "A")
-    middle = text.split()[20]
-    rows["test"][5] = plain(text.replace(middle, "otherwise"), "A")  # 35 of 41 shingles
-    return {("train/test", "near"): [4]}
-
-
-def other_variant_of_a_row(rows, reasoning):
-    reasoning["train"][6] = reasoned(sentence("both variants"), "A")
-    rows["test"][8] = plain(sentence("both variants"), "A")
-    return {("reasoning train/test", "near"): [8]}
-
-
-def no_rows(rows, _):
-    rows["test"][0]["answer"] = " \n"
-    rows["test"][1]["answer"] = 7
-    rows["test"][2] = {"prompt": "p"}
-    return {("test", "bad_rows"): [0, 1, 2]}
-
-
-def reasoning_among_plain(rows, _):
-    rows["train"][2] = reasoned(sentence("misplaced"), "A")
-    return {("train", "other_variant"): [2], ("train", "contradicting"): []}
-
-
-def cue_twice(rows, _):
-    rows["train"][1]["prompt"] += "Stance:"
-    return {("train", "doubled_cue"): [1]}
-
-
-def broken_characters(rows, _):
-    for i, broken in enumerate(["donâ€™t", "fÃ¼r", "caf\ufffd", "it\x92s", "ä¸\xadæ–‡", "5 â‚¬"]):
-        rows["test"][i] = plain(f"{sentence(f'broken {i}')} {broken}", "A")
-    return {("test", "mojibake"): [0, 1, 2, 3, 4, 5]}
-
-
-def no_broken_characters(rows, _):
-    whole = [
-        "Übergroße Straßen, „gut“ – café, naïve, São Paulo…",
-        "中文，“没有”问题：ÄÖÜ",
-        "5 €, 3 × 2 ≠ 7, l’été à Paris",
-    ]
-    for i, text in enumerate(whole):
-        rows["test"][i] = plain(f"{sentence(f'whole {i}')} {text}", "A")
-    return {}
-
-
-def white_space(rows, _):
-    rows["eval"][3]["answer"] += "\n"
-    return {("eval", "white_space"): [3]}
-
-
-def floats(rows, _):
-    for i, number in enumerate(["1.4300000000000002", "2.9999999999999996", "3.14159265358979", "0.5000", "100000000"]):
-        rows["train"][i]["answer"] = number
-    return {("train", "floats"): [0, 1]}
-
-
-def words_among_numbers(rows, _):
-    for i, row in enumerate(rows["train"]):
-        row["answer"] = ("{}", "-{}.5", "1,{:03}")[i % 3].format(i)
-    rows["train"][3]["answer"] = "June"
-    return {("train", "words"): [3]}
-
-
-PLANTS = [
-    *(same_row, other_answer, leak, leak_into_eval, another_form, another_word, other_variant_of_a_row, no_rows),
-    *(reasoning_among_plain, cue_twice, broken_characters, no_broken_characters, white_space, floats),
-    words_among_numbers,
+FORM, WORD = sentence("another form"), sentence("another word")
+WIDE = "".join(chr(ord(c) + 0xFEE0) if c.isalpha() else c for c in FORM[:60]) + FORM[60:]
+BROKEN = ["donâ€™t", "fÃ¼r", "caf\ufffd", "it\x92s", "ä¸\xadæ–‡", "5 â‚¬"]
+WHOLE = [
+    *("Übergroße Straßen, „gut“ – café, naïve, São Paulo…", "中文，“没有”问题：ÄÖÜ", "5 €, 3 × 2 ≠ 7, l’été à Paris")
 ]
+FLOATS = ["1.4300000000000002", "2.9999999999999996", "3.14159265358979", "0.5000", "100000000"]
+NUMBERS = {i: {"answer": ("{}", "-{}.5", "1,{:03}")[i % 3].format(i)} for i in range(SIZES["train"])}
+#: Fault -> rows of FOMC that make it (split, row, what the row becomes or what changes in it), and what is found.
+PLANTS = {
+    "nothing": ([], {}),
+    "same row": ([("train", 5, base("train", 4))], {}),
+    "other answer": ([("train", 5, base("train", 4) | {"answer": "C"})], {("train", "contradicting"): [[4, 5]]}),
+    "leak": ([("test", i, base("train", 7)) for i in (2, 9)], {("train/test", "exact"): [2, 9]}),
+    "leak into eval": (
+        [("eval", 0, base("train", 1)), ("test", 3, base("eval", 2))],
+        {("train/eval", "exact"): [0], ("eval/test", "exact"): [3]},
+    ),
+    # case, white space, punctuation, and full-width forms of letters and signs
+    "another form": (
+        [("train", 3, plain(FORM, "A")), ("test", 4, plain(WIDE.upper().replace(" ", "  ,\n"), "A"))],
+        {("train/test", "near"): [4]},
+    ),
+    "another word": (
+        [
+            ("train", 3, plain(WORD, "A")),
+            ("test", 4, plain(WORD.replace(WORD.split()[-1], "Otherwise."), "A")),
+            ("test", 5, plain(WORD.replace(WORD.split()[20], "otherwise"), "A")),  # 35 of 41 shingles
+        ],
+        {("train/test", "near"): [4]},
+    ),
+    "other variant of a row": (
+        [("test", 8, plain(sentence("reasoning_fomc train 6"), "A"))],
+        {("reasoning train/test", "near"): [8]},
+    ),
+    "no rows": (
+        [("test", 0, {"answer": " \n"}), ("test", 1, {"answer": 7}), ("test", 2, {"more": "p"})],
+        {("test", "bad_rows"): [0, 1, 2]},
+    ),
+    "reasoning among plain": ([("train", 2, reasoned(sentence("x"), "A"))], {("train", "other_variant"): [2]}),
+    "cue twice": (
+        [("train", 1, {"prompt": base("train", 1)["prompt"] + "Stance:"})],
+        {("train", "doubled_cue"): [1]},
+    ),
+    "broken characters": (
+        [("test", i, plain(f"{sentence(f'broken {i}')} {broken}", "A")) for i, broken in enumerate(BROKEN)],
+        {("test", "mojibake"): [0, 1, 2, 3, 4, 5]},
+    ),
+    "whole characters": (
+        [("test", i, plain(f"{sentence(f'whole {i}')} {whole}", "A")) for i, whole in enumerate(WHOLE)],
+        {},
+    ),
+    "white space": ([("eval", 3, {"answer": "A\n"})], {("eval", "white_space"): [3]}),
+    "floats": ([("train", i, {"answer": n}) for i, n in enumerate(FLOATS)], {("train", "floats"): [0, 1]}),
+    "words among numbers": (
+        [("train", i, row) for i, row in (NUMBERS | {3: {"answer": "June"}}).items()],
+        {("train", "words"): [3]},
+    ),
+}
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda f: f.__name__)
-def test_a_planted_fault_is_found_and_nothing_else(rows, write, plant):
-    expected = plant(rows["trace_fomc"], rows["reasoning_fomc"])
+def plant(rows, *names):
+    for split, i, changes in (change for name in names for change in PLANTS[name][0]):
+        rows["trace_fomc"][split][i] = {**rows["trace_fomc"][split][i], **changes}
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_a_planted_fault_is_found_and_nothing_else(rows, write, name):
+    plant(rows, name)
     report = audit.audit(write(rows))
-    assert findings(report) == {("trace_fomc", *where): found for where, found in expected.items() if found}
-
-
-def test_without_a_fault_there_is_nothing_but_the_table(rows, write):
-    report = audit.audit(write(rows))
-    assert findings(report) == {}
-    lines = [line for line in as_text(report).splitlines() if line.startswith("  ") and "answers: " not in line]
-    assert [line.split()[0] for line in lines] == ["train", "eval", "test"] * 2
+    assert findings(report) == {("trace_fomc", *where): found for where, found in PLANTS[name][1].items()}
 
 
 def test_faults_of_reasoning_rows_are_found(rows, write):
@@ -225,8 +178,7 @@ def test_faults_of_reasoning_rows_are_found(rows, write):
 
 
 def test_leaked_rows_are_listed_by_kind_and_task(rows, write):
-    for plant in (leak, another_form, other_variant_of_a_row):
-        plant(rows["trace_fomc"], rows["reasoning_fomc"])
+    plant(rows, "leak", "another form", "other variant of a row")
     root = write(rows)
     report = audit.audit(root)
     nothing = {"exact": [], "near": [], "other_variant": [], "other_tasks": {}}
@@ -242,25 +194,21 @@ def test_leaked_rows_are_listed_by_kind_and_task(rows, write):
     assert json.loads(json.dumps(report)) == report
 
 
-def sum_of(seed):
-    return f"Solve the following math problem.\nQuestion:\n{sentence(seed)}\nAnswer:"
-
-
 @pytest.fixture
 def sums():
     """NumGLUE-cm and -ds: rows 1 and 2 of the test rows of ds are in cm's training rows, the second nearly."""
+
+    def row(seed, i):
+        text = f"Solve the following math problem.\nQuestion:\n{sentence(f'{seed} {i}')}\nAnswer:"
+        return {"prompt": text, "answer": str(i)}
+
     rows = {
-        task: {
-            split: [{"prompt": sum_of(f"{task} {split} {i}"), "answer": str(i)} for i in range(n)]
-            for split, n in SIZES.items()
-        }
+        task: {split: [row(f"{task} {split}", i) for i in range(n)] for split, n in SIZES.items()}
         for task in ("trace_numglue_cm", "trace_numglue_ds")
     }
     cm, ds = rows.values()
     cm["train"][5]["prompt"] = ds["test"][1]["prompt"]
-    cm["train"][6]["prompt"] = (
-        ds["test"][2]["prompt"].replace("Question:\n", "Question:\n  ").replace(".\nAnswer", "?\n\nAnswer")
-    )
+    cm["train"][6]["prompt"] = ds["test"][2]["prompt"].replace(":\n", ":\n  ").replace(".\nAnswer", "?\n\nAnswer")
     return rows
 
 
@@ -307,31 +255,25 @@ def test_an_exact_twin_in_another_data_set_of_the_same_name_is_no_near_one(rows,
     assert (both["train"], both["exact"], both["near"]) == (str(other / "FOMC"), list(range(12)), [])
 
 
-def test_the_command_audits_against_other_data_sets(sums, rows, write, tiny_model, tmp_path, capsys):
-    write(sums).rename(tmp_path / "small")
-    argv = ["data", "audit", str(tmp_path / "small"), "--tokenizer", str(tiny_model), "--against", str(write(rows))]
-    main(argv)
-    out = capsys.readouterr().out
-    assert "small/NumGLUE-ds test in small/NumGLUE-cm train: 1 and nearly 1 of 12" in out
-    main([*argv[:2], str(write(rows)), *argv[3:5]])
-    assert "of another task or data set: none." in capsys.readouterr().out
-
-
-def test_counts_labels_and_characters(rows, write):
+def test_counts_labels_and_characters(rows, write, monkeypatch):
     rows["trace_scienceqa"] = {
         "test": [{"prompt": f"{i}: Is it?", "answer": f"{'AB'[i % 2]}\nSince {sentence(i)}"} for i in range(30)]
     }
-    same_row(rows["trace_fomc"], None)
-    report = audit.audit(write(rows))
-    train = report["tasks"]["trace_fomc"]["splits"]["train"]
+    plant(rows, "same row")
+    root = write(rows)
+    digest = hashlib.sha256((root / "FOMC" / "test.json").read_bytes()).hexdigest()
+    monkeypatch.setitem(audit.official(), digest[:16], "LLM-CL-Benchmark_9/FOMC/test.json")
+    report = audit.audit(root)
+    fomc, reasoning, scienceqa = (report["tasks"][task]["splits"] for task in rows)
+    train = fomc["train"]
     assert (train["rows"], train["unique_prompts"], train["repeated_rows"]) == (24, 23, 1)
-    assert report["tasks"]["trace_fomc"]["splits"]["test"]["labels"] == {"A": 4, "B": 4, "C": 4}
-    assert report["tasks"]["reasoning_fomc"]["splits"]["test"]["labels"] == {"A": 4, "B": 4, "C": 4}
+    assert fomc["test"]["labels"] == reasoning["test"]["labels"] == {"A": 4, "B": 4, "C": 4}
     lengths = sorted(len(row["prompt"]) for row in rows["trace_fomc"]["train"])
     assert train["prompt"]["characters"] == {"median": lengths[11], "p95": lengths[22], "max": lengths[23]}
-    scienceqa = report["tasks"]["trace_scienceqa"]
-    assert scienceqa["splits"]["test"]["labels"] == {"A": 15, "B": 15}
-    assert scienceqa["splits"]["train"] is None and scienceqa["fingerprint"] is None
+    assert scienceqa["test"]["labels"] == {"A": 15, "B": 15}
+    assert [f["official"] for f in fomc.values()] == [None, None, "LLM-CL-Benchmark_9/FOMC/test.json"]
+    assert as_text(report).count("official: ") == 1
+    assert scienceqa["train"] is None and report["tasks"]["trace_scienceqa"]["fingerprint"] is None
     assert "train                 missing" in as_text(report).split("trace_scienceqa")[1]
     assert "characters" in as_text(report)
     assert set(report["missing"]) == {*data.FOLDERS, *data.REASONING} - {*rows}
@@ -365,16 +307,6 @@ def test_without_the_quickstart_model_there_is_no_tokenizer_unless_one_is_asked_
         models.open_tokenizer(models.QUICKSTART)
 
 
-def test_an_official_file_is_known_by_its_checksum(rows, write, monkeypatch):
-    root = write(rows)
-    digest = audit.audit(root)["tasks"]["trace_fomc"]["splits"]["test"]["sha256"]
-    monkeypatch.setitem(audit.official(), digest[:16], "LLM-CL-Benchmark_9/FOMC/test.json")
-    report = audit.audit(root)
-    splits = report["tasks"]["trace_fomc"]["splits"]
-    assert [facts["official"] for facts in splits.values()] == [None, None, "LLM-CL-Benchmark_9/FOMC/test.json"]
-    assert as_text(report).count("official: ") == 1
-
-
 # ------------------------------------------------------------------------------------------------------- similarity
 
 sets = st.lists(st.lists(st.integers(0, 30), max_size=25).map(lambda s: np.unique(np.array(s, np.uint64))), max_size=8)
@@ -395,32 +327,23 @@ def test_no_similar_pair_is_missed(first, second, threshold):
     assert all(jaccard(first[i], second[j]) == pytest.approx(s) for j, (i, s) in found.items())
 
 
-@pytest.mark.parametrize(
-    "first, second",
-    [
-        ("Solve the following math problem.\nQuestion:\nAn ant has 6 legs. 2 ants?\nAnswer:",) * 2,
-        (f"{FOMC}\nText:\nRates rose.\nStance:", f"{FOMC} {FIRST}\nText:\nrates  ROSE\nReasoning:Reasoning:"),
-        ("<s> import os <EOL>", "Complete the next line of the following codes. Give it.\n<s> import os <EOL>"),
-    ],
-)
-def test_frame_and_form_do_not_make_a_prompt_another_one(first, second):
-    assert np.array_equal(shingles(first), shingles(second))
+ANTS = "Solve the following math problem.\nQuestion:\nAn ant has 6 legs. How many have {} ants?\nAnswer:"
 
 
 @pytest.mark.parametrize(
-    "first, second",
+    "first, second, same",
     [
-        (f"{FOMC}\nText:\nRates rose.\nStance:", f"{FOMC}\nText:\nRates fell.\nStance:"),
-        (
-            "Solve the following math problem.\nQuestion:\nAn ant has 6 legs. How many have 2 ants?\nAnswer:",
-            "Solve the following math problem.\nQuestion:\nAn ant has 6 legs. How many have 3 ants?\nAnswer:",
-        ),
-        ("文本：\n天气很好。\n对象：\n天气\n态度：", "文本：\n天气不好。\n对象：\n天气\n态度："),
-        ("Is 2.5 > 1?", "Is 2.5 < 1?"),
+        (f"{FOMC}\nText:\nRates rose.\nStance:", f"{FOMC} {FIRST}\nText:\nrates  ROSE\nReasoning:Reasoning:", True),
+        ("<s> import os <EOL>", "Complete the next line of the following codes. Give it.\n<s> import os <EOL>", True),
+        (f"{FOMC}\nText:\nRates rose.\nStance:", f"{FOMC}\nText:\nRates fell.\nStance:", False),
+        (ANTS.format(2), ANTS.format(3), False),
+        ("文本：\n天气很好。\n对象：\n天气\n态度：", "文本：\n天气不好。\n对象：\n天气\n态度：", False),
+        ("Is 2.5 > 1?", "Is 2.5 < 1?", False),
     ],
 )
-def test_a_common_frame_does_not_make_short_prompts_similar(first, second):
-    assert not similar([shingles(first)], [shingles(second)])
+def test_neither_frame_nor_form_make_prompts_different_or_similar(first, second, same):
+    first, second = shingles(first), shingles(second)
+    assert np.array_equal(first, second) == same == bool(similar([first], [second]))
 
 
 def test_five_thousand_rows_against_two_thousand_take_seconds():
@@ -439,17 +362,20 @@ def test_five_thousand_rows_against_two_thousand_take_seconds():
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-def test_the_command_prints_a_table_and_writes_all_of_it(rows, write, tiny_model, tmp_path, capsys):
-    leak(rows["trace_fomc"], None)
-    root = write(rows)
-    output = tmp_path / "new" / "audit.json"
-    main(["data", "audit", str(root), "--tokenizer", str(tiny_model), "--output", str(output)])
+def test_the_command_prints_a_table_and_writes_all_of_it(sums, rows, write, tiny_model, tmp_path, capsys):
+    write(sums).rename(tmp_path / "small")
+    plant(rows, "leak")
+    root, output = write(rows), tmp_path / "new" / "audit.json"
+    tokens = ["--tokenizer", str(tiny_model)]
+    main(["data", "audit", str(root), *tokens, "--output", str(output), "--against", str(tmp_path / "small")])
     out = capsys.readouterr().out
     assert "train/test: rows of test that are in train: 2 (1 prompts), nearly 0" in out
     assert "Test rows whose prompt is in the training rows: trace_fomc 2 and nearly 0." in out
+    assert "small/NumGLUE-ds test in small/NumGLUE-cm train: 1 and nearly 1 of 12" in out
     report = read_json(output)
-    assert report["leaked"]["trace_fomc"]["exact"] == [2, 9]
-    assert report["tokenizer"] == str(tiny_model)
+    assert report["leaked"]["trace_fomc"]["exact"] == [2, 9] and report["tokenizer"] == str(tiny_model)
+    main(["data", "audit", str(root), *tokens])
+    assert "of another task or data set: none." in capsys.readouterr().out
 
 
 def test_a_file_that_is_no_json_fails_after_all_others_are_reported(rows, write, tiny_model, capsys):
@@ -461,13 +387,9 @@ def test_a_file_that_is_no_json_fails_after_all_others_are_reported(rows, write,
     assert "eval                  missing" in out and "reasoning_fomc" in out
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [(["--output", "audit.txt"], r"audit\.txt.*\.json"), (["--tokenizer", "./nowhere"], "nowhere")],
-)
-def test_wrong_options_are_errors_before_any_work(rows, write, capsys, options, message):
-    with pytest.raises(SystemExit, match=f"error: .*{message}"):
-        main(["data", "audit", str(write(rows)), *options])
+def test_an_output_that_is_no_json_is_an_error_before_any_work(rows, write, capsys):
+    with pytest.raises(SystemExit, match=r"error: .*audit\.txt.*\.json"):
+        main(["data", "audit", str(write(rows)), "--output", "audit.txt"])
     assert not capsys.readouterr().out
 
 
@@ -477,48 +399,17 @@ def test_wrong_options_are_errors_before_any_work(rows, write, capsys, options, 
 @pytest.fixture
 def audited(rows, write, tmp_path):
     """A run on data with leaked rows 2 and 9 (exact), 4 (near), 8 (in the reasoning variant), and its audit."""
-    for plant in (leak, another_form, other_variant_of_a_row):
-        plant(rows["trace_fomc"], rows["reasoning_fomc"])
+    plant(rows, "leak", "another form", "other variant of a row")
     root = write(rows)
     write_json(tmp_path / "audit.json", audit.audit(root))
 
-    def make(name="mine", tasks=("trace_fomc",), right=((2, 4, 9), (2, 4, 8, 9, 11))):
-        """Stage s has the test rows `right[s]` right."""
-        run = Run.create(
-            tmp_path / "runs" / name,
-            {
-                "method": "sequential",
-                "trains": "lora",
-                "model": {"name": "a/model"},
-                "tasks": list(tasks),
-                "task_versions": dict.fromkeys(tasks, 1),
-                "data": data_record(data.Data.at(root, tasks), {}),
-                "config": {},
-                "seed": 1,
-            },
-        )
-        for stage in run.stages:
-            if stage.index:
-                training = {"rows": 1, "steps": 1, "tokens": 1, "seconds": 1.0, "tokens_per_second": 1.0}
-                training |= {"peak_memory_bytes": 1, "memory_of": "process", "checkpoint": "w"}
-                write_json(stage.train_file, training)
-            for task in tasks:
-                good = right[min(stage.index, 1)]
-                samples = [{"doc_id": i, "accuracy": float(i in good)} for i in range(12)]
-                write_jsonl(stage.samples_file(task), samples)
-                score = {"value": len(good) / 12, "stderr": None}
-                write_json(
-                    stage.eval_file(task),
-                    {
-                        "n": 12,
-                        "headline": "accuracy",
-                        "metrics": {"accuracy": score},
-                        "checkpoint": "w" if stage.index else None,
-                        "settings": {"backend": "hf"},
-                        "seconds": 1.0,
-                    },
-                )
-        return run
+    def make(name="mine", tasks=("trace_fomc",)):
+        """The base model has rows 2, 4 and 9 right, every stage 8 and 11 too."""
+        right = [(2, 4, 9), *[(2, 4, 8, 9, 11)] * len(tasks)]
+        scores = np.array([[i in rows for rows in right] for i in range(12)], float)
+        record = {"tasks": list(tasks), "task_versions": dict.fromkeys(tasks, 1)}
+        record["data"] = data_record(data.Data.at(root, tasks), {})
+        return make_run(tmp_path / "runs", name=name, rows={task: {"accuracy": scores} for task in tasks}, **record)
 
     return make
 
@@ -540,22 +431,18 @@ def test_scores_are_made_from_the_rows_that_are_left(audited, tmp_path, capsys):
     assert np.array_equal(Results(run).R, before)
 
 
-def test_rows_of_the_other_variant_are_left_out_where_it_is_trained_on(audited, tmp_path):
-    run = audited(tasks=("trace_fomc", "reasoning_fomc"))
-    seen = without_leaked(run, tmp_path / "audit.json")
+def test_rows_of_the_other_variant_and_of_other_tasks_are_left_out_where_these_are_trained_on(audited, tmp_path):
+    run, file = audited(tasks=("trace_fomc", "reasoning_fomc")), tmp_path / "audit.json"
+    seen = without_leaked(run, file)
     assert seen.left_out == {"trace_fomc": {2, 4, 8, 9}, "reasoning_fomc": set()}
     assert Results(seen).R[1] == pytest.approx([1 / 8, 5 / 12])
-
-
-def test_rows_of_another_task_are_left_out_where_it_is_trained_on(audited, tmp_path):
-    found = read_json(tmp_path / "audit.json")
+    found = read_json(file)
     found["leaked"]["trace_fomc"]["other_tasks"] = {"reasoning_fomc": [7], "trace_cstance": [6]}
-    write_json(tmp_path / "audit.json", found)
-    run = audited(tasks=("trace_fomc", "reasoning_fomc"))
-    assert without_leaked(run, tmp_path / "audit.json").left_out["trace_fomc"] == {2, 4, 7, 8, 9}
+    write_json(file, found)
+    assert without_leaked(run, file).left_out["trace_fomc"] == {2, 4, 7, 8, 9}
     del found["leaked"]["trace_fomc"]["other_tasks"]  # as older audits have it
-    write_json(tmp_path / "audit.json", found)
-    assert without_leaked(run, tmp_path / "audit.json").left_out["trace_fomc"] == {2, 4, 8, 9}
+    write_json(file, found)
+    assert without_leaked(run, file).left_out["trace_fomc"] == {2, 4, 8, 9}
 
 
 def test_a_comparison_says_that_rows_are_left_out(audited, tmp_path):
@@ -571,20 +458,16 @@ def test_an_audit_of_other_data_is_refused(audited, rows, write, tmp_path):
     write_json(tmp_path / "other.json", audit.audit(write(rows)))
     with pytest.raises(RunError, match=r"other\.json is an audit of .*not the data of .*mine in: trace_fomc"):
         without_leaked(run, tmp_path / "other.json")
-    write_json(tmp_path / "none.json", {})
-    for name in ("none.json", "nowhere.json"):
-        with pytest.raises(RunError, match=f"{name} is no audit"):
-            without_leaked(run, tmp_path / name)
+    for content in (None, [], {}, {"source": "s", "tasks": {}, "leaked": {"trace_fomc": 7}}):
+        if content is not None:
+            write_json(tmp_path / "none.json", content)
+        with pytest.raises(RunError, match=r"none\.json is no audit"):
+            without_leaked(run, tmp_path / "none.json")
 
 
-def test_samples_that_are_gone_or_damaged_are_an_error(audited, tmp_path):
+def test_samples_that_are_gone_are_an_error_where_they_are_needed(audited, tmp_path):
     run = audited()
-    file = run.stages[1].samples_file("trace_fomc")
-    with file.open("a", encoding="utf-8") as f:
-        f.write('{"doc_id": 1')
-    with pytest.raises(RunError, match=r"trace_fomc\.jsonl, line 13 is damaged"):
-        write_report(without_leaked(run, tmp_path / "audit.json"))
-    file.unlink()
+    run.stages[1].samples_file("trace_fomc").unlink()
     with pytest.raises(RunError, match=r"trace_fomc\.jsonl is gone"):
         write_report(without_leaked(run, tmp_path / "audit.json"))
     write_report(run)  # which needs none
@@ -619,14 +502,7 @@ real_data = pytest.mark.skipif(
 def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACE_REASONING", str(REASONED))
-        return audit.audit(SMALL, against=[LARGE])
-
-
-@pytest.fixture(scope="module")
-def large():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRACE_REASONING", raising=False)
-        return audit.audit(LARGE)
+        return audit.audit(SMALL)
 
 
 def counts(report, task, pair):
@@ -665,49 +541,38 @@ def test_the_reasoning_variant_leaks_into_its_own_test_rows_and_into_the_plain_o
 
 
 @real_data
-def test_the_real_data_s_broken_parts(small, large):
-    def having(report, key):
+def test_the_real_data_s_broken_parts(small):
+    def having(key):
         return {
             (task, split): len(facts[key])
-            for task, found in report["tasks"].items()
+            for task, found in small["tasks"].items()
             for split, facts in found["splits"].items()
             if facts and facts[key]
         }
 
-    assert having(small, "mojibake") == {
-        ("trace_fomc", "train"): 4,
-        ("trace_fomc", "test"): 2,
-        ("reasoning_fomc", "train"): 3,
-        ("reasoning_fomc", "eval"): 1,
-        ("reasoning_fomc", "test"): 1,
+    assert having("mojibake") == {
+        **{("trace_fomc", "train"): 4, ("trace_fomc", "test"): 2, ("reasoning_fomc", "train"): 3},
+        **{("reasoning_fomc", "eval"): 1, ("reasoning_fomc", "test"): 1},
     }
-    assert having(large, "mojibake") == {}
-    assert having(small, "floats") == {("trace_numglue_cm", "train"): 2}
-    assert having(large, "floats") == {("trace_numglue_cm", "train"): 18}
-    words = {("trace_numglue_cm", "train"): 25, ("trace_numglue_cm", "eval"): 2, ("trace_numglue_cm", "test"): 3}
-    found = {where: n for where, n in having(small, "words").items() if where[0] in data.FOLDERS}
-    assert found == words and having(large, "words") == {**words, ("trace_numglue_cm", "train"): 275}
-    ends = having(small, "white_space")
+    assert having("floats") == {("trace_numglue_cm", "train"): 2}
+    words = {split: n for (task, split), n in having("words").items() if task in data.FOLDERS}
+    assert words == {"train": 25, "eval": 2, "test": 3}
+    ends = having("white_space")
     assert [ends["trace_20minuten", split] for split in data.SPLITS] == [500, 100, 100]
     for key in ("bad_rows", "other_variant", "doubled_cue"):  # the doubled cues are in rows that are not at hand
-        assert having(small, key) == having(large, key) == {}
+        assert having(key) == {}
 
 
 @real_data
-def test_official_files_are_recognised_and_the_rebuilt_one_is_not(small, large):
-    known = {
-        (task, split): facts["official"]
-        for report in (small, large)
-        for task, found in report["tasks"].items()
-        for split, facts in found["splits"].items()
-        if facts and task in data.FOLDERS
-    }
-    assert [where for where, official in known.items() if not official] == [("trace_meetingbank", "train")]
-    for report, variant in ((small, 500), (large, 5000)):
-        for task, found in report["tasks"].items():
-            for split, facts in found["splits"].items():
-                if facts and facts["official"]:
-                    assert facts["official"] == f"LLM-CL-Benchmark_{variant}/{data.FOLDERS[task]}/{split}.json"
+def test_official_files_are_recognised_and_the_rebuilt_one_is_not():
+    unknown = []
+    for root, variant in ((SMALL, 500), (LARGE, 5000)):
+        for file in sorted(root.glob("*/*.json")):
+            digest, name = hashlib.sha256(file.read_bytes()).hexdigest()[:16], f"{file.parent.name}/{file.name}"
+            known = audit.official().get(digest)
+            assert known in (None, f"LLM-CL-Benchmark_{variant}/{name}")
+            unknown += [] if known else [f"{root.name}/{name}"]
+    assert unknown == ["trace/MeetingBank/train.json"]
 
 
 @real_data

@@ -1,24 +1,21 @@
 """Bad input: whatever a file, a reply, an answer or a configuration holds, there is a result or a clear error.
 
-Examples are drawn from a fixed seed, so that a failure comes again. How many each target had is printed at the end.
+Examples are drawn from a fixed seed, so that a failure comes again.
 """
 
 import copy
-import inspect
 import json
 import math
 import re
 import shutil
 import time
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import train
+from conftest import command_line, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from made_runs import make_rich_run, make_run
+from made_runs import make_rich_run
 
 from judges import JudgeError, judging, prompts
 from judges.batch import BatchClient
@@ -30,45 +27,21 @@ from judges.verdict import parse
 from trace_bench import engine, metrics, shapes
 from trace_bench.cli import main
 from trace_bench.evaluate import evaluate
-from trace_bench.report import Results
-from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
+from trace_bench.run import RunError, Stage, read_json, read_jsonl
+from trace_bench.tasks import load_suites
 from trace_tasks import answers, data, scoring, written_numbers
 from trace_tasks.data import DataError, audit, reading, similarity
 from trace_tasks.data.files import write_json, write_jsonl
-from trace_tasks.reasoning import FRAMES, as_tested, reasoning_answer
-from trace_tasks.tokens import example_ids, prompt_ids
-
-EXAMPLES: Counter[str] = Counter()
-
-
-@pytest.fixture(autouse=True)
-def _counts(record_property):
-    before = EXAMPLES.copy()
-    yield
-    drawn = EXAMPLES - before
-    record_property("counts", {"fuzzed examples": drawn.total(), **{f"of {k}": n for k, n in drawn.items()}})
+from trace_tasks.reasoning import as_tested
+from trainers import base
+from trainers.base import CLConfig, ConfigError
 
 
-def fuzz(target, examples, **arguments):
-    """Draws arguments of a test and counts the examples of its target."""
-
-    def decorate(test):
-        def counted(*args, **kwargs):
-            EXAMPLES[target] += 1
-            test(*args, **kwargs)
-
-        counted.__name__, counted.__doc__ = test.__name__, test.__doc__
-        counted.__signature__ = inspect.signature(test)
-        given_some = given(**arguments)(counted)
-        return settings(
-            derandomize=True,
-            database=None,
-            deadline=None,
-            max_examples=examples,
-            suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-        )(given_some)
-
-    return decorate
+def fuzz(examples, **arguments):
+    """Draws arguments of a test, always the same ones."""
+    health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    always = settings(derandomize=True, database=None, deadline=None, suppress_health_check=health)
+    return lambda test: settings(always, max_examples=examples)(given(**arguments)(test))
 
 
 def cut(text):
@@ -110,8 +83,7 @@ def outcome(function, *errors):
 
 
 @fuzz(
-    "rows read",
-    200,
+    100,
     rows=st.lists(st.fixed_dictionaries({"prompt": filled, "answer": filled}), min_size=1, max_size=5),
     ascii_only=st.booleans(),
     mark=st.booleans(),
@@ -133,27 +105,6 @@ def test_rows_are_read_as_they_are_or_the_bad_one_is_named(tmp_path, rows, ascii
         assert found == written
 
 
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (b'[{"prompt": "p", "answer": "a", "answer": "b"}]', "a key twice"),
-        (b'[[{"prompt": "p", "answer": "a"}]]', "row 0: it holds a list"),
-        (b'[{"prompt": "p", "answer": NaN}]', "'answer' is nan"),
-        (b'[{"prompt": "p", "answer": "7"}, {"prompt": "p", "answer": 7}]', "row 1: 'answer' is 7"),
-        ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16-le"), "row|JSON"),
-        ('[{"prompt": "p", "answer": "a"}]'.encode("utf-16"), "UTF-8"),
-        (b'{"prompt": ["p"], "answer": ["a"]}', "not a list"),
-        (b'[{"prompt": "p", "answer": "\\udc80"}]', "surrogate"),
-        (b'[{"prompt": ' + b"[" * 900 + b"]" * 900 + b', "answer": "a"}]', "JSON|row 0"),
-        (b"[" + b"9" * 5000 + b"]", "JSON"),
-    ],
-)
-def test_json_of_another_shape_is_named(tmp_path, content, words):
-    (tmp_path / "test.json").write_bytes(content)
-    with pytest.raises(DataError, match=rf"(?s)test\.json.*({words})"):
-        data.read_rows(tmp_path / "test.json")
-
-
 def read_samples(file):
     """Reads a file as the samples of a stage."""
     stage = Stage(0, "0_base", None, file.parent)
@@ -162,17 +113,13 @@ def read_samples(file):
     return judging._read_samples(stage, "x")
 
 
-@fuzz(
-    "files of a run",
-    200,
-    content=st.binary(max_size=60) | values.map(lambda v: json.dumps(v).encode("utf-8", "surrogatepass")),
-)
+@fuzz(100, content=st.binary(max_size=60) | values.map(lambda v: json.dumps(v).encode("utf-8", "surrogatepass")))
 def test_any_file_of_a_run_is_read_or_named(tmp_path, content):
     file = tmp_path / "file.json"
     file.write_bytes(content)
-    for read in (read_json, read_jsonl):
-        found = outcome(lambda read=read: read(file), RunError)
-        assert not isinstance(found, RunError) or "file.json" in str(found)
+    for read in (read_json, read_jsonl, data.read_rows):
+        found = outcome(lambda read=read: read(file), RunError, DataError)
+        assert not isinstance(found, RunError | DataError) or "file.json" in str(found)
     assert isinstance(outcome(lambda: read_samples(file), RunError), dict | RunError)
 
 
@@ -189,96 +136,34 @@ def test_samples_are_not_dropped_for_the_sake_of_a_number(tmp_path):
         read_samples(tmp_path / "x.jsonl")
 
 
-names = st.sampled_from(["trace_fomc", "mine", "..", "../x", "a/b", "/abs", "a\0b", ".hidden", "", "1"]) | texts
-
-
-@fuzz(
-    "manifests",
-    200,
-    tasks=st.lists(names, max_size=3) | values,
-    checkpoints=st.none() | st.dictionaries(names, st.just("/x")) | values,
-    stages=st.none() | st.lists(names, max_size=2),
-    more=st.dictionaries(st.sampled_from(["method", "data", "config"]), values),
-)
-def test_a_manifest_is_read_or_named_and_no_path_leaves_the_run(tmp_path, tasks, checkpoints, stages, more):
-    manifest = {"format": 1, "method": "m", "data": {}, "config": {}, "tasks": tasks, **more}
-    manifest |= {k: v for k, v in {"checkpoints": checkpoints, "stages": stages}.items() if v is not None}
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    run = outcome(lambda: Run.open(tmp_path), RunError)
-    if isinstance(run, RunError):
-        assert "manifest.json" in str(run)
-        return
-    for stage in run.stages:
-        for task in run.tasks:
-            for file in (stage.train_file, stage.eval_file(task), stage.samples_file(task)):
-                assert ".." not in file.parts and "\0" not in str(file) and file.is_relative_to(tmp_path)
-                assert len(file.relative_to(tmp_path).parts) <= 5
-
-
-@fuzz(
-    "cells",
-    60,
-    cell=values | st.fixed_dictionaries({"checkpoint": values, "metrics": values, "headline": values, "n": values}),
-    row=values,
-    trained=values,
-)
-def test_a_cell_of_another_shape_is_named(tmp_path_factory, cell, row, trained):
-    run = make_run(tmp_path_factory.mktemp("r"))
-    stage = run.stages[1]
-    stage.train_file.write_text(json.dumps(trained))
-    stage.eval_file("trace_cstance").write_text(json.dumps(cell))
-    found = outcome(lambda: Results(run).cells, RunError)
-    assert not isinstance(found, RunError) or "1_trace_cstance" in str(found)
-    samples = run.stages[2].samples_file("trace_cstance")
-    samples.parent.mkdir(parents=True)
-    samples.write_text(json.dumps(row) + "\n")
-    stage.train_file.unlink()
-    found = outcome(lambda: Results(run).rows, RunError)
-    assert not isinstance(found, RunError) or "trace_cstance.jsonl" in str(found)
-
-
 @pytest.mark.parametrize(
     "suite, file, content",
     [
         ("bbh", "boolean_expressions.json", '{"examples": [1]}'),
         ("bbh", "boolean_expressions.json", '{"examples": [{"input": "\\ud800", "target": "x"}]}'),
-        ("boolq", "train.jsonl", '{"question": "q"}'),
+        ("boolq", "train.jsonl val.jsonl", '{"question": "q"}'),
         ("tydiqa", "fewshot/english.json", '{"data": [{"paragraphs": 7}]}'),
-        ("mmlu", "dev/x_dev.csv", f'"{"x" * 200_000}",b,c,d,e,A'),
+        ("mmlu", "dev/abstract_algebra_dev.csv", f'"{"x" * 200_000}",b,c,d,e,A'),
     ],
 )
 def test_a_suite_in_another_shape_is_named(tmp_path, monkeypatch, suite, file, content):
-    from trace_tasks import general
-
-    path = tmp_path / suite / file
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
+    for path in (tmp_path / suite / name for name in file.split()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
     monkeypatch.setenv("GENERAL_DATA", str(tmp_path))
-    task = object.__new__(general.Suite)
-    source = next(source for source, (name, _) in general._LOCAL.items() if name == suite)
-    name = {"mmlu": "x", "bbh": "boolean_expressions"}.get(suite, "")
-    monkeypatch.setattr(general.Suite, "DATASET_PATH", source)
-    monkeypatch.setattr(general.Suite, "DATASET_NAME", name)
-    task._config = type("C", (), {"task": "a task"})()
-    with pytest.raises(DataError, match=suite):
-        task.download()
+    with pytest.raises(DataError, match=rf"{suite}.* is not in the layout"):
+        load_suites([f"general_{suite}"])
 
 
 # ------------------------------------------------------------------------------------------------- replies and verdicts
 
-choices = st.fixed_dictionaries(
-    {},
-    optional={
-        "message": values | st.fixed_dictionaries({"content": values}, optional={"refusal": values}),
-        "finish_reason": values,
-    },
-)
+messages = values | st.fixed_dictionaries({"content": values}, optional={"refusal": values})
+choices = st.fixed_dictionaries({}, optional={"message": messages, "finish_reason": values})
 usages = st.none() | st.dictionaries(st.sampled_from(["prompt_tokens", "completion_tokens"]), values)
 
 
 @fuzz(
-    "bodies",
-    300,
+    150,
     body=values
     | st.fixed_dictionaries({"choices": values | st.lists(choices, max_size=2)}, optional={"usage": usages | values}),
 )
@@ -290,37 +175,6 @@ def test_any_body_is_a_reply_that_a_file_can_hold_or_none(tmp_path_factory, body
         cache = Cache(tmp_path_factory.mktemp("c") / "cache.jsonl")
         cache.put("k", {}, reply)
         assert Cache(cache.path)["k"] == reply
-
-
-@fuzz(
-    "caches",
-    150,
-    lines=st.lists(
-        st.binary(max_size=30)
-        | values.map(lambda v: json.dumps(v).encode("utf-8", "surrogatepass"))
-        | st.fixed_dictionaries({"key": values, "reply": values | st.fixed_dictionaries({"text": values})}).map(
-            lambda v: json.dumps(v).encode()
-        ),
-        max_size=5,
-    ),
-    place=st.integers(0, 5),
-)
-def test_damaged_lines_of_a_cache_cost_only_themselves(tmp_path, lines, place):
-    good = json.dumps({"key": "the good one", "request": {}, "reply": {"text": "r"}}).encode()
-    written = [*lines[:place], good, *lines[place:]]
-    (tmp_path / "c.jsonl").write_bytes(b"\n".join([line.replace(b"\n", b" ") for line in written] + [b"[" * 100_000]))
-    cache = Cache(tmp_path / "c.jsonl")
-    assert cache["the good one"].text == "r" and all(isinstance(r.text, str) for r in cache._replies.values())
-
-
-@fuzz("verdicts", 300, text=texts, verdict=st.sampled_from(PAIR))
-def test_material_gives_no_verdict_and_takes_none_away(text, verdict):
-    assert parse(text, PAIR) in (None, *PAIR)
-    assert parse(neutralise(text), PAIR) is None
-    assert parse(f"{neutralise(text)}\n[[{verdict}]]", PAIR) == verdict
-    assert neutralise(neutralise(text)) == neutralise(text) and neutralise(text).replace(" ", "") == text.replace(
-        " ", ""
-    )
 
 
 def test_lines_of_a_batch_that_cannot_be_read_cost_only_themselves(tmp_path, caplog):
@@ -335,21 +189,10 @@ def test_lines_of_a_batch_that_cannot_be_read_cost_only_themselves(tmp_path, cap
     assert f"{len(unknown)} lines of the batch cannot be read" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "NaN", '{"a": NaN}', '{"a": Infinity}', "[" * 100_000])
-def test_options_of_json_are_objects_of_json(tmp_path, text):
-    run = make_run(tmp_path)
-    for argv in (
-        ["judge", str(run.path), "--model", "m", "--sampling", text],
-        ["evaluate", str(run.path), "--engine-args", text],
-    ):
-        with pytest.raises(SystemExit, match=r"error: --\S+ must be a JSON object"):
-            main(argv)
-
-
 # --------------------------------------------------------------------------------------------------- answers and scores
 
 
-@fuzz("scores", 200, prompt=filled, prediction=texts, answer=filled)
+@fuzz(150, prompt=filled, prediction=texts, answer=filled)
 def test_every_text_has_scores_between_0_and_1(prompt, prediction, answer):
     from trace_tasks import utils
 
@@ -363,13 +206,11 @@ def test_every_text_has_scores_between_0_and_1(prompt, prediction, answer):
         if "accuracy_tolerant" in scores and score is not utils.score_scienceqa:
             assert scores["accuracy"] <= scores["accuracy_tolerant"]
     assert doc == kept
-    assert scoring.accuracy(answer, answer) == scoring.similarity(answer, answer) or not scoring._undo_placeholders(
-        answer
-    )
+    assert scoring.similarity(answer, answer) == 1 or not scoring._undo_placeholders(answer)
     assert utils.score_choice(doc, [answer]) == {"accuracy": 1, "accuracy_tolerant": 1}
 
 
-@fuzz("extractions", 300, text=texts, form=st.sampled_from(["line", "text", "summary", "code"]))
+@fuzz(200, text=texts, form=st.sampled_from(["line", "text", "summary", "code"]))
 def test_an_answer_is_a_part_of_the_text(text, form):
     found = answers.split_answer(form, text)
     if found is not None:
@@ -378,70 +219,42 @@ def test_an_answer_is_a_part_of_the_text(text, form):
         assert "\n" not in answer or form in ("text", "summary")
 
 
-@fuzz("composed answers", 150, folder=st.sampled_from(sorted(FRAMES)), path=texts, answer=filled)
-def test_a_composed_answer_is_read_back_or_refused_before_it_is_written(folder, path, answer):
-    if not paths.path_problem(folder, path, answer):
-        composed = reasoning_answer(folder, path, answer)
-        assert answers.extract_answer(FRAMES[folder].form, composed) == paths.read_back(folder, answer)
-
-
 N = 200_000
 SPACES, MARKS = " " * N, "\u0300\u0316" * (N // 2)
+FOMC = paths.Row("trace_fomc", 0, "p", "B")
+MEETING = "the summary of the meeting transcripts"
 #: What is looked for in an answer -> the function, and texts that make it try again and again where they are repeated.
 LONG = {
-    "choice": (
-        lambda t: answers.choice_tolerant(t, "B", "Pick: A. dovish, B. hawkish, C. neutral."),
-        [
-            *cut("hawkish ¦not dovish ¦不dovish. ¦A. dovish\n¦the answer is dovish\n¦选¦答案选¦answer A. ¦answer A, "),
-            *cut("answer B\n¦(¦\ufdfa¦选:¦answer option ¦a\u0300\u0316"),
-            *("answer" + SPACES, "a" + MARKS, "B" + SPACES + "x", "答案" + "(" * N, "选" + ":" * N),
-        ],
-    ),
-    "number": (
-        lambda t: written_numbers.number_tolerant(t, "12"),
-        [
-            *cut("1,¦1¦1,111,¦answer ¦1e¦-¦=¦0.¦-$ ¦twenty-¦hundred ¦one point one ¦answer is 1\n¦so 1 2 ¦2M¦12:34 "),
-            *("answer" + SPACES, "0." + "1" * N, "1e" + "9" * N),
-        ],
-    ),
+    "choice": (lambda t: answers.choice_tolerant(t, "B", "Pick: A. dovish, B. hawkish, C. neutral."), [
+        *cut("hawkish ¦not dovish ¦不dovish. ¦A. dovish\n¦the answer is dovish\n¦选¦答案选¦answer A. ¦answer A, "),
+        *cut("(¦\n¦。¦answer B\n¦\ufdfa¦选:¦answer option ¦a\u0300\u0316¦answer: "), "答案" + "(" * N, "选" + ":" * N,
+        *("answer" + SPACES, "a" + MARKS, "B" + SPACES + "x"),
+    ]),
+    "number": (lambda t: written_numbers.number_tolerant(t, "12"), [
+        *cut("1,¦1¦1,111,¦answer ¦1e¦-¦=¦0.¦-$ ¦twenty-¦hundred ¦one point one ¦answer is 1\n¦so 1 2 ¦2M¦12:34 "),
+        *("answer" + SPACES, "0." + "1" * N, "1e" + "9" * N),
+    ]),
     "word": (lambda t: written_numbers.number_tolerant(t, "August"), ["!", "a!", "_", " ", "answer: "]),
-    "names": (
-        lambda t: answers.names_choice(t, "B") or written_numbers.names_number(t, "12"),
-        ["B ", "B", "B.", "1,", "1", "12a"],
-    ),
+    "letter named": (lambda t: answers.names_choice(t, "B"), ["B ", "B", "B.", "1"]),
+    "number named": (lambda t: written_numbers.names_number(t, "12"), ["B ", "1,", "1", "12a"]),
     "line": (lambda t: answers.extract_answer("line", t), ["Answer:", "Answer :\n", "answer ", "回答"]),
-    "summary": (
-        lambda t: answers.extract_answer("summary", t),
-        [
-            *("therefore ", "the ", "the summary of the meeting transcripts is ", "therefore" + SPACES, "the" + SPACES),
-            "therefore" + SPACES[: N // 2] + "," + SPACES[: N // 2],
-            "the summary of the meeting transcripts" + SPACES,
-        ],
-    ),
+    "summary": (lambda t: answers.extract_answer("summary", t), [
+        *("therefore ", "the ", f"{MEETING} is ", "therefore" + SPACES, "the" + SPACES, MEETING + SPACES),
+        "therefore" + SPACES[: N // 2] + "," + SPACES[: N // 2],
+    ]),
     "code": (lambda t: answers.extract_answer("code", t), ["Reasoning:", "reasoning ", "\n", " \n"]),
-    "similarity": (
-        lambda t: scoring.similarity(t, "x = foo(bar)\n"),
-        ["<STR_LIT:", "<STR_LIT:a>", "<STR_LIT:<NUM_LIT:>", "ab"],
-    ),
-    "overlap": (
-        lambda t: (scoring.rouge_l(t, "the cat sat. on the mat."), scoring.bleu(t, "the cat", 4)),
-        ["a ", "a.", "the cat sat. "],
-    ),
+    "similarity": (lambda t: scoring.similarity(t, "x = f(b)\n"), cut("<STR_LIT:¦<STR_LIT:a>¦<STR_LIT:<NUM_LIT:>¦ab")),
+    "rouge_l": (lambda t: scoring.rouge_l(t, "the cat sat. on the mat."), ["a ", "a.", "the cat sat. "]),
+    "bleu": (lambda t: scoring.bleu(t, "the cat", 4), ["a ", "a."]),
     "sari": (lambda t: scoring.sari(t, t[:1000], "the cat"), ["a ", ".", "1.,", "&amp;"]),
-    "verdict": (
-        lambda t: parse(t, PAIR),
-        ["[[", "[[a", "[[A ", "[[A]]\n", "[[" + SPACES, "[[" + "a" * N, "[[A" + SPACES],
-    ),
+    "verdict": (lambda t: parse(t, PAIR), [*cut("[[¦[[a¦[[A ¦[[A]]\n"), "[[" + SPACES, "[[" + "a" * N, "[[A" + SPACES]),
     "neutralise": (neutralise, ["<", "[", "[\u200b", "<|", "<" + "\u200b" * N + "x", "[" + "\u200b" * N + "x"]),
     "as_tested": (lambda t: as_tested(t + "x"), ["Reasoning:"]),
-    "paths": (
-        lambda t: paths.read_path(paths.Row("trace_fomc", 0, "p", "B"), Reply(t + "\nAnswer: B")),
-        [".", " ", "\n ", "A"],
-    ),
+    "paths": (lambda t: paths.read_path(FOMC, Reply(t + "\nAnswer: B")), [".", " ", "\n ", "A"]),
     "floats": (audit._FLOAT.search, ["1.", "0", "1." + "0" * N, "1." + "9" * N, "1." + "0000000" * (N // 7)]),
     "words": (similarity.words, ["\nAnswer:", "a ", "\nAnswer:" + "Reasoning:" * (N // 10) + "x", "\u0300\u0316"]),
     "cues": (audit._DOUBLED_CUE.search, ["a", "a:", "a: ", "a:" + SPACES + "x"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LONG)
@@ -450,15 +263,14 @@ def test_long_texts_take_no_long_time(name):
     function, patterns = LONG[name]
     for pattern in patterns:
         text = pattern if len(pattern) >= N else (pattern * (N // len(pattern) + 1))[:N]
-        EXAMPLES["long texts"] += 1
         started = time.process_time()
         function(text)
         assert time.process_time() - started < 2, (name, pattern[:40])
 
 
 def test_what_makes_long_texts_quick_changes_no_score():
-    assert answers._choice("The answer is option choice option B") == "B"
-    assert answers._choice(f"The answer is A{' ' * 300}. B. hawkish") is None, "the next option is listed on the line"
+    assert answers.read_choice("The answer is option choice option B") == "B"
+    assert answers.read_choice(f"The answer is A{' ' * 300}. B. hawkish") is None  # the next option is on the line
     assert scoring.similarity("x" * 200, "y" * 3 + "x") == 0.01 and scoring.similarity("x" * 1000, "x") == 0.0
     assert scoring._undo_placeholders("<STR_LIT:a><NUM_LIT:b <STR_LIT:c>>d<STR_LIT:") == "ab <STR_LIT:c>d<STR_LIT:"
     assert answers.extract_answer("summary", "Therefore , the summary of the meeting transcript is: x") == "x"
@@ -471,82 +283,19 @@ def test_what_makes_long_texts_quick_changes_no_score():
 
 # -------------------------------------------------------------------------------------------------------------- metrics
 
-unit = st.floats(0, 1)
-matrices = (
-    st.integers(1, 5)
-    .flatmap(
-        lambda T: st.lists(st.lists(unit | st.just(math.nan), min_size=T, max_size=T), min_size=T + 1, max_size=T + 1)
-    )
-    .map(np.array)
-)
 
-
-def same(a, b):
-    return np.allclose(a, b, atol=1e-12, equal_nan=True)
-
-
-@fuzz("matrices", 300, R=matrices)
-def test_the_numbers_of_a_matrix(R):
-    before, T = R.copy(), R.shape[1]
-    for t in range(1, T + 1):
-        op, bwt, f = metrics.overall_performance(R, t), metrics.backward_transfer(R, t), metrics.forgetting(R, t)
-        # NaN exactly where a needed cell is.
-        assert math.isnan(op) == np.isnan(R[t, :t]).any() and (math.isnan(op) or 0 <= op <= 1)
-        needed = [R[t, : t - 1], [R[i, i - 1] for i in range(1, t)]]
-        assert math.isnan(bwt) == (t == 1 or np.isnan(np.concatenate(needed)).any())
-        assert math.isnan(bwt) or -1 <= bwt <= 1
-        if not math.isnan(f):
-            assert f >= -bwt - 1e-12, "the best score so far is at least the own stage's"
-        if t > 1 and not math.isnan(bwt) and not math.isnan(R[t, t - 1]):
-            # OP_t is what was learned plus what later stages did to it.
-            learned = np.mean([R[i, i - 1] for i in range(1, t + 1)])
-            assert same(op, learned + bwt * (t - 1) / t)
-    assert same(metrics.average_accuracy(R), np.mean([metrics.overall_performance(R, t) for t in range(1, T + 1)]))
-    assert same(
-        metrics.forward_transfer(np.repeat(R[:1], T + 1, axis=0)),
-        0 if T > 1 and not np.isnan(R[0, 1:]).any() else math.nan,
-    )
-    # Replicates give what each matrix gives.
-    stacked = np.stack([R, R[::-1]])
-    for function in (
-        metrics.overall_performance,
-        metrics.backward_transfer,
-        metrics.forgetting,
-        metrics.forward_transfer,
-    ):
-        assert same(function(stacked), [function(R), function(R[::-1])])
-    assert np.array_equal(R, before, equal_nan=True)
-
-
-@fuzz(
-    "counts",
-    300,
-    n=st.integers(0, 500),
-    a=st.integers(0, 500),
-    b=st.integers(0, 500),
-    level=st.sampled_from([0.5, 0.9, 0.95, 0.999]),
-)
-def test_intervals_of_counts(n, a, b, level):
-    if a <= n:
-        low, high = metrics.wilson_interval(a, n, level=level)
-        assert math.isnan(low) if n == 0 else 0 <= low <= a / n <= high <= 1
-        wider = metrics.wilson_interval(a, n, level=0.9999)
-        assert n == 0 or (wider[0] <= low and high <= wider[1])
-    else:
+@fuzz(300, n=st.integers(1, 500), a=st.integers(0, 500), b=st.integers(0, 500))
+def test_intervals_of_counts(n, a, b):
+    if a > n:
         with pytest.raises(ValueError, match="count"):
             metrics.wilson_interval(a, n)
+    else:
+        low, high = metrics.wilson_interval(a, n)
+        wider = metrics.wilson_interval(a, n, level=0.9999)
+        assert 0 <= wider[0] <= low <= a / n <= high <= wider[1] <= 1
     if a + b <= n:
         low, high = metrics.net_interval(a, b, n)
-        assert math.isnan(low) if n == 0 else -1 <= low <= (a - b) / n <= high <= 1
-        assert n == 0 or same(metrics.net_interval(b, a, n), (-high, -low))
-    else:
-        with pytest.raises(ValueError, match="plus"):
-            metrics.net_interval(a, b, n)
-
-
-estimates = st.tuples(unit, st.floats(0, 0.5), st.floats(0, 0.5)).map(
-    lambda e: metrics.Estimate(e[0], e[0] - e[1], e[0] + e[2])
-)
+        assert -1 <= low <= (a - b) / n <= high <= 1 and metrics.net_interval(b, a, n) == pytest.approx((-high, -low))
 
 
 # ------------------------------------------------------------------------------------------------------- configurations
@@ -562,7 +311,6 @@ OWN = (
 
 
 @fuzz(
-    "configs",
     150,
     changes=st.dictionaries(st.sampled_from(OWN), numbers, min_size=1, max_size=2)
     | st.dictionaries(
@@ -570,18 +318,13 @@ OWN = (
     ),
 )
 def test_a_configuration_can_be_used_or_is_refused(tmp_path, changes):
-    from trainers.base import CLConfig, ConfigError
-
     options = {"output_dir": str(tmp_path), "tasks": ["trace_fomc", "trace_cstance"], **changes}
     config = outcome(lambda: CLConfig(**copy.deepcopy(options)), ConfigError)
     if isinstance(config, ConfigError):
         return
     for name in OWN:
         value = getattr(config, name)
-        assert value is None or (isinstance(value, int | float) and value == value and math.isfinite(value)), (
-            name,
-            value,
-        )
+        assert value is None or (isinstance(value, int | float) and math.isfinite(value)), (name, value)
     assert all(isinstance(task, str) for task in config.tasks) and config.tasks
     assert config.epochs is None or all(0 < e < math.inf for e in config.epochs)
 
@@ -594,8 +337,6 @@ def test_a_configuration_can_be_used_or_is_refused(tmp_path, changes):
         ({"epochs": 3}, "use a list"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
         ({"seed": 2**32}, "seed=4294967296"),
-        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0"),
-        ({"train_rows": "many"}, "train_rows='many'"),
         ({"tasks": []}, "tasks is empty"),
         ({"bf16": True, "fp16": True}, "."),
         ({"engine_args": {"hf_token": "hf_secret"}}, "engine_args hf_token"),
@@ -603,8 +344,6 @@ def test_a_configuration_can_be_used_or_is_refused(tmp_path, changes):
     ],
 )
 def test_a_value_that_cannot_be_run_is_refused_before_anything_starts(options, change, words):
-    from trainers.base import ConfigError
-
     with pytest.raises(ConfigError, match=words) as e:
         train({**options, **change})
     assert "hf_secret" not in str(e.value) and not Path(options["output_dir"]).exists()
@@ -614,16 +353,13 @@ def test_a_value_that_cannot_be_run_is_refused_before_anything_starts(options, c
     "text", ["", "- a", "a: [", "7", "lerning_rate: 1", "tasks: {a: b}", "epochs: x", "\0", "train_rows: [1]"]
 )
 def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path, text, capsys):
-    from trainers import base
-
-    (tmp_path / "c.yaml").write_text(text)
-    with pytest.raises(SystemExit) as e:
-        base.main(
-            base.CLTrainer, base.CLConfig, ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "r")]
-        )
-    assert str(e.value.code).startswith("error: ") or "error: " in capsys.readouterr().err
+    file, output = tmp_path / "c.yaml", ["--output_dir", str(tmp_path / "r")]
     with pytest.raises(SystemExit, match=r"error: the configuration cannot be read"):
-        base.main(base.CLTrainer, base.CLConfig, ["--config", str(tmp_path / "missing.yaml")])
+        base.main(base.CLTrainer, base.CLConfig, ["--config", str(file)])
+    file.write_text(text)
+    with pytest.raises(SystemExit) as e:
+        base.main(base.CLTrainer, base.CLConfig, ["--config", str(file), *output])
+    assert str(e.value.code).startswith("error: ") or "error: " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------- files of a run
@@ -710,19 +446,22 @@ def read_only_commands(make, monkeypatch):
         content = read_json(file)
         write_json(file, {**content, "settings": {**content["settings"], "date": None, "prompts": prompts.VERSION}})
     judge = ["--model", "a/judge", "--base-url", "http://127.0.0.1:1/v1", "--sampling", '{"temperature": 0}']
-    commands = [["status"], ["evaluate"], ["judge"], ["report"], ["compare"]]
-    more = {"judge": judge, "compare": [str(other.path)]}
-    names = {"compare": "report"}
-    return run, [[names.get(c, c), str(run.path), *more.get(c, [])] for (c,) in commands]
+    path = str(run.path)
+    commands = [[name, path] for name in ("status", "evaluate", "report")]
+    return run, [*commands, ["judge", path, *judge], ["report", path, str(other.path)]]
 
 
-def some_odd_files(run, commands, every):
-    for name, at, content in list(odd_files(run.path))[::every]:
+def test_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_only_commands, capsys):
+    run, commands = read_only_commands
+    for command in commands:
+        main(command)
+    out = capsys.readouterr().out
+    assert "nothing to evaluate" in out and "nothing to judge" in out
+    for name, at, content in list(odd_files(run.path))[::193]:
         file = run.path / name
         whole = file.read_bytes()
         file.write_text(content)
         for command in commands:
-            EXAMPLES["files of runs"] += 1
             try:
                 main(command)
             except SystemExit as e:
@@ -732,61 +471,37 @@ def some_odd_files(run, commands, every):
         file.write_bytes(whole)
 
 
-def test_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_only_commands, capsys):
-    run, commands = read_only_commands
-    for command in commands:
-        main(command)
-    out = capsys.readouterr().out
-    assert "nothing to evaluate" in out and "nothing to judge" in out
-    some_odd_files(run, commands, 97)
+CELL = "stages/2_trace_meetingbank/eval/trace_cstance.json"
+NAMED = [
+    ("manifest.json", ("config", "test_rows"), "many", "'config.test_rows' is 'many', not a valid integer"),
+    ("manifest.json", ("config", "backend"), "tgi", "'config.backend' is 'tgi', not 'vllm' or 'hf'"),
+    ("manifest.json", ("model", "name"), ABSENT, "lacks 'model.name'"),
+    ("stages/1_trace_cstance/train.json", (), [], "holds a list"),
+    ("stages/1_trace_cstance/train.json", ("checkpoint",), ABSENT, "lacks checkpoint|lacks 'checkpoint'"),
+    (CELL, ("n",), 10**400, "401 digits"),
+    (CELL, ("seconds",), ABSENT, "lacks 'seconds'"),
+    (CELL, ("metrics", "accuracy", "value"), math.nan, "NaN"),
+    ("stages/2_trace_meetingbank/judge/instruct_lima.json", ("direct",), {}, "lacks 'direct.n'"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "at", "new", "words"),
-    [
-        ("manifest.json", ("config", "test_rows"), "many", "'config.test_rows' is 'many', not a valid integer"),
-        ("manifest.json", ("config", "backend"), "tgi", "'config.backend' is 'tgi', not 'vllm' or 'hf'"),
-        ("manifest.json", ("model", "name"), ABSENT, "lacks 'model.name'"),
-        ("stages/1_trace_cstance/train.json", (), [], "holds a list"),
-        ("stages/1_trace_cstance/train.json", ("checkpoint",), ABSENT, "lacks checkpoint|lacks 'checkpoint'"),
-        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("n",), 10**400, "401 digits"),
-        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("seconds",), ABSENT, "lacks 'seconds'"),
-        ("stages/2_trace_meetingbank/eval/trace_cstance.json", ("metrics", "accuracy", "value"), math.nan, "NaN"),
-        ("stages/2_trace_meetingbank/judge/instruct_lima.json", ("direct",), {}, "lacks 'direct.n'"),
-    ],
-)
-def test_the_file_and_the_entry_are_named(read_only_commands, name, at, new, words):
+def test_the_file_and_the_entry_are_named(read_only_commands):
     run, _ = read_only_commands
-    content = json.loads((run.path / name).read_text())
-    (run.path / name).write_text(json.dumps(replaced(content, at, new)))
-    with pytest.raises(SystemExit, match=rf"error: {re.escape(str(run.path / name))} is damaged.*({words})"):
-        main(["report", str(run.path)])
+    for name, at, new, words in NAMED:
+        file = run.path / name
+        whole = file.read_text()
+        file.write_text(json.dumps(replaced(json.loads(whole), at, new)))
+        with pytest.raises(SystemExit, match=rf"error: {re.escape(str(file))} is damaged.*({words})"):
+            main(["report", str(run.path)])
+        file.write_text(whole)
 
 
-@pytest.mark.parametrize("new", [[], {}, {"source": "s", "tasks": {}, "leaked": {"trace_fomc": 7}}])
-def test_an_odd_audit_is_no_audit(make, tmp_path, new):
-    (tmp_path / "audit.json").write_text(json.dumps(new))
-    with pytest.raises(SystemExit, match=r"error: .*audit.json is no audit"):
-        main(["report", str(make().path), "--without-leaked", str(tmp_path / "audit.json")])
-
-
-def test_a_checkpoint_within_a_stage_with_odd_values_is_not_gone_on_from(options):
-    from conftest import stop_at
-
-    from trainers.base import CLTrainer
-
-    options |= {"tasks": ["trace_fomc"], "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(KeyboardInterrupt):
-        train(options, stop_at(1, CLTrainer))
-    run = Run.open(options["output_dir"])
-    (file,) = run.path.glob("stages/1_*/.trainer/checkpoint-*/whole.json")
-    whole = json.loads(file.read_text())
+@pytest.mark.parametrize("changes", [[], {"counters": []}, {"seconds": []}, {"losses": "x"}, {"files": {"a": None}}])
+def test_a_checkpoint_within_a_stage_with_odd_values_is_not_whole(changes):  # what is done then: test_faults.py
+    whole = {"of": {}, "step": 1, "seconds": 1.0, "losses": 0.5, "counters": {"a": 1}, "files": {"a": 2}}
     reading.check(shapes.Within, whole)
-    for at in (("counters",), ("seconds",), ("of",), ("losses",), ()):
-        file.write_text(json.dumps(replaced(whole, at, [])))
-        with pytest.raises(KeyboardInterrupt):
-            train({**options, "save_strategy": "no"}, stop_at(1, CLTrainer))
-        file.parent.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(ValueError, match="not"):
+        reading.check(shapes.Within, {**whole, **changes} if changes else changes)
 
 
 # -------------------------------------------------------------------------------------------- models from elsewhere
@@ -798,38 +513,35 @@ def evaluated(folder, model, checkpoint):
     main(["evaluate", str(folder / "run"), *given, *options])
 
 
-def with_entry(source, target, file, key, value):
+def with_entries(source, target, file, entries):
     shutil.copytree(source, target)
     content = json.loads((target / file).read_text())
-    (target / file).write_text(json.dumps({**content, key: value}))
+    (target / file).write_text(json.dumps(content | entries))
     return target
 
 
-@pytest.mark.parametrize("kind", ["lora", 5, None, [], {}])
-def test_a_kind_of_adapter_that_is_not_known_is_one_line(checkpoints, tiny_model, tmp_path, kind):
-    adapter = with_entry(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", "peft_type", kind)
-    with pytest.raises(SystemExit, match=r"error: .*odd is an adapter of the kind .*which cannot be served"):
-        evaluated(tmp_path, tiny_model, adapter)
-
-
 @pytest.mark.parametrize(
-    ("key", "value"), [("r", "x"), ("target_modules", "["), ("target_modules", 5), ("rank_pattern", 5)]
+    ("key", "value", "words"),
+    [
+        *(("peft_type", kind, " is an adapter of the kind .*which cannot be served") for kind in ("lora", 5, [])),
+        *(("r", "x", ""), ("target_modules", "[", ""), ("target_modules", 5, ""), ("rank_pattern", 5, "")),
+    ],
 )
-def test_odd_values_of_an_adapter_are_one_line(checkpoints, tiny_model, tmp_path, key, value):
-    adapter = with_entry(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", key, value)
-    with pytest.raises(SystemExit, match=r"error: .*odd"):
+def test_odd_values_of_an_adapter_are_one_line(checkpoints, tiny_model, tmp_path, key, value, words):
+    adapter = with_entries(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", {key: value})
+    with pytest.raises(SystemExit, match=rf"error: .*odd{words}"):
         evaluated(tmp_path, tiny_model, adapter)
 
 
 @pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["code.T", None]}, 5], ids=repr)
 def test_code_of_a_tokenizer_is_not_run_and_named(checkpoints, tiny_model, tmp_path, options, auto_map):
-    model = with_entry(tiny_model, tmp_path / "odd", "tokenizer_config.json", "auto_map", auto_map)
+    entries = {"auto_map": auto_map, "tokenizer_class": "Mine"}
+    model = with_entries(tiny_model, tmp_path / "odd", "tokenizer_config.json", entries)
     (model / "code.py").write_text("raise SystemExit('the code was run')")
-    content = json.loads((model / "tokenizer_config.json").read_text())
-    (model / "tokenizer_config.json").write_text(json.dumps({**content, "tokenizer_class": "Mine"}))
+    argv = command_line({**options, "model_name_or_path": str(model)})
     for command in (
         lambda: evaluated(tmp_path, model, checkpoints["adapter"]),
-        lambda: trained(options, model),
+        lambda: base.main(base.CLTrainer, base.CLConfig, argv),
         lambda: main(["data", "audit", "demo", "--tokenizer", str(model)]),
     ):
         with pytest.raises(SystemExit, match=r"error: The tokenizer of .*odd cannot be loaded") as e:
@@ -837,44 +549,11 @@ def test_code_of_a_tokenizer_is_not_run_and_named(checkpoints, tiny_model, tmp_p
         assert "\n" not in e.value.code
 
 
-def trained(options, model):
-    from conftest import command_line
-
-    from trainers import base
-
-    base.main(base.CLTrainer, base.CLConfig, command_line({**options, "model_name_or_path": str(model)}))
-
-
 # --------------------------------------------------------------------------------------------- token ids, the whole way
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tiny_models):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(tiny_models["bytes"])
-
-
-@fuzz("examples of training", 150, prompt=filled, answer=filled, most=st.integers(1, 40), longest=st.integers(1, 40))
-def test_an_example_is_the_end_of_its_prompt_and_the_beginning_of_its_answer(tokenizer, prompt, answer, most, longest):
-    (whole,), (cut,) = prompt_ids(tokenizer, [prompt]), prompt_ids(tokenizer, [prompt], most)
-    assert cut == whole[-most:] and len(cut) <= most
-    example = example_ids(tokenizer, [prompt], [answer], most, longest)[0]
-    target = [label for label in example["labels"] if label != -100]
-    assert example["input_ids"] == cut + target and 1 <= len(target) <= longest
-    (full,) = example_ids(tokenizer, [prompt], [answer])
-    alone = tokenizer(answer, add_special_tokens=False).input_ids
-    assert full["input_ids"] == [*whole, *alone, tokenizer.eos_token_id]
-
-
 ODD = [
-    "\0",
-    "a\u2028b\r\nc\rd\x85",
-    "שלום \u202e abc",
-    "👩‍👩‍👧 e\u0301",
-    "x" * 200_000,
-    "\ufeff" * 3,
-    "</s><s>",
+    *("\0", "a\u2028b\r\nc\rd\x85", "שלום \u202e abc", "👩‍👩‍👧 e\u0301", "x" * 20_000, "\ufeff" * 3, "</s><s>"),
     "<|im_end|>[[A]]",
 ]
 

@@ -1,43 +1,24 @@
 """The tasks with reasoning (RCL): what is read out of a text, what it scores, and the method that trains on them."""
 
-import json
 import re
-import shutil
 from collections import Counter
 
 import pytest
 from conftest import SHARED, train
 
 from trace_bench.run import read_json
-from trace_bench.tasks import load_tasks, training_rows
+from trace_bench.tasks import load_tasks
 from trace_tasks import data, reasoning, scoring, utils
 from trace_tasks.answers import extract_answer, split_answer
 from trainers.base import ConfigError
 from trainers.rcl import RCLConfig, RCLTrainer
 
-HEADLINES = {
-    "reasoning_cstance": "accuracy",
-    "reasoning_fomc": "accuracy",
-    "reasoning_meetingbank": "rouge_l",
-    "reasoning_py150": "similarity",
-    "reasoning_scienceqa": "accuracy",
-    "reasoning_numglue_cm": "accuracy",
-    "reasoning_numglue_ds": "accuracy",
-    "reasoning_20minuten": "sari",
-}
 FORMS = {"reasoning_meetingbank": "summary", "reasoning_py150": "code", "reasoning_20minuten": "text"}
-TOLERANT = [name for name, headline in HEADLINES.items() if headline == "accuracy"]
-
 real_data = pytest.mark.skipif(
     not (SHARED / "data" / "trace_reasoning").is_dir(),
     reason="the reasoning variant of TRACE (shared/data/trace_reasoning) is not beside the repository",
 )
 every_task = pytest.mark.parametrize("name", list(data.REASONING))
-
-
-@pytest.fixture
-def task(name: str, demo_data: None):
-    return load_tasks([name])[name]
 
 
 @pytest.fixture
@@ -49,75 +30,45 @@ def real_task(name: str, monkeypatch: pytest.MonkeyPatch):
 # ---------------------------------------------------------------------------------------------------- reading answers
 
 
-A_LINE_IS_WHAT_FOLLOWS_THE_LAST_MARKER = [
-    ("6 * 6 = 36\nAnswer:36", "36"), ("6 * 6 = 36\nAnswer: 36\n", "36"),
-    ("6 * 6 = 36.\n\nanswer :\n  36  \nThat is the sum.", "36"), ("它表示不满。\n回答：B", "B"),
-    ("它表示不满。回答: B。", "B。"),
-    ("它表示不满。\n答案：\nB", "B"),
-    ("The answer: is it A? No.\nAnswer:B", "B"),  # the last one decides
-    ("Answer:B\nAnswer:", "B"),  # cut at the limit of tokens
-    ("Answer:B\n\nQuestion:\nIs it?\nReasoning:No.\nAnswer:C", "C"), ("B", None), ("Answer:", None),
-    ("Answer: \n ", None), ("The answer is B", None), ("Reanswer:B", None), ("", None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "answer"), A_LINE_IS_WHAT_FOLLOWS_THE_LAST_MARKER)
-def test_a_line_is_what_follows_the_last_marker(text, answer):
-    assert extract_answer("line", text) == answer
-
-
-def test_a_text_goes_on_over_lines():
-    assert extract_answer("text", "Das ist kurz.\nAnswer: Eins.\nZwei.\n") == "Eins.\nZwei."
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("It passed.Therefore, the summary of the meeting transcripts is:\nCB 1\r\nCB 2\n", "CB 1\r\nCB 2"),
-        ("therefore the summary of the meeting transcript is : CB 1", "CB 1"),
-        ("The answer: none. The summary of the meeting transcripts is:\nAnswer: CB 1", "Answer: CB 1"),
-        ("It passed.\nAnswer:CB 1", "CB 1"),
-        ("It passed. A summary: CB 1", None),
-        ("Therefore, the summary of the meeting transcripts is:\n", None),
+SUMMARY = "Therefore, the summary of the meeting transcripts is:"
+#: form -> text, and the path and the answer in it; None where there is no answer.
+SPLIT = {
+    "line": [
+        ("6 * 6 = 36\nAnswer:36", ("6 * 6 = 36\n", "36")), ("Answer:B", ("", "B")),
+        ("6 * 6 = 36.\n\nanswer :\n  36  \nThat is the sum.", ("6 * 6 = 36.\n\n", "36")),
+        ("它表示不满。\n回答：B", ("它表示不满。\n", "B")), ("它表示不满。回答: B。", ("它表示不满。", "B。")),
+        ("它表示不满。\n答案：\nB", ("它表示不满。\n", "B")),
+        ("The answer: is it A? No.\nAnswer:B", ("The answer: is it A? No.\n", "B")),  # the last one decides
+        ("Answer:A? No.\nAnswer:B\nAnswer:", ("Answer:A? No.\n", "B")),  # cut at the limit of tokens
+        ("B", None), ("Answer:", None), ("Answer: \n ", None), ("The answer is B", None), ("Reanswer:B", None),
     ],
-)
-def test_a_summary_has_its_own_marker(text, answer):
-    assert extract_answer("summary", text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("return x \nReasoning:The function returns it.", "return x "),  # not stripped: some references end so
-        ("\nreturn x\nreturn y\nReasoning: It returns.\nReasoning:Again.", "return x"),
-        ("return x Reasoning：It returns.", "return x "),
-        ("\nreturn x\nThis returns x.", "return x"),
+    "text": [("Kurz.\nAnswer: Eins.\nZwei.\n", ("Kurz.\n", "Eins.\nZwei.")), ("36", None)],
+    "summary": [
+        (f"It passed.{SUMMARY}\nCB 1\r\nCB 2\n", ("It passed.", "CB 1\r\nCB 2")),
+        ("therefore the summary of the meeting transcript is : CB 1", ("", "CB 1")),
+        (f"The answer: none. {SUMMARY}\nAnswer: CB 1", ("The answer: none. ", "Answer: CB 1")),
+        ("It passed.\nAnswer:CB 1", ("It passed.\n", "CB 1")), ("A summary: CB 1", None), (SUMMARY + "\n", None),
+    ],
+    "code": [
+        ("return x \nReasoning:It returns.\nReasoning:x", ("It returns.\nReasoning:x", "return x ")),  # not stripped
+        ("\nreturn x\nreturn y\nReasoning: It returns.", (" It returns.", "return x")),
+        ("return x Reasoning：It returns.", ("It returns.", "return x ")), ("\nreturn x\nThis is.", ("", "return x")),
         ("Reasoning:The function returns it.\nAnswer:return x", None),
     ],
-)
-def test_code_comes_first(text, answer):
-    assert extract_answer("code", text) == answer
+}  # fmt: skip
 
 
-def test_an_unknown_form_is_an_error():
-    with pytest.raises(ValueError, match="letter"):
-        extract_answer("letter", "Answer:B")
-
-
-A_TEXT_IS_SPLIT_INTO_PATH_AND_ANSWER = [
-    ("line", "6 * 6 = 36.\nAnswer: 36\nThat is it.", ("6 * 6 = 36.\n", "36")),
-    ("line", "Answer:A? No.\nAnswer:B\nAnswer:", ("Answer:A? No.\n", "B")), ("line", "Answer:B", ("", "B")),
-    ("text", "Kurz.\nAnswer:Eins.\nZwei.\n", ("Kurz.\n", "Eins.\nZwei.")),
-    ("summary", "It passed.Therefore, the summary of the meeting transcripts is:\nCB 1", ("It passed.", "CB 1")),
-    ("summary", "It passed.\nThe summary of the meeting transcript is: CB 1", ("It passed.\n", "CB 1")),
-    ("code", "return x \nReasoning:It returns.\nReasoning:x", ("It returns.\nReasoning:x", "return x ")),
-    ("code", "return x", ("", "return x")), ("line", "36", None),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("form", "text", "parts"), A_TEXT_IS_SPLIT_INTO_PATH_AND_ANSWER)
+@pytest.mark.parametrize(("form", "text", "parts"), [(form, *row) for form, rows in SPLIT.items() for row in rows])
 def test_a_text_is_split_into_path_and_answer(form, text, parts):
     assert split_answer(form, text) == parts
+    assert extract_answer(form, text) == (parts and parts[1])
+
+
+def test_an_unknown_form_or_variant_is_an_error(demo_data: None):
+    with pytest.raises(ValueError, match="letter"):
+        extract_answer("letter", "Answer:B")
+    with pytest.raises(ValueError, match="thinking"):
+        utils.load_dataset("FOMC", variant="thinking")
 
 
 # ---------------------------------------------------------------------------------------------------- the official form
@@ -146,71 +97,37 @@ def test_a_prompt_of_another_frame_is_an_error(folder, prompt, message):
 # ------------------------------------------------------------------------------------------------------------ the tasks
 
 
-@every_task
-def test_a_task_reads_the_reasoning_rows_of_the_demo(name, task):
-    root = data.find_reasoning()
-    rows = data.read_split(root, data.REASONING[name], "test")
-    assert list(task.test_docs()) == rows
-    assert task.fewshot_context(rows[0], 0) == rows[0]["prompt"], "the raw prompt, nothing around it"
-    trained = data.read_split(root, data.REASONING[name], "train")
-    assert training_rows(task) == [(row["prompt"], row["answer"]) for row in trained]
-    metrics = list(task.aggregation())
-    assert (metrics[0], metrics[-1]) == (HEADLINES[name], "extracted")
-    assert ("accuracy_tolerant" in metrics) == (name in TOLERANT)
-    assert task.config.generation_kwargs == {"do_sample": False, "max_gen_toks": 512, "until": []}
+@pytest.mark.parametrize(
+    ("score", "reference", "other_form", "wrong"),
+    [(utils.score_reasoned_choice, "B", "B. because", "C"), (utils.score_reasoned_number, "12", "12.0 apples", "13")],
+)
+def test_the_tolerant_accuracy_reads_the_extracted_answer_only(score, reference, other_form, wrong):
+    doc = {"prompt": "", "answer": reference}
+    right = {"accuracy": 0, "accuracy_tolerant": 1, "extracted": 1}
+    assert score(doc, [f"So.\nAnswer:{other_form}\nNot 13, not C."]) == right
+    assert score(doc, [f"{reference}\nAnswer:{wrong}"]) == {**right, "accuracy_tolerant": 0}
 
 
-def test_an_unknown_variant_is_an_error(demo_data: None):
-    with pytest.raises(ValueError, match="thinking"):
-        utils.load_dataset("FOMC", variant="thinking")
+def test_sari_is_taken_against_the_prompt_of_the_row():
+    doc = {"prompt": "Something else.", "answer": "Es ist alt."}
+    scores = utils.score_reasoned_simplification(doc, ["Answer:Es ist neu."])
+    assert scores["sari"] == scoring.sari("Something else.", "Es ist neu.", doc["answer"])
 
 
-@every_task
-def test_reasoning_with_the_right_answer_scores_full_marks_and_without_its_marker_none(name, task):
-    doc = task.test_docs()[0]
-    marker = {"summary": "So.Therefore, the summary of the meeting transcripts is:\n{}", "code": "{}\nReasoning:So."}
-    frame = marker.get(FORMS.get(name, "line"), "So.\nAnswer: {}\n")
-    right = task.process_results(doc, [frame.format(doc["answer"])])
-    assert right[HEADLINES[name]] > 0.99 and right["extracted"] == 1
-    for text in ("Reasoning: none" if name == "reasoning_py150" else doc["answer"], ""):
-        assert task.process_results(doc, [text]) == dict.fromkeys(task.aggregation(), 0.0)
-
-
-@pytest.mark.parametrize("name", TOLERANT)
-def test_the_tolerant_accuracy_reads_the_extracted_answer_only(name, task):
-    number = "numglue" in name
-    doc = {**task.test_docs()[0], "answer": "12" if number else "B"}
-    other_form = "12.0 apples" if number else "B. because"
-    scores = task.process_results(doc, [f"So.\nAnswer:{other_form}\nNot 13, not C."])
-    assert (scores["accuracy"], scores["accuracy_tolerant"], scores["extracted"]) == (0, 1, 1)
-    wrong = task.process_results(doc, [f"{doc['answer']}\nAnswer:{'13' if number else 'C'}"])
-    assert (wrong["accuracy"], wrong["accuracy_tolerant"], wrong["extracted"]) == (0, 0, 1)
-
-
-@pytest.mark.parametrize("name", ["reasoning_20minuten"])
-def test_sari_is_taken_against_the_prompt_of_the_row(name, task):
-    doc = task.test_docs()[0]
-    other = task.process_results({**doc, "prompt": "Something else."}, ["Answer:Es ist neu."])["sari"]
-    assert task.process_results(doc, ["Answer:Es ist neu."])["sari"] != other
-    assert other == scoring.sari("Something else.", "Es ist neu.", doc["answer"])
-
-
-def test_training_prompts_get_the_form_of_the_test_prompts(tmp_path, monkeypatch):
-    reasoning = tmp_path / data.REASONING_FOLDER
-    monkeypatch.setenv("TRACE_DATA", "demo")
-    shutil.copytree(data.find_reasoning(), reasoning)
-    monkeypatch.delenv("TRACE_DATA")
-    for folder, official in (
+@pytest.mark.parametrize(
+    ("folder", "official"),
+    [
         ("MeetingBank", lambda prompt: prompt + "Reasoning:"),
         ("20Minuten", lambda prompt: prompt.replace("\n\nParagraph:", "\nParagraph:")),
-    ):
-        file = reasoning / folder / "train.json"
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        changed = [{**row, "prompt": official(row["prompt"])} for row in rows]
-        assert all(a != b for a, b in zip(rows, changed, strict=True))
-        file.write_text(json.dumps(changed), encoding="utf-8")
-        monkeypatch.setenv("TRACE_REASONING", str(reasoning))
-        assert list(utils.load_dataset(folder, variant="reasoning")["train"]) == rows
+    ],
+)
+def test_training_prompts_get_the_form_of_the_test_prompts(folder, official, demo_data: None, monkeypatch):
+    rows, read = list(utils.load_dataset(folder, variant="reasoning")["train"]), data.read_split
+    assert all(official(row["prompt"]) != row["prompt"] for row in rows)
+    monkeypatch.setattr(
+        data, "read_split", lambda *where: [{**row, "prompt": official(row["prompt"])} for row in read(*where)]
+    )
+    assert list(utils.load_dataset(folder, variant="reasoning")["train"]) == rows
 
 
 # -------------------------------------------------------------------------------------------------------- the real data
@@ -218,7 +135,7 @@ def test_training_prompts_get_the_form_of_the_test_prompts(tmp_path, monkeypatch
 
 @real_data
 @every_task
-def test_real_every_training_answer_gives_its_answer_and_that_scores_in_full(name, real_task):
+def test_real_training_answers_give_their_answer_which_scores_in_full_and_test_answers_are_bare(name, real_task):
     # Against its own extracted answer, a training answer scores what that answer scores against itself: 1, but for
     # SARI, which is a little less where the source repeats words (0.984 and more here).
     docs = list(real_task.training_docs())
@@ -227,22 +144,19 @@ def test_real_every_training_answer_gives_its_answer_and_that_scores_in_full(nam
         answer = extract_answer(FORMS.get(name, "line"), doc["answer"])
         assert answer is not None and answer.strip()
         scores = real_task.process_results({**doc, "answer": answer}, [doc["answer"]])
+        headline = next(iter(scores))
         assert scores["extracted"] == 1
-        full = scoring.sari(doc["prompt"], answer, answer) if HEADLINES[name] == "sari" else 1
-        assert scores[HEADLINES[name]] == pytest.approx(full, abs=1e-6) and full > 0.98
+        full = scoring.sari(doc["prompt"], answer, answer) if headline == "sari" else 1
+        assert scores[headline] == pytest.approx(full, abs=1e-6) and full > 0.98
+    for doc in [*real_task.test_docs(), *real_task.validation_docs()]:  # bare
+        assert "Reasoning:" not in doc["answer"]
+        if name != "reasoning_py150":  # needs no marker
+            assert extract_answer(FORMS.get(name, "line"), doc["answer"]) is None
 
 
 #: Rows of the reasoning variant whose plain row is at hand too.
-IN_BOTH = {
-    "C-STANCE": 143,
-    "FOMC": 87,
-    "MeetingBank": 62,
-    "Py150": 30,
-    "ScienceQA": 19,
-    "NumGLUE-cm": 280,
-    "NumGLUE-ds": 126,
-    "20Minuten": 89,
-}
+IN_BOTH = {"C-STANCE": 143, "FOMC": 87, "MeetingBank": 62, "Py150": 30, "ScienceQA": 19}
+IN_BOTH |= {"NumGLUE-cm": 280, "NumGLUE-ds": 126, "20Minuten": 89}
 
 
 def _content(prompt: str, first: int, last: int | None) -> str:
@@ -276,15 +190,6 @@ def test_real_plain_rows_become_the_official_reasoning_rows(folder):
                 assert answer in {a.strip() for a in answers}
             assert reasoning.reasoning_answer(folder, path if code else path.rstrip("\n"), answer) == row["answer"]
     assert matched == IN_BOTH[folder]
-
-
-@real_data
-@every_task
-def test_real_test_answers_are_bare(name, real_task):
-    for doc in [*real_task.test_docs(), *real_task.validation_docs()]:
-        assert "Reasoning:" not in doc["answer"]
-        if name != "reasoning_py150":  # needs no marker
-            assert extract_answer(FORMS.get(name, "line"), doc["answer"]) is None
 
 
 def _frame(prompt: str) -> tuple[str, ...]:

@@ -1,7 +1,4 @@
-"""The lm-eval tasks: they load, they are the eight, they score as the paper has it, and need only trace_tasks.
-
-Those with reasoning are tested in test_reasoning.py.
-"""
+"""The lm-eval tasks: they load, they are the eight, plain and with reasoning, and they need only trace_tasks."""
 
 import json
 import os
@@ -14,21 +11,19 @@ from collections import Counter
 import pytest
 from conftest import SHARED
 
-from trace_bench.tasks import load_tasks, task_manager
+from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks import data
 
 HEADLINES = {
     **dict.fromkeys(data.FOLDERS, "accuracy"),
     **{"trace_meetingbank": "rouge_l", "trace_py150": "similarity", "trace_20minuten": "sari"},
 }
+HEADLINES |= {task.replace("trace_", "reasoning_"): headline for task, headline in HEADLINES.items()}
 
 
 @pytest.fixture
 def task(request: pytest.FixtureRequest, demo_data: None):
     return load_tasks([request.param])[request.param]
-
-
-every_task = pytest.mark.parametrize("task", list(data.FOLDERS), indirect=True)
 
 
 def test_every_yaml_of_the_folder_is_in_the_index():
@@ -53,51 +48,59 @@ class Block:
         if name.partition(".")[0] in ("trace_bench", "trainers", "judges", "bench"):
             raise ModuleNotFoundError(f"{name} is not part of trace_tasks", name=name)
 sys.meta_path.insert(0, Block())
+import lm_eval.tasks
+# Without an index of all that lm-eval has, which takes ten seconds.
+lm_eval.tasks.TaskManager.__init__.__defaults__ = (None, None, False, None)
+from lm_eval.__main__ import cli_evaluate
+cli_evaluate()
 """
 
 
 def test_plain_lm_eval_runs_the_tasks_where_nothing_else_of_ours_is_there(tmp_path):
     shutil.copytree(data.TASKS_PATH, tmp_path / "trace_tasks", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "sitecustomize.py").write_text(BLOCK)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRACE_DATA": "demo"}
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "dummy", "--tasks", "trace_*", "--limit", "2"]
-    command += ["--include_path", str(tmp_path / "trace_tasks")]
+    command = [sys.executable, "-c", BLOCK, "run", "--model", "dummy", "--tasks", "trace_*,reasoning_fomc"]
+    command += ["--limit", "2", "--include_path", str(tmp_path / "trace_tasks")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for task, headline in HEADLINES.items():
+    for task in (*data.FOLDERS, "reasoning_fomc"):
         table = re.search(rf"\|{task} *\|.*\n(?:\| +\|.*\n)*", done.stdout)
-        assert table and f"|{headline} " in table[0], done.stdout
+        assert table and f"|{HEADLINES[task]} " in table[0], done.stdout
 
 
-@every_task
+@pytest.mark.parametrize("task", list(HEADLINES), indirect=True)
 def test_a_task_reads_its_own_rows_and_its_reference_scores_full_marks(task):
-    rows = data.read_split(data.find_data("demo"), data.FOLDERS[task.task_name], "test")
-    doc, headline = rows[0], HEADLINES[task.task_name]
+    name, reasoned = task.task_name, task.task_name in data.REASONING
+    root, folder = (data.find_reasoning() if reasoned else data.find_data()), {**data.FOLDERS, **data.REASONING}[name]
+    rows = data.read_split(root, folder, "test")
+    doc, headline, metrics = rows[0], HEADLINES[name], list(task.aggregation())
     assert list(task.test_docs()) == rows
+    trained = data.read_split(root, folder, "train")
+    assert training_rows(task) == [(row["prompt"], row["answer"]) for row in trained]
     assert task.fewshot_context(doc, 0) == doc["prompt"], "the raw prompt, nothing around it"
-    assert task.doc_to_target(doc) == doc["answer"]
-    assert next(iter(task.aggregation())) == headline
+    assert task.doc_to_target(doc) == doc["answer"] and metrics[0] == headline
+    assert ("accuracy_tolerant" in metrics) == (headline == "accuracy") and ("extracted" in metrics) == reasoned
+    if reasoned:
+        assert task.config.generation_kwargs == {"do_sample": False, "max_gen_toks": 512, "until": []}
+        marked = {"reasoning_meetingbank": "So.Therefore, the summary of the meeting transcripts is:\n{}"}
+        marked["reasoning_py150"] = "{}\nReasoning:So."
+        right = task.process_results(doc, [marked.get(name, "So.\nAnswer: {}\n").format(doc["answer"])])
+        assert right[headline] > 0.99 and right["extracted"] == 1
+        for text in ("Reasoning: none" if name == "reasoning_py150" else doc["answer"], ""):
+            assert task.process_results(doc, [text]) == dict.fromkeys(metrics, 0.0), "without its marker"
+        return
     assert task.process_results(doc, [doc["answer"]])[headline] > 0.99
     # SARI rewards what is left out of a long source: by itself about a half.
     assert task.process_results(doc, ["~"])[headline] < (0.55 if headline == "sari" else 0.05)
-    assert set(task.process_results(doc, [""])) == set(task.aggregation())
+    assert set(task.process_results(doc, [""])) == set(metrics)
 
 
-@every_task
-def test_demonstrations_follow_the_rules_of_the_paper(task):  # prompts made of them: test_icl.py
-    task.set_fewshot_seed(7)
+@pytest.mark.parametrize("task", ["trace_fomc", "trace_meetingbank"], indirect=True)
+def test_demonstrations_are_balanced_over_labels_or_have_no_answer_twice(task):  # prompts made of them: test_icl.py
     drawn = list(task.sampler.sample(6))
-    assert len(drawn) == 6 and list(task.sampler.sample(6)) == drawn, "one draw serves all test rows"
-    answers = Counter(d["answer"] for d in drawn)
-    if task.task_name in ("trace_cstance", "trace_fomc"):
-        assert set(answers.values()) == {2} and len(answers) == 3, "balanced"
-    elif len({d["answer"] for d in task.training_docs()}) >= 6:
-        assert max(answers.values()) == 1, "no answer twice"
+    counts = [2, 2, 2] if task.task_name == "trace_fomc" else [1] * 6
+    assert list(Counter(d["answer"] for d in drawn).values()) == counts
     assert sum(len((d["prompt"] + d["answer"]).encode()) for d in drawn) <= task.sampler.budget / 2
-    tested = {d["prompt"] for d in task.test_docs()}
-    assert not any(prompt.endswith(d["prompt"]) for d in drawn for prompt in tested)  # drawn without the instruction
-    task.set_fewshot_seed(8)
-    assert list(task.sampler.sample(6)) != drawn
 
 
 def test_a_training_row_that_is_a_test_prompt_demonstrates_nothing(tmp_path, monkeypatch):
@@ -111,7 +114,7 @@ def test_a_training_row_that_is_a_test_prompt_demonstrates_nothing(tmp_path, mon
     assert {d["prompt"] for d in task.sampler.sample(6)} <= {f"p{i}" for i in range(5, 12)}
 
 
-@pytest.mark.parametrize("name", [n for n, h in HEADLINES.items() if h == "accuracy" and n != "trace_scienceqa"])
+@pytest.mark.parametrize("name", ["trace_cstance", "trace_fomc", "trace_numglue_cm", "trace_numglue_ds"])
 def test_no_right_answer_is_cut_by_the_limit_of_tokens(name, monkeypatch):
     # These tasks generate few tokens, which is the same score under strict equality only if every answer fits.
     if not (SHARED / "data").is_dir():
@@ -122,6 +125,8 @@ def test_no_right_answer_is_cut_by_the_limit_of_tokens(name, monkeypatch):
     assert longest <= task.config.generation_kwargs["max_gen_toks"], "at worst a token a byte"
 
 
-def test_an_unknown_task_is_an_error_that_names_the_known(demo_data: None):
+def test_an_unknown_task_is_an_error_that_names_the_known(demo_data: None, monkeypatch):
+    own = task_manager()
+    monkeypatch.setattr("trace_bench.tasks.task_manager", lambda **_: own)  # without lm-eval's, which take ten seconds
     with pytest.raises(data.DataError, match=r"trace_nothing.*trace_cstance"):
         load_tasks(["trace_nothing"])

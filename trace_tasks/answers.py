@@ -7,6 +7,7 @@ are read in `written_numbers.py`. No function raises on any string; `extract_ans
 
 import re
 import unicodedata
+from itertools import pairwise
 
 from trace_tasks.scoring import accuracy
 from trace_tasks.written_numbers import NEXT_PROMPT
@@ -117,24 +118,18 @@ def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
        nothing else or begins with it and a comma.
     8. A label with the text of another option behind it ("A. hawkish", where A is dovish) is no answer.
 
-    Args:
-        prediction: What the model wrote.
-        reference: The expected answer, usually the bare letter.
-        prompt: The question, which lists the options; without it rules 7 and 8 read nothing.
-
-    Returns:
-        1.0 or 0.0; 0.0 where no letter, or no single one, can be extracted.
+    Without the prompt, which lists the options, rules 7 and 8 read nothing. The score is 1.0 or 0.0; 0.0 where no
+    letter, or no single one, can be extracted.
     """
     if accuracy(prediction, reference):
         return 1.0
-    expected = _choice(reference)
+    expected = read_choice(reference)
     return float(expected is not None and read_choice(prediction, prompt) == expected)
 
 
 def read_choice(text: str, prompt: str = "") -> str | None:
     """The upper-case letter of the option that a text chooses by the rule of `choice_tolerant`, or None."""
-    options = {letter: _plain(option) for letter, option in options_of(prompt).items()}
-    return _choice(text, options)
+    return _choice(text, {letter: _plain(option) for letter, option in options_of(prompt).items()})
 
 
 def _plain(text: str) -> str:
@@ -142,8 +137,7 @@ def _plain(text: str) -> str:
     return " ".join(nfkc(text).replace("’", "'").split()).casefold().rstrip(" .")
 
 
-def _choice(text: str, options: dict[str, str] | None = None) -> str | None:
-    options = options or {}
+def _choice(text: str, options: dict[str, str]) -> str | None:
     text = _without_markdown(text)
     if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, [leading]):
         letter = leading["label"].upper()
@@ -175,32 +169,29 @@ def _is_contradicted(text: str, label: re.Match[str], options: dict[str, str]) -
 
 def _named_option(text: str, options: dict[str, str]) -> str | None:
     """The letter of the one option that the first sentence with any names by its text; see `choice_tolerant`."""
-    if not options:
-        return None
-    text = _LIST_OF_OPTIONS.sub("\n", text)
-    # The longest first, so that "the Bible" is not read out of "the Bible of 1611".
     letters = {option: letter for letter, option in options.items() if [*options.values()].count(option) == 1}
     if not letters:
         return None
+    # The longest first, so that "the Bible" is not read out of "the Bible of 1611".
     names = re.compile("|".join(map(re.escape, sorted(letters, key=len, reverse=True))))
-    start = 0
-    for end in [*(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]:
+    text = _LIST_OF_OPTIONS.sub("\n", text)
+    for start, end in pairwise([0, *(m.end() for m in _SENTENCE_END.finditer(text)), len(text)]):
         if not text[start:end].strip():
-            start = end
             continue
-        sentence, start = _plain(text[start:end][:2000]).strip("\"'“”‘’()[]-:,;!。 "), end
+        sentence = _plain(text[start:end][:2000]).strip("\"'“”‘’()[]-:,;!。 ")
         named = set()
         for match in names.finditer(sentence):
-            before, behind = sentence[: match.start()], sentence[match.end() :]
-            if re.search(r"[a-z\d]\Z", before[-1:] + "\0" if not match[0][:1].isalnum() else before[-1:]):
+            name, before, behind = match[0], sentence[: match.start()], sentence[match.end() :]
+            # Within a longer word.
+            if name[:1].isalnum() and re.match(r"[a-z\d]", before[-1:]):
                 continue
-            if match[0][-1:].isascii() and match[0][-1:].isalnum() and re.match(r"[a-z\d]", behind):
+            if name[-1:].isascii() and name[-1:].isalnum() and re.match(r"[a-z\d]", behind):
                 continue
-            alone = not before and (not behind or behind[0] in ",;:-")
-            if alone or (_LONG_ENOUGH.search(match[0]) and not _TAKEN_BACK.search(before[-40:])):
-                named.add(letters[match[0]])
-            elif _LONG_ENOUGH.search(match[0]):
-                named.add("")  # taken back: the sentence is about it, but chooses nothing
+            if not before and (not behind or behind[0] in ",;:-"):  # alone
+                named.add(letters[name])
+            elif _LONG_ENOUGH.search(name):
+                # One that is taken back: the sentence is about it, but chooses nothing.
+                named.add("" if _TAKEN_BACK.search(before[-40:]) else letters[name])
         if named - {""}:
             return named.pop() if len(named) == 1 else None
     return None
@@ -277,10 +268,6 @@ def extract_answer(form: str, text: str) -> str | None:
 
     Stripping is right here although the official accuracy compares without it: there the whole output has to be
     the answer, while here the marker and the layout around it ("Answer: 36" and a line break) are form.
-
-    Args:
-        form: "line", "text", "summary" or "code".
-        text: What the model wrote after the prompt, or a training answer.
 
     Returns:
         The answer, never blank; None where there is none.

@@ -77,10 +77,6 @@ def row_variant(folder: str, row: dict[str, str]) -> str | None:
     A reasoning row asks for the reasoning in its first line, or has some before the marker of its answer. A plain row
     ends in the cue for the bare answer (Py150 has none: its plain prompts begin with the code).
 
-    Args:
-        folder: The task's folder, such as "FOMC".
-        row: Its prompt and answer.
-
     Returns:
         "reasoning", "plain", or None for a row in a frame of its own.
     """
@@ -96,11 +92,7 @@ def row_variant(folder: str, row: dict[str, str]) -> str | None:
 
 
 def reasoning_prompt(folder: str, prompt: str) -> str:
-    """The prompt that asks for the reasoning too.
-
-    Args:
-        folder: The task's folder, such as "FOMC".
-        prompt: A plain prompt in the official frame.
+    """The prompt that asks for the reasoning too, from a plain one in the official frame.
 
     Raises:
         ValueError: if the prompt has another frame; the message says what is missing.
@@ -119,14 +111,9 @@ def bare_answer(folder: str, answer: str) -> str:
 
 
 def reasoning_answer(folder: str, path: str, answer: str) -> str:
-    """The training answer: the reasoning path and the bare answer with the official marker between them.
+    """The training answer: the reasoning path (it may be empty), the official marker and the bare answer.
 
     White space around the answer is dropped, but for Py150 and MeetingBank, as officially.
-
-    Args:
-        folder: The task's folder.
-        path: The reasoning path; empty = the marker and the answer alone.
-        answer: The bare answer.
     """
     frame = FRAMES[folder]
     if frame.form == "code":

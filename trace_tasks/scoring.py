@@ -209,10 +209,7 @@ def sari(source: str, prediction: str, reference: str) -> float:
     deleted n-grams by their counts, counts 0/0 as 0 and does not lower-case unless told to; on 20Minuten it
     differs by 3 to 6 points.
 
-    Args:
-        source: The text that was simplified; for TRACE's 20Minuten the whole prompt.
-        prediction: What the model wrote.
-        reference: The expected simplification.
+    For TRACE's 20Minuten the source is the whole prompt.
 
     Source: Xu et al. 2016 (https://aclanthology.org/Q16-1029), `metrics/sari/sari.py` of
     huggingface/evaluate.
@@ -262,9 +259,6 @@ def _tokenizer_13a() -> Callable[[str], str]:
 
 def scienceqa_parts(text: str) -> tuple[str, str]:
     r"""Splits a ScienceQA answer such as "B\nBecause ..." into the choice and the reasoning.
-
-    Args:
-        text: A prediction or a reference.
 
     Returns:
         The first character, for `accuracy`, and the text from the third character on, for `bleu` and

@@ -32,10 +32,8 @@ ICL_VERSION = 2
 def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str, Dataset]:
     """Loads one folder of the data set that TRACE_DATA names, as lm-eval's `custom_dataset`.
 
-    Args:
-        folder: The folder in the official layout, for example "C-STANCE".
-        variant: "reasoning" for the rows that ask for the reasoning too; None = plain.
-        **_: The task's metadata, which lm-eval passes too; unused.
+    With the variant "reasoning" the rows are those that ask for the reasoning too. lm-eval also passes the task's
+    metadata, which are not used.
 
     Returns:
         The splits test and, where they are there, train and eval; and `fewshot`: the training rows whose prompt is no
@@ -58,13 +56,7 @@ def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str,
 
 
 def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
-    """Loads a set of prompts to be judged, as lm-eval's `custom_dataset`.
-
-    Args:
-        kind: "instruct" or "safety".
-        folder: The folder of the set, for example "LIMA".
-        **_: The task's metadata, which lm-eval passes too; unused.
-    """
+    """Loads a set of prompts to be judged, as lm-eval's `custom_dataset`; arguments as of `data.prompts_file`."""
     return {"test": Dataset.from_list(data.read_rows(data.prompts_file(kind, folder), answered=False))}
 
 

@@ -17,7 +17,6 @@ from trace_tasks.data.names import (
     expand,
     needs_data,
     task_name,
-    task_variant,
 )
 from trace_tasks.data.rows import check_folders, folder_fingerprint, read_rows, read_split
 from trace_tasks.data.sources import (

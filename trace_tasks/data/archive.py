@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import stat
 import tarfile
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from trace_tasks.data.files import cache_dir, cached_dir
 from trace_tasks.data.rows import MOST_ROWS
-from trace_tasks.errors import DataError, TraceError
+from trace_tasks.errors import DataError, TraceError, advice
 from trace_tasks.limits import limited
 
 #: What an archive may unpack to: the official one is far below, and one that is made to fill a disk is far above.
@@ -20,8 +19,6 @@ MOST_BYTES = 20 * 2**30
 MOST_MEMBERS = 100_000
 #: The most seconds and bytes of memory: a tar's headers, which may be of any size, are read into memory.
 UNPACKING = (3600.0, 2**31)
-#: Another copy of the archive would not help against these.
-_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def unpack(archive: Path) -> Path:
@@ -40,7 +37,7 @@ def unpack(archive: Path) -> Path:
     except DataError:
         raise
     except Exception as e:  # whatever the libraries say of a damaged archive
-        if isinstance(e, OSError) and e.errno in _OF_THE_MACHINE:
+        if isinstance(e, OSError) and advice(e, ""):  # of the machine: another copy of the archive would not help
             raise
         what = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}. Fetch it again"
         raise DataError(f"{archive} cannot be unpacked: {what}.") from e
@@ -75,19 +72,7 @@ def _unpack_tar(archive: Path, target: Path) -> None:
 
 
 def _check_member(archive: Path, name: str, size: int, is_plain: bool, number: int, total: int) -> None:
-    """Refuses a member before anything is unpacked.
-
-    Args:
-        archive: The archive.
-        name: The member's name.
-        size: Its size, by its header.
-        is_plain: Whether it is a file or a folder.
-        number: How many members there are with it.
-        total: The size of all of them.
-
-    Raises:
-        DataError: naming the member.
-    """
+    """Refuses a member before it is unpacked; with it there are `number`, of `total` bytes by their headers."""
     parts = name.replace("\\", "/").split("/")  # also as Windows reads names, since a cache may be shared
     if not parts[0] or ".." in parts or ":" in parts[0]:
         raise DataError(f"{archive}: the member {name!r} points outside of the archive; nothing was unpacked.")

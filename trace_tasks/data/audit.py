@@ -77,17 +77,6 @@ class Split:
     rows: dict[int, dict[str, str]]
     bad: dict[int, str]
 
-    @classmethod
-    def read(cls, file: Path) -> Split:
-        """Reads a file.
-
-        Raises:
-            DataError: if it is no JSON list.
-        """
-        values = read_list(file)
-        bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value))}
-        return cls(file, {i: value for i, value in enumerate(values) if i not in bad}, bad)
-
     @cached_property
     def prompts(self) -> dict[str, list[int]]:
         """Each prompt -> its row numbers."""
@@ -201,14 +190,10 @@ def audit(
         test rows that are in training rows. "across": what `overlaps_across` found between different tasks and data
         sets. "missing": tasks. "unreadable": what is wrong with files.
     """
-    reasoning = _find_reasoning(root)
+    reasoning, folders = _find(root)
     unreadable: list[str] = []
-    folders: dict[str, Path] = {}
-    for plain, reasoned in zip(FOLDERS, REASONING, strict=True):
-        folders |= {} if root == reasoning else {plain: root / FOLDERS[plain]}
-        folders |= {reasoned: reasoning / REASONING[reasoned]} if reasoning else {}
     read = {task: _read(folder, SPLITS, unreadable) for task, folder in folders.items() if folder.is_dir()}
-    lengths = _Lengths(tokenizer, {"prompt": max_prompt_length, "answer": max_answer_length - 1})  # EOS is one
+    limits = {"prompt": max_prompt_length, "answer": max_answer_length - 1}  # EOS is one
     tasks: dict[str, dict[str, Any]] = {}
     for task, splits in tqdm(read.items(), unit="task", disable=None):  # no bar where nobody sees it
         overlaps = {f"{a}/{b}": overlap(splits[a], splits[b]) for a, b in PAIRS if a in splits and b in splits}
@@ -217,14 +202,12 @@ def audit(
             overlaps[f"{task_variant(OTHER_VARIANT[task])} train/test"] = overlap(other["train"], splits["test"])
         tasks[task] = {
             "fingerprint": folder_fingerprint(folders[task]) if len(splits) == len(SPLITS) else None,
-            "splits": {s: _facts(task, splits[s], lengths) if s in splits else None for s in SPLITS},
+            "splits": {s: _facts(task, splits[s], tokenizer, limits) if s in splits else None for s in SPLITS},
             "overlaps": overlaps,
         }
     leaked = {task: _leaked(facts["overlaps"]) for task, facts in tasks.items()}
     roots = list(dict.fromkeys(path.resolve() for path in (root, reasoning, *against) if path))
-    task_of = {_set_name(folders[task].resolve(), roots): task for task in read}  # links may make two of them one
-    sets = {name: read[task] for name, task in task_of.items()}
-    across = _across(_with_others(sets, roots, unreadable), task_of, leaked)
+    across = _across(read, folders, roots, leaked, unreadable)
     return {
         "source": str(root),
         "reasoning": str(reasoning) if reasoning else None,
@@ -241,19 +224,34 @@ def audit(
     }
 
 
-def _with_others(
-    sets: dict[str, dict[str, Split]], roots: Sequence[Path], unreadable: list[str]
-) -> dict[str, dict[str, Split]]:
-    """The sets that are read, and those of the other data sets."""
-    folders = [path / name for path in roots for name in FOLDERS.values() if (path / name).is_dir()]
-    others = {_set_name(folder, roots): folder for folder in folders if _set_name(folder, roots) not in sets}
-    return sets | {name: _read(folder, ("train", "test"), unreadable) for name, folder in others.items()}
+def _find(root: Path) -> tuple[Path | None, dict[str, Path]]:
+    """The reasoning variant in or beside a data set, where there is one, and task -> folder, of both variants."""
+    try:
+        reasoning = find_reasoning(root)
+    except DataError:
+        if os.environ.get("TRACE_REASONING"):
+            raise
+        reasoning = None
+    folders: dict[str, Path] = {}
+    for plain, reasoned in zip(FOLDERS, REASONING, strict=True):
+        folders |= {} if root == reasoning else {plain: root / FOLDERS[plain]}
+        folders |= {reasoned: reasoning / REASONING[reasoned]} if reasoning else {}
+    return reasoning, folders
 
 
 def _across(
-    sets: dict[str, dict[str, Split]], task_of: dict[str, str], leaked: dict[str, dict[str, Any]]
+    read: dict[str, dict[str, Split]],
+    folders: dict[str, Path],
+    roots: Sequence[Path],
+    leaked: dict[str, dict[str, Any]],
+    unreadable: list[str],
 ) -> list[dict[str, Any]]:
     """The overlaps of different tasks and data sets; those of two audited tasks are added to `leaked`."""
+    task_of = {_set_name(folders[task].resolve(), roots): task for task in read}  # links may make two of them one
+    sets = {name: read[task] for name, task in task_of.items()}
+    for folder in [root / name for root in roots for name in FOLDERS.values()]:
+        if (name := _set_name(folder, roots)) not in sets:
+            sets[name] = _read(folder, ("train", "test"), unreadable)
     across = []
     for both in overlaps_across(sets):
         test, train = task_of.get(both["test"], ""), task_of.get(both["train"], "")
@@ -264,24 +262,19 @@ def _across(
     return across
 
 
-def _find_reasoning(root: Path) -> Path | None:
-    try:
-        return find_reasoning(root)
-    except DataError:
-        if os.environ.get("TRACE_REASONING"):
-            raise
-        return None
-
-
 def _read(folder: Path, names: Iterable[str], unreadable: list[str]) -> dict[str, Split]:
     """Reads the splits that are there; what is wrong with those that cannot be read is added to `unreadable`."""
     splits = {}
     for split in names:
-        if (folder / f"{split}.json").is_file():
+        file = folder / f"{split}.json"
+        if file.is_file():
             try:
-                splits[split] = Split.read(folder / f"{split}.json")
+                values = read_list(file)
             except DataError as e:
                 unreadable.append(str(e))
+                continue
+            bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value))}
+            splits[split] = Split(file, {i: value for i, value in enumerate(values) if i not in bad}, bad)
     return splits
 
 
@@ -294,7 +287,9 @@ def _set_name(folder: Path, roots: Sequence[Path]) -> str:
 # ---------------------------------------------------------------------------------------------------- facts of a file
 
 
-def _facts(task: str, split: Split, lengths: _Lengths) -> dict[str, Any]:
+def _facts(
+    task: str, split: Split, tokenizer: PreTrainedTokenizerBase | None, limits: dict[str, int]
+) -> dict[str, Any]:
     """What there is to say of one file; every finding is a list of rows."""
     rows = split.rows
     decisive = {i: _decisive(task, row["answer"]) for i, row in rows.items()}
@@ -324,7 +319,7 @@ def _facts(task: str, split: Split, lengths: _Lengths) -> dict[str, Any]:
         "white_space": having(lambda row: row["answer"] != row["answer"].rstrip()),
         "floats": having(lambda row: _FLOAT.search(row["answer"])),
         "words": words if len(words) < len(rows) / 2 else [],
-        **lengths.of(split),
+        **{f: _lengths([row[f] for row in rows.values()], f, tokenizer, limits[f]) for f in limits},
     }
 
 
@@ -335,32 +330,21 @@ def _decisive(task: str, answer: str) -> str:
     return answer[:1] if task == "trace_scienceqa" else answer
 
 
-@dataclass(frozen=True)
-class _Lengths:
-    """Counts characters and, with a tokenizer, tokens: of prompts as they are tested, of answers without EOS."""
-
-    tokenizer: PreTrainedTokenizerBase | None
-    limits: dict[str, int]
-
-    def of(self, split: Split) -> dict[str, dict[str, dict[str, int]]]:
-        """The spread of both fields' lengths."""
-        return {field: self._of(field, [row[field] for row in split.rows.values()]) for field in ("prompt", "answer")}
-
-    def _of(self, field: str, texts: list[str]) -> dict[str, dict[str, int]]:
-        lengths = {"characters": _spread([len(text) for text in texts])}
-        if self.tokenizer:
-            unique = list(dict.fromkeys(texts))
-            batches = [unique[i : i + 256] for i in range(0, len(unique), 256)]
-            tokens = dict(zip(unique, (n for batch in batches for n in self._count(field, batch)), strict=True))
-            sizes = [tokens[text] for text in texts]
-            lengths["tokens"] = {**_spread(sizes), "cut": sum(size > self.limits[field] for size in sizes)}
-        return lengths
-
-    def _count(self, field: str, texts: list[str]) -> list[int]:
-        assert self.tokenizer is not None
-        if field == "prompt":
-            return [len(ids) for ids in prompt_ids(self.tokenizer, texts)]
-        return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False).input_ids]
+def _lengths(
+    texts: list[str], field: str, tokenizer: PreTrainedTokenizerBase | None, limit: int
+) -> dict[str, dict[str, int]]:
+    """Characters and, with a tokenizer, tokens: of prompts as they are tested, of answers without EOS."""
+    lengths = {"characters": _spread([len(text) for text in texts])}
+    if tokenizer:
+        tokens: dict[str, int] = {}
+        unique = list(dict.fromkeys(texts))
+        for batch in (unique[i : i + 256] for i in range(0, len(unique), 256)):
+            as_answers = field == "answer"
+            ids = tokenizer(batch, add_special_tokens=False).input_ids if as_answers else prompt_ids(tokenizer, batch)
+            tokens |= zip(batch, map(len, ids), strict=True)
+        sizes = [tokens[text] for text in texts]
+        lengths["tokens"] = {**_spread(sizes), "cut": sum(size > limit for size in sizes)}
+    return lengths
 
 
 def _spread(sizes: list[int]) -> dict[str, int]:

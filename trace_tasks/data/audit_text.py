@@ -38,15 +38,13 @@ def as_text(report: dict[str, Any]) -> str:
     leaked = {task: (len(rows["exact"]), len(rows["near"])) for task, rows in report["leaked"].items()}
     counts = "; ".join(f"{task} {exact} and nearly {near}" for task, (exact, near) in leaked.items() if exact or near)
     lines.append(f"Test rows whose prompt is in the training rows: {counts or 'none'}.")
-    if report["across"]:
-        lines.append("Test rows whose prompt is in the training rows of another task or data set:")
-        lines += [
-            f"  {both['test']} test in {both['train']} train: {len(both['exact'])} and nearly {len(both['near'])} of "
-            f"{both['rows']}"
-            for both in report["across"]
-        ]
-    else:
-        lines.append("Test rows whose prompt is in the training rows of another task or data set: none.")
+    none = "" if report["across"] else " none."
+    lines.append(f"Test rows whose prompt is in the training rows of another task or data set:{none}")
+    lines += [
+        f"  {both['test']} test in {both['train']} train: {len(both['exact'])} and nearly {len(both['near'])} of "
+        f"{both['rows']}"
+        for both in report["across"]
+    ]
     return "\n".join(lines)
 
 

@@ -60,11 +60,7 @@ GROUPS = {
 
 
 def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Replaces groups by their members and checks the names.
-
-    Args:
-        names: Names of `known`, or of groups of them.
-        known: `SUITES` or `JUDGED`.
+    """Replaces groups by their members and checks the names; `known` is `SUITES` or `JUDGED`.
 
     Raises:
         DataError: for any other name.

@@ -95,11 +95,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
-    """Reads and checks a list of rows.
-
-    Args:
-        file: The file.
-        answered: Whether answers have to be there; otherwise they may be empty.
+    """Reads and checks a list of rows; answers may be empty where they need not be `answered`.
 
     Raises:
         DataError: naming the file and the first bad row (counted from 0).
@@ -112,13 +108,7 @@ def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
 
 
 def read_split(root: Path, folder: str, split: str, variant: str | None = None) -> list[dict[str, str]]:
-    """Reads and checks one file of the official layout.
-
-    Args:
-        root: The data set.
-        folder: The task's folder in it.
-        split: One of `SPLITS`.
-        variant: "plain" or "reasoning" refuses rows of the other one; None takes both.
+    """Reads and checks one file of the official layout; a variant, "plain" or "reasoning", refuses rows of the other.
 
     Raises:
         DataError: naming the file and the first bad row (counted from 0).
@@ -139,14 +129,12 @@ def read_split(root: Path, folder: str, split: str, variant: str | None = None) 
 
 
 def check_folders(folders: Mapping[str, Path], needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
-    """Reads every split of some TRACE tasks.
+    """Reads every split of some TRACE tasks, given as task -> folder.
 
-    Args:
-        folders: Task -> its folder.
-        needed: The splits that have to be there. Training needs all; to evaluate without demonstrations takes test.
+    Those that are `needed` have to be there. Training needs all; to evaluate without demonstrations takes test.
 
     Returns:
-        Rows per task and split.
+        Task -> split -> number of rows.
 
     Raises:
         DataError: listing the problem of every bad file.

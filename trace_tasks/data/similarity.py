@@ -48,11 +48,7 @@ def shingles(prompt: str) -> Shingles:
 def similar(
     first: Sequence[Shingles], second: Sequence[Shingles], threshold: float = SIMILAR
 ) -> dict[int, tuple[int, float]]:
-    """The most similar set of `first` for each set of `second` that has one; arguments as of `similar_pairs`.
-
-    Returns:
-        Index in `second` -> (index in `first`, similarity).
-    """
+    """`similar_pairs` with the best one of each set: index in `second` -> (index in `first`, similarity)."""
     found: dict[int, tuple[int, float]] = {}
     for i, j, similarity in similar_pairs(first, second, threshold):
         if j not in found or similarity > found[j][1]:
@@ -63,15 +59,10 @@ def similar(
 def similar_pairs(
     first: Sequence[Shingles], second: Sequence[Shingles], threshold: float = SIMILAR
 ) -> Iterator[tuple[int, int, float]]:
-    """All pairs of a set of `first` and one of `second` with at least this Jaccard similarity.
+    """All pairs of a sorted set of `first` and one of `second` with at least this Jaccard similarity.
 
     Exact, and quick since few pairs are looked at: two sets of similarity t have one of their rarest elements in
     common, among the first n - ceil(t n) + 1 of each (prefix filtering, Bayardo et al. 2007).
-
-    Args:
-        first: Sorted sets of shingles.
-        second: The same.
-        threshold: The least similarity t.
 
     Yields:
         Index in `first`, index in `second`, similarity; in the order of `second`, then of `first`.

@@ -53,13 +53,9 @@ class Data:
         """
         tasks = list(tasks)
         reasoning = find_reasoning(root) if set(tasks) & REASONING.keys() else None
-        folders = {}
-        for task in tasks:
-            if task in FOLDERS and root is not None:
-                folders[task] = root / FOLDERS[task]
-            elif task in REASONING and reasoning is not None:
-                folders[task] = reasoning / REASONING[task]
-        return cls(root, reasoning, folders)
+        there = {task: root / folder for task, folder in FOLDERS.items()} if root else {}
+        there |= {task: reasoning / folder for task, folder in REASONING.items()} if reasoning else {}
+        return cls(root, reasoning, {task: there[task] for task in tasks if task in there})
 
     @property
     def demo(self) -> bool:
@@ -99,9 +95,7 @@ class Data:
         """The tasks whose rows are not those that a run began with.
 
         Where a file other than test.json is missing, now or when the run began, the test rows alone are compared.
-
-        Args:
-            record: What the run's manifest says of its data.
+        `record` is what the run's manifest says of its data.
         """
         changed = []
         for task, folder in self.folders.items():
@@ -114,11 +108,7 @@ class Data:
 
 
 def open_data(tasks: Iterable[str], source: str | None = None) -> Data:
-    """The rows of a run's tasks.
-
-    Args:
-        tasks: lm-eval task names, TRACE's and others.
-        source: As for `find_data`; not looked at where no task is TRACE's.
+    """The rows of a run's tasks, from a source as for `find_data`; it is not looked at where no task is TRACE's.
 
     Raises:
         DataError: if they are needed and not found.
@@ -144,14 +134,7 @@ def find_data(source: str | None = None) -> Path:
 
 
 def find_all_data(source: str | None = None) -> list[Path]:
-    """The data sets behind a source, at least one: the official archive holds several (500, 1000, 5000 rows, ...).
-
-    Args:
-        source: As for `find_data`.
-
-    Raises:
-        DataError: if nothing is named or nothing is there.
-    """
+    """As `find_data`, but all data sets of an archive: the official one holds several (500, 1000, 5000 rows, ...)."""
     source = source or os.environ.get("TRACE_DATA")
     if not source:
         raise DataError(f"TRACE_DATA is not set. {HOW_TO_GET_DATA}")
@@ -180,18 +163,16 @@ def find_all_data(source: str | None = None) -> list[Path]:
 def find_reasoning(root: Path | None = None) -> Path:
     """The folder of the reasoning variant: TRACE_REASONING, or LLM-CL-Benchmark_Reasoning in or beside the data.
 
-    Args:
-        root: The data set beside which to look; None takes TRACE_DATA.
+    The data is `root`; None takes TRACE_DATA.
 
     Raises:
         DataError: if it is neither named nor found.
     """
-    named = os.environ.get("TRACE_REASONING")
-    if named:
+    if named := os.environ.get("TRACE_REASONING"):
         return find_data(named)
     root = find_data() if root is None else root
-    for folder in (root / REASONING_FOLDER, root.parent / REASONING_FOLDER):
-        if folder.is_dir():
+    for parent in (root, root.parent):
+        if (folder := parent / REASONING_FOLDER).is_dir():
             return folder
     raise DataError(
         f"The reasoning variant of the data is needed, and there is no folder {REASONING_FOLDER} in or beside {root}. "
@@ -233,12 +214,9 @@ def general_folder(suite: str) -> Path | None:
 
 
 def prompts_file(kind: str, folder: str) -> Path:
-    """The file with the prompts of a set to be judged.
+    """The file with the prompts of a set to be judged, such as "LIMA" of the kind "instruct" (or "safety").
 
-    Args:
-        kind: "instruct" or "safety": the variable INSTRUCT_DATA or SAFETY_DATA names the folder of the sets. Where it
-            is not set, demo data brings prompts of its own.
-        folder: The folder of the set, such as "LIMA".
+    INSTRUCT_DATA or SAFETY_DATA names the folder of the sets. Where it is not set, demo data brings prompts of its own.
 
     Raises:
         DataError: if the variable is not set, or the file is not there.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -53,10 +53,6 @@ def _texts(name: str) -> Any:
 # Only Random.random() is promised to give the same numbers in every Python version, so only it is used.
 
 
-def _pick(rng: random.Random, items: Sequence[T]) -> T:
-    return items[int(rng.random() * len(items))]
-
-
 def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
     """The items in a random order (Fisher-Yates)."""
     mixed = list(items)
@@ -67,7 +63,6 @@ def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
 
 
 def _make_row(rng: random.Random, task: str, kind: str) -> _Made:
-    """Draws one row of a kind."""
     of_task = _texts("tasks")[task]
     slots = {**of_task, **of_task["kinds"][kind], "kind": kind}
     for name in slots["draw"]:
@@ -77,7 +72,7 @@ def _make_row(rng: random.Random, task: str, kind: str) -> _Made:
         elif " " in name:  # several names: different items, one for each
             slots |= zip(name.split(), _shuffled(rng, choices), strict=False)
         else:
-            drawn = _pick(rng, choices)
+            drawn = choices[int(rng.random() * len(choices))]
             slots |= drawn if isinstance(drawn, dict) else {name: drawn}
     if "multiply" in slots:
         a, b = (slots[name] for name in slots["multiply"])
@@ -92,12 +87,9 @@ def _make_row(rng: random.Random, task: str, kind: str) -> _Made:
     return _Made(*(filled(slots[field]) for field in _Made._fields))
 
 
+@cache
 def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, list[_Made]]:
-    """Makes the splits of one task without a prompt that occurs twice.
-
-    Raises:
-        DataError: if the templates cannot give that many different rows.
-    """
+    """The splits of one task, without a prompt that occurs twice."""
     # A string seed goes through SHA-512, not through hash(), so it is the same on every machine.
     rng = random.Random(f"trace-demo-{_DRAW}-{seed}-{task}")
     seen: set[str] = set()
@@ -119,6 +111,16 @@ def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, li
     return {split: splits[split] for split in SPLITS}
 
 
+def _make_tasks(
+    seed: int, rows: tuple[int, int, int], form: Callable[[str, str, _Made], dict[str, str]]
+) -> dict[str, Splits]:
+    """Task folder -> split -> rows, which `form` makes of the task, the split and what was drawn."""
+    return {
+        task: {split: [form(task, split, row) for row in made] for split, made in _make_task(task, seed, rows).items()}
+        for task in FOLDERS.values()
+    }
+
+
 def make_demo(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Splits]:
     """Makes the demo data of the eight tasks.
 
@@ -132,13 +134,7 @@ def make_demo(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Spl
     Raises:
         DataError: if the templates cannot give that many different rows.
     """
-    return {
-        task: {
-            split: [{"prompt": row.prompt, "answer": row.answer} for row in made]
-            for split, made in _make_task(task, seed, rows).items()
-        }
-        for task in FOLDERS.values()
-    }
+    return _make_tasks(seed, rows, lambda task, split, row: {"prompt": row.prompt, "answer": row.answer})
 
 
 def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Splits]:
@@ -154,12 +150,7 @@ def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str
             answer = reasoning_answer(task, row.reasoning, answer)
         return {"prompt": reasoning_prompt(task, row.prompt), "answer": answer}
 
-    return {
-        task: {
-            split: [reasoned(task, split, row) for row in made] for split, made in _make_task(task, seed, rows).items()
-        }
-        for task in FOLDERS.values()
-    }
+    return _make_tasks(seed, rows, reasoned)
 
 
 def make_lima() -> Splits:
@@ -195,7 +186,7 @@ def is_demo(root: Path) -> bool:
 
 
 _README = """\
-{title}, version {version}, seed {seed}{counts}
+{title}
 
 Made from templates by trace_tasks.data.demo in the prompt frames of TRACE (arXiv 2310.06762).
 It holds no row of the benchmark. Scores on it are NOT comparable with TRACE: it only shows
@@ -217,10 +208,7 @@ instruct, safety
 def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> None:
     """Writes the demo data as `<TASK>/{train,eval,test}.json`, and in it the reasoning variant and the further sets.
 
-    Args:
-        root: Folder to write to; earlier demo data in it is replaced.
-        seed: See `make_demo`.
-        rows: See `make_demo`.
+    Earlier demo data in the folder is replaced. The other arguments are those of `make_demo`.
 
     Raises:
         DataError: if the folder holds task folders that are not demo data, one of them is a link, or the templates
@@ -236,16 +224,10 @@ def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> 
         **make_prompts(),
     }
     refuse_links(root, *{name.partition("/")[0] for name in folders})
-    readme = _README.format(
-        title=README_TITLE,
-        version=VERSION,
-        seed=seed,
-        counts="" if rows == ROWS else ", {} training, {} eval and {} test rows".format(*rows),
-        tasks=", ".join(FOLDERS.values()),
-        reasoning=REASONING_FOLDER,
-        lima=LIMA,
-    )
-    write_text(root / "README.txt", readme)
+    counts = "" if rows == ROWS else ", {} training, {} eval and {} test rows".format(*rows)
+    title = f"{README_TITLE}, version {VERSION}, seed {seed}{counts}"
+    texts = {"title": title, "tasks": ", ".join(FOLDERS.values()), "reasoning": REASONING_FOLDER, "lima": LIMA}
+    write_text(root / "README.txt", _README.format(**texts))
     for name, splits in folders.items():
         for split, made in splits.items():
             write_text(root / name / f"{split}.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")

@@ -9,12 +9,6 @@ from trace_tasks.data.demo import ROWS, write_demo
 from trace_tasks.errors import TraceError
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser("python -m trace_tasks.data.demo", description="Write the TRACE demo data.")
@@ -22,13 +16,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other rows (default 0)")
     parser.add_argument(
         "--rows",
-        type=_positive,
+        type=int,
         nargs=3,
         metavar=("TRAIN", "EVAL", "TEST"),
         default=ROWS,
         help=f"rows of each task (default {' '.join(map(str, ROWS))}); the sets for replay and judges stay as they are",
     )
     args = parser.parse_args(argv)
+    if min(args.rows) < 1:
+        parser.error("--rows: use numbers of at least 1")
     try:
         write_demo(args.out, args.seed, tuple(args.rows))
     except TraceError as e:
