@@ -1,10 +1,11 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
+import gc
 import os
 import shutil
 import string
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from itertools import chain, product
 from pathlib import Path
 
@@ -215,6 +216,13 @@ def quick_options(model: Path, output_dir: Path) -> dict:
     }
 
 
+@cache
+def _freeze_libraries() -> None:
+    """Keeps what is imported out of later collections of garbage: each training asks for one, of millions of objects."""
+    gc.collect()
+    gc.freeze()
+
+
 def train(options: dict, trainer=None, config=None):
     """Trains a run with the given options, as `python -m trainers.<method>` does, and returns it."""
     from dataclasses import fields
@@ -223,6 +231,7 @@ def train(options: dict, trainer=None, config=None):
 
     from trainers import base
 
+    _freeze_libraries()
     names = {f.name for f in fields(ModelConfig)}
     return base.train(
         trainer or base.CLTrainer,

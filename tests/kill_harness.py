@@ -1,8 +1,8 @@
 """Kills and stops the commands at random moments and compares each resumed run with an uninterrupted one.
 
 `python tests/kill_harness.py FOLDER [--kills 100] [--signals 30] [--seed 0] [--only train evaluate]` kills every
-command at random file operations and moments until that many kills, with full disks in between, then sends that many
-signals (SIGINT, SIGTERM and SIGKILL) to processes of the command line.
+command at random file operations and moments, stops it by SIGINT and SIGTERM and gives it a full disk, until there were
+that many kills and signals.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import random
 import re
 import resource
 import select
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -37,7 +36,7 @@ from judge_server import Server, judge
 from tqdm import tqdm
 
 from judges import judging
-from trace_bench import cli
+from trace_bench import cli, ending
 from trace_bench import study as study_module
 from trace_tasks import data
 from trace_tasks.data.files import write_json
@@ -55,18 +54,13 @@ OPTIONS = {
 }
 
 
-def call(module: str, arguments: list[str]) -> None:
-    """What `python -m MODULE ARGUMENTS` does, without its imports."""
-    if module == "trace_bench.cli":
-        cli.main(arguments)
-    else:
-        base.main(ewc.EWCTrainer, ewc.EWCConfig, arguments)
-
-
 def ended(module: str, arguments: list[str]) -> int:
-    """`call` as a program: its exit code, with what went wrong on standard error."""
+    """What `python -m MODULE ARGUMENTS` does, without its imports: its exit code, with errors on standard error."""
     try:
-        call(module, arguments)
+        if module == "trace_bench.cli":
+            cli.main(arguments)
+        else:
+            base.main(ewc.EWCTrainer, ewc.EWCConfig, arguments)
     except SystemExit as e:
         if isinstance(e.code, str):
             print(e.code, file=sys.stderr, flush=True)
@@ -81,6 +75,7 @@ def forked(words: list[str], environment: object = None) -> int:
     """`ending.run_child` in a fork, which has its imports already."""
     pid = os.fork()
     if pid == 0:
+        os.environ[ending._QUIET] = "1"
         os._exit(ended(words[2], words[3:]))
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -90,7 +85,7 @@ class Commands:
 
     def __init__(self, folder: Path, model: Path, url: str, only: list[str]) -> None:
         self.folder, self.run, self.out = folder, folder / "run", folder / "annotated"
-        self.study, self.cache = folder / "study", folder / "cache"
+        self.study, self.cache, self.temporary = folder / "study", folder / "cache", folder / "temporary"
         shared, options = folder.parent, {"model_name_or_path": str(model), **OPTIONS}
         if not (shared / "archive.zip").exists():
             shutil.make_archive(str(shared / "archive"), "zip", data.find_data("demo"))
@@ -109,11 +104,6 @@ class Commands:
         }
         self.words = {name: words[name] for name in words if name in only}
 
-    def environment(self, name: str) -> dict[str, str]:
-        """What makes the unpacked archive, and temporary files of the system's folder, be found again."""
-        cache = {"TRACE_CACHE": str(self.cache)} if name == "data" else {}
-        return {"TMPDIR": str(self.folder / "temporary"), **cache}
-
     def finished(self) -> dict[Path, tuple[int, int]]:
         """What is done and may not be done again: files with what tells one writing of them from another."""
         files = list(self.cache.glob("data-*/*/*"))
@@ -125,10 +115,9 @@ class Commands:
             files += run.glob("stages/*/judge/*.json")
         return {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
 
-    def done_again(self, before: dict[Path, tuple[int, int]]) -> list[Path]:
-        """The files that were finished before and have been written since."""
-        after = self.finished()
-        return [file for file, mark in before.items() if after.get(file) != mark]
+    def leftovers(self) -> set[Path]:
+        """Temporary files, which killed programs leave to the next one and stopped ones take with them."""
+        return {p for p in self.folder.rglob("*") if ".tmp" in p.name} | set(self.temporary.glob("*"))
 
     def replies(self) -> list[str]:
         """The keys of the replies that were paid, as often as they are in a cache."""
@@ -154,7 +143,16 @@ class Commands:
         return found
 
 
-def in_child(commands: Commands, name: str, *, at: int = 0, torn: int = 0, after: float = 60.0, limit: int = -1):
+def in_child(
+    commands: Commands,
+    name: str,
+    *,
+    at: int = 0,
+    torn: int = 0,
+    after: float = 60.0,
+    number: int = signal.SIGKILL,
+    limit: int = -1,
+):
     """Runs a command in a fork.
 
     Args:
@@ -162,17 +160,18 @@ def in_child(commands: Commands, name: str, *, at: int = 0, torn: int = 0, after
         name: The one to run.
         at: Kill it at this file operation; 0 = at none.
         torn: Bytes cut from the end of the file that is being written when it is killed.
-        after: Kill it after so many seconds.
+        after: Send it a signal after so many seconds.
+        number: The signal.
         limit: The longest file that can be written, as on a full disk; -1 = any.
 
     Returns:
-        How it ended ("killed", "done", "error"), its output, and the number of file operations.
+        How it ended ("killed", "stopped", "done", "error"), its output, and the number of file operations.
     """
     read, write = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        os.setsid()  # killed with its children, as `kill -9 -PID` and a machine that goes off do
+        os.setpgid(0, 0)  # killed with its children, as `kill -9 -PID` and a machine that goes off do
         os.dup2(write, 1)
         os.dup2(write, 2)
         os.close(read)
@@ -181,19 +180,25 @@ def in_child(commands: Commands, name: str, *, at: int = 0, torn: int = 0, after
         tqdm.set_lock(threading.RLock())
         if limit >= 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        os.environ |= commands.environment(name)
+        # Where the unpacked archive, and temporary files of the system's folder, are found again.
+        os.environ |= {"TRACE_CACHE": str(commands.cache)} if name == "data" else {}
+        commands.temporary.mkdir(parents=True, exist_ok=True)
+        tempfile.tempdir = str(commands.temporary)
         study_module.run_child = forked
+        ending.watch()
         module, *arguments = commands.words[name]
         code = ended(module, arguments)
         print(f"\noperations {operations[0]}", flush=True)
         os._exit(code)
+    with suppress(OSError):  # whoever of the two is first
+        os.setpgid(pid, pid)
     os.close(write)
     deadline, output = time.monotonic() + after, b""
     while True:
         ready, _, _ = select.select([read], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
-            os.killpg(pid, signal.SIGKILL)
-            deadline = time.monotonic() + 60
+            os.killpg(pid, number)
+            number, deadline = signal.SIGKILL, time.monotonic() + 60
         elif part := os.read(read, 65536):
             output += part
         else:
@@ -202,7 +207,8 @@ def in_child(commands: Commands, name: str, *, at: int = 0, torn: int = 0, after
     _, status = os.waitpid(pid, 0)
     text = output.decode(errors="replace")
     counted = re.search(r"operations (\d+)", text)
-    how = "killed" if os.WIFSIGNALED(status) else "error" if os.WEXITSTATUS(status) else "done"
+    code = os.waitstatus_to_exitcode(status)
+    how = "killed" if code < 0 else "done" if code == 0 else "stopped" if code > 128 else "error"
     return how, text, int(counted[1]) if counted else 0
 
 
@@ -239,109 +245,55 @@ def count_operations(folder: Path, at: int, torn: int) -> list[int]:
     return count
 
 
-def kill_round(
-    commands: Commands, operations: dict[str, int], seconds: dict[str, float], rng: random.Random, many: int
-) -> dict[str, Counter]:
-    """Kills each command some times, gives it a full disk once, and lets it end; what came of it."""
-    counts = {name: Counter() for name in ("kills", "full disks", "went on")}
+def one_round(
+    commands: Commands, operations: dict[str, int], seconds: dict[str, float], rng: random.Random, many: dict[str, int]
+) -> Counter[str]:
+    """Does each fault to each command so many times, and lets it end; what came of it."""
+    counts: Counter[str] = Counter()
     for name in commands.words:
         left = operations[name]
-        faults = ["full", *["kill"] * (many * 2 if name == "train" else many)]
+        faults = [fault for fault, times in many.items() for _ in range(times)]
         rng.shuffle(faults)
         for fault in [*faults, "none"]:
-            before, whole = commands.finished(), list(commands.run.glob("stages/*/.trainer/*/whole.json"))
+            before, left_before = commands.finished(), commands.leftovers()
+            whole = list(commands.run.glob("stages/*/.trainer/*/whole.json"))
             how_to: dict[str, Any] = {}
             if fault == "full":
                 how_to = {"limit": rng.choice([0, 500, 5000])}
             elif fault == "kill" and rng.random() < 0.7:
                 how_to = {"at": rng.randint(1, max(1, left // 2)), "torn": rng.choice([0, 1, 30])}
-            elif fault == "kill":
+            elif fault != "none":
                 how_to = {"after": rng.uniform(0, seconds[name] * 0.8)}
+            if fault == "signal":
+                how_to["number"] = rng.choice([signal.SIGINT, signal.SIGTERM])
             how, text, _ = in_child(commands, name, **how_to)
             while fault == "none" and how == "killed":  # by its limit of time, on a busy machine
                 how, text, _ = in_child(commands, name)
-            again = commands.done_again(before)
-            assert not again, f"{name}, {fault} {how_to}: done again: {again}\n{text}"
+            where, after = f"{name}, {fault} {how_to}: {how}\n{text}", commands.finished()
+            again = [file for file, mark in before.items() if after.get(file) != mark]
+            assert not again, f"done again: {again}\n{where}"
+            assert "Traceback" not in text and "Exception ignored" not in text, where
             if name == "train" and whole and how == "done":
-                assert "goes on at step" in text or "trained already" in text, text
-            counts["went on"][name] += "goes on at step" in text
+                assert "goes on at step" in text or "trained already" in text, where
+            counts["went on"] += "goes on at step" in text
             if how == "killed":
-                counts["kills"][name] += 1
+                counts["kills"] += 1
                 left = max(4, left - how_to.get("at", 0) // 2)
+                shutil.rmtree(commands.temporary, ignore_errors=True)
+            elif how == "stopped":
+                assert fault == "signal" and len(re.findall("^stopped: .* Go on with: ", text, re.M)) == 1, where
+                assert commands.leftovers() <= left_before, f"{commands.leftovers()}\n{where}"
+                counts["signals"] += 1
             elif how == "error":
                 line = [x for x in text.splitlines() if x.startswith("error: ")]
-                clear = len(line) == 1 or (name == "study" and line)  # a study has its children's, and goes on
-                assert fault == "full" and clear and "Traceback" not in text, f"{name} {how_to}\n{text}"
+                assert fault == "full" and (len(line) == 1 or (name == "study" and line)), (
+                    where
+                )  # it has its children's
                 assert all("run the command again" in x for x in line if "evaluation of" not in x), line
-                counts["full disks"][name] += 1
+                counts["full disks"] += 1
             elif fault != "none":
                 break
     return counts
-
-
-# -------------------------------------------------------------------------------------------------------------- signals
-
-
-def interrupted_process(command: str, environment: dict[str, str], number: int, delay: float) -> tuple[int, str]:
-    """Runs a command line in a shell and sends it a signal, Ctrl-C to its children as well: exit code and output."""
-    process = subprocess.Popen(
-        f"exec {command}",
-        shell=True,
-        cwd=ROOT,
-        env={**os.environ, **environment, "PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    caught = re.compile(r"SigCgt:\s*(\w+)")
-    while process.poll() is None:  # until it listens: before that nothing of ours has begun
-        with suppress(FileNotFoundError, ProcessLookupError):
-            found = caught.search(Path(f"/proc/{process.pid}/status").read_text())
-            if found and int(found[1], 16) >> (signal.SIGTERM - 1) & 1:
-                break
-        time.sleep(0.002)
-    try:
-        process.wait(delay)
-    except subprocess.TimeoutExpired:
-        (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
-    try:
-        text = process.communicate(timeout=60)[0]
-        return process.returncode, text
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def signal_round(commands: Commands, seconds: dict[str, float], rng: random.Random) -> Counter:
-    """Interrupts each command once by a signal, and goes on with the command that it says; which signals came."""
-    came: Counter[str] = Counter()
-    temporary = commands.folder / "temporary"
-    temporary.mkdir(parents=True)
-    for name, words in commands.words.items():
-        command = shlex.join([sys.executable, "-m", *words])
-        for number in (rng.choice([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]), None):
-            before, delay = commands.finished(), rng.uniform(0, seconds[name]) if number else 300
-            code, text = interrupted_process(command, commands.environment(name), number or 0, delay)
-            where = f"{name}, {number!r} after {delay:.2f} s: {code}\n{text}"
-            again = commands.done_again(before)
-            assert not again, f"done again: {again}\n{where}"
-            assert "Traceback" not in text and "Exception ignored" not in text, where
-            if number is None:
-                assert code == 0, where
-            elif code == -number:  # killed, or while Python was ending
-                came[number.name] += number == signal.SIGKILL
-                if number == signal.SIGKILL:
-                    shutil.rmtree(temporary)
-                    temporary.mkdir()
-            elif code:
-                lines = [line for line in text.splitlines() if line.startswith("stopped: ")]
-                assert code == 128 + number and len(lines) == 1, where
-                left = [p for p in commands.folder.rglob("*") if ".tmp" in p.name] + list(temporary.iterdir())
-                assert not left, f"{left}\n{where}"
-                command = lines[0].partition("Go on with: ")[2]
-                came[number.name] += 1
-    return came
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
@@ -404,22 +356,12 @@ def harness(folder: Path, kills: int, interruptions: int, seed: int, only: list[
         print("file operations:", operations, "seconds:", {k: round(v, 1) for k, v in seconds.items()}, flush=True)
         expected, paid = reference.outcome(), reference.replies()
         assert len(paid) == len(set(paid)) and bool(paid) == ("judge" in only or "annotate" in only)
-        while counts["kills"] < kills:
+        while counts["kills"] < kills or counts["signals"] < interruptions:
             rounds += 1
             commands = Commands(folder / f"round{rounds}", model, url, only)
-            for what, number in kill_round(commands, operations, seconds, rng, many=4 if kills > 20 else 1).items():
-                counts[what] += number.total()
-            compare(commands, expected, paid)
-        started = time.monotonic()
-        if interruptions:
-            subprocess.run([sys.executable, "-c", "import trainers.base"], cwd=ROOT, check=True)
-        imports = time.monotonic() - started
-        longest = {name: took + imports for name, took in seconds.items()}
-        longest |= {"data": 0.5, "judge": 2.0, "annotate": 2.0, "study": seconds.get("study", 0) + 2 * imports}
-        while counts["signals"] < interruptions:
-            rounds += 1
-            commands = Commands(folder / f"round{rounds}", model, url, only)
-            counts["signals"] += signal_round(commands, longest, rng).total()
+            left = {"kill": kills - counts["kills"], "signal": interruptions - counts["signals"]}
+            many = {what: 4 if number > 20 else int(number > 0) for what, number in left.items()}
+            counts += one_round(commands, operations, seconds, rng, {"full": 1, **many})
             compare(commands, expected, paid)
         return dict(counts)
     finally:

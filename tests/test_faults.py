@@ -1,7 +1,11 @@
-"""What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory."""
+"""What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory.
+
+What a message says to do is done here as it says: then the command works.
+"""
 
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
@@ -22,76 +26,85 @@ from safetensors.torch import load_file, save_file
 from judges import judging
 from trace_bench import cli, engine, evaluate, report, status
 from trace_bench.evaluate import cells
-from trace_bench.run import Run, RunError, locked, read_json
+from trace_bench.judgements import judge_file
+from trace_bench.records import stale
+from trace_bench.run import Run, RunError, locked, read_json, read_jsonl
 from trace_tasks import data
-from trace_tasks.data.files import write_json
-from trace_tasks.errors import advice
+from trace_tasks.data.files import fingerprint, write_json, write_jsonl
+from trace_tasks.errors import TraceError, advice
 from trainers import base, ewc, gem, olora, osf, pp
 from trainers.base import CLConfig, CLTrainer
 
 ROOT = Path(__file__).parents[1]
-JUDGED = {"judged": ["instruct_lima"], "judged_rows": 3, "judged_max_new_tokens": 4}
+FIRST, SECOND, JUDGED = "trace_fomc", "trace_numglue_ds", "instruct_lima"
 
 
-def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:
-    (file,) = run.stages[stage].checkpoint.glob("*.safetensors")
-    return load_file(file)
+class Case:
+    """A finished run in a folder of its own, and the commands that made it."""
 
+    def __init__(self, folder: Path, model: Path, url: str) -> None:
+        self.path, self.ask = folder / "run", ["--model", "fake/judge", "--base-url", url]
+        judged = {"judged": [JUDGED], "judged_rows": 3, "judged_max_new_tokens": 4, "general_stages": "all"}
+        self.options = {**quick_options(model, self.path), "test_rows": 4, "max_steps": 2, **judged}
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    @property
+    def run(self) -> Run:
+        return Run.open(self.path)
 
+    def stage(self, index: int):
+        return self.run.stages[index]
 
-@pytest.fixture
-def tiny_model(tiny_models) -> Path:
-    """One that writes letters: what is no text is not judged."""
-    return tiny_models["pieces"]
+    def __call__(self, command: str, *argv: object) -> None:
+        if command == "train":
+            train(self.options)
+        else:
+            asked = self.ask if command == "judge" else []
+            cli.main([str(word) for word in (command, self.path, *asked, *argv)])
+
+    def error(self, command: str, *argv: object) -> str:
+        """The message with which a command ends."""
+        with pytest.raises((SystemExit, TraceError)) as e:
+            self(command, *argv)
+        message = str(e.value.code if isinstance(e.value, SystemExit) else e.value)
+        assert isinstance(e.value, TraceError) or message.startswith("error: "), message
+        return message
 
 
 @pytest.fixture(scope="module")
-def done(tiny_models, tmp_path_factory) -> Path:
-    """A run of two stages, trained, evaluated and judged once for all tests of this file."""
-    folder = tmp_path_factory.mktemp("done")
-    options = {**quick_options(tiny_models["pieces"], folder / "run"), "max_steps": 2, **JUDGED}
-    with pytest.MonkeyPatch.context() as patch, with_key(patch, folder), Server() as server:
-        patch.setenv("TRACE_DATA", "demo")
-        run = train(options)
-        evaluate.evaluate(run)
-        cli.main(["judge", str(run.path), "--model", "fake", "--base-url", server.url])
-        report.write_report(run)
-    return run.path
+def server():
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_models, tmp_path_factory, server) -> Case:
+    """A run of two stages, trained, evaluated, judged and reported, by a model that writes letters."""
+    folder = tmp_path_factory.mktemp("finished")
+    case = Case(folder, tiny_models["pieces"], server.url)
+    with pytest.MonkeyPatch.context() as patch, with_key(patch, folder):
+        for command in ("train", "evaluate", "judge", "report"):
+            case(command)
+    return case
 
 
 @pytest.fixture
-def again(options) -> dict:
-    """The options with which `done` was trained, in the folder of `run`."""
-    return {**options, "max_steps": 2, **JUDGED}
-
-
-@pytest.fixture
-def run(done, options, demo_data) -> Run:
-    options["output_dir"] = str(Path(options["output_dir"]).parent / "runs" / "run")
-    return Run.open(shutil.copytree(done, options["output_dir"]))
+def case(finished, tiny_models, server, tmp_path, monkeypatch, demo_data):
+    shutil.copytree(finished.path.parent, tmp_path / "runs")
+    with with_key(monkeypatch, tmp_path):
+        yield Case(tmp_path / "runs", tiny_models["pieces"], server.url)
 
 
 def error(*argv: object) -> str:
     """The one line with which a command ends."""
-    with pytest.raises(SystemExit) as e:
+    with pytest.raises(SystemExit, match=r"^error: ") as e:
         cli.main([str(a) for a in argv])
-    assert isinstance(e.value.code, str) and e.value.code.startswith("error: "), e.value.code
     return e.value.code
-
-
-def asking(run: Run) -> list[str]:
-    """The options of the judge of `done`, which answers no more."""
-    judged = read_json(run.stages[0].path / "judge" / "instruct_lima.json")
-    return ["--model", "fake", "--base-url", judged["endpoint"]]
 
 
 # ------------------------------------------------------------------------------------------------ a second process
 
 
-def test_the_lock_of_a_process_is_said_to_be_its_own_and_ends_with_it(options, tmp_path):
+def test_the_lock_of_a_process_is_said_to_be_its_own_and_ends_with_it(options):
     hold = "import sys, time; from pathlib import Path; from trace_bench.run import locked\n"
     hold += "with locked(Path(sys.argv[1]), 'train'): print('held', flush=True); time.sleep(60)"
     folder = options["output_dir"]
@@ -112,47 +125,157 @@ def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplo
         assert "no locks on this file system" in caplog.text
 
 
-def test_stages_are_evaluated_at_once_but_none_twice_and_readers_never_wait(run, capsys):
-    for stage in run.stages[1:]:
-        stage.eval_file("trace_fomc").unlink()
-    with locked(run.stages[1].path, "evaluate"), locked(run.path, "train"), locked(run.path, "judge"):
-        assert "in use" in error("evaluate", run.path)
-        cli.main(["evaluate", str(run.path), "--stages", "2"])
-        assert run.stages[2].eval_file("trace_fomc").exists()
-        cli.main(["report", str(run.path)])
-        cli.main(["status", str(run.path)])
-        run.stages[1].path.joinpath("judge/instruct_lima.json").unlink(missing_ok=True)
-        run.stages[2].path.joinpath("judge/instruct_lima.json").unlink()
-        assert "in use" in error("judge", run.path, *asking(run))
+def test_stages_are_evaluated_at_once_but_none_twice_and_readers_never_wait(case):
+    for stage in case.run.stages[1:]:
+        stage.eval_file(FIRST).unlink()
+    with locked(case.stage(1).path, "evaluate"), locked(case.path, "train"), locked(case.path, "judge"):
+        assert "in use" in case.error("evaluate")
+        case("evaluate", "--stages", "2")
+        assert case.stage(2).eval_file(FIRST).exists()
+        case("report")
+        case("status")
+        judge_file(case.stage(2), JUDGED).unlink()
+        assert "in use" in case.error("judge")
 
 
 # ------------------------------------------------------------------------------------------ damaged and other files
 
 
-def truncate(file: Path) -> None:
+def follow(message: str) -> None:
+    """Deletes what a message says to delete: the files that it names there, or "it" and what belongs to it."""
+    before, _, after = re.sub(r"\s+", " ", message).partition("elete ")
+    assert after, f"the message gives no such advice: {message}"
+    named = [path for path in re.findall(r"/[^\s,;:()]+", after) if glob.glob(path.rstrip("."))]
+    if not named:
+        named = re.findall(r"/[^\s,;:()]+", before)[: 2 if after.startswith("both") else 1]
+    for path in (Path(p) for pattern in named for p in glob.glob(pattern.rstrip("."))):
+        if "its score" in after or "their scores" in after:
+            (path.parents[1] / f"{path.stem}.json").unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def cut(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_is_neither_evaluated_nor_trained_upon(run, again):
-    adapter = run.stages[1].checkpoint / "adapter_model.safetensors"
-    run.stages[1].eval_file("trace_fomc").unlink()
-    for damage in (truncate, Path.unlink):
-        damage(adapter)
-        assert "fingerprint differs" in error("evaluate", run.path)
-    run.stages[2].train_file.unlink()
-    with pytest.raises(RunError, match=r"1_trace_fomc/adapter is not what the training of the stage wrote"):
-        train(again)
+def change(file: Path, **changes: object) -> None:
+    write_json(file, {**read_json(file), **changes})
 
 
-def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts(run, tmp_path, monkeypatch):
-    copy = shutil.copytree(run.stages[1].checkpoint, tmp_path / "copy")
-    command = ["evaluate", tmp_path / "theirs", "--model", run.manifest["model"]["name"], "--tasks", "trace_fomc"]
-    command += ["--checkpoint", f"trace_fomc={copy}", "--backend", "hf", "--data", "demo", "--test-rows", "2"]
+def other_answer(file: Path) -> None:
+    rows = read_jsonl(file)
+    write_jsonl(file, [{**rows[0], "response": "x"}, *rows[1:]])
+
+
+def change_weights(checkpoint: Path) -> None:
+    file = checkpoint / "adapter_model.safetensors"
+    save_file({k: v * 1.5 for k, v in load_file(file).items()}, file)
+
+
+def retrain(case: Case) -> None:
+    """Makes the first stage what another machine would train: other weights, by the same settings."""
+    change_weights(case.stage(1).checkpoint)
+    change(case.stage(1).train_file, checkpoint=fingerprint(case.stage(1).checkpoint))
+
+
+#: What is wrong -> how it came, the commands that notice it, what they say, and the commands that work when the first
+#: message was followed.
+DAMAGE = {
+    "manifest cut": (
+        lambda c: cut(c.path / "manifest.json"),
+        *("evaluate report status judge", "manifest.json is damaged", "train evaluate"),
+    ),
+    "record of the first stage cut": (
+        lambda c: cut(c.stage(1).train_file),
+        *("train report status judge", "1_trace_fomc/train.json is damaged", "train evaluate"),
+    ),
+    "record of another stage": (
+        lambda c: shutil.copy(c.stage(1).train_file, c.stage(2).train_file),
+        *("train evaluate", "says {'stage': 1, 'task': 'trace_fomc'}, and lies at stage 2", "train evaluate"),
+    ),
+    "weights cut": (
+        lambda c: [cut(c.stage(2).checkpoint / "adapter_model.safetensors"), c.stage(2).eval_file(FIRST).unlink()],
+        *("evaluate", "fingerprint differs", "train evaluate"),
+    ),
+    "first stage trained again": (
+        retrain,
+        *("train evaluate judge", "2_trace_numglue_ds is stale", "train evaluate judge"),
+    ),
+    "cell cut": (
+        lambda c: cut(c.stage(1).eval_file(FIRST)),
+        *("evaluate report", "trace_fomc.json is damaged", "evaluate"),
+    ),
+    "cell of another task": (
+        lambda c: shutil.copy(c.stage(2).eval_file(FIRST), c.stage(2).eval_file(SECOND)),
+        *("report", "says {'task': 'trace_fomc'}", "evaluate"),
+    ),
+    "samples changed": (
+        lambda c: other_answer(c.stage(1).samples_file(FIRST)),
+        *("report", "was changed since it was written", "evaluate"),
+    ),
+    "judged samples changed": (
+        lambda c: other_answer(c.stage(1).samples_file(JUDGED)),
+        *("judge", "was changed since it was written", "evaluate judge"),
+    ),
+    "judged samples cut": (
+        lambda c: cut(c.stage(0).samples_file(JUDGED)),
+        *("judge", f"{JUDGED}.jsonl, line", "evaluate judge"),
+    ),
+    "judgement cut": (
+        lambda c: cut(judge_file(c.stage(1), JUDGED)),
+        *("judge report", f"judge/{JUDGED}.json is damaged", "judge"),
+    ),
+    "judgement that does not add up": (
+        lambda c: change(judge_file(c.stage(1), JUDGED), direct={"n": 7}),
+        *("report", "judge again", "judge"),
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_after_what_the_message_says_the_command_works(case, damage):
+    damaging, noticing, said, again = DAMAGE[damage]
+    damaging(case)
+    messages = [case.error(command) for command in noticing.split()]
+    assert all(said in message for message in messages), messages
+    follow(messages[0])
+    for step in [*again.split(), "report"]:
+        case(step)
+    assert stale(case.run) == {} and (case.path / "report.md").exists()
+
+
+@pytest.mark.parametrize(
+    "command, argv, said",
+    [
+        ("evaluate", ["--engine-args", '{"dtype": "float64"}'], "engine.dtype: 'absent' -> 'float64'"),
+        ("judge", ["--sampling", '{"temperature": 1}'], "temperature"),
+    ],
+)
+def test_other_settings_after_what_the_message_says(case, command, argv, said):
+    case.stage(2).eval_file(FIRST).unlink()  # what a stage evaluated by itself shares with the others
+    message = case.error(command, *argv)
+    assert said in message
+    follow(message)
+    case("evaluate", *(argv if command == "evaluate" else []))
+    case(command, *argv)
+    case("report")
+
+
+def test_a_damaged_checkpoint_is_not_trained_upon(case):
+    change_weights(case.stage(1).checkpoint)
+    case.stage(2).train_file.unlink()
+    assert "1_trace_fomc/adapter is not what the training of the stage wrote" in case.error("train")
+
+
+def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts(case, tmp_path, monkeypatch):
+    copy = shutil.copytree(case.stage(1).checkpoint, tmp_path / "copy")
+    command = ["evaluate", tmp_path / "theirs", "--model", case.options["model_name_or_path"], "--tasks", FIRST]
+    command += ["--checkpoint", f"{FIRST}={copy}", "--backend", "hf", "--data", "demo", "--test-rows", "2"]
     begun = [*command[:1], tmp_path / "begun", *command[2:]]
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: (_ for _ in ()).throw(engine.EngineError("started")))
     assert "started" in error(*begun), "a run whose checkpoint is whole when it is recorded"
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
-    truncate(copy / "adapter_model.safetensors")
+    cut(copy / "adapter_model.safetensors")
     for damaged in (command, ["evaluate", tmp_path / "begun"]):
         assert re.search(r"adapter_model.safetensors is missing or damaged .* Copy", error(*damaged))
     (copy / "adapter_model.safetensors").unlink()
@@ -161,85 +284,43 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
     assert not (tmp_path / "theirs").exists(), "nothing is recorded of what cannot be evaluated"
 
 
-@pytest.mark.parametrize(
-    ("file", "commands"),
-    [
-        ("manifest.json", ["evaluate", "report", "status", "judge"]),
-        ("stages/2_trace_numglue_ds/train.json", ["evaluate", "report", "status", "judge"]),
-        ("stages/1_trace_fomc/eval/trace_fomc.json", ["evaluate", "report"]),
-        ("stages/0_base/eval/samples/instruct_lima.jsonl", ["judge"]),
-        ("stages/2_trace_numglue_ds/judge/instruct_lima.json", ["report", "judge"]),
-    ],
-)
-def test_json_that_is_cut_is_named_with_what_to_do(run, file, commands):
-    judge_of_run = asking(run)
-    truncate(run.path / file)
-    for command in commands:
-        asked = judge_of_run if command == "judge" else []
-        assert file in (line := error(command, run.path, *asked)) and re.search("[Dd]elete|damaged", line), line
-
-
-def test_a_cut_cache_of_replies_costs_the_cut_line_alone(run, monkeypatch, tmp_path):
-    cache = judging.cache_file(run.path.parent)
-    for stage in run.stages:
-        shutil.rmtree(stage.path / "judge", ignore_errors=True)
-    with with_key(monkeypatch, tmp_path), Server() as server:
-        command = ["judge", str(run.path), "--model", "fake", "--base-url", server.url]
-        cli.main(command)
-        asked, before = sum(server.succeeded.values()), read_json(run.stages[2].path / "judge/instruct_lima.json")
-        lines = cache.read_bytes().splitlines(keepends=True)
-        lines[0] = lines[0][:50] + b"\n"
-        cache.write_bytes(b"".join(lines)[:-20])
-        for stage in run.stages:
-            shutil.rmtree(stage.path / "judge", ignore_errors=True)
-        cli.main(command)
-        assert sum(server.succeeded.values()) == asked + 2
-        assert read_json(run.stages[2].path / "judge/instruct_lima.json") == before
-
-
-def test_another_base_model_behind_the_same_path_is_refused(options, tiny_model, tmp_path):
-    copy = shutil.copytree(tiny_model, tmp_path / "base")
-    options = {**options, "model_name_or_path": str(copy), "max_steps": 1}
+def test_another_base_model_or_other_data_between_two_stages_are_refused(options, tiny_model, tmp_path):
+    model, rows = (
+        shutil.copytree(tiny_model, tmp_path / "base"),
+        shutil.copytree(data.find_data("demo"), tmp_path / "d"),
+    )
+    weights, file = model / "model.safetensors", rows / "NumGLUE-ds" / "train.json"
+    before, swapped = file.read_text(), []
+    options |= {"model_name_or_path": str(model), "data": str(rows), "max_steps": 1, "train_rows": 8}
 
     class Swaps(CLTrainer):
         def end_stage(self):
-            tensors = load_file(copy / "model.safetensors")
-            save_file({k: v + 1 for k, v in tensors.items()}, copy / "new", {"format": "pt"})
-            (copy / "new").replace(copy / "model.safetensors")
+            file.write_text(json.dumps(json.loads(before)[:-1]))
+            swapped.append(self.stage.index)
 
     Swaps.__module__ = CLTrainer.__module__
-    with pytest.raises(RunError, match=r"another base model than the run began with.*Restore it"):
+    with pytest.raises(RunError, match="holds other data than the run began with"):
         train(options, Swaps)
+    file.write_text(before)
     run = Run.open(options["output_dir"])
-    assert run.stages[1].is_trained and not run.stages[2].is_trained
-    assert "another base model" in error("evaluate", run.path)
+    assert swapped == [1] and run.stages[1].is_trained and not run.stages[2].is_trained
+    save_file({k: v + 1 for k, v in load_file(weights).items()}, model / "new", {"format": "pt"})
+    (model / "new").replace(weights)
+    assert "another base model than the run began with" in error("evaluate", run.path)
     with pytest.raises(RunError, match=r"model\.revision"):
         train(options)
 
 
-def test_other_data_between_two_stages_is_refused(options, tmp_path):
-    copy = shutil.copytree(data.find_data("demo"), tmp_path / "data")
-    file = copy / "NumGLUE-ds" / "train.json"
-
-    class Swaps(CLTrainer):
-        def end_stage(self):
-            file.write_text(json.dumps(json.loads(file.read_text())[:-1]))
-
-    with pytest.raises(RunError, match="holds other data than the run began with"):
-        train({**options, "data": str(copy), "max_steps": 1}, Swaps)
-    assert Run.open(options["output_dir"]).stages[1].is_trained
-
-
-def test_clocks_and_times_of_files_decide_nothing(run, again, monkeypatch, capsys):
-    before = (run.path / "scores.csv").read_bytes()
-    for i, file in enumerate(sorted(run.path.rglob("*"))):
+def test_clocks_and_times_of_files_decide_nothing(case, monkeypatch, capsys):
+    before = (case.path / "scores.csv").read_bytes()
+    for i, file in enumerate(sorted(case.path.rglob("*"))):
         os.utime(file, (i * 7919 % 100 * 1e8,) * 2)
     monkeypatch.setattr(time, "time", lambda: 1.0)
-    train(again)
+    case("train")
     assert capsys.readouterr().out.count("trained already") == 2
-    assert evaluate.evaluate(run) == 0
-    report.write_report(run)
-    assert (run.path / "scores.csv").read_bytes() == before and "trained" in status.status(run)
+    assert evaluate.evaluate(case.run) == 0
+    case("report")
+    assert (case.path / "scores.csv").read_bytes() == before and "trained" in status.status(case.run)
 
 
 # ---------------------------------------------------------------------------------- no room, no permission, no memory
@@ -261,73 +342,72 @@ class Room:
         monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_on_a_full_disk_every_write_fails_in_turn_and_nothing_that_is_done_is_lost(run, monkeypatch, tmp_path):
+def test_on_a_full_disk_every_write_fails_in_turn_and_nothing_that_is_done_is_lost(case, monkeypatch):
     """Each attempt has room for no file, for one, or for some."""
-    scores = (run.path / "scores.csv").read_bytes()
-    for folder in ("eval", "judge"):
-        for stage in run.stages:
-            shutil.rmtree(stage.path / folder, ignore_errors=True)
-    shutil.rmtree(run.path / "figures")
-    judging.cache_file(run.path.parent).unlink(missing_ok=True)
+    scores = (case.path / "scores.csv").read_bytes()
+    for stage in case.run.stages:
+        shutil.rmtree(stage.path / "judge", ignore_errors=True)
+    for stage in case.run.stages[1:]:
+        stage.eval_file(FIRST).unlink()
+    shutil.rmtree(case.path / "figures")
+    judging.cache_file(case.path.parent).unlink()
     fulls = Counter()
-    with with_key(monkeypatch, tmp_path), Server() as server:
-        ask = ["--model", "fake", "--base-url", server.url, "--concurrency", "1"]
-        for command in (["evaluate", run.path], ["judge", run.path, *ask], ["report", run.path]):
-            for attempt in range(60):
-                kept = {p: p.read_bytes() for p in run.path.rglob("eval/*.json")}
-                with monkeypatch.context() as patch:
-                    Room(patch, 4 * attempt if command[0] == "report" else (0, 1, 5)[attempt % 3])
-                    try:
-                        cli.main([str(c) for c in command])
-                        break
-                    except SystemExit as e:
-                        assert re.fullmatch("error: .*No space left on device.*make room and run.*", e.code), e.code
-                        fulls[command[0]] += 1
-                assert all(p.read_bytes() == content for p, content in kept.items())
-                assert not list(run.path.rglob("*.tmp"))
-            else:
-                pytest.fail(f"{command} never ended")
-    assert fulls["evaluate"] >= 5 and fulls["judge"] >= 2 and fulls["report"] >= 2, fulls
-    assert (run.path / "scores.csv").read_bytes() == scores
+    for command in ("evaluate", "judge", "report"):
+        for attempt in range(30):
+            kept = {p: p.read_bytes() for p in case.path.rglob("eval/*.json")}
+            with monkeypatch.context() as patch:
+                Room(patch, (0, 3, 99)[attempt] if command == "report" else (0, 1, 5)[attempt % 3])
+                try:
+                    case(command, *(["--concurrency", "1"] if command == "judge" else []))
+                    break
+                except SystemExit as e:
+                    assert re.fullmatch("error: .*No space left on device.*make room and run.*", e.code), e.code
+                    fulls[command] += 1
+            assert all(p.read_bytes() == content for p, content in kept.items())
+            assert not list(case.path.rglob("*.tmp"))
+        else:
+            pytest.fail(f"{command} never ended")
+    assert fulls["evaluate"] >= 2 and fulls["judge"] >= 2 and fulls["report"] >= 2, fulls
+    assert (case.path / "scores.csv").read_bytes() == scores
 
 
-def test_a_folder_that_cannot_be_written_is_read_all_the_same(run, again, monkeypatch):
-    number = errno.EROFS
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(case, monkeypatch):
     opened = Path.open
 
     def read_only(self, mode="r", *args, **kwargs):
-        if mode[0] in "wax" and run.path in self.parents:
-            raise OSError(number, os.strerror(number), str(self))
+        if mode[0] in "wax" and case.path in self.parents:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
         return opened(self, mode, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", read_only)
     monkeypatch.setattr(os, "access", lambda *a: False)
-    train(again)
-    assert evaluate.evaluate(run) == 0
-    assert "2 stages" in status.status(run)
-    run.stages[1].eval_file("trace_fomc").unlink()
+    case("train")
+    assert evaluate.evaluate(case.run) == 0
+    assert "2 stages" in status.status(case.run)
+    case.stage(1).eval_file(FIRST).unlink()
     for command in ("evaluate", "report"):
-        line = error(command, run.path)
-        assert os.strerror(number) in line and "make the folder writable" in line and str(run.path) in line
+        line = case.error(command)
+        assert os.strerror(errno.EROFS) in line and "make the folder writable" in line and str(case.path) in line
 
 
-def test_without_memory_a_training_says_what_to_change_and_keeps_its_stages(options, monkeypatch):
+def test_without_memory_a_training_says_what_to_change_and_keeps_its_stages(case):
+    case.stage(2).train_file.unlink()
+
     class Hungry(CLTrainer):
         def training_step(self, *args):
-            if self.stage.index == 2:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
-            return super().training_step(*args)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.")
 
+    Hungry.__module__ = CLTrainer.__module__
     with pytest.raises(SystemExit) as e:
-        base.main(Hungry, CLConfig, command_line(options))
+        base.main(Hungry, CLConfig, command_line(case.options))
     assert re.fullmatch("error: Not enough memory: CUDA out .*per_device_train_batch_size.*", e.value.code)
-    assert Run.open(options["output_dir"]).stages[1].is_trained
+    assert case.stage(1).is_trained
 
 
 @pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
-def test_without_memory_an_evaluation_keeps_what_it_has(run, monkeypatch, problem):
-    for stage in run.stages[1:]:
-        stage.eval_file("trace_fomc").unlink()
+def test_without_memory_an_evaluation_keeps_what_it_has(case, monkeypatch, problem):
+    for stage in case.run.stages[1:]:
+        stage.eval_file(FIRST).unlink()
     original = cells.evaluate_batch
 
     def hungry(plan, tasks, lm, stage, *args):
@@ -336,8 +416,8 @@ def test_without_memory_an_evaluation_keeps_what_it_has(run, monkeypatch, proble
         original(plan, tasks, lm, stage, *args)
 
     monkeypatch.setattr(cells, "evaluate_batch", hungry)
-    assert "batch_size" in error("evaluate", run.path)
-    assert [s.eval_file("trace_fomc").exists() for s in run.stages] == [True, True, False]
+    assert "batch_size" in case.error("evaluate")
+    assert [s.eval_file(FIRST).exists() for s in case.run.stages] == [True, True, False]
 
 
 @pytest.mark.parametrize(
@@ -377,93 +457,89 @@ def interrupted(trainer: type, step: int, stage: int = 2) -> type:
     return Stopped
 
 
+ACCUMULATED = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "train_rows": 32}
+#: Method -> trainer, configuration, options, and the stage that is interrupted: 2 where the one before matters.
 METHODS = {
-    "lora": (CLTrainer, CLConfig, {"lora_dropout": 0.1}),
-    "full": (CLTrainer, CLConfig, {"use_peft": False, "learning_rate": 1e-3}),
-    "grouped": (CLTrainer, CLConfig, {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2}),
-    "ewc": (ewc.EWCTrainer, ewc.EWCConfig, {"ewc_rows": 4}),
-    "gem": (gem.GEMTrainer, gem.GEMConfig, {"memory_rows": 4}),
-    "olora": (olora.OLoRATrainer, olora.OLoRAConfig, {}),
-    "osf": (osf.OSFTrainer, osf.OSFConfig, {"use_peft": False, "learning_rate": 1e-3, "dtype": "float32"}),
-    "pp": (pp.PPTrainer, pp.PPConfig, {"prompt_tokens": 4, "prompt_mlp": 4}),
+    "full": (CLTrainer, CLConfig, {"use_peft": False, "learning_rate": 1e-3}, 1),
+    "grouped": (CLTrainer, CLConfig, {"train_sampling_strategy": "group_by_length", **ACCUMULATED}, 1),
+    "ewc": (ewc.EWCTrainer, ewc.EWCConfig, {"ewc_rows": 4}, 2),
+    "gem": (gem.GEMTrainer, gem.GEMConfig, {"memory_rows": 4}, 2),
+    "olora": (olora.OLoRATrainer, olora.OLoRAConfig, {}, 2),
+    "osf": (osf.OSFTrainer, osf.OSFConfig, {"use_peft": False, "learning_rate": 1e-3, "dtype": "float32"}, 2),
+    "pp": (pp.PPTrainer, pp.PPConfig, {"prompt_tokens": 4, "prompt_mlp": 4}, 2),
 }
-
-
-QUICK = ("lora", "grouped", "ewc", "olora", "pp")
+QUICK = ("grouped", "ewc")
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
 def test_a_stage_goes_on_at_its_last_checkpoint_to_the_same_bytes(options, tmp_path, capsys, method):
     """In the third epoch, with dropout, as the optimizer, the schedule and the order of the rows were."""
-    trainer, config, changes = METHODS[method]
-    options = {
-        **options,
-        **{"max_steps": 12, "train_rows": 40, "per_device_train_batch_size": 8, "lr_scheduler_type": "cosine"},
-        **changes,
-    }
-    whole = train({**options, "output_dir": str(tmp_path / "whole")}, trainer, config)
-    options |= {"save_strategy": "steps", "save_steps": 3}
+    trainer, config, changes, stage = METHODS[method]
+    options |= {"tasks": options["tasks"][:stage], "max_steps": 6, "lr_scheduler_type": "cosine", **changes}
+    options |= {"save_strategy": "steps", "save_steps": 2}
     with pytest.raises(KeyboardInterrupt):
-        train(options, interrupted(trainer, 11), config)
+        train(options, interrupted(trainer, 5, stage), config)
     run = Run.open(options["output_dir"])
-    assert [p.name for p in run.stages[2].attempt.glob("checkpoint-*")] == ["checkpoint-9"]
-    assert not run.stages[1].attempt.exists()
-    capsys.readouterr()
+    assert not run.stages[stage - 1].attempt.exists()
+    # The same from the beginning of the stage, without an interruption.
+    shutil.copytree(run.path, tmp_path / "whole")
+    shutil.rmtree(tmp_path / "whole" / run.stages[stage].attempt.relative_to(run.path))
+    whole = train({**options, "output_dir": str(tmp_path / "whole"), "save_strategy": "no"}, trainer, config)
+    assert "goes on" not in capsys.readouterr().out
     train(options, trainer, config)
-    assert "goes on at step 9" in capsys.readouterr().out
-    assert same(weights(whole, 1), weights(run, 1)) and same(weights(whole, 2), weights(run, 2))
-    records = [read_json(r.stages[2].train_file) for r in (whole, run)]
+    assert "goes on at step 4" in capsys.readouterr().out
+    records = [read_json(r.stages[stage].train_file) for r in (whole, run)]
     assert records[0].pop("mean_loss") == pytest.approx(records[1].pop("mean_loss"), rel=1e-6)
     first, second = ({k: v for k, v in r.items() if k not in TIMES} for r in records)
-    assert first == second
-    for state in whole.stages[2].method_state.glob("*"):
-        assert state.read_bytes() == (run.stages[2].method_state / state.name).read_bytes()
+    assert first == second, "the fingerprint of the checkpoint with them"
+    for made in [*whole.stages[stage].method_state.glob("*"), *whole.stages[stage].checkpoint.glob("*.safetensors")]:
+        assert made.read_bytes() == (run.path / made.relative_to(whole.path)).read_bytes()
     assert not list(run.path.rglob("checkpoint-*")) and not list(run.path.rglob("*.pt"))
 
 
-@pytest.fixture
-def stopped(options):
-    """A run that was stopped at step 5 of 6 of its only stage, with checkpoints of steps 2 and 4."""
-    options |= {"tasks": ["trace_fomc"], "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
-    with pytest.raises(KeyboardInterrupt):
-        train({**options, "save_total_limit": 2}, interrupted(CLTrainer, 5, stage=1))
-    attempt = Run.open(options["output_dir"]).stages[1].attempt
-    assert sorted(p.name for p in attempt.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-    return options, attempt
-
-
 @pytest.mark.parametrize(
-    "missing, damage",
+    "damage, said",
     [
-        ("whole.json", Path.unlink),
-        ("whole.json", truncate),
-        ("optimizer.pt", truncate),
-        ("trained.safetensors", Path.unlink),
+        (lambda folder: (folder / "whole.json").unlink(), "goes on at step 2"),
+        (lambda folder: cut(folder / "whole.json"), "goes on at step 2"),
+        (lambda folder: cut(folder / "optimizer.pt"), "goes on at step 2"),
+        (lambda folder: (folder / "trained.safetensors").unlink(), "goes on at step 2"),
+        (lambda folder: of_other_processes(folder.parent), None),
     ],
 )
-def test_a_half_written_checkpoint_is_not_gone_on_from(stopped, capsys, missing, damage):
-    options, attempt = stopped
-    damage(attempt / "checkpoint-4" / missing)
-    train(options)
-    assert "goes on at step 2" in capsys.readouterr().out
+def test_a_checkpoint_that_is_half_written_or_of_another_start_is_not_gone_on_from(stopped, capsys, damage, said):
+    damage(Run.open(stopped["output_dir"]).stages[1].attempt / "checkpoint-4")
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped, interrupted(CLTrainer, 2 if said else 0, stage=1))
+    out = capsys.readouterr().out
+    assert said in out if said else "goes on" not in out
 
 
-def test_a_checkpoint_of_another_start_is_not_gone_on_from(stopped, capsys):
-    options, attempt = stopped
-    for folder in attempt.glob("checkpoint-*"):
-        whole = read_json(folder / "whole.json")
-        write_json(folder / "whole.json", {**whole, "of": {**whole["of"], "processes": 2}})
-    train(options)
-    assert "goes on" not in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def stopped_once(tiny_models, tmp_path_factory) -> dict:
+    """A run that was stopped at step 5 of 6 of its only stage, with checkpoints of steps 2 and 4."""
+    options = quick_options(tiny_models["bytes"], tmp_path_factory.mktemp("stopped") / "run")
+    options |= {"tasks": [FIRST], "max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setenv("TRACE_DATA", "demo")
+        train(options, interrupted(CLTrainer, 5, stage=1))
+    attempt = Run.open(options["output_dir"]).stages[1].attempt
+    assert sorted(p.name for p in attempt.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    return options
 
 
-def test_how_often_checkpoints_are_saved_may_change(stopped, capsys):
-    options, _ = stopped
-    train({**options, "save_strategy": "no", "save_steps": 500})
-    assert "goes on at step 4" in capsys.readouterr().out
+@pytest.fixture
+def stopped(stopped_once, tmp_path) -> dict:
+    return {**stopped_once, "output_dir": str(shutil.copytree(stopped_once["output_dir"], tmp_path / "run"))}
+
+
+def of_other_processes(attempt: Path) -> None:
+    for file in attempt.glob("checkpoint-*/whole.json"):
+        change(file, of={**read_json(file)["of"], "processes": 2})
 
 
 def test_the_state_of_a_method_that_is_damaged_is_not_trained_with(options):
+    options |= {"max_steps": 1, "train_rows": 8}
     with pytest.raises(KeyboardInterrupt):
         train(options, interrupted(ewc.EWCTrainer, 0), ewc.EWCConfig)
     file = Run.open(options["output_dir"]).stages[1].method_state / "state.safetensors"

@@ -7,7 +7,6 @@ a run say about each other is in `records`.
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
 import json
 import os
@@ -24,6 +23,7 @@ from trace_bench.run import Run, RunError, Stage, differences
 from trace_bench.tasks import load_tasks, rows_fingerprint
 from trace_bench.versions import package_versions
 from trace_tasks import data
+from trace_tasks.data.files import digest
 
 #: Fields of a task's config that decide prompts, answers and scores; its rows have a fingerprint of their own.
 _DECIDING = (
@@ -42,9 +42,9 @@ def verify(
 
     Args:
         run: The run.
-        stages: The stages that are about to be trained upon or evaluated.
+        stages: Those that are about to be trained upon or evaluated.
         data_path: Where the data is; None = where the manifest says.
-        tasks: The tasks that are about to be used.
+        tasks: Those that are about to be used.
 
     Returns:
         The tasks by name, as lm-eval makes them, and their `definitions`.
@@ -95,8 +95,7 @@ def use_data(run: Run, path: str | None = None) -> None:
     if rows is None:
         return
     rows.check(data.SPLITS if run.manifest["config"].get("num_fewshot") else ["test"])
-    changed = rows.changed(run.manifest["data"])
-    if changed:
+    if changed := rows.changed(run.manifest["data"]):
         unknown = not run.manifest["data"].get("test") and len(rows.check(["test"])[changed[0]]) < 3
         raise RunError(
             f"{rows.root} holds other data than the run began with, in: {', '.join(changed)}."
@@ -139,11 +138,7 @@ def check_tasks(run: Run, tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def definitions(tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each task is: how it asks, generates and scores, its functions by their code.
-
-    Args:
-        tasks: lm-eval's tasks as they are loaded, before an evaluation sets limits.
-    """
+    """What each task is, as it is loaded and without limits: how it asks, generates and scores, functions as code."""
     return {name: _definition(task) for name, task in tasks.items()}
 
 
@@ -159,11 +154,6 @@ def _definition(task: Any) -> dict[str, Any]:
     rows = [docs[i] for i in range(min(8, len(docs)))]
     found["examples"] = digest([[str(task.doc_to_text(row)), str(task.doc_to_target(row))] for row in rows])
     return json.loads(json.dumps({key: value for key, value in found.items() if value is not None}))
-
-
-def digest(value: Any) -> str:
-    """SHA-256 (16 digits) of a value of JSON."""
-    return _digest(json.dumps(value, sort_keys=True))
 
 
 def _plain(value: Any) -> Any:
@@ -190,11 +180,7 @@ def _function(function: Any) -> str:
     file = Path(code.co_filename)
     if file.resolve().parent == data.TASKS_PATH.resolve():
         return f"trace_tasks.{file.stem}.{name}"
-    return f"{file.stem}.{name} {_digest(_code(file))}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+    return f"{file.stem}.{name} {digest(_code(file))}"
 
 
 def _code(file: Path, seen: set[Path] | None = None) -> str:
@@ -221,5 +207,5 @@ def _code(file: Path, seen: set[Path] | None = None) -> str:
 def made_with() -> dict[str, str]:
     """What makes scores in addition to the model and the task, for the record of a cell: scoring code and libraries."""
     packages = package_versions(_OF_SCORES)
-    scoring = "".join(_digest(file.read_text(encoding="utf-8")) for file in sorted(data.TASKS_PATH.glob("*.py")))
-    return {"scoring code": _digest(scoring), "python": platform.python_version(), **packages}
+    scoring = "".join(digest(file.read_text(encoding="utf-8")) for file in sorted(data.TASKS_PATH.glob("*.py")))
+    return {"scoring code": digest(scoring), "python": platform.python_version(), **packages}

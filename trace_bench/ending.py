@@ -127,7 +127,7 @@ def command(name: str, given: str | None = None, memory: str = "") -> Iterator[N
     """Runs a command such that it ends in one line where it fails or is stopped, and silently if nobody listens.
 
     Args:
-        name: The key of `KEPT`.
+        name: The command, as in `KEPT`.
         given: The command line; None = that of this program.
         memory: What to do if the machine is short of memory.
 

@@ -55,7 +55,7 @@ def refuse_secrets(settings: Any, what: str) -> None:
 
     Args:
         settings: Values of JSON, also as texts of JSON.
-        what: What the settings are, for the message.
+        what: Their name in the message.
 
     Raises:
         RunError: naming the place, not the value.

@@ -104,8 +104,7 @@ def read_cell(stage: Stage, name: str) -> dict[str, Any]:
             f"{file} says {wrong}, and lies at {stage.name}: it was moved, copied from elsewhere, or the stages were "
             f"renamed. {_REDO}"
         )
-    problem = _cell_problem(cell, name in JUDGED)
-    if problem:
+    if problem := _cell_problem(cell, name in JUDGED):
         raise RunError(f"{file} is damaged: {problem}. {_REDO}")
     return cell
 
@@ -134,12 +133,7 @@ def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
 
 
 def check_samples(stage: Stage, name: str, ids: Sequence[Any]) -> None:
-    """Makes sure that the samples of a cell are those that its score was made from.
-
-    Args:
-        stage: The stage.
-        name: The name of the cell.
-        ids: What identifies each row, in their order.
+    """Makes sure that the samples of a cell, by their `doc_id` in order, are those that its score was made from.
 
     Raises:
         RunError: if lines were lost, doubled or changed.

@@ -1,23 +1,13 @@
 """The run directory: where every result lives and how the program knows what is done.
 
-A step is done when its output file exists. Every file is therefore written to a temporary name, fsynced and
-renamed last of all, so that a file which exists is complete and a killed program loses only the step in progress.
-
-    runs/NAME/
-      manifest.json           what the run is: immutable
-      stages/0_base/          evaluated only
-      stages/1_trace_cstance/
-        adapter/ or model/    the checkpoint: the only thing evaluation reads
-        method_state/         what the next stage of a method reads besides the checkpoint
-        train.json            written last: the stage is trained
-        eval/TASK.json        one cell of the matrix: written last, after eval/samples/TASK.jsonl
+A step is done when its output file exists, which is written last (`trace_tasks.data.files`). docs/architecture.md
+shows the folder.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -33,7 +23,7 @@ from typing import Any
 
 from trace_bench.versions import package_versions, source_commit
 from trace_tasks.data import reading
-from trace_tasks.data.files import fingerprint, open_own, refuse_links, remove, write_json
+from trace_tasks.data.files import digest, fingerprint, open_own, refuse_links, remove, write_json
 from trace_tasks.errors import DataError, TraceError
 
 log = logging.getLogger(__name__)
@@ -56,18 +46,16 @@ class RunError(TraceError):
 class InUse(RunError):
     """Another process, the holder, writes the same results."""
 
-    holder = "another process"
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keeps a second process from writing the same results. Reading needs no lock.
+    """Keeps a second process from writing the results of a step, such as "evaluate", there. Reading needs no lock.
 
     The system releases the lock when the process exits. A leftover lock file is harmless.
-
-    Args:
-        folder: Where the results are written.
-        what: The step, such as "evaluate".
 
     Raises:
         InUse: naming the process that has the lock.
@@ -85,13 +73,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             found = re.match(r"process \d+ on [\w.-]+", file.read(200))
-            holder = found[0] if found else InUse.holder
-            error = InUse(
+            holder = found[0] if found else "another process"
+            raise InUse(
                 f"{folder} is in use: {holder} began `{what}` there and is not done. Wait for it, or end it: the lock "
-                "ends with its process. Several processes may evaluate different --stages."
-            )
-            error.holder = holder
-            raise error from None
+                "ends with its process. Several processes may evaluate different --stages.",
+                holder,
+            ) from None
         except OSError as e:
             log.warning("%s: no locks on this file system (%s). Start no second process that writes there.", folder, e)
         else:
@@ -259,8 +246,7 @@ class Stage:
             return read_json(self.train_file)["checkpoint"]
         if not self.below:
             return fingerprint(self.external)
-        prints = [fingerprint(path) for path in (*self.below, self.external)]
-        return hashlib.sha256("\n".join(prints).encode()).hexdigest()[:16]
+        return digest("\n".join(fingerprint(path) for path in (*self.below, self.external)))
 
     def eval_file(self, task: str) -> Path:
         """The score file of one cell."""
@@ -319,10 +305,7 @@ class Run:
     def create(cls, path: str | Path, manifest: Mapping[str, Any], *, restart: bool = False) -> Run:
         """Creates a run, or opens the one that is there for resuming.
 
-        Args:
-            path: The run directory.
-            manifest: The configuration.
-            restart: Begins a run again with another configuration if no stage of it is trained and nothing measured.
+        With `restart` a run of which nothing is trained or measured begins again with another configuration.
 
         Raises:
             RunError: if a run is there with another configuration; the message lists every differing key.
@@ -380,8 +363,7 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """What the run is, whatever its circumstances and how many checkpoints it has by now: SHA-256, 16 digits."""
-        flat = {k: v for k, v in _flat(self.manifest).items() if not f"{k}.".startswith(_NOT_IDENTITY)}
-        return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+        return digest({k: v for k, v in _flat(self.manifest).items() if not f"{k}.".startswith(_NOT_IDENTITY)})
 
     def _results(self) -> list[Path]:
         """The files that say that a stage is trained, or something measured, whatever the manifest says of stages."""
@@ -395,11 +377,8 @@ class Run:
         """Removes what unfinished trainings left, including checkpoints within a stage."""
         for attempt in self.path.glob("stages/*/.trainer"):
             if steps := len(list(attempt.glob("checkpoint-*"))):
-                log.warning(
-                    "%s: %d checkpoint(s) within the stage are of the old configuration and are removed.",
-                    attempt,
-                    steps,
-                )
+                said = "%s: %d checkpoint(s) within the stage are of the old configuration and are removed."
+                log.warning(said, attempt, steps)
         for kind in (".trainer", "adapter", "model", "method_state"):
             for leftover in self.path.glob(f"stages/*/{kind}"):
                 remove(leftover)

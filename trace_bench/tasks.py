@@ -30,30 +30,25 @@ log = logging.getLogger(__name__)
 
 
 def task_manager(include_defaults: bool = False) -> TaskManager:
-    """lm-eval's index of our tasks, those of TRACE_TASKS and, if asked (it takes seconds), its own."""
+    """lm-eval's index of our tasks, those of TRACE_TASKS and, if asked (it takes seconds), its own.
+
+    TRACE_TASKS names folders with task YAMLs, separated as in PATH.
+    """
     versions.check()
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=[TASKS_PATH, *_more_tasks()], include_defaults=include_defaults)
-
-
-def _more_tasks() -> list[Path]:
-    """The folders with task YAMLs that TRACE_TASKS names, separated as in PATH."""
     folders = [Path(f).expanduser() for f in os.environ.get("TRACE_TASKS", "").split(os.pathsep) if f]
     for folder in folders:
         if not any(folder.rglob("*.yaml")):
             raise DataError(f"TRACE_TASKS={os.environ['TRACE_TASKS']}: {folder} is no folder with task YAMLs.")
-    return folders
+    return TaskManager(include_path=[TASKS_PATH, *folders], include_defaults=include_defaults)
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Task]:
-    """Builds lm-eval tasks by name: the project's own and, if any other is named, lm-eval's.
-
-    Returns:
-        name -> task, in the order of `names`.
+    """Builds lm-eval tasks by name, in that order: the project's own and, if any other is named, lm-eval's.
 
     Raises:
-        DataError: for a name that no suite has.
+        DataError: for a name that nobody has, or a task that cannot be made.
     """
     manager = task_manager()
     if not set(names) <= set(manager.all_tasks):
@@ -84,10 +79,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
 
 
 def load_suites(names: Sequence[str]) -> dict[str, Group]:
-    """Builds general-ability suites: groups of lm-eval's own tasks.
-
-    Returns:
-        name -> group, in the order of `names`.
+    """Builds general-ability suites by name, in that order: groups of lm-eval's own tasks.
 
     Raises:
         DataError: if a suite's rows or packages are missing.
@@ -104,9 +96,8 @@ def load_suites(names: Sequence[str]) -> dict[str, Group]:
         try:
             suites[name] = manager.load([name])["groups"][name]
         except ImportError as e:
-            raise DataError(
-                f"{name} needs packages that are not installed ({e}): pip install 'lm-eval[ifeval]'."
-            ) from e
+            needed = f"{name} needs packages that are not installed ({e}): pip install 'lm-eval[ifeval]'."
+            raise DataError(needed) from e
     return suites
 
 
@@ -157,10 +148,6 @@ def target_text(task: Task, doc: dict[str, Any]) -> str:
     """The answer of a row as lm-eval has it in few-shot prompts, or compares with: the text to train.
 
     A number is its digits, an index its choice, and of several valid answers the first is taken.
-
-    Args:
-        task: An lm-eval task.
-        doc: One of its rows.
 
     Raises:
         ValueError: if there is no such text; the message has the target.

@@ -1,8 +1,4 @@
-"""A limit of time and memory for what files from elsewhere ask for: patterns, templates, sizes in configurations.
-
-Legitimate files take milliseconds, or seconds for the architecture of a very large model. So one limit on whatever is
-done with them is enough, and no list of what may be wrong with them is needed.
-"""
+"""A limit of time and memory for what files from elsewhere ask for: patterns, templates, sizes in configurations."""
 
 from __future__ import annotations
 
@@ -32,11 +28,7 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     """Ends what takes too long or too much memory: Python code, regular expressions, and calls that return.
 
     The time is limited in the main thread, where Python handles signals; the memory on Linux, for the whole process,
-    as so much more than it has.
-
-    Args:
-        seconds: The most time.
-        memory: The most bytes.
+    as so many bytes more than it has.
 
     Raises:
         LimitError: saying which of the two it was.

@@ -12,32 +12,17 @@ from typing import Any
 from trace_bench.ending import command
 from trace_bench.text import prepare_logging, printable
 
-#: Command -> its line in the help, and its module. That has add_arguments(parser) and run(args) -> exit code.
+#: Command -> its line in the help.
 COMMANDS = {
-    "data": ("check a data set (folder, archive or demo) and print its fingerprint", "trace_bench.cli.data"),
-    "data audit": (
-        "audit a data set: repeats, leaks from training to test rows, lengths, broken characters",
-        "trace_bench.cli.audit",
-    ),
-    "evaluate": ("fill the cells of a run's matrix, one engine for all stages", "trace_bench.cli.evaluate"),
-    "judge": (
-        "judge the answers of a run: instruction following and safety against the base model",
-        "judges.commands.judge",
-    ),
-    "annotate": (
-        "make the training data of RCL: a teacher writes reasoning paths, which are checked",
-        "judges.commands.annotate",
-    ),
-    "report": (
-        "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
-        "trace_bench.cli.report",
-    ),
-    "study": ("train, evaluate and compare the runs of a study file", "trace_bench.cli.study"),
-    "status": (
-        "how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
-        "trace_bench.cli.status",
-    ),
-    "tasks-path": ("print the folder of the lm-eval tasks, for --include_path", "trace_bench.cli.tasks_path"),
+    "data": "check a data set (folder, archive or demo) and print its fingerprint",
+    "data audit": "audit a data set: repeats, leaks from training to test rows, lengths, broken characters",
+    "evaluate": "fill the cells of a run's matrix, one engine for all stages",
+    "judge": "judge the answers of a run: instruction following and safety against the base model",
+    "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
+    "report": "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
+    "study": "train, evaluate and compare the runs of a study file",
+    "status": "how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
+    "tasks-path": "print the folder of the lm-eval tasks, for --include_path",
 }
 EPILOG = """\
 the main job:
@@ -81,6 +66,12 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(code)
 
 
+def module_of(command: str) -> Any:
+    """The module of a command, with add_arguments(parser) and run(args) -> exit code."""
+    package = "judges.commands" if command in ("judge", "annotate") else "trace_bench.cli"
+    return importlib.import_module(f"{package}.{command.replace('-', '_').replace(' ', '_')}")
+
+
 def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
     """The arguments, and the module of the command."""
     parser = argparse.ArgumentParser(
@@ -91,10 +82,10 @@ def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module = None
-    for name, (line, path) in COMMANDS.items():
+    for name, line in COMMANDS.items():
         own = commands.add_parser(name, help=line, formatter_class=argparse.RawDescriptionHelpFormatter)
         if given[:1] == [name]:
-            module = importlib.import_module(path)
+            module = module_of(name)
             module.add_arguments(own)
     return parser.parse_args(given), module
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from typing import Any
 
 from trace_bench.run import RunError
+from trace_tasks.data.reading import strict
 
 
 def positive(text: str) -> int:
@@ -19,17 +19,9 @@ def positive(text: str) -> int:
 
 
 def json_object(option: str, text: str | None) -> dict[str, Any] | None:
-    """An option that is a JSON object; None if it is not given.
-
-    Raises:
-        RunError: if it is anything else.
-    """
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
+    """An option that is a JSON object; None if it is not given."""
     try:
-        value = json.loads(text, parse_constant=refuse) if text else None
+        value = strict(text, None) if text else None
     except (ValueError, RecursionError) as e:
         raise RunError(f"{option} must be a JSON object: {e}") from e
     if value is not None and not isinstance(value, dict):

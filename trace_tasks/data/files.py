@@ -36,15 +36,7 @@ _LOCK = ".lock"
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
-    """Opens a file to write into as it is: never through a link, and nothing but an ordinary file.
-
-    Args:
-        path: The file.
-        flags: Those of `os.open`.
-        mode: The rights of a new file.
-
-    Returns:
-        A file descriptor.
+    """`os.open` of a file to write into as it is: never through a link, and nothing but an ordinary file.
 
     Raises:
         DataError: if it is a link, a folder, a pipe or a device.
@@ -63,14 +55,10 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def refuse_links(folder: Path, *names: str) -> None:
-    """Refuses to write where a link leads elsewhere; a run may be an unpacked archive.
+    """Refuses to write into `names` below a folder where a link leads elsewhere; a run may be an unpacked archive.
 
     The folder itself and those above it may be links: their user made them. A link to a file is replaced when the
     file is written. A checkpoint may be a link, since it is only read, or replaced as a whole.
-
-    Args:
-        folder: Where the results are written.
-        *names: What is written into below it.
 
     Raises:
         DataError: naming the link, pipe or device.
@@ -111,8 +99,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """`write_text` of bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f".{path.name}.")
-    done = False
-    while not done:
+    while True:
         tmp = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         with tmp.open("xb") as f:
             try:
@@ -121,7 +108,7 @@ def write_bytes(path: Path, content: bytes) -> None:
                     f.flush()
                     os.fsync(f.fileno())
                     tmp.replace(path)
-                    done = True
+                    break
             finally:
                 tmp.unlink(missing_ok=True)
     _fsync_dir(path.parent)
@@ -176,10 +163,6 @@ def temporary_dir(parent: Path, prefix: str) -> Iterator[Path]:
 
     Its owner holds a lock (`flock`) on a file in it, and the system releases the lock when the process exits. So the
     next process knows which folders nobody works in any more, whatever machines and process numbers they are from.
-
-    Args:
-        parent: An existing folder.
-        prefix: How its name begins; the rest cannot be guessed.
     """
     remove_leftovers(parent, prefix)
     while True:
@@ -232,14 +215,8 @@ def cache_dir() -> Path:
 def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
     """A folder of a cache, which processes on several machines may share: made if it is not there or damaged.
 
-    Each process makes it in a folder of its own, and the first one to finish wins: one that is whole is never replaced.
-
-    Args:
-        path: The folder.
-        make: Fills an empty folder.
-
-    Returns:
-        `path`.
+    Each process has `make` fill a folder of its own, and the first one to finish wins: one that is whole is never
+    replaced.
     """
     if _is_whole(path):
         return path
@@ -300,6 +277,12 @@ def _sha256_once(path: Path, *state: int) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex, 16 digits) of a text, or of another value of JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
 
 def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:

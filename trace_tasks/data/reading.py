@@ -26,11 +26,7 @@ _LONGEST_NUMBER = 20
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Reads an ordinary file of limited size: a pipe would be waited for, and a device may never end.
-
-    Args:
-        path: The file.
-        most: The most bytes.
+    """Reads an ordinary file of at most so many bytes: a pipe would be waited for, and a device may never end.
 
     Raises:
         DataError: if it is something else, or longer.
@@ -50,7 +46,7 @@ def read_json(path: Path, shape: Any = None, hook: Any = None) -> Any:
 
     Args:
         path: The file.
-        shape: A type that pydantic knows; None = anything.
+        shape: As for `check`; None = anything.
         hook: Makes objects of the pairs' mappings, as of `json.loads`.
 
     Raises:
@@ -75,11 +71,7 @@ def _adapter(shape: Any) -> TypeAdapter:
 
 
 def check(shape: Any, content: Any) -> None:
-    """Compares a value with a shape.
-
-    Args:
-        shape: A type that pydantic knows.
-        content: A value of JSON.
+    """Compares a value of JSON with a shape, a type that pydantic knows.
 
     Raises:
         ValueError: with the entry, its value and what it should be.
