@@ -67,13 +67,10 @@ class BatchClient(Client):
         self.report(errors, len(bodies))
         return errors
 
-    def _batches(self) -> list[Batch]:
-        return submitted(self.cache.path, self.endpoint)
-
     def _remember(self, batches: list[Batch]) -> None:
         """Writes the batches of this endpoint in place of those that the file has."""
-        file, endpoint = batch_file(self.cache.path), self.endpoint
-        batches = [batch for batch in submitted(self.cache.path) if batch["endpoint"] != endpoint] + batches
+        file = batch_file(self.cache.path)
+        batches = [batch for batch in submitted(self.cache.path) if batch["endpoint"] != self.endpoint] + batches
         if batches:
             write_json(file, {"batches": batches})
         else:
@@ -88,7 +85,7 @@ class BatchClient(Client):
             if isinstance(e, openai.APIStatusError):
                 self.refuse_redirect(e)
             rest = "Without --batch, requests are sent one by one."
-            if self._batches():
+            if self.batches():
                 rest = (
                     f"What was submitted is remembered in {batch_file(self.cache.path)}: the same command goes on from "
                     "there. If the endpoint has forgotten it, delete that file, and all is paid again."
@@ -97,19 +94,18 @@ class BatchClient(Client):
 
     async def _submit(self, bodies: dict[str, Request]) -> None:
         async with self.connect() as api:
-            batches = self._batches()
-            if any(batch["id"] is None for batch in batches):  # of a program that was killed while it made them
-                for batch in batches:
-                    batch["id"] = batch["id"] or await _find(api, batch["tag"])
-                batches = [batch for batch in batches if batch["id"]]
-                self._remember(batches)
+            batches = self.batches()
+            for batch in batches:  # without a name: of a program that was killed while it made it
+                batch["id"] = batch["id"] or await _find(api, batch["tag"])
+            batches = [batch for batch in batches if batch["id"]]
+            self._remember(batches)
             waiting = {key for batch in batches for key in batch["keys"]}
             for lines in _chunks({key: body for key, body in bodies.items() if key not in waiting}):
                 await self._make(api, lines)
 
     async def _make(self, api: openai.AsyncOpenAI, lines: dict[str, bytes]) -> None:
         """Makes one batch of the lines of its input file."""
-        others, tag = self._batches(), uuid.uuid4().hex
+        others, tag = self.batches(), uuid.uuid4().hex
         batch: Batch = {"tag": tag, "id": None, "endpoint": self.endpoint, "keys": list(lines)}
         content = io.BytesIO(b"".join(lines.values()))
         upload = await _object(api.files.with_raw_response.create(file=(f"{tag}.jsonl", content), purpose="batch"))
@@ -141,7 +137,7 @@ class BatchClient(Client):
         done: dict[str, int] = {}
 
         def waited_for() -> list[Batch]:  # others are left to the command that submitted them
-            return [b for b in self._batches() if b["id"] and not bodies.keys().isdisjoint(b["keys"])]
+            return [b for b in self.batches() if b["id"] and not bodies.keys().isdisjoint(b["keys"])]
 
         with tqdm(total=len(bodies), desc=f"{desc} (batch; may be stopped and gone on with)", unit="request") as bar:
             async with self.connect() as api:
@@ -164,26 +160,26 @@ class BatchClient(Client):
     async def _take(self, batch: Batch, said: dict[str, Any], bodies: dict[str, Request]) -> dict[str, str]:
         """Puts the replies of a batch that has ended into the cache, forgets it, and returns what went wrong."""
         errors: dict[str, str] = {}
+        # As many replies as there are requests, in both files together.
+        most = min(MOST_FILE, MOST_REPLY * (len(batch["keys"]) + 1))
         with self.cache.alone():
-            if batch not in self._batches():  # another program was faster
+            if batch not in self.batches():  # another program was faster
                 return errors
-            for field in ("output_file_id", "error_file_id"):
-                if said.get(field) is not None:
-                    # As many replies as there are requests, in both files together.
-                    most = min(MOST_FILE, MOST_REPLY * (len(batch["keys"]) + 1))
-                    async with self.connect(most) as api:
+            async with self.connect(most) as api:
+                for field in ("output_file_id", "error_file_id"):
+                    if said.get(field) is not None:
                         content = (await api.files.content(_name(said, field))).content
-                    errors |= self._keep(content, batch["keys"], bodies)
-            self._remember([other for other in self._batches() if other != batch])
+                        errors |= self._keep(content, batch["keys"], bodies)
+            self._remember([other for other in self.batches() if other != batch])
         reasons = said["errors"].get("data") if isinstance(said.get("errors"), dict) else None
-        reasons = [r.get("message") or r.get("code") for r in reasons if isinstance(r, dict)] if reasons else []
+        reasons = [r.get("message") or r.get("code") for r in _objects(reasons)]
         why = "; ".join([f"the batch ended as {said['status']}", *map(str, filter(None, reasons[:3]))])
         return {key: errors.get(key, self.masked(why)) for key in batch["keys"] if key not in self.cache}
 
     def _keep(self, content: bytes, keys: list[str], bodies: dict[str, Request]) -> dict[str, str]:
         """Puts the replies of a batch's output file into the cache, and returns what went wrong with which request."""
         errors, asked = {}, set(keys)
-        unreadable, example = 0, ""
+        unreadable: list[str] = []  # whose replies they were shows as requests without one
         for line in filter(bytes.strip, io.BytesIO(content)):
             key = None
             try:
@@ -197,15 +193,15 @@ class BatchClient(Client):
                     raise ValueError(json.dumps(row.get("error") or response))
                 reply = read_reply(response.get("body"))
             except (ValueError, TypeError, RecursionError) as e:
-                if key is None:  # whose reply it was shows as a request without one
-                    unreadable, example = unreadable + 1, example or self.masked(e)
+                if key is None:
+                    unreadable.append(self.masked(e))
                 else:
                     errors[key] = self.masked(e)
-                continue
-            if key not in self.cache:
-                self.cache.put(key, bodies.get(key), reply)
+            else:
+                if key not in self.cache:
+                    self.cache.put(key, bodies.get(key), reply)
         if unreadable:
-            log.warning("%d lines of the batch cannot be read, such as: %s", unreadable, example)
+            log.warning("%d lines of the batch cannot be read, such as: %s", len(unreadable), unreadable[0])
         return errors
 
 
@@ -218,6 +214,11 @@ async def _object(call: Awaitable[Any]) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise _UnusableError(f"unusable reply: {type(body).__name__}, not an object")
     return body
+
+
+def _objects(rows: Any) -> list[dict[str, Any]]:
+    """The objects of a list that a server sent; none of anything else."""
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def _name(body: dict[str, Any], field: str = "id") -> str:
@@ -233,8 +234,7 @@ async def _find(api: openai.AsyncOpenAI, tag: str) -> str | None:
     after: dict[str, str] = {}
     for _ in range(MOST_PAGES):
         page = await _object(api.batches.with_raw_response.list(limit=100, extra_query=after))
-        data = page.get("data")
-        rows = [row for row in data if isinstance(row, dict)] if isinstance(data, list) else []
+        rows = _objects(page.get("data"))
         for row in rows:
             metadata = row.get("metadata")
             if isinstance(metadata, dict) and metadata.get("trace_bench") == tag:

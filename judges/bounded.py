@@ -27,20 +27,12 @@ MOST_REPLY = 4 * 2**20
 FILE_SECONDS = 3600.0
 
 
-class _RefusedError(Exception):
-    """Why a reply is not read."""
-
-
 class Bounded(httpx.AsyncClient):
     """Limits the size of a reply and the time for all of it, connecting included, and follows no redirect.
 
     The time-outs of httpx begin again with every byte. A redirect would carry prompts and names of the organisation to
-    another host. A reply that is refused is replaced by one that says why, as `extensions["why"]`.
-
-    Args:
-        endpoint: The base of all addresses.
-        seconds: The time for a reply.
-        most_file: The most bytes of a file; of anything else MOST_REPLY.
+    another host. A reply that is refused is replaced by one that says why, as `extensions["why"]`. A file may have
+    `most_file` bytes, anything else MOST_REPLY.
     """
 
     def __init__(self, endpoint: str, seconds: float, most_file: int) -> None:
@@ -67,8 +59,8 @@ class Bounded(httpx.AsyncClient):
                     await response.aclose()
         except TimeoutError:
             return _refused(request, 504, f"no whole reply within {seconds:g} s", again)
-        except _RefusedError as e:
-            return _refused(request, 502, str(e), False)
+        if isinstance(content, str):
+            return _refused(request, 502, content, False)
         if chat and response.status_code == 200:
             try:
                 read_reply(json.loads(content))
@@ -97,20 +89,16 @@ async def _hide_location(response: httpx.Response) -> None:
     response.extensions["location"] = response.headers.pop("location", "")
 
 
-async def _read(response: httpx.Response, most: int) -> bytes:
-    """The content of a reply.
-
-    Raises:
-        _RefusedError: if it is larger, or packed, which was not asked for.
-    """
+async def _read(response: httpx.Response, most: int) -> bytes | str:
+    """The content of a reply, or why it is not read: it is larger, or packed, which was not asked for."""
     coding = response.headers.get("content-encoding", "identity").strip().lower()
     if coding not in ("", "identity"):
-        raise _RefusedError(f"a reply in the encoding {coding[:40]!r}, which was not asked for")
+        return f"a reply in the encoding {coding[:40]!r}, which was not asked for"
     content = bytearray()
     async for part in response.aiter_raw():
         content += part
         if len(content) > most:
-            raise _RefusedError(f"a reply of more than {most:,} bytes")
+            return f"a reply of more than {most:,} bytes"
     return bytes(content)
 
 

@@ -36,10 +36,8 @@ SHOWN = 10
 class Client(Judge):
     """A model behind an OpenAI-compatible endpoint; see `Judge`.
 
-    Args:
-        base_url: The endpoint, such as http://localhost:8000/v1; None takes OPENAI_BASE_URL, or OpenAI's own.
-        concurrency: The most requests at a time.
-        timeout: Seconds that a reply may take, from connecting to its last byte.
+    `base_url` is such as http://localhost:8000/v1; None takes OPENAI_BASE_URL, or OpenAI's own. `timeout` = seconds
+    that a reply may take, from connecting to its last byte.
 
     Raises:
         JudgeError: if the key or the URL cannot be used. An estimate needs no key.
@@ -58,7 +56,7 @@ class Client(Judge):
         endpoint = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
         super().__init__(model, endpoint=endpoint, cache=cache, sampling=sampling)
         self.concurrency, self.timeout = concurrency, timeout
-        # Before anything shows the URL, and without showing it: it is part of results and messages.
+        # The URL is part of results and messages: this one shows none.
         if any(mark in endpoint for mark in "@?#"):
             raise JudgeError(
                 "The URL of the endpoint holds a user, password, query or fragment (one of @, ? and #): put the key in "
@@ -87,7 +85,7 @@ class Client(Judge):
     def masked(self, error: object) -> str:
         """The text of an error for people to read: a short line, without the key, which servers may send back."""
         if isinstance(error, openai.APIStatusError):
-            error = error.response.extensions.get("why", error)
+            error = error.response.extensions.get("why", error)  # see `Bounded`
         text = " ".join(printable(str(error) or type(error).__name__).split())
         key = _key()
         return (text.replace(key, "***") if len(key) >= 6 else text)[:500]
@@ -110,12 +108,16 @@ class Client(Judge):
         ) from None
 
     def refuse_without_key(self) -> None:
-        """Raises an error if the endpoint is OpenAI's and there is no key."""
+        """Raises an error where a key is needed, which is at OpenAI, and there is none."""
         if not _key() and self.endpoint == OPENAI_URL:
             raise JudgeError(
                 "OPENAI_API_KEY is not set. Set it, or name an endpoint that needs none with --base-url or "
                 "OPENAI_BASE_URL, such as that of `vllm serve`, or judge with a local model (--local)."
             )
+
+    def batches(self) -> list[dict[str, Any]]:
+        """The batches of this endpoint that were submitted and not fetched yet, see `judges.batch`."""
+        return [batch for batch in submitted(self.cache.path) if batch["endpoint"] == self.endpoint]
 
     def report(self, errors: dict[str, str], asked: int) -> None:
         """Warns of requests that failed.
@@ -131,8 +133,7 @@ class Client(Judge):
     def send(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
         """Sends the requests one by one; refuses those that are in a batch and would be paid twice."""
         self.refuse_without_key()
-        batches = submitted(self.cache.path, self.endpoint)
-        if waiting := bodies.keys() & {key for batch in batches for key in batch["keys"]}:
+        if waiting := bodies.keys() & {key for batch in self.batches() for key in batch["keys"]}:
             raise JudgeError(
                 f"{len(waiting)} of these requests are in a batch that was submitted already and not fetched yet. Use "
                 f"--batch to wait for it, or delete {batch_file(self.cache.path)} to pay for them again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,11 @@ class Usage:
         """Requests that there is a reply to."""
         return self.sent + self.cached - self.failed
 
-    def cost(self, price_in: float, price_out: float) -> float:
-        """The cost, from prices per million tokens."""
-        return (self.prompt_tokens * price_in + self.completion_tokens * price_out) / 1e6
-
 
 class Judge:
-    """Answers requests, and keeps the replies in a cache.
+    """Answers requests, and keeps the replies in the file `cache`.
 
-    Args:
-        model: The model's name.
-        endpoint: Where it is asked; part of the keys of the cache.
-        cache: The file of replies.
-        sampling: Parameters of every request; None = SAMPLING.
+    `sampling` are the parameters of every request; None = SAMPLING.
 
     Raises:
         JudgeError, RunError: if a parameter is set by the program itself, or is a secret.
@@ -87,25 +80,20 @@ class Judge:
     def complete(self, requests: Sequence[Request], desc: str = "judging") -> list[Reply]:
         """Sends what the cache does not hold, and returns one reply for each request, in their order.
 
-        A reply whose `error` is set failed after all tries; asking again sends only those.
-
-        Args:
-            requests: "messages" each, and parameters that differ from the judge's own.
-            desc: What the progress bar says.
+        A request has "messages", and parameters that differ from the judge's own. A reply whose `error` is set failed
+        after all tries; asking again sends only those. `desc` is what the progress bar says.
 
         Raises:
             JudgeError: if the judge cannot be asked. Replies so far are kept.
         """
         keyed = [self._body(request) for request in requests]
-        bodies, todo, errors = dict(keyed), {}, {}
-        if any(key not in self.cache for key in bodies):
-            with self.cache.alone():
-                todo = {key: body for key, body in bodies.items() if key not in self.cache}
-                self.usage.cached += len(bodies) - len(todo)
-                errors = self.send(todo, desc) if todo else {}
-            errors |= self.collect(todo, desc) if todo else {}
-        else:
-            self.usage.cached += len(bodies)
+        bodies = dict(keyed)
+        all_there = all(key in self.cache for key in bodies)
+        with nullcontext() if all_there else self.cache.alone():  # where others may have asked meanwhile
+            todo = {key: body for key, body in bodies.items() if key not in self.cache}
+            self.usage.cached += len(bodies) - len(todo)
+            errors = self.send(todo, desc) if todo else {}
+        errors |= self.collect(todo, desc) if todo else {}
         self.usage.sent += len(todo)
         self.usage.failed += len(errors)
         for key in todo.keys() - errors.keys():

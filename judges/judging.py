@@ -1,8 +1,7 @@
 """Judges the samples of a run: every stage against the base model in both orders, and every answer by itself.
 
-Samples come from evaluation (`stage.samples_file`), results go to the stage's folder: judge/<suite>.jsonl, one line a
-pair with both replies, and then judge/<suite>.json, the numbers. A suite is done when the second file exists, was made
-from these samples, and no request of it failed.
+Results go to the stage's folder: judge/<suite>.jsonl, one line a pair with both replies, and then judge/<suite>.json,
+the numbers. A suite is done when the second file exists, was made from these samples, and no request of it failed.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from judges import prompts
 from judges.broken import why_broken
 from judges.judge import Judge
 from judges.replies import Reply, Request
-from judges.verdict import ends, forced_verdict, verdict_of, why_unscored
+from judges.verdict import ends, verdict_of, why_unscored
 from trace_bench import judgements
 from trace_bench.judgements import BROKEN, KINDS, Kind, judge_file, sample_fingerprints, suites_of
 from trace_bench.records import check_one_checkpoint, check_samples, check_stages
@@ -62,39 +61,36 @@ class Pair:
 
     def line(self, kind: Kind, replies: Sequence[Reply]) -> dict[str, Any]:
         """A line of the results: verdicts, and the replies to `requests` that they were read from."""
+
+        def shown(reply: Reply) -> str | None:
+            return None if reply.error else reply.text
+
         direct, both = (None, replies) if self.broken[0] else (replies[0], replies[1:])
         judged = [(direct, kind.words), *((reply, prompts.PAIR) for reply in both)]
         line: dict[str, Any] = {
             "doc_id": self.doc_id,
             "direct": verdict_of(direct, kind.words) if direct else BROKEN,
-            "direct_reply": _shown(direct) if direct else None,
+            "direct_reply": shown(direct) if direct else None,
         }
         if any(self.broken):
             line["broken"] = self.broken  # of the stage's answer, then of the base model's
         if self.base is not None:
             verdicts = [verdict_of(reply, prompts.PAIR) for reply in both]
-            if self.is_left_out(kind):
-                combined, disagree = "broken", False
-            else:
-                combined, disagree = ("tie", False) if self.identical else judgements.combine(*verdicts)
+            combined, disagree = judgements.combine(*verdicts) if both else ("tie", False)
             line |= {
-                "combined": combined,
+                "combined": "broken" if self.is_left_out(kind) else combined,
                 "disagree": disagree,
                 "identical": self.identical,
                 "lengths": [len(self.response), len(self.base)],  # in characters
                 "verdicts": verdicts,  # of the order (stage, base) and of (base, stage)
-                "replies": [_shown(reply) for reply in both],
+                "replies": [shown(reply) for reply in both],
             }
         # Of the direct reply, then of both orders. No rate counts what was forced.
-        for name, told in (("unscored", why_unscored), ("forced", forced_verdict)):
+        for name, told in (("unscored", why_unscored), ("forced", partial(verdict_of, forced=True))):
             if any(values := [reply and told(reply, words) for reply, words in judged]):
                 line[name] = values
         errors = [reply.error for reply in replies if reply.error]
         return {**line, "errors": errors} if errors else line
-
-
-def _shown(reply: Reply) -> str | None:
-    return None if reply.error else reply.text
 
 
 @dataclass(frozen=True)
@@ -108,15 +104,9 @@ class Job:
     pairs: list[Pair]
     unpaired: int
 
-    @property
-    def requests(self) -> list[Request]:
-        """All that is asked, pair after pair."""
-        return [request for pair in self.pairs for request in pair.requests(self.kind)]
-
     def is_done(self, limit: int | None) -> bool:
         """Whether the results are there, of these samples and without a failed request."""
-        file = judge_file(self.stage, self.suite)
-        if not file.exists():
+        if not (file := judge_file(self.stage, self.suite)).exists():
             return False
         there = read_json(file)
         if there["samples"] != self.samples:
@@ -149,14 +139,9 @@ def plan(
     suites: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> list[Job]:
-    """What is to be judged and not done, without asking anything.
+    """What is to be judged and not done, without asking anything: the first `limit` rows of suites at stages.
 
-    Args:
-        run: The run.
-        judge: Who will judge.
-        stages: Indices of stages; None = all. Each is compared with stage 0, whether that is among them or not.
-        suites: Names of suites; None = all that there are samples of.
-        limit: First so many rows of each suite.
+    Each stage is compared with stage 0, whether that is among them or not. None = all that there are samples of.
 
     Raises:
         RunError: if a stage or suite does not exist, the samples of two stages do not belong together, or there are
@@ -169,8 +154,7 @@ def plan(
     present = {(stage, suite): kind for stage in run.stages for kind in KINDS for suite in suites_of(stage, kind)}
     names = sorted({suite for stage, suite in present if stage.index in indices})
     chosen = names if suites is None else sorted(set(suites))
-    missing = set(chosen) - set(names)
-    if missing or not names:
+    if (missing := set(chosen) - set(names)) or not names:
         raise RunError(
             f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at the "
             f"stages asked for; there are: {', '.join(names) or 'none'}. `trace-bench evaluate` writes them."
@@ -197,8 +181,7 @@ def plan(
 
 def _check_same_judge(stage: Stage, suite: str, judge: Judge, limit: int | None, again: bool) -> None:
     """Refuses to add to results of a different judge, or of other rows unless those are judged `again` now."""
-    file = judge_file(stage, suite)
-    if not file.exists():
+    if not (file := judge_file(stage, suite)).exists():
         return
     made = read_json(file)
     there = {**made["settings"], "endpoint": made.get("endpoint", judge.endpoint)}
@@ -267,6 +250,11 @@ def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
     return found
 
 
+def requests_of(jobs: Iterable[Job]) -> list[Request]:
+    """All that is asked, pair after pair."""
+    return [request for job in jobs for pair in job.pairs for request in pair.requests(job.kind)]
+
+
 def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -> list[dict[str, Any]]:
     """Asks what is not in the cache, writes the results of each job, and returns the contents of the files of numbers.
 
@@ -274,7 +262,7 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
         JudgeError: if the judge cannot be asked. Its replies so far are kept.
     """
     # All at once: one progress bar, one batch; and since the replies are kept, nothing is lost by writing at the end.
-    replies = iter(judge.complete([request for job in jobs for request in job.requests]))
+    replies = iter(judge.complete(requests_of(jobs)))
     results = []
     for job in jobs:
         answers = [[next(replies) for _ in pair.requests(job.kind)] for pair in job.pairs]

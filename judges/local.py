@@ -51,16 +51,16 @@ class _Asked(NamedTuple):
     prompt: str
     ids: list[int]
     sampling: Any
+    offered: list[str]
+    """The verdicts that it may be answered with."""
 
 
 class LocalJudge(Judge):
-    """A model in vLLM; the engine starts with the first request that is not cached.
+    """A model in vLLM: a hub id, a local folder, or SmolLM2-135M-Instruct. See `Judge`.
 
-    Args:
-        model: A hub id, a local folder, or SmolLM2-135M-Instruct.
-        cache: The file of replies.
-        sampling: As `vllm serve` takes it: vLLM's SamplingParams, and `chat_template_kwargs`. None = `judge.SAMPLING`.
-        engine_args: Arguments of vLLM's LLM; those of memory and speed only, since replies are cached without them.
+    The engine starts with the first request that is not cached. `sampling` is as `vllm serve` takes it: vLLM's
+    SamplingParams, and `chat_template_kwargs`. `engine_args` are those arguments of vLLM's LLM that decide memory and
+    speed only, since replies are cached without them.
     """
 
     date = f"{DATE:%Y-%m-%d}"
@@ -149,7 +149,8 @@ class LocalJudge(Judge):
             raise JudgeError(f"{self.model}: {e}") from e
         if body["messages"][-1]["content"].strip() not in prompt:
             raise JudgeError(f"The chat template of {self.model} leaves out what is asked: use another model.")
-        return _Asked(key, body, prompt, self._ids(prompt), sampling)
+        offered = sorted(set(_OFFERED.findall(body["messages"][-1]["content"])))
+        return _Asked(key, body, prompt, self._ids(prompt), sampling, offered)
 
     def _ids(self, text: str) -> list[int]:
         # A rendered chat holds its special tokens as text.
@@ -164,25 +165,20 @@ class LocalJudge(Judge):
         from vllm import SamplingParams
 
         replies = [self._reply(one, output) for one, output in zip(asked, generated, strict=True)]
-        offers: dict[int, list[str]] = {}
-        for i, (one, reply) in enumerate(zip(asked, replies, strict=True)):
-            offered = sorted(set(_OFFERED.findall(one.body["messages"][-1]["content"])))
-            if offered and not is_unclosed(reply) and verdict_of(reply, offered) is None:
-                offers[i] = offered
-        if not offers:
+        open_ = [
+            i
+            for i, (one, reply) in enumerate(zip(asked, replies, strict=True))
+            if one.offered and not is_unclosed(reply) and verdict_of(reply, one.offered) is None
+        ]
+        if not open_:
             return replies
-        # Verdict -> its first token after the brackets. The offered ones begin with different letters.
-        tokens = {word: self._first_token(word) for word in {word for offered in offers.values() for word in offered}}
-        chosen = self._generate(
-            [self._ids(asked[i].prompt + generated[i].text.rstrip() + _OPENING) for i in offers],
-            [
-                SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=[tokens[word] for word in offered])
-                for offered in offers.values()
-            ],
-        )
-        for (i, offered), output in zip(offers.items(), chosen, strict=True):
-            word = next(word for word in offered if tokens[word] == output.token_ids[0])
-            replies[i] = replace(replies[i], text=f"{replies[i].text.rstrip()}{_OPENING}{word}]]", forced=True)
+        # First token after the brackets -> its verdict, for each reply. The offered ones begin with different letters.
+        words = [{self._first_token(word): word for word in asked[i].offered} for i in open_]
+        prompts = [self._ids(asked[i].prompt + generated[i].text.rstrip() + _OPENING) for i in open_]
+        sampling = [SamplingParams(temperature=0, max_tokens=1, allowed_token_ids=list(tokens)) for tokens in words]
+        for i, tokens, output in zip(open_, words, self._generate(prompts, sampling), strict=True):
+            text = f"{replies[i].text.rstrip()}{_OPENING}{tokens[output.token_ids[0]]}]]"
+            replies[i] = replace(replies[i], text=text, forced=True)
         return replies
 
     def _first_token(self, word: str) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict
 
 from trace_bench.run import InUse, locked, read_json
 from trace_tasks.data.files import open_own
@@ -59,9 +60,8 @@ class Reply:
         return self.finish_reason in _CUT
 
 
-@dataclass
-class _Line:
-    """A line of a cache."""
+class _Line(TypedDict):
+    """A line of a cache; its request is there for people."""
 
     key: str
     reply: Reply
@@ -88,8 +88,8 @@ class Cache:
             # A line may be torn when a program is killed: its request counts as never sent.
             with suppress(ValueError):
                 found = _LINE.validate_json(line, strict=True)
-                if found.reply.error is None:
-                    self._replies[found.key] = found.reply
+                if found["reply"].error is None:
+                    self._replies[found["key"]] = found["reply"]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -124,7 +124,7 @@ class Cache:
         with open(self.path, "ab+", buffering=0, opener=lambda _, flags: open_own(self.path, flags, 0o600)) as f:
             # A program that was killed, this one or another, may have left a part of a line.
             torn = f.seek(0, os.SEEK_END) and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
-            rest = memoryview((b"\n" if torn else b"") + line.encode())
+            rest = b"\n" * bool(torn) + line.encode()
             while rest:  # one system call, so that the lines of two machines do not mix; a full disk takes less
                 rest = rest[f.write(rest) :]
             os.fsync(f.fileno())
@@ -136,11 +136,10 @@ def batch_file(cache: Path) -> Path:
     return cache.with_suffix(".batches.json")
 
 
-def submitted(cache: Path, endpoint: str | None = None) -> list[dict[str, Any]]:
-    """The batches in `batch_file`: those of one endpoint, or all."""
+def submitted(cache: Path) -> list[dict[str, Any]]:
+    """The batches in `batch_file`."""
     file = batch_file(cache)
-    batches = read_json(file)["batches"] if file.exists() else []
-    return [batch for batch in batches if endpoint in (None, batch["endpoint"])]
+    return read_json(file)["batches"] if file.exists() else []
 
 
 def request_key(endpoint: str, body: Request) -> str:

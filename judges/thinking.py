@@ -39,13 +39,9 @@ _OPENED = re.compile("(?:" + "|".join(opening for opening, _ in _MARKS) + r")\s{
 
 
 def answer_of(text: str) -> str | None:
-    """What a text says after its thinking: all of it where there is none.
+    """What follows the last closing mark of a reply, behind what `opened_by` finds in its prompt.
 
-    Args:
-        text: What `opened_by` finds in the prompt, and the reply.
-
-    Returns:
-        What follows the last closing mark; None if thinking was opened and not closed, so that there is no answer.
+    None if thinking was opened and not closed, so that there is no answer.
     """
     opened: set[str | int] = set()
     end = 0

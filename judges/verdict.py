@@ -16,58 +16,38 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
+from judges.replies import Reply
 from judges.thinking import answer_of
-
-if TYPE_CHECKING:
-    from judges.judge import Reply
 
 _VERDICT = re.compile(r"\[\[\s*(\w+)\s*\]\]")
 
 
 def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str | None:
-    """The verdict of a reply.
+    """The verdict of a reply, by the rule above: one of `allowed`, which are in capitals, or None.
 
-    Args:
-        reply: The text of the reply; None if there is none.
-        allowed: The verdicts that may be given, in capitals, such as ("A", "B", "C"). Others in brackets are text.
-        cut: Whether the reply ended at its limit of tokens.
-
-    Returns:
-        One of `allowed`; None if the reply has no verdict, see above.
+    Other words in brackets are text. `cut` = the reply ended at its limit of tokens.
     """
     text = answer_of(reply or "")
     if text is None or cut:
         return None
-    verdicts = _named(text, allowed)
-    if len(verdicts) > 1:
-        verdicts = _named(text.rstrip().splitlines()[-1], allowed)
-    return verdicts.pop() if len(verdicts) == 1 else None
+    for part in (text, *text.rstrip().splitlines()[-1:]):
+        verdicts = {word.upper() for word in _VERDICT.findall(part)} & set(allowed)
+        if len(verdicts) == 1:
+            return verdicts.pop()
+    return None
 
 
-def _named(text: str, allowed: Sequence[str]) -> set[str]:
-    return {word.upper() for word in _VERDICT.findall(text)} & set(allowed)
+def verdict_of(reply: Reply, allowed: Sequence[str], forced: bool = False) -> str | None:
+    """The verdict of what a judge answered, see `parse`; None for a request that failed.
 
-
-def verdict_of(reply: Reply, allowed: Sequence[str]) -> str | None:
-    """The verdict of what a judge answered; None for a request that failed, or a forced verdict. See `parse`.
-
-    A verdict that a local model was made to choose (`forced_verdict`) is no judgement of its own: no rate counts it.
+    With `forced` it is the one that a local model was made to choose, which is no judgement of its own: no rate counts
+    it. Without, it is any other.
     """
-    return None if reply.forced else _found(reply, allowed)
-
-
-def forced_verdict(reply: Reply, allowed: Sequence[str]) -> str | None:
-    """The verdict that a local model was made to choose; None if it was not."""
-    return _found(reply, allowed) if reply.forced else None
-
-
-def _found(reply: Reply, allowed: Sequence[str]) -> str | None:
-    if reply.error or is_unclosed(reply):
+    if reply.forced != forced or reply.error or is_unclosed(reply):
         return None
     # A forced verdict stands behind what the model wrote, however that ended.
-    return parse(reply.text, allowed, cut=reply.cut and not reply.forced)
+    return parse(reply.text, allowed, cut=reply.cut and not forced)
 
 
 def is_unclosed(reply: Reply) -> bool:

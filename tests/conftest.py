@@ -218,7 +218,7 @@ def quick_options(model: Path, output_dir: Path) -> dict:
 
 @cache
 def _freeze_libraries() -> None:
-    """Keeps what is imported out of later collections of garbage: each training asks for one, of millions of objects."""
+    """Keeps what is imported out of later garbage collections: each training asks for one of millions of objects."""
     gc.collect()
     gc.freeze()
 

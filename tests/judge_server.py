@@ -20,11 +20,14 @@ BLOCK = re.compile(r"<<<(ANSWER[ AB]*)>>>\n(.*?)\n<<<END OF \1>>>", re.S)
 
 @contextmanager
 def with_key(monkeypatch, folder):
-    """A key in the environment and no proxy; afterwards no file of the folder holds the key."""
+    """A key in the environment, no proxy, and short waits; afterwards no file of the folder holds the key."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.02)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.05)
+    monkeypatch.setattr("judges.batch.POLL_SECONDS", 0.02)
     yield
     assert not [p for p in folder.rglob("*") if p.is_file() and KEY.encode() in p.read_bytes()]
 
@@ -78,6 +81,33 @@ ENDLESS = {
 }
 
 
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        content, server = self.rfile.read(int(self.headers["Content-Length"])), self.server.fake
+        server.headers.append({k.lower(): v for k, v in self.headers.items()})
+        if self.path == "/v1/files":
+            server.upload(self, content)
+        elif self.path in ("/v1/chat/completions", "/v1/batches"):
+            (server.chat if "chat" in self.path else server.make_batch)(self, json.loads(content))
+        else:
+            server.send(self, 404, _error(f"no {self.path}"))
+
+    def do_GET(self):
+        self.server.fake.get(self, self.path.split("?")[0].removeprefix("/v1/").split("/"))
+
+
+class Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        pass  # clients that were killed
+
+
 class Server:
     """Runs while the `with` block does."""
 
@@ -97,36 +127,8 @@ class Server:
         self.batch_polls = 1  # polls until a batch is completed
 
     def __enter__(self):
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                content = self.rfile.read(int(self.headers["Content-Length"]))
-                server.headers.append({k.lower(): v for k, v in self.headers.items()})
-                if self.path == "/v1/chat/completions":
-                    server.chat(self, json.loads(content))
-                elif self.path == "/v1/files":
-                    server.upload(self, content)
-                elif self.path == "/v1/batches":
-                    server.make_batch(self, json.loads(content))
-                else:
-                    server.send(self, 404, _error(f"no {self.path}"))
-
-            def do_GET(self):
-                server.get(self, self.path.split("?")[0].removeprefix("/v1/").split("/"))
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, request, client_address):
-                pass  # clients that were killed
-
         self.http = Quiet(("127.0.0.1", 0), Handler)
+        self.http.fake = self
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
         threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
@@ -137,9 +139,8 @@ class Server:
         self.http.server_close()
 
     def send(self, handler, status, body, headers=None):
-        key = handler.headers["Authorization"] or ""
         text = body if isinstance(body, str) else json.dumps(body)
-        content = text.replace("{key}", key).encode()
+        content = text.replace("{key}", handler.headers["Authorization"] or "").encode()
         handler.send_response(status)
         for name, value in ({"Content-Type": "application/json"} | (headers or {})).items():
             handler.send_header(name, value)
@@ -149,8 +150,7 @@ class Server:
 
     def completion(self, text, **message):
         answer = self.answer(text)
-        # An answer may also be a message, with the reason of its end.
-        message = {"content": answer, **message} if isinstance(answer, str) else {**answer, **message}
+        message = ({"content": answer} if isinstance(answer, str) else answer) | message
         choice = {"index": 0, "finish_reason": message.pop("finish_reason", "stop")}
         choice["message"] = {"role": "assistant", **message}
         return {"id": "c", "object": "chat.completion", "model": "fake", "choices": [choice], "usage": self.usage}
@@ -198,10 +198,8 @@ class Server:
             self.send(handler, *self.said[self.upload_fault])
             return
         name = f"file-{len(self.files)}"
-        lines = [line for line in content.splitlines() if line.startswith(b'{"custom_id"')]
-        self.files[name] = [json.loads(line) for line in lines]
-        self.send(handler, 200, {"id": name, "object": "file", "bytes": 1, "created_at": 1, "filename": "f",
-                                 "purpose": "batch", "status": "processed"})  # fmt: skip
+        self.files[name] = [json.loads(row) for row in content.splitlines() if row.startswith(b'{"custom_id"')]
+        self.send(handler, 200, {"id": name, "object": "file"})
 
     def make_batch(self, handler, body):
         if self.batch_fault == "refuse":
@@ -211,22 +209,23 @@ class Server:
         self.batches[name] = {**body, "polls": 0}
         if self.batch_fault == "lose":
             handler.close_connection = True
-            return
-        self.send(handler, 200, self.batch(name))
+        else:
+            self.send(handler, 200, self.batch(name))
 
     def batch(self, name):
         made = self.batches[name]
         ended = "failed" if self.batch_fault == "fail" else "completed"
-        status = ended if made["polls"] >= self.batch_polls else "in_progress"
-        requests = self.files[made["input_file_id"]]
+        status, n = (
+            ended if made["polls"] >= self.batch_polls else "in_progress",
+            len(self.files[made["input_file_id"]]),
+        )
         return {
-            "id": name, "object": "batch", "endpoint": made["endpoint"], "completion_window": "24h", "created_at": 1,
-            "input_file_id": made["input_file_id"], "metadata": made["metadata"], "status": status,
+            **{"id": name, "object": "batch", "metadata": made["metadata"], "status": status},
             "output_file_id": f"out-{name}" if status == "completed" else None,
             "error_file_id": f"err-{name}" if status == "completed" else None,
             "errors": {"object": "list", "data": [{"message": "bad file"}]} if status == "failed" else None,
-            "request_counts": {"total": len(requests), "completed": len(requests), "failed": 0},
-        }  # fmt: skip
+            "request_counts": {"total": n, "completed": n, "failed": 0},
+        }
 
     def get(self, handler, path):
         if path == ["batches"]:
@@ -243,9 +242,8 @@ class Server:
         lines = []
         for row in self.files[self.batches[name]["input_file_id"]]:
             text = row["body"]["messages"][-1]["content"]
-            if ("FAULT:" in text) != errors:
-                continue
-            self.succeeded[text] += not errors
-            response = {"status_code": 500 if errors else 200, "body": {} if errors else self.completion(text)}
-            lines.append(json.dumps({"id": "r", "custom_id": row["custom_id"], "response": response, "error": None}))
+            if ("FAULT:" in text) == errors:
+                self.succeeded[text] += not errors
+                response = {"status_code": 500 if errors else 200, "body": {} if errors else self.completion(text)}
+                lines.append(json.dumps({"custom_id": row["custom_id"], "response": response, "error": None}))
         return "\n".join(reversed(lines))  # in no particular order

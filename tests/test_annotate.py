@@ -15,8 +15,8 @@ from judge_server import Server, with_key
 from judges import JudgeError
 from judges.prompts import neutralise
 from judges.replies import Cache, Reply
-from judges.teacher import paths, prompts, review
-from judges.teacher.paths import Row, read_path
+from judges.teacher import prompts, review
+from judges.teacher.paths import CHECKS, Row, read_path
 from trace_bench.cli import main
 from trace_bench.run import read_json
 from trace_tasks import data
@@ -25,8 +25,6 @@ from trace_tasks.data import demo
 from trace_tasks.data.files import write_json
 from trace_tasks.reasoning import FRAMES, reasoning_answer
 from trainers.rcl import RCLConfig, RCLTrainer
-
-every_task = pytest.mark.parametrize("task", data.FOLDERS)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +38,8 @@ def environment(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def right():
     """The replies of a teacher that is right: what it is asked about -> the demo's own path and answer."""
-    return {
-        neutralise(row["prompt"]): row["answer"] for splits in demo.make_reasoning().values() for row in splits["train"]
-    }
+    rows = [row for splits in demo.make_reasoning().values() for row in splits["train"]]
+    return {neutralise(row["prompt"]): row["answer"] for row in rows}
 
 
 def task_of(text):
@@ -62,29 +59,22 @@ def in_another_form(reply):
     return re.sub(r"(\nAnswer:\d+)\Z|(?<=.)(?=\nReasoning:)", lambda m: f"{m[1]}.0" if m[1] else ";", reply)
 
 
-class Teacher:
-    """Right at once, at the second attempt, at the third, never: by turns, in the order of the training rows."""
-
-    def __init__(self, right):
-        self.right, self.turn = right, {task: i % 4 for i, task in enumerate(right)}
-        self.server = None
-
-    def __call__(self, text):
-        task = task_of(text)
-        reply, turn = self.right[task], self.turn[task]
-        return in_another_form(reply) if turn < 3 and self.server.seen[text] > turn else wrong(reply)
-
-
 @pytest.fixture
 def server(right):
-    teacher = Teacher(right)
-    with Server(teacher) as server:
-        teacher.server = server
+    """A teacher that is right at once, at the second attempt, at the third, never: in the order of the rows."""
+    turns = {task: i % 4 for i, task in enumerate(right)}
+
+    def answer(text):
+        task = task_of(text)
+        good = turns[task] < 3 and server.seen[text] > turns[task]
+        return in_another_form(right[task]) if good else wrong(right[task])
+
+    with Server(answer) as server:
         yield server
 
 
 def command(server, out, *argv):
-    main(["annotate", str(out), "--model", "fake/teacher", "--base-url", server.url, *argv])
+    main(["annotate", str(out), "--model", "fake/teacher", "--base-url", server.url, *map(str, argv)])
 
 
 def error(*argv):
@@ -95,11 +85,8 @@ def error(*argv):
 
 
 def files(out):
-    return {
-        p.relative_to(out).as_posix(): p.read_bytes()
-        for p in out.rglob("*")
-        if p.is_file() and not re.search(r"cache|\.lock$", p.name)
-    }
+    names = (p for p in out.rglob("*") if p.is_file() and not re.search(r"cache|\.lock$", p.name))
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in names}
 
 
 def write_fomc(root, rows, test=()):
@@ -110,10 +97,14 @@ def write_fomc(root, rows, test=()):
     return root
 
 
+def numbers(out, task="trace_fomc"):
+    return read_json(out / "annotation.json")["tasks"][task]
+
+
 # ---------------------------------------------------------------------------------------------- the teacher's prompts
 
 
-@every_task
+@pytest.mark.parametrize("task", data.FOLDERS)
 def test_the_demonstrations_are_what_is_wanted(task, right):
     folder = data.FOLDERS[task]
     prompt = prompts.read_prompt(prompts.prompt_files([task])[task], folder)
@@ -123,8 +114,7 @@ def test_the_demonstrations_are_what_is_wanted(task, right):
         reply = reasoning_answer(folder, demo_.reasoning, demo_.answer)
         assert read_path(row, Reply(reply)) == (demo_.reasoning, "")
         assert extract_answer(form, reply) == demo_.answer
-        score = paths.CHECKS[folder].score
-        assert score(row.prompt, demo_.answer, demo_.answer) > 0.98
+        assert CHECKS[folder].score(row.prompt, demo_.answer, demo_.answer) > 0.98
         assert form != "line" or not review.answers_first(row, demo_.reasoning)
         assert 20 <= review.quality([(row, demo_.reasoning)])["words"]["min"] <= 120
     answers = [demo_.answer for demo_ in prompt.demonstrations]
@@ -147,55 +137,43 @@ def test_the_built_in_prompts_ask_as_ever():
 
 
 def test_the_teacher_is_asked_in_turns_and_sees_the_answer_only_where_it_should(server, tmp_path):
-    command(server, tmp_path / "out", "--rows", "1", "--attempts", "1", "--tasks", "trace_fomc,trace_py150")
+    (tmp_path / "own").mkdir()
+    built_in = (prompts.FOLDER / "fomc.yaml").read_text(encoding="utf-8")
+    (tmp_path / "own/fomc.yaml").write_text(built_in.replace("reasoning paths", "MY PATHS"))
+    argv = ["--rows", 1, "--attempts", 1, "--tasks", "trace_fomc,trace_py150"]
+    command(server, tmp_path / "out", *argv, "--prompts", tmp_path / "own")
     fomc, py150 = sorted((body["messages"] for body in server.bodies), key=lambda messages: "Python" in str(messages))
     assert [m["role"] for m in fomc] == ["user", "assistant"] * 3 + ["user"]
     assert fomc[-1]["content"].startswith("<<<TASK>>>\nWhat is the monetary") and fomc[-1]["content"].count("<<<") == 2
     assert "RIGHT ANSWER" not in str(fomc) and "right answer" not in str(fomc)
+    assert "MY PATHS" in fomc[0]["content"] and "MY PATHS" not in str(py150)
     assert fomc[1]["content"].endswith("\nAnswer:A")
     assert py150[-1]["content"].count("<<<RIGHT ANSWER>>>\n") == 1 and "<s>" not in str(py150)
     assert str(py150).count("<<<RIGHT ANSWER>>>") == 4 and "The right line" in py150[0]["content"]
-    assert {body["seed"] for body in server.bodies} == {1}
-    assert {(body["temperature"], body["max_tokens"]) for body in server.bodies} == {(0.7, 1024)}
-    command(server, tmp_path / "shown", "--rows", "1", "--attempts", "1", "--tasks", "trace_fomc", "--show-answers")
-    last = server.bodies[-1]["messages"][-1]["content"]
-    assert last.endswith("<<<RIGHT ANSWER>>>\nB\n<<<END OF RIGHT ANSWER>>>")
-    assert read_json(tmp_path / "shown/annotation.json")["settings"]["show_answers"] is True
+    assert {(b["temperature"], b["max_tokens"], b["seed"]) for b in server.bodies} == {(0.7, 1024, 1)}
+    message = error(tmp_path / "out", "--model", "fake/teacher", "--base-url", server.url, *argv)
+    assert "prompts.trace_fomc: '" in message and "prompts.trace_py150" not in message
+    command(server, tmp_path / "shown", *argv, "--show-answers")
+    assert any("RIGHT ANSWER>>>\nB\n<<<END OF" in body["messages"][-1]["content"] for body in server.bodies)
     assert "saw the right answers of all tasks" in (tmp_path / "shown/annotation.md").read_text(encoding="utf-8")
 
 
-def test_own_prompts_replace_the_built_in_ones_of_their_names(server, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    built_in = prompts.FOLDER / "fomc.yaml"
-    (own / "fomc.yaml").write_text(built_in.read_text(encoding="utf-8").replace("reasoning paths", "MY PATHS"))
-    argv = ["--rows", "1", "--attempts", "1", "--tasks", "trace_fomc,trace_cstance", "--prompts", str(own)]
-    command(server, tmp_path / "out", *argv)
-    mine = [body for body in server.bodies if "MY PATHS" in body["messages"][0]["content"]]
-    assert len(mine) == 1 and len(server.bodies) == 2
-    message = error(tmp_path / "out", "--model", "fake/teacher", "--base-url", server.url, *argv[:-2])
-    assert "prompts.trace_fomc: '" in message and "prompts.trace_cstance" not in message
-
-
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("old", "new", "message"),
     [
-        (lambda text: "a: [", "not YAML"),
-        (lambda text: "- 1", "should be a dictionary"),
-        (lambda text: text.replace("shown:", "show:"), "shown: Field required"),
-        (lambda text: text[: text.rindex("  - prompt")], "List should have at least 3 items"),
-        (
-            lambda text: text.replace("answer: A", "answer: 1"),
-            "demonstrations.0.answer: Input should be a valid string .there is 1",
-        ),
-        (lambda text: text.replace("answer: A", "solution: A"), "demonstrations.0.answer: Field required"),
-        (lambda text: text.replace("Reasoning:\n", "Stance:\n"), "demonstration 1: a prompt holds"),
-        (lambda text: text.replace("The text reports", "Answer: A. The text"), "demonstration 1: a marker in the path"),
+        (r"(?s).*", "a: [", "not YAML"),
+        (r"(?s).+", "- 1", "should be a dictionary"),
+        ("shown:", "show:", "shown: Field required"),
+        (r"(?s)  - prompt(?!.*  - prompt).*", "", "List should have at least 3 items"),
+        ("answer: A", "answer: 1", "demonstrations.0.answer: Input should be a valid string .there is 1"),
+        ("Reasoning:\n", "Stance:\n", "demonstration 1: a prompt holds"),
+        ("The text reports", "Answer: A. The text", "demonstration 1: a marker in the path"),
     ],
 )
-def test_a_wrong_prompt_file_is_an_error_that_names_it(tmp_path, change, message):
+def test_a_wrong_prompt_file_is_an_error_that_names_it(tmp_path, old, new, message):
     file = tmp_path / "fomc.yaml"
-    file.write_text(change((prompts.FOLDER / "fomc.yaml").read_text(encoding="utf-8")), encoding="utf-8")
+    text = (prompts.FOLDER / "fomc.yaml").read_text(encoding="utf-8")
+    file.write_text(re.sub(old, new, text, count=1), encoding="utf-8")
     with pytest.raises(JudgeError, match=message) as e:
         prompts.read_prompt(file, "FOMC")
     assert str(file) in str(e.value)
@@ -211,87 +189,44 @@ CODE = Row("trace_py150", 0, "<s> def f ( x ) : <EOL>", "return x ")
 SUMMARY = Row("trace_meetingbank", 0, "Item 7.\nReasoning:", "CB 7: an ordinance about parks.\r\nIt passed.")
 GERMAN = Row("trace_20minuten", 0, "Paragraph:\nDer Zug fährt nicht.\n\nReasoning:", "Kein Zug fährt heute.\n")
 THEREFORE = "Therefore, the summary of the meeting transcripts is:"
+RIGHT, FORM = "Rates rose.\nAnswer:B", "no answer in the task's form"
 
 
 @pytest.mark.parametrize(
-    ("row", "text", "path"),
+    ("row", "text", "path", "reason"),
     [
-        (FOMC, "Rates rose, which is hawkish.\nAnswer:B", "Rates rose, which is hawkish."),
-        (FOMC, "\nReasoning: Rates rose.\n\nAnswer: B\nThat is it.", "Rates rose."),
-        (FOMC, "Rates rose. Answer: B", "Rates rose."),
-        (FOMC, "<think>Is it A?\nAnswer:A</think>\nRates rose.\nAnswer:B", "Rates rose."),
-        (STANCE, "推理：文本称赞它。回答：A", "文本称赞它。"),
-        (NUMBER, "3 * 4 = 12\nAnswer: 12.0", "3 * 4 = 12"),
-        (WORD, "It is Friday then.\nAnswer: friday", "It is Friday then."),
-        (CODE, "return x\nReasoning: It returns x.\nSo it ends.", "It returns x.\nSo it ends."),
-        (SUMMARY, f"It passed.\n\n{THEREFORE} CB 7: an ordinance about parks.\nIt passed.", "It passed."),
-        (GERMAN, "The train.\nAnswer: Kein Zug fährt heute.", "The train."),
+        (FOMC, "\nReasoning: Rates rose.\n\nAnswer: B\nThat is it.", "Rates rose.", ""),
+        (FOMC, "Rates rose. Answer: B", "Rates rose.", ""),
+        (FOMC, "<think>Is it A?\nAnswer:A</think>\nRates rose.\nAnswer:B", "Rates rose.", ""),
+        (STANCE, "推理：文本称赞它。回答：A", "文本称赞它。", ""),
+        (NUMBER, "3 * 4 = 12\nAnswer: 12.0", "3 * 4 = 12", ""),
+        (WORD, "It is Friday then.\nAnswer: friday", "It is Friday then.", ""),
+        (CODE, "return x\nReasoning: It returns x.\nSo it ends.", "It returns x.\nSo it ends.", ""),
+        (SUMMARY, f"It passed.\n\n{THEREFORE} CB 7: an ordinance about parks.\nIt passed.", "It passed.", ""),
+        (GERMAN, "The train.\nAnswer: Kein Zug fährt heute.", "The train.", ""),
+        (FOMC, "Rates rose.\nAnswer:C", "", "wrong answer"),
+        (FOMC, "Rates rose.\nAnswer:B. hawkish", "", "wrong answer"),  # the task's own accuracy is strict
+        (FOMC, "It is B.", "", FORM),
+        (FOMC, "Rates rose. So the final answer: B", "", FORM),
+        (FOMC, "Rates rose.\n**Answer: B", "", FORM),
+        (FOMC, "\n \nAnswer:B", "", "no path"),
+        (FOMC, "Reasoning:\nAnswer:B", "", "no path"),
+        (FOMC, "Rates rose.\nAnswer: C. No:\nAnswer:B", "", "a marker in the path"),
+        (FOMC, "Rates rose.\nAnswer:\nAnswer:B", "", "a marker in the path"),
+        (NUMBER, "3 * 4 = 13\nAnswer: 13", "", "wrong answer"),
+        (CODE, "return y\nReasoning: It returns y.", "", "wrong answer"),
+        (CODE, "return x", "", "no path"),
+        (CODE, "return x\nReasoning: It returns.\nReasoning: x", "", "a marker in the path"),
+        (SUMMARY, f"It passed.{THEREFORE}\nParks were discussed.", "", "wrong answer"),
+        (GERMAN, "The train.\nAnswer: Der Zug kommt nicht.", "", "wrong answer"),
+        (FOMC, Reply(RIGHT, finish_reason="length"), "", "cut at the limit of tokens"),
+        (FOMC, Reply(RIGHT, refusal=True), "", "refused"),
+        (FOMC, f"<think>Rates fell.</think>\nNo.\n<think>{RIGHT}", "", "thinking not closed"),
+        (FOMC, Reply("", thinking=RIGHT, unclosed=True), "", "thinking not closed"),
     ],
 )
-def test_a_path_to_the_right_answer_is_accepted(row, text, path):
-    assert read_path(row, Reply(text)) == (path, "")
-
-
-@pytest.mark.parametrize(
-    ("row", "text", "reason"),
-    [
-        (FOMC, "Rates rose.\nAnswer:C", "wrong answer"),
-        (FOMC, "Rates rose.\nAnswer:B. hawkish", "wrong answer"),  # the task's own accuracy is strict
-        (FOMC, "It is B.", "no answer in the task's form"),
-        (FOMC, "Rates rose. So the final answer: B", "no answer in the task's form"),
-        (FOMC, "Rates rose.\n**Answer:** B", "wrong answer"),
-        (FOMC, "Rates rose.\n**Answer: B", "no answer in the task's form"),
-        (FOMC, "\n \nAnswer:B", "no path"),
-        (FOMC, "Reasoning:\nAnswer:B", "no path"),
-        (FOMC, "Rates rose.\nAnswer: C. No:\nAnswer:B", "a marker in the path"),
-        (FOMC, "Rates rose.\nAnswer:\nAnswer:B", "a marker in the path"),
-        (FOMC, "", "no answer in the task's form"),
-        (NUMBER, "3 * 4 = 13\nAnswer: 13", "wrong answer"),
-        (CODE, "return y\nReasoning: It returns y.", "wrong answer"),
-        (CODE, "return x", "no path"),
-        (CODE, "return x\nReasoning: It returns.\nReasoning: x", "a marker in the path"),
-        (SUMMARY, "It passed.\nCB 7: an ordinance about parks.", "no answer in the task's form"),
-        (SUMMARY, f"It passed.{THEREFORE}\nParks were discussed.", "wrong answer"),
-        (GERMAN, "The train.\nAnswer: Der Zug kommt nicht.", "wrong answer"),
-    ],
-)
-def test_other_replies_are_rejected_with_the_reason(row, text, reason):
-    assert read_path(row, Reply(text)) == ("", reason)
-
-
-RIGHT = "Rates rose.\nAnswer:B"
-
-
-@pytest.mark.parametrize(
-    ("reply", "reason"),
-    [
-        (Reply(RIGHT, finish_reason="length"), "cut at the limit of tokens"),
-        (Reply(RIGHT, refusal=True), "refused"),
-        (Reply(f"<think>{RIGHT}"), "thinking not closed"),
-        (Reply(f"<think>Rates fell.</think>\nNo.\n<think>{RIGHT}"), "thinking not closed"),
-        (Reply("", thinking=RIGHT, unclosed=True), "thinking not closed"),
-    ],
-)
-def test_no_answer_is_taken_out_of_replies_that_did_not_end_well(reply, reason):
-    assert read_path(FOMC, reply) == ("", reason)
-
-
-def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(tmp_path, caplog):
-    root = write_fomc(tmp_path / "data", [("one", "B"), ("cut", "B"), ("think", "B")])
-    whole = "It rose.\nAnswer:B"
-    with Server(
-        lambda text: (
-            {"content": whole, "finish_reason": "length"} if "\ncut" in text
-            else {"content": None, "reasoning": whole} if "\nthink" in text
-            else whole
-        )
-    ) as server:  # fmt: skip
-        argv = ["--attempts", "1", "--sampling", '{"max_tokens": 9}']
-        command(server, tmp_path / "out", "--data", str(root), *argv)
-    mine = read_json(tmp_path / "out/annotation.json")["tasks"]["trace_fomc"]
-    assert mine["rejected_replies"] == {"cut at the limit of tokens": 1, "thinking not closed": 1}
-    note = """1 replies were cut at the limit of tokens and rejected: raise it with --sampling '{"max_tokens": 18}'"""
-    assert note in caplog.text and note in (tmp_path / "out/annotation.md").read_text(encoding="utf-8")
+def test_a_path_to_the_right_answer_is_accepted_and_others_are_rejected_with_the_reason(row, text, path, reason):
+    assert read_path(row, Reply(text) if isinstance(text, str) else text) == (path, reason)
 
 
 PIECES = [
@@ -300,10 +235,7 @@ PIECES = [
 ]
 
 
-@given(
-    st.sampled_from([FOMC, NUMBER, STANCE, CODE, SUMMARY, GERMAN]),
-    st.lists(st.sampled_from(PIECES)).map("".join),
-)
+@given(st.sampled_from([FOMC, NUMBER, STANCE, CODE, SUMMARY, GERMAN]), st.lists(st.sampled_from(PIECES)).map("".join))
 @settings(max_examples=150, deadline=None)
 def test_whatever_is_accepted_is_read_back_as_the_right_answer(row, text):
     frame = FRAMES[row.folder]
@@ -311,60 +243,63 @@ def test_whatever_is_accepted_is_read_back_as_the_right_answer(row, text):
         path, reason = read_path(row, Reply(reply))
         assert bool(path) != bool(reason)
         if path:
-            composed = reasoning_answer(row.folder, path, row.answer)
-            read, answer = split_answer(frame.form, composed)
+            read, answer = split_answer(frame.form, reasoning_answer(row.folder, path, row.answer))
             assert (read.strip(), answer) == (path, row.gold)
 
 
-@pytest.mark.parametrize(
-    ("row", "path", "first"),
-    [
-        (FOMC, "The stance is B. Rates rose.", True),
-        (FOMC, "B: rates rose.\nThat is hawkish.", True),
-        (FOMC, "The answer is B", False),  # nothing is explained afterwards
-        (FOMC, "Rates rose. The answer is B.", False),
-        (FOMC, "Plan B was dropped. Rates rose.", True),
-        (Row("trace_fomc", 0, "", "A"), "A rate cut is expected. It is dovish.", False),
-        (Row("trace_fomc", 0, "", "A"), "Option A is best. Rates fell.", True),
-        (STANCE, "选A。文本称赞它。", True),
-        (STANCE, "文本称赞A股。它很好。", False),
-        (NUMBER, "The result is 12.0 units. 3 * 4 = 12.", True),
-        (NUMBER, "The U.S. has 3. Then 3 * 4 = 12.", False),
-        (NUMBER, "3 * 4 = 12.", False),
-        (Row("trace_numglue_ds", 0, "How many of 12?", "12"), "There are 12. All of them.", False),
-        (WORD, "It is Friday. Count on.", True),
-        (WORD, "Fridays are nice. Count on.", False),
-    ],
-)
-def test_an_answer_that_comes_first(row, path, first):
-    assert review.answers_first(row, path) is first
-
-
-def test_the_numbers_of_quality_worked_by_hand():
+def test_an_answer_that_comes_first_and_the_numbers_of_quality_worked_by_hand():
+    a, asked = Row("trace_fomc", 0, "", "A"), Row("trace_numglue_ds", 0, "How many of 12?", "12")
+    first = [
+        *((FOMC, "The stance is B. Rates rose."), (FOMC, "B: rates rose.\nThat is hawkish.")),
+        *(
+            (FOMC, "Plan B was dropped. Rates rose."),
+            (a, "Option A is best. Rates fell."),
+            (STANCE, "选A。文本称赞它。"),
+        ),
+        *((NUMBER, "The result is 12.0 units. 3 * 4 = 12."), (WORD, "It is Friday. Count on.")),
+    ]
+    later = [
+        (FOMC, "The answer is B"),  # nothing is explained afterwards
+        *((FOMC, "Rates rose. The answer is B."), (a, "A rate cut is expected. It is dovish.")),
+        *((STANCE, "文本称赞A股。它很好。"), (NUMBER, "The U.S. has 3. Then 3 * 4 = 12."), (NUMBER, "3 * 4 = 12.")),
+        *((asked, "There are 12. All of them."), (WORD, "Fridays are nice. Count on.")),
+    ]
+    assert [path for row, path in first + later if review.answers_first(row, path)] == [path for _, path in first]
     rows = [Row("trace_fomc", i, "", "B") for i in range(3)]
-    numbers = review.quality(list(zip(rows, ["It is B. So.", "It  is B.\nSo.", "Rates rose."], strict=True)))
-    assert numbers["duplicates"] == 2 and numbers["answer_first"] == 2
-    assert numbers["characters"] == {"min": 11, "p5": 11.1, "median": 12, "p95": 12.9, "max": 13}
-    assert (numbers["words"]["min"], numbers["words"]["max"]) == (2, 4)
+    found = review.quality(list(zip(rows, ["It is B. So.", "It  is B.\nSo.", "Rates rose."], strict=True)))
+    assert found["duplicates"] == 2 and found["answer_first"] == 2
+    assert found["characters"] == {"min": 11, "p5": 11.1, "median": 12, "p95": 12.9, "max": 13}
+    assert (found["words"]["min"], found["words"]["max"]) == (2, 4)
     assert review.quality([(STANCE, "文本称赞iPhone很好。")])["words"]["max"] == 7
     assert review.quality([(GERMAN, "The train.")])["answer_first"] is None
-    assert review.quality([])["characters"] is None
 
 
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, right, capsys):
-    out = tmp_path / "out"
-    command(server, out, "--rows", "8")
+def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, capsys, monkeypatch, options):
+    """After a kill in the middle, after which nothing is paid twice; then RCL trains on the folder."""
+    out, put, puts = tmp_path / "out", Cache.put, []
+
+    def killed(self, *args):
+        put(self, *args)
+        puts.append(args)
+        if len(puts) == 80:
+            raise KeyboardInterrupt
+
+    argv = ["--rows", 8, "--concurrency", 1]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(Cache, "put", killed)
+        command(server, out, *argv)
+    assert files(out) == {}, "nothing is written before all is asked"
+    command(server, out, *argv)
     said = capsys.readouterr().out
     # 8 rows a task: 2 right at once, 2 at the second attempt, 2 at the third, 2 never: 8 + 6 + 4 requests.
-    assert f"{out}: 48 of 64 rows accepted (75.0 %), the others left out: 144 requests sent, 0 from the cache" in said
+    assert f"{out}: 48 of 64 rows accepted (75.0 %), the others left out: 64 requests sent, 80 from the cache" in said
     assert len(server.bodies) == 144 and [b["seed"] for b in server.bodies].count(3) == 32
-    numbers = read_json(out / "annotation.json")["tasks"]
     official = demo.make_reasoning()
     for task, folder in data.FOLDERS.items():
-        mine = numbers[task]
+        mine = numbers(out, task)
         assert (mine["rows"], mine["accepted"], mine["accepted_by_attempt"]) == (8, 6, [2, 2, 2])
         assert (mine["dropped"], mine["kept"], mine["failed_requests"]) == (2, 0, 0)
         assert (mine["prompt_tokens"], mine["completion_tokens"]) == (180, 54)
@@ -374,51 +309,14 @@ def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, ri
         assert data.read_split(out, folder, "train") == wanted
         for split in ("eval", "test"):
             assert data.read_split(out, folder, split) == official[folder][split]
-    sizes = data.check_folders({task: out / folder for task, folder in data.REASONING.items()})
-    assert sizes["reasoning_fomc"] == {"train": 6, "eval": 8, "test": 24}
     report = (out / "annotation.md").read_text(encoding="utf-8")
     assert "| trace_fomc | 8 | 6 (75.0 %) | 2 + 2 + 2 | 0 | 2 | 0 |" in report and "Demo data" in report
-
-
-def test_rcl_trains_on_the_folder(server, tmp_path, options, monkeypatch):
-    command(server, tmp_path / "out", "--tasks", "trace_fomc", "--rows", "20", "--attempts", "1")
-    monkeypatch.setenv("TRACE_REASONING", str(tmp_path / "out"))
-    assert data.Data.at(data.find_data("demo"), ["reasoning_fomc"]).check() == {
-        "reasoning_fomc": {"train": 5, "eval": 8, "test": 24}
-    }
+    before = files(out)
+    command(server, out, *argv)
+    assert files(out) == before and len(server.bodies) == 144, "a third time everything is in the cache"
+    monkeypatch.setenv("TRACE_REASONING", str(out))
     run = train({**options, "tasks": ["trace_fomc"]}, RCLTrainer, RCLConfig)
-    assert read_json(run.stages[1].train_file)["rows"] == 5
-
-
-def test_a_killed_program_goes_on_to_the_same_files_and_pays_nothing_twice(server, tmp_path, right, monkeypatch):
-    argv = ["--tasks", "trace_fomc,trace_py150", "--rows", "8", "--concurrency", "1"]
-    command(server, tmp_path / "whole", *argv)
-    whole = len(server.bodies)
-    put, puts = Cache.put, []
-
-    def killed(self, *args):
-        put(self, *args)
-        puts.append(args)
-        if len(puts) == whole // 2:
-            raise KeyboardInterrupt
-
-    teacher = Teacher(right)
-    with Server(teacher) as other:
-        teacher.server = other
-        monkeypatch.setattr(Cache, "put", killed)
-        with pytest.raises(SystemExit, match="130"):
-            command(other, tmp_path / "killed", *argv)
-        assert files(tmp_path / "killed") == {}, "nothing is written before all is asked"
-        monkeypatch.setattr(Cache, "put", put)
-        command(other, tmp_path / "killed", *argv)
-        assert len(other.bodies) == whole
-        after, before = files(tmp_path / "killed"), files(tmp_path / "whole")
-        for file in (after, before):
-            file["annotation.json"] = json.loads(file["annotation.json"])
-            del file["annotation.json"]["endpoint"]  # the other server
-        assert after == before
-        command(other, tmp_path / "killed", *argv)
-        assert len(other.bodies) == whole, "a third time everything is in the cache"
+    assert read_json(run.stages[1].train_file)["rows"] == 6
 
 
 def test_other_settings_are_an_error_before_anything_is_asked(server, tmp_path):
@@ -436,10 +334,9 @@ def test_other_settings_are_an_error_before_anything_is_asked(server, tmp_path):
         (["--data", str(write_fomc(tmp_path / "other", [("x", "A")]))], "data.trace_fomc: '"),
     ):
         message = error(*argv, *option)
-        assert line in message and message.count("->") == 1 + message.count("\n  ")
-        assert "delete" in message
+        assert line in message and message.count("->") == 1 + message.count("\n  ") and "delete" in message
     assert len(server.bodies) == asked
-    # As the message says: without the file the folder is made anew, and only what is new is asked.
+    # As the message says: without the file the folder is written again, and only what is new is asked.
     (tmp_path / "out/annotation.json").unlink()
     main(["annotate", *map(str, argv), "--rows", "5"])
     assert read_json(tmp_path / "out/annotation.json")["settings"]["rows"] == 5
@@ -447,94 +344,86 @@ def test_other_settings_are_an_error_before_anything_is_asked(server, tmp_path):
 
 
 def test_rejected_rows_can_be_kept_with_their_answer_alone(server, tmp_path):
-    command(server, tmp_path / "out", "--rows", "8", "--attempts", "1", "--rejected", "keep")
-    official = demo.make_reasoning()
+    out, official = tmp_path / "out", demo.make_reasoning()
+    command(server, out, "--rows", "4", "--attempts", "1", "--rejected", "keep")
     for task, folder in data.FOLDERS.items():
-        rows = data.read_split(tmp_path / "out", folder, "train")
-        mine = read_json(tmp_path / "out/annotation.json")["tasks"][task]
-        assert (len(rows), mine["accepted"], mine["kept"], mine["dropped"]) == (8, 2, 6, 0)
+        rows, mine = data.read_split(out, folder, "train"), numbers(out, task)
+        assert (len(rows), mine["accepted"], mine["kept"], mine["dropped"]) == (4, 1, 3, 0)
         for i, (row, wanted) in enumerate(zip(rows, official[folder]["train"], strict=False)):
-            form = FRAMES[folder].form
-            path, answer = split_answer(form, row["answer"])
-            assert answer == split_answer(form, wanted["answer"])[1]
+            path, answer = split_answer(FRAMES[folder].form, row["answer"])
+            assert answer == split_answer(FRAMES[folder].form, wanted["answer"])[1]
             assert bool(path.strip()) == (i % 4 == 0)
 
 
 def test_requests_that_fail_are_counted_and_asked_again(tmp_path, caplog, capsys):
     """Some fail once, one always; in the last rounds there is nothing but failures, which is no outage."""
     rows = [("good", "B"), ("FAULT:long*1 once", "B"), ("FAULT:long always", "B"), ("FAULT:refusal", "B")]
-    root = write_fomc(tmp_path / "data", rows)
-    with Server(lambda text: f"It says {len(text)}.\nAnswer:B") as server:
-        command(server, tmp_path / "out", "--data", str(root))
-        assert len(server.bodies) == 1 + 2 + 3 + 3
-        mine = read_json(tmp_path / "out/annotation.json")["tasks"]["trace_fomc"]
-        assert (mine["accepted"], mine["accepted_by_attempt"], mine["failed_requests"]) == (2, [1, 1, 0], 1 + 3)
-        assert mine["rejected_replies"] == {"refused": 3}
-        said = capsys.readouterr().out
-        assert "2 of 4 rows accepted (50.0 %)" in said and "9 requests sent, 0 from the cache, 4 failed" in said
-        assert "4 requests failed" in (tmp_path / "out/annotation.md").read_text(encoding="utf-8")
+    ends = {"\ncut": {"finish_reason": "length"}, "\nthink": {"content": None, "reasoning": "x"}}
+
+    def answer(text):
+        end = next((end for word, end in ends.items() if word in task_of(text)), {})
+        return {"content": f"It says {len(text)}.\nAnswer:B", **end}
+
+    root = write_fomc(tmp_path / "data", [*rows, ("cut", "B"), ("think", "B")])
+    with Server(answer) as server:
+        command(server, tmp_path / "out", "--data", root, "--sampling", '{"max_tokens": 9}')
+        assert len(server.bodies) == 1 + 2 + 3 + 3 + 3 + 3
+    mine, report = numbers(tmp_path / "out"), (tmp_path / "out/annotation.md").read_text(encoding="utf-8")
+    assert (mine["accepted"], mine["accepted_by_attempt"], mine["failed_requests"]) == (2, [1, 1, 0], 1 + 3)
+    assert mine["rejected_replies"] == {"cut at the limit of tokens": 3, "refused": 3, "thinking not closed": 3}
+    said = capsys.readouterr().out
+    assert "2 of 6 rows accepted (33.3 %)" in said and "15 requests sent, 0 from the cache, 4 failed" in said
+    assert "4 requests failed" in report
+    note = """3 replies were cut at the limit of tokens and rejected: raise it with --sampling '{"max_tokens": 18}'"""
+    assert note in caplog.text and note in report
 
 
-def test_rows_are_different_prompts_that_are_not_tested(tmp_path):
+def test_rows_are_different_prompts_that_are_not_tested(tmp_path, caplog):
     rows = [("one", "A"), ("one", "A"), ("seen", "C"), ("two", "A\nB"), ("three", "B"), ("four", "B"), ("five", "A")]
     root = write_fomc(tmp_path / "data", rows, test=[("seen", "C")])
+    argv = ["--data", root, "--rows", "3", "--attempts", "1", "--concurrency", "1"]
     with Server(lambda text: f"It says {task_of(text)[-20:-10]}.\nAnswer:B") as server:
-        # One at a time, so that they arrive in their order.
-        command(server, tmp_path / "out", "--data", str(root), "--rows", "3", "--attempts", "1", "--concurrency", "1")
-    assert [task_of(text).split("\n")[2] for text in server.seen] == ["one", "three", "four"]
-    mine = read_json(tmp_path / "out/annotation.json")["tasks"]["trace_fomc"]
-    assert mine["left_out"] == {"repeated": 1, "test prompt": 1, "unreadable answer": 1}
-    assert not (tmp_path / "out/C-STANCE").exists(), "the tasks are those that the data has"
-
-
-def test_a_task_without_any_accepted_path_has_no_files(tmp_path, caplog):
-    root = write_fomc(tmp_path / "data", [("one", "A"), ("two", "A")])
-    with Server(lambda text: "It rose.\nAnswer:B") as server:
-        command(server, tmp_path / "out", "--data", str(root), "--attempts", "2")
-    assert not (tmp_path / "out/FOMC").exists() and "no path was accepted" in caplog.text
-    assert read_json(tmp_path / "out/annotation.json")["tasks"]["trace_fomc"]["characters"] is None
+        command(server, tmp_path / "out", *argv)  # one at a time, so that they arrive in their order
+        assert [task_of(text).split("\n")[2] for text in server.seen] == ["one", "three", "four"]
+        assert numbers(tmp_path / "out")["left_out"] == {"repeated": 1, "test prompt": 1, "unreadable answer": 1}
+        assert not (tmp_path / "out/C-STANCE").exists(), "the tasks are those that the data has"
+        command(server, tmp_path / "none", *argv[:2], "--rows", "1")
+    assert not (tmp_path / "none/FOMC").exists() and "no path was accepted" in caplog.text
+    assert numbers(tmp_path / "none")["characters"] is None
 
 
 def test_the_review_sheet_is_safe_for_spread_sheets(tmp_path):
-    rows = [(f"=cmd {i}" if i else "x" * 40_000, "B") for i in range(30)]
+    rows = [(f"{i} text" + "x" * 40_000 * (i % 5 == 0), "B") for i in range(30)]
     replies = ["=1+1 is two.", "+2 is more.", "-3 is less.", "@home it is.", '中文，"quoted"\nand more.']
     root = write_fomc(tmp_path / "data", rows)
     with Server(lambda text: f"{replies[len(task_of(text)) % 5]}\nAnswer:B") as server:
-        command(server, tmp_path / "out", "--data", str(root), "--attempts", "1")
+        command(server, tmp_path / "out", "--data", root, "--attempts", "1")
     content = (tmp_path / "out/review.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbftask,row,prompt,path,answer,ok,comment\r\n")
     table = list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    assert len(table) == review.REVIEWED
     indices = [int(line["row"]) for line in table]
-    assert indices == sorted(set(indices)) != list(range(20))
+    assert len(table) == review.REVIEWED and indices == sorted(set(indices)) != list(range(20))
     written = data.read_split(tmp_path / "out", "FOMC", "train")
+    assert any("x [...] x" in line["prompt"] for line in table)
     for line in table:
         assert (line["task"], line["answer"], line["ok"], line["comment"]) == ("trace_fomc", "B", "", "")
         assert not line["path"].startswith(("=", "+", "-", "@")) and len(line["prompt"]) <= 32_767
         assert written[int(line["row"])]["answer"] == f"{line['path'].removeprefix(chr(39))}\nAnswer:B"
-    for text in ("=1", "+1", "-1", "@x", "\t=1", "\r=1"):
-        assert review._cell(text) == f"'{text}"
 
 
-def test_data_that_this_command_did_not_write_is_not_overwritten(server, tmp_path):
-    root = write_fomc(tmp_path / "official", [("one", "A")])
-    before = files(root)
+def test_foreign_folders_and_frames_are_errors_before_anything_is_asked(server, tmp_path):
     argv = ["--model", "m", "--base-url", server.url]
+    root = write_fomc(tmp_path / "data", [("one", "A"), ("two", "A")])
+    before = files(root)
     assert "did not write" in error(root, *argv) and files(root) == before
     (tmp_path / "file").touch()
     assert "is a file" in error(tmp_path / "file", *argv)
-    assert not server.bodies
-
-
-def test_a_prompt_in_another_frame_is_named_before_anything_is_asked(server, tmp_path):
-    root = write_fomc(tmp_path / "data", [("one", "A"), ("two", "A")])
     for split, index in (("train", 1), ("eval", 0)):
         rows = read_json(root / f"FOMC/{split}.json")
-        rows[index]["prompt"] += " "
-        write_json(root / f"FOMC/{split}.json", rows)
-        message = error(tmp_path / "out", "--model", "m", "--base-url", server.url, "--data", root)
+        changed = [{**row, "prompt": row["prompt"] + " " * (i == index)} for i, row in enumerate(rows)]
+        write_json(root / f"FOMC/{split}.json", changed)
+        message = error(tmp_path / "out", *argv, "--data", root)
         assert f"FOMC/{split}.json, row {index}: the prompt ends in" in message and "Stance:" in message
-        rows[index]["prompt"] = rows[index]["prompt"][:-1]
         write_json(root / f"FOMC/{split}.json", rows)
     assert not server.bodies
 
@@ -542,20 +431,24 @@ def test_a_prompt_in_another_frame_is_named_before_anything_is_asked(server, tmp
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def test_a_dry_run_asks_and_writes_nothing_and_needs_no_key(server, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_asks_and_writes_nothing_and_needs_no_key(server, tmp_path, capsys, monkeypatch, caplog):
     monkeypatch.delenv("OPENAI_API_KEY")
-    command(server, tmp_path / "out", "--dry-run", "--rows", "5", "--price-in", "1000000", "--price-out", "0")
+    argv = ["--dry-run", "--rows", "5", "--price-in", "1000000", "--price-out", "0"]
+    command(server, tmp_path / "out", *argv)
     out = capsys.readouterr().out
     assert "first of at most 3 attempts" in out and "40 requests to send" in out and "cost" in out
     assert not server.bodies and not (tmp_path / "out").exists()
     assert "OPENAI_API_KEY is not set" in error(tmp_path / "out", "--model", "m")
+    argv += ["--tasks", "trace_fomc", "--sampling", '{"temperature": 0}']
+    command(server, tmp_path / "out", *argv, "--attempts", "1")
+    assert not caplog.text
+    command(server, tmp_path / "out", *argv)
+    assert "every attempt gives the same reply" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--sampling", "[1]"], "--sampling must be a JSON object"),
-        (["--price-in", "1"], "belong together"),
         (["--local", "--batch"], "--batch: does nothing with --local"),
         (["--tasks", "trace_fomc,gsm8k"], "gsm8k: not among the tasks"),
         (["--data", "nowhere"], "no such folder or archive"),
@@ -567,19 +460,3 @@ def test_options_that_cannot_be_used_are_errors(tmp_path, argv, message):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/formc.yaml").touch()
     assert message in error(tmp_path / "out", "--model", "m", *argv)
-
-
-@pytest.mark.parametrize("argv", [["--rows", "0"], ["--attempts", "0"], ["--rejected", "no"], ["--price-in", "nan"]])
-def test_values_out_of_range_are_wrong_usage(argv):
-    with pytest.raises(SystemExit) as e:
-        main(["annotate", "out", "--model", "m", *argv])
-    assert e.value.code == 2
-
-
-def test_several_attempts_at_temperature_0_are_warned_of(server, tmp_path, caplog):
-    argv = ["--tasks", "trace_fomc", "--rows", "1", "--dry-run", "--sampling", '{"temperature": 0}']
-    command(server, tmp_path / "out", *argv)
-    assert "every attempt gives the same reply" in caplog.text
-    caplog.clear()
-    command(server, tmp_path / "out", *argv, "--attempts", "1")
-    assert not caplog.text

@@ -22,8 +22,10 @@ from trace_bench.metrics import Estimate, net_interval, wilson_interval
 from trace_bench.run import Run, RunError, Stage, differences, read_json, read_jsonl
 from trace_tasks.data.files import fingerprint
 
+#: What can come of a pair; only the first three are scored.
+_RESULTS = ("win", "tie", "lose", "unscored", "broken")
 #: The counts of `tally`; those of several suites can be added up.
-COUNTS = ("n", "win", "tie", "lose", "unscored", "broken", "identical", "judged", "disagreements", "first", "second")
+COUNTS = ("n", *_RESULTS, "identical", "judged", "disagreements", "first", "second")
 #: In place of a verdict on an answer that says nothing (`judges.broken`).
 BROKEN = "BROKEN"
 #: With fewer pairs no length-controlled rate is made.
@@ -93,16 +95,15 @@ def load(run: Run, kind: Kind) -> Judged:
     """
     found: Judged = {}
     base = run.stages[0]
-    for stage in (stage for stage in run.stages if stage.is_trained):
-        for suite in suites_of(stage, kind):
-            file = judge_file(stage, suite)
-            if not file.exists() or not base.samples_file(suite).exists():
-                continue
-            numbers = read_json(file)
-            if numbers["samples"] == sample_fingerprints(base, stage, suite):
-                if problem := _problem(stage, suite, kind, numbers):
-                    raise RunError(f"{problem} Delete {file} and judge again: the replies are in the cache.")
-                found[stage.index, suite] = numbers
+    for stage, suite in ((s, suite) for s in run.stages if s.is_trained for suite in suites_of(s, kind)):
+        file = judge_file(stage, suite)
+        if not file.exists() or not base.samples_file(suite).exists():
+            continue
+        numbers = read_json(file)
+        if numbers["samples"] == sample_fingerprints(base, stage, suite):
+            if problem := _problem(stage, suite, kind, numbers):
+                raise RunError(f"{problem} Delete {file} and judge again: the replies are in the cache.")
+            found[stage.index, suite] = numbers
     return found
 
 
@@ -124,7 +125,7 @@ def _problem(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> s
         verdicts = [row["direct"] for row in rows]
     else:  # the counts have to give the rates all the same
         counts = {name: there["pairs"].get(name, 0) for name in COUNTS} if there["pairs"] else {}
-        if counts and counts["n"] != sum(counts[name] for name in ("win", "tie", "lose", "unscored", "broken")):
+        if counts and counts["n"] != sum(counts[name] for name in _RESULTS):
             return f"{file}: win, tie, lose, unscored and broken are not all of its {counts['n']} pairs."
         direct = there["direct"]
         known = {word: direct[word.lower()] for word in kind.words} | {BROKEN: direct.get("broken", 0)}
@@ -152,11 +153,11 @@ def _line_problem(rows: list[dict[str, Any]], pairs: bool) -> str | None:
 
 
 def combine(first: str | None, second: str | None) -> tuple[str, bool]:
-    """One result from the verdicts of both orders.
+    """One result from the verdicts of both orders, each "A", "B", "C" or None.
 
     Args:
-        first: "A", "B", "C" or None, where A was the answer of the stage and B that of the base model.
-        second: The same where A was the base model's and B the stage's.
+        first: Where A was the answer of the stage and B that of the base model.
+        second: Where A was the base model's and B the stage's.
 
     Returns:
         ("win" | "tie" | "lose" | "unscored", whether the orders disagree). Win = the stage is better in both orders.
@@ -164,16 +165,12 @@ def combine(first: str | None, second: str | None) -> tuple[str, bool]:
     """
     if first is None or second is None:
         return "unscored", False
-    one = {"A": "win", "B": "lose", "C": "tie"}[first]
-    other = {"A": "lose", "B": "win", "C": "tie"}[second]
-    return (one, False) if one == other else ("tie", True)
+    result = {"AB": "win", "BA": "lose", "CC": "tie"}.get(first + second)
+    return (result, False) if result else ("tie", True)
 
 
 def tally(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Counts over pairs.
-
-    Args:
-        rows: One mapping a pair: `combined`, `disagree`, `identical`, `verdicts` (of both orders).
+    """Counts over pairs, each with `combined`, `disagree`, `identical`, and `verdicts` of both orders.
 
     Returns:
         COUNTS -> number. `broken` = pairs that are left out since an answer says nothing; `judged` = pairs that were
@@ -185,7 +182,7 @@ def tally(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
     verdicts = Counter(v for row in rows for v in row["verdicts"])
     return {
         "n": len(rows),
-        **{name: results[name] for name in ("win", "tie", "lose", "unscored", "broken")},
+        **{name: results[name] for name in _RESULTS},
         "identical": sum(row["identical"] for row in rows),
         "judged": sum(not row["identical"] and row["combined"] not in ("unscored", "broken") for row in rows),
         "disagreements": sum(row["disagree"] for row in rows),
@@ -205,8 +202,8 @@ def rates(counts: Mapping[str, int]) -> dict[str, Any]:
     """
     scored = counts["n"] - counts["unscored"] - counts.get("broken", 0)  # older results have no such count
     return {
-        **{f"{name}_rate": _share(counts[name], scored) for name in ("win", "tie", "lose")},
-        **{f"{name}_interval": interval(counts[name], scored) for name in ("win", "tie", "lose")},
+        **{f"{name}_rate": _share(counts[name], scored) for name in _RESULTS[:3]},
+        **{f"{name}_interval": interval(counts[name], scored) for name in _RESULTS[:3]},
         "net_win_rate": _share(counts["win"] - counts["lose"], scored),
         "net_interval": net_interval(counts["win"], counts["lose"], scored) if scored else None,
         "disagreement_rate": _share(counts["disagreements"], counts["judged"]),
@@ -251,10 +248,8 @@ def length_controlled(rows: Iterable[Mapping[str, Any]]) -> Estimate:
 
     with s the standard deviation of d; at d = 0 the net win rate is 2 P - 1 = tanh(a / 2). The interval is that of a,
     by the robust ("sandwich") variance, carried over. It is AlpacaEval 2's length control (Dubois et al. 2024, arXiv
-    2404.04475) in its simplest form: without a term for the difficulty of a prompt, and without regularisation.
-
-    Args:
-        rows: The pairs: `combined`, and `lengths` of both answers.
+    2404.04475) in its simplest form: without a term for the difficulty of a prompt, and without regularisation. Each
+    row has `combined`, and `lengths` of both answers.
 
     Returns:
         NaN where it cannot be told: fewer than FEWEST_PAIRS scored pairs, lengths that do not differ or are not on
@@ -276,17 +271,13 @@ def length_controlled(rows: Iterable[Mapping[str, Any]]) -> Estimate:
         hessian = (x * (p * (1 - p))[:, None]).T @ x
         if np.abs(beta).max() > 10 or np.linalg.cond(hessian) > 1e8:
             return unknown
-        step = np.linalg.solve(hessian, x.T @ (y - p))
+        inverse, scores = np.linalg.inv(hessian), x * (y - p)[:, None]
+        step = inverse @ scores.sum(axis=0)
         beta += step
         if np.abs(step).max() < 1e-10:
-            break
-    else:
-        return unknown
-    inverse = np.linalg.inv(hessian)
-    scores = x * (y - p)[:, None]
-    error = math.sqrt((inverse @ (scores.T @ scores) @ inverse)[0, 0])
-    low, high = (math.tanh((beta[0] + sign * 1.959964 * error) / 2) for sign in (-1, 1))
-    return Estimate(math.tanh(beta[0] / 2), low, high)
+            error = math.sqrt((inverse @ (scores.T @ scores) @ inverse)[0, 0])
+            return Estimate(*(math.tanh((beta[0] + z * error) / 2) for z in (0, -1.959964, 1.959964)))
+    return unknown
 
 
 # ----------------------------------------------------------------------------------------------------------- of a stage
@@ -295,22 +286,21 @@ def length_controlled(rows: Iterable[Mapping[str, Any]]) -> Estimate:
 def judge_tokens(judged: Iterable[Judged]) -> dict[int, int]:
     """Stage -> tokens of the judges' prompts and replies, of the stages that were judged."""
     found: Counter[int] = Counter()
-    for of_kind in judged:
-        for (index, _), numbers in of_kind.items():
-            found[index] += numbers["prompt_tokens"] + numbers["completion_tokens"]
+    for (index, _), numbers in (item for of_kind in judged for item in of_kind.items()):
+        found[index] += numbers["prompt_tokens"] + numbers["completion_tokens"]
     return found
 
 
 def verdicts(stage: Stage, suite: str) -> dict[Any, str]:
     """doc_id -> win, tie, lose, unscored or broken, of a stage's pairs; empty where the lines are not kept."""
-    if not judge_file(stage, suite).exists():
-        return {}
     return {row["doc_id"]: row["combined"] for row in _pairs(stage, suite)}
 
 
 def _pairs(stage: Stage, suite: str) -> list[dict[str, Any]]:
-    lines = judge_file(stage, suite).with_suffix(".jsonl")
-    return [row for row in read_jsonl(lines) if "combined" in row] if lines.exists() else []
+    file = judge_file(stage, suite)
+    lines = file.with_suffix(".jsonl")
+    there = file.exists() and lines.exists()
+    return [row for row in read_jsonl(lines) if "combined" in row] if there else []
 
 
 def lacking(judged: Judged, stage: Stage) -> list[str]:
@@ -351,27 +341,14 @@ def net_win_rate_at_equal_length(judged: Judged, stage: Stage) -> Estimate:
     return length_controlled(row for of_suite in rows for row in of_suite)
 
 
-# ---------------------------------------------------------------------------------------------------------- sentences
-
-
 def ends_in_words(counts: Mapping[str, int], replies: int, sampling: Mapping[str, Any]) -> list[str]:
-    """A sentence for replies that were cut and one for thinking that was not closed, with the option that helps.
-
-    Args:
-        counts: `cut` and `unclosed` replies; results of older versions lack these counts.
-        replies: Of how many.
-        sampling: The judge's parameters.
-    """
+    """A sentence each for `cut` and for `unclosed` replies of so many, with the option that helps."""
     found = []
-    if counts.get("cut"):
-        found.append(
-            f"{counts['cut']} of {replies} replies were cut at their limit of tokens, and no verdict is read from "
-            f"them: raise it with {longer(sampling)}"
-        )
-    if counts.get("unclosed"):
-        found.append(
-            f"{counts['unclosed']} of {replies} replies ended in thinking that is not closed, and have no verdict"
-        )
+    if cut := counts["cut"]:
+        end = f"and no verdict is read from them: raise it with {longer(sampling)}"
+        found.append(f"{cut} of {replies} replies were cut at their limit of tokens, {end}")
+    if unclosed := counts["unclosed"]:
+        found.append(f"{unclosed} of {replies} replies ended in thinking that is not closed, and have no verdict")
     return found
 
 

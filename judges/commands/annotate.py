@@ -51,12 +51,12 @@ def run(args: argparse.Namespace) -> int:
     """Annotates a data set."""
     from pathlib import Path
 
-    from judges.teacher.annotate import SAMPLING, annotate, cache_file, plan
+    from judges.teacher.annotate import CACHE, SAMPLING, annotate, plan
     from trace_bench.run import locked
     from trace_tasks.data import find_data
 
     out = Path(args.out)
-    teacher = make_judge(args, cache_file(out), SAMPLING)
+    teacher = make_judge(args, out / CACHE, SAMPLING)
     planned = plan(
         out,
         teacher,
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         print(f"The first of at most {args.attempts} attempts; later ones ask about rejected rows only:")
-        print_estimate(args, teacher, planned.requests(row for rows in planned.rows.values() for row in rows))
+        print_estimate(args, teacher, planned.requests(planned.all_rows()))
         return 0
     with locked(out, "annotate"):
         results = annotate(planned, teacher).values()

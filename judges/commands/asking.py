@@ -90,4 +90,7 @@ def print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
 
 
 def _cost(args: argparse.Namespace, usage: Usage) -> str:
-    return "" if args.price_in is None else f", cost {usage.cost(args.price_in, args.price_out):.2f}"
+    if args.price_in is None:
+        return ""
+    cost = (usage.prompt_tokens * args.price_in + usage.completion_tokens * args.price_out) / 1e6
+    return f", cost {cost:.2f}"

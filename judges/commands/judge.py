@@ -60,16 +60,16 @@ def run(args: argparse.Namespace) -> int:
     judge = make_judge(args, judging.cache_file(folder))
     if args.calibrate or run is None:
         if args.dry_run:
-            print_estimate(args, judge, [{"messages": m} for m in calibrate.planted_messages()])
-            return 0
-        show(calibrate.write_calibration(judge, folder))
-        print_usage(args, "calibrated", judge.usage)
+            print_estimate(args, judge, calibrate.planted_requests())
+        else:
+            show(calibrate.write_calibration(judge, folder))
+            print_usage(args, "calibrated", judge.usage)
         return 0
     jobs = judging.plan(run, judge, stages=stages, suites=names(args.suites), limit=args.limit)
     if not jobs:
         print("nothing to judge: every suite is done")
     elif args.dry_run:
-        print_estimate(args, judge, [request for job in jobs for request in job.requests])
+        print_estimate(args, judge, judging.requests_of(jobs))
     else:
         with locked(run.path, "judge"):
             results = judging.judge_jobs(jobs, judge, limit=args.limit)

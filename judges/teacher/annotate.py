@@ -12,7 +12,7 @@ from typing import Any
 
 from judges import JudgeError
 from judges.judge import Judge
-from judges.replies import Request
+from judges.replies import Reply, Request
 from judges.teacher.paths import Row, is_readable, read_path
 from judges.teacher.prompts import TeacherPrompt, prompt_files, read_prompt
 from judges.teacher.review import cut_note, quality, report, review
@@ -24,6 +24,8 @@ from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoni
 
 log = logging.getLogger(__name__)
 
+#: In the folder: the replies, and the settings with the numbers, which is written last.
+CACHE, ANNOTATION = "annotate-cache.jsonl", "annotation.json"
 #: Part of the settings: raise it with any change of what is asked or accepted.
 VERSION = 2
 SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
@@ -53,15 +55,9 @@ class Plan:
             requests.append({"messages": messages, "seed": attempt})
         return requests
 
-
-def cache_file(out: Path) -> Path:
-    """The replies."""
-    return out / "annotate-cache.jsonl"
-
-
-def annotation_file(out: Path) -> Path:
-    """The settings and the numbers; written last."""
-    return out / "annotation.json"
+    def all_rows(self) -> list[Row]:
+        """The rows of all tasks."""
+        return [row for rows in self.rows.values() for row in rows]
 
 
 def plan(
@@ -76,18 +72,10 @@ def plan(
     show_answers: bool = False,
     prompts: Path | None = None,
 ) -> Plan:
-    """Reads and checks everything that an annotation needs.
+    """Reads and checks everything that an annotation of the plain data in `root` needs.
 
-    Args:
-        out: The folder to write to.
-        teacher: Who will be asked.
-        root: The plain data.
-        tasks: Names of the eight tasks or of their orders; None = all that the data has.
-        rows: The first so many different prompts of each task that are no test prompt.
-        attempts: The most times that a row is asked about.
-        rejected: "drop" leaves rows without an accepted path out, "keep" writes them with their answer alone.
-        show_answers: Whether the teacher sees the right answers of all tasks.
-        prompts: A folder of the user's with files for `prompt_files`.
+    `tasks` are names of the eight tasks or of their orders (None = all that the data has), `prompts` a folder of the
+    user's for `prompt_files`; the rest is as the options of `trace-bench annotate` say.
 
     Raises:
         DataError: if a task is unknown, or its data is missing or in another frame.
@@ -114,12 +102,12 @@ def plan(
     _check_folder(out, settings)
     if attempts > 1 and teacher.sampling.get("temperature") == 0:
         log.warning("At temperature 0 every attempt gives the same reply: use --attempts 1 or a temperature above 0.")
-    taken = {task: _rows(root, task, rows) for task in names}
+    left_out = {task: {"repeated": 0, "test prompt": 0, "unreadable answer": 0} for task in names}
     return Plan(
         out=out,
-        rows={task: found for task, (found, _) in taken.items()},
+        rows={task: _rows(root, task, rows, left_out[task]) for task in names},
         bare={task: {split: _bare_rows(root, task, split) for split in ("eval", "test")} for task in names},
-        left_out={task: left_out for task, (_, left_out) in taken.items()},
+        left_out=left_out,
         prompts={task: read_prompt(file, data.FOLDERS[task]) for task, file in files.items()},
         settings=settings,
         demo=data.is_demo(root),
@@ -137,7 +125,7 @@ def _names(root: Path, tasks: Sequence[str] | None) -> list[str]:
 
 
 def _check_folder(out: Path, settings: dict[str, Any]) -> None:
-    file = annotation_file(out)
+    file = out / ANNOTATION
     if out.exists() and not out.is_dir():
         raise JudgeError(f"{out} is a file. Name a folder.")
     refuse_links(out, *data.FOLDERS.values())
@@ -149,15 +137,14 @@ def _check_folder(out: Path, settings: dict[str, Any]) -> None:
                 + f"\nUse the old ones, or another folder. To make this one again, delete {file}: replies to the same "
                 "requests are taken from the cache."
             )
-    elif not cache_file(out).exists() and any((out / folder).exists() for folder in data.FOLDERS.values()):
+    elif not (out / CACHE).exists() and any((out / folder).exists() for folder in data.FOLDERS.values()):
         raise JudgeError(f"{out} holds task folders that this command did not write. Name another folder.")
 
 
-def _rows(root: Path, task: str, most: int) -> tuple[list[Row], dict[str, int]]:
-    """The first different prompts of the training file, and what was left out up to the last of them."""
+def _rows(root: Path, task: str, most: int, left_out: dict[str, int]) -> list[Row]:
+    """The first different prompts of the training file; counts what is left out up to the last of them."""
     folder = data.FOLDERS[task]
     tested = {row["prompt"] for row in data.read_split(root, folder, "test")}
-    left_out = {"repeated": 0, "test prompt": 0, "unreadable answer": 0}
     seen: set[str] = set()
     rows: list[Row] = []
     for i, row in enumerate(data.read_split(root, folder, "train")):
@@ -171,77 +158,70 @@ def _rows(root: Path, task: str, most: int) -> tuple[list[Row], dict[str, int]]:
         elif not is_readable(folder, "", answer):
             left_out["unreadable answer"] += 1
         else:
-            rows.append(Row(task, i, _asking(root, task, "train", i, row["prompt"]), answer))
+            rows.append(Row(task, i, _asking(root / folder / "train.json", i, row["prompt"]), answer))
         seen.add(row["prompt"])
     if not rows:
         raise data.DataError(f"{root / folder}/train.json has no row to annotate: {left_out}.")
-    return rows, left_out
+    return rows
 
 
 def _bare_rows(root: Path, task: str, split: str) -> list[dict[str, str]]:
     folder = data.FOLDERS[task]
+    file = root / folder / f"{split}.json"
     return [
-        {"prompt": _asking(root, task, split, i, row["prompt"]), "answer": bare_answer(folder, row["answer"])}
+        {"prompt": _asking(file, i, row["prompt"]), "answer": bare_answer(folder, row["answer"])}
         for i, row in enumerate(data.read_split(root, folder, split))
     ]
 
 
-def _asking(root: Path, task: str, split: str, index: int, prompt: str) -> str:
+def _asking(file: Path, index: int, prompt: str) -> str:
     """A prompt in the reasoning form."""
-    folder = data.FOLDERS[task]
     try:
-        return reasoning_prompt(folder, prompt)
+        return reasoning_prompt(file.parent.name, prompt)
     except ValueError as e:
-        raise data.DataError(f"{root / folder / split}.json, row {index}: {e}") from e
+        raise data.DataError(f"{file}, row {index}: {e}") from e
 
 
 def annotate(plan: Plan, teacher: Judge) -> dict[str, dict[str, Any]]:
-    """Asks what is not in the cache, and writes the folder.
+    """Asks what is not in the cache, writes the folder, and returns task -> numbers, as in annotation.json.
 
     Every round asks about all rows without an accepted path, with the round as the seed, so that an interrupted program
     comes to the same files as one that was not. A request that failed counts as not accepted.
-
-    Returns:
-        Task -> numbers, as in annotation.json.
 
     Raises:
         JudgeError: if the teacher cannot be asked. Its replies so far are kept.
     """
     paths: dict[Row, str] = {}
-    accepted: dict[str, list[int]] = {task: [] for task in plan.rows}
-    counts: dict[str, Counter[str]] = {task: Counter() for task in plan.rows}
-    reasons: dict[str, Counter[str]] = {task: Counter() for task in plan.rows}
+    by_attempt: dict[Row, int] = {}
+    asked_about: list[tuple[Row, Reply, str]] = []  # with the reason why a reply was rejected
     attempts = plan.settings["attempts"]
     for attempt in range(1, attempts + 1):
-        asked = [row for rows in plan.rows.values() for row in rows if row not in paths]
+        asked = [row for row in plan.all_rows() if row not in paths]
         replies = teacher.complete(plan.requests(asked, attempt), f"attempt {attempt} of {attempts}")
         for row, reply in zip(asked, replies, strict=True):
-            if reply.error is not None:
-                counts[row.task]["failed_requests"] += 1
-                continue
-            counts[row.task]["prompt_tokens"] += reply.prompt_tokens
-            counts[row.task]["completion_tokens"] += reply.completion_tokens
-            path, reason = read_path(row, reply)
+            path, reason = ("", "") if reply.error is not None else read_path(row, reply)
+            asked_about.append((row, reply, reason))
             if path:
-                paths[row] = path
-            else:
-                reasons[row.task][reason] += 1
-        for task, rows in plan.rows.items():
-            accepted[task].append(sum(row in paths for row in rows) - sum(accepted[task]))
-    paths = {row: paths[row] for rows in plan.rows.values() for row in rows if row in paths}  # in their order
+                paths[row], by_attempt[row] = path, attempt
+    paths = {row: paths[row] for row in plan.all_rows() if row in paths}  # in their order
     results: dict[str, dict[str, Any]] = {}
     for task, rows in plan.rows.items():
         found = [(row, path) for row, path in paths.items() if row.task == task]
         kept = len(rows) - len(found) if plan.settings["rejected"] == "keep" else 0
+        replies = [reply for row, reply, _ in asked_about if row.task == task]
+        tries = Counter(by_attempt[row] for row, _ in found)
+        reasons = Counter(reason for row, _, reason in asked_about if row.task == task and reason)
         results[task] = {
             "rows": len(rows),
             "accepted": len(found),
-            "accepted_by_attempt": accepted[task],
+            "accepted_by_attempt": [tries[attempt] for attempt in range(1, attempts + 1)],
             "kept": kept,
             "dropped": len(rows) - len(found) - kept,
+            "failed_requests": sum(reply.error is not None for reply in replies),
             # Of all replies, whether they were paid now or came from the cache.
-            **{name: counts[task][name] for name in ("failed_requests", "prompt_tokens", "completion_tokens")},
-            "rejected_replies": dict(sorted(reasons[task].items())),
+            "prompt_tokens": sum(reply.prompt_tokens for reply in replies),
+            "completion_tokens": sum(reply.completion_tokens for reply in replies),
+            "rejected_replies": dict(sorted(reasons.items())),
             "left_out": plan.left_out[task],
             **quality(found),
         }
@@ -252,7 +232,7 @@ def annotate(plan: Plan, teacher: Judge) -> dict[str, dict[str, Any]]:
 
 
 def _write(plan: Plan, teacher: Judge, paths: dict[Row, str], results: dict[str, dict[str, Any]]) -> None:
-    file = annotation_file(plan.out)
+    file = plan.out / ANNOTATION
     file.unlink(missing_ok=True)  # until it is there again the folder is not done
     for task, rows in plan.rows.items():
         folder = data.FOLDERS[task]

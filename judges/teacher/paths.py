@@ -54,12 +54,12 @@ class Row:
 
     @property
     def folder(self) -> str:
-        """The task's folder."""
+        """The folder of the task."""
         return data.FOLDERS[self.task]
 
     @property
     def gold(self) -> str:
-        """The answer as it is read back from a training answer."""
+        """See `read_back`."""
         return read_back(self.folder, self.answer)
 
 
@@ -87,11 +87,7 @@ _ENDED = re.compile(r"(?:[\n.!?。！？]|\A)[ \t]*\Z")
 
 
 def read_path(row: Row, reply: Reply) -> tuple[str, str]:
-    """The reasoning path of a reply, and why it is rejected.
-
-    Returns:
-        The path and "", or "" and the reason.
-    """
+    """The reasoning path of a reply and "", or "" and the reason why it is rejected."""
     if reply.refusal:
         return "", "refused"
     if reply.cut:

@@ -40,15 +40,11 @@ class TeacherPrompt:
     demonstrations: Annotated[list[Demonstration], Field(min_length=3, max_length=3)]
 
     def messages(self, folder: str, prompt: str, answer: str | None) -> Messages:
-        """The demonstrations as earlier turns of a chat, then the row.
+        """The demonstrations as earlier turns of a chat, then the row's prompt in the reasoning form.
 
-        `neutralise` changes nothing in the official training data but the "<s>" before every prompt of Py150. It also
-        breaks "[[", which means nothing here, and an answer copied with one space more is close enough.
-
-        Args:
-            folder: The task's folder.
-            prompt: The row's prompt in the reasoning form.
-            answer: The right answer, to be shown; None = not.
+        The right answer is shown where it is given. `neutralise` changes nothing in the official training data but the
+        "<s>" before every prompt of Py150. It also breaks "[[", which means nothing here, and an answer copied with one
+        space more is close enough.
         """
         messages = []
         for demo in self.demonstrations:
