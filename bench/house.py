@@ -3,7 +3,8 @@
     make house
 
 Four packages, one direction: trace_tasks <- trace_bench <- {trainers, judges}. Imports within functions count, too: a
-circle that is closed only as the program runs is still a circle. `tests/test_house.py` keeps the limits.
+circle that is closed only as the program runs is still a circle. `tests/test_house.py` keeps the limits. The goals for
+the number of lines are no limits: it is printed how far the house is from them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ MAY_IMPORT = {
     "trainers": {"trace_tasks", "trace_bench"},
     "judges": {"trace_tasks", "trace_bench"},
 }
-MOST_LINES, MOST_FILE, MOST_FUNCTION = 12_000, 450, 60
+MOST_FILE, MOST_FUNCTION = 450, 60
+#: Lines of the four packages and of the tests that are aimed at.
+GOAL, GOAL_OF_TESTS = 12_000, 11_000
 
 
 def modules() -> dict[str, Path]:
@@ -86,14 +89,27 @@ def files() -> list[tuple[int, str]]:
     return [(len(path.read_text(encoding="utf-8").splitlines()), name) for name, path in modules().items()]
 
 
+def code_lines() -> int:
+    """The lines of the four packages that are neither blank nor comment nor docstring."""
+    found = 0
+    for path in modules().values():
+        text = path.read_text(encoding="utf-8")
+        strings = [n.value for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr)]
+        docs = {i for s in strings if isinstance(s, ast.Constant) for i in range(s.lineno, (s.end_lineno or 0) + 1)}
+        lines = enumerate(text.splitlines(), 1)
+        found += sum(i not in docs and bool(line.strip()) and not line.strip().startswith("#") for i, line in lines)
+    return found
+
+
 def main() -> int:
     """Prints the figures; 1 where a limit does not hold."""
     lines, edges = files(), graph()
     total, long_functions = sum(n for n, _ in lines), sorted(functions(), reverse=True)
-    print(f"source lines      {total:,} in {len(lines)} files; at most {MOST_LINES:,}")
+    tests = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "tests").rglob("*.py"))
+    print(f"source lines      {total:,} in {len(lines)} files, {code_lines():,} of them code; goal {GOAL:,}")
     for package in MAY_IMPORT:
         print(f"  {package:16}{sum(n for n, name in lines if name.partition('.')[0] == package):,}")
-    print(f"test lines        {sum(len(p.read_text().splitlines()) for p in (ROOT / 'tests').rglob('*.py')):,}")
+    print(f"test lines        {tests:,}; goal {GOAL_OF_TESTS:,}")
     for title, found, most in (
         ("longest files", lines, MOST_FILE),
         ("longest functions", long_functions, MOST_FUNCTION),
@@ -102,7 +118,7 @@ def main() -> int:
         print(f"{title:18}{longest}; at most {most}, {sum(n > most for n, _ in found)} are longer")
     print(f"a circle          {' -> '.join(circle(edges)) or 'none'}")
     print(f"imports back up   {', '.join(upward(edges)) or 'none'}")
-    too_long = total > MOST_LINES or max(lines)[0] > MOST_FILE or long_functions[0][0] > MOST_FUNCTION
+    too_long = max(lines)[0] > MOST_FILE or long_functions[0][0] > MOST_FUNCTION
     return int(too_long or bool(circle(edges) or upward(edges)))
 
 

@@ -366,7 +366,7 @@ def test_names_that_leave_the_run_are_refused(tmp_path, options, name, monkeypat
         write_text(adapter / file, "")
     with pytest.raises(RunError, match="a name becomes a folder"):
         external_run(tmp_path / "r", {name: str(adapter)}, model="m", tasks=["trace_fomc"], settings={})
-    manifest = {"format": 1, "method": "m", "data": {}, "config": {}, "tasks": ["trace_fomc"]}
+    manifest = {"format": 1, "method": "m", "data": {"demo": False}, "config": {}, "tasks": ["trace_fomc"]}
     for entry in ({"tasks": [name]}, {"stages": [name]}, {"checkpoints": {name: "/x"}}):
         write_json(tmp_path / "r" / "manifest.json", {**manifest, **entry})
         for command in (["evaluate"], ["report"], ["status"], ["judge", "--model", "m"]):

@@ -1,0 +1,34 @@
+"""The house keeps its shape: no circle, no import that runs back up, no file or function that is too long."""
+
+import ast
+import importlib
+
+import pytest
+
+from bench import house
+
+
+def test_the_rooms_import_in_one_direction_and_in_no_circle():
+    edges = house.graph()
+    assert not house.circle(edges)
+    assert not house.upward(edges)
+
+
+def test_no_file_and_no_function_is_too_long():
+    assert not [name for lines, name in house.files() if lines > house.MOST_FILE]
+    assert not [name for lines, name in house.functions() if lines > house.MOST_FUNCTION]
+
+
+@pytest.mark.parametrize("package", [*house.MAY_IMPORT, "bench"])
+def test_what_is_imported_of_the_house_is_there(package):
+    """Also within functions, where a name that has gone is found by whoever calls them only."""
+    missing = []
+    for path in sorted((house.ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            module = node.module if isinstance(node, ast.ImportFrom) and not node.level else None
+            if module and module.partition(".")[0] in house.MAY_IMPORT:
+                found = importlib.import_module(module)
+                for alias in node.names:
+                    if not hasattr(found, alias.name) and f"{module}.{alias.name}" not in house.modules():
+                        missing.append(f"{path.name}: {module}.{alias.name}")
+    assert not missing
