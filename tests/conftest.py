@@ -216,13 +216,6 @@ def quick_options(model: Path, output_dir: Path) -> dict:
     }
 
 
-@cache
-def _freeze_libraries() -> None:
-    """Keeps what is imported out of later garbage collections: each training asks for one of millions of objects."""
-    gc.collect()
-    gc.freeze()
-
-
 def train(options: dict, trainer=None, config=None):
     """Trains a run with the given options, as `python -m trainers.<method>` does, and returns it."""
     from dataclasses import fields
@@ -231,13 +224,20 @@ def train(options: dict, trainer=None, config=None):
 
     from trainers import base
 
-    _freeze_libraries()
+    freeze_imports()
     names = {f.name for f in fields(ModelConfig)}
     return base.train(
         trainer or base.CLTrainer,
         (config or base.CLConfig)(**{k: v for k, v in options.items() if k not in names}),
         ModelConfig(**{k: v for k, v in options.items() if k in names}),
     )
+
+
+@cache
+def freeze_imports() -> None:
+    """Keeps the garbage collector away from what the imports made: each stage calls it twice, for half of its time."""
+    gc.collect()
+    gc.freeze()
 
 
 def command_line(options: dict) -> list[str]:

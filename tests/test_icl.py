@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import jinja2
 import lm_eval
@@ -16,7 +15,7 @@ from lm_eval.models.utils import postprocess_generated_text
 from trace_bench import evaluate, report
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_tasks, task_manager
-from trace_tasks import data, scoring
+from trace_tasks import scoring
 from trace_tasks.data.files import write_json
 from trainers.base import ConfigError
 from trainers.icl import ICLConfig, ICLTrainer
@@ -45,6 +44,7 @@ RUNS_ON = {
     "trace_numglue_ds": ("", "\nAnswer:7", ""),
     "trace_20minuten": ("\n\n", "Paragraph:\nEs regnet.\n\nSimplification:Regen. Paragraph", "\n\n"),
 }
+SHORT = ("trace_cstance", "trace_fomc", "trace_numglue_cm", "trace_numglue_ds")
 every_task = pytest.mark.parametrize("name", list(INSTRUCTIONS))
 
 
@@ -65,6 +65,16 @@ def official_prompt(name: str, demonstrations: list[dict], question: str) -> str
     for row in demonstrations:
         text += cue + row["prompt"][start:] + row["answer"] + "\n\n"
     return text + cue + question[start:]
+
+
+def demonstrations(task, n: int) -> list[dict]:
+    """The rows that a task draws, with their prompts as they stand in the data."""
+    if task.task_name == "trace_meetingbank":
+        return []
+    whole = {(r["prompt"].removeprefix(INSTRUCTIONS[task.task_name]), r["answer"]): r for r in task.training_docs()}
+    drawn = [whole[d["prompt"], d["answer"]] for d in task.sampler.sample(n)]
+    assert len(drawn) == n
+    return drawn
 
 
 class Scripted(LM):
@@ -96,41 +106,24 @@ def plain_lm_eval(names, write, **settings):
     results = lm_eval.simple_evaluate(
         model=lm, tasks=names, task_manager=task_manager(), bootstrap_iters=0, log_samples=True, **settings
     )
-    return results, lm
+    return results, lm.asked
 
 
 # ---------------------------------------------------------------------------------------------------------- prompts
 
 
 @every_task
-def test_a_prompt_with_demonstrations_is_the_official_one(name, demo_data):
-    task = load(name)
-    question = task.test_docs()[0]["prompt"]
-    prompt = task.fewshot_context(task.test_docs()[0], 6)
-    if name == "trace_meetingbank":
-        assert prompt == question
-        return
-    whole = {(r["prompt"].removeprefix(INSTRUCTIONS[name]), r["answer"]): r for r in task.training_docs()}
-    drawn = [whole[d["prompt"], d["answer"]] for d in task.sampler.sample(6)]
-    assert len(drawn) == 6 and prompt == official_prompt(name, drawn, question)
-    assert prompt.count(INSTRUCTIONS[name]) == 1 and prompt.startswith(INSTRUCTIONS[name] + ANNOUNCED)
-    assert prompt == task.fewshot_context(task.test_docs()[0], 6), "one draw serves all rows"
-
-
-@every_task
-def test_without_demonstrations_nothing_is_changed(name, demo_data):
+def test_a_prompt_with_demonstrations_is_the_official_one_and_without_nothing_is_changed(name, demo_data):
     task = load(name)
     doc = task.test_docs()[0]
+    prompt = task.fewshot_context(doc, 6)
+    assert prompt == official_prompt(name, demonstrations(task, 6), doc["prompt"])
+    assert prompt == task.fewshot_context(doc, 6), "one draw serves all rows"
     task.set_config(key="num_fewshot", value=0)
-    assert task.fewshot_context(doc, 0) == doc["prompt"]
     task.build_all_requests(limit=1)
-    prompt, settings = task.instances[0].args
-    short = name.removeprefix("trace_") in ("cstance", "fomc", "numglue_cm", "numglue_ds")
-    assert (prompt, settings) == (
-        doc["prompt"],
-        {"do_sample": False, "max_gen_toks": 64 if short else 512, "until": []},
-    )
-    assert (1.1 if short or name == "trace_scienceqa" else 1.0) == task.VERSION
+    settings = {"do_sample": False, "max_gen_toks": 64 if name in SHORT else 512, "until": []}
+    assert task.instances[0].args == (doc["prompt"], settings) and task.fewshot_context(doc, 0) == doc["prompt"]
+    assert (1.1 if name in (*SHORT, "trace_scienceqa") else 1.0) == task.VERSION
 
 
 def test_the_reasoning_variant_has_whole_rows_as_demonstrations(demo_data):
@@ -156,35 +149,33 @@ def test_in_a_chat_template_the_official_prompt_is_one_turn_of_the_user(demo_dat
 # ------------------------------------------------------------------------------------------------- answers and scores
 
 
-@every_task
-def test_an_answer_ends_where_the_official_code_ends_it_and_zero_shot_it_does_not(name, demo_data):
-    gap, more, left = RUNS_ON[name]
-
+def test_an_answer_ends_where_the_official_code_ends_it_and_zero_shot_it_does_not(demo_data):
     def write(doc):
+        gap, more, _ = RUNS_ON[written[doc["prompt"], doc["answer"]]]
         return doc["answer"] + gap + more
 
-    shown, lm = plain_lm_eval([name], write, num_fewshot=6, limit=3)
-    samples = shown["samples"][name]
-    assert [s["filtered_resps"][0] for s in samples] == [s["doc"]["answer"] + left for s in samples]
-    alone, lm = plain_lm_eval([name], write, num_fewshot=0, limit=3)
-    samples = alone["samples"][name]
-    limit = lm.asked[0][1]["max_gen_toks"]
-    assert [s["filtered_resps"][0] for s in samples] == [write(s["doc"])[:limit] for s in samples]
-    if name in ("trace_cstance", "trace_fomc", "trace_numglue_cm", "trace_numglue_ds"):
-        assert shown["results"][name]["accuracy,none"] == 1 and alone["results"][name]["accuracy,none"] == 0
+    written = {(d["prompt"], d["answer"]): n for n, t in load_tasks(list(RUNS_ON)).items() for d in t.test_docs()}
+    shown, asked = plain_lm_eval(list(RUNS_ON), write, num_fewshot=6, limit=3)
+    alone, _ = plain_lm_eval(list(RUNS_ON), write, num_fewshot=0, limit=3)
+    for name, (_, _, left) in RUNS_ON.items():
+        samples = shown["samples"][name]
+        assert [s["filtered_resps"][0] for s in samples] == [s["doc"]["answer"] + left for s in samples], name
+        limit = 64 if name in SHORT else 512
+        samples = alone["samples"][name]
+        assert [s["filtered_resps"][0] for s in samples] == [write(s["doc"])[:limit] for s in samples], name
+        if name in SHORT:
+            assert [r["results"][name]["accuracy,none"] for r in (shown, alone)] == [1, 0]
+    # SARI is taken against the whole prompt, as officially.
+    for sample in shown["samples"]["trace_20minuten"]:
+        (prompt,) = [p for p, _ in asked if sample["doc"]["prompt"][-60:] in p[-60:] and "Simplification" in p]
+        answer = sample["doc"]["answer"]
+        assert prompt.count("Simplification:") == 7 and sample["sari"] == scoring.sari(prompt, answer + "\n\n", answer)
 
 
 def test_a_stop_that_the_user_gives_is_kept(demo_data):
     given = {"num_fewshot": 2, "limit": 1, "gen_kwargs": {"until": ["###"]}}
-    _, lm = plain_lm_eval(["trace_scienceqa"], lambda doc: doc["answer"], **given)
-    assert lm.asked[0][1]["until"] == ["###", "Question:"]
-
-
-def test_sari_compares_with_the_whole_prompt_as_officially(demo_data):
-    shown, lm = plain_lm_eval(["trace_20minuten"], lambda doc: "Es regnet.", num_fewshot=6, limit=2)
-    for sample, (prompt, _) in zip(shown["samples"]["trace_20minuten"], lm.asked, strict=True):
-        assert prompt.count("Simplification:") == 7
-        assert sample["sari"] == scoring.sari(prompt, "Es regnet.", sample["doc"]["answer"])
+    _, asked = plain_lm_eval(["trace_scienceqa"], lambda doc: doc["answer"], **given)
+    assert asked[0][1]["until"] == ["###", "Question:"]
 
 
 # -------------------------------------------------------------------------------------------------------------- draws
@@ -239,22 +230,13 @@ def test_a_run_trains_nothing_and_asks_and_cuts_as_officially(options, caplog):
     report.write_report(run)
     assert "prompts have at most 1020 tokens (officially 3584)" in (run.path / "report.md").read_text()
 
-    rows = {t: data.read_split(data.find_data("demo"), data.FOLDERS[t], "test") for t in tasks}
-    whole = {
-        (r["prompt"].removeprefix(INSTRUCTIONS[t]), r["answer"]): r
-        for t in tasks
-        for r in data.read_split(data.find_data("demo"), data.FOLDERS[t], "train")
-    }
     for name in tasks:
         task = load(name)
         task.set_fewshot_seed(42)  # the run's: HF's default
         task.sampler.count_in(lambda text: len(text.encode()), 1020)  # a token is a byte here
-        shown = [] if name == "trace_meetingbank" else task.sampler.sample(3)
-        drawn = [whole[d["prompt"], d["answer"]] for d in shown]
-        assert len(drawn) == (0 if name == "trace_meetingbank" else 3)
-        assert not {d["prompt"] for d in drawn} & {r["prompt"] for r in rows[name]}
-        for sample, row in zip(samples(run, name), rows[name], strict=False):
-            assert sample["prompt"] == official_prompt(name, drawn, row["prompt"])
+        shown = demonstrations(task, 3)
+        for sample, row in zip(samples(run, name), task.test_docs(), strict=False):
+            assert sample["prompt"] == official_prompt(name, shown, row["prompt"])
         cell = read_json(run.stages[0].eval_file(name))
         assert cell["settings"]["num_fewshot"] == 3 and cell["settings"]["max_prompt_length"] == 1020
         assert cell["settings"]["icl"] == {"version": 2, "seed": 42}
@@ -269,22 +251,20 @@ def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
     """Of every task that has any; and a comparison takes the runs for the seeds of one method."""
     # No demonstration of 20Minuten fits 1,024 bytes.
     tasks = [t for t in INSTRUCTIONS if t not in ("trace_meetingbank", "trace_20minuten")]
-    runs, prompts = {}, {}
-    for name, seed in {"a": 1, "b": 1, "c": 2}.items():
-        changes = {"seed": seed, "output_dir": str(tmp_path / name), "num_fewshot": 3, "tasks": tasks, "test_rows": 2}
-        run = runs[name] = train({**options, **changes}, ICLTrainer, ICLConfig)
-        evaluate.evaluate(run)
-        prompts[name] = {t: [s["prompt"] for s in samples(run, t)] for t in tasks}
-        assert {read_json(run.stages[0].eval_file(t))["settings"]["icl"]["seed"] for t in tasks} == {seed}
-    assert prompts["a"] == prompts["b"]
-    for task in tasks:
-        assert not set(prompts["a"][task]) & set(prompts["c"][task]), task
-    found = str(report.compare([runs["a"], runs["c"]]))
-    assert "over 2 seeds" in found, "they differ in nothing but the seed"
+    runs, prompts = [], []
+    for name, seed in {"a": 1, "b": 2}.items():
+        changes = {"seed": seed, "output_dir": str(tmp_path / name), "num_fewshot": 3, "tasks": tasks, "test_rows": 1}
+        runs.append(train({**options, **changes}, ICLTrainer, ICLConfig))
+        evaluate.evaluate(runs[-1])
+        prompts.append({t: samples(runs[-1], t)[0]["prompt"] for t in tasks})
+        assert {read_json(runs[-1].stages[0].eval_file(t))["settings"]["icl"]["seed"] for t in tasks} == {seed}
+    assert all(prompts[0][task] != prompts[1][task] for task in tasks)
+    assert "over 2 seeds" in str(report.compare(runs)), "they differ in nothing but the seed"
 
 
 def test_cells_that_were_asked_and_cut_otherwise_are_not_mixed_with_these(options):
-    run = train({**options, "num_fewshot": 3}, ICLTrainer, ICLConfig)
+    options = {**options, "num_fewshot": 3, "tasks": ["trace_fomc"], "test_rows": 1}
+    run = train(options, ICLTrainer, ICLConfig)
     evaluate.evaluate(run)
     file = run.stages[0].eval_file("trace_fomc")
     cell = read_json(file)
@@ -295,7 +275,7 @@ def test_cells_that_were_asked_and_cut_otherwise_are_not_mixed_with_these(option
     manifest = run.path / "manifest.json"
     write_json(manifest, {k: v for k, v in run.manifest.items() if k != "icl"})
     with pytest.raises(RunError, match="icl"):
-        train({**options, "num_fewshot": 3}, ICLTrainer, ICLConfig)
+        train(options, ICLTrainer, ICLConfig)
 
 
 def test_zero_demonstrations_are_the_base_model_alone(options, caplog):
@@ -310,13 +290,6 @@ def test_zero_demonstrations_are_the_base_model_alone(options, caplog):
     assert "icl" not in settings and settings["num_fewshot"] == 0
     assert samples(run, "trace_fomc")[0]["prompt"].startswith(INSTRUCTIONS["trace_fomc"])
     assert ANNOUNCED not in samples(run, "trace_fomc")[0]["prompt"]
-
-
-@pytest.mark.parametrize(("name", "value"), [("num_fewshot", -1), ("icl_prompt_length", 0)])
-def test_what_cannot_be_is_refused_before_anything_starts(options, name, value):
-    with pytest.raises(ConfigError, match=f"{name}={value}"):
-        train(options | {name: value}, ICLTrainer, ICLConfig)
-    assert not Path(options["output_dir"]).exists()
 
 
 def test_answers_that_fill_the_context_are_refused(options, tiny_model, tmp_path):

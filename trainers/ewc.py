@@ -83,7 +83,7 @@ class EWCTrainer(CLTrainer):
 
     def fisher(self) -> dict[str, torch.Tensor]:
         """The diagonal of the Fisher information at the present parameters, on rows of the stage's own task."""
-        assert self.model is not None and self.stage.task is not None
+        assert self.stage.task is not None
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ewc_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
         total = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in self.trained().items()}
@@ -104,17 +104,14 @@ class EWCTrainer(CLTrainer):
 
     def end_stage(self) -> None:
         """Adds this task's Fisher information to the penalty of the stages to come."""
-        state = {}
+        state: dict[str, torch.Tensor] = {}
         parameters = self.trained()
         for name, new in self.fisher().items():
             anchor = parameters[name].detach().float()
-            old = self.state_tensors.get(f"P/{name}", torch.zeros_like(new))
-            if self.config.ewc_online:
-                state[f"P/{name}"] = self.config.ewc_gamma * old + new
-                state[f"Q/{name}"] = state[f"P/{name}"] * anchor
-            else:
-                state[f"P/{name}"] = old + new
-                state[f"Q/{name}"] = self.state_tensors.get(f"Q/{name}", torch.zeros_like(new)) + new * anchor
+            P, Q = (self.state_tensors.get(f"{kind}/{name}", torch.zeros_like(new)) for kind in "PQ")
+            P = self.config.ewc_gamma * P + new if self.config.ewc_online else P + new
+            Q = P * anchor if self.config.ewc_online else Q + new * anchor
+            state |= {f"P/{name}": P, f"Q/{name}": Q}
         self.save_state(state)
 
 

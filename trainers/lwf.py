@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from trace_bench.engine import models
 from trainers.base import CLConfig, CLTrainer, frozen_in_bf16, main, option, refuse_shards
 
 
@@ -49,18 +48,8 @@ class LwFTrainer(CLTrainer):
         """Loads the teacher: a second model in memory."""
         self.teacher = None
         if self.stage.index > 1:
-            args = self.model_args
-            assert args.model_name_or_path is not None
-            kwargs: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": self.config.trust_remote_code}
-            if args.attn_implementation:
-                kwargs["attn_implementation"] = args.attn_implementation
             # Unmerged: rounding to the weights' precision would take from what the teacher has learned.
-            self.teacher = models.load_model(
-                args.model_name_or_path,
-                self.run.stages[self.stage.index - 1].checkpoint,
-                args.model_revision,
-                **kwargs,
-            )
+            self.teacher = self.load_model(self.previous.checkpoint)
             self.teacher.requires_grad_(False).eval().to(self.accelerator.device)
             if self.config.bf16:
                 frozen_in_bf16(self.teacher)

@@ -103,10 +103,11 @@ class MemoryTrainer(CLTrainer):
         if not self.memory:
             return
         self.against = self.memory_gradients()
-        allowed = self.projected(self.gradient())
+        parameters = self.trained()
+        allowed = self.projected({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in parameters.items()})
         if allowed is not None:
             self.conflicts += 1
-            for name, parameter in self.trained().items():
+            for name, parameter in parameters.items():
                 parameter.grad = allowed[name]
 
     def project(self, descent: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -134,10 +135,6 @@ class MemoryTrainer(CLTrainer):
     def generator(self) -> torch.Generator:
         """Random numbers of this step, the same ones on every process and in a resumed run."""
         return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-
-    def gradient(self) -> dict[str, torch.Tensor]:
-        """The accumulated gradient of the step, by parameter."""
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.trained().items()}
 
     def record(self) -> dict[str, object]:
         """How many rows of each task were in the memory, and in how many steps the gradient was projected."""

@@ -90,7 +90,7 @@ class OGDTrainer(CLTrainer):
 
     def end_stage(self) -> None:
         """Adds the directions of this task that are not there yet; if there are too many the principal ones."""
-        assert self.model is not None and self.stage.task is not None
+        assert self.stage.task is not None
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ogd_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
         parts: dict[str, list[torch.Tensor]] = defaultdict(list)

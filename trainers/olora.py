@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 from peft import get_peft_model_state_dict
-from safetensors.torch import save_file
 from transformers import set_seed
 
 from trace_bench.run import Stage
 from trace_tasks.data.files import fresh_dir
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, sort_names
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, save_tensors, sort_names
 
 #: PEFT's name for the adapter that is trained, and ours for the frozen one of all earlier tasks.
 NEW, PAST = "default", "past"
@@ -57,9 +56,8 @@ class OLoRATrainer(CLTrainer):
         # With the same random numbers at every stage each adapter would begin in the subspace of the first one.
         set_seed(self.config.seed + stage.index - 1)
         model = self.trainable_model(None)
-        previous = self.run.stages[stage.index - 1].checkpoint
-        if previous is not None:
-            model.load_adapter(str(previous), adapter_name=PAST)
+        if self.previous.checkpoint is not None:
+            model.load_adapter(str(self.previous.checkpoint), adapter_name=PAST)
             model.base_model.set_adapter([NEW, PAST])
             for name, parameter in model.named_parameters():
                 if f".{PAST}." in name:
@@ -68,7 +66,6 @@ class OLoRATrainer(CLTrainer):
 
     def pairs(self) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
         """The A of all earlier tasks and the new one, shapes (rank, in features), by the name of the latter."""
-        assert self.model is not None
         parameters = dict(self.model.named_parameters())
         return {
             name: (parameters[name.replace(f".{NEW}.", f".{PAST}.")], parameter)
@@ -89,9 +86,8 @@ class OLoRATrainer(CLTrainer):
 
     def save_checkpoint(self) -> Path:
         """Saves the earlier adapters and the new one as one, side by side."""
-        assert self.model is not None
         target = self.stage.path / "adapter"
-        model: Any = self.model
+        model = self.model
         tensors = get_peft_model_state_dict(model, adapter_name=NEW)
         config = copy.copy(model.peft_config[NEW])
         if PAST in model.peft_config:
@@ -107,9 +103,7 @@ class OLoRATrainer(CLTrainer):
         config.lora_dropout = 0.0  # of the next stage's frozen part; the new one has the run's own
         if self.is_world_process_zero():
             with fresh_dir(target) as folder:
-                save_file(
-                    {k: v.detach().contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors"
-                )
+                save_tensors(tensors, folder / "adapter_model.safetensors")
                 config.save_pretrained(str(folder))
                 sort_names(folder, config)
         return target

@@ -69,7 +69,7 @@ class OSFTrainer(CLTrainer):
 
     def stage_model(self, stage: Stage) -> Any:
         """The model of the stage before, its linear layers decomposed."""
-        model = self.load_model(self.run.stages[stage.index - 1].checkpoint)
+        model = self.load_model(self.previous.checkpoint)
         self.preserved = self.config.osf_preserved or (stage.index - 1) / len(self.config.stages)
         model = get_peft_model(
             model,
@@ -84,8 +84,7 @@ class OSFTrainer(CLTrainer):
 
     def save_checkpoint(self) -> Path:
         """Saves the parts added up, as an ordinary model."""
-        assert self.model is not None
-        self.model = self.model.merge_and_unload()  # type: ignore[operator]
+        self.model = self.model.merge_and_unload()
         return super().save_checkpoint()
 
     def record(self) -> dict[str, Any]:

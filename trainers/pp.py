@@ -112,7 +112,7 @@ class PPTrainer(CLTrainer):
         encoders: Any = model.prompt_encoder
         # Every stage draws from the same seed: of t times n random tokens the last n are new ones.
         new = encoders["default"].embedding.weight.detach()[-n:].clone()
-        earlier = models.soft_prompt(self.run.stages[stage.index - 1].checkpoint)
+        earlier = models.soft_prompt(self.previous.checkpoint)
         encoders["default"] = Prompts(new, new[:0] if earlier is None else earlier, self.config.prompt_mlp)
         return model
 

@@ -72,7 +72,7 @@ def alignment_rows(config: ReplayConfig) -> list[dict[str, str]]:
     if config.alignment_data is not None:
         path = Path(config.alignment_data).expanduser()
     else:
-        if not (data.needs_data(config.tasks)):
+        if not data.needs_data(config.tasks):
             raise data.DataError("alignment_data is not set. Name a JSON file of prompts and answers, or none.")
         path = data.find_data(os.environ.get("TRACE_DATA") or config.data) / data.LIMA
     file = path / "train.json" if path.is_dir() else path

@@ -7,7 +7,7 @@ checkpoints   what a stage leaves, and what it goes on from
 sampler       batches of rows of similar length
 """
 
-from trainers.base.checkpoints import sort_names
+from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
 from trainers.base.preflight import context_length, refuse_shards
 from trainers.base.sampler import LengthGrouped
@@ -24,6 +24,7 @@ __all__ = [
     "main",
     "option",
     "refuse_shards",
+    "save_tensors",
     "sort_names",
     "train",
 ]

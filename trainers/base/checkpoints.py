@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +37,11 @@ class CheckpointTrainer(GradientTrainer):
     #: When the stage began, as `time.perf_counter` counts; what was done before a kill is subtracted.
     started: float
 
+    @property
+    def previous(self) -> Stage:
+        """The stage before; the base model is stage 0."""
+        return self.run.stages[self.stage.index - 1]
+
     # ------------------------------------------------------------------------------------------------ after the stage
 
     def save_checkpoint(self) -> Path:
@@ -61,13 +67,13 @@ class CheckpointTrainer(GradientTrainer):
         """Writes what the next stage needs to stage.method_state; for `end_stage`."""
         if self.is_world_process_zero():
             with fresh_dir(self.stage.method_state) as folder:
-                save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / "state.safetensors")
+                save_tensors(tensors, folder / "state.safetensors")
 
     def load_state(self) -> dict[str, torch.Tensor]:
         """What `save_state` wrote at the stage before, on the device; empty at the first stage."""
         if self.stage.index == 1:
             return {}
-        file = self.run.stages[self.stage.index - 1].method_state / "state.safetensors"
+        file = self.previous.method_state / "state.safetensors"
         if not file.is_file():
             raise RunError(
                 f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before again "
@@ -84,7 +90,7 @@ class CheckpointTrainer(GradientTrainer):
         elif self.args.should_save:
             folder = Path(str(output_dir))
             folder.mkdir(parents=True, exist_ok=True)
-            save_file({name: p.detach().contiguous() for name, p in self.trained().items()}, folder / _TRAINED)
+            save_tensors(self.trained(), folder / _TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """The counterpart of `save_model`; called by HF's trainer."""
@@ -123,7 +129,7 @@ class CheckpointTrainer(GradientTrainer):
 
     def _origin(self) -> dict[str, Any]:
         """What a checkpoint within the stage has to share with an attempt that goes on from it."""
-        before = self.run.stages[self.stage.index - 1].train_file
+        before = self.previous.train_file
         return {
             "run": fingerprint(self.run.path / "manifest.json"),
             "stage before": fingerprint(before) if before.exists() else None,
@@ -153,6 +159,11 @@ class CheckpointTrainer(GradientTrainer):
 
 def _sizes(folder: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE}
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes tensors to a safetensors file."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
 
 
 def sort_names(folder: Path, config: Any) -> None:

@@ -19,10 +19,10 @@ class GradientTrainer(SFTTrainer):
 
     config: CLConfig
     model_args: ModelConfig
+    model: Any
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
-        assert self.model is not None
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,7 +156,7 @@ class GradientTrainer(SFTTrainer):
             A parameter's name and its gradients for the rows of a batch, the shortest rows first: (rows, *parameter).
         """
         parameters = self.trained()
-        modules = dict(self.model.named_modules())  # type: ignore[union-attr]
+        modules = dict(self.model.named_modules())
         layers = {name: modules[name.removesuffix(".weight")] for name in parameters if name.endswith(".weight")}
         # A head sees answer positions alone, MoE layers call no module of the adapter. Gradient checkpointing is off
         # here, as in all evaluation, so that there may be no room for more than a row.

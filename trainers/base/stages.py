@@ -330,7 +330,7 @@ def _method_source(trainer: type[CLTrainer]) -> str | None:
 
 def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
     """What train.json says of the training itself."""
-    assert trainer.model is not None and isinstance(trainer.train_dataset, Dataset)
+    assert isinstance(trainer.train_dataset, Dataset)
     cuda = torch.cuda.is_available()
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     steps, tokens = trainer.state.global_step, int(trainer._total_train_tokens)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, set_seed
+from transformers import set_seed
 from trl import ModelConfig, get_peft_config
 
 from trace_bench import checks
@@ -75,7 +75,7 @@ class CLTrainer(CheckpointTrainer):
 
     def stage_model(self, stage: Stage) -> Any:
         """The model to train: the one of the stage before, its adapter or all of its parameters trainable."""
-        return self.trainable_model(self.run.stages[stage.index - 1].checkpoint)
+        return self.trainable_model(self.previous.checkpoint)
 
     def begin_stage(self) -> None:
         """Called before the training of the stage: load what the method needs of earlier stages."""
@@ -139,15 +139,13 @@ class CLTrainer(CheckpointTrainer):
         return model
 
     def load_model(self, checkpoint: Path | None) -> Any:
-        """Loads a full model: `checkpoint`, or the base model."""
+        """Loads the model of a checkpoint (None = the base model), an adapter unmerged and frozen."""
         args = self.model_args
+        assert args.model_name_or_path is not None
         kwargs: dict[str, Any] = {"dtype": args.dtype, "trust_remote_code": self.config.trust_remote_code}
-        kwargs["use_safetensors"] = True  # other formats can hold code
         if args.attn_implementation is not None:
             kwargs["attn_implementation"] = args.attn_implementation
-        if checkpoint is None:
-            kwargs["revision"] = args.model_revision
-        return AutoModelForCausalLM.from_pretrained(str(checkpoint or args.model_name_or_path), **kwargs)
+        return models.load_model(args.model_name_or_path, checkpoint, args.model_revision, **kwargs)
 
     # ------------------------------------------------------------------------------------------------- HF's own hooks
 
