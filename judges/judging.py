@@ -21,8 +21,9 @@ from judges.replies import Reply, Request
 from judges.verdict import ends, verdict_of, why_unscored
 from trace_bench import judgements
 from trace_bench.judgements import BROKEN, KINDS, Kind, judge_file, sample_fingerprints, suites_of
+from trace_bench.manifest import differences
 from trace_bench.records import check_one_checkpoint, check_samples, check_stages
-from trace_bench.run import WRITTEN, Run, RunError, Stage, differences, read_json, read_jsonl
+from trace_bench.run import WRITTEN, Run, RunError, Stage, read_json, read_jsonl
 from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_jsonl
 
 log = logging.getLogger(__name__)

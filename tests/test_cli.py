@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from made_runs import make_rich_run
 
-from trace_bench import cli, ending, evaluate
+from trace_bench import cli, ending, evaluate, packaged
 from trace_bench.cli import main
-from trace_bench.study import methods
+from trace_bench.packaged import methods
 from trace_tasks import data
 
 MODULE = [sys.executable, "-m", "trace_bench.cli"]
@@ -57,7 +57,7 @@ def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
     config = re.search(r"^    main\(\w+, (\w+)\)$", inspect.getsource(module), re.M)[1]
     own = {f.name: f for f in fields(getattr(module, config))}
     theirs = {f.name for c in (SFTConfig, ModelConfig) for f in fields(c)}
-    assert trainers.help.show(method)
+    assert trainers.help.show(packaged.methods()[method], "train it")
     shown = re.findall(r"^  --(\w+)", out := capsys.readouterr().out, re.M)
     assert len(shown) == len(set(shown)) and set(own) - theirs <= set(shown) <= set(own) | theirs | {"config"}
     assert module.__doc__.splitlines()[0] in out
@@ -69,10 +69,9 @@ def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
         assert default in (None, MISSING) or text.endswith(f"[{default}] ")
 
 
-def test_the_help_of_a_method_of_one_s_own(tmp_path, monkeypatch, capsys):
+def test_the_help_of_a_method_of_one_s_own(tmp_path, capsys):
     import trainers.help
 
-    monkeypatch.setattr(trainers.help, "FOLDER", tmp_path)
     code = """
 from dataclasses import dataclass, field
 from trainers.base import CLConfig, CLTrainer, main
@@ -84,14 +83,12 @@ class MineConfig(CLConfig):
 if __name__ == "__main__":
     main(CLTrainer, MineConfig)
 """
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base/config.py").write_text("class CLConfig: pass")
-    (tmp_path / "mine.py").write_text(code)
-    assert trainers.help.show("mine")
+    (mine := tmp_path / "mine.py").write_text(code)
+    assert trainers.help.show(mine, "train it")
     out = capsys.readouterr().out
     assert re.search(r"--learning_rate +Larger\. \[0\.5\]\n", out) and re.search(r"--plain +\[3\]\n", out)
-    (tmp_path / "mine.py").write_text(code.replace('"Larger."', "WORDS"))
-    assert not trainers.help.show("mine"), "the full help has it"
+    mine.write_text(code.replace('"Larger."', "WORDS"))
+    assert not trainers.help.show(mine, "train it"), "the full help has it"
 
 
 @pytest.mark.parametrize("option", ["--help", "--help_all"])
@@ -100,7 +97,8 @@ def test_all_options_of_hf_are_listed_where_asked_for_or_where_a_file_does_not_n
     from trainers.base import CLConfig, CLTrainer
     from trainers.base import main as train
 
-    assert not trainers.help.show("base") and not trainers.help.show("nowhere")
+    for name in ("memory", "nowhere"):  # one that is no method, and none
+        assert not trainers.help.show(packaged.TRAINERS / f"{name}.py", "train it")
     with pytest.raises(SystemExit) as e:
         train(CLTrainer, CLConfig, [option])
     assert e.value.code == 0

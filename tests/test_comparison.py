@@ -25,8 +25,8 @@ def rows_of(table):
 
 
 def table_of(comparison, title):
-    [table] = [t for t in comparison.tables if t.title.startswith(title)]
-    return table
+    """The table whose title begins so; the first one of those over seeds and run by run."""
+    return next(t for t in comparison.tables if t.title.startswith(title))
 
 
 def lines_of(comparison):
@@ -37,16 +37,14 @@ def lines_of(comparison):
 def compared(runs, baseline=None):
     """The runs and the final scores, each as rows by their first cell, the notes, and the rows of the CSV."""
     comparison = compare(runs, baseline)
-    first, finals = (
-        {name: list(rest) for name, *rest in (table.header, *table.rows)}
-        for table in (table_of(comparison, "Runs"), table_of(comparison, "Final"))
-    )
+    rows = {t.title: {name: list(rest) for name, *rest in (t.header, *t.rows)} for t in comparison.tables}
+    first, finals = rows["Runs"], rows.get("Final score of each task, run by run", rows["Final score of each task"])
     return first, finals, "\n".join([*comparison.warnings, *comparison.notes]), lines_of(comparison)
 
 
 def differences(runs, baseline=None):
     """The table of differences, as rows by their first cell."""
-    table = table_of(compare(runs, baseline), "Difference")
+    table = table_of(compare(runs, baseline), "Difference to")
     return table.caption, rows_of(table)
 
 
@@ -80,10 +78,11 @@ def test_a_comparison_has_one_row_a_run(make, bounds):
 def test_what_is_missing_is_a_dash_in_tables_and_nothing_in_the_csv(make):
     runs = [make(), make(without((3, 1)), name="unfinished", seed=2)]
     first, second, notes, lines = compared(runs)
-    title = "mean ± standard deviation over 2 seeds"
+    over = rows_of(table_of(compare(runs), "Methods"))["mine and its seeds"]
+    means = list(rows_of(table_of(compare(runs), "Final"))["mine and its seeds"].values())
     assert first["run"][:3] == ["OP", "BWT", "Forgetting"] and first["unfinished"][:3] == [DASH, DASH, DASH]
     assert second["unfinished"] == ["70.0", DASH, "50.0"]
-    assert first[title][0] == DASH and second[title] == [f"70.0 ± {DASH}", DASH, f"50.0 ± {DASH}"]
+    assert "OP" not in over and means == [f"70.0 ± {DASH}", DASH, f"50.0 ± {DASH}"]
     assert "Not complete, so that numbers are missing: `unfinished`" in notes
     assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["FOMC"]) == 0
     assert lines["unfinished"]["OP"] == lines["unfinished"]["FOMC"] == lines["unfinished"]["BWT"] == ""
@@ -249,7 +248,7 @@ def test_names_in_the_csv_are_no_formulas_and_numbers_stay_numbers(make, name):
     assert f"'{name} task" in rows[0] and rows[1][0] == f"'{name.replace('/', ':')}" and rows[1][1] == f"'{name}"
 
 
-def test_the_paper_s_numbers_stand_apart_below_the_methods_it_has(make, bounds):
+def test_the_paper_s_numbers_stand_apart_below_the_methods_it_has(make, bounds, as_the_paper):
     comparison = compare([make(), *bounds().values()])
     table = comparison.tables[0]
     assert table.apart == 4 and not any(t.apart for t in comparison.tables[1:])
@@ -477,30 +476,38 @@ def over_seeds(comparison, title="Difference of seed means to"):
     return table.title, rows_of(table)
 
 
-def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make):
+def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make, as_the_paper):
     runs = [
         make(name="s1", config={"seed": 1}),
         make(R - np.array([0.1, 0.0, 0.2]), name="s2", seed=2, config={"seed": 2}),
         make(name="more", config={"seed": 1, "train_rows": 5}),
     ]
     first, second, notes, rows = compared(runs)
-    title, interval = "mean ± standard deviation over 2 seeds", "95 % interval over 2 seeds"
-    assert list(first) == ["run", "s1", "s2", "more", title, interval, "paper: LoraSeqFT"]
+    assert list(first) == ["run", "s1", "s2", "more"]
+    methods, finals = compare(runs).tables[0], table_of(compare(runs), "Final")
+    assert methods.title == "Methods" and list(rows_of(methods)) == ["s1 and its seeds", "more", "paper: LoraSeqFT"]
+    mean, single = rows_of(methods)["s1 and its seeds"], rows_of(methods)["more"]
+    assert (mean["seeds"], single["seeds"]) == ("2", "1") and single["OP"] == first["more"][first["run"].index("OP")]
     assert "Unequal budgets" in notes and "numbers of seeds: 2 in `s1 and its seeds`; 1 in `more`" in notes
     # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
-    assert first["run"][0] == "train rows" and first[title][0] == first["s1"][0]
+    assert mean["train rows"] == first["s1"][0]
     # No variance can be estimated from two equal numbers: neither ± 0.0 nor an interval of no width.
-    assert first[title][1:5] == ["35.0 ± 7.1", f"-50.0 ± {DASH}", f"50.0 ± {DASH}", "15.0 ± 7.1"]
+    assert (mean["BWT"], mean["Forgetting"], mean["base"]) == (f"-50.0 ± {DASH}", f"50.0 ± {DASH}", "15.0 ± 7.1")
     # Student's t of one degree of freedom is 12.7, so two seeds say little: 35 ± 12.706 * 5
-    assert first[interval][1:3] == ["[-28.5, 98.5]", DASH]
-    assert second[title] == ["65.0 ± 7.1", f"0.0 ± {DASH}", "40.0 ± 14.1"]
+    assert mean["OP"] == "35.0 ± 7.1 [-28.5, 98.5]"
+    assert list(rows_of(finals)["s1 and its seeds"].values()) == ["65.0 ± 7.1", f"0.0 ± {DASH}", "40.0 ± 14.1"]
+    assert list(rows_of(finals)["more"].values()) == second["more"]
     assert "variance cannot be estimated" in notes
     assert "seeds are those of `s1`, `s2`" in notes and "another training" in notes
-    assert float(rows["mean over 2 seeds"]["OP"]) == pytest.approx(35)
-    assert float(rows["standard deviation over 2 seeds"]["MeetingBank"]) == pytest.approx(14.142, abs=1e-3)
-    assert float(rows["high end of the 95 % interval over 2 seeds"]["OP"]) == pytest.approx(98.53, abs=0.01)
-    again = compared([make(name="s3"), make(name="s4")])[0]
-    assert not any("±" in name for name in again), "the same seed twice is no deviation"
+    assert float(rows["s1 and its seeds: mean over 2 seeds"]["OP"]) == pytest.approx(35)
+    assert float(rows["s1 and its seeds: standard deviation over 2 seeds"]["MeetingBank"]) == pytest.approx(
+        14.142, abs=1e-3
+    )
+    assert float(rows["s1 and its seeds: high end of the 95 % interval over 2 seeds"]["OP"]) == pytest.approx(
+        98.53, abs=0.01
+    )
+    again = compare([make(name="s3"), make(name="s4")])
+    assert again.tables[0].title == "Runs", "the same seed twice is no deviation"
 
 
 def test_methods_are_compared_over_their_seeds_paired_and_marked(make, tmp_path):
@@ -510,11 +517,16 @@ def test_methods_are_compared_over_their_seeds_paired_and_marked(make, tmp_path)
     # Differences 20, 21, 19: 20 ± 4.3027 / sqrt(3)
     assert title == "Difference of seed means to `sequential`" and list(rows) == ["replay"]
     assert rows["replay"]["OP"] == "+20.0 [+17.5, +22.5] ↑"
-    finals = table_of(comparison, "Final")
+    finals, by_run = (t for t in comparison.tables if t.title.startswith("Final"))
     assert "worse or better than `sequential` over the seeds" in finals.about
     cells = {name: rest for name, *rest in finals.rows}
-    assert cells["mean ± standard deviation over 3 seeds of replay"] == ["61.7 ± 1.5 ↑"] * 3
-    assert not [c for name, rest in cells.items() if "replay" not in name or "seed0" in name for c in rest if "↑" in c]
+    assert cells["replay"] == ["61.7 ± 1.5 ↑"] * 3 and cells.keys() == {"sequential", "replay"}
+    assert not [c for rest in (*by_run.rows, cells["sequential"]) for c in rest if "↑" in c]
+    assert [t.title for t in comparison.tables if t.detail] == [
+        "Runs",
+        "Difference to `sequential-seed0`",
+        by_run.title,
+    ]
     notes = "\n".join(comparison.notes)
     assert "`replay` paired by seed" in notes and "Arrows are corrected" in notes and "Intervals are not" in notes
     low = lines_of(comparison)["low end of the 95 % interval, replay against sequential"]
@@ -523,6 +535,7 @@ def test_methods_are_compared_over_their_seeds_paired_and_marked(make, tmp_path)
     assert r"+20.0 {[}+17.5, +22.5{]} $\uparrow$" in comparison.latex() and "±" not in comparison.latex()
     write_comparison(runs, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<details><summary>") == 3 and "<summary>6 runs</summary>" in page
     assert '<td class="number up">+20.0 [+17.5, +22.5] ↑</td>' in page and "<h2>Spread</h2>" in page
     assert "Test rows alone give no arrow" in page and "Seeds that each of two methods needs" in page
 
@@ -588,7 +601,7 @@ def test_both_components_of_the_variance_are_shown_and_how_many_seeds_are_needed
     assert rows["x: test rows"]["C-STANCE"] == f"{error:.1f}" and rows["x: test rows"]["FOMC"] == "8.0"
     [line] = [note for note in comparison.notes if note.startswith("Seeds that each")]
     assert "standard deviation between seeds 6.7 points, 2 degrees of freedom): 2.0 points: 176 seeds." in line
-    row = lines_of(comparison)["standard error over test rows, mean over 3 seeds"]
+    row = lines_of(comparison)["x: standard error over test rows, mean over 3 seeds"]
     assert float(row["C-STANCE"]) == pytest.approx(error) and "x: between seeds" in comparison.latex()
 
 

@@ -16,8 +16,8 @@ from test_methods import THREE, method
 from torch.utils.data import RandomSampler
 
 from bench import scaling
+from trace_bench.packaged import methods
 from trace_bench.run import Run, RunError, read_json
-from trace_bench.study import methods
 from trainers.base import CLTrainer, ConfigError, LengthGrouped
 from trainers.base.preflight import check_launch
 from trainers.replay import _Phases

@@ -14,6 +14,8 @@ import pytest
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from trace_bench import packaged
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("docs/*.md"), *ROOT.glob("trace_tasks/*.md")))
 PAGES += ["README.md", "CONTRIBUTING.md"]
@@ -90,6 +92,10 @@ def check_python(words: list[str]) -> None:
 def check_trace_bench(words: list[str]) -> None:
     end = next((i for i, word in enumerate(words) if word.startswith("-") or word != word.lower()), len(words))
     command = words[:2] if words[:2] == ["data", "audit"] else words[: min(end, 1)]
+    if command == ["train"] and end > 1:
+        command = ["train", words[1] if words[1] in packaged.methods() else "sequential"]
+        config = words[words.index("--config") + 1] if "--config" in words else "FILE"
+        assert config == "FILE" or config in packaged.configs(), words
     assert not unknown(words, sys.executable, "-m", "trace_bench.cli", *command), words
 
 

@@ -300,7 +300,7 @@ def test_the_page_of_several_runs_leads_to_theirs(rich, several):
     assert sorted(f.name for f in figures.iterdir()) == ["runs.png", "runs.svg", "stages.png", "stages.svg"]
 
 
-def test_figures_of_several_runs_show_every_run_and_score(make):
+def test_figures_of_several_runs_show_every_run_and_score(make, as_the_paper):
     make_rich = partial(make_rich_run, make, tasks=TASKS, n=5)
     runs = [make_rich(seed=k, name=f"a-sweep-of-many-learning-rates-{k}") for k in range(5)]
     write_comparison(runs, runs[0].path.parent / "sweep.html", runs[4])

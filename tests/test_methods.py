@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 
 from trace_bench import evaluate, report
 from trace_bench.engine import models
+from trace_bench.packaged import methods
 from trace_bench.run import Run, RunError, read_json
-from trace_bench.study import methods
 from trace_tasks import data
 from trace_tasks.data.files import write_json
 from trainers.base import CLConfig, CLTrainer, ConfigError

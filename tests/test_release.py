@@ -73,4 +73,4 @@ def test_the_installed_package_finds_its_own_files(installed):
     assert "--ewc_lambda" in installed("-m", "trainers.ewc", "--help")
     assert "Complete." in installed("-m", "trace_bench.cli", "data", "demo")
     study = installed.site / "trainers" / "configs" / "studies" / "replay.yaml"
-    assert "trainers.replay" in installed("-m", "trace_bench.cli", "study", str(study), "--dry-run")
+    assert "train replay" in installed("-m", "trace_bench.cli", "study", str(study), "--dry-run")

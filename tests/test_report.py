@@ -44,7 +44,7 @@ def table(run, heading, number=1):
     return {first: rest for first, *rest in rows}
 
 
-def test_the_matrix_its_numbers_and_how_they_are_made(make):
+def test_the_matrix_its_numbers_and_how_they_are_made(make, as_the_paper):
     run = make()
     assert write_report(run).endswith("report.md: 9 cells of 12; OP_3 40.0, BWT_3 -50.0")
     rows = table(run, "## Scores")
@@ -281,7 +281,7 @@ def test_bounds_are_the_comparable_runs_that_are_reported_with_it(make, bounds):
     main(["report", str(run.path)])
     assert list(table(run, "## Bounds"))[2:] == ["base, zero-shot", "this run (stage 3)"]
     for method in ("icl", "single", "joint"):
-        assert f"- {method} is missing: `make {method}-train CONFIG=...`" in text(run)
+        assert f"- {method} is missing: `trace-bench train {method} --like {run.path} --output_dir" in text(run)
     main(["report", str(run.path), str(others["joint"].path)])
     assert table(run, "## Bounds")["joint (multi-task)"][-1] == "70.0" and text(run).count("is missing") == 2
 

@@ -9,8 +9,9 @@ import pytest
 from conftest import train
 
 from trace_bench import cli, evaluate
-from trace_bench.run import Run
+from trace_bench.run import Run, locked
 from trace_bench.status import seconds_left
+from trace_tasks.data.files import write_json
 from trainers.base import CLTrainer
 
 
@@ -47,13 +48,8 @@ def test_a_run_is_followed_from_outside_and_by_one_view(options, capfd, monkeypa
     assert during[0].endswith("2 stages") and "base model; evaluated 0 of 2 tasks" in during[1]
     assert "trained: 4 steps" in during[2] and "evaluated 0 of 1 tasks" in during[2]
     assert progress["steps"] == 4 and 1 <= progress["step"] <= 2 and progress["tokens"] > 0
-    assert f"training: step {progress['step']} of 4, loss {progress['loss']:.3f}" in during[3]
+    assert re.search(rf"interrupted \d+ s ago at step {progress['step']} of 4, loss {progress['loss']:.3f}", during[3])
     assert during[4].startswith("left to train: 1 of 2 stages, ")
-    now = time.time()
-    monkeypatch.setattr(time, "time", lambda: now + 7200)
-    assert "training was interrupted 2.0 h ago at step" in lines(run, capfd)[3]
-    monkeypatch.undo()
-
     # Of the last stage the time left is that of the bar; one that goes on begins where it was.
     run = train(options)
     shown = bars("2/2 NumGLUE-ds")
@@ -105,3 +101,24 @@ def test_odd_values_in_what_a_training_wrote_are_named(make, key):
         with pytest.raises(SystemExit, match=rf"train\.json is damaged.*({key}|Infinity).*Delete it and run") as e:
             cli.main(["status", str(run.path)])
         assert "\n" not in e.value.code
+
+
+def test_a_dead_process_is_told_from_a_live_one(run, capfd):
+    stage = run.stages[1]
+    stage.train_file.unlink()
+
+    def seen(seconds_ago):
+        state = {"step": 1, "steps": 4, "tokens": 100, "loss": 2.0, "seconds": 10.0, "time": time.time() - seconds_ago}
+        write_json(stage.progress_file, state)
+        return lines(run, capfd)[2]
+
+    with locked(run.path, "train"):
+        assert "training: step" in seen(0) and "training: step" in seen(7200), "one that lives may have long steps"
+    assert "training was interrupted 20 s ago at step 1 of 4" in seen(20)
+    (run.path / ".train.lock").unlink()
+    assert "training: step" in seen(20) and "interrupted 2.0 h ago" in seen(7200), (
+        "where locks do not tell, by the time"
+    )
+    with locked(run.stages[0].path, "evaluate"):
+        assert "(at work)" in lines(run, capfd)[1]
+    assert "(at work)" not in lines(run, capfd)[1]

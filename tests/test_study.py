@@ -9,12 +9,12 @@ import sys
 import pytest
 import yaml
 
-from trace_bench import study
+from trace_bench import packaged, study
 from trace_bench.cli import main
 from trace_bench.report.tables import DASH
-from trace_bench.study import StudyError, methods, read_study, run_study
+from trace_bench.study import StudyError, read_study, run_study
 
-STUDIES = sorted((study.TRAINERS / "configs" / "studies").glob("*.yaml"))
+STUDIES = sorted((packaged.TRAINERS / "configs" / "studies").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -112,8 +112,8 @@ def test_each_makes_a_run_of_every_combination(write, tmp_path):
 
 
 def test_the_methods_are_the_files_that_can_be_run():
-    assert {"sequential", "single", "joint", "icl"} <= set(methods())
-    assert not {"base", "__init__", "help", "memory"} & set(methods())
+    assert {"sequential", "single", "joint", "icl"} <= packaged.methods().keys()
+    assert not {"base", "__init__", "help", "memory"} & packaged.methods().keys()
 
 
 GOOD = {"method": "sequential"}
@@ -126,11 +126,11 @@ GOOD = {"method": "sequential"}
         ("just text", ["config and runs", "str"]),
         ("config: config.yaml", ["config and runs", "['config']"]),
         ("config: config.yaml\nruns: {a: {method: icl}}\nsteps: 3", ["config and runs", "'steps'"]),
-        ("config: other.yaml\nruns: {a: {method: icl}}", ["'other.yaml' is no file", "relative to"]),
-        ({"a": {"method": "sequental"}}, ["runs, a", "'sequental'", "sequential", "icl"]),
-        ({"a": {"method": "base"}}, ["'base' is not one of"]),
-        ({"a": {"train_rows": 3}}, ["runs, a", "method None"]),
-        ({"a": "sequential"}, ["runs, a", "method 'sequential' is not"]),
+        ("config: other.yaml\nruns: {a: {method: icl}}", ["no config other.yaml", "relative to"]),
+        ({"a": {"method": "sequental"}}, ["runs, a", "no method sequental", "icl", "Did you mean sequential?"]),
+        ({"a": {"method": "base"}}, ["no method base"]),
+        ({"a": {"train_rows": 3}}, ["runs, a", "found {'train_rows': 3}", "method: NAME"]),
+        ({"a": "sequential"}, ["runs, a", "found 'sequential'", "method: NAME"]),
         ({"a": {**GOOD, "output_dir": "x"}}, ["'output_dir' is not allowed"]),
         ({"a": {**GOOD, "--train_rows": 3}}, ["'--train_rows' is not allowed", "without '--'"]),
         ({"a": {**GOOD, "train_rows": {"small": 3}}}, ["a, train_rows", "both small and full"]),
@@ -138,7 +138,7 @@ GOOD = {"method": "sequential"}
         ({"a": {**GOOD, "seed": {"each": []}}}, ["a, seed", "each takes a list of words or numbers"]),
         ({"a": {**GOOD, "tasks": {"each": [["x"], ["y"]]}}}, ["a, tasks", "a mapping of names to values"]),
         ({"a": {**GOOD, "seed": {"each": [1], "or": [2]}}}, ["a, seed", "nothing stands beside it"]),
-        ({"a": {"method": {"each": ["ewc", "x"]}}}, ["runs, a-x", "method 'x' is not one of"]),
+        ({"a": {"method": {"each": ["ewc", "x"]}}}, ["runs, a-x", "no method x"]),
         ({"a": {**GOOD, "seed": {"each": [1]}}, "a-seed1": GOOD}, ["a-seed1", "two runs have this name"]),
         ({}, ["no run"]),
         (["a"], ["runs: expected run names"]),
@@ -153,7 +153,7 @@ def test_what_is_wrong_is_named_with_what_is_allowed(write, content, words, monk
 
 
 def test_a_file_and_a_run_that_are_not_there(write, tmp_path):
-    with pytest.raises(SystemExit, match=r"error: There is no study file .*nowhere\.yaml"):
+    with pytest.raises(SystemExit, match=r"error: There is no study .*nowhere\.yaml"):
         main(["study", str(tmp_path / "nowhere.yaml")])
     with pytest.raises(StudyError, match=r"--only c: the runs of .* are a, b"):
         run_study(write({"a": GOOD, "b": GOOD}), only=["a", "c"])
@@ -164,17 +164,17 @@ def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     file = write({"a": {**GOOD, "tasks": ["x", "y"]}, "b": GOOD})
     main(["study", str(file), "--full", "--dry-run", "--only", "a"])
-    config = tmp_path / "config.yaml"
+    config, program = tmp_path / "config.yaml", f"{sys.executable} -m trace_bench.cli"
     assert capsys.readouterr().out.splitlines() == [
-        f"{sys.executable} -m trainers.sequential --config {config} --tasks x y --output_dir runs/mine-full/a",
-        f"{sys.executable} -m trace_bench.cli evaluate runs/mine-full/a",
+        f"{program} train sequential --config {config} --tasks x y --output_dir runs/mine-full/a",
+        f"{program} evaluate runs/mine-full/a",
     ]
     assert not (tmp_path / "runs").exists()
     # A run by its number, and by another launcher.
     file = write({"a": {**GOOD, "seed": {"each": [0, 1]}}, "b": GOOD})
     main(["study", str(file), "--dry-run", "--only", "2", "--launch", "accelerate launch --num_processes 8"])
     training, evaluation = capsys.readouterr().out.splitlines()
-    start = "accelerate launch --num_processes 8 -m trainers.sequential --config"
+    start = "accelerate launch --num_processes 8 -m trace_bench.cli train sequential --config"
     assert training.startswith(start) and training.endswith("--seed 1 --output_dir runs/mine-small/a-seed1")
     assert evaluation == f"{sys.executable} -m trace_bench.cli evaluate runs/mine-small/a-seed1"
 
@@ -191,7 +191,10 @@ def in_this_process(command, environment=None):
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as e:
-            return 1 if isinstance(e.code, str) else e.code or 0
+            if isinstance(e.code, str):
+                print(e.code, file=sys.stderr)
+                return 1
+            return e.code or 0
     return 0
 
 
@@ -207,7 +210,7 @@ def test_a_study_trains_evaluates_compares_and_goes_on(options, write, tmp_path,
         main(["study", str(file), "--output_dir", str(folder)])
     assert e.value.code == 1
     printed = capfd.readouterr()
-    assert "--keep: invalid choice: 'nothing'" in printed.err and "Traceback" not in printed.err
+    assert "keep: invalid choice: 'nothing'" in printed.err and "Traceback" not in printed.err
     summary = (folder / "summary.md").read_text(encoding="utf-8")
     assert summary.startswith("# mine-small\n\nWhat is asked?\n\n> **Failed:** `wrong`: its training ended with exit")
     assert printed.out.endswith(summary)

@@ -282,9 +282,9 @@ def test_runs_of_different_units_have_no_difference(make, tmp_path):
 
 def test_a_mean_over_seeds_is_in_the_unit(make):
     runs = [run_of(make, TER / 1000 + k / 1000, ["mae"] * 3, name=f"s{k}", seed=k) for k in range(2)]
-    first, finals, _, _ = compared(runs)
-    name = "mean ± standard deviation over 2 seeds"
-    assert first[name][first["run"].index("OP")] == "0.0422 ± 0.000707" and finals[name][0] == "0.0605 ± 0.000707"
+    methods, *_, finals, _, _ = compare(runs).tables
+    means = dict(zip(methods.header, methods.rows[0], strict=True))
+    assert means["OP"].startswith("0.0422 ± 0.000707 [") and finals.rows[0][1] == "0.0605 ± 0.000707"
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation

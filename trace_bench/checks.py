@@ -19,8 +19,9 @@ from typing import Any
 from trace_bench import records
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_own
-from trace_bench.run import Run, RunError, Stage, differences
-from trace_bench.tasks import load_tasks, rows_fingerprint
+from trace_bench.manifest import differences
+from trace_bench.run import Run, RunError, Stage
+from trace_bench.tasks import load_tasks, rows_fingerprint, use_own_tasks
 from trace_bench.versions import package_versions
 from trace_tasks import data
 from trace_tasks.data.files import digest
@@ -60,6 +61,7 @@ def verify(
     for stage in stages:
         if stage.external is None and stage.is_trained:
             check_own(stage)
+    use_own_tasks(run.manifest["data"])
     loaded = load_tasks(tasks)
     return loaded, check_tasks(run, loaded)
 

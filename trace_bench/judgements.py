@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from trace_bench.manifest import differences
 from trace_bench.metrics import Estimate, net_interval, wilson_interval
-from trace_bench.run import Run, RunError, Stage, differences, read_json, read_jsonl
+from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 from trace_tasks.data.files import fingerprint
 
 #: What can come of a pair; only the first three are scored.

@@ -60,7 +60,8 @@ def refuse_secrets(settings: Any, what: str) -> None:
     Raises:
         RunError: naming the place, not the value.
     """
-    known = [v for name, v in os.environ.items() if len(v) >= 12 and _is_secret_name(name, v)]
+    # Not of PWD, which a shell sets to the working directory.
+    known = [v for name, v in os.environ.items() if len(v) >= 12 and _is_secret_name(name, v) and not os.path.exists(v)]
     waiting: list[tuple[tuple[str, ...], Any, bool]] = [((), settings, False)]
     while waiting:
         path, value, secret = waiting.pop()

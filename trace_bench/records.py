@@ -62,7 +62,7 @@ def check_origin(run: Run, stage: Stage) -> None:
             f"{stage.train_file} says {wrong}, and lies at stage {stage.index} ({stage.task}): it was moved or copied "
             "from elsewhere. Put each stage back to where it was trained, or delete this file to train the stage again."
         )
-    if trained.get("run", run.identity) != run.identity:
+    if trained.get("run", run.identity) not in run.identities:
         raise RunError(
             f"{stage.train_file} was made with another configuration than {run.path}/manifest.json has (fingerprint "
             f"{trained['run']}, now {run.identity}). Restore the manifest, or begin a new run in another folder."

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from trace_bench.manifest import differences, identity, of_tasks
 from trace_bench.versions import package_versions, source_commit
 from trace_tasks.data import reading
 from trace_tasks.data.files import digest, fingerprint, open_own, refuse_links, remove, write_json
@@ -31,12 +32,6 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 #: The folders of a run into which results are written.
 WRITTEN = ("stages", "figures", "tensorboard")
-#: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
-CIRCUMSTANCES = ("packages.", "commit.", "date.", "data.path.", "data.reasoning.", "data.test.", "model.path.")
-#: Those, and what may be added to a run.
-_NOT_IDENTITY = (*CIRCUMSTANCES, "checkpoints.", "renamed_base.")
-#: Entries of a manifest that older programs did not write.
-_LATER = ("task_definitions",)
 
 
 class RunError(TraceError):
@@ -87,6 +82,18 @@ def locked(folder: Path, what: str) -> Iterator[None]:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
         yield
+
+
+def in_use(folder: Path, what: str) -> bool | None:
+    """Whether a process is at work at a step there; None if nobody began it, or the file system has no locks."""
+    try:
+        with (folder / f".{what}.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 class JsonObject(dict[str, Any]):
@@ -154,23 +161,6 @@ def read_json(path: Path, shape: Any = None) -> Any:
         return reading.read_json(path, shape or shapes.of_file(path), partial(JsonObject, path))
     except DataError as e:
         raise RunError(f"{e} {_remedy(path)}" if isinstance(e, reading.Damaged) else str(e)) from e
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    return {k: v for key, sub in value.items() for k, v in _flat(sub, f"{prefix}.{key}".strip(".")).items()}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The keys in which two manifests (or settings) differ, one line each with both values."""
-    known = [{k: v for k, v in m.items() if k not in _LATER or (k in old and k in new)} for m in (old, new)]
-    a, b = map(_flat, known)
-    return [
-        f"  {key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key, "absent") != b.get(key, "absent") and not f"{key}.".startswith(CIRCUMSTANCES)
-    ]
 
 
 def is_file_name(name: str) -> bool:
@@ -244,6 +234,14 @@ class Stage:
             return None
         if self.external is None:
             return read_json(self.train_file)["checkpoint"]
+        if not self.external.is_dir():  # gone, or on another machine: what was measured says what it was
+            measured = {read_json(file)["checkpoint"] for file in self.path.glob("eval/*.json")}
+            if len(measured) == 1:
+                return measured.pop()
+            raise RunError(
+                f"The checkpoint {self.external} is not there. Say where it is now (--checkpoint NAME=PATH), or take "
+                "it out of the run (--drop NAME)."
+            )
         if not self.below:
             return fingerprint(self.external)
         return digest("\n".join(fingerprint(path) for path in (*self.below, self.external)))
@@ -319,6 +317,14 @@ class Run:
             write_json(file, manifest)
             return cls(path, manifest)
         run = cls.open(path)
+        there = run.tasks
+        if manifest["tasks"][: len(there)] == there != manifest["tasks"] and not differences(
+            run.manifest, of_tasks(manifest, there)
+        ):
+            log.warning("%s gets %s in addition.", path, ", ".join(manifest["tasks"][len(there) :]))
+            as_begun = {key: run.manifest[key] for key in ("packages", "commit", "date") if key in run.manifest}
+            write_json(file, {**manifest, **as_begun})
+            return cls.open(path)
         lines = differences(run.manifest, manifest)
         if lines and restart and not run.has_results():
             log.warning("%s begins again with another configuration, as no stage is trained yet (then -> now):", path)
@@ -348,7 +354,7 @@ class Run:
         for file in self._results():
             made = read_json(file)
             identity = made.get("run")
-            if identity != self.identity or file.relative_to(self.path / "stages").parts[0] not in names:
+            if identity not in self.identities or file.relative_to(self.path / "stages").parts[0] not in names:
                 raise RunError(
                     f"{self.path} has results but no manifest.json, and {file} was not made by this command: its "
                     f"configuration is {identity or 'not on record'}, the one asked for {self.identity}. Run the "
@@ -363,7 +369,13 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """What the run is, whatever its circumstances and how many checkpoints it has by now: SHA-256, 16 digits."""
-        return digest({k: v for k, v in _flat(self.manifest).items() if not f"{k}.".startswith(_NOT_IDENTITY)})
+        return identity(self.manifest)
+
+    @cached_property
+    def identities(self) -> set[str]:
+        """Its own identity, and those of the run before its last tasks were added."""
+        shorter = (of_tasks(self.manifest, self.tasks[:n]) for n in range(1, len(self.tasks)))
+        return {self.identity, *map(identity, shorter)}
 
     def _results(self) -> list[Path]:
         """The files that say that a stage is trained, or something measured, whatever the manifest says of stages."""
@@ -398,10 +410,12 @@ class Run:
         chain = list(folders.values()) if self.manifest.get("chain") else []
         stages = [Stage(0, "0_base", None, self.path / "stages" / "0_base")]
         names = folders if "checkpoints" in self.manifest else self.manifest.get("stages", self.tasks)
+        kept = self.manifest.get("folders", {})  # after a checkpoint was dropped the others keep theirs
         for i, name in enumerate(names, 1):
             task = name if name in self.tasks else None
-            path = self.path / "stages" / f"{i}_{name}"
-            stages.append(Stage(i, f"{i}_{name}", task, path, folders.get(name), tuple(chain[: i - 1])))
+            folder = kept.get(name, f"{i}_{name}")
+            path = self.path / "stages" / folder
+            stages.append(Stage(i, folder, task, path, folders.get(name), tuple(chain[: i - 1])))
         return stages
 
     def seen_tasks(self, stage: Stage, which: str) -> list[str]:

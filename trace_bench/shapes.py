@@ -46,7 +46,7 @@ Words = dict[str, str]
 Anything = dict[str, Any]
 
 _Model = _object((str, "name! path"), (Text, "revision"))
-_Data = _object((Text, "path"), (str, "reasoning"), (bool, "demo!"), (Words, "fingerprint test"))
+_Data = _object((Text, "path"), (str, "reasoning own_tasks"), (bool, "demo!"), (Words, "fingerprint test"))
 #: The settings of a run that are read again: what is evaluated, and what a comparison shows.
 _Config = _object(
     (Literal["vllm", "hf"], "backend"),
@@ -71,7 +71,7 @@ Manifest = _object(
     (_Data, "data!"),
     (_Config, "config!"),
     (list[str], "tasks! stages"),
-    (Words, "checkpoints packages"),
+    (Words, "checkpoints folders packages"),
     (bool, "chain renamed_base"),
     (Count, "processes seed"),
     (dict[str, Scalar], "task_versions"),

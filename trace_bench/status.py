@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trace_bench.run import Run, Stage, read_json
+from trace_bench.run import Run, Stage, in_use, read_json
 from trace_tasks.data import JUDGED, SUITES
 
-#: A stage counts as interrupted if its progress was not written for so many seconds; steps take less.
+#: Where locks do not tell, a stage counts as interrupted after so many seconds without progress; steps take less.
 SILENT = 600
 
 
@@ -42,12 +42,12 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
         t = read_json(stage.train_file)
         yield f"trained: {t['steps']} steps, {t['tokens_per_second']:.0f} tokens/s, {duration(t['seconds'])}"
     else:
-        yield _training(stage)
+        yield _training(stage, in_use(run.path, "train"))
         return
     wanted = run.seen_tasks(stage, run.manifest["config"].get("cells", "seen"))
     done = sum(stage.eval_file(task).exists() for task in wanted)
     if wanted:
-        yield f"evaluated {done} of {len(wanted)} tasks"
+        yield f"evaluated {done} of {len(wanted)} tasks" + " (at work)" * bool(in_use(stage.path, "evaluate"))
     suites = sum(stage.eval_file(name).exists() for name in SUITES)
     answered = sum(stage.eval_file(name).exists() for name in JUDGED)
     judged = len(list((stage.path / "judge").glob("*.json")))
@@ -64,13 +64,13 @@ def _progress(stage: Stage) -> Any:
         return None
 
 
-def _training(stage: Stage) -> str:
+def _training(stage: Stage, alive: bool | None) -> str:
     p = _progress(stage)
     if p is None:
         return "not trained"
     silent = time.time() - p["time"]
     text = f"step {p['step']} of {p['steps']}, loss {p['loss']:.3f}, {p['tokens'] / p['seconds']:.0f} tokens/s"
-    if silent > SILENT:
+    if alive is False or (alive is None and silent > SILENT):
         return f"training was interrupted {duration(silent)} ago at {text}"
     left = seconds_left([], 1, p["seconds"], p["step"] / p["steps"])
     return f"training: {text}, {duration(left)} left"

@@ -8,15 +8,16 @@ A study is a YAML file; `trainers/configs/studies/` holds the paper's:
       few: {method: sequential, train_rows: {small: 16, full: 500}}
       many: {method: sequential, train_rows: {small: 64, full: null}}
 
-`config` is relative to the study file. The keys of a run are `method`, a file in `trainers/`, and options of it. Any
-value may be {small: X, full: Y}: X by default, Y with `--full`; null leaves the option (or the run) out. A value
-{each: [X, Y]} makes a run of every value, and several of them a run of every combination:
+`config` is a file relative to the study, or a config of the package by its name. The keys of a run are `method` and
+options of it. A method is a name of the package, the path of a file (relative to the study) or a module. Any value may
+be {small: X, full: Y}: X by default, Y with `--full`; null leaves the option (or the run) out. A value {each: [X, Y]}
+makes a run of every value, and several of them a run of every combination:
 
     method: {each: [sequential, ewc]}
     seed: {each: [0, 1, 2]}
     tasks: {each: {order1: [order1], order2: [order2]}}
 
-The runs of `lora` are then lora-sequential-seed0-order1 ... Each run is `python -m trainers.METHOD` and `trace-bench
+The runs of `lora` are then lora-sequential-seed0-order1 ... Each run is `trace-bench train METHOD` and `trace-bench
 evaluate`, which go on where they were; what `trace-bench report` says of all of them comes last.
 """
 
@@ -34,6 +35,7 @@ from typing import Any
 
 import yaml
 
+from trace_bench import packaged
 from trace_bench.ending import run_child
 from trace_bench.keys import refuse_secrets
 from trace_bench.report import Results, compare, write_comparison_page, write_report
@@ -42,17 +44,9 @@ from trace_bench.text import markdown_text, one_line, printable
 from trace_tasks.data.files import write_text
 from trace_tasks.errors import TraceError
 
-TRAINERS = Path(__file__).parent.parent / "trainers"
-_MAIN = 'if __name__ == "__main__":'
-
 
 class StudyError(TraceError):
     """The study file cannot be used; the message says where, and what is allowed."""
-
-
-def methods() -> list[str]:
-    """The methods there are: the files in trainers/ that can be run."""
-    return sorted(p.stem for p in TRAINERS.glob("*.py") if _MAIN in p.read_text(encoding="utf-8"))
 
 
 def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, list[str]]]:
@@ -61,9 +55,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
     Raises:
         StudyError, RunError: naming the place in the file and what is allowed there.
     """
-    file, scale = Path(file), "full" if full else "small"
-    if not file.is_file():
-        raise StudyError(f"There is no study file {file}.")
+    file, scale = packaged.find("study", str(file), packaged.studies()), "full" if full else "small"
     try:
         study = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -73,27 +65,36 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
         raise StudyError(f"{file}: a study has the keys config and runs, and no others; found {found}.")
     refuse_secrets(study, f"{file},")  # they would be shown as arguments of commands
     config = _at(scale, study["config"], f"{file}, config")
-    if not isinstance(config, str) or not (file.parent / config).is_file():
-        raise StudyError(f"{file}, config: {config!r} is no file; it is looked for relative to {file.parent}.")
+    beside = file.parent / str(config)
+    try:
+        path = beside if beside.is_file() else packaged.find("config", str(config), packaged.configs())
+    except packaged.UnknownName as e:
+        raise StudyError(f"{file}, config (a file relative to {file.parent}, or a name): {e}") from e
     runs = _at(scale, study["runs"], f"{file}, runs")
     if not isinstance(runs, dict):
         raise StudyError(f"{file}, runs: expected run names with their options, found {runs!r:.60}.")
     commands: dict[str, tuple[str, list[str]]] = {}
-    known, path = methods(), os.path.normpath(file.parent / config)
     for name, options in _each(runs, scale, f"{file}, runs"):
         where = f"{file}, runs, {name}"
         if name in commands:
             raise StudyError(f"{where}: two runs have this name.")
         if not re.fullmatch(r"\w[\w.-]*", name):
             raise StudyError(f"{where}: the name becomes a folder; use letters, digits, '_', '-' and '.'.")
-        method = options.pop("method", None) if isinstance(options, dict) else options
-        if not isinstance(options, dict) or method not in known:
-            raise StudyError(f"{where}: method {method!r} is not one of {', '.join(known)}.")
+        if not isinstance(options, dict) or not isinstance(method := options.pop("method", None), str):
+            raise StudyError(
+                f"{where}: found {options!r:.60}; a run is {{method: NAME or FILE.py, OPTION: VALUE, ...}}."
+            )
+        try:
+            source = packaged.find_method(method, file.parent)
+        except packaged.UnknownName as e:
+            raise StudyError(f"{where}: {e}") from e
+        if method.endswith(".py"):
+            method = str(source)
         for key in options:
             if key in ("config", "output_dir") or not re.fullmatch(r"[a-z]\w*", str(key)):
                 raise StudyError(f"{where}: {key!r} is not allowed; use method and options of it, without '--'.")
         arguments = [word for key, value in options.items() for word in _argument(key, value)]
-        commands[name] = method, ["--config", path, *arguments]
+        commands[name] = method, ["--config", os.path.normpath(path), *arguments]
     if not commands:
         raise StudyError(f"{file}: there is no run at the {scale} scale.")
     return commands
@@ -177,21 +178,23 @@ def run_study(
         raise StudyError(
             f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}, or their numbers 1 to {len(runs)}."
         )
-    start = shlex.split(launch) if launch else [sys.executable]
+    start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench.cli"]
+    # A folder trainers/ or judges/ that the study is started in does not hide ours.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     failed: dict[str, str] = {}
     for name, (method, arguments) in runs.items():
         if only and name not in only:
             continue
         commands = {
-            "training": [*start, "-m", f"trainers.{method}", *arguments, "--output_dir", str(folder / name)],
-            "evaluation": [sys.executable, "-m", "trace_bench.cli", "evaluate", str(folder / name)],
+            "training": [*start, *program, "train", method, *arguments, "--output_dir", str(folder / name)],
+            "evaluation": [sys.executable, *program, "evaluate", str(folder / name)],
         }
         for step, command in commands.items():
             if dry_run:
                 print(printable(shlex.join(command)))
                 continue
             print(f"--- {name}: {step}", flush=True)
-            code = run_child(command)
+            code = run_child(command, environment)
             if code:
                 failed[name] = f"its {step} ended with exit code {code}"
                 break

@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import chdir, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
 from trace_tasks.data import FOLDERS, JUDGED, TASKS_PATH, Data, DataError, needs_data
+from trace_tasks.errors import nearest
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -30,18 +31,20 @@ log = logging.getLogger(__name__)
 
 
 def task_manager(include_defaults: bool = False) -> TaskManager:
-    """lm-eval's index of our tasks, those of TRACE_TASKS and, if asked (it takes seconds), its own.
-
-    TRACE_TASKS names folders with task YAMLs, separated as in PATH.
-    """
+    """lm-eval's index of our tasks, those of TRACE_TASKS and, if asked (it takes seconds), its own."""
     versions.check()
     from lm_eval.tasks import TaskManager
 
-    folders = [Path(f).expanduser() for f in os.environ.get("TRACE_TASKS", "").split(os.pathsep) if f]
+    return TaskManager(include_path=[TASKS_PATH, *_more_tasks()], include_defaults=include_defaults)
+
+
+def _more_tasks() -> list[Path]:
+    """The folders with task YAMLs that TRACE_TASKS names, separated as in PATH."""
+    folders = [Path(f).expanduser().absolute() for f in os.environ.get("TRACE_TASKS", "").split(os.pathsep) if f]
     for folder in folders:
         if not any(folder.rglob("*.yaml")):
             raise DataError(f"TRACE_TASKS={os.environ['TRACE_TASKS']}: {folder} is no folder with task YAMLs.")
-    return TaskManager(include_path=[TASKS_PATH, *folders], include_defaults=include_defaults)
+    return folders
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Task]:
@@ -51,18 +54,25 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
         DataError: for a name that nobody has, or a task that cannot be made.
     """
     manager = task_manager()
-    if not set(names) <= set(manager.all_tasks):
+    own = manager.all_tasks
+    if not set(names) <= set(own) and not _unknown_to_lm_eval(set(names) - set(own)):
         manager = task_manager(include_defaults=True)
     unknown = [n for n in names if n not in manager.all_tasks]
     if unknown:
+        near = {n: nearest(n, own) for n in unknown}
+        others = [n for n in own if not str(manager.task_index[n].yaml_path).startswith(str(TASKS_PATH))]
         raise DataError(
-            f"Unknown task(s) {', '.join(unknown)}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. A task "
-            "of your own is a YAML in a folder that TRACE_TASKS names."
+            "Unknown task(s) "
+            + ", ".join(f"{n} (did you mean {near[n]}?)" if near[n] else n for n in unknown)
+            + f". TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. "
+            + (f"TRACE_TASKS has: {', '.join(others)}." if others else "")
+            + ("" if others else "A task of your own is a YAML in a folder that TRACE_TASKS names.")
         )
     loaded: dict[str, Task] = {}
     for name in names:
         try:
-            loaded |= manager.load([name])["tasks"]
+            with chdir(_folder_of_rows(manager, name)):
+                loaded |= manager.load([name])["tasks"]
         except (DataError, MemoryError):
             raise
         except Exception as e:  # whatever lm-eval, a template, a function of the task or the hub says
@@ -76,6 +86,33 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
     if groups:
         raise DataError(f"{', '.join(groups)}: a group of tasks cannot be one column. Name the tasks themselves.")
     return {name: loaded[name] for name in names}
+
+
+def _unknown_to_lm_eval(names: Collection[str]) -> bool:
+    """Whether a name stands in none of lm-eval's own YAMLs; an index of them takes much longer than this search."""
+    import lm_eval
+
+    sought = {name.encode() for name in names}
+    for folder, _, files in os.walk(Path(lm_eval.__file__).parent / "tasks"):
+        for file in files:
+            if file.endswith((".yaml", ".yml")):
+                content = Path(folder, file).read_bytes()
+                sought = {name for name in sought if name not in content}
+                if not sought:
+                    return False
+    return True
+
+
+def _folder_of_rows(manager: TaskManager, name: str) -> Path:
+    """Where relative paths of a task's data files start: at its YAML, if the files are there; else where we are."""
+    entry = manager.task_index[name]
+    if entry.yaml_path is None:
+        return Path()
+    settings = ((entry.cfg or {}).get("dataset_kwargs") or {}).get("data_files") or []
+    folder = entry.yaml_path.parent
+    groups = settings.values() if isinstance(settings, dict) else [settings]
+    files = [f for group in groups for f in (group if isinstance(group, list) else [group])]
+    return folder if files and all((folder / str(f)).exists() for f in files) else Path()
 
 
 def load_suites(names: Sequence[str]) -> dict[str, Group]:
@@ -240,5 +277,23 @@ def _text_of(value: Any) -> str:
 
 def data_record(data: Data, tasks: dict[str, Task]) -> dict[str, Any]:
     """What a manifest says of the rows of a run's tasks: TRACE's, and those from elsewhere."""
-    record = data.record()
-    return record | {"fingerprint": record["fingerprint"] | rows_fingerprint(tasks)}
+    record, own = data.record(), rows_fingerprint(tasks)
+    folders = os.pathsep.join(map(str, _more_tasks()))
+    return record | ({"own_tasks": folders} if own and folders else {}) | {"fingerprint": record["fingerprint"] | own}
+
+
+def use_own_tasks(record: dict[str, Any]) -> None:
+    """Finds tasks from elsewhere where they were when the run began, unless TRACE_TASKS says otherwise.
+
+    Args:
+        record: What `data_record` made.
+
+    Raises:
+        DataError: if the folder is gone.
+    """
+    folders = record.get("own_tasks")
+    if not folders or "TRACE_TASKS" in os.environ:
+        return
+    if gone := [folder for folder in folders.split(os.pathsep) if not Path(folder).is_dir()]:
+        raise DataError(f"The run has tasks of {gone[0]}, which is not there: TRACE_TASKS names where they are now.")
+    os.environ["TRACE_TASKS"] = folders

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
+from collections.abc import Iterable
 
 
 class TraceError(Exception):
@@ -12,6 +14,17 @@ class TraceError(Exception):
 
 class DataError(TraceError):
     """Data or a file is missing or not as it should be; the message says where and how to fix it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like an unknown one; None if none is."""
+    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name."""
+    near = nearest(name, known)
+    return f" Did you mean {near}?" if near else ""
 
 
 def brief(error: BaseException) -> str:

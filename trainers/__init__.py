@@ -1,6 +1,7 @@
 """How the model learns: one method is one file, runnable as `python -m trainers.<method>`."""
 
 import sys
+from pathlib import Path
 
 from trace_bench import ending, versions
 
@@ -9,7 +10,8 @@ if sys.argv[:1] == ["-m"] and not {"-h", "--help"}.isdisjoint(sys.argv):
     from trainers.help import show
 
     with ending.command("help"):
-        if any(show(name.removeprefix("trainers.")) for name in sys.orig_argv if name.startswith("trainers.")):
+        names = [name for name in sys.orig_argv if name.startswith("trainers.")]
+        if any(show(Path(__file__).with_name(f"{n.removeprefix('trainers.')}.py"), f"python -m {n}") for n in names):
             sys.exit()
 
 versions.check()  # before TRL is imported, whose names differ between versions

@@ -1,4 +1,4 @@
-"""`python -m trainers.<method> --help`, from the source alone: importing a method takes seconds (TRL, torch).
+"""The `--help` of a method, from the source alone: importing a method takes seconds (TRL, torch).
 
 All options, those of HF and TRL too, are listed by `--help_all`, from the configs themselves.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+BASE = FOLDER / "base" / "config.py"
 #: Of the options that HF's and TRL's configs have those that most runs set.
 USUAL = {
     "config": "A YAML file of any of these options; the command line wins over it.",
@@ -32,31 +33,27 @@ USUAL = {
 }
 
 
-def own_options(module: str, name: str | None = None) -> Iterator[tuple[str, str, str]]:
+def own_options(file: Path, name: str | None = None) -> Iterator[tuple[Path, str, str]]:
     """What the config of a method (the class `name`, or the one in its call of `main`) adds to TRL's.
 
     Yields:
-        The name of the file, the setting, and its help; those of the method's own file come first.
+        The file, the setting, and its help; those of the method's own file come first.
     """
-    tree = ast.parse(_file(module).read_text(encoding="utf-8"))
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     if name is None:
         calls = (n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "main")
         name = next((ast.unparse(call.args[1]) for call in calls if len(call.args) > 1), "")
     for node in tree.body:
         if isinstance(node, ast.ImportFrom) and name in [alias.name for alias in node.names]:
-            folder, _, file = (node.module or "").rpartition(".")
+            folder, _, module = (node.module or "").rpartition(".")
             if folder == "trainers":
-                yield from own_options(file, name)
+                yield from own_options(BASE if module == "base" else FOLDER / f"{module}.py", name)
         elif isinstance(node, ast.ClassDef) and node.name == name:
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and line.value and "ClassVar" not in ast.unparse(line.annotation):
-                    yield module, ast.unparse(line.target), _describe(line.value)
+                    yield file, ast.unparse(line.target), _describe(line.value)
             for base in node.bases:
-                yield from own_options(module, ast.unparse(base))
-
-
-def _file(module: str) -> Path:
-    return FOLDER / "base/config.py" if module == "base" else FOLDER / f"{module}.py"
+                yield from own_options(file, ast.unparse(base))
 
 
 def _describe(value: ast.expr) -> str:
@@ -76,28 +73,32 @@ def _describe(value: ast.expr) -> str:
     return " ".join(parts)
 
 
-def show(method: str) -> bool:
-    """Prints what a method does, and its options; False if there is no such file, or its texts are computed."""
-    file = FOLDER / f"{method}.py"
+def show(file: Path, program: str) -> bool:
+    """Prints what a method does, and its options; False if there is no such file, or its texts are computed.
+
+    Args:
+        file: The file of the method.
+        program: How it is started.
+    """
     try:
-        options = list(own_options(method)) if file.is_file() else []
-    except ValueError:  # a text that is computed
+        options = list(own_options(file)) if file.is_file() else []
+    except (ValueError, SyntaxError):  # a text that is computed
         options = []
     if not options:
         return False
     parser = argparse.ArgumentParser(
-        prog=f"python -m trainers.{method}",
+        prog=program,
         usage="%(prog)s --config FILE.yaml [--OPTION VALUE ...]",
         description=ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))),
         epilog="All others of TRL's SFTConfig and ModelConfig: --help_all",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
         add_help=False,
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    groups: dict[Path, argparse._ArgumentGroup] = {}
     seen: set[str] = set()
     for source, name, text in options:
         if source not in groups:
-            groups[source] = parser.add_argument_group("every run" if source == "base" else source)
+            groups[source] = parser.add_argument_group("every run" if source == BASE else source.stem)
         if name not in seen:  # a method's own default stands before the one that it inherits
             groups[source].add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"))
             seen.add(name)

@@ -17,7 +17,8 @@ from judges.teacher.paths import Row, is_readable, read_path
 from judges.teacher.prompts import TeacherPrompt, prompt_files, read_prompt
 from judges.teacher.review import cut_note, quality, report, review
 from trace_bench import shapes
-from trace_bench.run import differences, read_json
+from trace_bench.manifest import differences
+from trace_bench.run import read_json
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_text
 from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt

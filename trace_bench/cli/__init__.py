@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
 import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 from trace_bench.ending import command
 from trace_bench.text import prepare_logging, printable
+from trace_bench.versions import package_versions
+from trace_tasks.errors import TraceError
+
+
+class HiddenError(TraceError):
+    """A package of the same name as one of ours is found before it."""
+
 
 #: Command -> its line in the help.
 COMMANDS = {
     "data": "check a data set (folder, archive or demo) and print its fingerprint",
     "data audit": "audit a data set: repeats, leaks from training to test rows, lengths, broken characters",
+    "task": "make a task of your own from a file of rows",
+    "configs": "list the configs and studies of the package",
+    "train": "train every stage of a run with a method",
     "evaluate": "fill the cells of a run's matrix, one engine for all stages",
     "judge": "judge the answers of a run: instruction following and safety against the base model",
     "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
@@ -26,8 +38,8 @@ COMMANDS = {
 }
 EPILOG = """\
 the main job:
-  make sequential-train                      train eight stages, evaluate the matrix, write the report (demo data)
-  python -m trainers.sequential --config trainers/configs/quickstart.yaml --output_dir runs/mine
+  make sequential-train                      in a clone: all of the following, on demo data
+  trace-bench train sequential --config quickstart --output_dir runs/mine
   trace-bench evaluate runs/mine             fill the missing cells; interrupted, it goes on where it was
   trace-bench report runs/mine               report.md, report.html, figures/ and scores.csv
   trace-bench status runs/mine               how far it is, while it goes on
@@ -36,7 +48,7 @@ instruction following and safety, from the answers to the instruct_* and safety_
   trace-bench judge runs/mine --model JUDGE  verdicts against the base model; see trace-bench judge --help
 
 reasoning paths for RCL, written by a teacher and checked:
-  trace-bench annotate data/mine --model TEACHER; TRACE_REASONING=data/mine python -m trainers.rcl ...
+  trace-bench annotate data/mine --model TEACHER; TRACE_REASONING=data/mine trace-bench train rcl ...
 
 checkpoints trained elsewhere:
   trace-bench evaluate runs/theirs --model BASE --checkpoint trace_cstance=PATH --checkpoint trace_fomc=PATH
@@ -66,10 +78,22 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(code)
 
 
-def module_of(command: str) -> Any:
-    """The module of a command, with add_arguments(parser) and run(args) -> exit code."""
-    package = "judges.commands" if command in ("judge", "annotate") else "trace_bench.cli"
-    return importlib.import_module(f"{package}.{command.replace('-', '_').replace(' ', '_')}")
+#: The commands that other packages have, and where.
+ELSEWHERE = {"train": "trainers.command", "judge": "judges.commands.judge", "annotate": "judges.commands.annotate"}
+
+
+def module_of(name: str) -> Any:
+    """The module of a command, with add_arguments(parser) and run(args) -> exit code. It has to be of this package."""
+    module = ELSEWHERE.get(name) or f"trace_bench.cli.{name.replace('-', '_').replace(' ', '_')}"
+    package = module.partition(".")[0]
+    spec = importlib.util.find_spec(package)
+    place = Path(next(iter(spec.submodule_search_locations or ()), spec.origin or "")) if spec else Path()
+    if place.parent.resolve() != Path(__file__).parents[2].resolve():
+        raise HiddenError(
+            f"{place} hides the package {package} of trace-bench, which has the same name. Rename it, or start the "
+            "command `trace-bench` from a different folder without PYTHONPATH."
+        )
+    return importlib.import_module(module)
 
 
 def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
@@ -80,6 +104,7 @@ def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=_version() if "--version" in given else "")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     module = None
     for name, line in COMMANDS.items():
@@ -88,6 +113,11 @@ def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
             module = module_of(name)
             module.add_arguments(own)
     return parser.parse_args(given), module
+
+
+def _version() -> str:
+    versions = package_versions(["trace-bench", "lm-eval", "transformers", "trl", "peft", "torch", "vllm"])
+    return "trace-bench " + ", ".join(f"{n} {v}" for n, v in versions.items()).removeprefix("trace-bench ")
 
 
 def show(text: str, end: str = "\n") -> None:

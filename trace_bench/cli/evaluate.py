@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name; a "
         "run of checkpoints takes further ones later, by themselves",
     )
+    add("--drop", nargs="+", metavar="NAME", help="take checkpoints and what was measured of them out of the run")
     add("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
     add("--chain", action="store_true", help="each adapter was trained on the base with those before it merged in")
     add("--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise")
@@ -64,6 +65,11 @@ def run(args: argparse.Namespace) -> int:
     engine_args, stages = json_object("--engine-args", args.engine_args), indices(args.stages)
     extra = {name: value for name in evaluate.EXTRA_SETTINGS if (value := getattr(args, name)) is not None}
     extra |= {name: extra[name].split(",") for name in ("general", "judged") if name in extra}
+    if args.drop:
+        left = evaluate.drop(args.path, args.drop)
+        print(f"dropped {', '.join(args.drop)}; the run has {len(left.stages) - 1} checkpoints")
+        if not args.checkpoint:
+            return 0
     if args.checkpoint:
         chosen = _run_of_checkpoints(args, extra, engine_args)
     else:

@@ -9,7 +9,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = "Does the runs of a study one after the other and compares them. Done steps are skipped."
     add = parser.add_argument
-    add("file", metavar="FILE.yaml", help="such as trainers/configs/studies/replay.yaml")
+    add("file", metavar="STUDY", help="a YAML file, or a name of `trace-bench configs`, such as replay")
     add("--full", action="store_true", help="at the scale of the paper instead of the small one")
     add("--output_dir", "--output-dir", metavar="DIR", help="default: runs/<name of the study>-<small|full>")
     add(

@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from typing import Any
 
 from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
-from trace_bench.evaluate.external import external_run, measured_run
+from trace_bench.evaluate.external import drop, external_run, measured_run
 from trace_bench.evaluate.plan import EXTRA_SETTINGS, make_plan
 from trace_bench.evaluate.tasks import answer_tokens, load_tasks
 from trace_bench.run import WRITTEN, Run, locked
 from trace_tasks.data.files import refuse_links
 
-__all__ = ["EXTRA_SETTINGS", "answer_tokens", "evaluate", "external_run", "measured_run"]
+__all__ = ["EXTRA_SETTINGS", "answer_tokens", "drop", "evaluate", "external_run", "measured_run"]
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,13 @@ from trace_bench import checks
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_checkpoints
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import Run, RunError, is_file_name
+from trace_bench.run import Run, RunError, is_file_name, locked
 from trace_bench.tasks import check_stages, data_record, load_tasks
 from trace_tasks import data
-from trace_tasks.data.files import write_json
+from trace_tasks.data.files import remove, write_json
+from trace_tasks.errors import suggestion
+
+log = logging.getLogger(__name__)
 
 
 def measured_run(path: str | Path) -> Run | None:
@@ -66,18 +73,57 @@ def external_run(
     asked = Run(Path(path), {**manifest, "checkpoints": now, **renamed})
     new = [stage for name, stage in zip(now, asked.stages[1:], strict=True) if name in given]
     check_checkpoints(asked, new, settings["backend"], trusted)
-    if there:  # the run as it is has to be what is asked for, but for what is added
-        kept = {name: given.get(name, folder) for name, folder in there.items()}
-        manifest |= {"checkpoints": kept} | {k: began[k] for k in began if k == "renamed_base"}
+    if there:  # the run as it is has to be what is asked for, but for what is added or replaced
+        manifest |= {key: began[key] for key in ("checkpoints", "folders", "renamed_base") if key in began}
     else:
         manifest |= {"checkpoints": given} | renamed
         if file.exists() and "checkpoints" in Run.open(path).manifest:
             file.unlink()
     run = Run.create(path, manifest)
-    if there and (given.keys() - there.keys() or renamed.keys() - began.keys()):
-        write_json(file, {**run.manifest, "checkpoints": now, **renamed})
+    if there and (now != there or renamed.keys() - began.keys()):
+        for name in given.keys() & there.keys():
+            if given[name] != there[name]:
+                log.warning(
+                    "The checkpoint %s is %s from now on. Its cells stay if it has the same files.", name, given[name]
+                )
+        folders = {"folders": _numbered(began["folders"], now)} if "folders" in began else {}
+        write_json(file, {**run.manifest, "checkpoints": now, **folders, **renamed})
         run = Run.open(path)
     return run
+
+
+def drop(path: str | Path, names: Sequence[str]) -> Run:
+    """Removes checkpoints and what was measured of them from a run. The others keep their folders.
+
+    Raises:
+        RunError: if the run has no such checkpoint, or later ones of a chain lie on it.
+    """
+    run = Run.open(path)
+    there = run.manifest.get("checkpoints", {})
+    for name in names:
+        if name not in there:
+            raise RunError(
+                f"--drop {name}: {path} has no such checkpoint, but {', '.join(there) or 'stages of its own'}."
+                + suggestion(name, there)
+            )
+    left = {name: folder for name, folder in there.items() if name not in names}
+    if run.manifest.get("chain") and list(left) != list(there)[: len(left)]:
+        raise RunError(f"--drop {' '.join(names)}: later adapters of the chain lie on it. Drop the last ones first.")
+    dropped = {name: stage for name, stage in zip(there, run.stages[1:], strict=True) if name in names}
+    folders = {name: stage.path.name for name, stage in zip(there, run.stages[1:], strict=True) if name in left}
+    with ExitStack() as locks:
+        for stage in dropped.values():
+            locks.enter_context(locked(stage.path, "evaluate"))
+        write_json(run.path / "manifest.json", {**run.manifest, "checkpoints": left, "folders": folders})
+        for stage in dropped.values():
+            remove(stage.path)
+    return Run.open(path)
+
+
+def _numbered(folders: dict[str, str], names: Iterable[str]) -> dict[str, str]:
+    """The folders of all checkpoints; new ones are numbered behind the others."""
+    numbers = count(max((int(folder.partition("_")[0]) for folder in folders.values()), default=0) + 1)
+    return {name: folders.get(name) or f"{next(numbers)}_{name}" for name in names}
 
 
 def _check_folders(checkpoints: dict[str, str]) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import Run, RunError, Stage, differences
+from trace_bench.manifest import differences
+from trace_bench.run import Run, RunError, Stage
 from trace_tasks import data
 from trace_tasks.tokens import Chat
 
@@ -114,7 +115,13 @@ def make_plan(
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
             wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
-            if missing := _missing(stage, wanted, there):
+            missing = _missing(stage, wanted, there)
+            if missing and stage.external is not None and not stage.external.is_dir():
+                log.warning(
+                    "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
+                    *(stage.name, stage.external, len(missing)),
+                )
+            elif missing:
                 todo[stage] = missing
     return Plan(run, config, engine_args, matrix, settings, there, todo)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from trace_bench.report.seeds import (
     deviation_of_test_rows,
     groups_of,
     interval_over_seeds,
+    lines_of,
     marks_of,
     mean_and_deviation,
 )
@@ -47,15 +48,14 @@ from trace_bench.run import Run
 from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
 
-_MEAN = "mean ± standard deviation over {} seeds"
-_INTERVAL = "95 % interval over {} seeds"
-
 
 @dataclass(frozen=True)
 class Comparison:
     """Several runs side by side."""
 
     entries: list[Entry]
+    groups: list[Group]
+    """Those of the entries that differ by their seeds alone."""
     against: Entry
     """The baseline."""
     versus: dict[str, dict[str, Estimate]]
@@ -124,18 +124,20 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
     # One model for orientation; the reports of the runs have all.
     references = [dict(zip(of_paper.header, r, strict=True)) for r in of_paper.rows if "LLaMA-2-7B-Chat" in r]
     tables = [
-        _runs_table(entries, groups, references),
-        *_difference_tables(versus, against, seeds, others, marks),
-        _finals_table(entries, groups, columns, marks, seeds),
+        *([_methods_table(entries, groups, references)] if groups else []),
+        _runs_table(entries, [] if groups else references, detail=bool(groups)),
+        *_difference_tables(versus, against, seeds, others, marks, detail=bool(groups)),
+        *_finals_tables(entries, groups, columns, marks, seeds),
         _spread_table(groups, columns),
     ]
     lines = [_line(e, versus.get(e.name, {})) for e in entries]
     for group in groups:
-        lines += _seed_lines(group, columns, len(groups) > 1)
+        lines += _seed_lines(group, columns)
     for difference in (*seeds, *others):
         lines += _difference_lines(difference)
     return Comparison(
         entries,
+        groups,
         against,
         versus,
         references,
@@ -149,28 +151,57 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _runs_table(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> Table:
+def _methods_table(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> Table:
+    """Each method over its seeds, the runs without others of their kind, and the paper's numbers."""
+    texts, same = _common(entries)
+    rows = []
+    for line in lines_of(entries, groups):
+        first, several = line.entries[0], len(line.entries) > 1
+        cells = []
+        for name in NUMBERS:
+            values, write = [e.numbers[name] for e in line.entries], first.writer(name)
+            if several:
+                interval = interval_over_seeds(values, write) if name in SCORES else DASH
+                text = mean_and_deviation(values, write, cost=name in COSTS)
+                cells.append(text + f" {interval}" * (interval != DASH))
+            else:
+                score = name in SCORES
+                cells.append(
+                    first.unit(name).with_interval(first.scores[name], SCORES[name]) if score else write(values[0])
+                )
+        rows.append([line.name, str(len(line.entries)), *(first.texts[k] for k in texts), *cells])
+    rows += [[name, DASH, *cells] for name, *cells in _reference_rows(references, texts)]
+    about = f"mean ± standard deviation over the seeds [95 % interval over the seeds], {_what(entries, same)}"
+    return Table(["run", "seeds", *texts, *NUMBERS], rows, "Methods", about, len(references)).without_empty_columns()
+
+
+def _runs_table(entries: list[Entry], references: list[dict[str, str]], detail: bool) -> Table:
     """The runs' numbers, and the paper's; what is the same in all runs is said once."""
-    texts = [k for k in TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
-    same = [f"{k} {entries[0].texts[k]}" for k in TEXTS if k not in texts]
+    texts, same = _common(entries)
     rows = []
     for e in entries:
         numbers = {k: e.writer(k)(e.numbers[k]) for k in NUMBERS}
         numbers |= {k: e.unit(k).with_interval(e.scores[k], sign) for k, sign in SCORES.items()}
         rows.append([e.name, *(e.texts[k] for k in texts), *numbers.values()])
-    for group in groups:
-        labels = [group.entries[0].texts[k] for k in texts]
-        writers = {k: group.entries[0].writer(k) for k in NUMBERS}
-        means = [mean_and_deviation(group.numbers(k), write, cost=k in COSTS) for k, write in writers.items()]
-        rows.append([group.label(_MEAN, len(groups) > 1), *labels, *means])
-        bounds = [interval_over_seeds(group.numbers(k), w) if k in SCORES else DASH for k, w in writers.items()]
-        rows.append([group.label(_INTERVAL, len(groups) > 1), *labels, *bounds])
-    for reference in references:
-        line = _reference_line(reference)
-        rows.append([f"paper: {reference['method']}", *(line.get(k, DASH) for k in (*texts, *NUMBERS))])
+    rows += _reference_rows(references, texts)
+    table = Table(["run", *texts, *NUMBERS], rows, "Runs", _what(entries, same), len(references), detail)
+    return table.without_empty_columns()
+
+
+def _common(entries: list[Entry]) -> tuple[list[str], list[str]]:
+    """The descriptions that differ between runs, and what is the same in all of them."""
+    texts = [k for k in TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
+    return texts, [f"{k} {entries[0].texts[k]}" for k in TEXTS if k not in texts]
+
+
+def _what(entries: list[Entry], same: list[str]) -> str:
     about = "scores in percent" if _all_percent(entries) else "scores in percent or the unit of the run's tasks"
-    about += f" (in all: {', '.join(same)})" if same else ""
-    return Table(["run", *texts, *NUMBERS], rows, "Runs", about, len(references)).without_empty_columns()
+    return about + (f" (in all: {', '.join(same)})" if same else "")
+
+
+def _reference_rows(references: list[dict[str, str]], texts: list[str]) -> list[list[str]]:
+    lines = [(f"paper: {reference['method']}", _reference_line(reference)) for reference in references]
+    return [[name, *(line.get(k, DASH) for k in (*texts, *NUMBERS))] for name, line in lines]
 
 
 def _all_percent(entries: Iterable[Entry]) -> bool:
@@ -183,8 +214,9 @@ def _difference_tables(
     seeds: Sequence[SeedDifferences],
     others: Sequence[SeedDifferences],
     marks: Marks,
+    detail: bool,
 ) -> list[Table]:
-    """To the baseline run by run, to its seeds, and between the other groups."""
+    """To the baseline's seeds, between the other groups, and run by run to the baseline."""
 
     def table(title: str, rows: list[list[str]], entries: Iterable[Entry], arrows: str = "") -> Table:
         about = "in points" if _all_percent(entries) else "gains, in points or the unit of the tasks"
@@ -198,9 +230,9 @@ def _difference_tables(
     between = [[f"{d.group.name} against {d.reference.name}", *d.texts({})] for d in others]
     reference = seeds[0].reference.name if seeds else ""
     return [
-        table(f"Difference to `{against.name}`", runs, [against]),
         table(f"Difference of seed means to `{reference}`", to_seeds, of_both(seeds)),
         table("Differences of seed means between the others", between, of_both(others), "; no arrows"),
+        replace(table(f"Difference to `{against.name}`", runs, [against]), detail=detail),
     ]
 
 
@@ -210,25 +242,36 @@ def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
     return {task: shared_unit(e.units[task] for e in entries if task in e.units) for task in columns}
 
 
-def _finals_table(
+def _finals_tables(
     entries: list[Entry], groups: list[Group], columns: list[str], marks: Marks, seeds: Sequence[SeedDifferences]
-) -> Table:
+) -> list[Table]:
+    """The final scores of each method over its seeds, and of each run."""
+    in_percent = _all_percent(entries)
+    names = {task: unit.name if unit else "different units" for task, unit in _column_units(entries).items()}
+    head = ["run", *(columns if in_percent else [f"{task}<br>{names[task]}" for task in columns])]
+    about = "percent of its headline metric" if in_percent else "in the unit of its headline metric"
+
     def write(e: Entry, task: str) -> Callable[[float | None], str]:
         return e.units.get(task, PERCENT).shown
 
-    rows = [[e.name, *(write(e, task)(e.finals.get(task)) for task in columns)] for e in entries]
-    for group in groups:
-        first = group.entries[0]
-        texts = {task: mean_and_deviation(group.numbers(task), write(first, task)) for task in columns}
-        marked = [text + arrow(marks.get((group.name, task), 0)) for task, text in texts.items()]
-        rows.append([group.label(_MEAN, len(groups) > 1), *marked])
-    in_percent = _all_percent(entries)
-    about = "percent of its headline metric" if in_percent else "in the unit of its headline metric"
-    if any(text.endswith(("↑", "↓")) for row in rows for text in row):
-        about += f" (↓, ↑: worse or better than `{seeds[0].reference.name}` over the seeds)"
-    names = {task: unit.name if unit else "different units" for task, unit in _column_units(entries).items()}
-    head = columns if in_percent else [f"{task}<br>{names[task]}" for task in columns]
-    return Table(["run", *head], rows, "Final score of each task", about)
+    title, tables = "Final score of each task", []
+    single = [[e.name, *(write(e, task)(e.finals.get(task)) for task in columns)] for e in entries]
+    if groups:
+        rows = []
+        for line in lines_of(entries, groups):
+            first = line.entries[0]
+            if len(line.entries) == 1:
+                rows.append(single[entries.index(first)])
+                continue
+            values = {task: [e.finals.get(task, math.nan) for e in line.entries] for task in columns}
+            texts = {task: mean_and_deviation(v, write(first, task)) for task, v in values.items()}
+            rows.append([line.name, *(text + arrow(marks.get((line.name, task), 0)) for task, text in texts.items())])
+        over = f"{about}, mean ± standard deviation over the seeds"
+        if any(text.endswith(("↑", "↓")) for row in rows for text in row):
+            over += f" (↓, ↑: worse or better than `{seeds[0].reference.name}` over the seeds)"
+        tables.append(Table(head, rows, title, over))
+        title += ", run by run"
+    return [*tables, Table(head, single, title, about, detail=bool(groups))]
 
 
 def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
@@ -269,7 +312,7 @@ def _line(entry: Entry, versus: dict[str, Estimate]) -> dict[str, Any]:
     }
 
 
-def _seed_lines(group: Group, columns: list[str], several: bool) -> list[dict[str, Any]]:
+def _seed_lines(group: Group, columns: list[str]) -> list[dict[str, Any]]:
     values = {name: group.numbers(name) for name in (*NUMBERS, *columns)}
     texts = group.entries[0].texts
     statistics: dict[str, Callable[[list[float]], Any]] = {
@@ -278,9 +321,10 @@ def _seed_lines(group: Group, columns: list[str], several: bool) -> list[dict[st
         "low end of the 95 % interval": lambda v: metrics.seed_interval(v)[0],
         "high end of the 95 % interval": lambda v: metrics.seed_interval(v)[1],
     }
-    found = {f"{name} over {{}} seeds": {k: of(v) for k, v in values.items()} for name, of in statistics.items()}
-    found["standard error over test rows, mean over {} seeds"] = deviation_of_test_rows(group, columns)
-    return [{"run": group.label(name, several), **texts, **numbers} for name, numbers in found.items()]
+    over = f"over {len(group.entries)} seeds"
+    found = {f"{name} {over}": {k: of(v) for k, v in values.items()} for name, of in statistics.items()}
+    found[f"standard error over test rows, mean {over}"] = deviation_of_test_rows(group, columns)
+    return [{"run": f"{group.name}: {name}", **texts, **numbers} for name, numbers in found.items()]
 
 
 def _difference_lines(difference: SeedDifferences) -> list[dict[str, Any]]:

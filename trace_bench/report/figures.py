@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_bench import judgements
+from trace_bench.metrics import Estimate, seed_interval
 from trace_bench.report.drawing import (
     BLUE,
     GREEN,
@@ -33,6 +34,7 @@ from trace_bench.report.drawing import (
     shown,
 )
 from trace_bench.report.results import DELTAS, Results, measured
+from trace_bench.report.seeds import ComparisonLine, lines_of
 from trace_bench.report.tables import DASH, PERCENT, shade, shared_unit, stage_label
 from trace_tasks.data import SUITES, task_name
 
@@ -280,9 +282,11 @@ def _cost(results: Results) -> tuple[Figure, str] | None:
 
 
 def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
-    entries, against = comparison.entries[:MOST_RUNS], comparison.against
-    if against not in entries:
-        entries = [*entries[:-1], against]
+    lines, against = lines_of(comparison.entries, comparison.groups), comparison.against
+    shown_lines = lines[:MOST_RUNS]
+    if not any(against in line.entries for line in shown_lines):
+        shown_lines = [*shown_lines[:-1], *(line for line in lines if against in line.entries)]
+    entries = [e for line in shown_lines for e in line.entries]
     names = [n for n in ("OP", "BWT", *DELTAS) if any(not math.isnan(e.scores[n].value) for e in entries)]
     unit = shared_unit(e.unit("OP") for e in entries if not math.isnan(e.scores["OP"].value))
     if unit is None:  # there is no axis for them
@@ -291,30 +295,47 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
         return None
     in_percent = unit is None or unit.is_percent
     papers = {f"paper: {r['method']}": r for r in comparison.references if in_percent}
-    rows = [*(e.name for e in entries), *papers]
+    rows = [*(line.name for line in shown_lines), *papers]
     figure, axes = axes_of(0.9 + 0.27 * len(rows), 1, len(names), left=2.2, gap=0.25, sharey=True)
     for panel, name in zip(axes, names, strict=True):
         if name != "OP":
             panel.axvline(0, color=MUTED, linewidth=0.8)
         own = PERCENT if name in DELTAS or unit is None else unit
-        baseline = own.factor * against.scores[name].value
-        panel.axvline(baseline, color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
-        for y, entry in enumerate(entries):
-            value, low, high = (own.factor * x for x in entry.scores[name])
-            colour, marker = (ORANGE, "s") if entry is against else (BLUE, "o")
+        for y, of_method in enumerate(shown_lines):
+            is_baseline = against in of_method.entries
+            value, low, high = (own.factor * x for x in _estimate(of_method, name))
+            if is_baseline:
+                panel.axvline(value, color=ORANGE, linewidth=0.9, linestyle=(0, (3, 2)))
+            colour, marker = (ORANGE, "s") if is_baseline else (BLUE, "o")
             panel.hlines(y, low, high, color=colour, linewidth=1.4, alpha=0.65)
             panel.plot([value], [y], color=colour, marker=marker)
-        for y, row in enumerate(papers.values(), len(entries)):
+            if len(of_method.entries) > 1:
+                seeds = [own.factor * e.scores[name].value for e in of_method.entries]
+                panel.plot(seeds, [y] * len(seeds), color=colour, marker="|", linestyle="none", markersize=7)
+        for y, row in enumerate(papers.values(), len(shown_lines)):
             value = float(row[name]) if row.get(name, DASH) != DASH else math.nan
             panel.plot([value], [y], color=GREY, marker="D", markerfacecolor="none")
         panel.set_title(name if own.is_percent else f"{name} ({own.name if name == 'OP' else own.of_changes})")
         _grid_across(panel)
     axes[0].set_yticks(range(len(rows)), [clipped(name, 30) for name in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    note = f" Shown are {MOST_RUNS} of {len(comparison.entries)} runs." * (len(comparison.entries) > MOST_RUNS)
+    kind = "lines" if comparison.groups else "runs"
+    note = f" Shown are {MOST_RUNS} of {len(lines)} {kind}." * (len(lines) > MOST_RUNS)
     grey = " Grey, hollow: the paper's." if papers else ""
     what = "Percent and points" if in_percent or unit is None else f"OP and BWT in {unit.plain}, others in points"
-    return figure, f"{what}; bars: 95 % intervals over test rows. Square and dashed line: {against.name}.{grey}{note}"
+    bars = "95 % intervals over test rows"
+    if comparison.groups:
+        bars += ", of methods with several seeds over their seeds; strokes: the seeds, around their mean"
+    baseline = next(line.name for line in lines if against in line.entries)
+    return figure, f"{what}; bars: {bars}. Square and dashed line: {baseline}.{grey}{note}"
+
+
+def _estimate(line: ComparisonLine, name: str) -> Estimate:
+    """A number with its interval: over the seeds where there are several, else over test rows."""
+    if len(line.entries) == 1:
+        return line.entries[0].scores[name]
+    values = [e.scores[name].value for e in line.entries]
+    return Estimate(float(np.mean(values)), *seed_interval(values))
 
 
 def _stages(comparison: Comparison) -> tuple[Figure, str] | None:

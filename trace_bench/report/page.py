@@ -170,10 +170,11 @@ def write_comparison_page(comparison: Comparison, file: Path, head: str = "") ->
     blocks: list[Any] = []
     for table in comparison.tables:
         blocks.append(html.text_html(f"## {table.title}\n\n{table.about[0].upper()}{table.about[1:]}."))
-        if table.title == "Runs" and "runs" in figures:
+        if table is comparison.tables[0] and "runs" in figures:
             blocks.append(figures["runs"])
         heat = comparison.final_ends() if table.title.startswith("Final") else ()
-        blocks.append(html.table_view(table, links, heat=heat, elsewhere="the .md and .csv"))
+        view = html.table_view(table, links, heat=heat, elsewhere="the .md and .csv")
+        blocks.append({"fold": f"{len(table.rows)} runs", "table": view} if table.detail else view)
     if "stages" in figures:
         blocks += [html.text_html("## Over the stages"), figures["stages"]]
     blocks.append(html.text_html("## What the numbers are\n\n" + "\n".join(f"- {note}" for note in comparison.notes)))

@@ -10,6 +10,7 @@ from typing import Any
 from trace_bench.metrics import general_ability_delta
 from trace_bench.report.tables import DASH, Table, number
 from trace_bench.run import Run
+from trace_tasks.data import ORDERS
 
 SETUP = (
     "TRACE, arXiv 2310.06762, tables 1 and 3: order 1, sampling at temperature 0.1, general ability with OpenCompass, "
@@ -37,8 +38,10 @@ _TRAINING = {
 
 
 def name_of(run: Run) -> str | None:
-    """How the paper calls what a run does; None if it has no such method."""
+    """How the paper calls what a run does; None if it has no such method, or had other tasks or another order."""
     method = run.manifest["method"]
+    if run.tasks not in ORDERS.values():
+        return None
     return _NAMES.get((method, run.manifest.get("trains"))) or _NAMES.get((method, None))
 
 

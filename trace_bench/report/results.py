@@ -324,7 +324,8 @@ class Results:
             "BWT": [Estimate(metrics.backward_transfer(gains, t), *e[1:]) for t, e in zip(stages, bwt, strict=True)],
             "Forgetting": [Estimate(metrics.forgetting(gains, t)) for t in stages],
             "FWT": [Estimate(metrics.forward_transfer(gains), *fwt[1:])],
-            "mean OP": [Estimate(metrics.average_accuracy(R), *mean_op)],
+            # Without any spread of the rows a bootstrap has no width, which is no certainty.
+            "mean OP": [Estimate(metrics.average_accuracy(R), *(mean_op if np.ptp(mean_op) > 0 else ()))],
         }
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -251,7 +252,7 @@ def _bounds(results: Results, others: Iterable[Run]) -> Iterable[Block]:
         f"{what}. What learns the tasks one by one is expected between the base model and the last two.{shown}"
     )
     yield Table(["model", *_columns(results), "mean"], rows)
-    notes = []
+    notes, path = [], one_line(shlex.quote(str(run.path)))
     for method in BOUNDS:
         if method in found:
             other = "; ".join(found[method].other_training)
@@ -259,8 +260,8 @@ def _bounds(results: Results, others: Iterable[Run]) -> Iterable[Block]:
             notes.append(f"- {method}: the run `{one_line(found[method].run.path.name)}`{training}")
         else:
             notes.append(
-                f"- {method} is missing: `make {method}-train CONFIG=...`, with the configuration and tasks of this "
-                "run; then name both runs to `trace-bench report`."
+                f"- {method} is missing: `trace-bench train {method} --like {path} --output_dir {path}-{method} && "
+                f"trace-bench evaluate {path}-{method} && trace-bench report {path} {path}-{method}`"
             )
     yield "\n".join(notes)
 

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from trace_bench import metrics
+from trace_bench.manifest import differences
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.conditions import same_conditions
 from trace_bench.report.differences import defined, gain
 from trace_bench.report.entry import NUMBERS, SCORES, Entry, column_of
 from trace_bench.report.results import DELTAS, UNKNOWN
 from trace_bench.report.tables import DASH, Unit, arrow, shared_unit
-from trace_bench.run import differences
 from trace_bench.text import one_line
 
 #: (name of a group, one of `SCORES` or a task) -> 1 or -1, where the group is better or worse than the baseline's.
@@ -40,9 +40,25 @@ class Group:
         """Seed -> a number of its run."""
         return {e.run.manifest.get("seed"): of(e) for e in self.entries}
 
-    def label(self, text: str, several: bool) -> str:
-        """A row over the seeds; with the group's name if there are several groups."""
-        return text.format(len(self.entries)) + (f" of {self.name}" if several else "")
+
+@dataclass(frozen=True)
+class ComparisonLine:
+    """A line of a comparison: a method over its seeds, or a single run."""
+
+    name: str
+    entries: list[Entry]
+
+
+def lines_of(entries: Sequence[Entry], groups: Sequence[Group]) -> list[ComparisonLine]:
+    """The groups and the runs that are in none, in the order of the runs."""
+    lines: list[ComparisonLine] = []
+    for entry in entries:
+        group = next((g for g in groups if entry in g.entries), None)
+        if group is None:
+            lines.append(ComparisonLine(entry.name, [entry]))
+        elif entry is group.entries[0]:
+            lines.append(ComparisonLine(group.name, group.entries))
+    return lines
 
 
 def groups_of(entries: Sequence[Entry]) -> list[Group]:

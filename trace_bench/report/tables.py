@@ -180,6 +180,8 @@ class Table:
     """What its numbers are."""
     apart: int = 0
     """The last so many rows are for orientation and set apart from the others."""
+    detail: bool = False
+    """Whether a page shows it only when asked, since another table has its numbers in short."""
 
     @property
     def caption(self) -> str:

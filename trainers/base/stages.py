@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import json
 import logging
 import os
 import re
@@ -16,10 +17,11 @@ import resource
 import shlex
 import sys
 import time
+from collections.abc import Collection
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -29,7 +31,7 @@ from datasets import Dataset
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, TrlParser
 
-from trace_bench import checks, ending, records
+from trace_bench import checks, ending, packaged, records
 from trace_bench.engine import models
 from trace_bench.keys import refuse_secrets
 from trace_bench.run import Run, RunError, Stage, locked, read_json
@@ -38,6 +40,7 @@ from trace_bench.text import prepare_logging, printable
 from trace_bench.versions import source_commit
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, remove, write_json
+from trace_tasks.errors import nearest
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
 from trainers.base.config import CLConfig, ConfigError
@@ -67,11 +70,45 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
         train(trainer, *_parse(config, argv))
 
 
-def _parse(config: type[CLConfig], argv: list[str] | None) -> Any:
+def _parse(config: type[CLConfig], argv: list[str] | None) -> list[Any]:
+    """The config of the method and TRL's ModelConfig, from the command line and the file that it names."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for i, word in enumerate(argv[:-1], 1):
+        if word == "--config":
+            argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
+    known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]
+    if "--like" in argv[:-1]:
+        i = argv.index("--like")
+        argv[i : i + 2] = _as_in(Run.open(argv[i + 1]), known)
+    parser = TrlParser((config, ModelConfig))  # type: ignore[arg-type]
+    parser.error = _refuse  # type: ignore[method-assign]  # without two hundred lines of usage
     try:
-        return TrlParser((config, ModelConfig)).parse_args_and_config(argv)  # type: ignore[arg-type]
-    except (OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file, no YAML, an unknown key
+        *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
+    except (IndexError, OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file (name), no YAML
         raise ConfigError(f"the configuration cannot be read: {e}") from e
+    if names := [word.lstrip("-").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]:
+        near = [f"{name} (did you mean {nearest(name, known)}?)" if nearest(name, known) else name for name in names]
+        raise ConfigError(f"There is no option {', '.join(near)}. --help lists the usual ones, --help_all all of them.")
+    if unknown:
+        raise ConfigError(f"{' '.join(unknown)}: nothing takes this; options are given as --OPTION VALUE.")
+    return parsed
+
+
+def _as_in(run: Run, known: Collection[str]) -> list[str]:
+    """The options of a run as words of a command line, for another method: those that this one has, too."""
+    record = run.manifest["data"]
+    settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
+    words = []
+    for name, value in settings.items():
+        if value is None or name not in known:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict | bool) else value]
+        words += [f"--{name}", *map(str, values)] if values else []
+    return words
+
+
+def _refuse(message: str) -> NoReturn:
+    raise ConfigError(f"{message}. --help lists the usual options, --help_all all of them.")
 
 
 def method_name(trainer: type[CLTrainer]) -> str:

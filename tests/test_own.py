@@ -1,0 +1,336 @@
+"""Methods, configs and tasks of one's own: found by name, path or module, and tried before anything is trained."""
+
+import json
+import os
+import shlex
+
+import pytest
+import yaml
+from conftest import command_line, quick_options
+
+from trace_bench import packaged, study
+from trace_bench.cli import main
+from trace_bench.own_task import make_task, recognise
+from trace_bench.run import Run
+from trace_bench.tasks import load_tasks, training_rows
+from trace_tasks.data import DataError
+from trace_tasks.data.files import write_json, write_jsonl
+
+METHOD = '''"""Halves: the gradient times a strength."""
+
+from dataclasses import dataclass
+
+from trainers.base import CLConfig, CLTrainer, main, option
+
+
+@dataclass
+class HalfConfig(CLConfig):
+    strength: float = option(0.5, "what the gradient is multiplied with", least=0)
+
+
+class HalfTrainer(CLTrainer):
+    def adjust_gradients(self, model):
+        for parameter in self.trained().values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.config.strength)
+
+
+if __name__ == "__main__":
+    main(HalfTrainer, HalfConfig)
+'''
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working directory, whose name has a space and an umlaut."""
+    folder = tmp_path / "my wörk"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PWD", str(folder))  # as a shell does
+    return folder
+
+
+def error_of(*argv):
+    with pytest.raises(SystemExit) as stop:
+        main(list(argv))
+    return str(stop.value.code)
+
+
+# -------------------------------------------------------------------------------------------------------------- methods
+
+
+def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monkeypatch):
+    (here / "half.py").write_text(METHOD)
+    options = {**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"], "strength": 0}
+    main(["train", "half.py", *command_line(options)])
+    run = Run.open(here / "run")
+    assert run.manifest["method"] == "half" and run.manifest["config"]["strength"] == 0
+    losses = {entry["loss"] for entry in json.loads(run.stages[1].train_file.read_text())["losses"]}
+    assert run.stages[1].is_trained and len(losses) >= 1
+    from safetensors.torch import load_file
+
+    adapter = load_file(run.stages[1].checkpoint / "adapter_model.safetensors")
+    assert all(not t.any() for name, t in adapter.items() if "lora_B" in name), "a strength of 0 trains nothing"
+
+
+@pytest.mark.parametrize("name", ["half.py", "own.half"])
+def test_the_help_of_a_method_of_ones_own_has_its_options(here, name, capsys):
+    for file in (here / "half.py", here / "own" / "half.py"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(METHOD)
+    main(["train", name, "--help"])
+    shown = capsys.readouterr().out
+    assert f"trace-bench train {name}" in shown and "what the gradient is multiplied with [0.5]" in shown
+    assert "--max_prompt_length" in shown, "those of every run, too"
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("ecw", "Did you mean ewc?"),
+        ("no/such.py", "There is no file"),
+        ("no.such.module", "There is no module"),
+        ("empty.py", "runs nothing"),
+    ],
+)
+def test_a_method_that_is_not_there_is_said_to_be(here, name, said):
+    (here / "empty.py").write_text("x = 1\n")
+    assert said in error_of("train", name)
+
+
+def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monkeypatch):
+    (tmp_path / "half.py").write_text(METHOD)
+    (tmp_path / "base.yaml").write_text("seed: 1\n")
+    (tmp_path / "mine.yaml").write_text("config: base.yaml\nruns: {a: {method: half.py}, b: {method: ewc}}\n")
+    methods = {name: method for name, (method, _) in study.read_study(tmp_path / "mine.yaml").items()}
+    assert methods == {"a": str(tmp_path / "half.py"), "b": "ewc"}
+    seen = []
+    monkeypatch.setattr(study, "run_child", lambda words, environment: seen.append((words, environment)) or 1)
+    study.run_study(tmp_path / "mine.yaml", output_dir=tmp_path / "out")
+    assert [words[3:5] for words, _ in seen] == [["train", str(tmp_path / "half.py")], ["train", "ewc"]]
+    assert all(environment["PYTHONSAFEPATH"] for _, environment in seen), "a folder trainers/ here is not ours"
+    assert study.read_study("replay") == study.read_study(packaged.studies()["replay"])
+
+
+# -------------------------------------------------------------------------------------------------------------- configs
+
+
+def test_every_packaged_file_has_a_name_and_says_what_it_is_for(here, capsys):
+    main(["configs"])
+    lines = capsys.readouterr().out.splitlines()
+    names = [*packaged.configs(), *packaged.studies()]
+    assert len(names) > 15 and len(lines) == len(names) + 2
+    for name in names:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert len(line.split()) > 3, "says what it is for"
+
+
+def test_a_copied_study_works_where_it_is_copied_to(here):
+    main(["configs", "--copy", "replay"])
+    copied, original = study.read_study("replay.yaml"), study.read_study(packaged.studies()["replay"])
+    assert copied.keys() == original.keys()
+    assert all(os.path.isfile(arguments[arguments.index("--config") + 1]) for _, arguments in copied.values())
+    assert "there already" in error_of("configs", "--copy", "replay")
+
+
+def test_a_config_is_found_by_name(here, tiny_model):
+    options = {**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]}
+    main(["train", "sequential", "--config", "quickstart", *command_line(options)])
+    written = yaml.safe_load(packaged.configs()["quickstart"].read_text())
+    assert Run.open(here / "run").manifest["config"]["lora_alpha"] == written["lora_alpha"]
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--config", "quikstart"], "Did you mean quickstart?"),
+        (["--strenght", "2"], "There is no option strenght."),
+        (["--learning-rat=2"], None),
+        (["--max_promt_length", "2"], "max_promt_length (did you mean max_prompt_length?)"),
+        (["--learning_rate", "fast"], "invalid float value: 'fast'"),
+        (["fast"], "fast: nothing takes this"),
+        (["--config"], "cannot be read"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_named_with_its_neighbour(here, argv, said, capsys):
+    message = error_of("train", "sequential", *argv)
+    assert said is None or said in message
+    assert "usage:" not in capsys.readouterr().err and message.count("\n") < 3
+
+
+def test_an_unknown_option_in_a_file_is_named_with_its_neighbour(here):
+    (here / "c.yaml").write_text("learning_rates: 1\n")
+    assert "learning_rates (did you mean learning_rate?)" in error_of("train", "sequential", "--config", "c.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------------------- tasks
+
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+]
+ROWS = {
+    "messages": ({"messages": CHAT}, "system: Be brief.\n1+1?\nassistant:\n", "2"),
+    "alpaca": ({"instruction": "Add.", "input": "1+1", "output": "2"}, "Add.\n1+1\n", "2"),
+    "columns": ({"question": "1+1?", "label": "2"}, "1+1?\n", "2"),
+}
+
+
+def write_rows(file, row, number=10):
+    rows = [json.loads(json.dumps(row).replace("1+1", f"{i}+1")) for i in range(number)]
+    if file.suffix == ".jsonl":
+        write_jsonl(file, rows)
+    elif file.suffix == ".json":
+        write_json(file, rows)
+    else:
+        import pandas
+
+        table = pandas.DataFrame(rows)
+        table.to_parquet(file) if file.suffix == ".parquet" else table.to_csv(file, index=False)
+    return file
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
+    if kind == "messages" and suffix == ".csv":
+        return  # a table of texts has no lists
+    row, prompt, answer = ROWS[kind]
+    folder = here / "data"
+    folder.mkdir()
+    shown = make_task(write_rows(folder / f"mine{suffix}", row))
+    assert prompt.replace("1+1", "0+1") in shown
+    monkeypatch.setenv("TRACE_TASKS", str(folder))
+    monkeypatch.chdir("/")  # paths in a YAML are relative to it
+    task = load_tasks(["mine"])["mine"]
+    assert training_rows(task)[1] == (prompt, answer) and len(task.eval_docs) == 2
+    assert len(training_rows(task)) == 8, "the last fifth is kept apart"
+
+
+def test_what_cannot_become_a_task_is_left_as_it_was(here):
+    with pytest.raises(DataError, match=r"columns are a, b\. Known are messages"):
+        recognise(["a", "b"])
+    turned = {"messages": CHAT[:2]}
+    with pytest.raises(DataError, match=r"row 0: the last of several messages has to be the assistant's"):
+        make_task(write_rows(here / "turned.jsonl", turned))
+    assert not list(here.glob("*.yaml"))
+    make_task(write_rows(here / "good.jsonl", ROWS["columns"][0]), write_rows(here / "test.jsonl", ROWS["columns"][0]))
+    with pytest.raises(DataError, match="is there already"):
+        make_task(here / "good.jsonl")
+
+
+def test_a_run_remembers_where_its_own_tasks_are(here, tiny_model, monkeypatch, capsys):
+    row = ROWS["columns"][0]
+    make_task(write_rows(here / "mine.jsonl", row))
+    monkeypatch.setenv("TRACE_TASKS", str(here))
+    options = {**quick_options(tiny_model, here / "run"), "tasks": ["mine"]}
+    main(["train", "sequential", *command_line(options)])
+    monkeypatch.delenv("TRACE_TASKS")
+    main(["evaluate", "run"])
+    assert "evaluated 2 cells" in capsys.readouterr().out
+    monkeypatch.delenv("TRACE_TASKS", raising=False)
+    (here / "run" / "stages" / "0_base" / "eval" / "mine.json").unlink()
+    manifest = json.loads((here / "run" / "manifest.json").read_text())
+    manifest["data"]["own_tasks"] = str(here / "gone")
+    write_json(here / "run" / "manifest.json", manifest)
+    assert "gone, which is not there: TRACE_TASKS names" in error_of("evaluate", "run")
+
+
+def test_unknown_tasks_are_named_with_their_neighbours(here, monkeypatch):
+    with pytest.raises(DataError, match=r"trace_fomk \(did you mean trace_fomc\?\)"):
+        load_tasks(["trace_fomk"])
+    make_task(write_rows(here / "mine.jsonl", ROWS["columns"][0]))
+    monkeypatch.setenv("TRACE_TASKS", str(here))
+    with pytest.raises(DataError, match=r"mien \(did you mean mine\?\).* TRACE_TASKS has: mine\."):
+        load_tasks(["mien"])
+
+
+def test_the_commands_that_are_shown_can_be_pasted(here, capsys):
+    main(["task", "new", str(write_rows(here / "mine.jsonl", ROWS["columns"][0]))])
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[0] == f"TRACE_TASKS={here}" and words[-1] == "runs/mine"
+
+
+# ------------------------------------------------------------------------------------ a mistake is never for good: runs
+
+
+def save_adapter(model, folder, seed):
+    """An adapter with random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), config).save_pretrained(folder)
+    return str(folder)
+
+
+def cells(run):
+    return {f"{f.parents[1].name}/{f.name}": f.read_bytes() for f in run.glob("stages/*/eval/*.json")}
+
+
+def test_checkpoints_are_dropped_replaced_and_moved(here, tiny_model, capsys, monkeypatch):
+    monkeypatch.setenv("TRACE_DATA", "demo")
+    first, second = (save_adapter(tiny_model, here / f"v{i}", i) for i in (1, 2))
+    begin = ["evaluate", "run", "--model", str(tiny_model), "--backend", "hf", "--tasks", "trace_fomc"]
+    begin += ["--test-rows", "2", "--max-prompt-length", "96"]
+    main([*begin, "--checkpoint", f"v1={first}", "--checkpoint", f"v2={second}"])
+    made = cells(here / "run")
+    assert len(made) == 3 and "evaluated 3 cells" in capsys.readouterr().out
+
+    (here / "v2").rename(here / "elsewhere")
+    main(["evaluate", "run"])
+    assert "nothing to evaluate" in capsys.readouterr().out, "a copied run needs no checkpoint that is measured"
+    main(["evaluate", "run", "--checkpoint", f"v2={here / 'elsewhere'}"])
+    assert "nothing to evaluate" in capsys.readouterr().out and cells(here / "run") == made, "the files are equal"
+
+    main(["evaluate", "run", "--drop", "v1"])
+    left = cells(here / "run")
+    assert left.keys() == {"0_base/trace_fomc.json", "2_v2/trace_fomc.json"} and left.items() <= made.items()
+    main(["evaluate", "run", "--checkpoint", f"v1={first}"])
+    assert "evaluated 1 cell" in capsys.readouterr().out
+    again = cells(here / "run")
+    assert again.keys() == {*left, "3_v1/trace_fomc.json"}, "the others keep their folders"
+
+    third = save_adapter(tiny_model, here / "v3", 3)
+    main(["evaluate", "run", "--checkpoint", f"v2={third}"])
+    replaced = cells(here / "run")
+    assert replaced["2_v2/trace_fomc.json"] != again["2_v2/trace_fomc.json"], "other weights are measured again"
+    assert replaced["3_v1/trace_fomc.json"] == again["3_v1/trace_fomc.json"]
+    assert "Did you mean v2?" in error_of("evaluate", "run", "--drop", "v22")
+    main(["report", "run"])
+
+
+def test_a_bound_is_trained_like_the_run_that_it_bounds(here, tiny_model):
+    options = {**quick_options(tiny_model, here / "run"), "ewc_lambda": 7, "engine_args": '{"max_length": 256}'}
+    main(["train", "ewc", *command_line(options)])
+    main(["train", "joint", "--like", "run", "--output_dir", "run-joint"])
+    run, bound = Run.open("run"), Run.open("run-joint")
+    assert (bound.manifest["method"], bound.tasks) == ("joint", run.tasks)
+    there, here_ = run.manifest["config"], bound.manifest["config"]
+    assert {k for k in there if there[k] != here_.get(k)} == {k for k in there if k.startswith("ewc")}
+    assert "is not a run" in error_of("train", "joint", "--like", "gone", "--output_dir", "x")
+
+
+def test_a_finished_run_gets_further_tasks_at_its_end(here, tiny_model, capsys):
+    options = {
+        **quick_options(tiny_model, here / "run"),
+        "tasks": ["trace_fomc", "trace_numglue_ds"],
+        "epochs": [1.0, 1.0],
+    }
+    main(["train", "ewc", *command_line(options)])
+    main(["evaluate", "run"])
+    before, trained = cells(here / "run"), (here / "run/stages/2_trace_numglue_ds/train.json").read_bytes()
+    longer = {**options, "tasks": [*options["tasks"], "trace_py150"], "epochs": [1.0, 1.0, 1.0]}
+    main(["train", "ewc", *command_line(longer)])
+    main(["evaluate", "run"])
+    run, now = Run.open(here / "run"), cells(here / "run")
+    assert run.stages[3].is_trained and before.items() <= now.items() and len(now) == len(before) + 4
+    assert (run.stages[2].path / "train.json").read_bytes() == trained, "nothing is trained again"
+    main(["report", "run"])
+    assert "OP_3" in capsys.readouterr().out
+    wrong = {**options, "tasks": ["trace_fomc", "trace_py150"]}
+    assert "another configuration" in error_of("train", "ewc", *command_line(wrong))
+    assert "another configuration" in error_of("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))

@@ -1,0 +1,44 @@
+"""`trace-bench configs`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from trace_bench import packaged
+from trace_bench.cli import show
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.description = (
+        "Lists the configs and studies that come with the package. `trace-bench train METHOD --config NAME` and\n"
+        "`trace-bench study NAME` take them by name."
+    )
+    parser.epilog = "To change one, copy it: trace-bench configs --copy quickstart; then --config quickstart.yaml"
+    parser.add_argument("--copy", metavar="NAME", help="copy this one into the working directory")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Shows the list, or copies a file."""
+    configs, studies = packaged.configs(), packaged.studies()
+    if args.copy:
+        source = packaged.find("config or study", args.copy, {**studies, **configs})
+        target = Path(source.name)
+        if target.exists():
+            raise packaged.UnknownName(
+                f"{target} is there already. Move it away, or use it as it is: --config {target}"
+            )
+        text = source.read_text(encoding="utf-8")
+        if source.parent.name == "studies":  # by name, since the copy lies elsewhere
+            text = re.sub(r"\.\./(\w+)\.yaml", r"\1", text)
+        target.write_text(text, encoding="utf-8")
+        show(f"{source.name} is copied. It is yours to change.")
+        return 0
+    width = max(map(len, [*configs, *studies]))
+    for title, files in (("configs, for trace-bench train", configs), ("studies, for trace-bench study", studies)):
+        show(f"{title}:")
+        for name, file in files.items():
+            show(f"  {name:<{width}}  {packaged.about(file)}")
+    return 0

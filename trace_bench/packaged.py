@@ -1,0 +1,109 @@
+"""What comes with the package, by name and wherever it is installed: methods, configs and studies."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from trace_tasks.errors import TraceError, suggestion
+
+TRAINERS = Path(__file__).parent.parent / "trainers"
+_MAIN = 'if __name__ == "__main__":'
+
+
+class UnknownName(TraceError):
+    """There is no file, method or config of that name; the message says which ones there are."""
+
+
+def methods() -> dict[str, Path]:
+    """The methods of the package: name -> file."""
+    return {p.stem: p for p in sorted(TRAINERS.glob("*.py")) if is_method(p)}
+
+
+def is_method(file: Path) -> bool:
+    """Whether a file can be run."""
+    return _MAIN in file.read_text(encoding="utf-8", errors="replace")
+
+
+def configs() -> dict[str, Path]:
+    """The configs of the package: name -> file."""
+    return {p.stem: p for p in sorted((TRAINERS / "configs").glob("*.yaml"))}
+
+
+def studies() -> dict[str, Path]:
+    """The studies of the package: name -> file."""
+    return {p.stem: p for p in sorted((TRAINERS / "configs" / "studies").glob("*.yaml"))}
+
+
+def about(file: Path) -> str:
+    """What a config or study is for: the first sentence of its comment that is no command."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
+    paragraphs = "\n".join(line[2:] for line in comment).split("\n\n")
+    text = next((p for p in paragraphs if not re.search(r" -m trainers\.|\bmake \w", p.partition("\n")[0])), "")
+    return re.split(r"(?<=[.?:;]) ", " ".join(text.split()))[0].rstrip(":;")
+
+
+def find(kind: str, name: str, packaged: Mapping[str, Path]) -> Path:
+    """The file of a config or study: the user's own file of that path, else the packaged one of that name.
+
+    Args:
+        kind: The word for it in the message.
+        name: A path, or a name of `packaged`.
+        packaged: Name -> file of the package.
+
+    Raises:
+        UnknownName: naming what there is.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if name in packaged:
+        return packaged[name]
+    raise UnknownName(
+        f"There is no {kind} {name}: neither a file, nor one of the package's: {', '.join(packaged)}."
+        + suggestion(name, packaged)
+    )
+
+
+def find_method(name: str, folder: Path | None = None) -> Path:
+    """The file of a method: one of the package by its name, or any by its path (my_method.py) or module (my.method).
+
+    Args:
+        name: The name, path or module.
+        folder: What a relative path starts from; None = the working directory.
+
+    Raises:
+        UnknownName: if there is none, or its file does not run anything.
+    """
+    own = methods()
+    if name in own:
+        return own[name]
+    file = (folder or Path()) / Path(name).expanduser()
+    if not name.endswith(".py"):
+        if "." not in name:
+            raise UnknownName(
+                f"There is no method {name}: the package has {', '.join(own)}; a method of your own is the path of its "
+                "file (my_method.py) or its module (my_package.my_method)." + suggestion(name, own)
+            )
+        file = _file_of_module(name)
+    if not file.is_file():
+        raise UnknownName(f"There is no file {file} of a method.")
+    if not is_method(file):
+        raise UnknownName(f"{file} runs nothing: end it with {_MAIN} main(MyTrainer, MyConfig).")
+    return file
+
+
+def _file_of_module(name: str) -> Path:
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # behind all others, so that a folder there cannot hide a package
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        spec = None
+    if spec is None or not spec.origin:
+        raise UnknownName(f"There is no module {name} of a method; it is looked for in {os.getcwd()} as well.")
+    return Path(spec.origin)

@@ -1,0 +1,44 @@
+"""`trace-bench train`: trains with any method, ours by its name, another one by its file or module."""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+
+from trace_bench import packaged
+from trainers import help as help_page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options."""
+    parser.usage = "trace-bench train METHOD --config CONFIG --output_dir RUN [--OPTION VALUE ...]"
+    parser.description = (
+        "Trains every stage of a run. The same command again goes on where it was.\n\n"
+        f"METHOD  {', '.join(packaged.methods())};\n"
+        "        a file of your own, path/to/my_method.py, or a module, my_package.my_method\n"
+        "CONFIG  a YAML file, or a name that `trace-bench configs` lists\n\n"
+        "`trace-bench train METHOD --help` lists the options of a method. --like RUN takes the settings of a run,\n"
+        "such as for the bounds of a report; options behind it win."
+    )
+    parser.epilog = (
+        "  trace-bench train sequential --config quickstart --output_dir runs/mine\n"
+        "  trace-bench train my_method.py --config quickstart --output_dir runs/mine --strength 2\n"
+        "  accelerate launch --num_processes 8 -m trace_bench.cli train sequential --config ... --output_dir runs/mine"
+    )
+    parser.add_argument("method", metavar="METHOD", help=argparse.SUPPRESS)
+    parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the file of the method as a program."""
+    file = packaged.find_method(args.method)
+    if {"-h", "--help"} & set(args.options) and help_page.show(file, f"trace-bench train {args.method}"):
+        return 0
+    sys.argv = [str(file), *args.options]
+    if file.parent == packaged.TRAINERS:
+        runpy.run_module(f"trainers.{file.stem}", run_name="__main__", alter_sys=True)
+    else:
+        sys.path.append(str(file.parent))  # behind all others, so that a file there cannot hide a package
+        runpy.run_path(str(file), run_name="__main__")
+    return 0
