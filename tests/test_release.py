@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import make_tiny_model
+from judge_server import Server, with_key
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("trace_tasks", "trace_bench", "trainers", "judges")
@@ -47,15 +51,16 @@ def installed(wheel, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(pip, check=True)
 
-    def run(*command: str) -> str:
+    def run(*command: str, **more: str) -> str:
         env = {**os.environ, "PYTHONPATH": str(site), "TRACE_CACHE": str(empty / "cache"), "TRACE_DATA": "demo"}
+        env |= {"PWD": str(empty), "OMP_NUM_THREADS": "1", **more}
         done = subprocess.run(
             [sys.executable, *command], cwd=empty, env=env, capture_output=True, text=True, check=False
         )
         assert not done.returncode, done.stderr
         return done.stdout
 
-    run.site = site
+    run.site, run.folder = site, empty
     return run
 
 
@@ -74,3 +79,81 @@ def test_the_installed_package_finds_its_own_files(installed):
     assert "Complete." in installed("-m", "trace_bench.cli", "data", "demo")
     study = installed.site / "trainers" / "configs" / "studies" / "replay.yaml"
     assert "train replay" in installed("-m", "trace_bench.cli", "study", str(study), "--dry-run")
+
+
+# ----------------------------------------------------------------------------------------------------- the first hour
+
+METHOD = """\
+\"\"\"Half: each gradient is halved.\"\"\"
+
+from trainers.base import CLConfig, CLTrainer, main
+
+
+class HalfTrainer(CLTrainer):
+    def adjust_gradients(self, model):
+        for parameter in self.trained().values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(0.5)
+
+
+if __name__ == "__main__":
+    main(HalfTrainer, CLConfig)
+"""
+CONFIG = """\
+{model_name_or_path: tiny, data: demo, tasks: [mine, trace_fomc], train_rows: 8, test_rows: 3, max_steps: 2,
+ use_peft: true, lora_r: 2, learning_rate: 0.01, max_prompt_length: 96, max_new_tokens: 4, per_device_train_batch_size: 4, backend: hf,
+ gradient_checkpointing: false, judged: [instruct_koala], judged_rows: 2, judged_max_new_tokens: 4}
+"""
+STUDY = "{config: config.yaml, runs: {half: {method: half.py, seed: {each: [1, 2]}}, sequential: {method: sequential}}}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_first_hour(installed, monkeypatch):
+    """What a newcomer does, from the wheel, in a folder whose name has a space and an umlaut."""
+    folder = installed.folder
+
+    def bench(*words: str, **more: str) -> str:
+        return installed("-P", "-m", "trace_bench.cli", *words, **more)
+
+    make_tiny_model(folder / "tiny")
+    assert "trace-bench 0." in bench("--version") and "quickstart" in bench("configs")
+    turns = [[{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": str(i + 1)}] for i in range(12)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    assert "0+1?" in bench("task", "new", "mine.jsonl")
+    for name, text in (("half.py", METHOD), ("config.yaml", CONFIG), ("study.yaml", STUDY)):
+        (folder / name).write_text(text)
+    own = {"TRACE_TASKS": "."}
+    bench("train", "half.py", "--config", "config.yaml", "--output_dir", "runs/mine", **own)
+    assert "evaluated" in bench("evaluate", "runs/mine")
+    assert "5 cells of 6" in bench("report", "runs/mine") and "evaluated 2 of 2 tasks" in bench("status", "runs/mine")
+
+    adapters = [folder / "runs/mine/stages" / stage / "adapter" for stage in ("1_mine", "2_trace_fomc")]
+    shutil.copytree(adapters[0], folder / "v1")
+    begin = [
+        "--model",
+        "tiny",
+        "--tasks",
+        "trace_fomc",
+        "--backend",
+        "hf",
+        "--test-rows",
+        "2",
+        "--max-prompt-length",
+        "96",
+    ]
+    bench("evaluate", "runs/theirs", *begin, "--checkpoint", "v1=v1")
+    assert "evaluated 1 cell" in bench("evaluate", "runs/theirs", "--checkpoint", f"v2={adapters[1]}")
+    (folder / "v1").rename(folder / "moved")
+    assert "nothing to evaluate" in bench("evaluate", "runs/theirs", "--checkpoint", "v1=moved")
+    assert "the run has 1 checkpoint" in bench("evaluate", "runs/theirs", "--drop", "v1")
+    bench("report", "runs/theirs")
+
+    bench("study", "study.yaml", "--output_dir", "runs/study", **own)
+    summary = (folder / "runs/study/summary.md").read_text(encoding="utf-8")
+    assert "| half | 2 |" in summary and "Failed" not in summary
+    with Server() as server, with_key(monkeypatch, folder):
+        judged = bench("judge", "runs/mine", "--model", "fake", "--base-url", server.url)
+    assert "0 failed" in judged
+    bench("report", "runs/mine", "runs/study/sequential", "--output", "both.html")
+    assert (folder / "both.html").is_file()
