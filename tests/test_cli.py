@@ -59,7 +59,7 @@ def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
     theirs = {f.name for c in (SFTConfig, ModelConfig) for f in fields(c)}
     assert trainers.help.show(packaged.methods()[method], "train it")
     shown = re.findall(r"^  --(\w+)", out := capsys.readouterr().out, re.M)
-    assert len(shown) == len(set(shown)) and set(own) - theirs <= set(shown) <= set(own) | theirs | {"config"}
+    assert len(shown) == len(set(shown)) and set(own) - theirs <= set(shown) <= set(own) | theirs | {"config", "like"}
     assert module.__doc__.splitlines()[0] in out
     for name in set(own) - theirs:
         text = re.sub(r"\s+", " ", re.search(rf"^  --{name}\s(.*?)(?=^  --|^\S|\Z)", out, re.M | re.S)[1])

@@ -102,7 +102,8 @@ if __name__ == "__main__":
 CONFIG = """\
 {model_name_or_path: tiny, data: demo, tasks: [mine, trace_fomc], train_rows: 8, test_rows: 3, max_steps: 2,
  use_peft: true, lora_r: 2, learning_rate: 0.01, max_prompt_length: 96, max_new_tokens: 4, backend: hf,
- per_device_train_batch_size: 4, gradient_checkpointing: false, judged: [instruct_koala], judged_rows: 2, judged_max_new_tokens: 4}
+ per_device_train_batch_size: 4, gradient_checkpointing: false,
+ judged: [instruct_koala], judged_rows: 2, judged_max_new_tokens: 4}
 """
 STUDY = "{config: config.yaml, runs: {half: {method: half.py, seed: {each: [1, 2]}}, sequential: {method: sequential}}}"
 

@@ -15,6 +15,7 @@ BASE = FOLDER / "base" / "config.py"
 #: Of the options that HF's and TRL's configs have those that most runs set.
 USUAL = {
     "config": "A YAML file of any of these options; the command line wins over it.",
+    "like": "A run whose settings are taken, as far as this method has them; options behind it win.",
     "output_dir": "The run directory. The same command again goes on where the run stopped.",
     "model_name_or_path": "The base model: a hub id, a local folder, or SmolLM2-135M-Instruct.",
     "model_revision": "Branch, tag or commit of a model on the hub.",
