@@ -25,6 +25,7 @@ from trace_bench.manifest import differences
 from trace_bench.records import check_one_checkpoint, check_samples, check_stages
 from trace_bench.run import WRITTEN, Run, RunError, Stage, read_json, read_jsonl
 from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_jsonl
+from trace_tasks.errors import suggestion
 
 log = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def plan(
         raise RunError(
             f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at the "
             f"stages asked for; there are: {', '.join(names) or 'none'}. `trace-bench evaluate` writes them."
+            + "".join(suggestion(name, names) for name in sorted(missing))
         )
     kinds = {kind for (_, suite), kind in present.items() if suite in chosen}  # each has a table of its own
     for (stage, suite), kind in present.items():

@@ -16,12 +16,15 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
+import yaml
 from made_runs import make_rich_run
+from trl import ModelConfig, TrlParser
 
 from trace_bench import cli, ending, evaluate, packaged
 from trace_bench.cli import main
 from trace_bench.packaged import methods
 from trace_tasks import data
+from trainers.base import CLConfig, ConfigError
 
 MODULE = [sys.executable, "-m", "trace_bench.cli"]
 ROOT = Path(__file__).parents[1]
@@ -210,6 +213,136 @@ def test_a_number_below_1_is_an_error(tmp_path, capsys, option):
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", str(tmp_path / "r"), "--model", "m", "--checkpoint", "a=b", f"{option}=0"])
     assert f"argument {option}: 0 is not allowed: use a number of at least 1" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------------------------- lists
+
+FORMS = [["a", "b", "c"], ["a,b,c"], ["a,", "b", "c"], ["a", ",b,", "c"], ["a b, c"]]
+JUDGE = ["--model", "m", "--base-url", "http://localhost:1/v1"]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=" ".join)
+@pytest.mark.parametrize(
+    "argv, function, key, given",
+    [
+        (["evaluate", "RUN", "--stages"], "trace_bench.evaluate.evaluate", "stages", [0, 2, 1]),
+        (["evaluate", "RUN", "--general"], "trace_bench.evaluate.evaluate", "extra.general", ["x", "y", "z"]),
+        (["evaluate", "RUN", "--judged"], "trace_bench.evaluate.evaluate", "extra.judged", ["x", "y", "z"]),
+        (
+            ["evaluate", "new", "--model", "m", "--checkpoint", "n=p", "--tasks"],
+            *("trace_bench.evaluate.external_run", "tasks", ["x", *data.ORDERS["order2"], "z"]),
+        ),
+        (["judge", "RUN", *JUDGE, "--stages"], "judges.judging.plan", "stages", [0, 2, 1]),
+        (["judge", "RUN", *JUDGE, "--suites"], "judges.judging.plan", "suites", ["x", "y", "z"]),
+        (
+            ["annotate", "out", *JUDGE, "--data", "demo", "--tasks"],
+            "judges.teacher.annotate.plan",
+            "tasks",
+            list("xyz"),
+        ),
+        (["study", "f.yaml", "--only"], "trace_bench.study.run_study", "only", ["x", "1", "z"]),
+        (["data", "audit", "demo", "--against"], "trace_tasks.data.audit.audit", "against", ["x", "y", "z"]),
+    ],
+    ids=lambda value: value[0] + value[-1] if isinstance(value, list) and len(value) > 2 else None,
+)
+def test_a_list_has_spaces_or_commas(run, monkeypatch, tmp_path, form, argv, function, key, given):
+    class Reached(Exception):
+        pass
+
+    def reached(*args, **options):
+        raise Reached(options)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(function, reached)
+    monkeypatch.setattr("trace_bench.engine.models.open_tokenizer", lambda name: None)
+    monkeypatch.setattr(data, "find_all_data", lambda source: [source])
+    words = ["x", "order2", "z"] if key == "tasks" and "new" in argv else [str(value) for value in given]
+    text = [word.replace("a", words[0]).replace("b", words[1]).replace("c", words[2]) for word in form]
+    if key == "against" and form == FORMS[-1]:
+        text, given = ["x y, z"], ["x y", "z"]  # a path may have spaces
+    with pytest.raises(Reached) as e:
+        main([str(run.path) if word == "RUN" else word for word in [*argv, *text]])
+    value = e.value.args[0]
+    for part in key.split("."):
+        value = value[part]
+    assert value == given
+
+
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["evaluate", "--general", "general", "runs/x"], "RUN"),
+        (["judge", *JUDGE, "--stages", "0,1", "runs/x"], "RUN"),
+        (["annotate", *JUDGE, "--tasks", "trace_fomc", "out"], "OUT"),
+        (["study", "--only", "a", "f.yaml"], "FILE.yaml"),
+        (["data", "audit", "--against", "a", "b"], "SOURCE"),
+    ],
+)
+def test_a_list_that_took_what_stands_behind_it_is_an_error_that_says_so(argv, name, capsys):
+    for given, said in ((argv, f"write {name} before the options"), (["evaluate", "r", "--tasks", ","], "is empty")):
+        with pytest.raises(SystemExit, match="2"):
+            main(given)
+        assert said in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main([*(argv[:2] if argv[1] == "audit" else argv[:1]), "--help"])
+    usage = capsys.readouterr().out.splitlines()[0]
+    assert re.search(rf" \[?{re.escape(name)}\]? .*\[--OPTION VALUE ...\]$", usage)
+
+
+@pytest.mark.parametrize(
+    "option, words, value",
+    [
+        ("tasks", ["t1", "order1", "t2"], ["t1", *data.ORDERS["order1"], "t2"]),
+        ("general", ["general_piqa", "general", "general_ifeval"], ["general_piqa", *data.SUITES]),
+        ("judged", ["instruct_lima", "safety", "instruct_koala"], None),
+        ("report_to", ["trackio", "wandb", "tensorboard"], None),
+        ("epochs", ["5", "3", "0.5"], [5, 3, 0.5]),
+    ],
+)
+def test_a_list_of_a_trainer_has_spaces_or_commas(tmp_path, option, words, value):
+    file = tmp_path / "c.yaml"
+    argv = ["--output_dir", "r", *(["--tasks", "t1", "t2", "t3"] if option == "epochs" else [])]
+    value = value or [member for word in words for member in data.GROUPS.get(word, [word])]
+    for form in FORMS:
+        text = [word.replace("a", "{0}").replace("b", "{1}").replace("c", "{2}").format(*words) for word in form]
+        for given in (None, text, " ".join(text)):
+            file.write_text(yaml.safe_dump({option: given} if given else {}))
+            more = [f"--{option}", *text] if given is None else ["--config", str(file)]
+            (config, _) = TrlParser((CLConfig, ModelConfig)).parse_args_and_config([*argv, *more])
+            assert getattr(config, option) == list(dict.fromkeys(value)), (text, given)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"general": "general_mmul"}, r"general_mmul is not known here.* Did you mean general_mmlu\?$"),
+        ({"judged": "safty"}, r"safty is not known here.* Did you mean safety\?$"),
+        ({"tasks": "order3"}, r"There is no order order3, only order1.* Did you mean order"),
+        ({"tasks": "reasoning-order2"}, r"Did you mean reasoning_order2\?$"),
+        ({"epochs": "1,x", "tasks": "a,b"}, "epochs='x' is not allowed: use a number above 0"),
+    ],
+)
+def test_an_unknown_name_of_a_trainer_gets_its_neighbour(options, message):
+    with pytest.raises(ConfigError, match=message):
+        CLConfig(output_dir="r", **{k: [v] for k, v in options.items()})
+
+
+def test_an_unknown_name_of_a_command_gets_its_neighbour(make, tmp_path, monkeypatch):
+    run = make_rich_run(make, tasks=["trace_fomc"], n=2)
+    annotate = ["annotate", tmp_path / "out", *JUDGE, "--data", "demo", "--tasks"]
+    (tmp_path / "c.yaml").touch()
+    study = tmp_path / "s.yaml"
+    study.write_text("config: c.yaml\nruns: {lora: {method: sequential}}")
+    for argv, near in (
+        (["evaluate", run.path, "--general", "general_mmul"], "general_mmlu"),
+        (["judge", run.path, *JUDGE, "--suites", "instruct_lma"], "instruct_lima"),
+        ([*annotate, "trace_fmoc"], "trace_fomc"),
+        ([*annotate, "oder1"], "order1"),
+        (["study", study, "--only", "lara"], "lora"),
+    ):
+        assert error(*argv).endswith(f" Did you mean {near}?")
+    monkeypatch.setenv("TRACE_TASKS", str(tmp_path))
+    assert data.expand_orders(["oder1", "order1"]) == ["oder1", *data.FOLDERS], "it may be a task of one's own"
 
 
 # --------------------------------------------------------------------------------- stopped, or with nobody who listens

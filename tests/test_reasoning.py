@@ -218,7 +218,8 @@ def test_rcl_takes_the_reasoning_form_of_every_task(tmp_path):
     assert config.tasks == data.ORDERS["reasoning_order1"] and config.train_rows == 500
     config = RCLConfig(output_dir=str(tmp_path), tasks=["trace_fomc", "reasoning_cstance"], train_rows=8, epochs=[1, 2])
     assert config.tasks == ["reasoning_fomc", "reasoning_cstance"] and config.train_rows == 8
-    assert RCLConfig(output_dir=str(tmp_path), tasks=["order2"]).tasks == data.ORDERS["reasoning_order2"]
+    for order in (["order2"], "order2", ["trace_numglue_cm,", *data.ORDERS["order2"][1:]]):
+        assert RCLConfig(output_dir=str(tmp_path), tasks=order).tasks == data.ORDERS["reasoning_order2"]
     assert config.manifest()["tasks"] == config.tasks
 
 
@@ -226,6 +227,7 @@ def test_rcl_takes_the_reasoning_form_of_every_task(tmp_path):
     ("tasks", "message"),
     [
         (["trace_fomc", "gsm8k"], "gsm8k.*no such task.*reasoning_cstance"),
+        (["trace_fmoc"], r"trace_fmoc.*no such task.* Did you mean trace_fomc\?"),
         (["trace_fomc", "reasoning_fomc"], "every task can be one stage only"),
     ],
 )

@@ -42,7 +42,7 @@ from trace_bench.report import Results, compare, write_comparison_page, write_re
 from trace_bench.run import Run
 from trace_bench.text import markdown_text, one_line, printable
 from trace_tasks.data.files import write_text
-from trace_tasks.errors import TraceError
+from trace_tasks.errors import TraceError, suggestion
 
 
 class StudyError(TraceError):
@@ -177,6 +177,7 @@ def run_study(
     if unknown:
         raise StudyError(
             f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}, or their numbers 1 to {len(runs)}."
+            + "".join(suggestion(name, runs) for name in unknown)
         )
     start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench.cli"]
     # A folder trainers/ or judges/ that the study is started in does not hide ours.

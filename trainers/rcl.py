@@ -14,6 +14,7 @@ RCL with replay is `python -m trainers.replay ... --tasks reasoning_order1 --tra
 from dataclasses import dataclass
 
 from trace_tasks import data
+from trace_tasks.errors import suggestion
 from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
 
 
@@ -23,21 +24,21 @@ class RCLConfig(CLConfig):
 
     train_rows: int | None = option(500, "First so many training rows of each task; the paper has 500.", least=1)
 
-    def __post_init__(self) -> None:
+    def _read_lists(self) -> None:
         """Puts the reasoning task in the place of every plain one.
 
         Raises:
             ConfigError: for a task without a reasoning form.
         """
-        plain = [t for name in self.tasks for t in data.ORDERS.get(name, [name])]
-        self.tasks = [f"reasoning_{t.removeprefix('trace_')}" if t in data.FOLDERS else t for t in plain]
+        super()._read_lists()
+        self.tasks = [f"reasoning_{t.removeprefix('trace_')}" if t in data.FOLDERS else t for t in self.tasks]
         without = [t for t in self.tasks if t not in data.REASONING]
         if without:
             raise ConfigError(
                 f"{', '.join(without)}: RCL has no such task with reasoning. Use order1, order2 or tasks of "
                 f"{', '.join(data.REASONING)}."
+                + "".join(suggestion(t, [*data.FOLDERS, *data.REASONING]) for t in without)
             )
-        super().__post_init__()
 
 
 class RCLTrainer(CLTrainer):

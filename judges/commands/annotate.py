@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from judges.commands.asking import add_asking, make_judge, print_estimate, print_usage
-from trace_bench.cli.options import names, positive
+from trace_bench.cli.options import LIST, names, positive, put_first
 
 DESCRIPTION = """\
 A teacher writes a reasoning path for each training example. Paths whose own answer is right are
@@ -31,10 +31,10 @@ Prompts of your own are files such as DIR/fomc.yaml, in the form of judges/teach
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Adds the options of `trace-bench annotate`."""
     p.description, p.epilog = DESCRIPTION, EPILOG
-    p.add_argument("out", metavar="OUT", help="the folder to write")
+    put_first(p, p.add_argument("out", metavar="OUT", help="the folder to write"), "--model NAME_OR_PATH")
     add_asking(p, "teacher", '{"temperature": 0.7, "max_tokens": 1024}')
     p.add_argument("--data", help="the plain data: folder, archive, or demo (default: TRACE_DATA)")
-    p.add_argument("--tasks", help="names with commas, such as trace_fomc,trace_py150, or order1 (all that there are)")
+    p.add_argument("--tasks", **LIST, metavar="TASK", help="names, such as trace_fomc,trace_py150 (default: all)")
     p.add_argument("--rows", type=positive, metavar="N", default=500, help="first so many different prompts (500)")
     p.add_argument("--attempts", type=positive, metavar="N", default=3, help="the most tries of each row (3)")
     p.add_argument(

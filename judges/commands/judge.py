@@ -7,7 +7,7 @@ import argparse
 from judges import JudgeError
 from judges.commands.asking import add_asking, make_judge, print_estimate, print_usage, refuse_useless
 from trace_bench.cli import show
-from trace_bench.cli.options import indices, names, positive
+from trace_bench.cli.options import LIST, indices, names, positive, put_first
 
 DESCRIPTION = """\
 Judges the answers that `trace-bench evaluate` wrote for the tasks instruct_* and safety_*: each
@@ -34,10 +34,11 @@ Results: stages/*/judge/SUITE.json and .jsonl, and two sections in `trace-bench 
 def add_arguments(p: argparse.ArgumentParser) -> None:
     """Adds the options of `trace-bench judge`."""
     p.description, p.epilog = DESCRIPTION, EPILOG
-    p.add_argument("path", metavar="RUN", nargs="?", help="the run directory; not needed to calibrate")
+    run = p.add_argument("path", metavar="RUN", nargs="?", help="the run directory; not needed to calibrate")
+    put_first(p, run, "--model NAME_OR_PATH")
     add_asking(p, "judge", '{"temperature": 0, "max_tokens": 1024}')
-    p.add_argument("--stages", help="indices, such as 0,3,8 (default: all that have answers)")
-    p.add_argument("--suites", help="names with commas, such as instruct_lima,safety_cona (default: all)")
+    p.add_argument("--stages", **LIST, metavar="N", help="indices, such as 0,3,8 (default: all that have answers)")
+    p.add_argument("--suites", **LIST, metavar="SUITE", help="names, such as instruct_lima,safety_cona (default: all)")
     p.add_argument("--limit", type=positive, metavar="N", help="first so many answers of each suite")
     p.add_argument(
         "--calibrate", action="store_true", help="ask about planted pairs instead: what is this judge worth?"
@@ -51,9 +52,11 @@ def run(args: argparse.Namespace) -> int:
     from judges import calibrate, judging
     from trace_bench.run import Run, locked
 
-    stages = indices(args.stages)
     if not args.path and not args.calibrate:
+        if args.stages or args.suites:
+            args.missing()
         raise JudgeError("Name the run to judge: trace-bench judge RUN --model ...; only --calibrate needs none.")
+    stages = indices(args.stages)
     refuse_useless(args, "calibrate", "stages", "suites", "limit")
     run = Run.open(args.path) if args.path else None
     folder = run.path.parent if run else Path("runs" if Path("runs").is_dir() else ".")

@@ -21,6 +21,7 @@ from trace_bench.manifest import differences
 from trace_bench.run import read_json
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_text
+from trace_tasks.errors import suggestion
 from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt
 
 log = logging.getLogger(__name__)
@@ -117,10 +118,11 @@ def plan(
 
 def _names(root: Path, tasks: Sequence[str] | None) -> list[str]:
     """The tasks that are asked for, or all that the data has."""
-    names = [t for name in tasks for t in data.ORDERS.get(name, [name])] if tasks else []
+    names = data.expand_orders(tasks or ())
     if unknown := [name for name in names if name not in data.FOLDERS]:
         raise data.DataError(
             f"{', '.join(unknown)}: not among the tasks with an official reasoning form: {', '.join(data.FOLDERS)}."
+            + "".join(suggestion(name, data.FOLDERS) for name in unknown)
         )
     return list(dict.fromkeys(names)) or [t for t, folder in data.FOLDERS.items() if (root / folder).is_dir()]
 

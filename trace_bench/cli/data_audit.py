@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 
 from trace_bench.cli import show
-from trace_bench.cli.options import positive
+from trace_bench.cli.options import LIST, positive, put_first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the leaked test rows. A folder called audit is ./audit."
     )
     add = parser.add_argument
-    add("source", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
-    add("--against", nargs="+", default=[], metavar="SOURCE", help="other data sets, such as the 5000 variant")
+    source = add("source", metavar="SOURCE", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
+    put_first(parser, source)
+    add("--against", **LIST, metavar="SOURCE", help="other data sets, such as the 5000 variant")
     add("--tokenizer", metavar="MODEL", help="hub id or local folder (default: the quickstart model's)")
     add("--max-prompt-length", type=positive, default=1024, metavar="N", help="tokens of a prompt (1024)")
     add("--max-answer-length", type=positive, default=512, metavar="N", help="tokens of an answer (512)")
@@ -41,13 +43,16 @@ def run(args: argparse.Namespace) -> int:
     if args.output and not args.output.endswith(".json"):
         raise data.DataError(f"--output {args.output}: name a file that ends in .json.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args.against and not args.source and not os.environ.get("TRACE_DATA"):
+        args.missing()
     root = data.find_data(args.source)
+    others = [source for source in re.split(r" *, *", ",".join(args.against or ())) if source]  # paths may have spaces
     report = audit.audit(
         root,
         open_tokenizer(args.tokenizer),
         max_prompt_length=args.max_prompt_length,
         max_answer_length=args.max_answer_length,
-        against=[root for source in args.against for root in data.find_all_data(source)],
+        against=[root for source in others for root in data.find_all_data(source)],
     )
     show(audit_text.as_text(report))
     if args.output:

@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from trace_bench.cli.options import indices, json_object, options, positive
+from trace_bench.cli.options import LIST, indices, json_object, names, options, positive, put_first
 from trace_bench.run import Run, RunError
 
 #: Options that a run has in its manifest, so that they go with --checkpoint only; the first need tasks.
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = "Evaluates every trained stage on the tasks seen so far. Done cells are skipped."
     add = parser.add_argument
-    add("path", metavar="RUN", help="the run directory")
-    add("--stages", help="indices, such as 0,3,8 (default: all that are trained)")
+    put_first(parser, add("path", metavar="RUN", help="the run directory"))
+    add("--stages", **LIST, metavar="N", help="indices, such as 0,3,8 (default: all that are trained)")
     add("--cells", choices=["seen", "all", "own"], help="tasks of each stage (default: the run's, seen)")
     add("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, vllm)")
     add(
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group(
         "in addition to the matrix (default: what the run's configuration says)"
     ).add_argument
-    add("--general", metavar="SUITES", help="general (the paper's six) or names of suites, with commas")
+    add("--general", **LIST, metavar="SUITE", help="general (the paper's six) or names of suites")
     add("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
     add("--general-rows", type=positive, help="at least so many rows of each suite, as many of each subtask")
-    add("--judged", metavar="SETS", help="instruct, safety or names of sets, with commas; same stages")
+    add("--judged", **LIST, metavar="SET", help="instruct, safety or names of sets; same stages")
     add("--judged-rows", type=positive, help="first so many prompts of each set")
     add("--judged-max-new-tokens", type=positive, help="the most tokens of an answer (512)")
     add = parser.add_argument_group("checkpoints trained elsewhere").add_argument
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
     add("--chain", action="store_true", help="each adapter was trained on the base with those before it merged in")
     add("--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise")
-    add("--tasks", help="columns of the matrix: names with commas, order1 (the default), order2, or none")
+    add("--tasks", **LIST, metavar="TASK", help="columns of the matrix: names, order1 (the default), order2, or none")
     add("--test-rows", type=positive, help="first so many test rows of each task")
     add("--max-prompt-length", type=positive, help="tokens of a prompt, cut on the left (1024)")
     add("--max-new-tokens", type=positive, help="the most tokens of an answer (default: each task's own)")
@@ -64,10 +64,11 @@ def run(args: argparse.Namespace) -> int:
 
     engine_args, stages = json_object("--engine-args", args.engine_args), indices(args.stages)
     extra = {name: value for name in evaluate.EXTRA_SETTINGS if (value := getattr(args, name)) is not None}
-    extra |= {name: extra[name].split(",") for name in ("general", "judged") if name in extra}
+    extra |= {name: names(extra[name]) for name in ("general", "judged") if name in extra}
     if args.drop:
-        left = evaluate.drop(args.path, args.drop)
-        print(f"dropped {', '.join(args.drop)}; the run has {len(left.stages) - 1} checkpoints")
+        dropped = names(args.drop) or []
+        left = evaluate.drop(args.path, dropped)
+        print(f"dropped {', '.join(dropped)}; the run has {len(left.stages) - 1} checkpoints")
         if not args.checkpoint:
             return 0
     if args.checkpoint:
@@ -102,8 +103,8 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
     args.chat_template_args = json_object("--chat-template-args", args.chat_template_args)
     given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
     if "tasks" in given:
-        listed = [] if given["tasks"] == "none" else given["tasks"].split(",")
-        given["tasks"] = [t for name in listed for t in data.ORDERS.get(name, [name])]
+        listed = names(given["tasks"])
+        given["tasks"] = [] if listed == ["none"] else data.expand_orders(listed or ())
     there = evaluate.measured_run(args.path)
     if there is not None:  # what is not given is as in the run
         manifest = there.manifest

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from trace_bench.run import RunError
+from trace_tasks.data import split_names
 from trace_tasks.data.reading import strict
 
 
@@ -29,17 +30,56 @@ def json_object(option: str, text: str | None) -> dict[str, Any] | None:
     return value
 
 
-def indices(stages: str | None) -> list[int] | None:
+class _List(argparse.Action):
+    """Keeps the words of a list, and that there was one: it may have taken an argument that stands behind it."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, words: Any, option: str | None = None
+    ) -> None:
+        if not names(words):
+            raise argparse.ArgumentError(self, "the list is empty")
+        setattr(namespace, self.dest, words)
+        parser.set_defaults(has_list=True)
+
+
+#: What makes an option a list: `a b c`, `a,b,c` or `a, b c`. The command reads it by `names` or `indices`.
+LIST: dict[str, Any] = {"nargs": "+", "action": _List}
+
+
+def put_first(parser: argparse.ArgumentParser, argument: argparse.Action, needed: str = "") -> None:
+    """Shows an argument before the options, since a list takes what stands behind it; its error then says so.
+
+    A command that does not always need the argument calls `args.missing()` where it does.
+
+    Args:
+        parser: The parser of a command that has lists.
+        argument: What `add_argument` returned for it, with a metavar.
+        needed: The options that the command cannot do without, as its usage shows them.
+    """
+    name, plain = str(argument.metavar), parser.error
+    shown = f"[{name}]" if argument.nargs == "?" else name
+    parser.usage = " ".join(word for word in ("%(prog)s", shown, needed, "[--OPTION VALUE ...]") if word)
+
+    def error(message: str) -> NoReturn:
+        if name in message.partition("are required: ")[2].split(", ") and parser.get_default("has_list"):
+            message += f"; a list takes what stands behind it: write {name} before the options"
+        plain(message)
+
+    parser.error = error  # type: ignore[method-assign]
+    parser.set_defaults(missing=lambda: error(f"the following arguments are required: {name}"))
+
+
+def indices(words: Iterable[str] | None) -> list[int] | None:
     """The numbers of --stages; None if it is not given."""
     try:
-        return [int(s) for s in stages.split(",")] if stages else None
+        return None if words is None else [int(s) for s in split_names(words)]
     except ValueError as e:
-        raise RunError(f"--stages numbers are written with commas, such as 0,3,8: {e}") from e
+        raise RunError(f"--stages numbers are written with spaces or commas, such as 0,3,8: {e}") from e
 
 
-def names(text: str | None) -> list[str] | None:
-    """Names with commas between them; None if there is none."""
-    return [name for name in text.split(",") if name] if text else None
+def names(words: Iterable[str] | None) -> list[str] | None:
+    """The names of a list; None if it is not given."""
+    return None if words is None else split_names(words)
 
 
 def options(keys: Iterable[str]) -> str:

@@ -15,7 +15,9 @@ from trace_tasks.data.names import (
     SUITES,
     TASKS_PATH,
     expand,
+    expand_orders,
     needs_data,
+    split_names,
     task_name,
 )
 from trace_tasks.data.rows import check_folders, folder_fingerprint, read_rows, read_split

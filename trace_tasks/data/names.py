@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from trace_tasks.errors import DataError
+from trace_tasks.errors import DataError, nearest, suggestion
 
 #: The folder of the task YAMLs, for lm-eval's --include_path.
 TASKS_PATH = Path(__file__).parent.parent
@@ -59,6 +60,24 @@ GROUPS = {
 }
 
 
+def split_names(given: str | Iterable[str]) -> list[str]:
+    """The names of a list, which is written with spaces, commas or both, as one text or several."""
+    return " ".join([given] if isinstance(given, str) else given).replace(",", " ").split()
+
+
+def expand_orders(names: Iterable[str]) -> list[str]:
+    """Replaces orders by their tasks.
+
+    Raises:
+        DataError: for a name that is like that of an order and can be no task, since there are none of one's own.
+    """
+    names, known = list(names), [*ORDERS, *FOLDERS, *REASONING]
+    for name in names:
+        if name not in known and nearest(name, known) in ORDERS and not os.environ.get("TRACE_TASKS"):
+            raise DataError(f"There is no order {name}, only {', '.join(ORDERS)}.{suggestion(name, ORDERS)}")
+    return [task for name in names for task in ORDERS.get(name, [name])]
+
+
 def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Replaces groups by their members and checks the names; `known` is `SUITES` or `JUDGED`.
 
@@ -72,6 +91,7 @@ def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
     if unknown:
         raise DataError(
             f"{', '.join(unknown)} is not known here: use {', '.join(known)}, or a group ({', '.join(groups)})."
+            + "".join(suggestion(name, [*known, *groups]) for name in unknown)
         )
     return expanded
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 
 import torch
 from trl import SFTConfig
@@ -50,6 +50,10 @@ _REFUSED = {
     "chat_template_path": _TOKENIZER,
     "max_length": "it would cut answers off. Use max_prompt_length and max_answer_length.",
 }
+if TYPE_CHECKING:
+    Epochs = float
+else:
+    Epochs = str  # for HF's parser, to which `5,3,7` is one word; `CLConfig` makes numbers of it
 
 
 class ConfigError(TraceError):
@@ -93,13 +97,23 @@ def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) ->
         raise ConfigError(f"{name}={value!r} is not allowed: use a {'whole ' * whole}number {allowed}.")
 
 
+def _number(text: str) -> Any:
+    """The number that a text is; any other text as it is, which `_check_number` refuses."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 @dataclass
 class CLConfig(SFTConfig):
     """Configuration of a run: TRL's SFTConfig with the sequence of tasks and how it is measured."""
 
     data: str | None = option(None, "Where the data is; default: TRACE_DATA.")
     tasks: list[str] = option(["order1"], "lm-eval tasks in the order of training, or order1 or order2 of the paper.")
-    epochs: list[float] | None = option(None, "Epochs of each task, in their order; default: num_train_epochs for all.")
+    epochs: list[Epochs] | None = option(
+        None, "Epochs of each task, in their order; default: num_train_epochs for all."
+    )
     train_rows: int | None = option(None, "Training rows of each task, the first ones; default: all.", least=1)
     test_rows: int | None = option(None, "Test rows of each task, the first ones; default: all.", least=1)
     max_prompt_length: int = option(1024, "Tokens of a prompt in training and evaluation, cut on the left.", least=1)
@@ -154,23 +168,30 @@ class CLConfig(SFTConfig):
         # HF refuses bfloat16 without an accelerator unless it is told that a CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         try:
+            self._read_lists()
             super().__post_init__()
-            self._read_names()
             refuse_secrets(self.to_dict(), "the configuration's")
         except (TypeError, ValueError, RunError) as e:  # TypeError, ValueError: HF's own checks
             raise ConfigError(str(e)) from e
         self._check_options()
         self._check_combinations()
 
-    def _read_names(self) -> None:
-        """Makes lists of the names of tasks, suites and sets, with all that an order or a group stands for."""
+    def _read_lists(self) -> None:
+        """Splits lists, written with spaces or commas, and puts the members of orders and groups into them."""
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name) if kind in (list[str], list[str] | None) else None
+            if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+                setattr(self, name, data.split_names(value))
         for name in ("tasks", "general", "judged"):
             value = getattr(self, name)
-            names = [value] if isinstance(value, str) else value  # YAML without brackets
-            if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 raise ConfigError(f"{name}={value!r} is not allowed: use a list of names.")
-            setattr(self, name, names)
-        self.tasks = [t for name in self.tasks for t in data.ORDERS.get(name, [name])]
+        if isinstance(self.epochs, list):
+            self.epochs = [_number(value) if isinstance(value, str) else value for value in self.epochs]
+        try:
+            self.tasks = data.expand_orders(self.tasks)
+        except data.DataError as e:
+            raise ConfigError(f"tasks={self.tasks}: {e}") from e
         for name, known in (("general", data.SUITES), ("judged", data.JUDGED)):
             try:
                 setattr(self, name, data.expand(getattr(self, name), known))
