@@ -274,7 +274,7 @@ def test_a_list_has_spaces_or_commas(run, monkeypatch, tmp_path, form, argv, fun
         (["evaluate", "--general", "general", "runs/x"], "RUN"),
         (["judge", *JUDGE, "--stages", "0,1", "runs/x"], "RUN"),
         (["annotate", *JUDGE, "--tasks", "trace_fomc", "out"], "OUT"),
-        (["study", "--only", "a", "f.yaml"], "FILE.yaml"),
+        (["study", "--only", "a", "f.yaml"], "STUDY"),
         (["data", "audit", "--against", "a", "b"], "SOURCE"),
     ],
 )
