@@ -187,6 +187,13 @@ def test_form_is_told_from_knowledge(measured):
     assert lost.startswith("75.0 [") and form.startswith("50.0 [") and knowledge.startswith("25.0 [")
 
 
+def test_a_share_above_100_percent_is_explained(make):
+    lost, gained = right(2, 30, 30, 10), right(2, 30, 30, 40)
+    run = make(rows={task: {"accuracy": lost, "accuracy_tolerant": gained} for task in TASKS})
+    write_report(run)
+    assert table(run, "### Form or knowledge")["C-STANCE"][2] == "150 %" and "A share above 100 %" in text(run)
+
+
 def test_a_run_without_a_sequence_or_a_tolerant_accuracy_has_intervals_too(make):
     rows = {task: {"accuracy": right(2, 30, 30, 30)} for task in TASKS}
     run = make(name="a-single", method="single", rows=rows)

@@ -311,12 +311,13 @@ def _tolerant(results: Results) -> Iterable[Block]:
 def _form(results: Results) -> Iterable[Block]:
     if not results.forms:
         return
+    above = any(form.form.value > form.strict.value > 0 for form in results.forms)
     yield (
         "### Form or knowledge\n\nWhat a task lost in the official accuracy from its own stage to stage "
         f"{results.last_stage}, in points: part of it only because the answer has another form, the rest because "
         "it is wrong in any form, or was cut at the limit of its length before it came to the answer (see Limits). "
         "In the paper LLaMA-2-7B's FOMC is 0 right after ScienceQA, whose answers come with explanations, and is "
-        "back later: a loss of form."
+        "back later: a loss of form." + " A share above 100 %: knowledge was gained while the form was lost." * above
     )
     rows = []
     for form in results.forms:
