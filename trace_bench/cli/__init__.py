@@ -13,7 +13,6 @@ from typing import Any
 
 from trace_bench.ending import command
 from trace_bench.text import prepare_logging, printable
-from trace_bench.versions import package_versions
 from trace_tasks.errors import TraceError
 
 
@@ -116,6 +115,8 @@ def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
 
 
 def _version() -> str:
+    from trace_bench.versions import package_versions
+
     versions = package_versions(["trace-bench", "lm-eval", "transformers", "trl", "peft", "torch", "vllm"])
     return "trace-bench " + ", ".join(f"{n} {v}" for n, v in versions.items()).removeprefix("trace-bench ")
 

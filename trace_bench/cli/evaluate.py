@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name; a "
         "run of checkpoints takes further ones later, by themselves",
     )
-    add("--drop", nargs="+", metavar="NAME", help="take checkpoints and what was measured of them out of the run")
+    add("--drop", **LIST, metavar="NAME", help="take checkpoints and what was measured of them out of the run")
     add("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
     add("--chain", action="store_true", help="each adapter was trained on the base with those before it merged in")
     add("--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise")
