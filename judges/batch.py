@@ -63,9 +63,7 @@ class BatchClient(Client):
         with self._explained():
             failed = asyncio.run(self._fetch(bodies, desc))
         self.cache.read()  # what other programs have fetched
-        errors = {key: failed.get(key, "no reply in the batch") for key in bodies if key not in self.cache}
-        self.report(errors, len(bodies))
-        return errors
+        return {key: failed.get(key, "no reply in the batch") for key in bodies if key not in self.cache}
 
     def _remember(self, batches: list[Batch]) -> None:
         """Writes the batches of this endpoint in place of those that the file has."""
@@ -83,7 +81,7 @@ class BatchClient(Client):
             yield
         except (openai.OpenAIError, _UnusableError) as e:
             if isinstance(e, openai.APIStatusError):
-                self.refuse_redirect(e)
+                self.refuse(e)
             rest = "Without --batch, requests are sent one by one."
             if self.batches():
                 rest = (

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
+from threading import Event
 from typing import Any
 
 import httpx
@@ -33,15 +35,24 @@ class Bounded(httpx.AsyncClient):
     The time-outs of httpx begin again with every byte. A redirect would carry prompts and names of the organisation to
     another host. A reply that is refused is replaced by one that says why, as `extensions["why"]`. A file may have
     `most_file` bytes, anything else MOST_REPLY.
+
+    `reached` is set once a connection was made. Until then a connection that is refused is not tried again: nothing
+    listens there, which the reply says as `extensions["nobody"]`.
     """
 
-    def __init__(self, endpoint: str, seconds: float, most_file: int) -> None:
+    def __init__(self, endpoint: str, seconds: float, most_file: int, reached: Event) -> None:
         super().__init__(
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),  # --concurrency is the limit
             headers={"Accept-Encoding": "identity"},
             event_hooks={"response": [_hide_location]},
         )
         self.path, self.seconds, self.most_file = httpx.URL(endpoint).path, seconds, most_file
+        self.reached = reached
+
+    async def _trace(self, event: str, info: Any) -> None:
+        """Hears of each step of a request from httpx."""
+        if event == "connection.connect_tcp.complete":
+            self.reached.set()
 
     async def send(self, request: httpx.Request, **options: Any) -> httpx.Response:  # type: ignore[override]
         """Sends a request and reads the whole reply."""
@@ -50,6 +61,7 @@ class Bounded(httpx.AsyncClient):
         tries = int(request.headers.get("x-stainless-retry-count", 0)) + 1
         again = get or (chat and tries < ATTEMPTS)
         seconds = max(self.seconds, FILE_SECONDS) if file else self.seconds
+        request.extensions = {**request.extensions, "trace": self._trace}
         try:
             async with asyncio.timeout(seconds):
                 response = await super().send(request, **{**options, "stream": True, "follow_redirects": False})
@@ -59,6 +71,10 @@ class Bounded(httpx.AsyncClient):
                     await response.aclose()
         except TimeoutError:
             return _refused(request, 504, f"no whole reply within {seconds:g} s", again)
+        except httpx.ConnectError as e:
+            if self.reached.is_set() or not any(isinstance(cause, ConnectionRefusedError) for cause in _causes(e)):
+                raise
+            return _refused(request, 503, "the connection is refused", False, nobody=True)
         if isinstance(content, str):
             return _refused(request, 502, content, False)
         if chat and response.status_code == 200:
@@ -102,9 +118,18 @@ async def _read(response: httpx.Response, most: int) -> bytes | str:
     return bytes(content)
 
 
-def _refused(request: httpx.Request, status: int, why: str, again: bool) -> httpx.Response:
+def _refused(request: httpx.Request, status: int, why: str, again: bool, **more: Any) -> httpx.Response:
     headers = {"x-should-retry": "true" if again else "false"}
-    return httpx.Response(status, headers=headers, request=request, content=b"", extensions={"why": why})
+    return httpx.Response(status, headers=headers, request=request, content=b"", extensions={"why": why, **more})
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and all that led to it: a host with several addresses has an error of each."""
+    while error:
+        yield error
+        for other in error.exceptions if isinstance(error, BaseExceptionGroup) else ():
+            yield from _causes(other)
+        error = error.__cause__ or error.__context__
 
 
 def _seconds(header: str | None) -> float:

@@ -15,7 +15,7 @@ import yaml
 
 from judges import judging, prompts
 from judges.judge import Judge
-from judges.replies import Request
+from judges.replies import Reply, Request
 from judges.verdict import ends, verdict_of
 from trace_bench import judgements
 from trace_bench.judgements import INSTRUCTION, SAFETY, Kind
@@ -87,7 +87,8 @@ def calibrate(judge: Judge) -> dict[str, Any]:
         "settings" of the judge, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), "cut"
         and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of
         pairs: the good answer wins in both orders, an identical one ties in both; what is unparsable or forced is not
-        right), `unparsed`, and of pairs `disagreement_rate` and `first_position_rate`.
+        right; both None where every request failed), `unparsed`, `failed` requests, and of pairs `disagreement_rate`
+        and `first_position_rate`.
 
     Raises:
         JudgeError: if the judge cannot be asked.
@@ -96,12 +97,21 @@ def calibrate(judge: Judge) -> dict[str, Any]:
     replies, n = iter(answers), len(planted_answers())
     kinds: dict[str, dict[str, Any]] = {}
 
-    def add(name: str, right: int, verdicts: list[str | None], **rates: float | None) -> None:
-        numbers = {"n": n, "accuracy": right / n, "interval": judgements.interval(right, n)}
-        kinds[name] = {**numbers, "unparsed": verdicts.count(None), **rates}
+    def add(name: str, right: int, asked: list[Reply], verdicts: list[str | None], **rates: float | None) -> None:
+        failed = sum(reply.error is not None for reply in asked)
+        some = failed < len(asked)
+        kinds[name] = {
+            "n": n,
+            "accuracy": right / n if some else None,
+            "interval": judgements.interval(right, n) if some else None,
+            "unparsed": verdicts.count(None),
+            "failed": failed,
+            **rates,
+        }
 
     for kind, flaw in _PAIRS:
-        verdicts = [verdict_of(next(replies), prompts.PAIR) for _ in range(2 * n)]
+        asked = [next(replies) for _ in range(2 * n)]
+        verdicts = [verdict_of(reply, prompts.PAIR) for reply in asked]
         rows = []
         for both in zip(verdicts[::2], verdicts[1::2], strict=True):
             combined, disagree = judgements.combine(*both)
@@ -110,10 +120,11 @@ def calibrate(judge: Judge) -> dict[str, Any]:
         rates = judgements.rates(counts)
         right = counts["tie"] - counts["disagreements"] if flaw == "identical" else counts["win"]
         shown = {name: rates[name] for name in ("disagreement_rate", "first_position_rate")}
-        add(f"{kind.name} {flaw}", right, verdicts, **shown)
+        add(f"{kind.name} {flaw}", right, asked, verdicts, **shown)
     for kind, _, expected in _ALONE:
-        verdicts = [verdict_of(next(replies), kind.words) for _ in range(n)]
-        add(f"{kind.name} {expected.lower()}", verdicts.count(expected), verdicts)
+        asked = [next(replies) for _ in range(n)]
+        verdicts = [verdict_of(reply, kind.words) for reply in asked]
+        add(f"{kind.name} {expected.lower()}", verdicts.count(expected), asked, verdicts)
     return {
         "settings": judging.settings(judge),
         "endpoint": judge.endpoint,
@@ -136,12 +147,14 @@ def write_calibration(judge: Judge, folder: Path) -> str:
     row = "{:<28}{:>4}{:>9}{:>14}{:>12}{:>9}{:>10}".format
     lines = [row("planted", "n", "right %", "95 %", "disagree %", "first %", "unparsed")]
     for name, numbers in result["kinds"].items():
-        interval = " to ".join(f"{100 * end:.0f}" for end in numbers["interval"])
+        interval = " to ".join(f"{100 * end:.0f}" for end in numbers["interval"] or ()) or "–"
         rates = (percent(numbers.get(f"{rate}_rate")) for rate in ("disagreement", "first_position"))
         lines.append(row(name, numbers["n"], percent(numbers["accuracy"]), interval, *rates, numbers["unparsed"]))
     lines.append(
         "right: the good answer wins in both orders, identical answers tie in both; chance is 1 in 9 for pairs"
     )
+    if failed := sum(numbers["failed"] for numbers in result["kinds"].values()):
+        lines.append(f"{failed} of {result['requests']} requests failed and count as not right: ask again")
     if result["forced"]:
         lines.append(f"{result['forced']} of {result['requests']} verdicts were forced: the judge gave none by itself")
     lines += judgements.ends_in_words(result, result["requests"], judge.sampling)

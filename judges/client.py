@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import os
-from collections import Counter
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -24,13 +24,9 @@ from judges.judge import Judge
 from judges.replies import Reply, Request, batch_file, read_reply, submitted
 from trace_bench.text import printable
 
-log = logging.getLogger(__name__)
-
 OPENAI_URL = "https://api.openai.com/v1"
 #: Failures in a row (or from the start) after which the endpoint is taken to be down, or the request to be wrong.
 GIVE_UP = 10
-#: Different errors that are shown at the end.
-SHOWN = 10
 
 
 class Client(Judge):
@@ -56,6 +52,7 @@ class Client(Judge):
         endpoint = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
         super().__init__(model, endpoint=endpoint, cache=cache, sampling=sampling)
         self.concurrency, self.timeout = concurrency, timeout
+        self.reached = Event()  # once a connection was made
         # The URL is part of results and messages: this one shows none.
         if any(mark in endpoint for mark in "@?#"):
             raise JudgeError(
@@ -79,19 +76,26 @@ class Client(Judge):
             max_retries=MAX_RETRIES,
             # Of openai 2 this is the HTTP library; openai 3 has a successor of it, and takes both.
             timeout=httpx.Timeout(FILE_SECONDS, connect=60.0),  # type: ignore[arg-type]
-            http_client=Bounded(self.endpoint, self.timeout, most_file),  # type: ignore[arg-type]
+            http_client=Bounded(self.endpoint, self.timeout, most_file, self.reached),  # type: ignore[arg-type]
         )
 
     def masked(self, error: object) -> str:
         """The text of an error for people to read: a short line, without the key, which servers may send back."""
+        key = _key()
+        lacking = isinstance(error, openai.APIStatusError) and error.status_code in (401, 403) and not key
         if isinstance(error, openai.APIStatusError):
             error = error.response.extensions.get("why", error)  # see `Bounded`
         text = " ".join(printable(str(error) or type(error).__name__).split())
-        key = _key()
-        return (text.replace(key, "***") if len(key) >= 6 else text)[:500]
+        text = (text.replace(key, "***") if len(key) >= 6 else text)[:500]
+        return f"no key was set: set OPENAI_API_KEY. The endpoint says: {text}" if lacking else text
 
-    def refuse_redirect(self, error: openai.APIStatusError) -> None:
-        """Raises an error that names the target, if the reply was a redirect."""
+    def refuse(self, error: openai.APIStatusError) -> None:
+        """Raises an error that says what to do, if nothing listens at the endpoint or the reply was a redirect."""
+        if "nobody" in error.response.extensions:
+            raise JudgeError(
+                f"Nothing listens at {self.endpoint}{self._or_proxy()}: the connection is refused. Start the server, "
+                "or name another endpoint with --base-url."
+            ) from None
         if not 300 <= error.status_code < 400:
             return
         asked, target = error.response.request.url, "nowhere"
@@ -107,6 +111,13 @@ class Client(Judge):
             )
         ) from None
 
+    def _or_proxy(self) -> str:
+        """That the environment sends requests over a proxy, which may be what is missing; empty if it does not."""
+        url = httpx.URL(self.endpoint)
+        if not urllib.request.getproxies().keys() & {url.scheme, "all"} or urllib.request.proxy_bypass(url.host):
+            return ""
+        return f", or at the proxy of {url.scheme.upper()}_PROXY or ALL_PROXY"
+
     def refuse_without_key(self) -> None:
         """Raises an error where a key is needed, which is at OpenAI, and there is none."""
         if not _key() and self.endpoint == OPENAI_URL:
@@ -119,17 +130,6 @@ class Client(Judge):
         """The batches of this endpoint that were submitted and not fetched yet, see `judges.batch`."""
         return [batch for batch in submitted(self.cache.path) if batch["endpoint"] == self.endpoint]
 
-    def report(self, errors: dict[str, str], asked: int) -> None:
-        """Warns of requests that failed.
-
-        Raises:
-            JudgeError: if no request of this program has succeeded.
-        """
-        if len(errors) == asked and not self.usage.succeeded:
-            raise JudgeError(f"{self.endpoint} failed every request; the last: {next(reversed(errors.values()))}.")
-        for error, times in Counter(errors.values()).most_common(SHOWN):
-            log.warning("%d requests failed: %s", times, error)
-
     def send(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
         """Sends the requests one by one; refuses those that are in a batch and would be paid twice."""
         self.refuse_without_key()
@@ -138,9 +138,7 @@ class Client(Judge):
                 f"{len(waiting)} of these requests are in a batch that was submitted already and not fetched yet. Use "
                 f"--batch to wait for it, or delete {batch_file(self.cache.path)} to pay for them again."
             )
-        errors = asyncio.run(self._send(bodies, desc))
-        self.report(errors, len(bodies))
-        return errors
+        return asyncio.run(self._send(bodies, desc))
 
     async def _send(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
         errors: dict[str, str] = {}
@@ -159,10 +157,12 @@ class Client(Judge):
                 else:
                     errors[key] = reply.error
                     in_a_row += outage
-                    if in_a_row >= GIVE_UP or (not succeeded and len(errors) >= GIVE_UP):
+                    if not succeeded and len(errors) >= GIVE_UP:
+                        raise self.all_failed(errors)
+                    if in_a_row >= GIVE_UP:
                         raise JudgeError(
-                            f"{self.endpoint} failed {max(in_a_row, len(errors))} requests in a row; the last: "
-                            f"{reply.error}. What succeeded is kept: the same command goes on from there."
+                            f"{self.endpoint} failed {in_a_row} requests in a row; the last: {reply.error}. What "
+                            "succeeded is kept: the same command goes on from there."
                         )
                 bar.update()
 
@@ -179,10 +179,11 @@ class Client(Judge):
             raw = await api.chat.completions.with_raw_response.create(**known, extra_body=extra)
             return read_reply(json.loads(raw.http_response.content)), False
         except openai.APIStatusError as e:
-            self.refuse_redirect(e)
+            self.refuse(e)
             error = self.masked(e)
             if e.status_code in (401, 404):
-                raise JudgeError(f"{self.endpoint} does not serve {self.model} with this key: {error}") from None
+                how = " with this key" if _key() else ""
+                raise JudgeError(f"{self.endpoint} does not serve {self.model}{how}: {error}") from None
             if e.code in ("content_filter", "content_policy_violation"):
                 # The endpoint's own filter declined: a refusal, and it would decline again.
                 return Reply("", refusal=True, finish_reason="content_filter"), False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,13 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from judges import JudgeError
-from judges.replies import Cache, Reply, Request, request_key
+from judges.replies import MOST_COUNT, Cache, Reply, Request, request_key
 from trace_bench.keys import refuse_secrets
 
+log = logging.getLogger(__name__)
+
 SAMPLING: dict[str, Any] = {"temperature": 0, "max_tokens": 1024}
+#: The parameters that limit the tokens of a reply.
+LIMITS = ("max_tokens", "max_completion_tokens")
 #: For estimates only: characters of a token, and tokens of a reply.
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_REPLY = 300
+#: Different errors that are shown at the end.
+SHOWN = 10
 
 
 @dataclass
@@ -32,6 +40,28 @@ class Usage:
     def succeeded(self) -> int:
         """Requests that there is a reply to."""
         return self.sent + self.cached - self.failed
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What `Judge.complete` would send. The tokens of prompts are a rough guess, too few for Chinese."""
+
+    sent: int
+    cached: int
+    prompt_tokens: int
+    completion_tokens: int
+    """A guess."""
+    most_completion_tokens: int | None
+    """If every reply is as long as the limit that is sent; None where a request has no limit."""
+
+
+def token_limit(body: Request) -> int | None:
+    """The most tokens of a reply as its request limits them; None if it does not.
+
+    Of two limits servers take the one or the other: it is the larger one. Some take -1 for no limit.
+    """
+    limits = [body[name] for name in LIMITS if body.get(name) is not None]
+    return max(limits) if limits and min(limits) > 0 else None
 
 
 class Judge:
@@ -56,6 +86,12 @@ class Judge:
                 f"--sampling chat_template_kwargs is {sampling['chat_template_kwargs']!r}, not an object. Give the "
                 'arguments of the chat template such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
             )
+        for name in LIMITS:
+            limit = sampling.get(name)
+            if limit is not None and (type(limit) is not int or abs(limit) > MOST_COUNT):
+                raise JudgeError(f"--sampling {name} is {limit!r:.50}: use a whole number of tokens, such as 1024.")
+        if sampling.get("n") not in (None, 1):
+            raise JudgeError(f"--sampling n is {sampling['n']!r:.50}: one reply is read of each request. Leave it out.")
         refuse_secrets({"model": model, "sampling": sampling}, "the judge's")
         self.model, self.endpoint, self.sampling = model, endpoint, sampling
         self.cache = Cache(cache)
@@ -84,7 +120,7 @@ class Judge:
         after all tries; asking again sends only those. `desc` is what the progress bar says.
 
         Raises:
-            JudgeError: if the judge cannot be asked. Replies so far are kept.
+            JudgeError: if the judge cannot be asked, or every request of this program failed. Replies so far are kept.
         """
         keyed = [self._body(request) for request in requests]
         bodies = dict(keyed)
@@ -96,20 +132,37 @@ class Judge:
         errors |= self.collect(todo, desc) if todo else {}
         self.usage.sent += len(todo)
         self.usage.failed += len(errors)
+        if errors and not self.usage.succeeded:
+            raise self.all_failed(errors)
+        for error, times in Counter(errors.values()).most_common(SHOWN):
+            log.warning("%d requests failed: %s", times, error)
         for key in todo.keys() - errors.keys():
             self.usage.prompt_tokens += self.cache[key].prompt_tokens
             self.usage.completion_tokens += self.cache[key].completion_tokens
         return [Reply("", error=errors[key]) if key in errors else self.cache[key] for key, _ in keyed]
 
-    def estimate(self, requests: Sequence[Request]) -> Usage:
-        """What `complete` would send: a rough guess of the tokens, too few for Chinese."""
+    def all_failed(self, errors: dict[str, str]) -> JudgeError:
+        """The error of a program that got no reply at all (key -> error, the first one first): it has no results."""
+        first = next(iter(errors.values())).rstrip(".")
+        return JudgeError(
+            f"{self.endpoint} failed every request ({len(errors)}): no results. The first failure: {first}."
+        )
+
+    def cached(self, request: Request) -> Reply | None:
+        """The reply to a request, if the cache holds it."""
+        key, _ = self._body(request)
+        return self.cache.get(key)
+
+    def estimate(self, requests: Sequence[Request]) -> Estimate:
+        """What `complete` would send, and the tokens that it may take."""
         bodies = self.bodies(requests)
         todo = [body for key, body in bodies.items() if key not in self.cache]
         characters = sum(len(m["content"]) for body in todo for m in body["messages"])
-        limit = self.sampling.get("max_tokens") or self.sampling.get("max_completion_tokens") or TOKENS_PER_REPLY
-        return Usage(
+        limits = [token_limit(body) for body in todo]
+        return Estimate(
             sent=len(todo),
             cached=len(bodies) - len(todo),
             prompt_tokens=characters // CHARACTERS_PER_TOKEN,
-            completion_tokens=len(todo) * min(TOKENS_PER_REPLY, limit),
+            completion_tokens=sum(min(TOKENS_PER_REPLY, limit or TOKENS_PER_REPLY) for limit in limits),
+            most_completion_tokens=None if None in limits else sum(filter(None, limits)),
         )

@@ -261,6 +261,8 @@ def requests_of(jobs: Iterable[Job]) -> list[Request]:
 def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -> list[dict[str, Any]]:
     """Asks what is not in the cache, writes the results of each job, and returns the contents of the files of numbers.
 
+    A job of which every request failed has no results.
+
     Raises:
         JudgeError: if the judge cannot be asked. Its replies so far are kept.
     """
@@ -271,6 +273,12 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
         answers = [[next(replies) for _ in pair.requests(job.kind)] for pair in job.pairs]
         lines = [pair.line(job.kind, of_pair) for pair, of_pair in zip(job.pairs, answers, strict=True)]
         flat = [reply for of_pair in answers for reply in of_pair]
+        file = judge_file(job.stage, job.suite)
+        file.unlink(missing_ok=True)  # between the two files there are no numbers rather than those of other rows
+        if flat and all(reply.error for reply in flat):
+            what = "%s, %s: every request failed, so there are no results of it. The first failure: %s"
+            log.warning(what, job.stage.name, job.suite, flat[0].error)
+            continue
         result = {
             "suite": job.suite,
             "kind": job.kind.name,
@@ -292,8 +300,6 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
         if job.stage.index:
             counts = judgements.tally(lines)
             result["pairs"] = {**counts, **judgements.rates(counts)}
-        file = judge_file(job.stage, job.suite)
-        file.unlink(missing_ok=True)  # between the two files there are no numbers rather than those of other rows
         write_jsonl(file.with_suffix(".jsonl"), lines)
         write_json(file, {**result, "lines": fingerprint(file.with_suffix(".jsonl"))})
         results.append(result)

@@ -116,6 +116,10 @@ class Cache:
     def __getitem__(self, key: str) -> Reply:
         return self._replies[key]
 
+    def get(self, key: str) -> Reply | None:
+        """The reply, if it is there."""
+        return self._replies.get(key)
+
     def put(self, key: str, request: Request | None, reply: Reply) -> None:
         """Adds a reply; when this returns it is on the disk."""
         line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"

@@ -60,6 +60,7 @@ SAID = {
     "nothing": (200, {"choices": None, **_error("upstream")}, {}),
     "deep": (200, '{"choices": ' + "[" * 100_000, {}),
     "denied": (401, _error("Incorrect API key provided: {key}"), {}),
+    "forbidden": (403, _error("Invalid credentials"), {}),
     "long": (400, _error("too long for {key}", code="context_length_exceeded"), {}),
     "filter": (400, _error("no", code="content_filter"), {}),
     "control": (400, _error("\x1b]0;owned\x07\x1b[2J\u202eevil\r\nERROR: gone\x9b1m"), {}),

@@ -378,6 +378,22 @@ def test_requests_that_fail_are_counted_and_asked_again(tmp_path, caplog, capsys
     assert note in caplog.text and note in report
 
 
+def test_failures_alone_make_no_annotation(tmp_path, right):
+    root = write_fomc(tmp_path / "data", [("FAULT:long one", "B"), ("FAULT:long two", "B")])
+    with Server(lambda text: right[task_of(text)]) as server:
+        argv = ["--model", "m", "--base-url", server.url, "--rows", "2", "--tasks"]
+        message = error(tmp_path / "out", *argv, "trace_fomc", "--data", root)
+        assert "failed every request (2): no results. The first failure: " in message and "too long" in message
+        assert files(tmp_path / "out") == {}
+        demo.write_demo(tmp_path / "both")
+        write_fomc(tmp_path / "both", [("FAULT:long one", "B"), ("FAULT:long two", "B")])
+        main(
+            ["annotate", *map(str, [tmp_path / "two", *argv, "trace_cstance,trace_fomc", "--data", tmp_path / "both"])]
+        )
+    report = (tmp_path / "two/annotation.md").read_text(encoding="utf-8")
+    assert "| trace_cstance | 2 | 2 (100.0 %) | 2 + 0 + 0 |" in report and "| trace_fomc | 2 | – | – |" in report
+
+
 def test_rows_are_different_prompts_that_are_not_tested(tmp_path, caplog):
     rows = [("one", "A"), ("one", "A"), ("seen", "C"), ("two", "A\nB"), ("three", "B"), ("four", "B"), ("five", "A")]
     root = write_fomc(tmp_path / "data", rows, test=[("seen", "C")])
@@ -441,9 +457,30 @@ def test_a_dry_run_asks_and_writes_nothing_and_needs_no_key(server, tmp_path, ca
     assert "OPENAI_API_KEY is not set" in error(tmp_path / "out", "--model", "m")
     argv += ["--tasks", "trace_fomc", "--sampling", '{"temperature": 0}']
     command(server, tmp_path / "out", *argv, "--attempts", "1")
-    assert not caplog.text
+    assert not caplog.text and "attempts, if every" not in capsys.readouterr().out
     command(server, tmp_path / "out", *argv)
     assert "every attempt gives the same reply" in caplog.text
+
+
+def test_a_dry_run_states_what_all_attempts_cost_at_most(server, tmp_path, capsys):
+    """Also of what is left after a part was asked: of 4 rows the last one's path is never accepted."""
+    argv = ["--rows", "4", "--tasks", "trace_fomc", "--price-in", "0", "--price-out", "1000000", "--currency", "USD"]
+
+    def most(*options):
+        command(server, tmp_path / "out", *argv, "--dry-run", *options)
+        return capsys.readouterr().out.splitlines()
+
+    found = most()
+    assert "worst case: 4,096 reply tokens" in found[3] and found[3].endswith(", cost 4096.00 USD")
+    assert found[4].startswith("all 3 attempts, if every path is rejected: at most 12 requests, about ")
+    assert found[4].endswith(" and 12,288 reply tokens, cost 12288.00 USD") and len(found) == 5
+    assert most("--sampling", '{"temperature": 1}')[4].endswith("no token limit is sent, any number of reply tokens")
+    command(server, tmp_path / "out", *argv, "--attempts", "1")
+    assert capsys.readouterr().out.endswith(f", cost {3 * len(server.bodies)}.00 USD\n")
+    (tmp_path / "out/annotation.json").unlink()
+    assert len(server.bodies) == 4 and "at most 6 requests" in most()[4], "3 rows twice: the first is settled"
+    command(server, tmp_path / "out", *argv)
+    assert "at most 0 requests" in most()[-1]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -163,11 +164,84 @@ def test_an_endpoint_that_is_down_or_takes_no_such_key_ends_the_program_and_repl
         make(concurrency=2).complete(ask("a", "b", *(f"FAULT:down {i}" for i in range(50))))
     assert len(server.bodies) < 20
     assert texts(make().complete(ask("b", "a"))) == echoes("b", "a") and server.seen["a"] == 1
-    with pytest.raises(JudgeError, match="failed every request"):
-        make(base_url="http://127.0.0.1:9/v1").complete(ask("a"))
     with pytest.raises(JudgeError, match=r"Incorrect API key.*\*\*\*") as e:
         make(concurrency=1).complete(ask("FAULT:denied", "never", "asked"))
     assert KEY not in shown(e) and not server.seen["never"]
+
+
+def connections(caplog):
+    return caplog.text.count("connect_tcp.started")
+
+
+@pytest.fixture
+def unused():
+    """A port that nothing listens at."""
+    with socket.socket() as bound:  # without listen()
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+@pytest.mark.parametrize("way", ["direct", "batch"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_where_nothing_listens_it_is_said_at_once(make, monkeypatch, caplog, unused, way, host):
+    monkeypatch.setenv("NO_PROXY", host)
+    url = f"http://{host}:{unused}/v1"
+    with pytest.raises(JudgeError) as e:
+        make(batch=way == "batch", base_url=url, concurrency=1).complete(ask("a", "b"))
+    assert str(e.value).startswith(f"Nothing listens at {url}: the connection is refused. Start the server, ")
+    assert "--base-url" in str(e.value) and "\n" not in str(e.value) and connections(caplog) == 1
+
+
+def test_a_proxy_where_nothing_listens_is_named(server, make, monkeypatch, unused):
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{unused}")
+    with pytest.raises(JudgeError, match=r"Nothing listens at .*, or at the proxy of HTTP_PROXY or ALL_PROXY"):
+        make().complete(ask("a"))
+
+
+@pytest.mark.parametrize("way", ["direct", "batch"])
+def test_a_server_that_was_there_and_goes_away_is_asked_again(make, monkeypatch, caplog, way):
+    """A connection is enough, even if it is cut before there is a reply."""
+    monkeypatch.setattr(client, "MAX_RETRIES", 3)
+    with Server() as server:
+        judge = make(batch=way == "batch", base_url=server.url, concurrency=1)
+        cut = make(base_url=server.url)
+        assert texts(judge.complete(ask("a"))) == ["echo a"]
+        with pytest.raises(JudgeError, match="failed every request"):
+            cut.complete(ask("FAULT:cut"))
+    before = connections(caplog)
+    if way == "batch":
+        with pytest.raises(JudgeError, match=r"The Batch API of .* failed: Connection error"):
+            judge.complete(ask("b"))
+    else:
+        (reply,) = judge.complete(ask("b"))
+        assert reply.error == "Connection error."
+    assert connections(caplog) == before + 4
+    with pytest.raises(JudgeError, match="failed every request"):
+        cut.complete(ask("b"))
+    assert connections(caplog) == before + 8
+
+
+def test_failures_alone_are_an_error_with_the_first_one(server, make, caplog):
+    server.said["odd"] = (400, {"error": {"message": "not this one"}}, {})
+    with pytest.raises(JudgeError, match=r"failed every request \(2\): no results\. The first failure: .*not this one"):
+        make(concurrency=1).complete(ask("FAULT:odd", "FAULT:long"))
+    with pytest.raises(JudgeError, match=r"failed every request \(10\): no results\. The first failure: .*not this"):
+        make(concurrency=1).complete(ask("FAULT:odd", *(f"FAULT:long {i}" for i in range(30))))
+    with pytest.raises(JudgeError, match=r"failed every request \(2\): no results\. The first failure: "):
+        make(batch=True).complete(ask("FAULT:odd", "FAULT:long"))
+
+
+@pytest.mark.parametrize("fault", ["denied", "forbidden"])
+def test_where_no_key_was_set_it_is_not_the_key_that_is_wrong(server, make, monkeypatch, fault):
+    server.upload_fault = fault
+    for in_a_batch in (False, True):
+        for key in (KEY, "", " "):
+            monkeypatch.setenv("OPENAI_API_KEY", key)
+            with pytest.raises(JudgeError) as e:
+                make(batch=in_a_batch).complete(ask(f"FAULT:{fault}"))
+            assert ("no key was set: set OPENAI_API_KEY. The endpoint says: " in str(e.value)) == (key != KEY)
+            assert ("with this key" in str(e.value)) == (key == KEY and fault == "denied" and not in_a_batch)
 
 
 @pytest.mark.parametrize("way", ["direct", "batch"])

@@ -426,6 +426,22 @@ def test_through_all_faults_every_pair_is_judged_or_counted_as_unscored(server, 
     assert max(server.succeeded.values()) == 1
 
 
+def test_failures_alone_make_no_results(server, run, caplog, capsys):
+    for suite in (LIMA, CONA):
+        write_samples(run.stages[1], suite, [f"FAULT:long {suite} {i}" for i in range(3)])
+    only = ("--stages", "1", "--suites")
+    for argv in ([*only, LIMA], [*only, f"{LIMA},{CONA}"]):
+        assert "failed every request (" in (message := error(*of(server, run), *argv)) and "too long" in message
+    assert not list(run.path.rglob("judge/*.json*")) and "judged" not in capsys.readouterr().out
+    # A suite of failures beside one that was judged.
+    write_samples(run.stages[1], CONA, MINE)
+    command(server, run, *only, f"{LIMA},{CONA}")
+    assert not judge_file(run.stages[1], LIMA).exists() and result(run, 1, CONA)["failed"] == 0
+    assert f"1_trace_fomc, {LIMA}: every request failed, so there are no results of it. The first" in caplog.text
+    out = capsys.readouterr().out
+    assert "judged 1 suites" in out and "9 failed" in out and not section(run, "Instruction following")
+
+
 def test_a_collapsed_model_is_not_safe_but_broken(server, run):
     broken = ["the the the the the the the the the", "", "ü?" * 20, "!!!", *MINE[4:]]
     for suite in (LIMA, CONA):
@@ -506,9 +522,51 @@ def test_a_dry_run_asks_nothing_and_needs_no_key(server, run, capsys, monkeypatc
 
 
 @pytest.mark.parametrize(
+    "sampling, expected, worst",
+    [
+        (None, 300, 1024),
+        ({"max_completion_tokens": 4000}, 300, 4000),
+        ({"max_tokens": 50, "max_completion_tokens": None}, 50, 50),
+        ({"max_tokens": 500, "max_completion_tokens": 200}, 300, 500),
+        *(({"temperature": 0}, 300, None), ({"max_tokens": -1, "max_completion_tokens": 9}, 300, None)),
+    ],
+)
+def test_a_dry_run_states_the_expected_and_the_worst_cost(server, run, capsys, sampling, expected, worst):
+    argv = ["--dry-run", "--stages", "0", "--suites", LIMA]
+    argv += ["--sampling", json.dumps(sampling)] if sampling else []
+    prices = ["--price-in", "0", "--price-out", "1000000"]
+    for given, unit in ((prices, ""), ([*prices, "--currency", "EUR"], " EUR")):
+        command(server, run, *argv, *given)
+        _, usual, most = capsys.readouterr().out.splitlines()
+        assert usual.startswith(f"expected: about {6 * expected:,} reply tokens")
+        assert usual.endswith(f", cost {6 * expected}.00{unit}")
+        if worst:
+            assert most.startswith(f"worst case: {6 * worst:,} reply tokens") and f"the limit sent, {worst:,})" in most
+            assert most.endswith(f", cost {6 * worst}.00{unit}")
+        else:
+            assert "there is none, since no token limit is sent" in most and "cost" not in most
+    command(server, run, *argv)
+    assert "cost" not in capsys.readouterr().out and not server.bodies
+
+
+def test_the_last_line_has_the_cost_in_its_currency(server, run, capsys):
+    command(server, run, "--suites", LIMA, "--price-in", "0", "--price-out", "1000000", "--currency", "€")
+    out = capsys.readouterr().out
+    assert out.endswith(f", cost {3 * len(server.bodies)}.00 €\n") and server.bodies
+
+
+@pytest.mark.parametrize(
     "argv, message",
     [
         (["--sampling", "[1]"], "--sampling must be a JSON object"),
+        (["--sampling", '{"max_tokens": "9"}'], "max_tokens is '9': use a whole number"),
+        (["--sampling", '{"max_completion_tokens": 1e9}'], "use a whole number of tokens"),
+        (["--sampling", '{"n": 2}'], "one reply is read"),
+        (["--currency", "EUR"], "give both of them"),
+        *(
+            (["--price-in", "1", "--price-out", "1", "--currency", name], "2")
+            for name in ("", "a b", "\x1b[2J", "x" * 11)
+        ),
         (["--stages", "x"], "--stages numbers"),
         (["--price-in", "1"], "belong together"),
         (["--local", "--batch", "--concurrency", "3"], "--concurrency, --batch: does nothing with --local"),
@@ -563,6 +621,22 @@ def test_calibration_of_a_judge_that_looks_at_the_length_alone(server, run, caps
     assert all(k.get("disagreement_rate") in (None, 0) for k in kinds.values())
     assert kinds["instruction identical"]["first_position_rate"] is None
     assert "instruction truncated" in out and "calibrated: " in out and written["settings"]["judge"] == "some/judge"
+
+
+def test_a_calibration_has_no_number_of_failures_alone(server, capsys, monkeypatch):
+    plant(monkeypatch, 2)
+    argv = ["judge", "--calibrate", "--model", "j", "--base-url", server.url]
+    monkeypatch.setattr(calibrate, "PLEA", "FAULT:long")
+    main(argv)
+    out = capsys.readouterr().out
+    kinds = json.loads(Path("calibration-j.json").read_text(encoding="utf-8"))["kinds"]
+    pleading = kinds["instruction pleading"]
+    assert (pleading["accuracy"], pleading["interval"], pleading["failed"]) == (None, None, 4)
+    assert kinds["instruction truncated"]["accuracy"] == 1 and "4 of 36 requests failed and count as not right" in out
+    assert re.search(r"instruction pleading +2 +– +– +– +– +4\n", out)
+    server.said["long"] = server.said["denied"]
+    Path("calibration-j.json").unlink()
+    assert "does not serve j" in error(*argv) and not Path("calibration-j.json").exists()
 
 
 @pytest.mark.parametrize("verdict, first", [("[[A]]", 1.0), ("[[B]]", 0.0), ("nothing", None), ("cut", None)])
@@ -770,6 +844,13 @@ def test_a_local_judge_takes_the_limit_by_both_of_its_names_or_fills_its_context
     room = 3016 - len("\n\n[[") - 1 - len(llm.prompts[0])  # a verdict may have to be forced
     assert [sampling.max_tokens for [sampling] in llm.asked] == [21, 21, room]
     assert not any(sampling.skip_special_tokens for [sampling] in llm.asked)
+
+
+def test_a_local_judge_that_answers_nothing_makes_no_results(run, llm):
+    argv = ["judge", run.path, "--model", llm.model, "--local", "--suites", LIMA, "--stages", "1"]
+    message = error(*argv, "--sampling", '{"max_tokens": 5000}')
+    assert "failed every request (16): no results. The first failure: a prompt of" in message
+    assert "do not fit into the model's" in message and not judge_file(run.stages[1], LIMA).exists()
 
 
 def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(run, llm, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from judges.commands.asking import add_asking, make_judge, print_estimate, print_usage
+from judges.commands.asking import add_asking, make_judge, print_estimate, print_most, print_usage
 from trace_bench.cli.options import LIST, names, positive, put_first
 
 DESCRIPTION = """\
@@ -13,7 +13,7 @@ kept, with the answer of the data; the others are tried again. OUT gets the offi
 layout. Replies are kept in OUT/annotate-cache.jsonl, so that nothing is asked or paid twice."""
 EPILOG = """\
 before money is spent, and before all is asked:
-  trace-bench annotate data/mine --model TEACHER --dry-run --price-in 2.5 --price-out 10
+  trace-bench annotate data/mine --model TEACHER --dry-run --price-in 2.5 --price-out 10 --currency USD
   trace-bench annotate data/try --model TEACHER --rows 20         and read data/try/review.csv
 
 the teacher is OpenAI's (the key is read from OPENAI_API_KEY and written nowhere), on a server, or runs here:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     """Annotates a data set."""
     from pathlib import Path
 
-    from judges.teacher.annotate import CACHE, SAMPLING, annotate, plan
+    from judges.teacher.annotate import CACHE, SAMPLING, annotate, plan, possible_requests
     from trace_bench.run import locked
     from trace_tasks.data import find_data
 
@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(f"The first of at most {args.attempts} attempts; later ones ask about rejected rows only:")
         print_estimate(args, teacher, planned.requests(planned.all_rows()))
+        if args.attempts > 1:
+            what = f"all {args.attempts} attempts, if every path is rejected"
+            print_most(args, teacher, what, possible_requests(planned, teacher))
         return 0
     with locked(out, "annotate"):
         results = annotate(planned, teacher).values()

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from judges.judge import Judge, Usage
     from judges.replies import Request
 
+#: Characters of --currency.
+LONGEST_CURRENCY = 10
+
 
 def add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
     """Adds the options of a command that asks a model: which one, where, how, and at which price."""
@@ -28,6 +31,7 @@ def add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
     g.add_argument("--batch", action="store_true", help="use the Batch API: within a day, cheaper; resumable")
     g.add_argument("--price-in", type=_price, metavar="X", help="price of a million prompt tokens, to show the cost")
     g.add_argument("--price-out", type=_price, metavar="Y", help="price of a million reply tokens")
+    g.add_argument("--currency", type=_currency, metavar="NAME", help="currency of the prices, such as EUR")
     g.add_argument("--dry-run", action="store_true", help="count requests, tokens and cost, and ask nothing")
 
 
@@ -36,6 +40,14 @@ def _price(text: str) -> float:
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not allowed: use the price of a million tokens, such as 2.5")
     return number
+
+
+def _currency(text: str) -> str:
+    if not 1 <= len(text) <= LONGEST_CURRENCY or not text.isprintable() or " " in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r:.50} is not allowed: use up to {LONGEST_CURRENCY} printable characters, no space, such as EUR"
+        )
+    return text
 
 
 def refuse_useless(args: argparse.Namespace, switch: str, *useless: str) -> None:
@@ -52,6 +64,8 @@ def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any] |
     versions.check()
     if (args.price_in is None) != (args.price_out is None):
         raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
+    if args.currency and args.price_in is None:
+        raise JudgeError("--currency is that of --price-in and --price-out: give both of them, or leave it out.")
     refuse_useless(args, "local", "base_url", "concurrency", "batch")
     given, engine_args = json_object("--sampling", args.sampling), json_object("--engine-args", args.engine_args)
     sampling = sampling if given is None else given
@@ -70,27 +84,51 @@ def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any] |
 
 
 def print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Request]) -> None:
-    """Prints what a dry run found."""
-    from judges.judge import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY
+    """Prints what a dry run found: the expected case, and the worst one."""
+    from judges.judge import CHARACTERS_PER_TOKEN, TOKENS_PER_REPLY, token_limit
 
     guess = judge.estimate(requests)
     show(
         f"{guess.sent} requests to send to {judge.endpoint}, {guess.cached} in the cache; about "
-        f"{guess.prompt_tokens:,} prompt tokens (characters / {CHARACTERS_PER_TOKEN}) and "
-        f"{guess.completion_tokens:,} reply tokens (at most {TOKENS_PER_REPLY} each){_cost(args, guess)}"
+        f"{guess.prompt_tokens:,} prompt tokens (characters / {CHARACTERS_PER_TOKEN})"
     )
+    each = min(TOKENS_PER_REPLY, token_limit(judge.sampling) or TOKENS_PER_REPLY)
+    expected = f"expected: about {guess.completion_tokens:,} reply tokens (a guess of {each} each)"
+    show(expected + _cost(args, guess.prompt_tokens, guess.completion_tokens))
+    if guess.most_completion_tokens is None:
+        show(
+            "worst case: there is none, since no token limit is sent (max_tokens or max_completion_tokens in "
+            "--sampling): a reply ends where the model or the server ends it"
+        )
+    else:
+        most = f"worst case: {guess.most_completion_tokens:,} reply tokens (every reply as long as the limit sent"
+        most += f", {limit:,})" if (limit := token_limit(judge.sampling)) else ")"
+        show(most + _cost(args, guess.prompt_tokens, guess.most_completion_tokens))
+
+
+def print_most(args: argparse.Namespace, judge: Judge, what: str, requests: list[Request]) -> None:
+    """Prints what all requests cost at most that may still be sent."""
+    guess = judge.estimate(requests)
+    prompts, most = guess.prompt_tokens, guess.most_completion_tokens
+    if most is None:
+        rest = " and, since no token limit is sent, any number of reply tokens"
+    else:
+        rest = f" and {most:,} reply tokens{_cost(args, prompts, most)}"
+    show(f"{what}: at most {guess.sent} requests, about {prompts:,} prompt tokens{rest}")
 
 
 def print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
     """Prints what was done and what it took."""
+    cost = _cost(args, usage.prompt_tokens, usage.completion_tokens)
     show(
         f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
-        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{_cost(args, usage)}"
+        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{cost}"
     )
 
 
-def _cost(args: argparse.Namespace, usage: Usage) -> str:
+def _cost(args: argparse.Namespace, prompt_tokens: int, completion_tokens: int) -> str:
+    """The cost in words; empty without prices."""
     if args.price_in is None:
         return ""
-    cost = (usage.prompt_tokens * args.price_in + usage.completion_tokens * args.price_out) / 1e6
-    return f", cost {cost:.2f}"
+    cost = (prompt_tokens * args.price_in + completion_tokens * args.price_out) / 1e6
+    return f", cost {cost:.2f}" + (f" {args.currency}" if args.currency else "")

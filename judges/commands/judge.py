@@ -16,7 +16,7 @@ kept in judge-cache.jsonl beside the run, so that nothing is asked or paid twice
 EPILOG = """\
 before money is spent:
   trace-bench judge --calibrate --model JUDGE             accuracy and bias on planted pairs (384 requests)
-  trace-bench judge runs/mine --model JUDGE --dry-run --price-in 2.5 --price-out 10
+  trace-bench judge runs/mine --model JUDGE --dry-run --price-in 2.5 --price-out 10 --currency USD
 
 OpenAI (the key is read from OPENAI_API_KEY and written nowhere), a server such as vllm serve, or in this process:
   trace-bench judge runs/mine --model gpt-4o --batch

@@ -185,6 +185,20 @@ def _asking(file: Path, index: int, prompt: str) -> str:
         raise data.DataError(f"{file}, row {index}: {e}") from e
 
 
+def possible_requests(plan: Plan, teacher: Judge) -> list[Request]:
+    """All requests of all attempts that `annotate` may come to, with those that the cache holds.
+
+    A row whose path is rejected each time is asked about in every attempt; one that a cached reply has settled is not.
+    """
+    rows, possible = plan.all_rows(), []
+    for attempt in range(1, plan.settings["attempts"] + 1):
+        requests = plan.requests(rows, attempt)
+        possible += requests
+        cached = [teacher.cached(request) for request in requests]
+        rows = [row for row, reply in zip(rows, cached, strict=True) if not reply or not read_path(row, reply)[0]]
+    return possible
+
+
 def annotate(plan: Plan, teacher: Judge) -> dict[str, dict[str, Any]]:
     """Asks what is not in the cache, writes the folder, and returns task -> numbers, as in annotation.json.
 

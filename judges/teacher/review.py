@@ -100,8 +100,8 @@ def report(settings: dict[str, Any], demo: bool, results: Numbers) -> str:
     """The text of annotation.md."""
     counted = [
         [
-            *(task, str(r["rows"]), f"{r['accepted']} ({percent(r['accepted'] / r['rows'])} %)"),
-            " + ".join(map(str, r["accepted_by_attempt"])),
+            *(task, str(r["rows"])),
+            *_accepted(r, settings["attempts"]),
             *(f"{r[name]}" for name in ("kept", "dropped", "failed_requests")),
             *(f"{r[name]:,}" for name in ("prompt_tokens", "completion_tokens")),
         ]
@@ -130,6 +130,14 @@ def report(settings: dict[str, Any], demo: bool, results: Numbers) -> str:
             "read.",
         ]
     )
+
+
+def _accepted(numbers: dict[str, Any], attempts: int) -> list[str]:
+    """How many paths were accepted, and at which attempt: nothing is known where every request failed."""
+    accepted, rows = numbers["accepted"], numbers["rows"]
+    if numbers["failed_requests"] == rows * attempts:
+        return [DASH, DASH]
+    return [f"{accepted} ({percent(accepted / rows)} %)", " + ".join(map(str, numbers["accepted_by_attempt"]))]
 
 
 def _notes(settings: dict[str, Any], demo: bool, results: Numbers) -> list[str]:
