@@ -334,3 +334,11 @@ def test_a_finished_run_gets_further_tasks_at_its_end(here, tiny_model, capsys):
     wrong = {**options, "tasks": ["trace_fomc", "trace_py150"]}
     assert "another configuration" in error_of("train", "ewc", *command_line(wrong))
     assert "another configuration" in error_of("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))
+
+
+def test_one_unknown_task_among_known_ones_is_named_alone(here):
+    with pytest.raises(DataError, match=r"Unknown task\(s\) gsm8kk\. TRACE has"):
+        load_tasks(["trace_fomc", "gsm8k", "gsm8kk"])  # lm-eval has gsm8k
+    (here / "c.yaml").write_text("tasks: trace_fomc, trace_fomk\n")
+    for argv in (["--tasks", "trace_fomc,trace_fomk"], ["--config", "c.yaml"]):
+        assert "trace_fomk (did you mean trace_fomc?)" in error_of("train", "sequential", *argv)

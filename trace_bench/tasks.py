@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import logging
 import os
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import chdir, suppress
 from functools import partial
 from itertools import islice
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
-from trace_tasks.data import FOLDERS, JUDGED, TASKS_PATH, Data, DataError, needs_data
+from trace_tasks.data import FOLDERS, JUDGED, REASONING, SUITES, TASKS_PATH, Data, DataError, needs_data
 from trace_tasks.errors import nearest
 
 if TYPE_CHECKING:
@@ -53,21 +55,12 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
     Raises:
         DataError: for a name that nobody has, or a task that cannot be made.
     """
+    check_names(names)
     manager = task_manager()
-    own = manager.all_tasks
-    if not set(names) <= set(own) and not _unknown_to_lm_eval(set(names) - set(own)):
+    if not set(names) <= set(manager.all_tasks):
         manager = task_manager(include_defaults=True)
-    unknown = [n for n in names if n not in manager.all_tasks]
-    if unknown:
-        near = {n: nearest(n, own) for n in unknown}
-        others = [n for n in own if not str(manager.task_index[n].yaml_path).startswith(str(TASKS_PATH))]
-        raise DataError(
-            "Unknown task(s) "
-            + ", ".join(f"{n} (did you mean {near[n]}?)" if near[n] else n for n in unknown)
-            + f". TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. "
-            + (f"TRACE_TASKS has: {', '.join(others)}." if others else "")
-            + ("" if others else "A task of your own is a YAML in a folder that TRACE_TASKS names.")
-        )
+    if unknown := [n for n in names if n not in manager.all_tasks]:
+        raise _unknown(unknown)
     loaded: dict[str, Task] = {}
     for name in names:
         try:
@@ -88,19 +81,31 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
     return {name: loaded[name] for name in names}
 
 
-def _unknown_to_lm_eval(names: Collection[str]) -> bool:
-    """Whether a name stands in none of lm-eval's own YAMLs; an index of them takes much longer than this search."""
-    import lm_eval
+def check_names(names: Iterable[str]) -> None:
+    """Refuses names that stand in no YAML: in a second, without lm-eval's index of its tasks, which takes ten.
 
-    sought = {name.encode() for name in names}
-    for folder, _, files in os.walk(Path(lm_eval.__file__).parent / "tasks"):
+    Raises:
+        DataError: naming them, with their neighbours.
+    """
+    sought = dict.fromkeys(n for n in names if n not in {*FOLDERS, *REASONING, *JUDGED, *SUITES})
+    spec = importlib.util.find_spec("lm_eval")
+    folders = [*_more_tasks(), *(Path(place) / "tasks" for place in (spec and spec.submodule_search_locations) or ())]
+    for folder, _, files in (found for root in folders if sought for found in os.walk(root)):
         for file in files:
-            if file.endswith((".yaml", ".yml")):
+            if sought and file.endswith((".yaml", ".yml")):
                 content = Path(folder, file).read_bytes()
-                sought = {name for name in sought if name not in content}
-                if not sought:
-                    return False
-    return True
+                sought = {name: None for name in sought if name.encode("utf-8", "replace") not in content}
+    if sought:
+        raise _unknown(list(sought))
+
+
+def _unknown(names: Sequence[str]) -> DataError:
+    texts = [file.read_text(encoding="utf-8", errors="replace") for f in _more_tasks() for file in f.rglob("*.yaml")]
+    own = [name for text in texts for name in re.findall(r"^task: *[\"']?([\w.-]+)", text, re.MULTILINE)]
+    near = {name: nearest(name, [*FOLDERS, *REASONING, *JUDGED, *own]) for name in names}
+    listed = ", ".join(f"{name} (did you mean {near[name]}?)" if near[name] else name for name in names)
+    rest = f"TRACE_TASKS has: {', '.join(own)}." if own else "A task of your own is a YAML in a folder of TRACE_TASKS."
+    return DataError(f"Unknown task(s) {listed}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. {rest}")
 
 
 def _folder_of_rows(manager: TaskManager, name: str) -> Path:

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import re
 import runpy
 import sys
+from contextlib import suppress
+
+import yaml
 
 from trace_bench import packaged
+from trace_bench.tasks import check_names
+from trace_tasks.data import expand_orders
 from trainers import help as help_page
 
 
@@ -30,11 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
 
+def _tasks(options: list[str]) -> list[str]:
+    """The tasks that the options name, or else the config that they name."""
+    listed: list[str] = []
+    if "--tasks" in options:
+        listed = list(
+            itertools.takewhile(lambda word: not word.startswith("--"), options[options.index("--tasks") + 1 :])
+        )
+    elif "--config" in options[:-1]:
+        name = options[options.index("--config") + 1]
+        content = packaged.find("config", name, packaged.configs()).read_text(encoding="utf-8", errors="replace")
+        with suppress(yaml.YAMLError, AttributeError):
+            found = yaml.safe_load(content).get("tasks") or []
+            listed = found if isinstance(found, list) else [found]
+    names = [name for text in listed for name in re.split(r"[\s,]+", str(text)) if name]
+    return expand_orders(names)
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the file of the method as a program."""
     file = packaged.find_method(args.method)
     if {"-h", "--help"} & set(args.options) and help_page.show(file, f"trace-bench train {args.method}"):
         return 0
+    check_names(_tasks(args.options))  # before the libraries are imported, which takes seconds
     sys.argv = [str(file), *args.options]
     if file.parent == packaged.TRAINERS:
         runpy.run_module(f"trainers.{file.stem}", run_name="__main__", alter_sys=True)

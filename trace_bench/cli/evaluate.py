@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_args: dict[str, Any] | None) -> Run:
     """The run of the checkpoints that --checkpoint names: a new one, or one to which they are added."""
-    from trace_bench import evaluate
+    from trace_bench.tasks import check_names
     from trace_tasks import data
 
     checkpoints = _checkpoints(args.checkpoint)
@@ -105,6 +105,9 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
     if "tasks" in given:
         listed = names(given["tasks"])
         given["tasks"] = [] if listed == ["none"] else data.expand_orders(listed or ())
+        check_names(given["tasks"])  # before the libraries are imported, which takes seconds
+    from trace_bench import evaluate
+
     there = evaluate.measured_run(args.path)
     if there is not None:  # what is not given is as in the run
         manifest = there.manifest
