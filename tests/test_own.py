@@ -336,6 +336,13 @@ def test_a_finished_run_gets_further_tasks_at_its_end(here, tiny_model, capsys):
     assert "another configuration" in error_of("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))
 
 
+def test_a_joint_run_gets_no_further_tasks_since_its_stage_was_trained_without_them(here, tiny_model):
+    options = quick_options(tiny_model, here / "run")
+    main(["train", "joint", *command_line(options)])
+    longer = {**options, "tasks": [*options["tasks"], "trace_py150"]}
+    assert "another configuration" in error_of("train", "joint", *command_line(longer))
+
+
 def test_one_unknown_task_among_known_ones_is_named_alone(here):
     with pytest.raises(DataError, match=r"Unknown task\(s\) gsm8kk\. TRACE has"):
         load_tasks(["trace_fomc", "gsm8k", "gsm8kk"])  # lm-eval has gsm8k

@@ -317,11 +317,11 @@ class Run:
             write_json(file, manifest)
             return cls(path, manifest)
         run = cls.open(path)
-        there = run.tasks
-        if manifest["tasks"][: len(there)] == there != manifest["tasks"] and not differences(
-            run.manifest, of_tasks(manifest, there)
-        ):
-            log.warning("%s gets %s in addition.", path, ", ".join(manifest["tasks"][len(there) :]))
+        there, asked = run.tasks, manifest["tasks"]
+        # Not where one stage has all tasks: it was trained on those of then.
+        goes_on = len(asked) > len(there) and asked[: len(there)] == there and "stages" not in manifest
+        if goes_on and not differences(run.manifest, of_tasks(manifest, there)):
+            log.warning("%s gets %s in addition.", path, ", ".join(asked[len(there) :]))
             as_begun = {key: run.manifest[key] for key in ("packages", "commit", "date") if key in run.manifest}
             write_json(file, {**manifest, **as_begun})
             return cls.open(path)
