@@ -97,8 +97,8 @@ docs: ## the documentation as a site in site/, from README.md and docs/
 test: ## the tests: no network, GPU or key needed; JOBS at a time (2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),2)
 
-test-slow: ## whole pipelines and real inference engines
-	$(BIN)/python -m pytest -m slow --durations=20
+test-slow: ## whole pipelines and real inference engines; JOBS at a time (2)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(or $(JOBS),2) --durations=20
 
 test-versions: setup ## the tests with the oldest and with the newest libraries that are supported
 	# Laid over those of the environment, which stays as it is.
