@@ -24,7 +24,6 @@ evaluate`, which go on where they were; what `trace-bench report` says of all of
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shlex
@@ -36,6 +35,7 @@ from typing import Any
 import yaml
 
 from trace_bench import packaged
+from trace_bench.cli.options import option_words
 from trace_bench.ending import run_child
 from trace_bench.keys import refuse_secrets
 from trace_bench.report import Results, compare, write_comparison_page, write_report
@@ -93,7 +93,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
         for key in options:
             if key in ("config", "output_dir") or not re.fullmatch(r"[a-z]\w*", str(key)):
                 raise StudyError(f"{where}: {key!r} is not allowed; use method and options of it, without '--'.")
-        arguments = [word for key, value in options.items() for word in _argument(key, value)]
+        arguments = [word for key, value in options.items() for word in option_words(key, value)]
         commands[name] = method, ["--config", os.path.normpath(path), *arguments]
     if not commands:
         raise StudyError(f"{file}: there is no run at the {scale} scale.")
@@ -136,14 +136,6 @@ def _at(scale: str, value: Any, where: str) -> Any:
     if value.keys() != {"small", "full"}:
         raise StudyError(f"{where}: found {sorted(map(str, value))}; give both small and full (null: left out).")
     return _at(scale, value[scale], where)
-
-
-def _argument(key: str, value: Any) -> list[str]:
-    """An option as the trainers take it: lists as several values, mappings as JSON."""
-    if value is None:
-        return []
-    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict | bool) else value]
-    return [f"--{key}", *map(str, values)]
 
 
 def run_study(

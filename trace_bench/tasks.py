@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
 from trace_tasks.data import FOLDERS, JUDGED, REASONING, SUITES, TASKS_PATH, Data, DataError, needs_data
-from trace_tasks.errors import nearest
+from trace_tasks.errors import with_neighbours
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -102,8 +102,7 @@ def check_names(names: Iterable[str]) -> None:
 def _unknown(names: Sequence[str]) -> DataError:
     texts = [file.read_text(encoding="utf-8", errors="replace") for f in _more_tasks() for file in f.rglob("*.yaml")]
     own = [name for text in texts for name in re.findall(r"^task: *[\"']?([\w.-]+)", text, re.MULTILINE)]
-    near = {name: nearest(name, [*FOLDERS, *REASONING, *JUDGED, *own]) for name in names}
-    listed = ", ".join(f"{name} (did you mean {near[name]}?)" if near[name] else name for name in names)
+    listed = with_neighbours(names, [*FOLDERS, *REASONING, *JUDGED, *own])
     rest = f"TRACE_TASKS has: {', '.join(own)}." if own else "A task of your own is a YAML in a folder of TRACE_TASKS."
     return DataError(f"Unknown task(s) {listed}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. {rest}")
 

@@ -27,6 +27,13 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {near}?" if near else ""
 
 
+def with_neighbours(names: Iterable[str], known: Iterable[str]) -> str:
+    """Several unknown names for a message, each with the known one that is nearest."""
+    known = list(known)
+    found = ((name, nearest(name, known)) for name in names)
+    return ", ".join(f"{name} (did you mean {near}?)" if near else name for name, near in found)
+
+
 def brief(error: BaseException) -> str:
     """A library's message on one line, cut to a readable length."""
     return " ".join((str(error) or type(error).__name__).split())[:300]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
 import runpy
 import sys
 from contextlib import suppress
@@ -12,6 +11,7 @@ from contextlib import suppress
 import yaml
 
 from trace_bench import packaged
+from trace_bench.cli.options import names
 from trace_bench.tasks import check_names
 from trace_tasks.data import expand_orders
 from trainers import help as help_page
@@ -50,8 +50,7 @@ def _tasks(options: list[str]) -> list[str]:
         with suppress(yaml.YAMLError, AttributeError):
             found = yaml.safe_load(content).get("tasks") or []
             listed = found if isinstance(found, list) else [found]
-    names = [name for text in listed for name in re.split(r"[\s,]+", str(text)) if name]
-    return expand_orders(names)
+    return expand_orders(names([str(text) for text in listed]) or ())
 
 
 def run(args: argparse.Namespace) -> int:

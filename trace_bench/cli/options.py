@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -85,3 +86,11 @@ def names(words: Iterable[str] | None) -> list[str] | None:
 def options(keys: Iterable[str]) -> str:
     """Options as they are written on the command line."""
     return ", ".join("--" + key.replace("_", "-") for key in keys)
+
+
+def option_words(key: str, value: Any) -> list[str]:
+    """An option as the trainers take it: lists as several values, mappings as JSON."""
+    if value is None:
+        return []
+    values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict | bool) else value]
+    return [f"--{key}", *map(str, values)]

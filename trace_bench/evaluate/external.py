@@ -109,13 +109,13 @@ def drop(path: str | Path, names: Sequence[str]) -> Run:
     left = {name: folder for name, folder in there.items() if name not in names}
     if run.manifest.get("chain") and list(left) != list(there)[: len(left)]:
         raise RunError(f"--drop {' '.join(names)}: later adapters of the chain lie on it. Drop the last ones first.")
-    dropped = {name: stage for name, stage in zip(there, run.stages[1:], strict=True) if name in names}
-    folders = {name: stage.path.name for name, stage in zip(there, run.stages[1:], strict=True) if name in left}
+    stages = dict(zip(there, run.stages[1:], strict=True))
+    dropped, folders = [stages[name] for name in dict.fromkeys(names)], {name: stages[name].path.name for name in left}
     with ExitStack() as locks:
-        for stage in dropped.values():
+        for stage in dropped:
             locks.enter_context(locked(stage.path, "evaluate"))
         write_json(run.path / "manifest.json", {**run.manifest, "checkpoints": left, "folders": folders})
-        for stage in dropped.values():
+        for stage in dropped:
             remove(stage.path)
     return Run.open(path)
 

@@ -156,19 +156,8 @@ def _methods_table(entries: list[Entry], groups: list[Group], references: list[d
     texts, same = _common(entries)
     rows = []
     for line in lines_of(entries, groups):
-        first, several = line.entries[0], len(line.entries) > 1
-        cells = []
-        for name in NUMBERS:
-            values, write = [e.numbers[name] for e in line.entries], first.writer(name)
-            if several:
-                interval = interval_over_seeds(values, write) if name in SCORES else DASH
-                text = mean_and_deviation(values, write, cost=name in COSTS)
-                cells.append(text + f" {interval}" * (interval != DASH))
-            else:
-                score = name in SCORES
-                cells.append(
-                    first.unit(name).with_interval(first.scores[name], SCORES[name]) if score else write(values[0])
-                )
+        first = line.entries[0]
+        cells = _cells_of_run(first) if len(line.entries) == 1 else _cells_over_seeds(line)
         rows.append([line.name, str(len(line.entries)), *(first.texts[k] for k in texts), *cells])
     rows += [[name, DASH, *cells] for name, *cells in _reference_rows(references, texts)]
     about = f"mean ± standard deviation over the seeds [95 % interval over the seeds], {_what(entries, same)}"
@@ -178,14 +167,28 @@ def _methods_table(entries: list[Entry], groups: list[Group], references: list[d
 def _runs_table(entries: list[Entry], references: list[dict[str, str]], detail: bool) -> Table:
     """The runs' numbers, and the paper's; what is the same in all runs is said once."""
     texts, same = _common(entries)
-    rows = []
-    for e in entries:
-        numbers = {k: e.writer(k)(e.numbers[k]) for k in NUMBERS}
-        numbers |= {k: e.unit(k).with_interval(e.scores[k], sign) for k, sign in SCORES.items()}
-        rows.append([e.name, *(e.texts[k] for k in texts), *numbers.values()])
+    rows = [[e.name, *(e.texts[k] for k in texts), *_cells_of_run(e)] for e in entries]
     rows += _reference_rows(references, texts)
     table = Table(["run", *texts, *NUMBERS], rows, "Runs", _what(entries, same), len(references), detail)
     return table.without_empty_columns()
+
+
+def _cells_of_run(entry: Entry) -> list[str]:
+    """The `NUMBERS` of a run, scores with their intervals over test rows."""
+    numbers = {k: entry.writer(k)(entry.numbers[k]) for k in NUMBERS}
+    numbers |= {k: entry.unit(k).with_interval(entry.scores[k], sign) for k, sign in SCORES.items()}
+    return list(numbers.values())
+
+
+def _cells_over_seeds(group: Group) -> list[str]:
+    """The `NUMBERS` of a method, scores with their intervals over the seeds."""
+    cells = []
+    for name in NUMBERS:
+        values, write = group.numbers(name), group.entries[0].writer(name)
+        interval = interval_over_seeds(values, write) if name in SCORES else DASH
+        text = mean_and_deviation(values, write, cost=name in COSTS)
+        cells.append(text + f" {interval}" * (interval != DASH))
+    return cells
 
 
 def _common(entries: list[Entry]) -> tuple[list[str], list[str]]:
@@ -263,8 +266,7 @@ def _finals_tables(
             if len(line.entries) == 1:
                 rows.append(single[entries.index(first)])
                 continue
-            values = {task: [e.finals.get(task, math.nan) for e in line.entries] for task in columns}
-            texts = {task: mean_and_deviation(v, write(first, task)) for task, v in values.items()}
+            texts = {task: mean_and_deviation(line.numbers(task), write(first, task)) for task in columns}
             rows.append([line.name, *(text + arrow(marks.get((line.name, task), 0)) for task, text in texts.items())])
         over = f"{about}, mean ± standard deviation over the seeds"
         if any(text.endswith(("↑", "↓")) for row in rows for text in row):

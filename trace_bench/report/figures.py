@@ -34,7 +34,7 @@ from trace_bench.report.drawing import (
     shown,
 )
 from trace_bench.report.results import DELTAS, Results, measured
-from trace_bench.report.seeds import ComparisonLine, lines_of
+from trace_bench.report.seeds import Group, lines_of
 from trace_bench.report.tables import DASH, PERCENT, shade, shared_unit, stage_label
 from trace_tasks.data import SUITES, task_name
 
@@ -330,7 +330,7 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
     return figure, f"{what}; bars: {bars}. Square and dashed line: {baseline}.{grey}{note}"
 
 
-def _estimate(line: ComparisonLine, name: str) -> Estimate:
+def _estimate(line: Group, name: str) -> Estimate:
     """A number with its interval: over the seeds where there are several, else over test rows."""
     if len(line.entries) == 1:
         return line.entries[0].scores[name]

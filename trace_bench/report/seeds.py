@@ -27,7 +27,7 @@ Marks = dict[tuple[str, str], int]
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed, two or more."""
+    """Runs that differ in nothing but the seed; a run without others of its kind is one by itself."""
 
     name: str
     entries: list[Entry]
@@ -41,23 +41,15 @@ class Group:
         return {e.run.manifest.get("seed"): of(e) for e in self.entries}
 
 
-@dataclass(frozen=True)
-class ComparisonLine:
-    """A line of a comparison: a method over its seeds, or a single run."""
-
-    name: str
-    entries: list[Entry]
-
-
-def lines_of(entries: Sequence[Entry], groups: Sequence[Group]) -> list[ComparisonLine]:
+def lines_of(entries: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
     """The groups and the runs that are in none, in the order of the runs."""
-    lines: list[ComparisonLine] = []
+    lines: list[Group] = []
     for entry in entries:
         group = next((g for g in groups if entry in g.entries), None)
         if group is None:
-            lines.append(ComparisonLine(entry.name, [entry]))
+            lines.append(Group(entry.name, [entry]))
         elif entry is group.entries[0]:
-            lines.append(ComparisonLine(group.name, group.entries))
+            lines.append(group)
     return lines
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-import json
 import logging
 import os
 import re
@@ -32,6 +31,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, TrlParser
 
 from trace_bench import checks, ending, packaged, records
+from trace_bench.cli.options import option_words
 from trace_bench.engine import models
 from trace_bench.keys import refuse_secrets
 from trace_bench.run import Run, RunError, Stage, locked, read_json
@@ -40,7 +40,7 @@ from trace_bench.text import prepare_logging, printable
 from trace_bench.versions import source_commit
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, remove, write_json
-from trace_tasks.errors import nearest
+from trace_tasks.errors import with_neighbours
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
 from trainers.base.config import CLConfig, ConfigError
@@ -87,8 +87,8 @@ def _parse(config: type[CLConfig], argv: list[str] | None) -> list[Any]:
     except (IndexError, OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file (name), no YAML
         raise ConfigError(f"the configuration cannot be read: {e}") from e
     if names := [word.lstrip("-").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]:
-        near = [f"{name} (did you mean {nearest(name, known)}?)" if nearest(name, known) else name for name in names]
-        raise ConfigError(f"There is no option {', '.join(near)}. --help lists the usual ones, --help_all all of them.")
+        near = with_neighbours(names, known)
+        raise ConfigError(f"There is no option {near}. --help lists the usual ones, --help_all all of them.")
     if unknown:
         raise ConfigError(f"{' '.join(unknown)}: nothing takes this; options are given as --OPTION VALUE.")
     return parsed
@@ -98,13 +98,8 @@ def _as_in(run: Run, known: Collection[str]) -> list[str]:
     """The options of a run as words of a command line, for another method: those that this one has, too."""
     record = run.manifest["data"]
     settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
-    words = []
-    for name, value in settings.items():
-        if value is None or name not in known:
-            continue
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict | bool) else value]
-        words += [f"--{name}", *map(str, values)] if values else []
-    return words
+    given = {name: value for name, value in settings.items() if name in known and value != []}
+    return [word for name, value in given.items() for word in option_words(name, value)]
 
 
 def _refuse(message: str) -> NoReturn:
