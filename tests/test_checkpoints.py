@@ -20,6 +20,7 @@ from trace_bench.engine.models import ModelError
 from trace_bench.evaluate import external_run
 from trace_bench.run import Run, RunError, read_json
 from trace_tasks.data.files import write_json
+from trace_tasks.limits import LimitError, limited
 
 SIZES = {
     "vocab_size": 96,
@@ -603,6 +604,27 @@ def test_an_adapter_of_a_run_from_elsewhere_has_the_same_limits(bases, tmp_path,
         write_json(run.stages[1].train_file, {"checkpoint": checkpoints.fingerprint(folder)})
         with pytest.raises(RunError, match=str(folder)) if entries else nullcontext():
             check_checkpoints(run, run.stages, "hf")
+
+
+def test_what_a_limit_interrupts_leaves_nothing_open_for_later():
+    """Torch puts a device's context off the stack and back by such a generator: late, it holds for all that follows."""
+    closed = []
+
+    def opened():
+        try:
+            yield
+        finally:
+            closed.append(True)
+
+    def work():
+        generator = opened()
+        next(generator)
+        while True:
+            pass
+
+    with pytest.raises(LimitError) as kept, limited(0.05, 2**30):
+        work()
+    assert closed and kept.value.__context__
 
 
 @pytest.mark.timeout(60)

@@ -214,7 +214,13 @@ def test_what_cannot_become_a_task_is_left_as_it_was(here):
     turned = {"messages": CHAT[:2]}
     with pytest.raises(DataError, match=r"row 0: the last of several messages has to be the assistant's"):
         make_task(write_rows(here / "turned.jsonl", turned))
-    assert not list(here.glob("*.yaml"))
+    (here / "half.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "answer": null}\n')
+    with pytest.raises(DataError, match=r"half.jsonl, row 1 has no answer\. Give it an answer, or remove the row"):
+        make_task(here / "half.jsonl")
+    write_jsonl(here / "empty.jsonl", [{"prompt": "", "answer": ""}] * 5)
+    with pytest.raises(DataError):
+        make_task(here / "empty.jsonl")  # refused by the trial, after its files were made
+    assert {file.name for file in here.iterdir()} == {"turned.jsonl", "half.jsonl", "empty.jsonl"}
     make_task(write_rows(here / "good.jsonl", ROWS["columns"][0]), write_rows(here / "test.jsonl", ROWS["columns"][0]))
     with pytest.raises(DataError, match="is there already"):
         make_task(here / "good.jsonl")

@@ -102,13 +102,17 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
         raise DataError(f"{target} is there already. Remove it to make it again, or give another --name.")
     rows = read_rows(file)
     prompt, answer, why = recognise(rows[0].keys())
-    train, test = _split(file, rows, name) if test is None else (file, test)
-    if test.suffix != train.suffix:
-        raise DataError(f"{test}: the test rows have another format than {file}. Use one for both.")
-    if not test.is_file():
-        raise DataError(f"There is no file {test}.")
     answers = [_answer(file, i, row, answer) for i, row in enumerate(rows)]
-    longest = max(map(len, answers))
+    made = [target]
+    if test is None:
+        train, test = _split(file, rows, name)
+        made += [train, test]
+    else:
+        train = file
+        if test.suffix != train.suffix:
+            raise DataError(f"{test}: the test rows have another format than {file}. Use one for both.")
+        for number, row in enumerate(read_rows(test)):
+            _answer(test, number, row, answer)
     text = YAML.format(
         source=file.name,
         why=f"the rows have {why}",
@@ -119,13 +123,14 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
         prompt=json.dumps(prompt, ensure_ascii=False),
         answer=json.dumps(answer, ensure_ascii=False),
         until=json.dumps(["\n\n\n"] if any("\n" in a for a in answers) else ["\n"]),
-        tokens=min(1024, max(16, longest)),
+        tokens=min(1024, max(16, *map(len, answers))),
     )
     write_text(target, text)
     try:
         shown = _try(name, file.parent)
-    except DataError:
-        target.unlink()
+    except BaseException:  # Ctrl-C too: what is left would be refused at the next try
+        for path in made:
+            path.unlink()
         raise
     return (
         f"{target} is a task of {len(rows)} rows ({why}).\n\n{shown}\n"
@@ -141,15 +146,18 @@ def _split(file: Path, rows: list[dict[str, Any]], name: str) -> tuple[Path, Pat
         raise DataError(f"{file} has one row: --test names the test rows.")
     kept = max(1, len(rows) // 5)
     parts = [file.parent / f"{name}-{split}.jsonl" for split in ("train", "test")]
-    for part, content in zip(parts, (rows[:-kept], rows[-kept:]), strict=True):
+    for part in parts:
         if part.exists():
             raise DataError(f"{part} is there already. Remove it, or name the test rows with --test.")
+    for part, content in zip(parts, (rows[:-kept], rows[-kept:]), strict=True):
         write_jsonl(part, content)
     return parts[0], parts[1]
 
 
 def _answer(file: Path, number: int, row: dict[str, Any], column: str) -> str:
     if "messages" not in row:
+        if row.get(column) is None:
+            raise DataError(f"{file}, row {number} has no {column}. Give it an answer, or remove the row.")
         return str(row[column])
     last = (row["messages"] or [{}])[-1]
     if last.get("role") != "assistant" or len(row["messages"]) < 2:

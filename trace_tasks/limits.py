@@ -7,6 +7,7 @@ import resource
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,10 +48,12 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
         left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
-    except _TimeUp:
+    except _TimeUp as e:
+        _close(e)
         raise LimitError(f"it takes more than {seconds:g} s") from None
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
+            _close(e)
             raise LimitError(f"it takes more than {memory / 2**30:g} GiB of memory") from None
         raise
     finally:
@@ -62,6 +65,14 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
                 signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 0.001), interval)
         if before is not None:
             resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _close(error: BaseException) -> None:
+    """Closes what the calls that were interrupted had open, which would else be closed with the last reference to error.
+
+    Such as torch's context of a device: put back later than the one around it ends, it would hold for all that follows.
+    """
+    traceback.clear_frames(error.__traceback__)
 
 
 def _limit_memory(more: int) -> tuple[int, int] | None:
