@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 import pytest
-from made_runs import JOINT, TASKS, write_cell
+from made_runs import ICL, JOINT, TASKS, write_cell
 
 from trace_bench import cli
 from trace_bench.measures.gate import UNKNOWN, WITHIN, WORSE, p_worse, rows_needed, verdicts
@@ -260,6 +260,9 @@ def test_what_is_not_measured_is_an_error_with_the_command_that_measures_it(make
     assert "is not trained" in checked(capsys, run, "--max-forgetting", 1)[2]
     joint = make(JOINT, name="joint", method="joint", stages=["joint"])
     assert "--against another run" in checked(capsys, joint, "--max-forgetting", 1)[2]
+    icl = make(ICL, name="icl", method="icl", stages=[])
+    measure_suites(icl, piqa={0: 300})
+    assert "no stage or task comes after it" in checked(capsys, icl, "--max-general-drop", 1)[2]
     assert checked(capsys, run)[0] == 2, "no limit"
     for text in ("-1", "nan", "inf", "two"):
         assert checked(capsys, run, "--max-forgetting", text)[0] == 2

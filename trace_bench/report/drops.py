@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, NoReturn
 
-from trace_bench import metrics
+from trace_bench import metrics, records
 from trace_bench.manifest import differences
 from trace_bench.metrics import Estimate
 from trace_bench.report.differences import final_gains, task_difference
@@ -121,12 +121,13 @@ def of_suites(results: Results) -> Group:
 
 
 def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
-    """Makes sure that all stages are trained and some cells are there; else the message says how to make them."""
+    """Makes sure that the stages are trained, one upon the other, and that cells are there; else says what to do."""
     run = results.run
     if untrained := [stage.name for stage in run.stages if not stage.is_trained]:
         raise RunError(
             f"{run.path}: {', '.join(untrained)} is not trained. Train it, then: trace-bench evaluate {run.path}"
         )
+    records.check_stages(run, run.stages[1:])
     if missing := dict.fromkeys(cell for cell in cells if cell not in results.cells):
         listed = ", ".join(f"{task} at {run.stages[i].name}" for i, task in missing)
         more = " --cells seen" if run.manifest["config"].get("cells") == "own" else ""

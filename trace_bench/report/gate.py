@@ -174,6 +174,8 @@ def check(
 
 def _held(what: str, group: Group, limit: float, each: bool) -> Iterable[Held]:
     """The drops of a group: the mean, which decides, and its parts; without a mean of several all of them decide."""
+    if not group.parts:
+        raise RunError(f"Since {group.since} there is nothing to measure a {what} of: no stage or task comes after it.")
     mean = group.mean if len(group.averaged) > 1 else None
     if mean is not None:
         yield Held(what, group.since, mean, limit, weight=len(group.averaged), decides=True)

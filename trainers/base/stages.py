@@ -330,7 +330,15 @@ class Loop:
     def _evaluate(self, stage: Stage) -> None:
         """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
         if self.state.is_main_process:
-            command = ["-m", "trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index)]
+            command = [
+                "-m",
+                "trace_bench.cli",
+                "evaluate",
+                str(self.run.path),
+                "--stages",
+                str(stage.index),
+                "--follow",
+            ]
             # It is a program of its own, not one of the processes that were launched together.
             environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
             if ending.run_child([sys.executable, *command], environment):
