@@ -1,5 +1,6 @@
 """`trace-bench evaluate RUN --follow`: stages are evaluated as they are trained, by another process."""
 
+import json
 import os
 import re
 import shutil
@@ -11,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command_line, train
+import torch
+from architectures import PROMPTS, make_base, make_checkpoint, reference
+from conftest import command_line, pieces_tokenizer, train
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trace_bench import cli, engine, evaluate
 from trace_bench.evaluate import following
@@ -145,6 +150,18 @@ def test_a_training_that_lives_is_waited_for_and_one_that_is_killed_is_not(run, 
     assert re.search(f"ended before {run.stages[2].name} was trained", *found)
 
 
+def test_a_stage_that_another_process_evaluates_is_waited_for(run, capfd):
+    with locked(run.stages[1].path, "evaluate"):
+        thread = threading.Thread(target=evaluate.follow, args=[run.path])
+        thread.start()
+        time.sleep(1)
+        assert not cells(run), "of no stage, since one engine makes them"
+    thread.join(60)
+    assert len(cells(run)) == 5
+    said = capfd.readouterr().out
+    assert said.count(f"waiting for process {os.getpid()} on ") == 1 and "evaluated 5 cells" in said
+
+
 def test_a_stage_that_is_trained_again_is_evaluated_again(run, monkeypatch, caplog):
     """Its weights change while its cells are made, whatever error comes of it; without a change the error stands."""
     original, calls = following.fill, []
@@ -164,5 +181,54 @@ def test_a_stage_that_is_trained_again_is_evaluated_again(run, monkeypatch, capl
     assert evaluate.follow(run.path) == 5 and "trained again while it was evaluated" in caplog.text
     made = {read_json(file)["checkpoint"] for file in run.stages[2].path.glob("eval/*.json")}
     assert made == {run.stages[2].fingerprint()}
-    with pytest.raises(RunError, match="not what train.json says"):
+    with pytest.raises(RunError, match=r"not what train\.json says"):
         evaluate.follow(run.path)
+
+
+#: An engine that adapters come to later, one of them with a higher rank, and one that is trained again.
+LATER = """
+import json, shutil, sys
+from pathlib import Path
+from architectures import generate
+from trace_bench.engine import open_engine
+
+if __name__ == "__main__":
+    base, first, higher, other, prompts = json.loads(sys.argv[1])
+    args = {"max_model_len": 256, "dtype": "float32", "enable_lora": True}
+    lm = open_engine("vllm", base, engine_args=args, checkpoints=[Path(first)])
+    found, restarts, counts, original = [], [], [], lm._restart
+    lm._restart = lambda folder: restarts.append(folder) or original(folder)
+    for path, new in ((first, None), (first, other), (higher, None), (None, None)):
+        if new:
+            shutil.copytree(new, path, dirs_exist_ok=True)
+        if found:
+            lm.expect([Path(path)] if path else [])
+        counts.append(len(restarts))
+        lm.load(path and Path(path))
+        found.append([generate(lm, prompts), lm.served["weights"]])
+    Path(sys.argv[2]).write_text(json.dumps([found, counts]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_vllm_serves_adapters_that_come_later_as_if_they_had_been_there(tmp_path):
+    base = make_base("llama", tmp_path / "base", pieces_tokenizer())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    made = [make_checkpoint(kind, base, tmp_path / kind) for kind in ("lora", "rslora")]
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    higher = get_peft_model(plain, LoraConfig(r=32, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
+    for name, parameter in higher.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    higher.save_pretrained(tmp_path / "higher")
+    expected = [reference(model, tokenizer, PROMPTS) for model in (made[0][1], made[1][1], higher)]
+    script, out = tmp_path / "later.py", tmp_path / "out.json"
+    script.write_text(LATER)
+    request = json.dumps([str(base), str(made[0][0]), str(tmp_path / "higher"), str(made[1][0]), PROMPTS])
+    env = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
+    found, restarts = json.loads(out.read_text())
+    assert [served for _, served in found] == ["adapter", "adapter", "adapter", "base"]
+    assert [answers for answers, _ in found[:3]] == expected
+    assert restarts == [0, 0, 1, 1], "the engine was started for a smaller rank"

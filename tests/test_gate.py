@@ -3,13 +3,17 @@
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from statistics import NormalDist
 
 import numpy as np
 import pytest
+import yaml
 from made_runs import ICL, JOINT, TASKS, write_cell
+
+from test_docs import ROOT, unknown
 
 from trace_bench import cli
 from trace_bench.measures.gate import UNKNOWN, WITHIN, WORSE, p_worse, rows_needed, verdicts
@@ -279,3 +283,13 @@ def test_a_check_is_quick_and_needs_no_torch(make):
     code = f"from trace_bench import cli; cli.main(['check', {str(run.path)!r}, '--max-forgetting', '20'])"
     code += "\nimport sys; assert not {'torch', 'transformers', 'vllm', 'matplotlib', 'lm_eval'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_workflow_of_the_docs_has_commands_that_parse():
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "gate.md").read_text(), re.DOTALL)[1]
+    steps = [step["run"] for step in yaml.safe_load(block)["jobs"]["gate"]["steps"] if "run" in step]
+    words = [shlex.split(line.partition(" || ")[0]) for line in "\n".join(steps).replace("\\\n", "").splitlines()]
+    found = [w[w.index("trace-bench") + 1 :] for w in words if "trace-bench" in w]
+    assert [w[0] for w in found] == ["evaluate", "check", "evaluate"]
+    for command, *rest in found:
+        assert not unknown([w.rstrip(";") for w in rest], sys.executable, "-m", "trace_bench.cli", command)
