@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import yaml
 from made_runs import ICL, JOINT, TASKS, write_cell
-
 from test_docs import ROOT, unknown
 
 from trace_bench import cli
@@ -36,20 +35,22 @@ def test_a_drop_is_within_worse_or_cannot_be_told():
     """Limit 0.02, standard error 0.01, so an end is 0.0196 away: at 0.0004 and 0.0396 the verdict changes."""
     values = {-0.03: WITHIN, 0.0004: WITHIN, 0.0005: UNKNOWN, 0.02: UNKNOWN, 0.0395: UNKNOWN, 0.0397: WORSE}
     for value, verdict in values.items():
-        assert verdicts([with_error(value, 0.01)], [0.02], [1]) == [verdict], value
-    assert verdicts([Estimate(0.5), Estimate(0.0)], [0.02, 0.02], [1, 1]) == [UNKNOWN, UNKNOWN], "without an interval"
-    assert p_worse(with_error(0.02 + Z * 0.01, 0.01), 0.02) == pytest.approx(0.025)
-    assert p_worse(with_error(0.05, 0.01), 0.02) == pytest.approx(NormalDist().cdf(-3))
+        assert verdicts([with_error(value, 0.01)], [0.02], [400], [1]) == [verdict], value
+    assert verdicts([Estimate(0.5), Estimate(0.0)], [0.02] * 2, [400] * 2, [1, 1]) == [UNKNOWN, UNKNOWN], (
+        "without an interval"
+    )
+    assert p_worse(with_error(0.05, 0.01), 0.02, 10**6) == pytest.approx(NormalDist().cdf(-3), rel=1e-4)
+    assert p_worse(with_error(0.05, 0.01), 0.02, 3) == pytest.approx((1 - 3 / math.sqrt(11)) / 2), "t of 2 degrees"
 
 
 def test_one_of_several_has_to_be_certain_among_all_of_them():
-    """Two standard errors beyond the limit (p = 0.023) are enough alone, and not as one of three of the same weight."""
+    """Two standard errors beyond the limit (p = 0.023) are enough alone, and not as one of three of equal weight."""
     drop, still = with_error(0.04, 0.01), with_error(0.0, 0.001)
-    assert verdicts([drop], [0.02], [1]) == [WORSE]
-    assert verdicts([drop, still, still], [0.02] * 3, [1, 1, 1]) == [UNKNOWN, WITHIN, WITHIN]
-    assert verdicts([drop, still, still], [0.02] * 3, [2, 1, 1])[0] == WORSE, "half of 0.05 is its share"
+    assert verdicts([drop], [0.02], [400], [1]) == [WORSE]
+    assert verdicts([drop, still, still], [0.02] * 3, [400] * 3, [1, 1, 1]) == [UNKNOWN, WITHIN, WITHIN]
+    assert verdicts([drop, still, still], [0.02] * 3, [400] * 3, [2, 1, 1])[0] == WORSE, "half of 0.05 is its share"
     # Once the first is certain the second is held against half of the level, and no longer a third (Holm).
-    assert verdicts([with_error(0.06, 0.01), drop, still], [0.02] * 3, [1, 1, 1])[:2] == [WORSE, WORSE]
+    assert verdicts([with_error(0.06, 0.01), drop, still], [0.02] * 3, [400] * 3, [1, 1, 1])[:2] == [WORSE, WORSE]
 
 
 def test_rows_are_needed_by_the_variance_of_their_differences_and_the_distance_to_the_limit():
@@ -69,7 +70,7 @@ def test_as_many_rows_as_are_said_to_be_needed_tell_in_four_of_five_cases():
     needed = rows_needed(Estimate(0.0, *(float(b[0]) for b in difference_interval(x))), 0.02, len(x))
     found = rng.choice([1.0, 0.0, -1.0], p=[0.05, 0.9, 0.05], size=(needed, 500))
     drops = [Estimate(*e) for e in zip(found.mean(0), *difference_interval(found), strict=True)]
-    told = sum(verdicts([drop], [0.02], [1]) == [WITHIN] for drop in drops)
+    told = sum(verdicts([drop], [0.02], [400], [1]) == [WITHIN] for drop in drops)
     assert 370 <= told <= 430, told
 
 
@@ -89,7 +90,8 @@ def test_a_drop_that_is_at_its_limit_is_called_worse_in_one_of_twenty_checks_at_
     for k in range(checks):
         drops = [Estimate(*(float(part[k]) for part in parts)) for parts in intervals]
         lines = drops if tasks == 1 else [mean_of(drops), *drops]
-        mean, *rest = verdicts(lines, [limit] * len(lines), [tasks, *[1] * tasks][: len(lines)])
+        weights = [tasks, *[1] * tasks][: len(lines)]
+        mean, *rest = verdicts(lines, [limit] * len(lines), [n * weight for weight in weights], weights)
         alarms += WORSE in (mean, *rest)
         passes += mean == WITHIN
     most = checks * 0.05 + 2 * math.sqrt(checks * 0.05 * 0.95)

@@ -24,19 +24,23 @@ _quantile = NormalDist().inv_cdf
 _ENDS = _quantile(0.975)
 
 
-def verdicts(drops: Sequence[Estimate], limits: Sequence[float], weights: Sequence[float]) -> list[str]:
-    """The verdict on each of several drops, given with their 95 % intervals.
+def verdicts(
+    drops: Sequence[Estimate], limits: Sequence[float], rows: Sequence[int], weights: Sequence[float]
+) -> list[str]:
+    """The verdict on each of several drops, given with their 95 % intervals and how many test rows they are made of.
 
     `WITHIN`: the whole interval is. Where a decision needs several drops to be within, it is wrong in at most one of
     forty cases however many they are (intersection-union test; Berger 1982, Technometrics 24).
 
     `WORSE`: the whole interval is beyond the limit, and the drop is certain to be among all of them (`holm`, one-sided
     at the level `FALSE_ALARMS`), so that more drops do not mean more false alarms. `weights` are the shares of that
-    level that the drops begin with.
+    level that the drops begin with. Simulated with drops that are at their limits, of one or seven tasks of 24 to 1000
+    rows of 0/1 scores, at most 5 % of checks call one worse. It may be more of other scores with few rows, of which a
+    few gain much and most lose little: no interval shows what the sample lacks.
 
     `UNKNOWN`: neither, or there is no interval (NaN).
     """
-    certain = holm([p_worse(drop, limit) for drop, limit in zip(drops, limits, strict=True)], weights)
+    certain = holm([p_worse(*each) for each in zip(drops, limits, rows, strict=True)], weights)
     found = []
     for drop, limit, sure in zip(drops, limits, certain, strict=True):
         if drop.high <= limit:
@@ -46,14 +50,16 @@ def verdicts(drops: Sequence[Estimate], limits: Sequence[float], weights: Sequen
     return found
 
 
-def p_worse(drop: Estimate, limit: float) -> float:
-    """The one-sided p-value of "the drop is no more than its limit", from the interval.
+def p_worse(drop: Estimate, limit: float, rows: int) -> float:
+    """The one-sided p-value of "the drop is no more than its limit", from the interval (Student's t).
 
-    Its lower end is 1.96 standard errors away (Altman and Bland 2011, BMJ 343:d2304), so p is 0.025 where that end is
-    at the limit. NaN without an interval, or with one that has no width.
+    Its lower end is 1.96 standard errors away (Altman and Bland 2011, BMJ 343:d2304). NaN without an interval, or with
+    one that has no width.
     """
+    from scipy.special import stdtr
+
     error = (drop.value - drop.low) / _ENDS
-    return NormalDist().cdf((limit - drop.value) / error) if error > 0 else math.nan
+    return float(stdtr(max(1, rows - 1), (limit - drop.value) / error)) if error > 0 else math.nan
 
 
 def rows_needed(drop: Estimate, limit: float, rows: int, share: float = 1.0) -> int | None:

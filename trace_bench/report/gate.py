@@ -163,11 +163,11 @@ def check(
         group = drops.of_suites_against(results, *others) if others else drops.of_suites(results)
         held += _held(GENERAL, group, max_general_drop, each)
     limits = [one.limit / one.part.unit.factor for one in held]
-    found = verdicts([one.drop for one in held], limits, [one.weight for one in held])
-    whole = sum(one.weight for one in held)
+    rows, weights = [one.part.rows for one in held], [one.weight for one in held]
+    found = verdicts([one.drop for one in held], limits, rows, weights)
     lines = []
     for one, limit, verdict in zip(held, limits, found, strict=True):
-        needed = rows_needed(one.drop, limit, one.part.rows, one.weight / whole) if verdict == UNKNOWN else None
+        needed = rows_needed(one.drop, limit, one.part.rows, one.weight / sum(weights)) if verdict == UNKNOWN else None
         lines.append(Line(one, verdict, needed))
     return Check(run, against, lines)
 
