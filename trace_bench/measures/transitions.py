@@ -79,16 +79,15 @@ def beyond_chance(
 
         F_chance = BT_chance = (1-a_pre)(1-a_post)/(k-1),    F = P(1 -> 0) - F_chance,    BT = P(0 -> 1) - BT_chance
 
-    Two things are added, which change nothing where all rows have k options and all answers name one. An answer that
-    names no option is wrong but no guess. And k differs by row: of a wrong guess among k_i there are 1/(k_i-1) right
-    ones. So the share of right guesses is estimated as the mean over all rows of 1/(k_i-1) where the answer is a wrong
-    option, else 0, and
+    Two things are added, which change nothing where all rows have k options and all answers name one. Rows are taken
+    apart by k, as their prompts list them, and the chances are averaged over the rows. And an answer that names no
+    option is wrong but no guess, so that only those that name a wrong one, a share w, have right guesses among them:
 
-        F_chance = right guesses before x wrong after,    BT_chance = right guesses after x wrong before
+        F_chance = sum_k n_k/n w_pre,k (1-a_post,k)/(k-1),    BT_chance = sum_k n_k/n w_post,k (1-a_pre,k)/(k-1)
 
     The authors set negative results to 0; here they stay, so that they are not biased, and F - BT is the change of the
     accuracy where all answers name an option. A model that always takes the same option does not guess, and where it
-    knows the same rows before and after more transitions are chance than this says.
+    knows the same rows before and after, more transitions are chance than this says.
 
     Args:
         before: Whether each row was right, shape (rows,).
@@ -100,18 +99,27 @@ def beyond_chance(
     Returns:
         Forgetting and backward transfer, as fractions of the rows; with bootstrap intervals over rows.
     """
-    pre, post = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
-    luck = 1.0 / (np.asarray(options) - 1)
-    lucky_pre = np.where(~pre & np.asarray(named_before, dtype=bool), luck, 0.0)
-    lucky_post = np.where(~post & np.asarray(named_after, dtype=bool), luck, 0.0)
-    return _corrected(pre & ~post, lucky_pre, ~post), _corrected(~pre & post, lucky_post, ~pre)
+    pre, post, k = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool), np.asarray(options)
+    wrong_pre, wrong_post = ~pre & np.asarray(named_before, dtype=bool), ~post & np.asarray(named_after, dtype=bool)
+    return _corrected(pre & ~post, wrong_pre, ~post, k), _corrected(~pre & post, wrong_post, ~pre, k)
 
 
-def _corrected(*columns: NDArray[np.generic]) -> Corrected:
-    """The mean of the first column, the product of the means of the others, and the difference."""
-    rows = np.stack(columns, axis=1).astype(np.float64)
-    observed, lucky, wrong = map(float, rows.mean(axis=0))
-    ends = bootstrap_interval([rows], lambda means: means[:, 0, 0] - means[:, 1, 0] * means[:, 2, 0])
+def _corrected(
+    changed: NDArray[np.bool_], guessed: NDArray[np.bool_], wrong: NDArray[np.bool_], options: NDArray[np.intp]
+) -> Corrected:
+    """The rate of rows that changed, less the chance that a guess is right at one stage and wrong at the other."""
+    kinds = np.unique(options)
+    having = options[:, None] == kinds
+    columns = [changed[:, None], having & guessed[:, None], having & wrong[:, None], having]
+    rows = np.concatenate(columns, axis=1).astype(np.float64)
+
+    def chance(means: NDArray[np.float64]) -> NDArray[np.float64]:
+        """From means of the columns, shape (resamples, columns)."""
+        named, others, share = np.split(means[:, 1:], 3, axis=1)
+        return (named * others / np.where(share > 0, share, 1) / (kinds - 1)).sum(axis=1)  # type: ignore[no-any-return]
+
+    ends = bootstrap_interval([rows], lambda means: means[:, 0, 0] - chance(means[..., 0]))
+    observed, by_chance = float(changed.mean()), float(chance(rows.mean(axis=0)[None])[0])
     # Rows that are all the same have no spread, which is no certainty.
     interval = ends if ends[1] > ends[0] else ()
-    return Corrected(observed, lucky * wrong, Estimate(observed - lucky * wrong, *interval))
+    return Corrected(observed, by_chance, Estimate(observed - by_chance, *interval))

@@ -9,6 +9,7 @@ import numpy as np
 
 from trace_bench.measures import choices as measures
 from trace_bench.report.drawing import clipped
+from trace_bench.report.entry import Entry, column_of
 from trace_bench.report.results import Results
 from trace_bench.report.rows import Choices
 from trace_bench.report.tables import DASH, Block, Table, percent, stage_label
@@ -59,21 +60,41 @@ def _labels(choices: Choices) -> list[str]:
 
 
 def _table(results: Results, choices: Choices) -> Table:
-    gold = measures.shares(choices.gold, len(choices.labels))
-    rows = [["gold labels", *map(percent, gold), DASH, DASH]]
+    rows = [["gold labels", *map(percent, measures.shares(choices.gold, len(choices.labels))), DASH, DASH]]
     for stage, chosen in choices.chosen.items():
-        of_model = measures.shares(chosen, len(gold))
-        numbers = [*of_model, float((chosen < 0).mean()), measures.distance(of_model, gold)]
+        of_model = measures.shares(chosen, len(choices.labels))
+        numbers = [*of_model, float((chosen < 0).mean()), _distance(choices, stage)]
         rows.append([results.run.stages[stage].name, *map(percent, numbers)])
     return Table(["stage", *_labels(choices), "none", "distance"], rows)
+
+
+def _distance(choices: Choices, stage: int) -> float:
+    of_model, gold = (measures.shares(x, len(choices.labels)) for x in (choices.chosen[stage], choices.gold))
+    return measures.distance(of_model, gold)
+
+
+def table_of_runs(entries: Iterable[Entry]) -> Table:
+    """How far the options that several runs choose in the end are from the gold labels."""
+    found = {
+        e.name: {
+            column_of(name, e.run) if name in e.run.tasks else title(name): percent(_distance(c, max(c.chosen)))
+            for name, c in e.results.choices.items()
+        }
+        for e in entries
+    }
+    columns = list(dict.fromkeys(column for of_run in found.values() for column in of_run))
+    rows = [[name, *(of_run.get(column, DASH) for column in columns)] for name, of_run in found.items()]
+    about = (
+        "total variation in percent at the last stage that measured the task; 0: each option as often as it is right"
+    )
+    return Table(["run", *columns], rows, "Distance of the chosen options to the gold labels", about)
 
 
 def scores(results: Results) -> Iterable[list[Any]]:
     """The lines of scores.csv: the share of answers that name no option, and the distance to the gold labels."""
     for name, choices in results.choices.items():
-        gold = measures.shares(choices.gold, len(choices.labels))
         for stage, chosen in choices.chosen.items():
-            far = measures.distance(measures.shares(chosen, len(gold)), gold)
+            far = _distance(choices, stage)
             named = {"no_option": float((chosen < 0).mean()), "distance_to_gold": None if np.isnan(far) else far}
             for metric, value in named.items():
                 yield [results.run.stages[stage].name, name, metric, value, None, len(chosen), 0, None, None]

@@ -74,7 +74,7 @@ class Answers:
 
     @cached_property
     def enough(self) -> float:
-        """The largest change of a score that is none: a tenth of the scale; of an unknown one, of the scores there are."""
+        """The largest change of a score that is none: a tenth of the scale, or where that is unknown of the scores."""
         return 0.0 if self.is_binary else 0.1 * abs(float(np.subtract(*self.unit.ends(list(self.scores)))))
 
     def add(self, index: int, samples: list[dict[str, Any]], metric: str | None, verdicts: dict[Any, str]) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from trace_bench.measures import transitions as measures
 from trace_bench.measures.transitions import GAINED, LOST, NAMES
 from trace_bench.metrics import wilson_interval
+from trace_bench.report.entry import Entry
 from trace_bench.report.results import Results
 from trace_bench.report.samples import SAMPLE_STAGES
 from trace_bench.report.tables import (
@@ -194,6 +195,21 @@ def _chance(results: Results, found: Sequence[History]) -> Iterable[Block]:
 
 def _left(rate: measures.Corrected) -> str:
     return percent_with_interval(rate.corrected, sign=True)
+
+
+def table_of_runs(entries: Iterable[Entry]) -> Table:
+    """What became of the rows of several runs, a mean over the tasks of each."""
+    rows = []
+    for entry in entries:
+        found = [h for h in histories(entry.results) if h.name in entry.run.tasks]
+        if found and entry.results.has_mean:
+            means = np.mean([h.shares(h.stages[-1]) for h in found], axis=0)
+            rows.append([entry.name, str(len(found)), *map(percent, means)])
+    about = (
+        "percent of the test rows since the task's own stage, or since the base model where there is no sequence; mean "
+        "over the tasks that were measured later"
+    )
+    return Table(["run", "tasks", *NAMES] if rows else ["run"], rows, "Lost and gained, row by row", about)
 
 
 def scores(results: Results) -> Iterable[list[Any]]:
