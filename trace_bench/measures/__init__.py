@@ -1,0 +1,1 @@
+"""Measures of forgetting: pure functions of numpy arrays, each with its source."""
