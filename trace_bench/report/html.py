@@ -77,11 +77,12 @@ def _inline(text: str) -> Markup:
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, the class that it has, and what is shown when it is pointed at."""
+    """A cell of a table: its text, the class that it has, what is shown when it is pointed at, and where it leads."""
 
     text: str
     kind: str
     title: str = ""
+    link: str = ""
 
 
 class Row(NamedTuple):
@@ -132,6 +133,7 @@ def table_view(
     rows = []
     for k, (first, *rest) in enumerate(table.rows):
         cells = [_heat_cell(c, heat[i - 1]) if heat else _cell(c, i in texts) for i, c in enumerate(rest, 1)]
+        cells = [cell._replace(link=table.links.get((k, i), "")) for i, cell in enumerate(cells, 1)]
         rows.append(Row(_inline(first), cells, (links or {}).get(first, ""), k >= len(table.rows) - table.apart))
     header = [head_cell(text, "text" if i in texts else "") for i, text in enumerate(table.header)]
     if not heat:

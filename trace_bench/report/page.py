@@ -32,6 +32,8 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tolerant": ("", ()),
     "extracted": ("", ()),
     "limits": ("", ()),
+    "transitions": ("Lost and gained", ("flow",)),
+    "choices": ("Options", ()),
     "general": ("General ability", ("general",)),
     "judged": ("Against the base model", ("judged",)),
     "answers": ("Answers", ()),

@@ -13,7 +13,7 @@ import numpy as np
 
 from trace_bench.metrics import Matrix
 from trace_bench.records import stale
-from trace_bench.report import judged, record, suites
+from trace_bench.report import choices, judged, record, suites, transitions
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
@@ -57,6 +57,8 @@ def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Blo
         "form": _form,
         "extracted": _extracted,
         "limits": _limits,
+        "transitions": transitions.sections,
+        "choices": choices.sections,
         "general": suites.general,
         "answers": suites.answers,
         "judged": judged.sections,
