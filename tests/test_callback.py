@@ -24,19 +24,25 @@ ROWS = Dataset.from_list([{"prompt": f"{i} and {i} is ", "completion": f"{2 * i}
 
 
 @pytest.fixture
-def trainer(tiny_model, tmp_path, demo_data):
-    """Makes a trainer of TRL: three steps of a LoRA with dropout, under gradient checkpointing and autocast."""
+def base(checkpoints):
+    """A model that writes lively texts, so that equal answers mean equal weights."""
+    return checkpoints["full model"]
+
+
+@pytest.fixture
+def trainer(base, tmp_path, demo_data):
+    """Makes a trainer of TRL: three steps of a LoRA with dropout."""
     freeze_imports()
 
     def make(name="out", **options):
         settings = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
-        settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", **options}
+        settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "bf16": False}
         torch.manual_seed(0)
         return SFTTrainer(
-            AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32),
-            args=SFTConfig(str(tmp_path / name), **settings),
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            args=SFTConfig(str(tmp_path / name), **settings | options),
             train_dataset=ROWS,
-            processing_class=AutoTokenizer.from_pretrained(tiny_model),
+            processing_class=AutoTokenizer.from_pretrained(base),
             peft_config=LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
 
@@ -93,10 +99,9 @@ def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, o
         assert before == after and ids[0] == ids[1]
     for (name, one), two in zip(plain.model.named_parameters(), watched.model.parameters(), strict=True):
         assert torch.equal(one, two), name
-    assert "repetition_penalty" not in str(callback.lm._inner.generation_config.to_dict()) or True
 
 
-def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_weights(trainer, tiny_model, tmp_path):
+def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_weights(trainer, base, tmp_path):
     one = trainer(save_strategy="steps", save_steps=2)
     one.add_callback(ForgettingCallback(one, **MEASURED, every="save"))
     one.train()
@@ -104,7 +109,7 @@ def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_we
     assert [s.name for s in run.stages] == ["0_base", "1_step_2", "2_step_3"]
     settings = {"backend": "hf", "test_rows": 4, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
     saved = {"two": str(tmp_path / "out/checkpoint-2"), "three": str(tmp_path / "out/checkpoint-3")}
-    again = external_run(tmp_path / "again", saved, model=str(tiny_model), tasks=TASKS, settings=settings)
+    again = external_run(tmp_path / "again", saved, model=str(base), tasks=TASKS, settings=settings)
     evaluate.evaluate(again, engine_args={"dtype": "float32"})
     answers = set()
     for mine, theirs in zip(run.stages, again.stages, strict=True):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from trace_bench.engine.live import LiveHF
+from trace_bench.engine.live import LiveHF, quiet
 from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
 from trace_bench.evaluate.external import drop, tasks_record, with_checkpoints
 from trace_bench.evaluate.plan import Plan, matrix_settings, suite_settings
@@ -99,7 +99,8 @@ class ForgettingCallback(TrainerCallback):
         source = data.open_data(names, data_path)
         source.use()
         source.check(["test"])
-        self.loaded = load_tasks(names)
+        with quiet():
+            self.loaded = load_tasks(names)
         self.config: dict[str, Any] = {
             "backend": "hf",
             "test_rows": rows,

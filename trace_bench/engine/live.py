@@ -34,7 +34,7 @@ class LiveHF(SwapHF):
         # lm-eval would tie the weights of a model that it is given, and set the padding of its tokenizer.
         stand_in = SimpleNamespace(config=model.config, device=model.device)
         options = {"batch_size": batch_size, "mixed_precision_dtype": precision}
-        with _quiet():
+        with quiet():
             super().__init__(pretrained=stand_in, tokenizer=copy.deepcopy(tokenizer), **options)
         self._model = model
         self.tokenizer = copy.deepcopy(tokenizer)
@@ -65,7 +65,7 @@ class LiveHF(SwapHF):
         settings = [(m, vars(m)[_SETTINGS]) for m in models]
         numbers = random.getstate(), np.random.get_state()
         try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), _quiet():
+            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), quiet():
                 self._model.eval()
                 self.decode_greedily()
                 yield
@@ -79,7 +79,7 @@ class LiveHF(SwapHF):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the lines that lm-eval logs of each evaluation, in the middle of somebody's training."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
