@@ -1,12 +1,17 @@
 """The callback: it measures what the model has learned and forgotten, and leaves the training as it was."""
 
 import copy
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import freeze_imports
+from conftest import SHARED, freeze_imports
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -101,22 +106,30 @@ def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, o
         assert torch.equal(one, two), name
 
 
-def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_weights(trainer, base, tmp_path):
+def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_weights(
+    trainer, base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GENERAL_DATA", str(SHARED / "data/general"))
+    suites = ["boolq"] if (SHARED / "data/general").is_dir() else []
     one = trainer(save_strategy="steps", save_steps=2)
-    one.add_callback(ForgettingCallback(one, **MEASURED, every="save"))
+    one.add_callback(ForgettingCallback(one, **MEASURED, suites=suites, every="save"))
     one.train()
     run = Run.open(tmp_path / "out/forgetting")
     assert [s.name for s in run.stages] == ["0_base", "1_step_2", "2_step_3"]
     settings = {"backend": "hf", "test_rows": 4, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
+    general = [f"general_{suite}" for suite in suites]
+    settings |= {"general": general, "general_rows": 4, "general_stages": "all"}
     saved = {"two": str(tmp_path / "out/checkpoint-2"), "three": str(tmp_path / "out/checkpoint-3")}
     again = external_run(tmp_path / "again", saved, model=str(base), tasks=TASKS, settings=settings)
     evaluate.evaluate(again, engine_args={"dtype": "float32"})
     answers = set()
     for mine, theirs in zip(run.stages, again.stages, strict=True):
-        for task in TASKS:
+        for task in [*TASKS, *general]:
             cells = [read_json(stage.eval_file(task)) for stage in (mine, theirs)]
             for key in ("metrics", "n", "n_cut", "n_unfinished", "definition", "headline"):
-                assert cells[0][key] == cells[1][key]
+                assert cells[0].get(key) == cells[1].get(key)
+            if task in general:
+                continue  # likelihoods of other batches differ in their last bits
             assert read_jsonl(mine.samples_file(task)) == read_jsonl(theirs.samples_file(task))
             answers |= {row["response"] for row in read_jsonl(mine.samples_file(task))}
     assert len(answers) > 6, "the weights differ, and so do the answers"
@@ -183,3 +196,59 @@ def test_a_model_whose_weights_are_spread_over_processes_is_refused(trainer):
     one.is_fsdp_enabled = True
     with pytest.raises(CallbackError, match=r"FSDP gives each process a part.*DDP or ZeRO-2"):
         ForgettingCallback(one, **MEASURED)
+
+
+def test_the_example_of_the_documentation_works(base, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/elsewhere.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    few = {"MODEL": str(base), "max_steps=40": "max_steps=2, use_cpu=True", "rows=50, every=20": "rows=2, every=1"}
+    for long, short in few.items():
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACE_DATA", "")  # what the callback sets is undone
+    exec(code, {})
+    write_report(Run.open("out/forgetting"))
+    assert "2_step_2" in Path("out/forgetting/report.md").read_text()
+
+
+TWO = """
+import json, sys
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from trace_bench import ForgettingCallback
+
+base, out, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+options = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+trainer = SFTTrainer(
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+    args=SFTConfig(out, **options, bf16=False, save_strategy="no", disable_tqdm=True),
+    train_dataset=Dataset.from_list([{"prompt": f"{i} and {i} is ", "completion": f"{2 * i}."} for i in range(24)]),
+    processing_class=AutoTokenizer.from_pretrained(base),
+)
+if asked:
+    trainer.add_callback(ForgettingCallback(trainer, **asked))
+trainer.train()
+assert trainer.accelerator.num_processes == 2
+history = trainer.state.log_history
+found = [e["loss"] for e in history if "loss" in e], sum("score/trace_fomc" in e for e in history)
+open(f"{out}-{trainer.accelerator.process_index}.json", "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_measures_and_the_training_is_the_same(base, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE_DATA": "demo", "PYTHONPATH": root}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, asked in (("plain", {}), ("watched", {**MEASURED, "every": 1})):
+        command = [*launch, str(tmp_path / "two.py"), str(base), str(tmp_path / name), json.dumps(asked)]
+        subprocess.run(command, check=True, env=env, timeout=500)
+    found = {name: read_json(tmp_path / f"{name}.json") for name in ("plain-0", "watched-0", "watched-1")}
+    assert found["plain-0"][0] == found["watched-0"][0] == found["watched-1"][0]
+    assert [found["watched-0"][1], found["watched-1"][1]] == [3, 0]
+    run = Run.open(tmp_path / "watched/forgetting")
+    assert [stage.name for stage in run.stages] == ["0_base", "1_step_1", "2_step_2"]

@@ -18,14 +18,14 @@ ORDER = ["trace_fomc", "trace_numglue_ds"]
 needs_golden = pytest.mark.skipif(not (SHARED / "golden").is_dir(), reason="the golden files are not here")
 
 
-def official(folder, stages, order=ORDER, eval_={"accuracy": 0.123}):
+def official(folder, stages, order=ORDER):
     """Files of the official code: stage -> task -> [(prompt, label, result)]."""
     folder.mkdir(exist_ok=True)
     for round_, cells in enumerate(stages):
         for task, triples in cells.items():
             name = f"results-{round_}-{order.index(task)}-{data.FOLDERS[task]}.json"
             prompts, labels, results = (list(column) for column in zip(*triples, strict=True))
-            content = {"eval": eval_, "prompts": prompts, "results": results, "labels": labels}
+            content = {"eval": {"accuracy": 0.123}, "prompts": prompts, "results": results, "labels": labels}
             (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     return folder
 
@@ -98,6 +98,7 @@ def test_rounds_are_stages_and_numbers_columns_and_what_the_files_claim_does_not
 def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_data, monkeypatch):
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
+
     from trace_bench.evaluate.imported import _Answers
     from trace_bench.tasks import task_manager
 
@@ -126,7 +127,7 @@ def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_dat
     with pytest.raises(SystemExit, match="has 7 rows of trace_fomc, and other files have 8"):
         imported(tmp_path, *words, name="fewer")
     file.write_text("\n".join([*lines, lines[0]]))
-    with pytest.raises(SystemExit, match="line 9 .* row 0 is there twice"):
+    with pytest.raises(SystemExit, match=r"line 9 .* row 0 is there twice"):
         imported(tmp_path, *words, name="twice")
     asked = json.loads(lines[3])
     asked["arguments"]["gen_args_0"]["arg_0"] = "<chat>" + asked["doc"]["prompt"]
@@ -190,5 +191,5 @@ def test_the_same_command_completes_a_run_and_another_one_is_refused(tmp_path, f
     assert {k: v for k, v in read_json(lost).items() if k not in changed} == {
         k: v for k, v in before.items() if k not in changed
     }
-    with pytest.raises(SystemExit, match="model.name: 'unknown' -> 'another'"):
+    with pytest.raises(SystemExit, match=r"model\.name: 'unknown' -> 'another'"):
         imported(tmp_path, "--official", folder, "--model", "another")

@@ -90,7 +90,8 @@ class ForgettingCallback(TrainerCallback):
     ) -> None:
         _check(trainer, every, rows)
         self.trainer, self.every = trainer, every
-        self.path = Path(output_dir or Path(trainer.args.output_dir) / "forgetting")
+        self.place = Path(trainer.args.output_dir or ".").absolute()
+        self.path = Path(output_dir or self.place / "forgetting")
         self.measured: int | None = None
         names = data.expand_orders(tasks)
         known = data.expand([s if s in {*data.SUITES, *data.GROUPS} else f"general_{s}" for s in suites], data.SUITES)
@@ -143,7 +144,7 @@ class ForgettingCallback(TrainerCallback):
         settings = dict.fromkeys(run.tasks, matrix) | suite_settings(suites, self.config, matrix)
         return Plan(run, self.config, {}, matrix, settings, {}, {run.stages[0]: list(settings)})
 
-    # ------------------------------------------------------------------------------------------------ transformers' hooks
+    # ----------------------------------------------------------------------------------------------- transformers' hooks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Measures the model before the first step; of a training that goes on, what was measured then is kept."""
@@ -230,8 +231,8 @@ class ForgettingCallback(TrainerCallback):
         """The stage of that name; a new one is entered into the manifest."""
         there = self.run.manifest["checkpoints"]
         if name != "0_base" and name not in there:
-            place = Path(self.trainer.args.output_dir).absolute() / name.replace("step_", "checkpoint-")
-            self.run = with_checkpoints(self.run, {**there, name: str(place)})
+            place = str(self.place / name.replace("step_", "checkpoint-"))  # where transformers saves it, if it does
+            self.run = with_checkpoints(self.run, {**there, name: place})
         return self.run.stages[["0_base", *self.run.manifest["checkpoints"]].index(name)]
 
     def _log(self, stage: Stage, control: Any) -> None:
@@ -257,7 +258,7 @@ def _step_of(name: str) -> float:
 
 def _check(trainer: Trainer, every: int | str, rows: int | None) -> None:
     """Refuses what cannot be measured, before anything is loaded."""
-    if not (isinstance(every, int) and every > 0 or every in EVERY) or isinstance(every, bool):
+    if not ((isinstance(every, int) and every > 0) or every in EVERY) or isinstance(every, bool):
         raise CallbackError(f"every={every!r}: give a number of steps from 1 on, or one of {', '.join(EVERY)}.")
     if rows is not None and rows < 1:
         raise CallbackError(f"rows={rows!r}: give a number from 1 on, or None for all rows.")

@@ -1,14 +1,13 @@
 """Predictions that were made elsewhere, as a run: read, held against the data, and scored as our own are.
 
-Two kinds of files are read: those of the official code (https://github.com/BeyonderXX/TRACE, inference/infer_single.py),
-`results-ROUND-NUMBER-TASK.json`, and those of `lm_eval --log_samples --output_path`, `samples_TASK_DATE.jsonl`. The
-scores in them are not looked at: lm-eval asks an engine that answers what the files say.
+Two kinds of files are read: `results-ROUND-NUMBER-TASK.json` of the official code (inference/infer_single.py of
+https://github.com/BeyonderXX/TRACE), and `samples_TASK_DATE.jsonl` of `lm_eval --log_samples --output_path`. The scores
+in them are not looked at: lm-eval asks an engine that answers what the files say.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,14 +23,12 @@ from lm_eval.utils import handle_non_serializable
 from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
 from trace_bench.evaluate.external import tasks_record
 from trace_bench.evaluate.plan import Plan
-from trace_bench.evaluate.tasks import prepare
+from trace_bench.evaluate.tasks import Tasks, prepare
 from trace_bench.run import Run, RunError, is_file_name, locked
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
 from trace_tasks.data import DataError, reading
 from trace_tasks.data.files import digest, fingerprint, write_json
-
-log = logging.getLogger(__name__)
 
 #: The name of the stage before the first training.
 BASE = "base"
@@ -82,11 +79,12 @@ def import_run(
         for found in stages.values():
             for name, predictions in found.items():
                 _compare(name, predictions, list(loaded[name].eval_docs), compared)
-        limit = _limit(stages, loaded)
-        kinds = " and ".join(sorted({_kind(p.file) for found in stages.values() for p in found.values()}))
-        how = "" if compared else "; their prompts and labels were not compared with TRACE's data (no TRACE_DATA)"
         if not compared:
             record["data"] |= {"path": None}
+        kinds = " and ".join(sorted({_kind(p.file) for found in stages.values() for p in found.values()}))
+        how = "" if compared else "; their prompts and labels were not compared with TRACE's data (no TRACE_DATA)"
+        limit = _limit(stages, loaded)
+        settings = {name: _settings(name, limit, stages) for name in tasks}
         manifest = {
             "method": "imported",
             "answers_only": f"imported from {kinds}{how}",
@@ -96,20 +94,23 @@ def import_run(
             "checkpoints": {name: _place(found) for name, found in stages.items() if name != BASE},
         }
         run = Run.create(path, manifest, restart=True)
-        settings = {name: _settings(name, limit, stages) for name in tasks}
         plan = Plan(run, dict(run.manifest["config"]), {}, {}, settings, {}, {})
         definitions = {name: digest(definition) for name, definition in record["task_definitions"].items()}
-        made = prepare(plan, loaded, definitions)
-        order = [BASE, *(name for name in stages if name != BASE)]
-        for stage, name in zip(run.stages, order, strict=True):
-            if found := stages.get(name):
-                lm = _Answers({task: predictions.answers for task, predictions in found.items()})
-                weights = digest([[task, fingerprint(p.file)] for task, p in sorted(found.items())])
-                how_made = {"checkpoint": weights if stage.index else None, **circumstances(plan, None)}
-                with locked(stage.path, "evaluate"):
-                    for batch in batches(plan, made, list(found)):
-                        evaluate_batch(plan, made, lm, stage, batch, how_made)
+        _score(plan, prepare(plan, loaded, definitions), stages)
     return run
+
+
+def _score(plan: Plan, tasks: Tasks, stages: Stages) -> None:
+    """Makes the cells of all stages."""
+    named = [BASE, *(name for name in stages if name != BASE)]
+    for stage, name in zip(plan.run.stages, named, strict=True):
+        found = stages.get(name, {})
+        weights = digest([[task, fingerprint(p.file)] for task, p in sorted(found.items())])
+        made = {"checkpoint": weights if stage.index else None, **circumstances(plan, None)}
+        lm = _Answers({task: predictions.answers for task, predictions in found.items()})
+        with locked(stage.path, "evaluate"):
+            for batch in batches(plan, tasks, list(found)):
+                evaluate_batch(plan, tasks, lm, stage, batch, made)
 
 
 @contextmanager

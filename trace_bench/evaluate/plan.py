@@ -137,9 +137,7 @@ def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict
     return settings | {"engine": {k: v for k, v in engine_args.items() if k not in SPEED_ONLY_ARGS}}
 
 
-def suite_settings(
-    suites: Iterable[str], config: dict[str, Any], matrix: dict[str, Any]
-) -> dict[str, dict[str, Any]]:
+def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The settings of the cells of suites, whose prompts and lengths are those of the installed lm-eval."""
     own = {name: matrix[name] for name in ("backend", "engine")}
     own |= {"general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
