@@ -26,7 +26,7 @@ from trace_bench.evaluate.external import drop, tasks_record, with_checkpoints
 from trace_bench.evaluate.plan import Plan, matrix_settings, suite_settings
 from trace_bench.evaluate.tasks import check_context, prepare
 from trace_bench.records import read_cell
-from trace_bench.report.results import headline, unit_of
+from trace_bench.report.results import unit_of
 from trace_bench.run import Run, RunError, Stage, locked
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 #: What `every` may be other than a number of steps, as transformers calls it.
 EVERY = ("epoch", "save", "no")
+#: Logged beside the headline: a model that was never trained on a task has the knowledge, but not the form.
+_TOLERANT = "accuracy_tolerant"
 
 
 class CallbackError(TraceError):
@@ -51,7 +53,8 @@ class ForgettingCallback(TrainerCallback):
     numbers are afterwards what they were. Of several processes (DDP, ZeRO-1 and 2) the first one measures, and the
     others wait.
 
-    Logged are, in points since the start, `forgetting/TASK` (negative = forgotten), and `score/TASK`.
+    Logged are, in points since the start, `forgetting/TASK` (negative = forgotten), and `score/TASK`. Of tasks that have
+    a form-tolerant accuracy that one is logged, too, as `TASK_tolerant`.
 
     Args:
         trainer: The trainer that it will be added to.
@@ -144,7 +147,7 @@ class ForgettingCallback(TrainerCallback):
         settings = dict.fromkeys(run.tasks, matrix) | suite_settings(suites, self.config, matrix)
         return Plan(run, self.config, {}, matrix, settings, {}, {run.stages[0]: list(settings)})
 
-    # ----------------------------------------------------------------------------------------------- transformers' hooks
+    # ---------------------------------------------------------------------------------------------- transformers' hooks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Measures the model before the first step; of a training that goes on, what was measured then is kept."""
@@ -238,16 +241,20 @@ class ForgettingCallback(TrainerCallback):
     def _log(self, stage: Stage, control: Any) -> None:
         """Logs the scores, and what changed since the start, in the units of the report."""
         values: dict[str, float] = {}
+        start = self.run.stages[0]
         for name in self.plan.settings:
-            cell, start = read_cell(stage, name), self.run.stages[0]
-            unit, score = unit_of(cell["headline"], [cell]), headline(cell)
-            values[f"score/{name}"] = unit.factor * score
-            if stage.index and start.eval_file(name).exists():
-                change = score - headline(read_cell(start, name))
-                values[f"forgetting/{name}"] = unit.factor * unit.sign * change
+            cell = read_cell(stage, name)
+            before = read_cell(start, name) if stage.index and start.eval_file(name).exists() else None
+            for metric, label in ((cell["headline"], name), (_TOLERANT, f"{name}_tolerant")):
+                if (score := cell["metrics"].get(metric, {}).get("value")) is None:
+                    continue
+                unit = unit_of(metric, [cell])
+                values[f"score/{label}"] = unit.factor * score
+                if before is not None and (then := before["metrics"][metric]["value"]) is not None:
+                    values[f"forgetting/{label}"] = unit.factor * unit.sign * (score - then)
         due = control.should_log
         # Not TRL's own, which would empty its means; and to log here is not to have logged the step's loss.
-        Trainer.log(self.trainer, {key: value for key, value in values.items() if not math.isnan(value)})
+        Trainer.log(self.trainer, values)
         control.should_log = due
 
 
