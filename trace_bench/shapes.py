@@ -65,7 +65,7 @@ _Config = _object(
 )
 #: manifest.json
 Manifest = _object(
-    (str, "method! trains date"),
+    (str, "method! trains date answers_only"),
     (Text, "commit"),
     (_Model, "model"),
     (_Data, "data!"),

@@ -78,6 +78,8 @@ def _run(results: Results) -> Iterable[Block]:
     yield f"Method **{manifest['method']}** ({kind}), base model `{manifest['model']['name']}`."
     if manifest["data"]["demo"]:
         yield DEMO
+    if origin := manifest.get("answers_only"):
+        yield f"> **Answers without weights**: {origin}."
     limits = {k: v for k in ("train_rows", "test_rows") if (v := manifest["config"].get(k))}
     if limits:
         text = ", ".join(f"{k.replace('_', ' ')}: first {v} of each task" for k, v in limits.items())
