@@ -1,15 +1,18 @@
-"""What the paper reports for a method, with the set-up it was measured in: for orientation beside runs made here."""
+"""What the paper and later ones report for a method, with their set-ups: for orientation beside runs made here."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from trace_bench.metrics import general_ability_delta
+from trace_bench.report.results import Results
 from trace_bench.report.tables import DASH, Table, number
 from trace_bench.run import Run
+from trace_bench.text import one_line
 from trace_tasks.data import ORDERS
 
 SETUP = (
@@ -56,8 +59,12 @@ def table(names: Iterable[str]) -> Table:
     return Table(header, rows, "The paper's numbers").without_empty_columns()
 
 
+def _facts(file: str) -> Any:
+    return json.loads((Path(__file__).parent / file).read_text(encoding="utf-8"))
+
+
 def _rows(name: str) -> Iterable[list[str]]:
-    paper = json.loads((Path(__file__).parent / "paper_results.json").read_text(encoding="utf-8"))
+    paper = _facts("paper_results.json")
     training = _TRAINING.get(name, (DASH, DASH))
     for model, results in paper["table1_percent"].items():
         if name in results:
@@ -77,3 +84,75 @@ def _deltas(paper: dict[str, Any], model: str, name: str) -> list[str]:
     judged = paper["judge_win_tie_lose_percent"] if model == "LLaMA-2-13B-Chat" else {}
     pairs = [judged.get(f"llama2_13b_{kind}", {}).get(name) for kind in ("instruction", "safety")]
     return [number(general, sign=True), *(number(p and p[0] - p[2], sign=True) for p in pairs)]
+
+
+# ---------------------------------------------------------------------------------------------------- later papers
+
+#: Method here -> how later papers begin its name; of sequential training it depends on what is trained.
+_LATER = {"sequential full": "SeqFT", "sequential lora": "SeqLoRA", "replay": "Replay", "olora": "O-LoRA", "osf": "OSF"}
+
+
+def published(results: Results) -> Table | None:
+    """What later papers print for the run's method, beside the run; None where there is nothing.
+
+    Rows of another protocol are apart, each with the reasons. Of a paper with the same protocol all methods are there.
+    """
+    m = one_line(results.run.manifest)
+    name = _LATER.get(m["method"]) or _LATER.get(f"{m['method']} {m.get('trains')}") or "none"
+    same, apart = [], []
+    for source in _facts("published_results.json")["sources"]:
+        for model, methods in source["models"].items():
+            reasons = differences(results, source, model)
+            for method, (op, bwt) in methods.items():
+                if not reasons or method.startswith(name):
+                    order = f", order {source['order'][-1]}" if source["order"] else ""
+                    place = f"{source['source']}, table {source['table']}{order}"
+                    own = [f"all parameters there, {m['trains']} here"] if _trains_other(method, m) else []
+                    why = "; ".join([*reasons, *own])
+                    numbers = [number(op), number(bwt, sign=True)]
+                    (apart if why else same).append([place, method, model, *numbers, f"no: {why}" if why else "yes"])
+    t = results.last_stage
+    op, bwt = (results.sequence[key][t - 1].value for key in ("OP", "BWT"))
+    here = ["this run", m["method"], m["model"]["name"], number(100 * op), number(100 * bwt, sign=True), DASH]
+    header = ["printed in", "method", "model", "OP", "BWT", "comparable"]
+    return Table(header, [here, *same, *apart], apart=len(apart)) if same or apart else None
+
+
+def _trains_other(method: str, manifest: dict[str, Any]) -> bool:
+    return method.startswith("Replay") and manifest.get("trains") == "lora"
+
+
+def differences(results: Results, source: dict[str, Any], model: str) -> list[str]:
+    """What keeps a run from being comparable with a paper's results for a model: nothing where the protocol is one."""
+    run = results.run
+    manifest = one_line(run.manifest)
+    config, order, here = manifest["config"], source["order"], manifest["model"]["name"]
+    prefix = "reasoning_" if source["data"] == "reasoning" else ""
+    there = ORDERS[f"{prefix}{order or 'order1'}"]
+    plain = ["trace_" + task.partition("_")[2] for task in run.tasks]
+    limits = [
+        f"first {n} {key.replace('_', ' ')} here" for key in ("train_rows", "test_rows") if (n := config.get(key))
+    ]
+    known = source["task_known_at_test"]
+    reasons = {
+        "demo data here": manifest["data"]["demo"],
+        "the reasoning variant there": prefix and not any(task.startswith(prefix) for task in run.tasks),
+        "the reasoning variant here": not prefix and any(task.startswith("reasoning_") for task in run.tasks),
+        "500, 1000 or 5000 rows: not stated there": not prefix,
+        f"{len(there)} tasks there, {len(run.tasks)} here": sorted(plain) != sorted(ORDERS["order1"]),
+        "order not stated there": order is None,
+        f"order {(order or '')[-1:]} there": order and sorted(run.tasks) == sorted(there) and run.tasks != there,
+        ", ".join(limits): limits,
+        "without leaked rows here": run.left_out,
+        f"{model} there, {here} here": _model_name(model) != _model_name(here),
+        "a chat template here": config.get("chat_template"),
+        f"task at test {known} there": known,
+        "BWT's rule not stated there": source["bwt_rule"] is None,
+        "decoding not stated there": source["decoding"] is None,
+    }
+    return [reason for reason, holds in reasons.items() if holds] + source["differs"]
+
+
+def _model_name(name: str) -> str:
+    """meta-llama/Llama-2-7b-chat-hf and LLaMA-2-7B-Chat are one model."""
+    return re.sub(r"[^a-z0-9.]", "", name.lower().rpartition("/")[2].removeprefix("meta-").removesuffix("-hf"))
