@@ -20,6 +20,7 @@ class Convention(NamedTuple):
     """A way to make one number of the matrix."""
 
     name: str
+    meaning: str
     equation: str
     printed_by: str
     of: Callable[[Matrix, int], float]
@@ -41,14 +42,16 @@ def _since_own_at_all_stages(x: Matrix, own: int, t: int) -> Matrix:
 #: No interval where a maximum or minimum is biased: see `metrics.forgetting`.
 CONVENTIONS = (
     Convention(
-        "BWT: mean change since the own stage",
+        "BWT",
+        "mean change of a task since its own stage",
         "`1/(T-1) Σ_{i<T} (R[T,i] - R[i,i])`",
         "TRACE's tables (table 3 without the sign); GEM, equation 3; SEEKR's paper; mammoth's code; this report",
         metrics.backward_transfer,
         of_rows=_since_own,
     ),
     Convention(
-        "BWT, the last task counted as unchanged",
+        "BWT, 1/T",
+        "the last task is counted as unchanged: nearer to 0",
         "`1/T Σ_{i≤T} (R[T,i] - R[i,i])`",
         "TRACE's formula (section 3.3); the code of GEM and of SEEKR",
         conventions.backward_transfer_of_all,
@@ -56,26 +59,30 @@ CONVENTIONS = (
         _since_own,
     ),
     Convention(
-        "BWT, gains left out",
+        "BWT, clipped",
+        "losses alone: a gain of one task makes up for nothing",
         "`1/T Σ_{i≤T} min(R[T,i] - R[i,i], 0)`",
         "TreeLoRA's code; its paper prints it without the sign",
         conventions.clipped_backward_transfer,
     ),
     Convention(
-        "BWT, mean over all later stages",
+        "BWT, all stages",
+        "mean over all later stages: what came back counts while it was gone",
         "`2/(T(T-1)) Σ_{l=2..T} Σ_{i<l} (R[l,i] - R[i,i])`",
         "Díaz-Rodríguez et al. 2018",
         conventions.mean_backward_transfer,
         of_rows=_since_own_at_all_stages,
     ),
     Convention(
-        "Forgetting: mean drop from the best stage before",
+        "Forgetting",
+        "mean drop of a task from its best stage before the last",
         "`1/(T-1) Σ_{i<T} (max_{i≤l<T} R[l,i] - R[T,i])`",
         "Chaudhry et al. 2018; A-GEM's code; this report",
         metrics.forgetting,
     ),
     Convention(
-        "Forgetting, never below 0",
+        "Forgetting, clipped",
+        "the last stage may be the best: no task is below 0",
         "`1/(T-1) Σ_{i<T} (max_{i≤l≤T} R[l,i] - R[T,i])`",
         "mammoth's code",
         conventions.clipped_forgetting,
@@ -85,10 +92,6 @@ ABOUT = (
     "## As other papers would print this run\n\nOne matrix, and each rule that papers and their code use for what was "
     "forgotten, at stage {t}: compare with a paper in its own row alone. BWT below 0 and Forgetting above 0 mean "
     "forgotten. OP is GEM's ACC and O-LoRA's average accuracy."
-)
-LATER = (
-    "### What later papers print for this method\n\nIn percent, below this run. Only the rows that say yes had the "
-    "same protocol; the others are for orientation, each with what differs."
 )
 
 
@@ -111,12 +114,10 @@ def sections(results: Results) -> Iterable[Block]:
         estimates = [estimate(results, convention, t, metrics_of) for metrics_of in columns]
         signed = convention.name.startswith("BWT")
         texts = [unit.with_interval(e, sign=signed) for e in estimates]
-        rows.append([convention.name, *texts, convention.equation, convention.printed_by])
-    yield Table(["number", *head, "equation", "printed by"], rows)
-    published = paper.published(results) if unit.is_percent else None
-    if published is not None:
-        yield LATER
-        yield published
+        rows.append([convention.name, *texts, convention.meaning, convention.equation, convention.printed_by])
+    yield Table(["number", *head, "what it says", "equation", "printed by"], rows)
+    if unit.is_percent:
+        yield from paper.published(results)
 
 
 def _tolerant(results: Results, t: int) -> dict[str, str | None]:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -191,21 +191,22 @@ def read(folder: Path) -> tuple[list[Line], list[str]]:
                 [f"{folder} has no result file in it. `trace-bench report RUN` writes {FILE} of a run.", *skipped]
             )
         )
-    names = [content["run"] for _, content in found]
-    lines = []
-    for file, content in found:
-        name, place = content["run"], file.parent if file.name == FILE else file.with_suffix("")
-        alone = names.count(name) == 1
-        lines.append(Line(name if alone else one_line(str(place.relative_to(folder))), file, content))
-    return lines, skipped
+    return [Line(content["run"], file, content) for file, content in found], skipped
 
 
-def groups_of(lines: Sequence[Line]) -> list[Group]:
-    """The runs by protocol, the largest group first, in each the best OP."""
+def groups_of(lines: Sequence[Line], folder: Path) -> list[Group]:
+    """The runs by protocol, the largest group first, in each the best OP; told apart by their files if need be."""
     found: dict[str, list[Line]] = {}
     for line in sorted(lines, key=lambda line: line.rank):
         found.setdefault(json.dumps(line.content["protocol"], sort_keys=True), []).append(line)
-    groups = [Group(those[0].content["protocol"], those) for those in found.values()]
+    groups = []
+    for those in found.values():
+        names = [line.name for line in those]
+        for i, line in enumerate(those):
+            if names.count(line.name) > 1:
+                place = line.file.parent if line.file.name == FILE else line.file.with_suffix("")
+                those[i] = replace(line, name=one_line(str(place.relative_to(folder))))
+        groups.append(Group(those[0].content["protocol"], those))
     return sorted(groups, key=lambda group: -len(group.lines))
 
 
@@ -305,7 +306,7 @@ ENDINGS = tuple(_FORMS)
 def leaderboard(folder: str | Path) -> Leaderboard:
     """The leaderboard of all result files below a folder (see `read`)."""
     lines, skipped = read(Path(folder))
-    return Leaderboard(groups_of(lines), skipped)
+    return Leaderboard(groups_of(lines, Path(folder)), skipped)
 
 
 def write_leaderboard(board: Leaderboard, output: str | Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trace_bench.metrics import general_ability_delta
 from trace_bench.report.results import Results
-from trace_bench.report.tables import DASH, Table, number
+from trace_bench.report.tables import DASH, Block, Table, number
 from trace_bench.run import Run
 from trace_bench.text import one_line
 from trace_tasks.data import ORDERS
@@ -92,34 +92,51 @@ def _deltas(paper: dict[str, Any], model: str, name: str) -> list[str]:
 _LATER = {"sequential full": "SeqFT", "sequential lora": "SeqLoRA", "replay": "Replay", "olora": "O-LoRA", "osf": "OSF"}
 
 
-def published(results: Results) -> Table | None:
-    """What later papers print for the run's method, beside the run; None where there is nothing.
+LATER = (
+    "### What later papers print for this method\n\nIn percent, below this run. Only the rows that say yes had the "
+    "same protocol; the others are for orientation, each with what differs"
+)
 
-    Rows of another protocol are apart, each with the reasons. Of a paper with the same protocol all methods are there.
+
+def published(results: Results) -> Iterable[Block]:
+    """What later papers print for the run's method, beside the run; nothing where they print nothing.
+
+    Rows of another protocol are apart, each with the reasons; what all of them differ in is said once. Of a paper with
+    the same protocol all methods are there.
     """
     m = one_line(results.run.manifest)
     name = _LATER.get(m["method"]) or _LATER.get(f"{m['method']} {m.get('trains')}") or "none"
     same, apart = [], []
     for source in _facts("published_results.json")["sources"]:
+        order = f", order {source['order'][-1]}" if source["order"] else ""
+        place = f"{source['source']}, table {source['table']}{order}"
         for model, methods in source["models"].items():
             reasons = differences(results, source, model)
             for method, (op, bwt) in methods.items():
-                if not reasons or method.startswith(name):
-                    order = f", order {source['order'][-1]}" if source["order"] else ""
-                    place = f"{source['source']}, table {source['table']}{order}"
-                    own = [f"all parameters there, {m['trains']} here"] if _trains_other(method, m) else []
-                    why = "; ".join([*reasons, *own])
-                    numbers = [number(op), number(bwt, sign=True)]
-                    (apart if why else same).append([place, method, model, *numbers, f"no: {why}" if why else "yes"])
+                row = [method, model, number(op), number(bwt, sign=True)]
+                own = [*reasons, *_other_training(method, m)]
+                if not own:
+                    same.append([*row, "yes", place])
+                elif not reasons or method.startswith(name):
+                    apart.append((row, own, place))
+    if not same and not apart:
+        return
+    common = [reason for reason in apart[0][1] if all(reason in own for _, own, _ in apart)] if apart else []
+    yield LATER + (f". All of those differ in this: {'; '.join(common)}." if common else ".")
+    rows = []
+    for row, own, place in apart:
+        rest = "; ".join(reason for reason in own if reason not in common)
+        rows.append([*row, f"no: {rest}" if rest else "no", place])
     t = results.last_stage
-    op, bwt = (results.sequence[key][t - 1].value for key in ("OP", "BWT"))
-    here = ["this run", m["method"], m["model"]["name"], number(100 * op), number(100 * bwt, sign=True), DASH]
-    header = ["printed in", "method", "model", "OP", "BWT", "comparable"]
-    return Table(header, [here, *same, *apart], apart=len(apart)) if same or apart else None
+    op, bwt = (100 * results.sequence[key][t - 1].value for key in ("OP", "BWT"))
+    here = [f"this run ({m['method']})", m["model"]["name"], number(op), number(bwt, sign=True), DASH, DASH]
+    header = ["method", "model", "OP", "BWT", "comparable", "printed in"]
+    yield Table(header, [here, *same, *rows], apart=len(rows))
 
 
-def _trains_other(method: str, manifest: dict[str, Any]) -> bool:
-    return method.startswith("Replay") and manifest.get("trains") == "lora"
+def _other_training(method: str, manifest: dict[str, Any]) -> list[str]:
+    other = method.startswith("Replay") and manifest.get("trains") == "lora"
+    return ["all parameters are trained there, LoRA here"] if other else []
 
 
 def differences(results: Results, source: dict[str, Any], model: str) -> list[str]:
