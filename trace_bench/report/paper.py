@@ -13,7 +13,7 @@ from trace_bench.report.results import Results
 from trace_bench.report.tables import DASH, Block, Table, number
 from trace_bench.run import Run
 from trace_bench.text import one_line
-from trace_tasks.data import ORDERS
+from trace_tasks.data import FOLDERS, ORDERS
 
 SETUP = (
     "TRACE, arXiv 2310.06762, tables 1 and 3: order 1, sampling at temperature 0.1, general ability with OpenCompass, "
@@ -145,8 +145,8 @@ def differences(results: Results, source: dict[str, Any], model: str) -> list[st
     manifest = one_line(run.manifest)
     config, order, here = manifest["config"], source["order"], manifest["model"]["name"]
     prefix = "reasoning_" if source["data"] == "reasoning" else ""
-    there = ORDERS[f"{prefix}{order or 'order1'}"]
-    plain = ["trace_" + task.partition("_")[2] for task in run.tasks]
+    there = FOLDERS if order is None else ORDERS[order]
+    plain = [task.replace("reasoning_", "trace_", 1) for task in run.tasks]
     limits = [
         f"first {n} {key.replace('_', ' ')} here" for key in ("train_rows", "test_rows") if (n := config.get(key))
     ]
@@ -156,9 +156,9 @@ def differences(results: Results, source: dict[str, Any], model: str) -> list[st
         "the reasoning variant there": prefix and not any(task.startswith(prefix) for task in run.tasks),
         "the reasoning variant here": not prefix and any(task.startswith("reasoning_") for task in run.tasks),
         "500, 1000 or 5000 rows: not stated there": not prefix,
-        f"{len(there)} tasks there, {len(run.tasks)} here": sorted(plain) != sorted(ORDERS["order1"]),
+        f"{len(FOLDERS)} tasks there, {len(run.tasks)} here": sorted(plain) != sorted(FOLDERS),
         "order not stated there": order is None,
-        f"order {(order or '')[-1:]} there": order and sorted(run.tasks) == sorted(there) and run.tasks != there,
+        f"order {(order or '')[-1:]} there": order and sorted(plain) == sorted(there) and plain != there,
         ", ".join(limits): limits,
         "without leaked rows here": run.left_out,
         f"{model} there, {here} here": _model_name(model) != _model_name(here),
