@@ -44,7 +44,7 @@ CONVENTIONS = (
     Convention(
         "BWT",
         "mean change of a task since its own stage",
-        "`1/(T-1) Σ_{i<T} (R[T,i] - R[i,i])`",
+        "`1/(T-1) Σ_{i=1..T-1} (R[T,i] - R[i,i])`",
         "TRACE's tables (table 3 without the sign); GEM, equation 3; SEEKR's paper; mammoth's code; this report",
         metrics.backward_transfer,
         of_rows=_since_own,
@@ -52,7 +52,7 @@ CONVENTIONS = (
     Convention(
         "BWT, 1/T",
         "the last task is counted as unchanged: nearer to 0",
-        "`1/T Σ_{i≤T} (R[T,i] - R[i,i])`",
+        "`1/T Σ_{i=1..T} (R[T,i] - R[i,i])`",
         "TRACE's formula (section 3.3); the code of GEM and of SEEKR",
         conventions.backward_transfer_of_all,
         lambda t: (t - 1) / t,
@@ -61,14 +61,14 @@ CONVENTIONS = (
     Convention(
         "BWT, clipped",
         "losses alone: a gain of one task makes up for nothing",
-        "`1/T Σ_{i≤T} min(R[T,i] - R[i,i], 0)`",
+        "`1/T Σ_{i=1..T} min(R[T,i] - R[i,i], 0)`",
         "TreeLoRA's code; its paper prints it without the sign",
         conventions.clipped_backward_transfer,
     ),
     Convention(
         "BWT, all stages",
         "mean over all later stages: what came back counts while it was gone",
-        "`2/(T(T-1)) Σ_{l=2..T} Σ_{i<l} (R[l,i] - R[i,i])`",
+        "`2/(T(T-1)) Σ_{l=2..T} Σ_{i=1..l-1} (R[l,i] - R[i,i])`",
         "Díaz-Rodríguez et al. 2018",
         conventions.mean_backward_transfer,
         of_rows=_since_own_at_all_stages,
@@ -76,14 +76,14 @@ CONVENTIONS = (
     Convention(
         "Forgetting",
         "mean drop of a task from its best stage before the last",
-        "`1/(T-1) Σ_{i<T} (max_{i≤l<T} R[l,i] - R[T,i])`",
+        "`1/(T-1) Σ_{i=1..T-1} (max_{l=i..T-1} R[l,i] - R[T,i])`",
         "Chaudhry et al. 2018; A-GEM's code; this report",
         metrics.forgetting,
     ),
     Convention(
         "Forgetting, clipped",
         "the last stage may be the best: no task is below 0",
-        "`1/(T-1) Σ_{i<T} (max_{i≤l≤T} R[l,i] - R[T,i])`",
+        "`1/(T-1) Σ_{i=1..T-1} (max_{l=i..T} R[l,i] - R[T,i])`",
         "mammoth's code",
         conventions.clipped_forgetting,
     ),
