@@ -13,7 +13,7 @@ import numpy as np
 
 from trace_bench.metrics import Matrix
 from trace_bench.records import stale
-from trace_bench.report import choices, judged, record, suites, transitions
+from trace_bench.report import choices, conventions, judged, record, suites, transitions
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
@@ -62,6 +62,7 @@ def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Blo
         "general": suites.general,
         "answers": suites.answers,
         "judged": judged.sections,
+        "conventions": conventions.sections,
         "paper": record.of_the_paper,
         "cost": record.cost,
         "provenance": record.provenance,
