@@ -152,8 +152,8 @@ def test_changes_are_logged_in_points_and_the_steps_own_log_is_kept(trainer, tmp
     assert [e["step"] for e in logged] == [0, 2, 3]
     assert [e["score/trace_fomc"] for e in logged] == [100 * scores[i] for i in range(3)]
     assert [e["score/trace_fomc_tolerant"] for e in logged] == [100 * value for value in tolerant]
-    assert "forgetting/trace_fomc" not in logged[0]
-    assert [e["forgetting/trace_fomc"] for e in logged[1:]] == [100 * (scores[i] - scores[0]) for i in (1, 2)]
+    assert "change/trace_fomc" not in logged[0]
+    assert [e["change/trace_fomc"] for e in logged[1:]] == [100 * (scores[i] - scores[0]) for i in (1, 2)]
     assert [e["step"] for e in one.state.log_history if "loss" in e] == [1, 2, 3]
 
 

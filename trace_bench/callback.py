@@ -53,8 +53,8 @@ class ForgettingCallback(TrainerCallback):
     numbers are afterwards what they were. Of several processes (DDP, ZeRO-1 and 2) the first one measures, and the
     others wait.
 
-    Logged are, in points since the start, `forgetting/TASK` (negative = forgotten), and `score/TASK`. Of tasks that have
-    a form-tolerant accuracy that one is logged, too, as `TASK_tolerant`.
+    Logged are `score/TASK` and, in points since the start, `change/TASK` (negative = forgotten). Of tasks that have a
+    form-tolerant accuracy that one is logged, too, as `TASK_tolerant`.
 
     Args:
         trainer: The trainer that it will be added to.
@@ -251,7 +251,7 @@ class ForgettingCallback(TrainerCallback):
                 unit = unit_of(metric, [cell])
                 values[f"score/{label}"] = unit.factor * score
                 if before is not None and (then := before["metrics"][metric]["value"]) is not None:
-                    values[f"forgetting/{label}"] = unit.factor * unit.sign * (score - then)
+                    values[f"change/{label}"] = unit.factor * unit.sign * (score - then)
         due = control.should_log
         # Not TRL's own, which would empty its means; and to log here is not to have logged the step's loss.
         Trainer.log(self.trainer, values)
