@@ -127,6 +127,17 @@ class SwapLM:
         limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
         return sum(len(ids) > limit for ids in self._prompt_ids(texts, None))
 
+    def counts(self, rows: Sequence[dict[str, Any]], answer_tokens: int) -> dict[str, int]:
+        """How many of lm-eval's samples had a prompt that was cut, and an answer that ended at its limit."""
+        return {
+            "n_cut": self.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens),
+            # An answer of which only the first token counts always ends there.
+            "n_unfinished": sum(
+                r["filtered_resps"][0] in self.unfinished and r["arguments"][0][1].get("max_gen_toks") != 1
+                for r in rows
+            ),
+        }
+
     def _prompt_ids(self, texts: list[str], limit: int | None) -> list[list[int]]:
         new = [text for text in dict.fromkeys(texts) if (text, limit) not in self._ids]
         for text, ids in zip(new, prompt_ids(self.tokenizer, new, limit, self.chat), strict=True):

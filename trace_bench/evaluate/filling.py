@@ -8,9 +8,11 @@ from contextlib import ExitStack
 from typing import Any
 
 from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
+from trace_bench.evaluate.external import refuse_answers_only
 from trace_bench.evaluate.plan import make_plan
 from trace_bench.evaluate.tasks import load_tasks
-from trace_bench.run import Run, Stage, locked
+from trace_bench.run import WRITTEN, Run, Stage, locked
+from trace_tasks.data.files import refuse_links
 
 
 def fill(
@@ -22,6 +24,8 @@ def fill(
         The number of cells made now, and the engine, which may go on with later stages: `lm` if it was given; None if
         nothing was missing.
     """
+    refuse_answers_only(run)
+    refuse_links(run.path, *WRITTEN)
     chosen = list(chosen)
     with ExitStack() as locks:
         for stage in chosen:

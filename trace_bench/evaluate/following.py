@@ -15,10 +15,9 @@ from typing import Any
 
 from trace_bench import records
 from trace_bench.evaluate.filling import fill
-from trace_bench.run import WRITTEN, InUse, Run, RunError, Stage, in_use
+from trace_bench.run import InUse, Run, RunError, Stage, in_use
 from trace_bench.status import SILENT, progress_of, training
 from trace_bench.text import printable
-from trace_tasks.data.files import refuse_links
 from trace_tasks.errors import TraceError
 
 log = logging.getLogger(__name__)
@@ -59,7 +58,6 @@ class _Watch:
         if self.run is not None and self.run.identity not in run.identities:
             raise RunError(f"{self.path} has begun again with another configuration: begin to follow it again.")
         self.run = run
-        refuse_links(run.path, *WRITTEN)
         wanted = run.indices(self.wanted)
         try:
             stale = records.stale(run)

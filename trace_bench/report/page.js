@@ -190,3 +190,43 @@
   filter();
   follow();
 })();
+
+// Tables whose rows are sorted by a click on a head: by numbers where a cell begins with one, dashes last.
+(() => {
+  const value = (row, column) => {
+    const text = row.cells[column].textContent.trim();
+    const number = parseFloat(text.replace(/,/g, ""));
+    return { text, number, empty: text === "" || text === "\u2013" };
+  };
+
+  function sort(table, column, sign) {
+    const body = table.tBodies[0];
+    const rows = [...body.rows].map((row, place) => [value(row, column), place, row]);
+    rows.sort(([a, i], [b, j]) => {
+      if (a.empty || b.empty) return a.empty - b.empty || i - j;
+      const numbers = !Number.isNaN(a.number) && !Number.isNaN(b.number);
+      const order = numbers ? a.number - b.number : a.text.localeCompare(b.text, "en", { numeric: true });
+      return sign * order || i - j;
+    });
+    body.append(...rows.map(([, , row]) => row));
+  }
+
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        // Numbers begin with the largest, texts with the first.
+        const text = column === 0 || head.classList.contains("text");
+        const now = head.getAttribute("aria-sort");
+        const down = now ? now === "ascending" : !text;
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        sort(table, column, down ? -1 : 1);
+      });
+    });
+  }
+})();

@@ -38,6 +38,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "judged": ("Against the base model", ("judged",)),
     "answers": ("Answers", ()),
     "bounds": ("Bounds", ()),
+    "conventions": ("Conventions", ()),
     "paper": ("The paper", ()),
     "cost": ("Cost", ("losses", "cost")),
     "lengths": ("Lengths", ()),
