@@ -48,6 +48,7 @@ def small(options):
 
     def small(name: str, folder: Path) -> dict:
         own = {
+            "der": {"replay_ratio": 0.25, "tasks": THREE},  # whole batches in every stage
             "ewc": {"ewc_lambda": 100.0, "tasks": THREE},
             "ogd": {"ogd_rows": 4, "ogd_size": 6},
             "osf": {"use_peft": False, "learning_rate": 0.1},

@@ -1,24 +1,24 @@
 r"""Dark experience replay: replayed rows are also held to what the model said of them right after their own task.
 
 Buzzega et al. 2020 (DER++, arXiv 2004.07211), in the form that He et al. 2024 have for language models (SEEKR, arXiv
-2411.06171, equation 13 without its term for attention): with rows of the new task N and
-replayed rows R, the loss is CE on N, and \lambda CE + (1 - \lambda) KL(p_old || p) on R, at the answer tokens.
-p_old is the model at the end of the stage of the row's own task. It is not refreshed later. \lambda = 0.5 is SEEKR's
-(`logits_distill_weight` of its code); \lambda = 1 is `replay: mixed`, \lambda = 0 is DER. Rows and tokens weigh as in
-the loss of all methods. `replay_ratio` 0.1 is that of `replay`; SEEKR has 0.01 and 0.1.
+2411.06171, equation 13 without its term for attention). The loss is CE on rows of the new task, and \lambda CE +
+(1 - \lambda) KL(p_old || p) on replayed rows, at the answer tokens. p_old is the model at the end of the stage of the
+row's own task; it is not refreshed later. \lambda = 0.5 is SEEKR's (`logits_distill_weight` of its code), \lambda = 1
+is `replay: mixed`. Rows and tokens weigh as in the loss of all methods. `replay_ratio` 0.1 is that of `replay`; SEEKR
+has 0.01 and 0.1.
 
-Of p_old the K likeliest tokens are kept, and the mass of all others as one more class. The divergence between these
-K + 1 classes is the full one less r KL(p_old(.|others) || p(.|others)), r being that mass. So it is never above the
-full divergence, it is zero where p = p_old, and it cannot see how p divides the mass of the others among them:
-where it is zero, the full divergence is r times theirs. train.json has 1 - r (`kept_mass`).
+Of p_old the K likeliest tokens are kept, and the mass r of all others as one more class. The divergence between these
+K + 1 classes is the full one less r KL(p_old(.|others) || p(.|others)). It is zero where p = p_old, and never above the
+full divergence. It does not see how p divides the mass of the others among them: where it is zero, the full divergence
+is r times that of the others. train.json has the mean of 1 - r (`kept_mass`).
 
-State: for each answer token of a row K token ids (int32) and K + 1 log-probabilities (float32), 8 K + 4 bytes whatever
-the vocabulary (K is at most its size less one), and 4 bytes for the row. The rows of all earlier tasks are in the state
-of each stage. Their texts are not: these are chosen again from the data.
+State: for each answer token of a row K token ids (int32) and K + 1 log-probabilities (float32), which is 8 K + 4 bytes
+whatever the vocabulary, and 4 bytes for each row. K is less than the vocabulary. The state of a stage holds the rows of
+all tasks so far. It does not hold their texts, which are chosen again from the data.
 
-Differences: DER++ has the squared error of whole logits and a reservoir of rows, drawn twice for each step. SEEKR's code
-keeps the first rows of a task and whole logits, takes separate steps on them, and takes logits one position late: those
-that predict the token after each answer token. Ours predict the answer tokens. p_old is computed without dropout.
+Differences: DER++ takes the squared error of whole logits, and draws twice for each step from a reservoir of rows.
+SEEKR's code keeps the first rows of a task and whole logits, and takes separate steps on them. It distils one position
+late: its logits predict the token after each answer token, ours the answer token. p_old is computed without dropout.
 
     python -m trainers.der --config trainers/configs/quickstart.yaml --output_dir runs/der
 """
@@ -58,6 +58,7 @@ class DERTrainer(CLTrainer):
 
     config: DERConfig
     own_memory = True
+    _signature_columns: Any
 
     @classmethod
     def prepare(cls, config: DERConfig, model_args: Any) -> dict[str, Any]:
@@ -75,10 +76,14 @@ class DERTrainer(CLTrainer):
 
     def stage_dataset(self, stage: Stage) -> Dataset:
         """The task's own rows first, then the replayed ones, in the order of the state."""
-        own = super().stage_dataset(stage)
+        rows = super().stage_dataset(stage)
+        rows = rows.add_column(KEPT, [-1] * len(rows))
         self.replayed = {task: self.remembered(task) for task in self.run.tasks[: stage.index - 1]}
-        rows = concatenate_datasets([own, *self.replayed.values()])
-        return rows.add_column(KEPT, [-1] * len(own) + list(range(len(rows) - len(own))))
+        if self.replayed:
+            kept = concatenate_datasets(list(self.replayed.values()))
+            # Not `add_column`: on rows that were selected it copies all of them, and shows a progress bar.
+            rows = concatenate_datasets([rows, Dataset.from_dict({**kept[:], KEPT: range(len(kept))})])
+        return rows
 
     def _set_signature_columns_if_needed(self) -> None:
         """HF's: the columns that it leaves to the collator."""
