@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class DERTrainer(CLTrainer):
         """Loads what was said of the replayed rows."""
         self.said = self.load_state()
         self.ends = self.said["lengths"].cumsum(0).tolist() if self.said else []
-        self.data_collator = _WithKeptRow(self.data_collator)
+        self.data_collator = partial(_with_kept_row, self.data_collator)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -109,12 +110,15 @@ class DERTrainer(CLTrainer):
         losses = cross_entropy(logits, target, reduction="none")
         replayed = (kept >= 0).repeat_interleave((inputs["labels"][:, 1:] != -100).sum(dim=1))
         if replayed.any():
-            share = self.config.der_lambda
-            both = share * losses[replayed] + (1 - share) * self.divergence(logits[replayed], kept[kept >= 0])
+            both = self.config.der_lambda * losses[replayed] + self.distillation(logits[replayed], kept)
             losses = losses.masked_scatter(replayed, both)
         self.count_tokens(model, inputs)
         loss = self.step_loss(losses, inputs, num_items_in_batch)
         return loss + self.router_loss / self.current_gradient_accumulation_steps
+
+    def distillation(self, logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """What the answer tokens of replayed rows have in addition to their loss; `kept` is the batch's column."""
+        return (1 - self.config.der_lambda) * self.divergence(logits, kept[kept >= 0])
 
     def divergence(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """KL(p_old || p) between the K + 1 classes, of each answer token of kept rows.
@@ -128,28 +132,32 @@ class DERTrainer(CLTrainer):
         now = class_logs(logits, self.said["ids"][places])
         return kl_div(now, self.said["logs"][places], reduction="none", log_target=True).sum(dim=-1)
 
-    @torch.no_grad()
     def end_stage(self) -> None:
         """Adds what the model now says of the rows of its own task that later stages replay."""
         assert self.stage.task is not None
-        rows = self.remembered(self.stage.task)
         self.model.eval()  # without dropout
+        new = self.said_of(self.remembered(self.stage.task))
+        old = {name: tensor.cpu() for name, tensor in self.said.items()}
+        self.said = {name: torch.cat([old[name], part]) if old else part for name, part in new.items()}
+        self.save_state(self.said)
+
+    @torch.no_grad()
+    def said_of(self, rows: Dataset) -> dict[str, torch.Tensor]:
+        """What the model now says of rows: tensors on the CPU that are put behind those of earlier tasks."""
         share: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids and logs of each row that this process works on
         for batch in self.batches(self.own_share(rows)):
             batch.pop(KEPT)
             with self.compute_loss_context_manager():
                 logits, _ = self.answer_logits(self.model, batch)
             ids = logits.topk(min(self.config.der_top, logits.shape[-1] - 1)).indices
-            lengths = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
-            share += zip(ids.int().cpu().split(lengths), class_logs(logits, ids).cpu().split(lengths), strict=True)
+            parts = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()
+            share += zip(ids.int().cpu().split(parts), class_logs(logits, ids).cpu().split(parts), strict=True)
         shares = gather_object([share])
         of_rows = [shares[i % len(shares)][i // len(shares)] for i in range(len(rows))]
-        ids, logs = (torch.cat(parts) for parts in zip(*of_rows, strict=True))
+        ids, logs = (torch.cat(part) for part in zip(*of_rows, strict=True))
         self.kept_mass = float(1 - logs[:, -1].exp().mean())
-        new = {"ids": ids, "logs": logs, "lengths": torch.tensor([len(part) for part, _ in of_rows], dtype=torch.int32)}
-        old = {name: tensor.cpu() for name, tensor in self.said.items()}
-        self.said = {name: torch.cat([old[name], part]) if old else part for name, part in new.items()}
-        self.save_state(self.said)
+        lengths = torch.tensor([len(part) for part, _ in of_rows], dtype=torch.int32)
+        return {"ids": ids, "logs": logs, "lengths": lengths}
 
     def record(self) -> dict[str, Any]:
         """How many rows were replayed; the state's size; the mean probability of the own rows' kept tokens together."""
@@ -172,14 +180,11 @@ def class_logs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat([logits.gather(-1, ids), others], dim=-1).log_softmax(dim=-1)
 
 
-class _WithKeptRow:
-    """A collator that hands the column on, which TRL's leaves out."""
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self.collate(examples), KEPT: torch.tensor([example.get(KEPT, -1) for example in examples])}
+def _with_kept_row(
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch with the column, which TRL's collator leaves out."""
+    return {**collate(examples), KEPT: torch.tensor([example.get(KEPT, -1) for example in examples])}
 
 
 if __name__ == "__main__":
