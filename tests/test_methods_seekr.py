@@ -38,7 +38,7 @@ def test_the_attention_is_that_of_the_row_s_own_stage_and_its_divergence_is_zero
         for layer, head in heads:
             old, new = found[layer][2, head, queries, :length], moved[layer][head, queries, :length]
             terms = torch.where(old > 0, old * (old.clamp_min(1e-30).log() - new.log()), 0)
-            by_layer.setdefault(layer, []).append(float(terms.sum(-1).mean()))
+            by_layer.setdefault(layer, []).append(terms.sum(-1).mean().item())
         wanted = sum(sum(v) / len(v) for v in by_layer.values()) / len(by_layer)
         return divergences, others, trainer.attention_divergence(moved, 2).item(), wanted, len(by_layer)
 
