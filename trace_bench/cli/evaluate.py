@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="for the engine, in addition to the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
     )
+    add(
+        "--likelihood",
+        action=argparse.BooleanOptionalAction,
+        help="the likelihood of the reference answers: add it to older cells, too, without generating again; or leave "
+        "it out (default: new cells have it)",
+    )
     add("--data", help="where the data is now, if it was moved")
     add = parser.add_argument_group(
         "in addition to the matrix (default: what the run's configuration says)"
@@ -88,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
         engine_args=engine_args,
         data_path=args.data,
         extra=extra,
+        likelihood=args.likelihood,
     )
     if not done:
         print("nothing to evaluate: every cell is done")

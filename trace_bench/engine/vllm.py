@@ -28,7 +28,7 @@ from trace_bench.engine import models
 from trace_bench.engine.checkpoints import config_differences, plain_lora_rank
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import has_gpu, starting_vllm
-from trace_bench.engine.swap import EngineError, SwapLM, Wanted
+from trace_bench.engine.swap import EngineError, Example, SwapLM, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +240,24 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         if rest:
             answers |= zip(rest, super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm), strict=True)
         return [answers[i] for i in range(len(requests))]
+
+    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+        if self.adapter is not None or self.soft_prompt is not None:  # vLLM gives no probabilities of prompts with them
+            paths = [[((*prompt, *answer[:n]), token) for n, token in enumerate(answer)] for prompt, answer in examples]
+            logprobs = self._next_logprobs([step for path in paths for step in path])
+            return [sum(logprobs[ids][token] for ids, token in path) for path in paths]
+        # The last token of an answer is not read but predicted, which takes no more of the context than training.
+        params = {"temperature": 0, "max_tokens": 1, "detokenize": False, "prompt_logprobs": 0}
+        outputs = self._model_generate(
+            [[*prompt, *answer[:-1]] for prompt, answer in examples],
+            generate=True,
+            sampling_params=[SamplingParams(**params, logprob_token_ids=[answer[-1]]) for _, answer in examples],
+        )
+        found = []
+        for (prompt, answer), output in zip(examples, outputs, strict=True):
+            steps = [*output.prompt_logprobs[len(prompt) :], output.outputs[0].logprobs[0]]
+            found.append(sum(step[token].logprob for token, step in zip(answer, steps, strict=True)))
+        return found
 
     def _next_logprobs(self, steps: list[tuple[tuple[int, ...], int]]) -> dict[tuple[int, ...], dict[int, float]]:
         """Prompt -> token -> log-probability of that token behind the prompt, for all steps (prompt, token)."""

@@ -32,7 +32,7 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
     moved; its fingerprint must be the run's.
 
     Returns:
-        The number of cells evaluated now.
+        The number of cells that were made or filled now.
 
     Raises:
         RunError: if a cell was made with other settings, the data or the base model is not the run's, a checkpoint has
@@ -49,7 +49,7 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
             else:
                 log.warning("Stage %s is not trained yet and left out.", stage.name)
         plan = make_plan(run, chosen, data_path=data_path, **asked)
-        if plan.todo:
+        if plan.cells:
             tasks = load_tasks(plan, data_path)
             began = time.perf_counter()
             lm = start_engine(plan, tasks)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from trace_bench import checks
-from trace_bench.evaluate.plan import Plan, base_of
+from trace_bench.evaluate.likelihood import fill_cell, with_likelihood
+from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
 from trace_bench.metrics import standard_error
@@ -34,7 +35,7 @@ def start_engine(plan: Plan, tasks: Tasks) -> Any:
         revision=base["revision"],
         max_prompt_length=plan.matrix["max_prompt_length"],
         engine_args=plan.engine_args,
-        checkpoints=[s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below],
+        checkpoints=[s.checkpoint for s in plan.stages if s.checkpoint is not None and not s.below],
     )
     if any(plan.settings[name].get("chat_template") for name in plan.missing):
         lm.chat = plan.chat(lm.tokenizer)
@@ -60,7 +61,7 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
         "made_with": {**checks.made_with(), "device": "cuda" if torch.cuda.is_available() else "cpu"},
         "commit": source_commit(),
     }
-    order = list(plan.todo.items())
+    order = [(stage, plan.todo.get(stage, [])) for stage in plan.stages]
     with tqdm(total=plan.cells, desc="evaluating", unit="cell") as bar:
         for i, (stage, names) in enumerate(order):
             # Taken before loading, so that it describes the weights that are evaluated.
@@ -75,6 +76,10 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
                     lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
                 evaluate_batch(plan, tasks, lm, stage, batch, made)
                 bar.update(len(batch))
+            for name in plan.fill.get(stage, ()):
+                bar.set_postfix_str(f"{stage.name}: {task_name(name)}"[:60])
+                fill_cell(plan, tasks.single[name], lm, stage, name, made)
+                bar.update()
 
 
 def _batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:
@@ -134,7 +139,11 @@ def _measured(
     for name in batch:
         rows = results["samples"][name]
         scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, results["results"][name])
-        yield name, scores, samples, seconds * len(rows) / answers  # they share their time by rows
+        taken = seconds * len(rows) / answers  # they share their time by rows
+        if plan.likelihood and name in plan.run.tasks and has_likelihood(name):
+            scores, samples = with_likelihood(lm, tasks.single[name], plan.max_answer, scores, samples)
+            taken += scores["likelihood"]["seconds"]
+        yield name, scores, samples, taken
 
 
 def _score(
@@ -180,7 +189,7 @@ def summary(plan: Plan, lm: Any, seconds: float, start: float) -> str:
     """What was done, in one line: `seconds` in all, and those of the engine's start."""
     work = lm.work
     return (
-        f"evaluated {plan.cells} cells of {len(plan.todo)} stages in {seconds:.0f} s (engine start {start:.0f} s, "
+        f"evaluated {plan.cells} cells of {len(plan.stages)} stages in {seconds:.0f} s (engine start {start:.0f} s, "
         f"engine at work {work.seconds:.0f} s: {work.prompt_tokens:,} tokens read, {work.generated_tokens:,} written, "
         f"{(work.prompt_tokens + work.generated_tokens) / max(work.seconds, 1e-9):.0f} a second)"
     )

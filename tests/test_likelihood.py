@@ -1,0 +1,167 @@
+"""The likelihood of the reference answers: it is minus the training loss, generates nothing, and loses nothing."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from architectures import ROOT
+from conftest import both_tokenizers, train
+
+from trace_bench import cli, engine, evaluate, report
+from trace_bench.evaluate import likelihood
+from trace_bench.run import Run, RunError, read_json, read_jsonl
+from trace_bench.tasks import load_tasks, training_rows
+from trainers.base import CLTrainer
+
+NAME = "log_likelihood"
+
+
+@both_tokenizers
+@pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
+def test_it_is_minus_the_training_loss_of_the_row(chat, tiny_model, options, demo_data, monkeypatch):
+    """An unmerged adapter; prompts and answers are cut, and no batch but rows by themselves in training."""
+    losses, tokens = {}, {}
+
+    class Measured(CLTrainer):
+        def end_stage(self):
+            model = self.model.eval()
+            for task in self.run.tasks if self.stage.index == 2 else ():
+                loaded = load_tasks([task])[task]
+                loaded.training_docs = loaded.test_docs  # the same rows as if they were training rows
+                rows = self.text_dataset(training_rows(loaded, 6, self.chat))
+                losses[task] = [self.compute_loss(model, batch).item() for batch in self.batches(rows, 1)]
+                tokens[task] = [sum(label != -100 for label in labels) for labels in rows["labels"]]
+
+    tasks = ["trace_scienceqa", "trace_numglue_ds"]
+    run = train({**options, "tasks": tasks, "max_answer_length": 24, "chat_template": chat}, Measured)
+    evaluate.evaluate(run, stages=[2], engine_args={"dtype": "float32", "batch_size": 4})
+    assert max(tokens["trace_scienceqa"]) == 24 > max(tokens["trace_numglue_ds"]), "cut, and with EOS"
+    for task in tasks:
+        cell, rows = read_json(run.stages[2].eval_file(task)), read_jsonl(run.stages[2].samples_file(task))
+        assert [row["target_tokens"] for row in rows] == tokens[task]
+        assert [-row[NAME] for row in rows] == pytest.approx(losses[task], rel=1e-4)
+        assert cell["metrics"][NAME]["value"] == pytest.approx(-sum(losses[task]) / 6, rel=1e-4)
+        assert cell["headline"] != NAME and list(cell["metrics"])[-1] == NAME and cell["metrics"][NAME]["stderr"] > 0
+
+
+def test_older_cells_get_it_without_a_generated_token(run, monkeypatch, capsys):
+    whole = Run.open(run.path)
+    assert evaluate.evaluate(run, likelihood=False) == 5
+    before = {file: read_json(file) for file in run.path.rglob("eval/*.json")}
+    answers = {file: read_jsonl(file) for file in run.path.rglob("samples/*.jsonl")}
+    assert not any(NAME in cell["metrics"] for cell in before.values())
+    assert evaluate.evaluate(run) == 0, "they are not made again"
+    monkeypatch.setattr(engine.SwapLM, "generate_until", lambda *a: pytest.fail("it generated"))
+    assert cli.main(["evaluate", str(run.path), "--likelihood", "--stages", "0,2"]) in (0, None)
+    assert "0 written" in capsys.readouterr().out
+    assert evaluate.evaluate(run, likelihood=True) == 1, "stage 1 is left"
+    assert evaluate.evaluate(run, likelihood=True) == 0
+    for file, cell in before.items():
+        now = read_json(file)
+        added = now["metrics"].pop(NAME)
+        assert now["metrics"] == cell["metrics"] and now["headline"] == cell["headline"] and added["value"] < 0
+        assert now["likelihood"]["served"] == now["served"]
+    for file, rows in answers.items():
+        assert [{k: v for k, v in row.items() if k not in (NAME, "target_tokens")} for row in read_jsonl(file)] == rows
+    filled = report.Results(whole)
+    assert {metric for _, _, metric in filled.intervals} >= {NAME}, "the scores are the means of the rows"
+    # A run that had it from the beginning has the same.
+    for file in before:
+        file.unlink()
+    monkeypatch.undo()
+    evaluate.evaluate(run)
+    assert report.Results(run).matrix(NAME) == pytest.approx(filled.matrix(NAME), nan_ok=True)
+
+
+def test_a_kill_while_a_cell_is_filled_loses_nothing(run, monkeypatch):
+    evaluate.evaluate(run, stages=[1], likelihood=False)
+    (task,) = (t for t in run.tasks if run.stages[1].eval_file(t).exists())
+    expected = report.Results(run).R
+    writes = []
+    for last in range(3):  # killed before each of its writes
+        for name in ("write_json", "write_jsonl"):
+            original = getattr(likelihood, name)
+
+            def killed(path, value, original=original):
+                if len(writes) == last:
+                    raise KeyboardInterrupt
+                writes.append(path)
+                original(path, value)
+
+            monkeypatch.setattr(likelihood, name, killed)
+        writes.clear()
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(run, stages=[1], likelihood=True)
+        monkeypatch.undo()
+        results = report.Results(run)
+        assert (results.R[1] == expected[1])[0] and results.rows[task].scores["accuracy"].shape[0] == 6
+        assert NAME not in results.cells[1, task]["metrics"]
+    assert evaluate.evaluate(run, stages=[1], likelihood=True) == 1
+    assert not math.isnan(report.Results(run).matrix(NAME)[1, 0])
+
+
+def test_samples_of_other_prompts_are_refused_and_what_does_not_fit_is_missing(run, caplog):
+    evaluate.evaluate(run, stages=[1], likelihood=False, engine_args={"max_length": 100})
+    stage, task = run.stages[1], run.tasks[0]
+    run.manifest["config"]["max_prompt_length"] = 96
+    run.manifest["config"]["max_answer_length"] = None
+    file = stage.samples_file(task)
+    text = file.read_text()
+    file.write_text(text.replace("Answer", "answer", 1))
+    with pytest.raises(RunError, match="fingerprint differs"):
+        evaluate.evaluate(run, stages=[1], likelihood=True)
+    cell = read_json(stage.eval_file(task))
+    stage.eval_file(task).write_text(json.dumps({**cell, "samples": None}))
+    rows = [json.loads(line) for line in text.splitlines()]
+    rows[0]["prompt"] += " "
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RunError, match="row 0 was asked with another prompt"):
+        evaluate.evaluate(run, stages=[1], likelihood=True)
+
+
+def test_what_does_not_fit_into_the_context_is_missing_and_can_be_filled_in_later(run, tiny_model, caplog):
+    lm = engine.open_engine("hf", str(tiny_model), engine_args={"max_length": 12})
+    (fits, n), (not_, m) = lm.log_likelihoods(["eight by", "eight by"], ["tes", "tes,"])
+    assert (n, m) == (4, 5) and fits < 0 and math.isnan(not_)
+    assert lm.log_likelihoods(["eight by"], ["tes,"], 4)[0][1] == 4, "unless it is cut"
+
+
+VLLM = """
+import json, sys
+from pathlib import Path
+from trace_bench.engine import open_engine
+
+if __name__ == "__main__":
+    base, adapter, args, prompts, answers = json.loads(sys.argv[1])
+    lm = open_engine("vllm", base, engine_args={"dtype": "float32", **args}, checkpoints=[Path(adapter)])
+    found = [lm.log_likelihoods(prompts, answers, 12)]
+    lm.load(Path(adapter))
+    found += [lm.log_likelihoods(prompts, answers, 12), lm.log_likelihoods(prompts[::-1], answers[::-1], 12)[::-1]]
+    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], lm.work.generated_tokens]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("args", [{}, {"enable_lora": True}], ids=["merged", "unmerged"])
+def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints, tmp_path):
+    prompts = ["12 + 3 is", "A long question that is asked. " * 3, "Say it:", "A long question that is asked. " * 3]
+    answers = [" 15", "A", "words, and more of them than twelve", "B"]
+    lm = engine.open_engine("hf", str(tiny_model), engine_args={"dtype": "float32"})
+    expected = [lm.log_likelihoods(prompts, answers, 12)]
+    lm.load(checkpoints["adapter"])
+    expected += 2 * [lm.log_likelihoods(prompts, answers, 12)]
+    script, out = tmp_path / "vllm_reads.py", tmp_path / "out.json"
+    script.write_text(VLLM)  # the engine is a process of its own and imports the main module again
+    # The longest row takes the whole context.
+    args = {**args, "max_model_len": max(len(p) for p in prompts) + 2}
+    request = json.dumps([str(tiny_model), str(checkpoints["adapter"]), args, prompts, answers])
+    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, check=True)
+    found, served, _ = json.loads(out.read_text())
+    assert served == ("adapter" if "enable_lora" in args else "merged adapter")
+    for each, wanted in zip(found, expected, strict=True):
+        assert [n for _, n in each] == [n for _, n in wanted]
+        assert [x for x, _ in each] == pytest.approx([x for x, _ in wanted], rel=1e-3)
