@@ -14,6 +14,7 @@ from trace_bench import cli, engine, evaluate, report
 from trace_bench.evaluate import likelihood
 from trace_bench.run import Run, RunError, read_json, read_jsonl
 from trace_bench.tasks import load_tasks, training_rows
+from trace_tasks.data.files import write_json, write_jsonl
 from trainers.base import CLTrainer
 
 NAME = "log_likelihood"
@@ -36,14 +37,14 @@ def test_it_is_minus_the_training_loss_of_the_row(chat, tiny_model, options, dem
                 tokens[task] = [sum(label != -100 for label in labels) for labels in rows["labels"]]
 
     tasks = ["trace_scienceqa", "trace_numglue_ds"]
-    run = train({**options, "tasks": tasks, "max_answer_length": 24, "chat_template": chat}, Measured)
+    run = train({**options, "tasks": tasks, "max_answer_length": 8, "bf16": False, "chat_template": chat}, Measured)
     evaluate.evaluate(run, stages=[2], engine_args={"dtype": "float32", "batch_size": 4})
-    assert max(tokens["trace_scienceqa"]) == 24 > max(tokens["trace_numglue_ds"]), "cut, and with EOS"
+    assert max(tokens["trace_scienceqa"]) == 8 > min(tokens["trace_numglue_ds"]), "cut, and with EOS"
     for task in tasks:
         cell, rows = read_json(run.stages[2].eval_file(task)), read_jsonl(run.stages[2].samples_file(task))
         assert [row["target_tokens"] for row in rows] == tokens[task]
-        assert [-row[NAME] for row in rows] == pytest.approx(losses[task], rel=1e-4)
-        assert cell["metrics"][NAME]["value"] == pytest.approx(-sum(losses[task]) / 6, rel=1e-4)
+        assert [-row[NAME] for row in rows] == pytest.approx(losses[task], rel=1e-5)
+        assert cell["metrics"][NAME]["value"] == pytest.approx(-sum(losses[task]) / 6, rel=1e-5)
         assert cell["headline"] != NAME and list(cell["metrics"])[-1] == NAME and cell["metrics"][NAME]["stderr"] > 0
 
 
@@ -103,26 +104,19 @@ def test_a_kill_while_a_cell_is_filled_loses_nothing(run, monkeypatch):
     assert not math.isnan(report.Results(run).matrix(NAME)[1, 0])
 
 
-def test_samples_of_other_prompts_are_refused_and_what_does_not_fit_is_missing(run, caplog):
-    evaluate.evaluate(run, stages=[1], likelihood=False, engine_args={"max_length": 100})
+def test_samples_of_other_prompts_are_refused(run):
+    evaluate.evaluate(run, stages=[1], likelihood=False)
     stage, task = run.stages[1], run.tasks[0]
-    run.manifest["config"]["max_prompt_length"] = 96
-    run.manifest["config"]["max_answer_length"] = None
-    file = stage.samples_file(task)
-    text = file.read_text()
-    file.write_text(text.replace("Answer", "answer", 1))
+    rows = read_jsonl(stage.samples_file(task))
+    write_jsonl(stage.samples_file(task), [{**rows[0], "prompt": "another"}, *rows[1:]])
     with pytest.raises(RunError, match="fingerprint differs"):
         evaluate.evaluate(run, stages=[1], likelihood=True)
-    cell = read_json(stage.eval_file(task))
-    stage.eval_file(task).write_text(json.dumps({**cell, "samples": None}))
-    rows = [json.loads(line) for line in text.splitlines()]
-    rows[0]["prompt"] += " "
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_json(stage.eval_file(task), {**read_json(stage.eval_file(task)), "samples": None})
     with pytest.raises(RunError, match="row 0 was asked with another prompt"):
         evaluate.evaluate(run, stages=[1], likelihood=True)
 
 
-def test_what_does_not_fit_into_the_context_is_missing_and_can_be_filled_in_later(run, tiny_model, caplog):
+def test_what_does_not_fit_into_the_context_is_missing(tiny_model):
     lm = engine.open_engine("hf", str(tiny_model), engine_args={"max_length": 12})
     (fits, n), (not_, m) = lm.log_likelihoods(["eight by", "eight by"], ["tes", "tes,"])
     assert (n, m) == (4, 5) and fits < 0 and math.isnan(not_)

@@ -220,12 +220,12 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
         lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, and vLLM cannot use its cache
         for that. Here the next token is generated, and the probabilities of the choices are read off it: the same
-        numbers but for rounding. Behind an unmerged adapter every token is read so, since vLLM gives no probabilities
-        of prompts with LoRA requests.
+        numbers but for rounding. In an engine for unmerged adapters every token is read so, since it gives no
+        probabilities of prompts, the base model's neither.
         """
         paths: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for i, (_, context, continuation) in enumerate(requests):
-            if self.soft_prompt is None and (len(continuation) == 1 or self.adapter is not None):
+            if self.soft_prompt is None and (len(continuation) == 1 or self.adapters):
                 ids = [*context, *continuation]
                 cut = max(len(ids) - (self.max_length - 1), 0)  # on the left, as lm-eval does
                 paths[i] = [(tuple(ids[cut : len(context) + n]), token) for n, token in enumerate(continuation)]
@@ -242,7 +242,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
-        if self.adapter is not None or self.soft_prompt is not None:  # vLLM gives no probabilities of prompts with them
+        if self.adapters or self.soft_prompt is not None:  # vLLM gives no probabilities of prompts with them
             paths = [[((*prompt, *answer[:n]), token) for n, token in enumerate(answer)] for prompt, answer in examples]
             logprobs = self._next_logprobs([step for path in paths for step in path])
             return [sum(logprobs[ids][token] for ids, token in path) for path in paths]

@@ -11,7 +11,8 @@ import math
 import time
 from typing import Any
 
-from trace_bench.evaluate.plan import LIKELIHOOD, Plan
+from trace_bench.evaluate.plan import Plan
+from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.metrics import standard_error
 from trace_bench.records import check_samples
 from trace_bench.run import RunError, Stage, read_jsonl

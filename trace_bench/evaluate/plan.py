@@ -12,6 +12,7 @@ from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import differences
+from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.run import Run, RunError, Stage
 from trace_tasks import data
 from trace_tasks.tokens import Chat
@@ -20,8 +21,6 @@ log = logging.getLogger(__name__)
 
 #: The settings of what is measured in addition to the matrix (`CLConfig`). A manifest has those that were set.
 EXTRA_SETTINGS = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
-#: The metric that every cell of the matrix has in addition to those of its task: `evaluate.likelihood`.
-LIKELIHOOD = "log_likelihood"
 _DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
 
 
