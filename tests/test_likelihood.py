@@ -2,16 +2,22 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
-from pathlib import Path
 
+import numpy as np
 import pytest
 from architectures import ROOT
 from conftest import both_tokenizers, train
+from made_runs import TASKS, write_cell
+from scipy.special import stdtrit
 
 from trace_bench import cli, engine, evaluate, report
 from trace_bench.evaluate import likelihood
+from trace_bench.measures.likelihood import rows_needed, share_of_gain
+from trace_bench.report.likelihood import soft_bwt
+from trace_bench.report.sections import sections
 from trace_bench.run import Run, RunError, read_json, read_jsonl
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.data.files import write_json, write_jsonl
@@ -123,15 +129,70 @@ def test_what_does_not_fit_into_the_context_is_missing(tiny_model):
     assert lm.log_likelihoods(["eight by"], ["tes,"], 4)[0][1] == 4, "unless it is cut"
 
 
+# -------------------------------------------------------------------------------------------------- measures and report
+
+
+def test_the_share_of_what_the_own_stage_gained_worked_by_hand():
+    nan = math.nan
+    L = [[-4.0, -3.0, -2.0], [-1.0, nan, nan], [-2.5, -3.5, nan], [-5.5, -3.0, -1.0]]
+    # (-5.5 + 1) / (-1 + 4); the second task's own stage made it worse; that of the third is the last.
+    assert share_of_gain(L) == pytest.approx([-1.5, nan, 0], nan_ok=True)
+    assert share_of_gain(L, 2) == pytest.approx([-0.5, nan, nan], nan_ok=True)
+
+
+def test_the_rows_needed_worked_by_hand_and_simulated():
+    # Mean -1, variance 8/3: (1.96 + 0.8416)^2 * 8/3 + 1.96^2 / 2 = 20.93 + 1.92.
+    assert rows_needed([[-3.0, 1.0, -1.0, -1.0]]) == 23
+    assert rows_needed([[-3.0, 1.0, -1.0, -1.0]] * 4) == 6, "of the mean of four: 20.93 / 4 + 1.92 / 4"
+    assert rows_needed([[-2.0, -2.0, -2.0]]) == 2 and rows_needed([[-1.0, 1.0]]) is rows_needed([[-1.0]]) is None
+    rng, rows = np.random.default_rng(0), np.array([-1.0] * 3 + [0.0] * 16 + [1.0])
+    n = rows_needed([rows])
+    drawn = rng.choice(rows, (20_000, n))
+    t = drawn.mean(axis=1) / (drawn.std(axis=1, ddof=1) / n**0.5)
+    assert 0.75 < (abs(t) > stdtrit(n - 1, 0.975)).mean() < 0.85
+
+
+def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
+    n, rng = 40, np.random.default_rng(1)
+    noise = 0.1 * rng.standard_normal(n)
+    run = make(np.full((4, 3), math.nan))
+    text = "\n".join(map(str, sections(report.Results(run))["likelihood"]))
+    assert text == "", "a run without it has no section"
+    means = {0: [-3.0, -3.0, -3.0], 1: [-1.0], 2: [-1.5, -2.0], 3: [-2.0, -1.0, -1.0]}
+    for stage in run.stages:
+        for i, mean in enumerate(means[stage.index]):
+            right = np.ones(n) if stage.index == i + 1 else (np.arange(n) % 10 < 9).astype(float)
+            columns = {"accuracy": right, NAME: mean + noise * (stage.index + 1)}
+            write_cell(stage, TASKS[i], columns, scale={"accuracy": 1, NAME: None}, likelihood={"seconds": 0.5})
+    results = report.Results(run)
+    bwt = soft_bwt(results, 3)
+    mean = noise.mean()
+    assert bwt.value == pytest.approx(((-2 + 4 * mean) - (-1 + 2 * mean) + (-1 + 4 * mean) - (-2 + 3 * mean)) / 2)
+    assert bwt.low < bwt.value < bwt.high and bwt.high - bwt.low < 0.2
+    _, matrix, _, _, forgotten, cost = sections(results)["likelihood"]
+    assert matrix.rows[1][1:] == [f"{-1 + 2 * mean:#.3g}", "–", "–"]
+    first, second, together = forgotten.rows
+    assert first[0] == "C-STANCE" and first[-4].startswith("-5") and first[-3:] == ["3", "75", "25.0"]
+    assert second[-3:] == ["–", "75", "–"] and together[0] == "mean", "the second was not forgotten"
+    assert cost == "Reading the likelihoods took 4 of the 14 seconds of the evaluation."
+    report.write_report(run)
+    assert NAME in (run.path / "scores.csv").read_text() and "Likelihood of the" in (run.path / "report.html").read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------------- vllm
+
 VLLM = """
 import json, sys
 from pathlib import Path
+from architectures import generate
 from trace_bench.engine import open_engine
 
 if __name__ == "__main__":
     base, adapter, args, prompts, answers = json.loads(sys.argv[1])
     lm = open_engine("vllm", base, engine_args={"dtype": "float32", **args}, checkpoints=[Path(adapter)])
     found = [lm.log_likelihoods(prompts, answers, 12)]
+    generate(lm, [p for p in prompts if len(p) < 300] + [prompts[1]], 1)
+    found.append(lm.log_likelihoods(prompts, answers, 12))  # now from the cache
     lm.load(Path(adapter))
     found += [lm.log_likelihoods(prompts, answers, 12), lm.log_likelihoods(prompts[::-1], answers[::-1], 12)[::-1]]
     Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], lm.work.generated_tokens]))
@@ -142,18 +203,19 @@ if __name__ == "__main__":
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("args", [{}, {"enable_lora": True}], ids=["merged", "unmerged"])
 def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints, tmp_path):
-    prompts = ["12 + 3 is", "A long question that is asked. " * 3, "Say it:", "A long question that is asked. " * 3]
-    answers = [" 15", "A", "words, and more of them than twelve", "B"]
+    long = "A long question that is asked. " * 10
+    # A token of the tiny model is a byte. Of the fourth the cache has the whole prompt: it ends with a block.
+    prompts, answers = ["12 + 3 is", long, "Say it:", long[:256], long], [" 15", "A", "more words than twelve", "yes", "B"]
     lm = engine.open_engine("hf", str(tiny_model), engine_args={"dtype": "float32"})
-    expected = [lm.log_likelihoods(prompts, answers, 12)]
+    expected = 2 * [lm.log_likelihoods(prompts, answers, 12)]
     lm.load(checkpoints["adapter"])
     expected += 2 * [lm.log_likelihoods(prompts, answers, 12)]
     script, out = tmp_path / "vllm_reads.py", tmp_path / "out.json"
     script.write_text(VLLM)  # the engine is a process of its own and imports the main module again
-    # The longest row takes the whole context.
-    args = {**args, "max_model_len": max(len(p) for p in prompts) + 2}
+    args = {**args, "max_model_len": len(long) + 2}  # the longest rows take the whole context
     request = json.dumps([str(tiny_model), str(checkpoints["adapter"]), args, prompts, answers])
-    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, check=True)
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
     found, served, _ = json.loads(out.read_text())
     assert served == ("adapter" if "enable_lora" in args else "merged adapter")
     for each, wanted in zip(found, expected, strict=True):

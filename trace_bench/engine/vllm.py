@@ -246,17 +246,34 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             paths = [[((*prompt, *answer[:n]), token) for n, token in enumerate(answer)] for prompt, answer in examples]
             logprobs = self._next_logprobs([step for path in paths for step in path])
             return [sum(logprobs[ids][token] for ids, token in path) for path in paths]
-        # The last token of an answer is not read but predicted, which takes no more of the context than training.
+        # Most prompts are in the cache, since they were just answered: the shortest ones last.
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]), examples[i]))
+        found: dict[int, float] = {}
+        for cached in (True, False):
+            order = [i for i in order if i not in found]
+            read = self._read([examples[i] for i in order], cached) if order else []
+            found |= {i: nats for i, nats in zip(order, read, strict=True) if nats is not None}
+        return [found[i] for i in range(len(examples))]
+
+    def _read(self, examples: list[Example], cached: bool) -> list[float | None]:
+        """The log-likelihoods from one pass; None where the cache has tokens of the answer, which then are not read.
+
+        By default vLLM takes nothing from its cache where probabilities of a prompt are asked for, since there are none
+        of what it takes from there. Here they are needed of the end alone.
+        """
         params = {"temperature": 0, "max_tokens": 1, "detokenize": False, "prompt_logprobs": 0}
+        params["skip_reading_prefix_cache"] = not cached
         outputs = self._model_generate(
+            # The last token is not read but predicted: a row takes no more of the context than in training.
             [[*prompt, *answer[:-1]] for prompt, answer in examples],
             generate=True,
             sampling_params=[SamplingParams(**params, logprob_token_ids=[answer[-1]]) for _, answer in examples],
         )
-        found = []
+        found: list[float | None] = []
         for (prompt, answer), output in zip(examples, outputs, strict=True):
-            steps = [*output.prompt_logprobs[len(prompt) :], output.outputs[0].logprobs[0]]
-            found.append(sum(step[token].logprob for token, step in zip(answer, steps, strict=True)))
+            steps = [*output.prompt_logprobs, output.outputs[0].logprobs[0]][-len(answer) :]
+            whole = (output.num_cached_tokens or 0) < len(prompt)
+            found.append(sum(s[token].logprob for token, s in zip(answer, steps, strict=True)) if whole else None)
         return found
 
     def _next_logprobs(self, steps: list[tuple[tuple[int, ...], int]]) -> dict[tuple[int, ...], dict[int, float]]:

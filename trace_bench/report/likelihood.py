@@ -21,7 +21,7 @@ def soft_changes(results: Results, t: int) -> list[Estimate]:
     """What the log-likelihoods of the tasks before stage t gained since their own stages, in nats per token."""
     L, found = results.matrix(LIKELIHOOD), []
     for i in range(t - 1):
-        bounds: tuple[Matrix, ...] = metrics.difference_interval(_lost(results, i, t)[:, None], fractions=False)
+        bounds = metrics.difference_interval(_since_own(results, i, t)[:, None], fractions=False)
         found.append(Estimate(float(L[t, i] - L[i + 1, i]), *(float(bound[0]) for bound in bounds)))
     return found
 
@@ -31,7 +31,12 @@ def soft_bwt(results: Results, t: int) -> Estimate:
     return metrics.mean_of(soft_changes(results, t)) if results.is_sequential else UNKNOWN
 
 
-def _lost(results: Results, i: int, t: int, metric: str = LIKELIHOOD) -> Matrix:
+def soft_rows(results: Results, task: str) -> Matrix:
+    """What the rows of a task gained from its own stage to the last, in nats per token, shape (rows,)."""
+    return _since_own(results, results.run.tasks.index(task), len(results.run.tasks))
+
+
+def _since_own(results: Results, i: int, t: int, metric: str = LIKELIHOOD) -> Matrix:
     """What each row of a task gained from its own stage to stage t, shape (rows,)."""
     rows = results.rows.get(results.run.tasks[i])
     x = None if rows is None else rows.scores.get(metric)
@@ -80,9 +85,9 @@ def _numbers(results: Results, L: Matrix, t: int) -> Table:
 def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     changes, shares, i = soft_changes(results, t), share_of_gain(L, t), np.arange(t - 1)
     own, base, last = L[i + 1, i], L[0, i], L[t, i]
-    soft = [_lost(results, k, t) for k in i]
+    soft = [_since_own(results, k, t) for k in i]
     hard = [
-        results.units[task].sign * _lost(results, k, t, results.headlines.get(task, ""))
+        results.units[task].sign * _since_own(results, k, t, results.headlines.get(task, ""))
         for k, task in enumerate(results.run.tasks[: t - 1])
     ]
     rows = [
