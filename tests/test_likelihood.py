@@ -92,7 +92,7 @@ def test_a_kill_while_a_cell_is_filled_loses_nothing(run, monkeypatch):
         for name in ("write_json", "write_jsonl"):
             original = getattr(likelihood, name)
 
-            def killed(path, value, original=original):
+            def killed(path, value, original=original, last=last):
                 if len(writes) == last:
                     raise KeyboardInterrupt
                 writes.append(path)
@@ -176,7 +176,8 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
     assert second[-3:] == ["–", "75", "–"] and together[0] == "mean", "the second was not forgotten"
     assert cost == "Reading the likelihoods took 4 of the 14 seconds of the evaluation."
     report.write_report(run)
-    assert NAME in (run.path / "scores.csv").read_text() and "Likelihood of the" in (run.path / "report.html").read_text()
+    assert NAME in (run.path / "scores.csv").read_text()
+    assert "Likelihood of the reference" in (run.path / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------- vllm
@@ -205,7 +206,8 @@ if __name__ == "__main__":
 def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints, tmp_path):
     long = "A long question that is asked. " * 10
     # A token of the tiny model is a byte. Of the fourth the cache has the whole prompt: it ends with a block.
-    prompts, answers = ["12 + 3 is", long, "Say it:", long[:256], long], [" 15", "A", "more words than twelve", "yes", "B"]
+    prompts = ["12 + 3 is", long, "Say it:", long[:256], long]
+    answers = [" 15", "A", "more words than twelve", "yes", "B"]
     lm = engine.open_engine("hf", str(tiny_model), engine_args={"dtype": "float32"})
     expected = 2 * [lm.log_likelihoods(prompts, answers, 12)]
     lm.load(checkpoints["adapter"])

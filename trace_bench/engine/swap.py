@@ -182,13 +182,13 @@ class SwapLM:
         return [(found.get(i, math.nan), len(answer)) for i, (_, answer) in enumerate(examples)]
 
     def _example_ids(self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None) -> list[Example]:
-        limits = self.max_prompt_length, max_answer
-        new = [pair for pair in dict.fromkeys(zip(prompts, answers, strict=True)) if (pair, limits) not in self._examples]
+        limits, pairs = (self.max_prompt_length, max_answer), list(zip(prompts, answers, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if (pair, limits) not in self._examples]
         made = example_ids(self.tokenizer, [p for p, _ in new], [a for _, a in new], *limits, self.chat)
         for pair, example in zip(new, made, strict=True):
             ids, n = tuple(example["input_ids"]), example["labels"].count(-100)
             self._examples[pair, limits] = ids[:n], ids[n:]
-        return [self._examples[pair, limits] for pair in zip(prompts, answers, strict=True)]
+        return [self._examples[pair, limits] for pair in pairs]
 
     def _wanted(self, special: dict[str, int], text: str, options: dict[str, Any]) -> Wanted:
         from lm_eval.models.utils import normalize_gen_kwargs

@@ -261,7 +261,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         By default vLLM takes nothing from its cache where probabilities of a prompt are asked for, since there are none
         of what it takes from there. Here they are needed of the end alone.
         """
-        params = {"temperature": 0, "max_tokens": 1, "detokenize": False, "prompt_logprobs": 0}
+        params: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "detokenize": False, "prompt_logprobs": 0}
         params["skip_reading_prefix_cache"] = not cached
         outputs = self._model_generate(
             # The last token is not read but predicted: a row takes no more of the context than in training.

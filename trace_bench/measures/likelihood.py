@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from statistics import NormalDist
 
 import numpy as np
@@ -20,10 +21,10 @@ LIKELIHOOD = "log_likelihood"
 
 
 def share_of_gain(L: ArrayLike, t: int | None = None) -> Matrix:
-    """(L[t, i] - L[i, i]) / (L[i, i] - L[0, i]) of each task: the change since the own stage, in what that stage gained.
+    """(L[t, i] - L[i, i]) / (L[i, i] - L[0, i]): the change since a task's own stage as a share of what that gained.
 
-    -1: all that was learned is gone; below -1: the task is less likely than under the base model. It is the BWT of one
-    task divided by its learning, which makes tasks with long and short answers comparable.
+    -1: all that was learned is gone; below -1: the answers are less likely than under the base model. It is the BWT of
+    one task divided by its learning, which makes tasks with long and short answers comparable.
 
     Args:
         L: Nats per token, shape (T+1, T).
@@ -44,9 +45,9 @@ def share_of_gain(L: ArrayLike, t: int | None = None) -> Matrix:
 def rows_needed(groups: Sequence[ArrayLike], *, level: float = 0.95, power: float = 0.8) -> int | None:
     """How many rows of each group show that the mean of paired differences is not zero (two-sided t-test).
 
-    Guenther 1981 (The American Statistician 35), for one sample: n = (z_level + z_power)^2 s^2 / m^2 + z_level^2 / 2, of
-    the mean m and the variance s^2 of the differences. For the mean over k groups of n rows each, s^2 / m^2 is the sum
-    of the variances divided by the square of the sum of the means, and the second term is divided by k.
+    Guenther 1981 (The American Statistician 35), for one sample: n = (z_level + z_power)^2 s^2 / m^2 + z_level^2 / 2,
+    of the mean m and the variance s^2 of the differences. For the mean over k groups of n rows each, s^2 / m^2 is the
+    sum of the variances divided by the square of the sum of the means, and the second term is divided by k.
 
     Args:
         groups: The differences of each test set, shape (rows,).
@@ -61,7 +62,7 @@ def rows_needed(groups: Sequence[ArrayLike], *, level: float = 0.95, power: floa
     x = [np.asarray(group, dtype=np.float64) for group in groups]
     if not x or any(len(group) < 2 or np.isnan(group).any() for group in x):
         return None
-    effect, variance = sum(group.mean() for group in x), sum(group.var(ddof=1) for group in x)
+    effect, variance = (float(sum(of(group) for group in x)) for of in (np.mean, partial(np.var, ddof=1)))
     if abs(effect) < 1e-9:
         return None
     z, more = NormalDist().inv_cdf((1 + level) / 2), NormalDist().inv_cdf(power)

@@ -49,9 +49,9 @@ def sections(results: Results) -> Iterable[Block]:
     if np.isnan(L).all():
         return
     yield (
-        "## Likelihood of the reference answers\n\nRows: the model after a stage. Columns: tasks, in nats per token: the "
-        "mean log-probability of a token of the reference answer, EOS included, which is minus the loss of training on "
-        "these rows. 0 is certainty, and 0.69 less halves the probability of every token. It moves before an answer "
+        "## Likelihood of the reference answers\n\nRows: the model after a stage. Columns: tasks, in nats per token: "
+        "the mean log-probability of a token of the reference answer, EOS included, which is minus the training loss "
+        "of these rows. 0 is certainty, and 0.69 less halves the probability of every token. It moves before an answer "
         "becomes another one, so a fall here is forgetting that a score may not show yet."
     )
     yield Table(["stage", *map(task_name, run.tasks)], [[s.name, *map(NATS.text, L[s.index])] for s in run.stages])
@@ -59,10 +59,10 @@ def sections(results: Results) -> Iterable[Block]:
     if t > 1:
         yield _numbers(results, L, t)
         yield (
-            f"From its own stage to stage {t}, in nats per token. *Share*: of what the own stage had gained; -100 %: all "
-            "of it is gone. *Rows needed*: how many test rows of each task show the loss in four of five tests (paired "
-            "t-test at 5 %), by the likelihood and by the headline score; –: nothing was lost. They are estimates from "
-            "the rows of this run, rough where these are few."
+            f"From its own stage to stage {t}, in nats per token. *Share*: of what the own stage had gained; -100 %: "
+            "all of it is gone. *Rows needed*: how many test rows of each task show the loss in four of five tests "
+            "(paired t-test at 5 %), by the likelihood and by the headline score; –: nothing was lost. They are "
+            "estimates from the rows of this run, rough where these are few."
         )
         yield _forgotten(results, L, t)
     seconds = [cell["likelihood"]["seconds"] for cell in results.cells_of(run.tasks).values() if "likelihood" in cell]
@@ -83,8 +83,8 @@ def _numbers(results: Results, L: Matrix, t: int) -> Table:
 
 
 def _forgotten(results: Results, L: Matrix, t: int) -> Table:
-    changes, shares, i = soft_changes(results, t), share_of_gain(L, t), np.arange(t - 1)
-    own, base, last = L[i + 1, i], L[0, i], L[t, i]
+    changes, shares, i = soft_changes(results, t), share_of_gain(L, t), list(range(t - 1))
+    base, own, last = L[0, i], L[1:].diagonal()[i], L[t, i]
     soft = [_since_own(results, k, t) for k in i]
     hard = [
         results.units[task].sign * _since_own(results, k, t, results.headlines.get(task, ""))
