@@ -59,8 +59,8 @@ def sections(results: Results) -> Iterable[Block]:
     if t > 1:
         yield _numbers(results, L, t)
         yield (
-            f"From its own stage to stage {t}, in nats per token. *Share*: of what the own stage had gained; -100 %: "
-            "all of it is gone. *Rows needed*: how many test rows of each task show the loss in four of five tests "
+            f"From its own stage to stage {t}, in nats per token. **Share**: of what the own stage had gained; -100 %: "
+            "all of it is gone. **Rows needed**: how many test rows of each task show the loss in four of five tests "
             "(paired t-test at 5 %), by the likelihood and by the headline score; –: nothing was lost. They are "
             "estimates from the rows of this run, rough where these are few."
         )
