@@ -129,6 +129,7 @@ Cell = _object(
     (Text, "checkpoint samples definition commit"),
     (_Settings, "settings"),
     (_map(_object((Count, "n"))), "subtasks"),
+    (_object((Seconds, "seconds!")), "likelihood"),
     (dict[str, Text], "made_with"),
     (Seconds, "seconds"),
 )

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="for the engine, in addition to the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
     )
+    add(
+        "--likelihood",
+        action=argparse.BooleanOptionalAction,
+        help="the likelihood of the reference answers: add it to older cells, too, without generating again; or leave "
+        "it out (default: new cells have it)",
+    )
     add("--data", help="where the data is now, if it was moved")
     add("--follow", action="store_true", help="wait for stages that are not trained yet, and evaluate each as it is")
     add = parser.add_argument_group(
@@ -80,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}
-    asked |= {"data_path": args.data, "extra": extra}
+    asked |= {"data_path": args.data, "extra": extra, "likelihood": args.likelihood}
     if args.follow:
         done = evaluate.follow(args.path, **asked)
     else:

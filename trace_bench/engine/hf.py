@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
-from trace_bench.engine.swap import SwapLM, Wanted
+from trace_bench.engine.swap import Example, SwapLM, Wanted
 from trace_tasks.tokens import text_of
 
 
@@ -103,6 +103,39 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             answers.append(row[: end + 1])
         self.work.generated_tokens += sum(map(len, answers))
         return answers
+
+    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        found: dict[int, float] = {}
+        # Prompts of one length together, so that the head is needed for few tokens but those of the answers.
+        order = sorted(range(len(examples)), key=lambda i: (-len(examples[i][0]), -len(examples[i][1])))
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            found |= zip(batch, self._read([examples[i] for i in batch]), strict=True)
+        return [found[i] for i in range(len(examples))]
+
+    def _read(self, batch: list[Example]) -> list[float]:
+        """The log-likelihoods of a batch, by one forward pass; nothing reads what fills a row behind its end."""
+        rows = [[*prompt, *answer][:-1] for prompt, answer in batch]
+        width = max(map(len, rows))
+        keep = width + 1 - min(len(prompt) for prompt, _ in batch)
+        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
+        soft = self.soft_prompt is not None
+        inputs: dict[str, Any] = {"inputs_embeds": self._behind_prompt(ids)} if soft else {"input_ids": ids}
+        if self._model._supports_logits_to_keep():
+            inputs["logits_to_keep"] = keep
+        began = time.perf_counter()
+        precision = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
+            logits = self._model(**inputs).logits[:, -keep:]
+        found = []
+        for of_row, (prompt, answer) in zip(logits, batch, strict=True):
+            first = len(prompt) - 1 - (width - keep)
+            steps = of_row[first : first + len(answer)].float().log_softmax(-1)
+            found.append(float(steps.gather(1, torch.tensor(answer, device=steps.device)[:, None]).sum()))
+        self.work.seconds += time.perf_counter() - began
+        self.work.prompt_tokens += sum(map(len, rows))
+        return found
 
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
         if self.soft_prompt is None:

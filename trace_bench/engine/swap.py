@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_tasks.errors import TraceError
-from trace_tasks.tokens import Chat, prompt_ids, text_of
+from trace_tasks.tokens import Chat, example_ids, prompt_ids, text_of
 
 
 class EngineError(TraceError):
@@ -41,6 +42,10 @@ class Wanted:
     """What a task asks for beyond greedy decoding; empty for TRACE's tasks."""
 
 
+#: The token ids of a prompt and of its reference answer, as training has them.
+Example = tuple[tuple[int, ...], tuple[int, ...]]
+
+
 class SwapLM:
     """Mixed into lm-eval's class of a backend.
 
@@ -67,6 +72,7 @@ class SwapLM:
         # The stages ask the same texts, so their token ids are kept.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
         self._pairs: dict[tuple[str, str], tuple[array[int], ...]] = {}
+        self._examples: dict[tuple[Any, ...], Example] = {}
         super().__init__(**kwargs)
 
     @property
@@ -97,6 +103,10 @@ class SwapLM:
 
     def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
         """Token ids of the answers, each at least to its end."""
+        raise NotImplementedError
+
+    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+        """The sum of the log-probabilities of each answer's tokens behind its prompt, in nats."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------------------------------------- prompts
@@ -169,6 +179,36 @@ class SwapLM:
                 self.unfinished.add(text)
             texts.append(text)
         return texts
+
+    def log_likelihoods(
+        self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None = None
+    ) -> list[tuple[float, int]]:
+        """How likely reference answers are: the sum of the log-probabilities of their tokens, and how many these are.
+
+        The token ids are those of a training row, EOS included (`example_ids`), so the sum, in nats, is minus the
+        training loss of the row times the tokens. The prompts are read once; nothing is generated.
+
+        Args:
+            prompts: Texts as the model is asked; they keep their last `max_prompt_length` tokens.
+            answers: The reference answers.
+            max_answer: Answers keep their first so many tokens; None = all.
+
+        Returns:
+            (nats, tokens) of each; NaN nats where prompt and answer do not fit into the context.
+        """
+        examples = self._example_ids(prompts, answers, max_answer)
+        fits = [i for i, (prompt, answer) in enumerate(examples) if prompt and len(prompt + answer) <= self.max_length]
+        found = dict(zip(fits, self._log_likelihoods([examples[i] for i in fits]) if fits else (), strict=True))
+        return [(found.get(i, math.nan), len(answer)) for i, (_, answer) in enumerate(examples)]
+
+    def _example_ids(self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None) -> list[Example]:
+        limits, pairs = (self.max_prompt_length, max_answer), list(zip(prompts, answers, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if (pair, limits) not in self._examples]
+        made = example_ids(self.tokenizer, [p for p, _ in new], [a for _, a in new], *limits, self.chat)
+        for pair, example in zip(new, made, strict=True):
+            ids, n = tuple(example["input_ids"]), example["labels"].count(-100)
+            self._examples[pair, limits] = ids[:n], ids[n:]
+        return [self._examples[pair, limits] for pair in pairs]
 
     def _wanted(self, text: str, options: dict[str, Any]) -> Wanted:
         from lm_eval.models.utils import normalize_gen_kwargs

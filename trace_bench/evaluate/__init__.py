@@ -30,7 +30,7 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
     moved; its fingerprint must be the run's.
 
     Returns:
-        The number of cells evaluated now.
+        The number of cells that were made or filled now.
 
     Raises:
         RunError: if a cell was made with other settings, the data or the base model is not the run's, a checkpoint has

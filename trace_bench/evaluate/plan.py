@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -12,6 +12,7 @@ from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import differences
+from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.run import Run, RunError, Stage
 from trace_tasks import data
 from trace_tasks.tokens import Chat
@@ -34,6 +35,8 @@ class Plan:
         settings: Name of a task, set to be judged or general suite -> the settings of its cells.
         there: The cells that exist: (stage, name) -> content.
         todo: Stage -> the names of its missing cells.
+        fill: Stage -> the names of its cells that get their likelihoods now.
+        likelihood: Whether the cells that are made get theirs.
     """
 
     run: Run
@@ -43,16 +46,28 @@ class Plan:
     settings: dict[str, dict[str, Any]]
     there: dict[tuple[Stage, str], dict[str, Any]]
     todo: dict[Stage, list[str]]
+    fill: dict[Stage, list[str]] = field(default_factory=dict)
+    likelihood: bool = False
 
     @property
     def cells(self) -> int:
-        """The number of missing cells."""
-        return sum(map(len, self.todo.values()))
+        """The number of cells that are made or filled."""
+        return sum(len(names) for part in (self.todo, self.fill) for names in part.values())
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that the engine is needed for, in their order."""
+        return sorted({*self.todo, *self.fill}, key=lambda stage: stage.index)
 
     @property
     def missing(self) -> list[str]:
-        """The names of all missing cells."""
-        return list(dict.fromkeys(name for names in self.todo.values() for name in names))
+        """The names of all cells that are made or filled."""
+        return list(dict.fromkeys(name for part in (self.todo, self.fill) for names in part.values() for name in names))
+
+    @property
+    def max_answer(self) -> int | None:
+        """The most tokens of a reference answer, as the run trains them."""
+        return self.config.get("max_answer_length")
 
     @property
     def backend(self) -> str:
@@ -79,12 +94,14 @@ def make_plan(
     engine_args: dict[str, Any] | None = None,
     data_path: str | None = None,
     extra: dict[str, Any] | None = None,
+    likelihood: bool | None = None,
 ) -> Plan:
     """Finds the missing cells of the chosen stages. What is given holds instead of what the run says.
 
     `cells` are the tasks of each stage: "seen", "all", or "own" (that of the stage alone). The base model and
     checkpoints that belong to no task are always evaluated on all tasks. `engine_args` are added to the run's own. They
-    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`.
+    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`. New cells of the matrix get the
+    likelihoods of the reference answers unless `likelihood` is False; if it is True, older cells get them, too.
 
     Raises:
         RunError: if cells of the run were made with other settings.
@@ -108,20 +125,35 @@ def make_plan(
     settings |= suite_settings(suites, config, matrix)
     there = _read_cells(run, settings)
     todo: dict[Stage, list[str]] = {}
+    fill: dict[Stage, list[str]] = {}
     for stage in chosen:
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
             wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
             missing = _missing(stage, wanted, there)
-            if missing and stage.external is not None and not stage.external.is_dir():
+            lacking = [name for name in run.tasks if name not in missing and _lacks(there.get((stage, name)), name)]
+            lacking = lacking if likelihood else []
+            if (missing or lacking) and stage.external is not None and not stage.external.is_dir():
                 log.warning(
                     "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
-                    *(stage.name, stage.external, len(missing)),
+                    *(stage.name, stage.external, len(missing) + len(lacking)),
                 )
-            elif missing:
-                todo[stage] = missing
-    return Plan(run, config, engine_args, matrix, settings, there, todo)
+                continue
+            todo |= {stage: missing} if missing else {}
+            fill |= {stage: lacking} if lacking else {}
+    return Plan(run, config, engine_args, matrix, settings, there, todo, fill, likelihood is not False)
+
+
+def has_likelihood(name: str) -> bool:
+    """Whether the cells of a task get the likelihoods of its reference answers: answers to be judged have none."""
+    return name not in data.JUDGED
+
+
+def _lacks(cell: dict[str, Any] | None, name: str) -> bool:
+    """Whether a cell is there and has no likelihood yet, though it can have one."""
+    metrics = {} if cell is None else cell["metrics"]
+    return cell is not None and has_likelihood(name) and metrics.get(LIKELIHOOD, {}).get("value") is None
 
 
 def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:

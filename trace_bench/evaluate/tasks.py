@@ -43,13 +43,13 @@ def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
     """
     trusted = plan.engine_args.get("trust_remote_code", False)
     single, definitions = checks.verify(
-        plan.run, plan.todo, data_path, [name for name in plan.settings if name not in SUITES]
+        plan.run, plan.stages, data_path, [name for name in plan.settings if name not in SUITES]
     )
     if plan.matrix["chat_template"]:
         tokenizer = models.load_tokenizer(**base_of(plan.run), trust_remote_code=trusted)
         check_room(plan.chat(tokenizer), plan.matrix["max_prompt_length"])
-    check_checkpoints(plan.run, plan.todo, plan.backend, trusted)
-    warn_of_tokenizers(plan.run, plan.todo, trusted)
+    check_checkpoints(plan.run, plan.stages, plan.backend, trusted)
+    warn_of_tokenizers(plan.run, plan.stages, trusted)
     defined = {name: checks.digest(definition) for name, definition in definitions.items()}
     check_one_definition(plan, defined)
     for line in other_versions(plan):

@@ -29,6 +29,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scores": ("Scores", ("matrix", "sequence")),
     "learning": ("Learning", ("tasks",)),
     "form": ("", ("form",)),
+    "likelihood": ("Likelihood", ()),
     "tolerant": ("", ()),
     "extracted": ("", ()),
     "limits": ("", ()),
