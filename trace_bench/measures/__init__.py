@@ -1,0 +1,1 @@
+"""Measures of what a run forgot: pure functions, each with its source."""
