@@ -140,9 +140,7 @@ def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected
         tokens = logprobs.topk(min(asked, logprobs.shape[-1]), dim=-1).indices.tolist()
     else:
         tokens = [list(ids) for ids in asked]
-    return [
-        dict(zip(ids, row[ids].tolist(), strict=True)) for ids, row in zip(tokens, logprobs, strict=True)
-    ]
+    return [dict(zip(ids, row[ids].tolist(), strict=True)) for ids, row in zip(tokens, logprobs, strict=True)]
 
 
 class _Stops(StoppingCriteria):

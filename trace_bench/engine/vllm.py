@@ -268,18 +268,19 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         places, prompts, params = [], [], []
         for i, one in enumerate(forced):
             for part in self._parts(one):
-                tokens = {token for n in part for token in one.asked[n]} if isinstance(one.asked, tuple) else one.asked
-                which = {"logprobs": tokens} if isinstance(tokens, int) else {"logprob_token_ids": sorted(tokens)}
-                answer = list(one.answer[part.start : part.stop])
-                which |= {"extra_args": {"forced": answer}} if self.forces else {}
-                places.append((i, part))
+                which: dict[str, Any] = {"logprobs": one.asked}
+                if isinstance(one.asked, tuple):
+                    which = {"logprob_token_ids": sorted({token for n in part for token in one.asked[n]})}
+                if self.forces:
+                    which["extra_args"] = {"forced": list(one.answer[part.start : part.stop])}
+                places.append(i)
                 prompts.append([*one.prompt, *one.answer[: part.start]])
                 params.append(
                     SamplingParams(temperature=0, max_tokens=len(part), ignore_eos=True, detokenize=False, **which)
                 )
         outputs = self._model_generate(prompts, generate=True, sampling_params=params) if prompts else []
         found: list[Expected] = [[] for _ in forced]
-        for (i, _), output in zip(places, outputs, strict=True):
+        for i, output in zip(places, outputs, strict=True):
             found[i] += [{token: p.logprob for token, p in told.items()} for told in output.outputs[0].logprobs]
         return found
 
@@ -292,13 +293,12 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         """The tokens of an answer in groups for which one request can tell all that is asked."""
         start, tokens = 0, set[int]()
         for n in range(len(one.answer)):
-            more = tokens | set(one.asked[n] if isinstance(one.asked, tuple) else ())
-            if n > start and (not self.forces or len(more) > MAX_LOGPROB_TOKEN_IDS):
+            here = set(one.asked[n]) if isinstance(one.asked, tuple) else set()
+            if n > start and (not self.forces or len(tokens | here) > MAX_LOGPROB_TOKEN_IDS):
                 yield range(start, n)
-                start, more = n, set(one.asked[n] if isinstance(one.asked, tuple) else ())
-            tokens = more
-        if one.answer:
-            yield range(start, len(one.answer))
+                start, tokens = n, set()
+            tokens |= here
+        yield range(start, len(one.answer))
 
     def _model_generate(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trace_bench import checks
+from trace_bench.evaluate import distance
 from trace_bench.evaluate.plan import Plan, base_of
 from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
@@ -35,6 +36,7 @@ def start_engine(plan: Plan, tasks: Tasks) -> Any:
         max_prompt_length=plan.matrix["max_prompt_length"],
         engine_args=plan.engine_args,
         checkpoints=[s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below],
+        forced=any(plan.distances.values()),
     )
     if any(plan.settings[name].get("chat_template") for name in plan.missing):
         lm.chat = plan.chat(lm.tokenizer)
@@ -75,6 +77,10 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
                     lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
                 evaluate_batch(plan, tasks, lm, stage, batch, made)
                 bar.update(len(batch))
+            for name in plan.distances[stage]:
+                bar.set_postfix_str(f"{stage.name}: distance, {task_name(name)}"[:60])
+                distance.measure(plan, lm, stage, name, made)
+                bar.update()
 
 
 def _batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
+from trace_bench.evaluate import distance
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import differences
 from trace_bench.run import Run, RunError, Stage
@@ -19,7 +20,15 @@ from trace_tasks.tokens import Chat
 log = logging.getLogger(__name__)
 
 #: The settings of what is measured in addition to the matrix (`CLConfig`). A manifest has those that were set.
-EXTRA_SETTINGS = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
+EXTRA_SETTINGS = (
+    "general",
+    "general_stages",
+    "general_rows",
+    "judged",
+    "judged_rows",
+    "judged_max_new_tokens",
+    "distance",
+)
 _DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
 
 
@@ -34,6 +43,8 @@ class Plan:
         settings: Name of a task, set to be judged or general suite -> the settings of its cells.
         there: The cells that exist: (stage, name) -> content.
         todo: Stage -> the names of its missing cells.
+        distance: The settings of distances from the base model; empty if none are asked for.
+        distances: Stage -> the sets of prompts on which its distance is missing.
     """
 
     run: Run
@@ -43,11 +54,13 @@ class Plan:
     settings: dict[str, dict[str, Any]]
     there: dict[tuple[Stage, str], dict[str, Any]]
     todo: dict[Stage, list[str]]
+    distance: dict[str, Any]
+    distances: dict[Stage, list[str]]
 
     @property
     def cells(self) -> int:
-        """The number of missing cells."""
-        return sum(map(len, self.todo.values()))
+        """The number of missing cells, and of missing distances."""
+        return sum(map(len, [*self.todo.values(), *self.distances.values()]))
 
     @property
     def missing(self) -> list[str]:
@@ -109,21 +122,23 @@ def make_plan(
     own = {**shared, "general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
     settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
     there = _read_cells(run, settings)
+    far = distance.settings_of(config, matrix, base_of(run)) if config.get("distance") else {}
     todo: dict[Stage, list[str]] = {}
+    distances: dict[Stage, list[str]] = {}
     for stage in chosen:
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
             wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
-            missing = _missing(stage, wanted, there)
-            if missing and stage.external is not None and not stage.external.is_dir():
+            missing, sets = _missing(stage, wanted, there), distance.missing(run, stage, far)
+            if (missing or sets) and stage.external is not None and not stage.external.is_dir():
                 log.warning(
                     "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
-                    *(stage.name, stage.external, len(missing)),
+                    *(stage.name, stage.external, len(missing) + len(sets)),
                 )
-            elif missing:
-                todo[stage] = missing
-    return Plan(run, config, engine_args, matrix, settings, there, todo)
+            elif missing or sets:
+                todo[stage], distances[stage] = missing, sets
+    return Plan(run, config, engine_args, matrix, settings, there, todo, far, distances)
 
 
 def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:

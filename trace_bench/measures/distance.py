@@ -43,7 +43,7 @@ def forward_kl(base: ArrayLike, stage: ArrayLike) -> tuple[Array, Array]:
 
 
 def rank_correlation(x: ArrayLike, y: ArrayLike) -> float:
-    """Spearman's rank correlation, equal numbers sharing their mean rank; NaN where all are equal, or a NaN is there."""
+    """Spearman's rank correlation, equal numbers sharing their mean rank; NaN where one side has no spread."""
     a, b = (np.asarray(values, dtype=np.float64) for values in (x, y))
     if len(a) < 2 or np.isnan(a).any() or np.isnan(b).any() or not (np.ptp(a) > 0 and np.ptp(b) > 0):
         return float("nan")

@@ -141,6 +141,7 @@ class CLConfig(SFTConfig):
     judged: list[str] = option([], "Prompts answered for the judges: instruct, safety, or their names.")
     judged_rows: int | None = option(None, "First so many prompts of each judged set; default: all.", least=1)
     judged_max_new_tokens: int | None = option(None, "Most tokens of an answer to be judged; default: 512.", least=1)
+    distance: bool = option(False, "Measure how far each stage is from the base model (KL, see docs/evaluation.md).")
     backend: str = option("vllm", "Inference for the evaluation.", choices=["vllm", "hf"])
     engine_args: dict[str, Any] | str | None = option(None, "Arguments of vLLM's LLM or lm-eval's HFLM, as JSON.")
 
