@@ -16,7 +16,7 @@ import numpy as np
 
 from trace_bench import metrics
 from trace_bench.metrics import Estimate
-from trace_bench.report import notes, paper
+from trace_bench.report import distance, notes, paper
 from trace_bench.report.differences import paired_differences
 from trace_bench.report.entry import COSTS, NUMBERS, SCORES, TEXTS, Entry, entries_of
 from trace_bench.report.results import UNKNOWN
@@ -129,6 +129,7 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         *_difference_tables(versus, against, seeds, others, marks, detail=bool(groups)),
         *_finals_tables(entries, groups, columns, marks, seeds),
         _spread_table(groups, columns),
+        distance.table_of_runs(entries),
     ]
     lines = [_line(e, versus.get(e.name, {})) for e in entries]
     for group in groups:
