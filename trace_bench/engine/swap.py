@@ -47,7 +47,7 @@ class Forced:
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     asked: tuple[tuple[int, ...], ...] | int
-    """Which tokens are asked for at each token of the answer; a number = so many of the likeliest."""
+    """Which tokens are asked for at each token of the answer; a number = at least so many of the likeliest."""
 
 
 #: For each token of an answer: token -> its log-probability there.

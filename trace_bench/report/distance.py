@@ -102,8 +102,8 @@ def sections(results: Results) -> Iterable[Block]:
         "## Distance from the base model\n\n"
         f"KL(base || stage) in nats per token, at the first {settings['tokens']} tokens of the base model's own "
         f"answers to {_sizes(found, False)} test prompts of the stage's task and to {_sizes(found, True)} neutral "
-        "questions (arXiv 2509.04259). In brackets 95 % intervals over the prompts. **How to read it:** the further a stage is "
-        "from the base model on the prompts of the new task, the more it is expected to have forgotten."
+        "questions (arXiv 2509.04259). In brackets 95 % intervals over the prompts. **How to read it:** the further a "
+        "stage is from the base model on the prompts of the new task, the more it is expected to have forgotten."
     )
     rows = []
     for index, own, neutral, forgetting in shown:
@@ -115,8 +115,8 @@ def sections(results: Results) -> Iterable[Block]:
     yield Table(head, rows).without_empty_columns()
     note = (
         f"These are lower bounds. The {settings['likeliest']} tokens that the base model holds likeliest are told "
-        "apart, and all others count as one. Unseen is their share of the base model's probability, in percent; what is "
-        "missing is this share times the divergence within them."
+        "apart, and all others count as one. Unseen is their share of the base model's probability, in percent; what "
+        "is missing is this share times the divergence within them."
     )
     yield f"{note} {correlations(shown)}".strip()
 
