@@ -107,6 +107,11 @@ def _against_base(base: Stage, lm: Any, name: str) -> dict[str, Any]:
     if recorded is None or recorded["answers"] != fingerprint(file):
         raise RunError(f"{file} was changed since it was written. Delete {file.parent} and evaluate again.")
     forced = [Forced(tuple(r["prompt"]), tuple(r["answer"]), tuple(map(tuple, r["tokens"]))) for r in rows]
+    if (longest := max((len(f.prompt) + len(f.answer) for f in forced), default=0)) > lm.max_length:
+        raise RunError(
+            f"{file} has {longest} tokens of a prompt and its answer, and the engine's context has {lm.max_length} at "
+            "this stage. Give --engine-args a larger max_model_len (vllm) or max_length (hf)."
+        )
     kl, unseen = [], []
     for row, expected in zip(rows, lm.expected(forced), strict=True):
         stage = [[here[token] for token in tokens] for tokens, here in zip(row["tokens"], expected, strict=True)]

@@ -240,7 +240,7 @@ class CLConfig(SFTConfig):
             )
         if self.save_strategy != "no" and self.save_only_model:
             raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
-        if self.chat_template_args and not (self.chat_template or self.judged):
+        if self.chat_template_args and not (self.chat_template or self.judged or self.distance):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if self.loss_weights == "rows" and getattr(self, name) != plain:
