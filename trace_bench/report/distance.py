@@ -103,8 +103,8 @@ def sections(results: Results) -> Iterable[Block]:
         f"KL(base || stage) in nats per token, at the first {settings['tokens']} tokens of the base model's own "
         f"answers to {_sizes(found, False)} test prompts of the stage's task and to {_sizes(found, True)} neutral "
         "questions (arXiv 2509.04259). In brackets 95 % intervals over the prompts. **How to read it:** the further a "
-        "stage is from the base model, the more it is expected to have forgotten; methods are compared on the prompts of "
-        "the new task, stages on the neutral questions, which are the same at all of them."
+        "stage is from the base model, the more it is expected to have forgotten; methods are compared on the prompts "
+        "of the new task, stages on the neutral questions, which are the same at all of them."
     )
     rows = []
     for index, own, neutral, forgetting in shown:
