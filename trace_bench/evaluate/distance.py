@@ -23,8 +23,9 @@ from trace_tasks.data.files import digest, fingerprint, write_json, write_jsonl
 from trace_tasks.tokens import prompt_ids
 
 _QUESTIONS = Path(__file__).parent / "neutral.txt"
-#: Prompts of a task, tokens of an answer, and tokens that are asked for at each of them: vLLM tells 20 by default.
-PROMPTS, TOKENS, LIKELIEST = 32, 8, 20
+#: Prompts of a task, tokens of an answer, and tokens that are asked for at each of them: 128 in all, which is what one
+#: request of vLLM can tell.
+PROMPTS, TOKENS, LIKELIEST = 32, 8, 16
 
 
 def sets_of(run: Run, stage: Stage) -> list[str]:
