@@ -28,9 +28,11 @@ COMMANDS = {
     "configs": "list the configs and studies of the package",
     "train": "train every stage of a run with a method",
     "evaluate": "fill the cells of a run's matrix, one engine for all stages",
+    "import": "make a run of predictions that were made elsewhere: the official code's, or lm-eval's samples",
     "judge": "judge the answers of a run: instruction following and safety against the base model",
     "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
     "report": "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
+    "results": "one leaderboard from the result.json files of many runs",
     "study": "train, evaluate and compare the runs of a study file",
     "status": "how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
     "tasks-path": "print the folder of the lm-eval tasks, for --include_path",
@@ -77,8 +79,11 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(code)
 
 
-#: The commands that other packages have, and where.
-ELSEWHERE = {"train": "trainers.command", "judge": "judges.commands.judge", "annotate": "judges.commands.annotate"}
+#: The commands that other packages have, and where; and one whose name is a word of Python.
+ELSEWHERE = {
+    **{"train": "trainers.command", "judge": "judges.commands.judge", "annotate": "judges.commands.annotate"},
+    "import": "trace_bench.cli.import_",
+}
 
 
 def module_of(name: str) -> Any:

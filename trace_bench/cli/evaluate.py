@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from trace_bench.cli.options import LIST, indices, json_object, names, options, positive, put_first
+from trace_bench.cli.options import LIST, indices, json_object, names, options, pairs, positive, put_first
 from trace_bench.run import Run, RunError
 
 #: Options that a run has in its manifest, so that they go with --checkpoint only; the first need tasks.
@@ -105,7 +105,7 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
     from trace_bench.tasks import check_names
     from trace_tasks import data
 
-    checkpoints = _checkpoints(args.checkpoint)
+    checkpoints = pairs("--checkpoint", args.checkpoint)
     args.chat_template_args = json_object("--chat-template-args", args.chat_template_args)
     given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
     if "tasks" in given:
@@ -140,14 +140,3 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
         )
     own = {name: settings.pop(name) for name in ("model", "tasks", "chain", "renamed_base")}
     return evaluate.external_run(args.path, checkpoints, settings=settings, data_path=args.data, **own)
-
-
-def _checkpoints(given: list[str]) -> dict[str, str]:
-    """--checkpoint NAME=PATH, given several times: name -> path."""
-    pairs = [text.partition("=") for text in given]
-    if not all(name and path for name, _, path in pairs):
-        raise RunError(f"--checkpoint {' '.join(given)}: write each as NAME=PATH.")
-    found = {name: path for name, _, path in pairs}
-    if len(found) < len(pairs):
-        raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(name for name, _, _ in pairs)}.")
-    return found

@@ -14,7 +14,7 @@ from typing import Any
 
 from trace_bench.evaluate import distance
 from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
-from trace_bench.evaluate.external import drop, external_run, measured_run
+from trace_bench.evaluate.external import drop, external_run, measured_run, refuse_answers_only
 from trace_bench.evaluate.plan import EXTRA_SETTINGS, make_plan
 from trace_bench.evaluate.tasks import answer_tokens, load_tasks
 from trace_bench.run import WRITTEN, Run, locked
@@ -40,6 +40,7 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
             changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
+    refuse_answers_only(run)
     refuse_links(run.path, *WRITTEN)
     wanted = run.indices(stages) | distance.base_stage(run, asked.get("extra"))
     chosen = [stage for stage in run.stages if stage.index in wanted]

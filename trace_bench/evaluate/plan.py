@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
@@ -54,8 +54,8 @@ class Plan:
     settings: dict[str, dict[str, Any]]
     there: dict[tuple[Stage, str], dict[str, Any]]
     todo: dict[Stage, list[str]]
-    distance: dict[str, Any]
-    distances: dict[Stage, list[str]]
+    distance: dict[str, Any] = field(default_factory=dict)
+    distances: dict[Stage, list[str]] = field(default_factory=dict)
 
     @property
     def cells(self) -> int:
@@ -111,16 +111,14 @@ def make_plan(
         engine_args.setdefault("trust_remote_code", True)
     suites, judged = data.expand(config["general"], data.SUITES), data.expand(config["judged"], data.JUDGED)
     records.check_stages(run, chosen)
-    matrix = _matrix_settings(config, engine_args)
+    matrix = matrix_settings(config, engine_args)
     shared = {name: matrix[name] for name in ("backend", "engine")}
     settings = dict.fromkeys(run.tasks, matrix)
     if judged:
         checks.locate_data(run, data_path)  # demo data has its own prompts
         own = shared | _judged_settings(run, config, engine_args)
         settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in judged}
-    # Suites have prompts and lengths of their own, from the installed lm-eval.
-    own = {**shared, "general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
-    settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
+    settings |= suite_settings(suites, config, matrix)
     there = _read_cells(run, settings)
     far = distance.settings_of(config, matrix, base_of(run)) if config.get("distance") else {}
     todo: dict[Stage, list[str]] = {}
@@ -141,7 +139,8 @@ def make_plan(
     return Plan(run, config, engine_args, matrix, settings, there, todo, far, distances)
 
 
-def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
+def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the cells of the matrix."""
     settings = {name: config.get(name) for name in ("backend", "test_rows", "max_prompt_length", "max_new_tokens")}
     settings |= {"chat_template": config.get("chat_template", False), "num_fewshot": config.get("num_fewshot")}
     if config.get("chat_template_args") and settings["chat_template"]:
@@ -151,6 +150,13 @@ def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dic
 
         settings["icl"] = {"version": ICL_VERSION, "seed": config.get("seed", 1234)}
     return settings | {"engine": {k: v for k, v in engine_args.items() if k not in SPEED_ONLY_ARGS}}
+
+
+def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of the cells of suites, whose prompts and lengths are those of the installed lm-eval."""
+    own = {name: matrix[name] for name in ("backend", "engine")}
+    own |= {"general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
+    return {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
 
 
 def _judged_settings(run: Run, config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Measures of what a run forgot: pure functions, each with its source."""
+"""Measures of forgetting: pure functions of numpy arrays, each with its source."""

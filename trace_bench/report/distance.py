@@ -130,7 +130,7 @@ def _negative(estimate: Estimate) -> Estimate:
     return Estimate(-estimate.value, -estimate.high, -estimate.low)
 
 
-def csv_rows(results: Results) -> Iterable[list[Any]]:
+def scores(results: Results) -> Iterable[list[Any]]:
     """Lines of scores.csv."""
     for (index, name), d in distances(results.run).items():
         ends = (None if math.isnan(x) else x for x in d.kl[1:])

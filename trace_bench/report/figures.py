@@ -32,6 +32,7 @@ from trace_bench.report.drawing import (
     shown,
 )
 from trace_bench.report.figures_distance import distance, distances
+from trace_bench.report.figures_flow import flow
 from trace_bench.report.results import DELTAS, Results, measured
 from trace_bench.report.seeds import Group, lines_of
 from trace_bench.report.tables import DASH, PERCENT, shade, shared_unit, stage_label
@@ -365,7 +366,7 @@ def _by_name(*drawings: Any) -> dict[str, Drawing]:
     return {drawing.__name__.lstrip("_"): drawing for drawing in drawings}
 
 
-_OF_A_RUN = _by_name(_matrix, _tasks, _sequence, _form, _general, _judged, distance, _losses, _cost)
+_OF_A_RUN = _by_name(_matrix, _tasks, _sequence, _form, _general, _judged, distance, _losses, _cost, flow)
 _OF_RUNS = _by_name(_runs, _stages, distances)
 #: The figures that there may be, of a run and of several.
 NAMES, RUNS_NAMES = tuple(_OF_A_RUN), tuple(_OF_RUNS)
