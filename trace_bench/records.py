@@ -6,7 +6,8 @@ samples to their score. Only JSON is read here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trace_bench.run import Run, RunError, Stage, read_json
@@ -14,6 +15,8 @@ from trace_tasks.data import JUDGED
 from trace_tasks.data.files import fingerprint
 
 _REDO = "Delete it and evaluate again."
+#: The prompts of a distance from the base model that belong to no task.
+NEUTRAL = "neutral"
 
 # -------------------------------------------------------------------------------------------------------------- stages
 
@@ -162,3 +165,34 @@ def check_one_checkpoint(stage: Stage) -> None:
                 "changed in between. Evaluate the stage again as before, with the same --general and --judged, "
                 f"which makes the older cells again; or delete {stage.path}/eval and evaluate again."
             )
+
+
+# ----------------------------------------------------------------------------------------------------------- distances
+
+
+def distance_file(stage: Stage, name: str) -> Path:
+    """How far a stage is from the base model on a set of prompts: a task's, or `NEUTRAL`."""
+    return stage.path / "distance" / f"{name}.json"
+
+
+def distance_answers(base: Stage, name: str) -> Path:
+    """What the base model answers to a set of prompts, and the tokens that it holds likeliest."""
+    return base.path / "distance" / f"{name}.jsonl"
+
+
+def read_distance(stage: Stage, name: str) -> dict[str, Any] | None:
+    """The distance of a stage on a set of prompts, checked to be that; None if there is none."""
+    file = distance_file(stage, name)
+    if not file.exists():
+        return None
+    found = read_json(file)
+    if wrong := _differing(found, {"stage": stage.name, "set": name}):
+        raise RunError(f"{file} says {wrong}, and lies at {stage.name}: it was moved or copied. {_REDO}")
+    return found
+
+
+def is_distance_valid(there: Mapping[str, Any] | None, base: Mapping[str, Any] | None, checkpoint: str | None) -> bool:
+    """Whether a distance is of these weights and of the answers that the base model's file has."""
+    if there is None or base is None:
+        return False
+    return there["checkpoint"] == checkpoint and there["answers"] == base["answers"]

@@ -56,7 +56,7 @@ _Config = _object(
     (Positive | None, "train_rows"),
     (Count | None, "num_fewshot max_answer_length"),
     (Count, "per_device_train_batch_size gradient_accumulation_steps seed"),
-    (bool, "chat_template trust_remote_code"),
+    (bool, "chat_template trust_remote_code distance"),
     (Anything | None, "chat_template_args engine_args"),
     (list[str], "general judged"),
     (list[Number] | None, "epochs"),
@@ -133,6 +133,22 @@ Cell = _object(
     (dict[str, Text], "made_with"),
     (Seconds, "seconds"),
 )
+#: The distance from the base model on a set of prompts: distance/SET.json
+Distance = _object(
+    (str, "stage! set! answers!"),
+    (Text, "checkpoint!"),
+    (Count, "n!"),
+    (Anything, "settings!"),
+    (_list(_list(Number)), "kl unseen!"),
+    (Seconds, "seconds"),
+)
+#: A line of the base model's distance/SET.jsonl
+Asked = _object(
+    (int | str, "doc_id!"),
+    (_list(Count), "prompt! answer!"),
+    (_list(_list(Count)), "tokens!"),
+    (_list(_list(Number)), "logprobs!"),
+)
 #: A line of eval/samples/TASK.jsonl
 Sample = _object((str, "task"), (int | str, "doc_id!"))
 
@@ -207,9 +223,10 @@ Audit = _object((str, "source!"), (_map(_object((Text, "fingerprint"))), "tasks!
 def of_file(path: Path) -> Any:
     """The object that a file of a run, or beside runs, has to hold; None for any other file."""
     folder, name = path.parent, path.name
-    if folder.name in ("eval", "judge", "samples"):
+    if folder.name in ("eval", "judge", "samples", "distance"):
         lines = path.suffix == ".jsonl"
-        return {"eval": Cell, "judge": Verdict if lines else JudgedSet, "samples": Sample}[folder.name]
+        distance, judged = (Asked, Verdict) if lines else (Distance, JudgedSet)
+        return {"eval": Cell, "judge": judged, "samples": Sample, "distance": distance}[folder.name]
     if name == "train.json" and folder.parent.name == "stages":
         return Trained
     if name.startswith("calibration-"):

@@ -45,6 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--judged", **LIST, metavar="SET", help="instruct, safety or names of sets; same stages")
     add("--judged-rows", type=positive, help="first so many prompts of each set")
     add("--judged-max-new-tokens", type=positive, help="the most tokens of an answer (512)")
+    add(
+        "--distance",
+        action="store_true",
+        default=None,
+        help="KL of each stage from the base model, on its own task's prompts and on neutral questions",
+    )
     add = parser.add_argument_group("checkpoints trained elsewhere").add_argument
     add(
         "--checkpoint",
@@ -118,8 +124,8 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
         known |= {name: manifest.get(name, False) for name in ("chain", "renamed_base")}
     elif "model" not in given:
         raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
-    elif given.get("tasks") == [] and not {"general", "judged"} & extra.keys():
-        raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged, or both.")
+    elif given.get("tasks") == [] and not {"general", "judged", "distance"} & extra.keys():
+        raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged or --distance.")
     else:
         known = {"chain": False, "renamed_base": False, "tasks": data.ORDERS["order1"]}
         # Recorded for later checkpoints: all of them need the same, or their differences mean nothing.

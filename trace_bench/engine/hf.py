@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
-from trace_bench.engine.swap import Example, SwapLM, Wanted
+from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted
 from trace_tasks.tokens import text_of
 
 
@@ -137,6 +137,24 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         self.work.prompt_tokens += sum(map(len, rows))
         return found
 
+    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+        """See `SwapLM`; an answer is read in one pass."""
+        found: dict[int, Expected] = {}
+        size = 1 if self.batch_size == "auto" else int(self.batch_size)
+        order = sorted(range(len(forced)), key=lambda i: len(forced[i].prompt) + len(forced[i].answer))
+        began = time.perf_counter()
+        for start in range(0, len(order), size):
+            batch = {i: [*forced[i].prompt, *forced[i].answer] for i in order[start : start + size]}
+            width = max(map(len, batch.values()))
+            # Padding behind a text changes nothing in it.
+            rows = [ids + [self.pad] * (width - len(ids)) for ids in batch.values()]
+            logits = self._model_call(torch.tensor(rows, device=self.device))
+            for row, (i, ids) in zip(logits, batch.items(), strict=True):
+                found[i] = _expected(row[len(forced[i].prompt) - 1 : len(ids) - 1], forced[i].asked)
+            self.work.prompt_tokens += sum(map(len, batch.values()))
+        self.work.seconds += time.perf_counter() - began
+        return [found[i] for i in range(len(forced))]
+
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
         if self.soft_prompt is None:
             return super()._model_call(inps, attn_mask, labels)
@@ -146,6 +164,16 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
     def _behind_prompt(self, ids: Any) -> Any:
         embeds = self._model.get_input_embeddings()(ids)
         return torch.cat([self.soft_prompt.to(embeds).expand(len(ids), -1, -1), embeds], dim=1)
+
+
+def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected:
+    """The log-probabilities of the tokens that are asked for; logits of shape (tokens of the answer, vocabulary)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    if isinstance(asked, int):
+        tokens = logprobs.topk(min(asked, logprobs.shape[-1]), dim=-1).indices.tolist()
+    else:
+        tokens = [list(ids) for ids in asked]
+    return [dict(zip(ids, row[ids].tolist(), strict=True)) for ids, row in zip(tokens, logprobs, strict=True)]
 
 
 class _Stops(StoppingCriteria):

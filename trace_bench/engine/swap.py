@@ -46,6 +46,20 @@ class Wanted:
 Example = tuple[tuple[int, ...], tuple[int, ...]]
 
 
+@dataclass(frozen=True)
+class Forced:
+    """An answer that the model is made to give: what does it expect at each of its tokens?"""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    asked: tuple[tuple[int, ...], ...] | int
+    """Which tokens are asked for at each token of the answer; a number = at least so many of the likeliest."""
+
+
+#: For each token of an answer: token -> its log-probability there.
+Expected = list[dict[int, float]]
+
+
 class SwapLM:
     """Mixed into lm-eval's class of a backend.
 
@@ -108,6 +122,19 @@ class SwapLM:
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
         """The sum of the log-probabilities of each answer's tokens behind its prompt, in nats."""
         raise NotImplementedError
+
+    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+        """The log-probabilities of tokens in place of each token of given answers, out of the whole vocabulary."""
+        raise NotImplementedError
+
+    def first_tokens(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        """The first so many tokens of the model's own greedy answers; one that ends before has its EOS."""
+        wanted = [Wanted(tuple(ids), most, (), self.ends) for ids in prompts]
+        answers = []
+        for ids in self._answers(wanted):
+            end = next((n for n, token in enumerate(ids) if token in self.ends), most)
+            answers.append(list(ids[: end + 1][:most]))
+        return answers
 
     # ----------------------------------------------------------------------------------------------------- prompts
 

@@ -23,17 +23,21 @@ from lm_eval.models.vllm_causallms import VLLM
 from tqdm import tqdm
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import config_differences, plain_lora_rank
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import has_gpu, starting_vllm
-from trace_bench.engine.swap import EngineError, Example, SwapLM, Wanted
+from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
 
 log = logging.getLogger(__name__)
 
 #: The ranks that vLLM has kernels for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+#: What makes requests give known tokens, as the engine argument logits_processors.
+FORCING = "trace_bench.engine.forcing:Forcing"
 
 
 class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
@@ -311,6 +315,43 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             prompt: {token: p.logprob for token, p in output.outputs[0].logprobs[0].items()}
             for prompt, output in zip(prompts, outputs, strict=True)
         }
+
+    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+        """See `SwapLM`."""
+        places, prompts, params = [], [], []
+        for i, one in enumerate(forced):
+            for part in self._parts(one):
+                which: dict[str, Any] = {"logprobs": one.asked}
+                if isinstance(one.asked, tuple):
+                    which = {"logprob_token_ids": sorted({token for n in part for token in one.asked[n]})}
+                if self.forces:
+                    which["extra_args"] = {"forced": list(one.answer[part.start : part.stop])}
+                places.append(i)
+                prompts.append([*one.prompt, *one.answer[: part.start]])
+                params.append(
+                    SamplingParams(temperature=0, max_tokens=len(part), ignore_eos=True, detokenize=False, **which)
+                )
+        outputs = self._model_generate(prompts, generate=True, sampling_params=params) if prompts else []
+        found: list[Expected] = [[] for _ in forced]
+        for i, output in zip(places, outputs, strict=True):
+            found[i] += [{token: p.logprob for token, p in told.items()} for told in output.outputs[0].logprobs]
+        return found
+
+    @property
+    def forces(self) -> bool:
+        """Whether a request can be made to give known tokens; else each of them is a request."""
+        return FORCING in (self.model_args.get("logits_processors") or ())
+
+    def _parts(self, one: Forced) -> Iterator[range]:
+        """The tokens of an answer in groups for which one request can tell all that is asked."""
+        start, tokens = 0, set[int]()
+        for n in range(len(one.answer)):
+            here = set(one.asked[n]) if isinstance(one.asked, tuple) else set()
+            if n > start and (not self.forces or len(tokens | here) > MAX_LOGPROB_TOKEN_IDS):
+                yield range(start, n)
+                start, tokens = n, set()
+            tokens |= here
+        yield range(start, len(one.answer))
 
     def _model_generate(
         self,

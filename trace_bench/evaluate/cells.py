@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trace_bench import checks
+from trace_bench.evaluate import distance
 from trace_bench.evaluate.likelihood import fill_cell, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
@@ -43,6 +44,7 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
             max_prompt_length=plan.matrix["max_prompt_length"],
             engine_args=plan.engine_args,
             checkpoints=checkpoints,
+            forced=any(plan.distances.values()),
         )
     if any(plan.settings[name].get("chat_template") for name in plan.missing):
         lm.chat = plan.chat(lm.tokenizer)
@@ -79,6 +81,10 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
             for name in plan.fill.get(stage, ()):
                 bar.set_postfix_str(f"{stage.name}: {task_name(name)}"[:60])
                 fill_cell(plan, tasks.single[name], lm, stage, name, made)
+                bar.update()
+            for name in plan.distances.get(stage, ()):
+                bar.set_postfix_str(f"{stage.name}: distance, {task_name(name)}"[:60])
+                distance.measure(plan, lm, stage, name, made)
                 bar.update()
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
+from trace_bench.evaluate import distance
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import differences
 from trace_bench.measures.likelihood import LIKELIHOOD
@@ -20,7 +21,15 @@ from trace_tasks.tokens import Chat
 log = logging.getLogger(__name__)
 
 #: The settings of what is measured in addition to the matrix (`CLConfig`). A manifest has those that were set.
-EXTRA_SETTINGS = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
+EXTRA_SETTINGS = (
+    "general",
+    "general_stages",
+    "general_rows",
+    "judged",
+    "judged_rows",
+    "judged_max_new_tokens",
+    "distance",
+)
 _DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
 
 
@@ -37,6 +46,8 @@ class Plan:
         todo: Stage -> the names of its missing cells.
         fill: Stage -> the names of its cells that get their likelihoods now.
         likelihood: Whether the cells that are made get theirs.
+        distance: The settings of distances from the base model; empty if none are asked for.
+        distances: Stage -> the sets of prompts on which its distance is missing.
     """
 
     run: Run
@@ -48,16 +59,18 @@ class Plan:
     todo: dict[Stage, list[str]]
     fill: dict[Stage, list[str]] = field(default_factory=dict)
     likelihood: bool = False
+    distance: dict[str, Any] = field(default_factory=dict)
+    distances: dict[Stage, list[str]] = field(default_factory=dict)
 
     @property
     def cells(self) -> int:
-        """The number of cells that are made or filled."""
-        return sum(len(names) for part in (self.todo, self.fill) for names in part.values())
+        """The number of cells that are made or filled, and of missing distances."""
+        return sum(len(names) for part in (self.todo, self.fill, self.distances) for names in part.values())
 
     @property
     def stages(self) -> list[Stage]:
         """The stages that the engine is needed for, in their order."""
-        return sorted({*self.todo, *self.fill}, key=lambda stage: stage.index)
+        return sorted({*self.todo, *self.fill, *self.distances}, key=lambda stage: stage.index)
 
     @property
     def missing(self) -> list[str]:
@@ -116,33 +129,38 @@ def make_plan(
     suites, judged = data.expand(config["general"], data.SUITES), data.expand(config["judged"], data.JUDGED)
     records.check_stages(run, chosen)
     matrix = matrix_settings(config, engine_args)
-    shared = {name: matrix[name] for name in ("backend", "engine")}
-    settings = dict.fromkeys(run.tasks, matrix)
-    if judged:
-        checks.locate_data(run, data_path)  # demo data has its own prompts
-        own = shared | _judged_settings(run, config, engine_args)
-        settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in judged}
+    settings = dict.fromkeys(run.tasks, matrix) | _settings_of_judged(run, judged, config, engine_args, data_path)
     settings |= suite_settings(suites, config, matrix)
     there = _read_cells(run, settings)
+    far = distance.settings_of(config, matrix, base_of(run)) if config.get("distance") else {}
     todo: dict[Stage, list[str]] = {}
     fill: dict[Stage, list[str]] = {}
+    distances: dict[Stage, list[str]] = {}
     for stage in chosen:
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
             wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
-            missing = _missing(stage, wanted, there)
+            missing, sets = _missing(stage, wanted, there), distance.missing(run, stage, far)
             lacking = [name for name in run.tasks if name not in missing and _lacks(there.get((stage, name)), name)]
             lacking = lacking if likelihood else []
-            if (missing or lacking) and stage.external is not None and not stage.external.is_dir():
+            if not missing and not lacking and not sets:
+                continue
+            if stage.external is not None and not stage.external.is_dir():
                 log.warning(
                     "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
-                    *(stage.name, stage.external, len(missing) + len(lacking)),
+                    *(stage.name, stage.external, len(missing) + len(lacking) + len(sets)),
                 )
                 continue
             todo |= {stage: missing} if missing else {}
             fill |= {stage: lacking} if lacking else {}
-    return Plan(run, config, engine_args, matrix, settings, there, todo, fill, likelihood is not False)
+            distances |= {stage: sets} if sets else {}
+    return Plan(
+        *(run, config, engine_args, matrix, settings, there, todo, fill),
+        likelihood=likelihood is not False,
+        distance=far,
+        distances=distances,
+    )
 
 
 def has_likelihood(name: str) -> bool:
@@ -176,12 +194,18 @@ def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[s
     return {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
 
 
-def _judged_settings(run: Run, config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
+def _settings_of_judged(
+    run: Run, names: list[str], config: dict[str, Any], engine_args: dict[str, Any], data_path: str | None
+) -> dict[str, dict[str, Any]]:
     """The limits of the matrix do not hold for sets to be judged; a model with a chat template is asked in it."""
-    trusted = engine_args.get("trust_remote_code", False)
+    if not names:
+        return {}
+    checks.locate_data(run, data_path)  # demo data has its own prompts
+    matrix, trusted = matrix_settings(config, engine_args), engine_args.get("trust_remote_code", False)
     chat = models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template is not None
     arguments = config.get("chat_template_args") if chat else None
-    return {
+    shared = {
+        **{name: matrix[name] for name in ("backend", "engine")},
         "test_rows": config.get("judged_rows"),
         "max_prompt_length": None,
         "max_new_tokens": config.get("judged_max_new_tokens"),
@@ -189,6 +213,7 @@ def _judged_settings(run: Run, config: dict[str, Any], engine_args: dict[str, An
         **({"chat_template_args": arguments} if arguments else {}),
         "num_fewshot": None,
     }
+    return {name: {**shared, "data": data.source_fingerprint(name)} for name in names}
 
 
 def _read_cells(run: Run, wanted: dict[str, dict[str, Any]]) -> dict[tuple[Stage, str], dict[str, Any]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from trace_bench.metrics import Matrix
 from trace_bench.records import stale
-from trace_bench.report import choices, conventions, judged, likelihood, record, suites, transitions
+from trace_bench.report import choices, conventions, distance, judged, likelihood, record, suites, transitions
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
@@ -61,6 +61,7 @@ def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Blo
         "transitions": transitions.sections,
         "choices": choices.sections,
         "general": suites.general,
+        "distance": distance.sections,
         "answers": suites.answers,
         "judged": judged.sections,
         "conventions": conventions.sections,
