@@ -30,6 +30,7 @@ COMMANDS = {
     "evaluate": "fill the cells of a run's matrix, one engine for all stages",
     "judge": "judge the answers of a run: instruction following and safety against the base model",
     "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
+    "relearn": "what a few rows of each old task bring back at the end of a run: was it gone, or hidden?",
     "report": "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
     "study": "train, evaluate and compare the runs of a study file",
     "status": "how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
@@ -78,7 +79,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 #: The commands that other packages have, and where.
-ELSEWHERE = {"train": "trainers.command", "judge": "judges.commands.judge", "annotate": "judges.commands.annotate"}
+ELSEWHERE = {
+    **{"train": "trainers.command", "relearn": "trainers.relearn"},
+    **{"judge": "judges.commands.judge", "annotate": "judges.commands.annotate"},
+}
 
 
 def module_of(name: str) -> Any:

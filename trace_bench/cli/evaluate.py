@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--general", **LIST, metavar="SUITE", help="general (the paper's six) or names of suites")
     add("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
     add("--general-rows", type=positive, help="at least so many rows of each suite, as many of each subtask")
+    add(
+        "--given", type=positive, metavar="K", help="old tasks once more with the first K tokens of the reference given"
+    )
     add("--judged", **LIST, metavar="SET", help="instruct, safety or names of sets; same stages")
     add("--judged-rows", type=positive, help="first so many prompts of each set")
     add("--judged-max-new-tokens", type=positive, help="the most tokens of an answer (512)")
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         engine_args=engine_args,
         data_path=args.data,
         extra=extra,
+        given=args.given,
     )
     if not done:
         print("nothing to evaluate: every cell is done")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ class Wanted:
     """Tokens that end it: EOS."""
     sampling: tuple[tuple[str, Any], ...] = ()
     """What a task asks for beyond greedy decoding; empty for TRACE's tasks."""
+    given: tuple[int, ...] = ()
+    """The first tokens of the answer, which end the prompt's ids and are not generated."""
 
 
 class SwapLM:
@@ -48,6 +50,8 @@ class SwapLM:
         max_prompt_length: Prompts of generation tasks keep their last so many tokens.
         served: How the loaded weights came into the engine, for the record of a cell.
         unfinished: Answers that ended at their length limit. The caller empties it.
+        given: The first token ids of the answer to a request, which are not generated; where it gives none, the request
+            is not asked. None = all requests are asked, and all of an answer is generated.
     """
 
     base: str
@@ -62,6 +66,7 @@ class SwapLM:
     def __init__(self, **kwargs: Any) -> None:
         self.work = Work()
         self.unfinished: set[str] = set()
+        self.given: Callable[[Any], tuple[int, ...]] | None = None
         self.served: dict[str, Any] = {"weights": "base"}
         # The stages ask the same texts, so their token ids are kept.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
@@ -137,20 +142,26 @@ class SwapLM:
         """The answers to lm-eval's requests: greedy, ended by EOS, the task's stops or its length."""
         # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
         special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        wanted = [self._wanted(special, *request.args) for request in requests]
+        given = [() if self.given is None else self.given(request) for request in requests]
+        wanted = [self._wanted(special, *request.args, given=ids) for request, ids in zip(requests, given, strict=True)]
+        asked = [self.given is None or bool(ids) for ids in given]
+        answers = iter(self._answers([want for want, ask in zip(wanted, asked, strict=True) if ask]))
         texts = []
-        for request, want, ids in zip(requests, wanted, self._answers(wanted), strict=True):
+        for request, want, ask in zip(requests, wanted, asked, strict=True):
+            ids = [*want.given, *next(answers)] if ask else []
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
             whole = text = self._spoken(ids[:end])
             for stop in want.stops:
                 text = text.split(stop)[0]
-            if end is None and text == whole and len(ids) >= want.most:
+            if end is None and text == whole and len(ids) >= want.most + len(want.given):
                 self.unfinished.add(text)
             texts.append(text)
             self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
         return texts
 
-    def _wanted(self, special: dict[str, int], text: str, options: dict[str, Any]) -> Wanted:
+    def _wanted(
+        self, special: dict[str, int], text: str, options: dict[str, Any], given: tuple[int, ...] = ()
+    ) -> Wanted:
         from lm_eval.models.utils import normalize_gen_kwargs
 
         kwargs = dict(normalize_gen_kwargs(options, self.max_gen_toks))  # type: ignore[attr-defined]
@@ -165,11 +176,12 @@ class SwapLM:
             )
         (ids,) = self._prompt_ids([text], min(room, self.max_prompt_length or room))
         return Wanted(
-            ids=tuple(ids),
-            most=most,
+            ids=(*ids, *given),
+            most=max(most - len(given), 1),
             stops=tuple(stop for stop in until if stop not in special),
             ends=self.ends | {special[stop] for stop in until if stop in special},
             sampling=tuple(kwargs.items()),
+            given=given,
         )
 
     def _spoken(self, ids: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trace_bench import checks
+from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
 from trace_bench.evaluate.plan import Plan, base_of
 from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
@@ -123,6 +124,10 @@ def _measured(
         yield batch[0], *run_suite(lm, tasks.suites[batch[0]], settings["general_rows"])
         return
     lm.unfinished.clear()
+    owners, given = {name: task_of(name, settings) for name in batch}, None
+    if settings.get("given"):
+        given = FirstTokens(lm, {task: tasks.single[task] for task in owners.values()}, settings["given"])
+    lm.given = given
     results, seconds = run_tasks(
         lm,
         [tasks.single[name] for name in batch],
@@ -130,11 +135,20 @@ def _measured(
         limit=settings["test_rows"],
         apply_chat_template=settings["chat_template"],
     )
+    lm.given = None
     answers = sum(map(len, results["samples"].values()))
-    for name in batch:
-        rows = results["samples"][name]
-        scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, results["results"][name])
-        yield name, scores, samples, seconds * len(rows) / answers  # they share their time by rows
+    for name, task in owners.items():
+        rows, found = results["samples"][task], results["results"][task]
+        share = seconds * len(rows) / answers  # they share their time by rows
+        short = {}
+        if given is not None:
+            short["n_short"] = len({row["doc_id"] for row in rows} - {row for of, row in given.rows if of == task})
+            rows, found = given.kept(task, rows)
+        if not rows:
+            yield name, nothing_to_score(tasks.single[name]) | short, [], share
+            continue
+        scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, found)
+        yield name, scores | short, samples, share
 
 
 def _score(

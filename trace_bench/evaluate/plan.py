@@ -10,6 +10,7 @@ from typing import Any
 
 from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
+from trace_bench.evaluate.given import given_cells, given_settings
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import differences
 from trace_bench.run import Run, RunError, Stage
@@ -79,12 +80,14 @@ def make_plan(
     engine_args: dict[str, Any] | None = None,
     data_path: str | None = None,
     extra: dict[str, Any] | None = None,
+    given: int | None = None,
 ) -> Plan:
     """Finds the missing cells of the chosen stages. What is given holds instead of what the run says.
 
     `cells` are the tasks of each stage: "seen", "all", or "own" (that of the stage alone). The base model and
     checkpoints that belong to no task are always evaluated on all tasks. `engine_args` are added to the run's own. They
-    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`.
+    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`. With `given` old tasks
+    are measured once more, with so many tokens of their references.
 
     Raises:
         RunError: if cells of the run were made with other settings.
@@ -100,7 +103,7 @@ def make_plan(
     records.check_stages(run, chosen)
     matrix = _matrix_settings(config, engine_args)
     shared = {name: matrix[name] for name in ("backend", "engine")}
-    settings = dict.fromkeys(run.tasks, matrix)
+    settings = dict.fromkeys(run.tasks, matrix) | given_settings(run, given, matrix)
     if judged:
         checks.locate_data(run, data_path)  # demo data has its own prompts
         own = shared | _judged_settings(run, config, engine_args)
@@ -114,6 +117,7 @@ def make_plan(
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
+            more = [*given_cells(run, stage, given), *more]
             wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
             missing = _missing(stage, wanted, there)
             if missing and stage.external is not None and not stage.external.is_dir():

@@ -29,6 +29,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scores": ("Scores", ("matrix", "sequence")),
     "learning": ("Learning", ("tasks",)),
     "form": ("", ("form",)),
+    "hidden": ("Gone or hidden", ()),
     "tolerant": ("", ()),
     "extracted": ("", ()),
     "limits": ("", ()),

@@ -13,7 +13,7 @@ import numpy as np
 
 from trace_bench.metrics import Matrix
 from trace_bench.records import stale
-from trace_bench.report import judged, record, suites
+from trace_bench.report import judged, record, relearn, suites
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
@@ -55,6 +55,7 @@ def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Blo
         "scores": _scores,
         "tolerant": _tolerant,
         "form": _form,
+        "hidden": relearn.sections,
         "extracted": _extracted,
         "limits": _limits,
         "general": suites.general,

@@ -67,10 +67,10 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if "--help_all" in (sys.argv if argv is None else argv):
             argv = ["--help"]
-        train(trainer, *_parse(config, argv))
+        train(trainer, *parse(config, argv))
 
 
-def _parse(config: type[CLConfig], argv: list[str] | None) -> list[Any]:
+def parse(config: type[CLConfig], argv: list[str] | None) -> list[Any]:
     """The config of the method and TRL's ModelConfig, from the command line and the file that it names."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(argv[:-1], 1):
@@ -328,15 +328,8 @@ class Loop:
             )
 
     def _evaluate(self, stage: Stage) -> None:
-        """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
         if self.state.is_main_process:
-            command = ["-m", "trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index)]
-            # It is a program of its own, not one of the processes that were launched together.
-            environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
-            if ending.run_child([sys.executable, *command], environment):
-                raise RunError(
-                    f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again."
-                )
+            evaluate_apart(self.run, stage)
         self.state.wait_for_everyone()
 
     def _remove_left(self, stage: Stage) -> None:
@@ -347,6 +340,21 @@ class Loop:
     def _say(self, stage: Stage, text: str) -> None:
         if self.state.is_main_process:
             print(printable(f"stage {stage.index}/{len(self.run.stages) - 1} {text}"), flush=True)
+
+
+def evaluate_apart(run: Run, *stages: Stage) -> None:
+    """Evaluates stages in a process of its own, which gives all memory back when it ends.
+
+    Raises:
+        RunError: if it failed.
+    """
+    indices = [str(stage.index) for stage in stages]
+    command = ["-m", "trace_bench.cli", "evaluate", str(run.path), "--stages", *indices]
+    # It is a program of its own, not one of the processes that were launched together.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
+    if ending.run_child([sys.executable, *command], environment):
+        names = ", ".join(stage.name for stage in stages)
+        raise RunError(f"The evaluation of {names} failed, see above. What is done is kept: run this again.")
 
 
 def _method_source(trainer: type[CLTrainer]) -> str | None:

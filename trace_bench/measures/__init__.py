@@ -1,0 +1,1 @@
+"""Measures of what was learned and forgotten: pure functions, one topic a file."""
