@@ -41,16 +41,15 @@ def sections(results: Results) -> Iterable[Block]:
 
 def _relearned(results: Results, folder: Path) -> Iterable[Block]:
     """The table of one relearning: from the last stage, and from the base model."""
-    found = {name: folder / name for name in _STARTS if (folder / name / "manifest.json").exists()}
-    there = {name: Results(replace(Run.open(path), left_out=results.run.left_out)) for name, path in found.items()}
-    there = {name: relearned for name, relearned in there.items() if relearned.cells}
-    if not there:
-        return
+    runs = {name: Run.open(folder / name) for name in _STARTS if (folder / name / "manifest.json").exists()}
+    there = {name: Results(replace(run, left_out=results.run.left_out)) for name, run in runs.items()}
     if any(_is_stale(results, name, relearned) for name, relearned in there.items()):
         yield (
             f"> **Left out**: `relearn/{one_line(folder.name)}` was made from other weights, or measured under other "
             "settings, than the run has now. Remove it and run `trace-bench relearn` again."
         )
+        return
+    if not any(relearned.cells for relearned in there.values()):
         return
     config, last = next(iter(there.values())).run.manifest["config"], len(results.run.tasks)
     rows = f"{config.get('train_rows')} rows"
