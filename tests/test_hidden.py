@@ -9,7 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import train
 
-from trace_bench import cli, ending, evaluate
+from trace_bench import cli, ending, evaluate, metrics
 from trace_bench.engine import models
 from trace_bench.measures.hidden import share_interval, share_recovered
 from trace_bench.report import Results
@@ -65,18 +65,17 @@ def test_the_share_that_came_back():
     assert share_recovered([[0.8, 0.2, 0.2], [1, 0, 1]]).tolist() == [0, 1]
 
 
-def test_its_interval_is_that_of_fieller_where_the_loss_is_certain():
+def test_its_interval_covers_the_share_as_the_bootstrap_does_and_has_no_end_where_the_loss_is_not_certain():
     rng = np.random.default_rng(0)
     own, last = rng.normal(0.8, 0.2, 400), rng.normal(0.2, 0.2, 400)
     rows = np.stack([own, last, last + 0.5 * (own - last) + rng.normal(0, 0.3, 400)], axis=1)
-    a, b = rows[:, 2] - rows[:, 1], rows[:, 0] - rows[:, 1]
-    # Fieller (1954): all shares s for which the mean of a - s b may be 0.
-    s = np.linspace(0, 1, 20001)
-    z = (a.mean() - s * b.mean()) / np.sqrt((a.var(ddof=1) - 2 * s * np.cov(a, b)[0, 1] + s**2 * b.var(ddof=1)) / 400)
-    inside = s[np.abs(z) < 1.96]
-    assert share_interval(rows) == pytest.approx((inside[0], inside[-1]), abs=0.005)
-    rows[:, 2] = np.nan
-    assert np.isnan(share_interval(rows)).all()
+    bootstrap = metrics.bootstrap_interval([rows], lambda R: share_recovered(R[..., 0]))
+    assert share_interval(rows) == pytest.approx(bootstrap, abs=0.01)
+    drawn = rng.random((1000, 40, 3)) < (0.8, 0.2, 0.6)  # rows that are right or wrong: two thirds come back
+    covered = [low <= 2 / 3 <= high for low, high in map(share_interval, drawn)]
+    assert 0.93 < np.mean(covered) < 0.97
+    for none in (rows * [1, 1, np.nan], np.zeros((40, 3)), rng.random((40, 3)), rows[:1]):
+        assert np.isnan(share_interval(none)).all()
 
 
 # ------------------------------------------------------------------------------------------------------------- relearn

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from trace_bench import metrics
 from trace_bench.metrics import Matrix, Value
 
 
@@ -29,11 +30,20 @@ def share_recovered(scores: ArrayLike) -> Value:
     return float(share) if np.ndim(share) == 0 else share
 
 
-def share_interval(rows: Matrix) -> tuple[float, float]:
-    """The 95 % interval of `share_recovered` over test rows, shape (rows, 3), by the paired bootstrap.
+def share_interval(rows: Matrix, *, level: float = 0.95) -> tuple[float, float]:
+    """The interval of `share_recovered` over test rows, shape (rows, 3), paired.
 
-    It means something where the loss is certain: where own - last may be 0 the share may be anything. NaN where a score
-    is NaN, and without any spread, which is no certainty.
+    Fieller's of a ratio of two means (1954, Journal of the Royal Statistical Society B 16): all shares s for which the
+    mean of (relearned - last) - s (own - last) may be 0. It has an end only where the loss is certain. NaN where it has
+    none, where a score is NaN, and without any spread of the rows, which is no certainty.
     """
-    low, high = metrics.bootstrap_interval([rows], lambda R: share_recovered(R[..., 0]))
-    return (low, high) if high > low else (np.nan, np.nan)
+    own, last, relearned = np.asarray(rows, dtype=np.float64).T
+    gained, lost = relearned - last, own - last
+    a, b, z = gained.mean(), lost.mean(), NormalDist().inv_cdf((1 + level) / 2)
+    variances = np.cov(gained, lost) * z**2 / len(gained) if len(gained) > 1 else np.full((2, 2), np.nan)
+    # s solves p s^2 - 2 q s + r = 0.
+    p, q, r = b**2 - variances[1, 1], a * b - variances[0, 1], a**2 - variances[0, 0]
+    root = q**2 - p * r
+    if not (p > 0 and root > 0):
+        return np.nan, np.nan
+    return float((q - root**0.5) / p), float((q + root**0.5) / p)
