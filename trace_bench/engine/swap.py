@@ -143,7 +143,7 @@ class SwapLM:
         # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
         special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         given = [() if self.given is None else self.given(request) for request in requests]
-        wanted = [self._wanted(special, *request.args, given=ids) for request, ids in zip(requests, given, strict=True)]
+        wanted = [self._wanted(special, ids, *request.args) for request, ids in zip(requests, given, strict=True)]
         asked = [self.given is None or bool(ids) for ids in given]
         answers = iter(self._answers([want for want, ask in zip(wanted, asked, strict=True) if ask]))
         texts = []
@@ -159,9 +159,7 @@ class SwapLM:
             self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
         return texts
 
-    def _wanted(
-        self, special: dict[str, int], text: str, options: dict[str, Any], given: tuple[int, ...] = ()
-    ) -> Wanted:
+    def _wanted(self, special: dict[str, int], given: tuple[int, ...], text: str, options: dict[str, Any]) -> Wanted:
         from lm_eval.models.utils import normalize_gen_kwargs
 
         kwargs = dict(normalize_gen_kwargs(options, self.max_gen_toks))  # type: ignore[attr-defined]

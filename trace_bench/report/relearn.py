@@ -59,16 +59,8 @@ def _relearned(results: Results, folder: Path) -> Iterable[Block]:
         "hidden, not gone (arXiv 2501.13453). Shares are of what was lost from the own stage to stage "
         f"{last}, where that is certain."
     )
-    head = [
-        "task",
-        "own stage",
-        f"stage {last}",
-        f"after {rows}",
-        "control",
-        "came back",
-        "in the control",
-        "beyond it",
-    ]
+    shares = ["came back", "control: came back", "beyond the control"]
+    head = ["task", "own stage", f"stage {last}", f"after {rows}", "control", *shares]
     yield Table(head, [_row(results, there, i, task) for i, task in enumerate(results.run.tasks[:-1])])
 
 
