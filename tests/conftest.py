@@ -60,7 +60,9 @@ def as_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the three tasks of made runs for the paper's, so that its numbers are shown beside them."""
     from made_runs import TASKS
 
-    monkeypatch.setattr("trace_bench.report.paper.ORDERS", {"order": TASKS})
+    from trace_tasks.data import ORDERS
+
+    monkeypatch.setattr("trace_bench.report.paper.ORDERS", ORDERS | {"order": TASKS})
 
 
 @pytest.fixture

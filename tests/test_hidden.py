@@ -26,7 +26,7 @@ PLACE = "relearn/4_rows_2_steps"
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Evaluates in this process what `evaluate_apart` would in one of its own."""
+    """Evaluates in this process, instead of one of its own."""
 
     def run_child(words, environment):
         assert words[:3] == [sys.executable, "-m", "trace_bench.cli"]
@@ -107,7 +107,7 @@ def test_a_killed_relearning_goes_on_and_finds_what_an_uninterrupted_one_does(ru
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "evaluate_apart", killed)  # trained, not measured
+        patch.setattr(module, "run_alone", killed)  # trained, not measured
         with pytest.raises(KeyboardInterrupt):
             relearn(run.path, 4, 2)
     trained = run.path / PLACE / "last/stages/1_trace_fomc/train.json"
@@ -124,7 +124,7 @@ def test_a_killed_relearning_goes_on_and_finds_what_an_uninterrupted_one_does(ru
     relearn(run.path, 4, 2)  # nothing is left to do
     monkeypatch.undo()
     (run.path / PLACE / "base/stages/1_trace_fomc/eval/trace_fomc.json").unlink()
-    monkeypatch.setattr(module, "evaluate_apart", killed)
+    monkeypatch.setattr(module, "run_alone", killed)
     with pytest.raises(KeyboardInterrupt):
         relearn(run.path, 4, 2)  # its checkpoint is gone, so it is trained again
     assert (run.path / PLACE / "base/stages/1_trace_fomc/adapter").is_dir()

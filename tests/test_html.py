@@ -114,14 +114,14 @@ def test_the_page_says_what_the_report_says(rich):
 
 
 def test_figures_are_written_as_svg_and_png_in_the_colours_of_the_page(rich):
-    names = ["cost", "form", "general", "judged", "losses", "matrix", "sequence", "tasks"]
+    names = ["cost", "flow", "form", "general", "judged", "losses", "matrix", "sequence", "tasks"]
     files = {f.name: f.read_bytes() for f in (rich.path / "figures").iterdir()}
     assert sorted(files) == [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
     assert all(files[f"{name}.png"].startswith(b"\x89PNG") for name in names)
     assert all(b"<text" in files[f"{name}.svg"] and b"<dc:date>" not in files[f"{name}.svg"] for name in names)
     page = Page(rich)
     images = [attributes for tag, attributes in page.elements if tag == "svg" and "role" in attributes]
-    assert len(images) == 7  # the matrix is a table there
+    assert len(images) == 8  # the matrix is a table there
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     svg_ids = [i for i in ids if i.count("-") and "axes" in i]
     assert svg_ids and len(svg_ids) == len(set(svg_ids)), "figures share no ids"
@@ -437,9 +437,9 @@ def test_panels_stand_one_below_the_other_on_a_phone(visit, rich):
         page = visit(rich, width)
         cut = page.locator("figure.cut")
         names = cut.evaluate_all("all => all.map((figure) => figure.id)")
-        assert names == [f"figure-{name}" for name in ("sequence", "tasks", "general", "judged", "cost")]
+        assert names == [f"figure-{name}" for name in ("sequence", "tasks", "flow", "general", "judged", "cost")]
         halves = cut.locator(".halves svg").all()
-        assert len(halves) == 10 and all(half.is_visible() == (width < 640) for half in halves)
+        assert len(halves) == 12 and all(half.is_visible() == (width < 640) for half in halves)
         wide = cut.locator(".whole").evaluate_all("all => all.map((e) => e.getBoundingClientRect().width)")
         assert all((w > 640) == (width > 640) for w in wide)
     # The halves have the curves and bars of the figure, in its colours.
@@ -491,6 +491,23 @@ def test_samples_are_searched_and_filtered(visit, rich):
     assert page.locator("article h3").first.text_content() != first
 
 
+def test_a_number_of_lost_rows_leads_to_these_rows(visit, rich):
+    page = visit(rich)
+
+    def shown():
+        return int(page.locator("#count").text_content().split(" of ")[0])
+
+    for row, column in (("FOMC", 3), ("FOMC", "back"), ("Py150", 6)):  # with scores of 0 and 1, and graded ones
+        cells = page.locator("#transitions table").nth(2).locator("tr", has_text=row).locator("td")
+        cell = cells.last if column == "back" else cells.nth(column - 2)
+        cell.locator("a").click()
+        page.locator("#task").filter(has_text=row).wait_for()
+        expect = int(cell.text_content().split()[0])
+        page.wait_for_function(f"document.querySelector('#count').textContent.startsWith('{expect} of')")
+        assert expect == shown() > 0
+        assert {t.split(" ·")[0] for t in page.locator("article h3").all_text_contents()} == {row}
+
+
 def test_thousands_of_samples_do_not_freeze_the_page(visit, make):
     rows = np.random.default_rng(0).integers(2, size=(2000, 4)).astype(float)
     run = make(rows={task: {"accuracy": rows} for task in TASKS})
@@ -506,7 +523,7 @@ def test_thousands_of_samples_do_not_freeze_the_page(visit, make):
 
 def test_all_but_the_samples_works_without_javascript(visit, rich):
     page = visit(rich, java_script_enabled=False)
-    assert page.locator("figure svg[role=img]").count() == 7 and page.locator("table.matrix td").count() == 72
+    assert page.locator("figure svg[role=img]").count() == 8 and page.locator("table.matrix td").count() == 72
     assert page.locator("#browser").is_hidden()
     assert "need JavaScript" in page.locator("body").inner_text()
 

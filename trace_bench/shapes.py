@@ -65,7 +65,7 @@ _Config = _object(
 )
 #: manifest.json
 Manifest = _object(
-    (str, "method! trains date"),
+    (str, "method! trains date answers_only"),
     (Text, "commit"),
     (_Model, "model"),
     (_Data, "data!"),
@@ -174,6 +174,30 @@ Calibration = _object((_JudgeSettings, "settings!"), (_map(_object((Number | Non
 Batches = _object((_list(_object((Text, "id!"), (str, "endpoint! tag!"), (list[str], "keys!"))), "batches!"))
 #: annotation.json of a teacher's folder
 Annotation = _object((Anything, "settings!"))
+#: result.json of a run, or under any name in a folder of results: see `report.result_file`
+_Estimate = _object((Number | None, "value! low high"))
+Result = _object(
+    (Literal["trace-bench result"], "format!"),
+    (Literal[1], "version!"),
+    (str, "run! method! trains!"),
+    (Count | None, "seed"),
+    (Text, "date"),
+    (Anything, "protocol! training!"),
+    (_object((str, "metric!"), (Number | None, "scale!"), (bool, "higher_is_better!")) | None, "unit!"),
+    (_map(_Estimate), "scores! measures!"),
+    (
+        _map(
+            _object(
+                (str, "metric!"),
+                (Number | None, "scale! value! low high"),
+                (bool, "higher_is_better!"),
+                (Count | None, "n"),
+            )
+        ),
+        "tasks!",
+    ),
+    (Words, "packages made_with"),
+)
 #: Test rows that are trained on, by their numbers
 _Leaked = _object((list[Count], "exact! near! other_variant!"), (dict[str, list[Count]], "other_tasks"))
 #: What `trace-bench data audit --output` writes

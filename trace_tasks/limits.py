@@ -68,9 +68,9 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
 
 
 def _close(error: BaseException) -> None:
-    """Closes what the calls that were interrupted had open, which would else be closed with the last reference to error.
+    """Closes what the interrupted calls had open, which would else be closed with the last reference to the error.
 
-    Such as torch's context of a device: put back later than the one around it ends, it would hold for all that follows.
+    Such as torch's context of a device: put back after the one around it has ended, it would hold for all that follows.
     """
     traceback.clear_frames(error.__traceback__)
 

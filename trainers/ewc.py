@@ -38,8 +38,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainers.base import CLConfig, CLTrainer, main, option
-from trainers.memory import choose_rows
+from trainers.base import CLConfig, CLTrainer, choose_rows, main, option
 
 
 @dataclass

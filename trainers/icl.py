@@ -48,6 +48,8 @@ class ICLConfig(CLConfig):
 class ICLTrainer(CLTrainer):
     """Never asked to train."""
 
+    own_memory = True
+
     @classmethod
     def prepare(cls, config: ICLConfig, model_args: Any) -> dict[str, Any]:
         """Makes room for prompts with demonstrations: in the limit of prompts, and in the engine's context."""

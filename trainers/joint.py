@@ -33,6 +33,8 @@ class JointConfig(CLConfig):
 class JointTrainer(CLTrainer):
     """All tasks at once."""
 
+    own_memory = True
+
     def stage_dataset(self, stage: Stage) -> Dataset:
         """The rows of all tasks, each as often as its epochs."""
         times = self.config.epochs or [1] * len(self.config.tasks)

@@ -6,50 +6,42 @@ choice depends on the data and the seed alone, and the data is checked against t
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 
-from trainers.base import CLConfig, CLTrainer, option
-
-#: "first" is what the official TRACE code replays, "random" our default.
-CHOICES = ["first", "random", "balanced"]
-
-
-def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
-    """Chooses the rows of a task that are remembered, at most all of them, in the order of the data.
-
-    Args:
-        rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
-        count: How many.
-        how: "first" (the official code's); "random" (ours); or "balanced": random, equally many of each answer as far
-            as there are any. Where every row has an answer of its own this is "random".
-        seed: Decides "random" and "balanced".
-    """
-    count = min(count, len(rows))
-    order = list(range(len(rows)))
-    if how != "first":
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    if how == "balanced":
-        seen: dict[tuple[int, ...], int] = defaultdict(int)
-        rank = {}
-        labels = rows["labels"]
-        for i in order:
-            answer = tuple(label for label in labels[i] if label != -100)
-            rank[i] = seen[answer]
-            seen[answer] += 1
-        order.sort(key=lambda i: rank[i])  # stable: all first ones, then all second ones
-    return rows.select(sorted(order[:count]))
+from trainers.base import CHOICES, CLConfig, CLTrainer, choose_rows, option
 
 
 def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
     """The scalar product of two gradients: of each parameter in float32, their sum in float64."""
     products = [torch.dot(a[name].flatten().float(), b[name].flatten().float()) for name in a]
     return torch.stack(products).double().sum()
+
+
+class StepTrainer(CLTrainer):
+    """A trainer that has its say on what the optimizer did, where `projects_steps` is set."""
+
+    projects_steps = False
+
+    def project(self, descent: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The allowed way downhill for the one that the optimizer took: parameters before less those after the step."""
+        raise NotImplementedError
+
+    def before_step(self) -> None:
+        """Notes where the step begins."""
+        if self.projects_steps:
+            self.begin = {name: p.detach().clone() for name, p in self.trained().items()}
+
+    def after_step(self) -> None:
+        """Goes the allowed way from there."""
+        if self.projects_steps:
+            parameters = self.trained()
+            descent = self.project({name: self.begin[name] - p.detach() for name, p in parameters.items()})
+            for name, p in parameters.items():
+                p.data.copy_(self.begin[name] - descent[name])
 
 
 @dataclass
@@ -65,10 +57,11 @@ class MemoryConfig(CLConfig):
     project_step: bool = option(False, "Project what the optimizer makes of the projected gradient, too.")
 
 
-class MemoryTrainer(CLTrainer):
+class MemoryTrainer(StepTrainer):
     """A trainer that knows some rows of each earlier task, and projects its steps with gradients on them."""
 
     config: MemoryConfig
+    own_memory = True
     memory: dict[str, Dataset]
     #: Gradients and, with project_step, steps of the optimizer that were projected.
     conflicts = 0
@@ -82,8 +75,7 @@ class MemoryTrainer(CLTrainer):
             task: choose_rows(self.task_dataset(task), c.memory_rows, c.memory_choice, c.seed)
             for task in self.run.tasks[: self.stage.index - 1]
         }
-        if self.memory and c.project_step:
-            self.add_callback(ProjectStep(self))
+        self.projects_steps = bool(self.memory) and c.project_step
 
     def memory_gradients(self) -> list[dict[str, torch.Tensor]]:
         """The gradients on the memory that a step may not go against."""
@@ -111,7 +103,7 @@ class MemoryTrainer(CLTrainer):
                 parameter.grad = allowed[name]
 
     def project(self, descent: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What `ProjectStep` makes of the optimizer's step."""
+        """What is made of the optimizer's step."""
         allowed = self.projected(descent, of_step=True)
         if allowed is None:
             return descent
@@ -141,24 +133,3 @@ class MemoryTrainer(CLTrainer):
         rows = {task: len(rows) for task, rows in self.memory.items()}
         found: dict[str, object] = {"memory_rows": rows, "projected_steps": self.conflicts}
         return found | ({"projected_optimizer_steps": self.step_conflicts} if self.config.project_step else {})
-
-
-class ProjectStep(TrainerCallback):
-    """Lets a trainer's `project` have its say on what the optimizer did.
-
-    `project` takes the way downhill, parameters before less parameters after the step, and returns the allowed one.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Notes where the step begins."""
-        self.before = {name: p.detach().clone() for name, p in self.trainer.trained().items()}
-
-    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Goes the allowed way from there."""
-        parameters = self.trainer.trained()
-        descent = self.trainer.project({name: self.before[name] - p.detach() for name, p in parameters.items()})
-        for name, p in parameters.items():
-            p.data.copy_(self.before[name] - descent[name])

@@ -26,8 +26,8 @@ from typing import Any
 import psutil
 import torch
 
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
-from trainers.memory import ProjectStep, choose_rows
+from trainers.base import CLConfig, ConfigError, choose_rows, main, option
+from trainers.memory import StepTrainer
 
 
 @dataclass
@@ -38,7 +38,7 @@ class OGDConfig(CLConfig):
     ogd_size: int = option(200, "The most directions kept of each task; no more than there are rows.", least=1)
 
 
-class OGDTrainer(CLTrainer):
+class OGDTrainer(StepTrainer):
     """A stage whose steps are orthogonal to the stored directions.
 
     State: one tensor per parameter, of shape (directions, *parameter). Its rows over all parameters are orthonormal.
@@ -54,8 +54,7 @@ class OGDTrainer(CLTrainer):
             self.check_memory()
         self.basis = self.load_state()
         self.directions = len(next(iter(self.basis.values()))) if self.basis else 0
-        if self.basis:
-            self.add_callback(ProjectStep(self))
+        self.projects_steps = bool(self.basis)
 
     def check_memory(self) -> None:
         """Refuses what the last stage would have no room for.

@@ -32,8 +32,7 @@ from torch.utils.data import RandomSampler, Sampler
 
 from trace_bench.run import Stage
 from trace_tasks import data
-from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped, main, option
-from trainers.memory import CHOICES, choose_rows
+from trainers.base import CHOICES, CLConfig, CLTrainer, ConfigError, LengthGrouped, main, option
 
 
 @dataclass
@@ -88,6 +87,7 @@ class ReplayTrainer(CLTrainer):
     """A stage with replayed rows, after its own or among them."""
 
     config: ReplayConfig
+    own_memory = True
 
     @classmethod
     def prepare(cls, config: ReplayConfig, model_args: Any) -> dict[str, Any]:
@@ -107,10 +107,7 @@ class ReplayTrainer(CLTrainer):
     def replayed(self, stage: Stage) -> dict[str, Dataset]:
         """The replayed rows of a stage, by earlier task, and "alignment"."""
         c = self.config
-        parts = {}
-        for task in self.run.tasks[: stage.index - 1] if c.replay_ratio else ():
-            rows = self.task_dataset(task)
-            parts[task] = choose_rows(rows, max(1, round(c.replay_ratio * len(rows))), c.replay_choice, c.seed)
+        parts = self.earlier_rows(stage, c.replay_ratio, c.replay_choice)
         aligned = alignment_rows(c)
         if aligned:
             parts["alignment"] = self.text_dataset([(self._prompt(r["prompt"]), r["answer"]) for r in aligned])

@@ -23,6 +23,8 @@ class SingleConfig(CLConfig):
 class SingleTrainer(CLTrainer):
     """One task, from the base model."""
 
+    own_memory = True
+
     def stage_model(self, stage: Stage) -> Any:
         """The base model, whatever the stage."""
         return self.trainable_model(None)

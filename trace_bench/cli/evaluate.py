@@ -7,7 +7,7 @@ import logging
 import os
 from typing import Any
 
-from trace_bench.cli.options import LIST, indices, json_object, names, options, positive, put_first
+from trace_bench.cli.options import LIST, indices, json_object, names, options, pairs, positive, put_first
 from trace_bench.run import Run, RunError
 
 #: Options that a run has in its manifest, so that they go with --checkpoint only; the first need tasks.
@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for the engine, in addition to the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
     )
     add("--data", help="where the data is now, if it was moved")
+    add("--follow", action="store_true", help="wait for stages that are not trained yet, and evaluate each as it is")
     add = parser.add_argument_group(
         "in addition to the matrix (default: what the run's configuration says)"
     ).add_argument
@@ -68,31 +69,26 @@ def run(args: argparse.Namespace) -> int:
     engine_args, stages = json_object("--engine-args", args.engine_args), indices(args.stages)
     extra = {name: value for name in evaluate.EXTRA_SETTINGS if (value := getattr(args, name)) is not None}
     extra |= {name: names(extra[name]) for name in ("general", "judged") if name in extra}
+    if args.follow and (args.checkpoint or args.drop):
+        raise RunError("--follow waits for the stages of a training; --checkpoint and --drop are for other runs.")
     if args.drop:
         dropped = names(args.drop) or []
         left = evaluate.drop(args.path, dropped)
         print(f"dropped {', '.join(dropped)}; the run has {len(left.stages) - 1} checkpoints")
         if not args.checkpoint:
             return 0
-    if args.checkpoint:
-        chosen = _run_of_checkpoints(args, extra, engine_args)
-    else:
-        if wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]:
-            raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
-        chosen = Run.open(args.path)
+    if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
+        raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    done = evaluate.evaluate(
-        chosen,
-        stages=stages,
-        cells=args.cells,
-        backend=args.backend,
-        engine_args=engine_args,
-        data_path=args.data,
-        extra=extra,
-        given=args.given,
-    )
+    asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}
+    asked |= {"data_path": args.data, "extra": extra, "given": args.given}
+    if args.follow:
+        done = evaluate.follow(args.path, **asked)
+    else:
+        chosen = _run_of_checkpoints(args, extra, engine_args) if args.checkpoint else Run.open(args.path)
+        done = evaluate.evaluate(chosen, **asked)
     if not done:
         print("nothing to evaluate: every cell is done")
     return 0
@@ -103,7 +99,7 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
     from trace_bench.tasks import check_names
     from trace_tasks import data
 
-    checkpoints = _checkpoints(args.checkpoint)
+    checkpoints = pairs("--checkpoint", args.checkpoint)
     args.chat_template_args = json_object("--chat-template-args", args.chat_template_args)
     given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
     if "tasks" in given:
@@ -138,14 +134,3 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
         )
     own = {name: settings.pop(name) for name in ("model", "tasks", "chain", "renamed_base")}
     return evaluate.external_run(args.path, checkpoints, settings=settings, data_path=args.data, **own)
-
-
-def _checkpoints(given: list[str]) -> dict[str, str]:
-    """--checkpoint NAME=PATH, given several times: name -> path."""
-    pairs = [text.partition("=") for text in given]
-    if not all(name and path for name, _, path in pairs):
-        raise RunError(f"--checkpoint {' '.join(given)}: write each as NAME=PATH.")
-    found = {name: path for name, _, path in pairs}
-    if len(found) < len(pairs):
-        raise RunError(f"--checkpoint: each NAME can be given once; found {', '.join(name for name, _, _ in pairs)}.")
-    return found

@@ -83,6 +83,17 @@ def names(words: Iterable[str] | None) -> list[str] | None:
     return None if words is None else split_names(words)
 
 
+def pairs(option: str, given: list[str]) -> dict[str, str]:
+    """An option NAME=PATH, given several times: name -> path."""
+    split = [text.partition("=") for text in given]
+    if not all(name and path for name, _, path in split):
+        raise RunError(f"{option} {' '.join(given)}: write each as NAME=PATH.")
+    found = {name: path for name, _, path in split}
+    if len(found) < len(split):
+        raise RunError(f"{option}: each NAME can be given once; found {', '.join(name for name, _, _ in split)}.")
+    return found
+
+
 def options(keys: Iterable[str]) -> str:
     """Options as they are written on the command line."""
     return ", ".join("--" + key.replace("_", "-") for key in keys)

@@ -11,7 +11,7 @@ from trace_bench.cli import show
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = (
-        "Writes report.md, report.html, figures/ and scores.csv of each run. Several runs are compared."
+        "Writes report.md, report.html, figures/, scores.csv and result.json of each run. Several runs are compared."
     )
     add = parser.add_argument
     add("paths", metavar="RUN", nargs="+", help="a run directory")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class Wanted:
     """What a task asks for beyond greedy decoding; empty for TRACE's tasks."""
     given: tuple[int, ...] = ()
     """The first tokens of the answer, which end the prompt's ids and are not generated."""
+
+    def begun(self, given: tuple[int, ...]) -> Wanted:
+        """The same answer, of which the first tokens are given; no longer than it was, but for one token at least."""
+        return replace(self, ids=self.ids + given, most=max(self.most - len(given), 1), given=given)
 
 
 class SwapLM:
@@ -88,6 +93,11 @@ class SwapLM:
         """
         raise NotImplementedError
 
+    def expect(self, checkpoints: Sequence[Path]) -> None:
+        """Says that the engine goes on with checkpoints that were not there when it was started."""
+        self.work = Work()
+        self.soft_prompt = None  # of the last one; the next one has its own
+
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
         """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
 
@@ -126,6 +136,17 @@ class SwapLM:
         limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
         return sum(len(ids) > limit for ids in self._prompt_ids(texts, None))
 
+    def counts(self, rows: Sequence[dict[str, Any]], answer_tokens: int) -> dict[str, int]:
+        """How many of lm-eval's samples had a prompt that was cut, and an answer that ended at its limit."""
+        return {
+            "n_cut": self.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens),
+            # An answer of which only the first token counts always ends there.
+            "n_unfinished": sum(
+                r["filtered_resps"][0] in self.unfinished and r["arguments"][0][1].get("max_gen_toks") != 1
+                for r in rows
+            ),
+        }
+
     def _prompt_ids(self, texts: list[str], limit: int | None) -> list[list[int]]:
         new = [text for text in dict.fromkeys(texts) if (text, limit) not in self._ids]
         for text, ids in zip(new, prompt_ids(self.tokenizer, new, limit, self.chat), strict=True):
@@ -140,15 +161,23 @@ class SwapLM:
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The answers to lm-eval's requests: greedy, ended by EOS, the task's stops or its length."""
-        # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
-        special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        given = [() if self.given is None else self.given(request) for request in requests]
-        wanted = [self._wanted(special, ids, *request.args) for request, ids in zip(requests, given, strict=True)]
-        asked = [self.given is None or bool(ids) for ids in given]
-        answers = iter(self._answers([want for want, ask in zip(wanted, asked, strict=True) if ask]))
+        wanted = [self._wanted(*request.args) for request in requests]
+        asked = list(range(len(wanted)))
+        if self.given is not None:
+            given = [self.given(request) for request in requests]
+            wanted = [want.begun(ids) for want, ids in zip(wanted, given, strict=True)]
+            asked = [i for i, ids in enumerate(given) if ids]
+        answers = dict(zip(asked, self.answers([wanted[i] for i in asked]), strict=True))
+        texts = [answers.get(i, "") for i in range(len(wanted))]
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
+        return texts
+
+    def answers(self, wanted: list[Wanted]) -> list[str]:
+        """The texts of answers, up to the first stop in each."""
         texts = []
-        for request, want, ask in zip(requests, wanted, asked, strict=True):
-            ids = [*want.given, *next(answers)] if ask else []
+        for want, generated in zip(wanted, self._answers(wanted), strict=True):
+            ids = [*want.given, *generated]
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
             whole = text = self._spoken(ids[:end])
             for stop in want.stops:
@@ -156,14 +185,13 @@ class SwapLM:
             if end is None and text == whole and len(ids) >= want.most + len(want.given):
                 self.unfinished.add(text)
             texts.append(text)
-            self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
         return texts
 
-    def _wanted(self, special: dict[str, int], given: tuple[int, ...], text: str, options: dict[str, Any]) -> Wanted:
+    def _wanted(self, text: str, options: dict[str, Any]) -> Wanted:
         from lm_eval.models.utils import normalize_gen_kwargs
 
         kwargs = dict(normalize_gen_kwargs(options, self.max_gen_toks))  # type: ignore[attr-defined]
-        most, until = kwargs.pop("max_gen_toks"), [stop for stop in kwargs.pop("until", None) or [] if stop]
+        most, until = kwargs.pop("max_gen_toks"), kwargs.pop("until", None) or []
         if not kwargs.pop("do_sample", False):
             kwargs.pop("temperature", None)
         room = self.max_length - most
@@ -173,14 +201,23 @@ class SwapLM:
                 "give --engine-args a larger max_model_len (vllm) or max_length (hf)."
             )
         (ids,) = self._prompt_ids([text], min(room, self.max_prompt_length or room))
+        return self.want(ids, most, until, kwargs)
+
+    def want(self, ids: Sequence[int], most: int, until: Sequence[str], sampling: dict[str, Any]) -> Wanted:
+        """A wanted answer to a prompt's ids; `until` are texts that end it."""
+        # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
+        special = self._special
         return Wanted(
-            ids=(*ids, *given),
-            most=max(most - len(given), 1),
-            stops=tuple(stop for stop in until if stop not in special),
+            ids=tuple(ids),
+            most=most,
+            stops=tuple(stop for stop in until if stop and stop not in special),
             ends=self.ends | {special[stop] for stop in until if stop in special},
-            sampling=tuple(kwargs.items()),
-            given=given,
+            sampling=tuple(sampling.items()),
         )
+
+    @cached_property
+    def _special(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
     def _spoken(self, ids: Sequence[int]) -> str:
         """The text of an answer; where lm-eval was given a `think_end_token`, what comes after the last one."""

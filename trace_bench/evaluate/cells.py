@@ -21,22 +21,29 @@ from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 BATCH = 1024
 
 
-def start_engine(plan: Plan, tasks: Tasks) -> Any:
-    """Starts the engine on the base model, and makes sure that what the plan asks fits into its context."""
+def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
+    """Starts the engine on the base model, and makes sure that what the plan asks fits into its context.
+
+    An engine of an earlier plan of the same run goes on.
+    """
     from trace_bench.engine import open_engine
 
+    checkpoints = [s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below]
     lengths = ("max_length", "max_model_len") if plan.backend == "hf" else ("max_model_len",)
     asked = next((plan.engine_args[name] for name in lengths if plan.engine_args.get(name)), None)
     check_context(plan, tasks, asked if isinstance(asked, int) else None)
     base = base_of(plan.run)
-    lm: Any = open_engine(
-        plan.backend,
-        base["model"],
-        revision=base["revision"],
-        max_prompt_length=plan.matrix["max_prompt_length"],
-        engine_args=plan.engine_args,
-        checkpoints=[s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below],
-    )
+    if lm is not None:
+        lm.expect(checkpoints)
+    else:
+        lm = open_engine(
+            plan.backend,
+            base["model"],
+            revision=base["revision"],
+            max_prompt_length=plan.matrix["max_prompt_length"],
+            engine_args=plan.engine_args,
+            checkpoints=checkpoints,
+        )
     if any(plan.settings[name].get("chat_template") for name in plan.missing):
         lm.chat = plan.chat(lm.tokenizer)
     check_context(plan, tasks, lm.max_length)
@@ -53,24 +60,17 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
     import torch
     from tqdm import tqdm
 
-    how = {
-        "run": plan.run.identity,
-        "date": plan.run.manifest.get("date"),
-        # On record, but free to differ between cells: most of it is memory and speed.
-        "engine_args": plan.engine_args,
-        "made_with": {**checks.made_with(), "device": "cuda" if torch.cuda.is_available() else "cpu"},
-        "commit": source_commit(),
-    }
+    how = circumstances(plan, "cuda" if torch.cuda.is_available() else "cpu")
     order = list(plan.todo.items())
     with tqdm(total=plan.cells, desc="evaluating", unit="cell") as bar:
         for i, (stage, names) in enumerate(order):
             # Taken before loading, so that it describes the weights that are evaluated.
             made = {"checkpoint": stage.fingerprint(), **how}
-            if i or stage.index:
+            if stage.index or lm.served["weights"] != "base":
                 lm.load(stage.checkpoint, stage.below)
             if i + 1 < len(order):
                 lm.prepare(order[i + 1][0].checkpoint, order[i + 1][0].below)
-            for batch in _batches(plan, tasks, names):
+            for batch in batches(plan, tasks, names):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(map(task_name, batch))}"[:60])
                 if batch[0] in tasks.single:
                     lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
@@ -78,20 +78,32 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
                 bar.update(len(batch))
 
 
-def _batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:
+def circumstances(plan: Plan, device: str | None) -> dict[str, Any]:
+    """What the records of all cells say of how they were made; no device = nothing was generated."""
+    return {
+        "run": plan.run.identity,
+        "date": plan.run.manifest.get("date"),
+        # On record, but free to differ between cells: most of it is memory and speed.
+        "engine_args": plan.engine_args,
+        "made_with": {**checks.made_with(), **({"device": device} if device else {})},
+        "commit": source_commit(),
+    }
+
+
+def batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:
     """The cells that are made at once: tasks with the same settings up to `BATCH` prompts; a suite by itself."""
-    batches: list[list[str]] = []
+    found: list[list[str]] = []
     size, before = 0, None
     for name in names:
         shared = {k: v for k, v in plan.settings[name].items() if k != "data"}
         task = tasks.single.get(name)
         rows = min(len(task.eval_docs), shared["test_rows"] or len(task.eval_docs)) if task is not None else 0
-        if not batches or task is None or shared != before or size + rows > BATCH:
-            batches.append([])
+        if not found or task is None or shared != before or size + rows > BATCH:
+            found.append([])
             size = 0
-        batches[-1].append(name)
+        found[-1].append(name)
         size, before = size + rows, shared
-    return batches
+    return found
 
 
 def evaluate_batch(plan: Plan, tasks: Tasks, lm: Any, stage: Stage, batch: list[str], made: dict[str, Any]) -> None:
@@ -131,9 +143,9 @@ def _measured(
     results, seconds = run_tasks(
         lm,
         [tasks.single[name] for name in batch],
-        max_prompt_length=settings["max_prompt_length"],
+        max_prompt_length=settings.get("max_prompt_length"),
         limit=settings["test_rows"],
-        apply_chat_template=settings["chat_template"],
+        apply_chat_template=settings.get("chat_template", False),
     )
     lm.given = None
     answers = sum(map(len, results["samples"].values()))
@@ -163,11 +175,7 @@ def _score(
     scores = {
         "version": task.VERSION,
         "n": len(rows),
-        "n_cut": lm.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens(task)),
-        # An answer of which only the first token counts always ends there.
-        "n_unfinished": sum(
-            r["filtered_resps"][0] in lm.unfinished and r["arguments"][0][1].get("max_gen_toks") != 1 for r in rows
-        ),
+        **lm.counts(rows, answer_tokens(task)),
         "headline": metrics[0],
         "metrics": {
             m: {"value": values[m], "stderr": standard_error([r[m] for r in rows], values[m])} for m in metrics

@@ -23,11 +23,26 @@ from trace_tasks.errors import suggestion
 log = logging.getLogger(__name__)
 
 
+def refuse_answers_only(run: Run) -> None:
+    """Refuses a run of which there are answers and no weights.
+
+    Raises:
+        RunError: saying where its answers are from.
+    """
+    if origin := run.manifest.get("answers_only"):
+        raise RunError(
+            f"{run.path} holds answers without weights: {origin}. So nothing more can be measured of its stages; "
+            "`trace-bench report` reads it. To measure checkpoints, begin a run in another folder: "
+            "trace-bench evaluate RUN --model BASE --checkpoint NAME=PATH."
+        )
+
+
 def measured_run(path: str | Path) -> Run | None:
     """The run at a path if something of it is measured already; else None."""
     if not (Path(path) / "manifest.json").exists():
         return None
     run = Run.open(path)
+    refuse_answers_only(run)
     return run if any(True for stage in run.stages for _ in stage.path.glob("eval/*.json")) else None
 
 
@@ -86,10 +101,16 @@ def external_run(
                 log.warning(
                     "The checkpoint %s is %s from now on. Its cells stay if it has the same files.", name, given[name]
                 )
-        folders = {"folders": _numbered(began["folders"], now)} if "folders" in began else {}
-        write_json(file, {**run.manifest, "checkpoints": now, **folders, **renamed})
-        run = Run.open(path)
+        run = with_checkpoints(run, now, **renamed)
     return run
+
+
+def with_checkpoints(run: Run, checkpoints: dict[str, str], **more: Any) -> Run:
+    """The run with these checkpoints, which begin with those that it has, and more entries of its manifest."""
+    there = run.manifest
+    folders = {"folders": _numbered(there["folders"], checkpoints)} if "folders" in there else {}
+    write_json(run.path / "manifest.json", {**there, "checkpoints": checkpoints, **folders, **more})
+    return Run.open(run.path)
 
 
 def drop(path: str | Path, names: Sequence[str]) -> Run:
@@ -160,14 +181,21 @@ def _manifest(model: str, tasks: list[str], settings: dict[str, Any], data_path:
             data.source_fingerprint(name)  # its data is there
     base = models.resolve_model(model)
     loaded = load_tasks(tasks)
-    check_stages(loaded)
     return {
         "method": "external",
         "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
-        "tasks": tasks,
+        **tasks_record(loaded, rows),
+        "config": settings,
+    }
+
+
+def tasks_record(loaded: dict[str, Any], rows: data.Data) -> dict[str, Any]:
+    """What a manifest says of the columns of a run, after they were checked."""
+    check_stages(loaded)
+    return {
+        "tasks": list(loaded),
         "task_versions": {name: task.VERSION for name, task in loaded.items()},
         "task_definitions": checks.definitions(loaded),
         "date": time.strftime("%Y-%m-%d"),
         "data": data_record(rows, loaded),
-        "config": settings,
     }

@@ -101,16 +101,14 @@ def make_plan(
         engine_args.setdefault("trust_remote_code", True)
     suites, judged = data.expand(config["general"], data.SUITES), data.expand(config["judged"], data.JUDGED)
     records.check_stages(run, chosen)
-    matrix = _matrix_settings(config, engine_args)
+    matrix = matrix_settings(config, engine_args)
     shared = {name: matrix[name] for name in ("backend", "engine")}
     settings = dict.fromkeys(run.tasks, matrix) | given_settings(run, given, matrix)
     if judged:
         checks.locate_data(run, data_path)  # demo data has its own prompts
         own = shared | _judged_settings(run, config, engine_args)
         settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in judged}
-    # Suites have prompts and lengths of their own, from the installed lm-eval.
-    own = {**shared, "general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
-    settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
+    settings |= suite_settings(suites, config, matrix)
     there = _read_cells(run, settings)
     todo: dict[Stage, list[str]] = {}
     for stage in chosen:
@@ -130,7 +128,8 @@ def make_plan(
     return Plan(run, config, engine_args, matrix, settings, there, todo)
 
 
-def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
+def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the cells of the matrix."""
     settings = {name: config.get(name) for name in ("backend", "test_rows", "max_prompt_length", "max_new_tokens")}
     settings |= {"chat_template": config.get("chat_template", False), "num_fewshot": config.get("num_fewshot")}
     if config.get("chat_template_args") and settings["chat_template"]:
@@ -140,6 +139,13 @@ def _matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dic
 
         settings["icl"] = {"version": ICL_VERSION, "seed": config.get("seed", 1234)}
     return settings | {"engine": {k: v for k, v in engine_args.items() if k not in SPEED_ONLY_ARGS}}
+
+
+def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of the cells of suites, whose prompts and lengths are those of the installed lm-eval."""
+    own = {name: matrix[name] for name in ("backend", "engine")}
+    own |= {"general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
+    return {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
 
 
 def _judged_settings(run: Run, config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:

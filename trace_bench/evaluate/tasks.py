@@ -54,18 +54,24 @@ def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
     check_one_definition(plan, defined)
     for line in other_versions(plan):
         log.warning("Cells of the run were made with another version of what makes scores: %s.", line)
+    return prepare(plan, single, defined)
+
+
+def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Tasks:
+    """Gives the tasks the limits of the plan, and adds its suites."""
     for name, task in single.items():
         settings = plan.settings[name]
-        if (limit := settings["max_new_tokens"]) is not None:
+        if (limit := settings.get("max_new_tokens")) is not None:
             kwargs = task.config.generation_kwargs
             kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
         # As training makes the prompts, whatever a task from elsewhere says of shots.
-        _prepare(task, settings["num_fewshot"] or 0, plan.config.get("seed", 1234))
+        _prepare(task, settings.get("num_fewshot") or 0, plan.config.get("seed", 1234))
     suites = load_suites([name for name in plan.missing if name in SUITES])
     for suite in suites.values():
         for task in suite.get_all_tasks():
             _prepare(task)
-    return Tasks({name: single[task] for name, task in owners.items()}, suites, defined)
+    owners = {name: task_of(name, settings) for name, settings in plan.settings.items()}
+    return Tasks({name: single[task] for name, task in owners.items() if task in single}, suites, defined)
 
 
 def check_context(plan: Plan, tasks: Tasks, context: int | None) -> None:

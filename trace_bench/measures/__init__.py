@@ -1,1 +1,1 @@
-"""Measures of what was learned and forgotten: pure functions, one topic a file."""
+"""Measures of forgetting: pure functions of numpy arrays, each with its source."""

@@ -16,9 +16,9 @@ import numpy as np
 
 from trace_bench import metrics
 from trace_bench.metrics import Estimate
-from trace_bench.report import notes, paper
+from trace_bench.report import choices, notes, paper, transitions
 from trace_bench.report.differences import paired_differences
-from trace_bench.report.entry import COSTS, NUMBERS, SCORES, TEXTS, Entry, entries_of
+from trace_bench.report.entry import NUMBERS, SCORES, TEXTS, Entry, entries_of
 from trace_bench.report.results import UNKNOWN
 from trace_bench.report.seeds import (
     Group,
@@ -129,6 +129,8 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         *_difference_tables(versus, against, seeds, others, marks, detail=bool(groups)),
         *_finals_tables(entries, groups, columns, marks, seeds),
         _spread_table(groups, columns),
+        transitions.table_of_runs(entries),
+        choices.table_of_runs(entries),
     ]
     lines = [_line(e, versus.get(e.name, {})) for e in entries]
     for group in groups:
@@ -154,8 +156,11 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
 def _methods_table(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> Table:
     """Each method over its seeds, the runs without others of their kind, and the paper's numbers."""
     texts, same = _common(entries)
+    lines = lines_of(entries, groups)
+    if "method" in texts and all(line.name == line.entries[0].texts["method"] for line in lines):
+        texts.remove("method")
     rows = []
-    for line in lines_of(entries, groups):
+    for line in lines:
         first = line.entries[0]
         cells = _cells_of_run(first) if len(line.entries) == 1 else _cells_over_seeds(line)
         rows.append([line.name, str(len(line.entries)), *(first.texts[k] for k in texts), *cells])
@@ -186,7 +191,7 @@ def _cells_over_seeds(group: Group) -> list[str]:
     for name in NUMBERS:
         values, write = group.numbers(name), group.entries[0].writer(name)
         interval = interval_over_seeds(values, write) if name in SCORES else DASH
-        text = mean_and_deviation(values, write, cost=name in COSTS)
+        text = mean_and_deviation(values, write, cost=name not in SCORES)
         cells.append(text + f" {interval}" * (interval != DASH))
     return cells
 

@@ -10,6 +10,8 @@ from trace_bench.report.results import Results
 from trace_bench.run import Run
 from trace_tasks.data import GROUPS
 
+#: What a run of imported predictions calls a base model that nobody named: two of them need not be one.
+UNKNOWN_MODEL = "unknown"
 #: Settings under which a score is measured: scores of other ones are other numbers.
 _MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 
@@ -35,7 +37,7 @@ def same_conditions(run: Run, other: Run) -> bool:
         one["max_prompt_length"] = two["max_prompt_length"]
     if None in (one["task definitions"], two["task definitions"]):  # older runs do not say them
         one["task definitions"] = two["task definitions"]
-    return one == two
+    return one == two and one["base model"] != UNKNOWN_MODEL
 
 
 def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:

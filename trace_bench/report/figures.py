@@ -33,6 +33,7 @@ from trace_bench.report.drawing import (
     panels,
     shown,
 )
+from trace_bench.report.figures_flow import flow
 from trace_bench.report.results import DELTAS, Results, measured
 from trace_bench.report.seeds import Group, lines_of
 from trace_bench.report.tables import DASH, PERCENT, shade, shared_unit, stage_label
@@ -367,7 +368,7 @@ def _by_name(*drawings: Any) -> dict[str, Drawing]:
     return {drawing.__name__.lstrip("_"): drawing for drawing in drawings}
 
 
-_OF_A_RUN = _by_name(_matrix, _tasks, _sequence, _form, _general, _judged, _losses, _cost)
+_OF_A_RUN = _by_name(_matrix, _tasks, _sequence, _form, _general, _judged, _losses, _cost, flow)
 _OF_RUNS = _by_name(_runs, _stages)
 #: The figures that there may be, of a run and of several.
 NAMES, RUNS_NAMES = tuple(_OF_A_RUN), tuple(_OF_RUNS)

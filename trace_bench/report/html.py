@@ -41,7 +41,8 @@ def document(**parts: Any) -> str:
 
     Args:
         **parts: `title`, `head` and `foot` as texts or Markup, `parts` (id -> blocks), and if the page has them
-            `tiles`, `menu` (id -> name), `wide`, and `data`, the JSON for its script; without it there is no script.
+            `tiles`, `menu` (id -> name), `wide`, `sortable` if a table of it is, and `data`, the JSON for its script;
+            without the last two there is no script.
     """
     page = Environment(loader=FileSystemLoader(_HERE), autoescape=True, keep_trailing_newline=True)
     page.filters["sha256"] = sha256
@@ -77,11 +78,12 @@ def _inline(text: str) -> Markup:
 
 
 class Cell(NamedTuple):
-    """A cell of a table: its text, the class that it has, and what is shown when it is pointed at."""
+    """A cell of a table: its text, the class that it has, what is shown when it is pointed at, and where it leads."""
 
     text: str
     kind: str
     title: str = ""
+    link: str = ""
 
 
 class Row(NamedTuple):
@@ -103,6 +105,8 @@ class TableView:
     """Whether its cells are coloured. Such a table has a caption, which ends with what the colours mean."""
     caption: str = ""
     ends: tuple[str, str] = ("0", "100")
+    sortable: bool = False
+    """Whether a click on a head sorts its rows."""
 
 
 #: The ends of the colours of scores that are not all percent.
@@ -115,6 +119,8 @@ def table_view(
     *,
     heat: Sequence[tuple[float, float] | None] = (),
     elsewhere: str = "report.md",
+    most: int | None = None,
+    sortable: bool = False,
 ) -> TableView | Markup:
     """A table for the page, or if it is too large a sentence that says where it is: `elsewhere`.
 
@@ -124,18 +130,21 @@ def table_view(
         heat: If its numbers are coloured, the worst and the best one of each column but the first (`Unit.ends`), or
             None for a column without colours.
         elsewhere: Files that have all tables.
+        most: How many cells are not too large; None = `TABLE_CELLS`.
+        sortable: Whether a click on a head sorts its rows.
     """
-    if len(table.rows) * len(table.header) > TABLE_CELLS:
+    if len(table.rows) * len(table.header) > (most or TABLE_CELLS):
         size = f"{len(table.rows)} rows and {len(table.header)} columns"
         return text_html(f"A table of {size} is in {elsewhere}.")
     texts = {i for i, column in enumerate(zip(*table.rows, strict=True)) if i and not heat and _is_text(column)}
     rows = []
     for k, (first, *rest) in enumerate(table.rows):
         cells = [_heat_cell(c, heat[i - 1]) if heat else _cell(c, i in texts) for i, c in enumerate(rest, 1)]
+        cells = [cell._replace(link=table.links.get((k, i), "")) for i, cell in enumerate(cells, 1)]
         rows.append(Row(_inline(first), cells, (links or {}).get(first, ""), k >= len(table.rows) - table.apart))
     header = [head_cell(text, "text" if i in texts else "") for i, text in enumerate(table.header)]
     if not heat:
-        return TableView(header, rows)
+        return TableView(header, rows, sortable=sortable)
     return TableView(header, rows, matrix=True, ends=("0", "100") if set(heat) == {(0.0, 100.0)} else ENDS_OF_UNITS)
 
 

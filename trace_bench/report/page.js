@@ -63,6 +63,20 @@
     return a.text === b.text ? ["same", "the same answer", ""] : ["other", "another answer", ""];
   }
 
+  // Whether a score is so much lower that the row counts as lost; of right and wrong each fall is.
+  const fell = (row, a, b) => a.score !== null && b.score !== null &&
+    data.units[row.t][1] * (b.score - a.score) < -data.enough[row.t] - 1e-9;
+
+  // What became of a row since the first stage: lost at the second and not before, or lost in between and back.
+  function history(row) {
+    const [one, two] = [stageOf(before, row), stageOf(after, row)];
+    const start = answer(row, one);
+    const between = [...row.answers.keys()].some((stage) => one < stage && stage < two &&
+      fell(row, start, answer(row, stage)));
+    const lost = fell(row, start, answer(row, two));
+    return lost && !between ? "first" : !lost && between ? "back" : "";
+  }
+
   function plain(row) {
     row.plain ??= [row.name, row.prompt, row.target, ...row.texts].join("\n").toLowerCase();
     return row.plain;
@@ -74,7 +88,7 @@
     if (!result) return false;
     const [group, , direction] = result;
     const wanted = change.value;
-    const fits = wanted === "all" || wanted === group || wanted === direction ||
+    const fits = wanted === "all" || wanted === history(row) || wanted === group || wanted === direction ||
       (wanted === "other" && answer(row, stageOf(before, row)).text !== answer(row, stageOf(after, row)).text);
     return fits && plain(row).includes(text);
   }
@@ -150,6 +164,20 @@
   }
   if (hasOwn) option(after, "own", "own stage");
   after.value = String(stages[stages.length - 1]);
+
+  // A link of the page to a group of rows says in its address what to show: #task=...&before=...&after=...&show=...
+  function follow() {
+    const wanted = new URLSearchParams(location.hash.slice(1));
+    const place = data.names.indexOf(wanted.get("task"));
+    if (place < 0) return;
+    for (const [select, value] of [[task, place], [before, wanted.get("before")], [after, wanted.get("after")],
+      [change, wanted.get("show")]]) select.value = String(value);
+    search.value = "";
+    filter();
+    byId("samples").scrollIntoView();
+  }
+  window.addEventListener("hashchange", follow);
+
   let timer;
   search.addEventListener("input", () => {
     clearTimeout(timer);
@@ -160,4 +188,45 @@
   byId("next").addEventListener("click", () => turn(1));
   controls.hidden = false;
   filter();
+  follow();
+})();
+
+// Tables whose rows are sorted by a click on a head: by numbers where a cell begins with one, dashes last.
+(() => {
+  const value = (row, column) => {
+    const text = row.cells[column].textContent.trim();
+    const number = parseFloat(text.replace(/,/g, ""));
+    return { text, number, empty: text === "" || text === "\u2013" };
+  };
+
+  function sort(table, column, sign) {
+    const body = table.tBodies[0];
+    const rows = [...body.rows].map((row, place) => [value(row, column), place, row]);
+    rows.sort(([a, i], [b, j]) => {
+      if (a.empty || b.empty) return a.empty - b.empty || i - j;
+      const numbers = !Number.isNaN(a.number) && !Number.isNaN(b.number);
+      const order = numbers ? a.number - b.number : a.text.localeCompare(b.text, "en", { numeric: true });
+      return sign * order || i - j;
+    });
+    body.append(...rows.map(([, , row]) => row));
+  }
+
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = [...table.tHead.rows[0].cells];
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        // Numbers begin with the largest, texts with the first.
+        const text = column === 0 || head.classList.contains("text");
+        const now = head.getAttribute("aria-sort");
+        const down = now ? now === "ascending" : !text;
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        sort(table, column, down ? -1 : 1);
+      });
+    });
+  }
 })();

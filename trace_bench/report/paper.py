@@ -1,16 +1,19 @@
-"""What the paper reports for a method, with the set-up it was measured in: for orientation beside runs made here."""
+"""What the paper and later ones report for a method, with their set-ups: for orientation beside runs made here."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from trace_bench.metrics import general_ability_delta
-from trace_bench.report.tables import DASH, Table, number
+from trace_bench.report.results import Results
+from trace_bench.report.tables import DASH, Block, Table, number
 from trace_bench.run import Run
-from trace_tasks.data import ORDERS
+from trace_bench.text import one_line
+from trace_tasks.data import FOLDERS, ORDERS
 
 SETUP = (
     "TRACE, arXiv 2310.06762, tables 1 and 3: order 1, sampling at temperature 0.1, general ability with OpenCompass, "
@@ -56,8 +59,12 @@ def table(names: Iterable[str]) -> Table:
     return Table(header, rows, "The paper's numbers").without_empty_columns()
 
 
+def _facts(file: str) -> Any:
+    return json.loads((Path(__file__).parent / file).read_text(encoding="utf-8"))
+
+
 def _rows(name: str) -> Iterable[list[str]]:
-    paper = json.loads((Path(__file__).parent / "paper_results.json").read_text(encoding="utf-8"))
+    paper = _facts("paper_results.json")
     training = _TRAINING.get(name, (DASH, DASH))
     for model, results in paper["table1_percent"].items():
         if name in results:
@@ -77,3 +84,92 @@ def _deltas(paper: dict[str, Any], model: str, name: str) -> list[str]:
     judged = paper["judge_win_tie_lose_percent"] if model == "LLaMA-2-13B-Chat" else {}
     pairs = [judged.get(f"llama2_13b_{kind}", {}).get(name) for kind in ("instruction", "safety")]
     return [number(general, sign=True), *(number(p and p[0] - p[2], sign=True) for p in pairs)]
+
+
+# ---------------------------------------------------------------------------------------------------- later papers
+
+#: Method here -> how later papers begin its name; of sequential training it depends on what is trained.
+_LATER = {"sequential full": "SeqFT", "sequential lora": "SeqLoRA", "replay": "Replay", "olora": "O-LoRA", "osf": "OSF"}
+
+
+LATER = (
+    "### What later papers print for this method\n\nIn percent, below this run. Only the rows that say yes had the "
+    "same protocol; the others are for orientation, each with what differs"
+)
+
+
+def published(results: Results) -> Iterable[Block]:
+    """What later papers print for the run's method, beside the run; nothing where they print nothing.
+
+    Rows of another protocol are apart, each with the reasons; what all of them differ in is said once. Of a paper with
+    the same protocol all methods are there.
+    """
+    m = one_line(results.run.manifest)
+    name = _LATER.get(m["method"]) or _LATER.get(f"{m['method']} {m.get('trains')}") or "none"
+    same, apart = [], []
+    for source in _facts("published_results.json")["sources"]:
+        order = f", order {source['order'][-1]}" if source["order"] else ""
+        place = f"{source['source']}, table {source['table']}{order}"
+        for model, methods in source["models"].items():
+            reasons = differences(results, source, model)
+            for method, (op, bwt) in methods.items():
+                row = [method, model, number(op), number(bwt, sign=True)]
+                own = [*reasons, *_other_training(method, m)]
+                if not own:
+                    same.append([*row, "yes", place])
+                elif not reasons or method.startswith(name):
+                    apart.append((row, own, place))
+    if not same and not apart:
+        return
+    common = [reason for reason in apart[0][1] if all(reason in own for _, own, _ in apart)] if apart else []
+    yield LATER + (f". All of those differ in this: {'; '.join(common)}." if common else ".")
+    rows = []
+    for row, own, place in apart:
+        rest = "; ".join(reason for reason in own if reason not in common)
+        rows.append([*row, f"no: {rest}" if rest else "no", place])
+    t = results.last_stage
+    op, bwt = (100 * results.sequence[key][t - 1].value for key in ("OP", "BWT"))
+    here = [f"this run ({m['method']})", m["model"]["name"], number(op), number(bwt, sign=True), DASH, DASH]
+    header = ["method", "model", "OP", "BWT", "comparable", "printed in"]
+    yield Table(header, [here, *same, *rows], apart=len(rows))
+
+
+def _other_training(method: str, manifest: dict[str, Any]) -> list[str]:
+    other = method.startswith("Replay") and manifest.get("trains") == "lora"
+    return ["all parameters are trained there, LoRA here"] if other else []
+
+
+def differences(results: Results, source: dict[str, Any], model: str) -> list[str]:
+    """What keeps a run from being comparable with a paper's results for a model: nothing where the protocol is one."""
+    run = results.run
+    manifest = one_line(run.manifest)
+    config, order, here = manifest["config"], source["order"], manifest["model"]["name"]
+    prefix = "reasoning_" if source["data"] == "reasoning" else ""
+    there = FOLDERS if order is None else ORDERS[order]
+    plain = [task.replace("reasoning_", "trace_", 1) for task in run.tasks]
+    limits = [
+        f"first {n} {key.replace('_', ' ')} here" for key in ("train_rows", "test_rows") if (n := config.get(key))
+    ]
+    known = source["task_known_at_test"]
+    reasons = {
+        "demo data here": manifest["data"]["demo"],
+        "the reasoning variant there": prefix and not any(task.startswith(prefix) for task in run.tasks),
+        "the reasoning variant here": not prefix and any(task.startswith("reasoning_") for task in run.tasks),
+        "500, 1000 or 5000 rows: not stated there": not prefix,
+        f"{len(FOLDERS)} tasks there, {len(run.tasks)} here": sorted(plain) != sorted(FOLDERS),
+        "order not stated there": order is None,
+        f"order {(order or '')[-1:]} there": order and sorted(plain) == sorted(there) and plain != there,
+        ", ".join(limits): limits,
+        "without leaked rows here": run.left_out,
+        f"{model} there, {here} here": _model_name(model) != _model_name(here),
+        "a chat template here": config.get("chat_template"),
+        f"task at test {known} there": known,
+        "BWT's rule not stated there": source["bwt_rule"] is None,
+        "decoding not stated there": source["decoding"] is None,
+    }
+    return [reason for reason, holds in reasons.items() if holds] + source["differs"]
+
+
+def _model_name(name: str) -> str:
+    """meta-llama/Llama-2-7b-chat-hf and LLaMA-2-7B-Chat are one model."""
+    return re.sub(r"[^a-z0-9.]", "", name.lower().rpartition("/")[2].removeprefix("meta-").removesuffix("-hf"))

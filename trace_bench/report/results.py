@@ -20,7 +20,7 @@ from trace_bench import judgements, metrics, records
 from trace_bench.judgements import Judged
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.leaks import without_rows
-from trace_bench.report.rows import Cells, Rows, load_rows
+from trace_bench.report.rows import Cells, Choices, Rows, load_choices, load_rows
 from trace_bench.report.tables import Unit, shared_unit
 from trace_bench.run import Run, Stage, read_json, read_jsonl
 from trace_tasks.data import GROUPS, JUDGED, SUITES
@@ -167,6 +167,12 @@ class Results:
         """The test rows of the tasks, suites and sets that have samples."""
         loaded = {name: load_rows(self.run, name, self.cells) for name in self.headlines}
         return {name: rows for name, rows in loaded.items() if rows is not None}
+
+    @cached_property
+    def choices(self) -> dict[str, Choices]:
+        """The options and choices of the tasks and suites whose rows have options."""
+        loaded = {name: load_choices(self.run, name, self.cells) for name in self.rows}
+        return {name: choices for name, choices in loaded.items() if choices is not None}
 
     @cached_property
     def judged(self) -> dict[str, Judged]:

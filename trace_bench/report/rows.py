@@ -1,4 +1,4 @@
-"""The scores of single test rows, from the samples: what intervals and tests are made of."""
+"""The scores of single test rows, from the samples: what intervals and tests are made of; and the options chosen."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from trace_bench import metrics, records
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.tables import Unit
 from trace_bench.run import Run, RunError, read_jsonl
+from trace_tasks.answers import extract_answer, options_of, read_choice
 
 #: (stage index, name of the task, suite or set) -> the content of its eval file.
 Cells = dict[tuple[int, str], dict[str, Any]]
@@ -112,3 +113,75 @@ def _parts(ids: list[tuple[str, Any]], scores: dict[str, Matrix], cells: dict[in
 def _fits(x: Matrix, parts: list[NDArray[np.intp]], i: int, cell: dict[str, Any], metric: str) -> bool:
     value = cell["metrics"].get(metric, {}).get("value")
     return value is not None and abs(np.mean([x[part, i].mean() for part in parts]) - value) < 1e-6
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The options that the test rows of a task or suite offer, and which one was chosen at each stage."""
+
+    labels: list[str]
+    """What the options are called: their texts where they are the same in all rows, and letters."""
+    options: NDArray[np.intp]
+    """How many options each row has, shape (rows,)."""
+    gold: NDArray[np.intp]
+    """The number of the right one."""
+    chosen: dict[int, NDArray[np.intp]]
+    """Stage -> the number of the one that is chosen; -1 = the answer names none."""
+
+    def right(self, stage: int) -> NDArray[np.bool_]:
+        """Whether each row's answer names the right option, in whatever form."""
+        return self.chosen[stage] == self.gold
+
+
+def load_choices(run: Run, name: str, cells: Cells) -> Choices | None:
+    """The options and choices of a task or suite from its samples; None unless all of its rows have options.
+
+    A suite's samples say which option is the likeliest. From an answer that is text the letter is read as for the
+    form-tolerant accuracy, and the options from the prompt. The rows were checked by `load_rows`.
+    """
+    found: Choices | None = None
+    for stage in run.stages:
+        if (stage.index, name) not in cells or not stage.samples_file(name).exists():
+            continue
+        rows = [r for r in read_jsonl(stage.samples_file(name)) if r["doc_id"] not in run.left_out.get(name, ())]
+        found = found or _offered(rows)
+        if found is None:
+            return None
+        found.chosen[stage.index] = np.array([_chosen(row, int(k)) for row, k in zip(rows, found.options, strict=True)])
+    return found
+
+
+def _offered(rows: list[dict[str, Any]]) -> Choices | None:
+    """The options and the right ones of all rows, before any stage's choices; None if a row has none."""
+    texts: list[list[str]] = []
+    gold = []
+    for row in rows:
+        prompt, target = row.get("prompt", ""), row.get("target")
+        if isinstance(row.get("choices"), list) and isinstance(target, int):
+            options, right = [str(text).strip() for text in row["choices"]], target
+        elif isinstance(prompt, str) and isinstance(target, str):
+            options = [f"{letter} {text}" for letter, text in options_of(prompt).items()]
+            right = _number(read_choice(target.partition("\n")[0], prompt))
+        else:
+            return None
+        if not 0 <= right < len(options) or len(options) < 2:
+            return None
+        texts.append(options)
+        gold.append(right)
+    if not texts:
+        return None
+    counts = np.array([len(options) for options in texts])
+    letters = [chr(ord("A") + i) if i < 26 else str(i + 1) for i in range(counts.max())]
+    return Choices(texts[0] if all(t == texts[0] for t in texts) else letters, counts, np.array(gold), {})
+
+
+def _chosen(row: dict[str, Any], options: int) -> int:
+    response = row.get("response")
+    if isinstance(response, str):
+        text = extract_answer("line", response) if "extracted" in row else response
+        response = _number(read_choice(text, row.get("prompt", ""))) if text else -1
+    return response if isinstance(response, int) and 0 <= response < options else -1
+
+
+def _number(letter: str | None) -> int:
+    return -1 if letter is None else ord(letter) - ord("A")

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,6 +71,11 @@ class Answers:
     def is_binary(self) -> bool:
         """Whether an answer is right or wrong, with nothing between."""
         return self.unit.is_percent and self.scores <= {0.0, 1.0}
+
+    @cached_property
+    def enough(self) -> float:
+        """The largest change of a score that is none: a tenth of the scale, or where that is unknown of the scores."""
+        return 0.0 if self.is_binary else 0.1 * abs(float(np.subtract(*self.unit.ends(list(self.scores)))))
 
     def add(self, index: int, samples: list[dict[str, Any]], metric: str | None, verdicts: dict[Any, str]) -> None:
         """Adds the samples of a stage."""
@@ -165,13 +171,11 @@ def embed(results: Results, answers: Sequence[Answers]) -> Samples | None:
     few = len(stages) > SAMPLE_STAGES
     queue: list[tuple[int, int, int, str]] = []
     for number, a in enumerate(answers):
-        # A tenth of the scale; of an unknown scale, of the scores there are.
-        enough = 0.0 if a.is_binary else 0.1 * abs(float(np.subtract(*a.unit.ends(list(a.scores)))))
         ranks: Counter[int] = Counter()
         for prompt in a.prompts.values():
             kept = {0, a.own, max(prompt.answers)} if few else prompt.answers.keys()
             shown = {i: answer for i, answer in prompt.answers.items() if i in kept}
-            rank = _rank(shown, a.own, a.unit.sign, enough)
+            rank = _rank(shown, a.own, a.unit.sign, a.enough)
             ranks[rank] += 1
             packed = _escaped_json([number, prompt.name, prompt.prompt, prompt.target, *_packed(shown)])
             queue.append((rank, ranks[rank], number, packed))
@@ -186,6 +190,9 @@ def embed(results: Results, answers: Sequence[Answers]) -> Samples | None:
         "tasks": [task_name(a.name) for a in answers],
         "binary": [a.is_binary and bool(a.scores) for a in answers],
         # By which a score is multiplied to be shown, the sign of a gain, and the unit of a gain.
+        "names": [a.name for a in answers],
+        # The largest fall of a score that loses no row: see `transitions.GRADED`.
+        "enough": [a.enough for a in answers],
         "units": [[a.unit.factor, a.unit.sign, a.unit.of_changes] for a in answers],
         "own": [a.own if results.is_sequential else 0 for a in answers],
         "stages": [f"{s.index} {stage_label(s)}" for s in stages],

@@ -13,7 +13,7 @@ import numpy as np
 
 from trace_bench.metrics import Matrix
 from trace_bench.records import stale
-from trace_bench.report import judged, record, relearn, suites
+from trace_bench.report import choices, conventions, judged, record, relearn, suites, transitions
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
@@ -58,9 +58,12 @@ def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Blo
         "hidden": relearn.sections,
         "extracted": _extracted,
         "limits": _limits,
+        "transitions": transitions.sections,
+        "choices": choices.sections,
         "general": suites.general,
         "answers": suites.answers,
         "judged": judged.sections,
+        "conventions": conventions.sections,
         "paper": record.of_the_paper,
         "cost": record.cost,
         "provenance": record.provenance,
@@ -77,6 +80,8 @@ def _run(results: Results) -> Iterable[Block]:
     yield f"Method **{manifest['method']}** ({kind}), base model `{manifest['model']['name']}`."
     if manifest["data"]["demo"]:
         yield DEMO
+    if origin := manifest.get("answers_only"):
+        yield f"> **Answers without weights**: {origin}."
     limits = {k: v for k in ("train_rows", "test_rows") if (v := manifest["config"].get(k))}
     if limits:
         text = ", ".join(f"{k.replace('_', ' ')}: first {v} of each task" for k, v in limits.items())

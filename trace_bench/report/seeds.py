@@ -143,11 +143,11 @@ def varies(values: Sequence[float]) -> bool:
 
 
 def mean_and_deviation(values: Sequence[float], write: Callable[[float], str], cost: bool = False) -> str:
-    """The mean over seeds ± the standard deviation."""
+    """The mean over seeds ± the standard deviation; of a cost, or of the one base model, the number where all agree."""
     mean = float(np.mean(values))
     if math.isnan(mean):
         return DASH
-    if not varies(values):  # a cost may be the same for every seed, a score only by chance
+    if not varies(values):  # these may be the same for every seed, a score only by chance
         return write(mean) if cost else f"{write(mean)} ± {DASH}"
     return f"{write(mean)} ± {write(float(np.std(values, ddof=1))).lstrip('+')}"
 

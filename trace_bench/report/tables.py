@@ -6,8 +6,8 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -182,6 +182,8 @@ class Table:
     """The last so many rows are for orientation and set apart from the others."""
     detail: bool = False
     """Whether a page shows it only when asked, since another table has its numbers in short."""
+    links: Mapping[tuple[int, int], str] = field(default_factory=dict)
+    """(row, column) of a cell -> where it leads on a page."""
 
     @property
     def caption(self) -> str:

@@ -10,19 +10,20 @@ import numpy as np
 from trace_bench.report.comparison import Comparison, compare
 from trace_bench.report.page import write_comparison_page, write_page
 from trace_bench.report.record import scores_csv
+from trace_bench.report.result_file import FILE, result
 from trace_bench.report.results import Results
 from trace_bench.report.sections import sections
 from trace_bench.report.tables import Table, markdown, percent
 from trace_bench.run import WRITTEN, Run, RunError
 from trace_bench.text import markdown_text
-from trace_tasks.data.files import refuse_links, write_text
+from trace_tasks.data.files import refuse_links, write_json, write_text
 
 _FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
 ENDINGS = (*_FORMS, ".html")
 
 
 def write_report(run: Run, others: Iterable[Run] = ()) -> str:
-    """Writes report.md, report.html, figures/ and scores.csv and returns one line that sums them up.
+    """Writes report.md, report.html, figures/, scores.csv and result.json and returns one line that sums them up.
 
     Those of the other runs that bound it are shown in its report.
     """
@@ -31,6 +32,7 @@ def write_report(run: Run, others: Iterable[Run] = ()) -> str:
     parts = sections(results, others)
     texts = [markdown(b) if isinstance(b, Table) else markdown_text(b) for blocks in parts.values() for b in blocks]
     write_text(run.path / "scores.csv", scores_csv(results))
+    write_json(run.path / FILE, result(results))
     write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
     write_page(results, parts)
     return f"{run.path}/report.md: {_summary(results)}"
@@ -70,11 +72,11 @@ def write_comparison(runs: Sequence[Run], output: str | Path | None = None, base
     return comparison.markdown()
 
 
-def check_output(output: str | Path | None) -> None:
+def check_output(output: str | Path | None, endings: tuple[str, ...] = ENDINGS) -> None:
     """Refuses a file that cannot be written as a comparison.
 
     Raises:
-        RunError: if its name does not end in one of `ENDINGS`.
+        RunError: if its name does not end in one of the endings.
     """
-    if output is not None and Path(output).suffix not in ENDINGS:
-        raise RunError(f"--output {output}: name a file that ends in {', '.join(ENDINGS)}; the ending is the form.")
+    if output is not None and Path(output).suffix not in endings:
+        raise RunError(f"--output {output}: name a file that ends in {', '.join(endings)}; the ending is the form.")

@@ -5,20 +5,25 @@ trainer       the hooks of a method           preflight    what cannot work is r
 gradients     losses and gradients            stages       `main`, and the loop over the stages
 checkpoints   what a stage leaves, and what it goes on from
 sampler       batches of rows of similar length
+rows          which rows of a task are remembered
+writing       rows that the model writes itself between stages
 """
 
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
 from trainers.base.preflight import context_length, refuse_shards
+from trainers.base.rows import CHOICES, choose_rows
 from trainers.base.sampler import LengthGrouped
 from trainers.base.stages import main, train
 from trainers.base.trainer import CLTrainer, frozen_in_bf16
 
 __all__ = [
+    "CHOICES",
     "CLConfig",
     "CLTrainer",
     "ConfigError",
     "LengthGrouped",
+    "choose_rows",
     "context_length",
     "frozen_in_bf16",
     "main",

@@ -19,8 +19,8 @@ from trace_tasks.data.files import fingerprint, fresh_dir, remove, sync_files, w
 from trainers.base.gradients import GradientTrainer
 from trainers.base.sampler import LengthGrouped
 
-#: Files of a checkpoint within a stage: the trained parameters, and what is written last.
-_TRAINED, _WHOLE = "trained.safetensors", "whole.json"
+#: Files of a checkpoint within a stage: the trained parameters, the method's tensors, and what is written last.
+_TRAINED, _KEPT, _WHOLE = "trained.safetensors", "kept.safetensors", "whole.json"
 
 
 class CheckpointTrainer(GradientTrainer):
@@ -28,6 +28,9 @@ class CheckpointTrainer(GradientTrainer):
 
     #: What is counted during a stage and so has to be kept in its checkpoints, in addition to what HF keeps.
     counters: ClassVar[tuple[str, ...]] = ("_total_train_tokens",)
+    #: Tensors that change during a stage, such as an average of the weights: they are in its checkpoints, too. A
+    #: method puts them here in `begin_stage`, and reads and changes them here.
+    kept: dict[str, torch.Tensor]
     run: Run
     stage: Stage
     #: Before the checkpoint that the stage goes on from: seconds, the sum of the losses of its steps, and the steps.
@@ -115,6 +118,8 @@ class CheckpointTrainer(GradientTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
+            if self.kept:
+                save_tensors(self.kept, folder / _KEPT)
             sync_files(folder)
             whole = {
                 "of": self._origin(),
@@ -148,6 +153,9 @@ class CheckpointTrainer(GradientTrainer):
             if usable:
                 for name, value in whole["counters"].items():
                     setattr(self, name, value)
+                if (folder / _KEPT).exists():
+                    tensors = load_file(folder / _KEPT)
+                    self.kept = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
                 self.before = {name: whole[name] for name in self.before}
                 self.started -= whole["seconds"]
                 return str(folder)

@@ -15,6 +15,7 @@ from trace_bench.keys import refuse_secrets
 from trace_bench.run import RunError
 from trace_tasks import data
 from trace_tasks.errors import TraceError
+from trainers.base.rows import CHOICES
 
 #: Settings that HF's configs do not mark as deciding the result, but that do.
 _DECIDING = {
@@ -28,6 +29,8 @@ _INDIFFERENT = {
     *("dataset_num_proc", "local_rank", "use_cpu", "eos_token", "log_level", "save_strategy", "save_steps"),
     *("save_total_limit", "dataset_kwargs", "ddp_timeout", "keep"),
 }
+#: Settings that runs of older programs do not have: on record where they are set.
+_LATER = {"replay_ratio", "replay_choice"}
 #: Limit -> how an error names it, and how it is checked.
 _LIMITS = {
     "least": ("of at least", operator.ge),
@@ -124,6 +127,12 @@ class CLConfig(SFTConfig):
         None, "Variables of the chat template, as JSON: '{\"enable_thinking\": false}'. Judged answers have them too."
     )
     loss_weights: str = option("rows", "What weighs the same in the loss; tokens is HF's.", choices=["rows", "tokens"])
+    replay_ratio: float | None = option(
+        None, "Share of each earlier task's rows that is mixed into a stage; default: none.", least=0, most=1
+    )
+    replay_choice: str | None = option(
+        None, "Which rows are mixed in: first, random (the default) or balanced.", choices=CHOICES
+    )
     cells: str = option("seen", "The tasks each stage is evaluated on.", choices=["seen", "all", "own"])
     keep: str = option(
         "all",
@@ -203,7 +212,8 @@ class CLConfig(SFTConfig):
         own, kinds = self._own(), get_type_hints(type(self))
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
-            if choices and f.name in own and value not in choices:
+            optional = type(None) in get_args(kinds[f.name]) and value is None
+            if choices and f.name in own and value not in choices and not optional:
                 raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
             if limits := self._limits(f.name):
                 _check_number(f.name, value, kinds[f.name], limits)
@@ -268,5 +278,7 @@ class CLConfig(SFTConfig):
         return {
             name: value
             for name, value in self.to_dict().items()
-            if name not in _INDIFFERENT and (name in always or value != defaults.get(name))
+            if name not in _INDIFFERENT
+            and (name in always or value != defaults.get(name))
+            and not (name in _LATER and value is None)
         }

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -107,6 +108,11 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
         )
     if joined and config.loss_weights == "rows":
         raise ConfigError(f"{joined[0]}=true joins rows, which then cannot weigh the same: set loss_weights: tokens.")
+    of_all = {f.name: f.default for f in fields(config)}["replay_ratio"] is None  # the method `replay` has its own
+    if trainer.own_memory and config.replay_ratio and of_all:
+        raise ConfigError(
+            f"replay_ratio={config.replay_ratio}: {name} decides itself which rows are trained on. Leave it out."
+        )
     if "adjust_gradients" in own:
         refuse_shards(config, f"{name} needs whole gradients", "with LoRA if memory is short")
         if config.fp16:

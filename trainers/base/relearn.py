@@ -20,8 +20,9 @@ from trace_bench.records import read_cell
 from trace_bench.run import Run, RunError, Stage, locked
 from trace_tasks.data.files import refuse_links, remove
 from trainers.base.config import CLConfig, ConfigError
-from trainers.base.stages import evaluate_apart, parse, train
+from trainers.base.stages import parse, train
 from trainers.base.trainer import CLTrainer
+from trainers.base.writing import run_alone
 
 
 class RelearnTrainer(CLTrainer):
@@ -145,12 +146,14 @@ def _check_sources(run: Run, rows: int) -> None:
 def _train_and_measure(run: Run, start: Stage, folder: Path, rows: int, steps: int, cell: dict[str, Any]) -> None:
     config, model_args = parse(CLConfig, ["--like", str(run.path), "--output_dir", str(folder)])
     config.tasks, config.epochs, config.cells, config.general, config.judged = run.tasks[:-1], None, "own", [], []
-    config.train_rows, config.max_steps = rows, steps
+    config.train_rows, config.max_steps, config.replay_ratio, config.replay_choice = rows, steps, None, None
     # So few steps are all taken at the run's learning rate.
     config.lr_scheduler_type, config.warmup_steps = "constant", 0
     # Measured as the run was, whatever its configuration says of the engine.
     config.backend, config.engine_args = cell["settings"]["backend"], cell.get("engine_args") or None
     kind = type("RelearnTrainer", (RelearnTrainer,), {"source": run, "start": start, "__module__": __name__})
     relearned = train(kind, config, model_args)
-    evaluate_apart(relearned, *relearned.stages[1:])
+    stages = [str(stage.index) for stage in relearned.stages[1:]]
+    if run_alone(["trace_bench.cli", "evaluate", str(folder), "--stages", *stages]):
+        raise RunError(f"The evaluation of {folder} failed, see above. What is done is kept: run this again.")
     _is_measured(relearned)

@@ -45,6 +45,7 @@ from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.trainer import CLTrainer
+from trainers.base.writing import run_alone
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,6 @@ _MEMORY = (
 )
 #: What `save_checkpoint` and `end_stage` write.
 _LEFT_BY_STAGE = ("adapter", "model", "method_state")
-#: How the variables begin by which a launcher tells its processes of each other.
-_LAUNCHED = (*("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),)
 
 
 def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
@@ -328,8 +327,11 @@ class Loop:
             )
 
     def _evaluate(self, stage: Stage) -> None:
-        if self.state.is_main_process:
-            evaluate_apart(self.run, stage)
+        """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
+        # --follow waits for a process that evaluates the stage already.
+        words = ["trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index), "--follow"]
+        if self.state.is_main_process and run_alone(words):
+            raise RunError(f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again.")
         self.state.wait_for_everyone()
 
     def _remove_left(self, stage: Stage) -> None:
@@ -340,21 +342,6 @@ class Loop:
     def _say(self, stage: Stage, text: str) -> None:
         if self.state.is_main_process:
             print(printable(f"stage {stage.index}/{len(self.run.stages) - 1} {text}"), flush=True)
-
-
-def evaluate_apart(run: Run, *stages: Stage) -> None:
-    """Evaluates stages in a process of its own, which gives all memory back when it ends.
-
-    Raises:
-        RunError: if it failed.
-    """
-    indices = [str(stage.index) for stage in stages]
-    command = ["-m", "trace_bench.cli", "evaluate", str(run.path), "--stages", *indices]
-    # It is a program of its own, not one of the processes that were launched together.
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(_LAUNCHED)}
-    if ending.run_child([sys.executable, *command], environment):
-        names = ", ".join(stage.name for stage in stages)
-        raise RunError(f"The evaluation of {names} failed, see above. What is done is kept: run this again.")
 
 
 def _method_source(trainer: type[CLTrainer]) -> str | None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from datasets import Dataset
-from transformers import set_seed
+from datasets import Dataset, concatenate_datasets
+from transformers import TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config
 
 from trace_bench import checks
@@ -17,9 +17,11 @@ from trace_bench.engine import models
 from trace_bench.run import Run, RunError, Stage
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.tokens import Chat, example_ids
+from trainers.base import writing
 from trainers.base.checkpoints import CheckpointTrainer
 from trainers.base.config import CLConfig
 from trainers.base.progress import follow
+from trainers.base.rows import choose_rows
 from trainers.base.sampler import LengthGrouped
 
 
@@ -39,18 +41,19 @@ class CLTrainer(CheckpointTrainer):
         args.save_total_limit = None  # `_save_checkpoint` drops older ones, when the new one is whole
         self.before = {"seconds": 0.0, "losses": 0.0, "step": 0}
         self.started = time.perf_counter()
+        self.kept = {}
         set_seed(args.seed)  # an adapter's first weights are random
-        super().__init__(
-            model=self.stage_model(stage),
-            args=args,
-            train_dataset=self.stage_dataset(stage),
-            processing_class=tokenizer,
-        )
+        model = self.stage_model(stage)
+        super().__init__(model=model, args=args, train_dataset=self.with_replay(stage), processing_class=tokenizer)
         # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
         self.model_accepts_loss_kwargs = True
+        self.add_callback(_Steps(self))
         follow(self)
 
     # ------------------------------------------------------------------------------------------------------- hooks
+
+    #: Whether the method itself decides which earlier rows are trained on: then `replay_ratio` is not for all methods.
+    own_memory: ClassVar[bool] = False
 
     @classmethod
     def prepare(cls, config: Any, model_args: ModelConfig) -> dict[str, Any]:
@@ -90,25 +93,81 @@ class CLTrainer(CheckpointTrainer):
         into micro-batches and processes.
         """
 
+    def before_step(self) -> None:
+        """Called before each step of the optimizer, when gradients are adjusted and clipped."""
+
+    def after_step(self) -> None:
+        """Called after each step of the optimizer: the parameters have moved."""
+
     def record(self) -> dict[str, Any]:
         """What the method adds to the stage's train.json."""
         return {}
 
     # --------------------------------------------------------------------------------------------------- for methods
 
-    def task_dataset(self, task: str, limit: int | None = None) -> Dataset:
-        """Token ids of a task's training rows: the first `limit`, or as many as the run's `train_rows` says."""
+    def task_texts(self, task: str, limit: int | None = None) -> list[tuple[str, str]]:
+        """Prompts and answers of a task's training rows: the first `limit`, or as many as `train_rows` says."""
         if limit is None and task in self.run.rows:
-            return self.text_dataset(self.run.rows[task])
+            return self.run.rows[task]
         tasks = load_tasks([task])
         checks.check_tasks(self.run, tasks)
-        return self.text_dataset(training_rows(tasks[task], limit or self.config.train_rows, self.chat))
+        return training_rows(tasks[task], limit or self.config.train_rows, self.chat)
+
+    def task_dataset(self, task: str, limit: int | None = None) -> Dataset:
+        """Token ids of `task_texts`."""
+        return self.text_dataset(self.task_texts(task, limit))
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
         """Token ids of prompts and answers, as `stage_dataset` returns them."""
         prompts, answers = zip(*rows, strict=True)
         limits = self.config.max_prompt_length, self.config.max_answer_length
         return Dataset.from_list(example_ids(self.tokenizer, prompts, answers, *limits, self.chat))
+
+    def earlier_rows(self, stage: Stage, ratio: float, choice: str) -> dict[str, Dataset]:
+        """A share of the rows of each task before a stage, at least one row of each."""
+        found = {}
+        for task in self.run.tasks[: stage.index - 1] if ratio else ():
+            rows = self.task_dataset(task)
+            found[task] = choose_rows(rows, max(1, round(ratio * len(rows))), choice, self.config.seed)
+        return found
+
+    def with_replay(self, stage: Stage) -> Dataset:
+        """The training set of a stage, with the rows that `replay_ratio` mixes into that of any method."""
+        rows, c = self.stage_dataset(stage), self.config
+        if self.own_memory or not c.replay_ratio:
+            return rows
+        return concatenate_datasets(
+            [rows, *self.earlier_rows(stage, c.replay_ratio, c.replay_choice or "random").values()]
+        )
+
+    def written(
+        self,
+        name: str,
+        by: Stage,
+        task: str,
+        rows: list[tuple[str, str]],
+        sampling: dict[str, Any] | None = None,
+    ) -> list[str]:
+        """What the model of a stage answers to the prompts of rows, as the evaluation of the task would have it.
+
+        For `stage_dataset`, where no model is on the GPU yet. It is done once: what is written is kept in the stage's
+        folder, and made again if the model, the prompts or the settings are others.
+
+        Args:
+            name: That of the file; one for each call within a stage.
+            by: The stage whose checkpoint answers; stage 0 is the base model.
+            task: The task whose stops and lengths hold.
+            rows: As `task_texts` returns them; their answers are not read.
+            sampling: Of the engine, such as {"temperature": 1.0}; None = greedy.
+
+        Returns:
+            An answer for each row, without the stop that ended it.
+        """
+        prompts = [
+            [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+            for row in self.text_dataset(rows).to_list()
+        ]
+        return writing.written(self, name, by, task, prompts, sampling)
 
     def trainable_model(self, checkpoint: Path | None) -> Any:
         """A model to train on from a checkpoint (None = the base model): its adapter, or all of its parameters."""
@@ -171,6 +230,19 @@ class CLTrainer(CheckpointTrainer):
         # Processes work on batches that follow each other: they wait for the longest of them.
         self.grouped = LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
         return self.grouped
+
+
+class _Steps(TrainerCallback):
+    """Calls a trainer's hooks around the optimizer's step."""
+
+    def __init__(self, trainer: CLTrainer) -> None:
+        self.trainer = trainer
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.before_step()
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer.after_step()
 
 
 def frozen_in_bf16(model: Any) -> None:

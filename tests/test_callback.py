@@ -1,0 +1,258 @@
+"""The callback: it measures what the model has learned and forgotten, and leaves the training as it was."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, freeze_imports
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from trace_bench import ForgettingCallback, evaluate
+from trace_bench.callback import CallbackError
+from trace_bench.evaluate import external_run
+from trace_bench.report import write_report
+from trace_bench.run import Run, RunError, read_json, read_jsonl
+
+TASKS = ["trace_fomc", "trace_numglue_ds"]
+MEASURED = {"tasks": TASKS, "rows": 4, "max_prompt_length": 96, "max_new_tokens": 4}
+ROWS = Dataset.from_list([{"prompt": f"{i} and {i} is ", "completion": f"{2 * i}."} for i in range(24)])
+
+
+@pytest.fixture
+def base(checkpoints):
+    """A model that writes lively texts, so that equal answers mean equal weights."""
+    return checkpoints["full model"]
+
+
+@pytest.fixture
+def trainer(base, tmp_path, demo_data):
+    """Makes a trainer of TRL: three steps of a LoRA with dropout."""
+    freeze_imports()
+
+    def make(name="out", **options):
+        settings = {"max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+        settings |= {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "bf16": False}
+        torch.manual_seed(0)
+        return SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+            args=SFTConfig(str(tmp_path / name), **settings | options),
+            train_dataset=ROWS,
+            processing_class=AutoTokenizer.from_pretrained(base),
+            peft_config=LoraConfig(r=4, lora_dropout=0.3, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+
+    return make
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def metrics_of(trainer):
+    return [entry["mean_token_accuracy"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+class Watch(TrainerCallback):
+    """Holds the state of a model, and the random numbers, at each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        inner = model.get_base_model()
+        self.seen.append(
+            {
+                "modes": {name: module.training for name, module in model.named_modules()},
+                "checkpointing": inner.is_gradient_checkpointing,
+                "config": copy.deepcopy(inner.config.to_dict()),
+                "generation": (id(inner.generation_config), inner.generation_config.to_dict()),
+                "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
+                "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
+            }
+        )
+
+
+@pytest.mark.parametrize("options", [{"gradient_checkpointing": True, "bf16": True}, {"logging_steps": 2}])
+def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, options):
+    plain, watched = trainer("plain", **options), trainer("watched", **options)
+    # What generation has to be kept from: a setting that would change a greedy answer.
+    for one in (plain, watched):
+        one.model.get_base_model().generation_config.repetition_penalty = 9.0
+    callback = ForgettingCallback(watched, **MEASURED, every=1)
+    watches = [Watch(), Watch()]
+    for one, watch in zip((plain, watched), watches, strict=True):
+        one.add_callback(watch)
+    watched.add_callback(callback)
+    torch.manual_seed(1)
+    plain.train()
+    torch.manual_seed(1)
+    watched.train()
+    assert losses(plain) == losses(watched) and len(losses(plain)) == len(losses(watched)) > 0
+    assert metrics_of(plain) == metrics_of(watched), "TRL's own means are not emptied"
+    for before, after in zip(watches[0].seen, watches[1].seen, strict=True):
+        ids = before.pop("generation")[1], after.pop("generation")[1]
+        assert before == after and ids[0] == ids[1]
+    for (name, one), two in zip(plain.model.named_parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_weights(
+    trainer, base, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("GENERAL_DATA", str(SHARED / "data/general"))
+    suites = ["boolq"] if (SHARED / "data/general").is_dir() else []
+    one = trainer(save_strategy="steps", save_steps=2)
+    one.add_callback(ForgettingCallback(one, **MEASURED, suites=suites, every="save"))
+    one.train()
+    run = Run.open(tmp_path / "out/forgetting")
+    assert [s.name for s in run.stages] == ["0_base", "1_step_2", "2_step_3"]
+    settings = {"backend": "hf", "test_rows": 4, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
+    general = [f"general_{suite}" for suite in suites]
+    settings |= {"general": general, "general_rows": 4, "general_stages": "all"}
+    saved = {"two": str(tmp_path / "out/checkpoint-2"), "three": str(tmp_path / "out/checkpoint-3")}
+    again = external_run(tmp_path / "again", saved, model=str(base), tasks=TASKS, settings=settings)
+    evaluate.evaluate(again, engine_args={"dtype": "float32"})
+    answers = set()
+    for mine, theirs in zip(run.stages, again.stages, strict=True):
+        for task in [*TASKS, *general]:
+            cells = [read_json(stage.eval_file(task)) for stage in (mine, theirs)]
+            for key in ("metrics", "n", "n_cut", "n_unfinished", "definition", "headline"):
+                assert cells[0].get(key) == cells[1].get(key)
+            if task in general:
+                continue  # likelihoods of other batches differ in their last bits
+            assert read_jsonl(mine.samples_file(task)) == read_jsonl(theirs.samples_file(task))
+            answers |= {row["response"] for row in read_jsonl(mine.samples_file(task))}
+    assert len(answers) > 6, "the weights differ, and so do the answers"
+    write_report(run)
+    text = (run.path / "report.md").read_text()
+    assert "Changes since the base model" in text and "2_step_3" in text
+    with pytest.raises(RunError, match="answers without weights"):
+        evaluate.evaluate(run)
+
+
+def test_changes_are_logged_in_points_and_the_steps_own_log_is_kept(trainer, tmp_path):
+    one = trainer()
+    one.add_callback(ForgettingCallback(one, **MEASURED, every=2))
+    one.train()
+    run = Run.open(tmp_path / "out/forgetting")
+    metrics = [read_json(s.eval_file("trace_fomc"))["metrics"] for s in run.stages]
+    scores = [m["accuracy"]["value"] for m in metrics]
+    tolerant = [m["accuracy_tolerant"]["value"] for m in metrics]
+    logged = [e for e in one.state.log_history if "score/trace_fomc" in e]
+    assert [e["step"] for e in logged] == [0, 2, 3]
+    assert [e["score/trace_fomc"] for e in logged] == [100 * scores[i] for i in range(3)]
+    assert [e["score/trace_fomc_tolerant"] for e in logged] == [100 * value for value in tolerant]
+    assert "change/trace_fomc" not in logged[0]
+    assert [e["change/trace_fomc"] for e in logged[1:]] == [100 * (scores[i] - scores[0]) for i in (1, 2)]
+    assert [e["step"] for e in one.state.log_history if "loss" in e] == [1, 2, 3]
+
+
+def test_a_training_that_goes_on_keeps_the_start_and_measures_again_what_is_trained_again(trainer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    first = trainer(**options)
+    first.add_callback(ForgettingCallback(first, **MEASURED, every=1))
+    first.train()
+    run = Run.open(tmp_path / "out/forgetting")
+    start, third = run.stages[0].eval_file("trace_fomc"), run.stages[3].eval_file("trace_fomc")
+    made = [file.stat().st_mtime_ns for file in (start, third)]
+    second = trainer(**options)
+    second.add_callback(ForgettingCallback(second, **MEASURED, every=1))
+    second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    assert [s.name for s in Run.open(run.path).stages] == ["0_base", "1_step_1", "2_step_2", "3_step_3", "4_step_4"]
+    assert start.stat().st_mtime_ns == made[0] and third.stat().st_mtime_ns > made[1]
+    third = trainer(**options)
+    third.add_callback(ForgettingCallback(third, **MEASURED))
+    with pytest.raises(RunError, match=r"another training, up to step_4.*another output_dir"):
+        third.train()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tasks": []}, "Nothing is to be measured"),
+        ({"tasks": ["trace_fmoc"]}, "Unknown task.*trace_fomc"),
+        ({"suites": ["boolk"]}, "general_boolk is not known here.*general_boolq"),
+        ({"every": "steps"}, "every='steps'.*epoch, save, no"),
+        ({"every": 0}, "every=0"),
+        ({"rows": 0}, "rows=0"),
+        ({"max_prompt_length": 2000}, "do not fit into the engine's context of 1024"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_training(trainer, options, message):
+    with pytest.raises(Exception, match=message) as e:
+        ForgettingCallback(trainer(), **{**MEASURED, **options})
+    assert type(e.value).__module__.startswith("trace_")
+
+
+def test_a_model_whose_weights_are_spread_over_processes_is_refused(trainer):
+    one = trainer()
+    one.is_fsdp_enabled = True
+    with pytest.raises(CallbackError, match=r"FSDP gives each process a part.*DDP or ZeRO-2"):
+        ForgettingCallback(one, **MEASURED)
+
+
+def test_the_example_of_the_documentation_works(base, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs/elsewhere.md").read_text(encoding="utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    few = {"MODEL": str(base), "max_steps=40": "max_steps=2, use_cpu=True", "rows=50, every=20": "rows=2, every=1"}
+    few['data_path="demo"'] = 'data_path="demo", max_prompt_length=96'
+    for long, short in few.items():
+        assert code.count(long) == 1
+        code = code.replace(long, short)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACE_DATA", "")  # what the callback sets is undone
+    exec(code, {})
+    write_report(Run.open("out/forgetting"))
+    assert "2_step_2" in Path("out/forgetting/report.md").read_text()
+
+
+TWO = """
+import json, sys
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+from trace_bench import ForgettingCallback
+
+base, out, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+options = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True}
+trainer = SFTTrainer(
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+    args=SFTConfig(out, **options, bf16=False, save_strategy="no", disable_tqdm=True),
+    train_dataset=Dataset.from_list([{"prompt": f"{i} and {i} is ", "completion": f"{2 * i}."} for i in range(24)]),
+    processing_class=AutoTokenizer.from_pretrained(base),
+)
+if asked:
+    trainer.add_callback(ForgettingCallback(trainer, **asked))
+trainer.train()
+assert trainer.accelerator.num_processes == 2
+history = trainer.state.log_history
+found = [e["loss"] for e in history if "loss" in e], sum("score/trace_fomc" in e for e in history)
+open(f"{out}-{trainer.accelerator.process_index}.json", "w").write(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_measures_and_the_training_is_the_same(base, tmp_path):
+    (tmp_path / "two.py").write_text(TWO)
+    root = str(Path(__file__).parents[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE_DATA": "demo", "PYTHONPATH": root}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for name, asked in (("plain", {}), ("watched", {**MEASURED, "every": 1})):
+        command = [*launch, str(tmp_path / "two.py"), str(base), str(tmp_path / name), json.dumps(asked)]
+        subprocess.run(command, check=True, env=env, timeout=500)
+    found = {name: read_json(tmp_path / f"{name}.json") for name in ("plain-0", "watched-0", "watched-1")}
+    assert found["plain-0"][0] == found["watched-0"][0] == found["watched-1"][0]
+    assert [found["watched-0"][1], found["watched-1"][1]] == [3, 0]
+    run = Run.open(tmp_path / "watched/forgetting")
+    assert [stage.name for stage in run.stages] == ["0_base", "1_step_1", "2_step_2"]

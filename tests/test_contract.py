@@ -1,0 +1,164 @@
+"""What `CLTrainer` promises to methods beyond their own tests: hooks around a step, tensors, replay, written rows."""
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import train
+from safetensors.torch import load_file
+
+from trace_bench import evaluate
+from trace_bench.run import read_json, read_jsonl
+from trainers import base, gem, joint, replay
+from trainers.base import writing
+
+TASKS = ["trace_fomc", "trace_numglue_ds"]
+
+
+class AverageTrainer(base.CLTrainer):
+    """Keeps a moving average of the trained parameters."""
+
+    def begin_stage(self):
+        self.kept = {name: p.detach().clone() for name, p in self.trained().items()}
+
+    def after_step(self):
+        for name, p in self.trained().items():
+            self.kept[name].lerp_(p.detach(), 0.5)
+
+    def end_stage(self):
+        self.save_state(self.kept)
+
+
+def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path):
+    options |= {"tasks": TASKS[:1], "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+
+    class Killed(AverageTrainer):
+        def after_step(self):
+            super().after_step()
+            if self.state.global_step == 4:  # in the fifth step; the checkpoint of the fourth is whole
+                raise KeyboardInterrupt
+
+    Killed.__module__ = AverageTrainer.__module__
+    whole = train({**options, "output_dir": str(tmp_path / "whole"), "save_strategy": "no"}, AverageTrainer)
+    with pytest.raises(KeyboardInterrupt):
+        train(options, Killed)
+    steps = []
+
+    class Resumed(AverageTrainer):
+        def after_step(self):
+            super().after_step()
+            steps.append(self.state.global_step)
+
+    Resumed.__module__ = AverageTrainer.__module__
+    run = train(options, Resumed)
+    assert len(steps) == 2, "it went on at step 4"
+    a, b = (load_file(r.stages[1].method_state / "state.safetensors") for r in (whole, run))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    (weights,) = whole.stages[1].checkpoint.glob("*.safetensors")
+    assert not any(torch.equal(t, a[k]) for k, t in load_file(weights).items() if k in a), "an average of the weights"
+
+
+def test_hooks_come_in_the_order_of_a_step(options):
+    seen = []
+
+    class Spy(base.CLTrainer):
+        def look(self, name):
+            first = list(self.trained().values())[-1]  # of the adapter B, whose gradient is not zero at first
+            seen.append((name, first.detach().clone(), first.grad.norm().item()))
+
+        def adjust_gradients(self, model):
+            self.look("adjust")
+
+        def before_step(self):
+            self.look("before")
+
+        def after_step(self):
+            self.look("after")
+
+    train({**options, "tasks": TASKS[:1], "max_steps": 2, "max_grad_norm": 1e-6}, Spy)
+    assert [name for name, *_ in seen] == ["adjust", "before", "after"] * 2
+    (_, p0, g0), (_, p1, g1), (_, p2, _) = seen[:3]
+    assert g1 < 1e-5 < g0, "before the step gradients are clipped"
+    assert torch.equal(p0, p1) and not torch.equal(p1, p2)
+
+
+# -------------------------------------------------------------------------------------------------------------- replay
+
+
+def test_replay_is_an_option_of_methods_without_a_memory(options, tmp_path):
+    rows = {}
+
+    class Spy(base.CLTrainer):
+        def begin_stage(self):
+            rows[self.stage.index] = self.train_dataset["input_ids"]
+
+    class Own(replay.ReplayTrainer):
+        def begin_stage(self):
+            rows[self.stage.index, "replay"] = self.train_dataset["input_ids"]
+
+    run = train({**options, "replay_ratio": 0.25}, Spy)
+    assert {key: run.manifest["config"][key] for key in ("replay_ratio",)} == {"replay_ratio": 0.25}
+    assert len(rows[1]) == 16 and len(rows[2]) == 16 + 4
+    mixed = {"replay": "mixed", "replay_ratio": 0.25, "alignment_data": "none", "output_dir": str(tmp_path / "mixed")}
+    train({**options, **mixed}, Own, replay.ReplayConfig)
+    assert rows[2] == rows[2, "replay"], "the same rows as the method's that is named after it"
+
+
+def test_replay_is_refused_where_a_method_chooses_its_rows_and_not_on_record_where_it_is_not_asked_for(options):
+    for module, trainer, config in (
+        (gem, gem.GEMTrainer, gem.MemoryConfig),
+        (joint, joint.JointTrainer, joint.JointConfig),
+    ):
+        with pytest.raises(base.ConfigError, match=r"replay_ratio=0.1: \w+ decides itself which rows"):
+            train({**options, "replay_ratio": 0.1}, trainer, config)
+        assert module
+    with pytest.raises(base.ConfigError, match="replay_choice='best' is not allowed: use first or random"):
+        base.CLConfig(output_dir="x", replay_choice="best")
+    assert not {"replay_ratio", "replay_choice"} & base.CLConfig(output_dir="x").manifest().keys()
+    assert replay.ReplayConfig(output_dir="x").manifest()["replay_ratio"] == 0.1
+
+
+# -------------------------------------------------------------------------------------------------------- written rows
+
+
+def test_a_stage_is_trained_on_what_the_model_before_writes(options, monkeypatch):
+    """The answers are those of the evaluation; they are written once, and again for other prompts."""
+    run = train({**options, "max_new_tokens": 6, "max_steps": 8, "tasks": TASKS})
+    evaluate.evaluate(run, stages=[0, 1])
+    samples = read_jsonl(run.stages[1].samples_file(TASKS[0]))
+    rows = [(row["prompt"], "not read") for row in samples]
+    asked, answers = [], []
+
+    class Writer(base.CLTrainer):
+        def stage_dataset(self, stage):
+            if stage.index == 2:
+                answers.append(self.written("own", self.previous, TASKS[0], rows))
+            return super().stage_dataset(stage)
+
+    Writer.__module__ = base.CLTrainer.__module__
+    alone = writing.run_alone
+    monkeypatch.setattr(writing, "run_alone", lambda words: asked.append(words) or alone(words))
+    for _ in range(2):
+        run.stages[2].train_file.unlink()
+        train({**options, "max_new_tokens": 6, "max_steps": 8, "tasks": TASKS}, Writer)
+    assert answers == [[row["response"] for row in samples]] * 2 and any(answers[0])
+    assert len(asked) == 1, "the second attempt finds what the first one wrote"
+    file = run.stages[2].path / "written" / "own.json"
+    assert [p.name for p in file.parent.iterdir()] == ["own.json"]
+    file.write_text(json.dumps(read_json(file))[:-9])  # damaged
+    rows.pop()
+    run.stages[2].train_file.unlink()
+    train({**options, "max_new_tokens": 6, "max_steps": 8, "tasks": TASKS}, Writer)
+    assert len(asked) == 2 and answers[2] == answers[0][:-1]
+
+
+def test_an_engine_that_cannot_write_is_told_of_before_training(options, monkeypatch):
+    class Writer(base.CLTrainer):
+        def stage_dataset(self, stage):
+            self.written("own", self.previous, TASKS[0], [("a prompt", "")])
+            return super().stage_dataset(stage)
+
+    monkeypatch.setattr(writing, "run_alone", lambda words: 1)
+    with pytest.raises(base.stages.RunError, match=re.escape("0_base could not answer the 1 prompts of trace_fomc")):
+        train({**options, "tasks": TASKS[:1]}, Writer)

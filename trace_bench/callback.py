@@ -1,0 +1,283 @@
+"""Forgetting within anyone's training: a callback for TRL's trainers and transformers' own.
+
+    trainer.add_callback(ForgettingCallback(trainer, tasks=["trace_fomc"], suites=["boolq"], every=100))
+
+It measures tasks and suites at the start, every so often and at the end, with the model in memory, logs what changed to
+the trainer's trackers, and writes a run that `trace-bench report` reads. The training goes on as if it had not been
+there.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from trace_bench.engine.live import LiveHF, quiet
+from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
+from trace_bench.evaluate.external import drop, tasks_record, with_checkpoints
+from trace_bench.evaluate.plan import Plan, matrix_settings, suite_settings
+from trace_bench.evaluate.tasks import check_context, prepare
+from trace_bench.records import read_cell
+from trace_bench.report.results import unit_of
+from trace_bench.run import Run, RunError, Stage, locked
+from trace_bench.tasks import load_tasks
+from trace_tasks import data
+from trace_tasks.data.files import digest
+from trace_tasks.errors import TraceError
+from trace_tasks.tokens import Chat, check_room
+
+log = logging.getLogger(__name__)
+
+#: What `every` may be other than a number of steps, as transformers calls it.
+EVERY = ("epoch", "save", "no")
+#: Logged beside the headline: a model that was never trained on a task has the knowledge, but not the form.
+_TOLERANT = "accuracy_tolerant"
+
+
+class CallbackError(TraceError):
+    """The callback cannot measure this training; the message says why and what to do."""
+
+
+class ForgettingCallback(TrainerCallback):
+    """Measures what a model forgets while it is trained.
+
+    The model answers greedily, as in `trace-bench evaluate --backend hf`. Its state, its settings and all random
+    numbers are afterwards what they were. Of several processes (DDP, ZeRO-1 and 2) the first one measures, and the
+    others wait.
+
+    Logged are `score/TASK` and, in points since the start, `change/TASK` (negative = forgotten). Of tasks that have a
+    form-tolerant accuracy that one is logged, too, as `TASK_tolerant`.
+
+    Args:
+        trainer: The trainer that it will be added to.
+        tasks: Names of TRACE's tasks, of your own (TRACE_TASKS), or an order.
+        suites: Suites of general ability, such as boolq, mmlu or general.
+        every: Steps between two measurements, or "epoch", "save", or "no" (at the start and the end alone).
+        rows: The first so many test rows of each task, and at least so many of each suite; None = all.
+        output_dir: The run that is written (default: forgetting, in the trainer's output_dir).
+        data_path: The rows of TRACE's tasks (default: TRACE_DATA).
+        max_prompt_length: Tokens of a prompt, cut on the left.
+        max_new_tokens: The most tokens of an answer; None = as each task has it.
+        chat_template: Whether prompts are put into the model's chat template.
+        chat_template_args: Its variables.
+        batch_size: Prompts at once (default: per_device_eval_batch_size).
+
+    Raises:
+        CallbackError: if the trainer's model is sharded, or there is nothing to measure.
+        DataError: for a task or suite that is not known, or without its data.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        tasks: Sequence[str] = (),
+        suites: Sequence[str] = (),
+        *,
+        every: int | str = "epoch",
+        rows: int | None = 100,
+        output_dir: str | Path | None = None,
+        data_path: str | None = None,
+        max_prompt_length: int = 1024,
+        max_new_tokens: int | None = None,
+        chat_template: bool = False,
+        chat_template_args: dict[str, Any] | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        _check(trainer, every, rows)
+        self.trainer, self.every = trainer, every
+        self.place = Path(trainer.args.output_dir or ".").absolute()
+        self.path = Path(output_dir or self.place / "forgetting")
+        self.measured: int | None = None
+        names = data.expand_orders(tasks)
+        known = data.expand([s if s in {*data.SUITES, *data.GROUPS} else f"general_{s}" for s in suites], data.SUITES)
+        if not [*names, *known]:
+            raise CallbackError("Nothing is to be measured: name tasks, such as trace_fomc, or suites, such as boolq.")
+        source = data.open_data(names, data_path)
+        source.use()
+        source.check(["test"])
+        with quiet():
+            self.loaded = load_tasks(names)
+        self.config: dict[str, Any] = {
+            "backend": "hf",
+            "test_rows": rows,
+            "max_prompt_length": max_prompt_length,
+            "max_new_tokens": max_new_tokens,
+            "chat_template": chat_template,
+            **({"chat_template_args": chat_template_args} if chat_template_args else {}),
+            "general": known,
+            "general_rows": rows,
+        }
+        precision = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        size = batch_size or trainer.args.per_device_eval_batch_size
+        self.lm = LiveHF(model, trainer.processing_class, size, precision)
+        manifest = self._manifest(tasks_record(self.loaded, source), model)
+        self.plan = self._plan(Run(self.path, manifest), known)
+        if chat_template:
+            self.lm.chat = Chat(self.lm.tokenizer, chat_template_args, manifest["date"])
+            check_room(self.lm.chat, max_prompt_length)
+        defined = {name: digest(definition) for name, definition in manifest["task_definitions"].items()}
+        self.tasks = prepare(self.plan, self.loaded, defined)
+        check_context(self.plan, self.tasks, self.lm.max_length)
+
+    def _manifest(self, record: dict[str, Any], model: Any) -> dict[str, Any]:
+        return {
+            "method": "callback",
+            "answers_only": "measured by ForgettingCallback while the model was trained",
+            "model": {
+                "name": model.config._name_or_path or "unknown",
+                "revision": getattr(model.config, "_commit_hash", None),
+            },
+            **record,
+            "config": self.config,
+            "seed": self.trainer.args.seed,
+            "checkpoints": {},
+        }
+
+    def _plan(self, run: Run, suites: Iterable[str]) -> Plan:
+        matrix = matrix_settings(self.config, {})
+        settings = dict.fromkeys(run.tasks, matrix) | suite_settings(suites, self.config, matrix)
+        return Plan(run, self.config, {}, matrix, settings, {}, {run.stages[0]: list(settings)})
+
+    # ---------------------------------------------------------------------------------------------- transformers' hooks
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures the model before the first step; of a training that goes on, what was measured then is kept."""
+        if self.trainer.is_world_process_zero():
+            self._begin(state.global_step)
+        self.measured = None
+        if state.global_step == 0:
+            self._measure(model, control, "0_base")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures after every so many steps, and after the last one."""
+        due = isinstance(self.every, int) and state.global_step % self.every == 0
+        if due or state.global_step >= state.max_steps:
+            self._measure_step(model, state, control)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures after an epoch."""
+        if self.every == "epoch":
+            self._measure_step(model, state, control)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures what was saved."""
+        if self.every == "save":
+            self._measure_step(model, state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Measures what the training leaves, where that is not the model of the last step."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._measure(model, control, "best")
+        else:
+            self._measure_step(model, state, control)
+        if self.trainer.is_world_process_zero():
+            log.info("What was forgotten: trace-bench report %s", self.path)
+
+    # ---------------------------------------------------------------------------------------------------------- the run
+
+    def _begin(self, step: int) -> None:
+        """Begins the run, or goes on with it at the step where the training goes on.
+
+        Raises:
+            RunError: if the folder holds the run of another training, or measured something else.
+        """
+        manifest = dict(self.plan.run.manifest)
+        if (self.path / "manifest.json").exists():
+            there = Run.open(self.path)
+            later = [name for name in there.manifest.get("checkpoints", {}) if _step_of(name) > step]
+            if later and step == 0:
+                raise RunError(
+                    f"{self.path} holds what was measured of another training, up to {later[-1]}. Remove it, or give "
+                    "ForgettingCallback another output_dir."
+                )
+            if later:  # of steps that are trained again
+                there = drop(self.path, later)
+            manifest |= {key: there.manifest[key] for key in ("checkpoints", "folders") if key in there.manifest}
+        elif step:
+            log.warning(
+                "The training goes on at step %d, and %s holds nothing of its start: changes since then are unknown.",
+                *(step, self.path),
+            )
+        self.run = Run.create(self.path, manifest)
+        self.plan = replace(self.plan, run=self.run)
+
+    def _measure_step(self, model: Any, state: Any, control: Any) -> None:
+        """Measures a step once, whatever asks for it."""
+        if self.measured != state.global_step:
+            self.measured = state.global_step
+            self._measure(model, control, f"step_{state.global_step}")
+
+    def _measure(self, model: Any, control: Any, name: str) -> None:
+        """Makes the cells of a stage and logs them, in the first process."""
+        if self.trainer.is_world_process_zero():
+            stage = self._stage(name)
+            self.lm._model = self.trainer.accelerator.unwrap_model(model)
+            made = {"checkpoint": name if stage.index else None, **circumstances(self.plan, self.lm.device.type)}
+            with ExitStack() as stack:
+                stack.enter_context(locked(stage.path, "evaluate"))
+                stack.enter_context(self.lm.left_as_it_was())
+                for batch in batches(self.plan, self.tasks, list(self.plan.settings)):
+                    evaluate_batch(self.plan, self.tasks, self.lm, stage, batch, made)
+            self._log(stage, control)
+        self.trainer.accelerator.wait_for_everyone()
+
+    def _stage(self, name: str) -> Stage:
+        """The stage of that name; a new one is entered into the manifest."""
+        there = self.run.manifest["checkpoints"]
+        if name != "0_base" and name not in there:
+            place = str(self.place / name.replace("step_", "checkpoint-"))  # where transformers saves it, if it does
+            self.run = with_checkpoints(self.run, {**there, name: place})
+        return self.run.stages[["0_base", *self.run.manifest["checkpoints"]].index(name)]
+
+    def _log(self, stage: Stage, control: Any) -> None:
+        """Logs the scores, and what changed since the start, in the units of the report."""
+        values: dict[str, float] = {}
+        start = self.run.stages[0]
+        for name in self.plan.settings:
+            cell = read_cell(stage, name)
+            before = read_cell(start, name) if stage.index and start.eval_file(name).exists() else None
+            for metric, label in ((cell["headline"], name), (_TOLERANT, f"{name}_tolerant")):
+                if (score := cell["metrics"].get(metric, {}).get("value")) is None:
+                    continue
+                unit = unit_of(metric, [cell])
+                values[f"score/{label}"] = unit.factor * score
+                if before is not None and (then := before["metrics"][metric]["value"]) is not None:
+                    values[f"change/{label}"] = unit.factor * unit.sign * (score - then)
+        due = control.should_log
+        # Not TRL's own, which would empty its means; and to log here is not to have logged the step's loss.
+        Trainer.log(self.trainer, values)
+        control.should_log = due
+
+
+def _step_of(name: str) -> float:
+    """The step of a stage; the best model comes after all steps."""
+    return int(name.removeprefix("step_")) if name.startswith("step_") else math.inf
+
+
+def _check(trainer: Trainer, every: int | str, rows: int | None) -> None:
+    """Refuses what cannot be measured, before anything is loaded."""
+    if not ((isinstance(every, int) and every > 0) or every in EVERY) or isinstance(every, bool):
+        raise CallbackError(f"every={every!r}: give a number of steps from 1 on, or one of {', '.join(EVERY)}.")
+    if rows is not None and rows < 1:
+        raise CallbackError(f"rows={rows!r}: give a number from 1 on, or None for all rows.")
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+        raise CallbackError(
+            f"{'FSDP' if trainer.is_fsdp_enabled else 'ZeRO-3'} gives each process a part of the weights, and one "
+            "process measures. Train with DDP or ZeRO-2; or save checkpoints and measure them: trace-bench evaluate "
+            "RUN --model BASE --checkpoint NAME=PATH."
+        )
+    if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+        raise CallbackError(
+            f"The trainer's processing_class is {type(trainer.processing_class).__name__}, no tokenizer: give the "
+            "tokenizer of the model to the trainer."
+        )

@@ -1,0 +1,158 @@
+"""The section that shows one matrix as other papers and their code would print it, and what they printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+
+from trace_bench import metrics
+from trace_bench.measures import conventions
+from trace_bench.metrics import Estimate, Matrix
+from trace_bench.report import paper
+from trace_bench.report.results import Results
+from trace_bench.report.tables import PERCENT, Block, Table
+
+
+class Convention(NamedTuple):
+    """A way to make one number of the matrix."""
+
+    name: str
+    meaning: str
+    equation: str
+    printed_by: str
+    of: Callable[[Matrix, int], float]
+    """From the matrix of gains, and the stage."""
+    scale: Callable[[int], float] = lambda t: 1.0
+    """Times the mean over the t-1 older tasks of what `of_rows` gives it is the number."""
+    of_rows: Callable[[Matrix, int, int], Matrix] | None = None
+    """From the gains of a task's rows (rows, stages), its own stage and the last; None: no interval."""
+
+
+def _since_own(x: Matrix, own: int, t: int) -> Matrix:
+    return x[:, t] - x[:, own]
+
+
+def _since_own_at_all_stages(x: Matrix, own: int, t: int) -> Matrix:
+    return (x[:, own + 1 : t + 1] - x[:, [own]]).sum(axis=1) * 2 / t
+
+
+#: No interval where a maximum or minimum is biased: see `metrics.forgetting`.
+CONVENTIONS = (
+    Convention(
+        "BWT",
+        "mean change of a task since its own stage",
+        "`1/(T-1) Σ_{i=1..T-1} (R[T,i] - R[i,i])`",
+        "TRACE's tables (table 3 without the sign); GEM, equation 3; SEEKR's paper; mammoth's code; this report",
+        metrics.backward_transfer,
+        of_rows=_since_own,
+    ),
+    Convention(
+        "BWT, 1/T",
+        "the last task is counted as unchanged: nearer to 0",
+        "`1/T Σ_{i=1..T} (R[T,i] - R[i,i])`",
+        "TRACE's formula (section 3.3); the code of GEM and of SEEKR",
+        conventions.backward_transfer_of_all,
+        lambda t: (t - 1) / t,
+        _since_own,
+    ),
+    Convention(
+        "BWT, clipped",
+        "losses alone: a gain of one task makes up for nothing",
+        "`1/T Σ_{i=1..T} min(R[T,i] - R[i,i], 0)`",
+        "TreeLoRA's code; its paper prints it without the sign",
+        conventions.clipped_backward_transfer,
+    ),
+    Convention(
+        "BWT, all stages",
+        "mean over all later stages: what came back counts while it was gone",
+        "`2/(T(T-1)) Σ_{l=2..T} Σ_{i=1..l-1} (R[l,i] - R[i,i])`",
+        "Díaz-Rodríguez et al. 2018",
+        conventions.mean_backward_transfer,
+        of_rows=_since_own_at_all_stages,
+    ),
+    Convention(
+        "Forgetting",
+        "mean drop of a task from its best stage before the last",
+        "`1/(T-1) Σ_{i=1..T-1} (max_{l=i..T-1} R[l,i] - R[T,i])`",
+        "Chaudhry et al. 2018; A-GEM's code; this report",
+        metrics.forgetting,
+    ),
+    Convention(
+        "Forgetting, clipped",
+        "the last stage may be the best: no task is below 0",
+        "`1/(T-1) Σ_{i=1..T-1} (max_{l=i..T} R[l,i] - R[T,i])`",
+        "mammoth's code",
+        conventions.clipped_forgetting,
+    ),
+)
+ABOUT = (
+    "## As other papers would print this run\n\nOne matrix, and each rule that papers and their code use for what was "
+    "forgotten, at stage {t}: compare with a paper in its own row alone. BWT below 0 and Forgetting above 0 mean "
+    "forgotten. OP is GEM's ACC and O-LoRA's average accuracy."
+)
+
+
+def sections(results: Results) -> Iterable[Block]:
+    """The conventions, and published results beside the run; empty where nothing can be forgotten yet."""
+    t = results.last_stage if results.is_sequential else 0
+    if t < 2 or results.unit is None:
+        return
+    unit, tolerant = results.unit, _tolerant(results, t)
+    about = ABOUT.format(t=t)
+    columns: list[dict[str, str | None]] = [{}]
+    head = [unit.plain]
+    if any(tolerant.values()):
+        columns.append(tolerant)
+        head = ["strict", "form-tolerant"]
+        about += " Form-tolerant: the right answer in another form counts, in the tasks that have such an accuracy."
+    yield about
+    rows = []
+    for convention in CONVENTIONS:
+        estimates = [estimate(results, convention, t, metrics_of) for metrics_of in columns]
+        signed = convention.name.startswith("BWT")
+        texts = [unit.with_interval(e, sign=signed) for e in estimates]
+        rows.append([convention.name, *texts, convention.meaning, convention.equation, convention.printed_by])
+    yield Table(["number", *head, "what it says", "equation", "printed by"], rows)
+    if unit.is_percent:
+        yield from paper.published(results)
+
+
+def _tolerant(results: Results, t: int) -> dict[str, str | None]:
+    """Task -> its form-tolerant accuracy, where it has one at all of its stages; None else."""
+    R = results.matrix("accuracy_tolerant")
+    found: dict[str, str | None] = {}
+    for i, task in enumerate(results.run.tasks[:t]):
+        known = results.headlines[task] == "accuracy" and not np.isnan(R[i + 1 : t + 1, i]).any()
+        found[task] = "accuracy_tolerant" if known else None
+    return found
+
+
+def estimate(results: Results, convention: Convention, t: int, metrics_of: dict[str, str | None]) -> Estimate:
+    """A convention's number at a stage, with its interval over test rows where it is a mean.
+
+    Args:
+        results: Of a sequence whose tasks share a unit.
+        convention: One of `CONVENTIONS`.
+        t: The stage.
+        metrics_of: Task -> the metric to take, where it is not the headline.
+    """
+    unit, tasks = results.unit or PERCENT, results.run.tasks
+    gains, found = results.gains.copy(), []
+    for i, task in enumerate(tasks):
+        if metric := metrics_of.get(task):
+            gains[:, i] = results.matrix(metric)[:, i]
+    value = convention.of(gains, t)
+    if convention.of_rows is None:
+        return Estimate(value)
+    interval = partial(metrics.difference_interval, fractions=unit.scale == 1)
+    for i, task in enumerate(tasks[: t - 1]):
+        metric = metrics_of.get(task) or results.headlines[task]
+        if task not in results.rows or metric not in results.rows[task].scores:
+            return Estimate(value)
+        x = unit.sign * results.rows[task].scores[metric]
+        found += results.rows[task].estimates(convention.of_rows(x, i + 1, t)[:, None], interval)
+    mean = metrics.mean_of(found)
+    return Estimate(value, *(convention.scale(t) * bound for bound in mean[1:]))
