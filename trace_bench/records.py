@@ -47,7 +47,7 @@ def origin(run: Run, stage: Stage) -> dict[str, Any]:
 
 def _parent(run: Run, stage: Stage) -> dict[str, Any] | None:
     """The fingerprints, as they are now, of what a stage is trained upon; None = the base model alone."""
-    if stage.index < 2 or run.manifest["method"] == "single":
+    if stage.index < 2 or run.manifest["method"] in ("single", "relearn"):
         return None
     before = run.stages[stage.index - 1]
     trained = read_json(before.train_file) if before.train_file.exists() else {}
@@ -98,6 +98,11 @@ def stale(run: Run) -> dict[int, str]:
 # --------------------------------------------------------------------------------------------------------------- cells
 
 
+def given_cell(task: str, tokens: int) -> str:
+    """The name of a cell of a task whose answers begin with so many given tokens of the reference."""
+    return f"{task}.given{tokens}"
+
+
 def read_cell(stage: Stage, name: str) -> dict[str, Any]:
     """The score file of a cell, checked to be that of this stage and task, with numbers that can be."""
     file = stage.eval_file(name)
@@ -117,7 +122,7 @@ def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
     metrics, scale, n = cell["metrics"], cell.get("scale", {}), cell["n"]
     if cell["headline"] not in metrics:
         return "it lacks its headline"
-    if n < 1:
+    if n < 1 and not cell["settings"].get("given"):  # no reference may be long enough
         return f"n={n!r} is no number of rows"
     for key in ("n_cut", "n_unfinished"):
         if cell.get(key, 0) > n:

@@ -76,6 +76,7 @@ Manifest = _object(
     (Count, "processes seed"),
     (dict[str, Scalar], "task_versions"),
     (dict[str, Anything], "task_definitions"),
+    (dict[str, Text], "begins_with"),
 )
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -114,7 +115,7 @@ Within = _object(
 _Score = _object((Number | None, "value! stderr"))
 _Settings = _object(
     (str, "backend"),
-    (Count | None, "test_rows general_rows max_prompt_length max_new_tokens"),
+    (Count | None, "test_rows general_rows max_prompt_length max_new_tokens given"),
     (Text, "data"),
     (Anything, "engine"),
 )
@@ -122,7 +123,7 @@ _Settings = _object(
 Cell = _object(
     (str, "stage task headline"),
     (Scalar, "version"),
-    (Count, "n n_cut n_unfinished n_unscored"),
+    (Count, "n n_cut n_unfinished n_unscored n_short"),
     (_map(_Score), "metrics"),
     (Flags, "higher_is_better"),
     (dict[str, Number | None], "scale"),

@@ -31,6 +31,7 @@ COMMANDS = {
     "import": "make a run of predictions that were made elsewhere: the official code's, or lm-eval's samples",
     "judge": "judge the answers of a run: instruction following and safety against the base model",
     "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
+    "relearn": "what a few rows of each old task bring back at the end of a run: was it gone, or hidden?",
     "report": "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
     "results": "one leaderboard from the result.json files of many runs",
     "check": "hold what a run has forgotten against limits: exit code 0 within, 1 worse, 3 cannot be told",
@@ -82,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
 
 #: The commands that other packages have, and where; and one whose name is a word of Python.
 ELSEWHERE = {
-    **{"train": "trainers.command", "judge": "judges.commands.judge", "annotate": "judges.commands.annotate"},
+    **{"train": "trainers.command", "relearn": "trainers.relearn"},
+    **{"judge": "judges.commands.judge", "annotate": "judges.commands.annotate"},
     "import": "trace_bench.cli.import_",
 }
 

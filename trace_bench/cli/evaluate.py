@@ -42,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--general", **LIST, metavar="SUITE", help="general (the paper's six) or names of suites")
     add("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
     add("--general-rows", type=positive, help="at least so many rows of each suite, as many of each subtask")
+    add(
+        "--given", type=positive, metavar="K", help="old tasks once more with the first K tokens of the reference given"
+    )
     add("--judged", **LIST, metavar="SET", help="instruct, safety or names of sets; same stages")
     add("--judged-rows", type=positive, help="first so many prompts of each set")
     add("--judged-max-new-tokens", type=positive, help="the most tokens of an answer (512)")
@@ -92,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}
-    asked |= {"data_path": args.data, "extra": extra, "likelihood": args.likelihood}
+    asked |= {"data_path": args.data, "extra": extra, "likelihood": args.likelihood, "given": args.given}
     if args.follow:
         done = evaluate.follow(args.path, **asked)
     else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,12 @@ class Wanted:
     """Tokens that end it: EOS."""
     sampling: tuple[tuple[str, Any], ...] = ()
     """What a task asks for beyond greedy decoding; empty for TRACE's tasks."""
+    given: tuple[int, ...] = ()
+    """The first tokens of the answer, which end the prompt's ids and are not generated."""
+
+    def begun(self, given: tuple[int, ...]) -> Wanted:
+        """The same answer, of which the first tokens are given; no longer than it was, but for one token at least."""
+        return replace(self, ids=self.ids + given, most=max(self.most - len(given), 1), given=given)
 
 
 #: The token ids of a prompt and of its reference answer, as training has them.
@@ -68,6 +74,8 @@ class SwapLM:
         max_prompt_length: Prompts of generation tasks keep their last so many tokens.
         served: How the loaded weights came into the engine, for the record of a cell.
         unfinished: Answers that ended at their length limit. The caller empties it.
+        given: The first token ids of the answer to a request, which are not generated; where it gives none, the request
+            is not asked. None = all requests are asked, and all of an answer is generated.
     """
 
     base: str
@@ -82,6 +90,7 @@ class SwapLM:
     def __init__(self, **kwargs: Any) -> None:
         self.work = Work()
         self.unfinished: set[str] = set()
+        self.given: Callable[[Any], tuple[int, ...]] | None = None
         self.served: dict[str, Any] = {"weights": "base"}
         # The stages ask the same texts, so their token ids are kept.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
@@ -189,7 +198,14 @@ class SwapLM:
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The answers to lm-eval's requests: greedy, ended by EOS, the task's stops or its length."""
-        texts = self.answers([self._wanted(*request.args) for request in requests])
+        wanted = [self._wanted(*request.args) for request in requests]
+        asked = list(range(len(wanted)))
+        if self.given is not None:
+            given = [self.given(request) for request in requests]
+            wanted = [want.begun(ids) for want, ids in zip(wanted, given, strict=True)]
+            asked = [i for i, ids in enumerate(given) if ids]
+        answers = dict(zip(asked, self.answers([wanted[i] for i in asked]), strict=True))
+        texts = [answers.get(i, "") for i in range(len(wanted))]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
         return texts
@@ -197,12 +213,13 @@ class SwapLM:
     def answers(self, wanted: list[Wanted]) -> list[str]:
         """The texts of answers, up to the first stop in each."""
         texts = []
-        for want, ids in zip(wanted, self._answers(wanted), strict=True):
+        for want, generated in zip(wanted, self._answers(wanted), strict=True):
+            ids = [*want.given, *generated]
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
             whole = text = self._spoken(ids[:end])
             for stop in want.stops:
                 text = text.split(stop)[0]
-            if end is None and text == whole and len(ids) >= want.most:
+            if end is None and text == whole and len(ids) >= want.most + len(want.given):
                 self.unfinished.add(text)
             texts.append(text)
         return texts

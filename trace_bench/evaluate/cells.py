@@ -7,6 +7,7 @@ from typing import Any
 
 from trace_bench import checks
 from trace_bench.evaluate import distance
+from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
 from trace_bench.evaluate.likelihood import fill_cell, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
@@ -146,6 +147,10 @@ def _measured(
         yield batch[0], *run_suite(lm, tasks.suites[batch[0]], settings["general_rows"])
         return
     lm.unfinished.clear()
+    owners, given = {name: task_of(name, settings) for name in batch}, None
+    if settings.get("given"):
+        given = FirstTokens(lm, {task: tasks.single[task] for task in owners.values()}, settings["given"])
+    lm.given = given
     results, seconds = run_tasks(
         lm,
         [tasks.single[name] for name in batch],
@@ -153,15 +158,23 @@ def _measured(
         limit=settings["test_rows"],
         apply_chat_template=settings.get("chat_template", False),
     )
+    lm.given = None
     answers = sum(map(len, results["samples"].values()))
-    for name in batch:
-        rows = results["samples"][name]
-        scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, results["results"][name])
+    for name, task in owners.items():
+        rows, found = results["samples"][task], results["results"][task]
         taken = seconds * len(rows) / answers  # they share their time by rows
+        short = {}
+        if given is not None:
+            short["n_short"] = len({row["doc_id"] for row in rows} - {row for of, row in given.rows if of == task})
+            rows, found = given.kept(task, rows)
+        if not rows:
+            yield name, nothing_to_score(tasks.single[name]) | short, [], taken
+            continue
+        scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, found)
         if plan.likelihood and name in plan.run.tasks and has_likelihood(name):
             scores, samples = with_likelihood(lm, tasks.single[name], plan.max_answer, scores, samples)
             taken += scores["likelihood"]["seconds"]
-        yield name, scores, samples, taken
+        yield name, scores | short, samples, taken
 
 
 def _score(

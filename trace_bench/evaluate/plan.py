@@ -11,6 +11,7 @@ from typing import Any
 from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
 from trace_bench.evaluate import distance
+from trace_bench.evaluate.given import given_cells, given_settings
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import differences
 from trace_bench.measures.likelihood import LIKELIHOOD
@@ -56,7 +57,7 @@ class Plan:
     matrix: dict[str, Any]
     settings: dict[str, dict[str, Any]]
     there: dict[tuple[Stage, str], dict[str, Any]]
-    todo: dict[Stage, list[str]]
+    todo: dict[Stage, list[str]] = field(default_factory=dict)
     fill: dict[Stage, list[str]] = field(default_factory=dict)
     likelihood: bool = False
     distance: dict[str, Any] = field(default_factory=dict)
@@ -108,13 +109,15 @@ def make_plan(
     data_path: str | None = None,
     extra: dict[str, Any] | None = None,
     likelihood: bool | None = None,
+    given: int | None = None,
 ) -> Plan:
     """Finds the missing cells of the chosen stages. What is given holds instead of what the run says.
 
     `cells` are the tasks of each stage: "seen", "all", or "own" (that of the stage alone). The base model and
     checkpoints that belong to no task are always evaluated on all tasks. `engine_args` are added to the run's own. They
     win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`. New cells of the matrix get the
-    likelihoods of the reference answers unless `likelihood` is False; if it is True, older cells get them, too.
+    likelihoods of the reference answers unless `likelihood` is False; if it is True, older cells get them, too. With
+    `given` old tasks are measured once more, with so many tokens of their references.
 
     Raises:
         RunError: if cells of the run were made with other settings.
@@ -129,38 +132,39 @@ def make_plan(
     suites, judged = data.expand(config["general"], data.SUITES), data.expand(config["judged"], data.JUDGED)
     records.check_stages(run, chosen)
     matrix = matrix_settings(config, engine_args)
-    settings = dict.fromkeys(run.tasks, matrix) | _settings_of_judged(run, judged, config, engine_args, data_path)
+    settings = dict.fromkeys(run.tasks, matrix) | given_settings(run, given, matrix)
+    settings |= _settings_of_judged(run, judged, config, engine_args, data_path)
     settings |= suite_settings(suites, config, matrix)
-    there = _read_cells(run, settings)
-    far = distance.settings_of(config, matrix, base_of(run)) if config.get("distance") else {}
-    todo: dict[Stage, list[str]] = {}
-    fill: dict[Stage, list[str]] = {}
-    distances: dict[Stage, list[str]] = {}
+    plan = Plan(
+        *(run, config, engine_args, matrix, settings, _read_cells(run, settings)),
+        likelihood=likelihood is not False,
+        distance=distance.settings_of(config, matrix, base_of(run)) if config.get("distance") else {},
+    )
     for stage in chosen:
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
-            wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
-            missing, sets = _missing(stage, wanted, there), distance.missing(run, stage, far)
-            lacking = [name for name in run.tasks if name not in missing and _lacks(there.get((stage, name)), name)]
-            lacking = lacking if likelihood else []
-            if not missing and not lacking and not sets:
-                continue
-            if stage.external is not None and not stage.external.is_dir():
-                log.warning(
-                    "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
-                    *(stage.name, stage.external, len(missing) + len(lacking) + len(sets)),
-                )
-                continue
-            todo |= {stage: missing} if missing else {}
-            fill |= {stage: lacking} if lacking else {}
-            distances |= {stage: sets} if sets else {}
-    return Plan(
-        *(run, config, engine_args, matrix, settings, there, todo, fill),
-        likelihood=likelihood is not False,
-        distance=far,
-        distances=distances,
-    )
+            seen = run.seen_tasks(stage, config["cells"])  # a set may be a column as well
+            _add(plan, stage, dict.fromkeys([*seen, *given_cells(run, stage, given), *more]), bool(likelihood))
+    return plan
+
+
+def _add(plan: Plan, stage: Stage, wanted: Iterable[str], fill: bool) -> None:
+    """Adds what is missing of a stage to the plan; with `fill` also the likelihoods of the cells that are there."""
+    missing, sets = _missing(stage, wanted, plan.there), distance.missing(plan.run, stage, plan.distance)
+    there = [name for name in plan.run.tasks if name not in missing] if fill else []
+    lacking = [name for name in there if _lacks(plan.there.get((stage, name)), name)]
+    parts = [(plan.todo, missing), (plan.fill, lacking), (plan.distances, sets)]
+    number = sum(len(names) for _, names in parts)
+    if number and stage.external is not None and not stage.external.is_dir():
+        log.warning(
+            "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
+            *(stage.name, stage.external, number),
+        )
+        return
+    for part, names in parts:
+        if names:
+            part[stage] = names
 
 
 def has_likelihood(name: str) -> bool:

@@ -30,6 +30,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "learning": ("Learning", ("tasks",)),
     "form": ("", ("form",)),
     "likelihood": ("Likelihood", ()),
+    "hidden": ("Gone or hidden", ()),
     "tolerant": ("", ()),
     "extracted": ("", ()),
     "limits": ("", ()),
