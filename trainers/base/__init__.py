@@ -7,6 +7,7 @@ checkpoints   what a stage leaves, and what it goes on from
 sampler       batches of rows of similar length
 rows          which rows of a task are remembered
 writing       rows that the model writes itself between stages
+answering     the process in which it does so
 """
 
 from trainers.base.checkpoints import save_tensors, sort_names

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,7 @@ def answers(
         asked = at.path / "written" / f".{name}.job.json"
         if jobs:
             write_json(asked, {**engine, "jobs": jobs})
-            if run_alone(["trainers.base.writing", str(asked)]):
+            if run_alone(["trainers.base.answering", str(asked)]):
                 raise RunError(
                     f"{by.name} could not answer the {sum(len(job['prompts']) for job in jobs)} prompts of "
                     f"{', '.join(prompts)} that stage {trainer.stage.name} is trained on, see above. What is done is "
@@ -118,51 +117,3 @@ def check_scores(names: Sequence[str], option: str, instead: str) -> None:
             answer_scores(task, [(0, training_rows(task, 1)[0][1])])
         except DataError as e:
             raise ConfigError(f"{option}: {e} {instead}") from e
-
-
-def drawn(sampling: dict[str, Any] | None, seed: int) -> dict[str, Any]:
-    """The arguments of a drawn answer, the same on both backends; none where it is greedy.
-
-    Of themselves transformers draws from the 50 likeliest tokens and vLLM from all.
-    """
-    return {"top_k": 0, **sampling, "seed": seed} if sampling and sampling.get("temperature") else {}
-
-
-def answer(order_file: Path) -> None:
-    """Answers jobs, in a process of its own. A task is done when its file exists."""
-    from trace_bench.engine import open_engine
-
-    order = read_json(order_file, dict[str, Any])
-    checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
-    lm: Any = open_engine(
-        order["backend"],
-        order["base"],
-        revision=order["revision"],
-        engine_args=order["engine_args"],
-        checkpoints=[] if checkpoint is None else [checkpoint],
-    )
-    if checkpoint is not None:
-        lm.load(checkpoint)
-    for job in order["jobs"]:
-        room = lm.max_length - job["most"]
-        wanted = {
-            (i, n): lm.want(ids, job["most"], job["stops"], drawn(job["sampling"], job["seed"] + n), job["rated"])
-            for i, ids in enumerate(job["prompts"])
-            for n in range(job["samples"])
-            if len(ids) <= room
-        }
-        asked = list(dict.fromkeys(wanted.values()))  # rows with the same prompt have the same answers
-        found = dict(zip(asked, lm.full_answers(asked), strict=True))
-        none = Answer("", finished=False)  # the prompt does not fit
-        rows = [
-            [astuple(found[wanted[i, n]] if (i, n) in wanted else none) for n in range(job["samples"])]
-            for i in range(len(job["prompts"]))
-        ]
-        write_json(Path(job["file"]), {"made_from": job["made_from"], "answers": rows})
-
-
-if __name__ == "__main__":
-    from trace_bench.text import prepare_logging
-
-    prepare_logging()
-    answer(Path(sys.argv[1]))
