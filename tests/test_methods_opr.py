@@ -1,6 +1,7 @@
 """Methods that train what a model of the run has written: on-policy replay, and rewritten answers."""
 
 import json
+import shutil
 from dataclasses import astuple, replace
 from pathlib import Path
 
@@ -237,6 +238,22 @@ def test_an_answer_that_its_limit_cut_is_trained_without_an_end(options, said):
     share = read_json(run.stages[2].train_file)["replayed"][TASKS[0]]["unfinished"]
     assert share == sum(not ended for *_, ended in kept) / 16 and 0 < share < 1
     assert {text for _, text, _ in kept} == {"zz"}
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_are_asked_as_they_are_trained(chat, options, said):
+    """Of earlier tasks the very tokens; rewriting shows the whole task, in the chat template if there is one."""
+    orders = said(lambda prompt: Answer("zz"))
+    options |= {"tasks": TASKS[:2], "max_steps": 1, "chat_template": chat}
+    _, _, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, {**options, "replay_choice": "first"})
+    rows = trainer.task_dataset(TASKS[0]).to_list()
+    prompts = [[t for t, label in zip(*row.values(), strict=True) if label == -100] for row in rows]
+    assert orders[0]["jobs"][0]["prompts"] == prompts and max(map(len, prompts)) == 96
+    shutil.rmtree(options["output_dir"])
+    rows_of(rewrite.RewriteTrainer, rewrite.RewriteConfig, options)
+    for ids in orders[1]["jobs"][0]["prompts"]:
+        text = trainer.tokenizer.decode(ids)
+        assert text.startswith("<s>user\nBelow are" if chat else "Below are") and "Stance:" in text and len(ids) > 300
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ kept, without a threshold. A metric of right and wrong leaves ties: `replay_choi
 rows of `replay: mixed`.
 
 Differences. The official budget is shared: after t tasks each has ratio / t of a task's rows (`opr_budget: shared`);
-ours is each earlier task's, as in `replay`. The official code cuts all answers after one token while the second or the
-third task is trained, whatever task they are of; here each task's own limit holds. An answer that its limit cuts is
-trained without the end that the model did not write. The official score of confidence also has the likeliest token
-wherever another was drawn; ours has the drawn ones alone.
+ours is each earlier task's, as in `replay`. The official code leaves out rows of more than 2048 tokens and lets answers
+have one token up to the third stage, where they are letters, and 512 after it; here prompts are cut and answers limited
+as the evaluation of their task does. An answer that its limit cuts is trained without the end that the model did not
+write. The official score of confidence also counts the likeliest token wherever another was drawn; ours has the drawn
+ones alone.
 
 Needs nothing of the model. `train.json` says of each earlier task how many rows were kept of how many answers, the
 mean score of both, and which share of the kept ones is the gold answer to the letter.
