@@ -53,6 +53,8 @@ def small(options):
             "ogd": {"ogd_rows": 4, "ogd_size": 6},
             "osf": {"use_peft": False, "learning_rate": 0.1},
             "pp": {"prompt_tokens": 4, "learning_rate": 5.0},
+            # Greedy: a temperature would make another answer of the rounding between one process and two.
+            "opr": {"replay_ratio": 0.25, "opr_temperature": 0.0},
             "replay": {"replay_ratio": 0.25, "alignment_rows": 8},  # whole batches in every stage
             "seekr": {"replay_ratio": 0.25, "attn_implementation": "eager", "seekr_weight": 10.0},
             # Answers of two tokens and of many.

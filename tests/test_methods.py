@@ -54,6 +54,7 @@ def small(options: dict, name: str, many: int = 2, **changes) -> dict:
         "osf": {"use_peft": False, "learning_rate": 1e-4},
         "pp": {"prompt_tokens": 4},
         "seekr": {"attn_implementation": "eager", "replay_ratio": 0.25, "seekr_heads": 3, "seekr_queries": 20},
+        "opr": {"replay_ratio": 0.5},
     }
     return {**options, "tasks": THREE[:many], "max_steps": 2, **own.get(name, {}), **changes}
 
@@ -103,6 +104,7 @@ def unbuilt(name: str, **changes) -> CLTrainer:
 EVALUATED = {"single": np.eye(2), "joint": np.ones((1, 2)), "pp": np.tril(np.ones((2, 2)))}
 
 
+@pytest.mark.usefixtures("written_here")
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_method_killed_and_resumed_ends_in_the_same_bytes(name, options):
     trainer, config = method(name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
 from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted
@@ -52,12 +52,15 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         answers: dict[int, list[int]] = {}
 
         def settings(i: int) -> str:
-            return repr((wanted[i].most, wanted[i].stops, sorted(wanted[i].ends), wanted[i].sampling))
+            want = wanted[i]
+            return repr((want.most, want.stops, sorted(want.ends), want.sampling, want.rated))
 
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         order = sorted(range(len(wanted)), key=lambda i: (settings(i), -len(wanted[i].ids), wanted[i].ids))
         for _, group in groupby(order, key=settings):
             same = list(group)
+            if (seed := dict(wanted[same[0]].sampling).get("seed")) is not None:
+                torch.manual_seed(seed)
             for start in range(0, len(same), size):
                 batch = same[start : start + size]
                 answers |= zip(batch, self._generated([wanted[i] for i in batch]), strict=True)
@@ -82,7 +85,10 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             start = 0  # generate then returns the new tokens alone
         if want.stops and not self.think_end_token:
             kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
-        kwargs |= dict(want.sampling)
+        kwargs |= {name: value for name, value in want.sampling if name != "seed"}
+        rated = _Rated()
+        if want.rated:
+            kwargs["logits_processor"] = LogitsProcessorList([rated])
         began = time.perf_counter()
         precision = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
@@ -101,6 +107,9 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             # A row that has ended is padded until the longest row of the batch has ended.
             end = next((n for n, token in enumerate(row) if token in want.ends), len(row) - 1)
             answers.append(row[: end + 1])
+        if want.rated:
+            lengths = [len(answer) for answer in answers]
+            self.ratings |= zip(batch, rated.means(outputs[:, -1:], lengths), strict=True)
         self.work.generated_tokens += sum(map(len, answers))
         return answers
 
@@ -174,6 +183,29 @@ def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected
     else:
         tokens = [list(ids) for ids in asked]
     return [dict(zip(ids, row[ids].tolist(), strict=True)) for ids, row in zip(tokens, logprobs, strict=True)]
+
+
+class _Rated(LogitsProcessor):
+    """Keeps the log-probability of each generated token, before temperature and the like change it."""
+
+    def __init__(self) -> None:
+        self.last: torch.Tensor | None = None
+        self.found: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._see(input_ids[:, -1:])  # which was drawn from the last ones
+        self.last = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def _see(self, tokens: torch.Tensor) -> None:
+        if self.last is not None:
+            self.found.append(self.last.gather(1, tokens))
+
+    def means(self, tokens: torch.Tensor, lengths: Sequence[int]) -> list[float]:
+        """The mean of each row's first so many tokens; `tokens` are the last ones."""
+        self._see(tokens)
+        logprobs = torch.cat(self.found, dim=1).tolist()
+        return [sum(row[:n]) / n for row, n in zip(logprobs, lengths, strict=True)]
 
 
 class _Stops(StoppingCriteria):

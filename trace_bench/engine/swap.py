@@ -39,9 +39,11 @@ class Wanted:
     ends: frozenset[int]
     """Tokens that end it: EOS."""
     sampling: tuple[tuple[str, Any], ...] = ()
-    """What a task asks for beyond greedy decoding; empty for TRACE's tasks."""
+    """What a task asks for beyond greedy decoding; empty for TRACE's tasks. A "seed" makes draws the same each time."""
     given: tuple[int, ...] = ()
     """The first tokens of the answer, which end the prompt's ids and are not generated."""
+    rated: bool = False
+    """Whether the mean log-probability of the answer is asked for."""
 
     def begun(self, given: tuple[int, ...]) -> Wanted:
         """The same answer, of which the first tokens are given; no longer than it was, but for one token at least."""
@@ -64,6 +66,18 @@ class Forced:
 
 #: For each token of an answer: token -> its log-probability there.
 Expected = list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and how it came about."""
+
+    text: str
+    """Up to the first stop."""
+    finished: bool = True
+    """False where the limit of its length cut it."""
+    logprob: float | None = None
+    """The mean log-probability of its tokens at temperature 1, the token that ends it included, if it was asked for."""
 
 
 class SwapLM:
@@ -91,6 +105,8 @@ class SwapLM:
         self.work = Work()
         self.unfinished: set[str] = set()
         self.given: Callable[[Any], tuple[int, ...]] | None = None
+        #: The mean log-probability of the answers for which it was asked.
+        self.ratings: dict[Wanted, float] = {}
         self.served: dict[str, Any] = {"weights": "base"}
         # The stages ask the same texts, so their token ids are kept.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
@@ -212,17 +228,22 @@ class SwapLM:
 
     def answers(self, wanted: list[Wanted]) -> list[str]:
         """The texts of answers, up to the first stop in each."""
-        texts = []
+        full = self.full_answers(wanted)
+        self.unfinished |= {answer.text for answer in full if not answer.finished}
+        return [answer.text for answer in full]
+
+    def full_answers(self, wanted: list[Wanted]) -> list[Answer]:
+        """The answers, with how they ended."""
+        answers = []
         for want, generated in zip(wanted, self._answers(wanted), strict=True):
             ids = [*want.given, *generated]
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
             whole = text = self._spoken(ids[:end])
             for stop in want.stops:
                 text = text.split(stop)[0]
-            if end is None and text == whole and len(ids) >= want.most + len(want.given):
-                self.unfinished.add(text)
-            texts.append(text)
-        return texts
+            finished = end is not None or text != whole or len(ids) < want.most + len(want.given)
+            answers.append(Answer(text, finished, self.ratings.get(want)))
+        return answers
 
     def log_likelihoods(
         self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None = None
@@ -270,7 +291,9 @@ class SwapLM:
         (ids,) = self._prompt_ids([text], min(room, self.max_prompt_length or room))
         return self.want(ids, most, until, kwargs)
 
-    def want(self, ids: Sequence[int], most: int, until: Sequence[str], sampling: dict[str, Any]) -> Wanted:
+    def want(
+        self, ids: Sequence[int], most: int, until: Sequence[str], sampling: dict[str, Any], rated: bool = False
+    ) -> Wanted:
         """A wanted answer to a prompt's ids; `until` are texts that end it."""
         # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
         special = self._special
@@ -280,6 +303,7 @@ class SwapLM:
             stops=tuple(stop for stop in until if stop and stop not in special),
             ends=self.ends | {special[stop] for stop in until if stop in special},
             sampling=tuple(sampling.items()),
+            rated=rated,
         )
 
     @cached_property

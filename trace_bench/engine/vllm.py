@@ -218,7 +218,13 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 adapters=[adapter for adapter, _ in jobs],
             )
             for (adapter, want), output in zip(jobs, outputs, strict=True):
-                self._known[_number(adapter), want] = list(output.outputs[0].token_ids)
+                ids = list(output.outputs[0].token_ids)
+                self._known[_number(adapter), want] = ids
+                if want.rated and adapter is self.adapter:
+                    logprobs = [
+                        known[token].logprob for token, known in zip(ids, output.outputs[0].logprobs, strict=True)
+                    ]
+                    self.ratings[want] = sum(logprobs) / len(logprobs)
         answers = [self._known[_number(self.adapter), want] for want in wanted]
         if self.adapter is None:
             self._known.clear()
@@ -235,6 +241,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             stop=stops or None,
             detokenize=bool(stops),
             skip_special_tokens=True,
+            logprobs=0 if want.rated else None,  # of the generated token alone
         )
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:

@@ -7,15 +7,17 @@ checkpoints   what a stage leaves, and what it goes on from
 sampler       batches of rows of similar length
 rows          which rows of a task are remembered
 writing       rows that the model writes itself between stages
+answering     the process in which it does so
 """
 
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
 from trainers.base.preflight import context_length, refuse_shards
-from trainers.base.rows import CHOICES, choose_rows
+from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
 from trainers.base.stages import main, train
 from trainers.base.trainer import CLTrainer, frozen_in_bf16
+from trainers.base.writing import check_scores
 
 __all__ = [
     "CHOICES",
@@ -23,11 +25,13 @@ __all__ = [
     "CLTrainer",
     "ConfigError",
     "LengthGrouped",
+    "check_scores",
     "choose_rows",
     "context_length",
     "frozen_in_bf16",
     "main",
     "option",
+    "ranked_rows",
     "refuse_shards",
     "save_tensors",
     "sort_names",
