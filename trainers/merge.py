@@ -58,7 +58,9 @@ START = {
 class MergeConfig(CLConfig):
     """As CLConfig, and how stages are merged."""
 
-    merge: str = option("wise", "What is made of the stages.", choices=[*START])
+    merge: str = option(
+        "wise", "What is made of the stages.", choices=["wise", "average", "slao", "magmax", "ties", "dare"]
+    )
     merge_with: str | None = option(
         None, "wise: with the stage before (the default) or the base.", choices=["before", "base"]
     )
