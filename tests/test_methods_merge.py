@@ -502,3 +502,8 @@ def test_what_merge_cannot_do_is_refused(change, words, options, monkeypatch):
     with pytest.raises(ConfigError, match=words):
         train({**options, **change}, MergeTrainer, MergeConfig)
     assert not Path(options["output_dir"]).exists()
+
+
+def test_adapters_of_embeddings_are_refused_before_they_are_trained(options):
+    with pytest.raises(ConfigError, match=r"embed_tokens.* is no LoRA of a linear layer"):
+        train({**options, "lora_target_modules": ["embed_tokens", "q_proj"]}, MergeTrainer, MergeConfig)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trace_bench.text import printable
 from trace_tasks.errors import TraceError, advice
@@ -32,6 +32,8 @@ KEPT = {
     "annotate": "replies are kept",
     "study": "what its runs have done is kept",
 }
+#: Command -> its exit code for errors, where 1 says something else.
+FAILED = {"check": 2}
 #: Set for a command that another of ours started, which says the line for both.
 _QUIET = "_TRACE_BENCH_PARENT"
 #: A second signal within so many seconds counts as the first: a terminal and we send it to parent and child.
@@ -171,7 +173,17 @@ def _end(error: BaseException, memory: str) -> None:
     if line is None and isinstance(error, Exception):
         line = advice(error, memory)
     if line is not None:
-        sys.exit(printable(f"error: {line}"))
+        _fail(printable(f"error: {line}"))
+    if isinstance(error, Exception) and _Watch.name in FAILED:
+        sys.excepthook(type(error), error, error.__traceback__)
+        sys.exit(FAILED[_Watch.name])
+
+
+def _fail(line: str) -> NoReturn:
+    if _Watch.name not in FAILED:
+        sys.exit(line)
+    print(line, file=sys.stderr)
+    sys.exit(FAILED[_Watch.name])
 
 
 def _prepare_output() -> None:
@@ -192,7 +204,7 @@ def _flush() -> None:
         raise
     except OSError as e:
         _to_nowhere(1)
-        sys.exit(f"error: the output cannot be written: {e.strerror}.")
+        _fail(f"error: the output cannot be written: {e.strerror}.")
 
 
 def _unheard() -> bool:

@@ -24,7 +24,7 @@ from typing import Any
 from trace_bench.manifest import differences, identity, of_tasks
 from trace_bench.versions import package_versions, source_commit
 from trace_tasks.data import reading
-from trace_tasks.data.files import digest, fingerprint, open_own, refuse_links, remove, write_json
+from trace_tasks.data.files import digest, fingerprint, open_own, refuse_links, remove, take_lock, write_json
 from trace_tasks.errors import DataError, TraceError
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         return
     with open(fd, "r+", encoding="utf-8", errors="replace") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(file)
         except BlockingIOError:
             found = re.match(r"process \d+ on [\w.-]+", file.read(200))
             holder = found[0] if found else "another process"

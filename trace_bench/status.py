@@ -24,7 +24,7 @@ def status(run: Run) -> str:
     width = max(len(stage.name) for stage in stages)
     lines += [f"  {stage.name:<{width}}  {'; '.join(_parts(run, stage))}" for stage in stages]
     trained = [read_json(s.train_file)["seconds"] for s in stages if s.train_file.exists()]
-    running = next((p for s in stages[1:] if not s.is_trained and (p := _progress(s))), None)
+    running = next((p for s in stages[1:] if not s.is_trained and (p := progress_of(s))), None)
     untrained = len(stages) - 1 - len(trained)
     if untrained and (trained or running):
         spent, fraction = (running["seconds"], running["step"] / running["steps"]) if running else (0.0, 0.0)
@@ -42,7 +42,7 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
         t = read_json(stage.train_file)
         yield f"trained: {t['steps']} steps, {t['tokens_per_second']:.0f} tokens/s, {duration(t['seconds'])}"
     else:
-        yield _training(stage, in_use(run.path, "train"))
+        yield training(stage, in_use(run.path, "train"))
         return
     wanted = run.seen_tasks(stage, run.manifest["config"].get("cells", "seen"))
     done = sum(stage.eval_file(task).exists() for task in wanted)
@@ -57,15 +57,17 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
         yield f"{judged} of {answered} sets judged"
 
 
-def _progress(stage: Stage) -> Any:
+def progress_of(stage: Stage) -> Any:
+    """How far the training of a stage is; None if it has not begun, or is done."""
     try:
         return read_json(stage.progress_file)
     except FileNotFoundError:  # none yet, or the stage was done a moment ago
         return None
 
 
-def _training(stage: Stage, alive: bool | None) -> str:
-    p = _progress(stage)
+def training(stage: Stage, alive: bool | None) -> str:
+    """What a stage that is not trained waits for; `alive` as from `in_use`."""
+    p = progress_of(stage)
     if p is None:
         return "not trained"
     silent = time.time() - p["time"]

@@ -121,7 +121,11 @@ class MergeTrainer(CLTrainer):
         """The base model, or that of the stage before: its checkpoint, or what it had trained."""
         before, start = self.previous, self.config.start
         if not before.index or start == "base":
-            return self.trainable_model(None)
+            model = self.trainable_model(None)
+            names = [name for name, p in model.named_parameters() if p.requires_grad and self.model_args.use_peft]
+            if odd := [name for name in names if ".lora_A." not in name and ".lora_B." not in name]:
+                raise ConfigError(f"lora_target_modules: {odd[0]} is no LoRA of a linear layer, and cannot be merged.")
+            return model
         model = self.trainable_model(before.checkpoint if start == "merged" else self.unmerged(before))
         if self.config.merge == "slao":
             for name, parameter in model.named_parameters():

@@ -34,6 +34,7 @@ COMMANDS = {
     "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
     "report": "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
     "results": "one leaderboard from the result.json files of many runs",
+    "check": "hold what a run has forgotten against limits: exit code 0 within, 1 worse, 3 cannot be told",
     "study": "train, evaluate and compare the runs of a study file",
     "status": "how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
     "tasks-path": "print the folder of the lm-eval tasks, for --include_path",

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for the engine, in addition to the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
     )
     add("--data", help="where the data is now, if it was moved")
+    add("--follow", action="store_true", help="wait for stages that are not trained yet, and evaluate each as it is")
     add = parser.add_argument_group(
         "in addition to the matrix (default: what the run's configuration says)"
     ).add_argument
@@ -65,30 +66,26 @@ def run(args: argparse.Namespace) -> int:
     engine_args, stages = json_object("--engine-args", args.engine_args), indices(args.stages)
     extra = {name: value for name in evaluate.EXTRA_SETTINGS if (value := getattr(args, name)) is not None}
     extra |= {name: names(extra[name]) for name in ("general", "judged") if name in extra}
+    if args.follow and (args.checkpoint or args.drop):
+        raise RunError("--follow waits for the stages of a training; --checkpoint and --drop are for other runs.")
     if args.drop:
         dropped = names(args.drop) or []
         left = evaluate.drop(args.path, dropped)
         print(f"dropped {', '.join(dropped)}; the run has {len(left.stages) - 1} checkpoints")
         if not args.checkpoint:
             return 0
-    if args.checkpoint:
-        chosen = _run_of_checkpoints(args, extra, engine_args)
-    else:
-        if wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]:
-            raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
-        chosen = Run.open(args.path)
+    if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
+        raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-    done = evaluate.evaluate(
-        chosen,
-        stages=stages,
-        cells=args.cells,
-        backend=args.backend,
-        engine_args=engine_args,
-        data_path=args.data,
-        extra=extra,
-    )
+    asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}
+    asked |= {"data_path": args.data, "extra": extra}
+    if args.follow:
+        done = evaluate.follow(args.path, **asked)
+    else:
+        chosen = _run_of_checkpoints(args, extra, engine_args) if args.checkpoint else Run.open(args.path)
+        done = evaluate.evaluate(chosen, **asked)
     if not done:
         print("nothing to evaluate: every cell is done")
     return 0

@@ -65,6 +65,11 @@ class Merging:
         self._until_taken.callback(_end, process)
         self._ahead = adapter, folder, process
 
+    def forget(self) -> None:
+        """Drops what was merged ahead and not taken."""
+        self._ahead = None
+        self._until_taken.close()
+
     @contextmanager
     def full_model(self, adapter: Path, below: Sequence[Path] = ()) -> Iterator[tuple[str, float]]:
         """A temporary folder with the merged model, and the share of the update that its rounding lost."""

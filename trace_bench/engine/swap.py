@@ -84,6 +84,11 @@ class SwapLM:
         """
         raise NotImplementedError
 
+    def expect(self, checkpoints: Sequence[Path]) -> None:
+        """Says that the engine goes on with checkpoints that were not there when it was started."""
+        self.work = Work()
+        self.soft_prompt = None  # of the last one; the next one has its own
+
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
         """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
 

@@ -165,6 +165,24 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             with self._merging.full_model(checkpoint, below) as (folder, lost):
                 yield folder, {"weights": "merged adapter", "lost": lost}
 
+    def expect(self, checkpoints: Sequence[Path]) -> None:
+        """See `SwapLM`. Where they need what the engine was not started with, it is started again."""
+        super().expect(checkpoints)
+        self._merging.forget()
+        needed: dict[str, Any] = {}
+        if any(models.soft_prompt(path) is not None for path in checkpoints):
+            needed["enable_prompt_embeds"] = True
+        args = {key: value for key, value in self.model_args.items() if key == "enable_lora"}
+        adapters = lora_args(args, checkpoints)
+        if adapters and args["max_lora_rank"] > self.model_args.get("max_lora_rank", 0):
+            needed |= args
+        if needed.items() - self.model_args.items():
+            self.model_args |= needed
+            self._restart(self.base)
+        # Under new numbers: vLLM would go on with the weights that an old one stands for.
+        last = max((adapter.lora_int_id for adapter in self.adapters.values()), default=0)
+        self.adapters |= {path: LoRARequest(path.name, n, str(path)) for n, path in enumerate(adapters, last + 1)}
+
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
         """See `SwapLM`."""
         if checkpoint is None or not models.is_adapter(checkpoint) or models.soft_prompt(checkpoint) is not None:

@@ -7,19 +7,17 @@ cells are skipped, so an interrupted evaluation goes on where it was. Nothing he
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterable
-from contextlib import ExitStack
 from typing import Any
 
-from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
-from trace_bench.evaluate.external import drop, external_run, measured_run, refuse_answers_only
-from trace_bench.evaluate.plan import EXTRA_SETTINGS, make_plan
-from trace_bench.evaluate.tasks import answer_tokens, load_tasks
-from trace_bench.run import WRITTEN, Run, locked
-from trace_tasks.data.files import refuse_links
+from trace_bench.evaluate.external import drop, external_run, measured_run
+from trace_bench.evaluate.filling import fill
+from trace_bench.evaluate.following import follow
+from trace_bench.evaluate.plan import EXTRA_SETTINGS
+from trace_bench.evaluate.tasks import answer_tokens
+from trace_bench.run import Run
 
-__all__ = ["EXTRA_SETTINGS", "answer_tokens", "drop", "evaluate", "external_run", "measured_run"]
+__all__ = ["EXTRA_SETTINGS", "answer_tokens", "drop", "evaluate", "external_run", "follow", "measured_run"]
 
 log = logging.getLogger(__name__)
 
@@ -39,22 +37,9 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
             changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
-    refuse_answers_only(run)
-    refuse_links(run.path, *WRITTEN)
     wanted = run.indices(stages)
     chosen = [stage for stage in run.stages if stage.index in wanted]
-    with ExitStack() as locks:
-        for stage in chosen:
-            if stage.is_trained:
-                locks.enter_context(locked(stage.path, "evaluate"))
-            else:
-                log.warning("Stage %s is not trained yet and left out.", stage.name)
-        plan = make_plan(run, chosen, data_path=data_path, **asked)
-        if plan.todo:
-            tasks = load_tasks(plan, data_path)
-            began = time.perf_counter()
-            lm = start_engine(plan, tasks)
-            ready = time.perf_counter()
-            evaluate_plan(plan, tasks, lm)
-            print(summary(plan, lm, time.perf_counter() - began, ready - began), flush=True)
-        return plan.cells
+    for stage in chosen:
+        if not stage.is_trained:
+            log.warning("Stage %s is not trained yet and left out.", stage.name)
+    return fill(run, [stage for stage in chosen if stage.is_trained], data_path=data_path, **asked)[0]

@@ -20,22 +20,29 @@ from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 BATCH = 1024
 
 
-def start_engine(plan: Plan, tasks: Tasks) -> Any:
-    """Starts the engine on the base model, and makes sure that what the plan asks fits into its context."""
+def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
+    """Starts the engine on the base model, and makes sure that what the plan asks fits into its context.
+
+    An engine of an earlier plan of the same run goes on.
+    """
     from trace_bench.engine import open_engine
 
+    checkpoints = [s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below]
     lengths = ("max_length", "max_model_len") if plan.backend == "hf" else ("max_model_len",)
     asked = next((plan.engine_args[name] for name in lengths if plan.engine_args.get(name)), None)
     check_context(plan, tasks, asked if isinstance(asked, int) else None)
     base = base_of(plan.run)
-    lm: Any = open_engine(
-        plan.backend,
-        base["model"],
-        revision=base["revision"],
-        max_prompt_length=plan.matrix["max_prompt_length"],
-        engine_args=plan.engine_args,
-        checkpoints=[s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below],
-    )
+    if lm is not None:
+        lm.expect(checkpoints)
+    else:
+        lm = open_engine(
+            plan.backend,
+            base["model"],
+            revision=base["revision"],
+            max_prompt_length=plan.matrix["max_prompt_length"],
+            engine_args=plan.engine_args,
+            checkpoints=checkpoints,
+        )
     if any(plan.settings[name].get("chat_template") for name in plan.missing):
         lm.chat = plan.chat(lm.tokenizer)
     check_context(plan, tasks, lm.max_length)
@@ -58,7 +65,7 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
         for i, (stage, names) in enumerate(order):
             # Taken before loading, so that it describes the weights that are evaluated.
             made = {"checkpoint": stage.fingerprint(), **how}
-            if i or stage.index:
+            if stage.index or lm.served["weights"] != "base":
                 lm.load(stage.checkpoint, stage.below)
             if i + 1 < len(order):
                 lm.prepare(order[i + 1][0].checkpoint, order[i + 1][0].below)

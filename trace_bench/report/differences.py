@@ -42,7 +42,7 @@ def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
     paired = {"general": _of_suites(one, two)}
     paired |= {kind.name: _of_verdicts(one, two, kind.name) for kind in judgements.KINDS}
     if same_conditions(one.run, two.run):
-        paired["OP"] = metrics.mean_of([_of_task(one, two, task, _final_gains) for task in one.run.tasks])
+        paired["OP"] = metrics.mean_of([task_difference(one, two, task, final_gains) for task in one.run.tasks])
         paired["BWT"] = _of_changes(one, two, slice(None, -1), Results.rows_since_own)
         paired["FWT"] = _of_changes(one, two, slice(1, None), Results.rows_ahead)
     found = dict.fromkeys(SCORES, UNKNOWN)
@@ -52,12 +52,13 @@ def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
     return found
 
 
-def _final_gains(results: Results, task: str) -> Matrix:
+def final_gains(results: Results, task: str) -> Matrix:
     """The final scores of a task's rows, so that their difference is a gain."""
     return results.units[task].sign * results.final_rows(task)
 
 
-def _of_task(one: Results, two: Results, task: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
+def task_difference(one: Results, two: Results, task: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
+    """The mean difference of a task's rows between two runs; NaN where they are not the same rows in the same unit."""
     if not _same_rows(one, two, task) or shared_unit([one.units[task], two.units[task]]) is None:
         return UNKNOWN
     return _mean(of_rows(one, task) - of_rows(two, task), fractions=one.units[task].scale == 1)
@@ -72,7 +73,7 @@ def _of_changes(one: Results, two: Results, part: slice, of_rows: Callable[[Resu
     tasks, others = (sorted(results.run.tasks[part]) for results in (one, two))
     if tasks != others or not (one.is_sequential and two.is_sequential):
         return UNKNOWN
-    return metrics.mean_of([_of_task(one, two, task, of_rows) for task in tasks])
+    return metrics.mean_of([task_difference(one, two, task, of_rows) for task in tasks])
 
 
 def _of_suites(one: Results, two: Results) -> Estimate:

@@ -17,6 +17,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -52,6 +53,19 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
         os.close(fd)
         raise DataError(wrong)
     return fd
+
+
+def take_lock(file: Any) -> None:
+    """Takes the lock of an open file for this process alone, until the file is closed.
+
+    Raises:
+        BlockingIOError: if another process has it, and not for the instant that asking for it takes.
+    """
+    with suppress(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    time.sleep(0.1)
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def refuse_links(folder: Path, *names: str) -> None:

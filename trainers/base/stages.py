@@ -328,7 +328,8 @@ class Loop:
 
     def _evaluate(self, stage: Stage) -> None:
         """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
-        words = ["trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index)]
+        # --follow waits for a process that evaluates the stage already.
+        words = ["trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index), "--follow"]
         if self.state.is_main_process and run_alone(words):
             raise RunError(f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again.")
         self.state.wait_for_everyone()

@@ -1,0 +1,218 @@
+"""What tasks and suites lost: since their own stage or another stage of the run, or against another run.
+
+A part is a task or a suite with what it gained; a group of them is measured from the same. Rows are paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, NoReturn
+
+from trace_bench import metrics, records
+from trace_bench.manifest import differences
+from trace_bench.metrics import Estimate
+from trace_bench.report.differences import final_gains, task_difference
+from trace_bench.report.results import Change, Results, headline
+from trace_bench.report.tables import PERCENT, Unit, shared_unit
+from trace_bench.run import RunError
+from trace_tasks.data import GROUPS, SUITES
+
+
+class Part(NamedTuple):
+    """What a task or a suite gained."""
+
+    name: str
+    gain: Estimate
+    rows: int
+    """How many test rows it has; 0 = there are no samples."""
+    unit: Unit
+
+
+class Group(NamedTuple):
+    """What several tasks or suites gained since the same."""
+
+    since: str
+    parts: list[Part]
+    averaged: set[str]
+    """The names of those whose mean stands for the group."""
+
+    @property
+    def mean(self) -> Part | None:
+        """The mean, with the rows of all of its parts; None without a common unit."""
+        own = [part for part in self.parts if part.name in self.averaged]
+        unit = shared_unit(part.unit for part in own)
+        if unit is None or not own:
+            return None
+        return Part("", metrics.mean_of([part.gain for part in own]), sum(part.rows for part in own), unit)
+
+
+def _group(since: str, parts: Sequence[Part]) -> Group:
+    return Group(since, list(parts), {p.name for p in parts if p.name in GROUPS["general"] or p.name not in SUITES})
+
+
+def _rows(results: Results, name: str) -> int:
+    return len(results.rows[name].ids) if name in results.rows else 0
+
+
+# ------------------------------------------------------------------------------------------------------- within a run
+
+
+def of_tasks(results: Results) -> list[Group]:
+    """What the old tasks of a sequence gained since their own stages, to the last one: their mean is BWT.
+
+    Of checkpoints of unknown training: what the last one gained since the base model, and since the one before it.
+
+    Raises:
+        RunError: if the run has neither, or cells are missing, with the command that makes them.
+    """
+    run, last = results.run, results.run.stages[-1]
+    if results.is_sequential and last.index > 1:
+        since = {"its own stage": {task: i for i, task in enumerate(run.tasks[:-1], 1)}}
+    elif run.tasks and not results.has_mean:
+        which = run.manifest["config"].get("cells", "seen")
+        since = {}
+        for stage in (run.stages[0], run.stages[-2]):
+            both = set(run.seen_tasks(stage, which)) & set(run.seen_tasks(last, which))
+            name = stage.name if stage.index else "the base model"
+            since[name] = {task: stage.index for task in run.tasks if task in both}
+    else:
+        raise RunError(
+            f"--max-forgetting: {run.path} ({run.manifest['method']}) has no stages of several tasks, one after the "
+            "other, so that nothing can be forgotten within it. Check it --against another run, or give "
+            "--max-general-drop alone."
+        )
+    _require(
+        results, [cell for c in since.values() for task, i in c.items() for cell in ((i, task), (last.index, task))]
+    )
+    return [
+        _group(
+            name,
+            [
+                Part(task, results.changes[Change(task, i, last.index)], _rows(results, task), results.units[task])
+                for task, i in earlier.items()
+            ],
+        )
+        for name, earlier in since.items()
+    ]
+
+
+def of_suites(results: Results) -> Group:
+    """What the general suites gained since the base model, at the last stage.
+
+    Raises:
+        RunError: if they are not measured, with the command that does.
+    """
+    run, last = results.run, results.run.stages[-1]
+    _require(results, [])
+    there = [suite for suite in SUITES if (0, suite) in results.cells]
+    missing = [suite for suite in there if (last.index, suite) not in results.cells]
+    if missing or not there:
+        raise RunError(
+            f"--max-general-drop: {run.path} has no score of {', '.join(missing) or 'any general suite'} at "
+            f"{last.name if missing else 'the base model'}. Measure it: trace-bench evaluate {run.path} --general "
+            f"{' '.join(there) or 'general'}"
+        )
+    parts = []
+    for suite in there if last.index else []:
+        value = Estimate(headline(results.cells[last.index, suite]) - headline(results.cells[0, suite]))
+        gain = results.changes.get(Change(suite, 0, last.index), value)
+        parts.append(Part(suite, gain, _rows(results, suite), PERCENT))
+    return _group("the base model", parts)
+
+
+def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
+    """Makes sure that the stages are trained, one upon the other, and that cells are there; else says what to do."""
+    run = results.run
+    if untrained := [stage.name for stage in run.stages if not stage.is_trained]:
+        raise RunError(
+            f"{run.path}: {', '.join(untrained)} is not trained. Train it, then: trace-bench evaluate {run.path}"
+        )
+    records.check_stages(run, run.stages[1:])
+    if missing := dict.fromkeys(cell for cell in cells if cell not in results.cells):
+        listed = ", ".join(f"{task} at {run.stages[i].name}" for i, task in missing)
+        more = " --cells seen" if run.manifest["config"].get("cells") == "own" else ""
+        raise RunError(f"{run.path} has no score of {listed}. Measure it: trace-bench evaluate {run.path}{more}")
+
+
+# ------------------------------------------------------------------------------------------------ against another run
+
+
+def of_tasks_against(one: Results, two: Results) -> Group:
+    """What a run's tasks have more in the end than those of another run, on the same test rows.
+
+    Raises:
+        RunError: naming the tasks, settings or rows that differ, or the cells that are missing.
+    """
+    ends = [dict(zip(r.run.tasks, r.final_stages, strict=True)) for r in (one, two)]
+    if ends[0].keys() != ends[1].keys() or not ends[0]:
+        names = [", ".join(sorted(end)) or "none" for end in ends]
+        _refuse(one, two, [f"  tasks: {names[0]} -> {names[1]}"])
+    for results, end in zip((one, two), ends, strict=True):
+        _require(results, [(i, task) for task, i in end.items()])
+    _check_same(one, two, {task: (i, ends[1][task]) for task, i in ends[0].items()})
+    parts = []
+    for task in one.run.tasks:
+        a, b = (r.units[task].sign * float(r.final[r.run.tasks.index(task)]) for r in (one, two))
+        gain = Estimate(a - b, *task_difference(one, two, task, final_gains)[1:])
+        parts.append(Part(task, gain, _rows(one, task), one.units[task]))
+    return _group(str(two.run.path), parts)
+
+
+def of_suites_against(one: Results, two: Results) -> Group:
+    """What a run's general suites have more at the last stage than those of another run, on the same rows.
+
+    Raises:
+        RunError: as `of_tasks_against`.
+    """
+    last = [results.run.stages[-1].index for results in (one, two)]
+    there = [[s for s in SUITES if (i, s) in r.cells] for i, r in zip(last, (one, two), strict=True)]
+    for results, suites in zip((one, two), there, strict=True):
+        _require(results, [])
+        if not suites:
+            raise RunError(
+                f"--max-general-drop: {results.run.path} has no score of any general suite at "
+                f"{results.run.stages[-1].name}. Measure it: trace-bench evaluate {results.run.path} --general general"
+            )
+    if there[0] != there[1]:
+        _refuse(one, two, [f"  general suites: {', '.join(there[0])} -> {', '.join(there[1])}"])
+    _check_same(one, two, dict.fromkeys(there[0], (last[0], last[1])))
+    parts = []
+    for suite in there[0]:
+        a, b = (headline(r.cells[i, suite]) for i, r in zip(last, (one, two), strict=True))
+        ends: tuple[float, ...] = ()
+        if suite in one.rows and suite in two.rows:
+            x, y = (r.task_rows(suite)[:, i] for i, r in zip(last, (one, two), strict=True))
+            (paired,) = one.rows[suite].estimates((x - y)[:, None], metrics.difference_interval)
+            ends = paired[1:]
+        parts.append(Part(suite, Estimate(a - b, *ends), _rows(one, suite), PERCENT))
+    return _group(str(two.run.path), parts)
+
+
+def _check_same(one: Results, two: Results, cells: dict[str, tuple[int, int]]) -> None:
+    """Makes sure that cells (name -> its stage in each run) were asked and scored in one way, on the same rows."""
+    lines: dict[str, None] = {}
+    data = [r.run.manifest["data"] for r in (one, two)]
+    for name, (i, j) in cells.items():
+        a, b = one.cells[i, name], two.cells[j, name]
+        lines |= dict.fromkeys(differences(a.get("settings", {}), b.get("settings", {})))
+        for key in ("headline", "version", "definition"):
+            if a.get(key, b.get(key)) != b.get(key, a.get(key)):  # older cells do not say all of them
+                lines[f"  {key} of {name}: {a[key]} -> {b[key]}"] = None
+        key = "test" if all(name in d.get("test", {}) for d in data) else "fingerprint"
+        x, y = (d.get(key, {}).get(name) for d in data)
+        if x != y:
+            lines[f"  rows of {name}: fingerprint {x} -> {y}"] = None
+        elif a["n"] != b["n"]:
+            lines[f"  rows of {name}: {a['n']} -> {b['n']}"] = None
+        elif name in one.rows and name in two.rows and one.rows[name].ids != two.rows[name].ids:
+            lines[f"  rows of {name}: the same number, but others"] = None
+    if lines:
+        _refuse(one, two, list(lines))
+
+
+def _refuse(one: Results, two: Results, lines: list[str]) -> NoReturn:
+    raise RunError(
+        f"{one.run.path} and {two.run.path} cannot be compared row by row:\n"
+        + "\n".join(lines)
+        + "\nEvaluate both with the same tasks, settings and data."
+    )

@@ -1,0 +1,184 @@
+"""`trace-bench check`: what a run has lost, held against limits.
+
+Only JSON is read. A limit is one for the mean over tasks or suites. Each of them is held against it as well: a single
+one can make the check fail, and need not prove itself (`Check.verdict`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from trace_bench.measures.gate import MOST_ROWS, UNKNOWN, WITHIN, WORSE, rows_needed, verdicts
+from trace_bench.metrics import Estimate
+from trace_bench.report import drops
+from trace_bench.report.drops import Group, Part
+from trace_bench.report.entry import entries_of
+from trace_bench.run import Run, RunError
+from trace_bench.text import one_line
+
+EXIT_CODES = {WITHIN: 0, WORSE: 1, UNKNOWN: 3}
+FORGETTING, GENERAL = "forgetting", "general drop"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A drop that is held against its limit, before there is a verdict."""
+
+    what: str
+    """`FORGETTING` or `GENERAL`."""
+    since: str
+    """What the drop is measured from."""
+    part: Part
+    """Its task or suite; a mean has no name."""
+    limit: float
+    """In points, or the unit of the task's metric."""
+    weight: int
+    """Its share of the level of the test: a mean has as much as all of its parts together."""
+    decides: bool
+    """Whether the check passes only if this one is within its limit."""
+
+    @property
+    def drop(self) -> Estimate:
+        """Positive = worse; as the metric gives scores."""
+        value, low, high = (-x + 0.0 for x in self.part.gain)  # no "-0.0"
+        return Estimate(value, high, low)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A drop with its verdict."""
+
+    held: Held
+    verdict: str
+    rows_needed: int | None
+    """Where it cannot be told; None elsewhere, or if no number of rows would tell."""
+
+    def texts(self) -> list[str]:
+        """The columns of the line."""
+        held, part = self.held, self.held.part
+        number = part.unit.with_interval(held.drop, sign=True)
+        columns = [held.what, part.name or "mean", f"since {held.since}", number, f"limit {held.limit:g}"]
+        return [*map(one_line, columns), self.verdict + self._why()]
+
+    def _why(self) -> str:
+        if self.verdict != UNKNOWN:
+            return ""
+        if math.isnan(self.held.drop.low):
+            return " (no interval: the samples of its rows are not there, or do not give its score)"
+        if self.rows_needed is None:
+            return f" (needs more than {MOST_ROWS:,} rows; there are {self.held.part.rows:,})"
+        return f" (needs about {self.rows_needed:,} rows; there are {self.held.part.rows:,})"
+
+    def json(self) -> dict[str, Any]:
+        """The line as JSON."""
+        held, part = self.held, self.held.part
+        numbers = zip(("drop", "low", "high"), held.drop, strict=True)
+        return {
+            "what": held.what,
+            "name": part.name or None,
+            "since": held.since,
+            **{key: None if math.isnan(x) else part.unit.factor * x for key, x in numbers},
+            "unit": part.unit.of_changes,
+            "limit": held.limit,
+            "decides": held.decides,
+            "verdict": self.verdict,
+            "rows": part.rows,
+            "rows_needed": self.rows_needed,
+        }
+
+
+@dataclass(frozen=True)
+class Check:
+    """The lines of a check and its verdict."""
+
+    run: Run
+    against: Run | None
+    lines: list[Line]
+
+    @property
+    def verdict(self) -> str:
+        """Worse if any line is; within if all lines that decide are; else it cannot be told."""
+        if any(line.verdict == WORSE for line in self.lines):
+            return WORSE
+        return WITHIN if all(line.verdict == WITHIN for line in self.lines if line.held.decides) else UNKNOWN
+
+    @property
+    def exit_code(self) -> int:
+        """0, 1 or 3."""
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def text(self) -> str:
+        """The lines, and the verdict as the last one."""
+        rows = [line.texts() for line in self.lines]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(f"{t:<{w}}" for t, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, f"{one_line(f'{self.run.path}, {self.run.stages[-1].name}')}: {self.verdict}"])
+
+    def json(self) -> dict[str, Any]:
+        """The check as JSON."""
+        return {
+            "run": str(self.run.path),
+            "stage": self.run.stages[-1].name,
+            "against": str(self.against.path) if self.against else None,
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "lines": [line.json() for line in self.lines],
+        }
+
+
+def check(
+    run: Run,
+    *,
+    max_forgetting: float | None = None,
+    max_general_drop: float | None = None,
+    against: Run | None = None,
+    each: bool = False,
+) -> Check:
+    """Holds what the last stage of a run has lost against limits.
+
+    Args:
+        run: The run.
+        max_forgetting: The most that the tasks may have lost, in points or the unit of their metric; None = any.
+        max_general_drop: The same of the general-ability suites.
+        against: A run whose last stage the drops are measured from, on the same test rows. None: each task's own
+            stage, and the base model; of checkpoints from elsewhere the base model, and the checkpoint before.
+        each: Whether every task and suite decides, and not their mean alone.
+
+    Raises:
+        RunError: if something is not measured, and how to measure it; or if the runs do not share rows, settings or
+            tasks.
+    """
+    if max_forgetting is None and max_general_drop is None:
+        raise RunError("Without a limit nothing is checked: give --max-forgetting, --max-general-drop, or both.")
+    results, *others = (entry.results for entry in entries_of([run] if against is None else [run, against]))
+    held: list[Held] = []
+    if max_forgetting is not None:
+        groups = [drops.of_tasks_against(results, *others)] if others else drops.of_tasks(results)
+        held += [one for group in groups for one in _held(FORGETTING, group, max_forgetting, each)]
+    if max_general_drop is not None:
+        group = drops.of_suites_against(results, *others) if others else drops.of_suites(results)
+        held += _held(GENERAL, group, max_general_drop, each)
+    limits = [one.limit / one.part.unit.factor for one in held]
+    rows, weights = [one.part.rows for one in held], [one.weight for one in held]
+    found = verdicts([one.drop for one in held], limits, rows, weights)
+    lines = []
+    for one, limit, verdict in zip(held, limits, found, strict=True):
+        needed = rows_needed(one.drop, limit, one.part.rows, one.weight / sum(weights)) if verdict == UNKNOWN else None
+        lines.append(Line(one, verdict, needed))
+    return Check(run, against, lines)
+
+
+def _held(what: str, group: Group, limit: float, each: bool) -> Iterable[Held]:
+    """The drops of a group: the mean, which decides, and its parts; without a mean of several all of them decide."""
+    if not group.parts:
+        raise RunError(f"Since {group.since} there is nothing to measure a {what} of: no stage or task comes after it.")
+    mean = group.mean if len(group.averaged) > 1 else None
+    if mean is not None:
+        yield Held(what, group.since, mean, limit, weight=len(group.averaged), decides=True)
+    for part in group.parts:
+        alone = part.name in group.averaged and mean is None
+        yield Held(what, group.since, part, limit, weight=1, decides=each or alone or not group.averaged)
