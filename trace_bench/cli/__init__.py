@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "train every stage of a run with a method",
     "evaluate": "fill the cells of a run's matrix, one engine for all stages",
     "import": "make a run of predictions that were made elsewhere: the official code's, or lm-eval's samples",
+    "merge": "merge checkpoints into one: means, WiSE-FT, MagMax, TIES, DARE",
     "judge": "judge the answers of a run: instruction following and safety against the base model",
     "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
     "relearn": "what a few rows of each old task bring back at the end of a run: was it gone, or hidden?",
