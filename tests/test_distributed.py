@@ -50,6 +50,8 @@ def small(options):
         own = {
             "ewc": {"ewc_lambda": 100.0, "tasks": THREE},
             "ogd": {"ogd_rows": 4, "ogd_size": 6},
+            "freeze": {"freeze_layers": 1},
+            "hft": {"use_peft": False},
             "osf": {"use_peft": False, "learning_rate": 0.1},
             "pp": {"prompt_tokens": 4, "learning_rate": 5.0},
             "replay": {"replay_ratio": 0.25, "alignment_rows": 8},  # whole batches in every stage
