@@ -22,7 +22,7 @@ MOMENTUM = {**DECAY, "optim": "sgd", "optim_args": "momentum=0.9"}
 def empty(architecture: str, layers: int = 2):
     """A model without weights."""
     settings = dict(ARCHITECTURES[architecture])
-    settings["n_layer" if "n_layer" in settings else "n_layers" if "n_layers" in settings else "num_hidden_layers"] = layers
+    settings |= {name: layers for name in ("n_layer", "n_layers", "num_hidden_layers") if name in settings}
     if architecture == "smollm3":
         settings["no_rope_layers"] = [1, 0] * (layers // 2)
     with torch.device("meta"):
@@ -291,7 +291,8 @@ def test_the_tokens_are_measured_with_the_model_before_the_stage(options):
                 if len(hard) == len(content):
                     hard.remove(min(hard, key=lambda i: float(ppl[i - 1])))
                 wanted.append([-100 if i in hard else label for i, label in enumerate(labels)])
-            assert self.train_dataset["labels"][:] == wanted and self.train_dataset["input_ids"][:] == rows["input_ids"][:]
+            assert self.train_dataset["labels"][:] == wanted
+            assert self.train_dataset["input_ids"][:] == rows["input_ids"][:]
             before, after = ([x != -100 for row in rows for x in row] for rows in (rows["labels"], wanted))
             seen[self.stage.index] = 1 - sum(after) / sum(before)
 

@@ -9,8 +9,8 @@ Differences from the authors' code, which measures with the base model of its on
 
 - The end of an answer (EOS) is never masked. The paper's models are tuned for chats and know how to end a turn; of a
   base model's rows nearly all ends would be masked, and it would never learn to stop.
-- No whole answer is masked: if all its other tokens would be, the one with the lowest perplexity is trained on. TRACE has
-  answers of one token, which would leave tasks without anything to learn.
+- No whole answer is masked: if all its other tokens would be, the one with the lowest perplexity is trained on. Tasks
+  of TRACE have answers of one token, of which nothing would be left to learn.
 
 With `replay_ratio` the replayed rows are masked in the same way. The tokens that remain weigh as in any loss: with
 `loss_weights: rows` every row weighs the same.
@@ -46,7 +46,7 @@ class STMTrainer(CLTrainer):
     @classmethod
     def prepare(cls, config: STMConfig, model_args: Any) -> dict[str, Any]:
         """Refuses shards, which are put together for the training only."""
-        refuse_shards(config, "stm needs whole weights to measure tokens before a stage", "with LoRA if memory is short")
+        refuse_shards(config, "stm needs whole weights before a stage begins", "with LoRA if memory is short")
         return {}
 
     def begin_stage(self) -> None:
@@ -70,7 +70,7 @@ class STMTrainer(CLTrainer):
         found: list[tuple[int, list[float]]] = []
         places = iter(mine)
         for batch in self.batches(rows.select(mine)):
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():  # as the training, for which the model is prepared later
                 logits, target = self.answer_logits(self.model, batch)
             each = cross_entropy(logits, target, reduction="none").exp()
             answers = (batch["labels"][:, 1:] != -100).sum(dim=1).tolist()

@@ -20,4 +20,5 @@ def text_model(model: Any) -> Any:
     """The decoder without its head, with or without an adapter in it."""
     from peft import PeftModel
 
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.get_decoder()
