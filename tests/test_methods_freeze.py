@@ -1,9 +1,10 @@
-"""Methods that hold a part of the model or of the loss still: anchor, freeze, hft, stm, mofo."""
+"""Methods that hold a part of the model or of the loss still: anchor, freeze, hft, stm."""
 
 import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from architectures import ARCHITECTURES
 from conftest import train
 from test_methods import EXACT, FULL, LINEAR, as_method, made, method, probe, same, small, unbuilt, weights
@@ -11,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_bench.run import read_json
-from trainers import hft, mofo
+from trainers import hft
 from trainers.base import ConfigError, decoder_blocks
 from trainers.freeze import freeze
 
@@ -112,7 +113,7 @@ def test_the_loss_of_anchor_by_hand(weight, options):
     anchor.count_tokens = lambda *args: None
     anchor.reference, anchor.router_loss, anchor.current_gradient_accumulation_steps = "reference", 0.0, 1
     anchor.args = made(method("anchor")[1])
-    anchor.accelerator = base_accelerator()
+    anchor.accelerator = Accelerator(cpu=True)
     loss = anchor.compute_loss(None, {"labels": labels}, num_items_in_batch=torch.tensor(2))
     p = torch.tensor([0.75, 0.5, 0.75, 0.5])
     w = p if weight == "probability" else torch.ones(4)
@@ -123,12 +124,6 @@ def test_the_loss_of_anchor_by_hand(weight, options):
     loss.backward()
     wanted = w[0] * torch.tensor([0.25, -0.25]) + 0.5 * torch.tensor([0.25 - 0.5, 0.75 - 0.5])
     torch.testing.assert_close(logits.grad[0], wanted / 2)
-
-
-def base_accelerator():
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=True)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -325,9 +320,6 @@ def test_stm_that_masks_nothing_is_sequential_to_the_byte(options, tmp_path):
         ("freeze", {"freeze_from": 0}, "freeze_from=0"),
         ("hft", {"use_peft": True}, "set use_peft=false"),
         ("stm", {"stm_threshold": 0.5}, "stm_threshold=0.5"),
-        ("mofo", {"optim": "sgd"}, "optim=sgd has no momentum that MoFO knows: use adamw_torch or"),
-        ("mofo", {"mofo_fraction": 0.0}, "mofo_fraction=0.0"),
-        ("mofo", "FSDP", "mofo needs whole moments.*FSDP gives each process a part"),
         *((name, "FSDP", f"{name} needs whole weights.*FSDP gives each process a part") for name in ("anchor", "stm")),
     ],
 )
@@ -338,48 +330,3 @@ def test_what_these_methods_cannot_do_is_refused_before_anything_starts(name, ch
         change = {}
     with pytest.raises(ConfigError, match=words):
         train(small(options, name, **change), *method(name))
-
-
-# --------------------------------------------------------------------------------------------------------------- mofo
-
-
-def test_the_largest_entries_of_a_tensor():
-    values = torch.tensor([[1.0, 4.0], [3.0, 2.0]])
-    assert mofo.largest(values, 0.5).tolist() == [[False, True], [True, False]]
-    assert mofo.largest(values, 0.1).sum() == 1 and mofo.largest(values, 1.0).all()
-    assert mofo.largest(torch.tensor([2.0, 2.0, 1.0]), 0.34).tolist() == [True, True, False], "equals move together"
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_only_the_entries_with_the_largest_momentum_move(lora, options):
-    trainer, config = method("mofo")
-    seen = []
-
-    class Spy(trainer):
-        def after_step(self):
-            before = {n: self.held[p] for n, p in self.trained().items() if p in self.held}
-            vectors = {n: p.detach().clone() for n, p in self.trained().items() if n not in before}
-            super().after_step()
-            for n, p in self.trained().items():
-                if n in before:
-                    momentum = self.optimizer.state[p]["exp_avg"].abs().flatten()
-                    count = max(1, int(0.1 * len(momentum)))
-                    still = (p.detach() == before[n]).flatten()
-                    least = momentum.sort(descending=True).values[count - 1]
-                    assert still[momentum < least].all(), n
-                    assert not still[(momentum >= least) & (momentum > 0)].any(), n
-                    seen.append(count / len(momentum))
-                else:
-                    assert torch.equal(p.detach(), vectors[n])
-
-    changes = {**EXACT, "use_peft": lora, "mofo_fraction": 0.1, "learning_rate": 1e-2, "max_steps": 3}
-    run = train(small(options, "mofo", 2, **changes), as_method(Spy), config)
-    assert seen
-    record = read_json(run.stages[2].train_file)
-    assert 0.09 < record["moved_share"] < (0.2 if lora else 0.11)
-
-
-def test_mofo_of_all_entries_is_sequential_to_the_byte(options, tmp_path):
-    plain = train(small(options, "sequential", output_dir=str(tmp_path / "plain")), *method("sequential"))
-    run = train(small(options, "mofo", mofo_fraction=1.0), *method("mofo"))
-    assert all(same(weights(plain, stage), weights(run, stage)) for stage in (1, 2))
