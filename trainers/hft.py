@@ -5,6 +5,9 @@ of the four matrices of the attention are frozen; of the three of the feed-forwa
 blocks and one in the other half; and half of the norms. The embeddings, the head and the last norm are trained. Each
 stage draws another half, from the seed and its number: all processes draw the same.
 
+The categories are taken from descriptions of the paper (github.com/gucci-j/ssu and a reader's notes), not from the
+paper or its code.
+
 The rule here is the same for every architecture: the matrices of one module of a block (self_attn, mlp, one expert) are
 a category, and so are the norms and other vectors of the block. A bias goes with its matrix. Of an odd category the
 larger part is frozen in half of the blocks. Where a model joins matrices (GPT-2's c_attn, the experts of a layer) they
