@@ -5,14 +5,16 @@ trainer       the hooks of a method           preflight    what cannot work is r
 gradients     losses and gradients            stages       `main`, and the loop over the stages
 checkpoints   what a stage leaves, and what it goes on from
 sampler       batches of rows of similar length
+blocks        the blocks of a decoder
 rows          which rows of a task are remembered
 writing       rows that the model writes itself between stages
 answering     the process in which it does so
 """
 
+from trainers.base.blocks import decoder_blocks, text_model
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
-from trainers.base.preflight import context_length, refuse_shards
+from trainers.base.preflight import causal_config, context_length, refuse_shards
 from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
 from trainers.base.stages import main, train
@@ -25,9 +27,11 @@ __all__ = [
     "CLTrainer",
     "ConfigError",
     "LengthGrouped",
+    "causal_config",
     "check_scores",
     "choose_rows",
     "context_length",
+    "decoder_blocks",
     "frozen_in_bf16",
     "main",
     "option",
@@ -35,5 +39,6 @@ __all__ = [
     "refuse_shards",
     "save_tensors",
     "sort_names",
+    "text_model",
     "train",
 ]
