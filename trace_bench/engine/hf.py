@@ -120,7 +120,8 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         width = max(map(len, rows))
         keep = width + 1 - min(len(prompt) for prompt, _ in batch)
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
-        inputs: dict[str, Any] = {"input_ids": ids} if self.soft_prompt is None else {"inputs_embeds": self._behind_prompt(ids)}
+        plain = self.soft_prompt is None
+        inputs: dict[str, Any] = {"input_ids": ids} if plain else {"inputs_embeds": self._behind_prompt(ids)}
         if self._model._supports_logits_to_keep():
             inputs["logits_to_keep"] = keep
         began = time.perf_counter()
