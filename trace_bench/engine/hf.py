@@ -129,8 +129,8 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         width = max(map(len, rows))
         keep = width + 1 - min(len(prompt) for prompt, _ in batch)
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
-        soft = self.soft_prompt is not None
-        inputs: dict[str, Any] = {"inputs_embeds": self._behind_prompt(ids)} if soft else {"input_ids": ids}
+        plain = self.soft_prompt is None
+        inputs: dict[str, Any] = {"input_ids": ids} if plain else {"inputs_embeds": self._behind_prompt(ids)}
         if self._model._supports_logits_to_keep():
             inputs["logits_to_keep"] = keep
         began = time.perf_counter()

@@ -61,8 +61,8 @@ def sections(results: Results) -> Iterable[Block]:
         yield (
             f"From its own stage to stage {t}, in nats per token. **Share**: of what the own stage had gained; -100 %: "
             "all of it is gone. **Rows needed**: how many test rows of each task show the loss in four of five tests "
-            "(paired t-test at 5 %), by the likelihood and by the headline score; –: nothing was lost. They are "
-            "estimates from the rows of this run, rough where these are few."
+            "(paired t-test at 5 %), by the likelihood and by the headline score; –: nothing was lost, or in the "
+            "last column no loss is certain. They are estimates from the rows of this run, rough where these are few."
         )
         yield _forgotten(results, L, t)
     seconds = [cell["likelihood"]["seconds"] for cell in results.cells_of(run.tasks).values() if "likelihood" in cell]
@@ -96,7 +96,7 @@ def _forgotten(results: Results, L: Matrix, t: int) -> Table:
             *(NATS.text(values[k]) for values in (base, own, last)),
             NATS.with_interval(changes[k], sign=True),
             _share(shares[k]),
-            *_needed([soft[k]], [hard[k]]),
+            *_needed([soft[k]], [hard[k]], changes[k], results.change(k, k + 1, t)),
         ]
         for k in i
     ]
@@ -104,7 +104,8 @@ def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     bwt = metrics.mean_of(changes)
     mean = ["mean", *(NATS.text(float(values.mean())) for values in (base, own, last))]
     share = bwt.value / learned if learned > 0 else math.nan
-    rows.append([*mean, NATS.with_interval(bwt, sign=True), _share(share), *_needed(soft, hard)])
+    needed = _needed(soft, hard, bwt, results.sequence["BWT"][t - 1])
+    rows.append([*mean, NATS.with_interval(bwt, sign=True), _share(share), *needed])
     head = ["task", "base", "own stage", f"stage {t}", "since then", "share"]
     return Table([*head, "rows needed<br>likelihood", "rows needed<br>score", "times fewer"], rows)
 
@@ -113,8 +114,9 @@ def _share(share: float) -> str:
     return DASH if math.isnan(share) else f"{100 * share:+.0f} %"
 
 
-def _needed(soft: list[Matrix], hard: list[Matrix]) -> list[str]:
+def _needed(soft: list[Matrix], hard: list[Matrix], *changes: Estimate) -> list[str]:
     """Rows needed by the likelihood and by the score, where they fell, and how many times fewer the first are."""
     found = [rows_needed(rows) if sum(x.mean() for x in rows) < 0 else None for rows in (soft, hard)]
-    fewer = DASH if found[0] is None or found[1] is None else f"{found[1] / found[0]:.1f}"
+    certain = any(change.sign < 0 for change in changes)  # else both numbers are of a loss that may be none
+    fewer = f"{found[1] / found[0]:.1f}" if certain and found[0] and found[1] else DASH
     return [*(count(n) for n in found), fewer]
