@@ -43,7 +43,9 @@ class IncLoRATrainer(CLTrainer):
         for name in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
             if getattr(model_args, name):
                 raise ConfigError(f"{name}={getattr(model_args, name)}: adapters of this kind cannot be added up.")
-        refuse_shards(config, "this method needs whole adapters to put side by side", "with LoRA, which takes little")
+        refuse_shards(
+            config, "this method puts whole adapters side by side", "with gradient_checkpointing if memory is short"
+        )
         return {}
 
     def stage_model(self, stage: Stage) -> Any:

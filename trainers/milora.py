@@ -57,7 +57,7 @@ class MiLoRATrainer(IncLoRATrainer):
 
     def minor_parts(self, layers: dict[str, Any]) -> dict[str, torch.Tensor]:
         """A_0 twice and -B_0 and B_0 side by side, as a checkpoint has them."""
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, layer in layers.items():
             weight = layer.get_base_layer().weight.detach().to(self.config.device, torch.float32)
             u, s, v = torch.linalg.svd(weight.T if layer.fan_in_fan_out else weight, full_matrices=False)
