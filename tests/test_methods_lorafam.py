@@ -3,7 +3,8 @@
 import pytest
 import test_methods
 import torch
-from conftest import train
+from architectures import make_base
+from conftest import byte_tokenizer, train
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from test_methods import EXACT, LINEAR, as_method, method, same, small, unbuilt, weights
@@ -53,16 +54,53 @@ def test_accumulation_and_batch_size_take_the_same_step(name, options, tmp_path)
         ({"use_dora": True}, "use_dora=True"),
         ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is no linear layer"),
         ({"lora_target_parameters": ["mlp.experts.down_proj"]}, "cannot be added up"),
+        ({"model_name_or_path": "experts", "lora_target_modules": "all-linear"}, "mlp.experts is no linear layer"),
         ("FSDP", "FSDP gives each process a part"),
     ],
 )
-def test_what_cannot_be_put_side_by_side_is_refused(name, change, words, options, monkeypatch):
+def test_what_cannot_be_put_side_by_side_is_refused(name, change, words, options, monkeypatch, tmp_path):
+    if "model_name_or_path" in change:  # PEFT adapts experts as parameters, even under all-linear
+        change = change | {"model_name_or_path": str(make_base("qwen3_moe", tmp_path / "base", byte_tokenizer()))}
+        change |= EXACT
     if change == "FSDP":
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
         change = {}
     with pytest.raises(ConfigError, match=words):
         train(small(options, name, **change), *method(name))
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3_moe"])  # Conv1D, fewer keys than queries, experts
+@pytest.mark.parametrize("name", ["milora", "inflora"])
+def test_what_is_saved_is_what_was_trained_for_other_architectures(name, architecture, options, tmp_path):
+    trainer, config = method(name)
+    base, ids = make_base(architecture, tmp_path / "base", byte_tokenizer()), torch.arange(3, 60)[None]
+    plain, pairs = logits(base, None, ids), []
+
+    class Spy(trainer):
+        def now(self):
+            with torch.no_grad():
+                return self.model.eval()(ids).logits
+
+        def begin_stage(self):
+            super().begin_stage()
+            pairs.append((self.now(), self.previous.checkpoint))
+
+        def end_stage(self):
+            super().end_stage()
+            pairs.append((self.now(), None))
+
+        def save_checkpoint(self):
+            pairs[-1] = pairs[-1][0], super().save_checkpoint()
+            return pairs[-1][1]
+
+    changes = {**EXACT, "model_name_or_path": str(base), "learning_rate": 1e-3}
+    changes["lora_target_modules"] = ["q_proj", "k_proj"] if "moe" in architecture else "all-linear"
+    train(small(options, name, **changes), as_method(Spy), config)
+    assert len(pairs) == 4
+    for found, checkpoint in pairs:
+        torch.testing.assert_close(found, logits(base, checkpoint, ids), rtol=1e-3, atol=1e-3)
+    assert (pairs[-1][0] - plain).abs().max() > 0.05
 
 
 # ------------------------------------------------------------------------------------------------------------- N-LoRA

@@ -7,7 +7,8 @@ nothing to set.
 The checkpoint is one ordinary LoRA adapter: the A and B of all tasks side by side, so its rank grows by lora_r with
 each stage and its product is the sum of the tasks' adapters. The next stage finds them there.
 
-`olora`, `nlora`, `milora` and `inflora` are made of this file. It needs LoRA on linear layers.
+`olora`, `nlora`, `milora` and `inflora` are made of this file. It needs LoRA on linear layers,
+not on embeddings or experts.
 
     python -m trainers.inclora --config trainers/configs/quickstart.yaml --output_dir runs/inclora
 """
@@ -93,8 +94,8 @@ def adapted(model: Any) -> dict[str, Any]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if others := sorted(name for name, layer in layers.items() if not isinstance(layer, Linear)):
         raise ConfigError(
-            f"lora_target_modules: {others[0]} is no linear layer, and this method puts the adapters of linear layers "
-            "side by side. Leave it out."
+            f"lora_target_modules: {others[0]} is no linear layer, and this method puts adapters of linear layers side "
+            "by side. Name linear layers, such as q_proj and v_proj."
         )
     return layers
 
