@@ -1,0 +1,194 @@
+"""DER: replayed rows are held to what the model said of them right after their own task."""
+
+import pytest
+import torch
+from conftest import train
+from safetensors.torch import load_file
+from test_methods import EXACT, THREE, as_method, made, method, probe, same, small, unbuilt, weights
+from torch.nn.functional import kl_div
+
+from trace_bench.run import read_json
+from trainers.base import ConfigError
+from trainers.der import KEPT, class_logs
+from trainers.replay import ReplayConfig, ReplayTrainer
+
+CHANGES = {**EXACT, "replay_ratio": 0.5, "train_rows": 8, "max_prompt_length": 64}
+
+
+def state(run, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(run.stages[stage].method_state / "state.safetensors")
+
+
+def test_the_divergence_of_the_kept_classes_is_the_full_one_less_what_is_within_the_others():
+    torch.manual_seed(0)
+    old, new = torch.randn(2, 5, 40, dtype=torch.float64) * 2
+    ids = old.topk(8).indices
+    of_old, of_new = class_logs(old, ids), class_logs(new, ids)
+    for logits, logs in ((old, of_old), (new, of_new)):
+        torch.testing.assert_close(logs.exp().sum(-1), torch.ones(5, dtype=torch.float64))
+        torch.testing.assert_close(logs[:, :-1], logits.log_softmax(-1).gather(-1, ids))
+    kept = kl_div(of_new, of_old, reduction="none", log_target=True).sum(-1)
+    full = kl_div(new.log_softmax(-1), old.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    p, q = (x.scatter(-1, ids, -torch.inf).softmax(-1) for x in (old, new))
+    within = torch.where(p > 0, p * (p.clamp_min(1e-300).log() - q.clamp_min(1e-300).log()), 0).sum(-1)
+    torch.testing.assert_close(kept, full - of_old[:, -1].exp() * within)
+    assert (kept > 0).all() and (kept < full).all()
+    # Of all tokens but one nothing is lost; and what only moves among the others is not seen.
+    ids = old.topk(39).indices
+    almost = kl_div(class_logs(new, ids), class_logs(old, ids), reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(almost, full)
+    ids = old.topk(8).indices
+    turned = old.scatter(-1, old.topk(10).indices[:, 8:], old.gather(-1, old.topk(10).indices[:, 8:].flip(-1)))
+    assert not torch.equal(turned, old)
+    torch.testing.assert_close(class_logs(turned, ids), class_logs(old, ids))
+
+
+def test_the_divergence_is_of_the_row_that_is_asked_for_with_the_softmax_gradient():
+    instance = unbuilt("der", der_top=3)
+    torch.manual_seed(0)
+    old = torch.randn(6, 9)  # rows of 2, 1 and 3 answer tokens
+    ids = old.topk(3).indices
+    instance.said, instance.ends = {"ids": ids.int(), "logs": class_logs(old, ids)}, [2, 3, 6]
+    order = torch.tensor([3, 4, 5, 0, 1])
+    assert instance.divergence(old[order], torch.tensor([2, 0])).abs().max() < 1e-6
+    assert instance.divergence(old[:2], torch.tensor([0])).abs().max() == 0, "the old model itself"
+    assert instance.divergence(old[[1, 0]], torch.tensor([0])).min() > 0.01, "another position's"
+    logits = torch.randn(5, 9, requires_grad=True)
+    (gradient,) = torch.autograd.grad(instance.divergence(logits, torch.tensor([2, 0])).sum(), logits)
+    # Of a kept token q - p; the mass of the others is divided among them as the model does.
+    q, ids = logits.detach().softmax(-1), ids[order]
+    p = instance.said["logs"][order].exp()
+    others = q.scatter(-1, ids, 0)
+    wanted = q - (others / others.sum(-1, keepdim=True) * p[:, -1:]).scatter(-1, ids, p[:, :-1])
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
+
+
+def test_with_the_loss_alone_it_is_mixed_replay(options, tmp_path):
+    run = train(small(options, "der", 3, **CHANGES, der_lambda=1.0), *method("der"))
+    mixed = {"replay": "mixed", "alignment_data": "none", "max_steps": 2, "output_dir": str(tmp_path / "mixed")}
+    other = train({**small(options, "der", 3), **CHANGES, **mixed}, ReplayTrainer, ReplayConfig)
+    for stage in (1, 2, 3):
+        assert same(weights(run, stage), weights(other, stage)), "the same bytes"
+    a, b = (read_json(r.stages[3].train_file) for r in (run, other))
+    assert a["replayed"] == b["replayed"] == dict.fromkeys(THREE[:2], 4)
+    plain = train(small(options, "der", 3, **CHANGES, output_dir=str(tmp_path / "half")), *method("der"))
+    assert same(weights(run, 1), weights(plain, 1)) and not same(weights(run, 2), weights(plain, 2))
+
+
+def test_a_stage_begins_where_the_divergence_is_zero_and_its_gradient_is_that_of_the_formula(options):
+    def look(trainer, adjust):
+        trainer.model.eval()
+        found = {n: p.grad.clone() for n, p in trainer.trained().items()}
+        rows, c = trainer.train_dataset, trainer.config
+        (batch,) = trainer.batches(rows, len(rows))
+        kept = batch.pop(KEPT)
+        assert kept.tolist() == [-1] * 8 + list(range(4))
+        (replayed,) = trainer.batches(rows.select(range(8, 12)), 4)
+        logits, _ = trainer.answer_logits(trainer.model, {k: v for k, v in replayed.items() if k != KEPT})
+        divergence = trainer.divergence(logits, torch.arange(4))
+        # The step's gradient, which is at the beginning of the stage: rows one by one, in transformers' own loss.
+        trainer.model.zero_grad()
+        for i, row in enumerate(rows.to_list()):
+            ids, labels = (torch.tensor([row[k]]) for k in ("input_ids", "labels"))
+            (trainer.model(input_ids=ids, labels=labels).loss * (c.der_lambda if i >= 8 else 1) / 12).backward()
+        for n, p in trainer.trained().items():
+            torch.testing.assert_close(found[n], p.grad, rtol=1e-3, atol=1e-6)
+        return divergence
+
+    changes = {**CHANGES, "per_device_train_batch_size": 12, "der_lambda": 0.25, "max_steps": 1}
+    divergence = probe(options, "der", 2, look, **changes)
+    assert len(divergence) >= 8 and divergence.abs().max() < 1e-5
+
+
+def test_what_is_kept_is_of_the_row_s_own_stage_and_is_copied_as_it_is(options):
+    trainer, config = method("der")
+    told = {}
+
+    class Spy(trainer):
+        def end_stage(self):
+            super().end_stage()
+            (batch,) = self.batches(self.remembered(self.stage.task), 4)
+            logits = self.model(**{k: v for k, v in batch.items() if k != KEPT}).logits
+            answer = batch["labels"][:, 1:] != -100
+            told[self.stage.index] = logits[:, :-1][answer].detach().log_softmax(-1), answer.sum(1)
+
+    run = train(small(options, "der", 3, **CHANGES, der_top=20), as_method(Spy), config)
+    states = {stage: state(run, stage) for stage in (1, 2, 3)}
+    for stage, now in states.items():
+        full = torch.cat([told[k][0] for k in range(1, stage + 1)])
+        assert torch.equal(now["lengths"], torch.cat([told[k][1] for k in range(1, stage + 1)]).int())
+        assert int(now["lengths"].sum()) == len(full) == len(now["ids"]) == len(now["logs"])
+        torch.testing.assert_close(now["logs"][:, :-1], full.topk(20).values, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(now["logs"].exp().sum(-1), torch.ones(len(full)))
+        # 8 K + 4 bytes for a token and 4 for a row.
+        size = sum(tensor.nbytes for tensor in now.values())
+        assert size == (8 * 20 + 4) * len(full) + 4 * 4 * stage
+        record = read_json(run.stages[stage].train_file)
+        assert record["kept_bytes"] == size
+        own = told[stage][0].topk(20).values.exp().sum(-1).mean()
+        assert record["kept_mass"] == pytest.approx(float(own), rel=1e-4)
+        if stage > 1:
+            before = states[stage - 1]
+            assert all(torch.equal(now[name][: len(tensor)], tensor) for name, tensor in before.items())
+
+
+def test_k_is_at_most_the_vocabulary_less_one(options):
+    run = train(small(options, "der", 2, **CHANGES, der_top=10_000), *method("der"))
+    ids, logs = (state(run, 2)[name] for name in ("ids", "logs"))
+    assert ids.shape[1] == 258 and logs.shape[1] == 259 and logs.isfinite().all()
+
+
+@pytest.mark.parametrize(("loss", "lora"), [("rows", True), ("tokens", False)])
+def test_accumulation_takes_the_same_step(loss, lora, options, tmp_path):
+    """Of 12 rows, of which 4 are replayed, at a place where the divergence is not zero."""
+    trainer, config = method("der")
+    gradients, divergences = [], []
+    for batch, accumulation in ((12, 1), (3, 4)):
+
+        class Spy(trainer):
+            def begin_stage(self):
+                super().begin_stage()
+                if self.said:
+                    self.said["logs"] = self.said["logs"].roll(1, 0)  # what was said of others
+
+            def divergence(self, logits, rows):
+                divergences.append(super().divergence(logits, rows))
+                return divergences[-1]
+
+            def adjust_gradients(self, model, seen=gradients):
+                if self.stage.index == 2:
+                    seen.append({n: p.grad.clone() for n, p in self.trained().items() if p.grad is not None})
+
+        changes = {**CHANGES, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "use_peft": lora}
+        changes |= {"tasks": ["trace_py150", "trace_fomc"], "loss_weights": loss, "max_answer_length": 30}
+        changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        # The first stage's 8 rows are a step in one as in the other.
+        train(small(options, "der", **changes, output_dir=str(tmp_path / str(batch))), as_method(Spy), config)
+    assert len(gradients) == 2 and torch.cat(divergences).max() > 1e-3
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"replay_ratio": 0.0}, "replay_ratio=0.0 is not allowed: use a number above 0 and of at most 1"),
+        ({"der_lambda": 1.5}, "der_lambda=1.5"),
+        ({"der_top": 0}, "der_top=0"),
+        ({"loss_type": "dft", "loss_weights": "tokens"}, "loss_type=dft: der has plain.*Use loss_type: nll"),
+        ({"padding_free": True, "loss_weights": "tokens"}, "padding_free=true joins rows"),
+        ("FSDP", "der needs whole weights.*FSDP gives each process a part"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(change, words, options, monkeypatch):
+    if change == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+        change = {}
+    with pytest.raises(ConfigError, match=words):
+        train(small(options, "der", **change), *method("der"))
+
+
+def test_the_defaults():
+    config = made(method("der")[1])
+    assert (config.der_lambda, config.der_top, config.replay_ratio) == (0.5, 64, 0.1)

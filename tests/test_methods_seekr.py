@@ -1,0 +1,129 @@
+"""SEEKR: `der`, and the attention of the heads that matter."""
+
+import pytest
+import torch
+from conftest import train
+from safetensors.torch import load_file
+from test_methods import EXACT, as_method, made, method, probe, same, small, unbuilt, weights
+
+from trace_bench.run import read_json
+from trainers.base import ConfigError
+
+CHANGES = {**EXACT, "replay_ratio": 0.5, "train_rows": 8, "max_prompt_length": 64}
+
+
+def test_without_its_weight_it_is_der(options, tmp_path):
+    run = train(small(options, "seekr", **CHANGES, seekr_weight=0.0), *method("seekr"))
+    held = train(small(options, "seekr", **CHANGES, output_dir=str(tmp_path / "held")), *method("seekr"))
+    der = {**CHANGES, "attn_implementation": "eager", "output_dir": str(tmp_path / "der")}
+    other = train(small(options, "der", **der), *method("der"))
+    for stage in (1, 2):
+        assert same(weights(run, stage), weights(other, stage)), "the same bytes"
+    assert not same(weights(held, 2), weights(other, 2))
+
+
+def test_the_attention_is_that_of_the_row_s_own_stage_and_its_divergence_is_zero_there(options):
+    def look(trainer, adjust):
+        trainer.model.eval()
+        rows = trainer.train_dataset
+        (batch,) = trainer.batches(rows.select(range(8, 12)), 4)
+        found, _ = trainer.attention(trainer.model, batch)
+        divergences = [trainer.attention_divergence([a[i] for a in found], i).item() for i in range(4)]
+        others = [trainer.attention_divergence([a[1 - i] for a in found], i).item() for i in range(2)]
+        # By hand, of weights that are not those that were kept.
+        moved = [(a[2] * 3).softmax(-1) for a in found]
+        heads, queries = trainer.said["heads"][0].tolist(), trainer.said["queries"][40:60].tolist()
+        by_layer: dict[int, list[float]] = {}
+        length = len(rows[10]["input_ids"])
+        for layer, head in heads:
+            old, new = found[layer][2, head, queries, :length], moved[layer][head, queries, :length]
+            terms = torch.where(old > 0, old * (old.clamp_min(1e-30).log() - new.log()), 0)
+            by_layer.setdefault(layer, []).append(terms.sum(-1).mean().item())
+        wanted = sum(sum(v) / len(v) for v in by_layer.values()) / len(by_layer)
+        return divergences, others, trainer.attention_divergence(moved, 2).item(), wanted, len(by_layer)
+
+    divergences, others, found, wanted, layers = probe(options, "seekr", 2, look, **CHANGES, max_steps=1)
+    assert max(map(abs, divergences)) < 1e-4 < min(others) and layers == 2
+    assert found == pytest.approx(wanted, rel=1e-3)
+
+
+def test_the_heads_are_those_of_the_largest_importance_and_the_state_is_what_it_says(options):
+    trainer, config = method("seekr")
+    made_of = []
+
+    class Spy(trainer):
+        def importance(self, rows):
+            made_of.append(super().importance(rows))
+            if len(made_of) == 1:
+                made_of[0] = torch.tensor([[4.0, 0.0], [1.0, 2.0]])
+            return made_of[-1]
+
+    run = train(small(options, "seekr", 3, **CHANGES, seekr_heads=2), as_method(Spy), config)
+    state = load_file(run.stages[3].method_state / "state.safetensors")
+    assert read_json(run.stages[1].train_file)["heads"] == [[0, 0], [1, 1]]
+    assert state["importance"].shape == (3, 2, 2) and state["heads"].shape == (3, 2, 2)
+    assert state["of_row"][:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    queries, lengths = state["of_row"][:, 1], state["of_row"][:, 2]
+    assert queries.tolist() == [20] * 12 and len(state["attention"]) == 2 * int((queries * lengths).sum())
+    for key, tensor in load_file(run.stages[2].method_state / "state.safetensors").items():
+        assert torch.equal(state[key][: len(tensor)], tensor), "as it was"
+    one = train(
+        small(
+            options, "seekr", **{**CHANGES, "output_dir": options["output_dir"] + "1"}, seekr_layers=1, seekr_heads=9
+        ),
+        as_method(Spy),
+        config,
+    )
+    assert {layer for layer, _ in read_json(one.stages[2].train_file)["heads"]} in ({0}, {1})
+
+
+def test_the_importance_is_of_heads_that_the_loss_depends_on(options):
+    """Of a head whose output nothing reads it is zero, and of no other one."""
+    trainer, config = method("seekr")
+    seen = []
+
+    class Spy(trainer):
+        def importance(self, rows):
+            seen.append(super().importance(rows))
+            (o_proj,) = [m for n, m in self.model.named_modules() if n.endswith("layers.0.self_attn.o_proj")]
+            weight = o_proj.weight.data.clone()
+            o_proj.weight.data[:, 64:] = 0  # nothing reads the second head
+            seen.append(super().importance(rows))
+            o_proj.weight.data = weight
+            return seen[0]
+
+    train(small(options, "seekr", 1, **CHANGES), as_method(Spy), config)
+    assert (seen[0] > 0).all() and seen[1][0, 1] == 0 < seen[1][0, 0] and (seen[1][1] > 0).all()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_takes_the_same_step(checkpointing, options, tmp_path):
+    trainer, config = method("seekr")
+    gradients = []
+    for batch, accumulation in ((12, 1), (3, 4)):
+
+        class Spy(trainer):
+            def begin_stage(self):
+                super().begin_stage()
+                for key in ("attention",) if self.said else ():
+                    self.said[key] = self.said[key].flip(0)  # what is of others
+
+            def adjust_gradients(self, model, seen=gradients):
+                if self.stage.index == 2:
+                    seen.append({n: p.grad.clone() for n, p in self.trained().items() if p.grad is not None})
+
+        changes = {**CHANGES, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "seekr_weight": 10.0}
+        changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        changes |= {"gradient_checkpointing": checkpointing and batch == 12}
+        train(small(options, "seekr", **changes, output_dir=str(tmp_path / str(batch))), as_method(Spy), config)
+    assert len(gradients) == 2
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-6)
+
+
+def test_it_refuses_kernels_that_return_no_attention(options):
+    for kernel in ("sdpa", None):
+        with pytest.raises(ConfigError, match=f"attn_implementation={kernel}: seekr reads.*Use attn_impl.*eager"):
+            train(small(options, "seekr", attn_implementation=kernel), *method("seekr"))
+    instance = unbuilt("seekr")
+    assert made(type(instance.config)).replay_ratio == 0.01 and instance.config.seekr_weight == 1e3
