@@ -137,7 +137,7 @@ def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
     """
     if accuracy(prediction, reference):
         return 1.0
-    expected = read_choice(reference)
+    expected = read_choice(reference, prompt)
     return float(expected is not None and read_choice(prediction, prompt) == expected)
 
 
@@ -188,9 +188,7 @@ def _is_contradicted(text: str, label: re.Match[str], options: dict[str, str]) -
     return not (own and behind.startswith(own)) and behind != "" and behind in options.values()
 
 
-def _named_option(
-    text: str, options: dict[str, str], long_enough: re.Pattern[str] = _LONG_ENOUGH
-) -> str | None:
+def _named_option(text: str, options: dict[str, str], long_enough: re.Pattern[str] = _LONG_ENOUGH) -> str | None:
     """The letter of the one option that the first sentence with any names by its text; see `choice_tolerant`."""
     letters = {option: letter for letter, option in options.items() if [*options.values()].count(option) == 1}
     if not letters:
