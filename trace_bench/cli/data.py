@@ -12,7 +12,7 @@ from trace_tasks import data
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("source", nargs="?", help="folder or archive, also CL_Benchmark, or demo (TRACE_DATA)")
+    parser.add_argument("source", nargs="?", help="folder (also CL_Benchmark), archive, or demo (TRACE_DATA)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +33,8 @@ def _check_sets(root: Path) -> int:
     """Shows the sets of CL_Benchmark, and how to use them."""
     show(f"{root}\n{'task':<22}{'train':>8}{'dev':>8}{'test':>8}")
     good, problems = [], []
-    for task, folder in data.CL_BENCHMARK.items():
+    there = {task: folder for task, folder in data.CL_BENCHMARK.items() if (root / folder).is_dir()}
+    for task, folder in there.items():
         try:
             rows = data.read_set(folder, root)
         except data.DataError as e:
@@ -45,6 +46,8 @@ def _check_sets(root: Path) -> int:
         print("Demo data made by this program: for trials, not comparable with other results.")
     if good:
         show(f"Use it with:\n  export TRACE_CL_BENCHMARK={root}\n  --tasks {' '.join(good)}")
+    if absent := [task for task in data.CL_BENCHMARK if task not in there]:
+        print(f"Not there: {', '.join(absent)}.")
     if problems:
         raise data.DataError("\n".join(problems))
     return 0

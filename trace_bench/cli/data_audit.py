@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     source = add(
-        "source", metavar="SOURCE", nargs="?", help="folder or archive, also CL_Benchmark, or demo (TRACE_DATA)"
+        "source", metavar="SOURCE", nargs="?", help="folder (also CL_Benchmark), archive, or demo (TRACE_DATA)"
     )
     put_first(parser, source)
     add("--against", **LIST, metavar="SOURCE", help="other data sets, such as the 5000 variant")
