@@ -206,7 +206,7 @@ def test_the_folder_may_be_the_repository_and_test_rows_are_enough_to_evaluate(s
 # ---------------------------------------------------------------------------------------------------------------- audit
 
 
-def test_the_audit_names_equal_dev_and_test_sets_and_leaks(sets, capsys):
+def test_the_audit_names_equal_dev_and_test_sets_and_leaks(sets, tiny_model, capsys):
     report = audit(sets)
     assert report["equal"] == ["cl_agnews"]
     assert "Eval equals test, so nothing may be chosen by it: cl_agnews." in as_text(report)
@@ -217,7 +217,7 @@ def test_the_audit_names_equal_dev_and_test_sets_and_leaks(sets, capsys):
     write_json(sets / "TC/agnews/test.json", [*rows, {"sentence": "unsure", "label": "-"}])
     report = audit(sets)
     assert report["equal"] == [] and report["tasks"]["cl_agnews"]["splits"]["test"]["not_offered"] == [2]
-    main(["data", "audit", str(sets)])
+    main(["data", "audit", str(sets), "--tokenizer", str(tiny_model)])
     assert "answers that are none of the options: test 1" in capsys.readouterr().out
 
 
