@@ -184,6 +184,28 @@ def checkpoints(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
 
 
 @pytest.fixture
+def written_here(monkeypatch: pytest.MonkeyPatch) -> list:
+    """Has models write in this process, which saves the imports of another one. Returns what they were asked."""
+    import torch
+    from accelerate.state import AcceleratorState
+
+    from trace_bench.run import read_json
+    from trainers.base import answering, writing
+
+    asked = []
+
+    def answer(words: list[str]) -> int:
+        asked.append(read_json(Path(words[1])))
+        with torch.random.fork_rng():
+            answering.answer(Path(words[1]))
+        AcceleratorState._reset_state()  # lm-eval has set it up, as if no trainer came after it
+        return 0
+
+    monkeypatch.setattr(writing, "run_alone", answer)
+    return asked
+
+
+@pytest.fixture
 def options(tiny_model: Path, tmp_path: Path) -> dict:
     return quick_options(tiny_model, tmp_path / "run")
 

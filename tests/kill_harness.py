@@ -137,8 +137,7 @@ class Commands:
                 continue
             content: Any = file.read_bytes()
             if file.suffix == ".json":
-                content = json.loads(content)
-                content = {k: v for k, v in content.items() if k not in TIMES} if type(content) is dict else content
+                content = json.loads(content, object_hook=lambda d: {k: v for k, v in d.items() if k not in TIMES})
             found[file.relative_to(self.folder).as_posix()] = content
         return found
 

@@ -152,14 +152,16 @@ def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(evaluate, "evaluate", lambda run, **k: seen.update(k, path=run.path) or 0)
     argv = ["--stages", "0,1", "--cells", "all", "--backend", "hf", "--engine-args", '{"a": 1}', "--data", "demo"]
-    extra = ["--general", "general,general_ifeval", "--general-rows", "3", "--judged", "safety"]
-    main(["evaluate", str(run.path), *argv, *extra])
+    extra = ["--general", "general,general_ifeval", "--general-rows", "3", "--judged", "safety", "--given", "2"]
+    main(["evaluate", str(run.path), *argv, *extra, "--no-likelihood"])
     assert seen == {
         "path": run.path,
         "stages": [0, 1],
         "cells": "all",
+        "given": 2,
         "backend": "hf",
         "engine_args": {"a": 1},
+        "likelihood": False,
         "data_path": "demo",
         "extra": {"general": ["general", "general_ifeval"], "general_rows": 3, "judged": ["safety"]},
     }

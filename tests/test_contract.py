@@ -144,8 +144,8 @@ def test_a_stage_is_trained_on_what_the_model_before_writes(options, monkeypatch
         train({**options, "max_new_tokens": 6, "max_steps": 8, "tasks": TASKS}, Writer)
     assert answers == [[row["response"] for row in samples]] * 2 and any(answers[0])
     assert len(asked) == 1, "the second attempt finds what the first one wrote"
-    file = run.stages[2].path / "written" / "own.json"
-    assert [p.name for p in file.parent.iterdir()] == ["own.json"]
+    file = run.stages[2].path / "written" / "own_trace_fomc.json"
+    assert [p.name for p in file.parent.iterdir()] == ["own_trace_fomc.json"]
     file.write_text(json.dumps(read_json(file))[:-9])  # damaged
     rows.pop()
     run.stages[2].train_file.unlink()

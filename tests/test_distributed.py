@@ -49,10 +49,18 @@ def small(options):
     def small(name: str, folder: Path) -> dict:
         own = {
             "der": {"replay_ratio": 0.25, "tasks": THREE},  # whole batches in every stage
+            # The weights of tokens by their probability are small in a model that knows nothing.
+            "anchor": {"anchor_weight": "one", "tasks": ["trace_fomc", "trace_py150"]},
             "ewc": {"ewc_lambda": 100.0, "tasks": THREE},
             "ogd": {"ogd_rows": 4, "ogd_size": 6},
+            "freeze": {"freeze_layers": 1},
+            "hft": {"use_peft": False},
+            "mofo": {"optim": "adamw_torch", "learning_rate": 0.01},
             "osf": {"use_peft": False, "learning_rate": 0.1},
+            "stm": {"stm_threshold": 200.0, "tasks": ["trace_fomc", "trace_py150"]},
             "pp": {"prompt_tokens": 4, "learning_rate": 5.0},
+            # Greedy: a temperature would make another answer of the rounding between one process and two.
+            "opr": {"replay_ratio": 0.25, "opr_temperature": 0.0},
             "replay": {"replay_ratio": 0.25, "alignment_rows": 8},  # whole batches in every stage
             "seekr": {"replay_ratio": 0.25, "attn_implementation": "eager", "seekr_weight": 10.0},
             # Answers of two tokens and of many.

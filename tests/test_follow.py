@@ -40,6 +40,7 @@ def cells(run: Run) -> dict[str, tuple[dict, str]]:
     for stage in run.stages:
         for file in sorted(stage.path.glob("eval/*.json")):
             cell = {k: v for k, v in read_json(file).items() if k not in ("seconds", "date")}
+            cell["likelihood"] = {k: v for k, v in cell["likelihood"].items() if k != "seconds"}
             found[f"{stage.name}/{file.name}"] = cell, stage.samples_file(file.stem).read_text()
     return found
 

@@ -48,12 +48,15 @@ def as_method(spy: type[CLTrainer]) -> type[CLTrainer]:
 def small(options: dict, name: str, many: int = 2, **changes) -> dict:
     """Options for a method on a few tasks, with epochs rather than steps where that matters."""
     own = {
+        "freeze": {"freeze_layers": 1},
+        "hft": {"use_peft": False, "learning_rate": 1e-3},
         "joint": {"max_steps": -1, "num_train_epochs": 1.0},
         "replay": {"max_steps": -1, "num_train_epochs": 1.0, "alignment_rows": 5},
         "ogd": {"ogd_rows": 4, "ogd_size": 6},
         "osf": {"use_peft": False, "learning_rate": 1e-4},
         "pp": {"prompt_tokens": 4},
         "seekr": {"attn_implementation": "eager", "replay_ratio": 0.25, "seekr_heads": 3, "seekr_queries": 20},
+        "opr": {"replay_ratio": 0.5},
     }
     return {**options, "tasks": THREE[:many], "max_steps": 2, **own.get(name, {}), **changes}
 
@@ -103,6 +106,7 @@ def unbuilt(name: str, **changes) -> CLTrainer:
 EVALUATED = {"single": np.eye(2), "joint": np.ones((1, 2)), "pp": np.tril(np.ones((2, 2)))}
 
 
+@pytest.mark.usefixtures("written_here")
 @pytest.mark.parametrize("name", TRAINING)
 def test_a_method_killed_and_resumed_ends_in_the_same_bytes(name, options):
     trainer, config = method(name)
@@ -115,7 +119,7 @@ def test_a_method_killed_and_resumed_ends_in_the_same_bytes(name, options):
         return {f.name: f.read_bytes() for f in files}
 
     whole = left()
-    assert whole and last.checkpoint.name == ("model" if name == "osf" else "adapter")
+    assert whole and last.checkpoint.name == ("model" if name in ("hft", "osf") else "adapter")
     last.train_file.unlink()
     with pytest.raises(KeyboardInterrupt):
         train(options, stop_at(last.index, trainer), config)

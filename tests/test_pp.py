@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import both_tokenizers, command_line, train
@@ -204,6 +205,7 @@ if __name__ == "__main__":
             lm.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)])
         except EngineError as e:
             outputs.append(str(e))
+        outputs.append(lm.log_likelihoods(prompts, prompts[::-1]))
         lm.load(None)
         outputs.append(generate(lm, prompts))
     except EngineError as e:
@@ -229,10 +231,11 @@ def test_vllm_generates_behind_a_prompt_what_transformers_does(lively, tmp_path)
     lm.load(lively[1])
     # Behind embeddings vLLM leaves out the bytes of a character that is not complete at the end.
     expected = [text.rstrip("\ufffd") for text in generate(lm, PROMPTS)]
-    base, soft, cached, refused, back = vllm_outputs(tmp_path, *lively, soft=True)
+    base, soft, cached, refused, references, back = vllm_outputs(tmp_path, *lively, soft=True)
     assert base == back == plain
     assert [text.rstrip("\ufffd") for text in soft] == expected and cached == soft
     assert "--backend hf" in refused
+    assert np.array(references) == pytest.approx(np.array(lm.log_likelihoods(PROMPTS, PROMPTS[::-1])), rel=1e-3)
 
 
 @pytest.mark.slow

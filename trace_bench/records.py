@@ -6,7 +6,8 @@ samples to their score. Only JSON is read here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from trace_bench.run import Run, RunError, Stage, read_json
@@ -14,6 +15,8 @@ from trace_tasks.data import JUDGED
 from trace_tasks.data.files import fingerprint
 
 _REDO = "Delete it and evaluate again."
+#: The prompts of a distance from the base model that belong to no task.
+NEUTRAL = "neutral"
 
 # -------------------------------------------------------------------------------------------------------------- stages
 
@@ -44,7 +47,7 @@ def origin(run: Run, stage: Stage) -> dict[str, Any]:
 
 def _parent(run: Run, stage: Stage) -> dict[str, Any] | None:
     """The fingerprints, as they are now, of what a stage is trained upon; None = the base model alone."""
-    if stage.index < 2 or run.manifest["method"] == "single":
+    if stage.index < 2 or run.manifest["method"] in ("single", "relearn"):
         return None
     before = run.stages[stage.index - 1]
     trained = read_json(before.train_file) if before.train_file.exists() else {}
@@ -95,6 +98,11 @@ def stale(run: Run) -> dict[int, str]:
 # --------------------------------------------------------------------------------------------------------------- cells
 
 
+def given_cell(task: str, tokens: int) -> str:
+    """The name of a cell of a task whose answers begin with so many given tokens of the reference."""
+    return f"{task}.given{tokens}"
+
+
 def read_cell(stage: Stage, name: str) -> dict[str, Any]:
     """The score file of a cell, checked to be that of this stage and task, with numbers that can be."""
     file = stage.eval_file(name)
@@ -114,7 +122,7 @@ def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
     metrics, scale, n = cell["metrics"], cell.get("scale", {}), cell["n"]
     if cell["headline"] not in metrics:
         return "it lacks its headline"
-    if n < 1:
+    if n < 1 and not cell["settings"].get("given"):  # no reference may be long enough
         return f"n={n!r} is no number of rows"
     for key in ("n_cut", "n_unfinished"):
         if cell.get(key, 0) > n:
@@ -162,3 +170,34 @@ def check_one_checkpoint(stage: Stage) -> None:
                 "changed in between. Evaluate the stage again as before, with the same --general and --judged, "
                 f"which makes the older cells again; or delete {stage.path}/eval and evaluate again."
             )
+
+
+# ----------------------------------------------------------------------------------------------------------- distances
+
+
+def distance_file(stage: Stage, name: str) -> Path:
+    """How far a stage is from the base model on a set of prompts: a task's, or `NEUTRAL`."""
+    return stage.path / "distance" / f"{name}.json"
+
+
+def distance_answers(base: Stage, name: str) -> Path:
+    """What the base model answers to a set of prompts, and the tokens that it holds likeliest."""
+    return base.path / "distance" / f"{name}.jsonl"
+
+
+def read_distance(stage: Stage, name: str) -> dict[str, Any] | None:
+    """The distance of a stage on a set of prompts, checked to be that; None if there is none."""
+    file = distance_file(stage, name)
+    if not file.exists():
+        return None
+    found = read_json(file)
+    if wrong := _differing(found, {"stage": stage.name, "set": name}):
+        raise RunError(f"{file} says {wrong}, and lies at {stage.name}: it was moved or copied. {_REDO}")
+    return found
+
+
+def is_distance_valid(there: Mapping[str, Any] | None, base: Mapping[str, Any] | None, checkpoint: str | None) -> bool:
+    """Whether a distance is of these weights and of the answers that the base model's file has."""
+    if there is None or base is None:
+        return False
+    return there["checkpoint"] == checkpoint and there["answers"] == base["answers"]

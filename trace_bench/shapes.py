@@ -56,7 +56,7 @@ _Config = _object(
     (Positive | None, "train_rows"),
     (Count | None, "num_fewshot max_answer_length"),
     (Count, "per_device_train_batch_size gradient_accumulation_steps seed"),
-    (bool, "chat_template trust_remote_code"),
+    (bool, "chat_template trust_remote_code distance"),
     (Anything | None, "chat_template_args engine_args"),
     (list[str], "general judged"),
     (list[Number] | None, "epochs"),
@@ -76,6 +76,7 @@ Manifest = _object(
     (Count, "processes seed"),
     (dict[str, Scalar], "task_versions"),
     (dict[str, Anything], "task_definitions"),
+    (dict[str, Text], "begins_with"),
 )
 
 # -------------------------------------------------------------------------------------------------------------- stages
@@ -114,7 +115,7 @@ Within = _object(
 _Score = _object((Number | None, "value! stderr"))
 _Settings = _object(
     (str, "backend"),
-    (Count | None, "test_rows general_rows max_prompt_length max_new_tokens"),
+    (Count | None, "test_rows general_rows max_prompt_length max_new_tokens given"),
     (Text, "data"),
     (Anything, "engine"),
 )
@@ -122,15 +123,32 @@ _Settings = _object(
 Cell = _object(
     (str, "stage task headline"),
     (Scalar, "version"),
-    (Count, "n n_cut n_unfinished n_unscored"),
+    (Count, "n n_cut n_unfinished n_unscored n_short"),
     (_map(_Score), "metrics"),
     (Flags, "higher_is_better"),
     (dict[str, Number | None], "scale"),
     (Text, "checkpoint samples definition commit"),
     (_Settings, "settings"),
     (_map(_object((Count, "n"))), "subtasks"),
+    (_object((Seconds, "seconds!")), "likelihood"),
     (dict[str, Text], "made_with"),
     (Seconds, "seconds"),
+)
+#: The distance from the base model on a set of prompts: distance/SET.json
+Distance = _object(
+    (str, "stage! set! answers!"),
+    (Text, "checkpoint!"),
+    (Count, "n!"),
+    (Anything, "settings!"),
+    (_list(_list(Number)), "kl unseen!"),
+    (Seconds, "seconds"),
+)
+#: A line of the base model's distance/SET.jsonl
+Asked = _object(
+    (int | str, "doc_id!"),
+    (_list(Count), "prompt! answer!"),
+    (_list(_list(Count)), "tokens!"),
+    (_list(_list(Number)), "logprobs!"),
 )
 #: A line of eval/samples/TASK.jsonl
 Sample = _object((str, "task"), (int | str, "doc_id!"))
@@ -206,9 +224,10 @@ Audit = _object((str, "source!"), (_map(_object((Text, "fingerprint"))), "tasks!
 def of_file(path: Path) -> Any:
     """The object that a file of a run, or beside runs, has to hold; None for any other file."""
     folder, name = path.parent, path.name
-    if folder.name in ("eval", "judge", "samples"):
+    if folder.name in ("eval", "judge", "samples", "distance"):
         lines = path.suffix == ".jsonl"
-        return {"eval": Cell, "judge": Verdict if lines else JudgedSet, "samples": Sample}[folder.name]
+        distance, judged = (Asked, Verdict) if lines else (Distance, JudgedSet)
+        return {"eval": Cell, "judge": judged, "samples": Sample, "distance": distance}[folder.name]
     if name == "train.json" and folder.parent.name == "stages":
         return Trained
     if name.startswith("calibration-"):

@@ -268,6 +268,43 @@ def training_rows(
     return rows
 
 
+def answer_scores(task: Task, answers: Sequence[tuple[int, str]]) -> list[float]:
+    """The scores of answers to training rows by the task's headline metric, as evaluation scores a test row's.
+
+    Args:
+        task: An lm-eval task with a training split.
+        answers: Number of a training row, and an answer to it.
+
+    Returns:
+        A score each, of which more is better: where less of the metric is, its negative.
+
+    Raises:
+        DataError: if the metric is of all rows together and has none for one of them.
+    """
+    from lm_eval.api.instance import Instance
+
+    docs = list(islice(task.training_docs() or (), max((i + 1 for i, _ in answers), default=0)))
+    kept = task._filters[0]  # the headline's, as in a cell
+    asked = [
+        Instance(request_type="generate_until", doc=docs[i], arguments=("", {}), idx=0, resps=[text])
+        for i, text in answers
+    ]
+    if asked:
+        kept.apply(asked)
+    scores = []
+    for instance in asked:
+        found = task.process_results(instance.doc, [instance.filtered_resps[kept.name]])
+        metric = next(name for name in task.aggregation() if name in found)
+        try:
+            score = float(found[metric])
+        except (TypeError, ValueError):
+            raise DataError(
+                f"{task.task_name}: {metric} is a score of all rows together and has none for a single answer."
+            ) from None
+        scores.append(score if task.higher_is_better()[metric] else -score)
+    return scores
+
+
 def rows_fingerprint(tasks: dict[str, Task]) -> dict[str, str]:
     """SHA-256 (16 digits) over the training and test rows of tasks from elsewhere: task -> digest.
 

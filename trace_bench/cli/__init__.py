@@ -29,8 +29,10 @@ COMMANDS = {
     "train": "train every stage of a run with a method",
     "evaluate": "fill the cells of a run's matrix, one engine for all stages",
     "import": "make a run of predictions that were made elsewhere: the official code's, or lm-eval's samples",
+    "merge": "merge checkpoints into one: means, WiSE-FT, MagMax, TIES, DARE",
     "judge": "judge the answers of a run: instruction following and safety against the base model",
     "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
+    "relearn": "what a few rows of each old task bring back at the end of a run: was it gone, or hidden?",
     "report": "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
     "results": "one leaderboard from the result.json files of many runs",
     "check": "hold what a run has forgotten against limits: exit code 0 within, 1 worse, 3 cannot be told",
@@ -82,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
 
 #: The commands that other packages have, and where; and one whose name is a word of Python.
 ELSEWHERE = {
-    **{"train": "trainers.command", "judge": "judges.commands.judge", "annotate": "judges.commands.annotate"},
+    **{"train": "trainers.command", "relearn": "trainers.relearn"},
+    **{"judge": "judges.commands.judge", "annotate": "judges.commands.annotate"},
     "import": "trace_bench.cli.import_",
 }
 

@@ -28,6 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="for the engine, in addition to the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
     )
+    add(
+        "--likelihood",
+        action=argparse.BooleanOptionalAction,
+        help="the likelihood of the reference answers: add it to older cells, too, without generating again; or leave "
+        "it out (default: new cells have it)",
+    )
     add("--data", help="where the data is now, if it was moved")
     add("--follow", action="store_true", help="wait for stages that are not trained yet, and evaluate each as it is")
     add = parser.add_argument_group(
@@ -36,9 +42,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--general", **LIST, metavar="SUITE", help="general (the paper's six) or names of suites")
     add("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
     add("--general-rows", type=positive, help="at least so many rows of each suite, as many of each subtask")
+    add(
+        "--given", type=positive, metavar="K", help="old tasks once more with the first K tokens of the reference given"
+    )
     add("--judged", **LIST, metavar="SET", help="instruct, safety or names of sets; same stages")
     add("--judged-rows", type=positive, help="first so many prompts of each set")
     add("--judged-max-new-tokens", type=positive, help="the most tokens of an answer (512)")
+    add(
+        "--distance",
+        action="store_true",
+        default=None,
+        help="KL of each stage from the base model, on its own task's prompts and on neutral questions",
+    )
     add = parser.add_argument_group("checkpoints trained elsewhere").add_argument
     add(
         "--checkpoint",
@@ -80,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}
-    asked |= {"data_path": args.data, "extra": extra}
+    asked |= {"data_path": args.data, "extra": extra, "likelihood": args.likelihood, "given": args.given}
     if args.follow:
         done = evaluate.follow(args.path, **asked)
     else:
@@ -112,8 +127,8 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
         known |= {name: manifest.get(name, False) for name in ("chain", "renamed_base")}
     elif "model" not in given:
         raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
-    elif given.get("tasks") == [] and not {"general", "judged"} & extra.keys():
-        raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged, or both.")
+    elif given.get("tasks") == [] and not {"general", "judged", "distance"} & extra.keys():
+        raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged or --distance.")
     else:
         known = {"chain": False, "renamed_base": False, "tasks": data.ORDERS["order1"]}
         # Recorded for later checkpoints: all of them need the same, or their differences mean nothing.

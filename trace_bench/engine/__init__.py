@@ -54,12 +54,14 @@ def open_engine(
     max_prompt_length: int | None = None,
     engine_args: dict[str, Any] | None = None,
     checkpoints: Sequence[Path] = (),
+    forced: bool = False,
 ) -> SwapLM:
     """Starts an engine with the weights of the base model: what `models.resolve_model` returned.
 
     The backend is "vllm", or "hf" for transformers' generate. `engine_args` are passed to lm-eval's VLLM (and so to
     vLLM's LLM) or HFLM. Prompts of generation tasks keep their last `max_prompt_length` tokens, as in training. vLLM
-    makes room for the adapters among the checkpoints, which will be loaded.
+    makes room for the adapters among the checkpoints, which will be loaded. With `forced` it is prepared to read many
+    given answers (`SwapLM.expected`).
 
     Raises:
         EngineError: if the backend is not installed, or an argument cannot be given.
@@ -76,7 +78,7 @@ def open_engine(
         if backend == "vllm":
             args.setdefault("tokenizer_revision", revision)
     tokenizer = models.load_tokenizer(base, revision, trusted)  # lm-eval may add a padding token to its own
-    lm = _open_vllm(base, args, checkpoints) if backend == "vllm" else _open_hf(base, args)
+    lm = _open_vllm(base, args, checkpoints, forced) if backend == "vllm" else _open_hf(base, args)
     lm.base, lm.revision, lm.max_prompt_length, lm.trust_remote_code = base, revision, max_prompt_length, trusted
     lm.tokenizer = tokenizer
     lm.ends = models.end_ids(tokenizer, base, revision)
@@ -85,7 +87,7 @@ def open_engine(
     return lm
 
 
-def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path]) -> Any:
+def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], forced: bool) -> Any:
     if args.get("data_parallel_size", 1) != 1:
         raise EngineError(
             f"data_parallel_size={args['data_parallel_size']}: lm-eval starts engines of its own for it, whose weights "
@@ -95,7 +97,11 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path]) -> 
     if any(models.soft_prompt(path) is not None for path in checkpoints):
         args.setdefault("enable_prompt_embeds", True)
     prepare_vllm(args)
-    from trace_bench.engine.vllm import SwapVLLM, lora_args
+    from trace_bench.engine.vllm import FORCING, SwapVLLM, lora_args
+
+    if forced and not has_gpu() and "speculative_config" not in args:
+        # A request for each token costs little on a GPU, whose newer engine takes no such class.
+        args.setdefault("logits_processors", [FORCING])
 
     # "auto" would take Mistral's own tokenizer for its models, and training does not use that one.
     args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", **args}

@@ -83,14 +83,12 @@ def quiet() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 
-def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
-    """The names and shapes of a checkpoint's tensors. A header says how long its file is, so a cut file is found.
+def weight_files(checkpoint: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint.
 
     Raises:
-        RunError: if there are no weights, or a file is missing or damaged.
+        RunError: if there are none.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = sorted(checkpoint.glob("*.safetensors"))
     index = checkpoint / "model.safetensors.index.json"
     if models.is_adapter(checkpoint):
@@ -99,8 +97,19 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
         files = sorted({checkpoint / name for name in _weight_map(index).values()})
     if not files:
         raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint again.")
+    return files
+
+
+def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
+    """The names and shapes of a checkpoint's tensors. A header says how long its file is, so a cut file is found.
+
+    Raises:
+        RunError: if there are no weights, or a file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
     shapes: dict[str, list[int]] = {}
-    for file in files:
+    for file in weight_files(checkpoint):
         try:
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118

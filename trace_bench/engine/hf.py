@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
-from trace_bench.engine.swap import SwapLM, Wanted
+from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted
 from trace_tasks.tokens import text_of
 
 
@@ -52,12 +52,15 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         answers: dict[int, list[int]] = {}
 
         def settings(i: int) -> str:
-            return repr((wanted[i].most, wanted[i].stops, sorted(wanted[i].ends), wanted[i].sampling))
+            want = wanted[i]
+            return repr((want.most, want.stops, sorted(want.ends), want.sampling, want.rated))
 
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         order = sorted(range(len(wanted)), key=lambda i: (settings(i), -len(wanted[i].ids), wanted[i].ids))
         for _, group in groupby(order, key=settings):
             same = list(group)
+            if (seed := dict(wanted[same[0]].sampling).get("seed")) is not None:
+                torch.manual_seed(seed)
             for start in range(0, len(same), size):
                 batch = same[start : start + size]
                 answers |= zip(batch, self._generated([wanted[i] for i in batch]), strict=True)
@@ -82,7 +85,10 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             start = 0  # generate then returns the new tokens alone
         if want.stops and not self.think_end_token:
             kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
-        kwargs |= dict(want.sampling)
+        kwargs |= {name: value for name, value in want.sampling if name != "seed"}
+        rated = _Rated()
+        if want.rated:
+            kwargs["logits_processor"] = LogitsProcessorList([rated])
         began = time.perf_counter()
         precision = self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
@@ -101,8 +107,62 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             # A row that has ended is padded until the longest row of the batch has ended.
             end = next((n for n, token in enumerate(row) if token in want.ends), len(row) - 1)
             answers.append(row[: end + 1])
+        if want.rated:
+            lengths = [len(answer) for answer in answers]
+            self.ratings |= zip(batch, rated.means(outputs[:, -1:], lengths), strict=True)
         self.work.generated_tokens += sum(map(len, answers))
         return answers
+
+    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        found: dict[int, float] = {}
+        # Prompts of one length together, so that the head is needed for few tokens but those of the answers.
+        order = sorted(range(len(examples)), key=lambda i: (-len(examples[i][0]), -len(examples[i][1])))
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
+            found |= zip(batch, self._read([examples[i] for i in batch]), strict=True)
+        return [found[i] for i in range(len(examples))]
+
+    def _read(self, batch: list[Example]) -> list[float]:
+        """The log-likelihoods of a batch, by one forward pass; nothing reads what fills a row behind its end."""
+        rows = [[*prompt, *answer][:-1] for prompt, answer in batch]
+        width = max(map(len, rows))
+        keep = width + 1 - min(len(prompt) for prompt, _ in batch)
+        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
+        plain = self.soft_prompt is None
+        inputs: dict[str, Any] = {"input_ids": ids} if plain else {"inputs_embeds": self._behind_prompt(ids)}
+        if self._model._supports_logits_to_keep():
+            inputs["logits_to_keep"] = keep
+        began = time.perf_counter()
+        precision = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
+            logits = self._model(**inputs).logits[:, -keep:]
+        found = []
+        for of_row, (prompt, answer) in zip(logits, batch, strict=True):
+            first = len(prompt) - 1 - (width - keep)
+            steps = of_row[first : first + len(answer)].float().log_softmax(-1)
+            found.append(float(steps.gather(1, torch.tensor(answer, device=steps.device)[:, None]).sum()))
+        self.work.seconds += time.perf_counter() - began
+        self.work.prompt_tokens += sum(map(len, rows))
+        return found
+
+    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+        """See `SwapLM`; an answer is read in one pass."""
+        found: dict[int, Expected] = {}
+        size = 1 if self.batch_size == "auto" else int(self.batch_size)
+        order = sorted(range(len(forced)), key=lambda i: len(forced[i].prompt) + len(forced[i].answer))
+        began = time.perf_counter()
+        for start in range(0, len(order), size):
+            batch = {i: [*forced[i].prompt, *forced[i].answer] for i in order[start : start + size]}
+            width = max(map(len, batch.values()))
+            # Padding behind a text changes nothing in it.
+            rows = [ids + [self.pad] * (width - len(ids)) for ids in batch.values()]
+            logits = self._model_call(torch.tensor(rows, device=self.device))
+            for row, (i, ids) in zip(logits, batch.items(), strict=True):
+                found[i] = _expected(row[len(forced[i].prompt) - 1 : len(ids) - 1], forced[i].asked)
+            self.work.prompt_tokens += sum(map(len, batch.values()))
+        self.work.seconds += time.perf_counter() - began
+        return [found[i] for i in range(len(forced))]
 
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
         if self.soft_prompt is None:
@@ -113,6 +173,39 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
     def _behind_prompt(self, ids: Any) -> Any:
         embeds = self._model.get_input_embeddings()(ids)
         return torch.cat([self.soft_prompt.to(embeds).expand(len(ids), -1, -1), embeds], dim=1)
+
+
+def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected:
+    """The log-probabilities of the tokens that are asked for; logits of shape (tokens of the answer, vocabulary)."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    if isinstance(asked, int):
+        tokens = logprobs.topk(min(asked, logprobs.shape[-1]), dim=-1).indices.tolist()
+    else:
+        tokens = [list(ids) for ids in asked]
+    return [dict(zip(ids, row[ids].tolist(), strict=True)) for ids, row in zip(tokens, logprobs, strict=True)]
+
+
+class _Rated(LogitsProcessor):
+    """Keeps the log-probability of each generated token, before temperature and the like change it."""
+
+    def __init__(self) -> None:
+        self.last: torch.Tensor | None = None
+        self.found: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self._see(input_ids[:, -1:])  # which was drawn from the last ones
+        self.last = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def _see(self, tokens: torch.Tensor) -> None:
+        if self.last is not None:
+            self.found.append(self.last.gather(1, tokens))
+
+    def means(self, tokens: torch.Tensor, lengths: Sequence[int]) -> list[float]:
+        """The mean of each row's first so many tokens; `tokens` are the last ones."""
+        self._see(tokens)
+        logprobs = torch.cat(self.found, dim=1).tolist()
+        return [sum(row[:n]) / n for row, n in zip(logprobs, lengths, strict=True)]
 
 
 class _Stops(StoppingCriteria):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from trace_tasks.errors import TraceError
-from trace_tasks.tokens import Chat, prompt_ids, text_of
+from trace_tasks.tokens import Chat, example_ids, prompt_ids, text_of
 
 
 class EngineError(TraceError):
@@ -38,7 +39,45 @@ class Wanted:
     ends: frozenset[int]
     """Tokens that end it: EOS."""
     sampling: tuple[tuple[str, Any], ...] = ()
-    """What a task asks for beyond greedy decoding; empty for TRACE's tasks."""
+    """What a task asks for beyond greedy decoding; empty for TRACE's tasks. A "seed" makes draws the same each time."""
+    given: tuple[int, ...] = ()
+    """The first tokens of the answer, which end the prompt's ids and are not generated."""
+    rated: bool = False
+    """Whether the mean log-probability of the answer is asked for."""
+
+    def begun(self, given: tuple[int, ...]) -> Wanted:
+        """The same answer, of which the first tokens are given; no longer than it was, but for one token at least."""
+        return replace(self, ids=self.ids + given, most=max(self.most - len(given), 1), given=given)
+
+
+#: The token ids of a prompt and of its reference answer, as training has them.
+Example = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Forced:
+    """An answer that the model is made to give: what does it expect at each of its tokens?"""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    asked: tuple[tuple[int, ...], ...] | int
+    """Which tokens are asked for at each token of the answer; a number = at least so many of the likeliest."""
+
+
+#: For each token of an answer: token -> its log-probability there.
+Expected = list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and how it came about."""
+
+    text: str
+    """Up to the first stop."""
+    finished: bool = True
+    """False where the limit of its length cut it."""
+    logprob: float | None = None
+    """The mean log-probability of its tokens at temperature 1, the token that ends it included, if it was asked for."""
 
 
 class SwapLM:
@@ -49,6 +88,8 @@ class SwapLM:
         max_prompt_length: Prompts of generation tasks keep their last so many tokens.
         served: How the loaded weights came into the engine, for the record of a cell.
         unfinished: Answers that ended at their length limit. The caller empties it.
+        given: The first token ids of the answer to a request, which are not generated; where it gives none, the request
+            is not asked. None = all requests are asked, and all of an answer is generated.
     """
 
     base: str
@@ -63,10 +104,14 @@ class SwapLM:
     def __init__(self, **kwargs: Any) -> None:
         self.work = Work()
         self.unfinished: set[str] = set()
+        self.given: Callable[[Any], tuple[int, ...]] | None = None
+        #: The mean log-probability of the answers for which it was asked.
+        self.ratings: dict[Wanted, float] = {}
         self.served: dict[str, Any] = {"weights": "base"}
         # The stages ask the same texts, so their token ids are kept.
         self._ids: dict[tuple[str, int | None], array[int]] = {}
         self._pairs: dict[tuple[str, str], tuple[array[int], ...]] = {}
+        self._examples: dict[tuple[Any, ...], Example] = {}
         super().__init__(**kwargs)
 
     @property
@@ -98,6 +143,23 @@ class SwapLM:
     def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
         """Token ids of the answers, each at least to its end."""
         raise NotImplementedError
+
+    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+        """The sum of the log-probabilities of each answer's tokens behind its prompt, in nats."""
+        raise NotImplementedError
+
+    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+        """The log-probabilities of tokens in place of each token of given answers, out of the whole vocabulary."""
+        raise NotImplementedError
+
+    def first_tokens(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+        """The first so many tokens of the model's own greedy answers; one that ends before has its EOS."""
+        wanted = [Wanted(tuple(ids), most, (), self.ends) for ids in prompts]
+        answers = []
+        for ids in self._answers(wanted):
+            end = next((n for n, token in enumerate(ids) if token in self.ends), most)
+            answers.append(list(ids[: end + 1][:most]))
+        return answers
 
     # ----------------------------------------------------------------------------------------------------- prompts
 
@@ -152,23 +214,66 @@ class SwapLM:
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """The answers to lm-eval's requests: greedy, ended by EOS, the task's stops or its length."""
-        texts = self.answers([self._wanted(*request.args) for request in requests])
+        wanted = [self._wanted(*request.args) for request in requests]
+        asked = list(range(len(wanted)))
+        if self.given is not None:
+            given = [self.given(request) for request in requests]
+            wanted = [want.begun(ids) for want, ids in zip(wanted, given, strict=True)]
+            asked = [i for i, ids in enumerate(given) if ids]
+        answers = dict(zip(asked, self.answers([wanted[i] for i in asked]), strict=True))
+        texts = [answers.get(i, "") for i in range(len(wanted))]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)  # type: ignore[attr-defined]
         return texts
 
     def answers(self, wanted: list[Wanted]) -> list[str]:
         """The texts of answers, up to the first stop in each."""
-        texts = []
-        for want, ids in zip(wanted, self._answers(wanted), strict=True):
+        full = self.full_answers(wanted)
+        self.unfinished |= {answer.text for answer in full if not answer.finished}
+        return [answer.text for answer in full]
+
+    def full_answers(self, wanted: list[Wanted]) -> list[Answer]:
+        """The answers, with how they ended."""
+        answers = []
+        for want, generated in zip(wanted, self._answers(wanted), strict=True):
+            ids = [*want.given, *generated]
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
             whole = text = self._spoken(ids[:end])
             for stop in want.stops:
                 text = text.split(stop)[0]
-            if end is None and text == whole and len(ids) >= want.most:
-                self.unfinished.add(text)
-            texts.append(text)
-        return texts
+            finished = end is not None or text != whole or len(ids) < want.most + len(want.given)
+            answers.append(Answer(text, finished, self.ratings.get(want)))
+        return answers
+
+    def log_likelihoods(
+        self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None = None
+    ) -> list[tuple[float, int]]:
+        """How likely reference answers are: the sum of the log-probabilities of their tokens, and how many these are.
+
+        The token ids are those of a training row, EOS included (`example_ids`), so the sum, in nats, is minus the
+        training loss of the row times the tokens. The prompts are read once; nothing is generated.
+
+        Args:
+            prompts: Texts as the model is asked; they keep their last `max_prompt_length` tokens.
+            answers: The reference answers.
+            max_answer: Answers keep their first so many tokens; None = all.
+
+        Returns:
+            (nats, tokens) of each; NaN nats where prompt and answer do not fit into the context.
+        """
+        examples = self._example_ids(prompts, answers, max_answer)
+        fits = [i for i, (prompt, answer) in enumerate(examples) if prompt and len(prompt + answer) <= self.max_length]
+        found = dict(zip(fits, self._log_likelihoods([examples[i] for i in fits]) if fits else (), strict=True))
+        return [(found.get(i, math.nan), len(answer)) for i, (_, answer) in enumerate(examples)]
+
+    def _example_ids(self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None) -> list[Example]:
+        limits, pairs = (self.max_prompt_length, max_answer), list(zip(prompts, answers, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if (pair, limits) not in self._examples]
+        made = example_ids(self.tokenizer, [p for p, _ in new], [a for _, a in new], *limits, self.chat)
+        for pair, example in zip(new, made, strict=True):
+            ids, n = tuple(example["input_ids"]), example["labels"].count(-100)
+            self._examples[pair, limits] = ids[:n], ids[n:]
+        return [self._examples[pair, limits] for pair in pairs]
 
     def _wanted(self, text: str, options: dict[str, Any]) -> Wanted:
         from lm_eval.models.utils import normalize_gen_kwargs
@@ -186,7 +291,9 @@ class SwapLM:
         (ids,) = self._prompt_ids([text], min(room, self.max_prompt_length or room))
         return self.want(ids, most, until, kwargs)
 
-    def want(self, ids: Sequence[int], most: int, until: Sequence[str], sampling: dict[str, Any]) -> Wanted:
+    def want(
+        self, ids: Sequence[int], most: int, until: Sequence[str], sampling: dict[str, Any], rated: bool = False
+    ) -> Wanted:
         """A wanted answer to a prompt's ids; `until` are texts that end it."""
         # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
         special = self._special
@@ -196,6 +303,7 @@ class SwapLM:
             stops=tuple(stop for stop in until if stop and stop not in special),
             ends=self.ends | {special[stop] for stop in until if stop in special},
             sampling=tuple(sampling.items()),
+            rated=rated,
         )
 
     @cached_property

@@ -23,17 +23,21 @@ from lm_eval.models.vllm_causallms import VLLM
 from tqdm import tqdm
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import config_differences, plain_lora_rank
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import has_gpu, starting_vllm
-from trace_bench.engine.swap import EngineError, SwapLM, Wanted
+from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
 
 log = logging.getLogger(__name__)
 
 #: The ranks that vLLM has kernels for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+#: What makes requests give known tokens, as the engine argument logits_processors.
+FORCING = "trace_bench.engine.forcing:Forcing"
 
 
 class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
@@ -214,7 +218,13 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 adapters=[adapter for adapter, _ in jobs],
             )
             for (adapter, want), output in zip(jobs, outputs, strict=True):
-                self._known[_number(adapter), want] = list(output.outputs[0].token_ids)
+                ids = list(output.outputs[0].token_ids)
+                self._known[_number(adapter), want] = ids
+                if want.rated and adapter is self.adapter:
+                    logprobs = [
+                        known[token].logprob for token, known in zip(ids, output.outputs[0].logprobs, strict=True)
+                    ]
+                    self.ratings[want] = sum(logprobs) / len(logprobs)
         answers = [self._known[_number(self.adapter), want] for want in wanted]
         if self.adapter is None:
             self._known.clear()
@@ -231,6 +241,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             stop=stops or None,
             detokenize=bool(stops),
             skip_special_tokens=True,
+            logprobs=0 if want.rated else None,  # of the generated token alone
         )
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -238,12 +249,12 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
         lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, and vLLM cannot use its cache
         for that. Here the next token is generated, and the probabilities of the choices are read off it: the same
-        numbers but for rounding. Behind an unmerged adapter every token is read so, since vLLM gives no probabilities
-        of prompts with LoRA requests.
+        numbers but for rounding. In an engine for unmerged adapters every token is read so, since it gives no
+        probabilities of prompts, the base model's neither.
         """
         paths: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for i, (_, context, continuation) in enumerate(requests):
-            if self.soft_prompt is None and (len(continuation) == 1 or self.adapter is not None):
+            if self.soft_prompt is None and (len(continuation) == 1 or self.adapters):
                 ids = [*context, *continuation]
                 cut = max(len(ids) - (self.max_length - 1), 0)  # on the left, as lm-eval does
                 paths[i] = [(tuple(ids[cut : len(context) + n]), token) for n, token in enumerate(continuation)]
@@ -258,6 +269,41 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         if rest:
             answers |= zip(rest, super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm), strict=True)
         return [answers[i] for i in range(len(requests))]
+
+    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+        if self.adapters or self.soft_prompt is not None:  # vLLM gives no probabilities of prompts with them
+            paths = [[((*prompt, *answer[:n]), token) for n, token in enumerate(answer)] for prompt, answer in examples]
+            logprobs = self._next_logprobs([step for path in paths for step in path])
+            return [sum(logprobs[ids][token] for ids, token in path) for path in paths]
+        # Most prompts are in the cache, since they were just answered: the shortest ones last.
+        order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]), examples[i]))
+        found: dict[int, float] = {}
+        for cached in (True, False):
+            order = [i for i in order if i not in found]
+            read = self._read([examples[i] for i in order], cached) if order else []
+            found |= {i: nats for i, nats in zip(order, read, strict=True) if nats is not None}
+        return [found[i] for i in range(len(examples))]
+
+    def _read(self, examples: list[Example], cached: bool) -> list[float | None]:
+        """The log-likelihoods from one pass; None where the cache has tokens of the answer, which then are not read.
+
+        By default vLLM takes nothing from its cache where probabilities of a prompt are asked for, since there are none
+        of what it takes from there. Here they are needed of the end alone.
+        """
+        params: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "detokenize": False, "prompt_logprobs": 0}
+        params["skip_reading_prefix_cache"] = not cached
+        outputs = self._model_generate(
+            # The last token is not read but predicted: a row takes no more of the context than in training.
+            [[*prompt, *answer[:-1]] for prompt, answer in examples],
+            generate=True,
+            sampling_params=[SamplingParams(**params, logprob_token_ids=[answer[-1]]) for _, answer in examples],
+        )
+        found: list[float | None] = []
+        for (prompt, answer), output in zip(examples, outputs, strict=True):
+            steps = [*output.prompt_logprobs, output.outputs[0].logprobs[0]][-len(answer) :]
+            whole = (output.num_cached_tokens or 0) < len(prompt)
+            found.append(sum(s[token].logprob for token, s in zip(answer, steps, strict=True)) if whole else None)
+        return found
 
     def _next_logprobs(self, steps: list[tuple[tuple[int, ...], int]]) -> dict[tuple[int, ...], dict[int, float]]:
         """Prompt -> token -> log-probability of that token behind the prompt, for all steps (prompt, token)."""
@@ -276,6 +322,43 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             prompt: {token: p.logprob for token, p in output.outputs[0].logprobs[0].items()}
             for prompt, output in zip(prompts, outputs, strict=True)
         }
+
+    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+        """See `SwapLM`."""
+        places, prompts, params = [], [], []
+        for i, one in enumerate(forced):
+            for part in self._parts(one):
+                which: dict[str, Any] = {"logprobs": one.asked}
+                if isinstance(one.asked, tuple):
+                    which = {"logprob_token_ids": sorted({token for n in part for token in one.asked[n]})}
+                if self.forces:
+                    which["extra_args"] = {"forced": list(one.answer[part.start : part.stop])}
+                places.append(i)
+                prompts.append([*one.prompt, *one.answer[: part.start]])
+                params.append(
+                    SamplingParams(temperature=0, max_tokens=len(part), ignore_eos=True, detokenize=False, **which)
+                )
+        outputs = self._model_generate(prompts, generate=True, sampling_params=params) if prompts else []
+        found: list[Expected] = [[] for _ in forced]
+        for i, output in zip(places, outputs, strict=True):
+            found[i] += [{token: p.logprob for token, p in told.items()} for told in output.outputs[0].logprobs]
+        return found
+
+    @property
+    def forces(self) -> bool:
+        """Whether a request can be made to give known tokens; else each of them is a request."""
+        return FORCING in (self.model_args.get("logits_processors") or ())
+
+    def _parts(self, one: Forced) -> Iterator[range]:
+        """The tokens of an answer in groups for which one request can tell all that is asked."""
+        start, tokens = 0, set[int]()
+        for n in range(len(one.answer)):
+            here = set(one.asked[n]) if isinstance(one.asked, tuple) else set()
+            if n > start and (not self.forces or len(tokens | here) > MAX_LOGPROB_TOKEN_IDS):
+                yield range(start, n)
+                start, tokens = n, set()
+            tokens |= here
+        yield range(start, len(one.answer))
 
     def _model_generate(
         self,

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
+from trace_bench.evaluate import distance
 from trace_bench.evaluate.external import drop, external_run, measured_run
 from trace_bench.evaluate.filling import fill
 from trace_bench.evaluate.following import follow
@@ -23,21 +24,21 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
-    """Evaluates every missing cell of a run: those of its matrix, and the extra ones (suites, sets to be judged).
+    """Evaluates every missing cell of a run: those of its matrix, and the extra ones (suites, judged sets, distances).
 
     The configuration of the run says how many rows, how long answers, which backend; what is `asked` for instead is in
     `make_plan`. The stages are indices, None = all that are trained. `data_path` is where the data is now, if it was
     moved; its fingerprint must be the run's.
 
     Returns:
-        The number of cells evaluated now.
+        The number of cells that were made or filled now.
 
     Raises:
         RunError: if a cell was made with other settings, the data or the base model is not the run's, a checkpoint has
             changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
-    wanted = run.indices(stages)
+    wanted = run.indices(stages) | distance.base_stage(run, asked.get("extra"))
     chosen = [stage for stage in run.stages if stage.index in wanted]
     for stage in chosen:
         if not stage.is_trained:

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from trace_bench import checks
-from trace_bench.evaluate.plan import Plan, base_of
+from trace_bench.evaluate import distance
+from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
+from trace_bench.evaluate.likelihood import fill_cell, with_likelihood
+from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
 from trace_bench.metrics import standard_error
@@ -27,7 +30,7 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
     """
     from trace_bench.engine import open_engine
 
-    checkpoints = [s.checkpoint for s in plan.todo if s.checkpoint is not None and not s.below]
+    checkpoints = [s.checkpoint for s in plan.stages if s.checkpoint is not None and not s.below]
     lengths = ("max_length", "max_model_len") if plan.backend == "hf" else ("max_model_len",)
     asked = next((plan.engine_args[name] for name in lengths if plan.engine_args.get(name)), None)
     check_context(plan, tasks, asked if isinstance(asked, int) else None)
@@ -42,6 +45,7 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
             max_prompt_length=plan.matrix["max_prompt_length"],
             engine_args=plan.engine_args,
             checkpoints=checkpoints,
+            forced=any(plan.distances.values()),
         )
     if any(plan.settings[name].get("chat_template") for name in plan.missing):
         lm.chat = plan.chat(lm.tokenizer)
@@ -60,7 +64,7 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
     from tqdm import tqdm
 
     how = circumstances(plan, "cuda" if torch.cuda.is_available() else "cpu")
-    order = list(plan.todo.items())
+    order = [(stage, plan.todo.get(stage, [])) for stage in plan.stages]
     with tqdm(total=plan.cells, desc="evaluating", unit="cell") as bar:
         for i, (stage, names) in enumerate(order):
             # Taken before loading, so that it describes the weights that are evaluated.
@@ -75,6 +79,14 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
                     lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
                 evaluate_batch(plan, tasks, lm, stage, batch, made)
                 bar.update(len(batch))
+            for name in plan.fill.get(stage, ()):
+                bar.set_postfix_str(f"{stage.name}: {task_name(name)}"[:60])
+                fill_cell(plan, tasks.single[name], lm, stage, name, made)
+                bar.update()
+            for name in plan.distances.get(stage, ()):
+                bar.set_postfix_str(f"{stage.name}: distance, {task_name(name)}"[:60])
+                distance.measure(plan, lm, stage, name, made)
+                bar.update()
 
 
 def circumstances(plan: Plan, device: str | None) -> dict[str, Any]:
@@ -135,6 +147,10 @@ def _measured(
         yield batch[0], *run_suite(lm, tasks.suites[batch[0]], settings["general_rows"])
         return
     lm.unfinished.clear()
+    owners, given = {name: task_of(name, settings) for name in batch}, None
+    if settings.get("given"):
+        given = FirstTokens(lm, {task: tasks.single[task] for task in owners.values()}, settings["given"])
+    lm.given = given
     results, seconds = run_tasks(
         lm,
         [tasks.single[name] for name in batch],
@@ -142,11 +158,23 @@ def _measured(
         limit=settings["test_rows"],
         apply_chat_template=settings.get("chat_template", False),
     )
+    lm.given = None
     answers = sum(map(len, results["samples"].values()))
-    for name in batch:
-        rows = results["samples"][name]
-        scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, results["results"][name])
-        yield name, scores, samples, seconds * len(rows) / answers  # they share their time by rows
+    for name, task in owners.items():
+        rows, found = results["samples"][task], results["results"][task]
+        taken = seconds * len(rows) / answers  # they share their time by rows
+        short = {}
+        if given is not None:
+            short["n_short"] = len({row["doc_id"] for row in rows} - {row for of, row in given.rows if of == task})
+            rows, found = given.kept(task, rows)
+        if not rows:
+            yield name, nothing_to_score(tasks.single[name]) | short, [], taken
+            continue
+        scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, found)
+        if plan.likelihood and name in plan.run.tasks and has_likelihood(name):
+            scores, samples = with_likelihood(lm, tasks.single[name], plan.max_answer, scores, samples)
+            taken += scores["likelihood"]["seconds"]
+        yield name, scores | short, samples, taken
 
 
 def _score(
@@ -188,7 +216,7 @@ def summary(plan: Plan, lm: Any, seconds: float, start: float) -> str:
     """What was done, in one line: `seconds` in all, and those of the engine's start."""
     work = lm.work
     return (
-        f"evaluated {plan.cells} cells of {len(plan.todo)} stages in {seconds:.0f} s (engine start {start:.0f} s, "
+        f"evaluated {plan.cells} cells of {len(plan.stages)} stages in {seconds:.0f} s (engine start {start:.0f} s, "
         f"engine at work {work.seconds:.0f} s: {work.prompt_tokens:,} tokens read, {work.generated_tokens:,} written, "
         f"{(work.prompt_tokens + work.generated_tokens) / max(work.seconds, 1e-9):.0f} a second)"
     )

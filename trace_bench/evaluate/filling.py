@@ -31,7 +31,7 @@ def fill(
         for stage in chosen:
             locks.enter_context(locked(stage.path, "evaluate"))
         plan = make_plan(run, chosen, data_path=data_path, **asked)
-        if plan.todo:
+        if plan.cells:
             tasks = load_tasks(plan, data_path)
             began = time.perf_counter()
             lm = start_engine(plan, tasks, lm)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models
+from trace_bench.evaluate import distance
+from trace_bench.evaluate.given import given_cells, given_settings
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import differences
+from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.run import Run, RunError, Stage
 from trace_tasks import data
 from trace_tasks.tokens import Chat
@@ -19,7 +22,15 @@ from trace_tasks.tokens import Chat
 log = logging.getLogger(__name__)
 
 #: The settings of what is measured in addition to the matrix (`CLConfig`). A manifest has those that were set.
-EXTRA_SETTINGS = ("general", "general_stages", "general_rows", "judged", "judged_rows", "judged_max_new_tokens")
+EXTRA_SETTINGS = (
+    "general",
+    "general_stages",
+    "general_rows",
+    "judged",
+    "judged_rows",
+    "judged_max_new_tokens",
+    "distance",
+)
 _DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
 
 
@@ -34,6 +45,10 @@ class Plan:
         settings: Name of a task, set to be judged or general suite -> the settings of its cells.
         there: The cells that exist: (stage, name) -> content.
         todo: Stage -> the names of its missing cells.
+        fill: Stage -> the names of its cells that get their likelihoods now.
+        likelihood: Whether the cells that are made get theirs.
+        distance: The settings of distances from the base model; empty if none are asked for.
+        distances: Stage -> the sets of prompts on which its distance is missing.
     """
 
     run: Run
@@ -42,17 +57,31 @@ class Plan:
     matrix: dict[str, Any]
     settings: dict[str, dict[str, Any]]
     there: dict[tuple[Stage, str], dict[str, Any]]
-    todo: dict[Stage, list[str]]
+    todo: dict[Stage, list[str]] = field(default_factory=dict)
+    fill: dict[Stage, list[str]] = field(default_factory=dict)
+    likelihood: bool = False
+    distance: dict[str, Any] = field(default_factory=dict)
+    distances: dict[Stage, list[str]] = field(default_factory=dict)
 
     @property
     def cells(self) -> int:
-        """The number of missing cells."""
-        return sum(map(len, self.todo.values()))
+        """The number of cells that are made or filled, and of missing distances."""
+        return sum(len(names) for part in (self.todo, self.fill, self.distances) for names in part.values())
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The stages that the engine is needed for, in their order."""
+        return sorted({*self.todo, *self.fill, *self.distances}, key=lambda stage: stage.index)
 
     @property
     def missing(self) -> list[str]:
-        """The names of all missing cells."""
-        return list(dict.fromkeys(name for names in self.todo.values() for name in names))
+        """The names of all cells that are made or filled."""
+        return list(dict.fromkeys(name for part in (self.todo, self.fill) for names in part.values() for name in names))
+
+    @property
+    def max_answer(self) -> int | None:
+        """The most tokens of a reference answer, as the run trains them."""
+        return self.config.get("max_answer_length")
 
     @property
     def backend(self) -> str:
@@ -79,12 +108,16 @@ def make_plan(
     engine_args: dict[str, Any] | None = None,
     data_path: str | None = None,
     extra: dict[str, Any] | None = None,
+    likelihood: bool | None = None,
+    given: int | None = None,
 ) -> Plan:
     """Finds the missing cells of the chosen stages. What is given holds instead of what the run says.
 
     `cells` are the tasks of each stage: "seen", "all", or "own" (that of the stage alone). The base model and
     checkpoints that belong to no task are always evaluated on all tasks. `engine_args` are added to the run's own. They
-    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`.
+    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`. New cells of the matrix get the
+    likelihoods of the reference answers unless `likelihood` is False; if it is True, older cells get them, too. With
+    `given` old tasks are measured once more, with so many tokens of their references.
 
     Raises:
         RunError: if cells of the run were made with other settings.
@@ -99,29 +132,50 @@ def make_plan(
     suites, judged = data.expand(config["general"], data.SUITES), data.expand(config["judged"], data.JUDGED)
     records.check_stages(run, chosen)
     matrix = matrix_settings(config, engine_args)
-    shared = {name: matrix[name] for name in ("backend", "engine")}
-    settings = dict.fromkeys(run.tasks, matrix)
-    if judged:
-        checks.locate_data(run, data_path)  # demo data has its own prompts
-        own = shared | _judged_settings(run, config, engine_args)
-        settings |= {name: {**own, "data": data.source_fingerprint(name)} for name in judged}
+    settings = dict.fromkeys(run.tasks, matrix) | given_settings(run, given, matrix)
+    settings |= _settings_of_judged(run, judged, config, engine_args, data_path)
     settings |= suite_settings(suites, config, matrix)
-    there = _read_cells(run, settings)
-    todo: dict[Stage, list[str]] = {}
+    plan = Plan(
+        *(run, config, engine_args, matrix, settings, _read_cells(run, settings)),
+        likelihood=likelihood is not False,
+        distance=distance.settings_of(config, matrix, base_of(run)) if config.get("distance") else {},
+    )
     for stage in chosen:
         if stage.is_trained:
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
-            wanted = dict.fromkeys([*run.seen_tasks(stage, config["cells"]), *more])  # a set may be a column as well
-            missing = _missing(stage, wanted, there)
-            if missing and stage.external is not None and not stage.external.is_dir():
-                log.warning(
-                    "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
-                    *(stage.name, stage.external, len(missing)),
-                )
-            elif missing:
-                todo[stage] = missing
-    return Plan(run, config, engine_args, matrix, settings, there, todo)
+            seen = run.seen_tasks(stage, config["cells"])  # a set may be a column as well
+            _add(plan, stage, dict.fromkeys([*seen, *given_cells(run, stage, given), *more]), bool(likelihood))
+    return plan
+
+
+def _add(plan: Plan, stage: Stage, wanted: Iterable[str], fill: bool) -> None:
+    """Adds what is missing of a stage to the plan; with `fill` also the likelihoods of the cells that are there."""
+    missing, sets = _missing(stage, wanted, plan.there), distance.missing(plan.run, stage, plan.distance)
+    there = [name for name in plan.run.tasks if name not in missing] if fill else []
+    lacking = [name for name in there if _lacks(plan.there.get((stage, name)), name)]
+    parts = [(plan.todo, missing), (plan.fill, lacking), (plan.distances, sets)]
+    number = sum(len(names) for _, names in parts)
+    if number and stage.external is not None and not stage.external.is_dir():
+        log.warning(
+            "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
+            *(stage.name, stage.external, number),
+        )
+        return
+    for part, names in parts:
+        if names:
+            part[stage] = names
+
+
+def has_likelihood(name: str) -> bool:
+    """Whether the cells of a task get the likelihoods of its reference answers: answers to be judged have none."""
+    return name not in data.JUDGED
+
+
+def _lacks(cell: dict[str, Any] | None, name: str) -> bool:
+    """Whether a cell is there and has no likelihood yet, though it can have one."""
+    metrics = {} if cell is None else cell["metrics"]
+    return cell is not None and has_likelihood(name) and metrics.get(LIKELIHOOD, {}).get("value") is None
 
 
 def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
@@ -144,12 +198,18 @@ def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[s
     return {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
 
 
-def _judged_settings(run: Run, config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
+def _settings_of_judged(
+    run: Run, names: list[str], config: dict[str, Any], engine_args: dict[str, Any], data_path: str | None
+) -> dict[str, dict[str, Any]]:
     """The limits of the matrix do not hold for sets to be judged; a model with a chat template is asked in it."""
-    trusted = engine_args.get("trust_remote_code", False)
+    if not names:
+        return {}
+    checks.locate_data(run, data_path)  # demo data has its own prompts
+    matrix, trusted = matrix_settings(config, engine_args), engine_args.get("trust_remote_code", False)
     chat = models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template is not None
     arguments = config.get("chat_template_args") if chat else None
-    return {
+    shared = {
+        **{name: matrix[name] for name in ("backend", "engine")},
         "test_rows": config.get("judged_rows"),
         "max_prompt_length": None,
         "max_new_tokens": config.get("judged_max_new_tokens"),
@@ -157,6 +217,7 @@ def _judged_settings(run: Run, config: dict[str, Any], engine_args: dict[str, An
         **({"chat_template_args": arguments} if arguments else {}),
         "num_fewshot": None,
     }
+    return {name: {**shared, "data": data.source_fingerprint(name)} for name in names}
 
 
 def _read_cells(run: Run, wanted: dict[str, dict[str, Any]]) -> dict[tuple[Stage, str], dict[str, Any]]:

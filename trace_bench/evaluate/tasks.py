@@ -14,6 +14,7 @@ from typing import Any
 from trace_bench import checks
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
+from trace_bench.evaluate.given import task_of
 from trace_bench.evaluate.plan import Plan, base_of, check_one_definition, other_versions
 from trace_bench.run import RunError
 from trace_bench.tasks import load_suites, task_manager
@@ -28,7 +29,7 @@ class Tasks:
     """The tasks of a plan, by name."""
 
     single: dict[str, Any]
-    """Tasks of the matrix, and sets to be judged."""
+    """Tasks of the matrix, also under the names of cells with given tokens, and sets to be judged."""
     suites: dict[str, Any]
     """Groups of lm-eval's tasks."""
     defined: dict[str, str]
@@ -42,15 +43,14 @@ def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
         RunError, data.DataError, models.ModelError: naming what is not as it was, or cannot be evaluated.
     """
     trusted = plan.engine_args.get("trust_remote_code", False)
-    single, definitions = checks.verify(
-        plan.run, plan.todo, data_path, [name for name in plan.settings if name not in SUITES]
-    )
+    owners = {name: task_of(name, settings) for name, settings in plan.settings.items() if name not in SUITES}
+    single, definitions = checks.verify(plan.run, plan.stages, data_path, list(dict.fromkeys(owners.values())))
     if plan.matrix["chat_template"]:
         tokenizer = models.load_tokenizer(**base_of(plan.run), trust_remote_code=trusted)
         check_room(plan.chat(tokenizer), plan.matrix["max_prompt_length"])
-    check_checkpoints(plan.run, plan.todo, plan.backend, trusted)
-    warn_of_tokenizers(plan.run, plan.todo, trusted)
-    defined = {name: checks.digest(definition) for name, definition in definitions.items()}
+    check_checkpoints(plan.run, plan.stages, plan.backend, trusted)
+    warn_of_tokenizers(plan.run, plan.stages, trusted)
+    defined = {name: checks.digest(definitions[task]) for name, task in owners.items()}
     check_one_definition(plan, defined)
     for line in other_versions(plan):
         log.warning("Cells of the run were made with another version of what makes scores: %s.", line)
@@ -70,7 +70,8 @@ def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Task
     for suite in suites.values():
         for task in suite.get_all_tasks():
             _prepare(task)
-    return Tasks(single, suites, defined)
+    owners = {name: task_of(name, settings) for name, settings in plan.settings.items()}
+    return Tasks({name: single[task] for name, task in owners.items() if task in single}, suites, defined)
 
 
 def check_context(plan: Plan, tasks: Tasks, context: int | None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from trace_bench import metrics
 from trace_bench.metrics import Estimate
-from trace_bench.report import choices, notes, paper, transitions
+from trace_bench.report import choices, distance, notes, paper, transitions
 from trace_bench.report.differences import paired_differences
 from trace_bench.report.entry import NUMBERS, SCORES, TEXTS, Entry, entries_of
 from trace_bench.report.results import UNKNOWN
@@ -129,6 +129,7 @@ def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
         *_difference_tables(versus, against, seeds, others, marks, detail=bool(groups)),
         *_finals_tables(entries, groups, columns, marks, seeds),
         _spread_table(groups, columns),
+        distance.table_of_runs(entries),
         transitions.table_of_runs(entries),
         choices.table_of_runs(entries),
     ]

@@ -16,6 +16,7 @@ from trace_bench import judgements, metrics
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.conditions import delta_conditions, same_conditions
 from trace_bench.report.entry import OF_TASKS, SCORES, Entry
+from trace_bench.report.likelihood import soft_rows
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import shared_unit
 from trace_tasks.data import GROUPS
@@ -30,7 +31,7 @@ def defined(entry: Entry, against: Entry) -> list[str]:
     """Those of `SCORES` of which two runs have a difference: means over the same, measured under the same settings."""
     names = set(SCORES)
     if entry.finals.keys() != against.finals.keys() or shared_unit([entry.unit("OP"), against.unit("OP")]) is None:
-        names -= set(OF_TASKS)  # a mean over others is another number
+        names -= {*OF_TASKS, "soft BWT"}  # a mean over others is another number
     settings = delta_conditions(against.results)
     names -= {name for name, own in delta_conditions(entry.results).items() if own != settings[name]}
     return [name for name in SCORES if name in names]
@@ -44,6 +45,7 @@ def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
     if same_conditions(one.run, two.run):
         paired["OP"] = metrics.mean_of([task_difference(one, two, task, final_gains) for task in one.run.tasks])
         paired["BWT"] = _of_changes(one, two, slice(None, -1), Results.rows_since_own)
+        paired["soft BWT"] = _of_changes(one, two, slice(None, -1), soft_rows)
         paired["FWT"] = _of_changes(one, two, slice(1, None), Results.rows_ahead)
     found = dict.fromkeys(SCORES, UNKNOWN)
     for name in defined(entry, against):

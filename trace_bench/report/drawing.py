@@ -33,6 +33,7 @@ INK, MUTED, RULE = "#1c2024", "#5f6873", "#d3d8de"
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 GREY = "#9aa3ad"
 ON_BLUE, ON_LIGHT = "#fffffe", "#10151b"  # numbers on bars
+SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (YELLOW, "v"), (SKY, "P"), (GREY, "X")]
 #: Colour -> the name of the variable of the page that replaces it there, for dark and light.
 COLOURS = {
     **{INK: "ink", MUTED: "muted", RULE: "rule", BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple"},

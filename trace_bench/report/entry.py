@@ -10,6 +10,7 @@ from typing import Any
 
 from trace_bench import judgements
 from trace_bench.metrics import Estimate
+from trace_bench.report.likelihood import NATS, soft_bwt
 from trace_bench.report.results import DELTAS, UNKNOWN, Results, unit_of
 from trace_bench.report.tables import DASH, PERCENT, Unit, count, number
 from trace_bench.run import Run
@@ -19,7 +20,7 @@ from trace_tasks.data import ORDERS, REASONING, task_name
 #: Those numbers of a run that are means over its tasks, and whether they have a sign.
 OF_TASKS = {"OP": False, "BWT": True, "FWT": True, "Forgetting": False}
 #: Those that are scores. All but forgetting have intervals, and differences to the baseline as well.
-SCORES = {**OF_TASKS, **dict.fromkeys(DELTAS, True)}
+SCORES = {**OF_TASKS, "soft BWT": True, **dict.fromkeys(DELTAS, True)}
 #: Those that are no scores, and how they are written.
 COSTS = {"training min": number, "evaluation min": number, "trained tokens": count, "judge tokens": count}
 NUMBERS = (*SCORES, "base", *COSTS)
@@ -45,6 +46,8 @@ class Entry:
 
     def unit(self, name: str) -> Unit:
         """The unit of one of `SCORES`; of a mean over tasks without a common unit, which is NaN, percent."""
+        if name == "soft BWT":
+            return NATS
         return (self.results.unit or PERCENT) if name in OF_TASKS else PERCENT
 
     @property
@@ -72,6 +75,7 @@ class Entry:
         found |= {name: judgements.net_win_rate(counts, last) for name, counts in results.judged.items()}
         if results.is_sequential:
             found |= {name: results.sequence[name][-1] for name in OF_TASKS}
+            found["soft BWT"] = soft_bwt(results, len(self.run.tasks))
         elif results.has_mean:
             found["OP"] = results.mean
         return found

@@ -11,7 +11,6 @@ from trace_bench import judgements
 from trace_bench.metrics import Estimate, seed_interval
 from trace_bench.report.drawing import (
     BLUE,
-    GREEN,
     GREY,
     INK,
     MOST_NAMES,
@@ -19,9 +18,8 @@ from trace_bench.report.drawing import (
     ON_BLUE,
     ON_LIGHT,
     ORANGE,
-    PURPLE,
     RULE,
-    SKY,
+    SERIES,
     YELLOW,
     Drawing,
     Picture,
@@ -33,6 +31,7 @@ from trace_bench.report.drawing import (
     panels,
     shown,
 )
+from trace_bench.report.figures_distance import distance, distances
 from trace_bench.report.figures_flow import flow
 from trace_bench.report.results import DELTAS, Results, measured
 from trace_bench.report.seeds import Group, lines_of
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
 MOST_CURVES = 24
 #: More runs than these are not drawn side by side.
 MOST_RUNS = 40
-_SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (YELLOW, "v"), (SKY, "P"), (GREY, "X")]
 _HEAT = ["#dbe9f6", "#9ecae1", "#3f8fc5", "#08306b"]
 
 
@@ -187,7 +185,7 @@ def _general(results: Results) -> tuple[Figure, str] | None:
     names = [s for s in SUITES if any(s == name for _, name in cells)]
     figure, (left, right) = axes_of(3.3, 1, 2, left=0.5, gap=1.5)
     ends: list[tuple[float, str, str, str]] = []
-    for name, (colour, marker) in zip(names, _SERIES, strict=False):
+    for name, (colour, marker) in zip(names, SERIES, strict=False):
         known = [s.index for s in stages if (s.index, name) in cells]
         estimates = [results.score(i, name) for i in known]
         line(left, known, estimates, colour, marker)
@@ -368,7 +366,7 @@ def _by_name(*drawings: Any) -> dict[str, Drawing]:
     return {drawing.__name__.lstrip("_"): drawing for drawing in drawings}
 
 
-_OF_A_RUN = _by_name(_matrix, _tasks, _sequence, _form, _general, _judged, _losses, _cost, flow)
-_OF_RUNS = _by_name(_runs, _stages)
+_OF_A_RUN = _by_name(_matrix, _tasks, _sequence, _form, _general, _judged, distance, _losses, _cost, flow)
+_OF_RUNS = _by_name(_runs, _stages, distances)
 #: The figures that there may be, of a run and of several.
 NAMES, RUNS_NAMES = tuple(_OF_A_RUN), tuple(_OF_RUNS)

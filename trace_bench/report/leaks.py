@@ -67,7 +67,7 @@ def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_o
     rows = [row for row in samples if row["doc_id"] not in left_out]
 
     def mean(values: list[Any]) -> float | None:
-        return sum(values) / len(values) if values and not any(isinstance(v, list) for v in values) else None
+        return sum(values) / len(values) if values and all(isinstance(v, int | float) for v in values) else None
 
     metrics = {}
     for name in cell["metrics"]:

@@ -184,6 +184,8 @@ def notes(
 
 def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
     yield "OP, BWT and Forgetting after the last stage, BWT divided by t-1; base = mean of the base model."
+    if any(not math.isnan(e.scores["soft BWT"].value) for e in entries):
+        yield "soft BWT is that of the log-likelihood of the reference answers, in nats per token."
     if any(not math.isnan(e.numbers[k]) for e in entries for k in DELTAS):
         yield (
             "general = mean change of the general-ability suites since the base model; instruction and safety = net "

@@ -29,12 +29,15 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "scores": ("Scores", ("matrix", "sequence")),
     "learning": ("Learning", ("tasks",)),
     "form": ("", ("form",)),
+    "likelihood": ("Likelihood", ()),
+    "hidden": ("Gone or hidden", ()),
     "tolerant": ("", ()),
     "extracted": ("", ()),
     "limits": ("", ()),
     "transitions": ("Lost and gained", ("flow",)),
     "choices": ("Options", ()),
     "general": ("General ability", ("general",)),
+    "distance": ("Distance", ("distance",)),
     "judged": ("Against the base model", ("judged",)),
     "answers": ("Answers", ()),
     "bounds": ("Bounds", ()),
@@ -180,6 +183,8 @@ def write_comparison_page(comparison: Comparison, file: Path, head: str = "") ->
         blocks.append({"fold": f"{len(table.rows)} runs", "table": view} if table.detail else view)
     if "stages" in figures:
         blocks += [html.text_html("## Over the stages"), figures["stages"]]
+    if "distances" in figures:
+        blocks += [html.text_html("## Distance and forgetting"), figures["distances"]]
     blocks.append(html.text_html("## What the numbers are\n\n" + "\n".join(f"- {note}" for note in comparison.notes)))
     about = f"{len(comparison.entries)} runs, set against `{comparison.against.name}`."
     foot = Markup("Made by <code>trace-bench report</code> from the files of the runs.")

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from trace_bench.judgements import judge_tokens
-from trace_bench.report import choices, paper, transitions
+from trace_bench.report import choices, distance, paper, transitions
 from trace_bench.report.results import Results
 from trace_bench.report.tables import DASH, Block, Table, count, csv_text
 from trace_bench.text import cell as csv_cell
@@ -79,6 +79,6 @@ def scores_csv(results: Results) -> str:
             numbers = [score["value"], score["stderr"], cell["n"], cell.get("n_unscored", 0)]
             ends = results.intervals.get((index, name, metric), (None, None))
             rows.append(map(csv_cell, [results.run.stages[index].name, name, metric, *numbers, *ends]))
-    for line in (*transitions.scores(results), *choices.scores(results)):
+    for line in (*transitions.scores(results), *choices.scores(results), *distance.scores(results)):
         rows.append(map(csv_cell, line))
     return csv_text(rows)

@@ -13,7 +13,17 @@ import numpy as np
 
 from trace_bench.metrics import Matrix
 from trace_bench.records import stale
-from trace_bench.report import choices, conventions, judged, record, suites, transitions
+from trace_bench.report import (
+    choices,
+    conventions,
+    distance,
+    judged,
+    likelihood,
+    record,
+    relearn,
+    suites,
+    transitions,
+)
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
@@ -55,11 +65,14 @@ def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Blo
         "scores": _scores,
         "tolerant": _tolerant,
         "form": _form,
+        "likelihood": likelihood.sections,
+        "hidden": relearn.sections,
         "extracted": _extracted,
         "limits": _limits,
         "transitions": transitions.sections,
         "choices": choices.sections,
         "general": suites.general,
+        "distance": distance.sections,
         "answers": suites.answers,
         "judged": judged.sections,
         "conventions": conventions.sections,

@@ -5,17 +5,21 @@ trainer       the hooks of a method           preflight    what cannot work is r
 gradients     losses and gradients            stages       `main`, and the loop over the stages
 checkpoints   what a stage leaves, and what it goes on from
 sampler       batches of rows of similar length
+blocks        the blocks of a decoder
 rows          which rows of a task are remembered
 writing       rows that the model writes itself between stages
+answering     the process in which it does so
 """
 
+from trainers.base.blocks import decoder_blocks, text_model
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
-from trainers.base.preflight import context_length, refuse_shards
-from trainers.base.rows import CHOICES, choose_rows
+from trainers.base.preflight import causal_config, context_length, refuse_shards
+from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
 from trainers.base.stages import main, train
 from trainers.base.trainer import CLTrainer, frozen_in_bf16
+from trainers.base.writing import check_scores
 
 __all__ = [
     "CHOICES",
@@ -23,13 +27,18 @@ __all__ = [
     "CLTrainer",
     "ConfigError",
     "LengthGrouped",
+    "causal_config",
+    "check_scores",
     "choose_rows",
     "context_length",
+    "decoder_blocks",
     "frozen_in_bf16",
     "main",
     "option",
+    "ranked_rows",
     "refuse_shards",
     "save_tensors",
     "sort_names",
+    "text_model",
     "train",
 ]

@@ -150,6 +150,7 @@ class CLConfig(SFTConfig):
     judged: list[str] = option([], "Prompts answered for the judges: instruct, safety, or their names.")
     judged_rows: int | None = option(None, "First so many prompts of each judged set; default: all.", least=1)
     judged_max_new_tokens: int | None = option(None, "Most tokens of an answer to be judged; default: 512.", least=1)
+    distance: bool = option(False, "Measure how far each stage is from the base model (KL, see docs/evaluation.md).")
     backend: str = option("vllm", "Inference for the evaluation.", choices=["vllm", "hf"])
     engine_args: dict[str, Any] | str | None = option(None, "Arguments of vLLM's LLM or lm-eval's HFLM, as JSON.")
 
@@ -249,7 +250,7 @@ class CLConfig(SFTConfig):
             )
         if self.save_strategy != "no" and self.save_only_model:
             raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
-        if self.chat_template_args and not (self.chat_template or self.judged):
+        if self.chat_template_args and not (self.chat_template or self.judged or self.distance):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if self.loss_weights == "rows" and getattr(self, name) != plain:

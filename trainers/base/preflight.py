@@ -127,7 +127,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     base, code = str(model_args.model_name_or_path), config.trust_remote_code
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
-    model = _causal_config(base, model_args, code)
+    model = causal_config(base, model_args, code)
     _check_weights(model, model_args)
     _check_context(model, config, tasks)
     if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
@@ -148,7 +148,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
         raise ConfigError(f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(make, model_args)}")
 
 
-def _causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
+def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
     """The configuration of a base model that writes text from left to right."""
     try:
         with models.reading(base):

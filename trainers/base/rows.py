@@ -17,11 +17,21 @@ def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
     Args:
         rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
         count: How many.
+        how: See `ranked_rows`.
+        seed: See `ranked_rows`.
+    """
+    return rows.select(sorted(ranked_rows(rows, how, seed)[:count]))
+
+
+def ranked_rows(rows: Dataset, how: str, seed: int) -> list[int]:
+    """The numbers of all rows, those first that are remembered first.
+
+    Args:
+        rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
         how: "first" (the official code's); "random" (ours); or "balanced": random, equally many of each answer as far
             as there are any. Where every row has an answer of its own this is "random".
         seed: Decides "random" and "balanced".
     """
-    count = min(count, len(rows))
     order = list(range(len(rows)))
     if how != "first":
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -34,4 +44,4 @@ def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
             rank[i] = seen[answer]
             seen[answer] += 1
         order.sort(key=lambda i: rank[i])  # stable: all first ones, then all second ones
-    return rows.select(sorted(order[:count]))
+    return order

@@ -66,10 +66,10 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if "--help_all" in (sys.argv if argv is None else argv):
             argv = ["--help"]
-        train(trainer, *_parse(config, argv))
+        train(trainer, *parse(config, argv))
 
 
-def _parse(config: type[CLConfig], argv: list[str] | None) -> list[Any]:
+def parse(config: type[CLConfig], argv: list[str] | None) -> list[Any]:
     """The config of the method and TRL's ModelConfig, from the command line and the file that it names."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(argv[:-1], 1):

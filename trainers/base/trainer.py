@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from trl import ModelConfig, get_peft_config
 
 from trace_bench import checks
 from trace_bench.engine import models
+from trace_bench.engine.swap import Answer
 from trace_bench.run import Run, RunError, Stage
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.tokens import Chat, example_ids
@@ -140,6 +142,41 @@ class CLTrainer(CheckpointTrainer):
             [rows, *self.earlier_rows(stage, c.replay_ratio, c.replay_choice or "random").values()]
         )
 
+    def answers(
+        self,
+        name: str,
+        by: Stage,
+        prompts: Mapping[str, Sequence[str]],
+        *,
+        samples: int = 1,
+        sampling: dict[str, Any] | None = None,
+        rated: bool = False,
+        cut: bool = True,
+        at: Stage | None = None,
+    ) -> dict[str, list[list[Answer]]]:
+        """What the model of a stage answers to prompts, as the evaluation of their tasks would have it.
+
+        For `stage_dataset`, where no model is on the GPU yet. It is done once: what is written is kept in the stage's
+        folder, and made again if the model, the prompts or the settings are others.
+
+        Args:
+            name: That of the files; one for each call within a stage.
+            by: The stage whose checkpoint answers; stage 0 is the base model.
+            prompts: By task, whose stops and lengths hold; texts as those of `task_texts`.
+            samples: Answers to each prompt.
+            sampling: Of the engine, such as {"temperature": 1.0}; None or a temperature of 0 = greedy.
+            rated: Whether the answers get their mean log-probability.
+            cut: Whether prompts are cut to `max_prompt_length`, as in the evaluation. If not, those that do not fit
+                into the engine's context have an empty, unfinished answer.
+            at: The stage in whose folder they are kept; None = this one.
+
+        Returns:
+            By task: for each prompt its answers, without the stop that ended them.
+        """
+        how = {"samples": samples, "sampling": sampling, "rated": rated}
+        limit = self.config.max_prompt_length if cut else None
+        return writing.answers(self, name, by, prompts, at or self.stage, how, limit)
+
     def written(
         self,
         name: str,
@@ -148,26 +185,9 @@ class CLTrainer(CheckpointTrainer):
         rows: list[tuple[str, str]],
         sampling: dict[str, Any] | None = None,
     ) -> list[str]:
-        """What the model of a stage answers to the prompts of rows, as the evaluation of the task would have it.
-
-        For `stage_dataset`, where no model is on the GPU yet. It is done once: what is written is kept in the stage's
-        folder, and made again if the model, the prompts or the settings are others.
-
-        Args:
-            name: That of the file; one for each call within a stage.
-            by: The stage whose checkpoint answers; stage 0 is the base model.
-            task: The task whose stops and lengths hold.
-            rows: As `task_texts` returns them; their answers are not read.
-            sampling: Of the engine, such as {"temperature": 1.0}; None = greedy.
-
-        Returns:
-            An answer for each row, without the stop that ended it.
-        """
-        prompts = [
-            [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
-            for row in self.text_dataset(rows).to_list()
-        ]
-        return writing.written(self, name, by, task, prompts, sampling)
+        """The text of one answer to each of the rows of a task, see `answers`; the rows' own are not read."""
+        found = self.answers(name, by, {task: [prompt for prompt, _ in rows]}, sampling=sampling)
+        return [answer.text for (answer,) in found[task]]
 
     def trainable_model(self, checkpoint: Path | None) -> Any:
         """A model to train on from a checkpoint (None = the base model): its adapter, or all of its parameters."""

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from trace_bench import ending
+from trace_bench.engine.swap import Answer
 from trace_bench.run import RunError, Stage, read_json
-from trace_bench.tasks import load_tasks
+from trace_bench.tasks import answer_scores, load_tasks, training_rows
+from trace_tasks.data import DataError
 from trace_tasks.data.files import digest, remove, write_json
+from trace_tasks.tokens import prompt_ids
+from trainers.base.config import ConfigError
 
 #: How the variables begin by which a launcher tells its processes of each other.
 LAUNCHED = (*("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),)
@@ -26,28 +30,41 @@ def run_alone(words: list[str]) -> int:
     return ending.run_child([sys.executable, "-m", *words], environment)
 
 
-def written(
-    trainer: Any, name: str, by: Stage, task: str, prompts: list[list[int]], sampling: dict[str, Any] | None
-) -> list[str]:
-    """See `CLTrainer.written`."""
+def answers(
+    trainer: Any,
+    name: str,
+    by: Stage,
+    prompts: Mapping[str, Sequence[str]],
+    at: Stage,
+    how: dict[str, Any],
+    limit: int | None,
+) -> dict[str, list[list[Answer]]]:
+    """See `CLTrainer.answers`."""
     from accelerate import PartialState
 
-    folder, state = trainer.stage.path / "written", PartialState()
-    file = folder / f"{name}.json"
-    job = _job(trainer, by, task, prompts, sampling)
-    made_from = digest(job)
-    if state.is_main_process and _made_from(file) != made_from:
-        asked = folder / f".{name}.job.json"
-        write_json(asked, job)
-        remove(file)
-        if run_alone(["trainers.base.writing", str(asked), str(file), made_from]):
-            raise RunError(
-                f"{by.name} could not answer the {len(prompts)} prompts of {task} that stage {trainer.stage.name} is "
-                "trained on, see above. What is done is kept: run this again."
-            )
+    state, engine = PartialState(), _engine(trainer, by)
+    jobs = [_job(trainer, task, texts, how, limit) for task, texts in prompts.items()]
+    made_from = [digest({**engine, **job}) for job in jobs]
+    files = [at.path / "written" / f"{name}_{task}.json" for task in prompts]
+    if state.is_main_process:
+        jobs = [
+            {**job, "file": str(file), "made_from": made}
+            for job, file, made in zip(jobs, files, made_from, strict=True)
+            if _made_from(file) != made
+        ]
+        asked = at.path / "written" / f".{name}.job.json"
+        if jobs:
+            write_json(asked, {**engine, "jobs": jobs})
+            if run_alone(["trainers.base.answering", str(asked)]):
+                raise RunError(
+                    f"{by.name} could not answer the {sum(len(job['prompts']) for job in jobs)} prompts of "
+                    f"{', '.join(prompts)} that stage {trainer.stage.name} is trained on, see above. What is done is "
+                    "kept: run this again."
+                )
         remove(asked)
     state.wait_for_everyone()
-    return read_json(file, dict[str, Any])["answers"]
+    read = [read_json(file, dict[str, Any])["answers"] for file in files]
+    return {task: [[Answer(*a) for a in row] for row in rows] for task, rows in zip(prompts, read, strict=True)}
 
 
 def _made_from(file: Path) -> str | None:
@@ -57,13 +74,9 @@ def _made_from(file: Path) -> str | None:
         return None  # damaged: it is made again
 
 
-def _job(
-    trainer: Any, by: Stage, task: str, prompts: list[list[int]], sampling: dict[str, Any] | None
-) -> dict[str, Any]:
-    """Everything that decides the answers."""
+def _engine(trainer: Any, by: Stage) -> dict[str, Any]:
+    """The engine and the weights that answer."""
     config, model = trainer.config, trainer.model_args
-    kwargs: Mapping[str, Any] = load_tasks([task])[task].config.generation_kwargs or {}
-    lengths = [kwargs.get("max_gen_toks", 256), config.max_new_tokens, config.max_answer_length]
     return {
         "backend": config.backend,
         "base": model.model_name_or_path,
@@ -74,38 +87,33 @@ def _job(
         },
         "checkpoint": None if by.checkpoint is None else str(by.checkpoint),
         "fingerprint": by.fingerprint(),
-        "stops": [stop for stop in kwargs.get("until") or [] if stop],
-        "most": min(length for length in lengths if length is not None),
-        "sampling": sampling or {},
-        "seed": config.seed,
-        "prompts": prompts,
     }
 
 
-def answer(asked: Path, file: Path, made_from: str) -> None:
-    """Answers a job, in a process of its own."""
-    import torch
-
-    from trace_bench.engine import open_engine
-
-    job = read_json(asked, dict[str, Any])
-    checkpoint = None if job["checkpoint"] is None else Path(job["checkpoint"])
-    lm: Any = open_engine(
-        job["backend"],
-        job["base"],
-        revision=job["revision"],
-        engine_args=job["engine_args"],
-        checkpoints=[] if checkpoint is None else [checkpoint],
-    )
-    torch.manual_seed(job["seed"])
-    if checkpoint is not None:
-        lm.load(checkpoint)
-    wanted = [lm.want(ids, job["most"], job["stops"], job["sampling"]) for ids in job["prompts"]]
-    write_json(file, {"made_from": made_from, "answers": lm.answers(wanted)})
+def _job(trainer: Any, task: str, texts: Sequence[str], how: dict[str, Any], limit: int | None) -> dict[str, Any]:
+    """What is asked of a task: together with the engine everything that decides its answers."""
+    config = trainer.config
+    kwargs: Mapping[str, Any] = load_tasks([task])[task].config.generation_kwargs or {}
+    lengths = [kwargs.get("max_gen_toks", 256), config.max_new_tokens, config.max_answer_length]
+    return {
+        "stops": [stop for stop in kwargs.get("until") or [] if stop],
+        "most": min(length for length in lengths if length is not None),
+        "seed": config.seed,
+        "prompts": prompt_ids(trainer.tokenizer, texts, limit, trainer.chat),
+        **how,
+    }
 
 
-if __name__ == "__main__":
-    from trace_bench.text import prepare_logging
+def check_scores(names: Sequence[str], option: str, instead: str) -> None:
+    """Refuses tasks whose metric has no score for a single answer, before anything is trained; for `prepare`.
 
-    prepare_logging()
-    answer(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    Args:
+        names: The tasks.
+        option: What needs the scores, for the error.
+        instead: What to do, for the error.
+    """
+    for task in load_tasks(names).values():
+        try:
+            answer_scores(task, [(0, training_rows(task, 1)[0][1])])
+        except DataError as e:
+            raise ConfigError(f"{option}: {e} {instead}") from e

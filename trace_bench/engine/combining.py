@@ -1,0 +1,212 @@
+"""Checkpoints from elsewhere made into one: what fits together, the folder that is written, and what it was made from.
+
+What does not fit is refused before any weights are read, from configurations and headers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trace_bench.engine import models
+from trace_bench.engine.architecture import config_differences, tensor_shapes
+from trace_bench.engine.averaging import OF_VECTORS, Merge, merge_adapters, merge_models
+from trace_bench.engine.checkpoints import another_base
+from trace_bench.engine.models import ModelError
+from trace_bench.run import RunError, read_json
+from trace_bench.versions import package_versions
+from trace_tasks.data.files import fingerprint, fresh_dir, write_json
+
+#: What the merged checkpoint was made from, in its folder.
+RECORD = "merged_from.json"
+#: Options of LoRA with which an adapter is more than the products B A, or its products have factors of their own.
+_NOT_PLAIN = (
+    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
+    *("alora_invocation_tokens", "arrow_config", "rank_pattern", "alpha_pattern"),
+)
+#: How the first A and B may be drawn; others take a part of the base's weights into the adapter.
+_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
+
+
+def combine(
+    checkpoints: Sequence[Path], output: Path, how: Merge, *, model: str | None = None, rank: int | None = None
+) -> dict[str, Any]:
+    """Writes the merge of checkpoints as an ordinary checkpoint: all of the folder, or nothing.
+
+    Args:
+        checkpoints: Adapters of one base, or full models.
+        output: A folder that is not there yet.
+        how: The method and its settings.
+        model: The base model. Full models need it for the methods of OF_VECTORS, and for wise of one checkpoint.
+        rank: Of a merged adapter, at most; None = the sum of the ranks.
+
+    Returns:
+        What is also written to RECORD.
+
+    Raises:
+        RunError: if something does not fit; nothing is written.
+    """
+    if output.exists():
+        raise RunError(f"{output} is there already. Name a folder that does not exist yet (--output).")
+    lora = check(checkpoints, how, model, rank)
+    base = None if lora or model is None else _base_folder(model)
+    if base is not None:
+        _check_same(base, checkpoints)
+    record = how.settings() | {
+        "kind": "adapter" if lora else "model",
+        "checkpoints": [{"name": _name(path), "fingerprint": fingerprint(path)} for path in checkpoints],
+    }
+    if base is not None:
+        record["model"] = {"name": Path(str(model)).name, "fingerprint": fingerprint(base)}
+    with fresh_dir(output) as folder:
+        if lora:
+            record |= merge_adapters(checkpoints, folder, how, rank)
+        else:
+            record |= merge_models(checkpoints, folder, how, base)
+        record["versions"] = package_versions(["trace-bench", "peft", "torch"])
+        write_json(folder / RECORD, record)
+    return record
+
+
+def check(checkpoints: Sequence[Path], how: Merge, model: str | None = None, rank: int | None = None) -> bool:
+    """Refuses checkpoints that are not of one kind, one base and the same tensors.
+
+    Returns:
+        Whether they are adapters.
+    """
+    least = 1 if how.method == "wise" else 2
+    if len(checkpoints) < least or (how.method == "wise" and len(checkpoints) > 2):
+        wanted = "one checkpoint (and its base) or two" if how.method == "wise" else "two checkpoints or more"
+        raise RunError(f"{how.method} merges {wanted}; {len(checkpoints)} given.")
+    for folder in checkpoints:
+        if not (models.is_adapter(folder) or (folder / "config.json").is_file()):
+            raise RunError(f"{folder} is no checkpoint: it has neither an adapter_config.json nor a config.json.")
+        models.refuse_odd_files(folder)
+        models.refuse_pickle(folder)
+    adapters = [folder for folder in checkpoints if models.is_adapter(folder)]
+    if adapters and len(adapters) < len(checkpoints):
+        other = next(folder for folder in checkpoints if folder not in adapters)
+        raise RunError(
+            f"{adapters[0]} is an adapter and {other} a full model: only checkpoints of one kind are merged. Merge the "
+            "adapter into its base first (merge_and_unload, save_pretrained)."
+        )
+    if adapters:
+        _check_adapters(adapters, model)
+        return True
+    if rank is not None:
+        raise RunError(f"--rank {rank}: full models have no rank. Leave it out.")
+    if model is None and (how.method in OF_VECTORS or len(checkpoints) == 1):
+        raise RunError(f"{how.method} of full models needs their base model: give it with --model.")
+    if model is not None and how.method not in OF_VECTORS and len(checkpoints) > 1:
+        raise RunError(f"--model {model}: {how.method} of {len(checkpoints)} full models needs no base. Leave it out.")
+    _check_same(checkpoints[0], checkpoints[1:])
+    return False
+
+
+def _check_adapters(adapters: Sequence[Path], model: str | None) -> None:
+    """Refuses adapters that are no plain LoRA, have different bases, or other modules."""
+    first = models.adapter_config(adapters[0])
+    for folder in adapters:
+        config = models.adapter_config(folder)
+        kind, odd = config.get("peft_type"), [name for name in _NOT_PLAIN if config.get(name)]
+        if kind != "LORA" or odd or config.get("bias", "none") != "none":
+            what = f"of the kind {kind}" if kind != "LORA" else f"with {odd[0] if odd else 'bias'}"
+            raise RunError(
+                f"{folder} is an adapter {what}: only plain LoRA is merged, whose weights are its products. Merge each "
+                "into its base (merge_and_unload, save_pretrained), and merge the full models."
+            )
+        if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
+            raise RunError(f"{folder}/adapter_config.json has no r or no lora_alpha, which are numbers. Copy it again.")
+        if config.get("init_lora_weights", True) not in _PLAIN_BEGINNINGS:
+            raise RunError(
+                f"{folder} began with init_lora_weights={config['init_lora_weights']}, which changes the base's "
+                "weights. Convert it to plain LoRA where it was trained (path_initial_model_for_weight_conversion)."
+            )
+        base = {"name": model} if model else {"name": first.get("base_model_name_or_path") or "", **_revision(first)}
+        if why := _another(config, base):
+            raise RunError(
+                f"{folder} and {model or adapters[0]} have different base models: {why}. Task vectors of different "
+                "models have no sum."
+            )
+    _compare({folder: _products(folder) for folder in adapters})
+
+
+def _revision(config: dict[str, Any]) -> dict[str, Any]:
+    return {"revision": config["revision"]} if config.get("revision") else {}
+
+
+def _another(config: dict[str, Any], base: dict[str, Any]) -> str | None:
+    """Why an adapter was trained from another base; one that is not here is compared by its name."""
+    said = config.get("base_model_name_or_path") or ""
+    if said == base["name"] and config.get("revision") == base.get("revision", config.get("revision")):
+        return None
+    try:
+        return another_base(config, base)
+    except ModelError:
+        same = Path(said).name.casefold() == Path(base["name"]).name.casefold()
+        return None if same else f"adapter_config.json names {said}, and not {base['name']}"
+
+
+def _products(folder: Path) -> dict[str, list[int]]:
+    """The shapes of the products B A of an adapter, by the names of the A."""
+    shapes, rank, found = tensor_shapes(folder), models.adapter_config(folder)["r"], {}
+    for name, shape in shapes.items():
+        partner = name.replace(".lora_A.", ".lora_B.").replace(".lora_B.", ".lora_A.", ".lora_B." in name)
+        other = shapes.get(partner, [])
+        if partner == name or len(shape) != 2 or len(other) != 2:
+            raise RunError(
+                f"{folder} holds {name}, which is neither an A nor a B of a linear layer: it cannot be merged. Merge "
+                "each adapter into its base (merge_and_unload, save_pretrained), and merge the full models."
+            )
+        if ".lora_A." in name:
+            if [shape[0], other[1]] != [rank, rank]:
+                raise RunError(f"{folder}: {name} has rank {shape[0]}, its adapter_config.json says r={rank}.")
+            found[name] = [other[0], shape[1]]
+    return found
+
+
+def _check_same(first: Path, others: Sequence[Path]) -> None:
+    """Refuses full models whose configs or tensors differ."""
+    for folder in (first, *others):
+        if read_json(folder / "config.json").get("quantization_config"):
+            raise RunError(f"{folder} is quantised: its packed weights have no mean. Give the model as it was before.")
+    for folder in others:
+        if differences := config_differences(first, folder):
+            raise RunError(f"{folder} is another model than {first}: {'; '.join(differences[:3])}.")
+    _compare({folder: tensor_shapes(folder) for folder in (first, *others)})
+
+
+def _compare(shapes: dict[Path, dict[str, list[int]]]) -> None:
+    """Refuses checkpoints whose tensors have other names or shapes than the first one's."""
+    (first, wanted), *others = shapes.items()
+    for folder, found in others:
+        for name in sorted(wanted.keys() | found.keys()):
+            if wanted.get(name) != found.get(name):
+                said = [f"has shape {s[name]}" if name in s else "is not there" for s in (wanted, found)]
+                raise RunError(
+                    f"{folder} does not fit {first}: {name} {said[1]}, in the first it {said[0]}. Checkpoints of one "
+                    "base with the same layers are merged; save full models with the same transformers."
+                )
+
+
+def _base_folder(model: str) -> Path:
+    """The folder of a base model; one of the hub is fetched."""
+    from huggingface_hub import snapshot_download
+
+    base = models.resolve_model(model)
+    if Path(base).is_dir():
+        return Path(base)
+    try:
+        return Path(snapshot_download(base, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as e:
+        raise ModelError(
+            f"The model {base!r} is no local folder, and the hub does not give it ({type(e).__name__}): is the name "
+            "right, the hub reachable (HF_HUB_OFFLINE)?"
+        ) from e
+
+
+def _name(path: Path) -> str:
+    """A checkpoint's name without the path to it; within a run with that of its stage."""
+    path = path.absolute()
+    return f"{path.parent.name}/{path.name}" if path.name in ("adapter", "model") else path.name

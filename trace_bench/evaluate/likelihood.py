@@ -1,0 +1,98 @@
+"""The log-likelihood of the reference answers: a further metric of the matrix, read off without generating anything.
+
+It is the mean over the rows of nats per token. The tokens are those of training, EOS included, so it is minus the loss
+that training would have on the test rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+from trace_bench.evaluate.plan import Plan
+from trace_bench.measures.likelihood import LIKELIHOOD
+from trace_bench.metrics import standard_error
+from trace_bench.records import check_samples
+from trace_bench.run import RunError, Stage, read_jsonl
+from trace_bench.tasks import target_text
+from trace_tasks.data.files import fingerprint, write_json, write_jsonl
+
+log = logging.getLogger(__name__)
+
+
+def with_likelihood(
+    lm: Any, task: Any, max_answer: int | None, cell: dict[str, Any], samples: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A cell and its samples with the likelihoods; the engine holds the weights, and the task's prompts are made.
+
+    Each row gets its nats per token and the number of tokens, and the cell their mean and what it took. A row without a
+    text to read, or one that does not fit into the context, has none, and then neither has the cell.
+    """
+    began = time.perf_counter()
+    asked = {instance.doc_id: (instance.args[0], _answer(task, instance.doc)) for instance in task.instances}
+    known = [(i, *asked[row["doc_id"]]) for i, row in enumerate(samples)]
+    known = [(i, prompt, answer) for i, prompt, answer in known if answer is not None]
+    found = lm.log_likelihoods([p for _, p, _ in known], [a for *_, a in known], max_answer)
+    read = {i: (nats / n, n) for (i, *_), (nats, n) in zip(known, found, strict=True) if not math.isnan(nats)}
+    rows = []
+    for i, row in enumerate(samples):
+        value, tokens = read.get(i, (None, None))
+        rows.append({**row, LIKELIHOOD: value, "target_tokens": tokens})
+    values = [value for value, _ in read.values()]
+    if lacking := len(rows) - len(values):
+        log.warning(
+            "%s: %d of %d reference answers are no text, or do not fit into the engine's context of %d tokens behind "
+            "their prompts, so the cell has no likelihood. --engine-args with a larger max_model_len (vllm) or "
+            "max_length (hf) makes room; evaluate --likelihood then fills it in.",
+            *(task.task_name, lacking, len(rows), lm.max_length),
+        )
+    mean = None if lacking else sum(values) / len(values)
+    score = {"value": mean, "stderr": None if lacking else standard_error(values)}
+    taken = {"seconds": round(time.perf_counter() - began, 3), "max_answer_length": max_answer}
+    further = {"metrics": score, "higher_is_better": True, "scale": None}
+    return {
+        **cell,
+        **{key: {**cell.get(key, {}), LIKELIHOOD: value} for key, value in further.items()},
+        "likelihood": taken,
+    }, rows
+
+
+def _answer(task: Any, doc: dict[str, Any]) -> str | None:
+    """The reference answer as it would be trained; None where there is no text."""
+    try:
+        return target_text(task, doc)
+    except ValueError:
+        return None
+
+
+def fill_cell(plan: Plan, task: Any, lm: Any, stage: Stage, name: str, made: dict[str, Any]) -> None:
+    """Adds the likelihoods to a cell that was made without them; nothing is generated again.
+
+    The samples are written between two versions of the cell, the first of which has no fingerprint of them. A program
+    that is killed between them leaves the old scores, which fit both versions of the samples.
+    """
+    settings, samples = plan.settings[name], read_jsonl(stage.samples_file(name))
+    check_samples(stage, name, [row["doc_id"] for row in samples])
+    lm.max_prompt_length = settings["max_prompt_length"]
+    task.build_all_requests(
+        limit=settings["test_rows"],
+        rank=0,
+        world_size=1,
+        apply_chat_template=settings["chat_template"],
+        chat_template=lm.apply_chat_template if settings["chat_template"] else None,
+    )
+    prompts = {instance.doc_id: instance.args[0] for instance in task.instances}
+    for row in samples:
+        if prompts.get(row["doc_id"]) != row["prompt"]:
+            raise RunError(
+                f"{stage.samples_file(name)}: row {row['doc_id']} was asked with another prompt than the task makes "
+                "now, so its likelihood would be of another row. Delete both files of the cell and evaluate again."
+            )
+    cell, rows = with_likelihood(lm, task, plan.max_answer, dict(plan.there[stage, name]), samples)
+    cell["likelihood"] |= {"served": lm.served, **{k: made[k] for k in ("engine_args", "made_with", "commit")}}
+    cell["seconds"] = round(cell["seconds"] + cell["likelihood"]["seconds"], 3)
+    write_json(stage.eval_file(name), {**plan.there[stage, name], "samples": None})
+    write_jsonl(stage.samples_file(name), rows)
+    write_json(stage.eval_file(name), cell | {"samples": fingerprint(stage.samples_file(name))})

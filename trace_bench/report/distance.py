@@ -1,0 +1,157 @@
+"""How far the stages are from the base model, beside what they forgot."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from trace_bench import records
+from trace_bench.measures.distance import rank_correlation
+from trace_bench.metrics import Estimate, mean_interval
+from trace_bench.records import NEUTRAL
+from trace_bench.report.results import UNKNOWN, Results
+from trace_bench.report.tables import PERCENT, Block, Table, Unit
+from trace_bench.run import Run, read_json
+
+if TYPE_CHECKING:
+    from trace_bench.report.entry import Entry
+
+NATS = Unit("nats", scale=None, higher_is_better=False)
+#: Fewer points than these have no rank correlation that says anything.
+_ENOUGH = 5
+
+
+class Distance(NamedTuple):
+    """The distance of a stage on a set of prompts."""
+
+    kl: Estimate
+    """Nats per token, with the interval over prompts."""
+    unseen: float
+    """The share of the base model's probability that the bound does not tell apart."""
+    n: int
+    settings: dict[str, Any]
+
+
+class Point(NamedTuple):
+    """A stage: how far it is on the prompts of its own task and on neutral ones, and what it forgot (-BWT)."""
+
+    stage: int
+    own: Estimate
+    neutral: Estimate
+    forgetting: Estimate
+
+
+def distances(run: Run) -> dict[tuple[int, str], Distance]:
+    """(stage, set of prompts) -> its distance; those of an older checkpoint or of other answers are left out."""
+    found = {}
+    for stage in run.stages[1:]:
+        if not stage.is_trained:
+            continue
+        for name in filter(None, (stage.task, NEUTRAL)):
+            there, base = records.read_distance(stage, name), records.read_distance(run.stages[0], name)
+            if there is None or not there["n"]:
+                continue
+            external = not stage.train_file.exists()
+            checkpoint = there["checkpoint"] if external else read_json(stage.train_file)["checkpoint"]
+            if records.is_distance_valid(there, base, checkpoint):
+                kl, unseen = (np.array([np.mean(row) for row in there[key]]) for key in ("kl", "unseen"))
+                low, high = mean_interval(kl[:, None], fractions=False)
+                estimate = Estimate(float(kl.mean()), float(low[0]), float(high[0]))
+                found[stage.index, name] = Distance(estimate, float(unseen.mean()), len(kl), there["settings"])
+    return found
+
+
+def points(results: Results) -> list[Point]:
+    """The stages of a run that have a distance."""
+    run, found = results.run, distances(results.run)
+
+    def of(index: int, name: str | None) -> Estimate:
+        return found[index, name].kl if name and (index, name) in found else UNKNOWN
+
+    stages = [s for s in run.stages if any(index == s.index for index, _ in found)]
+    return [Point(s.index, of(s.index, s.task), of(s.index, NEUTRAL), _forgetting(results, s.index)) for s in stages]
+
+
+def _forgetting(results: Results, stage: int) -> Estimate:
+    if not results.is_sequential:
+        return UNKNOWN
+    return _negative(results.sequence["BWT"][stage - 1])
+
+
+def correlations(found: Sequence[Point]) -> str:
+    """The rank correlations of distance and forgetting, where there are enough points."""
+    texts = []
+    for name, where in (("own", "the own task's prompts"), ("neutral", "neutral questions")):
+        pairs = [(getattr(point, name).value, point.forgetting.value) for point in found]
+        pairs = [pair for pair in pairs if not math.isnan(sum(pair))]
+        if len(pairs) >= _ENOUGH and not math.isnan(rho := rank_correlation(*zip(*pairs, strict=True))):
+            texts.append(f"{rho:+.2f} on {where} ({len(pairs)} points)")
+    return f"Rank correlation (Spearman) of distance and forgetting: {'; '.join(texts)}." if texts else ""
+
+
+def sections(results: Results) -> Iterable[Block]:
+    """The distance of each stage, beside its BWT."""
+    run, found, unit = results.run, distances(results.run), results.unit or PERCENT
+    if not found:
+        return
+    settings, shown = next(iter(found.values())).settings, points(results)
+    yield (
+        "## Distance from the base model\n\n"
+        f"KL(base || stage) in nats per token, at the first {settings['tokens']} tokens of the base model's own "
+        f"answers to {_sizes(found, False)} test prompts of the stage's task and to {_sizes(found, True)} neutral "
+        "questions (arXiv 2509.04259). In brackets 95 % intervals over the prompts. **How to read it:** the further a "
+        "stage is from the base model, the more it is expected to have forgotten; methods are compared on the prompts "
+        "of the new task, stages on the neutral questions, which are the same at all of them."
+    )
+    rows = []
+    for index, own, neutral, forgetting in shown:
+        stage = run.stages[index]
+        shares = [found[index, n].unseen if n and (index, n) in found else math.nan for n in (stage.task, NEUTRAL)]
+        bwt = unit.with_interval(_negative(forgetting), sign=True)
+        rows.append([stage.name, *map(NATS.with_interval, (own, neutral)), *map(PERCENT.text, shares), bwt])
+    head = ["stage", "own task", "neutral", "unseen, own", "unseen, neutral", "BWT_t"]
+    yield Table(head, rows).without_empty_columns()
+    note = (
+        f"These are lower bounds. The {settings['likeliest']} tokens that the base model holds likeliest are told "
+        "apart, and all others count as one. Unseen is their share of the base model's probability, in percent; what "
+        "is missing is this share times the divergence within them."
+    )
+    yield f"{note} {correlations(shown)}".strip()
+
+
+def _sizes(found: dict[tuple[int, str], Distance], neutral: bool) -> str:
+    return " or ".join(sorted({str(d.n) for (_, name), d in found.items() if (name == NEUTRAL) == neutral})) or "no"
+
+
+def _negative(estimate: Estimate) -> Estimate:
+    return Estimate(-estimate.value, -estimate.high, -estimate.low)
+
+
+def scores(results: Results) -> Iterable[list[Any]]:
+    """Lines of scores.csv."""
+    for (index, name), d in distances(results.run).items():
+        ends = (None if math.isnan(x) else x for x in d.kl[1:])
+        yield [results.run.stages[index].name, name, "kl_from_base", d.kl.value, None, d.n, 0, *ends]
+
+
+def last_points(entries: Iterable[Entry]) -> dict[str, Point]:
+    """Name of a run -> its last stage, of the runs that have its distance."""
+    found = {e.name: points(e.results) for e in entries}
+    last = {e.name: len(e.run.stages) - 1 for e in entries}
+    return {name: of[-1] for name, of in found.items() if of and of[-1].stage == last[name]}
+
+
+def table_of_runs(entries: Sequence[Entry]) -> Table:
+    """The distance of the last stage of each run."""
+    found = last_points(entries)
+    rows = [[name, *map(NATS.with_interval, point[1:3])] for name, point in found.items()]
+    about = (
+        "KL(base || last stage) in nats per token, on the prompts of its own task and on neutral questions; the "
+        "further, the more is expected to be forgotten"
+    )
+    if text := correlations(list(found.values())):
+        about += f". {text.rstrip('.')}"
+    return Table(["run", "own task", "neutral"], rows, "Distance from the base model", about).without_empty_columns()

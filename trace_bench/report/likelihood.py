@@ -1,0 +1,122 @@
+"""The section about the log-likelihood of the reference answers: soft forgetting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from trace_bench import metrics
+from trace_bench.measures.likelihood import LIKELIHOOD, rows_needed, share_of_gain
+from trace_bench.metrics import Estimate, Matrix
+from trace_bench.report.results import UNKNOWN, Results
+from trace_bench.report.tables import DASH, Block, Table, Unit, count
+from trace_tasks.data import task_name
+
+NATS = Unit("nats per token", scale=None)
+
+
+def soft_changes(results: Results, t: int) -> list[Estimate]:
+    """What the log-likelihoods of the tasks before stage t gained since their own stages, in nats per token."""
+    L, found = results.matrix(LIKELIHOOD), []
+    for i in range(t - 1):
+        bounds = metrics.difference_interval(_since_own(results, i, t)[:, None], fractions=False)
+        found.append(Estimate(float(L[t, i] - L[i + 1, i]), *(float(bound[0]) for bound in bounds)))
+    return found
+
+
+def soft_bwt(results: Results, t: int) -> Estimate:
+    """BWT_t of the log-likelihoods; NaN where some are missing."""
+    return metrics.mean_of(soft_changes(results, t)) if results.is_sequential else UNKNOWN
+
+
+def soft_rows(results: Results, task: str) -> Matrix:
+    """What the rows of a task gained from its own stage to the last, in nats per token, shape (rows,)."""
+    return _since_own(results, results.run.tasks.index(task), len(results.run.tasks))
+
+
+def _since_own(results: Results, i: int, t: int, metric: str = LIKELIHOOD) -> Matrix:
+    """What each row of a task gained from its own stage to stage t, shape (rows,)."""
+    rows = results.rows.get(results.run.tasks[i])
+    x = None if rows is None else rows.scores.get(metric)
+    return np.full(2, np.nan) if x is None else x[:, t] - x[:, i + 1]
+
+
+def sections(results: Results) -> Iterable[Block]:
+    """The second matrix, what of it was forgotten, and how many test rows it takes to see that."""
+    run, L = results.run, results.matrix(LIKELIHOOD)
+    if np.isnan(L).all():
+        return
+    yield (
+        "## Likelihood of the reference answers\n\nRows: the model after a stage. Columns: tasks, in nats per token: "
+        "the mean log-probability of a token of the reference answer, EOS included, which is minus the training loss "
+        "of these rows. 0 is certainty, and 0.69 less halves the probability of every token. It moves before an answer "
+        "becomes another one, so a fall here is forgetting that a score may not show yet."
+    )
+    yield Table(["stage", *map(task_name, run.tasks)], [[s.name, *map(NATS.text, L[s.index])] for s in run.stages])
+    t = results.last_stage if results.is_sequential else 0
+    if t > 1:
+        yield _numbers(results, L, t)
+        yield (
+            f"From its own stage to stage {t}, in nats per token. **Share**: of what the own stage had gained; -100 %: "
+            "all of it is gone. **Rows needed**: how many test rows of each task show the loss in four of five tests "
+            "(paired t-test at 5 %), by the likelihood and by the headline score; –: nothing was lost, or in the "
+            "last column no loss is certain. They are estimates from the rows of this run, rough where these are few."
+        )
+        yield _forgotten(results, L, t)
+    seconds = [cell["likelihood"]["seconds"] for cell in results.cells_of(run.tasks).values() if "likelihood" in cell]
+    if seconds:
+        whole = sum(map(results.evaluation_seconds, run.stages))
+        yield f"Reading the likelihoods took {count(sum(seconds))} of the {count(whole)} seconds of the evaluation."
+
+
+def _numbers(results: Results, L: Matrix, t: int) -> Table:
+    ends = [results.intervals.get((t, task, LIKELIHOOD), ()) for task in results.run.tasks[:t]]
+    op = metrics.mean_of([Estimate(float(value), *end) for value, end in zip(L[t, :t], ends, strict=True)])
+    bwt = "mean change of a task since its own stage (divided by t-1); negative = forgetting"
+    rows = [
+        [f"OP_{t}", NATS.with_interval(op), f"mean of the {t} tasks seen, at stage {t}"],
+        [f"BWT_{t}", NATS.with_interval(soft_bwt(results, t), sign=True), bwt],
+    ]
+    return Table(["", NATS.plain, ""], rows)
+
+
+def _forgotten(results: Results, L: Matrix, t: int) -> Table:
+    changes, shares, i = soft_changes(results, t), share_of_gain(L, t), list(range(t - 1))
+    base, own, last = L[0, i], L[1:].diagonal()[i], L[t, i]
+    soft = [_since_own(results, k, t) for k in i]
+    hard = [
+        results.units[task].sign * _since_own(results, k, t, results.headlines.get(task, ""))
+        for k, task in enumerate(results.run.tasks[: t - 1])
+    ]
+    rows = [
+        [
+            task_name(results.run.tasks[k]),
+            *(NATS.text(values[k]) for values in (base, own, last)),
+            NATS.with_interval(changes[k], sign=True),
+            _share(shares[k]),
+            *_needed([soft[k]], [hard[k]], changes[k], results.change(k, k + 1, t)),
+        ]
+        for k in i
+    ]
+    learned = float((own - base).mean())
+    bwt = metrics.mean_of(changes)
+    mean = ["mean", *(NATS.text(float(values.mean())) for values in (base, own, last))]
+    share = bwt.value / learned if learned > 0 else math.nan
+    needed = _needed(soft, hard, bwt, results.sequence["BWT"][t - 1])
+    rows.append([*mean, NATS.with_interval(bwt, sign=True), _share(share), *needed])
+    head = ["task", "base", "own stage", f"stage {t}", "since then", "share"]
+    return Table([*head, "rows needed<br>likelihood", "rows needed<br>score", "times fewer"], rows)
+
+
+def _share(share: float) -> str:
+    return DASH if math.isnan(share) else f"{100 * share:+.0f} %"
+
+
+def _needed(soft: list[Matrix], hard: list[Matrix], *changes: Estimate) -> list[str]:
+    """Rows needed by the likelihood and by the score, where they fell, and how many times fewer the first are."""
+    found = [rows_needed(rows) if sum(x.mean() for x in rows) < 0 else None for rows in (soft, hard)]
+    certain = any(change.sign < 0 for change in changes)  # else both numbers are of a loss that may be none
+    fewer = f"{found[1] / found[0]:.1f}" if certain and found[0] and found[1] else DASH
+    return [*(count(n) for n in found), fewer]

@@ -1,0 +1,24 @@
+"""The blocks of a decoder, for methods that treat them differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def decoder_blocks(model: Any) -> torch.nn.ModuleList:
+    """The blocks (layers) of the text model, the lowest first; of a model with an adapter, with the adapter in them.
+
+    Their list has no common name ("layers", "h", "blocks"). It is the one with the most parameters.
+    """
+    lists = [module for module in text_model(model).modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))  # the outer one of equals
+
+
+def text_model(model: Any) -> Any:
+    """The decoder without its head, with or without an adapter in it."""
+    from peft import PeftModel
+
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.get_decoder()
