@@ -164,7 +164,8 @@ def test_a_task_scores_both(sets):
 
 
 def test_rows_that_are_nowhere_are_an_error_that_says_how_to_get_them(tmp_path, monkeypatch):
-    monkeypatch.delenv("TRACE_CL_BENCHMARK", raising=False)
+    for name in ("TRACE_DATA", "TRACE_CL_BENCHMARK"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(data.DataError, match=r"TRACE_CL_BENCHMARK is not set[^$]*cmnfriend/O-LoRA"):
         load_tasks(["cl_yelp"])
     monkeypatch.setenv("TRACE_CL_BENCHMARK", str(tmp_path))
