@@ -57,10 +57,13 @@ def all_rows(data, task):
 
 def test_rows_are_those_of_this_version():
     """Other rows under the same VERSION would silently be compared; bump VERSION and this digest together."""
-    made = [demo.make_demo(), demo.make_reasoning(), demo.make_lima()]
+    made = [demo.make_demo(), demo.make_reasoning(), demo.make_lima(), demo.make_sets()]
     digests = [hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] for data in made]
     # The first is that of version 1 too: published numbers stand on these rows.
-    assert (demo.VERSION, digests) == (3, ["88dcc01948494544", "e3427a219540ce05", "2777bcb077643961"])
+    assert (demo.VERSION, digests) == (
+        4,
+        ["88dcc01948494544", "e3427a219540ce05", "2777bcb077643961", "ae8fbb3ce43d091a"],
+    )
     assert demo.make_demo(3) != demo.make_demo(4)
 
 
@@ -121,7 +124,7 @@ def test_the_number_of_rows_is_chosen_and_leaves_the_test_rows_as_they_are(tmp_p
     main([str(tmp_path / "out"), "--rows", "200", "8", "24"])
     assert str(tmp_path / "out") in capsys.readouterr().out
     first = (tmp_path / "out" / "README.txt").read_text(encoding="utf-8").split("\n")[0]
-    assert first == "TRACE demo data, version 3, seed 0, 200 training, 8 eval and 24 test rows"
+    assert first == "TRACE demo data, version 4, seed 0, 200 training, 8 eval and 24 test rows"
     for task, splits in demo.make_demo().items():
         assert data.read_split(tmp_path / "out", task, "test") == splits["test"]
         assert len(data.read_split(tmp_path / "out", task, "train")) == 200

@@ -29,13 +29,23 @@ def task(request: pytest.FixtureRequest, demo_data: None):
 def test_every_yaml_of_the_folder_is_in_the_index():
     # lm-eval passes over a YAML that fails to load without a word.
     names = {p.stem for p in data.TASKS_PATH.glob("*.yaml")}
-    assert names >= {*data.FOLDERS, "trace", *data.REASONING, "reasoning", *data.SUITES, *data.JUDGED, *data.GROUPS}
+    assert names >= {
+        *data.FOLDERS,
+        "trace",
+        *data.REASONING,
+        "reasoning",
+        *data.CL_BENCHMARK,
+        "cl",
+        *data.SUITES,
+        *data.JUDGED,
+        *data.GROUPS,
+    }
     assert set(task_manager().all_tasks) == names
     assert sorted(data.ORDERS["order2"]) == sorted(data.ORDERS["order1"])
 
 
-@pytest.mark.parametrize(("prefix", "order"), [("trace", "order1"), ("reasoning", "reasoning_order1")])
-def test_the_glob_is_the_eight_and_the_group_has_them_too(prefix, order, demo_data: None):
+@pytest.mark.parametrize(("prefix", "order"), [("trace", "order1"), ("reasoning", "reasoning_order1"), ("cl", "long4")])
+def test_the_glob_is_all_of_them_and_the_group_has_them_too(prefix, order, demo_data: None):
     manager = task_manager()
     assert set(manager.match_tasks([f"{prefix}_*"])) >= set(data.ORDERS[order])
     assert list(manager.load([prefix])["tasks"]) == data.ORDERS[order]
@@ -59,13 +69,13 @@ cli_evaluate()
 def test_plain_lm_eval_runs_the_tasks_where_nothing_else_of_ours_is_there(tmp_path):
     shutil.copytree(data.TASKS_PATH, tmp_path / "trace_tasks", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRACE_DATA": "demo"}
-    command = [sys.executable, "-c", BLOCK, "run", "--model", "dummy", "--tasks", "trace_*,reasoning_fomc"]
+    command = [sys.executable, "-c", BLOCK, "run", "--model", "dummy", "--tasks", "trace_*,reasoning_fomc,cl_agnews"]
     command += ["--limit", "2", "--include_path", str(tmp_path / "trace_tasks")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for task in (*data.FOLDERS, "reasoning_fomc"):
+    for task in (*data.FOLDERS, "reasoning_fomc", "cl_agnews"):
         table = re.search(rf"\|{task} *\|.*\n(?:\| +\|.*\n)*", done.stdout)
-        assert table and f"|{HEADLINES[task]} " in table[0], done.stdout
+        assert table and f"|{HEADLINES.get(task, 'accuracy')} " in table[0], done.stdout
 
 
 @pytest.mark.parametrize("task", list(HEADLINES), indirect=True)

@@ -46,7 +46,7 @@ Words = dict[str, str]
 Anything = dict[str, Any]
 
 _Model = _object((str, "name! path"), (Text, "revision"))
-_Data = _object((Text, "path"), (str, "reasoning own_tasks"), (bool, "demo!"), (Words, "fingerprint test"))
+_Data = _object((Text, "path"), (str, "reasoning own_tasks cl_benchmark"), (bool, "demo!"), (Words, "fingerprint test"))
 #: The settings of a run that are read again: what is evaluated, and what a comparison shows.
 _Config = _object(
     (Literal["vllm", "hf"], "backend"),

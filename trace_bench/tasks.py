@@ -7,9 +7,7 @@ ids (`trace_tasks.tokens`), so they cannot drift apart.
 from __future__ import annotations
 
 import errno
-import hashlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -21,7 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
-from trace_tasks.data import FOLDERS, JUDGED, REASONING, SUITES, TASKS_PATH, Data, DataError, needs_data
+from trace_tasks.data import (
+    CL_BENCHMARK,
+    FOLDERS,
+    JUDGED,
+    REASONING,
+    SUITES,
+    TASKS_PATH,
+    Data,
+    DataError,
+    find_cl_benchmark,
+    is_demo,
+    needs_data,
+    rows_digest,
+)
 from trace_tasks.errors import with_neighbours
 
 if TYPE_CHECKING:
@@ -87,7 +98,7 @@ def check_names(names: Iterable[str]) -> None:
     Raises:
         DataError: naming them, with their neighbours.
     """
-    sought = dict.fromkeys(n for n in names if n not in {*FOLDERS, *REASONING, *JUDGED, *SUITES})
+    sought = dict.fromkeys(n for n in names if n not in {*FOLDERS, *REASONING, *CL_BENCHMARK, *JUDGED, *SUITES})
     spec = importlib.util.find_spec("lm_eval")
     folders = [*_more_tasks(), *(Path(place) / "tasks" for place in (spec and spec.submodule_search_locations) or ())]
     for folder, _, files in (found for root in folders if sought for found in os.walk(root)):
@@ -102,9 +113,10 @@ def check_names(names: Iterable[str]) -> None:
 def _unknown(names: Sequence[str]) -> DataError:
     texts = [file.read_text(encoding="utf-8", errors="replace") for f in _more_tasks() for file in f.rglob("*.yaml")]
     own = [name for text in texts for name in re.findall(r"^task: *[\"']?([\w.-]+)", text, re.MULTILINE)]
-    listed = with_neighbours(names, [*FOLDERS, *REASONING, *JUDGED, *own])
+    listed = with_neighbours(names, [*FOLDERS, *REASONING, *CL_BENCHMARK, *JUDGED, *own])
     rest = f"TRACE_TASKS has: {', '.join(own)}." if own else "A task of your own is a YAML in a folder of TRACE_TASKS."
-    return DataError(f"Unknown task(s) {listed}. TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. {rest}")
+    known = f"TRACE has: {', '.join(FOLDERS)}; and reasoning_* of each. CL_Benchmark has: {', '.join(CL_BENCHMARK)}."
+    return DataError(f"Unknown task(s) {listed}. {known} {rest}")
 
 
 def _folder_of_rows(manager: TaskManager, name: str) -> Path:
@@ -302,29 +314,27 @@ def rows_fingerprint(tasks: dict[str, Task]) -> dict[str, str]:
     for name, task in tasks.items():
         if needs_data([name]) or name in JUDGED:
             continue
-        digest = hashlib.sha256()
-        for rows in (task.training_docs() if task.has_training_docs() else (), task.eval_docs):
-            for row in rows or ():
-                digest.update(json.dumps(row, sort_keys=True, default=_text_of).encode() + b"\n")
-            digest.update(b"\0")
-        found[name] = digest.hexdigest()[:16]
+        trained = task.training_docs() if task.has_training_docs() else ()
+        found[name] = rows_digest([trained or (), task.eval_docs or ()])
     return found
-
-
-def _text_of(value: Any) -> str:
-    """A value that JSON has no form for: of dates what they say, of images and the like only that they are there."""
-    return value.isoformat() if hasattr(value, "isoformat") else type(value).__name__
 
 
 def data_record(data: Data, tasks: dict[str, Task]) -> dict[str, Any]:
     """What a manifest says of the rows of a run's tasks: TRACE's, and those from elsewhere."""
     record, own = data.record(), rows_fingerprint(tasks)
     folders = os.pathsep.join(map(str, _more_tasks()))
+    if tasks.keys() & CL_BENCHMARK.keys():
+        root = find_cl_benchmark()
+        if data.root and data.demo != is_demo(root):
+            raise DataError(f"{data.root} and {root}: the rows of one are demo data, those of the other are not.")
+        record |= {"cl_benchmark": str(root), "demo": is_demo(root)}
     return record | ({"own_tasks": folders} if own and folders else {}) | {"fingerprint": record["fingerprint"] | own}
 
 
 def use_own_tasks(record: dict[str, Any]) -> None:
     """Finds tasks from elsewhere where they were when the run began, unless TRACE_TASKS says otherwise.
+
+    The same holds for the rows of CL_Benchmark and TRACE_CL_BENCHMARK.
 
     Args:
         record: What `data_record` made.
@@ -332,6 +342,9 @@ def use_own_tasks(record: dict[str, Any]) -> None:
     Raises:
         DataError: if the folder is gone.
     """
+    if root := record.get("cl_benchmark"):
+        gone = record["demo"] and not Path(root).is_dir()  # made on another machine: this one makes the same rows
+        os.environ.setdefault("TRACE_CL_BENCHMARK", "demo" if gone else root)
     folders = record.get("own_tasks")
     if not folders or "TRACE_TASKS" in os.environ:
         return

@@ -54,8 +54,11 @@ _RIVAL_LABEL = re.compile(
 _CHOICES = re.compile(r"\bchoices:[^\S\n]*\n", re.IGNORECASE)
 _LISTED_OPTION = re.compile(r"^[^\S\n]*([A-Z])[.)][^\S\n]*(\S.*)$", re.MULTILINE)
 _INLINE_OPTION = re.compile(r"(?<![A-Za-z])([A-Z])[.)][^\S\n]*([^,;.\n。]+)")
+# O-LoRA's line of options behind its two lines of task and data set; its labels have no comma.
+_OFFERED_LABELS = re.compile(r"\ATask:\w+\nDataset:[^\n]+\n[^\n]*\nOption: ([^\n]+) \n")
 # A shorter text ("no", "2") stands in sentences that are about something else.
 _LONG_ENOUGH = re.compile(r"[A-Za-z]{4}|[\u3400-\u9fff]{2}")
+_ANY = re.compile("")
 # What takes an option back: not only "not dovish", but also "less dovish than" and "不支持".
 _TAKEN_BACK = re.compile(
     r"""(?:\b(?:not|no|never|non|neither|nor|cannot|without|less|than|instead\ of|rather\ than|either|or|if|whether)\b
@@ -74,7 +77,12 @@ _LIST_OF_OPTIONS = re.compile(
 
 
 def options_of(prompt: str) -> dict[str, str]:
-    """The options that a prompt offers: upper-case letter -> text. Empty where it lists fewer than two from A on."""
+    """The options that a prompt offers: upper-case letter -> text. Empty where it lists fewer than two from A on.
+
+    The labels that a prompt of CL_Benchmark offers have no letters; they get them here, in their order.
+    """
+    if labels := offered_labels(prompt):
+        return {chr(ord("A") + i): label for i, label in enumerate(labels)}
     prompt = nfkc(prompt)
     if found := list(_CHOICES.finditer(prompt)):
         block = prompt[found[-1].end() :].split("\n\n", 1)[0]
@@ -87,6 +95,12 @@ def options_of(prompt: str) -> dict[str, str]:
             break
         options[letter] = text.strip()
     return options if len(options) > 1 else {}
+
+
+def offered_labels(prompt: str) -> list[str]:
+    """The labels that a prompt of CL_Benchmark (`data.packs`) offers as words; empty for any other prompt."""
+    found = _OFFERED_LABELS.match(prompt)
+    return found[1].split(", ") if found else []
 
 
 def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
@@ -123,12 +137,19 @@ def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
     """
     if accuracy(prediction, reference):
         return 1.0
-    expected = read_choice(reference)
+    expected = read_choice(reference, prompt)
     return float(expected is not None and read_choice(prediction, prompt) == expected)
 
 
 def read_choice(text: str, prompt: str = "") -> str | None:
-    """The upper-case letter of the option that a text chooses by the rule of `choice_tolerant`, or None."""
+    """The upper-case letter of the option that a text chooses by the rule of `choice_tolerant`, or None.
+
+    Where the prompt offers labels (`offered_labels`), it is chosen by its words alone, by rule 7: nobody was shown a
+    letter. A label counts however short it is ("Bad").
+    """
+    if offered_labels(prompt):
+        options = {letter: _plain(option) for letter, option in options_of(prompt).items()}
+        return _named_option(_without_markdown(text), options, long_enough=_ANY)
     return _choice(text, {letter: _plain(option) for letter, option in options_of(prompt).items()})
 
 
@@ -167,7 +188,7 @@ def _is_contradicted(text: str, label: re.Match[str], options: dict[str, str]) -
     return not (own and behind.startswith(own)) and behind != "" and behind in options.values()
 
 
-def _named_option(text: str, options: dict[str, str]) -> str | None:
+def _named_option(text: str, options: dict[str, str], long_enough: re.Pattern[str] = _LONG_ENOUGH) -> str | None:
     """The letter of the one option that the first sentence with any names by its text; see `choice_tolerant`."""
     letters = {option: letter for letter, option in options.items() if [*options.values()].count(option) == 1}
     if not letters:
@@ -189,7 +210,7 @@ def _named_option(text: str, options: dict[str, str]) -> str | None:
                 continue
             if not before and (not behind or behind[0] in ",;:-"):  # alone
                 named.add(letters[name])
-            elif _LONG_ENOUGH.search(name):
+            elif long_enough.search(name):
                 # One that is taken back: the sentence is about it, but chooses nothing.
                 named.add("" if _TAKEN_BACK.search(before[-40:]) else letters[name])
         if named - {""}:

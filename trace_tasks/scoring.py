@@ -16,6 +16,9 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from difflib import SequenceMatcher
 from functools import cache
+from string import punctuation
+
+_NO_PUNCTUATION = str.maketrans("", "", punctuation)
 
 # --- accuracy -----------------------------------------------------------------------------------------------
 
@@ -29,6 +32,23 @@ def accuracy(prediction: str, reference: str) -> float:
     Source: `caculate_accuracy` in the official `metrics.py`.
     """
     return float(prediction != "" and prediction == reference)
+
+
+def label_accuracy(prediction: str, reference: str) -> float:
+    """O-LoRA's exact match for CL_Benchmark: the same words, whatever their case, punctuation and white space.
+
+    Of the prediction counts what stands after its last "Answer:", as the code for decoder models there has it. ASCII
+    punctuation is dropped without a space in its place. A reference of punctuation alone, such as the "-" of 131 of
+    MNLI's test rows, equals an empty answer.
+
+    Source: `skip_instructions` in `src/uie_trainer_lora.py` and `exact_match_score` in `src/compute_metrics.py` of
+    https://github.com/cmnfriend/O-LoRA.
+    """
+    return float(_bare_words(prediction.rpartition("Answer:")[2]) == _bare_words(reference))
+
+
+def _bare_words(text: str) -> list[str]:
+    return text.lower().translate(_NO_PUNCTUATION).split()
 
 
 # --- overlap of texts ---------------------------------------------------------------------------------------

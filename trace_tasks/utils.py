@@ -49,10 +49,23 @@ def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str,
     splits = {split: data.read_split(root, folder, split, variant or "plain") for split in there}
     if variant:
         splits = {k: [{**row, "prompt": as_tested(row["prompt"])} for row in rows] for k, rows in splits.items()}
+    return _with_fewshot(splits)
+
+
+def _with_fewshot(splits: dict[str, list[dict[str, str]]]) -> dict[str, Dataset]:
     tested = {row["prompt"] for row in splits["test"]}
     trained = splits.get("train", [])
-    splits["fewshot"] = [row for row in trained if row["prompt"] not in tested] or trained
+    splits = {**splits, "fewshot": [row for row in trained if row["prompt"] not in tested] or trained}
     return {name: Dataset.from_list(rows) for name, rows in splits.items()}
+
+
+def load_cl_benchmark(folder: str, **_: Any) -> dict[str, Dataset]:
+    """Loads a set of CL_Benchmark, as lm-eval's `custom_dataset`; returns the splits of `load_dataset`.
+
+    Raises:
+        data.DataError: if there are no test rows or options, or a file is bad.
+    """
+    return _with_fewshot(data.read_set(folder))
 
 
 def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
@@ -206,6 +219,13 @@ def score_number(doc: dict[str, str], results: list[str]) -> dict[str, float]:
         "accuracy": scoring.accuracy(results[0], doc["answer"]),
         "accuracy_tolerant": number_tolerant(results[0], doc["answer"]),
     }
+
+
+def score_label(doc: dict[str, str], results: list[str]) -> dict[str, float]:
+    """CL_Benchmark: O-LoRA's exact match, and one that tolerates another form of the answer."""
+    strict = scoring.label_accuracy(results[0], doc["answer"])
+    tolerant = choice_tolerant(results[0], doc["answer"], doc["prompt"])
+    return {"accuracy": strict, "accuracy_tolerant": max(strict, tolerant)}
 
 
 def score_summary(doc: dict[str, str], results: list[str]) -> dict[str, float]:

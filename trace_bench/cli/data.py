@@ -12,17 +12,43 @@ from trace_tasks import data
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.add_argument("source", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
+    parser.add_argument("source", nargs="?", help="folder (also CL_Benchmark), archive, or demo (TRACE_DATA)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Shows the data sets of a source, and how to use them."""
+    if args.source and data.is_cl_benchmark(Path(args.source)):
+        return _check_sets(Path(args.source).absolute())
     found = [_check(root) for root in data.find_all_data(args.source)]
     good = [export for export, _ in found if export]
     if good:
         print("Complete. Use it with:" if len(good) == 1 else "Complete. Use one of them with:")
         show("\n".join(good))
     if problems := [problem for _, problem in found if problem]:
+        raise data.DataError("\n".join(problems))
+    return 0
+
+
+def _check_sets(root: Path) -> int:
+    """Shows the sets of CL_Benchmark, and how to use them."""
+    show(f"{root}\n{'task':<22}{'train':>8}{'dev':>8}{'test':>8}")
+    good, problems = [], []
+    there = {task: folder for task, folder in data.CL_BENCHMARK.items() if (root / folder).is_dir()}
+    for task, folder in there.items():
+        try:
+            rows = data.read_set(folder, root)
+        except data.DataError as e:
+            problems.append(str(e))
+            continue
+        good.append(task)
+        show(f"{task:<22}{''.join(f'{len(rows.get(split, ())) or chr(45):>8}' for split in data.SPLITS)}")
+    if data.is_demo(root):
+        print("Demo data made by this program: for trials, not comparable with other results.")
+    if good:
+        show(f"Use it with:\n  export TRACE_CL_BENCHMARK={root}\n  --tasks {' '.join(good)}")
+    if absent := [task for task in data.CL_BENCHMARK if task not in there]:
+        print(f"Not there: {', '.join(absent)}.")
+    if problems:
         raise data.DataError("\n".join(problems))
     return 0
 

@@ -24,13 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the leaked test rows. A folder called audit is ./audit."
     )
     add = parser.add_argument
-    source = add("source", metavar="SOURCE", nargs="?", help="folder, archive, or demo; default: TRACE_DATA")
+    source = add(
+        "source", metavar="SOURCE", nargs="?", help="folder (also CL_Benchmark), archive, or demo (TRACE_DATA)"
+    )
     put_first(parser, source)
     add("--against", **LIST, metavar="SOURCE", help="other data sets, such as the 5000 variant")
     add("--tokenizer", metavar="MODEL", help="hub id or local folder (default: the quickstart model's)")
     add("--max-prompt-length", type=positive, default=1024, metavar="N", help="tokens of a prompt (1024)")
     add("--max-answer-length", type=positive, default=512, metavar="N", help="tokens of an answer (512)")
     add("--output", metavar="FILE.json", help="write all of it there, with the numbers of the rows")
+
+
+def _all_data(source: str) -> list[Path]:
+    from trace_tasks import data
+
+    pack = data.is_cl_benchmark(Path(source))
+    return [data.find_cl_benchmark(source)] if pack else data.find_all_data(source)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,14 +54,15 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if args.against and not args.source and not os.environ.get("TRACE_DATA"):
         args.missing()
-    root = data.find_data(args.source)
+    pack = args.source and data.is_cl_benchmark(Path(args.source))
+    root = data.find_cl_benchmark(args.source) if pack else data.find_data(args.source)
     others = [source for source in re.split(r" *, *", ",".join(args.against or ())) if source]  # paths may have spaces
     report = audit.audit(
         root,
         open_tokenizer(args.tokenizer),
         max_prompt_length=args.max_prompt_length,
         max_answer_length=args.max_answer_length,
-        against=[root for source in others for root in data.find_all_data(source)],
+        against=[root for source in others for root in _all_data(source)],
     )
     show(audit_text.as_text(report))
     if args.output:

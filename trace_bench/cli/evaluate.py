@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
     add("--chain", action="store_true", help="each adapter was trained on the base with those before it merged in")
     add("--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise")
-    add("--tasks", **LIST, metavar="TASK", help="columns of the matrix: names, order1 (the default), order2, or none")
+    add("--tasks", **LIST, metavar="TASK", help="columns of the matrix: names, an order (default: order1), or none")
     add("--test-rows", type=positive, help="first so many test rows of each task")
     add("--max-prompt-length", type=positive, help="tokens of a prompt, cut on the left (1024)")
     add("--max-new-tokens", type=positive, help="the most tokens of an answer (default: each task's own)")

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="samples_*.jsonl of lm_eval --log_samples, a folder for each model; repeat in the order of training; "
         "NAME = the task of its stage, or any name; base = the model before the first training",
     )
-    add("--tasks", **LIST, metavar="TASK", help="with --samples: columns of the matrix, or order1, order2")
+    add("--tasks", **LIST, metavar="TASK", help="with --samples: columns of the matrix, or an order")
     add("--model", default="unknown", help="the base model, where it is known")
     add("--data", help="the data that they were made from (default: TRACE_DATA)")
 

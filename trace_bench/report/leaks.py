@@ -30,9 +30,10 @@ def without_leaked(run: Run, file: Path) -> Run:
     Raises:
         RunError: if the file is no audit, or one of other data than the run's.
     """
-    prints = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if data.needs_data([k])}
+    known = {*data.FOLDERS, *data.REASONING, *data.CL_BENCHMARK}
+    prints = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if k in known}
     if not prints:
-        raise RunError(f"{run.path} has none of the TRACE tasks, so there are no leaked rows to leave out.")
+        raise RunError(f"{run.path} has no task that an audit knows, so there are no leaked rows to leave out.")
     try:
         found = read_json(file, shapes.Audit)
     except (OSError, TraceError) as e:
@@ -41,16 +42,20 @@ def without_leaked(run: Run, file: Path) -> Run:
     if others:
         raise RunError(
             f"{file} is an audit of {found['source']}, which is not the data of {run.path} in: {', '.join(others)}. "
-            f"Audit the run's own: trace-bench data audit {run.manifest['data']['path']} --output {file}"
+            f"Audit the run's own: trace-bench data audit {_source_of(run, others[0])} --output {file}"
         )
     left_out = {}
     for task in prints:
         rows = found["leaked"][task]
-        other_variant = rows["other_variant"] if OTHER_VARIANT[task] in run.tasks else []
+        other_variant = rows["other_variant"] if OTHER_VARIANT.get(task) in run.tasks else []
         tasks = rows.get("other_tasks", {})  # older audits have none
         of_other_tasks = [row for other in tasks if other in run.tasks for row in tasks[other]]
         left_out[task] = {*rows["exact"], *rows["near"], *other_variant, *of_other_tasks}
     return replace(run, left_out=left_out)
+
+
+def _source_of(run: Run, task: str) -> str:
+    return str(run.manifest["data"]["cl_benchmark" if task in data.CL_BENCHMARK else "path"])
 
 
 def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_out: Collection[int]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from trace_bench.report.results import Results
 from trace_bench.report.tables import DASH, Block, Table, number
 from trace_bench.run import Run
 from trace_bench.text import one_line
-from trace_tasks.data import FOLDERS, ORDERS
+from trace_tasks.data import CL_BENCHMARK, FOLDERS, ORDERS
 
 SETUP = (
     "TRACE, arXiv 2310.06762, tables 1 and 3: order 1, sampling at temperature 0.1, general ability with OpenCompass, "
@@ -43,9 +43,13 @@ _TRAINING = {
 def name_of(run: Run) -> str | None:
     """How the paper calls what a run does; None if it has no such method, or had other tasks or another order."""
     method = run.manifest["method"]
-    if run.tasks not in ORDERS.values():
+    if run.tasks not in ORDERS.values() or _is_of_cl_benchmark(run):
         return None
     return _NAMES.get((method, run.manifest.get("trains"))) or _NAMES.get((method, None))
+
+
+def _is_of_cl_benchmark(run: Run) -> bool:
+    return any(task in CL_BENCHMARK for task in run.tasks)
 
 
 def table(names: Iterable[str]) -> Table:
@@ -104,6 +108,8 @@ def published(results: Results) -> Iterable[Block]:
     Rows of another protocol are apart, each with the reasons; what all of them differ in is said once. Of a paper with
     the same protocol all methods are there.
     """
+    if _is_of_cl_benchmark(results.run):  # the numbers are TRACE's
+        return
     m = one_line(results.run.manifest)
     name = _LATER.get(m["method"]) or _LATER.get(f"{m['method']} {m.get('trains')}") or "none"
     same, apart = [], []

@@ -16,7 +16,7 @@ from trace_bench.report.results import Results
 from trace_bench.report.tables import Unit
 from trace_bench.run import Run
 from trace_bench.text import one_line
-from trace_tasks.data import FOLDERS, REASONING
+from trace_tasks.data import CL_BENCHMARK, FOLDERS, REASONING
 from trace_tasks.data.files import digest
 
 #: What the file says it is. Another version is one that this program does not read.
@@ -109,6 +109,8 @@ def _data(run: Run) -> str:
         return "demo"
     if all(task in REASONING for task in run.tasks):
         return "TRACE, reasoning variant"
+    if all(task in CL_BENCHMARK for task in run.tasks):
+        return "CL_Benchmark"
     return "TRACE" if all(task in FOLDERS for task in run.tasks) else "tasks of one's own"
 
 

@@ -320,8 +320,8 @@ def _tolerant(results: Results) -> Iterable[Block]:
     tasks = [task for task, column in tolerant.items() if not np.isnan(column).all()]
     if tasks:
         yield (
-            "### Form-tolerant accuracy\n\nThe official accuracy asks for the very same string. This one accepts the "
-            "right answer in another form."
+            "### Form-tolerant accuracy\n\nThe official accuracy asks for the very same string, that of "
+            "CL_Benchmark for the same words. This one accepts the right answer in another form."
         )
         yield _by_stage(results, tasks, lambda index, task: percent(tolerant[task][index]))
 

@@ -4,6 +4,7 @@
 
 from trace_tasks.data.demo import is_demo
 from trace_tasks.data.names import (
+    CL_BENCHMARK,
     FOLDERS,
     GROUPS,
     JUDGED,
@@ -20,7 +21,8 @@ from trace_tasks.data.names import (
     split_names,
     task_name,
 )
-from trace_tasks.data.rows import check_folders, folder_fingerprint, read_rows, read_split
+from trace_tasks.data.packs import find_cl_benchmark, is_cl_benchmark, read_set
+from trace_tasks.data.rows import check_folders, folder_fingerprint, read_rows, read_split, rows_digest
 from trace_tasks.data.sources import (
     Data,
     find_all_data,

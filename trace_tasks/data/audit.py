@@ -15,17 +15,18 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from trace_tasks.answers import extract_answer
+from trace_tasks.answers import extract_answer, offered_labels
 from trace_tasks.data.demo import is_demo
-from trace_tasks.data.names import FOLDERS, REASONING, SPLITS, task_variant
-from trace_tasks.data.rows import folder_fingerprint, read_list, row_problem
+from trace_tasks.data.names import CL_BENCHMARK, FOLDERS, REASONING, SPLITS, task_variant
+from trace_tasks.data.packs import FILES, is_cl_benchmark, read_file
+from trace_tasks.data.rows import folder_fingerprint, read_list, row_problem, rows_digest
 from trace_tasks.data.similarity import SHINGLE, SIMILAR, Shingles, shingles, similar, similar_pairs
 from trace_tasks.data.sources import find_reasoning
 from trace_tasks.errors import DataError
@@ -64,7 +65,7 @@ def official() -> dict[str, str]:
     """SHA-256 (16 digits) of official files -> which file it is.
 
     Those of the 500 variant are in two public copies of the archive that do not know of each other, those of the 5000
-    variant in one. Other official files are not known here.
+    variant in one, those of CL_Benchmark in O-LoRA's repository. Other official files are not known here.
     """
     return json.loads(Path(__file__).with_name("official.json").read_text(encoding="utf-8"))
 
@@ -178,7 +179,7 @@ def audit(
     """Audits a data set and, where it is in or next to it, its reasoning variant (as the tasks reasoning_*).
 
     Args:
-        root: A folder in the official layout. It may hold only some of the tasks and splits.
+        root: A folder in the official layout, or CL_Benchmark. It may hold only some of the tasks and splits.
         tokenizer: Counts the tokens of prompts, as they are tested, and of answers; None = characters only.
         max_prompt_length: The most tokens of a prompt, as in a run.
         max_answer_length: The most tokens of an answer, EOS included.
@@ -186,7 +187,8 @@ def audit(
 
     Returns:
         What can be written as JSON. "tasks": task -> {"splits": split -> its facts, None where it is missing;
-        "overlaps": pair of splits -> `overlap`; "fingerprint": of its three files}. "leaked": task -> numbers of the
+        "overlaps": pair of splits -> `overlap`; "fingerprint": of its three files, of CL_Benchmark of its rows}.
+        "equal": the tasks whose eval and test rows are the same. "leaked": task -> numbers of the
         test rows that are in training rows. "across": what `overlaps_across` found between different tasks and data
         sets. "missing": tasks. "unreadable": what is wrong with files.
     """
@@ -197,11 +199,11 @@ def audit(
     tasks: dict[str, dict[str, Any]] = {}
     for task, splits in tqdm(read.items(), unit="task", disable=None):  # no bar where nobody sees it
         overlaps = {f"{a}/{b}": overlap(splits[a], splits[b]) for a, b in PAIRS if a in splits and b in splits}
-        other = read.get(OTHER_VARIANT[task], {})
+        other = read.get(OTHER_VARIANT.get(task, ""), {})
         if "test" in splits and "train" in other:
             overlaps[f"{task_variant(OTHER_VARIANT[task])} train/test"] = overlap(other["train"], splits["test"])
         tasks[task] = {
-            "fingerprint": folder_fingerprint(folders[task]) if len(splits) == len(SPLITS) else None,
+            "fingerprint": _fingerprint(task, folders[task], splits),
             "splits": {s: _facts(task, splits[s], tokenizer, limits) if s in splits else None for s in SPLITS},
             "overlaps": overlaps,
         }
@@ -217,6 +219,7 @@ def audit(
         "max_answer_length": max_answer_length,
         "near": f"Jaccard similarity of the runs of {SHINGLE} words at least {SIMILAR}",
         "tasks": tasks,
+        "equal": [task for task, splits in read.items() if _are_equal(splits.get("eval"), splits.get("test"))],
         "leaked": leaked,
         "across": across,
         "missing": [task for task in folders if task not in read],
@@ -224,8 +227,23 @@ def audit(
     }
 
 
+def _fingerprint(task: str, folder: Path, splits: dict[str, Split]) -> str | None:
+    """What a run's manifest has for a task with these rows; None where they are not all there."""
+    if task in CL_BENCHMARK:
+        whole = not any(split.bad for split in splits.values())
+        rows = [splits[name].rows.values() for name in ("train", "test") if name in splits]
+        return rows_digest(rows) if whole and len(rows) == 2 else None
+    return folder_fingerprint(folder) if len(splits) == len(SPLITS) else None
+
+
+def _are_equal(first: Split | None, second: Split | None) -> bool:
+    return first is not None and second is not None and (first.rows, first.bad) == (second.rows, second.bad)
+
+
 def _find(root: Path) -> tuple[Path | None, dict[str, Path]]:
     """The reasoning variant in or beside a data set, where there is one, and task -> folder, of both variants."""
+    if is_cl_benchmark(root):
+        return None, {task: root / folder for task, folder in CL_BENCHMARK.items()}
     try:
         reasoning = find_reasoning(root)
     except DataError:
@@ -249,13 +267,13 @@ def _across(
     """The overlaps of different tasks and data sets; those of two audited tasks are added to `leaked`."""
     task_of = {_set_name(folders[task].resolve(), roots): task for task in read}  # links may make two of them one
     sets = {name: read[task] for name, task in task_of.items()}
-    for folder in [root / name for root in roots for name in FOLDERS.values()]:
+    for folder in [root / name for root in roots for name in (*FOLDERS.values(), *CL_BENCHMARK.values())]:
         if (name := _set_name(folder, roots)) not in sets:
             sets[name] = _read(folder, ("train", "test"), unreadable)
     across = []
     for both in overlaps_across(sets):
         test, train = task_of.get(both["test"], ""), task_of.get(both["train"], "")
-        if OTHER_VARIANT.get(test) != train:
+        if not train or OTHER_VARIANT.get(test) != train:
             across.append(both)
             if test and train:
                 leaked[test]["other_tasks"][train] = sorted([*both["exact"], *both["near"]])
@@ -265,23 +283,28 @@ def _across(
 def _read(folder: Path, names: Iterable[str], unreadable: list[str]) -> dict[str, Split]:
     """Reads the splits that are there; what is wrong with those that cannot be read is added to `unreadable`."""
     splits = {}
+    pack = "/".join(folder.parts[-2:]) in CL_BENCHMARK.values()
     for split in names:
-        file = folder / f"{split}.json"
+        file = folder / f"{FILES[split] if pack else split}.json"
         if file.is_file():
             try:
-                values = read_list(file)
+                splits[split] = Split(file, *(read_file(folder, split) if pack else _read_plain(file)))
             except DataError as e:
                 unreadable.append(str(e))
-                continue
-            bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value))}
-            splits[split] = Split(file, {i: value for i, value in enumerate(values) if i not in bad}, bad)
     return splits
+
+
+def _read_plain(file: Path) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
+    values = read_list(file)
+    bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value))}
+    return {i: value for i, value in enumerate(values) if i not in bad}, bad
 
 
 def _set_name(folder: Path, roots: Sequence[Path]) -> str:
     """A task's folder with the name of its data set, or the whole path where two data sets have the same name."""
-    alone = [root.name for root in roots].count(folder.parent.name) == 1
-    return f"{folder.parent.name}/{folder.name}" if alone else str(folder)
+    names = [root.name for root in roots]
+    root = folder.parent if folder.parent.name in names else folder.parent.parent  # a set of CL_Benchmark
+    return f"{root.name}/{folder.relative_to(root)}" if names.count(root.name) == 1 else str(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- facts of a file
@@ -294,6 +317,8 @@ def _facts(
     rows = split.rows
     decisive = {i: _decisive(task, row["answer"]) for i, row in rows.items()}
     labels = Counter(decisive.values())
+    offered = offered_labels(next(iter(split.prompts), ""))
+    most = max(LABELS, len(offered) + 1)
 
     def having(test: Callable[[dict[str, str]], object]) -> list[int]:
         return [i for i, row in rows.items() if test(row)]
@@ -307,10 +332,11 @@ def _facts(
         "rows": len(rows) + len(split.bad),
         "unique_prompts": len(split.prompts),
         "repeated_rows": len(rows) - len({(row["prompt"], row["answer"]) for row in rows.values()}),
-        "labels": dict(sorted(labels.items())) if len(labels) <= min(LABELS, len(rows) / 2) else None,
+        "labels": dict(sorted(labels.items())) if len(labels) <= min(most, len(rows) / 2) else None,
         "bad_rows": [{"row": i, "problem": problem} for i, problem in split.bad.items()],
         "contradicting": [same for same in split.prompts.values() if len({decisive[i] for i in same}) > 1],
-        "other_variant": having(lambda row: row_variant(_FOLDER[task], row) == task_variant(OTHER_VARIANT[task])),
+        "not_offered": having(lambda row: row["answer"] not in offered) if offered else [],
+        "other_variant": [] if task in CL_BENCHMARK else having(partial(_is_of_other_variant, task)),
         "doubled_cue": having(lambda row: _DOUBLED_CUE.search(row["prompt"])),
         "mojibake": [
             {"row": i, "field": field, "text": match.string[max(0, match.start() - 20) : match.end() + 20]}
@@ -321,6 +347,10 @@ def _facts(
         "words": words if len(words) < len(rows) / 2 else [],
         **{f: _lengths([row[f] for row in rows.values()], f, tokenizer, limits[f]) for f in limits},
     }
+
+
+def _is_of_other_variant(task: str, row: dict[str, str]) -> bool:
+    return row_variant(_FOLDER[task], row) == task_variant(OTHER_VARIANT[task])
 
 
 def _decisive(task: str, answer: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 FINDINGS = {
     "bad_rows": "rows that are left out here since they cannot be used",
     "contradicting": "prompts with different answers",
+    "not_offered": "answers that are none of the options",
     "other_variant": "rows of the other variant (asking for reasoning, or not)",
     "doubled_cue": "prompts with the cue for the answer twice",
     "mojibake": "rows with broken characters",
@@ -35,6 +36,8 @@ def as_text(report: dict[str, Any]) -> str:
     if report["missing"]:
         lines.append(f"Not there: {', '.join(report['missing'])}.")
     lines += [f"Unreadable: {problem}" for problem in report["unreadable"]]
+    if report["equal"]:
+        lines.append(f"Eval equals test, so nothing may be chosen by it: {', '.join(report['equal'])}.")
     leaked = {task: (len(rows["exact"]), len(rows["near"])) for task, rows in report["leaked"].items()}
     counts = "; ".join(f"{task} {exact} and nearly {near}" for task, (exact, near) in leaked.items() if exact or near)
     lines.append(f"Test rows whose prompt is in the training rows: {counts or 'none'}.")

@@ -27,7 +27,7 @@ REASONING = {task.replace("trace_", "reasoning_"): folder for task, folder in FO
 REASONING_FOLDER = "LLM-CL-Benchmark_Reasoning"
 #: The alignment set's folder in the official layout.
 LIMA = "Lima"
-#: Task orders of the paper, usable by name in a config (`tasks: order2`).
+#: Task orders of the papers, usable by name in a config (`tasks: order2`).
 ORDERS = {
     "order1": list(FOLDERS),
     "order2": [
@@ -37,6 +37,40 @@ ORDERS = {
 }
 ORDERS |= {
     f"reasoning_{name}": [task.replace("trace_", "reasoning_") for task in tasks] for name, tasks in ORDERS.items()
+}
+#: The 15 sets of CL_Benchmark: lm-eval task -> folder, in order 4 of O-LoRA's paper (arXiv 2310.14152, appendix).
+CL_BENCHMARK = {
+    "cl_mnli": "NLI/MNLI",
+    "cl_cb": "NLI/CB",
+    "cl_wic": "WiC/WiC",
+    "cl_copa": "COPA/COPA",
+    "cl_qqp": "QQP/QQP",
+    "cl_boolqa": "BoolQA/BoolQA",
+    "cl_rte": "NLI/RTE",
+    "cl_imdb": "SC/IMDB",
+    "cl_yelp": "SC/yelp",
+    "cl_amazon": "SC/amazon",
+    "cl_sst2": "SC/SST-2",
+    "cl_dbpedia": "TC/dbpedia",
+    "cl_agnews": "TC/agnews",
+    "cl_multirc": "MultiRC/MultiRC",
+    "cl_yahoo": "TC/yahoo",
+}
+CL_FOLDER = "CL_Benchmark"
+#: O-LoRA's orders: 1 to 3 of the standard benchmark, 4 to 6 of all 15 sets.
+ORDERS |= {
+    "standard1": ["cl_dbpedia", "cl_amazon", "cl_yahoo", "cl_agnews"],
+    "standard2": ["cl_dbpedia", "cl_amazon", "cl_agnews", "cl_yahoo"],
+    "standard3": ["cl_yahoo", "cl_amazon", "cl_agnews", "cl_dbpedia"],
+    "long4": list(CL_BENCHMARK),
+    "long5": [
+        *("cl_multirc", "cl_boolqa", "cl_wic", "cl_mnli", "cl_cb", "cl_copa", "cl_qqp", "cl_rte", "cl_imdb"),
+        *("cl_sst2", "cl_dbpedia", "cl_agnews", "cl_yelp", "cl_amazon", "cl_yahoo"),
+    ],
+    "long6": [
+        *("cl_yelp", "cl_amazon", "cl_mnli", "cl_cb", "cl_copa", "cl_qqp", "cl_rte", "cl_imdb", "cl_sst2"),
+        *("cl_dbpedia", "cl_agnews", "cl_yahoo", "cl_multirc", "cl_boolqa", "cl_wic"),
+    ],
 }
 #: General ability (section 3.3): suite -> folder below GENERAL_DATA; None = hub only, and not one of the paper's six.
 SUITES: dict[str, str | None] = {f"general_{s}": s for s in ("mmlu", "gsm8k", "bbh", "tydiqa", "boolq", "piqa")}
@@ -71,7 +105,7 @@ def expand_orders(names: Iterable[str]) -> list[str]:
     Raises:
         DataError: for a name that is like that of an order and can be no task, since there are none of one's own.
     """
-    names, known = list(names), [*ORDERS, *FOLDERS, *REASONING]
+    names, known = list(names), [*ORDERS, *FOLDERS, *REASONING, *CL_BENCHMARK]
     for name in names:
         if name not in known and nearest(name, known) in ORDERS and not os.environ.get("TRACE_TASKS"):
             raise DataError(f"There is no order {name}, only {', '.join(ORDERS)}.{suggestion(name, ORDERS)}")

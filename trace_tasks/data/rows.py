@@ -6,8 +6,9 @@ the data is read as if it were this one.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,6 +154,21 @@ def check_folders(folders: Mapping[str, Path], needed: Collection[str] = SPLITS)
     if problems:
         raise DataError(f"{len(problems)} problem(s) in the data:\n" + "\n".join(f"  {p}" for p in problems))
     return sizes
+
+
+def rows_digest(groups: Iterable[Iterable[Any]]) -> str:
+    """SHA-256 (16 digits) over groups of rows, such as those to train on and those to test on."""
+    total = hashlib.sha256()
+    for rows in groups:
+        for row in rows:
+            total.update(json.dumps(row, sort_keys=True, default=_text_of).encode() + b"\n")
+        total.update(b"\0")
+    return total.hexdigest()[:16]
+
+
+def _text_of(value: Any) -> str:
+    """A value that JSON has no form for: of dates what they say, of images and the like only that they are there."""
+    return value.isoformat() if hasattr(value, "isoformat") else type(value).__name__
 
 
 def folder_fingerprint(folder: Path) -> str:

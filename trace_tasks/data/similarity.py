@@ -19,6 +19,7 @@ SHINGLE = 3
 _INSTRUCTION = re.compile(
     r"\A(?:判断以下文本对指定对象的态度|What is the monetary policy stance|Write a summary of|Complete the next line|"
     r"Choose an answer for|Solve the following math problem|Provide a simplified version)[^\n]*\n+"
+    r"|\ATask:\w+\nDataset:[^\n]+\n(?:[^\n]*\nOption: [^\n]*\n)?"  # CL_Benchmark
 )
 _CUE = re.compile(
     r"(?:\n(?:态度|推理|Stance|Summary|Answer|Simplification|Reasoning)[:：])(?:(?:Reasoning|推理)[:：])*\s*\Z"

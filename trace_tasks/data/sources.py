@@ -139,7 +139,7 @@ def find_all_data(source: str | None = None) -> list[Path]:
     if not source:
         raise DataError(f"TRACE_DATA is not set. {HOW_TO_GET_DATA}")
     if source == "demo":
-        return [_demo_folder()]
+        return [demo_folder()]
     try:
         path = Path(source).expanduser().absolute()
         is_file, is_dir = path.is_file(), path.is_dir()
@@ -191,7 +191,8 @@ def is_reasoning(root: Path) -> bool:
     return 2 * found.count("reasoning") > len(found)
 
 
-def _demo_folder() -> Path:
+def demo_folder() -> Path:
+    """Where the demo data are; they are made if they are not there."""
     return cached_dir(cache_dir() / f"demo-v{demo.VERSION}", demo.write_demo)
 
 
@@ -224,7 +225,7 @@ def prompts_file(kind: str, folder: str) -> Path:
     variable = f"{kind.upper()}_DATA"
     source = os.environ.get(variable)
     if source == "demo":
-        root = _demo_folder() / kind
+        root = demo_folder() / kind
     elif source:
         root = Path(source).expanduser().absolute()
     elif os.environ.get("TRACE_DATA") and demo.is_demo(find_data()):

@@ -113,7 +113,7 @@ class CLConfig(SFTConfig):
     """Configuration of a run: TRL's SFTConfig with the sequence of tasks and how it is measured."""
 
     data: str | None = option(None, "Where the data is; default: TRACE_DATA.")
-    tasks: list[str] = option(["order1"], "lm-eval tasks in the order of training, or order1 or order2 of the paper.")
+    tasks: list[str] = option(["order1"], "lm-eval tasks in the order of training, or an order (order1, standard1).")
     epochs: list[Epochs] | None = option(
         None, "Epochs of each task, in their order; default: num_train_epochs for all."
     )

@@ -1,4 +1,4 @@
-"""Demo data in the eight TRACE prompt frames, its reasoning variant, and small sets for replay and for the judges.
+"""Demo data in the eight TRACE prompt frames, its reasoning variant, and small sets for other purposes.
 
 The real TRACE data carries licences that keep it out of this project. These rows are the project's own text,
 in the frames of the benchmark to the character, but short and strongly patterned, so that a very small model
@@ -9,7 +9,8 @@ about the real benchmark.
 
 The texts are data files beside this one. `tasks.json` has for each task the templates of prompt, answer and reasoning,
 the lists to draw from ("draw" names them in order), and the kinds of rows, which are spread evenly over every split;
-what a kind or a drawn item says replaces what the task says.
+what a kind or a drawn item says replaces what the task says. `cl_benchmark.json` has the sentences of CL_Benchmark's
+sets in the same form; their kinds are the labels.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from trace_tasks.data.files import refuse_links, write_text
-from trace_tasks.data.names import FOLDERS, JUDGED, LIMA, REASONING_FOLDER, SPLITS
+from trace_tasks.data.names import CL_BENCHMARK, CL_FOLDER, FOLDERS, JUDGED, LIMA, REASONING_FOLDER, SPLITS
 from trace_tasks.errors import DataError
 from trace_tasks.reasoning import bare_answer, reasoning_answer, reasoning_prompt
 
-VERSION = 3  # bump whenever a row changes: results on different versions must not be compared
+VERSION = 4  # bump whenever a row changes: results on different versions must not be compared
 # The version that the draws depend on. Later ones only added folders: the rows of the eight tasks are version 1's.
 _DRAW = 1
 README_TITLE = "TRACE demo data"
@@ -50,6 +51,10 @@ def _texts(name: str) -> Any:
     return json.loads(Path(__file__).with_name(f"{name}.json").read_text(encoding="utf-8"))
 
 
+def _templates(task: str) -> Any:
+    return {**_texts("tasks"), **_texts("cl_benchmark")}[task]
+
+
 # Only Random.random() is promised to give the same numbers in every Python version, so only it is used.
 
 
@@ -63,7 +68,7 @@ def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
 
 
 def _make_row(rng: random.Random, task: str, kind: str) -> _Made:
-    of_task = _texts("tasks")[task]
+    of_task = _templates(task)
     slots = {**of_task, **of_task["kinds"][kind], "kind": kind}
     for name in slots["draw"]:
         choices = slots[name]
@@ -96,7 +101,7 @@ def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, li
     splits: dict[str, list[_Made]] = {}
     # The test rows come first so that they stay the same when only the number of training rows changes.
     for split, count in reversed(list(zip(SPLITS, rows, strict=True))):
-        order = _shuffled(rng, list(_texts("tasks")[task]["kinds"]))
+        order = _shuffled(rng, list(_templates(task)["kinds"]))
         splits[split] = []
         for kind in _shuffled(rng, [order[i % len(order)] for i in range(count)]):
             tries = (_make_row(rng, task, kind) for _ in range(2000))
@@ -162,6 +167,24 @@ def make_lima() -> Splits:
     return {"train": rows[:48], "eval": rows[48:56], "test": rows[56:]}
 
 
+def make_sets() -> dict[str, dict[str, Any]]:
+    """Makes the 15 sets of CL_Benchmark, `ROWS` rows of each; they depend on no seed. As officially, dev equals test.
+
+    Returns:
+        Folder, such as TC/agnews -> name of a file -> what is in it: rows, or the labels.
+    """
+    made: dict[str, dict[str, Any]] = {}
+    for folder in CL_BENCHMARK.values():
+        name = folder.partition("/")[2]
+        splits = {
+            split: [{"sentence": row.prompt, "label": row.answer} for row in rows]
+            for split, rows in _make_task(name, 0, ROWS).items()
+        }
+        labels = list(_templates(name)["kinds"])
+        made[folder] = {"train": splits["train"], "dev": splits["test"], "test": splits["test"], "labels": labels}
+    return made
+
+
 def make_prompts() -> dict[str, Splits]:
     """Makes the sets to be judged, a dozen prompts of each kind dealt out over them. They depend on no seed.
 
@@ -200,6 +223,9 @@ that training, evaluation and forgetting work end to end.
 {lima}
     instructions with short answers in English, German and Chinese, the project's own text,
     for the methods that replay an alignment set; the official folder of that name holds LIMA
+{sets}
+    small sets in the layout of O-LoRA's CL_Benchmark (arXiv 2310.14152), for the tasks cl_*;
+    as officially, dev equals test
 instruct, safety
     a dozen prompts of each kind for the judges, the project's own text
 """
@@ -215,19 +241,22 @@ def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> 
             cannot give that many rows.
     """
     # The layout is the official one, so a slip of the path must not overwrite the real benchmark.
-    if not is_demo(root) and any((root / folder).exists() for folder in (*FOLDERS.values(), REASONING_FOLDER, LIMA)):
+    official = (*FOLDERS.values(), REASONING_FOLDER, LIMA, CL_FOLDER)
+    if not is_demo(root) and any((root / folder).exists() for folder in official):
         raise DataError(f"{root} holds task folders that are not demo data. Name another folder.")
-    folders = {
+    folders: dict[str, dict[str, Any]] = {
         **make_demo(seed, rows),
         **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed, rows).items()},
         LIMA: make_lima(),
+        **{f"{CL_FOLDER}/{folder}": files for folder, files in make_sets().items()},
         **make_prompts(),
     }
     refuse_links(root, *{name.partition("/")[0] for name in folders})
     counts = "" if rows == ROWS else ", {} training, {} eval and {} test rows".format(*rows)
     title = f"{README_TITLE}, version {VERSION}, seed {seed}{counts}"
     texts = {"title": title, "tasks": ", ".join(FOLDERS.values()), "reasoning": REASONING_FOLDER, "lima": LIMA}
-    write_text(root / "README.txt", _README.format(**texts))
-    for name, splits in folders.items():
-        for split, made in splits.items():
-            write_text(root / name / f"{split}.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")
+    write_text(root / "README.txt", _README.format(**texts, sets=CL_FOLDER))
+    write_text(root / CL_FOLDER / "README.txt", f"{title}\n")
+    for name, files in folders.items():
+        for file, made in files.items():
+            write_text(root / name / f"{file}.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")
