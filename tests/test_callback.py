@@ -126,11 +126,15 @@ def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_we
     for mine, theirs in zip(run.stages, again.stages, strict=True):
         for task in [*TASKS, *general]:
             cells = [read_json(stage.eval_file(task)) for stage in (mine, theirs)]
+            if task in TASKS:  # read in other batches, which moves the last bits
+                likely = [cell["metrics"].pop("log_likelihood") for cell in cells]
+                assert likely[0] == pytest.approx(likely[1], rel=1e-5)
             for key in ("metrics", "n", "n_cut", "n_unfinished", "definition", "headline"):
                 assert cells[0].get(key) == cells[1].get(key)
             if task in general:
                 continue  # likelihoods of other batches differ in their last bits
-            assert read_jsonl(mine.samples_file(task)) == read_jsonl(theirs.samples_file(task))
+            rows = [[{**r, "log_likelihood": 0} for r in read_jsonl(s.samples_file(task))] for s in (mine, theirs)]
+            assert rows[0] == rows[1]
             answers |= {row["response"] for row in read_jsonl(mine.samples_file(task))}
     assert len(answers) > 6, "the weights differ, and so do the answers"
     write_report(run)

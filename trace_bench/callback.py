@@ -25,6 +25,7 @@ from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
 from trace_bench.evaluate.external import drop, tasks_record, with_checkpoints
 from trace_bench.evaluate.plan import Plan, matrix_settings, suite_settings
 from trace_bench.evaluate.tasks import check_context, prepare
+from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.records import read_cell
 from trace_bench.report.results import unit_of
 from trace_bench.run import Run, RunError, Stage, locked
@@ -54,7 +55,8 @@ class ForgettingCallback(TrainerCallback):
     others wait.
 
     Logged are `score/TASK` and, in points since the start, `change/TASK` (negative = forgotten). Of tasks that have a
-    form-tolerant accuracy that one is logged, too, as `TASK_tolerant`.
+    form-tolerant accuracy that one is logged, too, as `TASK_tolerant`, and of all tasks the log-likelihood of the
+    reference answers (nats per token) as `TASK_log_likelihood`: it moves before an answer changes.
 
     Args:
         trainer: The trainer that it will be added to.
@@ -145,7 +147,8 @@ class ForgettingCallback(TrainerCallback):
     def _plan(self, run: Run, suites: Iterable[str]) -> Plan:
         matrix = matrix_settings(self.config, {})
         settings = dict.fromkeys(run.tasks, matrix) | suite_settings(suites, self.config, matrix)
-        return Plan(run, self.config, {}, matrix, settings, {}, {run.stages[0]: list(settings)})
+        missing = {run.stages[0]: list(settings)}
+        return Plan(run, self.config, {}, matrix, settings, {}, missing, likelihood=True)
 
     # ---------------------------------------------------------------------------------------------- transformers' hooks
 
@@ -245,7 +248,8 @@ class ForgettingCallback(TrainerCallback):
         for name in self.plan.settings:
             cell = read_cell(stage, name)
             before = read_cell(start, name) if stage.index and start.eval_file(name).exists() else None
-            for metric, label in ((cell["headline"], name), (_TOLERANT, f"{name}_tolerant")):
+            further = {_TOLERANT: f"{name}_tolerant", LIKELIHOOD: f"{name}_{LIKELIHOOD}"}
+            for metric, label in {cell["headline"]: name, **further}.items():
                 if (score := cell["metrics"].get(metric, {}).get("value")) is None:
                     continue
                 unit = unit_of(metric, [cell])
