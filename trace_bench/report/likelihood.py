@@ -54,7 +54,7 @@ def sections(results: Results) -> Iterable[Block]:
         "of these rows. 0 is certainty, and 0.69 less halves the probability of every token. It moves before an answer "
         "becomes another one, so a fall here is forgetting that a score may not show yet."
     )
-    yield Table(["stage", *map(task_name, run.tasks)], [[s.name, *map(NATS.text, L[s.index])] for s in run.stages])
+    yield Table(["stage", *map(task_name, run.tasks)], [[s.name, *map(_nats, L[s.index])] for s in run.stages])
     t = results.last_stage if results.is_sequential else 0
     if t > 1:
         yield _numbers(results, L, t)
@@ -69,6 +69,10 @@ def sections(results: Results) -> Iterable[Block]:
     if seconds:
         whole = sum(map(results.evaluation_seconds, run.stages))
         yield f"Reading the likelihoods took {count(sum(seconds))} of the {count(whole)} seconds of the evaluation."
+
+
+def _nats(value: float) -> str:
+    return DASH if math.isnan(value) else f"{value:.3f}"
 
 
 def _numbers(results: Results, L: Matrix, t: int) -> Table:
@@ -93,7 +97,7 @@ def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     rows = [
         [
             task_name(results.run.tasks[k]),
-            *(NATS.text(values[k]) for values in (base, own, last)),
+            *(_nats(values[k]) for values in (base, own, last)),
             NATS.with_interval(changes[k], sign=True),
             _share(shares[k]),
             *_needed([soft[k]], [hard[k]], changes[k], results.change(k, k + 1, t)),
@@ -102,7 +106,7 @@ def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     ]
     learned = float((own - base).mean())
     bwt = metrics.mean_of(changes)
-    mean = ["mean", *(NATS.text(float(values.mean())) for values in (base, own, last))]
+    mean = ["mean", *(_nats(float(values.mean())) for values in (base, own, last))]
     share = bwt.value / learned if learned > 0 else math.nan
     needed = _needed(soft, hard, bwt, results.sequence["BWT"][t - 1])
     rows.append([*mean, NATS.with_interval(bwt, sign=True), _share(share), *needed])
