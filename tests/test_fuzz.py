@@ -197,7 +197,7 @@ def test_every_text_has_scores_between_0_and_1(prompt, prediction, answer):
     from trace_tasks import utils
 
     functions = [getattr(utils, name) for name in dir(utils) if name.startswith("score_")]
-    assert len(functions) == 11
+    assert len(functions) == 12
     doc = {"prompt": prompt, "answer": answer}
     kept = dict(doc)
     for score in functions:
