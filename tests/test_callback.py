@@ -243,6 +243,7 @@ assert trainer.accelerator.num_processes == 2
 history = trainer.state.log_history
 found = [e["loss"] for e in history if "loss" in e], sum("score/trace_fomc" in e for e in history)
 open(f"{out}-{trainer.accelerator.process_index}.json", "w").write(json.dumps(found))
+trainer.accelerator.end_training()  # else gloo's threads may abort the process when it ends
 """
 
 
