@@ -103,6 +103,9 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         # A request for each token costs little on a GPU, whose newer engine takes no such class.
         args.setdefault("logits_processors", [FORCING])
 
+    if not has_gpu():
+        # vLLM's own 128 keep nothing of short prompts in the cache. The kernels want multiples of 32.
+        args.setdefault("block_size", 32)
     # "auto" would take Mistral's own tokenizer for its models, and training does not use that one.
     args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", **args}
     with starting_vllm():
