@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from trainers.base import CLConfig, CLTrainer, ConfigError, frozen_in_bf16, main, option, refuse_shards
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, refuse_shards
 
 
 @dataclass
@@ -70,10 +70,7 @@ class AnchorTrainer(CLTrainer):
         self.reference = None
         checkpoint = self.previous.checkpoint if self.config.anchor_reference == "previous" else None
         if self.config.anchor_lambda and (checkpoint is not None or not self.model_args.use_peft):
-            self.reference = self.load_model(checkpoint)
-            self.reference.requires_grad_(False).eval().to(self.accelerator.device)
-            if self.config.bf16:
-                frozen_in_bf16(self.reference)
+            self.reference = self.frozen_model(checkpoint)
 
     @contextmanager
     def reference_model(self) -> Iterator[Any]:

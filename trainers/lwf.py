@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from trainers.base import CLConfig, CLTrainer, frozen_in_bf16, main, option, refuse_shards
+from trainers.base import CLConfig, CLTrainer, main, option, refuse_shards
 
 
 @dataclass
@@ -46,13 +46,7 @@ class LwFTrainer(CLTrainer):
 
     def begin_stage(self) -> None:
         """Loads the teacher: a second model in memory."""
-        self.teacher = None
-        if self.stage.index > 1:
-            # Unmerged: rounding to the weights' precision would take from what the teacher has learned.
-            self.teacher = self.load_model(self.previous.checkpoint)
-            self.teacher.requires_grad_(False).eval().to(self.accelerator.device)
-            if self.config.bf16:
-                frozen_in_bf16(self.teacher)
+        self.teacher = self.frozen_model(self.previous.checkpoint) if self.stage.index > 1 else None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

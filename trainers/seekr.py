@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
-from trainers.base import ConfigError, frozen_in_bf16, main, option
+from trainers.base import ConfigError, main, option
 from trainers.der import KEPT, DERConfig, DERTrainer
 
 
@@ -166,10 +166,7 @@ class SEEKRTrainer(DERTrainer):
 
     def importance(self, rows: Dataset) -> torch.Tensor:
         """The task sensitivity of each head times its forgettability, (layers, heads)."""
-        before = self.load_model(self.previous.checkpoint)
-        before.requires_grad_(False).eval().to(self.accelerator.device)
-        if self.config.bf16:
-            frozen_in_bf16(before)
+        before = self.frozen_model(self.previous.checkpoint)
         # Adapters may be behind the attention of the first layer, which then has no gradient.
         hook = self.model.get_input_embeddings().register_forward_hook(
             lambda module, args, output: output if output.requires_grad else output.requires_grad_()

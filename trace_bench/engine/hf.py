@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
@@ -114,55 +114,43 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         return answers
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
-        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         found: dict[int, float] = {}
+        for i, logits in self._read(examples):
+            answer = torch.tensor(examples[i][1], device=logits.device)
+            found[i] = float(logits.log_softmax(-1).gather(1, answer[:, None]).sum())
+        return [found[i] for i in range(len(examples))]
+
+    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+        """See `SwapLM`."""
+        read = self._read([(one.prompt, one.answer) for one in forced])
+        found = {i: _expected(logits, forced[i].asked) for i, logits in read}
+        return [found[i] for i in range(len(forced))]
+
+    def _read(self, examples: list[Example]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The number of each example, and the float32 logits in place of its answer's tokens: one pass for a batch."""
+        size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         # Prompts of one length together, so that the head is needed for few tokens but those of the answers.
         order = sorted(range(len(examples)), key=lambda i: (-len(examples[i][0]), -len(examples[i][1])))
         for start in range(0, len(order), size):
             batch = order[start : start + size]
-            found |= zip(batch, self._read([examples[i] for i in batch]), strict=True)
-        return [found[i] for i in range(len(examples))]
-
-    def _read(self, batch: list[Example]) -> list[float]:
-        """The log-likelihoods of a batch, by one forward pass; nothing reads what fills a row behind its end."""
-        rows = [[*prompt, *answer][:-1] for prompt, answer in batch]
-        width = max(map(len, rows))
-        keep = width + 1 - min(len(prompt) for prompt, _ in batch)
-        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
-        plain = self.soft_prompt is None
-        inputs: dict[str, Any] = {"input_ids": ids} if plain else {"inputs_embeds": self._behind_prompt(ids)}
-        if self._model._supports_logits_to_keep():
-            inputs["logits_to_keep"] = keep
-        began = time.perf_counter()
-        precision = self.mixed_precision_dtype
-        with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
-            logits = self._model(**inputs).logits[:, -keep:]
-        found = []
-        for of_row, (prompt, answer) in zip(logits, batch, strict=True):
-            first = len(prompt) - 1 - (width - keep)
-            steps = of_row[first : first + len(answer)].float().log_softmax(-1)
-            found.append(float(steps.gather(1, torch.tensor(answer, device=steps.device)[:, None]).sum()))
-        self.work.seconds += time.perf_counter() - began
-        self.work.prompt_tokens += sum(map(len, rows))
-        return found
-
-    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
-        """See `SwapLM`; an answer is read in one pass."""
-        found: dict[int, Expected] = {}
-        size = 1 if self.batch_size == "auto" else int(self.batch_size)
-        order = sorted(range(len(forced)), key=lambda i: len(forced[i].prompt) + len(forced[i].answer))
-        began = time.perf_counter()
-        for start in range(0, len(order), size):
-            batch = {i: [*forced[i].prompt, *forced[i].answer] for i in order[start : start + size]}
-            width = max(map(len, batch.values()))
-            # Padding behind a text changes nothing in it.
-            rows = [ids + [self.pad] * (width - len(ids)) for ids in batch.values()]
-            logits = self._model_call(torch.tensor(rows, device=self.device))
-            for row, (i, ids) in zip(logits, batch.items(), strict=True):
-                found[i] = _expected(row[len(forced[i].prompt) - 1 : len(ids) - 1], forced[i].asked)
-            self.work.prompt_tokens += sum(map(len, batch.values()))
-        self.work.seconds += time.perf_counter() - began
-        return [found[i] for i in range(len(forced))]
+            rows = [[*examples[i][0], *examples[i][1]][:-1] for i in batch]
+            width = max(map(len, rows))
+            keep = width + 1 - min(len(examples[i][0]) for i in batch)
+            # Nothing reads what fills a row behind its end.
+            ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
+            plain = self.soft_prompt is None
+            inputs: dict[str, Any] = {"input_ids": ids} if plain else {"inputs_embeds": self._behind_prompt(ids)}
+            if self._model._supports_logits_to_keep():
+                inputs["logits_to_keep"] = keep
+            began = time.perf_counter()
+            precision = self.mixed_precision_dtype
+            with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
+                logits = self._model(**inputs).logits[:, -keep:]
+            self.work.seconds += time.perf_counter() - began
+            self.work.prompt_tokens += sum(map(len, rows))
+            for i, of_row in zip(batch, logits, strict=True):
+                first = len(examples[i][0]) - 1 - (width - keep)
+                yield i, of_row[first : first + len(examples[i][1])].float()
 
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
         if self.soft_prompt is None:
@@ -177,7 +165,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
 
 def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected:
     """The log-probabilities of the tokens that are asked for; logits of shape (tokens of the answer, vocabulary)."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    logprobs = torch.log_softmax(logits, dim=-1)
     if isinstance(asked, int):
         tokens = logprobs.topk(min(asked, logprobs.shape[-1]), dim=-1).indices.tolist()
     else:

@@ -226,6 +226,14 @@ class CLTrainer(CheckpointTrainer):
             kwargs["attn_implementation"] = args.attn_implementation
         return models.load_model(args.model_name_or_path, checkpoint, args.model_revision, **kwargs)
 
+    def frozen_model(self, checkpoint: Path | None) -> Any:
+        """A second model in memory that is never trained: `load_model`, on the device and without dropout."""
+        # Unmerged: rounding to the weights' precision would take from what the model has learned.
+        model = self.load_model(checkpoint).requires_grad_(False).eval().to(self.accelerator.device)
+        if self.config.bf16:
+            frozen_in_bf16(model)
+        return model
+
     # ------------------------------------------------------------------------------------------------- HF's own hooks
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
