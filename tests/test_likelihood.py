@@ -184,6 +184,7 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
 
 VLLM = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from architectures import generate
 from trace_bench.engine import open_engine
@@ -196,7 +197,15 @@ if __name__ == "__main__":
     found.append(lm.log_likelihoods(prompts, answers, 12))  # now from the cache
     lm.load(Path(adapter))
     found += [lm.log_likelihoods(prompts, answers, 12), lm.log_likelihoods(prompts[::-1], answers[::-1], 12)[::-1]]
-    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], lm.work.generated_tokens]))
+    # What the generated answers tell of references: all of it but for the last token, less than that, too many tokens.
+    wants = [lm.want(ids, 6, (), {}) for ids in lm._prompt_ids(["12 + 3 is", "Say it:", "Yes", "No"], None)]
+    given = [tuple(ids) for ids in lm._answers(wants)]
+    references = [given[0], (*given[1][:2], given[1][2] ^ 1), (given[2][0] ^ 1, *given[2][1:3]), (*given[3], 5)]
+    lm._known.clear()
+    assert [tuple(ids) for ids in lm._answers([replace(w, reference=r) for w, r in zip(wants, references)])] == given
+    told = [nats for _, nats in sorted(lm._told.items(), key=lambda at: references.index(at[0][1][1]))]
+    read = lm._read_all([(want.ids, reference) for want, reference in zip(wants, references)])
+    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], told, read]))
 """
 
 
@@ -218,7 +227,8 @@ def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, check
     request = json.dumps([str(tiny_model), str(checkpoints["adapter"]), args, prompts, answers])
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
     subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
-    found, served, _ = json.loads(out.read_text())
+    found, served, told, read = json.loads(out.read_text())
+    assert told == pytest.approx(read[:2], rel=1e-3), "and of the other two the generated answers tell nothing"
     assert served == ("adapter" if "enable_lora" in args else "merged adapter")
     for each, wanted in zip(found, expected, strict=True):
         assert [n for _, n in each] == [n for _, n in wanted]
