@@ -26,15 +26,12 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 from trace_bench.engine import models
-from trace_bench.engine.checkpoints import config_differences, plain_lora_rank
+from trace_bench.engine.checkpoints import config_differences
 from trace_bench.engine.merging import Merging
-from trace_bench.engine.start import has_gpu, starting_vllm
+from trace_bench.engine.start import lora_args, starting_vllm
 from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
 
 log = logging.getLogger(__name__)
-
-#: The ranks that vLLM has kernels for.
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 #: What makes requests give known tokens, as the engine argument logits_processors.
 FORCING = "trace_bench.engine.forcing:Forcing"
@@ -435,19 +432,3 @@ def _same(one: list[Any], other: list[Any]) -> bool:
         a_ids == b_ids and all(abs(x - y) < 0.05 for x, y in zip(a, b, strict=True))
         for (a_ids, a), (b_ids, b) in zip(one, other, strict=True)
     )
-
-
-def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
-    """The adapters that are served unmerged, by LoRA requests; what they need is added to the arguments of vLLM's LLM.
-
-    By default these are all that can be on a GPU, and none on a CPU; the engine argument enable_lora says otherwise.
-    """
-    if not args.get("enable_lora", has_gpu()):
-        return []
-    ranks = {path: rank for path in dict.fromkeys(checkpoints) if (rank := plain_lora_rank(path))}
-    if ranks:
-        args["enable_lora"] = True
-        args.setdefault("max_lora_rank", next(r for r in _RANKS if r >= max(ranks.values())))
-        args.setdefault("max_loras", min(len(ranks), 8))
-        args.setdefault("max_cpu_loras", len(ranks))
-    return list(ranks)
