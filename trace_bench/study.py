@@ -153,7 +153,7 @@ def run_study(
         file: The study file.
         full: Whether at the scale of the paper.
         output_dir: The folder of the runs; None = runs/<name of the file>-<small or full>.
-        only: Names of the runs to do, or their numbers from 1 on; None = all. The comparison has all that are there.
+        only: Names of the runs to do, as in the file or of a single one, or numbers from 1 on; None = all. The comparison has all that are there.
         launch: What starts the trainings instead of this Python, as `accelerate launch --num_processes 8`.
         dry_run: Print the commands only.
 
@@ -164,7 +164,9 @@ def run_study(
     title = f"{Path(file).stem}-{'full' if full else 'small'}"
     folder = Path(output_dir or Path("runs") / title)
     numbers = {str(i): name for i, name in enumerate(runs, 1)}
-    only = {name if name in runs else numbers.get(name, name) for name in only or ()}
+    # A name with {each: ...} stands for all of its runs: ewc for ewc-seed0 and ewc-seed1.
+    named = {word: [name for name in runs if name == word or name.startswith(f"{word}-")] for word in only or ()}
+    only = {name for word, found in named.items() for name in found or [numbers.get(word, word)]}
     unknown = sorted(only - runs.keys())
     if unknown:
         raise StudyError(
