@@ -153,7 +153,8 @@ def run_study(
         file: The study file.
         full: Whether at the scale of the paper.
         output_dir: The folder of the runs; None = runs/<name of the file>-<small or full>.
-        only: Names of the runs to do, as in the file or of a single one, or numbers from 1 on; None = all. The comparison has all that are there.
+        only: Names of the runs to do, as in the file or of single ones, or their numbers from 1 on; None = all. The
+            comparison has all that are there.
         launch: What starts the trainings instead of this Python, as `accelerate launch --num_processes 8`.
         dry_run: Print the commands only.
 
