@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,6 +120,7 @@ def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Pop
     out.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "bench.gpu.item", part.__name__, item, str(out), *(["--tiny"] if tiny else [])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU of several
     if item.endswith(" CPU"):
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with out.with_suffix(".log").open("wb") as log:
@@ -157,10 +159,8 @@ def _end(log: Path) -> str:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and those that it has started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -22,10 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.gpu.shapes import byte_tokenizer, examples, large_args, large_config, large_model, train_large
+from bench.gpu.shapes import byte_tokenizer, comparison, examples, large_args, large_config, large_model, train_large
 
 TITLE = "LoRA at 7B"
-LIMIT = 150
+LIMIT = 140
 _PACKAGES = ("trl", "datasets", "lm-eval")
 OURS = ("ours, no checkpointing", "ours, as the config")
 TRL = ("TRL, its defaults", "TRL, its best")
@@ -255,7 +255,7 @@ def _kernels(profiler: Any) -> list[list[Any]]:
     ]
     total = sum(spent for _, spent, _ in events)
     events.sort(key=lambda event: -event[1])
-    return [[name, round(spent / 1e3, 2), round(spent / total, 3), count] for name, spent, count in events[:15]]
+    return [[name, round(spent / 1e3, 2), round(spent / (total or 1), 3), count] for name, spent, count in events[:15]]
 
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
@@ -270,18 +270,15 @@ def goals(done: dict[str, Any]) -> dict[str, Any]:
         for key, rate in rates.items():
             if name in done and rate:
                 share = done[name]["tflops"] / rate
-                wanted = 0.45 if key == "data_sheet" and name in OURS else None
-                found[f"{name}: share of the bf16 peak, {key.replace('_', ' ')}"] = _goal(wanted, share, share >= 0.45)
+                goal = (0.45, share >= 0.45) if key == "data_sheet" and name in OURS else ()
+                found[f"{name}: share of the bf16 peak, {key.replace('_', ' ')}"] = comparison(round(share, 3), *goal)
     for name in TRL:
         if name in done and best:
             times = best / done[name]["tokens_per_second"]
-            found[f"ours, times {name}"] = _goal(1.5 if name == TRL[0] else None, times, times >= 1.5)
+            goal = (1.5, times >= 1.5) if name == TRL[0] else ()
+            found[f"ours, times {name}"] = comparison(round(times, 3), *goal)
     for name in OURS:
         if name in done and done[name]["peak_memory_gb"]:
             off = done[name]["peak_memory_gb"] / done[name]["planned_gb"] - 1
-            found[f"{name}: memory over the plan"] = _goal(0.1, off, abs(off) <= 0.1)
+            found[f"{name}: memory over the plan"] = comparison(round(off, 3), 0.1, abs(off) <= 0.1)
     return found
-
-
-def _goal(goal: float | None, found: float, met: bool) -> dict[str, Any]:
-    return {"goal": goal, "found": round(found, 3), "met": met if goal is not None else None}

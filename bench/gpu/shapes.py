@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,21 @@ def prompts(count: int) -> list[list[int]]:
     tasks = load_tasks(["trace_fomc", "trace_numglue_ds", "trace_cstance", "trace_py150"])
     texts = [prompt for task in tasks.values() for prompt, _ in training_rows(task, count // len(tasks))]
     return [ids[-96:] for ids in byte_tokenizer()(texts).input_ids]
+
+
+def marks(answers: list[list[int]]) -> list[str]:
+    """A short text for each answer, the same where its tokens are."""
+    return [hashlib.sha256(repr(ids).encode()).hexdigest()[:8] for ids in answers]
+
+
+def equal_share(one: list[str], other: list[str]) -> float:
+    """The share of answers whose tokens are the same."""
+    return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def comparison(found: Any, goal: Any = None, met: bool | None = None) -> dict[str, Any]:
+    """A number that follows from several measurements; `met` is None where there is no goal."""
+    return {"goal": goal, "found": round(found, 7) if isinstance(found, float) else found, "met": met}
 
 
 # ------------------------------------------------------------------------------------------------------ the large model
@@ -169,8 +186,6 @@ class Sized:
 
 def train_large(trainer: Any, config: Any, folder: Path, tiny: bool, options: list[str], each: int | None) -> Any:
     """Trains a method on the large model as its command does, with `CONFIG` and further options; the run."""
-    import shutil
-
     from trainers.base import train
     from trainers.base.stages import parse
 
