@@ -9,6 +9,7 @@ from pathlib import Path
 import gpu_part
 import pytest
 
+from bench import scaling
 from bench.gpu import __main__ as gpu
 from bench.gpu import large, shapes
 
@@ -93,6 +94,18 @@ def test_the_goals_follow_from_the_measurements():
     assert found["ours, times TRL, its defaults"] == {"goal": 1.5, "found": 1.25, "met": False}
     assert found["ours, no checkpointing: memory over the plan"]["met"]
     assert not found["ours, as the config: memory over the plan"]["met"]
+
+
+def test_the_plan_counts_what_a_layer_with_an_adapter_keeps():
+    config, adapter = shapes.large_config(tiny=False), large._adapter()
+    kept = scaling.kept_with_lora(config, adapter)
+    assert kept == pytest.approx(scaling.kept_with_lora(config, adapter, scale=16), rel=0.03), "it grows with the width"
+    # By hand, bytes a token at width h and 2.7 h: two norms in float32 (8 h), query, key, value and what attention
+    # gives (8 h), the MLP's gate, its SiLU and up (6 x 2.7 h), and of two adapters a dropped input and a mask (6 h).
+    assert kept == pytest.approx((8 + 8 + 6 * 11008 / 4096 + 6) * 4096, rel=0.05)
+    plan = [scaling.one_gpu(config, adapter, tokens, 100, checkpointing=False) for tokens in (1000, 2000)]
+    assert plan[0]["weights"] == pytest.approx(2 * 6_738_415_616 + 4 * 4_194_304)
+    assert sum(plan[1].values()) - sum(plan[0].values()) == 1000 * 32 * kept
 
 
 @pytest.mark.slow

@@ -6,8 +6,9 @@
     python -m bench.gpu --tiny             # the same program with tiny shapes, on a CPU
 
 torch, transformers, peft and accelerate have to be there, and what this package imports (pydantic). Measurements whose
-packages are missing are skipped by name. On a machine without a network, carry wheels and install them with
-`pip install --no-index --no-deps --find-links FOLDER NAME ...`.
+packages are missing are skipped by name. On a machine without a network, carry wheels and install them with `pip install --no-index
+--no-deps --find-links FOLDER NAME ...`; with `--target`, into a folder named site-packages (dill, by which datasets
+knows its functions, takes the modules of other folders for a program's own and fails on them).
 
 A part consists of measurements, each in a process of its own: one that crashes or has no memory loses no other. All
 share the time limit of the part. Results are written after each measurement, under the name of the card.
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     about = machine()
     if about["gpu"] is None and not given.tiny:
         sys.exit("There is no GPU that torch can use. --tiny tries the program with tiny shapes on a CPU.")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no measurement is left on the GPU
     file = given.results or (WORK / "gpu" / "tiny.json" if given.tiny else RESULTS)
     check({name: PARTS[name] for name in given.parts}, file, about, given.tiny, given.again)
 
@@ -125,7 +127,7 @@ def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Pop
         environment["CUDA_VISIBLE_DEVICES"] = ""
     with out.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
-            argv, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True
+            argv, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, process_group=0
         )
 
 

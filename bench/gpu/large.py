@@ -25,7 +25,7 @@ from typing import Any
 from bench.gpu.shapes import byte_tokenizer, comparison, examples, large_args, large_config, large_model, train_large
 
 TITLE = "LoRA at 7B"
-LIMIT = 140
+LIMIT = 135
 _PACKAGES = ("trl", "datasets", "lm-eval")
 OURS = ("ours, no checkpointing", "ours, as the config")
 TRL = ("TRL, its defaults", "TRL, its best")

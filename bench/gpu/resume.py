@@ -20,7 +20,7 @@ from bench.gpu.shapes import comparison
 from bench.gpu.small import TOLERANCE, largest_difference, options
 
 TITLE = "a killed stage goes on"
-LIMIT = 70
+LIMIT = 65
 ITEMS = dict.fromkeys(("undisturbed", "again", "killed"), ("trl", "datasets", "lm-eval"))
 IMPORTS = ("trainers.base",)
 STEPS, SAVED = 40, 5

@@ -12,7 +12,7 @@ from typing import Any
 from bench.gpu.shapes import comparison, device, equal_share, marks, prompts, small_adapter, small_model
 
 TITLE = "a small model, as on the CPU"
-LIMIT = 60
+LIMIT = 70
 _PACKAGES = ("trl", "datasets", "lm-eval")
 ITEMS = dict.fromkeys(("float32 CPU", "float32 GPU", "bfloat16 CPU", "bfloat16 GPU"), _PACKAGES)
 IMPORTS = ("trainers.base", "trace_bench.evaluate", "lm_eval.models.huggingface")
