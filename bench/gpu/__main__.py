@@ -6,9 +6,9 @@
     python -m bench.gpu --tiny             # the same program with tiny shapes, on a CPU
 
 torch, transformers, peft and accelerate have to be there, and what this package imports (pydantic). Measurements whose
-packages are missing are skipped by name. On a machine without a network, carry wheels and install them with `pip install --no-index
---no-deps --find-links FOLDER NAME ...`; with `--target`, into a folder named site-packages (dill, by which datasets
-knows its functions, takes the modules of other folders for a program's own and fails on them).
+packages are missing are skipped by name. On a machine without a network, carry wheels and install them with `pip
+install --no-index --no-deps --find-links FOLDER NAME ...`; with `--target`, into a folder named site-packages (datasets
+hashes functions by dill, which takes modules in other folders for a program's own and fails on them).
 
 A part consists of measurements, each in a process of its own: one that crashes or has no memory loses no other. All
 share the time limit of the part. Results are written after each measurement, under the name of the card.

@@ -34,6 +34,8 @@ IMPORTS = ("trainers.base", "bench.training", "bench.scaling")
 #: Dense bf16 operations a second in the data sheet, by a part of the card's name.
 DATA_SHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
 WARM = 3
+#: What TRL's best switches take, on a GPU alone.
+GPU_ONLY = ("flash-attn", "liger-kernel")
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
@@ -141,7 +143,7 @@ def _trl(item: str, tiny: bool, folder: Path, each: int | None, batch: int) -> d
     from bench.gpu.__main__ import missing
 
     args = large_args()
-    lacking = missing(("flash-attn", "liger-kernel")) if item == TRL[1] else []
+    lacking = list(GPU_ONLY if not torch.cuda.is_available() else missing(GPU_ONLY)) if item == TRL[1] else []
     best: dict[str, Any] = {}
     if item == TRL[1]:
         best = {"gradient_checkpointing": False, "optim": "adamw_torch_fused", "bf16": True}
