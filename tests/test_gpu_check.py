@@ -118,7 +118,7 @@ def test_tiny_shapes_pass_the_whole_check_on_a_cpu(tmp_path, monkeypatch):
             assert not set(found) & set(gpu.NOT_DONE), (name, item, found)
     assert all(goal["met"] for name in "ad" for goal in card[name]["goals"].values() if goal["goal"] is not None)
     assert card["b"]["measurements"]["profile"]["kernels"]
-    assert card["c"]["goals"]["lwf: steps over sequential"]["found"] > 1
+    assert card["c"]["goals"]["lwf: steps over sequential"]["found"] > 0
 
 
 def test_the_page_says_whether_it_was_run():
