@@ -90,18 +90,10 @@ both_tokenizers = pytest.mark.parametrize("tiny_model", ["bytes", "pieces"], ind
 
 
 def byte_tokenizer():
-    """A tokenizer whose tokens are the bytes, as GPT-2's without a merge; it adds no BOS."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """A tokenizer whose tokens are the bytes; it adds no BOS."""
+    from bench.gpu import shapes
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = shapes.byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

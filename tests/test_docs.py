@@ -86,7 +86,8 @@ def check_python(words: list[str]) -> None:
     if module.startswith(("trainers.", "trace_tasks.")):
         assert not unknown(rest, sys.executable, "-m", module), words
     elif module.startswith("bench."):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 def check_trace_bench(words: list[str]) -> None:
