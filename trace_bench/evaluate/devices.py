@@ -169,7 +169,8 @@ def evaluate_on(
                         bar.write(f"{process.name}: {line}")
                     said.add(line)
             made = len(_signs(run) - before)
-            bar.update(made - bar.n)
+            if made > bar.n:
+                bar.update(made - bar.n)
             if not working:
                 break
             time.sleep(POLL)
