@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+from trace_bench.engine import importing
 from trace_bench.evaluate import distance
 from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
 from trace_bench.evaluate.external import refuse_answers_only
@@ -52,7 +53,8 @@ def fill(
         cells, stages, began, ready, tasks = 0, set[Stage](), 0.0, 0.0, None
         for part, then in parts:
             if tasks is None:  # no engine is started where the other processes have every stage
-                tasks = load_tasks(plan, data_path)
+                with importing():
+                    tasks = load_tasks(plan, data_path)
                 began = time.perf_counter()
                 lm = start_engine(plan, tasks, lm)
                 ready = time.perf_counter()
