@@ -1,21 +1,27 @@
-"""A whole evaluation, stages x seen tasks: ours against what people would use instead.
+"""A whole evaluation, stages x seen tasks, with few and with more rows in a cell: ours against what people use instead.
+
+    make bench PART=evaluation
+    python -m bench.evaluation --rows 40 --contenders official
 
 Contenders, on the same nine checkpoints (the base model and eight adapters), rows, prompts and lengths:
 
-- ours: `trace-bench evaluate`, one engine for all stages.
-- lm-eval vllm: `lm_eval run --model vllm` once per stage on the merged model; merging is not counted.
-- lm-eval hf: `lm_eval run --model hf,peft=ADAPTER` once per stage, batch 16. Its `--batch_size auto` tries batches of
-  the full context length, which needs more memory than a small machine has.
-- official: transformers' generate in batches of 4 (all rows of a cell: larger ones would change nothing), the model
-  loaded anew for each stage (`bench/official.py`).
+- ours: `trace-bench evaluate`, one engine for all stages. It is measured whatever is chosen.
+- lm-eval-vllm: `lm_eval run --model vllm` once per stage on the merged model; merging is not counted.
+- lm-eval-hf: `lm_eval run --model hf,peft=ADAPTER` once per stage, batch 16. Its `--batch_size auto` tries batches of
+  the full context length, which needs more memory than a small machine has. Left out unless it is chosen.
+- official: transformers' generate in batches of 4, the model loaded anew for each stage (`bench/official.py`).
 
 The engine's settings of ours (`trace_bench.engine.prepare_vllm`) are given to lm-eval too: without them it would take
 longer still. Of ours: the tokens a second, the share of the time that the engine is at work, and what a stage costs
 besides (swapping weights, scoring, files).
+
+results.json has a part for each number of rows. A contender that is not chosen keeps its times if they are of this
+machine and these packages.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -23,9 +29,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.common import ROOT, WORK, command, save
+from bench.common import RESULTS, ROOT, WORK, command, machine, save
 from trace_bench.report import Table, markdown
-from trace_bench.run import read_jsonl
+from trace_bench.run import Run, Stage, read_jsonl
 from trace_bench.tasks import load_tasks
 
 ROWS = 4
@@ -33,137 +39,177 @@ BATCH = 4
 PROMPT, ANSWER, CONTEXT = 960, 64, 1024
 ENGINE = {"max_model_len": CONTEXT, "dtype": "bfloat16"}
 VLLM_ENV = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_KVCACHE_SPACE": "3", "VLLM_LOGGING_LEVEL": "WARNING"}
+CONTENDERS = ("lm-eval-vllm", "lm-eval-hf", "official")
+#: (stage, task) -> answers.
+Answers = dict[tuple[int, str], list[str]]
 
 
 def main() -> None:
-    """Prepares the checkpoints, times every contender, compares their answers, and saves the result."""
-    from trace_bench.engine import models
-    from trace_bench.run import Run
-
+    """Prepares the checkpoints, times the contenders for each number of rows, and prints all that is measured."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", nargs="+", type=int, default=[ROWS, 40], help="test rows of a cell")
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=["lm-eval-vllm", "official"])
+    args = parser.parse_args()
     run = Run.open(trained())
-    base = models.resolve_model(run.manifest["model"]["name"])
     tasks = load_tasks(run.tasks)
-    stubs = _stubs(tasks)
-    seen = [run.tasks[: stage.index or None] for stage in run.stages]
-    lm_eval = str(Path(sys.executable).with_name("lm_eval"))
-    seconds: dict[str, list[float]] = {}
-    answers: dict[str, dict[tuple[int, str], list[str]]] = {}
+    for rows in args.rows:
+        measure(run, tasks, rows, args.contenders)
+    show()
 
-    copy = WORK / "evaluation" / "ours"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(run.path, copy)
+
+def measure(run: Run, tasks: dict[str, Any], rows: int, contenders: list[str]) -> None:
+    """Times ours and the contenders with so many rows in each cell, compares their answers, and saves the result."""
+    seen = {stage: run.tasks[: stage.index or None] for stage in run.stages}
+    part = f"evaluation_{rows}_rows"
+    result: dict[str, Any] = {"rows_per_cell": rows, "cells": sum(map(len, seen.values())), "stages": len(seen)}
+    taken, answers, result["ours"] = ours(run, seen, rows)
+    docs = {name: list(task.test_docs())[:rows] for name, task in tasks.items()}
+    result["rows"] = sum(map(len, answers.values()))
+    found = {"ours": _contender([taken], answers, answers, tasks, docs)}
+    if contenders:
+        for name, (seconds, texts) in others(run, seen, _stubs(tasks), rows, contenders).items():
+            found[name] = _contender(seconds, texts, answers, tasks, docs)
+    before = _results().get(part, {})
+    if before.get("machine") == machine():
+        found = {**before["contenders"], **found}
+    for one in found.values():
+        one["ratio"] = round(one["seconds"] / found["ours"]["seconds"], 2)
+    save(part, {**result, "contenders": found})
+
+
+def ours(run: Run, seen: dict[Stage, list[str]], rows: int) -> tuple[float, Answers, dict[str, Any]]:
+    """Seconds and answers of `trace-bench evaluate`, and where the time went."""
+    log, folder = f"evaluation/ours-{rows}", WORK / "evaluation" / f"ours-{rows}"
+    shutil.rmtree(folder, ignore_errors=True)
+    argv = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(folder), "--model", run.manifest["model"]["name"]]
+    for stage in run.stages[1:]:
+        argv += ["--checkpoint", f"{stage.task}={stage.checkpoint}"]
+    limits = {"--test-rows": rows, "--max-prompt-length": PROMPT, "--max-new-tokens": ANSWER}
+    argv += ["--tasks", *run.tasks, *(str(word) for pair in limits.items() for word in pair)]
     # The others read no likelihoods either.
-    evaluate = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(copy), "--no-likelihood"]
-    seconds["ours"] = [command(evaluate, "evaluation/ours")]
-    log = (WORK / "evaluation" / "ours.log").read_text().replace(",", "")
-    (numbers,) = re.findall(
-        r"in (\d+) s \(engine start (\d+) s engine at work (\d+) s: (\d+) tokens read (\d+) written (\d+) a second", log
+    seconds = command([*argv, "--engine-args", json.dumps(ENGINE), "--no-likelihood"], log)
+    numbers = re.search(
+        r"in (\d+) s \(engine start (\d+) s engine at work (\d+) s: (\d+) tokens read (\d+) written (\d+) a second",
+        (WORK / f"{log}.log").read_text().replace(",", ""),
     )
-    whole, start, work, read, written, rate = map(int, numbers)
-    ours = Run.open(copy)
-    answers["ours"] = {
-        (s.index, t): [row["response"] for row in read_jsonl(s.samples_file(t))]
-        for s, names in zip(ours.stages, seen, strict=True)
-        for t in names
+    assert numbers is not None
+    whole, start, work, read, written, rate = map(int, numbers.groups())
+    answers = {
+        (stage.index, task): [row["response"] for row in read_jsonl(stage.samples_file(task))]
+        for stage, names in zip(Run.open(folder).stages, seen.values(), strict=True)
+        for task in names
     }
+    return (
+        seconds,
+        answers,
+        {
+            "tokens_read": read,
+            "tokens_written": written,
+            "tokens_per_second": rate,
+            "engine_start_seconds": start,
+            "share_of_time_in_the_engine": round(work / seconds, 2),
+            "seconds_per_stage_besides": round((whole - start - work) / len(seen), 2),
+        },
+    )
 
-    for stage, names in zip(run.stages, seen, strict=True):
-        merged = WORK / "evaluation" / "merged"
-        shutil.rmtree(merged, ignore_errors=True)
-        models.load_merged(base, stage.checkpoint, dtype="auto").save_pretrained(merged)
-        for file in Path(base).glob("*token*"):
-            shutil.copy(file, merged)
-        peft = f",peft={stage.checkpoint}" if stage.checkpoint else ""
-        wanted = ",".join(f"bench_{name}" for name in names)
-        common = ["--tasks", wanted, "--include_path", str(stubs), "--limit", str(ROWS), "--log_samples"]
-        for name, model, arguments in (
-            (
-                "lm-eval vllm",
-                "vllm",
-                f"pretrained={merged},max_model_len={CONTEXT},dtype=bfloat16,enforce_eager=True,"
-                "enable_prefix_caching=True",
-            ),
-            ("lm-eval hf", "hf", f"pretrained={base},max_length={CONTEXT},dtype=bfloat16{peft}"),
-        ):
-            out = WORK / "evaluation" / name.replace(" ", "-") / str(stage.index)
+
+def others(
+    run: Run, seen: dict[Stage, list[str]], stubs: Path, rows: int, contenders: list[str]
+) -> dict[str, tuple[list[float], Answers]]:
+    """Contender -> the seconds of each stage, and the answers."""
+    from trace_bench.engine import models
+
+    base = models.resolve_model(run.manifest["model"]["name"])
+    found: dict[str, tuple[list[float], Answers]] = {name: ([], {}) for name in contenders}
+    for stage, names in seen.items():
+        for name in contenders:
+            out = WORK / "evaluation" / f"{name}-{rows}" / str(stage.index)
             shutil.rmtree(out, ignore_errors=True)
-            device = ["--device", "cpu", "--batch_size", "16"] if model == "hf" else []
-            argv = [lm_eval, "run", "--model", model, "--model_args", arguments, *common, *device]
-            seconds.setdefault(name, []).append(
-                command([*argv, "--output_path", str(out)], f"evaluation/{out.parent.name}-{stage.index}", VLLM_ENV)
-            )
-            for task in names:
-                (file,) = out.rglob(f"samples_bench_{task}_*.jsonl")
-                rows = sorted(read_jsonl(file), key=lambda row: row["doc_id"])
-                answers.setdefault(name, {})[stage.index, task] = [row["filtered_resps"][0] for row in rows]
-        out = WORK / "evaluation" / f"official-{stage.index}.json"
-        argv = [sys.executable, "-m", "bench.official", base, str(stage.checkpoint or ""), str(BATCH), str(out)]
-        argv += [str(ROWS), str(PROMPT), str(ANSWER), *names]
-        seconds.setdefault("official", []).append(command(argv, f"evaluation/{out.stem}"))
-        for task, texts in json.loads(out.read_text()).items():
-            answers.setdefault("official", {})[stage.index, task] = texts
-        print(f"stage {stage.index}: " + ", ".join(f"{k} {v[-1]:.0f} s" for k, v in seconds.items() if k != "ours"))
+            log = f"evaluation/{name}-{rows}-{stage.index}"
+            if name == "official":
+                out = out.with_suffix(".json")
+                out.parent.mkdir(parents=True, exist_ok=True)
+                argv = [sys.executable, "-m", "bench.official", base, str(stage.checkpoint or ""), str(BATCH), str(out)]
+                found[name][0].append(command([*argv, *map(str, (rows, PROMPT, ANSWER)), *names], log))
+                texts = json.loads(out.read_text())
+            else:
+                found[name][0].append(command(_lm_eval(name, base, stage, names, stubs, rows, out), log, VLLM_ENV))
+                texts = {}
+                for task in names:
+                    (file,) = out.rglob(f"samples_bench_{task}_*.jsonl")
+                    samples = sorted(read_jsonl(file), key=lambda row: row["doc_id"])
+                    texts[task] = [row["filtered_resps"][0] for row in samples]
+            found[name][1].update({(stage.index, task): texts[task] for task in names})
+        said = ", ".join(f"{name} {seconds[-1]:.0f} s" for name, (seconds, _) in found.items())
+        print(f"{rows} rows, stage {stage.index}: {said}", flush=True)
+    return found
 
-    docs = {name: list(task.test_docs())[:ROWS] for name, task in tasks.items()}
-    scores = {
-        name: [
-            sum(
-                tasks[task].process_results(doc, [text])[headline(tasks[task])]
-                for doc, text in zip(docs[task], texts, strict=True)
-            )
-            / len(texts)
-            for (_, task), texts in cells.items()
-        ]
-        for name, cells in answers.items()
-    }
-    total = sum(map(len, answers["ours"].values()))
-    result: dict[str, Any] = {"rows_per_cell": ROWS, "cells": len(answers["ours"]), "stages": len(seen)}
-    result["contenders"] = {
-        name: {
-            "seconds": round(sum(times), 1),
-            "per_stage": [round(t, 1) for t in times] if name != "ours" else None,
-            "ratio": round(sum(times) / sum(seconds["ours"]), 2),
-            "mean_of_the_cells": round(100 * sum(scores[name]) / len(scores[name]), 2),
-            "rows_that_differ_from_ours": sum(
-                _scored(a) != _scored(b)
-                for cell, texts in answers["ours"].items()
-                for a, b in zip(texts, answers[name][cell], strict=True)
-            ),
-        }
-        for name, times in seconds.items()
-    }
-    result["rows"] = total
-    result["ours"] = {
-        "tokens_read": read,
-        "tokens_written": written,
-        "tokens_per_second": rate,
-        "engine_start_seconds": start,
-        "share_of_time_in_the_engine": round(work / seconds["ours"][0], 2),
-        "seconds_per_stage_besides": round((whole - start - work) / len(seen), 2),
-    }
-    save("evaluation", result)
-    print(result["ours"])
-    print(
-        markdown(
-            Table(
-                [
-                    "9 stages, 44 cells",
-                    "seconds",
-                    "ours is faster by",
-                    "mean score",
-                    f"answers that differ (of {total})",
-                ],
-                [
-                    [name, c["seconds"], f"{c['ratio']}x", c["mean_of_the_cells"], c["rows_that_differ_from_ours"]]
-                    for name, c in result["contenders"].items()
-                ],
-            )
+
+def _lm_eval(name: str, base: str, stage: Stage, names: list[str], stubs: Path, rows: int, out: Path) -> list[str]:
+    """The command of lm-eval for a stage; for vLLM the adapter is merged first, which is not timed."""
+    from trace_bench.engine import models
+
+    argv = [str(Path(sys.executable).with_name("lm_eval")), "run", "--include_path", str(stubs), "--log_samples"]
+    argv += ["--limit", str(rows), "--output_path", str(out), "--tasks", ",".join(f"bench_{task}" for task in names)]
+    if name == "lm-eval-hf":
+        peft = f",peft={stage.checkpoint}" if stage.checkpoint else ""
+        arguments = f"pretrained={base},max_length={CONTEXT},dtype=bfloat16{peft}"
+        return [*argv, "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "16"]
+    merged = WORK / "evaluation" / "merged"
+    shutil.rmtree(merged, ignore_errors=True)
+    models.load_merged(base, stage.checkpoint, dtype="auto").save_pretrained(merged)
+    for file in Path(base).glob("*token*"):
+        shutil.copy(file, merged)
+    arguments = f"pretrained={merged},max_model_len={CONTEXT},dtype=bfloat16"
+    return [*argv, "--model", "vllm", "--model_args", f"{arguments},enforce_eager=True,enable_prefix_caching=True"]
+
+
+def _contender(
+    seconds: list[float], texts: Answers, of_ours: Answers, tasks: dict[str, Any], docs: dict[str, list[Any]]
+) -> dict[str, Any]:
+    """What is saved of a contender, but for its ratio to ours."""
+    scores = [
+        sum(
+            tasks[task].process_results(doc, [text])[headline(tasks[task])]
+            for doc, text in zip(docs[task], answers, strict=True)
         )
-    )
+        / len(answers)
+        for (_, task), answers in texts.items()
+    ]
+    return {
+        "seconds": round(sum(seconds), 1),
+        "per_stage": [round(t, 1) for t in seconds] if len(seconds) > 1 else None,
+        "mean_of_the_cells": round(100 * sum(scores) / len(scores), 2),
+        "rows_that_differ_from_ours": sum(
+            _scored(a) != _scored(b)
+            for cell, answers in of_ours.items()
+            for a, b in zip(answers, texts[cell], strict=True)
+        ),
+    }
+
+
+def _results() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def show() -> None:
+    """Prints all numbers of rows side by side."""
+    found = {part["rows_per_cell"]: part for name, part in _results().items() if name.startswith("evaluation_")}
+    lines = []
+    for name in ("ours", *CONTENDERS):
+        line: list[Any] = [name]
+        for _, part in sorted(found.items()):
+            one = part["contenders"].get(name)
+            line += [one["seconds"], f"{one['ratio']}x", one["mean_of_the_cells"]] if one else ["", "", ""]
+        lines.append(line)
+    head = [f"{what}, {rows} rows" for rows in sorted(found) for what in ("s", "ours is faster by", "mean score")]
+    print(markdown(Table(["evaluation", *head], lines)))
+    for rows, part in sorted(found.items()):
+        print(f"{rows} rows, {part['machine']['cpu']}, {part['date']}: {part['ours']}")
 
 
 def trained() -> Path:
-    """The run whose checkpoints are evaluated: eight stages, a few steps each."""
+    """The run whose checkpoints are evaluated: eight stages, a few steps each; its own test rows are not used here."""
     path = WORK / "evaluation" / "run"
     limits = ["--max_prompt_length", PROMPT, "--max_new_tokens", ANSWER, "--train_rows", 16, "--test_rows", ROWS]
     argv = [sys.executable, "-m", "trainers.sequential", "--config", "trainers/configs/quickstart_real.yaml"]

@@ -224,22 +224,36 @@ def _to_nowhere(fd: int) -> None:
     os.close(nowhere)
 
 
-def run_child(words: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
-    """Runs another command of ours and returns its exit code; a signal ends it before this command ends."""
+def start_child(words: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
+    """Starts another command of ours, which the caller ends; a signal that comes meanwhile is raised when it runs.
+
+    The options are those of `Popen`.
+    """
     environment = {**(os.environ if environment is None else environment), _QUIET: "1"}
     sys.stdout.flush()
     child = None
     try:
         _Watch.spawning = True
         try:
-            child = subprocess.Popen(words, env=environment)
+            child = subprocess.Popen(words, env=environment, **options)
         finally:
             _Watch.spawning = False
         if _Watch.stopped:
             raise Stopped
-        return child.wait()
     except BaseException:
         if child is not None:
             child.terminate()
             child.wait()
+        raise
+    return child
+
+
+def run_child(words: Sequence[str], environment: Mapping[str, str] | None = None) -> int:
+    """Runs another command of ours and returns its exit code; a signal ends it before this command ends."""
+    child = start_child(words, environment)
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()
+        child.wait()
         raise

@@ -71,7 +71,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             holder = found[0] if found else "another process"
             raise InUse(
                 f"{folder} is in use: {holder} began `{what}` there and is not done. Wait for it, or end it: the lock "
-                "ends with its process. Several processes may evaluate different --stages.",
+                "ends with its process. Several processes share a run's evaluation with --share.",
                 holder,
             ) from None
         except OSError as e:

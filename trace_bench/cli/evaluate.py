@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from trace_bench.cli.options import LIST, indices, json_object, names, options, pairs, positive, put_first
@@ -13,6 +14,8 @@ from trace_bench.run import Run, RunError
 #: Options that a run has in its manifest, so that they go with --checkpoint only; the first need tasks.
 _OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 _OF_CHECKPOINTS = ("model", "tasks", "chain", "renamed_base", *_OF_TASKS)
+#: Options that say what is asked for: the processes of --devices get them as well.
+_ASKED = ("stages", "cells", "backend", "engine_args", "likelihood", "data", "given")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,6 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--data", help="where the data is now, if it was moved")
     add("--follow", action="store_true", help="wait for stages that are not trained yet, and evaluate each as it is")
+    add(
+        "--devices",
+        **LIST,
+        metavar="GPU",
+        help="a process on each takes the next stage that nobody has: all, 0,1,3, or cpu,cpu for two on the CPU",
+    )
+    add("--share", action="store_true", help="take only stages that no other process has, as several of a job may do")
     add = parser.add_argument_group(
         "in addition to the matrix (default: what the run's configuration says)"
     ).add_argument
@@ -54,6 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="KL of each stage from the base model, on its own task's prompts and on neutral questions",
     )
+    _add_checkpoints(parser)
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("checkpoints trained elsewhere").add_argument
     add(
         "--checkpoint",
@@ -78,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluates the missing cells of a run, or of checkpoints from elsewhere."""
     from trace_bench import evaluate
 
+    devices = evaluate.find_devices(names(args.devices) or ()) if args.devices else []
     engine_args, stages = json_object("--engine-args", args.engine_args), indices(args.stages)
     extra = {name: value for name in evaluate.EXTRA_SETTINGS if (value := getattr(args, name)) is not None}
     extra |= {name: names(extra[name]) for name in ("general", "judged") if name in extra}
@@ -96,14 +111,29 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}
     asked |= {"data_path": args.data, "extra": extra, "likelihood": args.likelihood, "given": args.given}
-    if args.follow:
-        done = evaluate.follow(args.path, **asked)
+    run = _run_of_checkpoints(args, extra, engine_args) if args.checkpoint else None
+    if devices:
+        words = _options(args, (*_ASKED, *evaluate.EXTRA_SETTINGS))
+        done = evaluate.evaluate_on(args.path, devices, words, follow=args.follow, **asked)
+    elif args.follow:
+        done = evaluate.follow(args.path, share=args.share, **asked)
     else:
-        chosen = _run_of_checkpoints(args, extra, engine_args) if args.checkpoint else Run.open(args.path)
-        done = evaluate.evaluate(chosen, **asked)
+        done = evaluate.evaluate(run or Run.open(args.path), share=args.share, **asked)
     if not done:
-        print("nothing to evaluate: every cell is done")
+        print("nothing to evaluate: every cell is done" + ", or another process has its stage" * args.share)
     return 0
+
+
+def _options(args: argparse.Namespace, keys: Iterable[str]) -> list[str]:
+    """Options that were given, as they are written on the command line."""
+    words: list[str] = []
+    for key in keys:
+        value = getattr(args, key)
+        if isinstance(value, bool):
+            words.append(options([key]) if value else f"--no-{key}")
+        elif value is not None:
+            words += [options([key]), *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_args: dict[str, Any] | None) -> Run:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine import models
-from trace_bench.engine.start import has_gpu, lora_args, prepare_vllm, starting_vllm
+from trace_bench.engine.start import has_gpu, importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
 
-__all__ = ["SPEED_ONLY_ARGS", "EngineError", "SwapLM", "open_engine", "prepare_vllm", "starting_vllm"]
+__all__ = ["SPEED_ONLY_ARGS", "EngineError", "SwapLM", "importing", "open_engine", "prepare_vllm", "starting_vllm"]
 
 #: Engine arguments that may differ between the cells of a matrix: memory and speed. All others are settings.
 SPEED_ONLY_ARGS = {
@@ -96,8 +96,9 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         )
     if any(models.soft_prompt(path) is not None for path in checkpoints):
         args.setdefault("enable_prompt_embeds", True)
-    prepare_vllm(args)
-    from trace_bench.engine.vllm import FORCING, SwapVLLM
+    with importing():
+        prepare_vllm(args)
+        from trace_bench.engine.vllm import FORCING, SwapVLLM
 
     if forced and not has_gpu() and "speculative_config" not in args:
         # A request for each token costs little on a GPU, whose newer engine takes no such class.

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from trace_bench.evaluate import distance
+from trace_bench.evaluate.devices import evaluate_on, find_devices
 from trace_bench.evaluate.external import drop, external_run, measured_run
 from trace_bench.evaluate.filling import fill
 from trace_bench.evaluate.following import follow
@@ -18,7 +19,17 @@ from trace_bench.evaluate.plan import EXTRA_SETTINGS
 from trace_bench.evaluate.tasks import answer_tokens
 from trace_bench.run import Run
 
-__all__ = ["EXTRA_SETTINGS", "answer_tokens", "drop", "evaluate", "external_run", "follow", "measured_run"]
+__all__ = [
+    "EXTRA_SETTINGS",
+    "answer_tokens",
+    "drop",
+    "evaluate",
+    "evaluate_on",
+    "external_run",
+    "find_devices",
+    "follow",
+    "measured_run",
+]
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +39,8 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
 
     The configuration of the run says how many rows, how long answers, which backend; what is `asked` for instead is in
     `make_plan`. The stages are indices, None = all that are trained. `data_path` is where the data is now, if it was
-    moved; its fingerprint must be the run's.
+    moved; its fingerprint must be the run's. With `share=True` it takes stages that no other process has, until none is
+    left.
 
     Returns:
         The number of cells that were made or filled now.

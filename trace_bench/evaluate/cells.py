@@ -58,21 +58,22 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
     return lm
 
 
-def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any) -> None:
-    """Makes all missing cells, stage by stage."""
+def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, then: Stage | None = None, quiet: bool = False) -> None:
+    """Makes all missing cells, stage by stage; `then` is the stage that the engine is likely to get afterwards."""
     import torch
     from tqdm import tqdm
 
     how = circumstances(plan, "cuda" if torch.cuda.is_available() else "cpu")
     order = [(stage, plan.todo.get(stage, [])) for stage in plan.stages]
-    with tqdm(total=plan.cells, desc="evaluating", unit="cell") as bar:
+    with tqdm(total=plan.cells, desc="evaluating", unit="cell", disable=quiet) as bar:
         for i, (stage, names) in enumerate(order):
             # Taken before loading, so that it describes the weights that are evaluated.
             made = {"checkpoint": stage.fingerprint(), **how}
             if stage.index or lm.served["weights"] != "base":
                 lm.load(stage.checkpoint, stage.below)
-            if i + 1 < len(order):
-                lm.prepare(order[i + 1][0].checkpoint, order[i + 1][0].below)
+            following = order[i + 1][0] if i + 1 < len(order) else then
+            if following is not None:
+                lm.prepare(following.checkpoint, following.below)
             for batch in batches(plan, tasks, names):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(map(task_name, batch))}"[:60])
                 if batch[0] in tasks.single:
@@ -213,11 +214,11 @@ def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, 
     }
 
 
-def summary(plan: Plan, lm: Any, seconds: float, start: float) -> str:
+def summary(cells: int, stages: int, lm: Any, seconds: float, start: float) -> str:
     """What was done, in one line: `seconds` in all, and those of the engine's start."""
     work = lm.work
     return (
-        f"evaluated {plan.cells} cells of {len(plan.stages)} stages in {seconds:.0f} s (engine start {start:.0f} s, "
+        f"evaluated {cells} cells of {stages} stages in {seconds:.0f} s (engine start {start:.0f} s, "
         f"engine at work {work.seconds:.0f} s: {work.prompt_tokens:,} tokens read, {work.generated_tokens:,} written, "
         f"{(work.prompt_tokens + work.generated_tokens) / max(work.seconds, 1e-9):.0f} a second)"
     )

@@ -1,24 +1,38 @@
-"""The missing cells of a run, from the plan to the last cell."""
+"""The missing cells of a run, from the plan to the last cell; several processes share a run by its stages."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
+from trace_bench.engine import importing
+from trace_bench.evaluate import distance
 from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
 from trace_bench.evaluate.external import refuse_answers_only
-from trace_bench.evaluate.plan import make_plan
+from trace_bench.evaluate.plan import Plan, make_plan
 from trace_bench.evaluate.tasks import load_tasks
-from trace_bench.run import WRITTEN, Run, Stage, locked
+from trace_bench.run import WRITTEN, InUse, Run, Stage, in_use, locked
 from trace_tasks.data.files import refuse_links
+
+#: Seconds between two looks at the base model's stage, where another process measures what distances need.
+POLL = 1.0
 
 
 def fill(
-    run: Run, chosen: Iterable[Stage], lm: Any = None, *, data_path: str | None = None, **asked: Any
+    run: Run,
+    chosen: Iterable[Stage],
+    lm: Any = None,
+    *,
+    data_path: str | None = None,
+    share: bool = False,
+    **asked: Any,
 ) -> tuple[int, Any]:
     """Makes the missing cells of trained stages, see `evaluate`.
+
+    With `share` it takes one stage after the other, each of them one that no other process has.
 
     Returns:
         The number of cells made now, and the engine, which may go on with later stages: `lm` if it was given; None if
@@ -27,15 +41,55 @@ def fill(
     refuse_answers_only(run)
     refuse_links(run.path, *WRITTEN)
     chosen = list(chosen)
+
+    def planned(stages: list[Stage]) -> Plan:
+        return make_plan(run, stages, data_path=data_path, **asked)
+
     with ExitStack() as locks:
-        for stage in chosen:
+        for stage in [] if share else chosen:
             locks.enter_context(locked(stage.path, "evaluate"))
-        plan = make_plan(run, chosen, data_path=data_path, **asked)
-        if plan.cells:
-            tasks = load_tasks(plan, data_path)
-            began = time.perf_counter()
-            lm = start_engine(plan, tasks, lm)
-            ready = time.perf_counter()
-            evaluate_plan(plan, tasks, lm)
-            print(summary(plan, lm, time.perf_counter() - began, ready - began), flush=True)
-        return plan.cells, lm
+        plan = planned(chosen)
+        parts = _claimed(plan, planned) if share else iter([(plan, None)] if plan.cells else [])
+        cells, stages, began, ready, tasks = 0, set[Stage](), 0.0, 0.0, None
+        for part, then in parts:
+            if tasks is None:  # no engine is started where the other processes have every stage
+                with importing():
+                    tasks = load_tasks(plan, data_path)
+                began = time.perf_counter()
+                lm = start_engine(plan, tasks, lm)
+                ready = time.perf_counter()
+            evaluate_plan(part, tasks, lm, then, quiet=share)
+            cells, stages = cells + part.cells, stages.union(part.stages)
+        if tasks is not None:
+            print(summary(cells, len(stages), lm, time.perf_counter() - began, ready - began), flush=True)
+        return cells, lm
+
+
+def _claimed(plan: Plan, planned: Callable[[list[Stage]], Plan]) -> Iterator[tuple[Plan, Stage | None]]:
+    """The plan of one stage at a time, which no other process has, and the stage that may come next.
+
+    The lock of a stage is the claim to it, so that of a process that died is free, and its stage is taken. Stages with
+    many cells come first: then the processes end at about the same time.
+    """
+    parts = (plan.todo, plan.fill, plan.distances)
+    left = sorted(plan.stages, key=lambda stage: -sum(len(part.get(stage, ())) for part in parts))
+    took = True
+    while left and took:
+        again, took = [], False
+        for i, stage in enumerate(left):
+            try:
+                with locked(stage.path, "evaluate"):
+                    part = planned([stage])  # another process may have made its cells since
+                    if part.distances and stage.index and distance.base_stage(plan.run, {"distance": True}):
+                        part = replace(part, distances={})  # they need the base model's answers
+                        again.append(stage)
+                    if part.cells:
+                        took = True
+                        yield part, next((s for s in left[i + 1 :] if not in_use(s.path, "evaluate")), None)
+            except InUse:
+                again.append(stage)  # its process may end without finishing it
+        left = again
+        base = plan.run.stages[0]
+        if not took and plan.distances and base in left and in_use(base.path, "evaluate"):
+            took = True
+            time.sleep(POLL)

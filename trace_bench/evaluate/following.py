@@ -96,7 +96,8 @@ class _Watch:
 def follow(path: str | Path, *, stages: Iterable[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
     """Evaluates the stages of a run as they are trained, with one engine, until the last of them is evaluated.
 
-    The run need not have begun. What is `asked` for is as for `evaluate`.
+    The run need not have begun. What is `asked` for is as for `evaluate`; with `share=True` several processes do it
+    together.
 
     Returns:
         The number of cells evaluated.

@@ -1,0 +1,263 @@
+"""`trace-bench evaluate RUN --devices all`: one process on each device takes the next stage that nobody has.
+
+The processes are ordinary `trace-bench evaluate RUN --share` commands, which share the run by the locks of its stages
+(`filling`). This one starts them, shows how far they are, and ends them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from trace_bench.ending import start_child
+from trace_bench.evaluate.plan import Plan, make_plan
+from trace_bench.run import Run, RunError
+from trace_bench.text import printable
+
+log = logging.getLogger(__name__)
+
+CPU = "cpu"
+#: Seconds between two looks at the processes, and how long they may take to end when they are asked to.
+POLL, PATIENCE = 0.2, 20.0
+#: Lines of a process's output that are shown when it failed.
+_SHOWN = 12
+
+
+def find_devices(asked: Sequence[str]) -> list[str]:
+    """The devices by the names that CUDA_VISIBLE_DEVICES takes; "cpu" once for each process on the CPU.
+
+    Args:
+        asked: "all", or GPUs as torch counts them, or names that CUDA_VISIBLE_DEVICES has now, or "cpu" several times.
+
+    Raises:
+        RunError: if there is no such device, or one is named twice.
+    """
+    if set(asked) == {CPU}:
+        return list(asked)
+    import torch
+
+    given = "--devices " + ",".join(asked)
+    if not torch.cuda.is_available():
+        raise RunError(
+            f"{given}: torch finds no GPU here. Leave --devices out, or share the cores of the CPU among several "
+            "processes: --devices cpu,cpu starts two."
+        )
+    visible = _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
+    if list(asked) == ["all"]:
+        return visible
+    numbered = {**{name: name for name in visible}, **{str(n): name for n, name in enumerate(visible)}}
+    if unknown := [name for name in asked if name not in numbered]:
+        raise RunError(
+            f"{given}: there is no {', '.join(unknown)}. Use all, or numbers from 0 to {len(visible) - 1}, which count "
+            f"the visible GPUs ({', '.join(visible)}), or these names."
+        )
+    found = [numbered[name] for name in asked]
+    if len(set(found)) < len(found):
+        raise RunError(f"{given}: each GPU can be named once, since one engine takes all of its memory.")
+    return found
+
+
+def _visible(variable: str | None, count: int) -> list[str]:
+    """What CUDA_VISIBLE_DEVICES says, up to the GPUs that are there; of MIG slices a process sees only one."""
+    if variable is None:
+        return [str(n) for n in range(count)]
+    names = [name.strip() for name in variable.split(",") if name.strip()]
+    return names if any(name.startswith("MIG") for name in names) else names[:count]
+
+
+def grouped(devices: Sequence[str], plan: Plan) -> list[list[str]]:
+    """The devices of each process: as many as an engine of the plan takes.
+
+    Raises:
+        RunError: if they cannot be divided so.
+    """
+    sizes = {name: plan.engine_args.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
+    size = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"] if plan.backend == "vllm" else 1
+    if len(devices) % size:
+        said = " x ".join(f"{name} {value}" for name, value in sizes.items() if value != 1)
+        raise RunError(
+            f"--devices: {len(devices)} ({', '.join(devices)}) cannot be divided among engines that take {size} each "
+            f"({said}). Name a multiple of {size}, or give --engine-args another number."
+        )
+    return [list(devices[i : i + size]) for i in range(0, len(devices), size)]
+
+
+@dataclass
+class _Process:
+    """A process, and what it said."""
+
+    name: str
+    child: subprocess.Popen
+    output: IO[str]
+    lines: list[str] = field(default_factory=list)
+    _rest: str = ""
+
+    def read(self) -> list[str]:
+        """The lines that it wrote since."""
+        *lines, self._rest = (self._rest + self.output.read()).split("\n")
+        lines = [text for line in lines if (text := printable(line.rpartition("\r")[2]).rstrip())]
+        self.lines += lines
+        return lines
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether it runs; its end is taken note of, so that it does not stay as a zombie."""
+        return self.child.poll() is None
+
+    def end(self) -> None:
+        """Ends it and what it started, and waits for it; it may clean up until the caller's `PATIENCE` is over."""
+        with suppress(ProcessLookupError):  # the group is gone with its last process
+            os.killpg(self.child.pid, signal.SIGKILL)
+        self.child.wait()
+
+
+def evaluate_on(
+    path: str | Path,
+    devices: Sequence[str],
+    options: Sequence[str],
+    *,
+    stages: Iterable[int] | None = None,
+    follow: bool = False,
+    **asked: Any,
+) -> int:
+    """Evaluates a run with a process on each device, or group of devices that one engine takes.
+
+    Args:
+        path: The run. If it is followed, it need not have begun.
+        devices: As `find_devices` returns them.
+        options: Those of `trace-bench evaluate` that say what is asked for, for the processes.
+        stages: Indices of the stages; None = all.
+        follow: Whether to wait for stages that are not trained yet.
+        **asked: As for `evaluate`: the same as the options.
+
+    Returns:
+        The number of cells that were made or filled now.
+
+    Raises:
+        RunError: if a process failed and cells are missing, or what the processes would raise at once.
+    """
+    from tqdm import tqdm
+
+    run = _begun(Path(path)) if follow else Run.open(path)
+    plan = _plan(run, stages, asked)
+    groups = grouped(devices, plan)
+    if not follow:
+        groups = groups[: len(plan.stages)]
+    before, began, made = _signs(run), time.perf_counter(), 0
+    with ExitStack() as stack:
+        processes: list[_Process] = []
+        stack.callback(_end, processes)
+        bar = stack.enter_context(tqdm(total=None if follow else plan.cells, desc="evaluating", unit="cell"))
+        for n, group in enumerate(groups):
+            processes.append(_start(run.path, n, group, len(groups), options, follow, stack))
+        said = set[str]()
+        while True:
+            working = [process for process in processes if process.is_at_work]
+            for process in processes:
+                for line in process.read():
+                    if line not in said:
+                        bar.write(f"{process.name}: {line}")
+                    said.add(line)
+            made = len(_signs(run) - before)
+            if made > bar.n:
+                bar.update(made - bar.n)
+            if not working:
+                break
+            time.sleep(POLL)
+    _check(run, processes, lambda: _plan(run, stages, asked).cells)
+    if made:
+        seconds = time.perf_counter() - began
+        print(f"evaluated {made} cells on {len(groups)} devices in {seconds:.0f} s", flush=True)
+    return made
+
+
+def _begun(path: Path) -> Run:
+    """The run, once its training has begun it."""
+    if not (path / "manifest.json").exists():
+        print(printable(f"waiting for {path} to begin"), flush=True)
+    while not (path / "manifest.json").exists():
+        time.sleep(POLL)
+    return Run.open(path)
+
+
+def _plan(run: Run, stages: Iterable[int] | None, asked: dict[str, Any]) -> Plan:
+    wanted = run.indices(stages)
+    return make_plan(run, [s for s in run.stages if s.index in wanted and s.is_trained], **asked)
+
+
+def _signs(run: Run) -> set[tuple[Path, int]]:
+    """The cells and distances that are there, such that one that is made again is another one."""
+    found = set()
+    for kind in ("eval", "distance"):
+        for file in run.path.glob(f"stages/*/{kind}/*.json"):
+            with suppress(FileNotFoundError):
+                found.add((file, file.stat().st_mtime_ns))
+    return found
+
+
+def _start(
+    path: Path, n: int, group: list[str], number: int, options: Sequence[str], follow: bool, stack: ExitStack
+) -> _Process:
+    """Starts a process that sees the devices of its group alone."""
+    # Not the pipe of a reader: if this process is killed, the others finish what they have.
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trace-evaluate-")))
+    into = stack.enter_context((folder / "output").open("wb"))
+    output = stack.enter_context((folder / "output").open(encoding="utf-8", errors="replace"))
+    words = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(path), "--share", *options]
+    on_cpu = group[0] == CPU
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if on_cpu else ",".join(group), "PYTHONUNBUFFERED": "1"}
+    # A session of its own: the signals of the terminal come here, and what it started ends with it.
+    child = start_child(
+        [*words, *(["--follow"] if follow else [])],
+        {**environment, "PYTHONSAFEPATH": "1"},
+        **{"stdin": subprocess.DEVNULL, "stdout": into, "stderr": subprocess.STDOUT, "start_new_session": True},
+    )
+    if on_cpu:
+        cores = sorted(os.sched_getaffinity(0))
+        own = cores[n * len(cores) // number : (n + 1) * len(cores) // number]
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(child.pid, own or cores)
+    return _Process(f"{CPU} {n}" if on_cpu else f"GPU {','.join(group)}", child, output)
+
+
+def _end(processes: list[_Process]) -> None:
+    """Asks the processes that are at work to end, and ends all that is left of them after a while."""
+    for process in processes:
+        if process.is_at_work:
+            process.child.terminate()
+    deadline = time.monotonic() + PATIENCE
+    while any(process.is_at_work for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for process in processes:
+        process.end()
+
+
+def _check(run: Run, processes: list[_Process], missing: Any) -> None:
+    """Says which processes failed, and the end of their output; an error if the others have not made all cells.
+
+    Raises:
+        RunError: naming the devices.
+    """
+    failed: dict[str, list[str]] = {}
+    for process in processes:
+        if code := process.child.returncode:
+            how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+            failed.setdefault("\n".join([how, *process.lines[-_SHOWN:]]), []).append(process.name)
+    if not failed:
+        return
+    text = "\n".join(f"{', '.join(names)} {how}" for how, names in failed.items())
+    left = missing()
+    if not left and any(process.child.returncode == 0 for process in processes):
+        log.warning("%s\nThe other processes have made its cells.", text)
+        return
+    raise RunError(f"{text}\n{left} cells of {run.path} are missing. The same command again makes them.")
