@@ -113,6 +113,22 @@ def test_the_page_says_what_the_report_says(rich):
     assert f"<b>{op}</b>" in page.source
 
 
+def test_a_png_is_drawn_again_only_where_its_svg_changed(make):
+    run = make(name="drawn")
+    write_report(run)
+    png = run.path / "figures" / "matrix.png"
+    drawn = png.read_bytes()
+    png.write_bytes(b"as it was")
+    write_report(run)
+    assert png.read_bytes() == b"as it was"
+    png.with_suffix(".svg").write_text("another one")
+    write_report(run)
+    assert png.read_bytes() == drawn
+    png.unlink()
+    write_report(run)
+    assert png.read_bytes() == drawn
+
+
 def test_figures_are_written_as_svg_and_png_in_the_colours_of_the_page(rich):
     names = ["cost", "flow", "form", "general", "judged", "losses", "matrix", "sequence", "tasks"]
     files = {f.name: f.read_bytes() for f in (rich.path / "figures").iterdir()}
