@@ -113,6 +113,22 @@ def test_the_page_says_what_the_report_says(rich):
     assert f"<b>{op}</b>" in page.source
 
 
+def test_a_png_is_drawn_again_only_where_its_svg_changed(make):
+    run = make(name="drawn")
+    write_report(run)
+    png = run.path / "figures" / "matrix.png"
+    drawn = png.read_bytes()
+    png.write_bytes(b"as it was")
+    write_report(run)
+    assert png.read_bytes() == b"as it was"
+    png.with_suffix(".svg").write_text("another one")
+    write_report(run)
+    assert png.read_bytes() == drawn
+    png.unlink()
+    write_report(run)
+    assert png.read_bytes() == drawn
+
+
 def test_figures_are_written_as_svg_and_png_in_the_colours_of_the_page(rich):
     names = ["cost", "flow", "form", "general", "judged", "losses", "matrix", "sequence", "tasks"]
     files = {f.name: f.read_bytes() for f in (rich.path / "figures").iterdir()}
@@ -411,6 +427,7 @@ def visit(browser):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_and_is_readable(visit, rich, scheme):
     page = visit(rich, 390, color_scheme=scheme)
+    page.click("#fold summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
@@ -450,6 +467,7 @@ def test_panels_stand_one_below_the_other_on_a_phone(visit, rich):
 
 def test_hostile_texts_run_nothing(visit, hostile):
     page = visit(hostile, 390)
+    page.click("#fold summary")
     page.wait_for_timeout(100)
     assert page.evaluate("window.hacked === undefined")
     assert page.locator("img, i svg, article img").count() == 0
@@ -459,6 +477,8 @@ def test_hostile_texts_run_nothing(visit, hostile):
 
 def test_samples_are_searched_and_filtered(visit, rich):
     page = visit(rich)
+    page.click("nav a[href='#samples']")
+    page.locator("#browser").wait_for()  # a link to the folded samples opens them
     data = Page(rich).data
 
     def shown():
@@ -493,6 +513,7 @@ def test_samples_are_searched_and_filtered(visit, rich):
 
 def test_a_number_of_lost_rows_leads_to_these_rows(visit, rich):
     page = visit(rich)
+    assert page.locator("#browser").is_hidden()
 
     def shown():
         return int(page.locator("#count").text_content().split(" of ")[0])
@@ -504,7 +525,7 @@ def test_a_number_of_lost_rows_leads_to_these_rows(visit, rich):
         page.locator("#task").filter(has_text=row).wait_for()
         expect = int(cell.text_content().split()[0])
         page.wait_for_function(f"document.querySelector('#count').textContent.startsWith('{expect} of')")
-        assert expect == shown() > 0
+        assert expect == shown() > 0 and page.locator("#browser").is_visible()
         assert {t.split(" ·")[0] for t in page.locator("article h3").all_text_contents()} == {row}
 
 
@@ -530,6 +551,7 @@ def test_all_but_the_samples_works_without_javascript(visit, rich):
 
 def test_print_shows_all(visit, rich):
     page = visit(rich, 720, color_scheme="dark")  # A4 between its margins
+    page.click("#fold summary")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") <= 720
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

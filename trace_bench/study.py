@@ -38,7 +38,7 @@ from trace_bench import packaged
 from trace_bench.cli.options import option_words
 from trace_bench.ending import run_child
 from trace_bench.keys import refuse_secrets
-from trace_bench.report import Results, compare, write_comparison_page, write_report
+from trace_bench.report import Results, compare, write_comparison_page, write_reports
 from trace_bench.run import Run
 from trace_bench.text import markdown_text, one_line, printable
 from trace_tasks.data.files import write_text
@@ -213,19 +213,19 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
             there.append(run)
         except TraceError as e:
             failed.setdefault(name, str(e))
-    for run in list(there):
-        try:
-            write_report(run, there)
-        except TraceError as e:
-            failed.setdefault(run.path.name, str(e))
-            there.remove(run)
+    loaded = []
+    for run, made in zip(there, write_reports(there), strict=True):
+        if isinstance(made, TraceError):
+            failed.setdefault(run.path.name, str(made))
+        else:
+            loaded.append(made[1])
     lines = [one_line(f"**Failed:** `{name}`: {why}.") for name, why in failed.items()]
     undone = [f"`{name}`" for name in missing if name not in failed]
     lines += [f"Not done: {', '.join(undone)}."] if undone else []
     text = head + "".join(f"> {line}\n\n" for line in lines)
     written = head + "".join(f"> {markdown_text(line)}\n\n" for line in lines)
-    if there:
-        comparison = compare(there)
+    if loaded:
+        comparison = compare(loaded)
         write_text(folder / "summary.csv", comparison.csv())
         write_comparison_page(comparison, folder / "summary.html", text)
         written += comparison.markdown()

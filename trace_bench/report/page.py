@@ -53,7 +53,8 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 def write_page(results: Results, blocks: dict[str, list[Block]]) -> None:
     """Writes report.html and figures/ of a run, with the texts and tables that `sections.sections` makes."""
     folder = results.run.path
-    figures = html.write_pictures(folder / "figures", pictures(results), NAMES)
+    drawn = folder / "figures"
+    figures = html.write_pictures(drawn, pictures(results, drawn), NAMES)
     answers = samples.read_answers(results)
     embedded = samples.embed(results, answers)
     blocks = blocks | {"lengths": samples.lengths(results, answers)}
@@ -170,7 +171,7 @@ def write_comparison_page(comparison: Comparison, file: Path, head: str = "") ->
     """
     head = head or f"# {file.stem}"
     folder = file.with_name(f"{file.stem}-figures")
-    figures = html.write_pictures(folder, pictures_of_runs(comparison), RUNS_NAMES)
+    figures = html.write_pictures(folder, pictures_of_runs(comparison, folder), RUNS_NAMES)
     reports = {e.name: e.run.path / "report.html" for e in comparison.entries}
     links = {name: quote(os.path.relpath(report, file.parent)) for name, report in reports.items() if report.exists()}
     blocks: list[Any] = []
