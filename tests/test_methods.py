@@ -57,6 +57,7 @@ def small(options: dict, name: str, many: int = 2, **changes) -> dict:
         "pp": {"prompt_tokens": 4},
         "seekr": {"attn_implementation": "eager", "replay_ratio": 0.25, "seekr_heads": 3, "seekr_queries": 20},
         "opr": {"replay_ratio": 0.5},
+        "sdft": {"sdft_tokens": 6},
     }
     return {**options, "tasks": THREE[:many], "max_steps": 2, **own.get(name, {}), **changes}
 

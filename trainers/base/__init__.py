@@ -9,6 +9,7 @@ blocks        the blocks of a decoder
 rows          which rows of a task are remembered
 writing       rows that the model writes itself between stages
 answering     the process in which it does so
+sampling      answers that the model draws while it is trained
 """
 
 from trainers.base.blocks import decoder_blocks, text_model
@@ -17,6 +18,7 @@ from trainers.base.config import CLConfig, ConfigError, option
 from trainers.base.preflight import causal_config, context_length, refuse_shards
 from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
+from trainers.base.sampling import sampled
 from trainers.base.stages import main, train
 from trainers.base.trainer import CLTrainer, frozen_in_bf16
 from trainers.base.writing import check_scores
@@ -37,6 +39,7 @@ __all__ = [
     "option",
     "ranked_rows",
     "refuse_shards",
+    "sampled",
     "save_tensors",
     "sort_names",
     "text_model",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
@@ -20,6 +20,14 @@ class GradientTrainer(SFTTrainer):
     config: CLConfig
     model_args: ModelConfig
     model: Any
+    #: Columns of the training set with a whole number for each row, which batches have, too; rows without one have -1.
+    columns: ClassVar[tuple[str, ...]] = ()
+    _signature_columns: Any
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """HF's: the columns that it leaves to the collator."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -40,7 +48,7 @@ class GradientTrainer(SFTTrainer):
 
         # Rows are padded on the right, where a causal model never looks: without a mask the attention kernels leave
         # the future out instead of computing and masking it.
-        kept = {k: v for k, v in inputs.items() if k not in ("labels", "attention_mask")}
+        kept = {k: v for k, v in inputs.items() if k not in ("labels", "attention_mask", *self.columns)}
         if self.aux_loss_enabled:  # which needs the mask to leave padding out
             kept |= {"attention_mask": inputs["attention_mask"], "output_router_logits": True}
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
@@ -186,3 +194,10 @@ class GradientTrainer(SFTTrainer):
             else:
                 parts = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
                 yield from zip(parameters, (part.float()[None] for part in parts), strict=True)
+
+
+def with_columns(
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]], columns: tuple[str, ...], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch with `GradientTrainer.columns`, which TRL's collator leaves out."""
+    return {**collate(examples), **{c: torch.tensor([example.get(c, -1) for example in examples]) for c in columns}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from trace_tasks.tokens import Chat, example_ids
 from trainers.base import writing
 from trainers.base.checkpoints import CheckpointTrainer
 from trainers.base.config import CLConfig
+from trainers.base.gradients import with_columns
 from trainers.base.progress import follow
 from trainers.base.rows import choose_rows
 from trainers.base.sampler import LengthGrouped
@@ -47,6 +49,8 @@ class CLTrainer(CheckpointTrainer):
         set_seed(args.seed)  # an adapter's first weights are random
         model = self.stage_model(stage)
         super().__init__(model=model, args=args, train_dataset=self.with_replay(stage), processing_class=tokenizer)
+        if self.columns:
+            self.data_collator = partial(with_columns, self.data_collator, self.columns)
         # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
         self.model_accepts_loss_kwargs = True
         self.add_callback(_Steps(self))
