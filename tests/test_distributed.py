@@ -63,6 +63,7 @@ def small(options):
             "opr": {"replay_ratio": 0.25, "opr_temperature": 0.0},
             "replay": {"replay_ratio": 0.25, "alignment_rows": 8},  # whole batches in every stage
             "seekr": {"replay_ratio": 0.25, "attn_implementation": "eager", "seekr_weight": 10.0},
+            "sdft": {"sdft_tokens": 6},
             # Answers of two tokens and of many.
             "joint": {"tasks": ["trace_fomc", "trace_py150"], "loss_weights": "tokens"},
             "lwf": {"tasks": ["trace_fomc", "trace_py150"]},

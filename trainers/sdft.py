@@ -32,8 +32,6 @@ Needs a copy of the trained parameters in float32, and two forward passes and th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,20 +144,6 @@ class SDFTTrainer(CLTrainer):
         for name, parameter in self.trained().items():
             self.kept[name].lerp_(parameter.float(), self.config.sdft_ema)
 
-    @contextmanager
-    def teacher(self) -> Iterator[Any]:
-        """The model with the teacher's weights, without dropout."""
-        trained, training = self.trained(), self.model.training
-        own = {name: parameter.data for name, parameter in trained.items()}
-        try:
-            for name, parameter in trained.items():
-                parameter.data = self.kept[name].to(parameter.dtype)
-            yield self.model.eval()
-        finally:
-            for name, parameter in trained.items():
-                parameter.data = own[name]
-            self.model.train(training)
-
     # ---------------------------------------------------------------------------------------------------- the student
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
@@ -194,7 +178,7 @@ class SDFTTrainer(CLTrainer):
         """The divergence from the teacher, per token of the student's answers."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with torch.no_grad(), self.accelerator.autocast(), self.teacher() as teacher:
+        with torch.no_grad(), self.accelerator.autocast(), self.model_with(self.kept) as teacher:
             taught, _ = self.answer_logits(teacher, inputs["taught"])
         inputs = {name: value for name, value in inputs.items() if name != "taught"}
         logits, _ = self.answer_logits(model, inputs)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -32,6 +33,20 @@ class GradientTrainer(SFTTrainer):
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def model_with(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+        """The model with other values of the trained parameters, and without dropout; for passes without gradients."""
+        trained, training = self.trained(), self.model.training
+        own = {name: parameter.data for name, parameter in trained.items()}
+        try:
+            for name, parameter in trained.items():
+                parameter.data = tensors[name].to(parameter.dtype)
+            yield self.model.eval()
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = own[name]
+            self.model.train(training)
 
     def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The float32 logits that predict a batch's answer tokens, shape (tokens, vocabulary), and these tokens.
