@@ -37,7 +37,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import kl_div, log_softmax
 
 from trace_bench.engine import models
 from trace_bench.run import Stage
@@ -48,11 +47,11 @@ from trainers.base import (
     CLConfig,
     CLTrainer,
     ConfigError,
-    causal_config,
-    context_length,
+    divergences,
     main,
     option,
     refuse_shards,
+    require_context,
     sampled,
 )
 
@@ -105,14 +104,8 @@ class SDFTTrainer(CLTrainer):
         for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
             if getattr(config, name) != plain:
                 raise ConfigError(f"{name}={getattr(config, name)}: sdft has a loss of its own. Use {name}: {plain}.")
-        model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
-        context = context_length(model.get_text_config(decoder=True).to_dict())
-        if context and config.shown_tokens + config.sample_tokens > context:
-            raise ConfigError(
-                f"sdft's teacher reads {config.shown_tokens} tokens (max_prompt_length + max_answer_length) and a "
-                f"sample of {config.sample_tokens} (sdft_tokens), more than the model's context of {context}: lower "
-                "one of the three."
-            )
+        what = "max_prompt_length and max_answer_length, of what sdft's teacher is shown, and a sample (sdft_tokens)"
+        require_context(config, model_args, config.shown_tokens + config.sample_tokens, what)
         return {}
 
     # ---------------------------------------------------------------------------------------------------- the teacher
@@ -196,12 +189,6 @@ class SDFTTrainer(CLTrainer):
             "samples": {"rows": self.samples, **mean},
             "divergence": self.divergence / max(self.sampled_tokens, 1),
         }
-
-
-def divergences(logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-    """KL(teacher || student) of each position."""
-    student, teacher = log_softmax(logits, dim=-1), log_softmax(taught, dim=-1)
-    return kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
 
 
 if __name__ == "__main__":

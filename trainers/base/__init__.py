@@ -15,7 +15,8 @@ sampling      answers that the model draws while it is trained
 from trainers.base.blocks import decoder_blocks, text_model
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
-from trainers.base.preflight import causal_config, context_length, refuse_shards
+from trainers.base.gradients import divergences
+from trainers.base.preflight import causal_config, context_length, refuse_shards, require_context
 from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
 from trainers.base.sampling import sampled
@@ -34,11 +35,13 @@ __all__ = [
     "choose_rows",
     "context_length",
     "decoder_blocks",
+    "divergences",
     "frozen_in_bf16",
     "main",
     "option",
     "ranked_rows",
     "refuse_shards",
+    "require_context",
     "sampled",
     "save_tensors",
     "sort_names",

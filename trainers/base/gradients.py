@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from trl import ModelConfig, SFTTrainer
 
 from trainers.base.config import CLConfig
@@ -209,6 +209,12 @@ class GradientTrainer(SFTTrainer):
             else:
                 parts = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
                 yield from zip(parameters, (part.float()[None] for part in parts), strict=True)
+
+
+def divergences(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL(reference || model) of each position, from logits of shape (tokens, vocabulary)."""
+    model, reference = log_softmax(logits, dim=-1), log_softmax(reference, dim=-1)
+    return kl_div(model, reference, reduction="none", log_target=True).sum(dim=-1)
 
 
 def with_columns(

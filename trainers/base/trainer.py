@@ -156,6 +156,7 @@ class CLTrainer(CheckpointTrainer):
         sampling: dict[str, Any] | None = None,
         rated: bool = False,
         cut: bool = True,
+        most: int | None = None,
         at: Stage | None = None,
     ) -> dict[str, list[list[Answer]]]:
         """What the model of a stage answers to prompts, as the evaluation of their tasks would have it.
@@ -172,12 +173,18 @@ class CLTrainer(CheckpointTrainer):
             rated: Whether the answers get their mean log-probability.
             cut: Whether prompts are cut to `max_prompt_length`, as in the evaluation. If not, those that do not fit
                 into the engine's context have an empty, unfinished answer.
+            most: The most tokens of an answer, which only EOS then ends; None = as in the evaluation.
             at: The stage in whose folder they are kept; None = this one.
 
         Returns:
             By task: for each prompt its answers, without the stop that ended them.
         """
-        how = {"samples": samples, "sampling": sampling, "rated": rated}
+        how = {
+            "samples": samples,
+            "sampling": sampling,
+            "rated": rated,
+            **({} if most is None else {"most": most, "stops": []}),
+        }
         limit = self.config.max_prompt_length if cut else None
         return writing.answers(self, name, by, prompts, at or self.stage, how, limit)
 
