@@ -12,7 +12,7 @@ answering     the process in which it does so
 sampling      answers that the model draws while it is trained
 """
 
-from trainers.base.blocks import decoder_blocks, text_model
+from trainers.base.blocks import adapted_parameters, decoder_blocks, text_model
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
 from trainers.base.gradients import divergences
@@ -30,6 +30,7 @@ __all__ = [
     "CLTrainer",
     "ConfigError",
     "LengthGrouped",
+    "adapted_parameters",
     "causal_config",
     "check_scores",
     "choose_rows",

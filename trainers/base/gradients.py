@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from trl import ModelConfig, SFTTrainer
 
+from trainers.base.blocks import adapted_parameters
 from trainers.base.config import CLConfig
 
 
@@ -183,7 +184,7 @@ class GradientTrainer(SFTTrainer):
         layers = {name: modules[name.removesuffix(".weight")] for name in parameters if name.endswith(".weight")}
         # A head sees answer positions alone, MoE layers call no module of the adapter. Gradient checkpointing is off
         # here, as in all evaluation, so that there may be no room for more than a row.
-        unusual = self.model_args.lora_modules_to_save or self.model_args.lora_target_parameters
+        unusual = self.model_args.lora_modules_to_save or adapted_parameters(self.model)
         linear = all(isinstance(layer, torch.nn.Linear) for layer in layers.values())
         if len(layers) < len(parameters) or not linear or unusual or self.args.gradient_checkpointing:
             layers = {}

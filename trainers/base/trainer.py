@@ -49,6 +49,10 @@ class CLTrainer(CheckpointTrainer):
         set_seed(args.seed)  # an adapter's first weights are random
         model = self.stage_model(stage)
         super().__init__(model=model, args=args, train_dataset=self.with_replay(stage), processing_class=tokenizer)
+        if self.aux_loss_enabled:
+            # TRL has the model return its router's logits whatever it is asked, and generation can fail with them, here
+            # and from a full checkpoint. All losses ask for them.
+            model.config.get_text_config().output_router_logits = False
         if self.columns:
             self.data_collator = partial(with_columns, self.data_collator, self.columns)
         # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
