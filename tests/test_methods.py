@@ -55,8 +55,10 @@ def small(options: dict, name: str, many: int = 2, **changes) -> dict:
         "ogd": {"ogd_rows": 4, "ogd_size": 6},
         "osf": {"use_peft": False, "learning_rate": 1e-4},
         "pp": {"prompt_tokens": 4},
+        "lfpt5": {"prompt_tokens": 4, "max_answer_length": 24},
         "seekr": {"attn_implementation": "eager", "replay_ratio": 0.25, "seekr_heads": 3, "seekr_queries": 20},
         "opr": {"replay_ratio": 0.5},
+        "sdft": {"sdft_tokens": 6},
     }
     return {**options, "tasks": THREE[:many], "max_steps": 2, **own.get(name, {}), **changes}
 
