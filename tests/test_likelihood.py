@@ -175,6 +175,14 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
     assert first[0] == "C-STANCE" and first[-4].startswith("-5") and first[-3:] == ["3", "75", "25.0"]
     assert second[-3:] == ["–", "75", "–"] and together[0] == "mean", "the second was not forgotten"
     assert cost == "Reading the likelihoods took 4 of the 14 seconds of the evaluation."
+    # Beside a run that was evaluated without them there is no difference, but the comparison is there.
+    other = make(np.full((4, 3), math.nan), name="other")
+    for stage in other.stages:
+        for i, task in enumerate(TASKS[: max(stage.index, 3 * (stage.index == 0))]):
+            write_cell(stage, task, {"accuracy": np.full(n, 0.5 + 0.1 * i)}, scale={"accuracy": 1})
+    for runs in ([run, other], [other, run]):
+        versus = report.compare(runs).versus[runs[1].path.name]
+        assert math.isnan(versus["soft BWT"].value) and not math.isnan(versus["BWT"].value)
     report.write_report(run)
     assert NAME in (run.path / "scores.csv").read_text()
     assert "Likelihood of the reference" in (run.path / "report.html").read_text()
