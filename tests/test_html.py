@@ -15,14 +15,14 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from made_runs import NAN, TASKS, make_rich_run, make_run, without, write_cell
+from made_runs import EIGHT, NAN, TASKS, make_rich_run, make_run, without, write_cell
 from PIL import Image
 
-from trace_bench.report import compare, figures, html, samples, write_comparison, write_report
+from trace_bench.report import compare, figures, html, samples, write_comparison, write_report, write_reports
 from trace_bench.report.tables import DASH
-from trace_bench.run import Run, read_jsonl
+from trace_bench.run import Run, read_json, read_jsonl
 from trace_tasks.data import JUDGED
-from trace_tasks.data.files import write_jsonl
+from trace_tasks.data.files import write_json, write_jsonl
 
 HOSTILE = '</script><img src=x onerror="window.hacked = 1"><!--<script>\'&\u2028$x_1$ {{1}} **b** `c`'
 
@@ -113,20 +113,29 @@ def test_the_page_says_what_the_report_says(rich):
     assert f"<b>{op}</b>" in page.source
 
 
-def test_a_png_is_drawn_again_only_where_its_svg_changed(make):
-    run = make(name="drawn")
+def test_of_several_runs_a_page_is_made_again_only_where_something_changed(make):
+    run = make_rich_run(make, tasks=EIGHT[:2], n=8)
+    page, figure = run.path / "report.html", run.path / "figures" / "tasks.svg"
     write_report(run)
-    png = run.path / "figures" / "matrix.png"
-    drawn = png.read_bytes()
-    png.write_bytes(b"as it was")
+    made = page.read_bytes()
+
+    def is_made_again():
+        figure.write_text("as it was")
+        [_] = write_reports([run])
+        return figure.read_text(encoding="utf-8") != "as it was"
+
+    assert not is_made_again()
+    figure.with_suffix(".png").unlink()
+    assert is_made_again() and page.read_bytes() == made
+    samples = run.stages[1].samples_file(EIGHT[0])
+    samples.write_text(samples.read_text(encoding="utf-8").replace("because of", "in spite of"), encoding="utf-8")
+    assert is_made_again() and page.read_bytes() != made
+    trained = read_json(run.stages[1].train_file)
+    trained["losses"][0]["loss"] += 1e-9
+    write_json(run.stages[1].train_file, trained)
+    assert is_made_again() and not is_made_again()
     write_report(run)
-    assert png.read_bytes() == b"as it was"
-    png.with_suffix(".svg").write_text("another one")
-    write_report(run)
-    assert png.read_bytes() == drawn
-    png.unlink()
-    write_report(run)
-    assert png.read_bytes() == drawn
+    assert figure.read_text(encoding="utf-8") != "as it was", "of one run it always is"
 
 
 def test_figures_are_written_as_svg_and_png_in_the_colours_of_the_page(rich):

@@ -56,17 +56,13 @@ class Picture:
     """The stem of its files."""
     caption: str
     svg: str
-    png: bytes | None
-    """None: the file that is there shows the same."""
+    png: bytes
     cut: float | None
     """Where panels side by side can be cut apart, to stand one below the other: points from the left."""
 
 
-def draw(drawings: Mapping[str, Drawing], of: Any, there: Path | None = None) -> list[Picture]:
-    """Draws what there is, with our style and nothing of the user's own.
-
-    A PNG takes longer than all else, so it is not made again where the folder `there` has it with the same SVG.
-    """
+def draw(drawings: Mapping[str, Drawing], of: Any) -> list[Picture]:
+    """Draws what there is, with our style and nothing of the user's own."""
     import matplotlib
 
     drawn = []
@@ -78,15 +74,8 @@ def draw(drawings: Mapping[str, Drawing], of: Any, there: Path | None = None) ->
             made = drawing(of)
             if made is not None:
                 figure, caption = made
-                svg = _svg(figure)
-                png = None if there and _is_drawn(there, name, svg) else _png(figure)
-                drawn.append(Picture(name, caption, svg, png, _cut(figure)))
+                drawn.append(Picture(name, caption, _svg(figure), _png(figure), _cut(figure)))
     return drawn
-
-
-def _is_drawn(folder: Path, name: str, svg: str) -> bool:
-    files = [folder / f"{name}.{kind}" for kind in ("svg", "png")]
-    return all(file.is_file() for file in files) and files[0].read_bytes() == svg.encode("utf-8")
 
 
 def _svg(figure: Figure) -> str:

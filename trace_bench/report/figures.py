@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,14 +51,14 @@ MOST_RUNS = 40
 _HEAT = ["#dbe9f6", "#9ecae1", "#3f8fc5", "#08306b"]
 
 
-def pictures(results: Results, there: Path | None = None) -> list[Picture]:
-    """Draws what the run has numbers for; see `drawing.draw`."""
-    return draw(_OF_A_RUN, results, there)
+def pictures(results: Results) -> list[Picture]:
+    """Draws what the run has numbers for."""
+    return draw(_OF_A_RUN, results)
 
 
-def pictures_of_runs(comparison: Comparison, there: Path | None = None) -> list[Picture]:
+def pictures_of_runs(comparison: Comparison) -> list[Picture]:
     """Draws several runs side by side."""
-    return draw(_OF_RUNS, comparison, there)
+    return draw(_OF_RUNS, comparison)
 
 
 def _matrix(results: Results) -> tuple[Figure, str] | None:

@@ -203,9 +203,8 @@ def write_pictures(folder: Path, drawn: Collection[Picture], names: Iterable[str
     `names` are those of all that there may be. Returns name -> the figure for the page.
     """
     for picture in drawn:
-        if picture.png is not None:
-            write_bytes(folder / f"{picture.name}.png", picture.png)
-        write_text(folder / f"{picture.name}.svg", picture.svg)  # last, as it says that the PNG is of the same numbers
+        write_text(folder / f"{picture.name}.svg", picture.svg)
+        write_bytes(folder / f"{picture.name}.png", picture.png)
     for name in set(names) - {picture.name for picture in drawn}:
         for kind in ("svg", "png"):
             (folder / f"{name}.{kind}").unlink(missing_ok=True)

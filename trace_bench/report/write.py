@@ -39,7 +39,8 @@ def write_report(run: Run, others: Iterable[Run] = ()) -> str:
 def write_reports(runs: Sequence[Run]) -> list[tuple[str, Results] | TraceError]:
     """Writes the reports of runs that are compared, as many at a time as there are cores.
 
-    Returns for each run its line and its numbers, so that nothing is computed again; or what is wrong with it.
+    A page that is up to date is not drawn again. Returns for each run its line and its numbers, so that nothing is
+    computed again; or what is wrong with it.
     """
     processes = min(os.cpu_count() or 1, len(runs) // _ENOUGH)
     if processes < 2:
@@ -64,20 +65,20 @@ def _one_of_them(number: int) -> tuple[str, Results] | TraceError:
 
 def _attempt(results: Results, others: Iterable[Results]) -> tuple[str, Results] | TraceError:
     try:
-        return _write(results, others), results
+        return _write(results, others, anew=False), results
     except TraceError as e:
         return e
 
 
-def _write(results: Results, others: Iterable[Results]) -> str:
+def _write(results: Results, others: Iterable[Results], *, anew: bool = True) -> str:
     run = results.run
     refuse_links(run.path, *WRITTEN)
     parts = sections(results, others)
     texts = [markdown(b) if isinstance(b, Table) else markdown_text(b) for blocks in parts.values() for b in blocks]
-    write_text(run.path / "scores.csv", scores_csv(results))
+    write_text(run.path / "scores.csv", results.once(scores_csv))
     write_json(run.path / FILE, result(results))
     write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
-    write_page(results, parts)
+    write_page(results, parts, anew=anew)
     return f"{run.path}/report.md: {_summary(results)}"
 
 
