@@ -105,8 +105,9 @@ def sample(file: str, most: int, seed: int) -> list[Mutant]:
     places: dict[tuple[int, int], list[Mutant]] = defaultdict(list)
     for mutant in mutants(file):
         places[mutant.start, mutant.end].append(mutant)
-    rng = random.Random(f"{seed} {file}")
-    return [rng.choice(places[place]) for place in sorted(rng.sample(list(places), min(most, len(places))))]
+    rng, drawn = random.Random(f"{seed} {file}"), list(places.values())
+    rng.shuffle(drawn)  # a larger sample has the smaller one in it
+    return sorted(rng.choice(variants) for variants in drawn[:most])
 
 
 def changed(mutant: Mutant) -> bytes:
