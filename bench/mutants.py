@@ -1,6 +1,6 @@
 """Which faults the tests find: the code is changed in one small place at a time, and the tests that reach it are run.
 
-    python -m bench.mutants [FILE ...] [--sample 12] [--tests-seconds 60] [--again]
+    python -m bench.mutants [FILE ...] [--sample 12] [--tests-seconds 60] [--tests NAME ...] [--again]
 
 Of each file a seeded sample of places is changed: comparisons and arithmetic are swapped, constants are moved by one,
 conditions are turned round, statements are left out, functions return None. Texts, annotations, logging and what an
@@ -315,12 +315,12 @@ def pytest_alone(tree: Path, arguments: list[str], plugin: Any, told: Callable[[
     return json.loads(answer.read_text()) if answer.exists() else (99, None)
 
 
-def reach(tree: Path, files: list[str]) -> dict[str, Any]:
+def reach(tree: Path, files: list[str], patterns: list[str]) -> dict[str, Any]:
     """Test -> whether it passes without a change, its seconds, and the (file, line) that it reaches."""
     helpers = sorted(f for f in (ROOT / "tests").glob("*.py") if not f.name.startswith("test_"))
     shared = b"".join(f.read_bytes() for f in [*helpers, *(ROOT / file for file in files)])
     tests: dict[str, Any] = {}
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted({path for pattern in patterns for path in (ROOT / "tests").glob(f"{pattern}.py")}):
         key = hashlib.sha256(shared + path.read_bytes()).hexdigest()[:16]
         kept = FOLDER / "reach" / f"{path.stem}-{key}.json"
         if not kept.exists():
@@ -426,6 +426,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=12, help="changes of each file")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
     parser.add_argument("--tests-seconds", type=float, default=60, help="seconds of tests for a change, the quickest")
+    parser.add_argument("--tests", nargs="+", default=["test_*"], help="names of test files; fewer find fewer changes")
     parser.add_argument("--again", action="store_true", help="take the changes again that were not found")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where verdicts are kept")
     args = parser.parse_args()
@@ -438,7 +439,7 @@ def main() -> None:
     verdicts = json.loads(kept.read_text()) if kept.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_tree(Path(folder) / "tree")
-        tests = reach(tree, known)
+        tests = reach(tree, known, args.tests)
         chosen = {}
         for file in args.files or known:
             chosen |= {str(mutant): mutant for mutant in sample(file, args.sample, args.seed)}
@@ -453,7 +454,7 @@ def main() -> None:
             print(f"{i}/{len(chosen)} {verdict['verdict']} in {verdicts[name]['seconds']} s: {name}", flush=True)
     verdicts = {name: facts for name, facts in verdicts.items() if name in chosen}
     show(verdicts)
-    if not args.files:
+    if not args.files and args.tests == parser.get_default("tests"):
         counts = table(verdicts)
         save("mutants", {"sample": args.sample, "seed": args.seed, "files": counts})
 
