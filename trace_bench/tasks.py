@@ -139,6 +139,8 @@ def load_suites(names: Sequence[str]) -> dict[str, Group]:
     Raises:
         DataError: if a suite's rows or packages are missing.
     """
+    if not names:
+        return {}
     import lm_eval
     from lm_eval.tasks import TaskManager
 
