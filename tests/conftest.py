@@ -1,6 +1,7 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
 import gc
+import importlib.metadata
 import os
 import shutil
 import string
@@ -39,6 +40,18 @@ def pytest_terminal_summary(terminalreporter):
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(os, "fsync", lambda fd: None)  # no test takes the power away, and a stage waits for 14 of them
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undrawn(request: pytest.FixtureRequest):
+    """Leaves figures as axes: to render them takes a second a report. Two files of tests look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ("test_html", "test_units"):
+            svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="9pt" height="9pt"><g id="d"/></svg>'
+            patch.setattr("trace_bench.report.drawing._svg", lambda figure: svg)
+            patch.setattr("trace_bench.report.drawing._png", lambda figure: b"")
         yield
 
 
@@ -275,11 +288,15 @@ def freeze_imports() -> None:
 
 @cache
 def spare_extras() -> None:
-    """Leaves out what libraries make at each stage and nobody reads: PEFT's model card, data sets' fingerprints."""
+    """Leaves out what libraries do at each stage or step and nobody reads.
+
+    PEFT's model card, fingerprints of data sets, and whether a package is there, which accelerate asks at each step.
+    """
     from datasets import arrow_dataset
     from peft import PeftModel
 
     numbers = count()
+    importlib.metadata.metadata = cache(importlib.metadata.metadata)
     PeftModel.create_or_update_model_card = lambda self, folder: None
     arrow_dataset.generate_fingerprint = lambda dataset: f"{next(numbers):016x}"
 
