@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bench.common import ROOT, WORK, save
+from bench.house import ROOT
 from trace_tasks.data.files import write_json
 
 #: Metrics, scoring, what is verified before time is spent, and the methods with what they share.
@@ -48,7 +48,7 @@ FILES = (
 )
 #: How the command line of a method looks, which is not what it computes.
 LEFT_OUT = ("trainers/help.py", "trainers/command.py")
-FOLDER = WORK / "mutants"
+FOLDER = ROOT / "runs" / "bench" / "mutants"
 #: Tests do not end where they take so many times their CPU seconds, and so many more; or wait so many times as long.
 TIMES, MORE_SECONDS, WAIT = 5, 60, 5
 
@@ -81,9 +81,8 @@ class Mutant(NamedTuple):
 # ------------------------------------------------------------------------------------------------------- the changes
 
 
-def mutants(file: str) -> list[Mutant]:
+def mutants(file: str, source: bytes) -> list[Mutant]:
     """All changes of a file that can be compiled."""
-    source = (ROOT / file).read_bytes()
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -96,24 +95,23 @@ def mutants(file: str) -> list[Mutant]:
         change = f"{old} -> {'pass' if isinstance(new, ast.Pass) else ast.unparse(new)}"
         mutant = Mutant(file, node.lineno, node.col_offset, _reach(statement), start, end, text, change)
         with contextlib.suppress(SyntaxError):
-            compile(changed(mutant), file, "exec")
+            compile(changed(mutant, source), file, "exec")
             found.append(mutant)
     return found
 
 
-def sample(file: str, most: int, seed: int) -> list[Mutant]:
+def sample(file: str, source: bytes, most: int, seed: int) -> list[Mutant]:
     """One change each of places drawn at random."""
     places: dict[tuple[int, int], list[Mutant]] = defaultdict(list)
-    for mutant in mutants(file):
+    for mutant in mutants(file, source):
         places[mutant.start, mutant.end].append(mutant)
     rng, drawn = random.Random(f"{seed} {file}"), list(places.values())
     rng.shuffle(drawn)  # a larger sample has the smaller one in it
     return sorted(rng.choice(variants) for variants in drawn[:most])
 
 
-def changed(mutant: Mutant) -> bytes:
+def changed(mutant: Mutant, source: bytes) -> bytes:
     """The source of a file with a change."""
-    source = (ROOT / mutant.file).read_bytes()
     return source[: mutant.start] + mutant.text.encode() + source[mutant.end :]
 
 
@@ -317,10 +315,11 @@ def pytest_alone(tree: Path, arguments: list[str], plugin: Any, told: Callable[[
 
 def reach(tree: Path, files: list[str], patterns: list[str]) -> dict[str, Any]:
     """Test -> whether it passes without a change, its seconds, and the (file, line) that it reaches."""
-    helpers = sorted(f for f in (ROOT / "tests").glob("*.py") if not f.name.startswith("test_"))
-    shared = b"".join(f.read_bytes() for f in [*helpers, *(ROOT / file for file in files)])
+    folder = tree / "tests"
+    helpers = sorted(f for f in folder.glob("*.py") if not f.name.startswith("test_"))
+    shared = b"".join(f.read_bytes() for f in [*helpers, *(tree / file for file in files)])
     tests: dict[str, Any] = {}
-    for path in sorted({path for pattern in patterns for path in (ROOT / "tests").glob(f"{pattern}.py")}):
+    for path in sorted({path for pattern in patterns for path in folder.glob(f"{pattern}.py")}):
         key = hashlib.sha256(shared + path.read_bytes()).hexdigest()[:16]
         kept = FOLDER / "reach" / f"{path.stem}-{key}.json"
         if not kept.exists():
@@ -367,13 +366,14 @@ def judge(tree: Path, mutant: Mutant, number: int, tests: dict[str, Any], most: 
     verdict: dict[str, Any] = {"tests": len(names), "left_out": more}
     if not names:
         return {"verdict": "not reached", **verdict}
-    (tree / mutant.file).write_bytes(changed(mutant))
+    source = (tree / mutant.file).read_bytes()
     try:
+        (tree / mutant.file).write_bytes(changed(mutant, source))
         chosen = Chosen(names)
         files = list(dict.fromkeys(test.partition("::")[0] for test in names))
         done = pytest_alone(tree, [*files, "-x"], chosen, lambda: chosen.failed, TIMES * seconds + MORE_SECONDS)
     finally:
-        shutil.copy2(ROOT / mutant.file, tree / mutant.file)
+        (tree / mutant.file).write_bytes(source)
     if done is None:
         return {"verdict": "timed out", **verdict}
     code, failed = done
@@ -442,7 +442,8 @@ def main() -> None:
         tests = reach(tree, known, args.tests)
         chosen = {}
         for file in args.files or known:
-            chosen |= {str(mutant): mutant for mutant in sample(file, args.sample, args.seed)}
+            drawn = sample(file, (tree / file).read_bytes(), args.sample, args.seed)
+            chosen |= {str(mutant): mutant for mutant in drawn}
         for i, (name, mutant) in enumerate(chosen.items(), 1):
             done = verdicts.get(name, {}).get("verdict")
             if done in ("killed", "timed out") or (done and not args.again):
@@ -455,6 +456,8 @@ def main() -> None:
     verdicts = {name: facts for name, facts in verdicts.items() if name in chosen}
     show(verdicts)
     if not args.files and args.tests == parser.get_default("tests"):
+        from bench.common import save
+
         counts = table(verdicts)
         save("mutants", {"sample": args.sample, "seed": args.seed, "files": counts})
 
