@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.mutants import changed, mutants, sample
+from bench.changes import changed, mutants, sample
 
 SOURCE = b'''"""What 1 + 1 is, says a docstring."""
 LIMIT: int = 3
