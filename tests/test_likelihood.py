@@ -138,6 +138,8 @@ def test_the_share_of_what_the_own_stage_gained_worked_by_hand():
     # (-5.5 + 1) / (-1 + 4); the second task's own stage made it worse; that of the third is the last.
     assert share_of_gain(L) == pytest.approx([-1.5, nan, 0], nan_ok=True)
     assert share_of_gain(L, 2) == pytest.approx([-0.5, nan, nan], nan_ok=True)
+    full = [[-4.0, -3.0], [-1.0, -2.5], [-2.0, -1.0]]  # also measured before their own stages
+    assert share_of_gain(full, 1) == pytest.approx([0, nan], nan_ok=True)
 
 
 def test_the_rows_needed_worked_by_hand_and_simulated():

@@ -58,7 +58,6 @@ def main(argv: list[str] | None = None) -> None:
     about = machine()
     if about["gpu"] is None and not given.tiny:
         sys.exit("There is no GPU that torch can use. --tiny tries the program with tiny shapes on a CPU.")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no measurement is left on the GPU
     file = given.results or (WORK / "gpu" / "tiny.json" if given.tiny else RESULTS)
     check({name: PARTS[name] for name in given.parts}, file, about, given.tiny, given.again)
 
@@ -185,4 +184,5 @@ def tables(found: Mapping[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no measurement is left on the GPU
     main()

@@ -21,7 +21,8 @@ from bench.gpu.small import TOLERANCE, largest_difference, options
 
 TITLE = "a killed stage goes on"
 LIMIT = 65
-ITEMS = dict.fromkeys(("undisturbed", "again", "killed"), ("trl", "datasets", "lm-eval"))
+RUNS = ("undisturbed", "again", "killed")
+ITEMS = dict.fromkeys(RUNS, ("trl", "datasets", "lm-eval"))
 IMPORTS = ("trainers.base",)
 STEPS, SAVED = 40, 5
 
@@ -70,9 +71,9 @@ def _killed(path: Path) -> int:
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
     """Same bytes where the card gives them, else the same losses."""
-    if set(done) != set(ITEMS):
+    if set(done) != set(RUNS):
         return {}
-    plain, again, killed = (done[item] for item in ITEMS)
+    plain, again, killed = (done[item] for item in RUNS)
     if plain["adapter"] == again["adapter"]:
         same = plain["adapter"] == killed["adapter"]
         return {"same bytes (two undisturbed runs have them)": comparison(same, True, same)}
