@@ -3,8 +3,10 @@
 import gc
 import importlib.metadata
 import os
+import pickle
 import shutil
 import string
+import sys
 from collections import Counter
 from functools import cache, partial
 from itertools import chain, count, product
@@ -53,6 +55,23 @@ def _undrawn(request: pytest.FixtureRequest):
             patch.setattr("trace_bench.report.drawing._svg", lambda figure: svg)
             patch.setattr("trace_bench.report.drawing._png", lambda figure: b"")
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_once():
+    """Has lm-eval parse the YAML files of our tasks once, not for each index; tests edit files of their own alone."""
+    theirs = sys.modules.get("lm_eval.tasks._index")  # what needs no lm-eval does not import it for this
+    if theirs and not hasattr(theirs.load_yaml, "cache"):
+        read = theirs.load_yaml
+        parsed = cache(lambda path, options: pickle.dumps(read(path, **dict(options))))
+        ours = Path(__file__).parents[1] / "trace_tasks"
+
+        def load_yaml(path, **options):
+            known = ours in Path(path).parents
+            return pickle.loads(parsed(path, tuple(options.items()))) if known else read(path, **options)
+
+        load_yaml.cache = parsed
+        theirs.load_yaml = load_yaml
 
 
 @pytest.fixture
@@ -287,6 +306,9 @@ def spare_extras() -> None:
     from datasets import arrow_dataset
     from peft import PeftModel
 
+    from trace_bench import versions
+
+    versions.version = cache(versions.version)
     numbers = count()
     importlib.metadata.metadata = cache(importlib.metadata.metadata)
     PeftModel.create_or_update_model_card = lambda self, folder: None

@@ -83,6 +83,14 @@ def test_hooks_come_in_the_order_of_a_step(options):
     assert torch.equal(p0, p1) and not torch.equal(p1, p2)
 
 
+def test_a_row_whose_answer_was_cut_off_counts_for_nothing():
+    trainer = object.__new__(base.CLTrainer)
+    labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, -100], [-100, -100, -100, 7]])
+    losses = torch.tensor([1.0, 3.0, 5.0])
+    assert trainer.weighted(losses, {"labels": labels}, "rows") == (2 + 5, 2)
+    assert trainer.weighted(losses, {"labels": labels}, "tokens") == (9, 3)
+
+
 # -------------------------------------------------------------------------------------------------------------- replay
 
 

@@ -1,0 +1,54 @@
+"""The limits of the methods' own options: the nearest values on both sides of each."""
+
+import importlib
+
+import pytest
+
+from trainers.base import CLConfig, ConfigError
+
+WEIGHT = ((-0.1,), (0.0, 1.5))
+SHARE = ((-0.1, 1.1), (0.0, 1.0))
+PART = ((0.0, 1.1), (0.1, 1.0))  # a share of which there is something
+COUNT = ((0,), (1, 2))
+COUNT_OR_NONE = ((-1,), (0, 1))
+LIMITS = {
+    "anchor": {"anchor_lambda": WEIGHT},
+    "der": {"replay_ratio": PART, "der_lambda": SHARE, "der_top": COUNT},
+    "ewc": {"ewc_lambda": WEIGHT, "ewc_gamma": SHARE, "ewc_rows": COUNT},
+    "freeze": {"freeze_layers": COUNT_OR_NONE, "freeze_from": COUNT},
+    "gem": {"gem_margin": WEIGHT, "memory_rows": COUNT, "memory_batch_size": COUNT},
+    "icl": {"num_fewshot": COUNT_OR_NONE, "icl_prompt_length": COUNT},
+    "inflora": {"inflora_threshold": SHARE, "inflora_rows": COUNT},
+    "lwf": {"lwf_lambda": WEIGHT, "lwf_temperature": ((0.0,), (0.1, 3.0))},
+    "migu": {"migu_quantile": SHARE},
+    "mofo": {"mofo_fraction": PART},
+    "nlora": {"nlora_lambda": WEIGHT},
+    "ogd": {"ogd_rows": COUNT, "ogd_size": COUNT},
+    "olora": {"olora_lambda": WEIGHT},
+    "opr": {"replay_ratio": PART, "opr_prompts": COUNT, "opr_samples": COUNT, "opr_temperature": WEIGHT},
+    "pp": {"prompt_tokens": COUNT, "prompt_mlp": ((-1,), (0, 2))},
+    "replay": {"replay_ratio": SHARE, "alignment_rows": COUNT},
+    "rewrite": {"rewrite_accept": SHARE, "rewrite_temperature": WEIGHT, "rewrite_top_p": PART},
+    "seekr": {
+        **{"replay_ratio": PART, "seekr_weight": WEIGHT, "seekr_layers": COUNT, "seekr_heads": COUNT},
+        **{"seekr_queries": COUNT},
+    },
+    "stm": {"stm_threshold": ((0.9,), (1.0, 5.0))},
+    "sequential": {
+        **dict.fromkeys(("train_rows", "test_rows", "max_prompt_length", "max_answer_length", "max_new_tokens"), COUNT),
+        **{"general_rows": COUNT, "judged_rows": COUNT, "judged_max_new_tokens": COUNT, "replay_ratio": SHARE},
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, own in LIMITS.items() for option in own])
+def test_an_option_is_refused_beyond_its_limits_and_allowed_at_them(name, option):
+    module = importlib.import_module(f"trainers.{name}")
+    configs = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, CLConfig)]
+    config = max(configs, key=lambda c: len(c.__mro__))
+    refused, allowed = LIMITS[name][option]
+    for value in refused:
+        with pytest.raises(ConfigError, match=f"{option}={value!r} is not allowed"):
+            config(output_dir="x", **{option: value})
+    for value in allowed:
+        assert getattr(config(output_dir="x", **{option: value}), option) == value
