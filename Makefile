@@ -16,7 +16,7 @@ define check-python
 @test ! -e $(VENV)/.done-$(if $(findstring gpu,$@),cpu,gpu) || { echo "$(VENV) was made for the other device: make setup VENV=.venv-$(DEVICE), or remove it first"; exit 1; }
 endef
 
-.PHONY: help setup bench check house audit docs test test-slow test-versions data evaluate judge report study sweep
+.PHONY: help setup bench gpu-check check house audit docs test test-slow test-versions data evaluate judge report study sweep
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -69,6 +69,9 @@ sweep: study ## methods x seeds x orders, and what differs beyond the seeds: mak
 
 bench: setup ## every comparison side by side: bench/results.json and tables; PART=evaluation|training|methods|scale|startup|merging|differences|deviations
 	for part in $(or $(PART),startup scale training methods evaluation merging differences deviations); do $(BIN)/python -m bench.$$part || exit 1; done
+
+gpu-check: ## what one GPU has to show, in eight minutes, offline: bench/results_gpu.json and tables; PARTS="a b" selects
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m bench.gpu $(if $(PARTS),--parts $(PARTS))
 
 check: ## ruff and mypy
 	$(BIN)/ruff check .

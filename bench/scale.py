@@ -1,56 +1,220 @@
-"""What grows with the number of rows and tasks besides generation: scoring, the numbers of a matrix, intervals.
+"""How the cost grows besides that of training and generation: with rows, tasks and runs; and what methods carry along.
 
-- scoring: 5000 rows of each task, every one against the answer of another row.
-- matrix: OP, BWT, forgetting, FWT and mean OP of 100 runs of 100 tasks each.
-- intervals: the bootstrap of mean OP over 100 tasks of 500 rows at 100 stages.
+- scoring: rows of each task, every one against the answer of another row; the sum over the eight tasks.
+- report by rows: a run of eight tasks. Report by tasks: runs of ROWS[0] rows. Made runs, with samples of all cells.
+- report by runs: runs of eight tasks and FEW rows that are reported and compared by one command.
+- state: what a method leaves for the next stage, and its checkpoint, after each of 30 tasks: files of trainings of a
+  tiny model (one step a stage). As multiples of the adapter of `sequential`, which hold for larger models too.
 
-That a stage costs the same at T = 30 as at the start, and a report of 100 tasks takes seconds, is tested
-(`tests/test_scale.py`).
+The figure docs/speed.svg is drawn from what is saved; `python -m bench.scale --draw` draws it alone. That a stage costs
+the same at T = 30 as at the start is tested (`tests/test_scale.py`).
 """
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from bench.common import save
-from trace_bench.report import Table, markdown
+from bench.common import RESULTS, ROOT, WORK, command, save
+from trace_bench.report import Table, drawing, markdown
+from trace_bench.run import Run
 from trace_bench.tasks import load_tasks
+from trace_tasks import data
+from trace_tasks.data.files import write_json, write_jsonl, write_text
 
-ROWS = 5000
+ROWS, TASKS, RUNS, FEW = (500, 1000, 5000), (8, 15, 30), (1, 10, 30, 100), 40
+#: Methods that carry something on, or whose checkpoint may grow, and one that does not.
+METHODS = ("sequential", "ewc", "ogd", "der", "inflora", "olora", "inclora", "nlora")
+FOLDER = WORK / "scale"
+#: A task whose answer to each of four rows is a letter.
+YAML = """task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}
+training_split: train
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+target_delimiter: ""
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
 
 
 def main() -> None:
-    """Times each part and saves the seconds."""
-    from trace_bench import metrics
-    from trace_tasks import data
+    """Measures each part, saves the numbers and draws them."""
+    if "--draw" not in sys.argv:
+        shutil.rmtree(FOLDER, ignore_errors=True)
+        result = {
+            "demo": data.is_demo(data.find_data()),
+            "scoring": {str(n): scoring(n) for n in ROWS},
+            "report_by_rows": {str(n): reporting([made_run(f"rows{n}", 8, n)]) for n in ROWS},
+            "report_by_tasks": {str(n): reporting([made_run(f"tasks{n}", n, ROWS[0])]) for n in TASKS},
+            "report_by_runs": {str(n): reporting(many(n)) for n in RUNS},
+            "state": {name: state(name) for name in METHODS},
+        }
+        save("scale", result)
+    saved = json.loads(RESULTS.read_text())["scale"]
+    draw(saved)
+    for part in ("scoring", "report_by_rows", "report_by_tasks", "report_by_runs"):
+        print(markdown(Table([part, "seconds"], [[n, seconds] for n, seconds in saved[part].items()])), end="\n\n")
+    ends = [
+        [m, *(f"{s[kind][n - 1]:.2f}" for kind in ("kept", "checkpoint") for n in TASKS)]
+        for m, s in saved["state"].items()
+    ]
+    print(markdown(Table(["method", *(f"{kind} at {n}" for kind in ("kept", "checkpoint") for n in TASKS)], ends)))
 
-    seconds: dict[str, float] = {}
-    for name, task in load_tasks(list(data.FOLDERS)).items():
+
+# -------------------------------------------------------------------------------------------------------------- seconds
+
+
+def scoring(rows: int) -> float:
+    """Seconds to score so many rows of each of the eight tasks."""
+    seconds = 0.0
+    for task in load_tasks(list(data.FOLDERS)).values():
         docs = list(task.test_docs())
-        rows = [docs[i % len(docs)] for i in range(ROWS)]
-        answers = [docs[(i + 1) % len(docs)]["answer"] for i in range(ROWS)]
-        seconds[f"scoring {name}"] = _time(
-            lambda task=task, rows=rows, answers=answers: [
-                task.process_results(doc, [answer]) for doc, answer in zip(rows, answers, strict=True)
-            ]
-        )
-    rng = np.random.default_rng(0)
-    runs = rng.random((100, 101, 100))
-    numbers = ("overall_performance", "backward_transfer", "forgetting", "forward_transfer", "average_accuracy")
-    seconds["matrix of 100 runs"] = _time(lambda: [getattr(metrics, name)(runs) for name in numbers])
-    groups = [rng.integers(0, 2, (500, 101)) for _ in range(100)]
-    seconds["intervals"] = _time(lambda: metrics.bootstrap_interval(groups, metrics.average_accuracy))
-    seconds = {name: round(value, 2) for name, value in seconds.items()}
-    save("scale", {"rows": ROWS, "demo": data.is_demo(data.find_data()), "seconds": seconds})
-    print(markdown(Table([f"scale ({ROWS} rows)", "seconds"], [[name, value] for name, value in seconds.items()])))
+        pairs = [(docs[i % len(docs)], docs[(i + 1) % len(docs)]["answer"]) for i in range(rows)]
+        started = time.perf_counter()
+        for doc, answer in pairs:
+            task.process_results(doc, [answer])
+        seconds += time.perf_counter() - started
+    return round(seconds, 2)
 
 
-def _time(what) -> float:
-    started = time.perf_counter()
-    what()
-    return time.perf_counter() - started
+def reporting(runs: list[Path]) -> float:
+    """Seconds of `trace-bench report` of runs that have no report yet, imports and all."""
+    argv = [sys.executable, "-m", "trace_bench.cli", "report", *map(str, runs)]
+    return round(command(argv, "scale/report"), 1)
+
+
+def made_run(name: str, tasks: int, rows: int) -> Path:
+    """A run of made scores with the samples of all cells, in which each task is forgotten bit by bit."""
+    rng, names = np.random.default_rng(0), [f"task_{i:02}" for i in range(tasks)]
+    manifest: dict[str, Any] = {"method": "sequential", "trains": "lora", "model": {"name": "none"}, "tasks": names}
+    manifest |= {"task_versions": {}, "data": {"path": None, "demo": False, "fingerprint": {}}, "config": {}}
+    run = Run.create(FOLDER / name, {**manifest, "seed": 0})
+    for stage in run.stages:
+        weights = f"weights {stage.index}" if stage.index else None
+        if stage.index:
+            losses = [{"step": k, "loss": 3 * 0.9**k} for k in range(1, 40)]
+            numbers = {"rows": rows, "steps": 40, "tokens": 1000, "seconds": 2.0, "losses": losses}
+            numbers |= {"peak_memory_bytes": 2**30, "memory_of": "process"}
+            write_json(stage.train_file, {"checkpoint": weights, **numbers})
+        for i, task in enumerate(names[: stage.index] if stage.index else names):
+            chance = 0.9 - 0.5 * (stage.index - i - 1) / tasks if stage.index else 0.2
+            right = (rng.random(rows) < chance).astype(float)
+            text = {"prompt": "a question " * 20, "target": "the answer", "response": "an answer " * 5}
+            write_jsonl(stage.samples_file(task), [{"doc_id": k, **text, "accuracy": x} for k, x in enumerate(right)])
+            numbers = {"accuracy": {"value": float(right.mean()), "stderr": None}}
+            cell = {"stage": stage.name, "task": task, "n": rows, "headline": "accuracy", "metrics": numbers}
+            write_json(
+                stage.eval_file(task), {**cell, "checkpoint": weights, "settings": {"backend": "hf"}, "seconds": 1.0}
+            )
+    return run.path
+
+
+def many(count: int) -> list[Path]:
+    """Runs of eight tasks that differ by their seeds."""
+    first = made_run(f"{count}-0", 8, FEW)
+    manifest = json.loads((first / "manifest.json").read_text())
+    folders = [first, *(FOLDER / f"{count}-{seed}" for seed in range(1, count))]
+    for seed, folder in enumerate(folders[1:], 1):
+        shutil.copytree(first, folder)
+        write_json(folder / "manifest.json", {**manifest, "seed": seed})
+    return folders
+
+
+# ---------------------------------------------------------------------------------------------------------------- state
+
+
+def state(method: str) -> dict[str, list[float]]:
+    """What a method keeps, and its checkpoint, after each stage: multiples of the first adapter of `sequential`."""
+    tasks, run = _tasks(FOLDER / "tasks"), FOLDER / method
+    argv = [sys.executable, "-m", f"trainers.{method}", "--config", "trainers/configs/quickstart.yaml"]
+    argv += ["--model_name_or_path", str(_tiny_model()), "--output_dir", str(run), "--tasks", *tasks]
+    argv += ["--max_steps", "1", "--bf16", "false", "--dtype", "float32", "--lora_r", "4"]
+    command(argv, f"scale/{method}", {"TRACE_TASKS": str(FOLDER / "tasks"), "TRACE_DATA": ""})
+    stages = [run / "stages" / f"{i}_{task}" for i, task in enumerate(tasks, 1)]
+    unit = _size(FOLDER / "sequential" / "stages" / f"1_{tasks[0]}" / "adapter")
+    return {
+        "kept": [round(_size(stage / "method_state") / unit, 3) for stage in stages],
+        "checkpoint": [round((_size(stage / "adapter") + _size(stage / "model")) / unit, 3) for stage in stages],
+    }
+
+
+def _tasks(folder: Path) -> list[str]:
+    """As many tasks of one's own as are measured at most."""
+    names = [f"letters_{i:02}" for i in range(max(TASKS))]
+    for i, name in enumerate(names):
+        rows = folder / f"{name}.jsonl"
+        write_jsonl(rows, [{"q": f"task {i} row {k}: ", "a": chr(97 + (i + k) % 26)} for k in range(4)])
+        write_text(folder / f"{name}.yaml", YAML.format(name=name, rows=rows))
+    return names
+
+
+def _size(folder: Path) -> int:
+    """The bytes of the tensors in a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def _tiny_model() -> Path:
+    """A model of two layers with random weights and the quickstart's tokenizer."""
+    folder = FOLDER / "tiny"
+    if not folder.exists():
+        from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+        from trace_bench.engine import models
+
+        tokenizer = AutoTokenizer.from_pretrained(models.resolve_model(models.QUICKSTART))
+        shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------------------- figure
+
+
+def draw(saved: dict[str, Any]) -> None:
+    """Draws the curves from what is saved."""
+    [picture] = drawing.draw({"speed": _curves}, saved)
+    write_text(ROOT / "docs" / "speed.svg", picture.svg)
+
+
+def _curves(saved: dict[str, Any]) -> tuple[Any, str]:
+    figure, axes = drawing.axes_of(2.9, 1, 4, left=0.45, gap=0.45)
+    curves = [
+        ("rows a task", {"report of a run": saved["report_by_rows"], "scoring": saved["scoring"]}),
+        ("tasks", {"report of a run": saved["report_by_tasks"]}),
+        ("runs", {"report of all": saved["report_by_runs"]}),
+    ]
+    for panel, (what, lines) in zip(axes, curves, strict=False):
+        for (name, points), (colour, marker) in zip(lines.items(), drawing.SERIES, strict=False):
+            panel.plot([int(n) for n in points], list(points.values()), color=colour, marker=marker, label=name)
+        panel.set_title("seconds")
+        panel.set_xlabel(what)
+        panel.legend(loc="upper left")
+    axes[3].set_title("state, in adapters")
+    axes[3].set_xlabel("tasks")
+    for (name, sizes), (colour, _) in zip(_that_grow(saved["state"]), drawing.SERIES, strict=False):
+        axes[3].plot(range(1, len(sizes) + 1), sizes, color=colour, label=name)
+    axes[3].legend(loc="upper left")
+    for panel in axes:
+        panel.set_xlim(left=0)
+        panel.set_ylim(bottom=0)
+    return figure, "Cost as it grows."
+
+
+def _that_grow(state: dict[str, Any]) -> list[tuple[str, list[float]]]:
+    """What methods keep and their checkpoints, together; without those that are as `sequential`."""
+    both = {m: [a + b for a, b in zip(s["kept"], s["checkpoint"], strict=True)] for m, s in state.items()}
+    return [(m, sizes) for m, sizes in both.items() if max(sizes) > 1.1]
 
 
 if __name__ == "__main__":

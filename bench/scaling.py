@@ -10,6 +10,7 @@ What is counted so is the parameters and what of them is on each GPU; the rest i
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from trace_bench.report import Table, markdown
 
@@ -178,7 +180,47 @@ def saved_by_layer(config: Any, scale: int = 8) -> int:
     tokens = 256
     layer = LlamaDecoderLayer(small, 0).to(torch.bfloat16)
     states = torch.randn(1, tokens, small.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    rotary = LlamaRotaryEmbedding(small)(states, torch.arange(tokens)[None])
+    return _kept(layer, states, LlamaRotaryEmbedding(small)) * scale // tokens
+
+
+def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
+    """Bytes that a decoder layer keeps of each token where only an adapter is trained; see `saved_by_layer`.
+
+    Args:
+        config: The configuration of the model.
+        adapter: PEFT's of the adapter.
+        scale: What widths and the adapter's rank are divided by.
+    """
+    from peft import get_peft_model
+    from transformers import LlamaForCausalLM
+
+    scale = min(scale, config.num_key_value_heads)
+    small = copy.deepcopy(config)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(small, name, getattr(config, name) // scale)
+    small.num_hidden_layers, small.vocab_size = 1, 8
+    adapter = copy.deepcopy(adapter)
+    adapter.r = max(1, adapter.r // scale)
+    model: Any = get_peft_model(LlamaForCausalLM(small).to(torch.bfloat16), adapter)
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # as our trainer sets it
+        if isinstance(module, torch.nn.Dropout):  # on a GPU it keeps a byte, on a CPU two
+
+            def dropped(states: torch.Tensor, p: float = module.p) -> torch.Tensor:
+                return torch.native_dropout(states, p, True)[0]
+
+            module.forward = dropped  # type: ignore[method-assign]
+    tokens = 256
+    states = torch.randn(1, tokens, small.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    decoder = model.get_base_model().model
+    with torch.autocast("cpu", torch.bfloat16):
+        return _kept(decoder.layers[0], states, decoder.rotary_emb) * scale // tokens
+
+
+def _kept(layer: Any, states: torch.Tensor, rotary_embedding: Any) -> int:
+    """Bytes that a layer keeps for its backward pass, without its parameters and its input."""
+    rotary = rotary_embedding(states, torch.arange(states.shape[1])[None])
     known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), states, *rotary)}
     kept: dict[int, int] = {}
     tensors = []  # alive, so that no two have one address
@@ -192,7 +234,36 @@ def saved_by_layer(config: Any, scale: int = 8) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(states, position_embeddings=rotary, attention_mask=None)
-    return sum(kept.values()) * scale // tokens
+    return sum(kept.values())
+
+
+def one_gpu(config: Any, adapter: Any, tokens: int, answers: int, checkpointing: bool) -> dict[str, float]:
+    """Bytes on a single GPU that trains a LoRA adapter, by what they are for: the arithmetic of `memory`.
+
+    Args:
+        config: The configuration of the model, whose weights are in bf16.
+        adapter: PEFT's of the adapter.
+        tokens: Of the largest batch, padding included.
+        answers: Those of them that the loss is of.
+        checkpointing: Whether a layer is repeated for its backward pass.
+    """
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+        model = get_peft_model(base, copy.deepcopy(adapter), low_cpu_mem_usage=True)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    kept, layers = kept_with_lora(config, adapter), config.num_hidden_layers
+    return {
+        "weights": 2 * frozen + 4 * trained,
+        "gradients, float32": 4 * trained,
+        "AdamW's two moments, float32": 8 * trained,
+        "checkpointed states: one a layer, bf16": 2 * tokens * config.hidden_size * layers if checkpointing else 0,
+        "activations": tokens * kept * (1 if checkpointing else layers),
+        "logits of answers and their gradient, bf16 and twice float32": 10 * answers * config.vocab_size,
+    }
 
 
 def memory(plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:

@@ -112,7 +112,7 @@ def _one(name: str, out: Path) -> None:
                 "tokens_per_second": tokens / seconds,
                 "loss_before": round(before, 4),
                 "loss_after": round(_loss(trainer.model, examples), 4),
-                "bf16_share": EPOCHS * _operations(trainer.model, examples) / seconds / _matmul_rate(),
+                "bf16_share": EPOCHS * operations(trainer.model, examples) / seconds / _matmul_rate(),
                 "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
             }
         )
@@ -230,7 +230,7 @@ def _loss(model: Any, examples: Any) -> float:
     return total / count
 
 
-def _operations(model: Any, examples: Any) -> float:
+def operations(model: Any, examples: Any) -> float:
     """Floating-point operations that one epoch needs: nothing for padding, nor for the head at prompt positions."""
     import torch
 

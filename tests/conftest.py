@@ -1,12 +1,13 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
 import gc
+import importlib.metadata
 import os
 import shutil
 import string
 from collections import Counter
 from functools import cache, partial
-from itertools import chain, product
+from itertools import chain, count, product
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,6 +40,18 @@ def pytest_terminal_summary(terminalreporter):
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(os, "fsync", lambda fd: None)  # no test takes the power away, and a stage waits for 14 of them
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _undrawn(request: pytest.FixtureRequest):
+    """Leaves figures as axes: to render them takes a second a report. Two files of tests look at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ not in ("test_html", "test_units"):
+            svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="9pt" height="9pt"><g id="d"/></svg>'
+            patch.setattr("trace_bench.report.drawing._svg", lambda figure: svg)
+            patch.setattr("trace_bench.report.drawing._png", lambda figure: b"")
         yield
 
 
@@ -90,18 +103,10 @@ both_tokenizers = pytest.mark.parametrize("tiny_model", ["bytes", "pieces"], ind
 
 
 def byte_tokenizer():
-    """A tokenizer whose tokens are the bytes, as GPT-2's without a merge; it adds no BOS."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    """A tokenizer whose tokens are the bytes; it adds no BOS."""
+    from bench.gpu import shapes
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"
-    )
+    tokenizer = shapes.byte_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
@@ -257,6 +262,7 @@ def train(options: dict, trainer=None, config=None):
     from trainers import base
 
     freeze_imports()
+    spare_extras()
     names = {f.name for f in fields(ModelConfig)}
     return base.train(
         trainer or base.CLTrainer,
@@ -270,6 +276,21 @@ def freeze_imports() -> None:
     """Keeps the garbage collector away from what the imports made: each stage calls it twice, for half of its time."""
     gc.collect()
     gc.freeze()
+
+
+@cache
+def spare_extras() -> None:
+    """Leaves out what libraries do at each stage or step and nobody reads.
+
+    PEFT's model card, fingerprints of data sets, and whether a package is there, which accelerate asks at each step.
+    """
+    from datasets import arrow_dataset
+    from peft import PeftModel
+
+    numbers = count()
+    importlib.metadata.metadata = cache(importlib.metadata.metadata)
+    PeftModel.create_or_update_model_card = lambda self, folder: None
+    arrow_dataset.generate_fingerprint = lambda dataset: f"{next(numbers):016x}"
 
 
 def command_line(options: dict) -> list[str]:

@@ -29,8 +29,12 @@ from architectures import (
     reference_likelihoods,
     reload,
 )
-from conftest import byte_tokenizer, pieces_tokenizer
+from conftest import byte_tokenizer, pieces_tokenizer, train
+from test_methods import EXACT, as_method, method, small
 from transformers import AutoTokenizer
+
+from trace_bench.packaged import methods
+from trainers.base import ConfigError
 
 #: Contexts and texts of one token or several, as in MMLU and PIQA.
 PAIRS = [
@@ -96,6 +100,61 @@ def test_an_engine_answers_as_the_trained_model(answers_of, architecture, kinds,
     for each, wanted in zip(found, expected, strict=True):
         precision = 1e-4 if answers_of is by_transformers else 1e-3
         assert each["likelihoods"] == pytest.approx(wanted["likelihoods"], rel=precision)
+
+
+# -------------------------------------------------------------------------------------------------- trained by a method
+
+#: Dense with as many heads of keys as of queries, tied embeddings, grouped queries, experts.
+TRAINED_ON = ("phi", "llama_tied", "llama", "mixtral")
+METHODS = [m for m in methods() if m != "icl"]
+#: What a method does not fit, and what it says: an error before anything is trained.
+_FAMILY = ("olora", "inclora", "nlora", "milora", "inflora")
+UNFIT = {
+    **{(name, "mixtral"): r"mlp\.(experts|gate) is no linear layer.*Name linear layers" for name in _FAMILY},
+    ("merge", "mixtral"): r"mlp\.(experts|gate) is no LoRA of a linear layer",
+    ("migu", "mixtral"): r"mlp\.(experts|gate) is no layer whose outputs.*Name linear layers",
+}
+
+
+def _cells():
+    """Each method on one architecture, in turn; the others are slow tests."""
+    for i, name in enumerate(METHODS):
+        for n, architecture in enumerate(TRAINED_ON):
+            quick = n == i % len(TRAINED_ON)
+            yield pytest.param(name, architecture, id=f"{name}-{architecture}", marks=[] if quick else _SLOW)
+
+
+@pytest.mark.usefixtures("written_here")
+@pytest.mark.parametrize(("name", "architecture"), _cells())
+def test_what_a_method_trains_is_what_is_evaluated(name, architecture, base_of, options):
+    """Two stages, and the tokens of the second one; or the method says that the model does not fit it."""
+    base, answers_of_base = base_of(architecture)
+    trainer, config = method(name)
+    trained = []
+
+    class Spy(trainer):
+        def end_stage(self):
+            super().end_stage()
+            trained[:] = [self.accelerator.unwrap_model(self.model)]
+
+    settings = {**EXACT, "model_name_or_path": str(base), "train_rows": 4, "per_device_train_batch_size": 4}
+    settings |= {"max_prompt_length": 48, "max_answer_length": 16, "max_new_tokens": 2, "learning_rate": 0.05}
+    if architecture == "mixtral":
+        settings["lora_target_modules"] = "all-linear"  # with its experts
+    settings = small(options, name, 2, **settings)
+    if (name, architecture) in UNFIT:
+        with pytest.raises(ConfigError, match=UNFIT[name, architecture]):
+            train(settings, as_method(Spy), config)
+        assert not trained
+        return
+    run = train(settings, as_method(Spy), config)
+    checkpoint = run.stages[-1].checkpoint
+    # What `merge` leaves is not what it has trained, but an average.
+    model = reload(base, checkpoint) if name == "merge" else trained[0].eval()
+    expected = reference(model, AutoTokenizer.from_pretrained(base), PROMPTS)
+    (found,) = by_transformers(base, [checkpoint], PROMPTS)
+    assert found["answers"] == expected
+    assert expected != answers_of_base, "another model"
 
 
 # ------------------------------------------------------------------------------------------ vllm's unmerged adapters

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from made_runs import TASKS, R, cell, verdict_row, without, write_cell
+from made_runs import TASKS, R, cell, make_rich_run, verdict_row, without, write_cell
 from scipy.stats import ttest_ind
 
 from trace_bench.cli import main
 from trace_bench.judgements import judge_file, sample_fingerprints
 from trace_bench.metrics import Estimate, mean_of, net_interval, seed_difference
-from trace_bench.report import DASH, compare, write_comparison
+from trace_bench.report import DASH, compare, write, write_comparison, write_report, write_reports
 from trace_bench.report.seeds import marks_of
-from trace_bench.run import Run, read_json, read_jsonl
+from trace_bench.run import Run, RunError, read_json, read_jsonl
 from trace_tasks.data import ORDERS
 from trace_tasks.data.files import write_json, write_jsonl
 
@@ -206,7 +206,7 @@ def test_unequal_memories_are_named_and_equal_ones_are_not(make):
 
 
 def test_the_command_compares_several_runs_and_writes_where_asked(make, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_: None)
+    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_, **__: None)
     paths = [str(make().path), str(make(name="other").path)]
     comparison = compare([Run.open(p) for p in paths])
     for form, content in (("md", comparison.markdown()), ("csv", comparison.csv()), ("tex", comparison.latex())):
@@ -635,3 +635,22 @@ def test_a_group_is_called_as_its_runs_without_the_seed(make, names, group):
     methods = ["m", "m", "other"]
     runs = [make(R * (1 - 0.1 * k), name=name, seed=k, method=methods[k]) for k, name in enumerate(names)]
     assert list(over_seeds(compare(runs), "Spread")[1]) == [f"{group}: between seeds", f"{group}: test rows"]
+
+
+def test_many_runs_are_reported_in_several_processes_and_nothing_differs(make, bounds, monkeypatch):
+    runs = [*bounds().values(), *(make(name=f"run{k}", seed=k) for k in range(3))]
+    runs += [make_rich_run(make, tasks=ORDERS["order1"][:3], n=8, seed=k, name=f"rich{k}") for k in range(2)]
+    (runs[4].stages[1].eval_file(TASKS[0])).write_text("{")
+    files = [run.path / name for run in runs[:4] for name in ("report.md", "scores.csv", "result.json")]
+    lines = [write_report(run, runs) for run in runs[:4]]
+    expected = [file.read_bytes() for file in files]
+    for file in [*files, *(run.path / "report.html" for run in runs[:4])]:
+        file.unlink()
+    monkeypatch.setattr(write, "os", SimpleNamespace(cpu_count=lambda: 2))
+    made = write_reports(runs)
+    assert [isinstance(one, RunError) for one in made] == [run is runs[4] for run in runs]
+    assert [line for line, _ in made[:4]] == lines and [file.read_bytes() for file in files] == expected
+    assert all((run.path / "report.html").exists() for run in runs[:4])
+    others = [*runs[:4], *runs[5:]]
+    loaded = compare([results for _, results in made[:4] + made[5:]])
+    assert loaded.markdown() == compare(others).markdown() and loaded.csv() == compare(others).csv()

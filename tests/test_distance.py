@@ -16,6 +16,7 @@ from trace_bench.measures.distance import forward_kl, rank_correlation
 from trace_bench.records import NEUTRAL, distance_answers, distance_file
 from trace_bench.report.distance import points
 from trace_bench.run import Run, RunError, read_json, read_jsonl
+from trace_bench.status import status
 from trace_tasks.data.files import write_json, write_jsonl
 
 
@@ -162,6 +163,7 @@ def test_a_killed_measurement_goes_on_and_is_the_same_as_one_that_was_not(run, q
 
 def test_the_base_model_is_at_no_distance_from_itself(run, quick, monkeypatch):
     evaluate.evaluate(run, extra={"distance": True})
+    assert status(run).splitlines()[1].endswith(f"; {1 + len(run.tasks)} distances from the base model")
     base = run.stages[0]
     lm = engine.open_engine("hf", run.manifest["model"]["path"])
     for name in (NEUTRAL, run.tasks[0]):

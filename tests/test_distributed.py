@@ -63,6 +63,8 @@ def small(options):
             "opr": {"replay_ratio": 0.25, "opr_temperature": 0.0},
             "replay": {"replay_ratio": 0.25, "alignment_rows": 8},  # whole batches in every stage
             "seekr": {"replay_ratio": 0.25, "attn_implementation": "eager", "seekr_weight": 10.0},
+            "sdft": {"sdft_tokens": 6, "learning_rate": 1.0},
+            "lfpt5": {"prompt_tokens": 4, "learning_rate": 5.0, "max_answer_length": 20},
             # Answers of two tokens and of many.
             "joint": {"tasks": ["trace_fomc", "trace_py150"], "loss_weights": "tokens"},
             "lwf": {"tasks": ["trace_fomc", "trace_py150"]},

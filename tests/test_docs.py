@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from trace_bench import packaged
+from trace_bench.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("docs/*.md"), *ROOT.glob("trace_tasks/*.md")))
@@ -56,13 +59,22 @@ def output(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
+@cache
+def helped(*command: str) -> str:
+    """The help of a command of ours, in this process, which saves the start of one."""
+    out = io.StringIO()
+    with redirect_stdout(out), suppress(SystemExit):
+        main([*command, "--help"])
+    return out.getvalue()
+
+
 def options(words: list[str]) -> set[str]:
     return {word.split("=")[0] for word in words if word.startswith("--")}
 
 
-def unknown(words: list[str], *command: str) -> set[str]:
+def unknown(words: list[str], text: str) -> set[str]:
     """Options that the help of a command does not have."""
-    return options(words) - set(re.findall(r"(?<![\w-])--[\w-]+", output(*command, "--help"))) - {"--help"}
+    return options(words) - set(re.findall(r"(?<![\w-])--[\w-]+", text)) - {"--help"}
 
 
 def check_make(words: list[str]) -> None:
@@ -83,10 +95,13 @@ def check_python(words: list[str]) -> None:
         assert all(f'"{option}"' in text for option in options(words)), words
         return
     module, *rest = words[words.index("-m") + 1 :]
-    if module.startswith(("trainers.", "trace_tasks.")):
-        assert not unknown(rest, sys.executable, "-m", module), words
+    if module.startswith("trainers.") and module.partition(".")[2] in packaged.methods():
+        assert not unknown(rest, helped("train", module.partition(".")[2])), words
+    elif module.startswith(("trainers.", "trace_tasks.")):
+        assert not unknown(rest, output(sys.executable, "-m", module, "--help")), words
     elif module.startswith("bench."):
-        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 def check_trace_bench(words: list[str]) -> None:
@@ -96,7 +111,7 @@ def check_trace_bench(words: list[str]) -> None:
         command = ["train", words[1] if words[1] in packaged.methods() else "sequential"]
         config = words[words.index("--config") + 1] if "--config" in words else "FILE"
         assert config == "FILE" or config in packaged.configs(), words
-    assert not unknown(words, sys.executable, "-m", "trace_bench.cli", *command), words
+    assert not unknown(words, helped(*command)), words
 
 
 CHECKS = {
@@ -105,7 +120,7 @@ CHECKS = {
     "accelerate": check_python,
     "torchrun": check_python,
     "trace-bench": check_trace_bench,
-    "lm_eval": lambda words: unknown(words, str(Path(sys.executable).with_name("lm_eval")), "run"),
+    "lm_eval": lambda words: unknown(words, output(str(Path(sys.executable).with_name("lm_eval")), "run", "--help")),
 }
 
 

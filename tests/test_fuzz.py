@@ -429,13 +429,7 @@ def odd_files(folder):
 def read_only_commands(make, monkeypatch):
     """A run with all that there is, one that it bounds, and the commands that read it."""
     import made_runs
-    from matplotlib.figure import Figure
 
-    def saved(self, file, **options):  # drawing takes seconds, and adds no reading
-        svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="9pt" height="9pt"><g id="d"/></svg>'
-        file.write(svg if options["format"] == "svg" else b"")
-
-    monkeypatch.setattr(Figure, "savefig", saved)
     monkeypatch.setattr(Client, "send", lambda *a: (_ for _ in ()).throw(JudgeError("asked")))
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("an engine was started"))
     monkeypatch.setattr(made_runs, "SETTINGS", CELL_SETTINGS)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from made_runs import ICL, JOINT, TASKS, write_cell
-from test_docs import ROOT, unknown
+from test_docs import ROOT, helped, unknown
 
 from trace_bench import cli
 from trace_bench.measures.gate import UNKNOWN, WITHIN, WORSE, p_worse, rows_needed, verdicts
@@ -294,4 +294,4 @@ def test_the_workflow_of_the_docs_has_commands_that_parse():
     found = [w[w.index("trace-bench") + 1 :] for w in words if "trace-bench" in w]
     assert [w[0] for w in found] == ["evaluate", "check", "evaluate"]
     for command, *rest in found:
-        assert not unknown([w.rstrip(";") for w in rest], sys.executable, "-m", "trace_bench.cli", command)
+        assert not unknown([w.rstrip(";") for w in rest], helped(command))

@@ -23,7 +23,7 @@ from trace_bench.evaluate.tasks import run_tasks
 from trace_bench.report import Results, write_report
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_suites, load_tasks, task_manager
-from trace_tasks import data
+from trace_tasks import data, general
 from trace_tasks.data.files import write_json
 from trainers.base import CLConfig, ConfigError
 
@@ -204,6 +204,18 @@ def test_a_csv_row_of_another_form_is_an_error_with_its_number(local):
     file.write_text('"one\nline",a,b,c,d,A\nq,a,b,c,d,E\n')
     with pytest.raises(data.DataError, match=r"abstract_algebra_dev\.csv, row 1: .*'E'"):
         load_suites(["general_mmlu"])
+
+
+def test_the_csv_of_mmlu_is_read_as_the_hub_has_it(tmp_path):
+    for split, letter in (("dev", "C"), ("test", "A")):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"virology_{split}.csv").write_text(f'"{split},\n1?",a,b,"c, d",e,{letter}\n')
+    rows = {split: list(found) for split, found in general._mmlu(tmp_path, "virology").items()}
+    same = {"subject": "virology", "choices": ["a", "b", "c, d", "e"]}
+    assert rows == {
+        "dev": [{"question": "dev,\n1?", "answer": 2, **same}],
+        "test": [{"question": "test,\n1?", "answer": 0, **same}],
+    }
 
 
 def test_without_a_local_copy_and_a_hub_the_error_says_both_ways(monkeypatch):

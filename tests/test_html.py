@@ -15,14 +15,14 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from made_runs import NAN, TASKS, make_rich_run, make_run, without, write_cell
+from made_runs import EIGHT, NAN, TASKS, make_rich_run, make_run, without, write_cell
 from PIL import Image
 
-from trace_bench.report import compare, figures, html, samples, write_comparison, write_report
+from trace_bench.report import compare, figures, html, samples, write_comparison, write_report, write_reports
 from trace_bench.report.tables import DASH
-from trace_bench.run import Run, read_jsonl
+from trace_bench.run import Run, read_json, read_jsonl
 from trace_tasks.data import JUDGED
-from trace_tasks.data.files import write_jsonl
+from trace_tasks.data.files import write_json, write_jsonl
 
 HOSTILE = '</script><img src=x onerror="window.hacked = 1"><!--<script>\'&\u2028$x_1$ {{1}} **b** `c`'
 
@@ -111,6 +111,31 @@ def test_the_page_says_what_the_report_says(rich):
     assert "C-STANCEaccuracy" in shown and not any("<" in cell for cell in shown), "what is markup is not shown"
     op = re.search(r"\| OP_8 \| (\S+) ", markdown)[1]
     assert f"<b>{op}</b>" in page.source
+
+
+def test_of_several_runs_a_page_is_made_again_only_where_something_changed(make):
+    run = make_rich_run(make, tasks=EIGHT[:2], n=8)
+    page, figure = run.path / "report.html", run.path / "figures" / "tasks.svg"
+    write_report(run)
+    made = page.read_bytes()
+
+    def is_made_again():
+        figure.write_text("as it was")
+        [_] = write_reports([run])
+        return figure.read_text(encoding="utf-8") != "as it was"
+
+    assert not is_made_again()
+    figure.with_suffix(".png").unlink()
+    assert is_made_again() and page.read_bytes() == made
+    samples = run.stages[1].samples_file(EIGHT[0])
+    samples.write_text(samples.read_text(encoding="utf-8").replace("because of", "in spite of"), encoding="utf-8")
+    assert is_made_again() and page.read_bytes() != made
+    trained = read_json(run.stages[1].train_file)
+    trained["losses"][0]["loss"] += 1e-9
+    write_json(run.stages[1].train_file, trained)
+    assert is_made_again() and not is_made_again()
+    write_report(run)
+    assert figure.read_text(encoding="utf-8") != "as it was", "of one run it always is"
 
 
 def test_figures_are_written_as_svg_and_png_in_the_colours_of_the_page(rich):
@@ -411,6 +436,7 @@ def visit(browser):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_the_page_fits_and_is_readable(visit, rich, scheme):
     page = visit(rich, 390, color_scheme=scheme)
+    page.click("#fold summary")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (background == "rgb(255, 255, 255)") == (scheme == "light")
@@ -450,6 +476,7 @@ def test_panels_stand_one_below_the_other_on_a_phone(visit, rich):
 
 def test_hostile_texts_run_nothing(visit, hostile):
     page = visit(hostile, 390)
+    page.click("#fold summary")
     page.wait_for_timeout(100)
     assert page.evaluate("window.hacked === undefined")
     assert page.locator("img, i svg, article img").count() == 0
@@ -459,6 +486,8 @@ def test_hostile_texts_run_nothing(visit, hostile):
 
 def test_samples_are_searched_and_filtered(visit, rich):
     page = visit(rich)
+    page.click("nav a[href='#samples']")
+    page.locator("#browser").wait_for()  # a link to the folded samples opens them
     data = Page(rich).data
 
     def shown():
@@ -493,6 +522,7 @@ def test_samples_are_searched_and_filtered(visit, rich):
 
 def test_a_number_of_lost_rows_leads_to_these_rows(visit, rich):
     page = visit(rich)
+    assert page.locator("#browser").is_hidden()
 
     def shown():
         return int(page.locator("#count").text_content().split(" of ")[0])
@@ -504,7 +534,7 @@ def test_a_number_of_lost_rows_leads_to_these_rows(visit, rich):
         page.locator("#task").filter(has_text=row).wait_for()
         expect = int(cell.text_content().split()[0])
         page.wait_for_function(f"document.querySelector('#count').textContent.startsWith('{expect} of')")
-        assert expect == shown() > 0
+        assert expect == shown() > 0 and page.locator("#browser").is_visible()
         assert {t.split(" ·")[0] for t in page.locator("article h3").all_text_contents()} == {row}
 
 
@@ -530,6 +560,7 @@ def test_all_but_the_samples_works_without_javascript(visit, rich):
 
 def test_print_shows_all(visit, rich):
     page = visit(rich, 720, color_scheme="dark")  # A4 between its margins
+    page.click("#fold summary")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("document.documentElement.scrollWidth") <= 720
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -138,6 +138,8 @@ def test_the_share_of_what_the_own_stage_gained_worked_by_hand():
     # (-5.5 + 1) / (-1 + 4); the second task's own stage made it worse; that of the third is the last.
     assert share_of_gain(L) == pytest.approx([-1.5, nan, 0], nan_ok=True)
     assert share_of_gain(L, 2) == pytest.approx([-0.5, nan, nan], nan_ok=True)
+    full = [[-4.0, -3.0], [-1.0, -2.5], [-2.0, -1.0]]  # also measured before their own stages
+    assert share_of_gain(full, 1) == pytest.approx([0, nan], nan_ok=True)
 
 
 def test_the_rows_needed_worked_by_hand_and_simulated():
@@ -175,6 +177,14 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
     assert first[0] == "C-STANCE" and first[-4].startswith("-5") and first[-3:] == ["3", "75", "25.0"]
     assert second[-3:] == ["–", "75", "–"] and together[0] == "mean", "the second was not forgotten"
     assert cost == "Reading the likelihoods took 4 of the 14 seconds of the evaluation."
+    # Beside a run that was evaluated without them there is no difference, but the comparison is there.
+    other = make(np.full((4, 3), math.nan), name="other")
+    for stage in other.stages:
+        for i, task in enumerate(TASKS[: max(stage.index, 3 * (stage.index == 0))]):
+            write_cell(stage, task, {"accuracy": np.full(n, 0.5 + 0.1 * i)}, scale={"accuracy": 1})
+    for runs in ([run, other], [other, run]):
+        versus = report.compare(runs).versus[runs[1].path.name]
+        assert math.isnan(versus["soft BWT"].value) and not math.isnan(versus["BWT"].value)
     report.write_report(run)
     assert NAME in (run.path / "scores.csv").read_text()
     assert "Likelihood of the reference" in (run.path / "report.html").read_text()
@@ -184,6 +194,7 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
 
 VLLM = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 from architectures import generate
 from trace_bench.engine import open_engine
@@ -196,7 +207,15 @@ if __name__ == "__main__":
     found.append(lm.log_likelihoods(prompts, answers, 12))  # now from the cache
     lm.load(Path(adapter))
     found += [lm.log_likelihoods(prompts, answers, 12), lm.log_likelihoods(prompts[::-1], answers[::-1], 12)[::-1]]
-    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], lm.work.generated_tokens]))
+    # What the generated answers tell of references: all of it but for the last token, less than that, too many tokens.
+    wants = [lm.want(ids, 6, (), {}) for ids in lm._prompt_ids(["12 + 3 is", "Say it:", "Yes", "No"], None)]
+    given = [tuple(ids) for ids in lm._answers(wants)]
+    references = [given[0], (*given[1][:2], given[1][2] ^ 1), (given[2][0] ^ 1, *given[2][1:3]), (*given[3], 5)]
+    lm._known.clear()
+    assert [tuple(ids) for ids in lm._answers([replace(w, reference=r) for w, r in zip(wants, references)])] == given
+    told = [nats for _, nats in sorted(lm._told.items(), key=lambda at: references.index(at[0][1][1]))]
+    read = lm._read_all([(want.ids, reference) for want, reference in zip(wants, references)])
+    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], told, read]))
 """
 
 
@@ -218,7 +237,8 @@ def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, check
     request = json.dumps([str(tiny_model), str(checkpoints["adapter"]), args, prompts, answers])
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
     subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
-    found, served, _ = json.loads(out.read_text())
+    found, served, told, read = json.loads(out.read_text())
+    assert told == pytest.approx(read[:2], rel=1e-3), "and of the other two the generated answers tell nothing"
     assert served == ("adapter" if "enable_lora" in args else "merged adapter")
     for each, wanted in zip(found, expected, strict=True):
         assert [n for _, n in each] == [n for _, n in wanted]

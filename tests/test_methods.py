@@ -55,8 +55,10 @@ def small(options: dict, name: str, many: int = 2, **changes) -> dict:
         "ogd": {"ogd_rows": 4, "ogd_size": 6},
         "osf": {"use_peft": False, "learning_rate": 1e-4},
         "pp": {"prompt_tokens": 4},
+        "lfpt5": {"prompt_tokens": 4, "max_answer_length": 24},
         "seekr": {"attn_implementation": "eager", "replay_ratio": 0.25, "seekr_heads": 3, "seekr_queries": 20},
         "opr": {"replay_ratio": 0.5},
+        "sdft": {"sdft_tokens": 6},
     }
     return {**options, "tasks": THREE[:many], "max_steps": 2, **own.get(name, {}), **changes}
 
@@ -691,6 +693,7 @@ def test_the_step_of_the_optimizer_is_projected_as_well_if_asked(name, options):
     assert len(free) == 10, "every step from the second task on"
     assert min(free) < -0.01, "Adam goes against the memory, after a gradient that does not"
     assert min(bound) > -1e-3 and sum(conflicts) == sum(f < 0 for f in free)
+    assert max(b for f, b in zip(free, bound, strict=True) if f < 0) < 1e-3, "the nearest one, without a margin"
     assert read_json(run.stages[3].train_file)["projected_optimizer_steps"] == conflicts[2]
 
 

@@ -118,8 +118,8 @@ def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monke
 def test_every_packaged_file_has_a_name_and_says_what_it_is_for(here, capsys):
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
-    names = [*packaged.configs(), *packaged.studies()]
-    assert len(names) > 15 and len(lines) == len(names) + 2
+    names = [*packaged.configs(), *packaged.studies(), *packaged.tuned()]
+    assert len(names) > 15 and len(lines) == len(names) + 3
     for name in names:
         (line,) = [line for line in lines if line.split()[:1] == [name]]
         assert len(line.split()) > 3, "says what it is for"

@@ -94,6 +94,12 @@ def test_a_prompt_of_another_frame_is_an_error(folder, prompt, message):
         reasoning.reasoning_prompt(folder, prompt)
 
 
+def test_an_instruction_that_a_text_repeats_stays_in_the_text():
+    told = "Choose one from A, B and C.\n"
+    asked = told.replace("C.\n", f"C. {reasoning._FIRST}\n")
+    assert reasoning.reasoning_prompt("FOMC", f"{told}Text:\n{told}Stance:") == f"{asked}Text:\n{told}Reasoning:"
+
+
 # ------------------------------------------------------------------------------------------------------------ the tasks
 
 

@@ -177,6 +177,8 @@ def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
     start = "accelerate launch --num_processes 8 -m trace_bench.cli train sequential --config"
     assert training.startswith(start) and training.endswith("--seed 1 --output_dir runs/mine-small/a-seed1")
     assert evaluation == f"{sys.executable} -m trace_bench.cli evaluate runs/mine-small/a-seed1"
+    main(["study", str(file), "--dry-run", "--only", "a"])
+    assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()[1::2]] == ["a-seed0", "a-seed1"]
 
 
 # ------------------------------------------------------------------------------------------------------ from end to end

@@ -215,6 +215,29 @@ def test_the_loss_of_a_mixture_of_experts_is_trl_s_with_its_router_loss(options,
         assert ours == pytest.approx(theirs, rel=1e-4) and router > 0.001
 
 
+def test_rows_have_gradients_of_adapted_experts_and_a_full_checkpoint_does_not_return_its_router(options, tmp_path):
+    from architectures import PROMPTS, by_transformers, make_base
+    from transformers import AutoTokenizer
+
+    class Look(CLTrainer):
+        def end_stage(self):
+            if self.model_args.use_peft:
+                found = self.row_gradients(self.train_dataset, lambda logits, target, lengths: logits.logsumexp(-1))
+                names = {name for name, gradient in found if gradient.abs().max() > 0}
+                assert names == self.trained().keys() and any("experts" in name for name in names)
+
+    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    changes = {"model_name_or_path": str(base), "tasks": ["trace_fomc"], "train_rows": 4, "max_steps": 2, "bf16": False}
+    train({**options, **changes, "lora_target_modules": "all-linear", "lora_dropout": 0.0}, Look)
+    run = train({**options, **changes, "use_peft": False, "output_dir": str(tmp_path / "full")}, Look)
+    checkpoint = run.stages[1].checkpoint
+    config = read_json(checkpoint / "config.json")
+    assert config["output_router_logits"] is False
+    answers = by_transformers(base, [checkpoint], PROMPTS)
+    write_json(checkpoint / "config.json", {**config, "output_router_logits": True})  # as TRL leaves it
+    assert by_transformers(base, [checkpoint], PROMPTS) == answers
+
+
 def test_frozen_weights_kept_in_bf16_give_the_same_bits_as_autocast_alone(options, tmp_path):
     class Autocast(CLTrainer):
         def stage_model(self, stage):

@@ -40,6 +40,11 @@ def studies() -> dict[str, Path]:
     return {p.stem: p for p in sorted((TRAINERS / "configs" / "studies").glob("*.yaml"))}
 
 
+def tuned() -> dict[str, Path]:
+    """The tables of methods' settings of the package, by the size of the model: name -> file."""
+    return {p.stem: p for p in sorted((TRAINERS / "configs" / "methods").glob("*.yaml"))}
+
+
 def about(file: Path) -> str:
     """What a config or study is for: the first sentence of its comment that is no command."""
     comment = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())

@@ -273,6 +273,10 @@ class Run:
         """Makes the manifest read-only."""
         object.__setattr__(self, "manifest", MappingProxyType(self.manifest))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, which a read-only view cannot be sent to."""
+        return Run, (self.path, dict(self.manifest), self.left_out, self.rows)
+
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """Opens an existing run.

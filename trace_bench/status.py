@@ -16,8 +16,8 @@ SILENT = 600
 def status(run: Run) -> str:
     """The state of a run, a line for each stage.
 
-    Tasks count as the run's configuration asks for them. General suites and sets to be judged, which may be asked for
-    on the command line, count if they exist.
+    Tasks count as the run's configuration asks for them. Distances, general suites and sets to be judged, which may
+    be asked for on the command line, count if they exist.
     """
     stages = run.stages
     lines = [f"{run.path}: {run.manifest['method']}, {run.manifest['model']['name']}, {len(stages) - 1} stages"]
@@ -51,6 +51,8 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
     suites = sum(stage.eval_file(name).exists() for name in SUITES)
     answered = sum(stage.eval_file(name).exists() for name in JUDGED)
     judged = len(list((stage.path / "judge").glob("*.json")))
+    if distances := len(list((stage.path / "distance").glob("*.json"))):
+        yield f"{distances} distances from the base model"
     if suites:
         yield f"{suites} general suites"
     if answered:

@@ -38,7 +38,7 @@ from trace_bench import packaged
 from trace_bench.cli.options import option_words
 from trace_bench.ending import run_child
 from trace_bench.keys import refuse_secrets
-from trace_bench.report import Results, compare, write_comparison_page, write_report
+from trace_bench.report import Results, compare, write_comparison_page, write_reports
 from trace_bench.run import Run
 from trace_bench.text import markdown_text, one_line, printable
 from trace_tasks.data.files import write_text
@@ -153,7 +153,8 @@ def run_study(
         file: The study file.
         full: Whether at the scale of the paper.
         output_dir: The folder of the runs; None = runs/<name of the file>-<small or full>.
-        only: Names of the runs to do, or their numbers from 1 on; None = all. The comparison has all that are there.
+        only: Names of the runs to do, as in the file or of single ones, or their numbers from 1 on; None = all. The
+            comparison has all that are there.
         launch: What starts the trainings instead of this Python, as `accelerate launch --num_processes 8`.
         dry_run: Print the commands only.
 
@@ -164,7 +165,9 @@ def run_study(
     title = f"{Path(file).stem}-{'full' if full else 'small'}"
     folder = Path(output_dir or Path("runs") / title)
     numbers = {str(i): name for i, name in enumerate(runs, 1)}
-    only = {name if name in runs else numbers.get(name, name) for name in only or ()}
+    # A name with {each: ...} stands for all of its runs: ewc for ewc-seed0 and ewc-seed1.
+    named = {word: [name for name in runs if name == word or name.startswith(f"{word}-")] for word in only or ()}
+    only = {name for word, found in named.items() for name in found or [numbers.get(word, word)]}
     unknown = sorted(only - runs.keys())
     if unknown:
         raise StudyError(
@@ -210,19 +213,19 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
             there.append(run)
         except TraceError as e:
             failed.setdefault(name, str(e))
-    for run in list(there):
-        try:
-            write_report(run, there)
-        except TraceError as e:
-            failed.setdefault(run.path.name, str(e))
-            there.remove(run)
+    loaded = []
+    for run, made in zip(there, write_reports(there), strict=True):
+        if isinstance(made, TraceError):
+            failed.setdefault(run.path.name, str(made))
+        else:
+            loaded.append(made[1])
     lines = [one_line(f"**Failed:** `{name}`: {why}.") for name, why in failed.items()]
     undone = [f"`{name}`" for name in missing if name not in failed]
     lines += [f"Not done: {', '.join(undone)}."] if undone else []
     text = head + "".join(f"> {line}\n\n" for line in lines)
     written = head + "".join(f"> {markdown_text(line)}\n\n" for line in lines)
-    if there:
-        comparison = compare(there)
+    if loaded:
+        comparison = compare(loaded)
         write_text(folder / "summary.csv", comparison.csv())
         write_comparison_page(comparison, folder / "summary.html", text)
         written += comparison.markdown()

@@ -66,6 +66,8 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
     Raises:
         DataError: for a name that nobody has, or a task that cannot be made.
     """
+    if not names:
+        return {}
     check_names(names)
     manager = task_manager()
     if not set(names) <= set(manager.all_tasks):
@@ -137,6 +139,8 @@ def load_suites(names: Sequence[str]) -> dict[str, Group]:
     Raises:
         DataError: if a suite's rows or packages are missing.
     """
+    if not names:
+        return {}
     import lm_eval
     from lm_eval.tasks import TaskManager
 

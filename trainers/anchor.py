@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, refuse_shards
+from trainers.base import CLConfig, CLTrainer, ConfigError, divergences, main, option, refuse_shards
 
 
 @dataclass
@@ -98,18 +98,13 @@ class AnchorTrainer(CLTrainer):
         if self.config.anchor_weight == "probability":
             losses = losses * torch.exp(-losses.detach())
         if held is not None:
-            divergence = self.divergences(logits, held)
+            divergence = divergences(logits, held)
             losses = losses + self.config.anchor_lambda * divergence
             self.divergence += float(divergence.detach().sum())
             self.tokens += len(divergence)
         self.count_tokens(model, inputs)
         loss = self.step_loss(losses, inputs, num_items_in_batch)
         return loss + self.router_loss / self.current_gradient_accumulation_steps
-
-    def divergences(self, logits: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
-        """KL(reference || student) of each position."""
-        student, reference = log_softmax(logits, dim=-1), log_softmax(held, dim=-1)
-        return kl_div(student, reference, reduction="none", log_target=True).sum(dim=-1)
 
     def record(self) -> dict[str, Any]:
         """The mean divergence from the reference over the steps of the stage, per answer token of this process."""

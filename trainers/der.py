@@ -25,9 +25,7 @@ late: its logits predict the token after each answer token, ours the answer toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -59,7 +57,7 @@ class DERTrainer(CLTrainer):
 
     config: DERConfig
     own_memory = True
-    _signature_columns: Any
+    columns = (KEPT,)
 
     @classmethod
     def prepare(cls, config: DERConfig, model_args: Any) -> dict[str, Any]:
@@ -86,17 +84,10 @@ class DERTrainer(CLTrainer):
             rows = concatenate_datasets([rows, Dataset.from_dict({**kept[:], KEPT: range(len(kept))})])
         return rows
 
-    def _set_signature_columns_if_needed(self) -> None:
-        """HF's: the columns that it leaves to the collator."""
-        super()._set_signature_columns_if_needed()
-        if KEPT not in self._signature_columns:
-            self._signature_columns.append(KEPT)
-
     def begin_stage(self) -> None:
         """Loads what was said of the replayed rows."""
         self.said = self.load_state()
         self.ends = self.said["lengths"].cumsum(0).tolist() if self.said else []
-        self.data_collator = partial(_with_kept_row, self.data_collator)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -146,7 +137,6 @@ class DERTrainer(CLTrainer):
         """What the model now says of rows: tensors on the CPU that are put behind those of earlier tasks."""
         share: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids and logs of each row that this process works on
         for batch in self.batches(self.own_share(rows)):
-            batch.pop(KEPT)
             with self.compute_loss_context_manager():
                 logits, _ = self.answer_logits(self.model, batch)
             ids = logits.topk(min(self.config.der_top, logits.shape[-1] - 1)).indices
@@ -178,13 +168,6 @@ def class_logs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     ids = ids.long()
     others = logits.scatter(-1, ids, -torch.inf).logsumexp(dim=-1, keepdim=True)
     return torch.cat([logits.gather(-1, ids), others], dim=-1).log_softmax(dim=-1)
-
-
-def _with_kept_row(
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]], examples: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """A batch with the column, which TRL's collator leaves out."""
-    return {**collate(examples), KEPT: torch.tensor([example.get(KEPT, -1) for example in examples])}
 
 
 if __name__ == "__main__":

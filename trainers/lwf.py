@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import cross_entropy
 
-from trainers.base import CLConfig, CLTrainer, main, option, refuse_shards
+from trainers.base import CLConfig, CLTrainer, divergences, main, option, refuse_shards
 
 
 @dataclass
@@ -65,8 +65,7 @@ class LwFTrainer(CLTrainer):
     def distillation(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
         """KL(teacher || student) at temperature T, of each position."""
         t = self.config.lwf_temperature
-        student, teacher = log_softmax(logits / t, dim=-1), log_softmax(taught / t, dim=-1)
-        return kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+        return divergences(logits / t, taught / t)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,16 @@ from safetensors.torch import load_file
 from trace_bench.engine.averaging import ALPHA, DENSITY, OF_VECTORS, Merge, between, merge_adapters, merge_models
 from trace_bench.run import RunError, Stage
 from trace_tasks.data.files import fresh_dir, remove, temporary_dir
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, refuse_shards, save_tensors
+from trainers.base import (
+    CLConfig,
+    CLTrainer,
+    ConfigError,
+    adapted_parameters,
+    main,
+    option,
+    refuse_shards,
+    save_tensors,
+)
 
 #: Where the next stage begins, by default.
 START = {
@@ -123,7 +132,8 @@ class MergeTrainer(CLTrainer):
         if not before.index or start == "base":
             model = self.trainable_model(None)
             names = [name for name, p in model.named_parameters() if p.requires_grad and self.model_args.use_peft]
-            if odd := [name for name in names if ".lora_A." not in name and ".lora_B." not in name]:
+            odd = [name for name in names if ".lora_A." not in name and ".lora_B." not in name]
+            if odd := odd + adapted_parameters(model):
                 raise ConfigError(f"lora_target_modules: {odd[0]} is no LoRA of a linear layer, and cannot be merged.")
             return model
         model = self.trainable_model(before.checkpoint if start == "merged" else self.unmerged(before))

@@ -26,7 +26,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from trainers.base import CLConfig, CLTrainer, decoder_blocks, main, option
+from trainers.base import CLConfig, CLTrainer, ConfigError, adapted_parameters, decoder_blocks, main, option
 
 
 @dataclass
@@ -48,6 +48,11 @@ class MIGUTrainer(CLTrainer):
 
     def begin_stage(self) -> None:
         """Watches the outputs of all layers that are trained, from the second stage on."""
+        if odd := adapted_parameters(self.model):
+            raise ConfigError(
+                f"lora_target_modules: {odd[0]} is no layer whose outputs MIGU could see. Name linear layers, such as "
+                "q_proj and v_proj."
+            )
         self.layers = trained_layers(self.model) if self.stage.index > 1 else {}
         self.driven: dict[torch.nn.Module, torch.Tensor] = {}
         for layer in self.layers:

@@ -95,7 +95,7 @@ class PPTrainer(CLTrainer):
     def prepare(cls, config: PPConfig, model_args: Any) -> dict[str, Any]:
         """Refuses what has no meaning for prompts."""
         if not model_args.use_peft:
-            raise ConfigError("use_peft=false: PP trains prompts, not the model; set use_peft=true.")
+            raise ConfigError("use_peft=false: prompts are trained, not the model; set use_peft=true.")
         if config.packing or config.padding_free:
             raise ConfigError("packing and padding_free join rows, and each row needs the prompt in front: leave them.")
         return {"trains": "prompts"}

@@ -22,9 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Shows the list, or copies a file."""
-    configs, studies = packaged.configs(), packaged.studies()
+    configs, studies, tuned = packaged.configs(), packaged.studies(), packaged.tuned()
     if args.copy:
-        source = packaged.find("config or study", args.copy, {**studies, **configs})
+        source = packaged.find("config, study or table", args.copy, {**tuned, **studies, **configs})
         target = Path(source.name)
         if target.exists():
             raise packaged.UnknownName(
@@ -36,8 +36,12 @@ def run(args: argparse.Namespace) -> int:
         target.write_text(text, encoding="utf-8")
         show(f"{source.name} is copied. It is yours to change.")
         return 0
-    width = max(map(len, [*configs, *studies]))
-    for title, files in (("configs, for trace-bench train", configs), ("studies, for trace-bench study", studies)):
+    width = max(map(len, [*configs, *studies, *tuned]))
+    for title, files in (
+        ("configs, for trace-bench train", configs),
+        ("studies, for trace-bench study", studies),
+        ("settings of methods by the size of the model, for --tuned", tuned),
+    ):
         show(f"{title}:")
         for name, file in files.items():
             show(f"  {name:<{width}}  {packaged.about(file)}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trace_bench.cli import show
+from trace_tasks.errors import TraceError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the reports and shows where they are, or the comparison."""
-    from trace_bench.report import check_output, write_comparison, write_report
+    from trace_bench.report import check_output, write_comparison, write_report, write_reports
     from trace_bench.report.leaks import without_leaked
     from trace_bench.run import Run
 
@@ -38,9 +39,13 @@ def run(args: argparse.Namespace) -> int:
 
     runs = [open_run(path) for path in dict.fromkeys(args.paths)]
     baseline = open_run(args.baseline) if args.baseline else None
-    lines = [write_report(run, runs) for run in runs]
     if len(runs) == 1 and not args.output and baseline is None:
-        show(lines[0])
-    else:
-        show(write_comparison(runs, args.output, baseline), end="")
+        show(write_report(runs[0]))
+        return 0
+    results = []
+    for made in write_reports(runs):
+        if isinstance(made, TraceError):
+            raise made
+        results.append(made[1])
+    show(write_comparison(results, args.output, baseline), end="")
     return 0

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         **LIST,
         metavar="NAME",
-        help="these runs only, by name or by number from 1 on; the table has all that are there",
+        help="these runs only, by their names in the file or one by one, or by number from 1 on; the table has all",
     )
     add("--launch", metavar="COMMAND", help="starts the trainings, as 'accelerate launch --num_processes 8'")
     add("--dry-run", action="store_true", help="print the commands and do nothing")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine import models
-from trace_bench.engine.start import has_gpu, importing, prepare_vllm, starting_vllm
+from trace_bench.engine.start import has_gpu, importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
 
 __all__ = ["SPEED_ONLY_ARGS", "EngineError", "SwapLM", "importing", "open_engine", "prepare_vllm", "starting_vllm"]
@@ -98,7 +98,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         args.setdefault("enable_prompt_embeds", True)
     with importing():
         prepare_vllm(args)
-        from trace_bench.engine.vllm import FORCING, SwapVLLM, lora_args
+        from trace_bench.engine.vllm import FORCING, SwapVLLM
 
     if forced and not has_gpu() and "speculative_config" not in args:
         # A request for each token costs little on a GPU, whose newer engine takes no such class.

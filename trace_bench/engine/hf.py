@@ -86,6 +86,8 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         if want.stops and not self.think_end_token:
             kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
         kwargs |= {name: value for name, value in want.sampling if name != "seed"}
+        if hasattr(self._model.config.get_text_config(), "output_router_logits"):
+            kwargs["output_router_logits"] = False  # TRL leaves this on in full models, and Mixtral's generation fails
         rated = _Rated()
         if want.rated:
             kwargs["logits_processor"] = LogitsProcessorList([rated])

@@ -1,4 +1,4 @@
-"""Starting vLLM: what makes it quick without a GPU, and a clear error where its memory does not suffice."""
+"""Starting vLLM: what it needs for adapters or without a GPU, and a clear error where its memory does not suffice."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from trace_bench.engine.checkpoints import plain_lora_rank
 from trace_bench.engine.swap import EngineError
 
 #: What vLLM says when memory or the context does not suffice.
@@ -19,6 +21,9 @@ _MEMORY = re.compile(
     r"|Engine core initialization failed",
     re.IGNORECASE,
 )
+
+#: The ranks that vLLM has kernels for.
+_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @contextmanager
@@ -86,3 +91,19 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
+    """The adapters that are served unmerged, by LoRA requests; what they need is added to the arguments of vLLM's LLM.
+
+    By default these are all that can be on a GPU, and none on a CPU; the engine argument enable_lora says otherwise.
+    """
+    if not args.get("enable_lora", has_gpu()):
+        return []
+    ranks = {path: rank for path in dict.fromkeys(checkpoints) if (rank := plain_lora_rank(path))}
+    if ranks:
+        args["enable_lora"] = True
+        args.setdefault("max_lora_rank", next(r for r in _RANKS if r >= max(ranks.values())))
+        args.setdefault("max_loras", min(len(ranks), 8))
+        args.setdefault("max_cpu_loras", len(ranks))
+    return list(ranks)

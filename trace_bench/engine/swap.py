@@ -44,6 +44,8 @@ class Wanted:
     """The first tokens of the answer, which end the prompt's ids and are not generated."""
     rated: bool = False
     """Whether the mean log-probability of the answer is asked for."""
+    reference: tuple[int, ...] = ()
+    """The tokens of the reference answer, if its log-likelihood is asked for later: an engine may read it off here."""
 
     def begun(self, given: tuple[int, ...]) -> Wanted:
         """The same answer, of which the first tokens are given; no longer than it was, but for one token at least."""
@@ -90,6 +92,8 @@ class SwapLM:
         unfinished: Answers that ended at their length limit. The caller empties it.
         given: The first token ids of the answer to a request, which are not generated; where it gives none, the request
             is not asked. None = all requests are asked, and all of an answer is generated.
+        reference: The token ids of the reference answer to a request (`reference_ids`) whose likelihood is asked for
+            when it is answered. None = of none.
     """
 
     base: str
@@ -105,6 +109,7 @@ class SwapLM:
         self.work = Work()
         self.unfinished: set[str] = set()
         self.given: Callable[[Any], tuple[int, ...]] | None = None
+        self.reference: Callable[[Any], tuple[int, ...]] | None = None
         #: The mean log-probability of the answers for which it was asked.
         self.ratings: dict[Wanted, float] = {}
         self.served: dict[str, Any] = {"weights": "base"}
@@ -220,6 +225,8 @@ class SwapLM:
             given = [self.given(request) for request in requests]
             wanted = [want.begun(ids) for want, ids in zip(wanted, given, strict=True)]
             asked = [i for i, ids in enumerate(given) if ids]
+        if self.reference is not None:
+            wanted = [replace(w, reference=self.reference(r)) for w, r in zip(wanted, requests, strict=True)]
         answers = dict(zip(asked, self.answers([wanted[i] for i in asked]), strict=True))
         texts = [answers.get(i, "") for i in range(len(wanted))]
         for request, text in zip(requests, texts, strict=True):
@@ -265,6 +272,10 @@ class SwapLM:
         fits = [i for i, (prompt, answer) in enumerate(examples) if prompt and len(prompt + answer) <= self.max_length]
         found = dict(zip(fits, self._log_likelihoods([examples[i] for i in fits]) if fits else (), strict=True))
         return [(found.get(i, math.nan), len(answer)) for i, (_, answer) in enumerate(examples)]
+
+    def reference_ids(self, prompt: str, answer: str, max_answer: int | None) -> tuple[int, ...]:
+        """The token ids of a reference answer as `log_likelihoods` reads them."""
+        return self._example_ids([prompt], [answer], max_answer)[0][1]
 
     def _example_ids(self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None) -> list[Example]:
         limits, pairs = (self.max_prompt_length, max_answer), list(zip(prompts, answers, strict=True))

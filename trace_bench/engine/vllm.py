@@ -26,15 +26,12 @@ from vllm.lora.request import LoRARequest
 from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 from trace_bench.engine import models
-from trace_bench.engine.checkpoints import config_differences, plain_lora_rank
+from trace_bench.engine.checkpoints import config_differences
 from trace_bench.engine.merging import Merging
-from trace_bench.engine.start import has_gpu, starting_vllm
+from trace_bench.engine.start import lora_args, starting_vllm
 from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
 
 log = logging.getLogger(__name__)
-
-#: The ranks that vLLM has kernels for.
-_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 #: What makes requests give known tokens, as the engine argument logits_processors.
 FORCING = "trace_bench.engine.forcing:Forcing"
@@ -53,6 +50,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         self.adapter: LoRARequest | None = None
         self._later: list[LoRARequest] = []
         self._known: dict[tuple[int | None, Wanted], list[int]] = {}
+        #: The log-likelihoods of reference answers that the generated ones told.
+        self._told: dict[tuple[int | None, Example], float] = {}
         #: Whether weights can be swapped; None = not known before the first swap.
         self.swaps: bool | None = None
         super().__init__(worker_extension_cls="trace_bench.engine.worker.SwapWorker", **kwargs)
@@ -78,6 +77,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         self.adapter = self.adapters.get(checkpoint) if checkpoint is not None and not below else None
         self._later = []
         self._known = {key: ids for key, ids in self._known.items() if key[0] != former}
+        self._told = {key: nats for key, nats in self._told.items() if key[0] != former}
         with self._full_model(checkpoint, below) as (folder, served):
             if folder != self.holds:
                 self._put(folder, served)
@@ -220,6 +220,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             for (adapter, want), output in zip(jobs, outputs, strict=True):
                 ids = list(output.outputs[0].token_ids)
                 self._known[_number(adapter), want] = ids
+                if (nats := _told(want.reference, output.outputs[0])) is not None:
+                    self._told[_number(adapter), (want.ids, want.reference)] = nats
                 if want.rated and adapter is self.adapter:
                     logprobs = [
                         known[token].logprob for token, known in zip(ids, output.outputs[0].logprobs, strict=True)
@@ -232,6 +234,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
     def _params(self, want: Wanted) -> Any:
         stops = list(want.stops) if not self.think_end_token else []
+        asked = sorted(set(want.reference))
         return SamplingParams(
             **{"temperature": 0, **dict(want.sampling)},
             max_tokens=want.most,
@@ -242,6 +245,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             detokenize=bool(stops),
             skip_special_tokens=True,
             logprobs=0 if want.rated else None,  # of the generated token alone
+            logprob_token_ids=asked if 0 < len(asked) <= MAX_LOGPROB_TOKEN_IDS else None,
         )
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -271,6 +275,13 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+        told = {i: self._told.get((_number(self.adapter), example)) for i, example in enumerate(examples)}
+        found = {i: nats for i, nats in told.items() if nats is not None}
+        rest = [i for i in told if i not in found]
+        found |= zip(rest, self._read_all([examples[i] for i in rest]) if rest else (), strict=True)
+        return [found[i] for i in range(len(examples))]
+
+    def _read_all(self, examples: list[Example]) -> list[float]:
         if self.adapters or self.soft_prompt is not None:  # vLLM gives no probabilities of prompts with them
             paths = [[((*prompt, *answer[:n]), token) for n, token in enumerate(answer)] for prompt, answer in examples]
             logprobs = self._next_logprobs([step for path in paths for step in path])
@@ -402,25 +413,22 @@ def _number(adapter: LoRARequest | None) -> int | None:
     return None if adapter is None else adapter.lora_int_id
 
 
+def _told(reference: tuple[int, ...], output: Any) -> float | None:
+    """The log-likelihood of a reference answer, where the generated one has all of its tokens but the last."""
+    most = len(reference)
+    if not output.logprobs or not 0 < most <= len(output.logprobs):
+        return None
+    if tuple(output.token_ids[: most - 1]) != reference[:-1]:
+        return None
+    steps = output.logprobs[:most]
+    if any(token not in step for token, step in zip(reference, steps, strict=True)):
+        return None  # too many different tokens to ask for all
+    return sum(step[token].logprob for token, step in zip(reference, steps, strict=True))
+
+
 def _same(one: list[Any], other: list[Any]) -> bool:
     """Whether two probes have the same tokens, with the same probabilities but for rounding."""
     return all(
         a_ids == b_ids and all(abs(x - y) < 0.05 for x, y in zip(a, b, strict=True))
         for (a_ids, a), (b_ids, b) in zip(one, other, strict=True)
     )
-
-
-def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
-    """The adapters that are served unmerged, by LoRA requests; what they need is added to the arguments of vLLM's LLM.
-
-    By default these are all that can be on a GPU, and none on a CPU; the engine argument enable_lora says otherwise.
-    """
-    if not args.get("enable_lora", has_gpu()):
-        return []
-    ranks = {path: rank for path in dict.fromkeys(checkpoints) if (rank := plain_lora_rank(path))}
-    if ranks:
-        args["enable_lora"] = True
-        args.setdefault("max_lora_rank", next(r for r in _RANKS if r >= max(ranks.values())))
-        args.setdefault("max_loras", min(len(ranks), 8))
-        args.setdefault("max_cpu_loras", len(ranks))
-    return list(ranks)

@@ -8,7 +8,7 @@ from typing import Any
 from trace_bench import checks
 from trace_bench.evaluate import distance
 from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
-from trace_bench.evaluate.likelihood import fill_cell, with_likelihood
+from trace_bench.evaluate.likelihood import References, fill_cell, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
@@ -151,7 +151,8 @@ def _measured(
     owners, given = {name: task_of(name, settings) for name in batch}, None
     if settings.get("given"):
         given = FirstTokens(lm, {task: tasks.single[task] for task in owners.values()}, settings["given"])
-    lm.given = given
+    read = {n: tasks.single[n] for n in batch if plan.likelihood and n in plan.run.tasks and has_likelihood(n)}
+    lm.given, lm.reference = given, References(lm, read, plan.max_answer) if read else None
     results, seconds = run_tasks(
         lm,
         [tasks.single[name] for name in batch],
@@ -159,7 +160,7 @@ def _measured(
         limit=settings["test_rows"],
         apply_chat_template=settings.get("chat_template", False),
     )
-    lm.given = None
+    lm.given = lm.reference = None
     answers = sum(map(len, results["samples"].values()))
     for name, task in owners.items():
         rows, found = results["samples"][task], results["results"][task]
@@ -172,7 +173,7 @@ def _measured(
             yield name, nothing_to_score(tasks.single[name]) | short, [], taken
             continue
         scores, samples = _score(lm, name in JUDGED, tasks.single[name], rows, found)
-        if plan.likelihood and name in plan.run.tasks and has_likelihood(name):
+        if name in read:
             scores, samples = with_likelihood(lm, tasks.single[name], plan.max_answer, scores, samples)
             taken += scores["likelihood"]["seconds"]
         yield name, scores | short, samples, taken

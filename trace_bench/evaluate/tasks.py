@@ -17,7 +17,7 @@ from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
 from trace_bench.evaluate.given import task_of
 from trace_bench.evaluate.plan import Plan, base_of, check_one_definition, other_versions
 from trace_bench.run import RunError
-from trace_bench.tasks import load_suites, task_manager
+from trace_bench.tasks import load_suites
 from trace_tasks.data import SUITES
 from trace_tasks.tokens import check_room
 
@@ -150,10 +150,12 @@ def _without_bars() -> Iterator[None]:
 def run_tasks(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any) -> tuple[Any, float]:
     """lm-eval's results, and the seconds they took."""
     import lm_eval
+    from lm_eval.tasks import TaskManager
 
     lm.max_prompt_length = max_prompt_length
     started = time.perf_counter()
-    results = lm_eval.evaluate(lm, task_manager().load(tasks), bootstrap_iters=0, log_samples=True, **kwargs)
+    given = TaskManager(include_defaults=False).load(tasks)  # made already: no index is looked at
+    results = lm_eval.evaluate(lm, given, bootstrap_iters=0, log_samples=True, **kwargs)
     return results, time.perf_counter() - started
 
 

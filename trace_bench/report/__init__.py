@@ -4,7 +4,7 @@ from trace_bench.report.comparison import compare
 from trace_bench.report.page import write_comparison_page
 from trace_bench.report.results import Results
 from trace_bench.report.tables import DASH, Table, markdown, percent
-from trace_bench.report.write import check_output, write_comparison, write_report
+from trace_bench.report.write import check_output, write_comparison, write_report, write_reports
 
 __all__ = [
     "DASH",
@@ -17,4 +17,5 @@ __all__ = [
     "write_comparison",
     "write_comparison_page",
     "write_report",
+    "write_reports",
 ]

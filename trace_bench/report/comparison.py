@@ -19,7 +19,7 @@ from trace_bench.metrics import Estimate
 from trace_bench.report import choices, distance, notes, paper, transitions
 from trace_bench.report.differences import paired_differences
 from trace_bench.report.entry import NUMBERS, SCORES, TEXTS, Entry, entries_of
-from trace_bench.report.results import UNKNOWN
+from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.seeds import (
     Group,
     Marks,
@@ -102,16 +102,18 @@ class Comparison:
         return csv_text([map(csv_cell, known), *rows])
 
 
-def compare(runs: Sequence[Run], baseline: Run | None = None) -> Comparison:
+def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Comparison:
     """Compares runs: one row each, against a baseline, their final scores by task, and what keeps them apart.
 
-    The baseline is the first run, if none is named; it need not be among the others.
+    The baseline is the first run, if none is named; it need not be among the others. Of results that are there already
+    nothing is computed again.
     """
-    baseline = baseline or runs[0]
-    paths = [run.path.resolve() for run in runs]
+    loaded = [run if isinstance(run, Results) else Results(run) for run in runs]
+    baseline = baseline or loaded[0].run
+    paths = [results.run.path.resolve() for results in loaded]
     if baseline.path.resolve() not in paths:
-        runs, paths = [baseline, *runs], [baseline.path.resolve(), *paths]
-    entries = entries_of(runs)
+        loaded, paths = [Results(baseline), *loaded], [baseline.path.resolve(), *paths]
+    entries = entries_of(loaded)
     against = entries[paths.index(baseline.path.resolve())]
     groups = groups_of(entries)
     reference = next((g for g in groups if against in g.entries), groups[0] if groups else None)

@@ -14,7 +14,7 @@ from trace_bench.metrics import Estimate, mean_interval
 from trace_bench.records import NEUTRAL
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import PERCENT, Block, Table, Unit
-from trace_bench.run import Run, read_json
+from trace_bench.run import read_json
 
 if TYPE_CHECKING:
     from trace_bench.report.entry import Entry
@@ -44,9 +44,9 @@ class Point(NamedTuple):
     forgetting: Estimate
 
 
-def distances(run: Run) -> dict[tuple[int, str], Distance]:
+def distances(results: Results) -> dict[tuple[int, str], Distance]:
     """(stage, set of prompts) -> its distance; those of an older checkpoint or of other answers are left out."""
-    found = {}
+    run, found = results.run, {}
     for stage in run.stages[1:]:
         if not stage.is_trained:
             continue
@@ -66,7 +66,7 @@ def distances(run: Run) -> dict[tuple[int, str], Distance]:
 
 def points(results: Results) -> list[Point]:
     """The stages of a run that have a distance."""
-    run, found = results.run, distances(results.run)
+    run, found = results.run, results.once(distances)
 
     def of(index: int, name: str | None) -> Estimate:
         return found[index, name].kl if name and (index, name) in found else UNKNOWN
@@ -94,7 +94,7 @@ def correlations(found: Sequence[Point]) -> str:
 
 def sections(results: Results) -> Iterable[Block]:
     """The distance of each stage, beside its BWT."""
-    run, found, unit = results.run, distances(results.run), results.unit or PERCENT
+    run, found, unit = results.run, results.once(distances), results.unit or PERCENT
     if not found:
         return
     settings, shown = next(iter(found.values())).settings, points(results)
@@ -132,7 +132,7 @@ def _negative(estimate: Estimate) -> Estimate:
 
 def scores(results: Results) -> Iterable[list[Any]]:
     """Lines of scores.csv."""
-    for (index, name), d in distances(results.run).items():
+    for (index, name), d in results.once(distances).items():
         ends = (None if math.isnan(x) else x for x in d.kl[1:])
         yield [results.run.stages[index].name, name, "kl_from_base", d.kl.value, None, d.n, 0, *ends]
 

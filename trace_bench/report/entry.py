@@ -129,9 +129,9 @@ def column_of(task: str, run: Run) -> str:
     return f"task {task}" if taken else name
 
 
-def entries_of(runs: Sequence[Run]) -> list[Entry]:
+def entries_of(loaded: Sequence[Results]) -> list[Entry]:
     """The entries of runs, told apart by their paths where names are the same, in units that all of them share."""
-    loaded = [Results(run) for run in runs]
+    runs = [results.run for results in loaded]
     together: dict[tuple[str, str], list[dict[str, Any]]] = {}  # (column, headline) -> its cells
     for results in loaded:
         for (_, task), cell in results.cells_of(results.run.tasks).items():
@@ -145,4 +145,5 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
     names = [one_line(run.path.name) for run in runs]
     names = [name if names.count(name) == 1 else one_line(str(r.path)) for name, r in zip(names, runs, strict=True)]
     units = [{task: unit(results, task) for task in results.run.tasks} for results in loaded]
-    return [Entry(name, Results(run, of_run)) for name, run, of_run in zip(names, runs, units, strict=True)]
+    shared = (r if r.units == of_run else Results(r.run, of_run) for r, of_run in zip(loaded, units, strict=True))
+    return [Entry(name, results) for name, results in zip(names, shared, strict=True)]

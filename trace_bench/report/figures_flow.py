@@ -23,7 +23,7 @@ _KEY = 0.35  # inches
 
 def flow(results: Results) -> tuple[Figure, str] | None:
     """Stacked areas for each task and suite: what became of its rows since the stage that they are compared with."""
-    found = histories(results)
+    found = results.once(histories)
     if not found:
         return None
     drawn = sorted(found, key=lambda h: -h.shares(h.stages[-1])[LOST])[:MOST_PANELS]

@@ -16,6 +16,7 @@ from trace_bench.metrics import Estimate
 from trace_bench.report import drops
 from trace_bench.report.drops import Group, Part
 from trace_bench.report.entry import entries_of
+from trace_bench.report.results import Results
 from trace_bench.run import Run, RunError
 from trace_bench.text import one_line
 
@@ -154,7 +155,8 @@ def check(
     """
     if max_forgetting is None and max_general_drop is None:
         raise RunError("Without a limit nothing is checked: give --max-forgetting, --max-general-drop, or both.")
-    results, *others = (entry.results for entry in entries_of([run] if against is None else [run, against]))
+    runs = [Results(one) for one in (run, against) if one is not None]
+    results, *others = (entry.results for entry in entries_of(runs))
     held: list[Held] = []
     if max_forgetting is not None:
         groups = [drops.of_tasks_against(results, *others)] if others else drops.of_tasks(results)

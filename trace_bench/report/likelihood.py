@@ -39,8 +39,10 @@ def soft_rows(results: Results, task: str) -> Matrix:
 def _since_own(results: Results, i: int, t: int, metric: str = LIKELIHOOD) -> Matrix:
     """What each row of a task gained from its own stage to stage t, shape (rows,)."""
     rows = results.rows.get(results.run.tasks[i])
-    x = None if rows is None else rows.scores.get(metric)
-    return np.full(2, np.nan) if x is None else x[:, t] - x[:, i + 1]
+    if rows is None or metric not in rows.scores:
+        return np.full(2 if rows is None else len(rows.ids), np.nan)
+    x = rows.scores[metric]
+    return x[:, t] - x[:, i + 1]
 
 
 def sections(results: Results) -> Iterable[Block]:

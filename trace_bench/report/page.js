@@ -3,8 +3,8 @@
 (() => {
   const PAGE = 20;
   const byId = (id) => document.getElementById(id);
-  const controls = byId("browser");
-  if (!controls) return;
+  const fold = byId("fold");
+  if (!fold) return;
   const data = JSON.parse(byId("data").textContent);
   const [task, before, after, change, search] = ["task", "before", "after", "change", "search"].map(byId);
   // A row as it is embedded: number of the task, name, prompt, target, different texts, [stage, text, score, verdict].
@@ -165,10 +165,12 @@
   if (hasOwn) option(after, "own", "own stage");
   after.value = String(stages[stages.length - 1]);
 
-  // A link of the page to a group of rows says in its address what to show: #task=...&before=...&after=...&show=...
+  // The samples are folded until a link leads to them. One to a group of rows says in its address what to show:
+  // #task=...&before=...&after=...&show=...
   function follow() {
     const wanted = new URLSearchParams(location.hash.slice(1));
     const place = data.names.indexOf(wanted.get("task"));
+    if (place >= 0 || location.hash === "#samples") fold.open = true;
     if (place < 0) return;
     for (const [select, value] of [[task, place], [before, wanted.get("before")], [after, wanted.get("after")],
       [change, wanted.get("show")]]) select.value = String(value);
@@ -186,7 +188,7 @@
   for (const select of [task, before, after, change]) select.addEventListener("change", filter);
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
-  controls.hidden = false;
+  fold.hidden = false;
   filter();
   follow();
 })();

@@ -6,7 +6,10 @@ That of several has the tables of their comparison, figures, and the way to the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,9 +22,10 @@ from trace_bench.metrics import Estimate
 from trace_bench.report import html, samples
 from trace_bench.report.comparison import Comparison
 from trace_bench.report.figures import NAMES, RUNS_NAMES, pictures, pictures_of_runs
+from trace_bench.report.record import scores_csv
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, arrow, stage_label
-from trace_tasks.data.files import write_text
+from trace_tasks.data.files import digest, write_text
 
 #: The parts of the page in their order: key of the section -> what the menu calls it, and its figures.
 _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -50,17 +54,25 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def write_page(results: Results, blocks: dict[str, list[Block]]) -> None:
-    """Writes report.html and figures/ of a run, with the texts and tables that `sections.sections` makes."""
+def write_page(results: Results, blocks: dict[str, list[Block]], *, anew: bool = True) -> None:
+    """Writes report.html and figures/ of a run, with the texts and tables that `sections.sections` makes.
+
+    Drawing takes longer than all else. With `anew=False` a page stays that was made of the same by this program.
+    """
     folder = results.run.path
-    figures = html.write_pictures(folder / "figures", pictures(results), NAMES)
     answers = samples.read_answers(results)
     embedded = samples.embed(results, answers)
+    numbers = (results.once(scores_csv), results.cells, results.training, results.judged)
+    made_of = digest(repr((_program(), blocks, numbers, embedded and embedded.json)))
+    if not anew and _is_there(folder, made_of):
+        return
+    figures = html.write_pictures(folder / "figures", pictures(results), NAMES)
     blocks = blocks | {"lengths": samples.lengths(results, answers)}
     parts = {key: _part(results, key, blocks.get(key, []), figures) for key in _PARTS}
     parts["samples"] = [embedded] if embedded else []
     page = html.document(
         title=folder.name,
+        made_of=made_of,
         head=[html.text_html(block) for block in blocks["run"] if isinstance(block, str)],
         tiles=list(_tiles(results)),
         menu={key: name for key, (name, _) in _PARTS.items() if name and parts[key]},
@@ -72,6 +84,22 @@ def write_page(results: Results, blocks: dict[str, list[Block]]) -> None:
         data=embedded.json if embedded else None,
     )
     write_text(folder / "report.html", page)
+
+
+@cache
+def _program() -> str:
+    """What identifies the code that makes a page."""
+    sources = sorted(file for file in Path(__file__).parent.iterdir() if file.is_file())
+    return version("matplotlib") + "".join(file.read_text(encoding="utf-8") for file in sources)
+
+
+def _is_there(folder: Path, made_of: str) -> bool:
+    """Whether the page, which is written last, was made of this, and its figures are there."""
+    file = folder / "report.html"
+    page = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    names = re.findall('<figure id="figure-([a-z]+)"', page)
+    figures = (folder / "figures" / f"{name}.{kind}" for name in names for kind in ("svg", "png"))
+    return f'<meta name="made-of" content="{made_of}">' in page and all(figure.is_file() for figure in figures)
 
 
 def _part(results: Results, key: str, blocks: Sequence[Block], figures: Mapping[str, html.FigureView]) -> list[Any]:

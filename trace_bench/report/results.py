@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from trace_tasks.data import GROUPS, JUDGED, SUITES
 #: The three deltas (TRACE, section 3.3).
 DELTAS = ("general", *(kind.name for kind in judgements.KINDS))
 UNKNOWN = Estimate(math.nan)
+T = TypeVar("T")
 
 
 def load_cells(run: Run) -> Cells:
@@ -104,6 +105,14 @@ class Results:
     run: Run
     units_among_runs: dict[str, Unit] = field(default_factory=dict)
     """Task -> its unit as several runs together show it."""
+    made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def once(self, make: Callable[[Results], T]) -> T:
+        """What a function makes of these results, made once."""
+        if make not in self.made:
+            self.made[make] = make(self)
+        made: T = self.made[make]
+        return made
 
     @cached_property
     def cells(self) -> Cells:

@@ -39,7 +39,6 @@ from trace_bench.report.tables import (
     percent_with_interval,
     shared_unit,
 )
-from trace_bench.run import Run
 from trace_bench.text import one_line
 from trace_tasks.data import task_name
 
@@ -55,7 +54,7 @@ INTERVALS = (
 _TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
 
 
-def sections(results: Results, others: Iterable[Run] = ()) -> dict[str, list[Block]]:
+def sections(results: Results, others: Iterable[Results] = ()) -> dict[str, list[Block]]:
     """The parts of the report in their order, by key; empty where the run has nothing. Other runs may bound it."""
     parts: dict[str, Callable[[Results], Iterable[Block]]] = {
         "run": _run,
@@ -248,7 +247,7 @@ def _columns(results: Results) -> list[str]:
 # -------------------------------------------------------------------------------------------------------------- bounds
 
 
-def _bounds(results: Results, others: Iterable[Run]) -> Iterable[Block]:
+def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
     """What the base model, demonstrations, a model per task and multi-task training reach on the same tasks."""
     if not results.is_sequential:
         return

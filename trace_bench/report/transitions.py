@@ -98,7 +98,7 @@ def histories(results: Results) -> list[History]:
 
 def sections(results: Results) -> Iterable[Block]:
     """What became of the rows by task, by stage, at which stage they were lost first, and beyond chance."""
-    found = histories(results)
+    found = results.once(histories)
     if not found:
         return
     yield _ABOUT.format(since=_since(results, found))
@@ -201,7 +201,7 @@ def table_of_runs(entries: Iterable[Entry]) -> Table:
     """What became of the rows of several runs, a mean over the tasks of each."""
     rows = []
     for entry in entries:
-        found = [h for h in histories(entry.results) if h.name in entry.run.tasks]
+        found = [h for h in entry.results.once(histories) if h.name in entry.run.tasks]
         if found and entry.results.has_mean:
             means = np.mean([h.shares(h.stages[-1]) for h in found], axis=0)
             rows.append([entry.name, str(len(found)), *map(percent, means)])
@@ -214,7 +214,7 @@ def table_of_runs(entries: Iterable[Entry]) -> Table:
 
 def scores(results: Results) -> Iterable[list[Any]]:
     """The lines of scores.csv: the shares of the fates, and what is beyond chance."""
-    for history in histories(results):
+    for history in results.once(histories):
         n = len(history.fates)
         for t in history.stages:
             head = [results.run.stages[t].name, history.name]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +20,12 @@ from trace_bench.report.tables import Table, markdown, percent
 from trace_bench.run import WRITTEN, Run, RunError
 from trace_bench.text import markdown_text
 from trace_tasks.data.files import refuse_links, write_json, write_text
+from trace_tasks.errors import TraceError
 
 _FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
 ENDINGS = (*_FORMS, ".html")
+#: A process has to have so many reports to make up for its start.
+_ENOUGH = 4
 
 
 def write_report(run: Run, others: Iterable[Run] = ()) -> str:
@@ -27,14 +33,52 @@ def write_report(run: Run, others: Iterable[Run] = ()) -> str:
 
     Those of the other runs that bound it are shown in its report.
     """
+    return _write(Results(run), [Results(other) for other in others])
+
+
+def write_reports(runs: Sequence[Run]) -> list[tuple[str, Results] | TraceError]:
+    """Writes the reports of runs that are compared, as many at a time as there are cores.
+
+    A page that is up to date is not drawn again. Returns for each run its line and its numbers, so that nothing is
+    computed again; or what is wrong with it.
+    """
+    processes = min(os.cpu_count() or 1, len(runs) // _ENOUGH)
+    if processes < 2:
+        together = list(map(Results, runs))
+        return [_attempt(results, together) for results in together]
+    # Not forked: a process with threads, as numerical libraries have them, cannot be.
+    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (runs,)) as pool:
+        return list(pool.map(_one_of_them, range(len(runs))))
+
+
+#: The runs that are compared, in each of the processes.
+_together: list[Results] = []
+
+
+def _begin(runs: Sequence[Run]) -> None:
+    _together[:] = map(Results, runs)
+
+
+def _one_of_them(number: int) -> tuple[str, Results] | TraceError:
+    return _attempt(_together[number], _together)
+
+
+def _attempt(results: Results, others: Iterable[Results]) -> tuple[str, Results] | TraceError:
+    try:
+        return _write(results, others, anew=False), results
+    except TraceError as e:
+        return e
+
+
+def _write(results: Results, others: Iterable[Results], *, anew: bool = True) -> str:
+    run = results.run
     refuse_links(run.path, *WRITTEN)
-    results = Results(run)
     parts = sections(results, others)
     texts = [markdown(b) if isinstance(b, Table) else markdown_text(b) for blocks in parts.values() for b in blocks]
-    write_text(run.path / "scores.csv", scores_csv(results))
+    write_text(run.path / "scores.csv", results.once(scores_csv))
     write_json(run.path / FILE, result(results))
     write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
-    write_page(results, parts)
+    write_page(results, parts, anew=anew)
     return f"{run.path}/report.md: {_summary(results)}"
 
 
@@ -57,7 +101,9 @@ def _summary(results: Results) -> str:
     return line + ("; without leaked rows" if run.left_out else "")
 
 
-def write_comparison(runs: Sequence[Run], output: str | Path | None = None, baseline: Run | None = None) -> str:
+def write_comparison(
+    runs: Sequence[Run | Results], output: str | Path | None = None, baseline: Run | None = None
+) -> str:
     """Compares runs (see `compare`), writes the comparison in the form of the output's ending, and returns Markdown.
 
     Raises:

@@ -9,14 +9,17 @@ blocks        the blocks of a decoder
 rows          which rows of a task are remembered
 writing       rows that the model writes itself between stages
 answering     the process in which it does so
+sampling      answers that the model draws while it is trained
 """
 
-from trainers.base.blocks import decoder_blocks, text_model
+from trainers.base.blocks import adapted_parameters, decoder_blocks, text_model
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option
-from trainers.base.preflight import causal_config, context_length, refuse_shards
+from trainers.base.gradients import divergences
+from trainers.base.preflight import causal_config, context_length, refuse_shards, require_context
 from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
+from trainers.base.sampling import sampled
 from trainers.base.stages import main, train
 from trainers.base.trainer import CLTrainer, frozen_in_bf16
 from trainers.base.writing import check_scores
@@ -27,16 +30,20 @@ __all__ = [
     "CLTrainer",
     "ConfigError",
     "LengthGrouped",
+    "adapted_parameters",
     "causal_config",
     "check_scores",
     "choose_rows",
     "context_length",
     "decoder_blocks",
+    "divergences",
     "frozen_in_bf16",
     "main",
     "option",
     "ranked_rows",
     "refuse_shards",
+    "require_context",
+    "sampled",
     "save_tensors",
     "sort_names",
     "text_model",

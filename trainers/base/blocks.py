@@ -22,3 +22,10 @@ def text_model(model: Any) -> Any:
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.get_decoder()
+
+
+def adapted_parameters(model: Any) -> list[str]:
+    """The names of the modules of which PEFT adapts parameters without a layer that is called, such as experts."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]

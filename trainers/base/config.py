@@ -27,7 +27,7 @@ _INDIFFERENT = {
     *("output_dir", "data", "disable_tqdm", "logging_steps", "report_to", "run_name", "project", "trackio_space_id"),
     *("trackio_bucket_id", "trackio_static_space_id", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataset_num_proc", "local_rank", "use_cpu", "eos_token", "log_level", "save_strategy", "save_steps"),
-    *("save_total_limit", "dataset_kwargs", "ddp_timeout", "keep"),
+    *("save_total_limit", "dataset_kwargs", "ddp_timeout", "keep", "tuned"),
 }
 #: Settings that runs of older programs do not have: on record where they are set.
 _LATER = {"replay_ratio", "replay_choice"}
@@ -112,6 +112,9 @@ def _number(text: str) -> Any:
 class CLConfig(SFTConfig):
     """Configuration of a run: TRL's SFTConfig with the sequence of tasks and how it is measured."""
 
+    tuned: str | None = option(
+        None, "A table of methods' settings, such as 135m or 7b, or a file: they win over the config. none = of none."
+    )
     data: str | None = option(None, "Where the data is; default: TRACE_DATA.")
     tasks: list[str] = option(["order1"], "lm-eval tasks in the order of training, or an order (order1, standard1).")
     epochs: list[Epochs] | None = option(

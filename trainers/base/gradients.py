@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from trl import ModelConfig, SFTTrainer
 
+from trainers.base.blocks import adapted_parameters
 from trainers.base.config import CLConfig
 
 
@@ -20,10 +22,32 @@ class GradientTrainer(SFTTrainer):
     config: CLConfig
     model_args: ModelConfig
     model: Any
+    #: Columns of the training set with a whole number for each row, which batches have, too; rows without one have -1.
+    columns: ClassVar[tuple[str, ...]] = ()
+    _signature_columns: Any
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """HF's: the columns that it leaves to the collator."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def model_with(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
+        """The model with other values of the trained parameters, and without dropout; for passes without gradients."""
+        trained, training = self.trained(), self.model.training
+        own = {name: parameter.data for name, parameter in trained.items()}
+        try:
+            for name, parameter in trained.items():
+                parameter.data = tensors[name].to(parameter.dtype)
+            yield self.model.eval()
+        finally:
+            for name, parameter in trained.items():
+                parameter.data = own[name]
+            self.model.train(training)
 
     def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The float32 logits that predict a batch's answer tokens, shape (tokens, vocabulary), and these tokens.
@@ -40,7 +64,7 @@ class GradientTrainer(SFTTrainer):
 
         # Rows are padded on the right, where a causal model never looks: without a mask the attention kernels leave
         # the future out instead of computing and masking it.
-        kept = {k: v for k, v in inputs.items() if k not in ("labels", "attention_mask")}
+        kept = {k: v for k, v in inputs.items() if k not in ("labels", "attention_mask", *self.columns)}
         if self.aux_loss_enabled:  # which needs the mask to leave padding out
             kept |= {"attention_mask": inputs["attention_mask"], "output_router_logits": True}
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
@@ -160,7 +184,7 @@ class GradientTrainer(SFTTrainer):
         layers = {name: modules[name.removesuffix(".weight")] for name in parameters if name.endswith(".weight")}
         # A head sees answer positions alone, MoE layers call no module of the adapter. Gradient checkpointing is off
         # here, as in all evaluation, so that there may be no room for more than a row.
-        unusual = self.model_args.lora_modules_to_save or self.model_args.lora_target_parameters
+        unusual = self.model_args.lora_modules_to_save or adapted_parameters(self.model)
         linear = all(isinstance(layer, torch.nn.Linear) for layer in layers.values())
         if len(layers) < len(parameters) or not linear or unusual or self.args.gradient_checkpointing:
             layers = {}
@@ -186,3 +210,16 @@ class GradientTrainer(SFTTrainer):
             else:
                 parts = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
                 yield from zip(parameters, (part.float()[None] for part in parts), strict=True)
+
+
+def divergences(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """KL(reference || model) of each position, from logits of shape (tokens, vocabulary)."""
+    model, reference = log_softmax(logits, dim=-1), log_softmax(reference, dim=-1)
+    return kl_div(model, reference, reduction="none", log_target=True).sum(dim=-1)
+
+
+def with_columns(
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]], columns: tuple[str, ...], examples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A batch with `GradientTrainer.columns`, which TRL's collator leaves out."""
+    return {**collate(examples), **{c: torch.tensor([example.get(c, -1) for example in examples]) for c in columns}}

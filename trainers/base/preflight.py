@@ -202,6 +202,14 @@ def context_length(model: dict[str, Any]) -> int | None:
     return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
 
 
+def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what: str) -> None:
+    """Refuses a base model that does not read so many tokens at once; for `prepare`. `what` says what they are."""
+    model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
+    context = context_length(model.get_text_config(decoder=True).to_dict())
+    if context and tokens > context:
+        raise ConfigError(f"{what} are {tokens} tokens, more than the model's context of {context}: lower one of them.")
+
+
 def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
     """Refuses a limit of prompts with which prompt and answer do not fit into the model's context."""
     context = context_length(model.get_text_config(decoder=True).to_dict())

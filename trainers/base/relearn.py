@@ -144,7 +144,7 @@ def _check_sources(run: Run, rows: int) -> None:
 
 
 def _train_and_measure(run: Run, start: Stage, folder: Path, rows: int, steps: int, cell: dict[str, Any]) -> None:
-    config, model_args = parse(CLConfig, ["--like", str(run.path), "--output_dir", str(folder)])
+    config, model_args = parse(CLConfig, ["--like", str(run.path), "--output_dir", str(folder)], "relearn")
     config.tasks, config.epochs, config.cells, config.general, config.judged = run.tasks[:-1], None, "own", [], []
     config.train_rows, config.max_steps, config.replay_ratio, config.replay_choice = rows, steps, None, None
     # So few steps are all taken at the run's learning rate.

@@ -45,6 +45,7 @@ from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.trainer import CLTrainer
+from trainers.base.tuned import tuned_words
 from trainers.base.writing import run_alone
 
 log = logging.getLogger(__name__)
@@ -66,19 +67,24 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if "--help_all" in (sys.argv if argv is None else argv):
             argv = ["--help"]
-        train(trainer, *parse(config, argv))
+        train(trainer, *parse(config, argv, method_name(trainer)))
 
 
-def parse(config: type[CLConfig], argv: list[str] | None) -> list[Any]:
-    """The config of the method and TRL's ModelConfig, from the command line and the file that it names."""
+def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[Any]:
+    """The config of the method and TRL's ModelConfig, from the command line and the files that it names."""
     argv = list(sys.argv[1:] if argv is None else argv)
     for i, word in enumerate(argv[:-1], 1):
         if word == "--config":
             argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
+    if (tuned := tuned_words(argv, method)) and os.environ.get("RANK", "0") == "0":
+        print(f"{method} by the table of settings: {shlex.join(tuned)}", flush=True)
     known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]
     if "--like" in argv[:-1]:
         i = argv.index("--like")
-        argv[i : i + 2] = _as_in(Run.open(argv[i + 1]), known)
+        like = _as_in(Run.open(argv[i + 1]), known)
+        argv[i : i + 2] = [*like, *tuned]
+    else:
+        argv = [*tuned, *argv]
     parser = TrlParser((config, ModelConfig))  # type: ignore[arg-type]
     parser.error = _refuse  # type: ignore[method-assign]  # without two hundred lines of usage
     try:

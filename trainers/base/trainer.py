@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ from trace_tasks.tokens import Chat, example_ids
 from trainers.base import writing
 from trainers.base.checkpoints import CheckpointTrainer
 from trainers.base.config import CLConfig
+from trainers.base.gradients import with_columns
 from trainers.base.progress import follow
 from trainers.base.rows import choose_rows
 from trainers.base.sampler import LengthGrouped
@@ -47,6 +49,12 @@ class CLTrainer(CheckpointTrainer):
         set_seed(args.seed)  # an adapter's first weights are random
         model = self.stage_model(stage)
         super().__init__(model=model, args=args, train_dataset=self.with_replay(stage), processing_class=tokenizer)
+        if self.aux_loss_enabled:
+            # TRL has the model return its router's logits whatever it is asked, and generation can fail with them, here
+            # and from a full checkpoint. All losses ask for them.
+            model.config.get_text_config().output_router_logits = False
+        if self.columns:
+            self.data_collator = partial(with_columns, self.data_collator, self.columns)
         # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
         self.model_accepts_loss_kwargs = True
         self.add_callback(_Steps(self))
@@ -152,6 +160,7 @@ class CLTrainer(CheckpointTrainer):
         sampling: dict[str, Any] | None = None,
         rated: bool = False,
         cut: bool = True,
+        most: int | None = None,
         at: Stage | None = None,
     ) -> dict[str, list[list[Answer]]]:
         """What the model of a stage answers to prompts, as the evaluation of their tasks would have it.
@@ -168,12 +177,18 @@ class CLTrainer(CheckpointTrainer):
             rated: Whether the answers get their mean log-probability.
             cut: Whether prompts are cut to `max_prompt_length`, as in the evaluation. If not, those that do not fit
                 into the engine's context have an empty, unfinished answer.
+            most: The most tokens of an answer, which only EOS then ends; None = as in the evaluation.
             at: The stage in whose folder they are kept; None = this one.
 
         Returns:
             By task: for each prompt its answers, without the stop that ended them.
         """
-        how = {"samples": samples, "sampling": sampling, "rated": rated}
+        how = {
+            "samples": samples,
+            "sampling": sampling,
+            "rated": rated,
+            **({} if most is None else {"most": most, "stops": []}),
+        }
         limit = self.config.max_prompt_length if cut else None
         return writing.answers(self, name, by, prompts, at or self.stage, how, limit)
 

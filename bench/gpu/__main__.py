@@ -1,0 +1,188 @@
+"""What a GPU has to show, in under eight minutes on one H100, without network or hub: `make gpu-check`.
+
+    python -m bench.gpu                    # all parts; a part that is done is skipped
+    python -m bench.gpu --parts a b        # two of them
+    python -m bench.gpu --parts b --again  # measure what is there once more
+    python -m bench.gpu --tiny             # the same program with tiny shapes, on a CPU
+
+torch, transformers, peft and accelerate have to be there, and what this package imports (pydantic). Measurements whose
+packages are missing are skipped by name. On a machine without a network, carry wheels and install them with `pip
+install --no-index --no-deps --find-links FOLDER NAME ...`; with `--target`, into a folder named site-packages (datasets
+hashes functions by dill, which takes modules in other folders for a program's own and fails on them).
+
+A part consists of measurements, each in a process of its own: one that crashes or has no memory loses no other. All
+share the time limit of the part. Results are written after each measurement, under the name of the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bench.common import ROOT, WORK, machine
+from bench.gpu import engines, large, methods, resume, small
+from trace_bench.report import Table, markdown
+from trace_tasks.data.files import write_json
+
+RESULTS = ROOT / "bench" / "results_gpu.json"
+PARTS: dict[str, ModuleType] = {"a": small, "b": large, "c": methods, "d": resume, "e": engines}
+NEEDED = ("torch", "transformers", "peft", "accelerate")
+#: What a measurement that has no result says instead.
+NOT_DONE = ("skipped", "failed", "stopped")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures what is asked for and prints the tables."""
+    parser = argparse.ArgumentParser(
+        "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    titles = ", ".join(f"{name}: {part.TITLE}" for name, part in PARTS.items())
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help=titles)
+    parser.add_argument("--again", action="store_true", help="also what has a result")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes; results go to runs/bench/gpu/tiny.json")
+    parser.add_argument("--results", type=Path, help="the file of results; default: bench/results_gpu.json")
+    given = parser.parse_args(argv)
+    if lacking := missing(NEEDED):
+        sys.exit(f"{', '.join(lacking)}: not installed, and nothing can be measured without.")
+    about = machine()
+    if about["gpu"] is None and not given.tiny:
+        sys.exit("There is no GPU that torch can use. --tiny tries the program with tiny shapes on a CPU.")
+    file = given.results or (WORK / "gpu" / "tiny.json" if given.tiny else RESULTS)
+    check({name: PARTS[name] for name in given.parts}, file, about, given.tiny, given.again)
+
+
+def missing(packages: Sequence[str]) -> list[str]:
+    """Those of the packages that are not installed."""
+    return [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+
+
+def check(parts: Mapping[str, ModuleType], file: Path, about: dict[str, Any], tiny: bool, again: bool) -> None:
+    """Makes the measurements that have no result yet, and writes the file after each of them."""
+    results = json.loads(file.read_text()) if file.exists() else {}
+    of_card = results.setdefault(about["gpu"] or "no GPU, tiny shapes", {})
+    todo = []
+    for name, part in parts.items():
+        before = of_card.get(name, {}).get("measurements", {})
+        wanted = [item for item in part.ITEMS if again or not _done(before.get(item))]
+        todo += [(name, part, item) for item in wanted]
+        if wanted:
+            kept = {item: before[item] for item in part.ITEMS if item not in wanted}
+            of_card[name] = {"title": part.TITLE, "machine": about, "date": time.strftime("%Y-%m-%d")}
+            of_card[name] |= {"seconds": 0.0, "measurements": kept}
+    ready: subprocess.Popen[bytes] | None = None
+    try:
+        for n, (name, part, item) in enumerate(todo):
+            found = of_card[name]
+            began = time.perf_counter()
+            process, ready = ready or _start(name, part, item, tiny), None
+            if n + 1 < len(todo):  # its imports take as long as many a measurement: they are made meanwhile
+                ready = _start(*todo[n + 1], tiny)
+            limit = part.LIMIT * (10 if tiny else 1)  # a CPU is slow
+            outcome = _finish(process, name, part, item, limit, limit - found["seconds"])
+            spent = time.perf_counter() - began
+            found["seconds"] = round(found["seconds"] + spent, 1)
+            found["measurements"][item] = {"took": round(spent, 1), **outcome}
+            done = {i: found["measurements"][i] for i in part.ITEMS if _done(found["measurements"].get(i))}
+            found["goals"] = part.goals(done)
+            write_json(file, results)
+            brief = next((f"{key}: {outcome[key]}" for key in NOT_DONE if key in outcome), "done")
+            print(f"{name}, {item}: {brief.strip().splitlines()[-1]} ({spent:.0f} s)", flush=True)
+    finally:
+        if ready is not None:
+            _kill(ready)
+    print(tables({name: of_card[name] for name in parts}))
+
+
+def _done(outcome: Mapping[str, Any] | None) -> bool:
+    return outcome is not None and not any(key in outcome for key in NOT_DONE)
+
+
+def _output(name: str, item: str) -> Path:
+    return WORK / "gpu" / f"{name}-{item.replace(' ', '-').replace(',', '')}.json"
+
+
+def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Popen[bytes] | None:
+    """The process of a measurement, which imports and then waits for a line; None where packages are missing."""
+    if missing(part.ITEMS[item]):
+        return None
+    out = _output(name, item)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    argv = [sys.executable, "-m", "bench.gpu.item", part.__name__, item, str(out), *(["--tiny"] if tiny else [])]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU of several
+    if item.endswith(" CPU"):
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with out.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            argv, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, process_group=0
+        )
+
+
+def _finish(
+    process: subprocess.Popen[bytes] | None, name: str, part: ModuleType, item: str, limit: float, left: float
+) -> dict[str, Any]:
+    """Lets a measurement go ahead and waits for its result, for what is left of the part's seconds."""
+    if process is None:
+        return {"skipped": f"{', '.join(missing(part.ITEMS[item]))} not installed"}
+    out = _output(name, item)
+    assert process.stdin is not None
+    try:
+        process.stdin.write(b"go\n")
+        process.stdin.close()
+        process.wait(timeout=max(left, 0))
+    except subprocess.TimeoutExpired:
+        return {"stopped": f"not done within the part's {limit:g} s"}
+    except BrokenPipeError:
+        process.wait()
+    finally:
+        _kill(process)
+    if process.returncode == 0 and out.exists():
+        result: dict[str, Any] = json.loads(out.read_text())
+        return result
+    return {"failed": f"exit code {process.returncode}: {_end(out.with_suffix('.log'))}"}
+
+
+def _end(log: Path) -> str:
+    return log.read_text(errors="replace")[-1500:].strip() or "no output"
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and those that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def tables(found: Mapping[str, dict[str, Any]]) -> str:
+    """The parts as Markdown: single numbers of each measurement, and the goals."""
+    lines = []
+    for name, part in found.items():
+        lines += [f"### ({name}) {part['title']}", ""]
+        rows = [
+            [item, key.replace("_", " "), value]
+            for item, outcome in part["measurements"].items()
+            for key, value in outcome.items()
+            if not isinstance(value, list | dict) and key != "failed"
+        ]
+        lines += [markdown(Table(["measurement", "what", "value"], rows)), ""]
+        met = {None: "", True: "yes", False: "no"}
+        goals = [[goal, g["goal"], g["found"], met[g["met"]]] for goal, g in part["goals"].items()]
+        lines += [markdown(Table(["compared", "wanted", "found", "met"], goals)), ""] if goals else []
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no measurement is left on the GPU
+    main()

@@ -1,0 +1,87 @@
+"""(d) A stage that is killed on the GPU and goes on leaves what an undisturbed one leaves.
+
+Two undisturbed runs say whether training on this card gives the same bytes each time. If it does, the killed run has to
+have them, too; if not (kernels that add in no fixed order), its losses have to be the same but for rounding.
+
+    python -m bench.gpu.resume FOLDER      # the training that is killed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.shapes import comparison
+from bench.gpu.small import TOLERANCE, largest_difference, options
+
+TITLE = "a killed stage goes on"
+LIMIT = 65
+RUNS = ("undisturbed", "again", "killed")
+ITEMS = dict.fromkeys(RUNS, ("trl", "datasets", "lm-eval"))
+IMPORTS = ("trainers.base",)
+STEPS, SAVED = 40, 5
+
+
+def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
+    """The bytes and losses of the second stage, and at which step it went on."""
+    from trace_bench.run import read_json
+
+    path = folder / f"run-{item}"
+    shutil.rmtree(path, ignore_errors=True)
+    killed_at = _killed(path) if item == "killed" else None
+    stage = train(path).stages[2]
+    adapter = (stage.path / "adapter" / "adapter_model.safetensors").read_bytes()
+    return {
+        "adapter": hashlib.sha256(adapter).hexdigest()[:16],
+        "losses": [entry["loss"] for entry in read_json(stage.train_file)["losses"]],
+        **({} if killed_at is None else {"killed_at_step": killed_at}),
+    }
+
+
+def train(path: Path) -> Any:
+    """Trains the run, or what is left of it."""
+    from trainers.base import CLTrainer
+    from trainers.base import train as train_run
+
+    config, model = options(path, "bfloat16", save_strategy="steps", save_steps=SAVED, train_sampling_strategy="random")
+    config.max_steps = STEPS
+    model.lora_dropout = 0.1  # random numbers have to go on, too
+    return train_run(CLTrainer, config, model)
+
+
+def _killed(path: Path) -> int:
+    """Trains in another process until the second stage has two checkpoints, and kills it; the last whole one's step."""
+    process = subprocess.Popen([sys.executable, "-m", "bench.gpu.resume", str(path)])
+    second = f"stages/2_*/.trainer/checkpoint-{2 * SAVED}/whole.json"
+    while not list(path.glob(second)):
+        if process.poll() is not None:
+            sys.exit(f"the training ended (exit code {process.returncode}) before it could be killed")
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    if list(path.glob("stages/2_*/train.json")):
+        sys.exit("the training was faster than the kill")
+    return max(int(p.parent.name.rpartition("-")[2]) for p in path.glob("stages/2_*/.trainer/checkpoint-*/whole.json"))
+
+
+def goals(done: dict[str, Any]) -> dict[str, Any]:
+    """Same bytes where the card gives them, else the same losses."""
+    if set(done) != set(RUNS):
+        return {}
+    plain, again, killed = (done[item] for item in RUNS)
+    if plain["adapter"] == again["adapter"]:
+        same = plain["adapter"] == killed["adapter"]
+        return {"same bytes (two undisturbed runs have them)": comparison(same, True, same)}
+    off = largest_difference(plain["losses"], killed["losses"])
+    most = TOLERANCE["bfloat16"]
+    title = "largest difference of a step's loss, as a share (two undisturbed runs differ, too)"
+    return {title: comparison(off, most, off <= most)}
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]))

@@ -1,0 +1,140 @@
+"""The check of a GPU (`bench.gpu`), on a CPU: what is measured is kept whatever happens, and tiny shapes pass it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import gpu_part
+import pytest
+
+from bench import scaling
+from bench.gpu import __main__ as gpu
+from bench.gpu import large, shapes
+
+ABOUT = {"gpu": "a card"}
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    """Where the results go; the processes find the tests' own part."""
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{gpu.ROOT}")
+    return tmp_path / "results.json"
+
+
+def measurements(file, name="x"):
+    return json.loads(file.read_text())["a card"][name]["measurements"]
+
+
+def test_what_is_measured_is_kept_whatever_happens_to_the_others(file, capsys, monkeypatch):
+    gpu.check({"x": gpu_part}, file, ABOUT, tiny=False, again=False)
+    found = measurements(file)
+    assert found["counts"]["times"] == 1
+    assert found["needs"]["skipped"] == "no-such-package not installed"
+    assert re.match(r"exit code -9: no memory left", found["dies"]["failed"])
+    assert "the part's 6 s" in found["sleeps"]["stopped"] and "the part's 6 s" in found["late"]["stopped"]
+    assert "| counted | 1 | 1 | yes |" in capsys.readouterr().out
+
+    # Another part of another day, on the same card.
+    monkeypatch.setattr(gpu_part, "ITEMS", {"late": ()})
+    gpu.check({"y": gpu_part}, file, ABOUT, tiny=False, again=False)
+    assert measurements(file) == found and "took" in measurements(file, "y")["late"]
+
+
+def test_only_what_has_no_result_is_measured_unless_it_is_asked_for(file, monkeypatch):
+    monkeypatch.setattr(gpu_part, "ITEMS", {"counts": (), "needs": ("no-such-package",)})
+    for again, times in ((False, 1), (False, 1), (True, 2)):
+        gpu.check({"x": gpu_part}, file, ABOUT, tiny=False, again=again)
+        assert measurements(file)["counts"]["times"] == times
+    monkeypatch.setattr(gpu_part, "ITEMS", {"counts": (), "needs": ()})
+    gpu.check({"x": gpu_part}, file, ABOUT, tiny=False, again=False)
+    found = measurements(file)
+    assert found["counts"]["times"] == 2 and "skipped" not in found["needs"], "its package is there now"
+
+
+def test_without_a_gpu_it_says_what_to_do():
+    with pytest.raises(SystemExit, match=r"no GPU .* --tiny"):
+        gpu.main([])
+
+
+def test_all_parts_together_end_in_eight_minutes():
+    assert sum(part.LIMIT for part in gpu.PARTS.values()) < 8 * 60
+
+
+def test_the_rows_have_the_lengths_of_the_table_cut_as_the_config_cuts_them():
+    table = json.loads(shapes.LENGTHS.read_text())
+    args = shapes.large_args()
+    wanted = [
+        (min(prompt, args["max_prompt_length"]), min(answer, args["max_answer_length"]))
+        for task, lengths in table.items()
+        if task != "about"
+        for prompt, answer in lengths
+    ]
+    rows = shapes.examples(tiny=False)
+    answers = [sum(label != -100 for label in row["labels"]) for row in rows]
+    assert [(len(row["input_ids"]) - n, n) for row, n in zip(rows, answers, strict=True)] == wanted
+    assert len(shapes.examples(tiny=False, each=12)) == len(wanted) // 2
+
+
+def test_the_goals_follow_from_the_measurements():
+    ours = {"tokens_per_second": 1500.0, "tflops": 500.0, "peak_memory_gb": 22.0, "planned_gb": 20.5}
+    done = {
+        "card": {"bf16_tflops_measured": 800.0, "bf16_tflops_data_sheet": 1000.0},
+        "ours, no checkpointing": ours,
+        "ours, as the config": {**ours, "tokens_per_second": 900.0, "tflops": 300.0, "peak_memory_gb": 25.0},
+        "TRL, its defaults": {"tokens_per_second": 1200.0, "tflops": 400.0},
+    }
+    found = large.goals(done)
+    share = "ours, no checkpointing: share of the bf16 peak, "
+    assert found[share + "data sheet"] == {"goal": 0.45, "found": 0.5, "met": True}
+    assert found[share + "measured"]["found"] == 0.625
+    assert not found["ours, as the config: share of the bf16 peak, data sheet"]["met"]
+    assert found["ours, times TRL, its defaults"] == {"goal": 1.5, "found": 1.25, "met": False}
+    assert found["ours, no checkpointing: memory over the plan"]["met"]
+    assert not found["ours, as the config: memory over the plan"]["met"]
+
+
+def test_the_plan_counts_what_a_layer_with_an_adapter_keeps():
+    config, adapter = shapes.large_config(tiny=False), large._adapter()
+    kept = scaling.kept_with_lora(config, adapter)
+    assert kept == pytest.approx(scaling.kept_with_lora(config, adapter, scale=16), rel=0.03), "it grows with the width"
+    # By hand, bytes a token at width h and 2.7 h: two norms in float32 (8 h), query, key, value and what attention
+    # gives (8 h), the MLP's gate, its SiLU and up (6 x 2.7 h), and of two adapters a dropped input and a mask (6 h).
+    assert kept == pytest.approx((8 + 8 + 6 * 11008 / 4096 + 6) * 4096, rel=0.05)
+    plan = [scaling.one_gpu(config, adapter, tokens, 100, checkpointing=False) for tokens in (1000, 2000)]
+    assert plan[0]["weights"] == pytest.approx(2 * 6_738_415_616 + 4 * 4_194_304)
+    assert sum(plan[1].values()) - sum(plan[0].values()) == 1000 * 32 * kept
+
+
+@pytest.mark.slow
+def test_tiny_shapes_pass_the_check_on_a_cpu(tmp_path, monkeypatch):
+    some = {
+        "a": ("float32 CPU", "float32 GPU"),
+        "b": ("card", "ours, as the config", "TRL, its best", "profile"),
+        "c": ("sequential", "lwf"),
+        "d": ("killed",),
+    }
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    for name, items in some.items():
+        part = gpu.PARTS[name]
+        monkeypatch.setattr(part, "ITEMS", {item: part.ITEMS[item] for item in items})
+    file = tmp_path / "results.json"
+    gpu.main(["--tiny", "--parts", *some, "--results", str(file)])
+    (card,) = json.loads(file.read_text()).values()
+    for name in some:
+        for item, found in card[name]["measurements"].items():
+            assert not set(found) & set(gpu.NOT_DONE), (name, item, found)
+    assert all(goal["met"] for goal in card["a"]["goals"].values())
+    assert (
+        card["b"]["goals"]["ours, times TRL, its best"]["found"] > 0 and card["b"]["measurements"]["profile"]["kernels"]
+    )
+    assert card["c"]["goals"]["lwf: steps over sequential"]["found"] > 0
+    assert card["d"]["measurements"]["killed"]["killed_at_step"] < 40
+
+
+def test_the_page_says_whether_it_was_run():
+    page = (gpu.ROOT / "docs" / "speed.md").read_text()
+    section = page.partition("## On a GPU")[2].partition("\n## ")[0]
+    assert ("Not run" in section) != gpu.RESULTS.exists()

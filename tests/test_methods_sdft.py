@@ -1,0 +1,237 @@
+"""On-policy self-distillation: the model learns from its own answers what it would say if it had seen the gold ones."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import train
+from test_methods import EXACT, as_method, made, method, same, small, unbuilt, weights
+from transformers import AutoModelForCausalLM
+from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
+
+from trace_bench.run import read_json
+from trainers.base import ConfigError, divergences, sampled
+from trainers.base.sampling import Drawn
+from trainers.sdft import SHOWN, TEMPLATE
+
+CHANGES = {**EXACT, "train_rows": 8, "max_prompt_length": 64, "max_answer_length": 24, "sdft_tokens": 6}
+#: Rows by themselves, without weights of a former stage that could differ by rounding.
+ONE_STEP = {**CHANGES, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
+
+
+# ---------------------------------------------------------------------------------------------------------- the samples
+
+
+def test_a_draw_is_of_the_softmax():
+    scores = torch.tensor([[2.0, 0.0, 1.0, -torch.inf]]).repeat(20_000, 1)
+    draw = Drawn([torch.Generator().manual_seed(i) for i in range(len(scores))])
+    share = torch.bincount(draw(None, scores).argmax(dim=1), minlength=4) / len(scores)
+    torch.testing.assert_close(share, scores[0].softmax(-1), atol=0.015, rtol=0)
+
+
+def test_what_a_prompt_draws_depends_on_its_seed_and_the_weights_alone(checkpoints):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["full model"], dtype=torch.float32)
+    prompts, seeds, ends = [[5, 9], [7] * 30, [11, 4, 8]], [3, 4, 5], frozenset({2, 40, 41})
+
+    def draw(prompts, seeds):
+        return sampled(model, prompts, seeds, 12, ends, nullcontext())
+
+    together = draw(prompts, seeds)
+    assert [draw([p], [s])[0] for p, s in zip(prompts, seeds, strict=True)] == together
+    assert all(a != b for a, b in zip(together, draw(prompts, [6, 7, 8]), strict=True))
+    for answer in together:
+        assert len(answer) == 12 or answer[-1] in ends
+        assert not ends & set(answer[:-1])
+    # What a model's own settings ask for is not in the samples; they, and the model's mode, stay.
+    own = model.generation_config
+    own.repetition_penalty, own.temperature, own.do_sample = 5.0, 0.1, True
+    model.train()
+    state = torch.get_rng_state()
+    assert draw(prompts, seeds) == together
+    assert model.training and model.generation_config is own and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_the_teacher_is_shown_the_prompt_and_the_gold_answer_of_each_row(chat, options):
+    trainer, config = method("sdft")
+    seen = []
+
+    class Spy(trainer):
+        def begin_stage(self):
+            super().begin_stage()
+            for row in self.train_dataset.to_list() if self.stage.index == 2 else ():
+                prompt = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
+                gold = [label for label in row["labels"] if label != -100]
+                seen.append([self.tokenizer.decode(ids) for ids in (prompt, gold[:-1], self.shown[row[SHOWN]])])
+
+    changes = {**CHANGES, "max_prompt_length": 500, "max_answer_length": 300, "max_steps": 1, "replay_ratio": 0.5}
+    train(small(options, "sdft", 2, **changes, chat_template=chat), as_method(Spy), config)
+    assert len(seen) == 8 + 4
+    head, tail = ("<s>user\n", "</s>\n<s>assistant\n") if chat else ("", "")
+    for prompt, gold, shown in seen:
+        assert prompt.startswith(head) and prompt.endswith(tail)
+        question = prompt[len(head) : len(prompt) - len(tail)]
+        assert shown == head + TEMPLATE.format(prompt=question, answer=gold) + tail
+
+
+# ---------------------------------------------------------------------------------------------------------- the teacher
+
+
+def test_the_divergence_is_that_of_trl():
+    torch.manual_seed(0)
+    logits, taught = torch.randn(2, 7, 40)
+    wanted = compute_full_logit_self_distillation_loss(logits, taught, distillation_alpha=0.0)
+    torch.testing.assert_close(divergences(logits, taught), wanted)
+    assert divergences(logits, logits).abs().max() < 1e-6 < wanted.min()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
+def test_the_teacher_is_an_average_of_the_student(rate, options):
+    trainer, config = method("sdft")
+    ends = []
+
+    class Spy(trainer):
+        def begin_stage(self):
+            super().begin_stage()
+            self.average = {n: p.detach().clone() for n, p in self.trained().items()}
+            assert same(self.average, self.kept), "it begins as the stage before"
+
+        def after_step(self):
+            super().after_step()
+            now = {n: p.detach() for n, p in self.trained().items()}
+            self.average = {n: (1 - rate) * old + rate * now[n] for n, old in self.average.items()}
+            with self.model_with(self.kept) as teacher:
+                found = {n: p.detach().clone() for n, p in teacher.named_parameters() if p.requires_grad}
+            for n in now:
+                torch.testing.assert_close(found[n], self.average[n], rtol=0, atol=1e-7)
+                assert self.trained()[n].data_ptr() == now[n].data_ptr(), "the student is back"
+            ends.append((found, {n: p.clone() for n, p in now.items()}))
+
+    train(small(options, "sdft", 1, **CHANGES, sdft_ema=rate), as_method(Spy), config)
+    assert len(ends) == 2 and not same(ends[0][1], ends[1][1])
+    if rate in (0, 1):
+        assert same(ends[0][0], ends[1][0]) == (rate == 0) and same(*ends[1]) == (rate == 1), "to the bit"
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_teacher_that_is_shown_nothing_has_nothing_to_teach(rate, options):
+    trainer, config = method("sdft")
+
+    class Blind(trainer):
+        def begin_stage(self):
+            super().begin_stage()
+            rows = self.train_dataset
+            self.shown = [
+                ids[: labels.count(-100)] for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True)
+            ]
+            self.first = {n: p.detach().clone() for n, p in self.trained().items()}
+
+        def after_step(self):
+            super().after_step()
+            for n, p in self.trained().items():
+                torch.testing.assert_close(p.detach(), self.first[n], rtol=0, atol=1e-5)
+
+    changes = {**ONE_STEP, "max_steps": 3, "sdft_ema": rate}
+    run = train(small(options, "sdft", 1, **changes), as_method(Blind), config)
+    assert abs(read_json(run.stages[1].train_file)["divergence"]) < 1e-6
+
+
+def test_a_step_has_the_gradient_of_the_formula(options, checkpoints):
+    """Row by row, with the softmax gradient q - p in float64 in the place of autograd through a divergence."""
+    trainer, config = method("sdft")
+    seen = []
+
+    class Spy(trainer):
+        def on_policy(self, batch):
+            seen.append(super().on_policy(batch))
+            return seen[-1]
+
+        def adjust_gradients(self, model):
+            found = {n: p.grad.clone() for n, p in self.trained().items()}
+            self.model.zero_grad()
+            rows = seen[0]["labels"].shape[0]
+            for i in range(rows):
+                logits = []
+                for batch in (seen[0]["taught"], seen[0]):
+                    answer = batch["labels"][i] != -100
+                    ids = batch["input_ids"][i : i + 1, : int(answer.nonzero().max()) + 1]
+                    logits.append(self.model(input_ids=ids).logits[0, :-1][answer[1 : ids.shape[1]]])
+                p, q = (x.detach().double().softmax(-1) for x in logits)
+                ((q - p).float() * logits[1]).sum().div(len(q) * rows).backward()
+            for n, p in self.trained().items():
+                torch.testing.assert_close(found[n], p.grad, rtol=2e-3, atol=1e-5)
+                assert "lora_A" in n or p.grad.abs().max() > 1e-3
+
+    lively = {"model_name_or_path": str(checkpoints["full model"])}
+    run = train(small(options, "sdft", 1, **ONE_STEP, **lively), as_method(Spy), config)
+    record = read_json(run.stages[1].train_file)
+    lengths = (seen[0]["labels"] != -100).sum(dim=1)
+    assert record["samples"]["rows"] == 8 and record["samples"]["mean_tokens"] == lengths.float().mean()
+    assert 0 <= record["samples"]["finished"] <= 1 and record["divergence"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------- the contract
+
+
+@pytest.mark.parametrize(("loss", "lora"), [("rows", True), ("tokens", False)])
+def test_accumulation_takes_the_same_step(loss, lora, options, checkpoints, tmp_path):
+    trainer, config = method("sdft")
+    gradients = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+
+        class Spy(trainer):
+            def adjust_gradients(self, model):
+                gradients.append({n: p.grad.clone() for n, p in self.trained().items()})
+
+        changes = {**ONE_STEP, "model_name_or_path": str(checkpoints["full model"]), "loss_weights": loss}
+        changes |= {"use_peft": lora, "per_device_train_batch_size": batch}
+        changes |= {"gradient_accumulation_steps": accumulation, "output_dir": str(tmp_path / str(batch))}
+        run = train(small(options, "sdft", 1, **changes), as_method(Spy), config)
+    assert len(gradients) == 2 and read_json(run.stages[1].train_file)["samples"]["rows"] == 8
+    assert max(g.abs().max() for g in gradients[0].values()) > 1e-2
+    for name in gradients[0]:
+        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-5)
+
+
+def test_a_stage_that_is_killed_goes_on_with_the_same_samples_and_teacher(options, tmp_path):
+    trainer, config = method("sdft")
+    changes = {**CHANGES, "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "sdft_ema": 0.5}
+    whole = train(small(options, "sdft", 1, **changes, output_dir=str(tmp_path / "whole")), trainer, config)
+
+    class Killed(trainer):
+        def before_step(self):
+            if self.state.global_step == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(options, "sdft", 1, **changes), as_method(Killed), config)
+    run = train(small(options, "sdft", 1, **changes), trainer, config)
+    assert same(weights(run, 1), weights(whole, 1)), "the same bytes"
+    a, b = (read_json(r.stages[1].train_file) for r in (run, whole))
+    assert a["samples"] == b["samples"] and a["samples"]["rows"] == 32 and a["divergence"] == b["divergence"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"sdft_ema": 1.5}, "sdft_ema=1.5 is not allowed: use a number of at least 0 and of at most 1"),
+        ({"sdft_tokens": 0}, "sdft_tokens=0"),
+        ({"loss_type": "dft", "loss_weights": "tokens"}, "loss_type=dft: sdft has a loss.*Use loss_type: nll"),
+        ({"sdft_tokens": 500, "max_answer_length": 500}, "a sample .sdft_tokens. are 1096 tokens, more than"),
+        ({"padding_free": True, "loss_weights": "tokens"}, "padding_free=true joins rows"),
+        ("FSDP", "sdft needs whole weights.*FSDP gives each process a part"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(change, words, options, monkeypatch):
+    if change == "FSDP":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+        change = {}
+    with pytest.raises(ConfigError, match=words):
+        train(small(options, "sdft", **change), *method("sdft"))
+
+
+def test_the_defaults():
+    config = made(method("sdft")[1])
+    assert (config.sdft_ema, config.sample_tokens) == (0.01, config.max_answer_length)
+    assert unbuilt("sdft", sdft_tokens=7).config.sample_tokens == 7

@@ -1,0 +1,70 @@
+"""Answers that the model in training draws itself, at the weights that it has now; for methods that train on them."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+
+def sampled(
+    model: Any,
+    prompts: list[list[int]],
+    seeds: list[int],
+    most: int,
+    ends: frozenset[int],
+    precision: AbstractContextManager[None],
+) -> list[list[int]]:
+    """Draws an answer to each prompt at temperature 1, without dropout. The model and all random numbers stay.
+
+    What a prompt draws depends on its seed and the weights, not on the other prompts of the batch.
+
+    Args:
+        model: Of transformers, or a LoRA of PEFT around one; without DDP's wrapper.
+        prompts: Token ids.
+        seeds: One for each prompt.
+        most: The most tokens of an answer.
+        ends: The tokens that end one, of which the first stays at its end.
+        precision: The autocast of the training.
+    """
+    inner = model.get_base_model() if hasattr(model, "peft_config") else model  # its layers have the adapter
+    settings, training = inner.generation_config, model.training
+    width, pad = max(map(len, prompts)), min(ends)  # any token: padding in front is masked
+    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    draw = Drawn([torch.Generator(model.device).manual_seed(seed) for seed in seeds])
+    # A model may come with temperatures and penalties, which would be in the answers.
+    inner.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
+    model.eval()
+    try:
+        with torch.no_grad(), precision:
+            outputs = inner.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=most,
+                do_sample=False,
+                logits_processor=LogitsProcessorList([draw]),
+            )
+    finally:
+        inner.generation_config = settings
+        model.train(training)
+    answers = []
+    for row in outputs[:, width:].tolist():
+        # A row that has ended is padded until the longest row of the batch has ended.
+        end = next((n for n, token in enumerate(row) if token in ends), len(row) - 1)
+        answers.append(row[: end + 1])
+    return answers
+
+
+class Drawn(LogitsProcessor):
+    """Adds Gumbel noise to logits: the largest sum is a draw from their softmax. Each row has numbers of its own."""
+
+    def __init__(self, generators: list[torch.Generator]) -> None:
+        self.generators = generators
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """See LogitsProcessor."""
+        rows = zip(scores, self.generators, strict=True)
+        return scores - torch.stack([torch.empty_like(row).exponential_(generator=g).log() for row, g in rows])

@@ -1,0 +1,49 @@
+"""Settings of methods for a size of model: tables as those in `trainers/configs/methods`, which a config names."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from trace_bench import packaged
+from trace_bench.cli.options import option_words
+from trace_bench.text import one_line
+from trainers.base.config import ConfigError
+
+
+def tuned_words(argv: list[str], method: str) -> list[str]:
+    """What the table of a command line, or of the config that it names, says of a method, as words of a command line.
+
+    Put in front of the others they win over the config, and the command line wins over them.
+
+    Raises:
+        ConfigError: if the table is no table.
+    """
+    name = _value(argv, "--tuned")
+    if name is None and (config := _value(argv, "--config")):
+        content = _read(config)
+        name = content.get("tuned") if isinstance(content, dict) else None
+    if name in (None, "none"):
+        return []
+    file = packaged.find("table of settings", str(name), packaged.tuned())
+    table = _read(str(file))
+    if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
+        raise ConfigError(f"{one_line(file)} is no table: use METHOD: {{OPTION: VALUE}} in YAML.")
+    return [word for key, value in table.get(method, {}).items() for word in option_words(key, value)]
+
+
+def _value(argv: list[str], option: str) -> str | None:
+    """The last value of an option of a command line."""
+    given = [word for before, word in pairwise(argv) if before == option]
+    given += [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
+    return given[-1] if given else None
+
+
+def _read(file: str) -> Any:
+    try:
+        with open(file, encoding="utf-8") as content:
+            return yaml.safe_load(content)
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise ConfigError(f"the configuration cannot be read: {e}") from e
