@@ -153,8 +153,9 @@ def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "evaluate", lambda run, **k: seen.update(k, path=run.path) or 0)
     argv = ["--stages", "0,1", "--cells", "all", "--backend", "hf", "--engine-args", '{"a": 1}', "--data", "demo"]
     extra = ["--general", "general,general_ifeval", "--general-rows", "3", "--judged", "safety", "--given", "2"]
-    main(["evaluate", str(run.path), *argv, *extra, "--no-likelihood"])
+    main(["evaluate", str(run.path), *argv, *extra, "--no-likelihood", "--distance"])
     assert seen == {
+        "share": False,
         "path": run.path,
         "stages": [0, 1],
         "cells": "all",
@@ -163,9 +164,14 @@ def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
         "engine_args": {"a": 1},
         "likelihood": False,
         "data_path": "demo",
-        "extra": {"general": ["general", "general_ifeval"], "general_rows": 3, "judged": ["safety"]},
+        "extra": {"general": ["general", "general_ifeval"], "general_rows": 3, "judged": ["safety"], "distance": True},
     }
     assert "every cell is done" in capsys.readouterr().out
+    alone, words = dict(seen), []
+    monkeypatch.setattr(evaluate, "evaluate_on", lambda path, devices, options, **k: words.extend(options))
+    main(["evaluate", str(run.path), *argv, *extra, "--no-likelihood", "--distance", "--devices", "cpu"])
+    main(["evaluate", str(run.path), "--share", *words])  # as each process of --devices is started
+    assert seen == {**alone, "share": True}
 
 
 FROM_ELSEWHERE = ["--test-rows=5", "--model=m", "--tasks=order2", "--max-prompt-length=64", "--max-new-tokens=2"]

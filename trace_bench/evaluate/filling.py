@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +53,7 @@ def fill(
         cells, stages, began, ready, tasks = 0, set[Stage](), 0.0, 0.0, None
         for part, then in parts:
             if tasks is None:  # no engine is started where the other processes have every stage
-                with importing():
+                with importing() if lm is None else nullcontext():
                     tasks = load_tasks(plan, data_path)
                 began = time.perf_counter()
                 lm = start_engine(plan, tasks, lm)
