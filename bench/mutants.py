@@ -154,6 +154,7 @@ def pytest_alone(tree: Path, arguments: list[str], plugin: Any, told: Callable[[
         code: Any = 99
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this runs in the background
             resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
