@@ -200,6 +200,9 @@ def test_unequal_memories_are_named_and_equal_ones_are_not(make):
     assert not [w for w in compare(runs).warnings if "Unequal" in w]
     more = make(name="agem", method="agem", config={"memory_rows": 64})
     assert "256 in `gem`, `replay`; 64 in `agem`" in "\n".join(compare([*runs, more]).warnings)
+    # What a method of somebody else puts there is no number of rows.
+    kept(runs[1], replayed={TASKS[0]: {"rows": 4}, TASKS[1]: {"rows": 4}})
+    assert "256 in `gem`; 64 in `agem`" in "\n".join(compare([*runs, more]).warnings)
 
 
 # --------------------------------------------------------------------------------------------------------------- forms

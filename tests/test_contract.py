@@ -108,6 +108,7 @@ def test_replay_is_an_option_of_methods_without_a_memory(options, tmp_path):
     run = train({**options, "replay_ratio": 0.25}, Spy)
     assert {key: run.manifest["config"][key] for key in ("replay_ratio",)} == {"replay_ratio": 0.25}
     assert len(rows[1]) == 16 and len(rows[2]) == 16 + 4
+    assert read_json(run.stages[2].train_file)["replayed"] == {run.tasks[0]: 4}
     mixed = {"replay": "mixed", "replay_ratio": 0.25, "alignment_data": "none", "output_dir": str(tmp_path / "mixed")}
     train({**options, **mixed}, Own, replay.ReplayConfig)
     assert rows[2] == rows[2, "replay"], "the same rows as the method's that is named after it"

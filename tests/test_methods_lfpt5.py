@@ -86,6 +86,7 @@ def test_the_rows_of_a_stage_and_the_texts_that_it_learns_to_write(chat, options
     assert by == 1 and prompts == {"trace_fomc": ["__trace_fomc__"]}
     assert how["samples"] == 4 and how["most"] == 400 + 24 and how["sampling"]["temperature"] == 0.7
     assert read_json(run.stages[2].train_file)["pseudo"] == {"trace_fomc": {"asked": 4, "kept": 2}}
+    assert read_json(run.stages[2].train_file)["replayed"] == {"trace_fomc": 2}
     assert read_json(run.stages[1].train_file)["pseudo"] == {}
 
 

@@ -166,7 +166,7 @@ def test_a_model_that_answers_all_right_is_trained_as_by_mixed_replay(options, w
     own = {"opr_temperature": 0.0, "output_dir": str(tmp_path / "opr")}
     run, rows, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, {**options, **own})
     record = read_json(run.stages[2].train_file)
-    assert record["replayed"] == {
+    assert record["replayed"] == {TASKS[0]: 4} and record["answered"] == {
         TASKS[0]: {"rows": 4, "answers": 8, "score": 1, "score_of_all": 1, "gold": 1, "unfinished": 0}
     }
     assert record["own_rows"] == 8 and read_json(run.stages[1].train_file)["replayed"] == {}
@@ -182,7 +182,7 @@ def test_the_best_answers_are_kept_and_score_what_they_are_said_to(options, writ
     run, rows, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, options)
     assert [len(job["prompts"]) for order in written_here for job in order["jobs"]] == [16] * 3
     assert [Path(order["checkpoint"]).parent.name for order in written_here] == ["1_trace_fomc", "2_trace_numglue_ds"]
-    kept, record = texts_of(rows[16:], trainer.tokenizer), read_json(run.stages[3].train_file)["replayed"]
+    kept, record = texts_of(rows[16:], trainer.tokenizer), read_json(run.stages[3].train_file)["answered"]
     for task, part in ((TASKS[0], kept[:4]), (TASKS[1], kept[4:])):
         gold = training_rows(load_tasks([task])[task], 16)
         written = read_json(run.stages[3].path / "written" / f"replay_{task}.json")["answers"]
@@ -220,10 +220,10 @@ def test_confidence_needs_no_gold_answer(options, said, tmp_path):
     options |= {"tasks": TASKS, "max_steps": 1, "opr_score": "confidence", "opr_prompts": 6, "replay_ratio": 0.5}
     run, rows, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, {**options, "opr_budget": "shared"})
     assert len(rows) == 16 + 4 + 4, "half of 16, shared by two tasks"
-    record = read_json(run.stages[3].train_file)["replayed"][TASKS[1]]
+    record = read_json(run.stages[3].train_file)["answered"][TASKS[1]]
     assert record["rows"] == 4 and record["answers"] == 6 and record["gold"] == 0
     best = sorted(marks.values())[-4:]
-    assert read_json(run.stages[2].train_file)["replayed"][TASKS[0]]["rows"] == 6, "no more than were asked"
+    assert read_json(run.stages[2].train_file)["answered"][TASKS[0]]["rows"] == 6, "no more than were asked"
     assert all(job["rated"] and job["sampling"] == {"temperature": 0.1} for order in orders for job in order["jobs"])
     kept = texts_of(rows[16:20], trainer.tokenizer)
     assert sorted(marks[prompt] for prompt, *_ in kept) == best and {text for _, text, _ in kept} == {"zz"}
@@ -235,7 +235,7 @@ def test_an_answer_that_its_limit_cut_is_trained_without_an_end(options, said):
     run, rows, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, options)
     kept = texts_of(rows[16:], trainer.tokenizer)
     assert [ended for *_, ended in kept] == ["A" < prompt[-40] < "i" for prompt, *_ in kept]
-    share = read_json(run.stages[2].train_file)["replayed"][TASKS[0]]["unfinished"]
+    share = read_json(run.stages[2].train_file)["answered"][TASKS[0]]["unfinished"]
     assert share == sum(not ended for *_, ended in kept) / 16 and 0 < share < 1
     assert {text for _, text, _ in kept} == {"zz"}
 

@@ -209,7 +209,7 @@ class LFPT5Trainer(PPTrainer):
 
     def record(self) -> dict[str, Any]:
         """How many pseudo rows of each earlier task were asked for and kept."""
-        return {"pseudo": self.pseudo}
+        return {"replayed": {task: made["kept"] for task, made in self.pseudo.items()}, "pseudo": self.pseudo}
 
 
 def as_row(answer: Answer) -> tuple[str, str] | None:

@@ -143,7 +143,8 @@ class OPRTrainer(CLTrainer):
 
     def record(self) -> dict[str, Any]:
         """What was kept of each earlier task."""
-        return {"own_rows": self.own_rows, "replayed": self.replayed}
+        rows = {task: kept["rows"] for task, kept in self.replayed.items()}
+        return {"own_rows": self.own_rows, "replayed": rows, "answered": self.replayed}
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def _memory_rows(results: Results) -> int | None:
         rows
         for train in results.training.values()
         for task, rows in (train.get("memory_rows") or train.get("replayed") or {}).items()
-        if task != "alignment"
+        if task != "alignment" and isinstance(rows, int)  # a method of somebody else may keep other records
     ]
     return max(kept, default=None) or results.run.manifest["config"].get("memory_rows")
 

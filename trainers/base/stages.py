@@ -389,5 +389,6 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
+        **({"replayed": trainer.mixed_in} if trainer.mixed_in else {}),
         **trainer.record(),
     }

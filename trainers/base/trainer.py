@@ -144,11 +144,12 @@ class CLTrainer(CheckpointTrainer):
     def with_replay(self, stage: Stage) -> Dataset:
         """The training set of a stage, with the rows that `replay_ratio` mixes into that of any method."""
         rows, c = self.stage_dataset(stage), self.config
+        self.mixed_in: dict[str, int] = {}
         if self.own_memory or not c.replay_ratio:
             return rows
-        return concatenate_datasets(
-            [rows, *self.earlier_rows(stage, c.replay_ratio, c.replay_choice or "random").values()]
-        )
+        earlier = self.earlier_rows(stage, c.replay_ratio, c.replay_choice or "random")
+        self.mixed_in = {task: len(part) for task, part in earlier.items()}
+        return concatenate_datasets([rows, *earlier.values()])
 
     def answers(
         self,
