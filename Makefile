@@ -67,7 +67,7 @@ study: setup ## train, evaluate and compare several runs: make study STUDY=train
 sweep: STUDY ?= trainers/configs/studies/sweep.yaml
 sweep: study ## methods x seeds x orders, and what differs beyond the seeds: make sweep [STUDY=FILE.yaml] [FULL=1]
 
-bench: setup ## every comparison side by side: bench/results.json and tables; PART=evaluation|training|methods|scale|startup|merging|differences|deviations
+bench: setup ## every comparison side by side: bench/results.json and tables; PART=evaluation|training|methods|scale|startup|merging|differences|deviations, and mutants, which takes hours
 	for part in $(or $(PART),startup scale training methods evaluation merging differences deviations); do $(BIN)/python -m bench.$$part || exit 1; done
 
 gpu-check: ## what one GPU has to show, in eight minutes, offline: bench/results_gpu.json and tables; PARTS="a b" selects

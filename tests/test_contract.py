@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from safetensors.torch import load_file
 
 from trace_bench import evaluate
 from trace_bench.run import read_json, read_jsonl
-from trainers import base, gem, joint, replay
-from trainers.base import writing
+from trainers import base, gem, joint, replay, single
+from trainers.base import progress, writing
 
 TASKS = ["trace_fomc", "trace_numglue_ds"]
 
@@ -83,6 +84,14 @@ def test_hooks_come_in_the_order_of_a_step(options):
     assert torch.equal(p0, p1) and not torch.equal(p1, p2)
 
 
+def test_a_training_that_goes_on_within_an_epoch_has_the_order_of_that_epoch():
+    told = []
+    watched = SimpleNamespace(grouped=SimpleNamespace(set_epoch=told.append))
+    for epoch in (None, 1.0, 2.5):
+        progress._ProgressFile(watched).on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
+    assert told == [0, 1, 2]
+
+
 def test_a_row_whose_answer_was_cut_off_counts_for_nothing():
     trainer = object.__new__(base.CLTrainer)
     labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, -100], [-100, -100, -100, 7]])
@@ -118,6 +127,7 @@ def test_replay_is_refused_where_a_method_chooses_its_rows_and_not_on_record_whe
     for module, trainer, config in (
         (gem, gem.GEMTrainer, gem.MemoryConfig),
         (joint, joint.JointTrainer, joint.JointConfig),
+        (single, single.SingleTrainer, single.SingleConfig),
     ):
         with pytest.raises(base.ConfigError, match=r"replay_ratio=0.1: \w+ decides itself which rows"):
             train({**options, "replay_ratio": 0.1}, trainer, config)
