@@ -206,7 +206,7 @@ def test_unequal_memories_are_named_and_equal_ones_are_not(make):
 
 
 def test_the_command_compares_several_runs_and_writes_where_asked(make, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_: None)
+    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_, **__: None)
     paths = [str(make().path), str(make(name="other").path)]
     comparison = compare([Run.open(p) for p in paths])
     for form, content in (("md", comparison.markdown()), ("csv", comparison.csv()), ("tex", comparison.latex())):

@@ -44,7 +44,7 @@ TRAIN = {
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *a: None)  # report.md is enough here
+    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_, **__: None)  # report.md is enough here
     with with_key(monkeypatch, tmp_path):
         yield
 

@@ -26,7 +26,7 @@ from trace_tasks.data.files import write_json, write_jsonl
 @pytest.fixture(autouse=True)
 def _no_page(monkeypatch):
     """The page and its figures are tested in test_html; drawing them for every test here takes a minute."""
-    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_: None)
+    monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_, **__: None)
 
 
 PERCENT = [["10.0", "20.0", "30.0"], ["80.0", DASH, DASH], ["60.0", "90.0", DASH], ["70.0", "0.0", "50.0"]]
