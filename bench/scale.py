@@ -2,12 +2,15 @@
 
 - scoring: rows of each task, every one against the answer of another row; the sum over the eight tasks.
 - report by rows: a run of eight tasks. Report by tasks: runs of ROWS[0] rows. Made runs, with samples of all cells.
-- report by runs: runs of eight tasks and FEW rows that are reported and compared by one command.
-- state: what a method leaves for the next stage, and its checkpoint, after each of 30 tasks: files of trainings of a
-  tiny model (one step a stage). As multiples of the adapter of `sequential`, which hold for larger models too.
+- report by runs: runs of eight tasks and FEW rows that are reported and compared by one command, without reports
+  before, and again, when the pages are there.
+- state: what a method leaves for the next stage, and its checkpoint, after each of a few tasks: the bytes of the files
+  of trainings of a tiny model (one step a stage), as multiples of the adapter of `sequential`.
 
-The figure docs/speed.svg is drawn from what is saved; `python -m bench.scale --draw` draws it alone. That a stage costs
-the same at T = 30 as at the start is tested (`tests/test_scale.py`).
+    python -m bench.scale [PART ...]
+
+The figure docs/speed.svg is drawn from what is saved, dotted where the last step of a method's state is continued. That
+a stage costs the same at T = 30 as at the start is tested (`tests/test_scale.py`).
 """
 
 from __future__ import annotations
@@ -22,13 +25,14 @@ from typing import Any
 import numpy as np
 
 from bench.common import RESULTS, ROOT, WORK, command, save
-from trace_bench.report import Table, drawing, markdown
+from trace_bench.report import drawing
 from trace_bench.run import Run
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
 from trace_tasks.data.files import write_json, write_jsonl, write_text
 
-ROWS, TASKS, RUNS, FEW = (500, 1000, 5000), (8, 15, 30), (1, 10, 30, 100), 40
+ROWS, TASKS, RUNS = (500, 1000, 5000), (8, 15, 30), (1, 10, 30, 100)
+FEW, STAGES = 40, 5
 #: Methods that carry something on, or whose checkpoint may grow, and one that does not.
 METHODS = ("sequential", "ewc", "ogd", "der", "inflora", "olora", "inclora", "nlora")
 FOLDER = WORK / "scale"
@@ -48,47 +52,47 @@ metadata: {{version: 1.0}}
 
 
 def main() -> None:
-    """Measures each part, saves the numbers and draws them."""
-    if "--draw" not in sys.argv:
-        shutil.rmtree(FOLDER, ignore_errors=True)
-        result = {
-            "demo": data.is_demo(data.find_data()),
-            "scoring": {str(n): scoring(n) for n in ROWS},
-            "report_by_rows": {str(n): reporting([made_run(f"rows{n}", 8, n)]) for n in ROWS},
-            "report_by_tasks": {str(n): reporting([made_run(f"tasks{n}", n, ROWS[0])]) for n in TASKS},
-            "report_by_runs": {str(n): reporting(many(n)) for n in RUNS},
-            "state": {name: state(name) for name in METHODS},
-        }
-        save("scale", result)
+    """Measures the parts that are named, or all, saves the numbers of each and draws what there is."""
+    parts = {
+        "scoring": scoring,
+        "report_by_rows": lambda: {str(n): reporting([made_run(f"rows{n}", 8, n)]) for n in ROWS},
+        "report_by_tasks": lambda: {str(n): reporting([made_run(f"tasks{n}", n, ROWS[0])]) for n in TASKS},
+        "report_by_runs": lambda: {str(n): [reporting(runs), reporting(runs)] for n in RUNS for runs in [many(n)]},
+        "state": lambda: {method: state(method) for method in METHODS},
+    }
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    named = sys.argv[1:] or list(parts)
+    for name in (name for name in parts if name in named):
+        found = parts[name]()
+        before = json.loads(RESULTS.read_text()).get("scale", {})
+        demo = {"demo": data.is_demo(data.find_data())}
+        save("scale", demo | {part: before[part] for part in parts if part in before} | {name: found})
+        print(f"{name}: {found}", flush=True)
     saved = json.loads(RESULTS.read_text())["scale"]
-    draw(saved)
-    for part in ("scoring", "report_by_rows", "report_by_tasks", "report_by_runs"):
-        print(markdown(Table([part, "seconds"], [[n, seconds] for n, seconds in saved[part].items()])), end="\n\n")
-    ends = [
-        [m, *(f"{s[kind][n - 1]:.2f}" for kind in ("kept", "checkpoint") for n in TASKS)]
-        for m, s in saved["state"].items()
-    ]
-    print(markdown(Table(["method", *(f"{kind} at {n}" for kind in ("kept", "checkpoint") for n in TASKS)], ends)))
+    if saved.keys() >= parts.keys():
+        [picture] = drawing.draw({"speed": _curves}, saved)
+        write_text(ROOT / "docs" / "speed.svg", picture.svg)
 
 
 # -------------------------------------------------------------------------------------------------------------- seconds
 
 
-def scoring(rows: int) -> float:
+def scoring() -> dict[str, float]:
     """Seconds to score so many rows of each of the eight tasks."""
-    seconds = 0.0
+    seconds = dict.fromkeys(map(str, ROWS), 0.0)
     for task in load_tasks(list(data.FOLDERS)).values():
         docs = list(task.test_docs())
-        pairs = [(docs[i % len(docs)], docs[(i + 1) % len(docs)]["answer"]) for i in range(rows)]
-        started = time.perf_counter()
-        for doc, answer in pairs:
-            task.process_results(doc, [answer])
-        seconds += time.perf_counter() - started
-    return round(seconds, 2)
+        for count in ROWS:
+            pairs = [(docs[i % len(docs)], docs[(i + 1) % len(docs)]["answer"]) for i in range(count)]
+            started = time.perf_counter()
+            for doc, answer in pairs:
+                task.process_results(doc, [answer])
+            seconds[str(count)] += time.perf_counter() - started
+    return {count: round(value, 2) for count, value in seconds.items()}
 
 
 def reporting(runs: list[Path]) -> float:
-    """Seconds of `trace-bench report` of runs that have no report yet, imports and all."""
+    """Seconds of `trace-bench report`, imports and all."""
     argv = [sys.executable, "-m", "trace_bench.cli", "report", *map(str, runs)]
     return round(command(argv, "scale/report"), 1)
 
@@ -149,8 +153,7 @@ def state(method: str) -> dict[str, list[float]]:
 
 
 def _tasks(folder: Path) -> list[str]:
-    """As many tasks of one's own as are measured at most."""
-    names = [f"letters_{i:02}" for i in range(max(TASKS))]
+    names = [f"letters_{i:02}" for i in range(STAGES)]
     for i, name in enumerate(names):
         rows = folder / f"{name}.jsonl"
         write_jsonl(rows, [{"q": f"task {i} row {k}: ", "a": chr(97 + (i + k) % 26)} for k in range(4)])
@@ -181,18 +184,13 @@ def _tiny_model() -> Path:
 # --------------------------------------------------------------------------------------------------------------- figure
 
 
-def draw(saved: dict[str, Any]) -> None:
-    """Draws the curves from what is saved."""
-    [picture] = drawing.draw({"speed": _curves}, saved)
-    write_text(ROOT / "docs" / "speed.svg", picture.svg)
-
-
 def _curves(saved: dict[str, Any]) -> tuple[Any, str]:
     figure, axes = drawing.axes_of(2.9, 1, 4, left=0.45, gap=0.45)
+    twice = ("first report of all", "again")
     curves = [
         ("rows a task", {"report of a run": saved["report_by_rows"], "scoring": saved["scoring"]}),
         ("tasks", {"report of a run": saved["report_by_tasks"]}),
-        ("runs", {"report of all": saved["report_by_runs"]}),
+        ("runs", {name: {n: both[k] for n, both in saved["report_by_runs"].items()} for k, name in enumerate(twice)}),
     ]
     for panel, (what, lines) in zip(axes, curves, strict=False):
         for (name, points), (colour, marker) in zip(lines.items(), drawing.SERIES, strict=False):
@@ -202,8 +200,10 @@ def _curves(saved: dict[str, Any]) -> tuple[Any, str]:
         panel.legend(loc="upper left")
     axes[3].set_title("state, in adapters")
     axes[3].set_xlabel("tasks")
-    for (name, sizes), (colour, _) in zip(_that_grow(saved["state"]), drawing.SERIES, strict=False):
+    for (name, sizes), (colour, _) in zip(_that_grow(saved["state"]).items(), drawing.SERIES, strict=False):
         axes[3].plot(range(1, len(sizes) + 1), sizes, color=colour, label=name)
+        further = [sizes[-1] + k * (sizes[-1] - sizes[-2]) for k in range(max(TASKS) - len(sizes) + 1)]
+        axes[3].plot(range(len(sizes), max(TASKS) + 1), further, color=colour, linestyle="dotted")
     axes[3].legend(loc="upper left")
     for panel in axes:
         panel.set_xlim(left=0)
@@ -211,10 +211,10 @@ def _curves(saved: dict[str, Any]) -> tuple[Any, str]:
     return figure, "Cost as it grows."
 
 
-def _that_grow(state: dict[str, Any]) -> list[tuple[str, list[float]]]:
+def _that_grow(state: dict[str, Any]) -> dict[str, list[float]]:
     """What methods keep and their checkpoints, together; without those that are as `sequential`."""
     both = {m: [a + b for a, b in zip(s["kept"], s["checkpoint"], strict=True)] for m, s in state.items()}
-    return [(m, sizes) for m, sizes in both.items() if max(sizes) > 1.1]
+    return {method: sizes for method, sizes in both.items() if max(sizes) > 1.1}
 
 
 if __name__ == "__main__":

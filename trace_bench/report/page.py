@@ -62,7 +62,8 @@ def write_page(results: Results, blocks: dict[str, list[Block]], *, anew: bool =
     folder = results.run.path
     answers = samples.read_answers(results)
     embedded = samples.embed(results, answers)
-    numbers = (results.once(scores_csv), results.cells, results.training, results.judged)
+    seconds = [results.evaluation_seconds(stage) for stage in results.run.stages]
+    numbers = (results.once(scores_csv), results.headlines, results.units, seconds, results.training, results.judged)
     made_of = digest(repr((_program(), blocks, numbers, embedded and embedded.json)))
     if not anew and _is_there(folder, made_of):
         return
