@@ -76,6 +76,10 @@ def replace(file, old, new):
     file.write_text(text.replace(old, new))
 
 
+def test_a_definition_has_numbers_as_numbers(own):
+    assert defined()["generation_kwargs"]["max_gen_toks"] == 4
+
+
 @pytest.mark.parametrize(
     "file, old, new, what",
     [

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from trace_bench import evaluate
 from trace_bench.run import read_json, read_jsonl
+from trace_tasks.data import DataError
 from trainers import base, gem, joint, replay, single
 from trainers.base import progress, writing
 
@@ -136,6 +137,11 @@ def test_replay_is_refused_where_a_method_chooses_its_rows_and_not_on_record_whe
         base.CLConfig(output_dir="x", replay_choice="best")
     assert not {"replay_ratio", "replay_choice"} & base.CLConfig(output_dir="x").manifest().keys()
     assert replay.ReplayConfig(output_dir="x").manifest()["replay_ratio"] == 0.1
+
+
+def test_an_alignment_set_has_to_be_named_where_the_tasks_bring_no_data_of_trace():
+    with pytest.raises(DataError, match="alignment_data is not set"):
+        replay.alignment_rows(SimpleNamespace(alignment_data=None, tasks=["mine"], data=None))
 
 
 # -------------------------------------------------------------------------------------------------------- written rows

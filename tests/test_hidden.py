@@ -205,3 +205,11 @@ def test_given_tokens_need_an_old_task(make):
     run = make(np.full((4, 3), np.nan), method="single")
     with pytest.raises(RunError, match=r"--given 2: .* no task after which another one was trained"):
         evaluate.evaluate(run, given=2)
+
+
+def test_the_command_takes_ten_rows_and_ten_steps_unless_told_otherwise(monkeypatch):
+    given = []
+    monkeypatch.setattr(module, "relearn", lambda *words: given.append(words))
+    cli.main(["relearn", "runs/mine"])
+    cli.main(["relearn", "runs/mine", "--rows", "3", "--steps", "2"])
+    assert given == [("runs/mine", 10, 10), ("runs/mine", 3, 2)]
