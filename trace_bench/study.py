@@ -195,7 +195,12 @@ def run_study(
                 failed[name] = f"its {step} ended with exit code {code}"
                 break
     if not dry_run:
-        question = packaged.find("study", str(file), packaged.studies()).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        question = (
+            packaged.find("study", str(file), packaged.studies())
+            .read_text(encoding="utf-8")
+            .partition("\n")[0]
+            .lstrip("# ")
+        )
         print(printable(_summary(f"# {title}\n\n{question}\n\n", folder, list(runs), failed)), end="")
     return not failed
 
