@@ -20,7 +20,7 @@ from trace_bench.packaged import methods
 from trace_bench.run import Run, RunError, read_json
 from trace_tasks import data
 from trace_tasks.data.files import write_json
-from trainers.base import CLConfig, CLTrainer, ConfigError
+from trainers.base import CLConfig, CLTrainer, ConfigError, stages
 
 THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -61,6 +61,23 @@ def small(options: dict, name: str, many: int = 2, **changes) -> dict:
         "sdft": {"sdft_tokens": 6},
     }
     return {**options, "tasks": THREE[:many], "max_steps": 2, **own.get(name, {}), **changes}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_method_checks_a_model_that_is_named_as_the_one_of_its_folder(name, options, tiny_model, monkeypatch):
+    """SmolLM2-135M-Instruct is a name that only `resolve_model` knows."""
+
+    class Prepared(Exception):
+        pass
+
+    def stop(*args):
+        raise Prepared
+
+    monkeypatch.setattr(stages.models, "resolve_model", {"a-name": str(tiny_model)}.__getitem__)
+    monkeypatch.setattr(stages, "_manifest", lambda *args: {})
+    monkeypatch.setattr(stages.preflight, "check_launch", stop)
+    with pytest.raises(Prepared):
+        train({**small(options, name), "model_name_or_path": "a-name"}, *method(name))
 
 
 def weights(run: Run, stage: int) -> dict[str, torch.Tensor]:

@@ -195,14 +195,15 @@ def run_study(
                 failed[name] = f"its {step} ended with exit code {code}"
                 break
     if not dry_run:
-        question = (
-            packaged.find("study", str(file), packaged.studies())
-            .read_text(encoding="utf-8")
-            .partition("\n")[0]
-            .lstrip("# ")
-        )
-        print(printable(_summary(f"# {title}\n\n{question}\n\n", folder, list(runs), failed)), end="")
+        head = f"# {title}\n\n{_question(file)}\n\n"
+        print(printable(_summary(head, folder, list(runs), failed)), end="")
     return not failed
+
+
+def _question(file: str | Path) -> str:
+    """The first line of a study."""
+    path = packaged.find("study", str(file), packaged.studies())
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) -> str:

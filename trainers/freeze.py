@@ -44,8 +44,7 @@ class FreezeTrainer(CLTrainer):
     @classmethod
     def prepare(cls, config: FreezeConfig, model_args: Any) -> dict[str, Any]:
         """Refuses to freeze all blocks."""
-        base = models.resolve_model(str(model_args.model_name_or_path))
-        model = causal_config(base, model_args, config.trust_remote_code)
+        model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
         blocks = model.get_text_config(decoder=True).num_hidden_layers
         if config.freeze_layers >= blocks:
             raise ConfigError(

@@ -55,10 +55,9 @@ class ICLTrainer(CLTrainer):
         """Makes room for prompts with demonstrations: in the limit of prompts, and in the engine's context."""
         if not config.num_fewshot:
             return {}
-        base = models.resolve_model(model_args.model_name_or_path)
         answers = (answer_tokens(task) for task in load_tasks(config.tasks).values())
         answer = min(max(answers), config.max_new_tokens or 10**9)
-        context = context_length(models.read_config(base, model_args.model_revision)) or 10**9
+        context = context_length(models.read_config(model_args.model_name_or_path, model_args.model_revision)) or 10**9
         room = context - answer
         if room < 1:
             raise ConfigError(

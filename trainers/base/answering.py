@@ -26,8 +26,13 @@ def drawn(sampling: dict[str, Any] | None, seed: int) -> dict[str, Any]:
 def answer(order_file: Path) -> None:
     """Answers jobs, in a process of its own. A task is done when its file exists."""
     from trace_bench.engine import open_engine
+    from trace_bench.engine.start import has_gpu
 
     order = read_json(order_file, dict[str, Any])
+    if not has_gpu() and any(drawn(job["sampling"], job["seed"]) for job in order["jobs"]):
+        # vLLM takes back the random numbers of a prompt that it has read in part, which a CPU's generator cannot.
+        order["engine_args"]["enable_chunked_prefill"] = False
+        order["engine_args"].pop("max_num_batched_tokens", None)  # it may be less than a prompt has
     checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
     lm: Any = open_engine(
         order["backend"],

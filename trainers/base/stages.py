@@ -138,7 +138,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     tasks = _load_tasks(config, trace_data)
     preflight.check_method(trainer, config, method)
     preflight.check_trackers(config)
-    added = trainer.prepare(config, model_args)
+    # A method that reads the model's configuration finds it where the training does.
+    added = trainer.prepare(config, _pinned(model_args, base, model_args.model_revision))
     manifest = _manifest(method, config, model_args, base, trace_data, tasks, state.num_processes) | added
     refuse_secrets(manifest, "the manifest's")
     preflight.check_launch()

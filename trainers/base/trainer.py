@@ -69,6 +69,10 @@ class CLTrainer(CheckpointTrainer):
     def prepare(cls, config: Any, model_args: ModelConfig) -> dict[str, Any]:
         """Checks what the method needs, before anything expensive starts. It may change the configuration.
 
+        Args:
+            config: The settings of the run.
+            model_args: TRL's arguments of the model; its name is already what `from_pretrained` takes.
+
         Returns:
             What the method adds to the manifest, and so may not change when the run is resumed.
         """
