@@ -79,6 +79,7 @@ def test_two_processes_share_the_stages_and_make_what_one_makes(run, two, capfd)
     assert results(run) == results(alone) and len(results(run)) == 6 * 2 + 7 + 3
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_of_and_the_next_run_takes_its_stage(run, two, monkeypatch):
     monkeypatch.setenv("DO", "die at 2")
     with pytest.raises(SystemExit) as e:
