@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from architectures import make_base
 from conftest import SHARED, stop_at, train
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
@@ -205,6 +206,38 @@ def test_the_loss_weighs_rows_or_tokens_the_same_however_a_batch_is_split(weight
         assert read_json(run.stages[1].train_file)["rows"] == 9
         for seen, wanted in pairs:
             torch.testing.assert_close(seen, wanted, rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "nothing"),
+    [
+        ("lwf", {"lwf_lambda": 0.0}),
+        ("anchor", {"anchor_lambda": 0.0, "anchor_weight": "one"}),
+    ],
+)
+def test_a_loss_of_a_method_s_own_has_the_router_s_of_a_mixture_of_experts(name, nothing, options, tmp_path):
+    losses = []
+
+    class Both(method(name)[0]):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            ours = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
+            plain = CLTrainer.compute_loss(self, model, dict(inputs), return_outputs, num_items_in_batch)
+            losses.append((ours.item(), plain.item(), self.router_loss.item()))
+            return ours
+
+    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    changes = {"model_name_or_path": str(base), "lora_target_modules": ["q_proj", "v_proj"], **nothing}
+    train({**small(options, name), **EXACT, **changes}, as_method(Both), method(name)[1])
+    assert len(losses) == 4, "two steps of two stages, with a teacher in the second one"
+    for ours, plain, router in losses:
+        assert ours == pytest.approx(plain, rel=1e-5) and router > 0.001
+
+
+@pytest.mark.parametrize("name", ["anchor", "der", "lwf", "sdft"])
+def test_a_loss_of_a_method_s_own_is_never_another_than_asked_for(name, options):
+    for loss, value in (("loss_type", "dft"), ("label_smoothing_factor", 0.1)):
+        with pytest.raises(ConfigError, match=f"{loss}={value} .*{name}.*: use {loss}: "):
+            train({**small(options, name), "loss_weights": "tokens", loss: value}, *method(name))
 
 
 def test_rows_weigh_the_same_unless_tokens_are_asked_for():

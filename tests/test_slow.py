@@ -19,6 +19,7 @@ from conftest import command_line, train
 from trace_bench import report
 from trace_bench.run import Run, read_json
 from trace_tasks import data
+from trace_tasks.data.files import write_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]

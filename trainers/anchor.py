@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainers.base import CLConfig, CLTrainer, ConfigError, divergences, main, option, refuse_shards
+from trainers.base import CLConfig, CLTrainer, divergences, main, option, refuse_losses, refuse_shards
 
 
 @dataclass
@@ -45,9 +45,7 @@ class AnchorConfig(CLConfig):
     def __post_init__(self) -> None:
         """Refuses losses of TRL's that this one replaces."""
         super().__post_init__()
-        for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
-            if getattr(self, name) != plain:
-                raise ConfigError(f"{name}={getattr(self, name)} has no effect on anchor's own loss: leave it out.")
+        refuse_losses(self, "has no effect on the loss of anchor's own: use ")
 
 
 class AnchorTrainer(CLTrainer):
@@ -102,9 +100,7 @@ class AnchorTrainer(CLTrainer):
             losses = losses + self.config.anchor_lambda * divergence
             self.divergence += float(divergence.detach().sum())
             self.tokens += len(divergence)
-        self.count_tokens(model, inputs)
-        loss = self.step_loss(losses, inputs, num_items_in_batch)
-        return loss + self.router_loss / self.current_gradient_accumulation_steps
+        return self.whole_loss(losses, model, inputs, num_items_in_batch)
 
     def record(self) -> dict[str, Any]:
         """The mean divergence from the reference over the steps of the stage, per answer token of this process."""

@@ -34,7 +34,7 @@ from datasets import Dataset, concatenate_datasets
 from torch.nn.functional import cross_entropy, kl_div
 
 from trace_bench.run import Stage
-from trainers.base import CHOICES, CLConfig, CLTrainer, ConfigError, choose_rows, main, option, refuse_shards
+from trainers.base import CHOICES, CLConfig, CLTrainer, choose_rows, main, option, refuse_losses, refuse_shards
 
 #: A column of the training set: which kept row this is, in the order of the state; -1 = a row of the stage's own task.
 KEPT = "kept_row"
@@ -63,9 +63,7 @@ class DERTrainer(CLTrainer):
     def prepare(cls, config: DERConfig, model_args: Any) -> dict[str, Any]:
         """Refuses shards, and losses other than the cross entropy that it computes."""
         refuse_shards(config, "der needs whole weights for what it keeps", "with LoRA if memory is short")
-        for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
-            if getattr(config, name) != plain:
-                raise ConfigError(f"{name}={getattr(config, name)}: der has plain cross entropy. Use {name}: {plain}.")
+        refuse_losses(config, "is not the cross entropy that der computes: use ")
         return {}
 
     def remembered(self, task: str) -> Dataset:
@@ -103,9 +101,7 @@ class DERTrainer(CLTrainer):
         if replayed.any():
             both = self.config.der_lambda * losses[replayed] + self.distillation(logits[replayed], kept)
             losses = losses.masked_scatter(replayed, both)
-        self.count_tokens(model, inputs)
-        loss = self.step_loss(losses, inputs, num_items_in_batch)
-        return loss + self.router_loss / self.current_gradient_accumulation_steps
+        return self.whole_loss(losses, model, inputs, num_items_in_batch)
 
     def distillation(self, logits: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
         """What the answer tokens of replayed rows have in addition to their loss; `kept` is the batch's column."""

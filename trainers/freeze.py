@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-from trace_bench.engine import models
 from trace_bench.run import Stage
 from trainers.base import CLConfig, CLTrainer, ConfigError, causal_config, decoder_blocks, main, option, text_model
 

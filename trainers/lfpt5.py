@@ -203,9 +203,7 @@ class LFPT5Trainer(PPTrainer):
         losses = cross_entropy(logits, target, reduction="none")
         if told is not None:
             losses = losses.masked_scatter(pseudo, losses[pseudo] + c.lfpt5_kl * divergences(logits[pseudo], told))
-        self.count_tokens(model, inputs)
-        loss = loss + self.step_loss(losses, inputs, num_items_in_batch)
-        return loss + self.router_loss / self.current_gradient_accumulation_steps
+        return loss + self.whole_loss(losses, model, inputs, num_items_in_batch)
 
     def record(self) -> dict[str, Any]:
         """How many pseudo rows of each earlier task were asked for and kept."""

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainers.base import CLConfig, CLTrainer, divergences, main, option, refuse_shards
+from trainers.base import CLConfig, CLTrainer, divergences, main, option, refuse_losses, refuse_shards
 
 
 @dataclass
@@ -40,8 +40,9 @@ class LwFTrainer(CLTrainer):
 
     @classmethod
     def prepare(cls, config: LwFConfig, model_args: Any) -> dict[str, Any]:
-        """Refuses shards: only the trained model would be put together from them, not the teacher."""
+        """Refuses other losses, and shards: only the trained model would be put together from them, not the teacher."""
         refuse_shards(config, "lwf needs whole weights for its teacher", "with LoRA if memory is short")
+        refuse_losses(config, "is not the cross entropy that lwf computes: use ")
         return {}
 
     def begin_stage(self) -> None:
@@ -54,13 +55,12 @@ class LwFTrainer(CLTrainer):
         """The task's loss and the distillation from the teacher, per answer token."""
         if self.teacher is None or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits, target = self.answer_logits(model, inputs)
         with torch.no_grad(), self.accelerator.autocast():  # as the student, whose forward HF wraps
             taught, _ = self.answer_logits(self.teacher, inputs)
+        logits, target = self.answer_logits(model, inputs)
         losses = cross_entropy(logits, target, reduction="none")
         losses = losses + self.config.lwf_lambda * self.distillation(logits, taught)
-        self.count_tokens(model, inputs)
-        return self.step_loss(losses, inputs, num_items_in_batch)
+        return self.whole_loss(losses, model, inputs, num_items_in_batch)
 
     def distillation(self, logits: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
         """KL(teacher || student) at temperature T, of each position."""

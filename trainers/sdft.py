@@ -46,10 +46,10 @@ from trace_tasks.tokens import prompt_ids
 from trainers.base import (
     CLConfig,
     CLTrainer,
-    ConfigError,
     divergences,
     main,
     option,
+    refuse_losses,
     refuse_shards,
     require_context,
     sampled,
@@ -101,9 +101,7 @@ class SDFTTrainer(CLTrainer):
     def prepare(cls, config: SDFTConfig, model_args: Any) -> dict[str, Any]:
         """Refuses shards, other losses, and samples that do not fit into the context."""
         refuse_shards(config, "sdft needs whole weights for its teacher and its samples", "with LoRA")
-        for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
-            if getattr(config, name) != plain:
-                raise ConfigError(f"{name}={getattr(config, name)}: sdft has a loss of its own. Use {name}: {plain}.")
+        refuse_losses(config, "has no effect on the loss of sdft's own: use ")
         what = "max_prompt_length and max_answer_length, of what sdft's teacher is shown, and a sample (sdft_tokens)"
         require_context(config, model_args, config.shown_tokens + config.sample_tokens, what)
         return {}
@@ -177,9 +175,7 @@ class SDFTTrainer(CLTrainer):
         logits, _ = self.answer_logits(model, inputs)
         losses = divergences(logits, taught)
         self.divergence += float(losses.detach().sum())
-        self.count_tokens(model, inputs)
-        loss = self.step_loss(losses, inputs, num_items_in_batch)
-        return loss + self.router_loss / self.current_gradient_accumulation_steps
+        return self.whole_loss(losses, model, inputs, num_items_in_batch)
 
     def record(self) -> dict[str, Any]:
         """The samples of the stage: how many, their mean length and the share that ended; and the mean divergence."""

@@ -88,6 +88,13 @@ def option(default: Any, help: str, *, choices: list[str] | None = None, **limit
     return field(default=default, metadata=metadata)
 
 
+def refuse_losses(config: CLConfig, why: str) -> None:
+    """Refuses losses other than plain cross entropy; `why` comes between the one that was found and what is allowed."""
+    for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
+        if (found := getattr(config, name)) != plain:
+            raise ConfigError(f"{name}={found} {why}{name}: {plain}.")
+
+
 def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) -> None:
     """Refuses what is not a number of the type `kind` within `limits`."""
     kinds = get_args(kind) or (kind,)
@@ -255,11 +262,8 @@ class CLConfig(SFTConfig):
             raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
         if self.chat_template_args and not (self.chat_template or self.judged or self.distance):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
-        for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
-            if self.loss_weights == "rows" and getattr(self, name) != plain:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)} is a loss by tokens: set loss_weights: tokens, or {name}: {plain}."
-                )
+        if self.loss_weights == "rows":
+            refuse_losses(self, "is a loss by tokens: set loss_weights: tokens, or ")
 
     @property
     def stages(self) -> list[str]:

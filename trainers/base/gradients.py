@@ -101,6 +101,15 @@ class GradientTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all
         return loss
 
+    def whole_loss(self, losses: torch.Tensor, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """`step_loss` with the router's of a mixture of experts, as it was in the last `answer_logits`.
+
+        The tokens of the batch are counted as trained.
+        """
+        self.count_tokens(model, inputs)
+        loss = self.step_loss(losses, inputs, num_items_in_batch)
+        return loss + self.router_loss / self.current_gradient_accumulation_steps
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -113,9 +122,7 @@ class GradientTrainer(SFTTrainer):
         if return_outputs or not (rows or (self.args.use_cpu and plain)):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, target = self.answer_logits(model, inputs)
-        loss = self.step_loss(cross_entropy(logits, target, reduction="none"), inputs, num_items_in_batch)
-        self.count_tokens(model, inputs)
-        return loss + self.router_loss / self.current_gradient_accumulation_steps
+        return self.whole_loss(cross_entropy(logits, target, reduction="none"), model, inputs, num_items_in_batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         """HF's batches of an optimizer step, and what its loss is divided by: the answer tokens, or the rows."""
