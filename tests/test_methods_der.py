@@ -175,7 +175,6 @@ def test_accumulation_takes_the_same_step(loss, lora, options, tmp_path):
         ({"replay_ratio": 0.0}, "replay_ratio=0.0 is not allowed: use a number above 0 and of at most 1"),
         ({"der_lambda": 1.5}, "der_lambda=1.5"),
         ({"der_top": 0}, "der_top=0"),
-        ({"loss_type": "dft", "loss_weights": "tokens"}, "loss_type=dft: der has plain.*Use loss_type: nll"),
         ({"padding_free": True, "loss_weights": "tokens"}, "padding_free=true joins rows"),
         ("FSDP", "der needs whole weights.*FSDP gives each process a part"),
     ],

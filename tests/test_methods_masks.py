@@ -132,6 +132,18 @@ def test_the_layers_of_gpt2_have_their_outputs_last():
     assert layer.bias.grad.tolist() == [0.0, 1.0, 0.0, 1.0] and layer.weight.grad.tolist() == [[0.0, 1.0, 0.0, 1.0]] * 3
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["batches", "flattened"])
+def test_padding_drives_nothing_in_a_layer_that_sees_its_tokens_in_any_shape(flat):
+    """OPT and mixtures of experts flatten a batch in front of some layers; an expert sees a part of the tokens."""
+    layer, one = torch.nn.Linear(2, 2), unbuilt("migu")
+    one.real, one.driven = torch.tensor([[True, True, False], [True, False, False]]), {}
+    output = torch.tensor([[[1.0, 2], [3, -4], [50, 60]], [[5, 6], [70, 80], [90, 100]]])
+    one._see(layer, None, output.flatten(0, 1) if flat else output)
+    assert one.driven[layer].tolist() == [9.0, 12.0]
+    one._see(layer, None, torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
+    assert one.driven[layer].tolist() == [11.0, 14.0]
+
+
 # ------------------------------------------------------------------------------------------------------------ refused
 
 
@@ -140,6 +152,7 @@ def test_the_layers_of_gpt2_have_their_outputs_last():
     [
         ("mofo", {"optim": "sgd"}, "optim=sgd has no momentum that MoFO knows: use adamw_torch or"),
         ("migu", {"migu_quantile": 1.5}, "migu_quantile=1.5"),
+        ("migu", {"use_dora": True}, "use_dora=true: MIGU masks the outputs of LoRA's layers alone"),
         ("migu", "FSDP", "migu needs whole gradients, and FSDP"),
         ("mofo", {"mofo_fraction": 0.0}, "mofo_fraction=0.0"),
         ("mofo", "FSDP", "mofo needs whole moments.*FSDP gives each process a part"),

@@ -256,6 +256,16 @@ def test_prompts_are_asked_as_they_are_trained(chat, options, said):
         assert text.startswith("<s>user\nBelow are" if chat else "Below are") and "Stance:" in text and len(ids) > 300
 
 
+def test_prompts_leave_room_for_the_answer_in_the_engine_s_context(options, said):
+    """As in the evaluation, which cuts them to what `engine_args` leave."""
+    orders = said(lambda prompt: Answer("zz"))
+    options |= {"tasks": TASKS[:2], "max_steps": 1, "max_new_tokens": 4}
+    for context in ({"max_model_len": 44}, {"max_length": 44}, {"max_model_len": 999}):
+        shutil.rmtree(options["output_dir"], ignore_errors=True)
+        rows_of(opr.OPRTrainer, opr.OPRConfig, {**options, "engine_args": context})
+    assert [max(map(len, order["jobs"][0]["prompts"])) for order in orders] == [40, 40, 96]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

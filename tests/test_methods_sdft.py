@@ -216,7 +216,6 @@ def test_a_stage_that_is_killed_goes_on_with_the_same_samples_and_teacher(option
     [
         ({"sdft_ema": 1.5}, "sdft_ema=1.5 is not allowed: use a number of at least 0 and of at most 1"),
         ({"sdft_tokens": 0}, "sdft_tokens=0"),
-        ({"loss_type": "dft", "loss_weights": "tokens"}, "loss_type=dft: sdft has a loss.*Use loss_type: nll"),
         ({"sdft_tokens": 500, "max_answer_length": 500}, "a sample .sdft_tokens. are 1096 tokens, more than"),
         ({"padding_free": True, "loss_weights": "tokens"}, "padding_free=true joins rows"),
         ("FSDP", "sdft needs whole weights.*FSDP gives each process a part"),

@@ -1,5 +1,7 @@
 """SEEKR: `der`, and the attention of the heads that matter."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import train
@@ -7,6 +9,7 @@ from safetensors.torch import load_file
 from test_methods import EXACT, as_method, made, method, probe, same, small, unbuilt, weights
 
 from trace_bench.run import read_json
+from trace_tasks.data.files import write_json
 from trainers.base import ConfigError
 
 CHANGES = {**EXACT, "replay_ratio": 0.5, "train_rows": 8, "max_prompt_length": 64}
@@ -119,6 +122,32 @@ def test_accumulation_takes_the_same_step(checkpointing, options, tmp_path):
     assert len(gradients) == 2
     for name in gradients[0]:
         torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-6)
+
+
+def test_attention_that_dropout_or_checkpointing_would_spoil_is_refused(options, tmp_path):
+    """Dropped weights are far from those that are kept, and reentrant checkpointing makes them without a gradient."""
+    with pytest.raises(ConfigError, match="use_reentrant=true: attention weights then have no gradient"):
+        train(small(options, "seekr", gradient_checkpointing_kwargs={"use_reentrant": True}), *method("seekr"))
+    folder = shutil.copytree(options["model_name_or_path"], tmp_path / "dropping")
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.1})
+    with pytest.raises(ConfigError, match=r"attention_dropout=0\.1 .* a copy of the model with attention_dropout 0\.0"):
+        train(small(options, "seekr", model_name_or_path=str(folder)), *method("seekr"))
+
+
+def test_the_kept_attention_never_goes_to_the_device(options):
+    """It is many times what a GPU has room for."""
+    went = []
+
+    class Spy(method("seekr")[0]):
+        def begin_stage(self):
+            super().begin_stage()
+            if self.said:
+                self.accelerator.state.device = torch.device("meta")
+                went.append({name: t.device.type for name, t in self.load_state(self.on_cpu).items()})
+                self.accelerator.state.device = torch.device("cpu")
+
+    train(small(options, "seekr", **CHANGES), as_method(Spy), method("seekr")[1])
+    assert {name for name, device in went[0].items() if device == "cpu"} == {"attention"} and "heads" in went[0]
 
 
 def test_it_refuses_kernels_that_return_no_attention(options):

@@ -90,7 +90,7 @@ def test_evaluated_checkpoints_are_dropped_once_measured(options, monkeypatch):
         ({"eos_token": "<s>"}, "eos_token='<s>'"),
         ({"chat_template_path": "somewhere"}, "chat_template_path"),
         ({"padding_free": True}, "padding_free=true joins rows"),
-        ({"packing": True}, "packing=true joins rows"),
+        ({"packing": True}, "packing=true cuts rows"),
         ({"loss_weights": "answers"}, "loss_weights='answers' is not allowed: use rows or tokens"),
         ({"loss_type": "dft"}, "set loss_weights: tokens, or loss_type: nll"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is a loss by tokens"),
@@ -213,6 +213,41 @@ def test_the_loss_of_a_mixture_of_experts_is_trl_s_with_its_router_loss(options,
     assert len(losses) == 4
     for ours, theirs, router in losses:
         assert ours == pytest.approx(theirs, rel=1e-4) and router > 0.001
+
+
+def test_a_mixture_of_experts_keeps_its_router_s_loss_or_is_refused(options, tmp_path):
+    """TRL leaves it out where labels are smoothed."""
+    from architectures import make_base
+    from transformers import AutoTokenizer
+
+    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    smooth = {"loss_weights": "tokens", "label_smoothing_factor": 0.1, "lora_target_modules": ["q_proj"]}
+    options |= {"model_name_or_path": str(base), "tasks": ["trace_fomc"], "max_steps": 1, "bf16": False, **smooth}
+    with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1: TRL would .* or router_aux_loss_coef: 0"):
+        train(options)
+    train({**options, "router_aux_loss_coef": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "order"), [("sequential", "group_by_length"), ("replay", "group_by_length"), ("replay", "random")]
+)
+def test_the_order_of_rows_depends_on_the_data_seed_alone_if_there_is_one(name, order, options, tmp_path):
+    from test_methods import as_method, method
+
+    seen = []
+
+    class Spy(method(name)[0]):
+        def end_stage(self):
+            super().end_stage()
+            seen.append(list(self._get_train_sampler()))
+
+    for i, seeds in enumerate(({"seed": 1, "data_seed": 5}, {"seed": 2, "data_seed": 5}, {"seed": 1, "data_seed": 6})):
+        changes = {"tasks": ["trace_fomc"], "max_steps": 1, "train_sampling_strategy": order, **seeds}
+        changes |= {"output_dir": str(tmp_path / str(i))} | ({"alignment_data": "none"} if name == "replay" else {})
+        if name == "replay":
+            changes |= {"max_steps": -1, "num_train_epochs": 1.0}
+        train({**options, **changes}, as_method(Spy), method(name)[1])
+    assert seen[0] == seen[1] != seen[2]
 
 
 def test_rows_have_gradients_of_adapted_experts_and_a_full_checkpoint_does_not_return_its_router(options, tmp_path):

@@ -58,6 +58,8 @@ class DERTrainer(CLTrainer):
     config: DERConfig
     own_memory = True
     columns = (KEPT,)
+    #: What of the state is large and needed by the row, and so does not go to the GPU.
+    on_cpu: tuple[str, ...] = ()
 
     @classmethod
     def prepare(cls, config: DERConfig, model_args: Any) -> dict[str, Any]:
@@ -84,7 +86,7 @@ class DERTrainer(CLTrainer):
 
     def begin_stage(self) -> None:
         """Loads what was said of the replayed rows."""
-        self.said = self.load_state()
+        self.said = self.load_state(self.on_cpu)
         self.ends = self.said["lengths"].cumsum(0).tolist() if self.said else []
 
     def compute_loss(

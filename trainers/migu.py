@@ -46,6 +46,13 @@ class MIGUTrainer(CLTrainer):
     #: The share of the units that was masked in the last step.
     masked = 0.0
 
+    @classmethod
+    def prepare(cls, config: MIGUConfig, model_args: Any) -> dict[str, Any]:
+        """Refuses DoRA, whose magnitudes are no outputs of a layer of their own."""
+        if model_args.use_dora:
+            raise ConfigError("use_dora=true: MIGU masks the outputs of LoRA's layers alone. Leave it out.")
+        return {}
+
     def begin_stage(self) -> None:
         """Watches the outputs of all layers that are trained, from the second stage on."""
         if odd := adapted_parameters(self.model):
@@ -66,7 +73,9 @@ class MIGUTrainer(CLTrainer):
     def _see(self, layer: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         """Adds up what the tokens of a batch drive each unit of a layer to."""
         size = output.detach().abs().float()
-        size = size[self.real.to(size.device)] if size.shape[:2] == self.real.shape else size.flatten(0, -2)
+        size = size.flatten(0, -2)
+        if len(size) == self.real.numel():  # not a part of the tokens, as an expert has
+            size = size[self.real.flatten().to(size.device)]
         self.driven[layer] = size.sum(0) + self.driven.get(layer, 0.0)
 
     def adjust_gradients(self, model: Any) -> None:

@@ -96,8 +96,8 @@ class PPTrainer(CLTrainer):
         """Refuses what has no meaning for prompts."""
         if not model_args.use_peft:
             raise ConfigError("use_peft=false: prompts are trained, not the model; set use_peft=true.")
-        if config.packing or config.padding_free:
-            raise ConfigError("packing and padding_free join rows, and each row needs the prompt in front: leave them.")
+        if config.padding_free:
+            raise ConfigError("padding_free=true joins rows, and each row needs the prompt in front: leave it out.")
         return {"trains": "prompts"}
 
     def stage_model(self, stage: Stage) -> Any:

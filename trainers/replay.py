@@ -137,7 +137,7 @@ class ReplayTrainer(CLTrainer):
             round(self.own_epochs * len(own)),
             super()._get_train_sampler(rows.select(replayed)) if replayed else [],
             len(own),
-            self.args.seed,
+            self.order_seed,
         )
 
     def record(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
-from trainers.base import ConfigError, main, option
+from trainers.base import ConfigError, causal_config, main, option
 from trainers.der import KEPT, DERConfig, DERTrainer
 
 
@@ -51,10 +51,22 @@ class SEEKRTrainer(DERTrainer):
     """A stage with what the model said of earlier rows, and how it attended to them."""
 
     config: SEEKRConfig
+    on_cpu = ("attention",)
 
     @classmethod
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
-        """Refuses kernels that do not return the attention weights."""
+        """Refuses kernels that do not return the attention weights, and what they would be no measure with."""
+        if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ConfigError(
+                "gradient_checkpointing_kwargs, use_reentrant=true: attention weights then have no gradient. Use false."
+            )
+        model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
+        for name in ("attention_dropout", "attn_pdrop"):
+            if getattr(model, name, 0.0):
+                raise ConfigError(
+                    f"{name}={getattr(model, name)} in the config.json of {model_args.model_name_or_path}: dropout is "
+                    f"most of what would be seen to change in the attention. Take a copy of the model with {name} 0.0."
+                )
         if model_args.attn_implementation != "eager":
             raise ConfigError(
                 f"attn_implementation={model_args.attn_implementation}: seekr reads attention weights, which only the "
@@ -72,7 +84,6 @@ class SEEKRTrainer(DERTrainer):
         if len(shapes) != 1:
             raise ConfigError("seekr needs a model with the same number of attention heads in each layer. Use der.")
         if self.said:
-            self.said["attention"] = self.said["attention"].cpu()  # which is large; a batch needs little of it
             self.parts = [part.cumsum(0).tolist() for part in self.sizes()]
 
     def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,8 +72,8 @@ class CheckpointTrainer(GradientTrainer):
             with fresh_dir(self.stage.method_state) as folder:
                 save_tensors(tensors, folder / "state.safetensors")
 
-    def load_state(self) -> dict[str, torch.Tensor]:
-        """What `save_state` wrote at the stage before, on the device; empty at the first stage."""
+    def load_state(self, on_cpu: Container[str] = ()) -> dict[str, torch.Tensor]:
+        """What `save_state` wrote at the stage before, on the device but for `on_cpu`; empty at the first stage."""
         if self.stage.index == 1:
             return {}
         file = self.previous.method_state / "state.safetensors"
@@ -82,7 +82,8 @@ class CheckpointTrainer(GradientTrainer):
                 f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before again "
                 "(delete its train.json), or restore the file."
             )
-        return {name: tensor.to(self.accelerator.device) for name, tensor in load_file(file).items()}
+        device = self.accelerator.device
+        return {name: tensor if name in on_cpu else tensor.to(device) for name, tensor in load_file(file).items()}
 
     # ----------------------------------------------------------------------------------------------- within the stage
 

@@ -99,15 +99,19 @@ def check_trackers(config: CLConfig) -> None:
 
 def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
     """Refuses settings under which a method would not see rows or gradients as they are."""
-    joined = [option for option in ("packing", "padding_free") if getattr(config, option)]
-    own = {h for h in ("adjust_gradients", "compute_loss") if getattr(trainer, h) is not getattr(CLTrainer, h)}
-    if joined and (config.use_cpu or own):
+    if config.packing:
         raise ConfigError(
-            f"{joined[0]}=true joins rows, which needs flash attention on a GPU and a method without gradients or "
-            "losses of its own (sequential, single, joint, replay, rcl). Leave it out."
+            "packing=true cuts rows to a max_length, which a stage does not have. Use padding_free: true."
         )
-    if joined and config.loss_weights == "rows":
-        raise ConfigError(f"{joined[0]}=true joins rows, which then cannot weigh the same: set loss_weights: tokens.")
+    hooks = ("adjust_gradients", "compute_loss", "begin_stage")
+    own = {hook for hook in hooks if getattr(trainer, hook) is not getattr(CLTrainer, hook)}
+    if config.padding_free and (config.use_cpu or own):
+        raise ConfigError(
+            "padding_free=true joins rows, which needs flash attention on a GPU and a method without gradients, losses "
+            "or a start of a stage of its own (sequential, single, joint, replay, rcl). Leave it out."
+        )
+    if config.padding_free and config.loss_weights == "rows":
+        raise ConfigError("padding_free=true joins rows, which then cannot weigh the same: set loss_weights: tokens.")
     of_all = {f.name: f.default for f in fields(config)}["replay_ratio"] is None  # the method `replay` has its own
     if trainer.own_memory and config.replay_ratio and of_all:
         raise ConfigError(
@@ -129,6 +133,14 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
     model = causal_config(base, model_args, code)
     _check_weights(model, model_args)
+    text, coefficient = model.get_text_config(), config.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+    if config.label_smoothing_factor and coefficient and hasattr(text, "output_router_logits"):
+        raise ConfigError(
+            f"label_smoothing_factor={config.label_smoothing_factor}: TRL would leave out the loss of the router of "
+            f"{base}, a mixture of experts. Use label_smoothing_factor: 0, or router_aux_loss_coef: 0."
+        )
     _check_context(model, config, tasks)
     if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
         return

@@ -269,6 +269,11 @@ class CLTrainer(CheckpointTrainer):
             self.adjust_gradients(model)
         return loss
 
+    @property
+    def order_seed(self) -> int:
+        """The seed of the order of rows, as HF has it."""
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """HF's sampler, but for `train_sampling_strategy: group_by_length`."""
         if self.args.train_sampling_strategy != "group_by_length":
@@ -276,7 +281,7 @@ class CLTrainer(CheckpointTrainer):
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
         # Processes work on batches that follow each other: they wait for the longest of them.
-        self.grouped = LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+        self.grouped = LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.order_seed)
         return self.grouped
 
 

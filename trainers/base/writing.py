@@ -95,9 +95,14 @@ def _job(trainer: Any, task: str, texts: Sequence[str], how: dict[str, Any], lim
     config = trainer.config
     kwargs: Mapping[str, Any] = load_tasks([task])[task].config.generation_kwargs or {}
     lengths = [kwargs.get("max_gen_toks", 256), config.max_new_tokens, config.max_answer_length]
+    most = how.get("most") or min(length for length in lengths if length is not None)
+    engine = config.engine_args if isinstance(config.engine_args, dict) else {}
+    context = engine.get("max_model_len") or engine.get("max_length")
+    if limit is not None and context:  # as the evaluation cuts prompts
+        limit = min(limit, max(context - most, 1))
     return {
         "stops": [stop for stop in kwargs.get("until") or [] if stop],
-        "most": min(length for length in lengths if length is not None),
+        "most": most,
         "seed": config.seed,
         "prompts": prompt_ids(trainer.tokenizer, texts, limit, trainer.chat),
         **how,
