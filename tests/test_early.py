@@ -194,6 +194,7 @@ def architecture(options, tmp_path):
         (("Mamba2Config", {**MAMBA, "num_heads": 8, "head_dim": 16}), {}, f"{TARGETS} in_proj."),
         (LLAMA, {"lora_target_modules": ["c_attn"]}, f"{TARGETS} all-linear."),
         (LLAMA, {"lora_target_modules": ["q_proj", "wv"]}, f"names 'wv', which the model does not have. {TARGETS} all"),
+        (LLAMA, {"lora_target_modules": ["lm_head"]}, f"TRL takes no adapter of the head.* {TARGETS} all-linear"),
         (LLAMA, {"lora_modules_to_save": ["head"]}, "names 'head', which the model does not have. Its linear layers"),
     ],
 )

@@ -233,10 +233,99 @@ def test_a_loss_of_a_method_s_own_has_the_router_s_of_a_mixture_of_experts(name,
         assert ours == pytest.approx(plain, rel=1e-5) and router > 0.001
 
 
-@pytest.mark.parametrize("name", ["anchor", "der", "lwf", "sdft"])
+def test_the_gradient_on_other_rows_is_that_of_the_loss_with_a_mixture_s_router(options, tmp_path):
+    seen = []
+
+    class Look(CLTrainer):
+        def end_stage(self):
+            rows = self.train_dataset.select(range(6))
+            found, (batch,) = self.loss_gradient(rows), self.batches(rows)
+            self.current_gradient_accumulation_steps = 1
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(self.model, batch, num_items_in_batch=6)
+            wanted = torch.autograd.grad(loss, list(self.trained().values()))
+            seen.append(self.router_loss.item())
+            for one, other in zip(found.values(), wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    changes = {"model_name_or_path": str(base), "lora_target_modules": ["q_proj", "v_proj"], "max_steps": 1}
+    train({**options, **EXACT, **changes, "tasks": THREE[:1]}, Look)
+    assert seen[0] > 0.001
+
+
+def flattened(architecture, layers, options, tmp_path):
+    """Options of a model whose named layers see the positions of a batch in one list."""
+    base = make_base(
+        architecture, tmp_path / architecture, AutoTokenizer.from_pretrained(options["model_name_or_path"])
+    )
+    return {**options, **EXACT, "model_name_or_path": str(base), "lora_target_modules": layers}
+
+
+@pytest.mark.parametrize("name", ["ewc", "ogd"])
+def test_gradients_of_rows_are_right_in_layers_that_see_them_in_one_list(name, options, tmp_path):
+    trainer, config = method(name)
+
+    class Look(trainer):
+        def end_stage(self):
+            self.model.eval()  # without dropout
+            found = {}
+            for parameter, gradients in self.row_gradients(self.train_dataset, lambda logits, *_: logits.logsumexp(-1)):
+                found[parameter] = found.get(parameter, 0) + gradients.sum(0)
+            wanted = dict.fromkeys(found, 0)
+            for batch in self.batches(self.train_dataset, 1):
+                with self.compute_loss_context_manager():
+                    total = self.answer_logits(self.model, batch)[0].logsumexp(-1).sum()
+                for parameter, p in zip(wanted, torch.autograd.grad(total, list(self.trained().values())), strict=True):
+                    wanted[parameter] += p
+            for parameter, gradient in wanted.items():
+                torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-4)
+            super().end_stage()
+
+    run = train(small(flattened("opt", ["q_proj", "fc1"], options, tmp_path), name), as_method(Look), config)
+    assert run.stages[2].is_trained
+
+
+def test_a_layer_that_is_called_twice_or_by_a_list_is_seen_as_such():
+    one, layer = unbuilt("ewc"), torch.nn.Linear(2, 2)
+    one.batches, one.compute_loss_context_manager = lambda rows: [{}], nullcontext
+    for shapes, plain in (([(1, 5, 2)], True), ([(5, 2)], False), ([(1, 5, 2)] * 2, False), ([], True)):
+        one.model, one.answer_logits = None, lambda model, batch, shapes=shapes: [layer(torch.ones(s)) for s in shapes]
+        assert one._see_rows({"layer": layer}, None) is plain
+
+
+def test_ogd_goes_on_where_no_text_reaches_a_parameter(options):
+    """As the vision tower of a model for pictures and text, which adapters are put into by name."""
+    trainer, config = method("ogd")
+    unseen = []
+
+    class Blind(trainer):
+        def row_gradients(self, rows, value):
+            unseen.append(next(iter(self.trained())))
+            yield from ((name, g) for name, g in super().row_gradients(rows, value) if name != unseen[0])
+
+        def adjust_gradients(self, model):
+            self.trained()[next(iter(self.trained()))].grad = None
+            super().adjust_gradients(model)
+
+    run = train(small(options, "ogd"), as_method(Blind), config)
+    state = load_file(run.stages[2].method_state / "state.safetensors")
+    assert not state[unseen[0]].any() and sum(bool(rows.any()) for rows in state.values()) == len(state) - 1
+
+
+def test_osf_keeps_a_direction_of_a_layer_with_one_output_and_needs_a_layer_to_train(options, tmp_path):
+    moe = flattened("qwen2_moe", None, options, tmp_path)
+    run = train(small({k: v for k, v in moe.items() if k != "lora_target_modules"}, "osf"), *method("osf"))
+    assert run.stages[2].is_trained
+    gpt2 = flattened("gpt2", None, options, tmp_path) | {"output_dir": str(tmp_path / "gpt2_run")}
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear layers that PEFT's OSF decomposes"):
+        train(small({k: v for k, v in gpt2.items() if k != "lora_target_modules"}, "osf"), *method("osf"))
+
+
+@pytest.mark.parametrize("name", ["agem", "anchor", "der", "gem", "lwf", "sdft"])
 def test_a_loss_of_a_method_s_own_is_never_another_than_asked_for(name, options):
     for loss, value in (("loss_type", "dft"), ("label_smoothing_factor", 0.1)):
-        with pytest.raises(ConfigError, match=f"{loss}={value} .*{name}.*: use {loss}: "):
+        with pytest.raises(ConfigError, match=f"{loss}={value} .*: use {loss}: "):
             train({**small(options, name), "loss_weights": "tokens", loss: value}, *method(name))
 
 

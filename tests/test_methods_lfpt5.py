@@ -253,6 +253,10 @@ def test_a_stage_that_is_killed_goes_on_with_the_same_rows_and_the_same_old_prom
         ({"loss_weights": "tokens"}, "loss_weights=tokens: lfpt5 weighs two losses"),
         ({"lfpt5_kl": -1.0}, "lfpt5_kl=-1.0"),
         ({"max_answer_length": 1000}, "of a pseudo row are 1132 tokens, more than the model's context of 1024"),
+        (
+            {"engine_args": {"max_length": 130}},
+            "pseudo row are 156 tokens, more than engine_args has in max_length=130",
+        ),
         ("FSDP", "lfpt5 needs a whole prompt.*FSDP gives each process a part"),
     ],
 )

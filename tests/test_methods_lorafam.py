@@ -8,6 +8,7 @@ from conftest import byte_tokenizer, train
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from test_methods import EXACT, LINEAR, as_method, method, same, small, unbuilt, weights
+from transformers import AutoTokenizer
 
 from trace_bench.engine import models
 from trace_bench.run import read_json
@@ -282,6 +283,28 @@ def test_the_a_of_inflora_is_orthogonal_to_earlier_inputs_and_does_not_move(thre
             assert tensors[f"{name}.lora_B.weight"][:, -4:].any()
     shares = [read_json(run.stages[i].train_file)["memory_share"] for i in (1, 2, 3)]
     assert shares == sorted(shares) and shares[-1][1] <= 1
+
+
+def test_the_inputs_that_inflora_remembers_do_not_depend_on_the_batch(options, tmp_path):
+    """OPT's feed-forward layers see the positions of a batch in one list, padding and all."""
+    sums = []
+
+    class Spy(inflora.InfLoRATrainer):
+        def end_stage(self):
+            super().end_stage()
+            sums.append(self.energies())
+
+    base = make_base("opt", tmp_path / "opt", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    changes = {**EXACT, "model_name_or_path": str(base), "lora_target_modules": ["q_proj", "fc1"]}
+    for rows in (8, 1):
+        changes |= {
+            "per_device_train_batch_size": rows,
+            "max_prompt_length": 400,
+            "output_dir": str(tmp_path / str(rows)),
+        }
+        train(small(options, "inflora", 1, **changes, learning_rate=0.0), as_method(Spy), method("inflora")[1])
+    for name, energy in sums[0].items():
+        torch.testing.assert_close(energy, sums[1][name], rtol=1e-3, atol=1e-2 * float(energy.abs().mean()))
 
 
 def test_what_inflora_learns_changes_nothing_on_rows_that_it_remembers_whole(options, tmp_path):

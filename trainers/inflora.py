@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from trace_bench.run import Stage
-from trainers.base import CLConfig, choose_rows, main, option
+from trainers.base import CLConfig, choose_rows, main, of_tokens, option
 from trainers.inclora import NEW, IncLoRATrainer, adapted
 
 #: Of a sum in float32: a smaller share of the inputs' energy is no direction but rounding.
@@ -114,8 +114,8 @@ class InfLoRATrainer(IncLoRATrainer):
         sums = {name: torch.zeros(2 * (layer.in_features,), device=device) for name, layer in self.layers.items()}
 
         def see(layer: Any, args: Any, *, name: str, real: torch.Tensor) -> None:
-            # A head sees answers alone, as a list of states. Autocast would round the products.
-            x = (args[0][real] if args[0].ndim == 3 else args[0]).float()
+            x = of_tokens(args[0], real).float()
+            # Autocast would round the products.
             with torch.autocast(device.type, enabled=False):
                 sums[name] += x.T @ x
 

@@ -103,7 +103,7 @@ class LFPT5Trainer(PPTrainer):
         what = (
             f"prompt_tokens, {MARKER_TOKENS} of a marker, and max_prompt_length and max_answer_length of a pseudo row"
         )
-        require_context(config, model_args, room, what)
+        require_context(config, model_args, room, what, engine=True)
         return super().prepare(config, model_args)
 
     def stage_model(self, stage: Stage) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from trainers.base import CHOICES, CLConfig, CLTrainer, choose_rows, option
+from trainers.base import CHOICES, CLConfig, CLTrainer, choose_rows, option, refuse_losses
 
 
 def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -67,6 +67,12 @@ class MemoryTrainer(StepTrainer):
     conflicts = 0
     step_conflicts = 0
     counters = (*CLTrainer.counters, "conflicts", "step_conflicts")
+
+    @classmethod
+    def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
+        """Refuses losses of the step that are not those of the memory."""
+        refuse_losses(config, "is not the cross entropy of the memory's rows: use ")
+        return {}
 
     def begin_stage(self) -> None:
         """Chooses the rows of the earlier tasks."""

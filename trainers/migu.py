@@ -26,7 +26,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from transformers.pytorch_utils import Conv1D
 
-from trainers.base import CLConfig, CLTrainer, ConfigError, adapted_parameters, decoder_blocks, main, option
+from trainers.base import CLConfig, CLTrainer, ConfigError, adapted_parameters, decoder_blocks, main, of_tokens, option
 
 
 @dataclass
@@ -72,10 +72,7 @@ class MIGUTrainer(CLTrainer):
 
     def _see(self, layer: torch.nn.Module, args: Any, output: torch.Tensor) -> None:
         """Adds up what the tokens of a batch drive each unit of a layer to."""
-        size = output.detach().abs().float()
-        size = size.flatten(0, -2)
-        if len(size) == self.real.numel():  # not a part of the tokens, as an expert has
-            size = size[self.real.flatten().to(size.device)]
+        size = of_tokens(output.detach(), self.real).abs().float()
         self.driven[layer] = size.sum(0) + self.driven.get(layer, 0.0)
 
     def adjust_gradients(self, model: Any) -> None:

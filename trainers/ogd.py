@@ -77,9 +77,10 @@ class OGDTrainer(StepTrainer):
 
     def project(self, vector: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Takes off, in place, what a vector has in the stored directions."""
-        along = sum(rows.flatten(1) @ vector[name].flatten().to(rows.dtype) for name, rows in self.basis.items())
-        for name, rows in self.basis.items():
-            vector[name] -= torch.tensordot(along, rows, dims=1).to(vector[name].dtype)
+        there = [name for name in self.basis if name in vector]  # what no text reaches has no gradient
+        along = sum(self.basis[name].flatten(1) @ vector[name].flatten().to(torch.float32) for name in there)
+        for name in there:
+            vector[name] -= torch.tensordot(along, self.basis[name], dims=1).to(vector[name].dtype)
         return vector
 
     def adjust_gradients(self, model: Any) -> None:
@@ -95,7 +96,10 @@ class OGDTrainer(StepTrainer):
         parts: dict[str, list[torch.Tensor]] = defaultdict(list)
         for name, gradients in self.row_gradients(rows, _mean_logit):
             parts[name].append(gradients)
-        stacked = {name: torch.cat(parts.pop(name)) for name in self.trained()}
+        stacked = {
+            name: torch.cat(parts.pop(name)) if name in parts else p.new_zeros(len(rows), *p.shape, dtype=torch.float32)
+            for name, p in self.trained().items()
+        }
         squares = torch.stack([gradients.flatten(1).square().sum(1) for gradients in stacked.values()])
         for gradients in stacked.values():  # of length one
             gradients /= squares.sum(0).sqrt().view(-1, *[1] * (gradients.dim() - 1))

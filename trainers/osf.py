@@ -24,10 +24,12 @@ them have gradients and moments. PEFT advises learning rates of 1e-5 to 1e-4.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import OSFConfig as Tuner
 from peft import get_peft_model
 
@@ -71,15 +73,25 @@ class OSFTrainer(CLTrainer):
         """The model of the stage before, its linear layers decomposed."""
         model = self.load_model(self.previous.checkpoint)
         self.preserved = self.config.osf_preserved or (stage.index - 1) / len(self.config.stages)
+        linear = {name: min(m.weight.shape) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         model = get_peft_model(
             model,
             Tuner(
                 task_type="CAUSAL_LM",
                 target_modules="all-linear",  # without the head
-                effective_rank=self.preserved or 1,  # PEFT takes a fraction or a number, and refuses 0
+                # PEFT takes a fraction or a number, and refuses 0: of a layer with a few outputs one direction is kept.
+                effective_rank=self.preserved or 1,
+                rank_pattern={
+                    f"^{re.escape(name)}$": 1 for name, size in linear.items() if not int(size * (self.preserved or 1))
+                },
             ),
         )
         self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        if not self.trainable:
+            raise ConfigError(
+                f"{type(model.get_base_model()).__name__} has no linear layers that PEFT's OSF decomposes (GPT-2's are "
+                "none): take another method or model."
+            )
         return model
 
     def save_checkpoint(self) -> Path:

@@ -163,6 +163,7 @@ class GradientTrainer(SFTTrainer):
             with self.compute_loss_context_manager():
                 logits, target = self.answer_logits(self.model, batch)
                 loss = self.weighted(cross_entropy(logits, target, reduction="none"), batch, weights)[0] / items
+                loss = loss + self.router_loss * len(batch["input_ids"]) / len(rows)
             parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, part in zip(parameters, parts, strict=True):
                 if part is not None:
@@ -197,26 +198,54 @@ class GradientTrainer(SFTTrainer):
             layers = {}
         lengths = [len(ids) for ids in rows["input_ids"]]
         rows = rows.select(sorted(range(len(rows)), key=lengths.__getitem__))
+        if layers and len(rows) and not self._see_rows(layers, rows.select([0])):
+            layers = {}
         for batch in self.batches(rows, None if layers else 1):
-            seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-            def see(layer: Any, args: Any, output: torch.Tensor, *, name: str, seen: Any = seen) -> None:
-                seen[name] = args[0], output
-
-            hooks = [layer.register_forward_hook(partial(see, name=name)) for name, layer in layers.items()]
-            with self.compute_loss_context_manager():
+            with self._seeing(layers) as seen, self.compute_loss_context_manager():
                 logits, target = self.answer_logits(self.model, batch)
-            for hook in hooks:
-                hook.remove()
             answers = (batch["labels"][:, 1:] != -100).sum(dim=1)
             total = value(logits, target, answers.repeat_interleave(answers)).sum()
             if layers:
-                gradients = torch.autograd.grad(total, [output for _, output in seen.values()])
-                for (name, (inputs, _)), gradient in zip(seen.items(), gradients, strict=True):
+                gradients = torch.autograd.grad(total, [output for [(_, output)] in seen.values()])
+                for (name, [(inputs, _)]), gradient in zip(seen.items(), gradients, strict=True):
                     yield name, gradient.float().transpose(1, 2) @ inputs.detach().float()
             else:
                 parts = torch.autograd.grad(total, list(parameters.values()), materialize_grads=True)
                 yield from zip(parameters, (part.float()[None] for part in parts), strict=True)
+
+    @contextmanager
+    def _seeing(self, layers: dict[str, Any]) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
+        """Collects the inputs and outputs of layers, by name, at each of their calls."""
+        seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+        def see(layer: Any, args: Any, output: torch.Tensor, *, name: str) -> None:
+            seen.setdefault(name, []).append((args[0], output))
+
+        hooks = [layer.register_forward_hook(partial(see, name=name)) for name, layer in layers.items()]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def _see_rows(self, layers: dict[str, Any], row: Dataset) -> bool:
+        """Whether layers are called once at most, with the positions of a batch by row: some see them in one list."""
+        (batch,) = self.batches(row)
+        with self._seeing(layers) as seen, self.compute_loss_context_manager():
+            self.answer_logits(self.model, batch)
+        return all(len(calls) == 1 and calls[0][1].dim() == 3 for calls in seen.values())
+
+
+def of_tokens(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """What a layer sees or says at the tokens of a batch, without padding: (tokens, features).
+
+    Args:
+        states: By row and position, or all in one list, as some layers have them; or of some tokens, as experts do.
+        real: Which positions of the rows are tokens.
+    """
+    states = states.flatten(0, -2)
+    return states[real.flatten().to(states.device)] if len(states) == real.numel() else states
 
 
 def divergences(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -214,8 +214,15 @@ def context_length(model: dict[str, Any]) -> int | None:
     return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
 
 
-def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what: str) -> None:
-    """Refuses a base model that does not read so many tokens at once; for `prepare`. `what` says what they are."""
+def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what: str, *, engine: bool = False) -> None:
+    """Refuses a base model that does not read so many tokens at once; for `prepare`. `what` says what they are.
+
+    With `engine` the one of the evaluation has to, too.
+    """
+    for name in ("max_model_len", "max_length"):
+        given = config.engine_args.get(name) if engine and isinstance(config.engine_args, dict) else None
+        if given and tokens > given:
+            raise ConfigError(f"{what} are {tokens} tokens, more than engine_args has in {name}={given}: raise it.")
     model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
     context = context_length(model.get_text_config(decoder=True).to_dict())
     if context and tokens > context:
@@ -253,6 +260,7 @@ def _check_vocabulary(empty: Any, tokenizer: Any, base: str) -> None:
 def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     """What keeps the run's LoRA from a model; None if it fits."""
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     names = [name for name, _ in empty.named_modules()]
     adapter: Any = get_peft_config(model_args)
@@ -260,6 +268,8 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
         adapted: Any = get_peft_model(empty, adapter, low_cpu_mem_usage=True).base_model
     except (ValueError, RuntimeError, NotImplementedError) as e:
         return f"{brief(e).rstrip('.')}."
+    if isinstance(empty.get_output_embeddings(), BaseTunerLayer):
+        return "TRL takes no adapter of the head, since its loss works without calling it."
     # PEFT is content when one name of a list fits.
     found = {
         "lora_target_modules": adapted.targeted_module_names,
