@@ -77,7 +77,8 @@ class Merging:
         with self._until_taken:
             if ahead and ahead[0] == adapter and ahead[2].wait() == 0:
                 assert ahead[2].stdout is not None
-                yield str(ahead[1]), _checked(adapter, float(ahead[2].stdout.read()))
+                *_, lost = ahead[2].stdout.read().split()  # a library may have spoken, too
+                yield str(ahead[1]), _checked(adapter, float(lost))
                 return
         with _folder() as folder:
             yield str(folder), _checked(adapter, models.save_merged(**self._arguments(adapter, below, folder)))
