@@ -187,11 +187,11 @@ class Sized:
 def train_large(trainer: Any, config: Any, folder: Path, tiny: bool, options: list[str], each: int | None) -> Any:
     """Trains a method on the large model as its command does, with `CONFIG` and further options; the run."""
     from trainers.base import train
-    from trainers.base.stages import parse
+    from trainers.base.stages import method_name, parse
 
     shutil.rmtree(folder, ignore_errors=True)
     base = large_folder(folder.parent / ("large-tiny" if tiny else "large"), tiny)
     argv = ["--config", CONFIG.removesuffix(".yaml"), "--model_name_or_path", str(base), "--output_dir", str(folder)]
     argv += ["--data", "demo", "--gradient_accumulation_steps", "1", "--disable_tqdm", "true", *options]
     attributes = {"__module__": trainer.__module__, "tiny": tiny, "each": each}
-    return train(type(trainer.__name__, (Sized, trainer), attributes), *parse(config, argv))
+    return train(type(trainer.__name__, (Sized, trainer), attributes), *parse(config, argv, method_name(trainer)))
