@@ -510,6 +510,7 @@ def test_samples_are_searched_and_filtered(visit, rich):
     count.filter(has_text=re.compile("^0 of")).wait_for()
     assert page.locator("article").count() == 0
     page.fill("#search", "")
+    count.filter(has_text=re.compile("^[1-9]")).wait_for()  # a search begins when typing has paused
     page.select_option("#task", "all")
     page.select_option("#before", "0")
     page.select_option("#change", "worse")
