@@ -23,11 +23,9 @@ from trace_bench.evaluate import answer_tokens
 from trace_bench.tasks import load_tasks
 from trace_tasks.utils import ICL_VERSION
 from trainers.base import CLConfig, CLTrainer, ConfigError, context_length, main, option
+from trainers.base.config import ENGINE_CONTEXT
 
 log = logging.getLogger(__name__)
-
-#: What engine arguments call the context (vllm, hf).
-_ENGINE_CONTEXT = ("max_model_len", "max_length")
 
 
 @dataclass
@@ -72,7 +70,7 @@ class ICLTrainer(CLTrainer):
             )
         engine, needed = config.engine_args or {}, config.max_prompt_length + answer
         assert isinstance(engine, dict)
-        for name in _ENGINE_CONTEXT:
+        for name in ENGINE_CONTEXT:
             given = engine.get(name)
             if given and given < needed:
                 log.warning(

@@ -17,6 +17,8 @@ from trace_tasks import data
 from trace_tasks.errors import TraceError
 from trainers.base.rows import CHOICES
 
+#: What engine arguments call the context (vllm, hf).
+ENGINE_CONTEXT = ("max_model_len", "max_length")
 #: Settings that HF's configs do not mark as deciding the result, but that do.
 _DECIDING = {
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),

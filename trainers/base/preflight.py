@@ -26,7 +26,7 @@ from trace_bench.engine import models
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.errors import brief
 from trace_tasks.limits import limited
-from trainers.base.config import CLConfig, ConfigError
+from trainers.base.config import ENGINE_CONTEXT, CLConfig, ConfigError
 from trainers.base.trainer import CLTrainer
 
 log = logging.getLogger(__name__)
@@ -219,7 +219,7 @@ def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what
 
     With `engine` the one of the evaluation has to, too.
     """
-    for name in ("max_model_len", "max_length"):
+    for name in ENGINE_CONTEXT:
         given = config.engine_args.get(name) if engine and isinstance(config.engine_args, dict) else None
         if given and tokens > given:
             raise ConfigError(f"{what} are {tokens} tokens, more than engine_args has in {name}={given}: raise it.")

@@ -18,7 +18,7 @@ from trace_bench.tasks import answer_scores, load_tasks, training_rows
 from trace_tasks.data import DataError
 from trace_tasks.data.files import digest, remove, write_json
 from trace_tasks.tokens import prompt_ids
-from trainers.base.config import ConfigError
+from trainers.base.config import ENGINE_CONTEXT, ConfigError
 
 #: How the variables begin by which a launcher tells its processes of each other.
 LAUNCHED = (*("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),)
@@ -97,7 +97,7 @@ def _job(trainer: Any, task: str, texts: Sequence[str], how: dict[str, Any], lim
     lengths = [kwargs.get("max_gen_toks", 256), config.max_new_tokens, config.max_answer_length]
     most = how.get("most") or min(length for length in lengths if length is not None)
     engine = config.engine_args if isinstance(config.engine_args, dict) else {}
-    context = engine.get("max_model_len") or engine.get("max_length")
+    context = next((engine[name] for name in ENGINE_CONTEXT if engine.get(name)), None)
     if limit is not None and context:  # as the evaluation cuts prompts
         limit = min(limit, max(context - most, 1))
     return {
