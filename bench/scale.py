@@ -205,6 +205,7 @@ def _curves(saved: dict[str, Any]) -> tuple[Any, str]:
         further = [sizes[-1] + k * (sizes[-1] - sizes[-2]) for k in range(max(TASKS) - len(sizes) + 1)]
         axes[3].plot(range(len(sizes), max(TASKS) + 1), further, color=colour, linestyle="dotted")
     axes[3].legend(loc="upper left")
+    axes[3].set_ylim(top=1.7 * axes[3].get_ylim()[1])  # room for the names above the lines
     for panel in axes:
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
@@ -212,9 +213,13 @@ def _curves(saved: dict[str, Any]) -> tuple[Any, str]:
 
 
 def _that_grow(state: dict[str, Any]) -> dict[str, list[float]]:
-    """What methods keep and their checkpoints, together; without those that are as `sequential`."""
-    both = {m: [a + b for a, b in zip(s["kept"], s["checkpoint"], strict=True)] for m, s in state.items()}
-    return {method: sizes for method, sizes in both.items() if max(sizes) > 1.1}
+    """What methods keep and their checkpoints, together, those with the same as one; without those as `sequential`."""
+    same: dict[tuple[float, ...], list[str]] = {}
+    for method, parts in state.items():
+        sizes = tuple(a + b for a, b in zip(parts["kept"], parts["checkpoint"], strict=True))
+        if max(sizes) > 1.1:
+            same.setdefault(sizes, []).append(method)
+    return {", ".join(methods): list(sizes) for sizes, methods in same.items()}
 
 
 if __name__ == "__main__":

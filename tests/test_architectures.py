@@ -193,9 +193,10 @@ def test_vllm_serves_adapters_unmerged_and_those_of_later_stages_in_one_batch(ba
     """As on a GPU, where that is the default; a kind that LoRA requests cannot hold is merged beside them."""
     base, answers_of_base = base_of("llama_tied")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    made = {kind: make_checkpoint(kind, base, tmp_path / kind) for kind in ("lora", "rslora", "dora")}
+    # Their folders have one name, as those of the stages of a run.
+    made = {kind: make_checkpoint(kind, base, tmp_path / kind / "adapter") for kind in ("lora", "rslora", "dora")}
     expected = {kind: reference(model, tokenizer, PROMPTS) for kind, (_, model) in made.items()}
-    adapters = [made["lora"][0], made["rslora"][0], tmp_path / "third", made["dora"][0]]
+    adapters = [made["lora"][0], made["rslora"][0], tmp_path / "third" / "adapter", made["dora"][0]]
     shutil.copytree(made["lora"][0], adapters[2])
     script, out = tmp_path / "unmerged.py", tmp_path / "out.json"
     script.write_text(UNMERGED)

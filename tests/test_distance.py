@@ -161,6 +161,11 @@ def test_a_killed_measurement_goes_on_and_is_the_same_as_one_that_was_not(run, q
     assert np.shape(kl) == (4, 3) and np.min(kl) > 0
 
 
+def test_a_stage_that_is_followed_alone_gets_the_base_models_answers_first(run, quick):
+    assert evaluate.follow(run.path, stages=[2], extra={"distance": True}) > 0
+    assert there(run) == [*FILES[:3], *FILES[5:]]
+
+
 def test_the_base_model_is_at_no_distance_from_itself(run, quick, monkeypatch):
     evaluate.evaluate(run, extra={"distance": True})
     assert status(run).splitlines()[1].endswith(f"; {1 + len(run.tasks)} distances from the base model")

@@ -36,9 +36,8 @@ def test_a_drop_is_within_worse_or_cannot_be_told():
     values = {-0.03: WITHIN, 0.0004: WITHIN, 0.0005: UNKNOWN, 0.02: UNKNOWN, 0.0395: UNKNOWN, 0.0397: WORSE}
     for value, verdict in values.items():
         assert verdicts([with_error(value, 0.01)], [0.02], [400], [1]) == [verdict], value
-    assert verdicts([Estimate(0.5), Estimate(0.0)], [0.02] * 2, [400] * 2, [1, 1]) == [UNKNOWN, UNKNOWN], (
-        "without an interval"
-    )
+    for none in (Estimate(0.5), Estimate(0.0), Estimate(0.0, 0.0, 0.0)):  # without an interval, or without a width
+        assert verdicts([none], [0.02], [400], [1]) == [UNKNOWN]
     assert p_worse(with_error(0.05, 0.01), 0.02, 10**6) == pytest.approx(NormalDist().cdf(-3), rel=1e-4)
     assert p_worse(with_error(0.05, 0.01), 0.02, 3) == pytest.approx((1 - 3 / math.sqrt(11)) / 2), "t of 2 degrees"
 
@@ -135,7 +134,8 @@ def checked(capsys, run, *argv):
 
 
 def as_json(capsys, run, *argv):
-    code, out, _ = checked(capsys, run, *argv, "--json")
+    code, out, err = checked(capsys, run, *argv, "--json")
+    assert out, err
     found = json.loads(out)
     assert found["exit_code"] == code
     return found
@@ -173,6 +173,18 @@ def test_what_cannot_be_told_says_how_many_rows_are_needed(make, capsys):
     assert mean["rows_needed"] == math.ceil(800 * ((ends + power) / ends * half / 0.5) ** 2) > 800
     out = checked(capsys, run, "--max-forgetting", 5.5)[1]
     assert f"cannot be told (needs about {mean['rows_needed']:,} rows; there are 800)" in out
+
+
+def test_rows_of_unbounded_scores_that_all_have_the_same_drop_prove_nothing(make, capsys):
+    same = np.tile([[0.0, 100.0, 100.0, 100.0]], (3, 1))  # right or wrong as 100 and 0, which is no fraction
+    run = make(rows={**LOST, TASKS[0]: {"points": same}})
+    for stage in run.stages:
+        content = read_json(stage.eval_file(TASKS[0]))
+        write_json(stage.eval_file(TASKS[0]), content | {"scale": {"points": None}})
+    found = as_json(capsys, run, "--max-forgetting", 20, "--each")
+    assert {line["name"]: line["verdict"] for line in found["lines"]}[TASKS[0]] == UNKNOWN and found["exit_code"] == 3
+    out = checked(capsys, run, "--max-forgetting", 20, "--each")[1]
+    assert "cannot be told (all 3 rows have the same drop, which says nothing of others)" in out
 
 
 def test_a_task_need_not_prove_itself_unless_each_is_asked_for(make, capsys):
@@ -269,6 +281,20 @@ def test_what_is_not_measured_is_an_error_with_the_command_that_measures_it(make
     icl = make(ICL, name="icl", method="icl", stages=[])
     measure_suites(icl, piqa={0: 300})
     assert "no stage or task comes after it" in checked(capsys, icl, "--max-general-drop", 1)[2]
+    first = make(name="first", checkpoints={"v1": "a"}, tasks=TASKS[:1], rows={TASKS[0]: scores(300, 280)})
+    cli.main(["evaluate", str(first.path), "--drop", "v1"])  # as the workflow of the docs does after a failure
+    code, _, err = checked(capsys, first, "--max-forgetting", 1)
+    assert (
+        code == 2
+        and f"has no checkpoint, so nothing can be forgotten. Add one: trace-bench evaluate {first.path} " in err
+    )
+    theirs = make(
+        name="theirs",
+        rows={**LOST, TASKS[0]: {"accuracy": np.full((400, 4), np.nan)}},
+        answers_only="imported from lm-eval",
+    )
+    code, _, err = checked(capsys, theirs, "--max-forgetting", 1)
+    assert code == 2 and "import it with the others" in err and "trace-bench evaluate" not in err
     assert checked(capsys, run)[0] == 2, "no limit"
     for text in ("-1", "nan", "inf", "two"):
         assert checked(capsys, run, "--max-forgetting", text)[0] == 2

@@ -15,7 +15,8 @@ from trace_bench.measures.hidden import share_interval, share_recovered
 from trace_bench.report import Results
 from trace_bench.report.relearn import sections
 from trace_bench.report.tables import Table
-from trace_bench.run import RunError, read_json
+from trace_bench.run import Run, RunError, read_json
+from trace_tasks.data.files import write_json
 from trace_tasks.errors import TraceError
 from trace_tasks.tokens import prompt_ids
 from trainers.base import relearn as module
@@ -128,6 +129,23 @@ def test_a_killed_relearning_goes_on_and_finds_what_an_uninterrupted_one_does(ru
     with pytest.raises(KeyboardInterrupt):
         relearn(run.path, 4, 2)  # its checkpoint is gone, so it is trained again
     assert (run.path / PLACE / "base/stages/1_trace_fomc/adapter").is_dir()
+
+
+def test_a_run_of_several_processes_is_relearned_with_the_batch_of_all(run, tmp_path, monkeypatch):
+    class Seen(Exception):
+        pass
+
+    def train(kind, config, model_args):
+        raise Seen(config)
+
+    monkeypatch.setattr(module, "train", train)
+    write_json(run.path / "manifest.json", run.manifest | {"processes": 4})
+    with pytest.raises(Seen) as seen:
+        arguments = run.stages[-1], tmp_path / "relearned", 5, 7, {"settings": {"backend": "hf"}}
+        module._train_and_measure(Run.open(run.path), *arguments)
+    config = seen.value.args[0]
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (8, 4)
+    assert (config.train_rows, config.max_steps, config.replay_ratio) == (5, 7, None)
 
 
 def test_what_was_made_from_other_weights_or_measured_in_another_way_is_left_out(run, in_this_process):

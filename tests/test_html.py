@@ -18,7 +18,8 @@ import pytest
 from made_runs import EIGHT, NAN, TASKS, make_rich_run, make_run, without, write_cell
 from PIL import Image
 
-from trace_bench.report import compare, figures, html, samples, write_comparison, write_report, write_reports
+from trace_bench import judgements
+from trace_bench.report import Results, compare, figures, html, samples, write_comparison, write_report, write_reports
 from trace_bench.report.tables import DASH
 from trace_bench.run import Run, read_json, read_jsonl
 from trace_tasks.data import JUDGED
@@ -111,6 +112,16 @@ def test_the_page_says_what_the_report_says(rich):
     assert "C-STANCEaccuracy" in shown and not any("<" in cell for cell in shown), "what is markup is not shown"
     op = re.search(r"\| OP_8 \| (\S+) ", markdown)[1]
     assert f"<b>{op}</b>" in page.source
+
+
+def test_bars_of_judged_pairs_are_the_shares_of_the_table(make, monkeypatch):
+    results = Results(make_rich_run(make, tasks=EIGHT[:2], n=8))
+    counts = {"n": 100, "win": 10, "tie": 20, "lose": 30, "unscored": 0, "broken": 40}
+    lost = {**counts, "win": 0, "tie": 0, "lose": 0, "broken": 100}
+    monkeypatch.setattr(judgements, "pooled", lambda judged, stage: {1: counts, 2: lost}.get(stage.index))
+    figure, _ = figures._judged(results)
+    for panel in figure.axes:
+        assert [bar.get_height() for bar in panel.patches] == pytest.approx([100 / 6, 200 / 6, 300 / 6])
 
 
 def test_of_several_runs_a_page_is_made_again_only_where_something_changed(make):

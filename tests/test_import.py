@@ -9,6 +9,7 @@ from conftest import SHARED
 
 from trace_bench import evaluate
 from trace_bench.cli import main
+from trace_bench.evaluate import imported as imported_module
 from trace_bench.report.conditions import same_conditions
 from trace_bench.report.results import Results
 from trace_bench.run import Run, RunError, read_json, read_jsonl
@@ -160,6 +161,15 @@ def test_other_prompts_and_labels_are_refused_with_their_row(tmp_path, folder, m
     with pytest.raises(SystemExit, match=message):
         imported(tmp_path, "--official", folder)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_task_without_predictions_needs_its_rows(monkeypatch):
+    monkeypatch.delenv("TRACE_DATA", raising=False)
+    with (
+        pytest.raises(data.DataError, match=r"trace_py150: there are no predictions.* leave the task out of --tasks"),
+        imported_module._rows_of({"v1": {"trace_fomc": None}}, ["trace_fomc", "trace_py150"], None),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

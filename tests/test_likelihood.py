@@ -207,15 +207,18 @@ if __name__ == "__main__":
     found.append(lm.log_likelihoods(prompts, answers, 12))  # now from the cache
     lm.load(Path(adapter))
     found += [lm.log_likelihoods(prompts, answers, 12), lm.log_likelihoods(prompts[::-1], answers[::-1], 12)[::-1]]
-    # What the generated answers tell of references: all of it but for the last token, less than that, too many tokens.
+    # What the generated answers tell of references: all, up to another last token, the first token, all but the last.
     wants = [lm.want(ids, 6, (), {}) for ids in lm._prompt_ids(["12 + 3 is", "Say it:", "Yes", "No"], None)]
     given = [tuple(ids) for ids in lm._answers(wants)]
     references = [given[0], (*given[1][:2], given[1][2] ^ 1), (given[2][0] ^ 1, *given[2][1:3]), (*given[3], 5)]
     lm._known.clear()
     assert [tuple(ids) for ids in lm._answers([replace(w, reference=r) for w, r in zip(wants, references)])] == given
-    told = [nats for _, nats in sorted(lm._told.items(), key=lambda at: references.index(at[0][1][1]))]
-    read = lm._read_all([(want.ids, reference) for want, reference in zip(wants, references)])
-    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], told, read]))
+    examples = [(want.ids, reference) for want, reference in zip(wants, references)]
+    told = [len(lm._told[lm.adapter and lm.adapter.lora_int_id, example]) for example in examples]
+    with_told = lm._log_likelihoods(examples)
+    lm._told.clear()
+    read = lm._log_likelihoods(examples)
+    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], told, with_told, read]))
 """
 
 
@@ -237,8 +240,9 @@ def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, check
     request = json.dumps([str(tiny_model), str(checkpoints["adapter"]), args, prompts, answers])
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
     subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
-    found, served, told, read = json.loads(out.read_text())
-    assert told == pytest.approx(read[:2], rel=1e-3), "and of the other two the generated answers tell nothing"
+    found, served, told, with_told, read = json.loads(out.read_text())
+    assert told == [6, 3, 1, 6]
+    assert with_told == pytest.approx(read, rel=1e-3)
     assert served == ("adapter" if "enable_lora" in args else "merged adapter")
     for each, wanted in zip(found, expected, strict=True):
         assert [n for _, n in each] == [n for _, n in wanted]

@@ -15,6 +15,8 @@ from trace_bench.run import Run
 from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks.data import DataError
 from trace_tasks.data.files import write_json, write_jsonl
+from trainers.base.stages import parse
+from trainers.replay import ReplayConfig
 
 METHOD = '''"""Halves: the gradient times a strength."""
 
@@ -319,6 +321,14 @@ def test_a_bound_is_trained_like_the_run_that_it_bounds(here, tiny_model):
     assert (bound.manifest["method"], bound.tasks) == ("joint", run.tasks)
     there, here_ = run.manifest["config"], bound.manifest["config"]
     assert {k for k in there if there[k] != here_.get(k)} == {k for k in there if k.startswith("ewc")}
+    main(["train", "der", *command_line(quick_options(tiny_model, here / "repeats")), "--replay_ratio", "0.5"])
+    for method in ("joint", "sequential"):
+        main(["train", method, "--like", "repeats", "--output_dir", f"repeats-{method}"])
+        assert "replay_ratio" not in Run.open(f"repeats-{method}").manifest["config"]
+    assert (
+        parse(ReplayConfig, ["--like", "repeats", "--output_dir", "x", "--replay", "mixed"], "replay")[0].replay_ratio
+        == 0.5
+    )
     assert "is not a run" in error_of("train", "joint", "--like", "gone", "--output_dir", "x")
 
 

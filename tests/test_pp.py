@@ -14,7 +14,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trace_bench import engine
+from trace_bench import cli, engine
 from trace_bench.engine import models
 from trace_bench.run import Run, read_json
 from trainers.pp import PPConfig, PPTrainer
@@ -176,6 +176,18 @@ def test_likelihoods_are_those_behind_the_prompt(lively):
         logits = by_hand(model, models.soft_prompt(adapter), ids)[:-1].log_softmax(-1)
         expected = logits.gather(1, torch.tensor(ids[1:])[:, None])[-n:].sum()
         assert found == pytest.approx(float(expected), rel=1e-5) and found != pytest.approx(without, rel=1e-2)
+
+
+def test_a_soft_prompt_from_elsewhere_takes_its_part_of_the_context(lively, tmp_path):
+    words = ["evaluate", str(tmp_path / "run"), "--model", str(lively[0]), "--checkpoint", f"pt={lively[1]}"]
+    words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", "--backend", "hf"]
+    words += ["--max-prompt-length", "96", "--max-new-tokens", "4", "--engine-args"]
+    with pytest.raises(
+        SystemExit, match=r"96 tokens of a prompt and 4 of an answer, behind 6 of a soft prompt, do not"
+    ):
+        cli.main([*words, '{"max_length": 105}'])
+    cli.main([*words, '{"max_length": 106}'])
+    assert len(Run.open(tmp_path / "run").stages) == 2
 
 
 def test_only_prompt_tuning_adapters_are_soft_prompts(checkpoints, lively):

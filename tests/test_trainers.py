@@ -13,7 +13,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import command_line, train
+from peft.tuners.lora.dora import DoraLinearLayer
 from test_methods import LINEAR, same, weights
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import ModelConfig, SFTTrainer, TrlParser
 
@@ -94,6 +96,7 @@ def test_evaluated_checkpoints_are_dropped_once_measured(options, monkeypatch):
         ({"loss_weights": "answers"}, "loss_weights='answers' is not allowed: use rows or tokens"),
         ({"loss_type": "dft"}, "set loss_weights: tokens, or loss_type: nll"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is a loss by tokens"),
+        ({"auto_find_batch_size": True}, "Give a smaller per_device_train_batch_size"),
         ({"max_prompt_length": 1021}, "context of 1024: use a max_prompt_length of at most 1020"),
     ],
 )
@@ -115,12 +118,27 @@ def test_a_method_that_changes_a_default_keeps_its_limits():
         base.option(5, "Rows.", lowest=1)
 
 
-def test_a_base_model_into_which_no_adapter_can_be_merged_is_refused(options, tmp_path):
-    gptq = shutil.copytree(options["model_name_or_path"], tmp_path / "gptq")
-    quantised = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    write_json(gptq / "config.json", read_json(gptq / "config.json") | quantised)
-    with pytest.raises(ConfigError, match="quantised with gptq"):
-        train({**options, "model_name_or_path": str(gptq)})
+@pytest.mark.parametrize("quantised", ["gptq", "bitsandbytes"])
+def test_a_base_model_whose_weights_are_packed_is_refused(options, tmp_path, quantised):
+    packed = shutil.copytree(options["model_name_or_path"], tmp_path / "packed")
+    settings = {"quantization_config": {"quant_method": quantised, "load_in_4bit": True, "bits": 4}}
+    write_json(packed / "config.json", read_json(packed / "config.json") | settings)
+    with pytest.raises(ConfigError, match=f"quantised with {quantised}"):
+        train({**options, "model_name_or_path": str(packed)})
+
+
+def test_rows_longer_than_a_table_of_positions_are_refused_before_the_first_stage(options, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(options["model_name_or_path"])
+    shape = {"n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": len(tokenizer)}
+    GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    tasks = ["trace_fomc", "trace_py150"]  # letters, and code of some hundred characters, each a token
+    options |= {"model_name_or_path": str(tmp_path / "gpt2"), "tasks": tasks, "max_new_tokens": 4}
+    options |= {"max_prompt_length": 120, "lora_target_modules": ["c_attn"]}
+    with pytest.raises(ConfigError, match=r"row of trace_py150 has \d+ tokens, .* max_answer_length of at most 8,"):
+        train({**options, "max_answer_length": 64})
+    assert not Path(options["output_dir"]).exists()
+    assert train({**options, "max_answer_length": 8, "max_steps": 1}).stages[-1].is_trained
 
 
 def test_all_parameters_in_bf16_are_warned_about(options, caplog):
@@ -290,6 +308,31 @@ def test_frozen_weights_kept_in_bf16_give_the_same_bits_as_autocast_alone(option
     assert CLConfig(output_dir="x").bf16, "TRL's default"
     runs = [train({**options, "output_dir": str(tmp_path / t.__name__)}, t) for t in (CLTrainer, Autocast)]
     assert same(*(weights(run, 1) for run in runs))
+
+
+def test_dora_takes_its_norms_in_float32_as_the_evaluation_does(options, monkeypatch):
+    found, norm = [], DoraLinearLayer.get_weight_norm
+
+    def get_weight_norm(self, *args, **kwargs):
+        found.append(norm(self, *args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(DoraLinearLayer, "get_weight_norm", get_weight_norm)
+    train({**options, "use_dora": True, "tasks": ["trace_fomc"], "max_steps": 1, "lora_target_modules": LINEAR})
+    assert len(found) > 2 * len(LINEAR) and {values.dtype for values in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage_3", [False, True])
+def test_adapters_have_one_type_with_their_base_under_zero3_in_every_stage(options, stage_3, trained, monkeypatch):
+    config, model_args = CLConfig(**{k: v for k, v in options.items() if k in CLConfig.__dataclass_fields__}), None
+    model_args = ModelConfig(model_name_or_path=options["model_name_or_path"], use_peft=True, dtype="bfloat16")
+    trainer = SimpleNamespace(config=config, model_args=model_args)
+    trainer.load_model = lambda checkpoint: CLTrainer.load_model(trainer, checkpoint)
+    config.deepspeed_plugin, config.bf16 = SimpleNamespace(zero_stage=3 if stage_3 else 2), False
+    for checkpoint in (None, Run.open(trained).stages[1].checkpoint):
+        model = CLTrainer.trainable_model(trainer, checkpoint)
+        kinds = {p.dtype for name, p in model.named_parameters() if "lora_" in name}
+        assert kinds == {torch.bfloat16 if stage_3 else torch.float32}
 
 
 def test_batches_of_similar_length_in_an_order_of_their_own_each_epoch():

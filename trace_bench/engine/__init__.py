@@ -7,6 +7,7 @@ decoded greedily, or there is an error.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any
 from trace_bench.engine import models
 from trace_bench.engine.start import has_gpu, importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
+from trace_tasks.errors import brief
+
+log = logging.getLogger(__name__)
 
 __all__ = ["SPEED_ONLY_ARGS", "EngineError", "SwapLM", "importing", "open_engine", "prepare_vllm", "starting_vllm"]
 
@@ -94,13 +98,18 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
             "cannot be swapped. Use tensor_parallel_size, or evaluate several stages at once, each on a GPU of its own "
             "(CUDA_VISIBLE_DEVICES=1 trace-bench evaluate RUN --stages 1)."
         )
+    if "speculative_config" in args and not has_gpu():
+        raise EngineError(
+            "speculative_config: without a GPU vLLM gives no probabilities of tokens with it, which likelihoods and "
+            "suites need. Leave it out."
+        )
     if any(models.soft_prompt(path) is not None for path in checkpoints):
         args.setdefault("enable_prompt_embeds", True)
     with importing():
         prepare_vllm(args)
         from trace_bench.engine.vllm import FORCING, SwapVLLM
 
-    if forced and not has_gpu() and "speculative_config" not in args:
+    if forced and not has_gpu():
         # A request for each token costs little on a GPU, whose newer engine takes no such class.
         args.setdefault("logits_processors", [FORCING])
 
@@ -109,8 +118,17 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         args.setdefault("block_size", 32)
     # "auto" would take Mistral's own tokenizer for its models, and training does not use that one.
     args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", **args}
+    with_lora = dict(args)
+    adapters = lora_args(with_lora, checkpoints)
+    try:
+        with starting_vllm():
+            return SwapVLLM(adapters=adapters, pretrained=base, **with_lora)
+    except (EngineError, ValueError) as e:
+        if not adapters or "enable_lora" in args:
+            raise
+        log.warning("vLLM does not start with LoRA, which it lacks for some models; adapters are merged: %s", brief(e))
     with starting_vllm():
-        return SwapVLLM(adapters=lora_args(args, checkpoints), pretrained=base, **args)
+        return SwapVLLM(pretrained=base, **args, enable_lora=False)
 
 
 def _open_hf(base: str, args: dict[str, Any]) -> Any:

@@ -46,12 +46,12 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
     """
 
     def __init__(self, adapters: Sequence[Path] = (), **kwargs: Any) -> None:
-        self.adapters = {path: LoRARequest(path.name, n, str(path)) for n, path in enumerate(adapters, 1)}
+        self.adapters = {path: _request(path, n) for n, path in enumerate(adapters, 1)}
         self.adapter: LoRARequest | None = None
         self._later: list[LoRARequest] = []
         self._known: dict[tuple[int | None, Wanted], list[int]] = {}
-        #: The log-likelihoods of reference answers that the generated ones told.
-        self._told: dict[tuple[int | None, Example], float] = {}
+        #: The log-probabilities of the first tokens of reference answers that the generated ones told.
+        self._told: dict[tuple[int | None, Example], list[float]] = {}
         #: Whether weights can be swapped; None = not known before the first swap.
         self.swaps: bool | None = None
         super().__init__(worker_extension_cls="trace_bench.engine.worker.SwapWorker", **kwargs)
@@ -185,7 +185,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             self._restart(self.base)
         # Under new numbers: vLLM would go on with the weights that an old one stands for.
         last = max((adapter.lora_int_id for adapter in self.adapters.values()), default=0)
-        self.adapters |= {path: LoRARequest(path.name, n, str(path)) for n, path in enumerate(adapters, last + 1)}
+        self.adapters |= {path: _request(path, n) for n, path in enumerate(adapters, last + 1)}
 
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
         """See `SwapLM`."""
@@ -220,8 +220,9 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             for (adapter, want), output in zip(jobs, outputs, strict=True):
                 ids = list(output.outputs[0].token_ids)
                 self._known[_number(adapter), want] = ids
-                if (nats := _told(want.reference, output.outputs[0])) is not None:
-                    self._told[_number(adapter), (want.ids, want.reference)] = nats
+                if want.reference:
+                    example = want.ids, want.reference
+                    self._told[_number(adapter), example] = _told(want.reference, output.outputs[0])
                 if want.rated and adapter is self.adapter:
                     logprobs = [
                         known[token].logprob for token, known in zip(ids, output.outputs[0].logprobs, strict=True)
@@ -234,7 +235,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
     def _params(self, want: Wanted) -> Any:
         stops = list(want.stops) if not self.think_end_token else []
-        asked = sorted(set(want.reference))
+        asked = list(dict.fromkeys(want.reference))[:MAX_LOGPROB_TOKEN_IDS]
         return SamplingParams(
             **{"temperature": 0, **dict(want.sampling)},
             max_tokens=want.most,
@@ -245,7 +246,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             detokenize=bool(stops),
             skip_special_tokens=True,
             logprobs=0 if want.rated else None,  # of the generated token alone
-            logprob_token_ids=asked if 0 < len(asked) <= MAX_LOGPROB_TOKEN_IDS else None,
+            logprob_token_ids=sorted(asked) or None,
         )
 
     def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -275,20 +276,20 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
-        told = {i: self._told.get((_number(self.adapter), example)) for i, example in enumerate(examples)}
-        found = {i: nats for i, nats in told.items() if nats is not None}
-        rest = [i for i in told if i not in found]
-        found |= zip(rest, self._read_all([examples[i] for i in rest]) if rest else (), strict=True)
-        return [found[i] for i in range(len(examples))]
-
-    def _read_all(self, examples: list[Example]) -> list[float]:
-        if self.adapters or self.soft_prompt is not None:  # vLLM gives no probabilities of prompts with them
-            paths = [[((*prompt, *answer[:n]), token) for n, token in enumerate(answer)] for prompt, answer in examples]
-            logprobs = self._next_logprobs([step for path in paths for step in path])
-            return [sum(logprobs[ids][token] for ids, token in path) for path in paths]
-        # Most prompts are in the cache, since they were just answered: the shortest ones last.
-        order = sorted(range(len(examples)), key=lambda i: (len(examples[i][0]), examples[i]))
+        told = [self._told.get((_number(self.adapter), example), []) for example in examples]
         found: dict[int, float] = {}
+        # Token by token, what was not told: vLLM gives no probabilities of prompts with adapters and soft prompts, and
+        # a single token costs less so than a pass that gives probabilities of the end of the prompt too.
+        apart = self.adapters or self.soft_prompt is not None
+        paths = {
+            i: [((*prompt, *answer[:n]), answer[n]) for n in range(len(told[i]), len(answer))]
+            for i, (prompt, answer) in enumerate(examples)
+            if apart or len(answer) - len(told[i]) <= 1
+        }
+        logprobs = self._next_logprobs([step for path in paths.values() for step in path])
+        found = {i: sum(told[i]) + sum(logprobs[ids][token] for ids, token in path) for i, path in paths.items()}
+        # Most prompts are in the cache, since they were just answered: the shortest ones last.
+        order = sorted(set(range(len(examples))) - set(found), key=lambda i: (len(examples[i][0]), examples[i]))
         for cached in (True, False):
             order = [i for i in order if i not in found]
             read = self._read([examples[i] for i in order], cached) if order else []
@@ -409,21 +410,24 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return outputs
 
 
+def _request(path: Path, n: int) -> LoRARequest:
+    """An adapter under a name of its own: vLLM tells those of a batch apart by it, and all stages' folders have one."""
+    return LoRARequest(f"{n}_{path.name}", n, str(path))
+
+
 def _number(adapter: LoRARequest | None) -> int | None:
     return None if adapter is None else adapter.lora_int_id
 
 
-def _told(reference: tuple[int, ...], output: Any) -> float | None:
-    """The log-likelihood of a reference answer, where the generated one has all of its tokens but the last."""
-    most = len(reference)
-    if not output.logprobs or not 0 < most <= len(output.logprobs):
-        return None
-    if tuple(output.token_ids[: most - 1]) != reference[:-1]:
-        return None
-    steps = output.logprobs[:most]
-    if any(token not in step for token, step in zip(reference, steps, strict=True)):
-        return None  # too many different tokens to ask for all
-    return sum(step[token].logprob for token, step in zip(reference, steps, strict=True))
+def _told(reference: tuple[int, ...], output: Any) -> list[float]:
+    """The log-probabilities of a reference answer's first tokens, as far as the generated one is the same."""
+    told: list[float] = []
+    steps = output.logprobs or ()
+    for n, (token, step) in enumerate(zip(reference, steps, strict=False)):
+        if token not in step or tuple(output.token_ids[:n]) != reference[:n]:
+            break
+        told.append(step[token].logprob)
+    return told
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:

@@ -10,7 +10,6 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-from trace_bench.evaluate import distance
 from trace_bench.evaluate.devices import evaluate_on, find_devices
 from trace_bench.evaluate.external import drop, external_run, measured_run
 from trace_bench.evaluate.filling import fill
@@ -50,7 +49,7 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
             changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
-    wanted = run.indices(stages) | distance.base_stage(run, asked.get("extra"))
+    wanted = run.indices(stages)
     chosen = [stage for stage in run.stages if stage.index in wanted]
     for stage in chosen:
         if not stage.is_trained:

@@ -88,14 +88,15 @@ def external_run(
     asked = Run(Path(path), {**manifest, "checkpoints": now, **renamed})
     new = [stage for name, stage in zip(now, asked.stages[1:], strict=True) if name in given]
     check_checkpoints(asked, new, settings["backend"], trusted)
-    if there:  # the run as it is has to be what is asked for, but for what is added or replaced
+    measured = "checkpoints" in began  # be it of the base model alone
+    if measured:  # the run as it is has to be what is asked for, but for what is added or replaced
         manifest |= {key: began[key] for key in ("checkpoints", "folders", "renamed_base") if key in began}
     else:
         manifest |= {"checkpoints": given} | renamed
         if file.exists() and "checkpoints" in Run.open(path).manifest:
             file.unlink()
     run = Run.create(path, manifest)
-    if there and (now != there or renamed.keys() - began.keys()):
+    if measured and (now != there or renamed.keys() - began.keys()):
         for name in given.keys() & there.keys():
             if given[name] != there[name]:
                 log.warning(

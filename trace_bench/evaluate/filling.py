@@ -41,6 +41,8 @@ def fill(
     refuse_answers_only(run)
     refuse_links(run.path, *WRITTEN)
     chosen = list(chosen)
+    if distance.base_stage(run, asked.get("extra")) and run.stages[0] not in chosen:
+        chosen.insert(0, run.stages[0])
 
     def planned(stages: list[Stage]) -> Plan:
         return make_plan(run, stages, data_path=data_path, **asked)

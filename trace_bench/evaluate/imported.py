@@ -124,6 +124,12 @@ def _rows_of(stages: Stages, tasks: Sequence[str], source: str | None) -> Iterat
         return
     if reasoning := sorted(set(tasks) & data.REASONING.keys()):
         raise DataError(f"{', '.join(reasoning)}: their rows are needed. Set TRACE_DATA, and TRACE_REASONING.")
+    there = {name for found in stages.values() for name in found}
+    if lacking := sorted((set(tasks) & data.FOLDERS.keys()) - there):
+        raise DataError(
+            f"{', '.join(lacking)}: there are no predictions, so the rows are needed. Set TRACE_DATA, or leave the "
+            "task out of --tasks."
+        )
     with TemporaryDirectory() as folder:
         for name in set(tasks) & data.FOLDERS.keys():
             longest = max((found[name] for found in stages.values() if name in found), key=lambda p: len(p.rows))

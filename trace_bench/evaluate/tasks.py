@@ -92,12 +92,15 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None) -> None:
                         f"{name} compares likelihoods, which vLLM does not give behind the soft prompt of "
                         f"{stage.name}. Leave the suite out, or evaluate the whole run with --backend hf."
                     )
+    soft = {stage.name: models.soft_prompt(stage.external) for stage in plan.stages if stage.external}
+    taken = max((len(prompt) for prompt in soft.values() if prompt is not None), default=0)
     for name in plan.missing:
         if name in tasks.single and context is not None:
             prompt, answer = plan.settings[name]["max_prompt_length"] or 1, answer_tokens(tasks.single[name])
-            if prompt + answer > context:
+            if prompt + answer + taken > context:
+                more = f", behind {taken} of a soft prompt," if taken else ""
                 raise RunError(
-                    f"{name}: {prompt} tokens of a prompt and {answer} of an answer do not fit into the engine's "
+                    f"{name}: {prompt} tokens of a prompt and {answer} of an answer{more} do not fit into the engine's "
                     f"context of {context}, so prompts would be cut to other lengths than the run says. {wider} begin "
                     "with a smaller max_prompt_length or max_new_tokens."
                 )

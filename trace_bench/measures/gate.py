@@ -38,12 +38,13 @@ def verdicts(
     rows of 0/1 scores, at most 5 % of checks call one worse. It may be more of other scores with few rows, of which a
     few gain much and most lose little: no interval shows what the sample lacks.
 
-    `UNKNOWN`: neither, or there is no interval (NaN).
+    `UNKNOWN`: neither, or there is no interval (NaN), or one without a width: of scores without bounds, rows that all
+    have the same drop say nothing of others.
     """
     certain = holm([p_worse(*each) for each in zip(drops, limits, rows, strict=True)], weights)
     found = []
     for drop, limit, sure in zip(drops, limits, certain, strict=True):
-        if drop.high <= limit:
+        if drop.low < drop.high <= limit:
             found.append(WITHIN)
         else:
             found.append(WORSE if sure and drop.low > limit else UNKNOWN)

@@ -14,7 +14,7 @@ from trace_bench.metrics import Estimate
 from trace_bench.report.differences import final_gains, task_difference
 from trace_bench.report.results import Change, Results, headline
 from trace_bench.report.tables import PERCENT, Unit, shared_unit
-from trace_bench.run import RunError
+from trace_bench.run import Run, RunError
 from trace_tasks.data import GROUPS, SUITES
 
 
@@ -71,7 +71,7 @@ def of_tasks(results: Results) -> list[Group]:
     elif run.tasks and not results.has_mean:
         which = run.manifest["config"].get("cells", "seen")
         since = {}
-        for stage in (run.stages[0], run.stages[-2]):
+        for stage in run.stages[:-1][:1] + run.stages[:-1][-1:]:
             both = set(run.seen_tasks(stage, which)) & set(run.seen_tasks(last, which))
             name = stage.name if stage.index else "the base model"
             since[name] = {task: stage.index for task in run.tasks if task in both}
@@ -80,6 +80,11 @@ def of_tasks(results: Results) -> list[Group]:
             f"--max-forgetting: {run.path} ({run.manifest['method']}) has no stages of several tasks, one after the "
             "other, so that nothing can be forgotten within it. Check it --against another run, or give "
             "--max-general-drop alone."
+        )
+    if not since:
+        raise RunError(
+            f"{run.path} has no checkpoint, so nothing can be forgotten. Add one: "
+            f"trace-bench evaluate {run.path} --checkpoint NAME=FOLDER"
         )
     _require(
         results, [cell for c in since.values() for task, i in c.items() for cell in ((i, task), (last.index, task))]
@@ -109,8 +114,8 @@ def of_suites(results: Results) -> Group:
     if missing or not there:
         raise RunError(
             f"--max-general-drop: {run.path} has no score of {', '.join(missing) or 'any general suite'} at "
-            f"{last.name if missing else 'the base model'}. Measure it: trace-bench evaluate {run.path} --general "
-            f"{' '.join(there) or 'general'}"
+            f"{last.name if missing else 'the base model'}. "
+            + _measure(run, f"trace-bench evaluate {run.path} --general {' '.join(there) or 'general'}")
         )
     parts = []
     for suite in there if last.index else []:
@@ -131,7 +136,16 @@ def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
     if missing := dict.fromkeys(cell for cell in cells if cell not in results.cells):
         listed = ", ".join(f"{task} at {run.stages[i].name}" for i, task in missing)
         more = " --cells seen" if run.manifest["config"].get("cells") == "own" else ""
-        raise RunError(f"{run.path} has no score of {listed}. Measure it: trace-bench evaluate {run.path}{more}")
+        raise RunError(
+            f"{run.path} has no score of {listed}. {_measure(run, f'trace-bench evaluate {run.path}{more}')}"
+        )
+
+
+def _measure(run: Run, command: str) -> str:
+    """How a missing score is made."""
+    if run.manifest.get("answers_only"):
+        return "It was made elsewhere: import it with the others, or measure it with the callback that made them."
+    return f"Measure it: {command}"
 
 
 # ------------------------------------------------------------------------------------------------ against another run
@@ -171,7 +185,8 @@ def of_suites_against(one: Results, two: Results) -> Group:
         if not suites:
             raise RunError(
                 f"--max-general-drop: {results.run.path} has no score of any general suite at "
-                f"{results.run.stages[-1].name}. Measure it: trace-bench evaluate {results.run.path} --general general"
+                f"{results.run.stages[-1].name}. "
+                + _measure(results.run, f"trace-bench evaluate {results.run.path} --general general")
             )
     if there[0] != there[1]:
         _refuse(one, two, [f"  general suites: {', '.join(there[0])} -> {', '.join(there[1])}"])

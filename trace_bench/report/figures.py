@@ -212,7 +212,7 @@ def _judged(results: Results) -> tuple[Figure, str] | None:
     kinds = {}
     for kind in judgements.KINDS:
         counts = {stage.index: judgements.pooled(results.judged[kind.name], stage) for stage in results.run.stages}
-        scored = {i: c for i, c in counts.items() if c and c["n"] > c["unscored"]}
+        scored = {i: c for i, c in counts.items() if c and c["win"] + c["tie"] + c["lose"]}
         if scored:
             kinds[kind.title] = scored
     if not kinds:
@@ -220,7 +220,7 @@ def _judged(results: Results) -> tuple[Figure, str] | None:
     figure, axes = axes_of(3.0, 1, len(kinds), left=0.5)
     for panel, (title, scored) in zip(axes, kinds.items(), strict=True):
         x = np.array(list(scored))
-        totals = np.array([c["n"] - c["unscored"] for c in scored.values()])
+        totals = np.array([c["win"] + c["tie"] + c["lose"] for c in scored.values()])
         bottom = np.zeros(len(x))
         for part, colour in (("win", BLUE), ("tie", GREY), ("lose", ORANGE)):
             height = 100 * np.array([c[part] for c in scored.values()]) / totals

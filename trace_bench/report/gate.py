@@ -69,6 +69,8 @@ class Line:
             return ""
         if math.isnan(self.held.drop.low):
             return " (no interval: the samples of its rows are not there, or do not give its score)"
+        if self.held.drop.low == self.held.drop.high:
+            return f" (all {self.held.part.rows:,} rows have the same drop, which says nothing of others)"
         if self.rows_needed is None:
             return f" (needs more than {MOST_ROWS:,} rows; there are {self.held.part.rows:,})"
         return f" (needs about {self.rows_needed:,} rows; there are {self.held.part.rows:,})"

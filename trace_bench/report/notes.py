@@ -206,7 +206,7 @@ def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
 def _intervals(entries: Sequence[Entry]) -> Iterable[str]:
     if any(not math.isnan(score.low) for e in entries for score in e.scores.values()):
         yield (
-            "In brackets 95 % intervals over test rows: what other test rows would give, not another training seed. "
+            "In brackets 95 % intervals over test rows: where the score on all such rows lies, for these trainings. "
             "Differences are paired where both runs have the same test rows and, of tasks, the same settings; "
             "elsewhere they have no interval."
         )
@@ -223,9 +223,9 @@ def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries
         runs = {group.name: _ticks(e.name for e in group.entries) for group in groups}
         listed = "; ".join(f"`{name}` ({names})" if len(groups) > 1 else names for name, names in runs.items())
         yield (
-            f"The seeds are those of {listed}, which differ in nothing else. Their interval (Student's t) is what "
-            "another training would give, on the same test rows. Where all seeds gave the same number the variance "
-            "cannot be estimated: a dash."
+            f"The seeds are those of {listed}, which differ in nothing else. Their interval (Student's t) is where "
+            "the mean of all seeds lies, on the same test rows; another training alone may lie outside of it. Where "
+            "all seeds gave the same number the variance cannot be estimated: a dash."
         )
     if seeds:
         kinds = {True: "paired by seed", False: "Welch's, since the seeds differ"}

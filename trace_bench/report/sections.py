@@ -47,7 +47,7 @@ DEMO = (
     "and forgetting;\n> they cannot be compared with TRACE."
 )
 INTERVALS = (
-    "In brackets 95 % intervals: what other test rows of the same kind would give, each row taken with its answers at "
+    "In brackets 95 % intervals: where the score on all rows of the same kind lies, each row taken with its answers at "
     "all stages. What another training seed would change is not in them."
 )
 #: What a manifest's "trains" means.

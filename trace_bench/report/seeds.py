@@ -153,7 +153,7 @@ def mean_and_deviation(values: Sequence[float], write: Callable[[float], str], c
 
 
 def interval_over_seeds(values: Sequence[float], write: Callable[[float], str]) -> str:
-    """What another training would give."""
+    """Where the mean of all seeds lies."""
     low, high = metrics.seed_interval(values)
     # Where both ends are written alike the seeds differ too little to say how much another one would.
     return DASH if math.isnan(low) or write(low) == write(high) else f"[{write(low)}, {write(high)}]"

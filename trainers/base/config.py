@@ -262,6 +262,11 @@ class CLConfig(SFTConfig):
             )
         if self.save_strategy != "no" and self.save_only_model:
             raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
+        if self.auto_find_batch_size:
+            raise ConfigError(
+                "auto_find_batch_size=true begins a stage again with the weights that it has half trained, and another "
+                "batch. Give a smaller per_device_train_batch_size and as much more gradient_accumulation_steps."
+            )
         if self.chat_template_args and not (self.chat_template or self.judged or self.distance):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         if self.loss_weights == "rows":

@@ -26,6 +26,7 @@ from trace_bench.engine import models
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.errors import brief
 from trace_tasks.limits import limited
+from trace_tasks.tokens import Chat, example_ids
 from trainers.base.config import ENGINE_CONTEXT, CLConfig, ConfigError
 from trainers.base.trainer import CLTrainer
 
@@ -202,10 +203,10 @@ def _check_weights(model: Any, model_args: ModelConfig) -> None:
             model_args.dtype,
         )
     method = (model.to_dict().get("quantization_config") or {}).get("quant_method")
-    if model_args.use_peft and method in ("gptq", "awq", "aqlm", "eetq"):
+    if method:
         raise ConfigError(
-            f"{model_args.model_name_or_path} is quantised with {method}, into which PEFT cannot merge an adapter, as "
-            "evaluation does. Take the model in bf16."
+            f"{model_args.model_name_or_path} is quantised with {method}: its weights cannot be trained, nor can what "
+            "is trained beside them be merged into them as it was. Take the model in bf16."
         )
 
 
@@ -239,6 +240,27 @@ def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
                 f"max_prompt_length={config.max_prompt_length} and {answer} tokens of an answer of {name} are more "
                 f"than the model's context of {context}: use a max_prompt_length of at most {context - answer}, or "
                 "lower max_new_tokens."
+            )
+
+
+def check_rows(
+    config: CLConfig, model_args: ModelConfig, tokenizer: Any, rows: dict[str, list[tuple[str, str]]], chat: Chat | None
+) -> None:
+    """Refuses training rows that are longer than a table of positions. Rotary positions have none."""
+    base = str(model_args.model_name_or_path)
+    model = causal_config(base, model_args, config.trust_remote_code)
+    settings = model.get_text_config(decoder=True).to_dict()
+    context, limits = context_length(settings), (config.max_prompt_length, config.max_answer_length)
+    if context is None or "rope_parameters" in settings or sum(limits) + config.virtual_tokens <= context:
+        return
+    for name, pairs in rows.items():
+        prompts, answers = zip(*pairs, strict=True)
+        made = example_ids(tokenizer, prompts, answers, *limits, chat)
+        longest = max(len(row["input_ids"]) for row in made) + config.virtual_tokens
+        if longest > context:
+            raise ConfigError(
+                f"A training row of {name} has {longest} tokens, and {base} reads {context}: use a max_answer_length "
+                f"of at most {context - limits[0] - config.virtual_tokens}, or a lower max_prompt_length."
             )
 
 

@@ -146,7 +146,8 @@ def _check_sources(run: Run, rows: int) -> None:
 def _train_and_measure(run: Run, start: Stage, folder: Path, rows: int, steps: int, cell: dict[str, Any]) -> None:
     config, model_args = parse(CLConfig, ["--like", str(run.path), "--output_dir", str(folder)], "relearn")
     config.tasks, config.epochs, config.cells, config.general, config.judged = run.tasks[:-1], None, "own", [], []
-    config.train_rows, config.max_steps, config.replay_ratio, config.replay_choice = rows, steps, None, None
+    config.train_rows, config.max_steps = rows, steps
+    config.gradient_accumulation_steps *= run.manifest.get("processes", 1)
     # So few steps are all taken at the run's learning rate.
     config.lr_scheduler_type, config.warmup_steps = "constant", 0
     # Measured as the run was, whatever its configuration says of the engine.

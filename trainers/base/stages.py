@@ -81,7 +81,7 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]
     if "--like" in argv[:-1]:
         i = argv.index("--like")
-        like = _as_in(Run.open(argv[i + 1]), known)
+        like = _as_in(Run.open(argv[i + 1]), known, config, method)
         argv[i : i + 2] = [*like, *tuned]
     else:
         argv = [*tuned, *argv]
@@ -99,10 +99,17 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     return parsed
 
 
-def _as_in(run: Run, known: Collection[str]) -> list[str]:
-    """The options of a run as words of a command line, for another method: those that this one has, too."""
+def _as_in(run: Run, known: Collection[str], config: type[CLConfig], method: str) -> list[str]:
+    """The options of a run as words of a command line, for another method: those that this one has, too.
+
+    How much is replayed is a method's own matter, unless the other one is made for replaying as well.
+    """
     record = run.manifest["data"]
     settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
+    if run.manifest["method"] != method and config.replay_ratio is None:
+        settings.pop("replay_choice", None)
+        if (ratio := settings.pop("replay_ratio", None)) and os.environ.get("RANK", "0") == "0":
+            print(f"{method} without the replay_ratio {ratio} of {run.path}, which its option would set", flush=True)
     given = {name: value for name, value in settings.items() if name in known and value != []}
     return [word for name, value in given.items() for word in option_words(name, value)]
 
@@ -146,7 +153,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     model_args = _pinned(model_args, base, manifest["model"]["revision"])
     tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
     preflight.check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
-    rows = _make_rows(config, tasks, tokenizer)
+    rows = _make_rows(config, model_args, tasks, tokenizer)
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
         with state.main_process_first():
@@ -214,7 +221,9 @@ def _pinned(model_args: ModelConfig, base: str, revision: str) -> ModelConfig:
     return model_args
 
 
-def _make_rows(config: CLConfig, tasks: dict[str, Any], tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
+def _make_rows(
+    config: CLConfig, model_args: ModelConfig, tasks: dict[str, Any], tokenizer: Any
+) -> dict[str, list[tuple[str, str]]]:
     """The training rows of all tasks, before the first one is trained: a bad one of the last task would cost days."""
     chat = None
     if config.chat_template:
@@ -222,6 +231,7 @@ def _make_rows(config: CLConfig, tasks: dict[str, Any], tokenizer: Any) -> dict[
         chat = Chat(tokenizer, config.chat_template_args)
         check_room(chat, config.max_prompt_length)
     rows = {name: training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
+    preflight.check_rows(config, model_args, tokenizer, rows, chat)
     return rows if chat is None else {}  # a stage makes them with the date of the run, which may be an older one
 
 

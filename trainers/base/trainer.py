@@ -217,23 +217,23 @@ class CLTrainer(CheckpointTrainer):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         base = self.load_model(None)
+        # As TRL does for ZeRO-3, which wants parameters of one type.
+        plugin = self.config.deepspeed_plugin
+        one_type = plugin is not None and plugin.zero_stage == 3
         model: Any
         if checkpoint is not None:
             models.refuse_pickle(checkpoint)
-            model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+            model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True, autocast_adapter_dtype=not one_type)
         else:
             peft_config = get_peft_config(self.model_args)
             assert peft_config is not None
-            # As TRL does for ZeRO-3, which wants parameters of one type.
-            plugin = self.config.deepspeed_plugin
-            one_type = plugin is not None and plugin.zero_stage == 3
             model = get_peft_model(base, peft_config, autocast_adapter_dtype=not one_type)
         if self.config.bf16:
             # PEFT brings each layer's input to the adapter's float32, and autocast brings it back to bf16 in the next
-            # operation: two copies of every activation that change no bit.
+            # operation: two copies of every activation that change no bit. DoRA takes its norms in the input's type.
             for module in model.modules():
                 if isinstance(module, BaseTunerLayer):
-                    module.cast_input_dtype_enabled = False  # type: ignore[attr-defined]
+                    module.cast_input_dtype_enabled = self.model_args.use_dora  # type: ignore[attr-defined]
             frozen_in_bf16(model)
         return model
 
@@ -307,5 +307,6 @@ def frozen_in_bf16(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
             for parameter in module.parameters():
-                if not parameter.requires_grad and parameter.numel():  # ZeRO-3 leaves empty ones
+                # ZeRO-3 leaves empty ones.
+                if not parameter.requires_grad and parameter.numel() and parameter.is_floating_point():
                     parameter.data = parameter.data.to(torch.bfloat16)

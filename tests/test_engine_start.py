@@ -1,0 +1,49 @@
+"""How vLLM is started, without vLLM."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import train
+
+from trace_bench import engine
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The arguments of each start; as on a GPU, with a model that has no LoRA in vLLM."""
+    starts = []
+
+    class Swap:
+        def __init__(self, **kwargs):
+            starts.append(kwargs)
+            if kwargs.get("enable_lora"):
+                raise ValueError("StableLm does not support LoRA yet.")
+
+    module = SimpleNamespace(FORCING="forcing", SwapVLLM=Swap)
+    monkeypatch.setitem(sys.modules, "trace_bench.engine.vllm", module)
+    monkeypatch.setattr(engine, "prepare_vllm", lambda args: None)
+    for where in (engine, engine.start):
+        monkeypatch.setattr(where, "has_gpu", lambda: True)
+    return starts
+
+
+def test_adapters_are_merged_where_vllm_has_no_lora_for_the_model(options, started, caplog):
+    adapter = train(options).stages[1].checkpoint
+    engine.open_engine("vllm", options["model_name_or_path"], checkpoints=[adapter])
+    first, second = started
+    assert first["adapters"] == [adapter] and first["max_lora_rank"] == 8
+    assert second["enable_lora"] is False and not {"adapters", "max_lora_rank", "max_loras"} & second.keys()
+    assert "adapters are merged: StableLm does not support LoRA yet" in caplog.text
+    with pytest.raises(ValueError, match="does not support LoRA"):  # as it was asked for
+        engine.open_engine(
+            "vllm", options["model_name_or_path"], engine_args={"enable_lora": True}, checkpoints=[adapter]
+        )
+
+
+def test_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options, started, monkeypatch):
+    monkeypatch.setattr(engine, "has_gpu", lambda: False)
+    arguments = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
+    with pytest.raises(engine.EngineError, match=r"without a GPU vLLM gives no probabilities.* Leave it out"):
+        engine.open_engine("vllm", options["model_name_or_path"], engine_args=arguments)
+    assert not started
