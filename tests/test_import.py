@@ -11,6 +11,7 @@ from trace_bench import evaluate
 from trace_bench.cli import main
 from trace_bench.evaluate import imported as imported_module
 from trace_bench.report.conditions import same_conditions
+from trace_bench.report.result_file import protocol
 from trace_bench.report.results import Results
 from trace_bench.run import Run, RunError, read_json, read_jsonl
 from trace_tasks import data
@@ -135,6 +136,16 @@ def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_dat
     file.write_text("\n".join([*lines[:3], json.dumps(asked), *lines[4:]]))
     with pytest.raises(SystemExit, match=r"other prompts than the rows' own"):
         imported(tmp_path, *words, name="chat")
+    for file in tmp_path.rglob("samples_*"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            row["arguments"]["gen_args_0"]["arg_0"] = "<chat>" + row["doc"]["prompt"]
+        file.write_text("\n".join(map(json.dumps, rows)))
+    one, two = (imported(tmp_path, *words[:k], "--model", "a/model", name=f"chat-{k}") for k in (2, 4))
+    assert one.manifest["config"]["prompts"] == "trace_fomc: not the rows' own"
+    assert not same_conditions(one, one), "what they are is not known"
+    facts = [protocol(Results(r)) for r in (one, two)]
+    assert facts[0] != facts[1] and facts[0]["chat template"] == facts[0]["decoding"] == "unknown"
 
 
 def test_a_round_without_files_is_a_stage_without_scores(tmp_path, folder, demo_data):

@@ -67,6 +67,30 @@ def test_one_table_a_protocol_the_best_first_and_what_differs_is_named(make, tmp
     assert not board.skipped
 
 
+def test_the_soft_bwt_is_in_nats(make, tmp_path):
+    content = reported(make(name="one"))
+    content["scores"]["soft BWT"] = {"value": -4.6245, "low": -4.9, "high": -4.3}
+    write_json(tmp_path / "board" / "one.json", content)
+    (group,) = leaderboard(tmp_path / "board").groups
+    table = group.table()
+    assert table.rows[0][table.header.index("soft BWT")].startswith("-4.62")
+    assert "in percent, soft BWT in nats per token, in brackets" in table.about
+
+
+def test_deltas_of_other_rows_or_judges_are_not_comparable(make, tmp_path):
+    content = reported(make_rich_run(make, name="one", n=8, tasks=TASKS))
+    assert content["delta_conditions"].keys() == {"general", "instruction", "safety"}
+    write_json(tmp_path / "board" / "one.json", content)
+    write_json(tmp_path / "board" / "two.json", content | {"run": "two"})
+    old = {key: value for key, value in content.items() if key != "delta_conditions"}
+    write_json(tmp_path / "board" / "older.json", old | {"run": "older"})
+    assert "Not comparable" not in leaderboard(tmp_path / "board").markdown()
+    other = content | {"run": "other", "delta_conditions": content["delta_conditions"] | {"safety": "another"}}
+    write_json(tmp_path / "board" / "other.json", other)
+    text = leaderboard(tmp_path / "board").markdown()
+    assert "**Not comparable** in safety: measured on other rows" in text and text.count("Not comparable") == 1
+
+
 def test_tasks_data_and_definitions_that_differ_are_named_by_task():
     one = {"data of the tasks": {"trace_fomc": "a", "trace_py150": "b"}, "tasks": "trace_fomc, trace_py150"}
     assert differing(one, one) == []
@@ -76,6 +100,7 @@ def test_tasks_data_and_definitions_that_differ_are_named_by_task():
     assert differing(one, {"data of the tasks": {"trace_fomc": "a"}, "tasks": "trace_fomc"}) == [
         "tasks (FOMC against FOMC, Py150)"
     ]
+    assert differing(one, one | {"data of the tasks": {}}) == ["data of the tasks (of one not on record)"]
 
 
 def test_files_of_other_names_count_and_foreign_or_damaged_ones_are_named_in_a_line(make, tmp_path, capsys):

@@ -213,7 +213,7 @@ Result = _object(
         ),
         "tasks!",
     ),
-    (Words, "packages made_with"),
+    (Words, "packages made_with delta_conditions"),
 )
 #: Test rows that are trained on, by their numbers
 _Leaked = _object((list[Count], "exact! near! other_variant!"), (dict[str, list[Count]], "other_tasks"))

@@ -26,6 +26,7 @@ def conditions(run: Run) -> dict[str, Any]:
         "data": m["data"]["fingerprint"],
         "task versions": m["task_versions"],
         "task definitions": m.get("task_definitions"),
+        "prompts": m["config"].get("prompts"),
         **{key: m["config"].get(key) or None for key in _MEASURED},  # false and not given are one
     }
 
@@ -37,7 +38,7 @@ def same_conditions(run: Run, other: Run) -> bool:
         one["max_prompt_length"] = two["max_prompt_length"]
     if None in (one["task definitions"], two["task definitions"]):  # older runs do not say them
         one["task definitions"] = two["task definitions"]
-    return one == two and one["base model"] != UNKNOWN_MODEL
+    return one == two and one["base model"] != UNKNOWN_MODEL and not one["prompts"]  # these say only what they are not
 
 
 def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,9 @@ from trace_bench import shapes
 from trace_bench.metrics import Estimate
 from trace_bench.report import html
 from trace_bench.report.entry import OF_TASKS, SCORES
+from trace_bench.report.likelihood import NATS
 from trace_bench.report.result_file import FILE, VERSION
+from trace_bench.report.results import DELTAS
 from trace_bench.report.tables import DASH, PERCENT, Table, Unit, count, csv_text, markdown, number, value_text
 from trace_bench.run import RunError
 from trace_bench.text import cell as csv_cell
@@ -33,6 +35,7 @@ from trace_tasks.errors import DataError
 #: What a run was trained with; what all runs of a table share is said above it.
 TEXTS = ("method", "trains", "train rows", "epochs", "seed")
 COSTS = {"training min": number, "trained tokens": count}
+SOFT = "soft BWT"
 #: Larger tables than of other pages, since a table is all that there is.
 MOST_CELLS = 100_000
 #: A result file has a few KB.
@@ -67,8 +70,9 @@ class Line:
     def estimates(self) -> dict[str, tuple[Estimate, Unit, bool]]:
         """Column of a score, another measure or a task -> its estimate, its unit, and whether it has a sign."""
         unit = _unit(self.content["unit"])
+        units = {**dict.fromkeys(OF_TASKS, unit), SOFT: NATS}
         found = {
-            name: (_estimate(score), unit if name in OF_TASKS else PERCENT, SCORES[name])
+            name: (_estimate(score), units.get(name, PERCENT), SCORES[name])
             for name, score in self.content["scores"].items()
             if name in SCORES
         }
@@ -110,14 +114,16 @@ class Group:
             costs = line.costs()
             rows.append([line.name, *cells, *(write(costs.get(key, math.nan)) for key, write in COSTS.items())])
         about = "in percent" if self.in_percent else "in percent or the unit of the task"
+        about += f", {SOFT} in {NATS.metric}" if SOFT in names else ""
         about += ", in brackets 95 % intervals over test rows"
         about += f" (in all: {', '.join(same)})" if same else ""
         return Table(["run", *texts, *names, *COSTS], rows, about=about).without_empty_columns()
 
     @property
     def in_percent(self) -> bool:
-        """Whether all scores are fractions of 1 of which more is better."""
-        return all(unit.is_percent for line in self.lines for _, unit, _ in line.estimates.values())
+        """Whether all scores but the soft BWT are fractions of 1 of which more is better."""
+        found = [unit for line in self.lines for name, (_, unit, _) in line.estimates.items() if name != SOFT]
+        return all(unit.is_percent for unit in found)
 
     def facts(self) -> str:
         """The protocol in a sentence."""
@@ -219,7 +225,9 @@ def differing(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping) and key.endswith("tasks"):
             names = [task_name(task) for task in dict.fromkeys([*a, *b]) if a.get(task) != b.get(task)]
-            if set(a) == set(b):  # else the tasks say it
+            if not a or not b:
+                found.append(f"{key} (of one not on record)")
+            elif set(a) == set(b):  # else the tasks say it
                 found.append(f"{key} ({', '.join(names)})")
         else:
             texts = [_tasks_text(str(v)) if key == "tasks" else _field_text(v) for v in (b, a)]
@@ -249,6 +257,10 @@ class Leaderboard:
                 head += (
                     f"\n\nScored by {len(scoring)} states of the scoring code, under the same versions of the tasks."
                 )
+            for name in DELTAS:
+                ways = [line.content.get("delta_conditions", {}).get(name) for line in group.lines]
+                if len({way for way in ways if way}) > 1:
+                    head += f"\n\n**Not comparable** in {name}: measured on other rows, or by other judges."
             yield head, group
 
     def markdown(self) -> str:

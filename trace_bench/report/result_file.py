@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trace_bench.metrics import Estimate
+from trace_bench.report.conditions import UNKNOWN_MODEL, delta_conditions
 from trace_bench.report.entry import SCORES, Entry
 from trace_bench.report.results import Results
 from trace_bench.report.tables import Unit
@@ -48,6 +49,9 @@ def result(results: Results) -> dict[str, Any]:
         "unit": _unit(results.unit) if results.unit else None,
         "scores": {name: _estimate(score) for name in SCORES if not math.isnan((score := entry.scores[name]).value)},
         "measures": {},
+        "delta_conditions": {
+            name: digest(_without_paths(shared)) for name, shared in delta_conditions(results).items() if shared
+        },
         "tasks": {task: _task(results, task) for task in run.tasks},
         "packages": dict(m["packages"]),
         "made_with": {
@@ -82,6 +86,13 @@ def protocol(results: Results) -> dict[str, Any]:
     config = m["config"]
     settings = [cell["settings"] for cell in results.cells_of(run.tasks).values()]
     engines = {digest(s.get("engine") or {}): s.get("engine") or {} for s in settings}
+    unknown: dict[str, Any] = {}
+    if m["method"] == "imported":
+        unknown = dict.fromkeys(("decoding", "answer limit", "prompt limit"), "unknown")
+        if prompts := config.get("prompts"):
+            unknown |= {"examples in the prompt": "unknown", "chat template": "unknown", "prompts": prompts}
+        if prompts or m["model"]["name"] == UNKNOWN_MODEL:  # two of them need not be one
+            unknown["predictions"] = digest(sorted(str(c["checkpoint"]) for c in results.cells_of(run.tasks).values()))
     return {
         "base model": m["model"]["name"],
         "revision": m["model"].get("revision"),
@@ -101,6 +112,7 @@ def protocol(results: Results) -> dict[str, Any]:
         "backend": ", ".join(sorted({s["backend"] for s in settings})),
         "engine": next(iter(engines.values())) if len(engines) == 1 else {"several": ", ".join(sorted(engines))},
         "bwt rule": "1/(T-1)",
+        **unknown,
     }
 
 
