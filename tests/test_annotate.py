@@ -404,8 +404,12 @@ def test_rows_are_different_prompts_that_are_not_tested(tmp_path, caplog):
         assert numbers(tmp_path / "out")["left_out"] == {"repeated": 1, "test prompt": 1, "unreadable answer": 1}
         assert not (tmp_path / "out/C-STANCE").exists(), "the tasks are those that the data has"
         command(server, tmp_path / "none", *argv[:2], "--rows", "1")
-    assert not (tmp_path / "none/FOMC").exists() and "no path was accepted" in caplog.text
-    assert numbers(tmp_path / "none")["characters"] is None
+        assert not (tmp_path / "none/FOMC").exists() and "no path was accepted" in caplog.text
+        assert numbers(tmp_path / "none")["characters"] is None
+        write_fomc(tmp_path / "none", rows)  # as another teacher left it, whose record is deleted to annotate again
+        (tmp_path / "none/annotation.json").unlink()
+        command(server, tmp_path / "none", *argv[:2], "--rows", "1")
+        assert not (tmp_path / "none/FOMC").exists(), "else it would be trained as this teacher's"
 
 
 def test_the_review_sheet_is_safe_for_spread_sheets(tmp_path):

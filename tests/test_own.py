@@ -1,9 +1,11 @@
 """Methods, configs and tasks of one's own: found by name, path or module, and tried before anything is trained."""
 
+import csv
 import json
 import os
 import shlex
 
+import pandas
 import pytest
 import yaml
 from conftest import command_line, quick_options
@@ -167,6 +169,7 @@ def test_an_unknown_option_in_a_file_is_named_with_its_neighbour(here):
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
+DATE = "2024-01-01T10:00:00"
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "1+1?"},
@@ -216,16 +219,72 @@ def test_what_cannot_become_a_task_is_left_as_it_was(here):
     turned = {"messages": CHAT[:2]}
     with pytest.raises(DataError, match=r"row 0: the last of several messages has to be the assistant's"):
         make_task(write_rows(here / "turned.jsonl", turned))
+    (here / "bare.jsonl").write_text('{"prompt": null, "answer": "2"}\n{"prompt": "1+2", "answer": "3"}\n')
+    with pytest.raises(DataError, match=r"bare.jsonl, row 0 has no prompt\. Give it a prompt, or remove the row"):
+        make_task(here / "bare.jsonl")
     (here / "half.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "answer": null}\n')
     with pytest.raises(DataError, match=r"half.jsonl, row 1 has no answer\. Give it an answer, or remove the row"):
         make_task(here / "half.jsonl")
     write_jsonl(here / "empty.jsonl", [{"prompt": "", "answer": ""}] * 5)
     with pytest.raises(DataError):
         make_task(here / "empty.jsonl")  # refused by the trial, after its files were made
-    assert {file.name for file in here.iterdir()} == {"turned.jsonl", "half.jsonl", "empty.jsonl"}
+    assert {file.name for file in here.iterdir()} == {"turned.jsonl", "bare.jsonl", "half.jsonl", "empty.jsonl"}
     make_task(write_rows(here / "good.jsonl", ROWS["columns"][0]), write_rows(here / "test.jsonl", ROWS["columns"][0]))
     with pytest.raises(DataError, match="is there already"):
         make_task(here / "good.jsonl")
+
+
+TEXTS = [
+    *(['["Berlin", "Paris"]', "[1, 2]"], ["2", "1.50"], ["0007", "0107"], ["None", "NA"], ["2024-01-03", "2024-02-01"]),
+    ["def f():\n    pass\n\n\ndef g():\n    pass", "x = 1"],
+    ["天气很好我们去公园散步吧今天的天气真的很好", "你"],
+]
+
+
+@pytest.mark.parametrize("kind", ["messages.jsonl", "columns.jsonl", "columns.csv", "columns.json", "alpaca.parquet"])
+def test_texts_are_trained_and_scored_as_the_file_has_them(here, monkeypatch, kind):
+    def row(text):
+        if kind.startswith("messages"):
+            return {"messages": [{"role": "user", "content": "NA"}, {"role": "assistant", "content": text}], "at": DATE}
+        if kind.startswith("alpaca"):
+            return {"instruction": "NA", "input": None, "output": text, "at": DATE}
+        return {"question": "NA", "answer": text, "at": DATE}
+
+    for i, answers in enumerate(TEXTS):
+        file, rows = here / f"mine{i}.{kind.partition('.')[2]}", list(map(row, answers))
+        if file.suffix == ".csv":
+            with file.open("w", newline="", encoding="utf-8") as table:
+                writer = csv.DictWriter(table, rows[0])
+                writer.writeheader()
+                writer.writerows(rows)
+        elif file.suffix == ".parquet":
+            pandas.DataFrame(rows).to_parquet(file)
+        else:
+            (write_jsonl if file.suffix == ".jsonl" else write_json)(file, rows)
+        make_task(file, file)
+    monkeypatch.setenv("TRACE_TASKS", str(here))
+    prompt = "NA\nassistant:\n" if kind.startswith("messages") else "NA\n"
+    for task, answers in zip(load_tasks([f"mine{i}" for i in range(len(TEXTS))]).values(), TEXTS, strict=True):
+        assert training_rows(task) == [(prompt, answer) for answer in answers]
+        made = task.config.generation_kwargs
+        for doc, answer in zip(task.test_docs(), answers, strict=True):
+            assert task.process_results(doc, [answer])["exact_match"] == 1
+            assert not any(stop in answer for stop in made["until"])
+            assert made["max_gen_toks"] >= len(answer.encode())
+
+
+def test_numbers_of_a_json_file_keep_their_digits(here, monkeypatch):
+    rows = ['{"prompt": 1, "answer": 2}', '{"prompt": "b", "answer": 1.50}', '{"prompt": "c", "answer": true}']
+    (here / "mine.jsonl").write_text("\n".join(rows))
+    make_task(here / "mine.jsonl")
+    monkeypatch.setenv("TRACE_TASKS", str(here))
+    assert training_rows(load_tasks(["mine"])["mine"]) == [("1\n", "2"), ("b\n", "1.50")]
+
+
+def test_names_that_mean_something_else_are_refused(here):
+    for name in ("trace_fomc", "order1", "general_mmlu", "none"):
+        with pytest.raises(DataError, match=f"--name my_{name}"):
+            make_task(write_rows(here / f"{name}.jsonl", ROWS["columns"][0]))
 
 
 def test_a_run_remembers_where_its_own_tasks_are(here, tiny_model, monkeypatch, capsys):

@@ -266,6 +266,9 @@ def test_a_fingerprint_depends_on_contents_and_names_and_not_on_place_or_time(tm
     assert fingerprint(tmp_path / "b") == first and fingerprint(tmp_path / "b/sub/x") == fingerprint(file)
     assert re.fullmatch("[0-9a-f]{16}", first)
     file.write_text("2", encoding="utf-8")
+    for hidden in (".cache/huggingface/download/x.metadata", ".DS_Store", "sub/.ipynb_checkpoints/x"):
+        write_text(tmp_path / "b" / hidden, "now")
+    assert fingerprint(tmp_path / "b") == first, "hidden files are no weights"
     second = fingerprint(tmp_path / "a")
     file.rename(file.with_name("y"))
     third = fingerprint(tmp_path / "a")

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
 import shlex
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from trace_bench import tasks
-from trace_tasks.data.files import write_jsonl, write_text
+from trace_tasks.data import CL_BENCHMARK, FOLDERS, GROUPS, JUDGED, ORDERS, REASONING, SUITES
+from trace_tasks.data.files import write_bytes, write_text
 from trace_tasks.errors import DataError, brief
 
-#: The end of a file's name -> the loader of `datasets`.
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+#: Names that mean something else in `--tasks`, or are tasks already.
+TAKEN = {*FOLDERS, *REASONING, *CL_BENCHMARK, *JUDGED, *SUITES, *GROUPS, *ORDERS, "none"}
 PROMPTS = ("prompt", "question", "input", "text", "query")
 ANSWERS = ("answer", "target", "output", "response", "completion", "label")
+#: The most that max_gen_toks is set to.
+MOST_TOKENS = 1024
 _MESSAGES = "{% for m in messages[:-1] %}{% if m.role != 'user' %}{{m.role}}: {% endif %}{{m.content}}\n{% endfor %}"
 YAML = """\
 # Made by `trace-bench task new {source}`; {why}.
 task: {name}
-dataset_path: {loader}
+dataset_path: parquet                      # texts as they are: other readers make numbers and dates of some
 dataset_kwargs: {{data_files: {{train: {train}, test: {test}}}}}     # relative to this file
 training_split: train
 test_split: test
 output_type: generate_until
 doc_to_text: {prompt}
-doc_to_target: {answer}
+doc_to_target: answer
 target_delimiter: ""                       # the prompt ends where the answer begins
 generation_kwargs: {{until: {until}, max_gen_toks: {tokens}}}
 metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]     # the first one is the headline
@@ -46,16 +53,33 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file}: rows are read from {', '.join(FORMATS)}.")
     if not file.is_file():
         raise DataError(f"There is no file {file}.")
-    from datasets import disable_progress_bars, load_dataset
-
-    disable_progress_bars()
     try:
-        rows = load_dataset(FORMATS[file.suffix], data_files=str(file), split="train").to_list()
+        rows = list(_read(file))
     except Exception as e:  # whatever the readers say of a file
-        raise DataError(f"{file} cannot be read as {FORMATS[file.suffix]}: {brief(e.__cause__ or e)}") from e
+        raise DataError(f"{file} cannot be read as {file.suffix[1:]}: {brief(e.__cause__ or e)}") from e
     if not rows:
         raise DataError(f"{file} has no rows.")
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise DataError(f"{file}, row {number} is {str(row)[:40]!r}. A row has to have named columns.")
     return rows
+
+
+def _read(file: Path) -> Iterable[Any]:
+    """Rows with their texts as they are: libraries' readers guess at types, column by column."""
+    loads = partial(json.loads, parse_int=str, parse_float=str)
+    if file.suffix == ".jsonl":
+        lines = file.read_bytes().decode("utf-8-sig").split("\n")
+        return [loads(line) for line in lines if line.strip()]
+    if file.suffix == ".json":
+        return loads(file.read_bytes())
+    if file.suffix == ".csv":
+        csv.field_size_limit(sys.maxsize)
+        with file.open(encoding="utf-8-sig", newline="") as table:
+            return list(csv.DictReader(table))
+    from pyarrow import parquet
+
+    return parquet.read_table(file).to_pylist()
 
 
 def recognise(columns: Collection[str]) -> tuple[str, str, str]:
@@ -65,7 +89,7 @@ def recognise(columns: Collection[str]) -> tuple[str, str, str]:
         DataError: if the columns are none that are known.
     """
     if "messages" in columns:
-        return f"{_MESSAGES}assistant:\n", "{{messages[-1].content}}", "messages, the last one is the answer"
+        return f"{_MESSAGES}assistant:\n", "answer", "messages, the last one is the answer"
     if {"instruction", "output"} <= set(columns):
         middle = "{% if input %}{{input}}\n{% endif %}" if "input" in columns else ""
         return "{{instruction}}\n" + middle, "output", "instruction and output"
@@ -85,7 +109,7 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
 
     Args:
         file: The training rows.
-        test: The test rows, in the same format; None keeps the last fifth of the rows apart (at least one).
+        test: The test rows; None keeps the last fifth of the rows apart (at least one).
         name: The task's name; None = that of the file.
 
     Returns:
@@ -94,85 +118,118 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
     Raises:
         DataError: naming the file, its columns or the row that cannot be used.
     """
-    name = name or re.sub(r"\W+", "_", file.stem).strip("_")
-    if not re.fullmatch(r"[A-Za-z]\w*", name):
-        raise DataError(f"{name!r} cannot be the name of a task: use letters, digits and '_' (--name).")
-    target = file.parent / f"{name}.yaml"
-    if target.exists():
-        raise DataError(f"{target} is there already. Remove it to make it again, or give another --name.")
-    rows = read_rows(file)
+    name = _name(file, name)
+    target, *files = (file.parent / f"{name}{end}" for end in (".yaml", "-train.parquet", "-test.parquet"))
+    for path in (target, *files):
+        if path.exists():
+            raise DataError(f"{path} is there already. Remove it to make it again, or give another --name.")
+    rows, tested = read_rows(file), read_rows(test) if test is not None else []
     prompt, answer, why = recognise(rows[0].keys())
-    answers = [_answer(file, i, row, answer) for i, row in enumerate(rows)]
-    made = [target]
-    if test is None:
-        train, test = _split(file, rows, name)
-        made += [train, test]
-    else:
-        train = file
-        if test.suffix != train.suffix:
-            raise DataError(f"{test}: the test rows have another format than {file}. Use one for both.")
-        for number, row in enumerate(read_rows(test)):
-            _answer(test, number, row, answer)
+    columns = [column for column in dict.fromkeys((*PROMPTS, "instruction", "input")) if f"{{{{{column}}}}}" in prompt]
+    made = [_texts(file, number, row, columns, answer) for number, row in enumerate(rows)]
+    made += [_texts(test or file, number, row, columns, answer) for number, row in enumerate(tested)]
+    if len(made) < 2:
+        raise DataError(f"{file} has one row: --test names the test rows.")
+    kept = len(tested) or max(1, len(rows) // 5)
+    answers = [row["answer"] for row in made]
+    # No token has less than a byte, and EOS is one more.
+    longest = max(len(text.encode()) + 1 for text in answers)
+    stop = next(([text] for text in ("\n", "\n\n\n") if not any(text in a for a in answers)), [])
     text = YAML.format(
         source=file.name,
         why=f"the rows have {why}",
         name=name,
-        loader=FORMATS[train.suffix],
-        train=json.dumps(os.path.relpath(train, file.parent)),
-        test=json.dumps(os.path.relpath(test, file.parent)),
+        train=json.dumps(files[0].name),
+        test=json.dumps(files[1].name),
         prompt=json.dumps(prompt, ensure_ascii=False),
-        answer=json.dumps(answer, ensure_ascii=False),
-        until=json.dumps(["\n\n\n"] if any("\n" in a for a in answers) else ["\n"]),
-        tokens=min(1024, max(16, *map(len, answers))),
+        until=json.dumps(stop),
+        tokens=min(MOST_TOKENS, max(16, longest)),
     )
-    write_text(target, text)
     try:
-        shown = _try(name, file.parent)
+        for part, those in zip(files, (made[:-kept], made[-kept:]), strict=True):
+            _write(part, those)
+        write_text(target, text)
+        shown = _try(name, file.parent, answers[:-kept])
     except BaseException:  # Ctrl-C too: what is left would be refused at the next try
-        for path in made:
-            path.unlink()
+        for path in (target, *files):
+            path.unlink(missing_ok=True)
         raise
+    cut = f"The longest answer has {longest - 1} bytes, and max_gen_toks is {MOST_TOKENS}: look at it.\n"
     return (
-        f"{target} is a task of {len(rows)} rows ({why}).\n\n{shown}\n"
+        f"{target} is a task of {len(made)} rows ({why}), in {files[0].name} and {files[1].name}.\n\n{shown}\n"
+        f"{cut if longest > MOST_TOKENS else ''}"
         f"Read the rows above, then set the prompt, the metric and generation_kwargs in {target} as you want them.\n"
         f"  TRACE_TASKS={shlex.quote(str(file.parent))} trace-bench train sequential --config quickstart "
         f"--tasks {name} --output_dir runs/{name}"
     )
 
 
-def _split(file: Path, rows: list[dict[str, Any]], name: str) -> tuple[Path, Path]:
-    """Writes the rows but for the last fifth, and that fifth, beside their file."""
-    if len(rows) < 2:
-        raise DataError(f"{file} has one row: --test names the test rows.")
-    kept = max(1, len(rows) // 5)
-    parts = [file.parent / f"{name}-{split}.jsonl" for split in ("train", "test")]
-    for part in parts:
-        if part.exists():
-            raise DataError(f"{part} is there already. Remove it, or name the test rows with --test.")
-    for part, content in zip(parts, (rows[:-kept], rows[-kept:]), strict=True):
-        write_jsonl(part, content)
-    return parts[0], parts[1]
+def _name(file: Path, name: str | None) -> str:
+    name = name or re.sub(r"\W+", "_", file.stem).strip("_")
+    if not re.fullmatch(r"[A-Za-z]\w*", name):
+        raise DataError(f"{name!r} cannot be the name of a task: use letters, digits and '_' (--name).")
+    if name in TAKEN:
+        raise DataError(f"{name} is the name of something else in --tasks. Give the task another: --name my_{name}.")
+    return name
 
 
-def _answer(file: Path, number: int, row: dict[str, Any], column: str) -> str:
-    if "messages" not in row:
-        if row.get(column) is None:
-            raise DataError(f"{file}, row {number} has no {column}. Give it an answer, or remove the row.")
-        return str(row[column])
-    last = (row["messages"] or [{}])[-1]
-    if last.get("role") != "assistant" or len(row["messages"]) < 2:
-        raise DataError(f"{file}, row {number}: the last of several messages has to be the assistant's, the answer.")
-    return last["content"]
+def _texts(file: Path, number: int, row: dict[str, Any], columns: list[str], answer: str) -> dict[str, Any]:
+    """The columns of a row that its prompt is made of, and its answer, as texts.
+
+    Raises:
+        DataError: if one of them is not there, or messages do not end with an answer.
+    """
+    if not columns:
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise DataError(f"{file}, row {number}: its messages are no list of messages.")
+        found = [{key: _text(m.get(key)) for key in ("role", "content")} for m in messages]
+        if any(None in m.values() for m in found):
+            raise DataError(
+                f"{file}, row {number}: a message has no role or no content. Give it one, or remove the row."
+            )
+        if len(found) < 2 or found[-1]["role"] != "assistant":
+            raise DataError(
+                f"{file}, row {number}: the last of several messages has to be the assistant's, the answer."
+            )
+        return {"messages": found, "answer": found[-1]["content"]}
+    texts = {column: _text(row.get(column)) for column in (*columns, answer)}
+    for column, text in texts.items():
+        if text is None and not (column == "input" and "instruction" in columns):
+            what = "an answer" if column == answer else "a prompt"
+            raise DataError(f"{file}, row {number} has no {column}. Give it {what}, or remove the row.")
+    return {**{column: texts[column] or "" for column in columns}, "answer": texts[answer]}
 
 
-def _try(name: str, folder: Path) -> str:
-    """Three training rows of a task as they are trained."""
+def _text(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, bool | list | dict) else str(value)
+
+
+def _write(file: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    text = pyarrow.string()
+    messages = pyarrow.list_(pyarrow.struct([("role", text), ("content", text)]))
+    schema = pyarrow.schema([(column, messages if column == "messages" else text) for column in rows[0]])
+    out = pyarrow.BufferOutputStream()
+    parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), out)
+    write_bytes(file, out.getvalue().to_pybytes())
+
+
+def _try(name: str, folder: Path, answers: list[str]) -> str:
+    """Three training rows of a task as they are trained; makes sure that their answers are these."""
     before = os.environ.get("TRACE_TASKS")
     os.environ["TRACE_TASKS"] = str(folder)
     try:
         loaded = tasks.load_tasks([name])
         tasks.check_stages(loaded)
         rows = tasks.training_rows(loaded[name])
+        for number, (made, answer) in enumerate(zip((a for _, a in rows), answers, strict=True)):
+            if made != answer:
+                raise DataError(f"row {number}: lm-eval makes {made!r} of the answer {answer!r}.")
     finally:
         if before is None:
             del os.environ["TRACE_TASKS"]

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     stages = indices(args.stages)
     refuse_useless(args, "calibrate", "stages", "suites", "limit")
     run = Run.open(args.path) if args.path else None
-    folder = run.path.parent if run else Path("runs" if Path("runs").is_dir() else ".")
+    folder = run.path.absolute().parent if run else Path("runs" if Path("runs").is_dir() else ".")
     judge = make_judge(args, judging.cache_file(folder))
     if args.calibrate or run is None:
         if args.dry_run:

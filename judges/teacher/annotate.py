@@ -20,7 +20,7 @@ from trace_bench import shapes
 from trace_bench.manifest import differences
 from trace_bench.run import read_json
 from trace_tasks import data
-from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_text
+from trace_tasks.data.files import fingerprint, refuse_links, remove, write_json, write_text
 from trace_tasks.errors import suggestion
 from trace_tasks.reasoning import FRAMES, bare_answer, reasoning_answer, reasoning_prompt
 
@@ -251,6 +251,8 @@ def annotate(plan: Plan, teacher: Judge) -> dict[str, dict[str, Any]]:
 def _write(plan: Plan, teacher: Judge, paths: dict[Row, str], results: dict[str, dict[str, Any]]) -> None:
     file = plan.out / ANNOTATION
     file.unlink(missing_ok=True)  # until it is there again the folder is not done
+    for folder in data.FOLDERS.values():  # what another teacher wrote would be trained as this one's
+        remove(plan.out / folder)
     for task, rows in plan.rows.items():
         folder = data.FOLDERS[task]
         train = [

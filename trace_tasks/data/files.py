@@ -300,13 +300,17 @@ def digest(value: Any) -> str:
 
 
 def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
-    """SHA-256 over the names and contents of a file or of all files below a folder (hex, 16 digits)."""
+    """SHA-256 over the names and contents of a file or of all files below a folder (hex, 16 digits).
+
+    Hidden files do not count: hub clients, version control and file managers leave them, and nothing loads them.
+    """
     if not path.exists():
         raise DataError(f"{path} is gone: there is nothing to take a fingerprint of.")
     if only is not None:
         files = sorted(path / name for name in only)
     else:
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
     total = hashlib.sha256()
     for file in files:
         # As the file system has it: a name need not be UTF-8.
