@@ -10,7 +10,8 @@ from conftest import SHARED
 from trace_bench import evaluate
 from trace_bench.cli import main
 from trace_bench.evaluate import imported as imported_module
-from trace_bench.report.conditions import same_conditions
+from trace_bench.report.comparison import compare
+from trace_bench.report.conditions import other_prompts, same_conditions
 from trace_bench.report.result_file import protocol
 from trace_bench.report.results import Results
 from trace_bench.run import Run, RunError, read_json, read_jsonl
@@ -142,10 +143,29 @@ def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_dat
             row["arguments"]["gen_args_0"]["arg_0"] = "<chat>" + row["doc"]["prompt"]
         file.write_text("\n".join(map(json.dumps, rows)))
     one, two = (imported(tmp_path, *words[:k], "--model", "a/model", name=f"chat-{k}") for k in (2, 4))
-    assert one.manifest["config"]["prompts"] == "trace_fomc: not the rows' own"
+    assert other_prompts(one) == ["trace_fomc"] and "prompts" not in one.manifest["config"], "cells say it, as ever"
     assert not same_conditions(one, one), "what they are is not known"
     facts = [protocol(Results(r)) for r in (one, two)]
     assert facts[0] != facts[1] and facts[0]["chat template"] == facts[0]["decoding"] == "unknown"
+    comparison = compare([one, two])
+    assert any("**Not comparable** in prompts: not the rows' own" in warning for warning in comparison.warnings)
+
+
+def test_unknown_base_models_share_no_table(tmp_path, demo_data):
+    facts = []
+    for name, answers in (("one", ["right"] * 6), ("two", ["right"] * 5 + ["x"])):
+        lines = [
+            {"doc_id": i, "filter": "none", "resps": [[text]], "doc": {"prompt": prompt, "answer": answer}}
+            | {"arguments": {"gen_args_0": {"arg_0": prompt}}}
+            for i, (prompt, answer, text) in enumerate(demo_rows("trace_fomc", answers))
+        ]
+        (tmp_path / name).mkdir()
+        file = tmp_path / name / "samples_trace_fomc_2026-01-01T00-00-00.jsonl"
+        file.write_text("\n".join(map(json.dumps, lines)))
+        run = imported(tmp_path, "--samples", f"base={tmp_path / name}", name=f"run-{name}")
+        facts.append(protocol(Results(run)))
+    assert facts[0].pop("predictions") != facts[1].pop("predictions") and facts[0] == facts[1]
+    assert facts[0]["decoding"] == facts[0]["answer limit"] == "unknown" and facts[0]["chat template"] is False
 
 
 def test_a_round_without_files_is_a_stage_without_scores(tmp_path, folder, demo_data):

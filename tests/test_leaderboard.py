@@ -91,6 +91,18 @@ def test_deltas_of_other_rows_or_judges_are_not_comparable(make, tmp_path):
     assert "**Not comparable** in safety: measured on other rows" in text and text.count("Not comparable") == 1
 
 
+def test_a_judge_is_the_same_wherever_it_lies(make):
+    found = []
+    for place in ("/here/judge", "/home/x/models/judge/", "/here/another"):
+        run = make_rich_run(make, name=f"run-{len(found)}", n=8, tasks=TASKS)
+        for file in run.path.glob("stages/*/judge/*.json"):
+            content = json.loads(file.read_text())
+            content["settings"]["judge"] = place
+            write_json(file, content)
+        found.append(reported(run)["delta_conditions"])
+    assert found[0] == found[1] and found[0]["safety"] != found[2]["safety"]
+
+
 def test_tasks_data_and_definitions_that_differ_are_named_by_task():
     one = {"data of the tasks": {"trace_fomc": "a", "trace_py150": "b"}, "tasks": "trace_fomc, trace_py150"}
     assert differing(one, one) == []

@@ -90,7 +90,7 @@ def import_run(
             "answers_only": f"imported from {kinds}{how}",
             "model": {"name": model, "revision": None},
             **record,
-            "config": {"test_rows": limit, **_prompts(settings)},
+            "config": {"test_rows": limit},
             "checkpoints": {name: _place(found) for name, found in stages.items() if name != BASE},
         }
         run = Run.create(path, manifest, restart=True)
@@ -177,12 +177,6 @@ def _limit(stages: Stages, loaded: Mapping[str, Any]) -> int | None:
                 "same ones. Make it again with the same limit, or leave it out."
             )
     return limit
-
-
-def _prompts(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Which tasks have other prompts than the rows' own, for the configuration; nothing where none has."""
-    odd = {name: one["prompts"] for name, one in settings.items() if "prompts" in one}
-    return {"prompts": "; ".join(f"{name}: {what}" for name, what in odd.items())} if odd else {}
 
 
 def _settings(name: str, limit: int | None, stages: Stages) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from trace_bench import records
 from trace_bench.judgements import KINDS
 from trace_bench.report.results import Results
 from trace_bench.run import Run
@@ -26,7 +27,6 @@ def conditions(run: Run) -> dict[str, Any]:
         "data": m["data"]["fingerprint"],
         "task versions": m["task_versions"],
         "task definitions": m.get("task_definitions"),
-        "prompts": m["config"].get("prompts"),
         **{key: m["config"].get(key) or None for key in _MEASURED},  # false and not given are one
     }
 
@@ -38,7 +38,16 @@ def same_conditions(run: Run, other: Run) -> bool:
         one["max_prompt_length"] = two["max_prompt_length"]
     if None in (one["task definitions"], two["task definitions"]):  # older runs do not say them
         one["task definitions"] = two["task definitions"]
-    return one == two and one["base model"] != UNKNOWN_MODEL and not one["prompts"]  # these say only what they are not
+    return one == two and one["base model"] != UNKNOWN_MODEL and not other_prompts(run) and not other_prompts(other)
+
+
+def other_prompts(run: Run) -> list[str]:
+    """The tasks of an import that were asked with other prompts than the rows' own; nobody knows with which."""
+    if run.manifest["method"] != "imported":
+        return []
+    files = [(stage, task) for task in run.tasks for stage in run.stages if stage.eval_file(task).exists()]
+    odd = [task for stage, task in files if records.read_cell(stage, task)["settings"].get("prompts")]
+    return list(dict.fromkeys(odd))
 
 
 def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:

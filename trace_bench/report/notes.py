@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trace_bench.report import paper
-from trace_bench.report.conditions import conditions, delta_conditions
+from trace_bench.report.conditions import conditions, delta_conditions, other_prompts
 from trace_bench.report.entry import Entry, column_of
 from trace_bench.report.results import DELTAS, Results
 from trace_bench.report.seeds import Group, SeedDifferences, seeds_needed
@@ -59,7 +59,11 @@ def _not_comparable(entries: Sequence[Entry]) -> list[str]:
             else:
                 text = "; ".join(f"{value} in {runs}" for value, runs in parts.items())
             notes.setdefault(text, []).append(key)
-    return [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
+    lines = [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
+    odd = [e.name for e in entries if other_prompts(e.run)]
+    if odd and len(entries) > 1:
+        lines.append(f"**Not comparable** in prompts: not the rows' own, and not on record, in {_ticks(odd)}.")
+    return lines
 
 
 def _conditions(entry: Entry, same_limit: bool) -> dict[str, Any]:

@@ -6,12 +6,14 @@ are fractions or in the unit of the tasks, as in all files; null = not known.
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from trace_bench.metrics import Estimate
-from trace_bench.report.conditions import UNKNOWN_MODEL, delta_conditions
+from trace_bench.report.conditions import UNKNOWN_MODEL, delta_conditions, other_prompts
 from trace_bench.report.entry import SCORES, Entry
 from trace_bench.report.results import Results
 from trace_bench.report.tables import Unit
@@ -23,6 +25,8 @@ from trace_tasks.data.files import digest
 #: What the file says it is. Another version is one that this program does not read.
 FORMAT, VERSION = "trace-bench result", 1
 FILE = "result.json"
+#: A path of this machine in a JSON text, or in a JSON text within one: a judge's settings are such.
+_PATH = re.compile(r'"(?:/|~|\.\.?/|file:)[^"]*?([^"/\\]+)/?(?=\\?")')
 
 
 def result(results: Results) -> dict[str, Any]:
@@ -50,7 +54,9 @@ def result(results: Results) -> dict[str, Any]:
         "scores": {name: _estimate(score) for name in SCORES if not math.isnan((score := entry.scores[name]).value)},
         "measures": {},
         "delta_conditions": {
-            name: digest(_without_paths(shared)) for name, shared in delta_conditions(results).items() if shared
+            name: digest(json.loads(_PATH.sub(r'"\1', json.dumps(shared))))
+            for name, shared in delta_conditions(results).items()
+            if shared
         },
         "tasks": {task: _task(results, task) for task in run.tasks},
         "packages": dict(m["packages"]),
@@ -89,10 +95,12 @@ def protocol(results: Results) -> dict[str, Any]:
     unknown: dict[str, Any] = {}
     if m["method"] == "imported":
         unknown = dict.fromkeys(("decoding", "answer limit", "prompt limit"), "unknown")
-        if prompts := config.get("prompts"):
-            unknown |= {"examples in the prompt": "unknown", "chat template": "unknown", "prompts": prompts}
-        if prompts or m["model"]["name"] == UNKNOWN_MODEL:  # two of them need not be one
-            unknown["predictions"] = digest(sorted(str(c["checkpoint"]) for c in results.cells_of(run.tasks).values()))
+        if odd := other_prompts(run):
+            unknown |= dict.fromkeys(("examples in the prompt", "chat template", "chat template arguments"), "unknown")
+            unknown["prompts"] = f"not the rows' own of {', '.join(odd)}"
+        if odd or m["model"]["name"] == UNKNOWN_MODEL:  # two of them need not be one
+            cells = results.cells_of(run.tasks)
+            unknown["predictions"] = digest(sorted([*cell, found.get("samples")] for cell, found in cells.items()))
     return {
         "base model": m["model"]["name"],
         "revision": m["model"].get("revision"),
