@@ -97,8 +97,8 @@ docs: ## the documentation as a site in site/, from README.md and docs/
 	$(BIN)/pip install -q -r requirements/docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-test: ## the tests: no network, GPU or key needed; JOBS at a time (2)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),2) --dist loadfile
+test: ## the tests: no network, GPU or key needed; JOBS at a time (3: some wait)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),3) --dist loadfile
 
 test-slow: ## whole pipelines and real inference engines; JOBS at a time (2)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(or $(JOBS),2) --durations=20
