@@ -277,7 +277,6 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
         told = [self._told.get((_number(self.adapter), example), []) for example in examples]
-        found: dict[int, float] = {}
         # Token by token, what was not told: vLLM gives no probabilities of prompts with adapters and soft prompts, and
         # a single token costs less so than a pass that gives probabilities of the end of the prompt too.
         apart = self.adapters or self.soft_prompt is not None
@@ -422,8 +421,7 @@ def _number(adapter: LoRARequest | None) -> int | None:
 def _told(reference: tuple[int, ...], output: Any) -> list[float]:
     """The log-probabilities of a reference answer's first tokens, as far as the generated one is the same."""
     told: list[float] = []
-    steps = output.logprobs or ()
-    for n, (token, step) in enumerate(zip(reference, steps, strict=False)):
+    for n, (token, step) in enumerate(zip(reference, output.logprobs or (), strict=False)):
         if token not in step or tuple(output.token_ids[:n]) != reference[:n]:
             break
         told.append(step[token].logprob)

@@ -92,8 +92,8 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None) -> None:
                         f"{name} compares likelihoods, which vLLM does not give behind the soft prompt of "
                         f"{stage.name}. Leave the suite out, or evaluate the whole run with --backend hf."
                     )
-    soft = {stage.name: models.soft_prompt(stage.external) for stage in plan.stages if stage.external}
-    taken = max((len(prompt) for prompt in soft.values() if prompt is not None), default=0)
+    soft = [models.soft_prompt(stage.external) for stage in plan.stages if stage.external]
+    taken = max((len(prompt) for prompt in soft if prompt is not None), default=0)
     for name in plan.missing:
         if name in tasks.single and context is not None:
             prompt, answer = plan.settings[name]["max_prompt_length"] or 1, answer_tokens(tasks.single[name])
