@@ -78,6 +78,7 @@ class _Formatter(logging.Formatter):
 def prepare_logging() -> None:
     """Shows warnings of this program, and what ends it unexpectedly, as printable text."""
     logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of options of its own command line
     for handler in logging.getLogger().handlers:
         if type(handler) is logging.StreamHandler:
             handler.setFormatter(_Formatter("%(levelname)s: %(message)s"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -106,7 +105,6 @@ def run(args: argparse.Namespace) -> int:
             return 0
     if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
         raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}

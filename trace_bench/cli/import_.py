@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 from trace_bench.cli import show
@@ -44,7 +43,6 @@ def run(args: argparse.Namespace) -> int:
     folders = pairs("--samples", args.samples or [])
     from trace_bench.evaluate import imported
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     stages: imported.Stages = {}
     tasks = data.expand_orders(names(args.tasks) or ()) or None
     if args.official:

@@ -64,7 +64,6 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
     given = None if argv is None else f"python -m trainers.{method_name(trainer)} {shlex.join(argv)}"
     with ending.command("train", given, _MEMORY):
         prepare_logging()
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         if "--help_all" in (sys.argv if argv is None else argv):
             argv = ["--help"]
         train(trainer, *parse(config, argv, method_name(trainer)))
