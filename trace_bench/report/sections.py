@@ -63,10 +63,10 @@ def sections(results: Results, others: Iterable[Results] = ()) -> dict[str, list
         "bounds": partial(_bounds, others=others),
         "scores": _scores,
         "tolerant": _tolerant,
+        "extracted": _extracted,
         "form": _form,
         "likelihood": likelihood.sections,
         "hidden": relearn.sections,
-        "extracted": _extracted,
         "limits": _limits,
         "transitions": transitions.sections,
         "choices": choices.sections,
@@ -266,7 +266,8 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
     shown = f" ICL is the base model {one_line(demonstrations(icl.run))}." if icl else ""
     yield (
         "## Bounds\n\nRuns reported together with this one that have the same base model, data and evaluation"
-        f"{what}. What learns the tasks one by one is expected between the base model and the last two.{shown}"
+        f"{what}. What learns the tasks one by one is expected between the base model and what `single` and `joint` "
+        f"reach.{shown}"
     )
     yield Table(["model", *_columns(results), "mean"], rows)
     notes, path = [], one_line(shlex.quote(str(run.path)))
