@@ -93,8 +93,8 @@ def test_rounds_are_stages_and_numbers_columns_and_what_the_files_claim_does_not
         evaluate.evaluate(run)
     with pytest.raises(RunError, match="begin a run in another folder"):
         evaluate.measured_run(run.path)
-    assert not same_conditions(run, run), "nobody knows whether two unknown models are one"
-    again = imported(tmp_path, "--official", folder, "--model", "a/model", name="named")
+    assert not same_conditions(results, results), "nobody knows whether two unknown models are one"
+    again = Results(imported(tmp_path, "--official", folder, "--model", "a/model", name="named"))
     assert same_conditions(again, again)
 
 
@@ -142,10 +142,10 @@ def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_dat
         for row in rows:
             row["arguments"]["gen_args_0"]["arg_0"] = "<chat>" + row["doc"]["prompt"]
         file.write_text("\n".join(map(json.dumps, rows)))
-    one, two = (imported(tmp_path, *words[:k], "--model", "a/model", name=f"chat-{k}") for k in (2, 4))
-    assert other_prompts(one) == ["trace_fomc"] and "prompts" not in one.manifest["config"], "cells say it, as ever"
+    one, two = (Results(imported(tmp_path, *words[:k], "--model", "a/model", name=f"chat-{k}")) for k in (2, 4))
+    assert other_prompts(one) == ["trace_fomc"] and "prompts" not in one.run.manifest["config"], "cells say it, as ever"
     assert not same_conditions(one, one), "what they are is not known"
-    facts = [protocol(Results(r)) for r in (one, two)]
+    facts = [protocol(results) for results in (one, two)]
     assert facts[0] != facts[1] and facts[0]["chat template"] == facts[0]["decoding"] == "unknown"
     comparison = compare([one, two])
     assert any("**Not comparable** in prompts: not the rows' own" in warning for warning in comparison.warnings)

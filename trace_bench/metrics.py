@@ -213,6 +213,12 @@ def difference_interval(
     return _by_kind(np.asarray(differences, dtype=np.float64), (-1, 0, 1) if fractions else (), net, level)
 
 
+def mean_difference(differences: Matrix, *, fractions: bool = True) -> Estimate:
+    """The mean of paired differences, one a test row, with its `difference_interval`."""
+    low, high = difference_interval(differences[:, None], fractions=fractions)
+    return Estimate(float(differences.mean()), float(low[0]), float(high[0]))
+
+
 def _by_kind(
     rows: Matrix, values: Sequence[int], formula: Callable[[Matrix], tuple[float, float]], level: float
 ) -> tuple[Matrix, Matrix]:

@@ -47,17 +47,18 @@ class Bound:
     """The settings of the training in which it differs, each with its value there and here."""
 
 
-def bounds(run: Run, others: Iterable[Results]) -> list[Bound]:
+def bounds(bounded: Results, others: Iterable[Results]) -> list[Bound]:
     """Those of other runs that bound a run, one of each method of `BOUNDS`, in that order.
 
     Of several the one with the fewest other settings of the training, and of several such the most complete one.
     """
+    run = bounded.run
     found: dict[str, list[Bound]] = {method: [] for method in BOUNDS}
     for results in others:
         other = results.run
         method, config = other.manifest["method"], other.manifest["config"]
         shows_nothing = method == "icl" and not config.get("num_fewshot")  # the base model alone
-        if method not in BOUNDS or shows_nothing or not same_conditions(run, other):
+        if method not in BOUNDS or shows_nothing or not same_conditions(bounded, results):
             continue
         if not np.isnan(results.final).all():
             scores = results.final[[other.tasks.index(t) for t in run.tasks]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trace_bench import records
 from trace_bench.judgements import KINDS
 from trace_bench.report.results import Results
 from trace_bench.run import Run
@@ -31,23 +30,20 @@ def conditions(run: Run) -> dict[str, Any]:
     }
 
 
-def same_conditions(run: Run, other: Run) -> bool:
+def same_conditions(results: Results, other: Results) -> bool:
     """Whether the scores of two runs can be compared, row by row."""
-    one, two = conditions(run), conditions(other)
-    if "icl" in (run.manifest["method"], other.manifest["method"]):  # demonstrations need room
+    one, two = conditions(results.run), conditions(other.run)
+    if "icl" in (results.run.manifest["method"], other.run.manifest["method"]):  # demonstrations need room
         one["max_prompt_length"] = two["max_prompt_length"]
     if None in (one["task definitions"], two["task definitions"]):  # older runs do not say them
         one["task definitions"] = two["task definitions"]
-    return one == two and one["base model"] != UNKNOWN_MODEL and not other_prompts(run) and not other_prompts(other)
+    return one == two and one["base model"] != UNKNOWN_MODEL and not other_prompts(results) and not other_prompts(other)
 
 
-def other_prompts(run: Run) -> list[str]:
+def other_prompts(results: Results) -> list[str]:
     """The tasks of an import that were asked with other prompts than the rows' own; nobody knows with which."""
-    if run.manifest["method"] != "imported":
-        return []
-    files = [(stage, task) for task in run.tasks for stage in run.stages if stage.eval_file(task).exists()]
-    odd = [task for stage, task in files if records.read_cell(stage, task)["settings"].get("prompts")]
-    return list(dict.fromkeys(odd))
+    odd = {task for (_, task), cell in results.cells.items() if cell["settings"].get("prompts")}
+    return [task for task in results.run.tasks if task in odd]
 
 
 def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:

@@ -42,7 +42,7 @@ def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
     one, two = entry.results, against.results
     paired = {"general": _of_suites(one, two)}
     paired |= {kind.name: _of_verdicts(one, two, kind.name) for kind in judgements.KINDS}
-    if same_conditions(one.run, two.run):
+    if same_conditions(one, two):
         paired["OP"] = metrics.mean_of([task_difference(one, two, task, final_gains) for task in one.run.tasks])
         paired["BWT"] = _of_changes(one, two, slice(None, -1), Results.rows_since_own)
         paired["soft BWT"] = _of_changes(one, two, slice(None, -1), soft_rows)
@@ -63,7 +63,8 @@ def task_difference(one: Results, two: Results, task: str, of_rows: Callable[[Re
     """The mean difference of a task's rows between two runs; NaN where they are not the same rows in the same unit."""
     if not _same_rows(one, two, task) or shared_unit([one.units[task], two.units[task]]) is None:
         return UNKNOWN
-    return _mean(of_rows(one, task) - of_rows(two, task), fractions=one.units[task].scale == 1)
+    differences = of_rows(one, task) - of_rows(two, task)
+    return metrics.mean_difference(differences, fractions=one.units[task].scale == 1)
 
 
 def _same_rows(one: Results, two: Results, name: str) -> bool:
@@ -103,9 +104,4 @@ def _of_verdicts(one: Results, two: Results, kind: str) -> Estimate:
     a, b = scored(one), scored(two)
     if not a or a.keys() != b.keys():
         return UNKNOWN
-    return _mean(np.array([a[row] - b[row] for row in a], dtype=float))
-
-
-def _mean(differences: Matrix, fractions: bool = True) -> Estimate:
-    low, high = metrics.difference_interval(differences[:, None], fractions=fractions)
-    return Estimate(float(differences.mean()), float(low[0]), float(high[0]))
+    return metrics.mean_difference(np.array([a[row] - b[row] for row in a], dtype=float))

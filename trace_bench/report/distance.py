@@ -10,7 +10,7 @@ import numpy as np
 
 from trace_bench import records
 from trace_bench.measures.distance import rank_correlation
-from trace_bench.metrics import Estimate, mean_interval
+from trace_bench.metrics import Estimate, mean_difference
 from trace_bench.records import NEUTRAL
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import PERCENT, Block, Table, Unit
@@ -58,9 +58,8 @@ def distances(results: Results) -> dict[tuple[int, str], Distance]:
             checkpoint = there["checkpoint"] if external else read_json(stage.train_file)["checkpoint"]
             if records.is_distance_valid(there, base, checkpoint):
                 kl, unseen = (np.array([np.mean(row) for row in there[key]]) for key in ("kl", "unseen"))
-                low, high = mean_interval(kl[:, None], fractions=False)
-                estimate = Estimate(float(kl.mean()), float(low[0]), float(high[0]))
-                found[stage.index, name] = Distance(estimate, float(unseen.mean()), len(kl), there["settings"])
+                mean = mean_difference(kl, fractions=False)
+                found[stage.index, name] = Distance(mean, float(unseen.mean()), len(kl), there["settings"])
     return found
 
 

@@ -21,8 +21,8 @@ def soft_changes(results: Results, t: int) -> list[Estimate]:
     """What the log-likelihoods of the tasks before stage t gained since their own stages, in nats per token."""
     L, found = results.matrix(LIKELIHOOD), []
     for i in range(t - 1):
-        bounds = metrics.difference_interval(_since_own(results, i, t)[:, None], fractions=False)
-        found.append(Estimate(float(L[t, i] - L[i + 1, i]), *(float(bound[0]) for bound in bounds)))
+        of_rows = metrics.mean_difference(_since_own(results, i, t), fractions=False)
+        found.append(of_rows._replace(value=float(L[t, i] - L[i + 1, i])))
     return found
 
 

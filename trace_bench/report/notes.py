@@ -60,7 +60,7 @@ def _not_comparable(entries: Sequence[Entry]) -> list[str]:
                 text = "; ".join(f"{value} in {runs}" for value, runs in parts.items())
             notes.setdefault(text, []).append(key)
     lines = [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
-    odd = [e.name for e in entries if other_prompts(e.run)]
+    odd = [e.name for e in entries if other_prompts(e.results)]
     if odd and len(entries) > 1:
         lines.append(f"**Not comparable** in prompts: not the rows' own, and not on record, in {_ticks(odd)}.")
     return lines

@@ -104,9 +104,7 @@ def _after(results: Results, relearned: Results | None, task: str) -> tuple[floa
 
 def _change(rows: Matrix, unit: Unit) -> Estimate:
     """The mean of differences of test rows, as a gain, with its interval."""
-    gains = unit.sign * rows[:, None]
-    low, high = metrics.difference_interval(gains, fractions=unit.scale == 1)
-    return Estimate(float(gains.mean()), float(low[0]), float(high[0]))
+    return metrics.mean_difference(unit.sign * rows, fractions=unit.scale == 1)
 
 
 # -------------------------------------------------------------------------------------------------------- given tokens

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from trace_bench.metrics import Estimate
@@ -25,7 +24,7 @@ from trace_tasks.data.files import digest
 #: What the file says it is. Another version is one that this program does not read.
 FORMAT, VERSION = "trace-bench result", 1
 FILE = "result.json"
-#: A path of this machine in a JSON text, or in a JSON text within one: a judge's settings are such.
+#: A path of this machine in a JSON text, or in a JSON text within one, as a judge's settings are; and its last part.
 _PATH = re.compile(r'"(?:/|~|\.\.?/|file:)[^"]*?([^"/\\]+)/?(?=\\?")')
 
 
@@ -54,9 +53,7 @@ def result(results: Results) -> dict[str, Any]:
         "scores": {name: _estimate(score) for name in SCORES if not math.isnan((score := entry.scores[name]).value)},
         "measures": {},
         "delta_conditions": {
-            name: digest(json.loads(_PATH.sub(r'"\1', json.dumps(shared))))
-            for name, shared in delta_conditions(results).items()
-            if shared
+            name: digest(_without_paths(shared)) for name, shared in delta_conditions(results).items() if shared
         },
         "tasks": {task: _task(results, task) for task in run.tasks},
         "packages": dict(m["packages"]),
@@ -95,7 +92,7 @@ def protocol(results: Results) -> dict[str, Any]:
     unknown: dict[str, Any] = {}
     if m["method"] == "imported":
         unknown = dict.fromkeys(("decoding", "answer limit", "prompt limit"), "unknown")
-        if odd := other_prompts(run):
+        if odd := other_prompts(results):
             unknown |= dict.fromkeys(("examples in the prompt", "chat template", "chat template arguments"), "unknown")
             unknown["prompts"] = f"not the rows' own of {', '.join(odd)}"
         if odd or m["model"]["name"] == UNKNOWN_MODEL:  # two of them need not be one
@@ -134,12 +131,6 @@ def _data(run: Run) -> str:
     return "TRACE" if all(task in FOLDERS for task in run.tasks) else "tasks of one's own"
 
 
-def _without_paths(value: Any) -> Any:
-    """Of a text that is a path of this machine, such as a model's, the last part alone."""
-    if isinstance(value, Mapping):
-        return {key: _without_paths(v) for key, v in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(v) for v in value]
-    if isinstance(value, str) and value.startswith(("/", "~", "./", "../", "file:")):
-        return value.rstrip("/").rpartition("/")[2]
-    return value
+def _without_paths(content: Any) -> Any:
+    """Of each text that is a path of this machine, such as a model's, the last part alone."""
+    return json.loads(_PATH.sub(r'"\1', json.dumps(content, ensure_ascii=False)))

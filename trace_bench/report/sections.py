@@ -252,7 +252,7 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
     if not results.is_sequential:
         return
     run, R = results.run, results.R
-    found = {bound.method: bound for bound in bounds(run, others)}
+    found = {bound.method: bound for bound in bounds(results, others)}
     cells = [item for of_run in (results.cells, *(b.cells for b in found.values())) for item in of_run.items()]
     units = [unit_of(results.headlines.get(t, ""), [c for (_, name), c in cells if name == t]) for t in run.tasks]
     icl = found.get("icl")

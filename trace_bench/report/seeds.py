@@ -98,7 +98,7 @@ class SeedDifferences:
             if task in two.units and shared_unit([unit, two.units[task]]) is not None:
                 numbers[task] = partial(_final_gain, task=task)
         found = {n: metrics.seed_difference(group.by_seed(f), reference.by_seed(f)) for n, f in numbers.items()}
-        comparable = same_conditions(one.run, two.run)
+        comparable = same_conditions(one.results, two.results)
         p = {n: p for n, (_, p) in found.items() if n != "Forgetting" and (comparable or n in DELTAS)}
         return cls(group, reference, {name: estimate for name, (estimate, _) in found.items()}, p)
 
