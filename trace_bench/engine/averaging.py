@@ -39,7 +39,6 @@ from trace_bench.engine.architecture import weight_files
 from trace_bench.run import RunError
 from trace_tasks.data.files import digest, fingerprint
 
-METHODS = ("average", "wise", "magmax", "ties", "dare")
 #: Methods of task vectors: full models need their base for them.
 OF_VECTORS = ("magmax", "ties", "dare")
 #: Where no alpha is given. wise and magmax: the papers', MagMax's also in its code; ties and dare: the plain vector.
@@ -54,7 +53,7 @@ class Merge:
     """How checkpoints are merged.
 
     Attributes:
-        method: One of METHODS.
+        method: One of `cli.merge.METHODS`.
         alpha: See above; None = ALPHA.
         density: Of ties and dare, the share of entries that is left; None = DENSITY.
         seed: Of dare, which draws by the name of each tensor.

@@ -200,10 +200,7 @@ def _base_folder(model: str) -> Path:
     try:
         return Path(snapshot_download(base, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as e:
-        raise ModelError(
-            f"The model {base!r} is no local folder, and the hub does not give it ({type(e).__name__}): is the name "
-            "right, the hub reachable (HF_HUB_OFFLINE)?"
-        ) from e
+        raise models.not_given(base, e) from e
 
 
 def _name(path: Path) -> str:

@@ -14,7 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
-from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted
+from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted, to_end
 from trace_tasks.tokens import text_of
 
 
@@ -104,11 +104,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             )
         self.work.seconds += time.perf_counter() - began
         self.work.prompt_tokens += int(mask.sum())
-        answers = []
-        for row in outputs[:, start:].tolist():
-            # A row that has ended is padded until the longest row of the batch has ended.
-            end = next((n for n, token in enumerate(row) if token in want.ends), len(row) - 1)
-            answers.append(row[: end + 1])
+        answers = [to_end(row, want.ends) for row in outputs[:, start:].tolist()]
         if want.rated:
             lengths = [len(answer) for answer in answers]
             self.ratings |= zip(batch, rated.means(outputs[:, -1:], lengths), strict=True)

@@ -93,11 +93,16 @@ def pinned_revision(base: str, revision: str = "main") -> str:
         # The file alone: transformers' AutoConfig would ask whether to run the code that a model brings.
         file = hf_hub_download(base, "config.json", revision=revision)
     except (OSError, ValueError) as e:
-        raise ModelError(
-            f"The model {base!r} is no local folder, and the hub does not give it ({type(e).__name__}): is the name "
-            "right, the hub reachable (HF_HUB_OFFLINE), HF_TOKEN set if the model is gated?"
-        ) from e
+        raise not_given(base, e) from e
     return Path(file).parent.name  # snapshots/COMMIT/config.json
+
+
+def not_given(base: str, error: Exception) -> ModelError:
+    """The error where the hub does not give a model."""
+    return ModelError(
+        f"The model {base!r} is no local folder, and the hub does not give it ({type(error).__name__}): is the name "
+        "right, the hub reachable (HF_HUB_OFFLINE), HF_TOKEN set if the model is gated?"
+    )
 
 
 def refuse_odd_files(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,11 @@ class Forced:
     answer: tuple[int, ...]
     asked: tuple[tuple[int, ...], ...] | int
     """Which tokens are asked for at each token of the answer; a number = at least so many of the likeliest."""
+
+
+def to_end(ids: list[int], ends: Collection[int]) -> list[int]:
+    """The tokens up to the first one that ends an answer, and it; all if there is none. What follows is padding."""
+    return ids[: next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))]
 
 
 #: For each token of an answer: token -> its log-probability there.
@@ -160,11 +165,7 @@ class SwapLM:
     def first_tokens(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
         """The first so many tokens of the model's own greedy answers; one that ends before has its EOS."""
         wanted = [Wanted(tuple(ids), most, (), self.ends) for ids in prompts]
-        answers = []
-        for ids in self._answers(wanted):
-            end = next((n for n, token in enumerate(ids) if token in self.ends), most)
-            answers.append(list(ids[: end + 1][:most]))
-        return answers
+        return [to_end(ids, self.ends)[:most] for ids in self._answers(wanted)]
 
     # ----------------------------------------------------------------------------------------------------- prompts
 

@@ -34,11 +34,10 @@ def sets_of(run: Run, stage: Stage) -> list[str]:
     return [*own, NEUTRAL]
 
 
-def base_stage(run: Run, extra: Mapping[str, Any] | None) -> set[int]:
-    """Stage 0, if distances are asked for and the answers of the base model are not there yet."""
-    asked = {**run.manifest["config"], **(extra or {})}.get("distance")
-    base = run.stages[0]
-    return {0} if asked and not all(distance_file(base, name).exists() for name in sets_of(run, base)) else set()
+def lacks_base(run: Run, extra: Mapping[str, Any] | None) -> bool:
+    """Whether distances are asked for and the answers of the base model are not there yet."""
+    asked, base = {**run.manifest["config"], **(extra or {})}.get("distance"), run.stages[0]
+    return bool(asked) and not all(distance_file(base, name).exists() for name in sets_of(run, base))
 
 
 def settings_of(config: Mapping[str, Any], matrix: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def fill(
     refuse_answers_only(run)
     refuse_links(run.path, *WRITTEN)
     chosen = list(chosen)
-    if distance.base_stage(run, asked.get("extra")) and run.stages[0] not in chosen:
+    if distance.lacks_base(run, asked.get("extra")) and run.stages[0] not in chosen:
         chosen.insert(0, run.stages[0])
 
     def planned(stages: list[Stage]) -> Plan:
@@ -82,7 +82,7 @@ def _claimed(plan: Plan, planned: Callable[[list[Stage]], Plan]) -> Iterator[tup
             try:
                 with locked(stage.path, "evaluate"):
                     part = planned([stage])  # another process may have made its cells since
-                    if part.distances and stage.index and distance.base_stage(plan.run, {"distance": True}):
+                    if part.distances and stage.index and distance.lacks_base(plan.run, {"distance": True}):
                         part = replace(part, distances={})  # they need the base model's answers
                         again.append(stage)
                     if part.cells:

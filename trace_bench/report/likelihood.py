@@ -36,12 +36,9 @@ def soft_rows(results: Results, task: str) -> Matrix:
     return _since_own(results, results.run.tasks.index(task), len(results.run.tasks))
 
 
-def _since_own(results: Results, i: int, t: int, metric: str = LIKELIHOOD) -> Matrix:
-    """What each row of a task gained from its own stage to stage t, shape (rows,)."""
-    rows = results.rows.get(results.run.tasks[i])
-    if rows is None or metric not in rows.scores:
-        return np.full(2 if rows is None else len(rows.ids), np.nan)
-    x = rows.scores[metric]
+def _since_own(results: Results, i: int, t: int, metric: str | None = LIKELIHOOD) -> Matrix:
+    """What each row of a task gained from its own stage to stage t (None = by its headline), shape (rows,)."""
+    x = results.task_rows(results.run.tasks[i], metric)
     return x[:, t] - x[:, i + 1]
 
 
@@ -93,8 +90,7 @@ def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     base, own, last = L[0, i], L[1:].diagonal()[i], L[t, i]
     soft = [_since_own(results, k, t) for k in i]
     hard = [
-        results.units[task].sign * _since_own(results, k, t, results.headlines.get(task, ""))
-        for k, task in enumerate(results.run.tasks[: t - 1])
+        results.units[task].sign * _since_own(results, k, t, None) for k, task in enumerate(results.run.tasks[: t - 1])
     ]
     rows = [
         [

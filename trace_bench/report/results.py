@@ -260,11 +260,12 @@ class Results:
 
     # ------------------------------------------------------------------------------------------------ statistics
 
-    def task_rows(self, task: str) -> Matrix:
-        """The headline scores of a task's rows, shape (rows, stages); two rows of NaN where there are none."""
-        if task in self.rows:
-            return self.rows[task].scores[self.headlines[task]]
-        return np.full((2, len(self.run.stages)), np.nan)
+    def task_rows(self, task: str, metric: str | None = None) -> Matrix:
+        """The scores of a task's rows (None = headline), shape (rows, stages); NaN, or two rows of it, if unknown."""
+        rows, n = self.rows.get(task), len(self.run.stages)
+        if rows is None:
+            return np.full((2, n), np.nan)
+        return rows.scores.get(metric or self.headlines[task], np.full((len(rows.ids), n), np.nan))
 
     def final_rows(self, task: str) -> Matrix:
         """The headline scores of a task's rows in the end, shape (rows,)."""

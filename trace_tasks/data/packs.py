@@ -17,8 +17,7 @@ from typing_extensions import TypedDict
 
 from trace_tasks.data import demo
 from trace_tasks.data.names import CL_BENCHMARK, CL_FOLDER, SPLITS
-from trace_tasks.data.reading import check
-from trace_tasks.data.rows import Text, read_list
+from trace_tasks.data.rows import Text, read_list, row_problem
 from trace_tasks.data.sources import demo_folder, find_data
 from trace_tasks.errors import DataError
 
@@ -109,11 +108,10 @@ def read_file(folder: Path, split: str) -> tuple[dict[int, dict[str, str]], dict
     head, tail = frame(folder)
     rows, bad = {}, {}
     for i, value in enumerate(read_list(folder / f"{FILES[split]}.json")):
-        try:
-            check(Labelled, value)
+        if problem := row_problem(value, Labelled):
+            bad[i] = problem
+        else:
             rows[i] = {"prompt": head + value["sentence"] + tail, "answer": value["label"]}
-        except ValueError as e:
-            bad[i] = f"{e}; its keys are {sorted(value)}." if isinstance(value, dict) and "lacks" in str(e) else f"{e}."
     return rows, bad
 
 

@@ -59,10 +59,10 @@ class Question(TypedDict):
     answer: WholeText
 
 
-def row_problem(row: Any, answered: bool = True) -> str | None:
+def row_problem(row: Any, shape: Any = Row) -> str | None:
     """What keeps a value from being a row; None for a good row."""
     try:
-        check(Row if answered else Question, row)
+        check(shape, row)
     except ValueError as e:
         return f"{e}; its keys are {sorted(row)}." if isinstance(row, dict) and "lacks" in str(e) else f"{e}."
     return None
@@ -103,7 +103,7 @@ def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
     """
     rows = read_list(file)
     for i, row in enumerate(rows):
-        if problem := row_problem(row, answered):
+        if problem := row_problem(row, Row if answered else Question):
             raise DataError(f"{file}, row {i}: {problem}")
     return rows
 

@@ -210,15 +210,12 @@ class CLConfig(SFTConfig):
                 raise ConfigError(f"{name}={value!r} is not allowed: use a list of names.")
         if isinstance(self.epochs, list):
             self.epochs = [_number(value) if isinstance(value, str) else value for value in self.epochs]
-        try:
-            self.tasks = data.expand_orders(self.tasks)
-        except data.DataError as e:
-            raise ConfigError(f"tasks={self.tasks}: {e}") from e
-        for name, known in (("general", data.SUITES), ("judged", data.JUDGED)):
+        for name, known in (("tasks", None), ("general", data.SUITES), ("judged", data.JUDGED)):
+            value = getattr(self, name)
             try:
-                setattr(self, name, data.expand(getattr(self, name), known))
+                setattr(self, name, data.expand(value, known) if known else data.expand_orders(value))
             except data.DataError as e:
-                raise ConfigError(f"{name}={getattr(self, name)}: {e}") from e
+                raise ConfigError(f"{name}={value}: {e}") from e
 
     def _check_options(self) -> None:
         """Checks each option against what `option` says is allowed."""

@@ -127,8 +127,12 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks: dict[str, Any], lora: bool) -> None:
-    """Refuses what would fail, or mean something else, in the training or when its checkpoints are evaluated."""
+def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks: dict[str, Any], lora: bool) -> Any:
+    """Refuses what would fail, or mean something else, in the training or when its checkpoints are evaluated.
+
+    Returns:
+        The configuration of the base model.
+    """
     base, code = str(model_args.model_name_or_path), config.trust_remote_code
     if tokenizer.eos_token is None:
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
@@ -144,7 +148,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
         )
     _check_context(model, config, tasks)
     if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
-        return
+        return model
     kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
 
     def make() -> Any:
@@ -159,6 +163,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     _check_vocabulary(empty, tokenizer, base)
     if lora and (problem := _lora_problem(empty, model_args)):
         raise ConfigError(f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(make, model_args)}")
+    return model
 
 
 def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
@@ -244,11 +249,9 @@ def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
 
 
 def check_rows(
-    config: CLConfig, model_args: ModelConfig, tokenizer: Any, rows: dict[str, list[tuple[str, str]]], chat: Chat | None
+    config: CLConfig, model: Any, tokenizer: Any, rows: dict[str, list[tuple[str, str]]], chat: Chat | None
 ) -> None:
-    """Refuses training rows that are longer than a table of positions. Rotary positions have none."""
-    base = str(model_args.model_name_or_path)
-    model = causal_config(base, model_args, config.trust_remote_code)
+    """Refuses training rows that are longer than a model's table of positions. Rotary positions have none."""
     settings = model.get_text_config(decoder=True).to_dict()
     context, limits = context_length(settings), (config.max_prompt_length, config.max_answer_length)
     if context is None or "rope_parameters" in settings or sum(limits) + config.virtual_tokens <= context:
@@ -259,8 +262,9 @@ def check_rows(
         longest = max(len(row["input_ids"]) for row in made) + config.virtual_tokens
         if longest > context:
             raise ConfigError(
-                f"A training row of {name} has {longest} tokens, and {base} reads {context}: use a max_answer_length "
-                f"of at most {context - limits[0] - config.virtual_tokens}, or a lower max_prompt_length."
+                f"A training row of {name} has {longest} tokens, and {model.name_or_path} reads {context}: use a "
+                f"max_answer_length of at most {context - limits[0] - config.virtual_tokens}, or a lower "
+                "max_prompt_length."
             )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trace_bench.engine.swap import to_end
+
 
 def sampled(
     model: Any,
@@ -50,12 +52,7 @@ def sampled(
     finally:
         inner.generation_config = settings
         model.train(training)
-    answers = []
-    for row in outputs[:, width:].tolist():
-        # A row that has ended is padded until the longest row of the batch has ended.
-        end = next((n for n, token in enumerate(row) if token in ends), len(row) - 1)
-        answers.append(row[: end + 1])
-    return answers
+    return [to_end(row, ends) for row in outputs[:, width:].tolist()]
 
 
 class Drawn(LogitsProcessor):

@@ -75,8 +75,8 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     for i, word in enumerate(argv[:-1], 1):
         if word == "--config":
             argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
-    if (tuned := tuned_words(argv, method)) and os.environ.get("RANK", "0") == "0":
-        print(f"{method} by the table of settings: {shlex.join(tuned)}", flush=True)
+    if tuned := tuned_words(argv, method):
+        _tell(f"{method} by the table of settings: {shlex.join(tuned)}")
     known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]
     if "--like" in argv[:-1]:
         i = argv.index("--like")
@@ -107,10 +107,16 @@ def _as_in(run: Run, known: Collection[str], config: type[CLConfig], method: str
     settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
     if run.manifest["method"] != method and config.replay_ratio is None:
         settings.pop("replay_choice", None)
-        if (ratio := settings.pop("replay_ratio", None)) and os.environ.get("RANK", "0") == "0":
-            print(f"{method} without the replay_ratio {ratio} of {run.path}, which its option would set", flush=True)
+        if ratio := settings.pop("replay_ratio", None):
+            _tell(f"{method} without the replay_ratio {ratio} of {run.path}, which its option would set")
     given = {name: value for name, value in settings.items() if name in known and value != []}
     return [word for name, value in given.items() for word in option_words(name, value)]
+
+
+def _tell(text: str) -> None:
+    """Prints what was decided, once in a launch of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 def _refuse(message: str) -> NoReturn:
@@ -151,8 +157,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     preflight.check_launch()
     model_args = _pinned(model_args, base, manifest["model"]["revision"])
     tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
-    preflight.check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
-    rows = _make_rows(config, model_args, tasks, tokenizer)
+    model = preflight.check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
+    rows = _make_rows(config, model, tasks, tokenizer)
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
         with state.main_process_first():
@@ -220,9 +226,7 @@ def _pinned(model_args: ModelConfig, base: str, revision: str) -> ModelConfig:
     return model_args
 
 
-def _make_rows(
-    config: CLConfig, model_args: ModelConfig, tasks: dict[str, Any], tokenizer: Any
-) -> dict[str, list[tuple[str, str]]]:
+def _make_rows(config: CLConfig, model: Any, tasks: dict[str, Any], tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
     """The training rows of all tasks, before the first one is trained: a bad one of the last task would cost days."""
     chat = None
     if config.chat_template:
@@ -230,7 +234,7 @@ def _make_rows(
         chat = Chat(tokenizer, config.chat_template_args)
         check_room(chat, config.max_prompt_length)
     rows = {name: training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
-    preflight.check_rows(config, model_args, tokenizer, rows, chat)
+    preflight.check_rows(config, model, tokenizer, rows, chat)
     return rows if chat is None else {}  # a stage makes them with the date of the run, which may be an older one
 
 
