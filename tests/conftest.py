@@ -1,12 +1,17 @@
 """What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
 
 import gc
+import importlib
 import importlib.metadata
+import io
 import os
 import pickle
 import shutil
 import string
+import subprocess
 import sys
+import tarfile
+import zipfile
 from collections import Counter
 from functools import cache, partial
 from itertools import chain, count, product
@@ -334,3 +339,52 @@ def stop_at(stage: int, trainer: type) -> type:
 
     Killed.__module__ = trainer.__module__  # the same method as far as the manifest goes
     return Killed
+
+
+def interrupted(trainer: type, step: int, stage: int = 2) -> type:
+    """The same method, stopped before it takes the step after `step`."""
+
+    class Stopped(trainer):
+        def training_step(self, *args):
+            if (self.stage.index, self.state.global_step) == (stage, step):
+                raise KeyboardInterrupt
+            return super().training_step(*args)
+
+    Stopped.__module__ = trainer.__module__
+    return Stopped
+
+
+def config_of(method: str) -> type:
+    """The config class of a method."""
+    from trainers.base import CLConfig
+
+    classes = [v for v in vars(importlib.import_module(f"trainers.{method}")).values() if isinstance(v, type)]
+    return max((c for c in classes if issubclass(c, CLConfig)), key=lambda c: len(c.__mro__))
+
+
+def lock_holder(folder: object) -> subprocess.Popen:
+    """A process that has the lock of the training in a folder until it is killed."""
+    hold = "import sys, time; from pathlib import Path; from trace_bench.run import locked\n"
+    hold += "with locked(Path(sys.argv[1]), 'train'): print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", hold, str(folder)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process
+
+
+def packed(archive: Path, members: list, **fields) -> Path:
+    """An archive of (name, content) members; keyword arguments are fields of the tar's last member."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
+            for name, content in members:
+                z.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
+        return archive
+    mode = f"w:{archive.suffix[1:]}".removesuffix(":tar")
+    with tarfile.open(archive, mode, format=tarfile.PAX_FORMAT) as t:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            for field, value in fields.items() if (name, content) == members[-1] else ():
+                setattr(info, field, value)
+            t.addfile(info, io.BytesIO(content))
+    return archive

@@ -2,15 +2,14 @@
 
 import errno
 import gzip
-import io
 import json
 import os
 import re
 import shutil
 import tarfile
-import zipfile
 
 import pytest
+from conftest import packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
@@ -40,21 +39,6 @@ def root(tmp_path):
         for split in data.SPLITS:
             (tmp_path / "d" / folder / f"{split}.json").write_text(json.dumps(ROWS), encoding="utf-8")
     return tmp_path / "d"
-
-
-def pack(file, members):
-    """Writes a zip or tar of (name, content) members."""
-    if file.suffix == ".zip":
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as z:
-            for name, content in members:
-                z.writestr(name, content)
-        return file
-    with tarfile.open(file, f"w:{file.suffix[1:]}".removesuffix(":tar")) as t:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            t.addfile(info, io.BytesIO(content))
-    return file
 
 
 def members(root, prefix=""):
@@ -100,7 +84,7 @@ def test_demo_data_is_known_wherever_it_lies_and_other_tasks_need_none(root, tmp
 
 @pytest.mark.parametrize("source", ["demo", "archive"])
 def test_what_is_in_the_cache_is_made_once_and_again_where_it_is_damaged(root, tmp_path, source):
-    source = str(pack(tmp_path / "a.zip", members(root))) if source == "archive" else source
+    source = str(packed(tmp_path / "a.zip", members(root))) if source == "archive" else source
     found = data.find_data(source)
     before, made = Data.at(found, data.FOLDERS).fingerprint, found.stat().st_ino
     assert data.find_data(source) == found and found.stat().st_ino == made
@@ -113,7 +97,7 @@ def test_what_is_in_the_cache_is_made_once_and_again_where_it_is_damaged(root, t
 
 @every_kind
 def test_an_archive_with_the_layout_works(root, tmp_path, cache, kind):
-    file = pack(tmp_path / f"a.{kind}", members(root, "LLM-CL-Benchmark_500/" if kind == "zip" else ""))
+    file = packed(tmp_path / f"a.{kind}", members(root, "LLM-CL-Benchmark_500/" if kind == "zip" else ""))
     found = data.find_data(str(file))
     assert cache in found.parents
     unpacked = Data.at(found, data.FOLDERS)
@@ -124,7 +108,7 @@ def test_an_archive_with_the_layout_works(root, tmp_path, cache, kind):
 def test_an_archive_of_several_data_sets_lists_them(root, tmp_path):
     both = [m for prefix in ("one/", "two/") for m in members(root, prefix)]
     with pytest.raises(DataError, match=r"2 data sets(.|\n)*TRACE_DATA=\S+/one\n  TRACE_DATA=\S+/two"):
-        data.find_data(str(pack(tmp_path / "a.zip", both)))
+        data.find_data(str(packed(tmp_path / "a.zip", both)))
 
 
 def refused(file, words, cache):
@@ -153,14 +137,14 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_archive_is_an_error_that_names_it(root, tmp_path, cache, name):
-    file = pack(tmp_path / f"a.{name.split()[0]}", members(root))
+    file = packed(tmp_path / f"a.{name.split()[0]}", members(root))
     file.write_bytes(DAMAGES[name](file.read_bytes()))
     refused(file, "", cache)
 
 
 @every_kind
 def test_a_member_that_is_too_large_is_refused(tmp_path, cache, monkeypatch, kind):
-    file = pack(tmp_path / f"a.{kind}", [("FOMC/train.json", bytes(10)), ("FOMC/test.json", bytes(60_000))])
+    file = packed(tmp_path / f"a.{kind}", [("FOMC/train.json", bytes(10)), ("FOMC/test.json", bytes(60_000))])
     monkeypatch.setattr(archive, "MOST_ROWS", 50_000)
     refused(file, "holds a file of .*nothing was unpacked", cache)
     monkeypatch.setattr(archive, "MOST_ROWS", 60_000)
@@ -168,7 +152,7 @@ def test_a_member_that_is_too_large_is_refused(tmp_path, cache, monkeypatch, kin
 
 
 def test_what_lies_behind_the_end_of_an_archive_is_not_read_for_ever(tmp_path, cache, monkeypatch):
-    whole = pack(tmp_path / "a.tar", [("FOMC/test.json", b"[]")]).read_bytes()
+    whole = packed(tmp_path / "a.tar", [("FOMC/test.json", b"[]")]).read_bytes()
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole + bytes(20_000_000)))
     assert archive.unpack(tmp_path / "a.tar.gz").is_dir()
     monkeypatch.setattr(archive, "MOST_BYTES", 10_000_000)
@@ -180,7 +164,7 @@ def test_what_lies_behind_the_end_of_an_archive_is_not_read_for_ever(tmp_path, c
     ("kind", "number", "words"), [("zip", errno.EDQUOT, "make room"), ("tar.gz", errno.EACCES, "writable")]
 )
 def test_a_disk_that_is_full_is_no_damage_of_the_archive(root, tmp_path, cache, monkeypatch, kind, number, words):
-    file = pack(tmp_path / f"a.{kind}", members(root))
+    file = packed(tmp_path / f"a.{kind}", members(root))
 
     def full(*args, **kwargs):
         raise OSError(number, os.strerror(number))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command_line, quick_options, train
+from conftest import command_line, interrupted, lock_holder, quick_options, train
 from judge_server import Server, with_key
 from kill_harness import TIMES
 from safetensors.torch import load_file, save_file
@@ -105,11 +105,8 @@ def error(*argv: object) -> str:
 
 
 def test_the_lock_of_a_process_is_said_to_be_its_own_and_ends_with_it(options):
-    hold = "import sys, time; from pathlib import Path; from trace_bench.run import locked\n"
-    hold += "with locked(Path(sys.argv[1]), 'train'): print('held', flush=True); time.sleep(60)"
     folder = options["output_dir"]
-    process = subprocess.Popen([sys.executable, "-c", hold, folder], cwd=ROOT, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
+    process = lock_holder(folder)
     with locked(Path(folder), "judge"), pytest.raises(RunError, match=rf"process {process.pid} on .*`train`"):
         train(options)
     assert not (Path(folder) / "manifest.json").exists()
@@ -442,19 +439,6 @@ def test_other_errors_stay_what_they_are():
 
 
 # ------------------------------------------------------------------------------------------- going on within a stage
-
-
-def interrupted(trainer: type, step: int, stage: int = 2) -> type:
-    """The same method, stopped before it takes the step after `step`."""
-
-    class Stopped(trainer):
-        def training_step(self, *args):
-            if (self.stage.index, self.state.global_step) == (stage, step):
-                raise KeyboardInterrupt
-            return super().training_step(*args)
-
-    Stopped.__module__ = trainer.__module__
-    return Stopped
 
 
 ACCUMULATED = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "train_rows": 32}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import PROMPTS, make_base, make_checkpoint, reference
-from conftest import command_line, pieces_tokenizer, train
+from conftest import command_line, interrupted, lock_holder, pieces_tokenizer, train
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,15 +99,8 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "C
 def test_a_training_that_ends_too_soon_is_told_after_all_that_is_there_is_evaluated(options, monkeypatch):
     monkeypatch.setattr(following, "GRACE", 0.2)
 
-    class Dies(CLTrainer):
-        def training_step(self, *args, **kwargs):
-            if self.stage.index == 2:
-                raise KeyboardInterrupt
-            return super().training_step(*args, **kwargs)
-
-    Dies.__module__ = CLTrainer.__module__
     with pytest.raises(KeyboardInterrupt):
-        train(options, Dies)
+        train(options, interrupted(CLTrainer, 0))
     run = Run.open(options["output_dir"])
     with pytest.raises(SystemExit, match=rf"ended before {run.stages[2].name} was trained.*with the command") as e:
         cli.main(["evaluate", str(run.path), "--follow"])
@@ -121,12 +114,7 @@ def test_a_training_that_lives_is_waited_for_and_one_that_is_killed_is_not(run, 
     """The lock says it, whatever the time; where there are no locks the progress does."""
     monkeypatch.setattr(following, "GRACE", 0.2)
     run.stages[2].train_file.unlink()
-    hold = "import sys, time; from pathlib import Path; from trace_bench.run import locked\n"
-    hold += "with locked(Path(sys.argv[1]), 'train'): print('held', flush=True); time.sleep(60)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", hold, str(run.path)], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
+    process = lock_holder(run.path)
     found = []
 
     def follow():

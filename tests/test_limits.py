@@ -1,10 +1,9 @@
 """The limits of the methods' own options: the nearest values on both sides of each."""
 
-import importlib
-
 import pytest
+from conftest import config_of
 
-from trainers.base import CLConfig, ConfigError
+from trainers.base import ConfigError
 
 WEIGHT = ((-0.1,), (0.0, 1.5))
 SHARE = ((-0.1, 1.1), (0.0, 1.0))
@@ -43,10 +42,7 @@ LIMITS = {
 
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, own in LIMITS.items() for option in own])
 def test_an_option_is_refused_beyond_its_limits_and_allowed_at_them(name, option):
-    module = importlib.import_module(f"trainers.{name}")
-    configs = [v for v in vars(module).values() if isinstance(v, type) and issubclass(v, CLConfig)]
-    config = max(configs, key=lambda c: len(c.__mro__))
-    refused, allowed = LIMITS[name][option]
+    config, (refused, allowed) = config_of(name), LIMITS[name][option]
     for value in refused:
         with pytest.raises(ConfigError, match=f"{option}={value!r} is not allowed"):
             config(output_dir="x", **{option: value})

@@ -27,19 +27,8 @@ def wheel(tmp_path_factory):
     build = "import sys; from setuptools import build_meta; print(build_meta.build_sdist(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", build, str(out)], cwd=source, check=True, capture_output=True)
     (sdist,) = out.glob("*.tar.gz")
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "-q",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(out),
-    ]
-    subprocess.run([*pip, str(sdist)], cwd=out, check=True)
+    pip = [sys.executable, "-m", "pip", "-q", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "-w", str(out), str(sdist)], cwd=out, check=True)
     (found,) = out.glob("*.whl")
     return found
 
@@ -131,18 +120,8 @@ def test_the_first_hour(installed, monkeypatch):
 
     adapters = [folder / "runs/mine/stages" / stage / "adapter" for stage in ("1_mine", "2_trace_fomc")]
     shutil.copytree(adapters[0], folder / "v1")
-    begin = [
-        "--model",
-        "tiny",
-        "--tasks",
-        "trace_fomc",
-        "--backend",
-        "hf",
-        "--test-rows",
-        "2",
-        "--max-prompt-length",
-        "96",
-    ]
+    begin = ["--model", "tiny", "--tasks", "trace_fomc", "--backend", "hf"]
+    begin += ["--test-rows", "2", "--max-prompt-length", "96"]
     bench("evaluate", "runs/theirs", *begin, "--checkpoint", "v1=v1")
     assert "evaluated 1 cell" in bench("evaluate", "runs/theirs", "--checkpoint", f"v2={adapters[1]}")
     (folder / "v1").rename(folder / "moved")

@@ -1,7 +1,6 @@
 """docs/security.md promises: keys stay in memory, texts are material, files stay in their folder, no pickle opens."""
 
 import gzip
-import io
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import train
+from conftest import packed, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judge_server import Server
@@ -225,23 +224,6 @@ def test_a_teacher_is_shown_one_task_and_no_other_end_of_it(prompt, answer):
 
 
 # ------------------------------------------------------------------------------------------------------------- archives
-
-
-def packed(archive, members, **fields):
-    """An archive of (name, content) members; keyword arguments are fields of the tar's last member."""
-    if archive.suffix == ".zip":
-        with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
-            for name, content in members:
-                z.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
-        return archive
-    with tarfile.open(archive, "w:gz" if archive.suffix == ".gz" else "w", format=tarfile.PAX_FORMAT) as t:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            for field, value in fields.items() if (name, content) == members[-1] else ():
-                setattr(info, field, value)
-            t.addfile(info, io.BytesIO(content))
-    return archive
 
 
 @pytest.fixture

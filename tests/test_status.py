@@ -6,7 +6,7 @@ import re
 import time
 
 import pytest
-from conftest import train
+from conftest import interrupted, train
 
 from trace_bench import cli, evaluate
 from trace_bench.run import Run, locked
@@ -30,15 +30,8 @@ def test_a_run_is_followed_from_outside_and_by_one_view(options, capfd, monkeypa
         shown = (line.strip() for line in re.split("[\r\n]", capfd.readouterr().err))
         return [line for line in shown if line.startswith(f"stage {stage}")]
 
-    class Stopped(CLTrainer):
-        def training_step(self, *args, **kwargs):
-            if self.stage.index == 2 and self.state.global_step == 2:
-                raise KeyboardInterrupt
-            return super().training_step(*args, **kwargs)
-
-    Stopped.__module__ = CLTrainer.__module__
     with pytest.raises(KeyboardInterrupt):
-        train(options, Stopped)
+        train(options, interrupted(CLTrainer, 2))
     view = r"stage 1/2 FOMC .*step 4/4, \d\d:\d\d<\d\d:\d\d, loss \d+\.\d{3}, \d+ tokens/s, run \d+ s left"
     shown = bars("1/2 FOMC")
     assert re.fullmatch(view, shown[-1]) and len(shown) <= 3, "nobody watches: the beginning and the end"

@@ -1,13 +1,13 @@
 """Tests of `trace_bench.study`: the project's study files, what such a file may hold, a tiny study from end to end."""
 
 import csv
-import importlib
 import runpy
 import subprocess
 import sys
 
 import pytest
 import yaml
+from conftest import config_of
 
 from trace_bench import packaged, study
 from trace_bench.cli import main
@@ -36,8 +36,6 @@ def write(tmp_path):
 def test_every_option_of_a_study_is_one_of_its_method_and_its_question_comes_first(file):
     from trl import ModelConfig, TrlParser
 
-    from trainers.base import CLConfig
-
     lines = file.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ") and lines[0].endswith("?")
     assert f"make study STUDY=trainers/configs/studies/{file.name}" in lines[2]
@@ -45,9 +43,7 @@ def test_every_option_of_a_study_is_one_of_its_method_and_its_question_comes_fir
     both = [run for full in (False, True) for run in read_study(file, full).values()]
     runs = {(method, frozenset(a for a in arguments if a.startswith("--"))): arguments for method, arguments in both}
     for (method, _), arguments in runs.items():
-        module = importlib.import_module(f"trainers.{method}")
-        classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, CLConfig)]
-        parser = TrlParser((max(classes, key=lambda c: len(c.__mro__)), ModelConfig))
+        parser = TrlParser((config_of(method), ModelConfig))
         config, model = parser.parse_args_and_config([*arguments, "--output_dir", "nowhere"])
         assert config.tasks and model.model_name_or_path, arguments
 

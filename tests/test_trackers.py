@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from conftest import stop_at, train
-from trl import ModelConfig, TrlParser
 
 from trace_bench.run import read_json
 from trainers import base
@@ -114,10 +113,3 @@ def test_a_tracker_that_there_is_not_is_refused_before_any_work(options, tracker
     with pytest.raises(base.ConfigError, match=rf"report_to=\['{tracker}'\]: .*{words}"):
         train({**options, "report_to": [tracker]})
     assert not Path(options["output_dir"]).exists()
-
-
-def test_the_command_line_takes_several(options):
-    parser = TrlParser((base.CLConfig, ModelConfig))
-    given = ["--output_dir", options["output_dir"], "--report_to", "tensorboard", "wandb"]
-    assert parser.parse_args_and_config(given)[0].report_to == ["tensorboard", "wandb"]
-    assert parser.parse_args_and_config(given[:2])[0].report_to == []

@@ -1,9 +1,8 @@
 """The tables of methods' settings by the size of the model."""
 
-import importlib
-
 import pytest
 import yaml
+from conftest import config_of
 
 from trace_bench import packaged
 from trainers.base import CLConfig, ConfigError
@@ -11,12 +10,6 @@ from trainers.base.stages import parse
 from trainers.base.tuned import tuned_words
 
 SIZES = {"135m": "quickstart", "7b": "llama2_7b_lora", "70b": "llama2_70b_lora"}
-
-
-def config_of(method):
-    """The config class of a method."""
-    classes = [v for v in vars(importlib.import_module(f"trainers.{method}")).values() if isinstance(v, type)]
-    return max((c for c in classes if issubclass(c, CLConfig)), key=lambda c: len(c.__mro__))
 
 
 @pytest.mark.parametrize("size", SIZES)
