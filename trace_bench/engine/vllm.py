@@ -30,6 +30,7 @@ from trace_bench.engine.checkpoints import config_differences
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import lora_args, starting_vllm
 from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
+from trace_tasks.data.files import digest
 
 log = logging.getLogger(__name__)
 
@@ -236,8 +237,11 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
     def _params(self, want: Wanted) -> Any:
         stops = list(want.stops) if not self.think_end_token else []
         asked = list(dict.fromkeys(want.reference))[:MAX_LOGPROB_TOKEN_IDS]
+        sampling = {"temperature": 0, **dict(want.sampling)}
+        if "seed" in sampling:  # vLLM would draw with the same random numbers for every prompt
+            sampling["seed"] = int(digest([sampling["seed"], want.ids])[:15], 16)
         return SamplingParams(
-            **{"temperature": 0, **dict(want.sampling)},
+            **sampling,
             max_tokens=want.most,
             # The tokens that end an answer, whatever vLLM finds in a generation_config.json.
             ignore_eos=True,
