@@ -488,6 +488,7 @@ def test_the_base_as_the_start_trains_each_task_by_itself(options, tmp_path):
         ({"merge": "average", "merge_alpha": 0.5}, "merge=average does not use it"),
         ({"merge_density": 0.5}, "merge_density=0.5: merge=wise"),
         ({"merge": "ties", "merge_with": "base"}, "merge_with=base"),
+        ({"merge": "slao", "merge_rank": 2}, "merge=slao does not use it"),
         ({"merge": "magmax", "keep": "last"}, "use keep=all"),
         ({"merge": "slao", "use_peft": False}, "merge=slao is about LoRA"),
         ({"merge_rank": 4, "use_peft": False}, "merge_rank=4 is about LoRA"),

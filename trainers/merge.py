@@ -95,6 +95,8 @@ class MergeConfig(CLConfig):
             value = getattr(self, f"merge_{name}")
             if value is not None and self.merge not in users:
                 raise ConfigError(f"merge_{name}={value}: merge={self.merge} does not use it, only {', '.join(users)}.")
+        if self.merge == "slao" and self.merge_rank is not None:
+            raise ConfigError(f"merge_rank={self.merge_rank}: merge=slao does not use it; its adapters keep lora_r.")
         if self.merge == "wise" and (self.merge_alpha or 0) > 1:
             raise ConfigError(f"merge_alpha={self.merge_alpha} is not allowed: wise takes a share of at most 1.")
         if self.merge in OF_VECTORS and self.keep != "all":
