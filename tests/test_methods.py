@@ -359,6 +359,10 @@ FULL = {"use_peft": False}
         ("pp", {"padding_free": True}, "padding_free"),
         ("icl", {"num_fewshot": -1}, "num_fewshot=-1"),
         ("icl", {"icl_prompt_length": 0}, "icl_prompt_length=0"),
+        *(
+            (name, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "the memory then has no gradient")
+            for name in ("gem", "agem")
+        ),
         *((name, "FSDP", f"{name} needs whole gradients, and FSDP") for name in ("ewc", "gem", "agem", "ogd", "olora")),
         *((name, "FSDP", "whole weights.*FSDP gives each process a part") for name in ("lwf", "osf")),
     ],

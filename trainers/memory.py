@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from trainers.base import CHOICES, CLConfig, CLTrainer, choose_rows, option, refuse_losses
+from trainers.base import CHOICES, CLConfig, CLTrainer, choose_rows, option, refuse_losses, refuse_reentrant
 
 
 def dot(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -70,7 +70,8 @@ class MemoryTrainer(StepTrainer):
 
     @classmethod
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
-        """Refuses losses of the step that are not those of the memory."""
+        """Refuses losses of the step that are not those of the memory, and what its gradients would be zero with."""
+        refuse_reentrant(config, "the memory then has no gradient")
         refuse_losses(config, "is not the cross entropy of the memory's rows: use ")
         return {}
 

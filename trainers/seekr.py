@@ -32,7 +32,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 
-from trainers.base import ConfigError, causal_config, main, option
+from trainers.base import ConfigError, causal_config, main, option, refuse_reentrant
 from trainers.der import KEPT, DERConfig, DERTrainer
 
 
@@ -56,10 +56,7 @@ class SEEKRTrainer(DERTrainer):
     @classmethod
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
         """Refuses kernels that do not return the attention weights, and what they would be no measure with."""
-        if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ConfigError(
-                "gradient_checkpointing_kwargs, use_reentrant=true: attention weights then have no gradient. Use false."
-            )
+        refuse_reentrant(config, "attention weights then have no gradient")
         model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
         for name in ("attention_dropout", "attn_pdrop"):
             if getattr(model, name, 0.0):

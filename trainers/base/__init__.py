@@ -14,7 +14,7 @@ sampling      answers that the model draws while it is trained
 
 from trainers.base.blocks import adapted_parameters, decoder_blocks, text_model
 from trainers.base.checkpoints import save_tensors, sort_names
-from trainers.base.config import CLConfig, ConfigError, option, refuse_losses
+from trainers.base.config import CLConfig, ConfigError, option, refuse_losses, refuse_reentrant
 from trainers.base.gradients import divergences, of_tokens
 from trainers.base.preflight import causal_config, context_length, refuse_shards, require_context
 from trainers.base.rows import CHOICES, choose_rows, ranked_rows
@@ -43,6 +43,7 @@ __all__ = [
     "option",
     "ranked_rows",
     "refuse_losses",
+    "refuse_reentrant",
     "refuse_shards",
     "require_context",
     "sampled",

@@ -97,6 +97,12 @@ def refuse_losses(config: CLConfig, why: str) -> None:
             raise ConfigError(f"{name}={found} {why}{name}: {plain}.")
 
 
+def refuse_reentrant(config: CLConfig, why: str) -> None:
+    """Refuses the gradient checkpointing that hides gradients from `torch.autograd.grad`; `why` says which."""
+    if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ConfigError(f"gradient_checkpointing_kwargs, use_reentrant=true: {why}. Use false.")
+
+
 def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) -> None:
     """Refuses what is not a number of the type `kind` within `limits`."""
     kinds = get_args(kind) or (kind,)
