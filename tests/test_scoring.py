@@ -202,7 +202,8 @@ NUMBER_IS_READ = [
     ("The answer is 8.", "8"), ("The answer is: 8 of 10 apples", "8"), ("Answer: 8 apples and 3 pears", "8"),
     ("8.0", "8"), ("8.", "8"), ("08", "8"), ("1,680", "1680"), ("1,234,567.5 dollars", "1234567.5"),
     ("1680", "1,680"), ("$8", "8"), ("8$ in 2 coins = 8$", "8"), ("-$5", "-5"), ("€ 8.50", "8.5"), ("Rs.500", "500"),
-    ("50%", "50"), (".5", "0.5"), ("-5", "-5"), ("\N{MINUS SIGN}5", "-5"), ("10-5", "5"),
+    ("50%", "50"), (".5", "0.5"), ("-5", "-5"), ("\N{MINUS SIGN}5", "-5"), ("5 million", "5000000"),
+    ("She has 2.5 thousand apples.", "2500"), ("3 hundred", "300"), ("１２．５", "12.5"), ("10²", "10"),
     ("1.4300000000000002", "1.43"), ("1.43", "1.4300000000000002"), ("5.5e-17", "0"), ("2e3", "2000"),
     ("3 + 5 = 8 apples", "8"), ("There are 48 wheels, 4 each, so 12", "12"),
     ("8\nSolve the problem with 3 apples", "8"), ("\n\n8\n3", "8"), ("Let me see.\nIt is 8.", "8"),
@@ -226,6 +227,8 @@ NUMBER_IS_WRONG = [
     ("1\n\nThe answer is 2.", "2"), ("To solve this problem, we need to find how many apples she eats in 3", "3"),
     ("10 moles is equal to 10 * 35 grams.", "35"), ("Mg(OH)2", "2"), (".5C1", "0.5"),
     ("It rained for 5 hours and rested for 3 hours.", "3"), ("x .5Mg(", "0.25"), ("-.5C1 and 7", "0.25"),
+    ("5 million", "1000000"), ("3 hundred", "100"), ("10-3", "3"), ("10 - 3", "3"), ("10^3", "3"), ("12,34", "34"),
+    ("1'000", "0"), ("1_000", "0"),
 ]  # fmt: skip
 
 

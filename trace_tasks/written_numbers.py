@@ -8,6 +8,8 @@ from trace_tasks.scoring import accuracy
 # Models that are not trained to stop go on with another question of their own.
 NEXT_PROMPT = re.compile(r"\n\s*(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)", re.IGNORECASE)
 
+# Full-width forms ("１２．５") and the minus sign; not NFKC, which makes 102 of "10²".
+_ASCII = {0xFEE0 + code: code for code in range(ord("!"), ord("~") + 1)} | {ord("\N{MINUS SIGN}"): "-"}
 # Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5. "27/2" is one number, a date is none.
 _NUMBER = re.compile(
     r"(?<![A-Za-z\d)])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
@@ -22,6 +24,8 @@ _FRACTION = re.compile(r"/(\d+(?:\.\d+)?)(?![\d/])")
 _RESULT_MARKER = re.compile(r"\banswer\s*(?:is\b|:)|=", re.IGNORECASE)
 _BETWEEN_SENTENCES = r"(?<=[.!?。])(?=\s)"
 _STATED_ANSWER = re.compile(r"\banswer\s*(?:is\b|:)|\\boxed\{|####", re.IGNORECASE)
+# Two numbers that are one operation without its result ("10-3"), or one number that is grouped as none is ("12,34").
+_UNFINISHED = re.compile(r"\s*[-+*×/^]\s*|[,'’_]")
 _SIGNED_CURRENCY = re.compile(r"(?<=[-+])[$€£¥₹]\s?(?=[\d.])")
 # A line that is nothing but a number, with a currency in front and a unit of a few words behind.
 _BARE = re.compile(rf"[\s=$€£¥₹(\[\"'*]*(?:Rs\.?\s*)?{_NUMBER.pattern}(?:/\d+)?[^\S\n]*(?:[^\s\d]+[^\S\n]*){{0,3}}\Z")
@@ -36,6 +40,8 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORD_VALUES = {word: value for value, word in enumerate(_SMALL.split())}
 _WORD_VALUES |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+# Digits with such a word are one number: "2.5 million".
+_SCALED = re.compile(rf"({_NUMBER.pattern})[^\S\n]+({'|'.join(_SCALES)})(?!\w)", re.IGNORECASE)
 _NUMBER_WORD = "|".join(sorted([*_WORD_VALUES, *_SCALES], key=len, reverse=True))
 _DIGIT_WORD = "|".join(_SMALL.split()[:10])
 _NUMBER_WORDS = re.compile(
@@ -48,7 +54,7 @@ _NUMBER_WORDS = re.compile(
 
 
 def _in_digits(text: str) -> str:
-    """The text with spelled-out English numbers in digits: "twenty-three apples" -> "23 apples".
+    """The text with spelled-out English numbers in digits: "twenty-three apples" -> "23 apples", "2 million" too.
 
     "One" by itself is a pronoun more often than a number, and stays unless it begins a line or follows "answer is".
     """
@@ -74,7 +80,10 @@ def _in_digits(text: str) -> str:
         decimals = "".join(str(_WORD_VALUES[word]) for word in (match["decimals"] or "").lower().split())
         return f"{'-' if match['minus'] else ''}{total + group}{'.' if decimals else ''}{decimals}"
 
-    return _NUMBER_WORDS.sub(digits, text)
+    def scaled(match: re.Match[str]) -> str:
+        return f"{float(match[1].replace(',', '')) * _SCALES[match[2].lower()]:.15g}"
+
+    return _NUMBER_WORDS.sub(digits, _SCALED.sub(scaled, text))
 
 
 def number_tolerant(prediction: str, reference: str) -> float:
@@ -83,8 +92,9 @@ def number_tolerant(prediction: str, reference: str) -> float:
     Where the reference holds a number, one number is read from the prediction and from the reference, and they must
     agree within a relative 1e-6 (absolute 1e-9 near zero). Thousands commas, currency signs, percent signs, units,
     exponents and trailing full stops do not matter; percent means no division by 100; "27/2" is 13.5, and English
-    number words are read ("twenty-three"). Digits stuck to a preceding letter ("CO2") are no number. What follows from
-    another question on ("Question: ...") is not read. The number is
+    number words are read ("twenty-three", "2.5 million"). Digits stuck to a preceding letter ("CO2") are no number, nor
+    is an operation without its result ("10-3"). What follows from another question on ("Question: ...") is not read.
+    The number is
 
     1. that of the first line that is not empty, where this is a number with a unit of at most three words, unless a
        later "answer is" says another one: then there is none;
@@ -124,7 +134,7 @@ def names_number(text: str, answer: str) -> bool:
 
 def read_number(text: str) -> float | None:
     """Reads the number that `number_tolerant` says, None where there is none or it overflows a float."""
-    text = _SIGNED_CURRENCY.sub("", text.replace("\N{MINUS SIGN}", "-"))
+    text = _SIGNED_CURRENCY.sub("", text.translate(_ASCII))
     if found := NEXT_PROMPT.search(text.lstrip()):
         text = text.lstrip()[: found.start()]
     text = _in_digits(re.sub(r"\d{1,2}:\d\d(?:[:.]\d+)?", " ", text))  # a time of day is no number
@@ -158,7 +168,7 @@ def _concluded(sentence: str) -> float | None:
     if equals and (marked := _NUMBER.search(sentence, equals)):
         return _value(sentence, marked)
     before = sentence[numbers[-2].end() if len(numbers) > 1 else 0 : numbers[-1].start()]
-    if re.search(r"[*×+/]\s*\Z", before):  # "10 * 35": an operation without its result
+    if re.search(r"[*×+/^]\s*\Z", before) or (len(numbers) > 1 and _UNFINISHED.fullmatch(before)):
         return None
     several = len({number[0] for number in numbers}) > 1 and re.search(r"[^\W\d_]", sentence)
     return _value(sentence, numbers[-1]) if not several or _CONCLUDES.search(before[-80:]) else None
