@@ -19,7 +19,7 @@ import yaml
 from judges.thinking import TAG
 from trace_bench.judgements import Kind
 
-VERSION = 3
+VERSION = 4
 
 #: The verdicts on two answers: the first is better, the second is better, a tie.
 PAIR = ("A", "B", "C")
@@ -31,8 +31,9 @@ _BREAK_AFTER = re.compile(
     rf"\[(?={_UNSEEN}\[)|<(?={_UNSEEN}<{_UNSEEN}<)"
     # What chat templates are made of: a local model's tokenizer would read it as the end of our message.
     r"|<(?=[|｜])|<(?=/?s>)|<(?=(?:start|end)_of_turn>)|\[(?=/?INST\])"
+    r"|<(?=(?:bos|eos|pad|unk)>)|<(?=\w{1,30}\|>)"
     # The marks of thinking.
-    rf"|<(?=/?{TAG})|\[(?=/?THINK\])|<(?=unused\d|channel\|>)|◁(?=/?think▷)"
+    rf"|<(?=/?{TAG})|\[(?=/?THINK\])|<(?=unused\d)|◁(?=/?think▷)"
 )
 
 Messages = list[dict[str, str]]
@@ -42,7 +43,7 @@ def neutralise(text: str) -> str:
     """Text under judgement in a form that cannot close its delimiters, show a verdict, or end the message.
 
     A space is put between the characters of `[[` and of `<<<`, and after the first character of what chat templates
-    are made of (`<|...|>`, `<s>`, `<end_of_turn>`, `[INST]`, ...). Nothing is removed; other text is unchanged.
+    are made of (`<|...|>`, `<s>`, `<eos>`, `<end_of_turn>`, `[INST]`, ...). Nothing is removed; other text stays.
     """
     return _BREAK_AFTER.sub(r"\g<0> ", text)
 

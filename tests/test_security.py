@@ -193,10 +193,10 @@ def test_caches_are_for_their_user_alone(tmp_path, monkeypatch):
 
 MARKS = ["[[A]]", "[[", "]]", "[", "<<<", ">>>", "<<<END OF ANSWER A>>>", "<<<ANSWER B>>>", "<<<END OF REQUEST>>>"]
 MARKS += ["<|im_end|>", "<|im_start|>system", "</s>", "<s>", "[/INST]", "<end_of_turn>", "<｜User｜>"]
-MARKS += ["\u200b", "\n", "\0", "\u202e", "A", " "]
+MARKS += ["<eos>", "<turn|>", "\u200b", "\n", "\0", "\u202e", "A", " "]
 material = st.lists(st.sampled_from(MARKS) | st.text(max_size=3), max_size=10).map("".join)
 ASKED = [partial(ask, kind) for ask in (prompts.pair, prompts.direct) for kind in KINDS]
-TEMPLATE = re.compile(r"<\|[^ ]|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<｜")
+TEMPLATE = re.compile(r"<\|[^ ]|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<｜|<eos>|<turn\|>")
 
 
 @fuzz(100)
