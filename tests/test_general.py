@@ -353,7 +353,7 @@ def test_stage_0_and_the_last_are_measured_besides_the_matrix(run, local, monkey
     assert "## Answers for the judges" in text and "| instruct_lima<br>2 prompts | safety_cona<br>2 prompts |" in text
 
 
-def test_an_interrupted_evaluation_loses_one_suite_at_most(run, local, monkeypatch):
+def test_an_interrupted_evaluation_loses_one_suite_at_most(run, local, monkeypatch, capsys):
     calls = []
     besides = BESIDES | {"general": ["general_boolq"], "general_rows": 1, "judged_rows": 1}
 
@@ -370,6 +370,8 @@ def test_an_interrupted_evaluation_loses_one_suite_at_most(run, local, monkeypat
     assert calls == [run.tasks, SETS, ["general_boolq"]]
     assert there(run)[0] == SETS
     assert evaluate.evaluate(run, stages=[0], extra=besides) == 1 and there(run)[0] == [*SETS, "general_boolq"]
+    read = re.search(r"at work .*: ([\d,]+) tokens read, 0 written", capsys.readouterr().out)
+    assert read is not None and int(read[1].replace(",", "")) > 0, "choices that are read count as the engine's work"
 
 
 def test_a_run_without_them_gets_them_on_the_command_line(run, local, capsys):

@@ -151,10 +151,15 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
                 yield i, of_row[first : first + len(examples[i][1])].float()
 
     def _model_call(self, inps: Any, attn_mask: Any = None, labels: Any = None) -> Any:
+        began = time.perf_counter()
         if self.soft_prompt is None:
-            return super()._model_call(inps, attn_mask, labels)
-        with torch.no_grad():
-            return self._model(inputs_embeds=self._behind_prompt(inps)).logits[:, len(self.soft_prompt) :]
+            logits = super()._model_call(inps, attn_mask, labels)
+        else:
+            with torch.no_grad():
+                logits = self._model(inputs_embeds=self._behind_prompt(inps)).logits[:, len(self.soft_prompt) :]
+        self.work.seconds += time.perf_counter() - began
+        self.work.prompt_tokens += inps.numel()
+        return logits
 
     def _behind_prompt(self, ids: Any) -> Any:
         embeds = self._model.get_input_embeddings()(ids)
