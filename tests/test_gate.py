@@ -237,6 +237,12 @@ def test_a_run_is_held_against_another_run_on_the_same_rows(make, capsys):
     assert backwards["exit_code"] == 0 and backwards["lines"][0]["drop"] == pytest.approx(-10 / 3)
 
 
+def test_a_run_is_not_held_against_itself_which_would_always_pass(make, capsys):
+    run = make(rows=LOST)
+    code, out, err = checked(capsys, run, "--max-forgetting", 2, "--against", run.path / ".." / run.path.name)
+    assert code == 2 and not out and "is the run itself" in err
+
+
 def test_runs_that_do_not_share_rows_settings_or_tasks_are_refused(make, capsys):
     one = make(rows=LOST)
 

@@ -157,6 +157,11 @@ def check(
     """
     if max_forgetting is None and max_general_drop is None:
         raise RunError("Without a limit nothing is checked: give --max-forgetting, --max-general-drop, or both.")
+    if against is not None and against.path.resolve() == run.path.resolve():
+        raise RunError(
+            f"--against {against.path} is the run itself, which has lost nothing since itself. Name the run that it is "
+            "to be compared with, or leave --against out: drops are then those since each task's own stage."
+        )
     runs = [Results(one) for one in (run, against) if one is not None]
     results, *others = (entry.results for entry in entries_of(runs))
     held: list[Held] = []
