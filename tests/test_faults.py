@@ -438,6 +438,14 @@ def test_other_errors_stay_what_they_are():
     assert advice(ValueError("x"), "") is None and advice(FileNotFoundError(2, "x"), "") is None
 
 
+def test_a_file_in_place_of_a_folder_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(OSError) as e, locked(path, "train"):
+            pass
+        assert re.search("name a different path|Use a shorter name", advice(e.value, "") or ""), e.value
+
+
 # ------------------------------------------------------------------------------------------- going on within a stage
 
 
