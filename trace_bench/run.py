@@ -115,7 +115,9 @@ def _remedy(path: Path) -> str:
         return "Delete it and its score, and evaluate again."
     if path.parent.name in ("eval", "judge"):
         return f"Delete it and {path.parent.name.replace('eval', 'evaluate')} again."
-    return "Delete it and run the same command again to redo it."
+    if path.name == "train.json":
+        return "Restore it, or delete it and train again: the command that began the run trains this stage again."
+    return "Delete it, and run the command that wrote it again."
 
 
 def read_jsonl(path: Path) -> list[Any]:
@@ -293,7 +295,10 @@ class Run:
             raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
         written = read_json(file, dict[str, Any]).get("format")
         if written != FORMAT:  # asked first: in another format anything may have another shape
-            raise RunError(f"{file} has format {written!r}; this program reads {FORMAT}.")
+            raise RunError(
+                f"{file} has format {written!r}; this program reads {FORMAT}. Use the version of trace-bench that made "
+                "the run (`trace-bench --version` shows yours)."
+            )
         manifest = read_json(file)
         for name in [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]:
             if not is_file_name(name):
