@@ -1,4 +1,4 @@
-"""HFT (half fine-tuning): each stage trains a random half of the matrices, and freezes the others.
+r"""HFT (half fine-tuning): each stage trains a random half of the matrices, and freezes the others.
 
 Hui et al. 2024 (arXiv 2404.18466), the selection "by category", which the paper finds best on TRACE: in each block two
 of the four matrices of the attention are frozen; of the three of the feed-forward network two in a random half of the

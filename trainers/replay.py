@@ -1,4 +1,4 @@
-"""Replay: rows of earlier tasks, and of an alignment set, are trained on again.
+r"""Replay: rows of earlier tasks, and of an alignment set, are trained on again.
 
 Two variants (`replay`):
 
@@ -13,7 +13,8 @@ set is LIMA in the official data, which has it as a folder `Lima`; any JSON list
 "none" leaves it out.
 
     python -m trainers.replay --config trainers/configs/quickstart.yaml --output_dir runs/replay
-    python -m trainers.replay --config trainers/configs/quickstart_rcl.yaml --tasks reasoning_order1   # RCL + replay
+    python -m trainers.replay --config trainers/configs/quickstart_rcl.yaml --tasks reasoning_order1 \
+        --output_dir runs/rcl-replay    # RCL + replay
 """
 
 from __future__ import annotations
