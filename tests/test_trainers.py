@@ -141,6 +141,16 @@ def test_rows_longer_than_a_table_of_positions_are_refused_before_the_first_stag
     assert train({**options, "max_answer_length": 8, "max_steps": 1}).stages[-1].is_trained
 
 
+@pytest.mark.parametrize("steps", [-1, 3])
+def test_a_stage_whose_rows_are_all_left_out_is_refused_before_the_first_one(options, steps):
+    change = {"dataloader_drop_last": True, "train_rows": 7, "max_steps": steps}
+    with pytest.raises(ConfigError, match="trace_fomc has 7 training rows, less than a batch of 8"):
+        train({**options, **change})
+    assert not Path(options["output_dir"]).exists()
+    run = train({**options, **change, "train_rows": 9, "num_train_epochs": 1.0})
+    assert read_json(run.stages[2].train_file)["steps"] == (1 if steps == -1 else 3)
+
+
 def test_all_parameters_in_bf16_are_warned_about(options, caplog):
     train({**options, "use_peft": False, "dtype": "bfloat16", "tasks": options["tasks"][:1], "max_steps": 1})
     assert "smaller than its rounding" in caplog.text

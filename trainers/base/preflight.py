@@ -251,9 +251,17 @@ def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
 def check_rows(
     config: CLConfig, model: Any, tokenizer: Any, rows: dict[str, list[tuple[str, str]]], chat: Chat | None
 ) -> None:
-    """Refuses training rows that are longer than a model's table of positions. Rotary positions have none."""
+    """Refuses tasks without a whole batch if others are dropped, and rows that are longer than a table of positions."""
+    batch = config.train_batch_size * config.world_size
+    for name, pairs in rows.items():
+        if config.dataloader_drop_last and len(pairs) < batch:
+            raise ConfigError(
+                f"dataloader_drop_last=true: {name} has {len(pairs)} training rows, less than a batch of {batch}: "
+                "its stage would have no step. Leave it out."
+            )
     settings = model.get_text_config(decoder=True).to_dict()
     context, limits = context_length(settings), (config.max_prompt_length, config.max_answer_length)
+    # Rotary positions have no table.
     if context is None or "rope_parameters" in settings or sum(limits) + config.virtual_tokens <= context:
         return
     for name, pairs in rows.items():
