@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from conftest import command_line, train
 from peft.tuners.lora.dora import DoraLinearLayer
 from test_methods import LINEAR, same, weights
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import ModelConfig, SFTTrainer, TrlParser
 
@@ -23,7 +23,7 @@ from trace_bench import cli, ending
 from trace_bench.run import Run, RunError, read_json
 from trace_tasks.data.files import write_json
 from trainers import base
-from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped
+from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped, preflight
 from trainers.base.stages import Loop
 
 ROOT = Path(__file__).parents[1]
@@ -151,9 +151,32 @@ def test_a_stage_whose_rows_are_all_left_out_is_refused_before_the_first_one(opt
     assert read_json(run.stages[2].train_file)["steps"] == (1 if steps == -1 else 3)
 
 
-def test_all_parameters_in_bf16_are_warned_about(options, caplog):
-    train({**options, "use_peft": False, "dtype": "bfloat16", "tasks": options["tasks"][:1], "max_steps": 1})
-    assert "smaller than its rounding" in caplog.text
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"use_peft": False, "dtype": "bfloat16"}, "All parameters are trained in bfloat16"),
+        ({"use_peft": False, "dtype": "auto"}, "All parameters are trained in bfloat16"),
+        ({"lora_modules_to_save": ["embed_tokens"], "dtype": "bfloat16"}, r"of embed_tokens .* are trained in bfloat16"),
+        ({"dtype": "bfloat16"}, None),
+        ({"lora_modules_to_save": ["embed_tokens"]}, None),
+        ({"use_peft": False}, None),
+    ],
+)
+def test_what_is_trained_in_bf16_is_warned_about(options, change, words, caplog):
+    """The warning is of what the optimizer has: the trained parameters that are no float32."""
+    args = ModelConfig(**{"model_name_or_path": options["model_name_or_path"], "use_peft": True, **change})
+    model = LlamaConfig(dtype=torch.bfloat16)
+    preflight._check_weights(model, args)
+    said = [record.getMessage() for record in caplog.records if "smaller than its rounding" in record.getMessage()]
+    assert len(said) == (words is not None) and re.search(words or "", "".join(said))
+    if args.use_peft:
+
+        class Spy(CLTrainer):
+            def begin_stage(self):
+                types = {p.dtype for p in self.trained().values()}
+                assert (torch.bfloat16 in types) == (words is not None)
+
+        train({**options, **change, "tasks": options["tasks"][:1], "max_steps": 1}, Spy)
 
 
 def test_several_gpus_in_one_process_are_refused_with_both_ways_out(options, monkeypatch):

@@ -201,11 +201,15 @@ def _check_weights(model: Any, model_args: ModelConfig) -> None:
             "load_in_4bit and load_in_8bit are not supported: evaluation merges adapters into the weights as they are, "
             "which are not those that were trained with. Use dtype=bfloat16 and LoRA."
         )
-    if not model_args.use_peft and model_args.dtype in ("bfloat16", "float16"):
+    # PEFT keeps adapters in float32, but not its copies of whole modules.
+    saved = ", ".join(model_args.lora_modules_to_save or [])
+    dtype = str(model.dtype).removeprefix("torch.") if model_args.dtype == "auto" else model_args.dtype
+    if (saved or not model_args.use_peft) and dtype in ("bfloat16", "float16"):
         log.warning(
-            "All parameters are trained in %s: a step of AdamW is often smaller than its rounding, which looks like "
-            "little forgetting. Use dtype=float32 with bf16=true (autocast).",
-            model_args.dtype,
+            "%s are trained in %s: a step of AdamW is often smaller than its rounding, which looks like little "
+            "forgetting. Use dtype=float32 with bf16=true (autocast).",
+            f"All parameters of {saved} (lora_modules_to_save)" if model_args.use_peft else "All parameters",
+            dtype,
         )
     method = (model.to_dict().get("quantization_config") or {}).get("quant_method")
     if method:
