@@ -156,7 +156,7 @@ def test_a_stage_whose_rows_are_all_left_out_is_refused_before_the_first_one(opt
     [
         ({"use_peft": False, "dtype": "bfloat16"}, "All parameters are trained in bfloat16"),
         ({"use_peft": False, "dtype": "auto"}, "All parameters are trained in bfloat16"),
-        ({"lora_modules_to_save": ["embed_tokens"], "dtype": "bfloat16"}, r"of embed_tokens .* are trained in bfloat16"),
+        ({"lora_modules_to_save": ["embed_tokens"], "dtype": "bfloat16"}, "of embed_tokens .* are trained in bfl"),
         ({"dtype": "bfloat16"}, None),
         ({"lora_modules_to_save": ["embed_tokens"]}, None),
         ({"use_peft": False}, None),

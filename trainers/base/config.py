@@ -99,7 +99,8 @@ def refuse_losses(config: CLConfig, why: str) -> None:
 
 def refuse_reentrant(config: CLConfig, why: str) -> None:
     """Refuses the gradient checkpointing that hides gradients from `torch.autograd.grad`; `why` says which."""
-    if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    kwargs: Any = config.gradient_checkpointing_kwargs or {}
+    if kwargs.get("use_reentrant"):
         raise ConfigError(f"gradient_checkpointing_kwargs, use_reentrant=true: {why}. Use false.")
 
 
