@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from architectures import reload
 from conftest import train
+from safetensors.torch import load_file
+from test_methods import method
 
 from trace_bench import cli, ending, evaluate, metrics
 from trace_bench.engine import models
@@ -95,6 +98,37 @@ def test_a_task_that_was_trained_comes_back_before_the_same_rows_teach_it_to_the
     assert base == pytest.approx(first, rel=0.1) and abs(losses[1] - first) > 1, (
         "the control begins with the base model"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "rank"), [("inclora", {}, 8), ("milora", {}, 8), ("merge", {"merge_rank": 6}, 6)]
+)
+def test_a_grown_adapter_learns_as_fast_as_the_control(name, changes, rank, options, in_this_process, monkeypatch):
+    """It stays as it is, below a new one of the run's rank and dropout; what is saved is both."""
+    run = train({**options, "lora_dropout": 0.1, "bf16": False, "dtype": "float32", **changes}, *method(name))
+    evaluate.evaluate(run)
+    file = "adapter_model.safetensors"
+    last, seen = load_file(run.stages[-1].checkpoint / file), {}
+
+    def end_stage(self):
+        active = self.model.peft_config["default"]
+        seen[self.start.name] = active.r, active.lora_dropout, sum(p.numel() for p in self.trained().values())
+        ids = torch.arange(3, 40)[None]
+        with torch.no_grad():
+            logits = self.model.eval()(input_ids=ids).logits
+            folder = self.save_checkpoint()
+            torch.testing.assert_close(reload(options["model_name_or_path"], folder)(input_ids=ids).logits, logits)
+        if self.start.index:
+            config, saved = models.adapter_config(folder), load_file(folder / file)
+            assert config["r"] == rank + 4 and models.adapter_config(run.stages[-1].checkpoint)["r"] == rank
+            for name, tensor in last.items():
+                dim = 0 if "lora_A" in name else 1
+                assert torch.equal(saved[name].narrow(dim, 0, rank), tensor)
+
+    monkeypatch.setattr(RelearnTrainer, "end_stage", end_stage)
+    relearn(run.path, 4, 2)
+    control = seen.pop("0_base")
+    assert control[:2] == (4, 0.1) and list(seen.values()) == [control]
 
 
 def test_a_killed_relearning_goes_on_and_finds_what_an_uninterrupted_one_does(run, in_this_process, monkeypatch):

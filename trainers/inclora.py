@@ -53,10 +53,14 @@ class IncLoRATrainer(CLTrainer):
         """The base model with the frozen adapter of the stage before and a new one."""
         # With the same random numbers at every stage each adapter would begin in the subspace of the first one.
         set_seed(self.config.seed + stage.index - 1)
+        return self.with_new_adapter(self.previous.checkpoint)
+
+    def with_new_adapter(self, checkpoint: Path | None) -> Any:
+        """The base model with a new adapter, on top of the frozen one of a checkpoint (None = alone)."""
         model = self.trainable_model(None)
         adapted(model)
-        if self.previous.checkpoint is not None:
-            model.load_adapter(str(self.previous.checkpoint), adapter_name=PAST)
+        if checkpoint is not None:
+            model.load_adapter(str(checkpoint), adapter_name=PAST)
             train_new_alone(model)
         return model
 
@@ -72,9 +76,10 @@ class IncLoRATrainer(CLTrainer):
                 name: torch.cat([past[name], new], dim=0 if "lora_A" in name else 1) for name, new in tensors.items()
             }
             # The factor on the product, alpha / r (or alpha / sqrt(r)), stays what it was.
-            tasks = 1 + model.peft_config[PAST].r // config.r
-            config.r *= tasks
-            config.lora_alpha *= tasks**0.5 if config.use_rslora else tasks
+            times = (model.peft_config[PAST].r + config.r) / config.r
+            alpha = config.lora_alpha * (times**0.5 if config.use_rslora else times)
+            config.r += model.peft_config[PAST].r
+            config.lora_alpha = round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
         config.inference_mode = True
         config.lora_dropout = 0.0  # of the next stage's frozen part; the new one has the run's own
         if self.is_world_process_zero():

@@ -16,6 +16,7 @@ import torch
 from trl import ModelConfig
 
 from trace_bench import checks
+from trace_bench.engine.models import adapter_config, is_adapter
 from trace_bench.records import read_cell
 from trace_bench.run import Run, RunError, Stage, locked
 from trace_tasks.data.files import refuse_links, remove
@@ -23,9 +24,10 @@ from trainers.base.config import CLConfig, ConfigError
 from trainers.base.stages import parse, train
 from trainers.base.trainer import CLTrainer
 from trainers.base.writing import run_alone
+from trainers.inclora import IncLoRATrainer
 
 
-class RelearnTrainer(CLTrainer):
+class RelearnTrainer(IncLoRATrainer):
     """One old task, from where a run ended or from the base model; plain fine-tuning, whatever the run's method."""
 
     source: ClassVar[Run]
@@ -38,8 +40,18 @@ class RelearnTrainer(CLTrainer):
         return {"begins_with": begins_with(cls.start)} | ({"date": date} if date else {})
 
     def stage_model(self, stage: Stage) -> Any:
-        """The same weights for every task."""
-        return self.trainable_model(self.start.checkpoint)
+        """The same weights for every task.
+
+        An adapter of a larger rank than `lora_r`, such as the sum of all stages' adapters, is frozen and gets a new one
+        on top. Trained as a whole it would learn faster than that of the control, and without the run's dropout.
+        """
+        start = self.start.checkpoint
+        self.on_top = start is not None and is_adapter(start) and adapter_config(start)["r"] > self.model_args.lora_r
+        return self.with_new_adapter(start) if self.on_top else self.trainable_model(start)
+
+    def save_checkpoint(self) -> Path:
+        """Saves what was trained, with the frozen adapter below it."""
+        return super().save_checkpoint() if self.on_top else CLTrainer.save_checkpoint(self)
 
 
 def begins_with(start: Stage) -> dict[str, str | None]:
