@@ -295,10 +295,8 @@ class Run:
             raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
         written = read_json(file, dict[str, Any]).get("format")
         if written != FORMAT:  # asked first: in another format anything may have another shape
-            raise RunError(
-                f"{file} has format {written!r}; this program reads {FORMAT}. Use the version of trace-bench that made "
-                "the run (`trace-bench --version` shows yours)."
-            )
+            what = f"{file} has format {written!r}; this program reads {FORMAT}."
+            raise RunError(f"{what} Use the version of trace-bench that made the run.")
         manifest = read_json(file)
         for name in [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]:
             if not is_file_name(name):
