@@ -20,6 +20,8 @@ def test_the_largest_entries_of_a_tensor():
     assert mofo.largest(values, 0.5).tolist() == [[False, True], [True, False]]
     assert mofo.largest(values, 0.1).sum() == 1 and mofo.largest(values, 1.0).all()
     assert mofo.largest(torch.tensor([2.0, 2.0, 1.0]), 0.34).tolist() == [True, True, False], "equals move together"
+    assert mofo.largest(torch.tensor([0.0, 3.0, 0.0, 0.0]), 0.5).sum() == 1, "no momentum, no move"
+    assert mofo.largest(torch.zeros(3), 1.0).all(), "all is all"
 
 
 @pytest.mark.parametrize("lora", [True, False])

@@ -6,8 +6,8 @@ are. The model stays closer to what it was, without rows of earlier tasks and wi
 
 `mofo_fraction` = 0.15 is the example of the authors' code, which recommends 0.05 to 0.2. As there, norms and biases
 move as a whole, and entries of equal momentum at the border move together. With LoRA the tensors are those of the
-adapter. Differences from the authors' code: an entry that does not move has no weight decay either, and at least one
-entry of each tensor moves.
+adapter. Differences from the authors' code: an entry that does not move has no weight decay either, at least one entry
+of each tensor moves, and none without momentum.
 
 It needs AdamW, and a copy of the trained parameters during each step.
 
@@ -74,9 +74,14 @@ class MoFOTrainer(CLTrainer):
 
 
 def largest(values: torch.Tensor, fraction: float) -> torch.Tensor:
-    """Where values are among the largest `fraction` of a tensor, at least one, and all that equal the last of them."""
+    """Where values are among the largest `fraction` of a tensor, at least one, and all that equal the last of them.
+
+    Zeros are not, whatever the fraction below 1: the rows of an embedding whose tokens never came would decay together.
+    """
+    if fraction == 1:
+        return torch.ones_like(values, dtype=torch.bool)
     count = max(1, int(fraction * values.numel()))
-    return values >= values.flatten().kthvalue(values.numel() - count + 1).values
+    return (values >= values.flatten().kthvalue(values.numel() - count + 1).values) & (values > 0)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ RECORD = "merged_from.json"
 #: Options of LoRA with which an adapter is more than the products B A, or its products have factors of their own.
 _NOT_PLAIN = (
     *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
-    *("alora_invocation_tokens", "arrow_config", "rank_pattern", "alpha_pattern"),
+    *("alora_invocation_tokens", "arrow_config", "rank_pattern", "alpha_pattern", "use_bdlora"),
 )
 #: How the first A and B may be drawn; others take a part of the base's weights into the adapter.
 _PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
