@@ -494,6 +494,7 @@ def test_a_dry_run_states_what_all_attempts_cost_at_most(server, tmp_path, capsy
         (["--tasks", "trace_fomc,gsm8k"], "gsm8k: not among the tasks"),
         (["--data", "nowhere"], "no such folder or archive"),
         (["--prompts", "."], "has the files none"),
+        (["--prompts", "missing"], "missing is no folder"),
         (["--prompts", "own"], "has the files formc.yaml"),
     ],
 )

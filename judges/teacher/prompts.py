@@ -68,6 +68,8 @@ def prompt_files(tasks: Iterable[str], own: Path | None = None) -> dict[str, Pat
         JudgeError: if that folder has none, or files for tasks that do not exist.
     """
     names = {task: f"{task.removeprefix('trace_')}.yaml" for task in data.FOLDERS}
+    if own and not own.is_dir():
+        raise JudgeError(f"--prompts {own} is no folder. Name one with files such as those in {FOLDER}.")
     given = {file.name for file in own.glob("*.yaml")} if own else set()
     if own and (not given or given - set(names.values())):
         raise JudgeError(
