@@ -155,6 +155,13 @@ def test_a_file_and_a_run_that_are_not_there(write, tmp_path):
         run_study(write({"a": GOOD, "b": GOOD}), only=["a", "c"])
 
 
+def test_a_file_in_place_of_the_folder_ends_the_study_before_its_first_run(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "run_child", lambda *a, **k: pytest.fail("it began"))
+    (tmp_path / "taken").touch()
+    with pytest.raises(SystemExit, match=r"error: .*taken.*name a different path"):
+        main(["study", str(write({"a": GOOD})), "--output_dir", str(tmp_path / "taken")])
+
+
 def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(study, "run_child", lambda *a, **k: pytest.fail("it began"))
     monkeypatch.chdir(tmp_path)

@@ -178,6 +178,8 @@ def run_study(
     # A folder trainers/ or judges/ that the study is started in does not hide ours.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     failed: dict[str, str] = {}
+    if not dry_run:
+        folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, no run can begin
     for name, (method, arguments) in runs.items():
         if only and name not in only:
             continue
