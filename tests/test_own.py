@@ -154,6 +154,10 @@ def test_a_config_is_found_by_name(here, tiny_model):
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["fast"], "fast: nothing takes this"),
         (["--config"], "cannot be read"),
+        (["--config=quikstart"], "Did you mean quickstart?"),
+        (["--config", "quickstart", "--config=quickstart"], "--config is given more than once"),
+        (["--like=nowhere"], "nowhere is not a run"),
+        ([], "take a config that names one"),
     ],
 )
 def test_an_option_that_does_not_exist_is_named_with_its_neighbour(here, argv, said, capsys):

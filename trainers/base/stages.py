@@ -71,7 +71,11 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
 
 def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[Any]:
     """The config of the method and TRL's ModelConfig, from the command line and the files that it names."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    named = ("--config=", "--like=")  # these are read here, where they are two words
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(named) else [word])]
+    if argv.count("--config") > 1:
+        raise ConfigError("--config is given more than once. Name one file; the other options win over it.")
     for i, word in enumerate(argv[:-1], 1):
         if word == "--config":
             argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
@@ -140,7 +144,10 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     """
     state, method = PartialState(), method_name(trainer)
     if not model_args.model_name_or_path:
-        raise ConfigError("model_name_or_path is not set: name a hub id, a local folder, or " + models.QUICKSTART)
+        raise ConfigError(
+            "model_name_or_path is not set: take a config that names one (--config quickstart; `trace-bench configs` "
+            f"lists them), or give a hub id, a local folder, or {models.QUICKSTART}."
+        )
     if not config.output_dir:
         raise ConfigError("output_dir is not set: it names the run directory, for example runs/sequential.")
     preflight.check_devices(config, state.num_processes, method)
