@@ -6,6 +6,7 @@ line then says what is kept and the command that goes on.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shlex
@@ -30,6 +31,7 @@ KEPT = {
     "evaluate": "finished cells are kept",
     "judge": "replies are kept",
     "annotate": "replies are kept",
+    "relearn": "tasks that are trained or measured are kept",
     "study": "what its runs have done is kept",
 }
 #: Command -> its exit code for errors, where 1 says something else.
@@ -171,12 +173,20 @@ def _end(error: BaseException, memory: str) -> None:
         sys.exit(128 + signal.SIGPIPE)
     line = str(error) if isinstance(error, TraceError) else None
     if line is None and isinstance(error, Exception):
-        line = advice(error, memory)
+        line = advice(error, memory) or _wrong_path(error)
     if line is not None:
         _fail(printable(f"error: {line}"))
     if isinstance(error, Exception) and _Watch.name in FAILED:
         sys.excepthook(type(error), error, error.__traceback__)
         sys.exit(FAILED[_Watch.name])
+
+
+def _wrong_path(error: Exception) -> str | None:
+    """What a path that cannot be a folder or file means, in one line; None for any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+        return f"{error}. A file is where a folder is needed, or the reverse: remove it, or name a different path."
+    return f"{error}. Use a shorter name." if number == errno.ENAMETOOLONG else None
 
 
 def _fail(line: str) -> NoReturn:
