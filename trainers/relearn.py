@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 
 from trace_bench.cli.options import positive
 
@@ -26,6 +25,5 @@ def run(args: argparse.Namespace) -> int:
     """Trains and measures what is not there yet."""
     from trainers.base.relearn import relearn
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     relearn(args.path, args.rows, args.steps)
     return 0
