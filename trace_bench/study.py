@@ -164,16 +164,7 @@ def run_study(
     runs = read_study(file, full)
     title = f"{Path(file).stem}-{'full' if full else 'small'}"
     folder = Path(output_dir or Path("runs") / title)
-    numbers = {str(i): name for i, name in enumerate(runs, 1)}
-    # A name with {each: ...} stands for all of its runs: ewc for ewc-seed0 and ewc-seed1.
-    named = {word: [name for name in runs if name == word or name.startswith(f"{word}-")] for word in only or ()}
-    only = {name for word, found in named.items() for name in found or [numbers.get(word, word)]}
-    unknown = sorted(only - runs.keys())
-    if unknown:
-        raise StudyError(
-            f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}, or their numbers 1 to {len(runs)}."
-            + "".join(suggestion(name, runs) for name in unknown)
-        )
+    chosen = _chosen(file, runs, only or ())
     start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench.cli"]
     # A folder trainers/ or judges/ that the study is started in does not hide ours.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
@@ -181,7 +172,7 @@ def run_study(
     if not dry_run:
         folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, no run can begin
     for name, (method, arguments) in runs.items():
-        if only and name not in only:
+        if name not in chosen:
             continue
         commands = {
             "training": [*start, *program, "train", method, *arguments, "--output_dir", str(folder / name)],
@@ -200,6 +191,20 @@ def run_study(
         head = f"# {title}\n\n{_question(file)}\n\n"
         print(printable(_summary(head, folder, list(runs), failed)), end="")
     return not failed
+
+
+def _chosen(file: str | Path, runs: Collection[str], only: Collection[str]) -> Collection[str]:
+    """The runs that `only` names; all without it."""
+    numbers = {str(i): name for i, name in enumerate(runs, 1)}
+    # A name with {each: ...} stands for all of its runs: ewc for ewc-seed0 and ewc-seed1.
+    named = {word: [name for name in runs if name == word or name.startswith(f"{word}-")] for word in only}
+    chosen = {name for word, found in named.items() for name in found or [numbers.get(word, word)]}
+    if unknown := sorted(chosen - set(runs)):
+        raise StudyError(
+            f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}, or their numbers 1 to {len(runs)}."
+            + "".join(suggestion(name, runs) for name in unknown)
+        )
+    return chosen or runs
 
 
 def _question(file: str | Path) -> str:
