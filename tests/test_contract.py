@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import train
 from safetensors.torch import load_file
+from test_methods import method
 
 from trace_bench import evaluate
 from trace_bench.run import read_json, read_jsonl
@@ -30,6 +31,38 @@ class AverageTrainer(base.CLTrainer):
 
     def end_stage(self):
         self.save_state(self.kept)
+
+
+#: What the papers or their code name, by method; see the docstrings.
+PUBLISHED = {
+    "anchor": {"anchor_lambda": 0.1, "anchor_weight": "probability"},
+    "der": {"der_lambda": 0.5},
+    "gem": {"gem_margin": 0.5},
+    "icl": {"num_fewshot": 6, "icl_prompt_length": 3584},
+    "inflora": {"inflora_threshold": 0.95},
+    "lfpt5": {"lfpt5_lm": 0.1, "lfpt5_kl": 0.1, "lfpt5_temperature": 0.7},
+    "lwf": {"lwf_temperature": 2.0},
+    "migu": {"migu_quantile": 0.7},
+    "mofo": {"mofo_fraction": 0.15},
+    "olora": {"olora_lambda": 0.5},
+    "opr": {"replay_ratio": 0.01, "opr_temperature": 0.1},
+    "rewrite": {"rewrite_temperature": 0.95, "rewrite_top_p": 0.7},
+    "sdft": {"sdft_ema": 0.01},
+    "seekr": {
+        "replay_ratio": 0.01,
+        "seekr_weight": 1000.0,
+        "seekr_layers": 24,
+        "seekr_heads": 128,
+        "seekr_queries": 100,
+    },
+    "stm": {"stm_threshold": 2.5},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_defaults_are_the_published_ones(name):
+    config = method(name)[1](output_dir="unused", use_cpu=True)
+    assert {key: getattr(config, key) for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
 def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path):

@@ -47,6 +47,7 @@ def test_the_rank_correlation_by_hand():
     assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 50]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
     assert rank_correlation([1, 2, 2, 3], [3, 2, 2, 1]) == -1
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert math.isnan(rank_correlation([], [])) and math.isnan(rank_correlation([1], [2]))
 
 
 # ---------------------------------------------------------------------------------------------------------- the engine

@@ -794,6 +794,9 @@ def test_the_memory_gradient_of_agem_is_every_task_s(options):
         drawn = trainer.drawn_evenly()
         lengths = [sum(x != -100 for x in labels) for labels in drawn["labels"]]
         tasks = [trainer.loss_gradient(drawn.select(rows), weights="rows") for rows in (range(6), range(6, 12))]
+        trainer.config.memory_batch_size = 13
+        odd = [sum(x != -100 for x in labels) for labels in trainer.drawn_evenly()["labels"]]
+        assert sorted([odd.count(2), odd.count(180)]) == [6, 7], "one row more of either, and not one less"
         return trainer.against[0], tasks, lengths
 
     changes = {**EXACT, "max_answer_length": 180, "learning_rate": 1e-3, "memory_rows": 12, "memory_batch_size": 12}

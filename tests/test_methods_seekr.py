@@ -57,13 +57,14 @@ def test_the_heads_are_those_of_the_largest_importance_and_the_state_is_what_it_
     class Spy(trainer):
         def importance(self, rows):
             made_of.append(super().importance(rows))
-            if len(made_of) == 1:
-                made_of[0] = torch.tensor([[4.0, 0.0], [1.0, 2.0]])
+            if len(made_of) <= 2:
+                made_of[-1] = torch.tensor([[[4.0, 0.0], [1.0, 2.0]], [[0.0, 2.5], [0.5, 0.0]]][len(made_of) - 1])
             return made_of[-1]
 
     run = train(small(options, "seekr", 3, **CHANGES, seekr_heads=2), as_method(Spy), config)
     state = load_file(run.stages[3].method_state / "state.safetensors")
     assert read_json(run.stages[1].train_file)["heads"] == [[0, 0], [1, 1]]
+    assert read_json(run.stages[2].train_file)["heads"] == [[0, 0], [0, 1]], "of the sums over the tasks"
     assert state["importance"].shape == (3, 2, 2) and state["heads"].shape == (3, 2, 2)
     assert state["of_row"][:, 0].tolist() == [0] * 4 + [1] * 4 + [2] * 4
     queries, lengths = state["of_row"][:, 1], state["of_row"][:, 2]
