@@ -477,15 +477,16 @@ def test_the_choice_of_remembered_rows(how):
 
     from trainers.memory import choose_rows
 
-    # Answer 1 is rare: 4 of 40 rows.
-    rows = Dataset.from_list([{"input_ids": [i, 9], "labels": [-100, 1 if i % 10 == 7 else 2]} for i in range(40)])
+    # Answer 1 is rare: 4 of 40 rows. No two prompts have the same length.
+    rows = [{"input_ids": [i] * i + [i, 9], "labels": [-100] * i + [-100, 1 + (i % 10 != 7)]} for i in range(40)]
+    rows = Dataset.from_list(rows)
     chosen = choose_rows(rows, 8, how, seed=3)
     assert chosen["input_ids"] == sorted(chosen["input_ids"]) and len({r[0] for r in chosen["input_ids"]}) == 8
     assert choose_rows(rows, 8, how, seed=3)["input_ids"] == chosen["input_ids"], "the same ones at every stage"
     assert len(choose_rows(rows, 100, how, seed=3)) == 40
     other = choose_rows(rows, 8, how, seed=4)["input_ids"] != chosen["input_ids"]
     assert other if how != "first" else [r[0] for r in chosen["input_ids"]] == list(range(8))
-    assert how != "balanced" or sum(labels[1] == 1 for labels in chosen["labels"]) == 4
+    assert how != "balanced" or sum(labels[-1] == 1 for labels in chosen["labels"]) == 4
 
 
 # --------------------------------------------------------------------------------------------------------------- EWC
