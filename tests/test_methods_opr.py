@@ -368,3 +368,24 @@ def test_a_prompt_that_does_not_fit_has_no_answer(tiny_model, tmp_path):
     answering.answer(tmp_path / "order.json")
     long, short = read_json(tmp_path / "answers.json")["answers"]
     assert long == [["", False, None]] * 2 and short[0] == short[1] and short[0][0]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "temperature", "kept"), [(False, 0.7, False), (False, 0.0, True), (True, 0.7, True)], ids=str
+)
+def test_prompts_are_read_in_parts_unless_a_cpu_draws(gpu, temperature, kept, tmp_path, monkeypatch):
+    given = {"max_num_batched_tokens": 64}
+    order = {"backend": "vllm", "base": "none", "revision": None, "checkpoint": None, "engine_args": given}
+    jobs = [{"sampling": {"temperature": temperature}, "seed": 0}]
+    (tmp_path / "order.json").write_text(json.dumps({**order, "jobs": jobs}))
+    asked = {}
+
+    def opened(*args, **kwargs):
+        asked.update(kwargs["engine_args"])
+        raise InterruptedError
+
+    monkeypatch.setattr("trace_bench.engine.start.has_gpu", lambda: gpu)
+    monkeypatch.setattr("trace_bench.engine.open_engine", opened)
+    with pytest.raises(InterruptedError):
+        answering.answer(tmp_path / "order.json")
+    assert asked == (given if kept else {"enable_chunked_prefill": False})
