@@ -646,6 +646,8 @@ def test_only_the_sampled_fisher_information_stays_where_the_data_are_fitted():
     empirical, sampled = (float(known_fisher(rows, model, ewc_fisher=k).sum()) for k in ("empirical", "sampled"))
     assert sampled == pytest.approx(float(model.fisher_after()[words].mean(0).sum()), rel=0.15)
     assert empirical < 0.4 * sampled
+    one, same_seed, other = (known_fisher(rows[:30], model, ewc_fisher="sampled", seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(one, same_seed) and not torch.equal(one, other), "the run's seed decides what is drawn"
 
 
 # --------------------------------------------------------------------------------------------------------------- LwF
