@@ -156,6 +156,8 @@ def test_the_scoring_code_is_part_of_what_makes_a_score(tmp_path, monkeypatch):
     before = checks.made_with()
     shutil.copytree(data.TASKS_PATH, tmp_path / "tasks")
     monkeypatch.setattr(data, "TASKS_PATH", tmp_path / "tasks")
+    with (tmp_path / "tasks" / "errors.py").open("a") as f:
+        f.write("\n# What a message says is no part of a score.\n")
     assert checks.made_with.__wrapped__() == before
     with (tmp_path / "tasks" / "scoring.py").open("a") as f:
         f.write("\naccuracy = max\n")

@@ -329,10 +329,11 @@ def test_an_engine_that_is_not_there_is_a_clear_error(tiny_model, monkeypatch):
         engine.open_engine("vllm", str(tiny_model))
 
 
-@pytest.mark.parametrize("bad", ["NOWHERE", "./x", "a/b/c", "EMPTY"])
+@pytest.mark.parametrize("bad", ["NOWHERE", "./x", "a/b/c", "EMPTY", "FILE"])
 def test_names_that_are_no_model(tiny_model, tmp_path, bad):
     assert models.resolve_model(str(tiny_model)) == str(tiny_model.absolute())
     assert models.resolve_model("org/name") == "org/name"
     (tmp_path / "EMPTY").mkdir()
-    with pytest.raises(models.ModelError, match=r"neither a folder nor|no config\.json"):
+    (tmp_path / "FILE").touch()
+    with pytest.raises(models.ModelError, match=r"neither a folder nor|no config\.json|is a file"):
         models.resolve_model(str(tmp_path / bad) if bad.isupper() else bad)

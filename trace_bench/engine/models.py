@@ -43,9 +43,11 @@ def resolve_model(name: str) -> str:
     path = Path(name)
     try:
         path = path.expanduser()
-        is_dir = path.is_dir()
+        is_dir, is_file = path.is_dir(), path.is_file()
     except (OSError, RuntimeError):  # a name too long for a folder, the home of an unknown user
-        is_dir = False
+        is_dir = is_file = False
+    if is_file:
+        raise ModelError(f"{path} is a file; a model is a folder or a hub id (OWNER/NAME).")
     if is_dir:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} is no model: it has no config.json.")
