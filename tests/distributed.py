@@ -3,7 +3,8 @@
     torchrun --nproc_per_node 2 tests/distributed.py JOBS.json
 
 A job has a method, the options of a run, and perhaps where the second process dies: {"stage": 2, "at": "step"}, at its
-step 1 unless it says which.
+step 1 unless it says which. With "alone" the first process is at work alone for so many seconds in place of each
+evaluation, and otherwise processes wait for each other for less than that.
 """
 
 import hashlib
@@ -11,11 +12,15 @@ import json
 import os
 import signal
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from conftest import train
 from test_methods import method
+
+from trainers.base import stages
 
 
 def watched(trainer: type, kill: dict | None) -> type:
@@ -57,4 +62,8 @@ def watched(trainer: type, kill: dict | None) -> type:
 if __name__ == "__main__":
     for job in json.loads(Path(sys.argv[1]).read_text()):
         trainer, config = method(job["method"])
+        if seconds := job.get("alone"):
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=0.75 * seconds))
+            stages.run_alone = lambda words, seconds=seconds: time.sleep(seconds)
         train(job["options"], watched(trainer, job.get("kill")), config)

@@ -163,6 +163,14 @@ def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_by
     assert cells == [1, 1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_others_wait_for_the_first_process_however_long_it_works_alone(small, tmp_path):
+    options = small("sequential", tmp_path) | {"keep": "evaluated", "tasks": THREE[:1], "max_steps": 1}
+    assert two_processes([{"method": "sequential", "options": options, "alone": 12}], tmp_path) == 0
+    assert Run.open(options["output_dir"]).stages[1].is_trained
+
+
 # ---------------------------------------------------------------------------------------------- without more processes
 
 

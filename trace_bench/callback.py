@@ -30,6 +30,7 @@ from trace_bench.records import read_cell
 from trace_bench.report.results import unit_of
 from trace_bench.run import Run, RunError, Stage, locked
 from trace_bench.tasks import load_tasks
+from trace_bench.waiting import others_wait
 from trace_tasks import data
 from trace_tasks.data.files import digest
 from trace_tasks.errors import TraceError
@@ -221,7 +222,9 @@ class ForgettingCallback(TrainerCallback):
 
     def _measure(self, model: Any, control: Any, name: str) -> None:
         """Makes the cells of a stage and logs them, in the first process."""
-        if self.trainer.is_world_process_zero():
+        with others_wait():
+            if not self.trainer.is_world_process_zero():
+                return
             stage = self._stage(name)
             self.lm._model = self.trainer.accelerator.unwrap_model(model)
             made = {"checkpoint": name if stage.index else None, **circumstances(self.plan, self.lm.device.type)}
@@ -231,7 +234,6 @@ class ForgettingCallback(TrainerCallback):
                 for batch in batches(self.plan, self.tasks, list(self.plan.settings)):
                     evaluate_batch(self.plan, self.tasks, self.lm, stage, batch, made)
             self._log(stage, control)
-        self.trainer.accelerator.wait_for_everyone()
 
     def _stage(self, name: str) -> Stage:
         """The stage of that name; a new one is entered into the manifest."""

@@ -38,6 +38,7 @@ from trace_bench.run import Run, RunError, Stage, locked, read_json
 from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows
 from trace_bench.text import prepare_logging, printable
 from trace_bench.versions import source_commit
+from trace_bench.waiting import others_wait
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, remove, write_json
 from trace_tasks.errors import with_neighbours
@@ -298,11 +299,11 @@ class Loop:
         trainer.end_stage()
         seconds = time.perf_counter() - trainer.started
         around += time.perf_counter() - trained
-        saved = trainer.save_checkpoint()
-        self.state.wait_for_everyone()
-        if self.state.is_main_process:
-            self._record(trainer, seconds, around, saved)
-        self.state.wait_for_everyone()
+        with others_wait():  # large models are merged, written and read here
+            saved = trainer.save_checkpoint()
+        with others_wait():
+            if self.state.is_main_process:
+                self._record(trainer, seconds, around, saved)
         # The next stage loads its model from the disk: let go of this one first.
         del trainer
         gc.collect()
@@ -357,9 +358,11 @@ class Loop:
         """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
         # --follow waits for a process that evaluates the stage already.
         words = ["trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index), "--follow"]
-        if self.state.is_main_process and run_alone(words):
-            raise RunError(f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again.")
-        self.state.wait_for_everyone()
+        with others_wait():
+            if self.state.is_main_process and run_alone(words):
+                raise RunError(
+                    f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again."
+                )
 
     def _remove_left(self, stage: Stage) -> None:
         if self.state.is_main_process:

@@ -15,6 +15,7 @@ from trace_bench import ending
 from trace_bench.engine.swap import Answer
 from trace_bench.run import RunError, Stage, read_json
 from trace_bench.tasks import answer_scores, load_tasks, training_rows
+from trace_bench.waiting import others_wait
 from trace_tasks.data import DataError
 from trace_tasks.data.files import digest, remove, write_json
 from trace_tasks.tokens import prompt_ids
@@ -46,23 +47,23 @@ def answers(
     jobs = [_job(trainer, task, texts, how, limit) for task, texts in prompts.items()]
     made_from = [digest({**engine, **job}) for job in jobs]
     files = [at.path / "written" / f"{name}_{task}.json" for task in prompts]
-    if state.is_main_process:
-        jobs = [
-            {**job, "file": str(file), "made_from": made}
-            for job, file, made in zip(jobs, files, made_from, strict=True)
-            if _made_from(file) != made
-        ]
-        asked = at.path / "written" / f".{name}.job.json"
-        if jobs:
-            write_json(asked, {**engine, "jobs": jobs})
-            if run_alone(["trainers.base.answering", str(asked)]):
-                raise RunError(
-                    f"{by.name} could not answer the {sum(len(job['prompts']) for job in jobs)} prompts of "
-                    f"{', '.join(prompts)} that stage {trainer.stage.name} is trained on, see above. What is done is "
-                    "kept: run this again."
-                )
-        remove(asked)
-    state.wait_for_everyone()
+    with others_wait():
+        if state.is_main_process:
+            missing = [
+                {**job, "file": str(file), "made_from": made}
+                for job, file, made in zip(jobs, files, made_from, strict=True)
+                if _made_from(file) != made
+            ]
+            asked = at.path / "written" / f".{name}.job.json"
+            if missing:
+                write_json(asked, {**engine, "jobs": missing})
+                if run_alone(["trainers.base.answering", str(asked)]):
+                    raise RunError(
+                        f"{by.name} could not answer the {sum(len(job['prompts']) for job in missing)} prompts of "
+                        f"{', '.join(prompts)} that stage {trainer.stage.name} is trained on, see above. What is done "
+                        "is kept: run this again."
+                    )
+            remove(asked)
     read = [read_json(file, dict[str, Any])["answers"] for file in files]
     return {task: [[Answer(*a) for a in row] for row in rows] for task, rows in zip(prompts, read, strict=True)}
 
