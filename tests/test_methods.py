@@ -365,6 +365,7 @@ FULL = {"use_peft": False}
         ),
         *((name, "FSDP", f"{name} needs whole gradients, and FSDP") for name in ("ewc", "gem", "agem", "ogd", "olora")),
         *((name, "FSDP", "whole weights.*FSDP gives each process a part") for name in ("lwf", "osf")),
+        ("pp", "FSDP", "prompts are saved as a whole.*FSDP gives each process a part"),
     ],
 )
 def test_what_a_method_cannot_do_is_refused_before_anything_starts(name, change, words, options, monkeypatch):

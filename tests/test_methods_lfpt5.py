@@ -257,7 +257,7 @@ def test_a_stage_that_is_killed_goes_on_with_the_same_rows_and_the_same_old_prom
             {"engine_args": {"max_length": 130}},
             "pseudo row are 156 tokens, more than engine_args has in max_length=130",
         ),
-        ("FSDP", "lfpt5 needs a whole prompt.*FSDP gives each process a part"),
+        ("FSDP", "prompts are saved as a whole.*FSDP gives each process a part"),
     ],
 )
 def test_what_it_cannot_do_is_refused(change, words, options, monkeypatch):

@@ -45,7 +45,7 @@ from trace_bench.engine.swap import Answer
 from trace_bench.run import Stage
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.tokens import example_ids, prompt_ids, text_of
-from trainers.base import ConfigError, divergences, main, option, refuse_shards, require_context
+from trainers.base import ConfigError, divergences, main, option, require_context
 from trainers.pp import PPConfig, PPTrainer
 
 log = logging.getLogger(__name__)
@@ -97,8 +97,7 @@ class LFPT5Trainer(PPTrainer):
 
     @classmethod
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
-        """As `pp`; and refuses shards, from which the prompt would not be put together."""
-        refuse_shards(config, "lfpt5 needs a whole prompt", "since a prompt is small")
+        """As `pp`; and refuses a context that is too small for pseudo rows."""
         room = config.prompt_tokens + MARKER_TOKENS + config.written_tokens
         what = (
             f"prompt_tokens, {MARKER_TOKENS} of a marker, and max_prompt_length and max_answer_length of a pseudo row"

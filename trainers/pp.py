@@ -29,7 +29,7 @@ from peft import PromptTuningConfig, get_peft_model
 
 from trace_bench.engine import models
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, refuse_shards
 
 
 @dataclass
@@ -93,11 +93,12 @@ class PPTrainer(CLTrainer):
 
     @classmethod
     def prepare(cls, config: PPConfig, model_args: Any) -> dict[str, Any]:
-        """Refuses what has no meaning for prompts."""
+        """Refuses what has no meaning for prompts, and shards, from which they would not be put together."""
         if not model_args.use_peft:
             raise ConfigError("use_peft=false: prompts are trained, not the model; set use_peft=true.")
         if config.padding_free:
             raise ConfigError("padding_free=true joins rows, and each row needs the prompt in front: leave it out.")
+        refuse_shards(config, "soft prompts are saved as a whole", "since prompts are small")
         return {"trains": "prompts"}
 
     def stage_model(self, stage: Stage) -> Any:
