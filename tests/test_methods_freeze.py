@@ -1,6 +1,7 @@
 """Methods that hold a part of the model or of the loss still: anchor, freeze, hft, stm."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -219,6 +220,23 @@ def test_half_fine_tuning_freezes_the_halves_that_the_paper_names():
         assert sorted(counts["mlp"]) == [1, 1, 2, 2]
         assert len({frozenset(names) for names in drawn[-1]}) > 1, "the blocks draw by themselves"
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize("name", ["hft", "freeze"])
+def test_the_same_is_frozen_while_zero_3_has_divided_the_parameters(name):
+    found = []
+    for divided in (False, True):
+        model = empty("mixtral", 4)
+        for parameter in model.parameters() if divided else ():
+            parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0, device="meta")
+        trainer = object.__new__(method(name)[0])
+        trainer.config = SimpleNamespace(seed=0, freeze_layers=1, freeze_from=1)
+        trainer.stage = SimpleNamespace(index=1)
+        trainer.run = SimpleNamespace(stages=[SimpleNamespace(checkpoint=None)])
+        trainer.trainable_model = lambda checkpoint, model=model: model
+        trainer.stage_model(trainer.stage)
+        found.append((trainer.record(), [n for n, p in model.named_parameters() if not p.requires_grad]))
+    assert found[0] == found[1] and min(found[0][0].values()) > 0.4
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

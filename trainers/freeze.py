@@ -24,7 +24,17 @@ from typing import Any
 import torch
 
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, ConfigError, causal_config, decoder_blocks, main, option, text_model
+from trainers.base import (
+    CLConfig,
+    CLTrainer,
+    ConfigError,
+    causal_config,
+    count,
+    decoder_blocks,
+    main,
+    option,
+    text_model,
+)
 
 
 @dataclass
@@ -55,10 +65,10 @@ class FreezeTrainer(CLTrainer):
     def stage_model(self, stage: Stage) -> Any:
         """The model of the stage before; from `freeze_from` on its lowest part is no longer trainable."""
         model = super().stage_model(stage)
-        before = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        before = count(p for p in model.parameters() if p.requires_grad)
         if stage.index >= self.config.freeze_from:
             freeze(model, self.config.freeze_layers)
-        self.frozen = before - sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.frozen = before - count(p for p in model.parameters() if p.requires_grad)
         return model
 
     def record(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from trace_bench.run import Stage
-from trainers.base import CLConfig, CLTrainer, ConfigError, decoder_blocks, main
+from trainers.base import CLConfig, CLTrainer, ConfigError, count, decoder_blocks, main, shape
 
 #: The category of norms and other vectors.
 _VECTORS = "vectors"
@@ -53,8 +53,7 @@ class HFTTrainer(CLTrainer):
         for parameter in frozen_half(blocks, generator):
             parameter.requires_grad_(False)
         parameters = list(blocks.parameters())
-        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-        self.frozen_share = frozen / sum(p.numel() for p in parameters)
+        self.frozen_share = count(p for p in parameters if not p.requires_grad) / count(parameters)
         return model
 
     def record(self) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def categories(block: torch.nn.Module) -> dict[str, list[list[torch.nn.Parameter
         units[name.removesuffix(".bias").removesuffix(".weight")].append(parameter)
     found: dict[str, list[list[torch.nn.Parameter]]] = defaultdict(list)
     for name, parameters in units.items():
-        matrix = any(p.dim() > 1 for p in parameters)
+        matrix = any(len(shape(p)) > 1 for p in parameters)
         found[name.rpartition(".")[0] if matrix else _VECTORS].append(parameters)
     return found
 

@@ -12,7 +12,7 @@ answering     the process in which it does so
 sampling      answers that the model draws while it is trained
 """
 
-from trainers.base.blocks import adapted_parameters, decoder_blocks, text_model
+from trainers.base.blocks import adapted_parameters, count, decoder_blocks, shape, text_model
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option, refuse_losses, refuse_reentrant
 from trainers.base.gradients import divergences, of_tokens
@@ -35,6 +35,7 @@ __all__ = [
     "check_scores",
     "choose_rows",
     "context_length",
+    "count",
     "decoder_blocks",
     "divergences",
     "frozen_in_bf16",
@@ -48,6 +49,7 @@ __all__ = [
     "require_context",
     "sampled",
     "save_tensors",
+    "shape",
     "sort_names",
     "text_model",
     "train",

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+
+
+def shape(parameter: torch.Tensor) -> torch.Size:
+    """That of the whole parameter: while ZeRO-3 has divided it, each process holds an empty one."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def count(parameters: Iterable[torch.Tensor]) -> int:
+    """The entries of whole parameters."""
+    return sum(math.prod(shape(p)) for p in parameters)
 
 
 def decoder_blocks(model: Any) -> torch.nn.ModuleList:
@@ -13,7 +25,7 @@ def decoder_blocks(model: Any) -> torch.nn.ModuleList:
     Their list has no common name ("layers", "h", "blocks"). It is the one with the most parameters.
     """
     lists = [module for module in text_model(model).modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda module: sum(p.numel() for p in module.parameters()))  # the outer one of equals
+    return max(lists, key=lambda module: count(module.parameters()))  # the outer one of equals
 
 
 def text_model(model: Any) -> Any:
