@@ -1,12 +1,16 @@
 """How vLLM is started, without vLLM."""
 
+import contextlib
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import train
 
 from trace_bench import engine
+from trace_tasks.data.files import write_json
+from trainers.base import answering
 
 
 @pytest.fixture
@@ -47,3 +51,19 @@ def test_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options
     with pytest.raises(engine.EngineError, match=r"without a GPU vLLM gives no probabilities.* Leave it out"):
         engine.open_engine("vllm", options["model_name_or_path"], engine_args=arguments)
     assert not started
+
+
+def test_to_ask_for_a_gpu_before_vllm_is_imported_does_not_bar_it_to_the_engine(monkeypatch, tmp_path):
+    """The engine is a fork of this process. After torch's own question, CUDA's runtime refuses itself to forks."""
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "")
+    monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK")
+    by_nvml = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: by_nvml.append(torch.cuda._nvml_based_avail()) or False)
+    monkeypatch.setattr(engine, "open_engine", lambda *args, **kwargs: None)
+    job = {"sampling": {"temperature": 1.0}, "seed": 0}
+    order = {"jobs": [], "engine_args": {}, "checkpoint": None, "backend": "vllm", "base": "x", "revision": None}
+    for jobs in ([], [job]):
+        write_json(tmp_path / "order.json", {**order, "jobs": jobs})
+        with contextlib.suppress(AttributeError):  # there is no engine
+            answering.answer(tmp_path / "order.json")
+    assert by_nvml and all(by_nvml)

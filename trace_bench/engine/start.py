@@ -87,9 +87,13 @@ def prepare_vllm(args: dict[str, Any]) -> None:
 
 
 def has_gpu() -> bool:
-    """Whether this process can use a GPU."""
+    """Whether this process can use a GPU.
+
+    Asked through NVML, as vLLM does once it is imported: torch's own way bars the GPU to forks such as vLLM's engine.
+    """
     import torch
 
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return torch.cuda.is_available()
 
 
