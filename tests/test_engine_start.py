@@ -37,6 +37,8 @@ def test_adapters_are_merged_where_vllm_has_no_lora_for_the_model(options, start
     engine.open_engine("vllm", options["model_name_or_path"], checkpoints=[adapter])
     first, second = started
     assert first["adapters"] == [adapter] and first["max_lora_rank"] == 8
+    args = {"enable_lora": True, "max_loras": 4}
+    assert engine.start.lora_args(args, [adapter]) == [adapter] and args["max_cpu_loras"] == 4, "vLLM refuses fewer"
     assert second["enable_lora"] is False and not {"adapters", "max_lora_rank", "max_loras"} & second.keys()
     assert "adapters are merged: StableLm does not support LoRA yet" in caplog.text
     with pytest.raises(ValueError, match="does not support LoRA"):  # as it was asked for

@@ -109,5 +109,5 @@ def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
         args["enable_lora"] = True
         args.setdefault("max_lora_rank", next(r for r in _RANKS if r >= max(ranks.values())))
         args.setdefault("max_loras", min(len(ranks), 8))
-        args.setdefault("max_cpu_loras", len(ranks))
+        args.setdefault("max_cpu_loras", max(len(ranks), args["max_loras"]))  # vLLM refuses fewer
     return list(ranks)
