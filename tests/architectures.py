@@ -115,7 +115,7 @@ def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
         return path, model
     torch.manual_seed(seed)
     adapted = get_peft_model(model, _lora_config(kind, model)).eval()
-    for name, parameter in adapted.named_parameters():
+    for name, parameter in adapted.named_parameters() if kind != "no change" else ():
         if "lora_magnitude" in name:
             parameter.data *= torch.rand_like(parameter) + 0.5
         elif "lora_" in name:
@@ -133,6 +133,7 @@ def _lora_config(kind: str, model: Any) -> LoraConfig:
     targets: str | list[str] = ["in_proj", "x_proj"] if model.config.model_type == "mamba" else "all-linear"
     settings = {
         "lora": {},
+        "no change": {},
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "modules_to_save": {"modules_to_save": [head]},

@@ -17,6 +17,7 @@ from architectures import (
     by_transformers,
     by_vllm,
     make_base,
+    make_checkpoint,
     make_writer,
     reference,
     reference_likelihoods,
@@ -116,6 +117,21 @@ def test_an_answer_ends_at_the_eos_of_the_checkpoint(answers_of, chatty, tmp_pat
     base = make_writer(tmp_path / "base", chatty, ENDS)
     tuned = make_writer(tmp_path / "tuned", chatty, ENDS, eos_token_id=chatty.convert_tokens_to_ids("<|im_end|>"))
     assert texts(answers_of(base, [tuned], ROWS, [], LENGTH)) == [ANSWERS]
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full model"])
+def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(full, chatty, tmp_path):
+    """Chat tuning of a base model: an adapter has no other file that says it, some programs write no other."""
+    base = make_writer(tmp_path / "base", chatty, ENDS)
+    if full:
+        tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
+    else:
+        tuned, _ = make_checkpoint("no change", base, tmp_path / "tuned")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.save_pretrained(tuned)
+    answers = texts(by_transformers(base, [None, tuned, None], ROWS, [], LENGTH))
+    assert answers[0] == answers[2] != answers[1] == ANSWERS
 
 
 # ------------------------------------------------------------------------------------------------------------- greedy

@@ -265,10 +265,14 @@ def test_the_tokenizer_of_a_checkpoint_is_not_used_and_that_is_said(theirs, tiny
     assert "1_v1 brings another vocabulary than the base model has" in said()
     tokenizer.chat_template = "{{ messages }}"
     assert "1_v1 brings another vocabulary and another chat template than" in said()
-    for file in (tmp_path / "v1").glob("tokenizer*"):
-        file.write_text("{")
-    assert evaluate.evaluate(run, stages=[1]) == 2, "nothing is measured with it"
+    tokenizer.eos_token = "a"
+    assert "1_v1 brings another vocabulary and another chat template and another EOS than" in said()
+    (tmp_path / "v1" / "tokenizer.json").write_text("{")
+    assert evaluate.evaluate(run, stages=[1]) == 2, "nothing is encoded with it"
     assert "The tokenizer of 1_v1 could not be compared" in caplog.text
+    (tmp_path / "v1" / "tokenizer_config.json").write_text("{")  # which says where its answers end
+    with pytest.raises(models.ModelError, match=r"tokenizer_config\.json is damaged"):
+        evaluate.evaluate(run, stages=[1])
 
 
 # ---------------------------------------------------------------------------------------------- arguments of engines

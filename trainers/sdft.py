@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
-from trace_bench.engine import models
+from trace_bench.engine.ends import end_ids
 from trace_bench.run import Stage
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.data.files import digest
@@ -127,7 +127,7 @@ class SDFTTrainer(CLTrainer):
         self.kept = {name: p.detach().float().clone() for name, p in self.trained().items()}
         args = self.model_args
         place = str(args.model_name_or_path), args.model_revision, self.previous.checkpoint
-        self.ends = models.end_ids(self.tokenizer, *place)
+        self.ends = end_ids(self.tokenizer, *place)
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine import models
+from trace_bench.engine.ends import end_ids
 from trace_bench.engine.start import has_gpu, importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
 from trace_tasks.errors import brief
@@ -85,7 +86,7 @@ def open_engine(
     lm = _open_vllm(base, args, checkpoints, forced) if backend == "vllm" else _open_hf(base, args)
     lm.base, lm.revision, lm.max_prompt_length, lm.trust_remote_code = base, revision, max_prompt_length, trusted
     lm.tokenizer = tokenizer
-    lm.ends = models.end_ids(tokenizer, base, revision)
+    lm.ends = end_ids(tokenizer, base, revision)
     if backend == "hf":
         lm.decode_greedily()
     return lm

@@ -22,10 +22,12 @@ from trace_bench.engine.architecture import (
     quiet,
     tensor_shapes,
 )
+from trace_bench.engine.ends import eos_text
 from trace_bench.engine.models import PROMPT, ModelError
 from trace_bench.run import Run, RunError, Stage, fingerprint
 from trace_tasks.errors import brief
 from trace_tasks.limits import LimitError, limited
+from trace_tasks.tokens import leading_ids
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
         if folder.is_dir():
             models.refuse_odd_files(folder)
         models.refuse_pickle(folder)
+        eos_text(folder)  # which ends its answers
         if models.is_adapter(folder):
             adapter = models.adapter_config(folder)
             _check_kind(folder, adapter, backend, chain)
@@ -134,6 +137,8 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
             continue
         differs = ["vocabulary"] if own.get_vocab() != base.get_vocab() else []
         differs += ["chat template"] if own.chat_template != base.chat_template else []
+        differs += ["EOS"] if own.eos_token != base.eos_token else []
+        differs += ["way to begin a text"] if leading_ids(own) != leading_ids(base) else []
         if differs:
             log.warning(
                 "%s brings another %s than the base model has. It is measured with the base model's, as all are.",

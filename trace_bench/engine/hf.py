@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
+from trace_bench.engine.ends import end_ids
 from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted, to_end
 from trace_tasks.tokens import text_of
 
@@ -29,7 +30,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
         model = models.load_model(self.base, checkpoint, self.revision, below=below, **options)
         self._model = model.to(device).eval()
-        self.ends = models.end_ids(self.tokenizer, self.base, self.revision, checkpoint)
+        self.ends = end_ids(self.tokenizer, self.base, self.revision, checkpoint)
         self.decode_greedily()
         kind = "soft prompt" if self.soft_prompt is not None else "adapter"
         self.served = {"weights": "base" if checkpoint is None else kind if models.is_adapter(checkpoint) else "model"}

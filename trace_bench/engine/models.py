@@ -151,7 +151,7 @@ def reading(model: str | Path) -> AbstractContextManager[None]:
 
 def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a base model, with the entries of its language model if it has several models."""
-    config = _model_file(base, "config.json", revision)
+    config = model_file(base, "config.json", revision)
     if config is None:
         raise ModelError(
             f"{base} has no config.json, or the hub cannot be reached (HF_HUB_OFFLINE): is the name right?"
@@ -164,7 +164,7 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
     return {**config, **text}
 
 
-def _model_file(model: str, name: str, revision: str | None) -> Any:
+def model_file(model: str, name: str, revision: str | None) -> Any:
     """A JSON file of a model in a local folder or on the hub; None where it has none."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -191,24 +191,6 @@ def open_tokenizer(name: str | None) -> Any:
             raise
         return None
     return load_tokenizer(path)
-
-
-def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: Path | None = None) -> frozenset[int]:
-    """The tokens that end an answer: the EOS of the tokenizer, of the base model, and of a full checkpoint."""
-    found = {tokenizer.eos_token_id}
-    places = [(base, revision)]
-    if checkpoint is not None and not is_adapter(checkpoint):
-        places.append((str(checkpoint), None))
-    for place, commit in places:
-        settings = _model_file(place, "generation_config.json", commit)
-        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
-        if eos is None:  # as in transformers, config.json says what this file does not
-            eos = read_config(place, commit).get("eos_token_id")
-        tokens = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(token, int | None) for token in tokens):
-            raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
-        found |= set(tokens)
-    return frozenset(found - {None})
 
 
 def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -27,6 +27,7 @@ from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import config_differences
+from trace_bench.engine.ends import end_ids
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import lora_args, starting_vllm
 from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
@@ -83,7 +84,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             if folder != self.holds:
                 self._put(folder, served)
             self.served = served
-        self.ends = models.end_ids(self.tokenizer, self.base, self.revision, checkpoint)
+        self.ends = end_ids(self.tokenizer, self.base, self.revision, checkpoint)
         self._forget()
 
     def _put(self, folder: str, served: dict[str, Any]) -> None:

@@ -1,0 +1,42 @@
+"""Where an answer ends: the tokens that a model was trained to end with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trace_bench.engine import models
+from trace_bench.engine.models import ModelError
+from trace_tasks.errors import brief
+
+
+def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: Path | None = None) -> frozenset[int]:
+    """The tokens that end an answer: the EOS of the tokenizer, of the base model, and of a checkpoint."""
+    found = {tokenizer.eos_token_id}
+    places = [(base, revision)]
+    if checkpoint is not None:
+        # An adapter brings no configuration of a model, but may have learned another EOS than its base has.
+        found.add(tokenizer.get_vocab().get(eos_text(checkpoint)))
+        places += [] if models.is_adapter(checkpoint) else [(str(checkpoint), None)]
+    for place, commit in places:
+        settings = models.model_file(place, "generation_config.json", commit)
+        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
+        if eos is None:  # as in transformers, config.json says what this file does not
+            eos = models.read_config(place, commit).get("eos_token_id")
+        tokens = eos if isinstance(eos, list) else [eos]
+        if not all(isinstance(token, int | None) for token in tokens):
+            raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
+        found |= set(tokens)
+    return frozenset(found - {None})
+
+
+def eos_text(checkpoint: Path) -> str | None:
+    """The EOS of the tokenizer that a checkpoint brings; None where it brings none."""
+    file = checkpoint / "tokenizer_config.json"
+    try:  # not by read_json, which takes no number as long as many a model_max_length
+        said = json.loads(file.read_bytes()).get("eos_token") if file.is_file() else None
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise ModelError(f"{file} is damaged ({brief(e)}). Copy the tokenizer again, or remove it.") from e
+    text = said.get("content") if isinstance(said, dict) else said
+    return text if isinstance(text, str) else None
