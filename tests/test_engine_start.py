@@ -1,7 +1,9 @@
 """How vLLM is started, without vLLM."""
 
 import contextlib
+import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from conftest import train
 
 from trace_bench import engine
+from trace_bench.run import read_json
 from trace_tasks.data.files import write_json
 from trainers.base import answering
 
@@ -69,3 +72,21 @@ def test_to_ask_for_a_gpu_before_vllm_is_imported_does_not_bar_it_to_the_engine(
         with contextlib.suppress(AttributeError):  # there is no engine
             answering.answer(tmp_path / "order.json")
     assert by_nvml and all(by_nvml)
+
+
+def test_the_context_is_that_in_which_a_text_has_the_positions_it_was_trained_with(options, started):
+    """VLLM takes the long factors of Phi-3 for every text once its context is longer; training for long texts only."""
+    folder = Path(options["model_name_or_path"])
+    config = read_json(folder / "config.json") | {"max_position_embeddings": 131072}
+    config["rope_parameters"] = {
+        **{"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32},
+        "original_max_position_embeddings": 4096,
+    }
+    plain = Path(shutil.copytree(folder, options["output_dir"]))
+    engine.open_engine("vllm", str(plain))
+    write_json(plain / "config.json", config)
+    engine.open_engine("vllm", str(plain))
+    engine.open_engine("vllm", str(plain), engine_args={"max_model_len": 512})
+    assert [start.get("max_model_len") for start in started] == [None, 4096, 512]
+    with pytest.raises(engine.EngineError, match=r"max_model_len=8192.*Use at most 4096, or take --backend hf"):
+        engine.open_engine("vllm", str(plain), engine_args={"max_model_len": 8192})

@@ -104,6 +104,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
             "speculative_config: without a GPU vLLM gives no probabilities of tokens with it, which likelihoods and "
             "suites need. Leave it out."
         )
+    _bound_context(base, args)
     if any(models.soft_prompt(path) is not None for path in checkpoints):
         args.setdefault("enable_prompt_embeds", True)
     with importing():
@@ -130,6 +131,23 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         log.warning("vLLM does not start with LoRA, which it lacks for some models; adapters are merged: %s", brief(e))
     with starting_vllm():
         return SwapVLLM(pretrained=base, **args, enable_lora=False)
+
+
+def _bound_context(base: str, args: dict[str, Any]) -> None:
+    """Keeps vLLM to the context below which a model of the Phi-3 kind has other positions (longrope).
+
+    Which ones are taken transformers decides by the length of a text, and vLLM for all texts by its max_model_len.
+    """
+    config = models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return
+    short = rope["original_max_position_embeddings"]
+    if args.setdefault("max_model_len", short) > short:
+        raise EngineError(
+            f"max_model_len={args['max_model_len']}: with more than {short} tokens vLLM gives all texts the positions "
+            f"that {base} has for long ones only, and training does not. Use at most {short}, or take --backend hf."
+        )
 
 
 def _open_hf(base: str, args: dict[str, Any]) -> Any:
