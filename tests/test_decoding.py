@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import (
+    ARCHITECTURES,
     BACKENDS,
     PROMPTS,
     by_transformers,
@@ -194,3 +195,23 @@ def test_a_tokenizer_that_adds_eos_encodes_prompts_without(answers_of, lively, t
     (found,) = answers_of(ending, [None], PROMPTS, pairs)
     assert found["answers"] == reference(model, tokenizer, PROMPTS)
     assert found["likelihoods"] == pytest.approx(reference_likelihoods(model, tokenizer, pairs), rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------------- padding
+
+STATES = {
+    "rwkv": {"attention_hidden_size": 128, "context_length": 512},
+    "recurrent_gemma": {"num_attention_heads": 2, "lru_width": 128, "attention_window_size": 16},
+}
+
+
+@pytest.mark.parametrize("name", [*STATES, "mamba"])
+def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_path, monkeypatch, caplog):
+    """Its answers behind padding would be others; a model that sees it has one batch."""
+    if name in STATES:
+        sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
+        monkeypatch.setitem(ARCHITECTURES, name, {"model_type": name, **sizes, **STATES[name]})
+    base = make_base(name, tmp_path / name, pieces_tokenizer())
+    expected = reference(reload(base, None), AutoTokenizer.from_pretrained(base), PROMPTS)
+    assert texts(by_transformers(base, [None], PROMPTS)) == [expected]
+    assert ("prompts of one length only are answered together" in caplog.text) == (name in STATES)

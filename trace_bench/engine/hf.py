@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from trace_bench.engine import models
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted, to_end
 from trace_tasks.tokens import text_of
+
+log = logging.getLogger(__name__)
 
 
 class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
@@ -54,9 +58,11 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
 
         def settings(i: int) -> str:
             want = wanted[i]
-            return repr((want.most, want.stops, sorted(want.ends), want.sampling, want.rated))
+            width = len(want.ids) if apart else 0
+            return repr((want.most, want.stops, sorted(want.ends), want.sampling, want.rated, width))
 
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
+        apart = size > 1 and len({len(want.ids) for want in wanted}) > 1 and not self._masks_padding
         order = sorted(range(len(wanted)), key=lambda i: (settings(i), -len(wanted[i].ids), wanted[i].ids))
         for _, group in groupby(order, key=settings):
             same = list(group)
@@ -66,6 +72,41 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
                 batch = same[start : start + size]
                 answers |= zip(batch, self._generated([wanted[i] for i in batch]), strict=True)
         return [answers[i] for i in range(len(wanted))]
+
+    @cached_property
+    def _masks_padding(self) -> bool:
+        """Whether a prompt is answered alike whatever fills its row: some models with a state do not see the mask."""
+        ids = self.tokenizer("What stands in front of this?", add_special_tokens=False).input_ids[:8]
+        rows = torch.tensor([[token] * 17 + ids for token in (self.pad, ids[0])], device=self.device)
+        mask = torch.ones_like(rows)
+        mask[:, :17] = 0
+        alone = rows[:1, 17:]
+        chances = []
+        for inputs, seen in ((rows, mask), (alone, torch.ones_like(alone))):
+            with torch.no_grad(), self._autocast():
+                out = self._model.generate(
+                    **{"input_ids": inputs, "attention_mask": seen, "max_new_tokens": 1, "do_sample": False},
+                    **{"output_logits": True, "return_dict_in_generate": True, **self._quiet_router()},
+                )
+            chances += out.logits[0].float().softmax(-1)
+        one, other, plain = chances
+        # With other tokens under the mask nothing may change; without any, more is rounded in another way.
+        masks = float((one - other).abs().sum()) < 0.04 and float((one - plain).abs().sum()) < 0.5
+        if not masks:
+            log.warning(
+                "%s does not leave out what the attention mask says: prompts of one length only are answered together.",
+                self.base,
+            )
+        return masks
+
+    def _quiet_router(self) -> dict[str, bool]:
+        """TRL leaves the router's outputs on in full models, and Mixtral's generation fails with them."""
+        routed = hasattr(self._model.config.get_text_config(), "output_router_logits")
+        return {"output_router_logits": False} if routed else {}
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        precision = self.mixed_precision_dtype
+        return torch.autocast(self.device.type, precision) if precision else nullcontext()
 
     def _generated(self, batch: list[Wanted]) -> list[list[int]]:
         """The answers to a batch of prompts that share all settings."""
@@ -87,14 +128,12 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         if want.stops and not self.think_end_token:
             kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
         kwargs |= {name: value for name, value in want.sampling if name != "seed"}
-        if hasattr(self._model.config.get_text_config(), "output_router_logits"):
-            kwargs["output_router_logits"] = False  # TRL leaves this on in full models, and Mixtral's generation fails
+        kwargs |= self._quiet_router()
         rated = _Rated()
         if want.rated:
             kwargs["logits_processor"] = LogitsProcessorList([rated])
         began = time.perf_counter()
-        precision = self.mixed_precision_dtype
-        with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
+        with torch.no_grad(), self._autocast():
             outputs = self._model.generate(
                 **kwargs,
                 max_new_tokens=want.most,
@@ -142,8 +181,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             if self._model._supports_logits_to_keep():
                 inputs["logits_to_keep"] = keep
             began = time.perf_counter()
-            precision = self.mixed_precision_dtype
-            with torch.no_grad(), torch.autocast(self.device.type, precision) if precision else nullcontext():
+            with torch.no_grad(), self._autocast():
                 logits = self._model(**inputs).logits[:, -keep:]
             self.work.seconds += time.perf_counter() - began
             self.work.prompt_tokens += sum(map(len, rows))
