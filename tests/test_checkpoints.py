@@ -481,6 +481,82 @@ def test_what_is_no_causal_language_model_or_brings_code_is_refused(bases, model
     assert not (tmp_path / "ran").exists()
 
 
+def in_parts(folder: Path) -> None:
+    """Splits the weights of a full model into two files with an index."""
+    tensors = load_file(folder / "model.safetensors")
+    parts = {f"model-0000{n}-of-00002.safetensors": sorted(tensors)[n - 1 :: 2] for n in (1, 2)}
+    for file, names in parts.items():
+        save_file({name: tensors[name] for name in names}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, names in parts.items() for name in names}}
+    write_json(folder / "model.safetensors.index.json", index)
+
+
+def test_weights_are_looked_for_where_transformers_takes_them_from(bases, model):
+    """Two models in one folder, of which transformers takes one and vLLM the other; and parts that neither finds."""
+    single, index = model / "model.safetensors", model / "model.safetensors.index.json"
+    in_parts(model)
+    refused(r"holds two models.*would load model\.safetensors, vLLM the files", bases["llama"], model, backend="hf")
+    single.unlink()
+    check(bases["llama"], model)
+    index.unlink()
+    for backend in ("hf", "vllm"):
+        refused(r"has no model\.safetensors and no .*it holds model-00001", bases["llama"], model, backend=backend)
+    next(model.glob("*-00001-*")).rename(single)  # a half under the name of the whole
+    refused(r"lacks \d+ tensors of the model", bases["llama"], model, backend="hf")
+
+
+@pytest.mark.parametrize("name", ["consolidated.safetensors", "optimizer.safetensors"])
+def test_weights_that_vllm_would_load_in_addition_are_refused_there(name, bases, model):
+    shutil.copy(bases["llama"] / "model.safetensors", model / name)
+    check(bases["llama"], model, backend="hf")
+    refused(f"holds {name} beside the model", bases["llama"], model)
+    refused(f"holds {name} beside the model", model, bases["llama"])
+    in_parts(model)
+    (model / "model.safetensors").unlink()
+    if name.startswith("consolidated"):
+        refused(f"holds {name} beside the model", bases["llama"], model)
+    else:
+        check(bases["llama"], model)  # vLLM takes what the index names
+
+
+@pytest.mark.parametrize("how", ["bitsandbytes", "gptq", "awq"])
+def test_quantised_weights_without_their_package_are_refused_before_the_base_is_measured(how, bases, model):
+    packed = {"bitsandbytes": {"load_in_4bit": True}}.get(how, {"bits": 4, "group_size": 128, "zero_point": True})
+    reconfigure(model, "config.json", quantization_config={"quant_method": how, **packed})
+    refused("has quantised weights that transformers cannot load here", bases["llama"], model, backend="hf")
+
+
+# ------------------------------------------------------------------------------------------------------ the base itself
+
+
+def without(name: str):
+    return lambda tensors: {key: value for key, value in tensors.items() if name not in key}
+
+
+@pytest.mark.parametrize("name", ["lm_head", "layers.1.mlp.down_proj"])
+def test_a_base_model_that_lacks_tensors_is_refused_and_never_filled_with_random_ones(name, bases, model, adapter):
+    rewrite(model, without(name), "model.safetensors")
+    for backend in ("hf", "vllm"):
+        refused(rf"lacks 1 tensors of the model .*{name}", model, bases["llama"], backend=backend)
+    for checkpoint in (None, adapter):  # as one of the hub is found out
+        with pytest.raises(ModelError, match=rf"lacks 1 tensors of its model, such as .*{name}"):
+            models.load_model(str(model), checkpoint)
+
+
+def test_a_base_model_with_another_head_than_its_config_says_is_refused(tiny_model, tmp_path):
+    """Transformers would take it, vLLM and lm-eval's class not."""
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "m"))
+    rewrite(folder, lambda t: {**t, "lm_head.weight": torch.randn(259, 128)}, "model.safetensors")
+    for use in (lambda: check(folder), lambda: models.load_model(str(folder), None)):
+        with pytest.raises(ModelError, match="ties the head to the embeddings"):
+            use()
+    check(tiny_model, folder)
+    served = models.load_model(str(tiny_model), folder)
+    served.tie_weights()
+    assert torch.equal(served.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+    check(reconfigure(folder, "config.json", tie_word_embeddings=False), backend="hf")
+
+
 # ---------------------------------------------------------------------------------------------------------- config.json
 
 

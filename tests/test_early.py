@@ -166,6 +166,7 @@ def architecture(options, tmp_path):
         changes = {"model_name_or_path": str(folder), "tasks": ["trace_fomc"], **changes}
         method = (PPTrainer, PPConfig) if "prompt_tokens" in changes else ()
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("trainers.base.preflight.check_base", lambda *a: None)
             patch.setattr(CLTrainer, "load_model", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             train({**options, **changes}, *method)
 

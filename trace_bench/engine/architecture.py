@@ -84,20 +84,31 @@ def quiet() -> Iterator[None]:
 
 
 def weight_files(checkpoint: Path) -> list[Path]:
-    """The files that hold the weights of a checkpoint.
+    """The files that transformers and PEFT take the weights of a checkpoint from, by their names alone.
 
     Raises:
-        RunError: if there are none.
+        RunError: if there are none, or there are two sets of them.
     """
-    files = sorted(checkpoint.glob("*.safetensors"))
+    adapter = models.is_adapter(checkpoint)
+    single = checkpoint / ("adapter_model.safetensors" if adapter else "model.safetensors")
     index = checkpoint / "model.safetensors.index.json"
-    if models.is_adapter(checkpoint):
-        files = [file for file in files if file.name == "adapter_model.safetensors"]  # PEFT looks for this name alone
-    elif index.exists():
-        files = sorted({checkpoint / name for name in _weight_map(index).values()})
-    if not files:
-        raise RunError(f"{checkpoint} has no .safetensors file: its weights are gone. Copy the checkpoint again.")
-    return files
+    indexed = index.exists() and not adapter
+    parts = sorted({checkpoint / name for name in _weight_map(index).values()}) if indexed else []
+    if single.exists():
+        if parts and parts != [single]:
+            raise RunError(
+                f"{checkpoint} holds two models: transformers would load {single.name}, vLLM the files that "
+                f"{index.name} names. Remove the older one."
+            )
+        return [single]
+    if not parts:
+        others = sorted(file.name for file in checkpoint.glob("*.safetensors"))
+        there = f"; it holds {', '.join(others[:3])}, which is not looked for" if others else ""
+        raise RunError(
+            f"{checkpoint} has no {single.name}{'' if adapter else f' and no {index.name}'}{there}. Copy the "
+            "checkpoint again, or save it with save_pretrained."
+        )
+    return parts
 
 
 def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
@@ -143,11 +154,54 @@ def check_full_model(folder: Path, base: Callable[[], Any], backend: str, trust_
     """
     shapes = tensor_shapes(folder)
     own = architecture(folder, None, trust_remote_code)
-    if read_json(folder / "config.json").get("quantization_config"):
+    if backend == "vllm":
+        _refuse_more_weights(folder)
+    if packed := read_json(folder / "config.json").get("quantization_config"):
+        if backend == "hf":
+            _check_quantised(folder, packed)
         return  # its tensors are packed, so names and shapes are those of the quantisation
     _compare(folder, own, shapes, "the model that its config.json describes")
     if backend == "vllm":
         _compare(folder, base(), shapes, "the base model")
+
+
+def check_base(base: str, backend: str, trust_remote_code: bool) -> None:
+    """Refuses a base model in a local folder whose files are not what its config.json says; one of the hub is not read.
+
+    Raises:
+        RunError: naming a tensor, or the files.
+        ModelError: if the head is another one than its config.json says.
+    """
+    folder = Path(base)
+    if not folder.is_dir():
+        return
+    check_full_model(folder, lambda: architecture(base, None, trust_remote_code), "hf", trust_remote_code)
+    if backend == "vllm":
+        _refuse_more_weights(folder)
+    if _has_own_head(folder, trust_remote_code):
+        raise models.own_head(base)
+
+
+def _refuse_more_weights(folder: Path) -> None:
+    """Refuses weights beside those of the model: without an index vLLM loads all files, and consolidated ones first."""
+    indexed = (folder / "model.safetensors.index.json").exists()
+    more = [f.name for f in sorted(folder.glob("*.safetensors")) if f not in weight_files(folder)]
+    more = [name for name in more if not indexed or name.startswith("consolidated")]
+    if more:
+        raise RunError(
+            f"{folder} holds {', '.join(more[:3])} beside the model, which vLLM would load, too. Move it elsewhere, or "
+            "take --backend hf."
+        )
+
+
+def _check_quantised(folder: Path, packed: Any) -> None:
+    """Refuses quantised weights for which a package or a device is missing, which loading would say later."""
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment(device_map=None)
+    except Exception as e:  # each kind says in a way of its own what it needs
+        raise RunError(f"{folder} has quantised weights that transformers cannot load here: {brief(e)}") from e
 
 
 def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) -> None:
@@ -225,16 +279,18 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _has_own_head(checkpoint: Path, trust_remote_code: bool) -> bool:
+def _has_own_head(model: Path, trust_remote_code: bool) -> bool:
     """Whether a model that its config ties holds another head than its embeddings: transformers then unties it."""
     import torch
     from safetensors import safe_open
 
-    model = architecture(checkpoint, None, trust_remote_code)
-    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    names = {f"{name}.weight" for name, module in model.named_modules() if any(module is end for end in ends)}
+    made = architecture(model, None, trust_remote_code)
+    if not made.get_expanded_tied_weights_keys(all_submodels=True):
+        return False
+    ends = [m for m in (made.get_input_embeddings(), made.get_output_embeddings()) if m is not None]
+    names = {f"{name}.weight" for name, module in made.named_modules() if any(module is end for end in ends)}
     values: dict[str, Any] = {}
-    for file in checkpoint.glob("*.safetensors"):
+    for file in weight_files(model) if any(model.glob("*.safetensors")) else ():
         with safe_open(file, framework="pt") as tensors:
             values |= {name: tensors.get_tensor(name) for name in names & set(tensors.keys())}
     return len(values) == 2 and not torch.equal(*values.values())

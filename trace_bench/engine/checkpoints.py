@@ -16,6 +16,7 @@ from typing import Any
 from trace_bench.engine import models
 from trace_bench.engine.architecture import (
     architecture,
+    check_base,
     check_full_model,
     config_differences,
     empty_tensors,
@@ -62,7 +63,9 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
     """
     stages, chain = list(stages), run.manifest.get("chain", False)
     name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
-    base = partial(architecture, models.resolve_model(name), revision, trust_remote_code)
+    place = models.resolve_model(name)
+    check_base(place, backend, trust_remote_code)
+    base = partial(architecture, place, revision, trust_remote_code)
     for stage in stages:
         own = stage.checkpoint if stage.external is None else None  # `check_own` compares its bytes
         if own is not None and models.is_adapter(own):  # a run may come from elsewhere

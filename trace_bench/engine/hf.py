@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils_hf import get_dtype
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
@@ -26,11 +27,16 @@ log = logging.getLogger(__name__)
 class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
     """lm-eval's HFLM, whose model is loaded again for each stage."""
 
+    def _create_model(self, pretrained: str, revision: str, dtype: Any, trust_remote_code: bool, **_: Any) -> None:
+        """Loads the base model as the checkpoints are: lm-eval would leave what the files lack to chance."""
+        options = {"dtype": get_dtype(dtype), "trust_remote_code": trust_remote_code}
+        self._model: Any = models.load_model(pretrained, None, revision, **options).to(self.device)
+
     def load(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
         """See `SwapLM`."""
         self.soft_prompt = models.soft_prompt(checkpoint)
         dtype, device = self._model.dtype, self._model.device
-        self._model: Any = None  # one model at a time in memory
+        self._model = None  # one model at a time in memory
         options = {"dtype": dtype, "trust_remote_code": self.trust_remote_code}
         model = models.load_model(self.base, checkpoint, self.revision, below=below, **options)
         self._model = model.to(device).eval()

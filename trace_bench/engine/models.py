@@ -37,8 +37,8 @@ def resolve_model(name: str) -> str:
     """What to give to `from_pretrained` for a hub id (as it is), a local folder (its absolute path), or QUICKSTART.
 
     Raises:
-        ModelError: if a local folder holds no model, or one that is not in safetensors, or the quickstart model is not
-            installed.
+        ModelError: if a local folder holds no model, one that is not in safetensors, or an adapter, or the quickstart
+            model is not installed.
     """
     path = Path(name)
     try:
@@ -53,6 +53,8 @@ def resolve_model(name: str) -> str:
             raise ModelError(f"{path} is no model: it has no config.json.")
         refuse_odd_files(path)
         refuse_pickle(path)
+        if is_adapter(path):
+            raise base_with_adapter(path)
         return str(path.absolute())
     if name == QUICKSTART:
         return str(cached_dir(cache_dir() / "models" / QUICKSTART, _dequantise))
@@ -85,7 +87,7 @@ def pinned_revision(base: str, revision: str = "main") -> str:
     """What pins a base model in a manifest: the hub's commit, or the fingerprint of a local folder.
 
     Raises:
-        ModelError: if the hub does not give it.
+        ModelError: if the hub does not give it, or it holds an adapter.
     """
     if Path(base).is_dir():
         return fingerprint(Path(base))
@@ -96,7 +98,18 @@ def pinned_revision(base: str, revision: str = "main") -> str:
         file = hf_hub_download(base, "config.json", revision=revision)
     except (OSError, ValueError) as e:
         raise not_given(base, e) from e
-    return Path(file).parent.name  # snapshots/COMMIT/config.json
+    commit = Path(file).parent.name  # snapshots/COMMIT/config.json
+    if model_file(base, "adapter_config.json", commit) is not None:
+        raise base_with_adapter(base)
+    return commit
+
+
+def base_with_adapter(base: str | Path) -> ModelError:
+    """The error where a base model has an adapter beside its weights."""
+    return ModelError(
+        f"{base} holds an adapter (adapter_config.json), which transformers would put on the base model and vLLM not. "
+        "Name the model that it was trained from, or merge the two (merge_and_unload, save_pretrained)."
+    )
 
 
 def not_given(base: str, error: Exception) -> ModelError:
@@ -289,12 +302,31 @@ def _load_base(base: str, checkpoint: Path | None, revision: str | None, below: 
         refuse_pickle(folder)
     # Without trust_remote_code=False transformers would ask at the terminal whether to run the code of a model.
     kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
-    if checkpoint is not None and not is_adapter(checkpoint):
-        return AutoModelForCausalLM.from_pretrained(checkpoint, **kwargs)
-    model = AutoModelForCausalLM.from_pretrained(base, revision=revision or "main", **kwargs)
+    full = checkpoint if checkpoint is not None and not is_adapter(checkpoint) else None
+    place, commit = full or base, "main" if full else revision or "main"
+    loaded: Any = AutoModelForCausalLM.from_pretrained(place, revision=commit, output_loading_info=True, **kwargs)
+    model, found = loaded
+    if found["missing_keys"]:  # transformers only warns
+        raise ModelError(
+            f"{place} lacks {len(found['missing_keys'])} tensors of its model, such as {min(found['missing_keys'])}: "
+            "they would be random numbers. Take a model that is whole, or copy it again."
+        )
+    # What the config ties and transformers has not tied, since the files hold different values.
+    if model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys():
+        if not full:
+            raise own_head(place)
+        _set_untied(model)
     for adapter in below:
         model = merge(model, adapter)[0]
     return model
+
+
+def own_head(base: str | Path) -> ModelError:
+    """The error where a base model's files hold another head than its config.json says."""
+    return ModelError(
+        f"{base} ties the head to the embeddings in its config.json, and its files hold another head, which "
+        "transformers would take and vLLM not. Set tie_word_embeddings to false there, if that head was trained."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- merging
@@ -355,6 +387,11 @@ def _untie(model: Any) -> None:
 
     head = _inner(model.get_output_embeddings())
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    _set_untied(model)
+
+
+def _set_untied(model: Any) -> None:
+    """Has nothing tie the head to the embeddings again."""
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
     model.all_tied_weights_keys = {}  # transformers leaves these out of a saved file

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from trace_bench.engine import models
+from trace_bench.engine.architecture import check_base
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.errors import brief
 from trace_tasks.limits import limited
@@ -147,6 +148,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
             f"{base}, a mixture of experts. Use label_smoothing_factor: 0, or router_aux_loss_coef: 0."
         )
     _check_context(model, config, tasks)
+    check_base(base, config.backend, code)
     if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
         return model
     kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
