@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
@@ -168,6 +169,14 @@ def test_a_kind_that_is_served_fits_and_its_merged_model_is_the_one_that_was_tra
         ({"alora_invocation_tokens": [1, 2]}, "uses alora_invocation_tokens"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "uses layer_replication"),
         ({"lora_bias": True}, "lora_bias.*--backend hf"),
+        *(
+            ({"init_lora_weights": start}, f"began with init_lora_weights='{start}', which changed the weights")
+            for start in ("pissa_niter_4", "corda", "lora_ga", "loftq", "new")
+        ),
+        (
+            {"use_new_lora": True, "new_size": 0, "peft_version": "9.1"},
+            r"has use_new_lora=True, which the installed PEFT does not know.*Install the PEFT that wrote it \(9\.1\)",
+        ),
         ({"r": 8}, r"size mismatch for .*\[4, .*\[8, "),
         (
             {"target_modules": ["language_model.model.layers.0.self_attn.q_proj"]},
@@ -193,6 +202,7 @@ LORA = [
     {"trainable_token_indices": [3, 4]},
     {"target_modules": ["embed_tokens", "embed_in", "lm_head"]},
     {"task_type": None},
+    {"task_type": None, "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}},
 ]
 #: Patterns as adapters have them, which end in time.
 PATTERNS = [
@@ -202,7 +212,6 @@ PATTERNS = [
     {"rank_pattern": {r"^model\.layers\.\d+\.self_attn\.q_proj": 8, "down_proj": 2}, "alpha_pattern": {"q_proj": 32}},
     {"exclude_modules": r".*\.0\.mlp\.down_proj"},
     {"layers_to_transform": [1], "layers_pattern": ["layers", "h"]},
-    {"init_lora_weights": "pissa_niter_4", "r": 2},
 ]
 NEOX = {"target_modules": ["query_key_value", "dense_4h_to_h"]}
 EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
@@ -222,6 +231,66 @@ def test_whatever_lora_can_do_fits_and_misses_a_tensor_that_is_taken_away(base, 
     check(bases[base], folder)
     rewrite(folder, lambda t: dict([item for item in sorted(t.items()) if "base_layer" not in item[0]][:-1]))
     refused("does not fit", bases[base], folder)
+
+
+@pytest.fixture
+def of_experts(bases, tmp_path) -> tuple[Path, Path]:
+    """An adapter with matrices for each expert, as older transformers had their layers; and the model with it added."""
+    folder, merged = tmp_path / "experts", Path(shutil.copytree(bases["mixtral"], tmp_path / "merged"))
+    torch.manual_seed(2)
+    weights, pairs = load_file(merged / "model.safetensors"), {}
+    for name in sorted(weights):
+        if ".experts." in name:
+            pair = [torch.randn(4, weights[name].shape[1]) / 4, torch.randn(weights[name].shape[0], 4) / 4]
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            pairs |= {f"{stem}.lora_A.weight": pair[0], f"{stem}.lora_B.weight": pair[1]}
+            weights[name] += 2.0 * pair[1] @ pair[0]
+    save_file(weights, merged / "model.safetensors", {"format": "pt"})
+    lora(
+        target_modules=["w1", "w2", "w3"], lora_alpha=8, base_model_name_or_path=str(bases["mixtral"])
+    ).save_pretrained(folder)
+    save_file(pairs, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder, merged
+
+
+def test_adapters_of_single_experts_are_joined_but_where_their_scale_would_be_another(bases, of_experts):
+    folder, merged = of_experts
+    check(bases["mixtral"], folder)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+        for load in (models.load_model, models.load_merged):
+            assert torch.allclose(load(str(bases["mixtral"]), folder).eval()(ids).logits, wanted, atol=1e-4)
+    assert checkpoints.plain_lora_rank(folder) is None
+    reconfigure(folder, use_rslora=True)
+    refused(r"an adapter of each expert.*with use_rslora", bases["mixtral"], folder)
+
+
+def test_lora_requests_get_what_they_serve_alone(bases, tmp_path):
+    """VLLM would leave out the diagonal of KaSA, and an option that it does not know."""
+    plain = make_adapter(bases["llama"], tmp_path / "plain", lora(use_rslora=True, lora_dropout=0.1))
+    assert checkpoints.plain_lora_rank(plain) == 4
+    for more in ({"kasa_config": KasaConfig()}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+        folder = make_adapter(bases["llama"], tmp_path / next(iter(more)), lora(**more))
+        check(bases["llama"], folder)
+        assert checkpoints.plain_lora_rank(folder) is None
+    embeddings = {"base_model.model.model.embed_tokens.weight": torch.zeros(96, 64)}
+    assert checkpoints.plain_lora_rank(rewrite(plain, lambda tensors: tensors | embeddings)) is None
+
+
+def test_an_adapter_beside_a_full_model_is_refused(bases, adapter, model):
+    shutil.copytree(adapter, model, dirs_exist_ok=True)
+    refused("holds an adapter and a full model", bases["llama"], model, backend="hf")
+
+
+def test_a_base_model_with_an_adapter_in_its_folder_is_refused(adapter, model, monkeypatch):
+    """Transformers would put the adapter on the base model itself."""
+    shutil.copytree(adapter, model, dirs_exist_ok=True)
+    with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config\.json\)"):
+        models.resolve_model(str(model))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision=None: str(model / file))
+    with pytest.raises(ModelError, match="mine/both holds an adapter"):
+        models.pinned_revision("mine/both")
 
 
 def test_a_soft_prompt_of_another_width_or_length_is_refused(bases, tmp_path):

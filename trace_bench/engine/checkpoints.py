@@ -45,11 +45,18 @@ UNMERGED = {"BEFT", "LILY"}
 _PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 #: Options of LoRA with which the adapter is more than a sum to weights: part of the input, other layers, a router.
 _NOT_A_SUM = ("alora_invocation_tokens", "layer_replication", "arrow_config")
-#: Options of LoRA that vLLM's LoRA requests would leave out.
-_NOT_IN_REQUESTS = (
-    *("modules_to_save", "rank_pattern", "alpha_pattern", "trainable_token_indices", "target_parameters"),
-    *("use_dora", "lora_bias", "layer_replication", "fan_in_fan_out", "megatron_config", "alora_invocation_tokens"),
-)
+#: Starts of LoRA that change the base's weights (or need what was computed for it), and are the same at each load.
+#: Others are random, or need the data of the training: PEFT would put other weights below the adapter, or fail.
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "olora", "pissa")
+#: Options of LoRA that PEFT gets wrong where it joins the adapters of the single experts of older transformers.
+_NOT_FOR_JOINED_EXPERTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+#: The entries of a LoRA adapter that vLLM's LoRA requests serve, whatever they say; others have to be empty.
+_IN_REQUESTS = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "eva_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
+    *("qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"),
+}
 #: The most steps of an iteration that an adapter_config.json may ask for, such as of an approximate inverse.
 MOST_STEPS = 1000
 
@@ -81,6 +88,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
         if models.is_adapter(folder):
             adapter = models.adapter_config(folder)
             _check_kind(folder, adapter, backend, chain)
+            _check_known(folder, adapter)
             _refuse_endless(folder, adapter)
             # In a chain only the first adapter was trained on the base model itself.
             named = not run.manifest.get("renamed_base") and (not chain or folder == run.stages[1].external)
@@ -178,6 +186,32 @@ def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool
     for name in _NOT_A_SUM if kind == "LORA" else ():
         if adapter.get(name):
             raise RunError(f"{folder} uses {name}, which no engine here serves as it was trained. {whole}.")
+    start = adapter.get("init_lora_weights", True)
+    if kind == "LORA" and start not in _STARTS:
+        raise RunError(
+            f"{folder} began with init_lora_weights={start!r}, which changed the weights of the base model in a way "
+            f"that loading the adapter does not repeat. {whole}; or save it as a plain LoRA (save_pretrained with "
+            "path_initial_model_for_weight_conversion)."
+        )
+
+
+def _check_known(folder: Path, adapter: dict[str, Any]) -> None:
+    """Refuses what only a newer PEFT knows, and two models in one folder."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[adapter["peft_type"]].__dataclass_fields__
+    if unknown := [f"{name}={value!r:.60}" for name, value in adapter.items() if value and name not in known]:
+        raise RunError(
+            f"{folder}/adapter_config.json has {', '.join(unknown[:3])}, which the installed PEFT does not know and "
+            f"would leave out. Install the PEFT that wrote it ({adapter.get('peft_version') or 'a newer one'}); or "
+            "remove an entry that changes nothing."
+        )
+    full = [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).exists()]
+    if full:
+        raise RunError(
+            f"{folder} holds an adapter and a full model ({full[0]}), and either could be meant. Move one of them to a "
+            "folder of its own."
+        )
 
 
 def _refuse_endless(folder: Path, config: dict[str, Any]) -> None:
@@ -210,6 +244,14 @@ def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], n
             )
         return
     modules = [key for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    expert = next((key for key in shapes if re.search(r"\.experts\.\d+\.", key)), None)
+    used = [key for key in _NOT_FOR_JOINED_EXPERTS if adapter.get(key)]
+    if expert and used and not any(".experts.0." in key for key in modules):
+        raise RunError(
+            f"{folder} holds an adapter of each expert, such as {expert}, with {used[0]}. Here the experts of a layer "
+            "are one tensor, and PEFT would take another scale for it. Merge it where it was trained "
+            "(merge_and_unload, save_pretrained), and give the full model."
+        )
     example = f"Its tensors are called such as {min(shapes, default='(none)')}, the modules of {name} such as "
     example += f"{modules[0]}." if modules else "(no linear layer)."
     fix = "Give the model that it was trained from, or save it again from there with save_pretrained."
@@ -266,12 +308,13 @@ def plain_lora_rank(checkpoint: Path) -> int | None:
         return None
     config = models.adapter_config(checkpoint)
     plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    if not plain or any(config.get(key) for key in _NOT_IN_REQUESTS):
+    if not plain or any(value for key, value in config.items() if key not in _IN_REQUESTS):
         return None
     # PiSSA and the like take a part of the base's weights into the adapter, which PEFT does again when it loads one.
-    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
         return None
-    if any(name in key for key in tensor_shapes(checkpoint) for name in ("lora_embedding_", "lm_head", "embed_out")):
+    pairs = re.compile(r"(?!.*(lm_head|embed_out|\.experts\.)).*\.lora_[AB]\.weight")
+    if not all(pairs.fullmatch(key) for key in tensor_shapes(checkpoint)):
         return None
     return config["r"] if config["r"] <= 512 else None
 
