@@ -25,8 +25,9 @@ from architectures import (
     reload,
 )
 from conftest import pieces_tokenizer
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from trace_bench.engine.ends import end_ids
 from trace_bench.tasks import load_tasks
 
 #: Settings that transformers' generate takes from a checkpoint, each of which would change an answer below.
@@ -133,6 +134,17 @@ def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(ful
     tokenizer.save_pretrained(tuned)
     answers = texts(by_transformers(base, [None, tuned, None], ROWS, [], LENGTH))
     assert answers[0] == answers[2] != answers[1] == ANSWERS
+
+
+@pytest.mark.parametrize(("whole", "text"), [([1, 106], 1), (None, 7), (5, None), ([5, 6], [7])])
+def test_the_eos_of_a_model_with_several_parts_is_that_of_transformers(whole, text, tmp_path):
+    """Gemma 3's config.json names <end_of_turn> on the outside alone."""
+    parts = {"model_type": "gemma3_text", **({} if text is None else {"eos_token_id": text})}
+    config = {"model_type": "gemma3", "text_config": parts, **({} if whole is None else {"eos_token_id": whole})}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = GenerationConfig.from_model_config(AutoConfig.from_pretrained(tmp_path)).eos_token_id
+    expected = theirs if isinstance(theirs, list) else [theirs]
+    assert end_ids(pieces_tokenizer(), str(tmp_path)) == {2, *expected}
 
 
 # ------------------------------------------------------------------------------------------------------------- greedy

@@ -174,7 +174,9 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
         raise ModelError(
             f"{base}/config.json is damaged: it holds no object with the settings of a model. Fetch the model again."
         )
-    return {**config, **text}
+    # As in transformers, what the whole says of EOS is before what its language model says.
+    ends = config.get("eos_token_id")
+    return {**config, **text, **({} if ends is None else {"eos_token_id": ends})}
 
 
 def model_file(model: str, name: str, revision: str | None) -> Any:
