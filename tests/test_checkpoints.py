@@ -582,10 +582,7 @@ def test_weights_that_vllm_would_load_in_addition_are_refused_there(name, bases,
     refused(f"holds {name} beside the model", model, bases["llama"])
     in_parts(model)
     (model / "model.safetensors").unlink()
-    if name.startswith("consolidated"):
-        refused(f"holds {name} beside the model", bases["llama"], model)
-    else:
-        check(bases["llama"], model)  # vLLM takes what the index names
+    check(bases["llama"], model)  # vLLM takes what the index names
 
 
 @pytest.mark.parametrize("how", ["bitsandbytes", "gptq", "awq"])

@@ -40,6 +40,8 @@ def test_adapters_are_merged_where_vllm_has_no_lora_for_the_model(options, start
     engine.open_engine("vllm", options["model_name_or_path"], checkpoints=[adapter])
     first, second = started
     assert first["adapters"] == [adapter] and first["max_lora_rank"] == 8
+    kinds = {name: start[name] for start in started for name in ("tokenizer_mode", "config_format", "load_format")}
+    assert set(kinds.values()) == {"hf"}, "of Mistral's models it would take other files than transformers does"
     args = {"enable_lora": True, "max_loras": 4}
     assert engine.start.lora_args(args, [adapter]) == [adapter] and args["max_cpu_loras"] == 4, "vLLM refuses fewer"
     assert second["enable_lora"] is False and not {"adapters", "max_lora_rank", "max_loras"} & second.keys()

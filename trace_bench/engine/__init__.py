@@ -118,8 +118,8 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
     if not has_gpu():
         # vLLM's own 128 keep nothing of short prompts in the cache. The kernels want multiples of 32.
         args.setdefault("block_size", 32)
-    # "auto" would take Mistral's own tokenizer for its models, and training does not use that one.
-    args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", **args}
+    # "auto" would take Mistral's own tokenizer, config and weights for its models, and training does not use these.
+    args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf", **args}
     with_lora = dict(args)
     adapters = lora_args(with_lora, checkpoints)
     try:

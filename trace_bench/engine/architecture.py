@@ -183,11 +183,9 @@ def check_base(base: str, backend: str, trust_remote_code: bool) -> None:
 
 
 def _refuse_more_weights(folder: Path) -> None:
-    """Refuses weights beside those of the model: without an index vLLM loads all files, and consolidated ones first."""
-    indexed = (folder / "model.safetensors.index.json").exists()
+    """Refuses weights beside those of the model: without an index vLLM loads all files."""
     more = [f.name for f in sorted(folder.glob("*.safetensors")) if f not in weight_files(folder)]
-    more = [name for name in more if not indexed or name.startswith("consolidated")]
-    if more:
+    if more and not (folder / "model.safetensors.index.json").exists():
         raise RunError(
             f"{folder} holds {', '.join(more[:3])} beside the model, which vLLM would load, too. Move it elsewhere, or "
             "take --backend hf."
