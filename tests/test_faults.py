@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
         assert re.search(r"adapter_model.safetensors is missing or damaged .* Copy", error(*damaged))
     (copy / "adapter_model.safetensors").unlink()
     assert "no .safetensors file" in error(*command)
-    assert "its weights are gone" in error("evaluate", tmp_path / "begun")
+    assert "has no adapter_model.safetensors" in error("evaluate", tmp_path / "begun")
     assert not (tmp_path / "theirs").exists(), "nothing is recorded of what cannot be evaluated"
 
 
