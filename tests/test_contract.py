@@ -37,6 +37,7 @@ class AverageTrainer(base.CLTrainer):
 PUBLISHED = {
     "anchor": {"anchor_lambda": 0.1, "anchor_weight": "probability"},
     "der": {"der_lambda": 0.5},
+    "ewc": {"ewc_online": True, "ewc_gamma": 1.0},
     "gem": {"gem_margin": 0.5},
     "icl": {"num_fewshot": 6, "icl_prompt_length": 3584},
     "inflora": {"inflora_threshold": 0.95},

@@ -388,10 +388,12 @@ def test_single_does_not_depend_on_the_stage_before(options, tmp_path):
 
 
 def test_joint_is_one_stage_on_all_rows(options):
-    run = train(small(options, "joint", epochs=[1.0, 2.0]), *method("joint"))
+    run = train(small(options, "joint", epochs=[1.0, 2.0], num_train_epochs=3.0), *method("joint"))
     assert [s.name for s in run.stages] == ["0_base", "1_joint"]
     record = read_json(run.stages[1].train_file)
     assert record["rows"] == 16 + 2 * 16 and record["epochs"] == 1 and record["steps"] == 6
+    twice = train(small(options, "joint", num_train_epochs=2.0, output_dir=f"{run.path}-2"), *method("joint"))
+    assert read_json(twice.stages[1].train_file)["epochs"] == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- replay

@@ -29,12 +29,14 @@ def logits(base, checkpoint, rows) -> torch.Tensor:
 
 @pytest.mark.parametrize(("name", "off"), [("olora", "olora_lambda"), ("nlora", "nlora_lambda")])
 def test_without_their_penalties_they_are_inclora_to_the_same_bytes(name, off, options, tmp_path):
+    options |= {"lora_dropout": 0.1}
     plain = train(small(options, "inclora", 3), *method("inclora"))
     for strength, equal in ((0.0, True), (0.5, False)):
         changes = {off: strength, "output_dir": str(tmp_path / str(strength))}
         run = train(small(options, name, 3, **changes), *method(name))
         assert (saved(run) == saved(plain)) == equal
-    assert read_json(plain.stages[3].checkpoint / "adapter_config.json")["r"] == 3 * 4
+    config = read_json(plain.stages[3].checkpoint / "adapter_config.json")
+    assert config["r"] == 3 * 4 and config["lora_dropout"] == 0, "the next stage trains with all of it"
     for stage in (2, 3):
         old, new = weights(plain, stage - 1), weights(plain, stage)
         for key, tensor in new.items():
