@@ -184,8 +184,9 @@ def check_base(base: str, backend: str, trust_remote_code: bool) -> None:
 
 def _refuse_more_weights(folder: Path) -> None:
     """Refuses weights beside those of the model: without an index vLLM loads all files."""
-    more = [f.name for f in sorted(folder.glob("*.safetensors")) if f not in weight_files(folder)]
-    if more and not (folder / "model.safetensors.index.json").exists():
+    if (folder / "model.safetensors.index.json").exists():
+        return
+    if more := sorted(file.name for file in {*folder.glob("*.safetensors")} - {*weight_files(folder)}):
         raise RunError(
             f"{folder} holds {', '.join(more[:3])} beside the model, which vLLM would load, too. Move it elsewhere, or "
             "take --backend hf."
