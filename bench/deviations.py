@@ -32,7 +32,7 @@ def trained(method: str, seed: int) -> Path:
     argv += ["--output_dir", str(path), "--tasks", *TASKS, "--seed", str(seed), "--max_new_tokens", "16"]
     argv += ["--train_rows", str(ROWS), "--test_rows", str(TEST_ROWS), "--num_train_epochs", str(EPOCHS)]
     command(argv, f"deviations/{path.name}", {"PYTHONPATH": str(ROOT)})
-    command([sys.executable, "-m", "trace_bench.cli", "evaluate", str(path)], f"deviations/{path.name}-evaluation")
+    command([sys.executable, "-m", "trace_bench", "evaluate", str(path)], f"deviations/{path.name}-evaluation")
     return path
 
 

@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, ROOT, WORK, command, machine, save
+from bench.common import RESULTS, ROOT, WORK, command, save
 from trace_bench.report import Table, markdown
 from trace_bench.run import Run, Stage, read_jsonl
 from trace_bench.tasks import load_tasks
@@ -69,9 +69,6 @@ def measure(run: Run, tasks: dict[str, Any], rows: int, contenders: list[str]) -
     if contenders:
         for name, (seconds, texts) in others(run, seen, _stubs(tasks), rows, contenders).items():
             found[name] = _contender(seconds, texts, answers, tasks, docs)
-    before = _results().get(part, {})
-    if before.get("machine") == machine():
-        found = {**before["contenders"], **found}
     for one in found.values():
         one["ratio"] = round(one["seconds"] / found["ours"]["seconds"], 2)
     save(part, {**result, "contenders": found})
@@ -81,7 +78,7 @@ def ours(run: Run, seen: dict[Stage, list[str]], rows: int) -> tuple[float, Answ
     """Seconds and answers of `trace-bench evaluate`, and where the time went."""
     log, folder = f"evaluation/ours-{rows}", WORK / "evaluation" / f"ours-{rows}"
     shutil.rmtree(folder, ignore_errors=True)
-    argv = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(folder), "--model", run.manifest["model"]["name"]]
+    argv = [sys.executable, "-m", "trace_bench", "evaluate", str(folder), "--model", run.manifest["model"]["name"]]
     for stage in run.stages[1:]:
         argv += ["--checkpoint", f"{stage.task}={stage.checkpoint}"]
     limits = {"--test-rows": rows, "--max-prompt-length": PROMPT, "--max-new-tokens": ANSWER}

@@ -93,7 +93,7 @@ def scoring() -> dict[str, float]:
 
 def reporting(runs: list[Path]) -> float:
     """Seconds of `trace-bench report`, imports and all."""
-    argv = [sys.executable, "-m", "trace_bench.cli", "report", *map(str, runs)]
+    argv = [sys.executable, "-m", "trace_bench", "report", *map(str, runs)]
     return round(command(argv, "scale/report"), 1)
 
 

@@ -26,7 +26,7 @@ def main() -> None:
         commands["trace-bench report"] = ["report", str(run)]
     result = {}
     for name, arguments in commands.items():
-        argv = ["-m", "trainers.sequential", "--help"] if arguments is None else ["-m", "trace_bench.cli", *arguments]
+        argv = ["-m", "trainers.sequential", "--help"] if arguments is None else ["-m", "trace_bench", *arguments]
         seconds = [command([sys.executable, *argv], "startup/output") for _ in range(ROUNDS)]
         loaded = subprocess.run(
             [sys.executable, "-X", "importtime", *argv], cwd=ROOT, capture_output=True, text=True, check=True

@@ -57,7 +57,7 @@ OPTIONS = {
 def ended(module: str, arguments: list[str]) -> int:
     """What `python -m MODULE ARGUMENTS` does, without its imports: its exit code, with errors on standard error."""
     try:
-        if module == "trace_bench.cli":
+        if module == "trace_bench":
             cli.main(arguments)
         else:
             base.main(ewc.EWCTrainer, ewc.EWCConfig, arguments)
@@ -94,13 +94,13 @@ class Commands:
         asking = ["--model", "fake", "--base-url", url, "--concurrency", "2"]
         annotating = ["--data", "demo", "--tasks", "trace_fomc", "--rows", "6", "--attempts", "2"]
         words = {
-            "data": ["trace_bench.cli", "data", str(shared / "archive.zip")],
+            "data": ["trace_bench", "data", str(shared / "archive.zip")],
             "train": ["trainers.ewc", *command_line({**options, "output_dir": self.run})],
-            "evaluate": ["trace_bench.cli", "evaluate", str(self.run)],
-            "judge": ["trace_bench.cli", "judge", str(self.run), *asking],
-            "annotate": ["trace_bench.cli", "annotate", str(self.out), *asking, *annotating],
-            "report": ["trace_bench.cli", "report", str(self.run)],
-            "study": ["trace_bench.cli", "study", str(shared / "study.yaml"), "--output_dir", str(self.study)],
+            "evaluate": ["trace_bench", "evaluate", str(self.run)],
+            "judge": ["trace_bench", "judge", str(self.run), *asking],
+            "annotate": ["trace_bench", "annotate", str(self.out), *asking, *annotating],
+            "report": ["trace_bench", "report", str(self.run)],
+            "study": ["trace_bench", "study", str(shared / "study.yaml"), "--output_dir", str(self.study)],
         }
         self.words = {name: words[name] for name in words if name in only}
 

@@ -26,7 +26,7 @@ from trace_bench.packaged import methods
 from trace_tasks import data
 from trainers.base import CLConfig, ConfigError
 
-MODULE = [sys.executable, "-m", "trace_bench.cli"]
+MODULE = [sys.executable, "-m", "trace_bench"]
 ROOT = Path(__file__).parents[1]
 
 
@@ -111,9 +111,9 @@ def test_all_options_of_hf_are_listed_where_asked_for_or_where_a_file_does_not_n
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["trace_bench.cli", "--help"], "data|evaluate|report|tasks-path|make sequential-train"),
-        (["trace_bench.cli", "evaluate", "--help"], "--checkpoint|--general"),
-        (["trace_bench.cli", "data", "demo"], "export TRACE_DATA="),
+        (["trace_bench", "--help"], "data|evaluate|report|tasks-path|make sequential-train"),
+        (["trace_bench", "evaluate", "--help"], "--checkpoint|--general"),
+        (["trace_bench", "data", "demo"], "export TRACE_DATA="),
         (["trainers.replay", "--help"], "python -m trainers.replay --config FILE.yaml"),
     ],
 )
@@ -387,7 +387,7 @@ def the_line(process, number):
     "words, number",
     [
         (["trainers.sequential", "--config", "a file.yaml", "--output_dir", "runs/$x"], signal.SIGINT),
-        (["trace_bench.cli", "study", "it's.yaml"], signal.SIGHUP),
+        (["trace_bench", "study", "it's.yaml"], signal.SIGHUP),
     ],
 )
 def test_ctrl_c_while_a_command_imports_is_one_line_with_that_very_command(words, number):
@@ -506,7 +506,7 @@ with ending.command("train"):
     assert (done.returncode, done.stderr.count("stopped: ")) == (143, 1) and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("words", [["trace_bench.cli", "status", "RUN"], ["trainers.replay", "--help"]], ids=" ".join)
+@pytest.mark.parametrize("words", [["trace_bench", "status", "RUN"], ["trainers.replay", "--help"]], ids=" ".join)
 def test_where_nobody_listens_a_command_ends_in_silence(run, words):
     words = [str(run.path) if word == "RUN" else word for word in words]
     read, write = os.pipe()

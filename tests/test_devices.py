@@ -93,7 +93,7 @@ def test_a_process_that_is_killed_is_told_of_and_the_next_run_takes_its_stage(ru
 @pytest.mark.slow
 def test_a_signal_ends_all_processes(run, two, monkeypatch, tmp_path):
     monkeypatch.setenv("DO", "sleep")
-    words = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(run.path), *two]
+    words = [sys.executable, "-m", "trace_bench", "evaluate", str(run.path), *two]
     parent = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(pids := [p.stem for p in tmp_path.glob("*.pid")]) < 2 and time.monotonic() < deadline:

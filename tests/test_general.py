@@ -485,7 +485,7 @@ def test_vllm_measures_what_transformers_does(options, local, tmp_path):
         output = {"output_dir": str(tmp_path / backend), "engine_args": engine_args}
         runs[backend] = train({**options, **besides, **output, "backend": backend})
         # vLLM's engine is a process of its own, which begins by importing the main module again.
-        subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", str(runs[backend].path)], check=True)
+        subprocess.run([sys.executable, "-m", "trace_bench", "evaluate", str(runs[backend].path)], check=True)
     answers: list[tuple[str, str]] = []
     for stages in zip(*(run.stages for run in runs.values()), strict=True):
         index = stages[0].index

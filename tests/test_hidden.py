@@ -33,7 +33,7 @@ def in_this_process(monkeypatch):
     """Evaluates in this process, instead of one of its own."""
 
     def run_child(words, environment):
-        assert words[:3] == [sys.executable, "-m", "trace_bench.cli"]
+        assert words[:3] == [sys.executable, "-m", "trace_bench"]
         cli.main(words[3:])
         AcceleratorState._reset_state()  # what the engine left
         return 0

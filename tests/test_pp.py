@@ -262,5 +262,5 @@ def test_vllm_that_was_not_prepared_says_what_to_do(lively, tmp_path):
 def test_a_run_of_prompts_is_evaluated_through_vllm(options):
     options = {**options, "backend": "vllm", "engine_args": '{"max_model_len": 256, "dtype": "float32"}'}
     subprocess.run([sys.executable, "-m", "trainers.pp", *command_line(options)], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "-m", "trace_bench.cli", "evaluate", options["output_dir"]], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "trace_bench", "evaluate", options["output_dir"]], cwd=ROOT, check=True)
     assert [len(list((s.path / "eval").glob("*.json"))) for s in Run.open(options["output_dir"]).stages] == [2, 1, 2]

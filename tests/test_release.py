@@ -63,11 +63,11 @@ def test_the_wheel_has_every_file_of_the_packages(wheel):
 def test_the_installed_package_finds_its_own_files(installed):
     where = "import trace_tasks, trace_bench, trainers, judges as j; print(j.__file__, trainers.__file__)"
     assert installed("-c", where).count(str(installed.site)) == 2, "the wheel, and not the checkout, is tried"
-    assert installed("-m", "trace_bench.cli", "tasks-path").strip() == str(installed.site / "trace_tasks")
+    assert installed("-m", "trace_bench", "tasks-path").strip() == str(installed.site / "trace_tasks")
     assert "--ewc_lambda" in installed("-m", "trainers.ewc", "--help")
-    assert "Complete." in installed("-m", "trace_bench.cli", "data", "demo")
+    assert "Complete." in installed("-m", "trace_bench", "data", "demo")
     study = installed.site / "trainers" / "configs" / "studies" / "replay.yaml"
-    assert "train replay" in installed("-m", "trace_bench.cli", "study", str(study), "--dry-run")
+    assert "train replay" in installed("-m", "trace_bench", "study", str(study), "--dry-run")
 
 
 # ----------------------------------------------------------------------------------------------------- the first hour
@@ -104,7 +104,7 @@ def test_the_first_hour(installed, monkeypatch):
     folder = installed.folder
 
     def bench(*words: str, **more: str) -> str:
-        return installed("-P", "-m", "trace_bench.cli", *words, **more)
+        return installed("-P", "-m", "trace_bench", *words, **more)
 
     make_tiny_model(folder / "tiny")
     assert "trace-bench 0." in bench("--version") and "quickstart" in bench("configs")

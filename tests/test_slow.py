@@ -24,7 +24,7 @@ from trace_tasks.data.files import write_json
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 THREE = ["trace_fomc", "trace_py150", "trace_numglue_ds"]
-CLI = [sys.executable, "-m", "trace_bench.cli"]
+CLI = [sys.executable, "-m", "trace_bench"]
 
 
 @pytest.fixture

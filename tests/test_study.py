@@ -167,7 +167,7 @@ def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     file = write({"a": {**GOOD, "tasks": ["x", "y"]}, "b": GOOD})
     main(["study", str(file), "--full", "--dry-run", "--only", "a"])
-    config, program = tmp_path / "config.yaml", f"{sys.executable} -m trace_bench.cli"
+    config, program = tmp_path / "config.yaml", f"{sys.executable} -m trace_bench"
     assert capsys.readouterr().out.splitlines() == [
         f"{program} train sequential --config {config} --tasks x y --output_dir runs/mine-full/a",
         f"{program} evaluate runs/mine-full/a",
@@ -177,9 +177,9 @@ def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
     file = write({"a": {**GOOD, "seed": {"each": [0, 1]}}, "b": GOOD})
     main(["study", str(file), "--dry-run", "--only", "2", "--launch", "accelerate launch --num_processes 8"])
     training, evaluation = capsys.readouterr().out.splitlines()
-    start = "accelerate launch --num_processes 8 -m trace_bench.cli train sequential --config"
+    start = "accelerate launch --num_processes 8 -m trace_bench train sequential --config"
     assert training.startswith(start) and training.endswith("--seed 1 --output_dir runs/mine-small/a-seed1")
-    assert evaluation == f"{sys.executable} -m trace_bench.cli evaluate runs/mine-small/a-seed1"
+    assert evaluation == f"{sys.executable} -m trace_bench evaluate runs/mine-small/a-seed1"
     main(["study", str(file), "--dry-run", "--only", "a"])
     assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()[1::2]] == ["a-seed0", "a-seed1"]
 

@@ -59,7 +59,7 @@ def test_a_stage_goes_on_from_the_one_before_which_may_be_dropped(options, lora)
 
 def test_evaluated_checkpoints_are_dropped_once_measured(options, monkeypatch):
     def run_child(words: list[str], environment: dict[str, str]) -> None:
-        assert words[:3] == [sys.executable, "-m", "trace_bench.cli"] and "HOME" in environment
+        assert words[:3] == [sys.executable, "-m", "trace_bench"] and "HOME" in environment
         assert not environment.keys() & {"RANK", "MASTER_PORT"}, "it is none of the processes launched together"
         cli.main(words[3:])
         AcceleratorState._reset_state()  # what the engine left, in a process of its own

@@ -63,7 +63,7 @@ def test_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch):
     "argv",
     [
         ["-m", "trainers.sequential", "--help_all"],
-        ["-m", "trace_bench.cli", "annotate", "new", "--model", "m", "--dry-run"],
+        ["-m", "trace_bench", "annotate", "new", "--model", "m", "--dry-run"],
         ["-c", "from trace_bench.tasks import load_tasks; load_tasks(['trace_fomc'])"],
     ],
 )

@@ -165,7 +165,7 @@ def run_study(
     title = f"{Path(file).stem}-{'full' if full else 'small'}"
     folder = Path(output_dir or Path("runs") / title)
     chosen = _chosen(file, runs, only or ())
-    start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench.cli"]
+    start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench"]
     # A folder trainers/ or judges/ that the study is started in does not hide ours.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     failed: dict[str, str] = {}

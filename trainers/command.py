@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "  trace-bench train sequential --config quickstart --output_dir runs/mine\n"
         "  trace-bench train my_method.py --config quickstart --output_dir runs/mine --strength 2\n"
-        "  accelerate launch --num_processes 8 -m trace_bench.cli train sequential --config ... --output_dir runs/mine"
+        "  accelerate launch --num_processes 8 -m trace_bench train sequential --config ... --output_dir runs/mine"
     )
     parser.add_argument("method", metavar="METHOD", help=argparse.SUPPRESS)
     parser.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)

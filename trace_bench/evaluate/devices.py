@@ -213,7 +213,7 @@ def _start(
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trace-evaluate-")))
     into = stack.enter_context((folder / "output").open("wb"))
     output = stack.enter_context((folder / "output").open(encoding="utf-8", errors="replace"))
-    words = [sys.executable, "-m", "trace_bench.cli", "evaluate", str(path), "--share", *options]
+    words = [sys.executable, "-m", "trace_bench", "evaluate", str(path), "--share", *options]
     on_cpu = group[0] == CPU
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if on_cpu else ",".join(group), "PYTHONUNBUFFERED": "1"}
     # A session of its own: the signals of the terminal come here, and what it started ends with it.

@@ -167,6 +167,6 @@ def _train_and_measure(run: Run, start: Stage, folder: Path, rows: int, steps: i
     kind = type("RelearnTrainer", (RelearnTrainer,), {"source": run, "start": start, "__module__": __name__})
     relearned = train(kind, config, model_args)
     stages = [str(stage.index) for stage in relearned.stages[1:]]
-    if run_alone(["trace_bench.cli", "evaluate", str(folder), "--stages", *stages]):
+    if run_alone(["trace_bench", "evaluate", str(folder), "--stages", *stages]):
         raise RunError(f"The evaluation of {folder} failed, see above. What is done is kept: run this again.")
     _is_measured(relearned)

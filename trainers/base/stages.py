@@ -357,7 +357,7 @@ class Loop:
     def _evaluate(self, stage: Stage) -> None:
         """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
         # --follow waits for a process that evaluates the stage already.
-        words = ["trace_bench.cli", "evaluate", str(self.run.path), "--stages", str(stage.index), "--follow"]
+        words = ["trace_bench", "evaluate", str(self.run.path), "--stages", str(stage.index), "--follow"]
         with others_wait():
             if self.state.is_main_process and run_alone(words):
                 raise RunError(
