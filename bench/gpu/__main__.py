@@ -11,7 +11,8 @@ install --no-index --no-deps --find-links FOLDER NAME ...`; with `--target`, int
 hashes functions by dill, which takes modules in other folders for a program's own and fails on them).
 
 A part consists of measurements, each in a process of its own: one that crashes or has no memory loses no other. All
-share the time limit of the part. Results are written after each measurement, under the name of the card.
+have SECONDS together, of which a part leaves to each later one its LIMIT. Results are written after each measurement,
+under the name of the card.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from trace_tasks.data.files import write_json
 RESULTS = ROOT / "bench" / "results_gpu.json"
 PARTS: dict[str, ModuleType] = {"a": small, "b": large, "c": methods, "d": resume, "e": engines}
 NEEDED = ("torch", "transformers", "peft", "accelerate")
+#: Of all parts together.
+SECONDS = 475
 #: What a measurement that has no result says instead.
 NOT_DONE = ("skipped", "failed", "stopped")
 
@@ -81,6 +84,7 @@ def check(parts: Mapping[str, ModuleType], file: Path, about: dict[str, Any], ti
             of_card[name] = {"title": part.TITLE, "machine": about, "date": time.strftime("%Y-%m-%d")}
             of_card[name] |= {"seconds": 0.0, "measurements": kept}
     ready: subprocess.Popen[bytes] | None = None
+    end = time.perf_counter() + SECONDS * (slow := 10 if tiny else 1)  # a CPU is slow
     try:
         for n, (name, part, item) in enumerate(todo):
             found = of_card[name]
@@ -88,8 +92,8 @@ def check(parts: Mapping[str, ModuleType], file: Path, about: dict[str, Any], ti
             process, ready = ready or _start(name, part, item, tiny), None
             if n + 1 < len(todo):  # its imports take as long as many a measurement: they are made meanwhile
                 ready = _start(*todo[n + 1], tiny)
-            limit = part.LIMIT * (10 if tiny else 1)  # a CPU is slow
-            outcome = _finish(process, name, part, item, limit, limit - found["seconds"])
+            later = {after: p.LIMIT for after, p, i in todo[n:] if p is not part and not missing(p.ITEMS[i])}
+            outcome = _finish(process, name, part, item, end - slow * sum(later.values()) - began)
             spent = time.perf_counter() - began
             found["seconds"] = round(found["seconds"] + spent, 1)
             found["measurements"][item] = {"took": round(spent, 1), **outcome}
@@ -121,6 +125,7 @@ def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Pop
     out.unlink(missing_ok=True)
     argv = [sys.executable, "-m", "bench.gpu.item", part.__name__, item, str(out), *(["--tiny"] if tiny else [])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's containers round float32 products
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU of several
     if item.endswith(" CPU"):
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -131,9 +136,9 @@ def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Pop
 
 
 def _finish(
-    process: subprocess.Popen[bytes] | None, name: str, part: ModuleType, item: str, limit: float, left: float
+    process: subprocess.Popen[bytes] | None, name: str, part: ModuleType, item: str, left: float
 ) -> dict[str, Any]:
-    """Lets a measurement go ahead and waits for its result, for what is left of the part's seconds."""
+    """Lets a measurement go ahead and waits for its result, for so many seconds."""
     if process is None:
         return {"skipped": f"{', '.join(missing(part.ITEMS[item]))} not installed"}
     out = _output(name, item)
@@ -143,7 +148,7 @@ def _finish(
         process.stdin.close()
         process.wait(timeout=max(left, 0))
     except subprocess.TimeoutExpired:
-        return {"stopped": f"not done within the part's {limit:g} s"}
+        return {"stopped": f"not done in the {max(left, 0):.0f} s that were left"}
     except BrokenPipeError:
         process.wait()
     finally:

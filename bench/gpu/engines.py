@@ -15,7 +15,7 @@ from bench.gpu.shapes import MEDIUM, SMALL, comparison, equal_share, marks, prom
 TITLE = "vLLM: LoRA requests and merged weights"
 LIMIT = 95
 ITEMS = {
-    "float32, transformers": ("lm-eval",),
+    "float32, transformers": ("lm-eval", "vllm"),  # alone it says nothing
     "float32, LoRA requests": ("lm-eval", "vllm"),
     "float32, merged": ("lm-eval", "vllm"),
     "bfloat16, LoRA requests": ("lm-eval", "vllm"),

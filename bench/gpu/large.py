@@ -2,13 +2,15 @@
 
 Random weights made on the GPU, the settings of `llama2_7b_lora.yaml`, and 192 rows with the lengths of real rows of all
 eight tasks (`lengths.json`); each optimizer step is one batch of eight rows. Where a batch does not fit it is halved.
-The first WARM steps are left out of the times.
+All see the same rows in each of EPOCHS epochs. The first epoch is reported apart and not in the rate: kernels are
+compiled and chosen for each new length.
 
 - ours, as the config: `trainers.base.CLTrainer`, with gradient checkpointing.
 - ours, no checkpointing: the same without.
-- TRL, its defaults: `trl.SFTTrainer` with SFTConfig's defaults, gradient checkpointing among them.
-- TRL, its best: no checkpointing, fused AdamW, rows grouped by length; with liger-kernel its kernels, and with
-  flash-attn packing instead of grouping. What it lacks is in the result.
+- TRL, its defaults: `trl.SFTTrainer` with SFTConfig's defaults, gradient checkpointing among them. As in a stage, a
+  batch has rows of one task at random; from all eight tasks together it would have far more padding.
+- TRL, its best: no checkpointing, the batches that our sampler makes; with liger-kernel its kernels, and with
+  flash-attn packing instead of such batches. What it lacks is in the result.
 - profile: the kernels that take most of the time of ours without checkpointing.
 
 The share counts what the training needs, once: no padding, no repeated forward pass, no head at prompt positions.
@@ -17,65 +19,69 @@ The share counts what the training needs, once: no padding, no repeated forward 
 from __future__ import annotations
 
 import gc
+import os
+import random
+import shutil
+import subprocess
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from bench.gpu.shapes import byte_tokenizer, comparison, examples, large_args, large_config, large_model, train_large
+from bench.gpu.shapes import (
+    byte_tokenizer,
+    comparison,
+    device,
+    examples,
+    large_args,
+    large_config,
+    large_model,
+    train_large,
+)
 
 TITLE = "LoRA at 7B"
 LIMIT = 135
 _PACKAGES = ("trl", "datasets", "lm-eval")
+#: Each of ours and the contender with the same checkpointing.
 OURS = ("ours, no checkpointing", "ours, as the config")
-TRL = ("TRL, its defaults", "TRL, its best")
+TRL = ("TRL, its best", "TRL, its defaults")
+#: What is worth most comes first.
 ITEMS: dict[str, tuple[str, ...]] = {"card": ()} | dict.fromkeys((*OURS, *TRL, "profile"), _PACKAGES)
 IMPORTS = ("trainers.base", "bench.training", "bench.scaling")
 #: Dense bf16 operations a second in the data sheet, by a part of the card's name.
-DATA_SHEET = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-WARM = 3
+DATA_SHEET = {
+    **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12},
+    **{"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12},
+}
+EPOCHS = 3
+#: Steps before and of the profile.
+PROFILED = 3
 #: What TRL's best switches take, on a GPU alone.
 GPU_ONLY = ("flash-attn", "liger-kernel")
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Trains one epoch; or the rate of the card."""
+    """Trains; or the rate of the card."""
+    import torch
+
     if item == "card":
         return _card(tiny)
-    steps = {"each": 6, "batch": 4} if tiny else {"each": None, "batch": 8}
-    trained = None
-    while trained is None:
-        trained = _fitting(item, tiny, folder, steps["each"], steps["batch"])
-        steps["batch"] //= 2
-        gc.collect()
-        _empty_cache()
-    return trained
-
-
-def _fitting(item: str, tiny: bool, folder: Path, each: int | None, batch: int) -> dict[str, Any] | None:
-    """The measurement with so many rows in a batch; None where they need more memory than there is."""
-    import torch
-
-    try:
-        return (_trl if item in TRL else _ours)(item, tiny, folder, each, batch)
-    except torch.OutOfMemoryError:
-        if batch == 1:
-            raise
-        return None
-
-
-def _empty_cache() -> None:
-    import torch
-
-    if torch.cuda.is_available():
+    batch = 4 if tiny else 8
+    while True:
+        try:
+            return (_trl if item in TRL else _ours)(item, tiny, folder, batch)
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+        gc.collect()  # not above, where the error holds on to the model
         torch.cuda.empty_cache()
 
 
 def _card(tiny: bool) -> dict[str, Any]:
-    """Bf16 products of square matrices, and what the data sheet says."""
+    """Bf16 products of square matrices, and what the data sheet and the driver say."""
     import torch
-
-    from bench.gpu.shapes import device
 
     size, times = (256 if tiny else 8192), []
     left, right = (torch.randn(size, size, device=device(), dtype=torch.bfloat16) for _ in range(2))
@@ -91,6 +97,11 @@ def _card(tiny: bool) -> dict[str, Any]:
         sheet = next((rate for part, rate in DATA_SHEET.items() if part in name), None)
         found["bf16_tflops_data_sheet"] = sheet and sheet / 1e12
         found["memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
+        found["cuda"] = torch.version.cuda
+        if shutil.which("nvidia-smi"):
+            which = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+            ask = ["nvidia-smi", "-i", which, "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
+            found["driver_and_power_limit"] = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     return found
 
 
@@ -102,32 +113,38 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def _ours(item: str, tiny: bool, folder: Path, each: int | None, batch: int) -> dict[str, Any]:
+def _rows(tiny: bool) -> list[dict[str, list[int]]]:
+    return examples(tiny, each=2 if tiny else None)
+
+
+def _ours(item: str, tiny: bool, folder: Path, batch: int) -> dict[str, Any]:
     from bench.scaling import one_gpu
     from trace_bench.run import read_json
     from trainers.base import CLConfig, CLTrainer
 
     class Measured(CLTrainer):
+        most = (0, 0)  # tokens and answer tokens of the largest batch, padding included
+
         def begin_stage(self) -> None:
-            self.clock = clock(self, profiled=item == "profile")
+            self.clock = _profile(self) if item == "profile" else clock(self)
 
         def record(self) -> dict[str, Any]:
-            return {"found": self.clock.result()}
+            return {"found": self.clock.result(_rows(tiny)), "most": self.most}
 
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            self.clock.see(inputs)
+            answers = int((inputs["labels"] != -100).sum())
+            self.most = max(self.most, (inputs["input_ids"].numel(), answers))
             return super().training_step(model, inputs, *args, **kwargs)
 
     checkpointing = item == "ours, as the config"
-    options = ["--tasks", "trace_fomc", "--epochs", "1", "--per_device_train_batch_size", str(batch)]
+    options = ["--tasks", "trace_fomc", "--epochs", str(EPOCHS), "--per_device_train_batch_size", str(batch)]
     options += ["--gradient_checkpointing", str(checkpointing).lower()]
-    run = train_large(Measured, CLConfig, folder / "run-large", tiny, options, each)
+    run = train_large(Measured, CLConfig, folder / "run-large", tiny, options, 2 if tiny else None)
     record = read_json(run.stages[1].train_file)
     found: dict[str, Any] = record["found"]
     if item == "profile":
-        return {"kernels": found["kernels"]}
-    largest = found.pop("most_tokens"), found.pop("most_answer_tokens")
-    plan = one_gpu(large_config(tiny), _adapter(), *largest, checkpointing)
+        return found
+    plan = one_gpu(large_config(tiny), _adapter(), *record["most"], checkpointing)
     planned = {
         "planned_gb": round(sum(plan.values()) / 1e9, 2),
         "plan_gb": {k: round(v / 1e9, 2) for k, v in plan.items()},
@@ -135,47 +152,49 @@ def _ours(item: str, tiny: bool, folder: Path, each: int | None, batch: int) -> 
     return {"rows_in_a_batch": batch, "mean_loss": round(record["mean_loss"], 3), **found, **planned}
 
 
-def _trl(item: str, tiny: bool, folder: Path, each: int | None, batch: int) -> dict[str, Any]:
+def _trl(item: str, tiny: bool, folder: Path, batch: int) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     from bench.gpu.__main__ import missing
+    from trainers.base import LengthGrouped
 
-    args = large_args()
-    lacking = list(GPU_ONLY if not torch.cuda.is_available() else missing(GPU_ONLY)) if item == TRL[1] else []
+    args, rows = large_args(), _rows(tiny)
+    lacking: list[str] = []
     best: dict[str, Any] = {}
-    if item == TRL[1]:
-        best = {"gradient_checkpointing": False, "optim": "adamw_torch_fused", "bf16": True}
-        best |= {"use_liger_kernel": "liger-kernel" not in lacking}
-        grouped: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
-        best |= grouped if "flash-attn" in lacking else {"packing": True}
+    if item == "TRL, its best":
+        lacking = list(GPU_ONLY if not torch.cuda.is_available() else missing(GPU_ONLY))
+        best = {"gradient_checkpointing": False, "use_liger_kernel": "liger-kernel" not in lacking}
+        best["packing"] = "flash-attn" not in lacking
+        rows = [rows[i] for i in LengthGrouped([len(row["input_ids"]) for row in rows], batch, seed=0)]
+    else:
+        draw, each = random.Random(0), len(rows) // 8
+        rows = [row for n in range(0, len(rows), each) for row in draw.sample(rows[n : n + each], each)]
     config = SFTConfig(
         output_dir=str(folder / "trl"),
         learning_rate=args["learning_rate"],
-        num_train_epochs=1,
+        num_train_epochs=EPOCHS,
         per_device_train_batch_size=batch,
         max_length=args["max_prompt_length"] + args["max_answer_length"],
+        train_sampling_strategy="sequential",  # the order is made above
         lr_scheduler_type="constant",
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
         save_strategy="no",
-        logging_steps=1,
         disable_tqdm=True,
         **best,
     )
     model = large_model(tiny)
-    if best.get("packing"):
+    if config.packing:
         model.set_attn_implementation("flash_attention_2")
-    rows = Dataset.from_list(examples(tiny, each=each))
-    trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=byte_tokenizer(), peft_config=_adapter())
+    data = Dataset.from_list(rows)
+    trainer = SFTTrainer(model, config, train_dataset=data, processing_class=byte_tokenizer(), peft_config=_adapter())
     timer = clock(trainer)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     loss = trainer.train().training_loss
-    found = timer.result(examples(tiny, each=each))
-    del found["most_tokens"], found["most_answer_tokens"]
-    return {"rows_in_a_batch": batch, "lacks": ", ".join(lacking), "mean_loss": round(loss, 3), **found}
+    return {"rows_in_a_batch": batch, "lacks": ", ".join(lacking), "mean_loss": round(loss, 3), **timer.result(rows)}
 
 
 def _adapter() -> Any:
@@ -189,49 +208,36 @@ def _adapter() -> Any:
     )
 
 
-def clock(trainer: Any, profiled: bool = False) -> Any:
-    """Times the steps of a trainer, from now on; see `result` of what is returned."""
+def clock(trainer: Any) -> Any:
+    """Times the epochs of a trainer, from now on; see `result` of what is returned."""
     import torch
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
-            self.times: list[float] = []
-            self.tokens: list[int] = []
-            self.most = (0, 0)
-            self.profiler = torch.profiler.profile() if profiled else None
+            self.ends: list[float] = []
 
-        def see(self, inputs: Any) -> None:
-            """Remembers the largest batch, padding included."""
-            answers = int((inputs["labels"] != -100).sum())
-            self.most = max(self.most, (inputs["input_ids"].numel(), answers))
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
             _wait()
-            self.times.append(time.perf_counter())
-            self.tokens.append(int(trainer._total_train_tokens))
-            if self.profiler is not None and state.global_step == WARM:
-                self.profiler.start()
-            if self.profiler is not None and state.global_step == 2 * WARM:
-                self.profiler.stop()
-                control.should_training_stop = True
-            return control
+            self.ends.append(time.perf_counter())
 
-        def result(self, rows: Any = None) -> dict[str, Any]:
-            if self.profiler is not None:
-                return {"kernels": _kernels(self.profiler)}
-            tokens = self.tokens[-1] - self.tokens[WARM - 1]
-            seconds = self.times[-1] - self.times[WARM - 1]
-            rate = tokens / seconds
-            each = _operations_of_a_token(trainer.model, rows if rows is not None else trainer.train_dataset)
+        on_epoch_end = on_train_begin
+
+        def result(self, rows: list[Any]) -> dict[str, Any]:
+            """Of the rows of an epoch; padding is not counted, however they were trained."""
+            from bench.training import operations
+
+            tokens = sum(len(row["input_ids"]) for row in rows)
+            first, *timed = (end - begin for begin, end in pairwise(self.ends))
+            seconds = sum(timed) / len(timed)
             peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
             return {
-                "steps": len(self.times),
-                "tokens_per_second": round(rate, 1),
-                "tflops": round(rate * each / 1e12, 3),
+                "tokens": tokens,
+                "tokens_per_second": round(tokens / seconds, 1),
+                "tokens_per_second_first_epoch": round(tokens / first, 1),
+                "seconds": [round(s, 3) for s in (first, *timed)],
+                "tflops": round(operations(trainer.model, rows) / seconds / 1e12, 3),
                 "peak_memory_gb": peak and round(peak / 1e9, 2),
-                "most_tokens": self.most[0],
-                "most_answer_tokens": self.most[1],
             }
 
     timer = Clock()
@@ -239,21 +245,40 @@ def clock(trainer: Any, profiled: bool = False) -> Any:
     return timer
 
 
-def _operations_of_a_token(model: Any, rows: Any) -> float:
-    from bench.training import operations
+def _profile(trainer: Any) -> Any:
+    """Profiles a few steps of a trainer and ends it; see `result` of what is returned."""
+    import torch
+    from transformers import TrainerCallback
 
-    return operations(model, rows) / sum(len(row["input_ids"]) for row in rows)
+    class Profile(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            _wait()
+            if state.global_step == PROFILED:
+                self.profiler = torch.profiler.profile()
+                self.profiler.start()
+            elif state.global_step == 2 * PROFILED:
+                self.profiler.stop()
+                control.should_training_stop = True
+            return control
+
+        def result(self, rows: Any) -> dict[str, Any]:
+            return {"kernels": _kernels(self.profiler)}
+
+    profile = Profile()
+    trainer.add_callback(profile)
+    return profile
 
 
 def _kernels(profiler: Any) -> list[list[Any]]:
-    """The 15 kernels (on a CPU: operations) that took most of three steps: name, ms, share of all, calls."""
+    """The 15 kernels (on a CPU: operations) that took most of the time: name, ms, share of all, calls."""
     import torch
 
     gpu = torch.cuda.is_available()
     events = [
         (event.key[:100], event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
         for event in profiler.key_averages()
-        if not gpu or event.device_type == torch.autograd.DeviceType.CUDA
+        # The optimizer's step is an event of its own, around its kernels.
+        if not gpu or (event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)
     ]
     total = sum(spent for _, spent, _ in events)
     events.sort(key=lambda event: -event[1])
@@ -261,10 +286,8 @@ def _kernels(profiler: Any) -> list[list[Any]]:
 
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
-    """Share of the peak, times TRL's defaults, memory beside the plan."""
+    """Share of the peak, times TRL with the same checkpointing, memory beside the plan."""
     found: dict[str, Any] = {}
-    ours = [done[name] for name in OURS if name in done]
-    best = max((run["tokens_per_second"] for run in ours), default=None)
     rates = (
         {key: done["card"].get(f"bf16_tflops_{key}") for key in ("data_sheet", "measured")} if "card" in done else {}
     )
@@ -274,11 +297,11 @@ def goals(done: dict[str, Any]) -> dict[str, Any]:
                 share = done[name]["tflops"] / rate
                 goal = (0.45, share >= 0.45) if key == "data_sheet" and name in OURS else ()
                 found[f"{name}: share of the bf16 peak, {key.replace('_', ' ')}"] = comparison(round(share, 3), *goal)
-    for name in TRL:
-        if name in done and best:
-            times = best / done[name]["tokens_per_second"]
-            goal = (1.5, times >= 1.5) if name == TRL[0] else ()
-            found[f"ours, times {name}"] = comparison(round(times, 3), *goal)
+    for name, other in zip(OURS, TRL, strict=True):
+        if name in done and other in done:
+            times = done[name]["tokens_per_second"] / done[other]["tokens_per_second"]
+            goal = (1.5, times >= 1.5) if other == "TRL, its defaults" else ()
+            found[f"{name}, times {other}"] = comparison(round(times, 3), *goal)
     for name in OURS:
         if name in done and done[name]["peak_memory_gb"]:
             off = done[name]["peak_memory_gb"] / done[name]["planned_gb"] - 1

@@ -1,8 +1,8 @@
 """(c) What methods cost over sequential training, at the size of LLaMA-2-7B.
 
-Each method trains two stages by its ordinary command: the first for a quarter of an epoch, the second for one of 96
-rows of real lengths, with gradient checkpointing as the config has it. Times are of the second stage: of its steps, and
-of the whole stage with what the method does around them (EWC's passes are over 32 rows here instead of 256).
+Each method trains two stages by its ordinary command, an epoch of 64 rows of real lengths each, with gradient
+checkpointing as the config has it. Times are of the second stage, whose batches have the lengths of the first: of its
+steps, and of the whole stage with what the method does around them (EWC's passes are over 32 rows here instead of 256).
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
 
     module, trainer, config = CLASSES[item]
     loaded = importlib.import_module(module)
-    options = ["--tasks", "trace_fomc", "trace_scienceqa", "--epochs", "0.25", "1", *OPTIONS.get(item, [])]
+    options = ["--tasks", "trace_fomc", "trace_scienceqa", "--epochs", "1", "1", *OPTIONS.get(item, [])]
     run = train_large(
-        getattr(loaded, trainer), getattr(loaded, config), folder / f"run-{item}", tiny, options, 2 if tiny else 12
+        getattr(loaded, trainer), getattr(loaded, config), folder / f"run-{item}", tiny, options, 2 if tiny else 8
     )
     record = read_json(run.stages[2].train_file)
     kept = run.stages[1].method_state
