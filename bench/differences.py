@@ -119,8 +119,8 @@ def answers(way: str, dtype: str) -> dict[str, Any]:
                 if nearest
                 else models.merge(model, stage.checkpoint)[0]
             )
-            lm._model = merged.eval()
-            lm.plain()
+            lm._model = merged.to(lm.device).eval()
+            lm.decode_greedily()
         for name in run.tasks[:index]:
             task, docs = tasks[name], list(tasks[name].test_docs())[:ROWS]
             limit = {"max_gen_toks": min(task.config.generation_kwargs["max_gen_toks"], LONGEST)}
