@@ -1,7 +1,6 @@
-"""How long the commands take that compute nothing: `--help`, and the report of a run.
+"""How long the commands take that compute nothing: their `--help`. `imports torch` says whether they load it at all.
 
-Medians of ROUNDS starts each; a report of a run of eight stages with its samples, as `bench.evaluation` leaves it (else
-as `make sequential-train` does). `imports torch` says whether the command loads it at all.
+Medians of ROUNDS starts each.
 """
 
 from __future__ import annotations
@@ -11,36 +10,26 @@ import subprocess
 import sys
 from statistics import median
 
-from bench.common import ROOT, WORK, command, save
+from bench.common import ROOT, command, save
 from trace_bench.report import Table, markdown
 
 ROUNDS = 5
+COMMANDS = {"trace-bench --help": "trace_bench", "trainers --help": "trainers.sequential"}
 
 
 def main() -> None:
     """Times the commands and saves the medians."""
-    runs = [WORK / "evaluation" / "ours", ROOT / "runs" / "sequential-quickstart"]
-    run = next((path for path in runs if (path / "manifest.json").exists()), None)
-    commands = {"trace-bench --help": ["--help"], "trainers --help": None}
-    if run:
-        commands["trace-bench report"] = ["report", str(run)]
     result = {}
-    for name, arguments in commands.items():
-        argv = ["-m", "trainers.sequential", "--help"] if arguments is None else ["-m", "trace_bench", *arguments]
+    for name, module in COMMANDS.items():
+        argv = ["-m", module, "--help"]
         seconds = [command([sys.executable, *argv], "startup/output") for _ in range(ROUNDS)]
         loaded = subprocess.run(
             [sys.executable, "-X", "importtime", *argv], cwd=ROOT, capture_output=True, text=True, check=True
         ).stderr
         result[name] = {"seconds": round(median(seconds), 2), "imports_torch": bool(re.search(r"\|\s+torch\n", loaded))}
     save("startup", result)
-    print(
-        markdown(
-            Table(
-                ["command", "seconds", "imports torch"],
-                [[n, r["seconds"], "yes" if r["imports_torch"] else "no"] for n, r in result.items()],
-            )
-        )
-    )
+    rows = [[name, found["seconds"], "yes" if found["imports_torch"] else "no"] for name, found in result.items()]
+    print(markdown(Table(["command", "seconds", "imports torch"], rows)))
 
 
 if __name__ == "__main__":
