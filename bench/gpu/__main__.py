@@ -8,7 +8,8 @@
 torch, transformers, peft and accelerate have to be there, and what this package imports (pydantic). Measurements whose
 packages are missing are skipped by name. On a machine without a network, carry wheels and install them with `pip
 install --no-index --no-deps --find-links FOLDER NAME ...`; with `--target`, into a folder named site-packages (datasets
-hashes functions by dill, which takes modules in other folders for a program's own and fails on them).
+hashes functions by dill, which takes modules in other folders for a program's own and fails on them). TRL's loss and
+liger-kernel are Triton's kernels, which a C compiler and Python's headers have to be there for; ours needs neither.
 
 A part consists of measurements, each in a process of its own: one that crashes or has no memory loses no other. All
 have SECONDS together, of which a part leaves to each later one its LIMIT. Results are written after each measurement,
@@ -25,11 +26,16 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from bench.common import ROOT, WORK, machine
 from bench.gpu import engines, large, methods, resume, small
@@ -39,6 +45,8 @@ from trace_tasks.data.files import write_json
 RESULTS = ROOT / "bench" / "results_gpu.json"
 PARTS: dict[str, ModuleType] = {"a": small, "b": large, "c": methods, "d": resume, "e": engines}
 NEEDED = ("torch", "transformers", "peft", "accelerate")
+#: Whose versions are compared with those of pyproject.toml.
+COMPARED = (*NEEDED, "trl", "datasets", "lm-eval")
 #: Of all parts together.
 SECONDS = 475
 #: What a measurement that has no result says instead.
@@ -58,6 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     if lacking := missing(NEEDED):
         sys.exit(f"{', '.join(lacking)}: not installed, and nothing can be measured without.")
+    if old := outdated():
+        sys.exit(f"{', '.join(old)}: too old, and one measurement after the other would fail.")
     about = machine()
     if about["gpu"] is None and not given.tiny:
         sys.exit("There is no GPU that torch can use. --tiny tries the program with tiny shapes on a CPU.")
@@ -68,6 +78,18 @@ def main(argv: list[str] | None = None) -> None:
 def missing(packages: Sequence[str]) -> list[str]:
     """Those of the packages that are not installed."""
     return [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
+
+
+def outdated() -> list[str]:
+    """Those of the packages that are older than pyproject.toml has them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [
+        f"{needs.name} {version(needs.name)} (at least {bound.version})"
+        for needs in map(Requirement, project["dependencies"])
+        for bound in needs.specifier
+        if needs.name in COMPARED and not missing([needs.name]) and bound.operator == ">="
+        if Version(version(needs.name)) < Version(bound.version)
+    ]
 
 
 def check(parts: Mapping[str, ModuleType], file: Path, about: dict[str, Any], tiny: bool, again: bool) -> None:
