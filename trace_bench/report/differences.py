@@ -15,11 +15,14 @@ import numpy as np
 from trace_bench import judgements, metrics
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.conditions import delta_conditions, same_conditions
-from trace_bench.report.entry import OF_TASKS, SCORES, Entry
+from trace_bench.report.entry import OF_TASKS, SCORES, Entry, column_of
 from trace_bench.report.likelihood import soft_rows
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import shared_unit
 from trace_tasks.data import GROUPS
+
+#: Those of `SCORES` that leave a task of the order out -> the tasks that they are means over.
+_PARTS = {"BWT": slice(None, -1), "soft BWT": slice(None, -1), "Forgetting": slice(None, -1), "FWT": slice(1, None)}
 
 
 def gain(entry: Entry, name: str) -> float:
@@ -37,6 +40,13 @@ def defined(entry: Entry, against: Entry) -> list[str]:
     return [name for name in SCORES if name in names]
 
 
+def over_the_same_tasks(one: Entry, two: Entry, name: str) -> bool:
+    """Whether one of `SCORES` is a mean over the same tasks in both runs, whatever their order."""
+    part = _PARTS.get(name, slice(0))
+    tasks = [sorted(column_of(task, e.run) for task in e.run.tasks[part]) for e in (one, two)]
+    return tasks[0] == tasks[1]
+
+
 def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
     """Those of `SCORES` -> the difference to the baseline, with an interval where rows can be paired."""
     one, two = entry.results, against.results
@@ -44,9 +54,9 @@ def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
     paired |= {kind.name: _of_verdicts(one, two, kind.name) for kind in judgements.KINDS}
     if same_conditions(one, two):
         paired["OP"] = metrics.mean_of([task_difference(one, two, task, final_gains) for task in one.run.tasks])
-        paired["BWT"] = _of_changes(one, two, slice(None, -1), Results.rows_since_own)
-        paired["soft BWT"] = _of_changes(one, two, slice(None, -1), soft_rows)
-        paired["FWT"] = _of_changes(one, two, slice(1, None), Results.rows_ahead)
+        paired["BWT"] = _of_changes(entry, against, "BWT", Results.rows_since_own)
+        paired["soft BWT"] = _of_changes(entry, against, "soft BWT", soft_rows)
+        paired["FWT"] = _of_changes(entry, against, "FWT", Results.rows_ahead)
     found = dict.fromkeys(SCORES, UNKNOWN)
     for name in defined(entry, against):
         value = gain(entry, name) - gain(against, name)
@@ -71,12 +81,12 @@ def _same_rows(one: Results, two: Results, name: str) -> bool:
     return name in one.rows and name in two.rows and one.rows[name].ids == two.rows[name].ids
 
 
-def _of_changes(one: Results, two: Results, part: slice, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
-    """Of the mean over a part of the tasks, if it is the same tasks in both runs, whatever their order."""
-    tasks, others = (sorted(results.run.tasks[part]) for results in (one, two))
-    if tasks != others or not (one.is_sequential and two.is_sequential):
+def _of_changes(entry: Entry, against: Entry, name: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
+    """Of one of `_PARTS`, if it is a mean over the same tasks in both runs."""
+    one, two = entry.results, against.results
+    if not (one.is_sequential and two.is_sequential and over_the_same_tasks(entry, against, name)):
         return UNKNOWN
-    return metrics.mean_of([task_difference(one, two, task, of_rows) for task in tasks])
+    return metrics.mean_of([task_difference(one, two, task, of_rows) for task in one.run.tasks[_PARTS[name]]])
 
 
 def _of_suites(one: Results, two: Results) -> Estimate:

@@ -15,7 +15,7 @@ from trace_bench import metrics
 from trace_bench.manifest import differences
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.conditions import same_conditions
-from trace_bench.report.differences import defined, gain
+from trace_bench.report.differences import defined, gain, over_the_same_tasks
 from trace_bench.report.entry import NUMBERS, SCORES, Entry, column_of
 from trace_bench.report.results import DELTAS, UNKNOWN
 from trace_bench.report.tables import DASH, Unit, arrow, shared_unit
@@ -98,6 +98,9 @@ class SeedDifferences:
             if task in two.units and shared_unit([unit, two.units[task]]) is not None:
                 numbers[task] = partial(_final_gain, task=task)
         found = {n: metrics.seed_difference(group.by_seed(f), reference.by_seed(f)) for n, f in numbers.items()}
+        # A difference of means over other tasks is no difference of the methods.
+        others = [name for name in found if not over_the_same_tasks(one, two, name)]
+        found |= {name: (Estimate(found[name][0].value), math.nan) for name in others}
         comparable = same_conditions(one.results, two.results)
         p = {n: p for n, (_, p) in found.items() if n != "Forgetting" and (comparable or n in DELTAS)}
         return cls(group, reference, {name: estimate for name, (estimate, _) in found.items()}, p)
