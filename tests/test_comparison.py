@@ -490,6 +490,7 @@ def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make, as_the
     methods, finals = compare(runs).tables[0], table_of(compare(runs), "Final")
     assert methods.title == "Methods" and list(rows_of(methods)) == ["s1 and its seeds", "more", "paper: LoraSeqFT"]
     mean, single = rows_of(methods)["s1 and its seeds"], rows_of(methods)["more"]
+    assert "of a single run its score [95 % interval over test rows]" in methods.about
     assert (mean["seeds"], single["seeds"]) == ("2", "1") and single["OP"] == first["more"][first["run"].index("OP")]
     assert "Unequal budgets" in notes and "numbers of seeds: 2 in `s1 and its seeds`; 1 in `more`" in notes
     # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
@@ -559,6 +560,9 @@ def test_other_seeds_are_compared_as_welch_does_and_arrows_need_seeds_on_both_si
     comparison = compare([*sequential, *seeded(make, "ewc", [60, 62, 63], data=data)])
     assert over_seeds(comparison)[1]["ewc"]["OP"] == "+20.0 [+17.5, +22.5]"
     assert any("Not comparable" in w for w in comparison.warnings)
+    # Of another order BWT is the mean over other tasks, whose difference may be that of the tasks.
+    found = over_seeds(compare([*sequential, *seeded(make, "turned", [10, 12, 11], tasks=TASKS[::-1])]))[1]["turned"]
+    assert found["BWT"] == "-30.7" and found["OP"].startswith("-30.7 [") and found["OP"].endswith("↓")
 
 
 @pytest.mark.parametrize("seeds", [None, [7, 8]])

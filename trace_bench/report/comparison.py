@@ -168,7 +168,10 @@ def _methods_table(entries: list[Entry], groups: list[Group], references: list[d
         cells = _cells_of_run(first) if len(line.entries) == 1 else _cells_over_seeds(line)
         rows.append([line.name, str(len(line.entries)), *(first.texts[k] for k in texts), *cells])
     rows += [[name, DASH, *cells] for name, *cells in _reference_rows(references, texts)]
-    about = f"mean ± standard deviation over the seeds [95 % interval over the seeds], {_what(entries, same)}"
+    about = "mean ± standard deviation over the seeds [95 % interval over the seeds], "
+    if any(len(line.entries) == 1 for line in lines):
+        about += "of a single run its score [95 % interval over test rows], "
+    about += _what(entries, same)
     return Table(["run", "seeds", *texts, *NUMBERS], rows, "Methods", about, len(references)).without_empty_columns()
 
 
