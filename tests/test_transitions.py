@@ -8,6 +8,7 @@ from made_runs import make_run, write_cell
 
 from trace_bench.measures import choices, transitions
 from trace_bench.measures.transitions import CAME_BACK, GAINED, KEPT, LOST, NEVER, UNKNOWN
+from trace_bench.metrics import wilson_interval
 from trace_bench.report import write_report
 from trace_bench.report.results import Results
 from trace_bench.run import read_jsonl
@@ -44,6 +45,11 @@ def test_chance_is_that_of_the_paper_where_all_rows_have_k_options():
     assert (lost.by_chance, gained.by_chance) == pytest.approx((chance, chance))
     assert lost.corrected.value == pytest.approx(0.2 - chance) and gained.corrected.value == pytest.approx(0.1 - chance)
     assert lost.corrected.low < 0.2 - chance < lost.corrected.high
+    # One row of 40 that changed is no certain rate: the draws without it and with two say less than Wilson's interval.
+    right, letters = np.arange(40) < 38, np.ones(40, dtype=bool)
+    lost, _ = transitions.beyond_chance(right, right & (np.arange(40) > 0), letters, letters, np.full(40, 4))
+    ends = np.array(wilson_interval(1, 40)) - lost.by_chance
+    assert lost.corrected.low <= ends[0] + 1e-12 and lost.corrected.high == pytest.approx(ends[1])
     # Of an answer that names nothing, none is guessed right.
     lost, gained = transitions.beyond_chance(before, after, before, named, np.full(10, 4))
     assert lost.by_chance == 0 and gained.by_chance == pytest.approx((0.5 / 3) * 0.4)
