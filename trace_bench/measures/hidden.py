@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import NormalDist
-
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -37,10 +35,13 @@ def share_interval(rows: Matrix, *, level: float = 0.95) -> tuple[float, float]:
     mean of (relearned - last) - s (own - last) may be 0. It has an end only where the loss is certain. NaN where it has
     none, where a score is NaN, and without any spread of the rows, which is no certainty.
     """
+    from scipy.special import stdtrit
+
     own, last, relearned = np.asarray(rows, dtype=np.float64).T
     gained, lost = relearned - last, own - last
-    a, b, z = gained.mean(), lost.mean(), NormalDist().inv_cdf((1 + level) / 2)
-    variances = np.cov(gained, lost) * z**2 / len(gained) if len(gained) > 1 else np.full((2, 2), np.nan)
+    a, b, n = gained.mean(), lost.mean(), len(gained)
+    t = stdtrit(max(1, n - 1), (1 + level) / 2)
+    variances = np.cov(gained, lost) * t**2 / n if n > 1 else np.full((2, 2), np.nan)
     # s solves p s^2 - 2 q s + r = 0.
     p, q, r = b**2 - variances[1, 1], a * b - variances[0, 1], a**2 - variances[0, 0]
     root = q**2 - p * r
