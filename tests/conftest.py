@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import shutil
+import signal
 import string
 import subprocess
 import sys
@@ -21,6 +22,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("TRACE_DATA", None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job of a script, after `&`: its children would ignore it, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
