@@ -15,6 +15,8 @@ define check-python
 @$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14) and "Python 3.11 to 3.13 is needed: make setup PYTHON=python3.12")'
 @test ! -e $(VENV)/.done-$(if $(findstring gpu,$@),cpu,gpu) || { echo "$(VENV) was made for the other device: make setup VENV=.venv-$(DEVICE), or remove it first"; exit 1; }
 endef
+# Without a run, the pattern in RUN's default would name a folder that nobody made.
+need-run = $(if $(and $(filter-out file,$(origin RUN)),$(RUN)),,$(error $@ of which run? make $@ RUN=runs/NAME))
 
 .PHONY: help setup bench gpu-check check house audit docs test test-slow test-versions data evaluate judge report study sweep
 help: ## list the targets
@@ -53,13 +55,13 @@ data: ## unpack and check an official archive: make data ARCHIVE=path/to/archive
 	$(BIN)/trace-bench report $(RUN)
 
 evaluate: ## fill the missing cells of a run: make evaluate RUN=runs/NAME
-	$(BIN)/trace-bench evaluate $(RUN)
+	$(need-run)$(BIN)/trace-bench evaluate $(RUN)
 
 judge: ## judge a run's answers: make judge RUN=runs/NAME JUDGE=MODEL [JUDGE_ARGS="--base-url URL --dry-run"]
-	$(BIN)/trace-bench judge $(RUN) --model $(JUDGE) $(JUDGE_ARGS)
+	$(need-run)$(BIN)/trace-bench judge $(RUN) --model $(JUDGE) $(JUDGE_ARGS)
 
 report: ## write the report of a run: make report RUN=runs/NAME
-	$(BIN)/trace-bench report $(RUN)
+	$(need-run)$(BIN)/trace-bench report $(RUN)
 
 study: setup ## train, evaluate and compare several runs: make study STUDY=trainers/configs/studies/NAME.yaml [FULL=1]
 	$(BIN)/trace-bench study $(STUDY) $(if $(FULL),--full) $(if $(filter-out python,$(LAUNCH)),--launch "$(BIN)/$(LAUNCH)")

@@ -169,3 +169,12 @@ def test_no_link_is_broken(page):
 def test_every_page_can_be_found():
     index = {str(t.attrs["href"]) for t in inline("docs/index.md", "link_open")}
     assert {p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")} - {"index.md"} <= index
+
+
+def test_make_asks_which_run_where_none_is_named():
+    """The default of the trainings' RUN is made of the target's name, which these have not."""
+    for given in ([], ["RUN="]):
+        for target in ("evaluate", "judge", "report"):
+            done = subprocess.run(["make", "-n", target, *given], cwd=ROOT, capture_output=True, text=True)
+            assert done.returncode and f"make {target} RUN=runs/NAME" in done.stderr
+    assert "report runs/x" in output("make", "-n", "report", "RUN=runs/x")
