@@ -134,7 +134,9 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
     answers = [row["answer"] for row in made]
     # No token has less than a byte, and EOS is one more.
     longest = max(len(text.encode()) + 1 for text in answers)
-    stop = next(([text] for text in ("\n", "\n\n\n") if not any(text in a for a in answers)), [])
+    # Behind the longest run of line breaks that an answer has; blank lines in a text are no end of it.
+    breaks = max(len(run) for a in answers for run in re.findall(r"\n*", a))
+    stop = ["\n" * (max(3, breaks + 1) if breaks else 1)]
     text = YAML.format(
         source=file.name,
         why=f"the rows have {why}",
