@@ -113,6 +113,8 @@ def test_tasks_data_and_definitions_that_differ_are_named_by_task():
         "tasks (FOMC against FOMC, Py150)"
     ]
     assert differing(one, one | {"data of the tasks": {}}) == ["data of the tasks (of one not on record)"]
+    (told,) = differing(one | {"predictions": "0123abcd"}, one)
+    assert "0123abcd" not in told and "an import" in told
 
 
 def test_files_of_other_names_count_and_foreign_or_damaged_ones_are_named_in_a_line(make, tmp_path, capsys):

@@ -229,6 +229,8 @@ def differing(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
                 found.append(f"{key} (of one not on record)")
             elif set(a) == set(b):  # else the tasks say it
                 found.append(f"{key} ({', '.join(names)})")
+        elif key == "predictions":  # a digest, which tells a reader nothing
+            found.append("predictions (those of an import whose base model or prompts are not known)")
         else:
             texts = [_tasks_text(str(v)) if key == "tasks" else _field_text(v) for v in (b, a)]
             found.append(f"{key} ({texts[0]} against {texts[1]})")
