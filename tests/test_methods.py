@@ -12,6 +12,7 @@ import pytest
 import torch
 from architectures import make_base
 from conftest import SHARED, stop_at, train
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -433,6 +434,14 @@ def test_replay_sees_exactly_its_rows_after_the_stage_s_own(options):
         assert sorted(order[:16]) == sorted(2 * rows[:8]), "two epochs of its own rows first"
         assert sorted(order[:8]) == sorted(order[8:16]) and order[:8] != order[8:16], "shuffled anew"
         assert sorted(order[16:]) == sorted(rows[8:]), "then the replayed rows once"
+
+
+def test_a_part_of_an_epoch_that_is_no_row_is_one_row_before_the_replayed_ones(monkeypatch):
+    monkeypatch.setattr(CLTrainer, "_get_train_sampler", lambda self, rows: list(range(len(rows))))
+    trainer = method("replay")[0].__new__(method("replay")[0])
+    vars(trainer).update(own_rows=8, own_epochs=0.01, train_dataset=Dataset.from_list([{"a": 0}] * 8))
+    vars(trainer).update(config=SimpleNamespace(replay="after"), args=SimpleNamespace(seed=0, data_seed=None))
+    assert len(list(trainer._get_train_sampler())) == 1, "and no stage without a step"
 
 
 def test_mixed_replay_is_part_of_every_epoch_and_may_be_of_plain_and_reasoning_rows(options):

@@ -135,7 +135,7 @@ class ReplayTrainer(CLTrainer):
         own, replayed = range(self.own_rows), range(self.own_rows, len(rows))
         return _Phases(
             super()._get_train_sampler(rows.select(own)),
-            round(self.own_epochs * len(own)),
+            max(1, round(self.own_epochs * len(own))),  # as plain training takes a step at least
             super()._get_train_sampler(rows.select(replayed)) if replayed else [],
             len(own),
             self.order_seed,
