@@ -790,7 +790,10 @@ def test_the_memory_gradient_is_the_loss_gradient_of_remembered_rows(options):
         for n, p in trainer.trained().items():
             torch.testing.assert_close(found[n], p.grad, rtol=1e-3, atol=1e-7)
             p.grad = kept[n]
-        adjust(trainer.model)
+        modes = []
+        with trainer.model.register_forward_pre_hook(lambda model, *_: modes.append(model.training)):
+            adjust(trainer.model)
+        assert modes and all(modes), "with dropout, as the step's own"
         after = sum(float((found[n] * p.grad).sum()) for n, p in trainer.trained().items())
         assert after > -1e-4 * sum(float((g**2).sum()) for g in found.values()), "no step against the memory"
         return [trainer.tokenizer.decode(r["input_ids"]) for r in rows]

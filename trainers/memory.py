@@ -2,6 +2,10 @@
 
 The rows are not copied. They are chosen again from the training data at every stage, the same ones each time: the
 choice depends on the data and the seed alone, and the data is checked against the fingerprint of the run.
+
+Gradients on the memory are taken as that of the step is, with dropout where the model has it (LoRA's own): they
+are gradients of the loss that is trained. The code of GEM and Avalanche (`model.train()` before both) and of Mammoth
+does so, too.
 """
 
 from __future__ import annotations
