@@ -1,6 +1,7 @@
 """OSF: what a stage preserves, what it trains, and what it leaves on the disk."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -81,3 +82,16 @@ def test_the_saved_model_is_the_trained_one_and_what_is_trained_shrinks_with_the
     assert run.stages[1].checkpoint.name == "model" and run.manifest["trains"] == "full"
     assert not list(run.path.rglob("adapter_config.json"))
     assert evaluate(run) == 2 + 1 + 2
+
+
+def test_weights_are_decomposed_where_they_are_trained(monkeypatch):
+    """On a CPU the decompositions of a large model take hours."""
+    seen = []
+    monkeypatch.setattr(
+        "trainers.osf.get_peft_model", lambda model, config: seen.append(model[0].weight.device) or model
+    )
+    config = SimpleNamespace(osf_preserved=None, stages=["a"], device=torch.device("meta"))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    trainer = SimpleNamespace(config=config, previous=SimpleNamespace(checkpoint=None), load_model=lambda path: model)
+    OSFTrainer.stage_model(trainer, SimpleNamespace(index=1))
+    assert seen == [config.device]

@@ -72,7 +72,8 @@ class OSFTrainer(CLTrainer):
 
     def stage_model(self, stage: Stage) -> Any:
         """The model of the stage before, its linear layers decomposed."""
-        model = self.load_model(self.previous.checkpoint)
+        # Where it is trained: a GPU takes minutes for the decompositions of a model of 7B parameters, a CPU hours.
+        model = self.load_model(self.previous.checkpoint).to(self.config.device)
         self.preserved = self.config.osf_preserved or (stage.index - 1) / len(self.config.stages)
         linear = {name: min(m.weight.shape) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         model = get_peft_model(
