@@ -253,6 +253,9 @@ def test_bf16_models_in_several_files(tiny_model, tmp_path, merged):
     assert abs((found[name].float() - exact).mean()) < 1e-5
     merge_models([one, one], merged, Merge("average"))
     assert same(AutoModelForCausalLM.from_pretrained(merged, dtype="auto").state_dict(), b)
+    merge_models([make_model(tiny_model, tmp_path / "wide", 3), one], merged, Merge("average"))
+    kinds = {tensor.dtype for file in merged.glob("*.safetensors") for tensor in load_file(file).values()}
+    assert kinds == {torch.bfloat16}, "as the config of the last one says, which is copied"
 
 
 # --------------------------------------------------------------------------------------------------------- the command

@@ -268,15 +268,14 @@ def merge_models(folders: Sequence[Path], target: Path, how: Merge, base: Path |
 def _merged(
     name: str, parts: list[torch.Tensor], how: Merge, weights: list[Fraction] | None, origin: _Model | None
 ) -> torch.Tensor:
-    """One tensor of the merged model, in the widest of the types that it has."""
+    """One tensor of the merged model, in the type that it has in the last one, whose config says so."""
     if not parts[0].is_floating_point():
         if any(not torch.equal(part, parts[0]) for part in parts):
             raise RunError(f"{name} holds whole numbers that differ between the checkpoints: there is no mean of them.")
         return parts[0]
-    dtype = parts[0].dtype
+    dtype, exact = parts[-1].dtype, torch.float32
     for part in parts:
-        dtype = torch.promote_types(dtype, part.dtype)
-    exact = torch.promote_types(dtype, torch.float32)
+        exact = torch.promote_types(exact, part.dtype)
     wide = [part.to(exact) for part in parts]
     if weights is not None:
         result = mean(wide, weights)
