@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from judges.teacher.annotate import CACHE, SAMPLING, annotate, plan, possible_requests
     from trace_bench.run import locked
     from trace_tasks.data import find_data
+    from trace_tasks.data.files import check_writable
 
     out = Path(args.out)
     teacher = make_judge(args, out / CACHE, SAMPLING)
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             print_most(args, teacher, what, possible_requests(planned, teacher))
         return 0
     with locked(out, "annotate"):
+        check_writable(out)
         results = annotate(planned, teacher).values()
     asked, accepted = sum(r["rows"] for r in results), sum(r["accepted"] for r in results)
     rest = {"drop": "the others left out", "keep": "the others kept with their answers alone"}[args.rejected]

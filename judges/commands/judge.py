@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     from judges import calibrate, judging
     from trace_bench.run import Run, locked
+    from trace_tasks.data.files import check_writable
 
     if not args.path and not args.calibrate:
         if args.stages or args.suites:
@@ -75,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
         print_estimate(args, judge, judging.requests_of(jobs))
     else:
         with locked(run.path, "judge"):
+            check_writable(run.path)
             results = judging.judge_jobs(jobs, judge, limit=args.limit)
         print_usage(args, judging.summary(results, judge.sampling), judge.usage)
     return 0

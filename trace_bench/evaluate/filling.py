@@ -15,7 +15,7 @@ from trace_bench.evaluate.external import refuse_answers_only
 from trace_bench.evaluate.plan import Plan, make_plan
 from trace_bench.evaluate.tasks import load_tasks
 from trace_bench.run import WRITTEN, InUse, Run, Stage, in_use, locked
-from trace_tasks.data.files import refuse_links
+from trace_tasks.data.files import check_writable, refuse_links
 
 #: Seconds between two looks at the base model's stage, where another process measures what distances need.
 POLL = 1.0
@@ -55,6 +55,7 @@ def fill(
         cells, stages, began, ready, tasks = 0, set[Stage](), 0.0, 0.0, None
         for part, then in parts:
             if tasks is None:  # no engine is started where the other processes have every stage
+                check_writable(part.stages[0].path)
                 with importing() if lm is None else nullcontext():
                     tasks = load_tasks(plan, data_path)
                 began = time.perf_counter()

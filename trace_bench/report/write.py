@@ -19,7 +19,7 @@ from trace_bench.report.sections import sections
 from trace_bench.report.tables import Table, markdown, percent
 from trace_bench.run import WRITTEN, Run, RunError
 from trace_bench.text import markdown_text
-from trace_tasks.data.files import refuse_links, write_json, write_text
+from trace_tasks.data.files import check_writable, refuse_links, write_json, write_text
 from trace_tasks.errors import TraceError
 
 _FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
@@ -73,6 +73,7 @@ def _attempt(results: Results, others: Iterable[Results]) -> tuple[str, Results]
 def _write(results: Results, others: Iterable[Results], *, anew: bool = True) -> str:
     run = results.run
     refuse_links(run.path, *WRITTEN)
+    check_writable(run.path)
     parts = sections(results, others)
     texts = [markdown(b) if isinstance(b, Table) else markdown_text(b) for blocks in parts.values() for b in blocks]
     write_text(run.path / "scores.csv", results.once(scores_csv))
@@ -119,10 +120,12 @@ def write_comparison(
 
 
 def check_output(output: str | Path | None, endings: tuple[str, ...] = ENDINGS) -> None:
-    """Refuses a file that cannot be written as a comparison.
+    """Refuses a file that cannot be written as a comparison, by its ending or its folder.
 
     Raises:
         RunError: if its name does not end in one of the endings.
     """
     if output is not None and Path(output).suffix not in endings:
         raise RunError(f"--output {output}: name a file that ends in {', '.join(endings)}; the ending is the form.")
+    if output is not None:
+        check_writable(Path(output).parent)

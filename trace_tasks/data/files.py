@@ -128,6 +128,13 @@ def write_bytes(path: Path, content: bytes) -> None:
     _fsync_dir(path.parent)
 
 
+def check_writable(folder: Path) -> None:
+    """Fails now as writing the results would in hours, on a read-only or full disk; for whoever spends time on them."""
+    probe = folder / ".room"
+    write_bytes(probe, bytes(2**20))
+    probe.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON atomically. NaN is refused: a missing number is null."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
