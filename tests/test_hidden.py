@@ -195,6 +195,8 @@ def test_what_was_made_from_other_weights_or_measured_in_another_way_is_left_out
     assert table(run)["FOMC"]["after 4 rows"] != "–"
     edit(stage / "eval/trace_fomc.json", settings={**cell["settings"], "backend": "vllm"})
     assert "Left out" in text(run)
+    with pytest.raises(RunError, match=r"other settings than the run(.|\n)*backend: .vllm. -> .hf.(.|\n)*Remove it"):
+        relearn(run.path, 4, 2)
     edit(stage / "eval/trace_fomc.json", settings=cell["settings"])
     assert "Left out" not in text(run)
     edit(run.path / PLACE / "last/manifest.json", begins_with={"stage": run.stages[2].name, "checkpoint": "another"})

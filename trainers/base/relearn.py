@@ -17,9 +17,10 @@ from trl import ModelConfig
 
 from trace_bench import checks
 from trace_bench.engine.models import adapter_config, is_adapter
+from trace_bench.manifest import differences
 from trace_bench.records import read_cell
 from trace_bench.run import Run, RunError, Stage, locked
-from trace_tasks.data.files import refuse_links, remove
+from trace_tasks.data.files import check_writable, refuse_links, remove
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.stages import parse, train
 from trainers.base.trainer import CLTrainer
@@ -71,8 +72,9 @@ def relearn(path: str | Path, rows: int = 10, steps: int = 10) -> None:
     folder = run.path / "relearn" / f"{rows}_rows_{steps}_steps"
     with locked(folder, "relearn"):
         starts = {folder / "last": run.stages[-1], folder / "base": run.stages[0]}
-        todo = {place: start for place, start in starts.items() if not _is_done(run, place, start)}
+        todo = {place: start for place, start in starts.items() if not _is_done(run, place, start, cell)}
         if todo:
+            check_writable(folder)
             _check_sources(run, rows)
         for place, start in todo.items():
             print(f"{rows} rows, {steps} steps from {start.name}:", flush=True)
@@ -113,17 +115,26 @@ def _has_score(stage: Stage, task: str) -> bool:
     return stage.eval_file(task).exists() and read_cell(stage, task)["checkpoint"] == stage.fingerprint()
 
 
-def _is_done(run: Run, folder: Path, start: Stage) -> bool:
+def _is_done(run: Run, folder: Path, start: Stage, cell: dict[str, Any]) -> bool:
     """Whether a relearning is there and measured.
 
     Raises:
-        RunError: if it began with other weights than the run has now.
+        RunError: if it began with other weights than the run has now, or was measured in another way than `cell`.
     """
     if not (folder / "manifest.json").exists():
         return False
     there = Run.open(folder)
     if there.manifest.get("begins_with") != begins_with(start):
         raise RunError(f"{folder} began with other weights than {start.name} has now: remove it to relearn from these.")
+    for stage in there.stages[1:]:
+        if stage.is_trained and _has_score(stage, str(stage.task)):
+            settings = read_cell(stage, str(stage.task))["settings"]
+            if lines := differences(settings, cell["settings"]):
+                raise RunError(
+                    f"{folder} was measured with other settings than the run is now (there -> the run's):\n"
+                    + "\n".join(lines)
+                    + "\nRemove it to relearn with these."
+                )
     return _is_measured(there) and there.tasks == run.tasks[:-1]
 
 
