@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 
 from trace_bench.cli import main
 from trace_bench.engine import checkpoints, models
+from trace_bench.engine.architecture import check_base
 from trace_bench.engine.checkpoints import another_base, check_checkpoints, config_differences
 from trace_bench.engine.models import ModelError
 from trace_bench.evaluate import external_run
@@ -288,7 +289,7 @@ def test_a_base_model_with_an_adapter_in_its_folder_is_refused(adapter, model, m
     shutil.copytree(adapter, model, dirs_exist_ok=True)
     with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config\.json\)"):
         models.resolve_model(str(model))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, revision=None: str(model / file))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **_: str(model / file))
     with pytest.raises(ModelError, match="mine/both holds an adapter"):
         models.pinned_revision("mine/both")
 
@@ -669,7 +670,7 @@ def test_what_changes_answers_in_a_config_is_told_from_what_does_not(base, their
     assert config_differences(tmp_path / "base", tmp_path / "theirs") == lines
 
 
-def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, tmp_path):
+def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, tmp_path, monkeypatch):
     """Transformers unties it, and an engine that was started on the tied base would leave the head out."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "m"))
     assert config_differences(tiny_model, folder) == []
@@ -678,6 +679,11 @@ def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, 
     assert config_differences(tiny_model, folder) == []
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": embedding + 1}, "model.safetensors")
     assert config_differences(tiny_model, folder) == ["tie_word_embeddings: True -> False"]
+    read = models.load_config  # vLLM loads a base model of the hub without that head, and transformers with it
+    monkeypatch.setattr(models, "load_config", lambda base, *more: read(folder if base == "mine/tied" else base, *more))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *words, **more: str(folder))
+    with pytest.raises(ModelError, match="another head"):
+        check_base("mine/tied", "vllm", False)
 
 
 # ------------------------------------------------------------------------------------- what would never come to an end

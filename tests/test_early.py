@@ -11,12 +11,15 @@ from conftest import SHARED, stop_at, train
 from transformers import AutoTokenizer
 
 from trace_bench.cli import main
+from trace_bench.engine.architecture import check_base
+from trace_bench.engine.models import ModelError
 from trace_bench.evaluate import evaluate, external_run
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import check_stages, load_tasks, training_rows
 from trace_tasks import data
 from trace_tasks.data import DataError
 from trace_tasks.data.files import write_json
+from trace_tasks.errors import TraceError
 from trace_tasks.reasoning import row_variant
 from trainers.base import CLTrainer, ConfigError
 from trainers.pp import PPConfig, PPTrainer
@@ -200,9 +203,9 @@ def architecture(options, tmp_path):
     ],
 )
 def test_a_base_model_that_cannot_work_is_refused_in_a_line_and_what_it_says_works(
-    architecture, options, model, given, message
+    architecture, options, tmp_path, model, given, message
 ):
-    with pytest.raises(ConfigError, match=message) as e:
+    with pytest.raises(TraceError, match=message) as e:
         architecture(model, given)
     said = str(e.value)
     assert "\n" not in said and not Path(options["output_dir"]).exists()
@@ -211,6 +214,9 @@ def test_a_base_model_that_cannot_work_is_refused_in_a_line_and_what_it_says_wor
     works |= {name: int(n) for name, n in re.findall(r"a (max_prompt_length) of at most (\d+)", said)}
     if works:
         architecture(model, given | works)
+    if "causal" in message:  # nor is it evaluated
+        with pytest.raises(ModelError, match=message):
+            check_base(str(tmp_path / "model"), "hf", False)
 
 
 def test_what_has_no_limit_and_trains_no_adapter_needs_none(architecture):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from trace_bench import engine, evaluate, report
-from trace_bench.engine import models, swap
+from trace_bench.engine import hub, models, swap
 from trace_bench.engine.checkpoints import warn_of_tokenizers
 from trace_bench.evaluate import cells as cells_module
 from trace_bench.run import Run, RunError, read_json
@@ -341,3 +341,16 @@ def test_names_that_are_no_model(tiny_model, tmp_path, bad):
     (tmp_path / "FILE").touch()
     with pytest.raises(models.ModelError, match=r"neither a folder nor|no config\.json|is a file"):
         models.resolve_model(str(tmp_path / bad) if bad.isupper() else bad)
+
+
+def test_without_a_connection_a_model_that_is_not_there_is_said_at_once(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the hub is asked again"))
+    hub.is_out_of_reach.cache_clear()
+    try:
+        for ask in (models.pinned_revision, models.load_tokenizer):
+            with pytest.raises(models.ModelError, match=r"cannot be (reached|loaded)"):
+                ask("missing/one")
+    finally:
+        hub.is_out_of_reach.cache_clear()

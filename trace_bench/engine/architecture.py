@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine import models
-from trace_bench.engine.models import ModelError
+from trace_bench.engine.hub import ModelError, model_folder
 from trace_bench.run import RunError, is_file_name, read_json
 from trace_tasks.errors import brief
 from trace_tasks.limits import LimitError, limited
 
 log = logging.getLogger(__name__)
 
+_OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$")
 #: Buffers that older files hold and that today's classes neither have nor name among what they ignore.
 _OLD_BUFFERS = re.compile(r"\.(masked_bias|inv_freq|position_ids|causal_mask|cos_cached|sin_cached|_extra_state)$")
 #: Entries of config.json that change no answer, or are handled elsewhere (EOS by the engine, the vocabulary by its
@@ -60,6 +61,36 @@ def architecture(model: str | Path, revision: str | None = None, trust_remote_co
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as e:  # values from elsewhere make libraries raise anything
         raise ModelError(f"{model} is no causal language model that transformers can build: {models.why_not(e)}") from e
+
+
+def refuse_not_causal(base: str, config: Any) -> None:
+    """Refuses a base model that does not write text from left to right, by its configuration.
+
+    Raises:
+        ModelError: saying what it is.
+    """
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MASKED_LM_MAPPING,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    )
+
+    settings, kind = config.to_dict(), type(config)
+    own_code = "AutoModelForCausalLM" in (settings.get("auto_map") or {})
+    other_heads = [name for name in config.architectures or () if _OTHER_HEAD.search(name)]
+    if settings.get("is_encoder_decoder") or kind in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        what = "an encoder-decoder"
+    elif kind in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder"):
+        what = "an encoder"
+    elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
+        what = "of another kind"
+    elif other_heads:
+        what = f"a {other_heads[0]} without a head for the next token"
+    else:
+        return
+    raise ModelError(
+        f"{base} ({config.model_type}) is not a causal model but {what}. Take a model such as Llama, Qwen or GPT-2."
+    )
 
 
 @contextmanager
@@ -165,15 +196,22 @@ def check_full_model(folder: Path, base: Callable[[], Any], backend: str, trust_
         _compare(folder, base(), shapes, "the base model")
 
 
-def check_base(base: str, backend: str, trust_remote_code: bool) -> None:
-    """Refuses a base model in a local folder whose files are not what its config.json says; one of the hub is not read.
+def check_base(base: str, backend: str, trust_remote_code: bool, revision: str | None = None) -> None:
+    """Refuses a base model that writes no text from left to right, or whose files are not what its config.json says.
+
+    Of the hub's models no file is read but a head that vLLM would not load.
 
     Raises:
         RunError: naming a tensor, or the files.
-        ModelError: if the head is another one than its config.json says.
+        ModelError: if it is no causal language model, or the head is another one than its config.json says.
     """
+    config = models.load_config(base, revision, trust_remote_code)
+    refuse_not_causal(base, config)
     folder = Path(base)
     if not folder.is_dir():
+        tied = config.get_text_config(decoder=True).to_dict().get("tie_word_embeddings")
+        if backend == "vllm" and tied and _has_own_head(model_folder(base, revision), trust_remote_code):
+            raise models.own_head(base)
         return
     check_full_model(folder, lambda: architecture(base, None, trust_remote_code), "hf", trust_remote_code)
     if backend == "vllm":

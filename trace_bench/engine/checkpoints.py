@@ -71,7 +71,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
     stages, chain = list(stages), run.manifest.get("chain", False)
     name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
     place = models.resolve_model(name)
-    check_base(place, backend, trust_remote_code)
+    check_base(place, backend, trust_remote_code, revision)
     base = partial(architecture, place, revision, trust_remote_code)
     for stage in stages:
         own = stage.checkpoint if stage.external is None else None  # `check_own` compares its bytes

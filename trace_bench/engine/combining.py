@@ -13,6 +13,7 @@ from trace_bench.engine import models
 from trace_bench.engine.architecture import config_differences, tensor_shapes
 from trace_bench.engine.averaging import OF_VECTORS, Merge, merge_adapters, merge_models
 from trace_bench.engine.checkpoints import another_base
+from trace_bench.engine.hub import model_folder
 from trace_bench.engine.models import ModelError
 from trace_bench.run import RunError, read_json
 from trace_bench.versions import package_versions
@@ -50,7 +51,7 @@ def combine(
     if output.exists():
         raise RunError(f"{output} is there already. Name a folder that does not exist yet (--output).")
     lora = check(checkpoints, how, model, rank)
-    base = None if lora or model is None else _base_folder(model)
+    base = None if lora or model is None else model_folder(models.resolve_model(model))
     if base is not None:
         _check_same(base, checkpoints)
     record = how.settings() | {
@@ -188,19 +189,6 @@ def _compare(shapes: dict[Path, dict[str, list[int]]]) -> None:
                     f"{folder} does not fit {first}: {name} {said[1]}, in the first it {said[0]}. Checkpoints of one "
                     "base with the same layers are merged; save full models with the same transformers."
                 )
-
-
-def _base_folder(model: str) -> Path:
-    """The folder of a base model; one of the hub is fetched."""
-    from huggingface_hub import snapshot_download
-
-    base = models.resolve_model(model)
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        return Path(snapshot_download(base, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as e:
-        raise models.not_given(base, e) from e
 
 
 def _name(path: Path) -> str:

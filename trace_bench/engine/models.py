@@ -12,9 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from trace_bench.engine.hub import ModelError, hub_file, is_out_of_reach, not_given
 from trace_bench.run import read_json
 from trace_tasks.data.files import cache_dir, cached_dir, fingerprint
-from trace_tasks.errors import TraceError, brief
+from trace_tasks.errors import brief
 from trace_tasks.limits import limited
 
 QUICKSTART = "SmolLM2-135M-Instruct"
@@ -24,10 +25,6 @@ PROMPT = "PROMPT_TUNING"
 MOST_FILE = 256 * 2**20
 #: The most seconds and bytes for reading the configuration or tokenizer of a folder, or making its architecture.
 READING = (60.0, 8 * 2**30)
-
-
-class ModelError(TraceError):
-    """The model cannot be had; the message says why and what to do."""
 
 
 # ------------------------------------------------------------------------------------------------------------- names
@@ -91,14 +88,12 @@ def pinned_revision(base: str, revision: str = "main") -> str:
     """
     if Path(base).is_dir():
         return fingerprint(Path(base))
-    from huggingface_hub import hf_hub_download
-
     try:
         # The file alone: transformers' AutoConfig would ask whether to run the code that a model brings.
-        file = hf_hub_download(base, "config.json", revision=revision)
+        file = hub_file(base, "config.json", revision)
     except (OSError, ValueError) as e:
         raise not_given(base, e) from e
-    commit = Path(file).parent.name  # snapshots/COMMIT/config.json
+    commit = file.parent.name  # snapshots/COMMIT/config.json
     if model_file(base, "adapter_config.json", commit) is not None:
         raise base_with_adapter(base)
     return commit
@@ -109,14 +104,6 @@ def base_with_adapter(base: str | Path) -> ModelError:
     return ModelError(
         f"{base} holds an adapter (adapter_config.json), which transformers would put on the base model and vLLM not. "
         "Name the model that it was trained from, or merge the two (merge_and_unload, save_pretrained)."
-    )
-
-
-def not_given(base: str, error: Exception) -> ModelError:
-    """The error where the hub does not give a model."""
-    return ModelError(
-        f"The model {base!r} is no local folder, and the hub does not give it ({type(error).__name__}): is the name "
-        "right, the hub reachable (HF_HUB_OFFLINE), HF_TOKEN set if the model is gated?"
     )
 
 
@@ -181,14 +168,13 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
 
 def model_file(model: str, name: str, revision: str | None) -> Any:
     """A JSON file of a model in a local folder or on the hub; None where it has none."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     if Path(model).is_dir():
         file = Path(model) / name
         return read_json(file) if file.is_file() else None
     try:
-        return read_json(Path(hf_hub_download(model, name, revision=revision)))
+        return read_json(hub_file(model, name, revision))
     except EntryNotFoundError:  # also without the hub, where the cache lacks it
         return None
 
@@ -232,10 +218,12 @@ def load_config(model: str | Path, revision: str | None, trust_remote_code: bool
 
 def _read(kind: Any, failure: str, model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
     # That of a local folder is a fingerprint, which nothing is loaded by.
-    revision = "main" if revision is None or Path(model).is_dir() else revision
+    local = Path(model).is_dir()
+    revision = "main" if revision is None or local else revision
+    options = {"trust_remote_code": trust_remote_code, "local_files_only": not local and is_out_of_reach()}
     try:
         with reading(model):
-            return kind.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+            return kind.from_pretrained(model, revision=revision, **options)
     except Exception as e:  # files from elsewhere make libraries raise anything
         raise ModelError(f"{failure}: {why_not(e)}") from e
 

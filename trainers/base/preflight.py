@@ -5,25 +5,18 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import re
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from trace_bench.engine import models
-from trace_bench.engine.architecture import check_base
+from trace_bench.engine.architecture import check_base, refuse_not_causal
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.errors import brief
 from trace_tasks.limits import limited
@@ -38,7 +31,6 @@ _CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
     "max_seq_length",
 )
-_OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$")
 
 
 # ---------------------------------------------------------------------------------------------------------- the launch
@@ -148,7 +140,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
             f"{base}, a mixture of experts. Use label_smoothing_factor: 0, or router_aux_loss_coef: 0."
         )
     _check_context(model, config, tasks)
-    check_base(base, config.backend, code)
+    check_base(base, config.backend, code, model_args.model_revision)
     if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
         return model
     kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
@@ -178,22 +170,27 @@ def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -
         model.get_text_config(decoder=True).to_dict()
     except Exception as e:  # a type that transformers does not know, code of its own, values that a class does not take
         raise ConfigError(f"transformers cannot make the model {base}: {models.why_not(e)}") from e
-    settings = model.to_dict()
-    own_code = "AutoModelForCausalLM" in (settings.get("auto_map") or {})
-    other_heads = [name for name in model.architectures or () if _OTHER_HEAD.search(name)]
-    if settings.get("is_encoder_decoder") or type(model) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
-        what = "an encoder-decoder"
-    elif type(model) in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder"):
-        what = "an encoder"
-    elif type(model) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
-        what = "of another kind"
-    elif other_heads:
-        what = f"a {other_heads[0]} without a head for the next token"
-    else:
-        return model
-    raise ConfigError(
-        f"{base} ({model.model_type}) is not a causal model but {what}. Take a model such as Llama, Qwen or GPT-2."
-    )
+    refuse_not_causal(base, model)
+    return model
+
+
+def empty_adapted(config: CLConfig, model_args: ModelConfig) -> Any:
+    """The model with the run's adapter and without weights, for `prepare`.
+
+    None where the adapter does not fit, which `check_model` says, and with DeepSpeed, which divides models as they are
+    made.
+    """
+    if config.deepspeed_plugin is not None:
+        return None
+    model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
+    from peft import get_peft_model
+
+    try:
+        with torch.device("meta"), limited(*models.READING):
+            empty = AutoModelForCausalLM.from_config(model, trust_remote_code=config.trust_remote_code)
+        return get_peft_model(empty, get_peft_config(model_args), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    except Exception:  # whatever it is, `check_model` says it
+        return None
 
 
 def _check_weights(model: Any, model_args: ModelConfig) -> None:
