@@ -338,6 +338,11 @@ def test_stm_that_masks_nothing_is_sequential_to_the_byte(options, tmp_path):
         ("freeze", {"freeze_layers": 2}, "freeze_layers=2, and the model has 2 blocks: use at most 1"),
         ("freeze", {"freeze_layers": -1}, "freeze_layers=-1"),
         ("freeze", {"freeze_from": 0}, "freeze_from=0"),
+        (
+            "freeze",
+            {"lora_target_modules": r".*\.layers\.0\..*q_proj", "freeze_layers": 1},
+            "stage 2 would train nothing",
+        ),
         ("hft", {"use_peft": True}, "set use_peft=false"),
         ("stm", {"stm_threshold": 0.5}, "stm_threshold=0.5"),
         *((name, "FSDP", f"{name} needs whole weights.*FSDP gives each process a part") for name in ("anchor", "stm")),

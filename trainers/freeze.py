@@ -31,6 +31,7 @@ from trainers.base import (
     causal_config,
     count,
     decoder_blocks,
+    empty_adapted,
     main,
     option,
     text_model,
@@ -52,7 +53,7 @@ class FreezeTrainer(CLTrainer):
 
     @classmethod
     def prepare(cls, config: FreezeConfig, model_args: Any) -> dict[str, Any]:
-        """Refuses to freeze all blocks."""
+        """Refuses to freeze all that is trained."""
         model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
         blocks = model.get_text_config(decoder=True).num_hidden_layers
         if config.freeze_layers >= blocks:
@@ -60,6 +61,16 @@ class FreezeTrainer(CLTrainer):
                 f"freeze_layers={config.freeze_layers}, and the model has {blocks} blocks: use at most {blocks - 1}, "
                 "so that at least one of them is trained."
             )
+        if model_args.use_peft and config.freeze_from <= len(config.stages):
+            adapted = empty_adapted(config, model_args)
+            if adapted is not None:
+                freeze(adapted, config.freeze_layers)
+                if not any(parameter.requires_grad for parameter in adapted.parameters()):
+                    raise ConfigError(
+                        f"freeze_layers={config.freeze_layers}: the adapter is in these blocks or embeddings alone, "
+                        f"and stage {config.freeze_from} would train nothing. Freeze fewer, or let "
+                        "lora_target_modules name layers above them."
+                    )
         return {}
 
     def stage_model(self, stage: Stage) -> Any:

@@ -16,7 +16,7 @@ from trainers.base.blocks import adapted_parameters, count, decoder_blocks, shap
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option, refuse_losses, refuse_reentrant
 from trainers.base.gradients import divergences, of_tokens
-from trainers.base.preflight import causal_config, context_length, refuse_shards, require_context
+from trainers.base.preflight import causal_config, context_length, empty_adapted, refuse_shards, require_context
 from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
 from trainers.base.sampling import sampled
@@ -38,6 +38,7 @@ __all__ = [
     "count",
     "decoder_blocks",
     "divergences",
+    "empty_adapted",
     "frozen_in_bf16",
     "main",
     "of_tokens",
