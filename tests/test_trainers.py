@@ -97,6 +97,7 @@ def test_evaluated_checkpoints_are_dropped_once_measured(options, monkeypatch):
         ({"loss_type": "dft"}, "set loss_weights: tokens, or loss_type: nll"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 is a loss by tokens"),
         ({"auto_find_batch_size": True}, "Give a smaller per_device_train_batch_size"),
+        ({"activation_offloading": True}, "without a GPU. Leave it out"),
         ({"max_prompt_length": 1021}, "context of 1024: use a max_prompt_length of at most 1020"),
     ],
 )

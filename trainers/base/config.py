@@ -271,6 +271,11 @@ class CLConfig(SFTConfig):
                 "auto_find_batch_size=true begins a stage again with the weights that it has half trained, and another "
                 "batch. Give a smaller per_device_train_batch_size and as much more gradient_accumulation_steps."
             )
+        if self.activation_offloading and self.use_cpu:
+            raise ConfigError(
+                "activation_offloading=true keeps activations of a GPU in the memory of the CPU, where all of them are "
+                "without a GPU. Leave it out."
+            )
         if self.chat_template_args and not (self.chat_template or self.judged or self.distance):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         if self.loss_weights == "rows":
