@@ -381,10 +381,20 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(case, monkeypatch)
     case("train")
     assert evaluate.evaluate(case.run) == 0
     assert "2 stages" in status.status(case.run)
-    case.stage(1).eval_file(FIRST).unlink()
-    for command in ("evaluate", "report"):
+    for work in ("evaluate.filling.start_engine", "report.write.sections"):  # it is said before
+        monkeypatch.setattr(f"trace_bench.{work}", lambda *a, **k: pytest.fail("time is spent"))
+    for work in ("judges.judging.judge_jobs", "trainers.base.relearn._check_sources", "trainers.base.stages.Loop.train"):
+        monkeypatch.setattr(work, lambda *a, **k: pytest.fail("time is spent"))
+    commands = ["relearn", "evaluate", "report", "judge"]
+    for command in commands:
         line = case.error(command)
         assert os.strerror(errno.EROFS) in line and "make the folder writable" in line and str(case.path) in line
+        case.stage(1).eval_file(FIRST).unlink(missing_ok=True)
+        for file in case.path.glob("stages/*/judge/*"):
+            file.unlink()
+    case.stage(2).train_file.unlink()
+    with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+        case("train")
 
 
 def test_without_memory_a_training_says_what_to_change_and_keeps_its_stages(case):

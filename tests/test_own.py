@@ -376,10 +376,19 @@ def test_checkpoints_are_dropped_replaced_and_moved(here, tiny_model, capsys, mo
     main(["report", "run"])
 
 
-def test_a_bound_is_trained_like_the_run_that_it_bounds(here, tiny_model):
+def test_a_bound_is_trained_like_the_run_that_it_bounds(here, tiny_model, monkeypatch, capsys):
     options = {**quick_options(tiny_model, here / "run"), "ewc_lambda": 7, "engine_args": '{"max_length": 256}'}
     main(["train", "ewc", *command_line(options)])
+    make_task(write_rows(here / "mine.jsonl", ROWS["columns"][0]))
+    manifest = json.loads((here / "run/manifest.json").read_text())
+    manifest["tuned"] = {"learning_rate": 1e-2, "weight_decay": 9.0, "ewc_lambda": 7.0}
+    manifest["data"]["own_tasks"] = str(here)
+    write_json(here / "run/manifest.json", manifest)
+    monkeypatch.setenv("TRACE_TASKS", "put back afterwards")
+    monkeypatch.delenv("TRACE_TASKS")
     main(["train", "joint", "--like", "run", "--output_dir", "run-joint"])
+    assert "joint with --learning_rate 0.01, from the table of settings for ewc" in capsys.readouterr().out
+    assert os.environ["TRACE_TASKS"] == str(here)
     run, bound = Run.open("run"), Run.open("run-joint")
     assert (bound.manifest["method"], bound.tasks) == ("joint", run.tasks)
     there, here_ = run.manifest["config"], bound.manifest["config"]

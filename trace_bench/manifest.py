@@ -9,7 +9,7 @@ from trace_tasks.data.files import digest
 
 #: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
 _OF_DATA = ("data.path.", "data.reasoning.", "data.test.", "data.own_tasks.", "data.cl_benchmark.")
-CIRCUMSTANCES = ("packages.", "commit.", "date.", *_OF_DATA, "model.path.")
+CIRCUMSTANCES = ("packages.", "commit.", "date.", "tuned.", *_OF_DATA, "model.path.")
 #: Those, and what may be added to a run.
 _NOT_IDENTITY = (*CIRCUMSTANCES, "checkpoints.", "folders.", "renamed_base.")
 #: Entries of a manifest that older programs did not write.

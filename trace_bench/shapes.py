@@ -77,6 +77,7 @@ Manifest = _object(
     (dict[str, Scalar], "task_versions"),
     (dict[str, Anything], "task_definitions"),
     (dict[str, Text], "begins_with"),
+    (Anything, "tuned"),
 )
 
 # -------------------------------------------------------------------------------------------------------------- stages

@@ -35,18 +35,18 @@ from trace_bench.cli.options import option_words
 from trace_bench.engine import models
 from trace_bench.keys import refuse_secrets
 from trace_bench.run import Run, RunError, Stage, locked, read_json
-from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows
+from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows, use_own_tasks
 from trace_bench.text import prepare_logging, printable
 from trace_bench.versions import source_commit
 from trace_bench.waiting import others_wait
 from trace_tasks import data
-from trace_tasks.data.files import fingerprint, remove, write_json
+from trace_tasks.data.files import check_writable, fingerprint, remove, write_json
 from trace_tasks.errors import with_neighbours
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.trainer import CLTrainer
-from trainers.base.tuned import tuned_words
+from trainers.base.tuned import tuned_settings, tuned_words
 from trainers.base.writing import run_alone
 
 log = logging.getLogger(__name__)
@@ -108,12 +108,16 @@ def _as_in(run: Run, known: Collection[str], config: type[CLConfig], method: str
 
     How much is replayed is a method's own matter, unless the other one is made for replaying as well.
     """
-    record = run.manifest["data"]
+    record, other = run.manifest["data"], run.manifest["method"]
     settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
-    if run.manifest["method"] != method and config.replay_ratio is None:
+    use_own_tasks(record)
+    if other != method and config.replay_ratio is None:
         settings.pop("replay_choice", None)
         if ratio := settings.pop("replay_ratio", None):
             _tell(f"{method} without the replay_ratio {ratio} of {run.path}, which its option would set")
+    tuned = [(key, value) for key, value in run.manifest.get("tuned", {}).items() if settings.get(key) == value]
+    if other != method and (words := [word for pair in tuned if pair[0] in known for word in option_words(*pair)]):
+        _tell(f"{method} with {shlex.join(words)}, from the table of settings for {other}; options behind --like win")
     given = {name: value for name, value in settings.items() if name in known and value != []}
     return [word for name, value in given.items() for word in option_words(name, value)]
 
@@ -158,20 +162,24 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     tasks = _load_tasks(config, trace_data)
     preflight.check_method(trainer, config, method)
     preflight.check_trackers(config)
+    revision = models.pinned_revision(base, model_args.model_revision)
+    model = {"name": model_args.model_name_or_path, "path": base, "revision": revision}
+    pinned = _pinned(model_args, base, revision)
     # A method that reads the model's configuration finds it where the training does.
-    added = trainer.prepare(config, _pinned(model_args, base, model_args.model_revision))
-    manifest = _manifest(method, config, model_args, base, trace_data, tasks, state.num_processes) | added
+    added = trainer.prepare(config, pinned)
+    manifest = _manifest(method, config, model_args, model, trace_data, tasks, state.num_processes) | added
     refuse_secrets(manifest, "the manifest's")
     preflight.check_launch()
-    model_args = _pinned(model_args, base, manifest["model"]["revision"])
-    tokenizer = models.load_tokenizer(base, model_args.model_revision, config.trust_remote_code)
-    model = preflight.check_model(config, model_args, tokenizer, tasks, lora=manifest["trains"] == "lora")
-    rows = _make_rows(config, model, tasks, tokenizer)
+    tokenizer = models.load_tokenizer(base, pinned.model_revision, config.trust_remote_code)
+    checked = preflight.check_model(config, pinned, tokenizer, tasks, lora=manifest["trains"] == "lora")
+    rows = _make_rows(config, checked, tasks, tokenizer)
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
         with state.main_process_first():
             run = replace(Run.create(config.output_dir, manifest, restart=True), rows=rows)
-        Loop(trainer, config, model_args, run, trace_data.root, tokenizer, state).train()
+        if state.is_main_process and not all(stage.is_trained for stage in run.stages):
+            check_writable(run.path)
+        Loop(trainer, config, pinned, run, trace_data.root, tokenizer, state).train()
     return run
 
 
@@ -192,7 +200,7 @@ def _manifest(
     method: str,
     config: CLConfig,
     model_args: ModelConfig,
-    base: str,
+    model: dict[str, Any],
     trace_data: data.Data,
     tasks: dict[str, Any],
     processes: int,
@@ -200,14 +208,11 @@ def _manifest(
     """What a run is: its method, model, data and settings."""
     plain, always = ModelConfig(), ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
     of_model = {k: v for k, v in asdict(model_args).items() if v != getattr(plain, k) or k in always}
+    tuned = {} if config.tuned in (None, "none") else tuned_settings(config.tuned, method)
     return {
         "method": method,
         "trains": "lora" if model_args.use_peft else "full",
-        "model": {
-            "name": model_args.model_name_or_path,
-            "path": base,
-            "revision": models.pinned_revision(base, model_args.model_revision),
-        },
+        "model": model,
         "tasks": config.tasks,
         **({"stages": config.stages} if config.stages != config.tasks else {}),
         # A different number of processes is a different batch.
@@ -218,6 +223,7 @@ def _manifest(
         "seed": config.seed,
         # What a chat template that asks for the date is told, whenever a stage is trained or evaluated.
         "date": time.strftime("%Y-%m-%d"),
+        **({"tuned": tuned} if tuned else {}),
         "config": config.manifest() | of_model,
     }
 

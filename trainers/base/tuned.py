@@ -27,11 +27,20 @@ def tuned_words(argv: list[str], method: str) -> list[str]:
         name = content.get("tuned") if isinstance(content, dict) else None
     if name in (None, "none"):
         return []
-    file = packaged.find("table of settings", str(name), packaged.tuned())
+    return [word for key, value in tuned_settings(str(name), method).items() for word in option_words(key, value)]
+
+
+def tuned_settings(name: str, method: str) -> dict[str, Any]:
+    """What a table says of a method: option -> value.
+
+    Raises:
+        ConfigError: if the table is no table.
+    """
+    file = packaged.find("table of settings", name, packaged.tuned())
     table = _read(str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ConfigError(f"{one_line(file)} is no table: use METHOD: {{OPTION: VALUE}} in YAML.")
-    return [word for key, value in table.get(method, {}).items() for word in option_words(key, value)]
+    return table.get(method, {})
 
 
 def _value(argv: list[str], option: str) -> str | None:
