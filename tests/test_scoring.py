@@ -83,6 +83,13 @@ CHOICE_IS_READ = [
 ANOTHER_CHOICE_IS_READ = [
     *("B", "b.", "B hawkish", "B because A is wrong", "B. A clause has a verb.", "态度：B", "B\nA clause"),
     "B. Not D.C. at all",
+    "A is wrong. B is right.",
+    "A is not correct, B is.",
+    "Option A is incorrect. Option B is correct.",
+    "(A) isn't what it says. Answer: B",
+    "B\nA is wrong.",
+    "A不对，选B",
+    "A 错误。B 正确。",
 ]
 
 
@@ -102,6 +109,7 @@ NO_SINGLE_CHOICE_CAN_BE_READ = [
     "请说出作者的态度，选择一项：A.支持，B.反对，C.中立。只写A，B或者C。",
     "What is the stance? Pick one of A, B and C.",
     "Answer: A\nText: something else\nAnswer: B", "neither A nor B", "Option A is strong, option B is weak.",
+    "A is wrong.", "A is not it", "选项A不正确。", "A is wrong. B is wrong.",
     "answer: ", "A" * 20, "\N{GRINNING FACE}",
 ]  # fmt: skip
 

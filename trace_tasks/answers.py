@@ -42,6 +42,16 @@ _MARKED_LABELS = [
     )
     for marker in (_ANSWER_MARKER, _OPTION_MARKER)
 ]
+# "A is wrong.", "选项 A 不对，": what it says of an option is that it is not the answer.
+_REJECTED = re.compile(
+    rf"""(?:\A|(?<=[.!?;,\n。！？；，])) (?:[^\S\n]|[(\[{{<"'“‘【「《#])*+
+    (?:(?i:(?:the\s)?(?:option|choice|answer)\s)|选项)? [^\S\n]*+ [(\["'“‘]*+ {_LABEL} [)\]}}>"'”’.:]*+
+    (?: [^\S\n]++
+        (?i:(?:is|was)(?:n['’]t|[^\S\n]++(?:(?:the|clearly|definitely|also)[^\S\n]++)?(?:not|wrong|incorrect))\b)
+      | [^\S\n]*+ (?:不对|不正确|不是|是错|错) )
+    [^.!?;,\n。！？；，]*+ [.!?;,。！？；，]?""",
+    re.VERBOSE,
+)
 _END_OF_LINE = re.compile(r"[^\S\n]*+(?:\n|\Z)")
 _RIVAL_LABEL = re.compile(
     rf"""[\s)\].,;/、]*+ (?:(?i:or|and)\b|或者?|和)? [\s(\[]*+ (?P<label>{_LABEL})
@@ -131,6 +141,8 @@ def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
        none; nor do texts of less than four letters or two Chinese characters ("no", "2"), unless the sentence is
        nothing else or begins with it and a comma.
     8. A label with the text of another option behind it ("A. hawkish", where A is dovish) is no answer.
+    9. A sentence, or a part of one before a comma, that says of a label that it is not the answer ("A is wrong.",
+       "A is not ...", "A不对") is passed over first, and all other rules see the rest.
 
     Without the prompt, which lists the options, rules 7 and 8 read nothing. The score is 1.0 or 0.0; 0.0 where no
     letter, or no single one, can be extracted.
@@ -159,7 +171,7 @@ def _plain(text: str) -> str:
 
 
 def _choice(text: str, options: dict[str, str]) -> str | None:
-    text = _without_markdown(text)
+    text = _REJECTED.sub("", _without_markdown(text))
     if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, [leading]):
         letter = leading["label"].upper()
         own = text[: found.start()] if (found := NEXT_PROMPT.search(text, leading.end())) else text
