@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from architectures import (
     reload,
 )
 from conftest import pieces_tokenizer
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from trace_bench.engine.ends import end_ids
 from trace_bench.tasks import load_tasks
@@ -217,7 +218,7 @@ STATES = {
 }
 
 
-@pytest.mark.parametrize("name", [*STATES, "mamba"])
+@pytest.mark.parametrize("name", [*STATES, "mamba", "llama"])
 def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_path, monkeypatch, caplog):
     """Its answers behind padding would be others; a model that sees it has one batch."""
     if name in STATES:
@@ -225,5 +226,13 @@ def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_
         monkeypatch.setitem(ARCHITECTURES, name, {"model_type": name, **sizes, **STATES[name]})
     base = make_base(name, tmp_path / name, pieces_tokenizer())
     expected = reference(reload(base, None), AutoTokenizer.from_pretrained(base), PROMPTS)
+    if name == "llama":  # one that forgets the mask behind the prompt
+        forward = LlamaForCausalLM.forward
+
+        @wraps(forward)
+        def forgetful(self, input_ids=None, attention_mask=None, **more):
+            return forward(self, input_ids, attention_mask if input_ids.shape[1] > 1 else None, **more)
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", forgetful)
     assert texts(by_transformers(base, [None], PROMPTS)) == [expected]
-    assert ("prompts of one length only are answered together" in caplog.text) == (name in STATES)
+    assert ("prompts of one length only are answered together" in caplog.text) == (name != "mamba")
