@@ -381,12 +381,11 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(case, monkeypatch)
     case("train")
     assert evaluate.evaluate(case.run) == 0
     assert "2 stages" in status.status(case.run)
-    for work in ("evaluate.filling.start_engine", "report.write.sections"):  # it is said before
-        monkeypatch.setattr(f"trace_bench.{work}", lambda *a, **k: pytest.fail("time is spent"))
-    for work in ("judges.judging.judge_jobs", "trainers.base.relearn._check_sources", "trainers.base.stages.Loop.train"):
+    costly = ["trace_bench.evaluate.filling.start_engine", "trace_bench.report.write.sections"]
+    costly += ["judges.judging.judge_jobs", "trainers.base.relearn._check_sources", "trainers.base.stages.Loop.train"]
+    for work in costly:  # it is said before
         monkeypatch.setattr(work, lambda *a, **k: pytest.fail("time is spent"))
-    commands = ["relearn", "evaluate", "report", "judge"]
-    for command in commands:
+    for command in ("relearn", "evaluate", "report", "judge"):
         line = case.error(command)
         assert os.strerror(errno.EROFS) in line and "make the folder writable" in line and str(case.path) in line
         case.stage(1).eval_file(FIRST).unlink(missing_ok=True)
