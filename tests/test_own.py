@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import shutil
 
 import pandas
 import pytest
@@ -13,6 +14,7 @@ from conftest import command_line, quick_options
 from trace_bench import packaged, study
 from trace_bench.cli import main
 from trace_bench.own_task import make_task, recognise
+from trace_bench.report.conditions import conditions
 from trace_bench.run import Run
 from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks.data import DataError
@@ -439,3 +441,28 @@ def test_one_unknown_task_among_known_ones_is_named_alone(here):
     (here / "c.yaml").write_text("tasks: trace_fomc, trace_fomk\n")
     for argv in (["--tasks", "trace_fomc,trace_fomk"], ["--config", "c.yaml"]):
         assert "trace_fomk (did you mean trace_fomc?)" in error_of("train", "sequential", *argv)
+
+
+def test_a_base_model_that_was_moved_is_found_and_no_other_one_is_taken(here, tiny_model, checkpoints, capsys):
+    """A run on another machine: the same files in another folder; all that is done stays."""
+    shutil.copytree(tiny_model, here / "base")
+    options = {**quick_options("base", here / "run"), "tasks": ["trace_fomc"], "test_rows": 2, "max_steps": 1}
+    main(["train", "sequential", *command_line(options)])
+    (here / "moved").mkdir()
+    (here / "base").rename(here / "moved" / "base")
+    assert "Say where it is now: trace-bench evaluate RUN --model FOLDER" in error_of("evaluate", "run")
+    assert "its files are others" in error_of("evaluate", "run", "--model", str(checkpoints["full model"]))
+    main(["evaluate", "run", "--model", "moved/base"])
+    assert "evaluated 2 cells" in capsys.readouterr().out
+    (here / "moved").rename(here / "again")
+    longer = {**options, "model_name_or_path": "again/base", "tasks": ["trace_fomc", "trace_numglue_ds"]}
+    trained = (here / "run/stages/1_trace_fomc/train.json").read_bytes()
+    main(["train", "sequential", *command_line(longer)])
+    assert (here / "run/stages/1_trace_fomc/train.json").read_bytes() == trained
+    run = Run.open("run")
+    assert run.stages[2].is_trained and run.manifest["model"]["name"] == "base"
+    assert parse(ReplayConfig, ["--like", "run", "--output_dir", "x"], "replay")[1].model_name_or_path.endswith(
+        "again/base"
+    )
+    elsewhere = {**run.manifest, "model": {**run.manifest["model"], "name": "/mnt/base"}}
+    assert conditions(run) == conditions(Run(run.path, elsewhere)), "runs of two machines can be compared"

@@ -24,7 +24,7 @@ from trace_bench.run import Run, RunError, Stage
 from trace_bench.tasks import load_tasks, rows_fingerprint, use_own_tasks
 from trace_bench.versions import package_versions
 from trace_tasks import data
-from trace_tasks.data.files import digest
+from trace_tasks.data.files import digest, write_json
 
 #: Fields of a task's config that decide prompts, answers and scores; its rows have a fingerprint of their own.
 _DECIDING = (
@@ -68,7 +68,7 @@ def verify(
 
 def check_base(run: Run) -> None:
     """Makes sure that a base model in a local folder has the files that the run began with."""
-    base, expected = models.resolve_model(run.manifest["model"]["name"]), run.manifest["model"].get("revision")
+    base, expected = models.base_of_run(run.manifest["model"]), run.manifest["model"].get("revision")
     if expected and Path(base).is_dir() and models.pinned_revision(base) != expected:
         raise RunError(
             f"{base} holds another base model than the run began with (its fingerprint is not {expected}). Restore it, "
@@ -89,6 +89,38 @@ def locate_data(run: Run, path: str | None = None) -> data.Data | None:
     rows = data.open_data(record["fingerprint"], source)
     rows.use()
     return rows
+
+
+def move_base(run: Run, folder: str) -> Run:
+    """Notes where the base model of a run is now: another folder with the same files.
+
+    Raises:
+        RunError: if they are others.
+    """
+    model = run.manifest["model"]
+    if folder == model["name"]:
+        return run
+    place = models.resolve_model(folder)
+    if not Path(place).is_dir() or models.pinned_revision(place) != model.get("revision"):
+        raise RunError(
+            f"{folder} is not the base model that {run.path} began with, {model['name']} (revision "
+            f"{model.get('revision')}): its files are others. Name the folder that has the files of then."
+        )
+    write_json(run.path / "manifest.json", {**run.manifest, "model": {**model, "path": place}})
+    return Run.open(run.path)
+
+
+def as_named_there(path: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest as asked for; a base model that was moved has the name that it has in the run at `path`."""
+    if not (Path(path) / "manifest.json").is_file():
+        return manifest
+    run, asked = Run.open(path), manifest["model"]
+    there = run.manifest["model"]
+    if asked["name"] == there["name"] or not Path(asked["path"]).is_dir() or asked["revision"] != there.get("revision"):
+        return manifest
+    move_base(run, asked["path"])
+    named = {key: there["name"] for key in ("model_name_or_path",) if key in manifest["config"]}
+    return {**manifest, "model": {**asked, "name": there["name"]}, "config": {**manifest["config"], **named}}
 
 
 def use_data(run: Run, path: str | None = None) -> None:

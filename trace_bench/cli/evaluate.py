@@ -76,7 +76,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
         "run of checkpoints takes further ones later, by themselves",
     )
     add("--drop", **LIST, metavar="NAME", help="take checkpoints and what was measured of them out of the run")
-    add("--model", help="the base model: hub id, local folder, or SmolLM2-135M-Instruct")
+    add("--model", help="the base model: hub id, folder, or SmolLM2-135M-Instruct; of any run: its folder by now")
     add("--chain", action="store_true", help="each adapter was trained on the base with those before it merged in")
     add("--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise")
     add("--tasks", **LIST, metavar="TASK", help="columns of the matrix: names, an order (default: order1), or none")
@@ -89,7 +89,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates the missing cells of a run, or of checkpoints from elsewhere."""
-    from trace_bench import evaluate
+    from trace_bench import checks, evaluate
 
     devices = evaluate.find_devices(names(args.devices) or ()) if args.devices else []
     engine_args, stages = json_object("--engine-args", args.engine_args), indices(args.stages)
@@ -103,8 +103,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"dropped {', '.join(dropped)}; the run has {len(left.stages) - 1} checkpoints")
         if not args.checkpoint:
             return 0
-    if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
+    if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if name != "model" and getattr(args, name)]):
         raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
+    if args.model and not args.checkpoint:
+        checks.move_base(Run.open(args.path), args.model)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
     asked = {"stages": stages, "cells": args.cells, "backend": args.backend, "engine_args": engine_args}

@@ -70,7 +70,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
     """
     stages, chain = list(stages), run.manifest.get("chain", False)
     name, revision = run.manifest["model"]["name"], run.manifest["model"].get("revision")
-    place = models.resolve_model(name)
+    place = models.base_of_run(run.manifest["model"])
     check_base(place, backend, trust_remote_code, revision)
     base = partial(architecture, place, revision, trust_remote_code)
     for stage in stages:
@@ -141,7 +141,7 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
         if stage.external is None or not (stage.external / "tokenizer_config.json").exists():
             continue
         try:
-            base = models.load_tokenizer(models.resolve_model(model["name"]), model.get("revision"), trust_remote_code)
+            base = models.load_tokenizer(models.base_of_run(model), model.get("revision"), trust_remote_code)
             own = models.load_tokenizer(stage.external, None, trust_remote_code)
         except Exception as e:  # nothing is measured with it, whatever is wrong with it
             log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
@@ -331,7 +331,7 @@ def another_base(adapter: dict[str, Any], model: dict[str, Any], trust_remote_co
     said = adapter.get("base_model_name_or_path")
     if not isinstance(said, str) or not said:
         return None
-    base = models.resolve_model(model["name"])
+    base = models.base_of_run(model)
     theirs, ours = Path(said), Path(base)
     if ours.is_dir() and os.path.isfile(theirs / "config.json") and any(theirs.glob("*.safetensors")):
         if theirs.resolve() == ours.resolve() or _same_model(theirs, ours, trust_remote_code):

@@ -7,7 +7,8 @@ A model is named as everywhere: a hub id or a local folder. One name is our own,
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,24 @@ def resolve_model(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or len(name) > 200:
         raise ModelError(f"The model {name[:200]!r} is neither a folder nor a hub id (OWNER/NAME).")
     return name
+
+
+def base_of_run(model: Mapping[str, Any]) -> str:
+    """`resolve_model` of the base model that a manifest names: a folder may be named from where the run began.
+
+    Args:
+        model: The entry of the manifest, whose path says where a folder is by now.
+    """
+    name, place = str(model["name"]), str(model.get("path") or "")
+    if not place.startswith("/") or name == QUICKSTART:
+        return resolve_model(name)
+    for folder in (place, name):
+        if os.path.isdir(os.path.expanduser(folder)):
+            return resolve_model(folder)
+    raise ModelError(
+        f"The base model of the run is not in {place}. Say where it is now: trace-bench evaluate RUN --model FOLDER; a "
+        "training takes it as --model_name_or_path FOLDER."
+    )
 
 
 def _dequantise(target: Path) -> None:

@@ -95,7 +95,7 @@ def external_run(
         manifest |= {"checkpoints": given} | renamed
         if file.exists() and "checkpoints" in Run.open(path).manifest:
             file.unlink()
-    run = Run.create(path, manifest)
+    run = Run.create(path, checks.as_named_there(path, manifest))
     if measured and (now != there or renamed.keys() - began.keys()):
         for name in given.keys() & there.keys():
             if given[name] != there[name]:

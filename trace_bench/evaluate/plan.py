@@ -96,7 +96,7 @@ class Plan:
 def base_of(run: Run) -> dict[str, Any]:
     """The arguments of functions that load something of a run's base model."""
     model = run.manifest["model"]
-    return {"model": models.resolve_model(model["name"]), "revision": model.get("revision")}
+    return {"model": models.base_of_run(model), "revision": model.get("revision")}
 
 
 def make_plan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from trace_bench.judgements import KINDS
@@ -19,8 +20,10 @@ _MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template"
 def conditions(run: Run) -> dict[str, Any]:
     """What the scores of the matrices of two runs have to share to be compared."""
     m = run.manifest
+    name, folder = m["model"]["name"], str(m["model"].get("path", "")).startswith("/")
     return {
-        "base model": m["model"]["name"],
+        # The same files in another folder, or on another machine, are the same model: they have the same revision.
+        "base model": Path(name).name if folder else name,
         "revision": m["model"].get("revision"),
         "tasks": sorted(m["tasks"]),
         "data": m["data"]["fingerprint"],

@@ -137,7 +137,7 @@ class CheckpointTrainer(GradientTrainer):
         """What a checkpoint within the stage has to share with an attempt that goes on from it."""
         before = self.previous.train_file
         return {
-            "run": fingerprint(self.run.path / "manifest.json"),
+            "run": self.run.identity,
             "stage before": fingerprint(before) if before.exists() else None,
             "processes": self.args.world_size,
         }

@@ -111,6 +111,9 @@ def _as_in(run: Run, known: Collection[str], config: type[CLConfig], method: str
     record, other = run.manifest["data"], run.manifest["method"]
     settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
     use_own_tasks(record)
+    model = run.manifest["model"]
+    if model["name"] != models.QUICKSTART and not os.path.isdir(model["name"]) and os.path.isdir(model.get("path", "")):
+        settings["model_name_or_path"] = model["path"]  # a folder that was moved, or named from elsewhere
     if other != method and config.replay_ratio is None:
         settings.pop("replay_choice", None)
         if ratio := settings.pop("replay_ratio", None):
@@ -176,6 +179,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
         with state.main_process_first():
+            manifest = checks.as_named_there(config.output_dir, manifest)
             run = replace(Run.create(config.output_dir, manifest, restart=True), rows=rows)
         if state.is_main_process and not all(stage.is_trained for stage in run.stages):
             check_writable(run.path)
