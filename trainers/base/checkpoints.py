@@ -82,7 +82,7 @@ class CheckpointTrainer(GradientTrainer):
                 f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before again "
                 "(delete its train.json), or restore the file."
             )
-        device = self.accelerator.device
+        device = self.config.device  # `stage_dataset` may ask, when there is no accelerator yet
         return {name: tensor if name in on_cpu else tensor.to(device) for name, tensor in load_file(file).items()}
 
     # ----------------------------------------------------------------------------------------------- within the stage
