@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
+import logging
+import math
 import time
 from collections.abc import Container, Mapping
 from contextlib import nullcontext
@@ -21,6 +25,8 @@ from trainers.base.sampler import LengthGrouped
 
 #: Files of a checkpoint within a stage: the trained parameters, the method's tensors, and what is written last.
 _TRAINED, _KEPT, _WHOLE = "trained.safetensors", "kept.safetensors", "whole.json"
+log = logging.getLogger(__name__)
+
 
 
 class CheckpointTrainer(GradientTrainer):
@@ -180,3 +186,30 @@ def sort_names(folder: Path, config: Any) -> None:
     file = folder / "adapter_config.json"
     names = {key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)}
     file.write_text(json.dumps({**read_json(file), **names}, indent=2, sort_keys=True), encoding="utf-8")
+def method_source(trainer: type) -> str | None:
+    """The fingerprint of a method's file; None where there is no file, as in a notebook."""
+    try:
+        file = Path(inspect.getfile(trainer))
+    except (OSError, TypeError):
+        return None
+    if file.parent == Path(__file__).parent:  # sequential training is all that is in this folder
+        return fingerprint(file.parent, [f.name for f in file.parent.glob("*.py")])
+    return fingerprint(file)
+
+
+def plain(value: Any) -> Any:
+    """What a method records, as JSON holds it: tensors and arrays as lists of numbers, NaN as null, others as texts.
+
+    The stage is trained when its record is written, and must not be lost for it.
+    """
+    if isinstance(value, Mapping):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+

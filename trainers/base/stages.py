@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import logging
 import os
 import re
@@ -44,6 +43,7 @@ from trace_tasks.data.files import check_writable, fingerprint, remove, write_js
 from trace_tasks.errors import with_neighbours
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
+from trainers.base.checkpoints import method_source, plain
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.trainer import CLTrainer
 from trainers.base.tuned import tuned_settings, tuned_words
@@ -326,12 +326,17 @@ class Loop:
         record = _summary(trainer, seconds) | {
             "seconds_around_steps": round(around, 3),
             "commit": source_commit(),
-            "method_source": _method_source(self.trainer),
+            "method_source": method_source(self.trainer),
             **records.origin(self.run, stage),
             "checkpoint": fingerprint(checkpoint),
         }
         if stage.method_state.is_dir():
             record["method_state"] = fingerprint(stage.method_state)
+        of_method = plain(trainer.record())
+        if taken := sorted(of_method.keys() & record.keys()):
+            said = "%s: record() has %s, which train.json has of its own: left out."
+            log.warning(said, stage.name, ", ".join(taken))
+        record = {**of_method, **record}
         write_json(stage.train_file, record)
         remove(stage.attempt)
         losses = [entry["loss"] for entry in record["losses"]]
@@ -350,7 +355,7 @@ class Loop:
         there = any((before.path / kind).is_dir() for kind in ("adapter", "model"))
         checks.verify(self.run, [before] if there else [], self.root)
         last = read_json(before.train_file) if before.train_file.exists() else {}
-        if last.get("method_source") not in (None, _method_source(self.trainer)):
+        if last.get("method_source") not in (None, method_source(self.trainer)):
             log.warning(
                 "The file of the method %s has changed since stage %s was trained: this run would mix two methods. For "
                 "a clean one begin again in another folder.",
@@ -424,5 +429,4 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
             if "loss" in entry
         ],
         **({"replayed": trainer.mixed_in} if trainer.mixed_in else {}),
-        **trainer.record(),
     }
