@@ -2,8 +2,10 @@
 
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import train
@@ -66,7 +68,7 @@ def test_the_defaults_are_the_published_ones(name):
     assert {key: getattr(config, key) for key in PUBLISHED[name]} == PUBLISHED[name]
 
 
-def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path):
+def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path, monkeypatch, caplog):
     options |= {"tasks": TASKS[:1], "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
     class Killed(AverageTrainer):
@@ -87,7 +89,9 @@ def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path):
             steps.append(self.state.global_step)
 
     Resumed.__module__ = AverageTrainer.__module__
+    monkeypatch.setattr(base.checkpoints, "method_source", lambda trainer: "another")
     run = train(options, Resumed)
+    assert "has changed since step 4 of stage 1_trace_fomc, which would mix two methods" in caplog.text
     assert len(steps) == 2, "it went on at step 4"
     a, b = (load_file(r.stages[1].method_state / "state.safetensors") for r in (whole, run))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -133,6 +137,62 @@ def test_a_row_whose_answer_was_cut_off_counts_for_nothing():
     losses = torch.tensor([1.0, 3.0, 5.0])
     assert trainer.weighted(losses, {"labels": labels}, "rows") == (2 + 5, 2)
     assert trainer.weighted(losses, {"labels": labels}, "tokens") == (9, 3)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_parameters_that_are_trained_and_would_not_be_saved_are_refused(options, full):
+    """They would be lost to the next stage, and the evaluation would measure another model."""
+
+    class Beside(base.CLTrainer):
+        def stage_model(self, stage):
+            model = super().stage_model(stage)
+            if full:
+                model.gate = torch.nn.Linear(2, 2)
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad or "norm" in name)
+            return model
+
+    class Saved(Beside):
+        def save_checkpoint(self):
+            return super().save_checkpoint()
+
+    full_options = {"use_peft": False, "learning_rate": 1e-3} if full else {}
+    options |= {"tasks": TASKS[:1], "max_steps": 1, **full_options}
+    lost = r"2 parameters .* such as gate.weight" if full else r"\d parameters .* such as base_model.*norm"
+    with pytest.raises(base.ConfigError, match=lost):
+        train(options, Beside)
+    train(options, Saved)  # a method that writes its own checkpoints
+
+
+def test_a_record_never_costs_a_trained_stage(options, caplog):
+    class Recorder(base.CLTrainer):
+        def record(self):
+            odd = {"total": torch.ones(2).sum(), "rows_of": {3: np.arange(2)}, "ratio": float("nan")}
+            return {**odd, "seen": {"b", "a"}, "where": Path("x"), "losses": [1.0], "task": "mine"}
+
+    run = train({**options, "tasks": TASKS[:1], "max_steps": 2}, Recorder)
+    found = read_json(run.stages[1].train_file)
+    kept = {key: found[key] for key in ("total", "rows_of", "ratio", "seen", "where", "task")}
+    assert kept == {
+        **{"total": 2.0, "rows_of": {"3": [0, 1]}, "ratio": None, "seen": ["a", "b"], "where": "x"},
+        **{"task": TASKS[0]},
+    }
+    assert len(found["losses"]) == 2 and "has losses, task, which" in caplog.text
+
+
+def test_a_method_reads_its_state_where_it_chooses_rows(options):
+    found = []
+
+    class Chooser(base.CLTrainer):
+        def stage_dataset(self, stage):
+            found.append(self.load_state())
+            return super().stage_dataset(stage)
+
+        def end_stage(self):
+            self.save_state({"rows": torch.tensor([self.stage.index])})
+
+    train({**options, "max_steps": 1}, Chooser)
+    assert found == [{}, {"rows": torch.tensor([1])}]
 
 
 # -------------------------------------------------------------------------------------------------------------- replay

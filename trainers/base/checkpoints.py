@@ -15,11 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
+from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from trace_bench.run import Run, RunError, Stage, read_json
 from trace_tasks.data.files import fingerprint, fresh_dir, remove, sync_files, write_json
+from trainers.base.config import ConfigError
 from trainers.base.gradients import GradientTrainer
 from trainers.base.sampler import LengthGrouped
 
@@ -52,6 +54,31 @@ class CheckpointTrainer(GradientTrainer):
         return self.run.stages[self.stage.index - 1]
 
     # ------------------------------------------------------------------------------------------------ after the stage
+
+    def check_saved(self) -> None:
+        """Refuses a model of which parameters are trained that `save_checkpoint` does not save; a method's own one may.
+
+        Raises:
+            ConfigError: naming one of them.
+        """
+        trains = self.run.manifest.get("trains")
+        if type(self).save_checkpoint is not CheckpointTrainer.save_checkpoint or trains not in ("lora", "full"):
+            return
+        if trains == "lora":
+            saved = {t.data_ptr() for t in get_peft_model_state_dict(self.model, save_embedding_layers=False).values()}
+            lost = [name for name, p in self.trained().items() if p.data_ptr() not in saved]
+        elif self.config.deepspeed_plugin is None:  # which makes shards of a model wherever it is made
+            with torch.device("meta"):
+                known = dict(type(self.model)(copy.deepcopy(self.model.config)).named_parameters())
+            lost = [name for name in self.trained() if name not in known]
+        else:
+            lost = []
+        if lost:
+            raise ConfigError(
+                f"{len(lost)} parameters are trained that the checkpoint of a stage does not hold, such as {lost[0]}: "
+                "the next stage and the evaluation would be without them. Freeze them; name modules that are trained "
+                "beside an adapter in lora_modules_to_save; or have the method's save_checkpoint write them."
+            )
 
     def save_checkpoint(self) -> Path:
         """Saves the stage's adapter or model, whole or not at all, and returns its folder."""

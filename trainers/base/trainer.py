@@ -57,6 +57,7 @@ class CLTrainer(CheckpointTrainer):
             self.data_collator = partial(with_columns, self.data_collator, self.columns)
         # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
         self.model_accepts_loss_kwargs = True
+        self.check_saved()
         self.add_callback(_Steps(self))
         follow(self)
 
