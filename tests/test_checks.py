@@ -417,6 +417,7 @@ BEGAN = {"task_definitions": {TASKS[0]: {"doc_to_text": "q"}}, "packages": {"tor
         ({"definition": "f00"}, {}, "definition of trace_"),
         ({}, {"packages": {"torch": "1.0"}}, "torch of the training"),
         ({}, {"commit": "f00"}, "commit"),
+        ({}, {"trained": "f00"}, "file of the method sequential"),
         ({}, {"config": {"dtype": "float16"}}, "dtype of the training"),
         ({}, {"config": {"bf16": True}}, "bf16 of the training"),
         ({}, {"config": {"chat_template": True, "chat_template_args": {"thinking": True}}}, "chat_template_args"),
@@ -426,6 +427,8 @@ BEGAN = {"task_definitions": {TASKS[0]: {"doc_to_text": "q"}}, "packages": {"tor
 def test_a_comparison_names_what_cells_and_runs_were_made_with(make, cells, manifest, message):
     def made(name, cells, manifest):
         run = make(name=name)
+        for stage in run.stages[1:]:
+            change(stage.train_file, method_source=manifest.get("trained", "e00"))
         change(run.path / "manifest.json", **{**BEGAN, **manifest})
         for file in run.path.glob("stages/*/eval/*.json"):
             change(file, **{"made_with": {"transformers": "5.0", "scoring code": "abc"}, "definition": "d", **cells})

@@ -195,15 +195,15 @@ class Results:
 
     @cached_property
     def versions(self) -> dict[str, dict[str, list[str]]]:
-        """What made the scores (a library, the scoring code, a task's definition) -> version -> stages of its cells.
-
-        Older cells do not say it.
-        """
+        """What made the scores (a library, scoring code, a task, a method) -> version, if known -> its stages."""
         found: dict[str, dict[str, list[str]]] = {}
+        file = f"file of the method {self.run.manifest['method']}"
+        made = [(index, {file: trained.get("method_source")}) for index, trained in self.training.items()]
         for (index, name), cell in sorted(self.cells.items()):
-            made = {**cell.get("made_with", {}), "commit": cell.get("commit")}
-            made[f"definition of {name}"] = cell.get("definition")
-            for key, value in made.items():
+            own = {"commit": cell.get("commit"), f"definition of {name}": cell.get("definition")}
+            made.append((index, {**cell.get("made_with", {}), **own}))
+        for index, versions in made:
+            for key, value in versions.items():
                 if value is not None:
                     stages = found.setdefault(key, {}).setdefault(str(value), [])
                     if self.run.stages[index].name not in stages:

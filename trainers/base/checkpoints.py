@@ -25,10 +25,10 @@ from trainers.base.config import ConfigError
 from trainers.base.gradients import GradientTrainer
 from trainers.base.sampler import LengthGrouped
 
-#: Files of a checkpoint within a stage: the trained parameters, the method's tensors, and what is written last.
-_TRAINED, _KEPT, _WHOLE = "trained.safetensors", "kept.safetensors", "whole.json"
 log = logging.getLogger(__name__)
 
+#: Files of a checkpoint within a stage: the trained parameters, the method's tensors, and what is written last.
+_TRAINED, _KEPT, _WHOLE = "trained.safetensors", "kept.safetensors", "whole.json"
 
 
 class CheckpointTrainer(GradientTrainer):
@@ -157,6 +157,7 @@ class CheckpointTrainer(GradientTrainer):
             sync_files(folder)
             whole = {
                 "of": self._origin(),
+                "method_source": method_source(type(self)),
                 "step": self.state.global_step,
                 "seconds": time.perf_counter() - self.started,
                 "losses": self.before["losses"] + self._total_loss_scalar + float(self._tr_loss),
@@ -190,6 +191,14 @@ class CheckpointTrainer(GradientTrainer):
                 if (folder / _KEPT).exists():
                     tensors = load_file(folder / _KEPT)
                     self.kept = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
+                if whole.get("method_source") not in (None, method_source(type(self))):
+                    log.warning(
+                        "The file of the method has changed since step %d of stage %s, which would mix two methods. "
+                        "For a clean one remove %s.",
+                        whole["step"],
+                        self.stage.name,
+                        self.stage.attempt,
+                    )
                 self.before = {name: whole[name] for name in self.before}
                 self.started -= whole["seconds"]
                 return str(folder)
@@ -199,20 +208,6 @@ class CheckpointTrainer(GradientTrainer):
         return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    return {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE}
-
-
-def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Writes tensors to a safetensors file."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
-
-
-def sort_names(folder: Path, config: Any) -> None:
-    """Sorts the names in the adapter_config.json of a folder that PEFT's `config` keeps in sets, in no fixed order."""
-    file = folder / "adapter_config.json"
-    names = {key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)}
-    file.write_text(json.dumps({**read_json(file), **names}, indent=2, sort_keys=True), encoding="utf-8")
 def method_source(trainer: type) -> str | None:
     """The fingerprint of a method's file; None where there is no file, as in a notebook."""
     try:
@@ -240,3 +235,17 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    return {p.name: p.stat().st_size for p in folder.iterdir() if p.name != _WHOLE}
+
+
+def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
+    """Writes tensors to a safetensors file."""
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+
+
+def sort_names(folder: Path, config: Any) -> None:
+    """Sorts the names in the adapter_config.json of a folder that PEFT's `config` keeps in sets, in no fixed order."""
+    file = folder / "adapter_config.json"
+    names = {key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)}
+    file.write_text(json.dumps({**read_json(file), **names}, indent=2, sort_keys=True), encoding="utf-8")

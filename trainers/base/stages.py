@@ -389,17 +389,6 @@ class Loop:
             print(printable(f"stage {stage.index}/{len(self.run.stages) - 1} {text}"), flush=True)
 
 
-def _method_source(trainer: type[CLTrainer]) -> str | None:
-    """The fingerprint of a method's file; None where there is no file, as in a notebook."""
-    try:
-        file = Path(inspect.getfile(trainer))
-    except (OSError, TypeError):
-        return None
-    if trainer is CLTrainer:  # sequential training is all that is in this folder
-        return fingerprint(file.parent, [f.name for f in file.parent.glob("*.py")])
-    return fingerprint(file)
-
-
 def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
     """What train.json says of the training itself."""
     assert isinstance(trainer.train_dataset, Dataset)
