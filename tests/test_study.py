@@ -107,6 +107,19 @@ def test_each_makes_a_run_of_every_combination(write, tmp_path):
     assert len(read_study(file, full=True)) == 2 * 2 * 3 + 1
 
 
+def test_a_run_of_a_method_of_a_file_is_named_after_the_method(write, tmp_path):
+    for folder in ("mine", "older"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "si.py").write_text('if __name__ == "__main__": main()')
+    runs = read_study(write({"m": {"method": {"each": ["ewc", "mine/si.py"]}}}))
+    assert {name: method for name, (method, _) in runs.items()} == {
+        "m-ewc": "ewc",
+        "m-si": str(tmp_path / "mine/si.py"),
+    }
+    with pytest.raises(StudyError, match="m-si: two runs have this name"):
+        read_study(write({"m": {"method": {"each": ["mine/si.py", "older/si.py"]}}}))
+
+
 def test_the_methods_are_the_files_that_can_be_run():
     assert {"sequential", "single", "joint", "icl"} <= packaged.methods().keys()
     assert not {"base", "__init__", "help", "memory"} & packaged.methods().keys()

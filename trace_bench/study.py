@@ -120,14 +120,16 @@ def _each(runs: dict[Any, Any], scale: str, where: str) -> Iterator[tuple[str, A
 
 def _choices(key: str, value: dict[str, Any], scale: str, where: str) -> list[tuple[str, str, Any]]:
     values = _at(scale, value["each"], f"{where}, each")
-    if isinstance(values, list) and all(isinstance(v, str | int | float) for v in values):
-        values = {v if isinstance(v, str) else f"{key}{v}": v for v in values}
-    if value.keys() != {"each"} or not isinstance(values, dict) or not values:
+    of_words = isinstance(values, list) and all(isinstance(v, str | int | float) for v in values)
+    if value.keys() != {"each"} or not (of_words or isinstance(values, dict)) or not values:
         raise StudyError(
             f"{where}: found {value!r:.60}; each takes a list of words or numbers, or a mapping of names to values, "
             "and nothing stands beside it."
         )
-    return [(str(part), key, v) for part, v in values.items()]
+    if isinstance(values, dict):
+        return [(str(part), key, v) for part, v in values.items()]
+    # The file of a method has the name of the method.
+    return [((Path(v).stem if v.endswith(".py") else v) if isinstance(v, str) else f"{key}{v}", key, v) for v in values]
 
 
 def _at(scale: str, value: Any, where: str) -> Any:
