@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from trace_bench import evaluate
 from trace_bench.cli import main
-from trace_bench.engine import averaging
+from trace_bench.engine import averaging, combining
 from trace_bench.engine.averaging import Merge, between, cut, mean, merge_adapters, merge_models
 from trace_bench.run import read_json
 from trace_tasks.data.files import digest
@@ -327,6 +327,8 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(adapters, full, 
     ]:
         (two / "adapter_config.json").write_text(json.dumps({**config, **changes}))
         assert words in said(one, two)
+    (two / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "eva"}))
+    assert combining.check([one, two], Merge("average")), "it leaves the weights of the base as they are"
     assert "two checkpoints or more" in said(one)
     assert "or two" in said(one, one, one, method="wise")
     assert "needs their base" in said(*full, method="ties")

@@ -45,9 +45,11 @@ UNMERGED = {"BEFT", "LILY"}
 _PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 #: Options of LoRA with which the adapter is more than a sum to weights: part of the input, other layers, a router.
 _NOT_A_SUM = ("alora_invocation_tokens", "layer_replication", "arrow_config")
-#: Starts of LoRA that change the base's weights (or need what was computed for it), and are the same at each load.
-#: Others are random, or need the data of the training: PEFT would put other weights below the adapter, or fail.
-_STARTS = (True, False, None, "gaussian", "orthogonal", "eva", "mica", "olora", "pissa")
+#: Starts of LoRA (`init_lora_weights`) that leave the weights of the base as they are: the adapter holds all.
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+#: Others that are the same at each load, such as those that take a part of the base into the adapter. The rest is random
+#: or needs the data of the training: PEFT would put other weights below the adapter, or fail.
+_SAME_STARTS = ("mica", "olora", "pissa")
 #: Options of LoRA that PEFT gets wrong where it joins the adapters of the single experts of older transformers.
 _NOT_FOR_JOINED_EXPERTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 #: The entries of a LoRA adapter that vLLM's LoRA requests serve, whatever they say; others have to be empty.
@@ -187,7 +189,7 @@ def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool
         if adapter.get(name):
             raise RunError(f"{folder} uses {name}, which no engine here serves as it was trained. {whole}.")
     start = adapter.get("init_lora_weights", True)
-    if kind == "LORA" and start not in _STARTS:
+    if kind == "LORA" and start not in (*PLAIN_STARTS, *_SAME_STARTS):
         raise RunError(
             f"{folder} began with init_lora_weights={start!r}, which changed the weights of the base model in a way "
             f"that loading the adapter does not repeat. {whole}; or save it as a plain LoRA (save_pretrained with "
@@ -310,8 +312,7 @@ def plain_lora_rank(checkpoint: Path) -> int | None:
     plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
     if not plain or any(value for key, value in config.items() if key not in _IN_REQUESTS):
         return None
-    # PiSSA and the like take a part of the base's weights into the adapter, which PEFT does again when it loads one.
-    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva"):
+    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
         return None
     pairs = re.compile(r"(?!.*(lm_head|embed_out|\.experts\.)).*\.lora_[AB]\.weight")
     if not all(pairs.fullmatch(key) for key in tensor_shapes(checkpoint)):

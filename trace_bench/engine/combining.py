@@ -12,7 +12,7 @@ from typing import Any
 from trace_bench.engine import models
 from trace_bench.engine.architecture import config_differences, tensor_shapes
 from trace_bench.engine.averaging import OF_VECTORS, Merge, merge_adapters, merge_models
-from trace_bench.engine.checkpoints import another_base
+from trace_bench.engine.checkpoints import PLAIN_STARTS, another_base
 from trace_bench.engine.hub import model_folder
 from trace_bench.engine.models import ModelError
 from trace_bench.run import RunError, read_json
@@ -26,8 +26,6 @@ _NOT_PLAIN = (
     *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
     *("alora_invocation_tokens", "arrow_config", "rank_pattern", "alpha_pattern", "use_bdlora"),
 )
-#: How the first A and B may be drawn; others take a part of the base's weights into the adapter.
-_PLAIN_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
 
 
 def combine(
@@ -119,7 +117,7 @@ def _check_adapters(adapters: Sequence[Path], model: str | None) -> None:
             )
         if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
             raise RunError(f"{folder}/adapter_config.json has no r or no lora_alpha, which are numbers. Copy it again.")
-        if config.get("init_lora_weights", True) not in _PLAIN_BEGINNINGS:
+        if config.get("init_lora_weights", True) not in PLAIN_STARTS:
             raise RunError(
                 f"{folder} began with init_lora_weights={config['init_lora_weights']}, which changes the base's "
                 "weights. Convert it to plain LoRA where it was trained (path_initial_model_for_weight_conversion)."
