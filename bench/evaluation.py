@@ -154,7 +154,10 @@ def _lm_eval(name: str, base: str, stage: Stage, names: list[str], stubs: Path, 
         return [*argv, "--model", "hf", "--model_args", arguments, "--device", "cpu", "--batch_size", "16"]
     merged = WORK / "evaluation" / "merged"
     shutil.rmtree(merged, ignore_errors=True)
-    models.load_merged(base, stage.checkpoint, dtype="auto").save_pretrained(merged)
+    model = models.load_model(base, None, dtype="auto")
+    if stage.checkpoint is not None:
+        model, _ = models.merge(model, stage.checkpoint)
+    model.save_pretrained(merged)
     for file in Path(base).glob("*token*"):
         shutil.copy(file, merged)
     arguments = f"pretrained={merged},max_model_len={CONTEXT},dtype=bfloat16"

@@ -331,6 +331,14 @@ def command_line(options: dict) -> list[str]:
     return args
 
 
+def load_merged(base, adapter: Path | None, below=(), **kwargs):
+    """The base model with an adapter merged into its weights."""
+    from trace_bench.engine import models
+
+    model = models.load_model(str(base), None, below=below, **kwargs)
+    return model if adapter is None else models.merge(model, adapter)[0]
+
+
 def stop_at(stage: int, trainer: type) -> type:
     """The same method, killed when a stage is trained but not saved."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_merged
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig
@@ -260,7 +261,7 @@ def test_adapters_of_single_experts_are_joined_but_where_their_scale_would_be_an
     ids = torch.arange(8)[None]
     with torch.no_grad():
         wanted = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
-        for load in (models.load_model, models.load_merged):
+        for load in (models.load_model, load_merged):
             assert torch.allclose(load(str(bases["mixtral"]), folder).eval()(ids).logits, wanted, atol=1e-4)
     assert checkpoints.plain_lora_rank(folder) is None
     reconfigure(folder, use_rslora=True)

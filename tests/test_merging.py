@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_merged
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -110,13 +111,13 @@ def test_a_tied_tensor_is_untied_before_one_of_its_uses_changes(target, tiny_mod
 def test_the_adapters_below_are_merged_in_their_order(tiny_model, checkpoints, tmp_path):
     """Of a chain: each adapter was trained on the model that those before it were merged into."""
     first = checkpoints["adapter"]
-    merged = models.load_merged(str(tiny_model), first, dtype=torch.float32)
+    merged = load_merged(str(tiny_model), first, dtype=torch.float32)
     second = get_peft_model(merged, LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))
     save_lively(second, tmp_path / "second", seed=3)
     ids = torch.randint(3, 250, (2, 20))
     with torch.no_grad():
         expected = second.eval()(ids).logits
-        for load in (models.load_model, models.load_merged):
+        for load in (models.load_model, load_merged):
             model = load(str(tiny_model), tmp_path / "second", below=[first], dtype=torch.float32)
             assert torch.allclose(model.eval()(ids).logits, expected, atol=1e-4)
             alone = load(str(tiny_model), tmp_path / "second", dtype=torch.float32)

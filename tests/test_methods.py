@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 import torch
 from architectures import make_base
-from conftest import SHARED, stop_at, train
+from conftest import SHARED, load_merged, stop_at, train
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from trace_bench import evaluate, report
-from trace_bench.engine import models
 from trace_bench.packaged import methods
 from trace_bench.run import Run, RunError, read_json
 from trace_tasks import data
@@ -939,7 +938,7 @@ def test_olora_adds_an_adapter_in_a_subspace_of_its_own_to_the_frozen_ones(optio
         def training_step(self, model, inputs, num_items_in_batch=None):
             if self.stage.index == 3 and not logits:
                 checkpoint = self.run.stages[2].checkpoint
-                before = models.load_merged(options["model_name_or_path"], checkpoint, dtype=torch.float32)
+                before = load_merged(options["model_name_or_path"], checkpoint, dtype=torch.float32)
                 with torch.no_grad():
                     logits.extend(self.answer_logits(m, inputs)[0] for m in (model, before))
             return super().training_step(model, inputs, num_items_in_batch)

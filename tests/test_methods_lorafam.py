@@ -4,13 +4,12 @@ import pytest
 import test_methods
 import torch
 from architectures import make_base
-from conftest import byte_tokenizer, train
+from conftest import byte_tokenizer, load_merged, train
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from test_methods import EXACT, LINEAR, as_method, method, same, small, unbuilt, weights
 from transformers import AutoTokenizer
 
-from trace_bench.engine import models
 from trace_bench.run import read_json
 from trainers import inclora, inflora
 from trainers.base import ConfigError
@@ -22,7 +21,7 @@ def saved(run) -> list[bytes]:
 
 def logits(base, checkpoint, rows) -> torch.Tensor:
     """What the evaluation would load, on token ids of equal length."""
-    model = models.load_merged(base, checkpoint, dtype=torch.float32)
+    model = load_merged(base, checkpoint, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.as_tensor(rows)).logits
 

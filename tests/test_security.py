@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import packed, train
+from conftest import load_merged, packed, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judge_server import Server
@@ -527,7 +527,7 @@ def test_a_checkpoint_in_pickles_is_refused(tmp_path, checkpoints, tiny_model, t
     with pytest.raises(ModelError, match="only safetensors are loaded"):
         evaluate(run)
     with pytest.raises(ModelError, match="only safetensors are loaded"):
-        models.load_merged(str(tiny_model), folder)
+        models.load_model(str(tiny_model), folder)
     with pytest.raises(RunError, match=r"no \.safetensors file"):
         external_run(
             tmp_path / "q", {"mine": str(folder)}, model=str(tiny_model), tasks=["trace_fomc"], settings=settings
@@ -535,7 +535,10 @@ def test_a_checkpoint_in_pickles_is_refused(tmp_path, checkpoints, tiny_model, t
     # Beside other weights PEFT would still take the pickle by its name.
     (folder / "other.safetensors").write_bytes(b"x")
     with pytest.raises((ModelError, OSError)):
-        models.load_merged(str(tiny_model), folder)
+        models.load_model(str(tiny_model), folder)
+    if kind == "adapter":
+        with pytest.raises((ModelError, OSError)):
+            load_merged(tiny_model, folder)
 
 
 def test_training_goes_on_from_safetensors_alone(options, run, touched):
@@ -569,7 +572,7 @@ def test_code_that_a_model_brings_is_not_run(tmp_path, options, tiny_model, touc
     for load in (
         lambda: train({**options, "model_name_or_path": name, "max_steps": 1, "train_rows": 8}),
         lambda: models.load_tokenizer(name),
-        lambda: models.load_merged(name, None),
+        lambda: models.load_model(name, None),
         lambda: models.open_tokenizer(name),
     ):
         try:

@@ -282,33 +282,11 @@ def load_model(
     merged into the base, one after the other, before this one was trained on it. All else goes to
     `AutoModelForCausalLM.from_pretrained`, such as dtype.
     """
-    model = _load_base(base, checkpoint, revision, below, **kwargs)
-    if _changes_layers(checkpoint):
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, str(checkpoint))
-    return model
-
-
-def load_merged(
-    base: str, checkpoint: Path | None, revision: str | None = None, *, below: Sequence[Path] = (), **kwargs: Any
-) -> Any:
-    """`load_model` with an adapter merged into the weights: always a transformers model."""
-    model = _load_base(base, checkpoint, revision, below, **kwargs)
-    return merge(model, checkpoint)[0] if checkpoint is not None and _changes_layers(checkpoint) else model
-
-
-def _changes_layers(checkpoint: Path | None) -> bool:
-    """Whether a checkpoint is an adapter that changes what the base's layers compute."""
-    return checkpoint is not None and is_adapter(checkpoint) and soft_prompt(checkpoint) is None
-
-
-def _load_base(base: str, checkpoint: Path | None, revision: str | None, below: Sequence[Path], **kwargs: Any) -> Any:
-    """A full checkpoint, or the base model with the adapters below merged into it."""
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    for folder in (*below, *([checkpoint] if checkpoint is not None else [])):
-        refuse_pickle(folder)
+    if checkpoint is not None:
+        refuse_pickle(checkpoint)
     # Without trust_remote_code=False transformers would ask at the terminal whether to run the code of a model.
     kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
     full = checkpoint if checkpoint is not None and not is_adapter(checkpoint) else None
@@ -327,7 +305,9 @@ def _load_base(base: str, checkpoint: Path | None, revision: str | None, below: 
         _set_untied(model)
     for adapter in below:
         model = merge(model, adapter)[0]
-    return model
+    if checkpoint is None or full or soft_prompt(checkpoint) is not None:
+        return model
+    return PeftModel.from_pretrained(model, str(checkpoint))
 
 
 def own_head(base: str | Path) -> ModelError:
@@ -358,6 +338,7 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
+    refuse_pickle(adapter)
     wrapped = PeftModel.from_pretrained(model, str(adapter))
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     if len({id(_inner(m).weight) for m in ends}) < len(ends) and any(
@@ -428,6 +409,6 @@ def save_merged(
 ) -> float:
     """Writes the model of an adapter as a full model (arguments as for `load_model`); what `merge` lost."""
     adapter, options = Path(checkpoint), {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    model, lost = merge(_load_base(base, adapter, revision, [Path(p) for p in below], **options), adapter)
+    model, lost = merge(load_model(base, None, revision, below=[Path(p) for p in below], **options), adapter)
     model.save_pretrained(folder)
     return lost
