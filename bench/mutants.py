@@ -45,7 +45,7 @@ FILES = (
     *("trace_tasks/reasoning.py", "trace_tasks/general.py", "trainers/*.py", "trainers/base/*.py"),
 )
 #: How the command line of a method looks, which is not what it computes.
-LEFT_OUT = ("trainers/help.py", "trainers/command.py")
+LEFT_OUT = ("trainers/help.py",)
 FOLDER = ROOT / "runs" / "bench" / "mutants"
 #: Tests do not end where they take so many times their CPU seconds, and so many more; or wait so many times as long.
 TIMES, MORE_SECONDS, WAIT = 5, 60, 5

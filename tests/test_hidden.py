@@ -22,8 +22,8 @@ from trace_bench.run import Run, RunError, read_json
 from trace_tasks.data.files import write_json
 from trace_tasks.errors import TraceError
 from trace_tasks.tokens import prompt_ids
-from trainers.base import relearn as module
-from trainers.base.relearn import RelearnTrainer, relearn
+from trainers import relearn as module
+from trainers.relearn import RelearnTrainer, relearn
 
 PLACE = "relearn/4_rows_2_steps"
 

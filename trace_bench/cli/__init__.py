@@ -84,8 +84,8 @@ def main(argv: list[str] | None = None) -> None:
 
 #: The commands that other packages have, and where; and one whose name is a word of Python.
 ELSEWHERE = {
-    **{"train": "trainers.command", "relearn": "trainers.relearn"},
-    **{"judge": "judges.commands.judge", "annotate": "judges.commands.annotate"},
+    **{name: f"trainers.commands.{name}" for name in ("train", "relearn")},
+    **{name: f"judges.commands.{name}" for name in ("judge", "annotate")},
     "import": "trace_bench.cli.import_",
 }
 

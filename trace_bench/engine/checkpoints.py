@@ -47,7 +47,7 @@ _PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern
 _NOT_A_SUM = ("alora_invocation_tokens", "layer_replication", "arrow_config")
 #: Starts of LoRA (`init_lora_weights`) that leave the weights of the base as they are: the adapter holds all.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-#: Others that are the same at each load, such as those that take a part of the base into the adapter. The rest is random
+#: Others that are the same at each load, though they may take a part of the base into the adapter. The rest is random,
 #: or needs the data of the training: PEFT would put other weights below the adapter, or fail.
 _SAME_STARTS = ("mica", "olora", "pissa")
 #: Options of LoRA that PEFT gets wrong where it joins the adapters of the single experts of older transformers.

@@ -1,0 +1,1 @@
+"""The commands `trace-bench train` and `trace-bench relearn`."""
