@@ -252,7 +252,8 @@ def test_a_stage_is_trained_on_what_the_model_before_writes(options, monkeypatch
     class Writer(base.CLTrainer):
         def stage_dataset(self, stage):
             if stage.index == 2:
-                answers.append(self.written("own", self.previous, TASKS[0], rows))
+                found = self.answers("own", self.previous, {TASKS[0]: [prompt for prompt, _ in rows]})
+                answers.append([answer.text for (answer,) in found[TASKS[0]]])
             return super().stage_dataset(stage)
 
     Writer.__module__ = base.CLTrainer.__module__
@@ -276,7 +277,7 @@ def test_a_stage_is_trained_on_what_the_model_before_writes(options, monkeypatch
 def test_an_engine_that_cannot_write_is_told_of_before_training(options, monkeypatch):
     class Writer(base.CLTrainer):
         def stage_dataset(self, stage):
-            self.written("own", self.previous, TASKS[0], [("a prompt", "")])
+            self.answers("own", self.previous, {TASKS[0]: ["a prompt"]})
             return super().stage_dataset(stage)
 
     monkeypatch.setattr(writing, "run_alone", lambda words: 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,6 @@ from trl import ModelConfig, get_peft_config
 
 from trace_bench import checks
 from trace_bench.engine import models
-from trace_bench.engine.swap import Answer
 from trace_bench.run import Run, RunError, Stage
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.tokens import Chat, example_ids
@@ -156,59 +154,7 @@ class CLTrainer(CheckpointTrainer):
         self.mixed_in = {task: len(part) for task, part in earlier.items()}
         return concatenate_datasets([rows, *earlier.values()])
 
-    def answers(
-        self,
-        name: str,
-        by: Stage,
-        prompts: Mapping[str, Sequence[str]],
-        *,
-        samples: int = 1,
-        sampling: dict[str, Any] | None = None,
-        rated: bool = False,
-        cut: bool = True,
-        most: int | None = None,
-        at: Stage | None = None,
-    ) -> dict[str, list[list[Answer]]]:
-        """What the model of a stage answers to prompts, as the evaluation of their tasks would have it.
-
-        For `stage_dataset`, where no model is on the GPU yet. It is done once: what is written is kept in the stage's
-        folder, and made again if the model, the prompts or the settings are others.
-
-        Args:
-            name: That of the files; one for each call within a stage.
-            by: The stage whose checkpoint answers; stage 0 is the base model.
-            prompts: By task, whose stops and lengths hold; texts as those of `task_texts`.
-            samples: Answers to each prompt.
-            sampling: Of the engine, such as {"temperature": 1.0}; None or a temperature of 0 = greedy.
-            rated: Whether the answers get their mean log-probability.
-            cut: Whether prompts are cut to `max_prompt_length`, as in the evaluation. If not, those that do not fit
-                into the engine's context have an empty, unfinished answer.
-            most: The most tokens of an answer, which only EOS then ends; None = as in the evaluation.
-            at: The stage in whose folder they are kept; None = this one.
-
-        Returns:
-            By task: for each prompt its answers, without the stop that ended them.
-        """
-        how = {
-            "samples": samples,
-            "sampling": sampling,
-            "rated": rated,
-            **({} if most is None else {"most": most, "stops": []}),
-        }
-        limit = self.config.max_prompt_length if cut else None
-        return writing.answers(self, name, by, prompts, at or self.stage, how, limit)
-
-    def written(
-        self,
-        name: str,
-        by: Stage,
-        task: str,
-        rows: list[tuple[str, str]],
-        sampling: dict[str, Any] | None = None,
-    ) -> list[str]:
-        """The text of one answer to each of the rows of a task, see `answers`; the rows' own are not read."""
-        found = self.answers(name, by, {task: [prompt for prompt, _ in rows]}, sampling=sampling)
-        return [answer.text for (answer,) in found[task]]
+    answers = writing.answers
 
     def trainable_model(self, checkpoint: Path | None) -> Any:
         """A model to train on from a checkpoint (None = the base model): its adapter, or all of its parameters."""

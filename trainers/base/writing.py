@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+
 from trace_bench import ending
 from trace_bench.engine.swap import Answer
 from trace_bench.run import RunError, Stage, read_json
@@ -36,35 +38,55 @@ def answers(
     name: str,
     by: Stage,
     prompts: Mapping[str, Sequence[str]],
-    at: Stage,
-    how: dict[str, Any],
-    limit: int | None,
+    *,
+    samples: int = 1,
+    sampling: dict[str, Any] | None = None,
+    rated: bool = False,
+    cut: bool = True,
+    most: int | None = None,
+    at: Stage | None = None,
 ) -> dict[str, list[list[Answer]]]:
-    """See `CLTrainer.answers`."""
-    from accelerate import PartialState
+    """What the model of a stage answers to prompts, as the evaluation of their tasks would have it.
 
-    state, engine = PartialState(), _engine(trainer, by)
-    jobs = [_job(trainer, task, texts, how, limit) for task, texts in prompts.items()]
-    made_from = [digest({**engine, **job}) for job in jobs]
-    files = [at.path / "written" / f"{name}_{task}.json" for task in prompts]
+    `CLTrainer.answers`, for `stage_dataset`, where no model is on the GPU yet. It is done once: what is written is kept
+    in the stage's folder, and made again if the model, the prompts or the settings are others.
+
+    Args:
+        trainer: Whose method it is.
+        name: That of the files; one for each call within a stage.
+        by: The stage whose checkpoint answers; stage 0 is the base model.
+        prompts: By task, whose stops and lengths hold; texts as those of `task_texts`.
+        samples: Answers to each prompt.
+        sampling: Of the engine, such as {"temperature": 1.0}; None or a temperature of 0 = greedy.
+        rated: Whether the answers get their mean log-probability.
+        cut: Whether prompts are cut to `max_prompt_length`. If not, an answer to one that does not fit is unfinished.
+        most: The most tokens of an answer, which only EOS then ends; None = as in the evaluation.
+        at: The stage in whose folder they are kept; None = the one in training.
+
+    Returns:
+        By task: for each prompt its answers, without the stop that ended them.
+    """
+    how: dict[str, Any] = {"samples": samples, "sampling": sampling, "rated": rated}
+    how |= {} if most is None else {"most": most, "stops": []}
+    engine, folder, jobs = _engine(trainer, by), (at or trainer.stage).path / "written", {}
+    for task, texts in prompts.items():
+        job = _job(trainer, task, texts, how, trainer.config.max_prompt_length if cut else None)
+        file = folder / f"{name}_{task}.json"
+        jobs[file] = {**job, "file": str(file), "made_from": digest({**engine, **job})}
     with others_wait():
-        if state.is_main_process:
-            missing = [
-                {**job, "file": str(file), "made_from": made}
-                for job, file, made in zip(jobs, files, made_from, strict=True)
-                if _made_from(file) != made
-            ]
-            asked = at.path / "written" / f".{name}.job.json"
+        if PartialState().is_main_process:
+            missing = [job for file, job in jobs.items() if _made_from(file) != job["made_from"]]
+            order = folder / f".{name}.job.json"
             if missing:
-                write_json(asked, {**engine, "jobs": missing})
-                if run_alone(["trainers.base.answering", str(asked)]):
+                write_json(order, {**engine, "jobs": missing})
+                if run_alone(["trainers.base.answering", str(order)]):
                     raise RunError(
                         f"{by.name} could not answer the {sum(len(job['prompts']) for job in missing)} prompts of "
                         f"{', '.join(prompts)} that stage {trainer.stage.name} is trained on, see above. What is done "
                         "is kept: run this again."
                     )
-            remove(asked)
-    read = [read_json(file, dict[str, Any])["answers"] for file in files]
+            remove(order)
+    read = [read_json(file, dict[str, Any])["answers"] for file in jobs]
     return {task: [[Answer(*a) for a in row] for row in rows] for task, rows in zip(prompts, read, strict=True)}
 
 
