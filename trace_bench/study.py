@@ -163,8 +163,8 @@ def run_study(
     Returns:
         Whether every run succeeded. One that fails does not stop the others.
     """
-    runs = read_study(file, full)
-    title = f"{Path(file).stem}-{'full' if full else 'small'}"
+    path = packaged.find("study", str(file), packaged.studies())
+    runs, title = read_study(path, full), f"{path.stem}-{'full' if full else 'small'}"
     folder = Path(output_dir or Path("runs") / title)
     chosen = _chosen(file, runs, only or ())
     start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench"]
@@ -190,7 +190,8 @@ def run_study(
                 failed[name] = f"its {step} ended with exit code {code}"
                 break
     if not dry_run:
-        head = f"# {title}\n\n{_question(file)}\n\n"
+        question = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        head = f"# {title}\n\n{question}\n\n"
         print(printable(_summary(head, folder, list(runs), failed)), end="")
     return not failed
 
@@ -207,12 +208,6 @@ def _chosen(file: str | Path, runs: Collection[str], only: Collection[str]) -> C
             + "".join(suggestion(name, runs) for name in unknown)
         )
     return chosen or runs
-
-
-def _question(file: str | Path) -> str:
-    """The first line of a study."""
-    path = packaged.find("study", str(file), packaged.studies())
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) -> str:

@@ -122,17 +122,15 @@ def _check_adapters(adapters: Sequence[Path], model: str | None) -> None:
                 f"{folder} began with init_lora_weights={config['init_lora_weights']}, which changes the base's "
                 "weights. Convert it to plain LoRA where it was trained (path_initial_model_for_weight_conversion)."
             )
-        base = {"name": model} if model else {"name": first.get("base_model_name_or_path") or "", **_revision(first)}
+        base = {"name": model or first.get("base_model_name_or_path") or ""}
+        if not model and first.get("revision"):
+            base["revision"] = first["revision"]
         if why := _another(config, base):
             raise RunError(
                 f"{folder} and {model or adapters[0]} have different base models: {why}. Task vectors of different "
                 "models have no sum."
             )
     _compare({folder: _products(folder) for folder in adapters})
-
-
-def _revision(config: dict[str, Any]) -> dict[str, Any]:
-    return {"revision": config["revision"]} if config.get("revision") else {}
 
 
 def _another(config: dict[str, Any], base: dict[str, Any]) -> str | None:

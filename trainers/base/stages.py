@@ -73,7 +73,7 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
 def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[Any]:
     """The config of the method and TRL's ModelConfig, from the command line and the files that it names."""
     argv = sys.argv[1:] if argv is None else argv
-    named = ("--config=", "--like=")  # these are read here, where they are two words
+    named = ("--config=", "--like=", "--tuned=")  # these are read here, where they are two words
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(named) else [word])]
     if argv.count("--config") > 1:
         raise ConfigError("--config is given more than once. Name one file; the other options win over it.")

@@ -45,9 +45,7 @@ def tuned_settings(name: str, method: str) -> dict[str, Any]:
 
 def _value(argv: list[str], option: str) -> str | None:
     """The last value of an option of a command line."""
-    given = [word for before, word in pairwise(argv) if before == option]
-    given += [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")]
-    return given[-1] if given else None
+    return next((word for word, before in pairwise(reversed(argv)) if before == option), None)
 
 
 def _read(file: str) -> Any:
