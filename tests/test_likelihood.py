@@ -214,7 +214,7 @@ if __name__ == "__main__":
     lm._known.clear()
     assert [tuple(ids) for ids in lm._answers([replace(w, reference=r) for w, r in zip(wants, references)])] == given
     examples = [(want.ids, reference) for want, reference in zip(wants, references)]
-    told = [len(lm._told[lm.adapter and lm.adapter.lora_int_id, example]) for example in examples]
+    told = [len(lm._told[lm.adapter, example]) for example in examples]
     with_told = lm._log_likelihoods(examples)
     lm._told.clear()
     read = lm._log_likelihoods(examples)

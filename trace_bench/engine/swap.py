@@ -190,15 +190,12 @@ class SwapLM:
         first, second = self._pairs[context, continuation]
         return first.tolist(), second.tolist()
 
-    def cut_prompts(self, texts: list[str], answer_tokens: int) -> int:
-        """How many prompts lost their beginning: longer than the run's limit, or than the context with the answer."""
-        limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
-        return sum(len(ids) > limit for ids in self._prompt_ids(texts, None))
-
     def counts(self, rows: Sequence[dict[str, Any]], answer_tokens: int) -> dict[str, int]:
         """How many of lm-eval's samples had a prompt that was cut, and an answer that ended at its limit."""
+        limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
+        prompts = self._prompt_ids([r["arguments"][0][0] for r in rows], None)
         return {
-            "n_cut": self.cut_prompts([r["arguments"][0][0] for r in rows], answer_tokens),
+            "n_cut": sum(len(ids) > limit for ids in prompts),
             # An answer of which only the first token counts always ends there.
             "n_unfinished": sum(
                 r["filtered_resps"][0] in self.unfinished and r["arguments"][0][1].get("max_gen_toks") != 1

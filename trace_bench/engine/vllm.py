@@ -51,9 +51,9 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         self.adapters = {path: _request(path, n) for n, path in enumerate(adapters, 1)}
         self.adapter: LoRARequest | None = None
         self._later: list[LoRARequest] = []
-        self._known: dict[tuple[int | None, Wanted], list[int]] = {}
+        self._known: dict[tuple[LoRARequest | None, Wanted], list[int]] = {}
         #: The log-probabilities of the first tokens of reference answers that the generated ones told.
-        self._told: dict[tuple[int | None, Example], list[float]] = {}
+        self._told: dict[tuple[LoRARequest | None, Example], list[float]] = {}
         #: Whether weights can be swapped; None = not known before the first swap.
         self.swaps: bool | None = None
         super().__init__(worker_extension_cls="trace_bench.engine.worker.SwapWorker", **kwargs)
@@ -75,7 +75,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 f"{checkpoint} is a soft prompt, for which vLLM has to be started with the engine argument "
                 "enable_prompt_embeds: true. Give it, or evaluate with --backend hf."
             )
-        former = _number(self.adapter)
+        former = self.adapter
         self.adapter = self.adapters.get(checkpoint) if checkpoint is not None and not below else None
         self._later = []
         self._known = {key: ids for key, ids in self._known.items() if key[0] != former}
@@ -204,12 +204,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
     def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
         asked = [self.adapter, *(self._later if self.adapter is not None else [])]
-        jobs = [
-            (adapter, want)
-            for adapter in asked
-            for want in dict.fromkeys(wanted)
-            if (_number(adapter), want) not in self._known
-        ]
+        new = dict.fromkeys((adapter, want) for adapter in asked for want in wanted)
+        jobs = [job for job in new if job not in self._known]
         # Long prompts first, and those with the same beginning together, for the cache.
         jobs.sort(key=lambda job: (-len(job[1].ids), job[1].ids))
         if jobs:
@@ -221,16 +217,16 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             )
             for (adapter, want), output in zip(jobs, outputs, strict=True):
                 ids = list(output.outputs[0].token_ids)
-                self._known[_number(adapter), want] = ids
+                self._known[adapter, want] = ids
                 if want.reference:
                     example = want.ids, want.reference
-                    self._told[_number(adapter), example] = _told(want.reference, output.outputs[0])
+                    self._told[adapter, example] = _told(want.reference, output.outputs[0])
                 if want.rated and adapter is self.adapter:
                     logprobs = [
                         known[token].logprob for token, known in zip(ids, output.outputs[0].logprobs, strict=True)
                     ]
                     self.ratings[want] = sum(logprobs) / len(logprobs)
-        answers = [self._known[_number(self.adapter), want] for want in wanted]
+        answers = [self._known[self.adapter, want] for want in wanted]
         if self.adapter is None:
             self._known.clear()
         return answers
@@ -281,7 +277,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
-        told = [self._told.get((_number(self.adapter), example), []) for example in examples]
+        told = [self._told.get((self.adapter, example), []) for example in examples]
         # Token by token, what was not told: vLLM gives no probabilities of prompts with adapters and soft prompts, and
         # a single token costs less so than a pass that gives probabilities of the end of the prompt too.
         apart = self.adapters or self.soft_prompt is not None
@@ -326,18 +322,9 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         tokens: dict[tuple[int, ...], set[int]] = {}
         for prompt, token in steps:
             tokens.setdefault(prompt, set()).add(token)
-        if not tokens:
-            return {}
         prompts = sorted(tokens)  # those with the same shots one after the other, for the cache
-        params = [
-            SamplingParams(temperature=0, max_tokens=1, detokenize=False, logprob_token_ids=sorted(tokens[prompt]))
-            for prompt in prompts
-        ]
-        outputs = self._model_generate([list(p) for p in prompts], generate=True, sampling_params=params)
-        return {
-            prompt: {token: p.logprob for token, p in output.outputs[0].logprobs[0].items()}
-            for prompt, output in zip(prompts, outputs, strict=True)
-        }
+        found = self.expected([Forced(prompt, (0,), (tuple(tokens[prompt]),)) for prompt in prompts])
+        return {prompt: here for prompt, (here,) in zip(prompts, found, strict=True)}
 
     def expected(self, forced: Sequence[Forced]) -> list[Expected]:
         """See `SwapLM`."""
@@ -347,7 +334,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 which: dict[str, Any] = {"logprobs": one.asked}
                 if isinstance(one.asked, tuple):
                     which = {"logprob_token_ids": sorted({token for n in part for token in one.asked[n]})}
-                if self.forces:
+                if self.forces and len(part) > 1:  # what is told of the first token is from before it
                     which["extra_args"] = {"forced": list(one.answer[part.start : part.stop])}
                 places.append(i)
                 prompts.append([*one.prompt, *one.answer[: part.start]])
@@ -417,10 +404,6 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 def _request(path: Path, n: int) -> LoRARequest:
     """An adapter under a name of its own: vLLM tells those of a batch apart by it, and all stages' folders have one."""
     return LoRARequest(f"{n}_{path.name}", n, str(path))
-
-
-def _number(adapter: LoRARequest | None) -> int | None:
-    return None if adapter is None else adapter.lora_int_id
 
 
 def _told(reference: tuple[int, ...], output: Any) -> list[float]:

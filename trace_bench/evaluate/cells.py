@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from trace_bench import checks
 from trace_bench.evaluate import distance
 from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
-from trace_bench.evaluate.likelihood import References, fill_cell, with_likelihood
+from trace_bench.evaluate.likelihood import fill_cell, reference_of, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
@@ -152,7 +153,7 @@ def _measured(
     if settings.get("given"):
         given = FirstTokens(lm, {task: tasks.single[task] for task in owners.values()}, settings["given"])
     read = {n: tasks.single[n] for n in batch if plan.likelihood and n in plan.run.tasks and has_likelihood(n)}
-    lm.given, lm.reference = given, References(lm, read, plan.max_answer) if read else None
+    lm.given, lm.reference = given, partial(reference_of, lm, read, plan.max_answer) if read else None
     results, seconds = run_tasks(
         lm,
         [tasks.single[name] for name in batch],

@@ -11,7 +11,6 @@ from typing import Any
 from trace_bench.records import given_cell
 from trace_bench.run import Run, RunError, Stage
 from trace_bench.tasks import target_text
-from trace_tasks.tokens import example_ids
 
 
 def given_settings(run: Run, tokens: int | None, matrix: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -41,12 +40,9 @@ def task_of(name: str, settings: dict[str, Any]) -> str:
 
 
 class FirstTokens:
-    """The first token ids of the reference of a row, as training has them behind the prompt.
+    """The first so many token ids of the reference of a row, as training has them behind the prompt.
 
-    Args:
-        lm: The engine, as a cell's settings need it.
-        tasks: lm-eval's tasks by name.
-        tokens: How many. A reference has to go on behind them, or the row counts as short and has none.
+    A reference has to go on behind them, or the row counts as short and has none.
     """
 
     def __init__(self, lm: Any, tasks: dict[str, Any], tokens: int) -> None:
@@ -56,13 +52,12 @@ class FirstTokens:
 
     def __call__(self, request: Any) -> tuple[int, ...]:
         """The tokens for a request of lm-eval's; none if its row is short."""
-        answer, lm = target_text(self.tasks[request.task_name], request.doc), self.lm
-        (example,) = example_ids(lm.tokenizer, [request.args[0]], [answer], lm.max_prompt_length, None, lm.chat)
-        reference = [token for token in example["labels"] if token != -100][:-1]  # without EOS
+        answer = target_text(self.tasks[request.task_name], request.doc)
+        reference = self.lm.reference_ids(request.args[0], answer, None)[:-1]  # without EOS
         if len(reference) <= self.tokens:
             return ()
         self.rows.add((request.task_name, request.doc_id))
-        return tuple(reference[: self.tokens])
+        return reference[: self.tokens]
 
     def kept(self, name: str, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """lm-eval's samples of a task without those of short rows, and its results for these."""

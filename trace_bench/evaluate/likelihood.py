@@ -59,23 +59,14 @@ def with_likelihood(
     }, rows
 
 
-class References:
+def reference_of(lm: Any, tasks: dict[str, Any], max_answer: int | None, request: Any) -> tuple[int, ...]:
     """The token ids of the reference answer to a request, for an engine that can tell its likelihood on the way.
 
-    Args:
-        lm: The engine, as a cell's settings need it.
-        tasks: lm-eval's tasks by name.
-        max_answer: References keep their first so many tokens; None = all.
+    None if its task is not among these, or its reference is no text. It keeps its first `max_answer` tokens.
     """
-
-    def __init__(self, lm: Any, tasks: dict[str, Any], max_answer: int | None) -> None:
-        self.lm, self.tasks, self.max_answer = lm, tasks, max_answer
-
-    def __call__(self, request: Any) -> tuple[int, ...]:
-        """The ids for a request of lm-eval's; none if its task has no likelihood, or its reference is no text."""
-        task = self.tasks.get(request.task_name)
-        answer = None if task is None else _answer(task, request.doc)
-        return () if answer is None else self.lm.reference_ids(request.args[0], answer, self.max_answer)
+    task = tasks.get(request.task_name)
+    answer = None if task is None else _answer(task, request.doc)
+    return () if answer is None else lm.reference_ids(request.args[0], answer, max_answer)
 
 
 def _answer(task: Any, doc: dict[str, Any]) -> str | None:

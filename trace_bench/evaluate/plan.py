@@ -133,7 +133,7 @@ def make_plan(
     records.check_stages(run, chosen)
     matrix = matrix_settings(config, engine_args)
     settings = dict.fromkeys(run.tasks, matrix) | given_settings(run, given, matrix)
-    settings |= _settings_of_judged(run, judged, config, engine_args, data_path)
+    settings |= _settings_of_judged(run, judged, config, matrix, data_path)
     settings |= suite_settings(suites, config, matrix)
     plan = Plan(
         *(run, config, engine_args, matrix, settings, _read_cells(run, settings)),
@@ -199,13 +199,13 @@ def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[s
 
 
 def _settings_of_judged(
-    run: Run, names: list[str], config: dict[str, Any], engine_args: dict[str, Any], data_path: str | None
+    run: Run, names: list[str], config: dict[str, Any], matrix: dict[str, Any], data_path: str | None
 ) -> dict[str, dict[str, Any]]:
     """The limits of the matrix do not hold for sets to be judged; a model with a chat template is asked in it."""
     if not names:
         return {}
     checks.locate_data(run, data_path)  # demo data has its own prompts
-    matrix, trusted = matrix_settings(config, engine_args), engine_args.get("trust_remote_code", False)
+    trusted = matrix["engine"].get("trust_remote_code", False)
     chat = models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template is not None
     arguments = config.get("chat_template_args") if chat else None
     shared = {
