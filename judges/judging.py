@@ -150,11 +150,10 @@ def plan(
             results of a different judge.
     """
     refuse_links(run.path, *WRITTEN)
-    indices = run.indices(stages)
-    wanted = [stage for stage in run.stages if stage.index in indices]
+    wanted = run.chosen(stages)
     check_stages(run, wanted)
     present = {(stage, suite): kind for stage in run.stages for kind in KINDS for suite in suites_of(stage, kind)}
-    names = sorted({suite for stage, suite in present if stage.index in indices})
+    names = sorted({suite for stage, suite in present if stage in wanted})
     chosen = names if suites is None else sorted(set(suites))
     if (missing := set(chosen) - set(names)) or not names:
         raise RunError(
@@ -165,7 +164,7 @@ def plan(
     kinds = {kind for (_, suite), kind in present.items() if suite in chosen}  # each has a table of its own
     for (stage, suite), kind in present.items():
         if kind in kinds:
-            _check_same_judge(stage, suite, judge, limit, stage.index in indices and suite in chosen)
+            _check_same_judge(stage, suite, judge, limit, stage in wanted and suite in chosen)
     jobs = []
     for stage in wanted:
         if not stage.is_trained:

@@ -382,7 +382,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(case, monkeypatch)
     assert evaluate.evaluate(case.run) == 0
     assert "2 stages" in status.status(case.run)
     costly = ["trace_bench.evaluate.filling.start_engine", "trace_bench.report.write.sections"]
-    costly += ["judges.judging.judge_jobs", "trainers.base.relearn._check_sources", "trainers.base.stages.Loop.train"]
+    costly += ["judges.judging.judge_jobs", "trainers.relearn._check_sources", "trainers.base.stages.Loop.train"]
     for work in costly:  # it is said before
         monkeypatch.setattr(work, lambda *a, **k: pytest.fail("time is spent"))
     for command in ("relearn", "evaluate", "report", "judge"):

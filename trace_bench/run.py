@@ -432,17 +432,16 @@ class Run:
         own = self.tasks.index(stage.task)
         return self.tasks[own if which == "own" else 0 : own + 1]
 
-    def indices(self, chosen: Iterable[int] | None) -> set[int]:
-        """The indices of chosen stages; None = all of them.
+    def chosen(self, indices: Iterable[int] | None) -> list[Stage]:
+        """The stages with these indices, in their order; None = all of them.
 
         Raises:
             RunError: if there is no such stage.
         """
-        every = set(range(len(self.stages)))
-        wanted = every if chosen is None else set(chosen)
-        if unknown := sorted(wanted - every):
+        wanted = set(range(len(self.stages)) if indices is None else indices)
+        if unknown := sorted(wanted - set(range(len(self.stages)))):
             raise RunError(f"There is no stage {unknown}: the run has 0 to {len(self.stages) - 1}.")
-        return wanted
+        return [stage for stage in self.stages if stage.index in wanted]
 
     def is_sequence(self) -> bool:
         """Whether row t is the model after task t, so that OP_t and BWT_t are defined."""

@@ -49,8 +49,7 @@ def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | 
             changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
-    wanted = run.indices(stages)
-    chosen = [stage for stage in run.stages if stage.index in wanted]
+    chosen = run.chosen(stages)
     for stage in chosen:
         if not stage.is_trained:
             log.warning("Stage %s is not trained yet and left out.", stage.name)

@@ -191,8 +191,7 @@ def _begun(path: Path) -> Run:
 
 
 def _plan(run: Run, stages: Iterable[int] | None, asked: dict[str, Any]) -> Plan:
-    wanted = run.indices(stages)
-    return make_plan(run, [s for s in run.stages if s.index in wanted and s.is_trained], **asked)
+    return make_plan(run, [stage for stage in run.chosen(stages) if stage.is_trained], **asked)
 
 
 def _signs(run: Run) -> set[tuple[Path, int]]:

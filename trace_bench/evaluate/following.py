@@ -58,10 +58,9 @@ class _Watch:
         if self.run is not None and self.run.identity not in run.identities:
             raise RunError(f"{self.path} has begun again with another configuration: begin to follow it again.")
         self.run = run
-        wanted = run.indices(self.wanted)
+        chosen = run.chosen(self.wanted)
         try:
             stale = records.stale(run)
-            chosen = [stage for stage in run.stages if stage.index in wanted]
             ready = [stage for stage in chosen if stage.is_trained and stage.index not in stale]
             # A checkpoint from elsewhere is not trained while it is followed, and takes long to read.
             self.ready = {stage: None if stage.external else stage.fingerprint() for stage in ready}

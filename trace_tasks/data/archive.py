@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import stat
 import tarfile
 import zipfile
 from functools import partial
 from pathlib import Path
 
-from trace_tasks.data.files import cache_dir, cached_dir
+from trace_tasks.data.files import cache_dir, cached_dir, sha256
 from trace_tasks.data.rows import MOST_ROWS
 from trace_tasks.errors import DataError, TraceError, advice
 from trace_tasks.limits import limited
@@ -28,8 +27,7 @@ def unpack(archive: Path) -> Path:
         DataError: if it is not a zip or tar archive, is damaged, has a member that would be written outside of its
             folder or is not an ordinary file (links, devices), or would unpack to more than `MOST_BYTES`.
     """
-    with archive.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()[:16]
+    digest = sha256(archive)[:16]
     unpack_into = partial(_unpack_zip if zipfile.is_zipfile(archive) else _unpack_tar, archive)
     try:
         with limited(*UNPACKING):

@@ -8,7 +8,6 @@ contradicting answers, overlaps of the splits, lengths, broken characters, rows 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from trace_tasks.answers import extract_answer, offered_labels
 from trace_tasks.data.demo import is_demo
+from trace_tasks.data.files import sha256
 from trace_tasks.data.names import CL_BENCHMARK, FOLDERS, REASONING, SPLITS, task_variant
 from trace_tasks.data.packs import FILES, is_cl_benchmark, read_file
 from trace_tasks.data.rows import folder_fingerprint, read_list, row_problem, rows_digest
@@ -325,7 +325,7 @@ def _facts(
 
     words = [i for i, answer in decisive.items() if not _DECIMAL.fullmatch(answer.strip())]
     broken = {i: (field, match) for i, row in rows.items() for field in row if (match := _MOJIBAKE.search(row[field]))}
-    digest = hashlib.sha256(split.file.read_bytes()).hexdigest()
+    digest = sha256(split.file)
     return {
         "sha256": digest,
         "official": official().get(digest[:16]),

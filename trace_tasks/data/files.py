@@ -250,7 +250,7 @@ def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
         made.mkdir()
         make(made)
         files = [p for p in sorted(made.rglob("*")) if p.is_file()]
-        record = {p.relative_to(made).as_posix(): [p.stat().st_size, _sha256(p)] for p in files}
+        record = {p.relative_to(made).as_posix(): [p.stat().st_size, sha256(p)] for p in files}
         sync_files(made)
         fd = open_own(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT)
         try:
@@ -289,13 +289,14 @@ def _is_whole(path: Path) -> bool:
 
 @cache
 def _sha256_once(path: Path, *state: int) -> str:
-    return _sha256(path)
+    return sha256(path)
 
 
 # ------------------------------------------------------------------------------------------------------ fingerprints
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """That of a file, in hex (64 digits)."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -321,5 +322,5 @@ def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     total = hashlib.sha256()
     for file in files:
         # As the file system has it: a name need not be UTF-8.
-        total.update(os.fsencode(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n"))
+        total.update(os.fsencode(f"{file.relative_to(path).as_posix()} {sha256(file)}\n"))
     return total.hexdigest()[:16]
