@@ -319,6 +319,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(adapters, full, 
     assert "different base models" in said(one, two)
     for changes, words in [
         ({"use_dora": True}, "use_dora"),
+        ({"of_a_later_peft": {"a": 1}}, "of_a_later_peft"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"bias": "all"}, "bias"),

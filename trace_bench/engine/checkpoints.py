@@ -52,12 +52,12 @@ PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 _SAME_STARTS = ("mica", "olora", "pissa")
 #: Options of LoRA that PEFT gets wrong where it joins the adapters of the single experts of older transformers.
 _NOT_FOR_JOINED_EXPERTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-#: The entries of a LoRA adapter that vLLM's LoRA requests serve, whatever they say; others have to be empty.
-_IN_REQUESTS = {
+#: The entries of a LoRA adapter with which it is its products B A, whatever they say; others have to be empty.
+_OF_PRODUCTS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "eva_config"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core"),
-    *("qalora_group_size", "loftq_config", "runtime_config", "ensure_weight_tying"),
+    *("qalora_group_size", "loftq_config", "corda_config", "lora_ga_config", "runtime_config", "ensure_weight_tying"),
 }
 #: The most steps of an iteration that an adapter_config.json may ask for, such as of an approximate inverse.
 MOST_STEPS = 1000
@@ -304,15 +304,19 @@ def _put_on(
     return as_in_files(lacking), as_in_files(sorted(loaded.unexpected_keys))
 
 
+def beyond_products(adapter: dict[str, Any]) -> list[str]:
+    """The entries with which a LoRA adapter is more than its products B A, or these have factors of their own."""
+    odd = [name for name, value in adapter.items() if value and name not in _OF_PRODUCTS]
+    return odd + ["bias"] * (adapter.get("bias", "none") != "none")
+
+
 def plain_lora_rank(checkpoint: Path) -> int | None:
     """The rank of an adapter that vLLM's LoRA requests serve as it was trained (LoRA, rsLoRA); None for any other."""
     if not models.is_adapter(checkpoint):
         return None
     config = models.adapter_config(checkpoint)
-    plain = config.get("peft_type") == "LORA" and config.get("bias", "none") == "none"
-    if not plain or any(value for key, value in config.items() if key not in _IN_REQUESTS):
-        return None
-    if config.get("init_lora_weights", True) not in PLAIN_STARTS:
+    plain_start = config.get("init_lora_weights", True) in PLAIN_STARTS
+    if config.get("peft_type") != "LORA" or beyond_products(config) or not plain_start:
         return None
     pairs = re.compile(r"(?!.*(lm_head|embed_out|\.experts\.)).*\.lora_[AB]\.weight")
     if not all(pairs.fullmatch(key) for key in tensor_shapes(checkpoint)):

@@ -12,7 +12,7 @@ from typing import Any
 from trace_bench.engine import models
 from trace_bench.engine.architecture import config_differences, tensor_shapes
 from trace_bench.engine.averaging import OF_VECTORS, Merge, merge_adapters, merge_models
-from trace_bench.engine.checkpoints import PLAIN_STARTS, another_base
+from trace_bench.engine.checkpoints import PLAIN_STARTS, another_base, beyond_products
 from trace_bench.engine.hub import model_folder
 from trace_bench.engine.models import ModelError
 from trace_bench.run import RunError, read_json
@@ -21,11 +21,6 @@ from trace_tasks.data.files import fingerprint, fresh_dir, write_json
 
 #: What the merged checkpoint was made from, in its folder.
 RECORD = "merged_from.json"
-#: Options of LoRA with which an adapter is more than the products B A, or its products have factors of their own.
-_NOT_PLAIN = (
-    *("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication"),
-    *("alora_invocation_tokens", "arrow_config", "rank_pattern", "alpha_pattern", "use_bdlora"),
-)
 
 
 def combine(
@@ -108,9 +103,10 @@ def _check_adapters(adapters: Sequence[Path], model: str | None) -> None:
     first = models.adapter_config(adapters[0])
     for folder in adapters:
         config = models.adapter_config(folder)
-        kind, odd = config.get("peft_type"), [name for name in _NOT_PLAIN if config.get(name)]
-        if kind != "LORA" or odd or config.get("bias", "none") != "none":
-            what = f"of the kind {kind}" if kind != "LORA" else f"with {odd[0] if odd else 'bias'}"
+        # Layers that hold their weights transposed have the same products.
+        kind, odd = config.get("peft_type"), [name for name in beyond_products(config) if name != "fan_in_fan_out"]
+        if kind != "LORA" or odd:
+            what = f"of the kind {kind}" if kind != "LORA" else f"with {odd[0]}"
             raise RunError(
                 f"{folder} is an adapter {what}: only plain LoRA is merged, whose weights are its products. Merge each "
                 "into its base (merge_and_unload, save_pretrained), and merge the full models."
