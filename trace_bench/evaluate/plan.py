@@ -152,8 +152,9 @@ def make_plan(
 def _add(plan: Plan, stage: Stage, wanted: Iterable[str], fill: bool) -> None:
     """Adds what is missing of a stage to the plan; with `fill` also the likelihoods of the cells that are there."""
     missing, sets = _missing(stage, wanted, plan.there), distance.missing(plan.run, stage, plan.distance)
-    there = [name for name in plan.run.tasks if name not in missing] if fill else []
-    lacking = [name for name in there if _lacks(plan.there.get((stage, name)), name)]
+    there = {name: plan.there[stage, name] for name in plan.run.tasks if (stage, name) in plan.there}
+    values = {name: cell["metrics"].get(LIKELIHOOD, {}).get("value") for name, cell in there.items()}
+    lacking = [n for n in values if fill and values[n] is None and n not in missing and has_likelihood(n)]
     parts = [(plan.todo, missing), (plan.fill, lacking), (plan.distances, sets)]
     number = sum(len(names) for _, names in parts)
     if number and stage.external is not None and not stage.external.is_dir():
@@ -170,12 +171,6 @@ def _add(plan: Plan, stage: Stage, wanted: Iterable[str], fill: bool) -> None:
 def has_likelihood(name: str) -> bool:
     """Whether the cells of a task get the likelihoods of its reference answers: answers to be judged have none."""
     return name not in data.JUDGED
-
-
-def _lacks(cell: dict[str, Any] | None, name: str) -> bool:
-    """Whether a cell is there and has no likelihood yet, though it can have one."""
-    metrics = {} if cell is None else cell["metrics"]
-    return cell is not None and has_likelihood(name) and metrics.get(LIKELIHOOD, {}).get("value") is None
 
 
 def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict[str, Any]:
