@@ -51,6 +51,8 @@ def options(folder: Path, dtype: str, **further: Any) -> tuple[Any, Any]:
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
     """Trains, evaluates the run, and answers with an adapter that is the same on both devices."""
+    import torch
+
     from trace_bench.engine import open_engine
     from trace_bench.evaluate import evaluate
     from trace_bench.run import read_json
@@ -67,6 +69,7 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
     lm.load(small_adapter(base, folder / "adapter-0", 1))
     return {
         "device": device(),
+        "gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6),  # it was used
         "losses": [entry["loss"] for record in records for entry in record["losses"]],
         "mean_loss": round(sum(r["mean_loss"] for r in records) / len(records), 4),
         "cells": cells,
