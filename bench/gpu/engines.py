@@ -13,7 +13,7 @@ from typing import Any
 from bench.gpu.shapes import MEDIUM, SMALL, comparison, equal_share, marks, prompts, small_adapter, small_model
 
 TITLE = "vLLM: LoRA requests and merged weights"
-LIMIT = 95
+LIMIT = 85
 ITEMS = {
     "float32, transformers": ("lm-eval", "vllm"),  # alone it says nothing
     "float32, LoRA requests": ("lm-eval", "vllm"),

@@ -41,7 +41,7 @@ from bench.gpu.shapes import (
 )
 
 TITLE = "LoRA at 7B"
-LIMIT = 135
+LIMIT = 140
 _PACKAGES = ("trl", "datasets", "lm-eval")
 #: Each of ours and the contender with the same checkpointing.
 OURS = ("ours, no checkpointing", "ours, as the config")

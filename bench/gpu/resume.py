@@ -20,7 +20,7 @@ from bench.gpu.shapes import comparison
 from bench.gpu.small import TOLERANCE, largest_difference, options
 
 TITLE = "a killed stage goes on"
-LIMIT = 65
+LIMIT = 60
 RUNS = ("undisturbed", "again", "killed")
 ITEMS = dict.fromkeys(RUNS, ("trl", "datasets", "lm-eval"))
 IMPORTS = ("trainers.base",)
