@@ -174,7 +174,7 @@ def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
     assert seen == {**alone, "share": True}
 
 
-FROM_ELSEWHERE = ["--test-rows=5", "--model=m", "--tasks=order2", "--max-prompt-length=64", "--max-new-tokens=2"]
+FROM_ELSEWHERE = ["--test-rows=5", "--tasks=order2", "--max-prompt-length=64", "--max-new-tokens=2"]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +186,7 @@ FROM_ELSEWHERE = ["--test-rows=5", "--model=m", "--tasks=order2", "--max-prompt-
         # A run has these in its manifest: an option that changes nothing must not be accepted.
         *(([given], f"{given.partition('=')[0]}: only with --checkpoint") for given in FROM_ELSEWHERE),
         (["--chat-template"], "--chat-template: only with --checkpoint"),
+        (["--model=m"], "m is not the base model that"),
     ],
     ids=str,
 )

@@ -203,7 +203,8 @@ def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
 def in_this_process(command, environment=None):
     """Runs `python -m MODULE ...` without the seconds that a new process takes to import torch; its exit code."""
     module, *arguments = command[2:]
-    sys.modules.pop(module, None)  # a program is never imported already
+    if "." in module:  # a program is never imported already, but for the package that its parts are in
+        sys.modules.pop(module, None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
         try:
