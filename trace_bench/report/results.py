@@ -21,7 +21,7 @@ from trace_bench.judgements import Judged
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.leaks import without_rows
 from trace_bench.report.rows import Cells, Choices, Rows, load_choices, load_rows
-from trace_bench.report.tables import Unit, shared_unit
+from trace_bench.report.tables import Unit, shade, shared_unit
 from trace_bench.run import Run, Stage, read_json, read_jsonl
 from trace_tasks.data import GROUPS, JUDGED, SUITES
 
@@ -32,14 +32,11 @@ T = TypeVar("T")
 
 
 def load_cells(run: Run) -> Cells:
-    """All that is measured: the cells of the matrix, general suites and sets to be judged.
-
-    Cells of an older checkpoint, and of a stage that is no longer trained, are left out.
-    """
+    """The cells of the matrix, general suites and sets to be judged, but for those of weights that are no more."""
     cells = {}
     for stage in run.stages:
         if not stage.is_trained:
-            continue  # what is there was made from weights that are no more
+            continue
         records.check_one_checkpoint(stage)
         records.check_origin(run, stage)
         trained = read_json(stage.train_file)["checkpoint"] if stage.train_file.exists() else None
@@ -68,10 +65,9 @@ def headline(cell: dict[str, Any]) -> float:
 
 
 def unit_of(metric: str, cells: Iterable[dict[str, Any]]) -> Unit:
-    """The unit of a metric, from all cells of a task that have it.
+    """The unit of a metric, from all cells of a task that have it: older cells do not say it.
 
-    Whether the scores of a task's own metric are fractions of 1 shows in their values: one cell in which they are not
-    is enough. Older cells do not say it: fractions of 1, of which more is better.
+    One cell whose scores are no fractions of 1 is enough.
     """
     cells = list(cells)
     scales = [c["scale"][metric] for c in cells if metric in c.get("scale", ())]
@@ -79,9 +75,8 @@ def unit_of(metric: str, cells: Iterable[dict[str, Any]]) -> Unit:
     return Unit(metric, next((s for s in scales if s != 1), 1), False not in better)
 
 
-@dataclass(frozen=True)
-class Form:
-    """What a task lost from its own stage to the last, in the official score and in the form-tolerant one."""
+class Form(NamedTuple):
+    """What a task lost from its own stage to the last."""
 
     task: str
     strict: Estimate
@@ -172,6 +167,12 @@ class Results:
         return {task: (cell["n_left_out"], cell["n_left_out"] + cell["n"]) for (_, task), cell in cells.items()}
 
     @cached_property
+    def shades(self) -> Matrix:
+        """Where each score of R lies between the worst (0) and the best one (1) of its task."""
+        columns = zip(self.run.tasks, self.R.T, strict=True)
+        return np.array([shade(scores, self.units[task].ends(scores)) for task, scores in columns]).T
+
+    @cached_property
     def rows(self) -> dict[str, Rows]:
         """The test rows of the tasks, suites and sets that have samples."""
         loaded = {name: load_rows(self.run, name, self.cells) for name in self.headlines}
@@ -238,7 +239,7 @@ class Results:
 
     @property
     def has_mean(self) -> bool:
-        """Whether the mean over all tasks stands for the run: of anything but checkpoints of unknown training."""
+        """Whether the mean over all tasks stands for the run, as it does not of checkpoints of unknown training."""
         return self.is_sequential or "checkpoints" not in self.run.manifest
 
     @property
@@ -254,9 +255,9 @@ class Results:
 
     @cached_property
     def last_stage(self) -> int:
-        """The last stage of which all seen tasks are evaluated; 0 if there is none."""
-        done = [t for t in range(1, self.R.shape[1] + 1) if not np.isnan(self.R[t, :t]).any()]
-        return max(done, default=0)
+        """The last stage of a sequence of which all seen tasks are evaluated; 0 if there is none."""
+        stages = range(1, len(self.run.stages)) if self.is_sequential else ()
+        return max((t for t in stages if not np.isnan(self.R[t, :t]).any()), default=0)
 
     # ------------------------------------------------------------------------------------------------ statistics
 
@@ -321,9 +322,8 @@ class Results:
     def sequence(self) -> dict[str, list[Estimate]]:
         """OP, BWT and Forgetting after each stage from 1 on, and in lists of one FWT and mean OP.
 
-        All are NaN if the tasks have different units. Of a metric of which lower is better OP is the mean of the
-        scores, and the others are made of gains: negative BWT and positive Forgetting mean forgotten with it, too.
-        Forgetting has no interval, since its maximum is biased: see `metrics.bootstrap_interval`.
+        NaN if the tasks have different units. OP is the mean of the scores, all others are made of gains. Forgetting
+        has no interval, since its maximum is biased: see `metrics.bootstrap_interval`.
         """
         R, gains, T = self.R, self.gains, len(self.run.tasks)
         if self.unit is None:
@@ -346,9 +346,9 @@ class Results:
 
     @cached_property
     def changes(self) -> dict[Change, Estimate]:
-        """What was gained: by suites since the base model, and by tasks since the base model and another stage.
+        """What was gained: by suites since the base model; by tasks since the base model and their own stage.
 
-        The other one is the task's own; of checkpoints of unknown training it is the one before.
+        Of checkpoints of unknown training: since the one before.
         """
         found: dict[Change, Estimate] = {}
         stages = range(len(self.run.stages))
@@ -389,10 +389,9 @@ class Results:
 
     @cached_property
     def marks(self) -> dict[Change, int]:
-        """1 or -1 for the changes that get an arrow.
+        """1 or -1 for the changes that get an arrow: certain together (Holm over all that is tested).
 
-        They are certain together (Holm over all that is tested): where nothing changed a report has an arrow in at most
-        one of twenty cases. None contradicts the interval that is shown, which is that of one change alone.
+        None contradicts the interval that is shown, which is that of one change alone.
         """
         p: dict[Change, float] = {}
         for (name, earlier), group in itertools.groupby(self.tested, key=lambda change: change[:2]):
@@ -414,7 +413,7 @@ class Results:
     @cached_property
     def forms(self) -> list[Form]:
         """Form against knowledge: for tasks of a sequence with a form-tolerant accuracy beside the official one."""
-        tolerant, last = self.matrix("accuracy_tolerant"), self.last_stage if self.is_sequential else 0
+        tolerant, last = self.matrix("accuracy_tolerant"), self.last_stage
         found = []
         for i, task in enumerate(self.run.tasks[: max(0, last - 1)]):
             strict, knowledge = (float(R[i + 1, i] - R[last, i]) for R in (self.R, tolerant))
@@ -435,14 +434,14 @@ class Results:
 
         A stage that lacks one of them has no delta: a mean over other suites is another number.
         """
-        scores = [
+        base, *stages = (
             {s: headline(self.cells[stage.index, s]) for s in GROUPS["general"] if (stage.index, s) in self.cells}
             for stage in self.run.stages
-        ]
+        )
         found = {}
-        for i, after in enumerate(scores):
-            if i and after and after.keys() == scores[0].keys():
-                value = metrics.general_ability_delta(scores[0], after)
+        for i, after in enumerate(stages, 1):
+            if after and after.keys() == base.keys():
+                value = metrics.general_ability_delta(base, after)
                 changes = [self.changes.get(Change(suite, 0, i), UNKNOWN) for suite in after]
                 if not math.isnan(value):
                     found[i] = Estimate(value, *metrics.mean_of(changes)[1:])

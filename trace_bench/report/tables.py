@@ -50,8 +50,7 @@ def length(characters: float | None, empty: float | None) -> str:
 class Unit:
     """What a metric's scores are measured in, and which way they get better.
 
-    Fractions of 1 are shown in percent, other scores as the metric gives them. A change is shown as a gain, `sign`
-    times the difference: + and ↑ are better. So where lower is better a rise of errors is negative, as forgetting is.
+    Fractions of 1 are shown in percent, others as the metric gives them; a change as a gain, `sign` times it.
     """
 
     metric: str = ""
@@ -97,9 +96,9 @@ class Unit:
         form = "#.3g" if abs(value) < 99.95 else ".1f" if abs(value) < 1e6 else ".3e"
         return format(value, f"{'+' if sign else ''}{form}")
 
-    def text(self, score: float, sign: bool = False) -> str:
+    def text(self, score: float | None, sign: bool = False) -> str:
         """A score, or a difference of scores."""
-        return self.shown(self.factor * score, sign)
+        return DASH if score is None else self.shown(self.factor * score, sign)
 
     def with_interval(self, estimate: Estimate, sign: bool = False) -> str:
         """A score or a difference with its interval in brackets, if there is one."""
@@ -112,10 +111,9 @@ class Unit:
         """Worst and best score, between which colours go: of the scale, or where it is not known of these scores."""
         known = np.asarray(scores, dtype=np.float64)
         known = known[~np.isnan(known)]
-        if self.scale is not None:
-            low, high = 0.0, float(self.scale)
-        else:
-            low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+        low, high = 0.0, 1.0 if self.scale is None else float(self.scale)
+        if self.scale is None and known.size:
+            low, high = float(known.min()), float(known.max())
         return (low, high) if self.higher_is_better else (high, low)
 
 
@@ -130,8 +128,8 @@ def shared_unit(units: Iterable[Unit]) -> Unit | None:
     return next(iter(found.values()), PERCENT) if len(found) <= 1 else None
 
 
-def shade(score: float, ends: tuple[float, float]) -> float:
-    """Where a score lies between the worst (0) and the best (1)."""
+def shade(score: Any, ends: tuple[float, float]) -> Any:
+    """Where a score, or each of an array, lies between the worst (0) and the best (1)."""
     worst, best = ends
     return (score - worst) / ((best - worst) or 1)
 
