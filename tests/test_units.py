@@ -15,7 +15,8 @@ from test_comparison import compared, differences
 from trace_bench import evaluate
 from trace_bench.metrics import difference_interval, standard_error
 from trace_bench.report import Results, compare, write_comparison, write_report
-from trace_bench.report.figures import pictures
+from trace_bench.report.drawing import draw
+from trace_bench.report.figures import OF_A_RUN
 from trace_bench.report.samples import embed, read_answers
 from trace_bench.report.tables import DASH, Unit, shade, shared_unit
 from trace_bench.run import read_json, read_jsonl
@@ -200,7 +201,7 @@ def test_a_report_of_mixed_units_says_why_there_is_no_mean(make):
     assert learning["t1"] == ["bleu", "20.0", "45.0", "30.0", "+25.0", "-15.0", "+10.0"]
     assert learning["t2"][-1] == "+30.0"
     assert page.count("the tasks have different units") == 3, "OP, BWT and Forgetting"
-    drawn = {picture.name: picture for picture in pictures(Results(run))}
+    drawn = {picture.name: picture for picture in draw(OF_A_RUN, Results(run))}
     assert "sequence" not in drawn and {"matrix", "tasks"} <= drawn.keys()
     svg = drawn["tasks"].svg
     assert all(f">{name}</text>" in svg for name in ("percent", "bleu", "mae, lower is better"))

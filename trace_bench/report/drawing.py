@@ -12,9 +12,8 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -32,12 +31,12 @@ MOST_NAMES = 12
 INK, MUTED, RULE = "#1c2024", "#5f6873", "#d3d8de"
 BLUE, ORANGE, GREEN, PURPLE, YELLOW, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 GREY = "#9aa3ad"
-ON_BLUE, ON_LIGHT = "#fffffe", "#10151b"  # numbers on bars
+ON_BAR = {BLUE: "#fffffe", ORANGE: "#10151b", GREY: "#10151b"}  # numbers
 SERIES = [(BLUE, "o"), (ORANGE, "s"), (GREEN, "^"), (PURPLE, "D"), (YELLOW, "v"), (SKY, "P"), (GREY, "X")]
 #: Colour -> the name of the variable of the page that replaces it there, for dark and light.
 COLOURS = {
     **{INK: "ink", MUTED: "muted", RULE: "rule", BLUE: "blue", ORANGE: "orange", GREEN: "green", PURPLE: "purple"},
-    **{YELLOW: "yellow", SKY: "sky", GREY: "grey", ON_BLUE: "on-blue"},
+    **{YELLOW: "yellow", SKY: "sky", GREY: "grey", ON_BAR[BLUE]: "on-blue"},
 }
 WIDTH = 10.0  # inches
 _STYLE = Path(__file__).parent / "figures.mplstyle"
@@ -48,12 +47,10 @@ _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 Drawing = Callable[[Any], "tuple[Figure, str] | None"]
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A drawn figure."""
 
     name: str
-    """The stem of its files."""
     caption: str
     svg: str
     png: bytes
@@ -71,8 +68,7 @@ def draw(drawings: Mapping[str, Drawing], of: Any) -> list[Picture]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(matplotlib.rc_params_from_file(_STYLE, use_default_template=False))
         for name, drawing in drawings.items():
-            made = drawing(of)
-            if made is not None:
+            if made := drawing(of):
                 figure, caption = made
                 drawn.append(Picture(name, caption, _svg(figure), _png(figure), _cut(figure)))
     return drawn
@@ -123,10 +119,7 @@ def axes_of(
 
 
 def panels(units: Sequence[Unit], stages: Sequence[Stage]) -> tuple[Figure, list[Axes]]:
-    """A figure with a small panel for each unit, four in a row, scores over stages.
-
-    Where all are percent they share an axis, and both halves of the figure have its numbers; else all name their unit.
-    """
+    """A small panel for each unit, four in a row, scores over stages; units that are not all percent are named."""
     count, shared = len(units), all(unit.is_percent for unit in units)
     columns = min(4, count)
     rows = math.ceil(count / columns)
@@ -172,6 +165,12 @@ def number_stages(stages: Sequence[Stage], *panels: Axes) -> None:
         panel.set_xticks(ticks, map(str, ticks), fontsize=8.0)
         panel.set_xlim(stages[0].index - 0.5, stages[-1].index + 0.5)
         panel.set_xlabel("stage")
+
+
+def grid_across(axes: Axes) -> None:
+    """Lines from top to bottom alone."""
+    axes.grid(True, axis="x")
+    axes.grid(False, axis="y")
 
 
 def line(

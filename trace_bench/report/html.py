@@ -10,8 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader
 from markdown_it import MarkdownIt
 from markupsafe import Markup, escape
 
-from trace_bench.report.drawing import COLOURS, Picture
+from trace_bench.report.drawing import COLOURS, Drawing, Picture, draw
 from trace_bench.report.tables import DASH, Table, shade
 from trace_bench.text import markdown_text
 from trace_tasks.data.files import write_bytes, write_text
@@ -37,12 +36,9 @@ def sha256(text: str) -> str:
 
 
 def document(**parts: Any) -> str:
-    """Fills in page.html.
+    """Fills in page.html: `title`, `head` and `foot` as texts or Markup, and `parts` (id -> blocks).
 
-    Args:
-        **parts: `title`, `head` and `foot` as texts or Markup, `parts` (id -> blocks), and if the page has them
-            `tiles`, `menu` (id -> name), `wide`, `sortable` if a table of it is, and `data`, the JSON for its script;
-            without the last two there is no script.
+    If the page has them: `tiles`, `menu` (id -> name), `wide`, `sortable` tables, and `data`, the JSON for its script.
     """
     page = Environment(loader=FileSystemLoader(_HERE), autoescape=True, keep_trailing_newline=True)
     page.filters["sha256"] = sha256
@@ -95,8 +91,7 @@ class Row(NamedTuple):
     apart: bool = False
 
 
-@dataclass(frozen=True)
-class TableView:
+class TableView(NamedTuple):
     """A table as the page shows it."""
 
     header: list[Cell]
@@ -122,7 +117,7 @@ def table_view(
     most: int | None = None,
     sortable: bool = False,
 ) -> TableView | Markup:
-    """A table for the page, or if it is too large a sentence that says where it is: `elsewhere`.
+    """A table for the page, or if it has more cells than `most` a sentence that says where it is: `elsewhere`.
 
     Args:
         table: The table.
@@ -130,7 +125,7 @@ def table_view(
         heat: If its numbers are coloured, the worst and the best one of each column but the first (`Unit.ends`), or
             None for a column without colours.
         elsewhere: Files that have all tables.
-        most: How many cells are not too large; None = `TABLE_CELLS`.
+        most: None = `TABLE_CELLS`.
         sortable: Whether a click on a head sorts its rows.
     """
     if len(table.rows) * len(table.header) > (most or TABLE_CELLS):
@@ -173,19 +168,18 @@ def _cell(text: str, of_text: bool) -> Cell:
 def _heat_cell(text: str, ends: tuple[float, float] | None) -> Cell:
     """A cell whose number has a colour, if it is one number."""
     number = re.fullmatch(r"(-?\d+\.\d+(?:e[+-]\d+)?)( [↓↑])?", text)
-    return Cell(_inline(text), heat(float(number[1]), ends) if ends is not None and number else "none")
+    return Cell(_inline(text), heat(shade(float(number[1]), ends)) if ends is not None and number else "none")
 
 
-def heat(score: float, ends: tuple[float, float]) -> str:
-    """The class of the colour of a score between the worst and the best one."""
-    return f"q{min(20, max(0, round(20 * shade(score, ends))))}"
+def heat(shade: float) -> str:
+    """The class of the colour of a score between the worst (0) and the best one (1)."""
+    return f"q{min(20, max(0, round(20 * shade)))}"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
-@dataclass(frozen=True)
-class FigureView:
+class FigureView(NamedTuple):
     """A figure as the page shows it."""
 
     name: str
@@ -197,28 +191,27 @@ class FigureView:
     """The id that the halves are cut from."""
 
 
-def write_pictures(folder: Path, drawn: Collection[Picture], names: Iterable[str]) -> dict[str, FigureView]:
+def write_figures(folder: Path, drawings: Mapping[str, Drawing], of: Any) -> dict[str, FigureView]:
     """Writes figures as SVG and PNG, and removes those of an earlier report for which there is nothing to draw now.
 
-    `names` are those of all that there may be. Returns name -> the figure for the page.
+    Returns name -> the figure for the page.
     """
+    drawn = draw(drawings, of)
+    for name in drawings.keys() - {picture.name for picture in drawn}:
+        for kind in ("svg", "png"):
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    found = {}
     for picture in drawn:
         write_text(folder / f"{picture.name}.svg", picture.svg)
         write_bytes(folder / f"{picture.name}.png", picture.png)
-    for name in set(names) - {picture.name for picture in drawn}:
-        for kind in ("svg", "png"):
-            (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    return {picture.name: _figure_view(picture) for picture in drawn}
-
-
-def _figure_view(picture: Picture) -> FigureView:
-    root = _inline_svg(picture)
-    _, _, width, height = map(float, root.attrib["viewBox"].split())
-    parts = [(0.0, picture.cut), (picture.cut, width - picture.cut)] if picture.cut is not None else []
-    halves = [f"{x:g} 0 {wide:g} {height:g}" for x, wide in parts]
-    drawing = next(child.attrib["id"] for child in root if child.tag == "g")
-    svg = Markup(ElementTree.tostring(root, encoding="unicode"))
-    return FigureView(picture.name, picture.caption, svg, halves, drawing)
+        root = _inline_svg(picture)
+        _, _, width, height = map(float, root.attrib["viewBox"].split())
+        parts = [(0.0, picture.cut), (picture.cut, width - picture.cut)] if picture.cut is not None else []
+        halves = [f"{x:g} 0 {wide:g} {height:g}" for x, wide in parts]
+        drawing = next(child.attrib["id"] for child in root if child.tag == "g")
+        svg = Markup(ElementTree.tostring(root, encoding="unicode"))
+        found[picture.name] = FigureView(picture.name, picture.caption, svg, halves, drawing)
+    return found
 
 
 def _inline_svg(picture: Picture) -> ElementTree.Element:

@@ -21,7 +21,7 @@ from trace_bench import judgements
 from trace_bench.metrics import Estimate
 from trace_bench.report import html, samples
 from trace_bench.report.comparison import Comparison
-from trace_bench.report.figures import NAMES, RUNS_NAMES, pictures, pictures_of_runs
+from trace_bench.report.figures import OF_A_RUN, OF_RUNS
 from trace_bench.report.record import scores_csv
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, arrow, stage_label
@@ -57,7 +57,7 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 def write_page(results: Results, blocks: dict[str, list[Block]], *, anew: bool = True) -> None:
     """Writes report.html and figures/ of a run, with the texts and tables that `sections.sections` makes.
 
-    Drawing takes longer than all else. With `anew=False` a page stays that was made of the same by this program.
+    With `anew=False` a page stays that was made of the same by this program: drawing takes longer than all else.
     """
     folder = results.run.path
     answers = samples.read_answers(results)
@@ -67,7 +67,7 @@ def write_page(results: Results, blocks: dict[str, list[Block]], *, anew: bool =
     made_of = digest(repr((_program(), blocks, numbers, embedded and embedded.json)))
     if not anew and _is_there(folder, made_of):
         return
-    figures = html.write_pictures(folder / "figures", pictures(results), NAMES)
+    figures = html.write_figures(folder / "figures", OF_A_RUN, results)
     blocks = blocks | {"lengths": samples.lengths(results, answers)}
     parts = {key: _part(results, key, blocks.get(key, []), figures) for key in _PARTS}
     parts["samples"] = [embedded] if embedded else []
@@ -127,17 +127,14 @@ def _views(blocks: Iterable[Block], demote: int = 0) -> list[Any]:
 
 def _matrix(results: Results, table: Block) -> html.TableView:
     """The scores with colours; the intervals are shown where one points at a score."""
-    run = results.run
-    units = [results.units[task] for task in run.tasks]
-    ends = [unit.ends(results.R[:, i]) for i, unit in enumerate(units)]
-    rows = []
+    run, rows = results.run, []
     for stage in run.stages:
         cells = []
-        for i, (task, unit) in enumerate(zip(run.tasks, units, strict=True)):
-            value, low, high = results.cell(stage.index, i)
+        for i, task in enumerate(run.tasks):
+            unit, (value, low, high) = results.units[task], results.cell(stage.index, i)
             own = " own" if stage.task == task else ""
             title = "" if np.isnan(low) else f"95 % interval {unit.text(low)} to {unit.text(high)}"
-            colour = "none" if np.isnan(value) else html.heat(value, ends[i])
+            colour = "none" if np.isnan(value) else html.heat(results.shades[stage.index, i])
             text = unit.text(value) + arrow(results.matrix_mark(stage.index, i))
             cells.append(html.Cell(text, colour + own, title))
         rows.append(html.Row(f"{stage.index} {stage_label(stage)}", cells))
@@ -156,23 +153,19 @@ def _tiles(results: Results) -> Iterable[dict[str, Any]]:
     last, unit = results.run.stages[-1], results.unit
     if results.is_sequential:
         t = results.last_stage or len(results.run.tasks)
-        for name, text, sign in (
-            ("OP", "mean of the tasks seen", False),
-            ("BWT", "change since the own stage", True),
-            ("Forgetting", "drop from the best stage", False),
-        ):
-            yield _tile(name, text, results.sequence[name][t - 1], sign, unit, str(t))
+        op, bwt, forgetting = (results.sequence[name][t - 1] for name in ("OP", "BWT", "Forgetting"))
+        yield _tile("OP", "mean of the tasks seen", op, False, unit, str(t))
+        yield _tile("BWT", "change since the own stage", bwt, True, unit, str(t))
+        yield _tile("Forgetting", "drop from the best stage", forgetting, False, unit, str(t))
     elif results.has_mean:
         yield _tile("Mean", "of the tasks", results.mean, False, unit)
-    general = results.general.get(last.index, UNKNOWN)
-    yield _tile("Δ general", "ability, mean of the suites", general)
-    for kind in judgements.KINDS:
-        judged = results.judged[kind.name]
+    yield _tile("Δ general", "ability, mean of the suites", results.general.get(last.index, UNKNOWN))
+    for name, judged in results.judged.items():
         text = "wins minus losses against the base model"
         controlled = judgements.net_win_rate_at_equal_length(judged, last)
         if not np.isnan(controlled.value):
             text += f"; at equal length {PERCENT.text(controlled.value, True)}"
-        yield _tile(f"Δ {kind.name}", text, judgements.net_win_rate(judged, last))
+        yield _tile(f"Δ {name}", text, judgements.net_win_rate(judged, last))
 
 
 def _tile(
@@ -199,7 +192,7 @@ def write_comparison_page(comparison: Comparison, file: Path, head: str = "") ->
     """
     head = head or f"# {file.stem}"
     folder = file.with_name(f"{file.stem}-figures")
-    figures = html.write_pictures(folder, pictures_of_runs(comparison), RUNS_NAMES)
+    figures = html.write_figures(folder, OF_RUNS, comparison)
     reports = {e.name: e.run.path / "report.html" for e in comparison.entries}
     links = {name: quote(os.path.relpath(report, file.parent)) for name, report in reports.items() if report.exists()}
     blocks: list[Any] = []
@@ -210,10 +203,9 @@ def write_comparison_page(comparison: Comparison, file: Path, head: str = "") ->
         heat = comparison.final_ends() if table.title.startswith("Final") else ()
         view = html.table_view(table, links, heat=heat, elsewhere="the .md and .csv")
         blocks.append({"fold": f"{len(table.rows)} runs", "table": view} if table.detail else view)
-    if "stages" in figures:
-        blocks += [html.text_html("## Over the stages"), figures["stages"]]
-    if "distances" in figures:
-        blocks += [html.text_html("## Distance and forgetting"), figures["distances"]]
+    for name, title in (("stages", "Over the stages"), ("distances", "Distance and forgetting")):
+        if name in figures:
+            blocks += [html.text_html(f"## {title}"), figures[name]]
     blocks.append(html.text_html("## What the numbers are\n\n" + "\n".join(f"- {note}" for note in comparison.notes)))
     about = f"{len(comparison.entries)} runs, set against `{comparison.against.name}`."
     foot = Markup("Made by <code>trace-bench report</code> from the files of the runs.")

@@ -16,16 +16,7 @@ from trace_bench.metrics import wilson_interval
 from trace_bench.report.entry import Entry
 from trace_bench.report.results import Results
 from trace_bench.report.samples import SAMPLE_STAGES
-from trace_bench.report.tables import (
-    DASH,
-    Block,
-    Table,
-    Unit,
-    number,
-    percent,
-    percent_with_interval,
-    stage_label,
-)
+from trace_bench.report.tables import DASH, Block, Table, Unit, percent, percent_with_interval, shade, stage_label
 from trace_bench.run import Stage
 from trace_tasks.data import SUITES, task_name
 
@@ -86,8 +77,7 @@ def histories(results: Results) -> list[History]:
         scores = results.rows[name].scores[results.headlines[name]]
         graded = not np.isin(scores[~np.isnan(scores)], (0, 1)).all()
         tolerance = GRADED if graded else 0.0
-        worst, best = unit.ends(scores)
-        x = (scores - worst) / ((best - worst) or 1)
+        x = shade(scores, unit.ends(scores))
         fates = measures.fates(x, reference, tolerance)
         stages = [int(t) for t in np.flatnonzero((fates != measures.UNKNOWN).all(axis=0))]
         if stages:
@@ -101,7 +91,9 @@ def sections(results: Results) -> Iterable[Block]:
     found = results.once(histories)
     if not found:
         return
-    yield _ABOUT.format(since=_since(results, found))
+    bases = {h.reference == 0 for h in found}
+    since = "the task's own stage" + ("; of a suite since the base model" if True in bases else "")
+    yield _ABOUT.format(since="the base model" if bases == {True} else since)
     if graded := [h.title for h in found if h.graded]:
         yield (
             f"{', '.join(graded)}: the scores are more than right or wrong. A row is lost or gained there if its score "
@@ -109,37 +101,21 @@ def sections(results: Results) -> Iterable[Block]:
         )
     rows = [[h.title, str(len(h.fates)), *map(percent, h.shares(h.stages[-1]))] for h in found]
     yield Table(["", "rows", *NAMES], rows)
-    yield from _by_stage(results, found)
-    yield from _first_lost(results, found)
+    stages = [s for s in results.run.stages if any(s.index in h.stages for h in found)]
+
+    def text(history: History, stage: int) -> str:
+        return " / ".join(percent(history.shares(stage)[f]) for f in (LOST, GAINED))
+
+    if any(len(h.stages) > 1 for h in found):
+        yield "### Lost and gained by stage\n\nLost / gained at each stage, in percent of the rows."
+        rows = [[s.name, *(text(h, s.index) if s.index in h.stages else DASH for h in found)] for s in stages]
+        yield Table(["stage", *(h.title for h in found)], rows)
+    yield from _first_lost(results, stages, found)
     yield from _chance(results, found)
 
 
-def _since(results: Results, found: Sequence[History]) -> str:
-    bases = {h.reference == 0 for h in found}
-    if bases == {True}:
-        return "the base model"
-    return "the task's own stage" + ("; of a suite since the base model" if True in bases else "")
-
-
-def _stages(results: Results, found: Sequence[History]) -> list[Stage]:
-    return [s for s in results.run.stages if any(s.index in h.stages for h in found)]
-
-
-def _by_stage(results: Results, found: Sequence[History]) -> Iterable[Block]:
-    stages = _stages(results, found)
-    if all(len(h.stages) == 1 for h in found):
-        return
-
-    def text(history: History, stage: int) -> str:
-        return " / ".join(number(100 * history.shares(stage)[f]) for f in (LOST, GAINED))
-
-    yield "### Lost and gained by stage\n\nLost / gained at each stage, in percent of the rows."
-    rows = [[s.name, *(text(h, s.index) if s.index in h.stages else DASH for h in found)] for s in stages]
-    yield Table(["stage", *(h.title for h in found)], rows)
-
-
-def _first_lost(results: Results, found: Sequence[History]) -> Iterable[Block]:
-    stages, rows, links = _stages(results, found), [], {}
+def _first_lost(results: Results, stages: Sequence[Stage], found: Sequence[History]) -> Iterable[Block]:
+    rows, links = [], {}
     few = len(results.run.stages) > SAMPLE_STAGES  # then the page has not the answers of all stages
     for row, history in enumerate(h for h in found if (h.fates == LOST).any()):
         first, last = measures.first_lost(history.fates), history.fates[:, history.stages[-1]]
@@ -149,10 +125,10 @@ def _first_lost(results: Results, found: Sequence[History]) -> Iterable[Block]:
             back = int((lost & (last != LOST)).sum())
             cells.append((f"{lost.sum()}" + f" ({back})" * (back > 0)) if s.index in history.stages else DASH)
             if lost.any() and not few:
-                links[row, column] = browse(history, s.index, "first")
+                links[row, column] = _browse(history, s.index, "first")
         back = int(((first >= 0) & (last != LOST)).sum())
         if back and not few:
-            links[row, len(stages) + 1] = browse(history, history.stages[-1], "back")
+            links[row, len(stages) + 1] = _browse(history, history.stages[-1], "back")
         rows.append([history.title, *cells, str(back)])
     if rows:
         yield (
@@ -162,7 +138,7 @@ def _first_lost(results: Results, found: Sequence[History]) -> Iterable[Block]:
         yield Table(["", *(f"{s.index}<br>{stage_label(s)}" for s in stages), "back"], rows, links=links)
 
 
-def browse(history: History, after: int, show: str) -> str:
+def _browse(history: History, after: int, show: str) -> str:
     """Where the page shows the rows of a group: its script reads what its browser of samples is to be set to."""
     return "#" + urlencode({"task": history.name, "before": history.reference, "after": after, "show": show})
 
@@ -184,17 +160,15 @@ def _chance(results: Results, found: Sequence[History]) -> Iterable[Block]:
         pair = _corrected(results, history, history.stages[-1])
         if pair:
             k = results.choices[history.name].options
-            cells = (c for r in pair for c in (percent(r.observed), percent(r.by_chance), _left(r)))
-            options = str(k.min()) if k.min() == k.max() else f"{k.min()} to {k.max()}"
-            rows.append([history.title, options, *cells])
+            cells = [history.title, str(k.min()) if k.min() == k.max() else f"{k.min()} to {k.max()}"]
+            for rate in pair:
+                cells += [percent(rate.observed), percent(rate.by_chance)]
+                cells.append(percent_with_interval(rate.corrected, sign=True))
+            rows.append(cells)
     if rows:
         yield _CHANCE
         head = ["right to wrong", "by chance", "forgetting", "wrong to right", "by chance", "backward transfer"]
         yield Table(["", "options", *head], rows)
-
-
-def _left(rate: measures.Corrected) -> str:
-    return percent_with_interval(rate.corrected, sign=True)
 
 
 def table_of_runs(entries: Iterable[Entry]) -> Table:
