@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from trace_bench.metrics import Matrix
 from trace_bench.report import paper
 from trace_bench.report.conditions import conditions, delta_conditions, other_prompts
 from trace_bench.report.entry import Entry, column_of
@@ -17,9 +18,6 @@ from trace_bench.report.results import DELTAS, Results
 from trace_bench.report.seeds import Group, SeedDifferences, seeds_needed
 from trace_bench.report.tables import DASH, left_out_text, value_text
 from trace_tasks.data import SUITES
-
-#: What runs are set apart in -> value -> the names of those that have it.
-Values = dict[str, dict[str, list[str]]]
 
 
 def _ticks(names: Iterable[str]) -> str:
@@ -31,8 +29,14 @@ def _runs(names: list[str], all_names: list[str]) -> str:
     return "all others" if len(names) > max(3, len(all_names) / 2) else _ticks(names)
 
 
-def _add(values: Values, what: str, value: str, run: str) -> None:
-    values.setdefault(what, {}).setdefault(value, []).append(run)
+def _by_value(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
+    """Run -> what -> value, turned round: what -> value -> the runs that have it; a value of None is none."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for run, values in facts.items():
+        for what, value in values.items():
+            if value is not None:
+                found.setdefault(what, {}).setdefault(str(value), []).append(run)
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------ warnings
@@ -46,12 +50,9 @@ def warnings(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
 def _not_comparable(entries: Sequence[Entry]) -> list[str]:
     names = [e.name for e in entries]
     same_limit = len({e.run.manifest["config"].get("test_rows") for e in entries}) == 1  # else that is said
-    found: Values = {}
-    for e in entries:
-        for key, value in _conditions(e, same_limit).items():
-            _add(found, key, value_text(value), e.name)
+    facts = {e.name: {k: value_text(v) for k, v in _conditions(e, same_limit).items()} for e in entries}
     notes: dict[str, list[str]] = {}  # how the runs fall apart -> what in
-    for key, values in found.items():
+    for key, values in _by_value(facts).items():
         if len(values) > 1:
             parts = {value: _runs(runs, names) for value, runs in values.items()}
             if key.startswith(("data of", "definition of")):  # says nothing to a reader, and all tasks fit on one line
@@ -67,82 +68,61 @@ def _not_comparable(entries: Sequence[Entry]) -> list[str]:
 
 
 def _conditions(entry: Entry, same_limit: bool) -> dict[str, Any]:
-    """All that the scores of a run depend on beside its training."""
-    run, cells = entry.run, entry.results.cells_of(entry.run.tasks)
-
+    """All that the scores of a run depend on beside its training, and what made them."""
+    run, config, cells = entry.run, entry.run.manifest["config"], entry.results.cells_of(entry.run.tasks)
     column = partial(column_of, run=run)
     found = {**conditions(run), "tasks": ", ".join(sorted(map(column, run.tasks)))}
     data, versions, definitions = (found.pop(key) for key in ("data", "task versions", "task definitions"))
     found |= {f"definition of {column(t)}": json.dumps(d) for t, d in (definitions or {}).items()}
     found |= {f"data of {column(task)}": fingerprint for task, fingerprint in data.items()}
     found |= {f"version of {task}": version for task, version in versions.items()}
-    found |= dict(item for settings in delta_conditions(entry.results).values() for item in settings.items())
-    found |= _engine(entry)
-    return found | {f"rows of {column(task)}": cell["n"] for (_, task), cell in cells.items() if same_limit}
-
-
-def _engine(entry: Entry) -> dict[str, Any]:
-    """What a run was trained and its answers generated with, beside the model and the method."""
-    run, config = entry.run, entry.run.manifest["config"]
-    cells = (entry.results.cells_of(run.tasks) or entry.results.cells).values()
-    found: dict[str, Any] = {}
-    if cells:
-        engines = {json.dumps(c["settings"].get("engine") or "defaults", sort_keys=True) for c in cells}
-        found["backend"] = ", ".join(sorted({c["settings"]["backend"] for c in cells}))
+    for settings in delta_conditions(entry.results).values():
+        found |= settings
+    if made := [cell["settings"] for cell in (cells or entry.results.cells).values()]:
+        engines = {json.dumps(settings.get("engine") or "defaults", sort_keys=True) for settings in made}
+        found["backend"] = ", ".join(sorted({settings["backend"] for settings in made}))
         found["engine settings"] = " and ".join(sorted(engines)).replace('"', "")
     if len(run.stages) > 1 and "checkpoints" not in run.manifest:
         found |= {f"{key} of the training": config.get(key) or None for key in ("dtype", "bf16", "fp16")}
-    return found
+    return found | {f"rows of {column(task)}": cell["n"] for (_, task), cell in cells.items() if same_limit}
 
 
 def _other_versions(entries: Sequence[Entry]) -> list[str]:
-    found: Values = {}
+    facts: dict[str, dict[str, Any]] = {}
     for e in entries:
-        manifest = e.run.manifest
-        made = {f"{name} of the training": v for name, v in manifest["packages"].items() if len(e.run.stages) > 1}
-        made |= {"commit": manifest.get("commit")}
-        made |= {name: ", ".join(versions) for name, versions in e.results.versions.items() if name != "commit"}
-        for name, version in made.items():
-            if version is not None:
-                _add(found, name, str(version), e.name)
-    lines = _apart("Different versions", found, partial(_runs, all_names=[e.name for e in entries]))
+        packages = e.run.manifest["packages"] if len(e.run.stages) > 1 else {}
+        facts[e.name] = {f"{name} of the training": version for name, version in packages.items()}
+        facts[e.name]["commit"] = e.run.manifest.get("commit")
+        facts[e.name] |= {name: ", ".join(found) for name, found in e.results.versions.items() if name != "commit"}
+    lines = _apart("Different versions", facts, partial(_runs, all_names=[e.name for e in entries]))
     return lines + [
         f"**Cells of different versions** in `{e.name}`: {text}." for e in entries for text in e.results.other_versions
     ]
 
 
 def _limits(entries: Sequence[Entry]) -> Iterable[str]:
-    found: dict[str, list[str]] = {}
-    for e in entries:
-        suites = [cell["settings"] for cell in e.results.cells_of(SUITES).values()]
-        applies = {
-            "**Demo data**, not comparable with TRACE": e.run.manifest["data"]["demo"],
-            "**Limited test rows**, not comparable with the full data": e.run.manifest["config"].get("test_rows"),
-            "**Limited rows** of the general suites": any(s["general_rows"] for s in suites),
-            "**Local copies** of general suites, comparable with the hub's only if they are complete": any(
-                s["data"] != "hub" for s in suites
-            ),
-        }
-        for text, here in applies.items():
-            found.setdefault(text, []).extend([e.name] if here else [])
-    for text, names in found.items():
-        if names:
+    suites = {e.name: [cell["settings"] for cell in e.results.cells_of(SUITES).values()] for e in entries}
+    applies: dict[str, Callable[[Entry], Any]] = {
+        "**Demo data**, not comparable with TRACE": lambda e: e.run.manifest["data"]["demo"],
+        "**Limited test rows**, not comparable with the full data": lambda e: e.run.manifest["config"].get("test_rows"),
+        "**Limited rows** of the general suites": lambda e: any(s["general_rows"] for s in suites[e.name]),
+        "**Local copies** of general suites, comparable with the hub's only if they are complete": lambda e: any(
+            s["data"] != "hub" for s in suites[e.name]
+        ),
+    }
+    for text, applies_to in applies.items():
+        if names := [e.name for e in entries if applies_to(e)]:
             yield f"{text}: {'all' if len(names) == len(entries) > 3 else _ticks(names)}."
 
 
 def _budgets(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
     """Where methods were given different budgets: rows kept of earlier tasks, and seeds."""
-    kept, seeds = "rows kept of an earlier task:", "numbers of seeds:"
-    found: Values = {kept: {}, seeds: {}}
-    for e in entries:
-        if (rows := _memory_rows(e.results)) is not None:
-            _add(found, kept, f"{rows:,}", e.name)
-    for group in groups:
-        _add(found, seeds, str(len(group.entries)), group.name)
-    for e in entries:
-        if groups and not any(e in group.entries for group in groups):
-            _add(found, seeds, "1", e.name)
-    return _apart("Unequal budgets", found, _ticks)
+    title, kept = "Unequal budgets", {e.name: _memory_rows(e.results) for e in entries}
+    rows = {name: {"rows kept of an earlier task:": f"{n:,}"} for name, n in kept.items() if n is not None}
+    single = [e.name for e in entries if groups and not any(e in group.entries for group in groups)]
+    seeds = {group.name: len(group.entries) for group in groups} | dict.fromkeys(single, 1)
+    of_seeds = {name: {"numbers of seeds:": n} for name, n in seeds.items()}
+    return [*_apart(title, rows, _ticks), *_apart(title, of_seeds, _ticks)]
 
 
 def _memory_rows(results: Results) -> int | None:
@@ -156,12 +136,13 @@ def _memory_rows(results: Results) -> int | None:
     return max(kept, default=None) or results.run.manifest["config"].get("memory_rows")
 
 
-def _apart(title: str, found: Values, named: Callable[[list[str]], str]) -> list[str]:
+def _apart(title: str, facts: Mapping[str, Mapping[str, Any]], named: Callable[[list[str]], str]) -> list[str]:
+    """A line for each fact that runs differ in, and to which a part of their differences may be due."""
     return [
         f"**{title}**, to which a part of the differences may be due: {what} "
         + "; ".join(f"{value} in {named(runs)}" for value, runs in values.items())
         + "."
-        for what, values in found.items()
+        for what, values in _by_value(facts).items()
         if len(values) > 1
     ]
 
@@ -174,16 +155,28 @@ def notes(
     groups: Sequence[Group],
     seeds: Sequence[SeedDifferences],
     references: Sequence[dict[str, str]],
-) -> list[str]:
+) -> Iterable[str]:
     """What the numbers are, and which runs are not complete."""
-    return [
-        *_definitions(entries),
-        *_intervals(entries),
-        *_of_seeds(groups, seeds, len(entries)),
-        *(f"Without leaked rows in `{e.name}`: {left_out_text(e.results.left_out)}" for e in entries if e.run.left_out),
-        *_unfinished(entries),
-        *_set_ups(references),
-    ]
+    yield from _definitions(entries)
+    yield from _of_seeds(groups, seeds, len(entries))
+    for e in entries:
+        if e.run.left_out:
+            yield f"Without leaked rows in `{e.name}`: {left_out_text(e.results.left_out)}"
+    unfinished = [e.name for e in entries if np.isnan(_needed(e.results)).any()]
+    if unfinished:
+        yield f"Not complete, so that numbers are missing: {_ticks(unfinished)}."
+    if references:
+        yield paper.SETUP
+    for row in references:
+        known = {"training rows a task": row.get("train rows", DASH), "epochs": row.get("epochs", DASH)}
+        texts = [row["model"], *(f"{what} {value}" for what, value in known.items() if value != DASH)]
+        yield f"paper: {row['method']}: {', '.join(texts)}."
+
+
+def _needed(results: Results) -> Matrix:
+    """The cells that OP, BWT and Forgetting are made of, or the mean."""
+    R = results.R
+    return R[1:][np.tril_indices(R.shape[1])] if results.is_sequential else results.final
 
 
 def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
@@ -205,9 +198,6 @@ def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
     means = [e.name for e in entries if e.results.has_mean and not e.results.is_sequential]
     if means:
         yield f"OP is the mean of the tasks, and BWT is not defined: {_ticks(means)}."
-
-
-def _intervals(entries: Sequence[Entry]) -> Iterable[str]:
     if any(not math.isnan(score.low) for e in entries for score in e.scores.values()):
         yield (
             "In brackets 95 % intervals over test rows: where the score on all such rows lies, for these trainings. "
@@ -252,24 +242,3 @@ def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries
         )
     if needed := seeds_needed(groups):
         yield needed
-
-
-def _unfinished(entries: Sequence[Entry]) -> Iterable[str]:
-    names = []
-    for e in entries:
-        R = e.results.R
-        # The cells that OP, BWT and Forgetting are made of.
-        needed = R[1:][np.tril_indices(R.shape[1])] if e.results.is_sequential else e.results.final
-        if np.isnan(needed).any():
-            names.append(e.name)
-    if names:
-        yield f"Not complete, so that numbers are missing: {_ticks(names)}."
-
-
-def _set_ups(references: Sequence[dict[str, str]]) -> Iterable[str]:
-    if references:
-        yield paper.SETUP
-    for row in references:
-        known = {"training rows a task": row.get("train rows", DASH), "epochs": row.get("epochs", DASH)}
-        texts = [row["model"], *(f"{what} {value}" for what, value in known.items() if value != DASH)]
-        yield f"paper: {row['method']}: {', '.join(texts)}."
