@@ -33,8 +33,11 @@ class Group(NamedTuple):
 
     since: str
     parts: list[Part]
-    averaged: set[str]
-    """The names of those whose mean stands for the group."""
+
+    @property
+    def averaged(self) -> set[str]:
+        """The names of those whose mean stands for the group: all but the suites that the paper does not have."""
+        return {p.name for p in self.parts if p.name in GROUPS["general"] or p.name not in SUITES}
 
     @property
     def mean(self) -> Part | None:
@@ -46,12 +49,9 @@ class Group(NamedTuple):
         return Part("", metrics.mean_of([part.gain for part in own]), sum(part.rows for part in own), unit)
 
 
-def _group(since: str, parts: Sequence[Part]) -> Group:
-    return Group(since, list(parts), {p.name for p in parts if p.name in GROUPS["general"] or p.name not in SUITES})
-
-
-def _rows(results: Results, name: str) -> int:
-    return len(results.rows[name].ids) if name in results.rows else 0
+def _part(results: Results, name: str, gain: Estimate) -> Part:
+    rows = len(results.rows[name].ids) if name in results.rows else 0
+    return Part(name, gain, rows, results.units.get(name, PERCENT))
 
 
 # ------------------------------------------------------------------------------------------------------- within a run
@@ -86,17 +86,10 @@ def of_tasks(results: Results) -> list[Group]:
             f"{run.path} has no checkpoint, so nothing can be forgotten. Add one: "
             f"trace-bench evaluate {run.path} --checkpoint NAME=FOLDER"
         )
-    _require(
-        results, [cell for c in since.values() for task, i in c.items() for cell in ((i, task), (last.index, task))]
-    )
+    pairs = [(task, stage) for earlier in since.values() for task, stage in earlier.items()]
+    _require(results, [cell for task, stage in pairs for cell in ((stage, task), (last.index, task))])
     return [
-        _group(
-            name,
-            [
-                Part(task, results.changes[Change(task, i, last.index)], _rows(results, task), results.units[task])
-                for task, i in earlier.items()
-            ],
-        )
+        Group(name, [_part(results, t, results.changes[Change(t, i, last.index)]) for t, i in earlier.items()])
         for name, earlier in since.items()
     ]
 
@@ -107,22 +100,32 @@ def of_suites(results: Results) -> Group:
     Raises:
         RunError: if they are not measured, with the command that does.
     """
-    run, last = results.run, results.run.stages[-1]
-    _require(results, [])
-    there = [suite for suite in SUITES if (0, suite) in results.cells]
+    last = results.run.stages[-1]
+    there = _suites(results, 0, "the base model")
     missing = [suite for suite in there if (last.index, suite) not in results.cells]
-    if missing or not there:
-        raise RunError(
-            f"--max-general-drop: {run.path} has no score of {', '.join(missing) or 'any general suite'} at "
-            f"{last.name if missing else 'the base model'}. "
-            + _measure(run, f"trace-bench evaluate {run.path} --general {' '.join(there) or 'general'}")
-        )
+    if missing:
+        _lack_suites(results, ", ".join(missing), last.name, there)
     parts = []
     for suite in there if last.index else []:
         value = Estimate(headline(results.cells[last.index, suite]) - headline(results.cells[0, suite]))
-        gain = results.changes.get(Change(suite, 0, last.index), value)
-        parts.append(Part(suite, gain, _rows(results, suite), PERCENT))
-    return _group("the base model", parts)
+        parts.append(_part(results, suite, results.changes.get(Change(suite, 0, last.index), value)))
+    return Group("the base model", parts)
+
+
+def _suites(results: Results, index: int, stage: str) -> list[str]:
+    """The suites that a stage is measured on; refuses none."""
+    _require(results, [])
+    there = [suite for suite in SUITES if (index, suite) in results.cells]
+    if not there:
+        _lack_suites(results, "any general suite", stage, ["general"])
+    return there
+
+
+def _lack_suites(results: Results, missing: str, stage: str, suites: Sequence[str]) -> NoReturn:
+    command = f"trace-bench evaluate {results.run.path} --general {' '.join(suites)}"
+    raise RunError(
+        f"--max-general-drop: {results.run.path} has no score of {missing} at {stage}. {_measure(results.run, command)}"
+    )
 
 
 def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
@@ -136,9 +139,8 @@ def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
     if missing := dict.fromkeys(cell for cell in cells if cell not in results.cells):
         listed = ", ".join(f"{task} at {run.stages[i].name}" for i, task in missing)
         more = " --cells seen" if run.manifest["config"].get("cells") == "own" else ""
-        raise RunError(
-            f"{run.path} has no score of {listed}. {_measure(run, f'trace-bench evaluate {run.path}{more}')}"
-        )
+        command = f"trace-bench evaluate {run.path}{more}"
+        raise RunError(f"{run.path} has no score of {listed}. {_measure(run, command)}")
 
 
 def _measure(run: Run, command: str) -> str:
@@ -157,19 +159,19 @@ def of_tasks_against(one: Results, two: Results) -> Group:
     Raises:
         RunError: naming the tasks, settings or rows that differ, or the cells that are missing.
     """
-    ends = [dict(zip(r.run.tasks, r.final_stages, strict=True)) for r in (one, two)]
-    if ends[0].keys() != ends[1].keys() or not ends[0]:
-        names = [", ".join(sorted(end)) or "none" for end in ends]
+    a, b = (dict(zip(r.run.tasks, r.final_stages, strict=True)) for r in (one, two))
+    if a.keys() != b.keys() or not a:
+        names = [", ".join(sorted(end)) or "none" for end in (a, b)]
         _refuse(one, two, [f"  tasks: {names[0]} -> {names[1]}"])
-    for results, end in zip((one, two), ends, strict=True):
+    for results, end in ((one, a), (two, b)):
         _require(results, [(i, task) for task, i in end.items()])
-    _check_same(one, two, {task: (i, ends[1][task]) for task, i in ends[0].items()})
+    _check_same(one, two, {task: (a[task], b[task]) for task in a})
     parts = []
     for task in one.run.tasks:
-        a, b = (r.units[task].sign * float(r.final[r.run.tasks.index(task)]) for r in (one, two))
-        gain = Estimate(a - b, *task_difference(one, two, task, final_gains)[1:])
-        parts.append(Part(task, gain, _rows(one, task), one.units[task]))
-    return _group(str(two.run.path), parts)
+        x, y = (float(r.gains[end[task], r.run.tasks.index(task)]) for r, end in ((one, a), (two, b)))
+        gain = Estimate(x - y, *task_difference(one, two, task, final_gains)[1:])
+        parts.append(_part(one, task, gain))
+    return Group(str(two.run.path), parts)
 
 
 def of_suites_against(one: Results, two: Results) -> Group:
@@ -178,29 +180,20 @@ def of_suites_against(one: Results, two: Results) -> Group:
     Raises:
         RunError: as `of_tasks_against`.
     """
-    last = [results.run.stages[-1].index for results in (one, two)]
-    there = [[s for s in SUITES if (i, s) in r.cells] for i, r in zip(last, (one, two), strict=True)]
-    for results, suites in zip((one, two), there, strict=True):
-        _require(results, [])
-        if not suites:
-            raise RunError(
-                f"--max-general-drop: {results.run.path} has no score of any general suite at "
-                f"{results.run.stages[-1].name}. "
-                + _measure(results.run, f"trace-bench evaluate {results.run.path} --general general")
-            )
-    if there[0] != there[1]:
-        _refuse(one, two, [f"  general suites: {', '.join(there[0])} -> {', '.join(there[1])}"])
-    _check_same(one, two, dict.fromkeys(there[0], (last[0], last[1])))
+    i, j = (results.run.stages[-1].index for results in (one, two))
+    suites, others = (_suites(r, index, r.run.stages[-1].name) for r, index in ((one, i), (two, j)))
+    if suites != others:
+        _refuse(one, two, [f"  general suites: {', '.join(suites)} -> {', '.join(others)}"])
+    _check_same(one, two, dict.fromkeys(suites, (i, j)))
     parts = []
-    for suite in there[0]:
-        a, b = (headline(r.cells[i, suite]) for i, r in zip(last, (one, two), strict=True))
-        ends: tuple[float, ...] = ()
+    for suite in suites:
+        gain = Estimate(headline(one.cells[i, suite]) - headline(two.cells[j, suite]))
         if suite in one.rows and suite in two.rows:
-            x, y = (r.task_rows(suite)[:, i] for i, r in zip(last, (one, two), strict=True))
-            (paired,) = one.rows[suite].estimates((x - y)[:, None], metrics.difference_interval)
-            ends = paired[1:]
-        parts.append(Part(suite, Estimate(a - b, *ends), _rows(one, suite), PERCENT))
-    return _group(str(two.run.path), parts)
+            differences_of_rows = one.task_rows(suite)[:, i] - two.task_rows(suite)[:, j]
+            (paired,) = one.rows[suite].estimates(differences_of_rows[:, None], metrics.difference_interval)
+            gain = Estimate(gain.value, *paired[1:])
+        parts.append(_part(one, suite, gain))
+    return Group(str(two.run.path), parts)
 
 
 def _check_same(one: Results, two: Results, cells: dict[str, tuple[int, int]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trace_bench.measures.gate import MOST_ROWS, UNKNOWN, WITHIN, WORSE, rows_needed, verdicts
@@ -21,15 +21,13 @@ from trace_bench.run import Run, RunError
 from trace_bench.text import one_line
 
 EXIT_CODES = {WITHIN: 0, WORSE: 1, UNKNOWN: 3}
-FORGETTING, GENERAL = "forgetting", "general drop"
 
 
 @dataclass(frozen=True)
-class Held:
-    """A drop that is held against its limit, before there is a verdict."""
+class Line:
+    """A drop that is held against its limit, and the verdict."""
 
     what: str
-    """`FORGETTING` or `GENERAL`."""
     since: str
     """What the drop is measured from."""
     part: Part
@@ -40,6 +38,9 @@ class Held:
     """Its share of the level of the test: a mean has as much as all of its parts together."""
     decides: bool
     """Whether the check passes only if this one is within its limit."""
+    verdict: str = UNKNOWN
+    rows_needed: int | None = None
+    """Where it cannot be told; None elsewhere, or if no number of rows would tell."""
 
     @property
     def drop(self) -> Estimate:
@@ -47,48 +48,36 @@ class Held:
         value, low, high = (-x + 0.0 for x in self.part.gain)  # no "-0.0"
         return Estimate(value, high, low)
 
-
-@dataclass(frozen=True)
-class Line:
-    """A drop with its verdict."""
-
-    held: Held
-    verdict: str
-    rows_needed: int | None
-    """Where it cannot be told; None elsewhere, or if no number of rows would tell."""
-
     def texts(self) -> list[str]:
         """The columns of the line."""
-        held, part = self.held, self.held.part
-        number = part.unit.with_interval(held.drop, sign=True)
-        columns = [held.what, part.name or "mean", f"since {held.since}", number, f"limit {held.limit:g}"]
+        number = self.part.unit.with_interval(self.drop, sign=True)
+        columns = [self.what, self.part.name or "mean", f"since {self.since}", number, f"limit {self.limit:g}"]
         return [*map(one_line, columns), self.verdict + self._why()]
 
     def _why(self) -> str:
+        rows = f"{self.part.rows:,}"
         if self.verdict != UNKNOWN:
             return ""
-        if math.isnan(self.held.drop.low):
+        if math.isnan(self.drop.low):
             return " (no interval: the samples of its rows are not there, or do not give its score)"
-        if self.held.drop.low == self.held.drop.high:
-            return f" (all {self.held.part.rows:,} rows have the same drop, which says nothing of others)"
-        if self.rows_needed is None:
-            return f" (needs more than {MOST_ROWS:,} rows; there are {self.held.part.rows:,})"
-        return f" (needs about {self.rows_needed:,} rows; there are {self.held.part.rows:,})"
+        if self.drop.low == self.drop.high:
+            return f" (all {rows} rows have the same drop, which says nothing of others)"
+        needed = f"more than {MOST_ROWS:,}" if self.rows_needed is None else f"about {self.rows_needed:,}"
+        return f" (needs {needed} rows; there are {rows})"
 
     def json(self) -> dict[str, Any]:
         """The line as JSON."""
-        held, part = self.held, self.held.part
-        numbers = zip(("drop", "low", "high"), held.drop, strict=True)
+        numbers = zip(("drop", "low", "high"), self.drop, strict=True)
         return {
-            "what": held.what,
-            "name": part.name or None,
-            "since": held.since,
-            **{key: None if math.isnan(x) else part.unit.factor * x for key, x in numbers},
-            "unit": part.unit.of_changes,
-            "limit": held.limit,
-            "decides": held.decides,
+            "what": self.what,
+            "name": self.part.name or None,
+            "since": self.since,
+            **{key: None if math.isnan(x) else self.part.unit.factor * x for key, x in numbers},
+            "unit": self.part.unit.of_changes,
+            "limit": self.limit,
+            "decides": self.decides,
             "verdict": self.verdict,
-            "rows": part.rows,
+            "rows": self.part.rows,
             "rows_needed": self.rows_needed,
         }
 
@@ -106,7 +95,7 @@ class Check:
         """Worse if any line is; within if all lines that decide are; else it cannot be told."""
         if any(line.verdict == WORSE for line in self.lines):
             return WORSE
-        return WITHIN if all(line.verdict == WITHIN for line in self.lines if line.held.decides) else UNKNOWN
+        return WITHIN if all(line.verdict == WITHIN for line in self.lines if line.decides) else UNKNOWN
 
     @property
     def exit_code(self) -> int:
@@ -164,30 +153,30 @@ def check(
         )
     runs = [Results(one) for one in (run, against) if one is not None]
     results, *others = (entry.results for entry in entries_of(runs))
-    held: list[Held] = []
+    lines: list[Line] = []
     if max_forgetting is not None:
         groups = [drops.of_tasks_against(results, *others)] if others else drops.of_tasks(results)
-        held += [one for group in groups for one in _held(FORGETTING, group, max_forgetting, each)]
+        lines += [line for group in groups for line in _held("forgetting", group, max_forgetting, each)]
     if max_general_drop is not None:
         group = drops.of_suites_against(results, *others) if others else drops.of_suites(results)
-        held += _held(GENERAL, group, max_general_drop, each)
-    limits = [one.limit / one.part.unit.factor for one in held]
-    rows, weights = [one.part.rows for one in held], [one.weight for one in held]
-    found = verdicts([one.drop for one in held], limits, rows, weights)
-    lines = []
-    for one, limit, verdict in zip(held, limits, found, strict=True):
-        needed = rows_needed(one.drop, limit, one.part.rows, one.weight / sum(weights)) if verdict == UNKNOWN else None
-        lines.append(Line(one, verdict, needed))
+        lines += _held("general drop", group, max_general_drop, each)
+    limits = [line.limit / line.part.unit.factor for line in lines]
+    weights = [line.weight for line in lines]
+    found = verdicts([line.drop for line in lines], limits, [line.part.rows for line in lines], weights)
+    for i, (line, verdict) in enumerate(zip(lines, found, strict=True)):
+        share = line.weight / sum(weights)
+        needed = rows_needed(line.drop, limits[i], line.part.rows, share) if verdict == UNKNOWN else None
+        lines[i] = replace(line, verdict=verdict, rows_needed=needed)
     return Check(run, against, lines)
 
 
-def _held(what: str, group: Group, limit: float, each: bool) -> Iterable[Held]:
+def _held(what: str, group: Group, limit: float, each: bool) -> Iterable[Line]:
     """The drops of a group: the mean, which decides, and its parts; without a mean of several all of them decide."""
     if not group.parts:
         raise RunError(f"Since {group.since} there is nothing to measure a {what} of: no stage or task comes after it.")
     mean = group.mean if len(group.averaged) > 1 else None
     if mean is not None:
-        yield Held(what, group.since, mean, limit, weight=len(group.averaged), decides=True)
+        yield Line(what, group.since, mean, limit, weight=len(group.averaged), decides=True)
     for part in group.parts:
         alone = part.name in group.averaged and mean is None
-        yield Held(what, group.since, part, limit, weight=1, decides=each or alone or not group.averaged)
+        yield Line(what, group.since, part, limit, weight=1, decides=each or alone or not group.averaged)
