@@ -33,7 +33,12 @@ def sections(results: Results) -> Iterable[Block]:
         yield "**Collapsed:**\n\n" + "\n".join(f"- {line}" for line in said)
     for name, choices in results.choices.items():
         yield f"### Options of {title(name)}"
-        yield _table(results, choices)
+        rows = [["gold labels", *map(percent, measures.shares(choices.gold, len(choices.labels))), DASH, DASH]]
+        for stage, chosen in choices.chosen.items():
+            of_model = measures.shares(chosen, len(choices.labels))
+            numbers = [*of_model, float((chosen < 0).mean()), _distance(choices, stage)]
+            rows.append([results.run.stages[stage].name, *map(percent, numbers)])
+        yield Table(["stage", *_labels(choices), "none", "distance"], rows)
 
 
 def _collapses(results: Results, name: str, choices: Choices) -> Iterable[str]:
@@ -57,15 +62,6 @@ def _collapses(results: Results, name: str, choices: Choices) -> Iterable[str]:
 
 def _labels(choices: Choices) -> list[str]:
     return [clipped(one_line(label).replace("`", "'"), 24) for label in choices.labels]
-
-
-def _table(results: Results, choices: Choices) -> Table:
-    rows = [["gold labels", *map(percent, measures.shares(choices.gold, len(choices.labels))), DASH, DASH]]
-    for stage, chosen in choices.chosen.items():
-        of_model = measures.shares(chosen, len(choices.labels))
-        numbers = [*of_model, float((chosen < 0).mean()), _distance(choices, stage)]
-        rows.append([results.run.stages[stage].name, *map(percent, numbers)])
-    return Table(["stage", *_labels(choices), "none", "distance"], rows)
 
 
 def _distance(choices: Choices, stage: int) -> float:

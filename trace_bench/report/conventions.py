@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -33,10 +33,6 @@ class Convention(NamedTuple):
 
 def _since_own(x: Matrix, own: int, t: int) -> Matrix:
     return x[:, t] - x[:, own]
-
-
-def _since_own_at_all_stages(x: Matrix, own: int, t: int) -> Matrix:
-    return (x[:, own + 1 : t + 1] - x[:, [own]]).sum(axis=1) * 2 / t
 
 
 #: No interval where a maximum or minimum is biased: see `metrics.forgetting`.
@@ -71,7 +67,7 @@ CONVENTIONS = (
         "`2/(T(T-1)) Σ_{l=2..T} Σ_{i=1..l-1} (R[l,i] - R[i,i])`",
         "Díaz-Rodríguez et al. 2018",
         conventions.mean_backward_transfer,
-        of_rows=_since_own_at_all_stages,
+        of_rows=lambda x, own, t: (x[:, own + 1 : t + 1] - x[:, [own]]).sum(axis=1) * 2 / t,
     ),
     Convention(
         "Forgetting",
@@ -97,15 +93,18 @@ ABOUT = (
 
 def sections(results: Results) -> Iterable[Block]:
     """The conventions, and published results beside the run; empty where nothing can be forgotten yet."""
-    t = results.last_stage if results.is_sequential else 0
+    t = results.last_stage
     if t < 2 or results.unit is None:
         return
-    unit, tolerant = results.unit, _tolerant(results, t)
-    about = ABOUT.format(t=t)
-    columns: list[dict[str, str | None]] = [{}]
-    head = [unit.plain]
-    if any(tolerant.values()):
-        columns.append(tolerant)
+    unit, R = results.unit, results.matrix("accuracy_tolerant")
+    about, head, columns = ABOUT.format(t=t), [unit.plain], [results.headlines]
+    tolerant = {
+        task: "accuracy_tolerant"
+        for i, task in enumerate(results.run.tasks[:t])
+        if results.headlines[task] == "accuracy" and not np.isnan(R[i + 1 : t + 1, i]).any()
+    }
+    if tolerant:
+        columns.append(results.headlines | tolerant)
         head = ["strict", "form-tolerant"]
         about += " Form-tolerant: the right answer in another form counts, in the tasks that have such an accuracy."
     yield about
@@ -120,39 +119,24 @@ def sections(results: Results) -> Iterable[Block]:
         yield from paper.published(results)
 
 
-def _tolerant(results: Results, t: int) -> dict[str, str | None]:
-    """Task -> its form-tolerant accuracy, where it has one at all of its stages; None else."""
-    R = results.matrix("accuracy_tolerant")
-    found: dict[str, str | None] = {}
-    for i, task in enumerate(results.run.tasks[:t]):
-        known = results.headlines[task] == "accuracy" and not np.isnan(R[i + 1 : t + 1, i]).any()
-        found[task] = "accuracy_tolerant" if known else None
-    return found
-
-
-def estimate(results: Results, convention: Convention, t: int, metrics_of: dict[str, str | None]) -> Estimate:
+def estimate(results: Results, convention: Convention, t: int, metrics_of: Mapping[str, str]) -> Estimate:
     """A convention's number at a stage, with its interval over test rows where it is a mean.
 
-    Args:
-        results: Of a sequence whose tasks share a unit.
-        convention: One of `CONVENTIONS`.
-        t: The stage.
-        metrics_of: Task -> the metric to take, where it is not the headline.
+    The tasks share a unit; `metrics_of` names the metric to take of each.
     """
     unit, tasks = results.unit or PERCENT, results.run.tasks
     gains, found = results.gains.copy(), []
     for i, task in enumerate(tasks):
-        if metric := metrics_of.get(task):
+        if (metric := metrics_of.get(task)) != results.headlines.get(task):
             gains[:, i] = results.matrix(metric)[:, i]
     value = convention.of(gains, t)
     if convention.of_rows is None:
         return Estimate(value)
     interval = partial(metrics.difference_interval, fractions=unit.scale == 1)
     for i, task in enumerate(tasks[: t - 1]):
-        metric = metrics_of.get(task) or results.headlines[task]
-        if task not in results.rows or metric not in results.rows[task].scores:
+        if task not in results.rows or metrics_of[task] not in results.rows[task].scores:
             return Estimate(value)
-        x = unit.sign * results.rows[task].scores[metric]
+        x = unit.sign * results.rows[task].scores[metrics_of[task]]
         found += results.rows[task].estimates(convention.of_rows(x, i + 1, t)[:, None], interval)
     mean = metrics.mean_of(found)
     return Estimate(value, *(convention.scale(t) * bound for bound in mean[1:]))

@@ -12,7 +12,7 @@ from trace_bench import records
 from trace_bench.measures.distance import rank_correlation
 from trace_bench.metrics import Estimate, mean_difference
 from trace_bench.records import NEUTRAL
-from trace_bench.report.results import UNKNOWN, Results
+from trace_bench.report.results import UNKNOWN, Results, measured
 from trace_bench.report.tables import PERCENT, Block, Table, Unit
 from trace_bench.run import read_json
 
@@ -70,14 +70,9 @@ def points(results: Results) -> list[Point]:
     def of(index: int, name: str | None) -> Estimate:
         return found[index, name].kl if name and (index, name) in found else UNKNOWN
 
-    stages = [s for s in run.stages if any(index == s.index for index, _ in found)]
-    return [Point(s.index, of(s.index, s.task), of(s.index, NEUTRAL), _forgetting(results, s.index)) for s in stages]
-
-
-def _forgetting(results: Results, stage: int) -> Estimate:
-    if not results.is_sequential:
-        return UNKNOWN
-    return _negative(results.sequence["BWT"][stage - 1])
+    bwt = results.sequence["BWT"] if results.is_sequential else [UNKNOWN] * len(run.stages)
+    stages = measured(run, found)
+    return [Point(s.index, of(s.index, s.task), of(s.index, NEUTRAL), _negative(bwt[s.index - 1])) for s in stages]
 
 
 def correlations(found: Sequence[Point]) -> str:

@@ -15,17 +15,29 @@ from trace_bench.report.tables import DASH, Block, Table, percent, percent_with_
 from trace_bench.run import Run, read_json
 from trace_bench.text import one_line
 
+_ABOUT = (
+    "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
+    "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
+    "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
+    "At equal length = the net win rate of a logistic model of the win at no difference of length, since judges "
+    "like long answers (tanh of characters, no term for the prompt; from {fewest} pairs on). "
+    "The rate of {kind.rate} is judged answer by answer. Broken = answers that say nothing (empty, no letters, "
+    "one piece repeated, mojibake), by rule: they count in no rate of single answers{left_out}."
+)
+
 
 def sections(results: Results) -> Iterable[Block]:
     """A section for each kind of judgement that there is."""
     for kind in judgements.KINDS:
-        if results.judged[kind.name]:
-            yield from _section(results.run, kind, results.judged[kind.name])
+        if found := results.judged[kind.name]:
+            yield from _section(results.run, kind, found)
 
 
 def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
     suites = sorted({suite for _, suite in found})
-    yield f"## {kind.title}\n\n{_about(kind)}\n\n" + "\n".join(map(one_line, _notes(run, kind, found, suites)))
+    left_out = ", and pairs with one are left out" if kind.leaves_out_broken else ""
+    about = _ABOUT.format(kind=kind, fewest=judgements.FEWEST_PAIRS, left_out=left_out)
+    yield f"## {kind.title}\n\n{about}\n\n" + "\n".join(map(one_line, _notes(run, kind, found, suites)))
     forced = sum(n["forced"] for n in found.values())
     if forced:
         share = percent(forced / sum(n["requests"] for n in found.values()))
@@ -58,7 +70,7 @@ def _pair_cells(counts: dict[str, int] | None, controlled: Estimate) -> list[str
         *(percent_with_interval(rate_of(counts, name)) for name in ("win", "tie", "lose")),
         percent_with_interval(rate_of(counts, "net"), sign=True),
         percent_with_interval(controlled, sign=True),
-        *(_rate(rates[name]) for name in ("disagreement_rate", "first_position_rate")),
+        *(percent(rates[name]) for name in ("disagreement_rate", "first_position_rate")),
         str(counts["unscored"]),
         str(counts["broken"]),
     ]
@@ -76,20 +88,7 @@ def _suite_cell(numbers: dict[str, Any] | None) -> str:
     if numbers is None:
         return DASH
     net = numbers.get("pairs", {}).get("net_win_rate")
-    return f"{DASH if net is None else percent(net, sign=True)} / {_rate(numbers['direct']['rate'])}"
-
-
-def _about(kind: Kind) -> str:
-    left_out = ", and pairs with one are left out." if kind.leaves_out_broken else "."
-    return (
-        "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
-        "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
-        "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
-        "At equal length = the net win rate of a logistic model of the win at no difference of length, since judges "
-        f"like long answers (tanh of characters, no term for the prompt; from {judgements.FEWEST_PAIRS} pairs on). "
-        f"The rate of {kind.rate} is judged answer by answer. Broken = answers that say nothing (empty, no letters, "
-        f"one piece repeated, mojibake), by rule: they count in no rate of single answers{left_out}"
-    )
+    return f"{percent(net, sign=True)} / {percent(numbers['direct']['rate'])}"
 
 
 def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[str]:
@@ -127,11 +126,7 @@ def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
     if not found:
         return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge['judge']}`"
     return "right on planted answers, percent: " + ", ".join(
-        f"{name.removeprefix(kind.name).strip()} {_rate(numbers['accuracy'])}"
+        f"{name.removeprefix(kind.name).strip()} {percent(numbers['accuracy'])}"
         for name, numbers in found[0]["kinds"].items()
         if name.startswith(kind.name)
     )
-
-
-def _rate(value: float | None) -> str:
-    return DASH if value is None else percent(value)

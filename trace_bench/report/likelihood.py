@@ -15,6 +15,8 @@ from trace_bench.report.tables import DASH, Block, Table, Unit, count
 from trace_tasks.data import task_name
 
 NATS = Unit("nats per token", scale=None)
+#: What a table says of BWT_t.
+BWT = "mean change of a task since its own stage (divided by t-1); negative = forgetting"
 
 
 def soft_changes(results: Results, t: int) -> list[Estimate]:
@@ -54,9 +56,13 @@ def sections(results: Results) -> Iterable[Block]:
         "becomes another one, so a fall here is forgetting that a score may not show yet."
     )
     yield Table(["stage", *map(task_name, run.tasks)], [[s.name, *map(_nats, L[s.index])] for s in run.stages])
-    t = results.last_stage if results.is_sequential else 0
+    t = results.last_stage
     if t > 1:
-        yield _numbers(results, L, t)
+        ends = [results.intervals.get((t, task, LIKELIHOOD), ()) for task in run.tasks[:t]]
+        op = metrics.mean_of([Estimate(float(value), *end) for value, end in zip(L[t, :t], ends, strict=True)])
+        op_row = [f"OP_{t}", NATS.with_interval(op), f"mean of the {t} tasks seen, at stage {t}"]
+        bwt_row = [f"BWT_{t}", NATS.with_interval(soft_bwt(results, t), sign=True), BWT]
+        yield Table(["", NATS.plain, ""], [op_row, bwt_row])
         yield (
             f"From its own stage to stage {t}, in nats per token. **Share**: of what the own stage had gained; -100 %: "
             "all of it is gone. **Rows needed**: how many test rows of each task show the loss in four of five tests "
@@ -74,17 +80,6 @@ def _nats(value: float) -> str:
     return DASH if math.isnan(value) else f"{value:.3f}"
 
 
-def _numbers(results: Results, L: Matrix, t: int) -> Table:
-    ends = [results.intervals.get((t, task, LIKELIHOOD), ()) for task in results.run.tasks[:t]]
-    op = metrics.mean_of([Estimate(float(value), *end) for value, end in zip(L[t, :t], ends, strict=True)])
-    bwt = "mean change of a task since its own stage (divided by t-1); negative = forgetting"
-    rows = [
-        [f"OP_{t}", NATS.with_interval(op), f"mean of the {t} tasks seen, at stage {t}"],
-        [f"BWT_{t}", NATS.with_interval(soft_bwt(results, t), sign=True), bwt],
-    ]
-    return Table(["", NATS.plain, ""], rows)
-
-
 def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     changes, shares, i = soft_changes(results, t), share_of_gain(L, t), list(range(t - 1))
     base, own, last = L[0, i], L[1:].diagonal()[i], L[t, i]
@@ -92,22 +87,18 @@ def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     hard = [
         results.units[task].sign * _since_own(results, k, t, None) for k, task in enumerate(results.run.tasks[: t - 1])
     ]
-    rows = [
-        [
-            task_name(results.run.tasks[k]),
-            *(_nats(values[k]) for values in (base, own, last)),
-            NATS.with_interval(changes[k], sign=True),
-            _share(shares[k]),
-            *_needed([soft[k]], [hard[k]], changes[k], results.change(k, k + 1, t)),
-        ]
-        for k in i
-    ]
-    learned = float((own - base).mean())
-    bwt = metrics.mean_of(changes)
-    mean = ["mean", *(_nats(float(values.mean())) for values in (base, own, last))]
+
+    def row(name: str, scores: Iterable[float], change: Estimate, share: float, needed: list[str]) -> list[str]:
+        return [name, *map(_nats, scores), NATS.with_interval(change, sign=True), _share(share), *needed]
+
+    rows = []
+    for k in i:
+        needed = _needed([soft[k]], [hard[k]], changes[k], results.change(k, k + 1, t))
+        rows.append(row(task_name(results.run.tasks[k]), (base[k], own[k], last[k]), changes[k], shares[k], needed))
+    learned, bwt = float((own - base).mean()), metrics.mean_of(changes)
     share = bwt.value / learned if learned > 0 else math.nan
     needed = _needed(soft, hard, bwt, results.sequence["BWT"][t - 1])
-    rows.append([*mean, NATS.with_interval(bwt, sign=True), _share(share), *needed])
+    rows.append(row("mean", [float(values.mean()) for values in (base, own, last)], bwt, share, needed))
     head = ["task", "base", "own stage", f"stage {t}", "since then", "share"]
     return Table([*head, "rows needed<br>likelihood", "rows needed<br>score", "times fewer"], rows)
 

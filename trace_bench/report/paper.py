@@ -43,20 +43,16 @@ _TRAINING = {
 def name_of(run: Run) -> str | None:
     """How the paper calls what a run does; None if it has no such method, or had other tasks or another order."""
     method = run.manifest["method"]
-    if run.tasks not in ORDERS.values() or _is_of_cl_benchmark(run):
+    if run.tasks not in ORDERS.values() or set(run.tasks) & set(CL_BENCHMARK):
         return None
     return _NAMES.get((method, run.manifest.get("trains"))) or _NAMES.get((method, None))
-
-
-def _is_of_cl_benchmark(run: Run) -> bool:
-    return any(task in CL_BENCHMARK for task in run.tasks)
 
 
 def table(names: Iterable[str]) -> Table:
     """The paper's numbers for methods, by its own names; percent.
 
-    Instruction following and safety are net win rates (win - lose) against the base model. The general-ability delta
-    is computed from the printed scores, since two of the printed deltas are misprints.
+    Instruction following and safety are net win rates against the base model. The general-ability delta is computed
+    from the printed scores, since two of the printed deltas are misprints.
     """
     header = ["method", "model", "train rows", "epochs", "OP", "BWT", "general", "instruction", "safety"]
     rows = [row for name in dict.fromkeys(names) for row in _rows(name)]
@@ -71,9 +67,18 @@ def _rows(name: str) -> Iterable[list[str]]:
     paper = _facts("paper_results.json")
     training = _TRAINING.get(name, (DASH, DASH))
     for model, results in paper["table1_percent"].items():
-        if name in results:
-            scores = [number(results[name]["OP"]), number(results[name].get("BWT"), sign=True)]
-            yield [name, model, *training, *scores, *_deltas(paper, model, name)]
+        if name not in results:
+            continue
+        scores = [number(results[name]["OP"]), number(results[name].get("BWT"), sign=True)]
+        suites = {
+            m: {suite: score for suite, score in of_model.items() if suite != "delta_printed"}
+            for m, of_model in paper["general_ability_percent"][model].items()
+        }
+        general = general_ability_delta(suites["base"], suites[name]) if name in suites else None
+        judged = paper["judge_win_tie_lose_percent"] if model == "LLaMA-2-13B-Chat" else {}
+        pairs = [judged.get(f"llama2_13b_{kind}", {}).get(name) for kind in ("instruction", "safety")]
+        deltas = [general, *(p and p[0] - p[2] for p in pairs)]
+        yield [name, model, *training, *scores, *(number(delta, sign=True) for delta in deltas)]
     if name in paper["table3_llama2_7b_percent"]:
         result = paper["table3_llama2_7b_percent"][name]
         lost = result["forgetting_printed"]  # BWT without its sign
@@ -81,21 +86,10 @@ def _rows(name: str) -> Iterable[list[str]]:
         yield [name, "LLaMA-2-7B-Chat", *training, *scores, DASH, DASH, DASH]
 
 
-def _deltas(paper: dict[str, Any], model: str, name: str) -> list[str]:
-    scores = paper["general_ability_percent"][model]
-    suites = {m: {s: v for s, v in scores[m].items() if s != "delta_printed"} for m in scores}
-    general = general_ability_delta(suites["base"], suites[name]) if name in suites else None
-    judged = paper["judge_win_tie_lose_percent"] if model == "LLaMA-2-13B-Chat" else {}
-    pairs = [judged.get(f"llama2_13b_{kind}", {}).get(name) for kind in ("instruction", "safety")]
-    return [number(general, sign=True), *(number(p and p[0] - p[2], sign=True) for p in pairs)]
-
-
 # ---------------------------------------------------------------------------------------------------- later papers
 
 #: Method here -> how later papers begin its name; of sequential training it depends on what is trained.
 _LATER = {"sequential full": "SeqFT", "sequential lora": "SeqLoRA", "replay": "Replay", "olora": "O-LoRA", "osf": "OSF"}
-
-
 LATER = (
     "### What later papers print for this method\n\nIn percent, below this run. Only the rows that say yes had the "
     "same protocol; the others are for orientation, each with what differs"
@@ -103,12 +97,11 @@ LATER = (
 
 
 def published(results: Results) -> Iterable[Block]:
-    """What later papers print for the run's method, beside the run; nothing where they print nothing.
+    """What later papers print for the run's method; nothing where they print nothing.
 
-    Rows of another protocol are apart, each with the reasons; what all of them differ in is said once. Of a paper with
-    the same protocol all methods are there.
+    Rows of another protocol are apart, with the reasons. Of a paper with the same protocol all methods are there.
     """
-    if _is_of_cl_benchmark(results.run):  # the numbers are TRACE's
+    if set(results.run.tasks) & set(CL_BENCHMARK):  # the numbers are TRACE's
         return
     m = one_line(results.run.manifest)
     name = _LATER.get(m["method"]) or _LATER.get(f"{m['method']} {m.get('trains')}") or "none"
@@ -120,7 +113,9 @@ def published(results: Results) -> Iterable[Block]:
             reasons = differences(results, source, model)
             for method, (op, bwt) in methods.items():
                 row = [method, model, number(op), number(bwt, sign=True)]
-                own = [*reasons, *_other_training(method, m)]
+                own = list(reasons)
+                if method.startswith("Replay") and m.get("trains") == "lora":
+                    own.append("all parameters are trained there, LoRA here")
                 if not own:
                     same.append([*row, "yes", place])
                 elif not reasons or method.startswith(name):
@@ -140,11 +135,6 @@ def published(results: Results) -> Iterable[Block]:
     yield Table(header, [here, *same, *rows], apart=len(rows))
 
 
-def _other_training(method: str, manifest: dict[str, Any]) -> list[str]:
-    other = method.startswith("Replay") and manifest.get("trains") == "lora"
-    return ["all parameters are trained there, LoRA here"] if other else []
-
-
 def differences(results: Results, source: dict[str, Any], model: str) -> list[str]:
     """What keeps a run from being comparable with a paper's results for a model: nothing where the protocol is one."""
     run = results.run
@@ -153,9 +143,8 @@ def differences(results: Results, source: dict[str, Any], model: str) -> list[st
     prefix = "reasoning_" if source["data"] == "reasoning" else ""
     there = FOLDERS if order is None else ORDERS[order]
     plain = [task.replace("reasoning_", "trace_", 1) for task in run.tasks]
-    limits = [
-        f"first {n} {key.replace('_', ' ')} here" for key in ("train_rows", "test_rows") if (n := config.get(key))
-    ]
+    rows = {key: config.get(key) for key in ("train_rows", "test_rows")}
+    limits = ", ".join(f"first {n} {key.replace('_', ' ')} here" for key, n in rows.items() if n)
     known = source["task_known_at_test"]
     reasons = {
         "demo data here": manifest["data"]["demo"],
@@ -165,7 +154,7 @@ def differences(results: Results, source: dict[str, Any], model: str) -> list[st
         f"{len(FOLDERS)} tasks there, {len(run.tasks)} here": sorted(plain) != sorted(FOLDERS),
         "order not stated there": order is None,
         f"order {(order or '')[-1:]} there": order and sorted(plain) == sorted(there) and plain != there,
-        ", ".join(limits): limits,
+        limits: limits,
         "without leaked rows here": run.left_out,
         f"{model} there, {here} here": _model_name(model) != _model_name(here),
         "a chat template here": config.get("chat_template"),

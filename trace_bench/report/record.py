@@ -34,12 +34,10 @@ def cost(results: Results) -> Iterable[Block]:
         memory = f"{train['peak_memory_bytes'] / 2**30:.1f} ({train['memory_of']})" if train else DASH
         evaluation = count(results.evaluation_seconds(stage))
         rows.append([stage.name, *numbers, memory, evaluation, count(judged.get(stage.index))])
-    sums = [
-        count(sum(train[key] for train in training.values()) if training else None)
-        for key in ("rows", "steps", "tokens", "seconds")
-    ]
+    sums = [sum(train[key] for train in training.values()) for key in ("rows", "steps", "tokens", "seconds")]
     evaluation = count(sum(map(results.evaluation_seconds, results.run.stages)))
-    rows.append(["in all", *sums, DASH, DASH, evaluation, count(sum(judged.values()) if judged else None)])
+    trained = map(count, sums if training else [None] * 4)
+    rows.append(["in all", *trained, DASH, DASH, evaluation, count(sum(judged.values()) if judged else None)])
     yield "## Cost"
     header = ["stage", "rows", "steps", "tokens", "train s", "tokens/s", "peak GiB", "evaluation s", "judge tokens"]
     yield Table(header, rows).without_empty_columns()

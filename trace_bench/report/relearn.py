@@ -132,14 +132,10 @@ def _given_table(results: Results, tokens: int, by_task: dict[str, dict[int, Any
         "Each score without → with them, on the test rows whose reference is longer. What is lost without and not "
         "with them was hidden: the model no longer began the answer and still knew how it goes on. They are part of "
         "the answer, so they raise the base model's score, too."
-        + f" No score for {', '.join(short)}: no reference there has more than {given}."
-        * bool(short)
+        + (f" No score for {', '.join(short)}: no reference there has more than {given}." if short else "")
     )
-    rows = [
-        _given_row(results, i, tokens, by_task[task])
-        for i, task in enumerate(results.run.tasks)
-        if task in by_task and task_name(task) not in short
-    ]
+    scored = [i for i, task in enumerate(results.run.tasks) if task in by_task and task_name(task) not in short]
+    rows = [_given_row(results, i, tokens, by_task[results.run.tasks[i]]) for i in scored]
     if rows:
         yield Table(["task", "rows", "base", "own stage", f"stage {last}", "since then", "since then, with them"], rows)
 
@@ -154,9 +150,8 @@ def _given_row(results: Results, i: int, tokens: int, cells: dict[int, Any]) -> 
         after = rows.scores[results.headlines[task]]
         before = results.task_rows(task)[[place[key] for key in rows.ids]]
     scores = {index: headline(cell) for index, cell in cells.items()}
-    texts = [
-        f"{unit.text(before[:, index].mean())} → {unit.text(scores.get(index, np.nan))}" for index in (0, i + 1, last)
-    ]
+    stages = (0, i + 1, last)
+    texts = [f"{unit.text(before[:, t].mean())} → {unit.text(scores.get(t, np.nan))}" for t in stages]
     changes = [_change(x[:, last] - x[:, i + 1], unit) for x in (before, after)]
     one = next(iter(cells.values()))
     count = f"{one['n']} of {one['n'] + one.get('n_short', 0)}"

@@ -11,19 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from trace_bench.metrics import Matrix
 from trace_bench.records import stale
-from trace_bench.report import (
-    choices,
-    conventions,
-    distance,
-    judged,
-    likelihood,
-    record,
-    relearn,
-    suites,
-    transitions,
-)
+from trace_bench.report import choices, conventions, distance, judged, likelihood, record, relearn, suites, transitions
 from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
@@ -31,7 +20,6 @@ from trace_bench.report.tables import (
     PERCENT,
     Block,
     Table,
-    Unit,
     arrow,
     left_out_text,
     legend,
@@ -99,29 +87,24 @@ def _run(results: Results) -> Iterable[Block]:
         yield f"> **Limited rows** ({text}). Not comparable with results on the full data."
     if run.left_out:
         yield f"> **Without leaked rows.** {left_out_text(results.left_out)}"
-    why = stale(run)
-    if why:
+    if why := stale(run):
         stages = ", ".join(run.stages[i].name for i in why)
         yield f"> **Stale**: {stages}. {one_line(next(iter(why.values())))}"
     if results.other_versions:
         listed = "\n".join(f"> - {one_line(text)}" for text in results.other_versions)
         yield f"> **Cells of different versions**: a change between their stages may be theirs.\n>\n{listed}"
     if results.not_percent:
-        yield f"{one_line(_units(results))}."
-
-
-def _units(results: Results) -> str:
-    tasks: dict[str, list[str]] = {}
-    for task, unit in results.units.items():
-        if task in results.headlines:
-            tasks.setdefault(unit.name, []).append(task_name(task))
-    text = "; ".join(f"{', '.join(those)}: {name}" for name, those in tasks.items())
-    text = f"**Units.** {text}. Changes are gains: + and ↑ are better, - and ↓ are worse"
-    if any(not unit.higher_is_better for unit in results.units.values()):
-        text += ", so that where lower is better a fall is a gain"
-    if results.unit is None and results.has_mean:
-        text += ". No mean is taken over different units, so OP, BWT, FWT, Forgetting and the mean have no value"
-    return text
+        tasks: dict[str, list[str]] = {}
+        for task, unit in results.units.items():
+            if task in results.headlines:
+                tasks.setdefault(unit.name, []).append(task_name(task))
+        text = "; ".join(f"{', '.join(those)}: {name}" for name, those in tasks.items())
+        text = f"**Units.** {text}. Changes are gains: + and ↑ are better, - and ↓ are worse"
+        if any(not unit.higher_is_better for unit in results.units.values()):
+            text += ", so that where lower is better a fall is a gain"
+        if results.unit is None and results.has_mean:
+            text += ". No mean is taken over different units, so OP, BWT, FWT, Forgetting and the mean have no value"
+        yield f"{one_line(text)}."
 
 
 # ------------------------------------------------------------------------------------------------- numbers of the run
@@ -129,34 +112,28 @@ def _units(results: Results) -> str:
 
 def _summary(results: Results) -> Iterable[Block]:
     """The numbers that stand for the run; of checkpoints of unknown training there are none."""
-    unit = results.unit or PERCENT
+    unit, t = results.unit or PERCENT, results.last_stage
     lower = "" if unit.higher_is_better else "; lower is better"
-    if results.is_sequential and results.last_stage:
-        rows, first = _sequence_rows(results, unit, lower), results.sequence["OP"][results.last_stage - 1]
+    if t:
+        sequence = results.sequence
+        first, bwt, forgetting = (sequence[name][t - 1] for name in ("OP", "BWT", "Forgetting"))
+        drop = "mean drop from a task's best stage; no interval, since a maximum is biased upwards"
+        rows = [
+            [f"OP_{t}", unit.with_interval(first), f"mean of the {t} tasks seen, at stage {t}{lower}"],
+            [f"BWT_{t}", unit.with_interval(bwt, sign=True), likelihood.BWT],
+            [f"Forgetting_{t}", unit.text(forgetting.value), drop],
+        ]
+        if t == len(results.run.tasks):
+            rows.append(["FWT", unit.with_interval(sequence["FWT"][0], sign=True), "needs the full matrix"])
+            rows.append(["mean OP_t", unit.with_interval(sequence["mean OP"][0]), f"over all stages{lower}"])
     elif results.has_mean and not results.is_sequential:
-        rows = [["mean of the tasks", unit.with_interval(results.mean), _what_the_mean_is_of(results) + lower]]
         first = results.mean
+        rows = [["mean of the tasks", unit.with_interval(first), _what_the_mean_is_of(results) + lower]]
     else:
         return
     yield Table(["", unit.plain if results.unit else "no unit in common", ""], rows)
     if not math.isnan(first.low):
         yield INTERVALS
-
-
-def _sequence_rows(results: Results, unit: Unit, lower: str) -> list[list[str]]:
-    sequence, t = results.sequence, results.last_stage
-    op, bwt, forgetting = (sequence[name][t - 1] for name in ("OP", "BWT", "Forgetting"))
-    change = "mean change of a task since its own stage (divided by t-1); negative = forgetting"
-    drop = "mean drop from a task's best stage; no interval, since a maximum is biased upwards"
-    rows = [
-        [f"OP_{t}", unit.with_interval(op), f"mean of the {t} tasks seen, at stage {t}{lower}"],
-        [f"BWT_{t}", unit.with_interval(bwt, sign=True), change],
-        [f"Forgetting_{t}", unit.text(forgetting.value), drop],
-    ]
-    if t == len(results.run.tasks):
-        rows.append(["FWT", unit.with_interval(sequence["FWT"][0], sign=True), "needs the full matrix"])
-        rows.append(["mean OP_t", unit.with_interval(sequence["mean OP"][0]), f"over all stages{lower}"])
-    return rows
 
 
 def _what_the_mean_is_of(results: Results) -> str:
@@ -255,13 +232,16 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
     found = {bound.method: bound for bound in bounds(results, others)}
     cells = [item for of_run in (results.cells, *(b.cells for b in found.values())) for item in of_run.items()]
     units = [unit_of(results.headlines.get(t, ""), [c for (_, name), c in cells if name == t]) for t in run.tasks]
-    icl = found.get("icl")
-    rows = [
-        _scores_row("base, zero-shot", R[0], units),
-        *([_scores_row(icl.label, icl.scores, units)] if icl else []),
-        _scores_row(f"this run (stage {len(run.tasks)})", R[-1], units),
-        *(_scores_row(b.label, b.scores, units) for b in found.values() if b is not icl),
-    ]
+    unit, icl = shared_unit(units), found.get("icl")
+    rows = []
+    for label, scores in (
+        ("base, zero-shot", R[0]),
+        *([(icl.label, icl.scores)] if icl else []),
+        (f"this run (stage {len(run.tasks)})", R[-1]),
+        *((b.label, b.scores) for b in found.values() if b is not icl),
+    ):
+        texts = [unit.text(score) for unit, score in zip(units, scores, strict=True)]
+        rows.append([label, *texts, unit.text(scores.mean()) if unit else DASH])
     what = ", each score in the unit of its task" if results.not_percent else ", in percent"
     shown = f" ICL is the base model {one_line(demonstrations(icl.run))}." if icl else ""
     yield (
@@ -282,12 +262,6 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
                 f"trace-bench evaluate {path}-{method} && trace-bench report {path} {path}-{method}`"
             )
     yield "\n".join(notes)
-
-
-def _scores_row(label: str, scores: Matrix, units: list[Unit]) -> list[str]:
-    texts = [unit.text(score) for unit, score in zip(units, scores, strict=True)]
-    unit = shared_unit(units)
-    return [label, *texts, unit.text(scores.mean()) if unit else DASH]
 
 
 # ---------------------------------------------------------------------------------------------------------- the matrix

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trace_bench.report.results import UNKNOWN, Results, headline, measured
+from trace_bench.report.results import UNKNOWN, Results, measured
 from trace_bench.report.rows import Cells
 from trace_bench.report.tables import DASH, Block, Table, arrow, legend, length, percent, percent_with_interval
 from trace_tasks.data import GROUPS, JUDGED, SUITES
@@ -19,7 +19,7 @@ def general(results: Results) -> Iterable[Block]:
     run, cells = results.run, results.cells_of(SUITES)
     if not cells:
         return
-    there = [s for s in SUITES if any(s == name for _, name in cells)]
+    there = [s for s in SUITES if s in results.headlines]
     suites, others = ([s for s in there if (s in GROUPS["general"]) is own] for own in (True, False))
     beside = f" Beside it, and not in mean and delta: {', '.join(map(_short, others))}." if others else ""
     yield (
@@ -31,15 +31,14 @@ def general(results: Results) -> Iterable[Block]:
             f"> **Limited rows** (at least {limits} of each suite, the first ones of each subtask). Not comparable "
             "with results on the full suites."
         )
-    local = {name for (_, name), cell in cells.items() if cell["settings"]["data"] != "hub"}
-    if local:
+    if local := {name for (_, name), cell in cells.items() if cell["settings"]["data"] != "hub"}:
         yield (
             f"> **Local copy** of the data of {', '.join(_short(s) for s in SUITES if s in local)}: comparable with "
             "the hub's only if it is complete. The numbers of rows are in the head of the table."
         )
     rows = []
     for stage in measured(run, cells):
-        scores = {s: headline(cells[stage.index, s]) if (stage.index, s) in cells else math.nan for s in there}
+        scores = {s: results.score(stage.index, s).value for s in there}
         texts = {s: percent(v) + arrow(results.mark(s, 0, stage.index)) for s, v in scores.items()}
         mean = float(np.mean([scores[s] for s in suites])) if suites else math.nan
         delta = percent_with_interval(results.general.get(stage.index, UNKNOWN), sign=True)
@@ -53,15 +52,11 @@ def general(results: Results) -> Iterable[Block]:
         return f"{_short(suite)}<br>{of_suite[0]['headline']}<br>{sizes} rows"
 
     yield Table(["stage", *map(head, suites), "mean", "delta", *map(head, others)], rows)
-    cut = [
-        f"{_short(name)} at {run.stages[index].name} {cell['n_cut']} of {cell['n']}"
-        for (index, name), cell in cells.items()
-        if cell["n_cut"]
-    ]
-    if cut:
+    cut = {key: f"{cell['n_cut']} of {cell['n']}" for key, cell in cells.items() if cell["n_cut"]}
+    if listed := "; ".join(f"{_short(name)} at {run.stages[i].name} {n}" for (i, name), n in cut.items()):
         yield (
             "> **Prompts cut on the left**, as they were longer than the engine's context, so that shots are missing: "
-            f"{'; '.join(cut)}. A larger context (`--engine-args`) gives other scores."
+            f"{listed}. A larger context (`--engine-args`) gives other scores."
         )
 
 
