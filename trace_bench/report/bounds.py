@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,8 +31,7 @@ _TRAINED = (
 )
 
 
-@dataclass(frozen=True)
-class Bound:
+class Bound(NamedTuple):
     """A run that bounds another one."""
 
     method: str
@@ -48,10 +46,7 @@ class Bound:
 
 
 def bounds(bounded: Results, others: Iterable[Results]) -> list[Bound]:
-    """Those of other runs that bound a run, one of each method of `BOUNDS`, in that order.
-
-    Of several the one with the fewest other settings of the training, and of several such the most complete one.
-    """
+    """Those of other runs that bound a run: of each method of `BOUNDS` the one trained most alike and most complete."""
     run = bounded.run
     found: dict[str, list[Bound]] = {method: [] for method in BOUNDS}
     for results in others:
@@ -74,12 +69,11 @@ def bounds(bounded: Results, others: Iterable[Results]) -> list[Bound]:
 def demonstrations(run: Run) -> str:
     """How the base model of an icl run was shown what to do, and where that is not the official way."""
     config = run.manifest["config"]
-    limit = config.get("max_prompt_length")
-    length = f"; prompts have at most {limit} tokens (officially {ICL_PROMPT_LENGTH})"
-    return (
-        f"with {config['num_fewshot']} demonstrations, which are training rows (officially test rows) and none on "
-        "MeetingBank" + (length if limit and limit != ICL_PROMPT_LENGTH else "")
-    )
+    shots, limit = config["num_fewshot"], config.get("max_prompt_length")
+    text = f"with {shots} demonstrations, which are training rows (officially test rows) and none on MeetingBank"
+    if limit and limit != ICL_PROMPT_LENGTH:
+        text += f"; prompts have at most {limit} tokens (officially {ICL_PROMPT_LENGTH})"
+    return text
 
 
 def _other_training(run: Run, other: Run) -> list[str]:

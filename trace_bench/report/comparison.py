@@ -16,22 +16,11 @@ import numpy as np
 
 from trace_bench import metrics
 from trace_bench.metrics import Estimate
-from trace_bench.report import choices, distance, notes, paper, transitions
+from trace_bench.report import choices, distance, notes, paper, seeds, transitions
 from trace_bench.report.differences import paired_differences
 from trace_bench.report.entry import NUMBERS, SCORES, TEXTS, Entry, entries_of
 from trace_bench.report.results import UNKNOWN, Results
-from trace_bench.report.seeds import (
-    Group,
-    Marks,
-    SeedDifferences,
-    deviation_between_seeds,
-    deviation_of_test_rows,
-    groups_of,
-    interval_over_seeds,
-    lines_of,
-    marks_of,
-    mean_and_deviation,
-)
+from trace_bench.report.seeds import Group, Marks, SeedDifferences
 from trace_bench.report.tables import (
     DASH,
     PERCENT,
@@ -115,21 +104,20 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
         loaded, paths = [Results(baseline), *loaded], [baseline.path.resolve(), *paths]
     entries = entries_of(loaded)
     against = entries[paths.index(baseline.path.resolve())]
-    groups = groups_of(entries)
+    groups = seeds.groups_of(entries)
     reference = next((g for g in groups if against in g.entries), groups[0] if groups else None)
-    seeds = [SeedDifferences.between(g, reference) for g in groups if reference and g is not reference]
-    others = [SeedDifferences.between(a.group, b.group) for a, b in itertools.combinations(seeds, 2)]
-    marks = marks_of(seeds)
+    to_baseline = [SeedDifferences.between(g, reference) for g in groups if reference and g is not reference]
+    others = [SeedDifferences.between(a.group, b.group) for a, b in itertools.combinations(to_baseline, 2)]
+    marks = seeds.marks_of(to_baseline)
     columns = list(dict.fromkeys(task for e in entries for task in e.finals))
     versus = {e.name: paired_differences(e, against) for e in entries if e is not against}
     of_paper = paper.table(name for e in entries if (name := paper.name_of(e.run)))
     # One model for orientation; the reports of the runs have all.
     references = [dict(zip(of_paper.header, r, strict=True)) for r in of_paper.rows if "LLaMA-2-7B-Chat" in r]
     tables = [
-        *([_methods_table(entries, groups, references)] if groups else []),
-        _runs_table(entries, [] if groups else references, detail=bool(groups)),
-        *_difference_tables(versus, against, seeds, others, marks, detail=bool(groups)),
-        *_finals_tables(entries, groups, columns, marks, seeds),
+        *_numbers_tables(entries, groups, references),
+        *_difference_tables(versus, against, to_baseline, others, marks, detail=bool(groups)),
+        *_finals_tables(entries, groups, columns, marks, to_baseline),
         _spread_table(groups, columns),
         distance.table_of_runs(entries),
         transitions.table_of_runs(entries),
@@ -138,7 +126,7 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
     lines = [_line(e, versus.get(e.name, {})) for e in entries]
     for group in groups:
         lines += _seed_lines(group, columns)
-    for difference in (*seeds, *others):
+    for difference in (*to_baseline, *others):
         lines += _difference_lines(difference)
     return Comparison(
         entries,
@@ -148,7 +136,7 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
         references,
         [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
         list(map(one_line, notes.warnings(entries, groups))),
-        list(map(one_line, notes.notes(entries, groups, seeds, references))),
+        list(map(one_line, notes.notes(entries, groups, to_baseline, references))),
         [*lines, *map(_reference_line, references)],
     )
 
@@ -156,66 +144,49 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def _methods_table(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> Table:
-    """Each method over its seeds, the runs without others of their kind, and the paper's numbers."""
-    texts, same = _common(entries)
-    lines = lines_of(entries, groups)
-    if "method" in texts and all(line.name == line.entries[0].texts["method"] for line in lines):
-        texts.remove("method")
-    rows = []
-    for line in lines:
-        first = line.entries[0]
-        cells = _cells_of_run(first) if len(line.entries) == 1 else _cells_over_seeds(line)
-        rows.append([line.name, str(len(line.entries)), *(first.texts[k] for k in texts), *cells])
-    rows += [[name, DASH, *cells] for name, *cells in _reference_rows(references, texts)]
-    about = "mean ± standard deviation over the seeds [95 % interval over the seeds], "
-    if any(len(line.entries) == 1 for line in lines):
-        about += "of a single run its score [95 % interval over test rows], "
-    about += _what(entries, same)
-    return Table(["run", "seeds", *texts, *NUMBERS], rows, "Methods", about, len(references)).without_empty_columns()
-
-
-def _runs_table(entries: list[Entry], references: list[dict[str, str]], detail: bool) -> Table:
-    """The runs' numbers, and the paper's; what is the same in all runs is said once."""
-    texts, same = _common(entries)
-    rows = [[e.name, *(e.texts[k] for k in texts), *_cells_of_run(e)] for e in entries]
-    rows += _reference_rows(references, texts)
-    table = Table(["run", *texts, *NUMBERS], rows, "Runs", _what(entries, same), len(references), detail)
-    return table.without_empty_columns()
-
-
-def _cells_of_run(entry: Entry) -> list[str]:
-    """The `NUMBERS` of a run, scores with their intervals over test rows."""
-    numbers = {k: entry.writer(k)(entry.numbers[k]) for k in NUMBERS}
-    numbers |= {k: entry.unit(k).with_interval(entry.scores[k], sign) for k, sign in SCORES.items()}
-    return list(numbers.values())
-
-
-def _cells_over_seeds(group: Group) -> list[str]:
-    """The `NUMBERS` of a method, scores with their intervals over the seeds."""
-    cells = []
-    for name in NUMBERS:
-        values, write = group.numbers(name), group.entries[0].writer(name)
-        interval = interval_over_seeds(values, write) if name in SCORES else DASH
-        text = mean_and_deviation(values, write, cost=name not in SCORES)
-        cells.append(text + f" {interval}" * (interval != DASH))
-    return cells
-
-
-def _common(entries: list[Entry]) -> tuple[list[str], list[str]]:
-    """The descriptions that differ between runs, and what is the same in all of them."""
+def _numbers_tables(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> list[Table]:
+    """Each method over its seeds, and each run, with the paper's numbers; what all runs share is said once."""
     texts = [k for k in TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
-    return texts, [f"{k} {entries[0].texts[k]}" for k in TEXTS if k not in texts]
-
-
-def _what(entries: list[Entry], same: list[str]) -> str:
+    same = [f"{k} {entries[0].texts[k]}" for k in TEXTS if k not in texts]
     about = "scores in percent" if _all_percent(entries) else "scores in percent or the unit of the run's tasks"
-    return about + (f" (in all: {', '.join(same)})" if same else "")
+    about += f" (in all: {', '.join(same)})" if same else ""
+
+    def table(title: str, lines: list[Group], columns: list[str], about: str, apart: list[dict[str, Any]]) -> Table:
+        rows = []
+        for line in lines:
+            of_line = line.entries[0].texts | {"seeds": str(len(line.entries))}
+            rows.append([line.name, *(of_line[k] for k in columns), *_cells(line)])
+        for reference in apart:
+            numbers = _reference_line(reference)
+            rows.append([f"paper: {reference['method']}", *(numbers.get(k, DASH) for k in (*columns, *NUMBERS))])
+        return Table(["run", *columns, *NUMBERS], rows, title, about, len(apart)).without_empty_columns()
+
+    runs = [Group(e.name, [e]) for e in entries]
+    if not groups:
+        return [table("Runs", runs, texts, about, references)]
+    lines = seeds.lines_of(entries, groups)
+    named = all(line.name == line.entries[0].texts["method"] for line in lines)
+    columns = ["seeds", *(k for k in texts if not (k == "method" and named))]
+    over = "mean ± standard deviation over the seeds [95 % interval over the seeds], "
+    over += "of a single run its score [95 % interval over test rows], " * any(len(g.entries) == 1 for g in lines)
+    methods = table("Methods", lines, columns, over + about, references)
+    return [methods, replace(table("Runs", runs, texts, about, []), detail=True)]
 
 
-def _reference_rows(references: list[dict[str, str]], texts: list[str]) -> list[list[str]]:
-    lines = [(f"paper: {reference['method']}", _reference_line(reference)) for reference in references]
-    return [[name, *(line.get(k, DASH) for k in (*texts, *NUMBERS))] for name, line in lines]
+def _cells(line: Group) -> list[str]:
+    """The `NUMBERS` of a run with intervals over test rows, or of a method with intervals over its seeds."""
+    cells, entry = [], line.entries[0]
+    for name in NUMBERS:
+        values, write = line.numbers(name), entry.writer(name)
+        if len(values) > 1:
+            interval = seeds.interval_over_seeds(values, write) if name in SCORES else DASH
+            text = seeds.mean_and_deviation(values, write, cost=name not in SCORES)
+            cells.append(text + f" {interval}" * (interval != DASH))
+        elif name in SCORES:
+            cells.append(entry.unit(name).with_interval(entry.scores[name], SCORES[name]))
+        else:
+            cells.append(write(values[0]))
+    return cells
 
 
 def _all_percent(entries: Iterable[Entry]) -> bool:
@@ -225,7 +196,7 @@ def _all_percent(entries: Iterable[Entry]) -> bool:
 def _difference_tables(
     versus: dict[str, dict[str, Estimate]],
     against: Entry,
-    seeds: Sequence[SeedDifferences],
+    to_baseline: Sequence[SeedDifferences],
     others: Sequence[SeedDifferences],
     marks: Marks,
     detail: bool,
@@ -240,11 +211,11 @@ def _difference_tables(
         return [e for d in differences for e in (*d.group.entries, *d.reference.entries)]
 
     runs = [[n, *(against.unit(k).with_interval(e, sign=True) for k, e in v.items())] for n, v in versus.items()]
-    to_seeds = [[d.group.name, *d.texts(marks)] for d in seeds]
+    to_seeds = [[d.group.name, *d.texts(marks)] for d in to_baseline]
     between = [[f"{d.group.name} against {d.reference.name}", *d.texts({})] for d in others]
-    reference = seeds[0].reference.name if seeds else ""
+    reference = to_baseline[0].reference.name if to_baseline else ""
     return [
-        table(f"Difference of seed means to `{reference}`", to_seeds, of_both(seeds)),
+        table(f"Difference of seed means to `{reference}`", to_seeds, of_both(to_baseline)),
         table("Differences of seed means between the others", between, of_both(others), "; no arrows"),
         replace(table(f"Difference to `{against.name}`", runs, [against]), detail=detail),
     ]
@@ -257,7 +228,7 @@ def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
 
 
 def _finals_tables(
-    entries: list[Entry], groups: list[Group], columns: list[str], marks: Marks, seeds: Sequence[SeedDifferences]
+    entries: list[Entry], groups: list[Group], columns: list[str], marks: Marks, to_baseline: Sequence[SeedDifferences]
 ) -> list[Table]:
     """The final scores of each method over its seeds, and of each run."""
     in_percent = _all_percent(entries)
@@ -268,33 +239,33 @@ def _finals_tables(
     def write(e: Entry, task: str) -> Callable[[float | None], str]:
         return e.units.get(task, PERCENT).shown
 
-    title, tables = "Final score of each task", []
+    title = "Final score of each task"
     single = [[e.name, *(write(e, task)(e.finals.get(task)) for task in columns)] for e in entries]
-    if groups:
-        rows = []
-        for line in lines_of(entries, groups):
-            first = line.entries[0]
-            if len(line.entries) == 1:
-                rows.append(single[entries.index(first)])
-                continue
-            texts = {task: mean_and_deviation(line.numbers(task), write(first, task)) for task in columns}
-            rows.append([line.name, *(text + arrow(marks.get((line.name, task), 0)) for task, text in texts.items())])
-        over = f"{about}, mean ± standard deviation over the seeds"
-        if any(text.endswith(("↑", "↓")) for row in rows for text in row):
-            over += f" (↓, ↑: worse or better than `{seeds[0].reference.name}` over the seeds)"
-        tables.append(Table(head, rows, title, over))
-        title += ", run by run"
-    return [*tables, Table(head, single, title, about, detail=bool(groups))]
+    if not groups:
+        return [Table(head, single, title, about)]
+    rows = []
+    for line in seeds.lines_of(entries, groups):
+        first = line.entries[0]
+        if len(line.entries) == 1:
+            rows.append(single[entries.index(first)])
+            continue
+        texts = {task: seeds.mean_and_deviation(line.numbers(task), write(first, task)) for task in columns}
+        rows.append([line.name, *(text + arrow(marks.get((line.name, task), 0)) for task, text in texts.items())])
+    over = f"{about}, mean ± standard deviation over the seeds"
+    if any(text.endswith(("↑", "↓")) for row in rows for text in row):
+        over += f" (↓, ↑: worse or better than `{to_baseline[0].reference.name}` over the seeds)"
+    return [Table(head, rows, title, over), Table(head, single, f"{title}, run by run", about, detail=True)]
 
 
 def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
     """The components of the variance of a run's score."""
     names = ["OP", "BWT", *columns]
+    deviations = {"between seeds": seeds.deviation_between_seeds, "test rows": seeds.deviation_of_test_rows}
     rows = []
     for group in groups:
         first = group.entries[0]
         units = {name: first.unit(name) for name in ("OP", "BWT")} | first.units
-        for label, deviation in (("between seeds", deviation_between_seeds), ("test rows", deviation_of_test_rows)):
+        for label, deviation in deviations.items():
             found = deviation(group, columns)
             texts = (units[name].shown(found[name]) if found[name] > 0 else DASH for name in names)
             rows.append([f"{group.name}: {label}", *texts])
@@ -311,10 +282,10 @@ def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
 def _line(entry: Entry, versus: dict[str, Estimate]) -> dict[str, Any]:
     bounds: dict[str, float] = {}
     for name in SCORES:
-        factor, difference = entry.unit(name).factor, versus.get(name, UNKNOWN)
-        bounds |= {f"{name} {end}": factor * x for end, x in zip(("low", "high"), entry.scores[name][1:], strict=True)}
-        ends = ("", " low", " high")
-        bounds |= {f"{name} difference{end}": factor * x for end, x in zip(ends, difference, strict=True)}
+        factor, own, difference = entry.unit(name).factor, entry.scores[name], versus.get(name, UNKNOWN)
+        numbers = {"low": own.low, "high": own.high, "difference": difference.value}
+        numbers |= {"difference low": difference.low, "difference high": difference.high}
+        bounds |= {f"{name} {what}": factor * x for what, x in numbers.items()}
     return {
         "run": entry.name,
         **entry.texts,
@@ -336,7 +307,7 @@ def _seed_lines(group: Group, columns: list[str]) -> list[dict[str, Any]]:
     }
     over = f"over {len(group.entries)} seeds"
     found = {f"{name} {over}": {k: of(v) for k, v in values.items()} for name, of in statistics.items()}
-    found[f"standard error over test rows, mean {over}"] = deviation_of_test_rows(group, columns)
+    found[f"standard error over test rows, mean {over}"] = seeds.deviation_of_test_rows(group, columns)
     return [{"run": f"{group.name}: {name}", **texts, **numbers} for name, numbers in found.items()]
 
 

@@ -53,9 +53,8 @@ def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:
     """What the three deltas of two runs have to share to be compared: name of the delta -> what -> value."""
     last, cells = results.run.stages[-1].index, results.cells
     suites = [suite for suite in GROUPS["general"] if (last, suite) in cells]
-    general: dict[str, Any] = {}
-    if suites:
-        general["general suites"] = ", ".join(suite.removeprefix("general_") for suite in suites)
+    names = ", ".join(suite.removeprefix("general_") for suite in suites)
+    general: dict[str, Any] = {"general suites": names} if suites else {}
     for suite in suites:
         cell = cells[last, suite]
         general |= {f"data of {suite}": cell["settings"]["data"], f"rows of {suite}": cell["n"]}
@@ -63,13 +62,11 @@ def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:
     found = {"general": general}
     for kind in KINDS:
         judged = {suite: numbers for (i, suite), numbers in results.judged[kind.name].items() if i == last}
-        found[kind.name] = {}
-        if judged:
-            judges = sorted({json.dumps(numbers["settings"], sort_keys=True) for numbers in judged.values()})
-            answers = {suite: numbers["direct"]["n"] for suite, numbers in judged.items()}
-            found[kind.name] = {
-                f"judge of {kind.name}": " and ".join(judges),
-                f"answers judged for {kind.name}": answers,
-                **{f"data of {s}": cells[last, s]["settings"].get("data") for s in judged if (last, s) in cells},
-            }
+        judges = sorted({json.dumps(numbers["settings"], sort_keys=True) for numbers in judged.values()})
+        of_kind: dict[str, Any] = {
+            f"judge of {kind.name}": " and ".join(judges),
+            f"answers judged for {kind.name}": {suite: numbers["direct"]["n"] for suite, numbers in judged.items()},
+            **{f"data of {s}": cells[last, s]["settings"].get("data") for s in judged if (last, s) in cells},
+        }
+        found[kind.name] = of_kind if judged else {}
     return found

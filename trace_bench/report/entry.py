@@ -102,22 +102,16 @@ class Entry:
     @cached_property
     def texts(self) -> dict[str, str]:
         """Those of `TEXTS`."""
-        manifest = one_line(self.run.manifest)
+        manifest, tasks = one_line(self.run.manifest), self.run.tasks
         trained, rows = len(self.run.stages) > 1, manifest["config"].get("train_rows")
+        order = next((name for name, those in ORDERS.items() if tasks == those), None)
+        names = [*map(task_name, tasks)] if len(tasks) <= 4 else [*map(task_name, tasks[:3]), "…"]
         return {
             "method": manifest["method"],
             "trains": manifest.get("trains", DASH) if trained else DASH,
-            "tasks": _list_of_tasks(self.run),
+            "tasks": f"{len(tasks)} ({order or ', '.join(names)})" if tasks else "none",
             "train rows": (f"first {rows}" if rows else "all") if trained and "checkpoints" not in manifest else DASH,
         }
-
-
-def _list_of_tasks(run: Run) -> str:
-    for name, order in ORDERS.items():
-        if run.tasks == order:
-            return f"{len(order)} ({name})"
-    tasks = [task_name(t) for t in run.tasks]
-    return f"{len(tasks)} ({', '.join(tasks if len(tasks) <= 4 else [*tasks[:3], '…'])})" if tasks else "none"
 
 
 def column_of(task: str, run: Run) -> str:

@@ -57,11 +57,10 @@ def groups_of(entries: Sequence[Entry]) -> list[Group]:
     """The groups, with the names of their runs less the seed, such as `ewc` of `ewc-seed0` and `ewc-seed1`."""
     found: list[list[Entry]] = []
     for entry in entries:
-        group = next((group for group in found if all(_differ_by_seed(entry, other) for other in group)), None)
-        if group is None:
-            found.append([entry])
-        else:
-            group.append(entry)
+        group = next((group for group in found if all(_differ_by_seed(entry, other) for other in group)), [])
+        if not group:
+            found.append(group)
+        group.append(entry)
     found = [group for group in found if len(group) > 1]
     stems = [{re.sub(r"[-_.]?seed[-_.]?\d+", "", e.name) for e in group} for group in found]
     taken = [*(one_line(e.run.path.name) for e in entries), *(name for stem in stems for name in stem)]
@@ -108,8 +107,8 @@ class SeedDifferences:
     @property
     def is_paired(self) -> bool:
         """Whether both have the same seeds."""
-        seeds = [{e.run.manifest.get("seed") for e in group.entries} for group in (self.group, self.reference)]
-        return seeds[0] == seeds[1]
+        one, two = ({e.run.manifest.get("seed") for e in group.entries} for group in (self.group, self.reference))
+        return one == two
 
     def texts(self, marks: Marks) -> list[str]:
         """Those of `SCORES` with their intervals and arrows."""
