@@ -23,7 +23,7 @@ from trace_bench.report import html
 from trace_bench.report.entry import OF_TASKS, SCORES
 from trace_bench.report.likelihood import NATS
 from trace_bench.report.result_file import FILE, VERSION
-from trace_bench.report.results import DELTAS
+from trace_bench.report.results import DELTAS, UNKNOWN
 from trace_bench.report.tables import DASH, PERCENT, Table, Unit, count, csv_text, markdown, number, value_text
 from trace_bench.run import RunError
 from trace_bench.text import cell as csv_cell
@@ -36,6 +36,7 @@ from trace_tasks.errors import DataError
 TEXTS = ("method", "trains", "train rows", "epochs", "seed")
 COSTS = {"training min": number, "trained tokens": count}
 SOFT = "soft BWT"
+_NONE = (UNKNOWN, PERCENT, False)
 #: Larger tables than of other pages, since a table is all that there is.
 MOST_CELLS = 100_000
 #: A result file has a few KB.
@@ -54,15 +55,16 @@ class Line:
     def texts(self) -> dict[str, str]:
         """Those of `TEXTS`."""
         training, seed = self.content["training"], self.content.get("seed")
-        rows, epochs = training.get("rows"), training.get("epochs")
-        listed = (
-            ", ".join(f"{e:g}" if isinstance(e, float) else str(e) for e in epochs) if isinstance(epochs, list) else ""
-        )
+        rows, epochs, listed = training.get("rows"), training.get("epochs"), ""
+        if isinstance(epochs, list):
+            listed = ", ".join(f"{e:g}" if isinstance(e, float) else str(e) for e in epochs)
+        elif isinstance(epochs, int | float):
+            listed = f"{epochs:g}"
         return {
             "method": self.content["method"],
             "trains": self.content["trains"],
             "train rows": f"first {rows}" if rows else "all",
-            "epochs": listed or (f"{epochs:g}" if isinstance(epochs, int | float) else DASH),
+            "epochs": listed or DASH,
             "seed": DASH if seed is None else str(seed),
         }
 
@@ -80,7 +82,7 @@ class Line:
         return found | {_column(task): (_estimate(s), _unit(s), False) for task, s in self.content["tasks"].items()}
 
     def costs(self) -> dict[str, float]:
-        """What the training took."""
+        """Those of `COSTS` that are known."""
         training = self.content["training"]
         found = {"training min": training.get("minutes"), "trained tokens": training.get("tokens")}
         return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
@@ -88,7 +90,7 @@ class Line:
     @property
     def rank(self) -> tuple[float, str]:
         """The best OP first, runs without one last."""
-        op, unit, _ = self.estimates.get("OP", (Estimate(math.nan), PERCENT, False))
+        op, unit, _ = self.estimates.get("OP", _NONE)
         return (math.inf if math.isnan(op.value) else -unit.sign * op.value, self.name)
 
 
@@ -109,28 +111,21 @@ class Group:
         for line in self.lines:
             cells = [line.texts[key] for key in texts]
             for name in names:
-                estimate, unit, sign = line.estimates.get(name, (Estimate(math.nan), PERCENT, False))
+                estimate, unit, sign = line.estimates.get(name, _NONE)
                 cells.append(unit.with_interval(estimate, sign))
             costs = line.costs()
             rows.append([line.name, *cells, *(write(costs.get(key, math.nan)) for key, write in COSTS.items())])
-        about = "in percent" if self.in_percent else "in percent or the unit of the task"
+        units = [unit for line in self.lines for name, (_, unit, _) in line.estimates.items() if name != SOFT]
+        about = "in percent" if all(unit.is_percent for unit in units) else "in percent or the unit of the task"
         about += f", {SOFT} in {NATS.metric}" if SOFT in names else ""
         about += ", in brackets 95 % intervals over test rows"
         about += f" (in all: {', '.join(same)})" if same else ""
         return Table(["run", *texts, *names, *COSTS], rows, about=about).without_empty_columns()
 
-    @property
-    def in_percent(self) -> bool:
-        """Whether all scores but the soft BWT are fractions of 1 of which more is better."""
-        found = [unit for line in self.lines for name, (_, unit, _) in line.estimates.items() if name != SOFT]
-        return all(unit.is_percent for unit in found)
-
     def facts(self) -> str:
         """The protocol in a sentence."""
-        p = self.protocol
-        tasks = _tasks_text(str(p.get("tasks")))
-        shown = {key: p.get(key) for key in ("data", "test rows", "examples in the prompt", "chat template", "backend")}
-        listed = "; ".join(f"{key} {_field_text(value)}" for key, value in shown.items())
+        p, shown = self.protocol, ("data", "test rows", "examples in the prompt", "chat template", "backend")
+        tasks, listed = _tasks_text(str(p.get("tasks"))), "; ".join(f"{key} {_field_text(p.get(key))}" for key in shown)
         return f"Base model `{one_line(str(p.get('base model')))}`; tasks {tasks}; {listed}; BWT {p.get('bwt rule')}."
 
 
@@ -192,11 +187,8 @@ def read(folder: Path) -> tuple[list[Line], list[str]]:
         except (ValueError, RecursionError, DataError, OSError) as e:  # ValueError: no UTF-8, no JSON, something else
             skipped.append(" ".join(f"{file} is no result file of version {VERSION}: {e}".splitlines()))
     if not found:
-        raise RunError(
-            "\n".join(
-                [f"{folder} has no result file in it. `trace-bench report RUN` writes {FILE} of a run.", *skipped]
-            )
-        )
+        problem = f"{folder} has no result file in it. `trace-bench report RUN` writes {FILE} of a run."
+        raise RunError("\n".join([problem, *skipped]))
     return [Line(content["run"], file, content) for file, content in found], skipped
 
 
@@ -256,9 +248,8 @@ class Leaderboard:
                 head += f"\n\nNot comparable with protocol 1 in {fields}."
             scoring = {str(line.content.get("made_with", {}).get("scoring code")) for line in group.lines}
             if len(scoring) > 1:
-                head += (
-                    f"\n\nScored by {len(scoring)} states of the scoring code, under the same versions of the tasks."
-                )
+                states = f"{len(scoring)} states of the scoring code"
+                head += f"\n\nScored by {states}, under the same versions of the tasks."
             for name in DELTAS:
                 ways = [line.content.get("delta_conditions", {}).get(name) for line in group.lines]
                 if len({way for way in ways if way}) > 1:
@@ -309,12 +300,7 @@ class Leaderboard:
         )
 
 
-_FORMS = {
-    ".md": lambda board, file: board.markdown(),
-    ".csv": lambda board, file: board.csv(),
-    ".html": Leaderboard.page,
-}
-ENDINGS = tuple(_FORMS)
+ENDINGS = (".md", ".csv", ".html")
 
 
 def leaderboard(folder: str | Path) -> Leaderboard:
@@ -326,4 +312,5 @@ def leaderboard(folder: str | Path) -> Leaderboard:
 def write_leaderboard(board: Leaderboard, output: str | Path) -> None:
     """Writes a leaderboard in the form of the output's ending, one of `ENDINGS`."""
     file = Path(output)
-    write_text(file, _FORMS[file.suffix](board, file))
+    forms = {".md": board.markdown, ".csv": board.csv, ".html": lambda: board.page(file)}
+    write_text(file, forms[file.suffix]())

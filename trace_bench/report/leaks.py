@@ -22,10 +22,10 @@ from trace_tasks.errors import TraceError
 def without_leaked(run: Run, file: Path) -> Run:
     """The run as seen without its leaked test rows: `report` then makes all scores from the other rows.
 
-    Left out are the test rows whose prompt is in the training rows of the task, exactly or nearly; where the run
-    trains on the task's other variant or on other tasks as well, also those that are in their training rows. All rows
-    of the training file count, though a run may train on the first of them only. Near ones are left out with the exact
-    ones: one that is no leak costs a row of precision, one that stays counts what was memorised.
+    Left out are the test rows whose prompt is in the training rows of the task, exactly or nearly, or in those of its
+    other variant or of other tasks that the run trains on. All rows of the training file count, though a run may train
+    on the first of them only. A near one that is no leak costs a row of precision; a leak that stays counts what was
+    memorised.
 
     Raises:
         RunError: if the file is no audit, or one of other data than the run's.
@@ -40,9 +40,10 @@ def without_leaked(run: Run, file: Path) -> Run:
         raise RunError(f"{file} is no audit ({e}). Make one: trace-bench data audit SOURCE --output {file}") from e
     others = [task for task in prints if found["tasks"].get(task, {}).get("fingerprint") != prints[task]]
     if others:
+        source = run.manifest["data"]["cl_benchmark" if others[0] in data.CL_BENCHMARK else "path"]
         raise RunError(
             f"{file} is an audit of {found['source']}, which is not the data of {run.path} in: {', '.join(others)}. "
-            f"Audit the run's own: trace-bench data audit {_source_of(run, others[0])} --output {file}"
+            f"Audit the run's own: trace-bench data audit {source} --output {file}"
         )
     left_out = {}
     for task in prints:
@@ -54,10 +55,6 @@ def without_leaked(run: Run, file: Path) -> Run:
     return replace(run, left_out=left_out)
 
 
-def _source_of(run: Run, task: str) -> str:
-    return str(run.manifest["data"]["cl_benchmark" if task in data.CL_BENCHMARK else "path"])
-
-
 def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_out: Collection[int]) -> dict[str, Any]:
     """A cell of the matrix made again from its samples without some of them, by their `doc_id`.
 
@@ -65,12 +62,9 @@ def without_rows(cell: dict[str, Any], samples: Iterable[dict[str, Any]], left_o
     a metric whose rows are no numbers, such as BLEU's.
     """
     rows = [row for row in samples if row["doc_id"] not in left_out]
-
-    def mean(values: list[Any]) -> float | None:
-        return sum(values) / len(values) if values and all(isinstance(v, int | float) for v in values) else None
-
     metrics = {}
     for name in cell["metrics"]:
         values = [row[name] for row in rows]
-        metrics[name] = {"value": mean(values), "stderr": standard_error(values)}
+        known = values and all(isinstance(value, int | float) for value in values)
+        metrics[name] = {"value": sum(values) / len(values) if known else None, "stderr": standard_error(values)}
     return cell | {"n": len(rows), "n_left_out": cell["n"] - len(rows), "metrics": metrics}

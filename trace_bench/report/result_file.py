@@ -16,7 +16,6 @@ from trace_bench.report.conditions import UNKNOWN_MODEL, delta_conditions, other
 from trace_bench.report.entry import SCORES, Entry
 from trace_bench.report.results import Results
 from trace_bench.report.tables import Unit
-from trace_bench.run import Run
 from trace_bench.text import one_line
 from trace_tasks.data import CL_BENCHMARK, FOLDERS, REASONING
 from trace_tasks.data.files import digest
@@ -24,6 +23,8 @@ from trace_tasks.data.files import digest
 #: What the file says it is. Another version is one that this program does not read.
 FORMAT, VERSION = "trace-bench result", 1
 FILE = "result.json"
+#: What the data is called that all tasks of a run are from.
+_DATA = {"TRACE, reasoning variant": REASONING, "CL_Benchmark": CL_BENCHMARK, "TRACE": FOLDERS}
 #: A path of this machine in a JSON text, or in a JSON text within one, as a judge's settings are; and its last part.
 _PATH = re.compile(r'"(?:/|~|\.\.?/|file:)[^"]*?([^"/\\]+)/?(?=\\?")')
 
@@ -31,8 +32,7 @@ _PATH = re.compile(r'"(?:/|~|\.\.?/|file:)[^"]*?([^"/\\]+)/?(?=\\?")')
 def result(results: Results) -> dict[str, Any]:
     """What result.json of a run says: see `shapes.Result`."""
     run, entry = results.run, Entry(results.run.path.name, results)
-    m, numbers = run.manifest, entry.numbers
-    config = m["config"]
+    m, config, numbers = run.manifest, run.manifest["config"], entry.numbers
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -55,19 +55,20 @@ def result(results: Results) -> dict[str, Any]:
         "delta_conditions": {
             name: digest(_without_paths(shared)) for name, shared in delta_conditions(results).items() if shared
         },
-        "tasks": {task: _task(results, task) for task in run.tasks},
+        "tasks": {
+            task: {
+                **_unit(results.units[task]),
+                **_estimate(results.score(stage, task)),
+                "n": results.cells.get((stage, task), {}).get("n"),
+            }
+            for stage, task in zip(results.final_stages, run.tasks, strict=True)
+        },
         "packages": dict(m["packages"]),
         "made_with": {
             key: ", ".join(found) for key, found in results.versions.items() if not key.startswith("definition of ")
         },
     }
     return _without_paths(one_line(content))
-
-
-def _task(results: Results, task: str) -> dict[str, Any]:
-    stage = results.final_stages[results.run.tasks.index(task)]
-    cell = results.cells.get((stage, task), {})
-    return {**_unit(results.units[task]), **_estimate(results.score(stage, task)), "n": cell.get("n")}
 
 
 def _unit(unit: Unit) -> dict[str, Any]:
@@ -85,10 +86,11 @@ def _estimate(estimate: Estimate) -> dict[str, float | None]:
 
 def protocol(results: Results) -> dict[str, Any]:
     """All that the scores of a run depend on beside its training: runs in which it is the same can be ranked."""
-    run, m = results.run, results.run.manifest
-    config = m["config"]
-    settings = [cell["settings"] for cell in results.cells_of(run.tasks).values()]
+    run, m, config = results.run, results.run.manifest, results.run.manifest["config"]
+    cells = results.cells_of(run.tasks)
+    settings = [cell["settings"] for cell in cells.values()]
     engines = {digest(s.get("engine") or {}): s.get("engine") or {} for s in settings}
+    data = next((name for name, tasks in _DATA.items() if {*run.tasks} <= {*tasks}), "tasks of one's own")
     unknown: dict[str, Any] = {}
     if m["method"] == "imported":
         unknown = dict.fromkeys(("decoding", "answer limit", "prompt limit"), "unknown")
@@ -96,12 +98,11 @@ def protocol(results: Results) -> dict[str, Any]:
             unknown |= dict.fromkeys(("examples in the prompt", "chat template", "chat template arguments"), "unknown")
             unknown["prompts"] = f"not the rows' own of {', '.join(odd)}"
         if odd or m["model"]["name"] == UNKNOWN_MODEL:  # two of them need not be one
-            cells = results.cells_of(run.tasks)
             unknown["predictions"] = digest(sorted([*cell, found.get("samples")] for cell, found in cells.items()))
     return {
         "base model": m["model"]["name"],
         "revision": m["model"].get("revision"),
-        "data": _data(run),
+        "data": "demo" if m["data"]["demo"] else data,
         "tasks": ", ".join(run.tasks),
         "data of the tasks": dict(m["data"]["fingerprint"]),
         "versions of the tasks": {task: str(version) for task, version in m["task_versions"].items()},
@@ -119,16 +120,6 @@ def protocol(results: Results) -> dict[str, Any]:
         "bwt rule": "1/(T-1)",
         **unknown,
     }
-
-
-def _data(run: Run) -> str:
-    if run.manifest["data"]["demo"]:
-        return "demo"
-    if all(task in REASONING for task in run.tasks):
-        return "TRACE, reasoning variant"
-    if all(task in CL_BENCHMARK for task in run.tasks):
-        return "CL_Benchmark"
-    return "TRACE" if all(task in FOLDERS for task in run.tasks) else "tasks of one's own"
 
 
 def _without_paths(content: Any) -> Any:
