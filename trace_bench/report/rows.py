@@ -55,8 +55,8 @@ class Rows:
 def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
     """The rows of a task or suite from the samples of all stages; None if there are none.
 
-    A score is checked to be the mean of its rows, or the mean of its subtasks' means. Where it is neither and never was
-    (corpus BLEU), the rows do not say how certain it is, and those of the stage are NaN.
+    A score has to be the mean of its rows, or of its subtasks' means. Where it never was (corpus BLEU), the rows do not
+    say how certain it is, and those of the stage are NaN.
 
     Raises:
         RunError: if samples are damaged, are not those that their score was made from, or are of other rows than those
@@ -134,10 +134,10 @@ class Choices:
 
 
 def load_choices(run: Run, name: str, cells: Cells) -> Choices | None:
-    """The options and choices of a task or suite from its samples; None unless all of its rows have options.
+    """The options and choices of a task or suite, whose rows `load_rows` checked; None unless all of them have options.
 
-    A suite's samples say which option is the likeliest. From an answer that is text the letter is read as for the
-    form-tolerant accuracy, and the options from the prompt. The rows were checked by `load_rows`.
+    A suite's samples say which option is the likeliest. Of a text the letter is read as for the form-tolerant accuracy,
+    and the options from the prompt.
     """
     found: Choices | None = None
     for stage in run.stages:

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from trace_bench import judgements
 from trace_bench.report.results import Results
-from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, length, stage_label
+from trace_bench.report.tables import PERCENT, Block, Table, Unit, length, stage_label
 from trace_bench.run import read_jsonl
 from trace_tasks.data import JUDGED, SUITES, task_name
 
@@ -59,7 +59,7 @@ class Answers:
     prompts: dict[Any, Prompt] = field(default_factory=dict)
     lengths: dict[int, tuple[float, float]] = field(default_factory=dict)
     """Stage -> mean characters of an answer, share of empty ones; of answers that are texts."""
-    prompt_length: float = math.nan
+    prompt_length: float | None = None
     """Mean characters of a prompt."""
 
     @property
@@ -84,13 +84,13 @@ class Answers:
             empty = sum(not text.strip() for text in texts)
             self.lengths[index] = sum(map(len, texts)) / len(texts), empty / len(texts)
         prompts = [len(row["prompt"]) for row in samples if isinstance(row.get("prompt"), str)]
-        if prompts and math.isnan(self.prompt_length):
+        if prompts and self.prompt_length is None:
             self.prompt_length = sum(prompts) / len(prompts)
         for row in samples:
             subtask, doc_id = row.get("task", ""), row["doc_id"]
             text = _cut(row.get("prompt", ""), PROMPT_CHARACTERS)
-            name, target = f"{subtask} {doc_id}".strip(), _choice(row, "target")
-            prompt = self.prompts.setdefault((subtask, doc_id), Prompt(name, text, target))
+            new = Prompt(f"{subtask} {doc_id}".strip(), text, _choice(row, "target"))
+            prompt = self.prompts.setdefault((subtask, doc_id), new)
             if prompt.prompt == text:  # else it was made from other data: no answer to the same prompt
                 score = row.get(metric) if metric else None
                 number = round(float(score), 4) if isinstance(score, int | float) and math.isfinite(score) else None
@@ -143,8 +143,8 @@ def lengths(results: Results, answers: Sequence[Answers]) -> list[Block]:
     stages = [s for s in results.run.stages if any(s.index in a.lengths for a in measured)]
     rows = []
     for a in measured:
-        prompt = DASH if math.isnan(a.prompt_length) else f"{a.prompt_length:.0f}"
-        rows.append([task_name(a.name), prompt, *(length(*a.lengths.get(s.index, (None, None))) for s in stages)])
+        texts = (length(*a.lengths.get(s.index, (None, None))) for s in stages)
+        rows.append([task_name(a.name), length(a.prompt_length, None), *texts])
     return [
         "## Lengths\n\nCharacters of prompts and of answers, on average; in brackets the percentage of answers that "
         "are empty, where some are.",
@@ -155,14 +155,11 @@ def lengths(results: Results, answers: Sequence[Answers]) -> list[Block]:
 # ------------------------------------------------------------------------------------------------- samples in the page
 
 
-@dataclass(frozen=True)
-class Samples:
-    """The samples of the page."""
+class Samples(NamedTuple):
+    """The samples of the page: JSON, escaped for a script element, and what of them is there, in words."""
 
     json: Markup
-    """Escaped for a script element."""
     notes: str
-    """What of them is there, in words."""
 
 
 def embed(results: Results, answers: Sequence[Answers]) -> Samples | None:
@@ -177,15 +174,13 @@ def embed(results: Results, answers: Sequence[Answers]) -> Samples | None:
             shown = {i: answer for i, answer in prompt.answers.items() if i in kept}
             rank = _rank(shown, a.own, a.unit.sign, a.enough)
             ranks[rank] += 1
-            packed = _escaped_json([number, prompt.name, prompt.prompt, prompt.target, *_packed(shown)])
+            texts = list(dict.fromkeys(answer.text for answer in shown.values()))
+            of_stages = [[i, texts.index(a.text), a.score, a.verdict] for i, a in shown.items()]
+            packed = _escaped_json([number, prompt.name, prompt.prompt, prompt.target, texts, of_stages])
             queue.append((rank, ranks[rank], number, packed))
     queue.sort(key=lambda item: item[:3])  # of the same rank a sample of each task in turn
-    rows, size = [], 0
-    for *_, text in queue:
-        size += len(text.encode("utf-8"))
-        if size > SAMPLE_BYTES:
-            break
-        rows.append(text)
+    sizes = np.cumsum([len(text.encode("utf-8")) for *_, text in queue])
+    rows = [text for (*_, text), size in zip(queue, sizes, strict=True) if size <= SAMPLE_BYTES]
     head = {
         "tasks": [task_name(a.name) for a in answers],
         "binary": [a.is_binary and bool(a.scores) for a in answers],
@@ -198,7 +193,13 @@ def embed(results: Results, answers: Sequence[Answers]) -> Samples | None:
         "stages": [f"{s.index} {stage_label(s)}" for s in stages],
     }
     joined = _escaped_json(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}"
-    return Samples(Markup(joined), _notes(len(rows), len(queue), few)) if queue else None
+    notes = f"{len(rows):,} of {len(queue):,} prompts are in this page."
+    if len(rows) < len(queue):
+        notes += " Those whose answers changed most were taken first; all are in the run's folder."
+    if few:
+        notes += " Of each prompt there are the answers of the base model, of the task's own stage and the last."
+    notes += f" Prompts are cut to {PROMPT_CHARACTERS} characters and answers to {ANSWER_CHARACTERS}, their middle"
+    return Samples(Markup(joined), f"{notes} left out.") if queue else None
 
 
 def _rank(found: dict[int, Answer], own: int, sign: int, enough: float) -> int:
@@ -214,23 +215,7 @@ def _rank(found: dict[int, Answer], own: int, sign: int, enough: float) -> int:
     return 2 if any(a.text != answer.text for a in earlier) else 3
 
 
-def _packed(found: dict[int, Answer]) -> tuple[list[str], list[list[Any]]]:
-    """The different texts, and of each stage its number, its text's place, its score and its verdict."""
-    texts = list(dict.fromkeys(answer.text for answer in found.values()))
-    return texts, [[i, texts.index(a.text), a.score, a.verdict] for i, a in found.items()]
-
-
 def _escaped_json(value: Any) -> str:
     """JSON within a script element: nothing in it ends the element or begins a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return re.sub("[<>&\u2028\u2029]", lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def _notes(shown: int, total: int, few_stages: bool) -> str:
-    notes = [f"{shown:,} of {total:,} prompts are in this page."]
-    if shown < total:
-        notes.append("Those whose answers changed most were taken first; all are in the run's folder.")
-    if few_stages:
-        notes.append("Of each prompt there are the answers of the base model, of the task's own stage and the last.")
-    cut = f"Prompts are cut to {PROMPT_CHARACTERS} characters and answers to {ANSWER_CHARACTERS}"
-    return " ".join([*notes, f"{cut}, their middle left out."])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -39,35 +40,28 @@ def write_report(run: Run, others: Iterable[Run] = ()) -> str:
 def write_reports(runs: Sequence[Run]) -> list[tuple[str, Results] | TraceError]:
     """Writes the reports of runs that are compared, as many at a time as there are cores.
 
-    A page that is up to date is not drawn again. Returns for each run its line and its numbers, so that nothing is
-    computed again; or what is wrong with it.
+    A page that is up to date is not drawn again. Returns for each run its line and its numbers, or what is wrong.
     """
-    processes = min(os.cpu_count() or 1, len(runs) // _ENOUGH)
-    if processes < 2:
-        together = list(map(Results, runs))
-        return [_attempt(results, together) for results in together]
+    processes = max(1, min(os.cpu_count() or 1, len(runs) // _ENOUGH))
+    shares = [range(first, len(runs), processes) for first in range(processes)]
+    if processes == 1:
+        return _write_share(runs, *shares)
     # Not forked: a process with threads, as numerical libraries have them, cannot be.
-    with ProcessPoolExecutor(processes, get_context("spawn"), _begin, (runs,)) as pool:
-        return list(pool.map(_one_of_them, range(len(runs))))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        made = list(pool.map(partial(_write_share, runs), shares))
+    return [made[number % processes][number // processes] for number in range(len(runs))]
 
 
-#: The runs that are compared, in each of the processes.
-_together: list[Results] = []
-
-
-def _begin(runs: Sequence[Run]) -> None:
-    _together[:] = map(Results, runs)
-
-
-def _one_of_them(number: int) -> tuple[str, Results] | TraceError:
-    return _attempt(_together[number], _together)
-
-
-def _attempt(results: Results, others: Iterable[Results]) -> tuple[str, Results] | TraceError:
-    try:
-        return _write(results, others, anew=False), results
-    except TraceError as e:
-        return e
+def _write_share(runs: Sequence[Run], numbers: Iterable[int]) -> list[tuple[str, Results] | TraceError]:
+    """The reports of those of the runs that one process writes."""
+    together = list(map(Results, runs))
+    made: list[tuple[str, Results] | TraceError] = []
+    for number in numbers:
+        try:
+            made.append((_write(together[number], together, anew=False), together[number]))
+        except TraceError as e:
+            made.append(e)
+    return made
 
 
 def _write(results: Results, others: Iterable[Results], *, anew: bool = True) -> str:
@@ -88,7 +82,7 @@ def _summary(results: Results) -> str:
     cells = len(results.cells_of(run.tasks))
     line = f"{cells} cells of {results.R.size}" if run.tasks else f"{len(results.cells)} cells"
     what = "" if unit is None or unit.is_percent else f" ({unit.name})"
-    t = results.last_stage if results.is_sequential else 0
+    t = results.last_stage
     if t and unit:
         op, bwt = (results.sequence[name][t - 1].value for name in ("OP", "BWT"))
         line += f"; OP_{t} {unit.text(op)}, BWT_{t} {unit.text(bwt, sign=True)}{what}"
