@@ -34,7 +34,6 @@ from trace_bench.report.tables import (
     shared_unit,
 )
 from trace_bench.run import Run
-from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
 
 
@@ -86,9 +85,7 @@ class Comparison:
         always = ("run", *TEXTS, *NUMBERS)
         columns = dict.fromkeys([*always, *(key for line in self.lines for key in line)])
         known = [c for c in columns if c in always or any(c in line for line in lines)]
-        # The paper's numbers are texts.
-        rows = ([line.get(c, "") if c in NUMBERS else csv_cell(line.get(c, "")) for c in known] for line in lines)
-        return csv_text([map(csv_cell, known), *rows])
+        return csv_text(known, lines, NUMBERS)  # the paper's are texts
 
 
 def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Comparison:

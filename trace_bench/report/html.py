@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 from xml.etree import ElementTree
 
 from jinja2 import Environment, FileSystemLoader
@@ -141,6 +143,11 @@ def table_view(
     if not heat:
         return TableView(header, rows, sortable=sortable)
     return TableView(header, rows, matrix=True, ends=("0", "100") if set(heat) == {(0.0, 100.0)} else ENDS_OF_UNITS)
+
+
+def links(pages: Mapping[str, Path], folder: Path) -> dict[str, str]:
+    """First cell of a row -> the way from a folder to its page, of the pages that there are."""
+    return {name: quote(os.path.relpath(page, folder)) for name, page in pages.items() if page.exists()}
 
 
 def head_cell(text: str, kind: str = "") -> Cell:

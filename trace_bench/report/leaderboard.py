@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from markupsafe import Markup
 
@@ -26,7 +25,6 @@ from trace_bench.report.result_file import FILE, VERSION
 from trace_bench.report.results import DELTAS, UNKNOWN
 from trace_bench.report.tables import DASH, PERCENT, Table, Unit, count, csv_text, markdown, number, value_text
 from trace_bench.run import RunError
-from trace_bench.text import cell as csv_cell
 from trace_bench.text import markdown_text, one_line
 from trace_tasks.data import ORDERS, reading, task_name
 from trace_tasks.data.files import write_text
@@ -192,8 +190,13 @@ def read(folder: Path) -> tuple[list[Line], list[str]]:
     return [Line(content["run"], file, content) for file, content in found], skipped
 
 
-def groups_of(lines: Sequence[Line], folder: Path) -> list[Group]:
-    """The runs by protocol, the largest group first, in each the best OP; told apart by their files if need be."""
+def leaderboard(folder: str | Path) -> Leaderboard:
+    """The leaderboard of all result files below a folder (see `read`).
+
+    Runs are grouped by protocol, the largest group first, in each the best OP; files tell runs of one name apart.
+    """
+    folder = Path(folder)
+    lines, skipped = read(folder)
     found: dict[str, list[Line]] = {}
     for line in sorted(lines, key=lambda line: line.rank):
         found.setdefault(json.dumps(line.content["protocol"], sort_keys=True), []).append(line)
@@ -205,7 +208,7 @@ def groups_of(lines: Sequence[Line], folder: Path) -> list[Group]:
                 place = line.file.parent if line.file.name == FILE else line.file.with_suffix("")
                 those[i] = replace(line, name=one_line(str(place.relative_to(folder))))
         groups.append(Group(those[0].content["protocol"], those))
-    return sorted(groups, key=lambda group: -len(group.lines))
+    return Leaderboard(sorted(groups, key=lambda group: -len(group.lines)), skipped)
 
 
 def differing(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
@@ -275,9 +278,7 @@ class Leaderboard:
                         numbers |= {f"{name}{end}": unit.factor * value} if value == value else {}
                 fields = {key: v if isinstance(v, str | int) else json.dumps(v) for key, v in group.protocol.items()}
                 lines.append(numbers | line.costs() | fields)
-        columns = list(dict.fromkeys(key for line in lines for key in line))
-        rows = ([csv_cell(line.get(column, "")) for column in columns] for line in lines)
-        return csv_text([map(csv_cell, columns), *rows])
+        return csv_text(list(dict.fromkeys(key for line in lines for key in line)), lines)
 
     def page(self, file: Path) -> str:
         """One page, whose tables can be sorted by a click on a head."""
@@ -285,8 +286,7 @@ class Leaderboard:
         parts = {}
         for place, (head, group) in enumerate(self.parts(), 1):
             reports = {line.name: line.file.with_name("report.html") for line in group.lines if line.file.name == FILE}
-            links = {n: quote(os.path.relpath(report, file.parent)) for n, report in reports.items() if report.exists()}
-            table = group.table()
+            table, links = group.table(), html.links(reports, file.parent)
             parts[f"protocol-{place}"] = [html.text_html(f"{head}\n\nScores {table.about}."), view(table, links)]
         runs = sum(len(group.lines) for group in self.groups)
         about = f"{runs} runs, the best OP first. Only runs of one table are measured under the same protocol."
@@ -301,12 +301,6 @@ class Leaderboard:
 
 
 ENDINGS = (".md", ".csv", ".html")
-
-
-def leaderboard(folder: str | Path) -> Leaderboard:
-    """The leaderboard of all result files below a folder (see `read`)."""
-    lines, skipped = read(Path(folder))
-    return Leaderboard(groups_of(lines, Path(folder)), skipped)
 
 
 def write_leaderboard(board: Leaderboard, output: str | Path) -> None:

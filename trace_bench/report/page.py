@@ -5,14 +5,12 @@ That of several has the tables of their comparison, figures, and the way to the 
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
@@ -194,7 +192,7 @@ def write_comparison_page(comparison: Comparison, file: Path, head: str = "") ->
     folder = file.with_name(f"{file.stem}-figures")
     figures = html.write_figures(folder, OF_RUNS, comparison)
     reports = {e.name: e.run.path / "report.html" for e in comparison.entries}
-    links = {name: quote(os.path.relpath(report, file.parent)) for name, report in reports.items() if report.exists()}
+    links = html.links(reports, file.parent)
     blocks: list[Any] = []
     for table in comparison.tables:
         blocks.append(html.text_html(f"## {table.title}\n\n{table.about[0].upper()}{table.about[1:]}."))

@@ -10,7 +10,6 @@ from trace_bench.judgements import judge_tokens
 from trace_bench.report import choices, distance, paper, transitions
 from trace_bench.report.results import Results
 from trace_bench.report.tables import DASH, Block, Table, count, csv_text
-from trace_bench.text import cell as csv_cell
 from trace_bench.text import one_line
 from trace_tasks.data import JUDGED, SUITES, task_name
 
@@ -71,12 +70,11 @@ def _settings(name: str, settings: Iterable[dict[str, Any]]) -> list[str]:
 
 def scores_csv(results: Results) -> str:
     """All scores, a line each."""
-    rows: list[Iterable[Any]] = [["stage", "task", "metric", "value", "stderr", "n", "n_unscored", "low", "high"]]
+    columns, rows = ("stage", "task", "metric", "value", "stderr", "n", "n_unscored", "low", "high"), []
     for (index, name), cell in results.cells.items():
         for metric, score in cell["metrics"].items():
             numbers = [score["value"], score["stderr"], cell["n"], cell.get("n_unscored", 0)]
             ends = results.intervals.get((index, name, metric), (None, None))
-            rows.append(map(csv_cell, [results.run.stages[index].name, name, metric, *numbers, *ends]))
-    for line in (*transitions.scores(results), *choices.scores(results), *distance.scores(results)):
-        rows.append(map(csv_cell, line))
-    return csv_text(rows)
+            rows.append([results.run.stages[index].name, name, metric, *numbers, *ends])
+    rows += [*transitions.scores(results), *choices.scores(results), *distance.scores(results)]
+    return csv_text(columns, (dict(zip(columns, row, strict=True)) for row in rows))

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from trace_bench.metrics import Estimate
 from trace_bench.run import Stage
-from trace_bench.text import markdown_text, one_line
+from trace_bench.text import cell, markdown_text, one_line
 from trace_tasks.data import task_name
 
 DASH = "–"
@@ -212,10 +212,11 @@ def markdown(table: Table) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def csv_text(rows: Iterable[Iterable[Any]]) -> str:
-    """Rows, whose texts are `text.cell`s, as CSV."""
+def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]], numbers: Collection[str] = ()) -> str:
+    """Lines as CSV, empty where they lack a column; texts that are in none of the `numbers` are no formulas."""
     out = io.StringIO()
-    csv.writer(out, lineterminator="\n").writerows(rows)
+    rows = ([line.get(c, "") if c in numbers else cell(line.get(c, "")) for c in columns] for line in lines)
+    csv.writer(out, lineterminator="\n").writerows([map(cell, columns), *rows])
     return out.getvalue()
 
 
