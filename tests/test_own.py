@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+from pathlib import Path
 
 import pandas
 import pytest
@@ -19,7 +20,7 @@ from trace_bench.run import Run
 from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks.data import DataError
 from trace_tasks.data.files import write_json, write_jsonl
-from trainers.base.config import CLConfig
+from trainers.base import CLConfig
 from trainers.base.stages import parse
 from trainers.replay import ReplayConfig
 
@@ -462,7 +463,7 @@ def test_a_base_model_that_was_moved_is_found_and_no_other_one_is_taken(here, ti
     assert (here / "run/stages/1_trace_fomc/train.json").read_bytes() == trained
     run = Run.open("run")
     assert run.stages[2].is_trained and run.manifest["model"]["name"] == "base"
-    _, like = parse(CLConfig, ["--like", "run", "--output_dir", "x"], "single")
-    assert like.model_name_or_path.endswith("again/base")
+    like = parse(CLConfig, ["--like", "run", "--output_dir", "x"], "joint")[1]
+    assert Path(like.model_name_or_path) == (here / "again" / "base").absolute()
     elsewhere = {**run.manifest, "model": {**run.manifest["model"], "name": "/mnt/base"}}
     assert conditions(run) == conditions(Run(run.path, elsewhere)), "runs of two machines can be compared"
