@@ -251,6 +251,15 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(
         evaluate.evaluate(run)
 
 
+def test_an_order_that_is_no_trainings_and_adapters_that_are_not_measured_are_said(theirs, tmp_path, caplog):
+    """A shell lists checkpoint-1000 before checkpoint-200; PEFT saves a second adapter into a folder of its name."""
+    theirs(1, 2)
+    assert "comes before" not in caplog.text and "further adapters" not in caplog.text
+    shutil.copytree(tmp_path / "v1", tmp_path / "v2/reference")
+    theirs(2, 1)
+    assert "v2 comes before v1" in caplog.text and "v2 holds further adapters (reference)" in caplog.text
+
+
 def test_the_tokenizer_of_a_checkpoint_is_not_used_and_that_is_said(theirs, tiny_model, tmp_path, caplog):
     tokenizer, run = AutoTokenizer.from_pretrained(tiny_model), theirs(1)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from trace_tasks.data.files import remove, write_json
 from trace_tasks.errors import suggestion
 
 log = logging.getLogger(__name__)
+
+#: What makes a folder a checkpoint.
+_CONFIGS = {"adapter_config.json", "config.json"}
+#: A name and the number at its end.
+_NUMBERED = re.compile(r"(.*?)(\d{1,18})")
 
 
 def refuse_answers_only(run: Run) -> None:
@@ -96,6 +102,7 @@ def external_run(
         if file.exists() and "checkpoints" in Run.open(path).manifest:
             file.unlink()
     run = Run.create(path, checks.as_named_there(path, manifest))
+    _warn_of_choices(now, given)
     if measured and (now != there or renamed.keys() - began.keys()):
         for name in given.keys() & there.keys():
             if given[name] != there[name]:
@@ -151,14 +158,42 @@ def _numbered(folders: dict[str, str], names: Iterable[str]) -> dict[str, str]:
 def _check_folders(checkpoints: dict[str, str]) -> None:
     for name, folder in checkpoints.items():
         files = {p.name for p in Path(folder).glob("*")}
-        if not files & {"adapter_config.json", "config.json"}:
-            raise RunError(f"--checkpoint {name}={folder}: no adapter (adapter_config.json) or model (config.json).")
+        if not files & _CONFIGS:
+            below = sorted({file.parent.name for config in _CONFIGS for file in Path(folder).glob(f"*/{config}")})
+            raise RunError(
+                f"--checkpoint {name}={folder}: no adapter (adapter_config.json) or model (config.json)"
+                + (f"; look into its folders: {', '.join(below)}." if below else ".")
+            )
         if not any(f.endswith(".safetensors") for f in files):
             raise RunError(f"--checkpoint {name}={folder}: no .safetensors file; other formats are not loaded.")
         if not is_file_name(name):
             raise RunError(
                 f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or control characters, "
                 "or begin with '.'."
+            )
+
+
+def _warn_of_choices(names: Iterable[str], given: dict[str, str]) -> None:
+    """Warns of an order that is no training's, as `checkpoint-*` gives it, and of folders with several adapters."""
+    numbers: dict[str, list[int]] = {}
+    for name in names:
+        if match := _NUMBERED.fullmatch(name):
+            numbers.setdefault(match[1], []).append(int(match[2]))
+    for start, found in numbers.items():
+        later = next((pair for pair in pairwise(found) if pair[0] > pair[1]), None)
+        if later:
+            log.warning(
+                "%s%d comes before %s%d: the order of checkpoints is that of their training, and the last one is what "
+                "a report and a check are about. If it is another, begin again in another folder.",
+                *(start, later[0], start, later[1]),
+            )
+    for folder in given.values():
+        others = sorted(file.parent.name for file in Path(folder).glob("*/adapter_config.json"))
+        if others and models.is_adapter(Path(folder)):
+            log.warning(
+                "%s holds further adapters (%s): the one in the folder itself is measured. Give the folder of another "
+                "one if that is what was trained.",
+                *(folder, ", ".join(others)),
             )
 
 
