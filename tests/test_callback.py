@@ -11,17 +11,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import generate, reference
 from conftest import SHARED, freeze_imports
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from trace_bench import ForgettingCallback, evaluate
 from trace_bench.callback import CallbackError
+from trace_bench.engine.live import LiveHF
 from trace_bench.evaluate import external_run
 from trace_bench.report import write_report
 from trace_bench.run import Run, RunError, read_json, read_jsonl
+from trace_tasks.data.files import write_json
 
 TASKS = ["trace_fomc", "trace_numglue_ds"]
 MEASURED = {"tasks": TASKS, "rows": 4, "max_prompt_length": 96, "max_new_tokens": 4}
@@ -146,7 +157,7 @@ def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_we
 
 def test_changes_are_logged_in_points_and_the_steps_own_log_is_kept(trainer, tmp_path):
     one = trainer()
-    one.add_callback(ForgettingCallback(one, **MEASURED, every=2))
+    one.add_callback(ForgettingCallback(one, **{**MEASURED, "tasks": ", ".join(TASKS)}, every=2))
     one.train()
     run = Run.open(tmp_path / "out/forgetting")
     metrics = [read_json(s.eval_file("trace_fomc"))["metrics"] for s in run.stages]
@@ -162,22 +173,28 @@ def test_changes_are_logged_in_points_and_the_steps_own_log_is_kept(trainer, tmp
 
 
 def test_a_training_that_goes_on_keeps_the_start_and_measures_again_what_is_trained_again(trainer, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-    first = trainer(**options)
-    first.add_callback(ForgettingCallback(first, **MEASURED, every=1))
-    first.train()
-    run = Run.open(tmp_path / "out/forgetting")
+    def train(checkpoint=None, **options):
+        one = trainer(save_strategy="steps", save_steps=2, max_steps=4)
+        one.processing_class.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + one.processing_class.chat_template
+        one.add_callback(ForgettingCallback(one, **{**MEASURED, "every": 1, "chat_template": True, **options}))
+        one.train(resume_from_checkpoint=checkpoint)
+
+    train()
+    run, saved = Run.open(tmp_path / "out/forgetting"), str(tmp_path / "out/checkpoint-2")
     start, third = run.stages[0].eval_file("trace_fomc"), run.stages[3].eval_file("trace_fomc")
     made = [file.stat().st_mtime_ns for file in (start, third)]
-    second = trainer(**options)
-    second.add_callback(ForgettingCallback(second, **MEASURED, every=1))
-    second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+    with pytest.raises(RunError, match="test_rows: 4 -> 3"):
+        train(saved, rows=3)
+    assert third.stat().st_mtime_ns == made[1], "what is refused removes nothing"
+    prompts = [row["prompt"] for row in read_jsonl(run.stages[3].samples_file("trace_fomc"))]
+    write_json(run.path / "manifest.json", {**run.manifest, "date": "2020-01-01"})
+    train(saved)
     assert [s.name for s in Run.open(run.path).stages] == ["0_base", "1_step_1", "2_step_2", "3_step_3", "4_step_4"]
     assert start.stat().st_mtime_ns == made[0] and third.stat().st_mtime_ns > made[1]
-    third = trainer(**options)
-    third.add_callback(ForgettingCallback(third, **MEASURED))
+    again = [row["prompt"] for row in read_jsonl(run.stages[3].samples_file("trace_fomc"))]
+    assert again == [prompt.replace(run.manifest["date"], "2020-01-01") for prompt in prompts], "the day of the run"
     with pytest.raises(RunError, match=r"another training, up to step_4.*another output_dir"):
-        third.train()
+        train()
 
 
 @pytest.mark.parametrize(
@@ -198,11 +215,52 @@ def test_what_cannot_be_measured_is_refused_before_the_training(trainer, options
     assert type(e.value).__module__.startswith("trace_")
 
 
-def test_a_model_whose_weights_are_spread_over_processes_is_refused(trainer):
+def prefix_tuned(one):
+    one.model = get_peft_model(one.model.unload(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+
+
+SIZES = {"vocab_size": 300, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+T5 = {"vocab_size": 9, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda one: setattr(one, "is_fsdp_enabled", True), r"FSDP gives each process a part.*DDP or ZeRO-2"),
+        (lambda one: setattr(one.model, "_tp_size", 2), r"Tensor, context or sequence parallelism.*DDP or ZeRO-2"),
+        (
+            lambda one: setattr(one, "model", LlamaForSequenceClassification(LlamaConfig(**SIZES))),
+            "model is LlamaForSequenceClassification.*causal language model",
+        ),
+        (lambda one: setattr(one, "model", T5ForConditionalGeneration(T5Config(**T5))), "is T5For"),
+        (prefix_tuned, "kind PREFIX_TUNING.*PROMPT_TUNING alone"),
+    ],
+    ids=["FSDP", "tensor parallel", "reward model", "encoder and decoder", "prefix"],
+)
+def test_a_model_that_one_process_cannot_ask_is_refused(trainer, change, message):
     one = trainer()
-    one.is_fsdp_enabled = True
-    with pytest.raises(CallbackError, match=r"FSDP gives each process a part.*DDP or ZeRO-2"):
+    change(one)
+    with pytest.raises(CallbackError, match=message):
         ForgettingCallback(one, **MEASURED)
+
+
+def test_a_soft_prompt_stands_next_to_each_text_of_a_batch(base):
+    """PEFT by itself puts the padding between the two: in a batch a prompt got another answer than alone."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=0.3)
+    lm = LiveHF(model, tokenizer, 4)
+    assert lm.max_length == model.config.max_position_embeddings - 4, "it takes some of the context"
+    prompts = ["Which?", "Which of these is it, and why is it the one that it is? Answer:", "Name the third of them."]
+    with lm.left_as_it_was():
+        assert generate(lm, prompts, 8) == reference(model, tokenizer, prompts, 8)
+    with torch.no_grad():
+        model.prompt_encoder["default"].embedding.weight.neg_()
+    lm.take(model)
+    with lm.left_as_it_was():
+        assert generate(lm, prompts, 8) == reference(model, tokenizer, prompts, 8), "as it is by now"
 
 
 def test_the_example_of_the_documentation_works(base, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from architectures import (
     PROMPTS,
     by_transformers,
     by_vllm,
+    generate,
     make_base,
     make_checkpoint,
     make_writer,
@@ -29,6 +30,7 @@ from conftest import pieces_tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from trace_bench.engine.ends import end_ids
+from trace_bench.engine.live import LiveHF
 from trace_bench.tasks import load_tasks
 
 #: Settings that transformers' generate takes from a checkpoint, each of which would change an answer below.
@@ -236,3 +238,6 @@ def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_
         monkeypatch.setattr(LlamaForCausalLM, "forward", forgetful)
     assert texts(by_transformers(base, [None], PROMPTS)) == [expected]
     assert ("prompts of one length only are answered together" in caplog.text) == (name != "mamba")
+    live = LiveHF(reload(base, None), AutoTokenizer.from_pretrained(base), 4)  # the engine of the callback
+    with live.left_as_it_was():
+        assert generate(live, PROMPTS) == expected

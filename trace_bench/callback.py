@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from trace_bench.engine.live import LiveHF, quiet
+from trace_bench.engine.models import PROMPT
 from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
 from trace_bench.evaluate.external import drop, tasks_record, with_checkpoints
 from trace_bench.evaluate.plan import Plan, matrix_settings, suite_settings
@@ -34,7 +36,7 @@ from trace_bench.waiting import others_wait
 from trace_tasks import data
 from trace_tasks.data.files import digest
 from trace_tasks.errors import TraceError
-from trace_tasks.tokens import Chat, check_room
+from trace_tasks.tokens import check_room
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +83,8 @@ class ForgettingCallback(TrainerCallback):
     def __init__(
         self,
         trainer: Trainer,
-        tasks: Sequence[str] = (),
-        suites: Sequence[str] = (),
+        tasks: str | Iterable[str] = (),
+        suites: str | Iterable[str] = (),
         *,
         every: int | str = "epoch",
         rows: int | None = 100,
@@ -99,7 +101,7 @@ class ForgettingCallback(TrainerCallback):
         self.place = Path(trainer.args.output_dir or ".").absolute()
         self.path = Path(output_dir or self.place / "forgetting")
         self.measured: int | None = None
-        names = data.expand_orders(tasks)
+        names, suites = data.expand_orders(data.split_names(tasks)), data.split_names(suites)
         known = data.expand([s if s in {*data.SUITES, *data.GROUPS} else f"general_{s}" for s in suites], data.SUITES)
         if not [*names, *known]:
             raise CallbackError("Nothing is to be measured: name tasks, such as trace_fomc, or suites, such as boolq.")
@@ -125,7 +127,7 @@ class ForgettingCallback(TrainerCallback):
         manifest = self._manifest(tasks_record(self.loaded, source), model)
         self.plan = self._plan(Run(self.path, manifest), known)
         if chat_template:
-            self.lm.chat = Chat(self.lm.tokenizer, chat_template_args, manifest["date"])
+            self.lm.chat = self.plan.chat(self.lm.tokenizer)
             check_room(self.lm.chat, max_prompt_length)
         defined = {name: digest(definition) for name, definition in manifest["task_definitions"].items()}
         self.tasks = prepare(self.plan, self.loaded, defined)
@@ -194,25 +196,27 @@ class ForgettingCallback(TrainerCallback):
         Raises:
             RunError: if the folder holds the run of another training, or measured something else.
         """
-        manifest = dict(self.plan.run.manifest)
+        manifest, later = dict(self.plan.run.manifest), []
         if (self.path / "manifest.json").exists():
-            there = Run.open(self.path)
-            later = [name for name in there.manifest.get("checkpoints", {}) if _step_of(name) > step]
+            there = Run.open(self.path).manifest
+            later = [name for name in there.get("checkpoints", {}) if _step_of(name) > step]
             if later and step == 0:
                 raise RunError(
                     f"{self.path} holds what was measured of another training, up to {later[-1]}. Remove it, or give "
                     "ForgettingCallback another output_dir."
                 )
-            if later:  # of steps that are trained again
-                there = drop(self.path, later)
-            manifest |= {key: there.manifest[key] for key in ("checkpoints", "folders") if key in there.manifest}
+            manifest |= {key: there[key] for key in ("checkpoints", "folders") if key in there}
         elif step:
             log.warning(
                 "The training goes on at step %d, and %s holds nothing of its start: changes since then are unknown.",
                 *(step, self.path),
             )
-        self.run = Run.create(self.path, manifest)
+        self.run = Run.create(self.path, manifest)  # refuses a run of something else, of which nothing is removed
+        if later:  # of steps that are trained again
+            self.run = drop(self.path, later)
         self.plan = replace(self.plan, run=self.run)
+        if self.config["chat_template"]:  # of a run that goes on, the day on which it began
+            self.lm.chat = self.plan.chat(self.lm.tokenizer)
 
     def _measure_step(self, model: Any, state: Any, control: Any) -> None:
         """Measures a step once, whatever asks for it."""
@@ -226,7 +230,7 @@ class ForgettingCallback(TrainerCallback):
             if not self.trainer.is_world_process_zero():
                 return
             stage = self._stage(name)
-            self.lm._model = self.trainer.accelerator.unwrap_model(model)
+            self.lm.take(self.trainer.accelerator.unwrap_model(model))
             made = {"checkpoint": name if stage.index else None, **circumstances(self.plan, self.lm.device.type)}
             with ExitStack() as stack:
                 stack.enter_context(locked(stage.path, "evaluate"))
@@ -276,14 +280,37 @@ def _check(trainer: Trainer, every: int | str, rows: int | None) -> None:
     if rows is not None and rows < 1:
         raise CallbackError(f"rows={rows!r}: give a number from 1 on, or None for all rows.")
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    if trainer.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+    sizes = trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()
+    spread = {
+        "FSDP": trainer.is_fsdp_enabled,
+        "ZeRO-3": plugin is not None and plugin.zero_stage == 3,
+        "Tensor, context or sequence parallelism": max(sizes) > 1,
+    }
+    if kinds := [kind for kind, used in spread.items() if used]:
         raise CallbackError(
-            f"{'FSDP' if trainer.is_fsdp_enabled else 'ZeRO-3'} gives each process a part of the weights, and one "
-            "process measures. Train with DDP or ZeRO-2; or save checkpoints and measure them: trace-bench evaluate "
-            "RUN --model BASE --checkpoint NAME=PATH."
+            f"{kinds[0]} gives each process a part of the weights or of a text, and one process measures. Train with "
+            "DDP or ZeRO-2; or save checkpoints and measure them: trace-bench evaluate RUN --model BASE --checkpoint "
+            "NAME=PATH."
         )
+    _check_model(trainer.accelerator.unwrap_model(trainer.model))
     if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         raise CallbackError(
             f"The trainer's processing_class is {type(trainer.processing_class).__name__}, no tokenizer: give the "
             "tokenizer of the model to the trainer."
+        )
+
+
+def _check_model(model: Any) -> None:
+    """Refuses a model that gives no answers, or an adapter whose answers would depend on the batch."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
+        raise CallbackError(
+            f"The trainer's model is {type(inner).__name__}, and what is measured are the answers of a causal language "
+            "model of transformers, or of PEFT's model around one."
+        )
+    adapter = model.active_peft_config if isinstance(model, PeftModel) else None
+    if adapter is not None and adapter.is_prompt_learning and adapter.peft_type != PROMPT:
+        raise CallbackError(
+            f"The trainer's adapter is of the kind {adapter.peft_type.value}. Of those in front of the input {PROMPT} "
+            "alone is measured, here and by trace-bench evaluate."
         )

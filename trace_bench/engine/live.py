@@ -36,11 +36,18 @@ class LiveHF(SwapHF):
         options = {"batch_size": batch_size, "mixed_precision_dtype": precision}
         with quiet():
             super().__init__(pretrained=stand_in, tokenizer=copy.deepcopy(tokenizer), **options)
-        self._model = model
+        self.base, self.max_prompt_length = model.config._name_or_path or type(model).__name__, None
         self.tokenizer = copy.deepcopy(tokenizer)
+        self.take(model)
         self.served = {"weights": "in training"}
         found = model.generation_config.eos_token_id
         self.ends = frozenset({tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])} - {None})
+
+    def take(self, model: Any) -> None:
+        """Answers with this model from now on; a soft prompt is taken as it is now, and put next to the text."""
+        self._model, self.soft_prompt = model, None
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            self._model, self.soft_prompt = model.get_base_model(), model.get_prompt(1)[0].detach()
 
     @property
     def device(self) -> torch.device:
