@@ -202,6 +202,19 @@ def test_the_bootstrap_is_paired_deterministic_for_a_seed_and_fair_to_small_grou
         assert np.isnan(bootstrap_interval(few)).all()
 
 
+def test_the_interval_of_the_mean_over_stages_covers_scores_near_one_and_is_that_of_the_same_rows():
+    rng, covered = np.random.default_rng(0), []
+    for _ in range(300):
+        rows = [(rng.random((24, 5)) < 0.98).astype(float) for _ in range(4)]
+        mean = metrics.mean_over_stages(rows)
+        covered.append(mean.low <= 0.98 <= mean.high)
+    assert mean.value == pytest.approx(metrics.average_accuracy(np.stack([x.mean(axis=0) for x in rows], axis=1)))
+    assert np.mean(covered) >= 0.93, "the bootstrap's has 77 %"
+    low, high = metrics.mean_over_stages([np.ones((24, 3))] * 2)[1:]
+    assert 0.85 < low < 0.95 and high == pytest.approx(1), "Wilson's of 24 of 24 begins at .86"
+    assert np.isnan(metrics.mean_over_stages([rows[0][:, :3], np.full((2, 3), np.nan)])[1:]).all()
+
+
 def test_the_net_interval_by_hand_and_enumerated_over_rates():
     # (9 - 3) / 22, variance (12 / 22 - (6 / 22)^2) / 22
     assert net_interval(8, 2, 20) == pytest.approx((-0.0141, 0.5595), abs=1e-4)
@@ -220,26 +233,37 @@ def test_single_means_and_differences_take_the_interval_that_fits_their_rows():
     binary, real = np.repeat([1.0, 0.0], [5, 35]), np.random.default_rng(0).random(40)
     low, high = mean_interval(np.stack([binary, real, np.where(real < 0.1, np.nan, real)], axis=1))
     assert (low[0], high[0]) == wilson_interval(5, 40) and np.isnan([low[2], high[2]]).all()
-    assert low[1] < real.mean() < high[1] and high[1] - low[1] == pytest.approx(3.92 * real.std() / 40**0.5, rel=0.1)
-    low, high = difference_interval(np.stack([binary - binary[::-1], real - 0.5], axis=1))
+    assert (low[1], high[1]) == pytest.approx((*ttest_1samp(real, 0).confidence_interval(),))
+    low, high = difference_interval(np.stack([binary - binary[::-1], real - 0.5, 0.1 * (1 + binary / 1e15)], axis=1))
     assert (low[0], high[0]) == net_interval(5, 5, 40)
-    assert low[1] < real.mean() - 0.5 < high[1]
+    assert (low[1], high[1]) == pytest.approx((*ttest_1samp(real - 0.5, 0).confidence_interval(),))
+    assert np.isnan([low[2], high[2]]).all(), "rows that are the same but for rounding have no variance"
+    assert np.array(mean_interval(np.array([[0.5], [0.9]]))).ravel() == pytest.approx([0, 1]), "a fraction has ends"
+    # Few graded rows are covered as often as many are.
+    rng = np.random.default_rng(0)
+    for n in (4, 10, 40):
+        low, high = mean_interval(rng.normal(0.5, 0.1, (n, 2000)))
+        assert 0.935 < np.mean((low <= 0.5) & (high >= 0.5)) < 0.965, n
     signs = [Estimate(0.2, 0.1, 0.3).sign, Estimate(-0.2, -0.3, -0.1).sign, Estimate(0.2, 0, 0.4).sign]
     assert signs == [1, -1, 0] and Estimate(1).sign == 0
 
 
 def test_the_mean_of_independent_estimates():
     one, two = Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.2, 0.4)
-    # .4, less sqrt(.1^2 + .1^2) / 2, plus sqrt(.2^2 + .1^2) / 2
-    assert mean_of([one, two]) == pytest.approx((0.4, 0.3293, 0.5118), abs=1e-4)
+    # .4, less sqrt(.15^2 + .1^2) / 2 of the half widths (.1^2 + .1^2 is less), plus sqrt(.2^2 + .1^2) / 2
+    assert mean_of([one, two]) == pytest.approx((0.4, 0.3099, 0.5118), abs=1e-4)
+    assert mean_of([Estimate(1, 0.8, 1), Estimate(0.9, 0.7, 0.92)]).high == pytest.approx(0.96), "no end beyond theirs"
     unknown = mean_of([one, Estimate(0.3)])
     assert unknown.value == pytest.approx(0.4) and np.isnan(unknown[1:]).all() and np.isnan(mean_of([]).value)
-    # Near 0 and 1 it covers the truth, too.
-    rng, rates, n, covered = np.random.default_rng(0), [0.02, 0.98, 0.5, 0.02], 24, []
-    for counts in rng.binomial(n, rates, size=(1000, 4)):
-        mean = mean_of([Estimate(c / n, *wilson_interval(int(c), n)) for c in counts])
-        covered.append(mean.low <= np.mean(rates) <= mean.high)
-    assert np.mean(covered) >= 0.92
+    # Near 0 and 1 it covers the truth, too, and where all rates are at the same end.
+    rng, n = np.random.default_rng(0), 24
+    ends = np.array([wilson_interval(c, n) for c in range(n + 1)])
+    for rates in ([0.02, 0.98, 0.5, 0.02], [0.95] * 8):
+        covered = []
+        for counts in rng.binomial(n, rates, size=(1000, len(rates))):
+            mean = mean_of([Estimate(c / n, *ends[c]) for c in counts])
+            covered.append(mean.low <= np.mean(rates) <= mean.high)
+        assert np.mean(covered) >= 0.93
 
 
 # --------------------------------------------------------------------------------------------------- seeds and p-values

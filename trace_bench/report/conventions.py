@@ -73,7 +73,7 @@ CONVENTIONS = (
         "Forgetting",
         "mean drop of a task from its best stage before the last",
         "`1/(T-1) Σ_{i=1..T-1} (max_{l=i..T-1} R[l,i] - R[T,i])`",
-        "Chaudhry et al. 2018; A-GEM's code; this report",
+        "this report; Chaudhry et al. 2018 and A-GEM's code, where the best stage may also be before the task's own",
         metrics.forgetting,
     ),
     Convention(

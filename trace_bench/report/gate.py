@@ -55,15 +55,15 @@ class Line:
         return [*map(one_line, columns), self.verdict + self._why()]
 
     def _why(self) -> str:
-        rows = f"{self.part.rows:,}"
         if self.verdict != UNKNOWN:
             return ""
         if math.isnan(self.drop.low):
-            return " (no interval: the samples of its rows are not there, or do not give its score)"
-        if self.drop.low == self.drop.high:
-            return f" (all {rows} rows have the same drop, which says nothing of others)"
+            return (
+                " (no interval: samples of its rows are not there, do not give its score, or all have the same drop, "
+                "which says nothing of others)"
+            )
         needed = f"more than {MOST_ROWS:,}" if self.rows_needed is None else f"about {self.rows_needed:,}"
-        return f" (needs {needed} rows; there are {rows})"
+        return f" (needs {needed} rows; there are {self.part.rows:,})"
 
     def json(self) -> dict[str, Any]:
         """The line as JSON."""

@@ -334,14 +334,13 @@ class Results:
         bwt = [metrics.mean_of([self.change(i, i + 1, t) for i in range(t - 1)]) for t in stages]
         fwt = metrics.mean_of([self.change(i, 0, i) for i in range(1, T)])
         rows = [self.task_rows(task) for task in self.run.tasks]
-        mean_op = metrics.bootstrap_interval(rows, metrics.average_accuracy)
+        mean_op = metrics.mean_over_stages(rows, fractions=self.unit.scale == 1)
         return {
             "OP": [Estimate(metrics.overall_performance(R, t), *e[1:]) for t, e in zip(stages, op, strict=True)],
             "BWT": [Estimate(metrics.backward_transfer(gains, t), *e[1:]) for t, e in zip(stages, bwt, strict=True)],
             "Forgetting": [Estimate(metrics.forgetting(gains, t)) for t in stages],
             "FWT": [Estimate(metrics.forward_transfer(gains), *fwt[1:])],
-            # Without any spread of the rows a bootstrap has no width, which is no certainty.
-            "mean OP": [Estimate(metrics.average_accuracy(R), *(mean_op if np.ptp(mean_op) > 0 else ()))],
+            "mean OP": [Estimate(metrics.average_accuracy(R), *mean_op[1:])],
         }
 
     @cached_property
