@@ -88,8 +88,7 @@ class OSFTrainer(CLTrainer):
                 },
             ),
         )
-        self.trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        if not self.trainable:
+        if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
                 f"{type(model.get_base_model()).__name__} has no linear layers that PEFT's OSF decomposes (GPT-2's are "
                 "none): take another method or model."
@@ -102,8 +101,8 @@ class OSFTrainer(CLTrainer):
         return super().save_checkpoint()
 
     def record(self) -> dict[str, Any]:
-        """The fraction that was preserved, and what was trained before the parts were added up."""
-        return {"preserved": self.preserved, "trainable_parameters": self.trainable}
+        """The fraction of the directions that was preserved."""
+        return {"preserved": self.preserved}
 
 
 if __name__ == "__main__":

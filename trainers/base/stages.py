@@ -306,6 +306,7 @@ class Loop:
             remove(self.run.path / "tensorboard" / stage.name)
         trainer.train(resume_from_checkpoint=checkpoint)
         trained = time.perf_counter()
+        trainable = get_model_param_count(trainer.model, trainable_only=True)
         trainer.end_stage()
         seconds = time.perf_counter() - trainer.started
         around += time.perf_counter() - trained
@@ -313,17 +314,18 @@ class Loop:
             saved = trainer.save_checkpoint()
         with others_wait():
             if self.state.is_main_process:
-                self._record(trainer, seconds, around, saved)
+                self._record(trainer, trainable, seconds, around, saved)
         # The next stage loads its model from the disk: let go of this one first.
         del trainer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _record(self, trainer: CLTrainer, seconds: float, around: float, checkpoint: Path) -> None:
+    def _record(self, trainer: CLTrainer, trainable: int, seconds: float, around: float, checkpoint: Path) -> None:
         """Writes train.json, which says that the stage is trained; `around` is what begin_stage and end_stage took."""
         stage = trainer.stage
         record = _summary(trainer, seconds) | {
+            "trainable_parameters": trainable,
             "seconds_around_steps": round(around, 3),
             "commit": source_commit(),
             "method_source": method_source(self.trainer),
@@ -409,7 +411,6 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
         "processes": trainer.accelerator.num_processes,
         # Of the whole model, also where this process has a part of it.
         "parameters": get_model_param_count(trainer.model),
-        "trainable_parameters": get_model_param_count(trainer.model, trainable_only=True),
         # HF's own "train_loss" is the mean since the checkpoint that the stage went on from.
         "mean_loss": (trainer.before["losses"] + trainer._total_loss_scalar) / max(steps, 1),
         "losses": [
