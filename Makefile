@@ -100,10 +100,10 @@ docs: ## the documentation as a site in site/, from README.md and docs/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: ## the tests: no network, GPU or key needed; JOBS at a time (3: some wait)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),3) --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),3) --dist loadfile
 
 test-slow: ## whole pipelines and real inference engines; JOBS at a time (2)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n $(or $(JOBS),2) --durations=20
+	$(BIN)/python -m pytest -m slow -n $(or $(JOBS),2) --durations=20
 
 test-versions: setup ## the tests with the oldest and with the newest libraries that are supported
 	# Laid over those of the environment, which stays as it is.

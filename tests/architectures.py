@@ -5,10 +5,6 @@ The weights are random, wide enough for lively texts: what is done wrongly anywh
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +12,13 @@ from zlib import crc32
 
 import pytest
 import torch
+from forks import forked
 from lm_eval.api.instance import Instance
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trace_bench.engine import open_engine
-
-ROOT = Path(__file__).parents[1]
 
 #: Two layers, and heads of 64, a size that every attention kernel has.
 _LAYERS = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -276,16 +271,11 @@ def by_transformers(base: Path, loads: Sequence[Path | None], prompts: Sequence[
 
 def by_vllm(base: Path, loads: Sequence[Path | None], prompts: Sequence[str], *args: Any) -> list[dict]:
     """What `served` gives of an engine of vLLM in float32, in a process of its own."""
-    request = json.dumps([str(base), [c and str(c) for c in loads], prompts, *args])
-    out = base.with_name(f"{base.name}-{crc32(request.encode())}.json")
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    subprocess.run(
-        [sys.executable, __file__, request, str(out)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": paths, "VLLM_CPU_KVCACHE_SPACE": "1"},
-        check=True,
-    )
-    return json.loads(out.read_text())
+    return forked(_by_vllm, base, loads, prompts, *args)
+
+
+def _by_vllm(base: Path, *args: Any) -> list[dict]:
+    return served(open_engine("vllm", str(base), engine_args={"max_model_len": 256, "dtype": "float32"}), *args)
 
 
 #: The engines that have to answer alike.
@@ -293,8 +283,3 @@ BACKENDS = [
     pytest.param(by_transformers, id="hf"),
     pytest.param(by_vllm, id="vllm", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),
 ]
-
-if __name__ == "__main__":
-    base, *request = json.loads(sys.argv[1])
-    lm = open_engine("vllm", base, engine_args={"max_model_len": 256, "dtype": "float32"})
-    Path(sys.argv[2]).write_text(json.dumps(served(lm, *request)))

@@ -24,6 +24,7 @@ os.environ.pop("TRACE_DATA", None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job of a script, after `&`: its children would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; more threads only wait for each other
 
 import pytest
 

@@ -1,20 +1,15 @@
 """What the processes of `tests/test_distributed.py` do: one training after the other, all in the same processes.
 
-    torchrun --nproc_per_node 2 tests/distributed.py JOBS.json
-
 A job has a method, the options of a run, and perhaps where the second process dies: {"stage": 2, "at": "step"}, at its
 step 1 unless it says which. With "alone" the first process is at work alone for so many seconds in place of each
 evaluation, and otherwise processes wait for each other for less than that.
 """
 
 import hashlib
-import json
 import os
 import signal
-import sys
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from conftest import train
@@ -59,8 +54,9 @@ def watched(trainer: type, kill: dict | None) -> type:
     return Watched
 
 
-if __name__ == "__main__":
-    for job in json.loads(Path(sys.argv[1]).read_text()):
+def train_jobs(jobs: list[dict]) -> None:
+    """Does the jobs as one of two processes."""
+    for job in jobs:
         trainer, config = method(job["method"])
         if seconds := job.get("alone"):
             if not torch.distributed.is_initialized():

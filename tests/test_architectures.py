@@ -4,11 +4,7 @@ Every cell is compared with a plain greedy loop over the unmerged PEFT model (se
 no cache, float32. None answers differently.
 """
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from operator import ne
@@ -20,9 +16,10 @@ from architectures import (
     KINDS,
     MORE_KINDS,
     PROMPTS,
-    ROOT,
     by_transformers,
     by_vllm,
+    generate,
+    likelihoods,
     make_base,
     make_checkpoint,
     reference,
@@ -30,9 +27,11 @@ from architectures import (
     reload,
 )
 from conftest import byte_tokenizer, pieces_tokenizer, train
+from forks import forked
 from test_methods import EXACT, as_method, method, small
 from transformers import AutoTokenizer
 
+from trace_bench.engine import open_engine
 from trace_bench.packaged import methods
 from trainers.base import ConfigError
 
@@ -159,32 +158,22 @@ def test_what_a_method_trains_is_what_is_evaluated(name, architecture, base_of, 
 
 # ------------------------------------------------------------------------------------------ vllm's unmerged adapters
 
-UNMERGED = """
-import json, sys
-from pathlib import Path
-from architectures import generate, likelihoods
-from trace_bench.engine import open_engine
 
-if __name__ == "__main__":
-    base, adapters, prompts, pairs = json.loads(sys.argv[1])
-    adapters = [Path(a) for a in adapters]
+def unmerged(base: Path, adapters: list[Path]) -> tuple:
     args = {"max_model_len": 256, "dtype": "float32", "enable_lora": True}
-    lm = open_engine("vllm", base, engine_args=args, checkpoints=adapters)
+    lm = open_engine("vllm", str(base), engine_args=args, checkpoints=adapters)
     calls, found = [], []
     original = lm.model.generate
     lm.model.generate = lambda ps, *rest, **kwargs: calls.append(len(ps)) or original(ps, *rest, **kwargs)
     for i, adapter in enumerate(adapters):
         lm.load(adapter)
         lm.together(adapters[i + 1 :])
-        answers = generate(lm, prompts)
-        found.append({"answers": answers, "served": lm.served["weights"], "likelihoods": None})
+        found.append({"answers": generate(lm, PROMPTS), "served": lm.served["weights"], "likelihoods": None})
     asked = list(calls)
     lm.load(adapters[0])
-    found[0]["likelihoods"] = likelihoods(lm, pairs)
+    found[0]["likelihoods"] = likelihoods(lm, PAIRS)
     lm.load(None)
-    found.append({"answers": generate(lm, prompts), "served": lm.served["weights"]})
-    Path(sys.argv[2]).write_text(json.dumps({"found": found, "calls": asked}))
-"""
+    return found, {"answers": generate(lm, PROMPTS), "served": lm.served["weights"]}, asked
 
 
 @pytest.mark.slow
@@ -198,18 +187,12 @@ def test_vllm_serves_adapters_unmerged_and_those_of_later_stages_in_one_batch(ba
     expected = {kind: reference(model, tokenizer, PROMPTS) for kind, (_, model) in made.items()}
     adapters = [made["lora"][0], made["rslora"][0], tmp_path / "third" / "adapter", made["dora"][0]]
     shutil.copytree(made["lora"][0], adapters[2])
-    script, out = tmp_path / "unmerged.py", tmp_path / "out.json"
-    script.write_text(UNMERGED)
-    request = json.dumps([str(base), [str(path) for path in adapters], PROMPTS, PAIRS])
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
-    result = json.loads(out.read_text())
-    *found, again = result["found"]
+    found, again, calls = forked(unmerged, base, adapters)
     assert [f["served"] for f in found] == ["adapter", "adapter", "adapter", "merged adapter"]
     assert [f["answers"] for f in found] == [expected[kind] for kind in ("lora", "rslora", "lora", "dora")]
     assert again == {"answers": answers_of_base, "served": "base"}
     # The three answer at once when the first is loaded, and the next two ask nothing; then the merged one, with the
     # short prompts by which its swap proves itself.
-    assert result["calls"][0] == 3 * len(PROMPTS) and result["calls"][1:] in ([len(PROMPTS)], [2, 2, len(PROMPTS)])
+    assert calls[0] == 3 * len(PROMPTS) and calls[1:] in ([len(PROMPTS)], [2, 2, len(PROMPTS)])
     likelihoods_of_lora = reference_likelihoods(made["lora"][1], tokenizer, PAIRS)
     assert found[0]["likelihoods"] == pytest.approx(likelihoods_of_lora, rel=1e-3)

@@ -1,11 +1,7 @@
 """The callback: it measures what the model has learned and forgotten, and leaves the training as it was."""
 
 import copy
-import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +10,7 @@ import torch
 from architectures import generate, reference
 from conftest import SHARED, freeze_imports
 from datasets import Dataset
+from forks import forked_twice
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -278,44 +275,25 @@ def test_the_example_of_the_documentation_works(base, tmp_path, monkeypatch):
     assert "2_step_2" in Path("out/forgetting/report.md").read_text()
 
 
-TWO = """
-import json, sys
-import torch
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
-from trace_bench import ForgettingCallback
-
-base, out, asked = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
-options = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none", "use_cpu": True}
-trainer = SFTTrainer(
-    AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-    args=SFTConfig(out, **options, bf16=False, save_strategy="no", disable_tqdm=True),
-    train_dataset=Dataset.from_list([{"prompt": f"{i} and {i} is ", "completion": f"{2 * i}."} for i in range(24)]),
-    processing_class=AutoTokenizer.from_pretrained(base),
-)
-if asked:
-    trainer.add_callback(ForgettingCallback(trainer, **asked))
-trainer.train()
-assert trainer.accelerator.num_processes == 2
-history = trainer.state.log_history
-found = [e["loss"] for e in history if "loss" in e], sum("score/trace_fomc" in e for e in history)
-open(f"{out}-{trainer.accelerator.process_index}.json", "w").write(json.dumps(found))
-trainer.accelerator.end_training()  # else gloo's threads may abort the process when it ends
-"""
+def train_as_one_of_two(base: Path, out: Path, asked: dict) -> tuple[list[float], int]:
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "logging_steps": 1, "report_to": "none"}
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        args=SFTConfig(str(out), **options, use_cpu=True, bf16=False, save_strategy="no", disable_tqdm=True),
+        train_dataset=ROWS,
+        processing_class=AutoTokenizer.from_pretrained(base),
+    )
+    if asked:
+        trainer.add_callback(ForgettingCallback(trainer, **asked))
+    trainer.train()
+    assert trainer.accelerator.num_processes == 2
+    return losses(trainer), sum("score/trace_fomc" in entry for entry in trainer.state.log_history)
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_measures_and_the_training_is_the_same(base, tmp_path):
-    (tmp_path / "two.py").write_text(TWO)
-    root = str(Path(__file__).parents[1])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TRACE_DATA": "demo", "PYTHONPATH": root}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for name, asked in (("plain", {}), ("watched", {**MEASURED, "every": 1})):
-        command = [*launch, str(tmp_path / "two.py"), str(base), str(tmp_path / name), json.dumps(asked)]
-        subprocess.run(command, check=True, env=env, timeout=500)
-    found = {name: read_json(tmp_path / f"{name}.json") for name in ("plain-0", "watched-0", "watched-1")}
-    assert found["plain-0"][0] == found["watched-0"][0] == found["watched-1"][0]
-    assert [found["watched-0"][1], found["watched-1"][1]] == [3, 0]
+def test_of_two_processes_one_measures_and_the_training_is_the_same(base, tmp_path, demo_data):
+    (plain, _), _ = forked_twice(train_as_one_of_two, base, tmp_path / "plain", {})
+    watched = forked_twice(train_as_one_of_two, base, tmp_path / "watched", {**MEASURED, "every": 1})
+    assert watched == [(plain, 3), (plain, 0)]
     run = Run.open(tmp_path / "watched/forgetting")
     assert [stage.name for stage in run.stages] == ["0_base", "1_step_1", "2_step_2"]

@@ -51,7 +51,6 @@ def two(tmp_path, monkeypatch) -> list[str]:
     (tmp_path / "held.py").write_text(HELD)
     monkeypatch.setenv("HERE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return ["--devices", "cpu,cpu"]
 
 

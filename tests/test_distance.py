@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from forks import forked
 from made_runs import make_rich_run
 
 from trace_bench import engine, evaluate, report
@@ -103,12 +104,16 @@ def test_transformers_tells_the_probabilities_at_each_token_of_given_answers(tin
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("forced", [True, False])
 def test_vllm_tells_the_same_in_one_request_an_answer_and_in_one_a_token(checkpoints, tiny_model, forced):
+    forked(check_vllm, tiny_model, checkpoints["full model"], forced)
+
+
+def check_vllm(base, model, forced):
     args = {"dtype": "float32", "max_model_len": 64}
-    lm = engine.open_engine("vllm", str(tiny_model), engine_args=args, forced=forced)
+    lm = engine.open_engine("vllm", str(base), engine_args=args, forced=forced)
     assert lm.forces is forced
-    check_expected(lm, tiny_model, 1e-3)
-    lm.load(checkpoints["full model"])
-    check_expected(lm, checkpoints["full model"], 1e-3)
+    check_expected(lm, base, 1e-3)
+    lm.load(model)
+    check_expected(lm, model, 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------------ the run

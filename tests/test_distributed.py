@@ -1,9 +1,7 @@
 """More than one process: the same training as one process with the batch of all, and no half-done stage is a stage."""
 
-import json
 import os
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import train
+from distributed import train_jobs
+from forks import forked_twice
 from safetensors.torch import load_file
 from test_methods import THREE, method
 from torch.utils.data import RandomSampler
@@ -24,19 +24,6 @@ from trainers.replay import _Phases
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "trainers" / "configs"
-
-
-def two_processes(jobs: list[dict], folder: Path) -> int:
-    """Runs jobs of `tests/distributed.py` in two processes; its exit code."""
-    file = folder / "jobs.json"
-    file.write_text(json.dumps(jobs))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-    }
-    return subprocess.run([*command, str(ROOT / "tests/distributed.py"), str(file)], cwd=ROOT, env=env).returncode
 
 
 @pytest.fixture
@@ -91,15 +78,6 @@ def small(options):
     return small
 
 
-@pytest.fixture
-def one_thread():
-    """As in the other processes; for a model as small as this more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tensors(run: Run) -> dict[str, torch.Tensor]:
     """All that is on the disk: the checkpoint of each stage, and the state of the method."""
     files = sorted(run.path.glob("stages/*/*/*.safetensors"))
@@ -113,9 +91,9 @@ def norm(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, one_thread, record_property):
+def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, record_property):
     names = [m for m in methods() if m != "icl"]
-    assert two_processes([{"method": n, "options": small(n, tmp_path / "two")} for n in names], tmp_path) == 0
+    forked_twice(train_jobs, [{"method": n, "options": small(n, tmp_path / "two")} for n in names])
     errors = {}
     for name in names:
         two = Run.open(tmp_path / "two" / name)
@@ -148,12 +126,13 @@ def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_by
     job, whole = ({"method": "ewc", "options": small("ewc", tmp_path / f) | changes} for f in ("killed", "whole"))
     killed = Run(Path(job["options"]["output_dir"]), {"tasks": THREE})
     for stage, at, step in ((1, "step", 4), (2, "step", 1), (3, "save", 0)):
-        assert two_processes([{**job, "kill": {"stage": stage, "at": at, "step": step}}], tmp_path) != 0
+        with pytest.raises(RuntimeError):  # of the pool, or of the process that finds the other one gone
+            forked_twice(train_jobs, [{**job, "kill": {"stage": stage, "at": at, "step": step}}])
         assert [s.is_trained for s in killed.stages[1:]] == [i < stage for i in (1, 2, 3)]
     with pytest.raises(RunError, match="processes: 2 -> 'absent'"):
         train(job["options"], *method("ewc"))
     evaluated = small("sequential", tmp_path) | {"tasks": THREE[:1], "keep": "evaluated", "test_rows": 2}
-    assert two_processes([job, whole, {"method": "sequential", "options": evaluated}], tmp_path) == 0
+    forked_twice(train_jobs, [job, whole, {"method": "sequential", "options": evaluated}])
     a, b = (tensors(Run.open(j["options"]["output_dir"])) for j in (job, whole))
     assert any("method_state" in k for k in a) and a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -167,7 +146,7 @@ def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_by
 @pytest.mark.timeout(400)
 def test_the_others_wait_for_the_first_process_however_long_it_works_alone(small, tmp_path):
     options = small("sequential", tmp_path) | {"keep": "evaluated", "tasks": THREE[:1], "max_steps": 1}
-    assert two_processes([{"method": "sequential", "options": options, "alone": 12}], tmp_path) == 0
+    forked_twice(train_jobs, [{"method": "sequential", "options": options, "alone": 12}])
     assert Run.open(options["output_dir"]).stages[1].is_trained
 
 

@@ -1,6 +1,5 @@
 """`trace-bench evaluate RUN --follow`: stages are evaluated as they are trained, by another process."""
 
-import json
 import os
 import re
 import shutil
@@ -13,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import PROMPTS, make_base, make_checkpoint, reference
+from architectures import PROMPTS, generate, make_base, make_checkpoint, reference
 from conftest import command_line, interrupted, lock_holder, pieces_tokenizer, train
+from forks import forked
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,7 +93,7 @@ class Waits(CLTrainer):
 if __name__ == "__main__":
     main(Waits, CLConfig)
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_training_that_ends_too_soon_is_told_after_all_that_is_there_is_evaluated(options, monkeypatch):
@@ -174,29 +174,21 @@ def test_a_stage_that_is_trained_again_is_evaluated_again(run, monkeypatch, capl
         evaluate.follow(run.path)
 
 
-#: An engine that adapters come to later, one of them with a higher rank, and one that is trained again.
-LATER = """
-import json, shutil, sys
-from pathlib import Path
-from architectures import generate
-from trace_bench.engine import open_engine
-
-if __name__ == "__main__":
-    base, first, higher, other, prompts = json.loads(sys.argv[1])
+def answers_of_later(base: Path, first: Path, higher: Path, other: Path) -> tuple:
+    """Of an engine that adapters come to later, one of them with a higher rank, and one that is trained again."""
     args = {"max_model_len": 256, "dtype": "float32", "enable_lora": True}
-    lm = open_engine("vllm", base, engine_args=args, checkpoints=[Path(first)])
+    lm = engine.open_engine("vllm", str(base), engine_args=args, checkpoints=[first])
     found, restarts, counts, original = [], [], [], lm._restart
     lm._restart = lambda folder: restarts.append(folder) or original(folder)
     for path, new in ((first, None), (first, other), (higher, None), (None, None)):
         if new:
             shutil.copytree(new, path, dirs_exist_ok=True)
         if found:
-            lm.expect([Path(path)] if path else [])
+            lm.expect([path] if path else [])
         counts.append(len(restarts))
-        lm.load(path and Path(path))
-        found.append([generate(lm, prompts), lm.served["weights"]])
-    Path(sys.argv[2]).write_text(json.dumps([found, counts]))
-"""
+        lm.load(path)
+        found.append([generate(lm, PROMPTS), lm.served["weights"]])
+    return found, counts
 
 
 @pytest.mark.slow
@@ -212,12 +204,7 @@ def test_vllm_serves_adapters_that_come_later_as_if_they_had_been_there(tmp_path
             torch.nn.init.normal_(parameter, std=0.1)
     higher.save_pretrained(tmp_path / "higher")
     expected = [reference(model, tokenizer, PROMPTS) for model in (made[0][1], made[1][1], higher)]
-    script, out = tmp_path / "later.py", tmp_path / "out.json"
-    script.write_text(LATER)
-    request = json.dumps([str(base), str(made[0][0]), str(tmp_path / "higher"), str(made[1][0]), PROMPTS])
-    env = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
-    found, restarts = json.loads(out.read_text())
+    found, restarts = forked(answers_of_later, base, made[0][0], tmp_path / "higher", made[1][0])
     assert [served for _, served in found] == ["adapter", "adapter", "adapter", "base"]
     assert [answers for answers, _ in found[:3]] == expected
     assert restarts == [0, 0, 1, 1], "the engine was started for a smaller rank"

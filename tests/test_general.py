@@ -3,7 +3,6 @@
 import csv
 import json
 import re
-import subprocess
 import sys
 import warnings
 from itertools import product
@@ -14,6 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import SHARED, both_tokenizers, train
+from forks import run_module
 from lm_eval.api.model import LM
 from made_runs import cell
 
@@ -484,8 +484,7 @@ def test_vllm_measures_what_transformers_does(options, local, tmp_path):
         engine_args = json.dumps({context: 1024, "dtype": "float32"})
         output = {"output_dir": str(tmp_path / backend), "engine_args": engine_args}
         runs[backend] = train({**options, **besides, **output, "backend": backend})
-        # vLLM's engine is a process of its own, which begins by importing the main module again.
-        subprocess.run([sys.executable, "-m", "trace_bench", "evaluate", str(runs[backend].path)], check=True)
+        run_module("trace_bench", "evaluate", runs[backend].path)
     answers: list[tuple[str, str]] = []
     for stages in zip(*(run.stages for run in runs.values()), strict=True):
         index = stages[0].index

@@ -1,15 +1,14 @@
 """The likelihood of the reference answers: it is minus the training loss, generates nothing, and loses nothing."""
 
-import json
 import math
-import os
-import subprocess
-import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from architectures import ROOT
+from architectures import generate
 from conftest import both_tokenizers, train
+from forks import forked
 from made_runs import TASKS, write_cell
 from scipy.special import stdtrit
 
@@ -192,40 +191,32 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
 
 # ---------------------------------------------------------------------------------------------------------------- vllm
 
-VLLM = """
-import json, sys
-from dataclasses import replace
-from pathlib import Path
-from architectures import generate
-from trace_bench.engine import open_engine
 
-if __name__ == "__main__":
-    base, adapter, args, prompts, answers = json.loads(sys.argv[1])
-    lm = open_engine("vllm", base, engine_args={"dtype": "float32", **args}, checkpoints=[Path(adapter)])
+def read_by_vllm(base: Path, adapter: Path, args: dict, prompts: list[str], answers: list[str]) -> tuple:
+    lm = engine.open_engine("vllm", str(base), engine_args={"dtype": "float32", **args}, checkpoints=[adapter])
     found = [lm.log_likelihoods(prompts, answers, 12)]
     generate(lm, [p for p in prompts if len(p) < 300] + [prompts[1]], 1)
     found.append(lm.log_likelihoods(prompts, answers, 12))  # now from the cache
-    lm.load(Path(adapter))
+    lm.load(adapter)
     found += [lm.log_likelihoods(prompts, answers, 12), lm.log_likelihoods(prompts[::-1], answers[::-1], 12)[::-1]]
     # What the generated answers tell of references: all, up to another last token, the first token, all but the last.
     wants = [lm.want(ids, 6, (), {}) for ids in lm._prompt_ids(["12 + 3 is", "Say it:", "Yes", "No"], None)]
     given = [tuple(ids) for ids in lm._answers(wants)]
     references = [given[0], (*given[1][:2], given[1][2] ^ 1), (given[2][0] ^ 1, *given[2][1:3]), (*given[3], 5)]
     lm._known.clear()
-    assert [tuple(ids) for ids in lm._answers([replace(w, reference=r) for w, r in zip(wants, references)])] == given
-    examples = [(want.ids, reference) for want, reference in zip(wants, references)]
+    asked = [replace(want, reference=ids) for want, ids in zip(wants, references, strict=True)]
+    assert [tuple(ids) for ids in lm._answers(asked)] == given
+    examples = [(want.ids, reference) for want, reference in zip(wants, references, strict=True)]
     told = [len(lm._told[lm.adapter, example]) for example in examples]
     with_told = lm._log_likelihoods(examples)
     lm._told.clear()
-    read = lm._log_likelihoods(examples)
-    Path(sys.argv[2]).write_text(json.dumps([found, lm.served["weights"], told, with_told, read]))
-"""
+    return found, lm.served["weights"], told, with_told, lm._log_likelihoods(examples)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("args", [{}, {"enable_lora": True}], ids=["merged", "unmerged"])
-def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints, tmp_path):
+def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints):
     long = "A long question that is asked. " * 10
     # A token of the tiny model is a byte. Of the fourth the cache has the whole prompt: it ends with a block.
     prompts = ["12 + 3 is", long, "Say it:", long[:256], long]
@@ -234,13 +225,9 @@ def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, check
     expected = 2 * [lm.log_likelihoods(prompts, answers, 12)]
     lm.load(checkpoints["adapter"])
     expected += 2 * [lm.log_likelihoods(prompts, answers, 12)]
-    script, out = tmp_path / "vllm_reads.py", tmp_path / "out.json"
-    script.write_text(VLLM)  # the engine is a process of its own and imports the main module again
     args = {**args, "max_model_len": len(long) + 2}  # the longest rows take the whole context
-    request = json.dumps([str(tiny_model), str(checkpoints["adapter"]), args, prompts, answers])
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    subprocess.run([sys.executable, str(script), request, str(out)], cwd=ROOT, env=env, check=True)
-    found, served, told, with_told, read = json.loads(out.read_text())
+    adapter = checkpoints["adapter"]
+    found, served, told, with_told, read = forked(read_by_vllm, tiny_model, adapter, args, prompts, answers)
     assert told == [6, 3, 1, 6]
     assert with_told == pytest.approx(read, rel=1e-3)
     assert served == ("adapter" if "enable_lora" in args else "merged adapter")

@@ -1,16 +1,14 @@
 """Methods that train what a model of the run has written: on-policy replay, and rewritten answers."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import train
+from forks import forked
 from test_methods import EXACT, as_method, same, weights
 from transformers import AutoTokenizer
 
@@ -101,27 +99,18 @@ def test_several_answers_have_seeds_and_their_own_log_probabilities(checkpoints,
         assert lm.ratings[want] == pytest.approx(float(mean), abs=1e-4)
 
 
-DRAWN = """
-import json, sys
-from pathlib import Path
-from trace_bench.engine import open_engine
-
-if __name__ == "__main__":
-    lm = open_engine("vllm", sys.argv[1], engine_args={"max_model_len": 256, "dtype": "float32"})
+def drawn_twice(base: Path) -> list:
+    lm = open_engine("vllm", str(base), engine_args={"max_model_len": 256, "dtype": "float32"})
     ids = [lm.tokenizer(f"What is {n} plus {n}?").input_ids for n in range(40)]
     wanted = [lm.want(prompt, 4, [], {"top_k": 0, "temperature": 1.0, "seed": 42}) for prompt in ids]
-    Path(sys.argv[2]).write_text(json.dumps([lm._answers(wanted), lm._answers(wanted[::-1])[::-1]]))
-"""
+    return [lm._answers(wanted), lm._answers(wanted[::-1])[::-1]]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vllm_draws_other_random_numbers_for_each_prompt(tiny_model, tmp_path):
+def test_vllm_draws_other_random_numbers_for_each_prompt(tiny_model):
     """The untrained model finds all tokens about equally likely: with the same numbers all prompts had one answer."""
-    (script := tmp_path / "drawn.py").write_text(DRAWN)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "VLLM_CPU_KVCACHE_SPACE": "1"}
-    subprocess.run([sys.executable, str(script), str(tiny_model), str(tmp_path / "out.json")], env=env, check=True)
-    first, again = read_json(tmp_path / "out.json")
+    first, again = forked(drawn_twice, tiny_model)
     assert again == first, "the seed decides, not the order"
     assert len({ids[0] for ids in first}) > 20
 

@@ -1,14 +1,12 @@
 """Progressive Prompts: what is trained, what stays as it is, and that the engines run the same model as PEFT."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import both_tokenizers, command_line, train
+from forks import forked, run_module
 from lm_eval.api.instance import Instance
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
@@ -195,55 +193,35 @@ def test_only_prompt_tuning_adapters_are_soft_prompts(checkpoints, lively):
     assert [models.soft_prompt(c) for c in (None, *checkpoints.values())] == [None] * 3
 
 
-VLLM = """
-import json, sys
-from pathlib import Path
-from lm_eval.api.instance import Instance
-from trace_bench.engine import EngineError, open_engine
-
-def generate(lm, prompts):
-    kwargs = {"until": [], "max_gen_toks": 12, "do_sample": False}
-    return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
-
-if __name__ == "__main__":
-    base, adapter, soft, prompts = json.loads(sys.argv[1])
+def vllm_outputs(base: Path, adapter: Path, soft: bool) -> list:
     args = {"max_model_len": 256, "dtype": "float32", **({"enable_prompt_embeds": True} if soft else {})}
-    lm = open_engine("vllm", base, engine_args=args)
-    outputs = [generate(lm, prompts)]
+    lm = engine.open_engine("vllm", str(base), engine_args=args)
+    outputs = [generate(lm, PROMPTS)]
     try:
-        lm.load(Path(adapter))
-        outputs += [generate(lm, prompts), generate(lm, prompts[::-1])[::-1]]
+        lm.load(adapter)
+        outputs += [generate(lm, PROMPTS), generate(lm, PROMPTS[::-1])[::-1]]
         try:
             lm.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)])
-        except EngineError as e:
+        except engine.EngineError as e:
             outputs.append(str(e))
-        outputs.append(lm.log_likelihoods(prompts, prompts[::-1]))
+        outputs.append(lm.log_likelihoods(PROMPTS, PROMPTS[::-1]))
         lm.load(None)
-        outputs.append(generate(lm, prompts))
-    except EngineError as e:
+        outputs.append(generate(lm, PROMPTS))
+    except engine.EngineError as e:
         outputs.append(str(e))
-    Path(sys.argv[2]).write_text(json.dumps(outputs))
-"""
-
-
-def vllm_outputs(tmp_path: Path, base: Path, adapter: Path, soft: bool) -> list:
-    script, out = tmp_path / "vllm_prompts.py", tmp_path / "out.json"
-    script.write_text(VLLM)  # the engine is a process of its own and imports the main module again
-    arguments = json.dumps([str(base), str(adapter), soft, PROMPTS])
-    subprocess.run([sys.executable, str(script), arguments, str(out)], cwd=ROOT, check=True)
-    return json.loads(out.read_text())
+    return outputs
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @both_tokenizers
-def test_vllm_generates_behind_a_prompt_what_transformers_does(lively, tmp_path):
+def test_vllm_generates_behind_a_prompt_what_transformers_does(lively):
     lm = engine.open_engine("hf", str(lively[0]), engine_args={"dtype": "float32"})
     plain = generate(lm, PROMPTS)
     lm.load(lively[1])
     # Behind embeddings vLLM leaves out the bytes of a character that is not complete at the end.
     expected = [text.rstrip("\ufffd") for text in generate(lm, PROMPTS)]
-    base, soft, cached, refused, references, back = vllm_outputs(tmp_path, *lively, soft=True)
+    base, soft, cached, refused, references, back = forked(vllm_outputs, *lively, True)
     assert base == back == plain
     assert [text.rstrip("\ufffd") for text in soft] == expected and cached == soft
     assert "--backend hf" in refused
@@ -252,8 +230,8 @@ def test_vllm_generates_behind_a_prompt_what_transformers_does(lively, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vllm_that_was_not_prepared_says_what_to_do(lively, tmp_path):
-    _, refused = vllm_outputs(tmp_path, *lively, soft=False)
+def test_vllm_that_was_not_prepared_says_what_to_do(lively):
+    _, refused = forked(vllm_outputs, *lively, False)
     assert "enable_prompt_embeds: true" in refused and "--backend hf" in refused
 
 
@@ -261,6 +239,6 @@ def test_vllm_that_was_not_prepared_says_what_to_do(lively, tmp_path):
 @pytest.mark.timeout(900)
 def test_a_run_of_prompts_is_evaluated_through_vllm(options):
     options = {**options, "backend": "vllm", "engine_args": '{"max_model_len": 256, "dtype": "float32"}'}
-    subprocess.run([sys.executable, "-m", "trainers.pp", *command_line(options)], cwd=ROOT, check=True)
-    subprocess.run([sys.executable, "-m", "trace_bench", "evaluate", options["output_dir"]], cwd=ROOT, check=True)
+    run_module("trainers.pp", *command_line(options))
+    run_module("trace_bench", "evaluate", options["output_dir"])
     assert [len(list((s.path / "eval").glob("*.json"))) for s in Run.open(options["output_dir"]).stages] == [2, 1, 2]

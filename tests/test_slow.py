@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import command_line, train
+from forks import run_module
 
 from trace_bench import report
 from trace_bench.run import Run, read_json
@@ -63,7 +64,7 @@ def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, 
     assert scores[0].count("\n") > 4 * 3, "four stages, three tasks, at least one metric each"
 
 
-def test_vllm_draws_answers_to_more_prompts_than_it_reads_at_once(tiny_model, tmp_path, env):
+def test_vllm_draws_answers_to_more_prompts_than_it_reads_at_once(tiny_model, tmp_path):
     """A prompt that is read in parts cannot be drawn from on a CPU."""
     prompts = [[5 + (i * n) % 90 for n in range(1, 101)] for i in range(60)]  # 6,000 tokens, and vLLM reads 4,096
     job = {"prompts": prompts, "most": 8, "stops": [], "samples": 2, "seed": 3, "rated": True, "made_from": "it"}
@@ -74,8 +75,7 @@ def test_vllm_draws_answers_to_more_prompts_than_it_reads_at_once(tiny_model, tm
         file = tmp_path / f"{name}.json"
         jobs = [{**job, "sampling": {"temperature": 1.0}, "file": str(file)}]
         write_json(tmp_path / "order.json", {**engine, "engine_args": given, "jobs": jobs})
-        command = [sys.executable, "-m", "trainers.base.answering", str(tmp_path / "order.json")]
-        subprocess.run(command, cwd=ROOT, env=env, check=True)
+        run_module("trainers.base.answering", tmp_path / "order.json")
         drawn.append([[text for text, *_ in row] for row in read_json(file)["answers"]])
     assert drawn[0] == drawn[1], "what is drawn depends on the seed, not on how prompts are read"
     assert all(len(row) == 2 for row in drawn[0]) and sum(a != b for a, b in drawn[0]) > 30

@@ -1,0 +1,75 @@
+"""Functions and programs in processes of their own that do not import vLLM and the others again, which takes longest.
+
+The processes are forks of one that has done so, which each process of tests starts when it first needs it.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import socket
+import sys
+from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
+from typing import Any
+
+#: What vLLM imports when an engine starts is among them.
+IMPORTED = [
+    *("trace_bench.engine.vllm", "trace_bench.engine.hf", "trace_bench.evaluate", "trainers.base"),
+    *("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"),
+]
+
+
+@cache
+def _context() -> BaseContext:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def _call(environment: dict[str, str], function: Callable[..., Any], *args: Any) -> Any:
+    os.environ |= environment
+    return function(*args)
+
+
+def forked(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
+    """What a function of a module of tests returns in a process of its own; its errors are raised here."""
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
+    with ProcessPoolExecutor(1, _context()) as pool:
+        return pool.submit(_call, environment, function, *args).result()
+
+
+def forked_twice(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """The same in two processes as `torchrun --nproc_per_node 2` starts them; the first error ends both."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with ProcessPoolExecutor(2, _context()) as pool:
+        ranks = [{**os.environ, **group, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        results = [pool.submit(_call, environment, function, *args) for environment in ranks]
+        failed = [result for result in wait(results, return_when=FIRST_EXCEPTION).done if result.exception()]
+        for process in pool._processes.values() if failed else ():
+            process.kill()
+        return [result.result() for result in failed or results]
+
+
+def run_module(*words: object, **environment: str) -> str:
+    """`python -m WORDS`: what it prints."""
+    return forked(_run_module, [str(word) for word in words], **environment)
+
+
+def _run_module(words: list[str]) -> str:
+    sys.argv[:] = words
+    with redirect_stdout(StringIO()) as output:
+        try:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        except SystemExit as e:
+            if e.code:
+                raise RuntimeError(f"{' '.join(words)}: {e.code}\n{output.getvalue()}") from None
+    return output.getvalue()
