@@ -103,7 +103,7 @@ test: ## the tests: no network, GPU or key needed; JOBS at a time (3: some wait)
 	$(BIN)/python -m pytest -m "not slow" -n $(or $(JOBS),3) --dist loadfile
 
 test-slow: ## whole pipelines and real inference engines; JOBS at a time (2)
-	$(BIN)/python -m pytest -m slow -n $(or $(JOBS),2) --durations=20
+	$(BIN)/python -m pytest -m slow -n $(or $(JOBS),2) --maxschedchunk 1 --durations=20
 
 test-versions: setup ## the tests with the oldest and with the newest libraries that are supported
 	# Laid over those of the environment, which stays as it is.

@@ -35,6 +35,11 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items):
+    """Has the tests that may take longest come first, so that no process works on while the others have ended."""
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
+
+
 def pytest_terminal_summary(terminalreporter):
     """Shows what tests counted with `record_property("counts", {what: number})`, from all of their processes."""
     counts: Counter[str] = Counter()

@@ -16,6 +16,7 @@ from functools import cache
 from io import StringIO
 from multiprocessing import get_context
 from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 #: What vLLM imports when an engine starts is among them.
@@ -62,6 +63,13 @@ def forked_twice(function: Callable[..., Any], *args: Any) -> list[Any]:
 def run_module(*words: object, **environment: str) -> str:
     """`python -m WORDS`: what it prints."""
     return forked(_run_module, [str(word) for word in words], **environment)
+
+
+def start_module(*words: object) -> BaseProcess:
+    """The same, without waiting for its end."""
+    process = _context().Process(target=_call, args=(dict(os.environ), _run_module, [str(word) for word in words]))
+    process.start()
+    return process
 
 
 def _run_module(words: list[str]) -> str:

@@ -90,7 +90,7 @@ def norm(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, record_property):
     names = [m for m in methods() if m != "icl"]
     forked_twice(train_jobs, [{"method": n, "options": small(n, tmp_path / "two")} for n in names])
@@ -119,7 +119,7 @@ def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_bytes(small, tmp_path):
     """Killed in the second epoch, whose order is another one than that of the first: it goes on with the rows left."""
     changes = {"train_rows": 24, "save_strategy": "steps", "save_steps": 1}
@@ -143,7 +143,7 @@ def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_by
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_the_others_wait_for_the_first_process_however_long_it_works_alone(small, tmp_path):
     options = small("sequential", tmp_path) | {"keep": "evaluated", "tasks": THREE[:1], "max_steps": 1}
     forked_twice(train_jobs, [{"method": "sequential", "options": options, "alone": 12}])

@@ -142,6 +142,7 @@ def test_the_plan_counts_what_a_layer_with_an_adapter_keeps():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_tiny_shapes_pass_the_check_on_a_cpu(tmp_path, monkeypatch):
     some = {
         "a": ("float32 CPU", "float32 GPU"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import command_line, train
-from forks import run_module
+from forks import run_module, start_module
 
 from trace_bench import report
 from trace_bench.run import Run, read_json
@@ -35,17 +35,14 @@ def env(demo_data) -> dict[str, str]:
     return {**os.environ, **small, "NO_PROXY": "127.0.0.1"}
 
 
-def killed_until_done(command: list[str], rng: random.Random, kills: int) -> None:
+def killed_until_done(rng: random.Random, kills: int, *words: object) -> None:
     """Runs a command that is killed some times at random moments, and then left alone."""
     for _ in range(kills):
-        process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-        deadline = time.monotonic() + rng.uniform(4, 14)
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, cwd=ROOT, check=True)
+        process = start_module(*words)
+        process.join(rng.uniform(0, 6))
+        process.kill()
+        process.join()
+    run_module(*words)
 
 
 def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, tmp_path):
@@ -54,10 +51,9 @@ def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, 
     scores = []
     for name, kills in (("whole", 0), ("killed", 3)):
         run = tmp_path / name
-        train_it = [sys.executable, "-m", "trainers.sequential", *command_line({**options, "output_dir": run})]
-        killed_until_done(train_it, rng, kills)
-        killed_until_done([*CLI, "evaluate", str(run)], rng, kills)
-        subprocess.run([*CLI, "report", str(run)], cwd=ROOT, check=True)
+        killed_until_done(rng, kills, "trainers.sequential", *command_line({**options, "output_dir": run}))
+        killed_until_done(rng, kills, "trace_bench.cli", "evaluate", run)
+        run_module("trace_bench.cli", "report", run)
         scores.append((run / "scores.csv").read_text())
         assert not np.isnan(report.Results(Run.open(run)).R).any()
     assert scores[0] == scores[1]
@@ -107,10 +103,10 @@ def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, env
     from trace_bench.engine import models
 
     run = train({**options, "judged": ["instruct_lima", "safety_cona"], "judged_rows": 3, "judged_max_new_tokens": 24})
-    subprocess.run([*CLI, "evaluate", str(run.path)], cwd=ROOT, check=True)
+    run_module("trace_bench.cli", "evaluate", run.path)
     copy = shutil.copytree(run.path, tmp_path / "local" / "run")
     model = models.resolve_model("SmolLM2-135M-Instruct")
-    judge = [*CLI, "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
+    judge = ["trace_bench.cli", "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -122,7 +118,7 @@ def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, env
         env=env,
         start_new_session=True,
     )
-    served = [*judge, str(run.path), "--model", "judge", "--base-url", f"http://127.0.0.1:{port}/v1"]
+    served = [*judge, run.path, "--model", "judge", "--base-url", f"http://127.0.0.1:{port}/v1"]
     try:
         deadline = time.monotonic() + 300
         while True:
@@ -132,12 +128,11 @@ def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, env
             except OSError:
                 assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
                 time.sleep(1)
-        outputs = [subprocess.check_output(served, cwd=ROOT, env=env, text=True) for _ in range(2)]
+        outputs = [run_module(*served, NO_PROXY="127.0.0.1") for _ in range(2)]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
-    local = [*judge, str(copy), "--model", model, "--local"]
-    outputs.append(subprocess.check_output(local, cwd=ROOT, env=env, text=True))
+    outputs.append(run_module(*judge, copy, "--model", model, "--local"))
     assert " 0 failed" in outputs[0] and "nothing to judge: every suite is done" in outputs[1]
 
     sizes = []
