@@ -66,10 +66,15 @@ def run_module(*words: object, **environment: str) -> str:
 
 
 def start_module(*words: object) -> BaseProcess:
-    """The same, without waiting for its end."""
-    process = _context().Process(target=_call, args=(dict(os.environ), _run_module, [str(word) for word in words]))
+    """The same, without waiting for its end; it leads a group, with which its engine can be killed."""
+    process = _context().Process(target=_lead, args=(dict(os.environ), [str(word) for word in words]))
     process.start()
     return process
+
+
+def _lead(environment: dict[str, str], words: list[str]) -> None:
+    os.setsid()
+    _call(environment, _run_module, words)
 
 
 def _run_module(words: list[str]) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +40,9 @@ def killed_until_done(rng: random.Random, kills: int, *words: object) -> None:
     """Runs a command that is killed some times at random moments, and then left alone."""
     for _ in range(kills):
         process = start_module(*words)
-        process.join(rng.uniform(0, 6))
-        process.kill()
+        process.join(rng.uniform(1, 6))
+        with suppress(ProcessLookupError):  # it has ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
     run_module(*words)
 
@@ -52,8 +54,8 @@ def test_the_whole_pipeline_killed_and_resumed_ends_in_the_same_matrix(options, 
     for name, kills in (("whole", 0), ("killed", 3)):
         run = tmp_path / name
         killed_until_done(rng, kills, "trainers.sequential", *command_line({**options, "output_dir": run}))
-        killed_until_done(rng, kills, "trace_bench.cli", "evaluate", run)
-        run_module("trace_bench.cli", "report", run)
+        killed_until_done(rng, kills, "trace_bench", "evaluate", run)
+        run_module("trace_bench", "report", run)
         scores.append((run / "scores.csv").read_text())
         assert not np.isnan(report.Results(Run.open(run)).R).any()
     assert scores[0] == scores[1]
@@ -103,10 +105,10 @@ def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, env
     from trace_bench.engine import models
 
     run = train({**options, "judged": ["instruct_lima", "safety_cona"], "judged_rows": 3, "judged_max_new_tokens": 24})
-    run_module("trace_bench.cli", "evaluate", run.path)
+    run_module("trace_bench", "evaluate", run.path)
     copy = shutil.copytree(run.path, tmp_path / "local" / "run")
     model = models.resolve_model("SmolLM2-135M-Instruct")
-    judge = ["trace_bench.cli", "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
+    judge = ["trace_bench", "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
