@@ -165,11 +165,14 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     tasks = _load_tasks(config, trace_data)
     preflight.check_method(trainer, config, method)
     preflight.check_trackers(config)
-    revision = models.pinned_revision(base, model_args.model_revision)
-    model = {"name": model_args.model_name_or_path, "path": base, "revision": revision}
-    pinned = _pinned(model_args, base, revision)
+    revision = model_args.model_revision
+    if not os.path.isdir(base):  # else it is made of all bytes of the folder, for which a wrong option need not wait
+        revision = models.pinned_revision(base, revision)
     # A method that reads the model's configuration finds it where the training does.
-    added = trainer.prepare(config, pinned)
+    added = trainer.prepare(config, _pinned(model_args, base, revision))
+    revision = models.pinned_revision(base, revision)
+    pinned = _pinned(model_args, base, revision)
+    model = {"name": model_args.model_name_or_path, "path": base, "revision": revision}
     manifest = _manifest(method, config, model_args, model, trace_data, tasks, state.num_processes) | added
     refuse_secrets(manifest, "the manifest's")
     preflight.check_launch()
