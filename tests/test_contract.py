@@ -282,3 +282,17 @@ def test_an_engine_that_cannot_write_is_told_of_before_training(options, monkeyp
     monkeypatch.setattr(writing, "run_alone", lambda words: 1)
     with pytest.raises(base.stages.RunError, match=re.escape("0_base could not answer the 1 prompts of trace_fomc")):
         train({**options, "tasks": TASKS[:1]}, Writer)
+
+
+def test_a_counter_that_is_no_number_is_refused_before_the_first_step(options):
+    """Checkpoints within the stage were written with it, and none could be gone on from."""
+
+    class Listing(base.CLTrainer):
+        counters = (*base.CLTrainer.counters, "seen")
+
+        def begin_stage(self):
+            self.seen = []
+
+    Listing.__module__ = base.CLTrainer.__module__
+    with pytest.raises(base.ConfigError, match="counters has seen, which is a list: name numbers"):
+        train(options, Listing, base.CLConfig)

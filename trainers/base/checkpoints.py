@@ -177,7 +177,17 @@ class CheckpointTrainer(GradientTrainer):
         }
 
     def resume(self) -> str | None:
-        """The newest whole checkpoint of this very stage, its counts taken over; None = from the beginning."""
+        """The newest whole checkpoint of this very stage, its counts taken over; None = from the beginning.
+
+        Raises:
+            ConfigError: if a counter is no number, with which no checkpoint could be gone on from.
+        """
+        for name in self.counters:
+            if not isinstance(value := getattr(self, name, 0), int | float):
+                raise ConfigError(
+                    f"counters has {name}, which is a {type(value).__name__}: name numbers (int or float). "
+                    "Tensors that change within a stage belong into kept."
+                )
         origin = self._origin()
         for folder in map(Path, reversed(sort_checkpoints(str(self.stage.attempt)))):
             try:
