@@ -80,7 +80,9 @@ def test_its_interval_covers_the_share_as_the_bootstrap_does_and_has_no_end_wher
         found = np.array([share_interval(rows) for rows in drawn])
         low, high = found[~np.isnan(found[:, 0])].T
         assert 0.93 < np.mean((low <= 5 / 8) & (high >= 5 / 8)) < 0.97, n
-    for none in (rows * [1, 1, np.nan], np.zeros((40, 3)), rng.random((40, 3)), rows[:1]):
+    unsure = rng.random((40, 2))  # how much was lost; that half came back is certain
+    unsure = np.column_stack([unsure, unsure[:, 1] + 0.5 + rng.normal(0, 0.01, 40)])
+    for none in (unsure, rows * [1, 1, np.nan], np.zeros((40, 3)), rng.random((40, 3)), rows[:1]):
         assert np.isnan(share_interval(none)).all()
 
 

@@ -33,6 +33,8 @@ def test_graded_rows_are_lost_by_more_than_the_tolerance_only():
     found = transitions.fates(scores, 0, tolerance=0.1)
     assert found[:, 1].tolist() == [KEPT, LOST, NEVER, NEVER, GAINED]
     assert found[:, 2].tolist() == [LOST, CAME_BACK, GAINED, NEVER, KEPT]
+    rounded = transitions.fates([[0.3, 0.4], [0.4, 0.3]], 0, tolerance=0.1)
+    assert 0.4 - 0.3 > 0.1 and rounded[:, 1].tolist() == [KEPT, KEPT], "a tenth is no more than the tolerance"
 
 
 def test_chance_is_that_of_the_paper_where_all_rows_have_k_options():
@@ -71,6 +73,8 @@ def test_guesses_alone_leave_nothing_whatever_the_numbers_of_options():
     assert lost.observed > 0.1 and abs(lost.corrected.value) < 0.008
     really = (knows[1] & ~before).mean()  # wrong before, known after
     assert gained.corrected.value == pytest.approx(really, abs=0.008)
+    for low, high in (lost.corrected[1:], gained.corrected[1:]):
+        assert 0 < high - low < 0.02, "so many rows leave no doubt"
 
 
 def test_distance_and_collapse():
