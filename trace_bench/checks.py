@@ -91,7 +91,7 @@ def locate_data(run: Run, path: str | None = None) -> data.Data | None:
     return rows
 
 
-def move_base(run: Run, folder: str) -> Run:
+def move_base(run: Run, folder: str) -> None:
     """Notes where the base model of a run is now: another folder with the same files.
 
     Raises:
@@ -99,15 +99,18 @@ def move_base(run: Run, folder: str) -> Run:
     """
     model = run.manifest["model"]
     if folder == model["name"]:
-        return run
+        return
     place = models.resolve_model(folder)
     if not Path(place).is_dir() or models.pinned_revision(place) != model.get("revision"):
         raise RunError(
             f"{folder} is not the base model that {run.path} began with, {model['name']} (revision "
             f"{model.get('revision')}): its files are others. Name the folder that has the files of then."
         )
-    write_json(run.path / "manifest.json", {**run.manifest, "model": {**model, "path": place}})
-    return Run.open(run.path)
+    _note_base(run, place)
+
+
+def _note_base(run: Run, place: str) -> None:
+    write_json(run.path / "manifest.json", {**run.manifest, "model": {**run.manifest["model"], "path": place}})
 
 
 def as_named_there(path: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +121,7 @@ def as_named_there(path: str | Path, manifest: dict[str, Any]) -> dict[str, Any]
     there = run.manifest["model"]
     if asked["name"] == there["name"] or not Path(asked["path"]).is_dir() or asked["revision"] != there.get("revision"):
         return manifest
-    move_base(run, asked["path"])
+    _note_base(run, asked["path"])  # its files are those of then, as its revision says
     named = {key: there["name"] for key in ("model_name_or_path",) if key in manifest["config"]}
     return {**manifest, "model": {**asked, "name": there["name"]}, "config": {**manifest["config"], **named}}
 

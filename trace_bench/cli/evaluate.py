@@ -12,7 +12,7 @@ from trace_bench.run import Run, RunError
 
 #: Options that a run has in its manifest, so that they go with --checkpoint only; the first need tasks.
 _OF_TASKS = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
-_OF_CHECKPOINTS = ("model", "tasks", "chain", "renamed_base", *_OF_TASKS)
+_OF_CHECKPOINTS = ("tasks", "chain", "renamed_base", *_OF_TASKS)
 #: Options that say what is asked for: the processes of --devices get them as well.
 _ASKED = ("stages", "cells", "backend", "engine_args", "likelihood", "data", "given")
 
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"dropped {', '.join(dropped)}; the run has {len(left.stages) - 1} checkpoints")
         if not args.checkpoint:
             return 0
-    if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if name != "model" and getattr(args, name)]):
+    if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
         raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
     if args.model and not args.checkpoint:
         checks.move_base(Run.open(args.path), args.model)
@@ -143,7 +143,7 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
 
     checkpoints = pairs("--checkpoint", args.checkpoint)
     args.chat_template_args = json_object("--chat-template-args", args.chat_template_args)
-    given = {name: value for name in (*_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
+    given = {name: value for name in ("model", *_OF_CHECKPOINTS, "backend") if (value := getattr(args, name))}
     if "tasks" in given:
         listed = names(given["tasks"])
         given["tasks"] = [] if listed == ["none"] else data.expand_orders(listed or ())
