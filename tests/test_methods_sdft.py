@@ -39,6 +39,8 @@ def test_what_a_prompt_draws_depends_on_its_seed_and_the_weights_alone(checkpoin
     together = draw(prompts, seeds)
     assert [draw([p], [s])[0] for p, s in zip(prompts, seeds, strict=True)] == together
     assert all(a != b for a, b in zip(together, draw(prompts, [6, 7, 8]), strict=True))
+    others = [[p[0] + 1, *p[1:]] for p in prompts]
+    assert all(a != b for a, b in zip(together, draw(others, seeds), strict=True)), "all of a prompt is read"
     for answer in together:
         assert len(answer) == 12 or answer[-1] in ends
         assert not ends & set(answer[:-1])
