@@ -68,10 +68,12 @@ def error_of(*argv):
 # -------------------------------------------------------------------------------------------------------------- methods
 
 
-def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monkeypatch):
-    (here / "half.py").write_text(METHOD)
+def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monkeypatch, caplog):
+    misspelt = "Trainer):\n    def end_stages(self): ...\n"
+    (here / "half.py").write_text(METHOD.replace('"__main__"', "'__main__'").replace("Trainer):\n", misspelt))
     options = {**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"], "strength": 0}
     main(["train", "half.py", *command_line(options)])
+    assert "HalfTrainer.end_stages is no hook, so nothing calls it. Is end_stage meant?" in caplog.text
     run = Run.open(here / "run")
     assert run.manifest["method"] == "half" and run.manifest["config"]["strength"] == 0
     losses = {entry["loss"] for entry in json.loads(run.stages[1].train_file.read_text())["losses"]}
@@ -100,10 +102,12 @@ def test_the_help_of_a_method_of_ones_own_has_its_options(here, name, capsys):
         ("no/such.py", "There is no file"),
         ("no.such.module", "There is no module"),
         ("empty.py", "runs nothing"),
+        ("idle.py", "runs nothing"),
     ],
 )
 def test_a_method_that_is_not_there_is_said_to_be(here, name, said):
     (here / "empty.py").write_text("x = 1\n")
+    (here / "idle.py").write_text(METHOD.replace("    main(", "    print("))
     assert said in error_of("train", name)
 
 
@@ -153,7 +157,7 @@ def test_a_config_is_found_by_name(here, tiny_model):
     "argv, said",
     [
         (["--config", "quikstart"], "Did you mean quickstart?"),
-        (["--strenght", "2"], "There is no option strenght."),
+        (["--strenght", "2"], "sequential has no option strenght."),
         (["--learning-rat=2"], None),
         (["--max_promt_length", "2"], "max_promt_length (did you mean max_prompt_length?)"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
@@ -163,6 +167,7 @@ def test_a_config_is_found_by_name(here, tiny_model):
         (["--config", "quickstart", "--config=quickstart"], "--config is given more than once"),
         (["--like=nowhere"], "nowhere is not a run"),
         ([], "take a config that names one"),
+        (["--model_name_or_path", "m"], "output_dir is not set: --output_dir runs/NAME"),
     ],
 )
 def test_an_option_that_does_not_exist_is_named_with_its_neighbour(here, argv, said, capsys):
@@ -222,6 +227,13 @@ def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
     assert len(training_rows(task)) == 8, "the last fifth is kept apart"
 
 
+TABLES = [
+    ("a.csv", "question,answer\nA?,1\nB?,\n", r"row 1 has no answer\. Give it an answer"),
+    ("b.csv", "question,answer\nA?,1\nB, C?,2\n", "row 1 has more cells than the first line"),
+    ("c.csv", "question;answer\nA?;1\nB?;2\n", r"columns are question;answer\..* A \.csv has commas between"),
+]
+
+
 def test_what_cannot_become_a_task_is_left_as_it_was(here):
     with pytest.raises(DataError, match=r"columns are a, b\. Known are messages"):
         recognise(["a", "b"])
@@ -234,7 +246,12 @@ def test_what_cannot_become_a_task_is_left_as_it_was(here):
     (here / "half.jsonl").write_text('{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "answer": null}\n')
     with pytest.raises(DataError, match=r"half.jsonl, row 1 has no answer\. Give it an answer, or remove the row"):
         make_task(here / "half.jsonl")
-    write_jsonl(here / "empty.jsonl", [{"prompt": "", "answer": ""}] * 5)
+    for name, lines, said in TABLES:
+        (here / name).write_text(lines)
+        with pytest.raises(DataError, match=said):
+            make_task(here / name)
+        (here / name).unlink()
+    write_jsonl(here / "empty.jsonl", [{"prompt": "", "answer": "2"}] * 5)
     with pytest.raises(DataError):
         make_task(here / "empty.jsonl")  # refused by the trial, after its files were made
     assert {file.name for file in here.iterdir()} == {"turned.jsonl", "bare.jsonl", "half.jsonl", "empty.jsonl"}

@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Collection, Iterable
 from functools import partial
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import tasks
+from trace_bench.text import word
 from trace_tasks.data import CL_BENCHMARK, FOLDERS, GROUPS, JUDGED, ORDERS, REASONING, SUITES
 from trace_tasks.data.files import write_bytes, write_text
 from trace_tasks.errors import DataError, brief
@@ -76,7 +76,11 @@ def _read(file: Path) -> Iterable[Any]:
     if file.suffix == ".csv":
         csv.field_size_limit(sys.maxsize)
         with file.open(encoding="utf-8-sig", newline="") as table:
-            return list(csv.DictReader(table))
+            rows = list(csv.DictReader(table))
+        for number, row in enumerate(rows):
+            if None in row:
+                raise ValueError(f"row {number} has more cells than the first line: a text with commas needs quotes")
+        return rows
     from pyarrow import parquet
 
     return parquet.read_table(file).to_pylist()
@@ -96,10 +100,11 @@ def recognise(columns: Collection[str]) -> tuple[str, str, str]:
     prompt = next((c for c in PROMPTS if c in columns), None)
     answer = next((c for c in ANSWERS if c in columns and c != prompt), None)
     if prompt is None or answer is None:
+        commas = " A .csv has commas between its columns." if re.search("[;\t]", "".join(columns)) else ""
         raise DataError(
             f"The columns are {', '.join(columns)}. Known are messages; instruction and output; or one of "
             f"{', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}. Rename yours, or write the YAML by hand "
-            "(trace_tasks/README.md has an example)."
+            "(trace_tasks/README.md has an example)." + commas
         )
     return "{{" + prompt + "}}\n", answer, f"{prompt} and {answer}"
 
@@ -161,7 +166,7 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
         f"{target} is a task of {len(made)} rows ({why}), in {files[0].name} and {files[1].name}.\n\n{shown}\n"
         f"{cut if longest > MOST_TOKENS else ''}"
         f"Read the rows above, then set the prompt, the metric and generation_kwargs in {target} as you want them.\n"
-        f"  TRACE_TASKS={shlex.quote(str(file.parent))} trace-bench train sequential --config quickstart "
+        f"  TRACE_TASKS={word(file.parent)} trace-bench train sequential --config quickstart "
         f"--tasks {name} --output_dir runs/{name}"
     )
 
@@ -190,14 +195,15 @@ def _texts(file: Path, number: int, row: dict[str, Any], columns: list[str], ans
             raise DataError(
                 f"{file}, row {number}: a message has no role or no content. Give it one, or remove the row."
             )
-        if len(found) < 2 or found[-1]["role"] != "assistant":
+        if len(found) < 2 or found[-1]["role"] != "assistant" or not str(found[-1]["content"]).strip():
             raise DataError(
-                f"{file}, row {number}: the last of several messages has to be the assistant's, the answer."
+                f"{file}, row {number}: the last of several messages has to be the assistant's, and not empty."
             )
         return {"messages": found, "answer": found[-1]["content"]}
     texts = {column: _text(row.get(column)) for column in (*columns, answer)}
     for column, text in texts.items():
-        if text is None and not (column == "input" and "instruction" in columns):
+        blank = text is None or (column == answer and not text.strip())
+        if blank and not (column == "input" and "instruction" in columns):
             what = "an answer" if column == answer else "a prompt"
             raise DataError(f"{file}, row {number} has no {column}. Give it {what}, or remove the row.")
     return {**{column: texts[column] or "" for column in columns}, "answer": texts[answer]}

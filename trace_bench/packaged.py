@@ -14,6 +14,7 @@ from trace_tasks.errors import TraceError, suggestion
 
 TRAINERS = Path(__file__).parent.parent / "trainers"
 _MAIN = 'if __name__ == "__main__":'
+_RUNS = re.compile(r"""^if __name__ == ["']__main__["']:.*\bmain\(""", re.MULTILINE | re.DOTALL)
 
 
 class UnknownName(TraceError):
@@ -27,7 +28,7 @@ def methods() -> dict[str, Path]:
 
 def is_method(file: Path) -> bool:
     """Whether a file can be run."""
-    return _MAIN in file.read_text(encoding="utf-8", errors="replace")
+    return bool(_RUNS.search(file.read_text(encoding="utf-8", errors="replace")))
 
 
 def configs() -> dict[str, Path]:
@@ -49,7 +50,10 @@ def about(file: Path) -> str:
     """What a config or study is for: the first sentence of its comment that is no command."""
     comment = itertools.takewhile(lambda line: line.startswith("#"), file.read_text(encoding="utf-8").splitlines())
     paragraphs = "\n".join(line[2:] for line in comment).split("\n\n")
-    text = next((p for p in paragraphs if not re.search(r" -m trainers\.|\bmake \w", p.partition("\n")[0])), "")
+    text = next(
+        (p for p in paragraphs if not re.search(r" -m trainers\.|\bmake \w|\baccelerate launch", p.partition("\n")[0])),
+        "",
+    )
     return re.split(r"(?<=[.?:;]) ", " ".join(text.split()))[0].rstrip(":;")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 #: Control characters but for tab and line feed, marks that turn the direction of writing, invisible ones, lone halves.
@@ -30,6 +32,11 @@ _MARKUP = re.compile(
 def printable(text: str) -> str:
     r"""Text for a terminal: control characters as \x1b or \u202e, so that they do nothing and are seen."""
     return _CONTROL.sub(lambda match: ascii(match.group())[1:-1], text)
+
+
+def word(path: str | Path) -> str:
+    """A path as one word of a command line: in quotes, if it has spaces."""
+    return shlex.quote(str(path))
 
 
 def one_line(value: Any) -> Any:

@@ -196,6 +196,7 @@ class CLConfig(SFTConfig):
         """
         # HF refuses bfloat16 without an accelerator unless it is told that a CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.output_dir = self.output_dir or ""  # HF would take the folder trainer_output
         try:
             self._read_lists()
             super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import logging
 import os
 from collections.abc import Callable
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 _CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
     "max_seq_length",
+)
+#: What a method may change, as docs/methods.md lists it.
+_HOOKS = (
+    *("prepare", "stage_dataset", "stage_args", "stage_model", "begin_stage", "end_stage", "adjust_gradients"),
+    *("before_step", "after_step", "compute_loss", "get_batch_samples", "save_checkpoint", "record"),
 )
 
 
@@ -93,6 +99,11 @@ def check_trackers(config: CLConfig) -> None:
 
 def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
     """Refuses settings under which a method would not see rows or gradients as they are."""
+    for kind in trainer.__mro__[: trainer.__mro__.index(CLTrainer)]:
+        for own_name in vars(kind):
+            near = difflib.get_close_matches(own_name, _HOOKS, 1, cutoff=0.85)
+            if near and not hasattr(CLTrainer, own_name):
+                log.warning("%s.%s is no hook, so nothing calls it. Is %s meant?", kind.__name__, own_name, near[0])
     if config.packing:
         raise ConfigError(
             "packing=true cuts rows to a max_length, which a stage does not have. Use padding_free: true."

@@ -97,7 +97,7 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
         raise ConfigError(f"the configuration cannot be read: {e}") from e
     if names := [word.lstrip("-").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]:
         near = with_neighbours(names, known)
-        raise ConfigError(f"There is no option {near}. --help lists the usual ones, --help_all all of them.")
+        raise ConfigError(f"{method} has no option {near}. --help lists the usual ones, --help_all all of them.")
     if unknown:
         raise ConfigError(f"{' '.join(unknown)}: nothing takes this; options are given as --OPTION VALUE.")
     return parsed
@@ -157,7 +157,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
             f"lists them), or give a hub id, a local folder, or {models.QUICKSTART}."
         )
     if not config.output_dir:
-        raise ConfigError("output_dir is not set: it names the run directory, for example runs/sequential.")
+        raise ConfigError("output_dir is not set: --output_dir runs/NAME says where the run is written.")
     preflight.check_devices(config, state.num_processes, method)
     with state.main_process_first():
         trace_data = data.open_data(config.tasks, config.data)
