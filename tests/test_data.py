@@ -51,7 +51,7 @@ def members(root, prefix=""):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (None, r"TRACE_DATA is not set(.|\n)*demo(.|\n)*BeyonderXX/TRACE(.|\n)*make data"),
+        (None, r"TRACE_DATA is not set(.|\n)*demo(.|\n)*BeyonderXX/TRACE(.|\n)*trace-bench data"),
         ("", "TRACE_DATA is not set"),
         ("nowhere", r"TRACE_DATA=nowhere: there is no such(.|\n)*BeyonderXX/TRACE"),
         (".", r"not in the official layout.*C-STANCE.*train\.json"),

@@ -272,19 +272,20 @@ def test_runs_that_do_not_share_rows_settings_or_tasks_are_refused(make, capsys)
 
 
 def test_what_is_not_measured_is_an_error_with_the_command_that_measures_it(make, capsys):
-    run = make(rows=LOST)
+    run = make(rows=LOST, name="my run")
+    quoted = f"'{run.path}'"
     assert checked(capsys, run, "--max-general-drop", 1)[0::2] == (
         2,
         f"error: --max-general-drop: {run.path} has no score of any general suite at the base model. Measure it: "
-        f"trace-bench evaluate {run.path} --general general\n",
+        f"trace-bench evaluate {quoted} --general general\n",
     )
     measure_suites(run, piqa={0: 300}, boolq={0: 300, 3: 300})
     code, _, err = checked(capsys, run, "--max-general-drop", 1)
-    assert code == 2 and f"evaluate {run.path} --general general_boolq general_piqa" in err
+    assert code == 2 and f"evaluate {quoted} --general general_boolq general_piqa" in err
     assert "general_piqa at 3_" in err
     run.stages[3].eval_file(TASKS[1]).unlink()
     code, _, err = checked(capsys, run, "--max-forgetting", 1)
-    assert code == 2 and f"{TASKS[1]} at 3_{TASKS[2]}. Measure it: trace-bench evaluate {run.path}\n" in err
+    assert code == 2 and f"{TASKS[1]} at 3_{TASKS[2]}. Measure it: trace-bench evaluate {quoted}\n" in err
     run.stages[3].train_file.unlink()
     assert "is not trained" in checked(capsys, run, "--max-forgetting", 1)[2]
     joint = make(JOINT, name="joint", method="joint", stages=["joint"])

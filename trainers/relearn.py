@@ -20,6 +20,7 @@ from trace_bench.engine.models import adapter_config, is_adapter
 from trace_bench.manifest import differences
 from trace_bench.records import read_cell
 from trace_bench.run import Run, RunError, Stage, locked
+from trace_bench.text import word
 from trace_tasks.data.files import check_writable, refuse_links, remove
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.stages import parse, train
@@ -79,7 +80,7 @@ def relearn(path: str | Path, rows: int = 10, steps: int = 10) -> None:
         for place, start in todo.items():
             print(f"{rows} rows, {steps} steps from {start.name}:", flush=True)
             _train_and_measure(run, start, place, rows, steps, cell)
-    print(f"`trace-bench report {path}` shows what came back.")
+    print(f"`trace-bench report {word(path)}` shows what came back.")
 
 
 def _check_run(run: Run, rows: int) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def _check_run(run: Run, rows: int) -> dict[str, Any]:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
         raise ConfigError(
             "relearn trains a few steps, in one process on one GPU: start it without a launcher, as in "
-            f"CUDA_VISIBLE_DEVICES=0 trace-bench relearn {run.path}"
+            f"CUDA_VISIBLE_DEVICES=0 trace-bench relearn {word(run.path)}"
         )
     if "checkpoints" in manifest:
         raise RunError(f"{run.path} has checkpoints from elsewhere, and how they were trained is not on record.")
@@ -106,7 +107,9 @@ def _check_run(run: Run, rows: int) -> dict[str, Any]:
     for i, task in enumerate(tasks):
         for stage in (run.stages[i + 1], run.stages[-1]):
             if not _has_score(stage, task):
-                raise RunError(f"{task} is not measured at {stage.name}: `trace-bench evaluate {run.path}` first.")
+                raise RunError(
+                    f"{task} is not measured at {stage.name}: `trace-bench evaluate {word(run.path)}` first."
+                )
     return read_cell(run.stages[-1], tasks[0])
 
 

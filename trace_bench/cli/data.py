@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trace_bench.cli import show
+from trace_bench.text import word
 from trace_tasks import data
 
 
@@ -45,7 +46,7 @@ def _check_sets(root: Path) -> int:
     if data.is_demo(root):
         print("Demo data made by this program: for trials, not comparable with other results.")
     if good:
-        show(f"Use it with:\n  export TRACE_CL_BENCHMARK={root}\n  --tasks {' '.join(good)}")
+        show(f"Use it with:\n  export TRACE_CL_BENCHMARK={word(root)}\n  --tasks {' '.join(good)}")
     if absent := [task for task in data.CL_BENCHMARK if task not in there]:
         print(f"Not there: {', '.join(absent)}.")
     if problems:
@@ -66,7 +67,7 @@ def _check(root: Path) -> tuple[str, str]:
         show(f"{task:<22}{sizes}  {data.folder_fingerprint(there[task])}")
     if data.is_demo(root):
         print("Demo data made by this program: for trials, not comparable with TRACE.")
-    export = f"  export {variable}={root}"
+    export = f"  export {variable}={word(root)}"
     part = [f"Complete: {len(complete)} of {len(names)} tasks."]
     if complete:
         part += [f"Train and evaluate them with:\n{export}\n  --tasks {' '.join(complete)}"]

@@ -17,7 +17,7 @@ from trace_bench import records
 from trace_bench.evaluate.filling import fill
 from trace_bench.run import InUse, Run, RunError, Stage, in_use
 from trace_bench.status import SILENT, progress_of, training
-from trace_bench.text import printable
+from trace_bench.text import printable, word
 from trace_tasks.errors import TraceError
 
 log = logging.getLogger(__name__)
@@ -141,5 +141,5 @@ def _ended(watch: _Watch) -> str:
     return (
         f"The training of {watch.path} has ended before {stage.name} was trained ({training(stage, False)}). All that "
         "is trained is evaluated. Start the training again with the command that began it, which goes on where it was, "
-        f"and then: trace-bench evaluate {watch.path} --follow"
+        f"and then: trace-bench evaluate {word(watch.path)} --follow"
     )

@@ -15,6 +15,7 @@ from trace_bench.report.differences import final_gains, task_difference
 from trace_bench.report.results import Change, Results, headline
 from trace_bench.report.tables import PERCENT, Unit, shared_unit
 from trace_bench.run import Run, RunError
+from trace_bench.text import word
 from trace_tasks.data import GROUPS, SUITES
 
 
@@ -84,7 +85,7 @@ def of_tasks(results: Results) -> list[Group]:
     if not since:
         raise RunError(
             f"{run.path} has no checkpoint, so nothing can be forgotten. Add one: "
-            f"trace-bench evaluate {run.path} --checkpoint NAME=FOLDER"
+            f"trace-bench evaluate {word(run.path)} --checkpoint NAME=FOLDER"
         )
     pairs = [(task, stage) for earlier in since.values() for task, stage in earlier.items()]
     _require(results, [cell for task, stage in pairs for cell in ((stage, task), (last.index, task))])
@@ -122,7 +123,7 @@ def _suites(results: Results, index: int, stage: str) -> list[str]:
 
 
 def _lack_suites(results: Results, missing: str, stage: str, suites: Sequence[str]) -> NoReturn:
-    command = f"trace-bench evaluate {results.run.path} --general {' '.join(suites)}"
+    command = f"trace-bench evaluate {word(results.run.path)} --general {' '.join(suites)}"
     raise RunError(
         f"--max-general-drop: {results.run.path} has no score of {missing} at {stage}. {_measure(results.run, command)}"
     )
@@ -133,13 +134,13 @@ def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
     run = results.run
     if untrained := [stage.name for stage in run.stages if not stage.is_trained]:
         raise RunError(
-            f"{run.path}: {', '.join(untrained)} is not trained. Train it, then: trace-bench evaluate {run.path}"
+            f"{run.path}: {', '.join(untrained)} is not trained. Train it, then: trace-bench evaluate {word(run.path)}"
         )
     records.check_stages(run, run.stages[1:])
     if missing := dict.fromkeys(cell for cell in cells if cell not in results.cells):
         listed = ", ".join(f"{task} at {run.stages[i].name}" for i, task in missing)
         more = " --cells seen" if run.manifest["config"].get("cells") == "own" else ""
-        command = f"trace-bench evaluate {run.path}{more}"
+        command = f"trace-bench evaluate {word(run.path)}{more}"
         raise RunError(f"{run.path} has no score of {listed}. {_measure(run, command)}")
 
 

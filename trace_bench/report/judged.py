@@ -13,7 +13,7 @@ from trace_bench.metrics import Estimate, wilson_interval
 from trace_bench.report.results import Results, measured
 from trace_bench.report.tables import DASH, Block, Table, percent, percent_with_interval
 from trace_bench.run import Run, read_json
-from trace_bench.text import one_line
+from trace_bench.text import one_line, word
 
 _ABOUT = (
     "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
@@ -124,7 +124,7 @@ def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
     files = [judgements.calibration_file(folder, judge["judge"]) for folder in run.path.absolute().parents[:2]]
     found = [calibration for file in files if file.exists() and (calibration := read_json(file))["settings"] == judge]
     if not found:
-        return f"not calibrated: `trace-bench judge {run.path} --calibrate --model {judge['judge']}`"
+        return f"not calibrated: `trace-bench judge {word(run.path)} --calibrate --model {word(judge['judge'])}`"
     return "right on planted answers, percent: " + ", ".join(
         f"{name.removeprefix(kind.name).strip()} {percent(numbers['accuracy'])}"
         for name, numbers in found[0]["kinds"].items()

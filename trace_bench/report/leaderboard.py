@@ -25,7 +25,7 @@ from trace_bench.report.result_file import FILE, VERSION
 from trace_bench.report.results import DELTAS, UNKNOWN
 from trace_bench.report.tables import DASH, PERCENT, Table, Unit, count, csv_text, markdown, number, value_text
 from trace_bench.run import RunError
-from trace_bench.text import markdown_text, one_line
+from trace_bench.text import markdown_text, one_line, word
 from trace_tasks.data import ORDERS, reading, task_name
 from trace_tasks.data.files import write_text
 from trace_tasks.errors import DataError
@@ -176,7 +176,7 @@ def read(folder: Path) -> tuple[list[Line], list[str]]:
     found, skipped = [], []
     for file in find(folder):
         if not file.exists():
-            skipped.append(f"{file.parent} has no {FILE}: `trace-bench report {file.parent}` writes it.")
+            skipped.append(f"{file.parent} has no {FILE}: `trace-bench report {word(file.parent)}` writes it.")
             continue
         try:
             content = reading.strict(reading.read_file(file, MOST_BYTES).decode("utf-8"), None)

@@ -14,6 +14,7 @@ from typing import Any
 from trace_bench import shapes
 from trace_bench.metrics import standard_error
 from trace_bench.run import Run, RunError, read_json
+from trace_bench.text import word
 from trace_tasks import data
 from trace_tasks.data.audit import OTHER_VARIANT
 from trace_tasks.errors import TraceError
@@ -37,13 +38,15 @@ def without_leaked(run: Run, file: Path) -> Run:
     try:
         found = read_json(file, shapes.Audit)
     except (OSError, TraceError) as e:
-        raise RunError(f"{file} is no audit ({e}). Make one: trace-bench data audit SOURCE --output {file}") from e
+        raise RunError(
+            f"{file} is no audit ({e}). Make one: trace-bench data audit SOURCE --output {word(file)}"
+        ) from e
     others = [task for task in prints if found["tasks"].get(task, {}).get("fingerprint") != prints[task]]
     if others:
         source = run.manifest["data"]["cl_benchmark" if others[0] in data.CL_BENCHMARK else "path"]
         raise RunError(
             f"{file} is an audit of {found['source']}, which is not the data of {run.path} in: {', '.join(others)}. "
-            f"Audit the run's own: trace-bench data audit {source} --output {file}"
+            f"Audit the run's own: trace-bench data audit {word(source)} --output {word(file)}"
         )
     left_out = {}
     for task in prints:

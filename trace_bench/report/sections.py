@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import shlex
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -27,7 +26,7 @@ from trace_bench.report.tables import (
     percent_with_interval,
     shared_unit,
 )
-from trace_bench.text import one_line
+from trace_bench.text import one_line, word
 from trace_tasks.data import task_name
 
 DEMO = (
@@ -250,7 +249,7 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
         f"reach.{shown}"
     )
     yield Table(["model", *_columns(results), "mean"], rows)
-    notes, path = [], one_line(shlex.quote(str(run.path)))
+    notes, path = [], one_line(word(run.path))
     for method in BOUNDS:
         if method in found:
             other = "; ".join(found[method].other_training)

@@ -7,6 +7,7 @@ reasoning variant, `GENERAL_DATA` local copies of the suites, `INSTRUCT_DATA` an
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ TRACE_DATA says where the TRACE data is; use one of
   TRACE_DATA=path/to/archive   the official archive (zip or tar)
 The official archive is linked from the README of https://github.com/BeyonderXX/TRACE (a Google Drive zip with the
 folders LLM-CL-Benchmark_500, _1000, _5000 and _Reasoning). With the archive at hand,
-  make data ARCHIVE=path/to/archive
+  trace-bench data path/to/archive
 unpacks it, checks it, and prints the value for TRACE_DATA."""
 
 
@@ -128,7 +129,7 @@ def find_data(source: str | None = None) -> Path:
     """
     found = find_all_data(source)
     if len(found) > 1:
-        listing = "\n".join(f"  TRACE_DATA={p}" for p in found)
+        listing = "\n".join(f"  TRACE_DATA={shlex.quote(str(p))}" for p in found)
         raise DataError(f"{source or os.environ['TRACE_DATA']} holds {len(found)} data sets. Name one:\n{listing}")
     return found[0]
 
