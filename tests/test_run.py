@@ -295,16 +295,19 @@ def test_a_run_is_created_once_and_opened_as_it_was_whatever_the_circumstances(t
 
 
 def test_another_configuration_is_an_error_that_lists_each_differing_key_with_both_values(tmp_path):
-    Run.create(tmp_path, MANIFEST)
+    versions = {"trace_cstance": 1.1, "trace_fomc": 1.1}
+    Run.create(tmp_path, {**MANIFEST, "task_versions": versions})
     before = (tmp_path / "manifest.json").read_bytes()
     config = {**MANIFEST["config"], "epochs": [5, 7], "lora_r": 8}
     with pytest.raises(RunError, match="another folder") as e:
-        Run.create(tmp_path, {**MANIFEST, "seed": 2, "config": config, "tasks": ["trace_fomc"]})
+        asked = {"tasks": ["trace_fomc"], "task_versions": {"trace_fomc": 1.0}}  # nothing more on the other task
+        Run.create(tmp_path, {**MANIFEST, "seed": 2, "config": config, **asked})
     lines = re.findall(r"^  (\S+): (.+) -> (.+)$", str(e.value), re.MULTILINE)
     assert lines == [
         ("config.epochs", "[5, 3]", "[5, 7]"),
         ("config.lora_r", "'absent'", "8"),
         ("seed", "1", "2"),
+        ("task_versions.trace_fomc", "1.1", "1.0"),
         ("tasks", "['trace_cstance', 'trace_fomc']", "['trace_fomc']"),
     ]
     assert (tmp_path / "manifest.json").read_bytes() == before

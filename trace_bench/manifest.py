@@ -26,10 +26,13 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys in which two manifests (or settings) differ, one line each with both values."""
     known = [{k: v for k, v in m.items() if k not in _LATER or (k in old and k in new)} for m in (old, new)]
     a, b = map(_flat, known)
+    apart = set(old.get("tasks", ())) ^ set(new.get("tasks", ()))  # of these the line of the tasks says enough
     return [
         f"  {key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
         for key in sorted(a.keys() | b.keys())
-        if a.get(key, "absent") != b.get(key, "absent") and not f"{key}.".startswith(CIRCUMSTANCES)
+        if a.get(key, "absent") != b.get(key, "absent")
+        and not f"{key}.".startswith(CIRCUMSTANCES)
+        and not apart.intersection(key.split("."))
     ]
 
 
