@@ -116,7 +116,7 @@ def test_the_first_hour(installed, monkeypatch):
     own = {"TRACE_TASKS": "."}
     bench("train", "half.py", "--config", "config.yaml", "--output_dir", "runs/mine", **own)
     assert "evaluated" in bench("evaluate", "runs/mine")
-    assert "5 cells of 6" in bench("report", "runs/mine") and "evaluated 2 of 2 tasks" in bench("status", "runs/mine")
+    assert "5 cells of 5" in bench("report", "runs/mine") and "evaluated 2 of 2 tasks" in bench("status", "runs/mine")
 
     adapters = [folder / "runs/mine/stages" / stage / "adapter" for stage in ("1_mine", "2_trace_fomc")]
     shutil.copytree(adapters[0], folder / "v1")

@@ -46,7 +46,7 @@ def table(run, heading, number=1):
 
 def test_the_matrix_its_numbers_and_how_they_are_made(make, as_the_paper):
     run = make()
-    assert write_report(run).endswith("report.md: 9 cells of 12; OP_3 40.0, BWT_3 -50.0")
+    assert write_report(run).endswith("report.md: 9 cells of 9; OP_3 40.0, BWT_3 -50.0")
     rows = table(run, "## Scores")
     assert [rows[s.name] for s in run.stages] == PERCENT
     assert rows["stage"] == ["C-STANCE<br>accuracy", "FOMC<br>accuracy", "MeetingBank<br>rouge_l"]
@@ -92,7 +92,7 @@ def test_an_unfinished_stage_gives_no_number_that_counts_it_as_0(make):
     last = table(run, "## Learning and forgetting")
     assert last["task"][2] == "stage 2" and last["MeetingBank"] == [DASH, "50.0", DASH, DASH, DASH, DASH]
     run = make(np.full((4, 3), NAN), name="nothing")
-    assert write_report(run).endswith("0 cells of 12")
+    assert write_report(run).endswith("0 cells of 9")
     rows = table(run, "## Scores")
     assert {c for s in run.stages for c in rows[s.name]} == {DASH} and "OP_3" not in text(run)
 
@@ -206,6 +206,7 @@ def test_checkpoints_get_op_and_bwt_only_if_they_are_of_every_task_in_order(make
     run = make(R[:3], checkpoints={"mine": "a", "theirs": "b"})
     assert "OP" not in write_report(run).replace(str(run.path), "")
     assert "OP_" not in text(run) and "BWT" not in text(run)
+    assert "\n- 2_theirs: `b`, fingerprint `weights 2`\n" in text(run)
     assert [table(run, "## Scores")[s.name] for s in run.stages] == PERCENT[:3]
     assert "OP_3 40.0, BWT_3 -50.0" in write_report(make(name="all", checkpoints=dict.fromkeys(TASKS, "a")))
 
@@ -334,7 +335,7 @@ def test_a_bound_of_another_training_budget_says_so_and_one_without_scores_is_mi
     run = make(name="other")
     assert bounded(run, [nothing, part])["joint (multi-task)"] == ["50.0", DASH, "50.0", DASH]
     assert "- single is missing" in text(run), "it is not evaluated"
-    assert write_report(nothing).endswith("0 cells of 12")
+    assert write_report(nothing).endswith("0 cells of 9")
     assert table(nothing, "# c-single")["mean of the tasks"][0] == DASH
 
 

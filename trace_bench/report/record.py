@@ -46,6 +46,9 @@ def provenance(results: Results) -> Iterable[Block]:
     """What the run and its scores were made from."""
     run, m = results.run, one_line(results.run.manifest)
     lines = [f"- base model: `{m['model']['name']}`, revision `{m['model'].get('revision')}`"]
+    weights = {i: cell["checkpoint"] for (i, _), cell in results.cells.items()}
+    for stage, place in zip(run.stages[1:], m.get("checkpoints", {}).values(), strict=False):
+        lines.append(f"- {stage.name}: `{place}`, fingerprint `{weights.get(stage.index) or DASH}`")
     if run.tasks:
         source = "demo" if m["data"]["demo"] else m["data"].get("path")
         prints = ", ".join(f"{task_name(t)} `{f}`" for t, f in m["data"]["fingerprint"].items())

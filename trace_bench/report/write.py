@@ -80,7 +80,9 @@ def _write(results: Results, others: Iterable[Results], *, anew: bool = True) ->
 def _summary(results: Results) -> str:
     run, unit = results.run, results.unit
     cells = len(results.cells_of(run.tasks))
-    line = f"{cells} cells of {results.R.size}" if run.tasks else f"{len(results.cells)} cells"
+    which = run.manifest["config"].get("cells", "seen")
+    asked = max(cells, sum(len(run.seen_tasks(stage, which)) for stage in run.stages))
+    line = f"{cells} cells of {asked}" if run.tasks else f"{len(results.cells)} cells"
     what = "" if unit is None or unit.is_percent else f" ({unit.name})"
     t = results.last_stage
     if t and unit:
