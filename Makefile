@@ -58,7 +58,7 @@ evaluate: ## fill the missing cells of a run: make evaluate RUN=runs/NAME
 	$(need-run)$(BIN)/trace-bench evaluate $(RUN)
 
 judge: ## judge a run's answers: make judge RUN=runs/NAME JUDGE=MODEL [JUDGE_ARGS="--base-url URL --dry-run"]
-	$(need-run)$(BIN)/trace-bench judge $(RUN) --model $(JUDGE) $(JUDGE_ARGS)
+	$(need-run)$(if $(JUDGE),,$(error by which judge? make judge RUN=$(RUN) JUDGE=MODEL))$(BIN)/trace-bench judge $(RUN) --model $(JUDGE) $(JUDGE_ARGS)
 
 report: ## write the report of a run: make report RUN=runs/NAME
 	$(need-run)$(BIN)/trace-bench report $(RUN)

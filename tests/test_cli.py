@@ -124,14 +124,14 @@ def test_what_needs_no_model_imports_no_torch_and_no_lm_eval(words, said):
     assert not re.search(r"\| +(torch|trl|transformers|lm_eval|vllm|datasets)$", done.stderr, re.M)
 
 
-def test_data_demo_lists_tasks_sizes_and_fingerprints(capsys):
-    main(["data", "demo"])
+def test_data_lists_tasks_sizes_and_fingerprints_of_the_demo(tmp_path, capsys):
+    root = shutil.copytree(data.find_data("demo"), tmp_path / "in a folder")
+    main(["data", str(root)])
     out = capsys.readouterr().out
-    root = data.find_data("demo")
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()[2:10]}
     prints = data.Data.at(root, data.FOLDERS).fingerprint
     assert lines == {task: ["64", "8", "24", prints[task]] for task in data.FOLDERS}
-    assert "not comparable with TRACE" in out and f"export TRACE_DATA={root}" in out
+    assert "not comparable with TRACE" in out and f"export TRACE_DATA='{root}'\n" in out
 
 
 def test_data_checks_every_data_set_of_an_archive(tmp_path, capsys):
@@ -201,6 +201,7 @@ def test_options_that_cannot_be_are_refused(run, argv, message, demo_data):
         (["trace_fomc="], "trace_fomc=: write each as NAME=PATH"),
         (["=somewhere"], "=somewhere: write each as NAME=PATH"),
         (["same=a", "same=b"], "each NAME can be given once; found same, same"),
+        (["a=NOWHERE"], "NOWHERE: there is no such folder."),
         (["a=EMPTY"], "no adapter (adapter_config.json) or model (config.json)."),
         (["a=."], "; look into its folders: CONFIG."),
         (["a=HALF"], "no adapter"),

@@ -98,7 +98,7 @@ def test_rounds_are_stages_and_numbers_columns_and_what_the_files_claim_does_not
     assert same_conditions(again, again)
 
 
-def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_data, monkeypatch):
+def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_data, monkeypatch, capsys):
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
 
@@ -124,6 +124,8 @@ def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_dat
         for metric, score in cell["metrics"].items():
             assert score["value"] == theirs[name][f"{metric},none"]
         assert [row["response"] for row in read_jsonl(stage.samples_file("trace_fomc"))] == texts
+    imported(tmp_path, *words, "--tasks", "trace_fomc", "trace_py150", name="without")
+    assert "imported 2 cells of 2 models, none of trace_py150: trace-bench report" in capsys.readouterr().out
     file = next((tmp_path / "later").rglob("samples_*"))
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from trace_bench.cli import show
 from trace_bench.cli.options import LIST, names, pairs, put_first
 from trace_bench.run import RunError
+from trace_bench.text import word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,12 +52,14 @@ def run(args: argparse.Namespace) -> int:
         if name in stages:
             raise RunError(f"--samples {name}: the official files have a stage of that name. Give it another.")
         stages[name] = imported.read_samples(Path(folder), tasks)
+    there = {task for found in stages.values() for task in found}
     if tasks is None:
-        there = {task for found in stages.values() for task in found}
         stages_first = [name for name in stages if name in there]
         tasks = list(dict.fromkeys([*stages_first, *(t for t in data.FOLDERS if t in there), *sorted(there)]))
     made = imported.import_run(args.path, stages, tasks, model=args.model, data_path=args.data)
     cells = sum(map(len, stages.values()))
     models = sum(map(bool, stages.values()))
-    show(f"imported {cells} cells of {models} models: trace-bench report {made.path}")
+    absent = ", ".join(task for task in made.tasks if task not in there)
+    none = f", none of {absent}" if absent else ""
+    show(f"imported {cells} cells of {models} models{none}: trace-bench report {word(made.path)}")
     return 0

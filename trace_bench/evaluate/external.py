@@ -157,6 +157,8 @@ def _numbered(folders: dict[str, str], names: Iterable[str]) -> dict[str, str]:
 
 def _check_folders(checkpoints: dict[str, str]) -> None:
     for name, folder in checkpoints.items():
+        if not Path(folder).is_dir():
+            raise RunError(f"--checkpoint {name}={folder}: there is no such folder.")
         files = {p.name for p in Path(folder).glob("*")}
         if not files & _CONFIGS:
             below = sorted({file.parent.name for config in _CONFIGS for file in Path(folder).glob(f"*/{config}")})
