@@ -24,6 +24,7 @@ from trace_bench.judgements import BROKEN, KINDS, Kind, judge_file, sample_finge
 from trace_bench.manifest import differences
 from trace_bench.records import check_one_checkpoint, check_samples, check_stages
 from trace_bench.run import WRITTEN, Run, RunError, Stage, read_json, read_jsonl
+from trace_bench.text import word
 from trace_tasks.data.files import fingerprint, refuse_links, write_json, write_jsonl
 from trace_tasks.errors import suggestion
 
@@ -156,9 +157,11 @@ def plan(
     names = sorted({suite for stage, suite in present if stage in wanted})
     chosen = names if suites is None else sorted(set(suites))
     if (missing := set(chosen) - set(names)) or not names:
+        judged = ",".join(sorted(missing)) or "instruct,safety"
         raise RunError(
             f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at the "
-            f"stages asked for; there are: {', '.join(names) or 'none'}. `trace-bench evaluate` writes them."
+            f"stages asked for; there are: {', '.join(names) or 'none'}. "
+            f"`trace-bench evaluate {word(run.path)} --judged {judged}` makes them."
             + "".join(suggestion(name, names) for name in sorted(missing))
         )
     kinds = {kind for (_, suite), kind in present.items() if suite in chosen}  # each has a table of its own

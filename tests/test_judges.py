@@ -397,7 +397,8 @@ def test_stages_without_what_they_need_are_named_before_anything_is_asked(server
     ):
         samples.write_text(damaged + "\n")
         assert why in error(*argv, "--suites", LIMA)
-    assert "no samples of instruct_nothing" in error(*argv, "--suites", "instruct_nothing")
+    said = error(*argv, "--suites", "instruct_nothing")
+    assert "no samples of instruct_nothing" in said and f"evaluate {run.path} --judged instruct_nothing` makes" in said
     assert "no stage [7]" in error(*argv, "--stages", "7")
     run.stages[0].samples_file(CONA).unlink()
     assert "Stage 0 has no samples of safety_cona" in error(*argv, "--suites", CONA)
