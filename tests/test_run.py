@@ -315,9 +315,10 @@ def test_another_configuration_is_an_error_that_lists_each_differing_key_with_bo
 
 def test_a_missing_run_names_those_beside_it(tmp_path):
     for name in ("one", "two"):
-        write_json(tmp_path / name / "manifest.json", {})
-    with pytest.raises(RunError, match=r"not a run.*beside it: \S*/one, \S*/two\."):
-        Run.open(tmp_path / "three")
+        write_json(tmp_path / "runs" / name / "manifest.json", {})
+    for folder in (tmp_path / "runs" / "three", tmp_path / "runs"):
+        with pytest.raises(RunError, match=r"not a run.*beside it: \S*/one, \S*/two\."):
+            Run.open(folder)
     with pytest.raises(RunError, match="beside it: none"):
         Run.open(tmp_path / "no/where")
 

@@ -291,8 +291,9 @@ class Run:
         if not file.is_file():
             if cls(path, {}).has_results():
                 raise RunError(f"{path} has lost its manifest.json. The command that began the run writes it again.")
-            found = sorted(p.parent.as_posix() for p in path.parent.glob("*/manifest.json"))
-            raise RunError(f"{path} is not a run (no manifest.json). Runs beside it: {', '.join(found) or 'none'}.")
+            found = sorted(p.parent.as_posix() for at in (path, path.parent) for p in at.glob("*/manifest.json"))
+            listed = ", ".join(found) or "none"
+            raise RunError(f"{path} is not a run (no manifest.json). Runs in it or beside it: {listed}.")
         written = read_json(file, dict[str, Any]).get("format")
         if written != FORMAT:  # asked first: in another format anything may have another shape
             what = f"{file} has format {written!r}; this program reads {FORMAT}."
