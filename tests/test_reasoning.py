@@ -68,7 +68,9 @@ def test_an_unknown_form_or_variant_is_an_error(demo_data: None):
     with pytest.raises(ValueError, match="letter"):
         extract_answer("letter", "Answer:B")
     with pytest.raises(ValueError, match="thinking"):
-        utils.load_dataset("FOMC", variant="thinking")
+        utils.load_dataset("FOMC", trace_variant="thinking")
+    # lm-eval hands on the arguments of the model, too, of which transformers has a `variant`.
+    assert "Give your reasoning" not in utils.load_dataset("FOMC", variant="fp16")["test"][0]["prompt"]
 
 
 # ---------------------------------------------------------------------------------------------------- the official form
@@ -128,12 +130,12 @@ def test_sari_is_taken_against_the_prompt_of_the_row():
     ],
 )
 def test_training_prompts_get_the_form_of_the_test_prompts(folder, official, demo_data: None, monkeypatch):
-    rows, read = list(utils.load_dataset(folder, variant="reasoning")["train"]), data.read_split
+    rows, read = list(utils.load_dataset(folder, trace_variant="reasoning")["train"]), data.read_split
     assert all(official(row["prompt"]) != row["prompt"] for row in rows)
     monkeypatch.setattr(
         data, "read_split", lambda *where: [{**row, "prompt": official(row["prompt"])} for row in read(*where)]
     )
-    assert list(utils.load_dataset(folder, variant="reasoning")["train"]) == rows
+    assert list(utils.load_dataset(folder, trace_variant="reasoning")["train"]) == rows
 
 
 # -------------------------------------------------------------------------------------------------------- the real data

@@ -29,11 +29,11 @@ SENTENCE = "We will give you several examples and you should follow them to acco
 ICL_VERSION = 2
 
 
-def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str, Dataset]:
+def load_dataset(folder: str, trace_variant: str | None = None, **_: Any) -> dict[str, Dataset]:
     """Loads one folder of the data set that TRACE_DATA names, as lm-eval's `custom_dataset`.
 
-    With the variant "reasoning" the rows are those that ask for the reasoning too. lm-eval also passes the task's
-    metadata, which are not used.
+    With the variant "reasoning" the rows are those that ask for the reasoning too. lm-eval also passes the metadata of
+    the task and the arguments of the model, such as transformers' `variant`, which are not used.
 
     Returns:
         The splits test and, where they are there, train and eval; and `fewshot`: the training rows whose prompt is no
@@ -42,12 +42,12 @@ def load_dataset(folder: str, variant: str | None = None, **_: Any) -> dict[str,
     Raises:
         data.DataError: if there are no test rows, a file is bad, or it holds rows of the other variant.
     """
-    if variant not in (None, "reasoning"):
-        raise ValueError(f"variant={variant!r} is not known: leave it out or use reasoning.")
-    root = data.find_data() if variant is None else data.find_reasoning()
+    if trace_variant not in (None, "reasoning"):
+        raise ValueError(f"trace_variant={trace_variant!r} is not known: leave it out or use reasoning.")
+    root = data.find_data() if trace_variant is None else data.find_reasoning()
     there = [s for s in data.SPLITS if s == "test" or (root / folder / f"{s}.json").is_file()]
-    splits = {split: data.read_split(root, folder, split, variant or "plain") for split in there}
-    if variant:
+    splits = {split: data.read_split(root, folder, split, trace_variant or "plain") for split in there}
+    if trace_variant:
         splits = {k: [{**row, "prompt": as_tested(row["prompt"])} for row in rows] for k, rows in splits.items()}
     return _with_fewshot(splits)
 
