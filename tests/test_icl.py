@@ -172,10 +172,13 @@ def test_an_answer_ends_where_the_official_code_ends_it_and_zero_shot_it_does_no
         assert prompt.count("Simplification:") == 7 and sample["sari"] == scoring.sari(prompt, answer + "\n\n", answer)
 
 
-def test_a_stop_that_the_user_gives_is_kept(demo_data):
-    given = {"num_fewshot": 2, "limit": 1, "gen_kwargs": {"until": ["###"]}}
-    _, asked = plain_lm_eval(["trace_scienceqa"], lambda doc: doc["answer"], **given)
-    assert asked[0][1]["until"] == ["###", "Question:"]
+@pytest.mark.parametrize("until", [["###"], "###"])  # --gen_kwargs until=### is a text by itself
+def test_a_stop_that_the_user_gives_is_kept(demo_data, until):
+    task = load("trace_scienceqa")
+    task.set_config(key="generation_kwargs", value={"until": until}, update=True)
+    task.set_config(key="num_fewshot", value=2)
+    task.build_all_requests(limit=1)
+    assert task.instances[0].args[1]["until"] == ["###", "Question:"]
 
 
 # -------------------------------------------------------------------------------------------------------------- draws

@@ -114,7 +114,8 @@ class TraceTask(ConfigurableTask):
         request = super().construct_requests(doc, ctx, **kwargs)
         if self.config.num_fewshot and self.icl:
             settings = request.args[1]  # this request's own
-            settings["until"] = [*settings["until"], *self.icl.get("until", [])]
+            given = settings.get("until") or []  # a text by itself, if it is from --gen_kwargs
+            settings["until"] = [*([given] if isinstance(given, str) else given), *self.icl.get("until", [])]
             if "max_gen_toks" in self.icl:
                 settings["max_gen_toks"] = self.icl["max_gen_toks"]
         return request
