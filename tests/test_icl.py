@@ -181,6 +181,33 @@ def test_a_stop_that_the_user_gives_is_kept(demo_data, until):
     assert task.instances[0].args[1]["until"] == ["###", "Question:"]
 
 
+def test_lm_eval_s_cache_of_requests_serves_no_other_rows_or_settings(demo_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
+    rows = [{"prompt": f"{i} Stance:", "answer": "ABC"[i % 3]} for i in range(8)]
+    (tmp_path / "FOMC").mkdir()
+    for split in ("train", "eval", "test"):
+        write_json(tmp_path / "FOMC" / f"{split}.json", rows)
+
+    def asked(limit=None, seed=7, shots=0, samples=None, **settings):
+        task = load_tasks(["trace_fomc"])["trace_fomc"]
+        task.set_config(key="num_fewshot", value=shots)
+        task.set_config(key="generation_kwargs", value=settings, update=True)
+        task.set_fewshot_seed(seed)
+        if seed is None:
+            task.fewshot_context = None
+        task.build_all_requests(limit=limit, samples=samples, cache_requests=True)
+        return [instance.args for instance in task.instances]
+
+    first = asked(4)
+    assert len(first) == 4 and asked(4, seed=None) == first, "from the cache"
+    assert asked(2, max_gen_toks=3)[0][1]["max_gen_toks"] == 3
+    monkeypatch.setenv("TRACE_DATA", str(tmp_path))
+    assert [prompt for prompt, _ in asked(4)] == [row["prompt"] for row in rows[:4]]
+    assert [prompt for prompt, _ in asked(samples=[1, 5])] == [rows[1]["prompt"], rows[5]["prompt"]]
+    monkeypatch.setenv("TRACE_DATA", "demo")
+    assert len({asked(1, seed=seed, shots=3)[0][0] for seed in range(3)}) > 1
+
+
 # -------------------------------------------------------------------------------------------------------------- draws
 
 

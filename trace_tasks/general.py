@@ -9,24 +9,21 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask
 
 from trace_tasks.data import DataError, general_folder
+from trace_tasks.own_rows import OwnRows
 
 Splits = dict[str, Dataset]
 
 
-class Suite(ConfigurableTask):
+class Suite(OwnRows):
     """A task of lm-eval whose rows may come from GENERAL_DATA; nothing else differs."""
-
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__(config={k: v for k, v in config.items() if k != "class"})
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Loads the rows: from GENERAL_DATA if it is set and has a form for the suite, else from the hub.

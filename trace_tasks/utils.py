@@ -14,10 +14,10 @@ from typing import Any
 
 from datasets import Dataset
 from lm_eval.api.samplers import ContextSampler
-from lm_eval.api.task import ConfigurableTask
 
 from trace_tasks import data, scoring
 from trace_tasks.answers import choice_tolerant, extract_answer
+from trace_tasks.own_rows import OwnRows
 from trace_tasks.reasoning import as_tested
 from trace_tasks.written_numbers import number_tolerant
 
@@ -73,7 +73,7 @@ def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
     return {"test": Dataset.from_list(data.read_rows(data.prompts_file(kind, folder), answered=False))}
 
 
-class TraceTask(ConfigurableTask):
+class TraceTask(OwnRows):
     """A task of lm-eval that is asked, answered and scored as in the official ICL code when it has demonstrations.
 
     Without demonstrations it is lm-eval's own ConfigurableTask. With them `metadata.icl` of the YAML says how:
@@ -91,9 +91,9 @@ class TraceTask(ConfigurableTask):
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """As ConfigurableTask; the key `class`, by which lm-eval has found this one, is left out."""
+        """As ConfigurableTask."""
         self.icl: dict[str, Any] = (config.get("metadata") or {}).get("icl", {})
-        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        super().__init__(config)
         if isinstance(self.sampler, Demonstrations):
             self.sampler.task = self.task_name
             self.sampler.opening = self.icl["instruction"] + SENTENCE if "instruction" in self.icl else ""
