@@ -170,6 +170,23 @@ def test_unknown_base_models_share_no_table(tmp_path, demo_data):
     assert facts[0]["decoding"] == facts[0]["answer limit"] == "unknown" and facts[0]["chat template"] is False
 
 
+def test_sari_of_prompts_with_demonstrations_is_refused(tmp_path, demo_data):
+    # It compares with the whole prompt: lm-eval logs 0.62 for what would be 0.71 here.
+    (tmp_path / "f").mkdir()
+    for task in ("trace_20minuten", "trace_fomc"):
+        prompt, answer, _ = demo_rows(task, ["right"] * 6)[0]
+        opening = "We will give you several examples and you should follow them to accomplish the task.\n Examples:\n"
+        line = {"doc_id": 0, "filter": "none", "resps": [[answer]], "doc": {"prompt": prompt, "answer": answer}}
+        asked = json.dumps([{"role": "user", "content": opening + prompt}])  # as an API for chats has it
+        line |= {"arguments": {"gen_args_0": {"arg_0": [asked]}}}
+        (tmp_path / "f" / f"samples_{task}_2026-01-01T00-00-00.jsonl").write_text(json.dumps(line))
+    with pytest.raises(SystemExit, match=r"samples_trace_20minuten.*demonstrations, and SARI.*--tasks"):
+        imported(tmp_path, "--samples", f"base={tmp_path / 'f'}")
+    assert not (tmp_path / "run").exists()
+    run = imported(tmp_path, "--samples", f"base={tmp_path / 'f'}", "--tasks", "trace_fomc")
+    assert read_json(run.stages[0].eval_file("trace_fomc"))["metrics"]["accuracy"]["value"] == 1.0
+
+
 def test_a_round_without_files_is_a_stage_without_scores(tmp_path, folder, demo_data):
     (folder / "results-0-0-FOMC.json").unlink()
     results = Results(imported(tmp_path, "--official", folder))

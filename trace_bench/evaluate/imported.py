@@ -29,6 +29,7 @@ from trace_bench.tasks import load_tasks
 from trace_tasks import data
 from trace_tasks.data import DataError, reading
 from trace_tasks.data.files import digest, fingerprint, write_json
+from trace_tasks.utils import SENTENCE
 
 #: The name of the stage before the first training.
 BASE = "base"
@@ -46,6 +47,8 @@ class Predictions:
     answers: list[str]
     asked_otherwise: bool = False
     """Whether the prompts were not the rows' own: a chat template, or demonstrations."""
+    demonstrated: bool = False
+    """Whether the prompts had demonstrations."""
 
 
 #: Name of a stage -> task -> its predictions.
@@ -78,7 +81,7 @@ def import_run(
         record = tasks_record(loaded, source)
         for found in stages.values():
             for name, predictions in found.items():
-                _compare(name, predictions, list(loaded[name].eval_docs), compared)
+                _compare(name, predictions, loaded[name], compared)
         if not compared:
             record["data"] |= {"path": None}
         kinds = " and ".join(sorted({_kind(p.file) for found in stages.values() for p in found.values()}))
@@ -143,10 +146,15 @@ def _rows_of(stages: Stages, tasks: Sequence[str], source: str | None) -> Iterat
             del os.environ["TRACE_DATA"]
 
 
-def _compare(name: str, predictions: Predictions, docs: list[dict[str, Any]], compared: bool) -> None:
-    """Refuses predictions for other rows than those of the data."""
-    file, rows = predictions.file, predictions.rows
+def _compare(name: str, predictions: Predictions, task: Any, compared: bool) -> None:
+    """Refuses predictions for other rows than those of the data, and those that cannot be scored from them."""
+    file, rows, docs = predictions.file, predictions.rows, list(task.eval_docs)
     where = "the data has" if compared else "the longest file of the task has"
+    if predictions.demonstrated and "sari" in task.aggregation():
+        raise DataError(
+            f"{file}: its prompts have demonstrations, and SARI of {name} compares with the whole prompt, which is not "
+            "read here. Name the other tasks with --tasks."
+        )
     if len(rows) > len(docs):
         raise DataError(f"{file} has {len(rows)} rows, and {where} {len(docs)} of {name}: it is of other data.")
     docs = json.loads(json.dumps(docs[: len(rows)], default=handle_non_serializable))
@@ -283,7 +291,7 @@ def read_samples(folder: Path, only: Sequence[str] | None = None) -> dict[str, P
 
 
 def _samples_file(file: Path) -> Predictions:
-    lines: dict[int, tuple[dict[str, Any], str, bool]] = {}
+    lines: dict[int, tuple[dict[str, Any], str, Any]] = {}
     used = None
     for number, text in enumerate(reading.read_file(file, reading.MOST_LINES).split(b"\n"), 1):
         if not text:
@@ -299,13 +307,19 @@ def _samples_file(file: Path) -> Predictions:
             if line["doc_id"] in lines:
                 raise ValueError(f"the row {line['doc_id']} is there twice")
             asked = line["arguments"]["gen_args_0"]["arg_0"]
-            lines[line["doc_id"]] = line["doc"], answer, line["doc"].get("prompt", asked) != asked
+            lines[line["doc_id"]] = line["doc"], answer, asked
         except (ValueError, KeyError, TypeError, RecursionError) as e:
             raise DataError(f"{file}, line {number} is no generated answer as lm_eval logs it: {e}.") from e
     if sorted(lines) != list(range(len(lines))):
         raise DataError(f"{file} does not hold the first {len(lines)} rows of its task, but {sorted(lines)[:5]} ....")
     rows = [lines[i] for i in range(len(lines))]
-    return Predictions(file, [r[0] for r in rows], [r[1] for r in rows], any(r[2] for r in rows))
+    return Predictions(
+        file,
+        [doc for doc, _, _ in rows],
+        [answer for _, answer, _ in rows],
+        asked_otherwise=any(doc.get("prompt", asked) != asked for doc, _, asked in rows),
+        demonstrated=any(SENTENCE.partition("\n")[0] in str(asked) for _, _, asked in rows),  # a chat may be JSON
+    )
 
 
 def _files(folder: Path) -> list[Path]:
