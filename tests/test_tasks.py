@@ -85,6 +85,9 @@ def test_a_task_reads_its_own_rows_and_its_reference_scores_full_marks(task):
     rows = data.read_split(root, folder, "test")
     doc, headline, metrics = rows[0], HEADLINES[name], list(task.aggregation())
     assert list(task.test_docs()) == rows
+    # What the results of lm-eval say of the data: the name of a task does not tell demo rows from real ones.
+    assert task.dump_config()["metadata"]["data"] == {"TRACE_DATA": "demo"}
+    assert task.config.metadata["rows"] == data.rows_digest([rows])
     trained = data.read_split(root, folder, "train")
     assert training_rows(task) == [(row["prompt"], row["answer"]) for row in trained]
     assert task.fewshot_context(doc, 0) == doc["prompt"], "the raw prompt, nothing around it"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from lm_eval.api.task import ConfigurableTask
 
 from trace_tasks.data import rows_digest
+
+#: What names the rows of tasks.
+_VARIABLES = ("TRACE_DATA", "TRACE_REASONING", "TRACE_CL_BENCHMARK", "GENERAL_DATA")
 
 
 class OwnRows(ConfigurableTask):
@@ -16,6 +20,9 @@ class OwnRows(ConfigurableTask):
     def __init__(self, config: Mapping[str, Any]) -> None:
         """As ConfigurableTask; the key `class`, by which lm-eval has found the class, is left out."""
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
+        # The name of a task does not say which data it was; results of lm-eval hold the metadata.
+        named = {variable: os.environ[variable] for variable in _VARIABLES if variable in os.environ}
+        self.config.metadata = {**(self.config.metadata or {}), "data": named, "rows": rows_digest([self.eval_docs])}
 
     def build_all_requests(
         self, *, cache_requests: bool = False, tokenizer_name: str = "", samples: list[int] | None = None, **kwargs: Any
