@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -138,7 +138,7 @@ def plan(
     run: Run,
     judge: Judge,
     *,
-    stages: Iterable[int] | None = None,
+    stages: Collection[int] | None = None,
     suites: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> list[Job]:

@@ -180,7 +180,7 @@ FROM_ELSEWHERE = ["--test-rows=5", "--tasks=order2", "--max-prompt-length=64", "
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--stages", "7"], "no stage [7]: the run has 0 to 1"),
+        (["--stages", "7"], "no stage [7]: the run has 0, 1"),
         (["--stages", "0,x"], "--stages numbers"),
         *((["--engine-args", text], "--engine-args must be a JSON object") for text in ("{", "[1]", '{"a": NaN}')),
         # A run has these in its manifest: an option that changes nothing must not be accepted.

@@ -382,6 +382,8 @@ def test_checkpoints_are_dropped_replaced_and_moved(here, tiny_model, capsys, mo
     assert "nothing to evaluate" in capsys.readouterr().out and cells(here / "run") == made, "the files are equal"
 
     main(["evaluate", "run", "--drop", "v1"])
+    assert [stage.index for stage in Run.open("run").chosen([2])] == [1], "--stages takes the numbers of folders"
+    assert "no stage [1]: the run has 0, 2" in error_of("evaluate", "run", "--stages", "1")
     left = cells(here / "run")
     assert left.keys() == {"0_base/trace_fomc.json", "2_v2/trace_fomc.json"} and left.items() <= made.items()
     main(["evaluate", "run", "--checkpoint", f"v1={first}"])

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -49,8 +49,6 @@ class InUse(RunError):
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
     """Keeps a second process from writing the results of a step, such as "evaluate", there. Reading needs no lock.
-
-    The system releases the lock when the process exits. A leftover lock file is harmless.
 
     Raises:
         InUse: naming the process that has the lock.
@@ -187,6 +185,11 @@ class Stage:
     below: tuple[Path, ...] = ()
 
     @property
+    def number(self) -> int:
+        """That of its folder: the index, unless a checkpoint before it was dropped."""
+        return int(self.name.partition("_")[0])
+
+    @property
     def train_file(self) -> Path:
         """train.json; the stage is trained when it exists."""
         return self.path / "train.json"
@@ -291,9 +294,8 @@ class Run:
         if not file.is_file():
             if cls(path, {}).has_results():
                 raise RunError(f"{path} has lost its manifest.json. The command that began the run writes it again.")
-            found = sorted(p.parent.as_posix() for at in (path, path.parent) for p in at.glob("*/manifest.json"))
-            listed = ", ".join(found) or "none"
-            raise RunError(f"{path} is not a run (no manifest.json). Runs in it or beside it: {listed}.")
+            runs = sorted(str(p.parent) for at in (path, path.parent) for p in at.glob("*/manifest.json")) or ["none"]
+            raise RunError(f"{path} is not a run (no manifest.json). Runs in it or beside it: {', '.join(runs)}.")
         written = read_json(file, dict[str, Any]).get("format")
         if written != FORMAT:  # asked first: in another format anything may have another shape
             what = f"{file} has format {written!r}; this program reads {FORMAT}."
@@ -412,7 +414,7 @@ class Run:
     def stages(self) -> list[Stage]:
         """The rows of the matrix: the base model, and the given checkpoints or the trained stages.
 
-        There is one stage per task, unless the method says otherwise: joint training has one, in-context learning none.
+        One stage per task, unless the method says otherwise: joint training has one, in-context learning none.
         """
         folders = {name: Path(target) for name, target in self.manifest.get("checkpoints", {}).items()}
         chain = list(folders.values()) if self.manifest.get("chain") else []
@@ -421,9 +423,8 @@ class Run:
         kept = self.manifest.get("folders", {})  # after a checkpoint was dropped the others keep theirs
         for i, name in enumerate(names, 1):
             task = name if name in self.tasks else None
-            folder = kept.get(name, f"{i}_{name}")
-            path = self.path / "stages" / folder
-            stages.append(Stage(i, folder, task, path, folders.get(name), tuple(chain[: i - 1])))
+            at = self.path / "stages" / kept.get(name, f"{i}_{name}")
+            stages.append(Stage(i, at.name, task, at, folders.get(name), tuple(chain[: i - 1])))
         return stages
 
     def seen_tasks(self, stage: Stage, which: str) -> list[str]:
@@ -433,16 +434,16 @@ class Run:
         own = self.tasks.index(stage.task)
         return self.tasks[own if which == "own" else 0 : own + 1]
 
-    def chosen(self, indices: Iterable[int] | None) -> list[Stage]:
-        """The stages with these indices, in their order; None = all of them.
+    def chosen(self, numbers: Collection[int] | None) -> list[Stage]:
+        """The stages with these numbers, in their order; None = all of them.
 
         Raises:
             RunError: if there is no such stage.
         """
-        wanted = set(range(len(self.stages)) if indices is None else indices)
-        if unknown := sorted(wanted - set(range(len(self.stages)))):
-            raise RunError(f"There is no stage {unknown}: the run has 0 to {len(self.stages) - 1}.")
-        return [stage for stage in self.stages if stage.index in wanted]
+        there = {stage.number: stage for stage in self.stages}
+        if unknown := sorted(set(numbers or ()) - set(there)):
+            raise RunError(f"There is no stage {unknown}: the run has {', '.join(map(str, there))}.")
+        return [stage for number, stage in there.items() if numbers is None or number in numbers]
 
     def is_sequence(self) -> bool:
         """Whether row t is the model after task t, so that OP_t and BWT_t are defined."""

@@ -37,7 +37,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     run = p.add_argument("path", metavar="RUN", nargs="?", help="the run directory; not needed to calibrate")
     put_first(p, run, "--model NAME_OR_PATH")
     add_asking(p, "judge", '{"temperature": 0, "max_tokens": 1024}')
-    p.add_argument("--stages", **LIST, metavar="N", help="indices, such as 0,3,8 (default: all that have answers)")
+    p.add_argument("--stages", **LIST, metavar="N", help="numbers, such as 0,3,8 (default: all that have answers)")
     p.add_argument("--suites", **LIST, metavar="SUITE", help="names, such as instruct_lima,safety_cona (default: all)")
     p.add_argument("--limit", type=positive, metavar="N", help="first so many answers of each suite")
     p.add_argument(

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Evaluates every trained stage on the tasks seen so far. Done cells are skipped."
     add = parser.add_argument
     put_first(parser, add("path", metavar="RUN", help="the run directory"))
-    add("--stages", **LIST, metavar="N", help="indices, such as 0,3,8 (default: all that are trained)")
+    add("--stages", **LIST, metavar="N", help="numbers, such as 0,3,8 (default: all that are trained)")
     add("--cells", choices=["seen", "all", "own"], help="tasks of each stage (default: the run's, seen)")
     add("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, vllm)")
     add(

@@ -7,7 +7,7 @@ cells are skipped, so an interrupted evaluation goes on where it was. Nothing he
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 from trace_bench.evaluate.devices import evaluate_on, find_devices
@@ -33,7 +33,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def evaluate(run: Run, *, stages: Iterable[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
+def evaluate(run: Run, *, stages: Collection[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
     """Evaluates every missing cell of a run: those of its matrix, and the extra ones (suites, judged sets, distances).
 
     The configuration of the run says how many rows, how long answers, which backend; what is `asked` for instead is in

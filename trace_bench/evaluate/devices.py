@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +126,7 @@ def evaluate_on(
     devices: Sequence[str],
     options: Sequence[str],
     *,
-    stages: Iterable[int] | None = None,
+    stages: Collection[int] | None = None,
     follow: bool = False,
     **asked: Any,
 ) -> int:
@@ -190,7 +190,7 @@ def _begun(path: Path) -> Run:
     return Run.open(path)
 
 
-def _plan(run: Run, stages: Iterable[int] | None, asked: dict[str, Any]) -> Plan:
+def _plan(run: Run, stages: Collection[int] | None, asked: dict[str, Any]) -> Plan:
     return make_plan(run, [stage for stage in run.chosen(stages) if stage.is_trained], **asked)
 
 

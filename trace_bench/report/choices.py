@@ -52,7 +52,8 @@ def _collapses(results: Results, name: str, choices: Choices) -> Iterable[str]:
         if dominant is not None:
             events.setdefault((True, dominant), []).append(stage)
     for (takes_all, option), stages in sorted(events.items()):
-        where = ", ".join(f"{t} ({one_line(stage_label(results.run.stages[t]))})" for t in stages)
+        found = [results.run.stages[i] for i in stages]
+        where = ", ".join(f"{stage.number} ({one_line(stage_label(stage))})" for stage in found)
         what = f"takes at least {100 * measures.MOST:.0f} % of the answers" if takes_all else "is never chosen"
         yield (
             f"{title(name)}: `{labels[option]}` {what} at stage{'s' * (len(stages) > 1)} {where}; of the gold "

@@ -160,9 +160,9 @@ def _letters(text: str) -> int:
 def number_stages(stages: Sequence[Stage], *panels: Axes) -> None:
     """Numbers the stages below the axes of panels."""
     step = max(1, math.ceil(len(stages) / (MOST_NAMES + 1)))
-    ticks = [s.index for s in stages if s.index % step == 0]
+    ticks = {s.index: str(s.number) for s in stages if s.index % step == 0}
     for panel in panels:
-        panel.set_xticks(ticks, map(str, ticks), fontsize=8.0)
+        panel.set_xticks(list(ticks), ticks.values(), fontsize=8.0)
         panel.set_xlim(stages[0].index - 0.5, stages[-1].index + 0.5)
         panel.set_xlabel("stage")
 

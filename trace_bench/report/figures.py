@@ -54,7 +54,7 @@ def _matrix(results: Results) -> tuple[Figure, str] | None:
             text = results.units[run.tasks[i]].text(value)
             axes.text(i, t, text, ha="center", va="center", color=colour)
         axes.set_xticks(range(tasks), [drawing.clipped(task_name(t)) for t in run.tasks])
-        axes.set_yticks(range(stages), [f"{s.index} {drawing.clipped(stage_label(s), 16)}" for s in run.stages])
+        axes.set_yticks(range(stages), [f"{s.number} {drawing.clipped(stage_label(s), 16)}" for s in run.stages])
     else:
         axes.set_xlabel("task, in the order of training")
         axes.set_ylabel("stage")
@@ -215,8 +215,9 @@ def _losses(results: Results) -> tuple[Figure, str] | None:
         end = start + max(results.training[i]["steps"], entries[-1]["step"])
         axes.plot(steps, [e["loss"] for e in entries], color=(BLUE, ORANGE)[number % 2], linewidth=1.3)
         axes.axvline(end, color=RULE, linewidth=0.8)
-        name = drawing.clipped(stage_label(results.run.stages[i]), 12)
-        ticks.append(((start + end) / 2, f"{i}\n{name}" if len(losses) <= drawing.MOST_NAMES else f"{i}"))
+        stage = results.run.stages[i]
+        name = f"\n{drawing.clipped(stage_label(stage), 12)}" if len(losses) <= drawing.MOST_NAMES else ""
+        ticks.append(((start + end) / 2, f"{stage.number}{name}"))
         start = end
     places, labels = zip(*ticks[:: math.ceil(len(ticks) / drawing.MOST_NAMES)], strict=True)
     axes.set_xticks(places, labels, fontsize=8.0)

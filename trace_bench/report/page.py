@@ -135,7 +135,7 @@ def _matrix(results: Results, table: Block) -> html.TableView:
             colour = "none" if np.isnan(value) else html.heat(results.shades[stage.index, i])
             text = unit.text(value) + arrow(results.matrix_mark(stage.index, i))
             cells.append(html.Cell(text, colour + own, title))
-        rows.append(html.Row(f"{stage.index} {stage_label(stage)}", cells))
+        rows.append(html.Row(f"{stage.number} {stage_label(stage)}", cells))
     own = "Framed: the task's own stage. " if any(s.task for s in run.stages) else ""
     meaning = html.ENDS_OF_UNITS if results.not_percent else ("0", "100")
     assert isinstance(table, Table)

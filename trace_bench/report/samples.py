@@ -148,7 +148,7 @@ def lengths(results: Results, answers: Sequence[Answers]) -> list[Block]:
     return [
         "## Lengths\n\nCharacters of prompts and of answers, on average; in brackets the percentage of answers that "
         "are empty, where some are.",
-        Table(["", "prompt", *(f"{s.index}<br>{stage_label(s)}" for s in stages)], rows),
+        Table(["", "prompt", *(f"{s.number}<br>{stage_label(s)}" for s in stages)], rows),
     ]
 
 
@@ -190,7 +190,7 @@ def embed(results: Results, answers: Sequence[Answers]) -> Samples | None:
         "enough": [a.enough for a in answers],
         "units": [[a.unit.factor, a.unit.sign, a.unit.of_changes] for a in answers],
         "own": [a.own if results.is_sequential else 0 for a in answers],
-        "stages": [f"{s.index} {stage_label(s)}" for s in stages],
+        "stages": [f"{s.number} {stage_label(s)}" for s in stages],
     }
     joined = _escaped_json(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}"
     notes = f"{len(rows):,} of {len(queue):,} prompts are in this page."

@@ -135,7 +135,7 @@ def _first_lost(results: Results, stages: Sequence[Stage], found: Sequence[Histo
             "### Where rows were lost first\n\nRows that were lost for the first time at each stage, and in brackets "
             "how many of them are back at the last one. The last column counts all that are back."
         )
-        yield Table(["", *(f"{s.index}<br>{stage_label(s)}" for s in stages), "back"], rows, links=links)
+        yield Table(["", *(f"{s.number}<br>{stage_label(s)}" for s in stages), "back"], rows, links=links)
 
 
 def _browse(history: History, after: int, show: str) -> str:
