@@ -148,12 +148,14 @@ def test_the_last_task_s_bad_row_is_found_before_the_first_is_trained_and_rows_a
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 300}
 SMALL = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2}
 LLAMA, MIXTRAL = ("LlamaConfig", SMALL), ("MixtralConfig", {**SMALL, "num_local_experts": 4})
+LAGUNA = {**SMALL, "num_experts": 4, "head_dim": 16}
 MAMBA = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
 MPT = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300, "max_seq_len": 64}
 BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}
 OTHER = "LlamaForSequenceClassification"
 #: Options, and how messages say them.
 FULL, SHORT = {"use_peft": False}, "context of 64: use a max_prompt_length of at most 60"
+ALL = {"lora_target_modules": ["all-linear"], "lora_dropout": 0.0}
 TARGETS, DROPOUT = "Use --lora_target_modules", "--lora_dropout 0."
 
 
@@ -196,6 +198,9 @@ def architecture(options, tmp_path):
         (MIXTRAL, {"lora_target_modules": ["all-linear"]}, f"Use {DROPOUT}"),
         (("MambaConfig", MAMBA), {}, f"{TARGETS} dt_proj in_proj x_proj."),
         (("Mamba2Config", {**MAMBA, "num_heads": 8, "head_dim": 16}), {}, f"{TARGETS} in_proj."),
+        (("PhimoeConfig", {**SMALL, "num_local_experts": 4}), ALL, f"is a PhimoeTopKRouter, .* {TARGETS} .*v_proj"),
+        # transformers renames its shared experts when an adapter is loaded, and what was saved fits nothing.
+        (("LagunaConfig", LAGUNA), ALL, r"PEFT does not find .*shared_experts\.down_proj.* when it loads"),
         (LLAMA, {"lora_target_modules": ["c_attn"]}, f"{TARGETS} all-linear."),
         (LLAMA, {"lora_target_modules": ["q_proj", "wv"]}, f"names 'wv', which the model does not have. {TARGETS} all"),
         (LLAMA, {"lora_target_modules": ["lm_head"]}, f"TRL takes no adapter of the head.* {TARGETS} all-linear"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import load_merged
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from trace_bench.engine import merging, models
@@ -106,6 +106,16 @@ def test_a_tied_tensor_is_untied_before_one_of_its_uses_changes(target, tiny_mod
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert torch.allclose(merged(ids).logits, expected, atol=1e-4), "saved and loaded again"
     assert not merged.config.tie_word_embeddings
+
+
+def test_an_adapter_is_not_loaded_in_part(tiny_model, checkpoints, tmp_path):
+    """PEFT warns of a tensor under another name, and leaves its layer as it was."""
+    file = checkpoints["adapter"] / "adapter_model.safetensors"
+    renamed = {name.replace("0.mlp.up_proj", "0.mlp..up_proj"): tensor for name, tensor in load_file(file).items()}
+    save_file(renamed, file)
+    for load in (models.load_model, load_merged):
+        with pytest.raises(models.ModelError, match=r"would be loaded in part: .*layers\.0\.mlp\.up_proj\.lora_A"):
+            load(str(tiny_model), checkpoints["adapter"])
 
 
 def test_the_adapters_below_are_merged_in_their_order(tiny_model, checkpoints, tmp_path):

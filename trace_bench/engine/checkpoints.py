@@ -283,7 +283,7 @@ def _put_on(
     folder: Path, adapter: dict[str, Any], model: Any, shapes: dict[str, list[int]]
 ) -> tuple[list[str], list[str]]:
     """Loads the names and shapes of an adapter into PEFT's model of it: the tensors that are lacking, and unknown."""
-    from peft import PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 
     with quiet(), limited(*models.READING):
         config = PeftConfig.from_pretrained(str(folder))
@@ -292,9 +292,16 @@ def _put_on(
             config.init_lora_weights = True  # others need the weights of the base
         kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
         adapted = kind(model, config, low_cpu_mem_usage=True).to("meta")
-        loaded: Any = set_peft_model_state_dict(adapted, empty_tensors(shapes))
-        state = adapted.state_dict()
-        own = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+        return _loaded(adapted, empty_tensors(shapes))
+
+
+def _loaded(adapted: Any, tensors: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Loads an adapter's tensors into PEFT's model of it: the names that are lacking, and those that are unknown."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    loaded: Any = set_peft_model_state_dict(adapted, tensors)
+    state = adapted.state_dict()
+    own = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
     saved = {id(tensor) for tensor in own.values()}
     lacking = sorted(key for key in loaded.missing_keys if id(state[key]) in saved)
 
@@ -302,6 +309,13 @@ def _put_on(
         return [key.replace(".default", "") for key in keys]
 
     return as_in_files(lacking), as_in_files(sorted(loaded.unexpected_keys))
+
+
+def lost_names(adapted: Any) -> list[str]:
+    """What PEFT saves of a model and does not find again: it loads under names that transformers changes for a type."""
+    from peft import get_peft_model_state_dict
+
+    return _loaded(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))[0]
 
 
 def beyond_products(adapter: dict[str, Any]) -> list[str]:

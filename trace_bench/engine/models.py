@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -282,7 +283,6 @@ def load_model(
     merged into the base, one after the other, before this one was trained on it. All else goes to
     `AutoModelForCausalLM.from_pretrained`, such as dtype.
     """
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     if checkpoint is not None:
@@ -307,7 +307,27 @@ def load_model(
         model = merge(model, adapter)[0]
     if checkpoint is None or full or soft_prompt(checkpoint) is not None:
         return model
-    return PeftModel.from_pretrained(model, str(checkpoint))
+    return with_adapter(model, checkpoint)
+
+
+def with_adapter(model: Any, adapter: Path, **kwargs: Any) -> Any:
+    """PEFT's model of an adapter around its base; the other arguments are PEFT's.
+
+    Raises:
+        ModelError: if tensors of the adapter are not found in its file, of which PEFT only warns.
+    """
+    from peft import PeftModel
+
+    refuse_pickle(adapter)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Found missing adapter keys")
+        try:
+            return PeftModel.from_pretrained(model, str(adapter), **kwargs)
+        except UserWarning as e:
+            raise ModelError(
+                f"{adapter} would be loaded in part: {brief(e)}. It holds them under names that PEFT does not look "
+                "for, or not at all. Train other modules (lora_target_modules), or copy the adapter again."
+            ) from e
 
 
 def own_head(base: str | Path) -> ModelError:
@@ -334,12 +354,10 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
         The model, which is changed, and the share of the update that the rounding lost, along the update: 0 = nothing.
     """
     import torch
-    from peft import PeftModel
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
-    refuse_pickle(adapter)
-    wrapped = PeftModel.from_pretrained(model, str(adapter))
+    wrapped = with_adapter(model, adapter)
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
     if len({id(_inner(m).weight) for m in ends}) < len(ends) and any(
         isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in ends

@@ -18,6 +18,7 @@ from trl import ModelConfig, get_peft_config
 
 from trace_bench.engine import models
 from trace_bench.engine.architecture import check_base, refuse_not_causal
+from trace_bench.engine.checkpoints import lost_names
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.errors import brief
 from trace_tasks.limits import limited
@@ -313,11 +314,18 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     names = [name for name, _ in empty.named_modules()]
     adapter: Any = get_peft_config(model_args)
     try:
-        adapted: Any = get_peft_model(empty, adapter, low_cpu_mem_usage=True).base_model
+        whole: Any = get_peft_model(empty, adapter, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError, NotImplementedError) as e:
         return f"{brief(e).rstrip('.')}."
+    adapted = whole.base_model
     if isinstance(empty.get_output_embeddings(), BaseTunerLayer):
         return "TRL takes no adapter of the head, since its loss works without calling it."
+    for name, module in adapted.named_modules():
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        if isinstance(layer, torch.nn.Linear) and not _is_linear(layer):
+            return f"{name.removeprefix('model.')} is a {type(layer).__name__}, which PEFT takes for a linear layer."
+    if lost := lost_names(whole):
+        return f"PEFT does not find {lost[0]} when it loads what it has saved."
     # PEFT is content when one name of a list fits.
     found = {
         "lora_target_modules": adapted.targeted_module_names,
@@ -332,9 +340,21 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     return None
 
 
+def _is_linear(layer: Any) -> bool:
+    """Whether a layer without weights works as its class says: some routers are subclasses of a linear layer."""
+    if type(layer) in (torch.nn.Linear, Conv1D):
+        return True
+    try:
+        made = layer(torch.empty(1, layer.in_features, dtype=layer.weight.dtype, device="meta"))
+    except Exception:  # it takes other inputs
+        return False
+    return isinstance(made, torch.Tensor) and made.shape == (1, layer.out_features)
+
+
 def _lora_remedy(make: Callable[[], Any], model_args: ModelConfig) -> str:
     """The options under which LoRA fits, found by trying."""
-    linear = {n.rpartition(".")[2] for n, m in make().named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    layers = [(n, m) for n, m in make().named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
+    linear = {n.rpartition(".")[2] for n, m in layers if _is_linear(m)}
     # What PEFT refuses in state-space models, whose kernels take these weights without calling the layer.
     listed = sorted(linear - {"lm_head", "out_proj"})
     choices: list[tuple[Any, float | None]] = [(None, 0.0), ("all-linear", None), ("all-linear", 0.0), (listed, None)]

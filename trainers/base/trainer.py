@@ -160,7 +160,7 @@ class CLTrainer(CheckpointTrainer):
         """A model to train on from a checkpoint (None = the base model): its adapter, or all of its parameters."""
         if not self.model_args.use_peft:
             return self.load_model(checkpoint)
-        from peft import PeftModel, get_peft_model
+        from peft import get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         base = self.load_model(None)
@@ -169,8 +169,7 @@ class CLTrainer(CheckpointTrainer):
         one_type = plugin is not None and plugin.zero_stage == 3
         model: Any
         if checkpoint is not None:
-            models.refuse_pickle(checkpoint)
-            model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True, autocast_adapter_dtype=not one_type)
+            model = models.with_adapter(base, checkpoint, is_trainable=True, autocast_adapter_dtype=not one_type)
         else:
             peft_config = get_peft_config(self.model_args)
             assert peft_config is not None
