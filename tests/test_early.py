@@ -152,6 +152,7 @@ LAGUNA = {**SMALL, "num_experts": 4, "head_dim": 16}
 MAMBA = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
 MPT = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300, "max_seq_len": 64}
 BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}
+ZAMBA = {**SMALL, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
 OTHER = "LlamaForSequenceClassification"
 #: Options, and how messages say them.
 FULL, SHORT = {"use_peft": False}, "context of 64: use a max_prompt_length of at most 60"
@@ -201,6 +202,7 @@ def architecture(options, tmp_path):
         (("PhimoeConfig", {**SMALL, "num_local_experts": 4}), ALL, f"is a PhimoeTopKRouter, .* {TARGETS} .*v_proj"),
         # transformers renames its shared experts when an adapter is loaded, and what was saved fits nothing.
         (("LagunaConfig", LAGUNA), ALL, r"PEFT does not find .*shared_experts\.down_proj.* when it loads"),
+        (("ZambaConfig", ZAMBA), ALL | {"backend": "vllm"}, "_proj alone, whose weights other layers share"),
         (LLAMA, {"lora_target_modules": ["c_attn"]}, f"{TARGETS} all-linear."),
         (LLAMA, {"lora_target_modules": ["q_proj", "wv"]}, f"names 'wv', which the model does not have. {TARGETS} all"),
         (LLAMA, {"lora_target_modules": ["lm_head"]}, f"TRL takes no adapter of the head.* {TARGETS} all-linear"),

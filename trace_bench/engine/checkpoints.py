@@ -25,6 +25,7 @@ from trace_bench.engine.architecture import (
 )
 from trace_bench.engine.ends import eos_text
 from trace_bench.engine.models import PROMPT, ModelError
+from trace_bench.engine.sharing import shared_layer, shared_weights
 from trace_bench.run import Run, RunError, Stage, fingerprint
 from trace_tasks.errors import brief
 from trace_tasks.limits import LimitError, limited
@@ -81,7 +82,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
             adapter = models.adapter_config(own)
             _refuse_endless(own, adapter)
             if any(adapter.get(key) for key in _PATTERNS) or isinstance(adapter.get("target_modules"), str):
-                _check_fit(own, adapter, base, name)
+                _check_fit(own, adapter, base, name, backend)
     for folder in dict.fromkeys(path for s in stages if s.external for path in (*s.below, s.external)):
         if folder.is_dir():
             models.refuse_odd_files(folder)
@@ -100,7 +101,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
                     "one; --renamed-base if it is a copy of that under another name; --chain if each adapter was "
                     "trained on the base with those before it merged in."
                 )
-            _check_fit(folder, adapter, base, name)
+            _check_fit(folder, adapter, base, name, backend)
         elif chain:
             raise RunError(
                 f"{folder} is a full model, which holds all weights: it cannot lie on the adapters of a chain. "
@@ -230,7 +231,7 @@ def _refuse_endless(folder: Path, config: dict[str, Any]) -> None:
             )
 
 
-def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], name: str) -> None:
+def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], name: str, backend: str) -> None:
     """Refuses an adapter whose tensors are not those that PEFT looks for in the base model, by name and shape."""
     import torch
 
@@ -270,6 +271,8 @@ def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], n
         lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else f"{brief(e)} {example}"
         raise RunError(f"{folder} does not fit {name}: {reason} {fix}") from e
+    if backend == "vllm" and (shared := shared_weights(model)):
+        raise shared_layer(folder, shared)
     facts = [f"{len(unknown)} of its tensors fit no module, such as {unknown[0]}"] if unknown else []
     facts += [f"modules that it names get no tensor, such as {lacking[0]}"] if lacking else []
     if facts:

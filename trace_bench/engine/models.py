@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine.hub import ModelError, hub_file, is_out_of_reach, not_given
+from trace_bench.engine.sharing import inner, shared_layer, shared_weights
 from trace_bench.run import read_json
 from trace_tasks.data.files import cache_dir, cached_dir, fingerprint
 from trace_tasks.errors import brief
@@ -359,10 +360,12 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
 
     wrapped = with_adapter(model, adapter)
     ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    if len({id(_inner(m).weight) for m in ends}) < len(ends) and any(
+    if len({id(inner(m).weight) for m in ends}) < len(ends) and any(
         isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in ends
     ):
         _untie(model)
+    if shared := shared_weights(wrapped):
+        raise shared_layer(adapter, shared)
     before: dict[torch.nn.Parameter, torch.Tensor] = {}
     for module in wrapped.modules():
         if isinstance(module, BaseTunerLayer):
@@ -382,18 +385,11 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     return model, 1 - kept / whole if whole else 0.0
 
 
-def _inner(module: Any) -> Any:
-    """An embedding or head without the modules that PEFT put around it."""
-    while hasattr(module, "original_module") or hasattr(module, "base_layer"):
-        module = module.original_module if hasattr(module, "original_module") else module.base_layer
-    return module
-
-
 def _untie(model: Any) -> None:
     """Gives a head that is tied to the embeddings its own copy of the weights."""
     import torch
 
-    head = _inner(model.get_output_embeddings())
+    head = inner(model.get_output_embeddings())
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     _set_untied(model)
 
@@ -402,7 +398,9 @@ def _set_untied(model: Any) -> None:
     """Has nothing tie the head to the embeddings again."""
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
-    model.all_tied_weights_keys = {}  # transformers leaves these out of a saved file
+    head = {f"{name}.weight" for name, m in model.named_modules() if m is model.get_output_embeddings()}
+    # transformers leaves these out of a saved file
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if k not in head}
 
 
 def round_unbiased(exact: Any, dtype: Any, generator: Any) -> Any:

@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config
 from trace_bench.engine import models
 from trace_bench.engine.architecture import check_base, refuse_not_causal
 from trace_bench.engine.checkpoints import lost_names
+from trace_bench.engine.sharing import shared_layer, shared_weights
 from trace_bench.evaluate import answer_tokens
 from trace_tasks.errors import brief
 from trace_tasks.limits import limited
@@ -169,6 +170,8 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     _check_vocabulary(empty, tokenizer, base)
     if lora and (problem := _lora_problem(empty, model_args)):
         raise ConfigError(f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(make, model_args)}")
+    if lora and config.backend == "vllm" and (shared := shared_weights(empty)):
+        raise shared_layer(f"LoRA on {base}", shared)
     return model
 
 
