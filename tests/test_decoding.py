@@ -241,3 +241,18 @@ def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_
     live = LiveHF(reload(base, None), AutoTokenizer.from_pretrained(base), 4)  # the engine of the callback
     with live.left_as_it_was():
         assert generate(live, PROMPTS) == expected
+
+
+def test_a_long_text_leaves_the_positions_of_short_ones_as_they_are(tmp_path, monkeypatch):
+    """With longrope those of a whole batch are the long ones once one of its texts is long."""
+    factors = {"short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors, "original_max_position_embeddings": 50}
+    settings = {**ARCHITECTURES["phi3"], "rope_parameters": rope, "original_max_position_embeddings": 50}
+    monkeypatch.setitem(ARCHITECTURES, "phi3", settings)
+    base = make_base("phi3", tmp_path / "phi3", pieces_tokenizer())
+    model, tokenizer = reload(base, None), AutoTokenizer.from_pretrained(base)
+    live = LiveHF(model, tokenizer, 4)
+    with live.left_as_it_was():
+        assert generate(live, PROMPTS) == reference(model, tokenizer, PROMPTS)
+        together = live.log_likelihoods(PROMPTS, ["b"] * len(PROMPTS))
+        assert together == [pytest.approx(live.log_likelihoods([text], ["b"])[0], rel=1e-4) for text in PROMPTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -64,7 +65,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
 
         def settings(i: int) -> str:
             want = wanted[i]
-            width = len(want.ids) if apart else 0
+            width = len(want.ids) if apart or len(want.ids) + want.most > self._short else 0
             return repr((want.most, want.stops, sorted(want.ends), want.sampling, want.rated, width))
 
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
@@ -78,6 +79,12 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
                 batch = same[start : start + size]
                 answers |= zip(batch, self._generated([wanted[i] for i in batch]), strict=True)
         return [answers[i] for i in range(len(wanted))]
+
+    @property
+    def _short(self) -> float:
+        """The tokens up to which a text has the same positions beside any others of a batch (longrope: the longest)."""
+        rope = getattr(self._model.config.get_text_config(), "rope_parameters", None) or {}
+        return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
 
     @cached_property
     def _masks_padding(self) -> bool:
@@ -180,9 +187,10 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         """The number of each example, and the float32 logits in place of its answer's tokens: one pass for a batch."""
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
         # Prompts of one length together, so that the head is needed for few tokens but those of the answers.
-        order = sorted(range(len(examples)), key=lambda i: (-len(examples[i][0]), -len(examples[i][1])))
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
+        long = [len(prompt) + len(answer) - 1 > self._short for prompt, answer in examples]
+        order = sorted(range(len(examples)), key=lambda i: (long[i], -len(examples[i][0]), -len(examples[i][1])))
+        parts = [list(part) for _, part in groupby(order, key=long.__getitem__)]
+        for batch in (part[start : start + size] for part in parts for start in range(0, len(part), size)):
             rows = [[*examples[i][0], *examples[i][1]][:-1] for i in batch]
             width = max(map(len, rows))
             keep = width + 1 - min(len(examples[i][0]) for i in batch)
