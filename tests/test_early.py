@@ -187,6 +187,7 @@ def architecture(options, tmp_path):
         (("BertConfig", {**SIZES, "num_attention_heads": 4}), {}, "not a causal model but an encoder"),
         (("ViTConfig", {}), {}, "not a causal model but of another kind"),
         (("LlamaConfig", {**SMALL, "architectures": [OTHER]}), {}, f"{OTHER} without a head for the next token"),
+        (("MllamaConfig", {"text_config": {**SMALL, "pad_token_id": 0}}), FULL, "saved as mllama_text_model, .* LoRA"),
         (("LlamaConfig", {**SMALL, "vocab_size": 250}), {}, "9 tokens without a row in the model's 250 embeddings"),
         # The context is found under any name.
         (("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}), FULL, SHORT),

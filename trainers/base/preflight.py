@@ -133,7 +133,7 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
 # ------------------------------------------------------------------------------------------------------ the base model
 
 
-def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks: dict[str, Any], lora: bool) -> Any:
+def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks: dict[str, Any], trains: str) -> Any:
     """Refuses what would fail, or mean something else, in the training or when its checkpoints are evaluated.
 
     Returns:
@@ -168,11 +168,27 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
         raise ConfigError(f"transformers cannot make the model {base}: {brief(e)}") from e
     _check_vocabulary(empty, tokenizer, base)
-    if lora and (problem := _lora_problem(empty, model_args)):
+    saved_whole = trains == "full" or (trains == "lora" and config.backend == "vllm")  # which merges it
+    if saved_whole and type(empty.config) is not type(model):
+        _check_saved(base, empty.config)
+    if trains != "lora":
+        return model
+    if problem := _lora_problem(empty, model_args):
         raise ConfigError(f"LoRA does not fit {base} ({model.model_type}): {problem} {_lora_remedy(make, model_args)}")
-    if lora and config.backend == "vllm" and (shared := shared_weights(empty)):
+    if config.backend == "vllm" and (shared := shared_weights(empty)):
         raise shared_layer(f"LoRA on {base}", shared)
     return model
+
+
+def _check_saved(base: str, config: Any) -> None:
+    """Refuses a model with images whose language model is saved as a type that is not loaded again."""
+    try:
+        refuse_not_causal(base, config)
+    except models.ModelError as e:
+        raise ConfigError(
+            f"Trained or merged weights of {base} would be saved as {config.model_type}, the language model alone, "
+            "which transformers does not load: use LoRA (use_peft: true) and backend: hf."
+        ) from e
 
 
 def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:

@@ -177,7 +177,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     refuse_secrets(manifest, "the manifest's")
     preflight.check_launch()
     tokenizer = models.load_tokenizer(base, pinned.model_revision, config.trust_remote_code)
-    checked = preflight.check_model(config, pinned, tokenizer, tasks, lora=manifest["trains"] == "lora")
+    checked = preflight.check_model(config, pinned, tokenizer, tasks, manifest["trains"])
     rows = _make_rows(config, checked, tasks, tokenizer)
     # Of all processes of a launch the first one has the lock.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
