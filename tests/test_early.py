@@ -233,6 +233,16 @@ def test_what_has_no_limit_and_trains_no_adapter_needs_none(architecture):
     architecture(("MambaConfig", MAMBA), FULL)
 
 
+def test_a_model_whose_experts_vllm_chooses_otherwise_without_a_gpu_is_refused_there(tmp_path, monkeypatch):
+    transformers.Ernie4_5_MoeConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"without their correction bias.* Take the backend hf"):
+        check_base(str(tmp_path), "vllm", False)
+    monkeypatch.setattr("trace_bench.engine.start.has_gpu", lambda: True)
+    for backend in ("vllm", "hf"):
+        with pytest.raises(RunError, match=r"has no model\.safetensors"):
+            check_base(str(tmp_path), backend, False)
+
+
 def test_a_type_that_transformers_does_not_know_is_refused(options, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "new")
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "model_type": "llama9"})

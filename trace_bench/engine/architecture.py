@@ -41,6 +41,8 @@ _HARMLESS = {
     *("num_beams", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "length_penalty", "n_ctx"),
     *("_attn_implementation_autoset", "_attn_implementation", "attn_implementation", "experts_implementation"),
 }
+#: Types whose experts vLLM's routing on a CPU chooses without the correction bias that they were trained with.
+_ROUTED_WRONGLY = {"ernie4_5_moe"}
 
 
 def architecture(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -205,8 +207,15 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
         RunError: naming a tensor, or the files.
         ModelError: if it is no causal language model, or the head is another one than its config.json says.
     """
+    from trace_bench.engine.start import has_gpu
+
     config = models.load_config(base, revision, trust_remote_code)
     refuse_not_causal(base, config)
+    if backend == "vllm" and config.model_type in _ROUTED_WRONGLY and not has_gpu():
+        raise ModelError(
+            f"{base} ({config.model_type}): without a GPU vLLM chooses its experts without their correction bias, so "
+            "the answers would be another model's. Take the backend hf."
+        )
     folder = Path(base)
     if not folder.is_dir():
         tied = config.get_text_config(decoder=True).to_dict().get("tie_word_embeddings")
