@@ -59,6 +59,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", **_LLAMA, **_UNTIED, "num_local_experts": 4},
     "qwen2_moe": {"model_type": "qwen2_moe", **_LLAMA, **_UNTIED, **_EXPERTS, "shared_expert_intermediate_size": 64},
     "qwen3_moe": {"model_type": "qwen3_moe", **_LLAMA, **_UNTIED, **_EXPERTS},
+    "gpt_oss": {
+        **{"model_type": "gpt_oss", **_LLAMA, **_UNTIED, "sliding_window": 16},
+        **{"num_local_experts": 4, "num_experts_per_tok": 2},
+    },
     "olmoe": {"model_type": "olmoe", **_LLAMA, **_UNTIED, "num_experts": 4, "num_experts_per_tok": 2},
 }
 #: The kinds of checkpoint.
