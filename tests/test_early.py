@@ -237,7 +237,7 @@ def test_a_model_whose_experts_vllm_chooses_otherwise_without_a_gpu_is_refused_t
     transformers.Ernie4_5_MoeConfig(**SMALL).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"without their correction bias.* Take the backend hf"):
         check_base(str(tmp_path), "vllm", False)
-    monkeypatch.setattr("trace_bench.engine.start.has_gpu", lambda: True)
+    monkeypatch.setattr("trace_bench.engine.gpu.has_gpu", lambda: True)
     for backend in ("vllm", "hf"):
         with pytest.raises(RunError, match=r"has no model\.safetensors"):
             check_base(str(tmp_path), backend, False)

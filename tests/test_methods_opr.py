@@ -373,7 +373,7 @@ def test_prompts_are_read_in_parts_unless_a_cpu_draws(gpu, temperature, kept, tm
         asked.update(kwargs["engine_args"])
         raise InterruptedError
 
-    monkeypatch.setattr("trace_bench.engine.start.has_gpu", lambda: gpu)
+    monkeypatch.setattr("trace_bench.engine.gpu.has_gpu", lambda: gpu)
     monkeypatch.setattr("trace_bench.engine.open_engine", opened)
     with pytest.raises(InterruptedError):
         answering.answer(tmp_path / "order.json")

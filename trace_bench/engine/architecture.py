@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trace_bench.engine import models
+from trace_bench.engine import gpu, models
 from trace_bench.engine.hub import ModelError, model_folder
 from trace_bench.run import RunError, is_file_name, read_json
 from trace_tasks.errors import brief
@@ -207,11 +207,9 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
         RunError: naming a tensor, or the files.
         ModelError: if it is no causal language model, or the head is another one than its config.json says.
     """
-    from trace_bench.engine.start import has_gpu
-
     config = models.load_config(base, revision, trust_remote_code)
     refuse_not_causal(base, config)
-    if backend == "vllm" and config.model_type in _ROUTED_WRONGLY and not has_gpu():
+    if backend == "vllm" and config.model_type in _ROUTED_WRONGLY and not gpu.has_gpu():
         raise ModelError(
             f"{base} ({config.model_type}): without a GPU vLLM chooses its experts without their correction bias, so "
             "the answers would be another model's. Take the backend hf."

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trace_bench.engine import models
-from trace_bench.engine.start import has_gpu
+from trace_bench.engine.gpu import has_gpu
 from trace_tasks.data.files import temporary_dir
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine.checkpoints import plain_lora_rank
+from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.swap import EngineError
 
 #: What vLLM says when memory or the context does not suffice.
@@ -84,17 +85,6 @@ def prepare_vllm(args: dict[str, Any]) -> None:
             # The engine runs in this process: it starts in 5 s instead of 25 s, and ends when this process is killed.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             args.setdefault("distributed_executor_backend", "uni")
-
-
-def has_gpu() -> bool:
-    """Whether this process can use a GPU.
-
-    Asked through NVML, as vLLM does once it is imported: torch's own way bars the GPU to forks such as vLLM's engine.
-    """
-    import torch
-
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    return torch.cuda.is_available()
 
 
 def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:

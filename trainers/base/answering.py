@@ -26,7 +26,7 @@ def drawn(sampling: dict[str, Any] | None, seed: int) -> dict[str, Any]:
 def answer(order_file: Path) -> None:
     """Answers jobs, in a process of its own. A task is done when its file exists."""
     from trace_bench.engine import open_engine
-    from trace_bench.engine.start import has_gpu
+    from trace_bench.engine.gpu import has_gpu
 
     order = read_json(order_file, dict[str, Any])
     if not has_gpu() and any(drawn(job["sampling"], job["seed"]) for job in order["jobs"]):

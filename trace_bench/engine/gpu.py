@@ -1,0 +1,16 @@
+"""Whether there is a GPU."""
+
+from __future__ import annotations
+
+import os
+
+
+def has_gpu() -> bool:
+    """Whether this process can use a GPU.
+
+    Asked through NVML, as vLLM does once it is imported: torch's own way bars the GPU to forks such as vLLM's engine.
+    """
+    import torch
+
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    return torch.cuda.is_available()
