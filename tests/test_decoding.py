@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCa
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.live import LiveHF
 from trace_bench.tasks import load_tasks
+from trainers.base import sampled
 
 #: Settings that transformers' generate takes from a checkpoint, each of which would change an answer below.
 SETTINGS = {
@@ -241,6 +243,13 @@ def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_
     live = LiveHF(reload(base, None), AutoTokenizer.from_pretrained(base), 4)  # the engine of the callback
     with live.left_as_it_was():
         assert generate(live, PROMPTS) == expected
+    model, ids = reload(base, None), [live.tokenizer(text).input_ids for text in PROMPTS]
+
+    def draws(prompts, seeds):
+        return sampled(model, prompts, seeds, 6, frozenset({2}), nullcontext())  # in the training
+
+    alone = [draws([prompt], [seed])[0] for seed, prompt in enumerate(ids)]
+    assert draws(ids, range(len(ids))) == alone
 
 
 def test_a_long_text_leaves_the_positions_of_short_ones_as_they_are(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from trace_bench.engine import models
 from trace_bench.engine.ends import end_ids
+from trace_bench.engine.padding import masks_padding, quiet_router
 from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted, to_end
 from trace_tasks.tokens import text_of
 
@@ -88,40 +89,15 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
 
     @cached_property
     def _masks_padding(self) -> bool:
-        """Whether a prompt is answered alike whatever fills its row: some models with a state do not see the mask.
-
-        Asked of the logits of a few tokens, since a model may heed the mask in the prompt and not behind it.
-        """
         ids = self.tokenizer("What stands in front of this?", add_special_tokens=False).input_ids[:8]
-        rows = torch.tensor([[token] * 17 + ids for token in (self.pad, ids[0])], device=self.device)
-        mask = torch.ones_like(rows)
-        mask[:, :17] = 0
-        one, other = self._logits_of(ids[:4], rows, mask)
-        (alone,) = self._logits_of(ids[:4], rows[:1, 17:], torch.ones_like(rows[:1, 17:]))
-        # With other tokens under the mask nothing may change. Without any, more is rounded in another way: by 0.03 in
-        # bf16, where a model that reads them, or counts their positions, is 0.1 away and more.
-        masks = _apart(one, other) < 0.02 and _apart(one, alone) < 0.08
+        with self._autocast():
+            masks = masks_padding(self._model, self.pad, ids)
         if not masks:
             log.warning(
                 "%s does not leave out what the attention mask says: prompts of one length only are answered together.",
                 self.base,
             )
         return masks
-
-    def _logits_of(self, tokens: Sequence[int], rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The logits in place of tokens that are given behind each of the rows: (rows, tokens, vocabulary)."""
-        with torch.no_grad(), self._autocast():
-            out = self._model.generate(
-                **{"input_ids": rows, "attention_mask": mask, "max_new_tokens": len(tokens), "do_sample": False},
-                **{"output_logits": True, "return_dict_in_generate": True, **self._quiet_router()},
-                logits_processor=LogitsProcessorList([_Given(tokens)]),
-            )
-        return torch.stack(out.logits, dim=1).float()
-
-    def _quiet_router(self) -> dict[str, bool]:
-        """TRL leaves the router's outputs on in full models, and Mixtral's generation fails with them."""
-        routed = hasattr(self._model.config.get_text_config(), "output_router_logits")
-        return {"output_router_logits": False} if routed else {}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         precision = self.mixed_precision_dtype
@@ -147,7 +123,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         if want.stops and not self.think_end_token:
             kwargs["stopping_criteria"] = StoppingCriteriaList([_Stops(self.tokenizer, want.stops, start)])
         kwargs |= {name: value for name, value in want.sampling if name != "seed"}
-        kwargs |= self._quiet_router()
+        kwargs |= quiet_router(self._model)
         rated = _Rated()
         if want.rated:
             kwargs["logits_processor"] = LogitsProcessorList([rated])
@@ -233,28 +209,6 @@ def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected
     else:
         tokens = [list(ids) for ids in asked]
     return [dict(zip(ids, row[ids].tolist(), strict=True)) for ids, row in zip(tokens, logprobs, strict=True)]
-
-
-def _apart(some: torch.Tensor, others: torch.Tensor) -> float:
-    """How far logits differ, of shape (tokens, vocabulary): root mean square in standard deviations, of the worst."""
-    found = []
-    for one, other in zip(some, others, strict=True):
-        possible = other > other.max() - 100  # some models rule tokens out
-        change = (one - other)[possible]
-        found.append(float((change - change.mean()).square().mean().sqrt() / other[possible].std()))
-    return max(found)
-
-
-class _Given(LogitsProcessor):
-    """Has an answer be these tokens."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens = iter(tokens)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        chosen = torch.full_like(scores, -torch.inf)
-        chosen[:, next(self.tokens)] = 0
-        return chosen
 
 
 class _Rated(LogitsProcessor):

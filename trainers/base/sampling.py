@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from trace_bench.engine.padding import masks_padding
 from trace_bench.engine.swap import to_end
 
 
@@ -21,7 +22,8 @@ def sampled(
 ) -> list[list[int]]:
     """Draws an answer to each prompt at temperature 1, without dropout. The model and all random numbers stay.
 
-    What a prompt draws depends on its seed and the weights, not on the other prompts of the batch.
+    What a prompt draws depends on its seed and the weights, not on the other prompts of the batch: a model that does
+    not heed the attention mask is given prompts of one length at a time.
 
     Args:
         model: Of transformers, or a LoRA of PEFT around one; without DDP's wrapper.
@@ -32,27 +34,33 @@ def sampled(
         precision: The autocast of the training.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model  # its layers have the adapter
-    settings, training = inner.generation_config, model.training
-    width, pad = max(map(len, prompts)), min(ends)  # any token: padding in front is masked
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    draw = Drawn([torch.Generator(model.device).manual_seed(seed) for seed in seeds])
+    settings, training, pad = inner.generation_config, model.training, min(ends)  # any token: it is masked
     # A model may come with temperatures and penalties, which would be in the answers.
     inner.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
+    answers: dict[int, list[int]] = {}
     model.eval()
     try:
         with torch.no_grad(), precision:
-            outputs = inner.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=most,
-                do_sample=False,
-                logits_processor=LogitsProcessorList([draw]),
-            )
+            lengths = set(map(len, prompts))
+            together = len(lengths) == 1 or masks_padding(inner, pad, max(prompts, key=len)[:8])
+            for wanted in [lengths] if together else [{length} for length in lengths]:
+                rows = [i for i, prompt in enumerate(prompts) if len(prompt) in wanted]
+                width = max(wanted)
+                ids = [[pad] * (width - len(prompts[i])) + prompts[i] for i in rows]
+                mask = [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in rows]
+                draw = Drawn([torch.Generator(model.device).manual_seed(seeds[i]) for i in rows])
+                outputs = inner.generate(
+                    input_ids=torch.tensor(ids, device=model.device),
+                    attention_mask=torch.tensor(mask, device=model.device),
+                    max_new_tokens=most,
+                    do_sample=False,
+                    logits_processor=LogitsProcessorList([draw]),
+                )
+                answers |= zip(rows, (to_end(row, ends) for row in outputs[:, width:].tolist()), strict=True)
     finally:
         inner.generation_config = settings
         model.train(training)
-    return [to_end(row, ends) for row in outputs[:, width:].tolist()]
+    return [answers[i] for i in range(len(prompts))]
 
 
 class Drawn(LogitsProcessor):
