@@ -4,7 +4,7 @@ The real mix of lengths: rows of all eight tasks together, cut at PROMPT and ANS
 process of its own, in turn, ROUNDS times; LoRA on all linear layers, AdamW, bf16, the same token ids, epochs, batch and
 learning rate:
 
-- ours: `trainers.base.CLTrainer` as the quickstart configs set it.
+- ours: `trainers.base.CLTrainer` as the quickstart configs set it, with the loss of the others.
 - TRL: `trl.SFTTrainer` with SFTConfig's defaults, gradient checkpointing among them.
 - plain: `transformers.Trainer` on rows padded to the longest of a batch, float32 weights under bf16 autocast (bf16
   weights, as the checkpoint has them, are slower still on a CPU).
@@ -169,6 +169,7 @@ def _ours(base: str, tokenizer: Any, examples: Any) -> Any:
         bf16=True,
         gradient_checkpointing=False,
         train_sampling_strategy="group_by_length",
+        loss_weights="tokens",  # as the others have it
         max_prompt_length=PROMPT,
         max_answer_length=ANSWER,
         disable_tqdm=True,

@@ -123,6 +123,7 @@ def test_the_loss_of_anchor_by_hand(weight, options):
     kl = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
     each = -w * p.log() + 0.5 * torch.tensor([kl, 0.0, kl, 0.0])
     torch.testing.assert_close(loss, (each[0] + each[1:].mean()) / 2)
+    assert anchor.record() == {"divergence": pytest.approx(2 * kl / 4)}
     # The weight has no gradient: d/dz of w CE = w (softmax - one-hot); of KL(q || p) it is p - q.
     loss.backward()
     wanted = w[0] * torch.tensor([0.25, -0.25]) + 0.5 * torch.tensor([0.25 - 0.5, 0.75 - 0.5])
