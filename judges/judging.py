@@ -208,11 +208,9 @@ def _check_same_judge(stage: Stage, suite: str, judge: Judge, limit: int | None,
 def _is_current(stage: Stage, suite: str) -> bool:
     """Whether the samples are those of the weights that the stage has now."""
     check_one_checkpoint(stage)
-    cell, trained = stage.eval_file(suite), stage.train_file
-    if cell.exists() and trained.exists() and read_json(cell)["checkpoint"] != read_json(trained)["checkpoint"]:
+    if not (current := judgements.is_current(stage, suite)):
         log.warning("%s, %s: the samples are of an older checkpoint. Evaluate the stage first.", stage.name, suite)
-        return False
-    return True
+    return current
 
 
 def _job(base: Stage, stage: Stage, suite: str, kind: Kind, limit: int | None) -> Job:

@@ -358,6 +358,8 @@ def test_what_is_done_is_not_asked_again_and_new_answers_are(server, run, capsys
     assert result(run, 1)["pairs"]["win"] == 4 and max(server.succeeded.values()) == 1
     assert (result(run, 1)["unpaired"], result(run, 1)["pairs"]["n"]) == (1, 6)
     assert "1 rows had no partner" in section(run, "Instruction following")
+    write_json(run.stages[1].eval_file(LIMA), {"checkpoint": "older"})  # as after the stage was trained again
+    assert [index for index, suite in judgements.load(run, INSTRUCTION) if suite == LIMA] == [0, 2]
 
 
 def test_a_limit_is_on_record_and_more_can_be_judged_later(server, run):

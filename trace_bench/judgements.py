@@ -88,8 +88,16 @@ def sample_fingerprints(base: Stage, stage: Stage, suite: str) -> dict[str, str 
     }
 
 
+def is_current(stage: Stage, suite: str) -> bool:
+    """Whether the samples are those of the weights that the stage has now; true where they do not say it."""
+    cell, trained = stage.eval_file(suite), stage.train_file
+    if not cell.exists() or not trained.exists():
+        return True
+    return bool(read_json(cell)["checkpoint"] == read_json(trained)["checkpoint"])
+
+
 def load(run: Run, kind: Kind) -> Judged:
-    """Reads the judgements that were made from the present samples.
+    """Reads the judgements that were made from the present samples, and these from the weights that the stages have.
 
     Raises:
         RunError: if a file lies where it does not belong, or its numbers are not those of its lines.
@@ -98,7 +106,7 @@ def load(run: Run, kind: Kind) -> Judged:
     base = run.stages[0]
     for stage, suite in ((s, suite) for s in run.stages if s.is_trained for suite in suites_of(s, kind)):
         file = judge_file(stage, suite)
-        if not file.exists() or not base.samples_file(suite).exists():
+        if not file.exists() or not base.samples_file(suite).exists() or not is_current(stage, suite):
             continue
         numbers = read_json(file)
         if numbers["samples"] == sample_fingerprints(base, stage, suite):
