@@ -46,7 +46,9 @@ class Bounded(httpx.AsyncClient):
             headers={"Accept-Encoding": "identity"},
             event_hooks={"response": [_hide_location]},
         )
-        self.path, self.seconds, self.most_file = httpx.URL(endpoint).path, seconds, most_file
+        # Without a path, as DeepSeek's endpoint is, httpx says "/".
+        self.path = httpx.URL(endpoint).path.rstrip("/")
+        self.seconds, self.most_file = seconds, most_file
         self.reached = reached
 
     async def _trace(self, event: str, info: Any) -> None:

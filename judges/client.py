@@ -103,7 +103,7 @@ class Client(Judge):
             if location := error.response.extensions["location"]:
                 # A user, password or query may be a secret of the server's.
                 target = str(asked.join(location).copy_with(userinfo=b"", query=None, fragment=None))
-        rest = asked.path.removeprefix(httpx.URL(self.endpoint).path)
+        rest = asked.path.removeprefix(httpx.URL(self.endpoint).path.rstrip("/"))
         raise JudgeError(
             self.masked(
                 f"{self.endpoint} answers {error.status_code} and leads to {target.removesuffix(rest)} . Redirects are "

@@ -91,10 +91,11 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         content, server = self.rfile.read(int(self.headers["Content-Length"])), self.server.fake
         server.headers.append({k.lower(): v for k, v in self.headers.items()})
-        if self.path == "/v1/files":
+        path = self.path.removeprefix("/v1")  # an endpoint without a path, too
+        if path == "/files":
             server.upload(self, content)
-        elif self.path in ("/v1/chat/completions", "/v1/batches"):
-            (server.chat if "chat" in self.path else server.make_batch)(self, json.loads(content))
+        elif path in ("/chat/completions", "/batches"):
+            (server.chat if "chat" in path else server.make_batch)(self, json.loads(content))
         else:
             server.send(self, 404, _error(f"no {self.path}"))
 

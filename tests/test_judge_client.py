@@ -123,6 +123,7 @@ def test_after_a_fault_the_request_is_sent_again(server, make):
     assert texts(make().complete(ask(*asked))) == echoes(*asked)
     assert dict(server.seen) == {text: 1 + 2 * (text != "fine") for text in asked}
     assert set(server.succeeded.values()) == {1}
+    assert texts(make(base_url=server.url.removesuffix("/v1")).complete(ask("FAULT:html*1"))) == echoes("FAULT:html*1")
 
 
 @pytest.mark.parametrize("package_waits", [60.0, 0.1])
