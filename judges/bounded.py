@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from email.utils import parsedate_to_datetime
 from threading import Event
 from typing import Any
 
@@ -135,8 +138,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _seconds(header: str | None) -> float:
-    """The seconds of a Retry-After header; 0 where it holds no number."""
-    try:
+    """The seconds of a Retry-After header, a number or a date; 0 where it holds neither."""
+    with suppress(ValueError):
         return float(header or 0)
-    except ValueError:
-        return 0.0
+    with suppress(ValueError, OverflowError):
+        return parsedate_to_datetime(str(header)).timestamp() - time.time()
+    return 0.0

@@ -13,6 +13,8 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +139,8 @@ def test_retry_after_is_waited_for_by_the_package_or_by_us_if_it_is_none_too_lon
     assert all(gap >= 0.15 for gap in gaps) and len(gaps) == 2
     monkeypatch.setattr(bounded, "PACKAGE_WAIT", 0.1)
     monkeypatch.setattr(bounded, "LONGEST_WAIT", 0.1)
+    later = format_datetime(datetime.now(UTC) + timedelta(seconds=300))
+    assert 295 < bounded._seconds(later) <= 300
     tries = {"0.15": 1, "nan": 2, "-5": 2, "x": 2, "9" * 5000: 1}
     for i, value in enumerate(tries):
         server.said[f"odd{i}"] = (429, {"error": {"message": "slow"}}, {"Retry-After": value})
