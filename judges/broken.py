@@ -19,8 +19,10 @@ STRANGE = 0.2
 LONGEST = 4000
 
 _REPEATED = re.compile(rf"(.{{1,{UNIT}}}?)\1{{{TIMES - 1},}}", re.DOTALL)
-# UTF-8 read as cp1252 or Latin-1: "Ã¼" for "ü", "â€™" for an apostrophe, "æœˆ" for a Chinese character.
-_MISREAD = re.compile("[ÂÃâåæçèéäï][\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]{1,2}")
+# UTF-8 read as cp1252 or Latin-1: "Ã¼" for "ü", "â€™" for an apostrophe, "æœˆ" for a Chinese character. The last
+# two take three characters: "é…", as in "Désolé…", is none of them.
+_BEHIND = "[\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
+_MISREAD = re.compile(f"[ÂÃ]{_BEHIND}|[âåæçèéäï]{_BEHIND}{{2}}")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 

@@ -240,6 +240,7 @@ BROKEN = {
     None: [
         *("36", "No.", "I'm sorry, but I cannot help with that.", "不", "No, no, no, no!", "100000000"),
         *("ha ha ha ha ha ha, that is funny, and here is why it is so", "Schöne Grüße aus Köln", "Âge et Ã la carte"),
+        *("Désolé…", "Oui, “café”"),
         *("It is Ã¼ber in a long text that has one broken character, which does not matter.", "I am sorry. " * 3),
         *("- one\n- two\n- three\n- four\n- five\n- six\n- seven", "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |"),
         *("def f(x):\n    return x + x + x + x + x + x + x + x + x", "नमस्ते दुनिया", "한국어 문장입니다"),
