@@ -24,7 +24,7 @@ from tqdm import tqdm
 from judges import JudgeError
 from judges.bounded import MOST_REPLY
 from judges.client import Client
-from judges.replies import Request, batch_file, count, read_reply, submitted
+from judges.replies import DECLINED, DECLINES, Request, batch_file, count, read_reply, submitted
 from trace_tasks.data.files import write_json
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,9 @@ class BatchClient(Client):
                 if not isinstance(row, dict) or row.get("custom_id") not in asked:
                     raise ValueError("it names no request of this batch")
                 key, response = row["custom_id"], row.get("response")
-                if row.get("error") or not isinstance(response, dict) or response.get("status_code") != 200:
+                if _code(response) in DECLINES:
+                    reply = DECLINED
+                elif row.get("error") or not isinstance(response, dict) or response.get("status_code") != 200:
                     raise ValueError(json.dumps(row.get("error") or response))
                 reply = read_reply(response.get("body"))
             except (ValueError, TypeError, RecursionError) as e:
@@ -217,6 +219,13 @@ async def _object(call: Awaitable[Any]) -> dict[str, Any]:
 def _objects(rows: Any) -> list[dict[str, Any]]:
     """The objects of a list that a server sent; none of anything else."""
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _code(response: Any) -> Any:
+    """The code of the error in the body of a response; None without one."""
+    for name in ("body", "error", "code"):
+        response = response.get(name) if isinstance(response, dict) else None
+    return response
 
 
 def _name(body: dict[str, Any], field: str = "id") -> str:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from judges import JudgeError
 from judges.bounded import FILE_SECONDS, MAX_RETRIES, MOST_REPLY, Bounded
 from judges.judge import Judge
-from judges.replies import Reply, Request, batch_file, read_reply, submitted
+from judges.replies import DECLINED, DECLINES, Reply, Request, batch_file, read_reply, submitted
+from trace_bench.keys import refuse_secrets
 from trace_bench.text import printable
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -184,9 +185,8 @@ class Client(Judge):
             if e.status_code in (401, 404):
                 how = " with this key" if _key() else ""
                 raise JudgeError(f"{self.endpoint} does not serve {self.model}{how}: {error}") from None
-            if e.code in ("content_filter", "content_policy_violation"):
-                # The endpoint's own filter declined: a refusal, and it would decline again.
-                return Reply("", refusal=True, finish_reason="content_filter"), False
+            if e.code in DECLINES:
+                return DECLINED, False
             # The first ones: this request is too long, or not to the endpoint's liking.
             return Reply("", error=error), e.status_code not in (400, 403, 413, 422)
         except openai.APIConnectionError as e:

@@ -60,6 +60,11 @@ class Reply:
         return self.finish_reason in _CUT
 
 
+#: What the endpoint's own filter declined: a refusal, since it would decline again. And the codes of its error.
+DECLINED = Reply("", refusal=True, finish_reason="content_filter")
+DECLINES = ("content_filter", "content_policy_violation")
+
+
 class _Line(TypedDict):
     """A line of a cache; its request is there for people."""
 

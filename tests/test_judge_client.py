@@ -451,6 +451,7 @@ def test_a_stopped_program_does_not_submit_twice(server, make, monkeypatch):
 
 def test_the_batch_api_gives_the_same_replies_into_the_same_cache(server, make, monkeypatch):
     make().complete(ask("a"))
+    output = server.output
     server.batch_polls = 3
     judge = make(batch=True)
     *fine, failed = judge.complete(ask("a", "b", "c", "b", "FAULT:down"))
@@ -467,6 +468,10 @@ def test_the_batch_api_gives_the_same_replies_into_the_same_cache(server, make, 
     monkeypatch.setattr(batch, "MOST_BYTES", 300)
     make(batch=True).complete(ask("x" * 100, "y" * 100))
     assert len(server.batches) == 5
+    error = '"body": {"error": {"code": "content_filter"}}'
+    server.output = lambda name, errors: output(name, errors).replace('"body": {}', error)
+    (filtered,) = make(batch=True).complete(ask("FAULT:down again"))
+    assert filtered.refusal and not filtered.error
 
 
 def test_a_batch_that_was_made_before_its_name_was_known_is_found(server, make):
