@@ -98,7 +98,7 @@ class BatchClient(Client):
             batches = [batch for batch in batches if batch["id"]]
             self._remember(batches)
             waiting = {key for batch in batches for key in batch["keys"]}
-            for lines in _chunks({key: body for key, body in bodies.items() if key not in waiting}):
+            for lines in _chunks({key: self.sent(body) for key, body in bodies.items() if key not in waiting}):
                 await self._make(api, lines)
 
     async def _make(self, api: openai.AsyncOpenAI, lines: dict[str, bytes]) -> None:
@@ -191,7 +191,8 @@ class BatchClient(Client):
                     reply = DECLINED
                 elif row.get("error") or not isinstance(response, dict) or response.get("status_code") != 200:
                     raise ValueError(json.dumps(row.get("error") or response))
-                reply = read_reply(response.get("body"))
+                else:
+                    reply = read_reply(response.get("body"))
             except (ValueError, TypeError, RecursionError) as e:
                 if key is None:
                     unreadable.append(self.masked(e))

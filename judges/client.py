@@ -172,10 +172,15 @@ class Client(Judge):
                 await asyncio.gather(*(work(api, bar) for _ in range(min(self.concurrency, len(bodies)))))
         return errors
 
+    def sent(self, body: Request) -> Request:
+        """A body as it is sent: without the seed of an attempt where --sampling has null for it."""
+        takes_none = self.sampling.get("seed", 0) is None  # as the endpoints of Gemini and Mistral
+        return {name: value for name, value in body.items() if not (takes_none and name == "seed")}
+
     async def _ask(self, api: openai.AsyncOpenAI, body: Request) -> tuple[Reply, bool]:
         """The reply to one request, or one with an error, and whether that looks like an outage."""
         known = {"model": body["model"], "messages": body["messages"]}
-        extra = {name: value for name, value in body.items() if name not in known}
+        extra = {name: value for name, value in self.sent(body).items() if name not in known}
         try:
             raw = await api.chat.completions.with_raw_response.create(**known, extra_body=extra)
             return read_reply(json.loads(raw.http_response.content)), False

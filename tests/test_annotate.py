@@ -496,6 +496,7 @@ def test_a_dry_run_states_what_all_attempts_cost_at_most(server, tmp_path, capsy
         (["--prompts", "."], "has the files none"),
         (["--prompts", "missing"], "missing is no folder"),
         (["--prompts", "own"], "has the files formc.yaml"),
+        (["--sampling", '{"seed": 1}'], "--sampling seed: the program sets it"),
     ],
 )
 def test_options_that_cannot_be_used_are_errors(tmp_path, argv, message):

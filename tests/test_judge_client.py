@@ -88,6 +88,10 @@ def test_whatever_differs_is_another_request(server, make):
     asked = {**ask("a")[0], "seed": 4}
     for judge in (make(), make("other"), make(sampling={"temperature": 0.5, "top_k": 3})):
         judge.complete([asked, ask("a")[0]])
+    without = make(sampling={"seed": None})  # an endpoint that takes none
+    without.complete([asked, {**asked, "seed": 5}])
+    assert server.bodies[-2:] == [{"model": "m", **ask("a")[0]}] * 2
+    server.seen["a"] -= 2
     assert server.seen["a"] == 6 and server.headers[0]["authorization"] == f"Bearer {KEY}"
     assert {"model": "m", **asked, "temperature": 0.5, "top_k": 3} in server.bodies
     assert request_key("http://x", asked) != request_key("http://y", asked)

@@ -83,6 +83,8 @@ def plan(
         DataError: if a task is unknown, or its data is missing or in another frame.
         JudgeError: if a teacher's prompt is wrong, or the folder was made with other settings or by something else.
     """
+    if teacher.sampling.get("seed") is not None:
+        raise JudgeError("--sampling seed: the program sets it to the number of the attempt. Leave it out.")
     names = _names(root, tasks)
     trace_data = data.Data.at(root, names)
     trace_data.check()
