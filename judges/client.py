@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import urllib.request
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +51,7 @@ class Client(Judge):
         concurrency: int = 8,
         timeout: float = 600.0,
     ) -> None:
-        endpoint = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
+        endpoint = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).strip().rstrip("/")
         super().__init__(model, endpoint=endpoint, cache=cache, sampling=sampling)
         self.concurrency, self.timeout = concurrency, timeout
         self.reached = Event()  # once a connection was made
@@ -60,6 +61,7 @@ class Client(Judge):
                 "The URL of the endpoint holds a user, password, query or fragment (one of @, ? and #): put the key in "
                 "OPENAI_API_KEY."
             )
+        refuse_secrets({"--base-url": endpoint}, "the judge's")
         try:
             url = httpx.URL(endpoint)
         except (httpx.InvalidURL, ValueError) as e:
@@ -71,13 +73,20 @@ class Client(Judge):
 
     def connect(self, most_file: int = MOST_REPLY) -> openai.AsyncOpenAI:
         """A client of the openai package, to be closed, whose files have so many bytes at most."""
+        try:
+            http = Bounded(self.endpoint, self.timeout, most_file, self.reached)
+        except (ImportError, ValueError, httpx.InvalidURL) as e:
+            raise JudgeError(
+                f"A proxy of the environment cannot be used ({self.masked(e)}). Name one that begins with http:// "
+                "in HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, or unset them."
+            ) from None
         return openai.AsyncOpenAI(
             api_key=_key() or "none",  # the package wants one, `vllm serve` does not
             base_url=self.endpoint,
             max_retries=MAX_RETRIES,
             # Of openai 2 this is the HTTP library; openai 3 has a successor of it, and takes both.
             timeout=httpx.Timeout(FILE_SECONDS, connect=60.0),  # type: ignore[arg-type]
-            http_client=Bounded(self.endpoint, self.timeout, most_file, self.reached),  # type: ignore[arg-type]
+            http_client=http,  # type: ignore[arg-type]
         )
 
     def masked(self, error: object) -> str:
@@ -86,6 +95,8 @@ class Client(Judge):
         lacking = isinstance(error, openai.APIStatusError) and error.status_code in (401, 403) and not key
         if isinstance(error, openai.APIStatusError):
             error = error.response.extensions.get("why", error)  # see `Bounded`
+        elif isinstance(error, openai.APIConnectionError) and str(error.__cause__ or ""):
+            error = f"{error} ({error.__cause__})"  # a name that is unknown, a certificate that is not trusted, ...
         text = " ".join(printable(str(error) or type(error).__name__).split())
         text = (text.replace(key, "***") if len(key) >= 6 else text)[:500]
         return f"no key was set: set OPENAI_API_KEY. The endpoint says: {text}" if lacking else text
@@ -189,6 +200,8 @@ class Client(Judge):
             error = self.masked(e)
             if e.status_code in (401, 404):
                 how = " with this key" if _key() else ""
+                if e.status_code == 404 and not re.search(r"/v\d[^/]*\Z", self.endpoint):
+                    error += ". The URL of an endpoint mostly ends in /v1: see --base-url"
                 raise JudgeError(f"{self.endpoint} does not serve {self.model}{how}: {error}") from None
             if e.code in DECLINES:
                 return DECLINED, False

@@ -176,6 +176,8 @@ def test_an_endpoint_that_is_down_or_takes_no_such_key_ends_the_program_and_repl
     with pytest.raises(JudgeError, match=r"Incorrect API key.*\*\*\*") as e:
         make(concurrency=1).complete(ask("FAULT:denied", "never", "asked"))
     assert KEY not in shown(e) and not server.seen["never"]
+    with pytest.raises(JudgeError, match="The URL of an endpoint mostly ends in /v1"):
+        make(base_url=f"{server.url}/chat").complete(ask("a"))
 
 
 def connections(caplog):
@@ -224,7 +226,7 @@ def test_a_server_that_was_there_and_goes_away_is_asked_again(make, monkeypatch,
             judge.complete(ask("b"))
     else:
         (reply,) = judge.complete(ask("b"))
-        assert reply.error == "Connection error."
+        assert re.fullmatch(r"Connection error. \(.+\)", reply.error), "with the cause"
     assert connections(caplog) == before + 4
     with pytest.raises(JudgeError, match="failed every request"):
         cut.complete(ask("b"))
@@ -351,6 +353,9 @@ def test_proxies_of_the_environment_stay(server, make, monkeypatch):
         with pytest.raises(JudgeError):  # it is none, and knows no whole addresses
             make().complete(ask("a"))
         assert proxy.headers and not server.headers
+    monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
+    with pytest.raises(JudgeError, match=r"A proxy of the environment cannot be used .* ALL_PROXY, or unset them"):
+        make().complete(ask("a"))
 
 
 # -------------------------------------------------------------------------------------------------------- key, endpoint
@@ -365,7 +370,7 @@ def test_a_key_is_in_no_attribute_and_needed_for_openai_alone_and_for_no_estimat
     assert judge.estimate(ask("a")).sent == 1
     with pytest.raises(JudgeError, match="OPENAI_API_KEY is not set"):
         judge.complete(ask("a"))
-    monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/")
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url + "/ ")
     assert Client("m", cache=tmp_path / "c.jsonl").endpoint == server.url
 
 
@@ -373,12 +378,13 @@ def test_a_key_is_in_no_attribute_and_needed_for_openai_alone_and_for_no_estimat
     ("url", "key"),
     [
         *((f"http://user:{KEY}@host/v1", KEY), (f"http://host/v1?key={KEY}", KEY)),
+        (f"http://host/{KEY}/v1", KEY),
         *(("localhost:8000", KEY), ("ftp://x", KEY), ("http://host/v1", "sk-ü"), ("http://host/v1", "sk-a\nb")),
     ],
 )
 def test_a_url_or_key_that_cannot_be_used_is_an_error_that_shows_no_key(url, key, make, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(JudgeError) as e:
+    with pytest.raises((JudgeError, RunError)) as e:
         make(base_url=url)
     assert key not in shown(e) and repr(key)[1:-1] not in shown(e)
 
