@@ -27,8 +27,12 @@ log = logging.getLogger(__name__)
 MOST_COUNT = 10**9
 #: Seconds between two looks at whether another process is done with the cache.
 LOCK_SECONDS = 0.2
-#: How endpoints say that a reply ended at its limit, or at the end of the model's context.
-_CUT = ("length", "max_tokens", "model_length")
+#: How endpoints say that a reply ended at its limit, or at the end of the model's context;
+_CUT = ("length", "max_tokens", "model_length", "model_context_window_exceeded")
+#: that a filter ended it, wherever it was;
+_FILTERED = ("content_filter", "sensitive", "refusal")
+#: and that the model behind a gateway broke off, in the middle of a sentence and with the status of success.
+_BROKE_OFF = ("error", "abort", "network_error", "insufficient_system_resource")
 
 #: The body of a chat completion without what a judge adds to each: the model and the sampling parameters.
 Request = dict[str, Any]
@@ -167,23 +171,37 @@ def read_reply(body: Any) -> Reply:
     choices = body.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise ValueError(f"no choices: {json.dumps(body.get('error') or body)}")
-    message, reason = choices[0].get("message"), choices[0].get("finish_reason")
-    if not isinstance(message, dict) or not isinstance(message.get("content") or "", str):
+    message, reason = choices[0].get("message"), _text(choices[0].get("finish_reason"))[:100]
+    if choices[0].get("error") or reason in _BROKE_OFF:
+        raise ValueError(f"it broke off: {json.dumps(choices[0].get('error') or reason)}")
+    if not isinstance(message, dict) or not isinstance(content := _content(message, "text") or "", str):
         raise ValueError(f"a choice without a text: {json.dumps(choices[0])}")
     usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
-    refusal = message.get("refusal")
-    text = _text(message.get("content") or refusal)
+    refusal, filtered = message.get("refusal"), reason.startswith(_FILTERED)
+    text = _text(content or refusal)
     # The first name is that of DeepSeek and older vLLM, the second that of vLLM and OpenRouter.
-    thinking = _text(message.get("reasoning_content") or message.get("reasoning"))
-    return Reply(
+    thinking = _text(message.get("reasoning_content") or message.get("reasoning") or _content(message, "thinking"))
+    reply = Reply(
         text=text,
         thinking=thinking,
-        unclosed=bool(thinking.strip()) and not (text.strip() or refusal),
-        refusal=bool(refusal),
-        finish_reason=_text(reason)[:100] if isinstance(reason, str) else None,
+        unclosed=bool(thinking.strip()) and not (text.strip() or refusal or filtered),
+        refusal=bool(refusal) or filtered,
+        finish_reason=reason or None,
         prompt_tokens=count(usage.get("prompt_tokens")),
         completion_tokens=count(usage.get("completion_tokens")),
     )
+    if not (text or thinking or reply.refusal or reply.cut or reply.completion_tokens or message.get("tool_calls")):
+        raise ValueError("an empty reply of no tokens")
+    return reply
+
+
+def _content(message: Request, kind: str) -> Any:
+    """The text of a message, or its "thinking", which Mistral's models send as parts of the content."""
+    content = message.get("content")
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        return content if kind == "text" else None
+    parts = [{"content": part.get(kind)} for part in content if part.get("type") == kind]
+    return "".join(_text(_content(part, "text")) for part in parts)
 
 
 def _text(value: Any) -> str:

@@ -5,7 +5,7 @@ A verdict is a word in double square brackets, such as [[A]]. The rule:
 1. What a model thinks aloud gives no verdict (`judges.thinking`): only what follows its thinking is read, and nothing
    of a reply whose thinking is not closed.
 2. Nor does a reply that was cut at its limit of tokens: over an endpoint it may be thinking without any mark, since the
-   chat template opened it ("if I chose [[A]] ...").
+   chat template opened it ("if I chose [[A]] ..."). Nor one that is a refusal, or that the endpoint's filter ended.
 3. A reply that names one verdict, however often, gives it.
 4. A reply that names several (a judge that weighs "[[A]] or [[B]]?" before it decides) is ambiguous, unless its last
    line that is not empty names exactly one: judges are told to end with the verdict, so that line decides.
@@ -44,7 +44,7 @@ def verdict_of(reply: Reply, allowed: Sequence[str], forced: bool = False) -> st
     With `forced` it is the one that a local model was made to choose, which is no judgement of its own: no rate counts
     it. Without, it is any other.
     """
-    if reply.forced != forced or reply.error or is_unclosed(reply):
+    if reply.forced != forced or reply.error or reply.refusal or is_unclosed(reply):
         return None
     # A forced verdict stands behind what the model wrote, however that ended.
     return parse(reply.text, allowed, cut=reply.cut and not forced)

@@ -277,7 +277,10 @@ def said(**message):
 
 
 def test_what_a_body_says_is_read_and_not_believed_if_it_cannot_be():
-    choices = ({}, [1], [{}], [{"message": "x"}], [{"message": {"content": [1]}}])
+    ends = ({"finish_reason": "error"}, {"error": {"code": 502}})
+    broke_off = [{"message": {"content": "Is it [[A]]"}, **end} for end in ends]
+    none = {"message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}
+    choices = ({}, [1], [{}], [{"message": "x"}], [{"message": {"content": [1]}}], *([c] for c in (*broke_off, none)))
     for body in (None, [], "text", {}, *({"choices": each} for each in choices)):
         with pytest.raises(ValueError):
             read_reply(body)
@@ -290,6 +293,12 @@ def test_what_a_body_says_is_read_and_not_believed_if_it_cannot_be():
         assert read_reply(said(content="B", **{name: "It is [[A]]"})) == replace(thought, text="B", unclosed=False)
         assert read_reply(said(content="B", **{name: [1]})) == replace(empty, text="B")
         assert not read_reply(said(content=None, refusal="No.", **{name: "x"})).unclosed
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "It is "}, {"type": "text", "text": "[[A]]"}]}]
+    assert read_reply(said(content=parts)) == thought, "as of Mistral"
+    parts.append({"type": "text", "text": "B"})
+    assert read_reply(said(content=parts)) == replace(thought, text="B", unclosed=False)
+    filtered = {"choices": [{"message": {"content": "Is it [[A]]"}, "finish_reason": "content_filter: SAFETY"}]}
+    assert read_reply(filtered).refusal
     for number in (-3, 10**400, True, 1e400, 2.5, "7", None, [1], 10**9 + 1, float("nan")):
         reply = read_reply({**said(content="a"), "usage": {"prompt_tokens": number, "completion_tokens": 3}})
         assert (reply.prompt_tokens, reply.completion_tokens) == (0, 3), number

@@ -171,7 +171,7 @@ def test_a_reply_without_a_verdict_has_a_reason():
         Reply("[[A]]", finish_reason="model_length"): "cut at its limit of tokens",
         Reply("<think>[[A]]", finish_reason="length"): "thinking not closed, cut at its limit of tokens",
         Reply("", thinking="[[A]]", unclosed=True): "thinking not closed",
-        Reply("No.", refusal=True): "refused",
+        Reply("No: [[A]]", refusal=True): "refused",
         Reply("", error="no server"): "failed",
     }.items():
         assert why_unscored(reply, prompts.PAIR) == reason

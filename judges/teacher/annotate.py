@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 #: In the folder: the replies, and the settings with the numbers, which is written last.
 CACHE, ANNOTATION = "annotate-cache.jsonl", "annotation.json"
 #: Part of the settings: raise it with any change of what is asked or accepted.
-VERSION = 2
+VERSION = 3
 SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
 
 
