@@ -197,6 +197,9 @@ RIGHT, FORM = "Rates rose.\nAnswer:B", "no answer in the task's form"
     [
         (FOMC, "\nReasoning: Rates rose.\n\nAnswer: B\nThat is it.", "Rates rose.", ""),
         (FOMC, "Rates rose. Answer: B", "Rates rose.", ""),
+        (FOMC, "Is the stance A? No. The stance is B.\nAnswer: B", "Is the stance A? No. The stance is B.", ""),
+        (FOMC, "Rates rose. So the stance is C.\nAnswer: B", "", "another answer in the path"),
+        (STANCE, "文本批评它，所以态度是B。回答：A", "", "another answer in the path"),
         (FOMC, "<think>Is it A?\nAnswer:A</think>\nRates rose.\nAnswer:B", "Rates rose.", ""),
         (STANCE, "推理：文本称赞它。回答：A", "文本称赞它。", ""),
         (NUMBER, "3 * 4 = 12\nAnswer: 12.0", "3 * 4 = 12", ""),

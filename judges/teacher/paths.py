@@ -105,7 +105,24 @@ def read_path(row: Row, reply: Reply) -> tuple[str, str]:
         return "", "no answer in the task's form"
     path = path.strip().removeprefix(frame.reasoning_cue).strip()
     problem = path_problem(row.folder, path, row.answer)
+    if not problem and states_another(row, path):
+        problem = "another answer in the path"
     return ("", problem) if problem else (path, "")
+
+
+_SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
+_STATES_ANSWER = re.compile(r"\b(?:answer|stance)\b|答案|态度|立场", re.IGNORECASE)
+
+
+def states_another(row: Row, path: str) -> bool:
+    """Whether the last sentence of a path states another option than the right one ("So the stance is C").
+
+    Of the 600 official paths to an option one does, and is wrong ("A hawkish policy stance ..." before A, dovish).
+    """
+    *_, last = filter(str.strip, _SENTENCE_ENDS.split(path))
+    if CHECKS[row.folder] is not _CHOICE or not _STATES_ANSWER.search(last):
+        return False
+    return answers.read_choice(last, row.prompt) not in (None, row.gold)
 
 
 def path_problem(folder: str, path: str, answer: str) -> str:
