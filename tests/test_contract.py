@@ -240,6 +240,7 @@ def test_an_alignment_set_has_to_be_named_where_the_tasks_bring_no_data_of_trace
 # -------------------------------------------------------------------------------------------------------- written rows
 
 
+@pytest.mark.slow  # the model writes in a process of its own
 def test_a_stage_is_trained_on_what_the_model_before_writes(options, monkeypatch, request):
     """The answers are those of the evaluation; they are written once, and again for other prompts."""
     run = train({**options, "max_new_tokens": 6, "max_steps": 8, "tasks": TASKS})

@@ -66,6 +66,7 @@ cli_evaluate()
 """
 
 
+@pytest.mark.slow  # starts lm_eval
 def test_plain_lm_eval_runs_the_tasks_where_nothing_else_of_ours_is_there(tmp_path):
     shutil.copytree(data.TASKS_PATH, tmp_path / "trace_tasks", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRACE_DATA": "demo"}
