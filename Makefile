@@ -50,7 +50,7 @@ data: ## unpack and check an official archive: make data ARCHIVE=path/to/archive
 	$(BIN)/trace-bench data $(ARCHIVE)
 
 %-train: setup ## train, evaluate and report, e.g. make sequential-train CONFIG=trainers/configs/llama2_7b_lora.yaml
-	$(BIN)/$(LAUNCH) -m trainers.$* --config $(CONFIG) --output_dir $(RUN)
+	$(BIN)/$(LAUNCH) -m trace_bench train $* --config $(CONFIG) --output_dir $(RUN)
 	$(BIN)/trace-bench evaluate $(RUN)
 	$(BIN)/trace-bench report $(RUN)
 
