@@ -211,7 +211,7 @@ def test_the_loss_weighs_rows_or_tokens_the_same_however_a_batch_is_split(weight
 @pytest.mark.parametrize(
     ("name", "nothing"),
     [
-        ("lwf", {"lwf_lambda": 0.0}),
+        ("lwf", {"lwf_lambda": 1e-30}),  # with none it has no teacher
         ("anchor", {"anchor_lambda": 0.0, "anchor_weight": "one"}),
     ],
 )
@@ -684,6 +684,13 @@ def test_the_teacher_of_lwf_is_the_stage_before(options):
     train(small(options, "lwf", 3, **EXACT), as_method(Spy), config)
     assert len(seen) == 3 and seen[0][0] == seen[0][1], "no teacher at the first stage"
     assert all(loss == pytest.approx(plain, rel=1e-3) for loss, plain in seen)
+
+
+def test_a_distillation_of_no_weight_loads_no_teacher_whose_adapter_would_draw_random_numbers():
+    instance = unbuilt("lwf", lwf_lambda=0.0)
+    instance.stage = SimpleNamespace(index=2)
+    instance.begin_stage()
+    assert instance.teacher is None, "so it is sequential training to the byte"
 
 
 def test_the_distillation_loss_is_the_divergence_from_the_teacher():

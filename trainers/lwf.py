@@ -6,7 +6,7 @@ token at the answer's positions; the distillation loss is KL(teacher || student)
 and rows as the loss itself is. \lambda = 1 and T = 2 are the paper's (T the official TRACE code's, too), whose cross
 entropy has the gradient of the divergence. The factor T^2 of Hinton et al. 2015 (arXiv 1503.02531) is in neither the
 paper nor the official code, nor here: `lwf_lambda: 4` is the same as T^2 at T = 2. The first stage has no teacher, and
-is plain training.
+is plain training; so is every stage with `lwf_lambda: 0`.
 
 The official TRACE code takes the divergence with its arguments exchanged and over a batch of logits kept on the disk,
 which fit the rows only while the batches come in the same order.
@@ -46,8 +46,9 @@ class LwFTrainer(CLTrainer):
         return {}
 
     def begin_stage(self) -> None:
-        """Loads the teacher: a second model in memory."""
-        self.teacher = self.frozen_model(self.previous.checkpoint) if self.stage.index > 1 else None
+        """Loads the teacher: a second model in memory. One that says nothing would still draw random numbers."""
+        teaches = self.stage.index > 1 and self.config.lwf_lambda
+        self.teacher = self.frozen_model(self.previous.checkpoint) if teaches else None
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
