@@ -76,6 +76,7 @@ class SEEKRTrainer(DERTrainer):
         super().begin_stage()
         rows: Any = self.train_dataset
         (batch,) = self.batches(rows.select([0]))
+        self.model.eval()  # dropout would draw random numbers, and the stage be another than that of `der`
         with torch.no_grad():
             shapes = {weights.shape[:2] for weights in self.attention(self.model, batch)[0]}
         if len(shapes) != 1:
