@@ -27,11 +27,12 @@ from architectures import (
     reference_likelihoods,
     reload,
 )
-from conftest import pieces_tokenizer
+from conftest import byte_tokenizer, pieces_tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.live import LiveHF
+from trace_bench.engine.models import ModelError, load_tokenizer
 from trace_bench.tasks import load_tasks
 from trainers.base import sampled
 
@@ -212,6 +213,20 @@ def test_a_tokenizer_that_adds_eos_encodes_prompts_without(answers_of, lively, t
     (found,) = answers_of(ending, [None], PROMPTS, pairs)
     assert found["answers"] == reference(model, tokenizer, PROMPTS)
     assert found["likelihoods"] == pytest.approx(reference_likelihoods(model, tokenizer, pairs), rel=1e-3)
+
+
+def test_a_tokenizer_that_transformers_would_build_as_another_is_refused(lively, tmp_path):
+    """A byte-level one of a Llama whose file says LlamaTokenizerFast, as DeepSeek's: it would lose every space."""
+    folder = Path(shutil.copytree(lively, tmp_path / "m"))
+    assert load_tokenizer(folder)("A b").input_ids == pieces_tokenizer()("A b").input_ids
+    byte_tokenizer().save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    for name in ("LlamaTokenizerFast", "PreTrainedTokenizerFast"):
+        file.write_text(json.dumps({**settings, "tokenizer_class": name}))
+        refused = pytest.raises(ModelError, match=r"makes a LlamaTokenizer of it.*Set tokenizer_class")
+        with refused if "Llama" in name else nullcontext():
+            assert load_tokenizer(folder)("A b").input_ids == byte_tokenizer()("A b").input_ids
 
 
 # -------------------------------------------------------------------------------------------------------------- padding

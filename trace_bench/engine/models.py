@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine.hub import ModelError, hub_file, is_out_of_reach, not_given
+from trace_bench.engine.rebuilt import FaithfulTokenizer
 from trace_bench.engine.sharing import inner, shared_layer, shared_weights
 from trace_bench.run import read_json
 from trace_tasks.data.files import cache_dir, cached_dir, fingerprint
@@ -219,11 +220,9 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
     """Loads the tokenizer of a model, or of a checkpoint that brings its own.
 
     Raises:
-        ModelError: if there is none, or it brings code that is not trusted.
+        ModelError: if there is none, or it brings code that is not trusted, or would encode otherwise than its file.
     """
-    from transformers import AutoTokenizer
-
-    return _read(AutoTokenizer, f"The tokenizer of {model} cannot be loaded", model, revision, trust_remote_code)
+    return _read(FaithfulTokenizer, f"The tokenizer of {model} cannot be loaded", model, revision, trust_remote_code)
 
 
 def load_config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
