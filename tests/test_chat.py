@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from conftest import pieces_tokenizer, train
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from trace_bench import evaluate
@@ -91,6 +92,10 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
     "wrong, message",
     [
         ({"chat_template": False, "chat_template_args": OFF}, "no effect without chat_template=true"),
+        (
+            {"chat_template_args": {"add_generation_prompt": False}},
+            "add_generation_prompt is no variable of a template",
+        ),
         ({"chat_template_args": "thinking"}, "chat_template_args='thinking' is not allowed: use a mapping"),
         ({"max_prompt_length": 20}, r"takes \d+ tokens by itself and max_prompt_length is 20: raise it"),
     ],
@@ -127,6 +132,15 @@ def test_what_is_cut_is_the_content_and_earlier_turns_go_first(chat):
     assert len(cut) <= len(ids) - 95 and "an example" not in text
     with pytest.raises(PromptError, match="take more than the limit of 30 tokens"):
         prompt_ids(chat.tokenizer, [whole], 30, chat)
+
+
+def test_a_content_that_a_normaliser_makes_longer_is_cut_by_what_is_too_much(chat):
+    chat.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()  # "…" becomes three points
+    text = chat([{"role": "user", "content": "Word " * 20 + "und … " * 9 + "end."}])
+    (ids,) = prompt_ids(chat.tokenizer, [text], None, chat)
+    for n in (1, 9):
+        (cut,) = prompt_ids(chat.tokenizer, [text], len(ids) - n, chat)
+        assert len(cut) <= len(ids) - n < len(cut) + 3
 
 
 def test_a_chat_has_the_templates_ids_and_no_others(chat):

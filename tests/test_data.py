@@ -12,7 +12,7 @@ import pytest
 from conftest import packed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from trace_bench import cli
@@ -287,6 +287,15 @@ def test_only_the_answer_and_eos_carry_loss(bos):
     # Tokens that merge across the border leave the prompt as it is tested; together they are c ab d.
     (example,) = example_ids(tokenizer(bos), ["ca"], ["bd"])
     assert example["labels"][-3:] == [B, D, EOS] and example["input_ids"][-5:-3] == [C, A]
+
+
+def test_an_answer_whose_tokens_would_merge_with_the_prompts_gets_no_space_of_its_tokenizers():
+    made = tokenizer(False)
+    made.backend_tokenizer.model = models.BPE({t: i for i, t in enumerate([*VOCABULARY, "Ġ", "Ċ"])}, [("a", "b")])
+    made.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    made.backend_tokenizer.decoder = decoders.ByteLevel()
+    (example,) = example_ids(made, ["ca"], ["bd"])
+    assert example["labels"] == [-100] * 3 + [B, D, EOS]
 
 
 @pytest.mark.parametrize("limit, target", [(None, [AB, C, EOS]), (3, [AB, C, EOS]), (2, [AB, C]), (1, [AB])])

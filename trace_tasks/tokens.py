@@ -38,6 +38,12 @@ def leading_ids(tokenizer: Any) -> list[int]:
 #: most characters that it may add.
 RENDERING = (10.0, 2**30)
 MOST_ADDED = 1_000_000
+#: Arguments of `apply_chat_template` that are decided here.
+_NOT_OF_TEMPLATES = {
+    *("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
+    *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
+    *("tokenizer", "turns", "fix"),
+}
 
 
 def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **arguments: Any) -> str:
@@ -72,7 +78,7 @@ class Chat:
             None = today.
 
     Raises:
-        PromptError: if there is no template.
+        PromptError: if there is no template, or an argument is not one of a template.
     """
 
     def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
@@ -82,6 +88,11 @@ class Chat:
                 "chat_template out."
             )
         self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
+        if taken := sorted(self.arguments.keys() & _NOT_OF_TEMPLATES):
+            raise PromptError(
+                f"chat_template_args: {taken[0]} is no variable of a template but says how it is used, which is the "
+                "same in training and evaluation. Leave it out."
+            )
         self.day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
         #: What each rendered text was made from: a prompt that is too long is rendered again with less content.
         self._made: dict[str, tuple[list[dict[str, str]], bool]] = {}
@@ -134,7 +145,8 @@ class Chat:
             # Decoding half of a character's bytes gives a mark in its place.
             end = text_of(self.tokenizer, words[len(words) - keep :]).lstrip("\ufffd")
             cut = list(turns)
-            cut[index] = {**turns[index], "content": content[len(content) - len(end) :]}
+            # A normaliser may have made it longer than it was.
+            cut[index] = {**turns[index], "content": content[max(len(content) - len(end), 0) :]}
             (ids,) = _encoded(self.tokenizer, [self._render(cut, generation)])
             if len(ids) <= limit:
                 return ids
@@ -175,6 +187,14 @@ def prompt_ids(
     return out
 
 
+def _alone(tokenizer: Any, answer: str) -> list[int]:
+    """The token ids of an answer by itself; behind a line break where it would get a space in front otherwise."""
+    ids, start, behind = _encoded(tokenizer, [answer, "\n", f"\n{answer}"])
+    if text_of(tokenizer, ids) == f" {answer}" and behind[: len(start)] == start:  # byte-level, with add_prefix_space
+        return behind[len(start) :]
+    return ids
+
+
 def example_ids(
     tokenizer: Any,
     prompts: Sequence[str],
@@ -204,10 +224,7 @@ def example_ids(
         joint = [b if prompt in chat else j for prompt, b, j in zip(prompts, bare, joint, strict=True)]
     examples = []
     for answer, whole, kept, both in zip(answers, full, cut, joint, strict=True):
-        if both[: len(whole)] == whole:
-            target = both[len(whole) :]
-        else:
-            target = tokenizer(answer, add_special_tokens=False).input_ids
+        target = both[len(whole) :] if both[: len(whole)] == whole else _alone(tokenizer, answer)
         target = [*target, tokenizer.eos_token_id][:max_answer]
         examples.append({"input_ids": kept + target, "labels": [-100] * len(kept) + target})
     return examples
