@@ -231,6 +231,20 @@ def test_a_tokenizer_that_transformers_would_build_as_another_is_refused(lively,
 
 # -------------------------------------------------------------------------------------------------------------- padding
 
+
+@pytest.mark.parametrize("pad", ["[PAD]", None])
+def test_a_batch_is_padded_with_a_token_that_the_model_has(pad, lively, tmp_path):
+    """Some tokenizers have one more than the embeddings, or none."""
+    folder = Path(shutil.copytree(lively, tmp_path / "m"))
+    tokenizer = AutoTokenizer.from_pretrained(lively)
+    expected = reference(reload(lively, None), tokenizer, PROMPTS)
+    tokenizer.pad_token, tokenizer.eos_token = pad, pad and "</s>"
+    if pad:
+        tokenizer.add_special_tokens({"pad_token": pad})
+    tokenizer.save_pretrained(folder)
+    assert texts(by_transformers(folder, [None], PROMPTS)) == [expected]
+
+
 STATES = {
     "rwkv": {"attention_hidden_size": 128, "context_length": 512},
     "recurrent_gemma": {"num_attention_heads": 2, "lru_width": 128, "attention_window_size": 16},

@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from trace_bench.engine import models
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.padding import masks_padding, quiet_router
+from trace_bench.engine.sharing import inner
 from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted, to_end
 from trace_tasks.tokens import text_of
 
@@ -59,7 +60,9 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
     @property
     def pad(self) -> int:
         """The token that fills the rows of a batch: any, since it is masked in front and cut off behind."""
-        return self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+        known = range(inner(self._model.get_input_embeddings()).weight.shape[0])  # some tokenizers have one more
+        named = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in named if token in known), 0)
 
     def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
         answers: dict[int, list[int]] = {}
