@@ -537,6 +537,22 @@ def test_a_checkpoint_of_other_names_is_refused_with_both(change, message, bases
         assert "tensors beside the language model, such as v_head.weight" in caplog.text
 
 
+@pytest.mark.parametrize("prefix", ["", "model.model."], ids=["without", "twice"])
+def test_names_that_transformers_completes_and_vllm_does_not_are_refused_there(prefix, bases, model):
+    """As the model within the causal one is saved: vLLM would fail when the base is measured."""
+    rewrite(model, lambda t: {k.replace("model.", prefix, 1): v for k, v in t.items()}, "model.safetensors")
+    check(bases["llama"], model, backend="hf")
+    for base in (bases["llama"], model):
+        refused(f"its tensors such as {prefix}embed_tokens.weight.*save it again", base, model)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}'])
+def test_a_generation_config_that_does_not_say_the_end_is_refused_before_the_base_is_measured(content, bases, model):
+    (model / "generation_config.json").write_text(content)
+    for base in (bases["llama"], model):
+        refused("generation_config.json is damaged|eos_token_id is '</s>'", base, model, backend="hf")
+
+
 def test_a_checkpoint_of_another_size_is_served_by_its_own_config_only(bases, tmp_path):
     small = LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, num_key_value_heads=2, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "m")

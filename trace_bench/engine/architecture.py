@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine import gpu, models
+from trace_bench.engine.ends import ends_of_model
 from trace_bench.engine.hub import ModelError, model_folder
 from trace_bench.run import RunError, is_file_name, read_json
 from trace_tasks.errors import brief
@@ -43,6 +44,8 @@ _HARMLESS = {
 }
 #: Types whose experts vLLM's routing on a CPU chooses without the correction bias that they were trained with.
 _ROUTED_WRONGLY = {"ernie4_5_moe"}
+#: Types whose names vLLM completes, since their files on the hub lack the first part.
+_COMPLETED = {"bloom", "gpt2", "opt"}
 
 
 def architecture(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -189,6 +192,7 @@ def check_full_model(folder: Path, base: Callable[[], Any], backend: str, trust_
     own = architecture(folder, None, trust_remote_code)
     if backend == "vllm":
         _refuse_more_weights(folder)
+        _refuse_other_names(folder, own, shapes)
     if packed := read_json(folder / "config.json").get("quantization_config"):
         if backend == "hf":
             _check_quantised(folder, packed)
@@ -221,8 +225,10 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
             raise models.own_head(base)
         return
     check_full_model(folder, lambda: architecture(base, None, trust_remote_code), "hf", trust_remote_code)
+    ends_of_model(folder)
     if backend == "vllm":
         _refuse_more_weights(folder)
+        _refuse_other_names(folder, architecture(base, None, trust_remote_code), tensor_shapes(folder))
     if _has_own_head(folder, trust_remote_code):
         raise models.own_head(base)
 
@@ -235,6 +241,17 @@ def _refuse_more_weights(folder: Path) -> None:
         raise RunError(
             f"{folder} holds {', '.join(more[:3])} beside the model, which vLLM would load, too. Move it elsewhere, or "
             "take --backend hf."
+        )
+
+
+def _refuse_other_names(folder: Path, model: Any, shapes: dict[str, list[int]]) -> None:
+    """Refuses names without the first part that a model's have, or with it twice: transformers knows them, vLLM not."""
+    prefix, names = f"{model.base_model_prefix}.", model.state_dict().keys()
+    other = [n for n in shapes if n not in names and (prefix + n in names or n.removeprefix(prefix) in names)]
+    if other and model.config.model_type not in _COMPLETED:
+        raise RunError(
+            f"{folder} calls its tensors such as {other[0]}, with {prefix!r} too few or too many, where vLLM looks for "
+            f"{min(names)}. Load it with AutoModelForCausalLM and save it again, or take --backend hf."
         )
 
 

@@ -20,15 +20,26 @@ def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: 
         found.add(tokenizer.get_vocab().get(eos_text(checkpoint)))
         places += [] if models.is_adapter(checkpoint) else [(str(checkpoint), None)]
     for place, commit in places:
-        settings = models.model_file(place, "generation_config.json", commit)
-        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
-        if eos is None:  # as in transformers, config.json says what this file does not
-            eos = models.read_config(place, commit).get("eos_token_id")
-        tokens = eos if isinstance(eos, list) else [eos]
-        if not all(isinstance(token, int | None) for token in tokens):
-            raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
-        found |= set(tokens)
+        found |= ends_of_model(place, commit)
     return frozenset(found - {None})
+
+
+def ends_of_model(place: str | Path, commit: str | None = None) -> set[int | None]:
+    """The tokens that end an answer by the configurations of a model.
+
+    Raises:
+        ModelError, RunError: if they do not say it in a way that can be read.
+    """
+    settings = models.model_file(str(place), file := "generation_config.json", commit)
+    if not isinstance(settings, dict | None):
+        raise ModelError(f"{place}/{file} is damaged: it holds no object. Copy it again, or remove it.")
+    eos = (settings or {}).get("eos_token_id")
+    if eos is None:  # as in transformers, config.json says what this file does not
+        eos = models.read_config(str(place), commit).get("eos_token_id")
+    tokens = eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int | None) for token in tokens):
+        raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
+    return set(tokens)
 
 
 def eos_text(checkpoint: Path) -> str | None:
