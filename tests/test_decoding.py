@@ -28,6 +28,7 @@ from architectures import (
     reload,
 )
 from conftest import byte_tokenizer, pieces_tokenizer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from trace_bench.engine.ends import end_ids
@@ -227,6 +228,23 @@ def test_a_tokenizer_that_transformers_would_build_as_another_is_refused(lively,
         refused = pytest.raises(ModelError, match=r"makes a LlamaTokenizer of it.*Set tokenizer_class")
         with refused if "Llama" in name else nullcontext():
             assert load_tokenizer(folder)("A b").input_ids == byte_tokenizer()("A b").input_ids
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_llama_tokenizer_without_a_json_file_encodes_as_sentencepiece_or_is_refused(kind, lively, tmp_path):
+    """Transformers takes the vocabulary of tokenizer.model for one of BPE, without its normaliser."""
+    folder = Path(shutil.copytree(lively, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*")))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    settings = {"vocab_size": 340, "model_type": kind, "byte_fallback": True, "hard_vocab_limit": False}
+    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
+    lines = ["the quick brown fox didn't jump", "it's 2024 and they say so", "what is the answer again?"] * 9
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), split_digits=True, **settings
+    )
+    text = "They say the answer is 7 so"
+    with pytest.raises(ModelError, match=r"is no BPE") if kind == "unigram" else nullcontext():
+        pieces = SentencePieceProcessor(str(folder / "tokenizer.model")).encode(text)
+        assert load_tokenizer(folder)(text, add_special_tokens=False).input_ids == pieces
 
 
 # -------------------------------------------------------------------------------------------------------------- padding
