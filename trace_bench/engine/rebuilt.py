@@ -15,7 +15,7 @@ _FIRST = 4
 class FaithfulTokenizer:
     """AutoTokenizer, which trusts the `tokenizer_class` of a file even where it was of no account when it was written.
 
-    The byte-level tokenizers of DeepSeek's first Llamas would lose every space.
+    A byte-level tokenizer of a Llama that is called LlamaTokenizerFast there would lose every space.
     """
 
     @staticmethod
