@@ -30,6 +30,7 @@ from architectures import (
 from conftest import byte_tokenizer, pieces_tokenizer
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+from transformers.convert_slow_tokenizer import import_protobuf
 
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.live import LiveHF
@@ -216,18 +217,22 @@ def test_a_tokenizer_that_adds_eos_encodes_prompts_without(answers_of, lively, t
     assert found["likelihoods"] == pytest.approx(reference_likelihoods(model, tokenizer, pairs), rel=1e-3)
 
 
-def test_a_tokenizer_that_transformers_would_build_as_another_is_refused(lively, tmp_path):
+@pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_that_transformers_would_build_as_another_is_taken_from_its_file(name, lively, tmp_path):
     """A byte-level one of a Llama whose file says LlamaTokenizerFast, as DeepSeek's: it would lose every space."""
     folder = Path(shutil.copytree(lively, tmp_path / "m"))
     assert load_tokenizer(folder)("A b").input_ids == pieces_tokenizer()("A b").input_ids
     byte_tokenizer().save_pretrained(folder)
     file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
-    for name in ("LlamaTokenizerFast", "PreTrainedTokenizerFast"):
-        file.write_text(json.dumps({**settings, "tokenizer_class": name}))
-        refused = pytest.raises(ModelError, match=r"makes a LlamaTokenizer of it.*Set tokenizer_class")
-        with refused if "Llama" in name else nullcontext():
-            assert load_tokenizer(folder)("A b").input_ids == byte_tokenizer()("A b").input_ids
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": name}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer("A b").input_ids == byte_tokenizer()("A b").input_ids
+    assert (tokenizer.eos_token, tokenizer.chat_template) == (
+        byte_tokenizer().eos_token,
+        byte_tokenizer().chat_template,
+    )
+    tokenizer.save_pretrained(folder)
+    assert load_tokenizer(folder)("A b").input_ids == tokenizer("A b").input_ids
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
@@ -241,7 +246,10 @@ def test_a_llama_tokenizer_without_a_json_file_encodes_as_sentencepiece_or_is_re
     SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_prefix=str(folder / "tokenizer"), split_digits=True, **settings
     )
-    text = "They say the answer is 7 so"
+    model = (proto := import_protobuf()).ModelProto.FromString((folder / "tokenizer.model").read_bytes())
+    model.pieces.insert(259, proto.ModelProto.SentencePiece(piece="▁▁", score=-1e9))  # LLaMA has such ones there
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    text = "They say  the answer is 7 so"
     with pytest.raises(ModelError, match=r"is no BPE") if kind == "unigram" else nullcontext():
         pieces = SentencePieceProcessor(str(folder / "tokenizer.model")).encode(text)
         assert load_tokenizer(folder)(text, add_special_tokens=False).input_ids == pieces

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from trace_bench.engine.hub import hub_file
+
+log = logging.getLogger(__name__)
 
 #: Words, numbers, contractions, spaces and characters beyond ASCII, behind a word of at most `_FIRST` tokens.
 _TEXT = "What is 7 + 512, didn't they say?\nAnswer: naß, 你好 (x  y).\n\n\tSo it's 1234.5… A"
@@ -20,33 +23,34 @@ class FaithfulTokenizer:
 
     @staticmethod
     def from_pretrained(model: str | Path, revision: str, **options: Any) -> Any:
-        """A tokenizer, as AutoTokenizer gives it.
+        """A tokenizer, as AutoTokenizer gives it; of one that encodes otherwise than its tokenizer.json, that file's.
 
         Raises:
-            ValueError: if it encodes otherwise than its file, naming the class. The first word may differ, by
-                `add_prefix_space`.
+            ValueError: if there is a tokenizer.model alone, and it encodes otherwise.
         """
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **options)
         kind = type(tokenizer)
         if "__init__" not in vars(kind):  # the file is taken as it is
             return tokenizer
-        found = tokenizer(_TEXT, add_special_tokens=False).input_ids
-        failure = f"transformers makes a {kind.__name__} of it, which encodes otherwise than its"
-        by_json, pieces = _file(model, "tokenizer.json", revision), None
-        if by_json is None and kind.__name__ == "LlamaTokenizer":
-            pieces = _file(model, "tokenizer.model", revision)
-        if by_json and not _ends_with(found, _by_json(by_json)):
-            raise ValueError(
-                f"{failure} {by_json.name}. Set tokenizer_class to PreTrainedTokenizerFast in its "
-                "tokenizer_config.json (of a hub's model in a local copy): then the file is taken as it is."
+        if by_json := _file(model, "tokenizer.json", revision):
+            if _encodes(tokenizer, _by_json(by_json)):
+                return tokenizer
+            log.warning(
+                "transformers makes a %s of the tokenizer of %s, which encodes otherwise than its tokenizer.json: the "
+                "file is taken as it is.",
+                *(kind.__name__, model),
             )
-        if pieces and not _ends_with(found, _by_pieces(pieces)):
-            raise ValueError(
-                f"{failure} {pieces.name}, which normalises texts or is no BPE. Take a copy of the model with the "
-                "tokenizer.json of who made it."
-            )
+            return PreTrainedTokenizerFast.from_pretrained(model, revision=revision, **options)
+        pieces = _file(model, "tokenizer.model", revision) if kind.__name__ == "LlamaTokenizer" else None
+        if pieces:
+            _merge_by_score(tokenizer, pieces)
+            if not _encodes(tokenizer, _by_pieces(pieces)):
+                raise ValueError(
+                    f"transformers makes a {kind.__name__} of it, which encodes otherwise than its {pieces.name}, that "
+                    "normalises texts or is no BPE. Take a copy of the model with the tokenizer.json of who made it."
+                )
         return tokenizer
 
 
@@ -61,8 +65,9 @@ def _file(model: str | Path, name: str, revision: str) -> Path | None:
         return None
 
 
-def _ends_with(found: list[int], wanted: list[int]) -> bool:
-    wanted = wanted[_FIRST:]
+def _encodes(tokenizer: Any, wanted: list[int]) -> bool:
+    """Whether a tokenizer gives the text these ids. Its first word may differ, by `add_prefix_space`."""
+    found, wanted = tokenizer(_TEXT, add_special_tokens=False).input_ids, wanted[_FIRST:]
     return found[max(len(found) - len(wanted), 0) :] == wanted
 
 
@@ -73,6 +78,20 @@ def _by_json(file: Path) -> list[int]:
     as_in_file.no_truncation()
     as_in_file.no_padding()
     return as_in_file.encode(_TEXT, add_special_tokens=False).ids
+
+
+def _merge_by_score(tokenizer: Any, file: Path) -> None:
+    """Has the pieces be merged by their scores, where transformers takes their numbers for the order.
+
+    By those the pieces of several spaces would come first: for "x  y" LLaMA has "▁x", "▁", "▁y", and not "▁▁", "y".
+    """
+    from tokenizers.models import BPE
+    from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
+
+    pieces = SentencePieceExtractor(str(file)).proto.pieces
+    vocab, scores = {p.piece: i for i, p in enumerate(pieces)}, {p.piece: p.score for p in pieces}
+    merges = generate_merges(vocab, scores)
+    tokenizer.backend_tokenizer.model = BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True)
 
 
 def _by_pieces(file: Path) -> list[int]:
