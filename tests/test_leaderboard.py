@@ -53,11 +53,12 @@ def test_one_table_a_protocol_the_best_first_and_what_differs_is_named(make, tmp
         matrix = without()
         matrix[3, 0] = value
         reported(make(matrix, name=name))
-    reported(make(name="other", config={"test_rows": 5, "chat_template": True}, seed=2))
+    reported(make(name="other", config={"test_rows": 5, "chat_template": True, "epochs": [3], "max_steps": 4}, seed=2))
     board = leaderboard(tmp_path / "runs")
     assert [[line.name for line in group.lines] for group in board.groups] == [["high", "low", "none"], ["other"]]
     text = board.markdown()
     assert "Not comparable with protocol 1 in test rows (5 against all); chat template (yes against no)." in text
+    assert board.groups[1].lines[0].texts["epochs"] == "4 steps", "which go before epochs"
     table = board.groups[0].table()
     ops = [row[table.header.index("OP")] for row in table.rows]
     assert ops == ["40.0", "23.3", "–"] and "seed 1" in table.about

@@ -58,6 +58,8 @@ class Line:
             listed = ", ".join(f"{e:g}" if isinstance(e, float) else str(e) for e in epochs)
         elif isinstance(epochs, int | float):
             listed = f"{epochs:g}"
+        elif isinstance(steps := training.get("max_steps"), int):
+            listed = f"{steps} steps"
         return {
             "method": self.content["method"],
             "trains": self.content["trains"],

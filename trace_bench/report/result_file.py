@@ -44,7 +44,12 @@ def result(results: Results) -> dict[str, Any]:
         "protocol": protocol(results),
         "training": {
             "rows": config.get("train_rows"),
-            "epochs": config.get("epochs") or config.get("num_train_epochs"),
+            # A number of steps goes before them.
+            **(
+                {"max_steps": config["max_steps"]}
+                if config.get("max_steps", -1) > 0
+                else {"epochs": config.get("epochs") or config.get("num_train_epochs")}
+            ),
             "learning_rate": config.get("learning_rate"),
             "minutes": _number(numbers["training min"]),
             "tokens": _number(numbers["trained tokens"]),
