@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench.engine.hub import hub_file
+from trace_bench.run import read_json
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,12 @@ class FaithfulTokenizer:
                 "file is taken as it is.",
                 *(kind.__name__, model),
             )
-            return PreTrainedTokenizerFast.from_pretrained(model, revision=revision, **options)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(model, revision=revision, **options)
+            settings = read_json(config) if (config := _file(model, "tokenizer_config.json", revision)) else {}
+            for name in ("add_bos_token", "add_eos_token"):  # LlamaTokenizerFast heeded them, whatever the file says
+                if isinstance(settings.get(name), bool):
+                    setattr(tokenizer, name, settings[name])
+            return tokenizer
         pieces = _file(model, "tokenizer.model", revision) if kind.__name__ == "LlamaTokenizer" else None
         if pieces:
             _merge_by_score(tokenizer, pieces)
