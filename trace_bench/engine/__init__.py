@@ -15,7 +15,8 @@ from typing import Any
 
 from trace_bench.engine import models
 from trace_bench.engine.ends import end_ids
-from trace_bench.engine.start import has_gpu, importing, lora_args, prepare_vllm, starting_vllm
+from trace_bench.engine.gpu import has_gpu
+from trace_bench.engine.start import importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
 from trace_tasks.errors import brief
 

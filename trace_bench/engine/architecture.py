@@ -183,22 +183,24 @@ def empty_tensors(shapes: dict[str, list[int]]) -> dict[str, Any]:
     return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
-def check_full_model(folder: Path, base: Callable[[], Any], backend: str, trust_remote_code: bool) -> None:
+def check_full_model(folder: Path, base: Callable[[], Any] | None, backend: str, trust_remote_code: bool) -> None:
     """Refuses a full model that is a part of one, or whose tensors are not those of its architecture.
 
-    `base` makes the architecture of the base model: vLLM puts the weights into an engine that was started on it.
+    `base` makes the architecture of the base model: vLLM puts the weights into an engine that was started on it. None =
+    the model is the base model.
     """
     shapes = tensor_shapes(folder)
     own = architecture(folder, None, trust_remote_code)
+    ends_of_model(folder)
     if backend == "vllm":
         _refuse_more_weights(folder)
         _refuse_other_names(folder, own, shapes)
     if packed := read_json(folder / "config.json").get("quantization_config"):
-        if backend == "hf":
+        if backend == "hf" or base is None:
             _check_quantised(folder, packed)
         return  # its tensors are packed, so names and shapes are those of the quantisation
     _compare(folder, own, shapes, "the model that its config.json describes")
-    if backend == "vllm":
+    if backend == "vllm" and base is not None:
         _compare(folder, base(), shapes, "the base model")
 
 
@@ -224,11 +226,7 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
         if backend == "vllm" and tied and _has_own_head(model_folder(base, revision), trust_remote_code):
             raise models.own_head(base)
         return
-    check_full_model(folder, lambda: architecture(base, None, trust_remote_code), "hf", trust_remote_code)
-    ends_of_model(folder)
-    if backend == "vllm":
-        _refuse_more_weights(folder)
-        _refuse_other_names(folder, architecture(base, None, trust_remote_code), tensor_shapes(folder))
+    check_full_model(folder, None, backend, trust_remote_code)
     if _has_own_head(folder, trust_remote_code):
         raise models.own_head(base)
 

@@ -23,7 +23,7 @@ from trace_bench.engine.architecture import (
     quiet,
     tensor_shapes,
 )
-from trace_bench.engine.ends import ends_of_model, eos_text
+from trace_bench.engine.ends import eos_text
 from trace_bench.engine.models import PROMPT, ModelError
 from trace_bench.engine.sharing import shared_layer, shared_weights
 from trace_bench.run import Run, RunError, Stage, fingerprint
@@ -109,7 +109,6 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
             )
         else:
             check_full_model(folder, base, backend, trust_remote_code)
-            ends_of_model(folder)
 
 
 def check_own(stage: Stage) -> None:

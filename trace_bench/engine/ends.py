@@ -30,9 +30,9 @@ def ends_of_model(place: str | Path, commit: str | None = None) -> set[int | Non
     Raises:
         ModelError, RunError: if they do not say it in a way that can be read.
     """
-    settings = models.model_file(str(place), file := "generation_config.json", commit)
+    settings = models.model_file(str(place), "generation_config.json", commit)
     if not isinstance(settings, dict | None):
-        raise ModelError(f"{place}/{file} is damaged: it holds no object. Copy it again, or remove it.")
+        raise ModelError(f"{place}/generation_config.json is damaged: it holds no object. Copy it again, or remove it.")
     eos = (settings or {}).get("eos_token_id")
     if eos is None:  # as in transformers, config.json says what this file does not
         eos = models.read_config(str(place), commit).get("eos_token_id")

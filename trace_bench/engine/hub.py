@@ -37,6 +37,19 @@ def hub_file(model: str, name: str, revision: str | None) -> Path:
     return Path(hf_hub_download(model, name, revision=revision, local_files_only=is_out_of_reach()))
 
 
+def find_file(model: str | Path, name: str, revision: str | None) -> Path | None:
+    """A file of a model in a local folder or on the hub; None where it has none."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    if Path(model).is_dir():
+        file = Path(model) / name
+        return file if file.is_file() else None
+    try:
+        return hub_file(str(model), name, revision)
+    except EntryNotFoundError:  # also without the hub, where the cache lacks it
+        return None
+
+
 def model_folder(base: str, revision: str | None = None) -> Path:
     """The folder of what `resolve_model` returned; a model of the hub is fetched.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from trace_bench.engine.hub import ModelError, hub_file, is_out_of_reach, not_given
-from trace_bench.engine.rebuilt import FaithfulTokenizer
+from trace_bench.engine.hub import ModelError, find_file, hub_file, is_out_of_reach, not_given
+from trace_bench.engine.rebuilt import faithful_tokenizer
 from trace_bench.engine.sharing import inner, shared_layer, shared_weights
 from trace_bench.run import read_json
 from trace_tasks.data.files import cache_dir, cached_dir, fingerprint
@@ -190,15 +190,8 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
 
 def model_file(model: str, name: str, revision: str | None) -> Any:
     """A JSON file of a model in a local folder or on the hub; None where it has none."""
-    from huggingface_hub.errors import EntryNotFoundError
-
-    if Path(model).is_dir():
-        file = Path(model) / name
-        return read_json(file) if file.is_file() else None
-    try:
-        return read_json(hub_file(model, name, revision))
-    except EntryNotFoundError:  # also without the hub, where the cache lacks it
-        return None
+    file = find_file(model, name, revision)
+    return read_json(file) if file else None
 
 
 def open_tokenizer(name: str | None) -> Any:
@@ -222,7 +215,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
     Raises:
         ModelError: if there is none, or it brings code that is not trusted, or would encode otherwise than its file.
     """
-    return _read(FaithfulTokenizer, f"The tokenizer of {model} cannot be loaded", model, revision, trust_remote_code)
+    return _read(faithful_tokenizer, f"The tokenizer of {model} cannot be loaded", model, revision, trust_remote_code)
 
 
 def load_config(model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
@@ -233,17 +226,21 @@ def load_config(model: str | Path, revision: str | None, trust_remote_code: bool
     """
     from transformers import AutoConfig
 
-    return _read(AutoConfig, f"The config.json of {model} cannot be used", model, revision, trust_remote_code)
+    return _read(
+        AutoConfig.from_pretrained, f"The config.json of {model} cannot be used", model, revision, trust_remote_code
+    )
 
 
-def _read(kind: Any, failure: str, model: str | Path, revision: str | None, trust_remote_code: bool) -> Any:
+def _read(
+    load: Callable[..., Any], failure: str, model: str | Path, revision: str | None, trust_remote_code: bool
+) -> Any:
     # That of a local folder is a fingerprint, which nothing is loaded by.
     local = Path(model).is_dir()
     revision = "main" if revision is None or local else revision
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not local and is_out_of_reach()}
     try:
         with reading(model):
-            return kind.from_pretrained(model, revision=revision, **options)
+            return load(model, revision=revision, **options)
     except Exception as e:  # files from elsewhere make libraries raise anything
         raise ModelError(f"{failure}: {why_not(e)}") from e
 

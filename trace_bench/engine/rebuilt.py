@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from trace_bench.engine.hub import hub_file
+from trace_bench.engine.hub import find_file
 from trace_bench.run import read_json
 
 log = logging.getLogger(__name__)
@@ -16,59 +16,44 @@ _TEXT = "What is 7 + 512, didn't they say?\nAnswer: naß, 你好 (x  y).\n\n\tSo
 _FIRST = 4
 
 
-class FaithfulTokenizer:
-    """AutoTokenizer, which trusts the `tokenizer_class` of a file even where it was of no account when it was written.
+def faithful_tokenizer(model: str | Path, revision: str, **options: Any) -> Any:
+    """A tokenizer, as AutoTokenizer gives it; of one that encodes otherwise than its tokenizer.json, that file's.
 
-    A byte-level tokenizer of a Llama that is called LlamaTokenizerFast there would lose every space.
+    AutoTokenizer trusts the `tokenizer_class` of a file even where it was of no account when it was written: a
+    byte-level tokenizer of a Llama that is called LlamaTokenizerFast there would lose every space.
+
+    Raises:
+        ValueError: if there is a tokenizer.model alone, and it encodes otherwise.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    @staticmethod
-    def from_pretrained(model: str | Path, revision: str, **options: Any) -> Any:
-        """A tokenizer, as AutoTokenizer gives it; of one that encodes otherwise than its tokenizer.json, that file's.
-
-        Raises:
-            ValueError: if there is a tokenizer.model alone, and it encodes otherwise.
-        """
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **options)
-        kind = type(tokenizer)
-        if "__init__" not in vars(kind):  # the file is taken as it is
-            return tokenizer
-        if by_json := _file(model, "tokenizer.json", revision):
-            if _encodes(tokenizer, _by_json(by_json)):
-                return tokenizer
-            log.warning(
-                "transformers makes a %s of the tokenizer of %s, which encodes otherwise than its tokenizer.json: the "
-                "file is taken as it is.",
-                *(kind.__name__, model),
-            )
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(model, revision=revision, **options)
-            settings = read_json(config) if (config := _file(model, "tokenizer_config.json", revision)) else {}
-            for name in ("add_bos_token", "add_eos_token"):  # LlamaTokenizerFast heeded them, whatever the file says
-                if isinstance(settings.get(name), bool):
-                    setattr(tokenizer, name, settings[name])
-            return tokenizer
-        pieces = _file(model, "tokenizer.model", revision) if kind.__name__ == "LlamaTokenizer" else None
-        if pieces:
-            _merge_by_score(tokenizer, pieces)
-            if not _encodes(tokenizer, _by_pieces(pieces)):
-                raise ValueError(
-                    f"transformers makes a {kind.__name__} of it, which encodes otherwise than its {pieces.name}, that "
-                    "normalises texts or is no BPE. Take a copy of the model with the tokenizer.json of who made it."
-                )
+    tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, **options)
+    kind = type(tokenizer)
+    if "__init__" not in vars(kind):  # the file is taken as it is
         return tokenizer
-
-
-def _file(model: str | Path, name: str, revision: str) -> Path | None:
-    """A file of a tokenizer in a local folder or on the hub; None where it has none."""
-    if Path(model).is_dir():
-        file = Path(model) / name
-        return file if file.is_file() else None
-    try:
-        return hub_file(str(model), name, revision)
-    except OSError:
-        return None
+    if by_json := find_file(model, "tokenizer.json", revision):
+        if _encodes(tokenizer, _by_json(by_json)):
+            return tokenizer
+        log.warning(
+            "transformers makes a %s of the tokenizer of %s, which encodes otherwise than its tokenizer.json: the "
+            "file is taken as it is.",
+            *(kind.__name__, model),
+        )
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model, revision=revision, **options)
+        settings = read_json(config) if (config := find_file(model, "tokenizer_config.json", revision)) else {}
+        for name in ("add_bos_token", "add_eos_token"):  # LlamaTokenizerFast heeded them, whatever the file says
+            if isinstance(settings.get(name), bool):
+                setattr(tokenizer, name, settings[name])
+        return tokenizer
+    pieces = find_file(model, "tokenizer.model", revision) if kind.__name__ == "LlamaTokenizer" else None
+    if pieces:
+        _merge_by_score(tokenizer, pieces)
+        if not _encodes(tokenizer, _by_pieces(pieces)):
+            raise ValueError(
+                f"transformers makes a {kind.__name__} of it, which encodes otherwise than its {pieces.name}, that "
+                "normalises texts or is no BPE. Take a copy of the model with the tokenizer.json of who made it."
+            )
+    return tokenizer
 
 
 def _encodes(tokenizer: Any, wanted: list[int]) -> bool:

@@ -28,8 +28,9 @@ from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import config_differences
 from trace_bench.engine.ends import end_ids
+from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.merging import Merging
-from trace_bench.engine.start import has_gpu, lora_args, starting_vllm
+from trace_bench.engine.start import lora_args, starting_vllm
 from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
 from trace_tasks.data.files import digest
 
