@@ -184,6 +184,7 @@ def test_an_unknown_option_in_a_file_is_named_with_its_neighbour(here):
 # ---------------------------------------------------------------------------------------------------------------- tasks
 
 DATE = "2024-01-01T10:00:00"
+FROM = {"user": "human", "assistant": "gpt"}
 CHAT = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "1+1?"},
@@ -193,7 +194,23 @@ ROWS = {
     "messages": ({"messages": CHAT}, "system: Be brief.\n1+1?\nassistant:\n", "2"),
     "alpaca": ({"instruction": "Add.", "input": "1+1", "output": "2"}, "Add.\n1+1\n", "2"),
     "columns": ({"question": "1+1?", "label": "2"}, "1+1?\n", "2"),
+    "sharegpt": (
+        {"conversations": [{"from": FROM.get(m["role"], m["role"]), "value": m["content"]} for m in CHAT]},
+        "system: Be brief.\n1+1?\nassistant:\n",
+        "2",
+    ),
+    "trl": (
+        {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}], "completion": CHAT[-1:]},
+        "1+1?\nassistant:\n",
+        "2",
+    ),
+    "dolly": ({"instruction": "Add.", "context": "1+1", "response": "2", "category": "math"}, "Add.\n1+1\n", "2"),
 }
+#: The rest is known in one form of file.
+FORMS = [
+    *product(("messages", "alpaca", "columns"), (".jsonl", ".json", ".csv", ".parquet")),
+    *(("sharegpt", ".json"), ("trl", ".jsonl"), ("dolly", ".jsonl")),
+]
 
 
 def write_rows(file, row, number=10):
@@ -212,7 +229,7 @@ def write_rows(file, row, number=10):
 
 @pytest.mark.parametrize(
     ("kind", "suffix"),  # a table of texts has no lists
-    [pair for pair in product(ROWS, (".jsonl", ".json", ".csv", ".parquet")) if pair != ("messages", ".csv")],
+    [pair for pair in FORMS if pair != ("messages", ".csv")],
 )
 def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
     row, prompt, answer = ROWS[kind]
@@ -220,11 +237,13 @@ def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
     folder.mkdir()
     shown = make_task(write_rows(folder / f"mine{suffix}", row))
     assert prompt.replace("1+1", "0+1") in shown
+    assert ("nothing of the columns category, which are kept" in shown) == (kind == "dolly")
     monkeypatch.setenv("TRACE_TASKS", str(folder))
     monkeypatch.chdir("/")  # paths in a YAML are relative to it
     task = load_tasks(["mine"])["mine"]
     assert training_rows(task)[1] == (prompt, answer) and len(task.eval_docs) == 2
     assert len(training_rows(task)) == 8, "the last fifth is kept apart"
+    assert kind != "dolly" or next(iter(task.test_docs()))["category"] == "math", "for a prompt of one's own"
 
 
 TABLES = [
@@ -240,6 +259,9 @@ def test_what_cannot_become_a_task_is_left_as_it_was(here):
     turned = {"messages": CHAT[:2]}
     with pytest.raises(DataError, match=r"row 0: the last of several messages has to be the assistant's"):
         make_task(write_rows(here / "turned.jsonl", turned))
+    called = {"messages": [*CHAT[:2], CHAT[2] | {"tool_calls": [{"function": {"name": "add"}}]}]}
+    with pytest.raises(DataError, match=r"row 0: a message has no role or no content that is a text \(calls of tools"):
+        make_task(write_rows(here / "turned.jsonl", called))
     (here / "bare.jsonl").write_text('{"prompt": null, "answer": "2"}\n{"prompt": "1+2", "answer": "3"}\n')
     with pytest.raises(DataError, match=r"bare.jsonl, row 0 has no prompt\. Give it a prompt, or remove the row"):
         make_task(here / "bare.jsonl")

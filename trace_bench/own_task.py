@@ -23,6 +23,10 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 TAKEN = {*FOLDERS, *REASONING, *CL_BENCHMARK, *JUDGED, *SUITES, *GROUPS, *ORDERS, "none"}
 PROMPTS = ("prompt", "question", "input", "text", "query")
 ANSWERS = ("answer", "target", "output", "response", "completion", "label")
+#: Columns beside an instruction: its answer, and what it is about, which may be empty.
+INSTRUCTED, CONTEXTS = ("output", "response"), ("input", "context")
+#: Who speaks, by the names that ShareGPT rows have for it.
+SPEAKERS = {"human": "user", "gpt": "assistant"}
 #: The most that max_gen_toks is set to.
 MOST_TOKENS = 1024
 _MESSAGES = "{% for m in messages[:-1] %}{% if m.role != 'user' %}{{m.role}}: {% endif %}{{m.content}}\n{% endfor %}"
@@ -62,7 +66,17 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{file}, row {number} is {str(row)[:40]!r}. A row has to have named columns.")
-    return rows
+    return [_with_messages(row) for row in rows]
+
+
+def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
+    """A row whose chat has another form (ShareGPT's, or TRL's with prompt and completion) with `messages` instead."""
+    if isinstance(row.get("conversations"), list):
+        return {"messages": row["conversations"], **{k: v for k, v in row.items() if k != "conversations"}}
+    prompt, answer = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, list) and isinstance(answer, list):
+        return {"messages": prompt + answer, **{k: v for k, v in row.items() if k not in ("prompt", "completion")}}
+    return row
 
 
 def _read(file: Path) -> Iterable[Any]:
@@ -94,15 +108,17 @@ def recognise(columns: Collection[str]) -> tuple[str, str, str]:
     """
     if "messages" in columns:
         return f"{_MESSAGES}assistant:\n", "answer", "messages, the last one is the answer"
-    if {"instruction", "output"} <= set(columns):
-        middle = "{% if input %}{{input}}\n{% endif %}" if "input" in columns else ""
-        return "{{instruction}}\n" + middle, "output", "instruction and output"
+    if "instruction" in columns and (answer := next((c for c in INSTRUCTED if c in columns), None)):
+        more = next((c for c in CONTEXTS if c in columns), None)
+        middle = f"{{% if {more} %}}{{{{{more}}}}}\n{{% endif %}}" if more else ""
+        return "{{instruction}}\n" + middle, answer, f"instruction and {answer}"
     prompt = next((c for c in PROMPTS if c in columns), None)
     answer = next((c for c in ANSWERS if c in columns and c != prompt), None)
     if prompt is None or answer is None:
         commas = " A .csv has commas between its columns." if re.search("[;\t]", "".join(columns)) else ""
         raise DataError(
-            f"The columns are {', '.join(columns)}. Known are messages; instruction and output; or one of "
+            f"The columns are {', '.join(columns)}. Known are messages or conversations; instruction with output or "
+            "response; or one of "
             f"{', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}. Rename yours, or write the YAML by hand "
             "(trace_tasks/README.md has an example)." + commas
         )
@@ -130,9 +146,16 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
             raise DataError(f"{path} is there already. Remove it to make it again, or give another --name.")
     rows, tested = read_rows(file), read_rows(test) if test is not None else []
     prompt, answer, why = recognise(rows[0].keys())
-    columns = [column for column in dict.fromkeys((*PROMPTS, "instruction", "input")) if f"{{{{{column}}}}}" in prompt]
+    known = dict.fromkeys((*PROMPTS, "instruction", *CONTEXTS))
+    columns = [column for column in known if f"{{{{{column}}}}}" in prompt]
+    unused = sorted({column for row in rows for column in row} - ({*columns, answer} if columns else {"messages"}))
     made = [_texts(file, number, row, columns, answer) for number, row in enumerate(rows)]
     made += [_texts(test or file, number, row, columns, answer) for number, row in enumerate(tested)]
+    # They are kept, since a prompt that is changed later may take them.
+    made = [
+        {column: _text(row.get(column)) or "" for column in unused} | texts
+        for row, texts in zip(rows + tested, made, strict=True)
+    ]
     if len(made) < 2:
         raise DataError(f"{file} has one row: --test names the test rows.")
     kept = len(tested) or max(1, len(rows) // 5)
@@ -161,10 +184,11 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
         for path in (target, *files):
             path.unlink(missing_ok=True)
         raise
+    left = f"The prompt has nothing of the columns {', '.join(unused)}, which are kept.\n" if unused else ""
     cut = f"The longest answer has {longest - 1} bytes, and max_gen_toks is {MOST_TOKENS}: look at it.\n"
     return (
         f"{target} is a task of {len(made)} rows ({why}), in {files[0].name} and {files[1].name}.\n\n{shown}\n"
-        f"{cut if longest > MOST_TOKENS else ''}"
+        f"{left}{cut if longest > MOST_TOKENS else ''}"
         f"Read the rows above, then set the prompt, the metric and generation_kwargs in {target} as you want them.\n"
         f"  TRACE_TASKS={word(file.parent)} trace-bench train sequential --config quickstart "
         f"--tasks {name} --output_dir runs/{name}"
@@ -190,10 +214,11 @@ def _texts(file: Path, number: int, row: dict[str, Any], columns: list[str], ans
         messages = row.get("messages")
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
             raise DataError(f"{file}, row {number}: its messages are no list of messages.")
-        found = [{key: _text(m.get(key)) for key in ("role", "content")} for m in messages]
+        found = [_message(message) for message in messages]
         if any(None in m.values() for m in found):
             raise DataError(
-                f"{file}, row {number}: a message has no role or no content. Give it one, or remove the row."
+                f"{file}, row {number}: a message has no role or no content that is a text (calls of tools and images "
+                "are none). Give it one, or remove the row."
             )
         if len(found) < 2 or found[-1]["role"] != "assistant" or not str(found[-1]["content"]).strip():
             raise DataError(
@@ -203,10 +228,21 @@ def _texts(file: Path, number: int, row: dict[str, Any], columns: list[str], ans
     texts = {column: _text(row.get(column)) for column in (*columns, answer)}
     for column, text in texts.items():
         blank = text is None or (column == answer and not text.strip())
-        if blank and not (column == "input" and "instruction" in columns):
+        if blank and not (column in CONTEXTS and "instruction" in columns):
             what = "an answer" if column == answer else "a prompt"
             raise DataError(f"{file}, row {number} has no {column}. Give it {what}, or remove the row.")
     return {**{column: texts[column] or "" for column in columns}, "answer": texts[answer]}
+
+
+def _message(message: dict[str, Any]) -> dict[str, str | None]:
+    """Role and content of a message in OpenAI's form or ShareGPT's, None where there is no text."""
+    role, content = (message.get(a, message.get(b)) for a, b in (("role", "from"), ("content", "value")))
+    if isinstance(content, list):  # parts
+        texts = [part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)]
+        content = "".join(texts) if len(texts) == len(content) else None
+    if message.get("tool_calls") or message.get("function_call"):
+        content = None
+    return {"role": SPEAKERS.get(str(role), _text(role)), "content": _text(content)}
 
 
 def _text(value: Any) -> str | None:
