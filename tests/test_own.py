@@ -84,6 +84,13 @@ def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monk
     assert all(not t.any() for name, t in adapter.items() if "lora_B" in name), "a strength of 0 trains nothing"
 
 
+def test_a_method_of_a_file_that_is_called_like_one_of_the_package_is_refused(here, tiny_model):
+    (here / "ewc.py").write_text(METHOD)
+    argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
+    assert "ewc.py has the name of the package's method ewc" in error_of("train", "ewc.py", *argv)
+    assert not (here / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["half.py", "own.half"])
 def test_the_help_of_a_method_of_ones_own_has_its_options(here, name, capsys):
     for file in (here / "half.py", here / "own" / "half.py"):

@@ -6,6 +6,7 @@ import copy
 import difflib
 import logging
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -16,6 +17,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
+from trace_bench import packaged
 from trace_bench.engine import models
 from trace_bench.engine.architecture import check_base, refuse_not_causal
 from trace_bench.engine.checkpoints import lost_names
@@ -100,7 +102,14 @@ def check_trackers(config: CLConfig) -> None:
 
 
 def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
-    """Refuses settings under which a method would not see rows or gradients as they are."""
+    """Refuses a method that is taken for another, and settings under which it would not see what it should."""
+    ours = packaged.methods().get(name)
+    file = getattr(sys.modules[trainer.__module__], "__file__", None)  # a notebook has none
+    if ours and file and trainer.__module__ != CLTrainer.__module__ and not ours.samefile(file):
+        raise ConfigError(
+            f"{file} has the name of the package's method {name}, and runs are named, tuned and compared with printed "
+            f"numbers by the name of the method's file. Rename yours, such as my_{name}.py."
+        )
     for kind in trainer.__mro__[: trainer.__mro__.index(CLTrainer)]:
         for own_name in vars(kind):
             near = difflib.get_close_matches(own_name, _HOOKS, 1, cutoff=0.85)
