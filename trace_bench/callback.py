@@ -131,7 +131,7 @@ class ForgettingCallback(TrainerCallback):
             check_room(self.lm.chat, max_prompt_length)
         defined = {name: digest(definition) for name, definition in manifest["task_definitions"].items()}
         self.tasks = prepare(self.plan, self.loaded, defined)
-        check_context(self.plan, self.tasks, self.lm.max_length)
+        check_context(self.plan, self.tasks, self.lm.max_length, "The model reads no more:")
 
     def _manifest(self, record: dict[str, Any], model: Any) -> dict[str, Any]:
         return {

@@ -74,9 +74,12 @@ def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Task
     return Tasks({name: single[task] for name, task in owners.items() if task in single}, suites, defined)
 
 
-def check_context(plan: Plan, tasks: Tasks, context: int | None) -> None:
+#: What makes the context of an engine larger.
+WIDER = "Give --engine-args a larger max_model_len (vllm) or max_length (hf), or"
+
+
+def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WIDER) -> None:
     """Refuses what would fail half-way, or be cut shorter than the run says, in the engine's context."""
-    wider = "Give --engine-args a larger max_model_len (vllm) or max_length (hf), or"
     for name, suite in tasks.suites.items():
         subtasks = suite.get_all_tasks()
         longest = max(map(answer_tokens, subtasks), default=0)
