@@ -235,6 +235,43 @@ def test_whatever_lora_can_do_fits_and_misses_a_tensor_that_is_taken_away(base, 
     refused("does not fit", bases[base], folder)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_that_adalora_left_out_are_known(bases, tmp_path):
+    whole = make_adapter(bases["llama"], tmp_path / "whole", config_of("ADALORA"))
+    pruned, kept = Path(shutil.copytree(whole, tmp_path / "pruned")), [i % 3 == 0 for i in range(12)]
+    rewrite(whole, lambda t: {k: v * torch.tensor(kept)[:, None] if "lora_E" in k else v for k, v in t.items()})
+    sides = {"lora_E": 0, "lora_A": 0, "lora_B": 1}
+    rewrite(
+        pruned,
+        lambda t: {k: v.index_select(sides[k[-6:]], torch.arange(0, 12, 3)) for k, v in t.items() if k[-6:] in sides},
+    )
+    names = [
+        k.removeprefix("base_model.model.") for k in load_file(pruned / "adapter_model.safetensors") if "lora_E" in k
+    ]
+    reconfigure(pruned, rank_pattern=dict.fromkeys(names, kept))
+    check(bases["llama"], pruned)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        wanted, found = (models.load_model(str(bases["llama"]), f).eval()(ids).logits for f in (whole, pruned))
+    assert torch.allclose(found, wanted, atol=1e-5)
+    reconfigure(pruned, rank_pattern=dict.fromkeys(names, [True] * 2 + [False] * 10))
+    refused("does not fit", bases["llama"], pruned)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_that_ties_its_own_head_and_embeddings_is_merged_into_a_whole_model(tmp_path):
+    torch.manual_seed(0)
+    tied = LlamaConfig(**SIZES, tie_word_embeddings=True)
+    AutoModelForCausalLM.from_config(tied).save_pretrained(tmp_path / "tied")
+    options = lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    base, folder = str(tmp_path / "tied"), make_adapter(tmp_path / "tied", tmp_path / "a", options)
+    models.save_merged(base, folder, str(tmp_path / "merged"), None, False)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        merged, wanted = models.load_model(str(tmp_path / "merged"), None), models.load_model(base, folder)
+        assert torch.allclose(merged.eval()(ids).logits, wanted.eval()(ids).logits, atol=1e-5)
+
+
 @pytest.fixture
 def of_experts(bases, tmp_path) -> tuple[Path, Path]:
     """An adapter with matrices for each expert, as older transformers had their layers; and the model with it added."""

@@ -293,9 +293,23 @@ def _put_on(
         config.inference_mode = True
         if adapter["peft_type"] == "LORA":
             config.init_lora_weights = True  # others need the weights of the base
+        if getattr(config, "rank_pattern", None) and adapter["peft_type"] == "ADALORA":
+            shapes, config.rank_pattern = _unpruned(config.rank_pattern, shapes), None
         kind = PeftModelForCausalLM if config.task_type == "CAUSAL_LM" else PeftModel
         adapted = kind(model, config, low_cpu_mem_usage=True).to("meta")
         return _loaded(adapted, empty_tensors(shapes))
+
+
+def _unpruned(pattern: dict[str, list[bool]], shapes: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The shapes of AdaLoRA's tensors before its training left out some of their ranks: PEFT needs values for that."""
+    whole = {name: list(shape) for name, shape in shapes.items()}
+    for name, kept in pattern.items():
+        stem = f"base_model.model.{name.removesuffix('.lora_E')}"
+        for part, side in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+            shape = whole.get(f"{stem}.{part}", [])
+            if len(shape) == 2 and shape[side] == sum(kept):
+                shape[side] = len(kept)
+    return whole
 
 
 def _loaded(adapted: Any, tensors: dict[str, Any]) -> tuple[list[str], list[str]]:

@@ -370,6 +370,9 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
                     before[parameter] = parameter.data
                     parameter.data = parameter.data.float()
     model = wrapped.merge_and_unload()
+    weights = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    if len(weights) < len(ends) and not model.config.get_text_config().tie_word_embeddings:
+        _untie(model)  # an adapter may tie its own copies of the two (ensure_weight_tying)
     kept, whole = 0.0, 0.0
     draws = torch.Generator().manual_seed(0)  # the same adapter gives the same model
     for parameter, old in before.items():
