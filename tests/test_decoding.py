@@ -129,8 +129,8 @@ def test_an_answer_ends_at_the_eos_of_the_checkpoint(answers_of, chatty, tmp_pat
     assert texts(answers_of(base, [tuned], ROWS, [], LENGTH)) == [ANSWERS]
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["adapter", "full model"])
-def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(full, chatty, tmp_path):
+@pytest.mark.parametrize("full, new", [(False, False), (True, False), (False, True)])
+def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(full, new, chatty, tmp_path):
     """Chat tuning of a base model: an adapter has no other file that says it, some programs write no other."""
     base = make_writer(tmp_path / "base", chatty, ENDS)
     if full:
@@ -140,6 +140,8 @@ def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(ful
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(tuned)
+    if new:  # a token of the tuning's own, for which the embeddings of the base have room
+        pieces_tokenizer().save_pretrained(base)
     answers = texts(by_transformers(base, [None, tuned, None], ROWS, [], LENGTH))
     assert answers[0] == answers[2] != answers[1] == ANSWERS
 
