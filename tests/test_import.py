@@ -228,6 +228,8 @@ def test_a_task_without_predictions_needs_its_rows(monkeypatch):
         (lambda f: shutil.move(f / "results-1-1-NumGLUE-ds.json", f / "results-1-2-NumGLUE-ds.json"), "without a gap"),
         (lambda f: shutil.move(f / "results-1-0-FOMC.json", f / "results-4-0-FOMC.json"), r"rounds \[4\]"),
         (lambda f: shutil.copy(f / "results-1-0-FOMC.json", f / "results-1-2-Papyrus-f.json"), "Papyrus-f"),
+        (lambda f: shutil.copytree(f, f / "seed 2"), r"two files of round \d and task"),
+        (lambda f: shutil.copy(f / "results-1-0-FOMC.json", f / "results-01-0-FOMC.json"), "two files of round 1"),
         (lambda f: (f / "results-1-0-FOMC.json").write_text("[]"), "none of the official code's"),
         (lambda f: change(f, "results", 0, None), "none of the official code's"),
         (lambda f: change(f, "results", slice(0, 1), []), "none of the official code's"),

@@ -237,22 +237,31 @@ def read_official(folder: Path) -> tuple[Stages, list[str]]:
     Raises:
         DataError: if there are none, one cannot be read, or their numbers do not fit together.
     """
-    found = {tuple(match.groups()): file for file in _files(folder) if (match := _OFFICIAL.fullmatch(file.name))}
+    found: dict[tuple[int, int, str], Path] = {}
+    for file in _files(folder):
+        if match := _OFFICIAL.fullmatch(file.name):
+            key = int(match[1]), int(match[2]), match[3]
+            if key in found:
+                raise DataError(
+                    f"{folder} has two files of round {key[0]} and task {key[2]}: {found[key]} and {file}. Name the "
+                    "folder of one training."
+                )
+            found[key] = file
     if not found:
         raise DataError(f"{folder} holds no file results-ROUND-NUMBER-TASK.json of the official code.")
     names = {folder: task for task, folder in data.FOLDERS.items()}
     if unknown := sorted({task for _, _, task in found} - names.keys()):
         raise DataError(f"{folder} has results of {', '.join(unknown)}. TRACE's tasks are {', '.join(names)}.")
-    numbered = sorted({(int(number), task) for _, number, task in found})
+    numbered = sorted({(number, task) for _, number, task in found})
     order = [names[task] for _, task in numbered]
     if [number for number, _ in numbered] != list(range(len(numbered))) or len(set(order)) < len(order):
         listed = ", ".join(f"{number} {task}" for number, task in numbered)
         raise DataError(f"{folder}: each task has one number, from 0 on without a gap; the files have {listed}.")
-    if beyond := sorted({int(r) for r, _, _ in found if int(r) >= len(order)}):
+    if beyond := sorted({r for r, _, _ in found if r >= len(order)}):
         raise DataError(f"{folder} has the rounds {beyond}, and there are {len(order)} tasks: 0 to {len(order) - 1}.")
     stages: Stages = {name: {} for name in order}
     for (round_, _, task), file in found.items():
-        stages[order[int(round_)]][names[task]] = _official_file(file)
+        stages[order[round_]][names[task]] = _official_file(file)
     return stages, order
 
 
