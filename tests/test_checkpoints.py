@@ -562,6 +562,7 @@ MORE = "model.layers.0.self_attn.q_proj.bias"
             lambda tensors: tensors | {MORE: torch.ones(64)},
             f"1 tensors that the model .* has no place for, such as {MORE}",
         ),
+        (lambda tensors: {k: torch.empty(0) for k in tensors}, r"no values of \d+ tensors.*ZeRO-3.*zero_to_fp32\.py"),
         (lambda tensors: tensors | {"v_head.weight": torch.ones(64)}, None),
     ],
 )

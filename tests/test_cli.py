@@ -202,6 +202,10 @@ def test_options_that_cannot_be_are_refused(run, argv, message, demo_data):
         (["=somewhere"], "=somewhere: write each as NAME=PATH"),
         (["same=a", "same=b"], "each NAME can be given once; found same, same"),
         (["a=NOWHERE"], "NOWHERE: there is no such folder."),
+        (["a=OWNER/NAME"], "there is no such folder. One of the hub: hf download OWNER/NAME --local-dir FOLDER"),
+        (["a=~/EMPTY"], "no adapter (adapter_config.json)"),
+        (["a=SHARDS"], "accelerate merge-weights"),
+        (["a=ZERO"], "config.json). DeepSpeed makes the weights of its parts: python zero_to_fp32.py"),
         (["a=EMPTY"], "no adapter (adapter_config.json) or model (config.json)."),
         (["a=."], "; look into its folders: CONFIG."),
         (["a=HALF"], "no adapter"),
@@ -210,8 +214,10 @@ def test_options_that_cannot_be_are_refused(run, argv, message, demo_data):
 )
 def test_a_checkpoint_is_written_as_name_and_path_of_a_whole_one(tmp_path, monkeypatch, given, said):
     monkeypatch.chdir(tmp_path)
-    for folder, file in {"EMPTY": "x", "HALF": "adapter_model.safetensors", "CONFIG": "config.json"}.items():
-        (tmp_path / folder).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    files = {"EMPTY": "x", "HALF": "adapter_model.safetensors", "CONFIG": "config.json", "ZERO": "zero_to_fp32.py"}
+    for folder, file in (files | {"SHARDS/pytorch_model_fsdp_0": "__0_0.distcp"}).items():
+        (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / file).touch()
     pairs = [word for pair in given for word in ("--checkpoint", pair)]
     assert said in error("evaluate", "r", "--model", "m", *pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -88,7 +89,7 @@ def pairs(option: str, given: list[str]) -> dict[str, str]:
     split = [text.partition("=") for text in given]
     if not all(name and path for name, _, path in split):
         raise RunError(f"{option} {' '.join(given)}: write each as NAME=PATH.")
-    found = {name: path for name, _, path in split}
+    found = {name: os.path.expanduser(path) for name, _, path in split}  # which few shells do behind a "="
     if len(found) < len(split):
         raise RunError(f"{option}: each NAME can be given once; found {', '.join(name for name, _, _ in split)}.")
     return found

@@ -151,7 +151,7 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
     """The names and shapes of a checkpoint's tensors. A header says how long its file is, so a cut file is found.
 
     Raises:
-        RunError: if there are no weights, or a file is missing or damaged.
+        RunError: if there are no weights, a file is missing or damaged, or was saved without values.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -162,6 +162,12 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as e:
             raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint again.") from e
+    if empty := sorted(name for name, shape in shapes.items() if shape == [0]):
+        raise RunError(
+            f"{checkpoint} holds no values of {len(empty)} tensors, such as {empty[0]}: ZeRO-3 saves such files where it "
+            "does not gather the weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make the "
+            "weights of the training's parts: python zero_to_fp32.py . MODEL --safe_serialization."
+        )
     return shapes
 
 

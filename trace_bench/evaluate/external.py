@@ -25,6 +25,17 @@ log = logging.getLogger(__name__)
 
 #: What makes a folder a checkpoint.
 _CONFIGS = {"adapter_config.json", "config.json"}
+#: What other files a folder may hold -> how a program makes of them what is loaded.
+_CONVERSIONS = {
+    "zero_to_fp32.py": "DeepSpeed makes the weights of its parts: python zero_to_fp32.py . MODEL --safe_serialization",
+    **dict.fromkeys(
+        ("*.distcp", "*/*.distcp"),
+        "accelerate makes the weights of FSDP's parts: accelerate merge-weights FOLDER_OF_THE_PARTS MODEL",
+    ),
+    "*.gguf": "transformers reads it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE); then save_pretrained",
+    "*.bin*": "Where you trust these pickles, load the model and save it again with save_pretrained",
+    "*.pt": "Export the model from the program that trained it in the format of transformers or PEFT",
+}
 #: A name and the number at its end.
 _NUMBERED = re.compile(r"(.*?)(\d{1,18})")
 
@@ -157,17 +168,21 @@ def _numbered(folders: dict[str, str], names: Iterable[str]) -> dict[str, str]:
 
 def _check_folders(checkpoints: dict[str, str]) -> None:
     for name, folder in checkpoints.items():
-        if not Path(folder).is_dir():
-            raise RunError(f"--checkpoint {name}={folder}: there is no such folder.")
-        files = {p.name for p in Path(folder).glob("*")}
+        said, place = f"--checkpoint {name}={folder}", Path(folder)
+        if not place.is_dir():
+            of_hub = f" One of the hub: hf download {folder} --local-dir FOLDER." * (folder.count("/") == 1)
+            raise RunError(f"{said}: there is no such folder." + of_hub)
+        files = {p.name for p in place.glob("*")}
+        how = next((f" {how}." for what, how in _CONVERSIONS.items() if any(place.glob(what))), "")
         if not files & _CONFIGS:
-            below = sorted({file.parent.name for config in _CONFIGS for file in Path(folder).glob(f"*/{config}")})
+            below = sorted({file.parent.name for config in _CONFIGS for file in place.glob(f"*/{config}")})
             raise RunError(
-                f"--checkpoint {name}={folder}: no adapter (adapter_config.json) or model (config.json)"
-                + (f"; look into its folders: {', '.join(below)}." if below else ".")
+                f"{said}: no adapter (adapter_config.json) or model (config.json)"
+                + (f"; look into its folders: {', '.join(below)}." if below else f".{how}")
             )
         if not any(f.endswith(".safetensors") for f in files):
-            raise RunError(f"--checkpoint {name}={folder}: no .safetensors file; other formats are not loaded.")
+            beside = " The *.json files of the model belong beside its weights." * bool(how)
+            raise RunError(f"{said}: no .safetensors file; other formats are not loaded.{how}{beside}")
         if not is_file_name(name):
             raise RunError(
                 f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or control characters, "
