@@ -164,8 +164,8 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
             raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint again.") from e
     if empty := sorted(name for name, shape in shapes.items() if shape == [0]):
         raise RunError(
-            f"{checkpoint} holds no values of {len(empty)} tensors, such as {empty[0]}: ZeRO-3 saves such files where it "
-            "does not gather the weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make the "
+            f"{checkpoint} holds no values of {len(empty)} tensors, such as {empty[0]}: ZeRO-3 saves such files where "
+            "it does not gather the weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make the "
             "weights of the training's parts: python zero_to_fp32.py . MODEL --safe_serialization."
         )
     return shapes

@@ -270,6 +270,8 @@ def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], n
     except Exception as e:  # values from elsewhere make PEFT raise anything
         lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else f"{brief(e)} {example}"
+        if lines and re.search("embed|lm_head|wte", lines[0]):
+            fix += " Of one whose training added tokens: merge it there, and give the full model, with --backend hf."
         raise RunError(f"{folder} does not fit {name}: {reason} {fix}") from e
     if backend == "vllm" and (shared := shared_weights(model)):
         raise shared_layer(folder, shared)

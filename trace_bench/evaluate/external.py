@@ -32,7 +32,7 @@ _CONVERSIONS = {
         ("*.distcp", "*/*.distcp"),
         "accelerate makes the weights of FSDP's parts: accelerate merge-weights FOLDER_OF_THE_PARTS MODEL",
     ),
-    "*.gguf": "transformers reads it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE); then save_pretrained",
+    "*.gguf": "transformers reads it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE), save_pretrained",
     "*.bin*": "Where you trust these pickles, load the model and save it again with save_pretrained",
     "*.pt": "Export the model from the program that trained it in the format of transformers or PEFT",
 }
