@@ -25,6 +25,8 @@ from trace_tasks.limits import LimitError, limited
 log = logging.getLogger(__name__)
 
 _OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$")
+#: Types for writing text in other ways, whose states of a token depend on those behind it.
+_BOTH_WAYS = {"cpmant", "xlnet"}
 #: Buffers that older files hold and that today's classes neither have nor name among what they ignore.
 _OLD_BUFFERS = re.compile(r"\.(masked_bias|inv_freq|position_ids|causal_mask|cos_cached|sin_cached|_extra_state)$")
 #: Entries of config.json that change no answer, or are handled elsewhere (EOS by the engine, the vocabulary by its
@@ -89,6 +91,8 @@ def refuse_not_causal(base: str, config: Any) -> None:
         what = "an encoder"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         what = "of another kind"
+    elif config.model_type in _BOTH_WAYS:
+        what = "one that reads a text in both directions, so that an answer in training would predict itself"
     elif other_heads:
         what = f"a {other_heads[0]} without a head for the next token"
     else:
