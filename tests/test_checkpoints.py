@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.lora.config import KasaConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
 from trace_bench.cli import main
 from trace_bench.engine import checkpoints, models
@@ -677,6 +677,18 @@ def test_a_base_model_with_another_head_than_its_config_says_is_refused(tiny_mod
     served.tie_weights()
     assert torch.equal(served.lm_head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
     check(reconfigure(folder, "config.json", tie_word_embeddings=False), backend="hf")
+
+
+@pytest.mark.parametrize("size", ["1GB", "100KB"])
+def test_the_embedding_of_the_padding_token_is_that_of_the_file(size, tmp_path):
+    """Transformers clears it as it loads a Youtu; here it is EOS, and tied to the head."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("youtu", vocab_size=300, **sizes, eos_token_id=2, pad_token_id=2)
+    model = AutoModelForCausalLM.from_config(config)
+    model.get_input_embeddings().weight.data[2] = 1.0
+    model.save_pretrained(tmp_path, max_shard_size=size)
+    loaded = models.load_model(str(tmp_path), None).state_dict()
+    assert not [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, loaded[name])]
 
 
 # ---------------------------------------------------------------------------------------------------------- config.json

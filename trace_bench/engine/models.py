@@ -295,6 +295,7 @@ def load_model(
             f"{place} lacks {len(found['missing_keys'])} tensors of its model, such as {min(found['missing_keys'])}: "
             "they would be random numbers. Take a model that is whole, or copy it again."
         )
+    _put_padding_back(model, place, commit)
     # What the config ties and transformers has not tied, since the files hold different values.
     if model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys():
         if not full:
@@ -305,6 +306,26 @@ def load_model(
     if checkpoint is None or full or soft_prompt(checkpoint) is not None:
         return model
     return with_adapter(model, checkpoint)
+
+
+def _put_padding_back(model: Any, place: str | Path, commit: str) -> None:
+    """Gives the padding token the embedding of the file: transformers clears it as it loads some types, such as Youtu.
+
+    It is often that of EOS, and may be tied to the head.
+    """
+    from safetensors import safe_open
+
+    table = inner(model.get_input_embeddings())
+    token = getattr(table, "padding_idx", None)
+    if token is None or token >= len(table.weight) or table.weight[token].any():  # ZeRO-3 has divided the table
+        return
+    name = next(name for name, parameter in model.named_parameters() if parameter is table.weight)
+    index = model_file(str(place), "model.safetensors.index.json", commit) or {}
+    file = find_file(place, index.get("weight_map", {}).get(name, "model.safetensors"), commit)
+    if file is not None:
+        with safe_open(file, framework="pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118
+                table.weight.data[token] = tensors.get_slice(name)[token]
 
 
 def with_adapter(model: Any, adapter: Path, **kwargs: Any) -> Any:
