@@ -4,9 +4,11 @@ import shutil
 
 import pytest
 import torch
+from architectures import make_base
 from conftest import train
 from safetensors.torch import load_file
 from test_methods import EXACT, as_method, made, method, probe, same, small, unbuilt, weights
+from transformers import AutoTokenizer
 
 from trace_bench.run import read_json
 from trace_tasks.data.files import write_json
@@ -134,6 +136,13 @@ def test_attention_that_dropout_or_checkpointing_would_spoil_is_refused(options,
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.1})
     with pytest.raises(ConfigError, match=r"attention_dropout=0\.1 .* a copy of the model with attention_dropout 0\.0"):
         train(small(options, "seekr", model_name_or_path=str(folder)), *method("seekr"))
+
+
+def test_a_model_without_attention_is_refused(options, tmp_path):
+    base = make_base("mamba", tmp_path / "mamba", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    changes = {"model_name_or_path": str(base), "lora_target_modules": ["x_proj"], "train_rows": 2}
+    with pytest.raises(ConfigError, match=r"a model with attention, of the same number of heads in each layer\. Use der"):
+        train(small(options, "seekr", **changes), *method("seekr"))
 
 
 def test_the_kept_attention_never_goes_to_the_device(options):

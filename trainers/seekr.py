@@ -80,7 +80,7 @@ class SEEKRTrainer(DERTrainer):
         with torch.no_grad():
             shapes = {weights.shape[:2] for weights in self.attention(self.model, batch)[0]}
         if len(shapes) != 1:
-            raise ConfigError("seekr needs a model with the same number of attention heads in each layer. Use der.")
+            raise ConfigError("seekr needs a model with attention, of the same number of heads in each layer. Use der.")
         if self.said:
             self.parts = [part.cumsum(0).tolist() for part in self.sizes()]
 
@@ -95,7 +95,7 @@ class SEEKRTrainer(DERTrainer):
         found: list[tuple[torch.Tensor, ...]] = []
         # Of the decoder: behind the whole model's forward, mixed precision has replaced them by copies.
         decoder = self.accelerator.unwrap_model(model).get_decoder()
-        hook = decoder.register_forward_hook(lambda module, args, output: found.append(output.attentions or ()))
+        hook = decoder.register_forward_hook(lambda module, args, output: found.append(getattr(output, "attentions", None) or ()))
         try:
             yield found
         finally:
