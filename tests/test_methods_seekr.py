@@ -138,10 +138,13 @@ def test_attention_that_dropout_or_checkpointing_would_spoil_is_refused(options,
         train(small(options, "seekr", model_name_or_path=str(folder)), *method("seekr"))
 
 
+@pytest.mark.slow
 def test_a_model_without_attention_is_refused(options, tmp_path):
     base = make_base("mamba", tmp_path / "mamba", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
-    changes = {"model_name_or_path": str(base), "lora_target_modules": ["x_proj"], "train_rows": 2}
-    with pytest.raises(ConfigError, match=r"a model with attention, of the same number of heads in each layer\. Use der"):
+    changes = {"model_name_or_path": str(base), "lora_target_modules": ["x_proj"], "max_prompt_length": 8}
+    with pytest.raises(
+        ConfigError, match=r"a model with attention, of the same number of heads in each layer\. Use der"
+    ):
         train(small(options, "seekr", **changes), *method("seekr"))
 
 

@@ -95,7 +95,9 @@ class SEEKRTrainer(DERTrainer):
         found: list[tuple[torch.Tensor, ...]] = []
         # Of the decoder: behind the whole model's forward, mixed precision has replaced them by copies.
         decoder = self.accelerator.unwrap_model(model).get_decoder()
-        hook = decoder.register_forward_hook(lambda module, args, output: found.append(getattr(output, "attentions", None) or ()))
+        hook = decoder.register_forward_hook(
+            lambda module, args, output: found.append(getattr(output, "attentions", None) or ())
+        )
         try:
             yield found
         finally:
