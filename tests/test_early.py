@@ -152,6 +152,7 @@ LAGUNA = {**SMALL, "num_experts": 4, "head_dim": 16}
 MAMBA = {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 300}
 MPT = {"d_model": 64, "n_layers": 2, "n_heads": 4, "vocab_size": 300, "max_seq_len": 64}
 BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}
+GRANITE = {**SMALL, "num_local_experts": 0, "layer_types": ["attention"] * 2}
 ZAMBA = {**SMALL, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
 OTHER = "LlamaForSequenceClassification"
 #: Options, and how messages say them.
@@ -191,6 +192,9 @@ def architecture(options, tmp_path):
         (("LlamaConfig", {**SMALL, "architectures": [OTHER]}), {}, f"{OTHER} without a head for the next token"),
         (("MllamaConfig", {"text_config": {**SMALL, "pad_token_id": 0}}), FULL, "saved as mllama_text_model, .* LoRA"),
         (("LlamaConfig", {**SMALL, "vocab_size": 250}), {}, "9 tokens without a row in the model's 250 embeddings"),
+        (("Llama4TextConfig", {**SMALL, "num_local_experts": 4}), {}, r"\(llama4_text\) computes no loss of a router"),
+        # As the dense ones of Granite 4: a type for mixtures, without experts.
+        (("GraniteMoeHybridConfig", GRANITE), {}, "computes no loss of a router. Use router_aux_loss_coef: 0"),
         # The context is found under any name.
         (("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}), FULL, SHORT),
         (("MptConfig", MPT), FULL, SHORT),

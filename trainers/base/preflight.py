@@ -153,14 +153,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
         raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
     model = causal_config(base, model_args, code)
     _check_weights(model, model_args)
-    text, coefficient = model.get_text_config(), config.router_aux_loss_coef
-    if coefficient is None:
-        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
-    if config.label_smoothing_factor and coefficient and hasattr(text, "output_router_logits"):
-        raise ConfigError(
-            f"label_smoothing_factor={config.label_smoothing_factor}: TRL would leave out the loss of the router of "
-            f"{base}, a mixture of experts. Use label_smoothing_factor: 0, or router_aux_loss_coef: 0."
-        )
+    coefficient = _router_coefficient(model, config, base)
     _check_context(model, config, tasks)
     check_base(base, config.backend, code, model_args.model_revision)
     if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
@@ -177,6 +170,11 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
         raise ConfigError(f"transformers cannot make the model {base}: {brief(e)}") from e
     _check_vocabulary(empty, tokenizer, base)
+    if coefficient and not _has_router_loss(empty):
+        raise ConfigError(
+            f"router_aux_loss_coef={coefficient}, by the configuration or config.json: {base} ({model.model_type}) "
+            "computes no loss of a router. Use router_aux_loss_coef: 0."
+        )
     saved_whole = trains == "full" or (trains == "lora" and config.backend == "vllm")  # which merges it
     if saved_whole and type(empty.config) is not type(model):
         _check_saved(base, empty.config)
@@ -187,6 +185,32 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     if config.backend == "vllm" and (shared := shared_weights(empty)):
         raise shared_layer(f"LoRA on {base}", shared)
     return model
+
+
+def _router_coefficient(model: Any, config: CLConfig, base: str) -> float:
+    """The weight of the loss of a mixture's router, as TRL takes it; refuses what TRL would compute without it."""
+    text, coefficient = model.get_text_config(), config.router_aux_loss_coef
+    if coefficient is None:
+        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
+    if not (coefficient and hasattr(text, "output_router_logits")):
+        return 0.0
+    if config.label_smoothing_factor:
+        raise ConfigError(
+            f"label_smoothing_factor={config.label_smoothing_factor}: TRL would leave out the loss of the router of "
+            f"{base}, a mixture of experts. Use label_smoothing_factor: 0, or router_aux_loss_coef: 0."
+        )
+    return coefficient
+
+
+def _has_router_loss(empty: Any) -> bool:
+    """Whether a model computes a loss of its router: some types do not, nor does one without experts."""
+    code = sys.modules[type(empty).__module__]
+    if not code.__name__.startswith("transformers."):
+        return True  # its own code: who knows
+    router = (empty._can_record_outputs or {}).get("router_logits")
+    kind, name = getattr(router, "target_class", ()), getattr(router, "layer_name", None) or ""
+    routers = [n for n, module in empty.named_modules() if isinstance(module, kind) and name in n]
+    return hasattr(code, "load_balancing_loss_func") and bool(routers)
 
 
 def _check_saved(base: str, config: Any) -> None:
