@@ -180,6 +180,22 @@ def test_what_is_trained_in_bf16_is_warned_about(options, change, words, caplog)
         train({**options, **change, "tasks": options["tasks"][:1], "max_steps": 1}, Spy)
 
 
+def test_a_layer_whose_adapter_is_passed_by_is_warned_about(options, caplog):
+    """As a fused kernel does that takes the weight of the layer."""
+
+    class Fused(CLTrainer):
+        def begin_stage(self):
+            layer = self.model.get_base_model().model.layers[1].self_attn.q_proj
+            if self.stage.index == 1:
+                layer.forward = layer.base_layer.forward
+
+    train({**options, "max_steps": 2}, Fused)
+    said = [record.getMessage() for record in caplog.records if "had no gradient" in record.getMessage()]
+    assert len(said) == 1 and re.match(
+        r"2 of the adapter's .* in stage 1_trace_fomc, such as .*1\.self_attn\.q_proj", *said
+    )
+
+
 def test_several_gpus_in_one_process_are_refused_with_both_ways_out(options, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     config = CLConfig(output_dir=options["output_dir"], tasks=options["tasks"], data="demo")

@@ -308,6 +308,8 @@ class Loop:
         elif self.state.is_main_process:  # what TensorBoard was told of an attempt that was lost
             remove(self.run.path / "tensorboard" / stage.name)
         trainer.train(resume_from_checkpoint=checkpoint)
+        if self.state.is_main_process:
+            trainer.warn_of_idle()
         trained = time.perf_counter()
         trainable = get_model_param_count(trainer.model, trainable_only=True)
         trainer.end_stage()

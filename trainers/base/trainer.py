@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from trainers.base.progress import follow
 from trainers.base.rows import choose_rows
 from trainers.base.sampler import LengthGrouped
 
+log = logging.getLogger(__name__)
+
 
 class CLTrainer(CheckpointTrainer):
     """One stage of continual learning. Subclasses override hooks; this class is sequential fine-tuning."""
@@ -44,6 +47,8 @@ class CLTrainer(CheckpointTrainer):
         self.before = {"seconds": 0.0, "losses": 0.0, "step": 0}
         self.started = time.perf_counter()
         self.kept = {}
+        #: Trained parameters that no step has had a gradient of; None before the first step.
+        self.idle: set[str] | None = None
         set_seed(args.seed)  # an adapter's first weights are random
         model = self.stage_model(stage)
         super().__init__(model=model, args=args, train_dataset=self.with_replay(stage), processing_class=tokenizer)
@@ -212,8 +217,22 @@ class CLTrainer(CheckpointTrainer):
                 "has diverged. Begin a new run with a lower learning_rate or max_grad_norm."
             )
         if self.accelerator.sync_gradients:
+            if self.idle is None or self.idle:
+                idle = {name for name, parameter in self.trained().items() if parameter.grad is None}
+                self.idle = idle if self.idle is None else self.idle & idle
             self.adjust_gradients(model)
         return loss
+
+    def warn_of_idle(self) -> None:
+        """Warns of an adapter's layers that the model has not gone through: fused kernels take the bare weights."""
+        if self.idle and self.model_args.use_peft and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            log.warning(
+                "%d of the adapter's tensors had no gradient in stage %s, such as %s: what the model computes does not "
+                "go through them, so they stay what they are. Leave these layers out of lora_target_modules.",
+                len(self.idle),
+                self.stage.name,
+                min(self.idle),
+            )
 
     @property
     def order_seed(self) -> int:
