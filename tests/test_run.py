@@ -16,7 +16,7 @@ import pytest
 
 from trace_bench import run as run_module
 from trace_bench.cli import main
-from trace_bench.run import Run, RunError, Stage, locked, read_json, read_jsonl
+from trace_bench.run import Run, RunError, Stage, in_use, locked, read_json, read_jsonl
 from trace_bench.versions import package_versions
 from trace_tasks.data import DataError, files, reading
 from trace_tasks.data.files import (
@@ -155,6 +155,24 @@ def test_a_lock_that_is_no_file_is_refused_and_what_a_link_leads_to_kept(tmp_pat
             files.open_own(path, os.O_RDWR)
     with locked(tmp_path, "train"):
         assert re.fullmatch(r"process \d+ on \S+", lock.read_text(encoding="utf-8"))
+
+
+def test_a_fork_that_lives_on_does_not_keep_a_lock(tmp_path):
+    """As the engine of vLLM on a GPU, which is forked while a stage is evaluated and serves the next ones."""
+    end, ask = os.pipe()
+    with locked(tmp_path, "evaluate"):
+        fork = os.fork()
+        if not fork:
+            os.close(ask)
+            os.read(end, 1)
+            os._exit(0)
+    try:
+        assert not in_use(tmp_path, "evaluate")
+        with locked(tmp_path, "evaluate"):
+            assert in_use(tmp_path, "evaluate")
+    finally:
+        os.close(ask)
+        os.waitpid(fork, 0)
 
 
 def test_a_lock_with_a_second_name_is_a_lock_and_keeps_its_content(tmp_path):

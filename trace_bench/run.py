@@ -14,7 +14,7 @@ import os
 import re
 import socket
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,12 +61,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
             raise
         yield  # the folder is read-only: there is an error only if something has to be written
         return
-    with open(fd, "r+", encoding="utf-8", errors="replace") as file:
+    with open(fd, "r+", encoding="utf-8", errors="replace") as file, ExitStack() as held:
         try:
             take_lock(file)
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # else forks keep it, such as vLLM's engine on a GPU
         except BlockingIOError:
-            found = re.match(r"process \d+ on [\w.-]+", file.read(200))
-            holder = found[0] if found else "another process"
+            holder = (re.match(r"process \d+ on [\w.-]+", file.read(200)) or ["another process"])[0]
             raise InUse(
                 f"{folder} is in use: {holder} began `{what}` there and is not done. Wait for it, or end it: the lock "
                 "ends with its process. Several processes share a run's evaluation with --share.",
