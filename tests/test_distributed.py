@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import train
+from datasets import Dataset
 from distributed import train_jobs
 from forks import forked_twice
 from safetensors.torch import load_file
@@ -16,10 +17,12 @@ from test_methods import THREE, method
 from torch.utils.data import RandomSampler
 
 from bench import scaling
+from trace_bench import waiting
 from trace_bench.packaged import methods
 from trace_bench.run import Run, RunError, read_json
-from trainers.base import CLTrainer, ConfigError, LengthGrouped
+from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped
 from trainers.base.preflight import check_launch
+from trainers.base.stages import _summary
 from trainers.replay import _Phases
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +166,30 @@ def test_the_order_of_replay_is_the_same_in_every_process(kind):
     epochs = [orders[0][:20], orders[0][20:40]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
     assert len(set(orders[0][40:50])) == 10 and sorted(orders[0][50:]) == list(range(20, 27))
+
+
+def test_a_process_that_waited_for_one_that_has_ended_says_it_in_a_line(monkeypatch):
+    def gone(group):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+
+    there = {"is_available": lambda: True, "is_initialized": lambda: True, "get_world_size": lambda: 2}
+    monkeypatch.setattr(waiting, "dist", SimpleNamespace(**there, new_group=lambda **k: "all", barrier=gone))
+    with pytest.raises(RunError, match="Another process of this training has ended, see its"), waiting.others_wait():
+        pass
+    with pytest.raises(OSError, match="disk"), waiting.others_wait():  # its own error stays its own
+        raise OSError("disk")
+
+
+def test_the_memory_of_a_training_on_the_cpu_is_the_process_whatever_gpus_are_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    args = CLConfig(output_dir="x", tasks=["trace_fomc"], use_cpu=True)
+    state = SimpleNamespace(global_step=1, log_history=[])
+    parts = {"stage": SimpleNamespace(index=1, task="trace_fomc"), "before": {"losses": 1.0}, "mixed_in": {}}
+    parts |= {"train_dataset": Dataset.from_list([{}]), "accelerator": SimpleNamespace(num_processes=1)}
+    totals = {"_total_train_tokens": 1, "_total_loss_scalar": 0.0, "model": torch.nn.Linear(1, 1)}
+    found = _summary(SimpleNamespace(args=args, state=state, **parts, **totals), 1.0)
+    assert found["memory_of"] == "process" and found["peak_memory_bytes"] > 10**6
 
 
 @pytest.mark.parametrize("name", ["lwf", "osf"])  # asked for by FSDP's launch: test_methods.py

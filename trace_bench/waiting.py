@@ -8,6 +8,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from trace_bench.run import RunError
+
 
 @contextmanager
 def others_wait() -> Iterator[None]:
@@ -15,11 +17,17 @@ def others_wait() -> Iterator[None]:
 
     An ordinary barrier ends a training after half an hour (`ddp_timeout`, which CPUs do not even have), and waits on
     the GPU, which the first process may need. A process that fails leaves without waiting: it ends the others.
+
+    Raises:
+        RunError: in these, since the message of the one that failed says why.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     # Made before the work begins, since that has a limit of its own.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if several else None
     yield
     if group is not None:
-        dist.barrier(group)
+        try:
+            dist.barrier(group)
+        except RuntimeError as e:
+            raise RunError("Another process of this training has ended, see its message.") from e
         dist.destroy_process_group(group)

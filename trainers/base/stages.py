@@ -282,7 +282,8 @@ class Loop:
                 if self.state.is_main_process:
                     remove(stage.attempt)  # killed just after train.json was written
             else:
-                self._check_sources(stage)
+                with others_wait():  # a large base model is read
+                    self._check_sources(stage)
                 self._train_stage(stage)
             if self.config.keep == "evaluated":
                 self._evaluate(stage)
@@ -399,7 +400,7 @@ class Loop:
 def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
     """What train.json says of the training itself."""
     assert isinstance(trainer.train_dataset, Dataset)
-    cuda = torch.cuda.is_available()
+    cuda = trainer.args.device.type == "cuda"  # with use_cpu it may be there, and was not used
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     steps, tokens = trainer.state.global_step, int(trainer._total_train_tokens)
     return {
