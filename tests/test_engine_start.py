@@ -1,16 +1,19 @@
 """How vLLM is started, without vLLM."""
 
 import contextlib
+import os
 import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from conftest import train
 
 from trace_bench import engine
+from trace_bench.engine.gpu import has_gpu
 from trace_bench.run import read_json
 from trace_tasks.data.files import write_json
 from trainers.base import answering
@@ -50,6 +53,17 @@ def test_adapters_are_merged_where_vllm_has_no_lora_for_the_model(options, start
         engine.open_engine(
             "vllm", options["model_name_or_path"], engine_args={"enable_lora": True}, checkpoints=[adapter]
         )
+
+
+@pytest.mark.parametrize(("devices", "method"), [("MIG-1a2b", "spawn"), ("GPU-1a2b", None), ("0,1", None)])
+def test_vllm_forks_its_engine_only_where_torch_counts_gpus_without_cuda(devices, method):
+    with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": devices}):
+        os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
+        nvml = {"_raw_device_count_nvml": lambda: 2, "_raw_device_uuid_nvml": lambda: ["GPU-1a2b"]}
+        with mock.patch.multiple(torch.cuda, **nvml):
+            assert (torch.cuda._device_count_nvml() < 0) == (method == "spawn"), "then it calls cudaGetDeviceCount"
+        has_gpu()
+        assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == method
 
 
 def test_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options, started, monkeypatch):

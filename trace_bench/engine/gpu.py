@@ -13,4 +13,6 @@ def has_gpu() -> bool:
     import torch
 
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG"):  # for these torch asks CUDA all the same
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     return torch.cuda.is_available()
