@@ -256,7 +256,7 @@ def test_the_slurm_job_launches_one_accelerate_a_machine(tmp_path):
         assert args.main_process_ip == "node-a" and args.module and args.training_script == "trainers.sequential"
         assert (ROOT / args.config_file).is_file() and (ROOT / args.training_script_args[1]).is_file()
         assert args.training_script_args[2:] == ["--output_dir", "runs/x"]
-    assert job("evaluate.sbatch") == "<evaluate><runs/x><--stages><3>"
+    assert job("evaluate.sbatch") == "<evaluate><runs/x><--share><--stages><3>"
     launch = "accelerate launch --num_processes 8"
     study = "<study><trainers/configs/studies/sweep.yaml><--full><--only><3>"
     assert job("sweep.sbatch") == study
