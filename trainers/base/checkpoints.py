@@ -188,14 +188,10 @@ class CheckpointTrainer(GradientTrainer):
                     f"counters has {name}, which is a {type(value).__name__}: name numbers (int or float). "
                     "Tensors that change within a stage belong into kept."
                 )
-        origin = self._origin()
-        for folder in map(Path, reversed(sort_checkpoints(str(self.stage.attempt)))):
-            try:
-                whole = read_json(folder / _WHOLE)
-                usable = whole["of"] == origin and whole["files"] == _sizes(folder)
-            except (OSError, RunError):
-                usable = False  # it was being written when the program was killed
-            if usable:
+        # The first process decides: on a shared file system the others may not see yet what is there.
+        (there,) = broadcast_object_list([sort_checkpoints(str(self.stage.attempt))])
+        for folder in map(Path, reversed(there)):
+            if whole := self._whole(folder):
                 for name, value in whole["counters"].items():
                     setattr(self, name, value)
                 if (folder / _KEPT).exists():
@@ -212,10 +208,19 @@ class CheckpointTrainer(GradientTrainer):
                 self.before = {name: whole[name] for name in self.before}
                 self.started -= whole["seconds"]
                 return str(folder)
-            self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 remove(folder)  # else it would count as the newest when older ones are removed
         return None
+
+    def _whole(self, folder: Path) -> dict[str, Any] | None:
+        """What a checkpoint within the stage says of itself; None = it cannot be gone on from."""
+        try:
+            whole = read_json(folder / _WHOLE)
+            usable = whole["of"] == self._origin() and whole["files"] == _sizes(folder)
+        except (OSError, RunError):
+            usable = False  # it was being written when the program was killed
+        (answer,) = broadcast_object_list([whole if usable else None])
+        return answer
 
 
 def method_source(trainer: type) -> str | None:
