@@ -396,7 +396,7 @@ def the_line(process, number):
     "words, number",
     [
         (["trainers.sequential", "--config", "a file.yaml", "--output_dir", "runs/$x"], signal.SIGINT),
-        (["trace_bench", "study", "it's.yaml"], signal.SIGHUP),
+        (["trace_bench", "train", "ewc", "--output_dir", "it's"], signal.SIGHUP),
     ],
 )
 def test_ctrl_c_while_a_command_imports_is_one_line_with_that_very_command(words, number):

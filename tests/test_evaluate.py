@@ -276,12 +276,15 @@ def test_the_tokenizer_of_a_checkpoint_is_not_used_and_that_is_said(theirs, tiny
     assert "1_v1 brings another vocabulary and another chat template than" in said()
     tokenizer.eos_token = "a"
     assert "1_v1 brings another vocabulary and another chat template and another EOS than" in said()
+    whole = (tmp_path / "v1" / "tokenizer_config.json").read_text()
+    (tmp_path / "v1" / "tokenizer_config.json").write_text('{"tokenizer_class": "Unknown"}')
     (tmp_path / "v1" / "tokenizer.json").write_text("{")
     assert evaluate.evaluate(run, stages=[1]) == 2, "nothing is encoded with it"
     assert "The tokenizer of 1_v1 could not be compared" in caplog.text
-    (tmp_path / "v1" / "tokenizer_config.json").write_text("{")  # which says where its answers end
-    with pytest.raises(models.ModelError, match=r"tokenizer_config\.json is damaged"):
-        evaluate.evaluate(run, stages=[1])
+    for file, text in {"tokenizer.json": whole, "tokenizer_config.json": "{"}.items():  # they say where its answers end
+        (tmp_path / "v1" / "tokenizer_config.json").write_text(text)
+        with pytest.raises(models.ModelError, match=rf"{file} is damaged"):
+            evaluate.evaluate(run, stages=[1])
 
 
 # ---------------------------------------------------------------------------------------------- arguments of engines

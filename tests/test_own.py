@@ -131,7 +131,7 @@ def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monke
     with pytest.raises(study.StudyError, match=r"\A\S+wrong.yaml, runs, b: ewc has no option .*mean ewc_lambda"):
         study.run_study(tmp_path / "wrong.yaml", output_dir=tmp_path / "out")
     assert not seen, "before the first training"
-    monkeypatch.setattr(study, "_refuse_options", lambda file, runs: None)
+    monkeypatch.setattr(study, "_refuse_options", lambda *args: None)
     study.run_study(tmp_path / "mine.yaml", output_dir=tmp_path / "out")
     assert [words[3:5] for words, _ in seen] == [["train", str(tmp_path / "half.py")], ["train", "ewc"]]
     assert all(environment["PYTHONSAFEPATH"] for _, environment in seen), "a folder trainers/ here is not ours"

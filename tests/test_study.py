@@ -220,7 +220,7 @@ def in_this_process(command, environment=None):
 def test_a_study_trains_evaluates_compares_and_goes_on(options, write, tmp_path, monkeypatch, capfd):
     """Two runs of the tiny model, and one between them whose option cannot be."""
     monkeypatch.setattr(study, "run_child", in_this_process)
-    monkeypatch.setattr(study, "_refuse_options", lambda file, runs: None)  # as if it were a fault of another kind
+    monkeypatch.setattr(study, "_refuse_options", lambda *args: None)  # as if it were a fault of another kind
     runs = {"few": {**GOOD, "train_rows": 8}, "wrong": {**GOOD, "keep": "nothing"}, "many": {**GOOD, "train_rows": 16}}
     file = write(yaml.safe_dump({"config": "config.yaml", "runs": runs}, sort_keys=False))
     options = {k: v for k, v in options.items() if k not in ("output_dir", "train_rows")} | {"max_steps": 1}

@@ -198,7 +198,7 @@ def test_a_layer_whose_adapter_is_passed_by_is_warned_about(options, caplog):
 
 def test_several_gpus_in_one_process_are_refused_with_both_ways_out(options, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    config = CLConfig(output_dir=options["output_dir"], tasks=options["tasks"], data="demo")
+    config = CLConfig(output_dir=options["output_dir"], tasks=options["tasks"], data="demo", use_cpu=True)
     config.use_cpu = False
     with pytest.raises(ConfigError, match=r"4 GPUs .*CUDA_VISIBLE_DEVICES=0.*--num_processes 4 -m trainers\.seq"):
         base.train(CLTrainer, config, ModelConfig(model_name_or_path=options["model_name_or_path"]))

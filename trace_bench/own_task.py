@@ -149,22 +149,14 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
     known = dict.fromkeys((*PROMPTS, "instruction", *CONTEXTS))
     columns = [column for column in known if f"{{{{{column}}}}}" in prompt]
     unused = sorted({column for row in rows for column in row} - ({*columns, answer} if columns else {"messages"}))
-    made = [_texts(file, number, row, columns, answer) for number, row in enumerate(rows)]
-    made += [_texts(test or file, number, row, columns, answer) for number, row in enumerate(tested)]
-    # They are kept, since a prompt that is changed later may take them.
-    made = [
-        {column: _text(row.get(column)) or "" for column in unused} | texts
-        for row, texts in zip(rows + tested, made, strict=True)
-    ]
+    parts = ((file, rows), (test or file, tested))
+    made = [_texts(f, i, row, columns, answer, unused) for f, part in parts for i, row in enumerate(part)]
     if len(made) < 2:
         raise DataError(f"{file} has one row: --test names the test rows.")
     kept = len(tested) or max(1, len(rows) // 5)
     answers = [row["answer"] for row in made]
     # No token has less than a byte, and EOS is one more.
     longest = max(len(text.encode()) + 1 for text in answers)
-    # Behind the longest run of line breaks that an answer has; blank lines in a text are no end of it.
-    breaks = max(len(run) for a in answers for run in re.findall(r"\n*", a))
-    stop = ["\n" * (max(3, breaks + 1) if breaks else 1)]
     text = YAML.format(
         source=file.name,
         why=f"the rows have {why}",
@@ -172,7 +164,7 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
         train=json.dumps(files[0].name),
         test=json.dumps(files[1].name),
         prompt=json.dumps(prompt, ensure_ascii=False),
-        until=json.dumps(stop),
+        until=json.dumps([_end(answers)]),
         tokens=min(MOST_TOKENS, max(16, longest)),
     )
     try:
@@ -204,12 +196,21 @@ def _name(file: Path, name: str | None) -> str:
     return name
 
 
-def _texts(file: Path, number: int, row: dict[str, Any], columns: list[str], answer: str) -> dict[str, Any]:
-    """The columns of a row that its prompt is made of, and its answer, as texts.
+def _end(answers: list[str]) -> str:
+    """More line breaks than an answer has in a row: blank lines in a text are no end of it."""
+    breaks = max(len(run) for answer in answers for run in re.findall(r"\n*", answer))
+    return "\n" * (max(3, breaks + 1) if breaks else 1)
+
+
+def _texts(
+    file: Path, number: int, row: dict[str, Any], columns: list[str], answer: str, unused: list[str]
+) -> dict[str, Any]:
+    """The columns of a row that its prompt is made of, and its answer, as texts; and the others, for a prompt to come.
 
     Raises:
         DataError: if one of them is not there, or messages do not end with an answer.
     """
+    others = {column: _text(row.get(column)) or "" for column in unused}
     if not columns:
         messages = row.get("messages")
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
@@ -224,14 +225,14 @@ def _texts(file: Path, number: int, row: dict[str, Any], columns: list[str], ans
             raise DataError(
                 f"{file}, row {number}: the last of several messages has to be the assistant's, and not empty."
             )
-        return {"messages": found, "answer": found[-1]["content"]}
+        return {**others, "messages": found, "answer": found[-1]["content"]}
     texts = {column: _text(row.get(column)) for column in (*columns, answer)}
     for column, text in texts.items():
         blank = text is None or (column == answer and not text.strip())
         if blank and not (column in CONTEXTS and "instruction" in columns):
             what = "an answer" if column == answer else "a prompt"
             raise DataError(f"{file}, row {number} has no {column}. Give it {what}, or remove the row.")
-    return {**{column: texts[column] or "" for column in columns}, "answer": texts[answer]}
+    return {**others, **{column: texts[column] or "" for column in columns}, "answer": texts[answer]}
 
 
 def _message(message: dict[str, Any]) -> dict[str, str | None]:

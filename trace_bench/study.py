@@ -23,17 +23,14 @@ evaluate`, which go on where they were; what `trace-bench report` says of all of
 
 from __future__ import annotations
 
-import io
 import itertools
-import multiprocessing
+import json
 import os
 import re
-import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +44,7 @@ from trace_bench.report import Results, compare, write_comparison_page, write_re
 from trace_bench.run import Run
 from trace_bench.text import markdown_text, one_line, printable
 from trace_tasks.data.files import write_text
-from trace_tasks.errors import TraceError, brief, suggestion
+from trace_tasks.errors import TraceError, suggestion
 
 
 class StudyError(TraceError):
@@ -178,7 +175,8 @@ def run_study(
     failed: dict[str, str] = {}
     if not dry_run:
         folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, no run can begin
-        _refuse_options(path, {name: runs[name] for name in chosen if not (folder / name / "manifest.json").exists()})
+        new = {name: runs[name] for name in chosen if not (folder / name / "manifest.json").exists()}
+        _refuse_options(path, new, environment)
     for name, (method, arguments) in runs.items():
         if name not in chosen:
             continue
@@ -202,37 +200,17 @@ def run_study(
     return not failed
 
 
-def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]]) -> None:
+def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]], environment: dict[str, str]) -> None:
     """Refuses options that no training takes before the first run, not when hours later theirs begins."""
     if len(runs) < 2:
         return  # it says so itself, as quickly
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:  # the libraries stay out of this one
-        refused = apart.submit(_refused_options, runs).result()
-    if refused:
+    asked = {name: (str(packaged.find_method(method)), words) for name, (method, words) in runs.items()}
+    command = [sys.executable, "-m", "trainers.commands.options"]
+    answer = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=environment)
+    if answer.returncode:
+        raise StudyError(f"The options of the runs could not be checked, see above (exit code {answer.returncode}).")
+    if refused := json.loads(answer.stdout):
         raise StudyError("\n".join(f"{file}, runs, {name}: {why}" for name, why in refused.items()))
-
-
-def _refused_options(runs: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
-    """What trainings would say of their options at once, by run; the process is of no other use afterwards."""
-    from trainers import base
-    from trainers.base.stages import parse
-
-    configs: list[Any] = []
-    base.main = lambda trainer, config, argv=None: configs.append(config)  # in place of training
-    refused = {}
-    for name, (method, arguments) in runs.items():
-        file = packaged.find_method(method)
-        try:
-            runpy.run_path(str(file), run_name="__main__")
-            config = configs.pop()
-            config.__post_init__ = lambda self: None  # it looks for devices
-            with redirect_stdout(io.StringIO()):
-                parse(config, arguments, file.stem)
-        except TraceError as e:
-            refused[name] = str(e)
-        except Exception as e:  # of a method of one's own
-            refused[name] = f"{file} cannot be run: {brief(e)}"
-    return refused
 
 
 def _chosen(file: str | Path, runs: Collection[str], only: Collection[str]) -> Collection[str]:
