@@ -49,7 +49,7 @@ def test_adapters_are_merged_where_vllm_has_no_lora_for_the_model(options, start
     assert engine.start.lora_args(args, [adapter]) == [adapter] and args["max_cpu_loras"] == 4, "vLLM refuses fewer"
     assert second["enable_lora"] is False and not {"adapters", "max_lora_rank", "max_loras"} & second.keys()
     assert "adapters are merged: StableLm does not support LoRA yet" in caplog.text
-    with pytest.raises(ValueError, match="does not support LoRA"):  # as it was asked for
+    with pytest.raises(engine.EngineError, match="does not support LoRA"):  # as it was asked for
         engine.open_engine(
             "vllm", options["model_name_or_path"], engine_args={"enable_lora": True}, checkpoints=[adapter]
         )

@@ -21,6 +21,7 @@ import torch
 from conftest import command_line, interrupted, lock_holder, quick_options, train
 from judge_server import Server, with_key
 from kill_harness import TIMES
+from pydantic import BaseModel, PositiveInt
 from safetensors.torch import load_file, save_file
 
 from judges import judging
@@ -439,6 +440,38 @@ def test_what_vllm_says_of_memory_is_one_line_with_what_to_change(problem):
     clear = pytest.raises(engine.EngineError, match=r"cannot start.*max_model_len.*gpu_memory_utilization")
     with clear, engine.starting_vllm():
         raise problem
+
+
+class Limits(BaseModel):
+    """As vLLM's configurations are."""
+
+    max_num_seqs: PositiveInt
+
+
+@pytest.mark.parametrize(
+    ("backend", "arguments", "said"),
+    [
+        ("hf", {"dtype": "float17"}, r'does not start with engine_args \{"dtype": "float17"\}: module .* \'float17\''),
+        ("hf", {"batch_size": 0}, "batch_size=0. Give a number from 1 on"),
+        ("hf", {"max_length": "x"}, "max_length='x'. Give a number from 1 on"),
+        ("vllm", {"max_modl_len": 9}, r"does not start with engine_args .*: Unknown max_modl_len"),
+        (
+            "vllm",
+            {"max_num_seqs": 0},
+            r"vLLM cannot start: max_num_seqs Input should be .* 0\. Change --engine-args",
+        ),
+    ],
+)
+def test_arguments_that_no_engine_takes_are_one_line(backend, arguments, said, tiny_model, monkeypatch):
+    def start(base, args, *rest):
+        with engine.starting_vllm():
+            if "max_modl_len" in args:
+                raise TypeError("Unknown max_modl_len")
+            Limits(**args)
+
+    monkeypatch.setattr(engine, "_open_vllm", start)
+    with pytest.raises(engine.EngineError, match=said):
+        engine.open_engine(backend, str(tiny_model), engine_args=arguments)
 
 
 def test_other_errors_stay_what_they_are():

@@ -7,6 +7,7 @@ decoded greedily, or there is an error.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from trace_bench.engine.ends import end_ids
 from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.start import importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
-from trace_tasks.errors import brief
+from trace_tasks.errors import TraceError, advice, brief
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,13 @@ def open_engine(
         if backend == "vllm":
             args.setdefault("tokenizer_revision", revision)
     tokenizer = models.load_tokenizer(base, revision, trusted)  # lm-eval may add a padding token to its own
-    lm = _open_vllm(base, args, checkpoints, forced) if backend == "vllm" else _open_hf(base, args)
+    try:
+        lm = _open_vllm(base, args, checkpoints, forced) if backend == "vllm" else _open_hf(base, args)
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
+        if not engine_args or isinstance(e, TraceError) or advice(e, ""):
+            raise
+        # Values are the business of vLLM and lm-eval, which say what is wrong with them in all these ways.
+        raise EngineError(f"The engine does not start with engine_args {json.dumps(engine_args)}: {brief(e)}") from e
     lm.base, lm.revision, lm.max_prompt_length, lm.trust_remote_code = base, revision, max_prompt_length, trusted
     lm.tokenizer = tokenizer
     lm.ends = end_ids(tokenizer, base, revision)
@@ -162,4 +169,8 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
             f"engine_args: {', '.join(unknown)}: the weights of later stages are loaded without, so that stages could "
             f"not be compared. With the backend hf there are {', '.join(sorted(_HF_ARGS))}."
         )
+    for name in ("batch_size", "max_batch_size", "max_length"):
+        value = args.get(name, 1)
+        if not (isinstance(value, int) and value > 0) and not (name == "batch_size" and str(value).startswith("auto")):
+            raise EngineError(f"engine_args: {name}={value!r}. Give a number from 1 on.")
     return SwapHF(pretrained=base, **{"batch_size": 16, "device": "cuda" if has_gpu() else "cpu", **args})

@@ -98,8 +98,9 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
             if named and (why := another_base(adapter, run.manifest["model"], trust_remote_code)):
                 raise RunError(
                     f"{folder} was trained from another base model than the run's: {why}. Give --model the right "
-                    "one; --renamed-base if it is a copy of that under another name; --chain if each adapter was "
-                    "trained on the base with those before it merged in."
+                    "one; --renamed-base if it is a copy of that under another name, or with weights in other numbers "
+                    "(a quantised one and its original); --chain if each adapter was trained on the base with those "
+                    "before it merged in."
                 )
             _check_fit(folder, adapter, base, name, backend)
         elif chain:

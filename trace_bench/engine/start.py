@@ -45,12 +45,19 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def starting_vllm() -> Iterator[None]:
-    """Turns vLLM's errors about memory into one EngineError that says what to change."""
+    """Turns vLLM's errors about memory, and about what its configuration cannot be, into one EngineError."""
+    from pydantic import ValidationError
+
     try:
         yield
     except (ValueError, RuntimeError, MemoryError) as e:
         text = " ".join(str(e).split())
         if not isinstance(e, MemoryError) and not _MEMORY.search(text):
+            if isinstance(e, ValidationError):
+                text = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in e.errors())
+                raise EngineError(
+                    f"vLLM cannot start: {text[:400]}. Change --engine-args, or take --backend hf."
+                ) from e
             raise
         raise EngineError(
             f"vLLM cannot start: {text[:400]} Results are kept. Give --engine-args a smaller max_model_len (prompt and "
