@@ -92,6 +92,18 @@ def prepare_vllm(args: dict[str, Any]) -> None:
             # The engine runs in this process: it starts in 5 s instead of 25 s, and ends when this process is killed.
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
             args.setdefault("distributed_executor_backend", "uni")
+            _leave_transformers_as_it_is()
+
+
+def _leave_transformers_as_it_is() -> None:
+    """Keeps an engine in this process from changing transformers' classes, which could not be built any more.
+
+    vLLM runs some architectures (GPT-NeoX, OLMo 2, SmolLM3) by transformers' own code, and has their classes ask for an
+    engine's settings whenever one is made, to be compiled: a stage could not be merged or compared with its base.
+    """
+    from vllm.model_executor.models.transformers import base
+
+    base.support_torch_compile = lambda **_: lambda kind: kind
 
 
 def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
