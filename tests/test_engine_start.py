@@ -18,6 +18,13 @@ from trace_bench.run import read_json
 from trace_tasks.data.files import write_json
 from trainers.base import answering
 
+LONGROPE = {
+    "rope_parameters": {
+        **{"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32},
+        "original_max_position_embeddings": 4096,
+    }
+}
+
 
 @pytest.fixture
 def started(monkeypatch):
@@ -90,14 +97,11 @@ def test_to_ask_for_a_gpu_before_vllm_is_imported_does_not_bar_it_to_the_engine(
     assert by_nvml and all(by_nvml)
 
 
-def test_the_context_is_that_in_which_a_text_has_the_positions_it_was_trained_with(options, started):
-    """VLLM takes the long factors of Phi-3 for every text once its context is longer; training for long texts only."""
+@pytest.mark.parametrize("settings", [LONGROPE, {"model_type": "cohere2", "sliding_window": 4096}], ids=["Phi-3", "Cohere 2"])
+def test_the_context_is_that_in_which_vllm_reads_a_text_as_training_does(settings, options, started):
+    """VLLM takes the long factors of Phi-3 for every text once its context is longer, and wider windows of Cohere 2."""
     folder = Path(options["model_name_or_path"])
-    config = read_json(folder / "config.json") | {"max_position_embeddings": 131072}
-    config["rope_parameters"] = {
-        **{"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32},
-        "original_max_position_embeddings": 4096,
-    }
+    config = read_json(folder / "config.json") | {"max_position_embeddings": 131072, **settings}
     plain = Path(shutil.copytree(folder, options["output_dir"]))
     engine.open_engine("vllm", str(plain))
     write_json(plain / "config.json", config)

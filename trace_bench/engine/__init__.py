@@ -38,6 +38,8 @@ _HF_ARGS = {
     *("batch_size", "max_batch_size", "device", "dtype", "max_length", "revision", "trust_remote_code"),
     *("prefix_token_id", "softmax_dtype", "mixed_precision_dtype", "think_end_token", "logits_cache"),
 }
+#: Types whose layers with a window see one token more in vLLM than they were trained with by transformers.
+_WIDER_WINDOWS = {"cohere2", "cohere2_moe"}
 #: Arguments that the engine decides by itself -> why.
 _REFUSED = {
     ("pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"): (
@@ -142,19 +144,23 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
 
 
 def _bound_context(base: str, args: dict[str, Any]) -> None:
-    """Keeps vLLM to the context below which a model of the Phi-3 kind has other positions (longrope).
+    """Keeps vLLM to the context in which it reads a text as training does.
 
-    Which ones are taken transformers decides by the length of a text, and vLLM for all texts by its max_model_len.
+    Beyond the short one of a Phi-3 (longrope), transformers takes other positions by the length of a text, and vLLM for
+    all texts by its max_model_len. In Command R7B's windows vLLM sees one token more than transformers.
     """
     config = models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "longrope":
+    if rope.get("rope_type") == "longrope":
+        most, why = rope["original_max_position_embeddings"], "gives all texts the positions of long ones"
+    elif config.model_type in _WIDER_WINDOWS and "sliding_attention" in config.layer_types:
+        most, why = config.sliding_window, "has windows of one token more"
+    else:
         return
-    short = rope["original_max_position_embeddings"]
-    if args.setdefault("max_model_len", short) > short:
+    if args.setdefault("max_model_len", most) > most:
         raise EngineError(
-            f"max_model_len={args['max_model_len']}: with more than {short} tokens vLLM gives all texts the positions "
-            f"that {base} has for long ones only, and training does not. Use at most {short}, or take --backend hf."
+            f"max_model_len={args['max_model_len']}: with more than {most} tokens vLLM {why} with {base}, and training "
+            f"does not. Use at most {most}, or take --backend hf."
         )
 
 
