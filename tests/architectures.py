@@ -96,7 +96,7 @@ def make_base(architecture: str, path: Path, tokenizer: Any) -> Path:
 
 def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
     """Writes a checkpoint of a base model to a folder: the path, and the model in memory as it is after training."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model = _eager(base).eval()
     seed = crc32(f"{kind} {model.config.model_type}".encode())
     if kind.startswith("full"):
         config = model.config
@@ -104,7 +104,7 @@ def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
             config.tie_word_embeddings = not config.tie_word_embeddings
         if kind == "full_other_rope":
             config.rope_parameters = {**config.rope_parameters, "rope_theta": 3.0}
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
         randomise(model, seed)
         _save(model, path, AutoTokenizer.from_pretrained(base))
         if kind == "full_with_buffers":  # as LLaMA-2's and Pythia's files have them
@@ -189,11 +189,16 @@ def make_writer(path: Path, tokenizer: Any, follows: dict[str, str | list[str]],
     return _save(model, path, tokenizer)
 
 
+def _eager(folder: Path) -> Any:
+    """The model of a folder in float32, whose attention has all that its config says (a soft cap)."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
 def reload(base: Path, checkpoint: Path | None) -> Any:
     """The model of a checkpoint, an adapter unmerged, in float32."""
     if checkpoint is not None and not (checkpoint / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        return _eager(checkpoint).eval()
+    model = _eager(base).eval()
     return model if checkpoint is None else PeftModel.from_pretrained(model, checkpoint).eval()
 
 

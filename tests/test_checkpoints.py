@@ -691,6 +691,17 @@ def test_the_embedding_of_the_padding_token_is_that_of_the_file(size, tmp_path):
     assert not [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, loaded[name])]
 
 
+def test_attention_with_a_soft_cap_has_it(tmp_path):
+    """Under a tiny cap all tokens are attended alike, as without queries; torch's kernel leaves caps out."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"vocab_size": 300, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **sizes, attn_logit_softcapping=1e-6))
+    model.save_pretrained(tmp_path)
+    model.model.layers[0].self_attn.q_proj.weight.data.zero_()
+    ids = torch.arange(5, 25)[None]
+    torch.testing.assert_close(models.load_model(str(tmp_path), None)(ids).logits, model(ids).logits)
+
+
 # ---------------------------------------------------------------------------------------------------------- config.json
 
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from trace_bench.engine.attention import keep_softcap
 from trace_bench.engine.hub import ModelError, find_file, hub_file, is_out_of_reach, not_given
 from trace_bench.engine.rebuilt import faithful_tokenizer
 from trace_bench.engine.sharing import inner, shared_layer, shared_weights
@@ -275,10 +276,9 @@ def load_model(
 ) -> Any:
     """Loads the model of a checkpoint as it was trained, an adapter unmerged (PEFT's model around it).
 
-    The base is what `resolve_model` returned. The checkpoint is a PEFT adapter, a full model, or None for the base
-    itself; of a prompt-tuning adapter the base is loaded, and `soft_prompt` gives the prompt. The adapters `below` were
-    merged into the base, one after the other, before this one was trained on it. All else goes to
-    `AutoModelForCausalLM.from_pretrained`, such as dtype.
+    The base is what `resolve_model` returned. The checkpoint is a PEFT adapter, a full model, or None for the base; of
+    a prompt-tuning adapter the base is loaded, and `soft_prompt` gives the prompt. The adapters `below` were merged
+    into the base, one after the other, before this one was trained on it. All else goes to `from_pretrained`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -296,6 +296,7 @@ def load_model(
             "they would be random numbers. Take a model that is whole, or copy it again."
         )
     _put_padding_back(model, place, commit)
+    keep_softcap(model)
     # What the config ties and transformers has not tied, since the files hold different values.
     if model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys():
         if not full:
@@ -309,10 +310,7 @@ def load_model(
 
 
 def _put_padding_back(model: Any, place: str | Path, commit: str) -> None:
-    """Gives the padding token the embedding of the file: transformers clears it as it loads some types, such as Youtu.
-
-    It is often that of EOS, and may be tied to the head.
-    """
+    """Gives the padding token, often EOS, the embedding of the file: of some types, as Youtu, transformers clears it."""
     from safetensors import safe_open
 
     table = inner(model.get_input_embeddings())
