@@ -67,8 +67,12 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
     return versions
 
 
+@cache
 def source_commit() -> str | None:
-    """The commit of this program's checkout, with "+" when it has local changes; None outside a checkout."""
+    """The commit of this program's checkout, with "+" when it has local changes; None outside a checkout.
+
+    Asked once: a commit that is made later is not that of the program that runs.
+    """
     here = Path(__file__).parent
     try:
         head, dirty = (
