@@ -14,7 +14,7 @@ import sys
 import tarfile
 import zipfile
 from collections import Counter
-from functools import cache, partial
+from functools import cache, partial, wraps
 from itertools import chain, count, product
 from pathlib import Path
 
@@ -65,17 +65,26 @@ def _undrawn(request: pytest.FixtureRequest):
     """Leaves figures as axes: to render them takes a second a report. Two files of tests look at them."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_html", "test_units"):
-            svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="9pt" height="9pt"><g id="d"/></svg>'
-            patch.setattr("trace_bench.report.drawing._svg", lambda figure: svg)
-            patch.setattr("trace_bench.report.drawing._png", lambda figure: b"")
+            leave_undrawn(patch)
         yield
+
+
+def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
+    svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 9 9" width="9pt" height="9pt"><g id="d"/></svg>'
+    patch.setattr("trace_bench.report.drawing._svg", lambda figure: svg)
+    patch.setattr("trace_bench.report.drawing._png", lambda figure: b"")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _read_once():
     """Has lm-eval parse the YAML files of our tasks once, not for each index; tests edit files of their own alone."""
-    theirs = sys.modules.get("lm_eval.tasks._index")  # what needs no lm-eval does not import it for this
-    if theirs and not hasattr(theirs.load_yaml, "cache"):
+    if "lm_eval.tasks._index" in sys.modules:  # what needs no lm-eval does not import it for this
+        read_once()
+
+
+def read_once() -> None:
+    theirs = importlib.import_module("lm_eval.tasks._index")
+    if not hasattr(theirs.load_yaml, "cache"):
         read = theirs.load_yaml
         parsed = cache(lambda path, options: pickle.dumps(read(path, **dict(options))))
         ours = Path(__file__).parents[1] / "trace_tasks"
@@ -123,7 +132,9 @@ def bounds(make):
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The tiny model with a byte-level tokenizer, and with one like LLaMA-2's."""
     folder = tmp_path_factory.mktemp("models")
-    return {"bytes": make_tiny_model(folder / "tiny"), "pieces": make_tiny_model(folder / "pieces", pieces_tokenizer())}
+    made = {"bytes": make_tiny_model(folder / "tiny"), "pieces": make_tiny_model(folder / "pieces", pieces_tokenizer())}
+    UNCHANGED.update(map(str, made.values()))
+    return made
 
 
 @pytest.fixture
@@ -296,6 +307,7 @@ def train(options: dict, trainer=None, config=None):
 
     freeze_imports()
     spare_extras()
+    read_once()
     names = {f.name for f in fields(ModelConfig)}
     return base.train(
         trainer or base.CLTrainer,
@@ -304,29 +316,52 @@ def train(options: dict, trainer=None, config=None):
     )
 
 
-@cache
+_TRAININGS = count()
+
+
 def freeze_imports() -> None:
-    """Keeps the garbage collector away from what the imports made: each stage calls it twice, for half of its time."""
-    gc.collect()
-    gc.freeze()
+    """Keeps the garbage collector away from what is there to stay: each stage calls it twice, for half of its time.
+
+    The first trainings import more, and what they import and tests keep becomes more with each.
+    """
+    if next(_TRAININGS) % 20 in (0, 1):
+        gc.collect()
+        gc.freeze()
 
 
 @cache
 def spare_extras() -> None:
     """Leaves out what libraries do at each stage or step and nobody reads.
 
-    PEFT's model card, fingerprints of data sets, and whether a package is there, which accelerate asks at each step.
+    PEFT's model card, fingerprints of data sets, whether a package is there, which accelerate asks at each step, and
+    the text of a config, which transformers makes for a log whenever it reads one. And the files of a model that no
+    test changes are checked once.
     """
     from datasets import arrow_dataset
     from peft import PeftModel
+    from transformers import PreTrainedConfig
 
     from trace_bench import versions
+    from trace_bench.engine import models
+    from trainers.base import preflight
 
+    preflight.check_base = _once_for_unchanged(preflight.check_base)
+    models.pinned_revision = _once_for_unchanged(models.pinned_revision)
+    PreTrainedConfig.__repr__ = object.__repr__
     versions.version = cache(versions.version)
     numbers = count()
     importlib.metadata.metadata = cache(importlib.metadata.metadata)
     PeftModel.create_or_update_model_card = lambda self, folder: None
     arrow_dataset.generate_fingerprint = lambda dataset: f"{next(numbers):016x}"
+
+
+#: Folders of base models that no test changes.
+UNCHANGED: set[str] = set()
+
+
+def _once_for_unchanged(check):
+    known = cache(check)
+    return wraps(check)(lambda base, *args: (known if base in UNCHANGED else check)(base, *args))
 
 
 def command_line(options: dict) -> list[str]:
