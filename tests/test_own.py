@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -126,6 +127,8 @@ def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monke
     assert methods == {"a": str(tmp_path / "half.py"), "b": "ewc"}
     seen = []
     monkeypatch.setattr(study, "run_child", lambda words, environment: seen.append((words, environment)) or 1)
+    fork = multiprocessing.get_context("fork")  # of this process, which need not import torch again
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda method: fork)
     wrong = "config: base.yaml\nruns: {a: {method: half.py, strength: 2}, b: {method: ewc, ewc_lamda: 2}}\n"
     (tmp_path / "wrong.yaml").write_text(wrong)
     with pytest.raises(study.StudyError, match=r"\A\S+wrong.yaml, runs, b: ewc has no option .*mean ewc_lambda"):
@@ -368,10 +371,10 @@ def test_a_run_remembers_where_its_own_tasks_are(here, tiny_model, monkeypatch, 
 def test_unknown_tasks_are_named_with_their_neighbours(here, monkeypatch):
     make_task(write_rows(here / "mine.jsonl", ROWS["columns"][0]))
     monkeypatch.setenv("TRACE_TASKS", str(here))
-    with pytest.raises(DataError, match=r"mien \(did you mean mine\?\).* TRACE_TASKS has: mine\."):
-        load_tasks(["mien"])
     ours = task_manager()  # without lm-eval's own, whose index takes seconds
     monkeypatch.setattr("trace_bench.tasks.task_manager", lambda include_defaults=False: ours)
+    with pytest.raises(DataError, match=r"mien \(did you mean mine\?\).* TRACE_TASKS has: mine\."):
+        load_tasks(["mien"])
     with pytest.raises(DataError, match=r"trace_fomk \(did you mean trace_fomc\?\)"):
         load_tasks(["trace_fomk"])
 
