@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from conftest import leave_undrawn
 from made_runs import EIGHT, NAN, TASKS, make_rich_run, make_run, without, write_cell
 from PIL import Image
 
@@ -62,6 +63,17 @@ class Page(HTMLParser):
         """The embedded samples."""
         found = re.search(r'<script type="application/json" id="data">(.*?)</script>', self.source, re.DOTALL)
         return json.loads(found[1])
+
+
+@pytest.fixture
+def drawn():
+    """For a test that looks at the figures of a run that it makes; those of the runs of this file are there."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn_runs(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        leave_undrawn(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +348,7 @@ def test_the_page_of_several_runs_leads_to_theirs(rich, several):
     assert sorted(f.name for f in figures.iterdir()) == ["runs.png", "runs.svg", "stages.png", "stages.svg"]
 
 
-def test_figures_of_several_runs_show_every_run_and_score(make, as_the_paper):
+def test_figures_of_several_runs_show_every_run_and_score(make, as_the_paper, drawn):
     make_rich = partial(make_rich_run, make, tasks=TASKS, n=5)
     runs = [make_rich(seed=k, name=f"a-sweep-of-many-learning-rates-{k}") for k in range(5)]
     write_comparison(runs, runs[0].path.parent / "sweep.html", runs[4])
@@ -355,7 +367,7 @@ def test_figures_of_several_runs_show_every_run_and_score(make, as_the_paper):
     assert not list(figures.iterdir()) and "sweep-figures" not in (runs[0].path.parent / "sweep.html").read_text()
 
 
-def test_the_baseline_is_drawn_among_many_runs_and_tables_say_where_else_they_are(make, monkeypatch):
+def test_the_baseline_is_drawn_among_many_runs_and_tables_say_where_else_they_are(make, monkeypatch, drawn):
     monkeypatch.setattr(figures, "MOST_RUNS", 3)
     monkeypatch.setattr(html, "TABLE_CELLS", 12)
     runs = [make(name=f"r{k}") for k in range(5)]
@@ -367,7 +379,7 @@ def test_the_baseline_is_drawn_among_many_runs_and_tables_say_where_else_they_ar
     assert "Shown are 3 of 5 runs." in words and "is in the .md and .csv." in words and "report.md" not in words
 
 
-def test_the_page_of_several_runs_has_no_script_and_takes_every_name(several, make):
+def test_the_page_of_several_runs_has_no_script_and_takes_every_name(several, make, drawn):
     page = Page(several)
     (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
     assert "script-src 'none'" in policy and "default-src 'none'" in policy
@@ -550,7 +562,7 @@ def test_a_number_of_lost_rows_leads_to_these_rows(visit, rich):
         assert {t.split(" ·")[0] for t in page.locator("article h3").all_text_contents()} == {row}
 
 
-def test_thousands_of_samples_do_not_freeze_the_page(visit, make):
+def test_thousands_of_samples_do_not_freeze_the_page(visit, make, drawn):
     rows = np.random.default_rng(0).integers(2, size=(2000, 4)).astype(float)
     run = make(rows={task: {"accuracy": rows} for task in TASKS})
     write_report(run)
@@ -583,7 +595,7 @@ def test_print_shows_all(visit, rich):
     assert len(page.pdf()) > 50_000
 
 
-def test_print_has_room_for_every_judged_set(visit, make):
+def test_print_has_room_for_every_judged_set(visit, make, drawn):
     run = make()
     for stage in (run.stages[0], run.stages[3]):
         for k, name in enumerate(JUDGED):
