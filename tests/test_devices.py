@@ -1,5 +1,6 @@
 """`trace-bench evaluate RUN --devices ...` and `--share`: several processes evaluate the stages of one run."""
 
+import runpy
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from forks import Child
 
 from trace_bench import cli, evaluate
 from trace_bench.evaluate import devices, filling
@@ -67,7 +69,16 @@ def results(run: Run) -> dict[str, object]:
     return found
 
 
-def test_two_processes_share_the_stages_and_make_what_one_makes(run, two, capfd):
+def test_two_processes_share_the_stages_and_make_what_one_makes(run, two, capfd, monkeypatch):
+    def fork(words, environment, stdout, **_):
+        def program():
+            exec(HELD, {})
+            sys.argv[:] = words[2:]
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+
+        return Child(program, environment, stdout)
+
+    monkeypatch.setattr(devices, "start_child", fork)
     alone = Run.open(shutil.copytree(run.path, run.path.parent / "alone"))
     cli.main(["evaluate", str(run.path), "--cells", "all", "--distance", *two])
     said = capfd.readouterr().out

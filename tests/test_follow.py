@@ -2,9 +2,9 @@
 
 import os
 import re
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +14,7 @@ import pytest
 import torch
 from architectures import PROMPTS, generate, make_base, make_checkpoint, reference
 from conftest import command_line, interrupted, lock_holder, pieces_tokenizer, train
-from forks import forked
+from forks import Child, forked
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -25,7 +25,6 @@ from trace_bench.run import Run, RunError, in_use, locked, read_json
 from trace_tasks.data.files import fingerprint, write_json
 from trainers.base import CLTrainer
 
-ROOT = Path(__file__).parents[1]
 THREE = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
 
 
@@ -60,7 +59,13 @@ def test_stages_are_evaluated_while_the_training_goes_on_and_as_they_would_be_af
     options |= {"tasks": THREE, "cells": "all"}
     script = tmp_path / "waits.py"
     script.write_text(WAITS)
-    process = subprocess.Popen([sys.executable, str(script), *command_line(options)], cwd=tmp_path, env=ENVIRONMENT)
+
+    def training():
+        os.chdir(tmp_path)
+        sys.argv[:] = [str(script), *command_line(options)]
+        runpy.run_path(str(script), run_name="__main__")
+
+    process = Child(training)
     try:
         made = evaluate.follow(options["output_dir"])
     finally:
@@ -93,7 +98,6 @@ class Waits(CLTrainer):
 if __name__ == "__main__":
     main(Waits, CLConfig)
 """
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
 
 
 def test_a_training_that_ends_too_soon_is_told_after_all_that_is_there_is_evaluated(options, monkeypatch):
