@@ -26,7 +26,7 @@ from architectures import (
     reference_likelihoods,
     reload,
 )
-from conftest import byte_tokenizer, pieces_tokenizer, train
+from conftest import UNCHANGED, byte_tokenizer, pieces_tokenizer, train
 from forks import forked
 from test_methods import EXACT, as_method, method, small
 from transformers import AutoTokenizer
@@ -75,6 +75,7 @@ def base_of(tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
         # Of a Qwen transformers makes the tokenizer byte-level, whatever its files say.
         tokenizer = byte_tokenizer() if architecture.startswith("qwen") else pieces_tokenizer()
         base = make_base(architecture, folder / architecture, tokenizer)
+        UNCHANGED.add(str(base))
         answers = reference(reload(base, None), AutoTokenizer.from_pretrained(base), PROMPTS)
         assert len(set(answers)) == len(PROMPTS), "lively texts, or nothing is shown"
         return base, answers
