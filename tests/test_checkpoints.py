@@ -771,7 +771,7 @@ SLOW = r"(.*)*(.*)*(.*)*(.*)*x"
 
 @pytest.fixture
 def little_time(monkeypatch):
-    monkeypatch.setattr(models, "READING", (1.0, 2**30))
+    monkeypatch.setattr(models, "READING", (0.4, 2**30))
 
 
 @pytest.mark.timeout(60)
