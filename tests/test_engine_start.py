@@ -97,7 +97,7 @@ def test_to_ask_for_a_gpu_before_vllm_is_imported_does_not_bar_it_to_the_engine(
     assert by_nvml and all(by_nvml)
 
 
-@pytest.mark.parametrize("settings", [LONGROPE, {"model_type": "cohere2", "sliding_window": 4096}], ids=["Phi-3", "Cohere 2"])
+@pytest.mark.parametrize("settings", [LONGROPE, {"model_type": "cohere2", "sliding_window": 4096}])
 def test_the_context_is_that_in_which_vllm_reads_a_text_as_training_does(settings, options, started):
     """VLLM takes the long factors of Phi-3 for every text once its context is longer, and wider windows of Cohere 2."""
     folder = Path(options["model_name_or_path"])

@@ -8,6 +8,7 @@ import shlex
 import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -127,8 +128,15 @@ def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monke
     assert methods == {"a": str(tmp_path / "half.py"), "b": "ewc"}
     seen = []
     monkeypatch.setattr(study, "run_child", lambda words, environment: seen.append((words, environment)) or 1)
-    fork = multiprocessing.get_context("fork")  # of this process, which need not import torch again
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda method: fork)
+
+    def run(command, input, **_):
+        """In a fork of this process, which need not import torch again."""
+        from trainers.commands.options import refused
+
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            return SimpleNamespace(returncode=0, stdout=json.dumps(pool.apply(refused, [json.loads(input)])))
+
+    monkeypatch.setattr(study.subprocess, "run", run)
     wrong = "config: base.yaml\nruns: {a: {method: half.py, strength: 2}, b: {method: ewc, ewc_lamda: 2}}\n"
     (tmp_path / "wrong.yaml").write_text(wrong)
     with pytest.raises(study.StudyError, match=r"\A\S+wrong.yaml, runs, b: ewc has no option .*mean ewc_lambda"):

@@ -310,7 +310,7 @@ def load_model(
 
 
 def _put_padding_back(model: Any, place: str | Path, commit: str) -> None:
-    """Gives the padding token, often EOS, the embedding of the file: of some types, as Youtu, transformers clears it."""
+    """Gives the padding token, often EOS, the embedding of the file: transformers clears it in some types (Youtu)."""
     from safetensors import safe_open
 
     table = inner(model.get_input_embeddings())

@@ -103,7 +103,7 @@ def _leave_transformers_as_it_is() -> None:
     """
     from vllm.model_executor.models.transformers import base
 
-    base.support_torch_compile = lambda **_: lambda kind: kind
+    base.support_torch_compile = lambda **_: lambda kind: kind  # type: ignore[assignment]
 
 
 def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:

@@ -18,8 +18,6 @@ from trace_tasks import data
 from trace_tasks.errors import TraceError
 from trainers.base.rows import CHOICES
 
-#: The types of a config's options, by name; Python reads them from the annotations of all its classes.
-_kinds = cache(get_type_hints)
 #: What engine arguments call the context (vllm, hf).
 ENGINE_CONTEXT = ("max_model_len", "max_length")
 #: Settings that HF's configs do not mark as deciding the result, but that do.
@@ -127,6 +125,12 @@ def _number(text: str) -> Any:
         return text
 
 
+@cache
+def _kinds(config: type) -> dict[str, Any]:
+    """The types of a config's options by name, which Python reads from the annotations of all its classes."""
+    return get_type_hints(config)
+
+
 @dataclass
 class CLConfig(SFTConfig):
     """Configuration of a run: TRL's SFTConfig with the sequence of tasks and how it is measured."""
@@ -211,7 +215,7 @@ class CLConfig(SFTConfig):
 
     def _read_lists(self) -> None:
         """Splits lists, written with spaces or commas, and puts the members of orders and groups into them."""
-        for name, kind in _kinds(type(self)).items():
+        for name, kind in _kinds(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name) if kind in (list[str], list[str] | None) else None
             if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 setattr(self, name, data.split_names(value))
@@ -230,7 +234,7 @@ class CLConfig(SFTConfig):
 
     def _check_options(self) -> None:
         """Checks each option against what `option` says is allowed."""
-        own, kinds = self._own(), _kinds(type(self))
+        own, kinds = self._own(), _kinds(type(self))  # type: ignore[arg-type]
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             optional = type(None) in get_args(kinds[f.name]) and value is None
