@@ -72,6 +72,7 @@ def error_of(*argv):
 
 def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monkeypatch, caplog):
     misspelt = "Trainer):\n    def end_stages(self): ...\n"
+    misspelt += "    def before_step(self): self.before = self.started = self.idle = self.mixed_in = {'own': 1}\n"
     (here / "half.py").write_text(METHOD.replace('"__main__"', "'__main__'").replace("Trainer):\n", misspelt))
     options = {**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"], "strength": 0}
     main(["train", "half.py", *command_line(options)])
@@ -90,6 +91,15 @@ def test_a_method_of_a_file_that_is_called_like_one_of_the_package_is_refused(he
     (here / "ewc.py").write_text(METHOD)
     argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
     assert "ewc.py has the name of the package's method ewc" in error_of("train", "ewc.py", *argv)
+    assert not (here / "run").exists()
+
+
+def test_a_method_that_hides_what_the_trainer_calls_is_refused_before_anything_is_trained(here, tiny_model):
+    """Else the first stage would be trained, and lost when its record is asked for."""
+    (here / "half.py").write_text(METHOD.replace("(self, model):\n", "(self, model):\n        self.record = {}\n"))
+    argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
+    said = error_of("train", "half.py", *argv)
+    assert "HalfTrainer sets self.record, which the trainer has" in said and "such as half_record" in said
     assert not (here / "run").exists()
 
 

@@ -42,11 +42,11 @@ class CheckpointTrainer(GradientTrainer):
     run: Run
     stage: Stage
     #: Before the checkpoint that the stage goes on from: seconds, the sum of the losses of its steps, and the steps.
-    before: dict[str, float]
+    _before: dict[str, float]
     #: The order of the rows where they are grouped by length: it has to know which epoch a stage goes on in.
     grouped: LengthGrouped | None = None
     #: When the stage began, as `time.perf_counter` counts; what was done before a kill is subtracted.
-    started: float
+    _started: float
 
     @property
     def previous(self) -> Stage:
@@ -159,8 +159,8 @@ class CheckpointTrainer(GradientTrainer):
                 "of": self._origin(),
                 "method_source": method_source(type(self)),
                 "step": self.state.global_step,
-                "seconds": time.perf_counter() - self.started,
-                "losses": self.before["losses"] + self._total_loss_scalar + float(self._tr_loss),
+                "seconds": time.perf_counter() - self._started,
+                "losses": self._before["losses"] + self._total_loss_scalar + float(self._tr_loss),
                 "counters": {name: getattr(self, name) for name in self.counters},
                 "files": _sizes(folder),
             }
@@ -205,8 +205,8 @@ class CheckpointTrainer(GradientTrainer):
                         self.stage.name,
                         self.stage.attempt,
                     )
-                self.before = {name: whole[name] for name in self.before}
-                self.started -= whole["seconds"]
+                self._before = {name: whole[name] for name in self._before}
+                self._started -= whole["seconds"]
                 return str(folder)
             if self.is_world_process_zero():
                 remove(folder)  # else it would count as the newest when older ones are removed

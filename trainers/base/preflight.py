@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
+import inspect
 import logging
 import os
 import sys
@@ -115,6 +117,11 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
             near = difflib.get_close_matches(own_name, _HOOKS, 1, cutoff=0.85)
             if near and not hasattr(CLTrainer, own_name):
                 log.warning("%s.%s is no hook, so nothing calls it. Is %s meant?", kind.__name__, own_name, near[0])
+        if taken := sorted(_set_names(kind) & _taken_names()):
+            raise ConfigError(
+                f"{kind.__name__} sets self.{taken[0]}, which the trainer has of its own: a stage would fail when it "
+                f"asks for it, perhaps when it is trained. Give yours another name, such as {name}_{taken[0]}."
+            )
     if config.packing:
         raise ConfigError(
             "packing=true cuts rows to a max_length, which a stage does not have. Use padding_free: true."
@@ -137,6 +144,23 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
         refuse_shards(config, f"{name} needs whole gradients", "with LoRA if memory is short")
         if config.fp16:
             raise ConfigError(f"{name} needs true gradients, and fp16=true scales them: use bf16 or float32.")
+
+
+def _set_names(kind: type) -> set[str]:
+    """The names that a class sets on `self`, as far as its source is there."""
+    try:
+        source = inspect.getsource(kind)
+        tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
+    except (OSError, TypeError, SyntaxError):  # of a notebook, before Python 3.13
+        return set()
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
+    return {node.attr for node in found if isinstance(node.value, ast.Name) and node.value.id == "self"}
+
+
+def _taken_names() -> set[str]:
+    """What no method may put on the trainer: functions and properties, the stage's own, and HF's state."""
+    functions = {n for n in dir(CLTrainer) if isinstance(x := getattr(CLTrainer, n), property) or callable(x)}
+    return functions | {"run", "stage", "config", "tokenizer", "chat", "state"}
 
 
 # ------------------------------------------------------------------------------------------------------ the base model

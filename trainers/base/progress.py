@@ -53,7 +53,7 @@ class _ProgressFile(TrainerCallback):
                 "steps": state.max_steps,
                 "loss": float(logs["loss"]),
                 "tokens": int(self.trainer._total_train_tokens),
-                "seconds": now - self.trainer.started,
+                "seconds": now - self.trainer._started,
                 "time": time.time(),
             }
             write_json(self.trainer.stage.progress_file, progress)
@@ -102,7 +102,7 @@ class _ProgressBar(ProgressCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.training_bar is None or not logs or "loss" not in logs:
             return
-        seconds = time.perf_counter() - self.trainer.started
+        seconds = time.perf_counter() - self.trainer._started
         text = f"loss {float(logs['loss']):.3f}, {self.trainer._total_train_tokens / seconds:.0f} tokens/s"
         if len(self.trained) + 1 < self.stages:
             left = seconds_left(self.trained, self.stages, seconds, state.global_step / state.max_steps)

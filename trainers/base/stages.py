@@ -300,12 +300,12 @@ class Loop:
             AcceleratorState._reset_state()
             self.config.deepspeed_plugin.set_deepspeed_weakref()
         trainer = self.trainer(self.config, self.model_args, self.run, stage, self.tokenizer)
-        trainer.started = time.perf_counter()
+        trainer._started = time.perf_counter()
         trainer.begin_stage()
-        around = time.perf_counter() - trainer.started
+        around = time.perf_counter() - trainer._started
         checkpoint = trainer.resume()
         if checkpoint is not None:
-            self._say(stage, f"{stage.name}: goes on at step {trainer.before['step']}")
+            self._say(stage, f"{stage.name}: goes on at step {trainer._before['step']}")
         elif self.state.is_main_process:  # what TensorBoard was told of an attempt that was lost
             remove(self.run.path / "tensorboard" / stage.name)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -314,7 +314,7 @@ class Loop:
         trained = time.perf_counter()
         trainable = get_model_param_count(trainer.model, trainable_only=True)
         trainer.end_stage()
-        seconds = time.perf_counter() - trainer.started
+        seconds = time.perf_counter() - trainer._started
         around += time.perf_counter() - trained
         with others_wait():  # large models are merged, written and read here
             saved = trainer.save_checkpoint()
@@ -418,11 +418,11 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
         # Of the whole model, also where this process has a part of it.
         "parameters": get_model_param_count(trainer.model),
         # HF's own "train_loss" is the mean since the checkpoint that the stage went on from.
-        "mean_loss": (trainer.before["losses"] + trainer._total_loss_scalar) / max(steps, 1),
+        "mean_loss": (trainer._before["losses"] + trainer._total_loss_scalar) / max(steps, 1),
         "losses": [
             {key: entry[key] for key in ("step", "loss", "learning_rate")}
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
-        **({"replayed": trainer.mixed_in} if trainer.mixed_in else {}),
+        **({"replayed": trainer._mixed_in} if trainer._mixed_in else {}),
     }

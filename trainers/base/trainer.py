@@ -44,11 +44,11 @@ class CLTrainer(CheckpointTrainer):
         # A stage begins at step 0: in one run of a tracker the stages would lie on each other.
         args.run_name = f"{args.run_name or run.path.name} {stage.name}"
         args.save_total_limit = None  # `_save_checkpoint` drops older ones, when the new one is whole
-        self.before = {"seconds": 0.0, "losses": 0.0, "step": 0}
-        self.started = time.perf_counter()
+        self._before = {"seconds": 0.0, "losses": 0.0, "step": 0}
+        self._started = time.perf_counter()
         self.kept = {}
         #: Trained parameters that no step has had a gradient of; None before the first step.
-        self.idle: set[str] | None = None
+        self._idle: set[str] | None = None
         set_seed(args.seed)  # an adapter's first weights are random
         model = self.stage_model(stage)
         super().__init__(model=model, args=args, train_dataset=self.with_replay(stage), processing_class=tokenizer)
@@ -152,11 +152,11 @@ class CLTrainer(CheckpointTrainer):
     def with_replay(self, stage: Stage) -> Dataset:
         """The training set of a stage, with the rows that `replay_ratio` mixes into that of any method."""
         rows, c = self.stage_dataset(stage), self.config
-        self.mixed_in: dict[str, int] = {}
+        self._mixed_in: dict[str, int] = {}
         if self.own_memory or not c.replay_ratio:
             return rows
         earlier = self.earlier_rows(stage, c.replay_ratio, c.replay_choice or "random")
-        self.mixed_in = {task: len(part) for task, part in earlier.items()}
+        self._mixed_in = {task: len(part) for task, part in earlier.items()}
         return concatenate_datasets([rows, *earlier.values()])
 
     answers = writing.answers
@@ -217,21 +217,21 @@ class CLTrainer(CheckpointTrainer):
                 "has diverged. Begin a new run with a lower learning_rate or max_grad_norm."
             )
         if self.accelerator.sync_gradients:
-            if self.idle is None or self.idle:
+            if self._idle is None or self._idle:
                 idle = {name for name, parameter in self.trained().items() if parameter.grad is None}
-                self.idle = idle if self.idle is None else self.idle & idle
+                self._idle = idle if self._idle is None else self._idle & idle
             self.adjust_gradients(model)
         return loss
 
     def warn_of_idle(self) -> None:
         """Warns of an adapter's layers that the model has not gone through: fused kernels take the bare weights."""
-        if self.idle and self.model_args.use_peft and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self._idle and self.model_args.use_peft and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             log.warning(
                 "%d of the adapter's tensors had no gradient in stage %s, such as %s: what the model computes does not "
                 "go through them, so they stay what they are. Leave these layers out of lora_target_modules.",
-                len(self.idle),
+                len(self._idle),
                 self.stage.name,
-                min(self.idle),
+                min(self._idle),
             )
 
     @property
