@@ -561,7 +561,10 @@ def test_other_seeds_are_compared_as_welch_does_and_arrows_need_seeds_on_both_si
     assert over_seeds(comparison)[1]["ewc"]["OP"] == "+20.0 [+17.5, +22.5]"
     assert any("Not comparable" in w for w in comparison.warnings)
     # Of another order BWT is the mean over other tasks, whose difference may be that of the tasks.
-    found = over_seeds(compare([*sequential, *seeded(make, "turned", [10, 12, 11], tasks=TASKS[::-1])]))[1]["turned"]
+    turned = compare([*sequential, *seeded(make, "turned", [10, 12, 11], tasks=TASKS[::-1])])
+    said = "in another order or on other tasks than `sequential`: `turned`"
+    assert said in "\n".join(turned.notes) and "in another order" not in "\n".join(comparison.notes)
+    found = over_seeds(turned)[1]["turned"]
     assert found["BWT"] == "-30.7" and found["OP"].startswith("-30.7 [") and found["OP"].endswith("↓")
 
 

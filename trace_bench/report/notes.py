@@ -234,6 +234,13 @@ def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries
             "scores and tasks (Holm, with half of the level for OP): where no method differs, at most one comparison "
             "in twenty shows any. Intervals are not corrected."
         )
+        orders = [d.group.name for d in seeds if d.group.entries[0].run.tasks != d.reference.entries[0].run.tasks]
+        if orders:
+            yield (
+                f"Trained in another order or on other tasks than `{seeds[0].reference.name}`: {_ticks(orders)}. Their "
+                "differences and arrows are of the method and of that together; for the method alone report the runs "
+                "of one order by themselves."
+            )
     if entries > 1:
         yield (
             "Test rows alone give no arrow: differences of single runs do not say what other trainings would give. For "
