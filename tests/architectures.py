@@ -63,6 +63,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         **{"model_type": "gpt_oss", **_LLAMA, **_UNTIED, "sliding_window": 16},
         **{"num_local_experts": 4, "num_experts_per_tok": 2},
     },
+    "lfm2": {
+        **{"model_type": "lfm2", **_LLAMA, **_TIED, "layer_types": ["full_attention", "conv"]},
+        **{"block_auto_adjust_ff_dim": False, "block_dim": 128, "conv_dim": 128},
+    },
     "olmoe": {"model_type": "olmoe", **_LLAMA, **_UNTIED, "num_experts": 4, "num_experts_per_tok": 2},
 }
 #: The kinds of checkpoint.
