@@ -239,14 +239,25 @@ def test_what_has_no_limit_and_trains_no_adapter_needs_none(architecture):
     architecture(("MambaConfig", MAMBA), FULL)
 
 
-def test_a_model_whose_experts_vllm_chooses_otherwise_without_a_gpu_is_refused_there(tmp_path, monkeypatch):
-    transformers.Ernie4_5_MoeConfig(**SMALL).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=r"without their correction bias.* Take the backend hf"):
+@pytest.mark.parametrize(
+    ("kind", "why", "on_gpus"),
+    [
+        ("Ernie4_5_MoeConfig", "chooses its experts without their correction bias", False),
+        ("Gemma3nTextConfig", "leaves out the embeddings of its layers", True),
+        ("HrmTextConfig", "reads its prompts in both directions", True),
+    ],
+)
+def test_a_model_that_vllm_computes_otherwise_is_refused(kind, why, on_gpus, tmp_path, monkeypatch):
+    getattr(transformers, kind)().save_pretrained(tmp_path)
+    whole = pytest.raises(RunError, match=r"has no model\.safetensors")
+    refused = pytest.raises(ModelError, match=rf"vLLM {why}.* Take the backend hf")
+    with refused:
         check_base(str(tmp_path), "vllm", False)
     monkeypatch.setattr("trace_bench.engine.gpu.has_gpu", lambda: True)
-    for backend in ("vllm", "hf"):
-        with pytest.raises(RunError, match=r"has no model\.safetensors"):
-            check_base(str(tmp_path), backend, False)
+    with refused if on_gpus else whole:
+        check_base(str(tmp_path), "vllm", False)
+    with whole:
+        check_base(str(tmp_path), "hf", False)
 
 
 def test_a_type_that_transformers_does_not_know_is_refused(options, tiny_model, tmp_path):

@@ -44,8 +44,12 @@ _HARMLESS = {
     *("num_beams", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "length_penalty", "n_ctx"),
     *("_attn_implementation_autoset", "_attn_implementation", "attn_implementation", "experts_implementation"),
 }
-#: Types whose experts vLLM's routing on a CPU chooses without the correction bias that they were trained with.
-_ROUTED_WRONGLY = {"ernie4_5_moe"}
+#: Types that vLLM computes otherwise than transformers trains them -> how; and those of which it does without a GPU.
+_OTHER_IN_VLLM = {
+    "gemma3n_text": "leaves out the embeddings of its layers",
+    "hrm_text": "reads its prompts in both directions",
+}
+_OTHER_ON_CPU = {"ernie4_5_moe": "chooses its experts without their correction bias"}
 #: Types whose names vLLM completes, since their files on the hub lack the first part.
 _COMPLETED = {"bloom", "gpt2", "opt"}
 
@@ -225,10 +229,11 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
     """
     config = models.load_config(base, revision, trust_remote_code)
     refuse_not_causal(base, config)
-    if backend == "vllm" and config.model_type in _ROUTED_WRONGLY and not gpu.has_gpu():
+    others = _OTHER_IN_VLLM | ({} if gpu.has_gpu() else _OTHER_ON_CPU)
+    if backend == "vllm" and config.model_type in others:
         raise ModelError(
-            f"{base} ({config.model_type}): without a GPU vLLM chooses its experts without their correction bias, so "
-            "the answers would be another model's. Take the backend hf."
+            f"{base} ({config.model_type}): here vLLM {others[config.model_type]}, so the answers would be another "
+            "model's. Take the backend hf."
         )
     folder = Path(base)
     if not folder.is_dir():
