@@ -81,6 +81,25 @@ def test_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options
     assert not started
 
 
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, True),
+        ({"model_type": "granitemoehybrid", "mamba_d_head": "auto"}, False),
+        ({"model_type": "mamba2", "num_heads": 8, "head_dim": 32}, False),
+    ],
+    ids=["Llama", "Granite 4", "Mamba-2"],
+)
+def test_states_are_not_kept_in_a_cache_without_a_gpu(settings, kept, options, started, monkeypatch, tmp_path):
+    """VLLM's code for them on CPUs fails at a prompt of more than 256 tokens."""
+    folder = Path(shutil.copytree(options["model_name_or_path"], tmp_path / "m"))
+    write_json(folder / "config.json", read_json(folder / "config.json") | settings)
+    for gpu in (False, True):
+        monkeypatch.setattr(engine, "has_gpu", lambda gpu=gpu: gpu)
+        engine.open_engine("vllm", str(folder))
+    assert [start["enable_prefix_caching"] for start in started] == [kept, True]
+
+
 def test_to_ask_for_a_gpu_before_vllm_is_imported_does_not_bar_it_to_the_engine(monkeypatch, tmp_path):
     """The engine is a fork of this process. After torch's own question, CUDA's runtime refuses itself to forks."""
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "")

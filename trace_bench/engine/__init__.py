@@ -87,13 +87,7 @@ def open_engine(
         if backend == "vllm":
             args.setdefault("tokenizer_revision", revision)
     tokenizer = models.load_tokenizer(base, revision, trusted)  # lm-eval may add a padding token to its own
-    try:
-        lm = _open_vllm(base, args, checkpoints, forced) if backend == "vllm" else _open_hf(base, args)
-    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
-        if not engine_args or isinstance(e, TraceError) or advice(e, ""):
-            raise
-        # Values are the business of vLLM and lm-eval, which say what is wrong with them in all these ways.
-        raise EngineError(f"The engine does not start with engine_args {json.dumps(engine_args)}: {brief(e)}") from e
+    lm = _open_vllm(base, args, checkpoints, forced) if backend == "vllm" else _open_hf(base, args)
     lm.base, lm.revision, lm.max_prompt_length, lm.trust_remote_code = base, revision, max_prompt_length, trusted
     lm.tokenizer = tokenizer
     lm.ends = end_ids(tokenizer, base, revision)
@@ -128,6 +122,9 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
     if not has_gpu():
         # vLLM's own 128 keep nothing of short prompts in the cache. The kernels want multiples of 32.
         args.setdefault("block_size", 32)
+        if any(name.startswith(("mamba_", "state_size")) for name in _text_config(base, args).to_dict()):
+            # With a cache its code for states (Mamba-2, Granite 4) fails at prompts of more than a chunk.
+            args.setdefault("enable_prefix_caching", False)
     # "auto" would take Mistral's own tokenizer, config and weights for its models, and training does not use these.
     args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf", **args}
     with_lora = dict(args)
@@ -135,12 +132,19 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
     try:
         with starting_vllm():
             return SwapVLLM(adapters=adapters, pretrained=base, **with_lora)
-    except (EngineError, ValueError) as e:
+    except EngineError as e:
         if not adapters or "enable_lora" in args:
             raise
-        log.warning("vLLM does not start with LoRA, which it lacks for some models; adapters are merged: %s", brief(e))
+        log.warning(
+            "vLLM does not start with LoRA, which it lacks for some models; adapters are merged: %s",
+            brief(e.__cause__ or e),
+        )
     with starting_vllm():
         return SwapVLLM(pretrained=base, **args, enable_lora=False)
+
+
+def _text_config(base: str, args: dict[str, Any]) -> Any:
+    return models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
 
 
 def _bound_context(base: str, args: dict[str, Any]) -> None:
@@ -149,7 +153,7 @@ def _bound_context(base: str, args: dict[str, Any]) -> None:
     Beyond the short one of a Phi-3 (longrope), transformers takes other positions by the length of a text, and vLLM for
     all texts by its max_model_len. In Command R7B's windows vLLM sees one token more than transformers.
     """
-    config = models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
+    config = _text_config(base, args)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         most, why = rope["original_max_position_embeddings"], "gives all texts the positions of long ones"
@@ -179,4 +183,10 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
         value = args.get(name, 1)
         if not (isinstance(value, int) and value > 0) and not (name == "batch_size" and str(value).startswith("auto")):
             raise EngineError(f"engine_args: {name}={value!r}. Give a number from 1 on.")
-    return SwapHF(pretrained=base, **{"batch_size": 16, "device": "cuda" if has_gpu() else "cpu", **args})
+    try:
+        return SwapHF(pretrained=base, **{"batch_size": 16, "device": "cuda" if has_gpu() else "cpu", **args})
+    except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
+        if not args or isinstance(e, TraceError) or advice(e, ""):
+            raise
+        # Values are the business of lm-eval and torch, which say in all these ways what is wrong with one.
+        raise EngineError(f"The engine does not start with engine_args {json.dumps(args)}: {brief(e)}") from e

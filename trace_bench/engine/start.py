@@ -1,4 +1,4 @@
-"""Starting vLLM: what it needs for adapters or without a GPU, and a clear error where its memory does not suffice."""
+"""Starting vLLM: what it needs for adapters or without a GPU, and a clear error where it cannot."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from trace_bench.engine.checkpoints import plain_lora_rank
 from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.swap import EngineError
+from trace_tasks.errors import TraceError
 
 #: What vLLM says when memory or the context does not suffice.
 _MEMORY = re.compile(
@@ -45,20 +46,22 @@ def importing() -> Iterator[None]:
 
 @contextmanager
 def starting_vllm() -> Iterator[None]:
-    """Turns vLLM's errors about memory, and about what its configuration cannot be, into one EngineError."""
+    """Turns vLLM's errors into one EngineError that says what to change."""
     from pydantic import ValidationError
 
     try:
         yield
-    except (ValueError, RuntimeError, MemoryError) as e:
+    except (TraceError, OSError):  # of the disk `ending` knows what to do
+        raise
+    except Exception as e:  # what vLLM lacks for a model it says in any way
         text = " ".join(str(e).split())
         if not isinstance(e, MemoryError) and not _MEMORY.search(text):
             if isinstance(e, ValidationError):
                 text = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in e.errors())
-                raise EngineError(
-                    f"vLLM cannot start: {text[:400]}. Change --engine-args, or take --backend hf."
-                ) from e
-            raise
+            raise EngineError(
+                f"vLLM cannot serve this model here: {type(e).__name__}: {text[:400]}. Results are kept. Mend "
+                "--engine-args if it speaks of one; else take --backend hf."
+            ) from e
         raise EngineError(
             f"vLLM cannot start: {text[:400]} Results are kept. Give --engine-args a smaller max_model_len (prompt and "
             "answer have to fit) or max_num_seqs, on a GPU another gpu_memory_utilization (its free part) "

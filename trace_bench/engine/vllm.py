@@ -60,6 +60,9 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         super().__init__(worker_extension_cls="trace_bench.engine.worker.SwapWorker", **kwargs)
         # The model that the engine was started on, and the one whose weights it has now.
         self.started_on = self.holds = self.model_args["model"]
+        # Some models start, and lack a kernel for their first answer.
+        params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
+        self.model.generate([{"prompt_token_ids": [0, 0]}], params, use_tqdm=False)
 
     # ----------------------------------------------------------------------------------------------------- weights
 

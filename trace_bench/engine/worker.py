@@ -41,4 +41,4 @@ def _turning_all_heads(forward_cpu: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # This module is imported in each worker before the model is made.
-RotaryEmbedding.forward_cpu = _turning_all_heads(RotaryEmbedding.forward_cpu)
+RotaryEmbedding.forward_cpu = _turning_all_heads(RotaryEmbedding.forward_cpu)  # type: ignore[method-assign]
