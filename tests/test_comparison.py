@@ -2,6 +2,7 @@
 
 import csv
 import io
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
@@ -657,6 +658,8 @@ def test_many_runs_are_reported_in_several_processes_and_nothing_differs(make, b
     for file in [*files, *(run.path / "report.html" for run in runs[:4])]:
         file.unlink()
     monkeypatch.setattr(write, "os", SimpleNamespace(cpu_count=lambda: 2))
+    fork = get_context("fork")  # of this process, which need not import matplotlib again
+    monkeypatch.setattr(write, "get_context", lambda method: fork)
     made = write_reports(runs)
     assert [isinstance(one, RunError) for one in made] == [run is runs[4] for run in runs]
     assert [line for line, _ in made[:4]] == lines and [file.read_bytes() for file in files] == expected
