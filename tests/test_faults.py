@@ -452,12 +452,12 @@ class Limits(BaseModel):
     ("start", "said"),
     [
         (lambda: Limits(max_num_seqs=0), "ValidationError: max_num_seqs Input should be greater than 0"),
-        (lambda: {}[0], "KeyError: 0"),
+        (lambda: next(iter(())), r"StopIteration\)"),
         (lambda: torch.no_selective_scan, "AttributeError: .*no_selective_scan"),
     ],
 )
 def test_what_vllm_cannot_do_for_a_model_is_one_line_with_what_works(start, said):
-    clear = pytest.raises(engine.EngineError, match=rf"cannot serve this model here: {said}.*; else take --backend hf")
+    clear = pytest.raises(engine.EngineError, match=rf"cannot serve this model here \({said}.*; else take --backend")
     with clear, engine.starting_vllm():
         start()
 

@@ -58,9 +58,10 @@ def starting_vllm() -> Iterator[None]:
         if not isinstance(e, MemoryError) and not _MEMORY.search(text):
             if isinstance(e, ValidationError):
                 text = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in e.errors())
+            said = ": ".join(filter(None, (type(e).__name__, text[:400])))
             raise EngineError(
-                f"vLLM cannot serve this model here: {type(e).__name__}: {text[:400]}. Results are kept. Mend "
-                "--engine-args if it speaks of one; else take --backend hf."
+                f"vLLM cannot serve this model here ({said}). Results are kept. Mend --engine-args if it speaks of "
+                "one; else take --backend hf."
             ) from e
         raise EngineError(
             f"vLLM cannot start: {text[:400]} Results are kept. Give --engine-args a smaller max_model_len (prompt and "
