@@ -100,7 +100,7 @@ def make_base(architecture: str, path: Path, tokenizer: Any) -> Path:
 
 def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
     """Writes a checkpoint of a base model to a folder: the path, and the model in memory as it is after training."""
-    model = _eager(base).eval()
+    model = _plain(base).eval()
     seed = crc32(f"{kind} {model.config.model_type}".encode())
     if kind.startswith("full"):
         config = model.config
@@ -108,7 +108,7 @@ def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
             config.tie_word_embeddings = not config.tie_word_embeddings
         if kind == "full_other_rope":
             config.rope_parameters = {**config.rope_parameters, "rope_theta": 3.0}
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = _with_cap(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
         randomise(model, seed)
         _save(model, path, AutoTokenizer.from_pretrained(base))
         if kind == "full_with_buffers":  # as LLaMA-2's and Pythia's files have them
@@ -193,16 +193,23 @@ def make_writer(path: Path, tokenizer: Any, follows: dict[str, str | list[str]],
     return _save(model, path, tokenizer)
 
 
-def _eager(folder: Path) -> Any:
-    """The model of a folder in float32, whose attention has all that its config says (a soft cap)."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+def _plain(folder: Path) -> Any:
+    """The model of a folder in float32."""
+    return _with_cap(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def _with_cap(model: Any) -> Any:
+    """A model whose attention has the soft cap that its config says."""
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    return model
 
 
 def reload(base: Path, checkpoint: Path | None) -> Any:
     """The model of a checkpoint, an adapter unmerged, in float32."""
     if checkpoint is not None and not (checkpoint / "adapter_config.json").exists():
-        return _eager(checkpoint).eval()
-    model = _eager(base).eval()
+        return _plain(checkpoint).eval()
+    model = _plain(base).eval()
     return model if checkpoint is None else PeftModel.from_pretrained(model, checkpoint).eval()
 
 
