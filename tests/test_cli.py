@@ -379,7 +379,9 @@ def listens(pid, ended=lambda: None):
 
 def start(*command, **options):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **options}, **pipes)
+    # Under nohup, SIGHUP is ignored in all programs that are started.
+    heed = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
+    return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **options}, **pipes, **heed)
 
 
 def the_line(process, number):
