@@ -25,6 +25,8 @@ def empty(architecture: str, layers: int = 2):
     """A model without weights."""
     settings = dict(ARCHITECTURES[architecture])
     settings |= {name: layers for name in ("n_layer", "n_layers", "num_hidden_layers") if name in settings}
+    if "layer_types" in settings:
+        settings["layer_types"] = (settings["layer_types"] * layers)[:layers]
     if architecture == "smollm3":
         settings["no_rope_layers"] = [1, 0] * (layers // 2)
     with torch.device("meta"):
