@@ -148,6 +148,8 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
 
 def _set_names(kind: type) -> set[str]:
     """The names that a class sets on `self`, as far as its source is there."""
+    if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
+        return set()  # Python would take the source of another class of that name
     try:
         source = inspect.getsource(kind)
         tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
