@@ -108,7 +108,8 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
             "speculative_config: without a GPU vLLM gives no probabilities of tokens with it, which likelihoods and "
             "suites need. Leave it out."
         )
-    _bound_context(base, args)
+    config = models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
+    _bound_context(base, config, args)
     if any(models.soft_prompt(path) is not None for path in checkpoints):
         args.setdefault("enable_prompt_embeds", True)
     with importing():
@@ -122,7 +123,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
     if not has_gpu():
         # vLLM's own 128 keep nothing of short prompts in the cache. The kernels want multiples of 32.
         args.setdefault("block_size", 32)
-        if any(name.startswith(("mamba_", "state_size")) for name in _text_config(base, args).to_dict()):
+        if any(name.startswith(("mamba_", "state_size")) for name in config.to_dict()):
             # With a cache its code for states (Mamba-2, Granite 4) fails at prompts of more than a chunk.
             args.setdefault("enable_prefix_caching", False)
     # "auto" would take Mistral's own tokenizer, config and weights for its models, and training does not use these.
@@ -143,17 +144,12 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         return SwapVLLM(pretrained=base, **args, enable_lora=False)
 
 
-def _text_config(base: str, args: dict[str, Any]) -> Any:
-    return models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
-
-
-def _bound_context(base: str, args: dict[str, Any]) -> None:
+def _bound_context(base: str, config: Any, args: dict[str, Any]) -> None:
     """Keeps vLLM to the context in which it reads a text as training does.
 
     Beyond the short one of a Phi-3 (longrope), transformers takes other positions by the length of a text, and vLLM for
     all texts by its max_model_len. In Command R7B's windows vLLM sees one token more than transformers.
     """
-    config = _text_config(base, args)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         most, why = rope["original_max_position_embeddings"], "gives all texts the positions of long ones"

@@ -23,7 +23,7 @@ from trace_bench.engine.architecture import (
     quiet,
     tensor_shapes,
 )
-from trace_bench.engine.ends import own_eos
+from trace_bench.engine.ends import eos_number, eos_text
 from trace_bench.engine.models import PROMPT, ModelError
 from trace_bench.engine.sharing import shared_layer, shared_weights
 from trace_bench.run import Run, RunError, Stage, fingerprint
@@ -87,7 +87,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
         if folder.is_dir():
             models.refuse_odd_files(folder)
         models.refuse_pickle(folder)
-        own_eos(folder)  # which ends its answers
+        eos_number(folder, eos_text(folder))  # which ends its answers
         if models.is_adapter(folder):
             adapter = models.adapter_config(folder)
             _check_kind(folder, adapter, backend, chain)

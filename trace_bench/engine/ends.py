@@ -17,8 +17,8 @@ def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: 
     places = [(base, revision)]
     if checkpoint is not None:
         # An adapter brings no configuration of a model, but may have learned another EOS than its base has.
-        text, number = own_eos(checkpoint)
-        found.add(tokenizer.get_vocab().get(text, number))
+        text, known = eos_text(checkpoint), tokenizer.get_vocab()
+        found.add(known[text] if text in known else eos_number(checkpoint, text))
         places += [] if models.is_adapter(checkpoint) else [(str(checkpoint), None)]
     for place, commit in places:
         found |= ends_of_model(place, commit)
@@ -43,26 +43,34 @@ def ends_of_model(place: str | Path, commit: str | None = None) -> set[int | Non
     return set(tokens)
 
 
-def own_eos(checkpoint: Path) -> tuple[str | None, int | None]:
-    """The EOS of the tokenizer that a checkpoint brings: text and number, which may be new; None where it says none.
+def eos_text(checkpoint: Path) -> str | None:
+    """The EOS of the tokenizer that a checkpoint brings; None where it brings none.
 
     Raises:
-        ModelError: if its files are damaged.
+        ModelError: if its tokenizer_config.json is damaged.
     """
-    file, whole = checkpoint / "tokenizer_config.json", checkpoint / "tokenizer.json"
+    file = checkpoint / "tokenizer_config.json"
     try:  # not by read_json, which takes no number as long as many a model_max_length
         said = json.loads(file.read_bytes()).get("eos_token") if file.is_file() else None
     except (ValueError, AttributeError, RecursionError) as e:
         raise ModelError(f"{file} is damaged ({brief(e)}). Copy the tokenizer again, or remove it.") from e
     text = said.get("content") if isinstance(said, dict) else said
-    if not isinstance(text, str):
-        return None, None
-    if not whole.is_file():
-        return text, None
+    return text if isinstance(text, str) else None
+
+
+def eos_number(checkpoint: Path, text: str | None) -> int | None:
+    """The number of that EOS in the tokenizer.json beside it; None where there is none, or it lacks the EOS.
+
+    Raises:
+        ModelError: if the file is damaged.
+    """
+    file = checkpoint / "tokenizer.json"
+    if text is None or not file.is_file():
+        return None
     from tokenizers import Tokenizer
 
     try:
         with models.reading(checkpoint):
-            return text, Tokenizer.from_file(str(whole)).token_to_id(text)
+            return Tokenizer.from_file(str(file)).token_to_id(text)
     except Exception as e:  # tokenizers raises no other
-        raise ModelError(f"{whole} is damaged ({brief(e)}). Copy the tokenizer again, or remove it.") from e
+        raise ModelError(f"{file} is damaged ({brief(e)}). Copy the tokenizer again, or remove it.") from e

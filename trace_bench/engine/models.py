@@ -227,9 +227,8 @@ def load_config(model: str | Path, revision: str | None, trust_remote_code: bool
     """
     from transformers import AutoConfig
 
-    return _read(
-        AutoConfig.from_pretrained, f"The config.json of {model} cannot be used", model, revision, trust_remote_code
-    )
+    failure = f"The config.json of {model} cannot be used"
+    return _read(AutoConfig.from_pretrained, failure, model, revision, trust_remote_code)
 
 
 def _read(
@@ -374,10 +373,8 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     from peft.utils import AuxiliaryTrainingWrapper
 
     wrapped = with_adapter(model, adapter)
-    ends = [m for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None]
-    if len({id(inner(m).weight) for m in ends}) < len(ends) and any(
-        isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in ends
-    ):
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    if _is_tied(model) and any(isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for m in ends):
         _untie(model)
     if shared := shared_weights(wrapped):
         raise shared_layer(adapter, shared)
@@ -389,8 +386,7 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
                     before[parameter] = parameter.data
                     parameter.data = parameter.data.float()
     model = wrapped.merge_and_unload()
-    weights = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
-    if len(weights) < len(ends) and not model.config.get_text_config().tie_word_embeddings:
+    if _is_tied(model) and not model.config.get_text_config().tie_word_embeddings:
         _untie(model)  # an adapter may tie its own copies of the two (ensure_weight_tying)
     kept, whole = 0.0, 0.0
     draws = torch.Generator().manual_seed(0)  # the same adapter gives the same model
@@ -401,6 +397,12 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
         kept += float(torch.dot(update, (parameter.data.float() - old.float()).flatten()))
         whole += float(torch.dot(update, update))
     return model, 1 - kept / whole if whole else 0.0
+
+
+def _is_tied(model: Any) -> bool:
+    """Whether head and embeddings are one tensor, below whatever an adapter has put around them."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    return None not in (table, head) and inner(table).weight is inner(head).weight
 
 
 def _untie(model: Any) -> None:

@@ -47,7 +47,7 @@ class CLTrainer(CheckpointTrainer):
         self._before = {"seconds": 0.0, "losses": 0.0, "step": 0}
         self._started = time.perf_counter()
         self.kept = {}
-        #: Trained parameters that no step has had a gradient of; None before the first step.
+        #: An adapter's parameters that no step has had a gradient of; None before the first step.
         self._idle: set[str] | None = None
         set_seed(args.seed)  # an adapter's first weights are random
         model = self.stage_model(stage)
@@ -217,7 +217,8 @@ class CLTrainer(CheckpointTrainer):
                 "has diverged. Begin a new run with a lower learning_rate or max_grad_norm."
             )
         if self.accelerator.sync_gradients:
-            if self._idle is None or self._idle:
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which keep gradients elsewhere
+            if self.model_args.use_peft and not sharded and self._idle != set():
                 idle = {name for name, parameter in self.trained().items() if parameter.grad is None}
                 self._idle = idle if self._idle is None else self._idle & idle
             self.adjust_gradients(model)
@@ -225,7 +226,7 @@ class CLTrainer(CheckpointTrainer):
 
     def warn_of_idle(self) -> None:
         """Warns of an adapter's layers that the model has not gone through: fused kernels take the bare weights."""
-        if self._idle and self.model_args.use_peft and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+        if self._idle:
             log.warning(
                 "%d of the adapter's tensors had no gradient in stage %s, such as %s: what the model computes does not "
                 "go through them, so they stay what they are. Leave these layers out of lora_target_modules.",
