@@ -100,6 +100,11 @@ def test_published_results_are_beside_a_run_of_the_same_protocol_alone(make, mon
     about, table = paper.published(run)
     assert table.apart == len(table.rows) - 1 and {row[4].partition(":")[0] for row in table.rows[1:]} == {"no"}
 
+    for method, printed in (("seekr", "SEEKR"), ("der", "DER++"), ("milora", "MiLoRA"), ("nlora", "N-LoRA")):
+        about, table = paper.published(published_run(make, method, method=method, trains="lora"))
+        assert {row[0].split()[0] for row in table.rows[1:]} == {printed}, "its name in papers"
+        assert ("all parameters are trained there" in about) == (method in ("seekr", "der"))
+
     seekr["differs"] = []
     monkeypatch.setattr(paper, "_facts", lambda file: facts)
     about, table = paper.published(run)

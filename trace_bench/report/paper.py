@@ -89,7 +89,17 @@ def _rows(name: str) -> Iterable[list[str]]:
 # ---------------------------------------------------------------------------------------------------- later papers
 
 #: Method here -> how later papers begin its name; of sequential training it depends on what is trained.
-_LATER = {"sequential full": "SeqFT", "sequential lora": "SeqLoRA", "replay": "Replay", "olora": "O-LoRA", "osf": "OSF"}
+_LATER = {
+    "sequential full": "SeqFT",
+    "sequential lora": "SeqLoRA",
+    "replay": "Replay",
+    "der": "DER++",
+    "seekr": "SEEKR",
+    "olora": "O-LoRA",
+    "nlora": "N-LoRA",
+    "milora": "MiLoRA",
+    "osf": "OSF",
+}
 LATER = (
     "### What later papers print for this method\n\nIn percent, below this run. Only the rows that say yes had the "
     "same protocol; the others are for orientation, each with what differs"
@@ -114,7 +124,7 @@ def published(results: Results) -> Iterable[Block]:
             for method, (op, bwt) in methods.items():
                 row = [method, model, number(op), number(bwt, sign=True)]
                 own = list(reasons)
-                if method.startswith("Replay") and m.get("trains") == "lora":
+                if source["training"].startswith("full") and m.get("trains") == "lora":
                     own.append("all parameters are trained there, LoRA here")
                 if not own:
                     same.append([*row, "yes", place])
