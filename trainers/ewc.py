@@ -24,8 +24,9 @@ By default the online variant (Schwarz et al. 2018, arXiv 1805.06370): one ancho
 and one running sum F = \gamma F + F_k. `ewc_online: false` keeps every task's own anchor. In both cases the gradient
 of the penalty is \lambda (P \theta - Q) with two tensors per parameter, so the memory does not grow with the tasks.
 
-Differences from the official TRACE code: it sums squared, clipped gradients of mini-batches during training, penalty
-included, with a weight of 1. The gradient of a mean over a batch is not a row's, and the sum depends on the batch size.
+Differences from the official TRACE code: it has \lambda = 400, too, but squares the gradients of mini-batches during
+training, penalty included, and sums them over all epochs, divided by the batches of one. The gradient of a mean over a
+batch is not a row's: the sum depends on the batch size.
 
     python -m trainers.ewc --config trainers/configs/quickstart.yaml --output_dir runs/ewc
 """

@@ -5,8 +5,9 @@ forgetting is often a lost alignment to the task, which the first steps of a new
 layers are frozen from the second task on; the first one trains all of them.
 
 `freeze_layers` = 3: the authors' configs for TRACE (TRACE_task8/Freeze-3layers-task1.yaml, after the first task;
-Freeze.yaml has the same layers) freeze the embeddings with the lowest 1, 2, 3 or 6 blocks. `freeze_from: 1` freezes
-them from the first stage on.
+Freeze.yaml has the same layers) name the embeddings with the lowest 1, 2, 3 or 6 blocks. `freeze_from: 1` freezes
+them from the first stage on. What their code freezes is more: all blocks whose names contain these, and "layers.1" is
+also in those of the blocks 10 to 19. Of 32 blocks that is 1, 12, 23 and 28. Here it is the lowest blocks alone.
 
 Differences from the authors' code, which sets the learning rate of the frozen parameters to 0 and trains all others:
 here they have no gradient at all, so that they take no part in clipping, nor memory for moments. Position embeddings

@@ -8,7 +8,9 @@ margin is the paper's memory strength, 0.5 in the official TRACE code).
 The dual has one unknown per earlier task. It is solved exactly as non-negative least squares, without the
 regularisation by 1e-3 of the original, which is no small number beside squared gradients of a language model.
 Differences from the paper: each gradient of a memory is on a batch drawn from it, not on all of it. The official TRACE
-code keeps the last gradient of each earlier task instead, and projects each parameter on its own.
+code keeps the last gradient of each earlier task instead, and projects each parameter on its own; it gives the dual to
+a solver that has q and h with the other sign, so that v <= margin and, for one earlier task, M x = 2 M g: it turns
+against the memory.
 
 The promise is about the gradient; an optimizer with moments (Adam) turns it into a step of its own, unless
 `project_step` projects that, too. The paper has plain SGD.

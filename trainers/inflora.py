@@ -11,9 +11,10 @@ as bring the share of ||H_t||^2 within M to \epsilon_t = \epsilon + (1 - \epsilo
 official code for ImageNet-R, 0.95 for CIFAR-100 and DomainNet; r is 10, and 30 for DomainNet.
 
 Differences from the official code: it takes the share of the squares of the covariance's eigenvalues, which are fourth
-powers of H's singular values and need fewer directions, where the paper takes that of ||H_t||^2. Its DualGPM keeps M or
-its complement, whichever is smaller; here it is always M, which is the same space. It is for the k and v of a vision
-transformer; here it is for all layers that `lora_target_modules` names.
+powers of H's singular values and need fewer directions, where the paper takes that of ||H_t||^2. It takes the rows of
+A_t from (I - M_t^T M_t) H_t H_t^T, projected on one side alone, which from the second task on has somewhat other
+directions. Its DualGPM keeps M or its complement, whichever is smaller; here it is always M, which is the same space.
+It is for the k and v of a vision transformer; here it is for all layers that `lora_target_modules` names.
 
 State: M of each layer, up to (in features)^2 in float32. The two passes over a task's rows keep a matrix of this size
 for each adapted layer on the device: 4.3 GB for q and v of a 7B model. It needs LoRA on linear layers.

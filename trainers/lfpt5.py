@@ -7,22 +7,22 @@ to what the prompt of the stage before says:
 
     L = L_task + \lambda_lm L_lm + \lambda_kl KL(p_old || p),    the last of pseudo rows, at their answer tokens
 
-\lambda_lm = 0.1 is the official TRACE code's and the authors' for named entities and summaries (0.25 for classes).
-\lambda_kl: the official TRACE code has no such term. The authors' 0.01 to 0.04 weigh a sum over the tokens of two rows,
-ours a mean over a row's tokens; 0.1 is our choice. The prompt has 300 tokens, as the authors' has for T5;
-`prompt_tokens` 20 is that of `pp`. `replay_ratio` 0.1 says how many pseudo rows are asked for, as a share of a task's
-rows. Drawn as in the official TRACE code: temperature 0.7, top_k 50, top_p 0.95; without its penalty for repetitions,
-of which an answer that stands in its prompt is one.
+\lambda_lm = 0.1 is the authors' for named entities and summaries (0.25 for classes). Their \lambda_kl of 0.01 to 0.04
+weighs a sum over the tokens of two rows, ours a mean over a row's tokens; 0.1 is our choice. The prompt has 300 tokens,
+as the authors' has for T5; `prompt_tokens` 20 is that of `pp`. `replay_ratio` 0.1 says how many pseudo rows are asked
+for, as a share of a task's rows. Temperature 0.7, top_k 50 and top_p 0.95, and the form of the rows, are those of a
+first state of the official TRACE code; the authors have temperature 1 and top_k 64. Both penalise repetitions, of which
+an answer that stands in its prompt is one: ours do not.
 
 A pseudo row is kept if it has one "__ans__" between a prompt and an answer, has ended, and is not there yet. The
 authors also ask for one of the known labels, which most tasks of TRACE do not have. **A model that does not write such
 rows replays nothing**: the prompt then only goes on from task to task. train.json says how many were asked for and
 kept. The paper has T5 and short rows; long ones are harder to write.
 
-Differences: the markers are text of existing tokens, where both codes add tokens of random embeddings to the
-vocabulary. (1 - \lambda_kl) does not weigh the other losses. Both codes train a pseudo row of any task in place of a
-real one; the official TRACE code keeps those of the last earlier task alone. The paper adds prompt tokens for a new
-type of task; here, as in the official TRACE code, all tasks share one prompt.
+Differences: the markers are text of existing tokens, where the authors add tokens of random embeddings to the
+vocabulary. (1 - \lambda_kl) does not weigh the other losses. The paper adds prompt tokens for a new type of task; here,
+as in the official TRACE code, all tasks share one prompt. That code, as it is now, has neither markers nor L_lm nor the
+divergence: the model answers the test prompts of all earlier tasks, and is trained on these rows.
 
 It needs what `pp` needs, and two forward passes in each step, three with pseudo rows.
 

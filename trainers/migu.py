@@ -2,10 +2,9 @@ r"""MIGU: after the first task, gradients only of the output units that the batc
 
 Du et al. 2024 (arXiv 2406.17245, github.com/wenyudu/MIGU): tasks drive different output units of a linear layer. In
 each step from the second task on, the absolute outputs of a unit are summed over the tokens of the step. Units whose
-sum is below the `migu_quantile` of their layer have no gradient: their rows of the weight and entries of the bias. 0.7
-trains three units of ten; it is from a note about the paper, and the authors' scripts take it as an argument. The paper
-divides the sums of a layer by their own sum, which changes no comparison within the layer, and is left out here as in
-the authors' code.
+sum is below the `migu_quantile` of their layer have no gradient: their rows of the weight and entries of the bias. 0.7,
+that of the authors' scripts for all benchmarks, trains three units of ten. The paper divides the sums of a layer by
+their own sum, which changes no comparison within the layer, and is left out here as in the authors' code.
 
 Layers are the linear ones of the blocks. With LoRA the outputs of A are its own. Those of B are the outputs of the
 whole layer, with the frozen weight in it, as the authors' code can have it: those of B alone are zero where an adapter

@@ -7,7 +7,8 @@ tokens, the paper's OGD-GTL (the ground-truth logit) for a sequence.
 Of each task `ogd_size` directions are kept, the paper's 200, from the gradients of `ogd_rows` rows; of more rows than
 directions the principal ones of the unit gradients (PCA-OGD, Doan et al. 2021, arXiv 2010.04003). One thing is added:
 the step itself is projected, after the optimizer. The paper uses plain SGD, where projecting the gradient is the same,
-but Adam makes another direction of it.
+but Adam makes another direction of it. (The official TRACE code takes gradients of the loss on batches, and appends one
+and the same tensor for each: what it keeps of a task is the last one.)
 
 The memory grows with the tasks, by `ogd_size` times the trained parameters in float32 for each: 3.9 GB a task for the
 quickstart's adapter of 4.9 million. Each process holds the directions of all tasks and, at the end of a stage, the

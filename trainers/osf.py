@@ -14,10 +14,10 @@ element: on the tests' model a fifth of the change of a weight (by norm) touches
 free change. Only U_high, S_high and V_high themselves never change.
 
 Deviations: the paper gives each layer its own k by the similarity of its input and output; PEFT has one fraction for
-all. Embeddings, head and norms are not trained, nor the experts of a mixture, which are no layers of their own. The
-decomposition takes float32, and the parts memory: at the first stage those of a square weight are four times as large
-as it is (U_low, V_low and what they started from), and half of them have gradients and moments. PEFT advises learning
-rates of 1e-5 to 1e-4.
+all (so has the authors' code, of the longer side of each weight and set by hand). Embeddings, head and norms are not
+trained, nor the experts of a mixture, which are no layers of their own. The decomposition takes float32, and the parts
+memory: at the first stage those of a square weight are four times as large as it is (U_low, V_low and what they started
+from), and half of them have gradients and moments. PEFT advises learning rates of 1e-5 to 1e-4.
 
     python -m trainers.osf --config trainers/configs/quickstart.yaml --use_peft false --learning_rate 1e-4 \
         --output_dir runs/osf

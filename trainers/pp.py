@@ -9,7 +9,9 @@ for every method here: all prompts are used for every task. (The paper knows the
 P_k, ..., P_1 for task k, by which nothing can be forgotten. `cells: own` measures that: stage k on task k.)
 
 `prompt_mlp` trains P_t = Q + MLP(Q), the residual reparametrisation of the paper with the MLP of the official TRACE
-code (three layers, bottleneck 800 there), which is gone from the checkpoint. Off by default, as in the authors' script.
+code (three layers, bottleneck twice the model's width there), which is gone from the checkpoint. Off by default, as in
+the authors' script. In the official TRACE code Q begins with random tokens' embeddings divided by 100, and each task
+goes on with that of the task before.
 
 Of the options for adapters only `use_peft: true` is used, none of LoRA's. The paper's learning rate, 0.3, belongs to
 T5, whose embeddings are far larger than those of today's decoders: take one for the embeddings of the model at hand.

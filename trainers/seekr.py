@@ -6,8 +6,8 @@ At the end of a task a head's importance grows by its task sensitivity (the mean
 over the layer's heads) times its forgettability (the mean square of what the stage changed A by), on the rows that are
 kept. Of the `seekr_layers` layers with the largest sums the `seekr_heads` heads of the largest importance are taken.
 The heads of a task's rows do not change later. The squares, the means and the defaults (24 layers, 128 heads, 100
-queries, w = 1e3 with 1 % of the rows) are those of the published code; with 10 % the paper has w = 1e2. A model with
-fewer layers or heads has all of its own.
+queries, w = 1e3 with 1 % of the rows) are those of the published code, whose script keeps all queries; with 10 % the
+paper has w = 1e2. A model with fewer layers or heads has all of its own.
 
 State: that of `der`, and for each row (heads x queries x length) numbers of 2 bytes. That is much: 26 MB for a row of
 1,000 tokens with the defaults, in the state of each later stage again.
