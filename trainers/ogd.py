@@ -5,7 +5,8 @@ are stored, and later steps are made orthogonal to all of them. The output here 
 tokens, the paper's OGD-GTL (the ground-truth logit) for a sequence.
 
 Of each task `ogd_size` directions are kept, the paper's 200, from the gradients of `ogd_rows` rows; of more rows than
-directions the principal ones of the unit gradients (PCA-OGD, Doan et al. 2021, arXiv 2010.04003). One thing is added:
+directions the principal ones of the unit gradients (PCA-OGD, Doan et al. 2021, arXiv 2010.04003; their code centres
+the gradients, by which the strongest direction, that of their mean, is lost). One thing is added:
 the step itself is projected, after the optimizer. The paper uses plain SGD, where projecting the gradient is the same,
 but Adam makes another direction of it. (The official TRACE code takes gradients of the loss on batches, and appends one
 and the same tensor for each: what it keeps of a task is the last one.)
