@@ -8,8 +8,9 @@ entropy has the gradient of the divergence. The factor T^2 of Hinton et al. 2015
 paper nor the official code, nor here: `lwf_lambda: 4` is the same as T^2 at T = 2. The first stage has no teacher, and
 is plain training; so is every stage with `lwf_lambda: 0`.
 
-The official TRACE code takes the divergence with its arguments exchanged and over a batch of logits kept on the disk,
-which fit the rows only while the batches come in the same order.
+The official TRACE code takes the divergence with its arguments exchanged, summed over all positions of a row, prompt
+and padding too, where ours is a mean over the answer's tokens; and to logits of batches that were kept in memory, which
+fit the rows only while the batches come in the same order.
 
     python -m trainers.lwf --config trainers/configs/quickstart.yaml --output_dir runs/lwf
 """
