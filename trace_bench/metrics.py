@@ -210,14 +210,26 @@ def difference_interval(
     """Intervals of the means of paired differences, one a test row: shape (rows, columns).
 
     `net_interval` where all rows are -1, 0 or 1, as differences of 0/1 scores are; else Student's t. `fractions` and
-    NaN as in `mean_interval`. Where few rows changed by different amounts it is too narrow (a true mean of 5 % of the
-    rows losing up to 1 is covered in 87 to 90 % with 30 or 100 rows): no interval shows what the sample lacks.
+    NaN as in `mean_interval`.
+
+    Where at most half of the rows changed, two are added that change by the most that was seen, one each way, as
+    `net_interval` does it: the changes that a sample lacks are the large and rare ones. Without them a true mean of 5 %
+    of the rows losing up to 1 is covered in 88 to 92 % with 24 to 200 rows, with them in 92 to 96 %. It stays too
+    narrow with some 24 to 40 rows of which one in ten changes, by -.3 to .7: 89 % are covered (without them 82 to 85
+    %).
     """
 
     def net(column: Matrix) -> tuple[float, float]:
         return net_interval(int((column > 0).sum()), int((column < 0).sum()), len(column), level=level)
 
-    return _by_kind(np.asarray(differences, dtype=np.float64), (-1, 0, 1) if fractions else (), net, level)
+    rows = np.asarray(differences, dtype=np.float64)
+    low, high = _by_kind(rows, (-1, 0, 1) if fractions else (), net, level)
+    few = (np.count_nonzero(rows, axis=0) <= len(rows) / 2) & ~np.isin(rows, (-1, 0, 1) if fractions else 0).all(axis=0)
+    if few.any():
+        most = np.abs(rows[:, few]).max(axis=0, keepdims=True)
+        ends = _by_kind(np.concatenate([rows[:, few], most, -most]), (), net, level)
+        low[few], high[few] = np.minimum(low[few], ends[0]), np.maximum(high[few], ends[1])
+    return low, high
 
 
 def mean_difference(differences: Matrix, *, fractions: bool = True) -> Estimate:

@@ -37,7 +37,7 @@ def verdicts(
     level that the drops begin with. Simulated with drops that are at their limits, of one or seven tasks of 24 to 1000
     rows of 0/1 scores, or with normal or beta differences of 4 to 200 rows, at most 5 % of checks call one worse, and
     of a single drop 1 to 3.5 % call it within. Where few rows change by different amounts it is called within too often
-    (a tenth of the rows, by -.3 to .7: 20 % with 24 rows, 7 % with 200): no interval shows what the sample lacks.
+    (a tenth of the rows, by -.3 to .7: 11 % with 24 rows, 3 % with 200): no interval shows what the sample lacks.
 
     `UNKNOWN`: neither, or there is no interval (NaN): of graded scores, rows that all have the same drop say nothing of
     others.
