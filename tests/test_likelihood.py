@@ -159,11 +159,11 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
     run = make(np.full((4, 3), math.nan))
     text = "\n".join(map(str, sections(report.Results(run))["likelihood"]))
     assert text == "", "a run without it has no section"
-    means = {0: [-3.0, -3.0, -3.0], 1: [-1.0], 2: [-1.5, -2.0], 3: [-2.0, -1.0, -1.0]}
+    means = {0: [-3.0, -3.0, -3.0], 1: [-1.0], 2: [-1.5, -2.0], 3: [-2.0, -1.0, -0.0003]}
     for stage in run.stages:
         for i, mean in enumerate(means[stage.index]):
             right = np.ones(n) if stage.index == i + 1 else (np.arange(n) % 10 < 9).astype(float)
-            columns = {"accuracy": right, NAME: mean + noise * (stage.index + 1)}
+            columns = {"accuracy": right, NAME: mean + noise * (stage.index + 1) * (mean < -0.5)}
             write_cell(stage, TASKS[i], columns, scale={"accuracy": 1, NAME: None}, likelihood={"seconds": 0.5})
     results = report.Results(run)
     bwt = soft_bwt(results, 3)
@@ -172,6 +172,7 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
     assert bwt.low < bwt.value < bwt.high and bwt.high - bwt.low < 0.2
     _, matrix, _, _, forgotten, cost = sections(results)["likelihood"]
     assert matrix.rows[1][1:] == [f"{-1 + 2 * mean:#.3g}", "–", "–"]
+    assert matrix.rows[3][3] == "0.000", 'and not "-0.000"'
     first, second, together = forgotten.rows
     assert first[0] == "C-STANCE" and first[-4].startswith("-5") and first[-3:] == ["3", "75", "25.0"]
     assert second[-3:] == ["–", "75", "–"] and together[0] == "mean", "the second was not forgotten"

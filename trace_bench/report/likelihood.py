@@ -77,7 +77,7 @@ def sections(results: Results) -> Iterable[Block]:
 
 
 def _nats(value: float) -> str:
-    return DASH if math.isnan(value) else f"{value:.3f}"
+    return DASH if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"  # no "-0.000"
 
 
 def _forgotten(results: Results, L: Matrix, t: int) -> Table:
@@ -104,7 +104,7 @@ def _forgotten(results: Results, L: Matrix, t: int) -> Table:
 
 
 def _share(share: float) -> str:
-    return DASH if math.isnan(share) else f"{100 * share:+.0f} %"
+    return DASH if math.isnan(share) else f"{round(100 * share) + 0.0:+.0f} %"
 
 
 def _needed(soft: list[Matrix], hard: list[Matrix], *changes: Estimate) -> list[str]:

@@ -313,7 +313,7 @@ def _form(results: Results) -> Iterable[Block]:
     rows = []
     for form in results.forms:
         lost, of_form, known = map(percent_with_interval, (form.strict, form.form, form.tolerant))
-        share = f"{100 * form.form.value / form.strict.value:.0f} %" if form.strict.sign > 0 else DASH
+        share = f"{round(100 * form.form.value / form.strict.value)} %" if form.strict.sign > 0 else DASH
         rows.append([task_name(form.task), lost, of_form, share, known])
     yield Table(["task", "lost", "in form alone", "share", "in knowledge"], rows)
 
