@@ -12,7 +12,8 @@ from scipy.stats import ttest_ind
 
 from trace_bench.cli import main
 from trace_bench.judgements import judge_file, sample_fingerprints
-from trace_bench.metrics import Estimate, mean_of, net_interval, seed_difference
+from trace_bench.measures.seeds import seed_difference
+from trace_bench.metrics import Estimate, mean_of, net_interval
 from trace_bench.report import DASH, compare, write, write_comparison, write_report, write_reports
 from trace_bench.report.seeds import marks_of
 from trace_bench.run import Run, RunError, read_json, read_jsonl

@@ -10,6 +10,7 @@ from scipy.stats import multinomial, ttest_1samp, ttest_ind, ttest_rel
 
 import trace_bench
 from trace_bench import metrics
+from trace_bench.measures.seeds import seed_difference, seed_interval, seeds_needed
 from trace_bench.metrics import (
     Estimate,
     backward_transfer,
@@ -24,9 +25,6 @@ from trace_bench.metrics import (
     mean_of,
     net_interval,
     overall_performance,
-    seed_difference,
-    seed_interval,
-    seeds_needed,
     wilson_interval,
 )
 

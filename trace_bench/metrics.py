@@ -158,7 +158,7 @@ def bootstrap_interval(
     Raises:
         ValueError: if the groups differ in their columns.
     """
-    _check_level(level)
+    check_level(level)
     groups = [np.asarray(group, dtype=np.float64) for group in rows]
     if not groups:
         return np.nan, np.nan
@@ -244,7 +244,7 @@ def _by_kind(
     """The intervals of columns: by the formula where they hold these values alone, else Student's t."""
     from scipy.special import stdtrit
 
-    _check_level(level)
+    check_level(level)
     low, high = np.full(rows.shape[1], np.nan), np.full(rows.shape[1], np.nan)
     n = len(rows)
     if n > 1:
@@ -314,7 +314,7 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
     rows and 94 to 100 % with 200, where the bootstrap falls to 38 %: rows that are all the same have no spread. `n`
     counts all rows, those of 0 among them; counts that are not within it are a ValueError.
     """
-    _check_level(level)
+    check_level(level)
     if not (plus >= 0 and minus >= 0 and plus + minus <= n):
         raise ValueError(f"plus={plus} and minus={minus} of n={n}: use counts from 0 that are no more than n together.")
     if n == 0:
@@ -375,74 +375,9 @@ def holm(p: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.05)
     return found
 
 
-def seed_interval(values: Sequence[float], *, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the mean over training seeds (Student's t), one value a seed.
-
-    It says what another training would change, on the same test rows; the intervals over test rows say what other
-    rows would change, for the same training. NaN with less than two values, a NaN among them, or values that are all
-    the same, from which no variance can be estimated.
-    """
-    estimate, _ = seed_difference({i: float(v) for i, v in enumerate(np.ravel(values))}, level=level)
-    return estimate.low, estimate.high
-
-
-def seed_difference(
-    mine: Mapping[Any, float], theirs: Mapping[Any, float] | None = None, *, level: float = 0.95
-) -> tuple[Estimate, float]:
-    """The difference of two methods' means over training seeds, with its interval (Student's t), and its p-value.
-
-    Paired by seed where both (seed -> number) have the same seeds, else Welch's (1947, Biometrika 34). Without `theirs`
-    it is the mean of `mine`. Bounds and the two-sided p-value are NaN with less than two seeds, a NaN, or numbers that
-    are all the same (when paired, differences that are), which say nothing of the variance.
-    """
-    from scipy.special import stdtr, stdtrit
-
-    _check_level(level)
-    theirs = dict.fromkeys(mine, 0.0) if theirs is None else theirs
-    if not mine or not theirs:
-        return Estimate(np.nan), np.nan
-    if mine.keys() == theirs.keys():
-        samples = [np.array([mine[seed] - theirs[seed] for seed in mine])]
-    else:
-        samples = [np.array(list(mine.values())), np.array(list(theirs.values()))]
-    value = float(np.mean(list(mine.values())) - np.mean(list(theirs.values())))
-    largest = max(map(abs, [*mine.values(), *theirs.values()]))
-    if any(len(x) < 2 or not np.ptp(x) > 1e-9 * largest for x in samples):
-        return Estimate(value), np.nan
-    squares = [x.var(ddof=1) / len(x) for x in samples]
-    error = sum(squares) ** 0.5
-    freedom = sum(squares) ** 2 / sum(q**2 / (len(x) - 1) for q, x in zip(squares, samples, strict=True))
-    half = stdtrit(freedom, (1 + level) / 2) * error
-    return Estimate(value, float(value - half), float(value + half)), float(2 * stdtr(freedom, -abs(value) / error))
-
-
-#: More seeds than these nobody trains.
-MOST_SEEDS = 1000
-
-
-def seeds_needed(deviation: float, difference: float, *, level: float = 0.95, power: float = 0.8) -> int | None:
-    """How many seeds each of two methods needs for a difference of their means to be seen (two-sided t-test).
-
-    `deviation` is the standard deviation between seeds of both methods, `level` one minus that of the test, `power` how
-    often the difference is to be seen. At least 2; None if it is more than `MOST_SEEDS`.
-    """
-    from scipy.special import nctdtr, stdtrit
-
-    _check_level(level)
-    _check_level(power)
-    if not (deviation > 0 and difference > 0):
-        raise ValueError(f"deviation={deviation} and difference={difference}: use numbers above 0.")
-    n = np.arange(2, MOST_SEEDS + 1)
-    freedom = 2 * (n - 1)
-    # Of an effect above 100 deviations two seeds are enough.
-    shift = min(difference / deviation, 100) * np.sqrt(n / 2)
-    enough = np.flatnonzero((shift > 20) | (nctdtr(freedom, shift, stdtrit(freedom, (1 + level) / 2)) <= 1 - power))
-    return int(n[enough[0]]) if enough.size else None
-
-
 def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion, `count` of `n` rows (Wilson 1927): sensible near 0 and 1 and for few rows."""
-    _check_level(level)
+    check_level(level)
     if not 0 <= count <= n:
         raise ValueError(f"count={count} of n={n}: use a count between 0 and n.")
     if n == 0:
@@ -454,6 +389,7 @@ def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, 
     return min(p, max(0.0, center - half)), max(p, min(1.0, center + half))
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Refuses a level that is no probability."""
     if not 0 < level < 1:
         raise ValueError(f"level={level}: use a number between 0 and 1, such as 0.95.")

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from trace_bench import metrics
+from trace_bench.measures.seeds import seed_interval
 from trace_bench.metrics import Estimate
-from trace_bench.report import choices, distance, notes, paper, seeds, transitions
+from trace_bench.report import choices, distance, notes, orders, paper, seeds, transitions
 from trace_bench.report.differences import paired_differences
 from trace_bench.report.entry import NUMBERS, SCORES, TEXTS, Entry, entries_of
+from trace_bench.report.orders import Family
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.seeds import Group, Marks, SeedDifferences
 from trace_bench.report.tables import (
@@ -102,9 +103,11 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
     entries = entries_of(loaded)
     against = entries[paths.index(baseline.path.resolve())]
     groups = seeds.groups_of(entries)
-    reference = next((g for g in groups if against in g.entries), groups[0] if groups else None)
-    to_baseline = [SeedDifferences.between(g, reference) for g in groups if reference and g is not reference]
-    others = [SeedDifferences.between(a.group, b.group) for a, b in itertools.combinations(to_baseline, 2)]
+    lines = seeds.lines_of(entries, groups)
+    families = orders.families_of(lines)
+    home = next(line for line in lines if against in line.entries)
+    reference = home if home in groups else next(iter(groups), None)
+    to_baseline, others = _over_seeds(groups, reference, families)
     marks = seeds.marks_of(to_baseline)
     columns = list(dict.fromkeys(task for e in entries for task in e.finals))
     versus = {e.name: paired_differences(e, against) for e in entries if e is not against}
@@ -113,18 +116,20 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
     references = [dict(zip(of_paper.header, r, strict=True)) for r in of_paper.rows if "LLaMA-2-7B-Chat" in r]
     tables = [
         *_numbers_tables(entries, groups, references),
-        *_difference_tables(versus, against, to_baseline, others, marks, detail=bool(groups)),
-        *_finals_tables(entries, groups, columns, marks, to_baseline),
+        *orders.tables(families, home, _all_percent(entries)),
+        *_difference_tables(versus, against, reference, to_baseline, others, marks),
+        *_finals_tables(entries, groups, columns, marks, reference),
         _spread_table(groups, columns),
         distance.table_of_runs(entries),
         transitions.table_of_runs(entries),
         choices.table_of_runs(entries),
     ]
-    lines = [_line(e, versus.get(e.name, {})) for e in entries]
+    numbers = [_line(e, versus.get(e.name, {})) for e in entries]
     for group in groups:
-        lines += _seed_lines(group, columns)
+        numbers += _seed_lines(group, columns)
     for difference in (*to_baseline, *others):
-        lines += _difference_lines(difference)
+        numbers += _difference_lines(difference)
+    numbers += orders.lines(families, home)
     return Comparison(
         entries,
         groups,
@@ -133,9 +138,23 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
         references,
         [table for table in tables if len(table.header) > 1],  # else there is nothing to say but names
         list(map(one_line, notes.warnings(entries, groups))),
-        list(map(one_line, notes.notes(entries, groups, to_baseline, references))),
-        [*lines, *map(_reference_line, references)],
+        list(map(one_line, notes.notes(entries, groups, families, to_baseline, references))),
+        [*numbers, *map(_reference_line, references)],
     )
+
+
+def _over_seeds(
+    groups: list[Group], reference: Group | None, families: list[Family]
+) -> tuple[list[SeedDifferences], list[SeedDifferences]]:
+    """The differences of the seed means to the baseline, and between the others; not of two methods in two orders."""
+    others = [group for group in groups if reference and group is not reference]
+    held = {group.name: orders.held_against(group, reference, families) for group in others if reference}
+    between = [
+        SeedDifferences.between(a, b)
+        for a, b in itertools.combinations(others, 2)
+        if a is not held[b.name] and b is not held[a.name] and not orders.are_mixed(a, b, families)
+    ]
+    return [SeedDifferences.between(group, held[group.name]) for group in others], between
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -193,10 +212,10 @@ def _all_percent(entries: Iterable[Entry]) -> bool:
 def _difference_tables(
     versus: dict[str, dict[str, Estimate]],
     against: Entry,
+    reference: Group | None,
     to_baseline: Sequence[SeedDifferences],
     others: Sequence[SeedDifferences],
     marks: Marks,
-    detail: bool,
 ) -> list[Table]:
     """To the baseline's seeds, between the other groups, and run by run to the baseline."""
 
@@ -208,13 +227,14 @@ def _difference_tables(
         return [e for d in differences for e in (*d.group.entries, *d.reference.entries)]
 
     runs = [[n, *(against.unit(k).with_interval(e, sign=True) for k, e in v.items())] for n, v in versus.items()]
-    to_seeds = [[d.group.name, *d.texts(marks)] for d in to_baseline]
-    between = [[f"{d.group.name} against {d.reference.name}", *d.texts({})] for d in others]
-    reference = to_baseline[0].reference.name if to_baseline else ""
+    names = [d.group.name if d.reference is reference else d.both for d in to_baseline]
+    to_seeds = [[name, *d.texts(marks)] for name, d in zip(names, to_baseline, strict=True)]
+    between = [[d.both, *d.texts({})] for d in others]
+    title = f"Difference of seed means to `{reference.name}`" if reference else ""
     return [
-        table(f"Difference of seed means to `{reference}`", to_seeds, of_both(to_baseline)),
+        table(title, to_seeds, of_both(to_baseline)),
         table("Differences of seed means between the others", between, of_both(others), "; no arrows"),
-        replace(table(f"Difference to `{against.name}`", runs, [against]), detail=detail),
+        replace(table(f"Difference to `{against.name}`", runs, [against]), detail=reference is not None),
     ]
 
 
@@ -225,7 +245,7 @@ def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
 
 
 def _finals_tables(
-    entries: list[Entry], groups: list[Group], columns: list[str], marks: Marks, to_baseline: Sequence[SeedDifferences]
+    entries: list[Entry], groups: list[Group], columns: list[str], marks: Marks, reference: Group | None
 ) -> list[Table]:
     """The final scores of each method over its seeds, and of each run."""
     in_percent = _all_percent(entries)
@@ -249,8 +269,8 @@ def _finals_tables(
         texts = {task: seeds.mean_and_deviation(line.numbers(task), write(first, task)) for task in columns}
         rows.append([line.name, *(text + arrow(marks.get((line.name, task), 0)) for task, text in texts.items())])
     over = f"{about}, mean ± standard deviation over the seeds"
-    if any(text.endswith(("↑", "↓")) for row in rows for text in row):
-        over += f" (↓, ↑: worse or better than `{to_baseline[0].reference.name}` over the seeds)"
+    if reference and any(text.endswith(("↑", "↓")) for row in rows for text in row):
+        over += f" (↓, ↑: worse or better than `{reference.name}` over the seeds)"
     return [Table(head, rows, title, over), Table(head, single, f"{title}, run by run", about, detail=True)]
 
 
@@ -299,8 +319,8 @@ def _seed_lines(group: Group, columns: list[str]) -> list[dict[str, Any]]:
     statistics: dict[str, Callable[[list[float]], Any]] = {
         "mean": np.mean,
         "standard deviation": partial(np.std, ddof=1),
-        "low end of the 95 % interval": lambda v: metrics.seed_interval(v)[0],
-        "high end of the 95 % interval": lambda v: metrics.seed_interval(v)[1],
+        orders.ENDS[0]: lambda v: seed_interval(v)[0],
+        orders.ENDS[1]: lambda v: seed_interval(v)[1],
     }
     over = f"over {len(group.entries)} seeds"
     found = {f"{name} {over}": {k: of(v) for k, v in values.items()} for name, of in statistics.items()}
@@ -311,10 +331,10 @@ def _seed_lines(group: Group, columns: list[str]) -> list[dict[str, Any]]:
 def _difference_lines(difference: SeedDifferences) -> list[dict[str, Any]]:
     unit = difference.group.entries[0].unit
     factors = {name: unit(name).factor for name in SCORES}  # tasks are as they are shown already
-    texts = ("difference of seed means", "low end of the 95 % interval", "high end of the 95 % interval")
+    texts = ("difference of seed means", *orders.ENDS)
     return [
         {
-            "run": f"{text}, {difference.group.name} against {difference.reference.name}",
+            "run": f"{text}, {difference.both}",
             **{name: factors.get(name, 1) * estimate[i] for name, estimate in difference.estimates.items()},
         }
         for i, text in enumerate(texts)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trace_bench import judgements
+from trace_bench.measures.seeds import seed_interval
 from trace_bench.measures.transitions import CAME_BACK, GAINED, KEPT, LOST, NAMES, NEVER
-from trace_bench.metrics import Estimate, seed_interval
+from trace_bench.metrics import Estimate
 from trace_bench.report import drawing
 from trace_bench.report.distance import Point, correlations, last_points, points
 from trace_bench.report.drawing import BLUE, GREEN, GREY, INK, MUTED, ON_BAR, ORANGE, RULE, SERIES, SKY, YELLOW

@@ -14,10 +14,11 @@ from trace_bench.metrics import Matrix
 from trace_bench.report import paper
 from trace_bench.report.conditions import conditions, delta_conditions, other_prompts
 from trace_bench.report.entry import Entry, column_of
+from trace_bench.report.orders import Family, order_of
 from trace_bench.report.results import DELTAS, Results
 from trace_bench.report.seeds import Group, SeedDifferences, seeds_needed
 from trace_bench.report.tables import DASH, left_out_text, value_text
-from trace_tasks.data import SUITES
+from trace_tasks.data import SUITES, task_name
 
 
 def _ticks(names: Iterable[str]) -> str:
@@ -153,12 +154,14 @@ def _apart(title: str, facts: Mapping[str, Mapping[str, Any]], named: Callable[[
 def notes(
     entries: Sequence[Entry],
     groups: Sequence[Group],
+    families: Sequence[Family],
     seeds: Sequence[SeedDifferences],
     references: Sequence[dict[str, str]],
 ) -> Iterable[str]:
     """What the numbers are, and which runs are not complete."""
     yield from _definitions(entries)
     yield from _of_seeds(groups, seeds, len(entries))
+    yield from _of_orders(families)
     for e in entries:
         if e.run.left_out:
             yield f"Without leaked rows in `{e.name}`: {left_out_text(e.results.left_out)}"
@@ -222,6 +225,7 @@ def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries
             "all seeds gave the same number the variance cannot be estimated: a dash."
         )
     if seeds:
+        reference = next(group for group in groups if all(d.group is not group for d in seeds))
         kinds = {True: "paired by seed", False: "Welch's, since the seeds differ"}
         listed = "; ".join(
             f"{_ticks(d.group.name for d in seeds if d.is_paired is paired)} {kind}"
@@ -229,17 +233,20 @@ def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries
             if any(d.is_paired is paired for d in seeds)
         )
         yield (
-            f"Differences of seed means to `{seeds[0].reference.name}`: {listed}; in brackets 95 % intervals "
+            f"Differences of seed means to `{reference.name}`: {listed}; in brackets 95 % intervals "
             "(Student's t). ↓, ↑: worse, better. Arrows are corrected for all tested differences to it, of all "
             "scores and tasks (Holm, with half of the level for OP): where no method differs, at most one comparison "
             "in twenty shows any. Intervals are not corrected."
         )
-        orders = [d.group.name for d in seeds if d.group.entries[0].run.tasks != d.reference.entries[0].run.tasks]
-        if orders:
+        own = [d.both for d in seeds if d.reference is not reference]
+        if own:
+            yield f"Of another order of the tasks, held against the same method in that order: {', '.join(own)}."
+        mixed = [d.group.name for d in seeds if order_of(d.group) != order_of(d.reference)]
+        if mixed:
             yield (
-                f"Trained in another order or on other tasks than `{seeds[0].reference.name}`: {_ticks(orders)}. Their "
-                "differences and arrows are of the method and of that together; for the method alone report the runs "
-                "of one order by themselves."
+                f"Trained in another order or on other tasks than `{reference.name}`: {_ticks(mixed)}. Their "
+                "differences and arrows are of the method and of that together; for the method alone add the "
+                "baseline's method in that order, with two seeds or more."
             )
     if entries > 1:
         yield (
@@ -249,3 +256,14 @@ def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries
         )
     if needed := seeds_needed(groups):
         yield needed
+
+
+def _of_orders(families: Sequence[Family]) -> Iterable[str]:
+    orders = dict.fromkeys(order for family in families for order in family.orders)
+    if orders:
+        listed = "; ".join(", ".join(map(task_name, order)) for order in orders)
+        yield (
+            f"Orders of the tasks: {listed}. A mean over orders is that of these. The interval of a difference is over "
+            "the seeds in each order, and over the orders where each has one seed; methods of other orders, or "
+            "measured under other conditions, have none."
+        )

@@ -13,6 +13,7 @@ import numpy as np
 
 from trace_bench import metrics
 from trace_bench.manifest import differences
+from trace_bench.measures import seeds as measures
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.conditions import same_conditions
 from trace_bench.report.differences import defined, gain, over_the_same_tasks
@@ -84,7 +85,7 @@ class SeedDifferences:
     reference: Group
     estimates: dict[str, Estimate]
     """Those of `SCORES` and the columns of tasks -> the difference of the means with its interval
-    (`metrics.seed_difference`); tasks as they are shown, most of them in percent."""
+    (`measures.seed_difference`); tasks as they are shown, most of them in percent."""
     p: dict[str, float]
     """The same -> the p-value; only of what may be marked."""
 
@@ -96,13 +97,18 @@ class SeedDifferences:
         for task, unit in one.units.items():
             if task in two.units and shared_unit([unit, two.units[task]]) is not None:
                 numbers[task] = partial(_final_gain, task=task)
-        found = {n: metrics.seed_difference(group.by_seed(f), reference.by_seed(f)) for n, f in numbers.items()}
+        found = {n: measures.seed_difference(group.by_seed(f), reference.by_seed(f)) for n, f in numbers.items()}
         # A difference of means over other tasks is no difference of the methods.
         others = [name for name in found if not over_the_same_tasks(one, two, name)]
         found |= {name: (Estimate(found[name][0].value), math.nan) for name in others}
         comparable = same_conditions(one.results, two.results)
         p = {n: p for n, (_, p) in found.items() if n != "Forgetting" and (comparable or n in DELTAS)}
         return cls(group, reference, {name: estimate for name, (estimate, _) in found.items()}, p)
+
+    @property
+    def both(self) -> str:
+        """The names of the two."""
+        return f"{self.group.name} against {self.reference.name}"
 
     @property
     def is_paired(self) -> bool:
@@ -141,7 +147,7 @@ def marks_of(seeds: Sequence[SeedDifferences]) -> Marks:
 
 def varies(values: Sequence[float]) -> bool:
     """Whether the numbers of seeds say anything about a variance."""
-    return not math.isnan(metrics.seed_interval(values)[0])
+    return not math.isnan(measures.seed_interval(values)[0])
 
 
 def mean_and_deviation(values: Sequence[float], write: Callable[[float], str], cost: bool = False) -> str:
@@ -156,7 +162,7 @@ def mean_and_deviation(values: Sequence[float], write: Callable[[float], str], c
 
 def interval_over_seeds(values: Sequence[float], write: Callable[[float], str]) -> str:
     """Where the mean of all seeds lies."""
-    low, high = metrics.seed_interval(values)
+    low, high = measures.seed_interval(values)
     # Where both ends are written alike the seeds differ too little to say how much another one would.
     return DASH if math.isnan(low) or write(low) == write(high) else f"[{write(low)}, {write(high)}]"
 
@@ -210,10 +216,10 @@ def seeds_needed(groups: Sequence[Group]) -> str | None:
     if gap > 1e-9:
         named = ", ".join(f"`{name}`" for name in best)
         wanted[f"the {unit.shown(gap)} {unit.of_changes} between the two best ({named})"] = gap
-    needed = {text: metrics.seeds_needed(deviation, difference) for text, difference in wanted.items()}
+    needed = {text: measures.seeds_needed(deviation, difference) for text, difference in wanted.items()}
     if not needed:
         return None
-    listed = "; ".join(f"{text}: {n or f'more than {metrics.MOST_SEEDS:,}'} seeds" for text, n in needed.items())
+    listed = "; ".join(f"{text}: {n or f'more than {measures.MOST_SEEDS:,}'} seeds" for text, n in needed.items())
     return (
         "Seeds that each of two methods needs for a difference in OP to be seen (t-test at 5 %, power 80 %; standard "
         f"deviation between seeds {unit.shown(deviation)} {unit.of_changes}, {freedom} degrees of freedom): {listed}."

@@ -1,0 +1,157 @@
+"""Methods over orders of the tasks: their means, and differences to the baseline's method in the same orders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from trace_bench.manifest import differences
+from trace_bench.measures.seeds import order_difference
+from trace_bench.metrics import Estimate
+from trace_bench.report.conditions import same_conditions
+from trace_bench.report.differences import defined, gain
+from trace_bench.report.entry import SCORES, Entry
+from trace_bench.report.results import UNKNOWN
+from trace_bench.report.seeds import Group, mean_and_deviation
+from trace_bench.report.tables import Table
+
+#: The bounds of an estimate, in the CSV.
+ENDS = ("low end of the 95 % interval", "high end of the 95 % interval")
+#: An order of tasks.
+Order = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that differ in nothing but the order of the tasks, and the seed."""
+
+    name: str
+    orders: dict[Order, Group]
+    """Order -> its runs, whatever their seeds."""
+
+    @property
+    def first(self) -> Entry:
+        """One of the runs: conditions and units are those of all."""
+        return next(iter(self.orders.values())).entries[0]
+
+    def means(self, name: str) -> list[float]:
+        """One of `NUMBERS` in each order: the mean over its seeds."""
+        return [float(np.mean(group.numbers(name))) for group in self.orders.values()]
+
+
+def order_of(group: Group) -> Order:
+    """The order of a group's tasks."""
+    return tuple(group.entries[0].run.tasks)
+
+
+def families_of(lines: Iterable[Group]) -> list[Family]:
+    """The methods that were trained in two orders or more of the same tasks."""
+    together: list[list[Group]] = []
+    for line in lines:
+        family = next((f for f in together if _differ_by_order(f[0].entries[0], line.entries[0])), [])
+        if not family:
+            together.append(family)
+        family.append(line)
+    found = [{order_of(line): line for line in family} for family in together]
+    found = [orders for orders in found if len(orders) > 1]
+    firsts = [next(iter(orders.values())) for orders in found]
+    methods = [first.entries[0].texts["method"] for first in firsts]
+    return [
+        Family(method if methods.count(method) == 1 else f"{first.name} and its orders", orders)
+        for method, first, orders in zip(methods, firsts, found, strict=True)
+    ]
+
+
+def _differ_by_order(one: Entry, two: Entry) -> bool:
+    return len(one.run.tasks) > 1 and not differences(*(_without_order(e.run.manifest) for e in (one, two)))
+
+
+def _without_order(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a manifest says beside the order of the tasks and the seed; epochs are those of each task."""
+    config = {key: value for key, value in manifest["config"].items() if key not in ("tasks", "seed", "epochs")}
+    if epochs := manifest["config"].get("epochs"):
+        config["epochs"] = dict(zip(manifest["tasks"], epochs, strict=True))
+    return {**manifest, "tasks": sorted(manifest["tasks"]), "seed": None, "config": config}
+
+
+def of_method(families: Iterable[Family], group: Group) -> Family | None:
+    """The family that a group belongs to."""
+    return next((family for family in families if group in family.orders.values()), None)
+
+
+def are_mixed(one: Group, two: Group, families: Iterable[Family]) -> bool:
+    """Whether two groups differ by their method and by the order of their tasks, so that neither is seen."""
+    orders, families = (order_of(one), order_of(two)), list(families)
+    same_tasks = orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    return same_tasks and (family := of_method(families, one)) is not None and two not in family.orders.values()
+
+
+def held_against(group: Group, baseline: Group, families: Sequence[Family]) -> Group:
+    """What a group is compared with: the baseline's method in the order of the group if there are seeds of it."""
+    family = of_method(families, baseline)
+    found = family.orders.get(order_of(group), baseline) if family else baseline
+    return baseline if found is group or len(found.entries) < 2 else found
+
+
+def difference(family: Family, other: Family) -> dict[str, Estimate]:
+    """Those of `SCORES` -> the mean over the orders of the difference of the means over the seeds, as a gain.
+
+    Empty where the two were not trained in the same orders, or are not measured under the same conditions.
+    """
+    one, two = family.first, other.first
+    if family.orders.keys() != other.orders.keys() or not same_conditions(one.results, two.results):
+        return {}
+    pairs = [(group, other.orders[order]) for order, group in family.orders.items()]
+    found = {}
+    for name in defined(one, two):
+        of = partial(gain, name=name)
+        found[name] = order_difference([(mine.by_seed(of), theirs.by_seed(of)) for mine, theirs in pairs])[0]
+    return found
+
+
+def differences_to(families: Sequence[Family], baseline: Group) -> dict[str, dict[str, Estimate]]:
+    """Name of a family -> its `difference` to that of the baseline, where there is one."""
+    reference = of_method(families, baseline)
+    found = {f.name: difference(f, reference) for f in families if reference and f is not reference}
+    return {name: estimates for name, estimates in found.items() if estimates}
+
+
+def tables(families: Sequence[Family], baseline: Group, in_percent: bool) -> list[Table]:
+    """The means over the orders, and the differences to the baseline's method."""
+    rows = []
+    for family in families:
+        cells = (mean_and_deviation(family.means(name), family.first.writer(name)) for name in SCORES)
+        runs = sum(len(group.entries) for group in family.orders.values())
+        rows.append([family.name, str(len(family.orders)), str(runs), *cells])
+    unit = "scores in percent" if in_percent else "scores in percent or the unit of the run's tasks"
+    about = f"mean ± standard deviation over the orders of the tasks, of each the mean over its seeds; {unit}"
+    means = Table(["run", "orders", "runs", *SCORES], rows, "Over orders", about)
+    rows = []
+    for name, estimates in differences_to(families, baseline).items():
+        unit_of = next(family.first.unit for family in families if family.name == name)
+        shown = {score: unit_of(score).with_interval(estimates.get(score, UNKNOWN), sign=True) for score in SCORES}
+        rows.append([name, *shown.values()])
+    title = f"Difference over orders to `{reference.name}`" if (reference := of_method(families, baseline)) else ""
+    about = "in points; no arrows" if in_percent else "gains, in points or the unit of the tasks; no arrows"
+    found = [means, Table(["run", *SCORES], rows, title, about)]
+    return [table.without_empty_columns() for table in found if table.rows]
+
+
+def lines(families: Sequence[Family], baseline: Group) -> list[dict[str, Any]]:
+    """The same for the CSV."""
+    found: list[dict[str, Any]] = []
+    for family in families:
+        over, values = f"over {len(family.orders)} orders", {name: family.means(name) for name in SCORES}
+        found.append({"run": f"{family.name}: mean {over}", **{k: np.mean(v) for k, v in values.items()}})
+        deviations = {k: np.std(v, ddof=1) for k, v in values.items()}
+        found.append({"run": f"{family.name}: standard deviation {over}", **deviations})
+    for name, estimates in differences_to(families, baseline).items():
+        unit = next(family.first.unit for family in families if family.name == name)
+        for i, text in enumerate(("difference over orders", *ENDS)):
+            numbers = {score: unit(score).factor * estimate[i] for score, estimate in estimates.items()}
+            found.append({"run": f"{text}, {name} against the baseline", **numbers})
+    return found
