@@ -46,6 +46,9 @@ def test_the_seen_tasks_then_the_full_matrix_and_nothing_twice(run, capsys, no_e
     assert not math.isnan(report.Results(run).R.sum())
     no_engine()
     assert evaluate.evaluate(run, cells="all") == 0
+    for wrong in ({"cells": "sen"}, {"backend": "vlm"}, {"extra": {"generall": ["general"]}}):
+        with pytest.raises(RunError, match=r"(sen'|vlm'|generall): use "):
+            evaluate.evaluate(run, **wrong)
 
 
 def test_a_cell_has_its_scores_and_its_samples(run):

@@ -31,6 +31,8 @@ EXTRA_SETTINGS = (
     "judged_max_new_tokens",
     "distance",
 )
+#: What the command line refuses by itself, and a call from Python does not.
+_ALLOWED = {"backend": ("vllm", "hf"), "cells": ("seen", "all", "own"), "general_stages": ("last", "all")}
 _DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
 
 
@@ -120,10 +122,15 @@ def make_plan(
     `given` old tasks are measured once more, with so many tokens of their references.
 
     Raises:
-        RunError: if cells of the run were made with other settings.
+        RunError: if a value is not allowed, or cells of the run were made with other settings.
     """
+    if unknown := sorted({*(extra or {})} - {*EXTRA_SETTINGS}):
+        raise RunError(f"extra has {', '.join(unknown)}: use {', '.join(EXTRA_SETTINGS)}.")
     config = {**_DEFAULTS, **run.manifest["config"], **(extra or {})}
     config |= {k: v for k, v in {"cells": cells, "backend": backend}.items() if v is not None}
+    for name, allowed in _ALLOWED.items():
+        if config[name] not in allowed:
+            raise RunError(f"{name}={config[name]!r}: use {' or '.join(allowed)}.")
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
     engine_args = {k: v for k, v in engine_args.items() if v is not None}
     refuse_secrets(engine_args, "engine_args")
