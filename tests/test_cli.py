@@ -232,6 +232,15 @@ def test_a_number_below_1_is_an_error(tmp_path, capsys, option):
     assert f"argument {option}: 0 is not allowed: use a number of at least 1" in capsys.readouterr().err
 
 
+def test_an_option_as_training_writes_it_gets_its_neighbour_and_the_command_s_usage(capsys):
+    for argv in (["--test_rows", "4"], ["--test_rows=4"], ["--general", "general", "--general_rows", "4"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["evaluate", "runs/r", *argv])
+        said = capsys.readouterr().err
+        assert "usage: trace-bench evaluate RUN" in said
+        assert re.search(r"unrecognized arguments: --(test|general)_rows[= ]4\. Did you mean --\1-rows\?", said)
+
+
 # -------------------------------------------------------------------------------------------------------------- lists
 
 FORMS = [["a", "b", "c"], ["a,b,c"], ["a,", "b", "c"], ["a", ",b,", "c"], ["a b, c"]]

@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from trace_bench.ending import command
 from trace_bench.text import prepare_logging, printable
-from trace_tasks.errors import TraceError
+from trace_tasks.errors import TraceError, suggestion
 
 
 class HiddenError(TraceError):
@@ -120,7 +121,12 @@ def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
         if given[:1] == [name]:
             module = module_of(name)
             module.add_arguments(own)
-    return parser.parse_args(given), module
+    args, unknown = parser.parse_known_args(given)
+    if unknown:  # said by the command's own parser, whose usage names RUN: training has --test_rows, commands --test-rows
+        own = commands.choices[args.command]
+        near = suggestion(unknown[0].partition("=")[0], re.findall(r"(?<!\S)--[\w-]+", own.format_help()))
+        own.error(f"unrecognized arguments: {' '.join(unknown)}.{near}")
+    return args, module
 
 
 def _version() -> str:
