@@ -346,7 +346,7 @@ class Run:
             raise RunError(
                 f"{path} holds a run with another configuration (there -> asked for):\n"
                 + "\n".join(lines)
-                + "\nResume with the old values, or give this run another folder (--output_dir)."
+                + "\nResume with the old values, or name another folder for this run."
             )
         then, now = run.manifest["packages"], manifest["packages"]
         if then != now:
