@@ -135,7 +135,7 @@ class Client(Judge):
         if not _key() and self.endpoint == OPENAI_URL:
             raise JudgeError(
                 "OPENAI_API_KEY is not set. Set it, or name an endpoint that needs none with --base-url or "
-                "OPENAI_BASE_URL, such as that of `vllm serve`, or judge with a local model (--local)."
+                "OPENAI_BASE_URL, such as that of `vllm serve`, or take a local model (--local)."
             )
 
     def batches(self) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ the teacher is OpenAI's (the key is read from OPENAI_API_KEY and written nowhere
   trace-bench annotate data/mine --model MODEL --base-url http://localhost:8000/v1
   trace-bench annotate data/mine --model FOLDER --local
 
-then: TRACE_REASONING=data/mine python -m trainers.rcl --config trainers/configs/llama2_7b_lora.yaml ...
+then: TRACE_REASONING=data/mine trace-bench train rcl --config llama2_7b_lora --output_dir runs/rcl
 
 Results: the official reasoning layout, annotation.md and .json, review.csv for people. Interrupted, it goes on.
 Prompts of your own are files such as DIR/fomc.yaml, in the form of judges/teacher/fomc.yaml.

@@ -15,6 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "and shows three rows as the model sees them. Recognised are\n"
         "  prompt, answer                     also question/input/text and target/output/response/label\n"
         '  messages                           [{"role": "user", "content": ...}, ..., {"role": "assistant", ...}]\n'
+        '  conversations                      the same as ShareGPT has them: "from" and "value"\n'
+        "  prompt, completion                 the same in two lists, as TRL has them\n"
         "  instruction, input, output         as in Alpaca; input may be empty\n"
         "in .jsonl, .json (a list), .csv and .parquet."
     )
