@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
+from unittest.mock import create_autospec
 
+import numpy as np
 import pytest
+from made_runs import TASKS
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from trace_bench import packaged
+from trace_bench import evaluate, packaged, report
 from trace_bench.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -169,6 +172,22 @@ def test_no_link_is_broken(page):
 def test_every_page_can_be_found():
     index = {str(t.attrs["href"]) for t in inline("docs/index.md", "link_open")}
     assert {p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")} - {"index.md"} <= index
+
+
+def test_the_code_for_python_runs_and_prints_what_is_written_beside_it(make, monkeypatch, capsys):
+    """On a run written by hand. What is slow and tested elsewhere is left to functions with the same signatures."""
+    scores = {metric: np.arange(12).reshape(3, 4) / 20 for metric in ("accuracy", "log_likelihood")}
+    run = make(rows=dict.fromkeys(TASKS, scores))
+    for slow in (evaluate.evaluate, report.write_report):
+        monkeypatch.setattr(sys.modules[slow.__module__].__package__ + f".{slow.__name__}", create_autospec(slow))
+    (code,) = (t.content for t in tokens("docs/getting-started.md") if t.type == "fence" and t.info == "python")
+    found: dict[str, object] = {}
+    exec(code.replace("runs/mine", str(run.path)), found)
+    said = capsys.readouterr().out.splitlines()
+    assert [float(word) for word in said[1].split()] == pytest.approx([0.35, 0.075, 0.05])
+    assert found["soft"] == pytest.approx(0.075) and len(found["samples"]) == 3
+    written = [float(number) for number in code.rstrip().rpartition("# ")[2].split(", ")]
+    assert [float(word) for word in said[2].split()] == pytest.approx(written)
 
 
 def test_make_asks_which_run_where_none_is_named():

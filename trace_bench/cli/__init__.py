@@ -122,7 +122,7 @@ def _parse(given: list[str]) -> tuple[argparse.Namespace, Any]:
             module = module_of(name)
             module.add_arguments(own)
     args, unknown = parser.parse_known_args(given)
-    if unknown:  # said by the command's own parser, whose usage names RUN: training has --test_rows, commands --test-rows
+    if unknown:  # often --test_rows, as training has it; the command's own parser shows the command's usage
         own = commands.choices[args.command]
         near = suggestion(unknown[0].partition("=")[0], re.findall(r"(?<!\S)--[\w-]+", own.format_help()))
         own.error(f"unrecognized arguments: {' '.join(unknown)}.{near}")
