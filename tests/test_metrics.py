@@ -243,8 +243,9 @@ def test_single_means_and_differences_take_the_interval_that_fits_their_rows():
         low, high = mean_interval(rng.normal(0.5, 0.1, (n, 2000)))
         assert 0.935 < np.mean((low <= 0.5) & (high >= 0.5)) < 0.965, n
     # Where one row in twenty loses up to 1, two rows more that change by the most that was seen cover the rare ones.
-    low, high = difference_interval(rng.random((100, 2000)) * (rng.random((100, 2000)) < 0.05))
-    assert 0.93 < np.mean((low <= 0.025) & (high >= 0.025)) < 0.96
+    rare = rng.random((100, 2000)) * (rng.random((100, 2000)) < 0.05)
+    for low, high in (difference_interval(rare), mean_interval(rare), 1 - np.array(mean_interval(1 - rare))[::-1]):
+        assert 0.93 < np.mean((low <= 0.025) & (high >= 0.025)) < 0.96
     low, high = difference_interval(np.array([[0.4, 0.0], [0.0, 0.3], [0.0, 0.4], [0.0, 0.5]]))
     widened = ttest_1samp([0.4, 0, 0, 0, 0.4, -0.4], 0).confidence_interval()
     alone = [ttest_1samp(x, 0).confidence_interval() for x in ([0.4, 0, 0, 0], [0, 0.3, 0.4, 0.5])]
