@@ -193,6 +193,7 @@ def test_a_config_is_found_by_name(here, tiny_model):
         (["--config", "quikstart"], "Did you mean quickstart?"),
         (["--strenght", "2"], "sequential has no option strenght."),
         (["--learning-rat=2"], None),
+        (["--tune", "7b"], "no option tune (did you mean tuned?)"),  # it would be on record, and not used
         (["--max_promt_length", "2"], "max_promt_length (did you mean max_prompt_length?)"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["fast"], "fast: nothing takes this"),

@@ -24,6 +24,7 @@ from trace_bench.run import Run, RunError, read_json
 from trace_tasks.data.files import write_json
 from trainers import base
 from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped, preflight
+from trainers.base.options import check_model_args, check_optimizer
 from trainers.base.stages import Loop
 
 ROOT = Path(__file__).parents[1]
@@ -75,6 +76,9 @@ def test_evaluated_checkpoints_are_dropped_once_measured(options, monkeypatch):
     assert run.stages[1].train_file.stat().st_mtime_ns == before
 
 
+COSINE = {"lr_scheduler_type": "cosine_with_min_lr"}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -99,12 +103,58 @@ def test_evaluated_checkpoints_are_dropped_once_measured(options, monkeypatch):
         ({"auto_find_batch_size": True}, "Give a smaller per_device_train_batch_size"),
         ({"activation_offloading": True}, "without a GPU. Leave it out"),
         ({"max_prompt_length": 1021}, "context of 1024: use a max_prompt_length of at most 1020"),
+        # What HF, TRL and PEFT accept, and then do not heed, or not after a kill.
+        ({"warmup_steps": 0.1}, "constant has no warmup. Use lr_scheduler_type: constant_with_warmup"),
+        ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "constant has none"),
+        ({**COSINE, "lr_scheduler_kwargs": {"min_lr_rate": "1e-1"}}, "'1e-1' is a text"),
+        (COSINE, "lr_scheduler_kwargs=None does not fit cosine_with_min_lr"),
+        ({"optim_args": "beta1=0.5"}, "adamw_torch_fused does not heed beta1=0.5"),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,nestrov=true"}, "sgd does not heed nestrov=true"),
+        ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, "Use weight_decay"),
+        ({"optim": "sgd", "optim_args": {"momentum": 0.9}}, "use a text"),
+        ({"optim": "adamw_8bit"}, "optim=adamw_8bit: You need to install"),
+        ({"optim": "schedule_free_adamw"}, "not their average"),
+        ({"optim": "galore_adamw_layerwise"}, "before a method or max_grad_norm can change them"),
+        ({"max_steps": 0}, "use -1 to train whole epochs"),
+        ({"max_steps": 2.5}, "max_steps=2.5 is not allowed: use a whole number"),
+        ({"save_strategy": "steps", "save_steps": 0}, "save_steps=0 is not allowed"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "Use no, steps or epoch"),
+        ({"eval_strategy": "epoch"}, "eval_strategy='epoch': a stage in training has no rows"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end=True: a stage in training"),
+        ({"enable_jit_checkpoint": True}, "would count as trained. Use save_strategy: steps"),
+        ({"resume_from_checkpoint": "a"}, "The same command with the same output_dir"),
+        ({"ignore_data_skip": True}, "would see other rows"),
+        ({"dataloader_in_order": False}, "in the order in which workers happen to be done"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1, "save_strategy": "epoch"}, "dropout"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "in another order. Use true"),
+        ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "for the first stage alone"),
+        ({"model_init_kwargs": {"attn_implementation": "eager"}}, "Use dtype and attn_implementation"),
+        ({"completion_only_loss": False}, "the loss is that of answers alone"),
+        ({"push_to_hub": True}, "Upload them afterwards"),
+        ({"train_sampling_strategy": "grouped"}, "use random or sequential or group_by_length"),
+        ({"dtype": "half"}, "dtype='half' is not allowed: use auto or bfloat16"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is not allowed"),
+        ({"lora_modules_to_save": "lm_head"}, "use a list of names, [lm_head]"),
     ],
 )
 def test_a_bad_value_is_refused_with_what_is_allowed(options, change, words):
     with pytest.raises(ConfigError, match=re.escape(words)):
         train({**options, **change})
     assert not Path(options["output_dir"]).exists(), "before anything starts"
+
+
+def test_settings_that_are_heeded_pass(caplog):
+    """The other side of the refusals, and of the warning of LoRA that is not used."""
+    yaml_no = CLConfig(output_dir="x", save_strategy=False, optim="sgd", optim_args="momentum=0.9, nesterov=true")
+    assert yaml_no.save_strategy == "no"
+    check_optimizer(yaml_no)
+    for kind in ("linear", "cosine", "constant_with_warmup"):
+        check_optimizer(CLConfig(output_dir="x", lr_scheduler_type=kind, warmup_steps=0.1))
+    check_model_args(ModelConfig(use_peft=True, lora_r=4))
+    check_model_args(ModelConfig())
+    assert not caplog.messages
+    check_model_args(ModelConfig(lora_r=4))
+    assert "All parameters are trained, and lora_r has no effect" in caplog.text
 
 
 def test_a_method_that_changes_a_default_keeps_its_limits():

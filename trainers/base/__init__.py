@@ -1,6 +1,7 @@
 """What every method is made of: a configuration, a trainer for one stage, and the loop over the stages.
 
 config        options and their checks        progress     what is shown and logged while a stage is trained
+options       those of LoRA and the optimizer
 trainer       the hooks of a method           preflight    what cannot work is refused before the first stage
 gradients     losses and gradients            stages       `main`, and the loop over the stages
 checkpoints   what a stage leaves, and what it goes on from

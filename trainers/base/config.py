@@ -48,13 +48,28 @@ _LIMITS_OF_HF: dict[str, dict[str, float]] = {
     "seed": {"least": 0, "most": 2**32 - 1},
     "per_device_train_batch_size": {"least": 1},
     "gradient_accumulation_steps": {"least": 1},
+    "max_steps": {"least": -1},
+    "save_steps": {"above": 0},
 }
 _TOKENIZER = "TRL changes the tokenizer of training alone: change the files of the base model, for evaluation, too."
-#: Options of TRL that evaluation could not follow -> why.
+_NO_EVALUATION = "a stage in training has no rows to evaluate on. Leave it out; keep: evaluated measures stages."
+#: Options of HF and TRL that evaluation could not follow, that a stage does not heed, or that would end it early or
+#: make another one of it when it goes on -> why. Their defaults are allowed.
 _REFUSED = {
     "eos_token": _TOKENIZER,
     "chat_template_path": _TOKENIZER,
     "max_length": "it would cut answers off. Use max_prompt_length and max_answer_length.",
+    "truncation_mode": "prompts are cut on the left and answers on the right. Leave it out.",
+    "model_init_kwargs": "TRL would not use it, nor would the evaluation. Use dtype and attn_implementation.",
+    "assistant_only_loss": "the loss is that of answers already. Leave it out.",
+    "eval_strategy": _NO_EVALUATION,
+    "eval_on_start": _NO_EVALUATION,
+    "load_best_model_at_end": _NO_EVALUATION,
+    "resume_from_checkpoint": "HF does not read it. The same command with the same output_dir goes on where it was.",
+    "enable_jit_checkpoint": "a stage that is stopped would count as trained. Use save_strategy: steps.",
+    "ignore_data_skip": "a stage that goes on would see other rows. Leave it out.",
+    "dataloader_in_order": "rows would come in the order in which workers happen to be done. Leave it out.",
+    "push_to_hub": "all stages would be uploaded over each other, without their checkpoints. Upload them afterwards.",
 }
 if TYPE_CHECKING:
     Epochs = float
@@ -204,6 +219,9 @@ class CLConfig(SFTConfig):
         # HF refuses bfloat16 without an accelerator unless it is told that a CPU is meant.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.output_dir = self.output_dir or ""  # HF would take the folder trainer_output
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(self, name) is False:
+                setattr(self, name, "no")  # which YAML reads as false
         try:
             self._read_lists()
             super().__post_init__()
@@ -212,6 +230,7 @@ class CLConfig(SFTConfig):
             raise ConfigError(str(e)) from e
         self._check_options()
         self._check_combinations()
+        self._check_training()
 
     def _read_lists(self) -> None:
         """Splits lists, written with spaces or commas, and puts the members of orders and groups into them."""
@@ -234,20 +253,21 @@ class CLConfig(SFTConfig):
 
     def _check_options(self) -> None:
         """Checks each option against what `option` says is allowed."""
-        own, kinds = self._own(), _kinds(type(self))  # type: ignore[arg-type]
+        kinds = _kinds(type(self))  # type: ignore[arg-type]
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             optional = type(None) in get_args(kinds[f.name]) and value is None
-            if choices and f.name in own and value not in choices and not optional:
+            if choices and value not in choices and not optional:  # HF's parser asks the command line alone
                 raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
             if limits := self._limits(f.name):
                 _check_number(f.name, value, kinds[f.name], limits)
         for name in ("engine_args", "chat_template_args"):
             if not isinstance(getattr(self, name), dict | None):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: use a mapping of arguments.")
+        plain = {f.name: f.default for f in fields(CLConfig)}
         for name, why in _REFUSED.items():
-            if getattr(self, name) is not None:
-                raise ConfigError(f"{name}={getattr(self, name)!r}: {why}")
+            if (value := getattr(self, name)) not in (None, plain[name]):
+                raise ConfigError(f"{name}={getattr(value, 'value', value)!r}: {why}")
 
     @classmethod
     def _limits(cls, name: str) -> dict[str, float]:
@@ -288,6 +308,39 @@ class CLConfig(SFTConfig):
             raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
         if self.loss_weights == "rows":
             refuse_losses(self, "is a loss by tokens: set loss_weights: tokens, or ")
+
+    def _check_training(self) -> None:
+        """Refuses settings of a stage that HF accepts and then does not heed, or not after a kill."""
+        if self.max_steps == 0:
+            raise ConfigError("max_steps=0 is not allowed: use -1 to train whole epochs, or at least 1.")
+        if self.completion_only_loss is False:
+            raise ConfigError("completion_only_loss=false: the loss is that of answers alone. Leave it out.")
+        if self.save_strategy == "best":
+            raise ConfigError(f"save_strategy='best': {_NO_EVALUATION} Use no, steps or epoch.")
+        constant = next((k for k in ("constant", "constant_with_warmup") if self.lr_scheduler_type == k), None)
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ConfigError(
+                f"warmup_steps={self.warmup_steps}: HF's schedule constant has no warmup. Use lr_scheduler_type: "
+                "constant_with_warmup, or another one."
+            )
+        if self.lr_scheduler_kwargs and constant:
+            raise ConfigError(f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {constant} has none. Leave it out.")
+        accelerate: Any = self.accelerator_config
+        if not accelerate.use_seedable_sampler:
+            raise ConfigError(
+                "accelerator_config, use_seedable_sampler=false: a stage that goes on would see its rows in another "
+                "order. Use true."
+            )
+        if "num_steps" in (accelerate.gradient_accumulation_kwargs or {}):
+            raise ConfigError(
+                "accelerator_config, gradient_accumulation_kwargs: num_steps would hold for the first stage alone. Use "
+                "gradient_accumulation_steps."
+            )
+        if self.dataloader_persistent_workers and self.save_strategy != "no":
+            raise ConfigError(
+                "dataloader_persistent_workers=true: a stage that goes on would draw other random numbers, as of "
+                "dropout. Leave it out, or save_strategy."
+            )
 
     @property
     def stages(self) -> list[str]:

@@ -45,6 +45,7 @@ from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
 from trainers.base.checkpoints import method_source, plain
 from trainers.base.config import CLConfig, ConfigError
+from trainers.base.options import check_model_args, check_optimizer
 from trainers.base.trainer import CLTrainer
 from trainers.base.tuned import tuned_settings, tuned_words
 from trainers.base.writing import run_alone
@@ -89,13 +90,14 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
         argv[i : i + 2] = [*like, *tuned]
     else:
         argv = [*tuned, *argv]
-    parser = TrlParser((config, ModelConfig))  # type: ignore[arg-type]
+    # No abbreviations: of --tune the table would be put on record, and not used.
+    parser = TrlParser((config, ModelConfig), allow_abbrev=False)  # type: ignore[arg-type]
     parser.error = _refuse  # type: ignore[method-assign]  # without two hundred lines of usage
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (IndexError, OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file (name), no YAML
         raise ConfigError(f"the configuration cannot be read: {e}") from e
-    if names := [word.lstrip("-").partition("=")[0].replace("-", "_") for word in unknown if word.startswith("--")]:
+    if names := [word.lstrip("-").partition("=")[0] for word in unknown if word.startswith("--")]:
         near = with_neighbours(names, known)
         raise ConfigError(f"{method} has no option {near}. --help lists the usual ones, --help_all all of them.")
     if unknown:
@@ -158,6 +160,8 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
         )
     if not config.output_dir:
         raise ConfigError("output_dir is not set: --output_dir runs/NAME says where the run is written.")
+    check_model_args(model_args)
+    check_optimizer(config)
     preflight.check_devices(config, state.num_processes, method)
     with state.main_process_first():
         trace_data = data.open_data(config.tasks, config.data)

@@ -1,0 +1,95 @@
+"""Options of LoRA, the optimizer and its schedule, which HF, TRL and PEFT look at when a stage begins, or never."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import Trainer, get_scheduler
+from trl import ModelConfig
+
+from trace_tasks.errors import brief
+from trainers.base.config import CLConfig, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def check_model_args(args: ModelConfig) -> None:
+    """Refuses values of TRL's arguments of the model that a config file may have, and warns of LoRA that is not used.
+
+    Raises:
+        ConfigError: naming the value and what is allowed.
+    """
+    for f in fields(args):
+        value, choices = getattr(args, f.name), f.metadata.get("choices")
+        if choices and value not in (None, *choices):
+            raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
+    for name in ("lora_r", "lora_alpha"):  # PEFT takes an alpha of 0, with which nothing is trained
+        value = getattr(args, name)
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r} is not allowed: use a whole number of at least 1.")
+    for name in ("lora_modules_to_save", "lora_target_parameters"):  # PEFT takes a text for a list of its letters
+        if isinstance(value := getattr(args, name), str):
+            raise ConfigError(f"{name}={value!r} is not allowed: use a list of names, [{value}].")
+    plain = ModelConfig()
+    unused = [f.name for f in fields(args) if "lora" in f.name and getattr(args, f.name) != getattr(plain, f.name)]
+    if unused and not args.use_peft:
+        log.warning(
+            "All parameters are trained, and %s has no effect: LoRA is trained with use_peft: true.", ", ".join(unused)
+        )
+
+
+def check_optimizer(config: CLConfig) -> None:
+    """Refuses an optimizer and a schedule that cannot be made, and arguments that the optimizer does not read.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    name = str(config.optim.value)  # type: ignore[attr-defined]
+    if name.startswith("schedule_free"):
+        raise ConfigError(
+            f"optim={name}: HF saves the weights that it steps with, and not their average, which is the "
+            "model that this optimizer trains. Use another one."
+        )
+    if "layerwise" in name or "lomo" in name:
+        raise ConfigError(
+            f"optim={name} steps while gradients are computed, before a method or max_grad_norm can "
+            "change them, and a stage could not go on with its state. Use another one."
+        )
+    given = config.optim_args
+    if given is not None and not isinstance(given, str):
+        raise ConfigError(f"optim_args={given!r} is not allowed: use a text, such as momentum=0.9,nesterov=true.")
+    words = [word for word in (given or "").replace(" ", "").split(",") if word]
+    known = _optimizer(config, []) is not None
+    for word in words if known else ():
+        others = [other for other in words if other is not word]
+        decay = word.startswith("weight_decay=")  # which HF gives to each group of parameters
+        if decay or _optimizer(config, others) == _optimizer(config, words):
+            instead = "Use weight_decay." if decay else "Leave it out."
+            raise ConfigError(f"optim_args={given!r}: {name} does not heed {word}. {instead}")
+    kind: Any = config.lr_scheduler_type
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
+    kwargs: Any = copy.deepcopy(config.lr_scheduler_kwargs)
+    try:
+        get_scheduler(kind, optimizer, 0, 10, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as e:
+        texts = [value for value in (kwargs or {}).values() if isinstance(value, str)]
+        hint = f" {texts[0]!r} is a text: YAML takes 1.0e-5 for a number, and not 1e-5." if texts else ""
+        raise ConfigError(f"lr_scheduler_kwargs={kwargs} does not fit {kind.value}: {brief(e)}{hint}") from e
+
+
+def _optimizer(config: CLConfig, words: list[str]) -> Any:
+    """The class and the arguments that HF would make the optimizer of; None where it needs the model for them."""
+    config, name = copy.copy(config), config.optim.value  # type: ignore[attr-defined]
+    config.optim_args = ",".join(words)
+    try:
+        return Trainer.get_optimizer_cls_and_kwargs(config)
+    except ImportError as e:
+        raise ConfigError(f"optim={name}: {brief(e)}") from e
+    except (AttributeError, TypeError, ValueError) as e:
+        if words:
+            raise ConfigError(f"optim_args={config.optim_args!r} does not fit {name}: {brief(e)}") from e
+        return None
