@@ -232,7 +232,7 @@ LONG = {
     ]),
     "number": (lambda t: written_numbers.number_tolerant(t, "12"), [
         *cut("1,¦1¦1,111,¦answer ¦1e¦-¦=¦0.¦-$ ¦twenty-¦hundred ¦one point one ¦answer is 1\n¦so 1 2 ¦2M¦12:34 "),
-        *("answer" + SPACES, "0." + "1" * N, "1e" + "9" * N),
+        *("answer" + SPACES, "0." + "1" * N, "1e" + "9" * N, "12 and" + "\t\n" * (N // 2)),
     ]),
     "word": (lambda t: written_numbers.number_tolerant(t, "August"), ["!", "a!", "_", " ", "answer: "]),
     "letter named": (lambda t: answers.names_choice(t, "B"), ["B ", "B", "B.", "1"]),

@@ -174,7 +174,7 @@ def _choice(text: str, options: dict[str, str]) -> str | None:
     text = _REJECTED.sub("", _without_markdown(text))
     if (leading := _LEADING_LABEL.match(text)) and not _is_ambiguous(text, [leading]):
         letter = leading["label"].upper()
-        own = text[: found.start()] if (found := NEXT_PROMPT.search(text, leading.end())) else text
+        own = text[: found.start("begins")] if (found := NEXT_PROMPT.search(text, leading.end())) else text
         others = {match["label"].upper() for match in _MARKED_LABELS[0].finditer(own, leading.end("label"))}
         others |= {label.upper() for label in _LABEL_ALONE.findall(own)}
         others |= {_named_option(sentence, options) or letter for sentence in _STATED_OPTION.findall(own)}

@@ -5,8 +5,11 @@ import re
 
 from trace_tasks.scoring import accuracy
 
-# Models that are not trained to stop go on with another question of their own.
-NEXT_PROMPT = re.compile(r"\n\s*(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)", re.IGNORECASE)
+# Models that are not trained to stop go on with another question of their own, on the line that `begins` it.
+# It is looked for where white space begins, so that blank lines are read once and not once for each of them.
+NEXT_PROMPT = re.compile(
+    r"(?<!\s)[^\S\n]*+(?P<begins>\n)\s*+(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)", re.IGNORECASE
+)
 
 # Full-width forms ("１２．５") and the minus sign; not NFKC, which makes 102 of "10²".
 _ASCII = {0xFEE0 + code: code for code in range(ord("!"), ord("~") + 1)} | {ord("\N{MINUS SIGN}"): "-"}
@@ -136,7 +139,7 @@ def read_number(text: str) -> float | None:
     """Reads the number that `number_tolerant` says, None where there is none or it overflows a float."""
     text = _SIGNED_CURRENCY.sub("", text.translate(_ASCII))
     if found := NEXT_PROMPT.search(text.lstrip()):
-        text = text.lstrip()[: found.start()]
+        text = text.lstrip()[: found.start("begins")]
     text = _in_digits(re.sub(r"\d{1,2}:\d\d(?:[:.]\d+)?", " ", text))  # a time of day is no number
     lines = [line for line in text.splitlines() if line.strip()]
     stated: list[float | None] = []
