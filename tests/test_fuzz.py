@@ -27,6 +27,8 @@ from judges.verdict import parse
 from trace_bench import engine, metrics, shapes
 from trace_bench.cli import main
 from trace_bench.evaluate import evaluate
+from trace_bench.report.html import head_cell
+from trace_bench.report.result_file import _without_paths
 from trace_bench.run import RunError, Stage, read_json, read_jsonl
 from trace_bench.tasks import load_suites
 from trace_tasks import answers, data, scoring, written_numbers
@@ -253,6 +255,8 @@ LONG = {
     "paths": (lambda t: paths.read_path(FOMC, Reply(t + "\nAnswer: B")), [".", " ", "\n ", "A"]),
     "floats": (audit._FLOAT.search, ["1.", "0", "1." + "0" * N, "1." + "9" * N, "1." + "0000000" * (N // 7)]),
     "words": (similarity.words, ["\nAnswer:", "a ", "\nAnswer:" + "Reasoning:" * (N // 10) + "x", "\u0300\u0316"]),
+    "paths of results": (lambda t: _without_paths({"model": f"/{t}\x1b"}), ["a", "/", "\\"]),
+    "heads": (head_cell, ["a", "-", "a "]),
     "cues": (audit._DOUBLED_CUE.search, ["a", "a:", "a: ", "a:" + SPACES + "x"]),
 }  # fmt: skip
 

@@ -8,7 +8,8 @@ from trace_tasks.scoring import accuracy
 # Models that are not trained to stop go on with another question of their own, on the line that `begins` it.
 # It is looked for where white space begins, so that blank lines are read once and not once for each of them.
 NEXT_PROMPT = re.compile(
-    r"(?<!\s)[^\S\n]*+(?P<begins>\n)\s*+(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)", re.IGNORECASE
+    r"(?<!\s)[^\S\n]*+(?P<begins>\n)\s*+(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)",
+    re.IGNORECASE,
 )
 
 # Full-width forms ("１２．５") and the minus sign; not NFKC, which makes 102 of "10²".

@@ -153,7 +153,8 @@ def links(pages: Mapping[str, Path], folder: Path) -> dict[str, str]:
 def head_cell(text: str, kind: str = "") -> Cell:
     """A head of a table: its first line, and smaller what follows `<br>`. A name such as C-STANCE stays on one line."""
     first, *rest = (str(escape(line)) for line in text.split("<br>"))
-    whole = re.sub(r"(\S+-\S+)", r'<span class="word">\1</span>', first)
+    words = ((word, "-" in word[1:-1]) for word in re.split(r"(\s+)", first))
+    whole = "".join(f'<span class="word">{word}</span>' if hyphened else word for word, hyphened in words)
     return Cell(Markup(whole + "".join(f"<br><small>{line}</small>" for line in rest)), kind)
 
 

@@ -26,7 +26,7 @@ FILE = "result.json"
 #: What the data is called that all tasks of a run are from.
 _DATA = {"TRACE, reasoning variant": REASONING, "CL_Benchmark": CL_BENCHMARK, "TRACE": FOLDERS}
 #: A path of this machine in a JSON text, or in a JSON text within one, as a judge's settings are; and its last part.
-_PATH = re.compile(r'"(?:/|~|\.\.?/|file:)[^"]*?([^"/\\]+)/?(?=\\?")')
+_PATH = re.compile(r'"(?:/|~|\.\.?/|file:)(?:[^"/\\]*+[/\\])*?([^"/\\]++)/?(?=\\?")')
 
 
 def result(results: Results) -> dict[str, Any]:
