@@ -354,6 +354,9 @@ def test_names_that_leave_the_run_are_refused(tmp_path, options, name, monkeypat
         for command in (["evaluate"], ["report"], ["status"], ["judge", "--model", "m"]):
             with pytest.raises(SystemExit, match="cannot be the name of a task or stage"):
                 main([command[0], str(tmp_path / "r"), *command[1:]])
+    write_json(tmp_path / "r" / "manifest.json", {**manifest, "checkpoints": {"v": "/x"}, "folders": {"v": name}})
+    with pytest.raises(SystemExit, match=r"'folders\.v' is"):  # it would be removed
+        main(["evaluate", str(tmp_path / "r"), "--drop", "v"])
     study = tmp_path / "s.yaml"
     study.write_text(json.dumps({"config": "c.yaml", "runs": {name: {"method": "sequential"}}}))
     (tmp_path / "c.yaml").write_text("{}")

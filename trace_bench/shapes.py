@@ -71,7 +71,8 @@ Manifest = _object(
     (_Data, "data!"),
     (_Config, "config!"),
     (list[str], "tasks! stages"),
-    (Words, "checkpoints folders packages"),
+    (Words, "checkpoints packages"),
+    (dict[str, Annotated[str, Field(pattern=r"^[0-9]{1,9}_[^/\x00]+$")]], "folders"),  # below stages/, not elsewhere
     (bool, "chain renamed_base"),
     (Count, "processes seed"),
     (dict[str, Scalar], "task_versions"),
