@@ -385,6 +385,11 @@ def test_a_run_remembers_where_its_own_tasks_are(here, tiny_model, monkeypatch, 
     manifest["data"]["own_tasks"] = str(here / "gone")
     write_json(here / "run" / "manifest.json", manifest)
     assert "gone, which is not there: TRACE_TASKS names" in error_of("evaluate", "run")
+    (here / "run" / "tasks").mkdir()
+    for folder in ("run/tasks", str(here / "run" / "tasks"), os.curdir):  # their functions would be run
+        manifest["data"]["own_tasks"] = folder
+        write_json(here / "run" / "manifest.json", manifest)
+        assert "a task may run code. If you trust whoever made it, say so" in error_of("evaluate", "run")
 
 
 def test_unknown_tasks_are_named_with_their_neighbours(here, monkeypatch):

@@ -391,6 +391,7 @@ def test_links_and_pipes_in_a_run_are_replaced_and_not_written_through(tmp_path)
         ("report", "figures"),
         ("evaluate", "stages"),
         ("evaluate", "stages/0_base/eval/samples"),
+        ("evaluate --drop v", "stages"),
         ("judge", "stages/1_trace_cstance/judge"),
         ("train", "stages/1_trace_fomc/.trainer"),
         ("train", "tensorboard/x"),
@@ -411,7 +412,8 @@ def test_a_folder_of_a_run_that_leads_elsewhere_is_refused(tmp_path, options, de
             if command == "train":
                 train(options)
             else:
-                main([command, str(run), *(NOBODY if command == "judge" else [])])
+                name, *more = command.split()
+                main([name, str(run), *more, *(NOBODY if command == "judge" else [])])
         link.unlink()
     assert {p: p.read_bytes() for p in victim.rglob("*") if p.is_file()} == before
     assert not (tmp_path / "nowhere").exists()

@@ -61,7 +61,7 @@ def verify(
     for stage in stages:
         if stage.external is None and stage.is_trained:
             check_own(stage)
-    use_own_tasks(run.manifest["data"])
+    use_own_tasks(run)
     loaded = load_tasks(tasks)
     return loaded, check_tasks(run, loaded)
 

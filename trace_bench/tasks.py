@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trace_bench import versions
+from trace_bench.text import word
 from trace_tasks.data import (
     CL_BENCHMARK,
     FOLDERS,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
+
+    from trace_bench.run import Run
 
 log = logging.getLogger(__name__)
 
@@ -335,23 +338,27 @@ def data_record(data: Data, tasks: dict[str, Task]) -> dict[str, Any]:
     return record | ({"own_tasks": folders} if own and folders else {}) | {"fingerprint": record["fingerprint"] | own}
 
 
-def use_own_tasks(record: dict[str, Any]) -> None:
-    """Finds tasks from elsewhere where they were when the run began, unless TRACE_TASKS says otherwise.
+def use_own_tasks(run: Run) -> None:
+    """Finds tasks from elsewhere where they were when a run began, unless TRACE_TASKS says otherwise.
 
     The same holds for the rows of CL_Benchmark and TRACE_CL_BENCHMARK.
 
-    Args:
-        record: What `data_record` made.
-
     Raises:
-        DataError: if the folder is gone.
+        DataError: if the folder is gone, or the run brings it along: its YAMLs may call Python.
     """
+    record = run.manifest["data"]
     if root := record.get("cl_benchmark"):
         gone = record["demo"] and not Path(root).is_dir()  # made on another machine: this one makes the same rows
         os.environ.setdefault("TRACE_CL_BENCHMARK", "demo" if gone else root)
     folders = record.get("own_tasks")
     if not folders or "TRACE_TASKS" in os.environ:
         return
-    if gone := [folder for folder in folders.split(os.pathsep) if not Path(folder).is_dir()]:
-        raise DataError(f"The run has tasks of {gone[0]}, which is not there: TRACE_TASKS names where they are now.")
+    for folder in map(Path, folders.split(os.pathsep)):
+        if not folder.is_dir():
+            raise DataError(f"The run has tasks of {folder}, which is not there: TRACE_TASKS names where they are now.")
+        if not folder.is_absolute() or folder.resolve().is_relative_to(run.path.resolve()):
+            raise DataError(
+                f"{run.path} brings its tasks along in {folder}, and a task may run code. If you trust whoever made "
+                f"it, say so: TRACE_TASKS={word(folder)}"
+            )
     os.environ["TRACE_TASKS"] = folders

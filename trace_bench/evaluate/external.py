@@ -15,10 +15,10 @@ from trace_bench import checks
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_checkpoints
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import Run, RunError, is_file_name, locked
+from trace_bench.run import WRITTEN, Run, RunError, is_file_name, locked
 from trace_bench.tasks import check_stages, data_record, load_tasks
 from trace_tasks import data
-from trace_tasks.data.files import remove, write_json
+from trace_tasks.data.files import refuse_links, remove, write_json
 from trace_tasks.errors import suggestion
 
 log = logging.getLogger(__name__)
@@ -139,6 +139,7 @@ def drop(path: str | Path, names: Sequence[str]) -> Run:
         RunError: if the run has no such checkpoint, or later ones of a chain lie on it.
     """
     run = Run.open(path)
+    refuse_links(run.path, *WRITTEN)
     there = run.manifest.get("checkpoints", {})
     for name in names:
         if name not in there:

@@ -112,7 +112,7 @@ def _as_in(run: Run, known: Collection[str], config: type[CLConfig], method: str
     """
     record, other = run.manifest["data"], run.manifest["method"]
     settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
-    use_own_tasks(record)
+    use_own_tasks(run)
     model = run.manifest["model"]
     if model["name"] != models.QUICKSTART and not os.path.isdir(model["name"]) and os.path.isdir(model.get("path", "")):
         settings["model_name_or_path"] = model["path"]  # a folder that was moved, or named from elsewhere
