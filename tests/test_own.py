@@ -283,6 +283,7 @@ def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
 
 TABLES = [
     ("a.csv", "question,answer\nA?,1\nB?,\n", r"row 1 has no answer\. Give it an answer"),
+    ("a.jsonl", '{"question": "A?", "answer": "\\ud800"}\n', "row 0 holds half of a surrogate pair"),
     ("b.csv", "question,answer\nA?,1\nB, C?,2\n", "row 1 has more cells than the first line"),
     ("c.csv", "question;answer\nA?;1\nB?;2\n", r"columns are question;answer\..* A \.csv has commas between"),
 ]

@@ -13,6 +13,7 @@ from trace_bench import packaged, study
 from trace_bench.cli import main
 from trace_bench.report.tables import DASH
 from trace_bench.study import StudyError, read_study, run_study
+from trace_tasks.errors import TraceError
 
 STUDIES = sorted((packaged.TRAINERS / "configs" / "studies").glob("*.yaml"))
 
@@ -166,6 +167,11 @@ def test_a_file_and_a_run_that_are_not_there(write, tmp_path):
         main(["study", str(tmp_path / "nowhere.yaml")])
     with pytest.raises(StudyError, match=r"--only c: the runs of .* are a, b"):
         run_study(write({"a": GOOD, "b": GOOD}), only=["a", "c"])
+    with pytest.raises(StudyError, match=r"--launch '.: this is no command of a shell"):
+        run_study(file := write({"a": GOOD}), launch="'x")
+    file.write_text("config: c.yaml\nruns: &x {a: *x}\n")  # without an end
+    with pytest.raises(TraceError, match="nested more than 100 deep"):
+        read_study(file)
 
 
 def test_a_file_in_place_of_the_folder_ends_the_study_before_its_first_run(write, tmp_path, monkeypatch):

@@ -63,8 +63,12 @@ def refuse_secrets(settings: Any, what: str) -> None:
     # Not of PWD, which a shell sets to the working directory.
     known = [v for name, v in os.environ.items() if len(v) >= 12 and _is_secret_name(name, v) and not os.path.exists(v)]
     waiting: list[tuple[tuple[str, ...], Any, bool]] = [((), settings, False)]
+    seen = 0
     while waiting:
         path, value, secret = waiting.pop()
+        seen += 1
+        if len(path) > 100 or seen > 1_000_000:  # aliases of YAML can make a few bytes endless
+            raise RunError(f"{what} entries are nested more than 100 deep, or are more than a million: write fewer.")
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             with suppress(ValueError, RecursionError):
                 waiting.append((path, json.loads(value), secret))

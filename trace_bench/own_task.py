@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import tasks
-from trace_bench.text import word
+from trace_bench.text import one_line, word
 from trace_tasks.data import CL_BENCHMARK, FOLDERS, GROUPS, JUDGED, ORDERS, REASONING, SUITES
 from trace_tasks.data.files import write_bytes, write_text
 from trace_tasks.errors import DataError, brief
@@ -66,6 +66,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DataError(f"{file}, row {number} is {str(row)[:40]!r}. A row has to have named columns.")
+        try:
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            half = f"{file}, row {number} holds half of a surrogate pair, which no text has. Remove it."
+            raise DataError(half) from None
     return [_with_messages(row) for row in rows]
 
 
@@ -158,7 +163,7 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
     # No token has less than a byte, and EOS is one more.
     longest = max(len(text.encode()) + 1 for text in answers)
     text = YAML.format(
-        source=file.name,
+        source=one_line(file.name),  # in a comment
         why=f"the rows have {why}",
         name=name,
         train=json.dumps(files[0].name),

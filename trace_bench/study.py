@@ -169,7 +169,10 @@ def run_study(
     runs, title = read_study(path, full), f"{path.stem}-{'full' if full else 'small'}"
     folder = Path(output_dir or Path("runs") / title)
     chosen = _chosen(file, runs, only or ())
-    start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench"]
+    try:
+        start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench"]
+    except ValueError as e:
+        raise StudyError(f"--launch {launch}: this is no command of a shell ({e}).") from e
     # A folder trainers/ or judges/ that the study is started in does not hide ours.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     failed: dict[str, str] = {}

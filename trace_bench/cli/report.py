@@ -37,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
         run = Run.open(path)
         return without_leaked(run, Path(args.without_leaked)) if args.without_leaked else run
 
-    runs = [open_run(path) for path in dict.fromkeys(args.paths)]
+    paths: dict[Path, str] = {}
+    for path in args.paths:  # a run once, however its path is written
+        paths.setdefault(Path(path).resolve(), path)
+    runs = list(map(open_run, paths.values()))
     baseline = open_run(args.baseline) if args.baseline else None
     if len(runs) == 1 and not args.output and baseline is None:
         show(write_report(runs[0]))
