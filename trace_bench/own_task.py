@@ -93,9 +93,12 @@ def _read(file: Path) -> Iterable[Any]:
     if file.suffix == ".json":
         return loads(file.read_bytes())
     if file.suffix == ".csv":
-        csv.field_size_limit(sys.maxsize)
-        with file.open(encoding="utf-8-sig", newline="") as table:
-            rows = list(csv.DictReader(table))
+        limit = csv.field_size_limit(sys.maxsize)
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as table:
+                rows = list(csv.DictReader(table))
+        finally:
+            csv.field_size_limit(limit)  # it is of the whole process
         for number, row in enumerate(rows):
             if None in row:
                 raise ValueError(f"row {number} has more cells than the first line: a text with commas needs quotes")
