@@ -14,7 +14,7 @@ from trace_bench.metrics import Matrix
 from trace_bench.report import paper
 from trace_bench.report.conditions import conditions, delta_conditions, other_prompts
 from trace_bench.report.entry import Entry, column_of
-from trace_bench.report.orders import Family, order_of
+from trace_bench.report.orders import Family, are_one_method, order_of
 from trace_bench.report.results import DELTAS, Results
 from trace_bench.report.seeds import Group, SeedDifferences, seeds_needed
 from trace_bench.report.tables import DASH, left_out_text, value_text
@@ -160,7 +160,7 @@ def notes(
 ) -> Iterable[str]:
     """What the numbers are, and which runs are not complete."""
     yield from _definitions(entries)
-    yield from _of_seeds(groups, seeds, len(entries))
+    yield from _of_seeds(groups, families, seeds, len(entries))
     yield from _of_orders(families)
     for e in entries:
         if e.run.left_out:
@@ -215,7 +215,9 @@ def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
         )
 
 
-def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries: int) -> Iterable[str]:
+def _of_seeds(
+    groups: Sequence[Group], families: Sequence[Family], seeds: Sequence[SeedDifferences], entries: int
+) -> Iterable[str]:
     if groups:
         runs = {group.name: _ticks(e.name for e in group.entries) for group in groups}
         listed = "; ".join(f"`{name}` ({names})" if len(groups) > 1 else names for name, names in runs.items())
@@ -241,7 +243,8 @@ def _of_seeds(groups: Sequence[Group], seeds: Sequence[SeedDifferences], entries
         own = [d.both for d in seeds if d.reference is not reference]
         if own:
             yield f"Of another order of the tasks, held against the same method in that order: {', '.join(own)}."
-        mixed = [d.group.name for d in seeds if order_of(d.group) != order_of(d.reference)]
+        moved = [d for d in seeds if order_of(d.group) != order_of(d.reference)]
+        mixed = [d.group.name for d in moved if not are_one_method(d.group, d.reference, families)]
         if mixed:
             yield (
                 f"Trained in another order or on other tasks than `{reference.name}`: {_ticks(mixed)}. Their "

@@ -83,11 +83,16 @@ def of_method(families: Iterable[Family], group: Group) -> Family | None:
     return next((family for family in families if group in family.orders.values()), None)
 
 
+def are_one_method(one: Group, two: Group, families: Iterable[Family]) -> bool:
+    """Whether two groups differ by the order of the tasks alone."""
+    return any(one in family.orders.values() and two in family.orders.values() for family in families)
+
+
 def are_mixed(one: Group, two: Group, families: Iterable[Family]) -> bool:
-    """Whether two groups differ by their method and by the order of their tasks, so that neither is seen."""
-    orders, families = (order_of(one), order_of(two)), list(families)
-    same_tasks = orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
-    return same_tasks and (family := of_method(families, one)) is not None and two not in family.orders.values()
+    """Whether two groups differ by their method and by the order of the same tasks, so that neither is seen."""
+    orders = order_of(one), order_of(two)
+    moved = orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    return moved and not are_one_method(one, two, families)
 
 
 def held_against(group: Group, baseline: Group, families: Sequence[Family]) -> Group:
