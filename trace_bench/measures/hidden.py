@@ -28,8 +28,8 @@ def share_recovered(scores: ArrayLike) -> Value:
     return float(share) if np.ndim(share) == 0 else share
 
 
-def share_interval(rows: Matrix, *, level: float = 0.95) -> tuple[float, float]:
-    """The interval of `share_recovered` over test rows, shape (rows, 3), paired.
+def share_interval(rows: Matrix) -> tuple[float, float]:
+    """The 95 % interval of `share_recovered` over test rows, shape (rows, 3), paired.
 
     Fieller's of a ratio of two means (1954, Journal of the Royal Statistical Society B 16): all shares s for which the
     mean of (relearned - last) - s (own - last) may be 0. It has an end only where the loss is certain. NaN where it has
@@ -40,7 +40,7 @@ def share_interval(rows: Matrix, *, level: float = 0.95) -> tuple[float, float]:
     own, last, relearned = np.asarray(rows, dtype=np.float64).T
     gained, lost = relearned - last, own - last
     a, b, n = gained.mean(), lost.mean(), len(gained)
-    t = stdtrit(max(1, n - 1), (1 + level) / 2)
+    t = stdtrit(max(1, n - 1), 0.975)
     variances = np.cov(gained, lost) * t**2 / n if n > 1 else np.full((2, 2), np.nan)
     # s solves p s^2 - 2 q s + r = 0.
     p, q, r = b**2 - variances[1, 1], a * b - variances[0, 1], a**2 - variances[0, 0]

@@ -42,28 +42,25 @@ def share_of_gain(L: ArrayLike, t: int | None = None) -> Matrix:
     return np.where(known, (L[t] - own) / np.where(known, learned, 1), np.nan)
 
 
-def rows_needed(groups: Sequence[ArrayLike], *, level: float = 0.95, power: float = 0.8) -> int | None:
-    """How many rows of each group show that the mean of paired differences is not zero (two-sided t-test).
+def rows_needed(groups: Sequence[ArrayLike]) -> int | None:
+    """How many rows of each group show that the mean of paired differences is not zero, in four of five tests.
 
-    Guenther 1981 (The American Statistician 35), for one sample: n = (z_level + z_power)^2 s^2 / m^2 + z_level^2 / 2,
-    of the mean m and the variance s^2 of the differences. For the mean over k groups of n rows each, s^2 / m^2 is the
-    sum of the variances divided by the square of the sum of the means, and the second term is divided by k.
+    The tests are two-sided t-tests at 5 %. Guenther 1981 (The American Statistician 35), for one sample: n = (z_level +
+    z_power)^2 s^2 / m^2 + z_level^2 / 2, of the mean m and the variance s^2 of the differences. For the mean over k
+    groups of n rows each, s^2 / m^2 is the sum of the variances divided by the square of the sum of the means, and the
+    second term is divided by k.
 
     Args:
         groups: The differences of each test set, shape (rows,).
-        level: One minus the level of the test.
-        power: How often the mean is to be seen, if it is the true one.
 
     Returns:
         At least 2; None where the mean is zero or not known, or a group has one row.
     """
-    if not (0 < level < 1 and 0 < power < 1):
-        raise ValueError(f"level={level}, power={power}: use numbers between 0 and 1, such as 0.95 and 0.8.")
     x = [np.asarray(group, dtype=np.float64) for group in groups]
     if not x or any(len(group) < 2 or np.isnan(group).any() for group in x):
         return None
     effect, variance = (float(sum(of(group) for group in x)) for of in (np.mean, partial(np.var, ddof=1)))
     if abs(effect) < 1e-9:
         return None
-    z, more = NormalDist().inv_cdf((1 + level) / 2), NormalDist().inv_cdf(power)
+    z, more = map(NormalDist().inv_cdf, (0.975, 0.8))
     return max(2, math.ceil((z + more) ** 2 * variance / effect**2 + z**2 / 2 / len(x)))
