@@ -79,15 +79,15 @@ class _Line(TypedDict):
 _LINE = TypeAdapter(_Line)
 
 
-class Cache:
-    """Replies on the disk: a file of JSON lines {"key", "request", "reply"}, only ever appended to.
+class Cache(dict[str, Reply]):
+    """Replies on the disk, by key: a file of JSON lines {"key", "request", "reply"}, only ever appended to.
 
     Several processes may share it: the one that sends has it `alone`.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         self.path = path
-        self._replies: dict[str, Reply] = {}
         self.read()
 
     def read(self) -> None:
@@ -98,7 +98,7 @@ class Cache:
             with suppress(ValueError):
                 found = _LINE.validate_json(line, strict=True)
                 if found["reply"].error is None:
-                    self._replies[found["key"]] = found["reply"]
+                    self[found["key"]] = found["reply"]
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -119,16 +119,6 @@ class Cache:
             self.read()
             yield
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._replies
-
-    def __getitem__(self, key: str) -> Reply:
-        return self._replies[key]
-
-    def get(self, key: str) -> Reply | None:
-        """The reply, if it is there."""
-        return self._replies.get(key)
-
     def put(self, key: str, request: Request | None, reply: Reply) -> None:
         """Adds a reply; when this returns it is on the disk."""
         line = json.dumps({"key": key, "request": request, "reply": asdict(reply)}, ensure_ascii=False) + "\n"
@@ -141,7 +131,7 @@ class Cache:
             while rest:  # one system call, so that the lines of two machines do not mix; a full disk takes less
                 rest = rest[f.write(rest) :]
             os.fsync(f.fileno())
-        self._replies[key] = reply
+        self[key] = reply
 
 
 def batch_file(cache: Path) -> Path:

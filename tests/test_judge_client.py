@@ -116,7 +116,7 @@ def test_torn_and_odd_lines_of_the_cache_are_skipped_and_not_built_upon(tmp_path
     other = Cache(path)
     second.put("three", None, Reply("x" * 100_000))
     other.read()
-    assert other._replies == {"one": Reply("1"), "two": Reply("2"), "three": Reply("x" * 100_000)}
+    assert other == {"one": Reply("1"), "two": Reply("2"), "three": Reply("x" * 100_000)}
     assert json.loads(path.read_bytes().split(b"\n")[0])["request"] == {"é": 1}
 
 
