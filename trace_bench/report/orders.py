@@ -118,11 +118,11 @@ def difference(family: Family, other: Family) -> dict[str, Estimate]:
     return found
 
 
-def differences_to(families: Sequence[Family], baseline: Group) -> dict[str, dict[str, Estimate]]:
-    """Name of a family -> its `difference` to that of the baseline, where there is one."""
+def differences_to(families: Sequence[Family], baseline: Group) -> list[tuple[Family, dict[str, Estimate]]]:
+    """The families that have a `difference` to that of the baseline, each with it."""
     reference = of_method(families, baseline)
-    found = {f.name: difference(f, reference) for f in families if reference and f is not reference}
-    return {name: estimates for name, estimates in found.items() if estimates}
+    found = [(family, difference(family, reference)) for family in families if reference and family is not reference]
+    return [(family, estimates) for family, estimates in found if estimates]
 
 
 def tables(families: Sequence[Family], baseline: Group, in_percent: bool) -> list[Table]:
@@ -136,10 +136,9 @@ def tables(families: Sequence[Family], baseline: Group, in_percent: bool) -> lis
     about = f"mean ± standard deviation over the orders of the tasks, of each the mean over its seeds; {unit}"
     means = Table(["run", "orders", "runs", *SCORES], rows, "Over orders", about)
     rows = []
-    for name, estimates in differences_to(families, baseline).items():
-        unit_of = next(family.first.unit for family in families if family.name == name)
-        shown = {score: unit_of(score).with_interval(estimates.get(score, UNKNOWN), sign=True) for score in SCORES}
-        rows.append([name, *shown.values()])
+    for family, estimates in differences_to(families, baseline):
+        texts = (family.first.unit(s).with_interval(estimates.get(s, UNKNOWN), sign=True) for s in SCORES)
+        rows.append([family.name, *texts])
     title = f"Difference over orders to `{reference.name}`" if (reference := of_method(families, baseline)) else ""
     about = "in points; no arrows" if in_percent else "gains, in points or the unit of the tasks; no arrows"
     found = [means, Table(["run", *SCORES], rows, title, about)]
@@ -154,9 +153,8 @@ def lines(families: Sequence[Family], baseline: Group) -> list[dict[str, Any]]:
         found.append({"run": f"{family.name}: mean {over}", **{k: np.mean(v) for k, v in values.items()}})
         deviations = {k: np.std(v, ddof=1) for k, v in values.items()}
         found.append({"run": f"{family.name}: standard deviation {over}", **deviations})
-    for name, estimates in differences_to(families, baseline).items():
-        unit = next(family.first.unit for family in families if family.name == name)
+    for family, estimates in differences_to(families, baseline):
         for i, text in enumerate(("difference over orders", *ENDS)):
-            numbers = {score: unit(score).factor * estimate[i] for score, estimate in estimates.items()}
-            found.append({"run": f"{text}, {name} against the baseline", **numbers})
+            numbers = {score: family.first.unit(score).factor * e[i] for score, e in estimates.items()}
+            found.append({"run": f"{text}, {family.name} against the baseline", **numbers})
     return found
