@@ -22,7 +22,7 @@ from trace_bench.report.comparison import Comparison
 from trace_bench.report.figures import OF_A_RUN, OF_RUNS
 from trace_bench.report.record import scores_csv
 from trace_bench.report.results import UNKNOWN, Results
-from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, arrow, stage_label
+from trace_bench.report.tables import DASH, PERCENT, Block, Table, Unit, stage_label
 from trace_tasks.data.files import digest, write_text
 
 #: The parts of the page in their order: key of the section -> what the menu calls it, and its figures.
@@ -125,20 +125,19 @@ def _views(blocks: Iterable[Block], demote: int = 0) -> list[Any]:
 
 def _matrix(results: Results, table: Block) -> html.TableView:
     """The scores with colours; the intervals are shown where one points at a score."""
+    assert isinstance(table, Table)
     run, rows = results.run, []
-    for stage in run.stages:
+    for stage, (_, *texts) in zip(run.stages, table.rows, strict=True):
         cells = []
         for i, task in enumerate(run.tasks):
             unit, (value, low, high) = results.units[task], results.cell(stage.index, i)
             own = " own" if stage.task == task else ""
             title = "" if np.isnan(low) else f"95 % interval {unit.text(low)} to {unit.text(high)}"
             colour = "none" if np.isnan(value) else html.heat(results.shades[stage.index, i])
-            text = unit.text(value) + arrow(results.matrix_mark(stage.index, i))
-            cells.append(html.Cell(text, colour + own, title))
+            cells.append(html.Cell(texts[i], colour + own, title))
         rows.append(html.Row(f"{stage.number} {stage_label(stage)}", cells))
     own = "Framed: the task's own stage. " if any(s.task for s in run.stages) else ""
     meaning = html.ENDS_OF_UNITS if results.not_percent else ("0", "100")
-    assert isinstance(table, Table)
     heads = [html.head_cell(text) for text in table.header]
     return html.TableView(heads, rows, True, f"{own}{DASH}: not evaluated.", meaning)
 
