@@ -11,11 +11,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from trace_bench.metrics import Matrix, Value, backward_transfer, forgetting
+from trace_bench.metrics import Value, backward_transfer, forgetting
 
 
-def _stage(R: Matrix, t: int | None) -> int:
-    return R.shape[-1] if t is None else t
+def _stage(R: ArrayLike, t: int | None) -> int:
+    return np.shape(R)[-1] if t is None else t
 
 
 def backward_transfer_of_all(R: ArrayLike, t: int | None = None) -> Value:
@@ -24,7 +24,6 @@ def backward_transfer_of_all(R: ArrayLike, t: int | None = None) -> Value:
     TRACE (arXiv 2310.06762) prints 1/t in section 3.3, though its tables are made with 1/(t-1). So do the codes of GEM
     (metrics/metrics.py, `confusion_matrix`) and of SEEKR (show_results.py), whose papers print 1/(T-1).
     """
-    R = np.asarray(R, dtype=np.float64)
     t = _stage(R, t)
     return backward_transfer(R, t) * (t - 1) / t
 
@@ -48,7 +47,6 @@ def mean_backward_transfer(R: ArrayLike, t: int | None = None) -> Value:
 
     Díaz-Rodríguez et al. 2018 (arXiv 1810.13166), "BWT". What was forgotten and came back counts while it was gone.
     """
-    R = np.asarray(R, dtype=np.float64)
     t = _stage(R, t)
     # The sum over the tasks of one stage is BWT of the stage times their number.
     sums = [backward_transfer(R, stage) * (stage - 1) for stage in range(2, t + 1)]

@@ -14,7 +14,6 @@ from trace_bench.metrics import Estimate, mean_difference
 from trace_bench.records import NEUTRAL
 from trace_bench.report.results import UNKNOWN, Results, measured
 from trace_bench.report.tables import PERCENT, Block, Table, Unit
-from trace_bench.run import read_json
 
 if TYPE_CHECKING:
     from trace_bench.report.entry import Entry
@@ -54,8 +53,7 @@ def distances(results: Results) -> dict[tuple[int, str], Distance]:
             there, base = records.read_distance(stage, name), records.read_distance(run.stages[0], name)
             if there is None or not there["n"]:
                 continue
-            external = not stage.train_file.exists()
-            checkpoint = there["checkpoint"] if external else read_json(stage.train_file)["checkpoint"]
+            checkpoint = results.training.get(stage.index, there)["checkpoint"]  # of one from elsewhere its own
             if records.is_distance_valid(there, base, checkpoint):
                 kl, unseen = (np.array([np.mean(row) for row in there[key]]) for key in ("kl", "unseen"))
                 mean = mean_difference(kl, fractions=False)
