@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from trace_tasks.data.demo import is_demo
 from trace_tasks.data.files import sha256
 from trace_tasks.data.names import CL_BENCHMARK, FOLDERS, REASONING, SPLITS, task_variant
 from trace_tasks.data.packs import FILES, is_cl_benchmark, read_file
-from trace_tasks.data.rows import folder_fingerprint, read_list, row_problem, rows_digest
+from trace_tasks.data.rows import folder_fingerprint, rows_digest, sift_rows
 from trace_tasks.data.similarity import SHINGLE, SIMILAR, Shingles, shingles, similar, similar_pairs
 from trace_tasks.data.sources import find_reasoning
 from trace_tasks.errors import DataError
@@ -288,16 +288,10 @@ def _read(folder: Path, names: Iterable[str], unreadable: list[str]) -> dict[str
         file = folder / f"{FILES[split] if pack else split}.json"
         if file.is_file():
             try:
-                splits[split] = Split(file, *(read_file(folder, split) if pack else _read_plain(file)))
+                splits[split] = Split(file, *(read_file(folder, split) if pack else sift_rows(file)))
             except DataError as e:
                 unreadable.append(str(e))
     return splits
-
-
-def _read_plain(file: Path) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
-    values = read_list(file)
-    bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value))}
-    return {i: value for i, value in enumerate(values) if i not in bad}, bad
 
 
 def _set_name(folder: Path, roots: Sequence[Path]) -> str:
@@ -318,7 +312,7 @@ def _facts(
     decisive = {i: _decisive(task, row["answer"]) for i, row in rows.items()}
     labels = Counter(decisive.values())
     offered = offered_labels(next(iter(split.prompts), ""))
-    most = max(LABELS, len(offered) + 1)
+    most, other = max(LABELS, len(offered) + 1), task_variant(OTHER_VARIANT.get(task, ""))
 
     def having(test: Callable[[dict[str, str]], object]) -> list[int]:
         return [i for i, row in rows.items() if test(row)]
@@ -336,7 +330,7 @@ def _facts(
         "bad_rows": [{"row": i, "problem": problem} for i, problem in split.bad.items()],
         "contradicting": [same for same in split.prompts.values() if len({decisive[i] for i in same}) > 1],
         "not_offered": having(lambda row: row["answer"] not in offered) if offered else [],
-        "other_variant": [] if task in CL_BENCHMARK else having(partial(_is_of_other_variant, task)),
+        "other_variant": [] if task in CL_BENCHMARK else having(lambda row: row_variant(_FOLDER[task], row) == other),
         "doubled_cue": having(lambda row: _DOUBLED_CUE.search(row["prompt"])),
         "mojibake": [
             {"row": i, "field": field, "text": match.string[max(0, match.start() - 20) : match.end() + 20]}
@@ -347,10 +341,6 @@ def _facts(
         "words": words if len(words) < len(rows) / 2 else [],
         **{f: _lengths([row[f] for row in rows.values()], f, tokenizer, limits[f]) for f in limits},
     }
-
-
-def _is_of_other_variant(task: str, row: dict[str, str]) -> bool:
-    return row_variant(_FOLDER[task], row) == task_variant(OTHER_VARIANT[task])
 
 
 def _decisive(task: str, answer: str) -> str:

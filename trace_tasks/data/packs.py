@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 
 from trace_tasks.data import demo
 from trace_tasks.data.names import CL_BENCHMARK, CL_FOLDER, SPLITS
-from trace_tasks.data.rows import Text, read_list, row_problem
+from trace_tasks.data.rows import Text, read_list, sift_rows
 from trace_tasks.data.sources import demo_folder, find_data
 from trace_tasks.errors import DataError
 
@@ -58,8 +58,7 @@ def is_cl_benchmark(root: Path) -> bool:
 def find_cl_benchmark(source: str | None = None) -> Path:
     """The folder CL_Benchmark: that of `source` or TRACE_CL_BENCHMARK, or the one in demo data.
 
-    Args:
-        source: The folder, one that it is in, or "demo". None means the variable.
+    What is named is the folder, one that it is in, or "demo".
 
     Raises:
         DataError: if nothing is named, or there are no such sets.
@@ -106,13 +105,8 @@ def read_file(folder: Path, split: str) -> tuple[dict[int, dict[str, str]], dict
         DataError: if the file, or that of the options, is missing or no list.
     """
     head, tail = frame(folder)
-    rows, bad = {}, {}
-    for i, value in enumerate(read_list(folder / f"{FILES[split]}.json")):
-        if problem := row_problem(value, Labelled):
-            bad[i] = problem
-        else:
-            rows[i] = {"prompt": head + value["sentence"] + tail, "answer": value["label"]}
-    return rows, bad
+    rows, bad = sift_rows(folder / f"{FILES[split]}.json", Labelled)
+    return {i: {"prompt": head + r["sentence"] + tail, "answer": r["label"]} for i, r in rows.items()}, bad
 
 
 def read_set(folder: str, root: Path | None = None) -> dict[str, list[dict[str, str]]]:

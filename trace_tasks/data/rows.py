@@ -95,6 +95,17 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def sift_rows(file: Path, shape: Any = Row) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
+    """The good rows of a file, and what is wrong with the others, by row number.
+
+    Raises:
+        DataError: as `read_list`.
+    """
+    values = read_list(file)
+    bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value, shape))}
+    return {i: value for i, value in enumerate(values) if i not in bad}, bad
+
+
 def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
     """Reads and checks a list of rows; answers may be empty where they need not be `answered`.
 
@@ -130,12 +141,9 @@ def read_split(root: Path, folder: str, split: str, variant: str | None = None) 
 
 
 def check_folders(folders: Mapping[str, Path], needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
-    """Reads every split of some TRACE tasks, given as task -> folder.
+    """Reads every split of some TRACE tasks (task -> folder) and returns task -> split -> number of rows.
 
     Those that are `needed` have to be there. Training needs all; to evaluate without demonstrations takes test.
-
-    Returns:
-        Task -> split -> number of rows.
 
     Raises:
         DataError: listing the problem of every bad file.
