@@ -11,6 +11,7 @@ import numpy as np
 from trace_bench.report.results import UNKNOWN, Results, measured
 from trace_bench.report.rows import Cells
 from trace_bench.report.tables import DASH, Block, Table, arrow, legend, length, percent, percent_with_interval
+from trace_bench.report.transitions import title
 from trace_tasks.data import GROUPS, JUDGED, SUITES
 
 
@@ -21,7 +22,7 @@ def general(results: Results) -> Iterable[Block]:
         return
     there = [s for s in SUITES if s in results.headlines]
     suites, others = ([s for s in there if (s in GROUPS["general"]) is own] for own in (True, False))
-    beside = f" Beside it, and not in mean and delta: {', '.join(map(_short, others))}." if others else ""
+    beside = f" Beside it, and not in mean and delta: {', '.join(map(title, others))}." if others else ""
     yield (
         "## General ability\n\nlm-eval's own tasks in the paper's settings, in percent. Delta: the mean over the "
         f"suites of the change since stage 0 (TRACE, section 3.3).{beside}"
@@ -33,7 +34,7 @@ def general(results: Results) -> Iterable[Block]:
         )
     if local := {name for (_, name), cell in cells.items() if cell["settings"]["data"] != "hub"}:
         yield (
-            f"> **Local copy** of the data of {', '.join(_short(s) for s in SUITES if s in local)}: comparable with "
+            f"> **Local copy** of the data of {', '.join(title(s) for s in SUITES if s in local)}: comparable with "
             "the hub's only if it is complete. The numbers of rows are in the head of the table."
         )
     rows = []
@@ -49,11 +50,11 @@ def general(results: Results) -> Iterable[Block]:
     def head(suite: str) -> str:
         of_suite = list(results.cells_of([suite]).values())
         sizes = " or ".join(map(str, sorted({cell["n"] for cell in of_suite})))
-        return f"{_short(suite)}<br>{of_suite[0]['headline']}<br>{sizes} rows"
+        return f"{title(suite)}<br>{of_suite[0]['headline']}<br>{sizes} rows"
 
     yield Table(["stage", *map(head, suites), "mean", "delta", *map(head, others)], rows)
     cut = {key: f"{cell['n_cut']} of {cell['n']}" for key, cell in cells.items() if cell["n_cut"]}
-    if listed := "; ".join(f"{_short(name)} at {run.stages[i].name} {n}" for (i, name), n in cut.items()):
+    if listed := "; ".join(f"{title(name)} at {run.stages[i].name} {n}" for (i, name), n in cut.items()):
         yield (
             "> **Prompts cut on the left**, as they were longer than the engine's context, so that shots are missing: "
             f"{listed}. A larger context (`--engine-args`) gives other scores."
@@ -83,7 +84,3 @@ def answers(results: Results) -> Iterable[Block]:
 
 def _limits(cells: Cells, key: str) -> str:
     return " or ".join(map(str, sorted({cell["settings"][key] for cell in cells.values()} - {None})))
-
-
-def _short(suite: str) -> str:
-    return suite.removeprefix("general_")
