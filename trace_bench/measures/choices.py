@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -38,17 +36,8 @@ def distance(p: ArrayLike, q: ArrayLike) -> float:
     return float(np.abs(np.asarray(p, dtype=np.float64) - np.asarray(q, dtype=np.float64)).sum() / 2)
 
 
-class Collapse(NamedTuple):
-    """How the choices of a stage collapsed."""
-
-    vanished: list[int]
-    """Options that the gold labels have and that are never chosen."""
-    dominant: int | None
-    """The option that takes all but a few answers."""
-
-
-def collapse(chosen: ArrayLike, gold: ArrayLike, options: int) -> Collapse:
-    """Which options are never chosen though the gold labels have them, and whether one takes all but a few answers.
+def collapse(chosen: ArrayLike, gold: ArrayLike, options: int) -> tuple[list[int], int | None]:
+    """Which options are never chosen though the gold labels have them, and the one that takes all but a few answers.
 
     The limits are the constants of this module. For a model that chooses each option as often as the gold labels have
     it, chance alone makes a given option vanish in at most one of twenty cases. Where one option dominates, that is
@@ -62,9 +51,9 @@ def collapse(chosen: ArrayLike, gold: ArrayLike, options: int) -> Collapse:
     of_model, of_gold = shares(chosen, options), shares(gold, options)
     n = int((np.asarray(chosen) >= 0).sum())
     if not n:
-        return Collapse([], None)
+        return [], None
     top = int(np.argmax(of_model))
     if n >= ANSWERS and of_model[top] >= MOST and of_gold[top] <= NOT_MOST:
-        return Collapse([], top)
+        return [], top
     least = max(GOLD_SHARE, GOLD_ROWS / n)
-    return Collapse([i for i in range(options) if of_model[i] == 0 and of_gold[i] >= least], None)
+    return [i for i in range(options) if of_model[i] == 0 and of_gold[i] >= least], None
