@@ -47,7 +47,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     p.add_argument("--prompts", metavar="DIR", help="teacher's prompts of your own, TASK.yaml each")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Annotates a data set."""
     from pathlib import Path
 
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         if args.attempts > 1:
             what = f"all {args.attempts} attempts, if every path is rejected"
             print_most(args, teacher, what, possible_requests(planned, teacher))
-        return 0
+        return
     with locked(out, "annotate"):
         check_writable(out)
         results = annotate(planned, teacher).values()
@@ -83,4 +83,3 @@ def run(args: argparse.Namespace) -> int:
     rest = {"drop": "the others left out", "keep": "the others kept with their answers alone"}[args.rejected]
     what = f"{out}: {accepted} of {asked} rows accepted ({100 * accepted / asked:.1f} %), {rest}"
     print_usage(args, what, teacher.usage)
-    return 0

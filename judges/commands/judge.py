@@ -45,7 +45,7 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Judges a run, or calibrates a judge."""
     from pathlib import Path
 
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             show(calibrate.write_calibration(judge, folder))
             print_usage(args, "calibrated", judge.usage)
-        return 0
+        return
     jobs = judging.plan(run, judge, stages=stages, suites=names(args.suites), limit=args.limit)
     if not jobs:
         print("nothing to judge: every suite is done")
@@ -79,4 +79,3 @@ def run(args: argparse.Namespace) -> int:
             check_writable(run.path)
             results = judging.judge_jobs(jobs, judge, limit=args.limit)
         print_usage(args, judging.summary(results, judge.sampling), judge.usage)
-    return 0

@@ -92,7 +92,7 @@ ELSEWHERE = {
 
 
 def module_of(name: str) -> Any:
-    """The module of a command, with add_arguments(parser) and run(args) -> exit code. It has to be of this package."""
+    """The module of a command of this package, with add_arguments(parser) and run(args) -> exit code or None."""
     module = ELSEWHERE.get(name) or f"trace_bench.cli.{name.replace('-', '_').replace(' ', '_')}"
     package = module.partition(".")[0]
     spec = importlib.util.find_spec(package)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--copy", metavar="NAME", help="copy this one into the working directory")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Shows the list, or copies a file."""
     configs, studies, tuned = packaged.configs(), packaged.studies(), packaged.tuned()
     if args.copy:
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             text = re.sub(r"\.\./(\w+)\.yaml", r"\1", text)
         target.write_text(text, encoding="utf-8")
         show(f"{source.name} is copied. It is yours to change.")
-        return 0
+        return
     width = max(map(len, [*configs, *studies, *tuned]))
     for title, files in (
         ("configs, for trace-bench train", configs),
@@ -45,4 +45,3 @@ def run(args: argparse.Namespace) -> int:
         show(f"{title}:")
         for name, file in files.items():
             show(f"  {name:<{width}}  {packaged.about(file)}")
-    return 0

@@ -16,10 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", nargs="?", help="folder (also CL_Benchmark), archive, or demo (TRACE_DATA)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Shows the data sets of a source, and how to use them."""
     if args.source and data.is_cl_benchmark(Path(args.source)):
-        return _check_sets(Path(args.source).absolute())
+        _check_sets(Path(args.source).absolute())
+        return
     found = [_check(root) for root in data.find_all_data(args.source)]
     good = [export for export, _ in found if export]
     if good:
@@ -27,10 +28,9 @@ def run(args: argparse.Namespace) -> int:
         show("\n".join(good))
     if problems := [problem for _, problem in found if problem]:
         raise data.DataError("\n".join(problems))
-    return 0
 
 
-def _check_sets(root: Path) -> int:
+def _check_sets(root: Path) -> None:
     """Shows the sets of CL_Benchmark, and how to use them."""
     show(f"{root}\n{'task':<22}{'train':>8}{'dev':>8}{'test':>8}")
     good, problems = [], []
@@ -51,7 +51,6 @@ def _check_sets(root: Path) -> int:
         print(f"Not there: {', '.join(absent)}.")
     if problems:
         raise data.DataError("\n".join(problems))
-    return 0
 
 
 def _check(root: Path) -> tuple[str, str]:

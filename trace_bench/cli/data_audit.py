@@ -42,7 +42,7 @@ def _all_data(source: str) -> list[Path]:
     return [data.find_cl_benchmark(source)] if pack else data.find_all_data(source)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Shows the audit of a data set, and writes it."""
     from trace_bench.engine.models import open_tokenizer
     from trace_tasks import data
@@ -70,4 +70,3 @@ def run(args: argparse.Namespace) -> int:
         show(f"All of it, with the numbers of the rows: {args.output}")
     if report["unreadable"]:
         raise data.DataError("\n".join(report["unreadable"]))
-    return 0

@@ -87,7 +87,7 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     add("--chat-template-args", metavar="JSON", help="its variables, such as '{\"enable_thinking\": false}'")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Evaluates the missing cells of a run, or of checkpoints from elsewhere."""
     from trace_bench import checks, evaluate
 
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         left = evaluate.drop(args.path, dropped)
         print(f"dropped {', '.join(dropped)}; the run has {len(left.stages) - 1} checkpoints")
         if not args.checkpoint:
-            return 0
+            return
     if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
         raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
     if args.model and not args.checkpoint:
@@ -121,7 +121,6 @@ def run(args: argparse.Namespace) -> int:
         done = evaluate.evaluate(run or Run.open(args.path), share=args.share, **asked)
     if not done:
         print("nothing to evaluate: every cell is done" + ", or another process has its stage" * args.share)
-    return 0
 
 
 def _options(args: argparse.Namespace, keys: Iterable[str]) -> list[str]:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", help="the data that they were made from (default: TRACE_DATA)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Reads, scores and writes."""
     from trace_tasks import data
 
@@ -62,4 +62,3 @@ def run(args: argparse.Namespace) -> int:
     absent = ", ".join(task for task in made.tasks if task not in there)
     none = f", none of {absent}" if absent else ""
     show(f"imported {cells} cells of {models} models{none}: trace-bench report {word(made.path)}")
-    return 0

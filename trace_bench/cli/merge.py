@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, help="of dare (0)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the merged checkpoint, or refuses."""
     for name, methods in _TAKEN_BY.items():
         if getattr(args, name) is not None and args.method not in methods:
@@ -65,4 +65,3 @@ def run(args: argparse.Namespace) -> int:
     if record.get("lost"):
         said += f", which lacks {record['lost']:.1%} of the squared norm (--rank)"
     show(said)
-    return 0

@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the reports and shows where they are, or the comparison."""
     from trace_bench.report import check_output, write_comparison, write_report, write_reports
     from trace_bench.report.leaks import without_leaked
@@ -44,11 +44,10 @@ def run(args: argparse.Namespace) -> int:
     baseline = open_run(args.baseline) if args.baseline else None
     if len(runs) == 1 and not args.output and baseline is None:
         show(write_report(runs[0]))
-        return 0
+        return
     results = []
     for made in write_reports(runs):
         if isinstance(made, TraceError):
             raise made
         results.append(made[1])
     show(write_comparison(results, args.output, baseline), end="")
-    return 0

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", help="write the leaderboard there: FILE.html, .md or .csv")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Shows the leaderboard, or writes it."""
     from trace_bench.report.leaderboard import ENDINGS, leaderboard, write_leaderboard
     from trace_bench.report.write import check_output
@@ -32,4 +32,3 @@ def run(args: argparse.Namespace) -> int:
         show(board.markdown(), end="")
     for line in board.skipped:
         show(f"left out: {line}")
-    return 0

@@ -13,10 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="RUN", help="the run directory")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Shows the state of a run."""
     from trace_bench.run import Run
     from trace_bench.status import status
 
     show(status(Run.open(args.path)))
-    return 0

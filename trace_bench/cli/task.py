@@ -31,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", help="the task's name (default: that of the file)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Writes the task and shows three rows."""
     from trace_bench.own_task import make_task
 
     show(make_task(args.file, args.test, args.name))
-    return 0

@@ -15,14 +15,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Shows the folder of the tasks."""
     from trace_tasks.data import TASKS_PATH
 
     if args.install:
         _install(TASKS_PATH)
     print(TASKS_PATH)
-    return 0
 
 
 def _install(tasks: Path) -> None:

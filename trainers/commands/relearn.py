@@ -21,9 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=positive, default=10, help="optimizer steps on them (10)")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Trains and measures what is not there yet."""
     from trainers.relearn import relearn
 
     relearn(args.path, args.rows, args.steps)
-    return 0

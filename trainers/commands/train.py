@@ -53,11 +53,11 @@ def _tasks(options: list[str]) -> list[str]:
     return expand_orders(names([str(text) for text in listed]) or ())
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Runs the file of the method as a program."""
     file = packaged.find_method(args.method)
     if {"-h", "--help"} & set(args.options) and help_page.show(file, f"trace-bench train {args.method}"):
-        return 0
+        return
     check_names(_tasks(args.options))  # before the libraries are imported, which takes seconds
     sys.argv = [str(file), *args.options]
     if file.parent == packaged.TRAINERS:
@@ -65,4 +65,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         sys.path.append(str(file.parent))  # behind all others, so that a file there cannot hide a package
         runpy.run_path(str(file), run_name="__main__")
-    return 0
