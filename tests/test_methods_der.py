@@ -4,11 +4,10 @@ import pytest
 import torch
 from conftest import train
 from safetensors.torch import load_file
-from test_methods import EXACT, THREE, as_method, made, method, probe, same, small, unbuilt, weights
+from test_methods import EXACT, THREE, as_method, method, probe, same, same_step, small, unbuilt, weights
 from torch.nn.functional import kl_div
 
 from trace_bench.run import read_json
-from trainers.base import ConfigError
 from trainers.der import KEPT, class_logs
 from trainers.replay import ReplayConfig, ReplayTrainer
 
@@ -141,53 +140,18 @@ def test_k_is_at_most_the_vocabulary_less_one(options):
 @pytest.mark.parametrize(("loss", "lora"), [("rows", True), ("tokens", False)])
 def test_accumulation_takes_the_same_step(loss, lora, options, tmp_path):
     """Of 12 rows, of which 4 are replayed, at a place where the divergence is not zero."""
-    trainer, config = method("der")
-    gradients, divergences = [], []
-    for batch, accumulation in ((12, 1), (3, 4)):
+    divergences = []
 
-        class Spy(trainer):
-            def begin_stage(self):
-                super().begin_stage()
-                if self.said:
-                    self.said["logs"] = self.said["logs"].roll(1, 0)  # what was said of others
+    class Spy(method("der")[0]):
+        def begin_stage(self):
+            super().begin_stage()
+            if self.said:
+                self.said["logs"] = self.said["logs"].roll(1, 0)  # what was said of others
 
-            def divergence(self, logits, rows):
-                divergences.append(super().divergence(logits, rows))
-                return divergences[-1]
+        def divergence(self, logits, rows):
+            divergences.append(super().divergence(logits, rows))
+            return divergences[-1]
 
-            def adjust_gradients(self, model, seen=gradients):
-                if self.stage.index == 2:
-                    seen.append({n: p.grad.clone() for n, p in self.trained().items() if p.grad is not None})
-
-        changes = {**CHANGES, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, "use_peft": lora}
-        changes |= {"tasks": ["trace_py150", "trace_fomc"], "loss_weights": loss, "max_answer_length": 30}
-        changes |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        # The first stage's 8 rows are a step in one as in the other.
-        train(small(options, "der", **changes, output_dir=str(tmp_path / str(batch))), as_method(Spy), config)
-    assert len(gradients) == 2 and torch.cat(divergences).max() > 1e-3
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-6)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"replay_ratio": 0.0}, "replay_ratio=0.0 is not allowed: use a number above 0 and of at most 1"),
-        ({"der_lambda": 1.5}, "der_lambda=1.5"),
-        ({"der_top": 0}, "der_top=0"),
-        ({"padding_free": True, "loss_weights": "tokens"}, "padding_free=true joins rows"),
-        ("FSDP", "der needs whole weights.*FSDP gives each process a part"),
-    ],
-)
-def test_what_it_cannot_do_is_refused(change, words, options, monkeypatch):
-    if change == "FSDP":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-        change = {}
-    with pytest.raises(ConfigError, match=words):
-        train(small(options, "der", **change), *method("der"))
-
-
-def test_the_defaults():
-    config = made(method("der")[1])
-    assert (config.der_lambda, config.der_top, config.replay_ratio) == (0.5, 64, 0.1)
+    changes = {**CHANGES, "use_peft": lora, "loss_weights": loss, "max_answer_length": 30}
+    same_step("der", options, tmp_path, ((12, 1), (3, 4)), Spy, **changes, tasks=["trace_py150", "trace_fomc"])
+    assert torch.cat(divergences).max() > 1e-3

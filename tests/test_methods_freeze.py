@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from architectures import ARCHITECTURES
 from conftest import train
-from test_methods import EXACT, FULL, LINEAR, as_method, made, method, probe, same, small, unbuilt, weights
+from test_methods import EXACT, FULL, LINEAR, as_method, made, method, probe, same, same_step, small, unbuilt, weights
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_bench.run import read_json
 from trainers import hft
-from trainers.base import ConfigError, decoder_blocks, divergences
+from trainers.base import decoder_blocks, divergences
 from trainers.freeze import freeze
 
 DECAY = {"learning_rate": 1e-2, "weight_decay": 0.1}
@@ -40,19 +40,6 @@ def moved(run, stage: int) -> dict[str, bool]:
 
 
 # ------------------------------------------------------------------------------------------------------------- anchor
-
-
-PLAIN = {"anchor_weight": "one", "anchor_lambda": 0.0}
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_anchor_without_weight_and_divergence_is_sequential_to_the_byte(lora, options, tmp_path):
-    runs = []
-    for name, changes in (("sequential", {}), ("anchor", PLAIN)):
-        changes = {**changes, "use_peft": lora, "output_dir": str(tmp_path / name)}
-        runs.append(train(small(options, name, **changes), *method(name)))
-    assert all(same(weights(runs[0], stage), weights(runs[1], stage)) for stage in (1, 2))
-    assert "divergence" not in read_json(runs[1].stages[1].train_file)
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -134,15 +121,8 @@ def test_the_loss_of_anchor_by_hand(weight, options):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_a_step_of_anchor_does_not_depend_on_how_its_rows_are_split(lora, options, tmp_path):
-    gradients = []
-    for batch, accumulation in ((8, 1), (2, 4)):
-        changes = {**EXACT, "use_peft": lora, "train_rows": 8, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
-        changes |= {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": batch}
-        changes |= {"output_dir": str(tmp_path / f"{batch}"), "anchor_lambda": 2.0}
-        look = lambda trainer, adjust: {n: p.grad.clone() for n, p in trainer.trained().items() if p.grad is not None}  # noqa: E731
-        gradients.append(probe(options, "anchor", 2, look, **changes))
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-6)
+    changes = {**EXACT, "use_peft": lora, "train_rows": 8, "anchor_lambda": 2.0}
+    same_step("anchor", options, tmp_path, ((8, 1), (2, 4)), **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------- freeze
@@ -192,12 +172,6 @@ def test_frozen_adapters_of_embeddings_and_saved_embeddings(options):
     run = train(small(options, "freeze", 2, **changes), *method("freeze"))
     still = {name for name, it_moved in moved(run, 2).items() if not it_moved}
     assert still == {n for n in weights(run, 2) if "layers.0." in n or "embed_tokens" in n} and len(still) == 7
-
-
-def test_freezing_until_a_stage_that_does_not_come_is_sequential(options, tmp_path):
-    plain = train(small(options, "sequential", output_dir=str(tmp_path / "plain")), *method("sequential"))
-    run = train(small(options, "freeze", freeze_from=9), *method("freeze"))
-    assert all(same(weights(plain, stage), weights(run, stage)) for stage in (1, 2))
 
 
 @pytest.mark.parametrize("lora", [True, False])
@@ -320,41 +294,3 @@ def test_the_tokens_are_measured_with_the_model_before_the_stage(options):
         record = read_json(run.stages[stage].train_file)
         assert record["masked_share"] == pytest.approx(share) and 0 < share < 1
         assert record["answer_tokens"] > 0
-
-
-def test_stm_that_masks_nothing_is_sequential_to_the_byte(options, tmp_path):
-    plain = train(small(options, "sequential", output_dir=str(tmp_path / "plain")), *method("sequential"))
-    run = train(small(options, "stm", stm_threshold=1e30), *method("stm"))
-    assert all(same(weights(plain, stage), weights(run, stage)) for stage in (1, 2))
-    assert read_json(run.stages[2].train_file)["masked_share"] == 0
-
-
-# ------------------------------------------------------------------------------------------------------------ refused
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "words"),
-    [
-        ("anchor", {"anchor_weight": "half"}, "anchor_weight='half' is not allowed: use probability or one"),
-        ("anchor", {"anchor_lambda": -1.0}, "anchor_lambda=-1.0"),
-        ("anchor", {"loss_type": "dft", "loss_weights": "tokens"}, "loss_type=dft has no effect"),
-        ("freeze", {"freeze_layers": 2}, "freeze_layers=2, and the model has 2 blocks: use at most 1"),
-        ("freeze", {"freeze_layers": -1}, "freeze_layers=-1"),
-        ("freeze", {"freeze_from": 0}, "freeze_from=0"),
-        (
-            "freeze",
-            {"lora_target_modules": r".*\.layers\.0\..*q_proj", "freeze_layers": 1},
-            "stage 2 would train nothing",
-        ),
-        ("hft", {"use_peft": True}, "set use_peft=false"),
-        ("stm", {"stm_threshold": 0.5}, "stm_threshold=0.5"),
-        *((name, "FSDP", f"{name} needs whole weights.*FSDP gives each process a part") for name in ("anchor", "stm")),
-    ],
-)
-def test_what_these_methods_cannot_do_is_refused_before_anything_starts(name, change, words, options, monkeypatch):
-    if change == "FSDP":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-        change = {}
-    with pytest.raises(ConfigError, match=words):
-        train(small(options, name, **change), *method(name))

@@ -4,13 +4,13 @@ import logging
 
 import pytest
 import torch
-from conftest import train
+from conftest import interrupted, train
 from safetensors.torch import load_file
-from test_methods import EXACT, as_method, made, method, same, small, weights
+from test_methods import EXACT, as_method, method, same, same_step, small, weights
 
 from trace_bench.engine.swap import Answer
 from trace_bench.run import read_json
-from trainers.base import ConfigError, divergences
+from trainers.base import divergences
 from trainers.lfpt5 import PSEUDO, WRITTEN, as_row
 
 CHANGES = {**EXACT, "train_rows": 8, "max_prompt_length": 60, "max_answer_length": 24, "prompt_tokens": 4}
@@ -207,25 +207,14 @@ def test_the_divergence_is_zero_at_the_beginning_and_the_gradient_that_of_the_fo
 
 def test_accumulation_takes_the_same_step(options, checkpoints, tmp_path):
     """Of 10 rows, of which 2 are pseudo rows, away from the old prompt."""
-    trainer, config = method("lfpt5")
-    gradients = []
-    for batch, accumulation in ((10, 1), (2, 5)):
 
-        class Spy(trainer):
-            def begin_stage(self):
-                super().begin_stage()
-                self.old = {n: -p for n, p in self.old.items()}
+    class Spy(method("lfpt5")[0]):
+        def begin_stage(self):
+            super().begin_stage()
+            self.old = {n: -p for n, p in self.old.items()}
 
-            def adjust_gradients(self, model):
-                if self.stage.index == 2:
-                    gradients.append({n: p.grad.clone() for n, p in self.trained().items()})
-
-        changes = {**CHANGES, **lively(checkpoints), "max_steps": 1, "per_device_train_batch_size": batch}
-        changes |= {"gradient_accumulation_steps": accumulation, "output_dir": str(tmp_path / str(batch))}
-        train(small(options, "lfpt5", 2, **changes, lfpt5_kl=2.0), saying(as_method(Spy)), config)
-    assert len(gradients) == 2
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-5)
+    changes = {**CHANGES, **lively(checkpoints), "lfpt5_kl": 2.0}
+    same_step("lfpt5", options, tmp_path, ((10, 1), (2, 5)), saying(as_method(Spy)), atol=2e-5, **changes)
 
 
 def test_a_stage_that_is_killed_goes_on_with_the_same_rows_and_the_same_old_prompt(options, tmp_path):
@@ -233,43 +222,7 @@ def test_a_stage_that_is_killed_goes_on_with_the_same_rows_and_the_same_old_prom
     changes = {**CHANGES, "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "lfpt5_kl": 5.0}
     options = small(options, "lfpt5", 2, **changes)
     whole = train({**options, "output_dir": str(tmp_path / "whole")}, saying(trainer), config)
-
-    class Killed(trainer):
-        def before_step(self):
-            if self.stage.index == 2 and self.state.global_step == 2:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(options, saying(as_method(Killed)), config)
+        train(options, saying(interrupted(trainer, 2)), config)
     run = train(options, saying(trainer), config)
     assert same(weights(run, 2), weights(whole, 2))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"use_peft": False}, "use_peft=true"),
-        ({"prompt_mlp": 16}, "prompt_mlp=16: lfpt5 goes on with a prompt as it is"),
-        ({"loss_weights": "tokens"}, "loss_weights=tokens: lfpt5 weighs two losses"),
-        ({"lfpt5_kl": -1.0}, "lfpt5_kl=-1.0"),
-        ({"max_answer_length": 1000}, "of a pseudo row are 1132 tokens, more than the model's context of 1024"),
-        (
-            {"engine_args": {"max_length": 130}},
-            "pseudo row are 156 tokens, more than engine_args has in max_length=130",
-        ),
-        ("FSDP", "prompts are saved as a whole.*FSDP gives each process a part"),
-    ],
-)
-def test_what_it_cannot_do_is_refused(change, words, options, monkeypatch):
-    if change == "FSDP":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-        change = {}
-    with pytest.raises(ConfigError, match=words):
-        train(small(options, "lfpt5", **change), *method("lfpt5"))
-
-
-def test_the_defaults():
-    config = made(method("lfpt5")[1])
-    found = (config.prompt_tokens, config.replay_ratio, config.lfpt5_lm, config.lfpt5_kl, config.lfpt5_temperature)
-    assert found == (20, 0.1, 0.1, 0.1, 0.7) and config.virtual_tokens == 20

@@ -4,10 +4,10 @@ import pytest
 import test_methods
 import torch
 from architectures import make_base
-from conftest import byte_tokenizer, load_merged, train
+from conftest import byte_tokenizer, interrupted, load_merged, train
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from test_methods import EXACT, LINEAR, as_method, method, same, small, unbuilt, weights
+from test_methods import EXACT, LINEAR, SIDE_BY_SIDE, as_method, method, same, small, unbuilt, weights
 from transformers import AutoTokenizer
 
 from trace_bench.run import read_json
@@ -48,28 +48,16 @@ def test_accumulation_and_batch_size_take_the_same_step(name, options, tmp_path)
     test_methods.test_accumulation_and_batch_size_take_the_same_step(name, True, options, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["inclora", "olora", "nlora", "milora", "inflora"])
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"use_peft": False}, "use_peft=false"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is no linear layer"),
-        ({"lora_target_parameters": ["mlp.experts.down_proj"]}, "cannot be added up"),
-        ({"model_name_or_path": "experts", "lora_target_modules": "all-linear"}, "mlp.experts is no linear layer"),
-        ("FSDP", "FSDP gives each process a part"),
-    ],
-)
-def test_what_cannot_be_put_side_by_side_is_refused(name, change, words, options, monkeypatch, tmp_path):
-    if "model_name_or_path" in change:  # PEFT adapts experts as parameters, even under all-linear
-        change = change | {"model_name_or_path": str(make_base("qwen3_moe", tmp_path / "base", byte_tokenizer()))}
-        change |= EXACT
-    if change == "FSDP":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-        change = {}
+@pytest.mark.parametrize("name", SIDE_BY_SIDE)
+@pytest.mark.parametrize("layers", [["q_proj", "embed_tokens"], "all-linear"], ids=["embeddings", "experts"])
+def test_layers_that_cannot_be_put_side_by_side_are_refused(layers, name, options, tmp_path):
+    """PEFT adapts experts as parameters, even under all-linear."""
+    changes, words = {"lora_target_modules": layers}, "embed_tokens is no linear layer"
+    if layers == "all-linear":
+        changes |= {**EXACT, "model_name_or_path": str(make_base("qwen3_moe", tmp_path / "base", byte_tokenizer()))}
+        words = "mlp.experts is no linear layer"
     with pytest.raises(ConfigError, match=words):
-        train(small(options, name, **change), *method(name))
+        train(small(options, name, **changes), *method(name))
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3_moe"])  # Conv1D, fewer keys than queries, experts
@@ -335,14 +323,8 @@ def test_inflora_goes_on_within_a_stage_with_the_a_that_it_began_with(options, t
     trainer, config = method("inflora")
     options = small(options, "inflora", 1, save_strategy="steps", save_steps=1, max_steps=4)
     whole = train({**options, "output_dir": str(tmp_path / "whole")}, trainer, config)
-
-    class Killed(trainer):
-        def after_step(self):
-            if self.state.global_step == 2:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(options, as_method(Killed), config)
+        train(options, interrupted(trainer, 2, stage=1), config)
     real = inflora.outside
     monkeypatch.setattr(inflora, "outside", lambda *args: (real(*args)[0], -real(*args)[1]))
     run = train(options, trainer, config)

@@ -10,6 +10,7 @@ import torch
 from conftest import stop_at, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_methods import as_method, same
 from transformers import AutoModelForCausalLM
 
 from trace_bench import evaluate
@@ -41,10 +42,6 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], atol: float = 
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=atol)
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def make_adapter(model: Path, folder: Path, seed: int, **changes) -> Path:
@@ -425,8 +422,8 @@ def test_the_next_stage_trains_the_merged_adapter_at_its_rank(options):
             one, two = products(self.previous.checkpoint), products(own)
             return {name: (one[name] + two[name]) / 2 for name in one}
 
-    Spy.__module__ = MergeTrainer.__module__
-    run = train({**options, "merge": "wise", "lora_dropout": 0.0, "learning_rate": 1e-3}, Spy, MergeConfig)
+    changes = {"merge": "wise", "lora_dropout": 0.0, "learning_rate": 1e-3}
+    run = train({**options, **changes}, as_method(Spy), MergeConfig)
     assert seen and all(lost <= bound + 1e-6 for lost, bound in seen)
     assert any(bound > 1e-6 for _, bound in seen)
     assert read_json(run.stages[2].checkpoint / "adapter_config.json")["r"] == options["lora_r"]
@@ -439,8 +436,7 @@ def test_slao_averages_the_b_and_begins_with_orthonormal_a(options):
         def begin_stage(self):
             begun[self.stage.index] = {n: p.detach().clone() for n, p in self.trained().items()}
 
-    Spy.__module__ = MergeTrainer.__module__
-    run = train({**options, "merge": "slao"}, Spy, MergeConfig)
+    run = train({**options, "merge": "slao"}, as_method(Spy), MergeConfig)
     (first, own, both) = (
         tensors(f) for f in (run.stages[1].checkpoint, run.stages[2].method_state, run.stages[2].checkpoint)
     )
@@ -484,31 +480,6 @@ def test_the_base_as_the_start_trains_each_task_by_itself(options, tmp_path):
     alone = {**options, "tasks": options["tasks"][1:], "output_dir": str(tmp_path / "alone")}
     assert same(tensors(run.stages[2].method_state), tensors(train(alone).stages[1].checkpoint))
     evaluate.evaluate(run, stages=[2])
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        ({"merge": "mean"}, "merge='mean'"),
-        ({"merge_alpha": 1.5}, "share of at most 1"),
-        ({"merge": "average", "merge_alpha": 0.5}, "merge=average does not use it"),
-        ({"merge_density": 0.5}, "merge_density=0.5: merge=wise"),
-        ({"merge": "ties", "merge_with": "base"}, "merge_with=base"),
-        ({"merge": "slao", "merge_rank": 2}, "merge=slao does not use it"),
-        ({"merge": "magmax", "keep": "last"}, "use keep=all"),
-        ({"merge": "slao", "use_peft": False}, "merge=slao is about LoRA"),
-        ({"merge_rank": 4, "use_peft": False}, "merge_rank=4 is about LoRA"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"use_peft": False}, "FSDP gives each process a part"),
-    ],
-)
-def test_what_merge_cannot_do_is_refused(change, words, options, monkeypatch):
-    if change == {"use_peft": False}:
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-    with pytest.raises(ConfigError, match=words):
-        train({**options, **change}, MergeTrainer, MergeConfig)
-    assert not Path(options["output_dir"]).exists()
 
 
 def test_adapters_of_embeddings_are_refused_before_they_are_trained(options):

@@ -283,20 +283,6 @@ def test_prompts_leave_room_for_the_answer_in_the_engine_s_context(options, said
     assert [max(map(len, order["jobs"][0]["prompts"])) for order in orders] == [40, 40, 96]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"replay_ratio": 0.0}, "replay_ratio=0.0 is not allowed: use a number above 0"),
-        ({"opr_samples": 4, "opr_temperature": 0.0}, "opr_samples=4: at opr_temperature=0"),
-        ({"opr_score": "judge"}, "opr_score='judge'"),
-    ],
-)
-def test_what_opr_refuses(change, words):
-    with pytest.raises(base.ConfigError, match=words):
-        opr.OPRConfig(output_dir="x", **change)
-    assert opr.OPRConfig(output_dir="x").replay_ratio == 0.01
-
-
 # ---------------------------------------------------------------------------------------------------------- rewriting
 
 

@@ -4,13 +4,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import train
-from test_methods import EXACT, as_method, made, method, same, small, unbuilt, weights
+from conftest import interrupted, train
+from test_methods import EXACT, as_method, made, method, same, same_step, small, weights
 from transformers import AutoModelForCausalLM
 from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
 from trace_bench.run import read_json
-from trainers.base import ConfigError, divergences, sampled
+from trainers.base import divergences, sampled
 from trainers.base.sampling import Drawn
 from trainers.sdft import SHOWN, TEMPLATE
 
@@ -177,62 +177,25 @@ def test_a_step_has_the_gradient_of_the_formula(options, checkpoints):
 
 @pytest.mark.parametrize(("loss", "lora"), [("rows", True), ("tokens", False)])
 def test_accumulation_takes_the_same_step(loss, lora, options, checkpoints, tmp_path):
-    trainer, config = method("sdft")
-    gradients = []
-    for batch, accumulation in ((8, 1), (2, 4)):
-
-        class Spy(trainer):
-            def adjust_gradients(self, model):
-                gradients.append({n: p.grad.clone() for n, p in self.trained().items()})
-
-        changes = {**ONE_STEP, "model_name_or_path": str(checkpoints["full model"]), "loss_weights": loss}
-        changes |= {"use_peft": lora, "per_device_train_batch_size": batch}
-        changes |= {"gradient_accumulation_steps": accumulation, "output_dir": str(tmp_path / str(batch))}
-        run = train(small(options, "sdft", 1, **changes), as_method(Spy), config)
-    assert len(gradients) == 2 and read_json(run.stages[1].train_file)["samples"]["rows"] == 8
-    assert max(g.abs().max() for g in gradients[0].values()) > 1e-2
-    for name in gradients[0]:
-        torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=5e-3, atol=2e-5)
+    changes = {**CHANGES, "model_name_or_path": str(checkpoints["full model"]), "loss_weights": loss, "use_peft": lora}
+    run, gradients = same_step("sdft", options, tmp_path, ((8, 1), (2, 4)), many=1, atol=2e-5, **changes)
+    assert read_json(run.stages[1].train_file)["samples"]["rows"] == 8
+    assert max(g.abs().max() for g in gradients.values()) > 1e-2
 
 
 def test_a_stage_that_is_killed_goes_on_with_the_same_samples_and_teacher(options, tmp_path):
     trainer, config = method("sdft")
     changes = {**CHANGES, "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "sdft_ema": 0.5}
     whole = train(small(options, "sdft", 1, **changes, output_dir=str(tmp_path / "whole")), trainer, config)
-
-    class Killed(trainer):
-        def before_step(self):
-            if self.state.global_step == 2:
-                raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        train(small(options, "sdft", 1, **changes), as_method(Killed), config)
+        train(small(options, "sdft", 1, **changes), interrupted(trainer, 2, stage=1), config)
     run = train(small(options, "sdft", 1, **changes), trainer, config)
     assert same(weights(run, 1), weights(whole, 1)), "the same bytes"
     a, b = (read_json(r.stages[1].train_file) for r in (run, whole))
     assert a["samples"] == b["samples"] and a["samples"]["rows"] == 32 and a["divergence"] == b["divergence"]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"sdft_ema": 1.5}, "sdft_ema=1.5 is not allowed: use a number of at least 0 and of at most 1"),
-        ({"sdft_tokens": 0}, "sdft_tokens=0"),
-        ({"sdft_tokens": 500, "max_answer_length": 500}, "a sample .sdft_tokens. are 1096 tokens, more than"),
-        ({"padding_free": True, "loss_weights": "tokens"}, "padding_free=true joins rows"),
-        ("FSDP", "sdft needs whole weights.*FSDP gives each process a part"),
-    ],
-)
-def test_what_it_cannot_do_is_refused(change, words, options, monkeypatch):
-    if change == "FSDP":
-        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
-        change = {}
-    with pytest.raises(ConfigError, match=words):
-        train(small(options, "sdft", **change), *method("sdft"))
-
-
-def test_the_defaults():
+def test_a_sample_is_as_long_as_an_answer_unless_its_tokens_are_given():
     config = made(method("sdft")[1])
-    assert (config.sdft_ema, config.sample_tokens) == (0.01, config.max_answer_length)
-    assert unbuilt("sdft", sdft_tokens=7).config.sample_tokens == 7
+    assert config.sample_tokens == config.max_answer_length
+    assert made(method("sdft")[1], sdft_tokens=7).sample_tokens == 7
