@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from architectures import NEW_TOKENS, generate, likelihoods
 from conftest import both_tokenizers, command_line, train
 from forks import forked, run_module
-from lm_eval.api.instance import Instance
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -37,11 +37,6 @@ def lively(checkpoints, tmp_path) -> tuple[Path, Path]:
     torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight, std=0.3)
     model.save_pretrained(adapter)
     return base, adapter
-
-
-def generate(lm, texts: list[str], tokens: int = 12) -> list[str]:
-    kwargs = {"until": [], "max_gen_toks": tokens, "do_sample": False}
-    return lm.generate_until([Instance("generate_until", {}, (t, dict(kwargs)), i) for i, t in enumerate(texts)])
 
 
 def by_hand(model, soft: torch.Tensor, ids: list[int]) -> torch.Tensor:
@@ -145,12 +140,16 @@ def test_the_hf_engine_generates_what_peft_and_a_loop_by_hand_do(lively):
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
     for text, output in zip(PROMPTS, together, strict=True):
         start = ids = tokenizer(text).input_ids
-        while len(ids) < len(start) + 12 and ids[-1] != tokenizer.eos_token_id:
+        while len(ids) < len(start) + NEW_TOKENS and ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, int(by_hand(model, soft, ids)[-1].argmax())]
         assert tokenizer.decode(ids[len(start) :], skip_special_tokens=True) == output
         tokens = torch.tensor([start])
         by_peft = peft.generate(
-            input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False, pad_token_id=2
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=2,
         )
         assert tokenizer.decode(by_peft[0, len(start) :], skip_special_tokens=True) == output
     lm.load(None)
@@ -161,15 +160,11 @@ def test_likelihoods_are_those_behind_the_prompt(lively):
     base, adapter = lively
     lm = engine.open_engine("hf", str(base), engine_args={"dtype": "float32", "batch_size": 4})
     pairs = [("12 + 3 is", " 15"), ("A", " longer answer than question")]
-
-    def likelihoods():
-        return [x[0] for x in lm.loglikelihood([Instance("loglikelihood", {}, p, i) for i, p in enumerate(pairs)])]
-
-    plain = likelihoods()
+    plain = likelihoods(lm, pairs)
     lm.load(adapter)
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for (context, answer), found, without in zip(pairs, likelihoods(), plain, strict=True):
+    for (context, answer), found, without in zip(pairs, likelihoods(lm, pairs), plain, strict=True):
         ids, n = tokenizer(context + answer).input_ids, len(tokenizer(answer).input_ids)
         logits = by_hand(model, models.soft_prompt(adapter), ids)[:-1].log_softmax(-1)
         expected = logits.gather(1, torch.tensor(ids[1:])[:, None])[-n:].sum()
@@ -201,7 +196,7 @@ def vllm_outputs(base: Path, adapter: Path, soft: bool) -> list:
         lm.load(adapter)
         outputs += [generate(lm, PROMPTS), generate(lm, PROMPTS[::-1])[::-1]]
         try:
-            lm.loglikelihood([Instance("loglikelihood", {}, ("a", "b"), 0)])
+            likelihoods(lm, [("a", "b")])
         except engine.EngineError as e:
             outputs.append(str(e))
         outputs.append(lm.log_likelihoods(PROMPTS, PROMPTS[::-1]))
