@@ -18,6 +18,10 @@ LIMITS = {
     "gem": {"gem_margin": WEIGHT, "memory_rows": COUNT, "memory_batch_size": COUNT},
     "icl": {"num_fewshot": COUNT_OR_NONE, "icl_prompt_length": COUNT},
     "inflora": {"inflora_threshold": SHARE, "inflora_rows": COUNT},
+    "lfpt5": {
+        **{"replay_ratio": SHARE, "lfpt5_lm": WEIGHT, "lfpt5_kl": WEIGHT},
+        **{"lfpt5_temperature": ((0.0,), (0.1, 3.0)), "prompt_tokens": COUNT},
+    },
     "lwf": {"lwf_lambda": WEIGHT, "lwf_temperature": ((0.0,), (0.1, 3.0))},
     "migu": {"migu_quantile": SHARE},
     "mofo": {"mofo_fraction": PART},
@@ -25,9 +29,11 @@ LIMITS = {
     "ogd": {"ogd_rows": COUNT, "ogd_size": COUNT},
     "olora": {"olora_lambda": WEIGHT},
     "opr": {"replay_ratio": PART, "opr_prompts": COUNT, "opr_samples": COUNT, "opr_temperature": WEIGHT},
+    "osf": {"osf_preserved": ((0.0, 1.0), (0.1, 0.9))},
     "pp": {"prompt_tokens": COUNT, "prompt_mlp": ((-1,), (0, 2))},
     "replay": {"replay_ratio": SHARE, "alignment_rows": COUNT},
     "rewrite": {"rewrite_accept": SHARE, "rewrite_temperature": WEIGHT, "rewrite_top_p": PART},
+    "sdft": {"sdft_ema": SHARE, "sdft_tokens": COUNT},
     "seekr": {
         **{"replay_ratio": PART, "seekr_weight": WEIGHT, "seekr_layers": COUNT, "seekr_heads": COUNT},
         **{"seekr_queries": COUNT},

@@ -265,7 +265,7 @@ def test_a_loss_of_a_method_s_own_has_the_router_s_of_a_mixture_of_experts(name,
             losses.append((ours.item(), plain.item(), self.router_loss.item()))
             return ours
 
-    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    base = make_base("mixtral", tmp_path / "moe")
     changes = {"model_name_or_path": str(base), "lora_target_modules": ["q_proj", "v_proj"], **nothing}
     train({**small(options, name), **EXACT, **changes}, as_method(Both), method(name)[1])
     assert len(losses) == 4, "two steps of two stages, with a teacher in the second one"
@@ -288,7 +288,7 @@ def test_the_gradient_on_other_rows_is_that_of_the_loss_with_a_mixture_s_router(
             for one, other in zip(found.values(), wanted, strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
-    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    base = make_base("mixtral", tmp_path / "moe")
     changes = {"model_name_or_path": str(base), "lora_target_modules": ["q_proj", "v_proj"], "max_steps": 1}
     train({**options, **EXACT, **changes, "tasks": THREE[:1]}, Look)
     assert seen[0] > 0.001
@@ -296,9 +296,7 @@ def test_the_gradient_on_other_rows_is_that_of_the_loss_with_a_mixture_s_router(
 
 def flattened(architecture, layers, options, tmp_path):
     """Options of a model whose named layers see the positions of a batch in one list."""
-    base = make_base(
-        architecture, tmp_path / architecture, AutoTokenizer.from_pretrained(options["model_name_or_path"])
-    )
+    base = make_base(architecture, tmp_path / architecture)
     return {**options, **EXACT, "model_name_or_path": str(base), "lora_target_modules": layers}
 
 
@@ -392,7 +390,6 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
             for name in OWN_LOSS
         ),
         ("joint", {"epochs": [1.0, 1.5]}, "whole numbers"),
-        ("replay", {"replay_ratio": 2.0}, "replay_ratio=2.0"),
         ("replay", {"replay": "before"}, "replay='before'"),
         ("replay", {"replay_choice": "last"}, "replay_choice='last'"),
         ("replay", {"replay_ratio": 0.0, "alignment_data": "none"}, "nothing to replay"),
@@ -402,14 +399,10 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
         *((name, {"use_dora": True}, "use_dora=True") for name in (*SIDE_BY_SIDE, "merge")),
         *((name, {"lora_target_parameters": ["mlp.experts.down_proj"]}, "cannot be added up") for name in SIDE_BY_SIDE),
         ("osf", {"use_peft": True}, "use_peft=false"),
-        ("osf", {"osf_preserved": 1.0}, "osf_preserved=1.0 is not allowed: use a number above 0 and below 1"),
         ("osf", {"dtype": "bfloat16"}, "Use dtype=float32"),
         ("pp", FULL, "use_peft=true"),
-        ("pp", {"prompt_tokens": 0}, "prompt_tokens=0"),
         ("pp", {"prompt_mlp": 1}, "prompt_mlp=1"),
         ("pp", {"padding_free": True}, "padding_free"),
-        ("icl", {"num_fewshot": -1}, "num_fewshot=-1"),
-        ("icl", {"icl_prompt_length": 0}, "icl_prompt_length=0"),
         *((name, REENTRANT, "the memory then has no gradient") for name in ("gem", "agem")),
         ("seekr", REENTRANT, "use_reentrant=true: attention weights then have no gradient"),
         *(
@@ -421,22 +414,16 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
             for kernel in ("sdpa", None)
         ),
         ("der", {"replay_ratio": 0.0}, "replay_ratio=0.0 is not allowed: use a number above 0 and of at most 1"),
-        ("der", {"der_lambda": 1.5}, "der_lambda=1.5"),
-        ("der", {"der_top": 0}, "der_top=0"),
         *(
             (name, {"padding_free": True, "loss_weights": "tokens"}, "padding_free=true joins")
             for name in ("der", "sdft")
         ),
-        ("sdft", {"sdft_ema": 1.5}, "sdft_ema=1.5 is not allowed: use a number of at least 0 and of at most 1"),
-        ("sdft", {"sdft_tokens": 0}, "sdft_tokens=0"),
         ("sdft", {"sdft_tokens": 500, "max_answer_length": 500}, "a sample .sdft_tokens. are 1096 tokens, more than"),
-        ("opr", {"replay_ratio": 0.0}, "replay_ratio=0.0 is not allowed: use a number above 0"),
         ("opr", {"opr_samples": 4, "opr_temperature": 0.0}, "opr_samples=4: at opr_temperature=0"),
         ("opr", {"opr_score": "judge"}, "opr_score='judge'"),
         ("lfpt5", FULL, "use_peft=true"),
         ("lfpt5", {"prompt_mlp": 16}, "prompt_mlp=16: lfpt5 goes on with a prompt as it is"),
         ("lfpt5", {"loss_weights": "tokens"}, "loss_weights=tokens: lfpt5 weighs two losses"),
-        ("lfpt5", {"lfpt5_kl": -1.0}, "lfpt5_kl=-1.0"),
         ("lfpt5", {"max_answer_length": 1000}, "pseudo row are 1132 tokens, more than the model's context of 1024"),
         (
             "lfpt5",
@@ -444,16 +431,10 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
             "row are 156 tokens, more than engine_args has in max_length=130",
         ),
         ("anchor", {"anchor_weight": "half"}, "anchor_weight='half' is not allowed: use probability or one"),
-        ("anchor", {"anchor_lambda": -1.0}, "anchor_lambda=-1.0"),
         ("freeze", {"freeze_layers": 2}, "freeze_layers=2, and the model has 2 blocks: use at most 1"),
-        ("freeze", {"freeze_layers": -1}, "freeze_layers=-1"),
-        ("freeze", {"freeze_from": 0}, "freeze_from=0"),
         ("freeze", {"lora_target_modules": r".*\.layers\.0\..*q_proj"}, "stage 2 would train nothing"),
         ("hft", {"use_peft": True}, "set use_peft=false"),
-        ("stm", {"stm_threshold": 0.5}, "stm_threshold=0.5"),
         ("mofo", {"optim": "sgd"}, "optim=sgd has no momentum that MoFO knows: use adamw_torch or"),
-        ("mofo", {"mofo_fraction": 0.0}, "mofo_fraction=0.0"),
-        ("migu", {"migu_quantile": 1.5}, "migu_quantile=1.5"),
         ("migu", {"use_dora": True}, "use_dora=true: MIGU masks the outputs of LoRA's layers alone"),
         ("merge", {"merge": "mean"}, "merge='mean'"),
         ("merge", {"merge_alpha": 1.5}, "share of at most 1"),

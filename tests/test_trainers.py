@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from architectures import PROMPTS, by_transformers, make_base
 from conftest import command_line, train
 from peft.tuners.lora.dora import DoraLinearLayer
-from test_methods import LINEAR, same, weights
+from test_methods import LINEAR, as_method, method, same, weights
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import ModelConfig, SFTTrainer, TrlParser
@@ -82,7 +83,15 @@ COSINE = {"lr_scheduler_type": "cosine_with_min_lr"}
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"num_train_epochs": 0}, "num_train_epochs=0"),
         ({"epochs": [1.0]}, "epochs has 1 values for 2 tasks"),
+        ({"epochs": [1.0, 0.0]}, "epochs=0.0"),
+        ({"epochs": 3}, "use a list"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"tasks": []}, "tasks is empty"),
+        ({"bf16": True, "fp16": True}, "bf16"),
+        ({"lr_scheduler_type": "nonsense"}, "nonsense"),
         ({"tasks": ["trace_fomc", "trace_fomc"]}, "one stage only"),
         ({"keep": "some"}, "keep='some' is not allowed: use all or last or evaluated"),
         ({"backend": "gpt"}, "backend='gpt'"),
@@ -118,6 +127,8 @@ COSINE = {"lr_scheduler_type": "cosine_with_min_lr"}
         ({"max_steps": 0}, "use -1 to train whole epochs"),
         ({"max_steps": 2.5}, "max_steps=2.5 is not allowed: use a whole number"),
         ({"save_strategy": "steps", "save_steps": 0}, "save_steps=0 is not allowed"),
+        ({"save_strategy": "steps", "save_only_model": True}, "save_only_model"),
+        ({"save_total_limit": 0}, "save_total_limit=0"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "Use no, steps or epoch"),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch': a stage in training has no rows"),
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True: a stage in training"),
@@ -310,9 +321,6 @@ def test_gradients_are_adjusted_before_clipping(options):
 
 
 def test_the_loss_of_a_mixture_of_experts_is_trl_s_with_its_router_loss(options, tmp_path):
-    from architectures import make_base
-    from transformers import AutoTokenizer
-
     losses = []
 
     class Both(CLTrainer):
@@ -324,7 +332,7 @@ def test_the_loss_of_a_mixture_of_experts_is_trl_s_with_its_router_loss(options,
             losses.append((ours.item(), theirs.item(), self.router_loss.item()))
             return ours
 
-    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    base = make_base("mixtral", tmp_path / "moe")
     changes = {"model_name_or_path": str(base), "tasks": ["trace_fomc"], "lora_target_modules": ["q_proj", "v_proj"]}
     changes |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
     train({**options, **changes, "bf16": False, "lora_dropout": 0.0}, Both)
@@ -335,10 +343,7 @@ def test_the_loss_of_a_mixture_of_experts_is_trl_s_with_its_router_loss(options,
 
 def test_a_mixture_of_experts_keeps_its_router_s_loss_or_is_refused(options, tmp_path):
     """TRL leaves it out where labels are smoothed."""
-    from architectures import make_base
-    from transformers import AutoTokenizer
-
-    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    base = make_base("mixtral", tmp_path / "moe")
     smooth = {"loss_weights": "tokens", "label_smoothing_factor": 0.1, "lora_target_modules": ["q_proj"]}
     options |= {"model_name_or_path": str(base), "tasks": ["trace_fomc"], "max_steps": 1, "bf16": False, **smooth}
     with pytest.raises(ConfigError, match=r"label_smoothing_factor=0\.1: TRL would .* or router_aux_loss_coef: 0"):
@@ -350,8 +355,6 @@ def test_a_mixture_of_experts_keeps_its_router_s_loss_or_is_refused(options, tmp
     ("name", "order"), [("sequential", "group_by_length"), ("replay", "group_by_length"), ("replay", "random")]
 )
 def test_the_order_of_rows_depends_on_the_data_seed_alone_if_there_is_one(name, order, options, tmp_path):
-    from test_methods import as_method, method
-
     seen = []
 
     class Spy(method(name)[0]):
@@ -369,9 +372,6 @@ def test_the_order_of_rows_depends_on_the_data_seed_alone_if_there_is_one(name, 
 
 
 def test_rows_have_gradients_of_adapted_experts_and_a_full_checkpoint_does_not_return_its_router(options, tmp_path):
-    from architectures import PROMPTS, by_transformers, make_base
-    from transformers import AutoTokenizer
-
     class Look(CLTrainer):
         def end_stage(self):
             if self.model_args.use_peft:
@@ -379,7 +379,7 @@ def test_rows_have_gradients_of_adapted_experts_and_a_full_checkpoint_does_not_r
                 names = {name for name, gradient in found if gradient.abs().max() > 0}
                 assert names == self.trained().keys() and any("experts" in name for name in names)
 
-    base = make_base("mixtral", tmp_path / "moe", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    base = make_base("mixtral", tmp_path / "moe")
     changes = {"model_name_or_path": str(base), "tasks": ["trace_fomc"], "train_rows": 4, "max_steps": 2, "bf16": False}
     train({**options, **changes, "lora_target_modules": "all-linear", "lora_dropout": 0.0}, Look)
     run = train({**options, **changes, "use_peft": False, "output_dir": str(tmp_path / "full")}, Look)
