@@ -12,6 +12,7 @@ from zlib import crc32
 
 import pytest
 import torch
+from conftest import byte_tokenizer
 from forks import forked
 from lm_eval.api.instance import Instance
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -87,8 +88,9 @@ PROMPTS = [
 NEW_TOKENS = 8
 
 
-def make_base(architecture: str, path: Path, tokenizer: Any) -> Path:
-    """Writes a model of an architecture with random weights, and the tokenizer, to a folder."""
+def make_base(architecture: str, path: Path, tokenizer: Any = None) -> Path:
+    """Writes a model of an architecture with random weights, and the tokenizer (byte-level), to a folder."""
+    tokenizer = tokenizer or byte_tokenizer()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(
         **ARCHITECTURES[architecture], vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **ids

@@ -4,11 +4,10 @@ import pytest
 import test_methods
 import torch
 from architectures import make_base
-from conftest import byte_tokenizer, interrupted, load_merged, train
+from conftest import interrupted, load_merged, train
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from test_methods import EXACT, LINEAR, SIDE_BY_SIDE, as_method, method, same, small, unbuilt, weights
-from transformers import AutoTokenizer
 
 from trace_bench.run import read_json
 from trainers import inclora, inflora
@@ -54,7 +53,7 @@ def test_layers_that_cannot_be_put_side_by_side_are_refused(layers, name, option
     """PEFT adapts experts as parameters, even under all-linear."""
     changes, words = {"lora_target_modules": layers}, "embed_tokens is no linear layer"
     if layers == "all-linear":
-        changes |= {**EXACT, "model_name_or_path": str(make_base("qwen3_moe", tmp_path / "base", byte_tokenizer()))}
+        changes |= {**EXACT, "model_name_or_path": str(make_base("qwen3_moe", tmp_path / "base"))}
         words = "mlp.experts is no linear layer"
     with pytest.raises(ConfigError, match=words):
         train(small(options, name, **changes), *method(name))
@@ -64,7 +63,7 @@ def test_layers_that_cannot_be_put_side_by_side_are_refused(layers, name, option
 @pytest.mark.parametrize("name", ["milora", "inflora"])
 def test_what_is_saved_is_what_was_trained_for_other_architectures(name, architecture, options, tmp_path):
     trainer, config = method(name)
-    base, ids = make_base(architecture, tmp_path / "base", byte_tokenizer()), torch.arange(3, 60)[None]
+    base, ids = make_base(architecture, tmp_path / "base"), torch.arange(3, 60)[None]
     plain, pairs = logits(base, None, ids), []
 
     class Spy(trainer):
@@ -283,7 +282,7 @@ def test_the_inputs_that_inflora_remembers_do_not_depend_on_the_batch(options, t
             super().end_stage()
             sums.append(self.energies())
 
-    base = make_base("opt", tmp_path / "opt", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    base = make_base("opt", tmp_path / "opt")
     changes = {**EXACT, "model_name_or_path": str(base), "lora_target_modules": ["q_proj", "fc1"]}
     for rows in (8, 1):
         changes |= {

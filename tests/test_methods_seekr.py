@@ -8,7 +8,6 @@ from architectures import make_base
 from conftest import train
 from safetensors.torch import load_file
 from test_methods import EXACT, as_method, method, probe, same, same_step, small, weights
-from transformers import AutoTokenizer
 
 from trace_bench.run import read_json
 from trace_tasks.data.files import write_json
@@ -125,7 +124,7 @@ def test_attention_that_dropout_would_spoil_is_refused(options, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_without_attention_is_refused(options, tmp_path):
-    base = make_base("mamba", tmp_path / "mamba", AutoTokenizer.from_pretrained(options["model_name_or_path"]))
+    base = make_base("mamba", tmp_path / "mamba")
     changes = {"model_name_or_path": str(base), "lora_target_modules": ["x_proj"], "max_prompt_length": 8}
     with pytest.raises(
         ConfigError, match=r"a model with attention, of the same number of heads in each layer\. Use der"

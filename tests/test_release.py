@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import make_tiny_model
 from judge_server import Server, with_key
+from test_own import METHOD
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("trace_tasks", "trace_bench", "trainers", "judges")
@@ -72,22 +73,6 @@ def test_the_installed_package_finds_its_own_files(installed):
 
 # ----------------------------------------------------------------------------------------------------- the first hour
 
-METHOD = """\
-\"\"\"Half: each gradient is halved.\"\"\"
-
-from trainers.base import CLConfig, CLTrainer, main
-
-
-class HalfTrainer(CLTrainer):
-    def adjust_gradients(self, model):
-        for parameter in self.trained().values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(0.5)
-
-
-if __name__ == "__main__":
-    main(HalfTrainer, CLConfig)
-"""
 CONFIG = """\
 {model_name_or_path: tiny, data: demo, tasks: [mine, trace_fomc], train_rows: 8, test_rows: 3, max_steps: 2,
  use_peft: true, lora_r: 2, learning_rate: 0.01, max_prompt_length: 96, max_new_tokens: 4, backend: hf,

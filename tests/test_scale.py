@@ -7,25 +7,15 @@ import numpy as np
 import pytest
 from conftest import train
 
+from bench.scale import YAML
 from trace_bench import evaluate, metrics, report
 from trace_bench.run import RunError, read_json, read_jsonl
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
 from trainers.base import CLTrainer
 
-YAML = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{train: {folder}/{name}.jsonl, test: {folder}/{name}.jsonl}}}}
-training_split: train
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{q}}}}"
-doc_to_target: "{{{{a}}}}"
-target_delimiter: ""
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 2}}
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-metadata: {{version: 1.0}}
-"""
+#: So that an answer is soon made.
+SHORT = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 2}\n'
 
 
 @pytest.fixture
@@ -37,7 +27,7 @@ def own_tasks(tmp_path, monkeypatch):
         name = f"mine_{i:02}"
         rows = [{"q": f"task {i} row {j}: ", "a": chr(97 + (i + j) % 26)} for j in range(4)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (folder / f"{name}.yaml").write_text(YAML.format(name=name, folder=folder))
+        (folder / f"{name}.yaml").write_text(YAML.format(name=name, rows=folder / f"{name}.jsonl") + SHORT)
     monkeypatch.setenv("TRACE_TASKS", str(folder))
     return [f"mine_{i:02}" for i in range(30)]
 
