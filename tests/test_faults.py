@@ -496,8 +496,13 @@ ACCUMULATED = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "train_row
 #: Method -> trainer, configuration, options, and the stage that is interrupted: 2 where the one before matters.
 METHODS = {
     "full": (CLTrainer, CLConfig, {"use_peft": False, "learning_rate": 1e-3}, 1),
-    "grouped": (CLTrainer, CLConfig, {"train_sampling_strategy": "group_by_length", **ACCUMULATED}, 1),
-    "ewc": (ewc.EWCTrainer, ewc.EWCConfig, {"ewc_rows": 4}, 2),
+    "grouped": (
+        CLTrainer,
+        CLConfig,
+        {"train_sampling_strategy": "group_by_length", "logging_strategy": "epoch", **ACCUMULATED},
+        1,
+    ),
+    "ewc": (ewc.EWCTrainer, ewc.EWCConfig, {"ewc_rows": 4, "logging_steps": 3}, 2),
     "gem": (gem.GEMTrainer, gem.GEMConfig, {"memory_rows": 4}, 2),
     "olora": (olora.OLoRATrainer, olora.OLoRAConfig, {}, 2),
     "osf": (osf.OSFTrainer, osf.OSFConfig, {"use_peft": False, "learning_rate": 1e-3, "dtype": "float32"}, 2),

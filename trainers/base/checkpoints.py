@@ -41,7 +41,8 @@ class CheckpointTrainer(GradientTrainer):
     kept: dict[str, torch.Tensor]
     run: Run
     stage: Stage
-    #: Before the checkpoint that the stage goes on from: seconds, the sum of the losses of its steps, and the steps.
+    #: Before the checkpoint that the stage goes on from: seconds, steps and the sum of their losses as far as they were
+    #: logged, and that of the steps since.
     _before: dict[str, float]
     #: The order of the rows where they are grouped by length: it has to know which epoch a stage goes on in.
     grouped: LengthGrouped | None = None
@@ -150,7 +151,7 @@ class CheckpointTrainer(GradientTrainer):
             remove(folder)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
+        unlogged = self.accelerator.gather(self._tr_loss).mean().item()
         if self.is_world_process_zero():
             if self.kept:
                 save_tensors(self.kept, folder / _KEPT)
@@ -160,7 +161,9 @@ class CheckpointTrainer(GradientTrainer):
                 "method_source": method_source(type(self)),
                 "step": self.state.global_step,
                 "seconds": time.perf_counter() - self._started,
-                "losses": self._before["losses"] + self._total_loss_scalar + float(self._tr_loss),
+                "losses": self._before["losses"] + self._total_loss_scalar,
+                "unlogged": unlogged,
+                "unlogged_steps": self.state.global_step - self._globalstep_last_logged,
                 "counters": {name: getattr(self, name) for name in self.counters},
                 "files": _sizes(folder),
             }
@@ -205,7 +208,7 @@ class CheckpointTrainer(GradientTrainer):
                         self.stage.name,
                         self.stage.attempt,
                     )
-                self._before = {name: whole[name] for name in self._before}
+                self._before = {name: whole.get(name, 0) for name in self._before}  # older programs had not all of them
                 self._started -= whole["seconds"]
                 return str(folder)
             if self.is_world_process_zero():

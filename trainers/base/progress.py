@@ -23,6 +23,7 @@ def follow(trainer: CheckpointTrainer) -> None:
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(_ProgressFile(trainer))
+    trainer.add_callback(_LossesGoOn(trainer))
     trainer.add_callback(_WandbEnd())
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback):  # HF's own place is removed when the stage is done
@@ -57,6 +58,22 @@ class _ProgressFile(TrainerCallback):
                 "time": time.time(),
             }
             write_json(self.trainer.stage.progress_file, progress)
+
+
+class _LossesGoOn(TrainerCallback):
+    """Has a stage that goes on log the losses of an uninterrupted one: HF forgets those that it has not logged yet."""
+
+    def __init__(self, trainer: CheckpointTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer._tr_loss += self.trainer._before["unlogged"]
+        self.trainer._globalstep_last_logged -= int(self.trainer._before["unlogged_steps"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # HF logs an epoch after the checkpoint of its last step, and would not when it goes on from that one.
+        if args.logging_strategy == "epoch" and state.epoch % 1 == 0:
+            control.should_log = True
 
 
 class _WandbEnd(TrainerCallback):

@@ -44,7 +44,7 @@ class CLTrainer(CheckpointTrainer):
         # A stage begins at step 0: in one run of a tracker the stages would lie on each other.
         args.run_name = f"{args.run_name or run.path.name} {stage.name}"
         args.save_total_limit = None  # `_save_checkpoint` drops older ones, when the new one is whole
-        self._before = {"seconds": 0.0, "losses": 0.0, "step": 0}
+        self._before = {"seconds": 0.0, "losses": 0.0, "step": 0, "unlogged": 0.0, "unlogged_steps": 0}
         self._started = time.perf_counter()
         self.kept = {}
         #: An adapter's parameters that no step has had a gradient of; None before the first step.
