@@ -36,7 +36,7 @@ from trace_tasks.data import DataError, audit, reading, similarity
 from trace_tasks.data.files import write_json, write_jsonl
 from trace_tasks.reasoning import as_tested
 from trainers import base
-from trainers.base import CLConfig, ConfigError
+from trainers.base import CLConfig, ConfigError, stages
 
 
 def fuzz(examples, **arguments):
@@ -344,6 +344,13 @@ def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path
     with pytest.raises(SystemExit) as e:
         base.main(base.CLTrainer, base.CLConfig, ["--config", str(file), *output])
     assert str(e.value.code).startswith("error: ") or "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [[], ["--tuned", "none"]])
+def test_a_key_that_a_config_gives_twice_is_refused_whether_or_not_its_table_is_read(tmp_path, options):
+    (tmp_path / "c.yaml").write_text("seed: 1\ntasks: [trace_fomc]\nseed: 2\n")
+    with pytest.raises(ConfigError, match="seed is given twice"):
+        stages.parse(base.CLConfig, ["--config", str(tmp_path / "c.yaml"), *options], "sequential")
 
 
 # ---------------------------------------------------------------------------------------------------- files of a run

@@ -496,6 +496,7 @@ def test_a_finished_run_gets_further_tasks_at_its_end(here, tiny_model, capsys):
         **quick_options(tiny_model, here / "run"),
         "tasks": ["trace_fomc", "trace_numglue_ds"],
         "epochs": [1.0, 1.0],
+        "max_steps": -1,
     }
     main(["train", "ewc", *command_line(options)])
     main(["evaluate", "run"])

@@ -133,6 +133,7 @@ GOOD = {"method": "sequential"}
     "content, words",
     [
         ("runs: [", ["is not YAML", "line 2"]),
+        ("runs: {a: {<<: {seed: 1}, <<: {seed: 2}, seed: 3, seed: 4}}", ["seed is given twice", "line 2"]),
         ("just text", ["config and runs", "str"]),
         ("config: config.yaml", ["config and runs", "['config']"]),
         ("config: config.yaml\nruns: {a: {method: icl}}\nsteps: 3", ["config and runs", "'steps'"]),

@@ -9,6 +9,9 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from trace_tasks.errors import TraceError, suggestion
 
@@ -76,6 +79,27 @@ def find(kind: str, name: str, packaged: Mapping[str, Path]) -> Path:
         f"There is no {kind} {name}: neither a file, nor one of the package's: {', '.join(packaged)}."
         + suggestion(name, packaged)
     )
+
+
+class _OnceEach(yaml.SafeLoader):
+    """Refuses a key that a mapping has twice, of which PyYAML takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise yaml.MarkedYAMLError(problem=f"{twice[0]} is given twice", problem_mark=node.start_mark)
+        return node
+
+
+def read_yaml(file: str | Path) -> Any:
+    """The content of a config, table or study.
+
+    Raises:
+        OSError, ValueError, yaml.YAMLError: if it cannot be read, or gives a key twice.
+    """
+    with open(file, encoding="utf-8") as content:
+        return yaml.load(content, _OnceEach)
 
 
 def find_method(name: str, folder: Path | None = None) -> Path:

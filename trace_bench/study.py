@@ -59,7 +59,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
     """
     file, scale = packaged.find("study", str(file), packaged.studies()), "full" if full else "small"
     try:
-        study = yaml.safe_load(file.read_text(encoding="utf-8"))
+        study = packaged.read_yaml(file)
     except (yaml.YAMLError, UnicodeDecodeError) as e:
         raise StudyError(f"{file} is not YAML: {e}") from e
     if not isinstance(study, dict) or study.keys() != {"config", "runs"}:

@@ -47,7 +47,7 @@ from trainers.base.checkpoints import method_source, plain
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.options import check_model_args, check_optimizer
 from trainers.base.trainer import CLTrainer
-from trainers.base.tuned import tuned_settings, tuned_words
+from trainers.base.tuned import read, tuned_settings, tuned_words
 from trainers.base.writing import run_alone
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     for i, word in enumerate(argv[:-1], 1):
         if word == "--config":
             argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
+            read(argv[i])  # TRL's parser takes the last one of keys that are given twice
     if tuned := tuned_words(argv, method):
         _tell(f"{method} by the table of settings: {shlex.join(tuned)}")
     known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]
@@ -411,7 +412,7 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
         "stage": trainer.stage.index,
         "task": trainer.stage.task,
         "rows": len(trainer.train_dataset),
-        "epochs": trainer.args.num_train_epochs,
+        "epochs": round(trainer.state.epoch or 0, 4),  # max_steps goes before those of the settings
         "steps": steps,
         "tokens": tokens,
         "seconds": round(seconds, 3),

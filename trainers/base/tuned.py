@@ -23,7 +23,7 @@ def tuned_words(argv: list[str], method: str) -> list[str]:
     """
     name = _value(argv, "--tuned")
     if name is None and (config := _value(argv, "--config")):
-        content = _read(config)
+        content = read(config)
         name = content.get("tuned") if isinstance(content, dict) else None
     if name in (None, "none"):
         return []
@@ -37,7 +37,7 @@ def tuned_settings(name: str, method: str) -> dict[str, Any]:
         ConfigError: if the table is no table.
     """
     file = packaged.find("table of settings", name, packaged.tuned())
-    table = _read(str(file))
+    table = read(str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ConfigError(f"{one_line(file)} is no table: use METHOD: {{OPTION: VALUE}} in YAML.")
     return table.get(method, {})
@@ -48,9 +48,13 @@ def _value(argv: list[str], option: str) -> str | None:
     return next((word for word, before in pairwise(reversed(argv)) if before == option), None)
 
 
-def _read(file: str) -> Any:
+def read(file: str) -> Any:
+    """The content of a config or table.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
     try:
-        with open(file, encoding="utf-8") as content:
-            return yaml.safe_load(content)
+        return packaged.read_yaml(file)
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise ConfigError(f"the configuration cannot be read: {e}") from e
