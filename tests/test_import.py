@@ -255,3 +255,6 @@ def test_the_same_command_completes_a_run_and_another_one_is_refused(tmp_path, f
     }
     with pytest.raises(SystemExit, match=r"model\.name: 'unknown' -> 'another'"):
         imported(tmp_path, "--official", folder, "--model", "another")
+    next(folder.glob("results-1-0-*.json")).unlink()
+    with pytest.raises(SystemExit, match=r"no predictions of trace_fomc for this stage"):
+        imported(tmp_path, "--official", folder)

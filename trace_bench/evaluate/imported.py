@@ -24,7 +24,7 @@ from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
 from trace_bench.evaluate.external import tasks_record
 from trace_bench.evaluate.plan import Plan
 from trace_bench.evaluate.tasks import Tasks, prepare
-from trace_bench.run import Run, RunError, is_file_name, locked
+from trace_bench.run import Run, RunError, Stage, is_file_name, locked
 from trace_bench.tasks import load_tasks
 from trace_tasks import data
 from trace_tasks.data import DataError, reading
@@ -97,17 +97,33 @@ def import_run(
             "checkpoints": {name: _place(found) for name, found in stages.items() if name != BASE},
         }
         run = Run.create(path, manifest, restart=True)
+        _refuse_left(run, stages)
         plan = Plan(run, dict(run.manifest["config"]), {}, {}, settings, {}, {})
         definitions = {name: digest(definition) for name, definition in record["task_definitions"].items()}
         _score(plan, prepare(plan, loaded, definitions), stages)
     return run
 
 
+def _named(run: Run, stages: Stages) -> Iterator[tuple[Stage, dict[str, Predictions]]]:
+    """The stages of the run with their predictions."""
+    names = [BASE, *(name for name in stages if name != BASE)]
+    yield from zip(run.stages, (stages.get(name, {}) for name in names), strict=True)
+
+
+def _refuse_left(run: Run, stages: Stages) -> None:
+    """Refuses to leave scores that were imported before beside those of files that have no such predictions."""
+    for stage, found in _named(run, stages):
+        for name in run.tasks:
+            if name not in found and stage.eval_file(name).exists():
+                raise RunError(
+                    f"{stage.eval_file(name)} was imported before, and now there are no predictions of {name} for this "
+                    "stage. Import into a new folder, or delete this file."
+                )
+
+
 def _score(plan: Plan, tasks: Tasks, stages: Stages) -> None:
     """Makes the cells of all stages."""
-    named = [BASE, *(name for name in stages if name != BASE)]
-    for stage, name in zip(plan.run.stages, named, strict=True):
-        found = stages.get(name, {})
+    for stage, found in _named(plan.run, stages):
         weights = digest([[task, fingerprint(p.file)] for task, p in sorted(found.items())])
         made = {"checkpoint": weights if stage.index else None, **circumstances(plan, None)}
         lm = _Answers({task: predictions.answers for task, predictions in found.items()})
