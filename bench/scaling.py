@@ -167,20 +167,12 @@ def saved_by_layer(config: Any, scale: int = 8) -> int:
     Counted in a layer of which every width is a `scale`-th, since all that is kept grows with them, on the CPU, where
     attention keeps what flash attention keeps on a GPU.
     """
-    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    small = LlamaConfig(
-        hidden_size=config.hidden_size // scale,
-        intermediate_size=config.intermediate_size // scale,
-        num_attention_heads=config.num_attention_heads // scale,
-        num_key_value_heads=config.num_key_value_heads // scale,
-        attn_implementation="sdpa",
-    )
-    tokens = 256
+    small = _smaller(config, scale)
+    small._attn_implementation = "sdpa"
     layer = LlamaDecoderLayer(small, 0).to(torch.bfloat16)
-    states = torch.randn(1, tokens, small.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-    return _kept(layer, states, LlamaRotaryEmbedding(small)) * scale // tokens
+    return int(_kept(layer, small.hidden_size, LlamaRotaryEmbedding(small)) * scale)
 
 
 def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
@@ -195,9 +187,7 @@ def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
     from transformers import LlamaForCausalLM
 
     scale = min(scale, config.num_key_value_heads)
-    small = copy.deepcopy(config)
-    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-        setattr(small, name, getattr(config, name) // scale)
+    small = _smaller(config, scale)
     small.num_hidden_layers, small.vocab_size = 1, 8
     adapter = copy.deepcopy(adapter)
     adapter.r = max(1, adapter.r // scale)
@@ -211,16 +201,24 @@ def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
                 return torch.native_dropout(states, p, True)[0]
 
             module.forward = dropped  # type: ignore[method-assign]
-    tokens = 256
-    states = torch.randn(1, tokens, small.hidden_size, dtype=torch.bfloat16, requires_grad=True)
     decoder = model.get_base_model().model
     with torch.autocast("cpu", torch.bfloat16):
-        return _kept(decoder.layers[0], states, decoder.rotary_emb) * scale // tokens
+        return int(_kept(decoder.layers[0], small.hidden_size, decoder.rotary_emb) * scale)
 
 
-def _kept(layer: Any, states: torch.Tensor, rotary_embedding: Any) -> int:
-    """Bytes that a layer keeps for its backward pass, without its parameters and its input."""
-    rotary = rotary_embedding(states, torch.arange(states.shape[1])[None])
+def _smaller(config: Any, scale: int) -> Any:
+    """The configuration of a model of which every width is a `scale`-th."""
+    small = copy.deepcopy(config)
+    for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
+        setattr(small, name, getattr(config, name) // scale)
+    return small
+
+
+def _kept(layer: Any, width: int, rotary_embedding: Any) -> float:
+    """Bytes that a layer keeps of a token for its backward pass, without its parameters and its input."""
+    tokens = 256
+    states = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
+    rotary = rotary_embedding(states, torch.arange(tokens)[None])
     known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), states, *rotary)}
     kept: dict[int, int] = {}
     tensors = []  # alive, so that no two have one address
@@ -234,7 +232,7 @@ def _kept(layer: Any, states: torch.Tensor, rotary_embedding: Any) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(states, position_embeddings=rotary, attention_mask=None)
-    return sum(kept.values())
+    return sum(kept.values()) / tokens
 
 
 def one_gpu(config: Any, adapter: Any, tokens: int, answers: int, checkpointing: bool) -> dict[str, float]:

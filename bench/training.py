@@ -188,22 +188,26 @@ def _lora() -> Any:
     return LoraConfig(r=16, lora_alpha=32, lora_dropout=0.0, target_modules=MODULES, task_type="CAUSAL_LM")
 
 
+def _settings() -> dict[str, Any]:
+    """What the other trainings have alike."""
+    return {
+        "output_dir": str(out_folder()),
+        "learning_rate": LEARNING_RATE,
+        "num_train_epochs": EPOCHS,
+        "per_device_train_batch_size": BATCH,
+        "lr_scheduler_type": "constant",
+        "use_cpu": _use_cpu(),
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+
+
 def _trl(base: str, tokenizer: Any, examples: Any) -> Any:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    config = SFTConfig(
-        output_dir=str(out_folder()),
-        learning_rate=LEARNING_RATE,
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=BATCH,
-        max_length=PROMPT + ANSWER,
-        lr_scheduler_type="constant",
-        use_cpu=_use_cpu(),
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    config = SFTConfig(**_settings(), max_length=PROMPT + ANSWER)
     rows = Dataset.from_list(examples)
     return SFTTrainer(base, args=config, train_dataset=rows, processing_class=tokenizer, peft_config=_lora())
 
@@ -214,18 +218,7 @@ def _plain(base: str, tokenizer: Any, examples: Any) -> Any:
     from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype="float32"), _lora())
-    arguments = TrainingArguments(
-        output_dir=str(out_folder()),
-        learning_rate=LEARNING_RATE,
-        num_train_epochs=EPOCHS,
-        per_device_train_batch_size=BATCH,
-        lr_scheduler_type="constant",
-        bf16=True,
-        use_cpu=_use_cpu(),
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-    )
+    arguments = TrainingArguments(**_settings(), bf16=True)
     return Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), Dataset.from_list(examples))
 
 
