@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils_hf import get_dtype
+from peft import PeftModel
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from trace_bench.engine import models
@@ -50,12 +51,14 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
 
     def decode_greedily(self) -> None:
         """Drops all generation settings of the checkpoint but the special tokens."""
-        from peft import PeftModel
-
-        model = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
-        model.generation_config = GenerationConfig(
+        self._inner.generation_config = GenerationConfig(
             bos_token_id=self.tokenizer.bos_token_id, eos_token_id=sorted(self.ends), pad_token_id=self.pad
         )
+
+    @property
+    def _inner(self) -> Any:
+        """The model that generates: the one within PEFT's."""
+        return self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
 
     @property
     def pad(self) -> int:

@@ -60,10 +60,6 @@ class LiveHF(SwapHF):
         if _SETTINGS in vars(self._model):
             self._model.generation_config = self._inner.generation_config
 
-    @property
-    def _inner(self) -> Any:
-        return self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
-
     @contextmanager
     def left_as_it_was(self) -> Iterator[None]:
         """The model answers greedily and without dropout; afterwards it, and all random numbers, are as they were."""
