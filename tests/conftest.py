@@ -372,11 +372,11 @@ def command_line(options: dict) -> list[str]:
     return args
 
 
-def load_merged(base, adapter: Path | None, below=(), **kwargs):
+def load_merged(base, adapter: Path | None, **kwargs):
     """The base model with an adapter merged into its weights."""
     from trace_bench.engine import models
 
-    model = models.load_model(str(base), None, below=below, **kwargs)
+    model = models.load_model(str(base), None, **kwargs)
     return model if adapter is None else models.merge(model, adapter)[0]
 
 

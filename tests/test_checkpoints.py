@@ -63,13 +63,13 @@ def lora(**options) -> LoraConfig:
     return LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": ["q_proj", "down_proj"], "r": 4, **options})
 
 
-def make_adapter(base: Path, folder: Path, config, std: float = 0.1) -> Path:
+def make_adapter(base: Path, folder: Path, config) -> Path:
     """Saves an adapter of random weights, as its training would."""
     torch.manual_seed(1)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=std)
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     return folder
 

@@ -280,9 +280,8 @@ def test_names_and_groups(tmp_path):
     )
     assert config.general == list(data.SUITES) and config.judged == [*data.GROUPS["safety"], "instruct_lima"]
     for wrong, message in (
-        ({"general": ["mmlu"]}, r"mmlu is not known here: use general_mmlu.*a group \(general\)"),
+        ({"general": ["mmlu"]}, r"general=\['mmlu'\]: mmlu is not known here: use general_mmlu.*a group \(general\)"),
         ({"judged": ["general"]}, r"general is not known here.*a group \(instruct, safety\)"),
-        ({"general_rows": 0}, r"general_rows=0"),
         ({"general_stages": "first"}, r"general_stages='first'.*last or all"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -19,14 +19,14 @@ CHANGES |= {"replay_ratio": 0.5}
 SAID = ["Is it so?__ans__B", "no row", "Is it so?__ans__B", "Who says that rates will rise?__ans__A"]
 
 
-def saying(trainer: type, texts: list[str] = SAID, seen: list | None = None) -> type:
+def saying(trainer: type, seen: list | None = None) -> type:
     """The same method with a model that has written these rows."""
 
     class Saying(trainer):
         def answers(self, name, by, prompts, **how):
             if seen is not None:
                 seen.append((by.index, prompts, how))
-            return {task: [[Answer(text) for text in texts]] for task in prompts}
+            return {task: [[Answer(text) for text in SAID]] for task in prompts}
 
     return as_method(Saying)
 

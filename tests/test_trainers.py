@@ -101,7 +101,6 @@ COSINE = {"lr_scheduler_type": "cosine_with_min_lr"}
         ({"max_length": 64}, "would cut answers"),
         ({"load_in_4bit": True}, "load_in_4bit"),
         ({"load_in_8bit": True}, "load_in_8bit"),
-        ({"general": ["mmlu"]}, "general=['mmlu']: mmlu is not known here"),
         ({"eos_token": "<s>"}, "eos_token='<s>'"),
         ({"chat_template_path": "somewhere"}, "chat_template_path"),
         ({"padding_free": True}, "padding_free=true joins rows"),
