@@ -210,12 +210,16 @@ def test_a_method_that_does_nothing_is_sequential_to_the_byte(name, change, reco
 
 
 @pytest.mark.parametrize(
-    ("name", "lora"), [("ewc", True), ("lwf", False), ("gem", False), ("agem", True), ("olora", True)]
+    ("name", "lora"),
+    [
+        *((name, False) for name in ("lwf", "gem", "anchor")),
+        *((name, True) for name in ("ewc", "agem", "anchor", "olora", "inclora", "nlora", "milora", "inflora")),
+    ],
 )
 def test_accumulation_and_batch_size_take_the_same_step(name, lora, options, tmp_path):
     """The gradient after the method, for 1 x 8 and 4 x 2 rows; of adapters or of all parameters."""
-    changes = {**EXACT, "use_peft": lora, "train_rows": 8, **({"memory_rows": 8} if "gem" in name else {})}
-    run, _ = same_step(name, options, tmp_path, ((8, 1), (2, 4)), **changes)
+    own = {"gem": {"memory_rows": 8}, "agem": {"memory_rows": 8}, "anchor": {"anchor_lambda": 2.0}}.get(name, {})
+    run, _ = same_step(name, options, tmp_path, ((8, 1), (2, 4)), **EXACT, **own, use_peft=lora, train_rows=8)
     assert run.stages[2].checkpoint.name == ("adapter" if lora else "model")
     assert not same(weights(run, 1), weights(run, 2))
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from architectures import ARCHITECTURES
 from conftest import train
-from test_methods import EXACT, FULL, LINEAR, as_method, made, method, probe, same, same_step, small, unbuilt, weights
+from test_methods import EXACT, FULL, LINEAR, as_method, made, method, probe, same, small, unbuilt, weights
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -117,12 +117,6 @@ def test_the_loss_of_anchor_by_hand(weight, options):
     loss.backward()
     wanted = w[0] * torch.tensor([0.25, -0.25]) + 0.5 * torch.tensor([0.25 - 0.5, 0.75 - 0.5])
     torch.testing.assert_close(logits.grad[0], wanted / 2)
-
-
-@pytest.mark.parametrize("lora", [True, False])
-def test_a_step_of_anchor_does_not_depend_on_how_its_rows_are_split(lora, options, tmp_path):
-    changes = {**EXACT, "use_peft": lora, "train_rows": 8, "anchor_lambda": 2.0}
-    same_step("anchor", options, tmp_path, ((8, 1), (2, 4)), **changes)
 
 
 # ------------------------------------------------------------------------------------------------------------- freeze

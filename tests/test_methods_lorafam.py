@@ -1,7 +1,6 @@
 """The family of O-LoRA: `inclora`, which the others are made of, `nlora`, `milora` and `inflora`."""
 
 import pytest
-import test_methods
 import torch
 from architectures import make_base
 from conftest import interrupted, load_merged, train
@@ -40,11 +39,6 @@ def test_without_their_penalties_they_are_inclora_to_the_same_bytes(name, off, o
         for key, tensor in new.items():
             earlier = tensor[:-4] if "lora_A" in key else tensor[:, :-4]
             assert torch.equal(earlier, old[key]) and tensor.shape != old[key].shape, "the earlier adapters are frozen"
-
-
-@pytest.mark.parametrize("name", ["inclora", "nlora", "milora", "inflora"])
-def test_accumulation_and_batch_size_take_the_same_step(name, options, tmp_path):
-    test_methods.test_accumulation_and_batch_size_take_the_same_step(name, True, options, tmp_path)
 
 
 @pytest.mark.parametrize("name", SIDE_BY_SIDE)
