@@ -274,23 +274,9 @@ def test_the_command_makes_a_checkpoint_that_evaluate_takes(kind, request, tiny_
     assert record["method"] == "magmax" and record["alpha"] == 0.5 and "density" not in record
     assert [c["name"] for c in record["checkpoints"]] == [s.name for s in sources]
     assert str(tmp_path) not in json.dumps(record) and record["kind"] == {"full": "model"}.get(kind, "adapter")
-    main(
-        [
-            *("evaluate", str(tmp_path / "run"), "--model", str(tiny_model), "--checkpoint", f"mix={out}"),
-            *(
-                "--tasks",
-                "trace_fomc",
-                "--test-rows",
-                "2",
-                "--max-prompt-length",
-                "96",
-                "--max-new-tokens",
-                "2",
-                "--backend",
-                "hf",
-            ),
-        ]
-    )
+    command = ["evaluate", str(tmp_path / "run"), "--model", str(tiny_model), "--checkpoint", f"mix={out}"]
+    command += ["--tasks", "trace_fomc", "--test-rows", "2", "--max-prompt-length", "96", "--max-new-tokens", "2"]
+    main([*command, "--backend", "hf"])
     assert (tmp_path / "run/stages/1_mix/eval/trace_fomc.json").exists()
     assert "is there already" in error(*sources, "--method", "average", "--output", out)
 

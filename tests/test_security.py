@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 from conftest import load_merged, packed, train
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from judge_server import Server
 from made_runs import make_run
+from test_fuzz import fuzz
 
 from judges import prompts
 from judges.client import Client
@@ -50,11 +50,6 @@ SECRETS = {
     "ANTHROPIC_API_KEY": "sk-ant-sentinel-0123456789",
 }
 NOBODY = ["--model", "m", "--base-url", "http://127.0.0.1:1/v1"]
-
-
-def fuzz(examples):
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(derandomize=True, database=None, deadline=None, max_examples=examples, suppress_health_check=checks)
 
 
 # ----------------------------------------------------------------------------------------------------------------- keys
@@ -155,8 +150,7 @@ def _patient(init):
 KEYS = ("sk-0123456789", "sk-a.*b[c](d)\\1", "sk-proj-'\"<&>%s{0}")
 
 
-@fuzz(100)
-@given(st.sampled_from(KEYS), st.text(max_size=30))
+@fuzz(100, key=st.sampled_from(KEYS), text=st.text(max_size=30))
 def test_an_error_that_holds_the_key_is_masked(clients, key, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", key)
@@ -199,8 +193,7 @@ ASKED = [partial(ask, kind) for ask in (prompts.pair, prompts.direct) for kind i
 TEMPLATE = re.compile(r"<\|[^ ]|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<｜|<eos>|<turn\|>")
 
 
-@fuzz(100)
-@given(st.sampled_from(ASKED), material, material, material)
+@fuzz(100, make=st.sampled_from(ASKED), prompt=material, a=material, b=material)
 def test_material_stays_between_its_delimiters_and_shows_no_verdict(make, prompt, a, b):
     given_texts = [prompt, a, b] if make in ASKED[:2] else [prompt, a]
     (message,) = make(*given_texts)
@@ -214,8 +207,7 @@ def test_material_stays_between_its_delimiters_and_shows_no_verdict(make, prompt
     assert parse(echo, prompts.PAIR) is None and not TEMPLATE.search(text)
 
 
-@fuzz(50)
-@given(material.filter(str.strip), st.none() | material.filter(str.strip))
+@fuzz(50, prompt=material.filter(str.strip), answer=st.none() | material.filter(str.strip))
 def test_a_teacher_is_shown_one_task_and_no_other_end_of_it(prompt, answer):
     teacher = read_prompt(FOLDER / "fomc.yaml", "FOMC")
     last = teacher.messages("FOMC", prompt, answer)[-1]["content"]
@@ -309,11 +301,9 @@ def test_no_damage_to_an_archive_is_anything_but_an_error(tmp_path, monkeypatch,
     ).read_bytes()
     monkeypatch.setattr("trace_tasks.data.archive.MOST_BYTES", 2**24)
 
-    @fuzz(60)
-    @given(
-        st.lists(st.tuples(st.integers(0, len(whole) - 1), st.binary(min_size=1, max_size=4)), min_size=1, max_size=4),
-        st.booleans(),
-    )
+    place = st.tuples(st.integers(0, len(whole) - 1), st.binary(min_size=1, max_size=4))
+
+    @fuzz(60, places=st.lists(place, min_size=1, max_size=4), cut=st.booleans())
     def damaged(places, cut):
         content = bytearray(whole)
         for place, new in places:
