@@ -83,7 +83,9 @@ def test_a_fresh_folder_replaces_the_old_one_only_at_the_end_and_not_after_an_ex
         with fresh_dir(target) as tmp:
             assert names(tmp) == [] and not (target / content).exists()
             (tmp / content).write_text(content, encoding="utf-8")
+            (tmp / content).chmod(0o600)  # as safetensors does
         assert (names(tmp_path), names(target)) == (["adapter"], [content])
+        assert (target / content).stat().st_mode & 0o666 == target.stat().st_mode & 0o666 != 0o600
 
 
 def killed_in(code: str, *arguments: object) -> None:

@@ -166,8 +166,11 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for file in weight_files(checkpoint):
         try:
+            file.open("rb").close()  # safetensors says of a file that may not be read that there is none
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except PermissionError:
+            raise
         except (OSError, SafetensorError) as e:
             raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint again.") from e
     if empty := sorted(name for name, shape in shapes.items() if shape == [0]):

@@ -154,6 +154,7 @@ def fresh_dir(path: Path) -> Iterator[Path]:
         made.mkdir()
         yield made
         sync_files(made)
+        _as_others(made)
         remove(path)
         made.replace(path)
         _fsync_dir(path.parent)
@@ -165,6 +166,15 @@ def sync_files(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
+
+
+def _as_others(folder: Path) -> None:
+    """Gives the files below a folder the rights of any new file: safetensors lets nobody but their owner read them."""
+    mode = folder.stat().st_mode & 0o666
+    for file in folder.rglob("*"):
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o666 != mode:
+            with suppress(OSError):  # a file system without such rights
+                file.chmod(mode)
 
 
 def _fsync_dir(path: Path) -> None:
@@ -242,7 +252,10 @@ def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
     if _is_whole(path):
         return path
     # A cache that is made now is its user's alone: the data in it may be private.
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise DataError(f"The cache {path.parent} cannot be written. Set TRACE_CACHE to a folder that can.")
     if path.exists():
         log.warning("%s is damaged, or of an earlier version of this program: it is made again.", path)
     with temporary_dir(path.parent, f".{path.name}.") as own:
