@@ -49,6 +49,10 @@ def test_the_seen_tasks_then_the_full_matrix_and_nothing_twice(run, capsys, no_e
     for wrong in ({"cells": "sen"}, {"backend": "vlm"}, {"extra": {"generall": ["general"]}}):
         with pytest.raises(RunError, match=r"(sen'|vlm'|generall): use "):
             evaluate.evaluate(run, **wrong)
+    run.stages[2].train_file.unlink()
+    for start in (evaluate.evaluate, lambda run, **k: evaluate.evaluate_on(run.path, ["cpu"], [], **k)):
+        with pytest.raises(RunError, match="--stages 2: not trained yet"):
+            start(run, stages=[1, 2])
 
 
 def test_a_cell_has_its_scores_and_its_samples(run):

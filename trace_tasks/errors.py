@@ -54,7 +54,7 @@ def advice(error: BaseException, memory: str) -> str | None:
     ):
         return f"{text}. The disk or the quota is full. What is done is kept: make room and run the command again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"\(os error (1|13|30)\)", text):
-        return f"{text}. What is done is kept: get the right to it (make the folder writable), or copy it to where you may."
+        return f"{text}. What is done is kept: get the right to it (make the folder writable), or copy it."
     if isinstance(error, MemoryError) or re.search(
         r"out of memory|can't allocate memory|not enough memory", text, re.I
     ):

@@ -14,7 +14,7 @@ from trace_bench.evaluate.devices import evaluate_on, find_devices
 from trace_bench.evaluate.external import drop, external_run, measured_run
 from trace_bench.evaluate.filling import fill
 from trace_bench.evaluate.following import follow
-from trace_bench.evaluate.plan import EXTRA_SETTINGS
+from trace_bench.evaluate.plan import EXTRA_SETTINGS, check_trained
 from trace_bench.evaluate.tasks import answer_tokens
 from trace_bench.run import Run
 
@@ -45,11 +45,12 @@ def evaluate(run: Run, *, stages: Collection[int] | None = None, data_path: str 
         The number of cells that were made or filled now.
 
     Raises:
-        RunError: if a cell was made with other settings, the data or the base model is not the run's, a checkpoint has
-            changed, or another process evaluates one of the stages.
+        RunError: if a stage that is named is not trained, a cell was made with other settings, the data or the base
+            model is not the run's, a checkpoint has changed, or another process evaluates one of the stages.
         data.DataError: if a suite or a set is not known, or its data is not there.
     """
     chosen = run.chosen(stages)
+    check_trained(chosen, stages)
     for stage in chosen:
         if not stage.is_trained:
             log.warning("Stage %s is not trained yet and left out.", stage.name)

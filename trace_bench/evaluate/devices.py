@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from trace_bench.ending import start_child
-from trace_bench.evaluate.plan import Plan, make_plan
+from trace_bench.evaluate.plan import Plan, check_trained, make_plan
 from trace_bench.run import Run, RunError
 from trace_bench.text import printable
 
@@ -149,6 +149,8 @@ def evaluate_on(
     from tqdm import tqdm
 
     run = _begun(Path(path)) if follow else Run.open(path)
+    if not follow:
+        check_trained(run.chosen(stages), stages)
     plan = _plan(run, stages, asked)
     groups = grouped(devices, plan)
     if not follow:

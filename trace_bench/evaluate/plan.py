@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -154,6 +154,17 @@ def make_plan(
             seen = run.seen_tasks(stage, config["cells"])  # a set may be a column as well
             _add(plan, stage, dict.fromkeys([*seen, *given_cells(run, stage, given), *more]), bool(likelihood))
     return plan
+
+
+def check_trained(chosen: Iterable[Stage], named: Collection[int] | None) -> None:
+    """Makes sure that stages are trained which were asked for by their numbers; others are left out.
+
+    Raises:
+        RunError: naming those that are not.
+    """
+    untrained = " ".join(str(stage.number) for stage in chosen if not stage.is_trained)
+    if untrained and named is not None:
+        raise RunError(f"--stages {untrained}: not trained yet. Leave them out, or wait for them with --follow.")
 
 
 def _add(plan: Plan, stage: Stage, wanted: Iterable[str], fill: bool) -> None:
