@@ -184,7 +184,7 @@ def test_the_memory_of_a_training_on_the_cpu_is_the_process_whatever_gpus_are_th
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     args = CLConfig(output_dir="x", tasks=["trace_fomc"], use_cpu=True)
-    state = SimpleNamespace(global_step=1, log_history=[])
+    state = SimpleNamespace(global_step=1, epoch=1.0, log_history=[])
     parts = {"stage": SimpleNamespace(index=1, task="trace_fomc"), "_before": {"losses": 1.0}, "_mixed_in": {}}
     parts |= {"train_dataset": Dataset.from_list([{}]), "accelerator": SimpleNamespace(num_processes=1)}
     totals = {"_total_train_tokens": 1, "_total_loss_scalar": 0.0, "model": torch.nn.Linear(1, 1)}

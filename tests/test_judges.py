@@ -508,7 +508,7 @@ def test_the_help_imports_no_client():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
-    assert "--calibrate" in done.stdout and "TRACE_REASONING=data/mine python -m trainers.rcl" in done.stdout
+    assert "--calibrate" in done.stdout and "TRACE_REASONING=data/mine trace-bench train rcl" in done.stdout
 
 
 def test_a_dry_run_asks_nothing_and_needs_no_key(server, run, capsys, monkeypatch):

@@ -72,8 +72,8 @@ def _differ_by_order(one: Entry, two: Entry) -> bool:
 
 def _without_order(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a manifest says beside the order of the tasks and the seed; epochs are those of each task."""
-    config = {key: value for key, value in manifest["config"].items() if key not in ("tasks", "seed", "epochs")}
-    if epochs := manifest["config"].get("epochs"):
+    config = {key: value for key, value in manifest["config"].items() if key not in ("tasks", "seed")}
+    if isinstance(epochs := config.get("epochs"), list) and len(epochs) == len(manifest["tasks"]):
         config["epochs"] = dict(zip(manifest["tasks"], epochs, strict=True))
     return {**manifest, "tasks": sorted(manifest["tasks"]), "seed": None, "config": config}
 
