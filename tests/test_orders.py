@@ -47,15 +47,15 @@ def test_the_interval_over_orders_covers_what_it_says():
     assert 0.93 <= np.mean(covered) <= 0.99
 
 
-def trained(make, method, tasks, finals, **config):
+def trained(make, method, tasks, finals, *, first=0, stem=None, **config):
     """A run for each seed, whose final scores are these in percent, in this order of the tasks."""
     runs = []
-    for seed, final in enumerate(finals):
+    for seed, final in enumerate(finals, first):
         matrix = R.copy()
         matrix[[1, 2], [0, 1]], matrix[3] = 0.9, final / 100
         config |= {"tasks": tasks, "seed": seed}
-        name = f"{'turned' if tasks == TURNED else 'plain'}-{method}-seed{seed}"
-        runs.append(make(matrix, name=name, method=method, tasks=tasks, seed=seed, config=config))
+        name = f"{'plain' if tasks == TASKS else 'turned'}-{stem or method}-seed{seed}"
+        runs.append(make(matrix, name=name, method=method, tasks=tasks, seed=seed, config=dict(config)))
     return runs
 
 
@@ -97,20 +97,32 @@ def test_methods_in_several_orders_are_compared_in_each_and_over_all(make):
     assert ends == pytest.approx([low, high])
 
 
-def test_one_seed_in_each_order_and_orders_that_are_not_those_of_the_baseline(make):
+def test_one_seed_in_each_order_and_what_is_no_method_in_the_orders_of_the_baseline(make):
+    other = [TASKS[1], TASKS[0], TASKS[2]]
     runs = [
         *trained(make, "sequential", TASKS, [40]),
         *trained(make, "sequential", TURNED, [20]),
         *trained(make, "ewc", TASKS, [60]),
         *trained(make, "ewc", TURNED, [30]),
+        *trained(make, "ewc", TASKS, [50], stem="strong", ewc_lambda=9),
+        *trained(make, "ewc", TURNED, [50], stem="strong", ewc_lambda=9, first=5),  # whatever its seed
         *trained(make, "replay", TASKS, [60, 61]),
         *trained(make, "lwf", TASKS, [10], epochs=[1, 2, 3]),
         *trained(make, "lwf", TURNED, [10], epochs=[1, 2, 3]),
+        *trained(make, "freeze", TASKS, [70]),
+        *trained(make, "freeze", other, [70]),
+        *trained(make, "migu", TASKS, [70], test_rows=5),
+        *trained(make, "migu", TURNED, [70], test_rows=5),
     ]
     comparison = compare(runs)
-    right = ttest_1samp([20.0, 10.0], 0).confidence_interval()
-    rows = rows_of(table_of(comparison, "Difference over orders to `sequential`"))
-    assert list(rows) == ["ewc"] and rows["ewc"]["OP"] == f"+15.0 [{right[0]:.1f}, +{right[1]:.1f}]"
     # The epochs of lwf are not those of the same tasks: two settings, no method in two orders.
-    assert list(rows_of(table_of(comparison, "Over orders"))) == ["sequential", "ewc"]
-    assert not any("Over orders" in table.title for table in compare(runs[4:]).tables)
+    strong = "plain-strong-seed0 and its orders"
+    families = ["sequential", "plain-ewc-seed0 and its orders", strong, "freeze", "migu"]
+    assert list(rows_of(table_of(comparison, "Over orders"))) == families
+    # Neither other orders nor other test rows than those of the baseline.
+    rows = rows_of(table_of(comparison, "Difference over orders to `sequential`"))
+    assert list(rows) == families[1:3]
+    right = ttest_1samp([20.0, 10.0], 0).confidence_interval()
+    assert rows[families[1]]["OP"] == f"+15.0 [{right[0]:.1f}, +{right[1]:.1f}]"
+    assert rows[strong]["OP"] == "+20.0", "other seeds are not paired, and one in each order has no variance"
+    assert not any("Over orders" in table.title for table in compare(runs[6:8]).tables)

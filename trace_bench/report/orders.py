@@ -67,7 +67,7 @@ def families_of(lines: Iterable[Group]) -> list[Family]:
 
 
 def _differ_by_order(one: Entry, two: Entry) -> bool:
-    return len(one.run.tasks) > 1 and not differences(*(_without_order(e.run.manifest) for e in (one, two)))
+    return not differences(*(_without_order(e.run.manifest) for e in (one, two)))
 
 
 def _without_order(manifest: Mapping[str, Any]) -> dict[str, Any]:
