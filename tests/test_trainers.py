@@ -140,7 +140,7 @@ COSINE = {"lr_scheduler_type": "cosine_with_min_lr"}
         ({"accelerator_config": {"gradient_accumulation_kwargs": {"num_steps": 2}}}, "for the first stage alone"),
         ({"model_init_kwargs": {"attn_implementation": "eager"}}, "Use dtype and attn_implementation"),
         ({"completion_only_loss": False}, "the loss is that of answers alone"),
-        ({"push_to_hub": True}, "Upload them afterwards"),
+        ({"push_to_hub": True}, "Upload the checkpoints afterwards"),
         ({"train_sampling_strategy": "grouped"}, "use random or sequential or group_by_length"),
         ({"dtype": "half"}, "dtype='half' is not allowed: use auto or bfloat16"),
         ({"lora_alpha": 0}, "lora_alpha=0 is not allowed"),
