@@ -69,7 +69,7 @@ _REFUSED = {
     "enable_jit_checkpoint": "a stage that is stopped would count as trained. Use save_strategy: steps.",
     "ignore_data_skip": "a stage that goes on would see other rows. Leave it out.",
     "dataloader_in_order": "rows would come in the order in which workers happen to be done. Leave it out.",
-    "push_to_hub": "HF would upload the folder that a stage works in, not its checkpoint. Upload the checkpoints afterwards.",
+    "push_to_hub": "HF would upload the folder that a stage works in. Upload the checkpoints afterwards.",
 }
 if TYPE_CHECKING:
     Epochs = float
