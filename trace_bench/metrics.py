@@ -158,7 +158,7 @@ def bootstrap_interval(
     Raises:
         ValueError: if the groups differ in their columns.
     """
-    check_level(level)
+    _check_level(level)
     groups = [np.asarray(group, dtype=np.float64) for group in rows]
     if not groups:
         return np.nan, np.nan
@@ -243,7 +243,7 @@ def _by_kind(
 
     The latter is wider where at least half of a column is a `usual` value, from which the others are rare exceptions.
     """
-    check_level(level)
+    _check_level(level)
     low, high = _student(rows, level)
     for value in usual:
         other = rows != value
@@ -327,7 +327,7 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
     rows and 94 to 100 % with 200, where the bootstrap falls to 38 %: rows that are all the same have no spread. `n`
     counts all rows, those of 0 among them; counts that are not within it are a ValueError.
     """
-    check_level(level)
+    _check_level(level)
     if not (plus >= 0 and minus >= 0 and plus + minus <= n):
         raise ValueError(f"plus={plus} and minus={minus} of n={n}: use counts from 0 that are no more than n together.")
     if n == 0:
@@ -390,7 +390,7 @@ def holm(p: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.05)
 
 def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
     """Score interval of a proportion, `count` of `n` rows (Wilson 1927): sensible near 0 and 1 and for few rows."""
-    check_level(level)
+    _check_level(level)
     if not 0 <= count <= n:
         raise ValueError(f"count={count} of n={n}: use a count between 0 and n.")
     if n == 0:
@@ -402,7 +402,6 @@ def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, 
     return min(p, max(0.0, center - half)), max(p, min(1.0, center + half))
 
 
-def check_level(level: float) -> None:
-    """Refuses a level that is no probability."""
+def _check_level(level: float) -> None:
     if not 0 < level < 1:
         raise ValueError(f"level={level}: use a number between 0 and 1, such as 0.95.")
