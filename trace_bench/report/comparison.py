@@ -106,6 +106,7 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
     lines = seeds.lines_of(entries, groups)
     families = orders.families_of(lines)
     home = next(line for line in lines if against in line.entries)
+    over_orders = orders.differences_to(families, home)
     reference = home if home in groups else next(iter(groups), None)
     to_baseline, others = _over_seeds(groups, reference, families)
     marks = seeds.marks_of(to_baseline)
@@ -116,7 +117,7 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
     references = [dict(zip(of_paper.header, r, strict=True)) for r in of_paper.rows if "LLaMA-2-7B-Chat" in r]
     tables = [
         *_numbers_tables(entries, groups, references),
-        *orders.tables(families, home, _all_percent(entries)),
+        *orders.tables(families, home, over_orders, _all_percent(entries)),
         *_difference_tables(versus, against, reference, to_baseline, others, marks),
         *_finals_tables(entries, groups, columns, marks, reference),
         _spread_table(groups, columns),
@@ -129,7 +130,7 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
         numbers += _seed_lines(group, columns)
     for difference in (*to_baseline, *others):
         numbers += _difference_lines(difference)
-    numbers += orders.lines(families, home)
+    numbers += orders.lines(families, over_orders)
     return Comparison(
         entries,
         groups,
@@ -147,8 +148,10 @@ def _over_seeds(
     groups: list[Group], reference: Group | None, families: list[Family]
 ) -> tuple[list[SeedDifferences], list[SeedDifferences]]:
     """The differences of the seed means to the baseline, and between the others; not of two methods in two orders."""
-    others = [group for group in groups if reference and group is not reference]
-    held = {group.name: orders.held_against(group, reference, families) for group in others if reference}
+    if reference is None:
+        return [], []
+    others = [group for group in groups if group is not reference]
+    held = {group.name: orders.held_against(group, reference, families) for group in others}
     between = [
         SeedDifferences.between(a, b)
         for a, b in itertools.combinations(others, 2)
@@ -319,8 +322,8 @@ def _seed_lines(group: Group, columns: list[str]) -> list[dict[str, Any]]:
     statistics: dict[str, Callable[[list[float]], Any]] = {
         "mean": np.mean,
         "standard deviation": partial(np.std, ddof=1),
-        orders.ENDS[0]: lambda v: seed_interval(v)[0],
-        orders.ENDS[1]: lambda v: seed_interval(v)[1],
+        seeds.ENDS[0]: lambda v: seed_interval(v)[0],
+        seeds.ENDS[1]: lambda v: seed_interval(v)[1],
     }
     over = f"over {len(group.entries)} seeds"
     found = {f"{name} {over}": {k: of(v) for k, v in values.items()} for name, of in statistics.items()}
@@ -331,7 +334,7 @@ def _seed_lines(group: Group, columns: list[str]) -> list[dict[str, Any]]:
 def _difference_lines(difference: SeedDifferences) -> list[dict[str, Any]]:
     unit = difference.group.entries[0].unit
     factors = {name: unit(name).factor for name in SCORES}  # tasks are as they are shown already
-    texts = ("difference of seed means", *orders.ENDS)
+    texts = ("difference of seed means", *seeds.ENDS)
     return [
         {
             "run": f"{text}, {difference.both}",

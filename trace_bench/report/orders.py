@@ -16,13 +16,13 @@ from trace_bench.report.conditions import same_conditions
 from trace_bench.report.differences import defined, gain
 from trace_bench.report.entry import SCORES, Entry
 from trace_bench.report.results import UNKNOWN
-from trace_bench.report.seeds import Group, mean_and_deviation
+from trace_bench.report.seeds import ENDS, Group, mean_and_deviation
 from trace_bench.report.tables import Table
 
-#: The bounds of an estimate, in the CSV.
-ENDS = ("low end of the 95 % interval", "high end of the 95 % interval")
 #: An order of tasks.
 Order = tuple[str, ...]
+#: Families with their differences to that of the baseline: one of `SCORES` -> the difference.
+Differences = list[tuple["Family", dict[str, Estimate]]]
 
 
 @dataclass(frozen=True)
@@ -118,14 +118,14 @@ def difference(family: Family, other: Family) -> dict[str, Estimate]:
     return found
 
 
-def differences_to(families: Sequence[Family], baseline: Group) -> list[tuple[Family, dict[str, Estimate]]]:
+def differences_to(families: Sequence[Family], baseline: Group) -> Differences:
     """The families that have a `difference` to that of the baseline, each with it."""
     reference = of_method(families, baseline)
     found = [(family, difference(family, reference)) for family in families if reference and family is not reference]
     return [(family, estimates) for family, estimates in found if estimates]
 
 
-def tables(families: Sequence[Family], baseline: Group, in_percent: bool) -> list[Table]:
+def tables(families: Sequence[Family], baseline: Group, to_baseline: Differences, in_percent: bool) -> list[Table]:
     """The means over the orders, and the differences to the baseline's method."""
     rows = []
     for family in families:
@@ -136,7 +136,7 @@ def tables(families: Sequence[Family], baseline: Group, in_percent: bool) -> lis
     about = f"mean ± standard deviation over the orders of the tasks, of each the mean over its seeds; {unit}"
     means = Table(["run", "orders", "runs", *SCORES], rows, "Over orders", about)
     rows = []
-    for family, estimates in differences_to(families, baseline):
+    for family, estimates in to_baseline:
         texts = (family.first.unit(s).with_interval(estimates.get(s, UNKNOWN), sign=True) for s in SCORES)
         rows.append([family.name, *texts])
     title = f"Difference over orders to `{reference.name}`" if (reference := of_method(families, baseline)) else ""
@@ -145,7 +145,7 @@ def tables(families: Sequence[Family], baseline: Group, in_percent: bool) -> lis
     return [table.without_empty_columns() for table in found if table.rows]
 
 
-def lines(families: Sequence[Family], baseline: Group) -> list[dict[str, Any]]:
+def lines(families: Sequence[Family], to_baseline: Differences) -> list[dict[str, Any]]:
     """The same for the CSV."""
     found: list[dict[str, Any]] = []
     for family in families:
@@ -153,7 +153,7 @@ def lines(families: Sequence[Family], baseline: Group) -> list[dict[str, Any]]:
         found.append({"run": f"{family.name}: mean {over}", **{k: np.mean(v) for k, v in values.items()}})
         deviations = {k: np.std(v, ddof=1) for k, v in values.items()}
         found.append({"run": f"{family.name}: standard deviation {over}", **deviations})
-    for family, estimates in differences_to(families, baseline):
+    for family, estimates in to_baseline:
         for i, text in enumerate(("difference over orders", *ENDS)):
             numbers = {score: family.first.unit(score).factor * e[i] for score, e in estimates.items()}
             found.append({"run": f"{text}, {family.name} against the baseline", **numbers})

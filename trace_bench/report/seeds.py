@@ -24,6 +24,8 @@ from trace_bench.text import one_line
 
 #: (name of a group, one of `SCORES` or a task) -> 1 or -1, where the group is better or worse than the baseline's.
 Marks = dict[tuple[str, str], int]
+#: The bounds of an estimate, in the CSV.
+ENDS = ("low end of the 95 % interval", "high end of the 95 % interval")
 
 
 @dataclass(frozen=True)
