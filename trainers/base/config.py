@@ -317,14 +317,16 @@ class CLConfig(SFTConfig):
             raise ConfigError("completion_only_loss=false: the loss is that of answers alone. Leave it out.")
         if self.save_strategy == "best":
             raise ConfigError(f"save_strategy='best': {_NO_EVALUATION} Use no, steps or epoch.")
-        constant = next((k for k in ("constant", "constant_with_warmup") if self.lr_scheduler_type == k), None)
-        if self.warmup_steps and self.lr_scheduler_type == "constant":
+        schedule: Any = self.lr_scheduler_type
+        if self.warmup_steps and schedule == "constant":
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps}: HF's schedule constant has no warmup. Use lr_scheduler_type: "
                 "constant_with_warmup, or another one."
             )
-        if self.lr_scheduler_kwargs and constant:
-            raise ConfigError(f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {constant} has none. Leave it out.")
+        if self.lr_scheduler_kwargs and schedule in ("constant", "constant_with_warmup"):
+            raise ConfigError(
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {schedule.value} has none. Leave it out."
+            )
         accelerate: Any = self.accelerator_config
         if not accelerate.use_seedable_sampler:
             raise ConfigError(

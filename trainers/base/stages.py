@@ -47,7 +47,7 @@ from trainers.base.checkpoints import method_source, plain
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.options import check_model_args, check_optimizer
 from trainers.base.trainer import CLTrainer
-from trainers.base.tuned import read, tuned_settings, tuned_words
+from trainers.base.tuned import tuned_settings, tuned_words
 from trainers.base.writing import run_alone
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,6 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     for i, word in enumerate(argv[:-1], 1):
         if word == "--config":
             argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
-            read(argv[i])  # TRL's parser takes the last one of keys that are given twice
     if tuned := tuned_words(argv, method):
         _tell(f"{method} by the table of settings: {shlex.join(tuned)}")
     known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]

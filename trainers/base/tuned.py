@@ -19,12 +19,12 @@ def tuned_words(argv: list[str], method: str) -> list[str]:
     Put in front of the others they win over the config, and the command line wins over them.
 
     Raises:
-        ConfigError: if the table is no table.
+        ConfigError: if the table is no table, or the config cannot be read.
     """
-    name = _value(argv, "--tuned")
-    if name is None and (config := _value(argv, "--config")):
-        content = read(config)
-        name = content.get("tuned") if isinstance(content, dict) else None
+    name, config = _value(argv, "--tuned"), _value(argv, "--config")
+    content = _read(config) if config else None  # in any case: TRL's parser takes the last one of keys given twice
+    if name is None and isinstance(content, dict):
+        name = content.get("tuned")
     if name in (None, "none"):
         return []
     return [word for key, value in tuned_settings(str(name), method).items() for word in option_words(key, value)]
@@ -37,7 +37,7 @@ def tuned_settings(name: str, method: str) -> dict[str, Any]:
         ConfigError: if the table is no table.
     """
     file = packaged.find("table of settings", name, packaged.tuned())
-    table = read(str(file))
+    table = _read(str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ConfigError(f"{one_line(file)} is no table: use METHOD: {{OPTION: VALUE}} in YAML.")
     return table.get(method, {})
@@ -48,12 +48,7 @@ def _value(argv: list[str], option: str) -> str | None:
     return next((word for word, before in pairwise(reversed(argv)) if before == option), None)
 
 
-def read(file: str) -> Any:
-    """The content of a config or table.
-
-    Raises:
-        ConfigError: if it cannot be read.
-    """
+def _read(file: str) -> Any:
     try:
         return packaged.read_yaml(file)
     except (OSError, ValueError, yaml.YAMLError) as e:
