@@ -28,7 +28,7 @@ from judges.verdict import is_unclosed, verdict_of
 from trace_bench.engine import SPEED_ONLY_ARGS, prepare_vllm, starting_vllm
 from trace_bench.engine.models import load_tokenizer, pinned_revision, resolve_model
 from trace_bench.keys import refuse_secrets
-from trace_tasks.tokens import PromptError, rendered
+from trace_tasks.tokens import PromptError, rendered, unknown_variables
 
 #: Requests given to the engine in one go: when the program is killed no more than these are lost.
 CHUNK = 256
@@ -124,7 +124,7 @@ class LocalJudge(Judge):
         if self._tokenizer.chat_template is None:
             raise JudgeError(f"{self.model} has no chat template: use a model that was tuned for chat as the judge.")
         given, template = self.sampling.get("chat_template_kwargs", {}), self._tokenizer.get_chat_template()
-        if unknown := [n for n in given if n in _RENDERING or not re.search(rf"\b{re.escape(n)}\b", template)]:
+        if unknown := sorted({*unknown_variables(template, given), *(_RENDERING & given.keys())}):
             raise JudgeError(
                 f"--sampling chat_template_kwargs: {', '.join(unknown)}: the chat template of {self.model} has no such "
                 "argument. Leave it out."

@@ -97,6 +97,7 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
             "add_generation_prompt is no variable of a template",
         ),
         ({"chat_template_args": "thinking"}, "chat_template_args='thinking' is not allowed: use a mapping"),
+        ({"chat_template_args": {"thinking": False}}, "the chat template has no variable thinking, so nothing would"),
         ({"max_prompt_length": 20}, r"takes \d+ tokens by itself and max_prompt_length is 20: raise it"),
     ],
 )
@@ -172,9 +173,37 @@ def test_a_template_that_refuses_the_turns_says_so(chat):
     chat.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(PromptError, match=r"turns system, user: System role not supported\..*`description`"):
         chat([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
-    chat.tokenizer.chat_template = None
-    with pytest.raises(PromptError, match="has none"):
+    with pytest.raises(PromptError, match=r"turns user: System role not supported\. Give the tokenizer's files"):
         Chat(chat.tokenizer)
+
+
+#: As MiniMax's and SmolVLM's, which look for parts: of a text the one finds none.
+PARTS = "{% for m in messages %}{{ m['content'][0]['text'] + '!' }}{% endfor %}"
+IMAGES = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}Answer:"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "the tokenizer has none"),
+        ("", "the tokenizer has none"),
+        (PARTS, r"turns user: 'str object' has no attribute 'text'\. Give the tokenizer's files a template"),
+        (IMAGES, "leaves out what is asked, as one for images does"),
+        ({"rag": SWITCH, "chat": SWITCH}, r"none is the default: chat, rag\..*'{\"chat_template\": \"chat\"}'"),
+    ],
+)
+def test_a_template_that_does_not_show_what_is_asked_is_refused(template, message, chat):
+    chat.tokenizer.chat_template = template
+    with pytest.raises(PromptError, match=message):
+        Chat(chat.tokenizer)
+
+
+def test_of_several_templates_the_named_one_is_used(chat):
+    turns = [{"role": "user", "content": "a question"}]
+    wanted, chat.tokenizer.chat_template = chat(turns), {"default": "{{ messages }}", "chat": SWITCH}
+    assert Chat(chat.tokenizer, {"chat_template": "chat", **OFF}, "2020-01-02")(turns) == wanted
+    with pytest.raises(PromptError, match="no variable enable_thinking"):
+        Chat(chat.tokenizer, OFF)
 
 
 @pytest.mark.timeout(60)

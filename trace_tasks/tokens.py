@@ -11,7 +11,9 @@ official code does. vLLM by itself decodes behind the prompt, which gives Senten
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from trace_tasks.errors import TraceError
@@ -61,11 +63,23 @@ def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **argume
         raise PromptError(f"The model's chat template cannot be used: {e} to render a chat.") from None
     except Exception as e:  # jinja2's own errors, and whatever an expression in a template may raise
         roles = ", ".join(turn["role"] for turn in turns)
-        raise PromptError(f"The model's chat template does not take the turns {roles}: {e}. {fix}") from e
+        raise PromptError(
+            f"The model's chat template does not take the turns {roles}: {str(e).rstrip('.')}. {fix}"
+        ) from e
     asked = sum(len(turn["content"]) for turn in turns)
     if len(text) > 10 * asked + MOST_ADDED:
         raise PromptError(f"The model's chat template cannot be used: it makes {len(text)} characters of {asked}.")
     return text
+
+
+def unknown_variables(template: str, names: Iterable[str]) -> list[str]:
+    """Those names that do not stand in a template, and so would change nothing."""
+    return sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", template))
+
+
+#: What is rendered to see whether it is there.
+_PROBE = "What is asked here"
+_NO_TEMPLATE = "Give the tokenizer's files a template that takes it, or leave chat_template out."
 
 
 class Chat:
@@ -78,11 +92,11 @@ class Chat:
             None = today.
 
     Raises:
-        PromptError: if there is no template, or an argument is not one of a template.
+        PromptError: if there is no template, an argument is not one of it, or it leaves out what is asked.
     """
 
     def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
-        if tokenizer.chat_template is None:
+        if not tokenizer.chat_template:
             raise PromptError(
                 "chat_template is set, but the tokenizer has none. Take a model that was tuned for chat, or leave "
                 "chat_template out."
@@ -93,9 +107,32 @@ class Chat:
                 f"chat_template_args: {taken[0]} is no variable of a template but says how it is used, which is the "
                 "same in training and evaluation. Leave it out."
             )
+        self._check_variables()
         self.day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
         #: What each rendered text was made from: a prompt that is too long is rendered again with less content.
         self._made: dict[str, tuple[list[dict[str, str]], bool]] = {}
+        if _PROBE not in self._render([{"role": "user", "content": _PROBE}], True):
+            raise PromptError(
+                f"The model's chat template leaves out what is asked, as one for images does that reads no plain text. "
+                f"{_NO_TEMPLATE}"
+            )
+
+    def _check_variables(self) -> None:
+        try:
+            template = self.tokenizer.get_chat_template(
+                self.arguments.get("chat_template"), self.arguments.get("tools")
+            )
+        except ValueError:
+            names = sorted(self.tokenizer.chat_template)
+            raise PromptError(
+                f"The tokenizer has several chat templates and none is the default: {', '.join(names)}. Name one, such "
+                f"as chat_template_args '{json.dumps({'chat_template': names[0]})}'."
+            ) from None
+        if unknown := unknown_variables(template, self.arguments.keys() - {"chat_template"}):
+            raise PromptError(
+                f"chat_template_args: the chat template has no variable {', '.join(unknown)}, so nothing would change. "
+                "Leave it out, or give it the name that it has in the template."
+            )
 
     def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat; without `add_generation_prompt` it ends within the last message, to be continued."""
@@ -108,15 +145,18 @@ class Chat:
         return text in self._made
 
     def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        return rendered(
-            self.tokenizer,
-            turns,
-            "A task's `description` becomes a system turn: put it into doc_to_text where the template has none; or "
-            "leave chat_template out.",
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            **{"strftime_now": self.day.strftime, **self.arguments},
-        )
+        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        return self._rendered(turns, **options)
+
+    def _rendered(self, turns: list[dict[str, str]], **options: bool) -> str:
+        fix = _NO_TEMPLATE
+        if turns[0]["role"] == "system":
+            fix = (
+                "A task's `description` becomes a system turn: put it into doc_to_text where the template has none; or "
+                "leave chat_template out."
+            )
+        arguments = {"strftime_now": self.day.strftime, **self.arguments}
+        return rendered(self.tokenizer, turns, fix, **options, **arguments)
 
     def cut_ids(self, text: str, limit: int) -> list[int]:
         """At most `limit` token ids of a text from `__call__`, with some of the chat's content left out where needed.

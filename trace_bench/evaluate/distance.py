@@ -43,7 +43,7 @@ def lacks_base(run: Run, extra: Mapping[str, Any] | None) -> bool:
 def settings_of(config: Mapping[str, Any], matrix: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
     """What distances depend on. Neutral questions are put into the chat template if there is one."""
     trusted = matrix["engine"].get("trust_remote_code", False)
-    chat = models.load_tokenizer(**base, trust_remote_code=trusted).chat_template is not None
+    chat = bool(models.load_tokenizer(**base, trust_remote_code=trusted).chat_template)
     arguments = config.get("chat_template_args") if chat else None
     return {
         **{key: matrix[key] for key in ("backend", "engine", "max_prompt_length", "chat_template")},

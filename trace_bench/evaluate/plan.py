@@ -219,7 +219,7 @@ def _settings_of_judged(
         return {}
     checks.locate_data(run, data_path)  # demo data has its own prompts
     trusted = matrix["engine"].get("trust_remote_code", False)
-    chat = models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template is not None
+    chat = bool(models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template)
     arguments = config.get("chat_template_args") if chat else None
     shared = {
         **{name: matrix[name] for name in ("backend", "engine")},
