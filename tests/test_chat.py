@@ -206,6 +206,22 @@ def test_of_several_templates_the_named_one_is_used(chat):
         Chat(chat.tokenizer, OFF)
 
 
+@pytest.mark.parametrize(
+    "behind, end", [("</s>\n", "</s>"), (" <|end|>\n</s>", "<|end|>"), ("<|end|>er", "<|end|>er"), ("\n\n", None)]
+)
+def test_the_end_of_an_answer_is_the_token_behind_it(behind, end):
+    tokenizer = pieces_tokenizer(additional_special_tokens=["<|end|>", "<|end|>er"])
+    tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}" + behind + "{% endfor %}"
+    assert Chat(tokenizer).end == end
+
+
+def test_special_tokens_in_a_content_that_is_cut_count_as_they_are_written(chat):
+    """Py150's "<s>" is one of LLaMA's."""
+    text = chat([{"role": "user", "content": "<s> = 1 </s> " * 40 + "end"}])
+    (ids,) = prompt_ids(chat.tokenizer, [text], None, chat)
+    assert len(prompt_ids(chat.tokenizer, [text], len(ids) - 100, chat)[0]) > len(ids) - 110
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "template",

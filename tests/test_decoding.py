@@ -32,6 +32,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
+from trace_bench.engine import open_engine
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.live import LiveHF
 from trace_bench.engine.models import ModelError, load_tokenizer
@@ -119,6 +120,17 @@ def test_an_answer_ends_at_the_tokenizers_eos_and_at_the_models(answers_of, seve
     base = make_writer(tmp_path / "base", chatty, ENDS, eos_token_id=[other, end] if several else end)
     assert texts(answers_of(base, [None], ROWS, [], LENGTH)) == [ANSWERS]
     assert texts(answers_of(base, [None], ROWS[:1], [], LENGTH)) == [ANSWERS[:1]], "alone as in a batch"
+
+
+def test_an_answer_in_a_chat_ends_where_the_template_ends_it(chatty, tmp_path):
+    """Of Qwen's base models neither tokenizer nor model calls that token EOS; TRL trains it."""
+    chatty.chat_template = (
+        "{% for m in messages %}In: {{ m['content'] }}{% if m['role'] != 'user' %} <|im_end|>\n{% endif %}{% endfor %}"
+    )
+    lm = open_engine("hf", str(make_writer(tmp_path / "base", chatty, ENDS)), engine_args={"dtype": "float32"})
+    chat = lm.apply_chat_template([{"role": "user", "content": "Count y"}])
+    asked = [lm._wanted(text, {"max_gen_toks": 6}) for text in (chat, "Count y")]
+    assert lm.answers(asked) == ["678", "67899"], "a text without the template is no turn"
 
 
 @backends

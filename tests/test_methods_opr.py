@@ -266,6 +266,7 @@ def test_prompts_are_asked_as_they_are_trained(chat, options, said):
     rows = trainer.task_dataset(TASKS[0]).to_list()
     prompts = [[t for t, label in zip(*row.values(), strict=True) if label == -100] for row in rows]
     assert orders[0]["jobs"][0]["prompts"] == prompts and max(map(len, prompts)) == 96
+    assert ("</s>" in orders[0]["jobs"][0]["stops"]) == chat, "where the template ends a turn"
     shutil.rmtree(options["output_dir"])
     rows_of(rewrite.RewriteTrainer, rewrite.RewriteConfig, options)
     for ids in orders[1]["jobs"][0]["prompts"]:

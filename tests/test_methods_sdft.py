@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 
 from trace_bench.run import read_json
+from trace_tasks.tokens import Chat
 from trainers.base import divergences, sampled
 from trainers.base.sampling import Drawn
 from trainers.sdft import SHOWN, TEMPLATE
@@ -54,13 +55,15 @@ def test_what_a_prompt_draws_depends_on_its_seed_and_the_weights_alone(checkpoin
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_teacher_is_shown_the_prompt_and_the_gold_answer_of_each_row(chat, options):
+def test_the_teacher_is_shown_the_prompt_and_the_gold_answer_of_each_row(chat, options, monkeypatch):
+    monkeypatch.setattr(Chat, "end", "<unk>")
     trainer, config = method("sdft")
     seen = []
 
     class Spy(trainer):
         def begin_stage(self):
             super().begin_stage()
+            assert (self.tokenizer.unk_token_id in self.ends) == chat, "a student's turn ends as the template ends it"
             for row in self.train_dataset.to_list() if self.stage.index == 2 else ():
                 prompt = [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
                 gold = [label for label in row["labels"] if label != -100]

@@ -14,6 +14,7 @@ import datetime
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 from trace_tasks.errors import TraceError
@@ -77,8 +78,8 @@ def unknown_variables(template: str, names: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", template))
 
 
-#: What is rendered to see whether it is there.
-_PROBE = "What is asked here"
+#: What is rendered to see whether it is there, and where an answer ends.
+_PROBE, _ANSWER = "What is asked here", "This is answered"
 _NO_TEMPLATE = "Give the tokenizer's files a template that takes it, or leave chat_template out."
 
 
@@ -134,6 +135,18 @@ class Chat:
                 "Leave it out, or give it the name that it has in the template."
             )
 
+    @cached_property
+    def end(self) -> str | None:
+        """The token with which the template ends an answer, which need not be EOS; None if it writes none."""
+        turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = self._rendered(turns, add_generation_prompt=False)
+        except PromptError:
+            return None
+        behind = text.rpartition(_ANSWER)[2].lstrip()
+        tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
+        return max((token for token in tokens if token and behind.startswith(token)), key=len, default=None)
+
     def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat; without `add_generation_prompt` it ends within the last message, to be continued."""
         turns = [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -182,8 +195,8 @@ class Chat:
         (words,) = _encoded(self.tokenizer, [content])
         keep = len(words) - (len(ids) - limit)
         while keep > 0:
-            # Decoding half of a character's bytes gives a mark in its place.
-            end = text_of(self.tokenizer, words[len(words) - keep :]).lstrip("\ufffd")
+            # Decoding half of a character's bytes gives a mark in its place; Py150's "<s>" may be a special token.
+            end = self.tokenizer.decode(words[len(words) - keep :], clean_up_tokenization_spaces=False).lstrip("\ufffd")
             cut = list(turns)
             # A normaliser may have made it longer than it was.
             cut[index] = {**turns[index], "content": content[max(len(content) - len(end), 0) :]}

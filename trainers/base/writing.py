@@ -123,12 +123,14 @@ def _job(trainer: Any, task: str, texts: Sequence[str], how: dict[str, Any], lim
     context = next((engine[name] for name in ENGINE_CONTEXT if engine.get(name)), None)
     if limit is not None and context:  # as the evaluation cuts prompts
         limit = min(limit, max(context - most, 1))
+    chat = trainer.chat
+    end = [chat.end] if chat is not None and chat.end and any(text in chat for text in texts) else []
     return {
-        "stops": [stop for stop in kwargs.get("until") or [] if stop],
         "most": most,
         "seed": config.seed,
-        "prompts": prompt_ids(trainer.tokenizer, texts, limit, trainer.chat),
+        "prompts": prompt_ids(trainer.tokenizer, texts, limit, chat),
         **how,
+        "stops": [*how.get("stops", [stop for stop in kwargs.get("until") or [] if stop]), *end],
     }
 
 
