@@ -87,6 +87,12 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
     assert settings["chat_template"] is True and settings["chat_template_args"] == OFF
     assert "chat_template_args" not in read_json(run.stages[0].eval_file("trace_fomc"))["settings"]
 
+    run.manifest["config"].update(chat_template_args={"thinking": False})
+    run.stages[0].eval_file("instruct_lima").unlink()
+    monkeypatch.setattr("trace_bench.engine.open_engine", lambda *a, **k: pytest.fail("an engine was started"))
+    with pytest.raises(PromptError, match="no variable thinking"):
+        evaluate.evaluate(run, stages=[0], extra=extra)
+
 
 @pytest.mark.parametrize(
     "wrong, message",
@@ -98,6 +104,10 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
         ),
         ({"chat_template_args": "thinking"}, "chat_template_args='thinking' is not allowed: use a mapping"),
         ({"chat_template_args": {"thinking": False}}, "the chat template has no variable thinking, so nothing would"),
+        (
+            {"chat_template": False, "judged": ["instruct_lima"], "chat_template_args": {"thinking": False}},
+            "the chat template has no variable thinking",
+        ),
         ({"max_prompt_length": 20}, r"takes \d+ tokens by itself and max_prompt_length is 20: raise it"),
     ],
 )

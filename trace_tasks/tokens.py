@@ -80,7 +80,10 @@ def unknown_variables(template: str, names: Iterable[str]) -> list[str]:
 
 #: What is rendered to see whether it is there, and where an answer ends.
 _PROBE, _ANSWER = "What is asked here", "This is answered"
-_NO_TEMPLATE = "Give the tokenizer's files a template that takes it, or leave chat_template out."
+_NO_TEMPLATE = (
+    "Give the tokenizer's files a template that takes it, or leave out what is asked in it (chat_template, judged, "
+    "distance)."
+)
 
 
 class Chat:

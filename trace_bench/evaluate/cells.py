@@ -48,7 +48,7 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
             checkpoints=checkpoints,
             forced=any(plan.distances.values()),
         )
-    if any(plan.settings[name].get("chat_template") for name in plan.missing):
+    if plan.in_chat:
         lm.chat = plan.chat(lm.tokenizer)
     check_context(plan, tasks, lm.max_length)
     limit = plan.matrix["max_prompt_length"]

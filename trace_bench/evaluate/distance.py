@@ -131,7 +131,6 @@ def _prompts(plan: Any, lm: Any, base: Stage, name: str) -> dict[Any, list[int]]
     if name == NEUTRAL:
         questions = _QUESTIONS.read_text(encoding="utf-8").splitlines()
         if plan.distance["neutral_chat_template"]:
-            lm.chat = lm.chat or plan.chat(lm.tokenizer)
             questions = [lm.chat([{"role": "user", "content": question}]) for question in questions]
         return dict(enumerate(prompt_ids(lm.tokenizer, questions, limit, lm.chat)))
     limit = min(limit, plan.matrix["max_prompt_length"] or limit)

@@ -81,6 +81,12 @@ class Plan:
         return list(dict.fromkeys(name for part in (self.todo, self.fill) for names in part.values() for name in names))
 
     @property
+    def in_chat(self) -> bool:
+        """Whether something is asked in the chat template: tasks, sets to be judged or neutral questions."""
+        neutral = bool(self.distances) and self.distance["neutral_chat_template"]
+        return neutral or any(self.settings[name].get("chat_template") for name in self.missing)
+
+    @property
     def max_answer(self) -> int | None:
         """The most tokens of a reference answer, as the run trains them."""
         return self.config.get("max_answer_length")

@@ -45,9 +45,10 @@ def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
     trusted = plan.engine_args.get("trust_remote_code", False)
     owners = {name: task_of(name, settings) for name, settings in plan.settings.items() if name not in SUITES}
     single, definitions = checks.verify(plan.run, plan.stages, data_path, list(dict.fromkeys(owners.values())))
-    if plan.matrix["chat_template"]:
-        tokenizer = models.load_tokenizer(**base_of(plan.run), trust_remote_code=trusted)
-        check_room(plan.chat(tokenizer), plan.matrix["max_prompt_length"])
+    if plan.in_chat:
+        chat = plan.chat(models.load_tokenizer(**base_of(plan.run), trust_remote_code=trusted))
+        if plan.matrix["chat_template"]:
+            check_room(chat, plan.matrix["max_prompt_length"])
     check_checkpoints(plan.run, plan.stages, plan.backend, trusted)
     warn_of_tokenizers(plan.run, plan.stages, trusted)
     defined = {name: checks.digest(definitions[task]) for name, task in owners.items()}

@@ -254,10 +254,14 @@ def _pinned(model_args: ModelConfig, base: str, revision: str) -> ModelConfig:
 def _make_rows(config: CLConfig, model: Any, tasks: dict[str, Any], tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
     """The training rows of all tasks, before the first one is trained: a bad one of the last task would cost days."""
     chat = None
-    if config.chat_template:
+    # Sets to be judged and neutral questions are asked in a template, too.
+    if config.chat_template or (tokenizer.chat_template and (config.judged or config.distance)):
         assert not isinstance(config.chat_template_args, str)
-        chat = Chat(tokenizer, config.chat_template_args)
-        check_room(chat, config.max_prompt_length)
+        made = Chat(
+            tokenizer, config.chat_template_args
+        )
+        if config.chat_template:
+            check_room(chat := made, config.max_prompt_length)
     rows = {name: training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
     preflight.check_rows(config, model, tokenizer, rows, chat)
     return rows if chat is None else {}  # a stage makes them with the date of the run, which may be an older one
