@@ -257,9 +257,7 @@ def _make_rows(config: CLConfig, model: Any, tasks: dict[str, Any], tokenizer: A
     # Sets to be judged and neutral questions are asked in a template, too.
     if config.chat_template or (tokenizer.chat_template and (config.judged or config.distance)):
         assert not isinstance(config.chat_template_args, str)
-        made = Chat(
-            tokenizer, config.chat_template_args
-        )
+        made = Chat(tokenizer, config.chat_template_args)
         if config.chat_template:
             check_room(chat := made, config.max_prompt_length)
     rows = {name: training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
