@@ -15,7 +15,7 @@ import yaml
 
 from judges import judging, prompts
 from judges.judge import Judge
-from judges.replies import Reply, Request
+from judges.replies import Reply, Request, models_of
 from judges.verdict import ends, verdict_of
 from trace_bench import judgements
 from trace_bench.judgements import INSTRUCTION, SAFETY, Kind
@@ -84,7 +84,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
     """Asks a judge about the planted pairs.
 
     Returns:
-        "settings" of the judge, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), "cut"
+        "settings" of the judge, "models" that answered, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), "cut"
         and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of
         pairs: the good answer wins in both orders, an identical one ties in both; what is unparsable or forced is not
         right; both None where every request failed), `unparsed`, `failed` requests, and of pairs `disagreement_rate`
@@ -128,6 +128,7 @@ def calibrate(judge: Judge) -> dict[str, Any]:
     return {
         "settings": judging.settings(judge),
         "endpoint": judge.endpoint,
+        "models": models_of(answers),
         "requests": len(answers),
         "forced": sum(reply.forced for reply in answers),
         **ends(answers),

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from judges import JudgeError
-from judges.replies import MOST_COUNT, Cache, Reply, Request, request_key
+from judges.replies import MOST_COUNT, Cache, Reply, Request, models_of, request_key
 from trace_bench.keys import refuse_secrets
+from trace_bench.text import printable
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,14 @@ class Judge:
         for key in todo.keys() - errors.keys():
             self.usage.prompt_tokens += self.cache[key].prompt_tokens
             self.usage.completion_tokens += self.cache[key].completion_tokens
-        return [Reply("", error=errors[key]) if key in errors else self.cache[key] for key, _ in keyed]
+        replies = [Reply("", error=errors[key]) if key in errors else self.cache[key] for key, _ in keyed]
+        if len(models := models_of(replies)) > 1:
+            log.warning(
+                "%s answered as several models (%s): what they say is not of one judge. Give --model the exact name.",
+                self.model,
+                ", ".join(f"{printable(name)} {times} times" for name, times in models.items()),
+            )
+        return replies
 
     def all_failed(self, errors: dict[str, str]) -> JudgeError:
         """The error of a program that got no reply at all (key -> error, the first one first): it has no results."""

@@ -17,7 +17,7 @@ from typing import Any
 from judges import prompts
 from judges.broken import why_broken
 from judges.judge import Judge
-from judges.replies import Reply, Request
+from judges.replies import Reply, Request, models_of
 from judges.verdict import ends, verdict_of, why_unscored
 from trace_bench import judgements
 from trace_bench.judgements import BROKEN, KINDS, Kind, judge_file, sample_fingerprints, suites_of
@@ -285,6 +285,7 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
             "stage": job.stage.name,
             "settings": settings(judge),
             "endpoint": judge.endpoint,
+            "models": models_of(flat),  # that answered, as the endpoint calls them
             "limit": limit,
             "samples": job.samples,
             "unpaired": job.unpaired,

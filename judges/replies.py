@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ class Reply:
     completion_tokens: Count = 0
     forced: bool = False
     """Whether the model gave no verdict by itself and had to choose one (`judges.local`)."""
+    model: str = ""
+    """The model that the endpoint says it was: an alias such as gpt-4o stands for one today and another one later."""
     error: str | None = None
     """Why there is no answer after all tries; None if there is one. Such a reply is in no cache."""
 
@@ -179,6 +182,7 @@ def read_reply(body: Any) -> Reply:
         finish_reason=reason or None,
         prompt_tokens=count(usage.get("prompt_tokens")),
         completion_tokens=count(usage.get("completion_tokens")),
+        model=_text(body.get("model"))[:200],
     )
     if not (text or thinking or reply.refusal or reply.cut or reply.completion_tokens or message.get("tool_calls")):
         raise ValueError("an empty reply of no tokens")
@@ -197,6 +201,11 @@ def _content(message: Request, kind: str) -> Any:
 def _text(value: Any) -> str:
     """A text that a file can hold, since JSON can hold half a character; empty for anything but a text."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
+
+
+def models_of(replies: Iterable[Reply]) -> dict[str, int]:
+    """Model that answered, as the endpoint calls it -> number of replies; those of which it told none are left out."""
+    return dict(sorted(Counter(reply.model for reply in replies if reply.model).items()))
 
 
 def count(value: Any) -> int:

@@ -122,6 +122,7 @@ class Server:
         self.written, self.closed = 0, False
         self.said = dict(SAID)
         self.usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
+        self.model = "fake"  # as replies call it
         self.at_once = self.most_at_once = 0
         self.files, self.batches = {}, {}
         self.upload_fault = None  # in `said`
@@ -155,7 +156,7 @@ class Server:
         message = ({"content": answer} if isinstance(answer, str) else answer) | message
         choice = {"index": 0, "finish_reason": message.pop("finish_reason", "stop")}
         choice["message"] = {"role": "assistant", **message}
-        return {"id": "c", "object": "chat.completion", "model": "fake", "choices": [choice], "usage": self.usage}
+        return {"id": "c", "object": "chat.completion", "model": self.model, "choices": [choice], "usage": self.usage}
 
     def chat(self, handler, body):
         text = body["messages"][-1]["content"]

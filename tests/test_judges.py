@@ -363,6 +363,23 @@ def test_what_is_done_is_not_asked_again_and_new_answers_are(server, run, capsys
     assert [index for index, suite in judgements.load(run, INSTRUCTION) if suite == LIMA] == [0, 2]
 
 
+def test_an_alias_that_stands_for_another_model_later_is_another_judge(server, run, caplog, monkeypatch):
+    plant(monkeypatch, 2)
+    server.model = "fake-march"
+    main([str(a) for a in (*of(server, run), "--calibrate")])
+    command(server, run, "--stages", "1", "--suites", LIMA)
+    assert result(run, 1)["models"] == {"fake-march": 16} and "several models" not in caplog.text
+    text = section(run, "Instruction following")
+    assert "the endpoint says that `fake-march` answered" in text and "right on planted answers" in text
+    server.model = "fake-june"
+    write_samples(run.stages[1], LIMA, [*MINE[:-1], "an answer that is new"])
+    command(server, run, "--stages", "1", "--suites", LIMA)
+    assert result(run, 1)["models"] == {"fake-june": 3, "fake-march": 13}
+    assert "fake/judge answered as several models (fake-june 3 times, fake-march 13 times)" in caplog.text
+    text = section(run, "Instruction following")
+    assert "**Several models answered** as `fake/judge`: fake-june, fake-march" in text and "not calibrated" in text
+
+
 def test_a_limit_is_on_record_and_more_can_be_judged_later(server, run):
     for stage in run.stages:
         file = stage.samples_file(LIMA)

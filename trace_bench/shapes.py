@@ -173,6 +173,7 @@ JudgedSet = _object(
     (_JudgeSettings, "settings"),
     (Count | None, "limit"),
     (dict[str, Text], "samples"),
+    (dict[str, Count], "models"),
     (Count, "unpaired failed forced cut unclosed requests prompt_tokens completion_tokens"),
     (_Direct, "direct"),
     (_Pairs, "pairs"),
@@ -188,7 +189,11 @@ Verdict = _object(
     (list[Text], "broken"),
 )
 #: calibration-JUDGE.json beside the runs: how often a judge was right on answers of each kind
-Calibration = _object((_JudgeSettings, "settings!"), (_map(_object((Number | None, "accuracy!"))), "kinds!"))
+Calibration = _object(
+    (_JudgeSettings, "settings!"),
+    (dict[str, Count], "models"),
+    (_map(_object((Number | None, "accuracy!"))), "kinds!"),
+)
 #: judge-cache.batches.json: batches of requests that were submitted and not fetched yet
 Batches = _object((_list(_object((Text, "id!"), (str, "endpoint! tag!"), (list[str], "keys!"))), "batches!"))
 #: annotation.json of a teacher's folder

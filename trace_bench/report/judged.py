@@ -96,8 +96,13 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
     judges = list({json.dumps(n["settings"], sort_keys=True): n["settings"] for n in found.values()}.values())
     for judge in judges:
         how = f"`{json.dumps(judge['sampling'])}`, prompts version {judge['prompts']}"
-        yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge)}"
         its = [n for n in found.values() if n["settings"] == judge]
+        models = sorted({model for n in its for model in n.get("models", ())})
+        yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge, models)}"
+        if len(models) > 1:
+            yield f"- **Several models answered** as `{judge['judge']}`: {', '.join(models)}; that is not one judge"
+        elif models not in ([], [judge["judge"]]):
+            yield f"- the endpoint says that `{models[0]}` answered"
         counts = {name: sum(n.get(name, 0) for n in its) for name in ("cut", "unclosed")}  # older results lack them
         for sentence in judgements.ends_in_words(counts, sum(n["requests"] for n in its), judge["sampling"]):
             yield f"- {sentence}"
@@ -118,11 +123,13 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
         yield f"- {unpaired} rows had no partner at the base model and were left out"
 
 
-def _calibration(run: Run, kind: Kind, judge: dict[str, Any]) -> str:
-    """How often the judge was right where that is known, if it was calibrated with the same settings."""
+def _calibration(run: Run, kind: Kind, judge: dict[str, Any], models: list[str]) -> str:
+    """How often the judge was right where that is known, if it was calibrated with the same settings and as `models`."""
     # Next to the run, or above it where a study keeps its runs together.
     files = [judgements.calibration_file(folder, judge["judge"]) for folder in run.path.absolute().parents[:2]]
     found = [calibration for file in files if file.exists() and (calibration := read_json(file))["settings"] == judge]
+    # Older results name no models.
+    found = [c for c in found if not models or not c.get("models") or {*models} <= {*c["models"]}]
     if not found:
         return f"not calibrated: `trace-bench judge {word(run.path)} --calibrate --model {word(judge['judge'])}`"
     return "right on planted answers, percent: " + ", ".join(
