@@ -91,6 +91,8 @@ class Bounded(httpx.AsyncClient):
         headers = {"Content-Type": "application/json"}
         if not 300 <= response.status_code < 400:
             headers |= {name: response.headers[name] for name in _OF_RETRIES if name in response.headers}
+        if response.status_code == 429 and b"insufficient_quota" in content:  # waiting pays no bill
+            headers["x-should-retry"] = "false"
         wait = _seconds(headers.get("retry-after"))
         if chat and wait > PACKAGE_WAIT and tries <= MAX_RETRIES:
             if wait > LONGEST_WAIT:

@@ -84,11 +84,11 @@ def calibrate(judge: Judge) -> dict[str, Any]:
     """Asks a judge about the planted pairs.
 
     Returns:
-        "settings" of the judge, "models" that answered, "forced" = of how many of its "requests" the verdict was forced (`judges.local`), "cut"
-        and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its Wilson `interval` (of
-        pairs: the good answer wins in both orders, an identical one ties in both; what is unparsable or forced is not
-        right; both None where every request failed), `unparsed`, `failed` requests, and of pairs `disagreement_rate`
-        and `first_position_rate`.
+        "settings" of the judge, "models" that answered, "forced" = of how many of its "requests" the verdict was forced
+        (`judges.local`), "cut" and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its
+        Wilson `interval` (of pairs: the good answer wins in both orders, an identical one ties in both; what is
+        unparsable or forced is not right; both None where every request failed), `unparsed`, `failed` requests, and of
+        pairs `disagreement_rate` and `first_position_rate`.
 
     Raises:
         JudgeError: if the judge cannot be asked.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from judges import JudgeError
-from judges.replies import MOST_COUNT, Cache, Reply, Request, models_of, request_key
+from judges.replies import DECLINED, MOST_COUNT, Cache, Reply, Request, models_of, request_key
 from trace_bench.keys import refuse_secrets
 from trace_bench.text import printable
 
@@ -36,6 +36,8 @@ class Usage:
     failed: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    uncounted: int = 0
+    """Replies from now of which the endpoint told no tokens."""
 
     @property
     def succeeded(self) -> int:
@@ -140,6 +142,7 @@ class Judge:
         for key in todo.keys() - errors.keys():
             self.usage.prompt_tokens += self.cache[key].prompt_tokens
             self.usage.completion_tokens += self.cache[key].completion_tokens
+            self.usage.uncounted += self.cache[key] != DECLINED and not self.cache[key].prompt_tokens
         replies = [Reply("", error=errors[key]) if key in errors else self.cache[key] for key, _ in keyed]
         if len(models := models_of(replies)) > 1:
             log.warning(

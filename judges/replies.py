@@ -67,9 +67,10 @@ class Reply:
         return self.finish_reason in _CUT
 
 
-#: What the endpoint's own filter declined: a refusal, since it would decline again. And the codes of its error.
+#: What the endpoint's own filter declined: a refusal, since it would decline again. And the codes of its error; the
+#: last one is that of OpenAI's models that reason.
 DECLINED = Reply("", refusal=True, finish_reason="content_filter")
-DECLINES = ("content_filter", "content_policy_violation")
+DECLINES = ("content_filter", "content_policy_violation", "invalid_prompt")
 
 
 class _Line(TypedDict):

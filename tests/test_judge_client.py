@@ -155,12 +155,18 @@ def test_retry_after_is_waited_for_by_the_package_or_by_us_if_it_is_none_too_lon
 
 
 def test_what_fails_for_good_is_an_error_and_asked_again_next_time_and_a_refusal_is_a_reply(server, make, caplog):
-    judge, asked = make(), ask("a", "FAULT:refusal", "FAULT:filter", "FAULT:garbled*4", "FAULT:long*1")
-    fine, refused, filtered, garbled, long = judge.complete(asked)
+    judge = make()
+    asked = ask("a", "FAULT:refusal", "FAULT:filter", "FAULT:garbled*4", "FAULT:long*1", "FAULT:flagged")
+    fine, refused, filtered, garbled, long, flagged = judge.complete(asked)
+    assert flagged == filtered
     assert (fine.text, refused.text, refused.refusal) == ("echo a", "I would rather not.", True)
     assert (filtered.text, filtered.refusal, filtered.error) == ("", True, None)
     assert "unusable reply" in garbled.error and "too long for Bearer ***" in long.error
-    assert (judge.usage.sent, judge.usage.failed) == (5, 2) and "1 requests failed: Error code: 400" in caplog.text
+    assert (judge.usage.sent, judge.usage.failed, judge.usage.uncounted) == (
+        6,
+        2,
+        0,
+    ) and "1 requests failed: Error code: 400" in caplog.text
     assert server.seen["FAULT:garbled*4"] == bounded.ATTEMPTS
     sent = len(server.bodies)
     assert all(r.error is None for r in make().complete(asked)) and len(server.bodies) == sent + 2
@@ -178,6 +184,17 @@ def test_an_endpoint_that_is_down_or_takes_no_such_key_ends_the_program_and_repl
     assert KEY not in shown(e) and not server.seen["never"]
     with pytest.raises(JudgeError, match="The URL of an endpoint mostly ends in /v1"):
         make(base_url=f"{server.url}/chat").complete(ask("a"))
+
+
+def test_what_no_waiting_helps_against_ends_at_once_and_says_what_does(server, make):
+    make().complete(ask("a"))
+    with pytest.raises(JudgeError, match=r"exceeded your current quota.*What succeeded is kept"):
+        make(concurrency=1).complete(ask("a", "FAULT:quota", "never"))
+    with pytest.raises(
+        JudgeError, match=r"'max_tokens'\. \(max_tokens is one of --sampling: give what the model takes\)"
+    ):
+        make().complete(ask("FAULT:unsupported"))
+    assert server.seen == {"a": 1, "FAULT:quota": 1, "FAULT:unsupported": 1}
 
 
 def connections(caplog):

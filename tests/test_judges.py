@@ -574,6 +574,10 @@ def test_the_last_line_has_the_cost_in_its_currency(server, run, capsys):
     command(server, run, "--suites", LIMA, "--price-in", "0", "--price-out", "1000000", "--currency", "€")
     out = capsys.readouterr().out
     assert out.endswith(f", cost {3 * len(server.bodies)}.00 €\n") and server.bodies
+    server.usage = None
+    command(server, run, "--suites", CONA, "--stages", "0", "--price-in", "1", "--price-out", "1")
+    out = capsys.readouterr().out
+    assert out.endswith("0 reply tokens, cost 0.00, without 6 replies of which the endpoint told no tokens\n")
 
 
 @pytest.mark.parametrize(

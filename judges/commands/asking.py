@@ -120,9 +120,10 @@ def print_most(args: argparse.Namespace, judge: Judge, what: str, requests: list
 def print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
     """Prints what was done and what it took."""
     cost = _cost(args, usage.prompt_tokens, usage.completion_tokens)
+    rest = f", without {usage.uncounted} replies of which the endpoint told no tokens" if usage.uncounted else ""
     show(
         f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
-        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{cost}"
+        f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{cost}{rest}"
     )
 
 

@@ -124,7 +124,7 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
 
 
 def _calibration(run: Run, kind: Kind, judge: dict[str, Any], models: list[str]) -> str:
-    """How often the judge was right where that is known, if it was calibrated with the same settings and as `models`."""
+    """How often the judge was right where that is known, if it was calibrated with these settings and as `models`."""
     # Next to the run, or above it where a study keeps its runs together.
     files = [judgements.calibration_file(folder, judge["judge"]) for folder in run.path.absolute().parents[:2]]
     found = [calibration for file in files if file.exists() and (calibration := read_json(file))["settings"] == judge]
