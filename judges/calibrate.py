@@ -86,9 +86,9 @@ def calibrate(judge: Judge) -> dict[str, Any]:
     Returns:
         "settings" of the judge, "models" that answered, "forced" = of how many of its "requests" the verdict was forced
         (`judges.local`), "cut" and "unclosed" (`judges.verdict.ends`), and "kinds": name -> `n`, `accuracy` with its
-        Wilson `interval` (of pairs: the good answer wins in both orders, an identical one ties in both; what is
-        unparsable or forced is not right; both None where every request failed), `unparsed`, `failed` requests, and of
-        pairs `disagreement_rate` and `first_position_rate`.
+        Wilson `interval` (of pairs: the good answer wins in both orders, an identical one ties; what is unparsable or
+        forced is not right; both None where every request failed), `unparsed`, `failed` requests, and of pairs
+        `disagreement_rate` and `first_position_rate`.
 
     Raises:
         JudgeError: if the judge cannot be asked.
@@ -152,7 +152,8 @@ def write_calibration(judge: Judge, folder: Path) -> str:
         rates = (percent(numbers.get(f"{rate}_rate")) for rate in ("disagreement", "first_position"))
         lines.append(row(name, numbers["n"], percent(numbers["accuracy"]), interval, *rates, numbers["unparsed"]))
     lines.append(
-        "right: the good answer wins in both orders, identical answers tie in both; chance is 1 in 9 for pairs"
+        "right: the good answer wins in both orders, identical answers tie; chance is 1 in 9 for pairs, 1 in 3 for "
+        "identical answers, whose two orders are one request, and 1 in 2 for an answer alone"
     )
     if failed := sum(numbers["failed"] for numbers in result["kinds"].values()):
         lines.append(f"{failed} of {result['requests']} requests failed and count as not right: ask again")

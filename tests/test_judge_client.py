@@ -162,11 +162,8 @@ def test_what_fails_for_good_is_an_error_and_asked_again_next_time_and_a_refusal
     assert (fine.text, refused.text, refused.refusal) == ("echo a", "I would rather not.", True)
     assert (filtered.text, filtered.refusal, filtered.error) == ("", True, None)
     assert "unusable reply" in garbled.error and "too long for Bearer ***" in long.error
-    assert (judge.usage.sent, judge.usage.failed, judge.usage.uncounted) == (
-        6,
-        2,
-        0,
-    ) and "1 requests failed: Error code: 400" in caplog.text
+    assert (judge.usage.sent, judge.usage.failed, judge.usage.uncounted) == (6, 2, 0)
+    assert "1 requests failed: Error code: 400" in caplog.text
     assert server.seen["FAULT:garbled*4"] == bounded.ATTEMPTS
     sent = len(server.bodies)
     assert all(r.error is None for r in make().complete(asked)) and len(server.bodies) == sent + 2
@@ -190,9 +187,7 @@ def test_what_no_waiting_helps_against_ends_at_once_and_says_what_does(server, m
     make().complete(ask("a"))
     with pytest.raises(JudgeError, match=r"exceeded your current quota.*What succeeded is kept"):
         make(concurrency=1).complete(ask("a", "FAULT:quota", "never"))
-    with pytest.raises(
-        JudgeError, match=r"'max_tokens'\. \(max_tokens is one of --sampling: give what the model takes\)"
-    ):
+    with pytest.raises(JudgeError, match=r"'max_tokens'\. \(max_tokens is one of --sampling: "):
         make().complete(ask("FAULT:unsupported"))
     assert server.seen == {"a": 1, "FAULT:quota": 1, "FAULT:unsupported": 1}
 

@@ -645,6 +645,8 @@ def test_calibration_of_a_judge_that_looks_at_the_length_alone(server, run, caps
     assert all(k["n"] == 8 and k["unparsed"] == 0 for k in kinds.values())
     assert all(k.get("disagreement_rate") in (None, 0) for k in kinds.values())
     assert kinds["instruction identical"]["first_position_rate"] is None
+    # Both orders of identical answers are one request.
+    assert len(server.bodies) == (2 * 5 + 2 * 1 + 4) * 8 and "1 in 9 for pairs, 1 in 3 for identical answers" in out
     assert "instruction truncated" in out and "calibrated: " in out and written["settings"]["judge"] == "some/judge"
 
 
