@@ -19,13 +19,13 @@ import yaml
 from judges.thinking import TAG
 from trace_bench.judgements import Kind
 
-VERSION = 5
+VERSION = 6
 
 #: The verdicts on two answers: the first is better, the second is better, a tie.
 PAIR = ("A", "B", "C")
 
-#: Invisible characters: with them between two brackets a model still reads a pair of brackets.
-_UNSEEN = "[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]*"
+#: Invisible characters, marks of direction and variants too: with them between two brackets a model still reads a pair.
+_UNSEEN = "[\u00ad\u034f\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]*"
 _BREAK_AFTER = re.compile(
     # The beginning of a verdict and of our delimiters.
     rf"\[(?={_UNSEEN}\[)|<(?={_UNSEEN}<{_UNSEEN}<)"
