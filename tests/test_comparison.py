@@ -377,7 +377,7 @@ def suite(run, index, value, rows=None, data="hub", n=20):
     write_json(stage.eval_file("general_mmlu"), content)
 
 
-def judged(run, win, lose, judge="a/judge", n=10):
+def judged(run, win, lose, judge="a/judge", n=10, **more):
     stage, base = run.stages[-1], run.stages[0]
     for s in (base, stage):
         write_cell(s, "safety_cona", {"characters": np.ones(n)})
@@ -386,7 +386,7 @@ def judged(run, win, lose, judge="a/judge", n=10):
     direct = {"n": n, "unscored": 0, "safe": n - 1, "unsafe": 1, "rate": 1 - 1 / n}
     numbers = {"settings": {"judge": judge, "sampling": {}, "prompts": 1}, "pairs": counts, "direct": direct}
     numbers |= {"samples": sample_fingerprints(base, stage, "safety_cona"), "limit": None, "failed": 0, "unpaired": 0}
-    write_json(judge_file(stage, "safety_cona"), numbers | {"prompt_tokens": 1000, "completion_tokens": 500})
+    write_json(judge_file(stage, "safety_cona"), numbers | {"prompt_tokens": 1000, "completion_tokens": 500} | more)
 
 
 @pytest.fixture
@@ -415,9 +415,10 @@ def test_the_deltas_and_their_cost_are_in_the_table(with_deltas):
         (lambda run: suite(run, 3, 0.4, n=10), "rows of general_mmlu: 20 in `mine`; 10 in `other`", "general"),
         (lambda run: suite(run, 3, 0.4, data="f00"), "data of general_mmlu: `mine` against `other`", "general"),
         (lambda run: judged(run, 4, 1, "b/judge"), "judge of safety: ", "safety"),
+        (lambda run: judged(run, 4, 1, models={"a/judge": 9, "june": 1}), "judge of safety: ", "safety"),
         (lambda run: other_prompts(run), "data of safety_cona: `mine` against `other`", "safety"),
     ],
-    ids=["rows", "copy", "judge", "prompts"],
+    ids=["rows", "copy", "judge", "alias", "prompts"],
 )
 def test_deltas_measured_otherwise_are_named_and_have_no_difference(with_deltas, change, words, delta):
     assert differences(with_deltas)[1]["other"][delta] != DASH

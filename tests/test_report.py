@@ -418,6 +418,7 @@ def test_no_name_of_a_run_makes_anything_but_text_in_a_report(make, text):
             "direct": {"n": 1, "unscored": 0, "answered": 1, "refused": 0, "rate": 0.0},
             "samples": sample_fingerprints(run.stages[0], run.stages[index], suite),
             "limit": None,
+            "models": {text: 1, f"{text} again": 1},
         }
         write_json(judge_file(run.stages[index], suite), numbers)
     write_report(run)

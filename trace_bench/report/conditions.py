@@ -63,6 +63,9 @@ def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:
     for kind in KINDS:
         judged = {suite: numbers for (i, suite), numbers in results.judged[kind.name].items() if i == last}
         judges = sorted({json.dumps(numbers["settings"], sort_keys=True) for numbers in judged.values()})
+        # One alias of an endpoint may stand for different models.
+        models = {model for n in judged.values() for model in n.get("models", ()) if model != n["settings"]["judge"]}
+        judges += [f"answered by {model}" for model in sorted(models)]
         of_kind: dict[str, Any] = {
             f"judge of {kind.name}": " and ".join(judges),
             f"answers judged for {kind.name}": {suite: numbers["direct"]["n"] for suite, numbers in judged.items()},
