@@ -29,6 +29,8 @@ from trace_bench.text import printable
 OPENAI_URL = "https://api.openai.com/v1"
 #: Failures in a row (or from the start) after which the endpoint is taken to be down, or the request to be wrong.
 GIVE_UP = 10
+#: The most seconds that replies on their way are waited for once the program has to end.
+LAST_SECONDS = 60.0
 
 
 class Client(Judge):
@@ -180,7 +182,17 @@ class Client(Judge):
 
         async with self.connect() as api:
             with tqdm(total=len(bodies), desc=desc, unit="request") as bar:
-                await asyncio.gather(*(work(api, bar) for _ in range(min(self.concurrency, len(bodies)))))
+                workers = [asyncio.create_task(work(api, bar)) for _ in range(min(self.concurrency, len(bodies)))]
+                ended, others = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+                if others:  # one failed: what is on its way is paid, so that it is waited for
+                    for _ in queue:  # no more is sent
+                        pass
+                    await asyncio.wait(others, timeout=LAST_SECONDS)
+                for worker in others:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+        for worker in ended:
+            worker.result()  # raises what it failed with
         return errors
 
     def sent(self, body: Request) -> Request:

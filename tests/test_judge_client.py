@@ -190,6 +190,11 @@ def test_what_no_waiting_helps_against_ends_at_once_and_says_what_does(server, m
     with pytest.raises(JudgeError, match=r"'max_tokens'\. \(max_tokens is one of --sampling: "):
         make().complete(ask("FAULT:unsupported"))
     assert server.seen == {"a": 1, "FAULT:quota": 1, "FAULT:unsupported": 1}
+    # What is on its way then was paid, and is kept.
+    answer, server.answer = server.answer, lambda text: time.sleep(0.1) or answer(text)
+    with pytest.raises(JudgeError, match="exceeded your current quota"):
+        make(concurrency=3).complete(ask("b", "FAULT:quota", "c", "never"))
+    assert server.succeeded.keys() == {"a", "b", "c"} and make().estimate(ask("a", "b", "c")).cached == 3
 
 
 def connections(caplog):
