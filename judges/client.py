@@ -219,7 +219,7 @@ class Client(Judge):
                 return DECLINED, False
             if e.code == "insufficient_quota":
                 raise JudgeError(f"{error} What succeeded is kept: the same command goes on from there.") from None
-            if e.param and e.param in self.sampling:
+            if e.param in list(self.sampling):  # a server may send anything, such as a list
                 error += f" ({e.param} is one of --sampling: give what the model takes)"
             # The first ones: this request is too long, or not to the endpoint's liking.
             return Reply("", error=error), e.status_code not in (400, 403, 413, 422)

@@ -61,7 +61,7 @@ SAID = {
     "deep": (200, '{"choices": ' + "[" * 100_000, {}),
     "denied": (401, _error("Incorrect API key provided: {key}"), {}),
     "forbidden": (403, _error("Invalid credentials"), {}),
-    "long": (400, _error("too long for {key}", code="context_length_exceeded"), {}),
+    "long": (400, _error("too long for {key}", code="context_length_exceeded", param=["messages"]), {}),
     "filter": (400, _error("no", code="content_filter"), {}),
     "flagged": (400, _error("Invalid prompt: your prompt was flagged", code="invalid_prompt"), {}),
     "quota": (429, _error("You exceeded your current quota.", code="insufficient_quota"), {}),
