@@ -95,6 +95,8 @@ def test_what_is_trained_is_the_text_that_lm_eval_compares_with_or_shows(own_tas
     "rows, yaml, message",
     [
         (questions("x", "[1, 2]"), TEMPLATE, r"mine, t\w+ row 1: .*\[1, 2\].*doc_to_target: answer"),
+        (questions("['a']", "x"), TEMPLATE, r"mine, test row 1: the target 'x' is a text, and that of row 0 is a list"),
+        (questions(["x", "y"]), "metric_list: [{metric: chrf}]\n", "mine has several valid .*of chrf .* makes 1"),
         (questions("[1, 2]", "[3]"), TEMPLATE, r"mine, training row 0: the target \[1, 2\] is a list without a text"),
         (questions("x", ""), "", "mine, training row 1: the answer is empty"),
         (questions("x", " \n"), "", "mine, training row 1: the answer is empty"),

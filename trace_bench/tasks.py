@@ -183,12 +183,19 @@ def check_stages(tasks: dict[str, Task]) -> None:
             )
         if task.config.process_results is not None:
             continue  # it is scored by a function of its own, whatever its targets are
+        if task.multiple_target and (graded := [m for m in task.aggregation() if m != "exact_match"]):
+            raise DataError(
+                f"{name} has several valid answers a row, and of {graded[0]} lm-eval makes 1 wherever the score with "
+                "one of them is not 0. Use exact_match alone, or score the task by a function of your own "
+                "(process_results in its YAML)."
+            )
         for i, doc in enumerate(task.eval_docs):
             target = task.doc_to_target(doc)
-            if isinstance(target, list) and not task.multiple_target:
+            if isinstance(target, list) != bool(task.multiple_target):
+                here, first = ("list", "no list") if isinstance(target, list) else ("text", "a list")
                 raise DataError(
-                    f"{name}, test row {i}: the target is the list {target!r:.80}, and that of row 0 is a text, so "
-                    f"lm-eval would compare answers with the characters {str(target)!r:.80}. {_BRACKETS}"
+                    f"{name}, test row {i}: the target {target!r:.80} is a {here}, and that of row 0 is {first}, so "
+                    f"lm-eval would compare answers with the characters of it. {_BRACKETS}"
                 )
             if task.config.doc_to_choice is not None:
                 try:
