@@ -231,12 +231,21 @@ def test_without_a_local_copy_and_a_hub_the_error_says_both_ways(monkeypatch):
         load_suites(["general_piqa"])
 
 
-def test_ifeval_without_its_packages_says_what_to_install(monkeypatch):
+def test_ifeval_without_its_packages_or_data_says_what_to_install(monkeypatch):
     for name in [m for m in sys.modules if m.startswith("lm_eval.tasks.ifeval")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "immutabledict", None)
     monkeypatch.setitem(sys.modules, "langdetect", None)
     with pytest.raises(data.DataError, match=r"general_ifeval.*lm-eval\[ifeval\]"):
+        load_suites(["general_ifeval"])
+    # With the packages, and without the data of nltk's that lm-eval misses when it scores.
+    monkeypatch.setitem(sys.modules, "immutabledict", SimpleNamespace(immutabledict=dict))
+    monkeypatch.setitem(sys.modules, "langdetect", SimpleNamespace())
+    rows = {"train": datasets.Dataset.from_list([{"prompt": "Say three sentences.", "key": 0}])}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    monkeypatch.setattr("nltk.download", lambda *_: False)
+    monkeypatch.setattr("nltk.data.path", [])
+    with pytest.raises(data.DataError, match=r"general_ifeval .*punkt_tab.*nltk\.downloader"):
         load_suites(["general_ifeval"])
 
 

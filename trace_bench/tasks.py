@@ -158,7 +158,23 @@ def load_suites(names: Sequence[str]) -> dict[str, Group]:
         except ImportError as e:
             needed = f"{name} needs packages that are not installed ({e}): pip install 'lm-eval[ifeval]'."
             raise DataError(needed) from e
+        if name == "general_ifeval":
+            _check_sentences()
     return suites
+
+
+def _check_sentences() -> None:
+    """Refuses to generate IFEval's answers where nltk could not count their sentences: lm-eval goes on without."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError as e:
+        raise DataError(
+            "general_ifeval counts sentences with nltk's punkt_tab, which is not here, and lm-eval could not download "
+            "it. Where there is a network: python -m nltk.downloader punkt_tab; then copy the folder nltk_data here, "
+            "to the home directory or to where NLTK_DATA points."
+        ) from e
 
 
 def check_stages(tasks: dict[str, Task]) -> None:
