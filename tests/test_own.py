@@ -359,10 +359,12 @@ def test_texts_are_trained_and_scored_as_the_file_has_them(here, monkeypatch, ki
 
 def test_numbers_of_a_json_file_keep_their_digits(here, monkeypatch):
     rows = ['{"prompt": 1, "answer": 2}', '{"prompt": "b", "answer": 1.50}', '{"prompt": "c", "answer": true}']
-    (here / "mine.jsonl").write_text("\n".join(rows))
+    json_text = '{"n": 1.50, "of": [1, "2", null, true], "é": {}}'  # numbers within stay numbers
+    (here / "mine.jsonl").write_text("\n".join([*rows[:2], f'{{"prompt": "j", "answer": {json_text}}}', rows[2]]))
     make_task(here / "mine.jsonl")
     monkeypatch.setenv("TRACE_TASKS", str(here))
-    assert training_rows(load_tasks(["mine"])["mine"]) == [("1\n", "2"), ("b\n", "1.50")]
+    trained = training_rows(load_tasks(["mine"])["mine"])
+    assert trained == [("1\n", "2"), ("b\n", "1.50"), ("j\n", json_text)]
 
 
 def test_names_that_mean_something_else_are_refused(here):

@@ -47,6 +47,10 @@ metadata: {{version: 1.0}}                   # a change that can move a score ra
 """
 
 
+class _Digits(str):
+    """A number of a JSON file, with its digits as they are."""
+
+
 def read_rows(file: Path) -> list[dict[str, Any]]:
     """Reads the rows of a file.
 
@@ -86,7 +90,7 @@ def _with_messages(row: dict[str, Any]) -> dict[str, Any]:
 
 def _read(file: Path) -> Iterable[Any]:
     """Rows with their texts as they are: libraries' readers guess at types, column by column."""
-    loads = partial(json.loads, parse_int=str, parse_float=str)
+    loads = partial(json.loads, parse_int=_Digits, parse_float=_Digits)
     if file.suffix == ".jsonl":
         lines = file.read_bytes().decode("utf-8-sig").split("\n")
         return [loads(line) for line in lines if line.strip()]
@@ -257,7 +261,16 @@ def _message(message: dict[str, Any]) -> dict[str, str | None]:
 def _text(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, bool | list | dict) else str(value)
+    return _json(value) if isinstance(value, bool | list | dict) else str(value)
+
+
+def _json(value: Any) -> str:
+    """What json.dumps gives, with the numbers of a file as they stand there."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(k), ensure_ascii=False)}: {_json(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_json, value)) + "]"
+    return value if isinstance(value, _Digits) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _write(file: Path, rows: list[dict[str, Any]]) -> None:
