@@ -1,6 +1,7 @@
 """The callback: it measures what the model has learned and forgotten, and leaves the training as it was."""
 
 import copy
+import os
 import random
 from pathlib import Path
 
@@ -70,6 +71,10 @@ def metrics_of(trainer):
     return [entry["mean_token_accuracy"] for entry in trainer.state.log_history if "loss" in entry]
 
 
+def numbers():
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
+
+
 class Watch(TrainerCallback):
     """Holds the state of a model, and the random numbers, at each step."""
 
@@ -85,7 +90,7 @@ class Watch(TrainerCallback):
                 "config": copy.deepcopy(inner.config.to_dict()),
                 "generation": (id(inner.generation_config), inner.generation_config.to_dict()),
                 "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
-                "random": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
+                "random": numbers(),
             }
         )
 
@@ -96,7 +101,9 @@ def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, o
     # What generation has to be kept from: a setting that would change a greedy answer.
     for one in (plain, watched):
         one.model.get_base_model().generation_config.repetition_penalty = 9.0
-    callback = ForgettingCallback(watched, **MEASURED, every=1)
+    before = numbers()
+    callback = ForgettingCallback(watched, **MEASURED, every=1, data_path="demo")
+    assert numbers() == before and os.environ["TRACE_DATA"] == "demo", "not the folder that it is in"
     watches = [Watch(), Watch()]
     for one, watch in zip((plain, watched), watches, strict=True):
         one.add_callback(watch)
@@ -258,6 +265,18 @@ def test_a_soft_prompt_stands_next_to_each_text_of_a_batch(base):
     lm.take(model)
     with lm.left_as_it_was():
         assert generate(lm, prompts, 8) == reference(model, tokenizer, prompts, 8), "as it is by now"
+
+
+def test_nothing_is_compiled_for_the_answers_of_a_compiled_model(trainer):
+    """Each length of a text would be, up to a limit behind which the training's own lengths are not any more."""
+    one, graphs = trainer(), []
+    one.model.get_base_model().compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+    one.model = torch.compile(one.model, backend="eager")
+    lm = ForgettingCallback(one, **MEASURED).lm
+    with lm.left_as_it_was():
+        generate(lm, ["Which?", "Which of these is it?"], 2)
+        lm.log_likelihoods(["Which?"], ["This."])
+    assert not graphs
 
 
 def test_the_example_of_the_documentation_works(base, tmp_path, monkeypatch):

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable
-from contextlib import ExitStack
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
-from trace_bench.engine.live import LiveHF, quiet
+from trace_bench.engine.live import LiveHF, quiet, same_numbers
 from trace_bench.engine.models import PROMPT
 from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
 from trace_bench.evaluate.external import drop, tasks_record, with_checkpoints
@@ -48,6 +49,18 @@ _TOLERANT = "accuracy_tolerant"
 
 class CallbackError(TraceError):
     """The callback cannot measure this training; the message says why and what to do."""
+
+
+@contextmanager
+def _unnoticed() -> Iterator[None]:
+    """Leaves the random numbers, and what TRACE_DATA names, to the program whose training it is."""
+    named = {name: os.environ[name] for name in ("TRACE_DATA",) if name in os.environ}
+    try:
+        with same_numbers(torch.device("cpu")):
+            yield
+    finally:
+        os.environ.pop("TRACE_DATA", None)
+        os.environ.update(named)
 
 
 class ForgettingCallback(TrainerCallback):
@@ -80,6 +93,7 @@ class ForgettingCallback(TrainerCallback):
         DataError: for a task or suite that is not known, or without its data.
     """
 
+    @_unnoticed()
     def __init__(
         self,
         trainer: Trainer,
@@ -121,7 +135,7 @@ class ForgettingCallback(TrainerCallback):
             "general_rows": rows,
         }
         precision = torch.bfloat16 if trainer.args.bf16 else torch.float16 if trainer.args.fp16 else None
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         size = batch_size or trainer.args.per_device_eval_batch_size
         self.lm = LiveHF(model, trainer.processing_class, size, precision)
         manifest = self._manifest(tasks_record(self.loaded, source), model)
@@ -230,7 +244,7 @@ class ForgettingCallback(TrainerCallback):
             if not self.trainer.is_world_process_zero():
                 return
             stage = self._stage(name)
-            self.lm.take(self.trainer.accelerator.unwrap_model(model))
+            self.lm.take(self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
             made = {"checkpoint": name if stage.index else None, **circumstances(self.plan, self.lm.device.type)}
             with ExitStack() as stack:
                 stack.enter_context(locked(stage.path, "evaluate"))
@@ -292,7 +306,7 @@ def _check(trainer: Trainer, every: int | str, rows: int | None) -> None:
             "DDP or ZeRO-2; or save checkpoints and measure them: trace-bench evaluate RUN --model BASE --checkpoint "
             "NAME=PATH."
         )
-    _check_model(trainer.accelerator.unwrap_model(trainer.model))
+    _check_model(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
     if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         raise CallbackError(
             f"The trainer's processing_class is {type(trainer.processing_class).__name__}, no tokenizer: give the "

@@ -62,13 +62,15 @@ class LiveHF(SwapHF):
 
     @contextmanager
     def left_as_it_was(self) -> Iterator[None]:
-        """The model answers greedily and without dropout; afterwards it, and all random numbers, are as they were."""
+        """The model answers greedily and without dropout; afterwards it, and all random numbers, are as they were.
+
+        What is compiled is not used: each new length of a text would be compiled, and then the training no more.
+        """
         modes = {module: module.training for module in self._model.modules()}
         models = {id(m): m for m in (self._model, self._inner) if _SETTINGS in vars(m)}.values()
         settings = [(m, vars(m)[_SETTINGS]) for m in models]
-        numbers = random.getstate(), np.random.get_state()
         try:
-            with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []), quiet():
+            with same_numbers(self.device), torch.compiler.set_stance("force_eager"), quiet():
                 self._model.eval()
                 self.decode_greedily()
                 yield
@@ -77,8 +79,18 @@ class LiveHF(SwapHF):
                 module.training = mode
             for model, own in settings:
                 model.generation_config = own
-            random.setstate(numbers[0])
-            np.random.set_state(numbers[1])
+
+
+@contextmanager
+def same_numbers(device: torch.device) -> Iterator[None]:
+    """Afterwards the next random numbers, those of the device too, are what they would have been."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager
