@@ -201,6 +201,23 @@ def test_a_training_that_goes_on_keeps_the_start_and_measures_again_what_is_trai
         train()
 
 
+def test_a_step_that_was_saved_and_not_measured_is_measured_when_the_training_goes_on(trainer, tmp_path, monkeypatch):
+    def train(checkpoint=None):
+        one = trainer(save_strategy="steps", save_steps=1, max_steps=2)
+        one.add_callback(ForgettingCallback(one, **{**MEASURED, "rows": 2}, every="save"))
+        one.train(resume_from_checkpoint=checkpoint)
+
+    def killed(self, model, state, control):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ForgettingCallback, "_measure_step", killed)
+        train()
+    train(str(tmp_path / "out/checkpoint-1"))
+    stages = Run.open(tmp_path / "out/forgetting").stages
+    assert [s.name for s in stages if s.eval_file("trace_fomc").exists()] == ["0_base", "1_step_1", "2_step_2"]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

@@ -176,6 +176,8 @@ class ForgettingCallback(TrainerCallback):
         self.measured = None
         if state.global_step == 0:
             self._measure(model, control, "0_base")
+        elif self.every == "save":  # the program may have ended between saving this step and measuring it
+            self._measure_step(model, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Measures after every so many steps, and after the last one."""
