@@ -205,6 +205,7 @@ def test_options_that_cannot_be_are_refused(run, argv, message, demo_data):
         (["a=OWNER/NAME"], "there is no such folder. One of the hub: hf download OWNER/NAME --local-dir FOLDER"),
         (["a=~/EMPTY"], "no adapter (adapter_config.json)"),
         (["a=SHARDS"], "accelerate merge-weights"),
+        (["a=NEMO"], "config.json). Megatron's and NeMo's own tools export it"),
         (["a=ZERO"], "config.json). DeepSpeed makes the weights of its parts: python zero_to_fp32.py"),
         (["a=EMPTY"], "no adapter (adapter_config.json) or model (config.json)."),
         (["a=."], "; look into its folders: CONFIG."),
@@ -219,6 +220,8 @@ def test_a_checkpoint_is_written_as_name_and_path_of_a_whole_one(tmp_path, monke
     for folder, file in (files | {"SHARDS/pytorch_model_fsdp_0": "__0_0.distcp"}).items():
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / file).touch()
+    shutil.copytree(tmp_path / "SHARDS", tmp_path / "NEMO")
+    (tmp_path / "NEMO/pytorch_model_fsdp_0/common.pt").touch()
     pairs = [word for pair in given for word in ("--checkpoint", pair)]
     assert said in error("evaluate", "r", "--model", "m", *pairs)
     assert "needs --model" in error("evaluate", "r", "--checkpoint", "a=HALF")

@@ -29,6 +29,10 @@ _CONFIGS = {"adapter_config.json", "config.json"}
 _CONVERSIONS = {
     "zero_to_fp32.py": "DeepSpeed makes the weights of its parts: python zero_to_fp32.py . MODEL --safe_serialization",
     **dict.fromkeys(
+        ("*.nemo", "common.pt", "*/common.pt", "latest_checkpointed_iteration.txt"),
+        "Megatron's and NeMo's own tools export it in the format of transformers",
+    ),
+    **dict.fromkeys(
         ("*.distcp", "*/*.distcp"),
         "accelerate makes the weights of FSDP's parts: accelerate merge-weights FOLDER_OF_THE_PARTS MODEL",
     ),
