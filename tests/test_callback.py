@@ -96,7 +96,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True, "bf16": True}, {"logging_steps": 2}])
-def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, options):
+def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, tmp_path, options):
     plain, watched = trainer("plain", **options), trainer("watched", **options)
     # What generation has to be kept from: a setting that would change a greedy answer.
     for one in (plain, watched):
@@ -114,6 +114,8 @@ def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, o
     watched.train()
     assert losses(plain) == losses(watched) and len(losses(plain)) == len(losses(watched)) > 0
     assert metrics_of(plain) == metrics_of(watched), "TRL's own means are not emptied"
+    cell = read_json(Run.open(tmp_path / "watched/forgetting").stages[1].eval_file("trace_fomc"))
+    assert cell["settings"]["engine"] == ({"mixed_precision_dtype": "bfloat16"} if "bf16" in options else {})
     for before, after in zip(watches[0].seen, watches[1].seen, strict=True):
         ids = before.pop("generation")[1], after.pop("generation")[1]
         assert before == after and ids[0] == ids[1]

@@ -162,10 +162,13 @@ class ForgettingCallback(TrainerCallback):
         }
 
     def _plan(self, run: Run, suites: Iterable[str]) -> Plan:
-        matrix = matrix_settings(self.config, {})
+        # As --engine-args of `trace-bench evaluate` would say it: other roundings are another setting.
+        precision = self.lm.mixed_precision_dtype
+        engine = {"mixed_precision_dtype": str(precision).removeprefix("torch.")} if precision else {}
+        matrix = matrix_settings(self.config, engine)
         settings = dict.fromkeys(run.tasks, matrix) | suite_settings(suites, self.config, matrix)
         missing = {run.stages[0]: list(settings)}
-        return Plan(run, self.config, {}, matrix, settings, {}, missing, likelihood=True)
+        return Plan(run, self.config, engine, matrix, settings, {}, missing, likelihood=True)
 
     # ---------------------------------------------------------------------------------------------- transformers' hooks
 
