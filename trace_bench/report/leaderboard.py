@@ -157,13 +157,19 @@ def _column(task: str) -> str:
 # ---------------------------------------------------------------------------------------------------------- the files
 
 
+#: What makes a folder one of a model or an adapter.
+_CHECKPOINT = {"config.json", "adapter_config.json", "tokenizer_config.json", "trainer_state.json"}
+
+
 def find(folder: Path) -> Iterator[Path]:
-    """The files that may be results: of a run its result.json alone, elsewhere each *.json."""
+    """The files that may be results: of a run or a model its result.json alone, elsewhere each *.json."""
     for place, folders, files in os.walk(folder):
         folders.sort()
         if "manifest.json" in files:  # a run: its other files are no results, and there are many
             folders.clear()
             files = [FILE]
+        elif not _CHECKPOINT.isdisjoint(files):  # its own files, of a training's many checkpoints, need not be named
+            files = [name for name in files if name == FILE]
         yield from (Path(place) / name for name in sorted(files) if name.endswith(".json"))
 
 
