@@ -18,7 +18,7 @@ endef
 # Without a run, the pattern in RUN's default would name a folder that nobody made.
 need-run = $(if $(and $(filter-out file,$(origin RUN)),$(RUN)),,$(error $@ of which run? make $@ RUN=runs/NAME))
 
-.PHONY: help setup bench gpu-check check house audit docs test test-slow test-versions data evaluate judge report study sweep
+.PHONY: help setup bench gpu-check check house audit docs test test-slow test-versions test-runner data evaluate judge report study sweep
 help: ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 24
 
@@ -110,3 +110,8 @@ test-versions: setup ## the tests with the oldest and with the newest libraries 
 	for end in oldest newest; do \
 		$(BIN)/pip install -q --no-deps --upgrade --target runs/versions/$$end -r requirements/$$end.txt && \
 		PYTHONPATH=$(CURDIR)/runs/versions/$$end $(MAKE) test || exit 1; done
+
+test-runner: setup ## the tests of vLLM with the model runner that it has on GPUs, interpreted on a CPU
+	$(BIN)/pip install -q --no-deps --no-build-isolation --upgrade --target runs/versions/runner triton==3.9.0 ./tests/triton_interpreter
+	TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=$(CURDIR)/runs/versions/runner \
+		$(BIN)/python -m pytest -m slow -k vllm -n $(or $(JOBS),2) --maxschedchunk 1

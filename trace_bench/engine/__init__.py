@@ -116,10 +116,8 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         prepare_vllm(args)
         from trace_bench.engine.vllm import FORCING, SwapVLLM
 
-    if forced and not has_gpu():
-        # A request for each token costs little on a GPU, whose newer engine takes no such class.
+    if forced and not _has_newer_runner():
         args.setdefault("logits_processors", [FORCING])
-
     if not has_gpu():
         # vLLM's own 128 keep nothing of short prompts in the cache. The kernels want multiples of 32.
         args.setdefault("block_size", 32)
@@ -142,6 +140,18 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         )
     with starting_vllm():
         return SwapVLLM(pretrained=base, **args, enable_lora=False)
+
+
+def _has_newer_runner() -> bool:
+    """Whether vLLM takes its newer model runner, as on GPUs, where there is Triton.
+
+    It has no such class as `FORCING`; a request for each token costs little on a GPU.
+    """
+    from vllm import envs
+    from vllm.triton_utils import HAS_TRITON
+
+    asked = envs.VLLM_USE_V2_MODEL_RUNNER
+    return HAS_TRITON if asked is None else asked
 
 
 def _bound_context(base: str, config: Any, args: dict[str, Any]) -> None:
