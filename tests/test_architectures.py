@@ -174,7 +174,7 @@ def unmerged(base: Path, adapters: list[Path]) -> tuple:
     lm.model.generate = lambda ps, *rest, **kwargs: calls.append(len(ps)) or original(ps, *rest, **kwargs)
     for i, adapter in enumerate(adapters):
         lm.load(adapter)
-        lm.together(adapters[i + 1 :])
+        lm.answer_together(adapters[i + 1 :])
         found.append({"answers": generate(lm, PROMPTS), "served": lm.served["weights"], "likelihoods": None})
     asked = list(calls)
     lm.load(adapters[0])

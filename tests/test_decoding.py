@@ -306,7 +306,7 @@ def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_
 
         monkeypatch.setattr(LlamaForCausalLM, "forward", forgetful)
     assert texts(by_transformers(base, [None], PROMPTS)) == [expected]
-    assert ("prompts of one length only are answered together" in caplog.text) == (name != "mamba")
+    assert ("only prompts of the same length are answered together" in caplog.text) == (name != "mamba")
     live = LiveHF(reload(base, None), AutoTokenizer.from_pretrained(base), 4)  # the engine of the callback
     with live.left_as_it_was():
         assert generate(live, PROMPTS) == expected

@@ -72,11 +72,13 @@ def check_expected(lm, folder, tolerance):
     for k in (20, 4):  # more than a request of vLLM can tell at once, and less
         asked = [tuple(tuple(map(int, rng.choice(250, k, replace=False))) for _ in answer) for _, answer in ANSWERS]
         forced = [Forced(*texts, tokens) for texts, tokens in zip(ANSWERS, asked, strict=True)]
-        for (prompt, answer), tokens, told in zip(ANSWERS, asked, lm.expected(forced), strict=True):
+        for (prompt, answer), tokens, told in zip(ANSWERS, asked, lm.token_logprobs(forced), strict=True):
             whole = plain(folder, [*prompt, *answer], len(prompt))
             for row, ids, here in zip(whole, tokens, told, strict=True):
                 assert np.allclose([here[i] for i in ids], row[list(ids)], atol=tolerance)
-    for (prompt, answer), told in zip(ANSWERS, lm.expected([Forced(*texts, 6) for texts in ANSWERS]), strict=True):
+    for (prompt, answer), told in zip(
+        ANSWERS, lm.token_logprobs([Forced(*texts, 6) for texts in ANSWERS]), strict=True
+    ):
         for row, here in zip(plain(folder, [*prompt, *answer], len(prompt)), told, strict=True):
             assert sorted(here.values())[-6:] == pytest.approx(sorted(row)[-6:], abs=tolerance)
 
@@ -91,7 +93,7 @@ def test_transformers_tells_the_probabilities_at_each_token_of_given_answers(tin
     size = len(lm.tokenizer)
     base = plain(tiny_model, [*texts[0], *texts[1]], len(texts[0]))
     order = np.argsort(-base, axis=1)
-    (told,) = lm.expected([Forced(*texts, tuple(map(tuple, order.tolist())))])
+    (told,) = lm.token_logprobs([Forced(*texts, tuple(map(tuple, order.tolist())))])
     stage = np.array([[here[i] for i in ids] for ids, here in zip(order.tolist(), told, strict=True)])
     base = np.take_along_axis(base, order, axis=1)
     exact, nothing = forward_kl(base, stage)

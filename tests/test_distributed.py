@@ -23,7 +23,7 @@ from trace_bench.run import Run, RunError, read_json
 from trainers.base import CLConfig, CLTrainer, ConfigError, LengthGrouped
 from trainers.base.preflight import check_launch
 from trainers.base.stages import _summary
-from trainers.replay import _Phases
+from trainers.replay import _OwnThenReplayed
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "trainers" / "configs"
@@ -161,7 +161,7 @@ def test_the_order_of_replay_is_the_same_in_every_process(kind):
     orders = []
     for noise in (0, 1):
         torch.manual_seed(noise)  # dropout on other lengths has drawn other numbers
-        orders.append(list(_Phases(kind(range(20)), 50, kind(range(7)), 20, seed=3)))
+        orders.append(list(_OwnThenReplayed(kind(range(20)), 50, kind(range(7)), 20, seed=3)))
     assert orders[0] == orders[1]
     epochs = [orders[0][:20], orders[0][20:40]]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
@@ -185,7 +185,11 @@ def test_the_memory_of_a_training_on_the_cpu_is_the_process_whatever_gpus_are_th
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     args = CLConfig(output_dir="x", tasks=["trace_fomc"], use_cpu=True)
     state = SimpleNamespace(global_step=1, epoch=1.0, log_history=[])
-    parts = {"stage": SimpleNamespace(index=1, task="trace_fomc"), "_before": {"losses": 1.0}, "_mixed_in": {}}
+    parts = {
+        "stage": SimpleNamespace(index=1, task="trace_fomc"),
+        "_resumed_from": {"losses": 1.0},
+        "_replayed_rows": {},
+    }
     parts |= {"train_dataset": Dataset.from_list([{}]), "accelerator": SimpleNamespace(num_processes=1)}
     totals = {"_total_train_tokens": 1, "_total_loss_scalar": 0.0, "model": torch.nn.Linear(1, 1)}
     found = _summary(SimpleNamespace(args=args, state=state, **parts, **totals), 1.0)

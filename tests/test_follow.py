@@ -188,7 +188,7 @@ def answers_of_later(base: Path, first: Path, higher: Path, other: Path) -> tupl
         if new:
             shutil.copytree(new, path, dirs_exist_ok=True)
         if found:
-            lm.expect([path] if path else [])
+            lm.reuse([path] if path else [])
         counts.append(len(restarts))
         lm.load(path)
         found.append([generate(lm, PROMPTS), lm.served["weights"]])

@@ -79,15 +79,15 @@ def test_several_answers_have_seeds_and_their_own_log_probabilities(checkpoints,
     prompts = [lm.tokenizer(text).input_ids for text in ("One, ", "and a longer one: ", "x", "y = ")]
 
     def ask(sampling, seeds):
-        drawn = [answering.drawn(sampling, seed) for seed in seeds]
+        drawn = [answering.sampling_args(sampling, seed) for seed in seeds]
         return lm.full_answers([lm.want(ids, 6, [], s, rated=True) for s in drawn for ids in prompts])
 
     hot = {"temperature": 2.0}
     first = ask(hot, (0, 1))
     assert ask(hot, (0, 1)) == first, "the same seeds"
     assert {a.text for a in first[:4]} != {a.text for a in first[4:]}
-    assert answering.drawn({"temperature": 0.0}, 3) == answering.drawn(None, 3) == {}
-    wanted = [lm.want(ids, 6, [], s, rated=True) for s in (answering.drawn(hot, 0), {}) for ids in prompts]
+    assert answering.sampling_args({"temperature": 0.0}, 3) == answering.sampling_args(None, 3) == {}
+    wanted = [lm.want(ids, 6, [], s, rated=True) for s in (answering.sampling_args(hot, 0), {}) for ids in prompts]
     for want, answer, ids in zip(wanted, lm.full_answers(wanted), lm._answers(wanted), strict=True):
         assert answer.finished == (ids[-1] in want.ends)
         assert answer.logprob == lm.ratings[want]

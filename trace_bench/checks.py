@@ -1,7 +1,7 @@
-"""Is it still what the run began with? Asked here by whoever is about to spend time: training and evaluation.
+"""Checks that everything is still what the run began with, before training or evaluation spends time.
 
-The base model, the data, the tasks and the run's own checkpoints are held against the manifest. What the JSON files of
-a run say about each other is in `records`.
+The base model, the data, the tasks and the run's checkpoints are compared with the manifest. `records` checks the JSON
+files of a run against each other.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from trace_bench.versions import package_versions
 from trace_tasks import data
 from trace_tasks.data.files import digest, write_json
 
-#: Fields of a task's config that decide prompts, answers and scores; its rows have a fingerprint of their own.
+#: Fields of a task's config that decide prompts, answers and scores. Rows are compared by their fingerprint.
 _DECIDING = (
     *("doc_to_text", "doc_to_target", "doc_to_choice", "doc_to_image", "doc_to_audio", "description", "gen_prefix"),
     *("target_delimiter", "fewshot_delimiter", "fewshot_config", "num_fewshot", "output_type", "generation_kwargs"),
     *("filter_list", "metric_list", "process_docs", "process_results", "repeats", "use_prompt", "custom_dataset"),
 )
 #: Packages that scores depend on; those of training are in the manifest.
-_OF_SCORES = ("torch", "transformers", "peft", "lm-eval", "datasets", "vllm", "sacrebleu")
+_SCORE_PACKAGES = ("torch", "transformers", "peft", "lm-eval", "datasets", "vllm", "sacrebleu")
 
 
 def verify(
     run: Run, stages: Iterable[Stage], data_path: str | Path | None = None, tasks: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Makes sure that a run, and what it is made from, is what it was when it began.
+    """Makes sure that a run, its base model, data and tasks are what they were when it began.
 
     Args:
         run: The run.
-        stages: Those that are about to be trained upon or evaluated.
+        stages: The stages that are about to be evaluated, or trained further.
         data_path: Where the data is; None = where the manifest says.
-        tasks: Those that are about to be used.
+        tasks: The names of the tasks that are about to be used.
 
     Returns:
-        The tasks by name, as lm-eval makes them, and their `definitions`.
+        The tasks by name, as lm-eval loads them, and their `definitions`.
 
     Raises:
         RunError: naming what differs, with both values, and what to do.
@@ -67,7 +67,7 @@ def verify(
 
 
 def check_base(run: Run) -> None:
-    """Makes sure that a base model in a local folder has the files that the run began with."""
+    """Makes sure that a base model in a local folder still has the files with which the run began."""
     base, expected = models.base_of_run(run.manifest["model"]), run.manifest["model"].get("revision")
     if expected and Path(base).is_dir() and models.pinned_revision(base) != expected:
         raise RunError(
@@ -77,13 +77,13 @@ def check_base(run: Run) -> None:
 
 
 def locate_data(run: Run, path: str | None = None) -> data.Data | None:
-    """Points TRACE_DATA to the run's data, which are not read; None for a run without TRACE tasks."""
+    """Points TRACE_DATA to the run's data without reading them; returns None for a run without TRACE tasks."""
     record = run.manifest["data"]
     if not data.needs_data(record["fingerprint"]):
         return None
     source = path or record["path"]
     if path is None and record["demo"] and not data.is_demo(Path(source)):
-        source = "demo"  # the run was made on another machine: this one makes the same rows
+        source = "demo"  # the folder is on another machine; the same rows can be made here
     if path is None and "reasoning" in record and not record["demo"]:
         os.environ.setdefault("TRACE_REASONING", record["reasoning"])
     rows = data.open_data(record["fingerprint"], source)
@@ -92,10 +92,10 @@ def locate_data(run: Run, path: str | None = None) -> data.Data | None:
 
 
 def move_base(run: Run, folder: str) -> None:
-    """Notes where the base model of a run is now: another folder with the same files.
+    """Records where the base model of a run is now: another folder with the same files.
 
     Raises:
-        RunError: if they are others.
+        RunError: if the files are not the same.
     """
     model = run.manifest["model"]
     if folder == model["name"]:
@@ -113,21 +113,21 @@ def _note_base(run: Run, place: str) -> None:
     write_json(run.path / "manifest.json", {**run.manifest, "model": {**run.manifest["model"], "path": place}})
 
 
-def as_named_there(path: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The manifest as asked for; a base model that was moved has the name that it has in the run at `path`."""
+def with_recorded_base_name(path: str | Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest; if the base model was moved, with the name that it has in the existing run at `path`."""
     if not (Path(path) / "manifest.json").is_file():
         return manifest
     run, asked = Run.open(path), manifest["model"]
     there = run.manifest["model"]
     if asked["name"] == there["name"] or not Path(asked["path"]).is_dir() or asked["revision"] != there.get("revision"):
         return manifest
-    _note_base(run, asked["path"])  # its files are those of then, as its revision says
+    _note_base(run, asked["path"])  # the files are the same, since the revision is
     named = {key: there["name"] for key in ("model_name_or_path",) if key in manifest["config"]}
     return {**manifest, "model": {**asked, "name": there["name"]}, "config": {**manifest["config"], **named}}
 
 
 def use_data(run: Run, path: str | None = None) -> None:
-    """Points TRACE_DATA to the run's data and makes sure that they are the same data."""
+    """Points TRACE_DATA to the run's data, and makes sure that they have not changed."""
     rows = locate_data(run, path)
     if rows is None:
         return
@@ -142,10 +142,10 @@ def use_data(run: Run, path: str | None = None) -> None:
 
 
 def check_tasks(run: Run, tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Makes sure that tasks ask, answer and score as they did when the run began, on the same rows.
+    """Makes sure that tasks have the same rows, prompts and scoring as when the run began.
 
     Returns:
-        Their definitions now.
+        The present definitions of the tasks.
 
     Raises:
         RunError: naming the task and what differs.
@@ -175,7 +175,7 @@ def check_tasks(run: Run, tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def definitions(tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What each task is, as it is loaded and without limits: how it asks, generates and scores, functions as code."""
+    """The definition of each task, before the run's limits: how it asks, generates and scores, with its functions."""
     return {name: _definition(task) for name, task in tasks.items()}
 
 
@@ -186,7 +186,7 @@ def _definition(task: Any) -> dict[str, Any]:
     found = {key: _plain(config[key]) for key in _DECIDING if config.get(key) is not None}
     found["icl"] = _plain((config.get("metadata") or {}).get("icl"))
     found["class"] = None if type(task) is ConfigurableTask else _plain(type(task))
-    # The texts of the first rows show changes in whatever else functions and templates read.
+    # The texts of the first rows reveal changes in files that functions and templates read.
     docs = task.eval_docs
     rows = [docs[i] for i in range(min(8, len(docs)))]
     found["examples"] = digest([[str(task.doc_to_text(row)), str(task.doc_to_target(row))] for row in rows])
@@ -194,7 +194,7 @@ def _definition(task: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A part of a config as JSON holds it, without None; functions are their name and code."""
+    """Converts a part of a config to JSON, without None; functions become their name and a fingerprint."""
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
@@ -205,9 +205,9 @@ def _plain(value: Any) -> Any:
 
 
 def _function(function: Any) -> str:
-    """A function or class by its name, and a fingerprint of its code unless it is ours.
+    """The name of a function or class, with a fingerprint of its code unless it is ours.
 
-    Our own have versions, and their code is on record in each cell (`made_with`).
+    Our tasks have versions, and each cell records the fingerprint of our scoring code (`made_with`).
     """
     inner = inspect.unwrap(getattr(function, "func", function))  # a partial
     name = getattr(inner, "__qualname__", type(inner).__qualname__).rpartition(".")[2]
@@ -221,7 +221,7 @@ def _function(function: Any) -> str:
 
 
 def _code(file: Path, seen: set[Path] | None = None) -> str:
-    """The code of a file, and of the files beside it that it imports, without comments and layout."""
+    """The code of a file, and of the files in the same folder that it imports, without comments and layout."""
     seen = set() if seen is None else seen
     seen.add(file)
     try:
@@ -242,8 +242,8 @@ def _code(file: Path, seen: set[Path] | None = None) -> str:
 
 @cache
 def made_with() -> dict[str, str]:
-    """What makes scores in addition to the model and the task, for the record of a cell: scoring code and libraries."""
-    packages = package_versions(_OF_SCORES)
-    files = sorted(file for file in data.TASKS_PATH.glob("*.py") if file.name != "errors.py")  # its texts score nothing
+    """The versions of scoring code and libraries, for the record of a cell."""
+    packages = package_versions(_SCORE_PACKAGES)
+    files = sorted(file for file in data.TASKS_PATH.glob("*.py") if file.name != "errors.py")  # no effect on scores
     scoring = "".join(digest(file.read_text(encoding="utf-8")) for file in files)
     return {"scoring code": digest(scoring), "python": platform.python_version(), **packages}

@@ -1,13 +1,13 @@
 """Averaged gradient episodic memory: a step never goes against the mean loss of the earlier tasks' remembered rows.
 
 Chaudhry et al. 2019 (arXiv 1812.00420), equation 11: with g the gradient of the step and m the one on a batch drawn
-from the memory of all earlier tasks, g - (g.m / m.m) m is taken instead of g where g.m < 0, else g as it is.
+from the memory of all earlier tasks, g is replaced by g - (g.m / m.m) m if g.m < 0.
 
-m is the mean over rows of the gradient of the mean over the row's answer tokens, whatever `loss_weights` is, and every
-task gives the same number of rows to the batch, to one row: no task with long answers speaks for the others.
+All rows weigh the same in m, whatever `loss_weights` is, and every task gives the same number of rows (up to one) to
+the batch. So a task with long answers does not outweigh the others.
 
-The promise is about the gradient; an optimizer with moments (Adam) turns it into a step of its own, unless
-`project_step` projects that, too. The paper has plain SGD.
+The guarantee holds for the gradient, and so for steps of plain SGD, as in the paper. Adam's step may still oppose the
+memory, unless `project_step` projects the step, too.
 
     python -m trainers.agem --config trainers/configs/quickstart.yaml --output_dir runs/agem
 """
@@ -25,7 +25,7 @@ class AGEMTrainer(MemoryTrainer):
     """A stage whose gradient is projected once, against the mean of the memory."""
 
     def drawn_evenly(self) -> Dataset:
-        """The rows of all memories that serve this step: of every task the same number, to one row."""
+        """Draws the rows for this step: the same number from every task, up to one row."""
         tasks = list(self.memory.values())
         each, left = divmod(self.batch_size, len(tasks))
         first = torch.randperm(len(tasks), generator=self.generator()).tolist()[:left]
@@ -33,11 +33,11 @@ class AGEMTrainer(MemoryTrainer):
         return concatenate_datasets([self.drawn(rows, n) for rows, n in zip(tasks, sizes, strict=True) if n])
 
     def memory_gradients(self) -> list[dict[str, torch.Tensor]]:
-        """The one gradient on all memories, of which every row is the same part."""
+        """One gradient on all memories together, in which all rows weigh the same."""
         return [self.loss_gradient(self.drawn_evenly(), weights="rows")]
 
     def projected(self, vector: dict[str, torch.Tensor], of_step: bool = False) -> dict[str, torch.Tensor] | None:
-        """Takes the part of a direction off that would raise the loss on the memory."""
+        """Removes the part of a direction that would raise the loss on the memory."""
         (memory,) = self.against
         product = dot(vector, memory)
         if product >= 0:

@@ -1,4 +1,4 @@
-r"""Dark experience replay: replayed rows are also held to what the model said of them right after their own task.
+r"""Dark experience replay: on replayed rows the model is also held to its own outputs right after their task.
 
 Buzzega et al. 2020 (DER++, arXiv 2004.07211), in the form that He et al. 2024 have for language models (SEEKR, arXiv
 2411.06171, equation 13 without its term for attention). The loss is CE on rows of the new task, and \lambda CE +
@@ -53,7 +53,7 @@ class DERConfig(CLConfig):
 
 
 class DERTrainer(CLTrainer):
-    """A stage with rows of earlier tasks, and with what the model said of them."""
+    """A stage with rows of earlier tasks, and the model's outputs on them from then."""
 
     config: DERConfig
     own_memory = True
@@ -85,7 +85,7 @@ class DERTrainer(CLTrainer):
         return rows
 
     def begin_stage(self) -> None:
-        """Loads what was said of the replayed rows."""
+        """Loads the outputs on the replayed rows."""
         self.said = self.load_state(self.on_cpu)
         self.ends = self.said["lengths"].cumsum(0).tolist() if self.said else []
 
@@ -122,7 +122,7 @@ class DERTrainer(CLTrainer):
         return kl_div(now, self.said["logs"][places], reduction="none", log_target=True).sum(dim=-1)
 
     def end_stage(self) -> None:
-        """Adds what the model now says of the rows of its own task that later stages replay."""
+        """Adds the model's present outputs on the rows of its own task that later stages replay."""
         assert self.stage.task is not None
         self.model.eval()  # without dropout
         new = self.said_of(self.remembered(self.stage.task))
@@ -132,7 +132,7 @@ class DERTrainer(CLTrainer):
 
     @torch.no_grad()
     def said_of(self, rows: Dataset) -> dict[str, torch.Tensor]:
-        """What the model now says of rows: tensors on the CPU that are put behind those of earlier tasks."""
+        """The model's present outputs on rows: tensors on the CPU, to be appended to those of earlier tasks."""
         share: list[tuple[torch.Tensor, torch.Tensor]] = []  # ids and logs of each row that this process works on
         for batch in self.batches(self.own_share(rows)):
             with self.compute_loss_context_manager():

@@ -2,31 +2,30 @@ r"""Elastic weight consolidation: parameters that mattered to earlier tasks are 
 
 Kirkpatrick et al. 2017 (arXiv 1612.00796): when training task t, the penalty
 \lambda/2 \sum_{k<t} \sum_i F_{k,i} (\theta_i - \theta^*_{k,i})^2 is added to the loss, with \theta^*_k the parameters
-after task k and F_k the diagonal of the Fisher information there, of the task's loss alone, without the penalty.
+after task k and F_k the diagonal of the Fisher information of the task's loss (without the penalty) at \theta^*_k.
 
-F is in the units of the loss that is minimised: it is the curvature of that loss, and \lambda has one meaning whatever
-the length of answers. With g the gradient of a row's log-likelihood (the sum over its n answer tokens), F is the mean
-over rows of g^2 / n where rows weigh the same (`loss_weights`), and the sum over rows of g^2 divided by the number of
-all answer tokens where tokens do. With \lambda = 1 the loss of each earlier task counts, to second order,
-as much as the present one: the posterior of the paper for tasks of equal size. The default is the \lambda = 400
-of the paper's Atari experiments.
+F is the curvature of the loss that is minimised, so \lambda means the same for answers of any length. Let g be the
+gradient of a row's log-likelihood, the sum over its n answer tokens. With `loss_weights: rows` F is the mean over rows
+of g^2 / n; with `tokens` it is the sum over rows of g^2, divided by the number of all answer tokens. With \lambda = 1
+the loss of each earlier task counts, to second order, as much as the present one: the paper's posterior for tasks of
+equal size. The default \lambda = 400 is that of the paper's Atari experiments.
 
-`ewc_fisher` says whose labels g is of. "empirical": the data's, which vanishes where the loss does (arXiv 2502.11756).
-"sampled": the model's own, one draw at each position behind the data's tokens; its mean over draws is the Fisher
-information itself.
+`ewc_fisher` chooses the labels for g. "empirical" takes those of the data; F then vanishes where the loss does (arXiv
+2502.11756). "sampled" draws one label from the model at each answer position; the mean over draws is the true Fisher
+information.
 
-The penalty is on the parameters that are trained. With LoRA these are A and B, and it is not invariant to what leaves
-the model B A as it is: for any invertible M, M A and B M^-1 are the same model with another penalty. It counts changes
-of A and of B as if the other one stood still, and where one factor is small, as B is early on, the other looks free. A
-penalty on B A would need the Fisher information of whole weights.
+The penalty is on the trained parameters. With LoRA these are A and B, although the model depends on B A only: for any
+invertible M, the factors M A and B M^-1 give the same model but a different penalty. Changes of A are weighed as if B
+were fixed, and vice versa. While B is small, early in training, A looks free to move. A penalty on B A would need the
+Fisher information of whole weights.
 
-By default the online variant (Schwarz et al. 2018, arXiv 1805.06370): one anchor, the newest parameters,
-and one running sum F = \gamma F + F_k. `ewc_online: false` keeps every task's own anchor. In both cases the gradient
-of the penalty is \lambda (P \theta - Q) with two tensors per parameter, so the memory does not grow with the tasks.
+The default is the online variant (Schwarz et al. 2018, arXiv 1805.06370): one anchor, the newest parameters, and one
+running sum F = \gamma F + F_k. `ewc_online: false` keeps an anchor for every task. In both cases the gradient of the
+penalty is \lambda (P \theta - Q) with two tensors per parameter, so the memory does not grow with the tasks.
 
-Differences from the official TRACE code: it has \lambda = 400, too, but squares the gradients of mini-batches during
-training, penalty included, and sums them over all epochs, divided by the batches of one. The gradient of a mean over a
-batch is not a row's: the sum depends on the batch size.
+Differences: the official TRACE code also has \lambda = 400, but it squares the gradients of mini-batches during
+training, including the penalty's, and divides their sum over all epochs by the batches of one epoch. The gradient of a
+batch's mean is not a row's gradient, so that sum depends on the batch size.
 
     python -m trainers.ewc --config trainers/configs/quickstart.yaml --output_dir runs/ewc
 """
@@ -44,7 +43,7 @@ from trainers.base import CLConfig, CLTrainer, choose_rows, main, option
 
 @dataclass
 class EWCConfig(CLConfig):
-    """As CLConfig, and the strength of the penalty."""
+    """CLConfig with the strength of the penalty."""
 
     ewc_lambda: float = option(400.0, "Weight of the penalty.", least=0)
     ewc_online: bool = option(True, "One anchor and a running Fisher, rather than one of each per task.")
@@ -58,10 +57,10 @@ class EWCConfig(CLConfig):
 
 
 class EWCTrainer(CLTrainer):
-    """A stage with the penalty of the earlier ones.
+    """A stage with the penalty of the earlier stages.
 
-    State: "P/<name>" = the sum of the Fisher information, "Q/<name>" = the sum of Fisher information times anchor, in
-    float32: twice the trained parameters, whatever the number of tasks.
+    State, in float32, for each trained parameter: "P/<name>" = the sum of the Fisher information, and "Q/<name>" = the
+    sum of Fisher information times anchor.
     """
 
     config: EWCConfig
@@ -82,7 +81,7 @@ class EWCTrainer(CLTrainer):
                 parameter.grad.add_(self.penalty_gradient(name, parameter).to(parameter.grad.dtype))
 
     def fisher(self) -> dict[str, torch.Tensor]:
-        """The diagonal of the Fisher information at the present parameters, on rows of the stage's own task."""
+        """The diagonal of the Fisher information at the present parameters, from rows of the stage's task."""
         assert self.stage.task is not None
         rows = choose_rows(self.task_dataset(self.stage.task), self.config.ewc_rows, "random", self.config.seed)
         self.model.eval()  # without dropout
@@ -103,7 +102,7 @@ class EWCTrainer(CLTrainer):
         return self.accelerator.reduce(total, "sum")
 
     def end_stage(self) -> None:
-        """Adds this task's Fisher information to the penalty of the stages to come."""
+        """Adds this task's Fisher information to the penalty for later stages."""
         state: dict[str, torch.Tensor] = {}
         parameters = self.trained()
         for name, new in self.fisher().items():

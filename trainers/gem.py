@@ -1,19 +1,20 @@
 r"""Gradient episodic memory: a step goes against the loss of no earlier task.
 
-Lopez-Paz and Ranzato 2017 (arXiv 1706.08840): with g the gradient of the step and the rows of M the gradients on the
-memories of the earlier tasks, if any product M g is negative, the nearest gradient to g is taken whose products are
-not: x = M^T v + g with v the solution of min_v 1/2 v^T M M^T v + (M g)^T v subject to v >= margin (equation 11; the
-margin is the paper's memory strength, 0.5 in the official TRACE code).
+Lopez-Paz and Ranzato 2017 (arXiv 1706.08840): let g be the gradient of the step, and let the rows of M be the gradients
+on the memories of the earlier tasks. If any entry of M g is negative, g is replaced by the nearest x for which none is:
+x = M^T v + g, with v the solution of min_v 1/2 v^T M M^T v + (M g)^T v subject to v >= margin (equation 11; the margin
+is the paper's memory strength, 0.5 in the official TRACE code).
 
-The dual has one unknown per earlier task. It is solved exactly as non-negative least squares, without the
-regularisation by 1e-3 of the original, which is no small number beside squared gradients of a language model.
-Differences from the paper: each gradient of a memory is on a batch drawn from it, not on all of it. The official TRACE
-code keeps the last gradient of each earlier task instead, and projects each parameter on its own; it gives the dual to
-a solver that has q and h with the other sign, so that v <= margin and, for one earlier task, M x = 2 M g: it turns
-against the memory.
+The dual has one unknown per earlier task. It is solved exactly as non-negative least squares, without the original's
+regularisation by 1e-3, which is not small compared with squared gradients of a language model.
 
-The promise is about the gradient; an optimizer with moments (Adam) turns it into a step of its own, unless
-`project_step` projects that, too. The paper has plain SGD.
+Differences: the paper takes gradients on whole memories, we take them on a batch drawn from each. The official TRACE
+code keeps the last gradient of each earlier task, and projects each parameter separately. It also passes the dual to a
+solver that has q and h with the opposite sign. So v <= margin and, for one earlier task, M x = 2 M g: it turns against
+the memory.
+
+The guarantee holds for the gradient, and so for steps of plain SGD, as in the paper. Adam's step may still oppose the
+memory, unless `project_step` projects the step, too.
 
     python -m trainers.gem --config trainers/configs/quickstart.yaml --output_dir runs/gem
 """

@@ -1,16 +1,16 @@
-r"""Learning without forgetting: on the new task's rows, the model is held to what the model before would say.
+r"""Learning without forgetting: on the new task's rows, the model is held to the outputs of the model before the stage.
 
 Li and Hoiem 2016 (arXiv 1606.09282): the loss of the new task plus \lambda times a distillation loss from the model of
-the stage before (the teacher), on the new rows. For a language model the "outputs" are the distributions over the next
-token at the answer's positions; the distillation loss is KL(teacher || student) at temperature T, weighed over tokens
-and rows as the loss itself is. \lambda = 1 and T = 2 are the paper's (T the official TRACE code's, too), whose cross
-entropy has the gradient of the divergence. The factor T^2 of Hinton et al. 2015 (arXiv 1503.02531) is in neither the
-paper nor the official code, nor here: `lwf_lambda: 4` is the same as T^2 at T = 2. The first stage has no teacher, and
-is plain training; so is every stage with `lwf_lambda: 0`.
+the stage before (the teacher), on the new rows. For a language model the outputs are the distributions over the next
+token at the answer's positions. The distillation loss is KL(teacher || student) at temperature T, averaged over tokens
+and rows like the loss itself. \lambda = 1 and T = 2 are the paper's, whose cross entropy has the same gradient; the
+official TRACE code also has T = 2. The factor T^2 of Hinton et al. 2015 (arXiv 1503.02531) is in neither of them, nor
+here: `lwf_lambda: 4` has the effect of T^2 at T = 2. The first stage has no teacher and is plain training, as is every
+stage with `lwf_lambda: 0`.
 
-The official TRACE code takes the divergence with its arguments exchanged, summed over all positions of a row, prompt
-and padding too, where ours is a mean over the answer's tokens; and to logits of batches that were kept in memory, which
-fit the rows only while the batches come in the same order.
+Differences: the official TRACE code exchanges the arguments of the divergence, and sums over all positions of a row,
+including prompt and padding; ours is a mean over the answer's tokens. It compares with logits of batches that it keeps
+in memory, which fit the rows only while the batches come in the same order.
 
     python -m trainers.lwf --config trainers/configs/quickstart.yaml --output_dir runs/lwf
 """
@@ -47,7 +47,7 @@ class LwFTrainer(CLTrainer):
         return {}
 
     def begin_stage(self) -> None:
-        """Loads the teacher: a second model in memory. One that says nothing would still draw random numbers."""
+        """Loads the teacher, a second model in memory; not without need, since loading draws random numbers."""
         teaches = self.stage.index > 1 and self.config.lwf_lambda
         self.teacher = self.frozen_model(self.previous.checkpoint) if teaches else None
 

@@ -1,4 +1,4 @@
-r"""Merging: what a stage leaves is an average of what it trained and of what was before.
+r"""Merging: the checkpoint of a stage is an average of the weights that it trained and of earlier ones.
 
 With \theta_t the weights that stage t has trained and \theta_0 the base, the checkpoint of stage t is (`merge`)
 
@@ -18,10 +18,10 @@ With \theta_t the weights that stage t has trained and \theta_0 the base, the ch
 or "base". The default is that of the sources: merged for wise and average, unmerged for slao and magmax, base for ties
 and dare. What is evaluated is the merged model in any case.
 
-With LoRA the products B A are merged, not A and B (but for slao); trace_bench/engine/averaging.py says why, and
-`trace-bench merge` does the same. The merged adapter has the sum of the ranks, at which wise and average are exact.
-Where the next stage trains it, it is cut to lora_r. If it was trained from there, too, the cut loses at most
-\alpha (1 - \alpha) |dB dA|, of second order in what the stage changed. train.json has the rank and what is lost.
+With LoRA the products B A are merged, not A and B separately (except by slao); trace_bench/engine/averaging.py says
+why, and `trace-bench merge` does the same. The merged adapter has the sum of the ranks, so wise and average are exact.
+If the next stage trains the merged adapter, it is cut to lora_r. If this stage began with one, too, the cut loses at
+most \alpha (1 - \alpha) |dB dA|, of second order in the change of the stage. train.json has the rank and the loss.
 
 Differences: TIES trims the whole model at once, PEFT each tensor. SLAO replaces A_t by Q^T and not B_t by B_t R^T, so
 the next stage does not begin with what stage t has learned; that is how the paper has it.

@@ -1,11 +1,11 @@
-r"""O-LoRA: each task learns its own adapter, in a subspace orthogonal to those of the earlier ones.
+r"""O-LoRA: each task learns a new adapter, in a subspace orthogonal to those of the earlier adapters.
 
-Wang et al. 2023 (arXiv 2310.14152): the adapters of earlier tasks are frozen and stay active; the new one is trained
-with \lambda_1 \sum_{k<t} \sum_{ij} |(A_k A_t^T)_{ij}| added to the loss, \lambda_1 = 0.5: the form and the weight of
-the method's published code and of the official TRACE code (the paper's formula has squares, not absolute values).
+Wang et al. 2023 (arXiv 2310.14152): the adapters of earlier tasks are frozen and stay active. The new one is trained
+with \lambda_1 \sum_{k<t} \sum_{ij} |(A_k A_t^T)_{ij}| added to the loss. The absolute values and \lambda_1 = 0.5 are
+those of the method's published code and of the official TRACE code; the paper's formula has squares.
 
-The stages and their checkpoints are those of `inclora`: one ordinary LoRA adapter, the A and B of all tasks side by
-side, whose rank grows by lora_r with each stage. The next stage finds the A_k there.
+Checkpoints are as in `inclora`: one ordinary LoRA adapter with the A and B of all tasks side by side. Its rank grows by
+lora_r with each stage. The next stage reads the A_k from it.
 
     python -m trainers.olora --config trainers/configs/quickstart.yaml --output_dir runs/olora
 """
@@ -23,18 +23,18 @@ from trainers.inclora import NEW, PAST, IncLoRATrainer
 
 @dataclass
 class OLoRAConfig(CLConfig):
-    """As CLConfig, and the strength of the orthogonality."""
+    """CLConfig with the strength of the orthogonality loss."""
 
     olora_lambda: float = option(0.5, "Weight of the orthogonality loss.", least=0)
 
 
 class OLoRATrainer(IncLoRATrainer):
-    """A stage whose adapter is held orthogonal to the frozen one of all earlier stages."""
+    """A stage whose adapter is held orthogonal to the frozen adapter of all earlier stages."""
 
     config: OLoRAConfig
 
     def pairs(self) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
-        """The A of all earlier tasks and the new one, shapes (rank, in features), by the name of the latter."""
+        """Name of a new A -> the A of all earlier tasks and the new A of the same layer, shapes (rank, in features)."""
         parameters = dict(self.model.named_parameters())
         return {
             name: (parameters[name.replace(f".{NEW}.", f".{PAST}.")], parameter)
@@ -43,7 +43,7 @@ class OLoRATrainer(IncLoRATrainer):
         }
 
     def orthogonality_loss(self) -> float:
-        """The sum of the absolute products of new and earlier rows of A: 0 where the subspaces are orthogonal."""
+        """The sum of |A_k A_t^T| over all entries, layers and earlier tasks: 0 if the subspaces are orthogonal."""
         return sum(float((past @ new.detach().T).abs().sum()) for past, new in self.pairs().values())
 
     def adjust_gradients(self, model: Any) -> None:

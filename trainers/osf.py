@@ -3,7 +3,7 @@ r"""OSF: full fine-tuning inside the singular subspace of each weight that earli
 Nayak et al. 2025, "Sculpting Subspaces" (arXiv 2504.07097), through PEFT's own OSF tuner. At the start of each stage
 every linear weight is decomposed, W = U_high S_high V_high + U_low S_low V_low. The top k singular directions are kept
 as they are; U_low, S_low and V_low are trained, their gradients projected: U_high^T dU_low = 0, dV_low V_high^T = 0. At
-the end the parts are added up again: the checkpoint is an ordinary model, and the next stage decomposes it anew.
+the end the parts are added up again: the checkpoint is an ordinary model, and the next stage decomposes it again.
 
 k grows with the stages: stage t of T preserves (t - 1)/T of the directions, at least one (the budget of PEFT's
 documentation of OSF, "Budget Allocation for Task Sequences": 0, 1/n, ..., (n - 1)/n).

@@ -2,15 +2,15 @@ r"""Replay: rows of earlier tasks, and of an alignment set, are trained on again
 
 Two variants (`replay`):
 
-- "after", as the paper and the official code have it ("Replay", section 4.1; `training/replay.py`): when the stage's
-  own rows are trained, one more epoch follows over a share of every earlier task and all of an alignment set; after
-  the first task that is the alignment set alone.
-- "mixed": the same rows are part of the stage's own training set, and so are seen in each of its epochs.
+- "after", as in the paper (section 4.1) and the official code (`training/replay.py`): first the stage's own rows, then
+  one epoch over a share of every earlier task and the whole alignment set. At the first task the alignment set alone
+  is replayed.
+- "mixed": the replayed rows are part of the stage's training set, and are seen in each of its epochs.
 
-The paper leaves open how much is replayed and how it is chosen: `replay_ratio` is the share of each earlier task (the
-official scripts' 0.1), `replay_choice` says which rows: "first" (the official code's) or "random" (ours). The alignment
-set is LIMA in the official data, which has it as a folder `Lima`; any JSON list of prompts and answers will do, and
-"none" leaves it out.
+The paper does not say how many rows are replayed, and which. `replay_ratio` is the share of each earlier task (0.1 in
+the official scripts). `replay_choice` selects the rows: "first" (the official code) or "random" (our default). The
+alignment set is LIMA, the folder `Lima` of the official data. `alignment_data` takes any JSON list of prompts and
+answers; "none" leaves it out.
 
     python -m trainers.replay --config trainers/configs/quickstart.yaml --output_dir runs/replay
     python -m trainers.replay --config trainers/configs/quickstart_rcl.yaml --tasks reasoning_order1 \
@@ -38,7 +38,7 @@ from trainers.base import CHOICES, CLConfig, CLTrainer, ConfigError, LengthGroup
 
 @dataclass
 class ReplayConfig(CLConfig):
-    """As CLConfig, and what is replayed."""
+    """CLConfig with the choice of replayed rows."""
 
     replay: str = option("after", "When rows are replayed.", choices=["after", "mixed"])
     replay_ratio: float = option(0.1, "Share of each earlier task's rows; 0 = none.", least=0, most=1)
@@ -51,7 +51,7 @@ class ReplayConfig(CLConfig):
     alignment_rows: int | None = option(None, "First so many rows of the alignment set; default: all.", least=1)
 
     def __post_init__(self) -> None:
-        """Refuses settings that leave nothing to replay, or would mix or cut it."""
+        """Refuses settings that leave nothing to replay, or with which the replay would be mixed in or cut off."""
         super().__post_init__()
         if self.replay_ratio == 0 and self.alignment_data == "none":
             raise ConfigError("replay_ratio=0 and alignment_data=none leave nothing to replay: that is sequential.")
@@ -65,7 +65,7 @@ def alignment_rows(config: ReplayConfig) -> list[dict[str, str]]:
     """Reads the alignment set.
 
     Raises:
-        DataError: if there is none, or a row is no prompt and answer.
+        DataError: if there is none, or a row is not a prompt and an answer.
     """
     if config.alignment_data == "none":
         return []
@@ -85,14 +85,14 @@ def alignment_rows(config: ReplayConfig) -> list[dict[str, str]]:
 
 
 class ReplayTrainer(CLTrainer):
-    """A stage with replayed rows, after its own or among them."""
+    """A stage with replayed rows, after its own rows or mixed with them."""
 
     config: ReplayConfig
     own_memory = True
 
     @classmethod
     def prepare(cls, config: ReplayConfig, model_args: Any) -> dict[str, Any]:
-        """Reads the alignment set, whose content becomes part of the manifest."""
+        """Reads the alignment set, and adds its fingerprint to the manifest."""
         rows = alignment_rows(config)
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
         return {"alignment": {"rows": len(rows), "fingerprint": digest}}
@@ -106,7 +106,7 @@ class ReplayTrainer(CLTrainer):
         return concatenate_datasets([own, *replayed.values()])
 
     def replayed(self, stage: Stage) -> dict[str, Dataset]:
-        """The replayed rows of a stage, by earlier task, and "alignment"."""
+        """Earlier task, or "alignment" -> its replayed rows at a stage."""
         c = self.config
         parts = self.earlier_rows(stage, c.replay_ratio, c.replay_choice)
         aligned = alignment_rows(c)
@@ -120,7 +120,7 @@ class ReplayTrainer(CLTrainer):
         return self.chat([{"role": "user", "content": text}])
 
     def stage_args(self, stage: Stage) -> CLConfig:
-        """With replay after the own rows, all of it is one pass of HF's trainer: `_Phases` repeats the own rows."""
+        """With `replay: after` HF's trainer makes one epoch, in which `_OwnThenReplayed` repeats the own rows."""
         args = super().stage_args(stage)
         self.own_epochs = args.num_train_epochs
         if self.config.replay == "after":
@@ -133,24 +133,23 @@ class ReplayTrainer(CLTrainer):
             return super()._get_train_sampler(rows)
         assert isinstance(rows, Dataset)
         own, replayed = range(self.own_rows), range(self.own_rows, len(rows))
-        return _Phases(
+        return _OwnThenReplayed(
             super()._get_train_sampler(rows.select(own)),
-            max(1, round(self.own_epochs * len(own))),  # as plain training takes a step at least
+            max(1, round(self.own_epochs * len(own))),  # plain training also takes at least one step
             super()._get_train_sampler(rows.select(replayed)) if replayed else [],
             len(own),
             self.order_seed,
         )
 
     def record(self) -> dict[str, Any]:
-        """How many rows of what were replayed."""
+        """How many own rows and replayed rows there were."""
         return {"own_rows": self.own_rows, "own_epochs": self.own_epochs, "replayed": self.replay_record}
 
 
-class _Phases(Sampler):
-    """The own rows, shuffled anew in each of their epochs, then the replayed rows once.
+class _OwnThenReplayed(Sampler):
+    """The own rows, shuffled again in each of their epochs, then the replayed rows once.
 
-    Each order depends on the seed and the epoch alone: every process has the same one, whatever random numbers their
-    models have drawn.
+    The orders depend on the seed and the epoch only, so they are the same on every process and after a resume.
     """
 
     def __init__(self, own: Any, steps: int, replayed: Any, offset: int, seed: int) -> None:

@@ -1,7 +1,7 @@
-"""Sequential fine-tuning: every stage goes on from the one before, and nothing else is done about forgetting.
+"""Sequential fine-tuning: every stage continues from the one before, and nothing is done against forgetting.
 
-The lower bound that every method is compared with ("SeqFT" and "LoraSeqFT" in the paper, section 4.1), with a LoRA
-adapter (`use_peft: true`) or all parameters.
+It is the lower bound that every method is compared with ("SeqFT" and "LoraSeqFT" in the paper, section 4.1). It trains
+a LoRA adapter (`use_peft: true`) or all parameters.
 
     python -m trainers.sequential --config trainers/configs/quickstart.yaml --output_dir runs/sequential
 """

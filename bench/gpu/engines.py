@@ -46,7 +46,7 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
     for n, adapter in enumerate(adapters):
         lm.load(adapter)
-        lm.together(adapters[n + 1 :])
+        lm.answer_together(adapters[n + 1 :])
         tokens.append(lm.first_tokens(asked, most))
     return {
         "served": str(lm.served["weights"]),

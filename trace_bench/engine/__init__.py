@@ -33,12 +33,12 @@ SPEED_ONLY_ARGS = {
     *("enforce_eager", "compilation_config", "enable_prefix_caching", "enable_chunked_prefill"),
     *("enable_prompt_embeds", "disable_log_stats", "logits_cache", "max_loras", "max_cpu_loras", "max_lora_rank"),
 }
-#: Arguments of lm-eval's HFLM that hold for every stage, whatever its weights.
+#: Arguments of lm-eval's HFLM that also apply to the models of later stages.
 _HF_ARGS = {
     *("batch_size", "max_batch_size", "device", "dtype", "max_length", "revision", "trust_remote_code"),
     *("prefix_token_id", "softmax_dtype", "mixed_precision_dtype", "think_end_token", "logits_cache"),
 }
-#: Types whose layers with a window see one token more in vLLM than they were trained with by transformers.
+#: Types whose sliding windows are one token wider in vLLM than in transformers, which trained them.
 _WIDER_WINDOWS = {"cohere2", "cohere2_moe"}
 #: Arguments that the engine decides by itself -> why.
 _REFUSED = {
@@ -65,12 +65,19 @@ def open_engine(
     checkpoints: Sequence[Path] = (),
     forced: bool = False,
 ) -> SwapLM:
-    """Starts an engine with the weights of the base model: what `models.resolve_model` returned.
+    """Starts an engine with the weights of the base model.
 
-    The backend is "vllm", or "hf" for transformers' generate. `engine_args` are passed to lm-eval's VLLM (and so to
-    vLLM's LLM) or HFLM. Prompts of generation tasks keep their last `max_prompt_length` tokens, as in training. vLLM
-    makes room for the adapters among the checkpoints, which will be loaded. With `forced` it is prepared to read many
-    given answers (`SwapLM.expected`).
+    Args:
+        backend: "vllm", or "hf" for transformers' generate.
+        base: What `models.resolve_model` returned.
+        revision: The commit of a base model of the hub.
+        max_prompt_length: Prompts of generation tasks are cut to their last `max_prompt_length` tokens, as in training.
+        engine_args: Arguments of lm-eval's VLLM (which hands them on to vLLM's LLM) or HFLM.
+        checkpoints: The checkpoints that will be loaded: vLLM has to know their adapters at its start.
+        forced: Whether `SwapLM.token_logprobs` will be asked for many answers.
+
+    Returns:
+        The engine.
 
     Raises:
         EngineError: if the backend is not installed, or an argument cannot be given.
@@ -119,12 +126,12 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
     if forced and not _has_newer_runner():
         args.setdefault("logits_processors", [FORCING])
     if not has_gpu():
-        # vLLM's own 128 keep nothing of short prompts in the cache. The kernels want multiples of 32.
+        # With vLLM's default of 128 short prompts are never cached. The kernels want multiples of 32.
         args.setdefault("block_size", 32)
         if any(name.startswith(("mamba_", "state_size")) for name in config.to_dict()):
-            # With a cache its code for states (Mamba-2, Granite 4) fails at prompts of more than a chunk.
+            # With prefix caching, state-space models (Mamba-2, Granite 4) fail at prompts longer than a chunk.
             args.setdefault("enable_prefix_caching", False)
-    # "auto" would take Mistral's own tokenizer, config and weights for its models, and training does not use these.
+    # For Mistral's models "auto" would take their own tokenizer, config and weights, which training does not use.
     args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf", **args}
     with_lora = dict(args)
     adapters = lora_args(with_lora, checkpoints)
@@ -143,9 +150,9 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
 
 
 def _has_newer_runner() -> bool:
-    """Whether vLLM takes its newer model runner, as on GPUs, where there is Triton.
+    """Whether vLLM uses Model Runner V2, its default where there is Triton, as on GPUs.
 
-    It has no such class as `FORCING`; a request for each token costs little on a GPU.
+    It does not take `FORCING`. On a GPU a request for each token costs little.
     """
     from vllm import envs
     from vllm.triton_utils import HAS_TRITON
@@ -155,10 +162,10 @@ def _has_newer_runner() -> bool:
 
 
 def _bound_context(base: str, config: Any, args: dict[str, Any]) -> None:
-    """Keeps vLLM to the context in which it reads a text as training does.
+    """Limits vLLM's context to the length up to which it computes the same as transformers in training.
 
-    Beyond the short one of a Phi-3 (longrope), transformers takes other positions by the length of a text, and vLLM for
-    all texts by its max_model_len. In Command R7B's windows vLLM sees one token more than transformers.
+    Phi-3 (longrope) has two kinds of positions: transformers chooses by the length of each text, vLLM by max_model_len
+    for all texts. In Command R7B vLLM's sliding windows are one token wider.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
@@ -177,7 +184,7 @@ def _bound_context(base: str, config: Any, args: dict[str, Any]) -> None:
 def _open_hf(base: str, args: dict[str, Any]) -> Any:
     from trace_bench.engine.hf import SwapHF
 
-    if "max_model_len" in args:  # a run's arguments for vLLM serve here, too
+    if "max_model_len" in args:  # so that a run's arguments for vLLM work with both backends
         args.setdefault("max_length", args["max_model_len"])
     args = {k: v for k, v in args.items() if k in _HF_ARGS or k not in SPEED_ONLY_ARGS}
     if unknown := sorted(args.keys() - _HF_ARGS):
@@ -194,5 +201,5 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:
         if not args or isinstance(e, TraceError) or advice(e, ""):
             raise
-        # Values are the business of lm-eval and torch, which say in all these ways what is wrong with one.
+        # lm-eval and torch check the values, and raise any of these errors.
         raise EngineError(f"The engine does not start with engine_args {json.dumps(args)}: {brief(e)}") from e

@@ -22,7 +22,7 @@ from trace_bench.engine import models
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.padding import masks_padding, quiet_router
 from trace_bench.engine.sharing import inner
-from trace_bench.engine.swap import Example, Expected, Forced, SwapLM, Wanted, to_end
+from trace_bench.engine.swap import Example, Forced, SwapLM, TokenLogprobs, Wanted, to_end
 from trace_tasks.tokens import text_of
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
     """lm-eval's HFLM, whose model is loaded again for each stage."""
 
     def _create_model(self, pretrained: str, revision: str, dtype: Any, trust_remote_code: bool, **_: Any) -> None:
-        """Loads the base model as the checkpoints are: lm-eval would leave what the files lack to chance."""
+        """Loads the base model as checkpoints are loaded: lm-eval's way would leave missing tensors random."""
         options = {"dtype": get_dtype(dtype), "trust_remote_code": trust_remote_code}
         self._model: Any = models.load_model(pretrained, None, revision, **options).to(self.device)
 
@@ -62,8 +62,8 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
 
     @property
     def pad(self) -> int:
-        """The token that fills the rows of a batch: any, since it is masked in front and cut off behind."""
-        known = range(inner(self._model.get_input_embeddings()).weight.shape[0])  # some tokenizers have one more
+        """The padding token. Any token will do: it is masked before a prompt, and cut off behind an answer."""
+        known = range(inner(self._model.get_input_embeddings()).weight.shape[0])  # a tokenizer may have more tokens
         named = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((token for token in named if token in known), 0)
 
@@ -89,7 +89,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
 
     @property
     def _short(self) -> float:
-        """The tokens up to which a text has the same positions beside any others of a batch (longrope: the longest)."""
+        """The length up to which a text's positions do not depend on the batch: longrope looks at the longest row."""
         rope = getattr(self._model.config.get_text_config(), "rope_parameters", None) or {}
         return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else math.inf
 
@@ -100,7 +100,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             masks = masks_padding(self._model, self.pad, ids)
         if not masks:
             log.warning(
-                "%s does not leave out what the attention mask says: prompts of one length only are answered together.",
+                "%s does not heed the attention mask, so only prompts of the same length are answered together.",
                 self.base,
             )
         return masks
@@ -119,7 +119,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         if self.soft_prompt is not None:
             embeds = self._behind_prompt(ids)
             mask = torch.cat([mask.new_ones(len(mask), len(self.soft_prompt)), mask], dim=1)
-            # As in training, the soft prompt stands next to the text, so padding goes before both.
+            # As in training, the soft prompt is next to the text: padding goes before both.
             order = mask.argsort(dim=1, stable=True)
             kwargs = {
                 "inputs_embeds": embeds.gather(1, order[:, :, None].expand_as(embeds)),
@@ -159,16 +159,16 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             found[i] = float(logits.log_softmax(-1).gather(1, answer[:, None]).sum())
         return [found[i] for i in range(len(examples))]
 
-    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+    def token_logprobs(self, forced: Sequence[Forced]) -> list[TokenLogprobs]:
         """See `SwapLM`."""
         read = self._read([(one.prompt, one.answer) for one in forced])
-        found = {i: _expected(logits, forced[i].asked) for i, logits in read}
+        found = {i: _pick_logprobs(logits, forced[i].asked) for i, logits in read}
         return [found[i] for i in range(len(forced))]
 
     def _read(self, examples: list[Example]) -> Iterator[tuple[int, torch.Tensor]]:
-        """The number of each example, and the float32 logits in place of its answer's tokens: one pass for a batch."""
+        """Yields the number of each example and the float32 logits at its answer's positions; one pass a batch."""
         size = self._detect_batch_size() if self.batch_size == "auto" else int(self.batch_size)
-        # Prompts of one length together, so that the head is needed for few tokens but those of the answers.
+        # Prompts of similar length together, so that the head computes few positions beyond the answers.
         long = [len(prompt) + len(answer) - 1 > self._short for prompt, answer in examples]
         order = sorted(range(len(examples)), key=lambda i: (long[i], -len(examples[i][0]), -len(examples[i][1])))
         parts = [list(part) for _, part in groupby(order, key=long.__getitem__)]
@@ -176,7 +176,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             rows = [[*examples[i][0], *examples[i][1]][:-1] for i in batch]
             width = max(map(len, rows))
             keep = width + 1 - min(len(examples[i][0]) for i in batch)
-            # Nothing reads what fills a row behind its end.
+            # A causal model never reads the padding behind a row.
             ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)
             plain = self.soft_prompt is None
             inputs: dict[str, Any] = {"input_ids": ids} if plain else {"inputs_embeds": self._behind_prompt(ids)}
@@ -207,8 +207,8 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         return torch.cat([self.soft_prompt.to(embeds).expand(len(ids), -1, -1), embeds], dim=1)
 
 
-def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected:
-    """The log-probabilities of the tokens that are asked for; logits of shape (tokens of the answer, vocabulary)."""
+def _pick_logprobs(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> TokenLogprobs:
+    """The log-probabilities of the tokens asked for, from logits of shape (tokens of the answer, vocabulary)."""
     logprobs = torch.log_softmax(logits, dim=-1)
     if isinstance(asked, int):
         tokens = logprobs.topk(min(asked, logprobs.shape[-1]), dim=-1).indices.tolist()
@@ -218,14 +218,14 @@ def _expected(logits: Any, asked: tuple[tuple[int, ...], ...] | int) -> Expected
 
 
 class _Rated(LogitsProcessor):
-    """Keeps the log-probability of each generated token, before temperature and the like change it."""
+    """Keeps the log-probability of each generated token, before temperature and other settings change it."""
 
     def __init__(self) -> None:
         self.last: torch.Tensor | None = None
         self.found: list[torch.Tensor] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
-        self._see(input_ids[:, -1:])  # which was drawn from the last ones
+        self._see(input_ids[:, -1:])  # the token that was drawn from the former scores
         self.last = scores.float().log_softmax(dim=-1)
         return scores
 
@@ -234,7 +234,7 @@ class _Rated(LogitsProcessor):
             self.found.append(self.last.gather(1, tokens))
 
     def means(self, tokens: torch.Tensor, lengths: Sequence[int]) -> list[float]:
-        """The mean of each row's first so many tokens; `tokens` are the last ones."""
+        """The mean over the first `lengths[i]` tokens of each row i; `tokens` are the last generated ones."""
         self._see(tokens)
         logprobs = torch.cat(self.found, dim=1).tolist()
         return [sum(row[:n]) / n for row, n in zip(logprobs, lengths, strict=True)]

@@ -1,7 +1,7 @@
 """From the name of a model to what the libraries load, and from an adapter to a full model.
 
-A model is named as everywhere: a hub id or a local folder. One name is our own, QUICKSTART: a real aligned model of
-135M parameters that comes as a package, so that everything runs without a hub.
+A model is named by a hub id or a local folder. One more name is our own, QUICKSTART: an aligned model of 135M
+parameters that comes as a Python package, so that everything runs without a hub.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from trace_tasks.errors import brief
 from trace_tasks.limits import limited
 
 QUICKSTART = "SmolLM2-135M-Instruct"
-#: The kind of adapter that is a prompt in front of the input: `soft_prompt`.
+#: The peft_type of a soft prompt.
 PROMPT = "PROMPT_TUNING"
-#: The most bytes of a file of a model that holds no weights; tokenizers have up to 40 MB.
+#: The most bytes of a model's text file; tokenizers have up to 40 MB.
 MOST_FILE = 256 * 2**20
-#: The most seconds and bytes for reading the configuration or tokenizer of a folder, or making its architecture.
+#: The most seconds and bytes for reading a folder's configuration or tokenizer, or building its architecture.
 READING = (60.0, 8 * 2**30)
 
 
@@ -36,7 +36,7 @@ READING = (60.0, 8 * 2**30)
 
 
 def resolve_model(name: str) -> str:
-    """What to give to `from_pretrained` for a hub id (as it is), a local folder (its absolute path), or QUICKSTART.
+    """What `from_pretrained` takes for a name: a hub id unchanged, the absolute path of a folder or of QUICKSTART.
 
     Raises:
         ModelError: if a local folder holds no model, one that is not in safetensors, or an adapter, or the quickstart
@@ -46,7 +46,7 @@ def resolve_model(name: str) -> str:
     try:
         path = path.expanduser()
         is_dir, is_file = path.is_dir(), path.is_file()
-    except (OSError, RuntimeError):  # a name too long for a folder, the home of an unknown user
+    except (OSError, RuntimeError):  # a name that is too long, or the home of an unknown user
         is_dir = is_file = False
     if is_file:
         raise ModelError(f"{path} is a file; a model is a folder or a hub id (OWNER/NAME).")
@@ -66,10 +66,10 @@ def resolve_model(name: str) -> str:
 
 
 def base_of_run(model: Mapping[str, Any]) -> str:
-    """`resolve_model` of the base model that a manifest names: a folder may be named from where the run began.
+    """`resolve_model` of a manifest's base model. Its name may be a relative path of where the run began.
 
     Args:
-        model: The entry of the manifest, whose path says where a folder is by now.
+        model: The entry of the manifest; its "path" is the present folder.
     """
     name, place = str(model["name"]), str(model.get("path") or "")
     if not place.startswith("/") or name == QUICKSTART:
@@ -104,15 +104,15 @@ def _dequantise(target: Path) -> None:
 
 
 def pinned_revision(base: str, revision: str = "main") -> str:
-    """What pins a base model in a manifest: the hub's commit, or the fingerprint of a local folder.
+    """The revision of a base model for a manifest: the hub's commit, or the fingerprint of a local folder.
 
     Raises:
-        ModelError: if the hub does not give it, or it holds an adapter.
+        ModelError: if the hub does not have it or cannot be reached, or the model holds an adapter.
     """
     if Path(base).is_dir():
         return fingerprint(Path(base))
     try:
-        # The file alone: transformers' AutoConfig would ask whether to run the code that a model brings.
+        # Not AutoConfig, which would ask whether to run a model's code.
         file = hub_file(base, "config.json", revision)
     except (OSError, ValueError) as e:
         raise not_given(base, e) from e
@@ -123,7 +123,7 @@ def pinned_revision(base: str, revision: str = "main") -> str:
 
 
 def base_with_adapter(base: str | Path) -> ModelError:
-    """The error where a base model has an adapter beside its weights."""
+    """The error for a base model that also holds an adapter."""
     return ModelError(
         f"{base} holds an adapter (adapter_config.json), which transformers would put on the base model and vLLM not. "
         "Name the model that it was trained from, or merge the two (merge_and_unload, save_pretrained)."
@@ -145,7 +145,7 @@ def refuse_odd_files(folder: Path) -> None:
 def refuse_pickle(folder: Path) -> None:
     """Refuses weights in pickles, which can hold code, before a library opens them. No weights at all are fine."""
     pickles = sorted(p.name for end in ("bin", "pt", "pth", "ckpt", "pkl") for p in folder.glob(f"*.{end}"))
-    # PEFT takes adapter_model.bin unless there is a file of exactly this name.
+    # PEFT loads adapter_model.bin unless a file has exactly this name.
     wanted = "adapter_model.safetensors" if is_adapter(folder) else "*.safetensors"
     if pickles and not any(folder.glob(wanted)):
         raise ModelError(
@@ -168,12 +168,12 @@ def adapter_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def reading(model: str | Path) -> AbstractContextManager[None]:
-    """The limit for reading the files of a model's folder; of a hub's model the download is waited for."""
+    """The time and memory limit for reading a model's folder; none for the hub, since a download may take long."""
     return limited(*READING) if Path(model).is_dir() else nullcontext()
 
 
 def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
-    """The config.json of a base model, with the entries of its language model if it has several models."""
+    """The config.json of a base model; if it has several models, with the entries of its language model on top."""
     config = model_file(base, "config.json", revision)
     if config is None:
         raise ModelError(
@@ -184,7 +184,7 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
         raise ModelError(
             f"{base}/config.json is damaged: it holds no object with the settings of a model. Fetch the model again."
         )
-    # As in transformers, what the whole says of EOS is before what its language model says.
+    # As in transformers, the outer EOS wins over that of the language model.
     ends = config.get("eos_token_id")
     return {**config, **text, **({} if ends is None else {"eos_token_id": ends})}
 
@@ -196,10 +196,10 @@ def model_file(model: str, name: str, revision: str | None) -> Any:
 
 
 def open_tokenizer(name: str | None) -> Any:
-    """The tokenizer of a model; with no name that of the quickstart model, or None where it is not installed.
+    """The tokenizer of a model; without a name that of the quickstart model, None if that is not installed.
 
     Raises:
-        ModelError: if a named model or its tokenizer cannot be had.
+        ModelError: if a named model or its tokenizer cannot be loaded.
     """
     try:
         path = resolve_model(name or QUICKSTART)
@@ -214,7 +214,7 @@ def load_tokenizer(model: str | Path, revision: str | None = None, trust_remote_
     """Loads the tokenizer of a model, or of a checkpoint that brings its own.
 
     Raises:
-        ModelError: if there is none, or it brings code that is not trusted, or would encode otherwise than its file.
+        ModelError: if there is none, it needs code that is not trusted, or it would not encode as its file says.
     """
     return _read(faithful_tokenizer, f"The tokenizer of {model} cannot be loaded", model, revision, trust_remote_code)
 
@@ -234,7 +234,7 @@ def load_config(model: str | Path, revision: str | None, trust_remote_code: bool
 def _read(
     load: Callable[..., Any], failure: str, model: str | Path, revision: str | None, trust_remote_code: bool
 ) -> Any:
-    # That of a local folder is a fingerprint, which nothing is loaded by.
+    # The revision of a local folder is a fingerprint, which from_pretrained does not know.
     local = Path(model).is_dir()
     revision = "main" if revision is None or local else revision
     options = {"trust_remote_code": trust_remote_code, "local_files_only": not local and is_out_of_reach()}
@@ -246,7 +246,7 @@ def _read(
 
 
 def why_not(error: Exception) -> str:
-    """A library's complaint about a model's files, in one line; our own words where it wants to run their code."""
+    """A library's error about a model's files in one line; our own text if it needs trust_remote_code."""
     if "trust_remote_code" in str(error):
         return (
             "it brings code of its own (auto_map), which is not run. If you trust that code: trust_remote_code: true "
@@ -275,9 +275,9 @@ def load_model(
 ) -> Any:
     """Loads the model of a checkpoint as it was trained, an adapter unmerged (PEFT's model around it).
 
-    The base is what `resolve_model` returned. The checkpoint is a PEFT adapter, a full model, or None for the base; of
-    a prompt-tuning adapter the base is loaded, and `soft_prompt` gives the prompt. The adapters `below` were merged
-    into the base, one after the other, before this one was trained on it. All else goes to `from_pretrained`.
+    The base is what `resolve_model` returned. The checkpoint is a PEFT adapter, a full model, or None for the base. For
+    a soft prompt the base model is loaded; `soft_prompt` returns the prompt. The adapters `below` are merged into the
+    base first, one after the other. All other arguments go to `from_pretrained`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -296,7 +296,7 @@ def load_model(
         )
     _put_padding_back(model, place, commit)
     keep_softcap(model)
-    # What the config ties and transformers has not tied, since the files hold different values.
+    # The config ties the head, but transformers has not tied it, since the files hold different values.
     if model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys():
         if not full:
             raise own_head(place)
@@ -309,7 +309,7 @@ def load_model(
 
 
 def _put_padding_back(model: Any, place: str | Path, commit: str) -> None:
-    """Gives the padding token, often EOS, the embedding of the file: transformers clears it in some types (Youtu)."""
+    """Restores the embedding of the padding token, often EOS: transformers zeroes it in some types (Youtu)."""
     from safetensors import safe_open
 
     table = inner(model.get_input_embeddings())
@@ -326,10 +326,10 @@ def _put_padding_back(model: Any, place: str | Path, commit: str) -> None:
 
 
 def with_adapter(model: Any, adapter: Path, **kwargs: Any) -> Any:
-    """PEFT's model of an adapter around its base; the other arguments are PEFT's.
+    """PEFT's model of an adapter around its base model; the other arguments are PEFT's.
 
     Raises:
-        ModelError: if tensors of the adapter are not found in its file, of which PEFT only warns.
+        ModelError: if tensors of the adapter are missing in its file; PEFT would only warn.
     """
     from peft import PeftModel
 
@@ -346,7 +346,7 @@ def with_adapter(model: Any, adapter: Path, **kwargs: Any) -> Any:
 
 
 def own_head(base: str | Path) -> ModelError:
-    """The error where a base model's files hold another head than its config.json says."""
+    """The error for a base model whose config.json ties the head, but whose files hold a different one."""
     return ModelError(
         f"{base} ties the head to the embeddings in its config.json, and its files hold another head, which "
         "transformers would take and vLLM not. Set tie_word_embeddings to false there, if that head was trained."
@@ -359,14 +359,14 @@ def own_head(base: str | Path) -> ModelError:
 def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     """Merges an adapter into a model: summed in float32, then rounded without a bias.
 
-    Most steps of an adapter are smaller than half a unit of a bf16 weight, and rounding to the nearest value would lose
-    them all: of an adapter's gain in log-likelihood 86 % survive at a learning rate of 1e-4. `round_unbiased` keeps the
-    update in the mean, and with it the products that the layer computes.
+    Most entries of an adapter's update are smaller than half a bf16 step of the weight. Rounding to nearest would lose
+    them: at a learning rate of 1e-4 only 86 % of an adapter's gain in log-likelihood survive. `round_unbiased` keeps
+    the update on average, and so the products that the layer computes.
 
     A head that is tied to the embeddings is untied first if the adapter changes one of the two.
 
     Returns:
-        The model, which is changed, and the share of the update that the rounding lost, along the update: 0 = nothing.
+        The changed model, and the share of the update that rounding lost (projected on the update): 0 = nothing.
     """
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -400,7 +400,7 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
 
 
 def _is_tied(model: Any) -> bool:
-    """Whether head and embeddings are one tensor, below whatever an adapter has put around them."""
+    """Whether head and embeddings share one tensor; an adapter's wrappers do not matter."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     return None not in (table, head) and inner(table).weight is inner(head).weight
 
@@ -415,7 +415,7 @@ def _untie(model: Any) -> None:
 
 
 def _set_untied(model: Any) -> None:
-    """Has nothing tie the head to the embeddings again."""
+    """Makes sure that nothing ties the head to the embeddings again."""
     model.config.tie_word_embeddings = False
     model.config.get_text_config().tie_word_embeddings = False
     head = {f"{name}.weight" for name, m in model.named_modules() if m is model.get_output_embeddings()}
@@ -424,7 +424,7 @@ def _set_untied(model: Any) -> None:
 
 
 def round_unbiased(exact: Any, dtype: Any, generator: Any) -> Any:
-    """Rounds float32 to bf16 or float16 up or down at random, so that the mean is the exact value."""
+    """Rounds float32 to bf16 or float16, up or down at random, so that the expected value is exact."""
     import torch
 
     dropped = {torch.bfloat16: 16, torch.float16: 13}[dtype]  # bits of the mantissa
@@ -443,7 +443,7 @@ def save_merged(
     below: Sequence[str] = (),
     dtype: str = "auto",
 ) -> float:
-    """Writes the model of an adapter as a full model (arguments as for `load_model`); what `merge` lost."""
+    """Writes an adapter as a full model (arguments as for `load_model`), and returns what `merge` lost."""
     adapter, options = Path(checkpoint), {"dtype": dtype, "trust_remote_code": trust_remote_code}
     model, lost = merge(load_model(base, None, revision, below=[Path(p) for p in below], **options), adapter)
     model.save_pretrained(folder)

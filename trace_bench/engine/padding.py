@@ -1,4 +1,4 @@
-"""Whether a model leaves out the padding of shorter prompts in a batch."""
+"""Finds out whether a model ignores the padding of shorter prompts in a batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ _KNOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def masks_padding(model: Any, pad: int, ids: list[int]) -> bool:
-    """Whether a prompt is answered alike whatever fills its row: some models with a state do not see the mask.
+    """Whether padding leaves a prompt's answer unchanged: some state-space models ignore the attention mask.
 
-    Asked once of a model, of the logits of a few tokens, since it may heed the mask in the prompt and not behind it.
+    Tested once for each model, on the logits of a few generated tokens: a model may heed the mask while it reads the
+    prompt, and not afterwards.
 
     Args:
         model: Of transformers, in evaluation.
@@ -28,20 +29,20 @@ def masks_padding(model: Any, pad: int, ids: list[int]) -> bool:
         mask[:, :17] = 0
         one, other = _logits_of(model, ids[:4], rows, mask)
         (alone,) = _logits_of(model, ids[:4], rows[:1, 17:], torch.ones_like(rows[:1, 17:]))
-        # With other tokens under the mask nothing may change. Without any, more is rounded in another way: by 0.03 in
-        # bf16, where a model that reads them, or counts their positions, is 0.1 away and more.
+        # Other tokens under the mask may change nothing. Without any padding the rounding differs: by 0.03 in bf16. A
+        # model that reads the padding, or counts its positions, differs by 0.1 or more.
         _KNOWN[model] = _apart(one, other) < 0.02 and _apart(one, alone) < 0.08
     return _KNOWN[model]
 
 
 def quiet_router(model: Any) -> dict[str, bool]:
-    """TRL leaves the router's outputs on in full models, and Mixtral's generation fails with them."""
+    """Generation arguments that switch the router's outputs off: TRL saves them on, and Mixtral's generation fails."""
     routed = hasattr(model.config.get_text_config(), "output_router_logits")
     return {"output_router_logits": False} if routed else {}
 
 
 def _logits_of(model: Any, tokens: Sequence[int], rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The logits in place of tokens that are given behind each of the rows: (rows, tokens, vocabulary)."""
+    """The logits at the positions of `tokens`, which every row is made to generate: (rows, tokens, vocabulary)."""
     with torch.no_grad():
         out = model.generate(
             **{"input_ids": rows, "attention_mask": mask, "max_new_tokens": len(tokens), "do_sample": False},
@@ -52,7 +53,7 @@ def _logits_of(model: Any, tokens: Sequence[int], rows: torch.Tensor, mask: torc
 
 
 def _apart(some: torch.Tensor, others: torch.Tensor) -> float:
-    """How far logits differ, of shape (tokens, vocabulary): root mean square in standard deviations, of the worst."""
+    """The largest difference over the tokens: root mean square in standard deviations; shapes (tokens, vocabulary)."""
     found = []
     for one, other in zip(some, others, strict=True):
         possible = other > other.max() - 100  # some models rule tokens out
@@ -62,7 +63,7 @@ def _apart(some: torch.Tensor, others: torch.Tensor) -> float:
 
 
 class _Given(LogitsProcessor):
-    """Has an answer be these tokens."""
+    """Makes an answer consist of these tokens."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = iter(tokens)

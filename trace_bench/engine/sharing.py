@@ -16,9 +16,9 @@ def inner(module: Any) -> Any:
 
 
 def shared_weights(adapted: Any) -> str | None:
-    """The name of a layer with an adapter whose weights are those of another layer, too; None = there is none.
+    """The name of an adapted layer that shares its weights with another layer; None if there is none.
 
-    The layers of Zamba share their attention. The head and the embeddings that it is tied to do not count.
+    For example, Zamba's layers share their attention. A head that is tied to the embeddings does not count.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -35,7 +35,7 @@ def shared_weights(adapted: Any) -> str | None:
 
 
 def shared_layer(adapter: str | Path, layer: str) -> ModelError:
-    """The error where an adapter cannot be merged for `shared_weights`."""
+    """The error for an adapter that cannot be merged because of `shared_weights`."""
     return ModelError(
         f"{adapter} changes {layer} alone, whose weights other layers share: merged, as vLLM needs them, they would "
         "change there, too. Take the backend hf, or train other lora_target_modules."

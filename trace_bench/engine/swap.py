@@ -1,4 +1,4 @@
-"""What both engines share: an lm-eval LM whose weights are swapped, and everything that is decided in token ids."""
+"""What both engines share: an lm-eval LM whose weights can be swapped, and all work on token ids."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ class Work:
 
 @dataclass(frozen=True)
 class Wanted:
-    """An answer that is wanted: the prompt, and where the answer ends."""
+    """A request for an answer: the prompt, and where the answer ends."""
 
     ids: tuple[int, ...]
+    """The tokens of the prompt."""
     most: int
-    """The most tokens."""
+    """The most tokens of the answer."""
     stops: tuple[str, ...]
     """Texts that end it."""
     ends: frozenset[int]
     """Tokens that end it: EOS."""
     sampling: tuple[tuple[str, Any], ...] = ()
-    """What a task asks for beyond greedy decoding; empty for TRACE's tasks. A "seed" makes draws the same each time."""
+    """Sampling arguments; empty = greedy, as for TRACE's tasks. With a "seed" each run draws the same answers."""
     given: tuple[int, ...] = ()
-    """The first tokens of the answer, which end the prompt's ids and are not generated."""
+    """The first tokens of the answer. They are already the last ids of the prompt, and are not generated."""
     rated: bool = False
-    """Whether the mean log-probability of the answer is asked for."""
+    """Whether the mean log-probability of the answer is wanted."""
     reference: tuple[int, ...] = ()
-    """The tokens of the reference answer, if its log-likelihood is asked for later: an engine may read it off here."""
+    """The tokens of the reference answer, if its likelihood is wanted later: the engine may find it on the way."""
 
-    def begun(self, given: tuple[int, ...]) -> Wanted:
-        """The same answer, of which the first tokens are given; no longer than it was, but for one token at least."""
+    def with_given(self, given: tuple[int, ...]) -> Wanted:
+        """The same request with the first tokens of its answer given. The limit stays, but one token is generated."""
         return replace(self, ids=self.ids + given, most=max(self.most - len(given), 1), given=given)
 
 
@@ -58,47 +59,47 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Forced:
-    """An answer that the model is made to give: what does it expect at each of its tokens?"""
+    """A known answer, at each position of which the log-probabilities of some tokens are wanted."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
     asked: tuple[tuple[int, ...], ...] | int
-    """Which tokens are asked for at each token of the answer; a number = at least so many of the likeliest."""
+    """The tokens wanted at each position of the answer; a number = at least that many of the likeliest ones."""
 
 
 def to_end(ids: list[int], ends: Collection[int]) -> list[int]:
-    """The tokens up to the first one that ends an answer, and it; all if there is none. What follows is padding."""
+    """The tokens up to and including the first one of `ends`; all of them if there is none. The rest is padding."""
     return ids[: next((n for n, token in enumerate(ids, 1) if token in ends), len(ids))]
 
 
-#: For each token of an answer: token -> its log-probability there.
-Expected = list[dict[int, float]]
+#: For each position of an answer: token -> its log-probability there.
+TokenLogprobs = list[dict[int, float]]
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and how it came about."""
+    """A generated answer."""
 
     text: str
-    """Up to the first stop."""
+    """Its text up to the first stop."""
     finished: bool = True
-    """False where the limit of its length cut it."""
+    """False if it was cut at its length limit."""
     logprob: float | None = None
-    """The mean log-probability of its tokens at temperature 1, the token that ends it included, if it was asked for."""
+    """The mean log-probability of its tokens, including the last one, at temperature 1; None if not asked for."""
 
 
 class SwapLM:
-    """Mixed into lm-eval's class of a backend.
+    """A mixin for lm-eval's class of a backend: swaps weights, and makes prompts and answers from token ids.
 
     Attributes:
         chat: Renders chat prompts; None takes the tokenizer's template as it is.
-        max_prompt_length: Prompts of generation tasks keep their last so many tokens.
-        served: How the loaded weights came into the engine, for the record of a cell.
-        unfinished: Answers that ended at their length limit. The caller empties it.
-        given: The first token ids of the answer to a request, which are not generated; where it gives none, the request
-            is not asked. None = all requests are asked, and all of an answer is generated.
-        reference: The token ids of the reference answer to a request (`reference_ids`) whose likelihood is asked for
-            when it is answered. None = of none.
+        max_prompt_length: Prompts of generation tasks are cut to their last `max_prompt_length` tokens.
+        served: How the engine holds the loaded weights, for the record of a cell.
+        unfinished: The answers that were cut at their length limit. The caller empties it.
+        given: Request -> the first token ids of its answer, which are not generated. A request with no such ids is
+            skipped. None = generate every answer completely.
+        reference: Request -> the token ids of its reference answer (`reference_ids`), whose likelihood the engine may
+            compute on the way. None = no likelihood is wanted.
     """
 
     base: str
@@ -115,7 +116,7 @@ class SwapLM:
         self.unfinished: set[str] = set()
         self.given: Callable[[Any], tuple[int, ...]] | None = None
         self.reference: Callable[[Any], tuple[int, ...]] | None = None
-        #: The mean log-probability of the answers for which it was asked.
+        #: The mean log-probability of the answers that are `rated`.
         self.ratings: dict[Wanted, float] = {}
         self.served: dict[str, Any] = {"weights": "base"}
         # The stages ask the same texts, so their token ids are kept.
@@ -126,7 +127,7 @@ class SwapLM:
 
     @property
     def max_length(self) -> int:
-        """The tokens of a prompt and its answer together; a soft prompt takes some of the context."""
+        """The most tokens of a prompt and its answer together: the context without the soft prompt, if there is one."""
         taken = 0 if self.soft_prompt is None else len(self.soft_prompt)
         return super().max_length - taken  # type: ignore[misc]
 
@@ -135,35 +136,35 @@ class SwapLM:
 
         Args:
             checkpoint: An adapter or a full model.
-            below: Adapters that were merged into the base before this one was trained on it.
+            below: Adapters to merge into the base model first, since this one was trained on top of them.
         """
         raise NotImplementedError
 
-    def expect(self, checkpoints: Sequence[Path]) -> None:
-        """Says that the engine goes on with checkpoints that were not there when it was started."""
+    def reuse(self, checkpoints: Sequence[Path]) -> None:
+        """Prepares a running engine for checkpoints that did not exist when it was started."""
         self.work = Work()
-        self.soft_prompt = None  # of the last one; the next one has its own
+        self.soft_prompt = None  # the former checkpoint's
 
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
-        """Says which checkpoint is loaded next, so that it can be merged while the engine works."""
+        """Announces the next checkpoint, so that it can be merged while the engine works."""
 
-    def together(self, checkpoints: Sequence[Path]) -> None:
-        """Says which checkpoints get the same questions later, so that all can answer in one batch."""
+    def answer_together(self, checkpoints: Sequence[Path]) -> None:
+        """Announces which checkpoints will get the same questions, so that all can answer in one batch."""
 
     def _answers(self, wanted: list[Wanted]) -> list[list[int]]:
-        """Token ids of the answers, each at least to its end."""
+        """The token ids of the answers. Padding may follow the end of an answer."""
         raise NotImplementedError
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
-        """The sum of the log-probabilities of each answer's tokens behind its prompt, in nats."""
+        """The log-likelihood of each answer given its prompt: the sum over its tokens, in nats."""
         raise NotImplementedError
 
-    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
-        """The log-probabilities of tokens in place of each token of given answers, out of the whole vocabulary."""
+    def token_logprobs(self, forced: Sequence[Forced]) -> list[TokenLogprobs]:
+        """The log-probabilities of the tokens asked for, at each position of the given answers."""
         raise NotImplementedError
 
     def first_tokens(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-        """The first so many tokens of the model's own greedy answers; one that ends before has its EOS."""
+        """The first `most` tokens of the model's own greedy answers. A shorter answer ends with its EOS."""
         wanted = [Wanted(tuple(ids), most, (), self.ends) for ids in prompts]
         return [to_end(ids, self.ends)[:most] for ids in self._answers(wanted)]
 
@@ -191,12 +192,12 @@ class SwapLM:
         return first.tolist(), second.tolist()
 
     def counts(self, rows: Sequence[dict[str, Any]], answer_tokens: int) -> dict[str, int]:
-        """How many of lm-eval's samples had a prompt that was cut, and an answer that ended at its limit."""
+        """How many of lm-eval's samples had a prompt that was cut, and how many an answer that was cut."""
         limit = min(self.max_length - answer_tokens, self.max_prompt_length or self.max_length)
         prompts = self._prompt_ids([r["arguments"][0][0] for r in rows], None)
         return {
             "n_cut": sum(len(ids) > limit for ids in prompts),
-            # An answer of which only the first token counts always ends there.
+            # An answer with a limit of one token is meant to end there.
             "n_unfinished": sum(
                 r["filtered_resps"][0] in self.unfinished and r["arguments"][0][1].get("max_gen_toks") != 1
                 for r in rows
@@ -221,7 +222,7 @@ class SwapLM:
         asked = list(range(len(wanted)))
         if self.given is not None:
             given = [self.given(request) for request in requests]
-            wanted = [want.begun(ids) for want, ids in zip(wanted, given, strict=True)]
+            wanted = [want.with_given(ids) for want, ids in zip(wanted, given, strict=True)]
             asked = [i for i, ids in enumerate(given) if ids]
         if self.reference is not None:
             wanted = [replace(w, reference=self.reference(r)) for w, r in zip(wanted, requests, strict=True)]
@@ -238,12 +239,12 @@ class SwapLM:
         return [answer.text for answer in full]
 
     def full_answers(self, wanted: list[Wanted]) -> list[Answer]:
-        """The answers, with how they ended."""
+        """The answers with their texts, how they ended, and their mean log-probability if it is wanted."""
         answers = []
         for want, generated in zip(wanted, self._answers(wanted), strict=True):
             ids = [*want.given, *generated]
             end = next((n for n, token in enumerate(ids) if token in want.ends), None)
-            whole = text = self._spoken(ids[:end])
+            whole = text = self._answer_text(ids[:end])
             for stop in want.stops:
                 text = text.split(stop)[0]
             finished = end is not None or text != whole or len(ids) < want.most + len(want.given)
@@ -253,18 +254,18 @@ class SwapLM:
     def log_likelihoods(
         self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None = None
     ) -> list[tuple[float, int]]:
-        """How likely reference answers are: the sum of the log-probabilities of their tokens, and how many these are.
+        """The log-likelihoods of reference answers: the sum over an answer's tokens, and the number of these tokens.
 
-        The token ids are those of a training row, EOS included (`example_ids`), so the sum, in nats, is minus the
-        training loss of the row times the tokens. The prompts are read once; nothing is generated.
+        The token ids are those of a training row, including EOS (`example_ids`). So the sum is minus the row's training
+        loss times the number of tokens. Nothing is generated.
 
         Args:
-            prompts: Texts as the model is asked; they keep their last `max_prompt_length` tokens.
+            prompts: The prompts as texts; they are cut to their last `max_prompt_length` tokens.
             answers: The reference answers.
-            max_answer: Answers keep their first so many tokens; None = all.
+            max_answer: Answers are cut to their first `max_answer` tokens; None = not cut.
 
         Returns:
-            (nats, tokens) of each; NaN nats where prompt and answer do not fit into the context.
+            (nats, tokens) of each answer; NaN nats if prompt and answer do not fit into the context.
         """
         examples = self._example_ids(prompts, answers, max_answer)
         fits = [i for i, (prompt, answer) in enumerate(examples) if prompt and len(prompt + answer) <= self.max_length]
@@ -272,7 +273,7 @@ class SwapLM:
         return [(found.get(i, math.nan), len(answer)) for i, (_, answer) in enumerate(examples)]
 
     def reference_ids(self, prompt: str, answer: str, max_answer: int | None) -> tuple[int, ...]:
-        """The token ids of a reference answer as `log_likelihoods` reads them."""
+        """The token ids of a reference answer that `log_likelihoods` scores."""
         return self._example_ids([prompt], [answer], max_answer)[0][1]
 
     def _example_ids(self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None) -> list[Example]:
@@ -305,8 +306,8 @@ class SwapLM:
     def want(
         self, ids: Sequence[int], most: int, until: Sequence[str], sampling: dict[str, Any], rated: bool = False
     ) -> Wanted:
-        """A wanted answer to a prompt's ids; `until` are texts that end it."""
-        # The text of an answer has no special tokens, so a stop that is one is looked for among the ids.
+        """A request for the answer to a prompt's ids; `until` are texts that end it."""
+        # Special tokens are not part of an answer's text, so a stop that is one is compared with the ids.
         special = self._special
         return Wanted(
             ids=tuple(ids),
@@ -321,8 +322,8 @@ class SwapLM:
     def _special(self) -> dict[str, int]:
         return {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
 
-    def _spoken(self, ids: Sequence[int]) -> str:
-        """The text of an answer; where lm-eval was given a `think_end_token`, what comes after the last one."""
+    def _answer_text(self, ids: Sequence[int]) -> str:
+        """The text of an answer; with lm-eval's `think_end_token`, only what follows the last such token."""
         mark = self.think_end_token  # type: ignore[attr-defined]
         if isinstance(mark, str) and len(marks := self.tokenizer(mark, add_special_tokens=False).input_ids) == 1:
             (mark,) = marks  # a special token is not part of the text

@@ -31,21 +31,21 @@ from trace_bench.engine.ends import end_ids
 from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.start import lora_args, starting_vllm
-from trace_bench.engine.swap import EngineError, Example, Expected, Forced, SwapLM, Wanted
+from trace_bench.engine.swap import EngineError, Example, Forced, SwapLM, TokenLogprobs, Wanted
 from trace_tasks.data.files import digest
 
 log = logging.getLogger(__name__)
 
-#: What makes requests give known tokens, as the engine argument logits_processors.
+#: The logits processor that makes a request generate known tokens (engine argument logits_processors).
 FORCING = "trace_bench.engine.forcing:Forcing"
 
 
 class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
-    """lm-eval's VLLM, whose engine gets the weights of each stage.
+    """lm-eval's VLLM with one engine, into which the weights of each stage are put.
 
     Args:
-        adapters: The adapters that will be loaded and can answer unmerged.
-        **kwargs: For lm-eval's class.
+        adapters: The adapters that vLLM can serve unmerged.
+        **kwargs: The arguments of lm-eval's class.
     """
 
     def __init__(self, adapters: Sequence[Path] = (), **kwargs: Any) -> None:
@@ -53,14 +53,14 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         self.adapter: LoRARequest | None = None
         self._later: list[LoRARequest] = []
         self._known: dict[tuple[LoRARequest | None, Wanted], list[int]] = {}
-        #: The log-probabilities of the first tokens of reference answers that the generated ones told.
+        #: The log-probabilities of a reference answer's first tokens, as far as the generated answer agrees with it.
         self._told: dict[tuple[LoRARequest | None, Example], list[float]] = {}
         #: Whether weights can be swapped; None = not known before the first swap.
         self.swaps: bool | None = None
         super().__init__(worker_extension_cls="trace_bench.engine.worker.SwapWorker", **kwargs)
-        # The model that the engine was started on, and the one whose weights it has now.
+        # The model that the engine was started with, and the model whose weights it holds now.
         self.started_on = self.holds = self.model_args["model"]
-        # Some models start, and lack a kernel for their first answer.
+        # Some models start but lack a kernel for generation: fail now.
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
         self.model.generate([{"prompt_token_ids": [0, 0]}], params, use_tqdm=False)
 
@@ -86,18 +86,18 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         self._told = {key: nats for key, nats in self._told.items() if key[0] != former}
         with self._full_model(checkpoint, below) as (folder, served):
             if folder != self.holds:
-                self._put(folder, served)
+                self._swap_or_restart(folder, served)
             self.served = served
         self.ends = end_ids(self.tokenizer, self.base, self.revision, checkpoint)
-        self._forget()
+        self._reset_prefix_cache()
 
-    def _put(self, folder: str, served: dict[str, Any]) -> None:
-        """Brings the weights of a full model into the engine: by a swap, or by starting an engine on them."""
+    def _swap_or_restart(self, folder: str, served: dict[str, Any]) -> None:
+        """Puts the weights of a full model into the engine: by a swap if that is safe, else by a restart."""
         base = self.base, Path(folder), self.revision, self.trust_remote_code
         other = config_differences(*base) if folder != self.base else []
         if other:
             served["own_engine"] = f"its config differs from the base model's: {', '.join(other)}"
-        elif self.swaps is not False and not self._keeps_experts():
+        elif self.swaps is not False and not self._copies_weights():
             if self.started_on != self.base:
                 self._restart(self.base)
                 if folder == self.base:
@@ -106,7 +106,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             self._swap(folder)
             if before is None:
                 return
-            # The first swap is tested: with the weights that it was started on the engine has to answer as before.
+            # Test the first swap: with its original weights swapped in again the engine must answer as before.
             self._swap(self.base)
             self.swaps = _same(self._probe(), before)
             if self.swaps:
@@ -120,27 +120,27 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             served["own_engine"] = "its weights cannot be swapped in this engine"
         self._restart(folder)
 
-    def _keeps_experts(self) -> bool:
-        """Whether the engine computes with copies of experts or sinks that no swap reaches, as without a GPU.
+    def _copies_weights(self) -> bool:
+        """Whether the engine computes with copies of weights that no swap reaches: experts and sinks, without a GPU.
 
-        The test of the first swap does not always show it: with the weights that the copies have all is as before.
+        The test of the first swap may miss this: it swaps in the same weights that the copies hold.
         """
         return not has_gpu() and self.model.llm_engine.model_config.get_num_experts() > 0
 
     def _swap(self, folder: str) -> None:
         self.model.collective_rpc("swap_weights", args=(folder,))
         self.holds = folder
-        self._forget()
+        self._reset_prefix_cache()
 
-    def _forget(self) -> None:
-        """Empties the prefix cache, which holds keys and values of the former weights or soft prompt."""
+    def _reset_prefix_cache(self) -> None:
+        """Empties the prefix cache: its keys and values come from the former weights or soft prompt."""
         if not self.model.reset_prefix_cache(reset_connector=True):
             raise EngineError(
                 f"vLLM does not forget what it computed before {self.holds} was loaded: run the command again."
             )
 
     def _restart(self, folder: str) -> None:
-        """Ends the engine and starts another on these weights; the tokenizer stays the base model's."""
+        """Stops the engine and starts one with these weights. The tokenizer stays the base model's."""
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -169,7 +169,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
     @contextmanager
     def _full_model(self, checkpoint: Path | None, below: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """A folder (or hub id) of the full weights that a checkpoint needs, and how it is served."""
+        """The folder (or hub id) of the full weights to load for a checkpoint, and how the checkpoint is served."""
         if checkpoint is None:
             yield self.base, {"weights": "base"}
         elif not models.is_adapter(checkpoint):
@@ -182,9 +182,9 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             with self._merging.full_model(checkpoint, below) as (folder, lost):
                 yield folder, {"weights": "merged adapter", "lost": lost}
 
-    def expect(self, checkpoints: Sequence[Path]) -> None:
-        """See `SwapLM`. Where they need what the engine was not started with, it is started again."""
-        super().expect(checkpoints)
+    def reuse(self, checkpoints: Sequence[Path]) -> None:
+        """See `SwapLM`. Restarts the engine if a checkpoint needs an argument that it was not started with."""
+        super().reuse(checkpoints)
         self._merging.forget()
         needed: dict[str, Any] = {}
         if any(models.soft_prompt(path) is not None for path in checkpoints):
@@ -196,7 +196,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         if needed.items() - self.model_args.items():
             self.model_args |= needed
             self._restart(self.base)
-        # Under new numbers: vLLM would go on with the weights that an old one stands for.
+        # New numbers: under an old one vLLM would keep using the weights it has loaded for it.
         last = max((adapter.lora_int_id for adapter in self.adapters.values()), default=0)
         self.adapters |= {path: _request(path, n) for n, path in enumerate(adapters, last + 1)}
 
@@ -209,7 +209,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
     # ----------------------------------------------------------------------------------------------------- answers
 
-    def together(self, checkpoints: Sequence[Path]) -> None:
+    def answer_together(self, checkpoints: Sequence[Path]) -> None:
         """See `SwapLM`."""
         self._later = [self.adapters[path] for path in checkpoints if path in self.adapters]
 
@@ -231,7 +231,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 self._known[adapter, want] = ids
                 if want.reference:
                     example = want.ids, want.reference
-                    self._told[adapter, example] = _told(want.reference, output.outputs[0])
+                    self._told[adapter, example] = _matching_logprobs(want.reference, output.outputs[0])
                 if want.rated and adapter is self.adapter:
                     logprobs = [
                         known[token].logprob for token, known in zip(ids, output.outputs[0].logprobs, strict=True)
@@ -251,7 +251,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return SamplingParams(
             **sampling,
             max_tokens=want.most,
-            # The tokens that end an answer, whatever vLLM finds in a generation_config.json.
+            # Only our own ends: vLLM would add those of a generation_config.json.
             ignore_eos=True,
             stop_token_ids=sorted(want.ends),
             stop=stops or None,
@@ -265,9 +265,9 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         """One pass for all choices of a question where each is a single token, as in MMLU and BoolQ.
 
         lm-eval asks vLLM for the probabilities of the whole prompt once for every choice, and vLLM cannot use its cache
-        for that. Here the next token is generated, and the probabilities of the choices are read off it: the same
-        numbers but for rounding. In an engine for unmerged adapters every token is read so, since it gives no
-        probabilities of prompts, the base model's neither.
+        for that. Here one token is generated and the probabilities of all choices are read at its position. The numbers
+        are the same up to rounding. An engine with LoRA gives no probabilities of prompts, so there all choices are
+        scored this way, token by token.
         """
         paths: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for i, (_, context, continuation) in enumerate(requests):
@@ -278,7 +278,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         logprobs = self._next_logprobs([step for path in paths.values() for step in path])
         answers: dict[int, tuple[float, bool]] = {}
         for i, path in paths.items():
-            # The generated token, the likeliest one, is among those that are known.
+            # The logprobs include the generated token, which is the likeliest one.
             greedy = all(logprobs[prompt][token] >= max(logprobs[prompt].values()) for prompt, token in path)
             answers[i] = (sum(logprobs[prompt][token] for prompt, token in path), greedy)
             self.cache_hook.add_partial("loglikelihood", requests[i][0], answers[i])
@@ -289,8 +289,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
         told = [self._told.get((self.adapter, example), []) for example in examples]
-        # Token by token, what was not told: vLLM gives no probabilities of prompts with adapters and soft prompts, and
-        # a single token costs less so than a pass that gives probabilities of the end of the prompt too.
+        # The remaining tokens one by one where vLLM gives no probabilities of prompts (adapters, soft prompts), and
+        # where only one token remains, since that costs less than a pass over the prompt.
         apart = self.adapters or self.soft_prompt is not None
         paths = {
             i: [((*prompt, *answer[:n]), answer[n]) for n in range(len(told[i]), len(answer))]
@@ -299,7 +299,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         }
         logprobs = self._next_logprobs([step for path in paths.values() for step in path])
         found = {i: sum(told[i]) + sum(logprobs[ids][token] for ids, token in path) for i, path in paths.items()}
-        # Most prompts are in the cache, since they were just answered: the shortest ones last.
+        # Most prompts are in the cache, since they were just answered: the shortest ones last, so they go first here.
+        # The second round reads without the cache.
         order = sorted(set(range(len(examples))) - set(found), key=lambda i: (len(examples[i][0]), examples[i]))
         for cached in (True, False):
             order = [i for i in order if i not in found]
@@ -308,15 +309,15 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return [found[i] for i in range(len(examples))]
 
     def _read(self, examples: list[Example], cached: bool) -> list[float | None]:
-        """The log-likelihoods from one pass; None where the cache has tokens of the answer, which then are not read.
+        """The log-likelihoods from one pass; None where the cache already holds tokens of the answer.
 
-        By default vLLM takes nothing from its cache where probabilities of a prompt are asked for, since there are none
-        of what it takes from there. Here they are needed of the end alone.
+        vLLM computes no probabilities for cached tokens, so by default it ignores its cache when probabilities of a
+        prompt are asked for. Here only those of the answer are needed, so the prompt may come from the cache.
         """
         params: dict[str, Any] = {"temperature": 0, "max_tokens": 1, "detokenize": False, "prompt_logprobs": 0}
         params["skip_reading_prefix_cache"] = not cached
         outputs = self._model_generate(
-            # The last token is not read but predicted: a row takes no more of the context than in training.
+            # The last token is predicted, not read, so a row needs no more context than in training.
             [[*prompt, *answer[:-1]] for prompt, answer in examples],
             generate=True,
             sampling_params=[SamplingParams(**params, logprob_token_ids=[answer[-1]]) for _, answer in examples],
@@ -334,10 +335,10 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         for prompt, token in steps:
             tokens.setdefault(prompt, set()).add(token)
         prompts = sorted(tokens)  # those with the same shots one after the other, for the cache
-        found = self.expected([Forced(prompt, (0,), (tuple(tokens[prompt]),)) for prompt in prompts])
+        found = self.token_logprobs([Forced(prompt, (0,), (tuple(tokens[prompt]),)) for prompt in prompts])
         return {prompt: here for prompt, (here,) in zip(prompts, found, strict=True)}
 
-    def expected(self, forced: Sequence[Forced]) -> list[Expected]:
+    def token_logprobs(self, forced: Sequence[Forced]) -> list[TokenLogprobs]:
         """See `SwapLM`."""
         places, prompts, params = [], [], []
         for i, one in enumerate(forced):
@@ -345,7 +346,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 which: dict[str, Any] = {"logprobs": one.asked}
                 if isinstance(one.asked, tuple):
                     which = {"logprob_token_ids": sorted({token for n in part for token in one.asked[n]})}
-                if self.forces and len(part) > 1:  # what is told of the first token is from before it
+                if self.forces and len(part) > 1:  # a single token need not be forced: nothing follows it
                     which["extra_args"] = {"forced": list(one.answer[part.start : part.stop])}
                 places.append(i)
                 prompts.append([*one.prompt, *one.answer[: part.start]])
@@ -353,18 +354,18 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                     SamplingParams(temperature=0, max_tokens=len(part), ignore_eos=True, detokenize=False, **which)
                 )
         outputs = self._model_generate(prompts, generate=True, sampling_params=params) if prompts else []
-        found: list[Expected] = [[] for _ in forced]
+        found: list[TokenLogprobs] = [[] for _ in forced]
         for i, output in zip(places, outputs, strict=True):
             found[i] += [{token: p.logprob for token, p in told.items()} for told in output.outputs[0].logprobs]
         return found
 
     @property
     def forces(self) -> bool:
-        """Whether a request can be made to give known tokens; else each of them is a request."""
+        """Whether a request can be made to generate known tokens; otherwise each token is a request of its own."""
         return FORCING in (self.model_args.get("logits_processors") or ())
 
     def _parts(self, one: Forced) -> Iterator[range]:
-        """The tokens of an answer in groups for which one request can tell all that is asked."""
+        """Splits an answer into ranges of tokens, so that one request can return all that is asked of a range."""
         start, tokens = 0, set[int]()
         for n in range(len(one.answer)):
             here = set(one.asked[n]) if isinstance(one.asked, tuple) else set()
@@ -413,12 +414,12 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
 
 
 def _request(path: Path, n: int) -> LoRARequest:
-    """An adapter under a name of its own: vLLM tells those of a batch apart by it, and all stages' folders have one."""
+    """A LoRA request with a unique name: vLLM tells adapters apart by it, and the stages' folders share one name."""
     return LoRARequest(f"{n}_{path.name}", n, str(path))
 
 
-def _told(reference: tuple[int, ...], output: Any) -> list[float]:
-    """The log-probabilities of a reference answer's first tokens, as far as the generated one is the same."""
+def _matching_logprobs(reference: tuple[int, ...], output: Any) -> list[float]:
+    """The log-probabilities of a reference answer's first tokens, as far as the generated answer agrees with it."""
     told: list[float] = []
     for n, (token, step) in enumerate(zip(reference, output.logprobs or (), strict=False)):
         if token not in step or tuple(output.token_ids[:n]) != reference[:n]:
@@ -428,7 +429,7 @@ def _told(reference: tuple[int, ...], output: Any) -> list[float]:
 
 
 def _same(one: list[Any], other: list[Any]) -> bool:
-    """Whether two probes have the same tokens, with the same probabilities but for rounding."""
+    """Whether two probes have the same tokens and, up to rounding, the same probabilities."""
     return all(
         a_ids == b_ids and all(abs(x - y) < 0.05 for x, y in zip(a, b, strict=True))
         for (a_ids, a), (b_ids, b) in zip(one, other, strict=True)

@@ -34,20 +34,24 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(run: Run, *, stages: Collection[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
-    """Evaluates every missing cell of a run: those of its matrix, and the extra ones (suites, judged sets, distances).
+    """Evaluates every missing cell of a run: of its matrix, and the extra ones (suites, judged sets, distances).
 
-    The configuration of the run says how many rows, how long answers, which backend; what is `asked` for instead is in
-    `make_plan`. The stages are indices, None = all that are trained. `data_path` is where the data is now, if it was
-    moved; its fingerprint must be the run's. With `share=True` it takes stages that no other process has, until none is
-    left.
+    The run's configuration decides how many rows, how long answers and which backend.
+
+    Args:
+        run: The run.
+        stages: The numbers of stages; None = all that are trained.
+        data_path: Where the data is now, if it was moved. It must have the run's fingerprint.
+        **asked: Settings that replace those of the run, see `make_plan`. With `share=True` several processes evaluate
+            the run together: each takes the stages that no other process has.
 
     Returns:
-        The number of cells that were made or filled now.
+        The number of cells that were made, or got their likelihoods, now.
 
     Raises:
-        RunError: if a stage that is named is not trained, a cell was made with other settings, the data or the base
-            model is not the run's, a checkpoint has changed, or another process evaluates one of the stages.
-        data.DataError: if a suite or a set is not known, or its data is not there.
+        RunError: if a named stage is not trained, a cell was made with other settings, the data, the base model or a
+            checkpoint has changed, or another process evaluates one of the stages.
+        data.DataError: if a suite or a set is unknown, or its data is missing.
     """
     chosen = run.chosen(stages)
     check_trained(chosen, stages)

@@ -1,4 +1,4 @@
-"""From a plan to cells: the engine is started, each stage's weights are put into it, and its answers are scored."""
+"""From a plan to cells: starts the engine, loads each stage's weights into it, and scores its answers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from trace_bench import checks
 from trace_bench.evaluate import distance
 from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
-from trace_bench.evaluate.likelihood import fill_cell, reference_of, with_likelihood
+from trace_bench.evaluate.likelihood import add_likelihood, reference_of, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
 from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
@@ -19,15 +19,14 @@ from trace_bench.versions import source_commit
 from trace_tasks.data import JUDGED, task_name
 from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 
-#: Prompts given to the engine at once: a small run's stage is one batch, and of a large run at most one task is lost
-#: when the program is killed.
+#: Prompts given to the engine at once. A small run's stage is one batch; a killed large run loses at most one task.
 BATCH = 1024
 
 
 def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
-    """Starts the engine on the base model, and makes sure that what the plan asks fits into its context.
+    """Starts the engine on the base model, and makes sure that the plan's prompts and answers fit into its context.
 
-    An engine of an earlier plan of the same run goes on.
+    If `lm`, the engine of an earlier plan of the same run, is given, it is used again.
     """
     from trace_bench.engine import open_engine
 
@@ -37,7 +36,7 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
     check_context(plan, tasks, asked if isinstance(asked, int) else None)
     base = base_of(plan.run)
     if lm is not None:
-        lm.expect(checkpoints)
+        lm.reuse(checkpoints)
     else:
         lm = open_engine(
             plan.backend,
@@ -54,13 +53,13 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
     limit = plan.matrix["max_prompt_length"]
     if plan.matrix["num_fewshot"] and limit:
         for task in tasks.single.values():
-            if hasattr(task.sampler, "count_in"):  # our own: demonstrations take half of the prompt's length
+            if hasattr(task.sampler, "count_in"):  # our own sampler: demonstrations get half of the prompt's length
                 task.sampler.count_in(lambda text: len(lm.tokenizer(text).input_ids), limit)
     return lm
 
 
-def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, then: Stage | None = None, quiet: bool = False) -> None:
-    """Makes all missing cells, stage by stage; `then` is the stage that the engine is likely to get afterwards."""
+def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, next_stage: Stage | None = None, quiet: bool = False) -> None:
+    """Makes all missing cells, stage by stage; `next_stage` is the stage that the engine probably gets afterwards."""
     import torch
     from tqdm import tqdm
 
@@ -68,22 +67,24 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, then: Stage | None = None, 
     order = [(stage, plan.todo.get(stage, [])) for stage in plan.stages]
     with tqdm(total=plan.cells, desc="evaluating", unit="cell", disable=quiet) as bar:
         for i, (stage, names) in enumerate(order):
-            # Taken before loading, so that it describes the weights that are evaluated.
+            # Take the fingerprint before loading, so that it describes the weights we evaluate.
             made = {"checkpoint": stage.fingerprint(), **how}
             if stage.index or lm.served["weights"] != "base":
                 lm.load(stage.checkpoint, stage.below)
-            following = order[i + 1][0] if i + 1 < len(order) else then
+            following = order[i + 1][0] if i + 1 < len(order) else next_stage
             if following is not None:
                 lm.prepare(following.checkpoint, following.below)
             for batch in batches(plan, tasks, names):
                 bar.set_postfix_str(f"{stage.name}: {', '.join(map(task_name, batch))}"[:60])
                 if batch[0] in tasks.single:
-                    lm.together([s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint])
+                    lm.answer_together(
+                        [s.checkpoint for s, later in order[i + 1 :] if batch[0] in later and s.checkpoint]
+                    )
                 evaluate_batch(plan, tasks, lm, stage, batch, made)
                 bar.update(len(batch))
-            for name in plan.fill.get(stage, ()):
+            for name in plan.add_likelihood.get(stage, ()):
                 bar.set_postfix_str(f"{stage.name}: {task_name(name)}"[:60])
-                fill_cell(plan, tasks.single[name], lm, stage, name, made)
+                add_likelihood(plan, tasks.single[name], lm, stage, name, made)
                 bar.update()
             for name in plan.distances.get(stage, ()):
                 bar.set_postfix_str(f"{stage.name}: distance, {task_name(name)}"[:60])
@@ -92,11 +93,11 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, then: Stage | None = None, 
 
 
 def circumstances(plan: Plan, device: str | None) -> dict[str, Any]:
-    """What the records of all cells say of how they were made; no device = nothing was generated."""
+    """How cells are made now, for their records; device = None if nothing is generated."""
     return {
         "run": plan.run.identity,
         "date": plan.run.manifest.get("date"),
-        # On record, but free to differ between cells: most of it is memory and speed.
+        # Recorded, but may differ between cells: most of it is about memory and speed.
         "engine_args": plan.engine_args,
         "made_with": {**checks.made_with(), **({"device": device} if device else {})},
         "commit": source_commit(),
@@ -104,7 +105,7 @@ def circumstances(plan: Plan, device: str | None) -> dict[str, Any]:
 
 
 def batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:
-    """The cells that are made at once: tasks with the same settings up to `BATCH` prompts; a suite by itself."""
+    """Groups cells that are made at once: tasks with the same settings, up to `BATCH` prompts; a suite alone."""
     found: list[list[str]] = []
     size, before = 0, None
     for name in names:
@@ -120,9 +121,9 @@ def batches(plan: Plan, tasks: Tasks, names: list[str]) -> list[list[str]]:
 
 
 def evaluate_batch(plan: Plan, tasks: Tasks, lm: Any, stage: Stage, batch: list[str], made: dict[str, Any]) -> None:
-    """Makes the cells of tasks that share their settings, or of a suite; the engine holds the stage's weights.
+    """Makes the cells of tasks with the same settings, or of a suite. The engine holds the stage's weights.
 
-    Each record says with `made` how its cell was made.
+    `made` is added to each record: the checkpoint and how the cell was made.
     """
     for name, scores, samples, seconds in _measured(plan, tasks, lm, batch):
         write_jsonl(stage.samples_file(name), samples)
@@ -143,7 +144,7 @@ def evaluate_batch(plan: Plan, tasks: Tasks, lm: Any, stage: Stage, batch: list[
 def _measured(
     plan: Plan, tasks: Tasks, lm: Any, batch: list[str]
 ) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]], float]]:
-    """The name, scores, samples and seconds of each cell of a batch."""
+    """Yields the name, scores, samples and seconds of each cell of a batch."""
     settings = plan.settings[batch[0]]
     if batch[0] in tasks.suites:
         yield batch[0], *run_suite(lm, tasks.suites[batch[0]], settings["general_rows"])
@@ -165,7 +166,7 @@ def _measured(
     answers = sum(map(len, results["samples"].values()))
     for name, task in owners.items():
         rows, found = results["samples"][task], results["results"][task]
-        taken = seconds * len(rows) / answers  # they share their time by rows
+        taken = seconds * len(rows) / answers  # the batch's time, divided by rows
         short = {}
         if given is not None:
             short["n_short"] = len({row["doc_id"] for row in rows} - {row for of, row in given.rows if of == task})
@@ -186,7 +187,7 @@ def _score(
     """The scores and counts of a cell, and the lines of its samples."""
     used = samples[0]["filter"]  # lm-eval scores each row once for every filter of the task
     rows = sorted((r for r in samples if r["filter"] == used), key=lambda r: r["doc_id"])
-    # A function that gives several scores has none of its own name.
+    # A metric function that returns several scores has no score under its own name.
     metrics = [m for m in task.aggregation() if m in rows[0]]
     values = {m: results[f"{m},{used}"] for m in metrics}
     scores = {
@@ -207,7 +208,7 @@ def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, 
     given = row["arguments"][0][0]
     return {
         "doc_id": row["doc_id"],
-        # A judge sees what was asked, without the marks of the chat template.
+        # A judge sees the question without the chat template.
         **({"prompt": row["doc"]["prompt"], "given": given} if judged else {"prompt": given}),
         "target": row["target"],
         "response": row["filtered_resps"][0],
@@ -216,7 +217,7 @@ def _sample(row: dict[str, Any], metrics: list[str], judged: bool) -> dict[str, 
 
 
 def summary(cells: int, stages: int, lm: Any, seconds: float, start: float) -> str:
-    """What was done, in one line: `seconds` in all, and those of the engine's start."""
+    """One line about what was done; `seconds` in total, of which `start` for starting the engine."""
     work = lm.work
     return (
         f"evaluated {cells} cells of {stages} stages in {seconds:.0f} s (engine start {start:.0f} s, "

@@ -1,7 +1,7 @@
-"""`trace-bench evaluate RUN --devices all`: one process on each device takes the next stage that nobody has.
+"""`trace-bench evaluate RUN --devices all`: one process on each device, each taking the next free stage.
 
 The processes are ordinary `trace-bench evaluate RUN --share` commands, which share the run by the locks of its stages
-(`filling`). This one starts them, shows how far they are, and ends them.
+(`filling`). This process starts them, shows their progress and stops them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trace_bench.text import printable
 log = logging.getLogger(__name__)
 
 CPU = "cpu"
-#: Seconds between two looks at the processes, and how long they may take to end when they are asked to.
+#: Seconds between two looks at the processes, and seconds that they get to end after SIGTERM.
 POLL, PATIENCE = 0.2, 20.0
 #: Lines of a process's output that are shown when it failed.
 _SHOWN = 12
@@ -68,7 +68,7 @@ def find_devices(asked: Sequence[str]) -> list[str]:
 
 
 def _visible(variable: str | None, count: int) -> list[str]:
-    """What CUDA_VISIBLE_DEVICES says, up to the GPUs that are there; of MIG slices a process sees only one."""
+    """The names in CUDA_VISIBLE_DEVICES, at most as many as GPUs exist; MIG slices all, since torch counts one."""
     if variable is None:
         return [str(n) for n in range(count)]
     names = [name.strip() for name in variable.split(",") if name.strip()]
@@ -76,10 +76,10 @@ def _visible(variable: str | None, count: int) -> list[str]:
 
 
 def grouped(devices: Sequence[str], plan: Plan) -> list[list[str]]:
-    """The devices of each process: as many as an engine of the plan takes.
+    """Divides the devices among processes: each gets as many as an engine of the plan needs.
 
     Raises:
-        RunError: if they cannot be divided so.
+        RunError: if they cannot be divided equally.
     """
     sizes = {name: plan.engine_args.get(name, 1) for name in ("tensor_parallel_size", "pipeline_parallel_size")}
     size = sizes["tensor_parallel_size"] * sizes["pipeline_parallel_size"] if plan.backend == "vllm" else 1
@@ -94,7 +94,7 @@ def grouped(devices: Sequence[str], plan: Plan) -> list[list[str]]:
 
 @dataclass
 class _Process:
-    """A process, and what it said."""
+    """A process and its output."""
 
     name: str
     child: subprocess.Popen
@@ -103,7 +103,7 @@ class _Process:
     _rest: str = ""
 
     def read(self) -> list[str]:
-        """The lines that it wrote since."""
+        """The lines that it wrote since the last call."""
         *lines, self._rest = (self._rest + self.output.read()).split("\n")
         lines = [text for line in lines if (text := printable(line.rpartition("\r")[2]).rstrip())]
         self.lines += lines
@@ -111,11 +111,11 @@ class _Process:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether it runs; its end is taken note of, so that it does not stay as a zombie."""
+        """Whether it is running. Polling also reaps it, so that no zombie stays."""
         return self.child.poll() is None
 
     def end(self) -> None:
-        """Ends it and what it started, and waits for it; it may clean up until the caller's `PATIENCE` is over."""
+        """Kills it with all processes that it started, and waits for its end."""
         with suppress(ProcessLookupError):  # the group is gone with its last process
             os.killpg(self.child.pid, signal.SIGKILL)
         self.child.wait()
@@ -130,21 +130,21 @@ def evaluate_on(
     follow: bool = False,
     **asked: Any,
 ) -> int:
-    """Evaluates a run with a process on each device, or group of devices that one engine takes.
+    """Evaluates a run with one process on each device, or on each group of devices that an engine needs.
 
     Args:
-        path: The run. If it is followed, it need not have begun.
+        path: The run. With `follow` it need not have begun.
         devices: As `find_devices` returns them.
-        options: Those of `trace-bench evaluate` that say what is asked for, for the processes.
-        stages: Indices of the stages; None = all.
+        options: The options of `trace-bench evaluate` for the processes.
+        stages: The numbers of stages; None = all.
         follow: Whether to wait for stages that are not trained yet.
-        **asked: As for `evaluate`: the same as the options.
+        **asked: The same settings as in `options`, as arguments of `make_plan`.
 
     Returns:
-        The number of cells that were made or filled now.
+        The number of cells and distances that were written now.
 
     Raises:
-        RunError: if a process failed and cells are missing, or what the processes would raise at once.
+        RunError: if a process failed and cells are missing, or the plan has an error.
     """
     from tqdm import tqdm
 
@@ -184,7 +184,7 @@ def evaluate_on(
 
 
 def _begun(path: Path) -> Run:
-    """The run, once its training has begun it."""
+    """Waits until the training has begun the run, and opens it."""
     if not (path / "manifest.json").exists():
         print(printable(f"waiting for {path} to begin"), flush=True)
     while not (path / "manifest.json").exists():
@@ -197,7 +197,7 @@ def _plan(run: Run, stages: Collection[int] | None, asked: dict[str, Any]) -> Pl
 
 
 def _signs(run: Run) -> set[tuple[Path, int]]:
-    """The cells and distances that are there, such that one that is made again is another one."""
+    """The files of cells and distances with their times, so that a file written again counts as new."""
     found = set()
     for kind in ("eval", "distance"):
         for file in run.path.glob(f"stages/*/{kind}/*.json"):
@@ -209,15 +209,15 @@ def _signs(run: Run) -> set[tuple[Path, int]]:
 def _start(
     path: Path, n: int, group: list[str], number: int, options: Sequence[str], follow: bool, stack: ExitStack
 ) -> _Process:
-    """Starts a process that sees the devices of its group alone."""
-    # Not the pipe of a reader: if this process is killed, the others finish what they have.
+    """Starts a process that sees only the devices of its group."""
+    # Output to a file, not a pipe: if this process is killed, the others can still finish their work.
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="trace-evaluate-")))
     into = stack.enter_context((folder / "output").open("wb"))
     output = stack.enter_context((folder / "output").open(encoding="utf-8", errors="replace"))
     words = [sys.executable, "-m", "trace_bench", "evaluate", str(path), "--share", *options]
     on_cpu = group[0] == CPU
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "" if on_cpu else ",".join(group), "PYTHONUNBUFFERED": "1"}
-    # A session of its own: the signals of the terminal come here, and what it started ends with it.
+    # A session of its own: it gets no signals from the terminal, and can be killed with all that it started.
     child = start_child(
         [*words, *(["--follow"] if follow else [])],
         {**environment, "PYTHONSAFEPATH": "1"},
@@ -232,7 +232,7 @@ def _start(
 
 
 def _end(processes: list[_Process]) -> None:
-    """Asks the processes that are at work to end, and ends all that is left of them after a while."""
+    """Sends SIGTERM to the running processes, and kills what is left after `PATIENCE` seconds."""
     for process in processes:
         if process.is_at_work:
             process.child.terminate()
@@ -244,10 +244,10 @@ def _end(processes: list[_Process]) -> None:
 
 
 def _check(run: Run, processes: list[_Process], missing: Any) -> None:
-    """Says which processes failed, and the end of their output; an error if the others have not made all cells.
+    """Reports which processes failed, with the end of their output.
 
     Raises:
-        RunError: naming the devices.
+        RunError: naming the devices, if cells are missing.
     """
     failed: dict[str, list[str]] = {}
     for process in processes:

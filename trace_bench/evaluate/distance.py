@@ -1,8 +1,8 @@
 """How far each stage is from the base model: KL(base || stage) along the base model's own answers.
 
 The base model answers the first test prompts of each stage's task, and neutral questions that belong to no task. Its
-answers and the tokens that it holds likeliest at each place are kept in its folder. Each stage is then asked for the
-same tokens at the same places; what that says of the divergence is in `measures.distance.forward_kl`.
+answers and its likeliest tokens at each position are kept in its folder. Each stage is then asked for the probabilities
+of the same tokens at the same positions. `measures.distance.forward_kl` computes the divergence from them.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from trace_tasks.data.files import digest, fingerprint, write_json, write_jsonl
 from trace_tasks.tokens import prompt_ids
 
 _QUESTIONS = Path(__file__).parent / "neutral.txt"
-#: Prompts of a task, tokens of an answer, and tokens that are asked for at each of them: 128 in all, which is what one
-#: request of vLLM can tell.
+#: Prompts of a task, tokens of an answer, and likeliest tokens at each position. An answer has 8 x 16 = 128 tokens to
+#: ask for, the most that vLLM returns for one request.
 PROMPTS, TOKENS, LIKELIEST = 32, 8, 16
 
 
 def sets_of(run: Run, stage: Stage) -> list[str]:
-    """The prompts that a stage is asked: those of its own task, and the neutral ones; of the base model all."""
+    """The sets of prompts of a stage: its own task and `NEUTRAL`; the base model has all sets."""
     own = [s.task for s in run.stages if s.task is not None and stage.index in (0, s.index)]
     return [*own, NEUTRAL]
 
 
 def lacks_base(run: Run, extra: Mapping[str, Any] | None) -> bool:
-    """Whether distances are asked for and the answers of the base model are not there yet."""
+    """Whether distances are asked for, but the base model's answers are missing."""
     asked, base = {**run.manifest["config"], **(extra or {})}.get("distance"), run.stages[0]
     return bool(asked) and not all(distance_file(base, name).exists() for name in sets_of(run, base))
 
 
 def settings_of(config: Mapping[str, Any], matrix: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """What distances depend on. Neutral questions are put into the chat template if there is one."""
+    """The settings that distances depend on. Neutral questions use the chat template if there is one."""
     trusted = matrix["engine"].get("trust_remote_code", False)
     chat = bool(models.load_tokenizer(**base, trust_remote_code=trusted).chat_template)
     arguments = config.get("chat_template_args") if chat else None
@@ -55,9 +55,9 @@ def settings_of(config: Mapping[str, Any], matrix: Mapping[str, Any], base: Mapp
 
 
 def missing(run: Run, stage: Stage, settings: Mapping[str, Any]) -> list[str]:
-    """The sets of prompts whose distance is not there, or was measured from other weights or other answers.
+    """The sets of prompts whose distance is missing, or was measured from other weights or on other answers.
 
-    None without settings: no distance is asked for.
+    Empty if `settings` is empty, since then no distance is asked for.
 
     Raises:
         RunError: if one was measured with other settings.
@@ -77,7 +77,7 @@ def missing(run: Run, stage: Stage, settings: Mapping[str, Any]) -> list[str]:
 
 
 def measure(plan: Any, lm: Any, stage: Stage, name: str, made: Mapping[str, Any]) -> None:
-    """Measures a set of prompts at a stage, whose weights the engine holds."""
+    """Measures the distance of a stage on a set of prompts. The engine holds the stage's weights."""
     began = time.perf_counter()
     numbers = _against_base(plan.run.stages[0], lm, name) if stage.index else _ask_base(plan, lm, stage, name)
     record = {"stage": stage.name, "set": name, **numbers, "settings": plan.distance, "served": lm.served, **made}
@@ -85,10 +85,12 @@ def measure(plan: Any, lm: Any, stage: Stage, name: str, made: Mapping[str, Any]
 
 
 def _ask_base(plan: Any, lm: Any, stage: Stage, name: str) -> dict[str, Any]:
-    """The base model's answers and its likeliest tokens; they are written."""
+    """Generates and writes the base model's answers with its likeliest tokens at each position."""
     asked = _prompts(plan, lm, stage, name)
     answers = lm.first_tokens(list(asked.values()), TOKENS)
-    told = lm.expected([Forced(tuple(p), tuple(a), LIKELIEST) for p, a in zip(asked.values(), answers, strict=True)])
+    told = lm.token_logprobs(
+        [Forced(tuple(p), tuple(a), LIKELIEST) for p, a in zip(asked.values(), answers, strict=True)]
+    )
     rows, unseen = [], []
     for (doc, prompt), answer, expected in zip(asked.items(), answers, told, strict=True):
         best = [sorted(here.items(), key=lambda item: (-item[1], item[0]))[:LIKELIEST] for here in expected]
@@ -101,7 +103,7 @@ def _ask_base(plan: Any, lm: Any, stage: Stage, name: str) -> dict[str, Any]:
 
 
 def _against_base(base: Stage, lm: Any, name: str) -> dict[str, Any]:
-    """What the stage expects in place of the tokens of the base model's answers."""
+    """The divergences of the stage from the base model, along the base model's answers."""
     file = distance_answers(base, name)
     recorded, rows = records.read_distance(base, name), read_jsonl(file)
     if recorded is None or recorded["answers"] != fingerprint(file):
@@ -113,7 +115,7 @@ def _against_base(base: Stage, lm: Any, name: str) -> dict[str, Any]:
             "this stage. Give --engine-args a larger max_model_len (vllm) or max_length (hf)."
         )
     kl, unseen = [], []
-    for row, expected in zip(rows, lm.expected(forced), strict=True):
+    for row, expected in zip(rows, lm.token_logprobs(forced), strict=True):
         stage = [[here[token] for token in tokens] for tokens, here in zip(row["tokens"], expected, strict=True)]
         bounds = [forward_kl(p, q) for p, q in zip(row["logprobs"], stage, strict=True)]
         kl.append([_rounded(bound) for bound, _ in bounds])

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 #: What makes a folder a checkpoint.
 _CONFIGS = {"adapter_config.json", "config.json"}
-#: What other files a folder may hold -> how a program makes of them what is loaded.
+#: Files of other formats in a folder -> how to convert them.
 _CONVERSIONS = {
     "zero_to_fp32.py": "DeepSpeed makes the weights of its parts: python zero_to_fp32.py . MODEL --safe_serialization",
     **dict.fromkeys(
@@ -45,7 +45,7 @@ _NUMBERED = re.compile(r"(.*?)(\d{1,18})")
 
 
 def refuse_answers_only(run: Run) -> None:
-    """Refuses a run of which there are answers and no weights.
+    """Refuses a run that has answers but no weights, such as an import.
 
     Raises:
         RunError: saying where its answers are from.
@@ -59,7 +59,7 @@ def refuse_answers_only(run: Run) -> None:
 
 
 def measured_run(path: str | Path) -> Run | None:
-    """The run at a path if something of it is measured already; else None."""
+    """The run at a path, if any of its cells is measured; else None."""
     if not (Path(path) / "manifest.json").exists():
         return None
     run = Run.open(path)
@@ -78,21 +78,23 @@ def external_run(
     chain: bool = False,
     renamed_base: bool = False,
 ) -> Run:
-    """Makes a run of checkpoints that were trained elsewhere, or adds some to it.
+    """Makes a run of checkpoints that were trained elsewhere, or adds checkpoints to one that has results.
 
-    A run of which nothing was measured, since the first attempt failed, begins again.
-
-    The checkpoints are name -> folder of a PEFT adapter or a full model, in the order of training. A name that is a
-    task stands for the stage after that task, and if all do, in order, OP and BWT are defined. Those that the run has
-    need not be given again: new ones become its next stages. In a chain each adapter was trained on the base with those
-    before it merged in. With `renamed_base` they may name another base model, since this is a copy under another name.
-
-    The tasks are the columns of the matrix, if any; the settings are those of the evaluation, as in the config of a
-    run; `data_path` None takes TRACE_DATA.
+    Args:
+        path: The folder of the run.
+        checkpoints: Name -> folder of a PEFT adapter or a full model, in the order of training. A name that is a task
+            means the stage after that task; if all are tasks, in their order, OP and BWT are defined. Checkpoints that
+            the run has need not be given again; new ones become its next stages.
+        model: The base model.
+        tasks: The columns of the matrix; may be empty.
+        settings: The settings of the evaluation, as in the config of a run.
+        data_path: Where the data is; None = TRACE_DATA.
+        chain: Whether each adapter was trained on the base model with all adapters before it merged in.
+        renamed_base: Whether `model` is a copy of the base model that the checkpoints name.
 
     Raises:
         RunError: if a folder holds no checkpoint, or one that does not fit the base model or its engine.
-        data.DataError: for a suite, set or task that is not known, or without its data.
+        data.DataError: if a suite, set or task is unknown, or its data is missing.
     """
     refuse_secrets({"model": model, "checkpoints": checkpoints, **settings}, "the run's")
     _check_folders(checkpoints)
@@ -105,31 +107,30 @@ def external_run(
     manifest = _manifest(model, tasks, settings, data_path) | ({"chain": True} if chain else {})
     renamed = {"renamed_base": True} if renamed_base else {}
     trusted = (settings.get("engine_args") or {}).get("trust_remote_code", False)
-    # Before anything is recorded. Earlier checkpoints that are not given again may be evaluated and gone.
+    # Before anything is recorded. Earlier checkpoints may be gone, so only the given ones are checked.
     asked = Run(Path(path), {**manifest, "checkpoints": now, **renamed})
     new = [stage for name, stage in zip(now, asked.stages[1:], strict=True) if name in given]
     check_checkpoints(asked, new, settings["backend"], trusted)
-    measured = "checkpoints" in began  # be it of the base model alone
-    if measured:  # the run as it is has to be what is asked for, but for what is added or replaced
+    measured = "checkpoints" in began  # something is measured, if only the base model
+    if measured:  # compare with the run as it is; checkpoints are added or replaced below
         manifest |= {key: began[key] for key in ("checkpoints", "folders", "renamed_base") if key in began}
     else:
         manifest |= {"checkpoints": given} | renamed
         if file.exists() and "checkpoints" in Run.open(path).manifest:
             file.unlink()
-    run = Run.create(path, checks.as_named_there(path, manifest))
+    run = Run.create(path, checks.with_recorded_base_name(path, manifest))
     _warn_of_choices(now, given)
     if measured and (now != there or renamed.keys() - began.keys()):
+        said = "The checkpoint %s is %s from now on. Its cells stay if it has the same files."
         for name in given.keys() & there.keys():
             if given[name] != there[name]:
-                log.warning(
-                    "The checkpoint %s is %s from now on. Its cells stay if it has the same files.", name, given[name]
-                )
+                log.warning(said, name, given[name])
         run = with_checkpoints(run, now, **renamed)
     return run
 
 
 def with_checkpoints(run: Run, checkpoints: dict[str, str], **more: Any) -> Run:
-    """The run with these checkpoints, which begin with those that it has, and more entries of its manifest."""
+    """Writes the run's manifest with these checkpoints, of which the first are its own, and further entries."""
     there = run.manifest
     folders = {"folders": _numbered(there["folders"], checkpoints)} if "folders" in there else {}
     write_json(run.path / "manifest.json", {**there, "checkpoints": checkpoints, **folders, **more})
@@ -137,10 +138,10 @@ def with_checkpoints(run: Run, checkpoints: dict[str, str], **more: Any) -> Run:
 
 
 def drop(path: str | Path, names: Sequence[str]) -> Run:
-    """Removes checkpoints and what was measured of them from a run. The others keep their folders.
+    """Removes checkpoints and their results from a run. The other checkpoints keep their folders.
 
     Raises:
-        RunError: if the run has no such checkpoint, or later ones of a chain lie on it.
+        RunError: if the run has no such checkpoint, or later adapters of a chain need it.
     """
     run = Run.open(path)
     refuse_links(run.path, *WRITTEN)
@@ -166,7 +167,7 @@ def drop(path: str | Path, names: Sequence[str]) -> Run:
 
 
 def _numbered(folders: dict[str, str], names: Iterable[str]) -> dict[str, str]:
-    """The folders of all checkpoints; new ones are numbered behind the others."""
+    """Checkpoint -> its folder; new checkpoints get the next numbers."""
     numbers = count(max((int(folder.partition("_")[0]) for folder in folders.values()), default=0) + 1)
     return {name: folders.get(name) or f"{next(numbers)}_{name}" for name in names}
 
@@ -196,7 +197,7 @@ def _check_folders(checkpoints: dict[str, str]) -> None:
 
 
 def _warn_of_choices(names: Iterable[str], given: dict[str, str]) -> None:
-    """Warns of an order that is no training's, as `checkpoint-*` gives it, and of folders with several adapters."""
+    """Warns of an order that is probably not that of training (a shell's `checkpoint-*`), and of further adapters."""
     numbers: dict[str, list[int]] = {}
     for name in names:
         if match := _NUMBERED.fullmatch(name):
@@ -220,7 +221,7 @@ def _warn_of_choices(names: Iterable[str], given: dict[str, str]) -> None:
 
 
 def _check_order(path: str | Path, checkpoints: dict[str, str], there: dict[str, str], chain: bool) -> None:
-    """The adapters of a chain lie on each other in the order in which they came."""
+    """Refuses to change the order of a chain's adapters, since each was trained on top of those before it."""
     in_order = sorted(checkpoints, key=lambda name: list(there).index(name) if name in there else len(there))
     if chain and list(checkpoints) != in_order:
         raise RunError(
@@ -230,13 +231,13 @@ def _check_order(path: str | Path, checkpoints: dict[str, str], there: dict[str,
 
 
 def _manifest(model: str, tasks: list[str], settings: dict[str, Any], data_path: str | None) -> dict[str, Any]:
-    """The manifest without its checkpoints; the data and tasks are checked."""
+    """The manifest without checkpoints. Checks the data and the tasks."""
     rows = data.open_data(tasks, data_path)
     rows.use()
     rows.check(["test"])
     for kind, known in (("general", data.SUITES), ("judged", data.JUDGED)):
         for name in data.expand(settings.get(kind, ()), known):
-            data.source_fingerprint(name)  # its data is there
+            data.source_fingerprint(name)  # an error if its data is missing
     base = models.resolve_model(model)
     loaded = load_tasks(tasks)
     return {
@@ -248,7 +249,7 @@ def _manifest(model: str, tasks: list[str], settings: dict[str, Any], data_path:
 
 
 def tasks_record(loaded: dict[str, Any], rows: data.Data) -> dict[str, Any]:
-    """What a manifest says of the columns of a run, after they were checked."""
+    """The entries of a manifest about the run's tasks. Checks the tasks."""
     check_stages(loaded)
     return {
         "tasks": list(loaded),

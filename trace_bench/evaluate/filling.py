@@ -1,4 +1,4 @@
-"""The missing cells of a run, from the plan to the last cell; several processes share a run by its stages."""
+"""Makes the missing cells of a run, from the plan to the last cell. Several processes can share a run by stages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trace_bench.evaluate.tasks import load_tasks
 from trace_bench.run import WRITTEN, InUse, Run, Stage, in_use, locked
 from trace_tasks.data.files import check_writable, refuse_links
 
-#: Seconds between two looks at the base model's stage, where another process measures what distances need.
+#: Seconds between two looks at the base model's stage, while another process measures what distances need.
 POLL = 1.0
 
 
@@ -30,13 +30,18 @@ def fill(
     share: bool = False,
     **asked: Any,
 ) -> tuple[int, Any]:
-    """Makes the missing cells of trained stages, see `evaluate`.
+    """Makes the missing cells of trained stages.
 
-    With `share` it takes one stage after the other, each of them one that no other process has.
+    Args:
+        run: The run.
+        chosen: The stages.
+        lm: The engine of an earlier call for the same run, to be used again.
+        data_path: See `evaluate`.
+        share: Whether to take one stage at a time, each time one that no other process has.
+        **asked: See `make_plan`.
 
     Returns:
-        The number of cells made now, and the engine, which may go on with later stages: `lm` if it was given; None if
-        nothing was missing.
+        The number of cells made now, and the engine for a next call: None if `lm` is None and nothing was missing.
     """
     refuse_answers_only(run)
     refuse_links(run.path, *WRITTEN)
@@ -53,15 +58,15 @@ def fill(
         plan = planned(chosen)
         parts = _claimed(plan, planned) if share else iter([(plan, None)] if plan.cells else [])
         cells, stages, began, ready, tasks = 0, set[Stage](), 0.0, 0.0, None
-        for part, then in parts:
-            if tasks is None:  # no engine is started where the other processes have every stage
+        for part, next_stage in parts:
+            if tasks is None:  # start an engine only if there is a stage for this process
                 check_writable(part.stages[0].path)
                 with importing() if lm is None else nullcontext():
                     tasks = load_tasks(plan, data_path)
                 began = time.perf_counter()
                 lm = start_engine(plan, tasks, lm)
                 ready = time.perf_counter()
-            evaluate_plan(part, tasks, lm, then, quiet=share)
+            evaluate_plan(part, tasks, lm, next_stage, quiet=share)
             cells, stages = cells + part.cells, stages.union(part.stages)
         if tasks is not None:
             print(summary(cells, len(stages), lm, time.perf_counter() - began, ready - began), flush=True)
@@ -69,13 +74,12 @@ def fill(
 
 
 def _claimed(plan: Plan, planned: Callable[[list[Stage]], Plan]) -> Iterator[tuple[Plan, Stage | None]]:
-    """The plan of one stage at a time, which no other process has, and the stage that may come next.
+    """Yields the plan of one stage at a time that no other process has, and the stage that may come next.
 
-    The lock of a stage is the claim to it, so that of a process that died is free, and its stage is taken. Stages with
-    many cells come first: then the processes end at about the same time.
+    A stage is claimed by its lock, which the system releases when a process dies, so its stage is taken over. Stages
+    with many cells come first, so that all processes end at about the same time.
     """
-    parts = (plan.todo, plan.fill, plan.distances)
-    left = sorted(plan.stages, key=lambda stage: -sum(len(part.get(stage, ())) for part in parts))
+    left = sorted(plan.stages, key=lambda stage: -sum(len(part.get(stage, ())) for part in plan.parts))
     took = True
     while left and took:
         again, took = [], False
@@ -84,7 +88,7 @@ def _claimed(plan: Plan, planned: Callable[[list[Stage]], Plan]) -> Iterator[tup
                 with locked(stage.path, "evaluate"):
                     part = planned([stage])  # another process may have made its cells since
                     if part.distances and stage.index and distance.lacks_base(plan.run, {"distance": True}):
-                        part = replace(part, distances={})  # they need the base model's answers
+                        part = replace(part, distances={})  # not yet: they need the base model's answers
                         again.append(stage)
                     if part.cells:
                         took = True

@@ -1,7 +1,7 @@
 """`trace-bench evaluate RUN --follow`: each stage is evaluated as soon as it is trained, by another process.
 
-The disk is the interface here, too: train.json says that a stage is trained, and the lock of the training whether it
-goes on. Nothing is locked while a stage is waited for.
+The disk is the interface here, too: a stage is trained when its train.json exists, and the training is running while
+its lock is held. Nothing is locked while this process waits.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 
 #: Seconds between two looks at the run.
 POLL = 5.0
-#: So many seconds without its lock a training counts as ended: one that is started again needs some until it has it.
+#: A training counts as ended after so many seconds without its lock: a restarted one takes time to lock it again.
 GRACE = 60.0
 
 
 @dataclass
 class _Watch:
-    """What was seen of a run by now.
+    """The state of the run at the last look.
 
     Attributes:
-        ready: Stages that can be evaluated -> what identifies their weights.
-        missing: Stages that are waited for.
+        ready: Stages that can be evaluated -> the fingerprint of their weights.
+        missing: Stages that are not trained yet.
     """
 
     path: Path
@@ -62,20 +62,20 @@ class _Watch:
         try:
             stale = records.stale(run)
             ready = [stage for stage in chosen if stage.is_trained and stage.index not in stale]
-            # A checkpoint from elsewhere is not trained while it is followed, and takes long to read.
+            # No fingerprint for a checkpoint from elsewhere: it does not change here, and takes long to read.
             self.ready = {stage: None if stage.external else stage.fingerprint() for stage in ready}
-        except FileNotFoundError:  # a train.json that was there a moment ago: the stage is trained again
+        except FileNotFoundError:  # a train.json was just deleted: the stage is trained again
             return
         self.missing = [stage for stage in chosen if stage not in self.ready]
 
     @property
     def may_begin(self) -> bool:
-        """Whether to evaluate what is there: with the first stage, since its adapter decides how the engine starts."""
+        """Whether to start: once a trained stage is ready, since its adapter decides how the engine starts."""
         return self.run is not None and (any(stage.index for stage in self.ready) or not self.missing or self.is_gone)
 
     @property
     def is_gone(self) -> bool:
-        """Whether the training has ended, as far as its lock, its progress and its stages say."""
+        """Whether the training has ended: its lock is free, and nothing has changed for a while."""
         if self.run is None:
             return False
         held = in_use(self.run.path, "train")
@@ -86,23 +86,26 @@ class _Watch:
         return now - self._alive > (SILENT if held is None else GRACE)
 
     def say(self, text: str) -> None:
-        """Prints what is waited for, once."""
+        """Prints what this process waits for, unless it was the last line printed."""
         if text != self._said:
             print(printable(text), flush=True)
         self._said = text
 
 
 def follow(path: str | Path, *, stages: Iterable[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
-    """Evaluates the stages of a run as they are trained, with one engine, until the last of them is evaluated.
+    """Evaluates each stage of a run as soon as it is trained, with one engine, until the last one is evaluated.
 
-    The run need not have begun. What is `asked` for is as for `evaluate`; with `share=True` several processes do it
-    together.
+    Args:
+        path: The run; it need not have begun.
+        stages: The numbers of stages; None = all.
+        data_path: See `evaluate`.
+        **asked: See `evaluate`.
 
     Returns:
         The number of cells evaluated.
 
     Raises:
-        RunError: as `evaluate` does; and if the training has ended before the last stage, when all that is there is
+        RunError: as `evaluate`; and if the training ended before the last stage, after all trained stages were
             evaluated.
     """
     watch = _Watch(Path(path), None if stages is None else list(stages))

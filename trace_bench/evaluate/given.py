@@ -1,7 +1,7 @@
-"""Cells of old tasks whose answers begin with the first tokens of the reference: `trace-bench evaluate --given K`.
+"""Cells of old tasks whose answers begin with K tokens of the reference: `trace-bench evaluate --given K`.
 
-A model that answers in a lost form may still know how to go on. The tokens stand behind the prompt as in training, the
-rest is generated, and the whole answer is scored by the task's own metric.
+A model that has lost the form of the answers may still know how to continue one. The given tokens follow the prompt as
+in training, the rest is generated, and the whole answer is scored by the task's own metric.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from trace_bench.tasks import target_text
 
 
 def given_settings(run: Run, tokens: int | None, matrix: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Name of a cell -> its settings, of all old tasks; empty where no tokens are to be given.
+    """Name of a cell -> its settings, for all old tasks; empty if no tokens are given.
 
     Raises:
         RunError: if the run has no old task.
@@ -27,7 +27,7 @@ def given_settings(run: Run, tokens: int | None, matrix: dict[str, Any]) -> dict
 
 
 def given_cells(run: Run, stage: Stage, tokens: int | None) -> list[str]:
-    """The names of such cells at a stage: at the base model and the last stage all, else that of the own task."""
+    """The names of these cells at a stage: all at the base model and the last stage, else that of its own task."""
     if tokens is None:
         return []
     old = run.tasks[: len(run.stages) - 2]
@@ -35,14 +35,14 @@ def given_cells(run: Run, stage: Stage, tokens: int | None) -> list[str]:
 
 
 def task_of(name: str, settings: dict[str, Any]) -> str:
-    """The task of a cell by the cell's name and settings."""
+    """The task of a cell with this name and these settings."""
     return name.removesuffix(given_cell("", settings.get("given", 0)))
 
 
 class FirstTokens:
-    """The first so many token ids of the reference of a row, as training has them behind the prompt.
+    """Request -> the first `tokens` token ids of its reference, as in training (`SwapLM.given`).
 
-    A reference has to go on behind them, or the row counts as short and has none.
+    A row whose reference is not longer than that counts as short: it gets no tokens and is not asked.
     """
 
     def __init__(self, lm: Any, tasks: dict[str, Any], tokens: int) -> None:
@@ -51,7 +51,7 @@ class FirstTokens:
         self.rows: set[tuple[str, int]] = set()
 
     def __call__(self, request: Any) -> tuple[int, ...]:
-        """The tokens for a request of lm-eval's; none if its row is short."""
+        """The tokens for a request of lm-eval; empty if its row is short."""
         answer = target_text(self.tasks[request.task_name], request.doc)
         reference = self.lm.reference_ids(request.args[0], answer, None)[:-1]  # without EOS
         if len(reference) <= self.tokens:
@@ -60,7 +60,7 @@ class FirstTokens:
         return reference[: self.tokens]
 
     def kept(self, name: str, samples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """lm-eval's samples of a task without those of short rows, and its results for these."""
+        """lm-eval's samples of a task without short rows, and the task's results for the others."""
         rows = [row for row in samples if (name, row["doc_id"]) in self.rows]
         results = {}
         for metric, aggregate in self.tasks[name].aggregation().items():
@@ -71,6 +71,6 @@ class FirstTokens:
 
 
 def nothing_to_score(task: Any) -> dict[str, Any]:
-    """The scores of a cell all of whose rows are short, such as that of a task whose answers are one token."""
+    """The scores of a cell whose rows are all short, such as those of a task with answers of one token."""
     metric = next(iter(task.aggregation()))
     return {"version": task.VERSION, "n": 0, "headline": metric, "metrics": {metric: {"value": None, "stderr": None}}}

@@ -1,7 +1,7 @@
-"""The log-likelihood of the reference answers: a further metric of the matrix, read off without generating anything.
+"""The log-likelihood of the reference answers: a further metric of the matrix, for which nothing is generated.
 
-It is the mean over the rows of nats per token. The tokens are those of training, EOS included, so it is minus the loss
-that training would have on the test rows.
+It is the mean over the rows of nats per token. The tokens are those of training, including EOS, so it is minus the
+training loss on the test rows.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 def with_likelihood(
     lm: Any, task: Any, max_answer: int | None, cell: dict[str, Any], samples: list[dict[str, Any]]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A cell and its samples with the likelihoods; the engine holds the weights, and the task's prompts are made.
+    """Adds likelihoods to a cell and its samples. The engine holds the weights, and the task's prompts are built.
 
-    Each row gets its nats per token and the number of tokens, and the cell their mean and what it took. A row without a
-    text to read, or one that does not fit into the context, has none, and then neither has the cell.
+    Each row gets its nats per token and the number of tokens; the cell gets their mean and the seconds. A row whose
+    reference is no text, or does not fit into the context, has no likelihood, and then the cell has none either.
     """
     began = time.perf_counter()
     asked = {instance.doc_id: (instance.args[0], _answer(task, instance.doc)) for instance in task.instances}
@@ -60,9 +60,9 @@ def with_likelihood(
 
 
 def reference_of(lm: Any, tasks: dict[str, Any], max_answer: int | None, request: Any) -> tuple[int, ...]:
-    """The token ids of the reference answer to a request, for an engine that can tell its likelihood on the way.
+    """The token ids of the reference answer to a request (`SwapLM.reference`), cut to `max_answer` tokens.
 
-    None if its task is not among these, or its reference is no text. It keeps its first `max_answer` tokens.
+    Empty if its task is not among `tasks`, or its reference is no text.
     """
     task = tasks.get(request.task_name)
     answer = None if task is None else _answer(task, request.doc)
@@ -77,11 +77,11 @@ def _answer(task: Any, doc: dict[str, Any]) -> str | None:
         return None
 
 
-def fill_cell(plan: Plan, task: Any, lm: Any, stage: Stage, name: str, made: dict[str, Any]) -> None:
+def add_likelihood(plan: Plan, task: Any, lm: Any, stage: Stage, name: str, made: dict[str, Any]) -> None:
     """Adds the likelihoods to a cell that was made without them; nothing is generated again.
 
-    The samples are written between two versions of the cell, the first of which has no fingerprint of them. A program
-    that is killed between them leaves the old scores, which fit both versions of the samples.
+    The cell is first written without the fingerprint of its samples, then the samples, then the cell again. A program
+    that is killed in between leaves the old scores, which fit both versions of the samples.
     """
     settings, samples = plan.settings[name], read_jsonl(stage.samples_file(name))
     check_samples(stage, name, [row["doc_id"] for row in samples])
@@ -100,9 +100,9 @@ def fill_cell(plan: Plan, task: Any, lm: Any, stage: Stage, name: str, made: dic
                 f"{stage.samples_file(name)}: row {row['doc_id']} was asked with another prompt than the task makes "
                 "now, so its likelihood would be of another row. Delete both files of the cell and evaluate again."
             )
-    cell, rows = with_likelihood(lm, task, plan.max_answer, dict(plan.there[stage, name]), samples)
+    cell, rows = with_likelihood(lm, task, plan.max_answer, dict(plan.existing[stage, name]), samples)
     cell["likelihood"] |= {"served": lm.served, **{k: made[k] for k in ("engine_args", "made_with", "commit")}}
     cell["seconds"] = round(cell["seconds"] + cell["likelihood"]["seconds"], 3)
-    write_json(stage.eval_file(name), {**plan.there[stage, name], "samples": None})
+    write_json(stage.eval_file(name), {**plan.existing[stage, name], "samples": None})
     write_jsonl(stage.samples_file(name), rows)
     write_json(stage.eval_file(name), cell | {"samples": fingerprint(stage.samples_file(name))})

@@ -21,7 +21,7 @@ from trace_tasks.tokens import Chat
 
 log = logging.getLogger(__name__)
 
-#: The settings of what is measured in addition to the matrix (`CLConfig`). A manifest has those that were set.
+#: The settings (of `CLConfig`) for what is measured in addition to the matrix. A manifest has those that were set.
 EXTRA_SETTINGS = (
     "general",
     "general_stages",
@@ -31,7 +31,7 @@ EXTRA_SETTINGS = (
     "judged_max_new_tokens",
     "distance",
 )
-#: What the command line refuses by itself, and a call from Python does not.
+#: Allowed values. The command line checks them itself; this is for calls from Python.
 _ALLOWED = {"backend": ("vllm", "hf"), "cells": ("seen", "all", "own"), "general_stages": ("last", "all")}
 _DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
 
@@ -41,14 +41,14 @@ class Plan:
     """What is to be evaluated.
 
     Attributes:
-        config: The run's configuration, with what was asked for instead.
+        config: The run's configuration, with the settings that replace its own.
         engine_args: All arguments of the engine.
         matrix: The settings of the matrix.
-        settings: Name of a task, set to be judged or general suite -> the settings of its cells.
-        there: The cells that exist: (stage, name) -> content.
+        settings: Name of a task, judged set or general suite -> the settings of its cells.
+        existing: The cells that exist: (stage, name) -> content.
         todo: Stage -> the names of its missing cells.
-        fill: Stage -> the names of its cells that get their likelihoods now.
-        likelihood: Whether the cells that are made get theirs.
+        add_likelihood: Stage -> the names of its existing cells that get their likelihoods now.
+        likelihood: Whether new cells get their likelihoods.
         distance: The settings of distances from the base model; empty if none are asked for.
         distances: Stage -> the sets of prompts on which its distance is missing.
     """
@@ -58,27 +58,32 @@ class Plan:
     engine_args: dict[str, Any]
     matrix: dict[str, Any]
     settings: dict[str, dict[str, Any]]
-    there: dict[tuple[Stage, str], dict[str, Any]]
+    existing: dict[tuple[Stage, str], dict[str, Any]]
     todo: dict[Stage, list[str]] = field(default_factory=dict)
-    fill: dict[Stage, list[str]] = field(default_factory=dict)
+    add_likelihood: dict[Stage, list[str]] = field(default_factory=dict)
     likelihood: bool = False
     distance: dict[str, Any] = field(default_factory=dict)
     distances: dict[Stage, list[str]] = field(default_factory=dict)
 
     @property
     def cells(self) -> int:
-        """The number of cells that are made or filled, and of missing distances."""
-        return sum(len(names) for part in (self.todo, self.fill, self.distances) for names in part.values())
+        """The number of missing cells, likelihoods and distances."""
+        return sum(len(names) for part in self.parts for names in part.values())
+
+    @property
+    def parts(self) -> tuple[dict[Stage, list[str]], ...]:
+        """All that is missing: cells, likelihoods and distances."""
+        return self.todo, self.add_likelihood, self.distances
 
     @property
     def stages(self) -> list[Stage]:
         """The stages that the engine is needed for, in their order."""
-        return sorted({*self.todo, *self.fill, *self.distances}, key=lambda stage: stage.index)
+        return sorted({stage for part in self.parts for stage in part}, key=lambda stage: stage.index)
 
     @property
     def missing(self) -> list[str]:
-        """The names of all cells that are made or filled."""
-        return list(dict.fromkeys(name for part in (self.todo, self.fill) for names in part.values() for name in names))
+        """The names of all missing cells, and of those that get their likelihoods."""
+        return list(dict.fromkeys(name for part in self.parts[:2] for names in part.values() for name in names))
 
     @property
     def in_chat(self) -> bool:
@@ -102,7 +107,7 @@ class Plan:
 
 
 def base_of(run: Run) -> dict[str, Any]:
-    """The arguments of functions that load something of a run's base model."""
+    """The arguments with which functions of `models` load a run's base model or its tokenizer."""
     model = run.manifest["model"]
     return {"model": models.base_of_run(model), "revision": model.get("revision")}
 
@@ -119,13 +124,20 @@ def make_plan(
     likelihood: bool | None = None,
     given: int | None = None,
 ) -> Plan:
-    """Finds the missing cells of the chosen stages. What is given holds instead of what the run says.
+    """Finds the missing cells of the chosen stages. Arguments that are given replace the run's settings.
 
-    `cells` are the tasks of each stage: "seen", "all", or "own" (that of the stage alone). The base model and
-    checkpoints that belong to no task are always evaluated on all tasks. `engine_args` are added to the run's own. They
-    win, and null removes one of the run's. `extra` holds settings of `EXTRA_SETTINGS`. New cells of the matrix get the
-    likelihoods of the reference answers unless `likelihood` is False; if it is True, older cells get them, too. With
-    `given` old tasks are measured once more, with so many tokens of their references.
+    Args:
+        run: The run.
+        chosen: The stages.
+        cells: The tasks of each stage: "seen", "all", or "own" (only the stage's own). The base model and checkpoints
+            that belong to no task are always evaluated on all tasks.
+        backend: "vllm" or "hf".
+        engine_args: Added to the run's own. They win, and None removes an argument.
+        data_path: Where the data is now, if it was moved.
+        extra: Settings of `EXTRA_SETTINGS`.
+        likelihood: Whether cells of the matrix get the likelihoods of the reference answers. None = new cells, True =
+            existing cells, too.
+        given: If set, old tasks are also measured with the first `given` tokens of their reference answers given.
 
     Raises:
         RunError: if a value is not allowed, or cells of the run were made with other settings.
@@ -158,36 +170,36 @@ def make_plan(
             both_ends = stage.index in (0, len(run.stages) - 1)
             more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
             seen = run.seen_tasks(stage, config["cells"])  # a set may be a column as well
-            _add(plan, stage, dict.fromkeys([*seen, *given_cells(run, stage, given), *more]), bool(likelihood))
+            _add_stage(plan, stage, dict.fromkeys([*seen, *given_cells(run, stage, given), *more]), bool(likelihood))
     return plan
 
 
 def check_trained(chosen: Iterable[Stage], named: Collection[int] | None) -> None:
-    """Makes sure that stages are trained which were asked for by their numbers; others are left out.
+    """Refuses stages that are not trained if they were asked for by number. Otherwise they are just left out.
 
     Raises:
-        RunError: naming those that are not.
+        RunError: naming these stages.
     """
     untrained = " ".join(str(stage.number) for stage in chosen if not stage.is_trained)
     if untrained and named is not None:
         raise RunError(f"--stages {untrained}: not trained yet. Leave them out, or wait for them with --follow.")
 
 
-def _add(plan: Plan, stage: Stage, wanted: Iterable[str], fill: bool) -> None:
-    """Adds what is missing of a stage to the plan; with `fill` also the likelihoods of the cells that are there."""
-    missing, sets = _missing(stage, wanted, plan.there), distance.missing(plan.run, stage, plan.distance)
-    there = {name: plan.there[stage, name] for name in plan.run.tasks if (stage, name) in plan.there}
-    values = {name: cell["metrics"].get(LIKELIHOOD, {}).get("value") for name, cell in there.items()}
-    lacking = [n for n in values if fill and values[n] is None and n not in missing and has_likelihood(n)]
-    parts = [(plan.todo, missing), (plan.fill, lacking), (plan.distances, sets)]
-    number = sum(len(names) for _, names in parts)
+def _add_stage(plan: Plan, stage: Stage, wanted: Iterable[str], add_likelihood: bool) -> None:
+    """Adds to the plan what a stage lacks: cells, distances and, if asked, the likelihoods of existing cells."""
+    missing, sets = _missing(stage, wanted, plan.existing), distance.missing(plan.run, stage, plan.distance)
+    cells = {name: plan.existing[stage, name] for name in plan.run.tasks if (stage, name) in plan.existing}
+    without = [name for name, cell in cells.items() if cell["metrics"].get(LIKELIHOOD, {}).get("value") is None]
+    lacking = [name for name in without if add_likelihood and name not in missing and has_likelihood(name)]
+    lacks = list(zip(plan.parts, (missing, lacking, sets), strict=True))
+    number = sum(len(names) for _, names in lacks)
     if number and stage.external is not None and not stage.external.is_dir():
         log.warning(
             "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
             *(stage.name, stage.external, number),
         )
         return
-    for part, names in parts:
+    for part, names in lacks:
         if names:
             part[stage] = names
 
@@ -211,7 +223,7 @@ def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict
 
 
 def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings of the cells of suites, whose prompts and lengths are those of the installed lm-eval."""
+    """The settings of the suites' cells. Prompts and lengths are those of the installed lm-eval."""
     own = {name: matrix[name] for name in ("backend", "engine")}
     own |= {"general_rows": config.get("general_rows"), "lm_eval": version("lm-eval")}
     return {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
@@ -220,7 +232,7 @@ def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[s
 def _settings_of_judged(
     run: Run, names: list[str], config: dict[str, Any], matrix: dict[str, Any], data_path: str | None
 ) -> dict[str, dict[str, Any]]:
-    """The limits of the matrix do not hold for sets to be judged; a model with a chat template is asked in it."""
+    """The settings of the judged sets' cells: their own limits, and the model's chat template if it has one."""
     if not names:
         return {}
     checks.locate_data(run, data_path)  # demo data has its own prompts
@@ -240,14 +252,14 @@ def _settings_of_judged(
 
 
 def _read_cells(run: Run, wanted: dict[str, dict[str, Any]]) -> dict[tuple[Stage, str], dict[str, Any]]:
-    """Reads the cells that are there, at whatever stage, which have to have the settings that are asked for now."""
-    there = {}
+    """Reads the existing cells of all stages; refuses cells that were made with other settings than the wanted ones."""
+    existing = {}
     for stage in run.stages:
         for name, settings in wanted.items():
             file = stage.eval_file(name)
             if not file.exists():
                 continue
-            there[stage, name] = cell = records.read_cell(stage, name)
+            existing[stage, name] = cell = records.read_cell(stage, name)
             if lines := differences(cell.get("settings", {}), settings):
                 where = f"{run.path}/stages/*/eval" + (f"/{name}.json" if "data" in settings else "")
                 raise RunError(
@@ -255,23 +267,23 @@ def _read_cells(run: Run, wanted: dict[str, dict[str, Any]]) -> dict[tuple[Stage
                     + "\n".join(lines)
                     + f"\nOne matrix needs one setting. Use the old one, or delete {where}."
                 )
-    return there
+    return existing
 
 
-def _missing(stage: Stage, wanted: Iterable[str], there: dict[tuple[Stage, str], dict[str, Any]]) -> list[str]:
-    """The wanted cells that are not there, or were made from other weights than the stage has now."""
+def _missing(stage: Stage, wanted: Iterable[str], existing: dict[tuple[Stage, str], dict[str, Any]]) -> list[str]:
+    """The wanted cells that do not exist, or were made from other weights than the stage has now."""
     current = stage.fingerprint()
-    todo = [name for name in wanted if (stage, name) not in there or there[stage, name]["checkpoint"] != current]
+    todo = [name for name in wanted if (stage, name) not in existing or existing[stage, name]["checkpoint"] != current]
     for name in todo:
-        if (stage, name) in there:
+        if (stage, name) in existing:
             log.warning("%s was made from an older checkpoint and is made again.", stage.eval_file(name))
     return todo
 
 
 def other_versions(plan: Plan) -> list[str]:
-    """Libraries and scoring code that cells of the run were made with, where they are not today's."""
+    """Lines about libraries and scoring code that differ between existing cells and now."""
     now, found = checks.made_with(), dict[str, set[str]]()
-    for cell in plan.there.values():
+    for cell in plan.existing.values():
         for key, value in cell.get("made_with", {}).items():
             if key != "device" and now.get(key) != value:
                 found.setdefault(key, set()).add(str(value))
@@ -279,8 +291,8 @@ def other_versions(plan: Plan) -> list[str]:
 
 
 def check_one_definition(plan: Plan, defined: dict[str, str]) -> None:
-    """Makes sure that all cells of a column were asked and scored in one way, also where no manifest says which."""
-    for (stage, name), cell in plan.there.items():
+    """Makes sure that the existing cells of a column were asked and scored as its task does now."""
+    for (stage, name), cell in plan.existing.items():
         if name in defined and cell.get("definition", defined[name]) != defined[name]:
             raise RunError(
                 f"{stage.eval_file(name)} was made when {name} asked or scored in another way than now. Restore "

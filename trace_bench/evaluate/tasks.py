@@ -1,4 +1,4 @@
-"""The lm-eval tasks of an evaluation: loaded, checked, given the limits of the run, and run on an engine."""
+"""Loads and checks the lm-eval tasks of an evaluation, sets the run's limits in them, and runs them on an engine."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class Tasks:
     """The tasks of a plan, by name."""
 
     single: dict[str, Any]
-    """Tasks of the matrix, also under the names of cells with given tokens, and sets to be judged."""
+    """Tasks of the matrix and judged sets, by the names of their cells: one task may have several (`given`)."""
     suites: dict[str, Any]
-    """Groups of lm-eval's tasks."""
+    """General-ability suites: groups of lm-eval's tasks."""
     defined: dict[str, str]
-    """The fingerprint of a single task's definition, for its cells."""
+    """The fingerprint of the task's definition, for the cells of `single`."""
 
 
 def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
-    """Loads the tasks of a plan, after everything that they and the checkpoints are made from was checked.
+    """Loads the tasks of a plan. Checks first that the data, the base model and the checkpoints are those of the run.
 
     Raises:
-        RunError, data.DataError, models.ModelError: naming what is not as it was, or cannot be evaluated.
+        RunError, data.DataError, models.ModelError: naming what has changed, or cannot be evaluated.
     """
     trusted = plan.engine_args.get("trust_remote_code", False)
     owners = {name: task_of(name, settings) for name, settings in plan.settings.items() if name not in SUITES}
@@ -65,7 +65,7 @@ def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Task
         if (limit := settings.get("max_new_tokens")) is not None:
             kwargs = task.config.generation_kwargs
             kwargs["max_gen_toks"] = min(kwargs.get("max_gen_toks", 256), limit)
-        # As training makes the prompts, whatever a task from elsewhere says of shots.
+        # Training makes prompts without demonstrations, so a foreign task's num_fewshot is overridden.
         _prepare(task, settings.get("num_fewshot") or 0, plan.config.get("seed", 1234))
     suites = load_suites([name for name in plan.missing if name in SUITES])
     for suite in suites.values():
@@ -75,12 +75,12 @@ def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Task
     return Tasks({name: single[task] for name, task in owners.items() if task in single}, suites, defined)
 
 
-#: What makes the context of an engine larger.
+#: How to enlarge the context of an engine, for messages.
 WIDER = "Give --engine-args a larger max_model_len (vllm) or max_length (hf), or"
 
 
 def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WIDER) -> None:
-    """Refuses what would fail half-way, or be cut shorter than the run says, in the engine's context."""
+    """Refuses prompts and answers that do not fit into the engine's context: they would fail, or be cut differently."""
     for name, suite in tasks.suites.items():
         subtasks = suite.get_all_tasks()
         longest = max(map(answer_tokens, subtasks), default=0)
@@ -111,17 +111,17 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WI
 
 
 def answer_tokens(task: Any) -> int:
-    """The most tokens that a task generates; 0 = it compares likelihoods."""
+    """The most tokens that a task generates for an answer; 0 if it compares likelihoods."""
     if task.OUTPUT_TYPE != "generate_until":
         return 0
     return task.config.generation_kwargs.get("max_gen_toks", 256)  # lm-eval's own default
 
 
 def _prepare(task: Any, num_fewshot: int | None = None, seed: int = 1234) -> None:
-    """Does what lm-eval's `simple_evaluate` does before a task is run, and lets it build its prompts only once.
+    """Prepares a task as lm-eval's `simple_evaluate` does, and makes it build its prompts only once for all stages.
 
-    `simple_evaluate` itself would describe the machine at every stage, which takes most of a second. The number of
-    demonstrations holds unless the task itself says 0; None leaves it to the task.
+    `simple_evaluate` itself would describe the machine at every stage, which takes most of a second. `num_fewshot`
+    overrides the task's own number of demonstrations unless that is 0; None keeps the task's own.
     """
     own = task.get_config("num_fewshot")
     if own is None or (num_fewshot is not None and own != 0):
@@ -143,34 +143,34 @@ def _prepare(task: Any, num_fewshot: int | None = None, seed: int = 1234) -> Non
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """Hides lm-eval's progress bar for each task whose prompts it makes: MMLU has 57."""
+    """Hides lm-eval's progress bars for making prompts: it shows one for each task, and MMLU has 57."""
     from lm_eval.api import task
 
-    theirs = task.tqdm
-    task.tqdm = partial(theirs, disable=True)  # type: ignore[misc, assignment]
+    original = task.tqdm
+    task.tqdm = partial(original, disable=True)  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        task.tqdm = theirs  # type: ignore[misc]
+        task.tqdm = original  # type: ignore[misc]
 
 
 def run_tasks(lm: Any, tasks: list[Any], max_prompt_length: int | None, **kwargs: Any) -> tuple[Any, float]:
-    """lm-eval's results, and the seconds they took."""
+    """Runs tasks with lm-eval; returns its results and the seconds they took."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
     lm.max_prompt_length = max_prompt_length
     started = time.perf_counter()
-    given = TaskManager(include_defaults=False).load(tasks)  # made already: no index is looked at
+    given = TaskManager(include_defaults=False).load(tasks)  # task objects: no index is needed
     results = lm_eval.evaluate(lm, given, bootstrap_iters=0, log_samples=True, **kwargs)
     return results, time.perf_counter() - started
 
 
 def scale_of(aggregation: Any, values: Iterable[Any]) -> int | None:
-    """The scale of a metric, as `tables.Unit` has it.
+    """The scale of a metric, as in `tables.Unit`: 100, 1 (fractions), or None (unknown).
 
-    100 for lm-eval's BLEU, chrF and TER, which are made by their aggregation. No other metric says it: its scores count
-    as fractions of 1 if all values, of the rows and of the task, are between 0 and 1.
+    It is 100 for lm-eval's BLEU, chrF and TER, known by their aggregation. Other metrics do not declare a scale: their
+    scores count as fractions of 1 if all values, of rows and task, are between 0 and 1.
     """
     from lm_eval.api.registry import get_aggregation
 

@@ -1,16 +1,20 @@
 """What every method is made of: a configuration, a trainer for one stage, and the loop over the stages.
 
-config        options and their checks        progress     what is shown and logged while a stage is trained
-options       those of LoRA and the optimizer
-trainer       the hooks of a method           preflight    what cannot work is refused before the first stage
-gradients     losses and gradients            stages       `main`, and the loop over the stages
-checkpoints   what a stage leaves, and what it goes on from
+stages        `main`, and the loop over the stages
+config        CLConfig: options and their checks
+options       checks of LoRA, the optimizer and its schedule
+tuned         tables of methods' settings
+preflight     refuses what cannot work before the first stage
+trainer       CLTrainer: the hooks of a method
+gradients     losses and gradients
+checkpoints   what a stage saves and resumes from
+progress      progress bar, progress file and logs
+rows          chooses the rows of a task that are remembered
 sampler       batches of rows of similar length
 blocks        the blocks of a decoder
-rows          which rows of a task are remembered
-writing       rows that the model writes itself between stages
-answering     the process in which it does so
-sampling      answers that the model draws while it is trained
+writing       answers that a model of the run writes between stages
+answering     the process that generates them
+sampling      answers that the model samples while it is trained
 """
 
 from trainers.base.blocks import adapted_parameters, count, decoder_blocks, shape, text_model

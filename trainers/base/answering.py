@@ -1,4 +1,4 @@
-"""The process that answers for `trainers.base.writing`: an engine, the weights of one stage, and the prompts of tasks.
+"""The process that `trainers.base.writing` starts: loads one stage into an engine and answers the prompts of tasks.
 
 python -m trainers.base.answering ORDER.json
 """
@@ -15,24 +15,24 @@ from trace_bench.run import read_json
 from trace_tasks.data.files import write_json
 
 
-def drawn(sampling: dict[str, Any] | None, seed: int) -> dict[str, Any]:
-    """The arguments of a drawn answer, the same on both backends; none where it is greedy.
+def sampling_args(sampling: dict[str, Any] | None, seed: int) -> dict[str, Any]:
+    """The sampling arguments for both backends; empty for greedy decoding.
 
-    Of themselves transformers draws from the 50 likeliest tokens and vLLM from all.
+    By default transformers samples from the 50 likeliest tokens, and vLLM from all of them: top_k = 0 is all.
     """
     return {"top_k": 0, **sampling, "seed": seed} if sampling and sampling.get("temperature") else {}
 
 
 def answer(order_file: Path) -> None:
-    """Answers jobs, in a process of its own. A task is done when its file exists."""
+    """Answers the jobs of an order file. A job is done when its file exists."""
     from trace_bench.engine import open_engine
     from trace_bench.engine.gpu import has_gpu
 
     order = read_json(order_file, dict[str, Any])
-    if not has_gpu() and any(drawn(job["sampling"], job["seed"]) for job in order["jobs"]):
-        # vLLM takes back the random numbers of a prompt that it has read in part, which a CPU's generator cannot.
+    if not has_gpu() and any(sampling_args(job["sampling"], job["seed"]) for job in order["jobs"]):
+        # After a part of a prompt vLLM rewinds the random generator, which is not possible on a CPU.
         order["engine_args"]["enable_chunked_prefill"] = False
-        order["engine_args"].pop("max_num_batched_tokens", None)  # it may be less than a prompt has
+        order["engine_args"].pop("max_num_batched_tokens", None)  # a whole prompt has to fit
     checkpoint = None if order["checkpoint"] is None else Path(order["checkpoint"])
     lm: Any = open_engine(
         order["backend"],
@@ -46,12 +46,14 @@ def answer(order_file: Path) -> None:
     for job in order["jobs"]:
         room = lm.max_length - job["most"]
         wanted = {
-            (i, n): lm.want(ids, job["most"], job["stops"], drawn(job["sampling"], job["seed"] + n), job["rated"])
+            (i, n): lm.want(
+                ids, job["most"], job["stops"], sampling_args(job["sampling"], job["seed"] + n), job["rated"]
+            )
             for i, ids in enumerate(job["prompts"])
             for n in range(job["samples"])
             if len(ids) <= room
         }
-        asked = list(dict.fromkeys(wanted.values()))  # rows with the same prompt have the same answers
+        asked = list(dict.fromkeys(wanted.values()))  # equal requests are answered once
         found = dict(zip(asked, lm.full_answers(asked), strict=True))
         none = Answer("", finished=False)  # the prompt does not fit
         rows = [

@@ -10,19 +10,19 @@ import torch
 
 
 def shape(parameter: torch.Tensor) -> torch.Size:
-    """That of the whole parameter: while ZeRO-3 has divided it, each process holds an empty one."""
+    """The shape of the whole parameter: under ZeRO-3 each process holds an empty placeholder."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def count(parameters: Iterable[torch.Tensor]) -> int:
-    """The entries of whole parameters."""
+    """The number of entries of whole parameters."""
     return sum(math.prod(shape(p)) for p in parameters)
 
 
 def decoder_blocks(model: Any) -> torch.nn.ModuleList:
-    """The blocks (layers) of the text model, the lowest first; of a model with an adapter, with the adapter in them.
+    """The blocks (layers) of the text model, the lowest first, including the adapter's modules in them.
 
-    Their list has no common name ("layers", "h", "blocks"). It is the one with the most parameters.
+    Architectures name the list differently ("layers", "h", "blocks"), so the list with the most parameters is taken.
     """
     lists = [module for module in text_model(model).modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda module: count(module.parameters()))  # the outer one of equals
@@ -37,7 +37,7 @@ def text_model(model: Any) -> Any:
 
 
 def adapted_parameters(model: Any) -> list[str]:
-    """The names of the modules of which PEFT adapts parameters without a layer that is called, such as experts."""
+    """The names of the modules whose parameters PEFT adapts directly, without a layer of its own, such as experts."""
     from peft.tuners.lora.layer import ParamWrapper
 
     return [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]

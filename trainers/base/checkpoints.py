@@ -27,26 +27,26 @@ from trainers.base.sampler import LengthGrouped
 
 log = logging.getLogger(__name__)
 
-#: Files of a checkpoint within a stage: the trained parameters, the method's tensors, and what is written last.
+#: Files of a checkpoint within a stage: trained parameters, the method's tensors, and a record that is written last.
 _TRAINED, _KEPT, _WHOLE = "trained.safetensors", "kept.safetensors", "whole.json"
 
 
 class CheckpointTrainer(GradientTrainer):
-    """A trainer that saves its stage, and goes on within it after a kill."""
+    """A trainer that saves its stage, and can resume within it after a kill."""
 
-    #: What is counted during a stage and so has to be kept in its checkpoints, in addition to what HF keeps.
+    #: Attributes that count something during a stage. They are saved in its checkpoints, in addition to HF's own.
     counters: ClassVar[tuple[str, ...]] = ("_total_train_tokens",)
-    #: Tensors that change during a stage, such as an average of the weights: they are in its checkpoints, too. A
-    #: method puts them here in `begin_stage`, and reads and changes them here.
+    #: The method's tensors that change during a stage, such as an average of the weights; saved in its checkpoints.
+    #: A method creates them in `begin_stage`, and reads them from here only: `resume` replaces them.
     kept: dict[str, torch.Tensor]
     run: Run
     stage: Stage
-    #: Before the checkpoint that the stage goes on from: seconds, steps and the sum of their losses as far as they were
-    #: logged, and that of the steps since.
-    _before: dict[str, float]
-    #: The order of the rows where they are grouped by length: it has to know which epoch a stage goes on in.
+    #: State of the checkpoint that the stage resumed from, 0 for a fresh start: seconds, step, the sum of the logged
+    #: losses, and the sum and number of those not logged yet.
+    _resumed_from: dict[str, float]
+    #: The sampler that groups rows by length. It has to be told the epoch in which a stage resumes.
     grouped: LengthGrouped | None = None
-    #: When the stage began, as `time.perf_counter` counts; what was done before a kill is subtracted.
+    #: The start of the stage in `time.perf_counter` seconds, moved back by the time spent before a kill.
     _started: float
 
     @property
@@ -57,7 +57,7 @@ class CheckpointTrainer(GradientTrainer):
     # ------------------------------------------------------------------------------------------------ after the stage
 
     def check_saved(self) -> None:
-        """Refuses a model of which parameters are trained that `save_checkpoint` does not save; a method's own one may.
+        """Refuses trained parameters that `save_checkpoint` does not save. A method's own `save_checkpoint` is trusted.
 
         Raises:
             ConfigError: naming one of them.
@@ -68,7 +68,7 @@ class CheckpointTrainer(GradientTrainer):
         if trains == "lora":
             saved = {t.data_ptr() for t in get_peft_model_state_dict(self.model, save_embedding_layers=False).values()}
             lost = [name for name, p in self.trained().items() if p.data_ptr() not in saved]
-        elif self.config.deepspeed_plugin is None:  # which makes shards of a model wherever it is made
+        elif self.config.deepspeed_plugin is None:  # DeepSpeed would shard the empty model too
             with torch.device("meta"):
                 known = dict(type(self.model)(copy.deepcopy(self.model.config)).named_parameters())
             lost = [name for name in self.trained() if name not in known]
@@ -82,9 +82,9 @@ class CheckpointTrainer(GradientTrainer):
             )
 
     def save_checkpoint(self) -> Path:
-        """Saves the stage's adapter or model, whole or not at all, and returns its folder."""
+        """Saves the stage's adapter or model, completely or not at all, and returns its folder."""
         target = self.stage.path / ("adapter" if self.model_args.use_peft else "model")
-        # All processes take part in gathering the weights; the first one writes, and says where.
+        # All processes take part in gathering the weights. The first one writes, and tells the others the folder.
         with fresh_dir(target) if self.is_world_process_zero() else nullcontext(target) as folder:
             (place,) = broadcast_object_list([str(folder)])
             self.save_model(place)
@@ -94,7 +94,7 @@ class CheckpointTrainer(GradientTrainer):
                         f"{target} would hold no weights: DeepSpeed or FSDP saved shards. Launch with a file of "
                         "trainers/configs/accelerate, which have them put together."
                     )
-                # A pickle of the arguments: nobody reads it, and only safetensors are kept.
+                # A pickle that nobody reads: a checkpoint holds no pickles.
                 (folder / "training_args.bin").unlink(missing_ok=True)
                 if self.model_args.use_peft:
                     sort_names(folder, self.accelerator.unwrap_model(self.model).peft_config["default"])
@@ -107,7 +107,11 @@ class CheckpointTrainer(GradientTrainer):
                 save_tensors(tensors, folder / "state.safetensors")
 
     def load_state(self, on_cpu: Container[str] = ()) -> dict[str, torch.Tensor]:
-        """What `save_state` wrote at the stage before, on the device but for `on_cpu`; empty at the first stage."""
+        """Loads what `save_state` wrote at the stage before; empty at the first stage.
+
+        Args:
+            on_cpu: The names of tensors that stay on the CPU; all others are moved to the device.
+        """
         if self.stage.index == 1:
             return {}
         file = self.previous.method_state / "state.safetensors"
@@ -116,13 +120,13 @@ class CheckpointTrainer(GradientTrainer):
                 f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before again "
                 "(delete its train.json), or restore the file."
             )
-        device = self.config.device  # `stage_dataset` may ask, when there is no accelerator yet
+        device = self.config.device  # `stage_dataset` may call this before there is an accelerator
         return {name: tensor if name in on_cpu else tensor.to(device) for name, tensor in load_file(file).items()}
 
     # ----------------------------------------------------------------------------------------------- within the stage
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """HF's; but in a checkpoint within the stage the trained parameters, as the method has them in memory."""
+        """HF's; a checkpoint within the stage gets only the trained parameters, as they are in memory."""
         if not _internal_call or self.is_deepspeed_enabled or self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
@@ -140,12 +144,12 @@ class CheckpointTrainer(GradientTrainer):
             parameter.data.copy_(saved[name])
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """HF's checkpoint, and last of all the file that says that it is whole; then older ones go.
+        """HF's checkpoint, then the record that says it is complete; older checkpoints are removed after that.
 
-        HF also writes pickles. It reads them with weights_only, which runs no code; training_args.bin it never reads.
+        HF also writes pickles. It reads them with weights_only, which runs no code, and never reads training_args.bin.
         """
         if self.state.global_step >= self.state.max_steps and self.state.epoch and self.state.epoch % 1:
-            return  # HF, going on within an epoch, looks at the number of steps only after one more of them
+            return  # resumed within an epoch, HF would take one step more before it compares with max_steps
         folder = self.stage.attempt / f"checkpoint-{self.state.global_step}"
         if self.is_world_process_zero():
             remove(folder)
@@ -161,7 +165,7 @@ class CheckpointTrainer(GradientTrainer):
                 "method_source": method_source(type(self)),
                 "step": self.state.global_step,
                 "seconds": time.perf_counter() - self._started,
-                "losses": self._before["losses"] + self._total_loss_scalar,
+                "losses": self._resumed_from["losses"] + self._total_loss_scalar,
                 "unlogged": unlogged,
                 "unlogged_steps": self.state.global_step - self._globalstep_last_logged,
                 "counters": {name: getattr(self, name) for name in self.counters},
@@ -171,7 +175,7 @@ class CheckpointTrainer(GradientTrainer):
             rotate_checkpoints(str(self.stage.attempt), self.config.save_total_limit)
 
     def _origin(self) -> dict[str, Any]:
-        """What a checkpoint within the stage has to share with an attempt that goes on from it."""
+        """What must be equal for an attempt to resume from a checkpoint within the stage."""
         before = self.previous.train_file
         return {
             "run": self.run.identity,
@@ -180,10 +184,13 @@ class CheckpointTrainer(GradientTrainer):
         }
 
     def resume(self) -> str | None:
-        """The newest whole checkpoint of this very stage, its counts taken over; None = from the beginning.
+        """Takes over the counts and tensors of the stage's newest complete checkpoint.
+
+        Returns:
+            The folder of the checkpoint; None = begin the stage from the start.
 
         Raises:
-            ConfigError: if a counter is no number, with which no checkpoint could be gone on from.
+            ConfigError: if a counter is not a number, since it could not be saved.
         """
         for name in self.counters:
             if not isinstance(value := getattr(self, name, 0), int | float):
@@ -208,15 +215,16 @@ class CheckpointTrainer(GradientTrainer):
                         self.stage.name,
                         self.stage.attempt,
                     )
-                self._before = {name: whole.get(name, 0) for name in self._before}  # older programs had not all of them
+                # Older programs did not write all of them.
+                self._resumed_from = {name: whole.get(name, 0) for name in self._resumed_from}
                 self._started -= whole["seconds"]
                 return str(folder)
             if self.is_world_process_zero():
-                remove(folder)  # else it would count as the newest when older ones are removed
+                remove(folder)  # otherwise the rotation would take it for the newest checkpoint
         return None
 
     def _whole(self, folder: Path) -> dict[str, Any] | None:
-        """What a checkpoint within the stage says of itself; None = it cannot be gone on from."""
+        """The record of a checkpoint within the stage; None = the stage cannot resume from it."""
         try:
             whole = read_json(folder / _WHOLE)
             usable = whole["of"] == self._origin() and whole["files"] == _sizes(folder)
@@ -232,15 +240,15 @@ def method_source(trainer: type) -> str | None:
         file = Path(inspect.getfile(trainer))
     except (OSError, TypeError):
         return None
-    if file.parent == Path(__file__).parent:  # sequential training is all that is in this folder
+    if file.parent == Path(__file__).parent:  # `CLTrainer` itself: sequential training is all of this folder's code
         return fingerprint(file.parent, [f.name for f in file.parent.glob("*.py")])
     return fingerprint(file)
 
 
 def plain(value: Any) -> Any:
-    """What a method records, as JSON holds it: tensors and arrays as lists of numbers, NaN as null, others as texts.
+    """Converts a method's record to JSON: tensors and arrays to lists, NaN to null, unknown types to texts.
 
-    The stage is trained when its record is written, and must not be lost for it.
+    It never fails: when the record is written the stage is trained, and must not be lost.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(one) for key, one in value.items()}
@@ -263,7 +271,7 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
 
 
 def sort_names(folder: Path, config: Any) -> None:
-    """Sorts the names in the adapter_config.json of a folder that PEFT's `config` keeps in sets, in no fixed order."""
+    """Sorts the names in a folder's adapter_config.json that PEFT's `config` keeps as sets, in random order."""
     file = folder / "adapter_config.json"
     names = {key: sorted(value) for key, value in vars(config).items() if isinstance(value, set)}
     file.write_text(json.dumps({**read_json(file), **names}, indent=2, sort_keys=True), encoding="utf-8")

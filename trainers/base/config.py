@@ -18,21 +18,21 @@ from trace_tasks import data
 from trace_tasks.errors import TraceError
 from trainers.base.rows import CHOICES
 
-#: What engine arguments call the context (vllm, hf).
+#: The engine arguments that set the context length (vllm, hf).
 ENGINE_CONTEXT = ("max_model_len", "max_length")
-#: Settings that HF's configs do not mark as deciding the result, but that do.
+#: Settings of HF that decide the result: always in the manifest, also with their default.
 _DECIDING = {
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("lr_scheduler_type", "max_steps", "optim", "seed", "bf16"),
 }
-#: Settings that say where and how to run, not what comes out.
+#: Settings about where and how to run, which do not change the result: never in the manifest.
 _INDIFFERENT = {
     *("output_dir", "data", "disable_tqdm", "logging_steps", "report_to", "run_name", "project", "trackio_space_id"),
     *("trackio_bucket_id", "trackio_static_space_id", "dataloader_num_workers", "dataloader_pin_memory"),
     *("dataset_num_proc", "local_rank", "use_cpu", "eos_token", "log_level", "save_strategy", "save_steps"),
     *("save_total_limit", "dataset_kwargs", "ddp_timeout", "keep", "tuned"),
 }
-#: Settings that runs of older programs do not have: on record where they are set.
+#: Settings that older runs do not have: in the manifest only if they are set.
 _LATER = {"replay_ratio", "replay_choice"}
 #: Limit -> how an error names it, and how it is checked.
 _LIMITS = {
@@ -53,8 +53,8 @@ _LIMITS_OF_HF: dict[str, dict[str, float]] = {
 }
 _TOKENIZER = "TRL changes the tokenizer of training alone: change the files of the base model, for evaluation, too."
 _NO_EVALUATION = "a stage in training has no rows to evaluate on. Leave it out; keep: evaluated measures stages."
-#: Options of HF and TRL that evaluation could not follow, that a stage does not heed, or that would end it early or
-#: make another one of it when it goes on -> why. Their defaults are allowed.
+#: Options of HF and TRL that are refused unless they have their default -> why: the evaluation could not follow them,
+#: the training ignores them, or a stage would stop early or not resume as it was.
 _REFUSED = {
     "eos_token": _TOKENIZER,
     "chat_template_path": _TOKENIZER,
@@ -74,7 +74,7 @@ _REFUSED = {
 if TYPE_CHECKING:
     Epochs = float
 else:
-    Epochs = str  # for HF's parser, to which `5,3,7` is one word; `CLConfig` makes numbers of it
+    Epochs = str  # HF's parser reads `5,3,7` as one word; `CLConfig` converts it to numbers
 
 
 class ConfigError(TraceError):
@@ -82,7 +82,7 @@ class ConfigError(TraceError):
 
 
 class Help(str):
-    """The help text of an option. It carries the limits, since HF's parser hands all other metadata on to argparse."""
+    """The help text of an option. It carries the limits: HF's parser passes any other metadata on to argparse."""
 
     limits: dict[str, float]
 
@@ -91,10 +91,10 @@ def option(default: Any, help: str, *, choices: list[str] | None = None, **limit
     """A field of a config: `CLConfig` checks its value, and `--help` shows its text, choices and default.
 
     Args:
-        default: The default. None is allowed where the type of the field has it.
+        default: The default. None is allowed if the type of the field allows it.
         help: What the option is for.
-        choices: All that is allowed.
-        **limits: Of a number: `least` and `most`, or `above` and `below`, which are not allowed themselves.
+        choices: All allowed values.
+        **limits: Limits of a number: `least` and `most` (inclusive), `above` and `below` (exclusive).
     """
     if not limits.keys() <= _LIMITS.keys():
         raise TypeError(f"{', '.join(limits)}: the limits of an option are {', '.join(_LIMITS)}.")
@@ -107,21 +107,21 @@ def option(default: Any, help: str, *, choices: list[str] | None = None, **limit
 
 
 def refuse_losses(config: CLConfig, why: str) -> None:
-    """Refuses losses other than plain cross entropy; `why` comes between the one that was found and what is allowed."""
+    """Refuses losses other than plain cross entropy. The message is: the setting, `why`, the allowed setting."""
     for name, plain in (("loss_type", "nll"), ("label_smoothing_factor", 0.0)):
         if (found := getattr(config, name)) != plain:
             raise ConfigError(f"{name}={found} {why}{name}: {plain}.")
 
 
 def refuse_reentrant(config: CLConfig, why: str) -> None:
-    """Refuses the gradient checkpointing that hides gradients from `torch.autograd.grad`; `why` says which."""
+    """Refuses reentrant gradient checkpointing, which breaks `torch.autograd.grad`; `why` says what would go wrong."""
     kwargs: Any = config.gradient_checkpointing_kwargs or {}
     if kwargs.get("use_reentrant"):
         raise ConfigError(f"gradient_checkpointing_kwargs, use_reentrant=true: {why}. Use false.")
 
 
 def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) -> None:
-    """Refuses what is not a number of the type `kind` within `limits`."""
+    """Refuses a value that is not a number of the type `kind` within `limits`."""
     kinds = get_args(kind) or (kind,)
     if value is None and type(None) in kinds:
         return
@@ -132,8 +132,8 @@ def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) ->
         raise ConfigError(f"{name}={value!r} is not allowed: use a {'whole ' * whole}number {allowed}.")
 
 
-def _number(text: str) -> Any:
-    """The number that a text is; any other text as it is, which `_check_number` refuses."""
+def _as_number(text: str) -> Any:
+    """Converts a text to a number; a text that is no number is returned, and `_check_number` refuses it."""
     try:
         return float(text)
     except ValueError:
@@ -141,8 +141,8 @@ def _number(text: str) -> Any:
 
 
 @cache
-def _kinds(config: type) -> dict[str, Any]:
-    """The types of a config's options by name, which Python reads from the annotations of all its classes."""
+def _option_types(config: type) -> dict[str, Any]:
+    """The types of a config's options by name."""
     return get_type_hints(config)
 
 
@@ -216,12 +216,12 @@ class CLConfig(SFTConfig):
         Raises:
             ConfigError: naming the value and what is allowed.
         """
-        # HF refuses bfloat16 without an accelerator unless it is told that a CPU is meant.
+        # Without an accelerator HF refuses bfloat16 unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.output_dir = self.output_dir or ""  # HF would take the folder trainer_output
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             if getattr(self, name) is False:
-                setattr(self, name, "no")  # which YAML reads as false
+                setattr(self, name, "no")  # YAML reads `no` as false
         try:
             self._read_lists()
             super().__post_init__()
@@ -233,8 +233,8 @@ class CLConfig(SFTConfig):
         self._check_training()
 
     def _read_lists(self) -> None:
-        """Splits lists, written with spaces or commas, and puts the members of orders and groups into them."""
-        for name, kind in _kinds(type(self)).items():  # type: ignore[arg-type]
+        """Splits lists written with spaces or commas, and replaces names of orders and groups by their members."""
+        for name, kind in _option_types(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name) if kind in (list[str], list[str] | None) else None
             if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 setattr(self, name, data.split_names(value))
@@ -243,7 +243,7 @@ class CLConfig(SFTConfig):
             if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
                 raise ConfigError(f"{name}={value!r} is not allowed: use a list of names.")
         if isinstance(self.epochs, list):
-            self.epochs = [_number(value) if isinstance(value, str) else value for value in self.epochs]
+            self.epochs = [_as_number(value) if isinstance(value, str) else value for value in self.epochs]
         for name, known in (("tasks", None), ("general", data.SUITES), ("judged", data.JUDGED)):
             value = getattr(self, name)
             try:
@@ -252,12 +252,12 @@ class CLConfig(SFTConfig):
                 raise ConfigError(f"{name}={value}: {e}") from e
 
     def _check_options(self) -> None:
-        """Checks each option against what `option` says is allowed."""
-        kinds = _kinds(type(self))  # type: ignore[arg-type]
+        """Checks each option against its limits and choices."""
+        kinds = _option_types(type(self))  # type: ignore[arg-type]
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata.get("choices")
             optional = type(None) in get_args(kinds[f.name]) and value is None
-            if choices and value not in choices and not optional:  # HF's parser asks the command line alone
+            if choices and value not in choices and not optional:  # HF's parser checks the command line only
                 raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
             if limits := self._limits(f.name):
                 _check_number(f.name, value, kinds[f.name], limits)
@@ -271,7 +271,7 @@ class CLConfig(SFTConfig):
 
     @classmethod
     def _limits(cls, name: str) -> dict[str, float]:
-        """The limits of an option; a method that changes only its default need not say them again."""
+        """The limits of an option. A method that overrides only the default inherits them."""
         for config in cls.__mro__:
             of_class = getattr(config, "__dataclass_fields__", {})
             if name in of_class and (limits := getattr(of_class[name].metadata.get("help"), "limits", None)):
@@ -310,7 +310,7 @@ class CLConfig(SFTConfig):
             refuse_losses(self, "is a loss by tokens: set loss_weights: tokens, or ")
 
     def _check_training(self) -> None:
-        """Refuses settings of a stage that HF accepts and then does not heed, or not after a kill."""
+        """Refuses settings that HF accepts and then ignores, always or when a stage resumes."""
         if self.max_steps == 0:
             raise ConfigError("max_steps=0 is not allowed: use -1 to train whole epochs, or at least 1.")
         if self.completion_only_loss is False:
@@ -346,7 +346,7 @@ class CLConfig(SFTConfig):
 
     @property
     def stages(self) -> list[str]:
-        """The stages of the run. One for each task and named after it, unless a method has others."""
+        """The names of the stages. By default one for each task, named after it; a method may override this."""
         return self.tasks
 
     @property
@@ -354,13 +354,10 @@ class CLConfig(SFTConfig):
         """The most positions that a method's soft prompts take of the model's context."""
         return 0
 
-    def _own(self) -> set[str]:
-        """The names of the project's own settings and of the method's."""
-        return {f.name for f in fields(self)} - {f.name for f in fields(SFTConfig)}
-
     def manifest(self) -> dict[str, Any]:
-        """The settings that decide the result: all of the project's own and every changed one of TRL's."""
-        always = self._own() - set(EXTRA_SETTINGS) | _DECIDING
+        """The settings that decide the result: all of the project's own, and those of TRL that are not the default."""
+        own = {f.name for f in fields(self)} - {f.name for f in fields(SFTConfig)}
+        always = own - set(EXTRA_SETTINGS) | _DECIDING
         defaults = type(self)(output_dir=self.output_dir, use_cpu=self.use_cpu).to_dict()
         return {
             name: value

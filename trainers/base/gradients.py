@@ -22,12 +22,12 @@ class GradientTrainer(SFTTrainer):
     config: CLConfig
     model_args: ModelConfig
     model: Any
-    #: Columns of the training set with a whole number for each row, which batches have, too; rows without one have -1.
+    #: Extra columns of the training set that batches keep: one integer a row, -1 for rows without a value.
     columns: ClassVar[tuple[str, ...]] = ()
     _signature_columns: Any
 
     def _set_signature_columns_if_needed(self) -> None:
-        """HF's: the columns that it leaves to the collator."""
+        """HF's hook: the columns that reach the collator."""
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in self.columns if name not in self._signature_columns]
 
@@ -37,7 +37,7 @@ class GradientTrainer(SFTTrainer):
 
     @contextmanager
     def model_with(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[Any]:
-        """The model with other values of the trained parameters, and without dropout; for passes without gradients."""
+        """The model with other values of the trained parameters and without dropout, for passes without gradients."""
         trained, training = self.trained(), self.model.training
         own = {name: parameter.data for name, parameter in trained.items()}
         try:
@@ -52,20 +52,20 @@ class GradientTrainer(SFTTrainer):
     def answer_logits(self, model: Any, inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """The float32 logits that predict a batch's answer tokens, shape (tokens, vocabulary), and these tokens.
 
-        The LM head is computed at answer positions only: over a vocabulary of 50,000 words it would take most of the
-        time of a step when answers are short.
+        The LM head is computed at answer positions only. At all positions, with a vocabulary of 50,000 words, it would
+        take most of the time of a step when answers are short.
         """
         target = inputs["labels"][:, 1:]
         answer = target != -100
 
         def at_answers(head: Any, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-            # The state before a token predicts it. A soft prompt has states of its own in front.
+            # The state before a token predicts it. The states of a soft prompt come first and are skipped.
             return (args[0][:, -answer.shape[1] - 1 : -1][answer],)
 
-        # Rows are padded on the right, where a causal model never looks: without a mask the attention kernels leave
-        # the future out instead of computing and masking it.
+        # Rows are padded on the right, where a causal model never looks, so no mask is needed. Without a mask the
+        # attention kernels skip future positions instead of computing and masking them.
         kept = {k: v for k, v in inputs.items() if k not in ("labels", "attention_mask", *self.columns)}
-        if self.aux_loss_enabled:  # which needs the mask to leave padding out
+        if self.aux_loss_enabled:  # the router's loss needs the mask to leave padding out
             kept |= {"attention_mask": inputs["attention_mask"], "output_router_logits": True}
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(at_answers)
@@ -73,17 +73,20 @@ class GradientTrainer(SFTTrainer):
             output = model(**kept, use_cache=False)
         finally:
             hook.remove()
-        #: What a mixture of experts adds to the loss of a batch, as TRL takes it.
+        #: The router's loss of a mixture of experts for this batch, weighted as in TRL.
         self.router_loss = self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0.0
         return output.logits.float(), target[answer]
 
     def weighted(self, losses: torch.Tensor, inputs: Any, weights: str | None = None) -> tuple[torch.Tensor, int]:
-        """The weighted sum of a batch's losses, and its items: a sum over batches is divided by the items of all.
+        """The weighted sum of a batch's token losses, and the number of items to divide by.
+
+        To average over several batches, divide the sum of their sums by the sum of their items.
 
         Args:
-            losses: Of each answer token, in the order of `answer_logits`.
+            losses: The loss of each answer token, in the order of `answer_logits`.
             inputs: The batch, with labels.
-            weights: "rows" (the rows' means are summed) or "tokens" (all losses are); None = the run's.
+            weights: "rows" (sum of the rows' mean losses; items = rows) or "tokens" (sum of all losses; items =
+                tokens); None = the run's `loss_weights`.
         """
         lengths = (inputs["labels"][:, 1:] != -100).sum(dim=1)
         if (weights or self.config.loss_weights) == "tokens":
@@ -91,21 +94,19 @@ class GradientTrainer(SFTTrainer):
         return (losses / lengths.repeat_interleave(lengths)).sum(), int((lengths > 0).sum())
 
     def step_loss(self, losses: torch.Tensor, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
-        """The loss of a micro-batch, of the losses of its answer tokens.
+        """The loss of a micro-batch from the losses of its answer tokens.
 
-        It is divided by the items of the whole optimizer step: the gradient does not depend on how its rows are split.
+        It is divided by the items of the whole optimizer step, so the gradient does not depend on how the rows of the
+        step are split.
         """
         total, items = self.weighted(losses, inputs)
         loss = total / (items if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages over processes what was divided by all
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes; the items are those of all
         return loss
 
     def whole_loss(self, losses: torch.Tensor, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
-        """`step_loss` with the router's of a mixture of experts, as it was in the last `answer_logits`.
-
-        The tokens of the batch are counted as trained.
-        """
+        """`step_loss` plus the router's loss of the last `answer_logits`. Counts the batch's tokens as trained."""
         self.count_tokens(model, inputs)
         loss = self.step_loss(losses, inputs, num_items_in_batch)
         return loss + self.router_loss / self.current_gradient_accumulation_steps
@@ -113,9 +114,9 @@ class GradientTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss, its rows or tokens weighing the same; TRL's own by tokens on a GPU.
+        """The loss by rows; by tokens it is TRL's own on a GPU, and ours on a CPU.
 
-        Ours computes the LM head at answer positions only. So does TRL's fused head on GPUs, but not on CPUs.
+        Ours computes the LM head at answer positions only. TRL's fused head does so on GPUs, but not on CPUs.
         """
         rows = self.config.loss_weights == "rows"
         plain = self.config.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
@@ -125,7 +126,7 @@ class GradientTrainer(SFTTrainer):
         return self.whole_loss(cross_entropy(logits, target, reduction="none"), model, inputs, num_items_in_batch)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """HF's batches of an optimizer step, and what its loss is divided by: the answer tokens, or the rows."""
+        """HF's batches of an optimizer step, and the number that their loss is divided by: answer tokens or rows."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.config.loss_weights == "rows" and samples:
             items = sum((batch["labels"][:, 1:] != -100).any(dim=1).sum() for batch in samples).to(device)  # type: ignore[union-attr]
@@ -134,7 +135,7 @@ class GradientTrainer(SFTTrainer):
         return samples, items
 
     def count_tokens(self, model: Any, inputs: Any) -> None:
-        """Adds a batch to the tokens that were trained, as TRL's own `compute_loss` does."""
+        """Adds a batch's tokens to the count of trained tokens, as TRL's `compute_loss` does."""
         if model.training:
             self._total_train_tokens += int(self.accelerator.gather(inputs["attention_mask"].sum()).sum())
 
@@ -146,14 +147,14 @@ class GradientTrainer(SFTTrainer):
             yield {k: v.to(self.accelerator.device) for k, v in batch.items()}
 
     def own_share(self, rows: Dataset) -> Dataset:
-        """The rows that this process works on when all processes share a computation."""
+        """The rows of this process when all processes share a computation."""
         return rows.select(range(self.accelerator.process_index, len(rows), self.accelerator.num_processes))
 
     def loss_gradient(self, rows: Dataset, weights: str | None = None) -> dict[str, torch.Tensor]:
-        """The gradient of the task loss on `rows`; the gradient that is being accumulated stays as it is.
+        """The gradient of the task loss on `rows`; `parameter.grad` is not changed.
 
-        Each process computes its share of the rows, and all get the sum: it is faster, and the processes cannot drift
-        apart by the rounding of kernels that sum in a different order each time.
+        Each process computes its share of the rows, and all get the same sum. This is faster, and processes cannot
+        drift apart by different rounding.
         """
         parameters = self.trained()
         tokens = (weights or self.config.loss_weights) == "tokens"
@@ -168,30 +169,30 @@ class GradientTrainer(SFTTrainer):
             for name, part in zip(parameters, parts, strict=True):
                 if part is not None:
                     gradient[name] += part
-        # A reduction copies the gradient, even of a single process.
+        # `reduce` would copy the gradient of a single process, too.
         return self.accelerator.reduce(gradient, "sum") if self.accelerator.num_processes > 1 else gradient
 
     def row_gradients(
         self, rows: Dataset, value: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The gradient of each row's own sum over its answer tokens; the accumulated gradient stays as it is.
+        """The gradient of `value`, summed over a row's answer tokens, for each row; `parameter.grad` is not changed.
 
-        Where linear layers alone are trained, such as LoRA's, one pass for the rows of a batch is enough: a row's
-        gradient of a weight is the product of the layer's inputs and of the gradients of its outputs, both at the row's
-        positions. Otherwise each row takes a pass.
+        If only linear layers are trained, such as LoRA's, one pass serves all rows of a batch: a row's gradient of a
+        weight is the product of the layer's inputs and the gradients of its outputs at the row's positions. Otherwise
+        each row takes a pass.
 
         Args:
-            rows: What this process works on; nothing is exchanged.
-            value: (logits, targets, length of the token's answer) of answer tokens -> what is summed over them.
+            rows: The rows of this process; nothing is exchanged.
+            value: (logits, targets, answer lengths), each per answer token -> a value per answer token.
 
         Yields:
-            A parameter's name and its gradients for the rows of a batch, the shortest rows first: (rows, *parameter).
+            A parameter's name and its gradients for the rows of a batch, shape (rows, *parameter); short rows first.
         """
         parameters = self.trained()
         modules = dict(self.model.named_modules())
         layers = {name: modules[name.removesuffix(".weight")] for name in parameters if name.endswith(".weight")}
-        # A head sees answer positions alone, MoE layers call no module of the adapter. Gradient checkpointing is off
-        # here, as in all evaluation, so that there may be no room for more than a row.
+        # A trained head sees answer positions only, MoE layers call no module of the adapter. Gradient checkpointing
+        # has no effect in evaluation mode: a run that needs it may have no memory for more than one row.
         unusual = self.model_args.lora_modules_to_save or adapted_parameters(self.model)
         linear = all(isinstance(layer, torch.nn.Linear) for layer in layers.values())
         if len(layers) < len(parameters) or not linear or unusual or self.args.gradient_checkpointing:
@@ -215,7 +216,7 @@ class GradientTrainer(SFTTrainer):
 
     @contextmanager
     def _seeing(self, layers: dict[str, Any]) -> Iterator[dict[str, list[tuple[torch.Tensor, torch.Tensor]]]]:
-        """Collects the inputs and outputs of layers, by name, at each of their calls."""
+        """Records the input and output of each call of some layers, by name."""
         seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
         def see(layer: Any, args: Any, output: torch.Tensor, *, name: str) -> None:
@@ -230,7 +231,7 @@ class GradientTrainer(SFTTrainer):
 
     @torch.no_grad()
     def _see_rows(self, layers: dict[str, Any], row: Dataset) -> bool:
-        """Whether layers are called once at most, with the positions of a batch by row: some see them in one list."""
+        """Whether each layer is called once, with a batch of shape (rows, positions, features), and not flattened."""
         (batch,) = self.batches(row)
         with self._seeing(layers) as seen, self.compute_loss_context_manager():
             self.answer_logits(self.model, batch)
@@ -238,18 +239,19 @@ class GradientTrainer(SFTTrainer):
 
 
 def of_tokens(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """What a layer sees or says at the tokens of a batch, without padding: (tokens, features).
+    """A layer's inputs or outputs at the tokens of a batch, without padding: (tokens, features).
 
     Args:
-        states: By row and position, or all in one list, as some layers have them; or of some tokens, as experts do.
-        real: Which positions of the rows are tokens.
+        states: Shape (rows, positions, features), or flattened to (positions, features); or only the states of some
+            tokens, as experts have them, which are returned unchanged.
+        real: True at the positions that are tokens, shape (rows, positions).
     """
     states = states.flatten(0, -2)
     return states[real.flatten().to(states.device)] if len(states) == real.numel() else states
 
 
 def divergences(logits: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """KL(reference || model) of each position, from logits of shape (tokens, vocabulary)."""
+    """KL(reference || model) at each position, from logits of shape (tokens, vocabulary)."""
     model, reference = log_softmax(logits, dim=-1), log_softmax(reference, dim=-1)
     return kl_div(model, reference, reduction="none", log_target=True).sum(dim=-1)
 

@@ -1,4 +1,4 @@
-"""Options of LoRA, the optimizer and its schedule, which HF, TRL and PEFT look at when a stage begins, or never."""
+"""Checks options of LoRA, the optimizer and its schedule now: HF, TRL and PEFT do so when a stage begins, or never."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def check_model_args(args: ModelConfig) -> None:
-    """Refuses values of TRL's arguments of the model that a config file may have, and warns of LoRA that is not used.
+    """Refuses bad values of TRL's model arguments in a config file, and warns of LoRA options that have no effect.
 
     Raises:
         ConfigError: naming the value and what is allowed.
@@ -27,11 +27,11 @@ def check_model_args(args: ModelConfig) -> None:
         value, choices = getattr(args, f.name), f.metadata.get("choices")
         if choices and value not in (None, *choices):
             raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
-    for name in ("lora_r", "lora_alpha"):  # PEFT takes an alpha of 0, with which nothing is trained
+    for name in ("lora_r", "lora_alpha"):  # PEFT accepts an alpha of 0, with which nothing is trained
         value = getattr(args, name)
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"{name}={value!r} is not allowed: use a whole number of at least 1.")
-    for name in ("lora_modules_to_save", "lora_target_parameters"):  # PEFT takes a text for a list of its letters
+    for name in ("lora_modules_to_save", "lora_target_parameters"):  # PEFT reads a text as a list of its letters
         if isinstance(value := getattr(args, name), str):
             raise ConfigError(f"{name}={value!r} is not allowed: use a list of names, [{value}].")
     plain = ModelConfig()
@@ -43,7 +43,7 @@ def check_model_args(args: ModelConfig) -> None:
 
 
 def check_optimizer(config: CLConfig) -> None:
-    """Refuses an optimizer and a schedule that cannot be made, and arguments that the optimizer does not read.
+    """Refuses an optimizer or schedule that cannot be made, and arguments that the optimizer ignores.
 
     Raises:
         ConfigError: naming them.
@@ -66,7 +66,7 @@ def check_optimizer(config: CLConfig) -> None:
     known = _optimizer(config, []) is not None
     for word in words if known else ():
         others = [other for other in words if other is not word]
-        decay = word.startswith("weight_decay=")  # which HF gives to each group of parameters
+        decay = word.startswith("weight_decay=")  # HF sets it for each group of parameters
         if decay or _optimizer(config, others) == _optimizer(config, words):
             instead = "Use weight_decay." if decay else "Leave it out."
             raise ConfigError(f"optim_args={given!r}: {name} does not heed {word}. {instead}")
@@ -82,7 +82,7 @@ def check_optimizer(config: CLConfig) -> None:
 
 
 def _optimizer(config: CLConfig, words: list[str]) -> Any:
-    """The class and the arguments that HF would make the optimizer of; None where it needs the model for them."""
+    """HF's class and arguments of the optimizer; None if HF needs the model to choose them."""
     config, name = copy.copy(config), config.optim.value  # type: ignore[attr-defined]
     config.optim_args = ",".join(words)
     try:

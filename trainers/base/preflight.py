@@ -1,4 +1,4 @@
-"""What cannot work is refused before the first stage: launches, trackers, settings, base models, adapters."""
+"""Refuses what cannot work before the first stage: launches, trackers, settings, base models, adapters."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from trainers.base.trainer import CLTrainer
 
 log = logging.getLogger(__name__)
 
-#: What a model's configuration calls the most tokens that it reads; sliding windows are no limit.
+#: The names that configurations use for a model's context length; sliding windows are no limit.
 _CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
     "max_seq_length",
 )
-#: What a method may change, as docs/methods.md lists it.
+#: The hooks of a method, as docs/methods.md lists them.
 _HOOKS = (
     *("prepare", "stage_dataset", "stage_args", "stage_model", "begin_stage", "end_stage", "adjust_gradients"),
     *("before_step", "after_step", "compute_loss", "get_batch_samples", "save_checkpoint", "record"),
@@ -49,7 +49,7 @@ _HOOKS = (
 
 
 def refuse_shards(config: CLConfig, why: str, instead: str) -> None:
-    """Refuses DeepSpeed and FSDP, whether a launch or an option asks for them: why, and how to launch instead."""
+    """Refuses DeepSpeed and FSDP, from the launch or an option. The message says `why`, and what to do `instead`."""
     sharded = {
         "DeepSpeed": config.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true",
         "FSDP": config.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true",
@@ -63,7 +63,7 @@ def refuse_shards(config: CLConfig, why: str, instead: str) -> None:
 
 
 def check_devices(config: CLConfig, processes: int, method: str) -> None:
-    """Refuses several GPUs in one process, which HF would use in a way of its own."""
+    """Refuses several GPUs in one process: HF would use DataParallel."""
     gpus = 0 if config.use_cpu else torch.cuda.device_count()
     if gpus > 1 and processes == 1 and config.stages:
         raise ConfigError(
@@ -74,7 +74,7 @@ def check_devices(config: CLConfig, processes: int, method: str) -> None:
 
 
 def check_launch() -> None:
-    """Refuses launches of accelerate that save shards or nothing instead of a whole checkpoint."""
+    """Refuses launches of accelerate that do not save a whole checkpoint."""
 
     def given(name: str) -> str:
         return os.environ.get(name, "not set").lower()
@@ -95,7 +95,7 @@ def check_launch() -> None:
 
 
 def check_trackers(config: CLConfig) -> None:
-    """Refuses trackers that are not installed; HF would only notice when the model is loaded."""
+    """Refuses trackers that are not installed; HF would notice only after the model is loaded."""
     try:
         for callback in get_reporting_integration_callbacks(config.report_to):
             callback()
@@ -104,7 +104,7 @@ def check_trackers(config: CLConfig) -> None:
 
 
 def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
-    """Refuses a method that is taken for another, and settings under which it would not see what it should."""
+    """Refuses a method that hides one of ours or overwrites the trainer, and settings that it cannot work with."""
     ours = packaged.methods().get(name)
     file = getattr(sys.modules[trainer.__module__], "__file__", None)  # a notebook has none
     if ours and file and trainer.__module__ != CLTrainer.__module__ and not ours.samefile(file):
@@ -117,7 +117,7 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
             near = difflib.get_close_matches(own_name, _HOOKS, 1, cutoff=0.85)
             if near and not hasattr(CLTrainer, own_name):
                 log.warning("%s.%s is no hook, so nothing calls it. Is %s meant?", kind.__name__, own_name, near[0])
-        if taken := sorted(_set_names(kind) & _taken_names()):
+        if taken := sorted(_assigned_names(kind) & _reserved_names()):
             raise ConfigError(
                 f"{kind.__name__} sets self.{taken[0]}, which the trainer has of its own: a stage would fail when it "
                 f"asks for it, perhaps when it is trained. Give yours another name, such as {name}_{taken[0]}."
@@ -146,10 +146,10 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
             raise ConfigError(f"{name} needs true gradients, and fp16=true scales them: use bf16 or float32.")
 
 
-def _set_names(kind: type) -> set[str]:
-    """The names that a class sets on `self`, as far as its source is there."""
+def _assigned_names(kind: type) -> set[str]:
+    """The names that a class assigns on `self`; empty if its source cannot be read."""
     if getattr(sys.modules.get(kind.__module__), kind.__qualname__, None) is not kind:
-        return set()  # Python would take the source of another class of that name
+        return set()  # `getsource` would return another class of that name
     try:
         source = inspect.getsource(kind)
         tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
@@ -159,8 +159,8 @@ def _set_names(kind: type) -> set[str]:
     return {node.attr for node in found if isinstance(node.value, ast.Name) and node.value.id == "self"}
 
 
-def _taken_names() -> set[str]:
-    """What no method may put on the trainer: functions and properties, the stage's own, and HF's state."""
+def _reserved_names() -> set[str]:
+    """The names that no method may assign: functions and properties of the trainer, and what a stage is made with."""
     functions = {n for n in dir(CLTrainer) if isinstance(x := getattr(CLTrainer, n), property) or callable(x)}
     return functions | {"run", "stage", "config", "tokenizer", "chat", "state"}
 
@@ -169,7 +169,7 @@ def _taken_names() -> set[str]:
 
 
 def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks: dict[str, Any], trains: str) -> Any:
-    """Refuses what would fail, or mean something else, in the training or when its checkpoints are evaluated.
+    """Refuses a base model that cannot be trained as configured, or whose checkpoints could not be evaluated.
 
     Returns:
         The configuration of the base model.
@@ -182,7 +182,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     coefficient = _router_coefficient(model, config, base)
     _check_context(model, config, tasks)
     check_base(base, config.backend, code, model_args.model_revision)
-    if config.deepspeed_plugin is not None:  # which makes shards of a model wherever it is made
+    if config.deepspeed_plugin is not None:  # DeepSpeed would shard the empty model
         return model
     kwargs = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
 
@@ -193,7 +193,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     try:
         with limited(*models.READING):
             empty = make()
-    except Exception as e:  # whatever the model's code says of its configuration: loading it would say the same
+    except Exception as e:  # whatever the model's code raises: loading the model would fail the same way
         raise ConfigError(f"transformers cannot make the model {base}: {brief(e)}") from e
     _check_vocabulary(empty, tokenizer, base)
     if coefficient and not _has_router_loss(empty):
@@ -201,7 +201,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
             f"router_aux_loss_coef={coefficient}, by the configuration or config.json: {base} ({model.model_type}) "
             "computes no loss of a router. Use router_aux_loss_coef: 0."
         )
-    saved_whole = trains == "full" or (trains == "lora" and config.backend == "vllm")  # which merges it
+    saved_whole = trains == "full" or (trains == "lora" and config.backend == "vllm")  # vLLM may need it merged
     if saved_whole and type(empty.config) is not type(model):
         _check_saved(base, empty.config)
     if trains != "lora":
@@ -214,7 +214,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
 
 
 def _router_coefficient(model: Any, config: CLConfig, base: str) -> float:
-    """The weight of the loss of a mixture's router, as TRL takes it; refuses what TRL would compute without it."""
+    """The weight of the router's loss, as TRL chooses it. Refuses label smoothing, which makes TRL drop this loss."""
     text, coefficient = model.get_text_config(), config.router_aux_loss_coef
     if coefficient is None:
         coefficient = getattr(text, "router_aux_loss_coef", 0.0)
@@ -229,10 +229,10 @@ def _router_coefficient(model: Any, config: CLConfig, base: str) -> float:
 
 
 def _has_router_loss(empty: Any) -> bool:
-    """Whether a model computes a loss of its router: some types do not, nor does one without experts."""
+    """Whether a model computes a router's loss. Some mixtures do not, and a model without experts does not."""
     code = sys.modules[type(empty).__module__]
     if not code.__name__.startswith("transformers."):
-        return True  # its own code: who knows
+        return True  # remote code: assume it does
     router = (empty._can_record_outputs or {}).get("router_logits")
     kind, name = getattr(router, "target_class", ()), getattr(router, "layer_name", None) or ""
     routers = [n for n, module in empty.named_modules() if isinstance(module, kind) and name in n]
@@ -240,7 +240,7 @@ def _has_router_loss(empty: Any) -> bool:
 
 
 def _check_saved(base: str, config: Any) -> None:
-    """Refuses a model with images whose language model is saved as a type that is not loaded again."""
+    """Refuses an image model whose language model would be saved as a type that transformers cannot load."""
     try:
         refuse_not_causal(base, config)
     except models.ModelError as e:
@@ -251,14 +251,14 @@ def _check_saved(base: str, config: Any) -> None:
 
 
 def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
-    """The configuration of a base model that writes text from left to right."""
+    """Loads the configuration of a base model; refuses one that is not a causal language model."""
     try:
         with models.reading(base):
             model = AutoConfig.from_pretrained(
                 base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
             )
         model.get_text_config(decoder=True).to_dict()
-    except Exception as e:  # a type that transformers does not know, code of its own, values that a class does not take
+    except Exception as e:  # an unknown type, remote code, values that the class refuses
         raise ConfigError(f"transformers cannot make the model {base}: {models.why_not(e)}") from e
     refuse_not_causal(base, model)
     return model
@@ -267,8 +267,7 @@ def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -
 def empty_adapted(config: CLConfig, model_args: ModelConfig) -> Any:
     """The model with the run's adapter and without weights, for `prepare`.
 
-    None where the adapter does not fit, which `check_model` says, and with DeepSpeed, which divides models as they are
-    made.
+    None if the adapter does not fit, since `check_model` raises the error; and with DeepSpeed, which would shard it.
     """
     if config.deepspeed_plugin is not None:
         return None
@@ -279,18 +278,18 @@ def empty_adapted(config: CLConfig, model_args: ModelConfig) -> Any:
         with torch.device("meta"), limited(*models.READING):
             empty = AutoModelForCausalLM.from_config(model, trust_remote_code=config.trust_remote_code)
         return get_peft_model(empty, get_peft_config(model_args), low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    except Exception:  # whatever it is, `check_model` says it
+    except Exception:  # `check_model` raises the error
         return None
 
 
 def _check_weights(model: Any, model_args: ModelConfig) -> None:
-    """Refuses weights that evaluation cannot merge with what is trained."""
+    """Refuses quantised weights, which evaluation cannot merge with; warns of training in half precision."""
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ConfigError(
             "load_in_4bit and load_in_8bit are not supported: evaluation merges adapters into the weights as they are, "
             "which are not those that were trained with. Use dtype=bfloat16 and LoRA."
         )
-    # PEFT keeps adapters in float32, but not its copies of whole modules.
+    # PEFT trains adapters in float32, but copies of whole modules (modules_to_save) in the model's dtype.
     saved = ", ".join(model_args.lora_modules_to_save or [])
     dtype = str(model.dtype).removeprefix("torch.") if model_args.dtype == "auto" else model_args.dtype
     if (saved or not model_args.use_peft) and dtype in ("bfloat16", "float16"):
@@ -309,14 +308,14 @@ def _check_weights(model: Any, model_args: ModelConfig) -> None:
 
 
 def context_length(model: dict[str, Any]) -> int | None:
-    """The most tokens that a model of this configuration reads; None where it has no limit."""
+    """The context length in a model's configuration; None if it has no limit."""
     return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
 
 
 def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what: str, *, engine: bool = False) -> None:
-    """Refuses a base model that does not read so many tokens at once; for `prepare`. `what` says what they are.
+    """Refuses a base model with a context of less than `tokens`; for `prepare`.
 
-    With `engine` the one of the evaluation has to, too.
+    `what` names the tokens in the message. With `engine` the engine of the evaluation needs that context, too.
     """
     for name in ENGINE_CONTEXT:
         given = config.engine_args.get(name) if engine and isinstance(config.engine_args, dict) else None
@@ -329,7 +328,7 @@ def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what
 
 
 def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
-    """Refuses a limit of prompts with which prompt and answer do not fit into the model's context."""
+    """Refuses a max_prompt_length that leaves no room for the answer in the model's context."""
     context = context_length(model.get_text_config(decoder=True).to_dict())
     for name, task in tasks.items():
         answer = min(answer_tokens(task), config.max_new_tokens or 10**9) + config.virtual_tokens
@@ -344,7 +343,7 @@ def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
 def check_rows(
     config: CLConfig, model: Any, tokenizer: Any, rows: dict[str, list[tuple[str, str]]], chat: Chat | None
 ) -> None:
-    """Refuses tasks without a whole batch if others are dropped, and rows that are longer than a table of positions."""
+    """Refuses tasks smaller than a batch if incomplete ones are dropped, and rows longer than a table of positions."""
     batch = config.train_batch_size * config.world_size
     for name, pairs in rows.items():
         if config.dataloader_drop_last and len(pairs) < batch:
@@ -354,7 +353,7 @@ def check_rows(
             )
     settings = model.get_text_config(decoder=True).to_dict()
     context, limits = context_length(settings), (config.max_prompt_length, config.max_answer_length)
-    # Rotary positions have no table.
+    # Rotary positions need no table.
     if context is None or "rope_parameters" in settings or sum(limits) + config.virtual_tokens <= context:
         return
     for name, pairs in rows.items():
@@ -370,7 +369,7 @@ def check_rows(
 
 
 def _check_vocabulary(empty: Any, tokenizer: Any, base: str) -> None:
-    """Refuses a tokenizer with tokens that the model has no embeddings of."""
+    """Refuses a tokenizer with tokens for which the model has no embedding."""
     size = empty.get_input_embeddings().weight.shape[0]
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= size}
     never_seen = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}
@@ -385,7 +384,7 @@ def _check_vocabulary(empty: Any, tokenizer: Any, base: str) -> None:
 
 
 def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
-    """What keeps the run's LoRA from a model; None if it fits."""
+    """Why the run's LoRA does not fit a model; None if it fits."""
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -404,7 +403,7 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
             return f"{name.removeprefix('model.')} is a {type(layer).__name__}, which PEFT takes for a linear layer."
     if lost := lost_names(whole):
         return f"PEFT does not find {lost[0]} when it loads what it has saved."
-    # PEFT is content when one name of a list fits.
+    # PEFT accepts a list if one of its names fits.
     found = {
         "lora_target_modules": adapted.targeted_module_names,
         "lora_target_parameters": adapted.targeted_parameter_names,
@@ -419,7 +418,7 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
 
 
 def _is_linear(layer: Any) -> bool:
-    """Whether a layer without weights works as its class says: some routers are subclasses of a linear layer."""
+    """Whether a layer on the meta device computes as a linear layer: some routers are subclasses of one."""
     if type(layer) in (torch.nn.Linear, Conv1D):
         return True
     try:
@@ -430,10 +429,10 @@ def _is_linear(layer: Any) -> bool:
 
 
 def _lora_remedy(make: Callable[[], Any], model_args: ModelConfig) -> str:
-    """The options under which LoRA fits, found by trying."""
+    """Finds, by trying, options with which LoRA fits."""
     layers = [(n, m) for n, m in make().named_modules() if isinstance(m, torch.nn.Linear | Conv1D)]
     linear = {n.rpartition(".")[2] for n, m in layers if _is_linear(m)}
-    # What PEFT refuses in state-space models, whose kernels take these weights without calling the layer.
+    # Without out_proj: PEFT refuses it in state-space models, whose kernels use its weights without calling the layer.
     listed = sorted(linear - {"lm_head", "out_proj"})
     choices: list[tuple[Any, float | None]] = [(None, 0.0), ("all-linear", None), ("all-linear", 0.0), (listed, None)]
     for targets, dropout in choices:

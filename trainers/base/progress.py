@@ -19,14 +19,14 @@ from trainers.base.checkpoints import CheckpointTrainer
 
 
 def follow(trainer: CheckpointTrainer) -> None:
-    """Puts our callbacks in the place of HF's own progress bar."""
+    """Replaces HF's progress bar by our callbacks."""
     for noisy in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(noisy)
     trainer.add_callback(_ProgressFile(trainer))
     trainer.add_callback(_LossesGoOn(trainer))
     trainer.add_callback(_WandbEnd())
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # HF's own place is removed when the stage is done
+        if isinstance(callback, TensorBoardCallback):  # HF's default folder is removed when the stage is done
             folder = callback.logging_dir or trainer.run.path / "tensorboard"
             callback.logging_dir = f"{folder}/{trainer.stage.name}"
     if not trainer.args.disable_tqdm:
@@ -41,7 +41,7 @@ class _ProgressFile(TrainerCallback):
         self.written = -1.0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Where several processes share the batches, a stage that goes on within an epoch does not reach the sampler.
+        # With several processes, accelerate does not pass the epoch on to the sampler of a resumed stage.
         if self.trainer.grouped is not None:
             self.trainer.grouped.set_epoch(int(state.epoch or 0))
 
@@ -61,33 +61,33 @@ class _ProgressFile(TrainerCallback):
 
 
 class _LossesGoOn(TrainerCallback):
-    """Has a stage that goes on log the losses of an uninterrupted one: HF forgets those that it has not logged yet."""
+    """Makes a resumed stage log the same losses as an uninterrupted one: HF loses those that are not logged yet."""
 
     def __init__(self, trainer: CheckpointTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._tr_loss += self.trainer._before["unlogged"]
-        self.trainer._globalstep_last_logged -= int(self.trainer._before["unlogged_steps"])
+        self.trainer._tr_loss += self.trainer._resumed_from["unlogged"]
+        self.trainer._globalstep_last_logged -= int(self.trainer._resumed_from["unlogged_steps"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # HF logs an epoch after the checkpoint of its last step, and would not when it goes on from that one.
+        # HF logs an epoch after the checkpoint of its last step: a stage resumed from there would miss it.
         if args.logging_strategy == "epoch" and state.epoch % 1 == 0:
             control.should_log = True
 
 
 class _WandbEnd(TrainerCallback):
-    """Ends the stage's run of wandb, which HF leaves open: the next stage would be logged into it."""
+    """Ends the stage's wandb run, which HF leaves open: the next stage would be logged into it."""
 
     def __init__(self) -> None:
-        self.callers = self._is_open()
+        self.is_callers = self._is_open()
 
     @staticmethod
     def _is_open() -> bool:
         return getattr(sys.modules.get("wandb"), "run", None) is not None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._is_open() and not self.callers:  # a run that was open before is the caller's
+        if self._is_open() and not self.is_callers:  # a run that was open before belongs to the caller
             sys.modules["wandb"].finish()
 
 
@@ -105,7 +105,7 @@ class _ProgressBar(ProgressCallback):
         self.watched = sys.stderr.isatty()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.current_step = state.global_step  # a stage that goes on
+        self.current_step = state.global_step  # not 0 in a resumed stage
         if state.is_world_process_zero:
             self.training_bar: Any = tqdm(
                 total=state.max_steps,
@@ -113,7 +113,7 @@ class _ProgressBar(ProgressCallback):
                 desc=self.title,
                 dynamic_ncols=True,
                 bar_format="{desc} {bar} step {n_fmt}/{total_fmt}, {elapsed}<{remaining}{postfix}",
-                mininterval=0.1 if self.watched else 30,  # in a file every state would be a line
+                mininterval=0.1 if self.watched else 30,  # in a log file every update is a line
             )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:

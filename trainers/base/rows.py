@@ -1,4 +1,4 @@
-"""Which rows of a task are remembered, for whoever trains on them again."""
+"""Chooses the rows of a task that are remembered, to train on them again."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ CHOICES = ["first", "random", "balanced"]
 
 
 def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
-    """Chooses the rows of a task that are remembered, at most all of them, in the order of the data.
+    """Chooses the rows of a task that are remembered, in the order of the data.
 
     Args:
         rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
-        count: How many.
+        count: How many; all rows if there are fewer.
         how: See `ranked_rows`.
         seed: See `ranked_rows`.
     """
@@ -24,12 +24,12 @@ def choose_rows(rows: Dataset, count: int, how: str, seed: int) -> Dataset:
 
 
 def ranked_rows(rows: Dataset, how: str, seed: int) -> list[int]:
-    """The numbers of all rows, those first that are remembered first.
+    """The numbers of all rows, in the order in which they are remembered: the first n are a memory of n rows.
 
     Args:
         rows: Training examples with labels, as `CLTrainer.task_dataset` returns them.
-        how: "first" (the official code's); "random" (ours); or "balanced": random, equally many of each answer as far
-            as there are any. Where every row has an answer of its own this is "random".
+        how: "first" (as the official code); "random" (our default); or "balanced": random, with equally many rows of
+            each answer as far as possible. If all answers differ it is the same as "random".
         seed: Decides "random" and "balanced".
     """
     order = list(range(len(rows)))
@@ -43,5 +43,5 @@ def ranked_rows(rows: Dataset, how: str, seed: int) -> list[int]:
             answer = tuple(label for label in labels[i] if label != -100)
             rank[i] = seen[answer]
             seen[answer] += 1
-        order.sort(key=lambda i: rank[i])  # stable: all first ones, then all second ones
+        order.sort(key=lambda i: rank[i])  # stable: first the first row of every answer, then the second ones
     return order

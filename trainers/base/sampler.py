@@ -11,8 +11,9 @@ from torch.utils.data import Sampler
 class LengthGrouped(Sampler[int]):
     """Batches of rows of similar length, in random order, a different one in each epoch.
 
-    `window` batches are drawn at random and grouped among themselves. HF's own sampler sorts a quarter of the rows at
-    most at a time, so that a stage of few rows is hardly grouped, and every window begins with its longest batch.
+    The rows are shuffled and sorted by length within windows of `window` batches; then the batches are shuffled. HF's
+    own sampler sorts at most a quarter of the rows at a time, so a small stage is hardly grouped, and its windows begin
+    with their longest batch.
     """
 
     def __init__(self, lengths: list[int], size: int, seed: int, window: int = 50) -> None:
@@ -23,7 +24,7 @@ class LengthGrouped(Sampler[int]):
         return len(self.lengths)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader: an epoch that is resumed has the order that it had."""
+        """Called by the data loader. The order depends on the seed and the epoch only, so a resumed epoch keeps it."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:

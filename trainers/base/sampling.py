@@ -1,4 +1,4 @@
-"""Answers that the model in training draws itself, at the weights that it has now; for methods that train on them."""
+"""Samples answers from the model in training with its present weights, for methods that train on them."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ def sampled(
     ends: frozenset[int],
     precision: AbstractContextManager[None],
 ) -> list[list[int]]:
-    """Draws an answer to each prompt at temperature 1, without dropout. The model and all random numbers stay.
+    """Samples an answer to each prompt at temperature 1, without dropout.
 
-    What a prompt draws depends on its seed and the weights, not on the other prompts of the batch: a model that does
-    not heed the attention mask is given prompts of one length at a time.
+    The model's settings and the global random state are the same afterwards. The answer to a prompt depends only on its
+    seed and the weights, not on the other prompts of the batch: a model that ignores the attention mask gets prompts of
+    one length at a time.
 
     Args:
-        model: Of transformers, or a LoRA of PEFT around one; without DDP's wrapper.
+        model: A model of transformers, or PEFT's LoRA model around one; without DDP's wrapper.
         prompts: Token ids.
         seeds: One for each prompt.
         most: The most tokens of an answer.
-        ends: The tokens that end one, of which the first stays at its end.
-        precision: The autocast of the training.
+        ends: The tokens that end an answer.
+        precision: The autocast context of the training.
+
+    Returns:
+        The token ids of each answer, including the token that ended it.
     """
     inner = model.get_base_model() if hasattr(model, "peft_config") else model  # its layers have the adapter
     settings, training, pad = inner.generation_config, model.training, min(ends)  # any token: it is masked
-    # A model may come with temperatures and penalties, which would be in the answers.
+    # A model's own generation settings, such as penalties, would change the answers.
     inner.generation_config = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=pad)
     answers: dict[int, list[int]] = {}
     model.eval()
@@ -64,7 +68,7 @@ def sampled(
 
 
 class Drawn(LogitsProcessor):
-    """Adds Gumbel noise to logits: the largest sum is a draw from their softmax. Each row has numbers of its own."""
+    """Adds Gumbel noise to logits, so that the largest sum is a draw from their softmax. Each row has a generator."""
 
     def __init__(self, generators: list[torch.Generator]) -> None:
         self.generators = generators

@@ -58,7 +58,7 @@ _MEMORY = (
     "LoRA (use_peft: true)."
 )
 #: What `save_checkpoint` and `end_stage` write.
-_LEFT_BY_STAGE = ("adapter", "model", "method_state")
+_OUTPUT_OF_STAGE = ("adapter", "model", "method_state")
 
 
 def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
@@ -74,7 +74,7 @@ def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | Non
 def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[Any]:
     """The config of the method and TRL's ModelConfig, from the command line and the files that it names."""
     argv = sys.argv[1:] if argv is None else argv
-    named = ("--config=", "--like=", "--tuned=")  # these are read here, where they are two words
+    named = ("--config=", "--like=", "--tuned=")  # read below, as two words
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(named) else [word])]
     if argv.count("--config") > 1:
         raise ConfigError("--config is given more than once. Name one file; the other options win over it.")
@@ -82,15 +82,15 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
         if word == "--config":
             argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
     if tuned := tuned_words(argv, method):
-        _tell(f"{method} by the table of settings: {shlex.join(tuned)}")
+        _print_once(f"{method} by the table of settings: {shlex.join(tuned)}")
     known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]
     if "--like" in argv[:-1]:
         i = argv.index("--like")
-        like = _as_in(Run.open(argv[i + 1]), known, config, method)
+        like = _words_like(Run.open(argv[i + 1]), known, config, method)
         argv[i : i + 2] = [*like, *tuned]
     else:
         argv = [*tuned, *argv]
-    # No abbreviations: of --tune the table would be put on record, and not used.
+    # No abbreviations: --tune would record the table without using it, since `tuned_words` looks for --tuned.
     parser = TrlParser((config, ModelConfig), allow_abbrev=False)  # type: ignore[arg-type]
     parser.error = _refuse  # type: ignore[method-assign]  # without two hundred lines of usage
     try:
@@ -105,30 +105,31 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     return parsed
 
 
-def _as_in(run: Run, known: Collection[str], config: type[CLConfig], method: str) -> list[str]:
-    """The options of a run as words of a command line, for another method: those that this one has, too.
+def _words_like(run: Run, known: Collection[str], config: type[CLConfig], method: str) -> list[str]:
+    """The options of a run as words of a command line, for another method: only the options that it has.
 
-    How much is replayed is a method's own matter, unless the other one is made for replaying as well.
+    Its replay_ratio is taken over only by a method that is made for replaying.
     """
     record, other = run.manifest["data"], run.manifest["method"]
     settings = {**run.manifest["config"], "data": "demo" if record["demo"] else record["path"]}
     use_own_tasks(run)
     model = run.manifest["model"]
     if model["name"] != models.QUICKSTART and not os.path.isdir(model["name"]) and os.path.isdir(model.get("path", "")):
-        settings["model_name_or_path"] = model["path"]  # a folder that was moved, or named from elsewhere
+        settings["model_name_or_path"] = model["path"]  # the folder was moved, or its name is a relative path
     if other != method and config.replay_ratio is None:
         settings.pop("replay_choice", None)
         if ratio := settings.pop("replay_ratio", None):
-            _tell(f"{method} without the replay_ratio {ratio} of {run.path}, which its option would set")
+            _print_once(f"{method} without the replay_ratio {ratio} of {run.path}, which its option would set")
     tuned = [(key, value) for key, value in run.manifest.get("tuned", {}).items() if settings.get(key) == value]
     if other != method and (words := [word for pair in tuned if pair[0] in known for word in option_words(*pair)]):
-        _tell(f"{method} with {shlex.join(words)}, from the table of settings for {other}; options behind --like win")
+        table = f"from the table of settings for {other}"
+        _print_once(f"{method} with {shlex.join(words)}, {table}; options behind --like win")
     given = {name: value for name, value in settings.items() if name in known and value != []}
     return [word for name, value in given.items() for word in option_words(name, value)]
 
 
-def _tell(text: str) -> None:
-    """Prints what was decided, once in a launch of several processes."""
+def _print_once(text: str) -> None:
+    """Prints a line, from the first of several processes only."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
@@ -147,7 +148,15 @@ def method_name(trainer: type[CLTrainer]) -> str:
 
 
 def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -> Run:
-    """Trains every stage of a run that is not trained yet, with TRL's arguments of the base model and LoRA.
+    """Trains every stage of a run that is not trained yet.
+
+    Args:
+        trainer: The method.
+        config: The settings of the run.
+        model_args: TRL's arguments of the base model and of LoRA.
+
+    Returns:
+        The run.
 
     Raises:
         TraceError: before anything expensive starts, if something cannot work.
@@ -170,9 +179,9 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     preflight.check_method(trainer, config, method)
     preflight.check_trackers(config)
     revision = model_args.model_revision
-    if not os.path.isdir(base):  # else it is made of all bytes of the folder, for which a wrong option need not wait
+    if not os.path.isdir(base):  # a folder's fingerprint reads all its bytes: that waits until the options are checked
         revision = models.pinned_revision(base, revision)
-    # A method that reads the model's configuration finds it where the training does.
+    # Pinned, so that a method reads the same model's configuration as the training.
     added = trainer.prepare(config, _pinned(model_args, base, revision))
     revision = models.pinned_revision(base, revision)
     pinned = _pinned(model_args, base, revision)
@@ -183,10 +192,10 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     tokenizer = models.load_tokenizer(base, pinned.model_revision, config.trust_remote_code)
     checked = preflight.check_model(config, pinned, tokenizer, tasks, manifest["trains"])
     rows = _make_rows(config, checked, tasks, tokenizer)
-    # Of all processes of a launch the first one has the lock.
+    # The first process of a launch holds the lock for all.
     with locked(Path(config.output_dir), "train") if state.is_main_process else nullcontext():
         with state.main_process_first():
-            manifest = checks.as_named_there(config.output_dir, manifest)
+            manifest = checks.with_recorded_base_name(config.output_dir, manifest)
             run = replace(Run.create(config.output_dir, manifest, restart=True), rows=rows)
         if state.is_main_process and not all(stage.is_trained for stage in run.stages):
             check_writable(run.path)
@@ -195,7 +204,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
 
 
 def _load_tasks(config: CLConfig, trace_data: data.Data) -> dict[str, Any]:
-    """The tasks of the stages by name; makes sure that all data of the run is there, which may be needed in hours."""
+    """Loads the tasks of the stages by name. Checks all data of the run now, even what is needed hours later."""
     if config.data and os.environ.get("TRACE_DATA", config.data) not in (config.data, str(trace_data.root)):
         log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
     trace_data.use()
@@ -216,7 +225,7 @@ def _manifest(
     tasks: dict[str, Any],
     processes: int,
 ) -> dict[str, Any]:
-    """What a run is: its method, model, data and settings."""
+    """The manifest of a run: its method, model, data and settings."""
     plain, always = ModelConfig(), ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
     of_model = {k: v for k, v in asdict(model_args).items() if v != getattr(plain, k) or k in always}
     tuned = {} if config.tuned in (None, "none") else tuned_settings(config.tuned, method)
@@ -232,7 +241,7 @@ def _manifest(
         "task_definitions": checks.definitions(tasks),
         "data": data_record(trace_data, tasks),
         "seed": config.seed,
-        # What a chat template that asks for the date is told, whenever a stage is trained or evaluated.
+        # The date that a chat template gets, on whatever day a stage is trained or evaluated.
         "date": time.strftime("%Y-%m-%d"),
         **({"tuned": tuned} if tuned else {}),
         "config": config.manifest() | of_model,
@@ -240,11 +249,11 @@ def _manifest(
 
 
 def _pinned(model_args: ModelConfig, base: str, revision: str) -> ModelConfig:
-    """The arguments of the model as all stages use them, whatever the hub has by then."""
+    """The arguments of the model with its revision fixed, so that all stages load the same one."""
     model_args = copy.copy(model_args)
     model_args.model_name_or_path = base
     if isinstance(model_args.lora_target_modules, str) and re.fullmatch(r"\w+", model_args.lora_target_modules):
-        # TRL makes a text of a list of one, which PEFT reads as a pattern for the whole path of a module.
+        # TRL turns a list with one name into a text, which PEFT reads as a pattern for a module's whole path.
         model_args.lora_target_modules = [model_args.lora_target_modules]
     if not Path(base).is_dir():
         model_args.model_revision = revision
@@ -252,7 +261,7 @@ def _pinned(model_args: ModelConfig, base: str, revision: str) -> ModelConfig:
 
 
 def _make_rows(config: CLConfig, model: Any, tasks: dict[str, Any], tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
-    """The training rows of all tasks, before the first one is trained: a bad one of the last task would cost days."""
+    """The training rows of all tasks, made before the first stage: a bad row of the last task would cost days."""
     chat = None
     # Sets to be judged and neutral questions are asked in a template, too.
     if config.chat_template or (tokenizer.chat_template and (config.judged or config.distance)):
@@ -262,12 +271,12 @@ def _make_rows(config: CLConfig, model: Any, tasks: dict[str, Any], tokenizer: A
             check_room(chat := made, config.max_prompt_length)
     rows = {name: training_rows(task, config.train_rows, chat) for name, task in tasks.items() if config.stages}
     preflight.check_rows(config, model, tokenizer, rows, chat)
-    return rows if chat is None else {}  # a stage makes them with the date of the run, which may be an older one
+    return rows if chat is None else {}  # a stage makes chat prompts itself, with the date on which the run began
 
 
 @dataclass
 class Loop:
-    """What is the same for all stages of a run."""
+    """Trains the stages of a run one after the other."""
 
     trainer: type[CLTrainer]
     config: CLConfig
@@ -294,25 +303,26 @@ class Loop:
             if self.config.keep == "evaluated":
                 self._evaluate(stage)
             if self.config.keep != "all" and stage.index > 1:
-                self._remove_left(self.run.stages[stage.index - 1])
+                self._remove_output(self.run.stages[stage.index - 1])
 
     def _train_stage(self, stage: Stage) -> None:
-        self._remove_left(stage)  # by a killed attempt
+        self._remove_output(stage)  # by a killed attempt
         self.state.wait_for_everyone()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         if self.config.deepspeed_plugin is not None:
-            # accelerate takes its plugin once, and HF's loader looks at the one that was made last, for a manifest.
+            # accelerate sets its plugin up once per process, but HF's loader uses the plugin made last, which was made
+            # for the manifest: reset both for this stage.
             AcceleratorState._reset_state()
             self.config.deepspeed_plugin.set_deepspeed_weakref()
         trainer = self.trainer(self.config, self.model_args, self.run, stage, self.tokenizer)
         trainer._started = time.perf_counter()
         trainer.begin_stage()
-        around = time.perf_counter() - trainer._started
+        hook_seconds = time.perf_counter() - trainer._started
         checkpoint = trainer.resume()
         if checkpoint is not None:
-            self._say(stage, f"{stage.name}: goes on at step {trainer._before['step']}")
-        elif self.state.is_main_process:  # what TensorBoard was told of an attempt that was lost
+            self._say(stage, f"{stage.name}: goes on at step {trainer._resumed_from['step']}")
+        elif self.state.is_main_process:  # the TensorBoard log of a lost attempt
             remove(self.run.path / "tensorboard" / stage.name)
         trainer.train(resume_from_checkpoint=checkpoint)
         if self.state.is_main_process:
@@ -321,28 +331,28 @@ class Loop:
         trainable = get_model_param_count(trainer.model, trainable_only=True)
         trainer.end_stage()
         seconds = time.perf_counter() - trainer._started
-        around += time.perf_counter() - trained
+        hook_seconds += time.perf_counter() - trained
         with others_wait():  # large models are merged, written and read here
             saved = trainer.save_checkpoint()
         with others_wait():
             if self.state.is_main_process:
-                self._record(trainer, trainable, seconds, around, saved)
-        # The next stage loads its model from the disk: let go of this one first.
+                self._record(trainer, trainable, seconds, hook_seconds, saved)
+        # The next stage loads its model from the disk: free this one first.
         del trainer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _record(self, trainer: CLTrainer, trainable: int, seconds: float, around: float, checkpoint: Path) -> None:
-        """Writes train.json, which says that the stage is trained; `around` is what begin_stage and end_stage took."""
+    def _record(self, trainer: CLTrainer, trainable: int, seconds: float, hook_seconds: float, saved: Path) -> None:
+        """Writes train.json, which marks the stage as trained; begin_stage and end_stage took `hook_seconds`."""
         stage = trainer.stage
         record = _summary(trainer, seconds) | {
             "trainable_parameters": trainable,
-            "seconds_around_steps": round(around, 3),
+            "seconds_around_steps": round(hook_seconds, 3),
             "commit": source_commit(),
             "method_source": method_source(self.trainer),
             **records.origin(self.run, stage),
-            "checkpoint": fingerprint(checkpoint),
+            "checkpoint": fingerprint(saved),
         }
         if stage.method_state.is_dir():
             record["method_state"] = fingerprint(stage.method_state)
@@ -362,7 +372,7 @@ class Loop:
         )
 
     def _check_sources(self, stage: Stage) -> None:
-        """Refuses to train on what is no longer what the run began with: files may change between stages."""
+        """Refuses to train if the model, the data or the stage before changed since the run began."""
         if not self.state.is_main_process:
             return
         before = self.run.stages[stage.index - 1]
@@ -384,8 +394,8 @@ class Loop:
             )
 
     def _evaluate(self, stage: Stage) -> None:
-        """Evaluates one stage in a process of its own, which gives all memory back when it ends."""
-        # --follow waits for a process that evaluates the stage already.
+        """Evaluates one stage in a separate process, which frees all its memory when it ends."""
+        # --follow also waits if another process is evaluating the stage.
         words = ["trace_bench", "evaluate", str(self.run.path), "--stages", str(stage.index), "--follow"]
         with others_wait():
             if self.state.is_main_process and run_alone(words):
@@ -393,9 +403,9 @@ class Loop:
                     f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again."
                 )
 
-    def _remove_left(self, stage: Stage) -> None:
+    def _remove_output(self, stage: Stage) -> None:
         if self.state.is_main_process:
-            for kind in _LEFT_BY_STAGE:
+            for kind in _OUTPUT_OF_STAGE:
                 remove(stage.path / kind)
 
     def _say(self, stage: Stage, text: str) -> None:
@@ -404,16 +414,16 @@ class Loop:
 
 
 def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
-    """What train.json says of the training itself."""
+    """The part of train.json about the training itself."""
     assert isinstance(trainer.train_dataset, Dataset)
-    cuda = trainer.args.device.type == "cuda"  # with use_cpu it may be there, and was not used
+    cuda = trainer.args.device.type == "cuda"  # with use_cpu a GPU may exist without being used
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     steps, tokens = trainer.state.global_step, int(trainer._total_train_tokens)
     return {
         "stage": trainer.stage.index,
         "task": trainer.stage.task,
         "rows": len(trainer.train_dataset),
-        "epochs": round(trainer.state.epoch or 0, 4),  # max_steps goes before those of the settings
+        "epochs": round(trainer.state.epoch or 0, 4),  # not the setting: max_steps overrides it
         "steps": steps,
         "tokens": tokens,
         "seconds": round(seconds, 3),
@@ -421,14 +431,14 @@ def _summary(trainer: CLTrainer, seconds: float) -> dict[str, Any]:
         "peak_memory_bytes": peak,
         "memory_of": "cuda" if cuda else "process",
         "processes": trainer.accelerator.num_processes,
-        # Of the whole model, also where this process has a part of it.
+        # Counts the whole model, also where this process holds only a part.
         "parameters": get_model_param_count(trainer.model),
-        # HF's own "train_loss" is the mean since the checkpoint that the stage went on from.
-        "mean_loss": (trainer._before["losses"] + trainer._total_loss_scalar) / max(steps, 1),
+        # HF's own "train_loss" covers only the steps since the last resume.
+        "mean_loss": (trainer._resumed_from["losses"] + trainer._total_loss_scalar) / max(steps, 1),
         "losses": [
             {key: entry[key] for key in ("step", "loss", "learning_rate")}
             for entry in trainer.state.log_history
             if "loss" in entry
         ],
-        **({"replayed": trainer._mixed_in} if trainer._mixed_in else {}),
+        **({"replayed": trainer._replayed_rows} if trainer._replayed_rows else {}),
     }

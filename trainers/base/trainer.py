@@ -41,44 +41,44 @@ class CLTrainer(CheckpointTrainer):
         self.chat = Chat(tokenizer, arguments, run.manifest.get("date")) if config.chat_template else None
         args = self.stage_args(stage)
         args.output_dir = str(stage.attempt)
-        # A stage begins at step 0: in one run of a tracker the stages would lie on each other.
+        # Every stage begins at step 0, so in a single tracker run their curves would overlap.
         args.run_name = f"{args.run_name or run.path.name} {stage.name}"
-        args.save_total_limit = None  # `_save_checkpoint` drops older ones, when the new one is whole
-        self._before = {"seconds": 0.0, "losses": 0.0, "step": 0, "unlogged": 0.0, "unlogged_steps": 0}
+        args.save_total_limit = None  # `_save_checkpoint` removes older checkpoints once the new one is complete
+        self._resumed_from = {"seconds": 0.0, "losses": 0.0, "step": 0, "unlogged": 0.0, "unlogged_steps": 0}
         self._started = time.perf_counter()
         self.kept = {}
-        #: An adapter's parameters that no step has had a gradient of; None before the first step.
+        #: The parameters of the adapter that have had no gradient so far; None before the first step.
         self._idle: set[str] | None = None
         set_seed(args.seed)  # an adapter's first weights are random
         model = self.stage_model(stage)
         super().__init__(model=model, args=args, train_dataset=self.with_replay(stage), processing_class=tokenizer)
         if self.aux_loss_enabled:
-            # TRL has the model return its router's logits whatever it is asked, and generation can fail with them, here
-            # and from a full checkpoint. All losses ask for them.
+            # TRL makes the model always return its router's logits. Generation can fail with them, here and from a full
+            # checkpoint. Our losses ask for them where they need them.
             model.config.get_text_config().output_router_logits = False
         if self.columns:
             self.data_collator = partial(with_columns, self.data_collator, self.columns)
-        # Neither TRL's losses nor ours need the model for their division by the whole step: whatever its forward takes.
+        # TRL's losses and ours divide by the items of the whole step themselves, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
         self.check_saved()
-        self.add_callback(_Steps(self))
+        self.add_callback(_StepHooks(self))
         follow(self)
 
     # ------------------------------------------------------------------------------------------------------- hooks
 
-    #: Whether the method itself decides which earlier rows are trained on: then `replay_ratio` is not for all methods.
+    #: Whether the method decides itself which earlier rows are trained on. Then `replay_ratio` is refused.
     own_memory: ClassVar[bool] = False
 
     @classmethod
     def prepare(cls, config: Any, model_args: ModelConfig) -> dict[str, Any]:
-        """Checks what the method needs, before anything expensive starts. It may change the configuration.
+        """Checks what the method needs before anything expensive starts. It may change the configuration.
 
         Args:
             config: The settings of the run.
-            model_args: TRL's arguments of the model; its name is already what `from_pretrained` takes.
+            model_args: TRL's arguments of the model; the model's name is already what `from_pretrained` takes.
 
         Returns:
-            What the method adds to the manifest, and so may not change when the run is resumed.
+            Entries for the manifest. They must be the same when the run is resumed.
         """
         return {}
 
@@ -95,7 +95,7 @@ class CLTrainer(CheckpointTrainer):
         return args
 
     def stage_model(self, stage: Stage) -> Any:
-        """The model to train: the one of the stage before, its adapter or all of its parameters trainable."""
+        """The model to train: that of the stage before, with its adapter or all of its parameters trainable."""
         return self.trainable_model(self.previous.checkpoint)
 
     def begin_stage(self) -> None:
@@ -107,24 +107,24 @@ class CLTrainer(CheckpointTrainer):
     def adjust_gradients(self, model: Any) -> None:
         """Called once per optimizer step with the accumulated gradient, before clipping.
 
-        A penalty belongs here, as a gradient: one added to the loss would be scaled by how the batch is divided
-        into micro-batches and processes.
+        Add the gradient of a penalty here. A penalty in the loss would be scaled by the number of micro-batches and
+        processes.
         """
 
     def before_step(self) -> None:
-        """Called before each step of the optimizer, when gradients are adjusted and clipped."""
+        """Called before each step of the optimizer, after the gradients were adjusted and clipped."""
 
     def after_step(self) -> None:
         """Called after each step of the optimizer: the parameters have moved."""
 
     def record(self) -> dict[str, Any]:
-        """What the method adds to the stage's train.json."""
+        """Entries that the method adds to the stage's train.json."""
         return {}
 
     # --------------------------------------------------------------------------------------------------- for methods
 
     def task_texts(self, task: str, limit: int | None = None) -> list[tuple[str, str]]:
-        """Prompts and answers of a task's training rows: the first `limit`, or as many as `train_rows` says."""
+        """Prompts and answers of the first `limit` training rows of a task (None = `train_rows`)."""
         if limit is None and task in self.run.rows:
             return self.run.rows[task]
         tasks = load_tasks([task])
@@ -132,17 +132,17 @@ class CLTrainer(CheckpointTrainer):
         return training_rows(tasks[task], limit or self.config.train_rows, self.chat)
 
     def task_dataset(self, task: str, limit: int | None = None) -> Dataset:
-        """Token ids of `task_texts`."""
+        """The rows of `task_texts` as token ids."""
         return self.text_dataset(self.task_texts(task, limit))
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
-        """Token ids of prompts and answers, as `stage_dataset` returns them."""
+        """Prompts and answers as token ids, in the form that `stage_dataset` returns."""
         prompts, answers = zip(*rows, strict=True)
         limits = self.config.max_prompt_length, self.config.max_answer_length
         return Dataset.from_list(example_ids(self.tokenizer, prompts, answers, *limits, self.chat))
 
     def earlier_rows(self, stage: Stage, ratio: float, choice: str) -> dict[str, Dataset]:
-        """A share of the rows of each task before a stage, at least one row of each."""
+        """A share of the training rows of each earlier task, at least one row each."""
         found = {}
         for task in self.run.tasks[: stage.index - 1] if ratio else ():
             rows = self.task_dataset(task)
@@ -150,13 +150,13 @@ class CLTrainer(CheckpointTrainer):
         return found
 
     def with_replay(self, stage: Stage) -> Dataset:
-        """The training set of a stage, with the rows that `replay_ratio` mixes into that of any method."""
+        """The method's training set of a stage, with the earlier rows that `replay_ratio` adds."""
         rows, c = self.stage_dataset(stage), self.config
-        self._mixed_in: dict[str, int] = {}
+        self._replayed_rows: dict[str, int] = {}
         if self.own_memory or not c.replay_ratio:
             return rows
         earlier = self.earlier_rows(stage, c.replay_ratio, c.replay_choice or "random")
-        self._mixed_in = {task: len(part) for task, part in earlier.items()}
+        self._replayed_rows = {task: len(part) for task, part in earlier.items()}
         return concatenate_datasets([rows, *earlier.values()])
 
     answers = writing.answers
@@ -169,7 +169,7 @@ class CLTrainer(CheckpointTrainer):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         base = self.load_model(None)
-        # As TRL does for ZeRO-3, which wants parameters of one type.
+        # ZeRO-3 wants all parameters in one dtype; TRL does the same for it.
         plugin = self.config.deepspeed_plugin
         one_type = plugin is not None and plugin.zero_stage == 3
         model: Any
@@ -180,8 +180,8 @@ class CLTrainer(CheckpointTrainer):
             assert peft_config is not None
             model = get_peft_model(base, peft_config, autocast_adapter_dtype=not one_type)
         if self.config.bf16:
-            # PEFT brings each layer's input to the adapter's float32, and autocast brings it back to bf16 in the next
-            # operation: two copies of every activation that change no bit. DoRA takes its norms in the input's type.
+            # PEFT casts each layer's input to the adapter's float32, and autocast casts it back to bf16 at once: two
+            # copies of every activation for nothing. DoRA needs the cast: it computes norms in the input's dtype.
             for module in model.modules():
                 if isinstance(module, BaseTunerLayer):
                     module.cast_input_dtype_enabled = self.model_args.use_dora  # type: ignore[attr-defined]
@@ -199,7 +199,7 @@ class CLTrainer(CheckpointTrainer):
 
     def frozen_model(self, checkpoint: Path | None) -> Any:
         """A second model in memory that is never trained: `load_model`, on the device and without dropout."""
-        # Unmerged: rounding to the weights' precision would take from what the model has learned.
+        # Unmerged: a merge would round the adapter's update to the precision of the weights.
         model = self.load_model(checkpoint).requires_grad_(False).eval().to(self.accelerator.device)
         if self.config.bf16:
             frozen_in_bf16(model)
@@ -217,7 +217,7 @@ class CLTrainer(CheckpointTrainer):
                 "has diverged. Begin a new run with a lower learning_rate or max_grad_norm."
             )
         if self.accelerator.sync_gradients:
-            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # which keep gradients elsewhere
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # their gradients are not in parameter.grad
             if self.model_args.use_peft and not sharded and self._idle != set():
                 idle = {name for name, parameter in self.trained().items() if parameter.grad is None}
                 self._idle = idle if self._idle is None else self._idle & idle
@@ -225,7 +225,7 @@ class CLTrainer(CheckpointTrainer):
         return loss
 
     def warn_of_idle(self) -> None:
-        """Warns of an adapter's layers that the model has not gone through: fused kernels take the bare weights."""
+        """Warns of an adapter's parameters that never had a gradient: fused kernels may bypass the adapter."""
         if self._idle:
             log.warning(
                 "%d of the adapter's tensors had no gradient in stage %s, such as %s: what the model computes does not "
@@ -237,21 +237,21 @@ class CLTrainer(CheckpointTrainer):
 
     @property
     def order_seed(self) -> int:
-        """The seed of the order of rows, as HF has it."""
+        """The seed of the order of rows, chosen as HF does."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """HF's sampler, but for `train_sampling_strategy: group_by_length`."""
+        """HF's sampler; with `train_sampling_strategy: group_by_length` our own."""
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [len(ids) for ids in rows["input_ids"]]
-        # Processes work on batches that follow each other: they wait for the longest of them.
+        # The batches of all processes make one group, since the processes wait for the longest batch.
         self.grouped = LengthGrouped(lengths, self.args.train_batch_size * self.args.world_size, self.order_seed)
         return self.grouped
 
 
-class _Steps(TrainerCallback):
+class _StepHooks(TrainerCallback):
     """Calls a trainer's hooks around the optimizer's step."""
 
     def __init__(self, trainer: CLTrainer) -> None:
@@ -267,12 +267,12 @@ class _Steps(TrainerCallback):
 def frozen_in_bf16(model: Any) -> None:
     """Keeps frozen weights of linear layers in bf16; otherwise autocast would convert them in every step.
 
-    The embeddings stay what they are, since the states begin with them; they may be tied to the head.
+    The embeddings, and a head tied to them, keep their precision, since all hidden states start from them.
     """
     embeddings = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
             for parameter in module.parameters():
-                # ZeRO-3 leaves empty ones.
+                # Under ZeRO-3 a parameter may be empty here.
                 if not parameter.requires_grad and parameter.numel() and parameter.is_floating_point():
                     parameter.data = parameter.data.to(torch.bfloat16)

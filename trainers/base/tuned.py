@@ -1,4 +1,4 @@
-"""Settings of methods for a size of model: tables as those in `trainers/configs/methods`, which a config names."""
+"""Reads tables of methods' settings for a size of model, such as those in `trainers/configs/methods`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from trainers.base.config import ConfigError
 
 
 def tuned_words(argv: list[str], method: str) -> list[str]:
-    """What the table of a command line, or of the config that it names, says of a method, as words of a command line.
+    """The settings for a method from the table that the command line or its config names, as words of a command line.
 
-    Put in front of the others they win over the config, and the command line wins over them.
+    In front of the other words they win over the config, and the command line wins over them.
 
     Raises:
         ConfigError: if the table is no table, or the config cannot be read.
     """
     name, config = _value(argv, "--tuned"), _value(argv, "--config")
-    content = _read(config) if config else None  # in any case: TRL's parser takes the last one of keys given twice
+    content = _read(config) if config else None  # also without need: it refuses duplicate keys, TRL's parser does not
     if name is None and isinstance(content, dict):
         name = content.get("tuned")
     if name in (None, "none"):
@@ -31,7 +31,7 @@ def tuned_words(argv: list[str], method: str) -> list[str]:
 
 
 def tuned_settings(name: str, method: str) -> dict[str, Any]:
-    """What a table says of a method: option -> value.
+    """The settings for a method in a table: option -> value.
 
     Raises:
         ConfigError: if the table is no table.

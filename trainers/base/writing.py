@@ -1,6 +1,6 @@
-"""Answers that a model of the run writes itself between two stages, with the engine of the evaluation.
+"""Lets a model of the run write answers between two stages, with the engine of the evaluation.
 
-The engine runs in a process of its own, which gives all of its memory back before the training.
+The engine runs in a separate process, so all of its memory is free again before the training.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ from trace_tasks.data.files import digest, remove, write_json
 from trace_tasks.tokens import prompt_ids
 from trainers.base.config import ENGINE_CONTEXT, ConfigError
 
-#: How the variables begin by which a launcher tells its processes of each other.
-LAUNCHED = (*("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),)
+#: The prefixes of environment variables with which a launcher connects its processes.
+LAUNCHER_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_"),
+)
 
 
 def run_alone(words: list[str]) -> int:
-    """Runs a Python module of ours as a program of its own, not as one of the processes that were launched together."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHED)}
+    """Runs a Python module of ours as a separate program, outside the launch of several processes."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER_VARIABLES)}
     return ending.run_child([sys.executable, "-m", *words], environment)
 
 
@@ -46,25 +48,26 @@ def answers(
     most: int | None = None,
     at: Stage | None = None,
 ) -> dict[str, list[list[Answer]]]:
-    """What the model of a stage answers to prompts, as the evaluation of their tasks would have it.
+    """The answers of a stage's model to prompts, generated as in the evaluation of their tasks.
 
-    `CLTrainer.answers`, for `stage_dataset`, where no model is on the GPU yet. It is done once: what is written is kept
-    in the stage's folder, and made again if the model, the prompts or the settings are others.
+    This is `CLTrainer.answers`. Call it in `stage_dataset`, while no model is on the GPU yet. The answers are kept in
+    the stage's folder, and generated again only if the model, the prompts or the settings change.
 
     Args:
-        trainer: Whose method it is.
-        name: That of the files; one for each call within a stage.
+        trainer: The trainer of the stage.
+        name: A name for the files, different for each call within a stage.
         by: The stage whose checkpoint answers; stage 0 is the base model.
-        prompts: By task, whose stops and lengths hold; texts as those of `task_texts`.
-        samples: Answers to each prompt.
-        sampling: Of the engine, such as {"temperature": 1.0}; None or a temperature of 0 = greedy.
+        prompts: Task -> texts as in `task_texts`. The task's stops and length limits apply.
+        samples: The number of answers to each prompt.
+        sampling: Sampling arguments, such as {"temperature": 1.0}; None or a temperature of 0 = greedy.
         rated: Whether the answers get their mean log-probability.
-        cut: Whether prompts are cut to `max_prompt_length`. If not, an answer to one that does not fit is unfinished.
-        most: The most tokens of an answer, which only EOS then ends; None = as in the evaluation.
-        at: The stage in whose folder they are kept; None = the one in training.
+        cut: Whether prompts are cut to `max_prompt_length`. If not, a prompt that does not fit gets an empty,
+            unfinished answer.
+        most: The most tokens of an answer, which then only EOS ends; None = as in the evaluation.
+        at: The stage in whose folder the answers are kept; None = the stage in training.
 
     Returns:
-        By task: for each prompt its answers, without the stop that ended them.
+        Task -> for each prompt its answers, without the stop that ended them.
     """
     how: dict[str, Any] = {"samples": samples, "sampling": sampling, "rated": rated}
     how |= {} if most is None else {"most": most, "stops": []}
@@ -114,7 +117,7 @@ def _engine(trainer: Any, by: Stage) -> dict[str, Any]:
 
 
 def _job(trainer: Any, task: str, texts: Sequence[str], how: dict[str, Any], limit: int | None) -> dict[str, Any]:
-    """What is asked of a task: together with the engine everything that decides its answers."""
+    """The requests for a task. Together with `_engine` they decide its answers."""
     config = trainer.config
     kwargs: Mapping[str, Any] = load_tasks([task])[task].config.generation_kwargs or {}
     lengths = [kwargs.get("max_gen_toks", 256), config.max_new_tokens, config.max_answer_length]
@@ -135,7 +138,7 @@ def _job(trainer: Any, task: str, texts: Sequence[str], how: dict[str, Any], lim
 
 
 def check_scores(names: Sequence[str], option: str, instead: str) -> None:
-    """Refuses tasks whose metric has no score for a single answer, before anything is trained; for `prepare`.
+    """Refuses tasks whose metric has no score for an individual answer; for `prepare`.
 
     Args:
         names: The tasks.
