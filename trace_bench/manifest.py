@@ -1,4 +1,4 @@
-"""What a manifest says of a run: how two of them differ, and what makes a run the one that it is."""
+"""Compares manifests: how two of them differ, and the identity of a run."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 from trace_tasks.data.files import digest
 
-#: Manifest entries that describe the circumstances of a run. They may differ when a run is resumed.
+#: Manifest entries about the circumstances of a run. They may differ when it is resumed.
 _OF_DATA = ("data.path.", "data.reasoning.", "data.test.", "data.own_tasks.", "data.cl_benchmark.")
 CIRCUMSTANCES = ("packages.", "commit.", "date.", "tuned.", *_OF_DATA, "model.path.")
-#: Those, and what may be added to a run.
+#: These, and entries that may be added later.
 _NOT_IDENTITY = (*CIRCUMSTANCES, "checkpoints.", "folders.", "renamed_base.")
 #: Entries of a manifest that older programs did not write.
 _LATER = ("task_definitions",)
@@ -26,7 +26,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The keys in which two manifests (or settings) differ, one line each with both values."""
     known = [{k: v for k, v in m.items() if k not in _LATER or (k in old and k in new)} for m in (old, new)]
     a, b = map(_flat, known)
-    apart = set(old.get("tasks", ())) ^ set(new.get("tasks", ()))  # of these the line of the tasks says enough
+    apart = set(old.get("tasks", ())) ^ set(new.get("tasks", ()))  # the line about the tasks is enough for these
     return [
         f"  {key}: {a.get(key, 'absent')!r} -> {b.get(key, 'absent')!r}"
         for key in sorted(a.keys() | b.keys())
@@ -37,7 +37,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def of_tasks(manifest: Mapping[str, Any], tasks: list[str]) -> dict[str, Any]:
-    """The manifest as it would be with the first of its tasks alone."""
+    """The manifest as it would be with only `tasks`, the first of its tasks."""
 
     def kept(by_task: Mapping[str, Any]) -> dict[str, Any]:
         left_out = set(manifest["tasks"]) - set(tasks)
@@ -56,5 +56,5 @@ def of_tasks(manifest: Mapping[str, Any], tasks: list[str]) -> dict[str, Any]:
 
 
 def identity(manifest: Mapping[str, Any]) -> str:
-    """What a run is, whatever its circumstances and how many checkpoints it has by now: SHA-256, 16 digits."""
+    """Identifies a run, independent of circumstances and added checkpoints: SHA-256, 16 digits."""
     return digest({k: v for k, v in _flat(manifest).items() if not f"{k}.".startswith(_NOT_IDENTITY)})

@@ -1,13 +1,13 @@
 """The numbers of continual learning: pure functions of the score matrix, and their intervals over test rows.
 
-`R` is a float array of shape (T+1, T). Row 0 is the base model, row t the model after stage t (`t=None`: the last);
-column i-1 is the i-th task of the order. `R[t, i]` in the formulas counts tasks from 1. NaN means not evaluated: a
-result that needs such a cell is NaN. Inputs are never changed. More is better; of a metric of which less is better give
--R to all functions of changes, so that their signs mean what they say.
+`R` is a float array of shape (T+1, T). Row 0 is the base model, row t the model after stage t (`t=None`: the last).
+Column i-1 is the i-th task of the order; `R[t, i]` in the formulas counts tasks from 1. NaN means not evaluated, and
+makes every result that needs the cell NaN. Inputs are never changed. Higher scores are better. For a metric where lower
+is better, pass -R to the functions of changes, so that their signs keep their meaning.
 
-Every function of R also takes replicates of it, shape (..., T+1, T), and then gives an array of the leading dimensions:
-so `bootstrap_interval(rows, backward_transfer)` is the interval of BWT. Intervals are pairs (low, high) of coverage
-`level`, NaN where there are too few rows; a level outside 0 to 1 is a ValueError.
+Every function of R also takes replicates of shape (..., T+1, T) and returns an array of the leading dimensions. So
+`bootstrap_interval(rows, backward_transfer)` is the interval of BWT. Intervals are pairs (low, high) with coverage
+`level`; they are NaN if there are too few rows. A level outside 0 to 1 is a ValueError.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Matrix = NDArray[np.float64]
 #: A float; an array where R has leading dimensions.
 Value = Any
 
-#: Numbers drawn or held at a time by the bootstrap, which bounds its memory to some ten megabytes.
+#: How many numbers the bootstrap holds at a time, so that it needs only some ten megabytes of memory.
 CHUNK = 2**20
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval; the bounds are NaN where there is none."""
+    """A number with its 95 % interval; the bounds are NaN if there is no interval."""
 
     value: float
     low: float = np.nan
@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval is all above or all below zero, else 0."""
+        """1 if the whole interval is above zero, -1 if it is below, else 0."""
         return int(self.low > 0) - int(self.high < 0)
 
 
@@ -97,10 +97,10 @@ def forward_transfer(R: ArrayLike) -> Value:
 def forgetting(R: ArrayLike, t: int | None = None) -> Value:
     """F_t = 1/(t-1) sum_{i<t} (max_{i<=l<t} R[l, i] - R[t, i]): the drop from a task's best score so far.
 
-    Chaudhry et al. 2018 (Riemannian Walk), section 4, whose maximum is over all l < t: another number where a task was
-    better before its own stage. Positive = forgetting. It differs from -BWT where a task got better after its stage.
-    The best of several measured scores is too high by chance: where nothing is forgotten in eight tasks it is 6 points
-    with 40 test rows and 2 with 200. NaN at t = 1.
+    Chaudhry et al. 2018 (Riemannian Walk), section 4; their maximum is over all l < t, which differs if a task was
+    better before its own stage. Positive = forgetting. It differs from -BWT if a task improved after its stage. The
+    best of several measured scores is too high by chance: if nothing is forgotten in eight tasks, F is 6 points with 40
+    test rows and 2 with 200. NaN at t = 1.
     """
     R = _matrix(R)
     t = _stage(t, R.shape[-1])
@@ -115,10 +115,10 @@ def average_accuracy(R: ArrayLike) -> Value:
 
 
 def general_ability_delta(base: Mapping[str, Value], after: Mapping[str, Value]) -> Value:
-    """Mean over the suites of (after - base) (TRACE, section 3.3), each suite -> score of a model.
+    """Mean over the suites of (after - base) (TRACE, section 3.3); both arguments are suite -> score.
 
     Raises:
-        ValueError: if the suites differ, since a mean over other suites is another number.
+        ValueError: if the suites differ, since means over different suites cannot be compared.
     """
     if base.keys() != after.keys() or not base:
         raise ValueError(f"Both models need the same suites; found {sorted(base)} and {sorted(after)}.")
@@ -135,24 +135,24 @@ def bootstrap_interval(
 ) -> tuple[Value, Value]:
     """Percentile bootstrap interval over test rows, paired (Efron and Tibshirani 1993, chapters 6 and 13).
 
-    The rows of a group (the test set of a task) are drawn with replacement, whole rows, so that all columns (stages)
-    are means over the same draw. Groups are drawn independently. Of n rows n-1 are drawn, which gives the mean its
-    unbiased variance s^2/n in small groups too (McCarthy and Snowden 1985).
+    Whole rows of a group (the test set of a task) are drawn with replacement, so all columns (stages) are means over
+    the same draw. Groups are drawn independently. Of n rows n-1 are drawn, so that the mean has the unbiased variance
+    s^2/n also in small groups (McCarthy and Snowden 1985).
 
-    In simulations of OP and BWT of four and eight tasks of 0/1 rows with rates .1 to .9 and 24, 40 or 200 rows, 93 to
-    96 % are covered. Near 0 and 1 it is too narrow, since rows that are all the same have no spread: OP of four tasks
-    at .02 and .98 is covered in 73 % with 24 rows, 90 % with 40, 93 % with 200. Reports use `mean_interval`,
-    `difference_interval` and `mean_of`, which are sound there. It does not fit `forgetting`, whose maximum is biased:
-    with eight tasks of equal scores 27 to 30 % are covered, whatever the rows.
+    Simulated coverage of OP and BWT (four or eight tasks, 0/1 rows with rates .1 to .9, 24, 40 or 200 rows): 93 to
+    96 %. Near 0 and 1 the interval is too narrow, since equal rows have no spread: OP of four tasks at .02 and .98 is
+    covered in 73 % with 24 rows, 90 % with 40, 93 % with 200. Reports therefore use `mean_interval`,
+    `difference_interval` and `mean_of`. Do not use it for `forgetting`, whose maximum is biased: with eight tasks of
+    equal scores the coverage is 27 to 30 %, whatever the number of rows.
 
     Args:
-        rows: A group each: shape (n,), or (n, columns) with as many columns in every group. A NaN makes its column of
-            the group NaN.
-        statistic: From replicates of the groups' means, shape (resamples, groups) or (resamples, columns, groups), to
-            an array whose first dimension is the resamples. With a column a stage and a group a task the replicates are
-            R's. None: the mean over the groups.
-        level: As in all intervals.
-        resamples: How many.
+        rows: The groups, each of shape (n,), or (n, columns) with the same number of columns in every group. A NaN
+            makes its column of the group NaN.
+        statistic: Maps replicates of the groups' means, shape (resamples, groups) or (resamples, columns, groups), to
+            an array whose first dimension is the resamples. If columns are stages and groups are tasks, each replicate
+            is an R. None = the mean over the groups.
+        level: The coverage.
+        resamples: The number of resamples.
         seed: The same seed gives the same interval.
 
     Raises:
@@ -181,7 +181,7 @@ def bootstrap_interval(
 
 
 def _resampled_means(group: Matrix, count: int, rng: np.random.Generator) -> Matrix:
-    """The means of `count` resamples of the rows: how often each row was drawn, times the rows."""
+    """The means of `count` resamples of the rows, computed from how often each row was drawn."""
     n = len(group)
     drawn = rng.integers(0, n, (count, n - 1), dtype=np.int32) + np.arange(count)[:, None] * n
     weights = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
@@ -189,15 +189,15 @@ def _resampled_means(group: Matrix, count: int, rng: np.random.Generator) -> Mat
 
 
 def mean_interval(scores: ArrayLike, *, level: float = 0.95, fractions: bool = True) -> tuple[Matrix, Matrix]:
-    """Intervals of the means of columns (rows, columns): Wilson's where all rows are 0 or 1, else Student's t.
+    """Intervals of the column means of `scores` (rows, columns): Wilson's if all rows are 0 or 1, else Student's t.
 
-    Without `fractions` a score is not between 0 and 1, and rows that are 0 and 1 by chance are no proportion. NaN where
-    a column holds NaN, has one row that is not 0 or 1, or rows that are all the same: no variance can be estimated.
+    With `fractions=False` scores are not fractions of 1, so a column of zeros and ones is no proportion. An interval is
+    NaN if no variance can be estimated: a row is NaN, or Student's t has only one row or only equal rows.
 
-    Simulated with graded rows (beta, U-shaped, half of them 1, in tenths, normal), 91 to 97 % are covered with 4 rows,
-    92 to 96 % with 10 or more; a percentile bootstrap covers 80 to 88 % with 4 and 90 to 93 % with 10. It is less with
-    a long tail (log-normal: 85 % with 10, 88 % with 30, 91 % with 100). Of fractions that mostly are 0, or 1, it is as
-    `difference_interval` says.
+    Simulated coverage with graded rows (beta, U-shaped, half of them 1, in tenths, normal): 91 to 97 % with 4 rows, 92
+    to 96 % with 10 or more. A percentile bootstrap has 80 to 88 % with 4 and 90 to 93 % with 10. Long tails are covered
+    less (log-normal: 85 % with 10, 88 % with 30, 91 % with 100). For fractions that are mostly 0, or mostly 1, see
+    `difference_interval`.
     """
     scores = np.asarray(scores, dtype=np.float64)
     kinds = (0, 1) if fractions else ()
@@ -208,15 +208,15 @@ def mean_interval(scores: ArrayLike, *, level: float = 0.95, fractions: bool = T
 def difference_interval(
     differences: ArrayLike, *, level: float = 0.95, fractions: bool = True
 ) -> tuple[Matrix, Matrix]:
-    """Intervals of the means of paired differences, one a test row: shape (rows, columns).
+    """Intervals of the column means of paired differences, one row a test row: shape (rows, columns).
 
-    `net_interval` where all rows are -1, 0 or 1, as differences of 0/1 scores are; else Student's t. `fractions` and
-    NaN as in `mean_interval`.
+    It is `net_interval` if all rows are -1, 0 or 1, as differences of 0/1 scores are; else Student's t. `fractions` and
+    NaN are as in `mean_interval`.
 
-    Where at most half of the rows changed, two are added that change by the most that was seen, one each way, as
-    `net_interval` does it: a sample lacks the rare ones. A true mean of 5 % of the rows losing up to 1 is covered in 92
-    to 96 % with 24 to 200 rows (88 to 92 % without the two), one of 10 % that change by -.3 to .7 in 89 % with 24 and
-    40 rows (82 to 85 %) and 96 % with 100.
+    If at most half of the rows changed, two rows are added that change by the largest change seen, one in each
+    direction, since a sample may lack rare changes; `net_interval` does the same. Simulated coverage: if 5 % of the
+    rows lose up to 1, it is 92 to 96 % with 24 to 200 rows (88 to 92 % without the two rows). If 10 % change by -.3 to
+    .7, it is 89 % with 24 and 40 rows (82 to 85 % without) and 96 % with 100.
     """
 
     def net(column: Matrix) -> tuple[float, float]:
@@ -239,9 +239,9 @@ def _by_kind(
     level: float,
     usual: Sequence[int],
 ) -> tuple[Matrix, Matrix]:
-    """The intervals of columns: by the formula where they hold these values alone, else Student's t.
+    """The intervals of columns: by `formula` if a column holds only `values`, else Student's t.
 
-    The latter is wider where at least half of a column is a `usual` value, from which the others are rare exceptions.
+    Student's t is widened if at least half of a column has one of the `usual` values, so that others are rare.
     """
     _check_level(level)
     low, high = _student(rows, level)
@@ -258,20 +258,20 @@ def _by_kind(
 
 
 def _student(rows: Matrix, level: float) -> tuple[Matrix, Matrix]:
-    """Student's t intervals of the means of columns; NaN where all rows are the same."""
+    """Student's t intervals of the means of columns; NaN if all rows are equal."""
     from scipy.special import stdtrit
 
     n = len(rows)
     if n < 2:
         return np.full(rows.shape[1], np.nan), np.full(rows.shape[1], np.nan)
     half = stdtrit(n - 1, (1 + level) / 2) * rows.std(axis=0, ddof=1) / n**0.5
-    # What rounding makes of equal numbers is no spread.
+    # Equal numbers may differ by rounding, which is no spread.
     half[~(np.ptp(rows, axis=0) > 1e-9 * np.abs(rows).max(axis=0))] = np.nan
     return rows.mean(axis=0) - half, rows.mean(axis=0) + half
 
 
 def standard_error(values: Sequence[Any], score: float | None = None) -> float | None:
-    """Standard error of the mean; None for a single row, where a value is no number, or `score` is not the mean."""
+    """Standard error of the mean; None if there is one row, a value is not a number, or `score` is not the mean."""
     n = len(values)
     if n < 2 or not all(isinstance(v, Real) for v in values):
         return None
@@ -284,14 +284,15 @@ def standard_error(values: Sequence[Any], score: float | None = None) -> float |
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """The mean of independent estimates (Zou and Donner 2008, Statistics in Medicine 27: variance estimates recovery).
 
-    Test sets of tasks are independent, so OP is the mean of the last cells and BWT that of the paired differences,
-    with the intervals that `mean_interval` and `difference_interval` give those. Rates of 0 and 1 keep their
-    uncertainty. Without an interval where one of the estimates has none; NaN without any estimate.
+    The test sets of tasks are independent. So OP is such a mean of cells with `mean_interval`, and BWT of paired
+    differences with `difference_interval`. Rates of 0 and 1 keep their uncertainty. The mean has no interval if one of
+    the estimates has none, and is NaN without estimates.
 
-    Of rates that are all near 1 the upper ends are near, too, and their squares alone cover too little (OP of eight
-    tasks at .98 of 40 rows: 89 %). So neither side is less than that of the half widths, nor more than the mean of the
-    ends. OP of 2 to 15 tasks of 0/1 rows with equal rates of .5 to .98 is covered in 91 to 100 % with 10 to 500 rows of
-    each and 86 to 100 % with 4, of rates from .1 to .9 in 94 to 96 %; BWT of 1 to 7 tasks in 94 to 100 %.
+    If all rates are near 1 their upper bounds are near, too, and squares of these distances alone cover too little (OP
+    of eight tasks at .98 with 40 rows: 89 %). So neither side is shorter than the result for the half widths, nor
+    longer than the mean distance to the bounds. Simulated coverage of OP of 2 to 15 tasks of 0/1 rows: with equal rates
+    of .5 to .98 91 to 100 % (10 to 500 rows a task; 86 to 100 % with 4), with rates from .1 to .9 94 to 96 %. BWT of 1
+    to 7 tasks: 94 to 100 %.
     """
     if not estimates:
         return Estimate(np.nan)
@@ -307,12 +308,12 @@ def mean_of(estimates: Sequence[Estimate]) -> Estimate:
 def mean_over_stages(rows: Sequence[Matrix], *, fractions: bool = True) -> Estimate:
     """`average_accuracy` with its interval, from the rows of each task, shape (rows, T+1), in the order of the tasks.
 
-    It is the mean over the tasks of sum_{t>=i} R[t, i] / t, which is a mean over the rows of the task.
+    It is the mean over the tasks i of sum_{t>=i} R[t, i] / t, and each such sum is a mean over the rows of the task.
     """
     found = []
     for i, x in enumerate(rows, 1):
         shares = 1 / np.arange(i, len(rows) + 1)
-        # A mean of scores of 0, or of 1, is that, but for rounding.
+        # The mean of zeros, or of ones, must be exactly 0 or 1 for `mean_interval`.
         means = np.round(x[:, i:] @ shares / shares.sum(), 12)[:, None]
         low, high = mean_interval(means, fractions=fractions)
         found.append(Estimate(*(float(shares.sum() * value) for value in (means.mean(), low[0], high[0]))))
@@ -323,9 +324,9 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
     """Interval of (plus - minus) / n: a paired difference of two proportions, or a net win rate.
 
     The adjusted Wald interval of Bonett and Price (2012), Journal of Educational and Behavioral Statistics 37, which
-    Fagerland, Lydersen and Laake (2014) recommend. Enumerated over a grid of rates it covers 93 to 100 % with 24
-    rows and 94 to 100 % with 200, where the bootstrap falls to 38 %: rows that are all the same have no spread. `n`
-    counts all rows, those of 0 among them; counts that are not within it are a ValueError.
+    Fagerland, Lydersen and Laake (2014) recommend. Over a grid of rates its exact coverage is 93 to 100 % with 24 rows
+    and 94 to 100 % with 200. The bootstrap falls to 38 %, since equal rows have no spread. `n` counts all rows,
+    including those of 0. Counts that do not fit into `n` are a ValueError.
     """
     _check_level(level)
     if not (plus >= 0 and minus >= 0 and plus + minus <= n):
@@ -338,15 +339,15 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
 
 
 def difference_p(parts: Sequence[ArrayLike], *, fractions: bool = True) -> Matrix:
-    """Two-sided p-values of paired differences, one a test row: how likely they are where nothing changed.
+    """Two-sided p-values of paired differences, one row a test row: how likely they are if nothing changed.
 
-    The exact sign test of the rows that changed (McNemar's exact test) where all rows are -1, 0 or 1, as differences of
-    0/1 scores are; else Student's t. The latter is never smaller than 2^(1-k), the chance that all of the k rows that
-    changed go one way, which keeps it honest where few rows changed. With several parts it is the t of the mean of
-    their means, with Welch's degrees of freedom.
+    If all rows are -1, 0 or 1, as differences of 0/1 scores are, it is the exact sign test of the rows that changed
+    (McNemar's exact test); else Student's t. The p of Student's t is at least 2^(1-k), the chance that all k changed
+    rows go the same way, so that few changed rows prove nothing. With several parts it is the t of the mean of their
+    means, with Welch's degrees of freedom.
 
-    Parts have the shape (rows, columns), usually one part; the p-values (columns,). They are NaN where a column holds
-    NaN, or a part has one row that is not -1, 0 or 1. `fractions` as in `difference_interval`.
+    Parts (usually one) have the shape (rows, columns), the p-values (columns,). A p-value is NaN if its column holds a
+    NaN, or a part has one row that is not -1, 0 or 1. `fractions` is as in `difference_interval`.
     """
     from scipy.special import bdtr, stdtr
 
@@ -360,7 +361,7 @@ def difference_p(parts: Sequence[ArrayLike], *, fractions: bool = True) -> Matri
         with np.errstate(divide="ignore", invalid="ignore"):
             t = np.mean([g.mean(axis=0) for g in groups], axis=0) * len(groups) / np.sqrt(squares.sum(axis=0))
             freedom = squares.sum(axis=0) ** 2 / sum(q**2 / (len(g) - 1) for q, g in zip(squares, groups, strict=True))
-        same = ~(squares.sum(axis=0) > 0) & ~np.isnan(rows).any(axis=0)  # then the signs alone say it
+        same = ~(squares.sum(axis=0) > 0) & ~np.isnan(rows).any(axis=0)  # no spread: only the signs count
         student = np.maximum(
             np.where(same, 0, 2 * stdtr(freedom, -np.abs(t))), np.minimum(1, 2.0 ** (1 - plus - minus))
         )
@@ -371,11 +372,11 @@ def difference_p(parts: Sequence[ArrayLike], *, fractions: bool = True) -> Matri
 
 
 def holm(p: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.05) -> NDArray[np.bool_]:
-    """Which of several hypotheses are rejected, so that any of the true ones is with at most the probability `level`.
+    """Which of several hypotheses are rejected; the probability that a true one is among them is at most `level`.
 
-    Holm 1979, Scandinavian Journal of Statistics 6, whatever the dependence of the tests: the smallest p-value is held
-    against level / m, the next against level / (m - 1), and so on up to the first that is larger. A p of NaN is not
-    tested; `weights` are the shares of the level that the tests begin with, None = all the same.
+    Holm 1979, Scandinavian Journal of Statistics 6; the tests may depend on each other. The smallest p-value is
+    compared with level / m, the next with level / (m - 1), and so on up to the first that is larger. A p of NaN is not
+    tested. `weights` are the initial shares of the level of the tests; None = equal shares.
     """
     p = np.asarray(p, dtype=np.float64)
     share = np.ones(p.shape) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -389,7 +390,7 @@ def holm(p: ArrayLike, weights: ArrayLike | None = None, *, level: float = 0.05)
 
 
 def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of a proportion, `count` of `n` rows (Wilson 1927): sensible near 0 and 1 and for few rows."""
+    """Score interval of a proportion, `count` of `n` rows (Wilson 1927); also good near 0 and 1 and for few rows."""
     _check_level(level)
     if not 0 <= count <= n:
         raise ValueError(f"count={count} of n={n}: use a count between 0 and n.")
@@ -398,7 +399,7 @@ def wilson_interval(count: int, n: int, *, level: float = 0.95) -> tuple[float, 
     z, p = NormalDist().inv_cdf((1 + level) / 2), count / n
     center = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    # At 0 and 1 a bound is the proportion itself, which rounding would leave outside.
+    # At 0 and 1 a bound equals the proportion; rounding must not put it on the wrong side.
     return min(p, max(0.0, center - half)), max(p, min(1.0, center + half))
 
 

@@ -1,6 +1,6 @@
-"""What each JSON file of a run says about its origin, held against where it lies and what else is there.
+"""Checks the JSON files of a run against each other and against the place where they are.
 
-A stage belongs to the configuration and the stage before that it was trained on, a cell to its stage, task and weights,
+A stage belongs to a configuration and to the stage that it was trained from, a cell to its stage, task and weights,
 samples to their score. Only JSON is read here.
 """
 
@@ -15,14 +15,14 @@ from trace_tasks.data import JUDGED
 from trace_tasks.data.files import fingerprint
 
 _REDO = "Delete it and evaluate again."
-#: The prompts of a distance from the base model that belong to no task.
+#: The name of the set of prompts that belong to no task, for distances from the base model.
 NEUTRAL = "neutral"
 
 # -------------------------------------------------------------------------------------------------------------- stages
 
 
 def check_stages(run: Run, used: Iterable[Stage] = ()) -> None:
-    """Makes sure that all stages belong to the run, and that those to be used were trained on what is there now.
+    """Makes sure that all stages belong to the run, and that the used ones were trained from the present ones.
 
     Raises:
         RunError: naming the file, what it says, and what to do.
@@ -36,7 +36,7 @@ def check_stages(run: Run, used: Iterable[Stage] = ()) -> None:
 
 
 def origin(run: Run, stage: Stage) -> dict[str, Any]:
-    """What a stage is trained from, for its train.json: configuration, base model, and the stage before."""
+    """What a stage is trained from, for its train.json: configuration, base model and the stage before."""
     return {
         "run": run.identity,
         "date": run.manifest.get("date"),
@@ -46,7 +46,7 @@ def origin(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def _parent(run: Run, stage: Stage) -> dict[str, Any] | None:
-    """The fingerprints, as they are now, of what a stage is trained upon; None = the base model alone."""
+    """The present fingerprints of the stage that a stage is trained from; None = the base model."""
     if stage.index < 2 or run.manifest["method"] in ("single", "relearn"):
         return None
     before = run.stages[stage.index - 1]
@@ -55,7 +55,7 @@ def _parent(run: Run, stage: Stage) -> dict[str, Any] | None:
 
 
 def check_origin(run: Run, stage: Stage) -> None:
-    """Makes sure that the train.json of a stage is that of this stage and configuration."""
+    """Makes sure that the train.json in a stage's folder was written for this stage and configuration."""
     if stage.external is not None or not stage.train_file.exists():
         return
     trained = read_json(stage.train_file)
@@ -73,12 +73,12 @@ def check_origin(run: Run, stage: Stage) -> None:
 
 
 def _differing(content: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a file that are there and not what they are here."""
+    """The entries of `content` that differ from those in `here`; missing entries do not count."""
     return {key: content[key] for key in here if content.get(key, here[key]) != here[key]}
 
 
 def stale(run: Run) -> dict[int, str]:
-    """Stages that were trained upon another stage than the one before them now: index -> why and what to do."""
+    """Stages that were trained from another stage than the present one before them: index -> why and what to do."""
     found: dict[int, str] = {}
     trained = [s for s in run.stages if s.external is None and s.train_file.exists()]
     for stage in trained:
@@ -99,12 +99,12 @@ def stale(run: Run) -> dict[int, str]:
 
 
 def given_cell(task: str, tokens: int) -> str:
-    """The name of a cell of a task whose answers begin with so many given tokens of the reference."""
+    """The name of a task's cell in which answers begin with `tokens` given tokens of the reference."""
     return f"{task}.given{tokens}"
 
 
 def read_cell(stage: Stage, name: str) -> dict[str, Any]:
-    """The score file of a cell, checked to be that of this stage and task, with numbers that can be."""
+    """Reads the score file of a cell, and makes sure that it is of this stage and task and has possible numbers."""
     file = stage.eval_file(name)
     cell = read_json(file)
     if wrong := _differing(cell, {"stage": stage.name, "task": name}):
@@ -118,11 +118,11 @@ def read_cell(stage: Stage, name: str) -> dict[str, Any]:
 
 
 def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
-    """What cannot be in a cell, whose types were checked when it was read; None if all of it can."""
+    """Which number of a cell is impossible; None if all are possible. The types were checked when it was read."""
     metrics, scale, n = cell["metrics"], cell.get("scale", {}), cell["n"]
     if cell["headline"] not in metrics:
         return "it lacks its headline"
-    if n < 1 and not cell["settings"].get("given"):  # no reference may be long enough
+    if n < 1 and not cell["settings"].get("given"):  # with given tokens all rows may be too short
         return f"n={n!r} is no number of rows"
     for key in ("n_cut", "n_unfinished"):
         if cell.get(key, 0) > n:
@@ -132,7 +132,7 @@ def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
         return f"its {len(parts)} subtasks do not have the {n} rows together"
     for name, score in metrics.items():
         value, stderr = score["value"], score.get("stderr")
-        fraction = scale.get(name, None if judged else 1) == 1  # older cells of tasks do not say it
+        fraction = scale.get(name, None if judged else 1) == 1  # older cells have no scale
         if value is not None and fraction and not -1e-6 <= value <= 1 + 1e-6:
             return f"{name} is {value!r}, no fraction of 1"
         if stderr is not None and stderr < 0:
@@ -141,7 +141,7 @@ def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
 
 
 def check_samples(stage: Stage, name: str, ids: Sequence[Any]) -> None:
-    """Makes sure that the samples of a cell, by their `doc_id` in order, are those that its score was made from.
+    """Makes sure that a cell's score was made from its samples; `ids` are their `doc_id` in order.
 
     Raises:
         RunError: if lines were lost, doubled or changed.
@@ -161,7 +161,7 @@ def check_samples(stage: Stage, name: str, ids: Sequence[Any]) -> None:
 
 
 def check_one_checkpoint(stage: Stage) -> None:
-    """Makes sure that all cells of a checkpoint from elsewhere were made from the same state of its files."""
+    """Makes sure that all cells of a checkpoint from elsewhere were made from the same files."""
     if stage.external is not None:
         made = {read_json(file).get("checkpoint") for file in stage.path.glob("eval/*.json")}
         if len(made) > 1:
@@ -176,17 +176,17 @@ def check_one_checkpoint(stage: Stage) -> None:
 
 
 def distance_file(stage: Stage, name: str) -> Path:
-    """How far a stage is from the base model on a set of prompts: a task's, or `NEUTRAL`."""
+    """The file with the distance of a stage from the base model on a set of prompts: a task's, or `NEUTRAL`."""
     return stage.path / "distance" / f"{name}.json"
 
 
 def distance_answers(base: Stage, name: str) -> Path:
-    """What the base model answers to a set of prompts, and the tokens that it holds likeliest."""
+    """The file with the base model's answers to a set of prompts, and its likeliest tokens at each position."""
     return base.path / "distance" / f"{name}.jsonl"
 
 
 def read_distance(stage: Stage, name: str) -> dict[str, Any] | None:
-    """The distance of a stage on a set of prompts, checked to be that; None if there is none."""
+    """Reads the distance of a stage on a set of prompts; None if there is none."""
     file = distance_file(stage, name)
     if not file.exists():
         return None
@@ -197,7 +197,7 @@ def read_distance(stage: Stage, name: str) -> dict[str, Any] | None:
 
 
 def is_distance_valid(there: Mapping[str, Any] | None, base: Mapping[str, Any] | None, checkpoint: str | None) -> bool:
-    """Whether a distance is of these weights and of the answers that the base model's file has."""
+    """Whether a distance was measured from these weights, on the answers that the base model's file has."""
     if there is None or base is None:
         return False
     return there["checkpoint"] == checkpoint and there["answers"] == base["answers"]

@@ -1,4 +1,4 @@
-"""The run directory: where every result lives and how the program knows what is done.
+"""The run directory: where all results are, and how the program knows what is done.
 
 A step is done when its output file exists, which is written last (`trace_tasks.data.files`). docs/architecture.md
 shows the folder.
@@ -35,11 +35,11 @@ WRITTEN = ("stages", "figures", "tensorboard")
 
 
 class RunError(TraceError):
-    """The run directory does not hold what was asked of it."""
+    """A run directory is missing something, is damaged, or does not fit what was asked."""
 
 
 class InUse(RunError):
-    """Another process, the holder, writes the same results."""
+    """Another process (`holder`) is writing the same results."""
 
     def __init__(self, message: str, holder: str) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class InUse(RunError):
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keeps a second process from writing the results of a step, such as "evaluate", there. Reading needs no lock.
+    """Locks a step (`what`, such as "evaluate") of a folder, so that only one process writes its results.
 
     Raises:
         InUse: naming the process that has the lock.
@@ -59,12 +59,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or os.access(folder, os.W_OK):
             raise
-        yield  # the folder is read-only: there is an error only if something has to be written
+        yield  # a read-only folder: an error comes only if something has to be written
         return
     with open(fd, "r+", encoding="utf-8", errors="replace") as file, ExitStack() as held:
         try:
             take_lock(file)
-            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # else forks keep it, such as vLLM's engine on a GPU
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # otherwise forks keep it, such as vLLM's engine on a GPU
         except BlockingIOError:
             holder = (re.match(r"process \d+ on [\w.-]+", file.read(200)) or ["another process"])[0]
             raise InUse(
@@ -75,7 +75,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         except OSError as e:
             log.warning("%s: no locks on this file system (%s). Start no second process that writes there.", folder, e)
         else:
-            if os.fstat(fd).st_nlink == 1:  # a file with a second name may be anything: leave its content
+            if os.fstat(fd).st_nlink == 1:  # a hard link may be any file of the user: do not overwrite it
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
@@ -83,7 +83,7 @@ def locked(folder: Path, what: str) -> Iterator[None]:
 
 
 def in_use(folder: Path, what: str) -> bool | None:
-    """Whether a process is at work at a step there; None if nobody began it, or the file system has no locks."""
+    """Whether a process holds the lock of a step; None if nobody began it, or the file system has no locks."""
     try:
         with (folder / f".{what}.lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -95,7 +95,7 @@ def in_use(folder: Path, what: str) -> bool | None:
 
 
 class JsonObject(dict[str, Any]):
-    """An object of a JSON file; an entry that is not there is an error which names the file."""
+    """An object of a JSON file. Asking for a missing entry raises an error that names the file."""
 
     def __init__(self, path: Path, content: dict[str, Any]) -> None:
         super().__init__(content)
@@ -122,7 +122,7 @@ def read_jsonl(path: Path) -> list[Any]:
     """Reads what `write_jsonl` wrote.
 
     Raises:
-        RunError: with the path and the line when it is gone or damaged, or no line of such a file.
+        RunError: naming path and line, if the file is gone, or a line is damaged or has the wrong shape.
     """
     if not path.exists():
         raise RunError(f"{path} is gone. Delete its score and evaluate again, which writes both.")
@@ -140,20 +140,20 @@ def read_jsonl(path: Path) -> list[Any]:
                 rows.append(reading.strict(line.decode("utf-8"), partial(JsonObject, path), halves))
                 if shape is not None:
                     reading.check(shape, rows[-1])
-        except (ValueError, RecursionError) as e:  # ValueError: no UTF-8, no JSON, a number of thousands of digits
+        except (ValueError, RecursionError) as e:  # ValueError: not UTF-8, not JSON, or a far too long number
             raise RunError(f"{path}, line {number} is damaged ({e}). {_remedy(path)}") from e
     return rows
 
 
 def read_json(path: Path, shape: Any = None) -> Any:
-    """Reads a JSON file, and checks that it holds what a file of that place does (`shapes`).
+    """Reads a JSON file and checks its shape (`shapes`).
 
     Args:
         path: The file.
-        shape: What it has to hold; None = what its place in a run says, and anything elsewhere.
+        shape: The shape; None = decided by the file's place in a run, or any shape elsewhere.
 
     Raises:
-        RunError: with the path and the place of the damage when it is not JSON, or holds something else.
+        RunError: naming the path and the damaged place, if it is not JSON or has another shape.
     """
     from trace_bench import shapes
 
@@ -164,7 +164,7 @@ def read_json(path: Path, shape: Any = None) -> Any:
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a task, stage or checkpoint may have this name, which becomes a file or folder of the run."""
+    """Whether a name can be that of a task, stage or checkpoint: it becomes a file or folder of the run."""
     return bool(name) and not name.startswith(".") and "/" not in name and name.isprintable()
 
 
@@ -174,7 +174,7 @@ class Stage:
 
     Attributes:
         external: The folder of a checkpoint that was trained elsewhere.
-        below: In a chain, the adapters that were merged into the base before this one was trained.
+        below: In a chain: the earlier adapters, which were merged into the base model before this one was trained.
     """
 
     index: int
@@ -186,7 +186,7 @@ class Stage:
 
     @property
     def number(self) -> int:
-        """That of its folder: the index, unless a checkpoint before it was dropped."""
+        """The number of its folder: the index, unless an earlier checkpoint was dropped."""
         return int(self.name.partition("_")[0])
 
     @property
@@ -196,22 +196,22 @@ class Stage:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the stage can be evaluated or trained upon."""
+        """Whether the stage has weights, which can be evaluated or trained further."""
         return self.index == 0 or self.external is not None or self.train_file.exists()
 
     @property
     def attempt(self) -> Path:
-        """Temporary files of the training, with its checkpoints within the stage; gone when the stage is trained."""
+        """The folder of checkpoints within the stage and other temporary files; removed when the stage is trained."""
         return self.path / ".trainer"
 
     @property
     def progress_file(self) -> Path:
-        """How far the training of the stage is; exists while it runs, or was interrupted."""
+        """The progress of the training; the file exists while the stage is in training or was interrupted."""
         return self.attempt / "progress.json"
 
     @property
     def method_state(self) -> Path:
-        """Folder for what a method carries to the next stage in addition to the checkpoint."""
+        """The folder of what a method passes to the next stage in addition to the checkpoint."""
         return self.path / "method_state"
 
     @property
@@ -234,12 +234,12 @@ class Stage:
         )
 
     def fingerprint(self) -> str | None:
-        """What identifies the weights; None for the base model, which the manifest identifies."""
+        """The fingerprint of the weights; None for the base model, which the manifest identifies."""
         if self.index == 0:
             return None
         if self.external is None:
             return read_json(self.train_file)["checkpoint"]
-        if not self.external.is_dir():  # gone, or on another machine: what was measured says what it was
+        if not self.external.is_dir():  # gone, or on another machine: its cells have the fingerprint
             measured = {read_json(file)["checkpoint"] for file in self.path.glob("eval/*.json")}
             if len(measured) == 1:
                 return measured.pop()
@@ -265,8 +265,8 @@ class Run:
     """A run directory with its manifest, which never changes.
 
     Attributes:
-        left_out: Task -> `doc_id` of test rows that do not count, in a report without leaked rows.
-        rows: Task -> its training rows as texts, made once when a training begins; empty elsewhere.
+        left_out: Task -> `doc_id` of test rows that a report without leaked rows leaves out.
+        rows: Task -> its training rows as texts; filled when a training begins, empty elsewhere.
     """
 
     path: Path
@@ -279,7 +279,7 @@ class Run:
         object.__setattr__(self, "manifest", MappingProxyType(self.manifest))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For another process, which a read-only view cannot be sent to."""
+        """For sending a run to another process: a read-only view cannot be pickled."""
         return Run, (self.path, dict(self.manifest), self.left_out, self.rows)
 
     @classmethod
@@ -287,7 +287,7 @@ class Run:
         """Opens an existing run.
 
         Raises:
-            RunError: if there is no run, it was written by a later program, or a name in it cannot be that of a folder.
+            RunError: if there is no run, it has another format, or a name in it cannot be that of a folder.
         """
         path = Path(path)
         file = path / "manifest.json"
@@ -297,7 +297,7 @@ class Run:
             runs = sorted(str(p.parent) for at in (path, path.parent) for p in at.glob("*/manifest.json")) or ["none"]
             raise RunError(f"{path} is not a run (no manifest.json). Runs in it or beside it: {', '.join(runs)}.")
         written = read_json(file, dict[str, Any]).get("format")
-        if written != FORMAT:  # asked first: in another format anything may have another shape
+        if written != FORMAT:  # checked first: other formats may have other shapes
             what = f"{file} has format {written!r}; this program reads {FORMAT}."
             raise RunError(f"{what} Use the version of trace-bench that made the run.")
         manifest = read_json(file)
@@ -311,24 +311,24 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, manifest: Mapping[str, Any], *, restart: bool = False) -> Run:
-        """Creates a run, or opens the one that is there for resuming.
+        """Creates a run, or opens the existing one to resume it.
 
-        With `restart` a run of which nothing is trained or measured begins again with another configuration.
+        With `restart`, a run in which nothing is trained or measured yet begins again with the new configuration.
 
         Raises:
-            RunError: if a run is there with another configuration; the message lists every differing key.
+            RunError: if the existing run has another configuration; the message lists every differing key.
         """
         path, file = Path(path), Path(path) / "manifest.json"
         refuse_links(path, *WRITTEN)
         manifest = {"format": FORMAT, **manifest, "packages": package_versions(), "commit": source_commit()}
-        manifest = json.loads(json.dumps(manifest))  # as it will be read back: lists instead of tuples
+        manifest = json.loads(json.dumps(manifest))  # as it is read back: lists instead of tuples
         if not file.exists():
             manifest = cls(path, manifest)._restored()
             write_json(file, manifest)
             return cls(path, manifest)
         run = cls.open(path)
         there, asked = run.tasks, manifest["tasks"]
-        # Not where one stage has all tasks: it was trained on those of then.
+        # Tasks can be added at the end, but not if one stage trains all tasks together.
         goes_on = len(asked) > len(there) and asked[: len(there)] == there and "stages" not in manifest
         if goes_on and not differences(run.manifest, of_tasks(manifest, there)):
             log.warning("%s gets %s in addition.", path, ", ".join(asked[len(there) :]))
@@ -354,10 +354,10 @@ class Run:
         return run
 
     def _restored(self) -> dict[str, Any]:
-        """The manifest for a folder without one: as asked for, with the date of results that are there.
+        """The manifest for a folder without one; if the folder has results, with their date.
 
         Raises:
-            RunError: if there are results that were made with another configuration, or do not say with which.
+            RunError: if there are results of another configuration, or without a record of it.
         """
         date = self.manifest.get("date")
         names = {stage.path.name for stage in self.stages}
@@ -378,21 +378,21 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """What the run is, whatever its circumstances and how many checkpoints it has by now: SHA-256, 16 digits."""
+        """Identifies the run, independent of circumstances and added checkpoints: SHA-256, 16 digits."""
         return identity(self.manifest)
 
     @cached_property
     def identities(self) -> set[str]:
-        """Its own identity, and those of the run before its last tasks were added."""
+        """The run's identity, and those it had before tasks were added."""
         shorter = (of_tasks(self.manifest, self.tasks[:n]) for n in range(1, len(self.tasks)))
         return {self.identity, *map(identity, shorter)}
 
     def _results(self) -> list[Path]:
-        """The files that say that a stage is trained, or something measured, whatever the manifest says of stages."""
+        """All train.json files and cells in the folder, also of stages that the manifest does not have."""
         return sorted(self.path.glob("stages/*/train.json")) + sorted(self.path.glob("stages/*/eval/*.json"))
 
     def has_results(self) -> bool:
-        """Whether a stage is trained, or anything measured."""
+        """Whether any stage is trained or anything is measured."""
         return bool(self._results())
 
     def drop_attempts(self) -> None:
@@ -428,7 +428,7 @@ class Run:
         return stages
 
     def seen_tasks(self, stage: Stage, which: str) -> list[str]:
-        """The columns of the matrix that a stage is evaluated on; `which` is "seen", "all" or "own" (`cells`)."""
+        """The tasks that a stage is evaluated on; `which` is "seen", "all" or "own" (the option `cells`)."""
         if which == "all" or stage.task is None:
             return self.tasks
         own = self.tasks.index(stage.task)
@@ -438,7 +438,7 @@ class Run:
         """The stages with these numbers, in their order; None = all of them.
 
         Raises:
-            RunError: if there is no such stage.
+            RunError: if a stage does not exist.
         """
         there = {stage.number: stage for stage in self.stages}
         if unknown := sorted(set(numbers or ()) - set(there)):

@@ -1,4 +1,4 @@
-"""Several processes of which the first one works alone, for as long as that takes."""
+"""Lets the other processes of a launch wait while the first one works alone."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from trace_bench.run import RunError
 
 @contextmanager
 def others_wait() -> Iterator[None]:
-    """At its end the processes of a launch wait for each other, without a limit of time.
+    """At the end of the block all processes of a launch wait for each other, without a time limit.
 
-    An ordinary barrier ends a training after half an hour (`ddp_timeout`, which CPUs do not even have), and waits on
-    the GPU, which the first process may need. A process that fails leaves without waiting: it ends the others.
+    An ordinary barrier fails after half an hour (`ddp_timeout`), and waits on the GPU, which the first process may
+    need. A process that fails does not wait, which ends the others.
 
     Raises:
-        RunError: in these, since the message of the one that failed says why.
+        RunError: in the other processes. The one that failed shows its own message.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    # Made before the work begins, since that has a limit of its own.
+    # Made before the work begins: making a group has a time limit of its own.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if several else None
     yield
     if group is not None:
