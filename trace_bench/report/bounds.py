@@ -1,4 +1,4 @@
-"""What bounds a run: runs that show what the base model, and what all tasks at once, can reach."""
+"""Runs that bound another run: what the base model, a model per task, and all tasks at once reach."""
 
 from __future__ import annotations
 

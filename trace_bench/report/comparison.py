@@ -1,6 +1,6 @@
-"""Several runs side by side: their numbers, against a baseline, and what keeps them from being comparable.
+"""Compares several runs: their numbers, differences to a baseline, and why they may not be comparable.
 
-A comparison is plain tables and notes, of which Markdown, CSV, LaTeX and a page are made.
+A comparison consists of tables and notes, from which Markdown, CSV, LaTeX and a page are made.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Comparison:
 
     entries: list[Entry]
     groups: list[Group]
-    """Those of the entries that differ by their seeds alone."""
+    """Groups of entries that differ only in the seed."""
     against: Entry
     """The baseline."""
     versus: dict[str, dict[str, Estimate]]
@@ -53,14 +53,14 @@ class Comparison:
     """The paper's numbers for methods that are among the runs, as texts: percent."""
     tables: list[Table]
     warnings: list[str]
-    """What keeps the runs from being comparable; Markdown."""
+    """Why runs are not comparable, as Markdown."""
     notes: list[str]
-    """What the numbers are."""
+    """What the numbers mean."""
     lines: list[dict[str, Any]]
-    """The CSV: percent, or the unit of a run's tasks, not rounded; what is not known is missing or NaN."""
+    """The lines of the CSV: not rounded, in percent or the unit of a run's tasks; unknown = missing or NaN."""
 
     def final_ends(self) -> list[tuple[float, float] | None]:
-        """Of each task the worst and the best final score that is shown, for colours; None without a common unit."""
+        """The worst and the best final score of each task, for colours; None without a common unit."""
 
         def ends(task: str, unit: Unit) -> tuple[float, float]:
             worst, best = unit.ends([e.finals[task] / unit.factor for e in self.entries if task in e.finals])
@@ -81,7 +81,7 @@ class Comparison:
         return "\n\n".join([r"% \usepackage{booktabs,xcolor}", *map(latex, self.tables), listed]) + "\n"
 
     def csv(self) -> str:
-        """All numbers as one CSV, a line a run; columns of which nothing is known are left out."""
+        """All numbers as one CSV, one line per run, without empty columns."""
         lines = [{k: v for k, v in line.items() if v != DASH and v == v} for line in self.lines]
         always = ("run", *TEXTS, *NUMBERS)
         columns = dict.fromkeys([*always, *(key for line in self.lines for key in line)])
@@ -90,7 +90,7 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Comparison:
-    """Compares runs: one row each, against a baseline, their final scores by task, and what keeps them apart.
+    """Compares runs: their numbers, differences to a baseline, final scores by task, and warnings.
 
     The baseline is the first run, if none is named; it need not be among the others. Of results that are there already
     nothing is computed again.
@@ -147,7 +147,7 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
 def _over_seeds(
     groups: list[Group], reference: Group | None, families: list[Family]
 ) -> tuple[list[SeedDifferences], list[SeedDifferences]]:
-    """The differences of the seed means to the baseline, and between the others; not of two methods in two orders."""
+    """The differences of seed means: to the baseline, and between the others unless method and order both differ."""
     if reference is None:
         return [], []
     others = [group for group in groups if group is not reference]
@@ -164,7 +164,7 @@ def _over_seeds(
 
 
 def _numbers_tables(entries: list[Entry], groups: list[Group], references: list[dict[str, str]]) -> list[Table]:
-    """Each method over its seeds, and each run, with the paper's numbers; what all runs share is said once."""
+    """The tables of methods over their seeds and of runs, with the paper's numbers. What all share is said once."""
     texts = [k for k in TEXTS if len(entries) == 1 or len({e.texts[k] for e in entries}) > 1]
     same = [f"{k} {entries[0].texts[k]}" for k in TEXTS if k not in texts]
     about = "scores in percent" if _all_percent(entries) else "scores in percent or the unit of the run's tasks"
@@ -220,7 +220,7 @@ def _difference_tables(
     others: Sequence[SeedDifferences],
     marks: Marks,
 ) -> list[Table]:
-    """To the baseline's seeds, between the other groups, and run by run to the baseline."""
+    """The tables of differences: to the baseline's seeds, between other groups, and of runs to the baseline."""
 
     def table(title: str, rows: list[list[str]], entries: Iterable[Entry], arrows: str = "") -> Table:
         about = "in points" if _all_percent(entries) else "gains, in points or the unit of the tasks"
@@ -242,7 +242,7 @@ def _difference_tables(
 
 
 def _column_units(entries: list[Entry]) -> dict[str, Unit | None]:
-    """Column of a task -> its unit; None if its headline is another in some runs, and in another unit."""
+    """Column of a task -> its unit; None if runs have different headline metrics with different units."""
     columns = dict.fromkeys(task for e in entries for task in e.units)
     return {task: shared_unit(e.units[task] for e in entries if task in e.units) for task in columns}
 

@@ -11,9 +11,9 @@ from trace_bench.report.results import Results
 from trace_bench.run import Run
 from trace_tasks.data import GROUPS
 
-#: What a run of imported predictions calls a base model that nobody named: two of them need not be one.
+#: The base model of imported predictions if it was not named. Two such runs may have different models.
 UNKNOWN_MODEL = "unknown"
-#: Settings under which a score is measured: scores of other ones are other numbers.
+#: Settings of the evaluation that change scores.
 _MEASURED = ("test_rows", "max_prompt_length", "max_new_tokens", "chat_template", "chat_template_args")
 
 
@@ -22,35 +22,35 @@ def conditions(run: Run) -> dict[str, Any]:
     m = run.manifest
     name, folder = m["model"]["name"], str(m["model"].get("path", "")).startswith("/")
     return {
-        # The same files in another folder, or on another machine, are the same model: they have the same revision.
+        # The name of the folder only: the revision tells whether the files are the same, on whatever machine.
         "base model": Path(name).name if folder else name,
         "revision": m["model"].get("revision"),
         "tasks": sorted(m["tasks"]),
         "data": m["data"]["fingerprint"],
         "task versions": m["task_versions"],
         "task definitions": m.get("task_definitions"),
-        **{key: m["config"].get(key) or None for key in _MEASURED},  # false and not given are one
+        **{key: m["config"].get(key) or None for key in _MEASURED},  # false is the same as not given
     }
 
 
 def same_conditions(results: Results, other: Results) -> bool:
     """Whether the scores of two runs can be compared, row by row."""
     one, two = conditions(results.run), conditions(other.run)
-    if "icl" in (results.run.manifest["method"], other.run.manifest["method"]):  # demonstrations need room
+    if "icl" in (results.run.manifest["method"], other.run.manifest["method"]):  # it allows longer prompts
         one["max_prompt_length"] = two["max_prompt_length"]
-    if None in (one["task definitions"], two["task definitions"]):  # older runs do not say them
+    if None in (one["task definitions"], two["task definitions"]):  # older runs did not record them
         one["task definitions"] = two["task definitions"]
     return one == two and one["base model"] != UNKNOWN_MODEL and not other_prompts(results) and not other_prompts(other)
 
 
 def other_prompts(results: Results) -> list[str]:
-    """The tasks of an import that were asked with other prompts than the rows' own; nobody knows with which."""
+    """The tasks of an import that were asked with unknown prompts, not the rows' own."""
     odd = {task for (_, task), cell in results.cells.items() if cell["settings"].get("prompts")}
     return [task for task in results.run.tasks if task in odd]
 
 
 def delta_conditions(results: Results) -> dict[str, dict[str, Any]]:
-    """What the three deltas of two runs have to share to be compared: name of the delta -> what -> value."""
+    """What two runs have to share so that their deltas can be compared: name of the delta -> what -> value."""
     last, cells = results.run.stages[-1].index, results.cells
     suites = [suite for suite in GROUPS["general"] if (last, suite) in cells]
     names = ", ".join(suite.removeprefix("general_") for suite in suites)

@@ -92,7 +92,7 @@ ABOUT = (
 
 
 def sections(results: Results) -> Iterable[Block]:
-    """The conventions, and published results beside the run; empty where nothing can be forgotten yet."""
+    """The conventions, and published results next to the run's; empty if nothing can be forgotten yet."""
     t = results.last_stage
     if t < 2 or results.unit is None:
         return

@@ -21,17 +21,17 @@ from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import shared_unit
 from trace_tasks.data import GROUPS
 
-#: Those of `SCORES` that leave a task of the order out -> the tasks that they are means over.
+#: Scores that leave a task of the order out -> the tasks that they are means over.
 _PARTS = {"BWT": slice(None, -1), "soft BWT": slice(None, -1), "Forgetting": slice(None, -1), "FWT": slice(1, None)}
 
 
 def gain(entry: Entry, name: str) -> float:
-    """One of `SCORES` of a run, so that a difference of two is a gain."""
+    """One of a run's `SCORES` with the sign of its unit, so that differences are gains."""
     return entry.scores[name].value * (entry.unit("OP").sign if name == "OP" else 1)
 
 
 def defined(entry: Entry, against: Entry) -> list[str]:
-    """Those of `SCORES` of which two runs have a difference: means over the same, measured under the same settings."""
+    """The `SCORES` that two runs can be compared in: means over the same tasks, measured with the same settings."""
     names = set(SCORES)
     if entry.finals.keys() != against.finals.keys() or shared_unit([entry.unit("OP"), against.unit("OP")]) is None:
         names -= {*OF_TASKS, "soft BWT"}  # a mean over others is another number
@@ -41,14 +41,14 @@ def defined(entry: Entry, against: Entry) -> list[str]:
 
 
 def over_the_same_tasks(one: Entry, two: Entry, name: str) -> bool:
-    """Whether one of `SCORES` is a mean over the same tasks in both runs, whatever their order."""
+    """Whether one of `SCORES` is a mean over the same tasks in both runs, in any order."""
     part = _PARTS.get(name, slice(0))
     tasks = [sorted(column_of(task, e.run) for task in e.run.tasks[part]) for e in (one, two)]
     return tasks[0] == tasks[1]
 
 
 def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
-    """Those of `SCORES` -> the difference to the baseline, with an interval where rows can be paired."""
+    """Score -> its difference to the baseline, with an interval if the rows can be paired."""
     one, two = entry.results, against.results
     paired = {"general": _of_suites(one, two)}
     paired |= {kind.name: _of_verdicts(one, two, kind.name) for kind in judgements.KINDS}
@@ -65,12 +65,12 @@ def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
 
 
 def final_gains(results: Results, task: str) -> Matrix:
-    """The final scores of a task's rows, so that their difference is a gain."""
+    """The final scores of a task's rows with the sign of its unit, so that differences are gains."""
     return results.units[task].sign * results.final_rows(task)
 
 
 def task_difference(one: Results, two: Results, task: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
-    """The mean difference of a task's rows between two runs; NaN where they are not the same rows in the same unit."""
+    """The mean difference of a task's rows between two runs; NaN if the rows or the unit are not the same."""
     if not _same_rows(one, two, task) or shared_unit([one.units[task], two.units[task]]) is None:
         return UNKNOWN
     differences = of_rows(one, task) - of_rows(two, task)
@@ -82,7 +82,7 @@ def _same_rows(one: Results, two: Results, name: str) -> bool:
 
 
 def _of_changes(entry: Entry, against: Entry, name: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
-    """Of one of `_PARTS`, if it is a mean over the same tasks in both runs."""
+    """The paired difference of one of `_PARTS`, if it is a mean over the same tasks in both runs."""
     one, two = entry.results, against.results
     if not (one.is_sequential and two.is_sequential and over_the_same_tasks(entry, against, name)):
         return UNKNOWN
@@ -102,7 +102,7 @@ def _of_suites(one: Results, two: Results) -> Estimate:
 
 
 def _of_verdicts(one: Results, two: Results, kind: str) -> Estimate:
-    """Of a net win rate, if the pairs that were scored are those of the same rows."""
+    """The paired difference of a net win rate, if the same rows were scored in both runs."""
     won = {"win": 1, "tie": 0, "lose": -1}
 
     def scored(results: Results) -> dict[tuple[str, object], int]:

@@ -1,4 +1,4 @@
-"""How far the stages are from the base model, beside what they forgot."""
+"""The section on how far the stages are from the base model, and how much they forgot."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def correlations(found: Sequence[Point]) -> str:
 
 
 def sections(results: Results) -> Iterable[Block]:
-    """The distance of each stage, beside its BWT."""
+    """The distance and the BWT of each stage."""
     run, found, unit = results.run, results.once(distances), results.unit or PERCENT
     if not found:
         return

@@ -1,6 +1,6 @@
-"""What tasks and suites lost: since their own stage or another stage of the run, or against another run.
+"""What tasks and suites lost: since their own stage, since another stage of the run, or against another run.
 
-A part is a task or a suite with what it gained; a group of them is measured from the same. Rows are paired.
+A part is a task or suite with its gain. The parts of a group have the same starting point. Rows are paired.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trace_tasks.data import GROUPS, SUITES
 
 
 class Part(NamedTuple):
-    """What a task or a suite gained."""
+    """The gain of a task or suite."""
 
     name: str
     gain: Estimate
@@ -30,7 +30,7 @@ class Part(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What several tasks or suites gained since the same."""
+    """The gains of several tasks or suites since the same starting point."""
 
     since: str
     parts: list[Part]
@@ -130,7 +130,7 @@ def _lack_suites(results: Results, missing: str, stage: str, suites: Sequence[st
 
 
 def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
-    """Makes sure that the stages are trained, one upon the other, and that cells are there; else says what to do."""
+    """Makes sure that the stages are trained, each from the one before, and that the cells exist."""
     run = results.run
     if untrained := [stage.name for stage in run.stages if not stage.is_trained]:
         raise RunError(
@@ -145,7 +145,7 @@ def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
 
 
 def _measure(run: Run, command: str) -> str:
-    """How a missing score is made."""
+    """The command that makes a missing score."""
     if run.manifest.get("answers_only"):
         return "It was made elsewhere: import it with the others, or measure it with the callback that made them."
     return f"Measure it: {command}"
@@ -155,7 +155,7 @@ def _measure(run: Run, command: str) -> str:
 
 
 def of_tasks_against(one: Results, two: Results) -> Group:
-    """What a run's tasks have more in the end than those of another run, on the same test rows.
+    """The gains of a run's final task scores over those of another run, on the same test rows.
 
     Raises:
         RunError: naming the tasks, settings or rows that differ, or the cells that are missing.
@@ -176,7 +176,7 @@ def of_tasks_against(one: Results, two: Results) -> Group:
 
 
 def of_suites_against(one: Results, two: Results) -> Group:
-    """What a run's general suites have more at the last stage than those of another run, on the same rows.
+    """The gains of a run's general suites at the last stage over those of another run, on the same rows.
 
     Raises:
         RunError: as `of_tasks_against`.

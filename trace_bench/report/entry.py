@@ -1,4 +1,4 @@
-"""What a comparison shows of a run."""
+"""The numbers of runs in a comparison."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trace_bench.run import Run
 from trace_bench.text import one_line
 from trace_tasks.data import ORDERS, REASONING, task_name
 
-#: Those numbers of a run that are means over its tasks, and whether they have a sign.
+#: Numbers that are means over a run's tasks -> whether they are shown with a sign.
 OF_TASKS = {"OP": False, "BWT": True, "FWT": True, "Forgetting": False}
-#: Those that are scores. All but forgetting have intervals, and differences to the baseline as well.
+#: Numbers that are scores. All but Forgetting have intervals and differences to the baseline.
 SCORES = {**OF_TASKS, "soft BWT": True, **dict.fromkeys(DELTAS, True)}
-#: Those that are no scores, and how they are written.
+#: Numbers that are no scores -> how they are formatted.
 COSTS = {"training min": number, "evaluation min": number, "trained tokens": count, "judge tokens": count}
 NUMBERS = (*SCORES, "base", *COSTS)
 TEXTS = ("method", "trains", "tasks", "train rows")
@@ -29,7 +29,7 @@ TEXTS = ("method", "trains", "tasks", "train rows")
 
 @dataclass(frozen=True)
 class Entry:
-    """What a comparison shows of a run."""
+    """The numbers of one run in a comparison."""
 
     name: str
     results: Results
@@ -45,7 +45,7 @@ class Entry:
         return {column_of(task, self.run): self.results.units[task] for task in self.run.tasks}
 
     def unit(self, name: str) -> Unit:
-        """The unit of one of `SCORES`; of a mean over tasks without a common unit, which is NaN, percent."""
+        """The unit of one of `SCORES`. A mean without a common unit, which is NaN, counts as percent."""
         if name == "soft BWT":
             return NATS
         return (self.results.unit or PERCENT) if name in OF_TASKS else PERCENT
@@ -56,7 +56,7 @@ class Entry:
         return self.results.unit.name if self.results.unit else "different units"
 
     def writer(self, name: str) -> Callable[[float], str]:
-        """How one of `NUMBERS` is written."""
+        """The function that formats one of `NUMBERS`."""
         if name in COSTS:
             return COSTS[name]
         return partial(self.unit("OP" if name == "base" else name).shown, sign=SCORES.get(name, False))
@@ -69,7 +69,7 @@ class Entry:
 
     @cached_property
     def scores(self) -> dict[str, Estimate]:
-        """Those of `SCORES`, as the metrics give them; NaN = not known, or not defined for the run."""
+        """The `SCORES` as the metrics give them; NaN = unknown, or not defined for the run."""
         results, last = self.results, self.run.stages[-1]
         found = dict.fromkeys(SCORES, UNKNOWN) | {"general": results.general.get(last.index, UNKNOWN)}
         found |= {name: judgements.net_win_rate(counts, last) for name, counts in results.judged.items()}
@@ -82,7 +82,7 @@ class Entry:
 
     @cached_property
     def numbers(self) -> dict[str, float]:
-        """All of `NUMBERS`, scores as they are shown; NaN = not known, or not defined for the run."""
+        """All `NUMBERS`, with scores as they are shown; NaN = unknown, or not defined for the run."""
         results, run = self.results, self.run
         done = results.training.values()
         complete = len(done) == len(run.stages) - 1
@@ -101,7 +101,7 @@ class Entry:
 
     @cached_property
     def texts(self) -> dict[str, str]:
-        """Those of `TEXTS`."""
+        """The `TEXTS` of the run."""
         manifest, tasks = one_line(self.run.manifest), self.run.tasks
         trained, rows = len(self.run.stages) > 1, manifest["config"].get("train_rows")
         order = next((name for name, those in ORDERS.items() if tasks == those), None)
@@ -115,7 +115,7 @@ class Entry:
 
 
 def column_of(task: str, run: Run) -> str:
-    """The name of a task's column, which the reasoning variant shares with the plain one."""
+    """The name of a task's column. The reasoning variant of a task shares the column of the plain one."""
     plain = task.replace("reasoning_", "trace_", 1) if task in REASONING else task
     # A run that trains both variants of a task keeps them apart.
     name = task_name(task if plain in run.tasks else plain)
@@ -124,7 +124,7 @@ def column_of(task: str, run: Run) -> str:
 
 
 def entries_of(loaded: Sequence[Results]) -> list[Entry]:
-    """The entries of runs, told apart by their paths where names are the same, in units that all of them share."""
+    """The entries of runs, with units that all share. Runs with the same name are told apart by their paths."""
     runs = [results.run for results in loaded]
     together: dict[tuple[str, str], list[dict[str, Any]]] = {}  # (column, headline) -> its cells
     for results in loaded:

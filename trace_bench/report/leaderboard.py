@@ -1,4 +1,4 @@
-"""A leaderboard from the result files of many runs: one table a protocol, the best OP first.
+"""A leaderboard from the result files of many runs: one table per protocol, the best OP first.
 
 It reads nothing but those small files, so that runs of other people and of other machines can stand in it.
 """

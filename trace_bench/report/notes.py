@@ -1,4 +1,4 @@
-"""The sentences of a comparison: what keeps its runs from being comparable, and what its numbers are."""
+"""The sentences of a comparison: why runs are not comparable, and what the numbers mean."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def _ticks(names: Iterable[str]) -> str:
 
 
 def _runs(names: list[str], all_names: list[str]) -> str:
-    """Runs in a sentence about how all of them fall apart; most of many are "all others"."""
+    """The names of runs for a sentence; if they are most of many runs, "all others"."""
     return "all others" if len(names) > max(3, len(all_names) / 2) else _ticks(names)
 
 
 def _by_value(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, list[str]]]:
-    """Run -> what -> value, turned round: what -> value -> the runs that have it; a value of None is none."""
+    """Turns run -> what -> value into what -> value -> the runs that have it, without values of None."""
     found: dict[str, dict[str, list[str]]] = {}
     for run, values in facts.items():
         for what, value in values.items():
@@ -44,19 +44,19 @@ def _by_value(facts: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, lis
 
 
 def warnings(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
-    """What runs differ in that their scores depend on, beside the training; and what they all lack."""
+    """Warnings about differences between runs, other than the training, that change scores; and about limits."""
     return [*_not_comparable(entries), *_other_versions(entries), *_limits(entries), *_budgets(entries, groups)]
 
 
 def _not_comparable(entries: Sequence[Entry]) -> list[str]:
     names = [e.name for e in entries]
-    same_limit = len({e.run.manifest["config"].get("test_rows") for e in entries}) == 1  # else that is said
+    same_limit = len({e.run.manifest["config"].get("test_rows") for e in entries}) == 1  # else a warning says it
     facts = {e.name: {k: value_text(v) for k, v in _conditions(e, same_limit).items()} for e in entries}
-    notes: dict[str, list[str]] = {}  # how the runs fall apart -> what in
+    notes: dict[str, list[str]] = {}  # a grouping of the runs by value -> the facts with this grouping
     for key, values in _by_value(facts).items():
         if len(values) > 1:
             parts = {value: _runs(runs, names) for value, runs in values.items()}
-            if key.startswith(("data of", "definition of")):  # says nothing to a reader, and all tasks fit on one line
+            if key.startswith(("data of", "definition of")):  # a fingerprint: without it all tasks share one line
                 text = " against ".join(parts.values())
             else:
                 text = "; ".join(f"{value} in {runs}" for value, runs in parts.items())
@@ -69,7 +69,7 @@ def _not_comparable(entries: Sequence[Entry]) -> list[str]:
 
 
 def _conditions(entry: Entry, same_limit: bool) -> dict[str, Any]:
-    """All that the scores of a run depend on beside its training, and what made them."""
+    """All that a run's scores depend on, other than its training."""
     run, config, cells = entry.run, entry.run.manifest["config"], entry.results.cells_of(entry.run.tasks)
     column = partial(column_of, run=run)
     found = {**conditions(run), "tasks": ", ".join(sorted(map(column, run.tasks)))}
@@ -117,7 +117,7 @@ def _limits(entries: Sequence[Entry]) -> Iterable[str]:
 
 
 def _budgets(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
-    """Where methods were given different budgets: rows kept of earlier tasks, and seeds."""
+    """Warnings about different budgets of methods: rows kept of earlier tasks, and seeds."""
     title, kept = "Unequal budgets", {e.name: _memory_rows(e.results) for e in entries}
     rows = {name: {"rows kept of an earlier task:": f"{n:,}"} for name, n in kept.items() if n is not None}
     single = [e.name for e in entries if groups and not any(e in group.entries for group in groups)]
@@ -127,18 +127,18 @@ def _budgets(entries: Sequence[Entry], groups: Sequence[Group]) -> list[str]:
 
 
 def _memory_rows(results: Results) -> int | None:
-    """How many rows of an earlier task a method keeps, the most of any task; None if it keeps none."""
+    """The most rows that a method keeps of any earlier task; None if it keeps none."""
     kept = [
         rows
         for train in results.training.values()
         for task, rows in (train.get("memory_rows") or train.get("replayed") or {}).items()
-        if task != "alignment" and isinstance(rows, int)  # a method of somebody else may keep other records
+        if task != "alignment" and isinstance(rows, int)  # a user's method may record other things
     ]
     return max(kept, default=None) or results.run.manifest["config"].get("memory_rows")
 
 
 def _apart(title: str, facts: Mapping[str, Mapping[str, Any]], named: Callable[[list[str]], str]) -> list[str]:
-    """A line for each fact that runs differ in, and to which a part of their differences may be due."""
+    """A line for each fact in which runs differ and which may explain a part of their differences."""
     return [
         f"**{title}**, to which a part of the differences may be due: {what} "
         + "; ".join(f"{value} in {named(runs)}" for value, runs in values.items())
@@ -158,7 +158,7 @@ def notes(
     seeds: Sequence[SeedDifferences],
     references: Sequence[dict[str, str]],
 ) -> Iterable[str]:
-    """What the numbers are, and which runs are not complete."""
+    """What the numbers mean, and which runs are incomplete."""
     yield from _definitions(entries)
     yield from _of_seeds(groups, families, seeds, len(entries))
     yield from _of_orders(families)
@@ -177,7 +177,7 @@ def notes(
 
 
 def _needed(results: Results) -> Matrix:
-    """The cells that OP, BWT and Forgetting are made of, or the mean."""
+    """The cells needed for OP, BWT and Forgetting, or for the mean."""
     R = results.R
     return R[1:][np.tril_indices(R.shape[1])] if results.is_sequential else results.final
 

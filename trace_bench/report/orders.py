@@ -1,4 +1,4 @@
-"""Methods over orders of the tasks: their means, and differences to the baseline's method in the same orders."""
+"""Methods over several orders of the tasks: their means, and differences to the baseline's method."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from trace_bench.report.tables import Table
 
 #: An order of tasks.
 Order = tuple[str, ...]
-#: Families with their differences to that of the baseline: one of `SCORES` -> the difference.
+#: Families with their differences to the baseline's family: score -> difference.
 Differences = list[tuple["Family", dict[str, Estimate]]]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Runs that differ in nothing but the order of the tasks, and the seed."""
+    """Runs that differ only in the order of the tasks and in the seed."""
 
     name: str
     orders: dict[Order, Group]
-    """Order -> its runs, whatever their seeds."""
+    """Order -> its runs, with any seed."""
 
     @property
     def first(self) -> Entry:
-        """One of the runs: conditions and units are those of all."""
+        """One of the runs; all have the same conditions and units."""
         return next(iter(self.orders.values())).entries[0]
 
     def means(self, name: str) -> list[float]:
@@ -49,7 +49,7 @@ def order_of(group: Group) -> Order:
 
 
 def families_of(lines: Iterable[Group]) -> list[Family]:
-    """The methods that were trained in two orders or more of the same tasks."""
+    """The methods that were trained in at least two orders of the same tasks."""
     together: list[list[Group]] = []
     for line in lines:
         family = next((f for f in together if _differ_by_order(f[0].entries[0], line.entries[0])), [])
@@ -71,7 +71,7 @@ def _differ_by_order(one: Entry, two: Entry) -> bool:
 
 
 def _without_order(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What a manifest says beside the order of the tasks and the seed; epochs are those of each task."""
+    """A manifest without the order of the tasks and the seed; epochs by task."""
     config = {key: value for key, value in manifest["config"].items() if key not in ("tasks", "seed")}
     if isinstance(epochs := config.get("epochs"), list) and len(epochs) == len(manifest["tasks"]):
         config["epochs"] = dict(zip(manifest["tasks"], epochs, strict=True))
@@ -84,19 +84,19 @@ def of_method(families: Iterable[Family], group: Group) -> Family | None:
 
 
 def are_one_method(one: Group, two: Group, families: Iterable[Family]) -> bool:
-    """Whether two groups differ by the order of the tasks alone."""
+    """Whether two groups differ only in the order of the tasks."""
     return any(one in family.orders.values() and two in family.orders.values() for family in families)
 
 
 def are_mixed(one: Group, two: Group, families: Iterable[Family]) -> bool:
-    """Whether two groups differ by their method and by the order of the same tasks, so that neither is seen."""
+    """Whether two groups differ in both method and order of the same tasks, so that their effects are mixed."""
     orders = order_of(one), order_of(two)
     moved = orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
     return moved and not are_one_method(one, two, families)
 
 
 def held_against(group: Group, baseline: Group, families: Sequence[Family]) -> Group:
-    """What a group is compared with: the baseline's method in the order of the group if there are seeds of it."""
+    """The group to compare a group with: the baseline's method in the same order, if there is one with seeds."""
     family = of_method(families, baseline)
     found = family.orders.get(order_of(group), baseline) if family else baseline
     return baseline if found is group or len(found.entries) < 2 else found
@@ -119,7 +119,7 @@ def difference(family: Family, other: Family) -> dict[str, Estimate]:
 
 
 def differences_to(families: Sequence[Family], baseline: Group) -> Differences:
-    """The families that have a `difference` to that of the baseline, each with it."""
+    """The families that have a `difference` to the baseline's family, with these differences."""
     reference = of_method(families, baseline)
     found = [(family, difference(family, reference)) for family in families if reference and family is not reference]
     return [(family, estimates) for family, estimates in found if estimates]
@@ -146,7 +146,7 @@ def tables(families: Sequence[Family], baseline: Group, to_baseline: Differences
 
 
 def lines(families: Sequence[Family], to_baseline: Differences) -> list[dict[str, Any]]:
-    """The same for the CSV."""
+    """The lines of the CSV with the same numbers."""
     found: list[dict[str, Any]] = []
     for family in families:
         over, values = f"over {len(family.orders)} orders", {name: family.means(name) for name in SCORES}

@@ -52,10 +52,11 @@ _PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-def write_page(results: Results, blocks: dict[str, list[Block]], *, anew: bool = True) -> None:
+def write_page(results: Results, blocks: dict[str, list[Block]], *, redraw: bool = True) -> None:
     """Writes report.html and figures/ of a run, with the texts and tables that `sections.sections` makes.
 
-    With `anew=False` a page stays that was made of the same by this program: drawing takes longer than all else.
+    With `redraw=False` an existing page stays if it was made from the same input by the same program, since drawing
+    takes most of the time.
     """
     folder = results.run.path
     answers = samples.read_answers(results)
@@ -63,7 +64,7 @@ def write_page(results: Results, blocks: dict[str, list[Block]], *, anew: bool =
     seconds = [results.evaluation_seconds(stage) for stage in results.run.stages]
     numbers = (results.once(scores_csv), results.headlines, results.units, seconds, results.training, results.judged)
     made_of = digest(repr((_program(), blocks, numbers, embedded and embedded.json)))
-    if not anew and _is_there(folder, made_of):
+    if not redraw and _is_there(folder, made_of):
         return
     figures = html.write_figures(folder / "figures", OF_A_RUN, results)
     blocks = blocks | {"lengths": samples.lengths(results, answers)}

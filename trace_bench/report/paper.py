@@ -1,4 +1,4 @@
-"""What the paper and later ones report for a method, with their set-ups: for orientation beside runs made here."""
+"""What the paper and later papers report for a method, with their set-ups, for orientation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections about the paper's numbers, what the run cost, and what it was made from; and its scores as CSV."""
+"""The sections on the paper's numbers, the cost and the provenance of a run; and its scores as CSV."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def of_the_paper(results: Results) -> Iterable[Block]:
 
 
 def cost(results: Results) -> Iterable[Block]:
-    """What each stage took, and all of them."""
+    """The cost of each stage and of all together."""
     judged, training = judge_tokens(results.judged.values()), results.training
     rows = []
     for stage in results.run.stages:

@@ -1,4 +1,4 @@
-"""result.json: the numbers of a run and the protocol that they were measured under, for a leaderboard from files.
+"""result.json: the numbers of a run and the protocol under which they were measured, for a leaderboard.
 
 A few KB that can be handed on: no samples, no paths of the machine, no settings but those that decide a score. Numbers
 are fractions or in the unit of the tasks, as in all files; null = not known.
@@ -30,7 +30,7 @@ _PATH = re.compile(r'"(?:/|~|\.\.?/|file:)(?:[^"/\\]*+[/\\])*?([^"/\\]++)/?(?=\\
 
 
 def result(results: Results) -> dict[str, Any]:
-    """What result.json of a run says: see `shapes.Result`."""
+    """The content of a run's result.json: see `shapes.Result`."""
     run, entry = results.run, Entry(results.run.path.name, results)
     m, config, numbers = run.manifest, run.manifest["config"], entry.numbers
     content = {
@@ -90,7 +90,7 @@ def _estimate(estimate: Estimate) -> dict[str, float | None]:
 
 
 def protocol(results: Results) -> dict[str, Any]:
-    """All that the scores of a run depend on beside its training: runs in which it is the same can be ranked."""
+    """All that a run's scores depend on, other than its training: runs with the same protocol can be ranked."""
     run, m, config = results.run, results.run.manifest, results.run.manifest["config"]
     cells = results.cells_of(run.tasks)
     settings = [cell["settings"] for cell in cells.values()]

@@ -1,8 +1,7 @@
-"""What the files of a run say, as numbers: the matrix, OP and BWT with intervals, changes, suites and judgements.
+"""The numbers of a run from its files: the matrix, OP and BWT with intervals, changes, suites and judgements.
 
-Only JSON is read, and nothing is written or rendered here. Scores are as the metrics give them, most of them fractions
-of 1; a change is a gain, positive where a score got better (`tables.Unit`). A mean over tasks is NaN unless all of them
-have the same unit.
+Only JSON is read, and nothing is written or rendered here. Scores are as the metrics give them, mostly fractions of 1.
+Changes are gains: positive = better (`tables.Unit`). A mean over tasks is NaN unless all tasks have the same unit.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ T = TypeVar("T")
 
 
 def load_cells(run: Run) -> Cells:
-    """The cells of the matrix, general suites and sets to be judged, but for those of weights that are no more."""
+    """Reads the cells of the matrix, general suites and judged sets, without cells of older weights."""
     cells = {}
     for stage in run.stages:
         if not stage.is_trained:
@@ -54,20 +53,20 @@ def load_cells(run: Run) -> Cells:
 
 
 def measured(run: Run, cells: Collection[tuple[int, str]]) -> list[Stage]:
-    """The stages that have one of the cells."""
+    """The stages that have at least one of the cells."""
     return [stage for stage in run.stages if any(index == stage.index for index, _ in cells)]
 
 
 def headline(cell: dict[str, Any]) -> float:
-    """The score that stands for a cell; NaN where it has none."""
+    """The headline score of a cell; NaN if it has none."""
     value = cell["metrics"][cell["headline"]]["value"]
     return math.nan if value is None else value
 
 
 def unit_of(metric: str, cells: Iterable[dict[str, Any]]) -> Unit:
-    """The unit of a metric, from all cells of a task that have it: older cells do not say it.
+    """The unit of a metric, from all cells of a task with this metric; older cells do not record it.
 
-    One cell whose scores are no fractions of 1 is enough.
+    If the scores of one cell are not fractions of 1, the unit is not percent.
     """
     cells = list(cells)
     scales = [c["scale"][metric] for c in cells if metric in c.get("scale", ())]
@@ -76,13 +75,13 @@ def unit_of(metric: str, cells: Iterable[dict[str, Any]]) -> Unit:
 
 
 class Form(NamedTuple):
-    """What a task lost from its own stage to the last."""
+    """What a task lost from its own stage to the last one, in strict and in form-tolerant accuracy."""
 
     task: str
     strict: Estimate
     tolerant: Estimate
     form: Estimate
-    """Strict minus tolerant: lost in the form of the answer alone."""
+    """Strict minus tolerant: lost only because answers have another form."""
 
 
 class Change(NamedTuple):
@@ -95,15 +94,16 @@ class Change(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """The numbers of a run. Each is computed when it is asked for; intervals need the samples and cost seconds."""
+    """The numbers of a run, each computed at first use. Intervals need the samples and take seconds."""
 
     run: Run
     units_among_runs: dict[str, Unit] = field(default_factory=dict)
-    """Task -> its unit as several runs together show it."""
+    """Task -> its unit, decided by several compared runs together."""
     made: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """The cache of `once`."""
 
     def once(self, make: Callable[[Results], T]) -> T:
-        """What a function makes of these results, made once."""
+        """`make(self)`, called only once."""
         if make not in self.made:
             self.made[make] = make(self)
         made: T = self.made[make]
@@ -120,7 +120,7 @@ class Results:
         return {(i, name): cell for (i, name), cell in self.cells.items() if name in names}
 
     def matrix(self, metric: str | None = None) -> Matrix:
-        """The scores of a metric (None = the headline of each task), shape (stages, tasks); NaN where there is none."""
+        """The scores of a metric (None = each task's headline), shape (stages, tasks); NaN = not measured."""
         R = np.full((len(self.run.stages), len(self.run.tasks)), np.nan)
         for (index, task), cell in self.cells_of(self.run.tasks).items():
             score = cell["metrics"].get(metric or cell["headline"])
@@ -135,68 +135,68 @@ class Results:
 
     @cached_property
     def headlines(self) -> dict[str, str]:
-        """Name of a task, suite or set -> its first metric."""
+        """Name of a task, suite or judged set -> its headline metric."""
         return {name: cell["headline"] for (_, name), cell in self.cells.items()}
 
     @cached_property
     def units(self) -> dict[str, Unit]:
-        """Task -> the unit of its headline score; percent where nothing is evaluated yet."""
+        """Task -> the unit of its headline score; percent if nothing is evaluated yet."""
         tasks = self.run.tasks
         found = {task: unit_of(self.headlines.get(task, ""), self.cells_of([task]).values()) for task in tasks}
         return found | self.units_among_runs
 
     @cached_property
     def unit(self) -> Unit | None:
-        """The unit that all evaluated tasks share, in which means over them are taken; None if there is no such."""
+        """The unit that all evaluated tasks share, for means over tasks; None if they differ."""
         return shared_unit(self.units[task] for task in self.run.tasks if task in self.headlines)
 
     @property
     def not_percent(self) -> bool:
-        """Whether some score is not a fraction of 1 of which more is better, so that units have to be named."""
+        """Whether some task's unit is not percent with higher = better, so that tables have to name units."""
         return not all(unit.is_percent for unit in self.units.values())
 
     @cached_property
     def gains(self) -> Matrix:
-        """R times the sign of each task's unit, so that a difference of two rows is a gain."""
+        """R times the sign of each task's unit, so that differences of rows are gains."""
         return self.R * [self.units[task].sign for task in self.run.tasks]
 
     @property
     def left_out(self) -> dict[str, tuple[int, int]]:
-        """Task -> how many of its test rows do not count, of how many; empty where all of them count."""
+        """Task -> (how many of its test rows are left out, of how many); empty if all rows count."""
         cells = self.cells_of(self.run.left_out)
         return {task: (cell["n_left_out"], cell["n_left_out"] + cell["n"]) for (_, task), cell in cells.items()}
 
     @cached_property
     def shades(self) -> Matrix:
-        """Where each score of R lies between the worst (0) and the best one (1) of its task."""
+        """The position of each score of R between the worst (0) and the best (1) of its task."""
         columns = zip(self.run.tasks, self.R.T, strict=True)
         return np.array([shade(scores, self.units[task].ends(scores)) for task, scores in columns]).T
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
-        """The test rows of the tasks, suites and sets that have samples."""
+        """The test rows of the tasks, suites and judged sets that have samples."""
         loaded = {name: load_rows(self.run, name, self.cells) for name in self.headlines}
         return {name: rows for name, rows in loaded.items() if rows is not None}
 
     @cached_property
     def choices(self) -> dict[str, Choices]:
-        """The options and choices of the tasks and suites whose rows have options."""
+        """The options and chosen options of the multiple-choice tasks and suites."""
         loaded = {name: load_choices(self.run, name, self.cells) for name in self.rows}
         return {name: choices for name, choices in loaded.items() if choices is not None}
 
     @cached_property
     def judged(self) -> dict[str, Judged]:
-        """Name of a kind of judgement -> what judges said."""
+        """Name of a kind of judgement -> its judgements."""
         return {kind.name: judgements.load(self.run, kind) for kind in judgements.KINDS}
 
     @cached_property
     def training(self) -> dict[int, dict[str, Any]]:
-        """Stage -> what its train.json says, of the stages that were trained here."""
+        """Stage -> the content of its train.json, for stages that were trained in this run."""
         return {s.index: read_json(s.train_file) for s in self.run.stages if s.train_file.exists()}
 
     @cached_property
     def versions(self) -> dict[str, dict[str, list[str]]]:
-        """What made the scores (a library, scoring code, a task, a method) -> version, if known -> its stages."""
+        """What scores depend on (a library, scoring code, a task, a method) -> version, if known -> its stages."""
         found: dict[str, dict[str, list[str]]] = {}
         file = f"file of the method {self.run.manifest['method']}"
         made = [(index, {file: trained.get("method_source")}) for index, trained in self.training.items()]
@@ -213,22 +213,22 @@ class Results:
 
     @property
     def other_versions(self) -> list[str]:
-        """Where cells of the run were made with different versions: one text each."""
+        """A text for each library or code of which the run's cells have different versions."""
         return [
             f"{key}: " + "; ".join(f"{value} at {', '.join(stages)}" for value, stages in versions.items())
             for key, versions in self.versions.items()
-            if len(versions) > 1 and key != "commit"  # which says less than the fingerprint of the scoring code
+            if len(versions) > 1 and key != "commit"  # the fingerprint of the scoring code is more exact
         ]
 
     def evaluation_seconds(self, stage: Stage) -> float:
-        """How long all that there is of a stage took to evaluate."""
+        """How long the evaluation of all existing cells of a stage took."""
         return sum(cell["seconds"] for (i, _), cell in self.cells.items() if i == stage.index)
 
     # ------------------------------------------------------------------------------------------ what the run is
 
     @property
     def is_single(self) -> bool:
-        """Whether each task has a model of its own, so that nothing is carried from stage to stage."""
+        """Whether each task has its own model, trained from the base model."""
         return self.run.manifest["method"] == "single"
 
     @property
@@ -239,52 +239,52 @@ class Results:
 
     @property
     def has_mean(self) -> bool:
-        """Whether the mean over all tasks stands for the run, as it does not of checkpoints of unknown training."""
+        """Whether a mean over all tasks makes sense; it does not for checkpoints of unknown training."""
         return self.is_sequential or "checkpoints" not in self.run.manifest
 
     @property
     def final_stages(self) -> list[int]:
-        """The stage of each task that stands for the run: its own model where it has one, else the last."""
+        """For each task the stage of its final score: the last one, or its own if each task has its own model."""
         last = len(self.run.stages) - 1
         return [i + 1 if self.is_single else last for i in range(len(self.run.tasks))]
 
     @property
     def final(self) -> Matrix:
-        """The score of each task in the end."""
+        """The final score of each task."""
         return self.R[self.final_stages, range(len(self.run.tasks))]
 
     @cached_property
     def last_stage(self) -> int:
-        """The last stage of a sequence of which all seen tasks are evaluated; 0 if there is none."""
+        """The last stage of a sequence at which all seen tasks are evaluated; 0 if there is none."""
         stages = range(1, len(self.run.stages)) if self.is_sequential else ()
         return max((t for t in stages if not np.isnan(self.R[t, :t]).any()), default=0)
 
     # ------------------------------------------------------------------------------------------------ statistics
 
     def task_rows(self, task: str, metric: str | None = None) -> Matrix:
-        """The scores of a task's rows (None = headline), shape (rows, stages); NaN, or two rows of it, if unknown."""
+        """The scores of a task's rows (None = headline), shape (rows, stages); without samples two rows of NaN."""
         rows, n = self.rows.get(task), len(self.run.stages)
         if rows is None:
             return np.full((2, n), np.nan)
         return rows.scores.get(metric or self.headlines[task], np.full((len(rows.ids), n), np.nan))
 
     def final_rows(self, task: str) -> Matrix:
-        """The headline scores of a task's rows in the end, shape (rows,)."""
+        """The final headline scores of a task's rows, shape (rows,)."""
         return self.task_rows(task)[:, self.final_stages[self.run.tasks.index(task)]]
 
     def rows_since_own(self, task: str) -> Matrix:
-        """What the rows of a task gained from its own stage to the last, shape (rows,): what BWT is made of."""
+        """The gains of a task's rows from its own stage to the last, shape (rows,): their means make BWT."""
         x = self.task_rows(task)
         return self.units[task].sign * (x[:, -1] - x[:, self.run.tasks.index(task) + 1])
 
     def rows_ahead(self, task: str) -> Matrix:
-        """What they gained from the base model to the stage before the task's own: what FWT is made of."""
+        """Their gains from the base model to the stage before the task's own, shape (rows,): their means make FWT."""
         x = self.task_rows(task)
         return self.units[task].sign * (x[:, self.run.tasks.index(task)] - x[:, 0])
 
     @cached_property
     def intervals(self) -> dict[tuple[int, str, str], tuple[float, float]]:
-        """(stage, name, metric) -> the interval of the score, of all that have one."""
+        """(stage, name, metric) -> the interval of the score, if it has one."""
         found: dict[tuple[int, str, str], tuple[float, float]] = {}
         for name, rows in self.rows.items():
             cells = self.cells_of([name]).values()
@@ -299,7 +299,7 @@ class Results:
         return found
 
     def score(self, stage: int, name: str) -> Estimate:
-        """The headline score of a cell with its interval; NaN where there is no cell."""
+        """The headline score of a cell with its interval; NaN if there is no cell."""
         cell = self.cells.get((stage, name))
         if cell is None:
             return UNKNOWN
@@ -311,7 +311,7 @@ class Results:
 
     @cached_property
     def mean(self) -> Estimate:
-        """The mean of the tasks in the end; NaN if they have different units."""
+        """The mean of the final scores; NaN if the tasks have different units."""
         if self.unit is None:
             return UNKNOWN
         interval = partial(metrics.mean_interval, fractions=self.unit.scale == 1)
@@ -320,10 +320,10 @@ class Results:
 
     @cached_property
     def sequence(self) -> dict[str, list[Estimate]]:
-        """OP, BWT and Forgetting after each stage from 1 on, and in lists of one FWT and mean OP.
+        """OP, BWT and Forgetting after each stage from 1 on; FWT and mean OP as lists of one.
 
-        NaN if the tasks have different units. OP is the mean of the scores, all others are made of gains. Forgetting
-        has no interval, since its maximum is biased: see `metrics.bootstrap_interval`.
+        NaN if the tasks have different units. OP is a mean of scores; the others are means of gains. Forgetting has no
+        interval, since its maximum is biased: see `metrics.bootstrap_interval`.
         """
         R, gains, T = self.R, self.gains, len(self.run.tasks)
         if self.unit is None:
@@ -345,9 +345,9 @@ class Results:
 
     @cached_property
     def changes(self) -> dict[Change, Estimate]:
-        """What was gained: by suites since the base model; by tasks since the base model and their own stage.
+        """The gains of suites since the base model, and of tasks since the base model and since their own stage.
 
-        Of checkpoints of unknown training: since the one before.
+        For checkpoints of unknown training: since the base model and since the checkpoint before.
         """
         found: dict[Change, Estimate] = {}
         stages = range(len(self.run.stages))
@@ -374,12 +374,12 @@ class Results:
         return found
 
     def change(self, i: int, earlier: int, later: int) -> Estimate:
-        """The gain of R[later, i] since R[earlier, i], which is one of `changes`."""
+        """The gain of R[later, i] over R[earlier, i], one of `changes`."""
         return self.changes[Change(self.run.tasks[i], earlier, later)]
 
     @property
     def tested(self) -> list[Change]:
-        """The changes that a report marks where they are certain: in a sequence not all of those since the base."""
+        """The changes that a report tests: all but, in a sequence, most of the changes since the base model."""
         shown = set(self.changes)
         for i, task in enumerate(self.run.tasks if self.is_sequential else ()):
             shown -= {Change(task, 0, t) for t in range(len(self.run.stages))}
@@ -388,9 +388,9 @@ class Results:
 
     @cached_property
     def marks(self) -> dict[Change, int]:
-        """1 or -1 for the changes that get an arrow: certain together (Holm over all that is tested).
+        """The changes that get an arrow -> 1 or -1. They are significant together (Holm over all tested changes).
 
-        None contradicts the interval that is shown, which is that of one change alone.
+        A mark never contradicts the interval that is shown, which is not corrected.
         """
         p: dict[Change, float] = {}
         for (name, earlier), group in itertools.groupby(self.tested, key=lambda change: change[:2]):
@@ -402,16 +402,16 @@ class Results:
         return {change: sign for change, sign in signs.items() if sign}
 
     def mark(self, name: str, earlier: int, later: int) -> int:
-        """1 or -1 where a task or suite is certain to have got better or worse between two stages, else 0."""
+        """1 or -1 if a task or suite got significantly better or worse between two stages, else 0."""
         return self.marks.get(Change(name, earlier, later), 0)
 
     def matrix_mark(self, t: int, i: int) -> int:
-        """The mark of R[t, i]: since the task's own stage, or the base model where there is no sequence."""
+        """The mark of R[t, i]: since the task's own stage, or since the base model if the run is no sequence."""
         return self.mark(self.run.tasks[i], i + 1 if self.is_sequential else 0, t)
 
     @cached_property
     def forms(self) -> list[Form]:
-        """Form against knowledge: for tasks of a sequence with a form-tolerant accuracy beside the official one."""
+        """Loss of form and of knowledge, for the tasks of a sequence that have a form-tolerant accuracy."""
         tolerant, last = self.matrix("accuracy_tolerant"), self.last_stage
         found = []
         for i, task in enumerate(self.run.tasks[: max(0, last - 1)]):
@@ -429,9 +429,9 @@ class Results:
 
     @cached_property
     def general(self) -> dict[int, Estimate]:
-        """Stage -> general-ability delta over the paper's suites that the base model was measured on.
+        """Stage -> general-ability delta over those of the paper's suites that the base model was measured on.
 
-        A stage that lacks one of them has no delta: a mean over other suites is another number.
+        A stage that lacks one of them has no delta, since means over different suites cannot be compared.
         """
         base, *stages = (
             {s: headline(self.cells[stage.index, s]) for s in GROUPS["general"] if (stage.index, s) in self.cells}

@@ -1,4 +1,4 @@
-"""The scores of single test rows, from the samples: what intervals and tests are made of; and the options chosen."""
+"""The scores of individual test rows, for intervals and tests, and the options that the answers choose."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ Cells = dict[tuple[int, str], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Rows:
-    """The scores of a task's test rows, or of a suite's: the same rows at all stages."""
+    """The scores of the test rows of a task or suite: the same rows at all stages."""
 
     ids: list[tuple[str, Any]]
     """(subtask of a suite, doc_id) of each row."""
     scores: dict[str, Matrix]
-    """Metric -> scores, shape (rows, stages); NaN at stages whose score is not the mean of these rows."""
+    """Metric -> scores, shape (rows, stages); NaN at stages whose score is not the mean of its rows."""
     parts: list[NDArray[np.intp]]
-    """The score is the mean of these parts' means: all rows, or each subtask's where subtasks count the same."""
+    """The score is the mean over parts of the mean over a part's rows. One part, or one for each equal subtask."""
 
     def estimates(self, rows: Matrix, interval: Callable[[Matrix], tuple[Matrix, Matrix]]) -> list[Estimate]:
-        """The mean of each column of shape (rows, columns), with the interval of `metrics` for means or differences."""
+        """The mean of each column of `rows` (rows, columns), with an interval function of `metrics`."""
         parts = [np.stack([rows[part].mean(axis=0), *interval(rows[part])], axis=1) for part in self.parts]
         return [metrics.mean_of([Estimate(*part[column]) for part in parts]) for column in range(rows.shape[1])]
 
     def changes(self, unit: Unit, later: list[int], earlier: int) -> list[Estimate]:
-        """What the scores of a metric gained from the earlier stage to the later ones."""
+        """The gains of the unit's metric from the earlier stage to each later one."""
         interval = partial(metrics.difference_interval, fractions=unit.scale == 1)
         return self.estimates(self._gains(unit, later, earlier), interval)
 
     def p_values(self, unit: Unit, later: list[int], earlier: int) -> Matrix:
-        """How likely such gains are where nothing changed: see `metrics.difference_p`."""
+        """How likely these gains are if nothing changed: see `metrics.difference_p`."""
         rows = self._gains(unit, later, earlier)
         return metrics.difference_p([rows[part] for part in self.parts], fractions=unit.scale == 1)
 
@@ -53,14 +53,13 @@ class Rows:
 
 
 def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
-    """The rows of a task or suite from the samples of all stages; None if there are none.
+    """Reads the rows of a task or suite from the samples of all stages; None if there are none.
 
-    A score has to be the mean of its rows, or of its subtasks' means. Where it never was (corpus BLEU), the rows do not
-    say how certain it is, and those of the stage are NaN.
+    A score has to be the mean of its rows, or of its subtasks' means. If its metric is no mean (corpus BLEU), the rows
+    say nothing about its uncertainty, and their scores are NaN.
 
     Raises:
-        RunError: if samples are damaged, are not those that their score was made from, or are of other rows than those
-            of another stage.
+        RunError: if samples are damaged, do not give their score, or have other rows than those of another stage.
     """
     files = {stage.index: stage.samples_file(name) for stage in run.stages}
     own = {i: cell for (i, n), cell in cells.items() if n == name and files[i].exists()}
@@ -100,7 +99,7 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
 
 
 def _parts(ids: list[tuple[str, Any]], scores: dict[str, Matrix], cells: dict[int, Any]) -> list[NDArray[np.intp]]:
-    """Whether scores are means of all rows or of subtasks' means: what more of the headlines are."""
+    """Finds out whether scores are means over all rows, or over subtasks' means: whichever fits more headlines."""
     labels = np.unique([subtask for subtask, _ in ids], return_inverse=True)[1]
     subtasks = [np.flatnonzero(labels == label) for label in range(labels.max() + 1)]
 
@@ -117,27 +116,27 @@ def _fits(x: Matrix, parts: list[NDArray[np.intp]], i: int, cell: dict[str, Any]
 
 @dataclass(frozen=True)
 class Choices:
-    """The options that the test rows of a task or suite offer, and which one was chosen at each stage."""
+    """The options that the test rows of a task or suite offer, and the one chosen at each stage."""
 
     labels: list[str]
-    """What the options are called: their texts where they are the same in all rows, and letters."""
+    """The names of the options: their texts if all rows have the same ones, else letters."""
     options: NDArray[np.intp]
-    """How many options each row has, shape (rows,)."""
+    """The number of options of each row, shape (rows,)."""
     gold: NDArray[np.intp]
-    """The number of the right one."""
+    """The index of the right option of each row."""
     chosen: dict[int, NDArray[np.intp]]
-    """Stage -> the number of the one that is chosen; -1 = the answer names none."""
+    """Stage -> the index of the chosen option of each row; -1 = the answer names none."""
 
     def right(self, stage: int) -> NDArray[np.bool_]:
-        """Whether each row's answer names the right option, in whatever form."""
+        """Whether each row's answer names the right option, in any form."""
         return self.chosen[stage] == self.gold
 
 
 def load_choices(run: Run, name: str, cells: Cells) -> Choices | None:
-    """The options and choices of a task or suite, whose rows `load_rows` checked; None unless all of them have options.
+    """Reads the options and choices of a task or suite (checked by `load_rows`); None if a row has no options.
 
-    A suite's samples say which option is the likeliest. Of a text the letter is read as for the form-tolerant accuracy,
-    and the options from the prompt.
+    In a suite's samples the likeliest option is chosen. For generated answers the options are read from the prompt, and
+    the letter as for the form-tolerant accuracy.
     """
     found: Choices | None = None
     for stage in run.stages:
@@ -152,7 +151,7 @@ def load_choices(run: Run, name: str, cells: Cells) -> Choices | None:
 
 
 def _offered(rows: list[dict[str, Any]]) -> Choices | None:
-    """The options and the right ones of all rows, before any stage's choices; None if a row has none."""
+    """The options and right options of all rows, without choices yet; None if a row has no options."""
     texts: list[list[str]] = []
     gold = []
     for row in rows:

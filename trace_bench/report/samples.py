@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     text: str
     score: float | None
     verdict: str | None
-    """What judges say of it against the base model's: win, tie or lose."""
+    """The judges' verdict against the base model's answer: win, tie or lose."""
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The sections of a run's report, as texts and tables: what it is, its scores, what was learned and forgotten."""
+"""The sections of a run's report, as texts and tables: the run, its scores, what was learned and forgotten."""
 
 from __future__ import annotations
 
@@ -34,15 +34,20 @@ DEMO = (
     "and forgetting;\n> they cannot be compared with TRACE."
 )
 INTERVALS = (
-    "In brackets 95 % intervals: where the score on all rows of the same kind lies, each row taken with its answers at "
-    "all stages. What another training seed would change is not in them."
+    "In brackets are 95 % intervals over test rows, each row taken with its answers at all stages. They do not include "
+    "what another training seed would change."
 )
 #: What a manifest's "trains" means.
 _TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
 
 
 def sections(results: Results, others: Iterable[Results] = ()) -> dict[str, list[Block]]:
-    """The parts of the report in their order, by key; empty where the run has nothing. Other runs may bound it."""
+    """Key of a section -> its blocks, in the order of the report; empty if the run has nothing to show there.
+
+    Args:
+        results: The run.
+        others: Other runs, among which `bounds` looks for upper and lower bounds.
+    """
     parts: dict[str, Callable[[Results], Iterable[Block]]] = {
         "run": _run,
         "summary": _summary,
@@ -110,7 +115,7 @@ def _run(results: Results) -> Iterable[Block]:
 
 
 def _summary(results: Results) -> Iterable[Block]:
-    """The numbers that stand for the run; of checkpoints of unknown training there are none."""
+    """The headline numbers of the run; none for checkpoints of unknown training."""
     unit, t = results.unit or PERCENT, results.last_stage
     lower = "" if unit.higher_is_better else "; lower is better"
     if t:
@@ -182,7 +187,7 @@ def _learned_and_forgotten(results: Results) -> Iterable[Block]:
 
 
 def _changes_of_checkpoints(results: Results) -> Iterable[Block]:
-    """For checkpoints of unknown training: what each one gained and lost."""
+    """For checkpoints of unknown training: the gains and losses of each one."""
     run = results.run
     stages, columns = run.stages, range(len(run.tasks))
     for title, pairs in (
@@ -202,7 +207,7 @@ def _change(results: Results, i: int, earlier: int, later: int) -> str:
 
 
 def _task_head(results: Results) -> list[str]:
-    """The head of the first columns of a table with a row a task: units are named where they are not all percent."""
+    """The first heads of a table with one row per task; with a column of units if not all are percent."""
     return ["task", "unit"] if results.not_percent else ["task"]
 
 
@@ -216,7 +221,7 @@ def _column(results: Results, task: str) -> str:
 
 
 def _columns(results: Results) -> list[str]:
-    """The heads of the tasks' columns, with their metrics where not all are percent."""
+    """The heads of the tasks' columns, with their metrics if not all units are percent."""
     return [_column(results, t) if results.not_percent else task_name(t) for t in results.run.tasks]
 
 
@@ -224,7 +229,7 @@ def _columns(results: Results) -> list[str]:
 
 
 def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
-    """What the base model, demonstrations, a model per task and multi-task training reach on the same tasks."""
+    """The scores of the base model, demonstrations, a model per task and multi-task training on the same tasks."""
     if not results.is_sequential:
         return
     run, R = results.run, results.R
@@ -319,7 +324,7 @@ def _form(results: Results) -> Iterable[Block]:
 
 
 def _extracted(results: Results) -> Iterable[Block]:
-    """For tasks that ask for the reasoning first: how often there was an answer in the text at all."""
+    """For tasks that ask for the reasoning first: how often the text has an answer."""
     cells = results.cells_of(results.run.tasks)
     having = {task for (_, task), cell in cells.items() if "extracted" in cell["metrics"]}
     if not having:
@@ -341,7 +346,7 @@ def _limits(results: Results) -> Iterable[Block]:
     run, cells = results.run, results.cells
     counts = {key: (c.get("n_cut", 0), c.get("n_unfinished", 0)) for key, c in results.cells_of(run.tasks).items()}
     tasks = [t for t in run.tasks if any(sum(count) for (_, task), count in counts.items() if task == t)]
-    if not tasks or run.left_out:  # with rows left out the counts would be those of other rows
+    if not tasks or run.left_out:  # the counts include the rows that are left out
         return
 
     def shares(*key: Any) -> str:

@@ -1,4 +1,4 @@
-"""Methods over their training seeds: groups of runs, differences of their means, and how far seeds are apart."""
+"""Methods over several training seeds: groups of runs, differences of their means, and the spread of seeds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDS = ("low end of the 95 % interval", "high end of the 95 % interval")
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed; a run without others of its kind is one by itself."""
+    """Runs that differ only in the seed; it may be a single run."""
 
     name: str
     entries: list[Entry]
@@ -45,7 +45,7 @@ class Group:
 
 
 def lines_of(entries: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
-    """The groups and the runs that are in none, in the order of the runs."""
+    """The groups, and the runs that are in no group, in the order of the runs."""
     lines: list[Group] = []
     for entry in entries:
         group = next((g for g in groups if entry in g.entries), None)
@@ -57,7 +57,7 @@ def lines_of(entries: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
 
 
 def groups_of(entries: Sequence[Entry]) -> list[Group]:
-    """The groups, with the names of their runs less the seed, such as `ewc` of `ewc-seed0` and `ewc-seed1`."""
+    """The groups, named after their runs without the seed: `ewc` for `ewc-seed0` and `ewc-seed1`."""
     found: list[list[Entry]] = []
     for entry in entries:
         group = next((group for group in found if all(_differ_by_seed(entry, other) for other in group)), [])
@@ -100,7 +100,7 @@ class SeedDifferences:
             if task in two.units and shared_unit([unit, two.units[task]]) is not None:
                 numbers[task] = partial(_final_gain, task=task)
         found = {n: measures.seed_difference(group.by_seed(f), reference.by_seed(f)) for n, f in numbers.items()}
-        # A difference of means over other tasks is no difference of the methods.
+        # Means over different tasks say nothing about the methods.
         others = [name for name in found if not over_the_same_tasks(one, two, name)]
         found |= {name: (Estimate(found[name][0].value), math.nan) for name in others}
         comparable = same_conditions(one.results, two.results)
@@ -126,7 +126,7 @@ class SeedDifferences:
 
 
 def _final_gain(entry: Entry, task: str) -> float:
-    """A final score as it is shown, so that a difference of two is a gain."""
+    """A final score as it is shown, with the sign of its unit, so that differences are gains."""
     return entry.units[task].sign * entry.finals[task]
 
 
@@ -148,35 +148,35 @@ def marks_of(seeds: Sequence[SeedDifferences]) -> Marks:
 
 
 def varies(values: Sequence[float]) -> bool:
-    """Whether the numbers of seeds say anything about a variance."""
+    """Whether the numbers of the seeds differ, so that a variance can be estimated."""
     return not math.isnan(measures.seed_interval(values)[0])
 
 
 def mean_and_deviation(values: Sequence[float], write: Callable[[float], str], cost: bool = False) -> str:
-    """The mean over seeds ± the standard deviation; of a cost, or of the one base model, the number where all agree."""
+    """The mean over seeds ± the standard deviation; only the number for a `cost` that is the same for all seeds."""
     mean = float(np.mean(values))
     if math.isnan(mean):
         return DASH
-    if not varies(values):  # these may be the same for every seed, a score only by chance
+    if not varies(values):  # a cost may well be the same for all seeds, a score only by chance
         return write(mean) if cost else f"{write(mean)} ± {DASH}"
     return f"{write(mean)} ± {write(float(np.std(values, ddof=1))).lstrip('+')}"
 
 
 def interval_over_seeds(values: Sequence[float], write: Callable[[float], str]) -> str:
-    """Where the mean of all seeds lies."""
+    """The interval of the mean over seeds."""
     low, high = measures.seed_interval(values)
-    # Where both ends are written alike the seeds differ too little to say how much another one would.
+    # If both ends look the same, the seeds differ too little for an interval.
     return DASH if math.isnan(low) or write(low) == write(high) else f"[{write(low)}, {write(high)}]"
 
 
 def deviation_between_seeds(group: Group, columns: Iterable[str]) -> dict[str, float]:
-    """OP, BWT and the tasks -> the standard deviation between seeds; 0 where all seeds have the same."""
+    """OP, BWT and the tasks -> the standard deviation between seeds; 0 if all seeds have the same number."""
     values = {name: group.numbers(name) for name in ("OP", "BWT", *columns)}
     return {name: float(np.std(v, ddof=1)) if varies(v) else 0.0 for name, v in values.items()}
 
 
 def deviation_of_test_rows(group: Group, columns: Iterable[str]) -> dict[str, float]:
-    """The same -> the standard error over test rows, as one run of the group has it on average."""
+    """OP, BWT and the tasks -> the mean standard error over test rows of one run of the group."""
     found = []
     for e in group.entries:
         results, tasks = e.results, e.run.tasks
@@ -202,7 +202,7 @@ _WORTH = 2.0
 
 
 def seeds_needed(groups: Sequence[Group]) -> str | None:
-    """How many seeds would show a difference in OP, from the spread of those that are there."""
+    """How many seeds are needed to show a difference in OP, from the spread of the present ones."""
     unit = shared_unit(e.unit("OP") for group in groups for e in group.entries)
     values = {group.name: group.numbers("OP") for group in groups}
     values = {name: v for name, v in values.items() if not np.isnan(v).any()}

@@ -22,10 +22,10 @@ def general(results: Results) -> Iterable[Block]:
         return
     there = [s for s in SUITES if s in results.headlines]
     suites, others = ([s for s in there if (s in GROUPS["general"]) is own] for own in (True, False))
-    beside = f" Beside it, and not in mean and delta: {', '.join(map(title, others))}." if others else ""
+    further = f" In addition, and not in mean and delta: {', '.join(map(title, others))}." if others else ""
     yield (
         "## General ability\n\nlm-eval's own tasks in the paper's settings, in percent. Delta: the mean over the "
-        f"suites of the change since stage 0 (TRACE, section 3.3).{beside}"
+        f"suites of the change since stage 0 (TRACE, section 3.3).{further}"
     )
     if limits := _limits(cells, "general_rows"):
         yield (

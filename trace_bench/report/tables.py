@@ -28,19 +28,19 @@ _ARROWS = (
 
 
 def number(value: float | None, sign: bool = False) -> str:
-    """One digit after the point; a dash where there is no number."""
+    """A number with one decimal; a dash if there is none."""
     if value is None or math.isnan(value):
         return DASH
     return format(round(value, 1) + 0.0, "+.1f" if sign else ".1f")  # no "-0.0"
 
 
 def count(value: float | None) -> str:
-    """A whole number; a dash where there is none."""
+    """A whole number; a dash if there is none."""
     return DASH if value is None or math.isnan(value) else f"{value:,.0f}"
 
 
 def length(characters: float | None, empty: float | None) -> str:
-    """How long answers are on average, and in brackets the percentage of empty ones, where some are."""
+    """The mean length of answers and, if some are empty, their percentage in brackets."""
     if characters is None:
         return DASH
     return f"{characters:.0f}" + (f" ({100 * empty:.0f} %)" if empty else "")
@@ -48,29 +48,30 @@ def length(characters: float | None, empty: float | None) -> str:
 
 @dataclass(frozen=True)
 class Unit:
-    """What a metric's scores are measured in, and which way they get better.
+    """The unit of a metric's scores, and the direction in which they get better.
 
-    Fractions of 1 are shown in percent, others as the metric gives them; a change as a gain, `sign` times it.
+    Fractions of 1 are shown in percent, other scores as the metric gives them. A change is shown as a gain: `sign`
+    times the difference.
     """
 
     metric: str = ""
     scale: float | None = 1
-    """Scores go from 0 to this: 1 = a fraction, 100; None = they have no known end."""
+    """The highest score: 1 (fractions) or 100; None = unknown."""
     higher_is_better: bool = True
 
     @property
     def is_percent(self) -> bool:
-        """Whether scores are fractions of 1, of which more is better, as all of TRACE's are."""
+        """Whether scores are fractions of 1 and higher is better, as for all tasks of TRACE."""
         return self.scale == 1 and self.higher_is_better
 
     @property
     def plain(self) -> str:
-        """The unit alone."""
+        """The unit without its direction."""
         return "percent" if self.scale == 1 else self.metric
 
     @property
     def name(self) -> str:
-        """The unit, and that lower is better where it is."""
+        """The unit, with its direction if lower is better."""
         return self.plain if self.higher_is_better else f"{self.plain}, lower is better"
 
     @property
@@ -80,19 +81,19 @@ class Unit:
 
     @property
     def sign(self) -> int:
-        """1, or -1 where lower is better: times a difference it is the gain."""
+        """1, or -1 if lower is better: a gain = sign x difference."""
         return 1 if self.higher_is_better else -1
 
     @property
     def factor(self) -> int:
-        """Times a score it is the number that is shown."""
+        """Factor x score = the number that is shown."""
         return 100 if self.scale == 1 else 1
 
     def shown(self, number_shown: float | None, sign: bool = False) -> str:
-        """A number in this unit: one digit after the point, or three digits where the scale is not known."""
+        """A number in this unit: with one decimal, or three digits if the scale is unknown."""
         if self.scale is not None or number_shown is None or math.isnan(number_shown):
             return number(number_shown, sign)
-        value = round(number_shown, 9) + 0.0  # the difference of equal means is no 1e-17
+        value = round(number_shown, 9) + 0.0  # the difference of equal means may be 1e-17
         form = "#.3g" if abs(value) < 99.95 else ".1f" if abs(value) < 1e6 else ".3e"
         return format(value, f"{'+' if sign else ''}{form}")
 
@@ -108,7 +109,7 @@ class Unit:
         return f"{text} [{self.text(estimate.low, sign)}, {self.text(estimate.high, sign)}]"
 
     def ends(self, scores: ArrayLike) -> tuple[float, float]:
-        """Worst and best score, between which colours go: of the scale, or where it is not known of these scores."""
+        """The worst and the best score, for colours: of the scale, or of these scores if the scale is unknown."""
         known = np.asarray(scores, dtype=np.float64)
         known = known[~np.isnan(known)]
         low, high = 0.0, 1.0 if self.scale is None else float(self.scale)
@@ -118,41 +119,41 @@ class Unit:
 
 
 PERCENT = Unit()
-"""Of fractions of 1, of which more is better."""
+"""The unit of fractions of 1 with higher = better."""
 percent, percent_with_interval = PERCENT.text, PERCENT.with_interval
 
 
 def shared_unit(units: Iterable[Unit]) -> Unit | None:
-    """The unit that all have; None if they differ, so that no mean is taken. Percent without any."""
+    """The unit that all have; None if they differ, so that there is no mean; percent if there are none."""
     found = {(u.scale, u.higher_is_better, u.scale == 1 or u.metric): u for u in units}
     return next(iter(found.values()), PERCENT) if len(found) <= 1 else None
 
 
 def shade(score: Any, ends: tuple[float, float]) -> Any:
-    """Where a score, or each of an array, lies between the worst (0) and the best (1)."""
+    """The position of a score, or of each score of an array, between the worst (0) and the best (1)."""
     worst, best = ends
     return (score - worst) / ((best - worst) or 1)
 
 
 def arrow(mark: int) -> str:
-    """Behind a number: an arrow where its change is certain, 1 or -1; up is better."""
+    """The arrow behind a number with a significant change (1 or -1); up is better."""
     return {1: " ↑", 0: "", -1: " ↓"}[mark]
 
 
 def legend(rows: Iterable[Iterable[str]], since: str = "") -> str:
-    """What arrows in a table mean, where there are some, or changes with intervals, which might have one."""
+    """The meaning of arrows, if a table has some or has changes with intervals, which might have one."""
     return f"\n\n{_ARROWS.format(since=since)}" if any(t.endswith(("↓", "↑", "]")) for row in rows for t in row) else ""
 
 
 def stage_label(stage: Stage) -> str:
-    """A stage's name where there is little room."""
+    """A short name of a stage."""
     if stage.index == 0:
         return "base"
     return task_name(stage.task) if stage.task else stage.name.partition("_")[2]
 
 
 def left_out_text(left_out: dict[str, tuple[int, int]]) -> str:
-    """Says which test rows do not count in a run that is seen without leaked rows (`Results.left_out`)."""
+    """Says which test rows are left out of a report without leaked rows (`Results.left_out`)."""
     text = ", ".join(f"{task_name(task)} {n} of {total}" for task, (n, total) in left_out.items() if n)
     return (
         "Test rows whose prompt is in the training rows of the task, exactly or nearly, are left out of all scores: "
@@ -177,11 +178,11 @@ class Table:
     about: str = ""
     """What its numbers are."""
     apart: int = 0
-    """The last so many rows are for orientation and set apart from the others."""
+    """The number of rows at the end that are for orientation, such as the paper's, and set apart."""
     detail: bool = False
-    """Whether a page shows it only when asked, since another table has its numbers in short."""
+    """Whether a page folds it, since another table summarises it."""
     links: Mapping[tuple[int, int], str] = field(default_factory=dict)
-    """(row, column) of a cell -> where it leads on a page."""
+    """(row, column) of a cell -> the target of its link on a page."""
 
     @property
     def caption(self) -> str:
@@ -189,13 +190,13 @@ class Table:
         return f"{self.title}, {self.about}" if self.about else self.title
 
     def without_empty_columns(self) -> Table:
-        """The table without columns that hold nothing but dashes, whatever rows for orientation have there."""
+        """The table without columns that hold only dashes; the rows set `apart` do not count."""
         own = self.rows[: len(self.rows) - self.apart]
         kept = [i for i in range(len(self.header)) if any(row[i] != DASH for row in own)]
         return replace(self, header=[self.header[i] for i in kept], rows=[[row[i] for i in kept] for row in self.rows])
 
     def texts(self, form: Callable[[str], str], apart: str) -> list[list[str]]:
-        """The cells of the rows in a form; those of rows for orientation within the braces of `apart`."""
+        """The cells as formatted by `form`; those of rows set apart are put into the format string `apart`."""
         own, rows = len(self.rows) - self.apart, [[form(str(cell)) for cell in row] for row in self.rows]
         return rows[:own] + [[apart.format(c) if c not in ("", DASH) else c for c in row] for row in rows[own:]]
 
@@ -213,7 +214,7 @@ def markdown(table: Table) -> str:
 
 
 def csv_text(columns: Sequence[str], lines: Iterable[Mapping[str, Any]], numbers: Collection[str] = ()) -> str:
-    """Lines as CSV, empty where they lack a column; texts that are in none of the `numbers` are no formulas."""
+    """Lines as CSV; a missing column is empty. Columns that are not in `numbers` are protected from being formulas."""
     out = io.StringIO()
     rows = ([line.get(c, "") if c in numbers else cell(line.get(c, "")) for c in columns] for line in lines)
     csv.writer(out, lineterminator="\n").writerows([map(cell, columns), *rows])
@@ -260,7 +261,7 @@ _LATEX = {
 
 
 def latex_text(text: str) -> str:
-    """Text as LaTeX sets it: nothing in it is a command; `code` and **bold** of Markdown become LaTeX's."""
+    """Escapes a text for LaTeX; `code` and **bold** of Markdown become LaTeX's."""
     text = "".join(_LATEX.get(c, c) for c in one_line(text.replace("<br>", " ")))
     text = re.sub(r"`([^`]*)`", r"\\texttt{\1}", text)
     text = re.sub(r"\*\*(.*?)\*\*", r"\\textbf{\1}", text)

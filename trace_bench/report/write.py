@@ -25,46 +25,49 @@ from trace_tasks.errors import TraceError
 
 _FORMS = {".md": Comparison.markdown, ".csv": Comparison.csv, ".tex": Comparison.latex}
 ENDINGS = (*_FORMS, ".html")
-#: A process has to have so many reports to make up for its start.
+#: Reports per process from which on starting a process pays off.
 _ENOUGH = 4
 
 
 def write_report(run: Run, others: Iterable[Run] = ()) -> str:
-    """Writes report.md, report.html, figures/, scores.csv and result.json and returns one line that sums them up.
+    """Writes report.md, report.html, figures/, scores.csv and result.json; returns a one-line summary.
 
-    Those of the other runs that bound it are shown in its report.
+    Args:
+        run: The run.
+        others: Other runs, which the report shows if they are bounds of this one.
     """
     return _write(Results(run), [Results(other) for other in others])
 
 
 def write_reports(runs: Sequence[Run]) -> list[tuple[str, Results] | TraceError]:
-    """Writes the reports of runs that are compared, as many at a time as there are cores.
+    """Writes the reports of runs that are compared, in parallel processes. An up-to-date page is not drawn again.
 
-    A page that is up to date is not drawn again. Returns for each run its line and its numbers, or what is wrong.
+    Returns:
+        For each run its one-line summary and its numbers, or the error.
     """
     processes = max(1, min(os.cpu_count() or 1, len(runs) // _ENOUGH))
     shares = [range(first, len(runs), processes) for first in range(processes)]
     if processes == 1:
         return _write_share(runs, *shares)
-    # Not forked: a process with threads, as numerical libraries have them, cannot be.
+    # Spawned, since a process with threads (numerical libraries) cannot be forked safely.
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         made = list(pool.map(partial(_write_share, runs), shares))
     return [made[number % processes][number // processes] for number in range(len(runs))]
 
 
 def _write_share(runs: Sequence[Run], numbers: Iterable[int]) -> list[tuple[str, Results] | TraceError]:
-    """The reports of those of the runs that one process writes."""
+    """Writes the reports of runs[i] for i in `numbers`, in one process."""
     together = list(map(Results, runs))
     made: list[tuple[str, Results] | TraceError] = []
     for number in numbers:
         try:
-            made.append((_write(together[number], together, anew=False), together[number]))
+            made.append((_write(together[number], together, redraw=False), together[number]))
         except TraceError as e:
             made.append(e)
     return made
 
 
-def _write(results: Results, others: Iterable[Results], *, anew: bool = True) -> str:
+def _write(results: Results, others: Iterable[Results], *, redraw: bool = True) -> str:
     run = results.run
     refuse_links(run.path, *WRITTEN)
     check_writable(run.path)
@@ -73,7 +76,7 @@ def _write(results: Results, others: Iterable[Results], *, anew: bool = True) ->
     write_text(run.path / "scores.csv", results.once(scores_csv))
     write_json(run.path / FILE, result(results))
     write_text(run.path / "report.md", "\n\n".join(texts) + "\n")
-    write_page(results, parts, anew=anew)
+    write_page(results, parts, redraw=redraw)
     return f"{run.path}/report.md: {_summary(results)}"
 
 
@@ -101,7 +104,7 @@ def _summary(results: Results) -> str:
 def write_comparison(
     runs: Sequence[Run | Results], output: str | Path | None = None, baseline: Run | None = None
 ) -> str:
-    """Compares runs (see `compare`), writes the comparison in the form of the output's ending, and returns Markdown.
+    """Compares runs (see `compare`), writes the comparison in the format of the output's ending; returns Markdown.
 
     Raises:
         RunError: if `output` has another ending than `ENDINGS`.
@@ -116,7 +119,7 @@ def write_comparison(
 
 
 def check_output(output: str | Path | None, endings: tuple[str, ...] = ENDINGS) -> None:
-    """Refuses a file that cannot be written as a comparison, by its ending or its folder.
+    """Refuses an output file with another ending, or in a folder that cannot be written to.
 
     Raises:
         RunError: if its name does not end in one of the endings.
