@@ -35,38 +35,38 @@ MOST_BYTES = 150_000_000
 #: The most bytes of a batch's replies together.
 MOST_FILE = 2 * 2**30
 POLL_SECONDS = 30.0
-#: Pages of batches, the newest first, that are looked through for one of ours.
+#: The most pages of batches, newest first, that are searched for one of ours.
 MOST_PAGES = 100
 _ENDED = ("completed", "failed", "expired", "cancelled")
 _STATES = ("validating", "in_progress", "finalizing", "cancelling", *_ENDED)
 
 Batch = dict[str, Any]
-"""What we remember of a batch: its `tag`, `id` (None while it is being made), `endpoint`, and `keys` of requests."""
+"""Our record of a batch: its `tag`, `id` (None while it is being made), `endpoint`, and the `keys` of its requests."""
 
 
 class _UnusableError(Exception):
-    """The endpoint's answer is nothing that a Batch API would say."""
+    """The endpoint's answer is not one of a Batch API."""
 
 
 class BatchClient(Client):
     """A `Client` that sends its requests as batches."""
 
     def send(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
-        """Submits what is in no batch yet."""
+        """Submits the requests that are in no batch yet."""
         self.refuse_without_key()
         with self._explained():
             asyncio.run(self._submit(bodies))
         return {}
 
     def collect(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
-        """Waits for the batches, whoever submitted them, and puts the replies into the cache."""
+        """Waits for the batches, including those of other processes, and puts the replies into the cache."""
         with self._explained():
             failed = asyncio.run(self._fetch(bodies, desc))
-        self.cache.read()  # what other programs have fetched
+        self.cache.read()  # other processes may have fetched replies
         return {key: failed.get(key, "no reply in the batch") for key in bodies if key not in self.cache}
 
     def _remember(self, batches: list[Batch]) -> None:
-        """Writes the batches of this endpoint in place of those that the file has."""
+        """Replaces the batches of this endpoint in the file."""
         file = batch_file(self.cache.path)
         batches = [batch for batch in submitted(self.cache.path) if batch["endpoint"] != self.endpoint] + batches
         if batches:
@@ -76,7 +76,7 @@ class BatchClient(Client):
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Makes errors of the endpoint errors of the project."""
+        """Turns errors of the endpoint into errors of ours."""
         try:
             yield
         except (openai.OpenAIError, _UnusableError) as e:
@@ -93,7 +93,7 @@ class BatchClient(Client):
     async def _submit(self, bodies: dict[str, Request]) -> None:
         async with self.connect() as api:
             batches = self.batches()
-            for batch in batches:  # without a name: of a program that was killed while it made it
+            for batch in batches:  # one without an id was being made when its program was killed
                 batch["id"] = batch["id"] or await _find(api, batch["tag"])
             batches = [batch for batch in batches if batch["id"]]
             self._remember(batches)
@@ -110,7 +110,7 @@ class BatchClient(Client):
         uploaded = _name(upload)
         self._remember([*others, batch])
         try:
-            # No second try by the package: after a lost answer the batch may be there, and another one costs as much.
+            # No automatic second try: after a lost answer the batch may exist, and a second one would be paid, too.
             made = api.with_options(max_retries=0).batches.with_raw_response.create(
                 input_file_id=uploaded,
                 endpoint="/v1/chat/completions",
@@ -119,7 +119,7 @@ class BatchClient(Client):
             )
             batch["id"] = _name(await _object(made))
         except (openai.APIError, _UnusableError) as e:
-            if isinstance(e, openai.APIStatusError) and e.status_code < 500:  # it said no, so there is none
+            if isinstance(e, openai.APIStatusError) and e.status_code < 500:  # refused, so no batch exists
                 self._remember(others)
                 raise
             batch["id"] = await _find(api, tag)
@@ -156,7 +156,7 @@ class BatchClient(Client):
         return errors
 
     async def _take(self, batch: Batch, said: dict[str, Any], bodies: dict[str, Request]) -> dict[str, str]:
-        """Puts the replies of a batch that has ended into the cache, forgets it, and returns what went wrong."""
+        """Caches the replies of a batch that has ended, forgets the batch, and returns key -> error."""
         errors: dict[str, str] = {}
         # As many replies as there are requests, in both files together.
         most = min(MOST_FILE, MOST_REPLY * (len(batch["keys"]) + 1))
@@ -175,7 +175,7 @@ class BatchClient(Client):
         return {key: errors.get(key, self.masked(why)) for key in batch["keys"] if key not in self.cache}
 
     def _keep(self, content: bytes, keys: list[str], bodies: dict[str, Request]) -> dict[str, str]:
-        """Puts the replies of a batch's output file into the cache, and returns what went wrong with which request."""
+        """Caches the replies in a batch's output file, and returns key -> error."""
         errors, asked = {}, set(keys)
         unreadable: list[str] = []  # whose replies they were shows as requests without one
         for line in filter(bytes.strip, io.BytesIO(content)):
@@ -218,7 +218,7 @@ async def _object(call: Awaitable[Any]) -> dict[str, Any]:
 
 
 def _objects(rows: Any) -> list[dict[str, Any]]:
-    """The objects of a list that a server sent; none of anything else."""
+    """The objects in a list from a server; empty if it is no list."""
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
@@ -254,7 +254,7 @@ async def _find(api: openai.AsyncOpenAI, tag: str) -> str | None:
 
 
 def _chunks(bodies: dict[str, Request]) -> list[dict[str, bytes]]:
-    """Key -> line of the input file, in as many files as the limits need."""
+    """Splits key -> line into input files that keep the limits of a batch."""
     chunks: list[dict[str, bytes]] = []
     size = 0
     for key, body in bodies.items():

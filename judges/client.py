@@ -92,7 +92,7 @@ class Client(Judge):
         )
 
     def masked(self, error: object) -> str:
-        """The text of an error for people to read: a short line, without the key, which servers may send back."""
+        """The text of an error as a short line, without the key, which a server may echo."""
         key = _key()
         lacking = isinstance(error, openai.APIStatusError) and error.status_code in (401, 403) and not key
         if isinstance(error, openai.APIStatusError):
@@ -126,14 +126,14 @@ class Client(Judge):
         ) from None
 
     def _or_proxy(self) -> str:
-        """That the environment sends requests over a proxy, which may be what is missing; empty if it does not."""
+        """A hint, if the environment sets a proxy, that the proxy may be the one that does not answer; else empty."""
         url = httpx.URL(self.endpoint)
         if not urllib.request.getproxies().keys() & {url.scheme, "all"} or urllib.request.proxy_bypass(url.host):
             return ""
         return f", or at the proxy of {url.scheme.upper()}_PROXY or ALL_PROXY"
 
     def refuse_without_key(self) -> None:
-        """Raises an error where a key is needed, which is at OpenAI, and there is none."""
+        """Raises an error if the endpoint is OpenAI's and there is no key."""
         if not _key() and self.endpoint == OPENAI_URL:
             raise JudgeError(
                 "OPENAI_API_KEY is not set. Set it, or name an endpoint that needs none with --base-url or "
@@ -145,7 +145,7 @@ class Client(Judge):
         return [batch for batch in submitted(self.cache.path) if batch["endpoint"] == self.endpoint]
 
     def send(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
-        """Sends the requests one by one; refuses those that are in a batch and would be paid twice."""
+        """Sends the requests individually; refuses those that are in a batch, which would be paid twice."""
         self.refuse_without_key()
         if waiting := bodies.keys() & {key for batch in self.batches() for key in batch["keys"]}:
             raise JudgeError(
@@ -196,12 +196,12 @@ class Client(Judge):
         return errors
 
     def sent(self, body: Request) -> Request:
-        """A body as it is sent: without the seed of an attempt where --sampling has null for it."""
-        takes_none = self.sampling.get("seed", 0) is None  # as the endpoints of Gemini and Mistral
+        """The body as it is sent: without the seed of an attempt if --sampling sets the seed to null."""
+        takes_none = self.sampling.get("seed", 0) is None  # for endpoints that take no seed, such as Gemini's
         return {name: value for name, value in body.items() if not (takes_none and name == "seed")}
 
     async def _ask(self, api: openai.AsyncOpenAI, body: Request) -> tuple[Reply, bool]:
-        """The reply to one request, or one with an error, and whether that looks like an outage."""
+        """The reply to one request (perhaps with an error), and whether the error looks like an outage."""
         known = {"model": body["model"], "messages": body["messages"]}
         extra = {name: value for name, value in self.sent(body).items() if name not in known}
         try:
@@ -228,5 +228,5 @@ class Client(Judge):
 
 
 def _key() -> str:
-    """The key, read where it is used, so that no object holds it."""
+    """The API key, read only when it is used, so that no object holds it."""
     return os.environ.get("OPENAI_API_KEY", "").strip()

@@ -1,4 +1,4 @@
-"""A judge: a model that answers requests, each only once. Over an endpoint it is a `Client`, here a `LocalJudge`."""
+"""A judge: a model that answers requests, each once. `Client` is one behind an endpoint, `LocalJudge` one in vLLM."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ LIMITS = ("max_tokens", "max_completion_tokens")
 #: For estimates only: characters of a token, and tokens of a reply.
 CHARACTERS_PER_TOKEN = 4
 TOKENS_PER_REPLY = 300
-#: Different errors that are shown at the end.
+#: How many different errors are shown at the end.
 SHOWN = 10
 
 
 @dataclass
 class Usage:
-    """What the calls of one program used. Tokens are those of replies from now, not from the cache."""
+    """What this program has used. Tokens count only new replies, not cached ones."""
 
     sent: int = 0
     cached: int = 0
@@ -41,7 +41,7 @@ class Usage:
 
     @property
     def succeeded(self) -> int:
-        """Requests that there is a reply to."""
+        """The number of requests that got a reply."""
         return self.sent + self.cached - self.failed
 
 
@@ -59,7 +59,7 @@ class Estimate:
 
 
 def token_limit(body: Request) -> int | None:
-    """The most tokens of a reply as its request limits them; None if it does not.
+    """The limit of a reply's tokens in its request; None if there is none.
 
     Of two limits servers take the one or the other: it is the larger one. Some take -1 for no limit.
     """
@@ -78,7 +78,7 @@ class Judge:
 
     revision: str | None = None
     date: str | None = None
-    """The day that chat templates are told; None where a server renders them."""
+    """The date that chat templates get; None if a server renders them."""
 
     def __init__(self, model: str, *, endpoint: str, cache: Path, sampling: dict[str, Any] | None) -> None:
         sampling = SAMPLING if sampling is None else sampling
@@ -101,15 +101,15 @@ class Judge:
         self.usage = Usage()
 
     def send(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
-        """Asks (key -> body), puts the replies into the cache, and returns key -> error. No other process does."""
+        """Sends the requests (key -> body), caches the replies, and returns key -> error. The cache is locked."""
         raise NotImplementedError
 
     def collect(self, bodies: dict[str, Request], desc: str) -> dict[str, str]:
-        """Waits for replies that come after `send`, for a day perhaps; see `send`. Others may send meanwhile."""
+        """Waits for replies that come later, perhaps after a day; otherwise as `send`. The cache is not locked."""
         return {}
 
     def bodies(self, requests: Sequence[Request]) -> dict[str, Request]:
-        """Key -> whole body of a chat completion, each different one once, in the order of the requests."""
+        """Key -> body of the chat completion, without duplicates, in the order of the requests."""
         return dict(map(self._body, requests))
 
     def _body(self, request: Request) -> tuple[str, Request]:
@@ -128,7 +128,7 @@ class Judge:
         keyed = [self._body(request) for request in requests]
         bodies = dict(keyed)
         all_there = all(key in self.cache for key in bodies)
-        with nullcontext() if all_there else self.cache.alone():  # where others may have asked meanwhile
+        with nullcontext() if all_there else self.cache.alone():  # `alone` also reads what others asked meanwhile
             todo = {key: body for key, body in bodies.items() if key not in self.cache}
             self.usage.cached += len(bodies) - len(todo)
             errors = self.send(todo, desc) if todo else {}
@@ -153,7 +153,7 @@ class Judge:
         return replies
 
     def all_failed(self, errors: dict[str, str]) -> JudgeError:
-        """The error of a program that got no reply at all (key -> error, the first one first): it has no results."""
+        """The error if there was no reply at all; `errors` are key -> error, the first one first."""
         first = next(iter(errors.values())).rstrip(".")
         return JudgeError(
             f"{self.endpoint} failed every request ({len(errors)}): no results. The first failure: {first}."
@@ -165,7 +165,7 @@ class Judge:
         return self.cache.get(key)
 
     def estimate(self, requests: Sequence[Request]) -> Estimate:
-        """What `complete` would send, and the tokens that it may take."""
+        """How many requests `complete` would send, and how many tokens they may take."""
         bodies = self.bodies(requests)
         todo = [body for key, body in bodies.items() if key not in self.cache]
         characters = sum(len(m["content"]) for body in todo for m in body["messages"])

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pair:
-    """An answer of a stage, with that of the base model; stage 0 has none to be compared with."""
+    """An answer of a stage with the base model's answer to the same prompt; stage 0 has only its own."""
 
     doc_id: Any
     prompt: str
@@ -42,7 +42,7 @@ class Pair:
 
     @property
     def identical(self) -> bool:
-        """Whether there is nothing to choose between: a tie without asking."""
+        """Whether both answers are the same, which is a tie without asking."""
         return self.base is not None and self.base.strip() == self.response.strip()
 
     @cached_property
@@ -55,7 +55,7 @@ class Pair:
         return self.base is not None and kind.leaves_out_broken and any(self.broken)
 
     def requests(self, kind: Kind) -> list[Request]:
-        """What is asked: about the answer alone, then about the pair in both orders. Nothing of what is broken."""
+        """The requests: about the answer alone, then about the pair in both orders. None about broken answers."""
         messages = [] if self.broken[0] else [prompts.direct(kind, self.prompt, self.response)]
         if self.base is not None and not self.identical and not self.is_left_out(kind):
             messages.append(prompts.pair(kind, self.prompt, self.response, self.base))
@@ -108,7 +108,7 @@ class Job:
     unpaired: int
 
     def is_done(self, limit: int | None) -> bool:
-        """Whether the results are there, of these samples and without a failed request."""
+        """Whether the results exist, were made from these samples, and no request failed."""
         if not (file := judge_file(self.stage, self.suite)).exists():
             return False
         there = read_json(file)
@@ -119,12 +119,12 @@ class Job:
 
 
 def cache_file(folder: Path) -> Path:
-    """The replies of a folder of runs: they share it, since the base model's answers are the same in many."""
+    """The cache of a folder of runs. The runs share it, since many have the same answers of the base model."""
     return folder / "judge-cache.jsonl"
 
 
 def settings(judge: Judge) -> dict[str, Any]:
-    """What a verdict depends on besides the texts. Results with other settings are not mixed."""
+    """What a verdict depends on in addition to the texts. Results with different settings are not mixed."""
     return {
         "judge": judge.model,
         "revision": judge.revision,
@@ -142,9 +142,9 @@ def plan(
     suites: Iterable[str] | None = None,
     limit: int | None = None,
 ) -> list[Job]:
-    """What is to be judged and not done, without asking anything: the first `limit` rows of suites at stages.
+    """Finds what is not judged yet: the first `limit` rows of suites at stages. Nothing is asked.
 
-    Each stage is compared with stage 0, whether that is among them or not. None = all that there are samples of.
+    Each stage is compared with stage 0, even if that is not among `stages`. None = all that have samples.
 
     Raises:
         RunError: if a stage or suite does not exist, the samples of two stages do not belong together, or there are
@@ -185,7 +185,7 @@ def plan(
 
 
 def _check_same_judge(stage: Stage, suite: str, judge: Judge, limit: int | None, again: bool) -> None:
-    """Refuses to add to results of a different judge, or of other rows unless those are judged `again` now."""
+    """Refuses existing results of a different judge; or of other rows, unless they are judged `again` now."""
     if not (file := judge_file(stage, suite)).exists():
         return
     made = read_json(file)
@@ -206,7 +206,7 @@ def _check_same_judge(stage: Stage, suite: str, judge: Judge, limit: int | None,
 
 
 def _is_current(stage: Stage, suite: str) -> bool:
-    """Whether the samples are those of the weights that the stage has now."""
+    """Whether the samples were made from the weights that the stage has now."""
     check_one_checkpoint(stage)
     if not (current := judgements.is_current(stage, suite)):
         log.warning("%s, %s: the samples are of an older checkpoint. Evaluate the stage first.", stage.name, suite)
@@ -254,19 +254,22 @@ def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
 
 
 def requests_of(jobs: Iterable[Job]) -> list[Request]:
-    """All that is asked, pair after pair."""
+    """The requests of all jobs, pair after pair."""
     return [request for job in jobs for pair in job.pairs for request in pair.requests(job.kind)]
 
 
 def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -> list[dict[str, Any]]:
-    """Asks what is not in the cache, writes the results of each job, and returns the contents of the files of numbers.
+    """Asks what is not in the cache, and writes the results of each job.
 
-    A job of which every request failed has no results.
+    A job whose requests all failed has no results.
+
+    Returns:
+        The content of each judge/<suite>.json that was written.
 
     Raises:
         JudgeError: if the judge cannot be asked. Its replies so far are kept.
     """
-    # All at once: one progress bar, one batch; and since the replies are kept, nothing is lost by writing at the end.
+    # All jobs at once, for one progress bar and one batch. Replies are cached, so a kill before writing loses nothing.
     replies = iter(judge.complete(requests_of(jobs)))
     results = []
     for job in jobs:
@@ -274,7 +277,7 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
         lines = [pair.line(job.kind, of_pair) for pair, of_pair in zip(job.pairs, answers, strict=True)]
         flat = [reply for of_pair in answers for reply in of_pair]
         file = judge_file(job.stage, job.suite)
-        file.unlink(missing_ok=True)  # between the two files there are no numbers rather than those of other rows
+        file.unlink(missing_ok=True)  # while the lines are written there must be no numbers of other lines
         if flat and all(reply.error for reply in flat):
             what = "%s, %s: every request failed, so there are no results of it. The first failure: %s"
             log.warning(what, job.stage.name, job.suite, flat[0].error)

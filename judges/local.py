@@ -30,16 +30,16 @@ from trace_bench.engine.models import load_tokenizer, pinned_revision, resolve_m
 from trace_bench.keys import refuse_secrets
 from trace_tasks.tokens import PromptError, rendered, unknown_variables
 
-#: Requests given to the engine in one go: when the program is killed no more than these are lost.
+#: Requests given to the engine at once: a killed program loses at most these.
 CHUNK = 256
-#: The day that templates with `strftime_now` are told, so that a judge is asked the same tomorrow.
+#: The date for templates with `strftime_now`: fixed, so that requests are the same on another day.
 DATE = datetime(2025, 1, 1)
 #: The verdicts that a request offers: the material in it has no double brackets (`judges.prompts.neutralise`).
 _OFFERED = re.compile(r"\[\[(\w+)\]\]")
 _OPENING = "\n\n[["
-#: Parts of a request that are no arguments of SamplingParams.
+#: Keys of a request that are not arguments of SamplingParams.
 _OTHER = {"model", "messages", "chat_template_kwargs", "max_tokens", "max_completion_tokens"}
-#: Arguments of a rendering that the program sets itself.
+#: Arguments of the chat template that the program sets itself.
 _RENDERING = {"conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
 
 
@@ -52,7 +52,7 @@ class _Asked(NamedTuple):
     ids: list[int]
     sampling: Any
     offered: list[str]
-    """The verdicts that it may be answered with."""
+    """The verdicts that the request offers."""
 
 
 class LocalJudge(Judge):
@@ -161,7 +161,7 @@ class LocalJudge(Judge):
         return [output.outputs[0] for output in outputs]
 
     def _replies(self, asked: Sequence[_Asked], generated: Sequence[Any]) -> list[Reply]:
-        """The replies, continued with a verdict where verdicts were offered and none was given."""
+        """The replies. If a reply gives none of the offered verdicts, the model is made to choose one."""
         from vllm import SamplingParams
 
         replies = [self._reply(one, output) for one, output in zip(asked, generated, strict=True)]

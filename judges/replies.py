@@ -24,7 +24,7 @@ from trace_tasks.data.reading import MOST_LINES, read_file
 
 log = logging.getLogger(__name__)
 
-#: The largest count of tokens or requests that is believed.
+#: The largest plausible count of tokens or requests; larger ones are ignored.
 MOST_COUNT = 10**9
 #: Seconds between two looks at whether another process is done with the cache.
 LOCK_SECONDS = 0.2
@@ -42,12 +42,12 @@ Count = Annotated[int, Field(ge=0, le=MOST_COUNT)]
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for one request."""
+    """The reply to one request."""
 
     text: str
-    """The answer; of a refusal its text, which may be empty."""
+    """The answer, or the text of a refusal, which may be empty."""
     thinking: str = ""
-    """What the model thought first, where the endpoint returns it separately."""
+    """The model's thinking, if the endpoint returns it separately."""
     unclosed: bool = False
     """Whether the thinking came separately and never ended: there is no answer."""
     refusal: bool = False
@@ -59,7 +59,7 @@ class Reply:
     model: str = ""
     """The model that the endpoint says it was: an alias such as gpt-4o stands for one today and another one later."""
     error: str | None = None
-    """Why there is no answer after all tries; None if there is one. Such a reply is in no cache."""
+    """Why there is no answer after all tries; None if there is one. A reply with an error is never cached."""
 
     @property
     def cut(self) -> bool:
@@ -95,7 +95,7 @@ class Cache(dict[str, Reply]):
         self.read()
 
     def read(self) -> None:
-        """Reads what is in the file now, whoever wrote it."""
+        """Reads the file again, with what other processes have added."""
         content = read_file(self.path, MOST_LINES) if self.path.exists() else b""
         for line in content.split(b"\n"):
             # A line may be torn when a program is killed: its request counts as never sent.
@@ -106,7 +106,7 @@ class Cache(dict[str, Reply]):
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Waits until no other process adds replies to this file, and then keeps it for this one.
+        """Waits until no other process is adding replies to this file, then locks it.
 
         What others asked meanwhile has been read when the block begins, so it is not paid again. One lock for all
         requests is enough: processes that share a cache mostly share the endpoint, and its limits, too.
@@ -132,7 +132,7 @@ class Cache(dict[str, Reply]):
             # A program that was killed, this one or another, may have left a part of a line.
             torn = f.seek(0, os.SEEK_END) and os.pread(f.fileno(), 1, f.tell() - 1) != b"\n"
             rest = b"\n" * bool(torn) + line.encode()
-            while rest:  # one system call, so that the lines of two machines do not mix; a full disk takes less
+            while rest:  # one system call a line, so that lines of two machines do not mix; a full disk writes less
                 rest = rest[f.write(rest) :]
             os.fsync(f.fileno())
         self[key] = reply
@@ -200,7 +200,7 @@ def _content(message: Request, kind: str) -> Any:
 
 
 def _text(value: Any) -> str:
-    """A text that a file can hold, since JSON can hold half a character; empty for anything but a text."""
+    """A text that can be written as UTF-8 (JSON may hold half a character); empty for anything that is no text."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else ""
 
 
@@ -210,5 +210,5 @@ def models_of(replies: Iterable[Reply]) -> dict[str, int]:
 
 
 def count(value: Any) -> int:
-    """A number as a server tells it; 0 for what is none, or cannot be true."""
+    """A count from a server; 0 if it is no number or implausible."""
     return value if type(value) is int and 0 < value <= MOST_COUNT else 0

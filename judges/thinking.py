@@ -22,7 +22,7 @@ _MARKS = [
     (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
     # OpenThinker, Sky-T1
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),
-    # gpt-oss: channels, of which the last holds the answer.
+    # gpt-oss: channels; the last one holds the answer.
     (
         r"<\|channel\|>(?:analysis|commentary)[^\n<]{0,40}<\|message\|>",
         r"<\|channel\|>final[^\n<]{0,40}<\|message\|>",
