@@ -25,7 +25,7 @@ from trace_tasks.limits import LimitError, limited
 log = logging.getLogger(__name__)
 
 _OTHER_HEAD = re.compile(r"For(SequenceClassification|TokenClassification|QuestionAnswering|MultipleChoice|MaskedLM)$")
-#: Types for writing text in other ways, whose states of a token depend on those behind it.
+#: Types that do not write from left to right: a token's state depends on later tokens.
 _BOTH_WAYS = {"cpmant", "xlnet"}
 #: Buffers that older files hold and that today's classes neither have nor name among what they ignore.
 _OLD_BUFFERS = re.compile(r"\.(masked_bias|inv_freq|position_ids|causal_mask|cos_cached|sin_cached|_extra_state)$")
@@ -44,18 +44,18 @@ _HARMLESS = {
     *("num_beams", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "length_penalty", "n_ctx"),
     *("_attn_implementation_autoset", "_attn_implementation", "attn_implementation", "experts_implementation"),
 }
-#: Types that vLLM computes otherwise than transformers trains them -> how; and those of which it does without a GPU.
+#: Types that vLLM computes differently from transformers -> how; then those that it does only without a GPU.
 _OTHER_IN_VLLM = {
     "gemma3n_text": "leaves out the embeddings of its layers",
     "hrm_text": "reads its prompts in both directions",
 }
 _OTHER_ON_CPU = {"ernie4_5_moe": "chooses its experts without their correction bias"}
-#: Types whose names vLLM completes, since their files on the hub lack the first part.
+#: Types for which vLLM adds the first part of tensor names, since their files on the hub lack it.
 _COMPLETED = {"bloom", "gpt2", "opt"}
 
 
 def architecture(model: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model of a config.json without weights, whatever its size.
+    """Builds the model of a config.json without weights.
 
     Raises:
         ModelError: if the architecture is not known, is no causal language model, or needs code that is not trusted.
@@ -166,7 +166,7 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
     shapes: dict[str, list[int]] = {}
     for file in weight_files(checkpoint):
         try:
-            file.open("rb").close()  # safetensors says of a file that may not be read that there is none
+            file.open("rb").close()  # safetensors reports an unreadable file as missing
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
         except PermissionError:
@@ -201,7 +201,7 @@ def empty_tensors(shapes: dict[str, list[int]]) -> dict[str, Any]:
 
 
 def check_full_model(folder: Path, base: Callable[[], Any] | None, backend: str, trust_remote_code: bool) -> None:
-    """Refuses a full model that is a part of one, or whose tensors are not those of its architecture.
+    """Refuses a full model that is incomplete, or whose tensors do not fit its architecture.
 
     `base` makes the architecture of the base model: vLLM puts the weights into an engine that was started on it. None =
     the model is the base model.
@@ -250,7 +250,7 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
 
 
 def _refuse_more_weights(folder: Path) -> None:
-    """Refuses weights beside those of the model: without an index vLLM loads all files."""
+    """Refuses further weight files next to those of the model: without an index vLLM loads all files."""
     if (folder / "model.safetensors.index.json").exists():
         return
     if more := sorted(file.name for file in {*folder.glob("*.safetensors")} - {*weight_files(folder)}):
@@ -261,7 +261,7 @@ def _refuse_more_weights(folder: Path) -> None:
 
 
 def _refuse_other_names(folder: Path, model: Any, shapes: dict[str, list[int]]) -> None:
-    """Refuses names without the first part that a model's have, or with it twice: transformers knows them, vLLM not."""
+    """Refuses tensor names that lack their first part, or have it twice: transformers maps them, vLLM does not."""
     prefix, names = f"{model.base_model_prefix}.", model.state_dict().keys()
     other = [n for n in shapes if n not in names and (prefix + n in names or n.removeprefix(prefix) in names)]
     if other and model.config.model_type not in _COMPLETED:
@@ -272,12 +272,12 @@ def _refuse_other_names(folder: Path, model: Any, shapes: dict[str, list[int]]) 
 
 
 def _check_quantised(folder: Path, packed: Any) -> None:
-    """Refuses quantised weights for which a package or a device is missing, which loading would say later."""
+    """Refuses quantised weights for which a package or a device is missing; loading would fail later."""
     from transformers.quantizers import AutoHfQuantizer
 
     try:
         AutoHfQuantizer.from_config(packed, pre_quantized=True).validate_environment(device_map=None)
-    except Exception as e:  # each kind says in a way of its own what it needs
+    except Exception as e:  # each kind of quantisation raises its own errors
         raise RunError(f"{folder} has quantised weights that transformers cannot load here: {brief(e)}") from e
 
 
@@ -357,7 +357,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _has_own_head(model: Path, trust_remote_code: bool) -> bool:
-    """Whether a model that its config ties holds another head than its embeddings: transformers then unties it."""
+    """Whether the files of a tied model hold a different head than its embeddings: transformers then unties it."""
     import torch
     from safetensors import safe_open
 

@@ -1,4 +1,4 @@
-"""The attention that a model computes with."""
+"""Chooses an attention kernel that computes all that a model needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def keep_softcap(model: Any) -> None:
-    """Gives a model whose attention has a soft cap (Gemma 2) a kernel that computes it: torch's own leaves it out.
+    """Gives a model whose attention has a soft cap (Gemma 2) a kernel that computes it: torch's SDPA ignores it.
 
     vLLM has it, as those who trained the model had. transformers' default would train and answer without.
     """

@@ -65,7 +65,7 @@ class Merge:
     seed: int = 0
 
     def settings(self) -> dict[str, Any]:
-        """What the method uses, with the defaults filled in."""
+        """The parameters that the method uses, with defaults filled in."""
         alpha, density = (
             table.get(self.method) if given is None else given
             for table, given in ((ALPHA, self.alpha), (DENSITY, self.density))
@@ -74,7 +74,7 @@ class Merge:
         return {"method": self.method, **{key: value for key, value in used.items() if value is not None}}
 
     def weights(self, many: int) -> list[Fraction] | None:
-        """What each of `many` checkpoints counts; None where the method is no mean."""
+        """The weight of each of `many` checkpoints; None if the method is not a mean."""
         if self.method == "average":
             return [Fraction(1, many)] * many
         if self.method != "wise":
@@ -87,14 +87,14 @@ class Merge:
         alpha = self.settings()["alpha"]
         if self.method == "magmax":
             chosen = tensors[0]
-            for tensor in tensors[1:]:  # of equals the later one, as in the published code
+            for tensor in tensors[1:]:  # if equal, the later one wins, as in the published code
                 chosen = torch.where((tensor - base).abs() >= (chosen - base).abs(), tensor, chosen)
             return between(base, chosen, alpha)
         from peft.utils.merge_utils import dare_linear, ties
 
         vectors, density = [tensor - base for tensor in tensors], self.settings()["density"]
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-            warnings.simplefilter("ignore")  # that a density of 1 leaves everything
+            warnings.simplefilter("ignore")  # PEFT's warning that a density of 1 prunes nothing
             torch.manual_seed(int(digest([self.seed, name]), 16) % 2**63)
             if self.method == "ties":
                 return base + alpha * ties(vectors, torch.ones(len(vectors)), density)
@@ -102,12 +102,12 @@ class Merge:
 
 
 def between(a: torch.Tensor, b: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(1 - alpha) a + alpha b: exactly a and b at its ends, and exactly a where both are equal."""
+    """(1 - alpha) a + alpha b: exactly a or b if alpha is 0 or 1, and exactly a where a = b."""
     return torch.lerp(a, b, alpha) if alpha <= 1 else a + alpha * (b - a)
 
 
 def mean(tensors: Sequence[torch.Tensor], weights: Sequence[Fraction]) -> torch.Tensor:
-    """The weighted mean, one after the other: the mean of equal tensors is exactly that tensor."""
+    """The weighted mean, computed so that the mean of equal tensors is exactly that tensor."""
     total, result = Fraction(0), tensors[0]
     for tensor, weight in zip(tensors, weights, strict=True):
         if weight:
@@ -120,13 +120,13 @@ def mean(tensors: Sequence[torch.Tensor], weights: Sequence[Fraction]) -> torch.
 
 
 def scaling(config: dict[str, Any]) -> float:
-    """The factor on the product of an adapter."""
+    """The factor on the product B A of an adapter."""
     rank: int = config["r"]
     return config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def cut(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """The best approximation of B A of a rank, and the squared norms of what is kept and of all.
+    """The best approximation of B A with a given rank, and the squared norms of the kept part and of B A.
 
     Returns:
         A with orthonormal rows, shape (rank, in features), and B, shape (out features, rank).
@@ -149,7 +149,7 @@ def _norms(S: torch.Tensor, rank: int) -> tuple[float, float]:
 
 
 def _padded(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Zeros behind a matrix that has a smaller rank by its size: PEFT knows one rank for all."""
+    """Pads a matrix with zeros up to the rank: small layers have a smaller one, but PEFT has one rank for all."""
     lack = rank - len(A)
     return torch.nn.functional.pad(A, (0, 0, 0, lack)), torch.nn.functional.pad(B, (0, lack))
 
@@ -268,7 +268,7 @@ def merge_models(folders: Sequence[Path], target: Path, how: Merge, base: Path |
 def _merged(
     name: str, parts: list[torch.Tensor], how: Merge, weights: list[Fraction] | None, origin: _Model | None
 ) -> torch.Tensor:
-    """One tensor of the merged model, in the type that it has in the last one, whose config says so."""
+    """One tensor of the merged model, in the dtype of the last checkpoint, whose config the merge gets."""
     if not parts[0].is_floating_point():
         if any(not torch.equal(part, parts[0]) for part in parts):
             raise RunError(f"{name} holds whole numbers that differ between the checkpoints: there is no mean of them.")

@@ -1,4 +1,4 @@
-"""Can an engine serve this checkpoint, and is it the model that was trained?
+"""Checks whether an engine can serve a checkpoint, as the model that was trained.
 
 This is asked before an engine starts or anything is recorded, from headers of weight files and configurations alone.
 """
@@ -42,18 +42,18 @@ MERGED = {
 }
 #: Kinds that PEFT cannot merge, or only on some models. transformers serves them as they are.
 UNMERGED = {"BEFT", "LILY"}
-#: Options that PEFT takes for regular expressions, as it does a text in target_modules.
+#: Options that PEFT reads as regular expressions, as it does a text in target_modules.
 _PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
-#: Options of LoRA with which the adapter is more than a sum to weights: part of the input, other layers, a router.
+#: Options of LoRA with which an adapter does more than add to weights: a part of the input, other layers, a router.
 _NOT_A_SUM = ("alora_invocation_tokens", "layer_replication", "arrow_config")
-#: Starts of LoRA (`init_lora_weights`) that leave the weights of the base as they are: the adapter holds all.
+#: Values of `init_lora_weights` that do not change the base model's weights: the adapter holds everything.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 #: Others that are the same at each load, though they may take a part of the base into the adapter. The rest is random,
 #: or needs the data of the training: PEFT would put other weights below the adapter, or fail.
 _SAME_STARTS = ("mica", "olora", "pissa")
 #: Options of LoRA that PEFT gets wrong where it joins the adapters of the single experts of older transformers.
 _NOT_FOR_JOINED_EXPERTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
-#: The entries of a LoRA adapter with which it is its products B A, whatever they say; others have to be empty.
+#: The entries of a LoRA config that may have any value in a plain sum of products B A; all others must be empty.
 _OF_PRODUCTS = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "bias", "init_lora_weights", "eva_config"),
@@ -65,7 +65,7 @@ MOST_STEPS = 1000
 
 
 def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_remote_code: bool = False) -> None:
-    """Refuses what the engine of a backend would load wrongly, or fail on half-way.
+    """Refuses checkpoints that the engine of a backend would load wrongly, or fail on half-way.
 
     Raises:
         RunError: naming the checkpoint, and what to do.
@@ -113,7 +113,7 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
 
 
 def check_own(stage: Stage) -> None:
-    """Refuses a checkpoint of the run that is not what its training wrote.
+    """Refuses a checkpoint of the run that has changed since its training wrote it.
 
     Raises:
         RunError: naming it, and what to do.
@@ -139,7 +139,7 @@ def check_own(stage: Stage) -> None:
 
 
 def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: bool = False) -> None:
-    """Warns where a checkpoint from elsewhere brings another tokenizer than the base model's, which is used for all."""
+    """Warns if a checkpoint from elsewhere has a different tokenizer: the base model's is used for all."""
     model = run.manifest["model"]
     for stage in stages:
         if stage.external is None or not (stage.external / "tokenizer_config.json").exists():
@@ -147,7 +147,7 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
         try:
             base = models.load_tokenizer(models.base_of_run(model), model.get("revision"), trust_remote_code)
             own = models.load_tokenizer(stage.external, None, trust_remote_code)
-        except Exception as e:  # nothing is measured with it, whatever is wrong with it
+        except Exception as e:  # only a warning: this tokenizer is not used
             log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
             continue
         differs = ["vocabulary"] if own.get_vocab() != base.get_vocab() else []
@@ -166,7 +166,7 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
 
 
 def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool) -> None:
-    """Refuses kinds of adapters that the backend has no way to serve."""
+    """Refuses kinds of adapters that the backend cannot serve."""
     kind = adapter.get("peft_type")
     whole = "Merge it where it was trained (merge_and_unload, save_pretrained), and give the full model"
     if not isinstance(kind, str) or kind not in MERGED | UNMERGED | {PROMPT}:
@@ -200,7 +200,7 @@ def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool
 
 
 def _check_known(folder: Path, adapter: dict[str, Any]) -> None:
-    """Refuses what only a newer PEFT knows, and two models in one folder."""
+    """Refuses options that only a newer PEFT knows, and two models in one folder."""
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
     known = PEFT_TYPE_TO_CONFIG_MAPPING[adapter["peft_type"]].__dataclass_fields__
@@ -219,7 +219,7 @@ def _check_known(folder: Path, adapter: dict[str, Any]) -> None:
 
 
 def _refuse_endless(folder: Path, config: dict[str, Any]) -> None:
-    """Refuses an adapter that would take for ever on real weights, where no time limit applies."""
+    """Refuses an adapter whose computation on real weights, which has no time limit, would never end."""
     said = re.search(r"_niter_(\d+)$", str(config.get("init_lora_weights")))
     steps: dict[str, Any] = {"init_lora_weights": int(said[1][:9])} if said else {}
     for entries in (config, *(value for value in config.values() if isinstance(value, dict))):
@@ -288,7 +288,7 @@ def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], n
 def _put_on(
     folder: Path, adapter: dict[str, Any], model: Any, shapes: dict[str, list[int]]
 ) -> tuple[list[str], list[str]]:
-    """Loads the names and shapes of an adapter into PEFT's model of it: the tensors that are lacking, and unknown."""
+    """Loads an adapter's names and shapes into PEFT's model; returns the missing and the unknown tensors."""
     from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 
     with quiet(), limited(*models.READING):
@@ -304,7 +304,7 @@ def _put_on(
 
 
 def _unpruned(pattern: dict[str, list[bool]], shapes: dict[str, list[int]]) -> dict[str, list[int]]:
-    """The shapes of AdaLoRA's tensors before its training left out some of their ranks: PEFT needs values for that."""
+    """The shapes of AdaLoRA's tensors before training pruned some ranks: PEFT needs values to do that itself."""
     whole = {name: list(shape) for name, shape in shapes.items()}
     for name, kept in pattern.items():
         stem = f"base_model.model.{name.removesuffix('.lora_E')}"
@@ -316,7 +316,7 @@ def _unpruned(pattern: dict[str, list[bool]], shapes: dict[str, list[int]]) -> d
 
 
 def _loaded(adapted: Any, tensors: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """Loads an adapter's tensors into PEFT's model of it: the names that are lacking, and those that are unknown."""
+    """Loads an adapter's tensors into PEFT's model; returns the missing and the unknown names."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     loaded: Any = set_peft_model_state_dict(adapted, tensors)
@@ -332,7 +332,7 @@ def _loaded(adapted: Any, tensors: dict[str, Any]) -> tuple[list[str], list[str]
 
 
 def lost_names(adapted: Any) -> list[str]:
-    """What PEFT saves of a model and does not find again: it loads under names that transformers changes for a type."""
+    """The tensors that PEFT saves but does not find when it loads: transformers renames them for some types."""
     from peft import get_peft_model_state_dict
 
     return _loaded(adapted, get_peft_model_state_dict(adapted, save_embedding_layers=False))[0]
@@ -362,7 +362,7 @@ def plain_lora_rank(checkpoint: Path) -> int | None:
 
 
 def another_base(adapter: dict[str, Any], model: dict[str, Any], trust_remote_code: bool = False) -> str | None:
-    """Why an adapter_config.json says another base model than a manifest (name, revision); None if it does not.
+    """How an adapter_config.json names a different base model than a manifest (name, revision); None if it does not.
 
     The same folder by another path, a folder of the same files, and a hub id whose last part is the folder's name
     count as the same model.
@@ -394,13 +394,13 @@ def another_base(adapter: dict[str, Any], model: dict[str, Any], trust_remote_co
 
 
 def _hub_name(model: str) -> tuple[str, str | None]:
-    """The hub id and commit of a folder in the hub's cache; the name itself and None of all others."""
+    """The hub id and commit of a folder in the hub's cache; for any other name the name itself and None."""
     found = re.search(r"models--([^/]+)/snapshots/([^/]+)", model)
     return (found[1].replace("--", "/"), found[2]) if found else (model.rstrip("/"), None)
 
 
 def _same_model(a: Path, b: Path, trust_remote_code: bool) -> bool:
-    """Whether two folders hold the same model, whatever else is in them."""
+    """Whether two folders hold the same model; their other files do not matter."""
     files = [sorted((f.name, f.stat().st_size) for f in folder.glob("*.safetensors")) for folder in (a, b)]
     if files[0] != files[1] or config_differences(a, b, None, trust_remote_code):
         return False

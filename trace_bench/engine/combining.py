@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere made into one: what fits together, the folder that is written, and what it was made from.
+"""Merges several checkpoints into one: checks that they fit together, and writes the folder with its origin.
 
 What does not fit is refused before any weights are read, from configurations and headers alone.
 """
@@ -19,14 +19,14 @@ from trace_bench.run import RunError, read_json
 from trace_bench.versions import package_versions
 from trace_tasks.data.files import fingerprint, fresh_dir, write_json
 
-#: What the merged checkpoint was made from, in its folder.
+#: The file in a merged checkpoint that records what it was made from.
 RECORD = "merged_from.json"
 
 
 def combine(
     checkpoints: Sequence[Path], output: Path, how: Merge, *, model: str | None = None, rank: int | None = None
 ) -> dict[str, Any]:
-    """Writes the merge of checkpoints as an ordinary checkpoint: all of the folder, or nothing.
+    """Writes the merge of checkpoints as an ordinary checkpoint: the complete folder or nothing.
 
     Args:
         checkpoints: Adapters of one base, or full models.
@@ -130,7 +130,7 @@ def _check_adapters(adapters: Sequence[Path], model: str | None) -> None:
 
 
 def _another(config: dict[str, Any], base: dict[str, Any]) -> str | None:
-    """Why an adapter was trained from another base; one that is not here is compared by its name."""
+    """Why an adapter has a different base model; a base model that is not here is compared by name."""
     said = config.get("base_model_name_or_path") or ""
     if said == base["name"] and config.get("revision") == base.get("revision", config.get("revision")):
         return None
@@ -184,6 +184,6 @@ def _compare(shapes: dict[Path, dict[str, list[int]]]) -> None:
 
 
 def _name(path: Path) -> str:
-    """A checkpoint's name without the path to it; within a run with that of its stage."""
+    """A checkpoint's name without its path; within a run with its stage."""
     path = path.absolute()
     return f"{path.parent.name}/{path.name}" if path.name in ("adapter", "model") else path.name

@@ -1,4 +1,4 @@
-"""Where an answer ends: the tokens that a model was trained to end with."""
+"""The tokens that end an answer: those that a model was trained to end with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: 
     found = {tokenizer.eos_token_id}
     places = [(base, revision)]
     if checkpoint is not None:
-        # An adapter brings no configuration of a model, but may have learned another EOS than its base has.
+        # An adapter has no model configuration, but may have learned a different EOS than its base model's.
         text, known = eos_text(checkpoint), tokenizer.get_vocab()
         found.add(known[text] if text in known else eos_number(checkpoint, text))
         places += [] if models.is_adapter(checkpoint) else [(str(checkpoint), None)]
@@ -59,7 +59,7 @@ def eos_text(checkpoint: Path) -> str | None:
 
 
 def eos_number(checkpoint: Path, text: str | None) -> int | None:
-    """The number of that EOS in the tokenizer.json beside it; None where there is none, or it lacks the EOS.
+    """The id of that EOS in the tokenizer.json of the folder; None if there is no such file, or it lacks the EOS.
 
     Raises:
         ModelError: if the file is damaged.

@@ -1,4 +1,4 @@
-"""Makes a request of vLLM give tokens that are known before, so that their probabilities are read in one go."""
+"""Makes a request of vLLM generate known tokens, so that one request returns all their probabilities."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 
 class Forcing(AdapterLogitsProcessor):
-    """Leaves a request that has `extra_args={"forced": tokens}` no other choice, token by token.
+    """Forces a request with `extra_args={"forced": tokens}` to generate these tokens.
 
     The log-probabilities that vLLM tells are those from before.
     """
 
     def is_argmax_invariant(self) -> bool:
-        """It decides which token is the likeliest."""
+        """False: it changes which token is the likeliest."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> Callable[[list[int], Any], Any] | None:
-        """What is done to the logits of a request; None = nothing."""
+        """The function that changes a request's logits; None = they stay."""
         forced = (params.extra_args or {}).get("forced")
         if forced is None:
             return None

@@ -1,4 +1,4 @@
-"""Files of a model on the hub. Where it cannot be reached those of its cache, at once."""
+"""Files of a model on the hub; if it cannot be reached, those of its cache, without waiting."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trace_tasks.errors import TraceError
 
 
 class ModelError(TraceError):
-    """The model cannot be had; the message says why and what to do."""
+    """The model cannot be loaded; the message says why and what to do."""
 
 
 @cache
@@ -68,7 +68,7 @@ def model_folder(base: str, revision: str | None = None) -> Path:
 
 
 def not_given(base: str, error: Exception) -> ModelError:
-    """The error where the hub does not give a model."""
+    """The error for a model that the hub does not provide."""
     if is_out_of_reach():
         return ModelError(
             f"The model {base!r} is no local folder, the hub cannot be reached, or not asked (HF_HUB_OFFLINE), and its "

@@ -1,4 +1,4 @@
-"""The engine of transformers' generate on a model that is in memory and goes on being trained."""
+"""The engine of transformers' generate for a model that is in memory and in training."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class LiveHF(SwapHF):
         self.ends = frozenset({tokenizer.eos_token_id, *(found if isinstance(found, list) else [found])} - {None})
 
     def take(self, model: Any) -> None:
-        """Answers with this model from now on; a soft prompt is taken as it is now, and put next to the text."""
+        """Uses this model from now on; its soft prompt is copied, and put next to the text."""
         self._model, self.soft_prompt = model, None
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
             self._model, self.soft_prompt = model.get_base_model(), model.get_prompt(1)[0].detach()
@@ -62,9 +62,10 @@ class LiveHF(SwapHF):
 
     @contextmanager
     def left_as_it_was(self) -> Iterator[None]:
-        """The model answers greedily and without dropout; afterwards it, and all random numbers, are as they were.
+        """In the block the model answers greedily and without dropout; then it and the random state are restored.
 
-        What is compiled is not used: each new length of a text would be compiled, and then the training no more.
+        Compiled code is not used: it would be compiled again for each new length of a text, and dynamo's limit on that
+        would then end compilation for the training, too.
         """
         modes = {module: module.training for module in self._model.modules()}
         models = {id(m): m for m in (self._model, self._inner) if _SETTINGS in vars(m)}.values()
@@ -95,7 +96,7 @@ def same_numbers(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the lines that lm-eval logs of each evaluation, in the middle of somebody's training."""
+    """Hides the lines that lm-eval logs for each evaluation: they would interrupt the training's output."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Merged adapters on the disk, for an engine that takes full models only; on a GPU the next one is made ahead."""
+"""Merges adapters into full models on the disk, for an engine that takes only these; on a GPU one stage ahead."""
 
 from __future__ import annotations
 
@@ -54,19 +54,19 @@ class Merging:
         atexit.register(self._until_taken.close)
 
     def prepare(self, adapter: Path, below: Sequence[Path] = ()) -> None:
-        """Begins to merge the adapter that is needed next, in a process of its own."""
+        """Starts to merge the adapter that is needed next, in a separate process."""
         if not has_gpu():  # on a CPU merging would slow the engine down
             return
         self._until_taken.close()
         folder = self._until_taken.enter_context(_folder())
-        # Not in a thread: transformers loads models under settings that hold for all threads.
+        # Not in a thread: transformers changes global settings while it loads a model.
         command = [sys.executable, "-c", _MERGE, json.dumps(self._arguments(adapter, below, folder))]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._until_taken.callback(_end, process)
         self._ahead = adapter, folder, process
 
     def forget(self) -> None:
-        """Drops what was merged ahead and not taken."""
+        """Discards a model that was merged ahead but not used."""
         self._ahead = None
         self._until_taken.close()
 
@@ -77,7 +77,7 @@ class Merging:
         with self._until_taken:
             if ahead and ahead[0] == adapter and ahead[2].wait() == 0:
                 assert ahead[2].stdout is not None
-                *_, lost = ahead[2].stdout.read().split()  # a library may have spoken, too
+                *_, lost = ahead[2].stdout.read().split()  # the last word: a library may have printed something
                 yield str(ahead[1]), _checked(adapter, float(lost))
                 return
         with _folder() as folder:

@@ -1,4 +1,4 @@
-"""Tokenizers that encode as their files say: transformers builds some anew, from the vocabulary alone."""
+"""Loads tokenizers that encode as their files say: transformers rebuilds some from the vocabulary alone."""
 
 from __future__ import annotations
 

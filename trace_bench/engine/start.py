@@ -17,7 +17,7 @@ from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.swap import EngineError
 from trace_tasks.errors import TraceError
 
-#: What vLLM says when memory or the context does not suffice.
+#: Parts of vLLM's messages about too little memory or context.
 _MEMORY = re.compile(
     r"KV cache|cache blocks|max_model_len|max seq len|gpu.memory.utilization|out of memory|can't allocate memory"
     r"|Engine core initialization failed",
@@ -51,9 +51,9 @@ def starting_vllm() -> Iterator[None]:
 
     try:
         yield
-    except (TraceError, OSError):  # of the disk `ending` knows what to do
+    except (TraceError, OSError):  # `ending` explains errors of the disk
         raise
-    except Exception as e:  # what vLLM lacks for a model it says in any way
+    except Exception as e:  # vLLM raises any error for a model that it does not support
         text = " ".join(str(e).split())
         if not isinstance(e, MemoryError) and not _MEMORY.search(text):
             if isinstance(e, ValidationError):
@@ -100,7 +100,7 @@ def prepare_vllm(args: dict[str, Any]) -> None:
 
 
 def _leave_transformers_as_it_is() -> None:
-    """Keeps an engine in this process from changing transformers' classes, which could not be built any more.
+    """Keeps an engine in this process from changing transformers' classes, which would break them for others.
 
     vLLM runs some architectures (GPT-NeoX, OLMo 2, SmolLM3) by transformers' own code, and has their classes ask for an
     engine's settings whenever one is made, to be compiled: a stage could not be merged or compared with its base.

@@ -59,7 +59,7 @@ Example = tuple[tuple[int, ...], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Forced:
-    """A known answer, at each position of which the log-probabilities of some tokens are wanted."""
+    """A known answer. The log-probabilities of some tokens are wanted at each of its positions."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]

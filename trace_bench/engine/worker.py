@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes: loading a checkpoint into the engine in place."""
+"""Code that runs inside vLLM's worker processes: loads a checkpoint into the engine in place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 
 
 class SwapWorker:
-    """Methods for vLLM's worker, mixed into it by `worker_extension_cls` and called by `collective_rpc`."""
+    """Methods that `worker_extension_cls` adds to vLLM's worker, called by `collective_rpc`."""
 
     def swap_weights(self, path: str) -> None:
         """Loads the full model at `path`.
