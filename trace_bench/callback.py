@@ -41,7 +41,7 @@ from trace_tasks.tokens import check_room
 
 log = logging.getLogger(__name__)
 
-#: What `every` may be other than a number of steps, as transformers calls it.
+#: The values of `every` that are not numbers of steps, named as in transformers.
 EVERY = ("epoch", "save", "no")
 #: Logged beside the headline: a model that was never trained on a task has the knowledge, but not the form.
 _TOLERANT = "accuracy_tolerant"
@@ -173,7 +173,7 @@ class ForgettingCallback(TrainerCallback):
     # ---------------------------------------------------------------------------------------------- transformers' hooks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measures the model before the first step; of a training that goes on, what was measured then is kept."""
+        """Measures the model before the first step; a resumed training keeps its former measurements."""
         if self.trainer.is_world_process_zero():
             self._begin(state.global_step)
         self.measured = None
@@ -183,7 +183,7 @@ class ForgettingCallback(TrainerCallback):
             self._measure_step(model, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measures after every so many steps, and after the last one."""
+        """Measures after every `every` steps, and after the last step."""
         due = isinstance(self.every, int) and state.global_step % self.every == 0
         if due or state.global_step >= state.max_steps:
             self._measure_step(model, state, control)
@@ -199,7 +199,7 @@ class ForgettingCallback(TrainerCallback):
             self._measure_step(model, state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Measures what the training leaves, where that is not the model of the last step."""
+        """Measures the final model, if it is not that of the last step."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._measure(model, control, "best")
         else:
@@ -210,7 +210,7 @@ class ForgettingCallback(TrainerCallback):
     # ---------------------------------------------------------------------------------------------------------- the run
 
     def _begin(self, step: int) -> None:
-        """Begins the run, or goes on with it at the step where the training goes on.
+        """Begins the run, or continues it at the step where the training resumes.
 
         Raises:
             RunError: if the folder holds the run of another training, or measured something else.
@@ -230,15 +230,15 @@ class ForgettingCallback(TrainerCallback):
                 "The training goes on at step %d, and %s holds nothing of its start: changes since then are unknown.",
                 *(step, self.path),
             )
-        self.run = Run.create(self.path, manifest)  # refuses a run of something else, of which nothing is removed
-        if later:  # of steps that are trained again
+        self.run = Run.create(self.path, manifest)  # before anything is removed: refuses a different run
+        if later:  # measurements of steps that are trained again
             self.run = drop(self.path, later)
         self.plan = replace(self.plan, run=self.run)
-        if self.config["chat_template"]:  # of a run that goes on, the day on which it began
+        if self.config["chat_template"]:  # with the date on which the run began
             self.lm.chat = self.plan.chat(self.lm.tokenizer)
 
     def _measure_step(self, model: Any, state: Any, control: Any) -> None:
-        """Measures a step once, whatever asks for it."""
+        """Measures a step, unless it is measured already."""
         if self.measured != state.global_step:
             self.measured = state.global_step
             self._measure(model, control, f"step_{state.global_step}")
@@ -259,15 +259,15 @@ class ForgettingCallback(TrainerCallback):
             self._log(stage, control)
 
     def _stage(self, name: str) -> Stage:
-        """The stage of that name; a new one is entered into the manifest."""
+        """The stage of that name; a new one is added to the manifest."""
         there = self.run.manifest["checkpoints"]
         if name != "0_base" and name not in there:
-            place = str(self.place / name.replace("step_", "checkpoint-"))  # where transformers saves it, if it does
+            place = str(self.place / name.replace("step_", "checkpoint-"))  # where transformers may have saved it
             self.run = with_checkpoints(self.run, {**there, name: place})
         return self.run.stages[["0_base", *self.run.manifest["checkpoints"]].index(name)]
 
     def _log(self, stage: Stage, control: Any) -> None:
-        """Logs the scores, and what changed since the start, in the units of the report."""
+        """Logs the scores and their changes since the start, in the units of the report."""
         values: dict[str, float] = {}
         start = self.run.stages[0]
         for name in self.plan.settings:
@@ -282,13 +282,13 @@ class ForgettingCallback(TrainerCallback):
                 if before is not None and (then := before["metrics"][metric]["value"]) is not None:
                     values[f"change/{label}"] = unit.factor * unit.sign * (score - then)
         due = control.should_log
-        # Not TRL's own, which would empty its means; and to log here is not to have logged the step's loss.
+        # Not TRL's `log`, which would reset its means. Logging here must not count as having logged the step's loss.
         Trainer.log(self.trainer, values)
         control.should_log = due
 
 
 def _step_of(name: str) -> float:
-    """The step of a stage; the best model comes after all steps."""
+    """The step of a stage, for sorting; the best model comes after all steps."""
     return int(name.removeprefix("step_")) if name.startswith("step_") else math.inf
 
 

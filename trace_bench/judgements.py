@@ -1,4 +1,4 @@
-"""What judges said about a run, from its files alone: the kinds of judgement, the files, counts and rates.
+"""Judgements of a run, from its files alone: the kinds of judgement, the files, counts and rates.
 
 `judges` asks and writes these files; the report reads them. A stage has judge/SUITE.jsonl, one line a pair of answers,
 and judge/SUITE.json, the counts and rates of those lines.
@@ -318,7 +318,7 @@ def lacking(judged: Judged, stage: Stage) -> list[str]:
 
 
 def pooled(judged: Judged, stage: Stage) -> dict[str, int] | None:
-    """The counts of a stage's pairs, its suites together; None where there are no pairs, or not all suites' ones.
+    """The counts of a stage's pairs over all suites; None if there are no pairs, or those of a suite are missing.
 
     A rate over other suites, or over other rows of them, is another number, as it is of the general-ability delta.
     """

@@ -28,7 +28,7 @@ _OF_MODELS = {
 #: How "tokens" that open something are called; others are counted.
 _TOKENS = {"api", "access", "auth", "refresh", "session", "hf", "hub", "github"}
 
-#: How keys and tokens look, whatever they are called.
+#: The forms of known keys and tokens, found under any name.
 _VALUE = re.compile(
     r"""(?<![A-Za-z0-9])(?:
         sk-(?=[\w-]{0,100}\d)[\w-]{16} | sk-[A-Za-z]{20}         # OpenAI, Anthropic, OpenRouter, ...
@@ -49,7 +49,7 @@ _VALUE = re.compile(
 
 
 def refuse_secrets(settings: Any, what: str) -> None:
-    """Refuses secrets among settings, at any depth: by what they are called, and by how they look.
+    """Refuses secrets among settings, at any depth: by their name, and by their form.
 
     What a variable of the environment with such a name holds is one wherever it stands.
 

@@ -1,4 +1,4 @@
-"""A task of one's own from a file of rows: its columns are recognised, and its YAML is written and tried."""
+"""Makes a task of a user's file of rows: recognises its columns, writes its YAML and tries it."""
 
 from __future__ import annotations
 

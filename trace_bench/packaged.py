@@ -1,4 +1,4 @@
-"""What comes with the package, by name and wherever it is installed: methods, configs and studies."""
+"""Finds what comes with the package by name: methods, configs, studies and tables of settings."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def find(kind: str, name: str, packaged: Mapping[str, Path]) -> Path:
 
 
 class _OnceEach(yaml.SafeLoader):
-    """Refuses a key that a mapping has twice, of which PyYAML takes the last one."""
+    """Refuses a key that a mapping has twice; PyYAML would take the last one."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)

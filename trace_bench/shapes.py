@@ -1,4 +1,4 @@
-"""What the JSON files of a run hold: the type of each entry, so that no file from elsewhere stops a reader half-way.
+"""The shapes of a run's JSON files: the type of each entry, so that a damaged file is an error when it is read.
 
 Where a file lies decides which object it has to hold. Entries that nobody reads are not listed and may be anything.
 What an entry means (is this the stage of that folder, does a count add up?) is asked in `records`.
@@ -30,7 +30,7 @@ def _object(*entries: tuple[Any, str]) -> Any:
 
 
 def _map(kind: Any) -> Any:
-    """An object whose entries have one type, whatever their names."""
+    """An object with any names, whose entries all have one type."""
     return dict[str, kind]
 
 

@@ -103,7 +103,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
 
 
 def _each(runs: dict[Any, Any], scale: str, where: str) -> Iterator[tuple[str, Any]]:
-    """The runs by name with their options; one with values {each: ...} as a run of every combination."""
+    """Name of a run -> its options. A run with values {each: ...} becomes one run for every combination."""
     for name, options in runs.items():
         options = _at(scale, options, f"{where}, {name}")
         if isinstance(options, dict):
@@ -204,7 +204,7 @@ def run_study(
 
 
 def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]], environment: dict[str, str]) -> None:
-    """Refuses options that no training takes before the first run, not when hours later theirs begins."""
+    """Refuses unknown options of all trainings before the first run begins."""
     if len(runs) < 2:
         return  # it says so itself, as quickly
     asked = {name: (str(packaged.find_method(method)), words) for name, (method, words) in runs.items()}
@@ -217,7 +217,7 @@ def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]], environm
 
 
 def _chosen(file: str | Path, runs: Collection[str], only: Collection[str]) -> Collection[str]:
-    """The runs that `only` names; all without it."""
+    """The runs that `only` names; None = all."""
     numbers = {str(i): name for i, name in enumerate(runs, 1)}
     # A name with {each: ...} stands for all of its runs: ewc for ewc-seed0 and ewc-seed1.
     named = {word: [name for name in runs if name == word or name.startswith(f"{word}-")] for word in only}
@@ -231,7 +231,7 @@ def _chosen(file: str | Path, runs: Collection[str], only: Collection[str]) -> C
 
 
 def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) -> str:
-    """Writes the report of every run and the comparison of all; what is wrong with a run is added to `failed`."""
+    """Writes the report of every run and the comparison of all; adds errors of runs to `failed`."""
     there, missing = [], []
     for name in names:
         if not (folder / name / "manifest.json").exists():

@@ -98,7 +98,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Refuses names that stand in no YAML: in a second, without lm-eval's index of its tasks, which takes ten.
+    """Refuses names that are in no YAML. It takes a second; lm-eval's index of all its tasks takes ten.
 
     Raises:
         DataError: naming them, with their neighbours.
@@ -125,7 +125,7 @@ def _unknown(names: Sequence[str]) -> DataError:
 
 
 def _folder_of_rows(manager: TaskManager, name: str) -> Path:
-    """Where relative paths of a task's data files start: at its YAML, if the files are there; else where we are."""
+    """The folder that a task's relative data paths start from: its YAML's if the files are there, else the current."""
     entry = manager.task_index[name]
     if entry.yaml_path is None:
         return Path()
@@ -198,7 +198,7 @@ def check_stages(tasks: dict[str, Task]) -> None:
                 "learning. Write higher_is_better: true or false behind it in the metric_list of the task."
             )
         if task.config.process_results is not None:
-            continue  # it is scored by a function of its own, whatever its targets are
+            continue  # its own function scores it, so its targets may be anything
         if task.multiple_target and (graded := [m for m in task.aggregation() if m != "exact_match"]):
             raise DataError(
                 f"{name} has several valid answers a row, and of {graded[0]} lm-eval makes 1 wherever the score with "
@@ -228,7 +228,7 @@ _BRACKETS = (
 
 
 def target_text(task: Task, doc: dict[str, Any]) -> str:
-    """The answer of a row as lm-eval has it in few-shot prompts, or compares with: the text to train.
+    """The answer of a row as a text to train: what lm-eval puts into few-shot prompts, or compares with.
 
     A number is its digits, an index its choice, and of several valid answers the first is taken.
 
@@ -256,7 +256,7 @@ def target_text(task: Task, doc: dict[str, Any]) -> str:
 def training_rows(
     task: Task, limit: int | None = None, chat_template: Callable[..., str] | None = None
 ) -> list[tuple[str, str]]:
-    """The training set of a task as (prompt, answer) texts, made by the very object that makes its test prompts.
+    """The training set of a task as (prompt, answer) texts, made by the same object that makes its test prompts.
 
     Args:
         task: An lm-eval task with a training split.
@@ -283,7 +283,7 @@ def training_rows(
             prompt, answer = made(), target_text(task, doc)
             if not prompt.strip() or not answer.strip():
                 raise ValueError(f"the {'answer' if prompt.strip() else 'prompt'} is empty.")
-        except Exception as e:  # whatever a template or a function of the task says of the row
+        except Exception as e:  # a task's template or function may raise anything
             what = str(e) if isinstance(e, ValueError) else f"{type(e).__name__}: {e}"
             raise DataError(f"{name}, training row {i}: {what}") from e
         if chat_template is not None:
@@ -306,10 +306,10 @@ def answer_scores(task: Task, answers: Sequence[tuple[int, str]]) -> list[float]
         answers: Number of a training row, and an answer to it.
 
     Returns:
-        A score each, of which more is better: where less of the metric is, its negative.
+        A score each, higher = better: negated if lower is better in the metric.
 
     Raises:
-        DataError: if the metric is of all rows together and has none for one of them.
+        DataError: if the metric is computed over all rows together and has no score for an individual row.
     """
     from lm_eval.api.instance import Instance
 
@@ -350,7 +350,7 @@ def rows_fingerprint(tasks: dict[str, Task]) -> dict[str, str]:
 
 
 def data_record(data: Data, tasks: dict[str, Task]) -> dict[str, Any]:
-    """What a manifest says of the rows of a run's tasks: TRACE's, and those from elsewhere."""
+    """The entry of a manifest about the rows of a run's tasks: TRACE's, and those from elsewhere."""
     record, own = data.record(), rows_fingerprint(tasks)
     folders = os.pathsep.join(map(str, _more_tasks()))
     if tasks.keys() & CL_BENCHMARK.keys():

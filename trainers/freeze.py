@@ -48,13 +48,13 @@ class FreezeConfig(CLConfig):
 
 
 class FreezeTrainer(CLTrainer):
-    """A stage of which the lowest part does not move."""
+    """A stage in which the embeddings and the lowest blocks are frozen."""
 
     config: FreezeConfig
 
     @classmethod
     def prepare(cls, config: FreezeConfig, model_args: Any) -> dict[str, Any]:
-        """Refuses to freeze all that is trained."""
+        """Refuses to freeze all trained parameters."""
         model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
         blocks = model.get_text_config(decoder=True).num_hidden_layers
         if config.freeze_layers >= blocks:

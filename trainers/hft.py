@@ -34,7 +34,7 @@ _VECTORS = "vectors"
 
 
 class HFTTrainer(CLTrainer):
-    """A stage that trains half of the matrices."""
+    """A stage that trains half of the matrices, and freezes the others."""
 
     @classmethod
     def prepare(cls, config: CLConfig, model_args: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class ICLConfig(CLConfig):
-    """As CLConfig, of which only what concerns evaluation is used."""
+    """CLConfig; only its options for the evaluation are used."""
 
     num_fewshot: int = option(6, "Demonstrations in each prompt; 0 = the base model alone.", least=0)
     icl_prompt_length: int = option(

@@ -34,7 +34,7 @@ NEW, PAST = "default", "past"
 
 
 class IncLoRATrainer(CLTrainer):
-    """A stage with an adapter of its own beside the frozen one of all earlier stages."""
+    """A stage with a new adapter in addition to the frozen adapter of all earlier stages."""
 
     @classmethod
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def adapted(model: Any) -> dict[str, Any]:
     """The layers with an adapter, by name.
 
     Raises:
-        ConfigError: for layers of which A and B of several adapters cannot be put side by side.
+        ConfigError: for layers in which A and B of several adapters cannot be put side by side.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if others := sorted(name for name, layer in layers.items() if not isinstance(layer, Linear)):

@@ -56,7 +56,7 @@ class InfLoRATrainer(IncLoRATrainer):
     config: InfLoRAConfig
 
     def stage_model(self, stage: Stage) -> Any:
-        """The adapters of the stage before and a new one, of which B alone is trained."""
+        """The adapters of the stage before, and a new one whose B alone is trained."""
         model = super().stage_model(stage)
         for layer in adapted(model).values():
             layer.lora_A[NEW].weight.requires_grad_(False)

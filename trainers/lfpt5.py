@@ -138,7 +138,7 @@ class LFPT5Trainer(PPTrainer):
         return training_rows(load_tasks([task])[task], len(self.task_texts(task)))
 
     def pseudo_texts(self, stage: Stage) -> dict[str, list[tuple[str, str]]]:
-        """What the model of the stage before writes of each earlier task, as far as it can be used."""
+        """The usable pseudo rows that the model of the stage before writes, by earlier task."""
         found = {}
         for task in self.run.tasks[: stage.index - 1]:
             asked = max(1, round(self.config.replay_ratio * len(self.task_texts(task))))
@@ -210,7 +210,7 @@ class LFPT5Trainer(PPTrainer):
 
 
 def as_row(answer: Answer) -> tuple[str, str] | None:
-    """The prompt and the answer that a model has written; None if it is no row."""
+    """The prompt and the answer in a text that a model has written; None if it is not a row."""
     parts = answer.text.split(ANSWER)
     return (parts[0], parts[1]) if answer.finished and len(parts) == 2 and all(p.strip() for p in parts) else None
 

@@ -20,8 +20,8 @@ as the evaluation of their task does. An answer that its limit cuts is trained w
 write. The official score of confidence also counts the likeliest token wherever another was drawn; ours has the drawn
 ones alone.
 
-Needs nothing of the model. `train.json` says of each earlier task how many rows were kept of how many answers, the
-mean score of both, and which share of the kept ones is the gold answer to the letter.
+It works with any model. `train.json` has for each earlier task the number of answers and of kept rows, the mean score
+of both, and the share of kept answers that equal the gold answer.
 
     python -m trainers.opr --config trainers/configs/quickstart.yaml --replay_ratio 0.1 --output_dir runs/opr
 """

@@ -25,7 +25,7 @@ class RCLConfig(CLConfig):
     train_rows: int | None = option(500, "First so many training rows of each task; the paper has 500.", least=1)
 
     def _read_lists(self) -> None:
-        """Puts the reasoning task in the place of every plain one.
+        """Replaces every plain task by its reasoning variant.
 
         Raises:
             ConfigError: for a task without a reasoning form.

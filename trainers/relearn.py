@@ -30,7 +30,7 @@ from trainers.inclora import IncLoRATrainer
 
 
 class RelearnTrainer(IncLoRATrainer):
-    """One old task, from where a run ended or from the base model; plain fine-tuning, whatever the run's method."""
+    """Trains one old task from the last stage of a run or from the base model; plain fine-tuning for every method."""
 
     source: ClassVar[Run]
     start: ClassVar[Stage]
@@ -65,7 +65,7 @@ def relearn(path: str | Path, rows: int = 10, steps: int = 10) -> None:
     """Trains each old task of a run again on its first rows, from the last stage and from the base, and measures it.
 
     Raises:
-        TraceError: before anything is trained, if the run has no old tasks, is not measured, or cannot be gone on with.
+        TraceError: before anything is trained, if the run has no old tasks, is not measured, or cannot be continued.
     """
     run = Run.open(path)
     refuse_links(run.path, "relearn")
@@ -176,7 +176,7 @@ def _train_and_measure(run: Run, start: Stage, folder: Path, rows: int, steps: i
     config.gradient_accumulation_steps *= run.manifest.get("processes", 1)
     # So few steps are all taken at the run's learning rate.
     config.lr_scheduler_type, config.warmup_steps = "constant", 0
-    # Measured as the run was, whatever its configuration says of the engine.
+    # With the settings of the run's cells, which may differ from its configuration.
     config.backend, config.engine_args = cell["settings"]["backend"], cell.get("engine_args") or None
     kind = type("RelearnTrainer", (RelearnTrainer,), {"source": run, "start": start, "__module__": __name__})
     relearned = train(kind, config, model_args)

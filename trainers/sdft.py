@@ -140,7 +140,7 @@ class SDFTTrainer(CLTrainer):
     # ---------------------------------------------------------------------------------------------------- the student
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The batches of an optimizer step, with answers that the student has now in the place of the gold ones."""
+        """The batches of an optimizer step, with the student's present answers instead of the gold ones."""
         return super().get_batch_samples(map(self.on_policy, epoch_iterator), num_batches, device)
 
     def on_policy(self, batch: dict[str, Any]) -> dict[str, Any]:

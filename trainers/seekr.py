@@ -48,7 +48,7 @@ class SEEKRConfig(DERConfig):
 
 
 class SEEKRTrainer(DERTrainer):
-    """A stage with what the model said of earlier rows, and how it attended to them."""
+    """A stage with the model's former outputs and attention on rows of earlier tasks."""
 
     config: SEEKRConfig
     on_cpu = ("attention",)

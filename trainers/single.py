@@ -26,7 +26,7 @@ class SingleTrainer(CLTrainer):
     own_memory = True
 
     def stage_model(self, stage: Stage) -> Any:
-        """The base model, whatever the stage."""
+        """The base model, at every stage."""
         return self.trainable_model(None)
 
 

@@ -130,7 +130,7 @@ def external_run(
 
 
 def with_checkpoints(run: Run, checkpoints: dict[str, str], **more: Any) -> Run:
-    """Writes the run's manifest with these checkpoints, of which the first are its own, and further entries."""
+    """Writes the run's manifest with these checkpoints (the run's own come first) and further entries."""
     there = run.manifest
     folders = {"folders": _numbered(there["folders"], checkpoints)} if "folders" in there else {}
     write_json(run.path / "manifest.json", {**there, "checkpoints": checkpoints, **folders, **more})

@@ -1,8 +1,8 @@
-"""Predictions that were made elsewhere, as a run: read, held against the data, and scored as our own are.
+"""Makes a run of predictions that were made elsewhere: reads them, compares them with the data, and scores them.
 
 Two kinds of files are read: `results-ROUND-NUMBER-TASK.json` of the official code (inference/infer_single.py of
 https://github.com/BeyonderXX/TRACE), and `samples_TASK_DATE.jsonl` of `lm_eval --log_samples --output_path`. The scores
-in them are not looked at: lm-eval asks an engine that answers what the files say.
+in the files are ignored: lm-eval scores the predictions again, by asking an engine that returns them as its answers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Predictions:
 
     file: Path
     rows: list[dict[str, Any]]
-    """The rows as the file has them, in the order of the data."""
+    """The rows of the file, in the order of the data."""
     answers: list[str]
     asked_otherwise: bool = False
     """Whether the prompts were not the rows' own: a chat template, or demonstrations."""
@@ -111,7 +111,7 @@ def _named(run: Run, stages: Stages) -> Iterator[tuple[Stage, dict[str, Predicti
 
 
 def _refuse_left(run: Run, stages: Stages) -> None:
-    """Refuses to leave scores that were imported before beside those of files that have no such predictions."""
+    """Refuses an import without some of the stages or tasks that an earlier one had, whose scores would stay."""
     for stage, found in _named(run, stages):
         for name in run.tasks:
             if name not in found and stage.eval_file(name).exists():
@@ -215,7 +215,7 @@ def _settings(name: str, limit: int | None, stages: Stages) -> dict[str, Any]:
 
 
 def _place(found: dict[str, Predictions]) -> str:
-    """Where the predictions of a stage are from; a round of which there are none has no place."""
+    """The folder of the predictions of a stage; "nowhere" if there are none."""
     return next((str(p.file.parent.absolute()) for p in found.values()), "nowhere")
 
 
@@ -224,7 +224,7 @@ def _kind(file: Path) -> str:
 
 
 class _Answers(LM):
-    """Answers what the files of a stage say, in the place of an engine."""
+    """Stands in for an engine, and answers with the predictions of a stage."""
 
     def __init__(self, answers: Mapping[str, list[str]]) -> None:
         super().__init__()

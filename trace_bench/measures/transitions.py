@@ -121,7 +121,7 @@ def _corrected(
 
     ends = bootstrap_interval([rows], lambda means: means[:, 0, 0] - chance(means[..., 0]))
     observed, by_chance = float(changed.mean()), float(chance(rows.mean(axis=0)[None])[0])
-    # Few rows that changed have too little spread: of 40 rows, of which one in forty changes, 53 % were covered.
+    # A few changed rows have too little spread: with 40 rows and one change in forty the coverage was 53 %.
     of_rate = [end - by_chance for end in wilson_interval(int(changed.sum()), len(changed))]
     low, high = float(np.minimum(ends[0], of_rate[0])), float(np.maximum(ends[1], of_rate[1]))
     return Corrected(observed, by_chance, Estimate(observed - by_chance, low, high))

@@ -15,7 +15,7 @@ from trace_bench.report.tables import DASH, Block, Table, Unit, count
 from trace_tasks.data import task_name
 
 NATS = Unit("nats per token", scale=None)
-#: What a table says of BWT_t.
+#: The explanation of BWT_t in a table.
 BWT = "mean change of a task since its own stage (divided by t-1); negative = forgetting"
 
 

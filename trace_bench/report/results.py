@@ -213,7 +213,7 @@ class Results:
 
     @property
     def other_versions(self) -> list[str]:
-        """A text for each library or code of which the run's cells have different versions."""
+        """A text for each library or code that has different versions among the run's cells."""
         return [
             f"{key}: " + "; ".join(f"{value} at {', '.join(stages)}" for value, stages in versions.items())
             for key, versions in self.versions.items()

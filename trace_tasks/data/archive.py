@@ -45,7 +45,7 @@ def _unpack_zip(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as z:
         size = 0
         for number, member in enumerate(z.infolist(), 1):
-            # zipfile reads no more of a member than the size that is said here.
+            # zipfile reads at most the size in a member's header.
             size += member.file_size
             link = stat.S_ISLNK(member.external_attr >> 16)
             _check_member(archive, member.filename, member.file_size, not link, number, size)

@@ -241,7 +241,7 @@ def _are_equal(first: Split | None, second: Split | None) -> bool:
 
 
 def _find(root: Path) -> tuple[Path | None, dict[str, Path]]:
-    """The reasoning variant in or beside a data set, where there is one, and task -> folder, of both variants."""
+    """The reasoning variant in or next to a data set, if there is one, and task -> folder for both variants."""
     if is_cl_benchmark(root):
         return None, {task: root / folder for task, folder in CL_BENCHMARK.items()}
     try:
@@ -307,7 +307,7 @@ def _set_name(folder: Path, roots: Sequence[Path]) -> str:
 def _facts(
     task: str, split: Split, tokenizer: PreTrainedTokenizerBase | None, limits: dict[str, int]
 ) -> dict[str, Any]:
-    """What there is to say of one file; every finding is a list of rows."""
+    """The findings about one file; each is a list of rows."""
     rows = split.rows
     decisive = {i: _decisive(task, row["answer"]) for i, row in rows.items()}
     labels = Counter(decisive.values())

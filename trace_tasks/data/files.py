@@ -94,7 +94,7 @@ def refuse_links(folder: Path, *names: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a folder with all below it, or of a link the link alone."""
+    """Removes a file, or a folder with all its content; of a link only the link itself."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -105,7 +105,7 @@ def remove(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file atomically: either the old content or all of the new one is there, whatever happens."""
+    """Writes a file atomically: even after a kill it has either the old content or all of the new one."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -129,7 +129,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Fails now as writing the results would in hours, on a read-only or full disk; for whoever spends time on them."""
+    """Fails now, on a read-only or full disk, instead of after hours of work when the results are written."""
     probe = folder / ".room"
     write_bytes(probe, bytes(2**20))
     probe.unlink(missing_ok=True)
@@ -280,7 +280,7 @@ def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _record_of(path: Path) -> Path:
-    """What a folder of a cache holds, file -> size and SHA-256: beside it, and written last."""
+    """The record of a cached folder, file -> size and SHA-256: a file next to the folder, written last."""
     return path.with_name(f".{path.name}.json")
 
 

@@ -83,7 +83,7 @@ class Data:
         return {task: fingerprint(folder, ["test.json"]) for task, folder in self.folders.items()}
 
     def record(self) -> dict[str, Any]:
-        """What a manifest says of the data."""
+        """The entry of a manifest about the data."""
         return {
             "path": str(self.root) if self.root else None,
             **({"reasoning": str(self.reasoning)} if self.reasoning else {}),
@@ -96,7 +96,7 @@ class Data:
         """The tasks whose rows are not those that a run began with.
 
         Where a file other than test.json is missing, now or when the run began, the test rows alone are compared.
-        `record` is what the run's manifest says of its data.
+        `record` is the entry of the run's manifest about its data.
         """
         changed = []
         for task, folder in self.folders.items():
