@@ -255,7 +255,7 @@ def test_an_exact_twin_in_another_data_set_of_the_same_name_is_no_near_one(rows,
     assert (both["train"], both["exact"], both["near"]) == (str(other / "FOMC"), list(range(12)), [])
 
 
-def test_counts_labels_and_characters(rows, write, monkeypatch):
+def test_the_audit_counts_rows_labels_and_characters(rows, write, monkeypatch):
     rows["trace_scienceqa"] = {
         "test": [{"prompt": f"{i}: Is it?", "answer": f"{'AB'[i % 2]}\nSince {sentence(i)}"} for i in range(30)]
     }

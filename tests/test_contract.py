@@ -67,7 +67,7 @@ PUBLISHED = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_defaults_of_a_method(name):
+def test_the_defaults_of_a_method_are_those_of_its_publication(name):
     config = method(name)[1](output_dir="unused", use_cpu=True)
     assert {key: getattr(config, key) for key in PUBLISHED[name]} == PUBLISHED[name]
 

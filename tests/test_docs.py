@@ -128,7 +128,7 @@ CHECKS = {
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_parse(page):
+def test_the_commands_of_each_page_parse(page):
     for program, *words in commands(page):
         check = CHECKS.get(Path(program).name)
         if check and "..." not in words and not any("<" in word for word in words):

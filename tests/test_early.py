@@ -121,7 +121,7 @@ def test_rows_that_cannot_be_trained_are_refused_with_task_row_and_value(own_tas
         rows_of()
 
 
-def test_a_group_is_no_column(demo_data):
+def test_a_group_of_tasks_is_refused_as_a_column(demo_data):
     with pytest.raises(DataError, match="trace: a group of tasks"):
         load_tasks(["trace"])
 

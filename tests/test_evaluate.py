@@ -353,7 +353,7 @@ def test_an_engine_that_is_not_there_is_a_clear_error(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", ["NOWHERE", "./x", "a/b/c", "EMPTY", "FILE"])
-def test_names_that_are_no_model(tiny_model, tmp_path, bad):
+def test_names_that_are_no_model_are_refused(tiny_model, tmp_path, bad):
     assert models.resolve_model(str(tiny_model)) == str(tiny_model.absolute())
     assert models.resolve_model("org/name") == "org/name"
     (tmp_path / "EMPTY").mkdir()

@@ -283,7 +283,7 @@ def test_sets_of_which_nobody_said_where_they_are(monkeypatch, tmp_path):
 # ------------------------------------------------------------------------------------------------- configurations
 
 
-def test_names_and_groups(tmp_path):
+def test_groups_of_suites_and_judged_sets_are_expanded_and_unknown_names_refused(tmp_path):
     config = CLConfig(
         output_dir=str(tmp_path), general=["general", "general_ifeval"], judged=["safety", "instruct_lima"]
     )

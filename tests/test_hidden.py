@@ -62,7 +62,7 @@ def scores(run):
 # ------------------------------------------------------------------------------------------------------------ measure
 
 
-def test_the_share_that_came_back():
+def test_share_recovered_is_the_regained_part_of_what_was_lost():
     assert share_recovered([0.8, 0.2, 0.65]) == pytest.approx(0.75)
     assert share_recovered([3.0, 7.0, 4.0]) == pytest.approx(0.75), "of errors, of which less is better"
     assert np.isnan(share_recovered([0.5, 0.5, 0.9])), "nothing was lost"

@@ -582,7 +582,7 @@ def test_all_but_the_samples_works_without_javascript(visit, rich):
     assert "need JavaScript" in page.locator("body").inner_text()
 
 
-def test_print_shows_all(visit, rich):
+def test_a_printed_page_is_light_and_shows_folded_parts(visit, rich):
     page = visit(rich, 720, color_scheme="dark")  # A4 between its margins
     page.click("#fold summary")
     page.emulate_media(media="print", color_scheme="dark")

@@ -253,7 +253,7 @@ def test_text_that_says_nothing_is_broken_and_no_other(reason):
     assert {text: why_broken(text) for text in BROKEN[reason]} == dict.fromkeys(BROKEN[reason], reason)
 
 
-def test_long_texts_take_no_long_time():
+def test_long_texts_are_read_in_seconds():
     started = time.process_time()
     for piece in ("a", "ab ", "\u200b", "Ã", "x1y2z3", " ", "a" * 19 + "b"):
         why_broken(piece * 100_000)

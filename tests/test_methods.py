@@ -555,7 +555,7 @@ def test_mixed_replay_is_part_of_every_epoch_and_may_be_of_plain_and_reasoning_r
 @pytest.mark.skipif(
     not (SHARED / "data/trace_lima").is_dir(), reason="the official alignment set is not here (../shared)"
 )
-def test_the_official_alignment_set():
+def test_the_official_alignment_set_is_read_from_a_folder_or_a_file():
     from trainers.replay import alignment_rows
 
     for path in (SHARED / "data/trace_lima", SHARED / "data/trace_lima/train.json"):

@@ -211,7 +211,7 @@ def test_the_same_is_frozen_while_zero_3_has_divided_the_parameters(name):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_half_of_every_architecture(architecture):
+def test_half_of_each_category_is_frozen_in_every_architecture(architecture):
     model = empty(architecture, 4)
     blocks = decoder_blocks(model)
     frozen = {id(p) for p in hft.frozen_half(blocks, torch.Generator().manual_seed(0))}

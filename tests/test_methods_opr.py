@@ -311,7 +311,7 @@ def test_a_rewrite_is_kept_if_the_metric_still_accepts_it(options, said):
     assert {name: r["kept"] for name, r in record.items()} == {TASKS[0]: 0.25, "trace_20minuten": 0.25}
 
 
-def test_the_ends_of_what_is_accepted(options, said, tmp_path):
+def test_accept_1_is_plain_training_and_accept_0_keeps_every_answer(options, said, tmp_path):
     """Nothing usable is plain training, to the byte; 0 keeps whatever is written, near misses depend on the share."""
     options |= {**EXACT, "tasks": ["trace_20minuten"], "max_steps": 2, "max_answer_length": 60, "train_rows": 8}
     made = rewrite.RewriteTrainer, rewrite.RewriteConfig

@@ -84,7 +84,7 @@ STUDY = "{config: config.yaml, runs: {half: {method: half.py, seed: {each: [1, 2
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_first_hour(installed, monkeypatch):
+def test_a_newcomers_commands_work_from_the_wheel(installed, monkeypatch):
     """What a newcomer does, from the wheel, in a folder whose name has a space and an umlaut."""
     folder = installed.folder
 

@@ -40,7 +40,7 @@ def golden(name: str):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_official_scores():
+def test_all_scores_equal_those_of_the_official_code():
     checked = 0
     for task, metrics in golden("official_scores").items():
         for metric, official in metrics.items():
@@ -62,7 +62,7 @@ def test_official_scores():
     ("prediction", "reference", "score"),
     [("A", "A", 1), ("A ", "A", 0), ("a", "A", 0), ("", "A", 0), ("", "", 0), ("周一", "周一", 1), ("1.0", "1", 0)],
 )
-def test_accuracy(prediction, reference, score):
+def test_accuracy_is_strict_equality(prediction, reference, score):
     assert accuracy(prediction, reference) == score
 
 
@@ -275,7 +275,7 @@ ROUGE_L = [
 
 
 @pytest.mark.parametrize(("prediction", "reference", "score"), ROUGE_L)
-def test_rouge_l(prediction, reference, score):
+def test_rouge_l_has_the_recorded_values(prediction, reference, score):
     assert rouge_l(prediction, reference) == pytest.approx(score, rel=0, abs=1e-10)
 
 
@@ -323,7 +323,7 @@ BLEU = [
 
 
 @pytest.mark.parametrize(("prediction", "reference", "n", "score"), BLEU)
-def test_bleu(prediction, reference, n, score):
+def test_bleu_has_the_recorded_values(prediction, reference, n, score):
     assert bleu(prediction, reference, n) == pytest.approx(score, rel=0, abs=1e-12)
 
 
@@ -358,7 +358,7 @@ SIMILARITY = [
 
 
 @pytest.mark.parametrize(("prediction", "reference", "score"), SIMILARITY)
-def test_similarity(prediction, reference, score):
+def test_similarity_has_the_recorded_values(prediction, reference, score):
     assert similarity(prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
 
 
@@ -380,7 +380,7 @@ SARI = [
 
 
 @pytest.mark.parametrize(("source", "prediction", "reference", "score"), SARI)
-def test_sari(source, prediction, reference, score):
+def test_sari_has_the_recorded_values(source, prediction, reference, score):
     assert sari(source, prediction, reference) == pytest.approx(score, rel=0, abs=1e-12)
 
 
@@ -390,7 +390,7 @@ def test_sari(source, prediction, reference, score):
 @pytest.mark.parametrize(
     ("text", "parts"), [("B\nBecause.", ("B", "Because.")), ("B", ("B", "")), ("B\n", ("B", "")), ("", ("", ""))]
 )
-def test_scienceqa_parts(text, parts):
+def test_a_scienceqa_answer_is_split_into_letter_and_explanation(text, parts):
     assert scienceqa_parts(text) == parts
 
 
