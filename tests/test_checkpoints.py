@@ -11,7 +11,7 @@ import torch
 from conftest import load_merged
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora.config import KasaConfig
+from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig
 
@@ -165,12 +165,16 @@ def test_a_kind_that_is_served_fits_and_its_merged_model_is_the_one_that_was_tra
 @pytest.mark.parametrize(
     "entries, message",
     [
-        *(({"peft_type": kind}, f"the kind {kind}, which cannot be served.*LORA") for kind in ("XLORA", "NEW", None)),
+        # The router of Lily takes the mean of all tokens in a batch, with those that come later.
+        *(({"peft_type": k}, f"the kind {k}, which cannot be served.*LORA") for k in ("XLORA", "LILY", "NEW", None)),
         *(({"peft_type": kind}, f"the kind {kind}, .*PROMPT_TUNING") for kind in ("PREFIX_TUNING", "ADAPTION_PROMPT")),
         ({"task_type": "SEQ_CLS"}, "task type SEQ_CLS"),
         ({"alora_invocation_tokens": [1, 2]}, "uses alora_invocation_tokens"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "uses layer_replication"),
-        ({"lora_bias": True}, "lora_bias.*--backend hf"),
+        ({"lora_bias": True}, "LORA with lora_bias.*--backend hf"),
+        # PEFT's merge would leave the wrapper around the whole module.
+        ({"peft_type": "LN_TUNING", "modules_to_save": ["lm_head"]}, "LN_TUNING with modules_to_save.*--backend hf"),
+        ({"peft_type": "PVERA", "sample_at_inference": True}, "sample_at_inference.*Set it to false"),
         *(
             ({"init_lora_weights": start}, f"began with init_lora_weights='{start}', which changed the weights")
             for start in ("pissa_niter_4", "corda", "lora_ga", "loftq", "new")
@@ -309,7 +313,8 @@ def test_lora_requests_get_what_they_serve_alone(bases, tmp_path):
     """VLLM would leave out the diagonal of KaSA, and an option that it does not know."""
     plain = make_adapter(bases["llama"], tmp_path / "plain", lora(use_rslora=True, lora_dropout=0.1))
     assert checkpoints.plain_lora_rank(plain) == 4
-    for more in ({"kasa_config": KasaConfig()}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
+    of_training = {"kasa_config": KasaConfig()}, {"monteclora_config": MontecloraConfig()}
+    for more in (*of_training, {"use_dora": True}, {"modules_to_save": ["lm_head"]}):
         folder = make_adapter(bases["llama"], tmp_path / next(iter(more)), lora(**more))
         check(bases["llama"], folder)
         assert checkpoints.plain_lora_rank(folder) is None

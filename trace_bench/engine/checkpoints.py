@@ -40,8 +40,9 @@ MERGED = {
     *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD"),
     *("SUPERTUNING", "TINYLORA", "TRAINABLE_TOKENS", "UNILORA", "VBLORA", "VERA", "WAVEFT"),
 }
-#: Kinds that PEFT cannot merge, or only on some models. transformers serves them as they are.
-UNMERGED = {"BEFT", "LILY"}
+#: Kinds that PEFT cannot merge. transformers serves them as they are. Lily is not served at all: its router takes the
+#: mean of all tokens in a batch, so an answer depends on the other prompts, and on the cache.
+UNMERGED = {"BEFT"}
 #: Options that PEFT reads as regular expressions, as it does a text in target_modules.
 _PATTERNS = ("exclude_modules", "layers_pattern", "rank_pattern", "alpha_pattern")
 #: Options of LoRA with which an adapter does more than add to weights: a part of the input, other layers, a router.
@@ -182,10 +183,18 @@ def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool
         )
     if chain and kind == PROMPT:
         raise RunError(f"{folder} is a soft prompt, on which no adapter can be stacked. Evaluate it without --chain.")
-    if backend == "vllm" and (kind in UNMERGED or adapter.get("lora_bias")):
-        what = "with lora_bias, which can be merged" if adapter.get("lora_bias") else f"of the kind {kind}, merged"
+    # What PEFT's merge of LN_TUNING leaves of whole modules would be found in no file of a model.
+    option = "modules_to_save" if kind == "LN_TUNING" else "lora_bias"
+    if backend == "vllm" and (kind in UNMERGED or adapter.get(option)):
+        what = f" with {option}" if adapter.get(option) else ""
         raise RunError(
-            f"{folder} is an adapter {what} into few models only, and vLLM serves merged weights. Take --backend hf."
+            f"{folder} is an adapter of the kind {kind}{what}, which PEFT merges into few models or none, and vLLM "
+            "serves merged weights. Take --backend hf."
+        )
+    if adapter.get("sample_at_inference"):
+        raise RunError(
+            f"{folder} has sample_at_inference, with which its weights are drawn anew for each token. Set it to false "
+            "in its adapter_config.json to measure their means."
         )
     for name in _NOT_A_SUM if kind == "LORA" else ():
         if adapter.get(name):
@@ -236,7 +245,8 @@ def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], n
     """Refuses an adapter whose tensors are not those that PEFT looks for in the base model, by name and shape."""
     import torch
 
-    shapes = tensor_shapes(folder)
+    # MonteCLoRA's sampler is of its training alone.
+    shapes = {key: shape for key, shape in tensor_shapes(folder).items() if ".lora_monteclora_sampler." not in key}
     model = base()
     if adapter["peft_type"] == PROMPT:
         wanted = [adapter.get("num_virtual_tokens"), model.get_input_embeddings().weight.shape[1]]
