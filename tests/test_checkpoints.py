@@ -646,11 +646,26 @@ def test_weights_that_vllm_would_load_in_addition_are_refused_there(name, bases,
     check(bases["llama"], model)  # vLLM takes what the index names
 
 
-@pytest.mark.parametrize("how", ["bitsandbytes", "gptq", "awq"])
-def test_quantised_weights_without_their_package_are_refused_before_the_base_is_measured(how, bases, model):
-    packed = {"bitsandbytes": {"load_in_4bit": True}}.get(how, {"bits": 4, "group_size": 128, "zero_point": True})
-    reconfigure(model, "config.json", quantization_config={"quant_method": how, **packed})
+GROUPS = {"bits": 4, "group_size": 128, "zero_point": True}
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        *({"quant_method": how, **GROUPS} for how in ("gptq", "awq")),
+        {},
+    ],
+)
+def test_quantised_weights_without_their_package_are_refused_before_the_base_is_measured(packed, bases, model):
+    reconfigure(model, "config.json", quantization_config=packed)
     refused("has quantised weights that transformers cannot load here", bases["llama"], model, backend="hf")
+
+
+def test_a_checkpoint_that_became_a_model_for_embeddings_is_refused(bases, model):
+    """Its states of a token depend on those behind it, so what is generated depends on the cache."""
+    reconfigure(model, "config.json", is_causal=False)
+    refused("m reads a text in both directions", bases["llama"], model, backend="hf")
 
 
 # ------------------------------------------------------------------------------------------------------ the base itself

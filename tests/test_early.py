@@ -191,6 +191,7 @@ def architecture(options, tmp_path):
         (("ViTConfig", {}), {}, "not a causal model but of another kind"),
         (("XLNetConfig", {"d_model": 64, "n_layer": 2, "n_head": 4}), {}, "one that reads a text in both directions"),
         (("CpmAntConfig", {"hidden_size": 64, "num_hidden_layers": 2}), {}, "one that reads a text in both directions"),
+        (("LlamaConfig", {**SMALL, "is_causal": False}), {}, "one that reads a text in both directions"),
         (("LlamaConfig", {**SMALL, "architectures": [OTHER]}), {}, f"{OTHER} without a head for the next token"),
         (("MllamaConfig", {"text_config": {**SMALL, "pad_token_id": 0}}), FULL, "saved as mllama_text_model, .* LoRA"),
         (("LlamaConfig", {**SMALL, "vocab_size": 250}), {}, "9 tokens without a row in the model's 250 embeddings"),

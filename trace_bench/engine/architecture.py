@@ -95,7 +95,7 @@ def refuse_not_causal(base: str, config: Any) -> None:
         what = "an encoder"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         what = "of another kind"
-    elif config.model_type in _BOTH_WAYS:
+    elif _reads_both_ways(config):
         what = "one that reads a text in both directions, so that an answer in training would predict itself"
     elif other_heads:
         what = f"a {other_heads[0]} without a head for the next token"
@@ -104,6 +104,13 @@ def refuse_not_causal(base: str, config: Any) -> None:
     raise ModelError(
         f"{base} ({config.model_type}) is not a causal model but {what}. Take a model such as Llama, Qwen or GPT-2."
     )
+
+
+def _reads_both_ways(config: Any) -> bool:
+    """Whether a token's states depend on those behind it: by the type, or as models for embeddings are made of others."""
+    text = config.get_text_config(decoder=True).to_dict()
+    by_entry = text.get("is_causal") is False or text.get("use_bidirectional_attention") in (True, "all")
+    return config.model_type in _BOTH_WAYS or by_entry
 
 
 @contextmanager
@@ -208,11 +215,17 @@ def check_full_model(folder: Path, base: Callable[[], Any] | None, backend: str,
     """
     shapes = tensor_shapes(folder)
     own = architecture(folder, None, trust_remote_code)
+    if _reads_both_ways(own.config):
+        raise ModelError(
+            f"{folder} reads a text in both directions by its config.json (is_causal, use_bidirectional_attention), as "
+            "models for embeddings do: it writes no text. Give a model that was trained to write."
+        )
     ends_of_model(folder)
     if backend == "vllm":
         _refuse_more_weights(folder)
         _refuse_other_names(folder, own, shapes)
-    if packed := read_json(folder / "config.json").get("quantization_config"):
+    packed = read_json(folder / "config.json").get("quantization_config")
+    if packed is not None:
         if backend == "hf" or base is None:
             _check_quantised(folder, packed)
         return  # its tensors are packed, so names and shapes are those of the quantisation
