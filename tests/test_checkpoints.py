@@ -603,6 +603,17 @@ def test_a_checkpoint_of_another_size_is_served_by_its_own_config_only(bases, tm
     refused("m lacks 9 tensors of the base model", bases["llama"], tmp_path / "m")
 
 
+def test_a_checkpoint_without_embeddings_of_tokens_of_the_tokenizer_is_refused(tiny_model, tmp_path):
+    """Its evaluation would end at the first text with such a token."""
+    resized = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for size in (250, 300):
+        resized.resize_token_embeddings(size)
+        resized.save_pretrained(shutil.copytree(tiny_model, tmp_path / str(size)))
+    refused(r"has 250 embeddings and .* 259: 9 tokens", tiny_model, tmp_path / "250", backend="hf")
+    check(tiny_model, tmp_path / "300", backend="hf")
+    check(tmp_path / "300", tiny_model, backend="hf")  # of rows that no token has some may go
+
+
 def test_what_is_no_causal_language_model_or_brings_code_is_refused(bases, model, tmp_path):
     (model / "mine.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     for config in ({"model_type": "t5"}, {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}, {}):
