@@ -14,7 +14,7 @@ from lm_eval.api.task import ConfigurableTask
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from trace_bench import engine, evaluate, report
+from trace_bench import cli, engine, evaluate, report
 from trace_bench.engine import hub, models, swap
 from trace_bench.engine.checkpoints import warn_of_tokenizers
 from trace_bench.evaluate import cells as cells_module
@@ -321,6 +321,19 @@ def test_a_context_that_would_cut_prompts_shorter_than_the_run_says_is_refused(r
     with pytest.raises(RunError, match=r"96 tokens of a prompt and 4 of an answer .* context of 99"):
         evaluate.evaluate(run, engine_args={"max_length": 99})
     assert evaluate.evaluate(run, engine_args={"max_length": 100}) == 5
+
+
+def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_engine_starts(
+    tiny_model, tmp_path, monkeypatch
+):
+    """Transformers' engine takes the context of each model, and cut prompts of one stage alone."""
+    monkeypatch.setattr("trace_bench.engine.open_engine", lambda *_, **__: pytest.fail("an engine starts"))
+    config = json.loads((shutil.copytree(tiny_model, tmp_path / "m") / "config.json").read_text())
+    write_json(tmp_path / "m" / "config.json", {**config, "max_position_embeddings": 99})
+    words = ["evaluate", str(tmp_path / "run"), "--model", str(tiny_model), "--checkpoint", f"m={tmp_path / 'm'}"]
+    words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", "--backend", "hf"]
+    with pytest.raises(SystemExit, match=r"context of 99, .* config\.json says so for 1_m\. Give --engine-args"):
+        cli.main([*words, "--max-prompt-length", "96", "--max-new-tokens", "4"])
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trace_bench.engine import models
+from trace_bench.engine.architecture import context_length
 from trace_bench.evaluate import answer_tokens
 from trace_bench.tasks import load_tasks
 from trace_tasks.utils import ICL_VERSION
-from trainers.base import CLConfig, CLTrainer, ConfigError, context_length, main, option
+from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
 from trainers.base.config import ENGINE_CONTEXT
 
 log = logging.getLogger(__name__)

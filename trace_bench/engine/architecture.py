@@ -44,6 +44,11 @@ _HARMLESS = {
     *("num_beams", "repetition_penalty", "no_repeat_ngram_size", "num_return_sequences", "length_penalty", "n_ctx"),
     *("_attn_implementation_autoset", "_attn_implementation", "attn_implementation", "experts_implementation"),
 }
+#: The names that configurations use for a model's context length; sliding windows are no limit.
+_CONTEXT = (
+    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
+    "max_seq_length",
+)
 #: Types that vLLM computes differently from transformers -> how; then those that it does only without a GPU.
 _OTHER_IN_VLLM = {
     "gemma3n_text": "leaves out the embeddings of its layers",
@@ -106,8 +111,13 @@ def refuse_not_causal(base: str, config: Any) -> None:
     )
 
 
+def context_length(model: dict[str, Any]) -> int | None:
+    """The most tokens that a model of this configuration reads; None where it has no limit."""
+    return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
+
+
 def _reads_both_ways(config: Any) -> bool:
-    """Whether a token's states depend on those behind it: by the type, or as models for embeddings are made of others."""
+    """Whether a token's states depend on those behind it: by its type, or as a model for embeddings made of another."""
     text = config.get_text_config(decoder=True).to_dict()
     by_entry = text.get("is_causal") is False or text.get("use_bidirectional_attention") in (True, "all")
     return config.model_type in _BOTH_WAYS or by_entry

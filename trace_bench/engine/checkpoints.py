@@ -166,19 +166,17 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
 
 def _check_vocabulary(folder: Path, base: str, revision: str | None, trust_remote_code: bool) -> None:
     """Refuses a full model that lost embeddings which the base model has, of tokens that its tokenizer writes."""
-    sizes = [
-        models.load_config(*which, trust_remote_code).get_text_config(decoder=True).to_dict().get("vocab_size")
-        for which in ((base, revision), (folder, None))
-    ]
+    configs = models.load_config(base, revision, trust_remote_code), models.load_config(folder, None, trust_remote_code)
+    sizes = [config.get_text_config(decoder=True).to_dict().get("vocab_size") for config in configs]
     if None in sizes or sizes[1] >= sizes[0]:
         return
     tokenizer = models.load_tokenizer(base, revision, trust_remote_code)
-    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= sizes[1]}
-    if beyond.keys() - (tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token}):
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if i >= sizes[1]}
+    if {*beyond.values()} - (tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token}):
         raise RunError(
             f"{folder} has {sizes[1]} embeddings and the base model {sizes[0]}: {len(beyond)} tokens of the base "
-            f"model's tokenizer, with which all are measured, have none, such as {min(beyond, key=beyond.__getitem__)!r}"
-            ". Measure it as a base model: --model, in a run of its own."
+            f"model's tokenizer, with which all are measured, have none, such as {beyond[min(beyond)]!r}. "
+            "Measure it as a base model: --model, in a run of its own."
         )
 
 

@@ -12,7 +12,7 @@ from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
 from trace_bench.evaluate.likelihood import add_likelihood, reference_of, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
-from trace_bench.evaluate.tasks import Tasks, answer_tokens, check_context, run_tasks, scale_of
+from trace_bench.evaluate.tasks import WIDER, Tasks, answer_tokens, check_context, run_tasks, scale_of, shorter_contexts
 from trace_bench.metrics import standard_error
 from trace_bench.run import Stage
 from trace_bench.versions import source_commit
@@ -35,6 +35,8 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
     asked = next((plan.engine_args[name] for name in lengths if plan.engine_args.get(name)), None)
     check_context(plan, tasks, asked if isinstance(asked, int) else None)
     base = base_of(plan.run)
+    for stage, context in shorter_contexts(plan) if asked is None else ():
+        check_context(plan, tasks, context, f"Its config.json says so for {stage.name}. {WIDER}")
     if lm is not None:
         lm.reuse(checkpoints)
     else:

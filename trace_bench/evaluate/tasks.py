@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 from trace_bench import checks
 from trace_bench.engine import models
+from trace_bench.engine.architecture import context_length
 from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
 from trace_bench.evaluate.given import task_of
 from trace_bench.evaluate.plan import Plan, base_of, check_one_definition, other_versions
-from trace_bench.run import RunError
+from trace_bench.run import RunError, Stage
 from trace_bench.tasks import load_suites
 from trace_tasks.data import SUITES
 from trace_tasks.tokens import check_room
@@ -108,6 +110,25 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WI
                     f"context of {context}, so prompts would be cut to other lengths than the run says. {wider} begin "
                     "with a smaller max_prompt_length or max_new_tokens."
                 )
+
+
+def shorter_contexts(plan: Plan) -> Iterator[tuple[Stage, int]]:
+    """The full models from elsewhere whose config.json has a shorter context than the base model's, which is measured.
+
+    The engine takes that of each model, and would cut prompts of these stages shorter than those of the others.
+    """
+    trusted, base = plan.engine_args.get("trust_remote_code", False), base_of(plan.run)
+
+    def context(model: str | Path, revision: str | None) -> int | None:
+        config = models.load_config(model, revision, trusted)
+        return context_length(config.get_text_config(decoder=True).to_dict())
+
+    for stage in plan.stages:
+        # One of which everything is measured may be gone.
+        if plan.todo.get(stage) and stage.external and not models.is_adapter(stage.external):
+            own, usual = context(stage.external, None), context(base["model"], base["revision"])
+            if own is not None and (usual is None or own < usual):
+                yield stage, own
 
 
 def answer_tokens(task: Any) -> int:

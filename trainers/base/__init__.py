@@ -21,7 +21,7 @@ from trainers.base.blocks import adapted_parameters, count, decoder_blocks, shap
 from trainers.base.checkpoints import save_tensors, sort_names
 from trainers.base.config import CLConfig, ConfigError, option, refuse_losses, refuse_reentrant
 from trainers.base.gradients import divergences, of_tokens
-from trainers.base.preflight import causal_config, context_length, empty_adapted, refuse_shards, require_context
+from trainers.base.preflight import causal_config, empty_adapted, refuse_shards, require_context
 from trainers.base.rows import CHOICES, choose_rows, ranked_rows
 from trainers.base.sampler import LengthGrouped
 from trainers.base.sampling import sampled
@@ -39,7 +39,6 @@ __all__ = [
     "causal_config",
     "check_scores",
     "choose_rows",
-    "context_length",
     "count",
     "decoder_blocks",
     "divergences",

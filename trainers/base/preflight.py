@@ -21,7 +21,7 @@ from trl import ModelConfig, get_peft_config
 
 from trace_bench import packaged
 from trace_bench.engine import models
-from trace_bench.engine.architecture import check_base, refuse_not_causal
+from trace_bench.engine.architecture import check_base, context_length, refuse_not_causal
 from trace_bench.engine.checkpoints import lost_names
 from trace_bench.engine.sharing import shared_layer, shared_weights
 from trace_bench.evaluate import answer_tokens
@@ -33,11 +33,6 @@ from trainers.base.trainer import CLTrainer
 
 log = logging.getLogger(__name__)
 
-#: The names that configurations use for a model's context length; sliding windows are no limit.
-_CONTEXT = (
-    *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
-    "max_seq_length",
-)
 #: The hooks of a method, as docs/methods.md lists them.
 _HOOKS = (
     *("prepare", "stage_dataset", "stage_args", "stage_model", "begin_stage", "end_stage", "adjust_gradients"),
@@ -305,11 +300,6 @@ def _check_weights(model: Any, model_args: ModelConfig) -> None:
             f"{model_args.model_name_or_path} is quantised with {method}: its weights cannot be trained, nor can what "
             "is trained beside them be merged into them as it was. Take the model in bf16."
         )
-
-
-def context_length(model: dict[str, Any]) -> int | None:
-    """The context length in a model's configuration; None if it has no limit."""
-    return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
 
 
 def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what: str, *, engine: bool = False) -> None:
