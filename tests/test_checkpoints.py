@@ -589,6 +589,16 @@ def test_names_that_transformers_completes_and_vllm_does_not_are_refused_there(p
         refused(f"its tensors such as {prefix}embed_tokens.weight.*save it again", base, model)
 
 
+def test_the_names_that_save_pretrained_gives_a_model_with_images_are_known(tmp_path):
+    """Those of Gemma 3 have no first part "model.", on the hub and whenever it is saved."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    parts = {"vision_config": {**sizes, "image_size": 28, "patch_size": 14}, "text_config": {**sizes, "vocab_size": 96}}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", **parts, eos_token_id=1))
+    made.save_pretrained(tmp_path / "m")
+    assert "multi_modal_projector.mm_input_projection_weight" in load_file(tmp_path / "m" / "model.safetensors")
+    check(tmp_path / "m", tmp_path / "m")
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}'])
 def test_a_generation_config_that_does_not_say_the_end_is_refused_before_the_base_is_measured(content, bases, model):
     (model / "generation_config.json").write_text(content)

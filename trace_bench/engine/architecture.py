@@ -112,7 +112,7 @@ def refuse_not_causal(base: str, config: Any) -> None:
 
 
 def context_length(model: dict[str, Any]) -> int | None:
-    """The most tokens that a model of this configuration reads; None where it has no limit."""
+    """The context length in a model's configuration; None if it has no limit."""
     return min((model[name] for name in _CONTEXT if isinstance(model.get(name), int)), default=None)
 
 
@@ -284,7 +284,14 @@ def _refuse_more_weights(folder: Path) -> None:
 
 
 def _refuse_other_names(folder: Path, model: Any, shapes: dict[str, list[int]]) -> None:
-    """Refuses tensor names that lack their first part, or have it twice: transformers maps them, vLLM does not."""
+    """Refuses tensor names that lack their first part, or have it twice: transformers maps them, vLLM does not.
+
+    Both know the names that save_pretrained gives: it keeps the older ones of a Gemma 3 with images.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if shapes.keys() <= revert_weight_conversion(model, model.state_dict()).keys():
+        return
     prefix, names = f"{model.base_model_prefix}.", model.state_dict().keys()
     other = [n for n in shapes if n not in names and (prefix + n in names or n.removeprefix(prefix) in names)]
     if other and model.config.model_type not in _COMPLETED:
