@@ -221,6 +221,15 @@ def test_a_further_checkpoint_becomes_the_next_stage_and_nothing_is_done_again(t
     assert [s.name for s in Run.open(more.path).stages] == ["0_base", "1_v1", "2_v2"]
 
 
+def test_a_checkpoint_whose_weights_are_nan_is_not_scored_and_can_be_taken_out(theirs, tmp_path):
+    run, file = theirs(1, 2), tmp_path / "v1/adapter_model.safetensors"
+    save_file({k: v * torch.nan for k, v in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(engine.EngineError, match=r"1_v1 gives NaN instead of probabilities.*--drop NAME"):
+        evaluate.evaluate(run)
+    assert not any(run.stages[1].path.glob("eval/*"))
+    assert evaluate.evaluate(evaluate.drop(run.path, ["v1"])) == 2
+
+
 def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(theirs, run, tmp_path):
     mixed = theirs(1)
     evaluate.evaluate(mixed)

@@ -1,15 +1,18 @@
 """The likelihood of the reference answers: it is minus the training loss, generates nothing, and loses nothing."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from architectures import generate
 from conftest import both_tokenizers, train
 from forks import forked
 from made_runs import TASKS, write_cell
+from safetensors.torch import load_file, save_file
 from scipy.special import stdtrit
 
 from trace_bench import cli, engine, evaluate, report
@@ -193,8 +196,9 @@ def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
 # ---------------------------------------------------------------------------------------------------------------- vllm
 
 
-def read_by_vllm(base: Path, adapter: Path, args: dict, prompts: list[str], answers: list[str]) -> tuple:
-    lm = engine.open_engine("vllm", str(base), engine_args={"dtype": "float32", **args}, checkpoints=[adapter])
+def read_by_vllm(base: Path, adapter: Path, broken: Path, args: dict, prompts: list[str], answers: list[str]) -> tuple:
+    engine_args = {"dtype": "float32", **args}
+    lm = engine.open_engine("vllm", str(base), engine_args=engine_args, checkpoints=[adapter, broken])
     found = [lm.log_likelihoods(prompts, answers, 12)]
     generate(lm, [p for p in prompts if len(p) < 300] + [prompts[1]], 1)
     found.append(lm.log_likelihoods(prompts, answers, 12))  # now from the cache
@@ -211,13 +215,18 @@ def read_by_vllm(base: Path, adapter: Path, args: dict, prompts: list[str], answ
     told = [len(lm._told[lm.adapter, example]) for example in examples]
     with_told = lm._log_likelihoods(examples)
     lm._told.clear()
+    lm.check_numbers("a stage")
+    with pytest.raises(engine.EngineError, match="a broken stage gives NaN"):
+        lm.load(broken)
+        lm.check_numbers("a broken stage")
+    lm.load(adapter)
     return found, lm.served["weights"], told, with_told, lm._log_likelihoods(examples)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("args", [{}, {"enable_lora": True}], ids=["merged", "unmerged"])
-def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints):
+def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints, tmp_path):
     long = "A long question that is asked. " * 10
     # A token of the tiny model is a byte. Of the fourth the cache has the whole prompt: it ends with a block.
     prompts = ["12 + 3 is", long, "Say it:", long[:256], long]
@@ -227,8 +236,11 @@ def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, check
     lm.load(checkpoints["adapter"])
     expected += 2 * [lm.log_likelihoods(prompts, answers, 12)]
     args = {**args, "max_model_len": len(long) + 2}  # the longest rows take the whole context
-    adapter = checkpoints["adapter"]
-    found, served, told, with_told, read = forked(read_by_vllm, tiny_model, adapter, args, prompts, answers)
+    adapter, broken = checkpoints["adapter"], tmp_path / "broken"
+    shutil.copytree(adapter, broken)
+    file = broken / "adapter_model.safetensors"
+    save_file({name: weights * torch.nan for name, weights in load_file(file).items()}, file, {"format": "pt"})
+    found, served, told, with_told, read = forked(read_by_vllm, tiny_model, adapter, broken, args, prompts, answers)
     assert told == [6, 3, 1, 6]
     assert with_told == pytest.approx(read, rel=1e-3)
     assert served == ("adapter" if "enable_lora" in args else "merged adapter")

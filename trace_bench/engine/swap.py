@@ -251,6 +251,20 @@ class SwapLM:
             answers.append(Answer(text, finished, self.ratings.get(want)))
         return answers
 
+    def check_numbers(self, name: str) -> None:
+        """Refuses weights that give no probabilities: their answers would be scored like any others.
+
+        Raises:
+            EngineError: if the loaded weights give NaN, as after a training that has diverged.
+        """
+        ids = tuple(self._prompt_ids(["What is one and one?"], None)[0][-4:])
+        ((logprobs,),) = self.token_logprobs([Forced(ids, ids[-1:], 1)])
+        if any(math.isnan(nats) for nats in logprobs.values()):
+            raise EngineError(
+                f"{name} gives NaN instead of probabilities: its training has diverged, or its files are damaged. "
+                "Take it out of a run of checkpoints (--drop NAME), evaluate the other stages (--stages), or train it again."
+            )
+
     def log_likelihoods(
         self, prompts: Sequence[str], answers: Sequence[str], max_answer: int | None = None
     ) -> list[tuple[float, int]]:

@@ -73,6 +73,7 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, next_stage: Stage | None = 
             made = {"checkpoint": stage.fingerprint(), **how}
             if stage.index or lm.served["weights"] != "base":
                 lm.load(stage.checkpoint, stage.below)
+            lm.check_numbers(stage.name)
             following = order[i + 1][0] if i + 1 < len(order) else next_stage
             if following is not None:
                 lm.prepare(following.checkpoint, following.below)
