@@ -262,7 +262,7 @@ class SwapLM:
         if any(math.isnan(nats) for nats in logprobs.values()):
             raise EngineError(
                 f"{name} gives NaN instead of probabilities: its training has diverged, or its files are damaged. "
-                "Take it out of a run of checkpoints (--drop NAME), evaluate the other stages (--stages), or train it again."
+                "Train it again, evaluate other stages (--stages), or remove a checkpoint from elsewhere (--drop NAME)."
             )
 
     def log_likelihoods(
