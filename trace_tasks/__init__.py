@@ -1,1 +1,1 @@
-"""What is measured: lm-eval task YAMLs and their scoring. `trace-bench tasks-path` prints this folder."""
+"""The tasks: lm-eval YAMLs and their scoring. `trace-bench tasks-path` prints this folder."""

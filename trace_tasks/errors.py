@@ -1,4 +1,4 @@
-"""The errors that a user can mend: one family. Commands print their message without a traceback and exit with 1."""
+"""The errors that a user can fix. Commands print their message without a traceback and exit with 1."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterable
 
 
 class TraceError(Exception):
-    """Something that the user can put right; the message has the value, what is allowed and how to fix it."""
+    """An error that the user can fix. The message says the value, what is allowed and how to fix it."""
 
 
 class DataError(TraceError):
-    """Data or a file is missing or not as it should be; the message says where and how to fix it."""
+    """Data or a file is missing or wrong. The message says where and how to fix it."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like an unknown one; None if none is."""
+    """The known name that is most similar to an unknown one; None if none is similar."""
     return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
 
 
@@ -28,7 +28,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def with_neighbours(names: Iterable[str], known: Iterable[str]) -> str:
-    """Several unknown names for a message, each with the known one that is nearest."""
+    """Lists several unknown names for a message, each with the most similar known name."""
     known = list(known)
     found = ((name, nearest(name, known)) for name in names)
     return ", ".join(f"{name} (did you mean {near}?)" if near else name for name, near in found)
@@ -40,15 +40,15 @@ def brief(error: BaseException) -> str:
 
 
 def advice(error: BaseException, memory: str) -> str | None:
-    """What an error of the machine means and what to do about it, in one line; None for any other error.
+    """What an error of the machine (memory, disk, GPU) means and what to do, in one line; None for any other error.
 
     Args:
-        error: What ended a command.
-        memory: What to do if it was short of memory.
+        error: The error that ended a command.
+        memory: What to do if the machine ran out of memory.
     """
     text = brief(error).rstrip(".")
     number = error.errno if isinstance(error, OSError) else None
-    # safetensors and torch write files by themselves, and have errors of their own.
+    # safetensors and torch write files themselves and raise their own errors.
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
         r"\(os error (28|122|27)\)|PytorchStreamWriter failed|inline_container.*(file write|unexpected pos)", text
     ):

@@ -1,7 +1,7 @@
 """The general-ability suites: lm-eval's own tasks, from the hub or from a local copy of their data.
 
-`general_*.yaml` group lm-eval's tasks in the paper's settings and give them the class below, which changes one thing:
-where GENERAL_DATA is set, the rows come from that folder. Prompts, shots, filters and metrics are lm-eval's.
+`general_*.yaml` group lm-eval's tasks in the paper's settings and give them the class below. The class changes one
+thing: if GENERAL_DATA is set, the rows come from that folder. Prompts, shots, filters and metrics are lm-eval's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Splits = dict[str, Dataset]
 
 
 class Suite(OwnRows):
-    """A task of lm-eval whose rows may come from GENERAL_DATA; nothing else differs."""
+    """A task of lm-eval whose rows may come from GENERAL_DATA. Nothing else differs."""
 
     def download(self, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Loads the rows: from GENERAL_DATA if it is set and has a form for the suite, else from the hub.
+        """Loads the rows from GENERAL_DATA if it is set and `_LOCAL` has a reader for the suite, else from the hub.
 
         Raises:
             DataError: if the local copy is incomplete, or there is none and the hub cannot be reached.
@@ -57,7 +57,7 @@ def _gsm8k(folder: Path, _: str) -> Splits:
 
 
 def _mmlu(folder: Path, subject: str) -> Splits:
-    """The original CSV form, no header: question, four choices, letter."""
+    """Reads the original CSV files, which have no header: question, four choices, letter."""
     splits = {}
     for split in ("dev", "test"):
         file = folder / split / f"{subject}_{split}.csv"
@@ -77,9 +77,9 @@ def _bbh(folder: Path, task: str) -> Splits:
     return {"test": Dataset.from_list([{"input": row["input"], "target": row["target"]} for row in rows])}
 
 
-@lru_cache(maxsize=1)  # each of the nine tasks takes its language out of the whole
+@lru_cache(maxsize=1)  # each of the nine tasks takes its language from the same files
 def _tydiqa(folder: Path, _: str) -> Splits:
-    """GoldP in SQuAD's form, one file a language; the few-shot rows stand for the training split."""
+    """Reads GoldP in SQuAD's form, one file per language. The few-shot rows serve as the training split."""
     splits = {}
     for split, name in (("train", "fewshot"), ("validation", "dev")):
         files = sorted((folder / name).glob("*.json"))
@@ -102,7 +102,7 @@ def _boolq(folder: Path, _: str) -> Splits:
 
 
 def _piqa(folder: Path, _: str) -> Splits:
-    """Rows and labels are in two files; the few-shot rows stand for the training split."""
+    """Reads rows and labels from their two files. The few-shot rows serve as the training split."""
     splits = {}
     for split, name in (("train", "fewshot"), ("validation", "valid")):
         rows, labels = _json_lines(folder / f"{name}.jsonl"), _text(folder / f"{name}-labels.lst").split()
@@ -114,7 +114,7 @@ def _piqa(folder: Path, _: str) -> Splits:
     return splits
 
 
-#: lm-eval's dataset_path -> folder below GENERAL_DATA, and how it is brought into the form of the hub's data set.
+#: lm-eval's dataset_path -> folder below GENERAL_DATA, and the function that reads it into the form of the hub.
 _LOCAL: dict[str, tuple[str, Callable[[Path, str], Splits]]] = {
     "openai/gsm8k": ("gsm8k", _gsm8k),
     "cais/mmlu": ("mmlu", _mmlu),
@@ -126,7 +126,7 @@ _LOCAL: dict[str, tuple[str, Callable[[Path, str], Splits]]] = {
 
 
 def _text(file: Path) -> str:
-    try:  # not read_text, which changes line breaks within the CSVs
+    try:  # not read_text, which would change line breaks within the CSVs
         return file.read_bytes().decode("utf-8")
     except FileNotFoundError as e:
         raise DataError(f"{file} is missing. GENERAL_DATA needs the layout in trace_tasks/README.md.") from e
@@ -142,7 +142,7 @@ def _json(file: Path) -> Any:
 
 
 def _json_lines(file: Path) -> list[dict[str, Any]]:
-    try:  # not splitlines, which also splits at characters that may stand within a JSON string
+    try:  # not splitlines, which also splits at characters that a JSON string may contain
         return [json.loads(line) for line in _text(file).split("\n") if line.strip()]
     except ValueError as e:
         raise DataError(f"{file} is not JSON, one object a line: {e}.") from e

@@ -1,4 +1,4 @@
-"""A limit of time and memory for what files from elsewhere ask for: patterns, templates, sizes in configurations."""
+"""Limits the time and memory that files from others can use: patterns, templates, sizes in configurations."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from trace_tasks.errors import TraceError
 
 
 class LimitError(TraceError):
-    """Something took more time or memory than it may."""
+    """Something took more time or memory than allowed."""
 
 
 class _TimeUp(BaseException):
-    """No library takes it for an error of its own."""
+    """Raised when the time is up. It is no `Exception`, so that libraries do not catch it."""
 
 
 @contextmanager
 def limited(seconds: float, memory: int) -> Iterator[None]:
-    """Ends what takes too long or too much memory: Python code, regular expressions, and calls that return.
+    """Ends a block that takes too long or too much memory: Python code, regular expressions, and calls that return.
 
-    The time is limited in the main thread, where Python handles signals; the memory on Linux, for the whole process,
-    as so many bytes more than it has.
+    The time is limited only in the main thread, where Python handles signals. The memory is limited only on Linux, to
+    this many bytes more than the process has now.
 
     Raises:
-        LimitError: saying which of the two it was.
+        LimitError: saying which of the two limits was reached.
     """
     began, active = time.monotonic(), True
 
@@ -44,7 +44,7 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     before = _limit_memory(memory)
     if in_main:
         handler = signal.signal(signal.SIGALRM, up)
-        # Again every second, if something catches the exception and goes on.
+        # Repeat every second, in case something catches the exception and goes on.
         left, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1)
     try:
         yield
@@ -61,22 +61,22 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
         if in_main:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)
-            if left:  # a limit around this one
+            if left:  # there is an outer limit
                 signal.setitimer(signal.ITIMER_REAL, max(left - (time.monotonic() - began), 0.001), interval)
         if before is not None:
             resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def _close(error: BaseException) -> None:
-    """Closes what the interrupted calls had open, which would else be closed with the last reference to the error.
+    """Closes the contexts that the interrupted calls had open; otherwise they stay open until the error is deleted.
 
-    Such as torch's context of a device: put back after the one around it has ended, it would hold for all that follows.
+    For example torch's context of a device: if it closed after the outer one, its device would stay set.
     """
     traceback.clear_frames(error.__traceback__)
 
 
 def _limit_memory(more: int) -> tuple[int, int] | None:
-    """Sets the limit of this process to so many bytes above what it has; the limits before, None where it cannot be."""
+    """Limits this process to this many bytes more than it has. Returns the old limits; None if it cannot set one."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return None

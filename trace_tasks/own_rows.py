@@ -1,4 +1,4 @@
-"""A task of lm-eval whose rows are those of a folder that the user names, as TRACE_DATA and GENERAL_DATA do."""
+"""A task of lm-eval whose rows come from a folder that the user names, such as TRACE_DATA or GENERAL_DATA."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lm_eval.api.task import ConfigurableTask
 
 from trace_tasks.data import rows_digest
 
-#: What names the rows of tasks.
+#: The variables that name the folders with the rows of tasks.
 _VARIABLES = ("TRACE_DATA", "TRACE_REASONING", "TRACE_CL_BENCHMARK", "GENERAL_DATA")
 
 
 class OwnRows(ConfigurableTask):
-    """lm-eval's ConfigurableTask, which does not take the requests of other rows from a cache (`--cache_requests`)."""
+    """lm-eval's ConfigurableTask, but `--cache_requests` never returns the requests of different rows."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        """As ConfigurableTask; the key `class`, by which lm-eval has found the class, is left out."""
+        """Like ConfigurableTask, but without the key `class`, by which lm-eval has found this class."""
         super().__init__(config={key: value for key, value in config.items() if key != "class"})
-        # The name of a task does not say which data it was; results of lm-eval hold the metadata.
+        # The name of a task does not say which data was used, so it is added to the metadata in lm-eval's results.
         named = {variable: os.environ[variable] for variable in _VARIABLES if variable in os.environ}
         self.config.metadata = {**(self.config.metadata or {}), "data": named, "rows": rows_digest([self.eval_docs])}
 
@@ -29,8 +29,8 @@ class OwnRows(ConfigurableTask):
     ) -> None:
         """Makes the requests, or takes them from lm-eval's cache. See `ConfigurableTask.build_all_requests`.
 
-        The cache knows requests by the name of the task, whatever its rows are now. It also knows the name of the
-        tokenizer: rows, seed and what a request holds besides the prompt are added to it.
+        lm-eval's key of a cached request has the names of task and tokenizer, but not the rows. So the rows, the seed
+        and the settings of the requests are added to the name of the tokenizer.
         """
         if cache_requests:
             seed = self.sampler.rnd.getstate() if self.config.num_fewshot else None

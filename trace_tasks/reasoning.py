@@ -1,9 +1,9 @@
-"""The official reasoning form of the tasks (RCL): prompts that ask for a reasoning path, answers that hold one.
+"""The official reasoning variant of the tasks (RCL): prompts that ask for a reasoning path, answers that contain one.
 
-From a plain row to its row in the reasoning variant of the data. The way back, from a text with reasoning to its
-answer, is `answers.extract_answer`.
+This module turns a plain row into its row in the reasoning variant. `answers.extract_answer` goes the other way, from
+a text with reasoning to its answer.
 
-Source: the official reasoning variant, https://github.com/BeyonderXX/TRACE; prompts as its test rows have them.
+Source: the official reasoning variant, https://github.com/BeyonderXX/TRACE. Prompts have the form of its test rows.
 """
 
 import re
@@ -13,7 +13,7 @@ from trace_tasks import scoring
 
 
 class Frame(NamedTuple):
-    """How a task asks, plainly and for the reasoning too, and how its answers are marked."""
+    """The words with which a task asks, without and with reasoning, and the words that mark its answers."""
 
     instruction: str
     """The end of the plain instruction, and what follows it."""
@@ -42,7 +42,7 @@ FRAMES = {
         f"transcripts. {_FIRST}\n",
         "Summary:",
         "Reasoning:",
-        # Without a space after the full stop, as officially.
+        # The official text has no space after the full stop.
         "Therefore, the summary of the meeting transcripts is:\n",
         "summary",
     ),
@@ -72,19 +72,19 @@ _ASKS = re.compile(r"\A[^\n]*(?:Give your reasoning first|and then the reasoning
 
 
 def row_variant(folder: str, row: dict[str, str]) -> str | None:
-    """Which variant of the data a row belongs to, by what it says.
+    """The variant of the data that a row belongs to, judged by its text.
 
-    A reasoning row asks for the reasoning in its first line, or has some before the marker of its answer. A plain row
-    ends in the cue for the bare answer (Py150 has none: its plain prompts begin with the code).
+    A reasoning row asks for the reasoning in its first line, or has reasoning before the marker of its answer. A plain
+    row ends in the cue for the bare answer (Py150 has no cue: its plain prompts begin with the code).
 
     Returns:
-        "reasoning", "plain", or None for a row in a frame of its own.
+        "reasoning", "plain", or None for a row in a different frame.
     """
     frame, prompt, answer = FRAMES[folder], row["prompt"], row["answer"]
     if _ASKS.search(prompt):
         return "reasoning"
     before, marker, _ = answer.partition(frame.marker)
-    explained = folder == "ScienceQA" and answer[1:2] == "\n"  # a plain answer too: the letter, then its reasons
+    explained = folder == "ScienceQA" and answer[1:2] == "\n"  # a plain answer, too: the letter, then its reasons
     if marker and before.strip() and not explained:
         return "reasoning"
     plain = prompt.endswith(frame.cue) if frame.cue else prompt.startswith(frame.instruction)
@@ -92,10 +92,10 @@ def row_variant(folder: str, row: dict[str, str]) -> str | None:
 
 
 def reasoning_prompt(folder: str, prompt: str) -> str:
-    """The prompt that asks for the reasoning too, from a plain one in the official frame.
+    """Turns a plain prompt in the official frame into the prompt that also asks for the reasoning.
 
     Raises:
-        ValueError: if the prompt has another frame; the message says what is missing.
+        ValueError: if the prompt has a different frame; the message says what is missing.
     """
     frame = FRAMES[folder]
     if frame.instruction not in prompt:
@@ -106,14 +106,14 @@ def reasoning_prompt(folder: str, prompt: str) -> str:
 
 
 def bare_answer(folder: str, answer: str) -> str:
-    """The answer as the reasoning variant has it: ScienceQA's is the letter without its explanation."""
+    """The answer without reasoning, in the form of the reasoning variant: for ScienceQA only the letter."""
     return scoring.scienceqa_parts(answer)[0] if folder == "ScienceQA" else answer
 
 
 def reasoning_answer(folder: str, path: str, answer: str) -> str:
     """The training answer: the reasoning path (it may be empty), the official marker and the bare answer.
 
-    White space around the answer is dropped, but for Py150 and MeetingBank, as officially.
+    White space around the answer is dropped, except for Py150 and MeetingBank, as in the official data.
     """
     frame = FRAMES[folder]
     if frame.form == "code":
@@ -122,13 +122,12 @@ def reasoning_answer(folder: str, path: str, answer: str) -> str:
 
 
 def as_tested(prompt: str) -> str:
-    """Brings a prompt of the official reasoning variant into the form that its test prompts have.
+    """Brings a prompt of the official reasoning variant into the form of its test prompts.
 
-    Two tasks train on other prompts than they are tested on: 222 of MeetingBank's 376 training prompts end in
-    "Reasoning:Reasoning:" (test prompts: "Reasoning:"), and 20Minuten's training prompts have no empty line before
-    "Paragraph:" (all of the 200 at hand; test prompts have one). Other prompts, test prompts among them, stay as
-    they are.
+    In two tasks the training prompts differ from the test prompts: 222 of MeetingBank's 376 training prompts end in
+    "Reasoning:Reasoning:" (test prompts: "Reasoning:"), and 20Minuten's 200 training prompts have no empty line before
+    "Paragraph:" (test prompts have one). All other prompts stay unchanged, including the test prompts.
     """
-    # The look-behind lets a run of cues be read once, not once for each of its cues.
+    # With the look-behind, a run of cues is read once instead of once for each cue.
     prompt = re.sub(r"(?<!Reasoning:)(?:Reasoning:){2,}+\Z", "Reasoning:", prompt)
     return re.sub(r"\A(Provide a simplified version [^\n]*)\nParagraph:\n", r"\1\n\nParagraph:\n", prompt)

@@ -1,12 +1,12 @@
-"""Scores of one example: what TRACE measures, as pure functions of strings.
+"""TRACE's scores of one example, as pure functions of strings.
 
 TRACE (arXiv 2310.06762) scores its tasks with strict accuracy, ROUGE-L, BLEU, a string similarity and SARI.
 The functions here give the numbers of the official evaluation code (https://github.com/BeyonderXX/TRACE,
-`metrics.py` and `evaluations/`) for a single example, so that lm-evaluation-harness can average them: the
-score of a task is the mean over all its examples, empty predictions included. The form-tolerant accuracies are in
+`metrics.py` and `evaluations/`) for one example. lm-evaluation-harness averages them: the score of a task is the
+mean over all its examples, including those with an empty prediction. The form-tolerant accuracies are in
 `answers.py`.
 
-The first argument is what the model wrote, the second what is expected. Every score is a fraction in [0, 1]; the
+The first argument is the model's answer, the second the expected answer. Every score is a fraction in [0, 1]; the
 official code prints similarity and SARI times 100. No function raises on any string; `bleu` refuses an order below 1.
 """
 
@@ -24,10 +24,10 @@ _NO_PUNCTUATION = str.maketrans("", "", punctuation)
 
 
 def accuracy(prediction: str, reference: str) -> float:
-    """Strict accuracy: the two strings are equal, character by character.
+    """Strict accuracy: 1.0 if the two strings are equal, character by character.
 
-    Nothing is stripped, so "A " is wrong where "A" is expected. An empty string is never right, not even
-    against an empty reference.
+    Nothing is stripped, so "A " is wrong if "A" is expected. An empty string is never right, not even
+    if the reference is empty.
 
     Source: `caculate_accuracy` in the official `metrics.py`.
     """
@@ -35,10 +35,10 @@ def accuracy(prediction: str, reference: str) -> float:
 
 
 def label_accuracy(prediction: str, reference: str) -> float:
-    """O-LoRA's exact match for CL_Benchmark: the same words, whatever their case, punctuation and white space.
+    """O-LoRA's exact match for CL_Benchmark: equal words, ignoring case, punctuation and white space.
 
-    Of the prediction counts what stands after its last "Answer:", as the code for decoder models there has it. ASCII
-    punctuation is dropped without a space in its place. A reference of punctuation alone, such as the "-" of 131 of
+    Only the part of the prediction after its last "Answer:" counts, as in O-LoRA's code for decoder models. ASCII
+    punctuation is deleted, not replaced by a space. A reference that is only punctuation, such as the "-" in 131 of
     MNLI's test rows, equals an empty answer.
 
     Source: `skip_instructions` in `src/uie_trainer_lora.py` and `exact_match_score` in `src/compute_metrics.py` of
@@ -57,21 +57,20 @@ def _bare_words(text: str) -> list[str]:
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L as PyPI's `rouge` 1.0.1 computes it: the F of the sentence-level union LCS, on sets of words.
 
-    Sentences are split at every ".", words at white space. For each sentence of the prediction and each of
-    the reference the words of one longest common subsequence (LCS) are collected. With U the set of all words
-    collected and P, R the sets of words of the two texts, precision = |U| / |P|, recall = |U| / |R| and
+    Sentences are split at every ".", words at white space. For each pair of a sentence of the prediction and one of
+    the reference, the words of one longest common subsequence (LCS) are collected. Let U be the set of all words
+    collected, and P and R the sets of words of the two texts. Then precision = |U| / |P|, recall = |U| / |R| and
 
         F = 2 * precision * recall / (precision + recall + 1e-8)
 
-    so that identical texts get 0.999999995. Repeated words count once, and case and other punctuation matter.
-    Of several longest subsequences the package's choice is taken; it depends on the order of the two texts,
-    which the official code swaps against the package's names. As in the package, a sentence of white space
-    alone holds one empty word.
+    so identical texts get 0.999999995. Repeated words count once. Case and other punctuation matter.
+    If there are several longest subsequences, the package's choice is taken. It depends on the order of the two
+    texts, and the official code passes them in the opposite order of the package's names. As in the package, a
+    sentence of only white space has one empty word.
 
     Returns:
-        F in [0, 1); 0.0 where either text is empty or nothing but full stops (the package raises on the
-        latter). A sentence of any length is scored; the package recurses and fails on sentences of about 1000
-        words.
+        F in [0, 1); 0.0 if either text is empty or only full stops (the package raises on the latter). Sentences of
+        any length are scored; the package recurses and fails on sentences of about 1000 words.
 
     Source: `rouge_l_summary_level` of PyPI's `rouge` 1.0.1, called by `caculate_rouge` in the official
     `metrics.py`.
@@ -82,9 +81,8 @@ def rouge_l(prediction: str, reference: str) -> float:
     predicted_words = {word for sentence in predicted for word in sentence}
     expected_words = {word for sentence in expected for word in sentence}
 
-    # A pair of sentences matters only if it shares a word that is not collected yet. Looking only at such
-    # pairs changes nothing in the union, and saves nearly all of the quadratic number of pairs in a text of
-    # many sentences.
+    # A pair of sentences matters only if it shares a word that is not collected yet. Skipping the other pairs
+    # does not change the union, and saves nearly all pairs in a text of many sentences.
     sentences_with = defaultdict(set)
     for index, sentence in enumerate(expected):
         for word in sentence:
@@ -112,9 +110,9 @@ def _sentences(text: str) -> list[tuple[str, ...]]:
 def _lcs_words(x: tuple[str, ...], y: tuple[str, ...]) -> set[str]:
     """Collects the words of the longest common subsequence of `x` and `y` that PyPI's `rouge` would choose.
 
-    The table T[i, j] of LCS lengths of the first i words of `x` and j words of `y` is kept as one integer for
-    each i, whose bit j - 1 is 0 where T[i, j] = T[i, j - 1] + 1; each row follows from the one before in a
-    few operations (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004). Walking back needs no more:
+    T[i, j] is the LCS length of the first i words of `x` and the first j words of `y`. Row i of this table is kept as
+    one integer: its bit j - 1 is 0 if T[i, j] = T[i, j - 1] + 1. Each row follows from the one before in a few
+    operations (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004). These bits are enough to walk back:
     where the two words differ, T[i - 1, j] > T[i, j - 1] holds exactly if bit j - 1 of row i is 0.
     """
     positions: defaultdict[str, int] = defaultdict(int)
@@ -148,13 +146,13 @@ def _ngrams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
 def bleu(prediction: str, reference: str, n: int) -> float:
     """Sentence BLEU against one reference, uniform weights on 1- to n-grams, no smoothing.
 
-    Tokens are what is left between white space and full stops; case and other punctuation matter. The score
-    is the geometric mean of the n clipped precisions times the brevity penalty exp(1 - r / p), 1 where the
-    prediction's p tokens exceed the reference's r.
+    Texts are split into tokens at white space and full stops; case and other punctuation matter. The score
+    is the geometric mean of the n clipped precisions times the brevity penalty, which is exp(1 - r / p), or 1 if
+    the prediction's number of tokens p exceeds the reference's r.
 
-    Where an order has no match, 0.0 is returned. nltk puts the smallest positive float in place of that
-    precision (and prints a warning); for n up to 4 its score is then below 1e-76, so the two agree. Texts of
-    fewer than n tokens score 0 for the same reason, even where they are identical.
+    If an order has no match, the score is 0.0. nltk replaces this precision by the smallest positive float (and
+    prints a warning); for n up to 4 its score is then below 1e-76, so the two agree. Texts of fewer than n tokens
+    score 0 for the same reason, even if they are identical.
 
     Raises:
         ValueError: `n` is below 1.
@@ -178,13 +176,13 @@ def similarity(prediction: str, reference: str) -> float:
     """Py150 similarity: the character ratio of difflib on cleaned code, rounded to a whole percent.
 
     The clean-up undoes the placeholders of Py150: <NUM_LIT> becomes 0, <STR_LIT> and <CHAR_LIT> nothing, and
-    <STR_LIT:x>, <NUM_LIT:x> and <CHAR_LIT:x> become x. The ratio is fuzzywuzzy's `fuzz.ratio` as it is
-    without python-Levenshtein; with it, or with rapidfuzz, the numbers are others (about a point). difflib
+    <STR_LIT:x>, <NUM_LIT:x> and <CHAR_LIT:x> become x. The ratio is fuzzywuzzy's `fuzz.ratio` without
+    python-Levenshtein. With python-Levenshtein or rapidfuzz the numbers differ by about a point. difflib
     ignores frequent characters in references of 200 characters and more, and its ratio depends on the order
     of the arguments.
 
     Returns:
-        A multiple of 0.01 in [0, 1]; 0.0 where either text is empty after the clean-up.
+        A multiple of 0.01 in [0, 1]; 0.0 if either text is empty after the clean-up.
 
     Source: `evaluations/eval_Py150.py` and `caculate_fuzz` in `metrics.py` of the official code.
     """
@@ -194,16 +192,16 @@ def similarity(prediction: str, reference: str) -> float:
     if predicted == expected:
         return 1.0
     if 400 * min(len(predicted), len(expected)) < len(predicted) + len(expected):
-        return 0.0  # the ratio is below half a percent, and difflib would look for it for minutes
+        return 0.0  # the ratio is below half a percent, and difflib would take minutes
     return round(100 * SequenceMatcher(None, predicted, expected).ratio()) / 100
 
 
 def _undo_placeholders(code: str) -> str:
-    """Puts plain text in place of the literals' placeholders of Py150."""
+    """Replaces Py150's placeholders of literals by plain text."""
     code = code.replace("<NUM_LIT>", "0").replace("<STR_LIT>", "").replace("<CHAR_LIT>", "")
-    # The matches are found before any is replaced, and each is replaced everywhere: for nested placeholders
-    # this is not what one re.sub gives, and the official numbers come from this.
-    # Behind the last ">" none can end: without the cut each open placeholder would look for its end once more.
+    # As in the official code, all matches are found first, and then each is replaced everywhere. For nested
+    # placeholders one re.sub would give something else.
+    # No match ends after the last ">". Without the cut, each open placeholder there would search for its end again.
     for match in list(re.finditer(r"<(?:STR|NUM|CHAR)_LIT:(.*?)>", code[: code.rfind(">") + 1], re.DOTALL)):
         code = code.replace(match[0], match[1])
     return code
@@ -212,8 +210,8 @@ def _undo_placeholders(code: str) -> str:
 def sari(source: str, prediction: str, reference: str) -> float:
     """SARI of one simplification against one reference, in the variant of Hugging Face's `evaluate`.
 
-    All three texts are lower-cased, then tokenized by sacrebleu's 13a. For n = 1 to 4, with s, p and r the
-    counted n-grams of source, prediction and reference (intersection and difference of counts):
+    All three texts are lower-cased, then tokenized by sacrebleu's 13a. For n = 1 to 4, s, p and r are the counted
+    n-grams of source, prediction and reference; & and - are intersection and difference of counts:
 
         keep    F1 of  precision = mean of (s & p & r) / (s & p) over the distinct n-grams of s & p  and
                        recall = sum of (s & p & r) / sum of (s & r)
@@ -222,12 +220,11 @@ def sari(source: str, prediction: str, reference: str) -> float:
 
     SARI is the mean of the three parts, each averaged over n. 0/0 counts as 1. A prediction equal to its
     reference scores 1 unless it keeps some, but not all, of the occurrences of an n-gram that the source
-    repeats. An empty text is one empty token, and an empty prediction usually scores above 0, as officially.
+    repeats. An empty text is one empty token; so an empty prediction usually scores above 0, as in the official code.
 
-    This is not EASSE's `corpus_sari`, which pools the n-gram counts of the corpus instead of averaging
-    examples, averages precision and recall over n before it takes F1, uses F1 for deletions, weights kept and
-    deleted n-grams by their counts, counts 0/0 as 0 and does not lower-case unless told to; on 20Minuten it
-    differs by 3 to 6 points.
+    EASSE's `corpus_sari` differs from this by 3 to 6 points on 20Minuten. It pools the n-gram counts of the corpus
+    instead of averaging examples, averages precision and recall over n before it takes F1, uses F1 for deletions,
+    weights kept and deleted n-grams by their counts, counts 0/0 as 0, and lower-cases only if told to.
 
     For TRACE's 20Minuten the source is the whole prompt.
 
@@ -258,7 +255,7 @@ def sari(source: str, prediction: str, reference: str) -> float:
 
 
 def _ratio(part: float, whole: float) -> float:
-    """Divides, with the 0/0 = 1 of `sari`."""
+    """Divides, where 0/0 = 1 as `sari` defines it."""
     return part / whole if whole else 1.0
 
 
@@ -282,8 +279,7 @@ def scienceqa_parts(text: str) -> tuple[str, str]:
 
     Returns:
         The first character, for `accuracy`, and the text from the third character on, for `bleu` and
-        `rouge_l`; both are empty where the text is too short (the official code fails on an empty
-        prediction).
+        `rouge_l`. Either is empty if the text is too short (the official code fails on an empty prediction).
 
     Source: `evaluations/eval_ScienceQA.py` of the official code.
     """

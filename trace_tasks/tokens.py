@@ -1,11 +1,11 @@
-"""From texts to token ids and back: one way for training, evaluation and judging, on every backend.
+"""Texts to token ids and back, in the same way for training, evaluation and judging, on every backend.
 
-Prompts: the special tokens that the tokenizer puts in front (BOS), then the text. What a tokenizer would put behind
-(`add_eos_token`) is left out: a model that reads EOS has nothing more to say. A chat prompt is the text of the template
-and nothing else, as transformers' own `apply_chat_template` encodes it.
+Prompts: first the special tokens that the tokenizer adds in front (BOS), then the text. Tokens that a tokenizer would
+add at the end (`add_eos_token`) are left out: after EOS a model does not answer. A chat prompt is only the text that
+the template makes, as transformers' `apply_chat_template` encodes it.
 
-Answers: text is made from the generated ids alone, without special tokens and without cleaning up spaces, as the
-official code does. vLLM by itself decodes behind the prompt, which gives SentencePiece's first word a space in front.
+Answers: only the generated ids are decoded, without special tokens and without cleaning up spaces, as in the official
+code. vLLM itself decodes them after the prompt, which puts a space before the first word of SentencePiece.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from trace_tasks.limits import LimitError, limited
 
 
 class PromptError(TraceError, ValueError):
-    """A prompt cannot be made as the chat template or the length limit asks; the message says what to change."""
+    """A prompt cannot be made with this chat template or length limit. The message says what to change."""
 
 
 def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The text of generated token ids, as the official code makes it (`batch_decode`, special tokens skipped)."""
+    """Decodes generated token ids as the official code does (`batch_decode` without special tokens)."""
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 def leading_ids(tokenizer: Any) -> list[int]:
-    """The special tokens that a tokenizer puts in front of a text, such as BOS; none for many."""
+    """The special tokens that a tokenizer adds in front of a text, such as BOS. Many add none."""
     alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     start = next((i for i in range(len(whole)) if whole[i : i + len(alone)] == alone), 0)
     return list(whole[:start])
 
 
-#: A template of a model from elsewhere may do anything but run code: the most seconds and bytes of a rendering, and the
-#: most characters that it may add.
+#: The most seconds and bytes that rendering a chat template may take, and the most characters that it may add. A
+#: template of a foreign model can loop, though it cannot run code.
 RENDERING = (10.0, 2**30)
 MOST_ADDED = 1_000_000
-#: Arguments of `apply_chat_template` that are decided here.
+#: Arguments of `apply_chat_template` that this module sets, so a user cannot.
 _NOT_OF_TEMPLATES = {
     *("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "padding", "truncation"),
     *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
@@ -52,17 +52,17 @@ _NOT_OF_TEMPLATES = {
 def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **arguments: Any) -> str:
     """The text that the tokenizer's chat template makes of a chat; the arguments are for `apply_chat_template`.
 
-    `fix` says in the error what to do if the template does not take the turns.
+    `fix` is the part of the error message that says what to do if the template refuses the turns.
 
     Raises:
-        PromptError: if the template does not take them, or would take too long or too much memory.
+        PromptError: if the template refuses the turns, or takes too long or too much memory.
     """
     try:
         with limited(*RENDERING):
             text = tokenizer.apply_chat_template(turns, tokenize=False, **arguments)
     except LimitError as e:
         raise PromptError(f"The model's chat template cannot be used: {e} to render a chat.") from None
-    except Exception as e:  # jinja2's own errors, and whatever an expression in a template may raise
+    except Exception as e:  # jinja2's own errors, and any error of an expression in the template
         roles = ", ".join(turn["role"] for turn in turns)
         raise PromptError(
             f"The model's chat template does not take the turns {roles}: {str(e).rstrip('.')}. {fix}"
@@ -74,11 +74,11 @@ def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **argume
 
 
 def unknown_variables(template: str, names: Iterable[str]) -> list[str]:
-    """Those names that do not stand in a template, and so would change nothing."""
+    """The names that do not occur in a template, so that setting them would change nothing."""
     return sorted(name for name in names if not re.search(rf"\b{re.escape(name)}\b", template))
 
 
-#: What is rendered to see whether it is there, and where an answer ends.
+#: Texts that are rendered to see whether the template shows the question, and how it ends an answer.
 _PROBE, _ANSWER = "What is asked here", "This is answered"
 _NO_TEMPLATE = (
     "Give the tokenizer's files a template that takes it, or leave out what is asked in it (chat_template, judged, "
@@ -90,13 +90,13 @@ class Chat:
     """Renders chat prompts from the tokenizer, its chat template, the template's arguments and one date.
 
     Args:
-        tokenizer: It has to have a chat template.
+        tokenizer: It must have a chat template.
         arguments: Further variables of the template, such as {"enable_thinking": False}.
-        date: The day that a template gets from `strftime_now`: that of the run, so that its prompts stay the same.
-            None = today.
+        date: The day that a template gets from `strftime_now`. It is the day on which the run began, so that the
+            prompts stay the same. None = today.
 
     Raises:
-        PromptError: if there is no template, an argument is not one of it, or it leaves out what is asked.
+        PromptError: if there is no template, it does not use an argument, or it leaves out the question.
     """
 
     def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
@@ -113,7 +113,7 @@ class Chat:
             )
         self._check_variables()
         self.day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
-        #: What each rendered text was made from: a prompt that is too long is rendered again with less content.
+        #: Rendered text -> its turns and mode. A prompt that is too long is rendered again with less content.
         self._made: dict[str, tuple[list[dict[str, str]], bool]] = {}
         if _PROBE not in self._render([{"role": "user", "content": _PROBE}], True):
             raise PromptError(
@@ -140,7 +140,7 @@ class Chat:
 
     @cached_property
     def end(self) -> str | None:
-        """The token with which the template ends an answer, which need not be EOS; None if it writes none."""
+        """The token with which the template ends an answer, which may differ from EOS. None if it writes none."""
         turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
         try:
             text = self._rendered(turns, add_generation_prompt=False)
@@ -151,7 +151,7 @@ class Chat:
         return max((token for token in tokens if token and behind.startswith(token)), key=len, default=None)
 
     def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The text of a chat; without `add_generation_prompt` it ends within the last message, to be continued."""
+        """The text of a chat. Without `add_generation_prompt` it ends within the last message, to be continued."""
         turns = [{"role": m["role"], "content": m["content"]} for m in messages]
         text = self._render(turns, add_generation_prompt)
         self._made[text] = turns, add_generation_prompt
@@ -175,9 +175,9 @@ class Chat:
         return rendered(self.tokenizer, turns, fix, **options, **arguments)
 
     def cut_ids(self, text: str, limit: int) -> list[int]:
-        """At most `limit` token ids of a text from `__call__`, with some of the chat's content left out where needed.
+        """At most `limit` token ids of a text from `__call__`; parts of the chat are left out if needed.
 
-        Earlier turns go first, then the beginning of the last question. The template's own words stay.
+        Earlier turns are left out first, then the beginning of the last question. The template's own words stay.
 
         Raises:
             PromptError: if the template alone is longer.
@@ -185,7 +185,7 @@ class Chat:
         turns, generation = self._made[text]
         (ids,) = _encoded(self.tokenizer, [text])
         asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-        while len(ids) > limit and len(asked) > 1:  # the first question goes with all up to the second one
+        while len(ids) > limit and len(asked) > 1:  # drop the first question and all turns up to the second one
             turns = turns[: asked[0]] + turns[asked[1] :]
             asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
             (ids,) = _encoded(self.tokenizer, [self._render(turns, generation)])
@@ -198,10 +198,10 @@ class Chat:
         (words,) = _encoded(self.tokenizer, [content])
         keep = len(words) - (len(ids) - limit)
         while keep > 0:
-            # Decoding half of a character's bytes gives a mark in its place; Py150's "<s>" may be a special token.
+            # Half of a character's bytes are decoded to "\ufffd". Special tokens stay: Py150's "<s>" may be one.
             end = self.tokenizer.decode(words[len(words) - keep :], clean_up_tokenization_spaces=False).lstrip("\ufffd")
             cut = list(turns)
-            # A normaliser may have made it longer than it was.
+            # A normaliser of the tokenizer may have made the text longer.
             cut[index] = {**turns[index], "content": content[max(len(content) - len(end), 0) :]}
             (ids,) = _encoded(self.tokenizer, [self._render(cut, generation)])
             if len(ids) <= limit:
@@ -214,17 +214,17 @@ class Chat:
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """The token ids of texts by themselves, without special tokens."""
+    """The token ids of texts, without special tokens."""
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False).input_ids if texts else []
 
 
 def prompt_ids(
     tokenizer: Any, texts: Sequence[str], limit: int | None = None, chat: Chat | None = None
 ) -> list[list[int]]:
-    """Token ids of prompts, truncated on the left; BOS stays in front, and of a chat the template stays whole.
+    """Token ids of prompts, truncated on the left. BOS stays in front, and the template of a chat stays whole.
 
-    A text that begins with the BOS text already gets no second one. `chat` rendered those of the texts that are chats.
-    At most `limit` tokens are kept, the end of a prompt; None = no limit.
+    A text that already begins with the BOS text gets no second BOS. `chat` is the object that rendered the texts that
+    are chats. At most `limit` tokens are kept, from the end of a prompt; None = no limit.
 
     Raises:
         PromptError: if a chat template alone is longer than the limit.
@@ -244,7 +244,7 @@ def prompt_ids(
 
 
 def _alone(tokenizer: Any, answer: str) -> list[int]:
-    """The token ids of an answer by itself; behind a line break where it would get a space in front otherwise."""
+    """The token ids of an answer alone; encoded after a line break if the tokenizer would add a space in front."""
     ids, start, behind = _encoded(tokenizer, [answer, "\n", f"\n{answer}"])
     if text_of(tokenizer, ids) == f" {answer}" and behind[: len(start)] == start:  # byte-level, with add_prefix_space
         return behind[len(start) :]
@@ -259,23 +259,23 @@ def example_ids(
     max_answer: int | None = None,
     chat: Chat | None = None,
 ) -> list[dict[str, list[int]]]:
-    """Training examples: prompt ids (exactly the tested ones), then answer ids and EOS, which alone carry loss.
+    """Training examples: the ids of the prompt as it is tested, then of answer and EOS. Only answer and EOS have loss.
 
-    The answer is tokenised together with its prompt and what follows the prompt's ids is taken, since tokenizers
-    that mark word starts give an answer other ids when it stands alone, which would teach a leading space. Where
-    tokens merge across the border the answer is tokenised alone, so that the prompt stays as it is tested.
+    Prompt and answer are tokenised together, and the ids after the prompt's are taken. Tokenizers that mark word starts
+    would give an answer alone different ids, which would teach a leading space. If a token spans prompt and answer,
+    the answer is tokenised alone, so that the prompt stays as it is tested.
 
-    Prompts keep their last `max_prompt` tokens. Answers keep their first `max_answer`, EOS included; a cut answer ends
-    without EOS. `chat` rendered those of the prompts that are chats.
+    Prompts keep their last `max_prompt` tokens. Answers keep their first `max_answer`, including EOS; a cut answer has
+    no EOS. `chat` is the object that rendered the prompts that are chats.
 
     Returns:
-        {"input_ids", "labels"} each; labels are -100 on the prompt.
+        A dictionary of "input_ids" and "labels" for each; labels are -100 on the prompt.
     """
     full = prompt_ids(tokenizer, prompts, None, chat)
     cut = prompt_ids(tokenizer, prompts, max_prompt, chat) if max_prompt is not None else full
     texts = [p + a for p, a in zip(prompts, answers, strict=True)]
     joint = prompt_ids(tokenizer, texts)
-    if chat is not None:  # a chat with its answer is no text that was rendered, and gets no BOS either
+    if chat is not None:  # a rendered chat gets no BOS, and with its answer it is no longer a text in `chat`
         bare = _encoded(tokenizer, texts)
         joint = [b if prompt in chat else j for prompt, b, j in zip(prompts, bare, joint, strict=True)]
     examples = []
@@ -290,7 +290,7 @@ def check_room(chat: Chat, limit: int | None) -> None:
     """Refuses a chat template that leaves no room for a question within the limit of a prompt.
 
     Raises:
-        PromptError: with both lengths.
+        PromptError: saying both lengths.
     """
     ids = prompt_ids(chat.tokenizer, [chat([{"role": "user", "content": "?"}])], None, chat)[0]
     if limit is not None and len(ids) >= limit:

@@ -1,6 +1,7 @@
-"""Data loading, demonstrations and scoring of the TRACE tasks, in the form that lm-eval's YAMLs refer to.
+"""Data loading, demonstrations and scoring of the TRACE tasks: the functions that the YAMLs name.
 
-Scores are fractions of 1 per test row; the score of a task is their mean. The first metric of a task is its headline.
+Each test row gets scores between 0 and 1; the score of a task is their mean. The first metric of a task is its
+headline.
 """
 
 from __future__ import annotations
@@ -23,24 +24,24 @@ from trace_tasks.written_numbers import number_tolerant
 
 log = logging.getLogger(__name__)
 
-#: What the official ICL code says between the instruction and the demonstrations.
+#: The text of the official ICL code between the instruction and the demonstrations.
 SENTENCE = "We will give you several examples and you should follow them to accomplish the task.\n Examples:\n"
-#: Raised by whatever changes prompts, draws or answers with demonstrations; cells of other versions are not mixed.
+#: Raise it with every change of prompts, draws or answers with demonstrations. Cells of two versions are never mixed.
 ICL_VERSION = 2
 
 
 def load_dataset(folder: str, trace_variant: str | None = None, **_: Any) -> dict[str, Dataset]:
     """Loads one folder of the data set that TRACE_DATA names, as lm-eval's `custom_dataset`.
 
-    With the variant "reasoning" the rows are those that ask for the reasoning too. lm-eval also passes the metadata of
-    the task and the arguments of the model, such as transformers' `variant`, which are not used.
+    The rows of the variant "reasoning" also ask for the reasoning. lm-eval also passes the metadata of the task and the
+    arguments of the model, such as transformers' `variant`; they are not used.
 
     Returns:
-        The splits test and, where they are there, train and eval; and `fewshot`: the training rows whose prompt is no
-        test prompt.
+        The splits test and, if they exist, train and eval; and `fewshot`: the training rows whose prompt is no test
+        prompt.
 
     Raises:
-        data.DataError: if there are no test rows, a file is bad, or it holds rows of the other variant.
+        data.DataError: if there are no test rows, a file is bad, or it contains rows of the other variant.
     """
     if trace_variant not in (None, "reasoning"):
         raise ValueError(f"trace_variant={trace_variant!r} is not known: leave it out or use reasoning.")
@@ -69,29 +70,30 @@ def load_cl_benchmark(folder: str, **_: Any) -> dict[str, Dataset]:
 
 
 def load_prompts(kind: str, folder: str, **_: Any) -> dict[str, Dataset]:
-    """Loads a set of prompts to be judged, as lm-eval's `custom_dataset`; arguments as of `data.prompts_file`."""
+    """Loads a set of prompts to be judged, as lm-eval's `custom_dataset`. Arguments as for `data.prompts_file`."""
     return {"test": Dataset.from_list(data.read_rows(data.prompts_file(kind, folder), answered=False))}
 
 
 class TraceTask(OwnRows):
-    """A task of lm-eval that is asked, answered and scored as in the official ICL code when it has demonstrations.
+    """A task of lm-eval that follows the official ICL code in prompts, answers and scores if it has demonstrations.
 
-    Without demonstrations it is lm-eval's own ConfigurableTask. With them `metadata.icl` of the YAML says how:
+    Without demonstrations it is lm-eval's own ConfigurableTask. With them, `metadata.icl` of the YAML has these keys:
 
-    - instruction: What every prompt begins with. It is said once, in front; demonstrations and question go without it.
-    - cue: What is put before each demonstration and the question (Py150, whose prompts have no instruction).
+    - instruction: The text with which every prompt begins. It is put in front once; demonstrations and question follow
+      without it.
+    - cue: A text before each demonstration and before the question (for Py150, whose prompts have no instruction).
     - demonstrations: false = none at all (MeetingBank).
-    - until: Texts that end an answer, added to those of `generation_kwargs`; what follows is cut off, with the text.
+    - until: Texts that end an answer, in addition to those of `generation_kwargs`. The answer is cut before them.
     - max_gen_toks: 1 = the answer is the first generated token.
 
-    All of a prompt is one text, and one turn of the user in a chat template. A YAML without `metadata.icl` gets
+    The whole prompt is one text, and one turn of the user in a chat template. A YAML without `metadata.icl` gets
     lm-eval's own prompts with whole rows as demonstrations.
 
     Source: inference/ICL.py and utils/data/data_collator.py of https://github.com/BeyonderXX/TRACE.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
-        """As ConfigurableTask."""
+        """Like ConfigurableTask."""
         self.icl: dict[str, Any] = (config.get("metadata") or {}).get("icl", {})
         super().__init__(config)
         if isinstance(self.sampler, Demonstrations):
@@ -110,18 +112,18 @@ class TraceTask(OwnRows):
         return super().fewshot_context(doc, num_fewshot, *args, **kwargs)
 
     def construct_requests(self, doc: dict[str, Any], ctx: Any, **kwargs: Any) -> Any:
-        """The request of a row, with what ends its answer. See `ConfigurableTask.construct_requests`."""
+        """The request of a row, with the texts that end its answer. See `ConfigurableTask.construct_requests`."""
         request = super().construct_requests(doc, ctx, **kwargs)
         if self.config.num_fewshot and self.icl:
-            settings = request.args[1]  # this request's own
-            given = settings.get("until") or []  # a text by itself, if it is from --gen_kwargs
+            settings = request.args[1]  # a dictionary of this request alone
+            given = settings.get("until") or []  # a single text, if it is from --gen_kwargs
             settings["until"] = [*([given] if isinstance(given, str) else given), *self.icl.get("until", [])]
             if "max_gen_toks" in self.icl:
                 settings["max_gen_toks"] = self.icl["max_gen_toks"]
         return request
 
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> Any:
-        """The scores of a row. As officially, SARI (20Minuten) compares with the whole prompt, demonstrations too."""
+        """The scores of a row. As in the official code, SARI's source is the whole prompt with its demonstrations."""
         if self.config.num_fewshot and self.icl:
             doc = {**doc, "prompt": self._demonstrated(doc["prompt"], self.config.num_fewshot)}
         return super().process_results(doc, results)
@@ -140,28 +142,29 @@ class TraceTask(OwnRows):
 class Demonstrations(ContextSampler):
     """Demonstrations for in-context learning by the paper's rules (section 4.1 and the official ICL code).
 
-    One draw per task serves all test rows. Where answers repeat (classification) the draw is balanced over them;
-    elsewhere no answer is taken twice. All of them together take half of the length budget that the instruction
-    leaves, so each is at most 1/(2n) of it; where too few rows are that short, there are fewer than n.
+    All test rows of a task get the same demonstrations. If there are fewer different answers than demonstrations
+    (classification), the draw is balanced over the answers; otherwise no answer is drawn twice. Subtract the
+    instruction from the length budget: each of n demonstrations may take 1/(2n) of the rest. If too few rows are that
+    short, there are fewer than n.
 
-    A sampler knows no tokenizer: with plain lm-eval the budget is counted in UTF-8 bytes, at four a token of the
-    official prompt limit of 3584 tokens. `trace-bench evaluate` counts tokens and the run's own limit (`count_in`).
+    A sampler knows no tokenizer. With plain lm-eval the budget is therefore in UTF-8 bytes: four for each of the 3584
+    tokens of the official prompt limit. `trace-bench evaluate` counts tokens and takes the run's limit (`count_in`).
     """
 
     budget = 4 * 3584
-    #: The name of the task, and what its prompts have in front of the demonstrations; set by `TraceTask`.
+    #: The name of the task, and the text before the demonstrations in its prompts. `TraceTask` sets both.
     task = opening = ""
     _size: Callable[[str], int] = staticmethod(lambda text: len(text.encode()))
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As lm-eval's ContextSampler."""
+        """Like lm-eval's ContextSampler."""
         super().__init__(*args, **kwargs)
         self._drawn: dict[int, list[dict[str, Any]]] = {}
 
     def sample(
         self, n: int, eval_doc: dict[str, Any] | None = None, df: Any = None, **kwargs: Any
     ) -> list[dict[str, Any]]:
-        """Returns the n demonstrations of the task, the same ones until the seed is set anew."""
+        """Returns the n demonstrations of the task: the same ones until the seed is set again."""
         if n not in self._drawn:
             self._drawn[n] = self._draw(n)
         return self._drawn[n]
@@ -173,7 +176,7 @@ class Demonstrations(ContextSampler):
         return self
 
     def count_in(self, size: Callable[[str], int], budget: int) -> None:
-        """Counts the length of a demonstration by `size`, and half of `budget` is for all of them."""
+        """Sets the function that measures a demonstration, and the budget in its unit."""
         self._size, self.budget, self._drawn = size, budget, {}
 
     def _draw(self, n: int) -> list[dict[str, Any]]:
@@ -188,7 +191,7 @@ class Demonstrations(ContextSampler):
                 by_answer[row["answer"]].append(row)
         answers = len({row["answer"] for row in rows})
         if answers < n:
-            # The first row of every answer, then the second of every one that has one, and so on.
+            # First one row of every answer, then a second row of every answer that has one, and so on.
             ranks = zip_longest(*(by_answer[answer] for answer in sorted(by_answer)))
             drawn = [row for rank in islice(ranks, math.ceil(n / answers)) for row in rank if row is not None][:n]
         else:
@@ -207,7 +210,7 @@ class Demonstrations(ContextSampler):
 
 
 def score_choice(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """C-STANCE, FOMC: the official strict accuracy, and one that tolerates another form of the answer."""
+    """C-STANCE, FOMC: the official strict accuracy, and one that accepts other forms of the answer."""
     return {
         "accuracy": scoring.accuracy(results[0], doc["answer"]),
         "accuracy_tolerant": choice_tolerant(results[0], doc["answer"], doc["prompt"]),
@@ -223,14 +226,14 @@ def score_number(doc: dict[str, str], results: list[str]) -> dict[str, float]:
 
 
 def score_label(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """CL_Benchmark: O-LoRA's exact match, and one that tolerates another form of the answer."""
+    """CL_Benchmark: O-LoRA's exact match, and one that accepts other forms of the answer."""
     strict = scoring.label_accuracy(results[0], doc["answer"])
     tolerant = choice_tolerant(results[0], doc["answer"], doc["prompt"])
     return {"accuracy": strict, "accuracy_tolerant": max(strict, tolerant)}
 
 
 def score_summary(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """MeetingBank: ROUGE-L; BLEU-1 and BLEU-4 beside it."""
+    """MeetingBank: ROUGE-L; in addition BLEU-1 and BLEU-4."""
     return _overlap(results[0], doc["answer"])
 
 
@@ -240,7 +243,7 @@ def score_code(doc: dict[str, str], results: list[str]) -> dict[str, float]:
 
 
 def score_scienceqa(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """ScienceQA: accuracy of the letter; ROUGE-L and BLEU of the explanation beside it."""
+    """ScienceQA: accuracy of the letter; in addition ROUGE-L and BLEU of the explanation."""
     letter, reasons = scoring.scienceqa_parts(results[0])
     gold_letter, gold_reasons = scoring.scienceqa_parts(doc["answer"])
     return {
@@ -251,7 +254,7 @@ def score_scienceqa(doc: dict[str, str], results: list[str]) -> dict[str, float]
 
 
 def score_simplification(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """20Minuten: SARI against the whole prompt, as the official code has it; ROUGE-L and BLEU beside it."""
+    """20Minuten: SARI with the whole prompt as the source, as in the official code; in addition ROUGE-L and BLEU."""
     return {
         "sari": scoring.sari(doc["prompt"], results[0], doc["answer"]),
         **_overlap(results[0], doc["answer"]),
@@ -272,7 +275,7 @@ def _overlap(prediction: str, reference: str) -> dict[str, float]:
 
 
 def score_reasoned_choice(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """C-STANCE, FOMC and ScienceQA with reasoning: `score_choice` of the extracted answer, a bare letter."""
+    """C-STANCE, FOMC and ScienceQA with reasoning: `score_choice` of the extracted answer, a letter alone."""
     return _score_extracted("line", score_choice, doc, results[0])
 
 
@@ -287,12 +290,12 @@ def score_reasoned_summary(doc: dict[str, str], results: list[str]) -> dict[str,
 
 
 def score_reasoned_code(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """Py150 with reasoning: `score_code` of the extracted answer, which comes first here."""
+    """Py150 with reasoning: `score_code` of the extracted answer, which comes before the reasoning."""
     return _score_extracted("code", score_code, doc, results[0])
 
 
 def score_reasoned_simplification(doc: dict[str, str], results: list[str]) -> dict[str, float]:
-    """20Minuten with reasoning: `score_simplification` of the extracted answer, SARI against the row's own prompt."""
+    """20Minuten with reasoning: `score_simplification` of the extracted answer; SARI's source is the row's prompt."""
     return _score_extracted("text", score_simplification, doc, results[0])
 
 
@@ -304,6 +307,6 @@ def _score_extracted(
 ) -> dict[str, float]:
     answer = extract_answer(form, text)
     scores = score(doc, [answer or ""])
-    if answer is None:  # 0 throughout: SARI gives an empty text about a half
+    if answer is None:  # all scores are 0, even SARI, which is about a half for an empty text
         scores = dict.fromkeys(scores, 0.0)
     return {**scores, "extracted": float(answer is not None)}

@@ -1,12 +1,12 @@
-"""Reading a number out of an answer, however it is written. This project's own: TRACE has no such score."""
+"""Reads a number out of an answer, in any way of writing it. The score is this project's own, not one of TRACE's."""
 
 import math
 import re
 
 from trace_tasks.scoring import accuracy
 
-# Models that are not trained to stop go on with another question of their own, on the line that `begins` it.
-# It is looked for where white space begins, so that blank lines are read once and not once for each of them.
+# A model that is not trained to stop goes on with a new question of its own; `begins` is the line break before it.
+# The search starts only where white space begins, so that a run of blank lines is read once, not once for each line.
 NEXT_PROMPT = re.compile(
     r"(?<!\s)[^\S\n]*+(?P<begins>\n)\s*+(?:Text|Question|Choices|Hint|Solve the following|文本|对象|判断)",
     re.IGNORECASE,
@@ -14,12 +14,12 @@ NEXT_PROMPT = re.compile(
 
 # Full-width forms ("１２．５") and the minus sign; not NFKC, which makes 102 of "10²".
 _ASCII = {0xFEE0 + code: code for code in range(ord("!"), ord("~") + 1)} | {ord("\N{MINUS SIGN}"): "-"}
-# Not after a letter ("CO2"), and no sign after a digit: "10-5" holds 10 and 5. "27/2" is one number, a date is none.
+# A number does not follow a letter ("CO2"), and a sign does not follow a digit: "10-5" contains 10 and 5.
 _NUMBER = re.compile(
     r"(?<![A-Za-z\d)])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-    r"(?!\d{0,9}[A-Z][a-z]?[(\dA-Z])",  # nor one of a formula: "2Mg(OH)2"
+    r"(?!\d{0,9}[A-Z][a-z]?[(\dA-Z])",  # nor is the number of a formula one: "2Mg(OH)2"
 )
-# What stands before the last of several numbers where it is the result: "..., so 12", "which is 2 hours".
+# The words before the last of several numbers that make it the result: "..., so 12", "which is 2 hours".
 _CONCLUDES = re.compile(
     r"\b(?:so|thus|therefore|hence|equals?|total|is|are|was|were|makes?|gives?|gets?|needs?|have|has|left)\W+(?:\w+\W+){0,2}\Z",
     re.IGNORECASE,
@@ -28,14 +28,14 @@ _FRACTION = re.compile(r"/(\d+(?:\.\d+)?)(?![\d/])")
 _RESULT_MARKER = re.compile(r"\banswer\s*(?:is\b|:)|=", re.IGNORECASE)
 _BETWEEN_SENTENCES = r"(?<=[.!?。])(?=\s)"
 _STATED_ANSWER = re.compile(r"\banswer\s*(?:is\b|:)|\\boxed\{|####", re.IGNORECASE)
-# Two numbers that are one operation without its result ("10-3"), or one number that is grouped as none is ("12,34").
+# Between two numbers: an operation without its result ("10-3"), or a wrong separator of thousands ("12,34").
 _UNFINISHED = re.compile(r"\s*[-+*×/^]\s*|[,'’_]")
 _SIGNED_CURRENCY = re.compile(r"(?<=[-+])[$€£¥₹]\s?(?=[\d.])")
-# A line that is nothing but a number, with a currency in front and a unit of a few words behind.
+# A line that is only a number, perhaps with a currency in front and a unit of a few words after it.
 _BARE = re.compile(rf"[\s=$€£¥₹(\[\"'*]*(?:Rs\.?\s*)?{_NUMBER.pattern}(?:/\d+)?[^\S\n]*(?:[^\s\d]+[^\S\n]*){{0,3}}\Z")
-#: A text of more words without an end ("... by the number of") was cut before it came to its answer.
+#: A text of more words that does not end a sentence ("... by the number of") was cut before its answer.
 _MOST_WORDS = 12
-# The number of a list's next item ("2.") ends no sentence.
+# A line that is only the number of a list's next item ("2.") ends no sentence.
 _ENDED = re.compile(r"(?<!\A\d)[.!?。][\"'”’)]*\Z")
 
 _SMALL = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
@@ -44,7 +44,7 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORD_VALUES = {word: value for value, word in enumerate(_SMALL.split())}
 _WORD_VALUES |= {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-# Digits with such a word are one number: "2.5 million".
+# Digits and one of these words are one number: "2.5 million".
 _SCALED = re.compile(rf"({_NUMBER.pattern})[^\S\n]+({'|'.join(_SCALES)})(?!\w)", re.IGNORECASE)
 _NUMBER_WORD = "|".join(sorted([*_WORD_VALUES, *_SCALES], key=len, reverse=True))
 _DIGIT_WORD = "|".join(_SMALL.split()[:10])
@@ -58,9 +58,9 @@ _NUMBER_WORDS = re.compile(
 
 
 def _in_digits(text: str) -> str:
-    """The text with spelled-out English numbers in digits: "twenty-three apples" -> "23 apples", "2 million" too.
+    """Replaces English number words by digits: "twenty-three apples" -> "23 apples", "2 million" -> "2000000".
 
-    "One" by itself is a pronoun more often than a number, and stays unless it begins a line or follows "answer is".
+    "One" alone is more often a pronoun than a number. It stays unless it begins a line or follows "answer is".
     """
 
     def digits(match: re.Match[str]) -> str:
@@ -91,27 +91,26 @@ def _in_digits(text: str) -> str:
 
 
 def number_tolerant(prediction: str, reference: str) -> float:
-    r"""Form-tolerant accuracy for NumGLUE: equal numbers, however they are written, or equal words.
+    r"""Form-tolerant accuracy for NumGLUE: equal numbers, in any way of writing them, or equal words.
 
-    Where the reference holds a number, one number is read from the prediction and from the reference, and they must
+    If the reference contains a number, one number is read from the prediction and one from the reference. They must
     agree within a relative 1e-6 (absolute 1e-9 near zero). Thousands commas, currency signs, percent signs, units,
-    exponents and trailing full stops do not matter; percent means no division by 100; "27/2" is 13.5, and English
-    number words are read ("twenty-three", "2.5 million"). Digits stuck to a preceding letter ("CO2") are no number, nor
-    is an operation without its result ("10-3"). What follows from another question on ("Question: ...") is not read.
-    The number is
+    exponents and trailing full stops do not matter. A percent sign does not divide by 100. "27/2" is 13.5. English
+    number words are read ("twenty-three", "2.5 million"). Digits right after a letter ("CO2") are no number, nor is an
+    operation without its result ("10-3"). The text is read only up to a new question ("Question: ..."). The number is
 
-    1. that of the first line that is not empty, where this is a number with a unit of at most three words, unless a
-       later "answer is" says another one: then there is none;
-    2. otherwise the first one after the last "answer is", "answer:", "####" or "\boxed{" that has one in its line;
-    3. otherwise that of the last sentence with a number: the first one after its last "=", or its only one, or the
-       last one behind "so", "is", "are", "total" and the like. A text of more than 12 words that ends in no full stop
-       was cut within its reasoning, and has none.
+    1. the one in the first line that is not empty, if this line is a number with a unit of at most three words. If a
+       later "answer is" says a different number, there is none;
+    2. otherwise the first one after the last "answer is", "answer:", "####" or "\boxed{" with a number in its line;
+    3. otherwise one in the last sentence with a number: the first one after its last "=", or its only one, or the
+       last one if it follows "so", "is", "are", "total" and the like. A text of more than 12 words that does not end a
+       sentence was cut within its reasoning, and has none.
 
-    Where the reference is a word ("August"), the first non-empty line of the prediction, or the part of it
-    after the last marker if that is not empty, must equal it, ignoring case, repeated white space and any
-    punctuation around it.
+    If the reference is a word ("August"), the first line of the prediction that is not empty must equal it, or the part
+    of this line after the last marker if this part is not empty. Case, repeated white space and punctuation around the
+    word are ignored.
 
-    Strictly equal strings count as right whatever they are, so this score is never below `accuracy`.
+    Strictly equal strings always count as right, so this score is never below `accuracy`.
     """
     if accuracy(prediction, reference):
         return 1.0
@@ -128,7 +127,7 @@ def _is_close(value: float, expected: float) -> bool:
 
 
 def names_number(text: str, answer: str) -> bool:
-    """Whether the number `answer` stands in `text`, however it is written, or the word `answer` in either case."""
+    """Whether `text` contains the number `answer`, in any way of writing it, or the word `answer` in either case."""
     expected = read_number(answer)
     if expected is None:
         word = re.escape(_read_word(answer))
@@ -137,7 +136,7 @@ def names_number(text: str, answer: str) -> bool:
 
 
 def read_number(text: str) -> float | None:
-    """Reads the number that `number_tolerant` says, None where there is none or it overflows a float."""
+    """Reads a number by the rules of `number_tolerant`. None if there is none, or it overflows a float."""
     text = _SIGNED_CURRENCY.sub("", text.translate(_ASCII))
     if found := NEXT_PROMPT.search(text.lstrip()):
         text = text.lstrip()[: found.start("begins")]
@@ -164,7 +163,7 @@ def read_number(text: str) -> float | None:
 
 
 def _concluded(sentence: str) -> float | None:
-    """The number that a sentence comes to, by rule 3 of `number_tolerant`."""
+    """The number that a sentence concludes with, by rule 3 of `number_tolerant`."""
     numbers = list(_NUMBER.finditer(sentence))
     equals = sentence.rfind("=") + 1
     if not numbers:
@@ -179,7 +178,7 @@ def _concluded(sentence: str) -> float | None:
 
 
 def _value(text: str, number: re.Match[str]) -> float | None:
-    """The value of a number found in a text, divided as in "27/2"; None where it overflows a float."""
+    """The value of a number found in a text, after a division as in "27/2". None if it overflows a float."""
     value = float(number[0].replace(",", ""))
     if (fraction := _FRACTION.match(text, number.end())) and float(fraction[1]):
         value /= float(fraction[1])
@@ -187,7 +186,7 @@ def _value(text: str, number: re.Match[str]) -> float | None:
 
 
 def _read_word(text: str) -> str:
-    """Reads the word answer that `number_tolerant` says, in comparable form; empty where there is none."""
+    """Reads the word that `number_tolerant` compares. Empty if there is none."""
     line = next((line for line in text.splitlines() if line.strip()), "")
     ends = [match.end() for match in _RESULT_MARKER.finditer(line)]
     for part in (line[ends[-1] :] if ends else "", line):

@@ -1,6 +1,6 @@
-"""Where the rows come from. This face names what other packages use of it."""
+"""Finds, reads and checks the rows of tasks. This file lists the names that other packages use."""
 
-# ruff: noqa: F401 (they are for others)
+# ruff: noqa: F401 (other packages import them)
 
 from trace_tasks.data.demo import is_demo
 from trace_tasks.data.names import (

@@ -1,4 +1,4 @@
-"""Unpacks an official archive (zip or tar) into the cache. Archives come from elsewhere and may be hostile."""
+"""Unpacks an official archive (zip or tar) into the cache. Archives come from others and may be hostile."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from trace_tasks.data.rows import MOST_ROWS
 from trace_tasks.errors import DataError, TraceError, advice
 from trace_tasks.limits import limited
 
-#: What an archive may unpack to: the official one is far below, and one that is made to fill a disk is far above.
+#: The most bytes and files of an unpacked archive: far more than the official one has, far fewer than fill a disk.
 MOST_BYTES = 20 * 2**30
 MOST_MEMBERS = 100_000
-#: The most seconds and bytes of memory: a tar's headers, which may be of any size, are read into memory.
+#: The most seconds and bytes of memory: a tar's headers are read into memory and may have any size.
 UNPACKING = (3600.0, 2**31)
 
 
@@ -24,8 +24,8 @@ def unpack(archive: Path) -> Path:
     """Unpacks an archive into the cache, once per content, and returns the folder.
 
     Raises:
-        DataError: if it is not a zip or tar archive, is damaged, has a member that would be written outside of its
-            folder or is not an ordinary file (links, devices), or would unpack to more than `MOST_BYTES`.
+        DataError: if it is not a zip or tar archive, is damaged, or would unpack to more than `MOST_BYTES`; or if a
+            member would be written outside of its folder, or is not an ordinary file (links, devices).
     """
     digest = sha256(archive)[:16]
     unpack_into = partial(_unpack_zip if zipfile.is_zipfile(archive) else _unpack_tar, archive)
@@ -34,8 +34,8 @@ def unpack(archive: Path) -> Path:
             return cached_dir(cache_dir() / f"data-{digest}", unpack_into)
     except DataError:
         raise
-    except Exception as e:  # whatever the libraries say of a damaged archive
-        if isinstance(e, OSError) and advice(e, ""):  # of the machine: another copy of the archive would not help
+    except Exception as e:  # the libraries raise many kinds of errors for a damaged archive
+        if isinstance(e, OSError) and advice(e, ""):  # the machine's error: a new copy would not help
             raise
         what = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}. Fetch it again"
         raise DataError(f"{archive} cannot be unpacked: {what}.") from e
@@ -59,19 +59,20 @@ def _unpack_tar(archive: Path, target: Path) -> None:
         raise DataError(f"{archive} is neither a zip nor a tar archive.") from e
     with opened as t:
         size = 0
-        for number, member in enumerate(t, 1):  # before the next header is read, and what is between decompressed
+        # Check each member before tarfile reads the next header, for which it decompresses the bytes between them.
+        for number, member in enumerate(t, 1):
             size += member.size
             _check_member(archive, member.name, member.size, member.isfile() or member.isdir(), number, size)
         t.extractall(target, filter="data")
-        # The checksum of a compressed file is at its end, which tarfile does not read.
+        # Read up to the end of a compressed file: its checksum is there, and tarfile does not read that far.
         while t.fileobj is not None and (behind := t.fileobj.read(1 << 20)):
             size += len(behind)
             _check_total(archive, 0, size)
 
 
 def _check_member(archive: Path, name: str, size: int, is_plain: bool, number: int, total: int) -> None:
-    """Refuses a member before it is unpacked; with it there are `number`, of `total` bytes by their headers."""
-    parts = name.replace("\\", "/").split("/")  # also as Windows reads names, since a cache may be shared
+    """Refuses a bad member before it is unpacked. It is member `number`; up to it the headers say `total` bytes."""
+    parts = name.replace("\\", "/").split("/")  # also split as Windows does, since a cache may be shared
     if not parts[0] or ".." in parts or ":" in parts[0]:
         raise DataError(f"{archive}: the member {name!r} points outside of the archive; nothing was unpacked.")
     if not is_plain:

@@ -1,9 +1,9 @@
-"""The audit of a TRACE data set: what is in it that a score depends on, above all test rows that are trained on.
+"""The audit of a TRACE data set: it finds what can distort scores, above all test rows that are also training rows.
 
     trace-bench data audit [SOURCE] [--against SOURCE ...] [--tokenizer MODEL] [--output FILE.json]
 
-`Data.check` refuses a data set at its first bad rows. The audit reads what is there and reports: repeated rows,
-contradicting answers, overlaps of the splits, lengths, broken characters, rows of the other variant.
+`Data.check` refuses a data set at its first bad rows. The audit reads all readable files and reports repeated rows,
+contradicting answers, overlaps of the splits, lengths, broken characters and rows of the other variant.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from trace_tasks.tokens import prompt_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-#: The overlaps that are looked for. Only the first one makes test rows leaked: nothing is trained or chosen on eval.
+#: The pairs of splits whose overlaps are reported. Only train/test is a leak: nothing is trained or chosen on eval.
 PAIRS = (("train", "test"), ("train", "eval"), ("eval", "test"))
-#: At most so many different answers, each twice or more on average, are labels, whose balance is counted.
+#: Answers are labels, which are counted, if there are at most this many and each occurs twice or more on average.
 LABELS = 10
-#: A task -> the same one in the other variant of the data.
+#: Task -> the same task in the other variant of the data.
 OTHER_VARIANT = dict(zip([*FOLDERS, *REASONING], [*REASONING, *FOLDERS], strict=True))
 _FOLDER = {**FOLDERS, **REASONING}
 
 _DOUBLED_CUE = re.compile(r"(\b\w+[:：])\s*\1\s*\Z")
-# What cp1252 makes of the second and later bytes of a UTF-8 character.
+# The characters that cp1252 decodes from the second and later bytes of a UTF-8 character.
 _CONTINUED = "[\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
 _MOJIBAKE = re.compile(
     "\ufffd"  # decoded with errors ignored
-    "|[\u0080-\u009f]"  # control characters that no text holds: cp1252 read as Latin-1
+    "|[\u0080-\u009f]"  # control characters that no text contains: cp1252 read as Latin-1
     f"|[ÂÃ]{_CONTINUED}"  # UTF-8 read as cp1252: "Ã¼" for "ü"
     "|â€|â„¢|â‚¬|âˆ’|ï»¿|ï¿½"  # quotation marks and dashes ("â€™"), ™, €, minus, byte order mark
     f"|(?:[ä-é]{_CONTINUED}{{2}}){{2}}"  # two Chinese characters in a row
 )
-# 1.4300000000000002: a sum of binary fractions, written with all its digits.
-# The look-behinds let a run of zeros be read once, not once for each of them.
+# A sum of binary fractions, written with all its digits: 1.4300000000000002.
+# With the look-behinds, a run of zeros is read once instead of once for each zero.
 _FLOAT = re.compile(r"\d\.(?=\d{12})\d*?(?:(?<!0)0{6,}+[1-9]|(?<!9)9{6,}+[0-8])\d{0,2}(?!\d)")
 _DECIMAL = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
 
@@ -64,15 +64,15 @@ _DECIMAL = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?")
 def official() -> dict[str, str]:
     """SHA-256 (16 digits) of official files -> which file it is.
 
-    Those of the 500 variant are in two public copies of the archive that do not know of each other, those of the 5000
-    variant in one, those of CL_Benchmark in O-LoRA's repository. Other official files are not known here.
+    The files of the 500 variant are in two independent public copies of the archive, those of the 5000 variant in one,
+    and those of CL_Benchmark in O-LoRA's repository. Other official files are not listed.
     """
     return json.loads(Path(__file__).with_name("official.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Split:
-    """One file: its good rows and its bad ones, by row number, which is the `doc_id` of a run's samples."""
+    """One file: its good rows and its bad rows, by row number. The row number is the `doc_id` of a run's samples."""
 
     file: Path
     rows: dict[int, dict[str, str]]
@@ -100,11 +100,12 @@ class Split:
 
 
 def overlap(first: Split, second: Split) -> dict[str, Any]:
-    """The rows of a split whose prompt is in another split too, exactly or nearly.
+    """The rows of split `second` whose prompt is also in split `first`, exactly or nearly.
 
     Returns:
-        "exact": numbers of rows of `second`; "near": {"row", "twin", "similarity"} of its other rows that have a twin
-        in `first`, "twin" being a row of that; "exact_prompts", "near_prompts": how many different prompts these are.
+        "exact": the row numbers in `second`. "near": {"row", "twin", "similarity"} for the other rows of `second` with
+        a similar prompt in `first`; "twin" is its row number there. "exact_prompts", "near_prompts": the numbers of
+        different prompts.
     """
     exact = [prompt for prompt in second.prompts if prompt in first.prompts]
     rest = [prompt for prompt in second.prompts if prompt not in first.prompts]
@@ -124,21 +125,22 @@ def overlap(first: Split, second: Split) -> dict[str, Any]:
 
 
 def overlaps_across(sets: Mapping[str, Mapping[str, Split]]) -> list[dict[str, Any]]:
-    """The test rows of each set whose prompt is in the training rows of another set, exactly or nearly.
+    """The test rows of each set whose prompt is in the training rows of a different set, exactly or nearly.
 
     Args:
-        sets: Name of a set -> its splits; train and test are looked at where they are there.
+        sets: Name of a set -> its splits. Only train and test are read, if they exist.
 
     Returns:
-        {"test", "train": names of the two sets; "rows": how many test rows there are; "exact", "near": numbers of those
-        that are in the other's training rows}, only of pairs that have some; the largest part of the test rows first.
+        One dictionary for each pair of sets with an overlap: "test", "train": the names of the two sets; "rows": the
+        number of test rows; "exact", "near": the row numbers of the test rows that are in the training rows. The pair
+        with the largest share of test rows comes first.
     """
     trained, tested = (
         [(name, prompt) for name, splits in sets.items() if split in splits for prompt in splits[split].prompts]
         for split in ("train", "test")
     )
     found: dict[tuple[str, str], dict[str, set[str]]] = {}
-    # Pairs of all sets at once: the shingles that are rare in all of them are the same for each pair of sets.
+    # Compare all sets at once: then one index of rare shingles serves every pair of sets.
     for i, j, _ in similar_pairs(
         [sets[name]["train"].shingles[prompt] for name, prompt in trained],
         [sets[name]["test"].shingles[prompt] for name, prompt in tested],
@@ -176,28 +178,28 @@ def audit(
     max_answer_length: int = 512,
     against: Sequence[Path] = (),
 ) -> dict[str, Any]:
-    """Audits a data set and, where it is in or next to it, its reasoning variant (as the tasks reasoning_*).
+    """Audits a data set and, if it is in or next to the data set, its reasoning variant (as the tasks reasoning_*).
 
     Args:
-        root: A folder in the official layout, or CL_Benchmark. It may hold only some of the tasks and splits.
-        tokenizer: Counts the tokens of prompts, as they are tested, and of answers; None = characters only.
+        root: A folder in the official layout, or CL_Benchmark. Tasks and splits may be missing.
+        tokenizer: Counts the tokens of prompts, as they are tested, and of answers; None = only characters are counted.
         max_prompt_length: The most tokens of a prompt, as in a run.
-        max_answer_length: The most tokens of an answer, EOS included.
-        against: More data sets, whose training rows may hold test rows of this one, or the other way round.
+        max_answer_length: The most tokens of an answer, including EOS.
+        against: More data sets, which are searched for rows that they share with this one.
 
     Returns:
-        What can be written as JSON. "tasks": task -> {"splits": split -> its facts, None where it is missing;
-        "overlaps": pair of splits -> `overlap`; "fingerprint": of its three files, of CL_Benchmark of its rows}.
-        "equal": the tasks whose eval and test rows are the same. "leaked": task -> numbers of the
-        test rows that are in training rows. "across": what `overlaps_across` found between different tasks and data
-        sets. "missing": tasks. "unreadable": what is wrong with files.
+        A report that can be written as JSON. "tasks": task -> {"splits": split -> its facts, None if it is missing;
+        "overlaps": pair of splits -> `overlap`; "fingerprint": of its three files, or of its rows for CL_Benchmark}.
+        "equal": the tasks whose eval and test rows are the same. "leaked": task -> row numbers of the test rows that
+        are also training rows. "across": the result of `overlaps_across` for different tasks and data sets. "missing":
+        the missing tasks. "unreadable": the problems of files that cannot be read.
     """
     reasoning, folders = _find(root)
     unreadable: list[str] = []
     read = {task: _read(folder, SPLITS, unreadable) for task, folder in folders.items() if folder.is_dir()}
-    limits = {"prompt": max_prompt_length, "answer": max_answer_length - 1}  # EOS is one
+    limits = {"prompt": max_prompt_length, "answer": max_answer_length - 1}  # EOS takes one
     tasks: dict[str, dict[str, Any]] = {}
-    for task, splits in tqdm(read.items(), unit="task", disable=None):  # no bar where nobody sees it
+    for task, splits in tqdm(read.items(), unit="task", disable=None):  # no bar if stderr is no terminal
         overlaps = {f"{a}/{b}": overlap(splits[a], splits[b]) for a, b in PAIRS if a in splits and b in splits}
         other = read.get(OTHER_VARIANT.get(task, ""), {})
         if "test" in splits and "train" in other:
@@ -228,7 +230,7 @@ def audit(
 
 
 def _fingerprint(task: str, folder: Path, splits: dict[str, Split]) -> str | None:
-    """What a run's manifest has for a task with these rows; None where they are not all there."""
+    """The fingerprint of a task's rows, as in a run's manifest. None if splits are missing."""
     if task in CL_BENCHMARK:
         whole = not any(split.bad for split in splits.values())
         rows = [splits[name].rows.values() for name in ("train", "test") if name in splits]
@@ -264,8 +266,8 @@ def _across(
     leaked: dict[str, dict[str, Any]],
     unreadable: list[str],
 ) -> list[dict[str, Any]]:
-    """The overlaps of different tasks and data sets; those of two audited tasks are added to `leaked`."""
-    task_of = {_set_name(folders[task].resolve(), roots): task for task in read}  # links may make two of them one
+    """The overlaps between different tasks and data sets. Those between two audited tasks are added to `leaked`."""
+    task_of = {_set_name(folders[task].resolve(), roots): task for task in read}  # two tasks may be links to one folder
     sets = {name: read[task] for name, task in task_of.items()}
     for folder in [root / name for root in roots for name in (*FOLDERS.values(), *CL_BENCHMARK.values())]:
         if (name := _set_name(folder, roots)) not in sets:
@@ -281,7 +283,7 @@ def _across(
 
 
 def _read(folder: Path, names: Iterable[str], unreadable: list[str]) -> dict[str, Split]:
-    """Reads the splits that are there; what is wrong with those that cannot be read is added to `unreadable`."""
+    """Reads the existing splits. The problems of those that cannot be read are added to `unreadable`."""
     splits = {}
     pack = "/".join(folder.parts[-2:]) in CL_BENCHMARK.values()
     for split in names:
@@ -295,7 +297,7 @@ def _read(folder: Path, names: Iterable[str], unreadable: list[str]) -> dict[str
 
 
 def _set_name(folder: Path, roots: Sequence[Path]) -> str:
-    """A task's folder with the name of its data set, or the whole path where two data sets have the same name."""
+    """A task's folder with the name of its data set, or the whole path if two data sets have the same name."""
     names = [root.name for root in roots]
     root = folder.parent if folder.parent.name in names else folder.parent.parent  # a set of CL_Benchmark
     return f"{root.name}/{folder.relative_to(root)}" if names.count(root.name) == 1 else str(folder)
@@ -344,16 +346,16 @@ def _facts(
 
 
 def _decisive(task: str, answer: str) -> str:
-    """The part of an answer that decides: without the reasoning; of ScienceQA the letter."""
+    """The part of an answer that decides: the answer without its reasoning; for ScienceQA the letter."""
     if task in REASONING:
-        return extract_answer(FRAMES[REASONING[task]].form, answer) or answer  # test answers are bare
+        return extract_answer(FRAMES[REASONING[task]].form, answer) or answer  # test answers have no marker
     return answer[:1] if task == "trace_scienceqa" else answer
 
 
 def _lengths(
     texts: list[str], field: str, tokenizer: PreTrainedTokenizerBase | None, limit: int
 ) -> dict[str, dict[str, int]]:
-    """Characters and, with a tokenizer, tokens: of prompts as they are tested, of answers without EOS."""
+    """Lengths in characters and, with a tokenizer, in tokens: of prompts as they are tested, of answers without EOS."""
     lengths = {"characters": _spread([len(text) for text in texts])}
     if tokenizer:
         tokens: dict[str, int] = {}

@@ -1,11 +1,11 @@
-"""What an audit found, for reading."""
+"""Prints the report of an audit as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-#: The findings of a file, and how they are told.
+#: Key of a finding in the report -> its words.
 FINDINGS = {
     "bad_rows": "rows that are left out here since they cannot be used",
     "contradicting": "prompts with different answers",
@@ -20,7 +20,7 @@ FINDINGS = {
 
 
 def as_text(report: dict[str, Any]) -> str:
-    """What `audit` found, for reading: a table for each task, and below it what is worth a look."""
+    """The report of `audit` as text: a table for each task, and the findings below it."""
     unit = "tokens" if report["tokenizer"] else "characters"
     lines = [report["source"] + (" (demo data made by this program)" if report["demo"] else "")]
     if report["tokenizer"]:

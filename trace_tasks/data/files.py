@@ -1,7 +1,7 @@
 """Files that are complete when they exist, and folders that several processes share.
 
-Every file is written to a temporary name, fsynced and renamed last of all, so that a file which exists is complete and
-a killed program loses only the step in progress. Nothing is written through a link.
+Every file is written under a temporary name, synced to the disk, and renamed at the end. So a file that exists is
+complete, and a killed program loses only the step in progress. Nothing is written through a link.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from trace_tasks.errors import DataError
 
 log = logging.getLogger(__name__)
 
-#: The file of a temporary folder on which its owner has the lock.
+#: The file in a temporary folder that its owner locks.
 _LOCK = ".lock"
 
 
@@ -37,7 +37,7 @@ _LOCK = ".lock"
 
 
 def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
-    """`os.open` of a file to write into as it is: never through a link, and nothing but an ordinary file.
+    """`os.open` of an existing file for writing: never through a link, and only an ordinary file.
 
     Raises:
         DataError: if it is a link, a folder, a pipe or a device.
@@ -56,10 +56,10 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
 
 
 def take_lock(file: Any) -> None:
-    """Takes the lock of an open file for this process alone, until the file is closed.
+    """Takes the exclusive lock of an open file until the file is closed.
 
     Raises:
-        BlockingIOError: if another process has it, and not for the instant that asking for it takes.
+        BlockingIOError: if a different process keeps the lock for longer than an instant.
     """
     with suppress(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,9 +69,9 @@ def take_lock(file: Any) -> None:
 
 
 def refuse_links(folder: Path, *names: str) -> None:
-    """Refuses to write into `names` below a folder where a link leads elsewhere; a run may be an unpacked archive.
+    """Refuses to write into `names` below a folder if one is a link to elsewhere; a run may be an unpacked archive.
 
-    The folder itself and those above it may be links: their user made them. A link to a file is replaced when the
+    The folder itself and those above it may be links: the user made them. A link to a file is replaced when the
     file is written. A checkpoint may be a link, since it is only read, or replaced as a whole.
 
     Raises:
@@ -110,7 +110,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """`write_text` of bytes."""
+    """Like `write_text`, for bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, f".{path.name}.")
     while True:
@@ -141,13 +141,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Writes one JSON value a line, atomically."""
+    """Writes one JSON value per line, atomically."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 @contextmanager
 def fresh_dir(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder that becomes `path` when the block ends without an error; an older one goes then."""
+    """Yields a temporary folder that replaces `path` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_dir(path.parent, f".{path.name}.") as own:
         made = own / path.name
@@ -161,7 +161,7 @@ def fresh_dir(path: Path) -> Iterator[Path]:
 
 
 def sync_files(folder: Path) -> None:
-    """Makes sure that all files below a folder are on the disk."""
+    """Syncs all files below a folder to the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as f:
@@ -169,11 +169,11 @@ def sync_files(folder: Path) -> None:
 
 
 def _as_others(folder: Path) -> None:
-    """Gives the files below a folder the rights of any new file: safetensors lets nobody but their owner read them."""
+    """Gives all files below a folder the permissions of new files: only their owner could read safetensors' files."""
     mode = folder.stat().st_mode & 0o666
     for file in folder.rglob("*"):
         if file.is_file() and not file.is_symlink() and file.stat().st_mode & 0o666 != mode:
-            with suppress(OSError):  # a file system without such rights
+            with suppress(OSError):  # the file system may have no permissions
                 file.chmod(mode)
 
 
@@ -190,15 +190,15 @@ def _fsync_dir(path: Path) -> None:
 
 @contextmanager
 def temporary_dir(parent: Path, prefix: str) -> Iterator[Path]:
-    """A new folder that is gone when the block ends. What killed programs left under its prefix is removed first.
+    """A new folder that is removed when the block ends. Leftovers of killed programs with its prefix are removed first.
 
     Its owner holds a lock (`flock`) on a file in it, and the system releases the lock when the process exits. So the
-    next process knows which folders nobody works in any more, whatever machines and process numbers they are from.
+    next process knows which folders are no longer used, even those of other machines.
     """
     remove_leftovers(parent, prefix)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=parent))
-        with suppress(FileNotFoundError):  # another process took it for a leftover
+        with suppress(FileNotFoundError):  # a different process may have removed it as a leftover
             fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             if _hold(fd):
                 break
@@ -211,9 +211,9 @@ def temporary_dir(parent: Path, prefix: str) -> Iterator[Path]:
 
 
 def remove_leftovers(parent: Path, prefix: str) -> None:
-    """Removes the temporary files and folders of a name in which no process works any more."""
+    """Removes the temporary files and folders of a name that no process uses any more."""
     for path in parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        with suppress(OSError):  # others do the same, or it is not ours
+        with suppress(OSError):  # a different process may remove it at the same time, or we may not remove it
             info = path.lstat()
             if info.st_uid != os.geteuid() or not (stat.S_ISDIR(info.st_mode) or stat.S_ISREG(info.st_mode)):
                 continue
@@ -227,8 +227,8 @@ def remove_leftovers(parent: Path, prefix: str) -> None:
 
 
 def _hold(fd: int) -> bool:
-    """Takes the lock of a new temporary file; whether it is still there, as others may take it for a leftover."""
-    with suppress(OSError):  # no locks on this file system: nobody will take it
+    """Locks a new temporary file. Returns whether it still exists: others may have removed it as a leftover."""
+    with suppress(OSError):  # a file system without locks: then nobody removes the file
         fcntl.flock(fd, fcntl.LOCK_EX)
     return os.fstat(fd).st_nlink > 0
 
@@ -244,14 +244,13 @@ def cache_dir() -> Path:
 
 
 def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
-    """A folder of a cache, which processes on several machines may share: made if it is not there or damaged.
+    """A folder of a cache that processes on several machines may share. It is made if it is missing or damaged.
 
-    Each process has `make` fill a folder of its own, and the first one to finish wins: one that is whole is never
-    replaced.
+    Each process calls `make` on a folder of its own. The first one to finish wins: a complete folder is never replaced.
     """
     if _is_whole(path):
         return path
-    # A cache that is made now is its user's alone: the data in it may be private.
+    # Only its user may read a new cache: the data in it may be private.
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -285,11 +284,11 @@ def _record_of(path: Path) -> Path:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a folder of a cache is what was made."""
+    """Whether a folder of a cache is unchanged."""
     try:
         for name, (size, digest) in read_json(_record_of(path)).items():
             state = (path / name).stat()
-            # A file that this process has read already is read again only if it was written to since.
+            # A file that this process has read before is read again only if it was written since then.
             key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
             if not stat.S_ISREG(state.st_mode) or state.st_size != size:
                 return False
@@ -309,13 +308,13 @@ def _sha256_once(path: Path, *state: int) -> str:
 
 
 def sha256(path: Path) -> str:
-    """That of a file, in hex (64 digits)."""
+    """The SHA-256 of a file, in hex (64 digits)."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def digest(value: Any) -> str:
-    """SHA-256 (hex, 16 digits) of a text, or of another value of JSON."""
+    """SHA-256 (hex, 16 digits) of a text or of any other JSON value."""
     text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
 
@@ -323,7 +322,7 @@ def digest(value: Any) -> str:
 def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     """SHA-256 over the names and contents of a file or of all files below a folder (hex, 16 digits).
 
-    Hidden files do not count: hub clients, version control and file managers leave them, and nothing loads them.
+    Hidden files do not count: hub clients, version control and file managers leave them, and no library loads them.
     """
     if not path.exists():
         raise DataError(f"{path} is gone: there is nothing to take a fingerprint of.")

@@ -22,12 +22,12 @@ FOLDERS = {
     "trace_numglue_ds": "NumGLUE-ds",
     "trace_20minuten": "20Minuten",
 }
-#: The same tasks asked for their reasoning first (RCL, section 5 of the paper), from the reasoning variant of the data.
+#: The same tasks with reasoning (RCL, section 5 of the paper), from the reasoning variant of the data.
 REASONING = {task.replace("trace_", "reasoning_"): folder for task, folder in FOLDERS.items()}
 REASONING_FOLDER = "LLM-CL-Benchmark_Reasoning"
 #: The alignment set's folder in the official layout.
 LIMA = "Lima"
-#: Task orders of the papers, usable by name in a config (`tasks: order2`).
+#: The papers' orders of the tasks. A config can name them (`tasks: order2`).
 ORDERS = {
     "order1": list(FOLDERS),
     "order2": [
@@ -72,7 +72,7 @@ ORDERS |= {
         *("cl_dbpedia", "cl_agnews", "cl_yahoo", "cl_multirc", "cl_boolqa", "cl_wic"),
     ],
 }
-#: General ability (section 3.3): suite -> folder below GENERAL_DATA; None = hub only, and not one of the paper's six.
+#: General ability (section 3.3): suite -> folder below GENERAL_DATA. None = only on the hub, none of the paper's six.
 SUITES: dict[str, str | None] = {f"general_{s}": s for s in ("mmlu", "gsm8k", "bbh", "tydiqa", "boolq", "piqa")}
 SUITES["general_ifeval"] = None
 #: Prompts whose answers a judge compares: task -> folder below INSTRUCT_DATA or SAFETY_DATA.
@@ -87,7 +87,7 @@ JUDGED = {
     "safety_malicious": "Malicious",
     "safety_physical": "PhysicalSafetyUnsafe",
 }
-#: Names for several of them in a config.
+#: Names of groups of suites or sets in a config.
 GROUPS = {
     "general": [suite for suite, folder in SUITES.items() if folder],
     **{kind: [task for task in JUDGED if task.startswith(kind)] for kind in ("instruct", "safety")},
@@ -95,7 +95,7 @@ GROUPS = {
 
 
 def split_names(given: str | Iterable[str]) -> list[str]:
-    """The names of a list, which is written with spaces, commas or both, as one text or several."""
+    """Splits a list of names, given as one text or several, at spaces and commas."""
     return " ".join([given] if isinstance(given, str) else given).replace(",", " ").split()
 
 
@@ -103,7 +103,7 @@ def expand_orders(names: Iterable[str]) -> list[str]:
     """Replaces orders by their tasks.
 
     Raises:
-        DataError: for a name that is like that of an order and can be no task, since there are none of one's own.
+        DataError: for a name that looks like an order and can be no task, since there are no tasks of the user's own.
     """
     names, known = list(names), [*ORDERS, *FOLDERS, *REASONING, *CL_BENCHMARK]
     for name in names:
@@ -116,7 +116,7 @@ def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Replaces groups by their members and checks the names; `known` is `SUITES` or `JUDGED`.
 
     Raises:
-        DataError: for any other name.
+        DataError: for an unknown name.
     """
     known = list(known)
     groups = {group: members for group, members in GROUPS.items() if set(members) <= set(known)}
@@ -136,10 +136,10 @@ def needs_data(tasks: Iterable[str]) -> bool:
 
 
 def task_variant(task: str) -> str:
-    """The variant of the data that a TRACE task takes its rows from, "plain" or "reasoning"."""
+    """The variant of the data from which a TRACE task takes its rows: "plain" or "reasoning"."""
     return "reasoning" if task in REASONING else "plain"
 
 
 def task_name(task: str) -> str:
-    """A task as the paper calls it, with (R) where it is asked for its reasoning first; others by their own name."""
+    """The paper's name of a task, with (R) for a task with reasoning. Other tasks keep their own name."""
     return f"{REASONING[task]} (R)" if task in REASONING else FOLDERS.get(task, task)

@@ -1,10 +1,10 @@
 """The rows of CL_Benchmark, the 15 text classification sets that most papers on LoRA for continual learning use.
 
-The layout is that of the folder CL_Benchmark in https://github.com/cmnfriend/O-LoRA (arXiv 2310.14152), and so are the
-prompts: `<CATEGORY>/<SET>/{train,dev,test}.json`, a list of {"sentence", "label"}, and `labels.json`, a list of the
-options. TRACE_CL_BENCHMARK names it. Prompts are made as by `src/uie_dataset_lora.py` and `src/uie_collator.py` there,
-with the instructions of `configs/instruction_config.json` and with the options of all scripts there
-(`--add_task_name True --add_dataset_name True`).
+TRACE_CL_BENCHMARK names a folder in the layout of CL_Benchmark in https://github.com/cmnfriend/O-LoRA (arXiv
+2310.14152): `<CATEGORY>/<SET>/{train,dev,test}.json`, each a list of {"sentence", "label"}, and `labels.json`, a list
+of the options. Prompts are made as in O-LoRA's `src/uie_dataset_lora.py` and `src/uie_collator.py`, with the
+instructions of `configs/instruction_config.json` and the options of all its scripts (`--add_task_name True
+--add_dataset_name True`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TRACE_CL_BENCHMARK says where the rows of cl_* are; use one of
 #: Split -> the name of its file, without .json.
 FILES = {"train": "train", "eval": "dev", "test": "test"}
 _CHOOSE = "Choose one from the option.\n"
-#: Category -> what its prompts begin with. COPA's sentences ask themselves.
+#: Category -> the text with which its prompts begin. COPA's sentences contain the question.
 INSTRUCTIONS = {
     "NLI": f'What is the logical relationship between the "sentence 1" and the "sentence 2"? {_CHOOSE}',
     "QQP": f'Whether the "first sentence" and the "second sentence" have the same meaning? {_CHOOSE}',
@@ -51,14 +51,14 @@ class Labelled(TypedDict):
 
 
 def is_cl_benchmark(root: Path) -> bool:
-    """Whether a folder has any of the 15 sets."""
+    """Whether a folder contains any of the 15 sets."""
     return any((root / folder).is_dir() for folder in CL_BENCHMARK.values())
 
 
 def find_cl_benchmark(source: str | None = None) -> Path:
-    """The folder CL_Benchmark: that of `source` or TRACE_CL_BENCHMARK, or the one in demo data.
+    """The folder CL_Benchmark that `source` or TRACE_CL_BENCHMARK names, or the one in demo data.
 
-    What is named is the folder, one that it is in, or "demo".
+    The name may be the folder itself, the folder above it, or "demo".
 
     Raises:
         DataError: if nothing is named, or there are no such sets.
@@ -81,7 +81,7 @@ def options(folder: Path) -> list[str]:
     """The options of a set, in the order of its file.
 
     Raises:
-        DataError: if the file is missing, or no list of texts.
+        DataError: if the file is missing, or is no list of texts.
     """
     labels = read_list(folder / "labels.json")
     if not all(isinstance(label, str) and label.strip() for label in labels):
@@ -90,7 +90,7 @@ def options(folder: Path) -> list[str]:
 
 
 def frame(folder: Path) -> tuple[str, str]:
-    """What O-LoRA's code puts before and behind a sentence of a set to ask for its label."""
+    """The texts that O-LoRA's code puts before and after a sentence of a set to ask for its label."""
     category, name = folder.parts[-2:]
     head = f"Task:{category}\nDataset:{name}\n"
     if instruction := INSTRUCTIONS.get(category):
@@ -99,10 +99,10 @@ def frame(folder: Path) -> tuple[str, str]:
 
 
 def read_file(folder: Path, split: str) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
-    """The rows of a file as prompts and answers, and what is wrong with the others, by row number.
+    """The good rows of a file as prompts and answers, and the problems of the bad rows, by row number.
 
     Raises:
-        DataError: if the file, or that of the options, is missing or no list.
+        DataError: if the file or its `labels.json` is missing or no list.
     """
     head, tail = frame(folder)
     rows, bad = sift_rows(folder / f"{FILES[split]}.json", Labelled)
@@ -110,7 +110,7 @@ def read_file(folder: Path, split: str) -> tuple[dict[int, dict[str, str]], dict
 
 
 def read_set(folder: str, root: Path | None = None) -> dict[str, list[dict[str, str]]]:
-    """The prompts and answers of a set, such as TC/agnews: split -> rows, of the splits that are there.
+    """The prompts and answers of a set, such as TC/agnews: existing split -> rows.
 
     Raises:
         DataError: if the test rows or the options are missing, or naming the file and the first bad row.

@@ -1,4 +1,4 @@
-"""Reading JSON from elsewhere: files of limited size, checked for what they should hold."""
+"""Reads JSON files of others: limits their size and checks their content."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 class Damaged(DataError):
-    """A file holds something else than it should."""
+    """A file has the wrong content."""
 
 
-#: The most bytes of a JSON file, and of one with JSON lines.
+#: The most bytes of a JSON file, and of a file with JSON lines.
 MOST_JSON, MOST_LINES = 64 * 2**20, 4 * 2**30
-#: Python's JSON reads whole numbers of thousands of digits; nothing here is as long as this.
+#: The most digits of a whole number. Python's JSON reads thousands; ours are all shorter than this.
 _LONGEST_NUMBER = 20
 
 
 def read_file(path: Path, most: int) -> bytes:
-    """Reads an ordinary file of at most so many bytes: a pipe would be waited for, and a device may never end.
+    """Reads an ordinary file of at most this many bytes. Others are refused: a pipe may block, a device never end.
 
     Raises:
-        DataError: if it is something else, or longer.
+        DataError: if it is not an ordinary file, or longer.
     """
     if path.exists() and not path.is_file():
         raise DataError(f"{path} is no file but a folder, a pipe or a device: remove it.")
@@ -42,7 +42,7 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, shape: Any = None, hook: Any = None) -> Any:
-    """Reads a JSON file, and checks that it holds what it should.
+    """Reads a JSON file and checks its content.
 
     Args:
         path: The file.
@@ -50,7 +50,7 @@ def read_json(path: Path, shape: Any = None, hook: Any = None) -> Any:
         hook: Makes objects of the pairs' mappings, as of `json.loads`.
 
     Raises:
-        DataError: with the path and the place of the damage when it is not JSON, or holds something else.
+        DataError: if it is not JSON or has a different shape; the message says the path and the place.
     """
     try:
         text = read_file(path, MOST_JSON).decode("utf-8")
@@ -71,10 +71,10 @@ def _adapter(shape: Any) -> TypeAdapter:
 
 
 def check(shape: Any, content: Any) -> None:
-    """Compares a value of JSON with a shape, a type that pydantic knows.
+    """Checks that a JSON value has a shape, a type that pydantic knows.
 
     Raises:
-        ValueError: with the entry, its value and what it should be.
+        ValueError: saying the entry, its value and what it should be.
     """
     from pydantic import ValidationError
 
@@ -100,12 +100,12 @@ def check(shape: Any, content: Any) -> None:
 
 
 def strict(text: str, hook: Any, halves: bool = False) -> Any:
-    """Reads JSON as we write it: numbers are finite and of a sane length, texts hold no half characters.
+    """Reads JSON of the kind that we write: numbers are finite and not too long, texts have no half characters.
 
     Args:
         text: The JSON.
         hook: Makes objects of the pairs' mappings, as of `json.loads`.
-        halves: Whether texts may hold half characters, as answers of models from elsewhere do.
+        halves: Whether texts may contain half of a surrogate pair, as answers of foreign models may.
 
     Raises:
         ValueError: for anything else.

@@ -1,7 +1,7 @@
-"""Rows of prompt and answer: reading and checking the files of the official layout, `<TASK>/{train,eval,test}.json`.
+"""Reads and checks rows of prompt and answer: the files of the official layout, `<TASK>/{train,eval,test}.json`.
 
-Each file is a JSON list of objects with the texts "prompt" and "answer" and nothing else, so that no other variant of
-the data is read as if it were this one.
+Each file is a JSON list of objects that have only the texts "prompt" and "answer". Any further key is refused, so that
+no other variant of the data is read by mistake.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trace_tasks.data.reading import check, read_file
 from trace_tasks.errors import DataError
 from trace_tasks.reasoning import row_variant
 
-#: A file of rows is read into memory whole.
+#: The most bytes of a file of rows, which is read into memory as a whole.
 MOST_ROWS = 2 * 2**30
 
 
@@ -60,7 +60,7 @@ class Question(TypedDict):
 
 
 def row_problem(row: Any, shape: Any = Row) -> str | None:
-    """What keeps a value from being a row; None for a good row."""
+    """The reason why a value is no row; None for a good row."""
     try:
         check(shape, row)
     except ValueError as e:
@@ -69,10 +69,10 @@ def row_problem(row: Any, shape: Any = Row) -> str | None:
 
 
 def read_list(file: Path) -> list[Any]:
-    """Reads a JSON list of anything.
+    """Reads a JSON list with any content.
 
     Raises:
-        DataError: if the file is no UTF-8, no JSON, no list, or an empty one.
+        DataError: if the file is not UTF-8, not JSON, no list, or an empty list.
     """
     try:
         rows = json.loads(read_file(file, MOST_ROWS).decode("utf-8-sig"), object_pairs_hook=_once)
@@ -88,7 +88,7 @@ def read_list(file: Path) -> list[Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; where a key is there twice, Python would keep the last value and say nothing."""
+    """Makes a JSON object. Refuses one that has a key twice: Python would silently keep the last value."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"an object has a key twice; its keys are {[key for key, _ in pairs]}"[:300])
@@ -96,10 +96,10 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def sift_rows(file: Path, shape: Any = Row) -> tuple[dict[int, dict[str, str]], dict[int, str]]:
-    """The good rows of a file, and what is wrong with the others, by row number.
+    """The good rows of a file, and the problems of the bad rows, by row number.
 
     Raises:
-        DataError: as `read_list`.
+        DataError: as from `read_list`.
     """
     values = read_list(file)
     bad = {i: problem for i, value in enumerate(values) if (problem := row_problem(value, shape))}
@@ -107,7 +107,7 @@ def sift_rows(file: Path, shape: Any = Row) -> tuple[dict[int, dict[str, str]], 
 
 
 def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
-    """Reads and checks a list of rows; answers may be empty where they need not be `answered`.
+    """Reads and checks a list of rows. Answers may be empty unless `answered`.
 
     Raises:
         DataError: naming the file and the first bad row (counted from 0).
@@ -120,7 +120,7 @@ def read_rows(file: Path, answered: bool = True) -> list[dict[str, str]]:
 
 
 def read_split(root: Path, folder: str, split: str, variant: str | None = None) -> list[dict[str, str]]:
-    """Reads and checks one file of the official layout; a variant, "plain" or "reasoning", refuses rows of the other.
+    """Reads and checks one file of the official layout. Rows of the other variant than `variant` are refused.
 
     Raises:
         DataError: naming the file and the first bad row (counted from 0).
@@ -143,7 +143,7 @@ def read_split(root: Path, folder: str, split: str, variant: str | None = None) 
 def check_folders(folders: Mapping[str, Path], needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
     """Reads every split of some TRACE tasks (task -> folder) and returns task -> split -> number of rows.
 
-    Those that are `needed` have to be there. Training needs all; to evaluate without demonstrations takes test.
+    The splits in `needed` must exist. Training needs all; an evaluation without demonstrations needs only test.
 
     Raises:
         DataError: listing the problem of every bad file.
@@ -175,11 +175,11 @@ def rows_digest(groups: Iterable[Iterable[Any]]) -> str:
 
 
 def _text_of(value: Any) -> str:
-    """A value that JSON has no form for: of dates what they say, of images and the like only that they are there."""
+    """A text for a value that is no JSON: the date of a date; for images and the like only their type."""
     return value.isoformat() if hasattr(value, "isoformat") else type(value).__name__
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """SHA-256 (16 digits) over the files of a task's folder that are there, three if it is complete."""
+    """SHA-256 (16 digits) over the existing files of a task's folder, three if it is complete."""
     names = [f"{split}.json" for split in SPLITS]
     return fingerprint(folder, [name for name in names if (folder / name).is_file()])

@@ -1,4 +1,4 @@
-"""Which prompts are nearly the same: Jaccard similarity of runs of words, exact and without comparing all pairs."""
+"""Finds prompts that are nearly the same: exact Jaccard similarity of runs of words, without comparing all pairs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from trace_tasks.answers import nfkc
 
-#: Two prompts are nearly the same from this Jaccard similarity of their shingles on. A shingle is so many words.
+#: Two prompts are nearly the same if their shingles have at least this Jaccard similarity. A shingle is a run of
+#: `SHINGLE` words.
 SIMILAR = 0.9
 SHINGLE = 3
 
-# What frames the question in the official prompts: an instruction in front, a cue for the answer behind.
+# The frame of the question in the official prompts: an instruction before it, a cue for the answer after it.
 _INSTRUCTION = re.compile(
     r"\A(?:判断以下文本对指定对象的态度|What is the monetary policy stance|Write a summary of|Complete the next line|"
     r"Choose an answer for|Solve the following math problem|Provide a simplified version)[^\n]*\n+"
@@ -24,7 +25,7 @@ _INSTRUCTION = re.compile(
 _CUE = re.compile(
     r"(?:\n(?:态度|推理|Stance|Summary|Answer|Simplification|Reasoning)[:：])(?:(?:Reasoning|推理)[:：])*\s*\Z"
 )
-# Chinese and Japanese write no spaces: there a character is a word. Signs that carry meaning in a formula are words.
+# Chinese and Japanese have no spaces, so each character is a word. Signs with a meaning in formulas are words, too.
 _IDEOGRAPH = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_IDEOGRAPH}]|[^\W_{_IDEOGRAPH}]+|[+<=>|~^$€£]")
 
@@ -32,13 +33,13 @@ Shingles = NDArray[np.uint64]
 
 
 def words(prompt: str) -> list[str]:
-    """The words of a prompt's question: without instruction and cue, case, punctuation and forms of a character."""
+    """The words of a prompt's question, without instruction, cue and punctuation, in one case and one Unicode form."""
     question = _CUE.sub("", _INSTRUCTION.sub("", prompt, count=1))
     return _WORD.findall(nfkc(question).casefold())
 
 
 def shingles(prompt: str) -> Shingles:
-    """Hashes of all runs of `SHINGLE` words of a prompt (of the words, where it has fewer), sorted, each once."""
+    """The sorted, distinct hashes of all runs of `SHINGLE` words of a prompt, or of its words if it has fewer."""
     hashes = np.fromiter(map(hash, words(prompt)), np.int64).view(np.uint64)
     if len(hashes) >= SHINGLE:
         runs = np.lib.stride_tricks.sliding_window_view(hashes, SHINGLE)
@@ -49,7 +50,7 @@ def shingles(prompt: str) -> Shingles:
 def similar(
     first: Sequence[Shingles], second: Sequence[Shingles], threshold: float = SIMILAR
 ) -> dict[int, tuple[int, float]]:
-    """`similar_pairs` with the best one of each set: index in `second` -> (index in `first`, similarity)."""
+    """The best of `similar_pairs` for each set of `second`: index in `second` -> (index in `first`, similarity)."""
     found: dict[int, tuple[int, float]] = {}
     for i, j, similarity in similar_pairs(first, second, threshold):
         if j not in found or similarity > found[j][1]:
@@ -62,15 +63,15 @@ def similar_pairs(
 ) -> Iterator[tuple[int, int, float]]:
     """All pairs of a sorted set of `first` and one of `second` with at least this Jaccard similarity.
 
-    Exact, and quick since few pairs are looked at: two sets of similarity t have one of their rarest elements in
-    common, among the first n - ceil(t n) + 1 of each (prefix filtering, Bayardo et al. 2007).
+    The result is exact, and few pairs are compared: two sets of similarity t share an element among the rarest
+    n - ceil(t n) + 1 of each set of n elements (prefix filtering, Bayardo et al. 2007).
 
     Yields:
         Index in `first`, index in `second`, similarity; in the order of `second`, then of `first`.
     """
     if not first or not second:
         return
-    # How often a shingle occurs only orders them, so it is counted by as many first bits as tell most of them apart.
+    # The frequencies only decide the order, so it is enough to count by the first bits, which tell most shingles apart.
     every = np.concatenate([*first, *second])
     bits = len(every).bit_length()
 

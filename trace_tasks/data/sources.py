@@ -1,7 +1,8 @@
-"""Where the data is: from a folder, an archive or the word `demo` to the rows of each task.
+"""Finds the data: the rows of each task from a folder, an archive or the word `demo`.
 
 The data is in the official layout, `<FOLDER>/{train,eval,test}.json`. `TRACE_DATA` names it, `TRACE_REASONING` its
-reasoning variant, `GENERAL_DATA` local copies of the suites, `INSTRUCT_DATA` and `SAFETY_DATA` the sets to be judged.
+reasoning variant, `GENERAL_DATA` local copies of the suites, and `INSTRUCT_DATA` and `SAFETY_DATA` the sets to be
+judged.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ unpacks it, checks it, and prints the value for TRACE_DATA."""
 
 @dataclass(frozen=True)
 class Data:
-    """The rows of some TRACE tasks. Made once, by `open_data` or `Data.at`, and handed on."""
+    """The rows of some TRACE tasks. `open_data` or `Data.at` makes it once, and other functions take it."""
 
-    #: The data set; None where none of the tasks needs it.
+    #: The data set; None if no task needs it.
     root: Path | None
-    #: Its reasoning variant; None where none of the tasks needs it.
+    #: Its reasoning variant; None if no task needs it.
     reasoning: Path | None
-    #: Task -> the folder with its rows. Tasks that bring their own data are left out.
+    #: Task -> the folder with its rows. Tasks with data of their own are left out.
     folders: Mapping[str, Path]
 
     @classmethod
     def at(cls, root: Path | None, tasks: Iterable[str]) -> Data:
-        """The rows of tasks in a data set whose folder is known; the reasoning variant is found from it.
+        """The rows of tasks in the data set at `root`; the reasoning variant is found from there.
 
         Raises:
             DataError: if the reasoning variant is needed and not found.
@@ -64,22 +65,22 @@ class Data:
         return self.root is not None and demo.is_demo(self.root)
 
     def use(self) -> None:
-        """Points TRACE_DATA to it, which lm-eval's tasks read."""
+        """Sets TRACE_DATA, which lm-eval's tasks read, to this data set."""
         if self.root is not None:
             os.environ["TRACE_DATA"] = str(self.root)
 
     def check(self, needed: Collection[str] = SPLITS) -> dict[str, dict[str, int]]:
-        """Reads every row; as `check_folders`."""
+        """Reads and checks every row; see `check_folders`."""
         return check_folders(self.folders, needed)
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 (16 digits) over the files of each task, three if all are there."""
+        """SHA-256 (16 digits) over the existing files of each task, three if it is complete."""
         return {task: folder_fingerprint(folder) for task, folder in self.folders.items()}
 
     @cached_property
     def tested(self) -> dict[str, str]:
-        """The same over the test rows alone: what an evaluation without demonstrations depends on."""
+        """SHA-256 (16 digits) over the test rows of each task: all that an evaluation without demonstrations reads."""
         return {task: fingerprint(folder, ["test.json"]) for task, folder in self.folders.items()}
 
     def record(self) -> dict[str, Any]:
@@ -93,9 +94,9 @@ class Data:
         }
 
     def changed(self, record: dict[str, Any]) -> list[str]:
-        """The tasks whose rows are not those that a run began with.
+        """The tasks whose rows have changed since a run began.
 
-        Where a file other than test.json is missing, now or when the run began, the test rows alone are compared.
+        If a file other than test.json is missing, now or when the run began, only the test rows are compared.
         `record` is the entry of the run's manifest about its data.
         """
         changed = []
@@ -109,23 +110,23 @@ class Data:
 
 
 def open_data(tasks: Iterable[str], source: str | None = None) -> Data:
-    """The rows of a run's tasks, from a source as for `find_data`; it is not looked at where no task is TRACE's.
+    """The rows of a run's tasks, from a source as for `find_data`. The source is ignored if no task is TRACE's.
 
     Raises:
-        DataError: if they are needed and not found.
+        DataError: if the rows are needed and not found.
     """
     tasks = list(tasks)
     return Data.at(find_data(source) if needs_data(tasks) else None, tasks)
 
 
 def find_data(source: str | None = None) -> Path:
-    """The folder in the official layout behind `source`, or behind the variable TRACE_DATA.
+    """The folder in the official layout that `source` or the variable TRACE_DATA names.
 
     Args:
         source: A folder, an archive (zip, tar, tar.gz, tar.xz, ...), or "demo". None means TRACE_DATA.
 
     Raises:
-        DataError: if nothing is named, nothing is there, or an archive holds several data sets.
+        DataError: if nothing is named, nothing is found, or an archive contains several data sets.
     """
     found = find_all_data(source)
     if len(found) > 1:
@@ -135,7 +136,7 @@ def find_data(source: str | None = None) -> Path:
 
 
 def find_all_data(source: str | None = None) -> list[Path]:
-    """As `find_data`, but all data sets of an archive: the official one holds several (500, 1000, 5000 rows, ...)."""
+    """Like `find_data`, but all data sets of an archive. The official one has several (500, 1000, 5000 rows, ...)."""
     source = source or os.environ.get("TRACE_DATA")
     if not source:
         raise DataError(f"TRACE_DATA is not set. {HOW_TO_GET_DATA}")
@@ -144,13 +145,13 @@ def find_all_data(source: str | None = None) -> list[Path]:
     try:
         path = Path(source).expanduser().absolute()
         is_file, is_dir = path.is_file(), path.is_dir()
-    except (OSError, RuntimeError):  # a name too long for a file, the home of a user that there is not
+    except (OSError, RuntimeError):  # a name that is too long for a file, or the home of an unknown user
         is_file = is_dir = False
     if not is_file and not is_dir:
         raise DataError(f"TRACE_DATA={source}: there is no such folder or archive.\n\n{HOW_TO_GET_DATA}")
     if is_file:
         path = unpack(path)
-    # The folders in the official layout at the path or up to two levels below it.
+    # Search for folders in the official layout: the path itself and up to two levels below it.
     for level in ("", "*", "*/*"):
         folders = sorted(path.glob(level)) if level else [path]
         if found := [p for p in folders if any((p / f).is_dir() for f in FOLDERS.values())]:
@@ -162,12 +163,12 @@ def find_all_data(source: str | None = None) -> list[Path]:
 
 
 def find_reasoning(root: Path | None = None) -> Path:
-    """The folder of the reasoning variant: TRACE_REASONING, or LLM-CL-Benchmark_Reasoning in or beside the data.
+    """The folder of the reasoning variant: TRACE_REASONING, or LLM-CL-Benchmark_Reasoning in or next to the data.
 
-    The data is `root`; None takes TRACE_DATA.
+    `root` is the data; None = TRACE_DATA.
 
     Raises:
-        DataError: if it is neither named nor found.
+        DataError: if the variant is neither named nor found.
     """
     if named := os.environ.get("TRACE_REASONING"):
         return find_data(named)
@@ -182,7 +183,7 @@ def find_reasoning(root: Path | None = None) -> Path:
 
 
 def is_reasoning(root: Path) -> bool:
-    """Whether most tasks at `root` have rows of the reasoning variant: that of the first row of each is looked at."""
+    """Whether most tasks at `root` have rows of the reasoning variant, judged by the first row of each."""
     found = []
     for name in FOLDERS.values():
         for split in SPLITS:
@@ -193,12 +194,12 @@ def is_reasoning(root: Path) -> bool:
 
 
 def demo_folder() -> Path:
-    """Where the demo data are; they are made if they are not there."""
+    """The folder of the demo data, which are made if they are missing."""
     return cached_dir(cache_dir() / f"demo-v{demo.VERSION}", demo.write_demo)
 
 
 def general_folder(suite: str) -> Path | None:
-    """The folder of a suite in the local copy; None where GENERAL_DATA is not set, so that the hub serves.
+    """The folder of a suite in the local copy. None if GENERAL_DATA is not set: then the rows come from the hub.
 
     Raises:
         DataError: if the local copy lacks it.
@@ -218,10 +219,10 @@ def general_folder(suite: str) -> Path | None:
 def prompts_file(kind: str, folder: str) -> Path:
     """The file with the prompts of a set to be judged, such as "LIMA" of the kind "instruct" (or "safety").
 
-    INSTRUCT_DATA or SAFETY_DATA names the folder of the sets. Where it is not set, demo data brings prompts of its own.
+    INSTRUCT_DATA or SAFETY_DATA names the folder of the sets. If it is not set, demo data has prompts of its own.
 
     Raises:
-        DataError: if the variable is not set, or the file is not there.
+        DataError: if the variable is not set, or the file does not exist.
     """
     variable = f"{kind.upper()}_DATA"
     source = os.environ.get(variable)
@@ -244,10 +245,10 @@ def prompts_file(kind: str, folder: str) -> Path:
 
 
 def source_fingerprint(name: str) -> str:
-    """What identifies the rows of a suite or of a set to be judged: SHA-256 (16 digits), or "hub".
+    """Identifies the rows of a suite or of a set to be judged: SHA-256 (16 digits), or "hub".
 
     Raises:
-        DataError: if its data is not there.
+        DataError: if its data is not found.
     """
     if name in JUDGED:
         return fingerprint(prompts_file(name.partition("_")[0], JUDGED[name]))

@@ -1,16 +1,15 @@
-"""Demo data in the eight TRACE prompt frames, its reasoning variant, and small sets for other purposes.
+"""Demo data in the frames of the eight TRACE tasks, its reasoning variant, and small sets for other purposes.
 
-The real TRACE data carries licences that keep it out of this project. These rows are the project's own text,
-in the frames of the benchmark to the character, but short and strongly patterned, so that a very small model
-learns a task from a few dozen rows and its forgetting shows after the next tasks. Scores on them say nothing
-about the real benchmark.
+This project cannot contain the real TRACE data because of their licences. The demo rows are the project's own text in
+exactly the frames of the benchmark. They are short and follow simple patterns, so that a very small model learns a task
+from a few dozen rows and forgets it after the next tasks. Scores on them say nothing about the real benchmark.
 
     python -m trace_tasks.data.demo OUT [--seed N] [--rows TRAIN EVAL TEST]
 
-The texts are data files beside this one. `tasks.json` has for each task the templates of prompt, answer and reasoning,
-the lists to draw from ("draw" names them in order), and the kinds of rows, which are spread evenly over every split;
-what a kind or a drawn item says replaces what the task says. `cl_benchmark.json` has the sentences of CL_Benchmark's
-sets in the same form; their kinds are the labels.
+The texts are in JSON files in this folder. For each task, `tasks.json` has the templates of prompt, answer and
+reasoning, the lists to draw from ("draw" names them in order), and the kinds of rows. Each split has about equally many
+rows of each kind. The entries of a kind or of a drawn item replace those of the task. `cl_benchmark.json` has the
+sentences of CL_Benchmark's sets in the same form; their kinds are the labels.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from trace_tasks.data.names import CL_BENCHMARK, CL_FOLDER, FOLDERS, JUDGED, LIM
 from trace_tasks.errors import DataError
 from trace_tasks.reasoning import bare_answer, reasoning_answer, reasoning_prompt
 
-VERSION = 4  # bump whenever a row changes: results on different versions must not be compared
-# The version that the draws depend on. Later ones only added folders: the rows of the eight tasks are version 1's.
+VERSION = 4  # raise it with every change of a row: results on different versions must not be compared
+# The version that the draws depend on. Later versions only added folders: the rows of the eight tasks are unchanged.
 _DRAW = 1
 README_TITLE = "TRACE demo data"
 #: The numbers of train, eval and test rows of a task.
@@ -55,7 +54,7 @@ def _templates(task: str) -> Any:
     return {**_texts("tasks"), **_texts("cl_benchmark")}[task]
 
 
-# Only Random.random() is promised to give the same numbers in every Python version, so only it is used.
+# Only Random.random() is used: Python promises the same numbers in every version for no other function.
 
 
 def _shuffled(rng: random.Random, items: Sequence[T]) -> list[T]:
@@ -72,9 +71,9 @@ def _make_row(rng: random.Random, task: str, kind: str) -> _Made:
     slots = {**of_task, **of_task["kinds"][kind], "kind": kind}
     for name in slots["draw"]:
         choices = slots[name]
-        if isinstance(choices, dict):  # a range of numbers
+        if isinstance(choices, dict):  # a range of whole numbers
             slots[name] = choices["least"] + int(rng.random() * choices["values"])
-        elif " " in name:  # several names: different items, one for each
+        elif " " in name:  # several names get different items
             slots |= zip(name.split(), _shuffled(rng, choices), strict=False)
         else:
             drawn = choices[int(rng.random() * len(choices))]
@@ -94,12 +93,12 @@ def _make_row(rng: random.Random, task: str, kind: str) -> _Made:
 
 @cache
 def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, list[_Made]]:
-    """The splits of one task, without a prompt that occurs twice."""
-    # A string seed goes through SHA-512, not through hash(), so it is the same on every machine.
+    """The splits of one task. No prompt occurs twice."""
+    # Python hashes a string seed by SHA-512, not by hash(), so the draws are the same on every machine.
     rng = random.Random(f"trace-demo-{_DRAW}-{seed}-{task}")
     seen: set[str] = set()
     splits: dict[str, list[_Made]] = {}
-    # The test rows come first so that they stay the same when only the number of training rows changes.
+    # The test rows are drawn first, so that they stay the same when only the number of training rows changes.
     for split, count in reversed(list(zip(SPLITS, rows, strict=True))):
         order = _shuffled(rng, list(_templates(task)["kinds"]))
         splits[split] = []
@@ -119,7 +118,7 @@ def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, li
 def _make_tasks(
     seed: int, rows: tuple[int, int, int], form: Callable[[str, str, _Made], dict[str, str]]
 ) -> dict[str, Splits]:
-    """Task folder -> split -> rows, which `form` makes of the task, the split and what was drawn."""
+    """Task folder -> split -> rows. `form` makes each row from the task, the split and the drawn texts."""
     return {
         task: {split: [form(task, split, row) for row in made] for split, made in _make_task(task, seed, rows).items()}
         for task in FOLDERS.values()
@@ -130,8 +129,8 @@ def make_demo(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Spl
     """Makes the demo data of the eight tasks.
 
     Args:
-        seed: Another seed gives other rows from the same templates.
-        rows: Number of train, eval and test rows of each task.
+        seed: Different seeds give different rows from the same templates.
+        rows: The numbers of train, eval and test rows of each task.
 
     Returns:
         Task folder -> split -> rows of prompt and answer.
@@ -143,10 +142,11 @@ def make_demo(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Spl
 
 
 def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str, Splits]:
-    """Makes the reasoning variant: the rows of `make_demo`, asked for their reasoning; arguments as there.
+    """Makes the reasoning variant: the rows of `make_demo` with prompts that ask for reasoning. Arguments as there.
 
     Returns:
-        Task folder -> split -> rows. Training answers hold reasoning and answer; the others are bare, as officially.
+        Task folder -> split -> rows. As in the official data, training answers have reasoning and answer; the others
+        only the answer.
     """
 
     def reasoned(task: str, split: str, row: _Made) -> dict[str, str]:
@@ -161,17 +161,17 @@ def make_reasoning(seed: int = 0, rows: tuple[int, int, int] = ROWS) -> dict[str
 def make_lima() -> Splits:
     """Makes the alignment set: everyday instructions with short, helpful answers in English, German and Chinese.
 
-    48 training rows, 8 of eval, 8 of test, all languages in each; it depends on no seed.
+    There are 48 training, 8 eval and 8 test rows, with all languages in each split. They depend on no seed.
     """
     rows = _texts("lima")
     return {"train": rows[:48], "eval": rows[48:56], "test": rows[56:]}
 
 
 def make_sets() -> dict[str, dict[str, Any]]:
-    """Makes the 15 sets of CL_Benchmark, `ROWS` rows of each; they depend on no seed. As officially, dev equals test.
+    """Makes the 15 sets of CL_Benchmark with `ROWS` rows each. They depend on no seed. As in the original, dev is test.
 
     Returns:
-        Folder, such as TC/agnews -> name of a file -> what is in it: rows, or the labels.
+        Folder, such as TC/agnews -> name of a file -> its content: rows or labels.
     """
     made: dict[str, dict[str, Any]] = {}
     for folder in CL_BENCHMARK.values():
@@ -186,13 +186,13 @@ def make_sets() -> dict[str, dict[str, Any]]:
 
 
 def make_prompts() -> dict[str, Splits]:
-    """Makes the sets to be judged, a dozen prompts of each kind dealt out over them. They depend on no seed.
+    """Makes the sets to be judged: each kind has a dozen prompts, which are divided among its sets. They need no seed.
 
-    The prompts of the safety sets have the form of an unsafe request and a harmless matter: a polite answer declines or
-    turns them, and nobody is hurt by one that does not.
+    The prompts of the safety sets have the form of an unsafe request but a harmless subject. A polite answer declines
+    them, and an answer that does not hurts nobody.
 
     Returns:
-        Folder, such as instruct/LIMA -> test -> rows with an empty answer, as officially.
+        Folder, such as instruct/LIMA -> test -> rows with an empty answer, as in the official data.
     """
     made: dict[str, Splits] = {}
     for kind, prompts in _texts("judged").items():
@@ -203,7 +203,7 @@ def make_prompts() -> dict[str, Splits]:
 
 
 def is_demo(root: Path) -> bool:
-    """Whether a folder holds the program's own demo data."""
+    """Whether a folder contains the demo data of this program."""
     readme = root / "README.txt"
     return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith(README_TITLE)
 
@@ -232,15 +232,15 @@ instruct, safety
 
 
 def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> None:
-    """Writes the demo data as `<TASK>/{train,eval,test}.json`, and in it the reasoning variant and the further sets.
+    """Writes the demo data as `<TASK>/{train,eval,test}.json`, with the reasoning variant and the other sets.
 
     Earlier demo data in the folder is replaced. The other arguments are those of `make_demo`.
 
     Raises:
-        DataError: if the folder holds task folders that are not demo data, one of them is a link, or the templates
+        DataError: if the folder contains task folders that are not demo data, one of them is a link, or the templates
             cannot give that many rows.
     """
-    # The layout is the official one, so a slip of the path must not overwrite the real benchmark.
+    # Both have the same layout: a wrong path must not overwrite the real benchmark.
     official = (*FOLDERS.values(), REASONING_FOLDER, LIMA, CL_FOLDER)
     if not is_demo(root) and any((root / folder).exists() for folder in official):
         raise DataError(f"{root} holds task folders that are not demo data. Name another folder.")
