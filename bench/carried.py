@@ -1,4 +1,4 @@
-"""A method for `bench.deviations` alone: the optimizer's moments carry over from stage to stage, as officially."""
+"""A method for `bench.deviations`: the optimizer's moments carry over from stage to stage, as in the official code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from trainers.base import CLConfig, CLTrainer, main
 
 
 class CarriedTrainer(CLTrainer):
-    """Sequential training with one AdamW for all stages; each stage has its own schedule of the learning rate."""
+    """Sequential training with one AdamW for all stages. Each stage has its own learning rate schedule."""
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Begins with the moments of the stage before."""
+        """Starts with the moments of the previous stage."""
         optimizer = super().create_optimizer(*args, **kwargs)
         before = self.run.stages[self.stage.index - 1].path / "moments.pt"
         if before.is_file():
@@ -22,7 +22,7 @@ class CarriedTrainer(CLTrainer):
         return optimizer
 
     def end_stage(self) -> None:
-        """Keeps the moments."""
+        """Saves the moments."""
         assert self.optimizer is not None
         torch.save(self.optimizer.state_dict()["state"], self.stage.path / "moments.pt")
 

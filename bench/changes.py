@@ -1,4 +1,4 @@
-"""The small changes of code by which `bench.mutants` tries the tests."""
+"""The small code changes with which `bench.mutants` tests the tests."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _REMOVABLE = (ast.Raise, ast.Continue, ast.Break, ast.Delete, ast.AugAssign)
 
 
 class Mutant(NamedTuple):
-    """A change of one place of a file."""
+    """A change of a file at one place."""
 
     file: str
     line: int
     column: int
-    lines: tuple[int, int]  # a test reaches the place if it reaches one of these
+    lines: tuple[int, int]  # a test reaches the place if it runs one of these
     start: int  # in bytes
     end: int
-    text: str  # what is put there
-    change: str  # for people
+    text: str  # the replacement
+    change: str  # a description to print
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}:{self.column}: {self.change}"
 
 
 def mutants(file: str, source: bytes) -> list[Mutant]:
-    """All changes of a file that can be compiled."""
+    """All changes of a file that still compile."""
     starts = [0]
     for line in source.splitlines(keepends=True):
         starts.append(starts[-1] + len(line))
@@ -56,22 +56,22 @@ def mutants(file: str, source: bytes) -> list[Mutant]:
 
 
 def sample(file: str, source: bytes, most: int, seed: int) -> list[Mutant]:
-    """One change each of places drawn at random."""
+    """One change at each of some randomly drawn places."""
     places: dict[tuple[int, int], list[Mutant]] = defaultdict(list)
     for mutant in mutants(file, source):
         places[mutant.start, mutant.end].append(mutant)
     rng, drawn = random.Random(f"{seed} {file}"), list(places.values())
-    rng.shuffle(drawn)  # a larger sample has the smaller one in it
+    rng.shuffle(drawn)  # a larger sample contains the smaller one
     return sorted(rng.choice(variants) for variants in drawn[:most])
 
 
 def changed(mutant: Mutant, source: bytes) -> bytes:
-    """The source of a file with a change."""
+    """The source of a file after a change."""
     return source[: mutant.start] + mutant.text.encode() + source[mutant.end :]
 
 
 def _reach(statement: ast.stmt | None) -> tuple[int, int]:
-    """The lines that say a test comes to a place: of its statement, without the body; (0, 0) = any of the file."""
+    """The lines of the statement at a place, without its body: a test that runs one reaches it. (0, 0) = any line."""
     if statement is None:
         return 0, 0
     body = getattr(statement, "body", None)
@@ -81,7 +81,7 @@ def _reach(statement: ast.stmt | None) -> tuple[int, int]:
 
 
 def _places(node: ast.AST, statement: ast.stmt | None = None) -> Iterator[tuple[Any, ast.AST, ast.stmt | None]]:
-    """Every place that may change within a node: the node there, what replaces it, its statement in a function."""
+    """Every place within a node that may change: the node, its replacement, and its statement in a function."""
     if _kept(node):
         return
     if isinstance(node, ast.FunctionDef) or (statement and isinstance(node, ast.stmt)):
@@ -101,7 +101,7 @@ def _places(node: ast.AST, statement: ast.stmt | None = None) -> Iterator[tuple[
 
 
 def _kept(node: ast.AST) -> bool:
-    """Whether a node is text for people, a type, or what only tools read."""
+    """Whether a node stays as it is: a text for people, a type, or something that only tools read."""
     if isinstance(node, ast.Expr):
         called = node.value.func if isinstance(node.value, ast.Call) else None
         return isinstance(node.value, ast.Constant) or getattr(called, "id", getattr(called, "attr", "")) in _SAID
@@ -113,7 +113,7 @@ def _kept(node: ast.AST) -> bool:
 
 
 def _variants(node: ast.AST, in_function: bool) -> Iterator[ast.AST]:
-    """What may stand in the place of a node, its children being what they are."""
+    """The possible replacements of a node; its children stay as they are."""
     if isinstance(node, ast.Compare):
         for i, op in enumerate(node.ops):
             new = copy.copy(node)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine, timing of whole commands, and the file of results."""
+"""Shared by the benchmarks: a description of the machine, timing of commands, and the file of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trace_tasks.data.files import write_json
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results.json"
-#: Runs, merged models and outputs; emptied by whoever needs the space.
+#: Runs, merged models and outputs. You may delete it.
 WORK = ROOT / "runs" / "bench"
 os.environ.setdefault("TRACE_DATA", "demo")
 PACKAGES = (
@@ -27,7 +27,7 @@ PACKAGES = (
 
 
 def machine() -> dict[str, Any]:
-    """The shape of this machine and the versions of the packages."""
+    """The hardware of this machine and the versions of the packages."""
     import torch
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -49,7 +49,7 @@ def machine() -> dict[str, Any]:
 
 
 def command(argv: Sequence[str], log: str, env: dict[str, str] | None = None) -> float:
-    """Seconds of a whole command, its output going to WORK/<log>.log.
+    """Runs a command, writes its output to WORK/<log>.log, and returns its seconds.
 
     Raises:
         SystemExit: if it fails, with the end of its output.
@@ -67,7 +67,7 @@ def command(argv: Sequence[str], log: str, env: dict[str, str] | None = None) ->
 
 
 def save(part: str, result: dict[str, Any]) -> None:
-    """Puts the result of one benchmark into results.json, beside those of the others."""
+    """Writes the result of one benchmark into results.json and keeps those of the others."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[part] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **result}
     write_json(RESULTS, results)

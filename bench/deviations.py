@@ -1,9 +1,9 @@
-"""What three deviations from the official code come to, for docs/deviations.md.
+"""Measures the effect of three deviations from the official code, for docs/deviations.md.
 
-The optimizer: two demo tasks in sequence, with new moments for each stage (ours) and with moments that carry over, over
-SEEDS. GEM: the official code compares with the last gradient of each earlier task's training, and each parameter on
-its own. LwF: the official code exchanges the arguments of the divergence. The latter two are gradients on the
-checkpoints of the first run.
+Optimizer: two demo tasks are trained in sequence for each of SEEDS, once with new moments for each stage (ours), once
+with moments that carry over. GEM: the official code compares with the last gradient of each earlier task's training,
+separately for each parameter. LwF: the official code swaps the arguments of the divergence. For GEM and LwF the
+gradients on the checkpoints of the first run are compared.
 
     make bench PART=deviations
 """
@@ -25,7 +25,7 @@ METHODS = {"new for each stage": ["-m", "trainers.sequential"], "carried over": 
 
 
 def trained(method: str, seed: int) -> Path:
-    """The folder of a run, trained and evaluated."""
+    """Trains and evaluates a run, and returns its folder."""
     path = WORK / "deviations" / f"{method.replace(' ', '_')}-{seed}"
     shutil.rmtree(path, ignore_errors=True)
     argv = [sys.executable, *METHODS[method], "--config", "trainers/configs/quickstart.yaml", "--data", "demo"]
@@ -37,7 +37,7 @@ def trained(method: str, seed: int) -> Path:
 
 
 def gradients(path: Path) -> dict[str, Any]:
-    """Cosines of the gradients that GEM and LwF compare here and in the official code."""
+    """Compares the gradients that GEM and LwF use here with those of the official code."""
     import torch
     from peft import PeftModel
     from torch.nn.functional import kl_div, log_softmax

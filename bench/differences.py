@@ -1,15 +1,15 @@
-"""Why answers differ between ways of evaluating the same checkpoints: one thing is switched at a time.
+"""Finds out why ways of evaluating the same checkpoints give different answers, by switching one thing at a time.
 
-From the model as it was trained (adapter unmerged, transformers, one row at a time, our decoding) each way changes one
-thing, and is compared with the way that it changes:
+The first way is the model as it was trained: adapter unmerged, transformers, one row at a time, our decoding. Each
+further way changes one thing, and is compared with the way that it starts from:
 
-- merged: the adapter is summed into the weights, without a bias as ours, or rounded to the nearest value.
+- merged: the adapter is merged into the weights, either without a bias (ours) or rounded to the nearest value.
 - batch: 16 rows at a time, padded.
-- decoding: lm-eval's own generate_until: prompts, stops and text.
+- decoding: lm-eval's own generate_until: its prompts, stops and text.
 - kernels: vLLM on the merged weights, one row at a time.
 - vLLM's batch: all rows at once, as `trace-bench evaluate` does.
 
-In bf16 sums are rounded, so that the order of summing shows where two tokens are nearly tied. In float32 all should
+bf16 rounds sums, so the order of summation decides between two tokens that are nearly tied. In float32 all ways should
 agree.
 
     make bench PART=differences
@@ -33,7 +33,7 @@ ROWS = 3
 STAGES = (5, 8)
 #: The most tokens of an answer.
 LONGEST = 32
-#: Way -> the way that it changes in one thing.
+#: Way -> the way that it starts from.
 WAYS = {
     "as trained": None,
     "merged, without a bias": "as trained",
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def answers(way: str, dtype: str) -> dict[str, Any]:
-    """The answers to all cells in one way, and the mean of the cells' scores."""
+    """The answers of one way in all cells, and the mean of the cells' scores."""
     import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -136,7 +136,7 @@ def answers(way: str, dtype: str) -> dict[str, Any]:
 
 
 def _lm_eval(theirs: Any, lm: Any, requests: Any) -> list[str]:
-    """The answers as lm-eval's own class makes them with the model that is loaded."""
+    """The answers that lm-eval's own class generates with the loaded model."""
     plain = theirs(
         pretrained=lm._model.get_base_model(), tokenizer=lm.tokenizer, batch_size=1, max_length=PROMPT + ANSWER
     )

@@ -1,22 +1,22 @@
-"""A whole evaluation, stages x seen tasks, with few and with more rows in a cell: ours against what people use instead.
+"""Times a whole evaluation (stages x seen tasks, few and many rows per cell): ours against what people use instead.
 
     make bench PART=evaluation
     python -m bench.evaluation --rows 40 --contenders official
 
 Contenders, on the same nine checkpoints (the base model and eight adapters), rows, prompts and lengths:
 
-- ours: `trace-bench evaluate`, one engine for all stages. It is measured whatever is chosen.
+- ours: `trace-bench evaluate`, one engine for all stages. It is always measured.
 - lm-eval-vllm: `lm_eval run --model vllm` once per stage on the merged model; merging is not counted.
 - lm-eval-hf: `lm_eval run --model hf,peft=ADAPTER` once per stage, batch 16. Its `--batch_size auto` tries batches of
-  the full context length, which needs more memory than a small machine has. Left out unless it is chosen.
-- official: transformers' generate in batches of 4, the model loaded anew for each stage (`bench/official.py`).
+  the full context length, which needs more memory than a small machine has. It is measured only if it is chosen.
+- official: transformers' generate in batches of 4; the model is loaded again for each stage (`bench/official.py`).
 
-The engine's settings of ours (`trace_bench.engine.prepare_vllm`) are given to lm-eval too: without them it would take
-longer still. Of ours: the tokens a second, the share of the time that the engine is at work, and what a stage costs
-besides (swapping weights, scoring, files).
+lm-eval gets our settings of the engine (`trace_bench.engine.prepare_vllm`), too: without them it would be even slower.
+For ours the result also has the tokens per second, the share of the time in which the engine works, and the other costs
+of a stage (swapping weights, scoring, files).
 
-results.json has a part for each number of rows. A contender that is not chosen keeps its times if they are of this
-machine and these packages.
+results.json has a part for each number of rows. A contender that is not chosen keeps its old times if they are from
+this machine and these packages.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ Answers = dict[tuple[int, str], list[str]]
 
 
 def main() -> None:
-    """Prepares the checkpoints, times the contenders for each number of rows, and prints all that is measured."""
+    """Prepares the checkpoints, times the contenders for each number of rows, and prints the results."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rows", nargs="+", type=int, default=[ROWS, 40], help="test rows of a cell")
+    parser.add_argument("--rows", nargs="+", type=int, default=[ROWS, 40], help="test rows per cell")
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=["lm-eval-vllm", "official"])
     args = parser.parse_args()
     run = Run.open(trained())
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(run: Run, tasks: dict[str, Any], rows: int, contenders: list[str]) -> None:
-    """Times ours and the contenders with so many rows in each cell, compares their answers, and saves the result."""
+    """Times ours and the contenders with this number of rows per cell, compares their answers, and saves the result."""
     seen = {stage: run.tasks[: stage.index or None] for stage in run.stages}
     part = f"evaluation_{rows}_rows"
     result: dict[str, Any] = {"rows_per_cell": rows, "cells": sum(map(len, seen.values())), "stages": len(seen)}
@@ -75,7 +75,7 @@ def measure(run: Run, tasks: dict[str, Any], rows: int, contenders: list[str]) -
 
 
 def ours(run: Run, seen: dict[Stage, list[str]], rows: int) -> tuple[float, Answers, dict[str, Any]]:
-    """Seconds and answers of `trace-bench evaluate`, and where the time went."""
+    """Seconds and answers of `trace-bench evaluate`, and how the time is divided."""
     log, folder = f"evaluation/ours-{rows}", WORK / "evaluation" / f"ours-{rows}"
     shutil.rmtree(folder, ignore_errors=True)
     argv = [sys.executable, "-m", "trace_bench", "evaluate", str(folder), "--model", run.manifest["model"]["name"]]
@@ -83,7 +83,7 @@ def ours(run: Run, seen: dict[Stage, list[str]], rows: int) -> tuple[float, Answ
         argv += ["--checkpoint", f"{stage.task}={stage.checkpoint}"]
     limits = {"--test-rows": rows, "--max-prompt-length": PROMPT, "--max-new-tokens": ANSWER}
     argv += ["--tasks", *run.tasks, *(str(word) for pair in limits.items() for word in pair)]
-    # The others read no likelihoods either.
+    # The contenders compute no likelihoods, so ours does not either.
     seconds = command([*argv, "--engine-args", json.dumps(ENGINE), "--no-likelihood"], log)
     numbers = re.search(
         r"in (\d+) s \(engine start (\d+) s engine at work (\d+) s: (\d+) tokens read (\d+) written (\d+) a second",
@@ -143,7 +143,7 @@ def others(
 
 
 def _lm_eval(name: str, base: str, stage: Stage, names: list[str], stubs: Path, rows: int, out: Path) -> list[str]:
-    """The command of lm-eval for a stage; for vLLM the adapter is merged first, which is not timed."""
+    """lm-eval's command for a stage. For vLLM the adapter is merged first, which is not timed."""
     from trace_bench.engine import models
 
     argv = [str(Path(sys.executable).with_name("lm_eval")), "run", "--include_path", str(stubs), "--log_samples"]
@@ -167,7 +167,7 @@ def _lm_eval(name: str, base: str, stage: Stage, names: list[str], stubs: Path, 
 def _contender(
     seconds: list[float], texts: Answers, of_ours: Answers, tasks: dict[str, Any], docs: dict[str, list[Any]]
 ) -> dict[str, Any]:
-    """What is saved of a contender, but for its ratio to ours."""
+    """The saved result of a contender, without its ratio to ours."""
     scores = [
         sum(
             tasks[task].process_results(doc, [text])[headline(tasks[task])]
@@ -193,7 +193,7 @@ def _results() -> dict[str, Any]:
 
 
 def show() -> None:
-    """Prints all numbers of rows side by side."""
+    """Prints one table for all numbers of rows."""
     found = {part["rows_per_cell"]: part for name, part in _results().items() if name.startswith("evaluation_")}
     lines = []
     for name in ("ours", *CONTENDERS):
@@ -209,7 +209,7 @@ def show() -> None:
 
 
 def trained() -> Path:
-    """The run whose checkpoints are evaluated: eight stages, a few steps each; its own test rows are not used here."""
+    """The run whose checkpoints are evaluated: eight stages of a few steps. Its own test rows are not used here."""
     path = WORK / "evaluation" / "run"
     limits = ["--max_prompt_length", PROMPT, "--max_new_tokens", ANSWER, "--train_rows", 16, "--test_rows", ROWS]
     argv = [sys.executable, "-m", "trainers.sequential", "--config", "trainers/configs/quickstart_real.yaml"]
@@ -219,7 +219,7 @@ def trained() -> Path:
 
 
 def _stubs(tasks: dict[str, Any]) -> Path:
-    """The tasks for plain lm-eval, with the lengths of the run: lm-eval has no option that only lowers them."""
+    """The tasks for plain lm-eval, with the run's lengths: no option of lm-eval can only lower the lengths."""
     folder = WORK / "evaluation" / "tasks"
     folder.mkdir(parents=True, exist_ok=True)
     for name, task in tasks.items():
@@ -232,12 +232,12 @@ def _stubs(tasks: dict[str, Any]) -> Path:
 
 
 def headline(task: Any) -> str:
-    """The metric that a cell of the matrix holds."""
+    """The metric in a cell of the matrix."""
     return next(iter(task.aggregation()))
 
 
 def _scored(text: str) -> str:
-    # The official way strips special tokens and keeps what follows; white space at the ends says nothing.
+    # The official way removes special tokens and keeps the text after them. White space at the ends does not matter.
     return text.strip()
 
 

@@ -1,10 +1,10 @@
-"""How large the house is and which way its imports run: lines, the longest file and function, circles, direction.
+"""Measures the code: lines, the longest file and function, circles of imports, and the direction of imports.
 
     make house
 
-Four packages, one direction: trace_tasks <- trace_bench <- {trainers, judges}. Imports within functions count, too: a
-circle that is closed only as the program runs is still a circle. `tests/test_house.py` keeps the limits. The goals for
-the number of lines are no limits: it is printed how far the house is from them.
+Four packages import in one direction: trace_tasks <- trace_bench <- {trainers, judges}. Imports within functions count,
+too: a circle that only closes at run time is a circle. `tests/test_house.py` checks the limits. The goals for the
+number of lines are no limits; the command prints how far the code is from them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MAY_IMPORT = {
     "judges": {"trace_tasks", "trace_bench"},
 }
 MOST_FILE, MOST_FUNCTION = 450, 60
-#: Lines of the four packages and of the tests that are aimed at.
+#: The goals for the lines of the four packages and of the tests.
 GOAL, GOAL_OF_TESTS = 12_000, 11_000
 
 
 def modules() -> dict[str, Path]:
-    """Dotted name -> file, of the four packages; a package's own name is its `__init__.py`."""
+    """Dotted name -> file for the modules of the four packages. A package's name stands for its `__init__.py`."""
     found = {}
     for package in MAY_IMPORT:
         for path in sorted((ROOT / package).rglob("*.py")):
@@ -39,7 +39,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(path: Path, known: dict[str, Path]) -> set[str]:
-    """The modules of the house that a file imports, wherever in the file it does."""
+    """The modules of the four packages that a file imports, at any place in the file."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -52,13 +52,13 @@ def imported(path: Path, known: dict[str, Path]) -> set[str]:
 
 
 def graph() -> dict[str, set[str]]:
-    """Module -> the modules of the house that it imports."""
+    """Module -> the modules of the four packages that it imports."""
     known = modules()
     return {name: imported(path, known) - {name} for name, path in known.items()}
 
 
 def circle(edges: dict[str, set[str]]) -> list[str]:
-    """One circle of imports, from a module back to itself; empty where there is none."""
+    """One circle of imports, from a module back to itself. Empty if there is none."""
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
@@ -67,7 +67,7 @@ def circle(edges: dict[str, set[str]]) -> list[str]:
 
 
 def upward(edges: dict[str, set[str]]) -> list[str]:
-    """The imports that run back up, as "importer -> imported"."""
+    """The imports against the direction, as "importer -> imported"."""
     return [
         f"{name} -> {other}"
         for name, others in edges.items()
@@ -102,7 +102,7 @@ def code_lines() -> int:
 
 
 def main() -> int:
-    """Prints the figures; 1 where a limit does not hold."""
+    """Prints the figures. Returns 1 if a limit is exceeded."""
     lines, edges = files(), graph()
     total, long_functions = sum(n for n, _ in lines), sorted(functions(), reverse=True)
     tests = sum(len(p.read_text(encoding="utf-8").splitlines()) for p in (ROOT / "tests").rglob("*.py"))
@@ -116,8 +116,8 @@ def main() -> int:
     ):
         longest = ", ".join(f"{name} {n}" for n, name in sorted(found, reverse=True)[:3])
         print(f"{title:18}{longest}; at most {most}, {sum(n > most for n, _ in found)} are longer")
-    print(f"a circle          {' -> '.join(circle(edges)) or 'none'}")
-    print(f"imports back up   {', '.join(upward(edges)) or 'none'}")
+    print(f"circle of imports {' -> '.join(circle(edges)) or 'none'}")
+    print(f"wrong direction   {', '.join(upward(edges)) or 'none'}")
     too_long = max(lines)[0] > MOST_FILE or long_functions[0][0] > MOST_FUNCTION
     return int(too_long or bool(circle(edges) or upward(edges)))
 

@@ -1,8 +1,8 @@
-"""What merging into bf16 leaves of an adapter: to the nearest value, and without a bias (`models.merge`).
+"""Measures how much of an adapter survives merging into bf16: rounded to nearest, and without a bias (`models.merge`).
 
-The log-likelihood of one task's training answers under an adapter of `bench.evaluation`'s run, whose update is made
-smaller: 0.1 of it is about what a learning rate of 1e-4 gives. All models compute in float32, so that the weights alone
-differ. Printed is the share of the adapter's gain over the base model that is left.
+The measure is the log-likelihood of one task's training answers. The adapter is one of `bench.evaluation`'s run, with
+its update made smaller: a tenth is about what a learning rate of 1e-4 gives. All models compute in float32, so only the
+weights differ. The command prints the remaining share of the adapter's gain over the base model.
 
     make bench PART=merging
 """
@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def likelihood(model: Any, examples: list[dict[str, list[int]]]) -> float:
-    """Mean log-likelihood of the answers' tokens."""
+    """The mean log-likelihood of the answers' tokens."""
     import torch
 
     total, tokens = 0.0, 0

@@ -1,10 +1,10 @@
-"""What each method costs over sequential training: time, memory, and what it keeps from stage to stage.
+"""Measures the cost of each method over sequential training: time, memory, and the files that it keeps between stages.
 
-All methods train the same rows for the same steps, a stage after the other, in turn, ROUNDS times, on two tasks whose
-rows are equally long. Of the last stage, where all earlier tasks count, two times: that of the whole stage, and that of
-its steps, without what a method does before the first and after the last one (the passes of EWC over at most 256 and of
-OGD over at most 200 rows, which are large beside the few rows here). Medians of the rounds. `kept` is what a method
-leaves on the disk for the next stage besides the checkpoint. OSF, which trains all parameters, is not there.
+All methods train the same rows for the same steps on two tasks with rows of equal length. They take turns, ROUNDS
+times. The last stage, in which all earlier tasks count, is timed in two ways: as a whole, and only its steps. The
+latter leaves out the work before the first and after the last step (the passes of EWC over at most 256 rows and of OGD
+over at most 200 rows, which are long compared with the few rows here). The results are medians of the rounds. `kept` is
+the size of the files for the next stage, without the checkpoint. OSF is left out, because it trains all parameters.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ METHODS = ("sequential", "ewc", "olora", "ogd", "agem", "gem", "lwf", "replay", 
 
 
 def main() -> None:
-    """Trains every method, and saves the ratios of the last stage."""
+    """Trains with every method and saves the ratios of the last stage."""
     stages: dict[str, list[dict]] = {m: [] for m in METHODS}
     for i in range(ROUNDS):
         for method in METHODS:

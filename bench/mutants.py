@@ -1,15 +1,15 @@
-"""Which faults the tests find: the code is changed in one small place at a time, and the tests that reach it are run.
+"""Measures which faults the tests find: changes the code at one small place at a time and runs the tests that reach it.
 
     python -m bench.mutants [FILE ...] [--sample 12] [--tests-seconds 60] [--tests NAME ...] [--again]
 
-Of each file a seeded sample of places is changed: comparisons and arithmetic are swapped, constants are moved by one,
-conditions are turned round, statements are left out, functions return None. Texts, annotations, logging and what an
-error says stay. A change is killed where a test fails or does not end; it survives where all tests pass, be it a gap
-in the tests or a change that makes no difference.
+A seeded sample of places is changed in each file: comparisons and arithmetic are swapped, constants are moved by one,
+conditions are negated, statements are removed, functions return None. Texts, annotations, logging and error messages
+stay. A change is killed if a test fails or does not end. It survives if all tests pass: either the tests have a gap, or
+the change makes no difference.
 
-The tests run in a copy of the repository in which tests that fail without a change are left out. A first run finds out
-which lines each test reaches; it is done again for test files that changed. Verdicts are kept, so that a run that was
-stopped goes on; `--again` takes the changes that survived so far with the tests of now.
+The tests run in a copy of the repository. Tests that fail without a change are left out. A first run records which
+lines each test reaches; it is repeated for test files that changed. Verdicts are kept, so a stopped run can go on.
+`--again` repeats the changes that survived so far, with the present tests.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from bench.changes import Mutant, changed, sample
 from bench.house import ROOT
 from trace_tasks.data.files import write_json
 
-#: Metrics, scoring, what is verified before time is spent, and the methods with what they share.
+#: Metrics, scoring, the checks before expensive work, and the methods with their base.
 FILES = (
     *("trace_bench/metrics.py", "trace_bench/measures/*.py", "trace_bench/checks.py"),
     *("trace_tasks/scoring.py", "trace_tasks/answers.py", "trace_tasks/written_numbers.py", "trace_tasks/utils.py"),
     *("trace_tasks/reasoning.py", "trace_tasks/general.py", "trainers/*.py", "trainers/base/*.py"),
 )
-#: How the command line of a method looks, which is not what it computes.
+#: Code for the command line of a method, which does not affect what the method computes.
 LEFT_OUT = ("trainers/help.py",)
 FOLDER = ROOT / "runs" / "bench" / "mutants"
-#: Tests do not end where they take so many times their CPU seconds, and so many more; or wait so many times as long.
+#: Tests are stopped after this many times their CPU seconds, plus some more; or if they wait this many times as long.
 TIMES, MORE_SECONDS, WAIT = 5, 60, 5
 
 
@@ -55,14 +55,14 @@ TIMES, MORE_SECONDS, WAIT = 5, 60, 5
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for: other work on the machine does not count."""
+    """CPU seconds of this process and of its ended children: other work on the machine does not count."""
     return sum(os.times()[:4])
 
 
 class Recorder:
     """A plugin of pytest that records which lines of the files each test reaches, and its CPU seconds.
 
-    What a fixture of several tests reaches counts for each test that has it.
+    The lines that a shared fixture reaches count for each test that uses it.
     """
 
     def __init__(self, root: Path, files: list[str]) -> None:
@@ -72,7 +72,7 @@ class Recorder:
         self.tests: dict[str, Any] = {}
 
     def trace(self, frame: Any, event: str, arg: Any) -> Any:
-        """Python calls it at each call of a function; it follows those of the files."""
+        """Called by Python at each function call; traces the functions of the files."""
         number = self.files.get(frame.f_code.co_filename)
         if number is None:
             return None
@@ -85,7 +85,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Any:
-        """Keeps what a fixture of several tests reaches apart."""
+        """Records the lines of a shared fixture separately."""
         before = self.now
         if fixturedef.scope != "function":
             self.now = self.fixtures[fixturedef.argname]
@@ -96,7 +96,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Any:
-        """Follows a test with its fixtures."""
+        """Traces a test with its fixtures."""
         self.now = set()
         started = cpu_seconds()
         sys.settrace(self.trace)
@@ -116,13 +116,13 @@ class Recorder:
 
 
 class Chosen:
-    """A plugin of pytest that runs some tests alone, in a given order, and remembers the first that fails."""
+    """A plugin of pytest that runs only some tests, in a given order, and remembers the first that fails."""
 
     def __init__(self, names: list[str]) -> None:
         self.order, self.failed = {name: i for i, name in enumerate(names)}, ""
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        """Leaves the chosen tests, in their order."""
+        """Keeps only the chosen tests, in their order."""
         items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -132,7 +132,7 @@ class Chosen:
 
 
 def copy_tree(to: Path) -> Path:
-    """A copy of what git tracks or would track."""
+    """Copies the files that git tracks or would track."""
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     for name in subprocess.check_output(listed, cwd=ROOT, text=True).split("\0"):
         if name and (ROOT / name).is_file():
@@ -142,10 +142,10 @@ def copy_tree(to: Path) -> Path:
 
 
 def pytest_alone(tree: Path, arguments: list[str], plugin: Any, told: Callable[[], Any], seconds: float) -> Any:
-    """What `told` returns behind a run of pytest in a process that has the libraries, but nothing of the house.
+    """Runs pytest in a process that has imported the libraries but none of our packages, and then calls `told`.
 
     Returns:
-        (pytest's exit code, what was told), or None where the tests did not end in time.
+        (pytest's exit code, the result of `told`), or None if the tests did not end in time.
     """
     answer, log = tree.parent / "answer.json", tree.parent / "log"
     answer.unlink(missing_ok=True)
@@ -154,7 +154,7 @@ def pytest_alone(tree: Path, arguments: list[str], plugin: Any, told: Callable[[
         code: Any = 99
         try:
             os.setsid()
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where this runs in the background
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
             resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds)))
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
@@ -172,7 +172,7 @@ def pytest_alone(tree: Path, arguments: list[str], plugin: Any, told: Callable[[
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < ends:
         time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # what the tests left behind
+        os.killpg(child, signal.SIGKILL)  # processes that the tests left
     if not ended[0]:
         os.waitpid(child, 0)
     if not ended[0] or (os.WIFSIGNALED(ended[1]) and os.WTERMSIG(ended[1]) in (signal.SIGKILL, signal.SIGXCPU)):
@@ -181,7 +181,7 @@ def pytest_alone(tree: Path, arguments: list[str], plugin: Any, told: Callable[[
 
 
 def reach(tree: Path, files: list[str], patterns: list[str]) -> dict[str, Any]:
-    """Test -> whether it passes without a change, its seconds, and the (file, line) that it reaches."""
+    """Test -> whether it passes without a change, its seconds, and each (file, line) that it reaches."""
     folder = tree / "tests"
     helpers = sorted(f for f in folder.glob("*.py") if not f.name.startswith("test_"))
     shared = b"".join(f.read_bytes() for f in [*helpers, *(tree / file for file in files)])
@@ -202,10 +202,10 @@ def reach(tree: Path, files: list[str], patterns: list[str]) -> dict[str, Any]:
 
 
 def choose(mutant: Mutant, number: int, tests: dict[str, Any], most: float) -> tuple[list[str], float, int]:
-    """The tests that reach a change and pass without it: the quickest, `most` seconds of them, file by file.
+    """The tests that reach a change and pass without it: the quickest ones for `most` seconds, sorted by file.
 
     Returns:
-        Their names, their seconds without a change, and how many more there are.
+        Their names, their seconds without a change, and the number of tests that are left out.
     """
     first, last = mutant.lines
     reaching = sorted(
@@ -228,7 +228,7 @@ def choose(mutant: Mutant, number: int, tests: dict[str, Any], most: float) -> t
 
 
 def judge(tree: Path, mutant: Mutant, number: int, tests: dict[str, Any], most: float) -> dict[str, Any]:
-    """What the tests say of a change: "killed", "timed out", "survived" or "not reached", and by which test."""
+    """The verdict on a change ("killed", "timed out", "survived" or "not reached"), and the test that decided."""
     names, seconds, more = choose(mutant, number, tests, most)
     verdict: dict[str, Any] = {"tests": len(names), "left_out": more}
     if not names:
@@ -248,7 +248,7 @@ def judge(tree: Path, mutant: Mutant, number: int, tests: dict[str, Any], most: 
 
 
 def load_libraries() -> None:
-    """Imports what the tests need and nobody changes, once for all of their processes."""
+    """Imports the libraries of the tests, once for all their processes."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
     os.environ.pop("TRACE_DATA", None)
     sys.dont_write_bytecode = True
@@ -267,7 +267,7 @@ def load_libraries() -> None:
 
 
 def table(verdicts: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """File -> how many of its changes have each verdict; and of all files."""
+    """File -> number of its changes with each verdict; in addition the totals."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for facts in verdicts.values():
         counts[facts["file"]][facts["verdict"]] += 1
@@ -276,7 +276,7 @@ def table(verdicts: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 
 def show(verdicts: dict[str, Any]) -> None:
-    """Prints the changes that no test found, and the shares of those that were."""
+    """Prints the changes that no test found, and the shares of changes that tests found."""
     for name, facts in sorted(verdicts.items()):
         if facts["verdict"] in ("survived", "not reached"):
             more = f", {facts['left_out']} more reach it" if facts["left_out"] else ""
@@ -287,14 +287,14 @@ def show(verdicts: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Changes the files, runs the tests and keeps the verdicts."""
+    """Changes the files, runs the tests and saves the verdicts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", help="files to change, from the root of the repository; default: all")
     parser.add_argument("--sample", type=int, default=12, help="changes of each file")
     parser.add_argument("--seed", type=int, default=0, help="seed of the samples")
-    parser.add_argument("--tests-seconds", type=float, default=60, help="seconds of tests for a change, the quickest")
+    parser.add_argument("--tests-seconds", type=float, default=60, help="seconds of tests for each change")
     parser.add_argument("--tests", nargs="+", default=["test_*"], help="names of test files; fewer find fewer changes")
-    parser.add_argument("--again", action="store_true", help="take the changes again that were not found")
+    parser.add_argument("--again", action="store_true", help="repeat the changes that no test found")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where verdicts are kept")
     args = parser.parse_args()
     known = [str(p.relative_to(ROOT)) for pattern in FILES for p in sorted(ROOT.glob(pattern))]
@@ -306,7 +306,7 @@ def main() -> None:
     verdicts = json.loads(kept.read_text()) if kept.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         tree = copy_tree(Path(folder) / "tree")
-        if (real := ROOT.parent / "shared").is_dir():  # the data that some tests need and find there
+        if (real := ROOT.parent / "shared").is_dir():  # some tests need the data there
             (tree.parent / "shared").symlink_to(real.resolve())
         tests = reach(tree, known, args.tests)
         chosen = {}

@@ -1,9 +1,10 @@
-"""The way of the official code: load the model, then transformers' generate in padded batches, task by task.
+"""Evaluates as the official code does: loads the model, then runs transformers' generate in padded batches per task.
 
     python -m bench.official BASE ADAPTER BATCH OUT.json ROWS PROMPT_TOKENS ANSWER_TOKENS TASK...
 
-One stage. As there: prompts padded and cut on the left, the adapter merged, batches in the order of the file, the same
-length limit for all tasks. Greedy instead of sampling at temperature 0.1, so that answers can be compared.
+It evaluates one stage. As in the official code, prompts are padded and cut on the left, the adapter is merged, batches
+have the order of the file, and all tasks have the same length limit. Decoding is greedy, not sampled at temperature
+0.1, so that answers can be compared.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from trace_bench.tasks import load_tasks
 
 
 def main() -> None:
-    """Generates and writes task -> answers."""
+    """Generates the answers and writes task -> answers."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,16 +1,17 @@
-"""How the cost grows besides that of training and generation: with rows, tasks and runs; and what methods carry along.
+"""Measures how costs other than training and generation grow with rows, tasks and runs, and how methods' files grow.
 
-- scoring: rows of each task, every one against the answer of another row; the sum over the eight tasks.
-- report by rows: a run of eight tasks. Report by tasks: runs of ROWS[0] rows. Made runs, with samples of all cells.
-- report by runs: runs of eight tasks and FEW rows that are reported and compared by one command, without reports
-  before, and again, when the pages are there.
-- state: what a method leaves for the next stage, and its checkpoint, after each of a few tasks: the bytes of the files
-  of trainings of a tiny model (one step a stage), as multiples of the adapter of `sequential`.
+- scoring: every row is scored against the answer of a different row; the sum over the eight tasks.
+- report by rows: a run of eight tasks. Report by tasks: runs of ROWS[0] rows. The runs are made, not trained, and have
+  samples of all cells.
+- report by runs: one command reports and compares runs of eight tasks and FEW rows: first without earlier reports, then
+  again with them.
+- state: the files that a method leaves for the next stage, and its checkpoint, after each of a few tasks. The bytes of
+  the files are from training a tiny model (one step per stage), as multiples of the adapter of `sequential`.
 
     python -m bench.scale [PART ...]
 
-The figure docs/speed.svg is drawn from what is saved, dotted where the last step of a method's state is continued. That
-a stage costs the same at T = 30 as at the start is tested (`tests/test_scale.py`).
+The figure docs/speed.svg is drawn from the saved results. Dotted lines continue the last step of a method's state.
+`tests/test_scale.py` tests that a stage costs the same at T = 30 as at the start.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from trace_tasks.data.files import write_json, write_jsonl, write_text
 
 ROWS, TASKS, RUNS = (500, 1000, 5000), (8, 15, 30), (1, 10, 30, 100)
 FEW, STAGES = 40, 5
-#: Methods that carry something on, or whose checkpoint may grow, and one that does not.
+#: Methods that keep files for later stages, or whose checkpoint may grow, and one that does neither.
 METHODS = ("sequential", "ewc", "ogd", "der", "inflora", "olora", "inclora", "nlora")
 FOLDER = WORK / "scale"
-#: A task whose answer to each of four rows is a letter.
+#: A task with four rows, whose answers are letters.
 YAML = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{train: {rows}, test: {rows}}}}}
@@ -52,7 +53,7 @@ metadata: {{version: 1.0}}
 
 
 def main() -> None:
-    """Measures the parts that are named, or all, saves the numbers of each and draws what there is."""
+    """Measures the named parts, or all, saves the numbers of each and draws those that exist."""
     parts = {
         "scoring": scoring,
         "report_by_rows": lambda: {str(n): reporting([made_run(f"rows{n}", 8, n)]) for n in ROWS},
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def scoring() -> dict[str, float]:
-    """Seconds to score so many rows of each of the eight tasks."""
+    """Seconds to score this many rows of each of the eight tasks."""
     seconds = dict.fromkeys(map(str, ROWS), 0.0)
     for task in load_tasks(list(data.FOLDERS)).values():
         docs = list(task.test_docs())
@@ -92,13 +93,13 @@ def scoring() -> dict[str, float]:
 
 
 def reporting(runs: list[Path]) -> float:
-    """Seconds of `trace-bench report`, imports and all."""
+    """Seconds of `trace-bench report`, including imports."""
     argv = [sys.executable, "-m", "trace_bench", "report", *map(str, runs)]
     return round(command(argv, "scale/report"), 1)
 
 
 def made_run(name: str, tasks: int, rows: int) -> Path:
-    """A run of made scores with the samples of all cells, in which each task is forgotten bit by bit."""
+    """A run of made scores with the samples of all cells, in which each task is forgotten gradually."""
     rng, names = np.random.default_rng(0), [f"task_{i:02}" for i in range(tasks)]
     manifest: dict[str, Any] = {"method": "sequential", "trains": "lora", "model": {"name": "none"}, "tasks": names}
     manifest |= {"task_versions": {}, "data": {"path": None, "demo": False, "fingerprint": {}}, "config": {}}
@@ -124,7 +125,7 @@ def made_run(name: str, tasks: int, rows: int) -> Path:
 
 
 def many(count: int) -> list[Path]:
-    """Runs of eight tasks that differ by their seeds."""
+    """Makes runs of eight tasks that differ by their seeds."""
     first = made_run(f"{count}-0", 8, FEW)
     manifest = json.loads((first / "manifest.json").read_text())
     folders = [first, *(FOLDER / f"{count}-{seed}" for seed in range(1, count))]
@@ -138,7 +139,7 @@ def many(count: int) -> list[Path]:
 
 
 def state(method: str) -> dict[str, list[float]]:
-    """What a method keeps, and its checkpoint, after each stage: multiples of the first adapter of `sequential`."""
+    """Bytes of a method's files and checkpoint after each stage, as multiples of the first adapter of `sequential`."""
     tasks, run = _tasks(FOLDER / "tasks"), FOLDER / method
     argv = [sys.executable, "-m", f"trainers.{method}", "--config", "trainers/configs/quickstart.yaml"]
     argv += ["--model_name_or_path", str(_tiny_model()), "--output_dir", str(run), "--tasks", *tasks]
@@ -162,12 +163,12 @@ def _tasks(folder: Path) -> list[str]:
 
 
 def _size(folder: Path) -> int:
-    """The bytes of the tensors in a folder."""
+    """The bytes of the tensors in the files of a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def _tiny_model() -> Path:
-    """A model of two layers with random weights and the quickstart's tokenizer."""
+    """Makes a model of two layers with random weights and the quickstart's tokenizer."""
     folder = FOLDER / "tiny"
     if not folder.exists():
         from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -213,7 +214,7 @@ def _curves(saved: dict[str, Any]) -> tuple[Any, str]:
 
 
 def _that_grow(state: dict[str, Any]) -> dict[str, list[float]]:
-    """What methods keep and their checkpoints, together, those with the same as one; without those as `sequential`."""
+    """The sum of files and checkpoint for methods that grow; methods with equal sums share one entry."""
     same: dict[tuple[float, ...], list[str]] = {}
     for method, parts in state.items():
         sizes = tuple(a + b for a, b in zip(parts["kept"], parts["checkpoint"], strict=True))

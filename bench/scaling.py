@@ -1,10 +1,10 @@
-"""Memory and time of two large runs from first principles: the tables of docs/scaling.md.
+"""Computes memory and time of two large runs from first principles: the tables of docs/scaling.md.
 
     python -m bench.scaling
 
-The configs are loaded as a training loads them, the models are built without weights (meta device) and divided by
-accelerate's own code among as many processes as the launch file says, which do not exist (torch's fake process group).
-What is counted so is the parameters and what of them is on each GPU; the rest is arithmetic with the constants below.
+The configs are loaded as a training loads them. The models are built without weights (meta device). accelerate's own
+code divides them among the number of processes in the launch file; these processes do not exist (torch's fake process
+group). This gives the parameters and their share on each GPU; the rest is arithmetic with the constants below.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ CONFIGS = Path(__file__).parents[1] / "trainers" / "configs"
 
 #: One H100 SXM: dense bf16 FLOP/s and bytes of memory.
 PEAK, MEMORY = 989e12, 80e9
-#: Share of the peak that training reaches, counted without the forward pass that checkpointing repeats.
+#: The share of the peak that training reaches. The forward pass that checkpointing repeats does not count.
 MFU = 0.4
-#: Bytes a second that a GPU receives in a collective: within a machine (NVLink 4, peak 450e9) and between machines (one
-#: 400 Gbit/s adapter for each GPU, peak 50e9).
+#: Bytes per second that a GPU receives in a collective: within a machine (NVLink 4, peak 450e9) and between machines
+#: (one 400 Gbit/s adapter for each GPU, peak 50e9).
 NVLINK, NETWORK = 300e9, 40e9
 #: GPUs of a machine.
 MACHINE = 8
@@ -46,9 +46,9 @@ TOKENS = {
     "trace_numglue_ds": (39, 2),
     "trace_20minuten": (871, 96),
 }
-#: Bytes a second that a machine reads from or writes to the storage that all share.
+#: Bytes per second that a machine reads from or writes to the shared storage.
 STORAGE = 2e9
-#: vLLM's memory besides weights and cache.
+#: vLLM's memory in addition to weights and cache.
 ENGINE_OVERHEAD = 3e9
 
 SHAPES = {
@@ -88,14 +88,14 @@ def load_config(name: str) -> tuple[Any, Any]:
 
 
 def shape(model_args: Any) -> Any:
-    """The configuration of the model, without the hub."""
+    """The configuration of the model, made without the hub."""
     from transformers import LlamaConfig
 
     return LlamaConfig(**SHAPES[model_args.model_name_or_path.rpartition("/")[2]])
 
 
 def meta_model(model_args: Any) -> Any:
-    """The model as a stage trains it, adapter included, without memory for its weights."""
+    """The model as a stage trains it, with its adapter, without memory for its weights."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
     from trl import get_peft_config
@@ -125,7 +125,7 @@ def divided(model: Any, launch: str) -> tuple[int, int, int]:
         launch: The name of the launch file.
 
     Returns:
-        Processes in all, the processes that share one copy of the weights, and the bytes of parameters on each of them.
+        The number of processes, how many of them share one copy of the weights, and the bytes of parameters on each.
     """
     import torch.distributed as dist
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -140,7 +140,7 @@ def divided(model: Any, launch: str) -> tuple[int, int, int]:
     dist.init_process_group("fake", rank=0, world_size=args.num_processes, store=FakeStore())
     try:
         with mock.patch.dict(os.environ, {k: v for k, v in environment.items() if k.startswith("FSDP_")}):
-            # Nothing is loaded here, so that nothing is sent to other processes either.
+            # There are no weights to load, so none are sent to other processes.
             plugin = FullyShardedDataParallelPlugin(cpu_ram_efficient_loading=False)
         plugin.set_mixed_precision("bf16")
         names = ("dp_replicate", "dp_shard")
@@ -162,10 +162,10 @@ def divided(model: Any, launch: str) -> tuple[int, int, int]:
 
 
 def saved_by_layer(config: Any, scale: int = 8) -> int:
-    """Bytes that a decoder layer keeps of each token for its backward pass, all of its weights being trained.
+    """Bytes per token that a decoder layer keeps for its backward pass if all its weights are trained.
 
-    Counted in a layer of which every width is a `scale`-th, since all that is kept grows with them, on the CPU, where
-    attention keeps what flash attention keeps on a GPU.
+    They are counted in a layer whose widths are divided by `scale`, since all kept tensors grow with the widths. On the
+    CPU attention keeps the same tensors as flash attention on a GPU.
     """
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
@@ -176,12 +176,14 @@ def saved_by_layer(config: Any, scale: int = 8) -> int:
 
 
 def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
-    """Bytes that a decoder layer keeps of each token where only an adapter is trained; see `saved_by_layer`.
+    """Bytes per token that a decoder layer keeps for its backward pass if only an adapter is trained.
+
+    See `saved_by_layer`.
 
     Args:
         config: The configuration of the model.
-        adapter: PEFT's of the adapter.
-        scale: What widths and the adapter's rank are divided by.
+        adapter: PEFT's configuration of the adapter.
+        scale: The widths and the adapter's rank are divided by this.
     """
     from peft import get_peft_model
     from transformers import LlamaForCausalLM
@@ -194,8 +196,8 @@ def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
     model: Any = get_peft_model(LlamaForCausalLM(small).to(torch.bfloat16), adapter)
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # as our trainer sets it
-        if isinstance(module, torch.nn.Dropout):  # on a GPU it keeps a byte, on a CPU two
+            module.cast_input_dtype_enabled = False  # our trainer does the same
+        if isinstance(module, torch.nn.Dropout):  # it keeps one byte per value on a GPU, but two on a CPU
 
             def dropped(states: torch.Tensor, p: float = module.p) -> torch.Tensor:
                 return torch.native_dropout(states, p, True)[0]
@@ -207,7 +209,7 @@ def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
 
 
 def _smaller(config: Any, scale: int) -> Any:
-    """The configuration of a model of which every width is a `scale`-th."""
+    """The configuration of a model whose widths are divided by `scale`."""
     small = copy.deepcopy(config)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         setattr(small, name, getattr(config, name) // scale)
@@ -215,13 +217,13 @@ def _smaller(config: Any, scale: int) -> Any:
 
 
 def _kept(layer: Any, width: int, rotary_embedding: Any) -> float:
-    """Bytes that a layer keeps of a token for its backward pass, without its parameters and its input."""
+    """Bytes per token that a layer keeps for its backward pass, without its parameters and its input."""
     tokens = 256
     states = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
     rotary = rotary_embedding(states, torch.arange(tokens)[None])
     known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), states, *rotary)}
     kept: dict[int, int] = {}
-    tensors = []  # alive, so that no two have one address
+    tensors = []  # kept alive, so that no two have the same address
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -236,14 +238,14 @@ def _kept(layer: Any, width: int, rotary_embedding: Any) -> float:
 
 
 def one_gpu(config: Any, adapter: Any, tokens: int, answers: int, checkpointing: bool) -> dict[str, float]:
-    """Bytes on a single GPU that trains a LoRA adapter, by what they are for: the arithmetic of `memory`.
+    """Bytes by purpose on a single GPU that trains a LoRA adapter, with the arithmetic of `memory`.
 
     Args:
         config: The configuration of the model, whose weights are in bf16.
-        adapter: PEFT's of the adapter.
-        tokens: Of the largest batch, padding included.
-        answers: Those of them that the loss is of.
-        checkpointing: Whether a layer is repeated for its backward pass.
+        adapter: PEFT's configuration of the adapter.
+        tokens: The tokens of the largest batch, with padding.
+        answers: Those of them that have a loss.
+        checkpointing: Whether the forward pass of a layer is repeated for its backward pass.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -265,7 +267,7 @@ def one_gpu(config: Any, adapter: Any, tokens: int, answers: int, checkpointing:
 
 
 def memory(plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:
-    """Bytes on each GPU at the moment of a step that needs most, by what they are for, and the counts behind them."""
+    """Bytes by purpose on each GPU at the moment of a step that needs most, and the counts that they follow from."""
     args, model_args = load_config(plan.config)
     config, model = shape(model_args), meta_model(model_args)
     assert args.gradient_checkpointing and args.bf16
@@ -309,22 +311,22 @@ def _layers(model: Any) -> str:
 def times(
     plan: Plan, counts: dict[str, Any], shards: int | None = None
 ) -> list[tuple[str, float, float, float, float]]:
-    """What each task costs.
+    """The cost of each task.
 
     Args:
         plan: The run.
-        counts: Of `memory`.
-        shards: GPUs sharing a copy of the weights, if others than planned.
+        counts: The counts that `memory` returns.
+        shards: The number of GPUs that share a copy of the weights, if different from the plan.
 
     Returns:
-        For each task: its name, tokens, FLOPs, seconds of computing, and seconds of sending.
+        For each task: its name, tokens, FLOPs, seconds of computing, and seconds of communication.
     """
     args, model_args = load_config(plan.config)
     config = shape(model_args)
     full = counts["trained parameters"] == counts["parameters"]
     shards = shards or counts["GPUs sharing a copy of the weights"]
     world = counts["GPUs"]
-    # Put together for the forward and again for the backward pass, in bf16; gradients are reduced in the same size.
+    # The weights are gathered in bf16 for the forward and again for the backward pass. Gradients have the same size.
     sent = (3 if full else 2) * 2 * counts["parameters"] * (shards - 1) / shards
     result = []
     for task, epochs in zip(args.tasks, args.epochs, strict=True):
@@ -345,7 +347,7 @@ def times(
 
 
 def cache(plan: Plan, parameters: int) -> tuple[float, float, int]:
-    """Evaluation in vLLM: bytes of weights on a GPU, of the cache for a token, and tokens that it has room for."""
+    """Evaluation in vLLM: bytes of weights on a GPU, bytes of cache per token, and how many tokens the cache can hold."""
     args, model_args = load_config(plan.config)
     config = shape(model_args)
     gpus = args.engine_args.get("tensor_parallel_size", 1)
@@ -356,7 +358,7 @@ def cache(plan: Plan, parameters: int) -> tuple[float, float, int]:
 
 
 def tables(plan: Plan) -> str:
-    """All tables of a plan, as they stand in docs/scaling.md."""
+    """All tables of a plan, in the form of docs/scaling.md."""
     parts, counts = memory(plan)
     lines = [f"### {plan.title}", "", markdown(Table(["count", ""], [[k, f"{v:,}"] for k, v in counts.items()])), ""]
     rows = [[name, f"{size / 1e9:.2f}"] for name, size in [*parts.items(), ("**sum**", sum(parts.values()))]]

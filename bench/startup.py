@@ -1,6 +1,6 @@
-"""How long the commands take that compute nothing: their `--help`. `imports torch` says whether they load it at all.
+"""Times the start of commands that compute nothing: their `--help`. `imports torch` says whether they load torch.
 
-Medians of ROUNDS starts each.
+The results are medians of ROUNDS starts.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""Training of one stage: ours against TRL's defaults and a plain transformers loop, on the same rows.
+"""Times the training of one stage: ours against TRL's defaults and a plain transformers loop, on the same rows.
 
-The real mix of lengths: rows of all eight tasks together, cut at PROMPT and ANSWER tokens. Contenders, each in a
-process of its own, in turn, ROUNDS times; LoRA on all linear layers, AdamW, bf16, the same token ids, epochs, batch and
-learning rate:
+The rows have the real mix of lengths: all eight tasks together, cut at PROMPT and ANSWER tokens. The contenders take
+turns, ROUNDS times, each in its own process. All have LoRA on all linear layers, AdamW, bf16, and the same token ids,
+epochs, batch and learning rate:
 
-- ours: `trainers.base.CLTrainer` as the quickstart configs set it, with the loss of the others.
-- TRL: `trl.SFTTrainer` with SFTConfig's defaults, gradient checkpointing among them.
-- plain: `transformers.Trainer` on rows padded to the longest of a batch, float32 weights under bf16 autocast (bf16
-  weights, as the checkpoint has them, are slower still on a CPU).
+- ours: `trainers.base.CLTrainer` with the settings of the quickstart configs and the loss of the others.
+- TRL: `trl.SFTTrainer` with SFTConfig's defaults, which include gradient checkpointing.
+- plain: `transformers.Trainer` on rows padded to the longest of a batch, float32 weights under bf16 autocast (on a CPU
+  the checkpoint's bf16 weights are even slower).
 
-The loss compared is that of the trained model on all rows, computed by one function for all. `bf16 share` is the share
-of the matmul rate measured in the same process: operations of the linear layers and the attention, forward and backward
-(no weight gradients where weights are frozen), per second. Ours is trained once more under torch's profiler, which
-says what the rest of the time goes to.
+The compared loss is that of the trained model on all rows, computed by one function for all. `bf16 share` is the
+operations per second as a share of the matmul rate, which is measured in the same process. The operations are those of
+linear layers and attention, forward and backward (no weight gradients of frozen weights). Ours is trained once more
+under torch's profiler, which shows where the rest of the time goes.
 
-Results of a CPU with AMX, which has another matmul rate by far, are kept beside those of one without.
+A CPU with AMX has a very different matmul rate. Its results are kept in addition to those of a CPU without.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _one(name: str, out: Path) -> None:
 
 
 def _profile(trainer: Any) -> dict[str, float]:
-    """Shares of the operations' time in one more training."""
+    """Trains once more and returns the operations' shares of the time."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -169,7 +169,7 @@ def _ours(base: str, tokenizer: Any, examples: Any) -> Any:
         bf16=True,
         gradient_checkpointing=False,
         train_sampling_strategy="group_by_length",
-        loss_weights="tokens",  # as the others have it
+        loss_weights="tokens",  # as in the other contenders
         max_prompt_length=PROMPT,
         max_answer_length=ANSWER,
         disable_tqdm=True,
@@ -189,7 +189,7 @@ def _lora() -> Any:
 
 
 def _settings() -> dict[str, Any]:
-    """What the other trainings have alike."""
+    """The settings that all trainings share."""
     return {
         "output_dir": str(out_folder()),
         "learning_rate": LEARNING_RATE,
@@ -223,7 +223,7 @@ def _plain(base: str, tokenizer: Any, examples: Any) -> Any:
 
 
 def out_folder() -> Path:
-    """Where trainers may write."""
+    """The folder that trainers write to."""
     return WORK / "training"
 
 
@@ -252,7 +252,7 @@ def _loss(model: Any, examples: Any) -> float:
 
 
 def operations(model: Any, examples: Any) -> float:
-    """Floating-point operations that one epoch needs: nothing for padding, nor for the head at prompt positions."""
+    """Floating-point operations that one epoch needs, without padding and without the head at prompt positions."""
     import torch
 
     linear = sum(

@@ -136,10 +136,10 @@ def choice_tolerant(prediction: str, reference: str, prompt: str = "") -> float:
        rule 4 is tried.
     6. Several marked labels of one kind must agree, and none may be ambiguous; otherwise there is no letter.
     7. A text without a label may name an option by its text in the prompt (`options_of`), in either case: "dovish",
-       "The stance is dovish.", "作者持支持态度". The first sentence (or line) that names an option decides, and must name
-       exactly one. Lists of the options are ignored. An option after "not", "less", "or", 不 and the like does not
-       count; nor does one of fewer than four letters or two Chinese characters ("no", "2"), unless it is the whole
-       sentence, or the sentence begins with it and a comma.
+       "The stance is dovish.", "作者持支持态度". The first sentence (or line) that names an option decides, and must
+       name exactly one. Lists of the options are ignored. An option after "not", "less", "or", 不 and the like does
+       not count; nor does one of fewer than four letters or two Chinese characters ("no", "2"), unless it is the
+       whole sentence, or the sentence begins with it and a comma.
     8. A label followed by the text of a different option ("A. hawkish", where A is dovish) is no answer.
     9. A sentence, or a part of one before a comma, that rejects a label ("A is wrong.", "A is not ...", "A不对") is
        removed first. All other rules see the rest.

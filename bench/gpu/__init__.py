@@ -1,1 +1,1 @@
-"""What a GPU has to show: `python -m bench.gpu`, see `bench/gpu/__main__.py`."""
+"""The measurements on a GPU: `python -m bench.gpu`, see `bench/gpu/__main__.py`."""

@@ -1,19 +1,19 @@
-"""What a GPU has to show, in under eight minutes on one H100, without network or hub: `make gpu-check`.
+"""Measures on a GPU, in under eight minutes on one H100, without network or hub: `make gpu-check`.
 
-    python -m bench.gpu                    # all parts; a part that is done is skipped
+    python -m bench.gpu                    # all parts; finished measurements are skipped
     python -m bench.gpu --parts a b        # two of them
-    python -m bench.gpu --parts b --again  # measure what is there once more
+    python -m bench.gpu --parts b --again  # repeat finished measurements
     python -m bench.gpu --tiny             # the same program with tiny shapes, on a CPU
 
-torch, transformers, peft and accelerate have to be there, and what this package imports (pydantic). Measurements whose
-packages are missing are skipped by name. On a machine without a network, carry wheels and install them with `pip
-install --no-index --no-deps --find-links FOLDER NAME ...`; with `--target`, into a folder named site-packages (datasets
-hashes functions by dill, which takes modules in other folders for a program's own and fails on them). TRL's loss and
-liger-kernel are Triton's kernels, which a C compiler and Python's headers have to be there for; ours needs neither.
+It needs torch, transformers, peft, accelerate and pydantic. A measurement whose packages are missing is skipped and
+named. On a machine without a network, bring wheels and install them with `pip install --no-index --no-deps
+--find-links FOLDER NAME ...`. With `--target`, the folder must be named site-packages: datasets hashes functions by
+dill, which takes modules in other folders for the program's own and fails on them. TRL's loss and liger-kernel are
+Triton kernels, which need a C compiler and Python's headers; ours needs neither.
 
-A part consists of measurements, each in a process of its own: one that crashes or has no memory loses no other. All
-have SECONDS together, of which a part leaves to each later one its LIMIT. Results are written after each measurement,
-under the name of the card.
+A part consists of measurements. Each runs in its own process, so a crash or lack of memory does not affect the others.
+All parts together have SECONDS; each part leaves the LIMIT of every later part. Results are written after each
+measurement, under the name of the card.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ from trace_tasks.data.files import write_json
 RESULTS = ROOT / "bench" / "results_gpu.json"
 PARTS: dict[str, ModuleType] = {"a": small, "b": large, "c": methods, "d": resume, "e": engines}
 NEEDED = ("torch", "transformers", "peft", "accelerate")
-#: Whose versions are compared with those of pyproject.toml.
+#: Packages whose versions are compared with those in pyproject.toml.
 COMPARED = (*NEEDED, "trl", "datasets", "lm-eval")
-#: Of all parts together, without the start of this program.
+#: Seconds of all parts together, without the start of this program.
 SECONDS = 460
-#: What a measurement that has no result says instead.
+#: The keys that a measurement without a result has instead.
 NOT_DONE = ("skipped", "failed", "stopped")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures what is asked for and prints the tables."""
+    """Measures the chosen parts and prints the tables."""
     parser = argparse.ArgumentParser(
         "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     titles = ", ".join(f"{name}: {part.TITLE}" for name, part in PARTS.items())
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help=titles)
-    parser.add_argument("--again", action="store_true", help="also what has a result")
+    parser.add_argument("--again", action="store_true", help="repeat measurements that have a result")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes; results go to runs/bench/gpu/tiny.json")
     parser.add_argument("--results", type=Path, help="the file of results; default: bench/results_gpu.json")
     given = parser.parse_args(argv)
@@ -76,12 +76,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def missing(packages: Sequence[str]) -> list[str]:
-    """Those of the packages that are not installed."""
+    """The packages that are not installed."""
     return [name for name in packages if importlib.util.find_spec(name.replace("-", "_")) is None]
 
 
 def outdated() -> list[str]:
-    """Those of the packages that are older than pyproject.toml has them."""
+    """The packages that are older than in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [
         f"{needs.name} {version(needs.name)} (at least {bound.version})"
@@ -93,7 +93,7 @@ def outdated() -> list[str]:
 
 
 def check(parts: Mapping[str, ModuleType], file: Path, about: dict[str, Any], tiny: bool, again: bool) -> None:
-    """Makes the measurements that have no result yet, and writes the file after each of them."""
+    """Makes the measurements that have no result yet, and writes the file after each."""
     results = json.loads(file.read_text()) if file.exists() else {}
     of_card = results.setdefault(about["gpu"] or "no GPU, tiny shapes", {})
     todo = []
@@ -112,7 +112,7 @@ def check(parts: Mapping[str, ModuleType], file: Path, about: dict[str, Any], ti
             found = of_card[name]
             began = time.perf_counter()
             process, ready = ready or _start(name, part, item, tiny), None
-            if n + 1 < len(todo):  # its imports take as long as many a measurement: they are made meanwhile
+            if n + 1 < len(todo):  # start its imports now, as they take as long as some measurements
                 ready = _start(*todo[n + 1], tiny)
             later = {after: p.LIMIT for after, p, i in todo[n:] if p is not part and not missing(p.ITEMS[i])}
             outcome = _finish(process, name, part, item, end - slow * sum(later.values()) - began)
@@ -139,7 +139,7 @@ def _output(name: str, item: str) -> Path:
 
 
 def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Popen[bytes] | None:
-    """The process of a measurement, which imports and then waits for a line; None where packages are missing."""
+    """Starts the process of a measurement, which imports and then waits for a line. None if packages are missing."""
     if missing(part.ITEMS[item]):
         return None
     out = _output(name, item)
@@ -160,7 +160,7 @@ def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Pop
 def _finish(
     process: subprocess.Popen[bytes] | None, name: str, part: ModuleType, item: str, left: float
 ) -> dict[str, Any]:
-    """Lets a measurement go ahead and waits for its result, for so many seconds."""
+    """Lets a measurement begin, and waits for its result for at most this many seconds."""
     if process is None:
         return {"skipped": f"{', '.join(missing(part.ITEMS[item]))} not installed"}
     out = _output(name, item)
@@ -186,14 +186,14 @@ def _end(log: Path) -> str:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and those that it has started."""
+    """Ends a process and its children."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def tables(found: Mapping[str, dict[str, Any]]) -> str:
-    """The parts as Markdown: single numbers of each measurement, and the goals."""
+    """The parts as Markdown: the numbers of each measurement, and the goals."""
     lines = []
     for name, part in found.items():
         lines += [f"### ({name}) {part['title']}", ""]

@@ -1,7 +1,7 @@
-"""(e) vLLM on the GPU: eight adapters by LoRA requests in one batch, and merged one after the other.
+"""(e) vLLM on the GPU: eight adapters as LoRA requests in one batch, and eight adapters merged one after the other.
 
-Both give the tokens of transformers in float32, where no rounding decides. Times are of bf16 and a larger model: all
-adapters answer the same prompts, with the swaps between them and without the start of the engine.
+In float32, where rounding decides nothing, both must give the same tokens as transformers. Times are for a larger model
+in bf16: all adapters answer the same prompts. They include the swaps of adapters, but not the start of the engine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bench.gpu.shapes import MEDIUM, SMALL, comparison, equal_share, marks, prom
 TITLE = "vLLM: LoRA requests and merged weights"
 LIMIT = 85
 ITEMS = {
-    "float32, transformers": ("lm-eval", "vllm"),  # alone it says nothing
+    "float32, transformers": ("lm-eval", "vllm"),  # the reference for the others, so it needs their packages, too
     "float32, LoRA requests": ("lm-eval", "vllm"),
     "float32, merged": ("lm-eval", "vllm"),
     "bfloat16, LoRA requests": ("lm-eval", "vllm"),
@@ -26,7 +26,7 @@ ADAPTERS = 8
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Answers of all adapters, and the seconds they took."""
+    """The answers of all adapters, and the seconds."""
     from trace_bench.engine import open_engine
 
     dtype, way = item.split(", ")
@@ -37,7 +37,7 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
     if way == "transformers":
         args["batch_size"] = 4
     else:
-        # Compiling takes longer than it saves here.
+        # Compiling would take longer than it saves.
         args |= {"max_model_len": 512, "enforce_eager": True, "enable_lora": way == "LoRA requests"}
     backend = "hf" if way == "transformers" else "vllm"
     lm: Any = open_engine(backend, str(base), engine_args=args, checkpoints=adapters)
@@ -57,7 +57,7 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
-    """Tokens as transformers gives them, and the ratio of the times."""
+    """The share of answers with transformers' tokens, and the ratio of the times."""
     found: dict[str, Any] = {}
     hf, requests, merged = "float32, transformers", "bfloat16, LoRA requests", "bfloat16, merged"
     for way in ("float32, LoRA requests", "float32, merged"):

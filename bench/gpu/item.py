@@ -1,6 +1,6 @@
 """The process of one measurement: `python -m bench.gpu.item MODULE NAME OUT [--tiny]`, started by `bench.gpu`.
 
-It imports what it needs, waits for a line on standard input, so that measurements do not share the GPU, and writes OUT.
+It imports its packages, waits for a line on standard input so that measurements do not share the GPU, and writes OUT.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
-"""(b) LoRA on a model of LLaMA-2-7B's shape: speed, share of the card's bf16 rate, and memory beside the plan.
+"""(b) LoRA on a model of LLaMA-2-7B's shape: speed, share of the card's bf16 rate, and memory against the plan.
 
-Random weights made on the GPU, the settings of `llama2_7b_lora.yaml`, and 192 rows with the lengths of real rows of all
-eight tasks (`lengths.json`); each optimizer step is one batch of eight rows. Where a batch does not fit it is halved.
-All see the same rows in each of EPOCHS epochs. The first epoch is reported apart and not in the rate: kernels are
-compiled and chosen for each new length.
+The model has random weights made on the GPU and the settings of `llama2_7b_lora.yaml`. The 192 rows have the lengths of
+real rows of all eight tasks (`lengths.json`). Each optimizer step is one batch of eight rows, which is halved if it
+does not fit. All contenders see the same rows in each of EPOCHS epochs. The first epoch is reported separately and does
+not count for the rate: kernels are compiled and chosen for each new length.
 
 - ours, as the config: `trainers.base.CLTrainer`, with gradient checkpointing.
-- ours, no checkpointing: the same without.
-- TRL, its defaults: `trl.SFTTrainer` with SFTConfig's defaults, gradient checkpointing among them. As in a stage, a
-  batch has rows of one task at random; from all eight tasks together it would have far more padding.
-- TRL, its best: no checkpointing, the batches that our sampler makes; with liger-kernel its kernels, and with
-  flash-attn packing instead of such batches. What it lacks is in the result.
+- ours, no checkpointing: the same without checkpointing.
+- TRL, its defaults: `trl.SFTTrainer` with SFTConfig's defaults, which include gradient checkpointing. As in a stage, a
+  batch has random rows of one task; with rows of all eight tasks it would have far more padding.
+- TRL, its best: no checkpointing and our sampler's batches; with liger-kernel also its kernels, and with flash-attn
+  packing instead of these batches. The result lists the missing packages.
 - profile: the kernels that take most of the time of ours without checkpointing.
 
-The share counts what the training needs, once: no padding, no repeated forward pass, no head at prompt positions.
+The share counts each necessary operation once: no padding, no repeated forward pass, no head at prompt positions.
 """
 
 from __future__ import annotations
@@ -43,26 +43,26 @@ from bench.gpu.shapes import (
 TITLE = "LoRA at 7B"
 LIMIT = 140
 _PACKAGES = ("trl", "datasets", "lm-eval")
-#: Each of ours and the contender with the same checkpointing.
+#: Each variant of ours -> the contender with the same checkpointing.
 OURS = ("ours, no checkpointing", "ours, as the config")
 TRL = ("TRL, its best", "TRL, its defaults")
-#: What is worth most comes first.
+#: The measurements, the most valuable ones first.
 ITEMS: dict[str, tuple[str, ...]] = {"card": ()} | dict.fromkeys((*OURS, *TRL, "profile"), _PACKAGES)
 IMPORTS = ("trainers.base", "bench.training", "bench.scaling")
-#: Dense bf16 operations a second in the data sheet, by a part of the card's name.
+#: A part of the card's name -> dense bf16 operations per second in its data sheet.
 DATA_SHEET = {
     **{"H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12},
     **{"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12},
 }
 EPOCHS = 3
-#: Steps before and of the profile.
+#: The number of steps before the profile, and of steps in it.
 PROFILED = 3
-#: What TRL's best switches take, on a GPU alone.
+#: The packages that TRL's best settings need; they exist for GPUs only.
 GPU_ONLY = ("flash-attn", "liger-kernel")
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Trains; or the rate of the card."""
+    """Trains, or measures the rate of the card."""
     import torch
 
     if item == "card":
@@ -75,12 +75,12 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
             if batch == 1:
                 raise
             batch //= 2
-        gc.collect()  # not above, where the error holds on to the model
+        gc.collect()  # not in the except block, where the error still refers to the model
         torch.cuda.empty_cache()
 
 
 def _card(tiny: bool) -> dict[str, Any]:
-    """Bf16 products of square matrices, and what the data sheet and the driver say."""
+    """Times bf16 products of square matrices, and reads the data sheet and the driver."""
     import torch
 
     size, times = (256 if tiny else 8192), []
@@ -106,7 +106,7 @@ def _card(tiny: bool) -> dict[str, Any]:
 
 
 def _wait() -> None:
-    """Until the GPU has done what it was given."""
+    """Waits until the GPU has finished its work."""
     import torch
 
     if torch.cuda.is_available():
@@ -123,7 +123,7 @@ def _ours(item: str, tiny: bool, folder: Path, batch: int) -> dict[str, Any]:
     from trainers.base import CLConfig, CLTrainer
 
     class Measured(CLTrainer):
-        most = (0, 0)  # tokens and answer tokens of the largest batch, padding included
+        most = (0, 0)  # tokens and answer tokens of the largest batch, with padding
 
         def begin_stage(self) -> None:
             self.clock = _profile(self) if item == "profile" else clock(self)
@@ -177,7 +177,7 @@ def _trl(item: str, tiny: bool, folder: Path, batch: int) -> dict[str, Any]:
         num_train_epochs=EPOCHS,
         per_device_train_batch_size=batch,
         max_length=args["max_prompt_length"] + args["max_answer_length"],
-        train_sampling_strategy="sequential",  # the order is made above
+        train_sampling_strategy="sequential",  # the rows are in order already
         lr_scheduler_type="constant",
         use_cpu=not torch.cuda.is_available(),
         report_to=[],
@@ -198,7 +198,7 @@ def _trl(item: str, tiny: bool, folder: Path, batch: int) -> dict[str, Any]:
 
 
 def _adapter() -> Any:
-    """The config's adapter; PEFT's default modules, as there."""
+    """The adapter of the config, which has PEFT's default modules."""
     from peft import LoraConfig
 
     args = large_args()
@@ -209,7 +209,7 @@ def _adapter() -> Any:
 
 
 def clock(trainer: Any) -> Any:
-    """Times the epochs of a trainer, from now on; see `result` of what is returned."""
+    """Times the epochs of a trainer from now on. The returned object's `result` gives the numbers."""
     import torch
     from transformers import TrainerCallback
 
@@ -224,7 +224,7 @@ def clock(trainer: Any) -> Any:
         on_epoch_end = on_train_begin
 
         def result(self, rows: list[Any]) -> dict[str, Any]:
-            """Of the rows of an epoch; padding is not counted, however they were trained."""
+            """The numbers for the rows of an epoch. Padding never counts."""
             from bench.training import operations
 
             tokens = sum(len(row["input_ids"]) for row in rows)
@@ -246,7 +246,7 @@ def clock(trainer: Any) -> Any:
 
 
 def _profile(trainer: Any) -> Any:
-    """Profiles a few steps of a trainer and ends it; see `result` of what is returned."""
+    """Profiles a few steps of a trainer and ends its training. The returned object's `result` gives the numbers."""
     import torch
     from transformers import TrainerCallback
 
@@ -277,7 +277,7 @@ def _kernels(profiler: Any) -> list[list[Any]]:
     events = [
         (event.key[:100], event.self_device_time_total if gpu else event.self_cpu_time_total, event.count)
         for event in profiler.key_averages()
-        # The optimizer's step is an event of its own, around its kernels.
+        # The optimizer's step is a separate event around its kernels.
         if not gpu or (event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation)
     ]
     total = sum(spent for _, spent, _ in events)
@@ -286,7 +286,7 @@ def _kernels(profiler: Any) -> list[list[Any]]:
 
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
-    """Share of the peak, times TRL with the same checkpointing, memory beside the plan."""
+    """The share of the peak, the speed against TRL with the same checkpointing, and the memory against the plan."""
     found: dict[str, Any] = {}
     rates = (
         {key: done["card"].get(f"bf16_tflops_{key}") for key in ("data_sheet", "measured")} if "card" in done else {}

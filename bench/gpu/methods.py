@@ -1,8 +1,9 @@
-"""(c) What methods cost over sequential training, at the size of LLaMA-2-7B.
+"""(c) The cost of methods over sequential training, at the size of LLaMA-2-7B.
 
-Each method trains two stages by its ordinary command, an epoch of 64 rows of real lengths each, with gradient
-checkpointing as the config has it. Times are of the second stage, whose batches have the lengths of the first: of its
-steps, and of the whole stage with what the method does around them (EWC's passes are over 32 rows here instead of 256).
+Each method trains two stages by its ordinary command. A stage is an epoch of 64 rows of real lengths, with gradient
+checkpointing as in the config. The second stage is timed; its batches have the lengths of the first. One time is of its
+steps, one of the whole stage with the method's work before and after them (EWC's passes are over 32 rows here instead
+of 256).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ OPTIONS = {"ewc": ["--ewc_rows", "32"], "replay": ["--alignment_data", "none"]}
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Trains two stages; the numbers of the second."""
+    """Trains two stages and returns the numbers of the second."""
     from trace_bench.run import read_json
 
     module, trainer, config = CLASSES[item]
@@ -51,7 +52,7 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
-    """The times over those of sequential training; there is no goal."""
+    """The times as multiples of those of sequential training. There is no goal."""
     plain = done.get("sequential")
     return {
         f"{name}: {what.removeprefix('seconds_of_')} over sequential": comparison(round(found[what] / plain[what], 2))

@@ -1,7 +1,7 @@
-"""(d) A stage that is killed on the GPU and goes on leaves what an undisturbed one leaves.
+"""(d) A stage that is killed on the GPU and resumed ends with the result of an undisturbed stage.
 
-Two undisturbed runs say whether training on this card gives the same bytes each time. If it does, the killed run has to
-have them, too; if not (kernels that add in no fixed order), its losses have to be the same but for rounding.
+Two undisturbed runs show whether training on this card always gives the same bytes. If it does, the killed run must
+give them, too. If not (some kernels add in no fixed order), its losses must be the same up to rounding.
 
     python -m bench.gpu.resume FOLDER      # the training that is killed
 """
@@ -28,7 +28,7 @@ STEPS, SAVED = 40, 5
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
-    """The bytes and losses of the second stage, and at which step it went on."""
+    """The bytes and losses of the second stage, and the step at which it was resumed."""
     from trace_bench.run import read_json
 
     path = folder / f"run-{item}"
@@ -44,18 +44,18 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def train(path: Path) -> Any:
-    """Trains the run, or what is left of it."""
+    """Trains the run, or the rest of it."""
     from trainers.base import CLTrainer
     from trainers.base import train as train_run
 
     config, model = options(path, "bfloat16", save_strategy="steps", save_steps=SAVED, train_sampling_strategy="random")
     config.max_steps = STEPS
-    model.lora_dropout = 0.1  # random numbers have to go on, too
+    model.lora_dropout = 0.1  # random numbers must be resumed, too
     return train_run(CLTrainer, config, model)
 
 
 def _killed(path: Path) -> int:
-    """Trains in another process until the second stage has two checkpoints, and kills it; the last whole one's step."""
+    """Trains in a child process, kills it when stage 2 has two checkpoints, and returns the step of the last one."""
     process = subprocess.Popen([sys.executable, "-m", "bench.gpu.resume", str(path)])
     second = f"stages/2_*/.trainer/checkpoint-{2 * SAVED}/whole.json"
     while not list(path.glob(second)):
@@ -70,7 +70,7 @@ def _killed(path: Path) -> int:
 
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
-    """Same bytes where the card gives them, else the same losses."""
+    """The same bytes if the card always gives the same, else the same losses."""
     if set(done) != set(RUNS):
         return {}
     plain, again, killed = (done[item] for item in RUNS)

@@ -1,4 +1,4 @@
-"""Models and rows that are made on the spot: nothing is downloaded, and no weights of 13 GB are read from a disk."""
+"""Makes models and rows on the spot: nothing is downloaded, and no 13 GB of weights are read from a disk."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 LENGTHS = Path(__file__).with_name("lengths.json")
-#: The config whose LoRA, batch and lengths the large parts take.
+#: The config that gives the large parts their LoRA, batch and lengths.
 CONFIG = "llama2_7b_lora.yaml"
 SMALL = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
 MEDIUM = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16}
 
 
 def device() -> str:
-    """Where models are made: the GPU, or the CPU in a trial."""
+    """The device on which models are made: the GPU, or the CPU in a trial."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer whose tokens are the bytes, as GPT-2's without a merge; it adds no BOS."""
+    """A tokenizer whose tokens are bytes, like GPT-2's without merges. It adds no BOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ def byte_tokenizer() -> Any:
 
 
 def small_model(folder: Path, shape: dict[str, int] = SMALL) -> Path:
-    """Writes a model of random weights that are large enough for lively texts, and its tokenizer; once."""
+    """Writes, once, a model and its tokenizer. Its random weights are large enough for varied texts."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,7 +57,7 @@ def small_model(folder: Path, shape: dict[str, int] = SMALL) -> Path:
 
 
 def small_adapter(base: Path, folder: Path, seed: int) -> Path:
-    """Writes a LoRA adapter of random weights, which changes the answers of the base model; once."""
+    """Writes, once, a LoRA adapter of random weights that changes the answers of the base model."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -87,17 +87,17 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def marks(answers: list[list[int]]) -> list[str]:
-    """A short text for each answer, the same where its tokens are."""
+    """A short text for each answer; equal tokens give equal texts."""
     return [hashlib.sha256(repr(ids).encode()).hexdigest()[:8] for ids in answers]
 
 
 def equal_share(one: list[str], other: list[str]) -> float:
-    """The share of answers whose tokens are the same."""
+    """The share of answers with the same tokens."""
     return sum(a == b for a, b in zip(one, other, strict=True)) / len(one)
 
 
 def comparison(found: Any, goal: Any = None, met: bool | None = None) -> dict[str, Any]:
-    """A number that follows from several measurements; `met` is None where there is no goal."""
+    """A number from several measurements, and whether it meets its goal (`met`; None without a goal)."""
     return {"goal": goal, "found": round(found, 7) if isinstance(found, float) else found, "met": met}
 
 
@@ -105,14 +105,14 @@ def comparison(found: Any, goal: Any = None, met: bool | None = None) -> dict[st
 
 
 def large_config(tiny: bool) -> Any:
-    """The shape of LLaMA-2-7B; a tiny one in a trial."""
+    """The configuration of LLaMA-2-7B; a tiny one in a trial."""
     from transformers import LlamaConfig
 
     return LlamaConfig(vocab_size=320, **SMALL) if tiny else LlamaConfig(max_position_embeddings=4096)
 
 
 def large_folder(folder: Path, tiny: bool) -> Path:
-    """A folder with the configuration and a tokenizer, and no weights: `large_model` makes them."""
+    """A folder with the configuration and a tokenizer, but no weights: `large_model` makes them."""
     from trace_tasks.data.files import fresh_dir
 
     if not folder.exists():
@@ -123,7 +123,7 @@ def large_folder(folder: Path, tiny: bool) -> Path:
 
 
 def large_model(tiny: bool) -> Any:
-    """The large model in bf16, its random weights made where it is trained; the same ones each time."""
+    """The large model in bf16. Its random weights are made on the device, and are the same each time."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -136,9 +136,9 @@ def examples(tiny: bool, seed: int = 0, each: int | None = None) -> list[dict[st
     """Rows of random tokens with the lengths of real rows of all eight tasks, cut as the config cuts them.
 
     Args:
-        tiny: A sixteenth of the lengths.
-        seed: Of the tokens.
-        each: Rows of each task; None = as many as the table has.
+        tiny: Whether to take a sixteenth of the lengths.
+        seed: The seed of the tokens.
+        each: Rows of each task; None = all rows of the table.
     """
     args = large_args()
     draw = random.Random(seed)
@@ -164,14 +164,14 @@ def large_args() -> dict[str, Any]:
 
 
 class Sized:
-    """Mixed into a method's trainer: the large model and rows of real lengths, in place of what would be loaded."""
+    """Mixed into a method's trainer: it trains the large model on rows of real lengths and loads nothing."""
 
     tiny = False
-    #: Rows of each of the eight tasks in a stage; None = all of the table.
+    #: Rows of each of the eight tasks in a stage; None = all rows of the table.
     each: int | None = None
 
     def task_dataset(self, task: str, limit: int | None = None) -> Any:
-        """The mix of all lengths, other tokens for each task."""
+        """The mix of all lengths, with different tokens for each task."""
         from datasets import Dataset
 
         return Dataset.from_list(examples(self.tiny, seed=sum(task.encode()), each=self.each))
@@ -185,11 +185,11 @@ class Sized:
 
 
 def train_large(trainer: Any, config: Any, folder: Path, tiny: bool, options: list[str], each: int | None) -> Any:
-    """Trains a method on the large model as its command does, with `CONFIG` and further options; the run."""
+    """Trains a method on the large model as its command does, with `CONFIG` and further options. Returns the run."""
     from trainers.base import preflight, train
     from trainers.base.stages import method_name, parse
 
-    preflight.check_base = lambda *args: None  # the folder has no weights: they are made on the card
+    preflight.check_base = lambda *args: None  # the folder has no weights to check: they are made on the card
     shutil.rmtree(folder, ignore_errors=True)
     base = large_folder(folder.parent / ("large-tiny" if tiny else "large"), tiny)
     argv = ["--config", CONFIG.removesuffix(".yaml"), "--model_name_or_path", str(base), "--output_dir", str(folder)]

@@ -1,6 +1,6 @@
 """(a) A small model trains and answers on the GPU as on the CPU.
 
-The same few steps give the same losses but for rounding, and the same adapter gives the same tokens in float32.
+The same few steps give the same losses up to rounding, and the same adapter gives the same tokens in float32.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ LIMIT = 70
 _PACKAGES = ("trl", "datasets", "lm-eval")
 ITEMS = dict.fromkeys(("float32 CPU", "float32 GPU", "bfloat16 CPU", "bfloat16 GPU"), _PACKAGES)
 IMPORTS = ("trainers.base", "trace_bench.evaluate", "lm_eval.models.huggingface")
-#: The largest difference of a step's loss from that on the CPU, as a share of it. A float32 has 24 bits, a bfloat16 8;
-#: AdamW makes of a rounded gradient a step of full size, so that differences grow from step to step.
+#: The largest relative difference of a step's loss from the loss on the CPU. A float32 has 24 bits, a bfloat16 has 8.
+#: AdamW turns a rounding error of a gradient into a step of full size, so differences grow from step to step.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
 STEPS, TOKENS, PROMPTS = 8, 24, 16
 
@@ -50,7 +50,7 @@ def options(folder: Path, dtype: str, **further: Any) -> tuple[Any, Any]:
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
-    """Trains, evaluates the run, and answers with an adapter that is the same on both devices."""
+    """Trains, evaluates the run, and answers with an adapter that both devices share."""
     import torch
 
     from trace_bench.engine import open_engine
@@ -69,7 +69,7 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
     lm.load(small_adapter(base, folder / "adapter-0", 1))
     return {
         "device": device(),
-        "gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6),  # it was used
+        "gpu_memory_mb": round(torch.cuda.max_memory_allocated() / 1e6),  # shows that the GPU was used
         "losses": [entry["loss"] for record in records for entry in record["losses"]],
         "mean_loss": round(sum(r["mean_loss"] for r in records) / len(records), 4),
         "cells": cells,
@@ -78,7 +78,7 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
 
 
 def goals(done: dict[str, Any]) -> dict[str, Any]:
-    """The differences between the devices, of the precisions that both have."""
+    """The differences between the devices, for the precisions that both have measured."""
     found = {}
     for dtype, most in TOLERANCE.items():
         if f"{dtype} CPU" in done and f"{dtype} GPU" in done:
@@ -86,12 +86,12 @@ def goals(done: dict[str, Any]) -> dict[str, Any]:
             off = largest_difference(cpu["losses"], gpu["losses"])
             found[f"{dtype}: largest difference of a step's loss, as a share"] = comparison(off, most, off <= most)
             same = equal_share(cpu["answers"], gpu["answers"])
-            exact = dtype == "float32"  # in bf16 the share is a number to know
+            exact = dtype == "float32"  # in bf16 the share has no goal
             goal = (1.0, same == 1) if exact else ()
             found[f"{dtype}: share of equal answers"] = comparison(same, *goal)
     return found
 
 
 def largest_difference(losses: list[float], others: list[float]) -> float:
-    """The largest difference of two losses of a step, as a share of the first."""
+    """The largest relative difference between two losses of a step."""
     return max(abs(a - b) / a for a, b in zip(losses, others, strict=True))
