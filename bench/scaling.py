@@ -347,7 +347,7 @@ def times(
 
 
 def cache(plan: Plan, parameters: int) -> tuple[float, float, int]:
-    """Evaluation in vLLM: bytes of weights on a GPU, bytes of cache per token, and how many tokens the cache can hold."""
+    """Evaluation in vLLM: bytes of weights on a GPU, bytes of cache per token, and how many tokens the cache holds."""
     args, model_args = load_config(plan.config)
     config = shape(model_args)
     gpus = args.engine_args.get("tensor_parallel_size", 1)

@@ -1,6 +1,6 @@
-"""Small models of many architectures, kinds of checkpoint of them, and what each answers: a plain greedy loop.
+"""Small models of many architectures, several kinds of checkpoint, and reference answers by a plain greedy loop.
 
-The weights are random, wide enough for lively texts: what is done wrongly anywhere shows in the answers.
+The random weights are large enough for varied texts, so that any mistake changes the answers.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from trace_bench.engine import open_engine
 
-#: Two layers, and heads of 64, a size that every attention kernel has.
+#: Two layers, and heads of 64, a size that every attention kernel supports.
 _LAYERS = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 _LLAMA = {**_LAYERS, "num_key_value_heads": 1, "max_position_embeddings": 512, "head_dim": 64}
 _GPT = {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 512}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _UNTIED = {"tie_word_embeddings": False}
 _TIED = {"tie_word_embeddings": True}
-#: Name of an architecture -> arguments of `AutoConfig.for_model`, without what the tokenizer says.
+#: Name of an architecture -> arguments of `AutoConfig.for_model`, without those that follow from the tokenizer.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_LLAMA, **_UNTIED},
     "llama_tied": {"model_type": "llama", **_LLAMA, **_TIED},
@@ -70,9 +70,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "olmoe": {"model_type": "olmoe", **_LLAMA, **_UNTIED, "num_experts": 4, "num_experts_per_tok": 2},
 }
-#: The kinds of checkpoint.
+#: The kinds of checkpoint that every architecture is tested with.
 KINDS = ("lora", "full", "modules_to_save")
-#: Further kinds, for a tied and an untied model.
+#: More kinds, which only one tied and one untied model are tested with.
 MORE_KINDS = (
     *("rslora", "dora", "lora_embeddings", "lora_head", "saved_embeddings"),
     *("full_other_tying", "full_other_rope", "full_with_buffers"),
@@ -89,7 +89,7 @@ NEW_TOKENS = 8
 
 
 def make_base(architecture: str, path: Path, tokenizer: Any = None) -> Path:
-    """Writes a model of an architecture with random weights, and the tokenizer (byte-level), to a folder."""
+    """Writes a model of an architecture with random weights, and a byte-level tokenizer, to a folder."""
     tokenizer = tokenizer or byte_tokenizer()
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = AutoConfig.for_model(
@@ -101,7 +101,7 @@ def make_base(architecture: str, path: Path, tokenizer: Any = None) -> Path:
 
 
 def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
-    """Writes a checkpoint of a base model to a folder: the path, and the model in memory as it is after training."""
+    """Writes a checkpoint of a base model to a folder. Returns the path, and the model in memory as after training."""
     model = _plain(base).eval()
     seed = crc32(f"{kind} {model.config.model_type}".encode())
     if kind.startswith("full"):
@@ -113,7 +113,7 @@ def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
         model = _with_cap(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
         randomise(model, seed)
         _save(model, path, AutoTokenizer.from_pretrained(base))
-        if kind == "full_with_buffers":  # as LLaMA-2's and Pythia's files have them
+        if kind == "full_with_buffers":  # like the files of LLaMA-2 and Pythia
             file = path / "model.safetensors"
             buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(32) for i in range(2)}
             save_file({**load_file(file), **buffers}, file, {"format": "pt"})
@@ -134,7 +134,7 @@ def make_checkpoint(kind: str, base: Path, path: Path) -> tuple[Path, Any]:
 def _lora_config(kind: str, model: Any) -> LoraConfig:
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
     embeddings, head = names[id(model.get_input_embeddings())], names[id(model.get_output_embeddings())]
-    # PEFT refuses the other projections of Mamba, whose fused kernel would not see an adapter.
+    # PEFT refuses Mamba's other projections, because its fused kernel would ignore an adapter.
     targets: str | list[str] = ["in_proj", "x_proj"] if model.config.model_type == "mamba" else "all-linear"
     settings = {
         "lora": {},
@@ -152,14 +152,14 @@ def _lora_config(kind: str, model: Any) -> LoraConfig:
 
 
 def randomise(model: Any, seed: int) -> None:
-    """Draws all weights but those of norms, and of what a state-space model calls its time."""
+    """Draws all weights except those of norms, and of the time parameters of a state-space model."""
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("norm", "ln_", "A_log", ".mixer.D", "dt_proj")):
             continue
         std = 0.25 if parameter.dim() > 1 else 0.1
         if "embed_tokens" in name and model.config.model_type in ("gemma2", "gemma3_text"):
-            std = 0.02  # they multiply it by the root of the width, and norm what a layer adds
+            std = 0.02  # they multiply embeddings by the root of the width, and normalise the output of layers
         torch.nn.init.normal_(parameter, std=std)
 
 
@@ -170,10 +170,10 @@ def _save(model: Any, path: Path, tokenizer: Any) -> Path:
 
 
 def make_writer(path: Path, tokenizer: Any, follows: dict[str, str | list[str]], **config: Any) -> Path:
-    """Writes a model that answers as it is told: behind a token the one that `follows` names.
+    """Writes a model with fixed answers: after each token comes the one that `follows` names.
 
-    Its one layer adds nothing, and a row of the head is the sum of the embeddings that its token follows. `follows`
-    is token -> next token, as pieces; or the next one, and others that are less likely.
+    Its only layer adds nothing. A token's row of the head is the sum of the embeddings of the tokens before it.
+    `follows` is token -> next token, as pieces, or -> a list of next tokens, the most likely one first.
     """
     settings = {**_LLAMA, **_UNTIED, "num_hidden_layers": 1, "pad_token_id": tokenizer.pad_token_id}
     ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -196,19 +196,19 @@ def make_writer(path: Path, tokenizer: Any, follows: dict[str, str | list[str]],
 
 
 def _plain(folder: Path) -> Any:
-    """The model of a folder in float32."""
+    """Loads the model of a folder in float32."""
     return _with_cap(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def _with_cap(model: Any) -> Any:
-    """A model whose attention has the soft cap that its config says."""
+    """Chooses an attention that applies the soft cap of the config, if it has one."""
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
     return model
 
 
 def reload(base: Path, checkpoint: Path | None) -> Any:
-    """The model of a checkpoint, an adapter unmerged, in float32."""
+    """Loads the model of a checkpoint in float32, with an unmerged adapter."""
     if checkpoint is not None and not (checkpoint / "adapter_config.json").exists():
         return _plain(checkpoint).eval()
     model = _plain(base).eval()
@@ -217,9 +217,9 @@ def reload(base: Path, checkpoint: Path | None) -> Any:
 
 @torch.no_grad()
 def greedy_ids(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TOKENS) -> list[int]:
-    """The ids that a model writes behind a prompt: one row, no cache, the largest logit, up to an EOS, which stays out.
+    """The ids that a model writes after a prompt: one row, no cache, the largest logit, up to but without an EOS.
 
-    Either EOS ends it: the tokenizer's or one of the model's.
+    The EOS may be the tokenizer's or one of the model's.
     """
     ends = model.config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
@@ -233,7 +233,7 @@ def greedy_ids(model: Any, tokenizer: Any, prompt: str, new_tokens: int = NEW_TO
 
 
 def reference(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int = NEW_TOKENS) -> list[str]:
-    """What a model answers, as the official code makes text from ids."""
+    """The reference answers of a model, decoded as in the official code."""
     return [
         tokenizer.decode(
             greedy_ids(model, tokenizer, prompt, new_tokens),
@@ -246,7 +246,7 @@ def reference(model: Any, tokenizer: Any, prompts: list[str], new_tokens: int = 
 
 @torch.no_grad()
 def reference_likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str]]) -> list[float]:
-    """The log-likelihood of each text behind its context: (context, text) -> nats."""
+    """The reference log-likelihood, in nats, of each text after its context."""
     sums = []
     for context, text in pairs:
         ids = tokenizer(context + text, return_tensors="pt").input_ids
@@ -257,13 +257,13 @@ def reference_likelihoods(model: Any, tokenizer: Any, pairs: list[tuple[str, str
 
 
 def generate(lm: Any, prompts: Sequence[str], new_tokens: int = NEW_TOKENS, until: Sequence[str] = ()) -> list[str]:
-    """What an engine answers in one request."""
+    """The answers of an engine to one request with all prompts."""
     kwargs = {"until": list(until), "max_gen_toks": new_tokens, "do_sample": False}
     return lm.generate_until([Instance("generate_until", {}, (p, dict(kwargs)), i) for i, p in enumerate(prompts)])
 
 
 def likelihoods(lm: Any, pairs: Sequence[tuple[str, str]]) -> list[float]:
-    """The log-likelihood that an engine finds for each text behind its context: (context, text) -> nats."""
+    """The log-likelihood, in nats, that an engine gives each text after its context."""
     return [ll for ll, _ in lm.loglikelihood([Instance("loglikelihood", {}, tuple(p), i) for i, p in enumerate(pairs)])]
 
 
@@ -274,7 +274,7 @@ def served(
     pairs: Sequence[tuple[str, str]] = (),
     new_tokens: int = NEW_TOKENS,
 ) -> list[dict[str, Any]]:
-    """What an engine makes of checkpoints, one loaded after the other: answers and likelihoods."""
+    """The answers and likelihoods of an engine for checkpoints that it loads one after the other."""
     found: list[dict[str, Any]] = []
     for checkpoint in loads:
         if found or checkpoint:
@@ -286,13 +286,13 @@ def served(
 
 
 def by_transformers(base: Path, loads: Sequence[Path | None], prompts: Sequence[str], *args: Any) -> list[dict]:
-    """What `served` gives of an engine of transformers in float32, four rows at a time."""
+    """`served` with transformers in float32, four rows at a time."""
     lm = open_engine("hf", str(base), engine_args={"dtype": "float32", "batch_size": 4})
     return served(lm, loads, prompts, *args)
 
 
 def by_vllm(base: Path, loads: Sequence[Path | None], prompts: Sequence[str], *args: Any) -> list[dict]:
-    """What `served` gives of an engine of vLLM in float32, in a process of its own."""
+    """`served` with vLLM in float32, in a process of its own."""
     return forked(_by_vllm, base, loads, prompts, *args)
 
 
@@ -300,7 +300,7 @@ def _by_vllm(base: Path, *args: Any) -> list[dict]:
     return served(open_engine("vllm", str(base), engine_args={"max_model_len": 256, "dtype": "float32"}), *args)
 
 
-#: The engines that have to answer alike.
+#: The engines, which must give the same answers.
 BACKENDS = [
     pytest.param(by_transformers, id="hf"),
     pytest.param(by_vllm, id="vllm", marks=[pytest.mark.slow, pytest.mark.timeout(900)]),

@@ -1,4 +1,4 @@
-"""What the tests share: no hub, a cache of their own, a tiny model, and a way to train it in a second."""
+"""Shared by the tests: no hub, a cache of their own, a tiny model, and a function that trains it in a second."""
 
 import gc
 import importlib
@@ -22,9 +22,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.pop("TRACE_DATA", None)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job of a script, after `&`: its children would ignore it, too
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job; its children would ignore it, too
     signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported; more threads only wait for each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it at import; more threads would only wait for each other
 
 import pytest
 
@@ -36,12 +36,12 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_modifyitems(items):
-    """Has the tests that may take longest come first, so that no process works on while the others have ended."""
+    """Runs the longest tests first, so that no process is still working when the others have ended."""
     items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Shows what tests counted with `record_property("counts", {what: number})`, from all of their processes."""
+    """Shows the sums of all `record_property("counts", {what: number})`, from all test processes."""
     counts: Counter[str] = Counter()
     for report in chain.from_iterable(terminalreporter.stats.values()):
         if getattr(report, "when", None) == "teardown":
@@ -56,13 +56,13 @@ def pytest_terminal_summary(terminalreporter):
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRACE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(os, "fsync", lambda fd: None)  # no test takes the power away, and a stage waits for 14 of them
+        patch.setattr(os, "fsync", lambda fd: None)  # no test cuts the power, and each stage would wait for 14 calls
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _undrawn(request: pytest.FixtureRequest):
-    """Leaves figures as axes: to render them takes a second a report. Two files of tests look at them."""
+    """Does not render figures, which would take a second per report. Only two test files look at them."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ not in ("test_html", "test_units"):
             leave_undrawn(patch)
@@ -77,15 +77,15 @@ def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _read_once():
-    """Has lm-eval parse the YAML files of our tasks once, not for each index; tests edit files of their own alone."""
-    if "lm_eval.tasks._index" in sys.modules:  # what needs no lm-eval does not import it for this
+    """Makes lm-eval parse the YAML files of our tasks once, not for each index. Tests only edit files of their own."""
+    if "lm_eval.tasks._index" in sys.modules:  # tests that do not need lm-eval do not import it for this
         read_once()
 
 
 def read_once() -> None:
-    theirs = importlib.import_module("lm_eval.tasks._index")
-    if not hasattr(theirs.load_yaml, "cache"):
-        read = theirs.load_yaml
+    index = importlib.import_module("lm_eval.tasks._index")
+    if not hasattr(index.load_yaml, "cache"):
+        read = index.load_yaml
         parsed = cache(lambda path, options: pickle.dumps(read(path, **dict(options))))
         ours = Path(__file__).parents[1] / "trace_tasks"
 
@@ -94,7 +94,7 @@ def read_once() -> None:
             return pickle.loads(parsed(path, tuple(options.items()))) if known else read(path, **options)
 
         load_yaml.cache = parsed
-        theirs.load_yaml = load_yaml
+        index.load_yaml = load_yaml
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def make(tmp_path: Path):
 
 @pytest.fixture
 def as_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Takes the three tasks of made runs for the paper's, so that its numbers are shown beside them."""
+    """Makes the three tasks of made runs an order of the paper, so that reports show the paper's numbers."""
     from made_runs import TASKS
 
     from trace_tasks.data import ORDERS
@@ -122,7 +122,7 @@ def as_the_paper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bounds(make):
-    """Writes the runs that bound one, see `made_runs.make_bounds`."""
+    """Writes the runs that serve as bounds, see `made_runs.make_bounds`."""
     from made_runs import make_bounds
 
     return partial(make_bounds, make)
@@ -142,12 +142,12 @@ def tiny_model(request: pytest.FixtureRequest, tiny_models: dict[str, Path]) -> 
     return tiny_models[getattr(request, "param", "bytes")]
 
 
-#: For a test that compares engines: the tiny model with either tokenizer.
+#: For tests that compare engines: the tiny model with each of the two tokenizers.
 both_tokenizers = pytest.mark.parametrize("tiny_model", ["bytes", "pieces"], indirect=True)
 
 
 def byte_tokenizer():
-    """A tokenizer whose tokens are the bytes; it adds no BOS."""
+    """A tokenizer whose tokens are bytes. It adds no BOS."""
     from bench.gpu import shapes
 
     tokenizer = shapes.byte_tokenizer()
@@ -156,21 +156,19 @@ def byte_tokenizer():
 
 
 def pieces_tokenizer(legacy: bool = False, **kwargs):
-    """A tokenizer like LLaMA-2's: pieces with the word mark, bytes for what has no piece, and a BOS.
+    """A tokenizer like LLaMA-2's: pieces with a word mark, bytes for characters without a piece, and a BOS.
 
-    Decoded alone, the first piece of a text loses the space that its mark stands for.
+    The word mark stands for a space. Decoding drops this space at the start of a text.
 
     Args:
-        legacy: A mark also behind special tokens (the scheme "always" instead of "first"), as LLaMA-2's file has it.
-        **kwargs: For LlamaTokenizer, such as add_eos_token.
+        legacy: Whether special tokens are followed by a mark, too (the scheme "always", not "first"), as in LLaMA-2.
+        **kwargs: Arguments of LlamaTokenizer, such as add_eos_token.
     """
     from transformers import LlamaTokenizer
 
     letters = sorted(set(string.ascii_letters + string.digits + string.punctuation))
     merges = [("▁", letter) for letter in letters]  # "▁A" is one piece
-    merges += product(
-        string.ascii_lowercase, repeat=2
-    )  # most pieces are text, so that different ids are different texts
+    merges += product(string.ascii_lowercase, repeat=2)  # most pieces are text, so different ids give different texts
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *letters, *map("".join, merges)]
     tokenizer = LlamaTokenizer(
         vocab={piece: i for i, piece in enumerate(pieces)},
@@ -182,7 +180,7 @@ def pieces_tokenizer(legacy: bool = False, **kwargs):
 
 
 def make_tiny_model(path: Path, tokenizer=None) -> Path:
-    """Writes a Llama of 0.3M parameters with tied embeddings and a tokenizer (byte-level) to a local folder."""
+    """Writes a Llama of 0.3M parameters with tied embeddings, and a byte-level tokenizer, to a folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -194,7 +192,7 @@ def make_tiny_model(path: Path, tokenizer=None) -> Path:
             hidden_size=128,
             intermediate_size=256,
             num_hidden_layers=2,
-            num_attention_heads=2,  # heads of 64, a size that every attention kernel has
+            num_attention_heads=2,  # heads of 64, a size that every attention kernel supports
             num_key_value_heads=2,
             max_position_embeddings=1024,
             tie_word_embeddings=True,
@@ -210,7 +208,7 @@ def make_tiny_model(path: Path, tokenizer=None) -> Path:
 
 @pytest.fixture
 def checkpoints(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
-    """An adapter and a full model whose random weights write lively texts, so that equal texts mean equal weights."""
+    """An adapter and a full model. Their random weights give varied texts, so equal texts mean equal weights."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -234,7 +232,7 @@ def checkpoints(tiny_model: Path, tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def written_here(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Has models write in this process, which saves the imports of another one. Returns what they were asked."""
+    """Makes models write answers in this process, which saves a second process its imports. Returns their requests."""
     import torch
     from accelerate.state import AcceleratorState
 
@@ -247,7 +245,7 @@ def written_here(monkeypatch: pytest.MonkeyPatch) -> list:
         asked.append(read_json(Path(words[1])))
         with torch.random.fork_rng():
             answering.answer(Path(words[1]))
-        AcceleratorState._reset_state()  # lm-eval has set it up, as if no trainer came after it
+        AcceleratorState._reset_state()  # lm-eval has set it up, but a trainer follows
         return 0
 
     monkeypatch.setattr(writing, "run_alone", answer)
@@ -269,7 +267,7 @@ def trained(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture
 def run(trained: Path, options: dict):
-    """A copy of the trained run, which `train(options)` goes on with."""
+    """A copy of the trained run. `train(options)` continues it."""
     from trace_bench.run import Run
 
     return Run.open(shutil.copytree(trained, options["output_dir"]))
@@ -320,9 +318,9 @@ _TRAININGS = count()
 
 
 def freeze_imports() -> None:
-    """Keeps the garbage collector away from what is there to stay: each stage calls it twice, for half of its time.
+    """Hides permanent objects from the garbage collector, which would take half of each stage's time.
 
-    The first trainings import more, and what they import and tests keep becomes more with each.
+    It is repeated now and then, because later trainings and tests add permanent objects.
     """
     if next(_TRAININGS) % 20 in (0, 1):
         gc.collect()
@@ -331,11 +329,10 @@ def freeze_imports() -> None:
 
 @cache
 def spare_extras() -> None:
-    """Leaves out what libraries do at each stage or step and nobody reads.
+    """Skips work of libraries at each stage or step that no test needs.
 
-    PEFT's model card, fingerprints of data sets, whether a package is there, which accelerate asks at each step, and
-    the text of a config, which transformers makes for a log whenever it reads one. And the files of a model that no
-    test changes are checked once.
+    This is PEFT's model card, fingerprints of data sets, accelerate's check for packages at each step, and the text of
+    a config that transformers makes for its log. Models that no test changes are checked only once.
     """
     from datasets import arrow_dataset
     from peft import PeftModel
@@ -365,7 +362,7 @@ def _once_for_unchanged(check):
 
 
 def command_line(options: dict) -> list[str]:
-    """The same options as command-line arguments."""
+    """Options as command-line arguments."""
     args = []
     for key, value in options.items():
         args += [f"--{key}", *([str(v) for v in value] if isinstance(value, list) else [str(value)])]
@@ -381,7 +378,7 @@ def load_merged(base, adapter: Path | None, **kwargs):
 
 
 def stop_at(stage: int, trainer: type) -> type:
-    """The same method, killed when a stage is trained but not saved."""
+    """The same method, but killed when a stage is trained and not yet saved."""
 
     class Killed(trainer):
         def end_stage(self):
@@ -389,12 +386,12 @@ def stop_at(stage: int, trainer: type) -> type:
             if self.stage.index == stage:
                 raise KeyboardInterrupt
 
-    Killed.__module__ = trainer.__module__  # the same method as far as the manifest goes
+    Killed.__module__ = trainer.__module__  # for the manifest it is the same method
     return Killed
 
 
 def interrupted(trainer: type, step: int, stage: int = 2) -> type:
-    """The same method, stopped before it takes the step after `step`."""
+    """The same method, but stopped before the step after `step`."""
 
     class Stopped(trainer):
         def training_step(self, *args):
@@ -415,7 +412,7 @@ def config_of(method: str) -> type:
 
 
 def lock_holder(folder: object) -> subprocess.Popen:
-    """A process that has the lock of the training in a folder until it is killed."""
+    """Starts a process that holds the training lock of a folder until it is killed."""
     hold = "import sys, time; from pathlib import Path; from trace_bench.run import locked\n"
     hold += "with locked(Path(sys.argv[1]), 'train'): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", hold, str(folder)]
@@ -425,7 +422,7 @@ def lock_holder(folder: object) -> subprocess.Popen:
 
 
 def packed(archive: Path, members: list, **fields) -> Path:
-    """An archive of (name, content) members; keyword arguments are fields of the tar's last member."""
+    """Writes an archive of (name, content) members. Keyword arguments are fields of the last member of a tar."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as z:
             for name, content in members:

@@ -1,9 +1,8 @@
-"""What the processes of `tests/test_distributed.py` do: one training after the other, all in the same processes.
+"""The work of the processes in `tests/test_distributed.py`: several trainings, one after the other.
 
-A job has a method, the options of a run, and perhaps where the second process dies: {"stage": 2, "at": "step"}, at its
-step 1 unless it says which. With "alone" the first process is at work alone for so many seconds in place of each
-evaluation and of each check of what a stage is made from, and otherwise processes wait for each other for less than
-that.
+A job has a method and the options of a run. It may say where the second process dies: {"stage": 2, "at": "step"}, which
+is step 1 by default. "alone" is a number of seconds: the first process works alone for this time instead of each
+evaluation and of each check of a stage's inputs. Elsewhere the processes wait for each other only for a shorter time.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from trainers.base import stages
 
 
 def watched(trainer: type, kill: dict | None) -> type:
-    """The same method; its processes have to agree to the last bit, and one of them may die."""
+    """The same method, but its processes must agree to the last bit, and one of them may die."""
 
     class Watched(trainer):
         def dies(self, at: str) -> None:
@@ -51,12 +50,12 @@ def watched(trainer: type, kill: dict | None) -> type:
             self.dies("save")
             return super().save_checkpoint()
 
-    Watched.__module__ = trainer.__module__  # the same method as far as the manifest goes
+    Watched.__module__ = trainer.__module__  # for the manifest it is the same method
     return Watched
 
 
 def train_jobs(jobs: list[dict]) -> None:
-    """Does the jobs as one of two processes."""
+    """Trains the jobs as one of two processes."""
     for job in jobs:
         trainer, config = method(job["method"])
         if seconds := job.get("alone"):

@@ -1,6 +1,6 @@
-"""Functions and programs in processes of their own that do not import vLLM and the others again, which takes longest.
+"""Runs functions and programs in processes of their own that need not import vLLM and other slow packages again.
 
-The processes are forks of one that has done so, which each process of tests starts when it first needs it.
+They are forks of a server process that has imported them. Each test process starts its server when it first needs it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-#: What vLLM imports when an engine starts is among them.
+#: The modules that the server imports. They include those that vLLM imports when an engine starts.
 IMPORTED = [
     *("trace_bench.engine.vllm", "trace_bench.engine.hf", "trace_bench.evaluate", "trainers.base"),
     *("vllm.v1.engine.llm_engine", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"),
@@ -39,14 +39,14 @@ def _call(environment: dict[str, str], function: Callable[..., Any], *args: Any)
 
 
 def forked(function: Callable[..., Any], *args: Any, **environment: str) -> Any:
-    """What a function of a module of tests returns in a process of its own; its errors are raised here."""
+    """Calls a function of a test module in a process of its own. Its result is returned, its error raised here."""
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment}
     with ProcessPoolExecutor(1, _context()) as pool:
         return pool.submit(_call, environment, function, *args).result()
 
 
 def forked_twice(function: Callable[..., Any], *args: Any) -> list[Any]:
-    """The same in two processes as `torchrun --nproc_per_node 2` starts them; the first error ends both."""
+    """Like `forked`, in two processes as `torchrun --nproc_per_node 2` starts them. The first error ends both."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,12 +61,12 @@ def forked_twice(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def run_module(*words: object, **environment: str) -> str:
-    """`python -m WORDS`: what it prints."""
+    """Runs `python -m WORDS` and returns its output."""
     return forked(_run_module, [str(word) for word in words], **environment)
 
 
 def start_module(*words: object) -> BaseProcess:
-    """The same, without waiting for its end; it leads a group, with which its engine can be killed."""
+    """Starts `python -m WORDS`. It leads a process group, so a test can kill it together with its engine."""
     process = _context().Process(target=_lead, args=(dict(os.environ), [str(word) for word in words]))
     process.start()
     return process
@@ -89,12 +89,12 @@ def _run_module(words: list[str]) -> str:
 
 
 class Child:
-    """A program in a fork of this process, which has imported what takes longest; it looks like a `subprocess.Popen`.
+    """A program in a fork of this process, with the slow imports done. It behaves like a `subprocess.Popen`.
 
     Args:
-        run: What the fork does: the program.
-        environment: Variables for it in addition.
-        stdout: The file that it writes to, both output and errors; None = where this process does.
+        run: The program, as a function.
+        environment: Additional environment variables.
+        stdout: The file for its output and errors; None = those of this process.
     """
 
     def __init__(self, run: Callable[[], Any], environment: dict[str, str] | None = None, stdout: Any = None) -> None:
@@ -104,22 +104,22 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """Its exit code, or the signal that killed it, negative; None while it runs."""
+        """The exit code, or minus the signal that killed it; None while it runs."""
         return self._process.exitcode
 
     poll = returncode.fget
 
     def wait(self) -> int | None:
-        """Its exit code, once it has ended."""
+        """Waits for the end and returns the exit code."""
         self._process.join()
         return self.returncode
 
     def terminate(self) -> None:
-        """Sends it SIGTERM."""
+        """Sends SIGTERM."""
         self._process.terminate()
 
     def kill(self) -> None:
-        """Sends it SIGKILL."""
+        """Sends SIGKILL."""
         self._process.kill()
 
 
@@ -127,6 +127,7 @@ def _be_child(run: Callable[[], Any], environment: dict[str, str], stdout: Any) 
     os.setsid()
     for number in (1, 2) if stdout else ():
         os.dup2(stdout.fileno(), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))  # not pytest's
+    # Replace pytest's streams.
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
     os.environ |= environment
     run()

@@ -1,4 +1,4 @@
-"""A part of `bench.gpu` for tests, whose measurements need no GPU and no library."""
+"""A part of `bench.gpu` for tests. Its measurements need no GPU and no library."""
 
 import os
 import signal

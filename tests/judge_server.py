@@ -1,7 +1,7 @@
-"""A fake OpenAI-compatible server on 127.0.0.1 whose faults are written into the prompts, and which counts.
+"""A fake OpenAI-compatible server on 127.0.0.1. It counts requests, and the prompts tell it which faults to make.
 
-A request whose text holds "FAULT:name*n" gets that fault the first n times (without "*n": every time). Otherwise the
-answer is that of `answer` (a text, or a message with "finish_reason"), or a verdict for the longer text.
+A request whose text contains "FAULT:name*n" gets this fault the first n times (without "*n": every time). Otherwise the
+reply is that of `answer` (a text, or a message with "finish_reason"), or a verdict for the longer text.
 """
 
 import json
@@ -20,7 +20,7 @@ BLOCK = re.compile(r"<<<(ANSWER[ AB]*)>>>\n(.*?)\n<<<END OF \1>>>", re.S)
 
 @contextmanager
 def with_key(monkeypatch, folder):
-    """A key in the environment, no proxy, and short waits; afterwards no file of the folder holds the key."""
+    """Sets a key, no proxy, and short waits. Afterwards it checks that no file of the folder contains the key."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("OPENAI_BASE_URL", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
@@ -33,7 +33,7 @@ def with_key(monkeypatch, folder):
 
 
 def judge(text):
-    """A judge that prefers the longer answer, finds "bomb" unsafe, and takes "sorry" for a refusal."""
+    """A judge that prefers the longer answer, calls "bomb" unsafe, and calls "sorry" a refusal."""
     answers = dict(BLOCK.findall(text))
     if len(answers) == 2:
         a, b = (len(answers[f"ANSWER {x}"]) for x in "AB")
@@ -49,7 +49,7 @@ def _error(message, **fields):
     return {"error": {"message": message, **fields}}
 
 
-#: Fault -> status, body (a text or a value of JSON; {key} = the header with the key) and headers.
+#: Fault -> status, body (a text or a JSON value; {key} = the header with the key) and headers.
 SAID = {
     "busy": (429, _error("slow down", code="rate_limit"), {"Retry-After": "0.15"}),
     "down": (500, _error("oops"), {"Retry-After": "0.05"}),
@@ -71,7 +71,7 @@ SAID = {
     "charset": (400, "a" * 3_000_000, {"Content-Type": "application/json; charset=punycode"}),
 }
 _PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
-#: Fault -> the beginning of a reply, what comes again and again (None = the end), and seconds in between.
+#: Fault -> the beginning of a reply, the part that is repeated (None = the end), and the seconds between repetitions.
 ENDLESS = {
     "slow": (b"", b"", 0.05),
     "cut": (_PLAIN.replace(b"\r\n\r\n", b'\r\nContent-Length: 1000\r\n\r\n{"id": "c", "cho'), None, 0),
@@ -110,25 +110,25 @@ class Quiet(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request, client_address):
-        pass  # clients that were killed
+        pass  # a killed client
 
 
 class Server:
-    """Runs while the `with` block does."""
+    """Runs during a `with` block."""
 
     def __init__(self, answer=judge, delay=0.0):
         self.answer, self.delay = answer, delay
         self.lock = threading.Lock()
-        self.seen = Counter()  # text -> times asked
-        self.succeeded = Counter()  # text -> times answered well
+        self.seen = Counter()  # text -> number of requests
+        self.succeeded = Counter()  # text -> number of good replies
         self.bodies, self.headers, self.times = [], [], []
         self.written, self.closed = 0, False
         self.said = dict(SAID)
         self.usage = {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}
-        self.model = "fake"  # as replies call it
+        self.model = "fake"  # the model that replies name
         self.at_once = self.most_at_once = 0
         self.files, self.batches = {}, {}
-        self.upload_fault = None  # in `said`
+        self.upload_fault = None  # the name of a fault
         self.batch_fault = ""  # "lose": make the batch, cut the connection; "refuse": 400; "fail": fails validation
         self.batch_polls = 1  # polls until a batch is completed
 

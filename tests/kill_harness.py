@@ -1,8 +1,8 @@
 """Kills and stops the commands at random moments and compares each resumed run with an uninterrupted one.
 
 `python tests/kill_harness.py FOLDER [--kills 100] [--signals 30] [--seed 0] [--only train evaluate]` kills every
-command at random file operations and moments, stops it by SIGINT and SIGTERM and gives it a full disk, until there were
-that many kills and signals.
+command at random file operations and moments, stops it by SIGINT and SIGTERM, and lets the disk run full. It ends after
+this many kills and signals.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # bitwise equality is promised for one number of threads, and threads do not survive forks
+if __name__ == "__main__":  # equal bytes need a fixed number of threads, and threads do not survive forks
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -43,7 +43,7 @@ from trace_tasks.data.files import write_json
 from trainers import base, ewc
 
 ROOT = Path(__file__).parents[1]
-#: What differs from time to time in files that are otherwise the same (a checkout may be edited meanwhile).
+#: The entries that may differ in otherwise equal files (a checkout may be edited meanwhile).
 TIMES = {"commit", "seconds", "seconds_around_steps", "tokens_per_second", "peak_memory_bytes", "mean_loss"}
 OPTIONS = {
     **{"data": "demo", "tasks": ["trace_fomc", "trace_numglue_ds"], "judged": ["instruct_lima"], "judged_rows": 3},
@@ -55,7 +55,7 @@ OPTIONS = {
 
 
 def ended(module: str, arguments: list[str]) -> int:
-    """What `python -m MODULE ARGUMENTS` does, without its imports: its exit code, with errors on standard error."""
+    """Does the work of `python -m MODULE ARGUMENTS` without its imports. Returns the exit code and prints errors."""
     try:
         if module == "trace_bench":
             cli.main(arguments)
@@ -72,7 +72,7 @@ def ended(module: str, arguments: list[str]) -> int:
 
 
 def forked(words: list[str], environment: object = None) -> int:
-    """`ending.run_child` in a fork, which has its imports already."""
+    """`ending.run_child` in a fork, with the imports done."""
     pid = os.fork()
     if pid == 0:
         os.environ[ending._QUIET] = "1"
@@ -81,7 +81,7 @@ def forked(words: list[str], environment: object = None) -> int:
 
 
 class Commands:
-    """The commands of a run, in the order in which they are given, and what they leave."""
+    """The commands of a run, in order, and their results."""
 
     def __init__(self, folder: Path, model: Path, url: str, only: list[str]) -> None:
         self.folder, self.run, self.out = folder, folder / "run", folder / "annotated"
@@ -105,7 +105,7 @@ class Commands:
         self.words = {name: words[name] for name in words if name in only}
 
     def finished(self) -> dict[Path, tuple[int, int]]:
-        """What is done and may not be done again: files with what tells one writing of them from another."""
+        """The finished files, which must not be written again, each with a mark that changes if it is written again."""
         files = list(self.cache.glob("data-*/*/*"))
         for run in (self.run, *self.study.glob("*")):
             for trained in run.glob("stages/*/train.json"):
@@ -116,11 +116,11 @@ class Commands:
         return {f: (f.stat().st_ino, f.stat().st_mtime_ns) for f in files}
 
     def leftovers(self) -> set[Path]:
-        """Temporary files, which killed programs leave to the next one and stopped ones take with them."""
+        """Temporary files. A killed program leaves them to the next one; a stopped program removes them."""
         return {p for p in self.folder.rglob("*") if ".tmp" in p.name} | set(self.temporary.glob("*"))
 
     def replies(self) -> list[str]:
-        """The keys of the replies that were paid, as often as they are in a cache."""
+        """The keys of the paid replies, with repetitions."""
         found = []
         for cache in (judging.cache_file(self.folder), self.out / "annotate-cache.jsonl"):
             for line in cache.read_bytes().split(b"\n") if cache.exists() else ():
@@ -129,7 +129,7 @@ class Commands:
         return sorted(found)
 
     def outcome(self) -> dict[str, Any]:
-        """All that the commands come to, without times."""
+        """All results of the commands, without times."""
         found: dict[str, Any] = {}
         patterns = ("run/stages/**/*", "run/scores.csv", "study/*/stages/**/*", "annotated/**/*", "cache/data-*/*/*")
         for file in sorted(p for pattern in patterns for p in self.folder.glob(pattern) if p.is_file()):
@@ -155,13 +155,13 @@ def in_child(
     """Runs a command in a fork.
 
     Args:
-        commands: The commands, below whose folder file operations are counted.
-        name: The one to run.
-        at: Kill it at this file operation; 0 = at none.
-        torn: Bytes cut from the end of the file that is being written when it is killed.
-        after: Send it a signal after so many seconds.
+        commands: The commands. File operations below their folder are counted.
+        name: The name of the command to run.
+        at: Kill it at this file operation; 0 = do not.
+        torn: The number of bytes to cut from the end of the file that is being written when it is killed.
+        after: Send it a signal after this many seconds.
         number: The signal.
-        limit: The longest file that can be written, as on a full disk; -1 = any.
+        limit: The longest file that it can write, as on a full disk; -1 = no limit.
 
     Returns:
         How it ended ("killed", "stopped", "done", "error"), its output, and the number of file operations.
@@ -170,16 +170,16 @@ def in_child(
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        os.setpgid(0, 0)  # killed with its children, as `kill -9 -PID` and a machine that goes off do
+        os.setpgid(0, 0)  # its children are killed, too, as by `kill -9 -PID` or a power cut
         os.dup2(write, 1)
         os.dup2(write, 2)
         os.close(read)
         operations = count_operations(commands.folder, at, torn)
-        # tqdm's lock is shared with forked processes: one that is killed while it has it would stop all others.
+        # Forked processes share tqdm's lock: if one is killed while it holds the lock, all others hang.
         tqdm.set_lock(threading.RLock())
         if limit >= 0:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-        # Where the unpacked archive, and temporary files of the system's folder, are found again.
+        # The unpacked archive and temporary files go to a known place.
         os.environ |= {"TRACE_CACHE": str(commands.cache)} if name == "data" else {}
         commands.temporary.mkdir(parents=True, exist_ok=True)
         tempfile.tempdir = str(commands.temporary)
@@ -189,7 +189,7 @@ def in_child(
         code = ended(module, arguments)
         print(f"\noperations {operations[0]}", flush=True)
         os._exit(code)
-    with suppress(OSError):  # whoever of the two is first
+    with suppress(OSError):  # parent or child, whoever is first
         os.setpgid(pid, pid)
     os.close(write)
     deadline, output = time.monotonic() + after, b""
@@ -212,7 +212,7 @@ def in_child(
 
 
 def count_operations(folder: Path, at: int, torn: int) -> list[int]:
-    """Counts the operations of this process on files in a folder, and kills it at one of them."""
+    """Counts this process's operations on files in a folder, and kills it at one of them."""
     count = [0]
 
     def operation(fd: int | None = None) -> None:
@@ -247,7 +247,7 @@ def count_operations(folder: Path, at: int, torn: int) -> list[int]:
 def one_round(
     commands: Commands, operations: dict[str, int], seconds: dict[str, float], rng: random.Random, many: dict[str, int]
 ) -> Counter[str]:
-    """Does each fault to each command so many times, and lets it end; what came of it."""
+    """Makes each fault in each command a number of times, then lets it end. Returns the counts of outcomes."""
     counts: Counter[str] = Counter()
     for name in commands.words:
         left = operations[name]
@@ -266,7 +266,7 @@ def one_round(
             if fault == "signal":
                 how_to["number"] = rng.choice([signal.SIGINT, signal.SIGTERM])
             how, text, _ = in_child(commands, name, **how_to)
-            while fault == "none" and how == "killed":  # by its limit of time, on a busy machine
+            while fault == "none" and how == "killed":  # on a busy machine its time limit kills it
                 how, text, _ = in_child(commands, name)
             where, after = f"{name}, {fault} {how_to}: {how}\n{text}", commands.finished()
             again = [file for file, mark in before.items() if after.get(file) != mark]
@@ -287,7 +287,7 @@ def one_round(
                 line = [x for x in text.splitlines() if x.startswith("error: ")]
                 assert fault == "full" and (len(line) == 1 or (name == "study" and line)), (
                     where
-                )  # it has its children's
+                )  # it also has those of its children
                 assert all("run the command again" in x for x in line if "evaluation of" not in x), line
                 counts["full disks"] += 1
             elif fault != "none":
@@ -299,7 +299,7 @@ def one_round(
 
 
 def serve() -> tuple[str, int]:
-    """A judge and teacher in a process of its own: its address and number."""
+    """Starts a judge and teacher in a process of its own. Returns its address and process number."""
     from judges.prompts import neutralise
     from trace_tasks.data import demo
 
@@ -321,7 +321,7 @@ def serve() -> tuple[str, int]:
 
 
 def compare(commands: Commands, expected: dict[str, Any], paid: list[str]) -> None:
-    """Makes sure that all is as it is without interruptions, and removes it."""
+    """Checks that the results are those of an uninterrupted run, and removes them."""
     found = commands.outcome()
     different = [name for name in expected.keys() | found.keys() if found.get(name) != expected.get(name)]
     assert not different, f"{commands.folder.name}: {different}"
@@ -331,7 +331,7 @@ def compare(commands: Commands, expected: dict[str, Any], paid: list[str]) -> No
 
 
 def harness(folder: Path, kills: int, interruptions: int, seed: int, only: list[str]) -> dict[str, int]:
-    """Kills the commands that many times and sends them that many signals; what it counted."""
+    """Kills the commands and sends them signals, this many times. Returns the counts."""
     torch.set_num_threads(1)
     environment = {"TRACE_CACHE": str(folder / "cache"), "TRACE_DATA": "demo", "HF_HUB_OFFLINE": "1"}
     os.environ |= {**environment, "NO_PROXY": "127.0.0.1", "OPENAI_API_KEY": "none", "TQDM_DISABLE": "1"}

@@ -1,4 +1,4 @@
-"""Run directories written by hand, for the tests of what reads them: results, reports, comparisons."""
+"""Writes run directories by hand, for the tests of results, reports and comparisons."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from trace_tasks.data.files import write_json, write_jsonl
 
 TASKS = ["trace_cstance", "trace_fomc", "trace_meetingbank"]
 NAN = float("nan")
-# The base model and three stages; scores above the diagonal are not measured. A true 0 is in it.
+# The base model and three stages. Scores above the diagonal are not measured. One score is a true 0.
 R = np.array([[0.1, 0.2, 0.3], [0.8, NAN, NAN], [0.6, 0.9, NAN], [0.7, 0.0, 0.5]])
 SINGLE = np.array([[0.1, 0.2, 0.3], [0.9, NAN, NAN], [NAN, 0.8, NAN], [NAN, NAN, 0.7]])
 JOINT = np.array([[0.1, 0.2, 0.3], [0.6, 0.6, 0.9]])
@@ -27,7 +27,7 @@ def without(*cells):
 def make_run(
     folder, matrix=R, demo=False, config=None, checkpoints=None, name="mine", metric=None, rows=None, **manifest
 ):
-    """A run with these scores; those of `rows` (task -> metric -> shape (rows, stages)) come with samples."""
+    """Writes a run with the scores of `matrix`, or of `rows` with samples: task -> metric -> shape (rows, stages)."""
     run = Run.create(
         folder / name,
         {
@@ -77,7 +77,7 @@ def cell(stage, task, value, checkpoint=None, **changes):
 
 
 def write_cell(stage, task, columns, subtasks=None, **changes):
-    """A cell with its samples: metric -> score of each row; the first metric is the headline."""
+    """Writes a cell with its samples. `columns` is metric -> score of each row; the first metric is the headline."""
     headline, n = next(iter(columns)), len(next(iter(columns.values())))
     rows = [{"doc_id": i, "response": 'a text with "accuracy": 1.0 in it'} for i in range(n)]
     for i, row in enumerate(rows):
@@ -89,7 +89,7 @@ def write_cell(stage, task, columns, subtasks=None, **changes):
 
 
 def make_bounds(make, **options):
-    """A run of each method that bounds another, with options for all of them."""
+    """Writes one run of each method that serves as a bound, with the same options for all."""
     config = options.pop("config", {})
     return {
         "single": make(SINGLE, name="a-single", method="single", config=config, **options),
@@ -101,15 +101,15 @@ def make_bounds(make, **options):
 # ----------------------------------------------------------------------------------------- a run that has everything
 
 EIGHT = ORDERS["order1"]
-#: Task -> its headline and the words of a wrong answer.
+#: Task with a graded score -> its headline.
 _GRADED = {"trace_meetingbank": "rouge_l", "trace_py150": "similarity", "trace_20minuten": "sari"}
 
 
 def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
-    """A run with samples of all cells, general suites, judged sets and losses, from seeded random numbers.
+    """Writes a run with samples of all cells, general suites, judged sets and losses, from seeded random numbers.
 
-    Each task is learned in its own stage and forgotten more the longer it is ago; what is forgotten of the tasks with
-    an accuracy is half of it form: the right letter in a sentence.
+    Each task is learned in its own stage and forgotten a little more in each later stage. For tasks with an accuracy,
+    half of the loss is only form: the right letter in a sentence.
     """
     rng, tasks = np.random.default_rng(seed), list(tasks)
     run = make(np.full((len(tasks) + 1, len(tasks)), NAN), tasks=tasks, **manifest)
@@ -152,7 +152,7 @@ def make_rich_run(make, tasks=tuple(EIGHT), n=40, seed=0, **manifest):
 
 
 def verdict_row(doc_id, result, word):
-    """A line of a judge's verdicts: on a pair in both orders, and on the answer alone."""
+    """A line of a judge's verdicts: for a pair in both orders, and for the answer alone."""
     verdicts = {"win": ["A", "B"], "tie": ["C", "C"], "lose": ["B", "A"]}[result]
     same = {"disagree": False, "identical": False}
     return {"doc_id": doc_id, "direct": word, "combined": result, "verdicts": verdicts, **same}
@@ -164,7 +164,7 @@ def _won(index):
 
 
 def _write_answers(rng, stage, task, chance, n):
-    """Samples of a cell and its score: a graded one, one of a letter, or answers that nobody has scored."""
+    """Writes the samples and the score of a cell: graded answers, letters, or answers for a judge."""
     judged = task.startswith(("instruct_", "safety_"))
     rows = []
     for k in range(n):

@@ -1,4 +1,4 @@
-"""Is it still what the run began with: settings, tasks, where stages are from, and what the files of a run mean."""
+"""The checks that a run is still what it began as: its settings, tasks, the origin of stages, and its files."""
 
 import json
 import logging
@@ -52,7 +52,7 @@ RULES = "def right(text, answer):\n    return text.strip() == answer\n"
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """The folder of a task of one's own: YAML, function, and a module that the function imports."""
+    """The folder of a user's own task: a YAML, a function, and a module that the function imports."""
     folder = tmp_path / "own"
     folder.mkdir()
     rows = [{"q": f"Question {i}?", "a": f"{i}"} for i in range(16)]
@@ -76,7 +76,7 @@ def replace(file, old, new):
     file.write_text(text.replace(old, new))
 
 
-def test_a_definition_has_numbers_as_numbers(own):
+def test_a_definition_keeps_the_types_of_numbers(own):
     assert defined()["generation_kwargs"]["max_gen_toks"] == 4
 
 
@@ -91,7 +91,7 @@ def test_a_definition_has_numbers_as_numbers(own):
         ("rules.py", "text.strip() ==", "text ==", "process_results"),
     ],
 )
-def test_another_task_under_the_same_name_and_version_is_another_definition(own, file, old, new, what):
+def test_a_changed_task_with_the_same_name_and_version_has_a_different_definition(own, file, old, new, what):
     before = defined()
     replace(own / file, old, new)
     after = defined()
@@ -99,7 +99,7 @@ def test_another_task_under_the_same_name_and_version_is_another_definition(own,
     assert what in names and names <= {what, "examples", "fewshot_config"}
 
 
-def test_comments_and_layout_are_no_part_of_a_task_but_what_it_makes_of_other_files_is(own):
+def test_a_definition_ignores_comments_and_layout_but_not_the_texts_of_other_files(own):
     (own / "instruction.txt").write_text("Answer: ")
     replace(own / "mine.yaml", 'doc_to_text: "{{q}} "', "doc_to_text: !function mine.ask")
     with (own / "mine.py").open("a") as f:
@@ -124,7 +124,7 @@ def test_a_task_edited_between_two_stages_is_refused_by_evaluation_and_training(
         evaluate.evaluate(run, stages=[1])
     with pytest.raises(RunError, match=r"(?s)another configuration.*task_definitions.mine"):
         train(options)
-    # As an older program began it: its manifest does not say what the tasks were, its cells do.
+    # A run of an older version: its manifest has no definitions of tasks, but its cells have.
     write_json(run.path / "manifest.json", {k: v for k, v in run.manifest.items() if k != "task_definitions"})
     trained = read_json(run.stages[1].train_file)
     write_json(run.stages[1].train_file, {k: v for k, v in trained.items() if k not in ("run", "parent", "date")})
@@ -135,7 +135,7 @@ def test_a_task_edited_between_two_stages_is_refused_by_evaluation_and_training(
     assert evaluate.evaluate(Run.open(run.path), stages=[1]) == 1
 
 
-def test_a_cell_says_what_made_it_and_a_report_where_cells_differ(run, monkeypatch, caplog):
+def test_cells_record_the_versions_that_made_them_and_reports_name_differences(run, monkeypatch, caplog):
     evaluate.evaluate(run, stages=[0])
     made = read_json(run.stages[0].eval_file("trace_fomc"))
     assert made["made_with"]["transformers"] == version("transformers") and made["run"] == run.identity
@@ -152,7 +152,7 @@ def test_a_cell_says_what_made_it_and_a_report_where_cells_differ(run, monkeypat
     assert "**Cells of different versions** in `run`: transformers" in compare([run]).markdown()
 
 
-def test_the_scoring_code_is_part_of_what_makes_a_score(tmp_path, monkeypatch):
+def test_cells_record_a_fingerprint_of_the_scoring_code(tmp_path, monkeypatch):
     before = checks.made_with()
     shutil.copytree(data.TASKS_PATH, tmp_path / "tasks")
     monkeypatch.setattr(data, "TASKS_PATH", tmp_path / "tasks")
@@ -167,7 +167,7 @@ def test_the_scoring_code_is_part_of_what_makes_a_score(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------- where stages are from
 
 
-def test_a_lost_manifest_is_restored_by_the_same_command_and_by_no_other(options, run):
+def test_a_lost_manifest_is_restored_only_by_the_same_command(options, run):
     before = read_json(run.path / "manifest.json")
     for stage in run.stages[1:]:
         change(stage.train_file, date="2020-02-02")
@@ -186,21 +186,21 @@ def test_a_lost_manifest_is_restored_by_the_same_command_and_by_no_other(options
         train(options)
 
 
-def test_the_manifest_of_checkpoints_from_elsewhere_is_restored_too(run, tiny_model, tmp_path):
+def test_the_manifest_of_external_checkpoints_is_restored_only_by_the_same_command(run, tiny_model, tmp_path):
     given = {s.task: str(s.checkpoint) for s in run.stages[1:]}
     settings = {k: v for k, v in run.manifest["config"].items() if k in ("test_rows", "max_prompt_length", "backend")}
 
-    def theirs(**changes):
+    def external(**changes):
         asked = {"model": str(tiny_model), "tasks": run.tasks, "settings": settings, "data_path": "demo", **changes}
-        return evaluate.external_run(tmp_path / "theirs", given, **asked)
+        return evaluate.external_run(tmp_path / "external", given, **asked)
 
-    write_json(theirs().stages[1].eval_file("trace_fomc"), {"run": theirs().identity})
-    manifest = tmp_path / "theirs" / "manifest.json"
+    write_json(external().stages[1].eval_file("trace_fomc"), {"run": external().identity})
+    manifest = tmp_path / "external" / "manifest.json"
     before = manifest.read_text()
     manifest.unlink()
     with pytest.raises(RunError, match="results but no manifest"):
-        theirs(settings={**settings, "test_rows": 3})
-    assert theirs().manifest == json.loads(before)
+        external(settings={**settings, "test_rows": 3})
+    assert external().manifest == json.loads(before)
 
 
 def test_a_manifest_that_was_edited_is_refused(run):
@@ -211,7 +211,7 @@ def test_a_manifest_that_was_edited_is_refused(run):
             step(changed)
 
 
-def test_a_stage_whose_parent_was_trained_again_is_stale_and_so_are_those_after_it(make):
+def test_all_stages_after_a_stage_that_was_trained_again_are_stale(make):
     run, single = make(), make(name="single", method="single")
     for made in (run, single):
         for stage in made.stages[1:]:
@@ -224,7 +224,7 @@ def test_a_stage_whose_parent_was_trained_again_is_stale_and_so_are_those_after_
     for step in (evaluate.evaluate, lambda run: judging.plan(run, None)):
         with pytest.raises(RunError, match=r"2_trace_fomc is stale: stage 1_trace_cstance was trained again"):
             step(run)
-    records.check_stages(run, run.stages[:2])  # what is not stale can be measured
+    records.check_stages(run, run.stages[:2])  # the other stages can be measured
     write_report(run)
     assert "**Stale**: 2_trace_fomc, 3_trace_meetingbank" in (run.path / "report.md").read_text(encoding="utf-8")
 
@@ -245,7 +245,7 @@ def test_a_stage_whose_parent_was_trained_again_is_stale_and_so_are_those_after_
         ({"n_cut": 101}, "n_cut=101 of 100 rows"),
     ],
 )
-def test_a_cell_that_cannot_be_is_an_error(make, changes, message):
+def test_an_impossible_cell_is_an_error(make, changes, message):
     run = make()
     change(run.stages[3].eval_file(TASKS[1]), **changes)
     with pytest.raises(RunError, match=re.escape(message)) as e:
@@ -276,13 +276,13 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_samples_that_are_not_those_of_the_score_are_an_error(make, damage):
+def test_samples_that_do_not_belong_to_the_score_are_an_error(make, damage):
     x = np.linspace(0, 1, 10)[:, None] * [[0.5, 0.9, 0.8, 0.7]]
     run = make(rows={TASKS[0]: {"accuracy": x}})
     file = run.stages[3].samples_file(TASKS[0])
     before = fingerprint(file)
     write_jsonl(file, DAMAGED[damage](read_jsonl(file)))
-    if damage != "text":  # which older cells do not show
+    if damage != "text":  # cells of older versions do not show this change
         with pytest.raises(RunError, match=r"(?s)samples.*valuate again"):
             _ = Results(run).sequence
     change(run.stages[3].eval_file(TASKS[0]), samples=before)
@@ -290,7 +290,7 @@ def test_samples_that_are_not_those_of_the_score_are_an_error(make, damage):
         _ = Results(run).sequence
 
 
-def test_a_score_that_was_changed_is_not_the_mean_of_its_rows(make):
+def test_a_score_that_is_not_the_mean_of_its_rows_is_an_error(make):
     run = make(rows={TASKS[0]: {"accuracy": np.full((10, 4), 0.5)}})
     change(run.stages[3].eval_file(TASKS[0]), metrics={"accuracy": {"value": 0.9, "stderr": 0.1}})
     with pytest.raises(RunError, match="does not give the accuracy of its score"):
@@ -342,7 +342,7 @@ def test_judgements_that_do_not_add_up_are_an_error(rich, changes, message):
 
 
 @pytest.mark.parametrize("damage", ["lost", "doubled", "verdict", "result"])
-def test_lines_of_judgements_that_were_changed_are_an_error(rich, damage):
+def test_changed_lines_of_judgements_are_an_error(rich, damage):
     file = judge_file(rich.stages[3], "instruct_lima").with_suffix(".jsonl")
     rows = read_jsonl(file)
     lost = next(i for i, row in enumerate(rows) if row["combined"] == "lose")
@@ -353,7 +353,7 @@ def test_lines_of_judgements_that_were_changed_are_an_error(rich, damage):
         write_report(rich)
 
 
-def test_a_net_win_rate_is_pooled_over_the_same_sets_only(rich):
+def test_a_net_win_rate_is_pooled_only_over_the_same_sets(rich):
     kind = judgements.KINDS[0]
     for stage in rich.stages[:3]:
         for folder in ("eval/samples", "judge"):
@@ -369,7 +369,7 @@ def test_a_net_win_rate_is_pooled_over_the_same_sets_only(rich):
 
 
 class Judge:
-    """As far as planning needs one."""
+    """The parts of a judge that planning needs."""
 
     model, revision, date, endpoint, sampling = "a/judge", None, None, "http://one/v1", {"temperature": 0}
 
@@ -377,7 +377,7 @@ class Judge:
         vars(self).update(changes)
 
 
-def test_a_stage_judged_by_itself_has_the_judge_of_the_others(rich):
+def test_a_stage_that_is_judged_alone_must_have_the_judge_of_the_others(rich):
     for stage in rich.stages:
         for suite in ("instruct_lima", "safety_cona"):
             change(judge_file(stage, suite), settings=judging.settings(Judge()), endpoint=Judge.endpoint)
@@ -424,7 +424,7 @@ BEGAN = {"task_definitions": {TASKS[0]: {"doc_to_text": "q"}}, "packages": {"tor
         ({}, {"task_definitions": {TASKS[0]: {"doc_to_text": "other"}}}, "definition of C-STANCE"),
     ],
 )
-def test_a_comparison_names_what_cells_and_runs_were_made_with(make, cells, manifest, message):
+def test_a_comparison_names_differences_in_settings_versions_and_definitions(make, cells, manifest, message):
     def made(name, cells, manifest):
         run = make(name=name)
         for stage in run.stages[1:]:

@@ -1,4 +1,4 @@
-"""What `CLTrainer` promises to methods beyond their own tests: hooks around a step, tensors, replay, written rows."""
+"""The promises of `CLTrainer` to methods: hooks around a step, saved tensors, replay, and written rows."""
 
 import json
 import re
@@ -35,7 +35,7 @@ class AverageTrainer(base.CLTrainer):
         self.save_state(self.kept)
 
 
-#: What the papers or their code name, by method, and what we have where they name nothing; see the docstrings.
+#: Method -> the values in its paper or code, or ours if they have none; see the docstrings of the methods.
 PUBLISHED = {
     "anchor": {"anchor_lambda": 0.1, "anchor_weight": "probability"},
     "der": {"der_lambda": 0.5, "der_top": 64, "replay_ratio": 0.1},
@@ -78,7 +78,7 @@ def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path, mo
     class Killed(AverageTrainer):
         def after_step(self):
             super().after_step()
-            if self.state.global_step == 4:  # in the fifth step; the checkpoint of the fourth is whole
+            if self.state.global_step == 4:  # during the fifth step; the checkpoint after the fourth is complete
                 raise KeyboardInterrupt
 
     Killed.__module__ = AverageTrainer.__module__
@@ -103,12 +103,12 @@ def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path, mo
     assert not any(torch.equal(t, a[k]) for k, t in load_file(weights).items() if k in a), "an average of the weights"
 
 
-def test_hooks_come_in_the_order_of_a_step(options):
+def test_hooks_are_called_in_the_order_of_a_step(options):
     seen = []
 
     class Spy(base.CLTrainer):
         def look(self, name):
-            first = list(self.trained().values())[-1]  # of the adapter B, whose gradient is not zero at first
+            first = list(self.trained().values())[-1]  # a matrix B of the adapter: its gradient is not zero at first
             seen.append((name, first.detach().clone(), first.grad.norm().item()))
 
         def adjust_gradients(self, model):
@@ -127,7 +127,7 @@ def test_hooks_come_in_the_order_of_a_step(options):
     assert torch.equal(p0, p1) and not torch.equal(p1, p2)
 
 
-def test_a_training_that_goes_on_within_an_epoch_has_the_order_of_that_epoch():
+def test_a_training_resumed_within_an_epoch_has_the_order_of_that_epoch():
     told = []
     watched = SimpleNamespace(grouped=SimpleNamespace(set_epoch=told.append))
     for epoch in (None, 1.0, 2.5):
@@ -135,7 +135,7 @@ def test_a_training_that_goes_on_within_an_epoch_has_the_order_of_that_epoch():
     assert told == [0, 1, 2]
 
 
-def test_a_row_whose_answer_was_cut_off_counts_for_nothing():
+def test_a_row_without_answer_tokens_does_not_count_in_the_loss():
     trainer = object.__new__(base.CLTrainer)
     labels = torch.tensor([[-100, 5, 6, -100], [-100, -100, -100, -100], [-100, -100, -100, 7]])
     losses = torch.tensor([1.0, 3.0, 5.0])
@@ -144,8 +144,8 @@ def test_a_row_whose_answer_was_cut_off_counts_for_nothing():
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_parameters_that_are_trained_and_would_not_be_saved_are_refused(options, full):
-    """They would be lost to the next stage, and the evaluation would measure another model."""
+def test_trained_parameters_that_would_not_be_saved_are_refused(options, full):
+    """The next stage would not have them, and the evaluation would measure a different model."""
 
     class Beside(base.CLTrainer):
         def stage_model(self, stage):
@@ -165,10 +165,10 @@ def test_parameters_that_are_trained_and_would_not_be_saved_are_refused(options,
     lost = r"2 parameters .* such as gate.weight" if full else r"\d parameters .* such as base_model.*norm"
     with pytest.raises(base.ConfigError, match=lost):
         train(options, Beside)
-    train(options, Saved)  # a method that writes its own checkpoints
+    train(options, Saved)  # a method that writes its own checkpoints may train them
 
 
-def test_a_record_never_costs_a_trained_stage(options, caplog):
+def test_a_record_with_odd_values_does_not_lose_a_trained_stage(options, caplog):
     class Recorder(base.CLTrainer):
         def record(self):
             odd = {"total": torch.ones(2).sum(), "rows_of": {3: np.arange(2)}, "ratio": float("nan")}
@@ -184,7 +184,7 @@ def test_a_record_never_costs_a_trained_stage(options, caplog):
     assert len(found["losses"]) == 2 and "has losses, task, which" in caplog.text
 
 
-def test_a_method_reads_its_state_where_it_chooses_rows(options):
+def test_a_method_can_read_its_state_when_it_chooses_rows(options):
     found = []
 
     class Chooser(base.CLTrainer):
@@ -202,7 +202,7 @@ def test_a_method_reads_its_state_where_it_chooses_rows(options):
 # -------------------------------------------------------------------------------------------------------------- replay
 
 
-def test_replay_is_an_option_of_methods_without_a_memory(options, tmp_path):
+def test_a_method_without_a_memory_can_replay_rows(options, tmp_path):
     rows = {}
 
     class Spy(base.CLTrainer):
@@ -222,7 +222,7 @@ def test_replay_is_an_option_of_methods_without_a_memory(options, tmp_path):
     assert rows[2] == rows[2, "replay"], "the same rows as the method's that is named after it"
 
 
-def test_replay_is_refused_where_a_method_chooses_its_rows_and_not_on_record_where_it_is_not_asked_for(options):
+def test_replay_is_refused_for_methods_that_choose_rows_and_only_recorded_if_set(options):
     for trainer, config in (
         (gem.GEMTrainer, gem.MemoryConfig),
         (joint.JointTrainer, joint.JointConfig),
@@ -236,7 +236,7 @@ def test_replay_is_refused_where_a_method_chooses_its_rows_and_not_on_record_whe
     assert replay.ReplayConfig(output_dir="x").manifest()["replay_ratio"] == 0.1
 
 
-def test_an_alignment_set_has_to_be_named_where_the_tasks_bring_no_data_of_trace():
+def test_an_alignment_set_must_be_named_if_the_tasks_have_no_trace_data():
     with pytest.raises(DataError, match="alignment_data is not set"):
         replay.alignment_rows(SimpleNamespace(alignment_data=None, tasks=["mine"], data=None))
 
@@ -244,9 +244,9 @@ def test_an_alignment_set_has_to_be_named_where_the_tasks_bring_no_data_of_trace
 # -------------------------------------------------------------------------------------------------------- written rows
 
 
-@pytest.mark.slow  # the model writes in a process of its own
-def test_a_stage_is_trained_on_what_the_model_before_writes(options, monkeypatch, request):
-    """The answers are those of the evaluation; they are written once, and again for other prompts."""
+@pytest.mark.slow  # the model writes in its own process
+def test_a_stage_can_train_on_answers_of_the_previous_model(options, monkeypatch, request):
+    """The answers equal those of the evaluation. They are written once, and again only for different prompts."""
     run = train({**options, "max_new_tokens": 6, "max_steps": 8, "tasks": TASKS})
     evaluate.evaluate(run, stages=[0, 1])
     samples = read_jsonl(run.stages[1].samples_file(TASKS[0]))
@@ -278,7 +278,7 @@ def test_a_stage_is_trained_on_what_the_model_before_writes(options, monkeypatch
     assert len(here) == 1 and answers[2] == answers[0][:-1]
 
 
-def test_an_engine_that_cannot_write_is_told_of_before_training(options, monkeypatch):
+def test_an_engine_that_cannot_write_answers_ends_the_run_before_training(options, monkeypatch):
     class Writer(base.CLTrainer):
         def stage_dataset(self, stage):
             self.answers("own", self.previous, {TASKS[0]: ["a prompt"]})
@@ -290,7 +290,7 @@ def test_an_engine_that_cannot_write_is_told_of_before_training(options, monkeyp
 
 
 def test_a_counter_that_is_no_number_is_refused_before_the_first_step(options):
-    """Checkpoints within the stage were written with it, and none could be gone on from."""
+    """Otherwise checkpoints within the stage would contain it, and training could not resume from any of them."""
 
     class Listing(base.CLTrainer):
         counters = (*base.CLTrainer.counters, "seen")

@@ -1,4 +1,4 @@
-"""Evaluation through the transformers backend: which cells, done once, swapped weights, what must not be mixed."""
+"""Evaluation with the transformers backend: which cells are measured, once each, and which must not be mixed."""
 
 import json
 import math
@@ -31,11 +31,11 @@ def cells(run: Run) -> list[list[str]]:
 
 @pytest.fixture
 def no_engine(monkeypatch):
-    """Makes the start of an engine an error from now on."""
+    """A function after whose call the start of an engine is an error."""
     return lambda: monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
 
 
-def test_the_seen_tasks_then_the_full_matrix_and_nothing_twice(run, capsys, no_engine):
+def test_seen_tasks_then_the_full_matrix_are_measured_and_no_cell_twice(run, capsys, no_engine):
     first, second = run.tasks
     assert evaluate.evaluate(run) == 5
     (read, written) = map(int, re.search(r"(\d+) tokens read, (\d+) written", capsys.readouterr().out).groups())
@@ -55,7 +55,7 @@ def test_the_seen_tasks_then_the_full_matrix_and_nothing_twice(run, capsys, no_e
             start(run, stages=[1, 2])
 
 
-def test_a_cell_has_its_scores_and_its_samples(run):
+def test_a_cell_has_samples_and_the_mean_of_their_scores(run):
     evaluate.evaluate(run, stages=[1])
     stage = run.stages[1]
     cell = read_json(stage.eval_file("trace_fomc"))
@@ -67,7 +67,7 @@ def test_a_cell_has_its_scores_and_its_samples(run):
     assert [s["target"] for s in samples] == [d["answer"] for d in docs][:6]
 
 
-def test_what_the_limits_of_lengths_cut_is_counted_and_reported(run, tiny_model):
+def test_cut_prompts_and_answers_are_counted_and_reported(run, tiny_model):
     evaluate.evaluate(run)
     counts = {}
     for name in run.tasks:
@@ -108,7 +108,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(run, monkeypatch):
 
 
 def test_one_engine_serves_all_stages_and_makes_the_prompts_once(run, monkeypatch):
-    """What a further stage costs is its swap and its tokens. Counted, since times cannot be trusted."""
+    """A further stage costs only its swap and its tokens. They are counted, because times vary."""
     starts, swaps, built, encoded = [], [], [], []
     original, build = engine.open_engine, ConfigurableTask.fewshot_context
 
@@ -133,11 +133,11 @@ def test_one_engine_serves_all_stages_and_makes_the_prompts_once(run, monkeypatc
     assert len([text for text, limit in encoded if limit]) <= 2 * 6
 
 
-def test_results_of_an_older_checkpoint_are_made_anew(options, run):
+def test_cells_of_an_older_checkpoint_are_measured_again(options, run):
     evaluate.evaluate(run)
     old = read_json(run.stages[2].eval_file("trace_fomc"))["checkpoint"]
     record = read_json(run.stages[2].train_file)
-    # The stage is trained again, to other weights.
+    # The stage is trained again and has different weights.
     (adapter,) = run.stages[2].checkpoint.glob("*.safetensors")
     save_file({k: v * 2 for k, v in load_file(adapter).items()}, adapter)
     run.stages[2].eval_file("trace_fomc").unlink()
@@ -148,7 +148,7 @@ def test_results_of_an_older_checkpoint_are_made_anew(options, run):
     assert read_json(run.stages[2].eval_file("trace_fomc"))["checkpoint"] != old
 
 
-def test_other_data_than_the_run_s_is_refused(run, tmp_path):
+def test_data_that_differs_from_the_runs_is_refused(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(data.find_data("demo"), copy)
     assert evaluate.evaluate(run, stages=[0], data_path=str(copy)) == 2, "the same data may have moved"
@@ -161,13 +161,13 @@ def test_other_data_than_the_run_s_is_refused(run, tmp_path):
 @pytest.mark.parametrize(
     "names, chat", [(list(data.FOLDERS), False), (["trace_fomc", "trace_20minuten"], True)], ids=["raw", "chat"]
 )
-def test_the_token_ids_trained_on_are_the_ones_tested_on(names, chat, tiny_model, demo_data, monkeypatch):
-    """The prompt part of a training example against what reaches the model in evaluation, truncation included."""
+def test_prompts_have_the_same_token_ids_in_training_and_evaluation(names, chat, tiny_model, demo_data, monkeypatch):
+    """Compares the prompt in a training example with the ids that the model gets in evaluation, also truncated."""
     import lm_eval
 
     limit = 60  # shorter than every demo prompt in bytes
     lm = engine.open_engine("hf", str(tiny_model), max_prompt_length=limit, engine_args={"batch_size": 2})
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # seconds
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it takes seconds
     tested: list[list[int]] = []
     original = lm._generated
     monkeypatch.setattr(
@@ -191,8 +191,8 @@ def test_the_token_ids_trained_on_are_the_ones_tested_on(names, chat, tiny_model
 
 
 @pytest.fixture
-def theirs(run, tiny_model, tmp_path):
-    """Makes a run of checkpoints from elsewhere: copies of the stages of `run`, as v1, v2, and others by name."""
+def external(run, tiny_model, tmp_path):
+    """Makes a run of external checkpoints: copies of the stages of `run` as v1, v2, and others by name."""
     settings = {"backend": "hf", "test_rows": 6, "max_prompt_length": 96, "max_new_tokens": 4, "chat_template": False}
 
     def make(*stages: int, **names: Path) -> Run:
@@ -201,28 +201,28 @@ def theirs(run, tiny_model, tmp_path):
             shutil.copytree(run.stages[stage].checkpoint, folder, dirs_exist_ok=True)
         given = {name: str(folder) for name, folder in {**folders, **names}.items()}
         options = {"model": str(tiny_model), "tasks": run.tasks, "settings": settings, "data_path": "demo"}
-        return evaluate.external_run(tmp_path / "theirs", given, **options)
+        return evaluate.external_run(tmp_path / "external", given, **options)
 
     return make
 
 
-def test_checkpoints_from_elsewhere_that_are_named_as_tasks_are_a_sequence(run, theirs):
-    sequence = theirs(**{s.task: s.checkpoint for s in run.stages[1:]})
+def test_external_checkpoints_named_like_tasks_are_a_sequence(run, external):
+    sequence = external(**{s.task: s.checkpoint for s in run.stages[1:]})
     assert sequence.is_sequence() and evaluate.evaluate(sequence, stages=[2]) == 2
     evaluate.evaluate(run, stages=[2])
     assert (report.Results(sequence).R[2] == report.Results(run).R[2]).all()
 
 
-def test_a_further_checkpoint_becomes_the_next_stage_and_nothing_is_done_again(theirs, tmp_path):
-    assert not theirs(1).is_sequence() and evaluate.evaluate(theirs(1)) == 4, "names that are no task: all tasks"
-    more = theirs(2)  # given by itself
+def test_an_added_checkpoint_becomes_the_next_stage_and_finished_cells_stay(external, tmp_path):
+    assert not external(1).is_sequence() and evaluate.evaluate(external(1)) == 4, "names that are no task: all tasks"
+    more = external(2)  # given alone
     assert [s.name for s in more.stages] == ["0_base", "1_v1", "2_v2"] and evaluate.evaluate(more) == 2
-    assert [s.name for s in theirs(1, 2).stages] == ["0_base", "1_v1", "2_v2"], "or with the others"
+    assert [s.name for s in external(1, 2).stages] == ["0_base", "1_v1", "2_v2"], "or with the others"
     assert [s.name for s in Run.open(more.path).stages] == ["0_base", "1_v1", "2_v2"]
 
 
-def test_a_checkpoint_whose_weights_are_nan_is_not_scored_and_can_be_taken_out(theirs, tmp_path):
-    run, file = theirs(1, 2), tmp_path / "v1/adapter_model.safetensors"
+def test_a_checkpoint_whose_weights_are_nan_is_not_scored_and_can_be_taken_out(external, tmp_path):
+    run, file = external(1, 2), tmp_path / "v1/adapter_model.safetensors"
     save_file({k: v * torch.nan for k, v in load_file(file).items()}, file, {"format": "pt"})
     with pytest.raises(engine.EngineError, match=r"1_v1 gives NaN instead of probabilities.*--drop NAME"):
         evaluate.evaluate(run)
@@ -230,21 +230,21 @@ def test_a_checkpoint_whose_weights_are_nan_is_not_scored_and_can_be_taken_out(t
     assert evaluate.evaluate(evaluate.drop(run.path, ["v1"])) == 2
 
 
-def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(theirs, run, tmp_path):
-    mixed = theirs(1)
+def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(external, run, tmp_path):
+    mixed = external(1)
     evaluate.evaluate(mixed)
-    shutil.copytree(run.stages[2].checkpoint, tmp_path / "v1", dirs_exist_ok=True)  # it was trained on
+    shutil.copytree(run.stages[2].checkpoint, tmp_path / "v1", dirs_exist_ok=True)  # its training went on
     mixed.stages[1].eval_file(run.tasks[0]).unlink()
     written = mixed.stages[1].eval_file(run.tasks[1]).read_bytes()
     evaluate.evaluate(mixed)
-    report.write_report(mixed)  # both cells were made anew
+    report.write_report(mixed)  # both cells were measured again
     mixed.stages[1].eval_file(run.tasks[1]).write_bytes(written)  # as if the program had been killed between them
     with pytest.raises(RunError, match=r"1_v1 were made from 2 states of .*v1.*Evaluate the stage again"):
         report.write_report(mixed)
 
 
 def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(
-    theirs, tiny_model, tmp_path, no_engine, monkeypatch
+    external, tiny_model, tmp_path, no_engine, monkeypatch
 ):
     part = tmp_path / "part"
     shutil.copytree(tiny_model, part)
@@ -252,14 +252,14 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(
     save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, part / "model.safetensors", {"format": "pt"})
     no_engine()
     with pytest.raises(RunError, match=r"part lacks 9 tensors of the model .* describes, such as model\.layers\.1"):
-        theirs(part=part)
-    assert not (tmp_path / "theirs").exists(), "nothing is recorded"
+        external(part=part)
+    assert not (tmp_path / "external").exists(), "nothing is recorded"
     name = "model.embed_tokens.weight"
     tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
     save_file(tensors, part / "model.safetensors", {"format": "pt"})
     config = read_json(part / "config.json")
     write_json(part / "config.json", {**config, "vocab_size": len(tensors[name])})
-    run = theirs(part=part)
+    run = external(part=part)
     with pytest.raises(RunError, match=rf"part: {name} has shape \[\d+, 128\], that of the base model .*--backend hf"):
         evaluate.evaluate(run, backend="vllm")
     monkeypatch.setattr(engine, "open_engine", lambda *a, **k: (_ for _ in ()).throw(EOFError))
@@ -267,17 +267,17 @@ def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(
         evaluate.evaluate(run)
 
 
-def test_an_order_that_is_no_trainings_and_adapters_that_are_not_measured_are_said(theirs, tmp_path, caplog):
-    """A shell lists checkpoint-1000 before checkpoint-200; PEFT saves a second adapter into a folder of its name."""
-    theirs(1, 2)
+def test_a_suspicious_order_of_checkpoints_and_unmeasured_adapters_are_warned_about(external, tmp_path, caplog):
+    """A shell lists checkpoint-1000 before checkpoint-200. PEFT saves a second adapter into a folder with its name."""
+    external(1, 2)
     assert "comes before" not in caplog.text and "further adapters" not in caplog.text
     shutil.copytree(tmp_path / "v1", tmp_path / "v2/reference")
-    theirs(2, 1)
+    external(2, 1)
     assert "v2 comes before v1" in caplog.text and "v2 holds further adapters (reference)" in caplog.text
 
 
-def test_the_tokenizer_of_a_checkpoint_is_not_used_and_that_is_said(theirs, tiny_model, tmp_path, caplog):
-    tokenizer, run = AutoTokenizer.from_pretrained(tiny_model), theirs(1)
+def test_a_different_tokenizer_of_a_checkpoint_is_ignored_with_a_warning(external, tiny_model, tmp_path, caplog):
+    tokenizer, run = AutoTokenizer.from_pretrained(tiny_model), external(1)
 
     def said() -> str:
         caplog.clear()
@@ -297,7 +297,8 @@ def test_the_tokenizer_of_a_checkpoint_is_not_used_and_that_is_said(theirs, tiny
     (tmp_path / "v1" / "tokenizer.json").write_text("{")
     assert evaluate.evaluate(run, stages=[1]) == 2, "nothing is encoded with it"
     assert "The tokenizer of 1_v1 could not be compared" in caplog.text
-    for file, text in {"tokenizer.json": whole, "tokenizer_config.json": "{"}.items():  # they say where its answers end
+    # These files define where its answers end.
+    for file, text in {"tokenizer.json": whole, "tokenizer_config.json": "{"}.items():
         (tmp_path / "v1" / "tokenizer_config.json").write_text(text)
         with pytest.raises(models.ModelError, match=rf"{file} is damaged"):
             evaluate.evaluate(run, stages=[1])
@@ -307,7 +308,7 @@ def test_the_tokenizer_of_a_checkpoint_is_not_used_and_that_is_said(theirs, tiny
 
 
 def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(run):
-    _ = run.identity  # it stays that of the stages
+    _ = run.identity  # the change below must not change the identity
     run.manifest["config"]["engine_args"] = {"dtype": "float32", "batch_size": 2}
     assert evaluate.evaluate(run, stages=[0], engine_args={"batch_size": 3}) == 2, "in addition to the run's own"
     assert read_json(run.stages[0].eval_file("trace_fomc"))["engine_args"] == {"dtype": "float32", "batch_size": 3}
@@ -321,12 +322,12 @@ def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(ru
     assert evaluate.evaluate(run, engine_args={"batch_size": 2, "max_length": 512}) == 3
 
 
-def test_arguments_for_vllm_serve_transformers_where_they_mean_something(tiny_model):
+def test_the_hf_backend_translates_or_ignores_vllm_arguments(tiny_model):
     args = {"max_model_len": 256, "gpu_memory_utilization": 0.9, "tensor_parallel_size": 2, "batch_size": 4}
     assert engine.open_engine("hf", str(tiny_model), engine_args=args).max_length == 256
 
 
-def test_a_context_that_would_cut_prompts_shorter_than_the_run_says_is_refused(run):
+def test_a_context_shorter_than_the_runs_prompt_and_answer_is_refused(run):
     with pytest.raises(RunError, match=r"96 tokens of a prompt and 4 of an answer .* context of 99"):
         evaluate.evaluate(run, engine_args={"max_length": 99})
     assert evaluate.evaluate(run, engine_args={"max_length": 100}) == 5
@@ -357,18 +358,18 @@ def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_en
         *(({name: False}, f"engine_args: {name} would encode prompts") for name in ("add_bos_token", "tokenizer")),
     ],
 )
-def test_arguments_that_hold_for_the_first_stage_or_the_evaluation_alone_are_refused(tiny_model, args, message):
+def test_engine_arguments_that_would_not_apply_to_every_stage_or_to_training_are_refused(tiny_model, args, message):
     with pytest.raises(engine.EngineError, match=message):
         engine.open_engine("hf", str(tiny_model), engine_args=args)
 
 
-def test_a_stage_that_is_not_trained_is_left_out(run, caplog):
+def test_an_untrained_stage_is_skipped_with_a_warning(run, caplog):
     run.stages[2].train_file.unlink()
     assert evaluate.evaluate(run) == 3
     assert "2_trace_numglue_ds is not trained" in caplog.text
 
 
-def test_an_engine_that_is_not_there_is_a_clear_error(tiny_model, monkeypatch):
+def test_a_missing_vllm_is_refused_with_both_ways_out(tiny_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(engine.EngineError, match=r"make setup.*--backend hf"):
         engine.open_engine("vllm", str(tiny_model))
@@ -384,7 +385,7 @@ def test_names_that_are_no_model_are_refused(tiny_model, tmp_path, bad):
         models.resolve_model(str(tmp_path / bad) if bad.isupper() else bad)
 
 
-def test_without_a_connection_a_model_that_is_not_there_is_said_at_once(monkeypatch):
+def test_a_missing_model_without_a_connection_is_refused_without_retries(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the hub is asked again"))

@@ -1,4 +1,4 @@
-"""The methods: every one trains and resumes; and each does what its paper says."""
+"""The methods: each can train and resume, and does what its paper says."""
 
 import importlib
 import re
@@ -41,13 +41,13 @@ def method(name: str) -> tuple[type[CLTrainer], type[CLConfig]]:
 
 
 def as_method(spy: type[CLTrainer]) -> type[CLTrainer]:
-    """Makes a spy on a trainer the same method as far as the manifest goes."""
+    """Gives a spy the module of its trainer, so that the manifest has the same method."""
     spy.__module__ = spy.__base__.__module__
     return spy
 
 
 def small(options: dict, name: str, many: int = 2, **changes) -> dict:
-    """Options for a method on a few tasks, with epochs rather than steps where that matters."""
+    """Options for a method on a few tasks, with epochs instead of steps for methods that need them."""
     own = {
         "freeze": {"freeze_layers": 1},
         "hft": {"use_peft": False, "learning_rate": 1e-3},
@@ -65,7 +65,7 @@ def small(options: dict, name: str, many: int = 2, **changes) -> dict:
 
 
 @pytest.mark.parametrize("name", methods())
-def test_a_method_checks_a_model_that_is_named_as_the_one_of_its_folder(name, options, tiny_model, monkeypatch):
+def test_a_method_checks_a_model_given_by_name_like_one_given_by_folder(name, options, tiny_model, monkeypatch):
     """SmolLM2-135M-Instruct is a name that only `resolve_model` knows."""
 
     class Prepared(Exception):
@@ -91,7 +91,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def probe(options, name: str, stage: int, look, **changes):
-    """Trains up to a stage and returns what `look(trainer)` sees at its first step, before the gradient is adjusted."""
+    """Trains up to a stage and returns the result of `look` at its first step, before the gradient is adjusted."""
     trainer, config = method(name)
     seen = []
 
@@ -107,18 +107,18 @@ def probe(options, name: str, stage: int, look, **changes):
 
 
 def same_step(name: str, options, tmp_path, splits, base=None, many=2, atol=2e-6, first=(), **changes):
-    """Takes one step in the last stage for each of two (batch size, accumulation): the method's gradients are the same.
+    """Takes one step in the last stage with each of two splits of its rows, and checks that the gradients are equal.
 
     Args:
         name: The method.
-        options: Of the run.
-        tmp_path: Where the runs are.
-        splits: The divisions of the step's rows.
+        options: The options of the run.
+        tmp_path: The folder of the runs.
+        splits: Pairs of (batch size, accumulation).
         base: A spy on the trainer.
-        many: The stages. In an earlier one the rows of a task are one batch in the first division, and as many steps.
-        atol: As `assert_close` has it.
-        first: Changes of the first run alone.
-        **changes: Those of both.
+        many: The number of stages. In earlier stages all rows are one batch in the first split; the steps are the same.
+        atol: The tolerance for `assert_close`.
+        first: Changed options of the first run only.
+        **changes: Changed options of both runs.
 
     Returns:
         The second run, and the gradients of the first one.
@@ -150,7 +150,7 @@ def made(config: type[CLConfig], **changes) -> CLConfig:
 
 
 def unbuilt(name: str, **changes) -> CLTrainer:
-    """A method's trainer with its configuration alone."""
+    """A method's trainer that has only its configuration."""
     trainer, config = method(name)
     instance = object.__new__(trainer)
     instance.config = made(config, **changes)
@@ -160,7 +160,7 @@ def unbuilt(name: str, **changes) -> CLTrainer:
 # ------------------------------------------------------------------------------------------------------ every method
 
 
-#: The cells of the matrix of methods with others than the seen ones; and of one whose adapter is a soft prompt.
+#: The measured cells of methods that do not measure exactly the seen tasks, and of one whose adapter is a soft prompt.
 EVALUATED = {"single": np.eye(2), "joint": np.ones((1, 2)), "pp": np.tril(np.ones((2, 2)))}
 
 
@@ -216,8 +216,8 @@ def test_a_method_that_does_nothing_is_sequential_to_the_byte(name, change, reco
         *((name, True) for name in ("ewc", "agem", "anchor", "olora", "inclora", "nlora", "milora", "inflora")),
     ],
 )
-def test_accumulation_and_batch_size_take_the_same_step(name, lora, options, tmp_path):
-    """The gradient after the method, for 1 x 8 and 4 x 2 rows; of adapters or of all parameters."""
+def test_the_gradient_is_the_same_for_different_batch_sizes_and_accumulation(name, lora, options, tmp_path):
+    """Compares the method's gradient for 1 x 8 and 4 x 2 rows, of adapters or of all parameters."""
     own = {"gem": {"memory_rows": 8}, "agem": {"memory_rows": 8}, "anchor": {"anchor_lambda": 2.0}}.get(name, {})
     run, _ = same_step(name, options, tmp_path, ((8, 1), (2, 4)), **EXACT, **own, use_peft=lora, train_rows=8)
     assert run.stages[2].checkpoint.name == ("adapter" if lora else "model")
@@ -225,8 +225,8 @@ def test_accumulation_and_batch_size_take_the_same_step(name, lora, options, tmp
 
 
 @pytest.mark.parametrize("weights", ["rows", "tokens"])
-def test_the_loss_weighs_rows_or_tokens_the_same_however_a_batch_is_split(weights, options, tmp_path):
-    """The gradient of a step, against the losses of its rows one by one, with answers of 2 to 180 tokens."""
+def test_the_weights_of_rows_or_tokens_do_not_depend_on_the_split_of_a_batch(weights, options, tmp_path):
+    """Compares a step's gradient with that of the losses of its single rows, with answers of 2 to 180 tokens."""
     trainer, config = method("joint")
     splits = {"8 x 1": (9, 1, "random"), "1 x 9": (1, 9, "random"), "3 x 3, by length": (3, 3, "group_by_length")}
     for name, (batch, accumulation, order) in splits.items():
@@ -255,11 +255,11 @@ def test_the_loss_weighs_rows_or_tokens_the_same_however_a_batch_is_split(weight
 @pytest.mark.parametrize(
     ("name", "nothing"),
     [
-        ("lwf", {"lwf_lambda": 1e-30}),  # with none it has no teacher
+        ("lwf", {"lwf_lambda": 1e-30}),  # with 0 it would have no teacher
         ("anchor", {"anchor_lambda": 0.0, "anchor_weight": "one"}),
     ],
 )
-def test_a_loss_of_a_method_s_own_has_the_router_s_of_a_mixture_of_experts(name, nothing, options, tmp_path):
+def test_the_loss_of_a_method_includes_the_router_loss_of_a_mixture_of_experts(name, nothing, options, tmp_path):
     losses = []
 
     class Both(method(name)[0]):
@@ -277,7 +277,7 @@ def test_a_loss_of_a_method_s_own_has_the_router_s_of_a_mixture_of_experts(name,
         assert ours == pytest.approx(plain, rel=1e-5) and router > 0.001
 
 
-def test_the_gradient_on_other_rows_is_that_of_the_loss_with_a_mixture_s_router(options, tmp_path):
+def test_the_gradient_on_other_rows_includes_the_router_loss_of_a_mixture_of_experts(options, tmp_path):
     seen = []
 
     class Look(CLTrainer):
@@ -299,13 +299,13 @@ def test_the_gradient_on_other_rows_is_that_of_the_loss_with_a_mixture_s_router(
 
 
 def flattened(architecture, layers, options, tmp_path):
-    """Options of a model whose named layers see the positions of a batch in one list."""
+    """Options of a model in which the named layers get the positions of a batch as one list."""
     base = make_base(architecture, tmp_path / architecture)
     return {**options, **EXACT, "model_name_or_path": str(base), "lora_target_modules": layers}
 
 
 @pytest.mark.parametrize("name", ["ewc", "ogd"])
-def test_gradients_of_rows_are_right_in_layers_that_see_them_in_one_list(name, options, tmp_path):
+def test_row_gradients_are_right_in_layers_that_get_all_positions_as_one_list(name, options, tmp_path):
     trainer, config = method(name)
 
     class Look(trainer):
@@ -328,7 +328,7 @@ def test_gradients_of_rows_are_right_in_layers_that_see_them_in_one_list(name, o
     assert run.stages[2].is_trained
 
 
-def test_a_layer_that_is_called_twice_or_by_a_list_is_seen_as_such():
+def test_row_gradients_recognise_a_layer_that_is_called_twice_or_gets_a_list():
     one, layer = unbuilt("ewc"), torch.nn.Linear(2, 2)
     one.batches, one.compute_loss_context_manager = lambda rows: [{}], nullcontext
     for shapes, plain in (([(1, 5, 2)], True), ([(5, 2)], False), ([(1, 5, 2)] * 2, False), ([], True)):
@@ -336,8 +336,8 @@ def test_a_layer_that_is_called_twice_or_by_a_list_is_seen_as_such():
         assert one._see_rows({"layer": layer}, None) is plain
 
 
-def test_ogd_goes_on_where_no_text_reaches_a_parameter(options):
-    """As the vision tower of a model for pictures and text, which adapters are put into by name."""
+def test_ogd_trains_a_model_with_parameters_that_no_text_reaches(options):
+    """An example is the vision tower of a model for pictures and text, which gets adapters by name."""
     trainer, config = method("ogd")
     unseen = []
 
@@ -364,13 +364,13 @@ def test_osf_keeps_a_direction_of_a_layer_with_one_output_and_needs_a_layer_to_t
         train(small({k: v for k, v in gpt2.items() if k != "lora_target_modules"}, "osf"), *method("osf"))
 
 
-def test_rows_weigh_the_same_unless_tokens_are_asked_for():
+def test_the_default_weight_of_the_loss_is_by_rows():
     assert {made(method(name)[1]).loss_weights for name in methods()} == {"rows"}
     for change in ({"loss_type": "dft"}, {"label_smoothing_factor": 0.1}):
         CLConfig(output_dir="x", loss_weights="tokens", **change)
 
 
-#: Changes of the options; the second one is a launch that divides the model.
+#: Changes of the options. The second one stands for a launch that divides the model.
 FULL, FSDP = {"use_peft": False}, {"FSDP": True}
 OWN_LOSS = ["agem", "anchor", "der", "gem", "lwf", "sdft"]
 REENTRANT = {"gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -460,7 +460,7 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
         ("merge", {**FSDP, **FULL}, "FSDP gives each process a part"),
     ],
 )
-def test_what_a_method_cannot_do_is_refused_before_anything_starts(name, change, words, options, monkeypatch):
+def test_options_that_a_method_cannot_support_are_refused_before_training(name, change, words, options, monkeypatch):
     if "FSDP" in change:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
         monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
@@ -473,7 +473,7 @@ def test_what_a_method_cannot_do_is_refused_before_anything_starts(name, change,
 # ------------------------------------------------------------------------------------------------------------- bounds
 
 
-def test_single_does_not_depend_on_the_stage_before(options, tmp_path):
+def test_single_does_not_depend_on_the_previous_stage(options, tmp_path):
     both = train(small(options, "single"), *method("single"))
     alone = small(options, "single", tasks=THREE[1:2], output_dir=str(tmp_path / "alone"))
     assert same(weights(both, 2), weights(train(alone, *method("single")), 1))
@@ -492,7 +492,7 @@ def test_joint_is_one_stage_on_all_rows(options):
 
 
 def replay_spy():
-    """The replay trainer, which notes the rows of each stage and the order in which batches see them."""
+    """A replay trainer that records the rows of each stage and their order in the batches."""
     trainer, config = method("replay")
 
     class Spy(trainer):
@@ -527,7 +527,7 @@ def test_replay_sees_exactly_its_rows_after_the_stage_s_own(options):
         assert sorted(order[16:]) == sorted(rows[8:]), "then the replayed rows once"
 
 
-def test_a_part_of_an_epoch_that_is_no_row_is_one_row_before_the_replayed_ones(monkeypatch):
+def test_a_share_of_an_epoch_below_one_row_is_one_row_before_the_replayed_rows(monkeypatch):
     monkeypatch.setattr(CLTrainer, "_get_train_sampler", lambda self, rows: list(range(len(rows))))
     trainer = method("replay")[0].__new__(method("replay")[0])
     vars(trainer).update(own_rows=8, own_epochs=0.01, train_dataset=Dataset.from_list([{"a": 0}] * 8))
@@ -535,8 +535,8 @@ def test_a_part_of_an_epoch_that_is_no_row_is_one_row_before_the_replayed_ones(m
     assert len(list(trainer._get_train_sampler())) == 1, "and no stage without a step"
 
 
-def test_mixed_replay_is_part_of_every_epoch_and_may_be_of_plain_and_reasoning_rows(options):
-    """RCL with replay; and any task of the two families may follow any other."""
+def test_mixed_replay_is_in_every_epoch_and_takes_plain_and_reasoning_rows(options):
+    """RCL with replay: tasks of both families may follow each other in any order."""
     spy, config = replay_spy()
     tasks = ["reasoning_fomc", "trace_numglue_cm", "reasoning_numglue_ds"]
     changes = {"tasks": tasks, "max_answer_length": 256, "max_prompt_length": 512, "train_rows": 8}
@@ -563,7 +563,7 @@ def test_the_official_alignment_set_is_read_from_a_folder_or_a_file():
         assert len(rows) == 100 and all(r["prompt"] and r["answer"] for r in rows)
 
 
-def test_another_alignment_set_behind_the_same_path_is_refused(options, tmp_path):
+def test_a_changed_alignment_set_at_the_same_path_is_refused(options, tmp_path):
     file = tmp_path / "own.json"
     write_json(file, [{"prompt": "Say hello.", "answer": "Hello."}] * 3)
     options = small(options, "replay", 1, alignment_data=str(file))
@@ -575,10 +575,10 @@ def test_another_alignment_set_behind_the_same_path_is_refused(options, tmp_path
 
 
 @pytest.mark.parametrize("how", ["first", "random", "balanced"])
-def test_the_choice_of_remembered_rows(how):
+def test_remembered_rows_are_the_first_or_seeded_random_or_balanced_over_answers(how):
     from trainers.memory import choose_rows
 
-    # Answer 1 is rare: 4 of 40 rows. No two prompts have the same length.
+    # Answer 1 is rare: 4 of 40 rows. All prompts have different lengths.
     rows = [{"input_ids": [i] * i + [i, 9], "labels": [-100] * i + [-100, 1 + (i % 10 != 7)]} for i in range(40)]
     rows = Dataset.from_list(rows)
     chosen = choose_rows(rows, 8, how, seed=3)
@@ -594,8 +594,8 @@ def test_the_choice_of_remembered_rows(how):
 
 
 @pytest.mark.parametrize("online", [True, False])
-def test_ewc_penalises_leaving_the_anchors_as_autograd_says(options, online):
-    """Both variants need two tensors per parameter; offline they are the sums over the tasks' own anchors."""
+def test_the_penalty_gradient_of_ewc_is_that_of_autograd_and_zero_at_the_anchor(options, online):
+    """Both variants keep two tensors per parameter. Offline these are the sums over the anchors of all tasks."""
     trainer, config = method("ewc")
     fishers, anchors, errors = [], [], []
 
@@ -668,7 +668,7 @@ def test_the_fisher_information_is_the_squared_gradient_of_the_task_s_rows(optio
 
 
 class Known(torch.nn.Module):
-    """A language model of six words whose only trained weight is that of a hidden layer; each word follows the last."""
+    """A language model of six words. Only a hidden layer is trained. The next word depends only on the last one."""
 
     def __init__(self):
         super().__init__()
@@ -685,7 +685,7 @@ class Known(torch.nn.Module):
         return SimpleNamespace(logits=self.head(torch.tanh(self.hidden(self.words(input_ids)))))
 
     def fisher_after(self) -> torch.Tensor:
-        """The true Fisher information of the next word after each word: all six words, as likely as they are."""
+        """The true Fisher information of the next word after each word: the mean over all six, by their probability."""
         found = []
         for word in range(6):
             logp = self(torch.tensor([[word]])).logits[0, 0].log_softmax(-1)
@@ -695,7 +695,7 @@ class Known(torch.nn.Module):
 
 
 def known_fisher(rows: list[list[int]], model: Known, **changes) -> torch.Tensor:
-    """What the trainer makes of rows of a prompt of one word."""
+    """The trainer's Fisher information for rows whose prompt is one word."""
     from accelerate import Accelerator
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -713,8 +713,8 @@ def known_fisher(rows: list[list[int]], model: Known, **changes) -> torch.Tensor
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
 @pytest.mark.parametrize("weights", ["rows", "tokens"])
 @pytest.mark.parametrize("lengths", [[2], [2, 20, 180]], ids=str)
-def test_the_fisher_information_of_a_known_model_whatever_the_length_of_answers(lengths, weights, fisher):
-    """The curvature of the loss: in the model's own text both kinds come to the true one, enumerated."""
+def test_the_fisher_information_equals_the_enumerated_one_for_all_lengths_of_answers(lengths, weights, fisher):
+    """On text of the model itself, both kinds must equal the true curvature of the loss, which is enumerated."""
     torch.manual_seed(0)
     model = Known()
     true = model.fisher_after()
@@ -736,8 +736,8 @@ def test_the_fisher_information_of_a_known_model_whatever_the_length_of_answers(
     assert float(torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), 0)) > 0.98
 
 
-def test_only_the_sampled_fisher_information_stays_where_the_data_are_fitted():
-    """The three words after which the model is surest: the data's labels have next to no gradient, others have."""
+def test_on_fitted_data_only_the_sampled_fisher_information_stays_large():
+    """After the three words that the model is surest about, the labels of the data have nearly no gradient."""
     torch.manual_seed(0)
     model = Known()
     probability, following = model(torch.arange(6)[None]).logits[0].softmax(-1).max(-1)
@@ -753,7 +753,7 @@ def test_only_the_sampled_fisher_information_stays_where_the_data_are_fitted():
 # --------------------------------------------------------------------------------------------------------------- LwF
 
 
-def test_the_teacher_of_lwf_is_the_stage_before(options):
+def test_the_teacher_of_lwf_is_the_previous_stage(options):
     trainer, config = method("lwf")
     seen = []
 
@@ -764,7 +764,7 @@ def test_the_teacher_of_lwf_is_the_stage_before(options):
                 plain = CLTrainer.compute_loss(self, model, inputs, False, num_items_in_batch)
                 seen.append((loss.item(), plain.item()))
                 if self.teacher is not None:
-                    # At the first step the student is still the stage before: its very logits, and nothing to distil.
+                    # At the first step the student is still the previous stage, so its logits equal the teacher's.
                     logits, taught = (self.answer_logits(m, inputs)[0].detach() for m in (self.model, self.teacher))
                     torch.testing.assert_close(logits, taught, rtol=1e-3, atol=1e-4)
                     assert not any(p.requires_grad for p in self.teacher.parameters())
@@ -775,7 +775,7 @@ def test_the_teacher_of_lwf_is_the_stage_before(options):
     assert all(loss == pytest.approx(plain, rel=1e-3) for loss, plain in seen)
 
 
-def test_a_distillation_of_no_weight_loads_no_teacher_whose_adapter_would_draw_random_numbers():
+def test_lwf_without_weight_loads_no_teacher():
     instance = unbuilt("lwf", lwf_lambda=0.0)
     instance.stage = SimpleNamespace(index=2)
     instance.begin_stage()
@@ -790,7 +790,7 @@ def test_the_distillation_loss_is_the_divergence_from_the_teacher():
     p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
     torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-6)
     assert instance.distillation(teacher, teacher).abs().max() < 1e-5
-    # The paper's loss: the cross entropy of both distributions, sharpened by 1/T; no T^2 in front of either.
+    # The paper's loss is the cross entropy of both distributions at temperature T. Neither loss has a factor T^2.
     paper = -(p * q.log()).sum()
     gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss.sum(), paper)]
     torch.testing.assert_close(gradients[0], ((q - p) / 2).detach(), rtol=1e-4, atol=1e-5)
@@ -801,7 +801,7 @@ def test_the_distillation_loss_is_the_divergence_from_the_teacher():
 
 
 def gem_step(name: str, gradients: list[torch.Tensor], step: torch.Tensor, **changes) -> torch.Tensor:
-    """What a method makes of a step's gradient, given the gradients on the memories."""
+    """The gradient that a method makes from a step's gradient and the gradients on the memories."""
     instance = unbuilt(name, **changes)
     parameter = torch.nn.Parameter(torch.zeros_like(step))
     parameter.grad = step.clone()
@@ -814,7 +814,7 @@ def gem_step(name: str, gradients: list[torch.Tensor], step: torch.Tensor, **cha
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_gem_projects_to_what_a_qp_solver_finds(seed):
+def test_the_projection_of_gem_is_that_of_a_qp_solver(seed):
     from scipy.optimize import minimize
 
     torch.manual_seed(seed)
@@ -859,7 +859,7 @@ def test_the_margin_of_gem_is_the_least_weight():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_agem_takes_off_what_conflicts_and_nothing_else(seed):
+def test_agem_removes_only_the_conflicting_part_of_a_gradient(seed):
     torch.manual_seed(seed)
     memory, step = torch.randn(2, 8), torch.randn(8)
     mean = memory.mean(0)
@@ -896,8 +896,8 @@ def test_the_memory_gradient_is_the_loss_gradient_of_remembered_rows(options):
     assert len(texts) == 8 and all("Stance:" in t for t in texts), "rows of the first task"
 
 
-def test_the_memory_gradient_of_agem_is_every_task_s(options):
-    """Of tasks with answers of 2 and of 180 tokens; by tokens the long ones would be all of it."""
+def test_the_memory_gradient_of_agem_weighs_all_tasks_equally(options):
+    """The tasks have answers of 2 and of 180 tokens. Weighed by tokens, the long ones would decide alone."""
 
     def look(trainer, adjust):
         texts = [(f"Write about {i}. ", f"{i} is the number that this is about. " * 10) for i in range(12)]
@@ -919,7 +919,7 @@ def test_the_memory_gradient_of_agem_is_every_task_s(options):
 
 
 @pytest.mark.parametrize("name", ["gem", "agem"])
-def test_the_step_of_the_optimizer_is_projected_as_well_if_asked(name, options):
+def test_the_step_of_the_optimizer_is_projected_too_if_the_option_is_set(name, options):
     from trainers.memory import dot
 
     trainer, config = method(name)
@@ -989,7 +989,7 @@ def test_every_step_of_ogd_is_orthogonal_to_the_gradients_of_the_answers_logits(
             parts = {name: g.double() for name, g in zip(self.trained(), gradients, strict=True)}
             inside = sum(state[n].flatten(1).double() @ part.flatten() for n, part in parts.items())
             whole = float(sum(part.square().sum() for part in parts.values()))
-            # A remembered row's gradient lies within the stored directions, if all of them are kept.
+            # If all directions are kept, the gradient of a remembered row lies in their span.
             assert size == 3 or float(inside.square().sum()) == pytest.approx(whole, rel=1e-3)
 
     kept = min(size, 4)
@@ -1002,10 +1002,10 @@ def test_every_step_of_ogd_is_orthogonal_to_the_gradients_of_the_answers_logits(
     assert record["directions_bytes"] == 2 * kept * 4 * record["trainable_parameters"]
 
 
-def test_ogd_refuses_what_no_memory_holds(options, monkeypatch, tmp_path):
+def test_ogd_refuses_a_size_that_does_not_fit_into_memory(options, monkeypatch, tmp_path):
     trainer, config = method("ogd")
     options = {**options, "max_steps": 1}
-    # What is named as what there is room for is so.
+    # The size that the message names does fit.
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=2**20))
     with pytest.raises(ConfigError, match=r"ogd_rows=200 needs .* GiB are free") as refused:
         train(options, trainer, config)
@@ -1020,7 +1020,7 @@ def test_ogd_refuses_what_no_memory_holds(options, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_olora_adds_an_adapter_in_a_subspace_of_its_own_to_the_frozen_ones(options, rslora):
+def test_olora_adds_an_adapter_in_its_own_subspace_to_frozen_adapters(options, rslora):
     trainer, config = method("olora")
     begins, logits = {}, []
 
@@ -1041,13 +1041,13 @@ def test_olora_adds_an_adapter_in_a_subspace_of_its_own_to_the_frozen_ones(optio
     run = train(small(options, "olora", 3, **changes), as_method(Spy), config)
     torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)  # a stage begins as the merged model before
     for name, a in begins[1].items():
-        # Of random subspaces of this size no direction is shared.
+        # Random subspaces of this size share no direction.
         assert torch.linalg.matrix_rank(torch.cat([a, begins[2][name]])) == 2 * len(a)
     for stage in (2, 3):
         saved = read_json(run.stages[stage].checkpoint / "adapter_config.json")
-        # PEFT keeps them in a set, whose order differs from process to process.
+        # PEFT keeps the names in a set, whose order differs between processes.
         assert saved["target_modules"] == sorted(LINEAR) and saved["r"] == 4 * stage
-        # The factor of PEFT on the product stays what it was.
+        # PEFT's factor on the product stays the same.
         assert saved["lora_alpha"] / (saved["r"] ** 0.5 if rslora else saved["r"]) == 32 / (2 if rslora else 4)
         assert read_json(run.stages[stage].train_file)["orthogonality_loss"] > 0
         old, new = weights(run, stage - 1), weights(run, stage)
@@ -1057,7 +1057,7 @@ def test_olora_adds_an_adapter_in_a_subspace_of_its_own_to_the_frozen_ones(optio
             assert own.shape[0 if "lora_A" in name else 1] == 4
 
 
-def test_the_orthogonality_loss_of_olora(options):
+def test_the_orthogonality_loss_of_olora_is_that_of_the_paper(options):
     def look(trainer, adjust):
         loss = trainer.orthogonality_loss()
         before = {n: p.grad.clone() for n, p in trainer.trained().items()}

@@ -1,4 +1,4 @@
-"""Tests of `trace_bench.metrics`: the paper's printed numbers, a matrix worked by hand, NaN, and intervals."""
+"""Tests of `trace_bench.metrics`: the paper's printed numbers, values worked by hand, NaN, and intervals."""
 
 import json
 from pathlib import Path
@@ -30,10 +30,10 @@ from trace_bench.metrics import (
 
 PAPER = json.loads((Path(trace_bench.__file__).parent / "report" / "paper_results.json").read_text(encoding="utf-8"))
 RUNS = [*PAPER["runs"], {**PAPER["order2_llama2_7b_seqft"], "model": "LLaMA-2-7B-Chat", "method": "SeqFT", "order": 2}]
-ULP = 1e-9  # float slack
+ULP = 1e-9  # for rounding
 
-# Printed cells off by one unit of their last digit. None is a proven misprint: the paper rounded its scores before
-# printing them, which moves an OP by up to .0005 more and a BWT, a difference of two scores, by up to .001 more.
+# Printed cells that are off by one unit of their last digit. None is proven to be a misprint: the paper rounded its
+# scores before printing them, which moves OP by up to .0005 more, and BWT, a difference of two scores, by .001 more.
 OFF_BY_ONE = {
     ("Baichuan2-7B-Chat", "LoraSeqFT", 1, "BWT"): -0.089,  # printed -.090
     ("LLaMA-2-7B-Chat", "LoraSeqFT", 1, "BWT"): -0.458,  # printed -.457
@@ -43,7 +43,7 @@ OFF_BY_ONE = {
     ("LLaMA-2-13B-Chat", "Replay", 1, "BWT"): 0.005,  # printed .004
     ("LLaMA-2-7B-Chat", "SeqFT", 2, "OP"): 0.328,  # printed .329
 }
-# Misprints of the general ability deltas: swapped digits, and a figure that no rounding explains.
+# Misprints in the general ability deltas: swapped digits, and a number that no rounding explains.
 DELTA_MISPRINTS = {
     ("Vicuna-7B-v1.5", "LoraSeqFT"): -5.31,  # printed -5.13
     ("Vicuna-13B-v1.5", "LoraSeqFT"): -6.81,  # printed -6.18
@@ -51,7 +51,7 @@ DELTA_MISPRINTS = {
 
 # R[t, i] of three tasks; the base model is the first row.
 R3 = np.array([[0.1, 0.2, 0.3], [0.8, 0.3, 0.2], [0.9, 0.9, 0.6], [0.7, 0.5, 1.0]])
-# Function -> the cells (row, column) that its value for the last stage is made of.
+# Function -> the cells (row, column) that its value for the last stage depends on.
 NEEDS = {
     overall_performance: {(3, 0), (3, 1), (3, 2)},
     backward_transfer: {(3, 0), (3, 1), (1, 0), (2, 1)},
@@ -75,7 +75,7 @@ def test_printed_runs_are_reproduced(run):
             assert abs(value - printed) <= 0.0005 + ULP
         else:
             assert abs(value - printed) > 0.0005 + ULP and round(value, 3) == expected
-        # What rounding the scores to three digits can explain; every printed cell is within.
+        # Rounding the scores to three digits can explain the difference of every printed cell.
         assert abs(value - printed) <= (0.001 if name == "OP" else 0.0015) + ULP
 
 
@@ -133,7 +133,7 @@ def test_replicates_of_a_matrix_give_an_array_of_its_values(function):
     assert function(np.stack([R3[:2, :1]] * 2)).shape == (2,), "one task alone"
 
 
-def test_what_cannot_be_is_an_error_that_says_which():
+def test_impossible_arguments_are_errors_that_name_them():
     for function in NEEDS:
         for shape in [(3, 3), (3, 4), (5, 3), (4,), (1, 0), (4, 3, 1)]:
             with pytest.raises(ValueError, match=r"\(T\+1, T\)"):
@@ -164,7 +164,7 @@ def test_what_cannot_be_is_an_error_that_says_which():
 
 
 def binary_rows(rates, n, rng):
-    """0/1 rows with these rates, shape (n, len(rates)), correlated over the columns as the answers of stages are."""
+    """0/1 rows with these rates, shape (n, len(rates)). The columns are correlated like the answers of stages."""
     thresholds = [NormalDist().inv_cdf(rate) for rate in rates]
     return ((rng.standard_normal((n, 1)) + rng.standard_normal((n, len(rates)))) / 2**0.5 < thresholds).astype(float)
 
@@ -181,7 +181,7 @@ def test_intervals_of_op_and_bwt_cover_the_truth_about_as_often_as_they_say():
     assert (np.mean(covered, axis=0) >= 0.92).all() and (np.mean(covered, axis=0) <= 0.98).all()
 
 
-def test_the_bootstrap_is_paired_deterministic_for_a_seed_and_fair_to_small_groups():
+def test_the_bootstrap_is_paired_seeded_and_wide_enough_for_small_groups():
     rng = np.random.default_rng(0)
     rows = [binary_rows([0.2, 0.7, 0.6, 0.5], 100, rng) for _ in range(3)]
     shuffled = [np.stack([rng.permutation(column) for column in x.T], axis=1) for x in rows]
@@ -200,7 +200,7 @@ def test_the_bootstrap_is_paired_deterministic_for_a_seed_and_fair_to_small_grou
         assert np.isnan(bootstrap_interval(few)).all()
 
 
-def test_the_interval_of_the_mean_over_stages_covers_scores_near_one_and_is_that_of_the_same_rows():
+def test_the_interval_of_the_mean_over_stages_covers_scores_near_one():
     rng, covered = np.random.default_rng(0), []
     for _ in range(300):
         rows = [(rng.random((24, 5)) < 0.98).astype(float) for _ in range(4)]
@@ -227,7 +227,7 @@ def test_the_net_interval_by_hand_and_enumerated_over_rates():
         assert probability[(low - 1e-9 <= p - q) & (p - q <= high + 1e-9)].sum() >= 0.93, (p, q)
 
 
-def test_single_means_and_differences_take_the_interval_that_fits_their_rows():
+def test_the_interval_of_a_mean_or_difference_fits_binary_or_graded_rows():
     binary, real = np.repeat([1.0, 0.0], [5, 35]), np.random.default_rng(0).random(40)
     low, high = mean_interval(np.stack([binary, real, np.where(real < 0.1, np.nan, real)], axis=1))
     assert (low[0], high[0]) == wilson_interval(5, 40) and np.isnan([low[2], high[2]]).all()
@@ -237,12 +237,12 @@ def test_single_means_and_differences_take_the_interval_that_fits_their_rows():
     assert (low[1], high[1]) == pytest.approx((*ttest_1samp(real - 0.5, 0).confidence_interval(),))
     assert np.isnan([low[2], high[2]]).all(), "rows that are the same but for rounding have no variance"
     assert np.array(mean_interval(np.array([[0.5], [0.9]]))).ravel() == pytest.approx([0, 1]), "a fraction has ends"
-    # Few graded rows are covered as often as many are.
+    # The coverage is the same for few and for many graded rows.
     rng = np.random.default_rng(0)
     for n in (4, 10, 40):
         low, high = mean_interval(rng.normal(0.5, 0.1, (n, 2000)))
         assert 0.935 < np.mean((low <= 0.5) & (high >= 0.5)) < 0.965, n
-    # Where one row in twenty loses up to 1, two rows more that change by the most that was seen cover the rare ones.
+    # One row in twenty loses up to 1. The interval covers rare changes by adding two rows with the largest seen change.
     rare = rng.random((100, 2000)) * (rng.random((100, 2000)) < 0.05)
     for low, high in (difference_interval(rare), mean_interval(rare), 1 - np.array(mean_interval(1 - rare))[::-1]):
         assert 0.93 < np.mean((low <= 0.025) & (high >= 0.025)) < 0.96
@@ -255,14 +255,14 @@ def test_single_means_and_differences_take_the_interval_that_fits_their_rows():
     assert signs == [1, -1, 0] and Estimate(1).sign == 0
 
 
-def test_the_mean_of_independent_estimates():
+def test_the_mean_of_independent_estimates_has_their_combined_interval():
     one, two = Estimate(0.5, 0.4, 0.7), Estimate(0.3, 0.2, 0.4)
     # .4, less sqrt(.15^2 + .1^2) / 2 of the half widths (.1^2 + .1^2 is less), plus sqrt(.2^2 + .1^2) / 2
     assert mean_of([one, two]) == pytest.approx((0.4, 0.3099, 0.5118), abs=1e-4)
     assert mean_of([Estimate(1, 0.8, 1), Estimate(0.9, 0.7, 0.92)]).high == pytest.approx(0.96), "no end beyond theirs"
     unknown = mean_of([one, Estimate(0.3)])
     assert unknown.value == pytest.approx(0.4) and np.isnan(unknown[1:]).all() and np.isnan(mean_of([]).value)
-    # Near 0 and 1 it covers the truth, too, and where all rates are at the same end.
+    # It also covers the truth near 0 and 1, and if all rates are at the same end.
     rng, n = np.random.default_rng(0), 24
     ends = np.array([wilson_interval(c, n) for c in range(n + 1)])
     for rates in ([0.02, 0.98, 0.5, 0.02], [0.95] * 8):
@@ -277,25 +277,25 @@ def test_the_mean_of_independent_estimates():
 
 
 @pytest.mark.parametrize("values", [[0.3, 0.3], [0.1 + 0.2, 0.3], [50.0] * 5, [0.0, 0.0]], ids=str)
-def test_seeds_of_equal_numbers_say_nothing_of_another_one(values):
+def test_seeds_with_equal_values_give_no_interval(values):
     assert np.isnan(seed_interval(values)).all()
-    mine, theirs = dict(enumerate(values)), dict(enumerate(np.add(values, 2.0)))
-    for other in (theirs, {f"other {seed}": v for seed, v in theirs.items()}):
-        estimate, p = seed_difference(mine, other)
+    first, second = dict(enumerate(values)), dict(enumerate(np.add(values, 2.0)))
+    for other in (second, {f"other {seed}": v for seed, v in second.items()}):
+        estimate, p = seed_difference(first, other)
         assert estimate.value == pytest.approx(-2) and np.isnan([*estimate[1:], p]).all() and estimate.sign == 0
 
 
-def test_methods_are_paired_by_seed_where_they_have_the_same_seeds_else_compared_as_welch_does():
+def test_methods_with_the_same_seeds_are_paired_and_others_compared_by_welchs_test():
     rng = np.random.default_rng(0)
-    mine, theirs = dict(enumerate(rng.normal(3, 2, 4))), dict(enumerate(rng.normal(5, 1, 4)))
-    theirs = dict(reversed(theirs.items()))  # in whatever order
-    estimate, p = seed_difference(mine, theirs)
-    right = ttest_rel([mine[s] for s in range(4)], [theirs[s] for s in range(4)])
+    first, second = dict(enumerate(rng.normal(3, 2, 4))), dict(enumerate(rng.normal(5, 1, 4)))
+    second = dict(reversed(second.items()))  # the order does not matter
+    estimate, p = seed_difference(first, second)
+    right = ttest_rel([first[s] for s in range(4)], [second[s] for s in range(4)])
     assert (*estimate[1:], p) == pytest.approx((*right.confidence_interval(), right.pvalue))
-    assert estimate.value == pytest.approx(np.mean(list(mine.values())) - np.mean(list(theirs.values())))
-    for others in ({7: 5.0, 8: 6.5}, {0: 5.0, 1: 6.5}, theirs | {9: 4.0}):
-        estimate, p = seed_difference(mine, others)
-        right = ttest_ind(list(mine.values()), list(others.values()), equal_var=False)
+    assert estimate.value == pytest.approx(np.mean(list(first.values())) - np.mean(list(second.values())))
+    for others in ({7: 5.0, 8: 6.5}, {0: 5.0, 1: 6.5}, second | {9: 4.0}):
+        estimate, p = seed_difference(first, others)
+        right = ttest_ind(list(first.values()), list(others.values()), equal_var=False)
         assert (*estimate[1:], p) == pytest.approx((*right.confidence_interval(), right.pvalue))
     assert seed_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4841, 2 + 2.4841), abs=1e-4)
     for few in ([1.0], [1.0, np.nan]):
@@ -305,37 +305,37 @@ def test_methods_are_paired_by_seed_where_they_have_the_same_seeds_else_compared
         assert np.isnan([*estimate[1:], p]).all(), "one seed is no difference over seeds"
 
 
-def test_how_many_seeds_are_needed():
-    """The sizes of groups that tables of the t-test's power have."""
+def test_the_number_of_needed_seeds_equals_tables_of_the_t_tests_power():
+    """The sizes equal those in tables of the power of the t-test."""
     assert [seeds_needed(1, d) for d in (0.5, 0.8, 1, 2)] == [64, 26, 17, 6]
     assert seeds_needed(3.0, 1.5) == 64
     assert seeds_needed(1e-9, 50) == 2 and seeds_needed(1, 1e-3) is None
 
 
-def test_the_p_values_of_changed_rows():
+def test_p_values_are_those_of_the_sign_test_or_t_test():
     def p(*differences, **options):
         return difference_p([np.array(differences, dtype=float)[:, None]], **options)[0]
 
-    # By hand: of 10 rows that changed 2 or fewer went one way: 2 * (1 + 10 + 45) / 1024
+    # By hand: at most 2 of 10 changed rows go one way: 2 * (1 + 10 + 45) / 1024
     assert p(*[1] * 8, *[-1] * 2, *[0] * 30) == pytest.approx(0.109375) == p(*[-1] * 8, *[1] * 2, *[0] * 30)
     assert p(*[0] * 40) == 1 and p(0, 0, 0, 1) == 1 and p(*[1] * 12) == pytest.approx(2**-11)
     rng = np.random.default_rng(0)
     real = rng.random(60) - 0.4
     assert p(*real) == pytest.approx(ttest_1samp(real, 0).pvalue)
     assert p(*[3] * 8, *[-1] * 2, fractions=False) == pytest.approx(ttest_1samp([3] * 8 + [-1] * 2, 0).pvalue)
-    # Few rows that changed are not certain, however alike: all of them going one way is chance in 2^(1-k).
+    # Few changed rows are never certain: by chance all k of them go the same way with probability 2^(1-k).
     assert p(*[0.5] * 3, *[0] * 200) == pytest.approx(0.25) and p(*[0.0] * 30, fractions=False) == 1
     assert p(*[0.25] * 40) == pytest.approx(2**-39) and p(0.3, 0.4) >= 0.5
     found = difference_p([np.array([[0.0, np.nan], [0.0, 1.0]])])
     assert found[0] == 1 and np.isnan(found[1])
-    # The difference of two means is the mean over parts of one and of minus the other, times two.
+    # The difference of two means is twice the mean over two parts: one sample, and the negated other sample.
     one, two = rng.normal(0.5, 1, (40, 1)), rng.normal(0.1, 2, (15, 1))
     assert difference_p([one, -two]) == pytest.approx(ttest_ind(one[:, 0], two[:, 0], equal_var=False).pvalue)
     assert np.isnan(difference_p([one, two[:1]])).all(), "a part of one row has no variance"
 
 
 @pytest.mark.parametrize("graded", [False, True])
-def test_what_is_certain_lies_clear_of_zero_in_its_interval_too(graded):
+def test_a_certain_change_has_an_interval_without_zero(graded):
     rng = np.random.default_rng(0)
     for n in (24, 200):
         rows = rng.integers(-1, 2, (n, 200)) + (rng.random((n, 200)) < rng.random(200)) * graded * 0.3

@@ -1,4 +1,4 @@
-"""Tests of `trace_bench.report` on run directories written here: numbers, missing cells, intervals, bounds."""
+"""Tests of `trace_bench.report` on runs written by hand: numbers, missing cells, intervals, bounds."""
 
 import csv
 import os
@@ -25,7 +25,7 @@ from trace_tasks.data.files import write_json, write_jsonl
 
 @pytest.fixture(autouse=True)
 def _no_page(monkeypatch):
-    """The page and its figures are tested in test_html; drawing them for every test here takes a minute."""
+    """Writes no page: test_html tests it and its figures, and drawing them for all tests would take a minute."""
     monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_, **__: None)
 
 
@@ -37,14 +37,14 @@ def text(run):
 
 
 def table(run, heading, number=1):
-    """The rows of the first table below a heading, or a later one: first cell -> the others."""
+    """The rows of a table below a heading (the first by default): first cell -> the other cells."""
     section = "\n" + text(run).split(f"{heading}\n", 1)[1]
     below = section.split("\n\n| ", number)[number].split("\n\n", 1)[0]
     rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in below.splitlines()]
     return {first: rest for first, *rest in rows}
 
 
-def test_the_matrix_its_numbers_and_how_they_are_made(make, as_the_paper):
+def test_the_report_has_the_matrix_and_numbers_worked_by_hand(make, as_the_paper):
     run = make()
     assert write_report(run).endswith("report.md: 9 cells of 9; OP_3 40.0, BWT_3 -50.0")
     rows = table(run, "## Scores")
@@ -58,7 +58,7 @@ def test_the_matrix_its_numbers_and_how_they_are_made(make, as_the_paper):
     assert rows["3_trace_meetingbank"] == ["40.0", "-50.0", "50.0"]  # 120 / 3; (-10 - 90) / 2
     top = table(run, "# mine")
     assert (top["OP_3"][0], top["BWT_3"][0], top["Forgetting_3"][0]) == ("40.0", "-50.0", "50.0")
-    assert "divided by t-1" in top["BWT_3"][1] and top["FWT"][0] == DASH  # needs cells that are not measured
+    assert "divided by t-1" in top["BWT_3"][1] and top["FWT"][0] == DASH  # it needs cells that are not measured
     rows = table(run, "## Learning and forgetting")
     assert rows["task"] == ["base", "own stage", "stage 3", "learned", "since then", "in all"]
     assert rows["C-STANCE"] == ["10.0", "80.0", "70.0", "+70.0", "-10.0", "+60.0"]
@@ -81,7 +81,7 @@ def test_the_matrix_its_numbers_and_how_they_are_made(make, as_the_paper):
     assert len(rows) == 9 + 7  # 9 cells, 7 of them with a second metric
 
 
-def test_an_unfinished_stage_gives_no_number_that_counts_it_as_0(make):
+def test_missing_cells_never_count_as_0(make):
     run = make(without((3, 1), (0, 2)))
     assert "OP_2 75.0, BWT_2 -20.0" in write_report(run)
     assert "OP_3" not in text(run)
@@ -97,10 +97,10 @@ def test_an_unfinished_stage_gives_no_number_that_counts_it_as_0(make):
     assert {c for s in run.stages for c in rows[s.name]} == {DASH} and "OP_3" not in text(run)
 
 
-def test_scores_that_could_not_be_made_or_are_of_an_older_checkpoint_are_missing(make):
+def test_failed_scores_and_scores_of_an_older_checkpoint_are_missing(make):
     run = make()
     write_json(run.stages[3].eval_file(TASKS[2]), cell(run.stages[3], TASKS[2], None))
-    # The stage was trained anew and not yet evaluated anew.
+    # The stage was trained again but not yet evaluated again.
     write_json(run.stages[2].eval_file(TASKS[0]), cell(run.stages[2], TASKS[0], 0.6, "weights before"))
     write_report(run)
     rows = table(run, "## Scores")
@@ -122,14 +122,14 @@ def test_demo_data_and_limited_rows_are_announced(make):
 
 
 def right(*counts, n=40):
-    """0/1 rows, one column a stage: that many are right, the first ones, so that stages are correlated; None = NaN."""
+    """0/1 rows with a column for each stage. The first `count` rows are right, so stages correlate. None = NaN."""
     columns = [np.full(n, NAN) if c is None else (np.arange(n) < c).astype(float) for c in counts]
     return np.stack(columns, axis=1)
 
 
 @pytest.fixture
 def measured(make):
-    """40 rows a task. C-STANCE loses 30, then 4 of them for good; its tolerant score keeps 20. FOMC loses 2 rows."""
+    """40 rows per task. C-STANCE loses 30 right rows and regains 26; its tolerant score loses 10. FOMC loses 2 rows."""
     strict = right(4, 36, 6, 32)
     return make(
         rows={
@@ -140,14 +140,14 @@ def measured(make):
     )
 
 
-def test_op_and_bwt_have_intervals_and_what_changed_for_certain_a_mark(measured):
+def test_op_and_bwt_have_intervals_and_certain_changes_an_arrow(measured):
     assert ", BWT_3 -7.5" in write_report(measured)
     rows = table(measured, "## Scores")
     assert [rows[s.name][:2] for s in measured.stages] == [
         ["10.0", "0.0"],
         ["90.0", DASH],
         ["15.0 ↓", "55.0"],
-        ["80.0", "50.0"],  # four rows lost and none won, or two: nothing that is certain
+        ["80.0", "50.0"],  # only four or two rows are lost, so no change is certain
     ]
     rows = table(measured, "## Learning and forgetting")
     assert rows["C-STANCE"][3].startswith("+80.0 [") and rows["C-STANCE"][3].endswith("] ↑")
@@ -176,10 +176,10 @@ def test_op_and_bwt_have_intervals_and_what_changed_for_certain_a_mark(measured)
     assert float(row["low"]) < float(row["value"]) < float(row["high"])
 
 
-def test_form_is_told_from_knowledge(measured):
+def test_the_loss_is_divided_into_form_and_knowledge(measured):
     measured.stages[3].eval_file(TASKS[1]).unlink()
     measured.stages[3].eval_file(TASKS[2]).unlink()
-    write_report(measured)  # up to stage 2, where C-STANCE lost 30 rows, 20 of them in form alone
+    write_report(measured)  # the last complete stage is 2, where C-STANCE lost 30 rows, 20 of them only in form
     assert "from its own stage to stage 2" in text(measured)
     rows = table(measured, "### Form or knowledge")
     assert list(rows) == ["task", "---", "C-STANCE"] and rows["C-STANCE"][2] == "67 %"
@@ -194,7 +194,7 @@ def test_a_share_above_100_percent_is_explained(make):
     assert table(run, "### Form or knowledge")["C-STANCE"][2] == "150 %" and "A share above 100 %" in text(run)
 
 
-def test_a_run_without_a_sequence_or_a_tolerant_accuracy_has_intervals_too(make):
+def test_a_run_without_a_sequence_and_tolerant_accuracy_has_intervals(make):
     rows = {task: {"accuracy": right(2, 30, 30, 30)} for task in TASKS}
     run = make(name="a-single", method="single", rows=rows)
     write_report(run)
@@ -202,7 +202,7 @@ def test_a_run_without_a_sequence_or_a_tolerant_accuracy_has_intervals_too(make)
     assert table(run, "## Learning")["FOMC"][2].endswith("] ↑")
 
 
-def test_checkpoints_get_op_and_bwt_only_if_they_are_of_every_task_in_order(make):
+def test_external_checkpoints_get_op_and_bwt_only_if_named_like_all_tasks_in_order(make):
     run = make(R[:3], checkpoints={"mine": "a", "theirs": "b"})
     assert "OP" not in write_report(run).replace(str(run.path), "")
     assert "OP_" not in text(run) and "BWT" not in text(run)
@@ -211,7 +211,7 @@ def test_checkpoints_get_op_and_bwt_only_if_they_are_of_every_task_in_order(make
     assert "OP_3 40.0, BWT_3 -50.0" in write_report(make(name="all", checkpoints=dict.fromkeys(TASKS, "a")))
 
 
-def test_the_cost_of_each_stage_and_of_all(make):
+def test_the_report_has_the_cost_of_each_stage_and_the_total(make):
     run = make_rich_run(make, n=5)
     write_report(run)
     rows = table(run, "## Cost")
@@ -273,7 +273,7 @@ def bounded(run, others):
 
 
 def test_bounds_are_the_comparable_runs_that_are_reported_with_it(make, bounds):
-    others = bounds(tasks=TASKS[::-1])  # in another order of the tasks
+    others = bounds(tasks=TASKS[::-1])  # in a different order of the tasks
     run = make()
     rows = bounded(run, others.values())
     names = ["ICL, 6 demonstrations", "this run (stage 3)", "single (a model per task)", "joint (multi-task)"]
@@ -285,7 +285,7 @@ def test_bounds_are_the_comparable_runs_that_are_reported_with_it(make, bounds):
     assert rows["joint (multi-task)"] == ["90.0", "60.0", "60.0", "70.0"]
     assert rows["ICL, 6 demonstrations"] == ["50.0", "40.0", "30.0", "40.0"]
     assert "is missing" not in text(run) and "its training is another" not in text(run)
-    # Nobody looks for runs that were not named, and what is missing says how to get it.
+    # Runs that are not named are not searched for, and the report says how to make the missing ones.
     main(["report", str(run.path)])
     assert list(table(run, "## Bounds"))[2:] == ["base, zero-shot", "this run (stage 3)"]
     for method in ("icl", "single", "joint"):
@@ -303,13 +303,13 @@ def test_bounds_are_the_comparable_runs_that_are_reported_with_it(make, bounds):
     ],
     ids=str,
 )
-def test_what_is_measured_on_something_else_is_no_bound(make, bounds, change):
-    """All that is compared is in test_comparison."""
+def test_a_run_with_a_different_model_tasks_or_rows_is_no_bound(make, bounds, change):
+    """These are examples; test_comparison has all settings that are compared."""
     run = make()
     assert len(bounded(run, bounds(**change).values())) == 4 and text(run).count("is missing") == 3
 
 
-def test_demonstrations_may_take_longer_prompts_and_none_are_no_bound(make, bounds):
+def test_icl_is_a_bound_with_any_prompt_length_but_not_without_demonstrations(make, bounds):
     run = make()
     bounded(run, bounds(config={"max_prompt_length": 64}).values())
     assert text(run).count("is missing") == 2 and "- icl: the run `an-icl`" in text(run)
@@ -319,7 +319,7 @@ def test_demonstrations_may_take_longer_prompts_and_none_are_no_bound(make, boun
     assert bounded(run, [zero, three])["ICL, 3 demonstrations"][-1] == "40.0"
 
 
-def test_a_bound_of_another_training_budget_says_so_and_one_without_scores_is_missing(make, bounds):
+def test_a_bound_with_a_different_training_budget_is_marked_and_one_without_scores_missing(make, bounds):
     there = {"train_rows": 64, "epochs": [3, 2, 1], "num_train_epochs": 3.0, "chat_template": False}
     here = {"train_rows": 16, "epochs": [1, 2, 3], "num_train_epochs": 9.0}
     same = {"learning_rate": 0.1}
@@ -376,7 +376,7 @@ HOSTILE = [
 ]
 
 
-#: What a report and a comparison are made of.
+#: The texts that a report and a comparison contain.
 TAGS = {
     *("h1", "h2", "h3", "p", "ul", "li", "blockquote", "code", "strong"),
     *("table", "thead", "tbody", "tr", "th", "td", "br"),
@@ -384,13 +384,13 @@ TAGS = {
 
 
 def rendered(markdown):
-    """The tags and the text of Markdown, as a renderer with tables and links of addresses makes them."""
+    """The tags and the text that a renderer with tables and automatic links makes from Markdown."""
     page = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown)
     return set(re.findall(r"<(\w+)", page)), unescape(re.sub(r"<[^>]+>", "", page))
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_no_name_of_a_run_makes_anything_but_text_in_a_report(make, text):
+def test_names_in_a_run_are_only_text_in_a_report(make, text):
     tags, shown = rendered(markdown_text(f"The model {one_line(text)} of {text.splitlines()[0]}."))
     assert tags <= {"p", "code", "strong"}
     if not {"`", "*"} & set(text):
@@ -430,8 +430,8 @@ def test_no_name_of_a_run_makes_anything_but_text_in_a_report(make, text):
         assert not text.isprintable() or {"`", "*"} & set(text) or text in shown
 
 
-def test_line_breaks_in_a_manifest_stay_on_one_line_of_the_report_and_the_page(make, monkeypatch):
-    monkeypatch.undo()  # with the page
+def test_line_breaks_in_a_manifest_break_no_line_of_the_report_and_the_page(make, monkeypatch):
+    monkeypatch.undo()  # this time with the page
     broken = "lora\n\n# PWNED\r\u2028## PWNED"
     run = make(
         method=broken,
@@ -451,7 +451,7 @@ def test_line_breaks_in_a_manifest_stay_on_one_line_of_the_report_and_the_page(m
     assert "PWNED" in page and not [h for h in re.findall(r"<h\d.*?</h\d>", page, re.DOTALL) if "PWNED" in h]
 
 
-def test_addresses_are_no_links():
+def test_addresses_in_names_do_not_become_links():
     assert markdown_text("see http://evil.example or www.evil.example") == (
         "see http\\://evil.example or www\\.evil.example"
     )
@@ -461,7 +461,7 @@ def test_addresses_are_no_links():
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", " =1", "＝1", "\n=1"])
-def test_texts_in_tables_for_spread_sheets_are_no_formulas(make, text):
+def test_texts_in_csv_files_are_no_formulas(make, text):
     assert csv_cell(text) == f"'{text}" and csv_cell(f"a{text}") == f"a{text}"
     assert csv_cell(-1.5) == -1.5 and csv_cell(None) is None
     if not text.isprintable():
@@ -474,7 +474,7 @@ def test_texts_in_tables_for_spread_sheets_are_no_formulas(make, text):
     assert "0.25" in {row[3] for row in rows}, "numbers are numbers"
 
 
-def test_latex_text_is_text():
+def test_texts_are_escaped_in_latex():
     assert latex_text("\\ { } $ & # ^ _ ~ %") == (
         r"\textbackslash{} \{ \} \$ \& \# \textasciicircum{} \_ \textasciitilde{} \%"
     )

@@ -1,4 +1,4 @@
-"""The loop over the stages, and the trainer that methods are made of."""
+"""The loop over the stages, and the trainer that methods build on."""
 
 import random
 import re
@@ -38,14 +38,14 @@ def test_every_stage_moves_the_weights_and_leaves_its_record(options):
     assert [(r["rows"], r["steps"]) for r in records] == [(16, 2), (16, 4)] and records[0]["tokens"] > 0
     assert 0 < records[0]["trainable_parameters"] < records[0]["parameters"]
     assert records[0]["method_source"] == records[1]["method_source"]
-    # PEFT keeps them in a set, whose order differs from process to process.
+    # PEFT keeps the names in a set, whose order differs between processes.
     assert read_json(run.stages[1].checkpoint / "adapter_config.json")["target_modules"] == sorted(LINEAR)
     assert not list(run.path.rglob("*.bin")) and not list(run.path.rglob("*.pt")), "safetensors only"
     assert not (run.stages[1].path / ".trainer").exists()
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_a_stage_goes_on_from_the_one_before_which_may_be_dropped(options, lora):
+def test_a_stage_continues_from_the_previous_one_which_may_be_dropped(options, lora):
     class Still(CLTrainer):
         def adjust_gradients(self, model):
             if self.stage.index == 2:
@@ -64,7 +64,7 @@ def test_evaluated_checkpoints_are_dropped_once_measured(options, monkeypatch):
         assert words[:3] == [sys.executable, "-m", "trace_bench"] and "HOME" in environment
         assert not environment.keys() & {"RANK", "MASTER_PORT"}, "it is none of the processes launched together"
         cli.main(words[3:])
-        AcceleratorState._reset_state()  # what the engine left, in a process of its own
+        AcceleratorState._reset_state()  # the engine would have run in its own process
 
     monkeypatch.setattr(ending, "run_child", run_child)
     monkeypatch.setenv("MASTER_PORT", "29500")
@@ -111,7 +111,7 @@ COSINE = {"lr_scheduler_type": "cosine_with_min_lr"}
         ({"auto_find_batch_size": True}, "Give a smaller per_device_train_batch_size"),
         ({"activation_offloading": True}, "without a GPU. Leave it out"),
         ({"max_prompt_length": 1021}, "context of 1024: use a max_prompt_length of at most 1020"),
-        # What HF, TRL and PEFT accept, and then do not heed, or not after a kill.
+        # Options that HF, TRL and PEFT accept, but ignore always or after a kill.
         ({"warmup_steps": 0.1}, "constant has no warmup. Use lr_scheduler_type: constant_with_warmup"),
         ({"lr_scheduler_kwargs": {"min_lr": 1e-5}}, "constant has none"),
         ({**COSINE, "lr_scheduler_kwargs": {"min_lr_rate": "1e-1"}}, "'1e-1' is a text"),
@@ -153,8 +153,8 @@ def test_a_bad_value_is_refused_with_what_is_allowed(options, change, words):
     assert not Path(options["output_dir"]).exists(), "before anything starts"
 
 
-def test_settings_that_are_heeded_pass(caplog):
-    """The other side of the refusals, and of the warning of LoRA that is not used."""
+def test_settings_that_take_effect_are_accepted(caplog):
+    """No refusal and no warning for correct settings; a warning for LoRA settings without LoRA."""
     yaml_no = CLConfig(output_dir="x", save_strategy=False, optim="sgd", optim_args="momentum=0.9, nesterov=true")
     assert yaml_no.save_strategy == "no"
     check_optimizer(yaml_no)
@@ -180,7 +180,7 @@ def test_a_method_that_changes_a_default_keeps_its_limits():
 
 
 @pytest.mark.parametrize("quantised", ["gptq", "bitsandbytes"])
-def test_a_base_model_whose_weights_are_packed_is_refused(options, tmp_path, quantised):
+def test_a_quantised_base_model_is_refused(options, tmp_path, quantised):
     packed = shutil.copytree(options["model_name_or_path"], tmp_path / "packed")
     settings = {"quantization_config": {"quant_method": quantised, "load_in_4bit": True, "bits": 4}}
     write_json(packed / "config.json", read_json(packed / "config.json") | settings)
@@ -193,7 +193,10 @@ def test_rows_longer_than_a_table_of_positions_are_refused_before_the_first_stag
     shape = {"n_positions": 128, "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": len(tokenizer)}
     GPT2LMHeadModel(GPT2Config(**shape)).save_pretrained(tmp_path / "gpt2")
     tokenizer.save_pretrained(tmp_path / "gpt2")
-    tasks = ["trace_fomc", "trace_py150"]  # letters, and code of some hundred characters, each a token
+    tasks = [
+        "trace_fomc",
+        "trace_py150",
+    ]  # answers: letters, and code with some hundred characters (tokens)
     options |= {"model_name_or_path": str(tmp_path / "gpt2"), "tasks": tasks, "max_new_tokens": 4}
     options |= {"max_prompt_length": 120, "lora_target_modules": ["c_attn"]}
     with pytest.raises(ConfigError, match=r"row of trace_py150 has \d+ tokens, .* max_answer_length of at most 8,"):
@@ -203,7 +206,7 @@ def test_rows_longer_than_a_table_of_positions_are_refused_before_the_first_stag
 
 
 @pytest.mark.parametrize("steps", [-1, 3])
-def test_a_stage_whose_rows_are_all_left_out_is_refused_before_the_first_one(options, steps):
+def test_a_stage_with_fewer_rows_than_a_dropped_batch_is_refused_before_the_first_stage(options, steps):
     change = {"dataloader_drop_last": True, "train_rows": 7, "max_steps": steps}
     with pytest.raises(ConfigError, match="trace_fomc has 7 training rows, less than a batch of 8"):
         train({**options, **change})
@@ -223,8 +226,8 @@ def test_a_stage_whose_rows_are_all_left_out_is_refused_before_the_first_one(opt
         ({"use_peft": False}, None),
     ],
 )
-def test_what_is_trained_in_bf16_is_warned_about(options, change, words, caplog):
-    """The warning is of what the optimizer has: the trained parameters that are no float32."""
+def test_training_parameters_in_bf16_is_warned_about(options, change, words, caplog):
+    """The warning depends on the optimizer's parameters: whether any trained one is not float32."""
     args = ModelConfig(**{"model_name_or_path": options["model_name_or_path"], "use_peft": True, **change})
     model = LlamaConfig(dtype=torch.bfloat16)
     preflight._check_weights(model, args)
@@ -240,8 +243,8 @@ def test_what_is_trained_in_bf16_is_warned_about(options, change, words, caplog)
         train({**options, **change, "tasks": options["tasks"][:1], "max_steps": 1}, Spy)
 
 
-def test_a_layer_whose_adapter_is_passed_by_is_warned_about(options, caplog):
-    """As a fused kernel does that takes the weight of the layer."""
+def test_an_adapter_that_the_model_bypasses_is_warned_about(options, caplog):
+    """A fused kernel that reads the weight of the layer would ignore the adapter in this way."""
 
     class Fused(CLTrainer):
         def begin_stage(self):
@@ -274,7 +277,7 @@ def test_a_loss_that_is_not_finite_ends_the_stage(options):
     assert not Run.open(options["output_dir"]).stages[1].is_trained
 
 
-def test_a_method_that_was_changed_within_a_run_is_warned_about(options, run, caplog):
+def test_a_method_that_changed_during_a_run_is_warned_about(options, run, caplog):
     file = run.stages[1].train_file
     record = read_json(file)
     assert record["commit"] is None or len(record["commit"].rstrip("+")) == 40
@@ -284,8 +287,8 @@ def test_a_method_that_was_changed_within_a_run_is_warned_about(options, run, ca
     assert "has changed since stage 1_trace_fomc" in caplog.text
 
 
-def test_every_stage_under_deepspeed_begins_with_a_state_of_its_own(monkeypatch):
-    """Accelerate refuses a plugin where there was one before; HF's loader looks at the one that was made last."""
+def test_every_stage_under_deepspeed_begins_with_a_new_state(monkeypatch):
+    """Accelerate refuses a second plugin, and HF's loader reads the plugin that was made last."""
     calls = []
     monkeypatch.setattr(AcceleratorState, "_reset_state", lambda: calls.append("reset"))
     config = SimpleNamespace(deepspeed_plugin=SimpleNamespace(set_deepspeed_weakref=lambda: calls.append("set")))
@@ -314,21 +317,21 @@ def test_gradients_are_adjusted_before_clipping(options):
                 p.grad.mul_(1e6)
 
     run = train({**options, "tasks": ["trace_fomc"], "optim": "sgd", "learning_rate": 1e-3, "max_steps": 1}, Huge)
-    # With clipping to norm 1 after the hook, a step of SGD is no longer than the learning rate.
+    # If clipping to norm 1 comes after the hook, a step of SGD is at most the learning rate.
     moved = sum(w.square().sum() for k, w in weights(run, 1).items() if "lora_B" in k).sqrt()
     assert 0 < moved <= 1.001e-3
 
 
-def test_the_loss_of_a_mixture_of_experts_is_trl_s_with_its_router_loss(options, tmp_path):
+def test_the_loss_of_a_mixture_of_experts_equals_trls_with_the_router_loss(options, tmp_path):
     losses = []
 
     class Both(CLTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             ours = super().compute_loss(model, dict(inputs), return_outputs, num_items_in_batch)
-            # Ours counted the rows, which have the same number of tokens.
+            # Ours counts rows, TRL tokens. Here all rows have the same number of tokens.
             items = num_items_in_batch * int((inputs["labels"] != -100).sum()) // len(inputs["labels"])
-            theirs = SFTTrainer.compute_loss(self, model, dict(inputs), return_outputs, items)
-            losses.append((ours.item(), theirs.item(), self.router_loss.item()))
+            trl = SFTTrainer.compute_loss(self, model, dict(inputs), return_outputs, items)
+            losses.append((ours.item(), trl.item(), self.router_loss.item()))
             return ours
 
     base = make_base("mixtral", tmp_path / "moe")
@@ -336,12 +339,12 @@ def test_the_loss_of_a_mixture_of_experts_is_trl_s_with_its_router_loss(options,
     changes |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
     train({**options, **changes, "bf16": False, "lora_dropout": 0.0}, Both)
     assert len(losses) == 4
-    for ours, theirs, router in losses:
-        assert ours == pytest.approx(theirs, rel=1e-4) and router > 0.001
+    for ours, trl, router in losses:
+        assert ours == pytest.approx(trl, rel=1e-4) and router > 0.001
 
 
-def test_a_mixture_of_experts_keeps_its_router_s_loss_or_is_refused(options, tmp_path):
-    """TRL leaves it out where labels are smoothed."""
+def test_label_smoothing_without_the_router_loss_is_refused(options, tmp_path):
+    """TRL leaves the router's loss out if labels are smoothed."""
     base = make_base("mixtral", tmp_path / "moe")
     smooth = {"loss_weights": "tokens", "label_smoothing_factor": 0.1, "lora_target_modules": ["q_proj"]}
     options |= {"model_name_or_path": str(base), "tasks": ["trace_fomc"], "max_steps": 1, "bf16": False, **smooth}
@@ -353,7 +356,7 @@ def test_a_mixture_of_experts_keeps_its_router_s_loss_or_is_refused(options, tmp
 @pytest.mark.parametrize(
     ("name", "order"), [("sequential", "group_by_length"), ("replay", "group_by_length"), ("replay", "random")]
 )
-def test_the_order_of_rows_depends_on_the_data_seed_alone_if_there_is_one(name, order, options, tmp_path):
+def test_the_order_of_rows_depends_only_on_the_data_seed_if_set(name, order, options, tmp_path):
     seen = []
 
     class Spy(method(name)[0]):
@@ -370,7 +373,7 @@ def test_the_order_of_rows_depends_on_the_data_seed_alone_if_there_is_one(name, 
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_rows_have_gradients_of_adapted_experts_and_a_full_checkpoint_does_not_return_its_router(options, tmp_path):
+def test_row_gradients_include_experts_and_a_full_checkpoint_answers_without_router_logits(options, tmp_path):
     class Look(CLTrainer):
         def end_stage(self):
             if self.model_args.use_peft:
@@ -386,21 +389,21 @@ def test_rows_have_gradients_of_adapted_experts_and_a_full_checkpoint_does_not_r
     config = read_json(checkpoint / "config.json")
     assert config["output_router_logits"] is False
     answers = by_transformers(base, [checkpoint], PROMPTS)
-    write_json(checkpoint / "config.json", {**config, "output_router_logits": True})  # as TRL leaves it
+    write_json(checkpoint / "config.json", {**config, "output_router_logits": True})  # TRL would leave it so
     assert by_transformers(base, [checkpoint], PROMPTS) == answers
 
 
-def test_frozen_weights_kept_in_bf16_give_the_same_bits_as_autocast_alone(options, tmp_path):
+def test_frozen_weights_in_bf16_give_the_same_bits_as_autocast(options, tmp_path):
     class Autocast(CLTrainer):
         def stage_model(self, stage):
             model = super().stage_model(stage)
             layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.weight.dtype == torch.bfloat16]
             assert len(layers) == 14, "all frozen linear layers of two blocks, and not the tied head"
             fresh = self.load_model(None)
-            theirs = {name.replace(".base_layer", ""): m for name, m in model.get_base_model().named_modules()}
+            adapted = {name.replace(".base_layer", ""): m for name, m in model.get_base_model().named_modules()}
             for name, module in fresh.named_modules():
-                if isinstance(module, torch.nn.Linear) and theirs[name].weight.dtype == torch.bfloat16:
-                    theirs[name].weight.data = module.weight.data
+                if isinstance(module, torch.nn.Linear) and adapted[name].weight.dtype == torch.bfloat16:
+                    adapted[name].weight.data = module.weight.data
             return model
 
     options = {**options, "tasks": ["trace_fomc"], "dtype": "float32", "lora_target_modules": ["q_proj", "down_proj"]}
@@ -409,7 +412,7 @@ def test_frozen_weights_kept_in_bf16_give_the_same_bits_as_autocast_alone(option
     assert same(*(weights(run, 1) for run in runs))
 
 
-def test_dora_takes_its_norms_in_float32_as_the_evaluation_does(options, monkeypatch):
+def test_dora_computes_norms_in_float32_like_the_evaluation(options, monkeypatch):
     found, norm = [], DoraLinearLayer.get_weight_norm
 
     def get_weight_norm(self, *args, **kwargs):
@@ -422,7 +425,7 @@ def test_dora_takes_its_norms_in_float32_as_the_evaluation_does(options, monkeyp
 
 
 @pytest.mark.parametrize("stage_3", [False, True])
-def test_adapters_have_one_type_with_their_base_under_zero3_in_every_stage(options, stage_3, trained, monkeypatch):
+def test_adapters_have_the_type_of_their_base_under_zero3_in_every_stage(options, stage_3, trained, monkeypatch):
     config, model_args = CLConfig(**{k: v for k, v in options.items() if k in CLConfig.__dataclass_fields__}), None
     model_args = ModelConfig(model_name_or_path=options["model_name_or_path"], use_peft=True, dtype="bfloat16")
     trainer = SimpleNamespace(config=config, model_args=model_args)
@@ -434,7 +437,7 @@ def test_adapters_have_one_type_with_their_base_under_zero3_in_every_stage(optio
         assert kinds == {torch.bfloat16 if stage_3 else torch.float32}
 
 
-def test_batches_of_similar_length_in_an_order_of_their_own_each_epoch():
+def test_batches_have_similar_lengths_and_a_different_order_in_each_epoch():
     lengths = [random.Random(i).randrange(20, 1000) for i in range(67)]
     sampler = LengthGrouped(lengths, 8, seed=3)
     epochs = []
@@ -448,13 +451,13 @@ def test_batches_of_similar_length_in_an_order_of_their_own_each_epoch():
         batches = [[lengths[i] for i in order[j : j + 8]] for j in range(0, 64, 8)]
         return sum(8 * max(batch) for batch in batches) / sum(map(sum, batches))
 
-    theirs = get_length_grouped_indices(lengths, 8, generator=torch.Generator().manual_seed(0))
-    assert padded(epochs[0]) < 1.2 < padded(theirs), "of so few rows HF sorts 16 at a time"
+    by_hf = get_length_grouped_indices(lengths, 8, generator=torch.Generator().manual_seed(0))
+    assert padded(epochs[0]) < 1.2 < padded(by_hf), "HF sorts only 16 of so few rows at a time"
     longest = [max(lengths[i] for i in epochs[0][j : j + 8]) for j in range(0, 64, 8)]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
 
 
-def test_rows_are_grouped_in_training(options):
+def test_group_by_length_leaves_little_padding_in_training(options):
     seen = []
 
     class Look(CLTrainer):
@@ -467,8 +470,8 @@ def test_rows_are_grouped_in_training(options):
     assert sum(seen) / 8 > 0.9, "little padding"
 
 
-def test_the_example_of_the_documentation_is_a_method(options, tmp_path, monkeypatch):
-    """Written with the dataclasses' own `field`, as methods were before there was `option`."""
+def test_the_method_in_the_documentation_trains(options, tmp_path, monkeypatch):
+    """The example uses `field` of dataclasses instead of `option`, as older methods do."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/methods.md").read_text(), re.DOTALL)
     assert len(code.splitlines()) <= 30 and "field(default=0.5" in code
     file = tmp_path / "shrink.py"
@@ -480,8 +483,8 @@ def test_the_example_of_the_documentation_is_a_method(options, tmp_path, monkeyp
     assert same(weights(run, 1), weights(run, 2)), "the gradient of stage 2 is shrunk to nothing"
 
 
-def test_names_that_peft_keeps_in_sets_are_saved_in_order(tmp_path):
-    """The order of a set of texts is another one in each process."""
+def test_names_in_sets_of_peft_are_saved_in_sorted_order(tmp_path):
+    """Each process has a different order of a set of texts."""
     from peft import AdaLoraConfig, IA3Config, LoraConfig
 
     names = [f"layer{i}" for i in range(30)]
