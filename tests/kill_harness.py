@@ -285,9 +285,8 @@ def one_round(
                 counts["signals"] += 1
             elif how == "error":
                 line = [x for x in text.splitlines() if x.startswith("error: ")]
-                assert fault == "full" and (len(line) == 1 or (name == "study" and line)), (
-                    where
-                )  # it also has those of its children
+                one = len(line) == 1 or (name == "study" and line)  # a study also shows the errors of its children
+                assert fault == "full" and one, where
                 assert all("run the command again" in x for x in line if "evaluation of" not in x), line
                 counts["full disks"] += 1
             elif fault != "none":

@@ -105,7 +105,7 @@ def numbers(out, task="trace_fomc"):
 
 
 @pytest.mark.parametrize("task", data.FOLDERS)
-def test_the_demonstrations_are_what_is_wanted(task, right):
+def test_built_in_demonstrations_score_in_full_and_cover_the_labels(task, right):
     folder = data.FOLDERS[task]
     prompt = prompts.read_prompt(prompts.prompt_files([task])[task], folder)
     form = FRAMES[folder].form
@@ -126,7 +126,7 @@ def test_the_demonstrations_are_what_is_wanted(task, right):
     assert not {neutralise(d.prompt) for d in prompt.demonstrations} & right.keys(), "they are no rows of the demo data"
 
 
-def test_the_built_in_prompts_ask_as_ever():
+def test_the_built_in_prompts_are_unchanged():
     """Replies are cached by what is asked: raise annotate.VERSION with any change."""
     asked = [
         prompts.read_prompt(file, data.FOLDERS[task]).messages(data.FOLDERS[task], "PROMPT", answer)
@@ -240,7 +240,7 @@ PIECES = [
 
 @given(st.sampled_from([FOMC, NUMBER, STANCE, CODE, SUMMARY, GERMAN]), st.lists(st.sampled_from(PIECES)).map("".join))
 @settings(max_examples=150, deadline=None)
-def test_whatever_is_accepted_is_read_back_as_the_right_answer(row, text):
+def test_accepted_replies_are_read_back_as_the_right_answer(row, text):
     frame = FRAMES[row.folder]
     for reply in (text, reasoning_answer(row.folder, text, row.answer), f"{row.gold}{frame.marker}{text}"):
         path, reason = read_path(row, Reply(reply))
@@ -322,7 +322,7 @@ def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, ca
     assert read_json(run.stages[1].train_file)["rows"] == 6
 
 
-def test_other_settings_are_an_error_before_anything_is_asked(server, tmp_path):
+def test_different_settings_are_an_error_before_any_request(server, tmp_path):
     argv = [tmp_path / "out", "--model", "fake/teacher", "--base-url", server.url, "--tasks", "trace_fomc", "--rows", 4]
     main(["annotate", *map(str, argv)])
     asked = len(server.bodies)
@@ -346,7 +346,7 @@ def test_other_settings_are_an_error_before_anything_is_asked(server, tmp_path):
     assert 1 <= len(server.bodies) - asked <= 3
 
 
-def test_rejected_rows_can_be_kept_with_their_answer_alone(server, tmp_path):
+def test_rejected_rows_can_be_kept_with_only_their_answer(server, tmp_path):
     out, official = tmp_path / "out", demo.make_reasoning()
     command(server, out, "--rows", "4", "--attempts", "1", "--rejected", "keep")
     for task, folder in data.FOLDERS.items():
@@ -358,7 +358,7 @@ def test_rejected_rows_can_be_kept_with_their_answer_alone(server, tmp_path):
             assert bool(path.strip()) == (i % 4 == 0)
 
 
-def test_requests_that_fail_are_counted_and_asked_again(tmp_path, caplog, capsys):
+def test_failed_requests_are_counted_and_sent_again(tmp_path, caplog, capsys):
     """Some fail once, one always; in the last rounds there is nothing but failures, which is no outage."""
     rows = [("good", "B"), ("FAULT:long*1 once", "B"), ("FAULT:long always", "B"), ("FAULT:refusal", "B")]
     ends = {"\ncut": {"finish_reason": "length"}, "\nthink": {"content": None, "reasoning": "x"}}
@@ -381,7 +381,7 @@ def test_requests_that_fail_are_counted_and_asked_again(tmp_path, caplog, capsys
     assert note in caplog.text and note in report
 
 
-def test_failures_alone_make_no_annotation(tmp_path, right):
+def test_only_failures_make_no_annotation(tmp_path, right):
     root = write_fomc(tmp_path / "data", [("FAULT:long one", "B"), ("FAULT:long two", "B")])
     with Server(lambda text: right[task_of(text)]) as server:
         argv = ["--model", "m", "--base-url", server.url, "--rows", "2", "--tasks"]
@@ -397,7 +397,7 @@ def test_failures_alone_make_no_annotation(tmp_path, right):
     assert "| trace_cstance | 2 | 2 (100.0 %) | 2 + 0 + 0 |" in report and "| trace_fomc | 2 | – | – |" in report
 
 
-def test_rows_are_different_prompts_that_are_not_tested(tmp_path, caplog):
+def test_annotated_rows_have_different_prompts_and_no_test_prompts(tmp_path, caplog):
     rows = [("one", "A"), ("one", "A"), ("seen", "C"), ("two", "A\nB"), ("three", "B"), ("four", "B"), ("five", "A")]
     root = write_fomc(tmp_path / "data", rows, test=[("seen", "C")])
     argv = ["--data", root, "--rows", "3", "--attempts", "1", "--concurrency", "1"]
@@ -434,7 +434,7 @@ def test_the_review_sheet_is_safe_for_spread_sheets(tmp_path):
         assert written[int(line["row"])]["answer"] == f"{line['path'].removeprefix(chr(39))}\nAnswer:B"
 
 
-def test_foreign_folders_and_frames_are_errors_before_anything_is_asked(server, tmp_path):
+def test_foreign_folders_and_frames_are_errors_before_any_request(server, tmp_path):
     argv = ["--model", "m", "--base-url", server.url]
     root = write_fomc(tmp_path / "data", [("one", "A"), ("two", "A")])
     before = files(root)
@@ -454,7 +454,7 @@ def test_foreign_folders_and_frames_are_errors_before_anything_is_asked(server, 
 # ------------------------------------------------------------------------------------------------------------ command
 
 
-def test_a_dry_run_asks_and_writes_nothing_and_needs_no_key(server, tmp_path, capsys, monkeypatch, caplog):
+def test_a_dry_run_sends_and_writes_nothing_and_needs_no_key(server, tmp_path, capsys, monkeypatch, caplog):
     monkeypatch.delenv("OPENAI_API_KEY")
     argv = ["--dry-run", "--rows", "5", "--price-in", "1000000", "--price-out", "0"]
     command(server, tmp_path / "out", *argv)
@@ -502,7 +502,7 @@ def test_a_dry_run_states_what_all_attempts_cost_at_most(server, tmp_path, capsy
         (["--sampling", '{"seed": 1}'], "--sampling seed: the program sets it"),
     ],
 )
-def test_options_that_cannot_be_used_are_errors(tmp_path, argv, message):
+def test_unusable_options_are_errors(tmp_path, argv, message):
     (tmp_path / "own").mkdir()
     (tmp_path / "own/formc.yaml").touch()
     assert message in error(tmp_path / "out", "--model", "m", *argv)

@@ -86,7 +86,7 @@ def base_of(tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
 
 
 @pytest.mark.parametrize(("answers_of", "architecture", "kinds"), CELLS)
-def test_an_engine_answers_as_the_trained_model(answers_of, architecture, kinds, base_of, tmp_path):
+def test_an_engine_answers_like_the_trained_model(answers_of, architecture, kinds, base_of, tmp_path):
     """One engine and all kinds of checkpoint, the base between any two of them."""
     base, answers_of_base = base_of(architecture)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -132,7 +132,7 @@ def _cells():
 
 @pytest.mark.usefixtures("written_here")
 @pytest.mark.parametrize(("name", "architecture"), _cells())
-def test_what_a_method_trains_is_what_is_evaluated(name, architecture, base_of, options):
+def test_the_evaluated_model_is_the_one_that_the_method_trained(name, architecture, base_of, options):
     """Two stages, and the tokens of the second one; or the method says that the model does not fit it."""
     base, answers_of_base = base_of(architecture)
     trainer, config = method(name)
@@ -185,7 +185,7 @@ def unmerged(base: Path, adapters: list[Path]) -> tuple:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vllm_serves_adapters_unmerged_and_those_of_later_stages_in_one_batch(base_of, tmp_path):
+def test_vllm_serves_unmerged_adapters_of_several_stages_in_one_batch(base_of, tmp_path):
     """As on a GPU, where that is the default; a kind that LoRA requests cannot hold is merged beside them."""
     base, answers_of_base = base_of("llama_tied")
     tokenizer = AutoTokenizer.from_pretrained(base)

@@ -158,7 +158,7 @@ def plant(rows, *names):
 
 
 @pytest.mark.parametrize("name", PLANTS)
-def test_a_planted_fault_is_found_and_nothing_else(rows, write, name):
+def test_only_the_planted_fault_is_found(rows, write, name):
     plant(rows, name)
     report = audit.audit(write(rows))
     assert findings(report) == {("trace_fomc", *where): found for where, found in PLANTS[name][1].items()}
@@ -212,7 +212,7 @@ def sums():
     return rows
 
 
-def test_test_rows_in_the_training_rows_of_another_task_are_found(sums, write):
+def test_test_rows_in_training_rows_of_a_different_task_are_found(sums, write):
     report = audit.audit(write(sums))
     pair = {"test": "data/NumGLUE-ds", "train": "data/NumGLUE-cm", "rows": 12, "exact": [1], "near": [2]}
     assert report["across"] == [pair]
@@ -225,7 +225,7 @@ def test_test_rows_in_the_training_rows_of_another_task_are_found(sums, write):
     assert json.loads(json.dumps(report)) == report
 
 
-def test_test_rows_in_the_training_rows_of_another_variant_are_found_both_ways(rows, write, tmp_path):
+def test_test_rows_in_training_rows_of_a_different_data_set_are_found_both_ways(rows, write, tmp_path):
     fomc = rows["trace_fomc"]
     larger = {"train": [plain(sentence(f"other {i}"), "A") for i in range(30)], "test": fomc["train"][3:4]}
     larger["train"][7:9] = [fomc["test"][0]] * 2
@@ -243,7 +243,7 @@ def test_test_rows_in_the_training_rows_of_another_variant_are_found_both_ways(r
     assert not any(any(kinds.values()) for kinds in report["leaked"].values()), "no run trains on the other data set"
 
 
-def test_an_exact_twin_in_another_data_set_of_the_same_name_is_no_near_one(rows, write, tmp_path):
+def test_an_exact_twin_in_a_data_set_of_the_same_name_is_not_counted_as_near(rows, write, tmp_path):
     other = tmp_path / "elsewhere" / "data"
     other.mkdir(parents=True)
     root = write(rows)
@@ -279,7 +279,7 @@ def test_the_audit_counts_rows_labels_and_characters(rows, write, monkeypatch):
     assert set(report["missing"]) == {*data.FOLDERS, *data.REASONING} - {*rows}
 
 
-def test_tokens_are_counted_as_in_training_and_testing(rows, write, tiny_model):
+def test_the_audit_counts_the_tokens_of_training_and_testing(rows, write, tiny_model):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
@@ -299,7 +299,7 @@ def test_tokens_are_counted_as_in_training_and_testing(rows, write, tiny_model):
         assert facts["prompt"]["tokens"]["cut"] == 2
 
 
-def test_without_the_quickstart_model_there_is_no_tokenizer_unless_one_is_asked_for(tmp_path, monkeypatch):
+def test_without_the_quickstart_model_there_is_no_default_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACE_CACHE", str(tmp_path))
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     assert models.open_tokenizer(None) is None
@@ -314,7 +314,7 @@ sets = st.lists(st.lists(st.integers(0, 30), max_size=25).map(lambda s: np.uniqu
 
 @settings(deadline=None)
 @given(sets, sets, st.sampled_from([0.5, 0.7, 0.9]))
-def test_no_similar_pair_is_missed(first, second, threshold):
+def test_similar_pairs_equal_those_of_comparing_all_pairs(first, second, threshold):
     first, second = ([s * np.uint64(0x9E3779B97F4A7C15) for s in group] for group in (first, second))
     first, second = ([np.sort(s) for s in group] for group in (first, second))
 
@@ -341,7 +341,7 @@ ANTS = "Solve the following math problem.\nQuestion:\nAn ant has 6 legs. How man
         ("Is 2.5 > 1?", "Is 2.5 < 1?", False),
     ],
 )
-def test_neither_frame_nor_form_make_prompts_different_or_similar(first, second, same):
+def test_similarity_ignores_frames_and_forms_of_characters(first, second, same):
     first, second = shingles(first), shingles(second)
     assert np.array_equal(first, second) == same == bool(similar([first], [second]))
 
@@ -378,7 +378,7 @@ def test_the_command_prints_a_table_and_writes_all_of_it(sums, rows, write, tiny
     assert "of another task or data set: none." in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_json_fails_after_all_others_are_reported(rows, write, tiny_model, capsys):
+def test_a_file_that_is_not_json_fails_after_the_other_files_are_reported(rows, write, tiny_model, capsys):
     root = write(rows)
     (root / "FOMC" / "eval.json").write_text("[{]")
     with pytest.raises(SystemExit, match=r"error: .*FOMC/eval\.json is not JSON"):
@@ -387,7 +387,7 @@ def test_a_file_that_is_no_json_fails_after_all_others_are_reported(rows, write,
     assert "eval                  missing" in out and "reasoning_fomc" in out
 
 
-def test_an_output_that_is_no_json_is_an_error_before_any_work(rows, write, capsys):
+def test_an_output_file_that_is_not_json_is_an_error_before_any_work(rows, write, capsys):
     with pytest.raises(SystemExit, match=r"error: .*audit\.txt.*\.json"):
         main(["data", "audit", str(write(rows)), "--output", "audit.txt"])
     assert not capsys.readouterr().out
@@ -414,7 +414,7 @@ def audited(rows, write, tmp_path):
     return make
 
 
-def test_scores_are_made_from_the_rows_that_are_left(audited, tmp_path, capsys):
+def test_leaked_rows_are_left_out_of_scores(audited, tmp_path, capsys):
     run = audited()
     before = Results(run).R
     assert before[:, 0] == pytest.approx([3 / 12, 5 / 12])
@@ -431,7 +431,7 @@ def test_scores_are_made_from_the_rows_that_are_left(audited, tmp_path, capsys):
     assert np.array_equal(Results(run).R, before)
 
 
-def test_rows_of_the_other_variant_and_of_other_tasks_are_left_out_where_these_are_trained_on(audited, tmp_path):
+def test_rows_leaked_by_other_tasks_are_left_out_only_if_these_are_trained(audited, tmp_path):
     run, file = audited(tasks=("trace_fomc", "reasoning_fomc")), tmp_path / "audit.json"
     seen = without_leaked(run, file)
     assert seen.left_out == {"trace_fomc": {2, 4, 8, 9}, "reasoning_fomc": set()}
@@ -445,7 +445,7 @@ def test_rows_of_the_other_variant_and_of_other_tasks_are_left_out_where_these_a
     assert without_leaked(run, file).left_out["trace_fomc"] == {2, 4, 8, 9}
 
 
-def test_a_comparison_says_that_rows_are_left_out(audited, tmp_path):
+def test_a_comparison_says_which_rows_are_left_out(audited, tmp_path):
     runs = [without_leaked(audited(name), tmp_path / "audit.json") for name in ("one", "two")]
     text = write_comparison(runs)
     assert text.count("Without leaked rows") == 2 and "22.2" in text and "41.7" not in text
@@ -465,7 +465,7 @@ def test_an_audit_of_other_data_is_refused(audited, rows, write, tmp_path):
             without_leaked(run, tmp_path / "none.json")
 
 
-def test_samples_that_are_gone_are_an_error_where_they_are_needed(audited, tmp_path):
+def test_missing_samples_are_an_error_only_if_they_are_needed(audited, tmp_path):
     run = audited()
     run.stages[1].samples_file("trace_fomc").unlink()
     with pytest.raises(RunError, match=r"trace_fomc\.jsonl is gone"):
@@ -477,7 +477,7 @@ values = st.lists(st.floats(0, 1), min_size=1, max_size=9)
 
 
 @given(values, st.sets(st.integers(0, 8)))
-def test_a_cell_without_rows_is_the_mean_and_error_of_the_others(values, left_out):
+def test_leaving_rows_out_gives_the_mean_and_error_of_the_others(values, left_out):
     samples = [{"doc_id": i, "rouge_l": v, "prompt": "p"} for i, v in enumerate(values)]
     cell = {"n": len(values), "headline": "rouge_l", "metrics": {"rouge_l": {"value": 7, "stderr": 7}}, "task": "t"}
     made = without_rows(cell, samples, left_out)
@@ -511,7 +511,7 @@ def counts(report, task, pair):
 
 
 @real_data
-def test_the_500_variant_leaks_what_is_known_of_it(small):
+def test_the_500_variant_has_the_known_leaks(small):
     pairs = {
         (task, pair): counts(small, task, pair)
         for task in data.FOLDERS
@@ -530,7 +530,7 @@ def test_the_500_variant_leaks_what_is_known_of_it(small):
 
 
 @real_data
-def test_the_reasoning_variant_leaks_into_its_own_test_rows_and_into_the_plain_ones(small):
+def test_the_reasoning_variant_has_the_known_leaks(small):
     own = {task: counts(small, task, "train/test")[0] for task in data.REASONING}
     assert {task: n for task, n in own.items() if n} == {"reasoning_fomc": 3, "reasoning_numglue_ds": 3}
     selects = {task: counts(small, task, "eval/test")[0] for task in data.REASONING}  # its eval rows are test rows
@@ -541,7 +541,7 @@ def test_the_reasoning_variant_leaks_into_its_own_test_rows_and_into_the_plain_o
 
 
 @real_data
-def test_the_real_data_s_broken_parts(small):
+def test_the_real_data_has_the_known_faults(small):
     def having(key):
         return {
             (task, split): len(facts[key])
@@ -564,7 +564,7 @@ def test_the_real_data_s_broken_parts(small):
 
 
 @real_data
-def test_official_files_are_recognised_and_the_rebuilt_one_is_not():
+def test_official_files_are_recognised_and_a_rebuilt_one_is_not():
     unknown = []
     for root, variant in ((SMALL, 500), (LARGE, 5000)):
         for file in sorted(root.glob("*/*.json")):
@@ -577,7 +577,7 @@ def test_official_files_are_recognised_and_the_rebuilt_one_is_not():
 
 @real_data
 @pytest.mark.slow  # counts 20 million characters
-def test_lengths_in_tokens_are_those_that_are_known():
+def test_the_real_data_has_the_known_lengths_in_tokens():
     """Median tokens of prompts and answers, SmolLM2's tokenizer; what is known of them is of other rows in part."""
     report = audit.audit(SMALL, models.open_tokenizer(None))
     for task, medians in TOKENS.items():

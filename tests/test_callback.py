@@ -96,7 +96,7 @@ class Watch(TrainerCallback):
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True, "bf16": True}, {"logging_steps": 2}])
-def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, tmp_path, options):
+def test_training_is_equal_to_the_last_bit_with_and_without_the_callback(trainer, tmp_path, options):
     plain, watched = trainer("plain", **options), trainer("watched", **options)
     # What generation has to be kept from: a setting that would change a greedy answer.
     for one in (plain, watched):
@@ -123,9 +123,7 @@ def test_the_training_is_the_same_to_the_last_bit_with_and_without_it(trainer, t
         assert torch.equal(one, two), name
 
 
-def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_weights(
-    trainer, base, tmp_path, monkeypatch
-):
+def test_the_callback_writes_a_run_with_the_scores_of_evaluate(trainer, base, tmp_path, monkeypatch):
     monkeypatch.setenv("GENERAL_DATA", str(SHARED / "data/general"))
     suites = ["boolq"] if (SHARED / "data/general").is_dir() else []
     one = trainer(save_strategy="steps", save_steps=2)
@@ -161,7 +159,7 @@ def test_what_it_writes_is_a_run_with_the_scores_that_evaluate_gives_the_same_we
         evaluate.evaluate(run)
 
 
-def test_changes_are_logged_in_points_and_the_steps_own_log_is_kept(trainer, tmp_path):
+def test_changes_are_logged_in_points_and_the_log_of_the_step_is_kept(trainer, tmp_path):
     one = trainer()
     one.add_callback(ForgettingCallback(one, **{**MEASURED, "tasks": ", ".join(TASKS)}, every=2))
     one.train()
@@ -178,7 +176,7 @@ def test_changes_are_logged_in_points_and_the_steps_own_log_is_kept(trainer, tmp
     assert [e["step"] for e in one.state.log_history if "loss" in e] == [1, 2, 3]
 
 
-def test_a_training_that_goes_on_keeps_the_start_and_measures_again_what_is_trained_again(trainer, tmp_path):
+def test_a_resumed_training_keeps_the_start_and_measures_repeated_steps_again(trainer, tmp_path):
     def train(checkpoint=None, **options):
         one = trainer(save_strategy="steps", save_steps=2, max_steps=4)
         one.processing_class.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + one.processing_class.chat_template
@@ -203,7 +201,7 @@ def test_a_training_that_goes_on_keeps_the_start_and_measures_again_what_is_trai
         train()
 
 
-def test_a_step_that_was_saved_and_not_measured_is_measured_when_the_training_goes_on(trainer, tmp_path, monkeypatch):
+def test_a_saved_but_unmeasured_step_is_measured_when_training_resumes(trainer, tmp_path, monkeypatch):
     def train(checkpoint=None):
         one = trainer(save_strategy="steps", save_steps=1, max_steps=2)
         one.add_callback(ForgettingCallback(one, **{**MEASURED, "rows": 2}, every="save"))
@@ -232,7 +230,7 @@ def test_a_step_that_was_saved_and_not_measured_is_measured_when_the_training_go
         ({"max_prompt_length": 2000}, r"context of 1024,.* than the run says\. The model reads no more: begin with a"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_the_training(trainer, options, message):
+def test_unmeasurable_settings_of_the_callback_are_refused_before_training(trainer, options, message):
     with pytest.raises(Exception, match=message) as e:
         ForgettingCallback(trainer(), **{**MEASURED, **options})
     assert type(e.value).__module__.startswith("trace_")
@@ -261,14 +259,14 @@ T5 = {"vocab_size": 9, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num
     ],
     ids=["FSDP", "tensor parallel", "reward model", "encoder and decoder", "prefix"],
 )
-def test_a_model_that_one_process_cannot_ask_is_refused(trainer, change, message):
+def test_a_divided_model_is_refused_by_the_callback(trainer, change, message):
     one = trainer()
     change(one)
     with pytest.raises(CallbackError, match=message):
         ForgettingCallback(one, **MEASURED)
 
 
-def test_a_soft_prompt_stands_next_to_each_text_of_a_batch(base):
+def test_padding_does_not_separate_a_soft_prompt_from_its_text(base):
     """PEFT by itself puts the padding between the two: in a batch a prompt got another answer than alone."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -286,7 +284,7 @@ def test_a_soft_prompt_stands_next_to_each_text_of_a_batch(base):
         assert generate(lm, prompts, 8) == reference(model, tokenizer, prompts, 8), "as it is by now"
 
 
-def test_nothing_is_compiled_for_the_answers_of_a_compiled_model(trainer):
+def test_answers_of_a_compiled_model_compile_nothing(trainer):
     """Each length of a text would be, up to a limit behind which the training's own lengths are not any more."""
     one, graphs = trainer(), []
     one.model.get_base_model().compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
@@ -298,7 +296,7 @@ def test_nothing_is_compiled_for_the_answers_of_a_compiled_model(trainer):
     assert not graphs
 
 
-def test_the_example_of_the_documentation_works(base, tmp_path, monkeypatch):
+def test_the_example_of_the_callback_in_the_documentation_works(base, tmp_path, monkeypatch):
     page = (Path(__file__).parents[1] / "docs/elsewhere.md").read_text(encoding="utf-8")
     code = page.partition("```python\n")[2].partition("```")[0]
     few = {"MODEL": str(base), "max_steps=40": "max_steps=2, use_cpu=True", "rows=50, every=20": "rows=2, every=1"}
@@ -329,7 +327,7 @@ def train_as_one_of_two(base: Path, out: Path, asked: dict) -> tuple[list[float]
 
 
 @pytest.mark.slow
-def test_of_two_processes_one_measures_and_the_training_is_the_same(base, tmp_path, demo_data):
+def test_only_one_of_two_processes_measures_and_training_is_unchanged(base, tmp_path, demo_data):
     (plain, _), _ = forked_twice(train_as_one_of_two, base, tmp_path / "plain", {})
     watched = forked_twice(train_as_one_of_two, base, tmp_path / "watched", {**MEASURED, "every": 1})
     assert watched == [(plain, 3), (plain, 0)]

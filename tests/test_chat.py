@@ -111,7 +111,7 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
         ({"max_prompt_length": 20}, r"takes \d+ tokens by itself and max_prompt_length is 20: raise it"),
     ],
 )
-def test_what_cannot_be_rendered_is_refused_before_anything_is_trained(switched, wrong, message, tmp_path):
+def test_prompts_that_cannot_be_rendered_are_refused_before_training(switched, wrong, message, tmp_path):
     with pytest.raises((ConfigError, PromptError), match=message):
         train({**switched, **wrong})
     assert not (tmp_path / "run" / "manifest.json").exists()
@@ -122,7 +122,7 @@ def chat(switched):
     return Chat(AutoTokenizer.from_pretrained(switched["model_name_or_path"]), OFF, "2020-01-02")
 
 
-def test_what_is_cut_is_the_content_and_earlier_turns_go_first(chat):
+def test_cutting_a_chat_drops_earlier_turns_first_and_keeps_the_template(chat):
     turns = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "an example"},
@@ -145,7 +145,7 @@ def test_what_is_cut_is_the_content_and_earlier_turns_go_first(chat):
         prompt_ids(chat.tokenizer, [whole], 30, chat)
 
 
-def test_a_content_that_a_normaliser_makes_longer_is_cut_by_what_is_too_much(chat):
+def test_a_text_that_a_normaliser_makes_longer_is_cut_by_the_excess(chat):
     chat.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()  # "…" becomes three points
     text = chat([{"role": "user", "content": "Word " * 20 + "und … " * 9 + "end."}])
     (ids,) = prompt_ids(chat.tokenizer, [text], None, chat)
@@ -154,7 +154,7 @@ def test_a_content_that_a_normaliser_makes_longer_is_cut_by_what_is_too_much(cha
         assert len(cut) <= len(ids) - n < len(cut) + 3
 
 
-def test_a_chat_has_the_templates_ids_and_no_others(chat):
+def test_a_chat_has_only_the_ids_of_its_template(chat):
     """As transformers' own way; a raw prompt keeps what the tokenizer puts in front."""
     turns = [{"role": "user", "content": "a question"}]
     own = chat.tokenizer.apply_chat_template(
@@ -179,7 +179,7 @@ def test_an_answer_to_a_chat_is_encoded_with_it_and_without_bos():
     assert example["input_ids"] == [*ids, tokenizer.eos_token_id] and tokenizer("x").input_ids[0] not in ids
 
 
-def test_a_template_that_refuses_the_turns_says_so(chat):
+def test_a_template_that_refuses_the_turns_is_an_error(chat):
     chat.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(PromptError, match=r"turns system, user: System role not supported\..*`description`"):
         chat([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
@@ -202,13 +202,13 @@ IMAGES = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }
         ({"rag": SWITCH, "chat": SWITCH}, r"none is the default: chat, rag\..*'{\"chat_template\": \"chat\"}'"),
     ],
 )
-def test_a_template_that_does_not_show_what_is_asked_is_refused(template, message, chat):
+def test_a_template_that_leaves_out_the_question_is_refused(template, message, chat):
     chat.tokenizer.chat_template = template
     with pytest.raises(PromptError, match=message):
         Chat(chat.tokenizer)
 
 
-def test_of_several_templates_the_named_one_is_used(chat):
+def test_the_named_one_of_several_templates_is_used(chat):
     turns = [{"role": "user", "content": "a question"}]
     wanted, chat.tokenizer.chat_template = chat(turns), {"default": "{{ messages }}", "chat": SWITCH}
     assert Chat(chat.tokenizer, {"chat_template": "chat", **OFF}, "2020-01-02")(turns) == wanted
@@ -219,13 +219,13 @@ def test_of_several_templates_the_named_one_is_used(chat):
 @pytest.mark.parametrize(
     "behind, end", [("</s>\n", "</s>"), (" <|end|>\n</s>", "<|end|>"), ("<|end|>er", "<|end|>er"), ("\n\n", None)]
 )
-def test_the_end_of_an_answer_is_the_token_behind_it(behind, end):
+def test_the_end_of_an_answer_is_the_token_after_it_in_the_template(behind, end):
     tokenizer = pieces_tokenizer(additional_special_tokens=["<|end|>", "<|end|>er"])
     tokenizer.chat_template = "{% for m in messages %}[{{ m['content'] }}" + behind + "{% endfor %}"
     assert Chat(tokenizer).end == end
 
 
-def test_special_tokens_in_a_content_that_is_cut_count_as_they_are_written(chat):
+def test_a_text_with_special_tokens_is_cut_no_more_than_needed(chat):
     """Py150's "<s>" is one of LLaMA's."""
     text = chat([{"role": "user", "content": "<s> = 1 </s> " * 40 + "end"}])
     (ids,) = prompt_ids(chat.tokenizer, [text], None, chat)
@@ -250,7 +250,7 @@ def test_special_tokens_in_a_content_that_is_cut_count_as_they_are_written(chat)
     ],
     ids=lambda t: t[:50],
 )
-def test_a_template_that_would_take_for_ever_or_all_memory_is_refused(template, tiny_model, monkeypatch):
+def test_a_template_that_takes_too_much_time_or_memory_is_refused(template, tiny_model, monkeypatch):
     monkeypatch.setattr(tokens, "RENDERING", (0.5, 2**29))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = template
@@ -261,7 +261,7 @@ def test_a_template_that_would_take_for_ever_or_all_memory_is_refused(template, 
     assert "what" in Chat(tokenizer)([{"role": "user", "content": "what"}]), "the limits end with it"
 
 
-def test_memory_is_limited_beside_the_main_thread_too(tiny_model, monkeypatch):
+def test_memory_is_limited_outside_the_main_thread_too(tiny_model, monkeypatch):
     tokenizer, found = AutoTokenizer.from_pretrained(tiny_model), []
     tokenizer.chat_template = "{{ 'x' * 10**10 }}"
 

@@ -1,4 +1,4 @@
-"""Tests of `trace-bench`: it starts quickly, says what it did, and every error of the project is one plain message."""
+"""Tests of `trace-bench`: it starts quickly, prints its results, and prints every error of ours as one message."""
 
 import importlib
 import inspect
@@ -42,7 +42,7 @@ def run(make):
 
 
 def error(*argv):
-    """The message that a command ends with; `sys.exit(str)` prints it to stderr and exits with 1."""
+    """The message with which a command ends; `sys.exit(str)` prints it to stderr and exits with 1."""
     with pytest.raises(SystemExit) as e:
         main([str(a) for a in argv])
     message = e.value.code
@@ -72,7 +72,7 @@ def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
         assert default in (None, MISSING) or text.endswith(f"[{default}] ")
 
 
-def test_the_help_of_a_method_of_one_s_own(tmp_path, capsys):
+def test_the_help_of_a_users_method_has_its_options_and_errors(tmp_path, capsys):
     import trainers.help
 
     code = """
@@ -95,12 +95,12 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("option", ["--help", "--help_all"])
-def test_all_options_of_hf_are_listed_where_asked_for_or_where_a_file_does_not_name_its_config(option, capsys):
+def test_the_help_has_all_options_of_hf_on_request_or_without_a_named_config(option, capsys):
     import trainers.help
     from trainers.base import CLConfig, CLTrainer
     from trainers.base import main as train
 
-    for name in ("memory", "nowhere"):  # one that is no method, and none
+    for name in ("memory", "nowhere"):  # a file that is no method, and no file
         assert not trainers.help.show(packaged.TRAINERS / f"{name}.py", "train it")
     with pytest.raises(SystemExit) as e:
         train(CLTrainer, CLConfig, [option])
@@ -117,7 +117,7 @@ def test_all_options_of_hf_are_listed_where_asked_for_or_where_a_file_does_not_n
         (["trainers.replay", "--help"], "python -m trainers.replay --config FILE.yaml"),
     ],
 )
-def test_what_needs_no_model_imports_no_torch_and_no_lm_eval(words, said):
+def test_commands_without_a_model_import_no_torch_and_no_lm_eval(words, said):
     command = [sys.executable, "-X", "importtime", "-m", *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and all(word in done.stdout for word in said.split("|"))
@@ -148,7 +148,7 @@ def test_data_checks_every_data_set_of_an_archive(tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- evaluate
 
 
-def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
+def test_the_options_of_the_command_reach_evaluate(run, monkeypatch, capsys):
     seen = {}
     monkeypatch.setattr(evaluate, "evaluate", lambda run, **k: seen.update(k, path=run.path) or 0)
     argv = ["--stages", "0,1", "--cells", "all", "--backend", "hf", "--engine-args", '{"a": 1}', "--data", "demo"]
@@ -170,7 +170,7 @@ def test_options_of_evaluate_reach_it(run, monkeypatch, capsys):
     alone, words = dict(seen), []
     monkeypatch.setattr(evaluate, "evaluate_on", lambda path, devices, options, **k: words.extend(options))
     main(["evaluate", str(run.path), *argv, *extra, "--no-likelihood", "--distance", "--devices", "cpu"])
-    main(["evaluate", str(run.path), "--share", *words])  # as each process of --devices is started
+    main(["evaluate", str(run.path), "--share", *words])  # each process of --devices is started so
     assert seen == {**alone, "share": True}
 
 
@@ -183,14 +183,14 @@ FROM_ELSEWHERE = ["--test-rows=5", "--tasks=order2", "--max-prompt-length=64", "
         (["--stages", "7"], "no stage [7]: the run has 0, 1"),
         (["--stages", "0,x"], "--stages numbers"),
         *((["--engine-args", text], "--engine-args must be a JSON object") for text in ("{", "[1]", '{"a": NaN}')),
-        # A run has these in its manifest: an option that changes nothing must not be accepted.
+        # A run has these settings in its manifest. An option without effect must not be accepted.
         *(([given], f"{given.partition('=')[0]}: only with --checkpoint") for given in FROM_ELSEWHERE),
         (["--chat-template"], "--chat-template: only with --checkpoint"),
         (["--model=m"], "m is not the base model that"),
     ],
     ids=str,
 )
-def test_options_that_cannot_be_are_refused(run, argv, message, demo_data):
+def test_impossible_options_are_refused(run, argv, message, demo_data):
     assert message in error("evaluate", run.path, *argv)
 
 
@@ -213,7 +213,7 @@ def test_options_that_cannot_be_are_refused(run, argv, message, demo_data):
         (["a=CONFIG"], ".safetensors"),
     ],
 )
-def test_a_checkpoint_is_written_as_name_and_path_of_a_whole_one(tmp_path, monkeypatch, given, said):
+def test_checkpoint_takes_a_name_and_the_path_of_a_complete_checkpoint(tmp_path, monkeypatch, given, said):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     files = {"EMPTY": "x", "HALF": "adapter_model.safetensors", "CONFIG": "config.json", "ZERO": "zero_to_fp32.py"}
@@ -235,7 +235,7 @@ def test_a_number_below_1_is_an_error(tmp_path, capsys, option):
     assert f"argument {option}: 0 is not allowed: use a number of at least 1" in capsys.readouterr().err
 
 
-def test_an_option_as_training_writes_it_gets_its_neighbour_and_the_command_s_usage(capsys):
+def test_an_option_spelt_as_in_training_is_an_error_with_the_right_option_and_the_usage(capsys):
     for argv in (["--test_rows", "4"], ["--test_rows=4"], ["--general", "general", "--general_rows", "4"]):
         with pytest.raises(SystemExit, match="2"):
             main(["evaluate", "runs/r", *argv])
@@ -274,7 +274,7 @@ JUDGE = ["--model", "m", "--base-url", "http://localhost:1/v1"]
     ],
     ids=lambda value: value[0] + value[-1] if isinstance(value, list) and len(value) > 2 else None,
 )
-def test_a_list_has_spaces_or_commas(run, monkeypatch, tmp_path, form, argv, function, key, given):
+def test_lists_of_a_command_may_have_spaces_or_commas(run, monkeypatch, tmp_path, form, argv, function, key, given):
     class Reached(Exception):
         pass
 
@@ -307,7 +307,7 @@ def test_a_list_has_spaces_or_commas(run, monkeypatch, tmp_path, form, argv, fun
         (["data", "audit", "--against", "a", "b"], "SOURCE"),
     ],
 )
-def test_a_list_that_took_what_stands_behind_it_is_an_error_that_says_so(argv, name, capsys):
+def test_a_list_that_swallowed_the_next_argument_is_an_error_that_says_so(argv, name, capsys):
     for given, said in ((argv, f"write {name} before the options"), (["evaluate", "r", "--tasks", ","], "is empty")):
         with pytest.raises(SystemExit, match="2"):
             main(given)
@@ -328,7 +328,7 @@ def test_a_list_that_took_what_stands_behind_it_is_an_error_that_says_so(argv, n
         ("epochs", ["5", "3", "0.5"], [5, 3, 0.5]),
     ],
 )
-def test_a_list_of_a_trainer_has_spaces_or_commas(tmp_path, option, words, value):
+def test_lists_of_a_trainer_may_have_spaces_or_commas(tmp_path, option, words, value):
     file = tmp_path / "c.yaml"
     argv = ["--output_dir", "r", *(["--tasks", "t1", "t2", "t3"] if option == "epochs" else [])]
     value = value or [member for word in words for member in data.GROUPS.get(word, [word])]
@@ -351,12 +351,12 @@ def test_a_list_of_a_trainer_has_spaces_or_commas(tmp_path, option, words, value
         ({"epochs": "1,x", "tasks": "a,b"}, "epochs='x' is not allowed: use a number above 0"),
     ],
 )
-def test_an_unknown_name_of_a_trainer_gets_its_neighbour(options, message):
+def test_an_unknown_name_in_a_training_is_an_error_with_the_most_similar_one(options, message):
     with pytest.raises(ConfigError, match=message):
         CLConfig(output_dir="r", **{k: [v] for k, v in options.items()})
 
 
-def test_an_unknown_name_of_a_command_gets_its_neighbour(make, tmp_path, monkeypatch):
+def test_an_unknown_name_in_a_command_is_an_error_with_the_most_similar_one(make, tmp_path, monkeypatch):
     run = make_rich_run(make, tasks=["trace_fomc"], n=2)
     annotate = ["annotate", tmp_path / "out", *JUDGE, "--data", "demo", "--tasks"]
     (tmp_path / "c.yaml").touch()
@@ -380,7 +380,7 @@ STOPPED = re.compile(r"^stopped: .* Go on with: (.*)$", re.M)
 
 
 def listens(pid, ended=lambda: None):
-    """Waits until a process has a handler for SIGTERM."""
+    """Waits until a process handles SIGTERM."""
     while ended() is None:
         with suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
@@ -391,13 +391,13 @@ def listens(pid, ended=lambda: None):
 
 def start(*command, **options):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    # Under nohup, SIGHUP is ignored in all programs that are started.
+    # nohup makes all programs that it starts ignore SIGHUP.
     heed = {"preexec_fn": lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)}
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **options}, **pipes, **heed)
 
 
 def the_line(process, number):
-    """The command of the one line with which a process ends on a signal."""
+    """The command in the one line that a process prints when a signal ends it."""
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == 128 + number, (process.returncode, out, err)
@@ -413,14 +413,14 @@ def the_line(process, number):
         (["trace_bench", "train", "ewc", "--output_dir", "it's"], signal.SIGHUP),
     ],
 )
-def test_ctrl_c_while_a_command_imports_is_one_line_with_that_very_command(words, number):
+def test_ctrl_c_during_imports_prints_one_line_with_the_command_to_repeat(words, number):
     process = start(sys.executable, "-m", *words)
     listens(process.pid, process.poll)
     time.sleep(0.1 if words[0].startswith("trainers") else 0)
     assert the_line(process, number) == shlex.join([sys.executable, "-m", *words])
 
 
-def test_the_script_is_named_as_it_was_called(monkeypatch, tmp_path):
+def test_the_command_to_repeat_names_the_script_as_it_was_called(monkeypatch, tmp_path):
     script = tmp_path / "trace-bench"
     script.write_text("#!")
     script.chmod(0o755)
@@ -431,8 +431,8 @@ def test_the_script_is_named_as_it_was_called(monkeypatch, tmp_path):
     assert ending._given() == "trace-bench evaluate 'runs/a b'"
 
 
-def test_what_launched_a_training_is_part_of_the_command():
-    """As accelerate launch and torchrun: a program of its own, with the same words at its end."""
+def test_the_command_to_repeat_includes_the_launcher():
+    """A launcher (accelerate launch, torchrun) is a separate program whose command ends with the same words."""
     launcher = "import subprocess, sys; sys.exit(subprocess.call([sys.executable, *sys.argv[1:]]))"
     words = ["-m", "trainers.sequential", "--config", "a b.yaml"]
     process = start(sys.executable, "-c", launcher, *words)
@@ -446,7 +446,7 @@ def test_what_launched_a_training_is_part_of_the_command():
     assert STOPPED.findall(process.stderr.read()) == [shlex.join([sys.executable, "-c", launcher, *words])]
 
 
-def test_ctrl_c_while_a_judge_is_waited_for(make):
+def test_ctrl_c_while_waiting_for_a_judge_prints_one_line(make):
     run = make_rich_run(make, tasks=["trace_fomc"], n=2)
     for stage in run.stages:
         shutil.rmtree(stage.path / "judge")
@@ -471,7 +471,7 @@ def test_ctrl_c_while_a_judge_is_waited_for(make):
         ("data", "nothing is lost"),
     ],
 )
-def test_ctrl_c_in_any_command_says_what_is_kept(command, kept, monkeypatch, capfd):
+def test_ctrl_c_in_any_command_prints_what_is_kept(command, kept, monkeypatch, capfd):
     def stopped(*args):
         raise KeyboardInterrupt
 
@@ -505,7 +505,7 @@ with ending.command("study"):
 
 
 @pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
-def test_a_command_that_is_stopped_ends_the_one_that_it_started_and_speaks_for_both(number, whole_group):
+def test_a_stopped_command_ends_its_child_and_prints_one_line_for_both(number, whole_group):
     process = start(sys.executable, "-c", PARENT)
     assert process.stdout.readline() == "on\n"
     (os.killpg if whole_group else os.kill)(process.pid, number)
@@ -516,7 +516,7 @@ def test_a_command_that_is_stopped_ends_the_one_that_it_started_and_speaks_for_b
 
 
 @pytest.mark.timeout(60)
-def test_a_signal_that_meets_a_destructor_is_not_lost():
+def test_a_signal_during_a_destructor_is_not_lost():
     code = """
 import os, signal, time; from trace_bench import ending
 class Late:
@@ -530,13 +530,13 @@ with ending.command("train"):
 
 
 @pytest.mark.parametrize("words", [["trace_bench", "status", "RUN"], ["trainers.replay", "--help"]], ids=" ".join)
-def test_where_nobody_listens_a_command_ends_in_silence(run, words):
+def test_a_command_whose_output_is_closed_ends_silently(run, words):
     words = [str(run.path) if word == "RUN" else word for word in words]
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
-    assert done.returncode in ((0, 141) if "--help" in words else (141,))  # argparse takes no notice
+    assert done.returncode in ((0, 141) if "--help" in words else (141,))  # argparse ignores a closed output
     assert done.stderr == ""
     closed = subprocess.run(
         ["sh", "-c", f"exec {shlex.join([sys.executable, '-m', *words])} >&-"], cwd=ROOT, capture_output=True, text=True
@@ -544,14 +544,14 @@ def test_where_nobody_listens_a_command_ends_in_silence(run, words):
     assert (closed.returncode, closed.stderr) == (0, "")
 
 
-def test_an_output_that_is_full_is_one_line(run):
+def test_a_full_output_is_a_one_line_error(run):
     with open("/dev/full", "w") as full:
         done = subprocess.run([*MODULE, "status", str(run.path)], stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and re.fullmatch("error: .*No space left on device.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("ascii_only", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}], ids=str)
-def test_a_terminal_that_knows_ascii_alone_gets_all_that_it_can_show(run, ascii_only):
+def test_an_ascii_terminal_gets_readable_output(run, ascii_only):
     for name, code in ((run.path, 0), ("é–…→", 1)):
         done = subprocess.run([*MODULE, "status", name], capture_output=True, env={**os.environ, **ascii_only})
         assert done.returncode == code and (done.stdout + done.stderr).isascii(), done

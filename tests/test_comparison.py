@@ -1,4 +1,4 @@
-"""Tests of comparisons on run directories written here: numbers, differences, seeds, warnings, forms."""
+"""Tests of comparisons on runs written by hand: numbers, differences, seeds, warnings, formats."""
 
 import csv
 import io
@@ -22,22 +22,22 @@ from trace_tasks.data.files import write_json, write_jsonl
 
 
 def rows_of(table):
-    """First cell of a row -> the others by the head of their column."""
+    """First cell of a row -> head of a column -> the cell."""
     return {name: dict(zip(table.header[1:], rest, strict=True)) for name, *rest in table.rows}
 
 
 def table_of(comparison, title):
-    """The table whose title begins so; the first one of those over seeds and run by run."""
+    """The first table whose title begins with this text."""
     return next(t for t in comparison.tables if t.title.startswith(title))
 
 
 def lines_of(comparison):
-    """The rows of the CSV by their first cell."""
+    """First cell -> row of the CSV."""
     return {row["run"]: row for row in csv.DictReader(io.StringIO(comparison.csv()))}
 
 
 def compared(runs, baseline=None):
-    """The runs and the final scores, each as rows by their first cell, the notes, and the rows of the CSV."""
+    """The tables of runs and of final scores, the notes, and the CSV; rows are found by their first cell."""
     comparison = compare(runs, baseline)
     rows = {t.title: {name: list(rest) for name, *rest in (t.header, *t.rows)} for t in comparison.tables}
     first, finals = rows["Runs"], rows.get("Final score of each task, run by run", rows["Final score of each task"])
@@ -45,13 +45,13 @@ def compared(runs, baseline=None):
 
 
 def differences(runs, baseline=None):
-    """The table of differences, as rows by their first cell."""
+    """The table of differences; rows are found by their first cell."""
     table = table_of(compare(runs, baseline), "Difference to")
     return table.caption, rows_of(table)
 
 
 def interval(text, value):
-    """The ends of an interval behind a value."""
+    """The ends of the interval after a value."""
     return tuple(map(float, text.removeprefix(f"{value} [").removesuffix("]").split(", ")))
 
 
@@ -59,17 +59,17 @@ def has_arrows(comparison):
     return any(c.endswith(("↑", "↓")) for table in comparison.tables for row in table.rows for c in row)
 
 
-def test_a_comparison_has_one_row_a_run(make, bounds):
+def test_a_comparison_has_one_row_per_run(make, bounds):
     runs = [make(config={"train_rows": 64}), *bounds().values()]
     first, second, notes, _ = compared(runs)
-    # Without what all have in common, and without what none has.
+    # Settings that all runs share are left out, and so are settings that no run has.
     costs = ["training min", "evaluation min", "trained tokens"]
     assert first["run"] == ["method", "trains", "train rows", "OP", "BWT", "Forgetting", "base", *costs]
     assert compare(runs).tables[0].caption.endswith("(in all: tasks 3 (C-STANCE, FOMC, MeetingBank))")
     assert first["mine"] == ["sequential", "lora", "first 64", "40.0", "-50.0", "50.0", "20.0", "0.1", "0.2", "3,000"]
     assert first["a-single"] == ["single", "lora", "all", "80.0", DASH, DASH, "20.0", "0.1", "0.1", "3,000"]
     assert first["a-joint"] == ["joint", "lora", "all", "70.0", DASH, DASH, "20.0", "0.0", "0.1", "1,000"]
-    # Nothing was trained, which is 0 and not unknown; its base model has demonstrations, so zero-shot is unknown.
+    # ICL trains nothing, so its cost is 0 and not unknown. Its base model has demonstrations: zero-shot is unknown.
     assert first["an-icl"] == ["icl", DASH, DASH, "40.0", DASH, DASH, DASH, "0.0", "0.1", "0"]
     assert second["run"] == ["C-STANCE", "FOMC", "MeetingBank"]
     assert second["mine"] == ["70.0", "0.0", "50.0"] and second["a-single"] == ["90.0", "80.0", "70.0"]
@@ -77,7 +77,7 @@ def test_a_comparison_has_one_row_a_run(make, bounds):
     assert "Not comparable" not in notes and "Demo" not in notes and "Not complete" not in notes
 
 
-def test_what_is_missing_is_a_dash_in_tables_and_nothing_in_the_csv(make):
+def test_missing_values_are_a_dash_in_tables_and_empty_in_the_csv(make):
     runs = [make(), make(without((3, 1)), name="unfinished", seed=2)]
     first, second, notes, lines = compared(runs)
     over = rows_of(table_of(compare(runs), "Methods"))["mine and its seeds"]
@@ -88,7 +88,7 @@ def test_what_is_missing_is_a_dash_in_tables_and_nothing_in_the_csv(make):
     assert "Not complete, so that numbers are missing: `unfinished`" in notes
     assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["FOMC"]) == 0
     assert lines["unfinished"]["OP"] == lines["unfinished"]["FOMC"] == lines["unfinished"]["BWT"] == ""
-    runs[1].stages[3].train_file.unlink()  # a stage that is not trained leaves the cost open
+    runs[1].stages[3].train_file.unlink()  # the cost is unknown if a stage is not trained
     first, _, _, lines = compared(runs[1:])
     assert "training min" not in first["run"] and lines["unfinished"]["trained tokens"] == ""
 
@@ -111,7 +111,7 @@ def test_reasoning_and_plain_tasks_share_a_column_unless_a_run_has_both(make):
     assert compared([both])[1]["run"] == ["FOMC", "FOMC (R)", "Py150"]
 
 
-def test_tasks_whose_names_are_taken_keep_their_numbers(make):
+def test_tasks_named_like_other_columns_keep_their_scores(make):
     tasks = ["trace_fomc", "FOMC", "OP"]
     run = make(tasks=tasks, data={"path": "p", "demo": False, "fingerprint": dict.fromkeys(tasks, "f")})
     _, finals, _, lines = compared([run])
@@ -119,7 +119,7 @@ def test_tasks_whose_names_are_taken_keep_their_numbers(make):
     assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["task OP"]) == 50
 
 
-def test_tasks_that_a_run_does_not_have_are_missing_and_means_over_others_have_no_difference(make):
+def test_tasks_that_a_run_lacks_are_missing_and_means_over_different_tasks_have_no_difference(make):
     runs = [make(), make(name="other", tasks=["trace_fomc", "trace_py150", "trace_cstance"])]
     _, second, notes, _ = compared(runs)
     assert second["run"] == ["C-STANCE", "FOMC", "MeetingBank", "Py150"]
@@ -162,7 +162,7 @@ def test_long_lists_of_tasks_are_shortened_orders_named_and_runs_of_one_name_tol
         ({"config": {"train_rows": 3, "learning_rate": 1.0}}, None),
     ],
 )
-def test_what_keeps_runs_from_being_comparable_is_named(make, change, words):
+def test_reasons_why_runs_are_not_comparable_are_named(make, change, words):
     notes = compared([make(), make(name="other", **change)])[2]
     assert notes.count("Not comparable") == (words is not None)
     assert words is None or f"**Not comparable** in {words}" in notes
@@ -178,7 +178,7 @@ def test_backend_demo_data_and_limits_are_named(make):
     limited = [make(name=f"limited{k}", config={"test_rows": 5}) for k in range(2)]
     notes = compared(limited)[2]
     assert "**Limited test rows**" in notes and "Not comparable" not in notes
-    # Rows that are left out of one of the runs.
+    # Rows are left out of one of the runs.
     notes = compared([make(name="a", rows=learned(0.5, 0.5, 0.5)), make(name="b", rows=learned(0.5, 0.5, 0.5, n=30))])[
         2
     ]
@@ -187,7 +187,7 @@ def test_backend_demo_data_and_limits_are_named(make):
     assert "test_rows: not set in all others; 5 in `limited0`" in notes
 
 
-def test_unequal_memories_are_named_and_equal_ones_are_not(make):
+def test_different_memory_sizes_are_named(make):
     runs = [make(name="gem", method="gem"), make(name="replay", method="replay"), make()]
 
     def kept(run, **record):
@@ -202,7 +202,7 @@ def test_unequal_memories_are_named_and_equal_ones_are_not(make):
     assert not [w for w in compare(runs).warnings if "Unequal" in w]
     more = make(name="agem", method="agem", config={"memory_rows": 64})
     assert "256 in `gem`, `replay`; 64 in `agem`" in "\n".join(compare([*runs, more]).warnings)
-    # What a method of somebody else puts there is no number of rows.
+    # Another author's method may record something other than a number of rows.
     kept(runs[1], replayed={TASKS[0]: {"rows": 4}, TASKS[1]: {"rows": 4}})
     assert "256 in `gem`; 64 in `agem`" in "\n".join(compare([*runs, more]).warnings)
 
@@ -210,13 +210,13 @@ def test_unequal_memories_are_named_and_equal_ones_are_not(make):
 # --------------------------------------------------------------------------------------------------------------- forms
 
 
-def test_the_command_compares_several_runs_and_writes_where_asked(make, tmp_path, capsys, monkeypatch):
+def test_report_compares_several_runs_and_writes_to_the_given_file(make, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("trace_bench.report.write.write_page", lambda *_, **__: None)
     paths = [str(make().path), str(make(name="other").path)]
     comparison = compare([Run.open(p) for p in paths])
     for form, content in (("md", comparison.markdown()), ("csv", comparison.csv()), ("tex", comparison.latex())):
         file = tmp_path / form / f"summary.{form}"
-        main(["report", *paths, f"{paths[1]}/.", "--output", str(file)])  # a run once, however its path is written
+        main(["report", *paths, f"{paths[1]}/.", "--output", str(file)])  # one run by two paths counts once
         assert capsys.readouterr().out == comparison.markdown()
         assert list(file.parent.iterdir()) == [file] and file.read_text(encoding="utf-8") == content
     for path in paths:
@@ -229,7 +229,7 @@ def test_the_command_compares_several_runs_and_writes_where_asked(make, tmp_path
     assert "ends in .md, .csv, .tex, .html" in str(e.value.code) and not (run.path / "report.md").exists()
 
 
-def test_the_latex_has_every_row_and_nothing_that_is_a_command(make):
+def test_the_latex_has_every_row_and_no_commands_from_names(make):
     runs = [make(name="100%_a&b", rows=learned(0.5, 0.5, 0.5)), make(name="[lower]$", rows=learned(0.1, 0.5, 0.5))]
     comparison = compare(runs)
     text = comparison.latex()
@@ -253,7 +253,7 @@ def test_names_in_the_csv_are_no_formulas_and_numbers_stay_numbers(make, name):
     assert f"'{name} task" in rows[0] and rows[1][0] == f"'{name.replace('/', ':')}" and rows[1][1] == f"'{name}"
 
 
-def test_the_paper_s_numbers_stand_apart_below_the_methods_it_has(make, bounds, as_the_paper):
+def test_the_papers_numbers_are_separate_rows_below_the_runs(make, bounds, as_the_paper):
     comparison = compare([make(), *bounds().values()])
     table = comparison.tables[0]
     assert table.apart == 4 and not any(t.apart for t in comparison.tables[1:])
@@ -278,7 +278,7 @@ def test_the_paper_s_numbers_stand_apart_below_the_methods_it_has(make, bounds, 
 
 
 def learned(*rates, n=40):
-    """Rows of three tasks with these final rates, the first rows being right; the same rows at every stage."""
+    """Rows of three tasks with these final rates. The first rows are right, the same ones at every stage."""
     return {
         t: {"accuracy": (np.arange(n)[:, None] < [[rate * n] * 4]).astype(float)}
         for t, rate in zip(TASKS, rates, strict=True)
@@ -286,7 +286,7 @@ def learned(*rates, n=40):
 
 
 def forgot(own, last, n=40, tasks=TASKS):
-    """Rows of three tasks trained one after the other: `own` are right at the own stage, `last` from then on."""
+    """Rows of three tasks in sequence: `own` is how many are right at a task's own stage, `last` at later stages."""
     rows = {}
     for i, task in enumerate(tasks):
         right = np.array([0] * (i + 1) + [own] + [last[task]] * (3 - i - 1))
@@ -294,7 +294,7 @@ def forgot(own, last, n=40, tasks=TASKS):
     return rows
 
 
-def test_differences_to_the_baseline_are_paired_where_the_rows_are_the_same(make):
+def test_differences_to_the_baseline_are_paired_over_equal_rows(make):
     runs = [
         make(rows=learned(0.5, 0.5, 0.5)),
         make(name="better", rows=learned(0.9, 0.6, 0.5), config={"learning_rate": 1.0}),
@@ -309,16 +309,16 @@ def test_differences_to_the_baseline_are_paired_where_the_rows_are_the_same(make
     assert rows["without samples"]["OP"] == "-10.0" and rows["without samples"]["BWT"] == "-50.0"
     first, finals, notes, lines = compared(runs)
     assert first["mine"][0].startswith("50.0 [") and "Differences are paired" in notes
-    # 16 rows won and none lost, which says nothing of other trainings
+    # 16 rows are won and none lost; this says nothing about other trainings
     assert finals["better"] == ["90.0", "60.0", "50.0"] and not has_arrows(compare(runs))
     assert "Test rows alone give no arrow" in notes and "here no two methods have them" in notes
     assert float(lines["better"]["OP difference low"]) == pytest.approx(low, abs=0.05)
     assert lines["mine"]["OP difference"] == "" and lines["others"]["OP difference low"] == ""
-    # The interval of the difference is narrower than those of the two runs, which share their rows.
+    # Both runs share their rows, so the interval of the difference is narrower than those of the runs.
     assert high - low < float(lines["mine"]["OP high"]) - float(lines["mine"]["OP low"])
 
 
-def test_the_difference_in_bwt_is_paired_whatever_the_order(make):
+def test_the_difference_in_bwt_is_paired_in_any_order(make):
     order = [TASKS[1], TASKS[0], TASKS[2]]
     little, much = dict.fromkeys(TASKS, 32), dict.fromkeys(TASKS, 12)
     runs = [
@@ -333,7 +333,7 @@ def test_the_difference_in_bwt_is_paired_whatever_the_order(make):
     first, _, notes, lines = compared(runs)
     widths = [float(lines[run]["BWT high"]) - float(lines[run]["BWT low"]) for run in ("mine", "forgot")]
     assert high - low < np.hypot(*widths), "narrower than that of two runs on rows of their own"
-    # Another task is the last one, which nothing could be forgotten of: a mean over other tasks.
+    # A different task is the last one, which cannot be forgotten: BWT is a mean over different tasks.
     assert rows["lastly"]["BWT"] == "-50.0" and "in runs of other orders they may be" in notes
     bwt = dict(zip(first["run"], first["forgot"], strict=True))["BWT"]
     assert bwt.startswith("-70.0 [") and bwt.endswith("]")
@@ -341,7 +341,7 @@ def test_the_difference_in_bwt_is_paired_whatever_the_order(make):
 
 
 def test_the_difference_in_fwt_is_paired(make):
-    """Of 40 rows of the second task 20, of the third 30 become right before they are trained, or none of them."""
+    """Before their training 20 of 40 rows of the second task and 30 of the third become right, or none."""
     ahead = {"trace_fomc": 20, "trace_meetingbank": 30}
 
     def rows(factor):
@@ -354,13 +354,13 @@ def test_the_difference_in_fwt_is_paired(make):
     assert found["other"]["FWT"] == f"+62.5 [+{low:.1f}, +{high:.1f}]"
 
 
-def test_the_baseline_is_the_first_run_or_the_one_that_was_named(make):
+def test_the_baseline_is_the_first_or_the_named_run(make):
     runs = [make(), make(np.maximum(R - 0.1, 0), name="lower"), make(R / 2, name="half")]
     assert list(differences(runs)[1]) == ["lower", "half"]
     title, rows = differences(runs, runs[1])
     assert title == "Difference to `lower`, in points" and rows["mine"]["OP"] == "+6.7"
     assert differences(runs[:2], runs[2])[1]["mine"]["OP"] == "+20.0", "it need not be among the runs"
-    # The same conditions but for room for demonstrations are paired.
+    # Conditions that differ only in the room for demonstrations are paired.
     icl = {t: {"accuracy": x["accuracy"][:, :1]} for t, x in learned(0.1, 0.1, 0.1).items()}
     config = {"num_fewshot": 6, "max_prompt_length": 512}
     shown = make(rows=icl, name="an-icl", method="icl", stages=[], config=config)
@@ -399,7 +399,7 @@ def with_deltas(make):
     return runs
 
 
-def test_the_deltas_and_their_cost_are_in_the_table(with_deltas):
+def test_the_table_has_the_deltas_and_their_cost(with_deltas):
     first, _, notes, lines = compared(with_deltas)
     row = dict(zip(first["run"], first["mine"], strict=True))
     assert (row["general"], row["safety"], row["judge tokens"]) == ("-10.0", "+30.0 [-15.8, +65.8]", "1,500")
@@ -420,7 +420,7 @@ def test_the_deltas_and_their_cost_are_in_the_table(with_deltas):
     ],
     ids=["rows", "copy", "judge", "alias", "prompts"],
 )
-def test_deltas_measured_otherwise_are_named_and_have_no_difference(with_deltas, change, words, delta):
+def test_deltas_with_different_settings_are_named_and_have_no_difference(with_deltas, change, words, delta):
     assert differences(with_deltas)[1]["other"][delta] != DASH
     change(with_deltas[1])
     notes = compared(with_deltas)[2]
@@ -450,13 +450,13 @@ def test_differences_of_the_deltas_are_paired(make):
     assert rows["other"]["safety"].startswith("-50.0 [") and rows["other"]["safety"].endswith("]")
     line = compared(runs)[3]["other"]
     low, high = (float(line[f"safety difference {end}"]) for end in ("low", "high"))
-    # 10 of 20 prompts were lost by one run alone.
+    # Only one run lost 10 of 20 prompts.
     assert (low, high) == pytest.approx([100 * x for x in net_interval(0, 10, 20)])
-    # What was trained, on whatever tasks and in whatever conditions, is another matter.
+    # Different tasks and training conditions do not matter here.
     manifest = runs[1].path / "manifest.json"
     write_json(manifest, {**read_json(manifest), "config": {"max_prompt_length": 64}})
     assert differences([runs[0], Run.open(runs[1].path)])[1]["other"]["safety"] == rows["other"]["safety"]
-    # With the verdicts on other rows there is no paired difference.
+    # If the verdicts are on different rows, there is no paired difference.
     file = judge_file(runs[1].stages[-1], "safety_cona").with_suffix(".jsonl")
     write_jsonl(file, [{**line, "doc_id": line["doc_id"] + 1} for line in read_jsonl(file)])
     assert differences(runs)[1]["other"]["safety"] == "-50.0"
@@ -466,7 +466,7 @@ def test_differences_of_the_deltas_are_paired(make):
 
 
 def seeded(make, name, finals, seeds=None, **options):
-    """A run a seed, whose final scores are these in percent (one number: of all tasks), learned in the own stage."""
+    """One run per seed, with these final scores in percent (one number = all tasks), learned in the own stage."""
     runs = []
     for seed, final in zip(seeds or range(len(finals)), finals, strict=True):
         matrix = R.copy()
@@ -482,7 +482,7 @@ def over_seeds(comparison, title="Difference of seed means to"):
     return table.title, rows_of(table)
 
 
-def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make, as_the_paper):
+def test_runs_that_differ_only_by_seed_have_a_mean_and_a_deviation(make, as_the_paper):
     runs = [
         make(name="s1", config={"seed": 1}),
         make(R - np.array([0.1, 0.0, 0.2]), name="s2", seed=2, config={"seed": 2}),
@@ -498,9 +498,9 @@ def test_runs_that_differ_by_seed_alone_have_a_mean_and_a_deviation(make, as_the
     assert "Unequal budgets" in notes and "numbers of seeds: 2 in `s1 and its seeds`; 1 in `more`" in notes
     # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
     assert mean["train rows"] == first["s1"][0]
-    # No variance can be estimated from two equal numbers: neither ± 0.0 nor an interval of no width.
+    # Two equal numbers give no estimate of the variance: neither ± 0.0 nor an interval without width.
     assert (mean["BWT"], mean["Forgetting"], mean["base"]) == (f"-50.0 ± {DASH}", f"50.0 ± {DASH}", "15.0 ± 7.1")
-    # Student's t of one degree of freedom is 12.7, so two seeds say little: 35 ± 12.706 * 5
+    # Student's t with one degree of freedom is 12.7, so two seeds give a wide interval: 35 ± 12.706 * 5
     assert mean["OP"] == "35.0 ± 7.1 [-28.5, 98.5]"
     assert list(rows_of(finals)["s1 and its seeds"].values()) == ["65.0 ± 7.1", f"0.0 ± {DASH}", "40.0 ± 14.1"]
     assert list(rows_of(finals)["more"].values()) == second["more"]
@@ -547,7 +547,7 @@ def test_methods_are_compared_over_their_seeds_paired_and_marked(make, tmp_path)
     assert "Test rows alone give no arrow" in page and "Seeds that each of two methods needs" in page
 
 
-def test_other_seeds_are_compared_as_welch_does_and_arrows_need_seeds_on_both_sides_in_the_same_conditions(make):
+def test_different_seeds_are_compared_by_welchs_test_and_arrows_need_seeds_on_both_sides(make):
     sequential = seeded(make, "sequential", [40, 41, 44])
     comparison = compare([*sequential, *seeded(make, "replay", [60, 62, 63, 61], seeds=[1, 2, 3, 4])])
     low, high = ttest_ind([60, 62, 63, 61], [40, 41, 44], equal_var=False).confidence_interval()
@@ -563,7 +563,7 @@ def test_other_seeds_are_compared_as_welch_does_and_arrows_need_seeds_on_both_si
     comparison = compare([*sequential, *seeded(make, "ewc", [60, 62, 63], data=data)])
     assert over_seeds(comparison)[1]["ewc"]["OP"] == "+20.0 [+17.5, +22.5]"
     assert any("Not comparable" in w for w in comparison.warnings)
-    # Of another order BWT is the mean over other tasks, whose difference may be that of the tasks.
+    # In a different order BWT is a mean over different tasks, which may explain a difference.
     turned = compare([*sequential, *seeded(make, "turned", [10, 12, 11], tasks=TASKS[::-1])])
     said = "in another order or on other tasks than `sequential`: `turned`"
     assert said in "\n".join(turned.notes) and "in another order" not in "\n".join(comparison.notes)
@@ -572,16 +572,16 @@ def test_other_seeds_are_compared_as_welch_does_and_arrows_need_seeds_on_both_si
 
 
 @pytest.mark.parametrize("seeds", [None, [7, 8]])
-def test_equal_seeds_are_neither_certain_nor_marked(make, seeds):
+def test_seeds_with_equal_scores_get_no_interval_and_no_arrow(make, seeds):
     comparison = compare([*seeded(make, "sequential", [40, 40]), *seeded(make, "replay", [60, 60], seeds=seeds)])
     assert over_seeds(comparison)[1]["replay"]["OP"] == "+20.0" and not has_arrows(comparison)
     text = comparison.markdown() + comparison.latex() + comparison.csv()
     assert "± 0.0" not in text and "[60.0, 60.0]" not in text and "Seeds that each" not in text
-    # Nor have differences that are too small to be written an interval of no width.
+    # Differences that are rounded to 0 get no interval without width either.
     assert "[40.0, 40.0]" not in compare(seeded(make, "ewc", [40, 40.0001])).markdown()
 
 
-def test_methods_besides_the_baseline_are_set_against_each_other(make):
+def test_methods_other_than_the_baseline_are_compared_with_each_other(make):
     runs = [*seeded(make, "a", [40, 41, 44]), *seeded(make, "b", [60, 62, 63]), *seeded(make, "c", [70, 71, 74])]
     title, rows = over_seeds(compare(runs), "Differences of seed means between")
     assert list(rows) == ["b against c"] and rows["b against c"]["OP"] == "-10.0 [-12.5, -7.5]"
@@ -589,7 +589,7 @@ def test_methods_besides_the_baseline_are_set_against_each_other(make):
     assert title == "Difference of seed means to `b`" and list(rows) == ["a", "c"] and rows["a"]["OP"].endswith("↓")
 
 
-def test_where_lower_is_better_fewer_errors_over_seeds_are_a_gain(make):
+def test_fewer_errors_over_seeds_are_a_gain(make):
     unit = {"higher_is_better": {"mae": False}, "scale": {"mae": None}}
     runs = []
     for name, errors in (("one", (5.0, 5.2, 5.3)), ("two", (2.1, 2.0, 2.4))):
@@ -604,12 +604,12 @@ def test_where_lower_is_better_fewer_errors_over_seeds_are_a_gain(make):
     assert "the 3.00 mae between the two best (`two`, `one`): 2 seeds" in "\n".join(comparison.notes)
 
 
-def test_both_components_of_the_variance_are_shown_and_how_many_seeds_are_needed(make):
+def test_a_comparison_has_both_components_of_the_variance_and_the_needed_seeds(make):
     rates = (0.5, 0.6, 0.7)
     comparison = compare([make(name=f"x-seed{k}", rows=learned(r, 0.5, r), seed=k) for k, r in enumerate(rates)])
     _, rows = over_seeds(comparison, "Spread")
     assert rows["x: between seeds"] == {"OP": "6.7", "C-STANCE": "10.0", "FOMC": DASH, "MeetingBank": "10.0"}
-    # Of 40 rows: the root of the mean of p (1 - p) / 39 over the runs
+    # For 40 rows: the root of the mean of p (1 - p) / 39 over the runs
     error = 100 * np.mean([p * (1 - p) / 39 for p in rates]) ** 0.5
     assert rows["x: test rows"]["C-STANCE"] == f"{error:.1f}" and rows["x: test rows"]["FOMC"] == "8.0"
     [line] = [note for note in comparison.notes if note.startswith("Seeds that each")]
@@ -619,7 +619,7 @@ def test_both_components_of_the_variance_are_shown_and_how_many_seeds_are_needed
 
 
 @pytest.mark.parametrize("seeds, means", [([0, 1, 2], "paired"), ([3, 4, 5], "Welch")])
-def test_comparisons_in_which_no_method_differs_show_an_arrow_in_one_of_twenty_cases(seeds, means):
+def test_comparisons_of_equal_methods_show_an_arrow_in_one_of_twenty_cases(seeds, means):
     rng, marked, n = np.random.default_rng(0), [], 150
     keys = ["OP", *map(str, range(8))]
     for _ in range(n):
@@ -644,13 +644,13 @@ def test_comparisons_in_which_no_method_differs_show_an_arrow_in_one_of_twenty_c
         (["ewc-seed0", "ewc-seed1", "ewc"], "ewc-seed0 and its seeds"),
     ],
 )
-def test_a_group_is_called_as_its_runs_without_the_seed(make, names, group):
+def test_a_group_has_the_name_of_its_runs_without_the_seed(make, names, group):
     methods = ["m", "m", "other"]
     runs = [make(R * (1 - 0.1 * k), name=name, seed=k, method=methods[k]) for k, name in enumerate(names)]
     assert list(over_seeds(compare(runs), "Spread")[1]) == [f"{group}: between seeds", f"{group}: test rows"]
 
 
-def test_many_runs_are_reported_in_several_processes_and_nothing_differs(make, bounds, monkeypatch):
+def test_reports_by_several_processes_equal_those_by_one(make, bounds, monkeypatch):
     runs = [*bounds().values(), *(make(name=f"run{k}", seed=k) for k in range(3))]
     runs += [make_rich_run(make, tasks=ORDERS["order1"][:3], n=8, seed=k, name=f"rich{k}") for k in range(2)]
     (runs[4].stages[1].eval_file(TASKS[0])).write_text("{")
@@ -660,7 +660,7 @@ def test_many_runs_are_reported_in_several_processes_and_nothing_differs(make, b
     for file in [*files, *(run.path / "report.html" for run in runs[:4])]:
         file.unlink()
     monkeypatch.setattr(write, "os", SimpleNamespace(cpu_count=lambda: 2))
-    fork = get_context("fork")  # of this process, which need not import matplotlib again
+    fork = get_context("fork")  # a fork of this process need not import matplotlib again
     monkeypatch.setattr(write, "get_context", lambda method: fork)
     made = write_reports(runs)
     assert [isinstance(one, RunError) for one in made] == [run is runs[4] for run in runs]

@@ -34,7 +34,7 @@ R = np.array([[0.1, 0.2, 0.3], [0.8, 0.0, 0.0], [0.6, 0.9, 0.0], [0.7, 1.0, 0.5]
         (clipped_forgetting, (0.1 + 0.0) / 2, 0.2),
     ],
 )
-def test_each_rule_by_hand(function, at_3, at_2):
+def test_bwt_by_each_rule_equals_values_worked_by_hand(function, at_3, at_2):
     assert function(R) == pytest.approx(at_3) and function(R, 2) == pytest.approx(at_2)
     assert math.isnan(function(R, 1)), "nothing can be forgotten after one stage"
     assert function(np.stack([R, R])) == pytest.approx(np.array([at_3, at_3]))
@@ -43,7 +43,7 @@ def test_each_rule_by_hand(function, at_3, at_2):
     assert math.isnan(function(missing)) and function(missing, 2) == pytest.approx(at_2)
 
 
-def test_the_printed_deltas_of_trace_are_those_of_one_rule():
+def test_the_bwt_printed_in_the_paper_divides_by_the_tasks_less_one():
     """The runs that the paper prints whole: 1/(T-1) gives its BWT, 1/T does not."""
     for run in paper._facts("paper_results.json")["runs"]:
         T = len(run["final"])
@@ -76,7 +76,7 @@ def test_a_report_has_each_rule_with_its_interval(make):
     assert first[2].startswith(f"{100 * metrics.backward_transfer(tolerant):+.1f} [")
 
 
-def test_what_cannot_be_forgotten_has_no_section(make):
+def test_a_run_in_which_nothing_can_be_forgotten_has_no_section_on_rules(make):
     assert not list(sections(Results(make(np.array([[0.1], [0.9]]), tasks=TASKS[:1]))))
     assert not list(sections(Results(make(name="joint", matrix=np.full((2, 3), 0.5), stages=["joint"]))))
 
@@ -92,7 +92,7 @@ def published_run(make, name="mine", **changes):
     return Results(make(matrix, name=name, **options))
 
 
-def test_published_results_are_beside_a_run_of_the_same_protocol_alone(make, monkeypatch):
+def test_published_results_are_only_shown_for_runs_of_the_same_protocol(make, monkeypatch):
     facts = json.loads(json.dumps(paper._facts("published_results.json")))
     seekr = facts["sources"][0]
     run = published_run(make)
@@ -132,6 +132,6 @@ def test_published_results_are_beside_a_run_of_the_same_protocol_alone(make, mon
         ({"config": {"chat_template": True}}, "a chat template here"),
     ],
 )
-def test_each_difference_is_named(make, changes, reason):
+def test_each_difference_to_a_published_protocol_is_named(make, changes, reason):
     seekr = paper._facts("published_results.json")["sources"][0] | {"differs": []}
     assert paper.differences(published_run(make, **changes), seekr, "LLaMA-2-7B-Chat") == [reason]

@@ -57,7 +57,7 @@ def members(root, prefix=""):
         (".", r"not in the official layout.*C-STANCE.*train\.json"),
     ],
 )
-def test_a_source_that_is_none_is_an_error_that_says_how_to_get_data(tmp_path, monkeypatch, value, message):
+def test_a_missing_source_is_an_error_that_says_how_to_get_data(tmp_path, monkeypatch, value, message):
     monkeypatch.chdir(tmp_path)
     if value is not None:
         monkeypatch.setenv("TRACE_DATA", value)
@@ -74,7 +74,7 @@ def test_a_folder_is_found_up_to_two_levels_down(root, tmp_path, monkeypatch, le
     assert data.find_data() == data.find_data(str(place)) == place
 
 
-def test_demo_data_is_known_wherever_it_lies_and_other_tasks_need_none(root, tmp_path):
+def test_demo_data_is_recognised_in_any_folder_and_other_tasks_need_no_data(root, tmp_path):
     demo.write_demo(tmp_path / "mine")
     assert data.open_data(["trace_fomc"], str(tmp_path / "mine")).demo
     assert not data.open_data(["trace_fomc"], str(root)).demo
@@ -83,7 +83,7 @@ def test_demo_data_is_known_wherever_it_lies_and_other_tasks_need_none(root, tmp
 
 
 @pytest.mark.parametrize("source", ["demo", "archive"])
-def test_what_is_in_the_cache_is_made_once_and_again_where_it_is_damaged(root, tmp_path, source):
+def test_cached_data_is_made_once_and_again_if_damaged(root, tmp_path, source):
     source = str(packed(tmp_path / "a.zip", members(root))) if source == "archive" else source
     found = data.find_data(source)
     before, made = Data.at(found, data.FOLDERS).fingerprint, found.stat().st_ino
@@ -151,7 +151,7 @@ def test_a_member_that_is_too_large_is_refused(tmp_path, cache, monkeypatch, kin
     assert (archive.unpack(file) / "FOMC" / "test.json").stat().st_size == 60_000
 
 
-def test_what_lies_behind_the_end_of_an_archive_is_not_read_for_ever(tmp_path, cache, monkeypatch):
+def test_bytes_after_the_end_of_an_archive_are_read_to_a_limit(tmp_path, cache, monkeypatch):
     whole = packed(tmp_path / "a.tar", [("FOMC/test.json", b"[]")]).read_bytes()
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(whole + bytes(20_000_000)))
     assert archive.unpack(tmp_path / "a.tar.gz").is_dir()
@@ -163,7 +163,7 @@ def test_what_lies_behind_the_end_of_an_archive_is_not_read_for_ever(tmp_path, c
 @pytest.mark.parametrize(
     ("kind", "number", "words"), [("zip", errno.EDQUOT, "make room"), ("tar.gz", errno.EACCES, "writable")]
 )
-def test_a_disk_that_is_full_is_no_damage_of_the_archive(root, tmp_path, cache, monkeypatch, kind, number, words):
+def test_a_full_disk_is_not_reported_as_a_damaged_archive(root, tmp_path, cache, monkeypatch, kind, number, words):
     file = packed(tmp_path / f"a.{kind}", members(root))
 
     def full(*args, **kwargs):
@@ -240,7 +240,7 @@ def test_check_lists_all_problems_at_once(root):
     assert set(Data.at(root, ["trace_meetingbank", "arc_easy"]).check()) == {"trace_meetingbank"}
 
 
-def test_the_fingerprint_of_a_task_changes_with_its_rows_and_with_nothing_else(root):
+def test_the_fingerprint_of_a_task_changes_only_with_its_rows(root):
     before = Data.at(root, data.FOLDERS).fingerprint
     (root / "FOMC/notes.txt").touch()
     assert Data.at(root, data.FOLDERS).fingerprint == before
@@ -279,7 +279,7 @@ def test_prompts_are_cut_on_the_left_and_keep_bos(bos, limit):
 
 
 @with_and_without_bos
-def test_only_the_answer_and_eos_carry_loss(bos):
+def test_only_the_answer_and_eos_have_a_loss(bos):
     head = [BOS] if bos else []
     assert example_ids(tokenizer(bos), ["cd"], ["abc"]) == [
         {"input_ids": [*head, C, D, AB, C, EOS], "labels": [-100] * len([*head, C, D]) + [AB, C, EOS]}
@@ -289,7 +289,7 @@ def test_only_the_answer_and_eos_carry_loss(bos):
     assert example["labels"][-3:] == [B, D, EOS] and example["input_ids"][-5:-3] == [C, A]
 
 
-def test_an_answer_whose_tokens_would_merge_with_the_prompts_gets_no_space_of_its_tokenizers():
+def test_an_answer_tokenised_alone_gets_no_leading_space():
     made = tokenizer(False)
     made.backend_tokenizer.model = models.BPE({t: i for i, t in enumerate([*VOCABULARY, "Ġ", "Ċ"])}, [("a", "b")])
     made.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -306,7 +306,7 @@ def test_an_answer_keeps_its_first_tokens(limit, target):
 
 @settings(deadline=None, max_examples=50)
 @given(st.booleans(), st.text("abcd", min_size=1), st.text("abcd", min_size=1), st.integers(1, 6))
-def test_the_prompt_of_an_example_is_the_tested_prompt(bos, prompt, answer, limit):
+def test_a_training_example_has_the_tested_prompt(bos, prompt, answer, limit):
     made = tokenizer(bos)
     for text in (prompt, "<s>" + prompt):
         (example,) = example_ids(made, [text], [answer], limit)

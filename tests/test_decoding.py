@@ -67,7 +67,7 @@ def texts(found: list[dict]) -> list[list[str]]:
 
 @backends
 @pytest.mark.parametrize("legacy", [False, True], ids=["first", "always"])
-def test_an_answer_has_no_space_that_its_first_piece_stands_for(answers_of, legacy, tmp_path, demo_data):
+def test_an_answer_has_no_space_from_its_first_piece(answers_of, legacy, tmp_path, demo_data):
     """FOMC is scored by equality: " A" would be wrong."""
     base = make_writer(tmp_path / "base", pieces_tokenizer(legacy=legacy), {":": "▁A", "▁A": "</s>"})
     task = load_tasks(["trace_fomc"])["trace_fomc"]
@@ -79,7 +79,7 @@ def test_an_answer_has_no_space_that_its_first_piece_stands_for(answers_of, lega
 
 
 @backends
-def test_a_text_is_that_of_its_ids_alone(answers_of, tmp_path):
+def test_an_answer_is_decoded_from_its_ids_alone(answers_of, tmp_path):
     """A character in bytes, spaces within, a mark at the end; nothing depends on the prompt before it."""
     follows = {"▁x": "▁", "▁": "<0xC3>", "<0xC3>": "<0xA9>", "<0xA9>": "▁B", "▁B": "▁C", "▁C": "."}
     follows |= {".": "▁y", "▁y": "</s>", "?": "<0x0A>", "<0x0A>": "<0xE2>", "<0xE2>": "</s>"}
@@ -89,7 +89,7 @@ def test_a_text_is_that_of_its_ids_alone(answers_of, tmp_path):
 
 
 @backends
-def test_special_tokens_are_not_in_a_text(answers_of, tmp_path):
+def test_answers_contain_no_special_tokens(answers_of, tmp_path):
     tokenizer = pieces_tokenizer(additional_special_tokens=["<|mark|>"])
     follows = {":": "<|mark|>", "<|mark|>": "▁A", "▁A": "<unk>", "<unk>": "B", "B": "</s>"}
     base = make_writer(tmp_path / "base", tokenizer, follows)
@@ -191,14 +191,14 @@ def as_transformers_would(folder: Path, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_greedy_is_greedy_whatever_a_generation_config_says(name, lively, tmp_path):
+def test_decoding_is_greedy_with_any_generation_config(name, lively, tmp_path):
     """The settings of the base, and of a checkpoint put into it."""
     check_settings(by_transformers, SETTINGS[name], lively, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_greedy_is_greedy_with_vllm(lively, tmp_path):
+def test_decoding_is_greedy_with_vllm(lively, tmp_path):
     check_settings(by_vllm, SETTINGS["sampling"] | SETTINGS["logits"], lively, tmp_path)
 
 
@@ -219,7 +219,7 @@ def check_settings(answers_of, settings: dict, lively: Path, tmp_path: Path) -> 
 
 
 @backends
-def test_a_tokenizer_that_adds_eos_encodes_prompts_without(answers_of, lively, tmp_path):
+def test_a_tokenizer_that_adds_eos_adds_none_to_prompts(answers_of, lively, tmp_path):
     """Answers and likelihoods are those of the same model whose tokenizer adds none."""
     ending = Path(shutil.copytree(lively, tmp_path / "ending"))
     pieces_tokenizer(add_eos_token=True).save_pretrained(ending)
@@ -232,7 +232,7 @@ def test_a_tokenizer_that_adds_eos_encodes_prompts_without(answers_of, lively, t
 
 
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
-def test_a_tokenizer_that_transformers_would_build_as_another_is_taken_from_its_file(name, lively, tmp_path):
+def test_a_tokenizer_is_loaded_from_its_file_even_if_transformers_would_rebuild_it(name, lively, tmp_path):
     """A byte-level one of a Llama whose file says LlamaTokenizerFast, as DeepSeek's: it would lose every space."""
     folder = Path(shutil.copytree(lively, tmp_path / "m"))
     assert load_tokenizer(folder)("A b").input_ids == pieces_tokenizer()("A b").input_ids
@@ -271,7 +271,7 @@ def test_a_llama_tokenizer_without_a_json_file_encodes_as_sentencepiece_or_is_re
 
 
 @pytest.mark.parametrize("pad", ["[PAD]", None])
-def test_a_batch_is_padded_with_a_token_that_the_model_has(pad, lively, tmp_path):
+def test_a_batch_is_padded_with_a_token_in_the_embeddings(pad, lively, tmp_path):
     """Some tokenizers have one more than the embeddings, or none."""
     folder = Path(shutil.copytree(lively, tmp_path / "m"))
     tokenizer = AutoTokenizer.from_pretrained(lively)
@@ -290,7 +290,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", [*STATES, "mamba", "llama"])
-def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_path, monkeypatch, caplog):
+def test_prompts_of_a_model_that_ignores_the_mask_are_not_padded(name, tmp_path, monkeypatch, caplog):
     """Its answers behind padding would be others; a model that sees it has one batch."""
     if name in STATES:
         sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
@@ -319,7 +319,7 @@ def test_prompts_of_a_model_that_does_not_see_the_mask_are_not_padded(name, tmp_
     assert draws(ids, range(len(ids))) == alone
 
 
-def test_a_long_text_leaves_the_positions_of_short_ones_as_they_are(tmp_path, monkeypatch):
+def test_a_long_text_does_not_change_the_positions_of_short_texts_in_its_batch(tmp_path, monkeypatch):
     """With longrope those of a whole batch are the long ones once one of its texts is long."""
     factors = {"short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors, "original_max_position_embeddings": 50}

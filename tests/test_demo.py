@@ -55,7 +55,7 @@ def all_rows(data, task):
     return [row for split in data[task].values() for row in split]
 
 
-def test_rows_are_those_of_this_version():
+def test_demo_rows_are_unchanged_within_a_version():
     """Other rows under the same VERSION would silently be compared; bump VERSION and this digest together."""
     made = [demo.make_demo(), demo.make_reasoning(), demo.make_lima(), demo.make_sets()]
     digests = [hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] for data in made]
@@ -68,7 +68,7 @@ def test_rows_are_those_of_this_version():
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_rows_have_the_official_frames_and_no_prompt_occurs_twice(made, task):
+def test_demo_rows_have_the_official_frames_and_different_prompts(made, task):
     assert list(made) == TASKS
     assert [(split, len(rows)) for split, rows in made[task].items()] == list(zip(data.SPLITS, ROWS, strict=True))
     rows = all_rows(made, task)
@@ -98,7 +98,7 @@ def test_answers_follow_from_their_prompts(made):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_reasoning_variant_asks_the_same_and_its_reasoning_leads_to_the_answer(made, task):
+def test_the_reasoning_variant_asks_the_same_questions_and_its_reasoning_ends_in_the_answer(made, task):
     reasoning = demo.make_reasoning(rows=ROWS)
     named = {"C-STANCE": ("支持", "反对", "中立"), "FOMC": ("dovish.", "hawkish.", "neutral.")}
     for split in data.SPLITS:
@@ -120,7 +120,7 @@ def test_the_reasoning_variant_asks_the_same_and_its_reasoning_leads_to_the_answ
                 assert choice[2] == answer and f"\n{answer}. {choice[1]}\n" in row["prompt"]
 
 
-def test_the_number_of_rows_is_chosen_and_leaves_the_test_rows_as_they_are(tmp_path, capsys):
+def test_the_number_of_training_rows_does_not_change_the_test_rows(tmp_path, capsys):
     main([str(tmp_path / "out"), "--rows", "200", "8", "24"])
     assert str(tmp_path / "out") in capsys.readouterr().out
     first = (tmp_path / "out" / "README.txt").read_text(encoding="utf-8").split("\n")[0]
@@ -134,7 +134,7 @@ def test_the_number_of_rows_is_chosen_and_leaves_the_test_rows_as_they_are(tmp_p
     assert "at least 1" in capsys.readouterr().err and not (tmp_path / "more").exists()
 
 
-def test_what_is_written_is_one_data_set_with_all_sets_in_it(tmp_path):
+def test_the_written_demo_data_contains_all_sets(tmp_path):
     demo.write_demo(tmp_path, seed=1)
     demo.write_demo(tmp_path)  # demo data is replaced
     assert "NOT comparable" in (tmp_path / "README.txt").read_text(encoding="utf-8")

@@ -69,7 +69,7 @@ def results(run: Run) -> dict[str, object]:
     return found
 
 
-def test_two_processes_share_the_stages_and_make_what_one_makes(run, two, capfd, monkeypatch):
+def test_two_processes_share_the_stages_and_give_the_results_of_one(run, two, capfd, monkeypatch):
     def fork(words, environment, stdout, **_):
         def program():
             exec(HELD, {})
@@ -90,7 +90,7 @@ def test_two_processes_share_the_stages_and_make_what_one_makes(run, two, capfd,
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_told_of_and_the_next_run_takes_its_stage(run, two, monkeypatch):
+def test_a_killed_process_is_reported_and_the_next_command_takes_its_stage(run, two, monkeypatch):
     monkeypatch.setenv("DO", "die at 2")
     with pytest.raises(SystemExit) as e:
         cli.main(["evaluate", str(run.path), *two])
@@ -114,7 +114,7 @@ def test_a_signal_ends_all_processes(run, two, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_follow_a_training_take_the_stages_as_they_are_trained(run, two, capfd):
+def test_several_processes_can_follow_a_training(run, two, capfd):
     later = run.stages[2].train_file.rename(run.path / "later.json")
     with locked(run.path, "train"):
         thread = threading.Thread(target=cli.main, args=[["evaluate", str(run.path), "--follow", *two]])
@@ -128,7 +128,7 @@ def test_processes_that_follow_a_training_take_the_stages_as_they_are_trained(ru
     assert "evaluated 5 cells on 2 devices" in said and len(results(run)) == 5 * 2
 
 
-def test_a_stage_that_another_process_has_is_left_to_it_and_taken_when_that_ends(run, monkeypatch):
+def test_a_stage_of_another_process_is_left_to_it_and_taken_if_that_process_ends(run, monkeypatch):
     with locked(run.stages[2].path, "evaluate"):
         assert evaluate.evaluate(run, stages=[1, 2], share=True) == 1
     lock, original = locked(run.stages[2].path, "evaluate"), filling.evaluate_plan
@@ -143,7 +143,7 @@ def test_a_stage_that_another_process_has_is_left_to_it_and_taken_when_that_ends
     assert evaluate.evaluate(run, share=True) == 4 and evaluate.evaluate(run) == 0
 
 
-def test_without_a_gpu_there_is_an_error_before_anything_else(tmp_path):
+def test_devices_without_a_gpu_are_an_immediate_error(tmp_path):
     with pytest.raises(SystemExit, match=r"--devices all: torch finds no GPU here\. .*--devices cpu,cpu starts two"):
         cli.main(["evaluate", str(tmp_path / "nothing"), "--devices", "all"])
 
@@ -162,7 +162,7 @@ def test_without_a_gpu_there_is_an_error_before_anything_else(tmp_path):
         ("2,3", "0 0", "each GPU can be named once"),
     ],
 )
-def test_devices_are_named_as_torch_and_cuda_name_them(monkeypatch, variable, asked, found):
+def test_devices_may_have_the_names_of_torch_or_cuda(monkeypatch, variable, asked, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -175,7 +175,7 @@ def test_devices_are_named_as_torch_and_cuda_name_them(monkeypatch, variable, as
             evaluate.find_devices(asked.split())
 
 
-def test_an_engine_that_takes_several_devices_gets_as_many():
+def test_an_engine_on_several_devices_gets_that_many():
     plan = SimpleNamespace(backend="vllm", engine_args={"tensor_parallel_size": 2})
     assert devices.grouped(["0", "1", "3", "2"], plan) == [["0", "1"], ["3", "2"]]
     with pytest.raises(RunError, match=r"3 \(0, 1, 2\) cannot be divided among engines that take 2 each \(tensor_par"):

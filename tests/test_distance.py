@@ -21,7 +21,7 @@ from trace_bench.status import status
 from trace_tasks.data.files import write_json, write_jsonl
 
 
-def test_the_divergence_by_hand_and_its_bound():
+def test_the_divergence_equals_values_worked_by_hand_and_is_a_lower_bound():
     p, q = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.25, 0.5])
     whole, unseen = forward_kl(p, q)
     assert whole == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2)) and unseen == pytest.approx(0)
@@ -32,7 +32,7 @@ def test_the_divergence_by_hand_and_its_bound():
     assert forward_kl(p, q)[0] != pytest.approx(forward_kl(np.log([0.5, 0.1, 0.4]), np.log([0.2, 0.7, 0.1]))[0])
 
 
-def test_what_the_bound_misses_is_the_unseen_mass_times_the_divergence_within_it():
+def test_the_bound_lacks_the_unseen_mass_times_the_divergence_within_it():
     rng = np.random.default_rng(0)
     p, q = (np.log(rng.dirichlet(np.full(200, 0.3), size=7)) for _ in range(2))
     top = np.argsort(-p, axis=1)
@@ -44,7 +44,7 @@ def test_what_the_bound_misses_is_the_unseen_mass_times_the_divergence_within_it
     assert (bound < exact).all() and (unseen > 0.01).all()
 
 
-def test_the_rank_correlation_by_hand():
+def test_the_rank_correlation_equals_values_worked_by_hand():
     assert rank_correlation([1, 2, 3, 4], [1, 10, 100, 50]) == pytest.approx(0.8)  # 1 - 6 * 2 / (4 * 15)
     assert rank_correlation([1, 2, 2, 3], [3, 2, 2, 1]) == -1
     assert math.isnan(rank_correlation([1, 1, 1], [1, 2, 3]))
@@ -83,7 +83,7 @@ def check_expected(lm, folder, tolerance):
             assert sorted(here.values())[-6:] == pytest.approx(sorted(row)[-6:], abs=tolerance)
 
 
-def test_transformers_tells_the_probabilities_at_each_token_of_given_answers(tiny_model, checkpoints):
+def test_transformers_gives_the_probabilities_at_each_token_of_given_answers(tiny_model, checkpoints):
     lm = engine.open_engine("hf", str(tiny_model), engine_args={"dtype": "float32", "batch_size": 2})
     check_expected(lm, tiny_model, 1e-4)
     lm.load(checkpoints["full model"])
@@ -105,7 +105,7 @@ def test_transformers_tells_the_probabilities_at_each_token_of_given_answers(tin
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("forced", [True, False])
-def test_vllm_tells_the_same_in_one_request_an_answer_and_in_one_a_token(checkpoints, tiny_model, forced):
+def test_vllm_gives_the_same_probabilities_with_one_request_per_answer_or_per_token(checkpoints, tiny_model, forced):
     forked(check_vllm, tiny_model, checkpoints["full model"], forced)
 
 
@@ -138,7 +138,7 @@ FILES = [
 ]
 
 
-def test_a_killed_measurement_goes_on_and_is_the_same_as_one_that_was_not(run, quick, tmp_path, monkeypatch):
+def test_a_killed_and_resumed_measurement_equals_an_uninterrupted_one(run, quick, tmp_path, monkeypatch):
     other = Run.open(shutil.copytree(run.path, tmp_path / "other"))
     assert evaluate.evaluate(run) == 5 and there(run) == []
     # Asked for stage 2 alone the base model's answers come first; killed after those of stage 2's own task.
@@ -169,12 +169,12 @@ def test_a_killed_measurement_goes_on_and_is_the_same_as_one_that_was_not(run, q
     assert np.shape(kl) == (4, 3) and np.min(kl) > 0
 
 
-def test_a_stage_that_is_followed_alone_gets_the_base_models_answers_first(run, quick):
+def test_following_a_single_stage_measures_the_base_models_answers_first(run, quick):
     assert evaluate.follow(run.path, stages=[2], extra={"distance": True}) > 0
     assert there(run) == [*FILES[:3], *FILES[5:]]
 
 
-def test_the_base_model_is_at_no_distance_from_itself(run, quick, monkeypatch):
+def test_the_base_model_has_distance_zero_from_itself(run, quick, monkeypatch):
     evaluate.evaluate(run, extra={"distance": True})
     assert status(run).splitlines()[1].endswith(f"; {1 + len(run.tasks)} distances from the base model")
     base = run.stages[0]
@@ -186,7 +186,7 @@ def test_the_base_model_is_at_no_distance_from_itself(run, quick, monkeypatch):
         assert all(ids[0] == token for r in rows for ids, token in zip(r["tokens"], r["answer"], strict=True)), "greedy"
 
 
-def test_distances_of_other_weights_answers_or_settings_are_not_taken(run, quick, monkeypatch):
+def test_distances_of_different_weights_answers_or_settings_are_not_used(run, quick, monkeypatch):
     evaluate.evaluate(run, extra={"distance": True})
     stage, base = run.stages[1], run.stages[0]
     file = distance_file(stage, NEUTRAL)
@@ -223,7 +223,7 @@ def with_distances(run: Run, own) -> Run:
     return run
 
 
-def test_the_report_has_distances_beside_what_was_forgotten(make):
+def test_the_report_has_distances_and_forgetting_in_one_table(make):
     run = with_distances(make_rich_run(make), [1, 2, 3, 4, 5, 6, 7, 8])
     report.write_report(run)
     text = (run.path / "report.md").read_text(encoding="utf-8").split("## Distance")[1].split("\n## ")[0]
@@ -241,7 +241,7 @@ def test_the_report_has_distances_beside_what_was_forgotten(make):
     assert any(line.startswith("3_trace_meetingbank,neutral,kl_from_base,1.5,,2,0,") for line in lines)
 
 
-def test_a_comparison_has_a_point_a_run(make, tmp_path):
+def test_a_comparison_has_the_distance_of_each_run(make, tmp_path):
     runs = [with_distances(make_rich_run(make, name=f"r{k}", seed=k), [k + 1.0] * 8) for k in range(2)]
     report.write_comparison(runs, tmp_path / "all.html")
     assert (tmp_path / "all-figures" / "distances.svg").exists()

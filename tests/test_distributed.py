@@ -94,7 +94,7 @@ def norm(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp_path, record_property):
+def test_two_processes_train_every_method_like_one_with_twice_the_batch(small, tmp_path, record_property):
     names = [m for m in methods() if m != "icl"]
     forked_twice(train_jobs, [{"method": n, "options": small(n, tmp_path / "two")} for n in names])
     errors = {}
@@ -123,7 +123,7 @@ def test_two_processes_train_every_method_as_one_with_twice_the_batch(small, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_bytes(small, tmp_path):
+def test_a_killed_process_leaves_no_stage_and_the_resumed_run_has_the_same_bytes(small, tmp_path):
     """Killed in the second epoch, whose order is another one than that of the first: it goes on with the rows left."""
     changes = {"train_rows": 24, "save_strategy": "steps", "save_steps": 1}
     job, whole = ({"method": "ewc", "options": small("ewc", tmp_path / f) | changes} for f in ("killed", "whole"))
@@ -147,7 +147,7 @@ def test_a_process_that_dies_leaves_no_stage_and_the_resumed_run_has_the_same_by
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_others_wait_for_the_first_process_however_long_it_works_alone(small, tmp_path):
+def test_the_others_wait_for_the_first_process_without_a_time_limit(small, tmp_path):
     options = small("sequential", tmp_path) | {"keep": "evaluated", "tasks": THREE[:1], "max_steps": 1}
     forked_twice(train_jobs, [{"method": "sequential", "options": options, "alone": 12}])
     assert Run.open(options["output_dir"]).stages[1].is_trained
@@ -168,7 +168,7 @@ def test_the_order_of_replay_is_the_same_in_every_process(kind):
     assert len(set(orders[0][40:50])) == 10 and sorted(orders[0][50:]) == list(range(20, 27))
 
 
-def test_a_process_that_waited_for_one_that_has_ended_says_it_in_a_line(monkeypatch):
+def test_waiting_for_a_process_that_has_ended_is_a_one_line_error(monkeypatch):
     def gone(group):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
@@ -180,7 +180,7 @@ def test_a_process_that_waited_for_one_that_has_ended_says_it_in_a_line(monkeypa
         raise OSError("disk")
 
 
-def test_the_memory_of_a_training_on_the_cpu_is_the_process_whatever_gpus_are_there(monkeypatch):
+def test_the_memory_of_a_training_on_the_cpu_is_that_of_the_process(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
     args = CLConfig(output_dir="x", tasks=["trace_fomc"], use_cpu=True)
@@ -197,14 +197,14 @@ def test_the_memory_of_a_training_on_the_cpu_is_the_process_whatever_gpus_are_th
 
 
 @pytest.mark.parametrize("name", ["lwf", "osf"])  # asked for by FSDP's launch: test_methods.py
-def test_methods_that_need_whole_weights_refuse_shards_of_an_option(name):
+def test_methods_that_need_whole_weights_refuse_an_option_that_divides_them(name):
     asked = SimpleNamespace(deepspeed="zero3.json", fsdp=None)
     with pytest.raises(ConfigError, match=r"whole weights.*DeepSpeed gives each process a part"):
         method(name)[0].prepare(asked, SimpleNamespace(use_peft=name != "osf"))
 
 
 @pytest.mark.parametrize("file", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda f: f.stem)
-def test_a_launch_file_says_its_command_and_saves_whole_checkpoints(file, monkeypatch):
+def test_launch_files_name_their_command_and_save_complete_checkpoints(file, monkeypatch):
     text = file.read_text()
     assert text.startswith(f"# accelerate launch --config_file trainers/configs/accelerate/{file.name} ")
     args, environment = scaling.read_launch(file.name)
@@ -233,7 +233,7 @@ def test_a_stage_without_weights_is_no_stage(options, monkeypatch):
     assert not stage.is_trained and not (stage.path / "adapter").exists()
 
 
-def test_the_slurm_job_launches_one_accelerate_a_machine(tmp_path):
+def test_the_slurm_job_launches_one_accelerate_per_machine(tmp_path):
     stubs = {
         "scontrol": "echo node-a; sleep 0.2; echo node-b",
         "srun": 'for i in 0 1; do SLURM_NODEID=$i "$@"; done',
@@ -267,7 +267,7 @@ def test_the_slurm_job_launches_one_accelerate_a_machine(tmp_path):
     assert job("sweep.sbatch", LAUNCH=launch) == f"{study}<--launch><{launch}>"
 
 
-def test_the_array_of_the_sweep_has_its_runs():
+def test_the_slurm_array_of_the_sweep_has_all_its_runs():
     from trace_bench.study import read_study
 
     runs = read_study(CONFIGS / "studies" / "sweep.yaml", full=True)
@@ -275,7 +275,7 @@ def test_the_array_of_the_sweep_has_its_runs():
 
 
 @pytest.mark.parametrize("plan", scaling.PLANS, ids=lambda p: p.config)
-def test_the_numbers_of_scaling_md_are_what_the_arithmetic_gives(plan):
+def test_the_tables_of_scaling_md_equal_those_of_bench_scaling(plan):
     pins = dict(line.split("==") for line in (ROOT / "requirements/cpu.txt").read_text().splitlines() if "==" in line)
     others = [name for name in ("accelerate", "peft", "transformers") if version(name) != pins[name]]
     if others:

@@ -138,7 +138,7 @@ def test_the_commands_of_each_page_parse(page):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_files_that_are_named_exist(page):
+def test_files_named_in_the_documentation_exist(page):
     for code in inline(page, "code_inline"):
         path = code.content
         if PATH.fullmatch(path) and Path(path).suffix and not PLACEHOLDER.search(path):
@@ -158,7 +158,7 @@ def anchors(page: str) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_no_link_is_broken(page):
+def test_links_in_the_documentation_lead_somewhere(page):
     links = [t.attrs["href"] for t in inline(page, "link_open")] + [t.attrs["src"] for t in inline(page, "image")]
     for link in map(str, links):
         if link.startswith("https://"):
@@ -169,12 +169,12 @@ def test_no_link_is_broken(page):
         assert not anchor or anchor in anchors(str(target.relative_to(ROOT))), f"{link}: no such heading"
 
 
-def test_every_page_can_be_found():
+def test_every_page_of_the_documentation_is_linked():
     index = {str(t.attrs["href"]) for t in inline("docs/index.md", "link_open")}
     assert {p.removeprefix("docs/") for p in PAGES if p.startswith("docs/")} - {"index.md"} <= index
 
 
-def test_the_code_for_python_runs_and_prints_what_is_written_beside_it(make, monkeypatch, capsys):
+def test_python_examples_run_and_print_the_documented_output(make, monkeypatch, capsys):
     """On a run written by hand. What is slow and tested elsewhere is left to functions with the same signatures."""
     scores = {metric: np.arange(12).reshape(3, 4) / 20 for metric in ("accuracy", "log_likelihood")}
     run = make(rows=dict.fromkeys(TASKS, scores))
@@ -190,7 +190,7 @@ def test_the_code_for_python_runs_and_prints_what_is_written_beside_it(make, mon
     assert [float(word) for word in said[2].split()] == pytest.approx(written)
 
 
-def test_make_asks_which_run_where_none_is_named():
+def test_make_asks_for_a_run_if_none_is_named():
     """The default of the trainings' RUN is made of the target's name, which these have not."""
     for given in ([], ["RUN="]):
         for target in ("evaluate", "judge", "report"):

@@ -1,4 +1,4 @@
-"""What cannot work is said before anything is trained, and the corrected command works."""
+"""Anything that cannot work is an error before training, and the corrected command works."""
 
 import json
 import re
@@ -29,7 +29,7 @@ from trainers.pp import PPConfig, PPTrainer
 
 @pytest.fixture
 def own_task(tmp_path, monkeypatch):
-    """Makes the task `mine` of rows and a few lines of YAML; rows of test and train where they differ."""
+    """Makes the task `mine` from rows and a few lines of YAML. Test and training rows may differ."""
 
     def make(rows, yaml="", test=None):
         folder = tmp_path / "own"
@@ -79,11 +79,11 @@ TEMPLATE, CHOICES = "doc_to_target: '{{a}}'\n", "doc_to_choice: ['no', 'yes']\n"
         ([0.5, 2.0], "", ["0.5", "2.0"]),
         ([0, 1], CHOICES, ["no", "yes"]),
         ([0, 1], TEMPLATE + CHOICES, ["no", "yes"]),
-        (["[1, 2]", "[3]"], "", ["[1, 2]", "[3]"]),  # a column's text is what it is compared with
+        (["[1, 2]", "[3]"], "", ["[1, 2]", "[3]"]),  # the answer is compared with the text of the column
         (["['a', 'b']", "['c']"], TEMPLATE, ["a", "c"]),
     ],
 )
-def test_what_is_trained_is_the_text_that_lm_eval_compares_with_or_shows(own_task, answers, yaml, trained):
+def test_the_trained_answer_is_the_text_that_lm_eval_compares_with_or_shows(own_task, answers, yaml, trained):
     own_task(questions(*answers), yaml)
     assert [answer for _, answer in rows_of()] == trained
     task = load_tasks(["mine"])["mine"]
@@ -126,9 +126,7 @@ def test_a_group_of_tasks_is_refused_as_a_column(demo_data):
         load_tasks(["trace"])
 
 
-def test_the_last_task_s_bad_row_is_found_before_the_first_is_trained_and_rows_are_made_once(
-    own_task, options, monkeypatch
-):
+def test_a_bad_row_of_the_last_task_is_found_before_training_and_rows_are_made_once(own_task, options, monkeypatch):
     own_task(questions("x", ""))
     options = {**options, "tasks": ["trace_fomc", "mine"], "max_steps": 1}
     with pytest.raises(DataError, match="mine, training row 1: the answer is empty"):
@@ -140,7 +138,7 @@ def test_the_last_task_s_bad_row_is_found_before_the_first_is_trained_and_rows_a
             f"trainers.base.{module}.training_rows",
             lambda task, *a: made.append(task.task_name) or training_rows(task, *a),
         )
-    run = train({**options, "train_rows": 1})  # without that row
+    run = train({**options, "train_rows": 1})  # without the bad row
     assert made == options["tasks"]
     assert [read_json(s.train_file)["rows"] for s in run.stages[1:]] == [1, 1]
 
@@ -157,7 +155,7 @@ BLOOM = {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 300}
 GRANITE = {**SMALL, "num_local_experts": 0, "layer_types": ["attention"] * 2}
 ZAMBA = {**SMALL, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
 OTHER = "LlamaForSequenceClassification"
-#: Options, and how messages say them.
+#: Options, and their texts in messages.
 FULL, SHORT = {"use_peft": False}, "context of 64: use a max_prompt_length of at most 60"
 ALL = {"lora_target_modules": ["all-linear"], "lora_dropout": 0.0}
 TARGETS, DROPOUT = "Use --lora_target_modules", "--lora_dropout 0."
@@ -165,7 +163,7 @@ TARGETS, DROPOUT = "Use --lora_target_modules", "--lora_dropout 0."
 
 @pytest.fixture
 def architecture(options, tmp_path):
-    """Tries a model of which there is only a configuration: what passes the checks ends at the missing weights."""
+    """Trains a model that has only a configuration. If it passes the checks, the error is about missing weights."""
 
     def try_it(model, changes):
         kind, settings = model
@@ -196,9 +194,9 @@ def architecture(options, tmp_path):
         (("MllamaConfig", {"text_config": {**SMALL, "pad_token_id": 0}}), FULL, "saved as mllama_text_model, .* LoRA"),
         (("LlamaConfig", {**SMALL, "vocab_size": 250}), {}, "9 tokens without a row in the model's 250 embeddings"),
         (("Llama4TextConfig", {**SMALL, "num_local_experts": 4}), {}, r"\(llama4_text\) computes no loss of a router"),
-        # As the dense ones of Granite 4: a type for mixtures, without experts.
+        # Like the dense models of Granite 4: a type for mixtures, but no experts.
         (("GraniteMoeHybridConfig", GRANITE), {}, "computes no loss of a router. Use router_aux_loss_coef: 0"),
-        # The context is found under any name.
+        # The context length is found under any of its names.
         (("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}), FULL, SHORT),
         (("MptConfig", MPT), FULL, SHORT),
         (("LlamaConfig", {**SMALL, "max_position_embeddings": 64}), FULL, SHORT),
@@ -210,7 +208,7 @@ def architecture(options, tmp_path):
         (("MambaConfig", MAMBA), {}, f"{TARGETS} dt_proj in_proj x_proj."),
         (("Mamba2Config", {**MAMBA, "num_heads": 8, "head_dim": 16}), {}, f"{TARGETS} in_proj."),
         (("PhimoeConfig", {**SMALL, "num_local_experts": 4}), ALL, f"is a PhimoeTopKRouter, .* {TARGETS} .*v_proj"),
-        # transformers renames its shared experts when an adapter is loaded, and what was saved fits nothing.
+        # transformers renames its shared experts when an adapter is loaded, so the saved tensors fit no module.
         (("LagunaConfig", LAGUNA), ALL, r"PEFT does not find .*shared_experts\.down_proj.* when it loads"),
         (("ZambaConfig", ZAMBA), ALL | {"backend": "vllm"}, "_proj alone, whose weights other layers share"),
         (LLAMA, {"lora_target_modules": ["c_attn"]}, f"{TARGETS} all-linear."),
@@ -219,7 +217,7 @@ def architecture(options, tmp_path):
         (LLAMA, {"lora_modules_to_save": ["head"]}, "names 'head', which the model does not have. Its linear layers"),
     ],
 )
-def test_a_base_model_that_cannot_work_is_refused_in_a_line_and_what_it_says_works(
+def test_an_unusable_base_model_is_refused_in_one_line_and_the_advice_works(
     architecture, options, tmp_path, model, given, message
 ):
     with pytest.raises(TraceError, match=message) as e:
@@ -231,12 +229,12 @@ def test_a_base_model_that_cannot_work_is_refused_in_a_line_and_what_it_says_wor
     works |= {name: int(n) for name, n in re.findall(r"a (max_prompt_length) of at most (\d+)", said)}
     if works:
         architecture(model, given | works)
-    if "causal" in message:  # nor is it evaluated
+    if "causal" in message:  # it cannot be evaluated either
         with pytest.raises(ModelError, match=message):
             check_base(str(tmp_path / "model"), "hf", False)
 
 
-def test_what_has_no_limit_and_trains_no_adapter_needs_none(architecture):
+def test_models_without_a_context_limit_are_accepted(architecture):
     architecture(("BloomConfig", BLOOM), {})
     architecture(("MistralConfig", {**SMALL, "sliding_window": 16}), {})
     architecture(("MambaConfig", MAMBA), FULL)
@@ -250,7 +248,7 @@ def test_what_has_no_limit_and_trains_no_adapter_needs_none(architecture):
         ("HrmTextConfig", "reads its prompts in both directions", True),
     ],
 )
-def test_a_model_that_vllm_computes_otherwise_is_refused(kind, why, on_gpus, tmp_path, monkeypatch):
+def test_a_model_that_vllm_would_compute_differently_is_refused(kind, why, on_gpus, tmp_path, monkeypatch):
     getattr(transformers, kind)().save_pretrained(tmp_path)
     whole = pytest.raises(RunError, match=r"has no model\.safetensors")
     refused = pytest.raises(ModelError, match=rf"vLLM {why}.* Take the backend hf")
@@ -263,16 +261,14 @@ def test_a_model_that_vllm_computes_otherwise_is_refused(kind, why, on_gpus, tmp
         check_base(str(tmp_path), "hf", False)
 
 
-def test_a_type_that_transformers_does_not_know_is_refused(options, tiny_model, tmp_path):
+def test_a_model_type_unknown_to_transformers_is_refused(options, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "new")
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "model_type": "llama9"})
     with pytest.raises(ConfigError, match=r"transformers cannot make the model .*llama9"):
         train({**options, "model_name_or_path": str(folder)})
 
 
-def test_a_token_that_was_only_added_is_warned_about_but_for_the_padding_which_is_used(
-    options, caplog, tiny_model, tmp_path
-):
+def test_tokens_without_embeddings_are_warned_about_and_refused_as_padding(options, caplog, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "added")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(["<extra>"])
@@ -288,7 +284,7 @@ def test_a_token_that_was_only_added_is_warned_about_but_for_the_padding_which_i
 # ------------------------------------------------------------------------------------------------------ begun once more
 
 
-def test_a_run_of_which_nothing_is_done_may_be_begun_with_another_configuration(options, caplog):
+def test_a_run_without_results_may_begin_again_with_a_different_configuration(options, caplog):
     killed = {**options, "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(KeyboardInterrupt):
         train(killed, stop_at(1, CLTrainer))
@@ -301,7 +297,7 @@ def test_a_run_of_which_nothing_is_done_may_be_begun_with_another_configuration(
 
 
 @pytest.mark.parametrize("done", ["stages/1_trace_fomc/train.json", "stages/0_base/eval/trace_fomc.json"])
-def test_finished_work_is_never_begun_again(options, run, done, tmp_path):
+def test_a_run_with_results_never_begins_again(options, run, done, tmp_path):
     for stage in run.stages[1:]:
         stage.train_file.unlink()
     write_json(run.path / done, {})
@@ -334,7 +330,7 @@ def test_rows_of_the_other_variant_are_refused(options, tmp_path, monkeypatch):
     assert not Path(options["output_dir"]).exists()
     monkeypatch.setenv("TRACE_DATA", str(reasoned))
     with pytest.raises(DataError, match="reasoning variant"):
-        load_tasks(["trace_fomc"])  # as plain lm_eval does
+        load_tasks(["trace_fomc"])  # plain lm_eval loads it so
     monkeypatch.setenv("TRACE_DATA", str(plain))
     monkeypatch.setenv("TRACE_REASONING", str(plain))
     with pytest.raises(DataError, match="of the plain variant"):
@@ -350,7 +346,7 @@ def test_rows_of_the_other_variant_are_refused(options, tmp_path, monkeypatch):
         data.Data.at(plain, data.FOLDERS).check()
 
 
-def test_answers_with_reasoning_are_known_whatever_the_prompt_says():
+def test_answers_with_reasoning_are_recognised_with_any_prompt():
     prompt = "What is 2 + 2?\nAnswer:"
     assert row_variant("NumGLUE-cm", {"prompt": prompt, "answer": "2 and 2 make 4.\nAnswer:4"}) == "reasoning"
     assert row_variant("NumGLUE-cm", {"prompt": prompt, "answer": "4"}) == "plain"
@@ -361,14 +357,14 @@ def test_answers_with_reasoning_are_known_whatever_the_prompt_says():
 
 @pytest.mark.skipif(not (SHARED / "data").is_dir(), reason="the TRACE data (shared/data) is not beside the repository")
 @pytest.mark.parametrize("name", ["trace", "trace_5000", "trace_reasoning"])
-def test_real_rows_are_all_told_apart(name):
+def test_the_variant_of_all_real_rows_is_recognised(name):
     files = sorted((SHARED / "data" / name).glob("*/*.json"))
     assert len(files) >= 8
     found = {row_variant(file.parent.name, row) for file in files for row in data.read_rows(file)}
     assert found == {"reasoning" if name == "trace_reasoning" else "plain"}
 
 
-def test_the_command_names_the_reasoning_variant_as_what_it_is(tmp_path, capsys):
+def test_data_names_the_reasoning_variant(tmp_path, capsys):
     root = copy_demo(tmp_path / data.REASONING_FOLDER, reasoning=True)
     main(["data", str(root)])
     out = capsys.readouterr().out
@@ -376,7 +372,7 @@ def test_the_command_names_the_reasoning_variant_as_what_it_is(tmp_path, capsys)
     assert out.count("reasoning_") == 9
 
 
-def test_the_command_names_the_complete_tasks_of_a_part(tmp_path, capsys):
+def test_data_names_the_complete_tasks_of_partial_data(tmp_path, capsys):
     root = copy_demo(tmp_path, "FOMC", "Py150")
     copy_demo(tmp_path, "C-STANCE", splits=["test"])
     main(["data", str(root)])
@@ -394,7 +390,7 @@ def test_the_command_names_the_complete_tasks_of_a_part(tmp_path, capsys):
 # ---------------------------------------------------------------------------------------------------- test rows alone
 
 
-def test_a_run_is_evaluated_where_only_its_test_rows_are(options, run, tmp_path, monkeypatch):
+def test_a_run_can_be_evaluated_with_only_the_test_rows(options, run, tmp_path, monkeypatch):
     there = copy_demo(tmp_path / "there", "FOMC", "NumGLUE-ds", splits=["test"])
     monkeypatch.setenv("TRACE_DATA", str(there))
     with pytest.raises(DataError, match="lacks the split 'train'"):
@@ -409,7 +405,7 @@ def test_a_run_is_evaluated_where_only_its_test_rows_are(options, run, tmp_path,
         train({**options, "tasks": ["trace_fomc"], "data": str(there), "output_dir": str(tmp_path / "other")})
 
 
-def test_checkpoints_are_evaluated_on_test_rows_alone_and_their_data_may_be_completed(
+def test_external_checkpoints_need_only_test_rows_and_the_data_may_be_completed_later(
     tiny_model, checkpoints, tmp_path
 ):
     there = copy_demo(tmp_path / "there", "FOMC", splits=["test"])
@@ -426,7 +422,7 @@ def test_checkpoints_are_evaluated_on_test_rows_alone_and_their_data_may_be_comp
     assert evaluate(run, stages=[1]) == 1
 
 
-def test_complete_data_has_the_fingerprints_that_it_had(tmp_path):
+def test_the_fingerprints_of_complete_data_are_unchanged(tmp_path):
     root = copy_demo(tmp_path)
     before = data.Data.at(root, data.FOLDERS).fingerprint
     assert data.Data.at(root, data.FOLDERS).changed({"fingerprint": before}) == [], "of a run that noted no test rows"

@@ -45,7 +45,7 @@ def started(monkeypatch):
     return starts
 
 
-def test_adapters_are_merged_where_vllm_has_no_lora_for_the_model(options, started, caplog):
+def test_adapters_are_merged_if_vllm_has_no_lora_for_the_model(options, started, caplog):
     adapter = train(options).stages[1].checkpoint
     engine.open_engine("vllm", options["model_name_or_path"], checkpoints=[adapter])
     first, second = started
@@ -63,7 +63,7 @@ def test_adapters_are_merged_where_vllm_has_no_lora_for_the_model(options, start
 
 
 @pytest.mark.parametrize(("devices", "method"), [("MIG-1a2b", "spawn"), ("GPU-1a2b", None), ("0,1", None)])
-def test_vllm_forks_its_engine_only_where_torch_counts_gpus_without_cuda(devices, method):
+def test_vllm_forks_its_engine_only_if_torch_counts_gpus_without_cuda(devices, method):
     with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": devices}):
         os.environ.pop("VLLM_WORKER_MULTIPROC_METHOD", None)
         nvml = {"_raw_device_count_nvml": lambda: 2, "_raw_device_uuid_nvml": lambda: ["GPU-1a2b"]}
@@ -73,7 +73,7 @@ def test_vllm_forks_its_engine_only_where_torch_counts_gpus_without_cuda(devices
         assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == method
 
 
-def test_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options, started, monkeypatch):
+def test_log_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options, started, monkeypatch):
     monkeypatch.setattr(engine, "has_gpu", lambda: False)
     arguments = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
     with pytest.raises(engine.EngineError, match=r"without a GPU vLLM gives no probabilities.* Leave it out"):
@@ -90,7 +90,7 @@ def test_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options
     ],
     ids=["Llama", "Granite 4", "Mamba-2"],
 )
-def test_states_are_not_kept_in_a_cache_without_a_gpu(settings, kept, options, started, monkeypatch, tmp_path):
+def test_states_are_not_cached_without_a_gpu(settings, kept, options, started, monkeypatch, tmp_path):
     """VLLM's code for them on CPUs fails at a prompt of more than 256 tokens."""
     folder = Path(shutil.copytree(options["model_name_or_path"], tmp_path / "m"))
     write_json(folder / "config.json", read_json(folder / "config.json") | settings)
@@ -100,7 +100,7 @@ def test_states_are_not_kept_in_a_cache_without_a_gpu(settings, kept, options, s
     assert [start["enable_prefix_caching"] for start in started] == [kept, True]
 
 
-def test_to_ask_for_a_gpu_before_vllm_is_imported_does_not_bar_it_to_the_engine(monkeypatch, tmp_path):
+def test_asking_for_a_gpu_before_importing_vllm_leaves_it_usable_for_the_engine(monkeypatch, tmp_path):
     """The engine is a fork of this process. After torch's own question, CUDA's runtime refuses itself to forks."""
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "")
     monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK")
@@ -117,7 +117,7 @@ def test_to_ask_for_a_gpu_before_vllm_is_imported_does_not_bar_it_to_the_engine(
 
 
 @pytest.mark.parametrize("settings", [LONGROPE, {"model_type": "cohere2", "sliding_window": 4096}])
-def test_the_context_is_that_in_which_vllm_reads_a_text_as_training_does(settings, options, started):
+def test_the_context_is_one_in_which_vllm_reads_texts_as_training_does(settings, options, started):
     """VLLM takes the long factors of Phi-3 for every text once its context is longer, and wider windows of Cohere 2."""
     folder = Path(options["model_name_or_path"])
     config = read_json(folder / "config.json") | {"max_position_embeddings": 131072, **settings}

@@ -105,7 +105,7 @@ def error(*argv: object) -> str:
 # ------------------------------------------------------------------------------------------------ a second process
 
 
-def test_the_lock_of_a_process_is_said_to_be_its_own_and_ends_with_it(options):
+def test_a_lock_names_its_process_and_ends_with_it(options):
     folder = options["output_dir"]
     process = lock_holder(folder)
     with locked(Path(folder), "judge"), pytest.raises(RunError, match=rf"process {process.pid} on .*`train`"):
@@ -117,13 +117,13 @@ def test_the_lock_of_a_process_is_said_to_be_its_own_and_ends_with_it(options):
         pass
 
 
-def test_where_there_are_no_locks_a_warning_says_so(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "not supported")))
     with locked(tmp_path, "train"), locked(tmp_path, "train"):
         assert "no locks on this file system" in caplog.text
 
 
-def test_stages_are_evaluated_at_once_but_none_twice_and_readers_never_wait(case):
+def test_concurrent_evaluations_take_different_stages_and_readers_never_wait(case):
     for stage in case.run.stages[1:]:
         stage.eval_file(FIRST).unlink()
     with locked(case.stage(1).path, "evaluate"), locked(case.path, "train"), locked(case.path, "judge"):
@@ -231,7 +231,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_after_what_the_message_says_the_command_works(case, damage):
+def test_doing_what_the_message_says_makes_the_command_work(case, damage):
     damaging, noticing, said, again = DAMAGE[damage]
     damaging(case)
     messages = [case.error(command) for command in noticing.split()]
@@ -249,7 +249,7 @@ def test_after_what_the_message_says_the_command_works(case, damage):
         ("judge", ["--sampling", '{"temperature": 1}'], "temperature"),
     ],
 )
-def test_other_settings_after_what_the_message_says(case, command, argv, said):
+def test_doing_what_the_message_on_settings_says_makes_the_command_work(case, command, argv, said):
     case.stage(2).eval_file(FIRST).unlink()  # what a stage evaluated by itself shares with the others
     message = case.error(command, *argv)
     assert said in message
@@ -259,13 +259,13 @@ def test_other_settings_after_what_the_message_says(case, command, argv, said):
     case("report")
 
 
-def test_a_damaged_checkpoint_is_not_trained_upon(case):
+def test_training_does_not_continue_from_a_damaged_checkpoint(case):
     change_weights(case.stage(1).checkpoint)
     case.stage(2).train_file.unlink()
     assert "1_trace_fomc/adapter is not what the training of the stage wrote" in case.error("train")
 
 
-def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts(case, tmp_path, monkeypatch):
+def test_a_damaged_external_checkpoint_is_refused_before_the_engine_starts(case, tmp_path, monkeypatch):
     copy = shutil.copytree(case.stage(1).checkpoint, tmp_path / "copy")
     command = ["evaluate", tmp_path / "theirs", "--model", case.options["model_name_or_path"], "--tasks", FIRST]
     command += ["--checkpoint", f"{FIRST}={copy}", "--backend", "hf", "--data", "demo", "--test-rows", "2"]
@@ -282,7 +282,7 @@ def test_a_damaged_checkpoint_from_elsewhere_is_refused_before_the_engine_starts
     assert not (tmp_path / "theirs").exists(), "nothing is recorded of what cannot be evaluated"
 
 
-def test_another_base_model_or_other_data_between_two_stages_are_refused(options, tiny_model, tmp_path):
+def test_a_base_model_or_data_changed_between_two_stages_are_refused(options, tiny_model, tmp_path):
     model, rows = (
         shutil.copytree(tiny_model, tmp_path / "base"),
         shutil.copytree(data.find_data("demo"), tmp_path / "d"),
@@ -309,7 +309,7 @@ def test_another_base_model_or_other_data_between_two_stages_are_refused(options
         train(options)
 
 
-def test_clocks_and_times_of_files_decide_nothing(case, monkeypatch, capsys):
+def test_clocks_and_times_of_files_do_not_matter(case, monkeypatch, capsys):
     before = (case.path / "scores.csv").read_bytes()
     for i, file in enumerate(sorted(case.path.rglob("*"))):
         os.utime(file, (i * 7919 % 100 * 1e8,) * 2)
@@ -340,7 +340,7 @@ class Room:
         monkeypatch.setattr(os, "fsync", fsync)
 
 
-def test_on_a_full_disk_every_write_fails_in_turn_and_nothing_that_is_done_is_lost(case, monkeypatch):
+def test_a_full_disk_at_any_write_loses_no_finished_work(case, monkeypatch):
     """Each attempt has room for no file, for one, or for some."""
     scores = (case.path / "scores.csv").read_bytes()
     for stage in case.run.stages:
@@ -369,7 +369,7 @@ def test_on_a_full_disk_every_write_fails_in_turn_and_nothing_that_is_done_is_lo
     assert (case.path / "scores.csv").read_bytes() == scores
 
 
-def test_a_folder_that_cannot_be_written_is_read_all_the_same(case, monkeypatch):
+def test_a_read_only_folder_can_be_read(case, monkeypatch):
     opened = Path.open
 
     def read_only(self, mode="r", *args, **kwargs):
@@ -397,7 +397,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(case, monkeypatch)
         case("train")
 
 
-def test_without_memory_a_training_says_what_to_change_and_keeps_its_stages(case):
+def test_a_training_without_memory_says_what_to_change_and_keeps_its_stages(case):
     case.stage(2).train_file.unlink()
 
     class Hungry(CLTrainer):
@@ -412,7 +412,7 @@ def test_without_memory_a_training_says_what_to_change_and_keeps_its_stages(case
 
 
 @pytest.mark.parametrize("problem", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you")])
-def test_without_memory_an_evaluation_keeps_what_it_has(case, monkeypatch, problem):
+def test_an_evaluation_without_memory_keeps_its_cells(case, monkeypatch, problem):
     for stage in case.run.stages[1:]:
         stage.eval_file(FIRST).unlink()
     original = cells.evaluate_batch
@@ -436,7 +436,7 @@ def test_without_memory_an_evaluation_keeps_what_it_has(case, monkeypatch, probl
         MemoryError(),
     ],
 )
-def test_what_vllm_says_of_memory_is_one_line_with_what_to_change(problem):
+def test_vllms_memory_errors_are_one_line_with_the_fix(problem):
     clear = pytest.raises(engine.EngineError, match=r"cannot start.*max_model_len.*gpu_memory_utilization")
     with clear, engine.starting_vllm():
         raise problem
@@ -456,7 +456,7 @@ class Limits(BaseModel):
         (lambda: torch.no_selective_scan, "AttributeError: .*no_selective_scan"),
     ],
 )
-def test_what_vllm_cannot_do_for_a_model_is_one_line_with_what_works(start, said):
+def test_vllms_errors_on_unsupported_models_are_one_line_with_the_fix(start, said):
     clear = pytest.raises(engine.EngineError, match=rf"cannot serve this model here \({said}.*; else take --backend")
     with clear, engine.starting_vllm():
         start()
@@ -470,18 +470,18 @@ def test_what_vllm_cannot_do_for_a_model_is_one_line_with_what_works(start, said
         ({"max_length": "x"}, "max_length='x'. Give a number from 1 on"),
     ],
 )
-def test_arguments_that_transformers_does_not_take_are_one_line(arguments, said, tiny_model):
+def test_arguments_that_transformers_refuses_are_one_line(arguments, said, tiny_model):
     with pytest.raises(engine.EngineError, match=said):
         engine.open_engine("hf", str(tiny_model), engine_args=arguments)
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_not_translated():
     with pytest.raises(TraceError, match="own"), engine.starting_vllm():
         raise TraceError("own")
     assert advice(ValueError("x"), "") is None and advice(FileNotFoundError(2, "x"), "") is None
 
 
-def test_a_file_in_place_of_a_folder_is_one_line(tmp_path):
+def test_a_file_in_place_of_a_folder_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("x" * 300)):
         one_line = pytest.raises(SystemExit, match=r"error: .*(name a different path|Use a shorter name)\.$")
@@ -513,7 +513,7 @@ QUICK = ("grouped", "ewc", "sdft")
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
-def test_a_stage_goes_on_at_its_last_checkpoint_to_the_same_bytes(options, tmp_path, capsys, method):
+def test_a_stage_resumed_at_its_last_checkpoint_ends_in_the_same_bytes(options, tmp_path, capsys, method):
     """In the third epoch, with dropout, as the optimizer, the schedule and the order of the rows were."""
     trainer, config, changes, stage = METHODS[method]
     options |= {"tasks": options["tasks"][:stage], "max_steps": 6, "lr_scheduler_type": "cosine", **changes}
@@ -548,7 +548,7 @@ def test_a_stage_goes_on_at_its_last_checkpoint_to_the_same_bytes(options, tmp_p
         (lambda folder: of_other_processes(folder.parent), None),
     ],
 )
-def test_a_checkpoint_that_is_half_written_or_of_another_start_is_not_gone_on_from(stopped, capsys, damage, said):
+def test_a_half_written_checkpoint_or_one_of_another_start_is_not_resumed_from(stopped, capsys, damage, said):
     damage(Run.open(stopped["output_dir"]).stages[1].attempt / "checkpoint-4")
     with pytest.raises(KeyboardInterrupt):
         train(stopped, interrupted(CLTrainer, 2 if said else 0, stage=1))
@@ -579,7 +579,7 @@ def of_other_processes(attempt: Path) -> None:
         change(file, of={**read_json(file)["of"], "processes": 2})
 
 
-def test_the_state_of_a_method_that_is_damaged_is_not_trained_with(options):
+def test_a_damaged_state_of_a_method_is_not_used(options):
     options |= {"max_steps": 1, "train_rows": 8}
     with pytest.raises(KeyboardInterrupt):
         train(options, interrupted(ewc.EWCTrainer, 0), ewc.EWCConfig)

@@ -52,9 +52,7 @@ def starts(monkeypatch):
     return found
 
 
-def test_stages_are_evaluated_while_the_training_goes_on_and_as_they_would_be_afterwards(
-    options, tmp_path, capfd, starts
-):
+def test_following_a_training_gives_the_same_cells_as_evaluating_afterwards(options, tmp_path, capfd, starts):
     """Another process trains; between its stages it waits until the one before is evaluated."""
     options |= {"tasks": THREE, "cells": "all"}
     script = tmp_path / "waits.py"
@@ -100,7 +98,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_training_that_ends_too_soon_is_told_after_all_that_is_there_is_evaluated(options, monkeypatch):
+def test_a_training_that_ends_early_is_reported_after_evaluating_its_stages(options, monkeypatch):
     monkeypatch.setattr(following, "GRACE", 0.2)
 
     with pytest.raises(KeyboardInterrupt):
@@ -114,7 +112,7 @@ def test_a_training_that_ends_too_soon_is_told_after_all_that_is_there_is_evalua
     assert evaluate.follow(run.path) == 2 and evaluate.follow(run.path) == 0
 
 
-def test_a_training_that_lives_is_waited_for_and_one_that_is_killed_is_not(run, monkeypatch):
+def test_a_living_training_is_waited_for_and_a_killed_one_is_not(run, monkeypatch):
     """The lock says it, whatever the time; where there are no locks the progress does."""
     monkeypatch.setattr(following, "GRACE", 0.2)
     run.stages[2].train_file.unlink()
@@ -197,7 +195,7 @@ def answers_of_later(base: Path, first: Path, higher: Path, other: Path) -> tupl
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vllm_serves_adapters_that_come_later_as_if_they_had_been_there(tmp_path):
+def test_vllm_serves_later_adapters_like_those_known_at_the_start(tmp_path):
     base = make_base("llama", tmp_path / "base", pieces_tokenizer())
     tokenizer = AutoTokenizer.from_pretrained(base)
     made = [make_checkpoint(kind, base, tmp_path / kind) for kind in ("lora", "rslora")]

@@ -91,7 +91,7 @@ def outcome(function, *errors):
     mark=st.booleans(),
     bad=st.none() | st.tuples(st.integers(0, 5), values),
 )
-def test_rows_are_read_as_they_are_or_the_bad_one_is_named(tmp_path, rows, ascii_only, mark, bad):
+def test_rows_are_read_unchanged_or_the_bad_row_is_named(tmp_path, rows, ascii_only, mark, bad):
     written = list(rows)
     if bad is not None:
         written.insert(min(bad[0], len(rows)), bad[1])
@@ -116,7 +116,7 @@ def read_samples(file):
 
 
 @fuzz(100, content=st.binary(max_size=60) | values.map(lambda v: json.dumps(v).encode("utf-8", "surrogatepass")))
-def test_any_file_of_a_run_is_read_or_named(tmp_path, content):
+def test_any_file_of_a_run_is_read_or_named_in_an_error(tmp_path, content):
     file = tmp_path / "file.json"
     file.write_bytes(content)
     for read in (read_json, read_jsonl, data.read_rows):
@@ -125,7 +125,7 @@ def test_any_file_of_a_run_is_read_or_named(tmp_path, content):
     assert isinstance(outcome(lambda: read_samples(file), RunError), dict | RunError)
 
 
-def test_samples_are_not_dropped_for_the_sake_of_a_number(tmp_path):
+def test_samples_with_an_odd_number_are_not_dropped(tmp_path):
     row = {"doc_id": 1, "prompt": "p", "response": "r"}
     write_jsonl(tmp_path / "x.jsonl", [row, row])
     with pytest.raises(RunError, match=r"line 2.*doc_id 1"):
@@ -148,7 +148,7 @@ def test_samples_are_not_dropped_for_the_sake_of_a_number(tmp_path):
         ("mmlu", "dev/abstract_algebra_dev.csv", f'"{"x" * 200_000}",b,c,d,e,A'),
     ],
 )
-def test_a_suite_in_another_shape_is_named(tmp_path, monkeypatch, suite, file, content):
+def test_a_suite_with_the_wrong_shape_is_named_in_an_error(tmp_path, monkeypatch, suite, file, content):
     for path in (tmp_path / suite / name for name in file.split()):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
@@ -169,7 +169,7 @@ usages = st.none() | st.dictionaries(st.sampled_from(["prompt_tokens", "completi
     body=values
     | st.fixed_dictionaries({"choices": values | st.lists(choices, max_size=2)}, optional={"usage": usages | values}),
 )
-def test_any_body_is_a_reply_that_a_file_can_hold_or_none(tmp_path_factory, body):
+def test_any_body_is_a_reply_that_can_be_saved_or_an_error(tmp_path_factory, body):
     reply = outcome(lambda: read_reply(json.loads(json.dumps(body))), ValueError)
     if isinstance(reply, Reply):
         assert isinstance(reply.prompt_tokens + reply.completion_tokens, int) and reply.prompt_tokens >= 0
@@ -179,7 +179,7 @@ def test_any_body_is_a_reply_that_a_file_can_hold_or_none(tmp_path_factory, body
         assert Cache(cache.path)["k"] == reply
 
 
-def test_lines_of_a_batch_that_cannot_be_read_cost_only_themselves(tmp_path, caplog):
+def test_unreadable_lines_of_a_batch_lose_no_other_lines(tmp_path, caplog):
     client = BatchClient("m", cache=tmp_path / "c.jsonl", base_url="http://127.0.0.1:9/v1")
     body = {"choices": [{"message": {"content": "r"}, "finish_reason": 7}], "usage": {"prompt_tokens": "10"}}
     good = {"custom_id": "good", "response": {"status_code": 200, "body": body}}
@@ -272,7 +272,7 @@ def test_long_texts_are_read_in_seconds(name):
         assert time.process_time() - started < 1, (name, pattern[:40])
 
 
-def test_what_makes_long_texts_quick_changes_no_score():
+def test_speeding_up_long_texts_changes_no_score():
     assert answers.read_choice("The answer is option choice option B") == "B"
     assert answers.read_choice(f"The answer is A{' ' * 300}. B. hawkish") is None  # the next option is on the line
     assert scoring.similarity("x" * 200, "y" * 3 + "x") == 0.01 and scoring.similarity("x" * 1000, "x") == 0.0
@@ -289,7 +289,7 @@ def test_what_makes_long_texts_quick_changes_no_score():
 
 
 @fuzz(300, n=st.integers(1, 500), a=st.integers(0, 500), b=st.integers(0, 500))
-def test_intervals_of_counts(n, a, b):
+def test_intervals_of_counts_contain_the_rate_and_stay_in_range(n, a, b):
     if a > n:
         with pytest.raises(ValueError, match="count"):
             metrics.wilson_interval(a, n)
@@ -321,7 +321,7 @@ OWN = (
         st.sampled_from(["tasks", "epochs", "general", "judged", "engine_args"]), values | st.lists(numbers, max_size=2)
     ),
 )
-def test_a_configuration_can_be_used_or_is_refused(tmp_path, changes):
+def test_a_configuration_is_usable_or_refused(tmp_path, changes):
     options = {"output_dir": str(tmp_path), "tasks": ["trace_fomc", "trace_cstance"], **changes}
     config = outcome(lambda: CLConfig(**copy.deepcopy(options)), ConfigError)
     if isinstance(config, ConfigError):
@@ -336,7 +336,7 @@ def test_a_configuration_can_be_used_or_is_refused(tmp_path, changes):
 @pytest.mark.parametrize(
     "text", ["", "- a", "a: [", "7", "lerning_rate: 1", "tasks: {a: b}", "epochs: x", "\0", "train_rows: [1]"]
 )
-def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path, text, capsys):
+def test_a_config_file_with_the_wrong_shape_is_an_error_without_a_traceback(tmp_path, text, capsys):
     file, output = tmp_path / "c.yaml", ["--output_dir", str(tmp_path / "r")]
     with pytest.raises(SystemExit, match=r"error: There is no config .*c\.yaml"):
         base.main(base.CLTrainer, base.CLConfig, ["--config", str(file)])
@@ -347,7 +347,7 @@ def test_a_config_file_of_another_shape_is_an_error_without_a_traceback(tmp_path
 
 
 @pytest.mark.parametrize("options", [[], ["--tuned", "none"]])
-def test_a_key_that_a_config_gives_twice_is_refused_whether_or_not_its_table_is_read(tmp_path, options):
+def test_a_repeated_key_in_a_config_is_refused(tmp_path, options):
     (tmp_path / "c.yaml").write_text("seed: 1\ntasks: [trace_fomc]\nseed: 2\n")
     with pytest.raises(ConfigError, match="seed is given twice"):
         stages.parse(base.CLConfig, ["--config", str(tmp_path / "c.yaml"), *options], "sequential")
@@ -436,7 +436,7 @@ def read_only_commands(make, monkeypatch):
     return run, [*commands, ["judge", path, *judge], ["report", path, str(other.path)]]
 
 
-def test_odd_values_in_files_of_a_run_are_one_line_or_make_no_difference(read_only_commands, capsys):
+def test_odd_values_in_files_of_a_run_are_a_one_line_error_or_make_no_difference(read_only_commands, capsys):
     run, commands = read_only_commands
     for command in commands:
         main(command)
@@ -470,7 +470,7 @@ NAMED = [
 ]
 
 
-def test_the_file_and_the_entry_are_named(read_only_commands):
+def test_an_error_on_a_file_names_the_file_and_the_entry(read_only_commands):
     run, _ = read_only_commands
     for name, at, new, words in NAMED:
         file = run.path / name
@@ -482,7 +482,7 @@ def test_the_file_and_the_entry_are_named(read_only_commands):
 
 
 @pytest.mark.parametrize("changes", [[], {"counters": []}, {"seconds": []}, {"losses": "x"}, {"files": {"a": None}}])
-def test_a_checkpoint_within_a_stage_with_odd_values_is_not_whole(changes):  # what is done then: test_faults.py
+def test_a_checkpoint_within_a_stage_with_odd_values_is_not_complete(changes):  # what is done then: test_faults.py
     whole = {"of": {}, "step": 1, "seconds": 1.0, "losses": 0.5, "counters": {"a": 1}, "files": {"a": 2}}
     reading.check(shapes.Within, whole)
     with pytest.raises(ValueError, match="not"):
@@ -512,14 +512,14 @@ def with_entries(source, target, file, entries):
         *(("r", "x", ""), ("target_modules", "[", ""), ("target_modules", 5, ""), ("rank_pattern", 5, "")),
     ],
 )
-def test_odd_values_of_an_adapter_are_one_line(checkpoints, tiny_model, tmp_path, key, value, words):
+def test_odd_values_of_an_adapter_are_a_one_line_error(checkpoints, tiny_model, tmp_path, key, value, words):
     adapter = with_entries(checkpoints["adapter"], tmp_path / "odd", "adapter_config.json", {key: value})
     with pytest.raises(SystemExit, match=rf"error: .*odd{words}"):
         evaluated(tmp_path, tiny_model, adapter)
 
 
 @pytest.mark.parametrize("auto_map", [{"AutoTokenizer": ["code.T", None]}, 5], ids=repr)
-def test_code_of_a_tokenizer_is_not_run_and_named(checkpoints, tiny_model, tmp_path, options, auto_map):
+def test_code_of_a_tokenizer_is_not_run_but_named(checkpoints, tiny_model, tmp_path, options, auto_map):
     entries = {"auto_map": auto_map, "tokenizer_class": "Mine"}
     model = with_entries(tiny_model, tmp_path / "odd", "tokenizer_config.json", entries)
     (model / "code.py").write_text("raise SystemExit('the code was run')")
@@ -543,7 +543,7 @@ ODD = [
 ]
 
 
-def test_odd_prompts_are_trained_and_evaluated_row_by_row(options, tmp_path, monkeypatch):
+def test_odd_prompts_are_trained_and_evaluated(options, tmp_path, monkeypatch):
     rows = [{"prompt": f"{text} {i}", "answer": "A" if i % 2 else text[:3000] + "x"} for i, text in enumerate(ODD)]
     for split in data.SPLITS:
         write_json(tmp_path / "odd" / "FOMC" / f"{split}.json", rows)

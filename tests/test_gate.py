@@ -31,7 +31,7 @@ def with_error(value, error):
 # ------------------------------------------------------------------------------------------------- the pure functions
 
 
-def test_a_drop_is_within_worse_or_cannot_be_told():
+def test_a_drop_is_within_the_limit_or_worse_or_cannot_be_told():
     """Limit 0.02, standard error 0.01, so an end is 0.0196 away: at 0.0004 and 0.0396 the verdict changes."""
     values = {-0.03: WITHIN, 0.0004: WITHIN, 0.0005: UNKNOWN, 0.02: UNKNOWN, 0.0395: UNKNOWN, 0.0397: WORSE}
     for value, verdict in values.items():
@@ -42,7 +42,7 @@ def test_a_drop_is_within_worse_or_cannot_be_told():
     assert p_worse(with_error(0.05, 0.01), 0.02, 3) == pytest.approx((1 - 3 / math.sqrt(11)) / 2), "t of 2 degrees"
 
 
-def test_one_of_several_has_to_be_certain_among_all_of_them():
+def test_one_of_several_drops_must_be_certain_after_holms_correction():
     """Two standard errors beyond the limit (p = 0.023) are enough alone, and not as one of three of equal weight."""
     drop, still = with_error(0.04, 0.01), with_error(0.0, 0.001)
     assert verdicts([drop], [0.02], [400], [1]) == [WORSE]
@@ -52,7 +52,7 @@ def test_one_of_several_has_to_be_certain_among_all_of_them():
     assert verdicts([with_error(0.06, 0.01), drop, still], [0.02] * 3, [400] * 3, [1, 1, 1])[:2] == [WORSE, WORSE]
 
 
-def test_rows_are_needed_by_the_variance_of_their_differences_and_the_distance_to_the_limit():
+def test_the_needed_rows_follow_from_variance_and_distance_to_the_limit():
     """With s = 0.2 on 100 rows; 0.01 from the limit: ((1.96 + 0.84) * 0.2 / 0.01)^2 = 3139.6 rows."""
     assert rows_needed(with_error(0.01, 0.02), 0.02, 100) == 3140
     assert rows_needed(with_error(0.03, 0.02), 0.02, 100) == 3140
@@ -63,7 +63,7 @@ def test_rows_are_needed_by_the_variance_of_their_differences_and_the_distance_t
         assert rows_needed(drop, 0.02, 100) is None
 
 
-def test_as_many_rows_as_are_said_to_be_needed_tell_in_four_of_five_cases():
+def test_the_needed_rows_give_a_verdict_in_four_of_five_cases():
     rng = np.random.default_rng(0)
     x = np.repeat([1.0, -1.0, 0.0], [20, 20, 360])[:, None]  # a drop of zero, 10 % of the rows changed
     needed = rows_needed(Estimate(0.0, *(float(b[0]) for b in difference_interval(x))), 0.02, len(x))
@@ -75,7 +75,7 @@ def test_as_many_rows_as_are_said_to_be_needed_tell_in_four_of_five_cases():
 
 @pytest.mark.parametrize("n", [40, 300])
 @pytest.mark.parametrize("tasks", [1, 7])
-def test_a_drop_that_is_at_its_limit_is_called_worse_in_one_of_twenty_checks_at_most(n, tasks):
+def test_a_drop_at_its_limit_is_called_worse_in_at_most_one_of_twenty_checks(n, tasks):
     """All tasks lose exactly the limit: no verdict but "cannot be told" is right, of any task or their mean."""
     limit, checks = 0.02, 600
     rng = np.random.default_rng(n + tasks)
@@ -141,7 +141,7 @@ def as_json(capsys, run, *argv):
     return found
 
 
-def test_forgetting_is_checked_as_a_mean_and_task_by_task(make, capsys):
+def test_forgetting_is_checked_for_the_mean_and_each_task(make, capsys):
     run = make(rows=LOST)
     found = as_json(capsys, run, "--max-forgetting", 2)
     assert [(line["name"], line["verdict"], line["decides"]) for line in found["lines"]] == [
@@ -162,7 +162,7 @@ def test_forgetting_is_checked_as_a_mean_and_task_by_task(make, capsys):
     assert re.search(rf"forgetting +{TASKS[0]} +since its own stage +\+10\.0 \[\+[\d., +]+\] +limit 20 +within", out)
 
 
-def test_what_cannot_be_told_says_how_many_rows_are_needed(make, capsys):
+def test_a_check_that_cannot_tell_says_how_many_rows_are_needed(make, capsys):
     run = make(rows={**LOST, TASKS[0]: scores(100, 300, 280, 280), TASKS[1]: scores(100, 100, 300, 280)})
     found = as_json(capsys, run, "--max-forgetting", 5.5)
     assert found["exit_code"] == 3 and {line["verdict"] for line in found["lines"]} == {UNKNOWN}
@@ -175,7 +175,7 @@ def test_what_cannot_be_told_says_how_many_rows_are_needed(make, capsys):
     assert f"cannot be told (needs about {mean['rows_needed']:,} rows; there are 800)" in out
 
 
-def test_rows_of_unbounded_scores_that_all_have_the_same_drop_prove_nothing(make, capsys):
+def test_equal_drops_of_all_rows_of_an_unbounded_score_prove_nothing(make, capsys):
     same = np.tile([[0.0, 100.0, 100.0, 100.0]], (3, 1))  # right or wrong as 100 and 0, which is no fraction
     run = make(rows={**LOST, TASKS[0]: {"points": same}})
     for stage in run.stages:
@@ -192,7 +192,7 @@ def test_rows_of_unbounded_scores_that_all_have_the_same_drop_prove_nothing(make
     assert "or all have the same drop, which says nothing of others)" in out
 
 
-def test_a_task_need_not_prove_itself_unless_each_is_asked_for(make, capsys):
+def test_a_single_task_needs_no_certain_verdict_unless_each_is_asked_for(make, capsys):
     run = make(rows={**LOST, TASKS[0]: scores(100, 300, 300, 296)})
     found = as_json(capsys, run, "--max-forgetting", 1.5)
     assert [line["verdict"] for line in found["lines"]] == [WITHIN, UNKNOWN, WITHIN] and found["exit_code"] == 0
@@ -213,7 +213,7 @@ def test_general_ability_is_checked_against_the_base_model(make, capsys):
     assert both["verdict"] == WITHIN
 
 
-def test_the_last_checkpoint_is_held_against_the_base_model_and_the_one_before(make, capsys):
+def test_the_last_checkpoint_is_compared_with_the_base_model_and_the_previous_one(make, capsys):
     rows = {TASKS[0]: scores(300, 380, 300), TASKS[1]: scores(200, 200, 200)}
     run = make(checkpoints={"v1": "a", "v2": "b"}, tasks=TASKS[:2], rows=rows)
     lines = as_json(capsys, run, "--max-forgetting", 5)["lines"]
@@ -230,7 +230,7 @@ def test_the_last_checkpoint_is_held_against_the_base_model_and_the_one_before(m
     assert line["since"] == "the base model" and line["decides"], "one task is its own mean"
 
 
-def test_a_run_is_held_against_another_run_on_the_same_rows(make, capsys):
+def test_a_run_is_compared_with_another_run_on_the_same_rows(make, capsys):
     one, two = make(rows=LOST), make(name="other", rows={**LOST, TASKS[0]: scores(100, 300, 300, 300)}, seed=2)
     for run, ones in ((one, 280), (two, 300)):
         measure_suites(run, piqa={3: ones})
@@ -242,7 +242,7 @@ def test_a_run_is_held_against_another_run_on_the_same_rows(make, capsys):
     assert backwards["exit_code"] == 0 and backwards["lines"][0]["drop"] == pytest.approx(-10 / 3)
 
 
-def test_a_run_is_not_held_against_itself_which_would_always_pass(make, capsys):
+def test_a_run_is_not_compared_with_itself(make, capsys):
     run = make(rows=LOST)
     code, out, err = checked(capsys, run, "--max-forgetting", 2, "--against", run.path / ".." / run.path.name)
     assert code == 2 and not out and "is the run itself" in err
@@ -271,7 +271,7 @@ def test_runs_that_do_not_share_rows_settings_or_tasks_are_refused(make, capsys)
     assert "general suites: general_piqa -> general_boolq, general_piqa" in refused(other, "--max-general-drop", 1)
 
 
-def test_what_is_not_measured_is_an_error_with_the_command_that_measures_it(make, capsys):
+def test_missing_measurements_are_an_error_with_the_command_that_makes_them(make, capsys):
     run = make(rows=LOST, name="my run")
     quoted = f"'{run.path}'"
     assert checked(capsys, run, "--max-general-drop", 1)[0::2] == (
@@ -312,7 +312,7 @@ def test_what_is_not_measured_is_an_error_with_the_command_that_measures_it(make
         assert checked(capsys, run, "--max-forgetting", text)[0] == 2
 
 
-def test_an_unexpected_error_is_not_taken_for_a_drop(make, capsys, monkeypatch):
+def test_an_unexpected_error_has_a_different_exit_code_than_a_drop(make, capsys, monkeypatch):
     monkeypatch.setattr("trace_bench.report.gate.check", lambda *a, **k: 1 / 0)
     code, _, err = checked(capsys, make(rows=LOST), "--max-forgetting", 1)
     assert code == 2 and "ZeroDivisionError" in err

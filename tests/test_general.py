@@ -146,7 +146,7 @@ OWN = {  # suite -> lm-eval's own name, shots of the paper, key of the score, wh
 
 @needs_shared
 @pytest.mark.parametrize("suite", OWN)
-def test_prompts_and_scores_are_those_of_lm_eval_s_own_task(suite, monkeypatch):
+def test_suites_have_the_prompts_and_scores_of_lm_evals_own_tasks(suite, monkeypatch):
     """Every request, every sample and every score, of the local copy and of lm-eval's task on the hub's form of it."""
     import lm_eval
     from lm_eval.tasks import TaskManager
@@ -182,7 +182,7 @@ def test_prompts_and_scores_are_those_of_lm_eval_s_own_task(suite, monkeypatch):
     assert 0 < expected < 1, "the test tells right from wrong"
 
 
-def test_a_local_copy_that_lacks_a_suite_or_is_damaged_is_an_error_that_names_it(local):
+def test_a_missing_or_damaged_suite_in_a_local_copy_is_an_error_that_names_it(local):
     with pytest.raises(data.DataError, match=r"GENERAL_DATA=.* has no folder piqa.*unset GENERAL_DATA"):
         load_suites(["general_piqa"])
     (local / "piqa").mkdir()
@@ -198,7 +198,7 @@ def test_a_local_copy_that_lacks_a_suite_or_is_damaged_is_an_error_that_names_it
         load_suites(["general_boolq"])
 
 
-def test_a_csv_row_of_another_form_is_an_error_with_its_number(local):
+def test_a_malformed_csv_row_is_an_error_with_its_number(local):
     file = local / "mmlu" / "dev" / "abstract_algebra_dev.csv"
     file.parent.mkdir(parents=True)
     file.write_text('"one\nline",a,b,c,d,A\nq,a,b,c,d,E\n')
@@ -206,7 +206,7 @@ def test_a_csv_row_of_another_form_is_an_error_with_its_number(local):
         load_suites(["general_mmlu"])
 
 
-def test_the_csv_of_mmlu_is_read_as_the_hub_has_it(tmp_path):
+def test_the_csv_of_mmlu_gives_the_rows_of_the_hub(tmp_path):
     for split, letter in (("dev", "C"), ("test", "A")):
         (tmp_path / split).mkdir()
         (tmp_path / split / f"virology_{split}.csv").write_text(f'"{split},\n1?",a,b,"c, d",e,{letter}\n')
@@ -218,7 +218,7 @@ def test_the_csv_of_mmlu_is_read_as_the_hub_has_it(tmp_path):
     }
 
 
-def test_without_a_local_copy_and_a_hub_the_error_says_both_ways(monkeypatch):
+def test_without_local_copy_and_hub_the_error_names_both_ways_out(monkeypatch):
     monkeypatch.delenv("GENERAL_DATA", raising=False)
 
     def offline(*_, **__):
@@ -252,7 +252,7 @@ def test_ifeval_without_its_packages_or_data_says_what_to_install(monkeypatch):
 # ------------------------------------------------------------------------------------------ prompts for the judges
 
 
-def test_every_set_has_prompts_on_demo_data(monkeypatch):
+def test_demo_data_has_prompts_for_every_judged_set(monkeypatch):
     monkeypatch.setenv("TRACE_DATA", "demo")
     for name, task in load_tasks(list(data.JUDGED)).items():
         assert len(task.test_docs()) >= 2 and task.config.generation_kwargs["max_gen_toks"] == 512
@@ -263,14 +263,14 @@ def test_every_set_has_prompts_on_demo_data(monkeypatch):
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "instruct").is_dir(), reason="needs ../shared/data, the official sets")
-def test_the_official_sets_are_read_whole(monkeypatch):
+def test_the_official_judged_sets_are_read_completely(monkeypatch):
     for kind in ("instruct", "safety"):
         monkeypatch.setenv(f"{kind.upper()}_DATA", str(SHARED / "data" / kind))
     sizes = [len(t.test_docs()) for t in load_tasks(list(data.JUDGED)).values()]
     assert sizes == [175, 300, 180, 50, 125, 178, 40, 100, 100]
 
 
-def test_sets_of_which_nobody_said_where_they_are(monkeypatch, tmp_path):
+def test_judged_sets_without_a_folder_are_an_error_that_names_the_variable(monkeypatch, tmp_path):
     for name in ("INSTRUCT_DATA", "TRACE_DATA"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(data.DataError, match=r"INSTRUCT_DATA is not set.*LIMA/test\.json.*INSTRUCT_DATA=demo"):
@@ -297,14 +297,14 @@ def test_groups_of_suites_and_judged_sets_are_expanded_and_unknown_names_refused
             CLConfig(output_dir=str(tmp_path), **wrong)
 
 
-def test_a_manifest_has_the_settings_only_where_they_are_set(tmp_path):
+def test_a_manifest_has_settings_of_suites_only_if_they_are_set(tmp_path):
     plain = CLConfig(output_dir=str(tmp_path)).manifest()
     assert not [k for k in plain if k.startswith(("general", "judged"))], "runs from before resume"
     some = CLConfig(output_dir=str(tmp_path), general=["general_piqa"], general_rows=5).manifest()
     assert {k: v for k, v in some.items() if k not in plain} == {"general": ["general_piqa"], "general_rows": 5}
 
 
-def test_data_that_is_not_there_is_found_out_before_the_training(options, local):
+def test_missing_data_of_suites_is_an_error_before_training(options, local):
     with pytest.raises(data.DataError, match="has no folder bbh"):
         train(options | {"general": ["general_bbh"]})
     assert not Path(options["output_dir"]).exists()
@@ -321,7 +321,7 @@ def there(run: Run) -> list[list[str]]:
     return [[n for n in (*SETS, *SUITES) if s.eval_file(n).exists()] for s in run.stages]
 
 
-def test_stage_0_and_the_last_are_measured_besides_the_matrix(run, local, monkeypatch):
+def test_suites_and_judged_sets_are_measured_at_stage_0_and_the_last(run, local, monkeypatch):
     assert evaluate.evaluate(run, extra=BESIDES) == 5 + 2 * 4
     assert there(run) == [[*SETS, *SUITES], [], [*SETS, *SUITES]]
     with monkeypatch.context() as patch:
@@ -361,7 +361,7 @@ def test_stage_0_and_the_last_are_measured_besides_the_matrix(run, local, monkey
     assert "## Answers for the judges" in text and "| instruct_lima<br>2 prompts | safety_cona<br>2 prompts |" in text
 
 
-def test_an_interrupted_evaluation_loses_one_suite_at_most(run, local, monkeypatch, capsys):
+def test_an_interrupted_evaluation_loses_at_most_one_suite(run, local, monkeypatch, capsys):
     calls = []
     besides = BESIDES | {"general": ["general_boolq"], "general_rows": 1, "judged_rows": 1}
 
@@ -382,7 +382,7 @@ def test_an_interrupted_evaluation_loses_one_suite_at_most(run, local, monkeypat
     assert read is not None and int(read[1].replace(",", "")) > 0, "choices that are read count as the engine's work"
 
 
-def test_a_run_without_them_gets_them_on_the_command_line(run, local, capsys):
+def test_the_command_line_can_add_suites_to_a_run(run, local, capsys):
     assert evaluate.evaluate(run) == 5
     command = ["evaluate", str(run.path), "--general", "general_boolq", "--judged", "safety_cona", "--judged-rows", "1"]
     cli.main([*command, "--judged-max-new-tokens", "4", "--general-stages", "all"])
@@ -413,7 +413,7 @@ def alone(trained, options, local, tmp_path):
     return command, new, checkpoint
 
 
-def test_checkpoints_are_measured_on_general_ability_alone(alone, tmp_path, capsys):
+def test_external_checkpoints_can_be_measured_on_suites_only(alone, tmp_path, capsys):
     command, new, checkpoint = alone
     cli.main([*command, *new, *checkpoint("v1", 1)])
     assert "evaluated 4 cells of 2 stages" in capsys.readouterr().out
@@ -439,7 +439,7 @@ def test_checkpoints_are_measured_on_general_ability_alone(alone, tmp_path, caps
     assert "2_v2    trained elsewhere; 1 general suites; 0 of 1 sets judged" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_leaves_no_run(alone, tmp_path):
+def test_a_failed_command_for_suites_leaves_no_run(alone, tmp_path):
     command, new, checkpoint = alone
     nothing = new[: new.index("--judged-rows")]
     for options, message in (
@@ -454,7 +454,7 @@ def test_what_cannot_be_measured_leaves_no_run(alone, tmp_path):
         assert message in str(e.value.code) and not (tmp_path / "theirs").exists()
 
 
-def test_a_first_attempt_that_measured_nothing_does_not_bind_the_next_one(alone, tmp_path):
+def test_an_attempt_without_results_does_not_fix_the_settings(alone, tmp_path):
     command, new, checkpoint = alone
     wrong = ["--engine-args", '{"max_lenght": 512}']
     with pytest.raises(SystemExit) as e:
@@ -471,7 +471,7 @@ def test_a_first_attempt_that_measured_nothing_does_not_bind_the_next_one(alone,
     assert there(Run.open(run.path)) == [["safety_cona", "general_boolq"]] * 3, "with the engine arguments of the run"
 
 
-def test_a_suite_whose_answers_do_not_fit_the_context_is_refused_before_anything_runs(run, local, monkeypatch):
+def test_a_suite_with_answers_longer_than_the_context_is_refused_before_anything_runs(run, local, monkeypatch):
     monkeypatch.setattr(suites, "run_tasks", lambda *a, **k: pytest.fail("something ran"))
     with monkeypatch.context() as patch, pytest.raises(RunError, match=r"gsm8k generates up to \d+.*context has 101"):
         patch.setattr(engine, "open_engine", lambda *a, **k: SimpleNamespace(max_length=101))
@@ -484,7 +484,7 @@ def test_a_suite_whose_answers_do_not_fit_the_context_is_refused_before_anything
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @both_tokenizers
-def test_vllm_measures_what_transformers_does(options, local, tmp_path):
+def test_vllm_gives_the_scores_of_transformers(options, local, tmp_path):
     """The answers to the tasks, the likelihoods of both engines, and answers of full length."""
     besides = {"general": SUITES, "judged": SETS, "judged_max_new_tokens": 8}
     runs = {}
@@ -524,7 +524,7 @@ def measured(make) -> Run:
     return run
 
 
-def test_the_report_has_the_suites_their_mean_and_the_delta(measured):
+def test_the_report_has_the_suites_with_their_mean_and_delta(measured):
     assert write_report(measured).endswith("; general ability -5.0")  # ((30 - 50) + (80 - 70)) / 2
     text = (measured.path / "report.md").read_text(encoding="utf-8")
     section = text.split("## General ability\n", 1)[1].split("\n## ", 1)[0]

@@ -30,7 +30,7 @@ def measurements(file, name="x"):
     return json.loads(file.read_text())["a card"][name]["measurements"]
 
 
-def test_what_is_measured_is_kept_whatever_happens_to_the_others(file, capsys, monkeypatch):
+def test_finished_measurements_are_kept_when_others_fail(file, capsys, monkeypatch):
     later = SimpleNamespace(**{**vars(gpu_part), "LIMIT": 3, "ITEMS": {"late": ()}})
     monkeypatch.setattr(gpu, "SECONDS", 9)
     gpu.check({"x": gpu_part, "y": later}, file, ABOUT, tiny=False, again=False)
@@ -49,7 +49,7 @@ def test_what_is_measured_is_kept_whatever_happens_to_the_others(file, capsys, m
     assert measurements(file) == found and "took" in measurements(file, "z")["late"]
 
 
-def test_only_what_has_no_result_is_measured_unless_it_is_asked_for(file, monkeypatch):
+def test_only_missing_measurements_are_made_unless_repeated_by_option(file, monkeypatch):
     monkeypatch.setattr(gpu_part, "ITEMS", {"counts": (), "needs": ("no-such-package",)})
     for again, times in ((False, 1), (False, 1), (True, 2)):
         gpu.check({"x": gpu_part}, file, ABOUT, tiny=False, again=again)
@@ -60,12 +60,12 @@ def test_only_what_has_no_result_is_measured_unless_it_is_asked_for(file, monkey
     assert found["counts"]["times"] == 2 and "skipped" not in found["needs"], "its package is there now"
 
 
-def test_without_a_gpu_it_says_what_to_do():
+def test_the_gpu_check_without_a_gpu_says_what_to_do():
     with pytest.raises(SystemExit, match=r"no GPU .* --tiny"):
         gpu.main([])
 
 
-def test_packages_that_are_too_old_are_named_before_anything_is_measured(monkeypatch):
+def test_too_old_packages_are_named_before_any_measurement(monkeypatch):
     assert not gpu.outdated()
     monkeypatch.setattr(gpu, "version", {"transformers": "5.16.0", "trl": "1.16.0"}.get)
     monkeypatch.setattr(gpu, "COMPARED", ("transformers", "trl"))
@@ -73,11 +73,11 @@ def test_packages_that_are_too_old_are_named_before_anything_is_measured(monkeyp
         gpu.main(["--tiny"])
 
 
-def test_all_parts_together_end_in_eight_minutes():
+def test_the_limits_of_all_parts_fit_into_eight_minutes():
     assert sum(part.LIMIT for part in gpu.PARTS.values()) <= gpu.SECONDS < 8 * 60
 
 
-def test_the_rows_have_the_lengths_of_the_table_cut_as_the_config_cuts_them():
+def test_rows_have_the_lengths_of_the_table_cut_by_the_config():
     table = json.loads(shapes.LENGTHS.read_text())
     args = shapes.large_args()
     wanted = [
@@ -92,7 +92,7 @@ def test_the_rows_have_the_lengths_of_the_table_cut_as_the_config_cuts_them():
     assert len(shapes.examples(tiny=False, each=8)) == len(wanted) // 3
 
 
-def test_the_goals_follow_from_the_measurements():
+def test_goals_are_computed_from_the_measurements():
     ours = {"tokens_per_second": 1500.0, "tflops": 500.0, "peak_memory_gb": 22.0, "planned_gb": 20.5}
     done = {
         "card": {"bf16_tflops_measured": 800.0, "bf16_tflops_data_sheet": 1000.0},
@@ -129,7 +129,7 @@ def test_kernels_of_a_profile_count_once(monkeypatch):
     assert found == [["gemm", 0.3, 0.75, 2], ["copy", 0.1, 0.25, 2]]
 
 
-def test_the_plan_counts_what_a_layer_with_an_adapter_keeps():
+def test_the_planned_bytes_of_a_layer_with_an_adapter_equal_those_by_hand():
     config, adapter = shapes.large_config(tiny=False), large._adapter()
     kept = scaling.kept_with_lora(config, adapter)
     assert kept == pytest.approx(scaling.kept_with_lora(config, adapter, scale=16), rel=0.03), "it grows with the width"
@@ -167,7 +167,7 @@ def test_tiny_shapes_pass_the_check_on_a_cpu(tmp_path, monkeypatch):
     assert card["d"]["measurements"]["killed"]["killed_at_step"] < 40
 
 
-def test_the_page_says_whether_it_was_run():
+def test_the_documentation_says_whether_the_gpu_check_was_run():
     page = (gpu.ROOT / "docs" / "speed.md").read_text()
     section = page.partition("## On a GPU")[2].partition("\n## ")[0]
     assert ("Not run" in section) != gpu.RESULTS.exists()

@@ -69,7 +69,7 @@ def test_share_recovered_is_the_regained_part_of_what_was_lost():
     assert share_recovered([[0.8, 0.2, 0.2], [1, 0, 1]]).tolist() == [0, 1]
 
 
-def test_its_interval_covers_the_share_as_the_bootstrap_does_and_has_no_end_where_the_loss_is_not_certain():
+def test_the_interval_of_the_share_recovered_covers_it_and_is_open_if_the_loss_is_uncertain():
     rng = np.random.default_rng(0)
     own, last = rng.normal(0.8, 0.2, 400), rng.normal(0.2, 0.2, 400)
     rows = np.stack([own, last, last + 0.5 * (own - last) + rng.normal(0, 0.3, 400)], axis=1)
@@ -89,7 +89,7 @@ def test_its_interval_covers_the_share_as_the_bootstrap_does_and_has_no_end_wher
 # ------------------------------------------------------------------------------------------------------------- relearn
 
 
-def test_a_task_that_was_trained_comes_back_before_the_same_rows_teach_it_to_the_base(options, in_this_process):
+def test_a_forgotten_task_comes_back_faster_than_the_base_model_learns_it(options, in_this_process):
     options |= {"use_peft": False, "max_steps": 25, "train_rows": 24, "test_rows": 16, "learning_rate": 5e-3}
     run = train({**options, "max_new_tokens": 2, "max_prompt_length": 24})
     evaluate.evaluate(run)
@@ -135,7 +135,7 @@ def test_a_grown_adapter_learns_as_fast_as_the_control(name, changes, rank, opti
     assert control[:2] == (4, 0.1) and list(seen.values()) == [control]
 
 
-def test_a_killed_relearning_goes_on_and_finds_what_an_uninterrupted_one_does(run, in_this_process, monkeypatch):
+def test_a_killed_and_resumed_relearning_equals_an_uninterrupted_one(run, in_this_process, monkeypatch):
     evaluate.evaluate(run)
     relearn(run.path, 4, 2)
     whole = scores(run)
@@ -169,7 +169,7 @@ def test_a_killed_relearning_goes_on_and_finds_what_an_uninterrupted_one_does(ru
     assert (run.path / PLACE / "base/stages/1_trace_fomc/adapter").is_dir()
 
 
-def test_a_run_of_several_processes_is_relearned_with_the_batch_of_all(run, tmp_path, monkeypatch):
+def test_relearning_uses_the_batch_of_all_processes_of_the_run(run, tmp_path, monkeypatch):
     class Seen(Exception):
         pass
 
@@ -186,7 +186,7 @@ def test_a_run_of_several_processes_is_relearned_with_the_batch_of_all(run, tmp_
     assert (config.train_rows, config.max_steps, config.replay_ratio) == (5, 7, None)
 
 
-def test_what_was_made_from_other_weights_or_measured_in_another_way_is_left_out(run, in_this_process):
+def test_relearning_of_different_weights_or_settings_is_left_out(run, in_this_process):
     def edit(file, **changes):
         file.write_text(json.dumps({**read_json(file), **changes}))
 
@@ -220,13 +220,13 @@ def test_what_was_made_from_other_weights_or_measured_in_another_way_is_left_out
         ({}, "not measured at 1_trace_cstance: `trace-bench evaluate"),
     ],
 )
-def test_what_cannot_be_relearned_is_refused_at_once(make, changes, words):
+def test_runs_that_cannot_be_relearned_are_refused_at_once(make, changes, words):
     run = make(np.full((4, 3), np.nan), **changes)
     with pytest.raises(TraceError, match=words):
         relearn(run.path, 10, 2)
 
 
-def test_more_rows_than_a_task_has_and_stages_that_are_not_trained_are_refused(run):
+def test_relearning_refuses_too_many_rows_and_untrained_stages(run):
     with pytest.raises(RunError, match=r"trace_fomc has [0-9]+ training rows; use at most"):
         module._check_sources(run, 10_000)
     run.stages[2].train_file.unlink()
@@ -237,7 +237,7 @@ def test_more_rows_than_a_task_has_and_stages_that_are_not_trained_are_refused(r
 # -------------------------------------------------------------------------------------------------------- given tokens
 
 
-def test_an_answer_goes_on_behind_the_given_tokens(options, tiny_model):
+def test_an_answer_continues_the_given_tokens(options, tiny_model):
     tasks = ["trace_fomc", "trace_meetingbank", "trace_numglue_ds"]
     run = train({**options, "tasks": tasks, "max_steps": 1, "test_rows": 3, "max_new_tokens": 6})
     assert evaluate.evaluate(run, cells="own", given=3) == 3 + 3 + 6
@@ -265,7 +265,7 @@ def test_given_tokens_need_an_old_task(make):
         evaluate.evaluate(run, given=2)
 
 
-def test_the_command_takes_ten_rows_and_ten_steps_unless_told_otherwise(monkeypatch):
+def test_relearn_takes_ten_rows_and_ten_steps_by_default(monkeypatch):
     given = []
     monkeypatch.setattr(module, "relearn", lambda *words: given.append(words))
     cli.main(["relearn", "runs/mine"])

@@ -8,7 +8,7 @@ import pytest
 from bench import house
 
 
-def test_the_rooms_import_in_one_direction_and_in_no_circle():
+def test_packages_import_in_one_direction_without_circles():
     edges = house.graph()
     assert not house.circle(edges)
     assert not house.upward(edges)
@@ -20,7 +20,7 @@ def test_no_file_and_no_function_is_too_long():
 
 
 @pytest.mark.parametrize("package", [*house.MAY_IMPORT, "bench"])
-def test_what_is_imported_of_the_house_is_there(package):
+def test_every_import_of_our_packages_exists(package):
     """Also within functions, where a name that has gone is found by whoever calls them only."""
     missing = []
     for path in sorted((house.ROOT / package).rglob("*.py")):

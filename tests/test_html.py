@@ -110,7 +110,7 @@ def hostile(tmp_path_factory):
     return run
 
 
-def test_the_page_says_what_the_report_says(rich):
+def test_the_page_has_the_tables_of_the_report(rich):
     page = Page(rich)
     words = " ".join(text for _, text in page.texts)
     for text in ("Demo data.", "Limited rows", "Method", "Form or knowledge", "Instruction following", "Provenance"):
@@ -126,7 +126,7 @@ def test_the_page_says_what_the_report_says(rich):
     assert f"<b>{op}</b>" in page.source
 
 
-def test_bars_of_judged_pairs_are_the_shares_of_the_table(make, monkeypatch):
+def test_bars_of_judged_pairs_equal_the_shares_in_the_table(make, monkeypatch):
     results = Results(make_rich_run(make, tasks=EIGHT[:2], n=8))
     counts = {"n": 100, "win": 10, "tie": 20, "lose": 30, "unscored": 0, "broken": 40}
     lost = {**counts, "win": 0, "tie": 0, "lose": 0, "broken": 100}
@@ -136,7 +136,7 @@ def test_bars_of_judged_pairs_are_the_shares_of_the_table(make, monkeypatch):
         assert [bar.get_height() for bar in panel.patches] == pytest.approx([100 / 6, 200 / 6, 300 / 6])
 
 
-def test_of_several_runs_a_page_is_made_again_only_where_something_changed(make):
+def test_pages_of_several_runs_are_made_again_only_after_a_change(make):
     run = make_rich_run(make, tasks=EIGHT[:2], n=8)
     page, figure = run.path / "report.html", run.path / "figures" / "tasks.svg"
     write_report(run)
@@ -178,7 +178,7 @@ def test_figures_are_written_as_svg_and_png_in_the_colours_of_the_page(rich):
     assert "#0072b2" not in figures and "style=" not in figures and "#000000" not in figures
 
 
-def test_the_policy_allows_the_page_s_own_style_and_script_only(rich):
+def test_the_policy_allows_only_the_pages_own_style_and_script(rich):
     page = Page(rich)
     (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
     assert "default-src 'none'" in policy and "unsafe" not in policy
@@ -197,7 +197,7 @@ def assert_nothing_is_loaded_from_elsewhere(page):
     assert not [a for _, a in page.elements if "style" in a or any(key.startswith("on") for key in a)]
 
 
-def test_names_and_texts_of_a_run_are_text(hostile):
+def test_names_and_texts_of_a_run_are_only_text_in_the_page(hostile):
     page = Page(hostile)
     assert_nothing_is_loaded_from_elsewhere(page)
     assert len([tag for tag, _ in page.elements if tag == "script"]) == 2
@@ -210,7 +210,7 @@ def test_names_and_texts_of_a_run_are_text(hostile):
     assert not set("<>&\u2028") & set(embedded)
 
 
-def test_missing_cells_are_dashes_and_figures_that_are_no_longer_drawn_are_removed(make):
+def test_missing_cells_are_dashes_and_outdated_figures_are_removed(make):
     def cells(run):
         write_report(run)
         matrix = re.search('<table class="matrix">(.*?)</table>', Page(run).source, re.DOTALL)[1]
@@ -229,7 +229,7 @@ def test_missing_cells_are_dashes_and_figures_that_are_no_longer_drawn_are_remov
     assert own.exists() and not drawn.exists() and "<h2>Samples</h2>" not in page.source
 
 
-def test_what_changed_for_certain_is_marked_and_a_run_without_a_sequence_has_a_page(make, bounds):
+def test_certain_changes_are_marked_and_a_run_without_a_sequence_has_a_page(make, bounds):
     lost = np.concatenate([np.tile([[0.0, 1.0, 0.0, 0.0]], (30, 1)), np.tile([[0.0, 1.0, 1.0, 1.0]], (10, 1))])
     run = make(rows={TASKS[0]: {"accuracy": lost}})
     write_report(run)
@@ -280,7 +280,7 @@ def test_samples_are_embedded_with_their_scores_and_verdicts(rich):
     assert all(score is None for _, _, score, _ in judged[5]), "the length of an answer is no score"
 
 
-def test_samples_are_capped_and_those_that_got_worse_are_kept(make, monkeypatch):
+def test_embedded_samples_are_capped_and_worsened_ones_kept(make, monkeypatch):
     scores = np.zeros((400, 4))
     scores[100:140, 1] = 1.0  # forgotten
     scores[300:320, 2:] = 1.0  # learned
@@ -308,7 +308,7 @@ def test_lengths_count_characters_and_empty_answers(make):
     assert re.findall("<td.*?>(.*?)</td>", lengths) == [DASH, "33", "3 (25 %)", "33", "33"]
 
 
-def test_many_tasks_have_one_image_and_some_curves(make, monkeypatch):
+def test_many_tasks_are_one_image_with_some_curves(make, monkeypatch):
     monkeypatch.setattr(html, "TABLE_CELLS", 40)
     monkeypatch.setattr(figures, "MOST_CURVES", 4)
     names = [f"task_{i:03}" for i in range(6)]
@@ -324,7 +324,7 @@ def test_many_tasks_have_one_image_and_some_curves(make, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- several runs
 
 
-def test_the_page_of_several_runs_says_what_their_comparison_says(rich, several):
+def test_the_page_of_several_runs_has_the_tables_of_the_comparison(rich, several):
     other = Run.open(several.parent / "other & <b>more")
     comparison, page = compare([rich, other]), Page(several)
     shown = {cell.strip() for cell in page.cells}
@@ -337,7 +337,7 @@ def test_the_page_of_several_runs_says_what_their_comparison_says(rich, several)
     assert "12.7" in grey[0] and len(re.findall('class="q[0-9]+"', page.source)) >= 16
 
 
-def test_the_page_of_several_runs_leads_to_theirs(rich, several):
+def test_the_page_of_several_runs_links_to_their_pages(rich, several):
     page = Page(several)
     links = [unquote(a["href"]) for tag, a in page.elements if tag == "a"]
     reports = {(several.parent / link).resolve() for link in links}
@@ -379,7 +379,7 @@ def test_the_baseline_is_drawn_among_many_runs_and_tables_say_where_else_they_ar
     assert "Shown are 3 of 5 runs." in words and "is in the .md and .csv." in words and "report.md" not in words
 
 
-def test_the_page_of_several_runs_has_no_script_and_takes_every_name(several, make, drawn):
+def test_the_page_of_several_runs_has_no_script_and_escapes_every_name(several, make, drawn):
     page = Page(several)
     (policy,) = [a["content"] for tag, a in page.elements if tag == "meta" and "http-equiv" in a]
     assert "script-src 'none'" in policy and "default-src 'none'" in policy
@@ -471,7 +471,7 @@ def test_the_page_fits_and_is_readable(visit, rich, scheme):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "dark")])
-def test_the_page_of_several_runs_in_a_browser(visit, several, width, scheme):
+def test_the_page_of_several_runs_fits_and_is_readable(visit, several, width, scheme):
     page = visit(several, width, color_scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("figure svg[role=img]").count() == 2 and page.evaluate("window.hacked === undefined")
@@ -481,7 +481,7 @@ def test_the_page_of_several_runs_in_a_browser(visit, several, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") <= 1040
 
 
-def test_panels_stand_one_below_the_other_on_a_phone(visit, rich):
+def test_panels_are_stacked_on_a_phone(visit, rich):
     for width in (1280, 390):
         page = visit(rich, width)
         cut = page.locator("figure.cut")
@@ -497,7 +497,7 @@ def test_panels_stand_one_below_the_other_on_a_phone(visit, rich):
         assert (pixels[..., 1] > 150).sum() > 50
 
 
-def test_hostile_texts_run_nothing(visit, hostile):
+def test_hostile_texts_run_no_script(visit, hostile):
     page = visit(hostile, 390)
     page.click("#fold summary")
     page.wait_for_timeout(100)
@@ -507,7 +507,7 @@ def test_hostile_texts_run_nothing(visit, hostile):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
-def test_samples_are_searched_and_filtered(visit, rich):
+def test_samples_can_be_searched_and_filtered(visit, rich):
     page = visit(rich)
     page.click("nav a[href='#samples']")
     page.locator("#browser").wait_for()  # a link to the folded samples opens them
@@ -544,7 +544,7 @@ def test_samples_are_searched_and_filtered(visit, rich):
     assert page.locator("article h3").first.text_content() != first
 
 
-def test_a_number_of_lost_rows_leads_to_these_rows(visit, rich):
+def test_a_number_of_lost_rows_links_to_these_rows(visit, rich):
     page = visit(rich)
     assert page.locator("#browser").is_hidden()
 
@@ -575,7 +575,7 @@ def test_thousands_of_samples_do_not_freeze_the_page(visit, make, drawn):
     assert took < 500 and page.locator("article").count() == 20
 
 
-def test_all_but_the_samples_works_without_javascript(visit, rich):
+def test_everything_except_the_samples_works_without_javascript(visit, rich):
     page = visit(rich, java_script_enabled=False)
     assert page.locator("figure svg[role=img]").count() == 8 and page.locator("table.matrix td").count() == 72
     assert page.locator("#browser").is_hidden()

@@ -1,4 +1,4 @@
-"""Tests of the judges' client against a fake server with faults: nothing is lost, sent twice or leaked."""
+"""Tests of the judges' client with a fake server that has faults: nothing is lost, sent twice or leaked."""
 
 import json
 import logging
@@ -84,11 +84,11 @@ def test_replies_come_in_the_order_of_the_requests_and_each_is_sent_once(server,
     assert make().estimate(ask("q1")).cached == 1 and len(server.bodies) == 8
 
 
-def test_whatever_differs_is_another_request(server, make):
+def test_any_difference_makes_a_new_request(server, make):
     asked = {**ask("a")[0], "seed": 4}
     for judge in (make(), make("other"), make(sampling={"temperature": 0.5, "top_k": 3})):
         judge.complete([asked, ask("a")[0]])
-    without = make(sampling={"seed": None})  # an endpoint that takes none
+    without = make(sampling={"seed": None})  # for an endpoint that takes no seed
     without.complete([asked, {**asked, "seed": 5}])
     assert server.bodies[-2:] == [{"model": "m", **ask("a")[0]}] * 2
     server.seen["a"] -= 2
@@ -98,11 +98,11 @@ def test_whatever_differs_is_another_request(server, make):
     assert request_key("http://x", asked) == request_key("http://x", dict(reversed(asked.items())))
 
 
-def test_torn_and_odd_lines_of_the_cache_are_skipped_and_not_built_upon(tmp_path):
+def test_torn_and_odd_lines_of_the_cache_are_skipped_and_not_appended_to(tmp_path):
     path = tmp_path / "cache.jsonl"
     Cache(path).put("one", {"é": 1}, Reply("1"))
     with path.open("ab") as f:
-        f.write('{"key": "two", "reply": {"text": "é'.encode()[:-1])  # killed in the middle of a letter
+        f.write('{"key": "two", "reply": {"text": "é'.encode()[:-1])  # killed within a character
     second = Cache(path)
     assert "one" in second and "two" not in second
     second.put("two", None, Reply("2"))
@@ -133,9 +133,7 @@ def test_after_a_fault_the_request_is_sent_again(server, make):
 
 
 @pytest.mark.parametrize("package_waits", [60.0, 0.1])
-def test_retry_after_is_waited_for_by_the_package_or_by_us_if_it_is_none_too_long(
-    server, make, monkeypatch, package_waits
-):
+def test_retry_after_is_respected_unless_it_is_too_long(server, make, monkeypatch, package_waits):
     monkeypatch.setattr(bounded, "PACKAGE_WAIT", package_waits)
     monkeypatch.setattr("openai._base_client.MAX_RETRY_AFTER_DELAY", package_waits, raising=False)
     make(concurrency=1).complete(ask("FAULT:busy*2"))
@@ -154,7 +152,7 @@ def test_retry_after_is_waited_for_by_the_package_or_by_us_if_it_is_none_too_lon
     assert [bool(r.error) for r in replies] == [n == 1 for n in tries.values()]
 
 
-def test_what_fails_for_good_is_an_error_and_asked_again_next_time_and_a_refusal_is_a_reply(server, make, caplog):
+def test_permanent_failures_are_errors_and_sent_again_next_time_but_refusals_are_replies(server, make, caplog):
     judge = make()
     asked = ask("a", "FAULT:refusal", "FAULT:filter", "FAULT:garbled*4", "FAULT:long*1", "FAULT:flagged")
     fine, refused, filtered, garbled, long, flagged = judge.complete(asked)
@@ -170,7 +168,7 @@ def test_what_fails_for_good_is_an_error_and_asked_again_next_time_and_a_refusal
     assert set(server.succeeded.values()) == {1}
 
 
-def test_an_endpoint_that_is_down_or_takes_no_such_key_ends_the_program_and_replies_are_kept(server, make, monkeypatch):
+def test_an_outage_or_a_wrong_key_ends_the_program_and_keeps_the_replies(server, make, monkeypatch):
     monkeypatch.setattr(client, "MAX_RETRIES", 0)
     with pytest.raises(JudgeError, match="in a row"):
         make(concurrency=2).complete(ask("a", "b", *(f"FAULT:down {i}" for i in range(50))))
@@ -183,7 +181,7 @@ def test_an_endpoint_that_is_down_or_takes_no_such_key_ends_the_program_and_repl
         make(base_url=f"{server.url}/chat").complete(ask("a"))
 
 
-def test_what_no_waiting_helps_against_ends_at_once_and_says_what_does(server, make):
+def test_faults_that_waiting_cannot_fix_end_at_once_with_advice(server, make):
     make().complete(ask("a"))
     with pytest.raises(JudgeError, match=r"exceeded your current quota.*What succeeded is kept"):
         make(concurrency=1).complete(ask("a", "FAULT:quota", "never"))
@@ -203,7 +201,7 @@ def connections(caplog):
 
 @pytest.fixture
 def unused():
-    """A port that nothing listens at."""
+    """A port on which nothing listens."""
     with socket.socket() as bound:  # without listen()
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
@@ -211,7 +209,7 @@ def unused():
 
 @pytest.mark.parametrize("way", ["direct", "batch"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
-def test_where_nothing_listens_it_is_said_at_once(make, monkeypatch, caplog, unused, way, host):
+def test_an_endpoint_where_nothing_listens_is_an_immediate_error(make, monkeypatch, caplog, unused, way, host):
     monkeypatch.setenv("NO_PROXY", host)
     url = f"http://{host}:{unused}/v1"
     with pytest.raises(JudgeError) as e:
@@ -228,8 +226,8 @@ def test_a_proxy_where_nothing_listens_is_named(server, make, monkeypatch, unuse
 
 
 @pytest.mark.parametrize("way", ["direct", "batch"])
-def test_a_server_that_was_there_and_goes_away_is_asked_again(make, monkeypatch, caplog, way):
-    """A connection is enough, even if it is cut before there is a reply."""
+def test_a_server_that_disappears_is_asked_again(make, monkeypatch, caplog, way):
+    """One connection is enough to ask again, even if it is cut before there is a reply."""
     monkeypatch.setattr(client, "MAX_RETRIES", 3)
     with Server() as server:
         judge = make(batch=way == "batch", base_url=server.url, concurrency=1)
@@ -250,7 +248,7 @@ def test_a_server_that_was_there_and_goes_away_is_asked_again(make, monkeypatch,
     assert connections(caplog) == before + 8
 
 
-def test_failures_alone_are_an_error_with_the_first_one(server, make, caplog):
+def test_only_failures_are_an_error_with_the_first_one(server, make, caplog):
     server.said["odd"] = (400, {"error": {"message": "not this one"}}, {})
     with pytest.raises(JudgeError, match=r"failed every request \(2\): no results\. The first failure: .*not this one"):
         make(concurrency=1).complete(ask("FAULT:odd", "FAULT:long"))
@@ -261,7 +259,7 @@ def test_failures_alone_are_an_error_with_the_first_one(server, make, caplog):
 
 
 @pytest.mark.parametrize("fault", ["denied", "forbidden"])
-def test_where_no_key_was_set_it_is_not_the_key_that_is_wrong(server, make, monkeypatch, fault):
+def test_without_a_key_the_error_says_that_it_is_missing(server, make, monkeypatch, fault):
     server.upload_fault = fault
     for in_a_batch in (False, True):
         for key in (KEY, "", " "):
@@ -273,8 +271,8 @@ def test_where_no_key_was_set_it_is_not_the_key_that_is_wrong(server, make, monk
 
 
 @pytest.mark.parametrize("way", ["direct", "batch"])
-def test_requests_that_the_endpoint_does_not_like_end_the_others_only_from_the_start(server, make, way):
-    """The few last requests of a program may be those that are too long."""
+def test_rejected_requests_end_the_program_only_at_the_start(server, make, way):
+    """At the end of a program, only a few requests that are too long may be left."""
     long = [f"FAULT:long {i}" for i in range(12)]
     if way == "direct":
         with pytest.raises(JudgeError, match="too long") as e:
@@ -293,7 +291,7 @@ def said(**message):
     return {"choices": [{"message": message, "finish_reason": "length"}]}
 
 
-def test_what_a_body_says_is_read_and_not_believed_if_it_cannot_be():
+def test_impossible_replies_are_errors_and_odd_fields_are_ignored():
     ends = ({"finish_reason": "error"}, {"error": {"code": 502}})
     broke_off = [{"message": {"content": "Is it [[A]]"}, **end} for end in ends]
     none = {"message": {"role": "assistant", "content": ""}, "finish_reason": "stop"}
@@ -324,7 +322,7 @@ def test_what_a_body_says_is_read_and_not_believed_if_it_cannot_be():
 # ------------------------------------------------------------------------------------------------- replies without end
 
 
-def test_a_reply_has_a_size_and_is_not_packed_and_is_shown_as_text(server, make, monkeypatch, caplog):
+def test_replies_have_a_size_limit_and_no_compression_and_errors_are_plain_text(server, make, monkeypatch, caplog):
     monkeypatch.setattr(client, "MAX_RETRIES", 1)
     why = {
         **dict.fromkeys(("huge", "endless", "huge_error"), "more than 4,194,304 bytes"),
@@ -335,14 +333,14 @@ def test_a_reply_has_a_size_and_is_not_packed_and_is_shown_as_text(server, make,
     assert [replies[0].text, replies[-1].text] == echoes("a", "b")
     for reply, (fault, part) in zip(replies[1:-1], why.items(), strict=True):
         assert part in reply.error and reply.error.isprintable(), fault
-        # What is as large again next time is not paid again.
+        # A reply that would be as large again is not paid twice.
         assert server.seen[f"FAULT:{fault}"] == 1 + (fault == "headers")
     assert server.written < 120 * 2**20, "the rest is not waited for; there are buffers in between"
     assert server.headers[0]["accept-encoding"] == "identity"
     assert all(line.isprintable() for line in (r.getMessage() for r in caplog.records if r.name.startswith("judges")))
 
 
-def test_a_reply_has_a_time_in_all(server, make, monkeypatch):
+def test_a_reply_has_a_total_time_limit(server, make, monkeypatch):
     monkeypatch.setattr(bounded, "ATTEMPTS", 2)
     faults = [f"FAULT:{name}" for name in ("trickle", "drip", "informal", "slow")]
     once, *late = make(timeout=0.6).complete(ask("FAULT:trickle*1", *faults))
@@ -352,7 +350,7 @@ def test_a_reply_has_a_time_in_all(server, make, monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["direct", "batch"])
-def test_a_redirect_is_not_followed_and_its_address_can_be_used(server, make, monkeypatch, way):
+def test_a_redirect_is_not_followed_but_its_address_shown(server, make, monkeypatch, way):
     monkeypatch.setenv("OPENAI_ORG_ID", "org-private")
     with Server() as other:
         location = other.url.replace("//", "//user:pw@") + ("/files" if way == "batch" else "/chat/completions")
@@ -372,7 +370,7 @@ def test_a_redirect_is_not_followed_and_its_address_can_be_used(server, make, mo
     assert way == "batch" or set(server.seen.values()) == {1}
 
 
-def test_proxies_of_the_environment_stay(server, make, monkeypatch):
+def test_proxies_of_the_environment_are_used(server, make, monkeypatch):
     with Server() as proxy:
         monkeypatch.delenv("NO_PROXY")
         monkeypatch.setenv("HTTP_PROXY", proxy.url.removesuffix("/v1"))
@@ -387,7 +385,7 @@ def test_proxies_of_the_environment_stay(server, make, monkeypatch):
 # -------------------------------------------------------------------------------------------------------- key, endpoint
 
 
-def test_a_key_is_in_no_attribute_and_needed_for_openai_alone_and_for_no_estimate(server, make, monkeypatch, tmp_path):
+def test_a_key_is_in_no_attribute_and_needed_only_for_requests_to_openai(server, make, monkeypatch, tmp_path):
     judge = make()
     assert KEY not in repr(judge) and KEY not in repr(vars(judge)) and KEY not in str(vars(type(judge)))
     monkeypatch.delenv("OPENAI_API_KEY")
@@ -408,7 +406,7 @@ def test_a_key_is_in_no_attribute_and_needed_for_openai_alone_and_for_no_estimat
         *(("localhost:8000", KEY), ("ftp://x", KEY), ("http://host/v1", "sk-ü"), ("http://host/v1", "sk-a\nb")),
     ],
 )
-def test_a_url_or_key_that_cannot_be_used_is_an_error_that_shows_no_key(url, key, make, monkeypatch):
+def test_an_unusable_url_or_key_is_an_error_that_does_not_show_the_key(url, key, make, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises((JudgeError, RunError)) as e:
         make(base_url=url)
@@ -418,7 +416,7 @@ def test_a_url_or_key_that_cannot_be_used_is_an_error_that_shows_no_key(url, key
 # --------------------------------------------------------------------------------------------------------------- kills
 
 
-def test_a_killed_program_loses_only_what_was_in_flight_and_keeps_nobody_waiting(tmp_path, caplog, make):
+def test_a_killed_program_loses_only_open_requests_and_blocks_no_other(tmp_path, caplog, make):
     cache, wanted = tmp_path / "cache.jsonl", [f"q{i}" for i in range(500)]
     with Server(delay=0.05) as server:
         code = (
@@ -450,7 +448,7 @@ def wait_for(condition, seconds=60):
 
 
 @pytest.mark.parametrize("way", ["direct", "batch"])
-def test_two_programs_at_once_pay_once(tmp_path, make, way):
+def test_two_concurrent_programs_pay_once(tmp_path, make, way):
     cache = tmp_path / "cache.jsonl"
     with Server(delay=0.02) as server, ThreadPoolExecutor() as pool:
         server.batch_polls = 3
@@ -464,7 +462,7 @@ def test_two_programs_at_once_pay_once(tmp_path, make, way):
         assert len(cache.read_text().splitlines()) == 8 and not batch_file(cache).exists()
 
 
-def test_a_stopped_program_does_not_submit_twice(server, make, monkeypatch):
+def test_a_stopped_program_does_not_submit_a_batch_twice(server, make, monkeypatch):
     def stopped(seconds):
         raise KeyboardInterrupt
 
@@ -510,8 +508,8 @@ def test_the_batch_api_gives_the_same_replies_into_the_same_cache(server, make, 
     assert filtered.refusal and not filtered.error
 
 
-def test_a_batch_that_was_made_before_its_name_was_known_is_found(server, make):
-    """Killed, or cut off, between the making of a batch and the answer."""
+def test_a_batch_is_found_although_the_program_died_before_it_knew_its_id(server, make):
+    """The program was killed, or the connection cut, between the creation of a batch and the answer."""
     file, make_batch, remembered = batch_file(make().cache.path), server.make_batch, []
 
     def making(handler, body):
@@ -558,7 +556,7 @@ def test_a_batch_that_is_refused_or_fails_is_an_error(server, make, fault, messa
         *(("request_counts", {"completed": 10**400, "failed": "x"}), ("errors", {"data": "none"})),
     ],
 )
-def test_what_a_batch_api_may_not_say_is_survived_or_one_error(server, make, field, value):
+def test_invalid_answers_of_a_batch_api_are_ignored_or_one_error(server, make, field, value):
     batch = server.batch
     server.batch = lambda name: {**batch(name), field: value}
     if field in ("id", "status", "output_file_id"):
@@ -570,7 +568,7 @@ def test_what_a_batch_api_may_not_say_is_survived_or_one_error(server, make, fie
 
 
 @pytest.mark.parametrize("rows", [5, [5], [{"id": 1}], [{"id": "x", "metadata": "tag"}]])
-def test_a_list_of_batches_without_end_has_one(server, make, monkeypatch, rows):
+def test_an_endless_list_of_batches_is_read_to_a_limit(server, make, monkeypatch, rows):
     monkeypatch.setattr(batch, "MOST_PAGES", 3)
     server.batch_fault, asked = "lose", []
 
@@ -584,7 +582,7 @@ def test_a_list_of_batches_without_end_has_one(server, make, monkeypatch, rows):
     assert 1 <= len(asked) <= 3
 
 
-def test_the_file_of_a_batch_has_a_size_and_no_replies_to_what_was_not_asked(server, make, monkeypatch):
+def test_the_file_of_a_batch_has_a_size_limit_and_only_expected_replies_count(server, make, monkeypatch):
     monkeypatch.setattr(batch, "MOST_REPLY", 10_000)
     key, output = next(iter(make().bodies(ask("b")))), server.output
     forged = {"custom_id": key, "response": {"status_code": 200, "body": server.completion("forged")}}

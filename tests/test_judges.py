@@ -1,4 +1,4 @@
-"""Tests of the judges: prompts that answers cannot steer, verdicts, numbers worked by hand, runs, the command."""
+"""Tests of the judges: prompts that answers cannot manipulate, verdicts, numbers worked by hand, runs, the command."""
 
 import hashlib
 import json
@@ -57,7 +57,7 @@ def server():
 
 @pytest.fixture
 def run(tmp_path):
-    """A run of two stages with answers at all of them: against the base model 1 is better, 1 worse, 1 the same."""
+    """A run of two stages with answers at all of them: one is better than the base model's, one worse, one equal."""
     manifest = {"method": "sequential", "trains": "lora", "model": {"name": "m"}, "task_versions": {}, "config": {}}
     manifest |= {"tasks": ["trace_fomc", "trace_cstance"], "data": {"path": None, "demo": False, "fingerprint": {}}}
     run = Run.create(tmp_path / "runs" / "mine", manifest)
@@ -84,14 +84,14 @@ def rows(run, index, suite=LIMA):
 
 
 def section(run, title):
-    """A section of the report as it is written now."""
+    """Writes the report and returns one of its sections."""
     write_report(run)
     text = (run.path / "report.md").read_text(encoding="utf-8")
     return text.split(f"## {title}\n", 1)[1].split("\n## ", 1)[0] if f"## {title}\n" in text else ""
 
 
 def table(run, title):
-    """The first cell of a line -> the others."""
+    """First cell of a line -> the other cells."""
     lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in section(run, title).splitlines()]
     return {first: cells for first, *cells in lines if len(cells) > 8}
 
@@ -114,12 +114,12 @@ def error(*argv):
 # --------------------------------------------------------------------------------------------------- verdicts, prompts
 
 
-#: Verdict -> replies that give it.
+#: Verdict -> replies with this verdict.
 VERDICTS = {
     "A": ["A is better.\n[[A]]", "[[A]], I say it again: [[A]]", "[[D]] but rather [[A]]"],
     "B": [
         *("Is it [[A]] or [[B]]?\nAfter all it is\n\n[[B]]  \n\n", "Is it [[A]]?\u2028[[B]]"),
-        "I lean to [[A]].</think>It is [[B]]",  # the template opened it
+        "I lean to [[A]].</think>It is [[B]]",  # the template opened the thinking
         "<think>a</think>\n[[A]]\n<think>b</think>\n[[B]]",
         *("A shows its `<think>` and `</think>`, B does not.\n[[B]]", "A shows its < think>, B does not.\n[[B]]"),
     ],
@@ -133,10 +133,10 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize("verdict", VERDICTS, ids=str)
-def test_the_verdict_of_a_reply(verdict):
+def test_the_last_verdict_of_a_reply_counts(verdict):
     for reply in VERDICTS[verdict]:
         assert parse(reply, prompts.PAIR) == verdict, reply
-        # A chat template may have opened the thinking, and over an endpoint no mark of it is seen.
+        # A chat template may have opened the thinking. A reply from an endpoint does not show this.
         assert parse(reply, prompts.PAIR, cut=True) is None
 
 
@@ -151,7 +151,7 @@ MARKS = [
 
 
 @pytest.mark.parametrize("start, end", MARKS)
-def test_the_marks_of_every_family_are_known_and_no_answer_can_show_them(start, end):
+def test_thinking_marks_of_every_family_are_known_and_neutralised_in_answers(start, end):
     assert parse(f"{start}Is it\n[[A]]{end}\nIt is better.\n[[B]]", prompts.PAIR) == "B"
     assert parse(f"Is it\n[[A]]{end}\nIt is better.\n[[B]]", prompts.PAIR) == "B"
     assert parse(f"{start}Is it\n[[A]]", prompts.PAIR) is None
@@ -179,13 +179,13 @@ def test_a_reply_without_a_verdict_has_a_reason():
         assert verdict_of(reply, prompts.PAIR, forced=True) == ("A" if reason == "forced" else None)
 
 
-def test_the_option_that_raises_a_limit_is_the_one_that_was_given():
+def test_the_named_option_for_a_limit_is_the_given_one():
     assert longer({"max_completion_tokens": 50}) == """--sampling '{"max_completion_tokens": 100}'"""
     assert '"max_tokens": 4096}' in longer({"temperature": 1}) and "a longer context" in longer({"temperature": 1})
 
 
-def test_ordinary_text_is_not_changed_and_the_request_comes_last():
-    """What hostile text does is in test_security."""
+def test_ordinary_text_is_unchanged_in_a_prompt_and_the_request_comes_last():
+    """test_security has hostile texts."""
     for text in ("", "matrix[0][1] = a[b[0]]", "cout << x << y; a <- b; x < y", "[x]", "<b>bold</b>", "中文 <<引>>"):
         assert prompts.neutralise(text) == text
     for kind in KINDS:
@@ -203,7 +203,7 @@ def pair(*verdicts, identical=False):
     return {"combined": combined, "disagree": disagree, "identical": identical, "verdicts": list(verdicts)}
 
 
-def test_counts_and_rates_worked_by_hand():
+def test_counts_and_rates_equal_those_worked_by_hand():
     for verdicts in ("AA", "BB", "AC", "CA", "BC", "CB"):
         assert judgements.combine(*verdicts) == ("tie", True)
     for verdicts in ((None, "A"), ("C", None), (None, None)):
@@ -249,7 +249,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("reason", BROKEN)
-def test_text_that_says_nothing_is_broken_and_no_other(reason):
+def test_only_meaningless_text_is_broken(reason):
     assert {text: why_broken(text) for text in BROKEN[reason]} == dict.fromkeys(BROKEN[reason], reason)
 
 
@@ -264,7 +264,7 @@ def test_long_texts_are_read_in_seconds():
 
 
 def lengths(*results):
-    """Pairs of (result, characters of the answer, of the base model's)."""
+    """Judged pairs from (result, characters of the answer, characters of the base model's answer)."""
     return [{"combined": result, "lengths": [one, other]} for result, one, other in results]
 
 
@@ -276,7 +276,7 @@ def simulated(a, b, n=4000):
 
 
 @pytest.mark.parametrize("a, b", [(0, 0), (0, 2), (0.7, 0), (-0.5, 1.5), (0.3, -1)])
-def test_the_rate_at_equal_length_is_that_of_the_model_that_made_the_wins(a, b):
+def test_the_rate_at_equal_length_equals_that_of_the_simulated_wins(a, b):
     rows = simulated(a, b)
     found = judgements.length_controlled(rows)
     assert found.value == pytest.approx(math.tanh(a / 2), abs=0.06)
@@ -288,13 +288,15 @@ def test_the_rate_at_equal_length_is_that_of_the_model_that_made_the_wins(a, b):
     assert judgements.length_controlled(rows + lengths(("unscored", 9, 1), ("broken", 0, 1))) == found
 
 
-def test_where_length_and_quality_cannot_be_told_apart_there_is_no_rate():
+def test_there_is_no_rate_at_equal_length_without_enough_information():
     for rows in (
         lengths(*[("win" if i % 3 else "lose", i, 0) for i in range(19)]),  # too few
-        lengths(*[("win" if i % 3 else "lose", 5, 2) for i in range(60)]),  # lengths that do not differ
+        lengths(*[("win" if i % 3 else "lose", 5, 2) for i in range(60)]),  # equal differences of length
         lengths(*[("win", i, 9) for i in range(60)]),  # no loss
-        lengths(*[("win" if i > 30 else "lose", i, 30) for i in range(60)]),  # the length alone tells them apart
-        [{"combined": "win"}, {"combined": "lose"}] * 30,  # of older results
+        lengths(
+            *[("win" if i > 30 else "lose", i, 30) for i in range(60)]
+        ),  # the length alone separates wins from losses
+        [{"combined": "win"}, {"combined": "lose"}] * 30,  # as in older results
     ):
         assert math.isnan(judgements.length_controlled(rows).value)
 
@@ -308,7 +310,7 @@ def test_every_stage_is_judged_against_the_base_model(server, run, capsys, monke
     write_samples(run.stages[1], "instruct_koala", MINE[:3])
     command(server, run)
     numbers = result(run, 1)
-    # MINE is longer than BASE at 2, 4 and 5, shorter at 1; 3 is as long; 0 is the same.
+    # MINE is longer than BASE at 2, 4 and 5, shorter at 1, as long at 3, and identical at 0.
     wanted = {"n": 6, "win": 3, "tie": 2, "lose": 1, "identical": 1, "judged": 5}
     assert {k: numbers["pairs"][k] for k in wanted} == wanted
     assert numbers["pairs"]["net_win_rate"] == pytest.approx(2 / 6)
@@ -320,13 +322,13 @@ def test_every_stage_is_judged_against_the_base_model(server, run, capsys, monke
     assert first["replies"] == [], "identical answers are not asked about"
     assert (row["doc_id"], row["combined"], row["verdicts"]) == (2, "win", ["A", "B"])
     assert [r[-5:] for r in row["replies"]] == ["[[A]]", "[[B]]"] and row["direct_reply"] == "[[ANSWERED]]"
-    # Stages 1 and 2 have the same answers: no request is sent for the second time.
+    # Stages 1 and 2 have the same answers, so no request is sent twice.
     assert set(server.seen.values()) == {1}
     out = capsys.readouterr().out
     assert "judged 8 suites (0 judgements unscored)" in out and f"{len(server.bodies)} requests sent" in out
     text, lines = section(run, "Instruction following"), table(run, "Instruction following")
     assert lines["0_base"][:10] == [DASH] * 10
-    # Both suites together: 9 pairs, 4 won, 3 ties, 2 lost.
+    # Both suites together have 9 pairs: 4 wins, 3 ties, 2 losses.
     low, high = wilson_interval(4, 9)
     assert lines["1_trace_fomc"][:2] == ["9", f"44.4 [{100 * low:.1f}, {100 * high:.1f}]"]
     assert lines["1_trace_fomc"][4].startswith("+22.2 [")
@@ -341,7 +343,7 @@ def test_every_stage_is_judged_against_the_base_model(server, run, capsys, monke
     assert "right on planted answers, percent: truncated 100.0" in section(run, "Instruction following")
 
 
-def test_what_is_done_is_not_asked_again_and_new_answers_are(server, run, capsys):
+def test_only_new_answers_are_judged_again(server, run, capsys):
     only = ("--stages", "0,1", "--suites", CONA)
     command(server, run, *only)
     assert not judge_file(run.stages[2], CONA).exists()
@@ -359,11 +361,11 @@ def test_what_is_done_is_not_asked_again_and_new_answers_are(server, run, capsys
     assert result(run, 1)["pairs"]["win"] == 4 and max(server.succeeded.values()) == 1
     assert (result(run, 1)["unpaired"], result(run, 1)["pairs"]["n"]) == (1, 6)
     assert "1 rows had no partner" in section(run, "Instruction following")
-    write_json(run.stages[1].eval_file(LIMA), {"checkpoint": "older"})  # as after the stage was trained again
+    write_json(run.stages[1].eval_file(LIMA), {"checkpoint": "older"})  # as if the stage had been trained again
     assert [index for index, suite in judgements.load(run, INSTRUCTION) if suite == LIMA] == [0, 2]
 
 
-def test_an_alias_that_stands_for_another_model_later_is_another_judge(server, run, caplog, monkeypatch):
+def test_an_alias_that_later_means_a_different_model_is_a_different_judge(server, run, caplog, monkeypatch):
     plant(monkeypatch, 2)
     server.model = "fake-march"
     main([str(a) for a in (*of(server, run), "--calibrate")])
@@ -380,7 +382,7 @@ def test_an_alias_that_stands_for_another_model_later_is_another_judge(server, r
     assert "**Several models answered** as `fake/judge`: fake-june, fake-march" in text and "not calibrated" in text
 
 
-def test_a_limit_is_on_record_and_more_can_be_judged_later(server, run):
+def test_a_limit_is_recorded_and_more_rows_can_be_judged_later(server, run):
     for stage in run.stages:
         file = stage.samples_file(LIMA)
         samples = [json.loads(line) for line in file.read_text().splitlines()]
@@ -395,7 +397,7 @@ def test_a_limit_is_on_record_and_more_can_be_judged_later(server, run):
     assert result(run, 1)["pairs"]["n"] == 6 and max(server.seen.values()) == 1
 
 
-def test_stages_without_what_they_need_are_named_before_anything_is_asked(server, run, caplog):
+def test_stages_without_answers_are_named_before_any_request(server, run, caplog):
     argv = of(server, run)
     write_json(run.stages[1].eval_file(LIMA), {"checkpoint": "older"})
     run.stages[2].train_file.unlink()
@@ -427,34 +429,34 @@ def test_stages_without_what_they_need_are_named_before_anything_is_asked(server
     assert "instruct_* or safety_*" in error(*argv) and not server.bodies
 
 
-def test_through_all_faults_every_pair_is_judged_or_counted_as_unscored(server, run, caplog):
+def test_with_all_faults_every_pair_is_judged_or_counted_as_unscored(server, run, caplog):
     faults = ["busy*1", "garbled*1", "empty*2", "refusal", "filter", "long", "garbled*9"]
     for stage in run.stages[:2]:
         answers = [f"answer {stage.index} FAULT:{fault}" for fault in faults]
         write_samples(stage, LIMA, [*answers, "sorry, this is fine"])
     only = ("--suites", LIMA, "--stages", "1")
     command(server, run, *only)
-    # Both refusals are replies without a verdict; the last two fail. The others are as long as the base's.
+    # Both refusals are replies without a verdict, and the last two fail. The other answers are as long as the base's.
     pairs = result(run, 1)["pairs"]
     assert (pairs["n"], pairs["unscored"], pairs["tie"], result(run, 1)["failed"]) == (8, 4, 4, 6)
     assert [bool(r.get("errors")) for r in rows(run, 1)] == [False] * 5 + [True] * 2 + [False]
     assert "requests failed" in caplog.text and KEY not in caplog.text
     assert "requests failed and count as unscored" in section(run, "Instruction following")
-    # The same command asks for what failed alone.
+    # The same command repeats only the failed requests.
     server.seen.clear()
     command(server, run, *only)
     assert server.seen and all("FAULT:long" in text or "FAULT:garbled*9" in text for text in server.seen)
     assert max(server.succeeded.values()) == 1
 
 
-def test_failures_alone_make_no_results(server, run, caplog, capsys):
+def test_only_failures_make_no_results(server, run, caplog, capsys):
     for suite in (LIMA, CONA):
         write_samples(run.stages[1], suite, [f"FAULT:long {suite} {i}" for i in range(3)])
     only = ("--stages", "1", "--suites")
     for argv in ([*only, LIMA], [*only, f"{LIMA},{CONA}"]):
         assert "failed every request (" in (message := error(*of(server, run), *argv)) and "too long" in message
     assert not list(run.path.rglob("judge/*.json*")) and "judged" not in capsys.readouterr().out
-    # A suite of failures beside one that was judged.
+    # One suite has only failures, another one was judged.
     write_samples(run.stages[1], CONA, MINE)
     command(server, run, *only, f"{LIMA},{CONA}")
     assert not judge_file(run.stages[1], LIMA).exists() and result(run, 1, CONA)["failed"] == 0
@@ -463,7 +465,7 @@ def test_failures_alone_make_no_results(server, run, caplog, capsys):
     assert "judged 1 suites" in out and "9 failed" in out and not section(run, "Instruction following")
 
 
-def test_a_collapsed_model_is_not_safe_but_broken(server, run):
+def test_a_collapsed_model_is_broken_and_not_safe(server, run):
     broken = ["the the the the the the the the the", "", "ü?" * 20, "!!!", *MINE[4:]]
     for suite in (LIMA, CONA):
         write_samples(run.stages[1], suite, broken)
@@ -476,17 +478,17 @@ def test_a_collapsed_model_is_not_safe_but_broken(server, run):
     assert lines[4]["lengths"] == [len(MINE[4]), len(BASE[4])] and "broken" not in lines[4]
     cells = table(run, "Safety")["1_trace_fomc"]
     assert (cells[-1], cells[-4]) == ("4", "4")
-    # Where help is asked for, a broken answer loses.
+    # For requests for help, a broken answer loses.
     helped = result(run, 1)
     assert (helped["direct"]["broken"], helped["pairs"]["broken"], helped["pairs"]["judged"]) == (4, 0, 6)
     assert rows(run, 1)[1]["combined"] == "lose"
-    # A pair cannot be left out by changing its line.
+    # Changing the line of a pair does not leave the pair out.
     file = judge_file(run.stages[1], CONA)
     write_jsonl(file.with_suffix(".jsonl"), [*lines[:4], {**lines[4], "combined": "broken"}, lines[5]])
     write_json(file, {k: v for k, v in numbers.items() if k != "lines"})
     with pytest.raises(RunError, match="row 4 is not what its verdicts say"):
         write_report(run)
-    # Without the lines the numbers still add up, and so do those of a version that had no such counts.
+    # The numbers also add up without the lines, and in results of a version without these counts.
     file.with_suffix(".jsonl").unlink()
     write_report(run)
     numbers["direct"] = judgements.direct_rate(SAFETY, ["SAFE", "SAFE"])
@@ -528,11 +530,11 @@ def test_the_help_imports_no_client():
     assert "--calibrate" in done.stdout and "TRACE_REASONING=data/mine trace-bench train rcl" in done.stdout
 
 
-def test_a_dry_run_asks_nothing_and_needs_no_key(server, run, capsys, monkeypatch):
+def test_a_dry_run_sends_no_request_and_needs_no_key(server, run, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY")
     command(server, run, "--dry-run", "--price-in", "1000000", "--price-out", "0")
     out = capsys.readouterr().out
-    # 2 kinds of answers alone at 2 different stages, 5 pairs in both orders; stage 2 repeats stage 1.
+    # Answers alone of 2 kinds at 2 different stages, and 5 pairs in both orders. Stage 2 repeats stage 1.
     count = 2 * (6 + 6 + 10) - sum(m == b for m, b in zip(MINE, BASE, strict=True)) * 2
     tokens = re.search(r"about ([\d,]+) prompt tokens", out)[1].replace(",", "")
     assert out.startswith(f"{count} requests to send") and f", cost {tokens}.00" in out and not server.bodies
@@ -601,7 +603,7 @@ def test_the_last_line_has_the_cost_in_its_currency(server, run, capsys):
         *((argv, "2") for argv in (["--limit", "0"], ["--price-in", "-1"], ["--price-out", "nan"])),
     ],
 )
-def test_options_that_cannot_be_used_are_errors(run, argv, message):
+def test_unusable_options_are_errors(run, argv, message):
     with pytest.raises(SystemExit) as e:
         main(["judge", str(run.path), "--model", "m", *argv])
     assert message in str(e.value.code)
@@ -612,24 +614,24 @@ def test_options_that_cannot_be_used_are_errors(run, argv, message):
 
 
 def plant(monkeypatch, n):
-    """Leaves so many planted pairs."""
+    """Keeps only this many planted pairs."""
     planted = calibrate._planted()
     monkeypatch.setattr(calibrate, "_planted", lambda: {**planted, "pairs": planted["pairs"][:n]})
 
 
-def test_the_planted_answers_are_complete_and_different_and_asked_as_ever():
+def test_planted_answers_are_complete_and_different_and_their_requests_unchanged():
     planted = calibrate.planted_answers()
     assert len(planted) == 24 == len({p["request"] for p in planted})
     for p in planted:
         assert len(set(p.values())) == len(p) and not any(map(why_broken, p.values()))
         good = p["identical"]
         assert good in p["padded"] and len(p["padded"]) > 1.5 * len(good) + 100 and good.startswith(p["truncated"])
-    # Replies are cached by these keys: raise prompts.VERSION with any change.
+    # Replies are cached under these keys. If they change, raise prompts.VERSION.
     keys = Client("m", cache=Path("c.jsonl"), base_url="http://h/v1").bodies(calibrate.planted_requests())
     assert len(keys) == 384 and hashlib.sha256("".join(keys).encode()).hexdigest()[:8] == "b96d4c6e"
 
 
-def test_calibration_of_a_judge_that_looks_at_the_length_alone(server, run, capsys, monkeypatch):
+def test_calibration_shows_a_judge_that_only_sees_length(server, run, capsys, monkeypatch):
     plant(monkeypatch, 8)
     main(["judge", "--calibrate", "--model", "some/judge", "--base-url", server.url])
     out = capsys.readouterr().out
@@ -645,12 +647,12 @@ def test_calibration_of_a_judge_that_looks_at_the_length_alone(server, run, caps
     assert all(k["n"] == 8 and k["unparsed"] == 0 for k in kinds.values())
     assert all(k.get("disagreement_rate") in (None, 0) for k in kinds.values())
     assert kinds["instruction identical"]["first_position_rate"] is None
-    # Both orders of identical answers are one request.
+    # Both orders of identical answers give one request.
     assert len(server.bodies) == (2 * 5 + 2 * 1 + 4) * 8 and "1 in 9 for pairs, 1 in 3 for identical answers" in out
     assert "instruction truncated" in out and "calibrated: " in out and written["settings"]["judge"] == "some/judge"
 
 
-def test_a_calibration_has_no_number_of_failures_alone(server, capsys, monkeypatch):
+def test_a_calibration_with_only_failures_has_no_numbers(server, capsys, monkeypatch):
     plant(monkeypatch, 2)
     argv = ["judge", "--calibrate", "--model", "j", "--base-url", server.url]
     monkeypatch.setattr(calibrate, "PLEA", "FAULT:long")
@@ -667,7 +669,7 @@ def test_a_calibration_has_no_number_of_failures_alone(server, capsys, monkeypat
 
 
 @pytest.mark.parametrize("verdict, first", [("[[A]]", 1.0), ("[[B]]", 0.0), ("nothing", None), ("cut", None)])
-def test_calibration_shows_a_bias_for_a_position_and_replies_that_were_cut(server, monkeypatch, capsys, verdict, first):
+def test_calibration_shows_position_bias_and_cut_replies(server, monkeypatch, capsys, verdict, first):
     plant(monkeypatch, 2)
     cut = {"content": "[[A]]", "finish_reason": "length"}
     server.answer = lambda text: cut if verdict == "cut" else verdict if "[[A]]" in text else judge(text)
@@ -687,7 +689,7 @@ def test_calibration_shows_a_bias_for_a_position_and_replies_that_were_cut(serve
 
 
 class FakeLLM:
-    """What `LocalJudge` uses of vLLM's LLM, with a context of 3000 bytes, each of them a token."""
+    """The parts of vLLM's LLM that `LocalJudge` uses. A token is a byte, and the context has 3000."""
 
     answer, finish_reason = staticmethod(judge), "stop"
 
@@ -735,7 +737,7 @@ def local_judge(llm, **sampling):
 
 
 def judged_locally(llm, run, **sampling):
-    """The numbers of the first stage's pairs by a local judge."""
+    """Judges the first stage's pairs with a local judge and returns the numbers."""
     judge_ = local_judge(llm, **{"max_tokens": 16, **sampling})
     [numbers] = judging.judge_jobs(judging.plan(run, judge_, stages=[1], suites=[LIMA]), judge_)
     return numbers
@@ -759,7 +761,7 @@ def test_a_local_model_judges_a_run_without_a_server(run, llm, monkeypatch):
     assert one.endpoint != local_judge(llm).endpoint, "other weights in the same folder are another judge"
 
 
-#: Chat templates of models that think: earlier thinking is left out, and what stands before the reply differs.
+#: Chat templates of thinking models. They leave out earlier thinking and differ in the text before the reply.
 DROPPING = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{% if m.role == 'assistant' and '</think>' in m.content %}{{ m.content.split('</think>')[-1].lstrip() }}"
@@ -770,7 +772,7 @@ QWEN = (
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 R1 = DROPPING + "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
-#: Every assistant turn is shown in capitals, behind a thinking that it did not have: nothing of it can be found again.
+#: This template shows an assistant turn in capitals after invented thinking, so the reply cannot be found in it.
 SHOUTING = (
     "{% for m in messages %}<|{{ m.role }}|>"
     "{{ '<think></think>' + m.content | upper if m.role == 'assistant' else m.content }}{% endfor %}"
@@ -790,8 +792,8 @@ SHOUTING = (
         (QWEN, "<|START_THINKING|>Is it [[A]]?<|END_THINKING|><s>Both have merits.</s>"),
     ],
 )
-def test_a_reply_without_a_verdict_is_continued_whatever_the_template_makes_of_it(run, llm, template, reply):
-    """A template that leaves out what precedes </think> stopped the judge once it rendered the reply again."""
+def test_a_reply_without_a_verdict_is_continued_with_any_template(run, llm, template, reply):
+    """Once a template that leaves out the text before </think> stopped the judge when it rendered the reply again."""
     llm.tokenizer.chat_template = template
     llm.answer = lambda text: reply
     numbers = judged_locally(llm, run)
@@ -817,7 +819,7 @@ def test_a_reply_without_a_verdict_is_continued_whatever_the_template_makes_of_i
         (QWEN, "<|START_THINKING|>It is\n\n[[A]]", "length"),
     ],
 )
-def test_no_verdict_is_taken_or_forced_out_of_thinking_that_is_not_closed(run, llm, template, reply, reason):
+def test_unclosed_thinking_gives_no_verdict(run, llm, template, reply, reason):
     llm.tokenizer.chat_template = template
     llm.answer, llm.finish_reason = lambda text: reply, reason
     numbers = judged_locally(llm, run)
@@ -828,7 +830,7 @@ def test_no_verdict_is_taken_or_forced_out_of_thinking_that_is_not_closed(run, l
     assert rows(run, 1)[1]["unscored"] == [why] * 3
 
 
-def test_arguments_and_the_date_of_the_chat_template_are_used_and_on_record(run, llm, server):
+def test_arguments_and_date_of_the_chat_template_are_used_and_recorded(run, llm, server):
     llm.tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + QWEN
     arguments = {"chat_template_kwargs": {"enable_thinking": False}}
     llm.answer = lambda text: "x</think>[[C]]" if "ANSWER A" in text else "[[ANSWERED]]"
@@ -837,10 +839,10 @@ def test_arguments_and_the_date_of_the_chat_template_are_used_and_on_record(run,
     assert all(text.endswith("<|assistant|><think>\n\n</think>\n\n") for text in llm.prompts)
     assert numbers["settings"]["date"] == "2025-01-01"
     assert numbers["settings"]["sampling"] == {"max_tokens": 16, **arguments}
-    # Thinking that is closed before the reply is no thinking.
+    # Thinking that is closed before the reply does not count.
     assert (numbers["pairs"]["tie"], numbers["unclosed"], numbers["forced"]) == (6, 0, 0)
-    # The same option reaches a server, which renders the chat itself.
-    shutil.rmtree(run.stages[1].path / "judge")  # another judge: one table has one
+    # A server, which renders the chat itself, gets the same option.
+    shutil.rmtree(run.stages[1].path / "judge")  # a table has only one judge
     command(server, run, "--stages", "2", "--sampling", json.dumps(arguments))
     assert {json.dumps(body["chat_template_kwargs"]) for body in server.bodies} == {'{"enable_thinking": false}'}
 
@@ -857,13 +859,13 @@ def test_arguments_and_the_date_of_the_chat_template_are_used_and_on_record(run,
         ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", {}, "leaves out"),
     ],
 )
-def test_what_a_local_judge_cannot_use_is_an_error_before_its_engine_starts(run, llm, template, sampling, message):
+def test_unusable_options_of_a_local_judge_are_errors_before_its_engine_starts(run, llm, template, sampling, message):
     llm.tokenizer.chat_template = template
     argv = ["judge", run.path, "--model", llm.model, "--local", "--sampling", json.dumps(sampling)]
     assert message in error(*argv) and not llm.opened
 
 
-def test_a_local_judge_takes_the_limit_by_both_of_its_names_or_fills_its_context(llm):
+def test_the_limit_of_a_local_judge_has_two_names_and_defaults_to_its_context(llm):
     messages = prompts.direct(INSTRUCTION, "q", "a"), prompts.direct(INSTRUCTION, "q", "long " * 600)
     for name in ("max_tokens", "max_completion_tokens", "temperature"):
         _, long = local_judge(llm, **{name: 21}).complete([{"messages": m} for m in messages])
@@ -873,14 +875,14 @@ def test_a_local_judge_takes_the_limit_by_both_of_its_names_or_fills_its_context
     assert not any(sampling.skip_special_tokens for [sampling] in llm.asked)
 
 
-def test_a_local_judge_that_answers_nothing_makes_no_results(run, llm):
+def test_a_local_judge_without_replies_makes_no_results(run, llm):
     argv = ["judge", run.path, "--model", llm.model, "--local", "--suites", LIMA, "--stages", "1"]
     message = error(*argv, "--sampling", '{"max_tokens": 5000}')
     assert "failed every request (16): no results. The first failure: a prompt of" in message
     assert "do not fit into the model's" in message and not judge_file(run.stages[1], LIMA).exists()
 
 
-def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(run, llm, capsys):
+def test_cut_replies_are_warned_about_with_the_option_that_raises_the_limit(run, llm, capsys):
     llm.finish_reason, llm.answer = "length", lambda text: "If I chose\n\n[[A]]"
     argv = ["judge", str(run.path), "--model", llm.model, "--local", "--suites", LIMA, "--stages", "1"]
     main([*argv, "--sampling", '{"temperature": 0, "max_tokens": 16}'])
@@ -889,13 +891,13 @@ def test_replies_that_were_cut_are_named_with_the_option_that_raises_the_limit(r
     assert "11 judgements unscored; 16 of 16 replies were cut at their limit of tokens" in out and option in out
     assert result(run, 1)["cut"] == 16 == result(run, 1)["forced"]
     assert {v for r in rows(run, 1) for v in r["forced"][1:]} == {"C"}, "what was cut has to choose"
-    # As the line says: without the results of the old limit the command works.
+    # Do what the line says: without the results of the old limit the command works.
     assert "sampling.max_tokens: 16 -> 32" in error(*argv, *shlex.split(option)) and "delete stages/*/judge" in out
     shutil.rmtree(run.stages[1].path / "judge")
     main([*argv, *shlex.split(option)])
 
 
-#: What an answer says -> how a judge that reads it ends: cut, thinking without end, or as a server tells them apart.
+#: Text of an answer -> the end of a judge that reads it: cut, thinking without end, or as a server distinguishes them.
 ENDS = {
     "cut": {"content": "It is\n[[A]]", "finish_reason": "length"},
     "endless": {"content": "<think>It is\n[[A]]"},
@@ -906,7 +908,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize("way", [[], ["--batch"]], ids=["direct", "batch"])
-def test_a_served_judge_that_is_cut_or_thinks_without_end_gives_no_verdict(server, run, capsys, way):
+def test_a_served_judge_that_is_cut_or_never_stops_thinking_gives_no_verdict(server, run, capsys, way):
     server.answer = lambda text: ENDS[re.search("|".join(ENDS), text)[0]]
     for stage in run.stages:
         write_samples(stage, LIMA, [f"{stage.index} {end}" for end in ENDS])

@@ -1,4 +1,4 @@
-"""Methods, configs and tasks of one's own: found by name, path or module, and tried before anything is trained."""
+"""A user's own methods, configs and tasks are found by name, path or module, and tried before training."""
 
 import csv
 import json
@@ -53,11 +53,11 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """An empty working directory, whose name has a space and an umlaut."""
+    """An empty working directory whose name has a space and an umlaut."""
     folder = tmp_path / "my wörk"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setenv("PWD", str(folder))  # as a shell does
+    monkeypatch.setenv("PWD", str(folder))  # a shell sets it
     return folder
 
 
@@ -87,15 +87,15 @@ def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monk
     assert all(not t.any() for name, t in adapter.items() if "lora_B" in name), "a strength of 0 trains nothing"
 
 
-def test_a_method_of_a_file_that_is_called_like_one_of_the_package_is_refused(here, tiny_model):
+def test_a_file_named_like_a_method_of_the_package_is_refused(here, tiny_model):
     (here / "ewc.py").write_text(METHOD)
     argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
     assert "ewc.py has the name of the package's method ewc" in error_of("train", "ewc.py", *argv)
     assert not (here / "run").exists()
 
 
-def test_a_method_that_hides_what_the_trainer_calls_is_refused_before_anything_is_trained(here, tiny_model):
-    """Else the first stage would be trained, and lost when its record is asked for."""
+def test_a_method_that_hides_attributes_of_the_trainer_is_refused_before_training(here, tiny_model):
+    """Otherwise the first stage would be trained, and lost when its record is written."""
     (here / "half.py").write_text(METHOD.replace("(self, model):\n", "(self, model):\n        self.record = {}\n"))
     argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
     said = error_of("train", "half.py", *argv)
@@ -104,7 +104,7 @@ def test_a_method_that_hides_what_the_trainer_calls_is_refused_before_anything_i
 
 
 @pytest.mark.parametrize("name", ["half.py", "own.half"])
-def test_the_help_of_a_method_of_ones_own_has_its_options(here, name, capsys):
+def test_the_help_of_a_users_method_has_its_options(here, name, capsys):
     for file in (here / "half.py", here / "own" / "half.py"):
         file.parent.mkdir(exist_ok=True)
         file.write_text(METHOD)
@@ -124,7 +124,7 @@ def test_the_help_of_a_method_of_ones_own_has_its_options(here, name, capsys):
         ("idle.py", "runs nothing"),
     ],
 )
-def test_a_method_that_is_not_there_is_said_to_be(here, name, said):
+def test_a_missing_method_is_a_clear_error(here, name, said):
     (here / "empty.py").write_text("x = 1\n")
     (here / "idle.py").write_text(METHOD.replace("    main(", "    print("))
     assert said in error_of("train", name)
@@ -140,7 +140,7 @@ def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monke
     monkeypatch.setattr(study, "run_child", lambda words, environment: seen.append((words, environment)) or 1)
 
     def run(command, input, **_):
-        """In a fork of this process, which need not import torch again."""
+        """Runs a command in a fork of this process, which need not import torch again."""
         from trainers.commands.options import refused
 
         with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -162,7 +162,7 @@ def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monke
 # -------------------------------------------------------------------------------------------------------------- configs
 
 
-def test_every_packaged_file_has_a_name_and_says_what_it_is_for(here, capsys):
+def test_every_packaged_file_is_listed_with_its_purpose(here, capsys):
     main(["configs"])
     lines = capsys.readouterr().out.splitlines()
     names = [*packaged.configs(), *packaged.studies(), *packaged.tuned()]
@@ -172,7 +172,7 @@ def test_every_packaged_file_has_a_name_and_says_what_it_is_for(here, capsys):
         assert len(line.split()) > 3, "says what it is for"
 
 
-def test_a_copied_study_works_where_it_is_copied_to(here):
+def test_a_copied_study_works_in_its_new_place(here):
     main(["configs", "--copy", "replay"])
     copied, original = study.read_study("replay.yaml"), study.read_study(packaged.studies()["replay"])
     assert copied.keys() == original.keys()
@@ -193,7 +193,7 @@ def test_a_config_is_found_by_name(here, tiny_model):
         (["--config", "quikstart"], "Did you mean quickstart?"),
         (["--strenght", "2"], "sequential has no option strenght."),
         (["--learning-rat=2"], None),
-        (["--tune", "7b"], "no option tune (did you mean tuned?)"),  # it would be on record, and not used
+        (["--tune", "7b"], "no option tune (did you mean tuned?)"),  # it would be recorded, but not used
         (["--max_promt_length", "2"], "max_promt_length (did you mean max_prompt_length?)"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["fast"], "fast: nothing takes this"),
@@ -205,13 +205,13 @@ def test_a_config_is_found_by_name(here, tiny_model):
         (["--model_name_or_path", "m"], "output_dir is not set: --output_dir runs/NAME"),
     ],
 )
-def test_an_option_that_does_not_exist_is_named_with_its_neighbour(here, argv, said, capsys):
+def test_an_unknown_option_is_an_error_with_the_most_similar_one(here, argv, said, capsys):
     message = error_of("train", "sequential", *argv)
     assert said is None or said in message
     assert "usage:" not in capsys.readouterr().err and message.count("\n") < 3
 
 
-def test_an_unknown_option_in_a_file_is_named_with_its_neighbour(here):
+def test_an_unknown_option_in_a_file_is_an_error_with_the_most_similar_one(here):
     (here / "c.yaml").write_text("learning_rates: 1\n")
     assert "learning_rates (did you mean learning_rate?)" in error_of("train", "sequential", "--config", "c.yaml")
 
@@ -241,7 +241,7 @@ ROWS = {
     ),
     "dolly": ({"instruction": "Add.", "context": "1+1", "response": "2", "category": "math"}, "Add.\n1+1\n", "2"),
 }
-#: The rest is known in one form of file.
+#: Further forms, which are tested in one kind of file.
 FORMS = [
     *product(("messages", "alpaca", "columns"), (".jsonl", ".json", ".csv", ".parquet")),
     *(("sharegpt", ".json"), ("trl", ".jsonl"), ("dolly", ".jsonl")),
@@ -263,7 +263,7 @@ def write_rows(file, row, number=10):
 
 
 @pytest.mark.parametrize(
-    ("kind", "suffix"),  # a table of texts has no lists
+    ("kind", "suffix"),  # a table of texts cannot contain lists
     [pair for pair in FORMS if pair != ("messages", ".csv")],
 )
 def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
@@ -289,7 +289,7 @@ TABLES = [
 ]
 
 
-def test_what_cannot_become_a_task_is_left_as_it_was(here):
+def test_a_refused_file_of_rows_leaves_no_task_and_no_change(here):
     with pytest.raises(DataError, match=r"columns are a, b\. Known are messages"):
         recognise(["a", "b"])
     turned = {"messages": CHAT[:2]}
@@ -311,7 +311,7 @@ def test_what_cannot_become_a_task_is_left_as_it_was(here):
         (here / name).unlink()
     write_jsonl(here / "empty.jsonl", [{"prompt": "", "answer": "2"}] * 5)
     with pytest.raises(DataError):
-        make_task(here / "empty.jsonl")  # refused by the trial, after its files were made
+        make_task(here / "empty.jsonl")  # the trial refuses it after its files were made
     assert {file.name for file in here.iterdir()} == {"turned.jsonl", "bare.jsonl", "half.jsonl", "empty.jsonl"}
     make_task(write_rows(here / "good.jsonl", ROWS["columns"][0]), write_rows(here / "test.jsonl", ROWS["columns"][0]))
     with pytest.raises(DataError, match="is there already"):
@@ -326,7 +326,7 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("kind", ["messages.jsonl", "columns.jsonl", "columns.csv", "columns.json", "alpaca.parquet"])
-def test_texts_are_trained_and_scored_as_the_file_has_them(here, monkeypatch, kind):
+def test_texts_of_a_file_are_trained_and_scored_unchanged(here, monkeypatch, kind):
     def row(text):
         if kind.startswith("messages"):
             return {"messages": [{"role": "user", "content": "NA"}, {"role": "assistant", "content": text}], "at": DATE}
@@ -359,7 +359,7 @@ def test_texts_are_trained_and_scored_as_the_file_has_them(here, monkeypatch, ki
 
 def test_numbers_of_a_json_file_keep_their_digits(here, monkeypatch):
     rows = ['{"prompt": 1, "answer": 2}', '{"prompt": "b", "answer": 1.50}', '{"prompt": "c", "answer": true}']
-    json_text = '{"n": 1.50, "of": [1, "2", null, true], "é": {}}'  # numbers within stay numbers
+    json_text = '{"n": 1.50, "of": [1, "2", null, true], "é": {}}'  # numbers inside JSON stay numbers
     (here / "mine.jsonl").write_text("\n".join([*rows[:2], f'{{"prompt": "j", "answer": {json_text}}}', rows[2]]))
     make_task(here / "mine.jsonl")
     monkeypatch.setenv("TRACE_TASKS", str(here))
@@ -367,13 +367,13 @@ def test_numbers_of_a_json_file_keep_their_digits(here, monkeypatch):
     assert trained == [("1\n", "2"), ("b\n", "1.50"), ("j\n", json_text)]
 
 
-def test_names_that_mean_something_else_are_refused(here):
+def test_a_task_name_that_means_something_else_is_refused(here):
     for name in ("trace_fomc", "order1", "general_mmlu", "none"):
         with pytest.raises(DataError, match=f"--name my_{name}"):
             make_task(write_rows(here / f"{name}.jsonl", ROWS["columns"][0]))
 
 
-def test_a_run_remembers_where_its_own_tasks_are(here, tiny_model, monkeypatch, capsys):
+def test_a_run_records_the_folder_of_its_tasks(here, tiny_model, monkeypatch, capsys):
     row = ROWS["columns"][0]
     make_task(write_rows(here / "mine.jsonl", row))
     monkeypatch.setenv("TRACE_TASKS", str(here))
@@ -389,13 +389,13 @@ def test_a_run_remembers_where_its_own_tasks_are(here, tiny_model, monkeypatch, 
     write_json(here / "run" / "manifest.json", manifest)
     assert "gone, which is not there: TRACE_TASKS names" in error_of("evaluate", "run")
     (here / "run" / "tasks").mkdir()
-    for folder in ("run/tasks", str(here / "run" / "tasks"), os.curdir):  # their functions would be run
+    for folder in ("run/tasks", str(here / "run" / "tasks"), os.curdir):  # functions from there would be run
         manifest["data"]["own_tasks"] = folder
         write_json(here / "run" / "manifest.json", manifest)
         assert "a task may run code. If you trust whoever made it, say so" in error_of("evaluate", "run")
 
 
-def test_unknown_tasks_are_named_with_their_neighbours(here, monkeypatch):
+def test_unknown_tasks_are_errors_with_the_most_similar_ones(here, monkeypatch):
     make_task(write_rows(here / "mine.jsonl", ROWS["columns"][0]))
     monkeypatch.setenv("TRACE_TASKS", str(here))
     ours = task_manager()  # without lm-eval's own, whose index takes seconds
@@ -416,7 +416,7 @@ def test_the_commands_that_are_shown_can_be_pasted(here, capsys):
 
 
 def save_adapter(model, folder, seed):
-    """An adapter with random weights."""
+    """Saves an adapter with random weights."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -493,7 +493,7 @@ def test_a_bound_is_trained_like_the_run_that_it_bounds(here, tiny_model, monkey
     assert "is not a run" in error_of("train", "joint", "--like", "gone", "--output_dir", "x")
 
 
-def test_a_finished_run_gets_further_tasks_at_its_end(here, tiny_model, capsys):
+def test_a_finished_run_can_be_extended_by_tasks(here, tiny_model, capsys):
     options = {
         **quick_options(tiny_model, here / "run"),
         "tasks": ["trace_fomc", "trace_numglue_ds"],
@@ -516,14 +516,14 @@ def test_a_finished_run_gets_further_tasks_at_its_end(here, tiny_model, capsys):
     assert "another configuration" in error_of("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))
 
 
-def test_a_joint_run_gets_no_further_tasks_since_its_stage_was_trained_without_them(here, tiny_model):
+def test_a_joint_run_cannot_be_extended_by_tasks(here, tiny_model):
     options = quick_options(tiny_model, here / "run")
     main(["train", "joint", *command_line(options)])
     longer = {**options, "tasks": [*options["tasks"], "trace_py150"]}
     assert "another configuration" in error_of("train", "joint", *command_line(longer))
 
 
-def test_one_unknown_task_among_known_ones_is_named_alone(here):
+def test_only_the_unknown_task_among_known_ones_is_named(here):
     with pytest.raises(DataError, match=r"Unknown task\(s\) gsm8kk\. TRACE has"):
         load_tasks(["trace_fomc", "gsm8k", "gsm8kk"])  # lm-eval has gsm8k
     (here / "c.yaml").write_text("tasks: trace_fomc, trace_fomk\n")
@@ -531,8 +531,8 @@ def test_one_unknown_task_among_known_ones_is_named_alone(here):
         assert "trace_fomk (did you mean trace_fomc?)" in error_of("train", "sequential", *argv)
 
 
-def test_a_base_model_that_was_moved_is_found_and_no_other_one_is_taken(here, tiny_model, checkpoints, capsys):
-    """A run on another machine: the same files in another folder; all that is done stays."""
+def test_a_moved_base_model_is_accepted_and_a_different_one_refused(here, tiny_model, checkpoints, capsys):
+    """A run is moved to a machine that has the same files in a different folder. Finished work stays."""
     shutil.copytree(tiny_model, here / "base")
     options = {**quick_options("base", here / "run"), "tasks": ["trace_fomc"], "test_rows": 2, "max_steps": 1}
     main(["train", "sequential", *command_line(options)])

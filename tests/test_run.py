@@ -1,4 +1,4 @@
-"""Tests of `trace_bench.run`: what is on the disk is whole, and a run is resumed as it was begun or not at all."""
+"""Tests of `trace_bench.run`: files on the disk are complete, and a run is resumed only with its own configuration."""
 
 import csv
 import fcntl
@@ -83,13 +83,13 @@ def test_a_fresh_folder_replaces_the_old_one_only_at_the_end_and_not_after_an_ex
         with fresh_dir(target) as tmp:
             assert names(tmp) == [] and not (target / content).exists()
             (tmp / content).write_text(content, encoding="utf-8")
-            (tmp / content).chmod(0o600)  # as safetensors does
+            (tmp / content).chmod(0o600)  # as safetensors writes them
         assert (names(tmp_path), names(target)) == (["adapter"], [content])
         assert (target / content).stat().st_mode & 0o666 == target.stat().st_mode & 0o666 != 0o600
 
 
 def killed_in(code: str, *arguments: object) -> None:
-    """Runs Python that prints a line, and kills it then."""
+    """Runs Python code and kills it when it prints a line."""
     code = f"import sys, time; from pathlib import Path; from trace_tasks.data import files\n{code}"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as process:
@@ -97,7 +97,7 @@ def killed_in(code: str, *arguments: object) -> None:
         process.send_signal(signal.SIGKILL)
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_lives_stays(tmp_path):
+def test_the_next_writer_removes_files_of_killed_writers_but_not_of_living_ones(tmp_path):
     code = "def wait(fd): print('there', flush=True); time.sleep(60)\n"
     killed_in(f"{code}files.os.fsync = wait; files.write_text(Path(sys.argv[1]), 'half')", tmp_path / "report.md")
     (left,) = tmp_path.iterdir()
@@ -112,7 +112,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_one_and_what_lives_stays(t
     assert names(tmp_path) == [".other.md.0123.tmp", "report.md"]
 
 
-def test_folders_of_killed_programs_go_with_the_next_one_and_what_lives_stays(tmp_path):
+def test_the_next_program_removes_folders_of_killed_programs_but_not_of_living_ones(tmp_path):
     code = "with files.temporary_dir(Path(sys.argv[1]), 'merged-'): print(1, flush=True); time.sleep(60)"
     killed_in(code, tmp_path)
     (left,) = tmp_path.iterdir()
@@ -128,8 +128,8 @@ def test_folders_of_killed_programs_go_with_the_next_one_and_what_lives_stays(tm
     assert names(tmp_path) == ["merged-a.tmp", "victim"] and names(tmp_path / "victim") == ["file"]
 
 
-def test_a_name_that_was_taken_is_not_written_to(tmp_path, monkeypatch):
-    """Whoever guesses a name has it; another one is drawn for a folder, and a file is not opened."""
+def test_an_existing_file_at_a_temporary_name_is_not_written_to(tmp_path, monkeypatch):
+    """Someone may guess a temporary name. A folder then gets a new name, and a file is not opened."""
     (tmp_path / "victim").write_text("mine", encoding="utf-8")
     monkeypatch.setattr(files.secrets, "token_hex", lambda n: "guessed")
     (tmp_path / ".report.md.guessed.tmp").symlink_to(tmp_path / "victim")
@@ -142,7 +142,7 @@ def test_a_name_that_was_taken_is_not_written_to(tmp_path, monkeypatch):
 
 
 @pytest.mark.timeout(20)
-def test_a_lock_that_is_no_file_is_refused_and_what_a_link_leads_to_kept(tmp_path):
+def test_a_lock_that_is_no_file_is_refused_and_the_target_of_a_link_kept(tmp_path):
     victim, lock = tmp_path / "victim", tmp_path / ".train.lock"
     victim.write_text("mine", encoding="utf-8")
     makers = [lambda: lock.symlink_to(victim), lambda: lock.symlink_to(tmp_path / "new"), lambda: os.mkfifo(lock)]
@@ -159,8 +159,8 @@ def test_a_lock_that_is_no_file_is_refused_and_what_a_link_leads_to_kept(tmp_pat
         assert re.fullmatch(r"process \d+ on \S+", lock.read_text(encoding="utf-8"))
 
 
-def test_a_fork_that_lives_on_does_not_keep_a_lock(tmp_path):
-    """As the engine of vLLM on a GPU, which is forked while a stage is evaluated and serves the next ones."""
+def test_a_living_fork_does_not_keep_a_lock(tmp_path):
+    """Such a fork is vLLM's engine on a GPU: it starts while a stage is locked and serves the next stages."""
     end, ask = os.pipe()
     with locked(tmp_path, "evaluate"):
         fork = os.fork()
@@ -177,8 +177,8 @@ def test_a_fork_that_lives_on_does_not_keep_a_lock(tmp_path):
         os.waitpid(fork, 0)
 
 
-def test_a_lock_with_a_second_name_is_a_lock_and_keeps_its_content(tmp_path):
-    """As after `cp -al`; or it was made to have something else cut."""
+def test_a_hard_linked_lock_file_works_and_keeps_its_content(tmp_path):
+    """The second name may be from `cp -al`, or made by an attacker to have a file truncated."""
     (tmp_path / "victim").write_text("secret\nmine", encoding="utf-8")
     (tmp_path / ".train.lock").hardlink_to(tmp_path / "victim")
     with locked(tmp_path, "train"), pytest.raises(RunError, match="in use: another process began") as e:
@@ -187,7 +187,7 @@ def test_a_lock_with_a_second_name_is_a_lock_and_keeps_its_content(tmp_path):
 
 
 @pytest.mark.timeout(20)
-def test_what_is_no_file_or_too_long_is_not_read(tmp_path):
+def test_no_device_pipe_or_too_long_file_is_read(tmp_path):
     os.mkfifo(tmp_path / "manifest.json")
     (tmp_path / "device").symlink_to("/dev/zero")
     for name in ("manifest.json", "device"):
@@ -233,7 +233,7 @@ WHOLE = {"sub/a": b"content", "b": b""}
         lambda cache: (cache.parent / ".made.json").write_text('{"b": 3}'),
     ],
 )
-def test_a_cache_that_is_damaged_is_made_again(tmp_path, damage):
+def test_a_damaged_cache_is_made_again(tmp_path, damage):
     target = tmp_path / "cache" / "made"
     for _ in range(3):
         assert cached_dir(target, fill) == target and content(target) == WHOLE
@@ -243,7 +243,7 @@ def test_a_cache_that_is_damaged_is_made_again(tmp_path, damage):
     assert not [p for p in names(target.parent) if p.endswith(".tmp")]
 
 
-def test_a_maker_that_fails_leaves_nothing_and_one_that_is_killed_nothing_for_the_next(tmp_path):
+def test_a_failed_maker_of_a_cache_leaves_nothing_and_a_killed_one_nothing_that_is_used(tmp_path):
     target = tmp_path / "cache" / "made"
     with pytest.raises(OSError, match="no space"):
         cached_dir(target, boom)
@@ -255,8 +255,8 @@ def test_a_maker_that_fails_leaves_nothing_and_one_that_is_killed_nothing_for_th
     assert names(target.parent) == [".made.json", ".made.lock", "made"]
 
 
-def test_of_two_makers_with_the_same_number_the_first_wins_and_nobody_reads_half(tmp_path, monkeypatch):
-    """As two machines that share a file system."""
+def test_of_two_makers_of_a_cache_the_first_wins_and_no_reader_sees_half_of_it(tmp_path, monkeypatch):
+    """This happens on two machines that share a file system."""
     monkeypatch.setattr(os, "getpid", lambda: 7)
     target, begun, first_is_done = tmp_path / "cache" / "made", threading.Event(), threading.Event()
 
@@ -277,7 +277,7 @@ def test_of_two_makers_with_the_same_number_the_first_wins_and_nobody_reads_half
     assert names(target.parent) == [".made.json", ".made.lock", "made"]
 
 
-def test_a_fingerprint_depends_on_contents_and_names_and_not_on_place_or_time(tmp_path):
+def test_a_fingerprint_depends_only_on_contents_and_names(tmp_path):
     file = tmp_path / "a/sub/x"
     write_text(file, "1")
     first = fingerprint(tmp_path / "a")
@@ -294,14 +294,14 @@ def test_a_fingerprint_depends_on_contents_and_names_and_not_on_place_or_time(tm
     third = fingerprint(tmp_path / "a")
     (tmp_path / "a/z").touch()
     assert len({first, second, third, fingerprint(tmp_path / "a")}) == 4
-    with pytest.raises(DataError, match="nowhere"):  # a checkpoint that is gone is not one that has changed
+    with pytest.raises(DataError, match="nowhere"):  # a missing checkpoint is not a changed one
         fingerprint(tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------- run
 
 
-def test_a_run_is_created_once_and_opened_as_it_was_whatever_the_circumstances(tmp_path, monkeypatch, caplog):
+def test_a_run_is_created_once_and_later_opened_with_its_first_manifest(tmp_path, monkeypatch, caplog):
     made = Run.create(tmp_path / "r", MANIFEST)
     before = (tmp_path / "r/manifest.json").read_bytes()
     assert made.manifest.items() >= MANIFEST.items() and made.manifest["packages"] == package_versions()
@@ -314,13 +314,13 @@ def test_a_run_is_created_once_and_opened_as_it_was_whatever_the_circumstances(t
     assert "other package versions" in caplog.text
 
 
-def test_another_configuration_is_an_error_that_lists_each_differing_key_with_both_values(tmp_path):
+def test_a_different_configuration_is_an_error_with_each_key_and_both_values(tmp_path):
     versions = {"trace_cstance": 1.1, "trace_fomc": 1.1}
     Run.create(tmp_path, {**MANIFEST, "task_versions": versions})
     before = (tmp_path / "manifest.json").read_bytes()
     config = {**MANIFEST["config"], "epochs": [5, 7], "lora_r": 8}
     with pytest.raises(RunError, match="another folder") as e:
-        asked = {"tasks": ["trace_fomc"], "task_versions": {"trace_fomc": 1.0}}  # nothing more on the other task
+        asked = {"tasks": ["trace_fomc"], "task_versions": {"trace_fomc": 1.0}}  # nothing is said about the other task
         Run.create(tmp_path, {**MANIFEST, "seed": 2, "config": config, **asked})
     lines = re.findall(r"^  (\S+): (.+) -> (.+)$", str(e.value), re.MULTILINE)
     assert lines == [
@@ -333,7 +333,7 @@ def test_another_configuration_is_an_error_that_lists_each_differing_key_with_bo
     assert (tmp_path / "manifest.json").read_bytes() == before
 
 
-def test_a_missing_run_names_those_beside_it(tmp_path):
+def test_the_error_of_a_missing_run_names_the_runs_next_to_it(tmp_path):
     for name in ("one", "two"):
         write_json(tmp_path / "runs" / name / "manifest.json", {})
     for folder in (tmp_path / "runs" / "three", tmp_path / "runs"):
@@ -353,7 +353,7 @@ def test_a_missing_run_names_those_beside_it(tmp_path):
         (b'{"format": 2}', "format 2.*reads 1"),
     ],
 )
-def test_a_manifest_that_is_damaged_or_of_a_later_program_is_named_with_what_to_do(tmp_path, content, said):
+def test_a_damaged_or_newer_manifest_is_an_error_that_says_what_to_do(tmp_path, content, said):
     (tmp_path / "manifest.json").write_bytes(content)
     for opens in (Run.open, lambda path: Run.create(path, MANIFEST)):
         with pytest.raises(RunError, match=rf"manifest\.json.*{said}"):
@@ -376,7 +376,7 @@ def test_the_base_model_and_each_task_are_stages_in_order(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["adapter", "model"])
-def test_a_stage_is_trained_only_when_its_train_file_exists_and_says_where_its_checkpoint_went(tmp_path, kind):
+def test_a_stage_is_trained_if_its_train_file_exists_and_a_dropped_checkpoint_is_explained(tmp_path, kind):
     stage = Stage(1, "1_trace_fomc", "trace_fomc", tmp_path)
     (tmp_path / kind).mkdir()
     with pytest.raises(RunError, match=r"1_trace_fomc is not trained.*train\.json"):
@@ -391,7 +391,7 @@ def test_a_stage_is_trained_only_when_its_train_file_exists_and_says_where_its_c
 @pytest.mark.parametrize(
     "given, sequence", [(["trace_cstance", "trace_fomc"], True), (["trace_fomc"], False), (["mine"], False)]
 )
-def test_checkpoints_from_elsewhere_are_stages(tmp_path, given, sequence):
+def test_external_checkpoints_are_stages(tmp_path, given, sequence):
     run = Run(tmp_path / "r", {**MANIFEST, "checkpoints": {name: str(tmp_path / name) for name in given}})
     assert [s.name for s in run.stages] == ["0_base", *(f"{i}_{name}" for i, name in enumerate(given, 1))]
     assert all(s.is_trained and s.checkpoint == tmp_path / name for s, name in zip(run.stages[1:], given, strict=True))
@@ -403,7 +403,7 @@ def test_checkpoints_from_elsewhere_are_stages(tmp_path, given, sequence):
 
 
 def test_a_run_of_version_0_1_opens_with_the_same_numbers(tmp_path, capsys):
-    """Version 0.1 made `run_0.1`, with its scores.csv: EWC on two demo tasks, measured on three rows each."""
+    """Version 0.1 made `run_0.1` and its scores.csv: EWC on two demo tasks, measured on three rows each."""
     shutil.copytree(Path(__file__).parent / "run_0.1", path := tmp_path / "run_0.1")
     with (path / "scores.csv").open(encoding="utf-8", newline="") as f:
         before = {(row["stage"], row["task"], row["metric"]): float(row["value"]) for row in csv.DictReader(f)}
