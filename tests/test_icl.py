@@ -113,7 +113,7 @@ def plain_lm_eval(names, write, **settings):
 
 
 @every_task
-def test_a_prompt_with_demonstrations_is_the_official_one_and_without_nothing_is_changed(name, demo_data):
+def test_a_prompt_with_demonstrations_equals_the_official_one_and_zero_shot_is_unchanged(name, demo_data):
     task = load(name)
     doc = task.test_docs()[0]
     prompt = task.fewshot_context(doc, 6)
@@ -149,7 +149,7 @@ def test_in_a_chat_template_the_official_prompt_is_one_turn_of_the_user(demo_dat
 # ------------------------------------------------------------------------------------------------- answers and scores
 
 
-def test_an_answer_ends_where_the_official_code_ends_it_and_zero_shot_it_does_not(demo_data):
+def test_only_answers_with_demonstrations_end_like_the_official_codes(demo_data):
     def write(doc):
         gap, more, _ = RUNS_ON[written[doc["prompt"], doc["answer"]]]
         return doc["answer"] + gap + more
@@ -173,7 +173,7 @@ def test_an_answer_ends_where_the_official_code_ends_it_and_zero_shot_it_does_no
 
 
 @pytest.mark.parametrize("until", [["###"], "###"])  # --gen_kwargs until=### is a text by itself
-def test_a_stop_that_the_user_gives_is_kept(demo_data, until):
+def test_a_stop_of_the_user_is_kept(demo_data, until):
     task = load("trace_scienceqa")
     task.set_config(key="generation_kwargs", value={"until": until}, update=True)
     task.set_config(key="num_fewshot", value=2)
@@ -181,7 +181,7 @@ def test_a_stop_that_the_user_gives_is_kept(demo_data, until):
     assert task.instances[0].args[1]["until"] == ["###", "Question:"]
 
 
-def test_lm_eval_s_cache_of_requests_serves_no_other_rows_or_settings(demo_data, tmp_path, monkeypatch):
+def test_lm_evals_cached_requests_are_not_used_for_different_rows_or_settings(demo_data, tmp_path, monkeypatch):
     monkeypatch.setattr("lm_eval.caching.cache.PATH", str(tmp_path / "cache"))
     rows = [{"prompt": f"{i} Stance:", "answer": "ABC"[i % 3]} for i in range(8)]
     (tmp_path / "FOMC").mkdir()
@@ -211,7 +211,7 @@ def test_lm_eval_s_cache_of_requests_serves_no_other_rows_or_settings(demo_data,
 # -------------------------------------------------------------------------------------------------------------- draws
 
 
-def test_demonstrations_that_are_too_long_are_not_taken(demo_data, caplog):
+def test_too_long_demonstrations_are_not_drawn(demo_data, caplog):
     task = load("trace_numglue_ds")
     opening = len(INSTRUCTIONS["trace_numglue_ds"] + ANNOUNCED)
     sizes = sorted(len(d["prompt"]) + len(d["answer"]) for d in task.sampler.df)
@@ -229,7 +229,7 @@ def test_demonstrations_that_are_too_long_are_not_taken(demo_data, caplog):
 
 
 @pytest.mark.parametrize("n", [3, 4, 6])
-def test_the_draw_is_balanced_and_follows_the_seed(n, demo_data):
+def test_demonstrations_are_balanced_and_follow_the_seed(n, demo_data):
     task = load("trace_cstance")
     drawn = task.sampler.sample(n)
     counts = Counter(d["answer"] for d in drawn)
@@ -247,7 +247,7 @@ def samples(run: Run, task: str) -> list[dict]:
     return [json.loads(line) for line in run.stages[0].samples_file(task).read_text(encoding="utf-8").splitlines()]
 
 
-def test_a_run_trains_nothing_and_asks_and_cuts_as_officially(options, caplog):
+def test_an_icl_run_trains_nothing_and_asks_and_cuts_like_the_official_code(options, caplog):
     tasks = ["trace_fomc", "trace_numglue_ds", "trace_meetingbank"]
     options |= {"tasks": tasks, "num_fewshot": 3, "engine_args": {"max_length": 100}, "test_rows": 3}
     with caplog.at_level(logging.WARNING):
@@ -277,7 +277,7 @@ def test_a_run_trains_nothing_and_asks_and_cuts_as_officially(options, caplog):
     assert all("\n" not in s["response"] for s in samples(run, "trace_numglue_ds"))
 
 
-def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
+def test_the_seed_of_a_run_decides_its_demonstrations(options, tmp_path):
     """Of every task that has any; and a comparison takes the runs for the seeds of one method."""
     # No demonstration of 20Minuten fits 1,024 bytes.
     tasks = [t for t in INSTRUCTIONS if t not in ("trace_meetingbank", "trace_20minuten")]
@@ -292,7 +292,7 @@ def test_the_seed_of_the_run_draws_its_demonstrations(options, tmp_path):
     assert "over 2 seeds" in str(report.compare(runs)), "they differ in nothing but the seed"
 
 
-def test_cells_that_were_asked_and_cut_otherwise_are_not_mixed_with_these(options):
+def test_cells_of_a_different_icl_version_are_not_mixed(options):
     options = {**options, "num_fewshot": 3, "tasks": ["trace_fomc"], "test_rows": 1}
     run = train(options, ICLTrainer, ICLConfig)
     evaluate.evaluate(run)
@@ -308,7 +308,7 @@ def test_cells_that_were_asked_and_cut_otherwise_are_not_mixed_with_these(option
         train(options, ICLTrainer, ICLConfig)
 
 
-def test_zero_demonstrations_are_the_base_model_alone(options, caplog):
+def test_icl_with_zero_demonstrations_is_the_base_model(options, caplog):
     engine = {"max_length": 512}
     with caplog.at_level(logging.WARNING):
         run = train({**options, "num_fewshot": 0, "engine_args": engine}, ICLTrainer, ICLConfig)
@@ -322,7 +322,7 @@ def test_zero_demonstrations_are_the_base_model_alone(options, caplog):
     assert ANNOUNCED not in samples(run, "trace_fomc")[0]["prompt"]
 
 
-def test_answers_that_fill_the_context_are_refused(options, tiny_model, tmp_path):
+def test_icl_refuses_answers_that_fill_the_context(options, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "short")
     write_json(folder / "config.json", read_json(folder / "config.json") | {"max_position_embeddings": 512})
     changes = {"model_name_or_path": str(folder), "tasks": ["trace_py150"], "max_new_tokens": None}

@@ -54,7 +54,7 @@ def imported(tmp_path, *words, name="run"):
 
 
 @needs_golden
-def test_the_scores_are_those_of_the_official_code(tmp_path, monkeypatch):
+def test_imported_predictions_get_the_scores_of_the_official_code(tmp_path, monkeypatch):
     monkeypatch.delenv("TRACE_DATA", raising=False)
     golden = {task: json.loads((SHARED / f"golden/{f}.json").read_text()) for task, f in data.FOLDERS.items()}
     rows = {t: [(r["source"], r["reference"], r["prediction"]) for r in rs] for t, rs in golden.items()}
@@ -79,7 +79,7 @@ def test_the_scores_are_those_of_the_official_code(tmp_path, monkeypatch):
     assert "Answers without weights" in (run.path / "report.md").read_text()
 
 
-def test_rounds_are_stages_and_numbers_columns_and_what_the_files_claim_does_not_count(tmp_path, folder, demo_data):
+def test_rounds_become_stages_and_scores_in_the_files_are_ignored(tmp_path, folder, demo_data):
     run = imported(tmp_path, "--official", folder)
     results = Results(run)
     assert [s.name for s in run.stages] == ["0_base", "1_trace_fomc", "2_trace_numglue_ds"] and run.tasks == ORDER
@@ -98,7 +98,7 @@ def test_rounds_are_stages_and_numbers_columns_and_what_the_files_claim_does_not
     assert same_conditions(again, again)
 
 
-def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_data, monkeypatch, capsys):
+def test_imported_logs_of_lm_eval_get_the_scores_of_lm_eval(tmp_path, demo_data, monkeypatch, capsys):
     import lm_eval
     from lm_eval.loggers import EvaluationTracker
 
@@ -153,7 +153,7 @@ def test_what_lm_eval_logs_gets_the_scores_that_lm_eval_gives(tmp_path, demo_dat
     assert any("**Not comparable** in prompts: not the rows' own" in warning for warning in comparison.warnings)
 
 
-def test_unknown_base_models_share_no_table(tmp_path, demo_data):
+def test_imports_with_unknown_base_models_are_not_comparable(tmp_path, demo_data):
     facts = []
     for name, answers in (("one", ["right"] * 6), ("two", ["right"] * 5 + ["x"])):
         lines = [
@@ -205,7 +205,9 @@ def change(folder, key, row, value, name="results-1-0-FOMC.json"):
     "key, message",
     [("labels", "results-1-0-FOMC.json, row 3: its answer is 'Z', and the"), ("prompts", "row 3: its prompt is 'Z'")],
 )
-def test_other_prompts_and_labels_are_refused_with_their_row(tmp_path, folder, monkeypatch, with_data, key, message):
+def test_different_prompts_and_labels_are_refused_with_their_row(
+    tmp_path, folder, monkeypatch, with_data, key, message
+):
     monkeypatch.setenv("TRACE_DATA", "demo") if with_data else monkeypatch.delenv("TRACE_DATA", raising=False)
     change(folder, key, 3, "Z")
     with pytest.raises(SystemExit, match=message):
@@ -237,13 +239,13 @@ def test_a_task_without_predictions_needs_its_rows(monkeypatch):
         (lambda f: [file.unlink() for file in f.iterdir()], "holds no file results-ROUND"),
     ],
 )
-def test_files_that_do_not_fit_together_are_refused(tmp_path, folder, demo_data, damage, message):
+def test_inconsistent_files_are_refused(tmp_path, folder, demo_data, damage, message):
     damage(folder)
     with pytest.raises(SystemExit, match=message):
         imported(tmp_path, "--official", folder)
 
 
-def test_the_same_command_completes_a_run_and_another_one_is_refused(tmp_path, folder, demo_data):
+def test_the_same_command_completes_an_import_and_a_different_one_is_refused(tmp_path, folder, demo_data):
     run = imported(tmp_path, "--official", folder)
     lost = run.stages[2].eval_file("trace_fomc")
     before = read_json(lost)

@@ -27,7 +27,7 @@ def reported(run):
     return json.loads((run.path / "result.json").read_text(encoding="utf-8"))
 
 
-def test_a_result_file_has_the_numbers_of_the_report_and_no_path(make, tmp_path):
+def test_result_json_has_the_numbers_of_the_report_and_no_path(make, tmp_path):
     run = make_rich_run(
         make,
         tasks=TASKS,
@@ -48,7 +48,7 @@ def test_a_result_file_has_the_numbers_of_the_report_and_no_path(make, tmp_path)
     assert content["training"]["tokens"] == sum(t["tokens"] for t in results.training.values())
 
 
-def test_one_table_a_protocol_the_best_first_and_what_differs_is_named(make, tmp_path):
+def test_a_leaderboard_has_a_table_for_each_protocol_sorted_by_score(make, tmp_path):
     for name, value in (("low", 0.2), ("high", 0.7), ("none", np.nan)):
         matrix = without()
         matrix[3, 0] = value
@@ -68,7 +68,7 @@ def test_one_table_a_protocol_the_best_first_and_what_differs_is_named(make, tmp
     assert not board.skipped
 
 
-def test_the_soft_bwt_is_in_nats(make, tmp_path):
+def test_the_leaderboard_has_the_soft_bwt_in_nats(make, tmp_path):
     content = reported(make(name="one"))
     content["scores"]["soft BWT"] = {"value": -4.6245, "low": -4.9, "high": -4.3}
     write_json(tmp_path / "board" / "one.json", content)
@@ -78,7 +78,7 @@ def test_the_soft_bwt_is_in_nats(make, tmp_path):
     assert "in percent, soft BWT in nats per token, in brackets" in table.about
 
 
-def test_deltas_of_other_rows_or_judges_are_not_comparable(make, tmp_path):
+def test_deltas_on_different_rows_or_by_different_judges_are_not_comparable(make, tmp_path):
     content = reported(make_rich_run(make, name="one", n=8, tasks=TASKS))
     assert content["delta_conditions"].keys() == {"general", "instruction", "safety"}
     write_json(tmp_path / "board" / "one.json", content)
@@ -92,7 +92,7 @@ def test_deltas_of_other_rows_or_judges_are_not_comparable(make, tmp_path):
     assert "**Not comparable** in safety: measured on other rows" in text and text.count("Not comparable") == 1
 
 
-def test_a_judge_is_the_same_wherever_it_lies(make):
+def test_a_judge_in_a_different_folder_is_the_same(make):
     found = []
     for place in ("/here/judge", "/home/x/models/judge/", "/here/another"):
         run = make_rich_run(make, name=f"run-{len(found)}", n=8, tasks=TASKS)
@@ -104,7 +104,7 @@ def test_a_judge_is_the_same_wherever_it_lies(make):
     assert found[0] == found[1] and found[0]["safety"] != found[2]["safety"]
 
 
-def test_tasks_data_and_definitions_that_differ_are_named_by_task():
+def test_differing_tasks_data_and_definitions_are_named_by_task():
     one = {"data of the tasks": {"trace_fomc": "a", "trace_py150": "b"}, "tasks": "trace_fomc, trace_py150"}
     assert differing(one, one) == []
     assert differing(one, one | {"data of the tasks": {"trace_fomc": "a", "trace_py150": "c"}}) == [
@@ -118,7 +118,7 @@ def test_tasks_data_and_definitions_that_differ_are_named_by_task():
     assert "0123abcd" not in told and "an import" in told
 
 
-def test_files_of_other_names_count_and_foreign_or_damaged_ones_are_named_in_a_line(make, tmp_path, capsys):
+def test_renamed_result_files_count_and_foreign_or_damaged_ones_are_named(make, tmp_path, capsys):
     content = reported(make(name="one"))
     folder = tmp_path / "board"
     write_json(folder / "a" / "theirs.json", content)
@@ -147,7 +147,7 @@ def test_files_of_other_names_count_and_foreign_or_damaged_ones_are_named_in_a_l
     assert "3 runs" in shown and "| a/theirs |" in shown and "| two |" in shown and "| c/again |" in shown
 
 
-def test_nothing_to_show_is_an_error_that_says_what_to_do(tmp_path):
+def test_a_leaderboard_without_results_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(RunError, match="is no folder"):
         leaderboard(tmp_path / "nowhere")
     with pytest.raises(RunError, match="trace-bench report RUN"):
@@ -157,7 +157,7 @@ def test_nothing_to_show_is_an_error_that_says_what_to_do(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_names_and_fields_of_others_are_text(make, tmp_path, capsys):
+def test_names_and_fields_in_result_files_are_only_text(make, tmp_path, capsys):
     content = reported(make())
     content |= {"run": HOSTILE, "method": HOSTILE, "measures": {HOSTILE: {"value": 1.0}}}
     content["protocol"] = {HOSTILE: HOSTILE, "base model": HOSTILE, "tasks": HOSTILE, "engine": {HOSTILE: [HOSTILE]}}
@@ -200,7 +200,7 @@ def page(tmp_path_factory):
         assert not problems
 
 
-def test_a_click_on_a_head_sorts_numbers_texts_and_dashes(page):
+def test_a_click_on_a_column_head_sorts_numbers_texts_and_dashes(page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
     def column(name):
@@ -225,7 +225,7 @@ def test_a_click_on_a_head_sorts_numbers_texts_and_dashes(page):
     assert click("method") == sorted(column("method"))
 
 
-def test_the_docs_show_what_the_command_makes_of_their_files():
+def test_the_leaderboard_in_the_docs_is_that_of_their_files():
     text = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
     board = leaderboard(ROOT / "docs" / "leaderboard")
     assert board.markdown().strip() in text and not board.skipped

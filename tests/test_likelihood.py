@@ -30,7 +30,7 @@ NAME = "log_likelihood"
 
 @both_tokenizers
 @pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
-def test_it_is_minus_the_training_loss_of_the_row(chat, tiny_model, options, demo_data, monkeypatch):
+def test_the_likelihood_is_minus_the_training_loss_of_the_row(chat, tiny_model, options, demo_data, monkeypatch):
     """An unmerged adapter; prompts and answers are cut, and no batch but rows by themselves in training."""
     losses, tokens = {}, {}
 
@@ -56,7 +56,7 @@ def test_it_is_minus_the_training_loss_of_the_row(chat, tiny_model, options, dem
         assert cell["headline"] != NAME and list(cell["metrics"])[-1] == NAME and cell["metrics"][NAME]["stderr"] > 0
 
 
-def test_older_cells_get_it_without_a_generated_token(run, monkeypatch, capsys):
+def test_older_cells_get_likelihoods_without_generating(run, monkeypatch, capsys):
     whole = Run.open(run.path)
     assert evaluate.evaluate(run, likelihood=False) == 5
     before = {file: read_json(file) for file in run.path.rglob("eval/*.json")}
@@ -85,7 +85,7 @@ def test_older_cells_get_it_without_a_generated_token(run, monkeypatch, capsys):
     assert report.Results(run).matrix(NAME) == pytest.approx(filled.matrix(NAME), nan_ok=True)
 
 
-def test_a_kill_while_a_cell_is_filled_loses_nothing(run, monkeypatch):
+def test_a_kill_while_adding_likelihoods_to_a_cell_loses_nothing(run, monkeypatch):
     evaluate.evaluate(run, stages=[1], likelihood=False)
     (task,) = (t for t in run.tasks if run.stages[1].eval_file(t).exists())
     expected = report.Results(run).R
@@ -112,7 +112,7 @@ def test_a_kill_while_a_cell_is_filled_loses_nothing(run, monkeypatch):
     assert not math.isnan(report.Results(run).matrix(NAME)[1, 0])
 
 
-def test_samples_of_other_prompts_are_refused(run):
+def test_samples_with_different_prompts_get_no_likelihoods(run):
     evaluate.evaluate(run, stages=[1], likelihood=False)
     stage, task = run.stages[1], run.tasks[0]
     rows = read_jsonl(stage.samples_file(task))
@@ -124,7 +124,7 @@ def test_samples_of_other_prompts_are_refused(run):
         evaluate.evaluate(run, stages=[1], likelihood=True)
 
 
-def test_what_does_not_fit_into_the_context_is_missing(tiny_model):
+def test_likelihoods_of_rows_longer_than_the_context_are_missing(tiny_model):
     lm = engine.open_engine("hf", str(tiny_model), engine_args={"max_length": 12})
     (fits, n), (not_, m) = lm.log_likelihoods(["eight by", "eight by"], ["tes", "tes,"])
     assert (n, m) == (4, 5) and fits < 0 and math.isnan(not_)
@@ -134,7 +134,7 @@ def test_what_does_not_fit_into_the_context_is_missing(tiny_model):
 # -------------------------------------------------------------------------------------------------- measures and report
 
 
-def test_the_share_of_what_the_own_stage_gained_worked_by_hand():
+def test_the_kept_share_of_the_gain_equals_values_worked_by_hand():
     nan = math.nan
     L = [[-4.0, -3.0, -2.0], [-1.0, nan, nan], [-2.5, -3.5, nan], [-5.5, -3.0, -1.0]]
     # (-5.5 + 1) / (-1 + 4); the second task's own stage made it worse; that of the third is the last.
@@ -144,7 +144,7 @@ def test_the_share_of_what_the_own_stage_gained_worked_by_hand():
     assert share_of_gain(full, 1) == pytest.approx([0, nan], nan_ok=True)
 
 
-def test_the_rows_needed_worked_by_hand_and_simulated():
+def test_the_needed_rows_equal_values_by_hand_and_simulation():
     # Mean -1, variance 8/3: (1.96 + 0.8416)^2 * 8/3 + 1.96^2 / 2 = 20.93 + 1.92.
     assert rows_needed([[-3.0, 1.0, -1.0, -1.0]]) == 23
     assert rows_needed([[-3.0, 1.0, -1.0, -1.0]] * 4) == 6, "of the mean of four: 20.93 / 4 + 1.92 / 4"
@@ -156,7 +156,7 @@ def test_the_rows_needed_worked_by_hand_and_simulated():
     assert 0.75 < (abs(t) > stdtrit(n - 1, 0.975)).mean() < 0.85
 
 
-def test_the_report_has_the_second_matrix_and_what_it_takes_to_see_a_loss(make):
+def test_the_report_has_the_matrix_of_likelihoods_and_the_rows_needed_to_see_a_loss(make):
     n, rng = 40, np.random.default_rng(1)
     noise = 0.1 * rng.standard_normal(n)
     run = make(np.full((4, 3), math.nan))
@@ -226,7 +226,7 @@ def read_by_vllm(base: Path, adapter: Path, broken: Path, args: dict, prompts: l
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("args", [{}, {"enable_lora": True}], ids=["merged", "unmerged"])
-def test_vllm_reads_the_same_likelihoods_as_transformers(args, tiny_model, checkpoints, tmp_path):
+def test_vllm_gives_the_likelihoods_of_transformers(args, tiny_model, checkpoints, tmp_path):
     long = "A long question that is asked. " * 10
     # A token of the tiny model is a byte. Of the fourth the cache has the whole prompt: it ends with a block.
     prompts = ["12 + 3 is", long, "Say it:", long[:256], long]

@@ -18,7 +18,7 @@ from trace_bench.engine import merging, models
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_right_in_the_mean(dtype):
+def test_rounding_is_unbiased(dtype):
     torch.manual_seed(0)
 
     def rounded_by(exact, seed=0):
@@ -76,7 +76,7 @@ def test_an_update_far_below_the_weights_precision_survives_merging(small):
     assert survived(base, adapter, nearest) < 0.8, "to the nearest value much of it is lost"
 
 
-def test_what_is_lost_is_measured_and_said(small, monkeypatch, caplog):
+def test_the_loss_of_a_merge_is_measured_and_warned_about(small, monkeypatch, caplog):
     base, adapter = small
     monkeypatch.setattr(models, "round_unbiased", lambda exact, dtype, draws: exact.to(dtype))  # to the nearest
     with caplog.at_level(logging.WARNING), merging.Merging(str(base), None, False).full_model(adapter) as (_, lost):
@@ -108,7 +108,7 @@ def test_a_tied_tensor_is_untied_before_one_of_its_uses_changes(target, tiny_mod
     assert not merged.config.tie_word_embeddings
 
 
-def test_an_adapter_is_not_loaded_in_part(tiny_model, checkpoints, tmp_path):
+def test_a_partly_matching_adapter_is_refused(tiny_model, checkpoints, tmp_path):
     """PEFT warns of a tensor under another name, and leaves its layer as it was."""
     file = checkpoints["adapter"] / "adapter_model.safetensors"
     renamed = {name.replace("0.mlp.up_proj", "0.mlp..up_proj"): tensor for name, tensor in load_file(file).items()}
@@ -118,7 +118,7 @@ def test_an_adapter_is_not_loaded_in_part(tiny_model, checkpoints, tmp_path):
             load(str(tiny_model), checkpoints["adapter"])
 
 
-def test_the_adapters_below_are_merged_in_their_order(tiny_model, checkpoints, tmp_path):
+def test_the_adapters_of_a_chain_are_merged_in_order(tiny_model, checkpoints, tmp_path):
     """Of a chain: each adapter was trained on the model that those before it were merged into."""
     first = checkpoints["adapter"]
     merged = load_merged(str(tiny_model), first, dtype=torch.float32)
@@ -134,9 +134,7 @@ def test_the_adapters_below_are_merged_in_their_order(tiny_model, checkpoints, t
             assert not torch.allclose(alone.eval()(ids).logits, expected, atol=1e-2)
 
 
-def test_the_next_checkpoint_is_merged_ahead_where_that_takes_nothing_from_the_engine(
-    tiny_model, checkpoints, monkeypatch
-):
+def test_the_next_checkpoint_is_merged_ahead_if_there_are_free_resources(tiny_model, checkpoints, monkeypatch):
     adapter, merger = checkpoints["adapter"], merging.Merging(str(tiny_model), None, False)
 
     def merged() -> dict:
@@ -184,7 +182,7 @@ print(one._ahead[2].pid, one._ahead[1])
 """
 
 
-def test_a_program_that_ends_takes_what_it_merges_ahead_with_it():
+def test_a_program_that_ends_stops_and_removes_its_merge_ahead():
     out = subprocess.check_output([sys.executable, "-c", HOLD], cwd=Path(__file__).parents[1], text=True)
     child, folder = out.split()
     assert not Path(f"/proc/{child}").exists() and not Path(folder).exists()

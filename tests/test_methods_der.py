@@ -18,7 +18,7 @@ def state(run, stage: int) -> dict[str, torch.Tensor]:
     return load_file(run.stages[stage].method_state / "state.safetensors")
 
 
-def test_the_divergence_of_the_kept_classes_is_the_full_one_less_what_is_within_the_others():
+def test_the_divergence_of_kept_classes_is_the_full_one_less_that_within_the_rest():
     torch.manual_seed(0)
     old, new = torch.randn(2, 5, 40, dtype=torch.float64) * 2
     ids = old.topk(8).indices
@@ -42,7 +42,7 @@ def test_the_divergence_of_the_kept_classes_is_the_full_one_less_what_is_within_
     torch.testing.assert_close(class_logs(turned, ids), class_logs(old, ids))
 
 
-def test_the_divergence_is_of_the_row_that_is_asked_for_with_the_softmax_gradient():
+def test_the_divergence_belongs_to_its_row_and_has_the_softmax_gradient():
     instance = unbuilt("der", der_top=3)
     torch.manual_seed(0)
     old = torch.randn(6, 9)  # rows of 2, 1 and 3 answer tokens
@@ -62,7 +62,7 @@ def test_the_divergence_is_of_the_row_that_is_asked_for_with_the_softmax_gradien
     torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-4)
 
 
-def test_with_the_loss_alone_it_is_mixed_replay(options, tmp_path):
+def test_der_with_only_the_loss_is_mixed_replay(options, tmp_path):
     run = train(small(options, "der", 3, **CHANGES, der_lambda=1.0), *method("der"))
     mixed = {"replay": "mixed", "alignment_data": "none", "max_steps": 2, "output_dir": str(tmp_path / "mixed")}
     other = train({**small(options, "der", 3), **CHANGES, **mixed}, ReplayTrainer, ReplayConfig)
@@ -74,7 +74,7 @@ def test_with_the_loss_alone_it_is_mixed_replay(options, tmp_path):
     assert same(weights(run, 1), weights(plain, 1)) and not same(weights(run, 2), weights(plain, 2))
 
 
-def test_a_stage_begins_where_the_divergence_is_zero_and_its_gradient_is_that_of_the_formula(options):
+def test_the_divergence_of_der_is_zero_at_the_start_and_the_gradient_follows_the_formula(options):
     def look(trainer, adjust):
         trainer.model.eval()
         found = {n: p.grad.clone() for n, p in trainer.trained().items()}
@@ -99,7 +99,7 @@ def test_a_stage_begins_where_the_divergence_is_zero_and_its_gradient_is_that_of
     assert len(divergence) >= 8 and divergence.abs().max() < 1e-5
 
 
-def test_what_is_kept_is_of_the_row_s_own_stage_and_is_copied_as_it_is(options):
+def test_kept_outputs_are_those_of_the_rows_own_stage_and_copied_unchanged(options):
     trainer, config = method("der")
     told = {}
 
@@ -131,7 +131,7 @@ def test_what_is_kept_is_of_the_row_s_own_stage_and_is_copied_as_it_is(options):
             assert all(torch.equal(now[name][: len(tensor)], tensor) for name, tensor in before.items())
 
 
-def test_k_is_at_most_the_vocabulary_less_one(options):
+def test_der_top_must_be_smaller_than_the_vocabulary(options):
     run = train(small(options, "der", 2, **CHANGES, der_top=10_000), *method("der"))
     ids, logs = (state(run, 2)[name] for name in ("ids", "logs"))
     assert ids.shape[1] == 258 and logs.shape[1] == 259 and logs.isfinite().all()

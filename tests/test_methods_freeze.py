@@ -44,7 +44,7 @@ def moved(run, stage: int) -> dict[str, bool]:
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("reference", ["base", "previous"])
-def test_the_divergence_of_anchor_is_zero_at_its_reference_alone(reference, lora, options, monkeypatch):
+def test_the_divergence_of_anchor_is_zero_only_at_its_reference(reference, lora, options, monkeypatch):
     trainer, config = method("anchor")
     seen = {}
 
@@ -93,7 +93,7 @@ def test_the_base_model_of_anchor_is_the_one_without_the_adapter(options):
 
 
 @pytest.mark.parametrize("weight", ["one", "probability"])
-def test_the_loss_of_anchor_by_hand(weight, options):
+def test_the_loss_of_anchor_equals_values_worked_by_hand(weight, options):
     """Two rows with answers of one and three tokens, a vocabulary of two."""
     anchor = unbuilt("anchor", anchor_weight=weight, anchor_lambda=0.5)
     logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]], requires_grad=True)
@@ -139,7 +139,7 @@ def test_the_blocks_of_every_architecture_are_found(architecture):
 
 @pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("optimizer", [DECAY, MOMENTUM])
-def test_what_is_frozen_does_not_move_by_a_bit_from_the_second_task_on(lora, optimizer, options):
+def test_frozen_weights_keep_every_bit_from_the_second_task_on(lora, optimizer, options):
     changes = {**optimizer, "use_peft": lora, "freeze_layers": 1, "lora_target_modules": LINEAR}
     run = train(small(options, "freeze", 3, **changes), *method("freeze"))
     records = [read_json(stage.train_file) for stage in run.stages[1:]]
@@ -153,7 +153,7 @@ def test_what_is_frozen_does_not_move_by_a_bit_from_the_second_task_on(lora, opt
     assert records[1]["losses"]
 
 
-def test_with_no_layers_the_embeddings_alone_are_frozen_and_from_the_stage_that_is_asked_for(options):
+def test_freeze_with_no_layers_freezes_only_embeddings_from_the_given_stage_on(options):
     run = train(small(options, "freeze", 2, **FULL, freeze_layers=0, freeze_from=1), *method("freeze"))
     tokens = run.stages[0].index == 0 and weights(run, 1)["model.embed_tokens.weight"]
     plain = AutoModelForCausalLM.from_pretrained(options["model_name_or_path"]).get_input_embeddings().weight
@@ -161,7 +161,7 @@ def test_with_no_layers_the_embeddings_alone_are_frozen_and_from_the_stage_that_
     assert {name for name, it_moved in moved(run, 2).items() if not it_moved} == {"model.embed_tokens.weight"}
 
 
-def test_frozen_adapters_of_embeddings_and_saved_embeddings(options):
+def test_adapters_of_embeddings_and_saved_embeddings_are_frozen(options):
     changes = {"lora_target_modules": ["q_proj", "v_proj", "embed_tokens"], "freeze_layers": 1}
     run = train(small(options, "freeze", 2, **changes), *method("freeze"))
     still = {name for name, it_moved in moved(run, 2).items() if not it_moved}
@@ -169,7 +169,7 @@ def test_frozen_adapters_of_embeddings_and_saved_embeddings(options):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_frozen_blocks_go_with_recomputed_activations(lora, options):
+def test_frozen_blocks_work_with_gradient_checkpointing(lora, options):
     changes = {"use_peft": lora, "gradient_checkpointing": True, "freeze_from": 1}
     run = train(small(options, "freeze", 2, **changes), *method("freeze"))
     assert {"layers.1." in n or "norm" in n for n, it_moved in moved(run, 2).items() if it_moved} == {True}
@@ -179,7 +179,7 @@ def test_frozen_blocks_go_with_recomputed_activations(lora, options):
 # ---------------------------------------------------------------------------------------------------------------- hft
 
 
-def test_half_fine_tuning_freezes_the_halves_that_the_paper_names():
+def test_hft_freezes_the_halves_of_the_paper():
     """Llama: two of four matrices of the attention, one or two of three of the MLP, one of two norms."""
     drawn = []
     for stage in (1, 1, 2):
@@ -194,7 +194,7 @@ def test_half_fine_tuning_freezes_the_halves_that_the_paper_names():
 
 
 @pytest.mark.parametrize("name", ["hft", "freeze"])
-def test_the_same_is_frozen_while_zero_3_has_divided_the_parameters(name):
+def test_the_same_weights_are_frozen_under_zero3(name):
     found = []
     for divided in (False, True):
         model = empty("mixtral", 4)
@@ -224,7 +224,7 @@ def test_half_of_each_category_is_frozen_in_every_architecture(architecture):
 
 
 @pytest.mark.parametrize("optimizer", [DECAY, MOMENTUM])
-def test_the_half_that_is_frozen_does_not_move_by_a_bit_and_is_another_one_in_each_stage(optimizer, options, tmp_path):
+def test_the_frozen_half_keeps_every_bit_and_differs_between_stages(optimizer, options, tmp_path):
     run = train(small(options, "hft", 3, **optimizer), *method("hft"))
     again = train(small(options, "hft", 3, **optimizer, output_dir=str(tmp_path / "again")), *method("hft"))
     halves = []
@@ -242,7 +242,7 @@ def test_the_half_that_is_frozen_does_not_move_by_a_bit_and_is_another_one_in_ea
 # ---------------------------------------------------------------------------------------------------------------- stm
 
 
-def test_exactly_the_tokens_that_are_above_the_threshold_are_masked():
+def test_exactly_the_tokens_above_the_threshold_are_masked():
     stm = unbuilt("stm")
 
     class Tokenizer:

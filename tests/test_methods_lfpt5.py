@@ -47,7 +47,7 @@ def lively(checkpoints) -> dict:
         ("", False, None),
     ],
 )
-def test_what_is_a_row(text, finished, row):
+def test_only_well_formed_texts_are_pseudo_rows(text, finished, row):
     assert as_row(Answer(text, finished)) == row
 
 
@@ -55,7 +55,7 @@ def test_what_is_a_row(text, finished, row):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_rows_of_a_stage_and_the_texts_that_it_learns_to_write(chat, options):
+def test_a_stage_trains_rows_pseudo_rows_and_texts_to_write(chat, options):
     rows, texts, asked = {}, {}, []
     trainer, config = method("lfpt5")
 
@@ -110,7 +110,7 @@ def test_a_long_prompt_is_written_as_it_is_trained(options):
 
 
 @pytest.mark.usefixtures("options")
-def test_the_engine_is_asked_for_whole_rows_and_a_model_that_writes_none_is_told_of(options, written_here, caplog):
+def test_the_engine_is_asked_for_whole_rows_and_a_model_without_any_is_warned_about(options, written_here, caplog):
     options = small(options, "lfpt5", 2, **CHANGES, max_new_tokens=3)
     with caplog.at_level(logging.WARNING, "trainers.lfpt5"):
         run = train(options, *method("lfpt5"))
@@ -123,7 +123,7 @@ def test_the_engine_is_asked_for_whole_rows_and_a_model_that_writes_none_is_told
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
-def test_without_its_losses_the_first_stage_is_that_of_pp_to_the_byte(options, tmp_path):
+def test_lfpt5_without_its_losses_has_the_first_stage_of_pp_to_the_byte(options, tmp_path):
     plain = train(
         small(options, "pp", 1, **{**CHANGES, "replay_ratio": None}, output_dir=str(tmp_path / "pp")), *method("pp")
     )
@@ -131,7 +131,7 @@ def test_without_its_losses_the_first_stage_is_that_of_pp_to_the_byte(options, t
     assert same(weights(run, 1), weights(plain, 1))
 
 
-def test_each_stage_goes_on_with_the_prompt_of_the_stage_before_and_moves_nothing_else(options, tiny_model):
+def test_each_stage_continues_the_previous_prompt_and_moves_nothing_else(options, tiny_model):
     starts, base = {}, load_file(tiny_model / "model.safetensors")
     trainer, config = method("lfpt5")
 
@@ -155,7 +155,7 @@ def test_each_stage_goes_on_with_the_prompt_of_the_stage_before_and_moves_nothin
     }
 
 
-def test_the_divergence_is_zero_at_the_beginning_and_the_gradient_that_of_the_formula(options, checkpoints):
+def test_the_divergence_of_lfpt5_is_zero_at_the_start_and_the_gradient_follows_the_formula(options, checkpoints):
     """Of each row by itself, in transformers' own loss; the old prompt is then moved away."""
     trainer, config = method("lfpt5")
     seen = []
@@ -217,7 +217,7 @@ def test_accumulation_takes_the_same_step(options, checkpoints, tmp_path):
     same_step("lfpt5", options, tmp_path, ((10, 1), (2, 5)), saying(as_method(Spy)), atol=2e-5, **changes)
 
 
-def test_a_stage_that_is_killed_goes_on_with_the_same_rows_and_the_same_old_prompt(options, tmp_path):
+def test_a_killed_stage_resumes_with_the_same_rows_and_the_same_old_prompt(options, tmp_path):
     trainer, config = method("lfpt5")
     changes = {**CHANGES, "max_steps": 4, "save_strategy": "steps", "save_steps": 1, "lfpt5_kl": 5.0}
     options = small(options, "lfpt5", 2, **changes)

@@ -25,7 +25,7 @@ def logits(base, checkpoint, rows) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("name", "off"), [("olora", "olora_lambda"), ("nlora", "nlora_lambda")])
-def test_without_their_penalties_they_are_inclora_to_the_same_bytes(name, off, options, tmp_path):
+def test_methods_without_their_penalties_equal_inclora_to_the_byte(name, off, options, tmp_path):
     options |= {"lora_dropout": 0.1}
     plain = train(small(options, "inclora", 3), *method("inclora"))
     for strength, equal in ((0.0, True), (0.5, False)):
@@ -43,7 +43,7 @@ def test_without_their_penalties_they_are_inclora_to_the_same_bytes(name, off, o
 
 @pytest.mark.parametrize("name", SIDE_BY_SIDE)
 @pytest.mark.parametrize("layers", [["q_proj", "embed_tokens"], "all-linear"], ids=["embeddings", "experts"])
-def test_layers_that_cannot_be_put_side_by_side_are_refused(layers, name, options, tmp_path):
+def test_layers_whose_adapters_cannot_be_joined_are_refused(layers, name, options, tmp_path):
     """PEFT adapts experts as parameters, even under all-linear."""
     changes, words = {"lora_target_modules": layers}, "embed_tokens is no linear layer"
     if layers == "all-linear":
@@ -55,7 +55,7 @@ def test_layers_that_cannot_be_put_side_by_side_are_refused(layers, name, option
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3_moe"])  # Conv1D, fewer keys than queries, experts
 @pytest.mark.parametrize("name", ["milora", "inflora"])
-def test_what_is_saved_is_what_was_trained_for_other_architectures(name, architecture, options, tmp_path):
+def test_the_saved_adapter_is_the_trained_one_in_other_architectures(name, architecture, options, tmp_path):
     trainer, config = method(name)
     base, ids = make_base(architecture, tmp_path / "base"), torch.arange(3, 60)[None]
     plain, pairs = logits(base, None, ids), []
@@ -100,7 +100,7 @@ def nlora_gradients(a: torch.Tensor, b: torch.Tensor, strength: float) -> tuple[
     return pair[0].grad, pair[1].grad
 
 
-def test_the_gradient_of_the_l1_norm():
+def test_the_gradient_of_the_l1_norm_equals_that_by_hand():
     # B A = [[2, -3, 0], [-4, 6, 0]]: with S = [[1, -1, 0], [-1, 1, 0]], B^T S = [[3, -3, 0]] and S A^T = [[5], [-5]].
     a, b = torch.tensor([[2.0, -3.0, 0.0]]), torch.tensor([[1.0], [-2.0]])
     of_a, of_b = nlora_gradients(a, b, 0.5)
@@ -114,7 +114,7 @@ def test_the_gradient_of_the_l1_norm():
         torch.testing.assert_close(found, gradient)
 
 
-def test_the_default_of_nlora_is_as_strong_as_the_official_norm_at_its_model():
+def test_the_default_weight_of_nlora_matches_the_official_norm_at_its_model():
     d, r = 1024, 8
     torch.manual_seed(0)
     a, b = (torch.rand(r, d) * 2 - 1) / d**0.5, torch.randn(d, r)
@@ -139,7 +139,7 @@ def test_nlora_makes_the_new_adapter_sparse_at_every_task(options, tmp_path):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_milora_begins_as_the_base_model_in_its_minor_directions_and_leaves_an_adapter_of_it(options, rslora):
+def test_milora_starts_in_minor_directions_as_the_base_model_and_saves_an_adapter_of_it(options, rslora):
     trainer, config = method("milora")
     base, ids = options["model_name_or_path"], torch.arange(3, 90)[None]
     plain = logits(base, None, ids)
@@ -186,7 +186,7 @@ def test_milora_begins_as_the_base_model_in_its_minor_directions_and_leaves_an_a
         assert (end - plain).abs().max() > 0.01, "and it was trained"
 
 
-def test_milora_refuses_a_rank_that_a_weight_does_not_have(options):
+def test_milora_refuses_a_rank_above_that_of_a_weight(options):
     with pytest.raises(ConfigError, match=r"lora_r=129: .*q_proj has 128 singular directions. Use a lora_r of at most"):
         train(small(options, "milora", lora_r=129), *method("milora"))
 
@@ -194,7 +194,7 @@ def test_milora_refuses_a_rank_that_a_weight_does_not_have(options):
 # ------------------------------------------------------------------------------------------------------------ InfLoRA
 
 
-def test_the_directions_of_inputs_by_hand():
+def test_the_directions_of_inputs_equal_those_by_hand():
     energy = torch.diag(torch.tensor([1.0, 8.0, 0.0, 1.0]))
     none, known = energy[:0], torch.eye(4)[1:2]
     values, directions = inflora.outside(energy, none)
@@ -209,7 +209,7 @@ def test_the_directions_of_inputs_by_hand():
     assert inflora.outside(energy, torch.eye(4))[1].shape == (0, 4)
 
 
-def test_the_energy_of_inputs_is_that_of_all_tokens_and_of_no_padding(options):
+def test_the_energy_of_inputs_counts_all_tokens_and_no_padding(options):
     trainer, config = method("inflora")
     seen = []
 
@@ -289,7 +289,7 @@ def test_the_inputs_that_inflora_remembers_do_not_depend_on_the_batch(options, t
         torch.testing.assert_close(energy, sums[1][name], rtol=1e-3, atol=1e-2 * float(energy.abs().mean()))
 
 
-def test_what_inflora_learns_changes_nothing_on_rows_that_it_remembers_whole(options, tmp_path):
+def test_inflora_changes_nothing_on_fully_remembered_rows(options, tmp_path):
     """With a threshold of 1 and inputs that do not fill the space; so in each layer in turn, and so in the whole."""
     changes = {**EXACT, "train_rows": 3, "max_prompt_length": 6, "max_steps": 10, "lora_target_modules": LINEAR}
     base, moved = options["model_name_or_path"], {}
@@ -311,7 +311,7 @@ def test_what_inflora_learns_changes_nothing_on_rows_that_it_remembers_whole(opt
     assert moved["inflora", 1] < 1e-2 * moved["inflora", 2], moved
 
 
-def test_inflora_goes_on_within_a_stage_with_the_a_that_it_began_with(options, tmp_path, monkeypatch):
+def test_inflora_resumes_a_stage_with_its_initial_a(options, tmp_path, monkeypatch):
     """Also where the eigenvectors come out with another sign, as of another device."""
     trainer, config = method("inflora")
     options = small(options, "inflora", 1, save_strategy="steps", save_steps=1, max_steps=4)
@@ -324,7 +324,7 @@ def test_inflora_goes_on_within_a_stage_with_the_a_that_it_began_with(options, t
     assert same(weights(run, 1), weights(whole, 1))
 
 
-def test_directions_that_are_not_left_are_rows_of_zeros(options):
+def test_missing_free_directions_of_inflora_are_rows_of_zeros(options):
     """Two of four are left: the other half of the adapter is nothing, and learns nothing."""
     trainer, config = method("inflora")
 

@@ -14,7 +14,7 @@ from trainers import migu, mofo
 # --------------------------------------------------------------------------------------------------------------- mofo
 
 
-def test_the_largest_entries_of_a_tensor():
+def test_the_mask_of_mofo_has_the_largest_entries_of_a_tensor():
     values = torch.tensor([[1.0, 4.0], [3.0, 2.0]])
     assert mofo.largest(values, 0.5).tolist() == [[False, True], [True, False]]
     assert mofo.largest(values, 0.1).sum() == 1 and mofo.largest(values, 1.0).all()
@@ -56,7 +56,7 @@ def test_only_the_entries_with_the_largest_momentum_move(lora, options):
 
 
 @pytest.mark.parametrize("lora", [True, False])
-def test_the_units_that_a_batch_drives_least_have_no_gradient_and_do_not_move(lora, options):
+def test_the_least_active_units_of_a_batch_have_no_gradient_and_do_not_move(lora, options):
     """Against the outputs of the rows one by one, without padding; the step is of two uneven batches."""
     trainer, config = method("migu")
     checked = []
@@ -107,7 +107,7 @@ def test_the_units_that_a_batch_drives_least_have_no_gradient_and_do_not_move(lo
     assert read_json(run.stages[1].train_file)["masked_units"] == 0
 
 
-def test_the_layers_of_gpt2_have_their_outputs_last():
+def test_migu_masks_the_last_dimension_in_gpt2():
     """Its weights have inputs first; biases are masked with them."""
     layers = migu.trained_layers(empty("gpt2"))
     assert len(layers) == 8 and all(len(parameters) == 2 for parameters in layers.values())
@@ -122,7 +122,7 @@ def test_the_layers_of_gpt2_have_their_outputs_last():
 
 
 @pytest.mark.parametrize("flat", [False, True], ids=["batches", "flattened"])
-def test_padding_drives_nothing_in_a_layer_that_sees_its_tokens_in_any_shape(flat):
+def test_padding_does_not_count_in_layers_with_any_shape_of_tokens(flat):
     """OPT and mixtures of experts flatten a batch in front of some layers; an expert sees a part of the tokens."""
     layer, one = torch.nn.Linear(2, 2), unbuilt("migu")
     one.real, one.driven = torch.tensor([[True, True, False], [True, False, False]]), {}

@@ -89,7 +89,7 @@ def merged(tmp_path) -> Path:
 # ----------------------------------------------------------------------------------------------------------- the maths
 
 
-def test_means_by_hand_their_ends_and_equal_tensors():
+def test_means_of_weights_equal_values_by_hand_at_all_ratios():
     a, b = torch.tensor([1.0, -2.0, 0.1]), torch.tensor([3.0, 2.0, 0.7])
     assert torch.equal(mean([a, b], [Fraction(1, 2)] * 2), torch.tensor([2.0, 0.0, 0.4]))
     assert torch.equal(between(a, b, 0.25), torch.tensor([1.5, -1.0, 0.25]))
@@ -111,14 +111,14 @@ def test_magmax_takes_the_largest_change_of_each_weight():
     assert torch.equal(Merge("magmax", alpha=0.0).of_vectors(base, [one, two], "w"), base)
 
 
-def test_ties_by_hand():
+def test_ties_equals_values_worked_by_hand():
     """Trimmed to 3 of 5, the signs are elected by the sums, and the mean is over those that agree."""
     one, two = torch.tensor([4.0, -3.0, 0.1, 2.0, 0.0]), torch.tensor([2.0, 5.0, 0.2, 0.1, -1.0])
     found = Merge("ties", density=0.6).of_vectors(torch.ones(5), [1 + one, 1 + two], "w")
     torch.testing.assert_close(found, 1 + torch.tensor([3.0, 5.0, 0.0, 2.0, -1.0]))
 
 
-def test_dare_keeps_the_mean_and_draws_the_same_again():
+def test_dare_keeps_the_mean_and_is_seeded():
     how, vector = Merge("dare", density=0.25, seed=3), torch.ones(40_000)
     found = how.of_vectors(torch.zeros(40_000), [vector], "w")
     assert set(found.tolist()) == {0.0, 4.0} and abs(found.mean() - 1) < 0.05
@@ -128,7 +128,7 @@ def test_dare_keeps_the_mean_and_draws_the_same_again():
     assert not torch.equal(found, how.of_vectors(torch.zeros(40_000), [vector], "v"))
 
 
-def test_the_cut_is_the_best_approximation_of_its_rank():
+def test_the_cut_to_a_rank_is_the_best_approximation():
     torch.manual_seed(0)
     A, B = torch.randn(6, 20), torch.randn(30, 6)
     a, b, kept, whole = cut(A, B, 3)
@@ -151,7 +151,7 @@ def test_the_mean_of_adapters_is_that_of_their_products(adapters, merged):
     close(products(merged), {name: 0.25 * one[name] for name in one})
 
 
-def test_equal_adapters_and_the_ends_of_alpha_give_the_bytes_of_one(adapters, tmp_path):
+def test_merging_equal_adapters_or_at_the_ends_of_alpha_gives_the_bytes_of_one(adapters, tmp_path):
     one, two = adapters
     copy = shutil.copytree(one, tmp_path / "copy")
     for i, (sources, how, wanted) in enumerate(
@@ -182,7 +182,7 @@ def test_equal_adapters_are_the_same_model_by_every_method(method, adapters, mer
 
 
 @pytest.mark.parametrize("method, kind", [("ties", "ties_svd"), ("dare", "dare_linear_svd"), ("average", "svd")])
-def test_what_peft_s_add_weighted_adapter_gives(method, kind, tiny_model, adapters, merged, monkeypatch):
+def test_merges_equal_those_of_pefts_add_weighted_adapter(method, kind, tiny_model, adapters, merged, monkeypatch):
     loaded = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(loaded, adapters[0], adapter_name="one")
     model.load_adapter(adapters[1], adapter_name="two")
@@ -212,7 +212,7 @@ def test_what_peft_s_add_weighted_adapter_gives(method, kind, tiny_model, adapte
 # --------------------------------------------------------------------------------------------------------- full models
 
 
-def test_full_models_by_hand_and_at_their_ends(full, tiny_model, merged):
+def test_merges_of_full_models_equal_values_by_hand(full, tiny_model, merged):
     one, two, base = (tensors(folder) for folder in (*full, tiny_model))
     merge_models(full, merged, Merge("average"))
     close(tensors(merged), {name: (one[name] + two[name]) / 2 for name in one})
@@ -235,7 +235,7 @@ def test_full_models_by_hand_and_at_their_ends(full, tiny_model, merged):
     assert AutoModelForCausalLM.from_pretrained(merged).config.tie_word_embeddings
 
 
-def test_bf16_models_in_several_files(tiny_model, tmp_path, merged):
+def test_bf16_models_in_several_files_are_merged_without_bias(tiny_model, tmp_path, merged):
     """The mean is exact in the mean over weights, though each can only be one of two neighbours."""
     one = make_model(tiny_model, tmp_path / "one", 1, torch.bfloat16, max_shard_size="200KB")
     two = make_model(tiny_model, tmp_path / "two", 2, torch.bfloat16)
@@ -266,7 +266,7 @@ def error(*words) -> str:
 
 
 @pytest.mark.parametrize("kind", ["adapters", "full"])
-def test_the_command_makes_a_checkpoint_that_evaluate_takes(kind, request, tiny_model, tmp_path, demo_data, capsys):
+def test_merge_writes_a_checkpoint_that_evaluate_accepts(kind, request, tiny_model, tmp_path, demo_data, capsys):
     sources, out = request.getfixturevalue(kind), tmp_path / "new" / "out"
     main(["merge", *map(str, sources), "--method", "magmax", "--output", str(out), "--model", str(tiny_model)])
     assert str(out) in capsys.readouterr().out
@@ -281,7 +281,9 @@ def test_the_command_makes_a_checkpoint_that_evaluate_takes(kind, request, tiny_
     assert "is there already" in error(*sources, "--method", "average", "--output", out)
 
 
-def test_what_does_not_fit_is_refused_before_weights_are_loaded(adapters, full, tiny_model, tmp_path, monkeypatch):
+def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
+    adapters, full, tiny_model, tmp_path, monkeypatch
+):
     for name in ("merge_adapters", "merge_models"):
         monkeypatch.setattr(f"trace_bench.engine.combining.{name}", lambda *a, **k: pytest.fail("weights were read"))
     out = tmp_path / "out"
@@ -336,7 +338,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_loaded(adapters, full, 
     assert not out.exists() and not list(tmp_path.glob(".out*"))
 
 
-def test_a_merge_that_fails_leaves_nothing(full, tmp_path, monkeypatch):
+def test_a_failed_merge_leaves_nothing(full, tmp_path, monkeypatch):
     monkeypatch.setattr("trace_bench.engine.averaging.mean", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         from trace_bench.engine.combining import combine
@@ -360,14 +362,14 @@ def sequential(options, tmp_path):
     return stages(options, output_dir=str(tmp_path / "sequential"))
 
 
-def test_alpha_one_is_sequential_training_to_the_byte(options, sequential):
+def test_merge_alpha_1_is_sequential_training_to_the_byte(options, sequential):
     run = stages(options, merge="wise", merge_alpha=1.0)
     for stage, plain in zip(run.stages[1:], sequential.stages[1:], strict=True):
         assert (stage.checkpoint / ADAPTER).read_bytes() == (plain.checkpoint / ADAPTER).read_bytes()
         assert not stage.method_state.exists()
 
 
-def test_alpha_zero_never_leaves_the_base(options):
+def test_merge_alpha_0_never_leaves_the_base_model(options):
     run = stages(options, merge="wise", merge_alpha=0.0)
     assert not any(p.any() for stage in run.stages[1:] for p in products(stage.checkpoint).values())
 
@@ -387,7 +389,7 @@ def test_unmerged_stages_are_those_of_sequential_training_and_their_merge_is_eva
     assert record["rank"] == 12 and (record["lost"] == 0) == (merge in ("wise", "average"))
 
 
-def test_the_next_stage_trains_the_merged_adapter_at_its_rank(options):
+def test_the_next_stage_trains_the_merged_adapter_cut_to_its_rank(options):
     """What is lost by the cut is at most alpha (1 - alpha) |dB dA|."""
     seen = []
 
@@ -415,7 +417,7 @@ def test_the_next_stage_trains_the_merged_adapter_at_its_rank(options):
     assert read_json(run.stages[2].checkpoint / "adapter_config.json")["r"] == options["lora_r"]
 
 
-def test_slao_averages_the_b_and_begins_with_orthonormal_a(options):
+def test_slao_averages_b_and_starts_with_an_orthonormal_a(options):
     begun = {}
 
     class Spy(MergeTrainer):
@@ -442,7 +444,7 @@ def test_slao_averages_the_b_and_begins_with_orthonormal_a(options):
 
 
 @pytest.mark.parametrize("merge", ["wise", "average", "magmax", "ties", "dare"])
-def test_full_models_are_merged_as_well_and_go_on_after_a_kill(merge, options, tiny_model):
+def test_full_models_are_merged_and_resumed_after_a_kill(merge, options, tiny_model):
     options = {**options, "use_peft": False, "merge": merge, "dtype": "float32", "merge_density": None}
     run = train(options, MergeTrainer, MergeConfig)
     one, two = (stage.checkpoint for stage in run.stages[1:])
@@ -461,13 +463,13 @@ def test_full_models_are_merged_as_well_and_go_on_after_a_kill(merge, options, t
     assert same(tensors(run.stages[2].checkpoint), whole)
 
 
-def test_the_base_as_the_start_trains_each_task_by_itself(options, tmp_path):
+def test_merge_from_the_base_trains_each_task_independently(options, tmp_path):
     run = train({**options, "merge": "ties"}, MergeTrainer, MergeConfig)
     alone = {**options, "tasks": options["tasks"][1:], "output_dir": str(tmp_path / "alone")}
     assert same(tensors(run.stages[2].method_state), tensors(train(alone).stages[1].checkpoint))
     evaluate.evaluate(run, stages=[2])
 
 
-def test_adapters_of_embeddings_are_refused_before_they_are_trained(options):
+def test_merge_refuses_adapters_of_embeddings_before_training(options):
     with pytest.raises(ConfigError, match=r"embed_tokens.* is no LoRA of a linear layer"):
         train({**options, "lora_target_modules": ["embed_tokens", "q_proj"]}, MergeTrainer, MergeConfig)

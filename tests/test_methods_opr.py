@@ -73,7 +73,7 @@ def texts_of(rows: list[dict], tokenizer) -> list[tuple[str, str, bool]]:
 # ---------------------------------------------------------------------------------------------------- what is written
 
 
-def test_several_answers_have_seeds_and_their_own_log_probabilities(checkpoints, tiny_model):
+def test_several_answers_to_a_prompt_are_seeded_and_have_their_own_log_probabilities(checkpoints, tiny_model):
     lm = open_engine("hf", str(tiny_model), engine_args={"batch_size": 3})
     lm.load(checkpoints["full model"])
     prompts = [lm.tokenizer(text).input_ids for text in ("One, ", "and a longer one: ", "x", "y = ")]
@@ -108,7 +108,7 @@ def drawn_twice(base: Path) -> list:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vllm_draws_other_random_numbers_for_each_prompt(tiny_model):
+def test_vllm_draws_different_random_numbers_for_each_prompt(tiny_model):
     """The untrained model finds all tokens about equally likely: with the same numbers all prompts had one answer."""
     first, again = forked(drawn_twice, tiny_model)
     assert again == first, "the seed decides, not the order"
@@ -138,7 +138,7 @@ def errors(doc, results):
 """
 
 
-def test_answers_are_scored_as_the_evaluation_scores(demo_data, tmp_path, monkeypatch):
+def test_written_answers_have_the_scores_of_the_evaluation(demo_data, tmp_path, monkeypatch):
     for name, score in (("trace_fomc", utils.score_choice), ("trace_20minuten", utils.score_simplification)):
         task = load_tasks([name])[name]
         docs = list(task.training_docs())[:4]
@@ -176,7 +176,7 @@ def test_answers_are_scored_as_the_evaluation_scores(demo_data, tmp_path, monkey
 # --------------------------------------------------------------------------------------------------- on-policy replay
 
 
-def test_a_model_that_answers_all_right_is_trained_as_by_mixed_replay(options, written_here, tmp_path):
+def test_opr_on_a_model_with_only_right_answers_is_mixed_replay(options, written_here, tmp_path):
     """A model that learned its 8 rows by heart writes the gold answers: the bytes are those of `replay`."""
     options |= {**EXACT, "tasks": TASKS[:2], "max_steps": 20, "use_peft": False, "learning_rate": 2e-3}
     options |= {"replay_ratio": 0.5, "train_rows": 8}
@@ -194,7 +194,7 @@ def test_a_model_that_answers_all_right_is_trained_as_by_mixed_replay(options, w
     assert len(written_here) == 1 and trainer.own_memory
 
 
-def test_the_best_answers_are_kept_and_score_what_they_are_said_to(options, written_here, tmp_path):
+def test_opr_keeps_the_best_answers_with_their_scores(options, written_here, tmp_path):
     options |= {"tasks": TASKS, "max_steps": 5, "replay_ratio": 0.25, "opr_samples": 3, "opr_temperature": 1.0}
     run, rows, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, options)
     assert [len(job["prompts"]) for order in written_here for job in order["jobs"]] == [16] * 3
@@ -225,7 +225,7 @@ def test_the_best_answers_are_kept_and_score_what_they_are_said_to(options, writ
             assert ended in same_text or not text, "an answer that was cut is trained without an end"
 
 
-def test_confidence_needs_no_gold_answer(options, said, tmp_path):
+def test_opr_by_confidence_needs_no_gold_answer(options, said, tmp_path):
     """The likeliest are kept, whatever they are worth; fewer prompts are asked; the budget is shared."""
     marks = {}
 
@@ -246,7 +246,7 @@ def test_confidence_needs_no_gold_answer(options, said, tmp_path):
     assert sorted(marks[prompt] for prompt, *_ in kept) == best and {text for _, text, _ in kept} == {"zz"}
 
 
-def test_an_answer_that_its_limit_cut_is_trained_without_an_end(options, said):
+def test_an_answer_cut_by_its_limit_is_trained_without_eos(options, said):
     said(lambda prompt: Answer("zz", finished="A" < prompt[-40] < "i"))
     options |= {"tasks": TASKS[:2], "max_steps": 1, "replay_ratio": 1.0}
     run, rows, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, options)
@@ -258,7 +258,7 @@ def test_an_answer_that_its_limit_cut_is_trained_without_an_end(options, said):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_prompts_are_asked_as_they_are_trained(chat, options, said):
+def test_prompts_for_answers_have_the_trained_tokens(chat, options, said):
     """Of earlier tasks the very tokens; rewriting shows the whole task, in the chat template if there is one."""
     orders = said(lambda prompt: Answer("zz"))
     options |= {"tasks": TASKS[:2], "max_steps": 1, "chat_template": chat}
@@ -274,7 +274,7 @@ def test_prompts_are_asked_as_they_are_trained(chat, options, said):
         assert text.startswith("<s>user\nBelow are" if chat else "Below are") and "Stance:" in text and len(ids) > 300
 
 
-def test_prompts_leave_room_for_the_answer_in_the_engine_s_context(options, said):
+def test_prompts_leave_room_for_the_answer_in_the_context(options, said):
     """As in the evaluation, which cuts them to what `engine_args` leave."""
     orders = said(lambda prompt: Answer("zz"))
     options |= {"tasks": TASKS[:2], "max_steps": 1, "max_new_tokens": 4}
@@ -327,7 +327,7 @@ def test_accept_1_is_plain_training_and_accept_0_keeps_every_answer(options, sai
     assert same(weights(plain, 1), weights(runs[1.0], 1)) and not same(weights(plain, 1), weights(runs[0.0], 1))
 
 
-def test_a_rewrite_has_the_spaces_of_the_gold_answer():
+def test_a_rewrite_gets_the_white_space_of_the_gold_answer():
     assert rewrite.as_gold(Answer(" B.\n"), " B") == " B."
     assert rewrite.as_gold(Answer("x = 1"), "x = 1\n") == "x = 1\n"
     for text in ("", "  ", "My answer is B", "as the Reference Answer says"):
@@ -335,7 +335,7 @@ def test_a_rewrite_has_the_spaces_of_the_gold_answer():
     assert rewrite.as_gold(replace(Answer("B"), finished=False), "B") is None
 
 
-def test_a_prompt_that_does_not_fit_has_no_answer(tiny_model, tmp_path):
+def test_a_prompt_longer_than_the_context_gets_no_answer(tiny_model, tmp_path):
     """Rewriting shows the whole task; what the context has no room for keeps its gold answer."""
     order = {"backend": "hf", "base": str(tiny_model), "revision": None, "engine_args": {"max_length": 40}}
     job = {"stops": [], "most": 8, "seed": 0, "samples": 2, "sampling": None, "rated": False, "made_from": "x"}
@@ -349,7 +349,7 @@ def test_a_prompt_that_does_not_fit_has_no_answer(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("gpu", "temperature", "kept"), [(False, 0.7, False), (False, 0.0, True), (True, 0.7, True)], ids=str
 )
-def test_prompts_are_read_in_parts_unless_a_cpu_draws(gpu, temperature, kept, tmp_path, monkeypatch):
+def test_prompts_are_read_in_parts_unless_sampling_on_a_cpu(gpu, temperature, kept, tmp_path, monkeypatch):
     given = {"max_num_batched_tokens": 64}
     order = {"backend": "vllm", "base": "none", "revision": None, "checkpoint": None, "engine_args": given}
     jobs = [{"sampling": {"temperature": temperature}, "seed": 0}]

@@ -23,14 +23,14 @@ ONE_STEP = {**CHANGES, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
 # ---------------------------------------------------------------------------------------------------------- the samples
 
 
-def test_a_draw_is_of_the_softmax():
+def test_sampling_follows_the_softmax():
     scores = torch.tensor([[2.0, 0.0, 1.0, -torch.inf]]).repeat(20_000, 1)
     draw = Drawn([torch.Generator().manual_seed(i) for i in range(len(scores))])
     share = torch.bincount(draw(None, scores).argmax(dim=1), minlength=4) / len(scores)
     torch.testing.assert_close(share, scores[0].softmax(-1), atol=0.015, rtol=0)
 
 
-def test_what_a_prompt_draws_depends_on_its_seed_and_the_weights_alone(checkpoints):
+def test_a_sample_depends_only_on_its_seed_and_the_weights(checkpoints):
     model = AutoModelForCausalLM.from_pretrained(checkpoints["full model"], dtype=torch.float32)
     prompts, seeds, ends = [[5, 9], [7] * 30, [11, 4, 8]], [3, 4, 5], frozenset({2, 40, 41})
 
@@ -55,7 +55,7 @@ def test_what_a_prompt_draws_depends_on_its_seed_and_the_weights_alone(checkpoin
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_the_teacher_is_shown_the_prompt_and_the_gold_answer_of_each_row(chat, options, monkeypatch):
+def test_the_teacher_of_sdft_sees_prompt_and_gold_answer_of_each_row(chat, options, monkeypatch):
     monkeypatch.setattr(Chat, "end", "<unk>")
     trainer, config = method("sdft")
     seen = []
@@ -82,7 +82,7 @@ def test_the_teacher_is_shown_the_prompt_and_the_gold_answer_of_each_row(chat, o
 # ---------------------------------------------------------------------------------------------------------- the teacher
 
 
-def test_the_divergence_is_that_of_trl():
+def test_the_divergence_of_sdft_equals_trls():
     torch.manual_seed(0)
     logits, taught = torch.randn(2, 7, 40)
     wanted = compute_full_logit_self_distillation_loss(logits, taught, distillation_alpha=0.0)
@@ -91,7 +91,7 @@ def test_the_divergence_is_that_of_trl():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
-def test_the_teacher_is_an_average_of_the_student(rate, options):
+def test_the_teacher_of_sdft_is_a_moving_average_of_the_student(rate, options):
     trainer, config = method("sdft")
     ends = []
 
@@ -119,7 +119,7 @@ def test_the_teacher_is_an_average_of_the_student(rate, options):
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_a_teacher_that_is_shown_nothing_has_nothing_to_teach(rate, options):
+def test_a_teacher_without_gold_answers_gives_a_zero_gradient(rate, options):
     trainer, config = method("sdft")
 
     class Blind(trainer):
@@ -141,7 +141,7 @@ def test_a_teacher_that_is_shown_nothing_has_nothing_to_teach(rate, options):
     assert abs(read_json(run.stages[1].train_file)["divergence"]) < 1e-6
 
 
-def test_a_step_has_the_gradient_of_the_formula(options, checkpoints):
+def test_a_step_of_sdft_has_the_gradient_of_the_formula(options, checkpoints):
     """Row by row, with the softmax gradient q - p in float64 in the place of autograd through a divergence."""
     trainer, config = method("sdft")
     seen = []
@@ -186,7 +186,7 @@ def test_accumulation_takes_the_same_step(loss, lora, options, checkpoints, tmp_
     assert max(g.abs().max() for g in gradients.values()) > 1e-2
 
 
-def test_a_sample_is_as_long_as_an_answer_unless_its_tokens_are_given():
+def test_a_sample_may_be_as_long_as_an_answer_by_default():
     config = made(method("sdft")[1])
     assert config.sample_tokens == config.max_answer_length
     assert made(method("sdft")[1], sdft_tokens=7).sample_tokens == 7

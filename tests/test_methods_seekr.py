@@ -16,7 +16,7 @@ from trainers.base import ConfigError
 CHANGES = {**EXACT, "replay_ratio": 0.5, "train_rows": 8, "max_prompt_length": 64}
 
 
-def test_without_its_weight_it_is_der(options, tmp_path):
+def test_seekr_without_its_weight_is_der(options, tmp_path):
     changes = {**CHANGES, "lora_dropout": 0.1}
     run = train(small(options, "seekr", **changes, seekr_weight=0.0), *method("seekr"))
     held = train(small(options, "seekr", **changes, output_dir=str(tmp_path / "held")), *method("seekr"))
@@ -27,7 +27,7 @@ def test_without_its_weight_it_is_der(options, tmp_path):
     assert not same(weights(held, 2), weights(other, 2))
 
 
-def test_the_attention_is_that_of_the_row_s_own_stage_and_its_divergence_is_zero_there(options):
+def test_kept_attention_is_that_of_the_rows_own_stage_with_divergence_zero_there(options):
     def look(trainer, adjust):
         trainer.model.eval()
         rows = trainer.train_dataset
@@ -52,7 +52,7 @@ def test_the_attention_is_that_of_the_row_s_own_stage_and_its_divergence_is_zero
     assert found == pytest.approx(wanted, rel=1e-3)
 
 
-def test_the_heads_are_those_of_the_largest_importance_and_the_state_is_what_it_says(options):
+def test_seekr_keeps_the_most_important_heads(options):
     trainer, config = method("seekr")
     made_of = []
 
@@ -83,7 +83,7 @@ def test_the_heads_are_those_of_the_largest_importance_and_the_state_is_what_it_
     assert {layer for layer, _ in read_json(one.stages[2].train_file)["heads"]} in ({0}, {1})
 
 
-def test_the_importance_is_of_heads_that_the_loss_depends_on(options):
+def test_only_heads_that_the_loss_depends_on_have_importance(options):
     """Of a head whose output nothing reads it is zero, and of no other one."""
     trainer, config = method("seekr")
     seen = []
@@ -114,7 +114,7 @@ def test_accumulation_takes_the_same_step(checkpointing, options, tmp_path):
     same_step("seekr", options, tmp_path, ((12, 1), (3, 4)), Spy, first=first, **CHANGES, seekr_weight=10.0)
 
 
-def test_attention_that_dropout_would_spoil_is_refused(options, tmp_path):
+def test_seekr_refuses_attention_dropout(options, tmp_path):
     """Dropped weights are far from those that are kept."""
     folder = shutil.copytree(options["model_name_or_path"], tmp_path / "dropping")
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.1})
@@ -123,7 +123,7 @@ def test_attention_that_dropout_would_spoil_is_refused(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_without_attention_is_refused(options, tmp_path):
+def test_seekr_refuses_a_model_without_attention(options, tmp_path):
     base = make_base("mamba", tmp_path / "mamba")
     changes = {"model_name_or_path": str(base), "lora_target_modules": ["x_proj"], "max_prompt_length": 8}
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_a_model_without_attention_is_refused(options, tmp_path):
         train(small(options, "seekr", **changes), *method("seekr"))
 
 
-def test_the_kept_attention_never_goes_to_the_device(options):
+def test_kept_attention_is_never_moved_to_the_device(options):
     """It is many times what a GPU has room for."""
     went = []
 

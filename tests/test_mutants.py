@@ -36,7 +36,7 @@ def test_code_is_changed_and_texts_types_and_messages_are_not():
     }
 
 
-def test_a_change_leaves_the_other_lines_where_they_are():
+def test_a_change_keeps_the_numbers_of_the_other_lines():
     for mutant in mutants("f.py", SOURCE):
         new = changed(mutant, SOURCE)
         assert new != SOURCE
@@ -45,7 +45,7 @@ def test_a_change_leaves_the_other_lines_where_they_are():
 
 
 @pytest.mark.parametrize("most", [3, 100])
-def test_a_larger_sample_has_the_smaller_one_in_it_and_one_change_of_a_place(most):
+def test_a_larger_sample_contains_the_smaller_one_and_one_change_per_place(most):
     drawn = sample("f.py", SOURCE, most, 0)
     assert set(sample("f.py", SOURCE, 2, 0)) < set(drawn)
     assert len({(m.start, m.end) for m in drawn}) == len(drawn) == min(most, 12)

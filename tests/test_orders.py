@@ -12,7 +12,7 @@ from trace_bench.report import compare
 TURNED = TASKS[::-1]
 
 
-def test_the_mean_over_orders_has_the_interval_of_the_seeds_in_each_of_them():
+def test_the_interval_of_a_mean_over_orders_combines_the_seeds_within_orders():
     one, two = {0: 1.0, 1: 3.0, 2: 8.0}, {0: 0.0, 1: 1.0, 2: 9.0}
     assert order_difference([(one, two)]) == seed_difference(one, two)
     # Orders that are far apart, in which the seeds vary alike: four degrees of freedom.
@@ -34,7 +34,7 @@ def test_the_mean_over_orders_has_the_interval_of_the_seeds_in_each_of_them():
     assert np.isnan(order_difference([(one, two), ({}, {})])[0].value)
 
 
-def test_the_interval_over_orders_covers_what_it_says():
+def test_the_interval_over_orders_covers_the_truth():
     rng = np.random.default_rng(0)
     covered = []
     for _ in range(400):
@@ -59,7 +59,7 @@ def trained(make, method, tasks, finals, *, first=0, stem=None, **config):
     return runs
 
 
-def test_methods_in_several_orders_are_compared_in_each_and_over_all(make):
+def test_methods_in_several_orders_are_compared_per_order_and_over_all(make):
     runs = [
         *trained(make, "sequential", TASKS, [40, 42, 41], epochs=[5, 3, 7]),
         *trained(make, "ewc", TASKS, [60, 64, 62], epochs=[5, 3, 7]),
@@ -97,7 +97,7 @@ def test_methods_in_several_orders_are_compared_in_each_and_over_all(make):
     assert ends == pytest.approx([low, high])
 
 
-def test_one_seed_in_each_order_and_what_is_no_method_in_the_orders_of_the_baseline(make):
+def test_only_methods_with_the_orders_of_the_baseline_are_compared_over_orders(make):
     other = [TASKS[1], TASKS[0], TASKS[2]]
     runs = [
         *trained(make, "sequential", TASKS, [40]),

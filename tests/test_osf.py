@@ -33,7 +33,7 @@ def leak(before: torch.Tensor, after: torch.Tensor, rank: int) -> float:
     return float(high / change.norm())
 
 
-def test_a_stage_of_sgd_leaves_the_top_directions_alone(options, tiny_model):
+def test_sgd_with_osf_does_not_change_the_top_directions(options, tiny_model):
     run = train({**options, "optim": "sgd", "learning_rate": 1.0}, OSFTrainer, OSFConfig)
     states = [load_file(tiny_model / "model.safetensors"), weights(run, 1), weights(run, 2)]
     for (before, after), rank in zip(pairwise(states), (1, 64), strict=True):  # at least one direction; then 1/2 of 128
@@ -47,14 +47,14 @@ def test_a_stage_of_sgd_leaves_the_top_directions_alone(options, tiny_model):
             assert leak(weight, after[name], rank + 32) > 0.5, "and what is not preserved is free"
 
 
-def test_adam_leaves_the_subspace_a_little(options, tiny_model):
+def test_adam_with_osf_changes_the_top_directions_a_little(options, tiny_model):
     """What the docstring says: the projection is of the gradient, and Adam's step is not the gradient."""
     run = train({**options, "tasks": ["trace_fomc"], "osf_preserved": 0.5}, OSFTrainer, OSFConfig)
     before, after = load_file(tiny_model / "model.safetensors"), weights(run, 1)
     assert 0.05 < max(leak(before[name], after[name], 64) for name in before if linear(name)) < 0.5
 
 
-def test_the_saved_model_is_the_trained_one_and_what_is_trained_shrinks_with_the_stages(options):
+def test_osf_saves_the_trained_model_and_trains_less_in_each_stage(options):
     class Look(OSFTrainer):
         def save_checkpoint(self):
             layers = [m for m in self.model.modules() if isinstance(m, OSFLayer)]
@@ -84,7 +84,7 @@ def test_the_saved_model_is_the_trained_one_and_what_is_trained_shrinks_with_the
     assert evaluate(run) == 2 + 1 + 2
 
 
-def test_weights_are_decomposed_where_they_are_trained(monkeypatch):
+def test_osf_decomposes_weights_on_the_device_of_training(monkeypatch):
     """On a CPU the decompositions of a large model take hours."""
     seen = []
     monkeypatch.setattr(

@@ -54,7 +54,7 @@ def sets(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------- names and prompts
 
 
-def test_the_orders_are_those_of_the_paper():
+def test_the_orders_of_cl_benchmark_are_those_of_the_paper():
     printed = {  # arXiv 2310.14152, appendix: names as printed there
         "standard1": "dbpedia amazon yahoo ag",
         "standard2": "dbpedia amazon ag yahoo",
@@ -71,7 +71,7 @@ def test_the_orders_are_those_of_the_paper():
         expand_orders(["standart1"])
 
 
-def test_prompts_are_those_of_the_official_code(sets):
+def test_prompts_of_cl_benchmark_equal_those_of_o_loras_code(sets):
     first, second = load_tasks(["cl_agnews", "cl_copa"]).values()
     doc = first.eval_docs[0]
     assert first.fewshot_context(doc, 0) == (
@@ -118,7 +118,7 @@ def official(prediction, reference):
         ("", "-", 1),
     ],
 )
-def test_exact_match_is_the_official_one(prediction, reference, score):
+def test_exact_match_equals_that_of_o_loras_code(prediction, reference, score):
     assert label_accuracy(prediction, reference) == official(prediction, reference) == score
 
 
@@ -128,7 +128,7 @@ words = st.sampled_from(["World", "very", "negative", "Answer:", " ", "\n", "&",
 @given(
     st.lists(words | st.sampled_from(string.printable)).map("".join), st.sampled_from([*TOPICS, "very negative", "-"])
 )
-def test_exact_match_is_the_official_one_for_any_text(prediction, reference):
+def test_exact_match_equals_that_of_o_loras_code_for_random_texts(prediction, reference):
     assert label_accuracy(prediction, reference) == official(prediction, reference)
 
 
@@ -151,7 +151,7 @@ def test_the_tolerant_accuracy_reads_the_options_of_the_prompt(labels, answer, r
     assert [choice_tolerant(answer, label, prompt) for label in labels] == [float(label == read) for label in labels]
 
 
-def test_a_task_scores_both(sets):
+def test_a_task_of_cl_benchmark_has_both_accuracies(sets):
     task = load_tasks(["cl_agnews"])["cl_agnews"]
     doc = task.eval_docs[1]
     assert list(task.aggregation()) == ["accuracy", "accuracy_tolerant"]
@@ -163,7 +163,7 @@ def test_a_task_scores_both(sets):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_rows_that_are_nowhere_are_an_error_that_says_how_to_get_them(tmp_path, monkeypatch):
+def test_missing_rows_of_cl_benchmark_are_an_error_that_says_how_to_get_them(tmp_path, monkeypatch):
     for name in ("TRACE_DATA", "TRACE_CL_BENCHMARK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(data.DataError, match=r"TRACE_CL_BENCHMARK is not set[^$]*cmnfriend/O-LoRA"):
@@ -189,14 +189,14 @@ def test_rows_that_are_nowhere_are_an_error_that_says_how_to_get_them(tmp_path, 
         ("test", None, "test.json cannot be read"),
     ],
 )
-def test_a_bad_file_is_named_with_the_row(sets, file, content, problem):
+def test_a_bad_file_of_cl_benchmark_is_named_with_the_row(sets, file, content, problem):
     path = sets / "TC/agnews" / f"{file}.json"
     path.unlink() if content is None else write_json(path, content)
     with pytest.raises(data.DataError, match=re.escape(problem)):
         load_tasks(["cl_agnews"])
 
 
-def test_the_folder_may_be_the_repository_and_test_rows_are_enough_to_evaluate(sets, monkeypatch):
+def test_the_folder_may_be_o_loras_repository_and_evaluation_needs_only_test_rows(sets, monkeypatch):
     monkeypatch.setenv("TRACE_CL_BENCHMARK", str(sets.parent))
     task = load_tasks(["cl_copa"])["cl_copa"]
     assert task.eval_docs[0]["answer"] == "A"
@@ -222,7 +222,7 @@ def test_the_audit_names_equal_dev_and_test_sets_and_leaks(sets, tiny_model, cap
     assert "answers that are none of the options: test 1" in capsys.readouterr().out
 
 
-def test_the_command_shows_what_is_there(sets, capsys):
+def test_data_shows_the_sets_of_cl_benchmark(sets, capsys):
     (sets / "TC/yahoo").mkdir()
     with pytest.raises(SystemExit, match=r"\Aerror: \S+/TC/yahoo/labels.json cannot be read[^\n]*\Z"):
         main(["data", str(sets)])
@@ -236,7 +236,7 @@ def test_the_command_shows_what_is_there(sets, capsys):
 
 
 @pytest.mark.parametrize("variable", ["TRACE_DATA", "TRACE_CL_BENCHMARK"])
-def test_demo_rows_are_there_for_every_task(variable, monkeypatch):
+def test_demo_data_has_rows_for_every_set_of_cl_benchmark(variable, monkeypatch):
     for name in ("TRACE_DATA", "TRACE_CL_BENCHMARK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(variable, "demo")
@@ -250,12 +250,12 @@ def test_demo_rows_are_there_for_every_task(variable, monkeypatch):
     assert data.is_demo(data.find_cl_benchmark())
 
 
-def test_demo_rows_replace_no_others(sets):
+def test_demo_data_does_not_replace_real_sets(sets):
     with pytest.raises(data.DataError, match="not demo data"):
         write_demo(sets.parent)
 
 
-def test_a_run_remembers_where_the_rows_are_and_refuses_others(tmp_path, tiny_model, monkeypatch):
+def test_a_run_records_the_folder_of_its_rows_and_refuses_different_rows(tmp_path, tiny_model, monkeypatch):
     for name in ("TRACE_DATA", "TRACE_CL_BENCHMARK"):
         monkeypatch.delenv(name, raising=False)
     write_demo(tmp_path / "demo")
@@ -282,7 +282,7 @@ def test_a_run_remembers_where_the_rows_are_and_refuses_others(tmp_path, tiny_mo
         main(["evaluate", str(run.path), "--cells", "all"])
 
 
-def test_demo_rows_and_others_make_no_run_together(sets, tmp_path, tiny_model):
+def test_demo_and_real_rows_cannot_be_in_one_run(sets, tmp_path, tiny_model):
     options = {**quick_options(tiny_model, tmp_path / "run"), "tasks": ["trace_fomc", "cl_agnews"]}
     with pytest.raises(data.DataError, match="of one are demo data"):
         train(options)

@@ -50,7 +50,7 @@ def by_hand(model, soft: torch.Tensor, ids: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mlp", [0, 16])
-def test_every_stage_puts_a_new_prompt_in_front_of_the_unchanged_earlier_ones(options, tiny_model, mlp):
+def test_every_stage_adds_a_new_prompt_before_the_unchanged_earlier_ones(options, tiny_model, mlp):
     base, ids, trained = load_file(tiny_model / "model.safetensors"), torch.arange(3, 60)[None], 4 * 128
     if mlp:
         trained += 128 * 16 + 16 + 16 * 8 + 8 + 8 * 128 + 128
@@ -85,7 +85,7 @@ def test_every_stage_puts_a_new_prompt_in_front_of_the_unchanged_earlier_ones(op
     assert mlp or len(starts) == 3, "each stage begins with other random tokens"
 
 
-def test_the_loss_is_the_one_computed_by_hand_and_trl_s(options):
+def test_the_loss_with_a_soft_prompt_equals_that_by_hand_and_trls(options):
     from trl import SFTTrainer
 
     checked = []
@@ -110,7 +110,7 @@ def test_the_loss_is_the_one_computed_by_hand_and_trl_s(options):
     assert checked == [1, 2]
 
 
-def test_the_quickstart_configuration_is_one_for_prompts_and_prepares_vllm():
+def test_the_configuration_of_pp_prepares_vllm_for_prompts():
     from trl import ModelConfig, TrlParser
 
     config = str(ROOT / "trainers/configs/quickstart.yaml")
@@ -124,7 +124,7 @@ def test_the_quickstart_configuration_is_one_for_prompts_and_prepares_vllm():
 # --------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_the_hf_engine_generates_what_peft_and_a_loop_by_hand_do(lively):
+def test_the_hf_engine_generates_like_peft_and_a_loop_by_hand(lively):
     base, adapter = lively
     lm = engine.open_engine("hf", str(base), engine_args={"dtype": "float32", "batch_size": 8})
     plain, longest = generate(lm, PROMPTS), lm.max_length
@@ -156,7 +156,7 @@ def test_the_hf_engine_generates_what_peft_and_a_loop_by_hand_do(lively):
     assert generate(lm, PROMPTS) == plain and lm.max_length == longest, "and back"
 
 
-def test_likelihoods_are_those_behind_the_prompt(lively):
+def test_likelihoods_follow_the_soft_prompt(lively):
     base, adapter = lively
     lm = engine.open_engine("hf", str(base), engine_args={"dtype": "float32", "batch_size": 4})
     pairs = [("12 + 3 is", " 15"), ("A", " longer answer than question")]
@@ -171,7 +171,7 @@ def test_likelihoods_are_those_behind_the_prompt(lively):
         assert found == pytest.approx(float(expected), rel=1e-5) and found != pytest.approx(without, rel=1e-2)
 
 
-def test_a_soft_prompt_from_elsewhere_takes_its_part_of_the_context(lively, tmp_path):
+def test_an_external_soft_prompt_counts_towards_the_context(lively, tmp_path):
     words = ["evaluate", str(tmp_path / "run"), "--model", str(lively[0]), "--checkpoint", f"pt={lively[1]}"]
     words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", "--backend", "hf"]
     words += ["--max-prompt-length", "96", "--max-new-tokens", "4", "--engine-args"]
@@ -210,7 +210,7 @@ def vllm_outputs(base: Path, adapter: Path, soft: bool) -> list:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @both_tokenizers
-def test_vllm_generates_behind_a_prompt_what_transformers_does(lively):
+def test_vllm_generates_after_a_soft_prompt_like_transformers(lively):
     lm = engine.open_engine("hf", str(lively[0]), engine_args={"dtype": "float32"})
     plain = generate(lm, PROMPTS)
     lm.load(lively[1])
@@ -225,7 +225,7 @@ def test_vllm_generates_behind_a_prompt_what_transformers_does(lively):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_vllm_that_was_not_prepared_says_what_to_do(lively):
+def test_an_unprepared_vllm_is_an_error_that_says_what_to_do(lively):
     _, refused = forked(vllm_outputs, *lively, False)
     assert "enable_prompt_embeds: true" in refused and "--backend hf" in refused
 

@@ -76,7 +76,7 @@ def test_an_unknown_form_or_variant_is_an_error(demo_data: None):
 # ---------------------------------------------------------------------------------------------------- the official form
 
 
-def test_the_forms_are_those_that_the_tasks_read():
+def test_the_forms_of_answers_match_the_tasks():
     assert {task: frame.form for task, frame in zip(data.REASONING, reasoning.FRAMES.values(), strict=True)} == {
         task: FORMS.get(task, "line") for task in data.REASONING
     }
@@ -91,12 +91,12 @@ def test_the_forms_are_those_that_the_tasks_read():
         ("Py150", "import os <EOL>", "no '<s> '"),
     ],
 )
-def test_a_prompt_of_another_frame_is_an_error(folder, prompt, message):
+def test_a_prompt_in_a_different_frame_is_an_error(folder, prompt, message):
     with pytest.raises(ValueError, match=message):
         reasoning.reasoning_prompt(folder, prompt)
 
 
-def test_an_instruction_that_a_text_repeats_stays_in_the_text():
+def test_an_instruction_within_a_text_stays_there():
     told = "Choose one from A, B and C.\n"
     asked = told.replace("C.\n", f"C. {reasoning._FIRST}\n")
     assert reasoning.reasoning_prompt("FOMC", f"{told}Text:\n{told}Stance:") == f"{asked}Text:\n{told}Reasoning:"
@@ -109,14 +109,14 @@ def test_an_instruction_that_a_text_repeats_stays_in_the_text():
     ("score", "reference", "other_form", "wrong"),
     [(utils.score_reasoned_choice, "B", "B. because", "C"), (utils.score_reasoned_number, "12", "12.0 apples", "13")],
 )
-def test_the_tolerant_accuracy_reads_the_extracted_answer_only(score, reference, other_form, wrong):
+def test_the_tolerant_accuracy_reads_only_the_extracted_answer(score, reference, other_form, wrong):
     doc = {"prompt": "", "answer": reference}
     right = {"accuracy": 0, "accuracy_tolerant": 1, "extracted": 1}
     assert score(doc, [f"So.\nAnswer:{other_form}\nNot 13, not C."]) == right
     assert score(doc, [f"{reference}\nAnswer:{wrong}"]) == {**right, "accuracy_tolerant": 0}
 
 
-def test_sari_is_taken_against_the_prompt_of_the_row():
+def test_the_source_of_sari_is_the_prompt_of_the_row():
     doc = {"prompt": "Something else.", "answer": "Es ist alt."}
     scores = utils.score_reasoned_simplification(doc, ["Answer:Es ist neu."])
     assert scores["sari"] == scoring.sari("Something else.", "Es ist neu.", doc["answer"])
@@ -143,7 +143,7 @@ def test_training_prompts_get_the_form_of_the_test_prompts(folder, official, dem
 
 @real_data
 @every_task
-def test_real_training_answers_give_their_answer_which_scores_in_full_and_test_answers_are_bare(name, real_task):
+def test_extracted_real_training_answers_score_in_full_and_test_answers_have_no_reasoning(name, real_task):
     # Against its own extracted answer, a training answer scores what that answer scores against itself: 1, but for
     # SARI, which is a little less where the source repeats words (0.984 and more here).
     docs = list(real_task.training_docs())
@@ -221,7 +221,7 @@ def test_real_training_and_test_prompts_have_one_frame(name, real_task):
 # ----------------------------------------------------------------------------------------------------------- the method
 
 
-def test_rcl_takes_the_reasoning_form_of_every_task(tmp_path):
+def test_rcl_takes_the_reasoning_variant_of_every_task(tmp_path):
     config = RCLConfig(output_dir=str(tmp_path))
     assert config.tasks == data.ORDERS["reasoning_order1"] and config.train_rows == 500
     config = RCLConfig(output_dir=str(tmp_path), tasks=["trace_fomc", "reasoning_cstance"], train_rows=8, epochs=[1, 2])

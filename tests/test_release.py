@@ -54,7 +54,7 @@ def installed(wheel, tmp_path_factory):
     return run
 
 
-def test_the_wheel_has_every_file_of_the_packages(wheel):
+def test_the_wheel_contains_every_file_of_the_packages(wheel):
     tracked = subprocess.run(
         ["git", "ls-files", *PACKAGES], cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout

@@ -29,7 +29,7 @@ def run(make):
     return make(rows={TASKS[0]: {"accuracy": (rows() > 0.3).astype(float)}, TASKS[1]: {"score": rows(1)}})
 
 
-def test_every_change_is_that_of_the_matrix_and_inside_its_interval(run):
+def test_every_change_equals_that_of_the_matrix_and_lies_in_its_interval(run):
     results = Results(run)
     since_own = [(i, t) for i in (0, 1, 2) for t in range(i + 2, 4)]
     assert [key for key in results.changes if key.earlier] == [(TASKS[i], i + 1, t) for i, t in since_own]
@@ -46,7 +46,7 @@ def test_every_change_is_that_of_the_matrix_and_inside_its_interval(run):
     )
 
 
-def test_the_interval_of_bwt_is_that_of_paired_rows(make):
+def test_the_interval_of_bwt_pairs_rows(make):
     """The same rows in another order at a stage have the same score, and no pairs."""
     paired = make(rows={t: {"score": np.linspace(0, 1, N)[:, None] * [[0.5, 0.9, 0.8, 0.7]]} for t in TASKS})
     wide = Results(paired).sequence["BWT"][2]
@@ -59,7 +59,7 @@ def test_the_interval_of_bwt_is_that_of_paired_rows(make):
 
 
 @pytest.mark.parametrize("damage", ["no samples", "another value", "rows that are no numbers", "older weights"])
-def test_where_the_score_is_not_the_mean_of_the_rows_there_is_no_interval(run, damage):
+def test_a_score_that_is_not_the_mean_of_its_rows_has_no_interval(run, damage):
     stage, key = run.stages[3], (3, TASKS[1], "score")
     before = Results(run).intervals
     file, scored = stage.samples_file(TASKS[1]), stage.eval_file(TASKS[1])
@@ -90,7 +90,7 @@ def put_suite(run, index, suite, scores, subtasks, equal=False):
     write_cell(run.stages[index], suite, {"acc": np.array(scores)}, subtasks, n_cut=0, settings=settings, **changes)
 
 
-def test_the_delta_of_suites_is_paired_whatever_the_weights_of_their_subtasks(run):
+def test_the_delta_of_suites_is_paired_with_any_weights_of_subtasks(run):
     labels = ["a"] * 90 + ["b"] * 10
     before = [float(i % 2) for i in range(90)] + [0.0] * 10
     after = [1.0 if i % 10 == 0 else x for i, x in enumerate(before)]  # a tenth of the rows is better in "a" and "b"
@@ -110,7 +110,7 @@ def test_the_delta_of_suites_is_paired_whatever_the_weights_of_their_subtasks(ru
     assert without.value == delta.value and np.isnan(without.low)
 
 
-def test_form_and_knowledge_add_up_to_what_was_lost(make):
+def test_form_and_knowledge_add_up_to_the_loss(make):
     strict, tolerant = np.ones((N, 4)), np.ones((N, 4))
     strict[:20, 3], tolerant[:5, 3] = 0, 0
     answers = {"accuracy": strict, "accuracy_tolerant": tolerant}
@@ -126,7 +126,7 @@ def test_form_and_knowledge_add_up_to_what_was_lost(make):
     assert form.form.value == pytest.approx(15 / N) and np.isnan(form.form.low)
 
 
-def test_a_full_matrix_has_forward_transfer_and_a_model_per_task_stands_with_its_own_stage(make):
+def test_a_full_matrix_has_forward_transfer_and_single_uses_each_tasks_own_stage(make):
     run = make(rows={t: {"score": rows(i)} for i, t in enumerate(TASKS)})
     fwt = Results(run).sequence["FWT"][0]
     assert fwt.value == metrics.forward_transfer(Results(run).R) and fwt.low < fwt.value < fwt.high
@@ -138,7 +138,7 @@ def test_a_full_matrix_has_forward_transfer_and_a_model_per_task_stands_with_its
     assert results.mean.low < results.mean.value < results.mean.high
 
 
-def test_rows_that_are_left_out_are_in_no_interval_either(run):
+def test_intervals_ignore_rows_that_are_left_out(run):
     seen = replace(run, left_out={TASKS[0]: set(range(10))})
     cell = Results(seen).cell(3, 0)
     right = Results(run).rows[TASKS[0]].scores["accuracy"][10:, 3]
@@ -175,7 +175,7 @@ def simulated(run, rng, n, gain=()):
     return type("Simulated", (Results,), {**seen, "headlines": {t: u.metric for t, u in units.items()}})(run)
 
 
-def test_a_report_in_which_nothing_changed_shows_an_arrow_in_one_of_twenty_cases(make):
+def test_reports_without_real_changes_show_an_arrow_in_one_of_twenty_cases(make):
     eight, rng = make(np.full((9, 8), NAN), tasks=EIGHT), np.random.default_rng(100)
     reports = [simulated(eight, rng, 100) for _ in range(100)]
     assert len(reports[0].tested) == 28 + 15, "what BWT is made of, and learned and in all"
@@ -186,7 +186,7 @@ def test_a_report_in_which_nothing_changed_shows_an_arrow_in_one_of_twenty_cases
 
 
 @pytest.mark.parametrize("n, lost", [(100, 0.35), (500, 0.15)])
-def test_a_change_of_reasonable_size_is_marked_nearly_always_and_nothing_else(make, n, lost):
+def test_only_real_changes_are_marked_and_nearly_always(make, n, lost):
     eight, rng = make(np.full((9, 8), NAN), tasks=EIGHT), np.random.default_rng(n)
     reports = [simulated(eight, rng, n, {(EIGHT[1], 6): -lost}) for _ in range(20)]
     changed = {Change(EIGHT[1], 2, t) for t in (6, 7, 8)} | {Change(EIGHT[1], 0, 8)}

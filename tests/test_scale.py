@@ -33,7 +33,7 @@ def own_tasks(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_thirty_stages_of_ones_own_tasks(options, own_tasks):
+def test_thirty_stages_of_a_users_tasks_have_constant_cost(options, own_tasks):
     del options["data"]
     run = train({**options, "tasks": own_tasks, "max_steps": 1, "per_device_train_batch_size": 4, "test_rows": 2})
     assert evaluate.evaluate(run) == 30 + 30 * 31 // 2
@@ -60,7 +60,7 @@ def change(tmp_path, name, new):
     assert file.read_text() != before
 
 
-def test_other_rows_of_ones_own_task_are_refused_and_not_mixed_in(two, tmp_path):
+def test_changed_rows_of_a_users_task_are_refused(two, tmp_path):
     class Changed(CLTrainer):
         def begin_stage(self):
             if self.stage.index == 1:
@@ -77,7 +77,7 @@ def test_other_rows_of_ones_own_task_are_refused_and_not_mixed_in(two, tmp_path)
     assert evaluate.evaluate(run) == 5
 
 
-def test_of_several_filters_the_first_one_counts_and_shots_of_a_task_are_neither_trained_nor_tested(two, tmp_path):
+def test_the_first_of_several_filters_counts_and_shots_of_a_task_are_ignored(two, tmp_path):
     yaml = tmp_path / "tasks" / "mine_00.yaml"
     lines = [
         f"  - {{name: {name}, filter: [{{function: regex, regex_pattern: '(never)', fallback: {name}}}, "
@@ -95,7 +95,7 @@ def test_of_several_filters_the_first_one_counts_and_shots_of_a_task_are_neither
     assert [s["prompt"] for s in samples] == [f"task 0 row {j}: " for j in range(4)]
 
 
-def test_tasks_that_cannot_be_are_refused_before_anything_is_trained(two, tmp_path, monkeypatch):
+def test_impossible_tasks_are_refused_before_training(two, tmp_path, monkeypatch):
     yaml = tmp_path / "tasks" / "mine_01.yaml"
     text = yaml.read_text().replace("output_type: generate_until", "output_type: loglikelihood")
     yaml.write_text(text.replace("exact_match", "acc"))

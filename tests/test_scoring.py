@@ -96,7 +96,7 @@ ANOTHER_CHOICE_IS_READ = [
 @pytest.mark.parametrize(
     ("prediction", "letter"), [*((p, "A") for p in CHOICE_IS_READ), *((p, "B") for p in ANOTHER_CHOICE_IS_READ)]
 )
-def test_choice_is_read(prediction, letter):
+def test_the_letter_of_a_choice_is_read(prediction, letter):
     assert [choice_tolerant(prediction, label) for label in "ABC"] == [label == letter for label in "ABC"]
 
 
@@ -115,7 +115,7 @@ NO_SINGLE_CHOICE_CAN_BE_READ = [
 
 
 @pytest.mark.parametrize("prediction", NO_SINGLE_CHOICE_CAN_BE_READ)
-def test_no_single_choice_can_be_read(prediction):
+def test_ambiguous_or_missing_choices_give_no_letter(prediction):
     assert [choice_tolerant(prediction, label) for label in "ABCDE"] == [0] * 5
     assert choice_tolerant("dovish", "dovish") == 1 and choice_tolerant("dovish.", "dovish") == 0  # no letter
 
@@ -125,7 +125,7 @@ STANCE = "判断以下文本的态度：A.支持，B.反对，C.中立。输出A
 SCIENCE = "Question:\nWhich one?\n\nChoices:\nA. a poem\nB. the Bible\nC. the Bible of 1611\nD. no\nE. 2\n\nAnswer:"
 
 
-def test_the_options_of_a_prompt():
+def test_the_options_of_a_prompt_are_read():
     assert options_of(FOMC) == {"A": "dovish", "B": "hawkish", "C": "neutral"}
     assert options_of(STANCE) == {"A": "支持", "B": "反对", "C": "中立"}
     assert options_of(SCIENCE) == {"A": "a poem", "B": "the Bible", "C": "the Bible of 1611", "D": "no", "E": "2"}
@@ -149,7 +149,7 @@ THE_TEXT_OF_AN_OPTION_IS_ITS_LETTER = [
 
 
 @pytest.mark.parametrize(("prompt", "prediction", "letter"), THE_TEXT_OF_AN_OPTION_IS_ITS_LETTER)
-def test_the_text_of_an_option_is_its_letter(prompt, prediction, letter):
+def test_the_text_of_an_option_counts_as_its_letter(prompt, prediction, letter):
     assert read_choice(prediction, prompt) == letter
     assert [choice_tolerant(prediction, label, prompt) for label in "ABCDE"] == [label == letter for label in "ABCDE"]
 
@@ -166,7 +166,7 @@ NO_SINGLE_OPTION_IS_NAMED = [
 
 
 @pytest.mark.parametrize(("prompt", "prediction"), NO_SINGLE_OPTION_IS_NAMED)
-def test_no_single_option_is_named(prompt, prediction):
+def test_texts_that_name_no_or_several_options_give_no_letter(prompt, prediction):
     assert read_choice(prediction, prompt) is None
     assert [choice_tolerant(prediction, label, prompt) for label in "ABCDE"] == [0] * 5
 
@@ -174,7 +174,7 @@ def test_no_single_option_is_named(prompt, prediction):
 LABELLED = Path(__file__).with_name("labelled_answers.jsonl")
 
 
-def test_the_tolerant_scores_read_what_people_read(capsys):
+def test_tolerant_scores_agree_with_answers_labelled_by_hand(capsys):
     """223 answers of SmolLM2-135M-Instruct to real test rows, greedy, up to 48 tokens, labelled by hand.
 
     The file holds the model's words alone (answers that quote a prompt at length were left out), the number of the
@@ -244,7 +244,7 @@ NUMBER_IS_WRONG = [
     ("prediction", "reference", "score"),
     [*((*row, 1) for row in NUMBER_IS_READ), *((*row, 0) for row in NUMBER_IS_WRONG)],
 )
-def test_number_is_read(prediction, reference, score):
+def test_the_number_of_an_answer_is_read(prediction, reference, score):
     assert number_tolerant(prediction, reference) == score
 
 
@@ -404,7 +404,7 @@ def long_text(seed: int, vocabulary: int, full_stops: float) -> str:
 
 
 @pytest.mark.parametrize(("vocabulary", "full_stops"), [(2, 0), (300, 0.1), (300, 0.5), (100_000, 0)])
-def test_long_texts_are_fast(vocabulary, full_stops):  # repeated patterns: test_fuzz.py
+def test_long_texts_are_scored_quickly(vocabulary, full_stops):  # repeated patterns: test_fuzz.py
     source, prediction, reference = (long_text(seed, vocabulary, full_stops) for seed in range(3))
     sari("", "", "")  # imports sacrebleu, which is not what is timed
     for name, score in SCORES.items():
@@ -413,7 +413,7 @@ def test_long_texts_are_fast(vocabulary, full_stops):  # repeated patterns: test
         assert time.process_time() - start < 2, name
 
 
-def test_import_is_light():
+def test_importing_the_scoring_loads_no_heavy_package():
     heavy = ["torch", "datasets", "evaluate", "numpy", "nltk", "sacrebleu"]
     # `trace_tasks/__init__.py` is part of what is imported, so this keeps both light.
     code = f"import sys, trace_tasks.scoring; print([m for m in {heavy} if m in sys.modules])"

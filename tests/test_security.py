@@ -89,7 +89,7 @@ def failed(argv, printed):
     return str(e.value.code)
 
 
-def test_keys_are_in_nothing_that_a_run_leaves_or_shows(secrets, options, tmp_path, monkeypatch):
+def test_keys_are_in_no_file_log_or_output_of_a_run(secrets, options, tmp_path, monkeypatch):
     """Training, evaluation, judging through every fault, annotation and reports, with servers that echo the key."""
     monkeypatch.chdir(tmp_path)
     options |= {"output_dir": str(tmp_path / "runs" / "mine"), "judged": ["instruct_lima"], "judged_rows": 2}
@@ -151,7 +151,7 @@ KEYS = ("sk-0123456789", "sk-a.*b[c](d)\\1", "sk-proj-'\"<&>%s{0}")
 
 
 @fuzz(100, key=st.sampled_from(KEYS), text=st.text(max_size=30))
-def test_an_error_that_holds_the_key_is_masked(clients, key, text):
+def test_a_key_in_an_error_is_masked(clients, key, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPENAI_API_KEY", key)
         assert key not in clients[key].masked(ValueError(f"{text}{key}{text} {key}"))
@@ -167,7 +167,7 @@ def clients(tmp_path, monkeypatch):
     return made
 
 
-def test_caches_are_for_their_user_alone(tmp_path, monkeypatch):
+def test_only_their_user_can_read_caches(tmp_path, monkeypatch):
     old = os.umask(0o022)
     try:
         Cache(tmp_path / "judge-cache.jsonl").put("k", {}, Reply("private"))
@@ -194,7 +194,7 @@ TEMPLATE = re.compile(r"<\|[^ ]|</?s>|\[/?INST\]|<(?:start|end)_of_turn>|<｜|<e
 
 
 @fuzz(100, make=st.sampled_from(ASKED), prompt=material, a=material, b=material)
-def test_material_stays_between_its_delimiters_and_shows_no_verdict(make, prompt, a, b):
+def test_answers_in_a_judges_prompt_cannot_end_their_delimiters_or_give_a_verdict(make, prompt, a, b):
     given_texts = [prompt, a, b] if make in ASKED[:2] else [prompt, a]
     (message,) = make(*given_texts)
     (plain,) = make(*["x"] * len(given_texts))
@@ -209,7 +209,7 @@ def test_material_stays_between_its_delimiters_and_shows_no_verdict(make, prompt
 
 
 @fuzz(50, prompt=material.filter(str.strip), answer=st.none() | material.filter(str.strip))
-def test_a_teacher_is_shown_one_task_and_no_other_end_of_it(prompt, answer):
+def test_a_task_in_a_teachers_prompt_cannot_end_its_delimiters(prompt, answer):
     teacher = read_prompt(FOLDER / "fomc.yaml", "FOMC")
     last = teacher.messages("FOMC", prompt, answer)[-1]["content"]
     assert last.count("<<<") == (2 if answer is None else 4) and not TEMPLATE.search(last)
@@ -232,14 +232,14 @@ def refused(archive, words, cache):
 
 
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a.tar.gz"])
-def test_a_member_outside_is_refused(tmp_path, cache, kind):
+def test_an_archive_member_outside_its_folder_is_refused(tmp_path, cache, kind):
     for name in ("../x", "a/../../x", "/tmp/x", "//x", "..", "./../x"):
         archive = packed(tmp_path / kind, [("FOMC/test.json", b"[]"), (name, b"bad")])
         refused(archive, "points outside", cache)
         assert set(tmp_path.rglob("*")) <= {archive, cache.parent, cache}
 
 
-def test_links_and_devices_are_refused(tmp_path, cache):
+def test_links_and_devices_in_archives_are_refused(tmp_path, cache):
     for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
         archive = packed(tmp_path / "a.tar", [("FOMC/test.json", b"")], type=kind, linkname="/etc/passwd")
         refused(archive, "link or device", cache)
@@ -251,7 +251,7 @@ def test_links_and_devices_are_refused(tmp_path, cache):
 
 
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a.tar.gz"])
-def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_does(tmp_path, cache, monkeypatch, kind):
+def test_an_archive_that_would_unpack_to_too_much_is_refused_early(tmp_path, cache, monkeypatch, kind):
     monkeypatch.setattr("trace_tasks.data.archive.MOST_BYTES", 100_000)
     bomb = packed(tmp_path / kind, [(f"FOMC/{i}.json", bytes(60_000)) for i in range(2)])
     refused(bomb, "more than .*nothing was unpacked", cache)
@@ -262,7 +262,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_does(tmp_path,
     refused(bomb, "or 1 files", cache)
 
 
-def test_a_header_of_gigabytes_or_less_than_nothing_is_not_read(tmp_path, cache):
+def test_a_header_with_a_huge_or_negative_size_is_not_read(tmp_path, cache):
     """A name of 3 GB: a few bytes here, and memory for all of it in tarfile alone."""
     for size in ("-1", str(10**30)):
         packed(tmp_path / "a.tar", [("FOMC/test.json", b"[]"), ("b", b"x")], pax_headers={"size": size})
@@ -282,7 +282,7 @@ def test_a_header_of_gigabytes_or_less_than_nothing_is_not_read(tmp_path, cache)
     "name", ["FOMC/" + "n" * 300, "FOMC/a\0b", "FOMC/ü\u202e\u2028😀", "FOMC/\udcff", "FOMC/\n", " ", "-rf", "FOMC/CON"]
 )
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar"])
-def test_odd_names_are_files_or_errors(tmp_path, cache, kind, name):
+def test_odd_names_in_archives_are_files_or_errors(tmp_path, cache, kind, name):
     if kind == "a.zip":
         name = name.replace("\udcff", "x")  # zipfile writes no such name
     archive = packed(tmp_path / kind, [("FOMC/test.json", b"[]"), (name, b"x")])
@@ -296,7 +296,7 @@ def test_odd_names_are_files_or_errors(tmp_path, cache, kind, name):
 
 
 @pytest.mark.parametrize("kind", ["a.zip", "a.tar", "a.tar.gz"])
-def test_no_damage_to_an_archive_is_anything_but_an_error(tmp_path, monkeypatch, kind):
+def test_any_damage_to_an_archive_is_an_error(tmp_path, monkeypatch, kind):
     whole = packed(
         tmp_path / kind, [(f"FOMC/{s}.json", b'[{"prompt": "p", "answer": "a"}]' * 9) for s in data.SPLITS]
     ).read_bytes()
@@ -327,7 +327,7 @@ def test_no_damage_to_an_archive_is_anything_but_an_error(tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", ".x", "a\0b", "a\x1b[2J", "a\u202eb", "a\nb"])
-def test_names_that_leave_the_run_are_refused(tmp_path, options, name, monkeypatch):
+def test_names_that_lead_out_of_the_run_are_refused(tmp_path, options, name, monkeypatch):
     ours = task_manager()  # without lm-eval's own, whose index takes seconds
     monkeypatch.setattr("trace_bench.tasks.task_manager", lambda include_defaults=False: ours)
     with pytest.raises(DataError, match="Unknown task"):
@@ -388,7 +388,7 @@ def test_links_and_pipes_in_a_run_are_replaced_and_not_written_through(tmp_path)
         ("train", "tensorboard/x"),
     ],
 )
-def test_a_folder_of_a_run_that_leads_elsewhere_is_refused(tmp_path, options, demo_data, command, place):
+def test_a_linked_folder_in_a_run_is_refused(tmp_path, options, demo_data, command, place):
     victim = tmp_path / "victim"
     for name in ("eval/trace_fomc.json", "report.md", "matrix.svg", ".evaluate.lock", "progress.json"):
         write_text(victim / name, "mine")
@@ -411,7 +411,7 @@ def test_a_folder_of_a_run_that_leads_elsewhere_is_refused(tmp_path, options, de
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_in_a_run_is_not_waited_for(tmp_path, demo_data):
+def test_a_pipe_in_a_run_does_not_block(tmp_path, demo_data):
     run = make_run(tmp_path / "runs")
     for file in (run.stages[0].eval_file("trace_fomc"), run.stages[1].train_file, run.path / "figures" / "matrix.svg"):
         kept = file.read_bytes() if file.exists() else None
@@ -426,7 +426,7 @@ def test_a_pipe_in_a_run_is_not_waited_for(tmp_path, demo_data):
             file.write_bytes(kept)
 
 
-def test_a_run_on_another_disk_is_used_through_links(tmp_path, options, run):
+def test_a_run_on_a_different_disk_can_be_used_through_links(tmp_path, options, run):
     (tmp_path / "disk").mkdir()
     run.path.rename(tmp_path / "disk" / "one")
     (tmp_path / "runs").symlink_to(tmp_path / "disk")
@@ -537,7 +537,7 @@ def test_a_checkpoint_in_pickles_is_refused(tmp_path, checkpoints, tiny_model, t
             load_merged(tiny_model, folder)
 
 
-def test_training_goes_on_from_safetensors_alone(options, run, touched):
+def test_training_resumes_only_from_safetensors(options, run, touched):
     run.stages[2].train_file.unlink()
     with_pickle(run.stages[1].path / "adapter", "adapter_model.bin", touched)
     with pytest.raises(ModelError, match="only safetensors are loaded"):
@@ -562,7 +562,7 @@ def with_code(folder, target, model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "evil"])
-def test_code_that_a_model_brings_is_not_run(tmp_path, options, tiny_model, touched, model_type, monkeypatch):
+def test_code_of_a_model_is_not_run(tmp_path, options, tiny_model, touched, model_type, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # who asks is answered
     name = with_code(Path(shutil.copytree(tiny_model, tmp_path / "m")), touched, model_type)
     for load in (
@@ -590,7 +590,7 @@ def test_the_revision_of_a_hub_model_is_its_commit_and_runs_no_code(tmp_path, ti
         models.pinned_revision("other/model")
 
 
-def test_no_example_serves_to_the_network():
+def test_no_example_serves_on_all_interfaces():
     """VLLM's own default is all interfaces: every command here that starts a server names the loopback."""
     root = Path(__file__).parents[1]
     files = [p for pattern in ("Makefile", "*.md", "*/*.md", "*/*.py", "*/*.yaml") for p in root.glob(pattern)]
@@ -668,12 +668,12 @@ def test_a_secret_is_refused_at_any_depth_and_not_shown(known, given):
 
 
 @pytest.mark.parametrize("given", HARMLESS_SETTINGS, ids=repr)
-def test_what_only_sounds_like_a_secret_is_taken(known, given):
+def test_names_that_only_resemble_secrets_are_accepted(known, given):
     refuse_secrets({"settings": [given]}, "settings")
 
 
 @pytest.mark.parametrize("text", ["a", "sk-", "://", "bearer ", "token=", "eyJ-", "a:", "_-token", "eyJaaaaa.", "{"])
-def test_no_text_keeps_the_search_for_secrets_busy(text):
+def test_searching_any_text_for_secrets_is_quick(text):
     started = time.process_time()
     refuse_secrets({"a": text * (200_000 // len(text))}, "settings")
     assert time.process_time() - started < 5
@@ -701,7 +701,7 @@ def test_every_command_refuses_secrets_before_it_writes(known, tmp_path, checkpo
 
 
 @pytest.mark.parametrize("name", ["sk-proj-abcDEF1234567890xyz", "https://me:pw@host/model", "hf_AbCdEfGhIjKlMnOpQr"])
-def test_a_secret_is_no_name_of_a_judge(tmp_path, name):
+def test_a_secret_is_refused_as_the_name_of_a_judge(tmp_path, name):
     for more in (["--base-url", "http://127.0.0.1:9/v1"], ["--local"]):
         line = failed(["judge", "--calibrate", "--model", name, *more], [])
         assert "judge's model" in line and name not in line

@@ -100,7 +100,7 @@ def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path, en
     assert all(0 <= s["sari,none"] <= 1 for t, s in scores.items() if t == "trace_20minuten")
 
 
-def test_a_real_server_and_a_model_in_process_judge_alike(options, tmp_path, env):
+def test_a_real_server_and_a_local_model_judge_alike(options, tmp_path, env):
     """`vllm serve` over HTTP and `--local`: the same chat template and limits, and every pair is accounted for."""
     from trace_bench.engine import models
 

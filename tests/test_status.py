@@ -21,7 +21,7 @@ def lines(run: Run, capture) -> list[str]:
     return capture.readouterr().out.splitlines()
 
 
-def test_a_run_is_followed_from_outside_and_by_one_view(options, capfd, monkeypatch):
+def test_status_and_the_progress_bar_show_the_same(options, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     options |= {"disable_tqdm": False, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 
@@ -53,7 +53,7 @@ def test_a_run_is_followed_from_outside_and_by_one_view(options, capfd, monkeypa
     assert len(after) == 4 and "evaluated 2 of 2 tasks" in after[3] and not run.stages[2].progress_file.exists()
 
 
-def test_the_time_left_takes_other_stages_as_long_as_those_that_are_known():
+def test_the_time_left_assumes_that_stages_take_as_long_as_the_known_ones():
     assert seconds_left([], 4, 10, 0.5) == 10 + 3 * 20
     assert seconds_left([10.0, 30.0], 4, 10, 0.5) == 10 + 1 * 20
     assert seconds_left([10.0, 30.0], 4, 0, 0) == 2 * 20
@@ -64,7 +64,7 @@ PROGRESS = {"step": 2, "steps": 8, "loss": 1.5, "tokens": 400, "seconds": 4.0, "
 
 
 @pytest.mark.parametrize("key", PROGRESS)
-def test_odd_values_in_the_progress_of_a_training_are_named(make, capsys, key):
+def test_odd_values_in_the_progress_file_are_named(make, capsys, key):
     run = make(tasks=["trace_fomc", "trace_py150"])
     run.stages[2].train_file.unlink()
     run.stages[2].attempt.mkdir()
@@ -85,7 +85,7 @@ def test_odd_values_in_the_progress_of_a_training_are_named(make, capsys, key):
 
 
 @pytest.mark.parametrize("key", ["steps", "seconds", "tokens_per_second"])
-def test_odd_values_in_what_a_training_wrote_are_named(make, key):
+def test_odd_values_in_training_records_are_named(make, key):
     run = make(tasks=["trace_fomc"])
     content = json.loads(run.stages[1].train_file.read_text())
     for value in (None, [], "x", float("inf"), -1, ...):
@@ -96,7 +96,7 @@ def test_odd_values_in_what_a_training_wrote_are_named(make, key):
         assert "\n" not in e.value.code
 
 
-def test_a_dead_process_is_told_from_a_live_one(run, capfd):
+def test_status_distinguishes_a_dead_process_from_a_living_one(run, capfd):
     stage = run.stages[1]
     stage.train_file.unlink()
 

@@ -34,7 +34,7 @@ def write(tmp_path):
 
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
-def test_every_option_of_a_study_is_one_of_its_method_and_its_question_comes_first(file):
+def test_options_of_packaged_studies_exist_in_their_methods(file):
     from trl import ModelConfig, TrlParser
 
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -52,7 +52,7 @@ def test_every_option_of_a_study_is_one_of_its_method_and_its_question_comes_fir
 # ------------------------------------------------------------------------------------------------ what a file may hold
 
 
-def test_values_become_arguments(write, tmp_path):
+def test_values_of_a_study_become_arguments(write, tmp_path):
     run = {
         "method": "sequential",
         "tasks": ["trace_fomc", "my_task"],
@@ -72,7 +72,7 @@ def test_values_become_arguments(write, tmp_path):
     ]
 
 
-def test_values_and_runs_and_the_config_may_depend_on_the_scale(write, tmp_path):
+def test_values_runs_and_config_of_a_study_may_depend_on_the_scale(write, tmp_path):
     (tmp_path / "large.yaml").touch()
     both = {"method": "sequential", "train_rows": {"small": 2, "full": None}}
     file = write(
@@ -89,7 +89,7 @@ def test_values_and_runs_and_the_config_may_depend_on_the_scale(write, tmp_path)
     }
 
 
-def test_each_makes_a_run_of_every_combination(write, tmp_path):
+def test_each_makes_a_run_for_every_combination(write, tmp_path):
     run = {
         "method": {"each": ["sequential", "ewc"]},
         "train_rows": 8,
@@ -121,7 +121,7 @@ def test_a_run_of_a_method_of_a_file_is_named_after_the_method(write, tmp_path):
         read_study(write({"m": {"method": {"each": ["mine/si.py", "older/si.py"]}}}))
 
 
-def test_the_methods_are_the_files_that_can_be_run():
+def test_the_known_methods_are_the_runnable_files():
     assert {"sequential", "single", "joint", "icl"} <= packaged.methods().keys()
     assert not {"base", "__init__", "help", "memory"} & packaged.methods().keys()
 
@@ -155,7 +155,7 @@ GOOD = {"method": "sequential"}
         (["a"], ["runs: expected run names"]),
     ],
 )
-def test_what_is_wrong_is_named_with_what_is_allowed(write, content, words, monkeypatch, capsys):
+def test_an_error_in_a_study_is_named_with_the_allowed_values(write, content, words, monkeypatch, capsys):
     monkeypatch.setattr(study, "run_child", lambda *a, **k: pytest.fail("it began"))
     file = write(content)
     with pytest.raises(StudyError) as e:
@@ -163,7 +163,7 @@ def test_what_is_wrong_is_named_with_what_is_allowed(write, content, words, monk
     assert all(word in str(e.value) for word in [str(file), *words]), e.value
 
 
-def test_a_file_and_a_run_that_are_not_there(write, tmp_path):
+def test_a_missing_study_file_and_run_are_errors(write, tmp_path):
     with pytest.raises(SystemExit, match=r"error: There is no study .*nowhere\.yaml"):
         main(["study", str(tmp_path / "nowhere.yaml")])
     with pytest.raises(StudyError, match=r"--only c: the runs of .* are a, b"):
@@ -182,7 +182,7 @@ def test_a_file_in_place_of_the_folder_ends_the_study_before_its_first_run(write
         main(["study", str(write({"a": GOOD})), "--output_dir", str(tmp_path / "taken")])
 
 
-def test_a_dry_run_prints_the_commands(write, monkeypatch, capsys, tmp_path):
+def test_a_dry_run_of_a_study_prints_its_commands(write, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(study, "run_child", lambda *a, **k: pytest.fail("it began"))
     monkeypatch.chdir(tmp_path)
     file = write({"a": {**GOOD, "tasks": ["x", "y"]}, "b": GOOD})
@@ -224,7 +224,7 @@ def in_this_process(command, environment=None):
     return 0
 
 
-def test_a_study_trains_evaluates_compares_and_goes_on(options, write, tmp_path, monkeypatch, capfd):
+def test_a_study_trains_evaluates_compares_and_resumes(options, write, tmp_path, monkeypatch, capfd):
     """Two runs of the tiny model, and one between them whose option cannot be."""
     monkeypatch.setattr(study, "run_child", in_this_process)
     monkeypatch.setattr(study, "_refuse_options", lambda *args: None)  # as if it were a fault of another kind
@@ -264,7 +264,7 @@ def test_a_study_trains_evaluates_compares_and_goes_on(options, write, tmp_path,
     assert "What is asked?\n\n> Not done: `wrong`" in capfd.readouterr().out
 
 
-def test_reading_a_study_needs_no_torch_and_help_no_numpy(write):
+def test_reading_a_study_imports_no_torch_and_the_help_no_numpy(write):
     code = """
 import sys
 from trace_bench.cli import main

@@ -36,7 +36,7 @@ def test_every_yaml_of_the_folder_is_in_the_index():
 
 
 @pytest.mark.parametrize(("prefix", "order"), [("trace", "order1"), ("reasoning", "reasoning_order1"), ("cl", "long4")])
-def test_the_glob_is_all_of_them_and_the_group_has_them_too(prefix, order, demo_data: None):
+def test_glob_and_group_select_all_tasks_once(prefix, order, demo_data: None):
     manager = task_manager()
     assert set(manager.match_tasks([f"{prefix}_*"])) >= set(data.ORDERS[order])
     assert list(manager.load([prefix])["tasks"]) == data.ORDERS[order]
@@ -58,7 +58,7 @@ cli_evaluate()
 
 
 @pytest.mark.slow  # starts lm_eval
-def test_plain_lm_eval_runs_the_tasks_where_nothing_else_of_ours_is_there(tmp_path):
+def test_plain_lm_eval_runs_the_tasks_with_only_trace_tasks(tmp_path):
     shutil.copytree(data.TASKS_PATH, tmp_path / "trace_tasks", ignore=shutil.ignore_patterns("__pycache__"))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "TRACE_DATA": "demo"}
     command = [sys.executable, "-c", BLOCK, "run", "--model", "dummy", "--tasks", "trace_*,reasoning_fomc,cl_agnews"]
@@ -71,7 +71,7 @@ def test_plain_lm_eval_runs_the_tasks_where_nothing_else_of_ours_is_there(tmp_pa
 
 
 @pytest.mark.parametrize("task", list(HEADLINES), indirect=True)
-def test_a_task_reads_its_own_rows_and_its_reference_scores_full_marks(task):
+def test_a_task_reads_its_own_rows_and_references_score_in_full(task):
     name, reasoned = task.task_name, task.task_name in data.REASONING
     root, folder = (data.find_reasoning() if reasoned else data.find_data()), {**data.FOLDERS, **data.REASONING}[name]
     rows = data.read_split(root, folder, "test")
@@ -101,14 +101,14 @@ def test_a_task_reads_its_own_rows_and_its_reference_scores_full_marks(task):
 
 
 @pytest.mark.parametrize("task", ["trace_fomc", "trace_meetingbank"], indirect=True)
-def test_demonstrations_are_balanced_over_labels_or_have_no_answer_twice(task):  # prompts made of them: test_icl.py
+def test_demonstrations_are_balanced_over_labels_or_have_different_answers(task):  # prompts made of them: test_icl.py
     drawn = list(task.sampler.sample(6))
     counts = [2, 2, 2] if task.task_name == "trace_fomc" else [1] * 6
     assert list(Counter(d["answer"] for d in drawn).values()) == counts
     assert sum(len((d["prompt"] + d["answer"]).encode()) for d in drawn) <= task.sampler.budget / 2
 
 
-def test_a_training_row_that_is_a_test_prompt_demonstrates_nothing(tmp_path, monkeypatch):
+def test_a_training_row_with_a_test_prompt_is_no_demonstration(tmp_path, monkeypatch):
     (tmp_path / "FOMC").mkdir()
     train = [{"prompt": f"p{i}", "answer": "ABC"[i % 3]} for i in range(12)]
     for split, rows in {"train": train, "eval": train[:1], "test": train[:5]}.items():
@@ -120,7 +120,7 @@ def test_a_training_row_that_is_a_test_prompt_demonstrates_nothing(tmp_path, mon
 
 
 @pytest.mark.parametrize("name", ["trace_cstance", "trace_fomc", "trace_numglue_cm", "trace_numglue_ds"])
-def test_no_right_answer_is_cut_by_the_limit_of_tokens(name, monkeypatch):
+def test_the_limit_of_tokens_cuts_no_right_answer(name, monkeypatch):
     # These tasks generate few tokens, which is the same score under strict equality only if every answer fits.
     if not (SHARED / "data").is_dir():
         pytest.skip("needs ../shared/data, the real TRACE data")
@@ -130,7 +130,7 @@ def test_no_right_answer_is_cut_by_the_limit_of_tokens(name, monkeypatch):
     assert longest <= task.config.generation_kwargs["max_gen_toks"], "at worst a token a byte"
 
 
-def test_an_unknown_task_is_an_error_that_names_the_known(demo_data: None, monkeypatch):
+def test_an_unknown_task_is_an_error_that_names_the_known_tasks(demo_data: None, monkeypatch):
     own = task_manager()
     monkeypatch.setattr("trace_bench.tasks.task_manager", lambda **_: own)  # without lm-eval's, which take ten seconds
     with pytest.raises(data.DataError, match=r"trace_nothing.*trace_cstance"):

@@ -62,7 +62,7 @@ def losses(stage) -> list[tuple[int, float]]:
     return [(e["step"], pytest.approx(e["loss"])) for e in read_json(stage.train_file)["losses"]]
 
 
-def test_each_stage_is_a_run_of_its_own_in_wandb_and_one_that_was_open_is_left_open(options, wandb, tmp_path):
+def test_each_stage_is_a_separate_wandb_run_and_the_callers_open_run_is_kept(options, wandb, tmp_path):
     run = train({**options, "report_to": ["wandb"], "run_name": "mine"})
     assert [r.kwargs["name"] for r in wandb.runs] == ["mine 1_trace_fomc", "mine 2_trace_numglue_ds"]
     for stage, theirs in zip(run.stages[1:], wandb.runs, strict=True):
@@ -73,7 +73,7 @@ def test_each_stage_is_a_run_of_its_own_in_wandb_and_one_that_was_open_is_left_o
     assert len(wandb.runs) == 3 and not wandb.run.ended
 
 
-def test_what_tensorboard_shows_stays_when_a_stage_is_done(options, monkeypatch, tmp_path):
+def test_tensorboard_logs_of_a_stage_are_kept(options, monkeypatch, tmp_path):
     logged = {}
 
     class Writer:
@@ -98,7 +98,7 @@ def test_what_tensorboard_shows_stays_when_a_stage_is_done(options, monkeypatch,
     assert list(logged) == [tmp_path / "elsewhere" / stage.name for stage in run.stages[1:]]
 
 
-def test_a_stage_that_begins_again_has_one_curve_and_trackers_may_change_within_a_run(options):
+def test_a_restarted_stage_has_one_curve_and_trackers_may_change_within_a_run(options):
     options = {**options, "tasks": ["trace_fomc"], "max_steps": 1}
     with pytest.raises(KeyboardInterrupt):
         train({**options, "report_to": ["tensorboard"]}, stop_at(1, CLTrainer))
@@ -109,7 +109,7 @@ def test_a_stage_that_begins_again_has_one_curve_and_trackers_may_change_within_
 
 
 @pytest.mark.parametrize("tracker, words", [("mlfow", "mlfow is not supported"), ("comet_ml", "comet")])
-def test_a_tracker_that_there_is_not_is_refused_before_any_work(options, tracker, words):
+def test_a_missing_tracker_is_refused_before_any_work(options, tracker, words):
     with pytest.raises(base.ConfigError, match=rf"report_to=\['{tracker}'\]: .*{words}"):
         train({**options, "report_to": [tracker]})
     assert not Path(options["output_dir"]).exists()

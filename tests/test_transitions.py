@@ -18,7 +18,7 @@ NAN = float("nan")
 FOMC = "What is the stance? A. dovish, B. hawkish, C. neutral. Choose one from A, B and C.\nText: {}\nStance:"
 
 
-def test_the_fates_of_rows_of_right_and_wrong():
+def test_the_fates_of_right_and_wrong_rows_are_counted():
     scores = [[0, 1, 1, NAN, 1], [0, 1, 0, NAN, 1], [1, 1, 0, NAN, 0], [1, 0, 1, NAN, 0], [1, 0, 0, NAN, 1]]
     found = transitions.fates(scores, 1)
     assert (found[:, [0, 1, 3]] == UNKNOWN).all()
@@ -28,7 +28,7 @@ def test_the_fates_of_rows_of_right_and_wrong():
     assert (transitions.fates(scores, 3) == UNKNOWN).all(), "nothing is known of the reference"
 
 
-def test_graded_rows_are_lost_by_more_than_the_tolerance_only():
+def test_graded_rows_are_lost_only_beyond_the_tolerance():
     scores = [[0.5, 0.4, 0.39], [0.5, 0.3, 0.45], [0.05, 0.0, 0.2], [0.05, 0.1, 0.0], [0.3, 0.41, 0.4]]
     found = transitions.fates(scores, 0, tolerance=0.1)
     assert found[:, 1].tolist() == [KEPT, LOST, NEVER, NEVER, GAINED]
@@ -37,7 +37,7 @@ def test_graded_rows_are_lost_by_more_than_the_tolerance_only():
     assert 0.4 - 0.3 > 0.1 and rounded[:, 1].tolist() == [KEPT, KEPT], "a tenth is no more than the tolerance"
 
 
-def test_chance_is_that_of_the_paper_where_all_rows_have_k_options():
+def test_chance_equals_the_papers_if_all_rows_have_k_options():
     right, wrong = np.ones(6, dtype=bool), np.zeros(4, dtype=bool)
     before, after = np.concatenate([right, wrong]), np.concatenate([wrong[:2], right[:5], wrong[:3]])
     named = np.ones(10, dtype=bool)
@@ -57,7 +57,7 @@ def test_chance_is_that_of_the_paper_where_all_rows_have_k_options():
     assert lost.by_chance == 0 and gained.by_chance == pytest.approx((0.5 / 3) * 0.4)
 
 
-def test_guesses_alone_leave_nothing_whatever_the_numbers_of_options():
+def test_only_guessing_gives_no_loss_beyond_chance():
     """A model that knows some rows and guesses among 2 to 5 options, says nothing at times, and learns nothing."""
     rng, n = np.random.default_rng(0), 20_000
     options = rng.integers(2, 6, n)
@@ -77,7 +77,7 @@ def test_guesses_alone_leave_nothing_whatever_the_numbers_of_options():
         assert 0 < high - low < 0.02, "so many rows leave no doubt"
 
 
-def test_distance_and_collapse():
+def test_distances_of_choices_and_collapsed_options_equal_those_by_hand():
     gold = np.repeat([0, 1, 2], [50, 40, 10])
     assert choices.shares([0, 0, 1, -1], 3).tolist() == pytest.approx([2 / 3, 1 / 3, 0])
     assert np.isnan(choices.shares([-1, -1], 3)).all() and np.isnan(choices.distance([NAN, NAN], [0.5, 0.5]))
@@ -122,7 +122,7 @@ def _fill(stage, name, texts, **more):
     write_jsonl(file, [row | dict(zip(keys, text, strict=True)) | more for row, text in rows])
 
 
-def test_the_report_says_what_became_of_rows_and_options(run):
+def test_the_report_has_the_fates_of_rows_and_options(run):
     write_report(run)
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert "| FOMC | 40 | 0.0 | 0.0 | 0.0 | 100.0 | 0.0 |" in text
@@ -142,7 +142,7 @@ def test_the_report_says_what_became_of_rows_and_options(run):
     assert float(rows["0_base", "trace_fomc", "no_option"]["value"]) == 1
 
 
-def test_answers_are_read_as_the_tolerant_accuracy_reads_them(run):
+def test_chosen_options_are_read_like_by_the_tolerant_accuracy(run):
     found = Results(run).choices
     assert found.keys() == {"trace_fomc", "general_boolq"}
     assert found["trace_fomc"].labels == ["A dovish", "B hawkish", "C neutral"]

