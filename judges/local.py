@@ -73,7 +73,7 @@ class LocalJudge(Judge):
         sampling: dict[str, Any] | None = None,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
-        self.engine_args = {"enable_prefix_caching": True, **(engine_args or {})}
+        self.engine_args = dict(engine_args or {})
         if refused := sorted(self.engine_args.keys() - SPEED_ONLY_ARGS):
             raise JudgeError(
                 f"engine_args: {', '.join(refused)}: would make another judge of this model. There are "

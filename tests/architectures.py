@@ -139,6 +139,7 @@ def _lora_config(kind: str, model: Any) -> LoraConfig:
     settings = {
         "lora": {},
         "no change": {},
+        "lora_attention": {"target_modules": ["q_proj", "v_proj"]},
         "rslora": {"use_rslora": True},
         "dora": {"use_dora": True},
         "modules_to_save": {"modules_to_save": [head]},

@@ -25,13 +25,14 @@ from architectures import (
     reference,
     reference_likelihoods,
     reload,
+    served,
 )
 from conftest import UNCHANGED, byte_tokenizer, pieces_tokenizer, train
 from forks import forked
 from test_methods import EXACT, as_method, method, small
 from transformers import AutoTokenizer
 
-from trace_bench.engine import open_engine
+from trace_bench.engine import EngineError, open_engine
 from trace_bench.packaged import methods
 from trainers.base import ConfigError
 
@@ -203,3 +204,59 @@ def test_vllm_serves_unmerged_adapters_of_several_stages_in_one_batch(base_of, t
     assert calls[0] == 3 * len(PROMPTS) and calls[1:] in ([len(PROMPTS)], [2, 2, len(PROMPTS)])
     likelihoods_of_lora = reference_likelihoods(made["lora"][1], tokenizer, PAIRS)
     assert found[0]["likelihoods"] == pytest.approx(likelihoods_of_lora, rel=1e-3)
+
+
+MINICPM3 = {
+    **{"model_type": "minicpm3", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": True},
+    **{"q_lora_rank": 64, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 64},
+}
+
+
+def mixed(base: Path, adapter: Path, model: Path) -> list[dict]:
+    args = {"max_model_len": 256, "dtype": "float32", "enable_lora": True}
+    lm = open_engine("vllm", str(base), engine_args=args, checkpoints=[adapter])
+    found = []
+    for checkpoint in (adapter, model, adapter, None):
+        lm.load(checkpoint)
+        found.append({"answers": generate(lm, PROMPTS), **lm.served})
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_vllm_is_started_again_where_it_fails_to_swap_weights(monkeypatch, tmp_path):
+    """VLLM's class finds no weights of its own by name once there is LoRA, as there is on a GPU; so does DeepSeek's."""
+    monkeypatch.setitem(ARCHITECTURES, "minicpm3", MINICPM3)
+    base = make_base("minicpm3", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    (adapter, adapted), (full, model) = (make_checkpoint(kind, base, tmp_path / kind) for kind in ("lora", "full"))
+    lora, other, own = (reference(m, tokenizer, PROMPTS) for m in (adapted, model, reload(base, None)))
+    found = forked(mixed, base, adapter, full)
+    assert [f["answers"] for f in found] == [lora, other, lora, own]
+    assert ["own_engine" in f for f in found] == [False, True, True, False]
+
+
+def refused(base: Path, adapters: list[Path]) -> list[dict]:
+    args = {"max_model_len": 256, "dtype": "float32", "enable_lora": True}
+    with pytest.raises(EngineError, match="takes no LoRA requests"):
+        open_engine("vllm", str(base), engine_args=args, checkpoints=adapters[1:])
+    lm = open_engine("vllm", str(base), engine_args=args, checkpoints=adapters)
+    return [
+        {**each, "served": lm.served["weights"]} for path in adapters for each in served(lm, [path], PROMPTS, PAIRS)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_vllm_merges_an_adapter_for_whose_layers_it_has_no_lora(monkeypatch, tmp_path):
+    """It runs GLM-4 by transformers' code, and looks for LoRA of other layers than that has in its MLP."""
+    monkeypatch.setitem(ARCHITECTURES, "glm4", {**ARCHITECTURES["qwen3"], "model_type": "glm4"})
+    base = make_base("glm4", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    made = [make_checkpoint(kind, base, tmp_path / kind) for kind in ("lora_attention", "lora")]
+    found = forked(refused, base, [path for path, _ in made])
+    assert [f["served"] for f in found] == ["adapter", "merged adapter"]
+    for each, (_, model) in zip(found, made, strict=True):
+        assert each["answers"] == reference(model, tokenizer, PROMPTS)
+        assert each["likelihoods"] == pytest.approx(reference_likelihoods(model, tokenizer, PAIRS), rel=1e-3)

@@ -112,7 +112,11 @@ def test_vllm_gives_the_same_probabilities_with_one_request_per_answer_or_per_to
 def check_vllm(base, model, forced):
     args = {"dtype": "float32", "max_model_len": 64}
     lm = engine.open_engine("vllm", str(base), engine_args=args, forced=forced)
-    assert lm.forces is (forced and not lm.model.llm_engine.vllm_config.use_v2_model_runner)
+    assert lm.forces is (forced or lm.model.llm_engine.vllm_config.use_v2_model_runner)
+    asked, generate = [], lm._model_generate
+    lm._model_generate = lambda prompts, **kwargs: asked.append(len(prompts)) or generate(prompts, **kwargs)
+    lm.token_logprobs([Forced(*texts, 4) for texts in ANSWERS])
+    assert asked == [len(ANSWERS) if lm.forces else sum(len(answer) for _, answer in ANSWERS)]
     check_expected(lm, base, 1e-3)
     lm.load(model)
     check_expected(lm, model, 1e-3)

@@ -40,6 +40,7 @@ def started(monkeypatch):
     module = SimpleNamespace(FORCING="forcing", SwapVLLM=Swap)
     monkeypatch.setitem(sys.modules, "trace_bench.engine.vllm", module)
     monkeypatch.setattr(engine, "prepare_vllm", lambda args: None)
+    monkeypatch.setattr(engine, "_has_newer_runner", lambda: True)
     for where in (engine, engine.start):
         monkeypatch.setattr(where, "has_gpu", lambda: True)
     return starts
@@ -73,6 +74,21 @@ def test_vllm_forks_its_engine_only_if_torch_counts_gpus_without_cuda(devices, m
         assert os.environ.get("VLLM_WORKER_MULTIPROC_METHOD") == method
 
 
+def test_only_a_way_to_give_known_tokens_that_vllm_accepts_is_switched_on(options, started, monkeypatch):
+    """With speculative decoding it accepts none, and the older runner's way is slow."""
+    drafts = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
+    for newer, forced, args in ((True, False, {}), (False, True, {}), (False, False, {}), (True, True, drafts)):
+        monkeypatch.setattr(engine, "_has_newer_runner", lambda newer=newer: newer)
+        engine.open_engine("vllm", options["model_name_or_path"], engine_args=args, forced=forced)
+    names = ("enable_trace_replay", "logits_processors")
+    assert [{name: start[name] for name in names if name in start} for start in started] == [
+        {"enable_trace_replay": True},
+        {"logits_processors": ["forcing"]},
+        {},
+        {},
+    ]
+
+
 def test_log_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options, started, monkeypatch):
     monkeypatch.setattr(engine, "has_gpu", lambda: False)
     arguments = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
@@ -91,13 +107,13 @@ def test_log_probabilities_that_vllm_would_not_give_are_refused_at_the_start(opt
     ids=["Llama", "Granite 4", "Mamba-2"],
 )
 def test_states_are_not_cached_without_a_gpu(settings, kept, options, started, monkeypatch, tmp_path):
-    """VLLM's code for them on CPUs fails at a prompt of more than 256 tokens."""
+    """VLLM's code for them on CPUs fails at a prompt of more than 256 tokens. On a GPU vLLM decides."""
     folder = Path(shutil.copytree(options["model_name_or_path"], tmp_path / "m"))
     write_json(folder / "config.json", read_json(folder / "config.json") | settings)
     for gpu in (False, True):
         monkeypatch.setattr(engine, "has_gpu", lambda gpu=gpu: gpu)
         engine.open_engine("vllm", str(folder))
-    assert [start["enable_prefix_caching"] for start in started] == [kept, True]
+    assert [start.get("enable_prefix_caching") for start in started] == [None if kept else False, None]
 
 
 def test_asking_for_a_gpu_before_importing_vllm_leaves_it_usable_for_the_engine(monkeypatch, tmp_path):

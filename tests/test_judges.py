@@ -751,7 +751,7 @@ def test_a_local_model_judges_a_run_without_a_server(run, llm, monkeypatch):
     main([*argv, "--dry-run"])
     assert not llm.asked
     main(argv)
-    assert llm.opened == [{"enable_prefix_caching": True, "tensor_parallel_size": 2, "max_model_len": 4096}]
+    assert llm.opened == [{"tensor_parallel_size": 2, "max_model_len": 4096}]
     numbers = result(run, 1)
     assert numbers["pairs"]["win"] == 3 and numbers["endpoint"].startswith("vllm:")
     assert max(map(len, llm.asked)) == 10

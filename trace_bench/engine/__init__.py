@@ -123,8 +123,11 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         prepare_vllm(args)
         from trace_bench.engine.vllm import FORCING, SwapVLLM
 
-    if forced and not _has_newer_runner():
-        args.setdefault("logits_processors", [FORCING])
+    if "speculative_config" not in args:
+        if _has_newer_runner():
+            args.setdefault("enable_trace_replay", True)
+        elif forced:
+            args.setdefault("logits_processors", [FORCING])
     if not has_gpu():
         # With vLLM's default of 128 short prompts are never cached. The kernels want multiples of 32.
         args.setdefault("block_size", 32)
@@ -132,7 +135,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
             # With prefix caching, state-space models (Mamba-2, Granite 4) fail at prompts longer than a chunk.
             args.setdefault("enable_prefix_caching", False)
     # For Mistral's models "auto" would take their own tokenizer, config and weights, which training does not use.
-    args = {"enable_prefix_caching": True, "tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf", **args}
+    args = {"tokenizer_mode": "hf", "config_format": "hf", "load_format": "hf", **args}
     with_lora = dict(args)
     adapters = lora_args(with_lora, checkpoints)
     try:
@@ -152,7 +155,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
 def _has_newer_runner() -> bool:
     """Whether vLLM uses Model Runner V2, its default where there is Triton, as on GPUs.
 
-    It does not take `FORCING`. On a GPU a request for each token costs little.
+    V2 itself can give known tokens (trace replay). It does not accept `FORCING`.
     """
     from vllm import envs
     from vllm.triton_utils import HAS_TRITON

@@ -30,9 +30,11 @@ from trace_bench.engine.checkpoints import config_differences
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.merging import Merging
+from trace_bench.engine.outputs import matching_logprobs, same_answers
 from trace_bench.engine.start import lora_args, starting_vllm
 from trace_bench.engine.swap import EngineError, Example, Forced, SwapLM, TokenLogprobs, Wanted
 from trace_tasks.data.files import digest
+from trace_tasks.errors import brief
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +51,10 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
     """
 
     def __init__(self, adapters: Sequence[Path] = (), **kwargs: Any) -> None:
-        self.adapters = {path: _request(path, n) for n, path in enumerate(adapters, 1)}
+        self.adapters: dict[Path, LoRARequest] = {}
         self.adapter: LoRARequest | None = None
         self._later: list[LoRARequest] = []
+        self._requests = 0
         self._known: dict[tuple[LoRARequest | None, Wanted], list[int]] = {}
         #: The log-probabilities of a reference answer's first tokens, as far as the generated answer agrees with it.
         self._told: dict[tuple[LoRARequest | None, Example], list[float]] = {}
@@ -63,6 +66,10 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         # Some models start but lack a kernel for generation: fail now.
         params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True, detokenize=False)
         self.model.generate([{"prompt_token_ids": [0, 0]}], params, use_tqdm=False)
+        self._serve(adapters)
+        if adapters and not self.adapters:
+            self._end()
+            raise EngineError(f"vLLM takes no LoRA requests for {adapters[0]} and the other adapters.")
 
     # ----------------------------------------------------------------------------------------------------- weights
 
@@ -102,23 +109,31 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 self._restart(self.base)
                 if folder == self.base:
                     return
-            before = self._probe() if self.swaps is None and self.holds == self.base != folder else None
-            self._swap(folder)
-            if before is None:
-                return
-            # Test the first swap: with its original weights swapped in again the engine must answer as before.
-            self._swap(self.base)
-            self.swaps = _same(self._probe(), before)
-            if self.swaps:
-                self._swap(folder)
-                return
+            try:
+                if self._swap_tested(folder):
+                    return
+                why = "does not answer as before when the same weights are swapped in again, so no swap can be trusted"
+            except Exception as e:  # of any kind: with LoRA, vLLM looks for other names in some models
+                why = f"cannot swap weights ({brief(e)})"
+            self.swaps = False
             log.warning(
-                "vLLM does not answer as before when the same weights are swapped in again, so that no swap can be "
-                "trusted with this model here. The engine is started again for each stage, which takes longer."
+                "vLLM %s with this model here. The engine is started again for each stage, which takes longer.", why
             )
         if not other:
             served["own_engine"] = "its weights cannot be swapped in this engine"
         self._restart(folder)
+
+    def _swap_tested(self, folder: str) -> bool:
+        """Swaps weights in, and tests the first swap: with its original weights the engine must answer as before."""
+        before = self._probe() if self.swaps is None and self.holds == self.base != folder else None
+        self._swap(folder)
+        if before is None:
+            return True
+        self._swap(self.base)
+        self.swaps = same_answers(self._probe(), before)
+        if self.swaps:
+            self._swap(folder)
+        return self.swaps
 
     def _copies_weights(self) -> bool:
         """Whether the engine computes with copies of weights that no swap reaches: experts and sinks, without a GPU.
@@ -139,18 +154,22 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 f"vLLM does not forget what it computed before {self.holds} was loaded: run the command again."
             )
 
-    def _restart(self, folder: str) -> None:
-        """Stops the engine and starts one with these weights. The tokenizer stays the base model's."""
-        from vllm import LLM
+    def _end(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        args = {**self.model_args, "model": folder, "tokenizer": self.base}
-        if folder != self.base:
-            args["revision"] = None
         self.model.llm_engine.engine_core.shutdown()
         self.model: Any = None
         gc.collect()
         cleanup_dist_env_and_memory()
+
+    def _restart(self, folder: str) -> None:
+        """Stops the engine and starts one with these weights. The tokenizer stays the base model's."""
+        from vllm import LLM
+
+        args = {**self.model_args, "model": folder, "tokenizer": self.base}
+        if folder != self.base:
+            args["revision"] = None
+        self._end()
         with starting_vllm():
             self.model = LLM(**args)
         self.started_on = self.holds = folder
@@ -196,9 +215,22 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         if needed.items() - self.model_args.items():
             self.model_args |= needed
             self._restart(self.base)
-        # New numbers: under an old one vLLM would keep using the weights it has loaded for it.
-        last = max((adapter.lora_int_id for adapter in self.adapters.values()), default=0)
-        self.adapters |= {path: _request(path, n) for n, path in enumerate(adapters, last + 1)}
+        self._serve(adapters)
+
+    def _serve(self, adapters: Sequence[Path]) -> None:
+        """Makes LoRA requests for adapters. One with layers for which vLLM has no LoRA is left to be merged."""
+        for path in adapters:
+            # New numbers: under an old one vLLM would keep using the weights it has loaded for it.
+            self._requests += 1
+            # vLLM tells adapters apart by their names, and the stages' folders share one name.
+            request = LoRARequest(f"{self._requests}_{path.name}", self._requests, str(path))
+            try:
+                self.model.llm_engine.add_lora(request)
+            except Exception as e:  # a worker may raise any kind
+                log.warning("vLLM cannot serve %s unmerged, so it is merged: %s", path, brief(e))
+                self.adapters.pop(path, None)
+            else:
+                self.adapters[path] = request
 
     def prepare(self, checkpoint: Path | None, below: Sequence[Path] = ()) -> None:
         """See `SwapLM`."""
@@ -231,7 +263,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 self._known[adapter, want] = ids
                 if want.reference:
                     example = want.ids, want.reference
-                    self._told[adapter, example] = _matching_logprobs(want.reference, output.outputs[0])
+                    self._told[adapter, example] = matching_logprobs(want.reference, output.outputs[0])
                 if want.rated and adapter is self.adapter:
                     logprobs = [
                         known[token].logprob for token, known in zip(ids, output.outputs[0].logprobs, strict=True)
@@ -271,7 +303,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         """
         paths: dict[int, list[tuple[tuple[int, ...], int]]] = {}
         for i, (_, context, continuation) in enumerate(requests):
-            if self.soft_prompt is None and (len(continuation) == 1 or self.adapters):
+            if self.soft_prompt is None and (len(continuation) == 1 or self.model_args.get("enable_lora")):
                 ids = [*context, *continuation]
                 cut = max(len(ids) - (self.max_length - 1), 0)  # on the left, as lm-eval does
                 paths[i] = [(tuple(ids[cut : len(context) + n]), token) for n, token in enumerate(continuation)]
@@ -288,17 +320,19 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         return [answers[i] for i in range(len(requests))]
 
     def _log_likelihoods(self, examples: list[Example]) -> list[float]:
-        told = [self._told.get((self.adapter, example), []) for example in examples]
-        # The remaining tokens one by one where vLLM gives no probabilities of prompts (adapters, soft prompts), and
-        # where only one token remains, since that costs less than a pass over the prompt.
-        apart = self.adapters or self.soft_prompt is not None
-        paths = {
-            i: [((*prompt, *answer[:n]), answer[n]) for n in range(len(told[i]), len(answer))]
+        known = [self._told.get((self.adapter, example), []) for example in examples]
+        found = {i: sum(nats) for i, nats in enumerate(known) if len(nats) == len(examples[i][1])}
+        # The remaining tokens as if they were generated where vLLM gives no probabilities of prompts (adapters, soft
+        # prompts), and where only one token remains, since that costs less than a pass over the prompt.
+        apart = self.model_args.get("enable_lora") or self.soft_prompt is not None
+        rest = {
+            i: Forced((*prompt, *answer[: (n := len(known[i]))]), answer[n:], tuple((token,) for token in answer[n:]))
             for i, (prompt, answer) in enumerate(examples)
-            if apart or len(answer) - len(told[i]) <= 1
+            if i not in found and (apart or len(answer) - len(known[i]) == 1)
         }
-        logprobs = self._next_logprobs([step for path in paths.values() for step in path])
-        found = {i: sum(told[i]) + sum(logprobs[ids][token] for ids, token in path) for i, path in paths.items()}
+        order = sorted(rest, key=lambda i: rest[i].prompt)  # prompts with the same beginning one after the other
+        for i, steps in zip(order, self.token_logprobs([rest[i] for i in order]), strict=True):
+            found[i] = sum(known[i]) + sum(step[token] for token, step in zip(rest[i].answer, steps, strict=True))
         # Most prompts are in the cache, since they were just answered: the shortest ones last, so they go first here.
         # The second round reads without the cache.
         order = sorted(set(range(len(examples))) - set(found), key=lambda i: (len(examples[i][0]), examples[i]))
@@ -347,7 +381,9 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
                 if isinstance(one.asked, tuple):
                     which = {"logprob_token_ids": sorted({token for n in part for token in one.asked[n]})}
                 if self.forces and len(part) > 1:  # a single token need not be forced: nothing follows it
-                    which["extra_args"] = {"forced": list(one.answer[part.start : part.stop])}
+                    tokens = list(one.answer[part.start : part.stop])
+                    replays = self.model_args.get("enable_trace_replay")
+                    which |= {"trace_decode_token_ids": tokens} if replays else {"extra_args": {"forced": tokens}}
                 places.append(i)
                 prompts.append([*one.prompt, *one.answer[: part.start]])
                 params.append(
@@ -356,13 +392,14 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         outputs = self._model_generate(prompts, generate=True, sampling_params=params) if prompts else []
         found: list[TokenLogprobs] = [[] for _ in forced]
         for i, output in zip(places, outputs, strict=True):
-            found[i] += [{token: p.logprob for token, p in told.items()} for told in output.outputs[0].logprobs]
+            found[i] += [{token: p.logprob for token, p in step.items()} for step in output.outputs[0].logprobs]
         return found
 
     @property
     def forces(self) -> bool:
         """Whether a request can be made to generate known tokens; otherwise each token is a request of its own."""
-        return FORCING in (self.model_args.get("logits_processors") or ())
+        args = self.model_args
+        return bool(args.get("enable_trace_replay")) or FORCING in (args.get("logits_processors") or ())
 
     def _parts(self, one: Forced) -> Iterator[range]:
         """Splits an answer into ranges of tokens, so that one request can return all that is asked of a range."""
@@ -411,26 +448,3 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         self.work.prompt_tokens += sum(len(ids) for ids in requests)
         self.work.generated_tokens += sum(len(output.outputs[0].token_ids) for output in outputs)
         return outputs
-
-
-def _request(path: Path, n: int) -> LoRARequest:
-    """A LoRA request with a unique name: vLLM tells adapters apart by it, and the stages' folders share one name."""
-    return LoRARequest(f"{n}_{path.name}", n, str(path))
-
-
-def _matching_logprobs(reference: tuple[int, ...], output: Any) -> list[float]:
-    """The log-probabilities of a reference answer's first tokens, as far as the generated answer agrees with it."""
-    told: list[float] = []
-    for n, (token, step) in enumerate(zip(reference, output.logprobs or (), strict=False)):
-        if token not in step or tuple(output.token_ids[:n]) != reference[:n]:
-            break
-        told.append(step[token].logprob)
-    return told
-
-
-def _same(one: list[Any], other: list[Any]) -> bool:
-    """Whether two probes have the same tokens and, up to rounding, the same probabilities."""
-    return all(
-        a_ids == b_ids and all(abs(x - y) < 0.05 for x, y in zip(a, b, strict=True))
-        for (a_ids, a), (b_ids, b) in zip(one, other, strict=True)
-    )
