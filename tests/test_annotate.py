@@ -1,4 +1,4 @@
-"""Tests of the annotator: no wrong answer gets in, nothing is paid twice, and RCL trains on what it writes."""
+"""Tests of the annotator: it accepts no wrong answer, pays nothing twice, and writes rows that RCL can train on."""
 
 import csv
 import hashlib
@@ -37,7 +37,7 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def right():
-    """The replies of a teacher that is right: what it is asked about -> the demo's own path and answer."""
+    """The replies of a teacher that is always right: prompt -> the demo's own path and answer."""
     rows = [row for splits in demo.make_reasoning().values() for row in splits["train"]]
     return {neutralise(row["prompt"]): row["answer"] for row in rows}
 
@@ -47,7 +47,7 @@ def task_of(text):
 
 
 def wrong(reply):
-    """The same path to a wrong answer, whatever the form: that of another task's row."""
+    """The same path to a wrong answer in any form: that of a different row of the task."""
     for marker in ("\nAnswer:", "\n回答：", "transcripts is:\n"):
         if marker in reply:
             return f"{reply.partition(marker)[0]}{marker}Z 77 wrong"
@@ -55,13 +55,13 @@ def wrong(reply):
 
 
 def in_another_form(reply):
-    """A right reply whose answer is not quite the data's: 12.0 for 12, and a semicolon behind a line of code."""
+    """A right reply whose answer differs in form from the data: 12.0 for 12, and a semicolon after a line of code."""
     return re.sub(r"(\nAnswer:\d+)\Z|(?<=.)(?=\nReasoning:)", lambda m: f"{m[1]}.0" if m[1] else ";", reply)
 
 
 @pytest.fixture
 def server(right):
-    """A teacher that is right at once, at the second attempt, at the third, never: in the order of the rows."""
+    """A teacher that is right at the first, second or third attempt, or never, in turn over the rows."""
     turns = {task: i % 4 for i, task in enumerate(right)}
 
     def answer(text):
@@ -127,7 +127,7 @@ def test_built_in_demonstrations_score_in_full_and_cover_the_labels(task, right)
 
 
 def test_the_built_in_prompts_are_unchanged():
-    """Replies are cached by what is asked: raise annotate.VERSION with any change."""
+    """Replies are cached by the request. If it changes, raise annotate.VERSION."""
     asked = [
         prompts.read_prompt(file, data.FOLDERS[task]).messages(data.FOLDERS[task], "PROMPT", answer)
         for task, file in prompts.prompt_files(data.FOLDERS).items()
@@ -281,7 +281,7 @@ def test_an_answer_that_comes_first_and_the_numbers_of_quality_worked_by_hand():
 
 
 def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, capsys, monkeypatch, options):
-    """After a kill in the middle, after which nothing is paid twice; then RCL trains on the folder."""
+    """The program is killed in the middle, and nothing is paid twice. Then RCL trains on the folder."""
     out, put, puts = tmp_path / "out", Cache.put, []
 
     def killed(self, *args):
@@ -297,7 +297,7 @@ def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, ca
     assert files(out) == {}, "nothing is written before all is asked"
     command(server, out, *argv)
     said = capsys.readouterr().out
-    # 8 rows a task: 2 right at once, 2 at the second attempt, 2 at the third, 2 never: 8 + 6 + 4 requests.
+    # Each task has 8 rows: 2 right at the first attempt, 2 at the second, 2 at the third, 2 never: 8 + 6 + 4 requests.
     assert f"{out}: 48 of 64 rows accepted (75.0 %), the others left out: 64 requests sent, 80 from the cache" in said
     assert len(server.bodies) == 144 and [b["seed"] for b in server.bodies].count(3) == 32
     official = demo.make_reasoning()
@@ -307,7 +307,7 @@ def test_wrong_answers_never_enter_and_the_counts_are_right(server, tmp_path, ca
         assert (mine["dropped"], mine["kept"], mine["failed_requests"]) == (2, 0, 0)
         assert (mine["prompt_tokens"], mine["completion_tokens"]) == (180, 54)
         assert mine["rejected_replies"] == {"wrong answer": 18 - 6}
-        # The rows that are written are the demo's own reasoning rows, without those that the teacher got wrong.
+        # The written rows are the demo's own reasoning rows, without those that the teacher got wrong.
         wanted = [row for i, row in enumerate(official[folder]["train"][:8]) if i % 4 < 3]
         assert data.read_split(out, folder, "train") == wanted
         for split in ("eval", "test"):
@@ -339,7 +339,7 @@ def test_different_settings_are_an_error_before_any_request(server, tmp_path):
         message = error(*argv, *option)
         assert line in message and message.count("->") == 1 + message.count("\n  ") and "delete" in message
     assert len(server.bodies) == asked
-    # As the message says: without the file the folder is written again, and only what is new is asked.
+    # Do what the message says: without the file the folder is written again, and only new requests are sent.
     (tmp_path / "out/annotation.json").unlink()
     main(["annotate", *map(str, argv), "--rows", "5"])
     assert read_json(tmp_path / "out/annotation.json")["settings"]["rows"] == 5
@@ -359,7 +359,7 @@ def test_rejected_rows_can_be_kept_with_only_their_answer(server, tmp_path):
 
 
 def test_failed_requests_are_counted_and_sent_again(tmp_path, caplog, capsys):
-    """Some fail once, one always; in the last rounds there is nothing but failures, which is no outage."""
+    """Some requests fail once, one always. The last rounds have only failures, which are no outage."""
     rows = [("good", "B"), ("FAULT:long*1 once", "B"), ("FAULT:long always", "B"), ("FAULT:refusal", "B")]
     ends = {"\ncut": {"finish_reason": "length"}, "\nthink": {"content": None, "reasoning": "x"}}
 
@@ -470,7 +470,7 @@ def test_a_dry_run_sends_and_writes_nothing_and_needs_no_key(server, tmp_path, c
 
 
 def test_a_dry_run_states_what_all_attempts_cost_at_most(server, tmp_path, capsys):
-    """Also of what is left after a part was asked: of 4 rows the last one's path is never accepted."""
+    """It also states the cost of the rest after a part is done: the path of the last of 4 rows is never accepted."""
     argv = ["--rows", "4", "--tasks", "trace_fomc", "--price-in", "0", "--price-out", "1000000", "--currency", "USD"]
 
     def most(*options):

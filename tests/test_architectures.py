@@ -1,7 +1,7 @@
-"""The table of architectures and kinds of checkpoint: what is evaluated is the model that was trained.
+"""The evaluated model is the trained model, for a table of architectures and kinds of checkpoint.
 
 Every cell is compared with a plain greedy loop over the unmerged PEFT model (see architectures.py): one row at a time,
-no cache, float32. None answers differently.
+no cache, float32. All answers must be equal.
 """
 
 import shutil
@@ -36,14 +36,14 @@ from trace_bench.engine import EngineError, open_engine
 from trace_bench.packaged import methods
 from trainers.base import ConfigError
 
-#: Contexts and texts of one token or several, as in MMLU and PIQA.
+#: Contexts with texts of one or several tokens, as in MMLU and PIQA.
 PAIRS = [
     *(("Which of them is it?\nAnswer:", f" {letter}") for letter in "ABCD"),
     ("A", " longer text, of several words."),
     ("Die Straße ist", " naß"),
 ]
 ALL_KINDS = (*KINDS, *MORE_KINDS)
-#: One architecture of each kind of positions, attention, experts and state; the others are slow tests.
+#: One architecture for each kind of positions, attention, experts and state. The others are slow tests.
 QUICK = ("llama", "llama_tied", "gpt2", "gptj", "falcon_alibi", "gemma3", "mamba", "mixtral")
 _SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 CELLS = [
@@ -57,25 +57,25 @@ CELLS = [
     ),
     pytest.param(by_vllm, "llama", KINDS, id="vllm-llama", marks=_SLOW),
     pytest.param(by_vllm, "llama_tied", ALL_KINDS, id="vllm-llama_tied", marks=_SLOW),
-    # By transformers' own code within vLLM, whose class is built again for each stage.
+    # vLLM runs it with transformers' code and builds the class again for each stage.
     pytest.param(by_vllm, "gpt_neox", ["full", "lora"], id="vllm-gpt_neox", marks=_SLOW),
-    # vLLM's kernel for CPUs would turn one of its heads alone.
+    # vLLM's kernel for CPUs would rotate only one of its heads.
     pytest.param(by_vllm, "lfm2", ["full", "lora"], id="vllm-lfm2", marks=_SLOW),
     # An engine for each, since experts cannot be swapped on a CPU.
     pytest.param(by_vllm, "mixtral", ["lora"], id="vllm-mixtral", marks=_SLOW),
-    # Its sinks and the biases of its experts stay as they are in a swap that passes the test of the first one.
+    # A swap does not change its sinks and the biases of its experts, although it passes the check of the first swap.
     pytest.param(by_vllm, "gpt_oss", ["full"], id="vllm-gpt_oss", marks=_SLOW),
 ]
 
 
 @pytest.fixture(scope="session")
 def base_of(tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
-    """The base model of an architecture and what it answers, made once."""
+    """The base model of an architecture and its answers, made once."""
     folder = tmp_path_factory.mktemp("architectures")
 
     @cache
     def make(architecture: str) -> tuple[Path, list[str]]:
-        # Of a Qwen transformers makes the tokenizer byte-level, whatever its files say.
+        # transformers makes the tokenizer of a Qwen byte-level, regardless of its files.
         tokenizer = byte_tokenizer() if architecture.startswith("qwen") else pieces_tokenizer()
         base = make_base(architecture, folder / architecture, tokenizer)
         UNCHANGED.add(str(base))
@@ -88,7 +88,7 @@ def base_of(tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
 
 @pytest.mark.parametrize(("answers_of", "architecture", "kinds"), CELLS)
 def test_an_engine_answers_like_the_trained_model(answers_of, architecture, kinds, base_of, tmp_path):
-    """One engine and all kinds of checkpoint, the base between any two of them."""
+    """One engine loads all kinds of checkpoint, and the base model between any two of them."""
     base, answers_of_base = base_of(architecture)
     tokenizer = AutoTokenizer.from_pretrained(base)
 
@@ -111,10 +111,10 @@ def test_an_engine_answers_like_the_trained_model(answers_of, architecture, kind
 
 # -------------------------------------------------------------------------------------------------- trained by a method
 
-#: Dense with as many heads of keys as of queries, tied embeddings, grouped queries, experts.
+#: A dense model with as many key heads as query heads, one with tied embeddings, one with grouped queries, and experts.
 TRAINED_ON = ("phi", "llama_tied", "llama", "mixtral")
 METHODS = [m for m in methods() if m != "icl"]
-#: What a method does not fit, and what it says: an error before anything is trained.
+#: Methods that do not fit an architecture, and their error before training.
 _FAMILY = ("olora", "inclora", "nlora", "milora", "inflora")
 UNFIT = {
     **{(name, "mixtral"): r"mlp\.(experts|gate) is no linear layer.*Name linear layers" for name in _FAMILY},
@@ -124,7 +124,7 @@ UNFIT = {
 
 
 def _cells():
-    """Each method on one architecture, in turn; the others are slow tests."""
+    """Pairs each method with one architecture in turn. The other pairs are slow tests."""
     for i, name in enumerate(METHODS):
         for n, architecture in enumerate(TRAINED_ON):
             quick = n == i % len(TRAINED_ON)
@@ -134,7 +134,7 @@ def _cells():
 @pytest.mark.usefixtures("written_here")
 @pytest.mark.parametrize(("name", "architecture"), _cells())
 def test_the_evaluated_model_is_the_one_that_the_method_trained(name, architecture, base_of, options):
-    """Two stages, and the tokens of the second one; or the method says that the model does not fit it."""
+    """Compares the tokens after two stages, or checks the method's error that the model does not fit."""
     base, answers_of_base = base_of(architecture)
     trainer, config = method(name)
     trained = []
@@ -156,7 +156,7 @@ def test_the_evaluated_model_is_the_one_that_the_method_trained(name, architectu
         return
     run = train(settings, as_method(Spy), config)
     checkpoint = run.stages[-1].checkpoint
-    # What `merge` leaves is not what it has trained, but an average.
+    # `merge` leaves an average, not the model that it trained.
     model = reload(base, checkpoint) if name == "merge" else trained[0].eval()
     expected = reference(model, AutoTokenizer.from_pretrained(base), PROMPTS)
     (found,) = by_transformers(base, [checkpoint], PROMPTS)
@@ -187,10 +187,10 @@ def unmerged(base: Path, adapters: list[Path]) -> tuple:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_vllm_serves_unmerged_adapters_of_several_stages_in_one_batch(base_of, tmp_path):
-    """As on a GPU, where that is the default; a kind that LoRA requests cannot hold is merged beside them."""
+    """This is the default on a GPU. A kind of adapter that LoRA requests cannot contain is merged."""
     base, answers_of_base = base_of("llama_tied")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    # Their folders have one name, as those of the stages of a run.
+    # Their folders have the same name, like those of the stages of a run.
     made = {kind: make_checkpoint(kind, base, tmp_path / kind / "adapter") for kind in ("lora", "rslora", "dora")}
     expected = {kind: reference(model, tokenizer, PROMPTS) for kind, (_, model) in made.items()}
     adapters = [made["lora"][0], made["rslora"][0], tmp_path / "third" / "adapter", made["dora"][0]]

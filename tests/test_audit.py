@@ -1,4 +1,4 @@
-"""Tests of the audit: every planted fault is found once and nothing else is; scores without leaked rows."""
+"""Tests of the audit: it finds exactly the planted faults; and of scores without leaked rows."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ SIZES = {"train": 24, "eval": 6, "test": 12}
 
 
 def sentence(seed, words=40):
-    """So many made-up words, others for each seed."""
+    """A number of made-up words, different ones for each seed."""
     rnd = random.Random(seed)
     return " ".join("".join(rnd.choices("abcdefghij", k=6)) for _ in range(words)).capitalize() + "."
 
@@ -65,7 +65,7 @@ def write(tmp_path, monkeypatch):
     monkeypatch.delenv("TRACE_REASONING", raising=False)
 
     def write(rows):
-        """Writes the rows into a folder of the official layout, the reasoning variant inside."""
+        """Writes the rows into a folder in the official layout that contains the reasoning variant."""
         root = tmp_path / "data"
         shutil.rmtree(root, ignore_errors=True)
         for task, splits in rows.items():
@@ -78,7 +78,7 @@ def write(tmp_path, monkeypatch):
 
 
 def findings(report):
-    """All that an audit warns of: (task, split or pair, what) -> rows."""
+    """All warnings of an audit: (task, split or pair, kind) -> rows."""
     found = {}
     for task, facts in report["tasks"].items():
         for split, of_split in facts["splits"].items():
@@ -99,7 +99,7 @@ WHOLE = [
 ]
 FLOATS = ["1.4300000000000002", "2.9999999999999996", "3.14159265358979", "0.5000", "100000000"]
 NUMBERS = {i: {"answer": ("{}", "-{}.5", "1,{:03}")[i % 3].format(i)} for i in range(SIZES["train"])}
-#: Fault -> rows of FOMC that make it (split, row, what the row becomes or what changes in it), and what is found.
+#: Fault -> changes of FOMC's rows (split, row, new row or changed fields), and the expected findings.
 PLANTS = {
     "nothing": ([], {}),
     "same row": ([("train", 5, base("train", 4))], {}),
@@ -168,7 +168,7 @@ def test_faults_of_reasoning_rows_are_found(rows, write):
     train = rows["reasoning_fomc"]["train"]
     rows["reasoning_fomc"]["test"][3] = plain(sentence("misplaced"), "A")
     train[4]["prompt"] += "Reasoning:"
-    train[1] = {**train[0], "answer": "It hints at it.\nAnswer:A"}  # they contradict in the answer alone
+    train[1] = {**train[0], "answer": "It hints at it.\nAnswer:A"}  # only the answers contradict each other
     train[3] = {**train[2], "answer": train[2]["answer"].replace("Answer:C", "Answer:B")}
     root = write(rows)
     expected = {("test", "other_variant"): [3], ("train", "doubled_cue"): [4], ("train", "contradicting"): [[2, 3]]}
@@ -196,7 +196,7 @@ def test_leaked_rows_are_listed_by_kind_and_task(rows, write):
 
 @pytest.fixture
 def sums():
-    """NumGLUE-cm and -ds: rows 1 and 2 of the test rows of ds are in cm's training rows, the second nearly."""
+    """NumGLUE-cm and -ds: test rows 1 and 2 of ds are also training rows of cm, row 2 only nearly."""
 
     def row(seed, i):
         text = f"Solve the following math problem.\nQuestion:\n{sentence(f'{seed} {i}')}\nAnswer:"
@@ -398,13 +398,13 @@ def test_an_output_file_that_is_not_json_is_an_error_before_any_work(rows, write
 
 @pytest.fixture
 def audited(rows, write, tmp_path):
-    """A run on data with leaked rows 2 and 9 (exact), 4 (near), 8 (in the reasoning variant), and its audit."""
+    """Makes a run on data with leaked rows 2 and 9 (exact), 4 (near), 8 (in the reasoning variant), and its audit."""
     plant(rows, "leak", "another form", "other variant of a row")
     root = write(rows)
     write_json(tmp_path / "audit.json", audit.audit(root))
 
     def make(name="mine", tasks=("trace_fomc",)):
-        """The base model has rows 2, 4 and 9 right, every stage 8 and 11 too."""
+        """The base model answers rows 2, 4 and 9 right, every stage also 8 and 11."""
         right = [(2, 4, 9), *[(2, 4, 8, 9, 11)] * len(tasks)]
         scores = np.array([[i in rows for rows in right] for i in range(12)], float)
         record = {"tasks": list(tasks), "task_versions": dict.fromkeys(tasks, 1)}
@@ -470,7 +470,7 @@ def test_missing_samples_are_an_error_only_if_they_are_needed(audited, tmp_path)
     run.stages[1].samples_file("trace_fomc").unlink()
     with pytest.raises(RunError, match=r"trace_fomc\.jsonl is gone"):
         write_report(without_leaked(run, tmp_path / "audit.json"))
-    write_report(run)  # which needs none
+    write_report(run)  # it needs no samples
 
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=9)
@@ -578,7 +578,7 @@ def test_official_files_are_recognised_and_a_rebuilt_one_is_not():
 @real_data
 @pytest.mark.slow  # counts 20 million characters
 def test_the_real_data_has_the_known_lengths_in_tokens():
-    """Median tokens of prompts and answers, SmolLM2's tokenizer; what is known of them is of other rows in part."""
+    """Median tokens of prompts and answers with SmolLM2's tokenizer. The known values are partly from other rows."""
     report = audit.audit(SMALL, models.open_tokenizer(None))
     for task, medians in TOKENS.items():
         train = report["tasks"][task]["splits"]["train"]

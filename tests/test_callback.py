@@ -1,4 +1,4 @@
-"""The callback: it measures what the model has learned and forgotten, and leaves the training as it was."""
+"""The callback measures what the model learns and forgets, and does not change the training."""
 
 import copy
 import os
@@ -39,13 +39,13 @@ ROWS = Dataset.from_list([{"prompt": f"{i} and {i} is ", "completion": f"{2 * i}
 
 @pytest.fixture
 def base(checkpoints):
-    """A model that writes lively texts, so that equal answers mean equal weights."""
+    """A model that writes varied texts, so equal answers mean equal weights."""
     return checkpoints["full model"]
 
 
 @pytest.fixture
 def trainer(base, tmp_path, demo_data):
-    """Makes a trainer of TRL: three steps of a LoRA with dropout."""
+    """Makes a TRL trainer: three steps of LoRA with dropout."""
     freeze_imports()
 
     def make(name="out", **options):
@@ -76,7 +76,7 @@ def numbers():
 
 
 class Watch(TrainerCallback):
-    """Holds the state of a model, and the random numbers, at each step."""
+    """Records the state of a model and of the random numbers at each step."""
 
     def __init__(self):
         self.seen = []
@@ -267,7 +267,7 @@ def test_a_divided_model_is_refused_by_the_callback(trainer, change, message):
 
 
 def test_padding_does_not_separate_a_soft_prompt_from_its_text(base):
-    """PEFT by itself puts the padding between the two: in a batch a prompt got another answer than alone."""
+    """PEFT alone puts padding between the two, so a prompt got a different answer in a batch than alone."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
@@ -285,7 +285,7 @@ def test_padding_does_not_separate_a_soft_prompt_from_its_text(base):
 
 
 def test_answers_of_a_compiled_model_compile_nothing(trainer):
-    """Each length of a text would be, up to a limit behind which the training's own lengths are not any more."""
+    """Otherwise each length would be compiled, up to a limit beyond which the training's own lengths are not."""
     one, graphs = trainer(), []
     one.model.get_base_model().compile(backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
     one.model = torch.compile(one.model, backend="eager")

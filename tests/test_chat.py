@@ -1,4 +1,4 @@
-"""Chat prompts: one renderer for training, evaluation and judged answers; its arguments and its date are on record."""
+"""Chat prompts: training, evaluation and judged answers share a renderer, whose arguments and date are recorded."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from trace_tasks.data.files import write_json
 from trace_tasks.tokens import Chat, PromptError, example_ids, prompt_ids
 from trainers.base import ConfigError
 
-#: As Qwen3's: thinking is on unless it is turned off by false; none that is given is not the same as nothing given.
+#: Like Qwen3's template: thinking is on unless it is false. Setting it to none differs from not setting it.
 SWITCH = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ strftime_now('%d.%m.%Y') }}\n"
     "{{ m['content'] | trim }}</s>\n{% endfor %}"
@@ -75,7 +75,7 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
     with pytest.raises(RunError, match=r"chat_template_args\.enable_thinking: False -> True"):
         evaluate.evaluate(run)
 
-    # Judged answers have the arguments, too, where the tasks have no template.
+    # Judged answers also get the arguments if the tasks have no template.
     run.manifest["config"].update(chat_template_args=OFF, chat_template=False)
     for stage in run.stages:
         stage.eval_file("trace_fomc").unlink()
@@ -155,7 +155,7 @@ def test_a_text_that_a_normaliser_makes_longer_is_cut_by_the_excess(chat):
 
 
 def test_a_chat_has_only_the_ids_of_its_template(chat):
-    """As transformers' own way; a raw prompt keeps what the tokenizer puts in front."""
+    """This equals transformers' own way. A raw prompt keeps the tokens that the tokenizer adds in front."""
     turns = [{"role": "user", "content": "a question"}]
     own = chat.tokenizer.apply_chat_template(
         turns, add_generation_prompt=True, enable_thinking=False, strftime_now=chat.day.strftime, return_dict=False
@@ -187,7 +187,7 @@ def test_a_template_that_refuses_the_turns_is_an_error(chat):
         Chat(chat.tokenizer)
 
 
-#: As MiniMax's and SmolVLM's, which look for parts: of a text the one finds none.
+#: Like the templates of MiniMax and SmolVLM, which look for parts and find none in a plain text.
 PARTS = "{% for m in messages %}{{ m['content'][0]['text'] + '!' }}{% endfor %}"
 IMAGES = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}Answer:"
 

@@ -1,4 +1,4 @@
-"""Tests of BWT by other rules, and of published results beside a run."""
+"""Tests of BWT by other rules, and of published results in a run's report."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from trace_bench.report.conventions import CONVENTIONS, sections
 from trace_bench.report.results import Results
 from trace_tasks.data import ORDERS
 
-# Changes since the own stage: task 1 by -.2 and then -.1, task 2 by +.1, task 3 is the last.
+# Changes since a task's own stage: task 1 by -.2 and then -.1, task 2 by +.1. Task 3 is the last.
 R = np.array([[0.1, 0.2, 0.3], [0.8, 0.0, 0.0], [0.6, 0.9, 0.0], [0.7, 1.0, 0.5]])
 
 
@@ -113,7 +113,7 @@ def test_published_results_are_only_shown_for_runs_of_the_same_protocol(make, mo
     assert {row[4] for row in same} == {"yes"} and apart[0][4].startswith("no: order 2 there")
     assert {row[0] for row in apart} == {"SeqFT"}, "of others, this method alone"
 
-    # What all rows have in common stands once, above the table.
+    # Facts that all rows share are written once, above the table.
     about, table = paper.published(published_run(make, "demo", data={"path": None, "demo": True, "fingerprint": {}}))
     assert "demo data here" in about and not any("demo data" in row[4] for row in table.rows)
 

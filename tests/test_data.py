@@ -1,4 +1,4 @@
-"""Tests of `trace_tasks.data`: bad data is named with file and row, archives stay in the cache, token ids match."""
+"""Tests of `trace_tasks.data`: errors on bad data name file and row, archives stay in the cache, token ids match."""
 
 import errno
 import gzip
@@ -33,7 +33,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    """A whole data set in the official layout."""
+    """A complete data set in the official layout."""
     for folder in data.FOLDERS.values():
         (tmp_path / "d" / folder).mkdir(parents=True)
         for split in data.SPLITS:
@@ -112,7 +112,7 @@ def test_an_archive_of_several_data_sets_lists_them(root, tmp_path):
 
 
 def refused(file, words, cache):
-    """Refuses the archive, and leaves nothing in the cache."""
+    """Checks that an archive is refused and leaves nothing in the cache."""
     with pytest.raises(DataError, match=rf"{re.escape(file.name)}.*{words}"):
         data.find_data(str(file))
     assert not list(cache.glob("*"))
@@ -284,7 +284,7 @@ def test_only_the_answer_and_eos_have_a_loss(bos):
     assert example_ids(tokenizer(bos), ["cd"], ["abc"]) == [
         {"input_ids": [*head, C, D, AB, C, EOS], "labels": [-100] * len([*head, C, D]) + [AB, C, EOS]}
     ]
-    # Tokens that merge across the border leave the prompt as it is tested; together they are c ab d.
+    # If a token spans prompt and answer, the prompt stays as it is tested; tokenised together they are c ab d.
     (example,) = example_ids(tokenizer(bos), ["ca"], ["bd"])
     assert example["labels"][-3:] == [B, D, EOS] and example["input_ids"][-5:-3] == [C, A]
 

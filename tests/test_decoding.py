@@ -1,6 +1,6 @@
-"""From token ids to answers, on every engine: one text, greedy whatever a file says, up to EOS and no further.
+"""From token ids to answers on every engine: one text, always greedy, up to EOS and no further.
 
-The models are told what to write (`make_writer`), or write lively texts that a plain greedy loop knows.
+The models have fixed answers (`make_writer`), or write varied texts that are compared with a plain greedy loop.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trace_bench.engine.models import ModelError, load_tokenizer
 from trace_bench.tasks import load_tasks
 from trainers.base import sampled
 
-#: Settings that transformers' generate takes from a checkpoint, each of which would change an answer below.
+#: Settings that transformers' generate reads from a checkpoint. Each would change an answer below.
 SETTINGS = {
     "search": {"num_beams": 3},
     "sampling": {"do_sample": True, "temperature": 5.0, "top_k": 50},
@@ -80,7 +80,7 @@ def test_an_answer_has_no_space_from_its_first_piece(answers_of, legacy, tmp_pat
 
 @backends
 def test_an_answer_is_decoded_from_its_ids_alone(answers_of, tmp_path):
-    """A character in bytes, spaces within, a mark at the end; nothing depends on the prompt before it."""
+    """The answers have a character in bytes, spaces, and a mark at the end. None depends on the prompt before it."""
     follows = {"▁x": "▁", "▁": "<0xC3>", "<0xC3>": "<0xA9>", "<0xA9>": "▁B", "▁B": "▁C", "▁C": "."}
     follows |= {".": "▁y", "▁y": "</s>", "?": "<0x0A>", "<0x0A>": "<0xE2>", "<0xE2>": "</s>"}
     base = make_writer(tmp_path / "base", pieces_tokenizer(), follows)
@@ -99,7 +99,7 @@ def test_answers_contain_no_special_tokens(answers_of, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- EOS
 
-#: Three rows of one batch: ended by the tokenizer's EOS, by the model's, and by the limit.
+#: Three rows of a batch, which are ended by the tokenizer's EOS, the model's EOS, and the limit.
 ENDS = {
     **{"▁x": "5", "5": "</s>", "</s>": "5"},
     **{"▁y": "6", "6": "7", "7": "8", "8": "<|im_end|>", "<|im_end|>": "9", "9": "9"},
@@ -123,7 +123,7 @@ def test_an_answer_ends_at_the_tokenizers_eos_and_at_the_models(answers_of, seve
 
 
 def test_an_answer_in_a_chat_ends_where_the_template_ends_it(chatty, tmp_path):
-    """Of Qwen's base models neither tokenizer nor model calls that token EOS; TRL trains it."""
+    """In Qwen's base models neither tokenizer nor model has this token as EOS, but TRL trains it."""
     chatty.chat_template = (
         "{% for m in messages %}In: {{ m['content'] }}{% if m['role'] != 'user' %} <|im_end|>\n{% endif %}{% endfor %}"
     )
@@ -135,7 +135,7 @@ def test_an_answer_in_a_chat_ends_where_the_template_ends_it(chatty, tmp_path):
 
 @backends
 def test_an_answer_ends_at_the_eos_of_the_checkpoint(answers_of, chatty, tmp_path):
-    """Chat tuning gives a model another EOS than its base has."""
+    """Chat tuning may give a model a different EOS than its base."""
     base = make_writer(tmp_path / "base", chatty, ENDS)
     tuned = make_writer(tmp_path / "tuned", chatty, ENDS, eos_token_id=chatty.convert_tokens_to_ids("<|im_end|>"))
     assert texts(answers_of(base, [tuned], ROWS, [], LENGTH)) == [ANSWERS]
@@ -143,7 +143,7 @@ def test_an_answer_ends_at_the_eos_of_the_checkpoint(answers_of, chatty, tmp_pat
 
 @pytest.mark.parametrize("full, new", [(False, False), (True, False), (False, True)])
 def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(full, new, chatty, tmp_path):
-    """Chat tuning of a base model: an adapter has no other file that says it, some programs write no other."""
+    """After chat tuning of a base model, the tokenizer may be the only file of an adapter that has the new EOS."""
     base = make_writer(tmp_path / "base", chatty, ENDS)
     if full:
         tuned = Path(shutil.copytree(base, tmp_path / "tuned"))
@@ -152,7 +152,7 @@ def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(ful
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.save_pretrained(tuned)
-    if new:  # a token of the tuning's own, for which the embeddings of the base have room
+    if new:  # a new token, for which the base model's embeddings have a free row
         pieces_tokenizer().save_pretrained(base)
     answers = texts(by_transformers(base, [None, tuned, None], ROWS, [], LENGTH))
     assert answers[0] == answers[2] != answers[1] == ANSWERS
@@ -160,7 +160,7 @@ def test_an_answer_ends_at_the_eos_of_the_tokenizer_that_a_checkpoint_brings(ful
 
 @pytest.mark.parametrize(("whole", "text"), [([1, 106], 1), (None, 7), (5, None), ([5, 6], [7])])
 def test_the_eos_of_a_model_with_several_parts_is_that_of_transformers(whole, text, tmp_path):
-    """Gemma 3's config.json names <end_of_turn> on the outside alone."""
+    """Gemma 3's config.json has <end_of_turn> only at the top level."""
     parts = {"model_type": "gemma3_text", **({} if text is None else {"eos_token_id": text})}
     config = {"model_type": "gemma3", "text_config": parts, **({} if whole is None else {"eos_token_id": whole})}
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -180,7 +180,7 @@ def with_settings(folder: Path, settings: dict) -> Path:
 
 @torch.no_grad()
 def as_transformers_would(folder: Path, prompt: str) -> str:
-    """What a "greedy" call of generate makes of a folder, its generation_config.json included."""
+    """The answers of a "greedy" call of generate for a folder, with its generation_config.json."""
     model, tokenizer = reload(folder, None), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     limits = {} if model.generation_config.max_new_tokens else {"max_new_tokens": LENGTH}
@@ -192,7 +192,7 @@ def as_transformers_would(folder: Path, prompt: str) -> str:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_decoding_is_greedy_with_any_generation_config(name, lively, tmp_path):
-    """The settings of the base, and of a checkpoint put into it."""
+    """The settings may be those of the base model or of a loaded checkpoint."""
     check_settings(by_transformers, SETTINGS[name], lively, tmp_path)
 
 
@@ -220,7 +220,7 @@ def check_settings(answers_of, settings: dict, lively: Path, tmp_path: Path) -> 
 
 @backends
 def test_a_tokenizer_that_adds_eos_adds_none_to_prompts(answers_of, lively, tmp_path):
-    """Answers and likelihoods are those of the same model whose tokenizer adds none."""
+    """Answers and likelihoods equal those with a tokenizer that adds no EOS."""
     ending = Path(shutil.copytree(lively, tmp_path / "ending"))
     pieces_tokenizer(add_eos_token=True).save_pretrained(ending)
     assert AutoTokenizer.from_pretrained(ending)("A").input_ids[-1] == 2
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_adds_eos_adds_none_to_prompts(answers_of, lively, tmp_
 
 @pytest.mark.parametrize("name", ["LlamaTokenizerFast", "PreTrainedTokenizerFast"])
 def test_a_tokenizer_is_loaded_from_its_file_even_if_transformers_would_rebuild_it(name, lively, tmp_path):
-    """A byte-level one of a Llama whose file says LlamaTokenizerFast, as DeepSeek's: it would lose every space."""
+    """A byte-level tokenizer whose file says LlamaTokenizerFast, such as DeepSeek's, would lose every space."""
     folder = Path(shutil.copytree(lively, tmp_path / "m"))
     assert load_tokenizer(folder)("A b").input_ids == pieces_tokenizer()("A b").input_ids
     byte_tokenizer().save_pretrained(folder)
@@ -249,7 +249,7 @@ def test_a_tokenizer_is_loaded_from_its_file_even_if_transformers_would_rebuild_
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_a_llama_tokenizer_without_a_json_file_encodes_as_sentencepiece_or_is_refused(kind, lively, tmp_path):
-    """Transformers takes the vocabulary of tokenizer.model for one of BPE, without its normaliser."""
+    """Transformers reads the vocabulary of tokenizer.model as BPE without its normaliser."""
     folder = Path(shutil.copytree(lively, tmp_path / "m", ignore=shutil.ignore_patterns("tokenizer*")))
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     settings = {"vocab_size": 340, "model_type": kind, "byte_fallback": True, "hard_vocab_limit": False}
@@ -272,7 +272,7 @@ def test_a_llama_tokenizer_without_a_json_file_encodes_as_sentencepiece_or_is_re
 
 @pytest.mark.parametrize("pad", ["[PAD]", None])
 def test_a_batch_is_padded_with_a_token_in_the_embeddings(pad, lively, tmp_path):
-    """Some tokenizers have one more than the embeddings, or none."""
+    """Some tokenizers have a padding token beyond the embeddings, or none."""
     folder = Path(shutil.copytree(lively, tmp_path / "m"))
     tokenizer = AutoTokenizer.from_pretrained(lively)
     expected = reference(reload(lively, None), tokenizer, PROMPTS)
@@ -291,7 +291,7 @@ STATES = {
 
 @pytest.mark.parametrize("name", [*STATES, "mamba", "llama"])
 def test_prompts_of_a_model_that_ignores_the_mask_are_not_padded(name, tmp_path, monkeypatch, caplog):
-    """Its answers behind padding would be others; a model that sees it has one batch."""
+    """Padding would change its answers. Prompts of a model that uses the mask are one batch."""
     if name in STATES:
         sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
         monkeypatch.setitem(ARCHITECTURES, name, {"model_type": name, **sizes, **STATES[name]})
@@ -320,7 +320,7 @@ def test_prompts_of_a_model_that_ignores_the_mask_are_not_padded(name, tmp_path,
 
 
 def test_a_long_text_does_not_change_the_positions_of_short_texts_in_its_batch(tmp_path, monkeypatch):
-    """With longrope those of a whole batch are the long ones once one of its texts is long."""
+    """With longrope, one long text gives the whole batch the positions of long texts."""
     factors = {"short_factor": [1.0] * 32, "long_factor": [4.0] * 32}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors, "original_max_position_embeddings": 50}
     settings = {**ARCHITECTURES["phi3"], "rope_parameters": rope, "original_max_position_embeddings": 50}

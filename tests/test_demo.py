@@ -18,7 +18,7 @@ TASKS = ["C-STANCE", "FOMC", "MeetingBank", "Py150", "ScienceQA", "NumGLUE-cm", 
 ROWS = (300, 20, 50)
 
 MATH = r"Solve the following math problem\.\nQuestion:\n[^\n]+\nAnswer:"
-# The official frames; the parts between them must not hold a line break of their own.
+# The official frames. The parts between them must not contain a line break.
 FRAMES = {
     "C-STANCE": r"判断以下文本对指定对象的态度，选择一项：A\.支持，B\.反对，C\.中立。输出A，B或者C。\n"
     r"文本：\n[^\n]+\n对象：\n[^\n]+\n态度：",
@@ -56,10 +56,10 @@ def all_rows(data, task):
 
 
 def test_demo_rows_are_unchanged_within_a_version():
-    """Other rows under the same VERSION would silently be compared; bump VERSION and this digest together."""
+    """Different rows with the same VERSION would silently be compared. Change VERSION and this digest together."""
     made = [demo.make_demo(), demo.make_reasoning(), demo.make_lima(), demo.make_sets()]
     digests = [hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16] for data in made]
-    # The first is that of version 1 too: published numbers stand on these rows.
+    # The first digest is also that of version 1: published numbers are based on these rows.
     assert (demo.VERSION, digests) == (
         4,
         ["88dcc01948494544", "e3427a219540ce05", "2777bcb077643961", "ae8fbb3ce43d091a"],

@@ -20,7 +20,7 @@ from trace_bench.run import Run, RunError, in_use, locked, read_json
 
 ROOT = Path(__file__).parents[1]
 
-#: What the processes do in addition, as the variable DO says, when they have a stage.
+#: Value of the variable DO -> what a process does in addition when it has a stage.
 HELD = """
 import os, signal, time
 from pathlib import Path
@@ -46,7 +46,7 @@ filling.evaluate_plan = evaluate_plan
 
 @pytest.fixture
 def two(tmp_path, monkeypatch) -> list[str]:
-    """The options for two processes on the CPU, which begin together."""
+    """Options for two processes on the CPU that begin together."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nif '--share' in sys.argv or '--share' in sys.orig_argv:\n    import held\n"
     )
@@ -57,7 +57,7 @@ def two(tmp_path, monkeypatch) -> list[str]:
 
 
 def results(run: Run) -> dict[str, object]:
-    """Each cell and distance by its path, without its times; samples and answers as they are."""
+    """Path -> content of each cell and distance without times, and of samples and answers."""
     found = {}
     for file in sorted(run.path.glob("stages/*/*/**/*.json*")):
         if file.parent.name in ("eval", "distance") and file.suffix == ".json":

@@ -1,4 +1,4 @@
-"""Distance from the base model: the measure, what engines say, the files and their order, the report."""
+"""Distance from the base model: the measure, the probabilities of engines, the files and their order, the report."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def test_the_divergence_equals_values_worked_by_hand_and_is_a_lower_bound():
     p, q = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.25, 0.5])
     whole, unseen = forward_kl(p, q)
     assert whole == pytest.approx(0.5 * math.log(2) - 0.25 * math.log(2)) and unseen == pytest.approx(0)
-    # The first token alone: the two others count as one of .5 and .75.
+    # Only the first token is kept: the other two count as one with .5 and .75.
     bound, unseen = forward_kl(p[:1], q[:1])
     assert bound == pytest.approx(0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)) and unseen == 0.5
     assert bound < whole
@@ -55,7 +55,7 @@ def test_the_rank_correlation_equals_values_worked_by_hand():
 
 
 def plain(folder, ids, prompt):
-    """The log-probabilities of all tokens behind each part of a text from `prompt` tokens on, by transformers alone."""
+    """The log-probabilities of all tokens at each position after `prompt` tokens, by transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -69,7 +69,7 @@ ANSWERS = [((5, 6, 7, 8), (40, 41, 42, 43, 44)), ((9, 10), (50, 51, 52)), ((11, 
 
 def check_expected(lm, folder, tolerance):
     rng = np.random.default_rng(0)
-    for k in (20, 4):  # more than a request of vLLM can tell at once, and less
+    for k in (20, 4):  # more than a request of vLLM can give at once, and fewer
         asked = [tuple(tuple(map(int, rng.choice(250, k, replace=False))) for _ in answer) for _, answer in ANSWERS]
         forced = [Forced(*texts, tokens) for texts, tokens in zip(ANSWERS, asked, strict=True)]
         for (prompt, answer), tokens, told in zip(ANSWERS, asked, lm.token_logprobs(forced), strict=True):
@@ -213,7 +213,7 @@ def test_distances_of_different_weights_answers_or_settings_are_not_used(run, qu
 
 
 def with_distances(run: Run, own) -> Run:
-    """Distances by hand: own task -> nats of each stage; half of it on the neutral questions."""
+    """Writes distances into a run: the nats of each stage on its own task, and half of them on neutral questions."""
     for stage in run.stages:
         for name in distance.sets_of(run, stage):
             level = own[stage.index - 1] / (2 if name == NEUTRAL else 1)

@@ -1,4 +1,4 @@
-"""More than one process: the same training as one process with the batch of all, and no half-done stage is a stage."""
+"""Several processes train like one process with the batch of all, and an unfinished stage never counts as a stage."""
 
 import os
 import subprocess
@@ -140,7 +140,7 @@ def test_a_killed_process_leaves_no_stage_and_the_resumed_run_has_the_same_bytes
     assert any("method_state" in k for k in a) and a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not list(killed.path.rglob(".*.tmp")) and not list(killed.path.rglob(".trainer"))
-    # The evaluation between stages is a program of its own, started by one of the processes.
+    # The evaluation between stages is a separate program, started by one of the processes.
     cells = [len(list((s.path / "eval").glob("*.json"))) for s in Run.open(evaluated["output_dir"]).stages]
     assert cells == [1, 1]
 

@@ -1,4 +1,4 @@
-"""The documentation: its commands parse, the files that it names exist, and no link is broken. Nothing is started."""
+"""The documentation: its commands parse, files that it names exist, and no link is broken. No command is started."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def inline(page: str, kind: str) -> Iterator[Token]:
 
 
 def commands(page: str) -> Iterator[list[str]]:
-    """Every command of the shell blocks and of the prose, without comments and variables in front of it."""
+    """Every command of the shell blocks and the prose, without comments and leading variables."""
     blocks = [t.content for t in tokens(page) if t.type == "code_block" or (t.type == "fence" and t.info == "sh")]
     prose = [t.content for t in inline(page, "code_inline") if PROGRAM.match(t.content)]
     for line in "\n".join([*blocks, *prose]).replace("\\\n", " ").splitlines():
@@ -58,13 +58,13 @@ def commands(page: str) -> Iterator[list[str]]:
 
 @cache
 def output(*command: str) -> str:
-    """What a command that starts nothing prints; it has to succeed."""
+    """The output of a command that starts nothing. It must succeed."""
     return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
 
 
 @cache
 def helped(*command: str) -> str:
-    """The help of a command of ours, in this process, which saves the start of one."""
+    """The help of one of our commands, made in this process to save time."""
     out = io.StringIO()
     with redirect_stdout(out), suppress(SystemExit):
         main([*command, "--help"])
@@ -147,7 +147,7 @@ def test_files_named_in_the_documentation_exist(page):
 
 @cache
 def anchors(page: str) -> set[str]:
-    """Headings as anchors that the repository's page and the site have in common."""
+    """The anchors of headings, in the form that both the repository and the site use."""
     found = set()
     for heading, content in zip(tokens(page), tokens(page)[1:], strict=False):
         if heading.type == "heading_open":
@@ -175,7 +175,7 @@ def test_every_page_of_the_documentation_is_linked():
 
 
 def test_python_examples_run_and_print_the_documented_output(make, monkeypatch, capsys):
-    """On a run written by hand. What is slow and tested elsewhere is left to functions with the same signatures."""
+    """The examples get a run written by hand. Slow functions are replaced by ones with the same signatures."""
     scores = {metric: np.arange(12).reshape(3, 4) / 20 for metric in ("accuracy", "log_likelihood")}
     run = make(rows=dict.fromkeys(TASKS, scores))
     for slow in (evaluate.evaluate, report.write_report):
@@ -191,7 +191,7 @@ def test_python_examples_run_and_print_the_documented_output(make, monkeypatch, 
 
 
 def test_make_asks_for_a_run_if_none_is_named():
-    """The default of the trainings' RUN is made of the target's name, which these have not."""
+    """The default of RUN for trainings contains the name of the target. These targets have no default."""
     for given in ([], ["RUN="]):
         for target in ("evaluate", "judge", "report"):
             done = subprocess.run(["make", "-n", target, *given], cwd=ROOT, capture_output=True, text=True)

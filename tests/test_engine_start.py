@@ -1,4 +1,4 @@
-"""How vLLM is started, without vLLM."""
+"""The arguments and conditions with which vLLM is started, tested without vLLM."""
 
 import contextlib
 import os
@@ -117,7 +117,7 @@ def test_states_are_not_cached_without_a_gpu(settings, kept, options, started, m
 
 
 def test_asking_for_a_gpu_before_importing_vllm_leaves_it_usable_for_the_engine(monkeypatch, tmp_path):
-    """The engine is a fork of this process. After torch's own question, CUDA's runtime refuses itself to forks."""
+    """The engine is a fork of this process. After torch itself has asked, forks cannot use CUDA's runtime."""
     monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "")
     monkeypatch.delenv("PYTORCH_NVML_BASED_CUDA_CHECK")
     by_nvml = []

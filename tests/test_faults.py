@@ -1,6 +1,6 @@
-"""What goes wrong on real machines: killed programs, full disks, damaged files, a second process, no memory.
+"""Faults of real machines: killed programs, full disks, damaged files, a second process, no memory.
 
-What a message says to do is done here as it says: then the command works.
+The tests do what a message says, and then the command must work.
 """
 
 import errno
@@ -41,7 +41,7 @@ FIRST, SECOND, JUDGED = "trace_fomc", "trace_numglue_ds", "instruct_lima"
 
 
 class Case:
-    """A finished run in a folder of its own, and the commands that made it."""
+    """A finished run in its own folder, and the commands that made it."""
 
     def __init__(self, folder: Path, model: Path, url: str) -> None:
         self.path, self.ask = folder / "run", ["--model", "fake/judge", "--base-url", url]
@@ -140,7 +140,7 @@ def test_concurrent_evaluations_take_different_stages_and_readers_never_wait(cas
 
 
 def follow(message: str) -> None:
-    """Deletes what a message says to delete: the files that it names there, or "it" and what belongs to it."""
+    """Deletes what a message says to delete: the files that it names, or "it" with the files that belong to it."""
     before, _, after = re.sub(r"\s+", " ", message).partition("elete ")
     assert after, f"the message gives no such advice: {message}"
     named = [path for path in re.findall(r"/[^\s,;:()]+", after) if glob.glob(path.rstrip("."))]
@@ -171,13 +171,13 @@ def change_weights(checkpoint: Path) -> None:
 
 
 def retrain(case: Case) -> None:
-    """Makes the first stage what another machine would train: other weights, by the same settings."""
+    """Changes the first stage as if another machine had trained it: different weights with the same settings."""
     change_weights(case.stage(1).checkpoint)
     change(case.stage(1).train_file, checkpoint=fingerprint(case.stage(1).checkpoint))
 
 
-#: What is wrong -> how it came, the commands that notice it, what they say, and the commands that work when the first
-#: message was followed.
+#: Fault -> how it is made, the commands that notice it, their messages, and the commands that work after doing what the
+#: first message says.
 DAMAGE = {
     "manifest cut": (
         lambda c: cut(c.path / "manifest.json"),
@@ -325,7 +325,7 @@ def test_clocks_and_times_of_files_do_not_matter(case, monkeypatch, capsys):
 
 
 class Room:
-    """Lets so many files be written, then the disk is full."""
+    """A disk that is full after this many written files."""
 
     def __init__(self, monkeypatch, files: int) -> None:
         self.left, sync = files, os.fsync
@@ -341,7 +341,7 @@ class Room:
 
 
 def test_a_full_disk_at_any_write_loses_no_finished_work(case, monkeypatch):
-    """Each attempt has room for no file, for one, or for some."""
+    """Each attempt has room for no file, one, or a few."""
     scores = (case.path / "scores.csv").read_bytes()
     for stage in case.run.stages:
         shutil.rmtree(stage.path / "judge", ignore_errors=True)
@@ -493,7 +493,7 @@ def test_a_file_in_place_of_a_folder_is_a_one_line_error(tmp_path):
 
 
 ACCUMULATED = {"lora_dropout": 0.1, "gradient_accumulation_steps": 2, "train_rows": 32}
-#: Method -> trainer, configuration, options, and the stage that is interrupted: 2 where the one before matters.
+#: Method -> trainer, configuration, options, and the interrupted stage: 2 if the previous stage matters.
 METHODS = {
     "full": (CLTrainer, CLConfig, {"use_peft": False, "learning_rate": 1e-3}, 1),
     "grouped": (
@@ -514,7 +514,7 @@ QUICK = ("grouped", "ewc", "sdft")
 
 @pytest.mark.parametrize("method", [pytest.param(m, marks=[] if m in QUICK else pytest.mark.slow) for m in METHODS])
 def test_a_stage_resumed_at_its_last_checkpoint_ends_in_the_same_bytes(options, tmp_path, capsys, method):
-    """In the third epoch, with dropout, as the optimizer, the schedule and the order of the rows were."""
+    """It is interrupted in the third epoch, with dropout. Optimizer, schedule and order of rows must be restored."""
     trainer, config, changes, stage = METHODS[method]
     options |= {"tasks": options["tasks"][:stage], "max_steps": 6, "lr_scheduler_type": "cosine", **changes}
     options |= {"save_strategy": "steps", "save_steps": 2}
@@ -603,7 +603,7 @@ main(["evaluate", sys.argv[sys.argv.index("--output_dir") + 1]])
 
 @pytest.mark.slow
 def test_two_fresh_processes_give_the_same_bytes(options, tmp_path):
-    """Each with another order of Python's sets."""
+    """The order of Python's sets differs between the processes."""
     found = []
     for seed in ("1", "2"):
         run = tmp_path / seed

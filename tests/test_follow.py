@@ -1,4 +1,4 @@
-"""`trace-bench evaluate RUN --follow`: stages are evaluated as they are trained, by another process."""
+"""`trace-bench evaluate RUN --follow`: a second process evaluates stages as soon as they are trained."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def quick(monkeypatch):
 
 
 def cells(run: Run) -> dict[str, tuple[dict, str]]:
-    """Each cell by its path, without its time and date, and its samples."""
+    """Path -> content of each cell without time and date, and of its samples."""
     found = {}
     for stage in run.stages:
         for file in sorted(stage.path.glob("eval/*.json")):
@@ -53,7 +53,7 @@ def starts(monkeypatch):
 
 
 def test_following_a_training_gives_the_same_cells_as_evaluating_afterwards(options, tmp_path, capfd, starts):
-    """Another process trains; between its stages it waits until the one before is evaluated."""
+    """A second process trains. Before each stage it waits until the previous one is evaluated."""
     options |= {"tasks": THREE, "cells": "all"}
     script = tmp_path / "waits.py"
     script.write_text(WAITS)
@@ -113,7 +113,7 @@ def test_a_training_that_ends_early_is_reported_after_evaluating_its_stages(opti
 
 
 def test_a_living_training_is_waited_for_and_a_killed_one_is_not(run, monkeypatch):
-    """The lock says it, whatever the time; where there are no locks the progress does."""
+    """The lock decides, not the time. Without locks the progress decides."""
     monkeypatch.setattr(following, "GRACE", 0.2)
     run.stages[2].train_file.unlink()
     process = lock_holder(run.path)
@@ -154,7 +154,7 @@ def test_a_stage_that_another_process_evaluates_is_waited_for(run, capfd):
 
 
 def test_a_stage_that_is_trained_again_is_evaluated_again(run, monkeypatch, caplog):
-    """Its weights change while its cells are made, whatever error comes of it; without a change the error stands."""
+    """If weights change during the evaluation, an error is ignored. Without a change the error is raised."""
     original, calls = following.fill, []
 
     def fill(*args, **kwargs):
@@ -177,7 +177,7 @@ def test_a_stage_that_is_trained_again_is_evaluated_again(run, monkeypatch, capl
 
 
 def answers_of_later(base: Path, first: Path, higher: Path, other: Path) -> tuple:
-    """Of an engine that adapters come to later, one of them with a higher rank, and one that is trained again."""
+    """The answers of an engine that gets adapters later: one has a higher rank, and one is trained again."""
     args = {"max_model_len": 256, "dtype": "float32", "enable_lora": True}
     lm = engine.open_engine("vllm", str(base), engine_args=args, checkpoints=[first])
     found, restarts, counts, original = [], [], [], lm._restart

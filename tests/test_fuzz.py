@@ -1,6 +1,6 @@
-"""Bad input: whatever a file, a reply, an answer or a configuration holds, there is a result or a clear error.
+"""Bad input: any content of a file, reply, answer or configuration gives a result or a clear error.
 
-Examples are drawn from a fixed seed, so that a failure comes again.
+Examples are drawn from a fixed seed, so a failure can be repeated.
 """
 
 import copy
@@ -40,7 +40,7 @@ from trainers.base import CLConfig, ConfigError, stages
 
 
 def fuzz(examples, **arguments):
-    """Draws arguments of a test, always the same ones."""
+    """Draws the arguments of a test, always the same ones."""
     health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
     always = settings(derandomize=True, database=None, deadline=None, suppress_health_check=health)
     return lambda test: settings(always, max_examples=examples)(given(**arguments)(test))
@@ -62,7 +62,7 @@ texts = st.lists(
     st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=12
 ).map("".join)
 filled = texts.filter(str.strip)
-# All that JSON can say, and what Python's reader takes besides: NaN, halves of surrogate pairs.
+# All JSON values, and those that only Python's reader accepts: NaN, halves of surrogate pairs.
 values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5) | texts,
     lambda v: (
@@ -73,7 +73,7 @@ values = st.recursive(
 
 
 def outcome(function, *errors):
-    """The result, or the error, which has to be one of the project's and say something."""
+    """The result, or the error, which must be one of ours and have a message."""
     try:
         return function()
     except errors as e:
@@ -225,7 +225,7 @@ N = 100_000
 SPACES, MARKS = " " * N, "\u0300\u0316" * (N // 2)
 FOMC = paths.Row("trace_fomc", 0, "p", "B")
 MEETING = "the summary of the meeting transcripts"
-#: What is looked for in an answer -> the function, and texts that make it try again and again where they are repeated.
+#: What a function searches for -> the function, and texts whose repetition makes its patterns try again and again.
 LONG = {
     "choice": (lambda t: answers.choice_tolerant(t, "B", "Pick: A. dovish, B. hawkish, C. neutral."), [
         *cut("hawkish ¦not dovish ¦不dovish. ¦A. dovish\n¦the answer is dovish\n¦选¦答案选¦answer A. ¦answer A, "),
@@ -263,7 +263,7 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_texts_are_read_in_seconds(name):
-    """100,000 characters that make a pattern try again and again: seconds of this processor, not of the clock."""
+    """The texts have 100,000 characters that make a pattern try again and again. CPU seconds are measured."""
     function, patterns = LONG[name]
     for pattern in patterns:
         text = pattern if len(pattern) >= N else (pattern * (N // len(pattern) + 1))[:N]
@@ -383,7 +383,7 @@ RUN_CONFIG = {
 
 
 def places(value, at=()):
-    """Where something stands in a JSON value; of lists the first entry."""
+    """The places in a JSON value; for lists only the first entry."""
     yield at
     if isinstance(value, dict):
         for key in value:
@@ -418,7 +418,7 @@ def odd_files(folder):
 
 @pytest.fixture
 def read_only_commands(make, monkeypatch):
-    """A run with all that there is, one that it bounds, and the commands that read it."""
+    """A run with all kinds of files, one that serves as its bound, and the commands that read them."""
     import made_runs
 
     monkeypatch.setattr(Client, "send", lambda *a: (_ for _ in ()).throw(JudgeError("asked")))
@@ -549,7 +549,7 @@ def test_odd_prompts_are_trained_and_evaluated(options, tmp_path, monkeypatch):
         write_json(tmp_path / "odd" / "FOMC" / f"{split}.json", rows)
     monkeypatch.delenv("TRACE_DATA", raising=False)
     options |= {"data": str(tmp_path / "odd"), "tasks": ["trace_fomc"], "train_rows": None, "test_rows": None}
-    # Answers longer than the limit are cut, and prompts to what the context has room for beside an answer.
+    # Answers longer than the limit are cut, and prompts are cut to leave room for an answer in the context.
     run = train({**options, "max_answer_length": 64, "max_steps": 1, "max_prompt_length": 1020})
     evaluate(run)
     for stage in run.stages:

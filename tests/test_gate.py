@@ -1,4 +1,4 @@
-"""The gate: verdicts on drops, how many rows they need, how often they are wrong, and `trace-bench check`."""
+"""The gate: verdicts on drops, the rows that they need, the rate of wrong verdicts, and `trace-bench check`."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_the_needed_rows_give_a_verdict_in_four_of_five_cases():
 @pytest.mark.parametrize("n", [40, 300])
 @pytest.mark.parametrize("tasks", [1, 7])
 def test_a_drop_at_its_limit_is_called_worse_in_at_most_one_of_twenty_checks(n, tasks):
-    """All tasks lose exactly the limit: no verdict but "cannot be told" is right, of any task or their mean."""
+    """All tasks lose exactly the limit, so "cannot be told" is the only right verdict on each task and the mean."""
     limit, checks = 0.02, 600
     rng = np.random.default_rng(n + tasks)
     lost = rng.uniform(0.05, 0.2, tasks)
@@ -105,7 +105,7 @@ def column(ones, n=400):
 
 
 def scores(*stages):
-    """Rows of a task, of which the first so many are right at each stage."""
+    """Rows of a task. At each stage the first ones are right, this many."""
     return {"accuracy": np.stack([column(ones) for ones in stages], axis=1)}
 
 
@@ -115,14 +115,14 @@ SUITE = {"settings": {"data": "hub", "general_rows": None}, "version": 1}
 
 
 def measure_suites(run, **right):
-    """The general suites at some stages: name -> {stage: how many rows are right}."""
+    """Writes general suites at some stages: name -> {stage: number of right rows}."""
     for suite, stages in right.items():
         for index, ones in stages.items():
             write_cell(run.stages[index], f"general_{suite}", {"acc": column(ones)}, **SUITE)
 
 
 def checked(capsys, run, *argv):
-    """The exit code, and what was printed (standard output, standard error)."""
+    """The exit code, and the printed text (standard output, standard error)."""
     capsys.readouterr()
     try:
         cli.main(["check", str(run.path), *map(str, argv)])

@@ -1,4 +1,4 @@
-"""What is measured besides the matrix: lm-eval's suites from a local copy, and prompts answered for the judges."""
+"""Measurements in addition to the matrix: lm-eval's suites from a local copy, and answers for the judges."""
 
 import csv
 import json
@@ -39,7 +39,7 @@ def write_lines(file: Path, rows: list) -> None:
 
 @pytest.fixture
 def local(tmp_path, monkeypatch) -> Path:
-    """A local copy of two suites in our own words: three rows to test of each."""
+    """A local copy of two suites in our own words, with three test rows each."""
     root = tmp_path / "general"
     sums = [{"question": f"What is {i} and {i}?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(1, 5)]
     write_lines(root / "gsm8k" / "test.jsonl", sums[:3])
@@ -62,7 +62,7 @@ def local(tmp_path, monkeypatch) -> Path:
 
 
 class Fake(LM):
-    """Answers that depend on the request alone, right for about half of the documents."""
+    """A model whose answers depend only on the request and are right for about half of the documents."""
 
     def loglikelihood(self, requests):
         return [(-float(sum(map(ord, "".join(r.args))) % 97), False) for r in requests]
@@ -84,7 +84,7 @@ def lines(file: Path) -> list:
 
 
 def rows_of_the_hub(path: str, name: str | None = None, **_) -> datasets.DatasetDict:
-    """The local rows as the hub's data sets have them: their splits, columns and types, read independently."""
+    """The local rows in the splits, columns and types of the hub's data sets, read independently."""
     text = datasets.Value("string")
     features: dict = {}
     if path == "openai/gsm8k":
@@ -147,7 +147,7 @@ OWN = {  # suite -> lm-eval's own name, shots of the paper, key of the score, wh
 @needs_shared
 @pytest.mark.parametrize("suite", OWN)
 def test_suites_have_the_prompts_and_scores_of_lm_evals_own_tasks(suite, monkeypatch):
-    """Every request, every sample and every score, of the local copy and of lm-eval's task on the hub's form of it."""
+    """Compares all requests, samples and scores for the local copy with lm-eval's task on the hub's form of it."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -391,7 +391,7 @@ def test_the_command_line_can_add_suites_to_a_run(run, local, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main(["evaluate", str(run.path), "--stages", "1", "--general", "general_boolq", "--general-rows", "1"])
     assert "general_rows: None -> 1" in str(e.value.code) and "eval/general_boolq.json" in str(e.value.code)
-    # Other rows under the same name are other settings too.
+    # Different rows with the same name count as different settings.
     write_lines(local / "boolq" / "train.jsonl", [{"question": "q", "passage": "p", "label": True}])
     with pytest.raises(RunError, match=r"data: '\w{16}' -> "):
         evaluate.evaluate(run, extra={"general": ["general_boolq"], "general_stages": "all"})
@@ -401,7 +401,7 @@ def test_the_command_line_can_add_suites_to_a_run(run, local, capsys):
 
 @pytest.fixture
 def alone(trained, options, local, tmp_path):
-    """Measures checkpoints besides any matrix: the stages of a run, without the run's data."""
+    """Measures checkpoints without a matrix: the stages of a run, without the run's data."""
     run = Run.open(trained)
     command = ["evaluate", str(tmp_path / "theirs")]
     new = ["--model", options["model_name_or_path"], "--tasks", "none", "--backend", "hf", "--judged-rows", "1"]
@@ -485,7 +485,7 @@ def test_a_suite_with_answers_longer_than_the_context_is_refused_before_anything
 @pytest.mark.timeout(900)
 @both_tokenizers
 def test_vllm_gives_the_scores_of_transformers(options, local, tmp_path):
-    """The answers to the tasks, the likelihoods of both engines, and answers of full length."""
+    """Compares answers to the tasks, likelihoods, and answers of full length."""
     besides = {"general": SUITES, "judged": SETS, "judged_max_new_tokens": 8}
     runs = {}
     for backend, context in (("hf", "max_length"), ("vllm", "max_model_len")):

@@ -1,4 +1,4 @@
-"""The check of a GPU (`bench.gpu`), on a CPU: what is measured is kept whatever happens, and tiny shapes pass it."""
+"""The check of a GPU (`bench.gpu`), tested on a CPU: finished measurements are always kept, and tiny shapes pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ABOUT = {"gpu": "a card"}
 
 @pytest.fixture
 def file(tmp_path, monkeypatch):
-    """Where the results go; the processes find the tests' own part."""
+    """The file of results. The processes find the tests' own part."""
     monkeypatch.setattr(gpu, "WORK", tmp_path)
     monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{gpu.ROOT}")
     return tmp_path / "results.json"

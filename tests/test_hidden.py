@@ -1,4 +1,4 @@
-"""Gone or hidden: relearning old tasks at the end of a run, answers with given first tokens, and their section."""
+"""Lost or hidden knowledge: relearning old tasks at the end of a run, answers with given first tokens, the report."""
 
 import json
 import sys
@@ -52,7 +52,7 @@ def text(run):
 
 
 def scores(run):
-    """All that was measured of the relearned tasks, but for times."""
+    """All measurements of the relearned tasks, without times."""
     files = sorted(run.path.glob("relearn/*/*/stages/*/eval/*.json"))
     return {
         str(f.relative_to(run.path)): [read_json(f)[k] for k in ("metrics", "checkpoint", "samples")] for f in files
@@ -108,7 +108,7 @@ def test_a_forgotten_task_comes_back_faster_than_the_base_model_learns_it(option
     ("name", "changes", "rank"), [("inclora", {}, 8), ("milora", {}, 8), ("merge", {"merge_rank": 6}, 6)]
 )
 def test_a_grown_adapter_learns_as_fast_as_the_control(name, changes, rank, options, in_this_process, monkeypatch):
-    """It stays as it is, below a new one of the run's rank and dropout; what is saved is both."""
+    """The grown adapter is frozen below a new one of the run's rank and dropout. Both are saved."""
     run = train({**options, "lora_dropout": 0.1, "bf16": False, "dtype": "float32", **changes}, *method(name))
     evaluate.evaluate(run)
     file = "adapter_model.safetensors"

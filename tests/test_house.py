@@ -1,4 +1,4 @@
-"""The house keeps its shape: no circle, no import that runs back up, no file or function that is too long."""
+"""The code keeps its limits: no circle of imports, one direction of imports, no too long file or function."""
 
 import ast
 import importlib
@@ -21,7 +21,7 @@ def test_no_file_and_no_function_is_too_long():
 
 @pytest.mark.parametrize("package", [*house.MAY_IMPORT, "bench"])
 def test_every_import_of_our_packages_exists(package):
-    """Also within functions, where a name that has gone is found by whoever calls them only."""
+    """Imports within functions count, too: a missing name there is otherwise only found when the function is called."""
     missing = []
     for path in sorted((house.ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

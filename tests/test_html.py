@@ -1,4 +1,4 @@
-"""Tests of report.html and its figures: what is escaped, what is loaded, and how it looks and works in a browser."""
+"""Tests of report.html and its figures: escaping, loaded files, and how it looks and works in a browser."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def _file(run):
 
 
 class Page(HTMLParser):
-    """What a page consists of: elements with their attributes, and texts by element."""
+    """The parts of a page: elements with their attributes, and texts by element."""
 
     def __init__(self, run):
         super().__init__()
@@ -67,7 +67,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def drawn():
-    """For a test that looks at the figures of a run that it makes; those of the runs of this file are there."""
+    """Renders figures, for a test that looks at those of its own run."""
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,7 @@ def _undrawn_runs(request, monkeypatch):
 
 @pytest.fixture(scope="module")
 def rich(tmp_path_factory):
-    """A run that has everything, with its report."""
+    """A run with all kinds of results, and its report."""
     run = make_rich_run(partial(make_run, tmp_path_factory.mktemp("runs"), name="rich", demo=True), n=20)
     write_report(run)
     return run
@@ -96,7 +96,7 @@ def several(rich, hostile, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
-    """A run whose names and texts try to break out of wherever they are put."""
+    """A run whose names and texts try to break out of their places."""
     tasks = ["trace_<script>window.hacked=1", "trace_fomc", '"><svg onload="window.hacked = 1">']
     make = partial(make_run, tmp_path_factory.mktemp("runs"), name="<i>hostile", model={"name": HOSTILE})
     rows = {task.replace("/", "_"): {"accuracy": np.tile([[0.0, 1.0, 0.0, 0.0]], (20, 1))} for task in tasks}
@@ -394,7 +394,7 @@ def test_the_page_of_several_runs_has_no_script_and_escapes_every_name(several, 
 
 FLAGS = ["--no-sandbox", "--no-first-run"]
 FLAGS += [f"--disable-{what}" for what in ("gpu", "quic", "background-networking", "component-update", "sync")]
-#: Contrast of every text with what is behind it, as WCAG defines it; the lowest first.
+#: The contrast of every text with its background, as WCAG defines it, the lowest first.
 CONTRAST = """() => {
   const rgb = (c) => { const x = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
     x.fillStyle = c; x.fillRect(0, 0, 1, 1); return [...x.getImageData(0, 0, 1, 1).data]; };

@@ -1,4 +1,4 @@
-"""In-context learning: prompts, ends of answers, scores and draws of the official ICL code, in lm-eval and in a run."""
+"""In-context learning has the prompts, ends of answers, scores and draws of the official code, in lm-eval and runs."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from trainers.base import ConfigError
 from trainers.icl import ICLConfig, ICLTrainer
 
 ANNOUNCED = "We will give you several examples and you should follow them to accomplish the task.\n Examples:\n"
-#: What is said once, as it stands in the official code.
+#: The instructions, which prompts contain once, from the official code.
 INSTRUCTIONS = {
     "trace_cstance": "判断以下文本对指定对象的态度，选择一项：A.支持，B.反对，C.中立。输出A，B或者C。\n",
     "trace_fomc": "What is the monetary policy stance for the following text? A. dovish, B. hawkish, C. neutral. "
@@ -33,7 +33,7 @@ INSTRUCTIONS = {
     "trace_numglue_ds": "Solve the following math problem.\n",
     "trace_20minuten": "Provide a simplified version of the following paragraph in German.\n\n",
 }
-#: What a model goes on with behind a right answer, and what the official code leaves of it.
+#: The text of a model after a right answer, and the part of it that the official code keeps.
 RUNS_ON = {
     "trace_cstance": ("", "\n\n文本：\n", ""),
     "trace_fomc": ("", ". dovish", ""),
@@ -55,7 +55,7 @@ def load(name: str):
 
 
 def official_prompt(name: str, demonstrations: list[dict], question: str) -> str:
-    """By hand, from rows whose prompts are as they stand in the data."""
+    """Makes the official prompt by hand from rows of the data."""
     instruction = INSTRUCTIONS[name]
     if name == "trace_meetingbank":
         return question
@@ -68,7 +68,7 @@ def official_prompt(name: str, demonstrations: list[dict], question: str) -> str
 
 
 def demonstrations(task, n: int) -> list[dict]:
-    """The rows that a task draws, with their prompts as they stand in the data."""
+    """The rows that a task draws, with the prompts of the data."""
     if task.task_name == "trace_meetingbank":
         return []
     whole = {(r["prompt"].removeprefix(INSTRUCTIONS[task.task_name]), r["answer"]): r for r in task.training_docs()}
@@ -78,7 +78,7 @@ def demonstrations(task, n: int) -> list[dict]:
 
 
 class Scripted(LM):
-    """Writes, letter by letter as its tokens, a text for each request, and stops as lm-eval's models do."""
+    """A model that writes a given text for each request, one letter per token, and stops like lm-eval's models."""
 
     def __init__(self, write):
         super().__init__()
@@ -127,7 +127,7 @@ def test_a_prompt_with_demonstrations_equals_the_official_one_and_zero_shot_is_u
 
 
 def test_the_reasoning_variant_has_whole_rows_as_demonstrations(demo_data):
-    # The official ICL code does not know it.
+    # The official ICL code does not have this variant.
     task = load("reasoning_fomc")
     doc = task.test_docs()[0]
     drawn = task.sampler.sample(3)
@@ -165,7 +165,7 @@ def test_only_answers_with_demonstrations_end_like_the_official_codes(demo_data)
         assert [s["filtered_resps"][0] for s in samples] == [write(s["doc"])[:limit] for s in samples], name
         if name in SHORT:
             assert [r["results"][name]["accuracy,none"] for r in (shown, alone)] == [1, 0]
-    # SARI is taken against the whole prompt, as officially.
+    # As in the official code, the source of SARI is the whole prompt.
     for sample in shown["samples"]["trace_20minuten"]:
         (prompt,) = [p for p, _ in asked if sample["doc"]["prompt"][-60:] in p[-60:] and "Simplification" in p]
         answer = sample["doc"]["answer"]
@@ -278,7 +278,7 @@ def test_an_icl_run_trains_nothing_and_asks_and_cuts_like_the_official_code(opti
 
 
 def test_the_seed_of_a_run_decides_its_demonstrations(options, tmp_path):
-    """Of every task that has any; and a comparison takes the runs for the seeds of one method."""
+    """This holds for every task with demonstrations. A comparison takes the runs as seeds of one method."""
     # No demonstration of 20Minuten fits 1,024 bytes.
     tasks = [t for t in INSTRUCTIONS if t not in ("trace_meetingbank", "trace_20minuten")]
     runs, prompts = [], []

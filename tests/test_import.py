@@ -1,4 +1,4 @@
-"""Predictions from elsewhere: they get the scores that the official code and lm-eval give, or are refused."""
+"""Imported predictions get the scores of the official code and lm-eval, or are refused."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def official(folder, stages, order=ORDER):
 
 
 def demo_rows(task, answers, n=6):
-    """The first rows of the demo data, with what a model answers: "right", or a text."""
+    """The first rows of the demo data with the answers of a model: "right", or a text."""
     rows = data.read_split(data.find_data("demo"), data.FOLDERS[task], "test")[:n]
     return [(r["prompt"], r["answer"], r["answer"] if a == "right" else a) for r, a in zip(rows, answers, strict=True)]
 
@@ -153,7 +153,7 @@ def test_imported_logs_of_lm_eval_get_the_scores_of_lm_eval(tmp_path, demo_data,
     assert any("**Not comparable** in prompts: not the rows' own" in warning for warning in comparison.warnings)
 
 
-def test_imports_with_unknown_base_models_are_not_comparable(tmp_path, demo_data):
+def test_different_predictions_of_unknown_base_models_are_different_protocols(tmp_path, demo_data):
     facts = []
     for name, answers in (("one", ["right"] * 6), ("two", ["right"] * 5 + ["x"])):
         lines = [

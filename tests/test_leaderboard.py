@@ -1,4 +1,4 @@
-"""Tests of result.json and of the leaderboard that is made of such files."""
+"""Tests of result.json and of the leaderboard made from such files."""
 
 import csv
 import io

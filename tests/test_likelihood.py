@@ -1,4 +1,4 @@
-"""The likelihood of the reference answers: it is minus the training loss, generates nothing, and loses nothing."""
+"""The likelihood of reference answers equals minus the training loss, and adding it generates and loses nothing."""
 
 import math
 import shutil
@@ -31,7 +31,7 @@ NAME = "log_likelihood"
 @both_tokenizers
 @pytest.mark.parametrize("chat", [False, True], ids=["raw", "chat"])
 def test_the_likelihood_is_minus_the_training_loss_of_the_row(chat, tiny_model, options, demo_data, monkeypatch):
-    """An unmerged adapter; prompts and answers are cut, and no batch but rows by themselves in training."""
+    """The adapter is unmerged, prompts and answers are cut, and training has single rows instead of batches."""
     losses, tokens = {}, {}
 
     class Measured(CLTrainer):
@@ -112,7 +112,7 @@ def test_a_kill_while_adding_likelihoods_to_a_cell_loses_nothing(run, monkeypatc
     assert not math.isnan(report.Results(run).matrix(NAME)[1, 0])
 
 
-def test_samples_with_different_prompts_get_no_likelihoods(run):
+def test_likelihoods_are_refused_for_samples_with_different_prompts(run):
     evaluate.evaluate(run, stages=[1], likelihood=False)
     stage, task = run.stages[1], run.tasks[0]
     rows = read_jsonl(stage.samples_file(task))

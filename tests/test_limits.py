@@ -1,4 +1,4 @@
-"""The limits of the methods' own options: the nearest values on both sides of each."""
+"""The limits of the methods' own options, tested with the nearest values on both sides of each."""
 
 import pytest
 from conftest import config_of

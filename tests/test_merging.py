@@ -1,4 +1,4 @@
-"""Adapters merged into weights of less precision than their update: nothing is lost in the mean, or it is said."""
+"""Merging an adapter into weights of lower precision than its update loses nothing on average, or warns."""
 
 import io
 import logging
@@ -37,7 +37,7 @@ def test_rounding_is_unbiased(dtype):
 
 @pytest.fixture
 def small(tiny_model, tmp_path):
-    """A bf16 base, and an adapter with updates of about a tenth of what bf16 can tell apart."""
+    """A bf16 base model, and an adapter whose updates are about a tenth of bf16's precision."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -55,7 +55,7 @@ def small(tiny_model, tmp_path):
 
 @torch.no_grad()
 def survived(base, adapter, merged) -> float:
-    """The share of what an adapter does to the logits that a merged model does, too, in float32."""
+    """The share of an adapter's effect on the logits that a merged model keeps, in float32."""
     ids = torch.randint(3, 250, (32, 40), generator=torch.Generator().manual_seed(1))
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     before = plain(ids).logits
@@ -109,7 +109,7 @@ def test_a_tied_tensor_is_untied_before_one_of_its_uses_changes(target, tiny_mod
 
 
 def test_a_partly_matching_adapter_is_refused(tiny_model, checkpoints, tmp_path):
-    """PEFT warns of a tensor under another name, and leaves its layer as it was."""
+    """PEFT only warns about a tensor with a wrong name, and does not change its layer."""
     file = checkpoints["adapter"] / "adapter_model.safetensors"
     renamed = {name.replace("0.mlp.up_proj", "0.mlp..up_proj"): tensor for name, tensor in load_file(file).items()}
     save_file(renamed, file)
@@ -119,7 +119,7 @@ def test_a_partly_matching_adapter_is_refused(tiny_model, checkpoints, tmp_path)
 
 
 def test_the_adapters_of_a_chain_are_merged_in_order(tiny_model, checkpoints, tmp_path):
-    """Of a chain: each adapter was trained on the model that those before it were merged into."""
+    """Each adapter of a chain was trained on the model into which the earlier ones were merged."""
     first = checkpoints["adapter"]
     merged = load_merged(str(tiny_model), first, dtype=torch.float32)
     second = get_peft_model(merged, LoraConfig(r=2, target_modules=["v_proj"], task_type="CAUSAL_LM"))

@@ -119,7 +119,7 @@ def test_the_teacher_of_sdft_is_a_moving_average_of_the_student(rate, options):
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
-def test_a_teacher_without_gold_answers_gives_a_zero_gradient(rate, options):
+def test_a_teacher_that_sees_only_the_prompt_moves_no_weight(rate, options):
     trainer, config = method("sdft")
 
     class Blind(trainer):
@@ -186,7 +186,7 @@ def test_accumulation_takes_the_same_step(loss, lora, options, checkpoints, tmp_
     assert max(g.abs().max() for g in gradients.values()) > 1e-2
 
 
-def test_a_sample_may_be_as_long_as_an_answer_by_default():
+def test_a_sample_has_the_length_limit_of_answers_by_default():
     config = made(method("sdft")[1])
     assert config.sample_tokens == config.max_answer_length
     assert made(method("sdft")[1], sdft_tokens=7).sample_tokens == 7

@@ -52,7 +52,7 @@ def test_kept_attention_is_that_of_the_rows_own_stage_with_divergence_zero_there
     assert found == pytest.approx(wanted, rel=1e-3)
 
 
-def test_seekr_keeps_the_most_important_heads(options):
+def test_seekr_keeps_the_attention_of_the_most_important_heads(options):
     trainer, config = method("seekr")
     made_of = []
 

@@ -57,7 +57,7 @@ def test_chance_equals_the_papers_if_all_rows_have_k_options():
     assert lost.by_chance == 0 and gained.by_chance == pytest.approx((0.5 / 3) * 0.4)
 
 
-def test_only_guessing_gives_no_loss_beyond_chance():
+def test_guesses_are_neither_loss_nor_gain_beyond_chance():
     """A model that knows some rows and guesses among 2 to 5 options, says nothing at times, and learns nothing."""
     rng, n = np.random.default_rng(0), 20_000
     options = rng.integers(2, 6, n)

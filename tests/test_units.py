@@ -77,7 +77,7 @@ def section(text, heading, end="\n## "):
 # ------------------------------------------------------------------------------------------------------------ numbers
 
 
-def test_more_errors_are_forgetting_and_a_lower_score_is_too(make):
+def test_forgetting_follows_the_direction_of_the_metric(make):
     results = Results(run_of(make, TER, ["ter"] * 3))
     sequence = {name: [e.value for e in estimates] for name, estimates in results.sequence.items()}
     assert sequence["OP"] == pytest.approx([40, 42.5, 125 / 3]), "the mean of the scores themselves"
