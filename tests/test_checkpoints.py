@@ -1,4 +1,4 @@
-"""Checkpoints from elsewhere: what fits the base model is served, all else is refused before an engine starts."""
+"""External checkpoints: those that fit the base model are served, all others refused before an engine starts."""
 
 import json
 import os
@@ -41,7 +41,7 @@ CONFIGS = {
     "mixtral": MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=4),
     "gpt2": GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1),
 }
-#: Buffers that the files of LLaMA-2, Pythia and GPT-2 on the hub hold, and today's transformers does not save.
+#: Buffers in the hub's files of LLaMA-2, Pythia and GPT-2, which today's transformers does not save.
 BUFFERS = {
     "llama": {"model.layers.{}.self_attn.rotary_emb.inv_freq": (16,)},
     "neox": {"gpt_neox.layers.{}.attention.bias": (1, 1, 64, 64), "gpt_neox.layers.{}.attention.masked_bias": ()},
@@ -51,7 +51,7 @@ BUFFERS = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Base models of random weights, by name."""
+    """Base models with random weights, by name."""
     root = tmp_path_factory.mktemp("bases")
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
@@ -64,7 +64,7 @@ def lora(**options) -> LoraConfig:
 
 
 def make_adapter(base: Path, folder: Path, config) -> Path:
-    """Saves an adapter of random weights, as its training would."""
+    """Saves an adapter with random weights, as a training would."""
     torch.manual_seed(1)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     for parameter in model.parameters():
@@ -87,7 +87,7 @@ def model(bases, tmp_path) -> Path:
 
 
 def run_of(base: Path | str, *folders: Path, **entries) -> Run:
-    """A run of checkpoints that is written nowhere."""
+    """A run of checkpoints that is not written to the disk."""
     named = {f"v{i}": str(folder) for i, folder in enumerate(folders, 1)}
     return Run(Path("nowhere"), {"model": {"name": str(base)}, "tasks": [], "checkpoints": named, **entries})
 
@@ -120,7 +120,7 @@ def reconfigure(folder: Path, file: str = "adapter_config.json", **entries) -> P
 
 # ---------------------------------------------------------------------------------------------------- kinds of adapters
 
-#: What PEFT needs to make an adapter of a kind on the tiny model, where its defaults do not do.
+#: Kind of adapter -> settings that PEFT needs in addition to its defaults on the tiny model.
 OPTIONS = {
     "ADALORA": {"total_step": 10},
     "BOFT": {"boft_block_size": 4},
@@ -144,7 +144,7 @@ def config_of(kind: str):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", sorted(checkpoints.MERGED | checkpoints.UNMERGED))
-def test_a_kind_that_is_served_fits_and_its_merged_model_is_the_one_that_was_trained(kind, bases, tmp_path):
+def test_served_kinds_fit_and_their_merged_model_is_the_trained_one(kind, bases, tmp_path):
     folder = make_adapter(bases["llama"], tmp_path / kind, config_of(kind))
     check(bases["llama"], folder, backend="hf")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases["llama"]), folder)
@@ -190,11 +190,11 @@ def test_a_kind_that_is_served_fits_and_its_merged_model_is_the_one_that_was_tra
         ),
     ],
 )
-def test_adapters_that_are_no_sum_to_these_weights_are_refused(entries, message, bases, adapter):
+def test_adapters_that_do_not_add_to_these_weights_are_refused(entries, message, bases, adapter):
     refused(message, bases["llama"], reconfigure(adapter, **entries))
 
 
-#: What LoRA can do: options of its configuration.
+#: Variants of LoRA, as options of its configuration.
 LORA = [
     {"use_dora": True},
     {"use_rslora": True, "rank_pattern": {"q_proj": 2, "query_key_value": 2}, "alpha_pattern": {"down_proj": 3}},
@@ -210,7 +210,7 @@ LORA = [
     {"task_type": None},
     {"task_type": None, "auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}},
 ]
-#: Patterns as adapters have them, which end in time.
+#: Ordinary patterns of adapters, which are matched in time.
 PATTERNS = [
     {"target_modules": r".*\.layers\.[0-9]+\.(self_attn|mlp)\.(q_proj|v_proj|down_proj)"},
     {"target_modules": r"model.layers.(0|1).self_attn.(q|v)_proj"},
@@ -232,7 +232,7 @@ EXPERTS = {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj
         ("mixtral", EXPERTS),
     ],
 )
-def test_whatever_lora_can_do_fits_and_misses_a_tensor_that_is_taken_away(base, options, bases, tmp_path):
+def test_all_variants_of_lora_fit_and_a_removed_tensor_is_noticed(base, options, bases, tmp_path):
     folder = make_adapter(bases[base], tmp_path / "a", lora(**options))
     check(bases[base], folder)
     rewrite(folder, lambda t: dict([item for item in sorted(t.items()) if "base_layer" not in item[0]][:-1]))
@@ -240,7 +240,7 @@ def test_whatever_lora_can_do_fits_and_misses_a_tensor_that_is_taken_away(base, 
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ranks_that_adalora_left_out_are_known(bases, tmp_path):
+def test_pruned_ranks_of_adalora_are_recognised(bases, tmp_path):
     whole = make_adapter(bases["llama"], tmp_path / "whole", config_of("ADALORA"))
     pruned, kept = Path(shutil.copytree(whole, tmp_path / "pruned")), [i % 3 == 0 for i in range(12)]
     rewrite(whole, lambda t: {k: v * torch.tensor(kept)[:, None] if "lora_E" in k else v for k, v in t.items()})
@@ -278,7 +278,7 @@ def test_an_adapter_that_ties_its_own_head_and_embeddings_is_merged_into_a_whole
 
 @pytest.fixture
 def of_experts(bases, tmp_path) -> tuple[Path, Path]:
-    """An adapter with matrices for each expert, as older transformers had their layers; and the model with it added."""
+    """An adapter with matrices for each expert, as in older transformers, and the model with the adapter added."""
     folder, merged = tmp_path / "experts", Path(shutil.copytree(bases["mixtral"], tmp_path / "merged"))
     torch.manual_seed(2)
     weights, pairs = load_file(merged / "model.safetensors"), {}
@@ -296,7 +296,7 @@ def of_experts(bases, tmp_path) -> tuple[Path, Path]:
     return folder, merged
 
 
-def test_adapters_of_single_experts_are_joined_but_where_their_scale_would_be_another(bases, of_experts):
+def test_adapters_of_single_experts_are_joined_unless_their_scales_differ(bases, of_experts):
     folder, merged = of_experts
     check(bases["mixtral"], folder)
     ids = torch.arange(8)[None]
@@ -309,8 +309,8 @@ def test_adapters_of_single_experts_are_joined_but_where_their_scale_would_be_an
     refused(r"an adapter of each expert.*with use_rslora", bases["mixtral"], folder)
 
 
-def test_lora_requests_get_what_they_serve_alone(bases, tmp_path):
-    """VLLM would leave out the diagonal of KaSA, and an option that it does not know."""
+def test_lora_requests_get_only_adapters_that_vllm_serves(bases, tmp_path):
+    """VLLM would ignore the diagonal of KaSA, and an option that it does not know."""
     plain = make_adapter(bases["llama"], tmp_path / "plain", lora(use_rslora=True, lora_dropout=0.1))
     assert checkpoints.plain_lora_rank(plain) == 4
     of_training = {"kasa_config": KasaConfig()}, {"monteclora_config": MontecloraConfig()}
@@ -322,7 +322,7 @@ def test_lora_requests_get_what_they_serve_alone(bases, tmp_path):
     assert checkpoints.plain_lora_rank(rewrite(plain, lambda tensors: tensors | embeddings)) is None
 
 
-def test_an_adapter_beside_a_full_model_is_refused(bases, adapter, model):
+def test_an_adapter_next_to_a_full_model_is_refused(bases, adapter, model):
     shutil.copytree(adapter, model, dirs_exist_ok=True)
     refused("holds an adapter and a full model", bases["llama"], model, backend="hf")
 
@@ -337,7 +337,7 @@ def test_a_base_model_with_an_adapter_in_its_folder_is_refused(adapter, model, m
         models.pinned_revision("mine/both")
 
 
-def test_a_soft_prompt_of_another_width_or_length_is_refused(bases, tmp_path):
+def test_a_soft_prompt_with_a_wrong_width_or_length_is_refused(bases, tmp_path):
     folder = make_adapter(bases["llama"], tmp_path / "a", config_of("PROMPT_TUNING"))
     check(bases["llama"], folder)
     reconfigure(folder, num_virtual_tokens=3)
@@ -351,14 +351,14 @@ def test_a_soft_prompt_of_another_width_or_length_is_refused(bases, tmp_path):
 
 
 def test_an_adapter_whose_tensors_fit_no_module_is_refused_with_both_names(bases, adapter):
-    """PEFT only warns ("Found missing adapter keys"), and the base model is measured."""
+    """PEFT only warns ("Found missing adapter keys"), and the base model would be measured."""
     mine = "base_model.model.language_model.model.layers"
     rewrite(adapter, lambda tensors: {k.replace("base_model.model.model.layers", mine): v for k, v in tensors.items()})
     text = refused("8 of its tensors fit no module, such as base_model.model.language_model", bases["llama"], adapter)
     assert "get no tensor, such as base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" in text
 
 
-def test_a_module_of_another_vocabulary_is_refused(bases, tmp_path):
+def test_a_module_with_a_different_vocabulary_is_refused(bases, tmp_path):
     folder = make_adapter(bases["llama"], tmp_path / "a", lora(modules_to_save=["lm_head"]))
     rewrite(folder, lambda t: {k: torch.zeros(104, 64) if "lm_head" in k else v for k, v in t.items()})
     refused(r"size mismatch for .*lm_head.*\[104, 64\].*\[96, 64\].*added tokens: merge it", bases["llama"], folder)
@@ -441,7 +441,7 @@ def external(path: Path, base: Path, folders: dict[str, Path], **options) -> Run
     )
 
 
-def test_another_base_is_an_error_that_names_the_options_and_can_be_overruled(bases, adapter, tmp_path):
+def test_a_different_base_is_an_error_that_options_can_overrule(bases, adapter, tmp_path):
     base, path = bases["llama"], tmp_path / "run"
     reconfigure(adapter, base_model_name_or_path="/gone/merged-1")
     with pytest.raises(RunError, match=r"another base model.*merged-1.*--model.*--renamed-base.*--chain"):
@@ -458,7 +458,7 @@ def test_another_base_is_an_error_that_names_the_options_and_can_be_overruled(ba
 def test_a_chain_stacks_adapters_in_the_order_given(bases, tmp_path):
     base, path = bases["llama"], tmp_path / "run"
     folders = {f"v{i}": make_adapter(base, tmp_path / f"v{i}", lora()) for i in (1, 2, 3)}
-    for i in (2, 3):  # each was trained on the merged model before it
+    for i in (2, 3):  # each was trained on the previous merged model
         reconfigure(folders[f"v{i}"], base_model_name_or_path=f"/gone/merged-{i - 1}")
     run = external(path, base, {k: folders[k] for k in ("v1", "v2")}, chain=True)
     assert run.manifest["chain"] is True
@@ -484,7 +484,7 @@ def test_the_fingerprint_of_a_stage_of_a_chain_covers_the_adapters_below(bases, 
     assert before[1] != after[1] and before[2] != after[2]
 
 
-def test_only_the_first_adapter_of_a_chain_has_to_name_the_base_and_all_have_to_fit(bases, tmp_path):
+def test_only_the_first_adapter_of_a_chain_must_name_the_base_but_all_must_fit(bases, tmp_path):
     folders = [make_adapter(bases["llama"], tmp_path / f"v{i}", lora()) for i in (1, 2)]
     reconfigure(folders[1], base_model_name_or_path="/gone/merged")
     check(bases["llama"], *folders, chain=True)
@@ -493,10 +493,10 @@ def test_only_the_first_adapter_of_a_chain_has_to_name_the_base_and_all_have_to_
     rewrite(folders[0], without_first)
     run = run_of(bases["llama"], *folders, chain=True)
     with pytest.raises(RunError, match="v1 does not fit"):
-        check_checkpoints(run, run.stages[2:], "hf")  # it lies below
+        check_checkpoints(run, run.stages[2:], "hf")  # it is below in the chain
 
 
-def test_full_models_and_soft_prompts_are_no_part_of_a_chain(bases, adapter, tmp_path):
+def test_full_models_and_soft_prompts_cannot_be_in_a_chain(bases, adapter, tmp_path):
     refused(r"is a full model.*without --chain", bases["llama"], adapter, bases["llama"], chain=True)
     prompt = make_adapter(bases["llama"], tmp_path / "p", config_of("PROMPT_TUNING"))
     refused(r"is a soft prompt.*without --chain", bases["llama"], adapter, prompt, chain=True)
@@ -518,7 +518,7 @@ def test_the_command_records_both_options_and_refuses_them_without_checkpoints(b
     with pytest.raises(SystemExit, match="--chain: only with --checkpoint"):
         main([*command, "--chain"])
     write_json(run.path / "stages" / "1_v1" / "eval" / "general_boolq.json", {})
-    main([*command, given[2]])  # goes on top by itself
+    main([*command, given[2]])  # alone, it goes on top of the chain
     assert evaluated[-1].stages[3].below == tuple(folders[:2])
 
 
@@ -526,7 +526,7 @@ def test_the_command_records_both_options_and_refuses_them_without_checkpoints(b
 
 
 @pytest.mark.parametrize("base", BUFFERS)
-def test_buffers_in_the_files_of_a_base_or_checkpoint_are_no_weights(base, bases, tmp_path):
+def test_buffers_in_files_do_not_count_as_weights(base, bases, tmp_path):
     with_buffers, without = tmp_path / "with", tmp_path / "without"
     for folder in (with_buffers, without):
         shutil.copytree(bases[base], folder)
@@ -539,7 +539,7 @@ def test_buffers_in_the_files_of_a_base_or_checkpoint_are_no_weights(base, bases
     refused(r"without lacks 1 tensors of the model that its config\.json describes", with_buffers, without)
 
 
-def test_names_as_older_files_have_them_are_known(bases, tmp_path):
+def test_tensor_names_of_older_files_are_recognised(bases, tmp_path):
     """GPT-2's file on the hub has no prefix, Mixtral's has a tensor for each expert."""
     shutil.copytree(bases["gpt2"], tmp_path / "gpt2")
     rewrite(tmp_path / "gpt2", lambda t: {k.removeprefix("transformer."): v for k, v in t.items()}, "model.safetensors")
@@ -558,7 +558,7 @@ MORE = "model.layers.0.self_attn.q_proj.bias"
 @pytest.mark.parametrize(
     "change, message",
     [
-        # As a training program saves it that wraps the model: "module.", "_orig_mod.".
+        # A training program that wraps the model saves such names: "module.", "_orig_mod.".
         (
             lambda tensors: {f"module.{k}": v for k, v in tensors.items()},
             r"such as lm_head\.weight; it holds module\.lm_head\.weight",
@@ -571,7 +571,7 @@ MORE = "model.layers.0.self_attn.q_proj.bias"
         (lambda tensors: tensors | {"v_head.weight": torch.ones(64)}, None),
     ],
 )
-def test_a_checkpoint_of_other_names_is_refused_with_both(change, message, bases, model, caplog):
+def test_a_checkpoint_with_different_tensor_names_is_refused_with_both_names(change, message, bases, model, caplog):
     rewrite(model, change, "model.safetensors")
     if message:
         refused(message, bases["llama"], model, backend="hf")
@@ -581,8 +581,8 @@ def test_a_checkpoint_of_other_names_is_refused_with_both(change, message, bases
 
 
 @pytest.mark.parametrize("prefix", ["", "model.model."], ids=["without", "twice"])
-def test_names_that_transformers_completes_and_vllm_does_not_are_refused_there(prefix, bases, model):
-    """As the model within the causal one is saved: vLLM would fail when the base is measured."""
+def test_names_that_only_transformers_completes_are_refused_for_vllm(prefix, bases, model):
+    """The model within the causal one may be saved alone. vLLM would fail when the base model is measured."""
     rewrite(model, lambda t: {k.replace("model.", prefix, 1): v for k, v in t.items()}, "model.safetensors")
     check(bases["llama"], model, backend="hf")
     for base in (bases["llama"], model):
@@ -600,13 +600,13 @@ def test_the_names_that_save_pretrained_gives_a_model_with_images_are_known(tmp_
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"eos_token_id": "</s>"}'])
-def test_a_generation_config_that_does_not_say_the_end_is_refused_before_the_base_is_measured(content, bases, model):
+def test_a_generation_config_without_eos_is_refused_before_the_base_is_measured(content, bases, model):
     (model / "generation_config.json").write_text(content)
     for base in (bases["llama"], model):
         refused("generation_config.json is damaged|eos_token_id is '</s>'", base, model, backend="hf")
 
 
-def test_a_checkpoint_of_another_size_is_served_by_its_own_config_only(bases, tmp_path):
+def test_a_checkpoint_of_a_different_size_is_served_only_with_its_own_config(bases, tmp_path):
     small = LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, num_key_value_heads=2, tie_word_embeddings=False)
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "m")
     check(bases["llama"], tmp_path / "m", backend="hf")
@@ -624,7 +624,7 @@ def test_a_checkpoint_without_embeddings_of_tokens_of_the_tokenizer_is_refused(t
     check(tmp_path / "300", tiny_model, backend="hf")  # of rows that no token has some may go
 
 
-def test_what_is_no_causal_language_model_or_brings_code_is_refused(bases, model, tmp_path):
+def test_models_with_code_and_models_that_are_not_causal_are_refused(bases, model, tmp_path):
     (model / "mine.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
     for config in ({"model_type": "t5"}, {"model_type": "mine", "auto_map": {"AutoConfig": "mine.C"}}, {}):
         write_json(model / "config.json", config)
@@ -642,8 +642,8 @@ def in_parts(folder: Path) -> None:
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def test_weights_are_looked_for_where_transformers_takes_them_from(bases, model):
-    """Two models in one folder, of which transformers takes one and vLLM the other; and parts that neither finds."""
+def test_weights_are_searched_where_transformers_reads_them(bases, model):
+    """A folder may have two models, one for transformers and one for vLLM, or parts that neither finds."""
     single, index = model / "model.safetensors", model / "model.safetensors.index.json"
     in_parts(model)
     refused(r"holds two models.*would load model\.safetensors, vLLM the files", bases["llama"], model, backend="hf")
@@ -652,12 +652,12 @@ def test_weights_are_looked_for_where_transformers_takes_them_from(bases, model)
     index.unlink()
     for backend in ("hf", "vllm"):
         refused(r"has no model\.safetensors and no .*it holds model-00001", bases["llama"], model, backend=backend)
-    next(model.glob("*-00001-*")).rename(single)  # a half under the name of the whole
+    next(model.glob("*-00001-*")).rename(single)  # half of the weights under the name of all
     refused(r"lacks \d+ tensors of the model", bases["llama"], model, backend="hf")
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "optimizer.safetensors"])
-def test_weights_that_vllm_would_load_in_addition_are_refused_there(name, bases, model):
+def test_additional_weights_that_vllm_would_load_are_refused_for_vllm(name, bases, model):
     shutil.copy(bases["llama"] / "model.safetensors", model / name)
     check(bases["llama"], model, backend="hf")
     refused(f"holds {name} beside the model", bases["llama"], model)
@@ -697,17 +697,17 @@ def without(name: str):
 
 
 @pytest.mark.parametrize("name", ["lm_head", "layers.1.mlp.down_proj"])
-def test_a_base_model_that_lacks_tensors_is_refused_and_never_filled_with_random_ones(name, bases, model, adapter):
+def test_a_base_model_that_lacks_tensors_is_refused(name, bases, model, adapter):
     rewrite(model, without(name), "model.safetensors")
     for backend in ("hf", "vllm"):
         refused(rf"lacks 1 tensors of the model .*{name}", model, bases["llama"], backend=backend)
-    for checkpoint in (None, adapter):  # as one of the hub is found out
+    for checkpoint in (None, adapter):  # one of the hub is noticed in the same way
         with pytest.raises(ModelError, match=rf"lacks 1 tensors of its model, such as .*{name}"):
             models.load_model(str(model), checkpoint)
 
 
-def test_a_base_model_with_another_head_than_its_config_says_is_refused(tiny_model, tmp_path):
-    """Transformers would take it, vLLM and lm-eval's class not."""
+def test_a_base_model_whose_head_contradicts_its_config_is_refused(tiny_model, tmp_path):
+    """Transformers would accept it, but vLLM and lm-eval's class would not."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "m"))
     rewrite(folder, lambda t: {**t, "lm_head.weight": torch.randn(259, 128)}, "model.safetensors")
     for use in (lambda: check(folder), lambda: models.load_model(str(folder), None)):
@@ -721,8 +721,8 @@ def test_a_base_model_with_another_head_than_its_config_says_is_refused(tiny_mod
 
 
 @pytest.mark.parametrize("size", ["1GB", "100KB"])
-def test_the_embedding_of_the_padding_token_is_that_of_the_file(size, tmp_path):
-    """Transformers clears it as it loads a Youtu; here it is EOS, and tied to the head."""
+def test_the_embedding_of_the_padding_token_is_read_from_the_file(size, tmp_path):
+    """Transformers clears it when it loads a Youtu. Here it is EOS, and tied to the head."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = AutoConfig.for_model("youtu", vocab_size=300, **sizes, eos_token_id=2, pad_token_id=2)
     model = AutoModelForCausalLM.from_config(config)
@@ -732,8 +732,8 @@ def test_the_embedding_of_the_padding_token_is_that_of_the_file(size, tmp_path):
     assert not [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, loaded[name])]
 
 
-def test_attention_with_a_soft_cap_has_it(tmp_path):
-    """Under a tiny cap all tokens are attended alike, as without queries; torch's kernel leaves caps out."""
+def test_attention_applies_the_soft_cap(tmp_path):
+    """A tiny cap gives all tokens equal attention, as without queries. Torch's kernel ignores caps."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes |= {"vocab_size": 300, "num_key_value_heads": 1, "head_dim": 32, "initializer_range": 0.3}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma2", **sizes, attn_logit_softcapping=1e-6))
@@ -783,14 +783,14 @@ MIXTRAL = json.loads(CONFIGS["mixtral"].to_json_string())
         ),
     ],
 )
-def test_what_changes_answers_in_a_config_is_told_from_what_does_not(base, theirs, lines, tmp_path):
+def test_only_entries_of_a_config_that_change_answers_count(base, theirs, lines, tmp_path):
     for name, config in {"base": base, "theirs": theirs}.items():
         write_json(tmp_path / name / "config.json", config)
     assert config_differences(tmp_path / "base", tmp_path / "theirs") == lines
 
 
-def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, tmp_path, monkeypatch):
-    """Transformers unties it, and an engine that was started on the tied base would leave the head out."""
+def test_a_tied_config_with_a_separate_head_in_the_file_is_untied(tiny_model, tmp_path, monkeypatch):
+    """Transformers unties it, but an engine that was started with the tied base would ignore the head."""
     folder = Path(shutil.copytree(tiny_model, tmp_path / "m"))
     assert config_differences(tiny_model, folder) == []
     embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
@@ -798,7 +798,7 @@ def test_a_tied_config_with_a_head_of_its_own_in_the_file_is_untied(tiny_model, 
     assert config_differences(tiny_model, folder) == []
     rewrite(folder, lambda tensors: tensors | {"lm_head.weight": embedding + 1}, "model.safetensors")
     assert config_differences(tiny_model, folder) == ["tie_word_embeddings: True -> False"]
-    read = models.load_config  # vLLM loads a base model of the hub without that head, and transformers with it
+    read = models.load_config  # vLLM loads a base model of the hub without this head, transformers with it
     monkeypatch.setattr(models, "load_config", lambda base, *more: read(folder if base == "mine/tied" else base, *more))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *words, **more: str(folder))
     with pytest.raises(ModelError, match="another head"):
@@ -837,7 +837,7 @@ def little_time(monkeypatch):
     ],
     ids=lambda value: str(value)[:60],
 )
-def test_an_adapter_that_would_take_for_ever_or_all_memory_is_refused(kind, entries, bases, tmp_path, little_time):
+def test_an_adapter_that_takes_too_much_time_or_memory_is_refused(kind, entries, bases, tmp_path, little_time):
     folder = make_adapter(bases["llama"], tmp_path / "a", config_of(kind))
     refused(str(folder), bases["llama"], reconfigure(folder, **entries), backend="hf")
 
@@ -855,13 +855,13 @@ def test_an_adapter_that_would_take_for_ever_or_all_memory_is_refused(kind, entr
     ],
     ids=str,
 )
-def test_a_config_of_silly_sizes_is_refused_in_time(entries, bases, model, little_time):
+def test_a_config_with_absurd_sizes_is_refused_quickly(entries, bases, model, little_time):
     assert "\n" not in refused(str(model), bases["llama"], reconfigure(model, "config.json", **entries), backend="hf")
 
 
 @pytest.mark.timeout(60)
-def test_an_adapter_of_a_run_from_elsewhere_has_the_same_limits(bases, tmp_path, little_time):
-    """Its train.json names whatever fingerprint its adapter has."""
+def test_an_adapter_in_a_foreign_run_has_the_same_limits(bases, tmp_path, little_time):
+    """Its train.json may have any fingerprint, so the fingerprint does not make the adapter trustworthy."""
     origin = {"method": "m", "model": {"name": str(bases["llama"])}, "tasks": ["trace_fomc"], "data": {}, "config": {}}
     run = Run.create(tmp_path / "run", origin)
     folder = make_adapter(bases["llama"], run.stages[1].path / "adapter", lora())
@@ -873,8 +873,8 @@ def test_an_adapter_of_a_run_from_elsewhere_has_the_same_limits(bases, tmp_path,
             check_checkpoints(run, run.stages, "hf")
 
 
-def test_what_a_limit_interrupts_leaves_nothing_open_for_later():
-    """Torch puts a device's context off the stack and back by such a generator: late, it holds for all that follows."""
+def test_an_interrupted_call_leaves_no_open_context():
+    """Torch restores a device's context by such a generator. If it ends late, its device stays set for later code."""
     closed = []
 
     def opened():
@@ -896,7 +896,7 @@ def test_what_a_limit_interrupts_leaves_nothing_open_for_later():
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_pipe_in_a_model_is_not_waited_for(name, bases, model):
+def test_a_pipe_in_a_model_does_not_block(name, bases, model):
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     for use in (lambda: check(bases["llama"], model), lambda: models.resolve_model(str(model))):
@@ -905,7 +905,7 @@ def test_a_pipe_in_a_model_is_not_waited_for(name, bases, model):
 
 
 @pytest.mark.parametrize("name", ["config.json", "chat_template.jinja"])
-def test_a_file_of_a_model_that_is_far_too_long_is_refused(name, bases, model):
+def test_a_too_long_file_of_a_model_is_refused(name, bases, model):
     with (model / name).open("ab") as f:
         f.truncate(models.MOST_FILE + 1)
     refused(rf"{name} has more than 256 MiB", bases["llama"], model)
@@ -915,6 +915,6 @@ def test_a_file_of_a_model_that_is_far_too_long_is_refused(name, bases, model):
     "content",
     [{"weight_map": {"a": "../other/model.safetensors"}}, {"weight_map": {"a": 3}}, {"weight_map": ["a"]}, []],
 )
-def test_an_index_names_files_of_its_folder_alone(content, bases, model):
+def test_an_index_may_only_name_files_of_its_folder(content, bases, model):
     write_json(model / "model.safetensors.index.json", content)
     refused(r"index\.json is damaged", bases["llama"], model)

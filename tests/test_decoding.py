@@ -297,7 +297,7 @@ def test_prompts_of_a_model_that_ignores_the_mask_are_not_padded(name, tmp_path,
         monkeypatch.setitem(ARCHITECTURES, name, {"model_type": name, **sizes, **STATES[name]})
     base = make_base(name, tmp_path / name, pieces_tokenizer())
     expected = reference(reload(base, None), AutoTokenizer.from_pretrained(base), PROMPTS)
-    if name == "llama":  # one that forgets the mask behind the prompt
+    if name == "llama":  # a model that ignores the mask after the prompt
         forward = LlamaForCausalLM.forward
 
         @wraps(forward)

@@ -92,7 +92,7 @@ def check_make(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    """`python FILE` and `python -m MODULE`, also behind a launcher."""
+    """Checks `python FILE` and `python -m MODULE`, also after a launcher."""
     if "-m" not in words:
         text = (ROOT / words[0]).read_text()
         assert all(f'"{option}"' in text for option in options(words)), words

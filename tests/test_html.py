@@ -86,7 +86,7 @@ def rich(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def several(rich, hostile, tmp_path_factory):
-    """The page of several runs, of which one is hostile and one has everything."""
+    """The page of several runs: one is hostile, one has all kinds of results."""
     make = partial(make_run, tmp_path_factory.mktemp("more"), demo=True)
     other = make_rich_run(make, n=20, seed=1, name="other & <b>more", method="olora")
     file = other.path.parent / "all of them.html"

@@ -136,7 +136,7 @@ def test_renamed_result_files_count_and_foreign_or_damaged_ones_are_named(make, 
         (folder / name).write_text(text, encoding="utf-8")
     write_json(folder / "run" / "manifest.json", {})
     for name in ("adapter_config.json", "trainer_state.json"):
-        write_json(folder / "training" / "checkpoint-1" / name, {})  # of which nothing is said
+        write_json(folder / "training" / "checkpoint-1" / name, {})  # such files are silently skipped
     main(["results", str(folder)])
     shown = capsys.readouterr().out
     left_out = [line for line in shown.splitlines() if line.startswith("left out: ")]

@@ -7,7 +7,7 @@ from trainers.base import ConfigError
 
 WEIGHT = ((-0.1,), (0.0, 1.5))
 SHARE = ((-0.1, 1.1), (0.0, 1.0))
-PART = ((0.0, 1.1), (0.1, 1.0))  # a share of which there is something
+PART = ((0.0, 1.1), (0.1, 1.0))  # a share above 0
 COUNT = ((0,), (1, 2))
 COUNT_OR_NONE = ((-1,), (0, 1))
 LIMITS = {

@@ -1,4 +1,4 @@
-"""DER: replayed rows are held to what the model said of them right after their own task."""
+"""DER: replayed rows are tied to the outputs that the model had for them right after their own task."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_the_divergence_of_kept_classes_is_the_full_one_less_that_within_the_res
     within = torch.where(p > 0, p * (p.clamp_min(1e-300).log() - q.clamp_min(1e-300).log()), 0).sum(-1)
     torch.testing.assert_close(kept, full - of_old[:, -1].exp() * within)
     assert (kept > 0).all() and (kept < full).all()
-    # Of all tokens but one nothing is lost; and what only moves among the others is not seen.
+    # If all tokens except one are kept, nothing is lost. Shifts among the other tokens are not seen.
     ids = old.topk(39).indices
     almost = kl_div(class_logs(new, ids), class_logs(old, ids), reduction="none", log_target=True).sum(-1)
     torch.testing.assert_close(almost, full)
@@ -54,7 +54,7 @@ def test_the_divergence_belongs_to_its_row_and_has_the_softmax_gradient():
     assert instance.divergence(old[[1, 0]], torch.tensor([0])).min() > 0.01, "another position's"
     logits = torch.randn(5, 9, requires_grad=True)
     (gradient,) = torch.autograd.grad(instance.divergence(logits, torch.tensor([2, 0])).sum(), logits)
-    # Of a kept token q - p; the mass of the others is divided among them as the model does.
+    # The gradient of a kept token is q - p; that of the others is divided among them by the model's probabilities.
     q, ids = logits.detach().softmax(-1), ids[order]
     p = instance.said["logs"][order].exp()
     others = q.scatter(-1, ids, 0)
@@ -85,7 +85,7 @@ def test_the_divergence_of_der_is_zero_at_the_start_and_the_gradient_follows_the
         (replayed,) = trainer.batches(rows.select(range(8, 12)), 4)
         logits, _ = trainer.answer_logits(trainer.model, {k: v for k, v in replayed.items() if k != KEPT})
         divergence = trainer.divergence(logits, torch.arange(4))
-        # The step's gradient, which is at the beginning of the stage: rows one by one, in transformers' own loss.
+        # The step's gradient at the start of the stage, from single rows with transformers' own loss.
         trainer.model.zero_grad()
         for i, row in enumerate(rows.to_list()):
             ids, labels = (torch.tensor([row[k]]) for k in ("input_ids", "labels"))
@@ -139,7 +139,7 @@ def test_der_top_must_be_smaller_than_the_vocabulary(options):
 
 @pytest.mark.parametrize(("loss", "lora"), [("rows", True), ("tokens", False)])
 def test_accumulation_takes_the_same_step(loss, lora, options, tmp_path):
-    """Of 12 rows, of which 4 are replayed, at a place where the divergence is not zero."""
+    """There are 12 rows, 4 of them replayed, and the divergence is not zero."""
     divergences = []
 
     class Spy(method("der")[0]):

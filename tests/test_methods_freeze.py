@@ -1,4 +1,4 @@
-"""Methods that hold a part of the model or of the loss still: anchor, freeze, hft, stm."""
+"""Methods that freeze a part of the model or mask a part of the loss: anchor, freeze, hft, stm."""
 
 import math
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def empty(architecture: str, layers: int = 2):
 
 
 def moved(run, stage: int) -> dict[str, bool]:
-    """Whether each tensor differs from the stage before."""
+    """Whether each tensor differs from the previous stage."""
     before, after = weights(run, stage - 1), weights(run, stage)
     return {name: not torch.equal(before[name], after[name]) for name in after}
 
@@ -65,14 +65,14 @@ def test_the_divergence_of_anchor_is_zero_only_at_its_reference(reference, lora,
     changes["lora_dropout"] = 0.3 if reference == "base" else 0.0  # the reference has none
     run = train(small(options, "anchor", **changes), as_method(Spy), config)
     assert seen[1][0] == 0 and seen[1][-1] > 1e-4
-    # The second stage begins where the first one ended: there is the stage before, but not the base model.
+    # The second stage begins at the end of the first one. This is the previous stage, but not the base model.
     assert seen[2][0] == 0 if reference == "previous" else seen[2][0] > 1e-4
     record = read_json(run.stages[2].train_file)
     assert record["divergence"] > 0 and record["trainable_parameters"] > 0
 
 
 def test_the_base_model_of_anchor_is_the_one_without_the_adapter(options):
-    """And dropout and gradients are after it what they were before."""
+    """Afterwards dropout and gradients must be as before."""
 
     def look(trainer, adjust):
         (batch, *_) = trainer.batches(trainer.train_dataset)
@@ -94,7 +94,7 @@ def test_the_base_model_of_anchor_is_the_one_without_the_adapter(options):
 
 @pytest.mark.parametrize("weight", ["one", "probability"])
 def test_the_loss_of_anchor_equals_values_worked_by_hand(weight, options):
-    """Two rows with answers of one and three tokens, a vocabulary of two."""
+    """There are two rows with answers of one and three tokens, and a vocabulary of two."""
     anchor = unbuilt("anchor", anchor_weight=weight, anchor_lambda=0.5)
     logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0], [math.log(3), 0.0], [0.0, 0.0]], requires_grad=True)
     held = torch.zeros(4, 2)
@@ -132,7 +132,7 @@ def test_the_blocks_of_every_architecture_are_found(architecture):
     inside = {id(p) for p in blocks[3].parameters()}
     assert inside <= {id(p) for p in left.values()}
     others = [name for name, p in left.items() if id(p) not in inside]
-    # The last norm, and a head of its own; no table of tokens or positions.
+    # The last norm, and an untied head, but no table of tokens or positions.
     assert others and all("norm" in name or "ln_f" in name or "lm_head" in name for name in others)
     assert model.get_input_embeddings().weight.requires_grad is False
 

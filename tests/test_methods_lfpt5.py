@@ -1,4 +1,4 @@
-"""LFPT5: one soft prompt for all tasks, and rows of earlier tasks that the model has written itself."""
+"""LFPT5: one soft prompt for all tasks, and pseudo rows of earlier tasks, which the model writes itself."""
 
 import logging
 
@@ -15,12 +15,12 @@ from trainers.lfpt5 import PSEUDO, WRITTEN, as_row
 
 CHANGES = {**EXACT, "train_rows": 8, "max_prompt_length": 60, "max_answer_length": 24, "prompt_tokens": 4}
 CHANGES |= {"replay_ratio": 0.5}
-#: What the model is made to say when it is asked for four rows of the first task: two can be used.
+#: The texts that the model is made to write when it is asked for four rows of the first task. Two are usable.
 SAID = ["Is it so?__ans__B", "no row", "Is it so?__ans__B", "Who says that rates will rise?__ans__A"]
 
 
 def saying(trainer: type, seen: list | None = None) -> type:
-    """The same method with a model that has written these rows."""
+    """The same method with a model that writes these rows."""
 
     class Saying(trainer):
         def answers(self, name, by, prompts, **how):
@@ -156,7 +156,7 @@ def test_each_stage_continues_the_previous_prompt_and_moves_nothing_else(options
 
 
 def test_the_divergence_of_lfpt5_is_zero_at_the_start_and_the_gradient_follows_the_formula(options, checkpoints):
-    """Of each row by itself, in transformers' own loss; the old prompt is then moved away."""
+    """The reference is from single rows with transformers' own loss. Then the old prompt is moved."""
     trainer, config = method("lfpt5")
     seen = []
 
@@ -206,7 +206,7 @@ def test_the_divergence_of_lfpt5_is_zero_at_the_start_and_the_gradient_follows_t
 
 
 def test_accumulation_takes_the_same_step(options, checkpoints, tmp_path):
-    """Of 10 rows, of which 2 are pseudo rows, away from the old prompt."""
+    """There are 10 rows, 2 of them pseudo rows, and the prompt differs from the old one."""
 
     class Spy(method("lfpt5")[0]):
         def begin_stage(self):

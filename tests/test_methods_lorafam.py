@@ -1,4 +1,4 @@
-"""The family of O-LoRA: `inclora`, which the others are made of, `nlora`, `milora` and `inflora`."""
+"""The family of O-LoRA: `inclora`, on which the others build, `nlora`, `milora` and `inflora`."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def saved(run) -> list[bytes]:
 
 
 def logits(base, checkpoint, rows) -> torch.Tensor:
-    """What the evaluation would load, on token ids of equal length."""
+    """The logits of the model that the evaluation would load, on token ids of equal length."""
     model = load_merged(base, checkpoint, dtype=torch.float32)
     with torch.no_grad():
         return model(torch.as_tensor(rows)).logits
@@ -90,7 +90,7 @@ def test_the_saved_adapter_is_the_trained_one_in_other_architectures(name, archi
 
 
 def nlora_gradients(a: torch.Tensor, b: torch.Tensor, strength: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the method adds to the gradients of two factors."""
+    """The gradients that the method adds to two factors."""
     instance = unbuilt("nlora", nlora_lambda=strength)
     pair = torch.nn.Parameter(a), torch.nn.Parameter(b)
     for p in pair:
@@ -268,7 +268,7 @@ def test_the_a_of_inflora_is_orthogonal_to_earlier_inputs_and_does_not_move(thre
 
 
 def test_the_inputs_that_inflora_remembers_do_not_depend_on_the_batch(options, tmp_path):
-    """OPT's feed-forward layers see the positions of a batch in one list, padding and all."""
+    """OPT's feed-forward layers get the positions of a batch as one list, with padding."""
     sums = []
 
     class Spy(inflora.InfLoRATrainer):
@@ -290,7 +290,7 @@ def test_the_inputs_that_inflora_remembers_do_not_depend_on_the_batch(options, t
 
 
 def test_inflora_changes_nothing_on_fully_remembered_rows(options, tmp_path):
-    """With a threshold of 1 and inputs that do not fill the space; so in each layer in turn, and so in the whole."""
+    """The threshold is 1, and the inputs do not fill the space. So each layer is unchanged, and so is the model."""
     changes = {**EXACT, "train_rows": 3, "max_prompt_length": 6, "max_steps": 10, "lora_target_modules": LINEAR}
     base, moved = options["model_name_or_path"], {}
     for name, own in (("inflora", {"inflora_threshold": 1.0}), ("inclora", {})):
@@ -312,7 +312,7 @@ def test_inflora_changes_nothing_on_fully_remembered_rows(options, tmp_path):
 
 
 def test_inflora_resumes_a_stage_with_its_initial_a(options, tmp_path, monkeypatch):
-    """Also where the eigenvectors come out with another sign, as of another device."""
+    """This also holds if the eigenvectors have a different sign, as on a different device."""
     trainer, config = method("inflora")
     options = small(options, "inflora", 1, save_strategy="steps", save_steps=1, max_steps=4)
     whole = train({**options, "output_dir": str(tmp_path / "whole")}, trainer, config)
@@ -325,7 +325,7 @@ def test_inflora_resumes_a_stage_with_its_initial_a(options, tmp_path, monkeypat
 
 
 def test_missing_free_directions_of_inflora_are_rows_of_zeros(options):
-    """Two of four are left: the other half of the adapter is nothing, and learns nothing."""
+    """Two of four directions are left: the other half of the adapter is zero and learns nothing."""
     trainer, config = method("inflora")
 
     class Spy(trainer):

@@ -57,7 +57,7 @@ def test_only_the_entries_with_the_largest_momentum_move(lora, options):
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_the_least_active_units_of_a_batch_have_no_gradient_and_do_not_move(lora, options):
-    """Against the outputs of the rows one by one, without padding; the step is of two uneven batches."""
+    """The reference is the outputs of single rows, without padding. The step has two unequal batches."""
     trainer, config = method("migu")
     checked = []
 
@@ -108,7 +108,7 @@ def test_the_least_active_units_of_a_batch_have_no_gradient_and_do_not_move(lora
 
 
 def test_migu_masks_the_last_dimension_in_gpt2():
-    """Its weights have inputs first; biases are masked with them."""
+    """Its weights have the inputs first. Biases are masked together with them."""
     layers = migu.trained_layers(empty("gpt2"))
     assert len(layers) == 8 and all(len(parameters) == 2 for parameters in layers.values())
     migu_trainer = unbuilt("migu", migu_quantile=0.5)
@@ -123,7 +123,7 @@ def test_migu_masks_the_last_dimension_in_gpt2():
 
 @pytest.mark.parametrize("flat", [False, True], ids=["batches", "flattened"])
 def test_padding_does_not_count_in_layers_with_any_shape_of_tokens(flat):
-    """OPT and mixtures of experts flatten a batch in front of some layers; an expert sees a part of the tokens."""
+    """OPT and mixtures of experts flatten a batch before some layers, and an expert gets only some of the tokens."""
     layer, one = torch.nn.Linear(2, 2), unbuilt("migu")
     one.real, one.driven = torch.tensor([[True, True, False], [True, False, False]]), {}
     output = torch.tensor([[[1.0, 2], [3, -4], [50, 60]], [[5, 6], [70, 80], [90, 100]]])

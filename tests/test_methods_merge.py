@@ -1,4 +1,4 @@
-"""Merging: the maths against hand computations and PEFT, the method's stages, and `trace-bench merge`."""
+"""Merging: the formulas against values by hand and PEFT, the method's stages, and `trace-bench merge`."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def products(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights that an adapter adds, by the names of its A."""
+    """Name of A -> the weights that an adapter adds there."""
     found, s = tensors(folder), averaging.scaling(read_json(folder / "adapter_config.json"))
     return {
         name: s * (found[name.replace("lora_A", "lora_B")] @ A).float() for name, A in found.items() if "lora_A" in name
@@ -67,7 +67,7 @@ def make_model(model: Path, folder: Path, seed: int, dtype: torch.dtype = torch.
 
 @pytest.fixture
 def adapters(tiny_model, tmp_path) -> list[Path]:
-    """Two adapters of one base, with other ranks and scalings."""
+    """Two adapters of one base model with different ranks and scalings."""
     return [
         make_adapter(tiny_model, tmp_path / "a", 1),
         make_adapter(tiny_model, tmp_path / "b", 2, r=6, lora_alpha=30, use_rslora=True),
@@ -112,7 +112,7 @@ def test_magmax_takes_the_largest_change_of_each_weight():
 
 
 def test_ties_equals_values_worked_by_hand():
-    """Trimmed to 3 of 5, the signs are elected by the sums, and the mean is over those that agree."""
+    """Changes are trimmed to 3 of 5, the sums elect the signs, and the mean is over the changes that agree."""
     one, two = torch.tensor([4.0, -3.0, 0.1, 2.0, 0.0]), torch.tensor([2.0, 5.0, 0.2, 0.1, -1.0])
     found = Merge("ties", density=0.6).of_vectors(torch.ones(5), [1 + one, 1 + two], "w")
     torch.testing.assert_close(found, 1 + torch.tensor([3.0, 5.0, 0.0, 2.0, -1.0]))
@@ -188,7 +188,7 @@ def test_merges_equal_those_of_pefts_add_weighted_adapter(method, kind, tiny_mod
     model.load_adapter(adapters[1], adapter_name="two")
     weights = [1.0, 1.0] if method == "ties" else [0.5, 0.5]
     given = {} if method == "average" else {"density": 0.3}
-    if method == "dare":  # PEFT draws where it comes to a module: from the same numbers as we do for that module
+    if method == "dare":  # for each module, PEFT must draw from the same random numbers as we do
         lora = model.base_model
         original = lora._svd_generalized_task_arithmetic_weighted_adapter
         places = {id(m): n for n, m in model.named_modules()}
@@ -236,7 +236,7 @@ def test_merges_of_full_models_equal_values_by_hand(full, tiny_model, merged):
 
 
 def test_bf16_models_in_several_files_are_merged_without_bias(tiny_model, tmp_path, merged):
-    """The mean is exact in the mean over weights, though each can only be one of two neighbours."""
+    """Each merged weight is one of two neighbours, but their mean over all weights is exact."""
     one = make_model(tiny_model, tmp_path / "one", 1, torch.bfloat16, max_shard_size="200KB")
     two = make_model(tiny_model, tmp_path / "two", 2, torch.bfloat16)
     assert len(list(one.glob("*.safetensors"))) > 2
@@ -351,7 +351,7 @@ def test_a_failed_merge_leaves_nothing(full, tmp_path, monkeypatch):
 
 
 def stages(options: dict, **changes):
-    """A run of three tasks, as the plain method trains it, or as merge does."""
+    """A run of three tasks, trained by the plain method or by merge."""
     tasks = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
     options = {**options, "tasks": tasks, "max_steps": 2, "lora_dropout": 0.0, "bf16": False, **changes}
     return train(options, *((MergeTrainer, MergeConfig) if "merge" in changes else (CLTrainer, CLConfig)))
@@ -390,7 +390,7 @@ def test_unmerged_stages_are_those_of_sequential_training_and_their_merge_is_eva
 
 
 def test_the_next_stage_trains_the_merged_adapter_cut_to_its_rank(options):
-    """What is lost by the cut is at most alpha (1 - alpha) |dB dA|."""
+    """The cut loses at most alpha (1 - alpha) |dB dA|."""
     seen = []
 
     class Spy(MergeTrainer):

@@ -1,4 +1,4 @@
-"""Methods that train what a model of the run has written: on-policy replay, and rewritten answers."""
+"""Methods that train on texts written by the run's own models: on-policy replay, and rewritten answers."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ TASKS = ["trace_fomc", "trace_numglue_ds", "trace_numglue_cm"]
 
 @pytest.fixture
 def said(monkeypatch, tiny_model):
-    """Answers what a function of the prompt's text says, as if a model had."""
+    """Answers with the result of a function of the prompt's text, in place of a model."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
 
     def saying(say):
@@ -47,7 +47,7 @@ def said(monkeypatch, tiny_model):
 
 
 def rows_of(trainer: type, config: type, options: dict) -> tuple:
-    """The run, and the rows of its last stage."""
+    """Trains a run. Returns it and the rows of its last stage."""
     seen = {}
 
     class Spy(trainer):
@@ -109,7 +109,7 @@ def drawn_twice(base: Path) -> list:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_vllm_draws_different_random_numbers_for_each_prompt(tiny_model):
-    """The untrained model finds all tokens about equally likely: with the same numbers all prompts had one answer."""
+    """For the untrained model all tokens are about equally likely, so equal random numbers would give equal answers."""
     first, again = forked(drawn_twice, tiny_model)
     assert again == first, "the seed decides, not the order"
     assert len({ids[0] for ids in first}) > 20
@@ -177,7 +177,7 @@ def test_written_answers_have_the_scores_of_the_evaluation(demo_data, tmp_path, 
 
 
 def test_opr_on_a_model_with_only_right_answers_is_mixed_replay(options, written_here, tmp_path):
-    """A model that learned its 8 rows by heart writes the gold answers: the bytes are those of `replay`."""
+    """A model that learned its 8 rows by heart writes the gold answers, so the bytes equal those of `replay`."""
     options |= {**EXACT, "tasks": TASKS[:2], "max_steps": 20, "use_peft": False, "learning_rate": 2e-3}
     options |= {"replay_ratio": 0.5, "train_rows": 8}
     own = {"opr_temperature": 0.0, "output_dir": str(tmp_path / "opr")}
@@ -226,7 +226,7 @@ def test_opr_keeps_the_best_answers_with_their_scores(options, written_here, tmp
 
 
 def test_opr_by_confidence_needs_no_gold_answer(options, said, tmp_path):
-    """The likeliest are kept, whatever they are worth; fewer prompts are asked; the budget is shared."""
+    """The most likely answers are kept, right or wrong. Fewer prompts are asked, and tasks share the budget."""
     marks = {}
 
     def say(prompt):
@@ -259,7 +259,7 @@ def test_an_answer_cut_by_its_limit_is_trained_without_eos(options, said):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_prompts_for_answers_have_the_trained_tokens(chat, options, said):
-    """Of earlier tasks the very tokens; rewriting shows the whole task, in the chat template if there is one."""
+    """Prompts of earlier tasks have exactly the same tokens. Rewriting shows the whole task, in the chat template."""
     orders = said(lambda prompt: Answer("zz"))
     options |= {"tasks": TASKS[:2], "max_steps": 1, "chat_template": chat}
     _, _, trainer = rows_of(opr.OPRTrainer, opr.OPRConfig, {**options, "replay_choice": "first"})
@@ -275,7 +275,7 @@ def test_prompts_for_answers_have_the_trained_tokens(chat, options, said):
 
 
 def test_prompts_leave_room_for_the_answer_in_the_context(options, said):
-    """As in the evaluation, which cuts them to what `engine_args` leave."""
+    """They are cut as in the evaluation, to the context that `engine_args` allow."""
     orders = said(lambda prompt: Answer("zz"))
     options |= {"tasks": TASKS[:2], "max_steps": 1, "max_new_tokens": 4}
     for context in ({"max_model_len": 44}, {"max_length": 44}, {"max_model_len": 999}):
@@ -288,7 +288,7 @@ def test_prompts_leave_room_for_the_answer_in_the_context(options, said):
 
 
 def test_a_rewrite_is_kept_if_the_metric_still_accepts_it(options, said):
-    """The base model writes once for each task; what is not kept is the gold answer; replay has the rewrites, too."""
+    """The base model writes once for each task. Otherwise the gold answer is used. Replay also has the rewrites."""
     options |= {"tasks": [TASKS[0], "trace_20minuten"], "max_steps": 1, "replay_ratio": 0.5, "max_prompt_length": 500}
     golds, asked = {}, []
 
@@ -312,7 +312,7 @@ def test_a_rewrite_is_kept_if_the_metric_still_accepts_it(options, said):
 
 
 def test_accept_1_is_plain_training_and_accept_0_keeps_every_answer(options, said, tmp_path):
-    """Nothing usable is plain training, to the byte; 0 keeps whatever is written, near misses depend on the share."""
+    """Without usable answers it is plain training to the byte. 0 keeps any answer; near misses depend on the share."""
     options |= {**EXACT, "tasks": ["trace_20minuten"], "max_steps": 2, "max_answer_length": 60, "train_rows": 8}
     made = rewrite.RewriteTrainer, rewrite.RewriteConfig
     said(lambda prompt: Answer("Nein."))
@@ -336,7 +336,7 @@ def test_a_rewrite_gets_the_white_space_of_the_gold_answer():
 
 
 def test_a_prompt_longer_than_the_context_gets_no_answer(tiny_model, tmp_path):
-    """Rewriting shows the whole task; what the context has no room for keeps its gold answer."""
+    """Rewriting shows the whole task. A row that does not fit into the context keeps its gold answer."""
     order = {"backend": "hf", "base": str(tiny_model), "revision": None, "engine_args": {"max_length": 40}}
     job = {"stops": [], "most": 8, "seed": 0, "samples": 2, "sampling": None, "rated": False, "made_from": "x"}
     jobs = [{**job, "prompts": [[5] * 33, [5] * 32], "file": str(tmp_path / "answers.json")}]

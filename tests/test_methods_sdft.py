@@ -1,4 +1,4 @@
-"""On-policy self-distillation: the model learns from its own answers what it would say if it had seen the gold ones."""
+"""On-policy self-distillation: on its own answers a model learns the outputs that it has when it sees gold answers."""
 
 from contextlib import nullcontext
 
@@ -16,7 +16,7 @@ from trainers.base.sampling import Drawn
 from trainers.sdft import SHOWN, TEMPLATE
 
 CHANGES = {**EXACT, "train_rows": 8, "max_prompt_length": 64, "max_answer_length": 24, "sdft_tokens": 6}
-#: Rows by themselves, without weights of a former stage that could differ by rounding.
+#: Options for a single stage, without weights of an earlier stage, which could differ by rounding.
 ONE_STEP = {**CHANGES, "max_steps": 1, "optim": "sgd", "learning_rate": 0.1}
 
 
@@ -45,7 +45,7 @@ def test_a_sample_depends_only_on_its_seed_and_the_weights(checkpoints):
     for answer in together:
         assert len(answer) == 12 or answer[-1] in ends
         assert not ends & set(answer[:-1])
-    # What a model's own settings ask for is not in the samples; they, and the model's mode, stay.
+    # Sampling ignores the model's own settings, and does not change them or the model's mode.
     own = model.generation_config
     own.repetition_penalty, own.temperature, own.do_sample = 5.0, 0.1, True
     model.train()
@@ -142,7 +142,7 @@ def test_a_teacher_that_sees_only_the_prompt_moves_no_weight(rate, options):
 
 
 def test_a_step_of_sdft_has_the_gradient_of_the_formula(options, checkpoints):
-    """Row by row, with the softmax gradient q - p in float64 in the place of autograd through a divergence."""
+    """The reference is from single rows, with the softmax gradient q - p in float64 instead of autograd."""
     trainer, config = method("sdft")
     seen = []
 

@@ -1,4 +1,4 @@
-"""SEEKR: `der`, and the attention of the heads that matter."""
+"""SEEKR: `der` plus the attention of the important heads."""
 
 import shutil
 
@@ -35,7 +35,7 @@ def test_kept_attention_is_that_of_the_rows_own_stage_with_divergence_zero_there
         found, _ = trainer.attention(trainer.model, batch)
         divergences = [trainer.attention_divergence([a[i] for a in found], i).item() for i in range(4)]
         others = [trainer.attention_divergence([a[1 - i] for a in found], i).item() for i in range(2)]
-        # By hand, of weights that are not those that were kept.
+        # Computed by hand for attention weights that differ from the kept ones.
         moved = [(a[2] * 3).softmax(-1) for a in found]
         heads, queries = trainer.said["heads"][0].tolist(), trainer.said["queries"][40:60].tolist()
         by_layer: dict[int, list[float]] = {}
@@ -84,7 +84,7 @@ def test_seekr_keeps_the_attention_of_the_most_important_heads(options):
 
 
 def test_only_heads_that_the_loss_depends_on_have_importance(options):
-    """Of a head whose output nothing reads it is zero, and of no other one."""
+    """It is zero only for a head whose output is not read."""
     trainer, config = method("seekr")
     seen = []
 
@@ -115,7 +115,7 @@ def test_accumulation_takes_the_same_step(checkpointing, options, tmp_path):
 
 
 def test_seekr_refuses_attention_dropout(options, tmp_path):
-    """Dropped weights are far from those that are kept."""
+    """Weights after dropout differ much from the kept ones."""
     folder = shutil.copytree(options["model_name_or_path"], tmp_path / "dropping")
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "attention_dropout": 0.1})
     with pytest.raises(ConfigError, match=r"attention_dropout=0\.1 .* a copy of the model with attention_dropout 0\.0"):
@@ -133,7 +133,7 @@ def test_seekr_refuses_a_model_without_attention(options, tmp_path):
 
 
 def test_kept_attention_is_never_moved_to_the_device(options):
-    """It is many times what a GPU has room for."""
+    """It is many times larger than the memory of a GPU."""
     went = []
 
     class Spy(method("seekr")[0]):

@@ -1,4 +1,4 @@
-"""The changes by which `bench.mutants` tries the tests."""
+"""The code changes with which `bench.mutants` tests the tests."""
 
 import pytest
 

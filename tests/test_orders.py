@@ -15,13 +15,13 @@ TURNED = TASKS[::-1]
 def test_the_interval_of_a_mean_over_orders_combines_the_seeds_within_orders():
     one, two = {0: 1.0, 1: 3.0, 2: 8.0}, {0: 0.0, 1: 1.0, 2: 9.0}
     assert order_difference([(one, two)]) == seed_difference(one, two)
-    # Orders that are far apart, in which the seeds vary alike: four degrees of freedom.
+    # The orders differ much, and the seeds vary equally in each: four degrees of freedom.
     zeros = dict.fromkeys(range(3), 0.0)
     estimate, p = order_difference([({0: 0.0, 1: 1.0, 2: 2.0}, zeros), ({0: 10.0, 1: 12.0, 2: 11.0}, zeros)])
     error = (2 / 3) ** 0.5 / 2
     assert estimate == pytest.approx((6, 6 - t.ppf(0.975, 4) * error, 6 + t.ppf(0.975, 4) * error))
     assert p == pytest.approx(2 * t.sf(6 / error, 4))
-    # With one seed for each order, the orders are what varies.
+    # With one seed per order, the variance is that of the orders.
     estimate, p = order_difference([({0: x}, {0: 1.0}) for x in (2.0, 4.0, 9.0)])
     right = ttest_1samp([1.0, 3.0, 8.0], 0)
     assert (*estimate[1:], p) == pytest.approx((*right.confidence_interval(), right.pvalue))
@@ -48,7 +48,7 @@ def test_the_interval_over_orders_covers_the_truth():
 
 
 def trained(make, method, tasks, finals, *, first=0, stem=None, **config):
-    """A run for each seed, whose final scores are these in percent, in this order of the tasks."""
+    """One run per seed, with these final scores in percent, in this order of the tasks."""
     runs = []
     for seed, final in enumerate(finals, first):
         matrix = R.copy()
@@ -79,7 +79,7 @@ def test_methods_in_several_orders_are_compared_per_order_and_over_all(make):
     low, high = expected[1:]
     assert rows_of(table) == {"ewc": rows_of(table)["ewc"]}
     assert rows_of(table)["ewc"]["OP"] == f"+16.0 [+{low:.1f}, +{high:.1f}]"
-    # In each order against the baseline's method in that order: what the order does is in no difference of methods.
+    # Each order is compared with the baseline in the same order, so differences of methods do not contain its effect.
     rows = rows_of(table_of(comparison, "Difference of seed means to `plain-sequential`"))
     assert list(rows) == ["plain-ewc", "turned-sequential", "turned-ewc against turned-sequential"]
     assert rows["turned-ewc against turned-sequential"]["OP"].startswith("+11.0 [")
@@ -105,7 +105,7 @@ def test_only_methods_with_the_orders_of_the_baseline_are_compared_over_orders(m
         *trained(make, "ewc", TASKS, [60]),
         *trained(make, "ewc", TURNED, [30]),
         *trained(make, "ewc", TASKS, [50], stem="strong", ewc_lambda=9),
-        *trained(make, "ewc", TURNED, [50], stem="strong", ewc_lambda=9, first=5),  # whatever its seed
+        *trained(make, "ewc", TURNED, [50], stem="strong", ewc_lambda=9, first=5),  # its seed does not matter
         *trained(make, "replay", TASKS, [60, 61]),
         *trained(make, "lwf", TASKS, [10], epochs=[1, 2, 3]),
         *trained(make, "lwf", TURNED, [10], epochs=[1, 2, 3]),
@@ -115,11 +115,11 @@ def test_only_methods_with_the_orders_of_the_baseline_are_compared_over_orders(m
         *trained(make, "migu", TURNED, [70], test_rows=5),
     ]
     comparison = compare(runs)
-    # The epochs of lwf are not those of the same tasks: two settings, no method in two orders.
+    # The epochs of lwf differ for the same tasks, so these are two settings, not one method in two orders.
     strong = "plain-strong-seed0 and its orders"
     families = ["sequential", "plain-ewc-seed0 and its orders", strong, "freeze", "migu"]
     assert list(rows_of(table_of(comparison, "Over orders"))) == families
-    # Neither other orders nor other test rows than those of the baseline.
+    # Orders and test rows that the baseline does not have are not compared.
     rows = rows_of(table_of(comparison, "Difference over orders to `sequential`"))
     assert list(rows) == families[1:3]
     right = ttest_1samp([20.0, 10.0], 0).confidence_interval()

@@ -1,4 +1,4 @@
-"""OSF: what a stage preserves, what it trains, and what it leaves on the disk."""
+"""OSF: the directions that a stage preserves and trains, and its files."""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -26,7 +26,7 @@ def linear(name: str) -> bool:
 
 
 def leak(before: torch.Tensor, after: torch.Tensor, rank: int) -> float:
-    """How much of the change of a weight touches its former top directions, from 0 to 1."""
+    """The share of a weight's change in its earlier top directions, from 0 to 1."""
     u, _, v = torch.linalg.svd(before.double(), full_matrices=False)
     change = after.double() - before.double()
     high = max((u[:, :rank].T @ change).norm(), (change @ v[:rank].T).norm())
@@ -48,7 +48,7 @@ def test_sgd_with_osf_does_not_change_the_top_directions(options, tiny_model):
 
 
 def test_adam_with_osf_changes_the_top_directions_a_little(options, tiny_model):
-    """What the docstring says: the projection is of the gradient, and Adam's step is not the gradient."""
+    """The gradient is projected, but Adam's step is not the gradient, as OSF's docstring says."""
     run = train({**options, "tasks": ["trace_fomc"], "osf_preserved": 0.5}, OSFTrainer, OSFConfig)
     before, after = load_file(tiny_model / "model.safetensors"), weights(run, 1)
     assert 0.05 < max(leak(before[name], after[name], 64) for name in before if linear(name)) < 0.5
@@ -76,7 +76,7 @@ def test_osf_saves_the_trained_model_and_trains_less_in_each_stage(options):
         record = read_json(run.stages[stage].train_file)
         assert record["preserved"] == preserved
         rank = 128 - max(1, int(128 * preserved))
-        # Of each matrix (out, in): U_low, S_low, V_low. Two layers of q, k, v, o (128 x 128) and the MLP's three.
+        # Each matrix (out, in) has U_low, S_low, V_low. Both layers have q, k, v, o (128 x 128) and the MLP's three.
         assert record["trainable_parameters"] == 2 * rank * (4 * (128 + 1 + 128) + 3 * (256 + 1 + 128))
         assert record["parameters"] == sum(w.numel() for w in weights(run, stage).values())
     assert run.stages[1].checkpoint.name == "model" and run.manifest["trains"] == "full"

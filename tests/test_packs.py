@@ -1,4 +1,4 @@
-"""CL_Benchmark, the sets of O-LoRA's paper: prompts and exact match as in its code, orders, errors, audit, a run."""
+"""CL_Benchmark, the sets of O-LoRA's paper: its prompts and exact match, orders, errors, audit, and a run."""
 
 import json
 import re
@@ -93,7 +93,7 @@ def test_prompts_of_cl_benchmark_equal_those_of_o_loras_code(sets):
 
 
 def official(prediction, reference):
-    """An own reading of exact_match_score and skip_instructions."""
+    """An independent version of exact_match_score and skip_instructions."""
 
     def bare(text):
         kept = "".join(c for c in text.lower() if c not in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")

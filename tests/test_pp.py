@@ -1,4 +1,4 @@
-"""Progressive Prompts: what is trained, what stays as it is, and that the engines run the same model as PEFT."""
+"""Progressive Prompts: the trained and the unchanged parts, and that the engines run the same model as PEFT."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def options(options) -> dict:
 
 @pytest.fixture
 def lively(checkpoints, tmp_path) -> tuple[Path, Path]:
-    """A base model that writes lively texts, and a soft prompt for it that changes them."""
+    """A base model that writes varied texts, and a soft prompt that changes them."""
     base, adapter = checkpoints["full model"], tmp_path / "a_prompt"
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
@@ -40,7 +40,7 @@ def lively(checkpoints, tmp_path) -> tuple[Path, Path]:
 
 
 def by_hand(model, soft: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    """The logits of a text behind a soft prompt, without the prompt's own positions."""
+    """The logits of a text after a soft prompt, without the prompt's own positions."""
     embeds = model.get_input_embeddings()(torch.tensor([ids]))
     with torch.no_grad():
         return model(inputs_embeds=torch.cat([soft[None], embeds], dim=1)).logits[0, len(soft) :]

@@ -1,4 +1,4 @@
-"""The tasks with reasoning (RCL): what is read out of a text, what it scores, and the method that trains on them."""
+"""The tasks with reasoning (RCL): extraction of answers, their scores, and the method that trains on them."""
 
 import re
 from collections import Counter
@@ -31,7 +31,7 @@ def real_task(name: str, monkeypatch: pytest.MonkeyPatch):
 
 
 SUMMARY = "Therefore, the summary of the meeting transcripts is:"
-#: form -> text, and the path and the answer in it; None where there is no answer.
+#: form -> text, and its path and answer; None if there is no answer.
 SPLIT = {
     "line": [
         ("6 * 6 = 36\nAnswer:36", ("6 * 6 = 36\n", "36")), ("Answer:B", ("", "B")),
@@ -69,7 +69,7 @@ def test_an_unknown_form_or_variant_is_an_error(demo_data: None):
         extract_answer("letter", "Answer:B")
     with pytest.raises(ValueError, match="thinking"):
         utils.load_dataset("FOMC", trace_variant="thinking")
-    # lm-eval hands on the arguments of the model, too, of which transformers has a `variant`.
+    # lm-eval also passes the arguments of the model, and transformers has one named `variant`.
     assert "Give your reasoning" not in utils.load_dataset("FOMC", variant="fp16")["test"][0]["prompt"]
 
 
@@ -144,8 +144,8 @@ def test_training_prompts_get_the_form_of_the_test_prompts(folder, official, dem
 @real_data
 @every_task
 def test_extracted_real_training_answers_score_in_full_and_test_answers_have_no_reasoning(name, real_task):
-    # Against its own extracted answer, a training answer scores what that answer scores against itself: 1, but for
-    # SARI, which is a little less where the source repeats words (0.984 and more here).
+    # The extracted answer is compared with itself. The score is 1, except SARI, which is a little less if the source
+    # repeats words (here at least 0.984).
     docs = list(real_task.training_docs())
     assert len(docs) == (60 if name == "reasoning_meetingbank" else 200)
     for doc in docs:
@@ -162,13 +162,13 @@ def test_extracted_real_training_answers_score_in_full_and_test_answers_have_no_
             assert extract_answer(FORMS.get(name, "line"), doc["answer"]) is None
 
 
-#: Rows of the reasoning variant whose plain row is at hand too.
+#: Rows of the reasoning variant whose plain row is available, too.
 IN_BOTH = {"C-STANCE": 143, "FOMC": 87, "MeetingBank": 62, "Py150": 30, "ScienceQA": 19}
 IN_BOTH |= {"NumGLUE-cm": 280, "NumGLUE-ds": 126, "20Minuten": 89}
 
 
 def _content(prompt: str, first: int, last: int | None) -> str:
-    """What a row is about: its letters and digits without the lines of the frame."""
+    """The content of a row: its letters and digits without the lines of the frame."""
     return re.sub(r"\W+", "", "".join(prompt.split("\n")[first:last]))
 
 
@@ -193,7 +193,7 @@ def test_real_plain_rows_become_the_official_reasoning_rows(folder):
                 assert not rows or row["answer"] in answers
                 continue
             path, answer = split_answer(form, row["answer"])
-            # 20Minuten's official paths end in the teacher's own text; Py150's prompts repeat with other answers.
+            # 20Minuten's official paths end in the teacher's text. Py150 repeats prompts with different answers.
             if rows and folder not in ("20Minuten", "Py150"):
                 assert answer in {a.strip() for a in answers}
             assert reasoning.reasoning_answer(folder, path if code else path.rstrip("\n"), answer) == row["answer"]

@@ -1,4 +1,4 @@
-"""The release: wheel and source archive hold all that the program reads, and work from an empty folder."""
+"""The release: wheel and source archive contain all files that the program reads, and work from an empty folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PACKAGES = ("trace_tasks", "trace_bench", "trainers", "judges")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel that is built from the source archive of the tracked files."""
+    """The wheel, built from the source archive of the tracked files."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
     subprocess.run(["tar", "-x"], cwd=source, input=archive, check=True)
@@ -36,7 +36,7 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Runs a command in an empty folder where only the wheel is there beside the libraries."""
+    """Runs a command in an empty folder with only the wheel and the libraries."""
     site, empty = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("empty folder ü")
     pip = [sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(pip, check=True)
@@ -85,7 +85,7 @@ STUDY = "{config: config.yaml, runs: {half: {method: half.py, seed: {each: [1, 2
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_newcomers_commands_work_from_the_wheel(installed, monkeypatch):
-    """What a newcomer does, from the wheel, in a folder whose name has a space and an umlaut."""
+    """The commands run in a folder whose name has a space and an umlaut."""
     folder = installed.folder
 
     def bench(*words: str, **more: str) -> str:

@@ -1,4 +1,4 @@
-"""Tests of `trace_bench.report.results`: which intervals the samples of a run allow, and which they do not."""
+"""Tests of `trace_bench.report.results`: the intervals that the samples of a run allow."""
 
 from dataclasses import replace
 from statistics import NormalDist
@@ -47,7 +47,7 @@ def test_every_change_equals_that_of_the_matrix_and_lies_in_its_interval(run):
 
 
 def test_the_interval_of_bwt_pairs_rows(make):
-    """The same rows in another order at a stage have the same score, and no pairs."""
+    """If the rows of a stage are shuffled, the score is the same, but the pairs are lost."""
     paired = make(rows={t: {"score": np.linspace(0, 1, N)[:, None] * [[0.5, 0.9, 0.8, 0.7]]} for t in TASKS})
     wide = Results(paired).sequence["BWT"][2]
     file = paired.stages[3].samples_file(TASKS[0])
@@ -82,7 +82,7 @@ def test_a_score_that_is_not_the_mean_of_its_rows_has_no_interval(run, damage):
 
 
 def put_suite(run, index, suite, scores, subtasks, equal=False):
-    """A general-ability suite: its subtasks weighted by size, or all the same."""
+    """Writes a general-ability suite with subtasks weighted by size or equally."""
     parts = {name: [s for s, label in zip(scores, subtasks, strict=True) if label == name] for name in subtasks}
     value = np.mean([np.mean(part) for part in parts.values()]) if equal else np.mean(scores)
     changes = {"metrics": {"acc": {"value": float(value), "stderr": None}}, "version": "1.0"}
@@ -154,10 +154,10 @@ def test_intervals_ignore_rows_that_are_left_out(run):
 
 
 def simulated(run, rng, n, gain=()):
-    """The results of an eight-task run in which nothing changes, but for the gains of (task, from that stage on).
+    """The results of an eight-task run without real changes, except for the gains: (task, first stage) -> gain.
 
-    Rows are 0/1 with a rate between .05 and .95, or graded as rouge is: many zeros, the others anywhere up to 1. Stages
-    answer a row alike, since it is easy or hard.
+    Rows are 0/1 with a rate between .05 and .95, or graded like ROUGE: many zeros, the others anywhere up to 1. The
+    answers of stages to a row are correlated, because rows are easy or hard.
     """
     rows, units, gain = {}, {}, dict(gain)
     for i, task in enumerate(run.tasks):
@@ -181,7 +181,7 @@ def test_reports_without_real_changes_show_an_arrow_in_one_of_twenty_cases(make)
     assert len(reports[0].tested) == 28 + 15, "what BWT is made of, and learned and in all"
     marked = np.mean([bool(r.marks) for r in reports])
     assert marked <= 0.05 + 2 * (0.05 * 0.95 / 100) ** 0.5
-    # So many have an interval that excludes zero, which is what arrows came from before they were corrected.
+    # This many intervals exclude zero. Without the correction all of them would have an arrow.
     assert np.mean([any(e.sign for e in r.changes.values()) for r in reports[:10]]) > 5 * 0.05
 
 

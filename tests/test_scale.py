@@ -1,4 +1,4 @@
-"""Tasks of one's own, and many: nothing in the code knows the number eight."""
+"""A user's own tasks, and many of them: no code depends on the number eight."""
 
 import json
 import time
@@ -14,13 +14,13 @@ from trace_bench.tasks import load_tasks
 from trace_tasks import data
 from trainers.base import CLTrainer
 
-#: So that an answer is soon made.
+#: Few tokens, to save time.
 SHORT = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 2}\n'
 
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
-    """Thirty tasks in the folder of TRACE_TASKS: spell the letter that follows the one of the task."""
+    """Thirty tasks in the folder of TRACE_TASKS. The answer is the letter after that of the task."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     for i in range(30):

@@ -1,7 +1,7 @@
-"""Tests of `trace_tasks.scoring`: parity with the official code, hand-worked cases, edges and properties.
+"""Tests of `trace_tasks.scoring`: equality with the official code, cases worked by hand, edge cases and properties.
 
-The parity tests need the predictions with official scores in `shared/golden` beside the repository, and are
-skipped where it is absent. That text is not the project's: a failure names rows by index, and shows no text.
+The comparison with the official code needs predictions with official scores in `shared/golden` next to the repository,
+and is skipped without them. Their texts are not the project's, so a failure names rows by index and shows no text.
 """
 
 import json
@@ -175,10 +175,10 @@ LABELLED = Path(__file__).with_name("labelled_answers.jsonl")
 
 
 def test_tolerant_scores_agree_with_answers_labelled_by_hand(capsys):
-    """223 answers of SmolLM2-135M-Instruct to real test rows, greedy, up to 48 tokens, labelled by hand.
+    """The file has 223 greedy answers of SmolLM2-135M-Instruct to real test rows, up to 48 tokens, labelled by hand.
 
-    The file holds the model's words alone (answers that quote a prompt at length were left out), the number of the
-    row, and what the answer says: a letter, a number, or null where it names none, or several.
+    It has only the model's words (answers that quote a prompt at length were left out), the number of the row, and the
+    label: a letter, a number, or null if the answer names none or several.
     """
     data = GOLDEN.parent / "data" / "trace"
     if not data.is_dir():
@@ -252,7 +252,7 @@ def test_the_number_of_an_answer_is_read(prediction, reference, score):
 
 
 def f_measure(precision: float, recall: float) -> float:
-    """The F of PyPI's `rouge`, with its small constant."""
+    """The F of PyPI's `rouge`, including its small constant."""
     return 2 * precision * recall / (precision + recall + 1e-8)
 
 
@@ -280,7 +280,7 @@ def test_rouge_l_has_the_recorded_values(prediction, reference, score):
 
 
 def plain_rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L from its definition: a full table for every pair of sentences."""
+    """ROUGE-L by its definition, with a full table for every pair of sentences."""
     texts = [[part.split() or [""] for part in text.split(".") if part] for text in (prediction, reference)]
     union = set()
     for x, y in product(*texts):

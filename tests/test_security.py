@@ -1,4 +1,4 @@
-"""docs/security.md promises: keys stay in memory, texts are material, files stay in their folder, no pickle opens."""
+"""The promises of docs/security.md: keys stay in memory, texts are data, files stay in their folder, no pickles."""
 
 import gzip
 import json
@@ -57,7 +57,7 @@ NOBODY = ["--model", "m", "--base-url", "http://127.0.0.1:1/v1"]
 
 @pytest.fixture
 def secrets(monkeypatch, tmp_path, tmp_path_factory, caplog, capfd):
-    """Keys in the environment; afterwards no file, no log and nothing printed holds one of them."""
+    """Sets keys in the environment. Afterwards no file, log or output contains one of them."""
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -81,7 +81,7 @@ def secrets(monkeypatch, tmp_path, tmp_path_factory, caplog, capfd):
 
 
 def failed(argv, printed):
-    """Runs a command that has to fail with an error of the project, and keeps what a traceback would show."""
+    """Runs a command that must fail with an error of ours, and keeps the text that a traceback would show."""
     with pytest.raises(SystemExit) as e:
         main([str(a) for a in argv])
     assert str(e.value.code).startswith("error: ")
@@ -139,7 +139,7 @@ def test_keys_are_in_no_file_log_or_output_of_a_run(secrets, options, tmp_path, 
 
 
 def _patient(init):
-    """A client that waits a moment only, so that the slow server is a time-out."""
+    """A client that waits only a moment, so the slow server is a time-out."""
 
     def quick(self, *args, **kwargs):
         init(self, *args, **{**kwargs, "timeout": 0.3})
@@ -263,7 +263,7 @@ def test_an_archive_that_would_unpack_to_too_much_is_refused_early(tmp_path, cac
 
 
 def test_a_header_with_a_huge_or_negative_size_is_not_read(tmp_path, cache):
-    """A name of 3 GB: a few bytes here, and memory for all of it in tarfile alone."""
+    """The header says that a name has 3 GB. It takes few bytes here, but tarfile alone would reserve memory for all."""
     for size in ("-1", str(10**30)):
         packed(tmp_path / "a.tar", [("FOMC/test.json", b"[]"), ("b", b"x")], pax_headers={"size": size})
         refused(tmp_path / "a.tar", "", cache)
@@ -434,7 +434,7 @@ def test_a_run_on_a_different_disk_can_be_used_through_links(tmp_path, options, 
     run = train({**options, "output_dir": str(tmp_path / "runs" / "linked")})
     main(["report", str(run.path)])
     assert (tmp_path / "disk" / "one" / "report.md").is_file()
-    # A checkpoint that was moved is read through a link, and only the link goes when it is dropped.
+    # A moved checkpoint is read through a link. Dropping the checkpoint removes only the link.
     adapter = run.stages[2].path / "adapter"
     adapter.rename(tmp_path / "moved")
     adapter.symlink_to(tmp_path / "moved")
@@ -474,7 +474,7 @@ def test_demo_data_and_annotations_are_not_written_through_links(tmp_path):
 
 
 class Evil:
-    """A pickle that makes a file when it is opened."""
+    """A pickle that writes a file when it is opened."""
 
     def __init__(self, target):
         self.target = target
@@ -484,7 +484,7 @@ class Evil:
 
 
 def with_pickle(folder, name, target):
-    """The folder, its weights replaced by a pickle of that name."""
+    """Replaces the weights in a folder by a pickle of this name."""
     for file in folder.glob("*.safetensors"):
         file.unlink()
     (folder / name).write_bytes(pickle.dumps(Evil(target)))
@@ -528,7 +528,7 @@ def test_a_checkpoint_in_pickles_is_refused(tmp_path, checkpoints, tiny_model, t
         external_run(
             tmp_path / "q", {"mine": str(folder)}, model=str(tiny_model), tasks=["trace_fomc"], settings=settings
         )
-    # Beside other weights PEFT would still take the pickle by its name.
+    # Even with other weights in the folder, PEFT would open the pickle because of its name.
     (folder / "other.safetensors").write_bytes(b"x")
     with pytest.raises((ModelError, OSError)):
         models.load_model(str(tiny_model), folder)
@@ -545,7 +545,7 @@ def test_training_resumes_only_from_safetensors(options, run, touched):
 
 
 def with_code(folder, target, model_type):
-    """The folder with code of its own, as a model on the hub may bring it."""
+    """Adds code to a folder, as a model on the hub may contain it."""
     (folder / "evil.py").write_text(
         f"from pathlib import Path\nPath({str(target)!r}).touch()\n"
         "from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast\n"
@@ -591,7 +591,7 @@ def test_the_revision_of_a_hub_model_is_its_commit_and_runs_no_code(tmp_path, ti
 
 
 def test_no_example_serves_on_all_interfaces():
-    """VLLM's own default is all interfaces: every command here that starts a server names the loopback."""
+    """VLLM serves on all interfaces by default, so every documented command that starts a server names the loopback."""
     root = Path(__file__).parents[1]
     files = [p for pattern in ("Makefile", "*.md", "*/*.md", "*/*.py", "*/*.yaml") for p in root.glob(pattern)]
     text = "\n".join(p.read_text(encoding="utf-8") for p in files if p != Path(__file__))
@@ -651,7 +651,7 @@ def known(monkeypatch):
 
 
 def leaves(value):
-    """The texts in a value of JSON that are no names."""
+    """The texts in a JSON value that are no keys."""
     if isinstance(value, dict):
         value = list(value.values())
     return [text for v in value for text in leaves(v)] if isinstance(value, list | tuple) else [str(value)]
@@ -716,7 +716,7 @@ CONTROL = "\x1b]0;owned\x07\x1b[2J\r\x9b1m\0\u202eevil\u2066\u200f\u2028"
 
 
 def test_control_characters_reach_no_terminal(tmp_path, capsys, monkeypatch):
-    """Names in a manifest, errors of servers, warnings: printed by every command."""
+    """Commands print names in a manifest, errors of servers, and warnings."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     run = make_run(tmp_path / "runs", method=f"m{CONTROL}", model={"name": f"a/{CONTROL}\n# x", "revision": CONTROL})
     other = make_run(tmp_path / "runs", name="other\x1b[31m\u202e")

@@ -1,4 +1,4 @@
-"""Whole pipelines and real inference engines: minutes, not seconds (make test-slow)."""
+"""Whole pipelines and real inference engines, which take minutes (make test-slow)."""
 
 import json
 import os
@@ -31,13 +31,13 @@ CLI = [sys.executable, "-m", "trace_bench"]
 
 @pytest.fixture
 def env(demo_data) -> dict[str, str]:
-    """Of programs that start vLLM."""
+    """The environment of programs that start vLLM."""
     small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
     return {**os.environ, **small, "NO_PROXY": "127.0.0.1"}
 
 
 def killed_until_done(rng: random.Random, kills: int, *words: object) -> None:
-    """Runs a command that is killed some times at random moments, and then left alone."""
+    """Runs a command, kills it a few times at random moments, and then lets it end."""
     for _ in range(kills):
         process = start_module(*words)
         process.join(rng.uniform(1, 6))
@@ -83,7 +83,7 @@ def test_vllm_draws_answers_to_more_prompts_than_it_reads_at_once(tiny_model, tm
     ("backend", "include"), [("hf", False), ("vllm", True)], ids=["installed-hf", "include_path-vllm"]
 )
 def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path, env):
-    """The literal command of the README; `installed` is what `make setup` does to the environment's lm-eval."""
+    """Runs the exact command of the README. `installed` changes lm-eval as `make setup` does."""
     tasks = Path(subprocess.check_output([*CLI, "tasks-path"], text=True).strip())
     if not include:
         subprocess.run([*CLI, "tasks-path", "--install"], check=True)
@@ -101,7 +101,7 @@ def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path, en
 
 
 def test_a_real_server_and_a_local_model_judge_alike(options, tmp_path, env):
-    """`vllm serve` over HTTP and `--local`: the same chat template and limits, and every pair is accounted for."""
+    """`vllm serve` over HTTP and `--local` have the same chat template and limits, and every pair is counted."""
     from trace_bench.engine import models
 
     run = train({**options, "judged": ["instruct_lima", "safety_cona"], "judged_rows": 3, "judged_max_new_tokens": 24})

@@ -1,4 +1,4 @@
-"""`trace-bench status`: what it says of a run that is being trained, was interrupted, or is done."""
+"""`trace-bench status` on a run that is being trained, was interrupted, or is finished."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def test_status_and_the_progress_bar_show_the_same(options, capfd, monkeypatch):
     options |= {"disable_tqdm": False, "save_strategy": "steps", "save_steps": 1, "max_steps": 4}
 
     def bars(stage):
-        """What was shown of a stage."""
+        """The lines that were shown for a stage."""
         shown = (line.strip() for line in re.split("[\r\n]", capfd.readouterr().err))
         return [line for line in shown if line.startswith(f"stage {stage}")]
 
@@ -43,7 +43,7 @@ def test_status_and_the_progress_bar_show_the_same(options, capfd, monkeypatch):
     assert progress["steps"] == 4 and 1 <= progress["step"] <= 2 and progress["tokens"] > 0
     assert re.search(rf"interrupted \d+ s ago at step {progress['step']} of 4, loss {progress['loss']:.3f}", during[3])
     assert during[4].startswith("left to train: 1 of 2 stages, ")
-    # Of the last stage the time left is that of the bar; one that goes on begins where it was.
+    # For the last stage the time left is that of the bar. A resumed stage begins where it was.
     run = train(options)
     shown = bars("2/2 NumGLUE-ds")
     assert "step 2/4" in shown[0] and "step 4/4" in shown[-1]

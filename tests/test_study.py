@@ -1,4 +1,4 @@
-"""Tests of `trace_bench.study`: the project's study files, what such a file may hold, a tiny study from end to end."""
+"""Tests of `trace_bench.study`: the packaged studies, the content of study files, and a tiny study from end to end."""
 
 import csv
 import runpy
@@ -40,7 +40,7 @@ def test_options_of_packaged_studies_exist_in_their_methods(file):
     lines = file.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ") and lines[0].endswith("?")
     assert f"make study STUDY=trainers/configs/studies/{file.name}" in lines[2]
-    # One run of those that differ in nothing but values: a parser takes a while.
+    # Only one of the runs that differ only in values is parsed, because parsing is slow.
     both = [run for full in (False, True) for run in read_study(file, full).values()]
     runs = {(method, frozenset(a for a in arguments if a.startswith("--"))): arguments for method, arguments in both}
     for (method, _), arguments in runs.items():
@@ -208,7 +208,7 @@ def test_a_dry_run_of_a_study_prints_its_commands(write, monkeypatch, capsys, tm
 
 
 def in_this_process(command, environment=None):
-    """Runs `python -m MODULE ...` without the seconds that a new process takes to import torch; its exit code."""
+    """Runs `python -m MODULE ...` in this process to save the import of torch. Returns the exit code."""
     module, *arguments = command[2:]
     if "." in module:  # a program is never imported already, but for the package that its parts are in
         sys.modules.pop(module, None)
@@ -225,7 +225,7 @@ def in_this_process(command, environment=None):
 
 
 def test_a_study_trains_evaluates_compares_and_resumes(options, write, tmp_path, monkeypatch, capfd):
-    """Two runs of the tiny model, and one between them whose option cannot be."""
+    """There are two runs of the tiny model, and between them one with an impossible option."""
     monkeypatch.setattr(study, "run_child", in_this_process)
     monkeypatch.setattr(study, "_refuse_options", lambda *args: None)  # as if it were a fault of another kind
     runs = {"few": {**GOOD, "train_rows": 8}, "wrong": {**GOOD, "keep": "nothing"}, "many": {**GOOD, "train_rows": 16}}

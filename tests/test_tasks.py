@@ -1,4 +1,4 @@
-"""The lm-eval tasks: they load, they are the eight, plain and with reasoning, and they need only trace_tasks."""
+"""The lm-eval tasks: all eight load, plain and with reasoning, and need only trace_tasks."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def task(request: pytest.FixtureRequest, demo_data: None):
 
 
 def test_every_yaml_of_the_folder_is_in_the_index():
-    # lm-eval passes over a YAML that fails to load without a word.
+    # lm-eval silently skips a YAML that fails to load.
     names = {p.stem for p in data.TASKS_PATH.glob("*.yaml")}
     known = data.FOLDERS, data.REASONING, data.CL_BENCHMARK, data.SUITES, data.JUDGED, data.GROUPS
     assert names >= {"trace", "reasoning", "cl"}.union(*known)
@@ -77,7 +77,7 @@ def test_a_task_reads_its_own_rows_and_references_score_in_full(task):
     rows = data.read_split(root, folder, "test")
     doc, headline, metrics = rows[0], HEADLINES[name], list(task.aggregation())
     assert list(task.test_docs()) == rows
-    # What the results of lm-eval say of the data: the name of a task does not tell demo rows from real ones.
+    # lm-eval's results must name the data: the name of a task is the same for demo rows and real rows.
     assert task.dump_config()["metadata"]["data"] == {"TRACE_DATA": "demo"}
     assert task.config.metadata["rows"] == data.rows_digest([rows])
     trained = data.read_split(root, folder, "train")
@@ -95,7 +95,7 @@ def test_a_task_reads_its_own_rows_and_references_score_in_full(task):
             assert task.process_results(doc, [text]) == dict.fromkeys(metrics, 0.0), "without its marker"
         return
     assert task.process_results(doc, [doc["answer"]])[headline] > 0.99
-    # SARI rewards what is left out of a long source: by itself about a half.
+    # SARI rewards deletions from a long source, so even an empty text scores about a half.
     assert task.process_results(doc, ["~"])[headline] < (0.55 if headline == "sari" else 0.05)
     assert set(task.process_results(doc, [""])) == set(metrics)
 
@@ -121,7 +121,7 @@ def test_a_training_row_with_a_test_prompt_is_no_demonstration(tmp_path, monkeyp
 
 @pytest.mark.parametrize("name", ["trace_cstance", "trace_fomc", "trace_numglue_cm", "trace_numglue_ds"])
 def test_the_limit_of_tokens_cuts_no_right_answer(name, monkeypatch):
-    # These tasks generate few tokens, which is the same score under strict equality only if every answer fits.
+    # These tasks generate few tokens. Strict equality needs that every right answer fits.
     if not (SHARED / "data").is_dir():
         pytest.skip("needs ../shared/data, the real TRACE data")
     monkeypatch.setenv("TRACE_DATA", str(SHARED / "data" / "trace"))

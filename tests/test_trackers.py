@@ -1,4 +1,4 @@
-"""Trackers of experiments: what `report_to` asks for gets a run of its own for each stage, which stays."""
+"""Trackers of experiments (`report_to`): each stage is a separate run of the tracker, which is kept."""
 
 import sys
 import textwrap
@@ -43,7 +43,7 @@ WANDB = """
 
 @pytest.fixture
 def wandb(tmp_path, monkeypatch):
-    """A stand-in for wandb that keeps what it is told."""
+    """A stand-in for wandb that records all calls."""
     folder = tmp_path / "packages" / "wandb"
     (folder / "sdk" / "lib").mkdir(parents=True)
     (folder / "__init__.py").write_text(textwrap.dedent(WANDB))

@@ -1,4 +1,4 @@
-"""Tests of what became of test rows, beyond chance, and of the options that are chosen."""
+"""Tests of the fates of test rows, corrected for chance, and of the chosen options."""
 
 import csv
 
@@ -47,18 +47,18 @@ def test_chance_equals_the_papers_if_all_rows_have_k_options():
     assert (lost.by_chance, gained.by_chance) == pytest.approx((chance, chance))
     assert lost.corrected.value == pytest.approx(0.2 - chance) and gained.corrected.value == pytest.approx(0.1 - chance)
     assert lost.corrected.low < 0.2 - chance < lost.corrected.high
-    # One row of 40 that changed is no certain rate: the draws without it and with two say less than Wilson's interval.
+    # If only one of 40 rows changed, the rate is uncertain: the bootstrap would be narrower than Wilson's interval.
     right, letters = np.arange(40) < 38, np.ones(40, dtype=bool)
     lost, _ = transitions.beyond_chance(right, right & (np.arange(40) > 0), letters, letters, np.full(40, 4))
     ends = np.array(wilson_interval(1, 40)) - lost.by_chance
     assert lost.corrected.low <= ends[0] + 1e-12 and lost.corrected.high == pytest.approx(ends[1])
-    # Of an answer that names nothing, none is guessed right.
+    # Answers that name no option are never guessed right.
     lost, gained = transitions.beyond_chance(before, after, before, named, np.full(10, 4))
     assert lost.by_chance == 0 and gained.by_chance == pytest.approx((0.5 / 3) * 0.4)
 
 
 def test_guesses_are_neither_loss_nor_gain_beyond_chance():
-    """A model that knows some rows and guesses among 2 to 5 options, says nothing at times, and learns nothing."""
+    """The model knows some rows, guesses among 2 to 5 options, and sometimes names none."""
     rng, n = np.random.default_rng(0), 20_000
     options = rng.integers(2, 6, n)
 
@@ -94,7 +94,7 @@ def test_distances_of_choices_and_collapsed_options_equal_those_by_hand():
 
 @pytest.fixture
 def run(tmp_path):
-    """FOMC learned at stage 1, all C at stage 2, words at the last; a suite whose most likely option is recorded."""
+    """FOMC is learned at stage 1, all C at stage 2, and words at the last. A suite records the most likely option."""
     tasks = ["trace_fomc", "trace_meetingbank"]
     hub = {"data": "hub", "general_rows": None}
     n, gold = 40, [("A", "B", "C", "C")[k % 4] for k in range(40)]
@@ -129,7 +129,7 @@ def test_the_report_has_the_fates_of_rows_and_options(run):
     assert "| MeetingBank | 40 | 0.0 | 0.0 | 0.0 | 100.0 | 0.0 |" in text and "more than 10 % of the scale" in text
     assert "| 2_trace_meetingbank | 50.0 / 0.0 |" in text
     assert "| FOMC | 20 | 20 | 0 |" in text, "lost first at stage 2, and at stage 3"
-    # In words the last stage is right in C alone: half of the rows are lost, and none of them by a guess.
+    # In words the last stage is right only for C: half of the rows are lost, and guessing explains none of them.
     assert "| FOMC | 3 | 50.0 | 0.0 | +50.0" in text
     assert "FOMC: `C neutral` takes at least 95 % of the answers at stage 2 (MeetingBank)" in text
     assert "| 3_trace_py150 | 0.0 | 0.0 | 100.0 | 50.0 | 50.0 |" in text

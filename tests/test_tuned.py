@@ -1,4 +1,4 @@
-"""The tables of methods' settings by the size of the model."""
+"""The tables of methods' settings for each size of model."""
 
 import pytest
 import yaml

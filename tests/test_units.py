@@ -1,4 +1,4 @@
-"""Metrics with a unit and a direction of their own, from the evaluation to every report."""
+"""Metrics with their own unit and direction, from the evaluation to every report."""
 
 import csv
 import io
@@ -27,14 +27,14 @@ from trace_tasks.data.files import write_json
 #: Metric -> whether higher is better, and its scale.
 KINDS = {"ter": (False, 100), "bleu": (True, 100), "mae": (False, None), "accuracy": (True, 1), "wer": (False, 1)}
 MAE = {"higher_is_better": {"mae": False}, "scale": {"mae": None}}
-# Errors of three tasks after each stage: each falls at its own stage and rises later; all is measured.
+# Errors of three tasks after each stage. Each falls at its own stage and rises later. All cells are measured.
 TER = np.array([[90.0, 80, 70], [40, 75, 72], [55, 30, 71], [60, 45, 20]])
 # Scores of three tasks in different units.
 MIXED = np.array([[0.1, 20, 80.0], [0.8, NAN, NAN], [0.6, 45, NAN], [0.7, 30, 50]])
 
 
 def run_of(make, R, metrics, known=True, **options):
-    """A run with these scores; the headline of column i is `metrics[i]`; `known` = with units, as cells have now."""
+    """A run with these scores; `metrics[i]` is the headline of column i. `known` = cells record their units."""
     run = make(np.full_like(R, NAN), tasks=[f"t{i}" for i in range(len(metrics))], **options)
     for stage in run.stages:
         for task, value, metric in zip(run.tasks, R[stage.index], metrics, strict=True):
@@ -47,7 +47,7 @@ def run_of(make, R, metrics, known=True, **options):
 
 
 def run_of_errors(make, **columns):
-    """A run of `mae`: task -> mean errors of its rows at each stage."""
+    """A run with the metric `mae`: task -> mean error, less about a half, at each stage."""
     name = columns.pop("name", "mine")
     rng = np.random.default_rng(list(name.encode()))
     count = max(map(len, columns.values()))
@@ -60,7 +60,7 @@ def run_of_errors(make, **columns):
 
 
 def rows_of(markdown):
-    """Tables of a report: first cell of a row -> its other cells; the last row of a name counts."""
+    """First cell of a row in a report's tables -> its other cells. The last row with a name counts."""
     lines = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
     return {first: rest for first, *rest in lines}
 
@@ -131,7 +131,7 @@ def test_rows_of_a_metric_without_a_scale_are_no_proportion(make, metric):
     expected = (0.5, low[0], high[0]) if metric == "accuracy" else (-0.5, -high[0], -low[0])
     assert gained == pytest.approx(expected, abs=1e-9)
     low, high = Results(run).intervals[1, "t0", metric]
-    # Wilson's interval of 4 of 6 is within 0 and 1, Student's is not.
+    # Wilson's interval for 4 of 6 lies within 0 and 1, Student's does not.
     assert (0 < low < high < 1) == (metric == "accuracy")
 
 
@@ -346,7 +346,7 @@ def test_cells_record_the_unit_and_direction_of_their_scores(tiny_model, tmp_pat
     assert several["higher_is_better"] == {"one": False, "two": False} and several["headline"] == "one"
     assert Results(run).units["t_ter"] == Unit("ter", 100, False)
     assert f"| 0_base | {ter['metrics']['ter']['value']:.1f} |" in report_of(run)[1]
-    # Leaving rows out has no score for what is made of all rows together.
+    # A metric that is computed from all rows together has no score if rows are left out.
     seen = replace(run, left_out={"t_ter": {0}, "t_error": {0}})
     report_of(seen)
     assert np.isnan(Results(seen).R[0, 0])

@@ -1,4 +1,4 @@
-"""The declared ranges of versions: read from the package's own metadata, and refused with one line where not kept."""
+"""The supported ranges of versions are read from the package's metadata, and other versions refused in one line."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ from trace_bench import versions
 
 @pytest.fixture
 def installed(monkeypatch):
-    """Checks as if another version of some libraries, or none (None), was installed."""
+    """Runs the check as if these versions were installed; None = not installed."""
     real = importlib.metadata.version
 
     def check(**changed):
@@ -68,7 +68,7 @@ def test_a_source_tree_that_is_not_installed_is_not_checked(monkeypatch):
     ],
 )
 def test_versions_are_checked_before_other_imports(tmp_path, argv):
-    """An older TRL would fail on a name that it does not have, in the middle of an import."""
+    """Otherwise an older TRL would fail during an import, because it lacks a name."""
     metadata = tmp_path / "trl-0.29.0.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text("Metadata-Version: 2.1\nName: trl\nVersion: 0.29.0\n")
