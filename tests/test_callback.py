@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True, "bf16": True}, {"logging_steps": 2}])
 def test_training_is_equal_to_the_last_bit_with_and_without_the_callback(trainer, tmp_path, options):
     plain, watched = trainer("plain", **options), trainer("watched", **options)
-    # What generation has to be kept from: a setting that would change a greedy answer.
+    # Generation must ignore this setting, which would change a greedy answer.
     for one in (plain, watched):
         one.model.get_base_model().generation_config.repetition_penalty = 9.0
     before = numbers()

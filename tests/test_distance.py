@@ -88,7 +88,7 @@ def test_transformers_gives_the_probabilities_at_each_token_of_given_answers(tin
     check_expected(lm, tiny_model, 1e-4)
     lm.load(checkpoints["full model"])
     check_expected(lm, checkpoints["full model"], 1e-4)
-    # All tokens of the vocabulary give the divergence itself, which half of them bound from below.
+    # All tokens of the vocabulary give the divergence itself. Half of them give a lower bound.
     texts = ANSWERS[0]
     size = len(lm.tokenizer)
     base = plain(tiny_model, [*texts[0], *texts[1]], len(texts[0]))

@@ -503,7 +503,7 @@ def test_vllm_gives_the_scores_of_transformers(options, local, tmp_path):
             for x, y in zip(*both, strict=True):
                 answers += [(x["response"], y["response"])] if name in seen else []
                 assert x.get("loglikelihoods", []) == pytest.approx(y.get("loglikelihoods", []), abs=1e-2)
-    # Two engines sum in another order, so that a tie between two tokens may fall either way.
+    # The engines sum in different orders, so a tie between two tokens may be decided either way.
     assert len(answers) == 5 * 6 and sum(x == y for x, y in answers) >= 0.95 * 5 * 6
 
 

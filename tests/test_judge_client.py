@@ -188,7 +188,7 @@ def test_faults_that_waiting_cannot_fix_end_at_once_with_advice(server, make):
     with pytest.raises(JudgeError, match=r"'max_tokens'\. \(max_tokens is one of --sampling: "):
         make().complete(ask("FAULT:unsupported"))
     assert server.seen == {"a": 1, "FAULT:quota": 1, "FAULT:unsupported": 1}
-    # What is on its way then was paid, and is kept.
+    # Requests in flight are paid, so their replies are kept.
     answer, server.answer = server.answer, lambda text: time.sleep(0.1) or answer(text)
     with pytest.raises(JudgeError, match="exceeded your current quota"):
         make(concurrency=3).complete(ask("b", "FAULT:quota", "c", "never"))

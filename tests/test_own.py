@@ -402,7 +402,7 @@ def test_unknown_tasks_are_errors_with_the_most_similar_ones(here, monkeypatch):
     monkeypatch.setattr("trace_bench.tasks.task_manager", lambda include_defaults=False: ours)
     with pytest.raises(DataError, match=r"mien \(did you mean mine\?\).* TRACE_TASKS has: mine\."):
         load_tasks(["mien"])
-    with pytest.raises(DataError, match=r"trace_fomk \(did you mean trace_fomc\?\)"):
+    with pytest.raises(DataError, match=r"trace_fomk \(did you mean trace_fomc\?\).*trace_cstance"):
         load_tasks(["trace_fomk"])
 
 

@@ -214,7 +214,7 @@ def test_vllm_generates_after_a_soft_prompt_like_transformers(lively):
     lm = engine.open_engine("hf", str(lively[0]), engine_args={"dtype": "float32"})
     plain = generate(lm, PROMPTS)
     lm.load(lively[1])
-    # Behind embeddings vLLM leaves out the bytes of a character that is not complete at the end.
+    # After embeddings, vLLM leaves out the bytes of an incomplete character at the end.
     expected = [text.rstrip("\ufffd") for text in generate(lm, PROMPTS)]
     base, soft, cached, refused, references, back = forked(vllm_outputs, *lively, True)
     assert base == back == plain

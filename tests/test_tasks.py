@@ -128,10 +128,3 @@ def test_the_limit_of_tokens_cuts_no_right_answer(name, monkeypatch):
     task = load_tasks([name])[name]
     longest = max(len(d["answer"].encode()) for d in [*task.test_docs(), *task.training_docs()])
     assert longest <= task.config.generation_kwargs["max_gen_toks"], "at worst a token a byte"
-
-
-def test_an_unknown_task_is_an_error_that_names_the_known_tasks(demo_data: None, monkeypatch):
-    own = task_manager()
-    monkeypatch.setattr("trace_bench.tasks.task_manager", lambda **_: own)  # without lm-eval's, which take ten seconds
-    with pytest.raises(data.DataError, match=r"trace_nothing.*trace_cstance"):
-        load_tasks(["trace_nothing"])
