@@ -414,7 +414,7 @@ def audited(rows, write, tmp_path):
     return make
 
 
-def test_leaked_rows_are_left_out_of_scores(audited, tmp_path, capsys):
+def test_scores_leave_out_test_rows_that_were_trained(audited, tmp_path, capsys):
     run = audited()
     before = Results(run).R
     assert before[:, 0] == pytest.approx([3 / 12, 5 / 12])
