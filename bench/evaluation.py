@@ -86,7 +86,7 @@ def ours(run: Run, seen: dict[Stage, list[str]], rows: int) -> tuple[float, Answ
     # The contenders compute no likelihoods, so ours does not either.
     seconds = command([*argv, "--engine-args", json.dumps(ENGINE), "--no-likelihood"], log)
     numbers = re.search(
-        r"in (\d+) s \(engine start (\d+) s engine at work (\d+) s: (\d+) tokens read (\d+) written (\d+) a second",
+        r"in (\d+) s \(engine start (\d+) s engine work (\d+) s: (\d+) tokens read (\d+) written (\d+) tokens/s",
         (WORK / f"{log}.log").read_text().replace(",", ""),
     )
     assert numbers is not None

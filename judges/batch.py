@@ -82,11 +82,12 @@ class BatchClient(Client):
         except (openai.OpenAIError, _UnusableError) as e:
             if isinstance(e, openai.APIStatusError):
                 self.refuse(e)
-            rest = "Without --batch, requests are sent one by one."
+            rest = "Leave out --batch to send requests one by one."
             if self.batches():
                 rest = (
-                    f"What was submitted is remembered in {batch_file(self.cache.path)}: the same command goes on from "
-                    "there. If the endpoint has forgotten it, delete that file, and all is paid again."
+                    f"The submitted batch is on record in {batch_file(self.cache.path)}: run the same command again to "
+                    "continue. If the endpoint no longer has the batch, delete that file; all requests are then paid "
+                    "again."
                 )
             raise JudgeError(f"The Batch API of {self.endpoint} failed: {self.masked(e)}. {rest}") from None
 
@@ -125,7 +126,7 @@ class BatchClient(Client):
             batch["id"] = await _find(api, tag)
         if batch["id"] is None:
             self._remember(others)
-            raise JudgeError(f"{self.endpoint} did not make the batch. Nothing was submitted: run the command again.")
+            raise JudgeError(f"{self.endpoint} did not accept the batch. Nothing was submitted; run the command again.")
         self._remember([*others, batch])
         log.info("Submitted batch %s with %d requests.", batch["id"], len(lines))
 
@@ -137,7 +138,7 @@ class BatchClient(Client):
         def waited_for() -> list[Batch]:  # others are left to the command that submitted them
             return [b for b in self.batches() if b["id"] and not bodies.keys().isdisjoint(b["keys"])]
 
-        with tqdm(total=len(bodies), desc=f"{desc} (batch; may be stopped and gone on with)", unit="request") as bar:
+        with tqdm(total=len(bodies), desc=f"{desc} (batch; can be stopped and continued)", unit="request") as bar:
             async with self.connect() as api:
                 while batches := waited_for():
                     for batch in batches:
@@ -202,7 +203,7 @@ class BatchClient(Client):
                 if key not in self.cache:
                     self.cache.put(key, bodies.get(key), reply)
         if unreadable:
-            log.warning("%d lines of the batch cannot be read, such as: %s", len(unreadable), unreadable[0])
+            log.warning("Cannot read %d lines of the batch, such as: %s", len(unreadable), unreadable[0])
         return errors
 
 

@@ -152,12 +152,12 @@ def write_calibration(judge: Judge, folder: Path) -> str:
         rates = (percent(numbers.get(f"{rate}_rate")) for rate in ("disagreement", "first_position"))
         lines.append(row(name, numbers["n"], percent(numbers["accuracy"]), interval, *rates, numbers["unparsed"]))
     lines.append(
-        "right: the good answer wins in both orders, identical answers tie; chance is 1 in 9 for pairs, 1 in 3 for "
-        "identical answers, whose two orders are one request, and 1 in 2 for an answer alone"
+        "right: the good answer wins in both orders, and identical answers tie. Chance: 1 in 9 for pairs, 1 in 3 for "
+        "identical answers (both orders are one request), 1 in 2 for a single answer."
     )
     if failed := sum(numbers["failed"] for numbers in result["kinds"].values()):
-        lines.append(f"{failed} of {result['requests']} requests failed and count as not right: ask again")
+        lines.append(f"{failed} of {result['requests']} requests failed and count as wrong: run the command again")
     if result["forced"]:
-        lines.append(f"{result['forced']} of {result['requests']} verdicts were forced: the judge gave none by itself")
+        lines.append(f"{result['forced']} of {result['requests']} verdicts were forced, because the judge gave none")
     lines += judgements.ends_in_words(result, result["requests"], judge.sampling)
     return "\n".join([*lines, f"written to {file}"])

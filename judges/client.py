@@ -60,18 +60,18 @@ class Client(Judge):
         # The URL is part of results and messages: this one shows none.
         if any(mark in endpoint for mark in "@?#"):
             raise JudgeError(
-                "The URL of the endpoint holds a user, password, query or fragment (one of @, ? and #): put the key in "
-                "OPENAI_API_KEY."
+                "The URL of the endpoint has a user, password, query or fragment (@, ? or #). Remove it, and put the "
+                "key in OPENAI_API_KEY."
             )
         refuse_secrets({"--base-url": endpoint}, "the judge's")
         try:
             url = httpx.URL(endpoint)
         except (httpx.InvalidURL, ValueError) as e:
-            raise JudgeError(f"--base-url {endpoint!r} is no URL: {e}.") from None
+            raise JudgeError(f"--base-url {endpoint!r} is not a URL: {e}.") from None
         if url.scheme not in ("http", "https") or not url.host or not 0 <= (url.port or 0) < 2**16:
-            raise JudgeError(f"--base-url {endpoint}: use a whole URL, such as http://localhost:8000/v1.")
+            raise JudgeError(f"--base-url {endpoint} is not a whole URL: use one such as http://localhost:8000/v1.")
         if not (_key().isascii() and _key().isprintable()):
-            raise JudgeError("OPENAI_API_KEY holds characters that no header can hold: copy the key again.")
+            raise JudgeError("OPENAI_API_KEY has characters that are not allowed in a header: copy the key again.")
 
     def connect(self, most_file: int = MOST_REPLY) -> openai.AsyncOpenAI:
         """A client of the openai package, to be closed, whose files have so many bytes at most."""
@@ -79,8 +79,8 @@ class Client(Judge):
             http = Bounded(self.endpoint, self.timeout, most_file, self.reached)
         except (ImportError, ValueError, httpx.InvalidURL) as e:
             raise JudgeError(
-                f"A proxy of the environment cannot be used ({self.masked(e)}). Name one that begins with http:// "
-                "in HTTP_PROXY, HTTPS_PROXY and ALL_PROXY, or unset them."
+                f"A proxy of the environment cannot be used ({self.masked(e)}). Set HTTP_PROXY, HTTPS_PROXY and "
+                "ALL_PROXY to URLs that begin with http://, or unset them."
             ) from None
         return openai.AsyncOpenAI(
             api_key=_key() or "none",  # the package wants one, `vllm serve` does not
@@ -108,7 +108,7 @@ class Client(Judge):
         if "nobody" in error.response.extensions:
             raise JudgeError(
                 f"Nothing listens at {self.endpoint}{self._or_proxy()}: the connection is refused. Start the server, "
-                "or name another endpoint with --base-url."
+                "or give a different endpoint with --base-url."
             ) from None
         if not 300 <= error.status_code < 400:
             return
@@ -120,8 +120,8 @@ class Client(Judge):
         rest = asked.path.removeprefix(httpx.URL(self.endpoint).path.rstrip("/"))
         raise JudgeError(
             self.masked(
-                f"{self.endpoint} answers {error.status_code} and leads to {target.removesuffix(rest)} . Redirects are "
-                "not followed: they carry prompts elsewhere. Name the endpoint itself with --base-url."
+                f"{self.endpoint} answers {error.status_code} and redirects to {target.removesuffix(rest)} . Redirects "
+                "are not followed, since they would send prompts elsewhere. Give the endpoint itself with --base-url."
             )
         ) from None
 
@@ -136,8 +136,8 @@ class Client(Judge):
         """Raises an error if the endpoint is OpenAI's and there is no key."""
         if not _key() and self.endpoint == OPENAI_URL:
             raise JudgeError(
-                "OPENAI_API_KEY is not set. Set it, or name an endpoint that needs none with --base-url or "
-                "OPENAI_BASE_URL, such as that of `vllm serve`, or take a local model (--local)."
+                "OPENAI_API_KEY is not set. Set it; or give an endpoint that needs no key with --base-url or "
+                "OPENAI_BASE_URL, such as that of `vllm serve`; or use a local model (--local)."
             )
 
     def batches(self) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ class Client(Judge):
         self.refuse_without_key()
         if waiting := bodies.keys() & {key for batch in self.batches() for key in batch["keys"]}:
             raise JudgeError(
-                f"{len(waiting)} of these requests are in a batch that was submitted already and not fetched yet. Use "
+                f"{len(waiting)} of these requests are in a submitted batch whose replies were not fetched yet. Use "
                 f"--batch to wait for it, or delete {batch_file(self.cache.path)} to pay for them again."
             )
         return asyncio.run(self._send(bodies, desc))
@@ -175,8 +175,8 @@ class Client(Judge):
                         raise self.all_failed(errors)
                     if in_a_row >= GIVE_UP:
                         raise JudgeError(
-                            f"{self.endpoint} failed {in_a_row} requests in a row; the last: {reply.error}. What "
-                            "succeeded is kept: the same command goes on from there."
+                            f"{self.endpoint} failed {in_a_row} requests in a row; the last: {reply.error}. Replies "
+                            "are kept: run the same command again to continue."
                         )
                 bar.update()
 
@@ -213,14 +213,14 @@ class Client(Judge):
             if e.status_code in (401, 404):
                 how = " with this key" if _key() else ""
                 if e.status_code == 404 and not re.search(r"/v\d[^/]*\Z", self.endpoint):
-                    error += ". The URL of an endpoint mostly ends in /v1: see --base-url"
+                    error += ". The URL of an endpoint usually ends in /v1: see --base-url"
                 raise JudgeError(f"{self.endpoint} does not serve {self.model}{how}: {error}") from None
             if e.code in DECLINES:
                 return DECLINED, False
             if e.code == "insufficient_quota":
-                raise JudgeError(f"{error} What succeeded is kept: the same command goes on from there.") from None
+                raise JudgeError(f"{error} Replies are kept: run the same command again to continue.") from None
             if e.param in list(self.sampling):  # a server may send anything, such as a list
-                error += f" ({e.param} is one of --sampling: give what the model takes)"
+                error += f" ({e.param} is set by --sampling: use a value that the model accepts)"
             # The first ones: this request is too long, or not to the endpoint's liking.
             return Reply("", error=error), e.status_code not in (400, 403, 413, 422)
         except openai.APIConnectionError as e:

@@ -83,18 +83,20 @@ class Judge:
     def __init__(self, model: str, *, endpoint: str, cache: Path, sampling: dict[str, Any] | None) -> None:
         sampling = SAMPLING if sampling is None else sampling
         if fixed := sorted({"model", "messages", "stream"} & sampling.keys()):
-            raise JudgeError(f"--sampling {', '.join(fixed)}: the program sets this itself. Leave it out.")
+            raise JudgeError(f"--sampling {', '.join(fixed)} is set by this program. Leave it out.")
         if not isinstance(sampling.get("chat_template_kwargs", {}), dict):
             raise JudgeError(
-                f"--sampling chat_template_kwargs is {sampling['chat_template_kwargs']!r}, not an object. Give the "
-                'arguments of the chat template such as \'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
+                f"--sampling chat_template_kwargs is {sampling['chat_template_kwargs']!r}, not an object. Write the "
+                'arguments of the chat template like \'{"chat_template_kwargs": {"enable_thinking": false}}\'.'
             )
         for name in LIMITS:
             limit = sampling.get(name)
             if limit is not None and (type(limit) is not int or abs(limit) > MOST_COUNT):
                 raise JudgeError(f"--sampling {name} is {limit!r:.50}: use a whole number of tokens, such as 1024.")
         if sampling.get("n") not in (None, 1):
-            raise JudgeError(f"--sampling n is {sampling['n']!r:.50}: one reply is read of each request. Leave it out.")
+            raise JudgeError(
+                f"--sampling n is {sampling['n']!r:.50}, but only one reply to each request is read. Leave it out."
+            )
         refuse_secrets({"model": model, "sampling": sampling}, "the judge's")
         self.model, self.endpoint, self.sampling = model, endpoint, sampling
         self.cache = Cache(cache)
@@ -146,7 +148,8 @@ class Judge:
         replies = [Reply("", error=errors[key]) if key in errors else self.cache[key] for key, _ in keyed]
         if len(models := models_of(replies)) > 1:
             log.warning(
-                "%s answered as several models (%s): what they say is not of one judge. Give --model the exact name.",
+                "%s answered as several models (%s), so the verdicts are not from one judge. Give the exact name with "
+                "--model.",
                 self.model,
                 ", ".join(f"{printable(name)} {times} times" for name, times in models.items()),
             )
@@ -156,7 +159,8 @@ class Judge:
         """The error if there was no reply at all; `errors` are key -> error, the first one first."""
         first = next(iter(errors.values())).rstrip(".")
         return JudgeError(
-            f"{self.endpoint} failed every request ({len(errors)}): no results. The first failure: {first}."
+            f"{self.endpoint} failed every request ({len(errors)}), so there are no results. The first failure: "
+            f"{first}."
         )
 
     def cached(self, request: Request) -> Reply | None:

@@ -113,7 +113,7 @@ class Job:
             return False
         there = read_json(file)
         if there["samples"] != self.samples:
-            log.warning("%s was made from older samples and is made again.", file)
+            log.warning("%s is from older samples, so it is judged again.", file)
             return False
         return there["limit"] == limit and not there["failed"]
 
@@ -159,9 +159,9 @@ def plan(
     if (missing := set(chosen) - set(names)) or not names:
         judged = ",".join(sorted(missing)) or "instruct,safety"
         raise RunError(
-            f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at the "
-            f"stages asked for; there are: {', '.join(names) or 'none'}. "
-            f"`trace-bench evaluate {word(run.path)} --judged {judged}` makes them."
+            f"{run.path} has no samples of {', '.join(sorted(missing)) or 'instruct_* or safety_* tasks'} at these "
+            f"stages; it has: {', '.join(names) or 'none'}. Make them with "
+            f"`trace-bench evaluate {word(run.path)} --judged {judged}`."
             + "".join(suggestion(name, names) for name in sorted(missing))
         )
     kinds = {kind for (_, suite), kind in present.items() if suite in chosen}  # each has a table of its own
@@ -171,13 +171,18 @@ def plan(
     jobs = []
     for stage in wanted:
         if not stage.is_trained:
-            log.warning("Stage %s is not trained and left out: its samples are of weights that are gone.", stage.name)
+            log.warning(
+                "Left out stage %s: it is not trained, and its samples are from weights that no longer exist.",
+                stage.name,
+            )
             continue
         for suite in chosen:
             if (stage, suite) not in present or not _is_current(stage, suite):
                 continue
             if (run.stages[0], suite) not in present:
-                raise RunError(f"Stage 0 has no samples of {suite} to compare {stage.name} with: evaluate stage 0.")
+                raise RunError(
+                    f"Stage 0 has no samples of {suite} to compare with {stage.name}. Evaluate stage 0 first."
+                )
             job = _job(run.stages[0], stage, suite, present[stage, suite], limit)
             if not job.is_done(limit):
                 jobs.append(job)
@@ -193,15 +198,15 @@ def _check_same_judge(stage: Stage, suite: str, judge: Judge, limit: int | None,
     now = json.loads(json.dumps({**settings(judge), "endpoint": judge.endpoint}))
     if lines := differences(there, now):
         raise RunError(
-            f"{file} was made by another judge (there -> asked for):\n"
+            f"{file} was made by a different judge (in the file -> asked for):\n"
             + "\n".join(lines)
-            + f"\nOne table needs one judge. Use the old one, or delete {stage.path.parent}/*/judge; its replies "
-            "stay in the cache."
+            + f"\nA table needs one judge. Use the judge of the file, or delete {stage.path.parent}/*/judge; its "
+            "replies stay in the cache."
         )
     if made["limit"] != limit and not again:
         raise RunError(
-            f"{file} was made with --limit {made['limit']}, asked for is {limit}: rates over other rows are other "
-            "numbers. Use the old limit, or judge all stages and suites at once."
+            f"{file} was made with --limit {made['limit']}, not {limit}, and rates over different rows cannot be "
+            "compared. Use the limit of the file, or judge all stages and suites at once."
         )
 
 
@@ -209,7 +214,7 @@ def _is_current(stage: Stage, suite: str) -> bool:
     """Whether the samples were made from the weights that the stage has now."""
     check_one_checkpoint(stage)
     if not (current := judgements.is_current(stage, suite)):
-        log.warning("%s, %s: the samples are of an older checkpoint. Evaluate the stage first.", stage.name, suite)
+        log.warning("%s, %s: the samples are from an older checkpoint. Evaluate the stage first.", stage.name, suite)
     return current
 
 
@@ -225,8 +230,8 @@ def _job(base: Stage, stage: Stage, suite: str, kind: Kind, limit: int | None) -
     unpaired = len(rows.keys() | of_base.keys()) - len(pairs)
     if stage.index and not pairs:
         raise RunError(
-            f"{stage.samples_file(suite)} and {base.samples_file(suite)} have no prompt in common: they were made "
-            "from other data or settings. Evaluate both again."
+            f"{stage.samples_file(suite)} and {base.samples_file(suite)} have no prompt in common, because they were "
+            "made from different data or settings. Evaluate both again."
         )
     if unpaired:
         log.warning("%s, %s: %d rows have no partner and are left out.", stage.name, suite, unpaired)
@@ -242,10 +247,10 @@ def _read_samples(stage: Stage, suite: str) -> dict[Any, dict[str, Any]]:
             for text in (row["prompt"], row["response"], row.get("instruction", "")):
                 text.encode("utf-8")  # half a character, which no request can hold, is an error here
             if row["doc_id"] in found:
-                raise ValueError(f"doc_id {row['doc_id']!r} was there before")
+                raise ValueError(f"doc_id {row['doc_id']!r} appears twice")
         except (ValueError, AttributeError) as e:
             raise RunError(
-                f"{file}, line {number} is no sample ({e}): prompt and response must be texts, and doc_id a new one. "
+                f"{file}, line {number} is not a sample ({e}): prompt and response must be text, and doc_id unique. "
                 f"Delete it and its score, {stage.eval_file(suite)}, and evaluate again."
             ) from e
         found[row["doc_id"]] = row
@@ -279,7 +284,7 @@ def judge_jobs(jobs: Sequence[Job], judge: Judge, *, limit: int | None = None) -
         file = judge_file(job.stage, job.suite)
         file.unlink(missing_ok=True)  # while the lines are written there must be no numbers of other lines
         if flat and all(reply.error for reply in flat):
-            what = "%s, %s: every request failed, so there are no results of it. The first failure: %s"
+            what = "%s, %s: every request failed, so it has no results. The first failure: %s"
             log.warning(what, job.stage.name, job.suite, flat[0].error)
             continue
         result = {
@@ -316,5 +321,5 @@ def summary(results: Sequence[dict[str, Any]], sampling: dict[str, Any]) -> str:
     counts = {name: sum(r[name] for r in results) for name in ("cut", "unclosed")}
     notes = judgements.ends_in_words(counts, sum(r["requests"] for r in results), sampling)
     if counts["cut"]:
-        notes.append("another limit is another judge: delete stages/*/judge of the run first")
+        notes.append("a new limit counts as a new judge: delete stages/*/judge of the run first")
     return f"judged {len(results)} suites ({'; '.join([f'{unscored} judgements unscored', *notes])})"

@@ -76,7 +76,7 @@ class LocalJudge(Judge):
         self.engine_args = dict(engine_args or {})
         if refused := sorted(self.engine_args.keys() - SPEED_ONLY_ARGS):
             raise JudgeError(
-                f"engine_args: {', '.join(refused)}: would make another judge of this model. There are "
+                f"engine_args: {', '.join(refused)} is not allowed: it would change the verdicts. Use only "
                 f"{', '.join(sorted(SPEED_ONLY_ARGS))}."
             )
         refuse_secrets({"model": model, "engine_args": self.engine_args}, "the judge's")
@@ -108,7 +108,7 @@ class LocalJudge(Judge):
             else:
                 errors[one.key] = (
                     f"a prompt of {len(one.ids)} tokens and a reply of {limit} do not fit into the model's {room}: "
-                    "give --engine-args a larger max_model_len, or --sampling a smaller max_tokens"
+                    "raise max_model_len in --engine-args, or lower max_tokens in --sampling"
                 )
         with tqdm(total=len(fitting), desc=desc, unit="request") as bar:
             for i in range(0, len(fitting), CHUNK):
@@ -122,7 +122,7 @@ class LocalJudge(Judge):
     def _check_template(self) -> None:
         """Refuses a model without a chat template, and arguments that its template does not take."""
         if self._tokenizer.chat_template is None:
-            raise JudgeError(f"{self.model} has no chat template: use a model that was tuned for chat as the judge.")
+            raise JudgeError(f"{self.model} has no chat template. Use a chat model.")
         given, template = self.sampling.get("chat_template_kwargs", {}), self._tokenizer.get_chat_template()
         if unknown := sorted({*unknown_variables(template, given), *(_RENDERING & given.keys())}):
             raise JudgeError(
@@ -139,16 +139,16 @@ class LocalJudge(Judge):
             # Marks of thinking are special tokens of some models.
             sampling = SamplingParams(**{"skip_special_tokens": False, **names, "max_tokens": limit})
         except (TypeError, ValueError) as e:
-            raise JudgeError(f"--sampling {', '.join(names)}: vLLM's SamplingParams do not take it: {e}.") from e
+            raise JudgeError(f"--sampling {', '.join(names)}: vLLM's SamplingParams refuse it: {e}.") from e
         arguments = {"strftime_now": DATE.strftime, **body.get("chat_template_kwargs", {})}
         try:
             prompt = rendered(
-                self._tokenizer, body["messages"], "Use another judge.", add_generation_prompt=True, **arguments
+                self._tokenizer, body["messages"], "Use a different model.", add_generation_prompt=True, **arguments
             )
         except PromptError as e:
             raise JudgeError(f"{self.model}: {e}") from e
         if body["messages"][-1]["content"].strip() not in prompt:
-            raise JudgeError(f"The chat template of {self.model} leaves out what is asked: use another model.")
+            raise JudgeError(f"The chat template of {self.model} leaves out the question. Use a different model.")
         offered = sorted(set(_OFFERED.findall(body["messages"][-1]["content"])))
         return _Asked(key, body, prompt, self._ids(prompt), sampling, offered)
 

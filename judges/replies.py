@@ -118,7 +118,7 @@ class Cache(dict[str, Reply]):
                     break
                 except InUse as e:
                     if attempt == 0:
-                        log.warning("Waiting for %s, which is adding replies to %s.", e.holder, self.path)
+                        log.warning("Waiting for %s, which is writing to %s.", e.holder, self.path)
                     time.sleep(LOCK_SECONDS)
             self.read()
             yield

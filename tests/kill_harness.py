@@ -273,14 +273,14 @@ def one_round(
             assert not again, f"done again: {again}\n{where}"
             assert "Traceback" not in text and "Exception ignored" not in text, where
             if name == "train" and whole and how == "done":
-                assert "goes on at step" in text or "trained already" in text, where
-            counts["went on"] += "goes on at step" in text
+                assert "continues at step" in text or "already trained" in text, where
+            counts["went on"] += "continues at step" in text
             if how == "killed":
                 counts["kills"] += 1
                 left = max(4, left - how_to.get("at", 0) // 2)
                 shutil.rmtree(commands.temporary, ignore_errors=True)
             elif how == "stopped":
-                assert fault == "signal" and len(re.findall("^stopped: .* Go on with: ", text, re.M)) == 1, where
+                assert fault == "signal" and len(re.findall("^stopped: .* To continue: ", text, re.M)) == 1, where
                 assert commands.leftovers() <= left_before, f"{commands.leftovers()}\n{where}"
                 counts["signals"] += 1
             elif how == "error":

@@ -165,8 +165,8 @@ def test_the_teacher_is_asked_in_turns_and_sees_the_answer_only_where_it_should(
         (r"(?s).+", "- 1", "should be a dictionary"),
         ("shown:", "show:", "shown: Field required"),
         (r"(?s)  - prompt(?!.*  - prompt).*", "", "List should have at least 3 items"),
-        ("answer: A", "answer: 1", "demonstrations.0.answer: Input should be a valid string .there is 1"),
-        ("Reasoning:\n", "Stance:\n", "demonstration 1: a prompt holds"),
+        ("answer: A", "answer: 1", "demonstrations.0.answer: Input should be a valid string .found 1"),
+        ("Reasoning:\n", "Stance:\n", "demonstration 1: the prompt must contain"),
         ("The text reports", "Answer: A. The text", "demonstration 1: a marker in the path"),
     ],
 )
@@ -386,7 +386,10 @@ def test_only_failures_make_no_annotation(tmp_path, right):
     with Server(lambda text: right[task_of(text)]) as server:
         argv = ["--model", "m", "--base-url", server.url, "--rows", "2", "--tasks"]
         message = error(tmp_path / "out", *argv, "trace_fomc", "--data", root)
-        assert "failed every request (2): no results. The first failure: " in message and "too long" in message
+        assert (
+            "failed every request (2), so there are no results. The first failure: " in message
+            and "too long" in message
+        )
         assert files(tmp_path / "out") == {}
         demo.write_demo(tmp_path / "both")
         write_fomc(tmp_path / "both", [("FAULT:long one", "B"), ("FAULT:long two", "B")])
@@ -493,13 +496,13 @@ def test_a_dry_run_states_what_all_attempts_cost_at_most(server, tmp_path, capsy
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--local", "--batch"], "--batch: does nothing with --local"),
-        (["--tasks", "trace_fomc,gsm8k"], "gsm8k: not among the tasks"),
+        (["--local", "--batch"], "--batch has no effect with --local"),
+        (["--tasks", "trace_fomc,gsm8k"], "gsm8k: no official reasoning form"),
         (["--data", "nowhere"], "no such folder or archive"),
         (["--prompts", "."], "has the files none"),
-        (["--prompts", "missing"], "missing is no folder"),
+        (["--prompts", "missing"], "missing is not a folder"),
         (["--prompts", "own"], "has the files formc.yaml"),
-        (["--sampling", '{"seed": 1}'], "--sampling seed: the program sets it"),
+        (["--sampling", '{"seed": 1}'], "--sampling seed is set by this program"),
     ],
 )
 def test_unusable_options_are_errors(tmp_path, argv, message):

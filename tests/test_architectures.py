@@ -118,8 +118,8 @@ METHODS = [m for m in methods() if m != "icl"]
 _FAMILY = ("olora", "inclora", "nlora", "milora", "inflora")
 UNFIT = {
     **{(name, "mixtral"): r"mlp\.(experts|gate) is no linear layer.*Name linear layers" for name in _FAMILY},
-    ("merge", "mixtral"): r"mlp\.(experts|gate) is no LoRA of a linear layer",
-    ("migu", "mixtral"): r"mlp\.(experts|gate) is no layer whose outputs.*Name linear layers",
+    ("merge", "mixtral"): r"mlp\.(experts|gate) is not a linear layer",
+    ("migu", "mixtral"): r"outputs of .*mlp\.(experts|gate).*Name linear layers",
 }
 
 

@@ -370,7 +370,7 @@ def test_the_command_prints_a_table_and_writes_all_of_it(sums, rows, write, tiny
     main(["data", "audit", str(root), *tokens, "--output", str(output), "--against", str(tmp_path / "small")])
     out = capsys.readouterr().out
     assert "train/test: rows of test that are in train: 2 (1 prompts), nearly 0" in out
-    assert "Test rows whose prompt is in the training rows: trace_fomc 2 and nearly 0." in out
+    assert "Test rows whose prompt is also in the training rows: trace_fomc 2 and nearly 0." in out
     assert "small/NumGLUE-ds test in small/NumGLUE-cm train: 1 and nearly 1 of 12" in out
     report = read_json(output)
     assert report["leaked"]["trace_fomc"]["exact"] == [2, 9] and report["tokenizer"] == str(tiny_model)
@@ -457,19 +457,19 @@ def test_an_audit_of_other_data_is_refused(audited, rows, write, tmp_path):
     run = audited()
     rows["trace_fomc"]["test"][0]["answer"] = "B"
     write_json(tmp_path / "other.json", audit.audit(write(rows)))
-    with pytest.raises(RunError, match=r"other\.json is an audit of .*not the data of .*mine in: trace_fomc"):
+    with pytest.raises(RunError, match=r"other\.json is an audit of .*mine has different data in: trace_fomc"):
         without_leaked(run, tmp_path / "other.json")
     for content in (None, [], {}, {"source": "s", "tasks": {}, "leaked": {"trace_fomc": 7}}):
         if content is not None:
             write_json(tmp_path / "none.json", content)
-        with pytest.raises(RunError, match=r"none\.json is no audit"):
+        with pytest.raises(RunError, match=r"none\.json is not an audit"):
             without_leaked(run, tmp_path / "none.json")
 
 
 def test_missing_samples_are_an_error_only_if_they_are_needed(audited, tmp_path):
     run = audited()
     run.stages[1].samples_file("trace_fomc").unlink()
-    with pytest.raises(RunError, match=r"trace_fomc\.jsonl is gone"):
+    with pytest.raises(RunError, match=r"trace_fomc\.jsonl is missing"):
         write_report(without_leaked(run, tmp_path / "audit.json"))
     write_report(run)  # it needs no samples
 

@@ -155,7 +155,7 @@ def test_the_callback_writes_a_run_with_the_scores_of_evaluate(trainer, base, tm
     write_report(run)
     text = (run.path / "report.md").read_text()
     assert "Changes since the base model" in text and "2_step_3" in text
-    with pytest.raises(RunError, match="answers without weights"):
+    with pytest.raises(RunError, match="has answers but no weights"):
         evaluate.evaluate(run)
 
 
@@ -197,7 +197,7 @@ def test_a_resumed_training_keeps_the_start_and_measures_repeated_steps_again(tr
     assert start.stat().st_mtime_ns == made[0] and third.stat().st_mtime_ns > made[1]
     again = [row["prompt"] for row in read_jsonl(run.stages[3].samples_file("trace_fomc"))]
     assert again == [prompt.replace(run.manifest["date"], "2020-01-01") for prompt in prompts], "the day of the run"
-    with pytest.raises(RunError, match=r"another training, up to step_4.*another output_dir"):
+    with pytest.raises(RunError, match=r"a different training, up to step_4.*a different output_dir"):
         train()
 
 
@@ -221,13 +221,13 @@ def test_a_saved_but_unmeasured_step_is_measured_when_training_resumes(trainer, 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"tasks": []}, "Nothing is to be measured"),
+        ({"tasks": []}, "There is nothing to measure"),
         ({"tasks": ["trace_fmoc"]}, "Unknown task.*trace_fomc"),
         ({"suites": ["boolk"]}, "general_boolk is not known here.*general_boolq"),
-        ({"every": "steps"}, "every='steps'.*epoch, save, no"),
+        ({"every": "steps"}, "every='steps'.*epoch or save or no"),
         ({"every": 0}, "every=0"),
         ({"rows": 0}, "rows=0"),
-        ({"max_prompt_length": 2000}, r"context of 1024,.* than the run says\. The model reads no more: begin with a"),
+        ({"max_prompt_length": 2000}, r"context of 1024,.* than the run says\. This is the model's limit: begin"),
     ],
 )
 def test_unmeasurable_settings_of_the_callback_are_refused_before_training(trainer, options, message):
@@ -248,14 +248,14 @@ T5 = {"vocab_size": 9, "d_model": 8, "d_kv": 8, "d_ff": 8, "num_layers": 1, "num
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda one: setattr(one, "is_fsdp_enabled", True), r"FSDP gives each process a part.*DDP or ZeRO-2"),
+        (lambda one: setattr(one, "is_fsdp_enabled", True), r"FSDP gives each process only a part.*DDP or ZeRO-2"),
         (lambda one: setattr(one.model, "_tp_size", 2), r"Tensor, context or sequence parallelism.*DDP or ZeRO-2"),
         (
             lambda one: setattr(one, "model", LlamaForSequenceClassification(LlamaConfig(**SIZES))),
             "model is LlamaForSequenceClassification.*causal language model",
         ),
         (lambda one: setattr(one, "model", T5ForConditionalGeneration(T5Config(**T5))), "is T5For"),
-        (prefix_tuned, "kind PREFIX_TUNING.*PROMPT_TUNING alone"),
+        (prefix_tuned, "kind PREFIX_TUNING.*only PROMPT_TUNING"),
     ],
     ids=["FSDP", "tensor parallel", "reward model", "encoder and decoder", "prefix"],
 )

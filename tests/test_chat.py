@@ -97,7 +97,7 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"chat_template": False, "chat_template_args": OFF}, "no effect without chat_template=true"),
+        ({"chat_template": False, "chat_template_args": OFF}, "no effect without a chat template"),
         (
             {"chat_template_args": {"add_generation_prompt": False}},
             "add_generation_prompt is no variable of a template",

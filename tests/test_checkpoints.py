@@ -166,7 +166,7 @@ def test_served_kinds_fit_and_their_merged_model_is_the_trained_one(kind, bases,
     "entries, message",
     [
         # The router of Lily takes the mean of all tokens in a batch, with those that come later.
-        *(({"peft_type": k}, f"the kind {k}, which cannot be served.*LORA") for k in ("XLORA", "LILY", "NEW", None)),
+        *(({"peft_type": k}, f"the kind {k}, which is not supported.*LORA") for k in ("XLORA", "LILY", "NEW", None)),
         *(({"peft_type": kind}, f"the kind {kind}, .*PROMPT_TUNING") for kind in ("PREFIX_TUNING", "ADAPTION_PROMPT")),
         ({"task_type": "SEQ_CLS"}, "task type SEQ_CLS"),
         ({"alora_invocation_tokens": [1, 2]}, "uses alora_invocation_tokens"),
@@ -176,7 +176,7 @@ def test_served_kinds_fit_and_their_merged_model_is_the_trained_one(kind, bases,
         ({"peft_type": "LN_TUNING", "modules_to_save": ["lm_head"]}, "LN_TUNING with modules_to_save.*--backend hf"),
         ({"peft_type": "PVERA", "sample_at_inference": True}, "sample_at_inference.*Set it to false"),
         *(
-            ({"init_lora_weights": start}, f"began with init_lora_weights='{start}', which changed the weights")
+            ({"init_lora_weights": start}, f"has init_lora_weights='{start}': its training changed the weights")
             for start in ("pissa_niter_4", "corda", "lora_ga", "loftq", "new")
         ),
         (
@@ -306,7 +306,7 @@ def test_adapters_of_single_experts_are_joined_unless_their_scales_differ(bases,
             assert torch.allclose(load(str(bases["mixtral"]), folder).eval()(ids).logits, wanted, atol=1e-4)
     assert checkpoints.plain_lora_rank(folder) is None
     reconfigure(folder, use_rslora=True)
-    refused(r"an adapter of each expert.*with use_rslora", bases["mixtral"], folder)
+    refused(r"an adapter for each expert.*with use_rslora", bases["mixtral"], folder)
 
 
 def test_lora_requests_get_only_adapters_that_vllm_serves(bases, tmp_path):
@@ -324,16 +324,16 @@ def test_lora_requests_get_only_adapters_that_vllm_serves(bases, tmp_path):
 
 def test_an_adapter_next_to_a_full_model_is_refused(bases, adapter, model):
     shutil.copytree(adapter, model, dirs_exist_ok=True)
-    refused("holds an adapter and a full model", bases["llama"], model, backend="hf")
+    refused("has both an adapter and a full model", bases["llama"], model, backend="hf")
 
 
 def test_a_base_model_with_an_adapter_in_its_folder_is_refused(adapter, model, monkeypatch):
     """Transformers would put the adapter on the base model itself."""
     shutil.copytree(adapter, model, dirs_exist_ok=True)
-    with pytest.raises(ModelError, match=r"holds an adapter \(adapter_config\.json\)"):
+    with pytest.raises(ModelError, match=r"has an adapter \(adapter_config\.json\)"):
         models.resolve_model(str(model))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda name, file, **_: str(model / file))
-    with pytest.raises(ModelError, match="mine/both holds an adapter"):
+    with pytest.raises(ModelError, match="mine/both has an adapter"):
         models.pinned_revision("mine/both")
 
 
@@ -341,10 +341,10 @@ def test_a_soft_prompt_with_a_wrong_width_or_length_is_refused(bases, tmp_path):
     folder = make_adapter(bases["llama"], tmp_path / "a", config_of("PROMPT_TUNING"))
     check(bases["llama"], folder)
     reconfigure(folder, num_virtual_tokens=3)
-    refused(r"prompt_embeddings have shape \[4, 64\].*they have \[3, 64\]", bases["llama"], folder)
+    refused(r"prompt_embeddings have shape \[4, 64\].*width give \[3, 64\]", bases["llama"], folder)
     reconfigure(folder, num_virtual_tokens=4)
     rewrite(folder, lambda tensors: {k: v[:, :32].contiguous() for k, v in tensors.items()})
-    refused(r"prompt_embeddings have shape \[4, 32\].*they have \[4, 64\]", bases["llama"], folder)
+    refused(r"prompt_embeddings have shape \[4, 32\].*width give \[4, 64\]", bases["llama"], folder)
 
 
 # ----------------------------------------------------------------------------------------------------- names and shapes
@@ -355,7 +355,7 @@ def test_an_adapter_whose_tensors_fit_no_module_is_refused_with_both_names(bases
     mine = "base_model.model.language_model.model.layers"
     rewrite(adapter, lambda tensors: {k.replace("base_model.model.model.layers", mine): v for k, v in tensors.items()})
     text = refused("8 of its tensors fit no module, such as base_model.model.language_model", bases["llama"], adapter)
-    assert "get no tensor, such as base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" in text
+    assert "modules that it names, such as base_model.model.model.layers.0.mlp.down_proj.lora_A.weight" in text
 
 
 def test_a_module_with_a_different_vocabulary_is_refused(bases, tmp_path):
@@ -444,7 +444,7 @@ def external(path: Path, base: Path, folders: dict[str, Path], **options) -> Run
 def test_a_different_base_is_an_error_that_options_can_overrule(bases, adapter, tmp_path):
     base, path = bases["llama"], tmp_path / "run"
     reconfigure(adapter, base_model_name_or_path="/gone/merged-1")
-    with pytest.raises(RunError, match=r"another base model.*merged-1.*--model.*--renamed-base.*--chain"):
+    with pytest.raises(RunError, match=r"not trained from the base model.*merged-1.*--model.*--renamed-base.*--chain"):
         external(path, base, {"v1": adapter})
     assert not path.exists(), "nothing is recorded"
     run = external(path, base, {"v1": adapter}, renamed_base=True)
@@ -488,8 +488,8 @@ def test_only_the_first_adapter_of_a_chain_must_name_the_base_but_all_must_fit(b
     folders = [make_adapter(bases["llama"], tmp_path / f"v{i}", lora()) for i in (1, 2)]
     reconfigure(folders[1], base_model_name_or_path="/gone/merged")
     check(bases["llama"], *folders, chain=True)
-    refused("v2 was trained from another base.*--chain", bases["llama"], *folders)
-    refused("v2 was trained from another base", bases["llama"], *reversed(folders), chain=True)
+    refused("v2 was not trained from the base.*--chain", bases["llama"], *folders)
+    refused("v2 was not trained from the base", bases["llama"], *reversed(folders), chain=True)
     rewrite(folders[0], without_first)
     run = run_of(bases["llama"], *folders, chain=True)
     with pytest.raises(RunError, match="v1 does not fit"):
@@ -561,13 +561,13 @@ MORE = "model.layers.0.self_attn.q_proj.bias"
         # A training program that wraps the model saves such names: "module.", "_orig_mod.".
         (
             lambda tensors: {f"module.{k}": v for k, v in tensors.items()},
-            r"such as lm_head\.weight; it holds module\.lm_head\.weight",
+            r"such as lm_head\.weight; it has module\.lm_head\.weight",
         ),
         (
             lambda tensors: tensors | {MORE: torch.ones(64)},
-            f"1 tensors that the model .* has no place for, such as {MORE}",
+            f"1 tensors that do not belong to the model .*, such as {MORE}",
         ),
-        (lambda tensors: {k: torch.empty(0) for k in tensors}, r"no values of \d+ tensors.*ZeRO-3.*zero_to_fp32\.py"),
+        (lambda tensors: {k: torch.empty(0) for k in tensors}, r"no values for \d+ tensors.*ZeRO-3.*zero_to_fp32\.py"),
         (lambda tensors: tensors | {"v_head.weight": torch.ones(64)}, None),
     ],
 )
@@ -577,7 +577,7 @@ def test_a_checkpoint_with_different_tensor_names_is_refused_with_both_names(cha
         refused(message, bases["llama"], model, backend="hf")
     else:
         check(bases["llama"], model)
-        assert "tensors beside the language model, such as v_head.weight" in caplog.text
+        assert "tensors outside the language model, such as v_head.weight" in caplog.text
 
 
 @pytest.mark.parametrize("prefix", ["", "model.model."], ids=["without", "twice"])
@@ -586,7 +586,7 @@ def test_names_that_only_transformers_completes_are_refused_for_vllm(prefix, bas
     rewrite(model, lambda t: {k.replace("model.", prefix, 1): v for k, v in t.items()}, "model.safetensors")
     check(bases["llama"], model, backend="hf")
     for base in (bases["llama"], model):
-        refused(f"its tensors such as {prefix}embed_tokens.weight.*save it again", base, model)
+        refused(f"tensor names such as {prefix}embed_tokens.weight.*save it again", base, model)
 
 
 def test_the_names_that_save_pretrained_gives_a_model_with_images_are_known(tmp_path):
@@ -646,12 +646,12 @@ def test_weights_are_searched_where_transformers_reads_them(bases, model):
     """A folder may have two models, one for transformers and one for vLLM, or parts that neither finds."""
     single, index = model / "model.safetensors", model / "model.safetensors.index.json"
     in_parts(model)
-    refused(r"holds two models.*would load model\.safetensors, vLLM the files", bases["llama"], model, backend="hf")
+    refused(r"has two models.*would load model\.safetensors, but vLLM the files", bases["llama"], model, backend="hf")
     single.unlink()
     check(bases["llama"], model)
     index.unlink()
     for backend in ("hf", "vllm"):
-        refused(r"has no model\.safetensors and no .*it holds model-00001", bases["llama"], model, backend=backend)
+        refused(r"has no model\.safetensors and no .*it has model-00001", bases["llama"], model, backend=backend)
     next(model.glob("*-00001-*")).rename(single)  # half of the weights under the name of all
     refused(r"lacks \d+ tensors of the model", bases["llama"], model, backend="hf")
 
@@ -660,8 +660,8 @@ def test_weights_are_searched_where_transformers_reads_them(bases, model):
 def test_additional_weights_that_vllm_would_load_are_refused_for_vllm(name, bases, model):
     shutil.copy(bases["llama"] / "model.safetensors", model / name)
     check(bases["llama"], model, backend="hf")
-    refused(f"holds {name} beside the model", bases["llama"], model)
-    refused(f"holds {name} beside the model", model, bases["llama"])
+    refused(f"has {name} next to the model", bases["llama"], model)
+    refused(f"has {name} next to the model", model, bases["llama"])
     in_parts(model)
     (model / "model.safetensors").unlink()
     check(bases["llama"], model)  # vLLM takes what the index names
@@ -801,7 +801,7 @@ def test_a_tied_config_with_a_separate_head_in_the_file_is_untied(tiny_model, tm
     read = models.load_config  # vLLM loads a base model of the hub without this head, transformers with it
     monkeypatch.setattr(models, "load_config", lambda base, *more: read(folder if base == "mine/tied" else base, *more))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *words, **more: str(folder))
-    with pytest.raises(ModelError, match="another head"):
+    with pytest.raises(ModelError, match="a different head"):
         check_base("mine/tied", "vllm", False)
 
 
@@ -900,7 +900,7 @@ def test_a_pipe_in_a_model_does_not_block(name, bases, model):
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     for use in (lambda: check(bases["llama"], model), lambda: models.resolve_model(str(model))):
-        with pytest.raises(ModelError, match=rf"{name} is no file but a pipe|no model: it has no config"):
+        with pytest.raises(ModelError, match=rf"{name} is a pipe|not a model: it has no config"):
             use()
 
 
@@ -908,7 +908,7 @@ def test_a_pipe_in_a_model_does_not_block(name, bases, model):
 def test_a_too_long_file_of_a_model_is_refused(name, bases, model):
     with (model / name).open("ab") as f:
         f.truncate(models.MOST_FILE + 1)
-    refused(rf"{name} has more than 256 MiB", bases["llama"], model)
+    refused(rf"{name} is damaged: it has more than 256 MiB", bases["llama"], model)
 
 
 @pytest.mark.parametrize(

@@ -120,15 +120,15 @@ def test_a_task_edited_between_two_stages_is_refused_by_evaluation_and_training(
     run = train(options)
     assert evaluate.evaluate(run, stages=[0]) == 1
     replace(own / "rules.py", "==", "!=")
-    with pytest.raises(RunError, match=r"(?s)A task is another than the run began with.*mine.*Restore its YAML"):
+    with pytest.raises(RunError, match=r"(?s)A task has changed since the run began.*mine.*Restore its YAML"):
         evaluate.evaluate(run, stages=[1])
-    with pytest.raises(RunError, match=r"(?s)another configuration.*task_definitions.mine"):
+    with pytest.raises(RunError, match=r"(?s)a different configuration.*task_definitions.mine"):
         train(options)
     # A run of an older version: its manifest has no definitions of tasks, but its cells have.
     write_json(run.path / "manifest.json", {k: v for k, v in run.manifest.items() if k != "task_definitions"})
     trained = read_json(run.stages[1].train_file)
     write_json(run.stages[1].train_file, {k: v for k, v in trained.items() if k not in ("run", "parent", "date")})
-    with pytest.raises(RunError, match="asked or scored in another way than now"):
+    with pytest.raises(RunError, match="before the prompts or the scoring of"):
         evaluate.evaluate(Run.open(run.path), stages=[1])
     assert train(options).path == run.path, "it can be gone on with"
     (own / "rules.py").write_text(RULES)
@@ -207,7 +207,7 @@ def test_a_manifest_that_was_edited_is_refused(run):
     change(run.path / "manifest.json", config={**run.manifest["config"], "test_rows": 3})
     changed = Run.open(run.path)
     for step in (evaluate.evaluate, lambda run: Results(run).R, lambda run: judging.plan(run, None)):
-        with pytest.raises(RunError, match="another configuration than"):
+        with pytest.raises(RunError, match="a different configuration than"):
             step(changed)
 
 
@@ -222,7 +222,9 @@ def test_all_stages_after_a_stage_that_was_trained_again_are_stale(make):
     assert list(records.stale(run)) == [2, 3]
     assert str(run.stages[2].train_file) in records.stale(run)[2] and str(run.stages[1].path) in records.stale(run)[2]
     for step in (evaluate.evaluate, lambda run: judging.plan(run, None)):
-        with pytest.raises(RunError, match=r"2_trace_fomc is stale: stage 1_trace_cstance was trained again"):
+        with pytest.raises(
+            RunError, match=r"2_trace_fomc is stale: stage 1_trace_cstance, which it continues, was trained again"
+        ):
             step(run)
     records.check_stages(run, run.stages[:2])  # the other stages can be measured
     write_report(run)
@@ -235,14 +237,14 @@ def test_all_stages_after_a_stage_that_was_trained_again_are_stale(make):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"stage": "2_trace_fomc"}, r"says {'stage': '2_trace_fomc'}"),
-        ({"task": "trace_cstance"}, r"says {'task': 'trace_cstance'}"),
-        ({"metrics": {"accuracy": {"value": 3.0, "stderr": None}}}, "accuracy is 3.0, no fraction of 1"),
+        ({"stage": "2_trace_fomc"}, r"was written for {'stage': '2_trace_fomc'}"),
+        ({"task": "trace_cstance"}, r"was written for {'task': 'trace_cstance'}"),
+        ({"metrics": {"accuracy": {"value": 3.0, "stderr": None}}}, "accuracy is 3.0, which is not between 0 and 1"),
         ({"metrics": {"accuracy": {"value": "0.5", "stderr": None}}}, "'metrics.accuracy.value' is '0.5'"),
         ({"metrics": {"accuracy": {"value": 0.5, "stderr": -1}}}, "standard error of accuracy is -1"),
-        ({"metrics": {}}, "lacks its headline"),
-        ({"n": 0}, "n=0 is no number of rows"),
-        ({"n_cut": 101}, "n_cut=101 of 100 rows"),
+        ({"metrics": {}}, "has no headline score"),
+        ({"n": 0}, "n=0 is not a number of rows"),
+        ({"n_cut": 101}, "n_cut=101 does not fit n=100 rows"),
     ],
 )
 def test_an_impossible_cell_is_an_error(make, changes, message):
@@ -293,7 +295,7 @@ def test_samples_that_do_not_belong_to_the_score_are_an_error(make, damage):
 def test_a_score_that_is_not_the_mean_of_its_rows_is_an_error(make):
     run = make(rows={TASKS[0]: {"accuracy": np.full((10, 4), 0.5)}})
     change(run.stages[3].eval_file(TASKS[0]), metrics={"accuracy": {"value": 0.9, "stderr": 0.1}})
-    with pytest.raises(RunError, match="does not give the accuracy of its score"):
+    with pytest.raises(RunError, match="does not match the accuracy of its score"):
         _ = Results(run).intervals
 
 
@@ -323,7 +325,7 @@ def rich(judged, tmp_path):
         ({"direct": ("n", 21)}, "direct.n: 21 -> 20"),
         ({"pairs": ("win", 20)}, "pairs.win: 20"),
         ({"pairs": ("net_win_rate", 1.0)}, "pairs.net_win_rate: 1.0"),
-        ({"lines": "f00"}, "was changed since"),
+        ({"lines": "f00"}, "has changed since"),
     ],
 )
 def test_judgements_that_do_not_add_up_are_an_error(rich, changes, message):
@@ -391,7 +393,7 @@ def test_a_stage_that_is_judged_alone_must_have_the_judge_of_the_others(rich):
     ):
         with pytest.raises(RunError, match=re.escape(message)):
             judging.plan(rich, Judge(**changes), stages=[3], suites=["instruct_lima"])
-    with pytest.raises(RunError, match="limit None, asked for is 5"):
+    with pytest.raises(RunError, match="limit None, not 5"):
         judging.plan(rich, Judge(), stages=[3], suites=["instruct_lima"], limit=5)
     assert len(judging.plan(rich, Judge(), suites=["instruct_lima"], limit=5)) == 4, "all of them, on the same rows"
 

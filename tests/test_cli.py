@@ -181,7 +181,7 @@ FROM_ELSEWHERE = ["--test-rows=5", "--tasks=order2", "--max-prompt-length=64", "
     "argv, message",
     [
         (["--stages", "7"], "no stage [7]: the run has 0, 1"),
-        (["--stages", "0,x"], "--stages numbers"),
+        (["--stages", "0,x"], "--stages must be numbers"),
         *((["--engine-args", text], "--engine-args must be a JSON object") for text in ("{", "[1]", '{"a": NaN}')),
         # A run has these settings in its manifest. An option without effect must not be accepted.
         *(([given], f"{given.partition('=')[0]}: only with --checkpoint") for given in FROM_ELSEWHERE),
@@ -200,15 +200,15 @@ def test_impossible_options_are_refused(run, argv, message, demo_data):
         (["trace_fomc"], "trace_fomc: write each as NAME=PATH"),
         (["trace_fomc="], "trace_fomc=: write each as NAME=PATH"),
         (["=somewhere"], "=somewhere: write each as NAME=PATH"),
-        (["same=a", "same=b"], "each NAME can be given once; found same, same"),
+        (["same=a", "same=b"], "found same, same; give each NAME only once"),
         (["a=NOWHERE"], "NOWHERE: there is no such folder."),
-        (["a=OWNER/NAME"], "there is no such folder. One of the hub: hf download OWNER/NAME --local-dir FOLDER"),
+        (["a=OWNER/NAME"], "there is no such folder. If it is on the hub: hf download OWNER/NAME --local-dir FOLDER"),
         (["a=~/EMPTY"], "no adapter (adapter_config.json)"),
         (["a=SHARDS"], "accelerate merge-weights"),
-        (["a=NEMO"], "config.json). Megatron's and NeMo's own tools export it"),
-        (["a=ZERO"], "config.json). DeepSpeed makes the weights of its parts: python zero_to_fp32.py"),
+        (["a=NEMO"], "config.json). Export it with the tools of Megatron or NeMo"),
+        (["a=ZERO"], "config.json). Combine DeepSpeed's parts: python zero_to_fp32.py"),
         (["a=EMPTY"], "no adapter (adapter_config.json) or model (config.json)."),
-        (["a=."], "; look into its folders: CONFIG."),
+        (["a=."], "; its folders CONFIG do."),
         (["a=HALF"], "no adapter"),
         (["a=CONFIG"], ".safetensors"),
     ],
@@ -376,7 +376,7 @@ def test_an_unknown_name_in_a_command_is_an_error_with_the_most_similar_one(make
 
 # --------------------------------------------------------------------------------- stopped, or with nobody who listens
 
-STOPPED = re.compile(r"^stopped: .* Go on with: (.*)$", re.M)
+STOPPED = re.compile(r"^stopped: .* To continue: (.*)$", re.M)
 
 
 def listens(pid, ended=lambda: None):
@@ -467,7 +467,7 @@ def test_ctrl_c_while_waiting_for_a_judge_prints_one_line(make):
         ("evaluate", "finished cells"),
         ("judge", "replies"),
         ("annotate", "replies"),
-        ("study", "what its runs"),
+        ("study", "the finished work"),
         ("data", "nothing is lost"),
     ],
 )
@@ -490,7 +490,7 @@ def test_ctrl_c_in_any_command_prints_what_is_kept(command, kept, monkeypatch, c
         function()
     assert e.value.code == 130 and signal.getsignal(signal.SIGTERM) is before
     (line,) = re.findall("^stopped: .*$", capfd.readouterr().err, re.M)
-    assert kept in line and line.endswith(f"Go on with: {given}{shlex.join(argv)}")
+    assert kept in line and line.endswith(f"To continue: {given}{shlex.join(argv)}")
 
 
 CHILD = """

@@ -85,7 +85,7 @@ def test_missing_values_are_a_dash_in_tables_and_empty_in_the_csv(make):
     assert first["run"][:3] == ["OP", "BWT", "Forgetting"] and first["unfinished"][:3] == [DASH, DASH, DASH]
     assert second["unfinished"] == ["70.0", DASH, "50.0"]
     assert "OP" not in over and means == [f"70.0 ± {DASH}", DASH, f"50.0 ± {DASH}"]
-    assert "Not complete, so that numbers are missing: `unfinished`" in notes
+    assert "Not complete, so numbers are missing: `unfinished`" in notes
     assert float(lines["mine"]["OP"]) == pytest.approx(40) and float(lines["mine"]["FOMC"]) == 0
     assert lines["unfinished"]["OP"] == lines["unfinished"]["FOMC"] == lines["unfinished"]["BWT"] == ""
     runs[1].stages[3].train_file.unlink()  # the cost is unknown if a stage is not trained
@@ -263,7 +263,7 @@ def test_the_papers_numbers_are_separate_rows_below_the_runs(make, bounds, as_th
     assert rows["paper: LoraSeqFT"]["base"] == DASH and "general" not in table.header, "no run has one"
     assert rows["paper: MT"]["OP"] == "52.3" and rows["paper: MT"]["BWT"] == DASH
     setup, lora = comparison.notes[-5:-3]
-    assert "arXiv 2310.06762" in setup and "no target" in setup
+    assert "arXiv 2310.06762" in setup and "the numbers differ" in setup
     assert lora == "paper: LoraSeqFT: LLaMA-2-7B-Chat, training rows a task 5000, epochs 5,3,7,5,3,5,5,7."
     assert comparison.notes[-2] == "paper: MT: LLaMA-2-7B-Chat."
     line = next(row for row in comparison.lines if row["run"] == "paper: LoraSeqFT, LLaMA-2-7B-Chat")
@@ -311,7 +311,7 @@ def test_differences_to_the_baseline_are_paired_over_equal_rows(make):
     assert first["mine"][0].startswith("50.0 [") and "Differences are paired" in notes
     # 16 rows are won and none lost; this says nothing about other trainings
     assert finals["better"] == ["90.0", "60.0", "50.0"] and not has_arrows(compare(runs))
-    assert "Test rows alone give no arrow" in notes and "here no two methods have them" in notes
+    assert "There are no arrows for differences of single runs" in notes and "here no two methods have them" in notes
     assert float(lines["better"]["OP difference low"]) == pytest.approx(low, abs=0.05)
     assert lines["mine"]["OP difference"] == "" and lines["others"]["OP difference low"] == ""
     # Both runs share their rows, so the interval of the difference is narrower than those of the runs.
@@ -334,7 +334,7 @@ def test_the_difference_in_bwt_is_paired_in_any_order(make):
     widths = [float(lines[run]["BWT high"]) - float(lines[run]["BWT low"]) for run in ("mine", "forgot")]
     assert high - low < np.hypot(*widths), "narrower than that of two runs on rows of their own"
     # A different task is the last one, which cannot be forgotten: BWT is a mean over different tasks.
-    assert rows["lastly"]["BWT"] == "-50.0" and "in runs of other orders they may be" in notes
+    assert rows["lastly"]["BWT"] == "-50.0" and "In runs of different orders they may be" in notes
     bwt = dict(zip(first["run"], first["forgot"], strict=True))["BWT"]
     assert bwt.startswith("-70.0 [") and bwt.endswith("]")
     assert float(lines["ordered"]["BWT difference low"]) == pytest.approx(low, abs=0.05)
@@ -493,7 +493,7 @@ def test_runs_that_differ_only_by_seed_have_a_mean_and_a_deviation(make, as_the_
     methods, finals = compare(runs).tables[0], table_of(compare(runs), "Final")
     assert methods.title == "Methods" and list(rows_of(methods)) == ["s1 and its seeds", "more", "paper: LoraSeqFT"]
     mean, single = rows_of(methods)["s1 and its seeds"], rows_of(methods)["more"]
-    assert "of a single run its score [95 % interval over test rows]" in methods.about
+    assert "single runs: score [95 % interval over test rows]" in methods.about
     assert (mean["seeds"], single["seeds"]) == ("2", "1") and single["OP"] == first["more"][first["run"].index("OP")]
     assert "Unequal budgets" in notes and "numbers of seeds: 2 in `s1 and its seeds`; 1 in `more`" in notes
     # OP: 40 and 30, so 35 ± 10 / sqrt(2); BWT does not change
@@ -505,7 +505,7 @@ def test_runs_that_differ_only_by_seed_have_a_mean_and_a_deviation(make, as_the_
     assert list(rows_of(finals)["s1 and its seeds"].values()) == ["65.0 ± 7.1", f"0.0 ± {DASH}", "40.0 ± 14.1"]
     assert list(rows_of(finals)["more"].values()) == second["more"]
     assert "variance cannot be estimated" in notes
-    assert "seeds are those of `s1`, `s2`" in notes and "another training" in notes
+    assert "seeds are those of `s1`, `s2`" in notes and "single new training" in notes
     assert float(rows["s1 and its seeds: mean over 2 seeds"]["OP"]) == pytest.approx(35)
     assert float(rows["s1 and its seeds: standard deviation over 2 seeds"]["MeetingBank"]) == pytest.approx(
         14.142, abs=1e-3
@@ -544,7 +544,9 @@ def test_methods_are_compared_over_their_seeds_paired_and_marked(make, tmp_path)
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("<details><summary>") == 3 and "<summary>6 runs</summary>" in page
     assert '<td class="number up">+20.0 [+17.5, +22.5] ↑</td>' in page and "<h2>Spread</h2>" in page
-    assert "Test rows alone give no arrow" in page and "Seeds that each of two methods needs" in page
+    assert (
+        "There are no arrows for differences of single runs" in page and "Seeds that each of two methods needs" in page
+    )
 
 
 def test_different_seeds_are_compared_by_welchs_test_and_arrows_need_seeds_on_both_sides(make):
@@ -565,7 +567,7 @@ def test_different_seeds_are_compared_by_welchs_test_and_arrows_need_seeds_on_bo
     assert any("Not comparable" in w for w in comparison.warnings)
     # In a different order BWT is a mean over different tasks, which may explain a difference.
     turned = compare([*sequential, *seeded(make, "turned", [10, 12, 11], tasks=TASKS[::-1])])
-    said = "in another order or on other tasks than `sequential`: `turned`"
+    said = "in a different order or on different tasks than `sequential`: `turned`"
     assert said in "\n".join(turned.notes) and "in another order" not in "\n".join(comparison.notes)
     found = over_seeds(turned)[1]["turned"]
     assert found["BWT"] == "-30.7" and found["OP"].startswith("-30.7 [") and found["OP"].endswith("↓")

@@ -95,7 +95,7 @@ def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path, mo
     Resumed.__module__ = AverageTrainer.__module__
     monkeypatch.setattr(base.checkpoints, "method_source", lambda trainer: "another")
     run = train(options, Resumed)
-    assert "has changed since step 4 of stage 1_trace_fomc, which would mix two methods" in caplog.text
+    assert "has changed since step 4 of stage 1_trace_fomc, so the stage mixes two methods" in caplog.text
     assert len(steps) == 2, "it went on at step 4"
     a, b = (load_file(r.stages[1].method_state / "state.safetensors") for r in (whole, run))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
@@ -162,7 +162,7 @@ def test_trained_parameters_that_would_not_be_saved_are_refused(options, full):
 
     full_options = {"use_peft": False, "learning_rate": 1e-3} if full else {}
     options |= {"tasks": TASKS[:1], "max_steps": 1, **full_options}
-    lost = r"2 parameters .* such as gate.weight" if full else r"\d parameters .* such as base_model.*norm"
+    lost = r"2 trained parameters, such as gate.weight" if full else r"\d trained parameters, such as base_model.*norm"
     with pytest.raises(base.ConfigError, match=lost):
         train(options, Beside)
     train(options, Saved)  # a method that writes its own checkpoints may train them
@@ -181,7 +181,7 @@ def test_a_record_with_odd_values_does_not_lose_a_trained_stage(options, caplog)
         **{"total": 2.0, "rows_of": {"3": [0, 1]}, "ratio": None, "seen": ["a", "b"], "where": "x"},
         **{"task": TASKS[0]},
     }
-    assert len(found["losses"]) == 2 and "has losses, task, which" in caplog.text
+    assert len(found["losses"]) == 2 and "left out losses, task of" in caplog.text
 
 
 def test_a_method_can_read_its_state_when_it_chooses_rows(options):
@@ -228,7 +228,7 @@ def test_replay_is_refused_for_methods_that_choose_rows_and_only_recorded_if_set
         (joint.JointTrainer, joint.JointConfig),
         (single.SingleTrainer, single.SingleConfig),
     ):
-        with pytest.raises(base.ConfigError, match=r"replay_ratio=0.1: \w+ decides itself which rows"):
+        with pytest.raises(base.ConfigError, match=r"replay_ratio=0.1 is not allowed: \w+ itself chooses"):
             train({**options, "replay_ratio": 0.1}, trainer, config)
     with pytest.raises(base.ConfigError, match="replay_choice='best' is not allowed: use first or random"):
         base.CLConfig(output_dir="x", replay_choice="best")
@@ -299,5 +299,5 @@ def test_a_counter_that_is_no_number_is_refused_before_the_first_step(options):
             self.seen = []
 
     Listing.__module__ = base.CLTrainer.__module__
-    with pytest.raises(base.ConfigError, match="counters has seen, which is a list: name numbers"):
+    with pytest.raises(base.ConfigError, match="counters has seen, which is a list: use only numbers"):
         train(options, Listing, base.CLConfig)

@@ -146,7 +146,7 @@ def test_a_damaged_archive_is_an_error_that_names_it(root, tmp_path, cache, name
 def test_a_member_that_is_too_large_is_refused(tmp_path, cache, monkeypatch, kind):
     file = packed(tmp_path / f"a.{kind}", [("FOMC/train.json", bytes(10)), ("FOMC/test.json", bytes(60_000))])
     monkeypatch.setattr(archive, "MOST_ROWS", 50_000)
-    refused(file, "holds a file of .*nothing was unpacked", cache)
+    refused(file, "has a file of .*Nothing was unpacked", cache)
     monkeypatch.setattr(archive, "MOST_ROWS", 60_000)
     assert (archive.unpack(file) / "FOMC" / "test.json").stat().st_size == 60_000
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_not_reported_as_a_damaged_archive(root, tmp_path, cache,
         monkeypatch.setattr(library, "copyfileobj", full)
     with pytest.raises(SystemExit, match=rf"^error: .*{os.strerror(number)}.*{words}") as e:
         cli.main(["data", str(file)])
-    assert "Fetch it again" not in e.value.code and "\n" not in e.value.code
+    assert "Download it again" not in e.value.code and "\n" not in e.value.code
     assert not list(cache.glob("*")), "nothing half unpacked stays"
 
 
@@ -220,7 +220,7 @@ def test_a_file_of_rows_that_is_too_large_is_not_read(root, monkeypatch):
     monkeypatch.setattr(rows, "MOST_ROWS", size)
     assert data.read_split(root, "FOMC", "test") == ROWS
     monkeypatch.setattr(rows, "MOST_ROWS", size - 1)
-    with pytest.raises(DataError, match=r"FOMC/test\.json has more than"):
+    with pytest.raises(DataError, match=r"FOMC/test\.json is damaged: it has more than"):
         data.read_split(root, "FOMC", "test")
 
 

@@ -262,7 +262,7 @@ def test_a_llama_tokenizer_without_a_json_file_encodes_as_sentencepiece_or_is_re
     model.pieces.insert(259, proto.ModelProto.SentencePiece(piece="▁▁", score=-1e9))  # LLaMA has such ones there
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     text = "They say  the answer is 7 so"
-    with pytest.raises(ModelError, match=r"is no BPE") if kind == "unigram" else nullcontext():
+    with pytest.raises(ModelError, match=r"is not BPE") if kind == "unigram" else nullcontext():
         pieces = SentencePieceProcessor(str(folder / "tokenizer.model")).encode(text)
         assert load_tokenizer(folder)(text, add_special_tokens=False).input_ids == pieces
 
@@ -306,7 +306,7 @@ def test_prompts_of_a_model_that_ignores_the_mask_are_not_padded(name, tmp_path,
 
         monkeypatch.setattr(LlamaForCausalLM, "forward", forgetful)
     assert texts(by_transformers(base, [None], PROMPTS)) == [expected]
-    assert ("only prompts of the same length are answered together" in caplog.text) == (name != "mamba")
+    assert ("a batch holds only prompts of the same length" in caplog.text) == (name != "mamba")
     live = LiveHF(reload(base, None), AutoTokenizer.from_pretrained(base), 4)  # the engine of the callback
     with live.left_as_it_was():
         assert generate(live, PROMPTS) == expected

@@ -144,7 +144,7 @@ def test_a_stage_of_another_process_is_left_to_it_and_taken_if_that_process_ends
 
 
 def test_devices_without_a_gpu_are_an_immediate_error(tmp_path):
-    with pytest.raises(SystemExit, match=r"--devices all: torch finds no GPU here\. .*--devices cpu,cpu starts two"):
+    with pytest.raises(SystemExit, match=r"--devices all: torch finds no GPU here\. .*--devices cpu,cpu to start two"):
         cli.main(["evaluate", str(tmp_path / "nothing"), "--devices", "all"])
 
 
@@ -159,7 +159,7 @@ def test_devices_without_a_gpu_are_an_immediate_error(tmp_path):
         ("MIG-a,MIG-b,MIG-c,MIG-d,MIG-e", "all", ["MIG-a", "MIG-b", "MIG-c", "MIG-d", "MIG-e"]),
         (None, "0 4", "there is no 4. Use all, or numbers from 0 to 3"),
         ("2,3", "0 cpu", "there is no cpu"),
-        ("2,3", "0 0", "each GPU can be named once"),
+        ("2,3", "0 0", "name each GPU only once"),
     ],
 )
 def test_devices_may_have_the_names_of_torch_or_cuda(monkeypatch, variable, asked, found):
@@ -178,7 +178,7 @@ def test_devices_may_have_the_names_of_torch_or_cuda(monkeypatch, variable, aske
 def test_an_engine_on_several_devices_gets_that_many():
     plan = SimpleNamespace(backend="vllm", engine_args={"tensor_parallel_size": 2})
     assert devices.grouped(["0", "1", "3", "2"], plan) == [["0", "1"], ["3", "2"]]
-    with pytest.raises(RunError, match=r"3 \(0, 1, 2\) cannot be divided among engines that take 2 each \(tensor_par"):
+    with pytest.raises(RunError, match=r"3 \(0, 1, 2\), but each engine takes 2 \(tensor_par"):
         devices.grouped(["0", "1", "2"], plan)
     plan.backend = "hf"
     assert devices.grouped(["0", "1", "2"], plan) == [["0"], ["1"], ["2"]]

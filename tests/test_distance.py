@@ -202,7 +202,7 @@ def test_distances_of_different_weights_answers_or_settings_are_not_used(run, qu
     rows = read_jsonl(distance_answers(base, "trace_fomc"))
     write_jsonl(distance_answers(base, "trace_fomc"), rows[1:])
     distance_file(stage, "trace_fomc").unlink()
-    with pytest.raises(RunError, match=r"trace_fomc\.jsonl was changed since it was written"):
+    with pytest.raises(RunError, match=r"trace_fomc\.jsonl has changed since it was written"):
         evaluate.evaluate(run, extra={"distance": True})
     monkeypatch.setattr(distance, "TOKENS", 2)
     with pytest.raises(RunError, match=r"tokens: 3 -> 2\n.*delete .*stages/\*/distance"):

@@ -95,22 +95,22 @@ def test_the_trained_answer_is_the_text_that_lm_eval_compares_with_or_shows(own_
     "rows, yaml, message",
     [
         (questions("x", "[1, 2]"), TEMPLATE, r"mine, t\w+ row 1: .*\[1, 2\].*doc_to_target: answer"),
-        (questions("['a']", "x"), TEMPLATE, r"mine, test row 1: the target 'x' is a text, and that of row 0 is a list"),
-        (questions(["x", "y"]), "metric_list: [{metric: chrf}]\n", "mine has several valid .*of chrf .* makes 1"),
-        (questions("[1, 2]", "[3]"), TEMPLATE, r"mine, training row 0: the target \[1, 2\] is a list without a text"),
+        (questions("['a']", "x"), TEMPLATE, r"mine, test row 1: the target 'x' is text, but that of row 0 is a list"),
+        (questions(["x", "y"]), "metric_list: [{metric: chrf}]\n", "mine: some rows .*of chrf .* into 1"),
+        (questions("[1, 2]", "[3]"), TEMPLATE, r"mine, training row 0: the target \[1, 2\] is a list without text"),
         (questions("x", ""), "", "mine, training row 1: the answer is empty"),
         (questions("x", " \n"), "", "mine, training row 1: the answer is empty"),
-        (questions("x", None), "", "mine, training row 1: the target None is NoneType"),
-        (questions(0, 2), CHOICES, "mine, test row 1: the target 2 is no index of the 2 choices"),
-        (questions(0, -1), CHOICES, "mine, test row 1: the target -1 is no index"),
-        (questions({"x": 1}), "", "mine, training row 0: the target {'x': 1} is dict"),
-        (questions("x"), "doc_to_text: '{{nothing}}'\n", "mine cannot be made.*nothing"),
+        (questions("x", None), "", "mine, training row 1: the target None is of type NoneType"),
+        (questions(0, 2), CHOICES, "mine, test row 1: the target 2 is not an index of the 2 choices"),
+        (questions(0, -1), CHOICES, "mine, test row 1: the target -1 is not an index"),
+        (questions({"x": 1}), "", "mine, training row 0: the target {'x': 1} is of type dict"),
+        (questions("x"), "doc_to_text: '{{nothing}}'\n", "mine cannot be loaded.*nothing"),
         (questions("x"), "training_split: null\n", "mine has no training split, so it cannot be a stage"),
-        (questions("x"), "training_split: nowhere\n", "mine cannot be made .*nowhere"),
-        (questions("x"), "test_split: nowhere\n", "mine cannot be made .*nowhere"),
+        (questions("x"), "training_split: nowhere\n", "mine cannot be loaded .*nowhere"),
+        (questions("x"), "test_split: nowhere\n", "mine cannot be loaded .*nowhere"),
         ([{"q": " ", "a": "x"}], "", "mine, training row 0: the prompt is empty"),
-        (questions("x"), "process_docs: !function empty.nothing\n", "mine cannot be made"),
-        (questions("x"), "output_type: multiple_choice\n" + CHOICES, "has to be generated"),
+        (questions("x"), "process_docs: !function empty.nothing\n", "mine cannot be loaded"),
+        (questions("x"), "output_type: multiple_choice\n" + CHOICES, "needs generated answers"),
     ],
 )
 def test_rows_that_cannot_be_trained_are_refused_with_task_row_and_value(own_task, tmp_path, rows, yaml, message):
@@ -156,7 +156,7 @@ GRANITE = {**SMALL, "num_local_experts": 0, "layer_types": ["attention"] * 2}
 ZAMBA = {**SMALL, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4}
 OTHER = "LlamaForSequenceClassification"
 #: Options, and their texts in messages.
-FULL, SHORT = {"use_peft": False}, "context of 64: use a max_prompt_length of at most 60"
+FULL, SHORT = {"use_peft": False}, "context of 64. Use a max_prompt_length of at most 60"
 ALL = {"lora_target_modules": ["all-linear"], "lora_dropout": 0.0}
 TARGETS, DROPOUT = "Use --lora_target_modules", "--lora_dropout 0."
 
@@ -186,16 +186,16 @@ def architecture(options, tmp_path):
         (("T5Config", {"d_model": 64, "num_layers": 2}), {}, r"\(t5\) is not a causal model but an encoder-decoder"),
         (("BartConfig", {"d_model": 64}), {}, r"\(bart\) is not a causal model but an encoder-decoder"),
         (("BertConfig", {**SIZES, "num_attention_heads": 4}), {}, "not a causal model but an encoder"),
-        (("ViTConfig", {}), {}, "not a causal model but of another kind"),
-        (("XLNetConfig", {"d_model": 64, "n_layer": 2, "n_head": 4}), {}, "one that reads a text in both directions"),
-        (("CpmAntConfig", {"hidden_size": 64, "num_hidden_layers": 2}), {}, "one that reads a text in both directions"),
-        (("LlamaConfig", {**SMALL, "is_causal": False}), {}, "one that reads a text in both directions"),
+        (("ViTConfig", {}), {}, "not a causal model but a different kind"),
+        (("XLNetConfig", {"d_model": 64, "n_layer": 2, "n_head": 4}), {}, "one that reads text in both directions"),
+        (("CpmAntConfig", {"hidden_size": 64, "num_hidden_layers": 2}), {}, "one that reads text in both directions"),
+        (("LlamaConfig", {**SMALL, "is_causal": False}), {}, "one that reads text in both directions"),
         (("LlamaConfig", {**SMALL, "architectures": [OTHER]}), {}, f"{OTHER} without a head for the next token"),
         (("MllamaConfig", {"text_config": {**SMALL, "pad_token_id": 0}}), FULL, "saved as mllama_text_model, .* LoRA"),
         (("LlamaConfig", {**SMALL, "vocab_size": 250}), {}, "9 tokens without a row in the model's 250 embeddings"),
-        (("Llama4TextConfig", {**SMALL, "num_local_experts": 4}), {}, r"\(llama4_text\) computes no loss of a router"),
+        (("Llama4TextConfig", {**SMALL, "num_local_experts": 4}), {}, r"\(llama4_text\) computes no router loss"),
         # Like the dense models of Granite 4: a type for mixtures, but no experts.
-        (("GraniteMoeHybridConfig", GRANITE), {}, "computes no loss of a router. Use router_aux_loss_coef: 0"),
+        (("GraniteMoeHybridConfig", GRANITE), {}, "computes no router loss. Use router_aux_loss_coef: 0"),
         # The context length is found under any of its names.
         (("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}), FULL, SHORT),
         (("MptConfig", MPT), FULL, SHORT),
@@ -209,12 +209,16 @@ def architecture(options, tmp_path):
         (("Mamba2Config", {**MAMBA, "num_heads": 8, "head_dim": 16}), {}, f"{TARGETS} in_proj."),
         (("PhimoeConfig", {**SMALL, "num_local_experts": 4}), ALL, f"is a PhimoeTopKRouter, .* {TARGETS} .*v_proj"),
         # transformers renames its shared experts when an adapter is loaded, so the saved tensors fit no module.
-        (("LagunaConfig", LAGUNA), ALL, r"PEFT does not find .*shared_experts\.down_proj.* when it loads"),
-        (("ZambaConfig", ZAMBA), ALL | {"backend": "vllm"}, "_proj alone, whose weights other layers share"),
+        (("LagunaConfig", LAGUNA), ALL, r"PEFT saves .*shared_experts\.down_proj.*cannot load"),
+        (("ZambaConfig", ZAMBA), ALL | {"backend": "vllm"}, "_proj, but other layers share its weights"),
         (LLAMA, {"lora_target_modules": ["c_attn"]}, f"{TARGETS} all-linear."),
-        (LLAMA, {"lora_target_modules": ["q_proj", "wv"]}, f"names 'wv', which the model does not have. {TARGETS} all"),
-        (LLAMA, {"lora_target_modules": ["lm_head"]}, f"TRL takes no adapter of the head.* {TARGETS} all-linear"),
-        (LLAMA, {"lora_modules_to_save": ["head"]}, "names 'head', which the model does not have. Its linear layers"),
+        (
+            LLAMA,
+            {"lora_target_modules": ["q_proj", "wv"]},
+            f"names 'wv', but the model does not have it. {TARGETS} all",
+        ),
+        (LLAMA, {"lora_target_modules": ["lm_head"]}, f"The head cannot have an adapter.* {TARGETS} all-linear"),
+        (LLAMA, {"lora_modules_to_save": ["head"]}, "names 'head', but the model does not have it. Its linear layers"),
     ],
 )
 def test_an_unusable_base_model_is_refused_in_one_line_and_the_advice_works(
@@ -251,7 +255,7 @@ def test_models_without_a_context_limit_are_accepted(architecture):
 def test_a_model_that_vllm_would_compute_differently_is_refused(kind, why, on_gpus, tmp_path, monkeypatch):
     getattr(transformers, kind)().save_pretrained(tmp_path)
     whole = pytest.raises(RunError, match=r"has no model\.safetensors")
-    refused = pytest.raises(ModelError, match=rf"vLLM {why}.* Take the backend hf")
+    refused = pytest.raises(ModelError, match=rf"vLLM {why}.* Use --backend hf")
     with refused:
         check_base(str(tmp_path), "vllm", False)
     monkeypatch.setattr("trace_bench.engine.gpu.has_gpu", lambda: True)
@@ -264,7 +268,7 @@ def test_a_model_that_vllm_would_compute_differently_is_refused(kind, why, on_gp
 def test_a_model_type_unknown_to_transformers_is_refused(options, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "new")
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "model_type": "llama9"})
-    with pytest.raises(ConfigError, match=r"transformers cannot make the model .*llama9"):
+    with pytest.raises(ConfigError, match=r"transformers cannot build the model .*llama9"):
         train({**options, "model_name_or_path": str(folder)})
 
 
@@ -274,7 +278,7 @@ def test_tokens_without_embeddings_are_warned_about_and_refused_as_padding(optio
     tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(folder)
     train({**options, "model_name_or_path": str(folder), "tasks": ["trace_fomc"], "max_steps": 1})
-    assert "no embeddings of <extra>" in caplog.text
+    assert "no embeddings for <extra>" in caplog.text
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(folder)
     with pytest.raises(ConfigError, match="2 tokens without a row in the model's 259 embeddings"):
@@ -292,7 +296,7 @@ def test_a_run_without_results_may_begin_again_with_a_different_configuration(op
     assert list(run.stages[1].attempt.glob("checkpoint-*")), "of the old configuration"
     again = train({**options, "learning_rate": 1e-3, "tasks": ["trace_fomc"]})
     assert again.manifest["config"]["learning_rate"] == 1e-3 and again.stages[1].is_trained
-    assert "config.learning_rate: 0.01 -> 0.001" in caplog.text and "removed." in caplog.text
+    assert "config.learning_rate: 0.01 -> 0.001" in caplog.text and "removed 1 checkpoint" in caplog.text
     assert not list(run.path.rglob("checkpoint-*"))
 
 
@@ -325,7 +329,9 @@ def copy_demo(target, *folders, splits=data.SPLITS, reasoning=False):
 
 def test_rows_of_the_other_variant_are_refused(options, tmp_path, monkeypatch):
     plain, reasoned = copy_demo(tmp_path / "plain"), copy_demo(tmp_path / "reasoned", reasoning=True)
-    with pytest.raises(DataError, match=r"FOMC/train\.json, row 0 and 63 more: of the reasoning variant.*trace_\*"):
+    with pytest.raises(
+        DataError, match=r"FOMC/train\.json, row 0 and 63 more: this is the reasoning variant.*trace_\*"
+    ):
         train({**options, "data": str(reasoned)})
     assert not Path(options["output_dir"]).exists()
     monkeypatch.setenv("TRACE_DATA", str(reasoned))
@@ -333,16 +339,16 @@ def test_rows_of_the_other_variant_are_refused(options, tmp_path, monkeypatch):
         load_tasks(["trace_fomc"])  # plain lm_eval loads it so
     monkeypatch.setenv("TRACE_DATA", str(plain))
     monkeypatch.setenv("TRACE_REASONING", str(plain))
-    with pytest.raises(DataError, match="of the plain variant"):
+    with pytest.raises(DataError, match="the plain variant"):
         data.Data.at(plain, ["reasoning_fomc"]).check()
-    with pytest.raises(DataError, match="of the plain variant"):
+    with pytest.raises(DataError, match="the plain variant"):
         load_tasks(["reasoning_fomc"])
     monkeypatch.setenv("TRACE_REASONING", str(reasoned))
     assert data.Data.at(plain, [*data.FOLDERS, *data.REASONING]).check()
     rows = json.loads((plain / "FOMC/test.json").read_text())
     rows[5] = json.loads((reasoned / "FOMC/test.json").read_text())[5]
     write_json(plain / "FOMC/test.json", rows)
-    with pytest.raises(DataError, match=r"FOMC/test\.json, row 5: of the reasoning variant"):
+    with pytest.raises(DataError, match=r"FOMC/test\.json, row 5: this is the reasoning variant"):
         data.Data.at(plain, data.FOLDERS).check()
 
 
@@ -379,7 +385,7 @@ def test_data_names_the_complete_tasks_of_partial_data(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Complete: 2 of 8 tasks" in out and "--tasks trace_fomc trace_py150\n" in out
     assert "--tasks trace_cstance,trace_fomc,trace_py150\n" in out and "C-STANCE/train.json is missing" in out
-    assert "Not there: trace_meetingbank" in out
+    assert "Missing: trace_meetingbank" in out
     for folder in ("FOMC", "Py150"):
         shutil.rmtree(root / folder)
     with pytest.raises(SystemExit) as e:
@@ -393,13 +399,13 @@ def test_data_names_the_complete_tasks_of_partial_data(tmp_path, capsys):
 def test_a_run_can_be_evaluated_with_only_the_test_rows(options, run, tmp_path, monkeypatch):
     there = copy_demo(tmp_path / "there", "FOMC", "NumGLUE-ds", splits=["test"])
     monkeypatch.setenv("TRACE_DATA", str(there))
-    with pytest.raises(DataError, match="lacks the split 'train'"):
+    with pytest.raises(DataError, match="has no split 'train'"):
         training_rows(load_tasks(["trace_fomc"])["trace_fomc"])
     assert evaluate(run, data_path=str(there)) == 2 + 1 + 2
     rows = json.loads((there / "FOMC/test.json").read_text())
     write_json(there / "FOMC/test.json", rows[:-1])
     run.stages[1].eval_file("trace_fomc").unlink()
-    with pytest.raises(RunError, match="other data than the run began with, in: trace_fomc"):
+    with pytest.raises(RunError, match="different data than the run began with, in: trace_fomc"):
         evaluate(run, data_path=str(there))
     with pytest.raises(DataError, match=r"FOMC/train\.json is missing"):
         train({**options, "tasks": ["trace_fomc"], "data": str(there), "output_dir": str(tmp_path / "other")})

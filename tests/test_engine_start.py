@@ -92,7 +92,7 @@ def test_only_a_way_to_give_known_tokens_that_vllm_accepts_is_switched_on(option
 def test_log_probabilities_that_vllm_would_not_give_are_refused_at_the_start(options, started, monkeypatch):
     monkeypatch.setattr(engine, "has_gpu", lambda: False)
     arguments = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}
-    with pytest.raises(engine.EngineError, match=r"without a GPU vLLM gives no probabilities.* Leave it out"):
+    with pytest.raises(engine.EngineError, match=r"without a GPU: vLLM then gives no token.* Leave it out"):
         engine.open_engine("vllm", options["model_name_or_path"], engine_args=arguments)
     assert not started
 
@@ -143,5 +143,5 @@ def test_the_context_is_one_in_which_vllm_reads_texts_as_training_does(settings,
     engine.open_engine("vllm", str(plain))
     engine.open_engine("vllm", str(plain), engine_args={"max_model_len": 512})
     assert [start.get("max_model_len") for start in started] == [None, 4096, 512]
-    with pytest.raises(engine.EngineError, match=r"max_model_len=8192.*Use at most 4096, or take --backend hf"):
+    with pytest.raises(engine.EngineError, match=r"max_model_len=8192.*Use at most 4096, or --backend hf"):
         engine.open_engine("vllm", str(plain), engine_args={"max_model_len": 8192})

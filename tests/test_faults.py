@@ -120,7 +120,7 @@ def test_a_lock_names_its_process_and_ends_with_it(options):
 def test_a_file_system_without_locks_is_warned_about(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOTSUP, "not supported")))
     with locked(tmp_path, "train"), locked(tmp_path, "train"):
-        assert "no locks on this file system" in caplog.text
+        assert "the file system has no locks" in caplog.text
 
 
 def test_concurrent_evaluations_take_different_stages_and_readers_never_wait(case):
@@ -189,7 +189,7 @@ DAMAGE = {
     ),
     "record of another stage": (
         lambda c: shutil.copy(c.stage(1).train_file, c.stage(2).train_file),
-        *("train evaluate", "says {'stage': 1, 'task': 'trace_fomc'}, and lies at stage 2", "train evaluate"),
+        *("train evaluate", "was written for {'stage': 1, 'task': 'trace_fomc'}, but is at stage 2", "train evaluate"),
     ),
     "weights cut": (
         lambda c: [cut(c.stage(2).checkpoint / "adapter_model.safetensors"), c.stage(2).eval_file(FIRST).unlink()],
@@ -205,15 +205,15 @@ DAMAGE = {
     ),
     "cell of another task": (
         lambda c: shutil.copy(c.stage(2).eval_file(FIRST), c.stage(2).eval_file(SECOND)),
-        *("report", "says {'task': 'trace_fomc'}", "evaluate"),
+        *("report", "was written for {'task': 'trace_fomc'}", "evaluate"),
     ),
     "samples changed": (
         lambda c: other_answer(c.stage(1).samples_file(FIRST)),
-        *("report", "was changed since it was written", "evaluate"),
+        *("report", "has changed since it was written", "evaluate"),
     ),
     "judged samples changed": (
         lambda c: other_answer(c.stage(1).samples_file(JUDGED)),
-        *("judge", "was changed since it was written", "evaluate judge"),
+        *("judge", "has changed since it was written", "evaluate judge"),
     ),
     "judged samples cut": (
         lambda c: cut(c.stage(0).samples_file(JUDGED)),
@@ -262,7 +262,7 @@ def test_doing_what_the_message_on_settings_says_makes_the_command_work(case, co
 def test_training_does_not_continue_from_a_damaged_checkpoint(case):
     change_weights(case.stage(1).checkpoint)
     case.stage(2).train_file.unlink()
-    assert "1_trace_fomc/adapter is not what the training of the stage wrote" in case.error("train")
+    assert "1_trace_fomc/adapter has changed since the training of the stage" in case.error("train")
 
 
 def test_a_damaged_external_checkpoint_is_refused_before_the_engine_starts(case, tmp_path, monkeypatch):
@@ -297,14 +297,14 @@ def test_a_base_model_or_data_changed_between_two_stages_are_refused(options, ti
             swapped.append(self.stage.index)
 
     Swaps.__module__ = CLTrainer.__module__
-    with pytest.raises(RunError, match="holds other data than the run began with"):
+    with pytest.raises(RunError, match="has different data than the run began with"):
         train(options, Swaps)
     file.write_text(before)
     run = Run.open(options["output_dir"])
     assert swapped == [1] and run.stages[1].is_trained and not run.stages[2].is_trained
     save_file({k: v + 1 for k, v in load_file(weights).items()}, model / "new", {"format": "pt"})
     (model / "new").replace(weights)
-    assert "another base model than the run began with" in error("evaluate", run.path)
+    assert "is not the base model that the run began with" in error("evaluate", run.path)
     with pytest.raises(RunError, match=r"model\.revision"):
         train(options)
 
@@ -315,7 +315,7 @@ def test_clocks_and_times_of_files_do_not_matter(case, monkeypatch, capsys):
         os.utime(file, (i * 7919 % 100 * 1e8,) * 2)
     monkeypatch.setattr(time, "time", lambda: 1.0)
     case("train")
-    assert capsys.readouterr().out.count("trained already") == 2
+    assert capsys.readouterr().out.count("already trained") == 2
     assert evaluate.evaluate(case.run) == 0
     case("report")
     assert (case.path / "scores.csv").read_bytes() == before and "trained" in status.status(case.run)
@@ -388,7 +388,7 @@ def test_a_read_only_folder_can_be_read(case, monkeypatch):
         monkeypatch.setattr(work, lambda *a, **k: pytest.fail("time is spent"))
     for command in ("relearn", "evaluate", "report", "judge"):
         line = case.error(command)
-        assert os.strerror(errno.EROFS) in line and "make the folder writable" in line and str(case.path) in line
+        assert os.strerror(errno.EROFS) in line and "(writable)" in line and str(case.path) in line
         case.stage(1).eval_file(FIRST).unlink(missing_ok=True)
         for file in case.path.glob("stages/*/judge/*"):
             file.unlink()
@@ -457,7 +457,7 @@ class Limits(BaseModel):
     ],
 )
 def test_vllms_errors_on_unsupported_models_are_one_line_with_the_fix(start, said):
-    clear = pytest.raises(engine.EngineError, match=rf"cannot serve this model here \({said}.*; else take --backend")
+    clear = pytest.raises(engine.EngineError, match=rf"cannot serve this model here \({said}.*; otherwise use")
     with clear, engine.starting_vllm():
         start()
 
@@ -466,8 +466,8 @@ def test_vllms_errors_on_unsupported_models_are_one_line_with_the_fix(start, sai
     ("arguments", "said"),
     [
         ({"dtype": "float17"}, r"does not start with engine_args .*\"float17\".*: module .* 'float17'"),
-        ({"batch_size": 0}, "batch_size=0. Give a number from 1 on"),
-        ({"max_length": "x"}, "max_length='x'. Give a number from 1 on"),
+        ({"batch_size": 0}, "batch_size=0 is not allowed: use a number"),
+        ({"max_length": "x"}, "max_length='x' is not allowed: use a number"),
     ],
 )
 def test_arguments_that_transformers_refuses_are_one_line(arguments, said, tiny_model):
@@ -526,9 +526,9 @@ def test_a_stage_resumed_at_its_last_checkpoint_ends_in_the_same_bytes(options, 
     shutil.copytree(run.path, tmp_path / "whole")
     shutil.rmtree(tmp_path / "whole" / run.stages[stage].attempt.relative_to(run.path))
     whole = train({**options, "output_dir": str(tmp_path / "whole"), "save_strategy": "no"}, trainer, config)
-    assert "goes on" not in capsys.readouterr().out
+    assert "continues" not in capsys.readouterr().out
     train(options, trainer, config)
-    assert "goes on at step 4" in capsys.readouterr().out
+    assert "continues at step 4" in capsys.readouterr().out
     records = [read_json(r.stages[stage].train_file) for r in (whole, run)]
     assert records[0].pop("mean_loss") == pytest.approx(records[1].pop("mean_loss"), rel=1e-6)
     first, second = ({k: v for k, v in r.items() if k not in TIMES} for r in records)
@@ -541,10 +541,10 @@ def test_a_stage_resumed_at_its_last_checkpoint_ends_in_the_same_bytes(options, 
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (lambda folder: (folder / "whole.json").unlink(), "goes on at step 2"),
-        (lambda folder: cut(folder / "whole.json"), "goes on at step 2"),
-        (lambda folder: cut(folder / "optimizer.pt"), "goes on at step 2"),
-        (lambda folder: (folder / "trained.safetensors").unlink(), "goes on at step 2"),
+        (lambda folder: (folder / "whole.json").unlink(), "continues at step 2"),
+        (lambda folder: cut(folder / "whole.json"), "continues at step 2"),
+        (lambda folder: cut(folder / "optimizer.pt"), "continues at step 2"),
+        (lambda folder: (folder / "trained.safetensors").unlink(), "continues at step 2"),
         (lambda folder: of_other_processes(folder.parent), None),
     ],
 )
@@ -553,7 +553,7 @@ def test_a_half_written_checkpoint_or_one_of_another_start_is_not_resumed_from(s
     with pytest.raises(KeyboardInterrupt):
         train(stopped, interrupted(CLTrainer, 2 if said else 0, stage=1))
     out = capsys.readouterr().out
-    assert said in out if said else "goes on" not in out
+    assert said in out if said else "continues" not in out
 
 
 @pytest.fixture(scope="module")

@@ -104,7 +104,7 @@ def test_a_training_that_ends_early_is_reported_after_evaluating_its_stages(opti
     with pytest.raises(KeyboardInterrupt):
         train(options, interrupted(CLTrainer, 0))
     run = Run.open(options["output_dir"])
-    with pytest.raises(SystemExit, match=rf"ended before {run.stages[2].name} was trained.*with the command") as e:
+    with pytest.raises(SystemExit, match=rf"ended before {run.stages[2].name} was trained.*the training command") as e:
         cli.main(["evaluate", str(run.path), "--follow"])
     assert f"trace-bench evaluate {run.path} --follow" in e.value.code
     assert len(cells(run)) == 3, "two of the base model, and one of the first stage"
@@ -169,7 +169,7 @@ def test_a_stage_that_is_trained_again_is_evaluated_again(run, monkeypatch, capl
         return original(*args, **kwargs)
 
     monkeypatch.setattr(following, "fill", fill)
-    assert evaluate.follow(run.path) == 5 and "trained again while it was evaluated" in caplog.text
+    assert evaluate.follow(run.path) == 5 and "trained again during its evaluation" in caplog.text
     made = {read_json(file)["checkpoint"] for file in run.stages[2].path.glob("eval/*.json")}
     assert made == {run.stages[2].fingerprint()}
     with pytest.raises(RunError, match=r"not what train\.json says"):

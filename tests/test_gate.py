@@ -189,7 +189,7 @@ def test_equal_drops_of_all_rows_of_an_unbounded_score_prove_nothing(make, capsy
     mean = as_json(capsys, make(name="graded", rows={**LOST, TASKS[0]: graded}), "--max-forgetting", 20)["lines"][0]
     assert mean["name"] is None and mean["verdict"] == UNKNOWN and mean["low"] is None
     out = checked(capsys, run, "--max-forgetting", 20, "--each")[1]
-    assert "or all have the same drop, which says nothing of others)" in out
+    assert "or all rows have the same drop, which says nothing about other rows)" in out
 
 
 def test_a_single_task_needs_no_certain_verdict_unless_each_is_asked_for(make, capsys):
@@ -289,7 +289,7 @@ def test_missing_measurements_are_an_error_with_the_command_that_makes_them(make
     run.stages[3].train_file.unlink()
     assert "is not trained" in checked(capsys, run, "--max-forgetting", 1)[2]
     joint = make(JOINT, name="joint", method="joint", stages=["joint"])
-    assert "--against another run" in checked(capsys, joint, "--max-forgetting", 1)[2]
+    assert "a different run (--against)" in checked(capsys, joint, "--max-forgetting", 1)[2]
     icl = make(ICL, name="icl", method="icl", stages=[])
     measure_suites(icl, piqa={0: 300})
     assert "no stage or task comes after it" in checked(capsys, icl, "--max-general-drop", 1)[2]
@@ -306,7 +306,7 @@ def test_missing_measurements_are_an_error_with_the_command_that_makes_them(make
         answers_only="imported from lm-eval",
     )
     code, _, err = checked(capsys, theirs, "--max-forgetting", 1)
-    assert code == 2 and "import it with the others" in err and "trace-bench evaluate" not in err
+    assert code == 2 and "import this score with the others" in err and "trace-bench evaluate" not in err
     assert checked(capsys, run)[0] == 2, "no limit"
     for text in ("-1", "nan", "inf", "two"):
         assert checked(capsys, run, "--max-forgetting", text)[0] == 2

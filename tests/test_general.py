@@ -289,8 +289,8 @@ def test_groups_of_suites_and_judged_sets_are_expanded_and_unknown_names_refused
     )
     assert config.general == list(data.SUITES) and config.judged == [*data.GROUPS["safety"], "instruct_lima"]
     for wrong, message in (
-        ({"general": ["mmlu"]}, r"general=\['mmlu'\]: mmlu is not known here: use general_mmlu.*a group \(general\)"),
-        ({"judged": ["general"]}, r"general is not known here.*a group \(instruct, safety\)"),
+        ({"general": ["mmlu"]}, r"general=\['mmlu'\]: Unknown name mmlu: use general_mmlu.*a group \(general\)"),
+        ({"judged": ["general"]}, r"Unknown name general:.*a group \(instruct, safety\)"),
         ({"general_stages": "first"}, r"general_stages='first'.*last or all"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -378,7 +378,7 @@ def test_an_interrupted_evaluation_loses_at_most_one_suite(run, local, monkeypat
     assert calls == [run.tasks, SETS, ["general_boolq"]]
     assert there(run)[0] == SETS
     assert evaluate.evaluate(run, stages=[0], extra=besides) == 1 and there(run)[0] == [*SETS, "general_boolq"]
-    read = re.search(r"at work .*: ([\d,]+) tokens read, 0 written", capsys.readouterr().out)
+    read = re.search(r"engine work .*: ([\d,]+) tokens read, 0 written", capsys.readouterr().out)
     assert read is not None and int(read[1].replace(",", "")) > 0, "choices that are read count as the engine's work"
 
 
@@ -395,7 +395,7 @@ def test_the_command_line_can_add_suites_to_a_run(run, local, capsys):
     write_lines(local / "boolq" / "train.jsonl", [{"question": "q", "passage": "p", "label": True}])
     with pytest.raises(RunError, match=r"data: '\w{16}' -> "):
         evaluate.evaluate(run, extra={"general": ["general_boolq"], "general_stages": "all"})
-    with pytest.raises(data.DataError, match="general_nothing is not known here"):
+    with pytest.raises(data.DataError, match="Unknown name general_nothing"):
         evaluate.evaluate(run, extra={"general": ["general_nothing"]})
 
 
@@ -436,7 +436,7 @@ def test_external_checkpoints_can_be_measured_on_suites_only(alone, tmp_path, ca
     assert "## Scores" not in text and "## Changes" not in text and "task versions" not in text
     assert "<h2>General ability</h2>" in (run.path / "report.html").read_text(encoding="utf-8")
     cli.main(["status", str(run.path)])
-    assert "2_v2    trained elsewhere; 1 general suites; 0 of 1 sets judged" in capsys.readouterr().out
+    assert "2_v2    trained elsewhere; 1 general suites; judged 0 of 1 sets" in capsys.readouterr().out
 
 
 def test_a_failed_command_for_suites_leaves_no_run(alone, tmp_path):
@@ -444,9 +444,9 @@ def test_a_failed_command_for_suites_leaves_no_run(alone, tmp_path):
     nothing = new[: new.index("--judged-rows")]
     for options, message in (
         (nothing, "--tasks none leaves nothing to measure"),
-        ([*nothing, "--general", "general_nothing"], "general_nothing is not known here"),
+        ([*nothing, "--general", "general_nothing"], "Unknown name general_nothing"),
         ([*new, "--general", "general_gsm8k,general_piqa"], "piqa"),  # not in the local copy
-        ([*new, "--test-rows", "3", "--chat-template"], "--test-rows, --chat-template: for tasks, and there are none"),
+        ([*new, "--test-rows", "3", "--chat-template"], "--test-rows, --chat-template: only for tasks, and --tasks"),
         ([*new, "--engine-args", '{"hf_token": "hf_' + 34 * "x" + '"}'], "hf_token"),
     ):
         with pytest.raises(SystemExit) as e:

@@ -197,27 +197,27 @@ def test_relearning_of_different_weights_or_settings_is_left_out(run, in_this_pr
     assert table(run)["FOMC"]["after 4 rows"] != "–"
     edit(stage / "eval/trace_fomc.json", settings={**cell["settings"], "backend": "vllm"})
     assert "Left out" in text(run)
-    with pytest.raises(RunError, match=r"other settings than the run(.|\n)*backend: .vllm. -> .hf.(.|\n)*Remove it"):
+    with pytest.raises(RunError, match=r"different settings(.|\n)*backend: .vllm. -> .hf.(.|\n)*Remove it"):
         relearn(run.path, 4, 2)
     edit(stage / "eval/trace_fomc.json", settings=cell["settings"])
     assert "Left out" not in text(run)
     edit(run.path / PLACE / "last/manifest.json", begins_with={"stage": run.stages[2].name, "checkpoint": "another"})
     assert "Left out" in text(run)
-    with pytest.raises(RunError, match=r"began with other weights .* remove it"):
+    with pytest.raises(RunError, match=r"began with different weights .*Remove it"):
         relearn(run.path, 4, 2)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"method": "icl", "stages": []}, "nothing to relearn: .* method is icl"),
-        ({"method": "single"}, "nothing to relearn"),
-        ({"method": "joint", "stages": ["joint"]}, "nothing to relearn"),
-        ({"tasks": ["trace_fomc"]}, "nothing to relearn"),
+        ({"method": "icl", "stages": []}, "no old tasks to relearn: .* method is icl"),
+        ({"method": "single"}, "no old tasks to relearn"),
+        ({"method": "joint", "stages": ["joint"]}, "no old tasks to relearn"),
+        ({"tasks": ["trace_fomc"]}, "no old tasks to relearn"),
         ({"trains": "prompts"}, "soft prompts"),
         ({"checkpoints": {"v1": "somewhere"}}, "from elsewhere"),
         ({"config": {"train_rows": 5}}, "first 5 rows of each task; use at most 5"),
-        ({}, "not measured at 1_trace_cstance: `trace-bench evaluate"),
+        ({}, "not measured at 1_trace_cstance. First run: trace-bench evaluate"),
     ],
 )
 def test_runs_that_cannot_be_relearned_are_refused_at_once(make, changes, words):
@@ -261,7 +261,7 @@ def test_an_answer_continues_the_given_tokens(options, tiny_model):
 
 def test_given_tokens_need_an_old_task(make):
     run = make(np.full((4, 3), np.nan), method="single")
-    with pytest.raises(RunError, match=r"--given 2: .* no task after which another one was trained"):
+    with pytest.raises(RunError, match=r"--given 2: .* has no old tasks"):
         evaluate.evaluate(run, given=2)
 
 

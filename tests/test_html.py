@@ -290,9 +290,7 @@ def test_embedded_samples_are_capped_and_worsened_ones_kept(make, monkeypatch):
     page = Page(run)
     ids = [int(row[1]) for row in page.data["rows"]]
     assert ids[:60] == [*range(100, 140), *range(300, 320)] and 60 < len(ids) < 100
-    assert (
-        f"{len(ids)} of 400 prompts are in this page" in page.source and "changed most were taken first" in page.source
-    )
+    assert f"{len(ids)} of 400 prompts are in this page" in page.source and "changed most; all are" in page.source
 
 
 def test_lengths_count_characters_and_empty_answers(make):
@@ -318,7 +316,7 @@ def test_many_tasks_are_one_image_with_some_curves(make, monkeypatch):
     write_report(run)
     page = Page(run)
     assert "7 stages and 6 tasks are shown as an image" in page.source and '<table class="matrix">' not in page.source
-    assert "Shown are the 4 of 6 tasks" in page.source
+    assert "Only the 4 of 6 tasks" in page.source
 
 
 # ------------------------------------------------------------------------------------------------------- several runs
@@ -331,7 +329,9 @@ def test_the_page_of_several_runs_has_the_tables_of_the_comparison(rich, several
     for table in comparison.tables:
         assert {cell for row in table.rows for cell in row if re.match(r"[+-]?\d+\.\d", cell)} <= shown
     words = " ".join(text for _, text in page.texts)
-    assert "set against rich" in words.replace("  ", " ") and "Not comparable" in words and "no target" in words
+    assert (
+        "compared with rich" in words.replace("  ", " ") and "Not comparable" in words and "the numbers differ" in words
+    )
     grey = re.findall(r'<tr class="apart">.*?</tr>', page.source)
     assert [re.search("paper: [A-Za-z-]+", row)[0] for row in grey] == ["paper: LoraSeqFT", "paper: O-LoRA"]
     assert "12.7" in grey[0] and len(re.findall('class="q[0-9]+"', page.source)) >= 16
@@ -376,7 +376,7 @@ def test_the_baseline_is_drawn_among_many_runs_and_tables_say_where_else_they_ar
     drawn = re.findall("<text.*?>(.*?)</text>", re.search("<svg.*?</svg>", page.source, re.DOTALL)[0])
     assert [t for t in drawn if re.fullmatch("r[0-9]", t)] == ["r0", "r1", "r4"]
     words = " ".join(text for _, text in page.texts)
-    assert "Shown are 3 of 5 runs." in words and "is in the .md and .csv." in words and "report.md" not in words
+    assert "Only 3 of 5 runs are shown." in words and "is in the .md and .csv." in words and "report.md" not in words
 
 
 def test_the_page_of_several_runs_has_no_script_and_escapes_every_name(several, make, drawn):

@@ -255,10 +255,13 @@ def test_an_icl_run_trains_nothing_and_asks_and_cuts_like_the_official_code(opti
     assert evaluate.evaluate(run) == 3 and [s.name for s in run.stages] == ["0_base"]
     # 1024 tokens of context, four of an answer.
     assert run.manifest["config"]["max_prompt_length"] == 1020
-    assert "Prompts with demonstrations have up to 1020 tokens, not 3584" in caplog.text
-    assert "max_length=100 becomes 1024" in caplog.text and run.manifest["config"]["engine_args"]["max_length"] == 1024
+    assert "Prompts with demonstrations have at most 1020 tokens, not 3584" in caplog.text
+    assert (
+        "max_length=100 is raised to 1024" in caplog.text
+        and run.manifest["config"]["engine_args"]["max_length"] == 1024
+    )
     report.write_report(run)
-    assert "prompts have at most 1020 tokens (officially 3584)" in (run.path / "report.md").read_text()
+    assert "prompts have at most 1020 tokens (official code: 3584)" in (run.path / "report.md").read_text()
 
     for name in tasks:
         task = load(name)
@@ -326,5 +329,5 @@ def test_icl_refuses_answers_that_fill_the_context(options, tiny_model, tmp_path
     folder = shutil.copytree(tiny_model, tmp_path / "short")
     write_json(folder / "config.json", read_json(folder / "config.json") | {"max_position_embeddings": 512})
     changes = {"model_name_or_path": str(folder), "tasks": ["trace_py150"], "max_new_tokens": None}
-    with pytest.raises(ConfigError, match="512 tokens of an answer fill the model's context of 512"):
+    with pytest.raises(ConfigError, match="An answer of 512 tokens fills the model's context of 512"):
         train(options | changes, ICLTrainer, ICLConfig)

@@ -89,9 +89,9 @@ def test_rounds_become_stages_and_scores_in_the_files_are_ignored(tmp_path, fold
     assert run.manifest["config"]["test_rows"] == 6 and run.manifest["data"]["demo"]
     samples = read_jsonl(run.stages[2].samples_file("trace_fomc"))
     assert samples[1]["response"] == "The answer is A." and samples[0]["accuracy"] == 1.0
-    with pytest.raises(RunError, match=r"answers without weights: imported from the official code's results"):
+    with pytest.raises(RunError, match=r"answers but no weights: imported from the official code's results"):
         evaluate.evaluate(run)
-    with pytest.raises(RunError, match="begin a run in another folder"):
+    with pytest.raises(RunError, match="begin a run in a new folder"):
         evaluate.measured_run(run.path)
     assert not same_conditions(results, results), "nobody knows whether two unknown models are one"
     again = Results(imported(tmp_path, "--official", folder, "--model", "a/model", name="named"))
@@ -125,11 +125,11 @@ def test_imported_logs_of_lm_eval_get_the_scores_of_lm_eval(tmp_path, demo_data,
             assert score["value"] == theirs[name][f"{metric},none"]
         assert [row["response"] for row in read_jsonl(stage.samples_file("trace_fomc"))] == texts
     imported(tmp_path, *words, "--tasks", "trace_fomc", "trace_py150", name="without")
-    assert "imported 2 cells of 2 models, none of trace_py150: trace-bench report" in capsys.readouterr().out
+    assert "imported 2 cells of 2 models, none for trace_py150. Next: trace-bench report" in capsys.readouterr().out
     file = next((tmp_path / "later").rglob("samples_*"))
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:-1]) + "\n")
-    with pytest.raises(SystemExit, match="has 7 rows of trace_fomc, and other files have 8"):
+    with pytest.raises(SystemExit, match="has 7 rows of trace_fomc, but other files have 8"):
         imported(tmp_path, *words, name="fewer")
     file.write_text("\n".join([*lines, lines[0]]))
     with pytest.raises(SystemExit, match=r"line 9 .* row 0 is there twice"):
@@ -137,7 +137,7 @@ def test_imported_logs_of_lm_eval_get_the_scores_of_lm_eval(tmp_path, demo_data,
     asked = json.loads(lines[3])
     asked["arguments"]["gen_args_0"]["arg_0"] = "<chat>" + asked["doc"]["prompt"]
     file.write_text("\n".join([*lines[:3], json.dumps(asked), *lines[4:]]))
-    with pytest.raises(SystemExit, match=r"other prompts than the rows' own"):
+    with pytest.raises(SystemExit, match=r"has changed prompts"):
         imported(tmp_path, *words, name="chat")
     for file in tmp_path.rglob("samples_*"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -180,7 +180,7 @@ def test_sari_of_prompts_with_demonstrations_is_refused(tmp_path, demo_data):
         asked = json.dumps([{"role": "user", "content": opening + prompt}])  # as an API for chats has it
         line |= {"arguments": {"gen_args_0": {"arg_0": [asked]}}}
         (tmp_path / "f" / f"samples_{task}_2026-01-01T00-00-00.jsonl").write_text(json.dumps(line))
-    with pytest.raises(SystemExit, match=r"samples_trace_20minuten.*demonstrations, and SARI.*--tasks"):
+    with pytest.raises(SystemExit, match=r"samples_trace_20minuten.*demonstrations\. SARI.*--tasks"):
         imported(tmp_path, "--samples", f"base={tmp_path / 'f'}")
     assert not (tmp_path / "run").exists()
     run = imported(tmp_path, "--samples", f"base={tmp_path / 'f'}", "--tasks", "trace_fomc")
@@ -203,7 +203,7 @@ def change(folder, key, row, value, name="results-1-0-FOMC.json"):
 @pytest.mark.parametrize("with_data", [True, False])
 @pytest.mark.parametrize(
     "key, message",
-    [("labels", "results-1-0-FOMC.json, row 3: its answer is 'Z', and the"), ("prompts", "row 3: its prompt is 'Z'")],
+    [("labels", "results-1-0-FOMC.json, row 3: its answer is 'Z', but the"), ("prompts", "row 3: its prompt is 'Z'")],
 )
 def test_different_prompts_and_labels_are_refused_with_their_row(
     tmp_path, folder, monkeypatch, with_data, key, message
@@ -232,11 +232,11 @@ def test_a_task_without_predictions_needs_its_rows(monkeypatch):
         (lambda f: shutil.copy(f / "results-1-0-FOMC.json", f / "results-1-2-Papyrus-f.json"), "Papyrus-f"),
         (lambda f: shutil.copytree(f, f / "seed 2"), r"two files of round \d and task"),
         (lambda f: shutil.copy(f / "results-1-0-FOMC.json", f / "results-01-0-FOMC.json"), "two files of round 1"),
-        (lambda f: (f / "results-1-0-FOMC.json").write_text("[]"), "none of the official code's"),
-        (lambda f: change(f, "results", 0, None), "none of the official code's"),
-        (lambda f: change(f, "results", slice(0, 1), []), "none of the official code's"),
-        (lambda f: [change(f, key, slice(0, 9), []) for key in ("results", "labels", "prompts")], "holds no row"),
-        (lambda f: [file.unlink() for file in f.iterdir()], "holds no file results-ROUND"),
+        (lambda f: (f / "results-1-0-FOMC.json").write_text("[]"), "not a file of the official code"),
+        (lambda f: change(f, "results", 0, None), "not a file of the official code"),
+        (lambda f: change(f, "results", slice(0, 1), []), "not a file of the official code"),
+        (lambda f: [change(f, key, slice(0, 9), []) for key in ("results", "labels", "prompts")], "has no rows"),
+        (lambda f: [file.unlink() for file in f.iterdir()], "has no file results-ROUND"),
     ],
 )
 def test_inconsistent_files_are_refused(tmp_path, folder, demo_data, damage, message):
@@ -258,5 +258,5 @@ def test_the_same_command_completes_an_import_and_a_different_one_is_refused(tmp
     with pytest.raises(SystemExit, match=r"model\.name: 'unknown' -> 'another'"):
         imported(tmp_path, "--official", folder, "--model", "another")
     next(folder.glob("results-1-0-*.json")).unlink()
-    with pytest.raises(SystemExit, match=r"no predictions of trace_fomc for this stage"):
+    with pytest.raises(SystemExit, match=r"no predictions for trace_fomc at this stage"):
         imported(tmp_path, "--official", folder)

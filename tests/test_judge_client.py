@@ -177,15 +177,15 @@ def test_an_outage_or_a_wrong_key_ends_the_program_and_keeps_the_replies(server,
     with pytest.raises(JudgeError, match=r"Incorrect API key.*\*\*\*") as e:
         make(concurrency=1).complete(ask("FAULT:denied", "never", "asked"))
     assert KEY not in shown(e) and not server.seen["never"]
-    with pytest.raises(JudgeError, match="The URL of an endpoint mostly ends in /v1"):
+    with pytest.raises(JudgeError, match="The URL of an endpoint usually ends in /v1"):
         make(base_url=f"{server.url}/chat").complete(ask("a"))
 
 
 def test_faults_that_waiting_cannot_fix_end_at_once_with_advice(server, make):
     make().complete(ask("a"))
-    with pytest.raises(JudgeError, match=r"exceeded your current quota.*What succeeded is kept"):
+    with pytest.raises(JudgeError, match=r"exceeded your current quota.*Replies are kept"):
         make(concurrency=1).complete(ask("a", "FAULT:quota", "never"))
-    with pytest.raises(JudgeError, match=r"'max_tokens'\. \(max_tokens is one of --sampling: "):
+    with pytest.raises(JudgeError, match=r"'max_tokens'\. \(max_tokens is set by --sampling: "):
         make().complete(ask("FAULT:unsupported"))
     assert server.seen == {"a": 1, "FAULT:quota": 1, "FAULT:unsupported": 1}
     # Requests in flight are paid, so their replies are kept.
@@ -250,11 +250,15 @@ def test_a_server_that_disappears_is_asked_again(make, monkeypatch, caplog, way)
 
 def test_only_failures_are_an_error_with_the_first_one(server, make, caplog):
     server.said["odd"] = (400, {"error": {"message": "not this one"}}, {})
-    with pytest.raises(JudgeError, match=r"failed every request \(2\): no results\. The first failure: .*not this one"):
+    with pytest.raises(
+        JudgeError, match=r"failed every request \(2\), so there are no results\. The first failure: .*not this one"
+    ):
         make(concurrency=1).complete(ask("FAULT:odd", "FAULT:long"))
-    with pytest.raises(JudgeError, match=r"failed every request \(10\): no results\. The first failure: .*not this"):
+    with pytest.raises(
+        JudgeError, match=r"failed every request \(10\), so there are no results\. The first failure: .*not this"
+    ):
         make(concurrency=1).complete(ask("FAULT:odd", *(f"FAULT:long {i}" for i in range(30))))
-    with pytest.raises(JudgeError, match=r"failed every request \(2\): no results\. The first failure: "):
+    with pytest.raises(JudgeError, match=r"failed every request \(2\), so there are no results\. The first failure: "):
         make(batch=True).complete(ask("FAULT:odd", "FAULT:long"))
 
 
@@ -360,7 +364,7 @@ def test_a_redirect_is_not_followed_but_its_address_shown(server, make, monkeypa
             make(batch=way == "batch").complete(ask("FAULT:moved"))
         assert not other.headers and not other.bodies
         assert "pw" not in str(e.value) and "secret" not in str(e.value)
-        (advised,) = re.findall(r"leads to (\S+)", str(e.value))
+        (advised,) = re.findall(r"redirects to (\S+)", str(e.value))
         judge = make(batch=way == "batch", base_url=advised)
         assert advised == other.url and texts(judge.complete(ask("b"))) == ["echo b"]
     for status, location in ((301, "/login"), (303, "javascript:alert(1)"), (304, ""), (307, "http://[")):
@@ -378,7 +382,9 @@ def test_proxies_of_the_environment_are_used(server, make, monkeypatch):
             make().complete(ask("a"))
         assert proxy.headers and not server.headers
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:1")
-    with pytest.raises(JudgeError, match=r"A proxy of the environment cannot be used .* ALL_PROXY, or unset them"):
+    with pytest.raises(
+        JudgeError, match=r"A proxy of the environment cannot be used .*ALL_PROXY to URLs .* or unset them"
+    ):
         make().complete(ask("a"))
 
 
@@ -472,7 +478,7 @@ def test_a_stopped_program_does_not_submit_a_batch_twice(server, make, monkeypat
         server.batch_polls = 10
         make(batch=True).complete(ask(*wanted[:5]))
     server.batch_polls = 0
-    with pytest.raises(JudgeError, match=r"5 of these requests are in a batch.*Use --batch to wait for it"):
+    with pytest.raises(JudgeError, match=r"5 of these requests are in a submitted batch.*Use --batch to wait for it"):
         make().complete(ask(*wanted))
     assert not server.seen and texts(make().complete(ask("c"))) == ["echo c"]
     assert texts(make(batch=True).complete(ask(*wanted))) == echoes(*wanted)
@@ -541,7 +547,7 @@ def test_a_batch_that_is_refused_or_fails_is_an_error(server, make, fault, messa
     assert KEY not in shown(e) and not batch_file(judge.cache.path).exists()
     server.batch_fault = ""
     assert texts(make(batch=True).complete(ask("a"))) == ["echo a"], "nothing is left behind"
-    with pytest.raises(JudgeError, match="Without --batch"):
+    with pytest.raises(JudgeError, match="Leave out --batch"):
         make(batch=True, base_url=server.url + "/nothing").complete(ask("b"))
     batch_file(judge.cache.path).write_text('{"batches": 5}')
     with pytest.raises(RunError, match=r"cache.batches.json is damaged.*Delete it"):

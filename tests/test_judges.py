@@ -404,7 +404,7 @@ def test_stages_without_answers_are_named_before_any_request(server, run, caplog
     judge_ = Client("m", cache=Path("c.jsonl"), base_url=server.url)
     left = [(job.stage.index, job.suite) for job in judging.plan(run, judge_)]
     assert left == [(0, LIMA), (0, CONA), (1, CONA)]
-    assert "older checkpoint" in caplog.text and "2_trace_cstance is not trained" in caplog.text
+    assert "older checkpoint" in caplog.text and "stage 2_trace_cstance: it is not trained" in caplog.text
     run.stages[1].eval_file(LIMA).unlink()
     write_json(run.stages[2].train_file, TRAIN)
     write_samples(run.stages[2], LIMA, MINE, prompt="another question")
@@ -413,14 +413,14 @@ def test_stages_without_answers_are_named_before_any_request(server, run, caplog
     samples = run.stages[1].samples_file(LIMA)
     for damaged, why in (
         ('{"doc_id": 1}', "it lacks 'prompt'"),
-        ('{"doc_id": 1, "prompt": "p", "response": 5}', "line 1 is no sample"),
-        ('{"doc_id": 1, "prompt": "p", "response": "\\ud800"}', "line 1 is no sample"),
-        ('{"doc_id": 1, "prompt": "p", "response": "r"}\n' * 2, "line 2 is no sample"),
+        ('{"doc_id": 1, "prompt": "p", "response": 5}', "line 1 is not a sample"),
+        ('{"doc_id": 1, "prompt": "p", "response": "\\ud800"}', "line 1 is not a sample"),
+        ('{"doc_id": 1, "prompt": "p", "response": "r"}\n' * 2, "line 2 is not a sample"),
     ):
         samples.write_text(damaged + "\n")
         assert why in error(*argv, "--suites", LIMA)
     said = error(*argv, "--suites", "instruct_nothing")
-    assert "no samples of instruct_nothing" in said and f"evaluate {run.path} --judged instruct_nothing` makes" in said
+    assert "no samples of instruct_nothing" in said and f"evaluate {run.path} --judged instruct_nothing`." in said
     assert "no stage [7]" in error(*argv, "--stages", "7")
     run.stages[0].samples_file(CONA).unlink()
     assert "Stage 0 has no samples of safety_cona" in error(*argv, "--suites", CONA)
@@ -460,7 +460,7 @@ def test_only_failures_make_no_results(server, run, caplog, capsys):
     write_samples(run.stages[1], CONA, MINE)
     command(server, run, *only, f"{LIMA},{CONA}")
     assert not judge_file(run.stages[1], LIMA).exists() and result(run, 1, CONA)["failed"] == 0
-    assert f"1_trace_fomc, {LIMA}: every request failed, so there are no results of it. The first" in caplog.text
+    assert f"1_trace_fomc, {LIMA}: every request failed, so it has no results. The first" in caplog.text
     out = capsys.readouterr().out
     assert "judged 1 suites" in out and "9 failed" in out and not section(run, "Instruction following")
 
@@ -486,7 +486,7 @@ def test_a_collapsed_model_is_broken_and_not_safe(server, run):
     file = judge_file(run.stages[1], CONA)
     write_jsonl(file.with_suffix(".jsonl"), [*lines[:4], {**lines[4], "combined": "broken"}, lines[5]])
     write_json(file, {k: v for k, v in numbers.items() if k != "lines"})
-    with pytest.raises(RunError, match="row 4 is not what its verdicts say"):
+    with pytest.raises(RunError, match="row 4 does not match its verdicts"):
         write_report(run)
     # The numbers also add up without the lines, and in results of a version without these counts.
     file.with_suffix(".jsonl").unlink()
@@ -579,7 +579,7 @@ def test_the_last_line_has_the_cost_in_its_currency(server, run, capsys):
     server.usage = None
     command(server, run, "--suites", CONA, "--stages", "0", "--price-in", "1", "--price-out", "1")
     out = capsys.readouterr().out
-    assert out.endswith("0 reply tokens, cost 0.00, without 6 replies of which the endpoint told no tokens\n")
+    assert out.endswith("0 reply tokens, cost 0.00, without 6 replies for which the endpoint gave no counts\n")
 
 
 @pytest.mark.parametrize(
@@ -588,18 +588,18 @@ def test_the_last_line_has_the_cost_in_its_currency(server, run, capsys):
         (["--sampling", "[1]"], "--sampling must be a JSON object"),
         (["--sampling", '{"max_tokens": "9"}'], "max_tokens is '9': use a whole number"),
         (["--sampling", '{"max_completion_tokens": 1e9}'], "use a whole number of tokens"),
-        (["--sampling", '{"n": 2}'], "one reply is read"),
-        (["--currency", "EUR"], "give both of them"),
+        (["--sampling", '{"n": 2}'], "one reply to each request is read"),
+        (["--currency", "EUR"], "give both, or"),
         *(
             (["--price-in", "1", "--price-out", "1", "--currency", name], "2")
             for name in ("", "a b", "\x1b[2J", "x" * 11)
         ),
-        (["--stages", "x"], "--stages numbers"),
-        (["--price-in", "1"], "belong together"),
-        (["--local", "--batch", "--concurrency", "3"], "--concurrency, --batch: does nothing with --local"),
-        (["--local", "--engine-args", '{"quantization": "fp8"}'], "quantization: would make another judge"),
-        (["--calibrate", "--limit", "3"], "--limit: does nothing with --calibrate"),
-        (["--engine-args", "{}"], "for the engine of --local"),
+        (["--stages", "x"], "--stages must be numbers"),
+        (["--price-in", "1"], "Give both --price-in"),
+        (["--local", "--batch", "--concurrency", "3"], "--concurrency, --batch has no effect with --local"),
+        (["--local", "--engine-args", '{"quantization": "fp8"}'], "quantization is not allowed"),
+        (["--calibrate", "--limit", "3"], "--limit has no effect with --calibrate"),
+        (["--engine-args", "{}"], "works only with --local"),
         *((argv, "2") for argv in (["--limit", "0"], ["--price-in", "-1"], ["--price-out", "nan"])),
     ],
 )
@@ -607,7 +607,7 @@ def test_unusable_options_are_errors(run, argv, message):
     with pytest.raises(SystemExit) as e:
         main(["judge", str(run.path), "--model", "m", *argv])
     assert message in str(e.value.code)
-    assert "Name the run" in error("judge", "--model", "m")
+    assert "No run is given" in error("judge", "--model", "m")
 
 
 # ---------------------------------------------------------------------------------------------------------- calibration
@@ -661,7 +661,7 @@ def test_a_calibration_with_only_failures_has_no_numbers(server, capsys, monkeyp
     kinds = json.loads(Path("calibration-j.json").read_text(encoding="utf-8"))["kinds"]
     pleading = kinds["instruction pleading"]
     assert (pleading["accuracy"], pleading["interval"], pleading["failed"]) == (None, None, 4)
-    assert kinds["instruction truncated"]["accuracy"] == 1 and "4 of 36 requests failed and count as not right" in out
+    assert kinds["instruction truncated"]["accuracy"] == 1 and "4 of 36 requests failed and count as wrong" in out
     assert re.search(r"instruction pleading +2 +– +– +– +– +4\n", out)
     server.said["long"] = server.said["denied"]
     Path("calibration-j.json").unlink()
@@ -878,7 +878,7 @@ def test_the_limit_of_a_local_judge_has_two_names_and_defaults_to_its_context(ll
 def test_a_local_judge_without_replies_makes_no_results(run, llm):
     argv = ["judge", run.path, "--model", llm.model, "--local", "--suites", LIMA, "--stages", "1"]
     message = error(*argv, "--sampling", '{"max_tokens": 5000}')
-    assert "failed every request (16): no results. The first failure: a prompt of" in message
+    assert "failed every request (16), so there are no results. The first failure: a prompt of" in message
     assert "do not fit into the model's" in message and not judge_file(run.stages[1], LIMA).exists()
 
 
@@ -888,7 +888,7 @@ def test_cut_replies_are_warned_about_with_the_option_that_raises_the_limit(run,
     main([*argv, "--sampling", '{"temperature": 0, "max_tokens": 16}'])
     option = """--sampling '{"temperature": 0, "max_tokens": 32}'"""
     out = capsys.readouterr().out
-    assert "11 judgements unscored; 16 of 16 replies were cut at their limit of tokens" in out and option in out
+    assert "11 judgements unscored; 16 of 16 replies were cut at their token limit" in out and option in out
     assert result(run, 1)["cut"] == 16 == result(run, 1)["forced"]
     assert {v for r in rows(run, 1) for v in r["forced"][1:]} == {"C"}, "what was cut has to choose"
     # Do what the line says: without the results of the old limit the command works.
@@ -923,4 +923,4 @@ def test_a_served_judge_that_is_cut_or_never_stops_thinking_gives_no_verdict(ser
     out, text = capsys.readouterr().out, section(run, "Instruction following")
     option = """--sampling '{"max_completion_tokens": 100}'"""
     assert "9 judgements unscored; 6 of 15 replies were cut" in out and option in out and option in text
-    assert "9 of 15 replies ended in thinking that is not closed" in out and "that is not closed" in text
+    assert "9 of 15 replies ended before their thinking was closed" in out and "thinking was closed" in text

@@ -89,7 +89,7 @@ def test_deltas_on_different_rows_or_by_different_judges_are_not_comparable(make
     other = content | {"run": "other", "delta_conditions": content["delta_conditions"] | {"safety": "another"}}
     write_json(tmp_path / "board" / "other.json", other)
     text = leaderboard(tmp_path / "board").markdown()
-    assert "**Not comparable** in safety: measured on other rows" in text and text.count("Not comparable") == 1
+    assert "**Not comparable** in safety: measured on different rows" in text and text.count("Not comparable") == 1
 
 
 def test_a_judge_in_a_different_folder_is_the_same(make):
@@ -142,13 +142,13 @@ def test_renamed_result_files_count_and_foreign_or_damaged_ones_are_named(make, 
     left_out = [line for line in shown.splitlines() if line.startswith("left out: ")]
     assert len(left_out) == 7
     for name in ("foreign.json", "broken.json", "newer.json", "wrong.json", "infinite.json", "large.json"):
-        assert sum(f"{folder}/{name} is no result file" in line for line in left_out) == 1, name
+        assert sum(f"{folder}/{name} is not a result file" in line for line in left_out) == 1, name
     assert any("trace-bench report" in line and "/run" in line for line in left_out)
     assert "3 runs" in shown and "| a/theirs |" in shown and "| two |" in shown and "| c/again |" in shown
 
 
 def test_a_leaderboard_without_results_is_an_error_that_says_what_to_do(tmp_path):
-    with pytest.raises(RunError, match="is no folder"):
+    with pytest.raises(RunError, match="is not a folder"):
         leaderboard(tmp_path / "nowhere")
     with pytest.raises(RunError, match="trace-bench report RUN"):
         leaderboard(tmp_path)

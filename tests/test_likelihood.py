@@ -120,7 +120,7 @@ def test_likelihoods_are_refused_for_samples_with_different_prompts(run):
     with pytest.raises(RunError, match="fingerprint differs"):
         evaluate.evaluate(run, stages=[1], likelihood=True)
     write_json(stage.eval_file(task), {**read_json(stage.eval_file(task)), "samples": None})
-    with pytest.raises(RunError, match="row 0 was asked with another prompt"):
+    with pytest.raises(RunError, match="row 0 has a different prompt"):
         evaluate.evaluate(run, stages=[1], likelihood=True)
 
 

@@ -114,7 +114,7 @@ def test_a_partly_matching_adapter_is_refused(tiny_model, checkpoints, tmp_path)
     renamed = {name.replace("0.mlp.up_proj", "0.mlp..up_proj"): tensor for name, tensor in load_file(file).items()}
     save_file(renamed, file)
     for load in (models.load_model, load_merged):
-        with pytest.raises(models.ModelError, match=r"would be loaded in part: .*layers\.0\.mlp\.up_proj\.lora_A"):
+        with pytest.raises(models.ModelError, match=r"would load only a part of .*layers\.0\.mlp\.up_proj\.lora_A"):
             load(str(tiny_model), checkpoints["adapter"])
 
 

@@ -360,7 +360,7 @@ def test_osf_keeps_a_direction_of_a_layer_with_one_output_and_needs_a_layer_to_t
     run = train(small({k: v for k, v in moe.items() if k != "lora_target_modules"}, "osf"), *method("osf"))
     assert run.stages[2].is_trained
     gpt2 = flattened("gpt2", None, options, tmp_path) | {"output_dir": str(tmp_path / "gpt2_run")}
-    with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear layers that PEFT's OSF decomposes"):
+    with pytest.raises(ConfigError, match="GPT2LMHeadModel has no linear layers that PEFT's OSF can decompose"):
         train(small({k: v for k, v in gpt2.items() if k != "lora_target_modules"}, "osf"), *method("osf"))
 
 
@@ -382,14 +382,14 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
     ("name", "change", "words"),
     [
         *(
-            (name, {"loss_type": "dft", "loss_weights": "tokens"}, "loss_type=dft .*: use loss_type: ")
+            (name, {"loss_type": "dft", "loss_weights": "tokens"}, "loss_type=dft .*Use loss_type: ")
             for name in OWN_LOSS
         ),
         *(
             (
                 name,
                 {"label_smoothing_factor": 0.1, "loss_weights": "tokens"},
-                "factor=0.1 .*: use label_smoothing_factor: ",
+                "factor=0.1 .*Use label_smoothing_factor: ",
             )
             for name in OWN_LOSS
         ),
@@ -401,7 +401,7 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
         ("replay", {"max_steps": 3}, "max_steps=3"),
         *((name, FULL, "use_peft=false") for name in SIDE_BY_SIDE),
         *((name, {"use_dora": True}, "use_dora=True") for name in (*SIDE_BY_SIDE, "merge")),
-        *((name, {"lora_target_parameters": ["mlp.experts.down_proj"]}, "cannot be added up") for name in SIDE_BY_SIDE),
+        *((name, {"lora_target_parameters": ["mlp.experts.down_proj"]}, "cannot be added") for name in SIDE_BY_SIDE),
         ("osf", {"use_peft": True}, "use_peft=false"),
         ("osf", {"dtype": "bfloat16"}, "Use dtype=float32"),
         ("pp", FULL, "use_peft=true"),
@@ -413,7 +413,7 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
             (
                 "seekr",
                 {"attn_implementation": kernel},
-                f"attn_implementation={kernel}: seekr reads.*Use attn_impl.*eager",
+                f"attn_implementation={kernel}: seekr needs.*Use attn_impl.*eager",
             )
             for kernel in ("sdpa", None)
         ),
@@ -426,38 +426,41 @@ WHOLE = ["lwf", "osf", "der", "sdft", "anchor", "stm"]
         ("opr", {"opr_samples": 4, "opr_temperature": 0.0}, "opr_samples=4: at opr_temperature=0"),
         ("opr", {"opr_score": "judge"}, "opr_score='judge'"),
         ("lfpt5", FULL, "use_peft=true"),
-        ("lfpt5", {"prompt_mlp": 16}, "prompt_mlp=16: lfpt5 goes on with a prompt as it is"),
-        ("lfpt5", {"loss_weights": "tokens"}, "loss_weights=tokens: lfpt5 weighs two losses"),
+        ("lfpt5", {"prompt_mlp": 16}, "prompt_mlp=16: lfpt5 trains the prompt directly"),
+        ("lfpt5", {"loss_weights": "tokens"}, "loss_weights=tokens: lfpt5 adds two losses"),
         ("lfpt5", {"max_answer_length": 1000}, "pseudo row are 1132 tokens, more than the model's context of 1024"),
         (
             "lfpt5",
             {"engine_args": {"max_length": 130}},
-            "row are 156 tokens, more than engine_args has in max_length=130",
+            "row are 156 tokens, but engine_args has max_length=130",
         ),
         ("anchor", {"anchor_weight": "half"}, "anchor_weight='half' is not allowed: use probability or one"),
-        ("freeze", {"freeze_layers": 2}, "freeze_layers=2, and the model has 2 blocks: use at most 1"),
+        ("freeze", {"freeze_layers": 2}, "freeze_layers=2, but the model has 2 blocks. Use at most 1"),
         ("freeze", {"lora_target_modules": r".*\.layers\.0\..*q_proj"}, "stage 2 would train nothing"),
-        ("hft", {"use_peft": True}, "set use_peft=false"),
-        ("mofo", {"optim": "sgd"}, "optim=sgd has no momentum that MoFO knows: use adamw_torch or"),
-        ("migu", {"use_dora": True}, "use_dora=true: MIGU masks the outputs of LoRA's layers alone"),
+        ("hft", {"use_peft": True}, "Set use_peft=false"),
+        ("mofo", {"optim": "sgd"}, "optim=sgd has no momentum that MoFO can use. Use adamw_torch or"),
+        ("migu", {"use_dora": True}, "use_dora=true: MIGU can mask only the outputs"),
         ("merge", {"merge": "mean"}, "merge='mean'"),
         ("merge", {"merge_alpha": 1.5}, "share of at most 1"),
-        ("merge", {"merge": "average", "merge_alpha": 0.5}, "merge=average does not use it"),
-        ("merge", {"merge_density": 0.5}, "merge_density=0.5: merge=wise"),
+        ("merge", {"merge": "average", "merge_alpha": 0.5}, "not merge=average"),
+        ("merge", {"merge_density": 0.5}, "merge_density=0.5: only .* not merge=wise"),
         ("merge", {"merge": "ties", "merge_with": "base"}, "merge_with=base"),
         ("merge", {"merge": "slao", "merge_rank": 2}, "merge=slao does not use it"),
-        ("merge", {"merge": "magmax", "keep": "last"}, "use keep=all"),
-        ("merge", {"merge": "slao", **FULL}, "merge=slao is about LoRA"),
-        ("merge", {"merge_rank": 4, **FULL}, "merge_rank=4 is about LoRA"),
+        ("merge", {"merge": "magmax", "keep": "last"}, "Use keep=all"),
+        ("merge", {"merge": "slao", **FULL}, "merge=slao works only on LoRA"),
+        ("merge", {"merge_rank": 4, **FULL}, "merge_rank=4 works only on LoRA"),
         *(
-            (name, FSDP, f"{name} needs whole gradients, and FSDP")
+            (name, FSDP, f"{name} needs whole gradients, but FSDP")
             for name in ("ewc", "gem", "agem", "ogd", "olora", "migu")
         ),
-        *((name, FSDP, "whole weights.*FSDP gives each process a part") for name in WHOLE),
-        *((name, FSDP, "prompts are saved as a whole.*FSDP gives each process a part") for name in ("pp", "lfpt5")),
-        *((name, FSDP, "FSDP gives each process a part") for name in SIDE_BY_SIDE if name != "olora"),
-        ("mofo", FSDP, "mofo needs whole moments.*FSDP gives each process a part"),
-        ("merge", {**FSDP, **FULL}, "FSDP gives each process a part"),
+        *((name, FSDP, "whole weights.*FSDP gives each process only a part") for name in WHOLE),
+        *(
+            (name, FSDP, "prompts are saved as a whole.*FSDP gives each process only a part")
+            for name in ("pp", "lfpt5")
+        ),
+        *((name, FSDP, "FSDP gives each process only a part") for name in SIDE_BY_SIDE if name != "olora"),
+        ("mofo", FSDP, "mofo needs whole moments.*FSDP gives each process only a part"),
+        ("merge", {**FSDP, **FULL}, "FSDP gives each process only a part"),
     ],
 )
 def test_options_that_a_method_cannot_support_are_refused_before_training(name, change, words, options, monkeypatch):

@@ -45,10 +45,10 @@ def test_methods_without_their_penalties_equal_inclora_to_the_byte(name, off, op
 @pytest.mark.parametrize("layers", [["q_proj", "embed_tokens"], "all-linear"], ids=["embeddings", "experts"])
 def test_layers_whose_adapters_cannot_be_joined_are_refused(layers, name, options, tmp_path):
     """PEFT adapts experts as parameters, even under all-linear."""
-    changes, words = {"lora_target_modules": layers}, "embed_tokens is no linear layer"
+    changes, words = {"lora_target_modules": layers}, "embed_tokens is not a linear layer"
     if layers == "all-linear":
         changes |= {**EXACT, "model_name_or_path": str(make_base("qwen3_moe", tmp_path / "base"))}
-        words = "mlp.experts is no linear layer"
+        words = "mlp.experts is not a linear layer"
     with pytest.raises(ConfigError, match=words):
         train(small(options, name, **changes), *method(name))
 
@@ -187,7 +187,7 @@ def test_milora_starts_in_minor_directions_as_the_base_model_and_saves_an_adapte
 
 
 def test_milora_refuses_a_rank_above_that_of_a_weight(options):
-    with pytest.raises(ConfigError, match=r"lora_r=129: .*q_proj has 128 singular directions. Use a lora_r of at most"):
+    with pytest.raises(ConfigError, match=r"lora_r=129 .*q_proj has 128 singular directions. Use at most"):
         train(small(options, "milora", lora_r=129), *method("milora"))
 
 

@@ -278,7 +278,7 @@ def test_merge_writes_a_checkpoint_that_evaluate_accepts(kind, request, tiny_mod
     command += ["--tasks", "trace_fomc", "--test-rows", "2", "--max-prompt-length", "96", "--max-new-tokens", "2"]
     main([*command, "--backend", "hf"])
     assert (tmp_path / "run/stages/1_mix/eval/trace_fomc.json").exists()
-    assert "is there already" in error(*sources, "--method", "average", "--output", out)
+    assert "already exists" in error(*sources, "--method", "average", "--output", out)
 
 
 def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
@@ -292,7 +292,7 @@ def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
         return error(*sources, "--method", method, "--output", out, *options)
 
     one, two = adapters
-    assert "only checkpoints of one kind" in said(one, full[0])
+    assert "all checkpoints must be of one kind" in said(one, full[0])
     wide = shutil.copytree(two, tmp_path / "wide")
     grown = {n: torch.cat([t, t], dim=1) if "lora_A" in n else t for n, t in tensors(wide).items()}
     save_file(grown, wide / ADAPTER)
@@ -309,7 +309,7 @@ def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"bias": "all"}, "bias"),
         ({"r": 5}, "r=5"),
-        ({"r": None}, "no r"),
+        ({"r": None}, "no number for r"),
     ]:
         (two / "adapter_config.json").write_text(json.dumps({**config, **changes}))
         assert words in said(one, two)
@@ -324,7 +324,7 @@ def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
     assert "--alpha is for" in said(*full, options=("--alpha", 0.5))
     assert "from 0 to 1" in said(*full, method="wise", options=("--alpha", 1.5))
     assert "--density 0.0" in said(*full, method="ties", options=("--density", 0, "--model", tiny_model))
-    assert "no checkpoint" in said(tmp_path / "nowhere", one)
+    assert "not a checkpoint" in said(tmp_path / "nowhere", one)
     settings = read_json(full[1] / "config.json")
     (full[1] / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
     assert "rms_norm_eps" in said(*full)
@@ -332,7 +332,7 @@ def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
     weights = tensors(full[1])
     weights.pop("model.norm.weight")
     save_file(weights, full[1] / "model.safetensors", {"format": "pt"})
-    assert "model.norm.weight is not there" in said(*full)
+    assert "model.norm.weight is missing" in said(*full)
     (full[1] / "model.safetensors").rename(full[1] / "pytorch_model.bin")
     assert "only safetensors" in said(*full)
     assert not out.exists() and not list(tmp_path.glob(".out*"))
@@ -471,5 +471,5 @@ def test_merge_from_the_base_trains_each_task_independently(options, tmp_path):
 
 
 def test_merge_refuses_adapters_of_embeddings_before_training(options):
-    with pytest.raises(ConfigError, match=r"embed_tokens.* is no LoRA of a linear layer"):
+    with pytest.raises(ConfigError, match=r"embed_tokens.* is not a linear layer"):
         train({**options, "lora_target_modules": ["embed_tokens", "q_proj"]}, MergeTrainer, MergeConfig)

@@ -162,7 +162,7 @@ def test_written_answers_have_the_scores_of_the_evaluation(demo_data, tmp_path, 
     tasks = load_tasks(list(more))
     assert answer_scores(tasks["t_filter"], [(2, "it is 2"), (1, "it is 2"), (1, "1")]) == [1, 0, 1]
     assert answer_scores(tasks["t_error"], [(1, "3"), (2, "2")]) == [-2, 0], "less is better"
-    with pytest.raises(DataError, match="t_corpus: bleu is a score of all rows together"):
+    with pytest.raises(DataError, match="t_corpus: bleu scores all rows together"):
         answer_scores(tasks["t_corpus"], [(0, "0")])
     assert answer_scores(tasks["t_error"], []) == []
     for trainer, config, words in (

@@ -126,9 +126,7 @@ def test_seekr_refuses_attention_dropout(options, tmp_path):
 def test_seekr_refuses_a_model_without_attention(options, tmp_path):
     base = make_base("mamba", tmp_path / "mamba")
     changes = {"model_name_or_path": str(base), "lora_target_modules": ["x_proj"], "max_prompt_length": 8}
-    with pytest.raises(
-        ConfigError, match=r"a model with attention, of the same number of heads in each layer\. Use der"
-    ):
+    with pytest.raises(ConfigError, match=r"a model with the same number of attention heads in each layer\. Use der"):
         train(small(options, "seekr", **changes), *method("seekr"))
 
 

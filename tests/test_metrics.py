@@ -146,7 +146,7 @@ def test_impossible_arguments_are_errors_that_name_them():
         with pytest.raises(ValueError, match="same suites"):
             general_ability_delta(base, after)
     for rows in ([0.0, 1.0], [np.zeros((5, 2)), np.zeros((5, 3))], [np.zeros(5), np.zeros((5, 2))]):
-        with pytest.raises(ValueError, match=r"Groups of the shapes .*\(n, columns\)"):
+        with pytest.raises(ValueError, match=r"groups have the shapes .*\(n, columns\)"):
             bootstrap_interval(rows)
     for level in (0, 1, 95):
         for interval in (bootstrap_interval, mean_interval, difference_interval):

@@ -85,9 +85,9 @@ def test_methods_in_several_orders_are_compared_per_order_and_over_all(make):
     assert rows["turned-ewc against turned-sequential"]["OP"].startswith("+11.0 [")
     assert list(rows_of(table_of(comparison, "Differences of seed means between"))) == ["plain-ewc against turned-ewc"]
     said = "\n".join(comparison.notes)
-    assert "of the method and of that together" not in said
+    assert "mix the effects of the method and of the order" not in said
     assert "Orders of the tasks: C-STANCE, FOMC, MeetingBank; MeetingBank, FOMC, C-STANCE." in said
-    assert "held against the same method in that order: turned-ewc against turned-sequential." in said
+    assert "compared with the same method in that order: turned-ewc against turned-sequential." in said
     lines = lines_of(comparison)
     assert float(lines["ewc: mean over 2 orders"]["OP"]) == pytest.approx(47)
     ends = [

@@ -76,7 +76,7 @@ def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monk
     (here / "half.py").write_text(METHOD.replace('"__main__"', "'__main__'").replace("Trainer):\n", misspelt))
     options = {**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"], "strength": 0}
     main(["train", "half.py", *command_line(options)])
-    assert "HalfTrainer.end_stages is no hook, so nothing calls it. Is end_stage meant?" in caplog.text
+    assert "HalfTrainer.end_stages is not a hook: nothing calls it. Did you mean end_stage?" in caplog.text
     run = Run.open(here / "run")
     assert run.manifest["method"] == "half" and run.manifest["config"]["strength"] == 0
     losses = {entry["loss"] for entry in json.loads(run.stages[1].train_file.read_text())["losses"]}
@@ -99,7 +99,7 @@ def test_a_method_that_hides_attributes_of_the_trainer_is_refused_before_trainin
     (here / "half.py").write_text(METHOD.replace("(self, model):\n", "(self, model):\n        self.record = {}\n"))
     argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
     said = error_of("train", "half.py", *argv)
-    assert "HalfTrainer sets self.record, which the trainer has" in said and "such as half_record" in said
+    assert "HalfTrainer sets self.record, which the trainer already uses" in said and "such as half_record" in said
     assert not (here / "run").exists()
 
 
@@ -120,8 +120,8 @@ def test_the_help_of_a_users_method_has_its_options(here, name, capsys):
         ("ecw", "Did you mean ewc?"),
         ("no/such.py", "There is no file"),
         ("no.such.module", "There is no module"),
-        ("empty.py", "runs nothing"),
-        ("idle.py", "runs nothing"),
+        ("empty.py", "does not start a training"),
+        ("idle.py", "does not start a training"),
     ],
 )
 def test_a_missing_method_is_a_clear_error(here, name, said):
@@ -177,7 +177,7 @@ def test_a_copied_study_works_in_its_new_place(here):
     copied, original = study.read_study("replay.yaml"), study.read_study(packaged.studies()["replay"])
     assert copied.keys() == original.keys()
     assert all(os.path.isfile(arguments[arguments.index("--config") + 1]) for _, arguments in copied.values())
-    assert "there already" in error_of("configs", "--copy", "replay")
+    assert "already exists" in error_of("configs", "--copy", "replay")
 
 
 def test_a_config_is_found_by_name(here, tiny_model):
@@ -196,13 +196,13 @@ def test_a_config_is_found_by_name(here, tiny_model):
         (["--tune", "7b"], "no option tune (did you mean tuned?)"),  # it would be recorded, but not used
         (["--max_promt_length", "2"], "max_promt_length (did you mean max_prompt_length?)"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
-        (["fast"], "fast: nothing takes this"),
+        (["fast"], "fast does not belong to an option"),
         (["--config"], "cannot be read"),
         (["--config=quikstart"], "Did you mean quickstart?"),
         (["--config", "quickstart", "--config=quickstart"], "--config is given more than once"),
         (["--like=nowhere"], "nowhere is not a run"),
         ([], "take a config that names one"),
-        (["--model_name_or_path", "m"], "output_dir is not set: --output_dir runs/NAME"),
+        (["--model_name_or_path", "m"], "output_dir is not set. Give the folder of the run: --output_dir runs/NAME"),
     ],
 )
 def test_an_unknown_option_is_an_error_with_the_most_similar_one(here, argv, said, capsys):
@@ -272,7 +272,7 @@ def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
     folder.mkdir()
     shown = make_task(write_rows(folder / f"mine{suffix}", row))
     assert prompt.replace("1+1", "0+1") in shown
-    assert ("nothing of the columns category, which are kept" in shown) == (kind == "dolly")
+    assert ("does not use the columns category; the task keeps them" in shown) == (kind == "dolly")
     monkeypatch.setenv("TRACE_TASKS", str(folder))
     monkeypatch.chdir("/")  # paths in a YAML are relative to it
     task = load_tasks(["mine"])["mine"]
@@ -283,20 +283,20 @@ def test_a_file_of_rows_becomes_a_task(here, kind, suffix, monkeypatch):
 
 TABLES = [
     ("a.csv", "question,answer\nA?,1\nB?,\n", r"row 1 has no answer\. Give it an answer"),
-    ("a.jsonl", '{"question": "A?", "answer": "\\ud800"}\n', "row 0 holds half of a surrogate pair"),
+    ("a.jsonl", '{"question": "A?", "answer": "\\ud800"}\n', "row 0 has half of a surrogate pair"),
     ("b.csv", "question,answer\nA?,1\nB, C?,2\n", "row 1 has more cells than the first line"),
-    ("c.csv", "question;answer\nA?;1\nB?;2\n", r"columns are question;answer\..* A \.csv has commas between"),
+    ("c.csv", "question;answer\nA?;1\nB?;2\n", r"in the columns question;answer\..* In a \.csv, separate columns"),
 ]
 
 
 def test_a_refused_file_of_rows_leaves_no_task_and_no_change(here):
-    with pytest.raises(DataError, match=r"columns are a, b\. Known are messages"):
+    with pytest.raises(DataError, match=r"in the columns a, b\. Rename them to messages"):
         recognise(["a", "b"])
     turned = {"messages": CHAT[:2]}
-    with pytest.raises(DataError, match=r"row 0: the last of several messages has to be the assistant's"):
+    with pytest.raises(DataError, match=r"row 0: there must be at least two messages"):
         make_task(write_rows(here / "turned.jsonl", turned))
     called = {"messages": [*CHAT[:2], CHAT[2] | {"tool_calls": [{"function": {"name": "add"}}]}]}
-    with pytest.raises(DataError, match=r"row 0: a message has no role or no content that is a text \(calls of tools"):
+    with pytest.raises(DataError, match=r"row 0: a message has no role, or its content is not text \(tool calls"):
         make_task(write_rows(here / "turned.jsonl", called))
     (here / "bare.jsonl").write_text('{"prompt": null, "answer": "2"}\n{"prompt": "1+2", "answer": "3"}\n')
     with pytest.raises(DataError, match=r"bare.jsonl, row 0 has no prompt\. Give it a prompt, or remove the row"):
@@ -314,7 +314,7 @@ def test_a_refused_file_of_rows_leaves_no_task_and_no_change(here):
         make_task(here / "empty.jsonl")  # the trial refuses it after its files were made
     assert {file.name for file in here.iterdir()} == {"turned.jsonl", "bare.jsonl", "half.jsonl", "empty.jsonl"}
     make_task(write_rows(here / "good.jsonl", ROWS["columns"][0]), write_rows(here / "test.jsonl", ROWS["columns"][0]))
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="already exists"):
         make_task(here / "good.jsonl")
 
 
@@ -387,12 +387,12 @@ def test_a_run_records_the_folder_of_its_tasks(here, tiny_model, monkeypatch, ca
     manifest = json.loads((here / "run" / "manifest.json").read_text())
     manifest["data"]["own_tasks"] = str(here / "gone")
     write_json(here / "run" / "manifest.json", manifest)
-    assert "gone, which is not there: TRACE_TASKS names" in error_of("evaluate", "run")
+    assert "gone, which is missing: set TRACE_TASKS" in error_of("evaluate", "run")
     (here / "run" / "tasks").mkdir()
     for folder in ("run/tasks", str(here / "run" / "tasks"), os.curdir):  # functions from there would be run
         manifest["data"]["own_tasks"] = folder
         write_json(here / "run" / "manifest.json", manifest)
-        assert "a task may run code. If you trust whoever made it, say so" in error_of("evaluate", "run")
+        assert "a task can run code. If you trust its author" in error_of("evaluate", "run")
 
 
 def test_unknown_tasks_are_errors_with_the_most_similar_ones(here, monkeypatch):
@@ -512,15 +512,15 @@ def test_a_finished_run_can_be_extended_by_tasks(here, tiny_model, capsys):
     main(["report", "run"])
     assert "OP_3" in capsys.readouterr().out
     wrong = {**options, "tasks": ["trace_fomc", "trace_py150"]}
-    assert "another configuration" in error_of("train", "ewc", *command_line(wrong))
-    assert "another configuration" in error_of("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))
+    assert "a different configuration" in error_of("train", "ewc", *command_line(wrong))
+    assert "a different configuration" in error_of("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))
 
 
 def test_a_joint_run_cannot_be_extended_by_tasks(here, tiny_model):
     options = quick_options(tiny_model, here / "run")
     main(["train", "joint", *command_line(options)])
     longer = {**options, "tasks": [*options["tasks"], "trace_py150"]}
-    assert "another configuration" in error_of("train", "joint", *command_line(longer))
+    assert "a different configuration" in error_of("train", "joint", *command_line(longer))
 
 
 def test_only_the_unknown_task_among_known_ones_is_named(here):
@@ -538,8 +538,8 @@ def test_a_moved_base_model_is_accepted_and_a_different_one_refused(here, tiny_m
     main(["train", "sequential", *command_line(options)])
     (here / "moved").mkdir()
     (here / "base").rename(here / "moved" / "base")
-    assert "Say where it is now: trace-bench evaluate RUN --model FOLDER" in error_of("evaluate", "run")
-    assert "its files are others" in error_of("evaluate", "run", "--model", str(checkpoints["full model"]))
+    assert "Give its new folder: trace-bench evaluate RUN --model FOLDER" in error_of("evaluate", "run")
+    assert "its files differ" in error_of("evaluate", "run", "--model", str(checkpoints["full model"]))
     main(["evaluate", "run", "--model", "moved/base"])
     assert "evaluated 2 cells" in capsys.readouterr().out
     (here / "moved").rename(here / "again")

@@ -183,8 +183,8 @@ def test_missing_rows_of_cl_benchmark_are_an_error_that_says_how_to_get_them(tmp
         ),
         ("train", [{"prompt": "p", "answer": "World"}], "train.json, row 0: it lacks 'sentence'"),
         ("train", [{"sentence": "s", "label": 1}], "row 0: 'label' is 1"),
-        ("dev", {"Definition": [], "Instances": []}, "holds dict, not a list"),
-        ("labels", ["World", ""], "something else than texts"),
+        ("dev", {"Definition": [], "Instances": []}, "has dict, not a list"),
+        ("labels", ["World", ""], "must be a list of texts"),
         ("labels", None, "labels.json cannot be read"),
         ("test", None, "test.json cannot be read"),
     ],
@@ -210,7 +210,7 @@ def test_the_folder_may_be_o_loras_repository_and_evaluation_needs_only_test_row
 def test_the_audit_names_equal_dev_and_test_sets_and_leaks(sets, tiny_model, capsys):
     report = audit(sets)
     assert report["equal"] == ["cl_agnews"]
-    assert "Eval equals test, so nothing may be chosen by it: cl_agnews." in as_text(report)
+    assert "Eval equals test, so do not select models or settings on it: cl_agnews." in as_text(report)
     assert report["leaked"]["cl_agnews"]["exact"] == [1] and report["leaked"]["cl_agnews"]["near"] == []
     facts = report["tasks"]["cl_agnews"]["splits"]["test"]
     assert facts["not_offered"] == [] and not report["unreadable"]
@@ -219,7 +219,7 @@ def test_the_audit_names_equal_dev_and_test_sets_and_leaks(sets, tiny_model, cap
     report = audit(sets)
     assert report["equal"] == [] and report["tasks"]["cl_agnews"]["splits"]["test"]["not_offered"] == [2]
     main(["data", "audit", str(sets), "--tokenizer", str(tiny_model)])
-    assert "answers that are none of the options: test 1" in capsys.readouterr().out
+    assert "answers that are not one of the options: test 1" in capsys.readouterr().out
 
 
 def test_data_shows_the_sets_of_cl_benchmark(sets, capsys):
@@ -229,7 +229,7 @@ def test_data_shows_the_sets_of_cl_benchmark(sets, capsys):
     shown = capsys.readouterr().out
     assert re.search(r"cl_agnews +3 +2 +2", shown) and re.search(r"cl_copa +- +- +1", shown)
     assert f"export TRACE_CL_BENCHMARK={sets}\n  --tasks cl_copa cl_agnews" in shown
-    assert "Not there: cl_mnli, cl_cb, " in shown
+    assert "Missing: cl_mnli, cl_cb, " in shown
 
 
 # ---------------------------------------------------------------------------------------------------- demo data, a run
@@ -284,5 +284,5 @@ def test_a_run_records_the_folder_of_its_rows_and_refuses_different_rows(tmp_pat
 
 def test_demo_and_real_rows_cannot_be_in_one_run(sets, tmp_path, tiny_model):
     options = {**quick_options(tiny_model, tmp_path / "run"), "tasks": ["trace_fomc", "cl_agnews"]}
-    with pytest.raises(data.DataError, match="of one are demo data"):
+    with pytest.raises(data.DataError, match="only one of them is demo data"):
         train(options)

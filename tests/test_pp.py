@@ -176,7 +176,7 @@ def test_an_external_soft_prompt_counts_towards_the_context(lively, tmp_path):
     words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", "--backend", "hf"]
     words += ["--max-prompt-length", "96", "--max-new-tokens", "4", "--engine-args"]
     with pytest.raises(
-        SystemExit, match=r"96 tokens of a prompt and 4 of an answer, behind 6 of a soft prompt, do not"
+        SystemExit, match=r"96 tokens of a prompt and 4 of an answer, after 6 tokens of a soft prompt, do not"
     ):
         cli.main([*words, '{"max_length": 105}'])
     cli.main([*words, '{"max_length": 106}'])

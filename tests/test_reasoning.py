@@ -236,7 +236,7 @@ def test_rcl_takes_the_reasoning_variant_of_every_task(tmp_path):
     [
         (["trace_fomc", "gsm8k"], "gsm8k.*no such task.*reasoning_cstance"),
         (["trace_fmoc"], r"trace_fmoc.*no such task.* Did you mean trace_fomc\?"),
-        (["trace_fomc", "reasoning_fomc"], "every task can be one stage only"),
+        (["trace_fomc", "reasoning_fomc"], "a task appears twice"),
     ],
 )
 def test_rcl_refuses_tasks_that_it_cannot_train(tasks, message, tmp_path):

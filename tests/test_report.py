@@ -167,7 +167,7 @@ def test_op_and_bwt_have_intervals_and_certain_changes_an_arrow(measured):
     assert top["Forgetting_3"][0] == "7.5" and "biased" in top["Forgetting_3"][1]
     low, _, high = bounds(top["mean OP_t"][0])
     assert low < high
-    assert top["FWT"][0] == DASH and "training seed" in text(measured)
+    assert top["FWT"][0] == DASH and "training seeds" in text(measured)
     with (measured.path / "scores.csv").open(encoding="utf-8", newline="") as f:
         rows = {(r["stage"], r["task"], r["metric"]): r for r in csv.DictReader(f)}
     row = rows["1_trace_cstance", "trace_cstance", "accuracy"]
@@ -327,7 +327,7 @@ def test_a_bound_with_a_different_training_budget_is_marked_and_one_without_scor
     run = make(config=here | same)
     bounded(run, others)
     assert "- icl: the run `an-icl`\n" in text(run)
-    assert "- single: the run `a-single`; its training is another (there, here): train_rows 64, 16\n" in text(run)
+    assert "- single: the run `a-single`; its training differs (there, here): train_rows 64, 16\n" in text(run)
     bounded(run, [*others, make(JOINT, name="b-joint", method="joint", stages=["joint"], config=here | same)])
     assert "- joint: the run `b-joint`\n" in text(run), "the one with the same training is taken"
     nothing = make(SINGLE * np.nan, name="c-single", method="single")

@@ -148,12 +148,12 @@ def test_a_lock_that_is_no_file_is_refused_and_the_target_of_a_link_kept(tmp_pat
     makers = [lambda: lock.symlink_to(victim), lambda: lock.symlink_to(tmp_path / "new"), lambda: os.mkfifo(lock)]
     for make in makers:
         make()
-        with pytest.raises(DataError, match=rf"{re.escape(str(lock))} is no ordinary file.*remove it"):
+        with pytest.raises(DataError, match=rf"{re.escape(str(lock))} is a.*Remove it"):
             locked(tmp_path, "train").__enter__()
         lock.unlink()
     assert victim.read_text(encoding="utf-8") == "mine" and names(tmp_path) == ["victim"]
     for path in (tmp_path, Path("/dev/null")):
-        with pytest.raises(DataError, match="no ordinary file"):
+        with pytest.raises(DataError, match="so it is not written"):
             files.open_own(path, os.O_RDWR)
     with locked(tmp_path, "train"):
         assert re.fullmatch(r"process \d+ on \S+", lock.read_text(encoding="utf-8"))
@@ -181,7 +181,7 @@ def test_a_hard_linked_lock_file_works_and_keeps_its_content(tmp_path):
     """The second name may be from `cp -al`, or made by an attacker to have a file truncated."""
     (tmp_path / "victim").write_text("secret\nmine", encoding="utf-8")
     (tmp_path / ".train.lock").hardlink_to(tmp_path / "victim")
-    with locked(tmp_path, "train"), pytest.raises(RunError, match="in use: another process began") as e:
+    with locked(tmp_path, "train"), pytest.raises(RunError, match="in use: another process is running") as e:
         locked(tmp_path, "train").__enter__()
     assert (tmp_path / "victim").read_text(encoding="utf-8") == "secret\nmine" and "secret" not in str(e.value)
 
@@ -192,14 +192,14 @@ def test_no_device_pipe_or_too_long_file_is_read(tmp_path):
     (tmp_path / "device").symlink_to("/dev/zero")
     for name in ("manifest.json", "device"):
         for read in (read_json, read_jsonl):
-            with pytest.raises(RunError, match=rf"{name} is no file but a folder, a pipe or a device"):
+            with pytest.raises(RunError, match=rf"{name} is a folder, a pipe or a device"):
                 read(tmp_path / name)
     with pytest.raises(RunError, match="manifest"):
         Run.open(tmp_path)
     for read, most in ((read_json, reading.MOST_JSON), (read_jsonl, reading.MOST_LINES)):
         with (tmp_path / "x.json").open("wb") as f:
             f.truncate(most + 1)
-        with pytest.raises(RunError, match=rf"x\.json has more than {most // 2**20} MiB"):
+        with pytest.raises(RunError, match=rf"x\.json is damaged: it has more than {most // 2**20} MiB"):
             read(tmp_path / "x.json")
 
 
@@ -311,7 +311,7 @@ def test_a_run_is_created_once_and_later_opened_with_its_first_manifest(tmp_path
     again = Run.create(tmp_path / "r", {**MANIFEST, "data": {"path": "elsewhere", "demo": False}, "config": config})
     assert again.manifest == Run.open(tmp_path / "r").manifest == made.manifest
     assert (tmp_path / "r/manifest.json").read_bytes() == before
-    assert "other package versions" in caplog.text
+    assert "package versions have changed" in caplog.text
 
 
 def test_a_different_configuration_is_an_error_with_each_key_and_both_values(tmp_path):
@@ -319,7 +319,7 @@ def test_a_different_configuration_is_an_error_with_each_key_and_both_values(tmp
     Run.create(tmp_path, {**MANIFEST, "task_versions": versions})
     before = (tmp_path / "manifest.json").read_bytes()
     config = {**MANIFEST["config"], "epochs": [5, 7], "lora_r": 8}
-    with pytest.raises(RunError, match="another folder") as e:
+    with pytest.raises(RunError, match="a new folder") as e:
         asked = {"tasks": ["trace_fomc"], "task_versions": {"trace_fomc": 1.0}}  # nothing is said about the other task
         Run.create(tmp_path, {**MANIFEST, "seed": 2, "config": config, **asked})
     lines = re.findall(r"^  (\S+): (.+) -> (.+)$", str(e.value), re.MULTILINE)
@@ -337,9 +337,9 @@ def test_the_error_of_a_missing_run_names_the_runs_next_to_it(tmp_path):
     for name in ("one", "two"):
         write_json(tmp_path / "runs" / name / "manifest.json", {})
     for folder in (tmp_path / "runs" / "three", tmp_path / "runs"):
-        with pytest.raises(RunError, match=r"not a run.*beside it: \S*/one, \S*/two\."):
+        with pytest.raises(RunError, match=r"not a run.*next to it: \S*/one, \S*/two\."):
             Run.open(folder)
-    with pytest.raises(RunError, match="beside it: none"):
+    with pytest.raises(RunError, match="next to it: none"):
         Run.open(tmp_path / "no/where")
 
 
@@ -384,7 +384,7 @@ def test_a_stage_is_trained_if_its_train_file_exists_and_a_dropped_checkpoint_is
     write_json(stage.train_file, {})
     assert stage.is_trained and stage.checkpoint == tmp_path / kind
     (tmp_path / kind).rmdir()
-    with pytest.raises(RunError, match=r"1_trace_fomc is gone.*keep=all"):
+    with pytest.raises(RunError, match=r"1_trace_fomc is not in.*keep=all"):
         _ = stage.checkpoint
 
 

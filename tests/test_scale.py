@@ -99,10 +99,10 @@ def test_impossible_tasks_are_refused_before_training(two, tmp_path, monkeypatch
     yaml = tmp_path / "tasks" / "mine_01.yaml"
     text = yaml.read_text().replace("output_type: generate_until", "output_type: loglikelihood")
     yaml.write_text(text.replace("exact_match", "acc"))
-    with pytest.raises(data.DataError, match="mine_01 is a task of type loglikelihood"):
+    with pytest.raises(data.DataError, match="mine_01 has output_type loglikelihood"):
         train(two)
     monkeypatch.setenv("TRACE_TASKS", str(tmp_path / "nowhere"))
-    with pytest.raises(data.DataError, match=r"TRACE_TASKS=.*nowhere is no folder with task YAMLs"):
+    with pytest.raises(data.DataError, match=r"TRACE_TASKS=.*nowhere is not a folder with task YAMLs"):
         load_tasks(["mine"])
 
 

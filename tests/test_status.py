@@ -91,7 +91,7 @@ def test_odd_values_in_training_records_are_named(make, key):
     for value in (None, [], "x", float("inf"), -1, ...):
         odd = {**content, key: value} if value is not ... else {k: v for k, v in content.items() if k != key}
         run.stages[1].train_file.write_text(json.dumps(odd))
-        with pytest.raises(SystemExit, match=rf"train\.json is damaged.*({key}|Infinity).*delete it and train") as e:
+        with pytest.raises(SystemExit, match=rf"train\.json is damaged.*({key}|Infinity).*delete it and run") as e:
             cli.main(["status", str(run.path)])
         assert "\n" not in e.value.code
 
@@ -113,5 +113,5 @@ def test_status_distinguishes_a_dead_process_from_a_living_one(run, capfd):
         "where locks do not tell, by the time"
     )
     with locked(run.stages[0].path, "evaluate"):
-        assert "(at work)" in lines(run, capfd)[1]
-    assert "(at work)" not in lines(run, capfd)[1]
+        assert "(running)" in lines(run, capfd)[1]
+    assert "(running)" not in lines(run, capfd)[1]

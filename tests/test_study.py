@@ -146,9 +146,9 @@ GOOD = {"method": "sequential"}
         ({"a": {**GOOD, "--train_rows": 3}}, ["'--train_rows' is not allowed", "without '--'"]),
         ({"a": {**GOOD, "train_rows": {"small": 3}}}, ["a, train_rows", "both small and full"]),
         ({"a/b": GOOD}, ["a/b", "folder"]),
-        ({"a": {**GOOD, "seed": {"each": []}}}, ["a, seed", "each takes a list of words or numbers"]),
+        ({"a": {**GOOD, "seed": {"each": []}}}, ["a, seed", "under each use a list of words or numbers"]),
         ({"a": {**GOOD, "tasks": {"each": [["x"], ["y"]]}}}, ["a, tasks", "a mapping of names to values"]),
-        ({"a": {**GOOD, "seed": {"each": [1], "or": [2]}}}, ["a, seed", "nothing stands beside it"]),
+        ({"a": {**GOOD, "seed": {"each": [1], "or": [2]}}}, ["a, seed", "no other key next to each"]),
         ({"a": {"method": {"each": ["ewc", "x"]}}}, ["runs, a-x", "no method x"]),
         ({"a": {**GOOD, "seed": {"each": [1]}}, "a-seed1": GOOD}, ["a-seed1", "two runs have this name"]),
         ({}, ["no run"]),
@@ -166,9 +166,9 @@ def test_an_error_in_a_study_is_named_with_the_allowed_values(write, content, wo
 def test_a_missing_study_file_and_run_are_errors(write, tmp_path):
     with pytest.raises(SystemExit, match=r"error: There is no study .*nowhere\.yaml"):
         main(["study", str(tmp_path / "nowhere.yaml")])
-    with pytest.raises(StudyError, match=r"--only c: the runs of .* are a, b"):
+    with pytest.raises(StudyError, match=r"--only c: no such run\. Use a, b"):
         run_study(write({"a": GOOD, "b": GOOD}), only=["a", "c"])
-    with pytest.raises(StudyError, match=r"--launch '.: this is no command of a shell"):
+    with pytest.raises(StudyError, match=r"--launch '.: a shell cannot read this command"):
         run_study(file := write({"a": GOOD}), launch="'x")
     file.write_text("config: c.yaml\nruns: &x {a: *x}\n")  # without an end
     with pytest.raises(TraceError, match="nested more than 100 deep"):
@@ -239,7 +239,7 @@ def test_a_study_trains_evaluates_compares_and_resumes(options, write, tmp_path,
     printed = capfd.readouterr()
     assert "keep: invalid choice: 'nothing'" in printed.err and "Traceback" not in printed.err
     summary = (folder / "summary.md").read_text(encoding="utf-8")
-    assert summary.startswith("# mine-small\n\nWhat is asked?\n\n> **Failed:** `wrong`: its training ended with exit")
+    assert summary.startswith("# mine-small\n\nWhat is asked?\n\n> **Failed:** `wrong`: training ended with exit")
     assert printed.out.endswith(summary)
     with (folder / "summary.csv").open(encoding="utf-8", newline="") as f:
         rows = {row["run"]: row for row in csv.DictReader(f)}

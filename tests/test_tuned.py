@@ -39,7 +39,8 @@ def test_the_table_overrides_the_config_and_the_command_line_the_table(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("- ewc\n", "no table"), ("ewc: 3\n", "no table"), ("{", "cannot be read"), (None, "135m")]
+    ("content", "said"),
+    [("- ewc\n", "not a table"), ("ewc: 3\n", "not a table"), ("{", "cannot be read"), (None, "135m")],
 )
 def test_an_invalid_table_is_refused(tmp_path, content, said):
     table = tmp_path / "mine.yaml"

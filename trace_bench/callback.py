@@ -118,7 +118,9 @@ class ForgettingCallback(TrainerCallback):
         names, suites = data.expand_orders(data.split_names(tasks)), data.split_names(suites)
         known = data.expand([s if s in {*data.SUITES, *data.GROUPS} else f"general_{s}" for s in suites], data.SUITES)
         if not [*names, *known]:
-            raise CallbackError("Nothing is to be measured: name tasks, such as trace_fomc, or suites, such as boolq.")
+            raise CallbackError(
+                "There is nothing to measure: name tasks, such as trace_fomc, or suites, such as boolq."
+            )
         source = data.open_data(names, data_path)
         source.use()
         source.check(["test"])
@@ -145,7 +147,7 @@ class ForgettingCallback(TrainerCallback):
             check_room(self.lm.chat, max_prompt_length)
         defined = {name: digest(definition) for name, definition in manifest["task_definitions"].items()}
         self.tasks = prepare(self.plan, self.loaded, defined)
-        check_context(self.plan, self.tasks, self.lm.max_length, "The model reads no more:")
+        check_context(self.plan, self.tasks, self.lm.max_length, "This is the model's limit:")
 
     def _manifest(self, record: dict[str, Any], model: Any) -> dict[str, Any]:
         return {
@@ -205,7 +207,7 @@ class ForgettingCallback(TrainerCallback):
         else:
             self._measure_step(model, state, control)
         if self.trainer.is_world_process_zero():
-            log.info("What was forgotten: trace-bench report %s", self.path)
+            log.info("To see what was forgotten: trace-bench report %s", self.path)
 
     # ---------------------------------------------------------------------------------------------------------- the run
 
@@ -221,13 +223,14 @@ class ForgettingCallback(TrainerCallback):
             later = [name for name in there.get("checkpoints", {}) if _step_of(name) > step]
             if later and step == 0:
                 raise RunError(
-                    f"{self.path} holds what was measured of another training, up to {later[-1]}. Remove it, or give "
-                    "ForgettingCallback another output_dir."
+                    f"{self.path} holds measurements of a different training, up to {later[-1]}. Remove it, or give "
+                    "ForgettingCallback a different output_dir."
                 )
             manifest |= {key: there[key] for key in ("checkpoints", "folders") if key in there}
         elif step:
             log.warning(
-                "The training goes on at step %d, and %s holds nothing of its start: changes since then are unknown.",
+                "The training continues at step %d, but %s has no measurement of its start: changes since then are "
+                "unknown.",
                 *(step, self.path),
             )
         self.run = Run.create(self.path, manifest)  # before anything is removed: refuses a different run
@@ -295,9 +298,11 @@ def _step_of(name: str) -> float:
 def _check(trainer: Trainer, every: int | str, rows: int | None) -> None:
     """Refuses what cannot be measured, before anything is loaded."""
     if not ((isinstance(every, int) and every > 0) or every in EVERY) or isinstance(every, bool):
-        raise CallbackError(f"every={every!r}: give a number of steps from 1 on, or one of {', '.join(EVERY)}.")
+        raise CallbackError(
+            f"every={every!r} is not allowed: use a number of steps (at least 1), or {' or '.join(EVERY)}."
+        )
     if rows is not None and rows < 1:
-        raise CallbackError(f"rows={rows!r}: give a number from 1 on, or None for all rows.")
+        raise CallbackError(f"rows={rows!r} is not allowed: use a number of at least 1, or None for all rows.")
     plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     sizes = trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()
     spread = {
@@ -307,15 +312,15 @@ def _check(trainer: Trainer, every: int | str, rows: int | None) -> None:
     }
     if kinds := [kind for kind, used in spread.items() if used]:
         raise CallbackError(
-            f"{kinds[0]} gives each process a part of the weights or of a text, and one process measures. Train with "
-            "DDP or ZeRO-2; or save checkpoints and measure them: trace-bench evaluate RUN --model BASE --checkpoint "
-            "NAME=PATH."
+            f"{kinds[0]} gives each process only a part of the weights or of a text, but one process has to measure "
+            "alone. Train with DDP or ZeRO-2; or save checkpoints and measure them: trace-bench evaluate RUN --model "
+            "BASE --checkpoint NAME=PATH."
         )
     _check_model(trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False))
     if not isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         raise CallbackError(
-            f"The trainer's processing_class is {type(trainer.processing_class).__name__}, no tokenizer: give the "
-            "tokenizer of the model to the trainer."
+            f"The trainer's processing_class is {type(trainer.processing_class).__name__}, which is not a tokenizer. "
+            "Give the model's tokenizer to the trainer."
         )
 
 
@@ -324,12 +329,12 @@ def _check_model(model: Any) -> None:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel) or not inner.can_generate() or inner.config.is_encoder_decoder:
         raise CallbackError(
-            f"The trainer's model is {type(inner).__name__}, and what is measured are the answers of a causal language "
-            "model of transformers, or of PEFT's model around one."
+            f"The trainer's model is {type(inner).__name__}. ForgettingCallback measures a causal language model of "
+            "transformers, or a PEFT model around one."
         )
     adapter = model.active_peft_config if isinstance(model, PeftModel) else None
     if adapter is not None and adapter.is_prompt_learning and adapter.peft_type != PROMPT:
         raise CallbackError(
-            f"The trainer's adapter is of the kind {adapter.peft_type.value}. Of those in front of the input {PROMPT} "
-            "alone is measured, here and by trace-bench evaluate."
+            f"The trainer's adapter is of the kind {adapter.peft_type.value}. Among adapters that add tokens to the "
+            f"input, only {PROMPT} can be measured, here and with trace-bench evaluate."
         )

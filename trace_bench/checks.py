@@ -71,8 +71,8 @@ def check_base(run: Run) -> None:
     base, expected = models.base_of_run(run.manifest["model"]), run.manifest["model"].get("revision")
     if expected and Path(base).is_dir() and models.pinned_revision(base) != expected:
         raise RunError(
-            f"{base} holds another base model than the run began with (its fingerprint is not {expected}). Restore it, "
-            "or begin a new run."
+            f"{base} is not the base model that the run began with (its fingerprint is not {expected}). Restore the "
+            "old files, or begin a new run."
         )
 
 
@@ -104,7 +104,7 @@ def move_base(run: Run, folder: str) -> None:
     if not Path(place).is_dir() or models.pinned_revision(place) != model.get("revision"):
         raise RunError(
             f"{folder} is not the base model that {run.path} began with, {model['name']} (revision "
-            f"{model.get('revision')}): its files are others. Name the folder that has the files of then."
+            f"{model.get('revision')}): its files differ. Name the folder with the original files."
         )
     _note_base(run, place)
 
@@ -135,9 +135,9 @@ def use_data(run: Run, path: str | None = None) -> None:
     if changed := rows.changed(run.manifest["data"]):
         unknown = not run.manifest["data"].get("test") and len(rows.check(["test"])[changed[0]]) < 3
         raise RunError(
-            f"{rows.root} holds other data than the run began with, in: {', '.join(changed)}."
-            + " Files are missing there, and the run was begun by an older program, which did not note its test rows "
-            "alone: add train.json and eval.json." * unknown
+            f"{rows.root} has different data than the run began with, in: {', '.join(changed)}."
+            + " Files are missing there, and an older program began the run, which did not record the test rows: add "
+            "train.json and eval.json." * unknown
         )
 
 
@@ -160,14 +160,14 @@ def check_tasks(run: Run, tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
         version = run.manifest["task_versions"].get(name, task.VERSION)
         if version != task.VERSION:
             raise RunError(
-                f"{name} has version {task.VERSION} now, the run was begun with {version}: their scores cannot be "
-                "compared. Use the program's older version, or begin a new run."
+                f"{name} has version {task.VERSION} now, but the run began with version {version}: their scores cannot "
+                "be compared. Use the older version of this program, or begin a new run."
             )
     now = definitions(tasks)
     began = {name: d for name, d in run.manifest.get("task_definitions", {}).items() if name in tasks}
     if lines := differences(began, {name: now[name] for name in began}):
         raise RunError(
-            "A task is another than the run began with (then -> now):\n"
+            "A task has changed since the run began (then -> now):\n"
             + "\n".join(lines)
             + "\nRestore its YAML and its functions, or begin a new run."
         )

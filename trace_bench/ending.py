@@ -32,7 +32,7 @@ KEPT = {
     "judge": "replies are kept",
     "annotate": "replies are kept",
     "relearn": "tasks that are trained or measured are kept",
-    "study": "what its runs have done is kept",
+    "study": "the finished work of its runs is kept",
 }
 #: Command -> its exit code for errors, where 1 says something else.
 FAILED = {"check": 2}
@@ -107,7 +107,7 @@ def _say_stopped() -> None:
     _Watch.said = True
     kept = KEPT.get(_Watch.name, "nothing is lost")
     # On a new line, since a progress bar may be shown.
-    line = f"\nstopped: {kept}. Go on with: {_Watch.line or _given()}\n"
+    line = f"\nstopped: {kept}. To continue: {_Watch.line or _given()}\n"
     with suppress(OSError):
         os.write(2, line.encode(getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"))
 
@@ -185,7 +185,7 @@ def _wrong_path(error: Exception) -> str | None:
     """What a path that cannot be a folder or file means, in one line; None for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
-        return f"{error}. A file is where a folder is needed, or the reverse: remove it, or name a different path."
+        return f"{error}. There is a file instead of a folder, or the reverse: remove it, or name a different path."
     return f"{error}. Use a shorter name." if number == errno.ENAMETOOLONG else None
 
 

@@ -122,11 +122,11 @@ def _problem(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> s
     lines = file.with_suffix(".jsonl")
     here = {"stage": stage.name, "suite": suite, "kind": kind.name}
     if wrong := {key: numbers[key] for key in here if numbers.get(key, here[key]) != here[key]}:
-        return f"{file} says {wrong}: it was moved or copied from elsewhere."
+        return f"{file} belongs elsewhere (it says {wrong}): it was moved or copied."
     there = {"direct": numbers["direct"], "pairs": numbers.get("pairs") or {}}
     if lines.exists():
         if numbers.get("lines") not in (None, fingerprint(lines)):
-            return f"{lines} was changed since it was written (its fingerprint differs)."
+            return f"{lines} has changed since it was written (its fingerprint differs)."
         rows = read_jsonl(lines)
         if problem := _line_problem(rows, pairs=stage.index > 0):
             return f"{lines}: {problem}."
@@ -135,7 +135,7 @@ def _problem(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> s
     else:  # the counts have to give the rates all the same
         counts = {name: there["pairs"].get(name, 0) for name in COUNTS} if there["pairs"] else {}
         if counts and counts["n"] != sum(counts[name] for name in _RESULTS):
-            return f"{file}: win, tie, lose, unscored and broken are not all of its {counts['n']} pairs."
+            return f"{file}: win, tie, lose, unscored and broken do not add up to its {counts['n']} pairs."
         direct = there["direct"]
         known = {word: direct[word.lower()] for word in kind.words} | {BROKEN: direct.get("broken", 0)}
         verdicts = [*Counter(known).elements(), *[None] * direct["unscored"]]
@@ -143,7 +143,8 @@ def _problem(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> s
     # Older files lack some counts. As JSON a pair is a list.
     made = {part: {k: v for k, v in made[part].items() if k in there[part]} for part in there}
     changed = differences(there, json.loads(json.dumps(made)))
-    return f"{file} does not add up (there -> of its verdicts):\n" + "\n".join(changed) + "\n" if changed else None
+    head = f"{file} does not match its verdicts (in the file -> from the verdicts):\n"
+    return head + "\n".join(changed) + "\n" if changed else None
 
 
 def _line_problem(rows: list[dict[str, Any]], pairs: bool) -> str | None:
@@ -154,7 +155,7 @@ def _line_problem(rows: list[dict[str, Any]], pairs: bool) -> str | None:
     for row in rows if pairs else ():
         left_out = row["combined"] == "broken" and any(row.get("broken", ()))
         if not left_out and not row["identical"] and (row["combined"], row["disagree"]) != combine(*row["verdicts"]):
-            return f"row {row['doc_id']} is not what its verdicts say"
+            return f"row {row['doc_id']} does not match its verdicts"
     return None
 
 
@@ -354,10 +355,10 @@ def ends_in_words(counts: Mapping[str, int], replies: int, sampling: Mapping[str
     """A sentence each for `cut` and for `unclosed` replies of so many, with the option that helps."""
     found = []
     if cut := counts["cut"]:
-        end = f"and no verdict is read from them: raise it with {longer(sampling)}"
-        found.append(f"{cut} of {replies} replies were cut at their limit of tokens, {end}")
+        end = f"so they give no verdict: raise it with {longer(sampling)}"
+        found.append(f"{cut} of {replies} replies were cut at their token limit, {end}")
     if unclosed := counts["unclosed"]:
-        found.append(f"{unclosed} of {replies} replies ended in thinking that is not closed, and have no verdict")
+        found.append(f"{unclosed} of {replies} replies ended before their thinking was closed, so they give no verdict")
     return found
 
 

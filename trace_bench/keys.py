@@ -68,7 +68,9 @@ def refuse_secrets(settings: Any, what: str) -> None:
         path, value, secret = waiting.pop()
         seen += 1
         if len(path) > 100 or seen > 1_000_000:  # aliases of YAML can make a few bytes endless
-            raise RunError(f"{what} entries are nested more than 100 deep, or are more than a million: write fewer.")
+            raise RunError(
+                f"{what} entries are nested more than 100 deep, or there are more than a million: write fewer."
+            )
         if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
             with suppress(ValueError, RecursionError):
                 waiting.append((path, json.loads(value), secret))
@@ -85,9 +87,8 @@ def refuse_secrets(settings: Any, what: str) -> None:
             continue
         elif secret or (isinstance(value, str) and (_VALUE.search(value) or any(text in value for text in known))):
             raise RunError(
-                f"{what} {' '.join(path)}: this is a secret, or looks like one, and settings are on record for "
-                "everybody to read. Leave it out: the key of an endpoint belongs into OPENAI_API_KEY, that of the hub "
-                "into HF_TOKEN."
+                f"{what} {' '.join(path)} looks like a secret, and settings are written to files that others may read. "
+                "Leave it out: put the key of an endpoint into OPENAI_API_KEY, and that of the hub into HF_TOKEN."
             )
 
 

@@ -45,7 +45,7 @@ class Estimate(NamedTuple):
 def _matrix(R: ArrayLike) -> Matrix:
     array = np.asarray(R, dtype=np.float64)
     if array.ndim < 2 or array.shape[-2] != array.shape[-1] + 1 or array.shape[-1] == 0:
-        raise ValueError(f"R has the shape {array.shape}; it must be (T+1, T): the base model and T stages, T tasks.")
+        raise ValueError(f"R has the shape {array.shape}; use (T+1, T): rows for the base model and T stages, T tasks.")
     return array
 
 
@@ -61,7 +61,7 @@ def _mean_over_tasks(values: Matrix) -> Value:
 def _stage(t: int | None, T: int) -> int:
     t = T if t is None else t
     if not 1 <= t <= T:
-        raise ValueError(f"t={t}: stages are counted from 1 to {T}.")
+        raise ValueError(f"t={t} is not a stage: use a number from 1 to {T}.")
     return t
 
 
@@ -165,7 +165,7 @@ def bootstrap_interval(
     columns = groups[0].shape[1:]
     if any(g.ndim not in (1, 2) or g.shape[1:] != columns for g in groups):
         shapes = ", ".join(str(shape) for shape in sorted({g.shape for g in groups}))
-        raise ValueError(f"Groups of the shapes {shapes}: use (n,) for all, or (n, columns) with the same columns.")
+        raise ValueError(f"The groups have the shapes {shapes}: use (n,) for all, or (n, columns) with equal columns.")
     statistic = statistic or (lambda R: R.mean(axis=-1))
     if any(len(g) < 2 for g in groups):
         unknown = _value(np.asarray(statistic(np.full((1, *columns, len(groups)), np.nan)))[0])
@@ -330,7 +330,7 @@ def net_interval(plus: int, minus: int, n: int, *, level: float = 0.95) -> tuple
     """
     _check_level(level)
     if not (plus >= 0 and minus >= 0 and plus + minus <= n):
-        raise ValueError(f"plus={plus} and minus={minus} of n={n}: use counts from 0 that are no more than n together.")
+        raise ValueError(f"plus={plus} and minus={minus} of n={n}: use counts of at least 0 whose sum is at most n.")
     if n == 0:
         return np.nan, np.nan
     p, q = (plus + 1) / (n + 2), (minus + 1) / (n + 2)

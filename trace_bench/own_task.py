@@ -58,7 +58,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         DataError: if its format is not known, or it cannot be read.
     """
     if file.suffix not in FORMATS:
-        raise DataError(f"{file}: rows are read from {', '.join(FORMATS)}.")
+        raise DataError(f"{file} has no known format: use a file of {', '.join(FORMATS)}.")
     if not file.is_file():
         raise DataError(f"There is no file {file}.")
     try:
@@ -69,11 +69,11 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise DataError(f"{file} has no rows.")
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{file}, row {number} is {str(row)[:40]!r}. A row has to have named columns.")
+            raise DataError(f"{file}, row {number} is {str(row)[:40]!r}. Each row needs named columns.")
         try:
             json.dumps(row, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:
-            half = f"{file}, row {number} holds half of a surrogate pair, which no text has. Remove it."
+            half = f"{file}, row {number} has half of a surrogate pair, which is not valid text. Remove it."
             raise DataError(half) from None
     return [_with_messages(row) for row in rows]
 
@@ -127,12 +127,11 @@ def recognise(columns: Collection[str]) -> tuple[str, str, str]:
     prompt = next((c for c in PROMPTS if c in columns), None)
     answer = next((c for c in ANSWERS if c in columns and c != prompt), None)
     if prompt is None or answer is None:
-        commas = " A .csv has commas between its columns." if re.search("[;\t]", "".join(columns)) else ""
+        commas = " In a .csv, separate columns with commas." if re.search("[;\t]", "".join(columns)) else ""
         raise DataError(
-            f"The columns are {', '.join(columns)}. Known are messages or conversations; instruction with output or "
-            "response; or one of "
-            f"{', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}. Rename yours, or write the YAML by hand "
-            "(trace_tasks/README.md has an example)." + commas
+            f"No prompt and answer in the columns {', '.join(columns)}. Rename them to messages or conversations; to "
+            f"instruction with output or response; or to one of {', '.join(PROMPTS)} with one of {', '.join(ANSWERS)}. "
+            "Or write the YAML by hand (trace_tasks/README.md has an example)." + commas
         )
     return "{{" + prompt + "}}\n", answer, f"{prompt} and {answer}"
 
@@ -155,7 +154,7 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
     target, *files = (file.parent / f"{name}{end}" for end in (".yaml", "-train.parquet", "-test.parquet"))
     for path in (target, *files):
         if path.exists():
-            raise DataError(f"{path} is there already. Remove it to make it again, or give another --name.")
+            raise DataError(f"{path} already exists. Remove it to make it again, or give a different --name.")
     rows, tested = read_rows(file), read_rows(test) if test is not None else []
     prompt, answer, why = recognise(rows[0].keys())
     known = dict.fromkeys((*PROMPTS, "instruction", *CONTEXTS))
@@ -164,7 +163,7 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
     parts = ((file, rows), (test or file, tested))
     made = [_texts(f, i, row, columns, answer, unused) for f, part in parts for i, row in enumerate(part)]
     if len(made) < 2:
-        raise DataError(f"{file} has one row: --test names the test rows.")
+        raise DataError(f"{file} has only one row. Add rows, or name a file of test rows with --test.")
     kept = len(tested) or max(1, len(rows) // 5)
     answers = [row["answer"] for row in made]
     # No token has less than a byte, and EOS is one more.
@@ -188,8 +187,8 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
         for path in (target, *files):
             path.unlink(missing_ok=True)
         raise
-    left = f"The prompt has nothing of the columns {', '.join(unused)}, which are kept.\n" if unused else ""
-    cut = f"The longest answer has {longest - 1} bytes, and max_gen_toks is {MOST_TOKENS}: look at it.\n"
+    left = f"The prompt does not use the columns {', '.join(unused)}; the task keeps them.\n" if unused else ""
+    cut = f"max_gen_toks is {MOST_TOKENS}, and the longest answer has {longest - 1} bytes: check that it fits.\n"
     return (
         f"{target} is a task of {len(made)} rows ({why}), in {files[0].name} and {files[1].name}.\n\n{shown}\n"
         f"{left}{cut if longest > MOST_TOKENS else ''}"
@@ -202,9 +201,9 @@ def make_task(file: Path, test: Path | None = None, name: str | None = None) -> 
 def _name(file: Path, name: str | None) -> str:
     name = name or re.sub(r"\W+", "_", file.stem).strip("_")
     if not re.fullmatch(r"[A-Za-z]\w*", name):
-        raise DataError(f"{name!r} cannot be the name of a task: use letters, digits and '_' (--name).")
+        raise DataError(f"{name!r} cannot be the name of a task: give a --name of letters, digits and '_'.")
     if name in TAKEN:
-        raise DataError(f"{name} is the name of something else in --tasks. Give the task another: --name my_{name}.")
+        raise DataError(f"{name} already has a meaning in --tasks. Give the task a different name: --name my_{name}.")
     return name
 
 
@@ -226,16 +225,17 @@ def _texts(
     if not columns:
         messages = row.get("messages")
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise DataError(f"{file}, row {number}: its messages are no list of messages.")
+            raise DataError(f"{file}, row {number}: messages is not a list of messages. Correct it, or remove the row.")
         found = [_message(message) for message in messages]
         if any(None in m.values() for m in found):
             raise DataError(
-                f"{file}, row {number}: a message has no role or no content that is a text (calls of tools and images "
-                "are none). Give it one, or remove the row."
+                f"{file}, row {number}: a message has no role, or its content is not text (tool calls and images are "
+                "not supported). Correct it, or remove the row."
             )
         if len(found) < 2 or found[-1]["role"] != "assistant" or not str(found[-1]["content"]).strip():
             raise DataError(
-                f"{file}, row {number}: the last of several messages has to be the assistant's, and not empty."
+                f"{file}, row {number}: there must be at least two messages, and the last one must be a non-empty "
+                "message of the assistant. Correct it, or remove the row."
             )
         return {**others, "messages": found, "answer": found[-1]["content"]}
     texts = {column: _text(row.get(column)) for column in (*columns, answer)}
@@ -295,7 +295,7 @@ def _try(name: str, folder: Path, answers: list[str]) -> str:
         rows = tasks.training_rows(loaded[name])
         for number, (made, answer) in enumerate(zip((a for _, a in rows), answers, strict=True)):
             if made != answer:
-                raise DataError(f"row {number}: lm-eval makes {made!r} of the answer {answer!r}.")
+                raise DataError(f"row {number}: lm-eval turns the answer {answer!r} into {made!r}.")
     finally:
         if before is None:
             del os.environ["TRACE_TASKS"]

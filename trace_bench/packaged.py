@@ -76,7 +76,7 @@ def find(kind: str, name: str, packaged: Mapping[str, Path]) -> Path:
     if name in packaged:
         return packaged[name]
     raise UnknownName(
-        f"There is no {kind} {name}: neither a file, nor one of the package's: {', '.join(packaged)}."
+        f"There is no {kind} {name}: it is not a file, and the package has only {', '.join(packaged)}."
         + suggestion(name, packaged)
     )
 
@@ -119,14 +119,14 @@ def find_method(name: str, folder: Path | None = None) -> Path:
     if not name.endswith(".py"):
         if "." not in name:
             raise UnknownName(
-                f"There is no method {name}: the package has {', '.join(own)}; a method of your own is the path of its "
-                "file (my_method.py) or its module (my_package.my_method)." + suggestion(name, own)
+                f"There is no method {name}: the package has {', '.join(own)}. For a method of your own, give its file "
+                "(my_method.py) or its module (my_package.my_method)." + suggestion(name, own)
             )
         file = _file_of_module(name)
     if not file.is_file():
-        raise UnknownName(f"There is no file {file} of a method.")
+        raise UnknownName(f"There is no file {file}: give the file of a method.")
     if not is_method(file):
-        raise UnknownName(f"{file} runs nothing: end it with {_MAIN} main(MyTrainer, MyConfig).")
+        raise UnknownName(f"{file} does not start a training: end it with {_MAIN} main(MyTrainer, MyConfig).")
     return file
 
 
@@ -138,5 +138,5 @@ def _file_of_module(name: str) -> Path:
     except (ImportError, ValueError):
         spec = None
     if spec is None or not spec.origin:
-        raise UnknownName(f"There is no module {name} of a method; it is looked for in {os.getcwd()} as well.")
+        raise UnknownName(f"There is no module {name}: it is not installed, and not in {os.getcwd()}.")
     return Path(spec.origin)

@@ -62,13 +62,14 @@ def check_origin(run: Run, stage: Stage) -> None:
     here = {"stage": stage.index, "task": stage.task}
     if wrong := _differing(trained, here):
         raise RunError(
-            f"{stage.train_file} says {wrong}, and lies at stage {stage.index} ({stage.task}): it was moved or copied "
-            "from elsewhere. Put each stage back to where it was trained, or delete this file to train the stage again."
+            f"{stage.train_file} was written for {wrong}, but is at stage {stage.index} ({stage.task}): it was moved "
+            "or copied. Put each stage back to where it was trained, or delete this file to train the stage again."
         )
     if trained.get("run", run.identity) not in run.identities:
         raise RunError(
-            f"{stage.train_file} was made with another configuration than {run.path}/manifest.json has (fingerprint "
-            f"{trained['run']}, now {run.identity}). Restore the manifest, or begin a new run in another folder."
+            f"{stage.train_file} was made with a different configuration than that of {run.path}/manifest.json "
+            f"(fingerprint {trained['run']}, now {run.identity}). Restore the manifest, or begin a new run in a new "
+            "folder."
         )
 
 
@@ -89,8 +90,8 @@ def stale(run: Run) -> dict[int, str]:
         if recorded["parent"] != _parent(run, stage) or before.index in found:
             later = " ".join(str(s.train_file) for s in trained if s.index >= stage.index)
             found[stage.index] = (
-                f"stage {before.name} was trained again since, or is not the one that it was trained upon. Delete "
-                f"{later} to train from there on again, or restore the older {before.path}."
+                f"stage {before.name}, which it continues, was trained again or replaced since. To train from there "
+                f"again, delete {later}; or restore the older {before.path}."
             )
     return found
 
@@ -109,7 +110,7 @@ def read_cell(stage: Stage, name: str) -> dict[str, Any]:
     cell = read_json(file)
     if wrong := _differing(cell, {"stage": stage.name, "task": name}):
         raise RunError(
-            f"{file} says {wrong}, and lies at {stage.name}: it was moved, copied from elsewhere, or the stages were "
+            f"{file} was written for {wrong}, but is at {stage.name}: it was moved or copied, or the stages were "
             f"renamed. {_REDO}"
         )
     if problem := _cell_problem(cell, name in JUDGED):
@@ -121,20 +122,20 @@ def _cell_problem(cell: dict[str, Any], judged: bool) -> str | None:
     """Which number of a cell is impossible; None if all are possible. The types were checked when it was read."""
     metrics, scale, n = cell["metrics"], cell.get("scale", {}), cell["n"]
     if cell["headline"] not in metrics:
-        return "it lacks its headline"
+        return "it has no headline score"
     if n < 1 and not cell["settings"].get("given"):  # with given tokens all rows may be too short
-        return f"n={n!r} is no number of rows"
+        return f"n={n!r} is not a number of rows"
     for key in ("n_cut", "n_unfinished"):
         if cell.get(key, 0) > n:
-            return f"{key}={cell[key]!r} of {n} rows"
+            return f"{key}={cell[key]!r} does not fit n={n} rows"
     parts = cell.get("subtasks", {})
     if parts and sum(part.get("n", 0) for part in parts.values()) != n:
-        return f"its {len(parts)} subtasks do not have the {n} rows together"
+        return f"the rows of its {len(parts)} subtasks do not add up to {n}"
     for name, score in metrics.items():
         value, stderr = score["value"], score.get("stderr")
         fraction = scale.get(name, None if judged else 1) == 1  # older cells have no scale
         if value is not None and fraction and not -1e-6 <= value <= 1 + 1e-6:
-            return f"{name} is {value!r}, no fraction of 1"
+            return f"{name} is {value!r}, which is not between 0 and 1"
         if stderr is not None and stderr < 0:
             return f"the standard error of {name} is {stderr!r}"
     return None
@@ -150,14 +151,14 @@ def check_samples(stage: Stage, name: str, ids: Sequence[Any]) -> None:
     if not scored.exists():
         return
     cell = read_cell(stage, name)
-    redo = f"{scored} was made from other samples. Delete both and evaluate again."
+    redo = f"{scored} belongs to other samples. Delete both files and evaluate again."
     if len(ids) != cell["n"]:
-        raise RunError(f"{file} holds {len(ids)} rows, and its score was made from {cell['n']}: {redo}")
+        raise RunError(f"{file} has {len(ids)} rows, but its score has {cell['n']}: {redo}")
     if len(set(ids)) < len(ids):
         twice = next(one for i, one in enumerate(ids) if one in ids[:i])
-        raise RunError(f"{file} holds the row {twice!r} twice: {redo}")
+        raise RunError(f"{file} has the row {twice!r} twice: {redo}")
     if cell.get("samples") not in (None, fingerprint(file)):
-        raise RunError(f"{file} was changed since it was written (its fingerprint differs): {redo}")
+        raise RunError(f"{file} has changed since it was written (its fingerprint differs): {redo}")
 
 
 def check_one_checkpoint(stage: Stage) -> None:
@@ -166,9 +167,9 @@ def check_one_checkpoint(stage: Stage) -> None:
         made = {read_json(file).get("checkpoint") for file in stage.path.glob("eval/*.json")}
         if len(made) > 1:
             raise RunError(
-                f"The cells of stage {stage.name} were made from {len(made)} states of {stage.external}: it was "
-                "changed in between. Evaluate the stage again as before, with the same --general and --judged, "
-                f"which makes the older cells again; or delete {stage.path}/eval and evaluate again."
+                f"{stage.external} changed between evaluations: the cells of stage {stage.name} are from {len(made)} "
+                "different states of it. Run the same `trace-bench evaluate` again, with the same --general and "
+                f"--judged, to renew the older cells; or delete {stage.path}/eval and evaluate again."
             )
 
 
@@ -192,7 +193,7 @@ def read_distance(stage: Stage, name: str) -> dict[str, Any] | None:
         return None
     found = read_json(file)
     if wrong := _differing(found, {"stage": stage.name, "set": name}):
-        raise RunError(f"{file} says {wrong}, and lies at {stage.name}: it was moved or copied. {_REDO}")
+        raise RunError(f"{file} was written for {wrong}, but is at {stage.name}: it was moved or copied. {_REDO}")
     return found
 
 

@@ -68,12 +68,12 @@ def locked(folder: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             holder = (re.match(r"process \d+ on [\w.-]+", file.read(200)) or ["another process"])[0]
             raise InUse(
-                f"{folder} is in use: {holder} began `{what}` there and is not done. Wait for it, or end it: the lock "
-                "ends with its process. Several processes share a run's evaluation with --share.",
+                f"{folder} is in use: {holder} is running `{what}` there. Wait for it, or end it, which frees the "
+                "folder. To evaluate one run with several processes, use --share.",
                 holder,
             ) from None
         except OSError as e:
-            log.warning("%s: no locks on this file system (%s). Start no second process that writes there.", folder, e)
+            log.warning("%s: the file system has no locks (%s). Let only one process write there at a time.", folder, e)
         else:
             if os.fstat(fd).st_nlink == 1:  # a hard link may be any file of the user: do not overwrite it
                 file.truncate(0)
@@ -108,13 +108,13 @@ class JsonObject(dict[str, Any]):
 def _remedy(path: Path) -> str:
     """What to do about a damaged file of a run."""
     if path.name == "manifest.json":
-        return "Restore it, or delete it: the command that began the run writes it again."
+        return "Restore it; or delete it and run the command that began the run, which writes it again."
     if path.parent.name == "samples":
         return "Delete it and its score, and evaluate again."
     if path.parent.name in ("eval", "judge"):
         return f"Delete it and {path.parent.name.replace('eval', 'evaluate')} again."
     if path.name == "train.json":
-        return "Restore it, or delete it and train again: the command that began the run trains this stage again."
+        return "Restore it; or delete it and run the command that began the run, which trains this stage again."
     return "Delete it, and run the command that wrote it again."
 
 
@@ -125,7 +125,7 @@ def read_jsonl(path: Path) -> list[Any]:
         RunError: naming path and line, if the file is gone, or a line is damaged or has the wrong shape.
     """
     if not path.exists():
-        raise RunError(f"{path} is gone. Delete its score and evaluate again, which writes both.")
+        raise RunError(f"{path} is missing. Delete its score and evaluate again, which writes both files.")
     from trace_bench import shapes
 
     try:
@@ -224,13 +224,13 @@ class Stage:
         if self.external is not None or self.index == 0:
             return self.external
         if not self.is_trained:
-            raise RunError(f"Stage {self.name} is not trained: {self.train_file} does not exist.")
+            raise RunError(f"Stage {self.name} is not trained yet: {self.train_file} does not exist.")
         for kind in ("adapter", "model"):
             if (self.path / kind).is_dir():
                 return self.path / kind
         raise RunError(
-            f"The checkpoint of stage {self.name} is gone from {self.path}. With keep=last or keep=evaluated only "
-            "the newest full model stays on the disk; use keep=all to evaluate earlier stages later."
+            f"The checkpoint of stage {self.name} is not in {self.path}. With keep=last or keep=evaluated only the "
+            "newest full model stays on disk; train with keep=all to evaluate earlier stages later."
         )
 
     def fingerprint(self) -> str | None:
@@ -244,8 +244,8 @@ class Stage:
             if len(measured) == 1:
                 return measured.pop()
             raise RunError(
-                f"The checkpoint {self.external} is not there. Say where it is now (--checkpoint NAME=PATH), or take "
-                "it out of the run (--drop NAME)."
+                f"The checkpoint {self.external} does not exist. Give its new place with --checkpoint NAME=PATH, or "
+                "remove it from the run with --drop NAME."
             )
         if not self.below:
             return fingerprint(self.external)
@@ -293,9 +293,9 @@ class Run:
         file = path / "manifest.json"
         if not file.is_file():
             if cls(path, {}).has_results():
-                raise RunError(f"{path} has lost its manifest.json. The command that began the run writes it again.")
+                raise RunError(f"{path} has no manifest.json. The command that began the run writes it again: run it.")
             runs = sorted(str(p.parent) for at in (path, path.parent) for p in at.glob("*/manifest.json")) or ["none"]
-            raise RunError(f"{path} is not a run (no manifest.json). Runs in it or beside it: {', '.join(runs)}.")
+            raise RunError(f"{path} is not a run (no manifest.json). Runs in it or next to it: {', '.join(runs)}.")
         written = read_json(file, dict[str, Any]).get("format")
         if written != FORMAT:  # checked first: other formats may have other shapes
             what = f"{file} has format {written!r}; this program reads {FORMAT}."
@@ -304,8 +304,8 @@ class Run:
         for name in [*manifest["tasks"], *manifest.get("stages", []), *manifest.get("checkpoints", {})]:
             if not is_file_name(name):
                 raise RunError(
-                    f"{file}: {name!r} cannot be the name of a task or stage: it becomes a folder of the run, so it is "
-                    "a text of printable characters without '/' that does not begin with '.'."
+                    f"{file}: {name!r} cannot be the name of a task or stage, since the name becomes a folder. Use "
+                    "printable characters without '/', and do not begin with '.'."
                 )
         return cls(path, manifest)
 
@@ -331,26 +331,26 @@ class Run:
         # Tasks can be added at the end, but not if one stage trains all tasks together.
         goes_on = len(asked) > len(there) and asked[: len(there)] == there and "stages" not in manifest
         if goes_on and not differences(run.manifest, of_tasks(manifest, there)):
-            log.warning("%s gets %s in addition.", path, ", ".join(asked[len(there) :]))
+            log.warning("Adding %s to %s.", ", ".join(asked[len(there) :]), path)
             as_begun = {key: run.manifest[key] for key in ("packages", "commit", "date") if key in run.manifest}
             write_json(file, {**manifest, **as_begun})
             return cls.open(path)
         lines = differences(run.manifest, manifest)
         if lines and restart and not run.has_results():
-            log.warning("%s begins again with another configuration, as no stage is trained yet (then -> now):", path)
+            log.warning("%s gets a new configuration, since no stage is trained yet (before -> now):", path)
             log.warning("%s", "\n".join(lines))
             run.drop_attempts()
             write_json(file, manifest)
             return cls(path, manifest)
         if lines:
             raise RunError(
-                f"{path} holds a run with another configuration (there -> asked for):\n"
+                f"{path} holds a run with a different configuration (in the run -> asked for):\n"
                 + "\n".join(lines)
-                + "\nResume with the old values, or name another folder for this run."
+                + "\nUse the values of the run to continue it, or use a new folder."
             )
         then, now = run.manifest["packages"], manifest["packages"]
         if then != now:
-            log.warning("Resuming with other package versions than the run began with: %s then, %s now.", then, now)
+            log.warning("The package versions have changed since the run began: %s then, %s now.", then, now)
         return run
 
     def _restored(self) -> dict[str, Any]:
@@ -366,14 +366,14 @@ class Run:
             identity = made.get("run")
             if identity not in self.identities or file.relative_to(self.path / "stages").parts[0] not in names:
                 raise RunError(
-                    f"{self.path} has results but no manifest.json, and {file} was not made by this command: its "
-                    f"configuration is {identity or 'not on record'}, the one asked for {self.identity}. Run the "
-                    "command that made it, which restores the manifest; restore it from a copy; or give this run "
-                    "another folder."
+                    f"{self.path} has results but no manifest.json, and {file} was made with a different command: its "
+                    f"configuration is {identity or 'not on record'}, yours is {self.identity}. Run the command that "
+                    "made it, which restores the manifest; restore the manifest from a copy; or use a new folder for "
+                    "this run."
                 )
             date = made.get("date") or date
         if date != self.manifest.get("date"):
-            log.warning("%s: the manifest was lost and is restored: the run began on %s.", self.path, date)
+            log.warning("%s: restored the missing manifest.json; the run began on %s.", self.path, date)
         return {**self.manifest, **({"date": date} if date else {})}
 
     @cached_property
@@ -399,7 +399,7 @@ class Run:
         """Removes what unfinished trainings left, including checkpoints within a stage."""
         for attempt in self.path.glob("stages/*/.trainer"):
             if steps := len(list(attempt.glob("checkpoint-*"))):
-                said = "%s: %d checkpoint(s) within the stage are of the old configuration and are removed."
+                said = "%s: removed %d checkpoint(s) within the stage, which have the old configuration."
                 log.warning(said, attempt, steps)
         for kind in (".trainer", "adapter", "model", "method_state"):
             for leftover in self.path.glob(f"stages/*/{kind}"):

@@ -29,7 +29,7 @@ def status(run: Run) -> str:
     if untrained and (trained or running):
         spent, fraction = (running["seconds"], running["step"] / running["steps"]) if running else (0.0, 0.0)
         left = seconds_left(trained, len(stages) - 1, spent, fraction)
-        lines.append(f"left to train: {untrained} of {len(stages) - 1} stages, {duration(left)} at the pace so far")
+        lines.append(f"left to train: {untrained} of {len(stages) - 1} stages, {duration(left)} at the speed so far")
     return "\n".join(lines)
 
 
@@ -47,7 +47,7 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
     wanted = run.seen_tasks(stage, run.manifest["config"].get("cells", "seen"))
     done = sum(stage.eval_file(task).exists() for task in wanted)
     if wanted:
-        yield f"evaluated {done} of {len(wanted)} tasks" + " (at work)" * bool(in_use(stage.path, "evaluate"))
+        yield f"evaluated {done} of {len(wanted)} tasks" + " (running)" * bool(in_use(stage.path, "evaluate"))
     suites = sum(stage.eval_file(name).exists() for name in SUITES)
     answered = sum(stage.eval_file(name).exists() for name in JUDGED)
     judged = len(list((stage.path / "judge").glob("*.json")))
@@ -56,7 +56,7 @@ def _parts(run: Run, stage: Stage) -> Iterator[str]:
     if suites:
         yield f"{suites} general suites"
     if answered:
-        yield f"{judged} of {answered} sets judged"
+        yield f"judged {judged} of {answered} sets"
 
 
 def progress_of(stage: Stage) -> Any:

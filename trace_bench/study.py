@@ -64,7 +64,7 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
         raise StudyError(f"{file} is not YAML: {e}") from e
     if not isinstance(study, dict) or study.keys() != {"config", "runs"}:
         found = sorted(map(str, study)) if isinstance(study, dict) else type(study).__name__
-        raise StudyError(f"{file}: a study has the keys config and runs, and no others; found {found}.")
+        raise StudyError(f"{file}: found {found}; a study has the keys config and runs, and no others.")
     refuse_secrets(study, f"{file},")  # they would be shown as arguments of commands
     config = _at(scale, study["config"], f"{file}, config")
     beside = file.parent / str(config)
@@ -79,9 +79,9 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
     for name, options in _each(runs, scale, f"{file}, runs"):
         where = f"{file}, runs, {name}"
         if name in commands:
-            raise StudyError(f"{where}: two runs have this name.")
+            raise StudyError(f"{where}: two runs have this name. Rename one.")
         if not re.fullmatch(r"\w[\w.-]*", name):
-            raise StudyError(f"{where}: the name becomes a folder; use letters, digits, '_', '-' and '.'.")
+            raise StudyError(f"{where}: the name becomes a folder, so use only letters, digits, '_', '-' and '.'.")
         if not isinstance(options, dict) or not isinstance(method := options.pop("method", None), str):
             raise StudyError(
                 f"{where}: found {options!r:.60}; a run is {{method: NAME or FILE.py, OPTION: VALUE, ...}}."
@@ -94,11 +94,13 @@ def read_study(file: str | Path, full: bool = False) -> dict[str, tuple[str, lis
             method = str(source)
         for key in options:
             if key in ("config", "output_dir") or not re.fullmatch(r"[a-z]\w*", str(key)):
-                raise StudyError(f"{where}: {key!r} is not allowed; use method and options of it, without '--'.")
+                raise StudyError(
+                    f"{where}: {key!r} is not allowed; use method and the options of the method, without '--'."
+                )
         arguments = [word for key, value in options.items() for word in option_words(key, value)]
         commands[name] = method, ["--config", os.path.normpath(path), *arguments]
     if not commands:
-        raise StudyError(f"{file}: there is no run at the {scale} scale.")
+        raise StudyError(f"{file}: no run has settings for the {scale} scale.")
     return commands
 
 
@@ -125,8 +127,8 @@ def _choices(key: str, value: dict[str, Any], scale: str, where: str) -> list[tu
     of_words = isinstance(values, list) and all(isinstance(v, str | int | float) for v in values)
     if value.keys() != {"each"} or not (of_words or isinstance(values, dict)) or not values:
         raise StudyError(
-            f"{where}: found {value!r:.60}; each takes a list of words or numbers, or a mapping of names to values, "
-            "and nothing stands beside it."
+            f"{where}: found {value!r:.60}; under each use a list of words or numbers, or a mapping of names to "
+            "values, and no other key next to each."
         )
     if isinstance(values, dict):
         return [(str(part), key, v) for part, v in values.items()]
@@ -138,7 +140,7 @@ def _at(scale: str, value: Any, where: str) -> Any:
     if not isinstance(value, dict) or not value.keys() & {"small", "full"}:
         return value
     if value.keys() != {"small", "full"}:
-        raise StudyError(f"{where}: found {sorted(map(str, value))}; give both small and full (null: left out).")
+        raise StudyError(f"{where}: found {sorted(map(str, value))}; give both small and full (null leaves it out).")
     return _at(scale, value[scale], where)
 
 
@@ -172,7 +174,7 @@ def run_study(
     try:
         start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench"]
     except ValueError as e:
-        raise StudyError(f"--launch {launch}: this is no command of a shell ({e}).") from e
+        raise StudyError(f"--launch {launch}: a shell cannot read this command ({e}).") from e
     # A folder trainers/ or judges/ that the study is started in does not hide ours.
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     failed: dict[str, str] = {}
@@ -194,7 +196,7 @@ def run_study(
             print(f"--- {name}: {step}", flush=True)
             code = run_child(command, environment)
             if code:
-                failed[name] = f"its {step} ended with exit code {code}"
+                failed[name] = f"{step} ended with exit code {code}"
                 break
     if not dry_run:
         question = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
@@ -211,7 +213,9 @@ def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]], environm
     command = [sys.executable, "-m", "trainers.commands.options"]
     answer = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=environment)
     if answer.returncode:
-        raise StudyError(f"The options of the runs could not be checked, see above (exit code {answer.returncode}).")
+        raise StudyError(
+            f"Could not check the options of the runs (exit code {answer.returncode}): see the error above."
+        )
     if refused := json.loads(answer.stdout):
         raise StudyError("\n".join(f"{file}, runs, {name}: {why}" for name, why in refused.items()))
 
@@ -224,8 +228,8 @@ def _chosen(file: str | Path, runs: Collection[str], only: Collection[str]) -> C
     chosen = {name for word, found in named.items() for name in found or [numbers.get(word, word)]}
     if unknown := sorted(chosen - set(runs)):
         raise StudyError(
-            f"--only {' '.join(unknown)}: the runs of {file} are {', '.join(runs)}, or their numbers 1 to {len(runs)}."
-            + "".join(suggestion(name, runs) for name in unknown)
+            f"--only {' '.join(unknown)}: no such run. Use {', '.join(runs)}, or their numbers 1 to {len(runs)} in "
+            f"{file}." + "".join(suggestion(name, runs) for name in unknown)
         )
     return chosen or runs
 

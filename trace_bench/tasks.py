@@ -59,7 +59,7 @@ def _more_tasks() -> list[Path]:
     folders = [Path(f).expanduser().absolute() for f in os.environ.get("TRACE_TASKS", "").split(os.pathsep) if f]
     for folder in folders:
         if not any(folder.rglob("*.yaml")):
-            raise DataError(f"TRACE_TASKS={os.environ['TRACE_TASKS']}: {folder} is no folder with task YAMLs.")
+            raise DataError(f"TRACE_TASKS={os.environ['TRACE_TASKS']}: {folder} is not a folder with task YAMLs.")
     return folders
 
 
@@ -88,12 +88,12 @@ def load_tasks(names: Sequence[str]) -> dict[str, Task]:
             if isinstance(e, OSError) and e.errno not in (None, errno.ENOENT):
                 raise  # a full disk and the like
             raise DataError(
-                f"The task {name} cannot be made ({type(e).__name__}: {e}). Is its data there, with at least one test "
-                "row, and with the splits and columns that its YAML names?"
+                f"The task {name} cannot be loaded ({type(e).__name__}: {e}). Check that its data is there, has at "
+                "least one test row, and has the splits and columns that its YAML names."
             ) from e
     groups = [name for name in names if name not in loaded]
     if groups:
-        raise DataError(f"{', '.join(groups)}: a group of tasks cannot be one column. Name the tasks themselves.")
+        raise DataError(f"{', '.join(groups)}: a group of tasks cannot be a column. Name its tasks instead.")
     return {name: loaded[name] for name in names}
 
 
@@ -171,9 +171,9 @@ def _check_sentences() -> None:
         nltk.data.find("tokenizers/punkt_tab")
     except LookupError as e:
         raise DataError(
-            "general_ifeval counts sentences with nltk's punkt_tab, which is not here, and lm-eval could not download "
-            "it. Where there is a network: python -m nltk.downloader punkt_tab; then copy the folder nltk_data here, "
-            "to the home directory or to where NLTK_DATA points."
+            "general_ifeval counts sentences with nltk's punkt_tab, which is missing, and lm-eval could not download "
+            "it. On a machine with network access: python -m nltk.downloader punkt_tab. Then copy the folder nltk_data "
+            "from there into the home directory here, or into the folder that NLTK_DATA names."
         ) from e
 
 
@@ -186,32 +186,34 @@ def check_stages(tasks: dict[str, Task]) -> None:
     for name, task in tasks.items():
         if task.OUTPUT_TYPE != "generate_until":
             raise DataError(
-                f"{name} is a task of type {task.OUTPUT_TYPE}: a column of the matrix has to be generated "
-                "(output_type: generate_until), since it is trained on as text."
+                f"{name} has output_type {task.OUTPUT_TYPE}: a column of the matrix needs generated answers, since "
+                "they are trained as text. Set output_type: generate_until."
             )
         if task.multiple_input:
-            raise DataError(f"{name} has several inputs a row (its doc_to_text is an index), so it has no one prompt.")
+            raise DataError(
+                f"{name} has several prompts for each row (doc_to_text is an index), but a task needs one prompt."
+            )
         metric = next(iter(task.aggregation()))
         if task.higher_is_better().get(metric) is None:
             raise DataError(
-                f"{name}: nobody says whether more or less {metric} is better, so forgetting could not be told from "
-                "learning. Write higher_is_better: true or false behind it in the metric_list of the task."
+                f"{name} does not say if higher {metric} is better, so forgetting would look the same as learning. Add "
+                "higher_is_better: true or false to the metric in the metric_list of the task."
             )
         if task.config.process_results is not None:
             continue  # its own function scores it, so its targets may be anything
         if task.multiple_target and (graded := [m for m in task.aggregation() if m != "exact_match"]):
             raise DataError(
-                f"{name} has several valid answers a row, and of {graded[0]} lm-eval makes 1 wherever the score with "
-                "one of them is not 0. Use exact_match alone, or score the task by a function of your own "
-                "(process_results in its YAML)."
+                f"{name}: some rows have several valid answers, and then lm-eval turns every score of {graded[0]} "
+                "above 0 into 1. Use only exact_match, or score the task with a function of your own (process_results "
+                "in its YAML)."
             )
         for i, doc in enumerate(task.eval_docs):
             target = task.doc_to_target(doc)
             if isinstance(target, list) != bool(task.multiple_target):
-                here, first = ("list", "no list") if isinstance(target, list) else ("text", "a list")
+                here, first = ("is a list", "is not") if isinstance(target, list) else ("is text", "is a list")
                 raise DataError(
-                    f"{name}, test row {i}: the target {target!r:.80} is a {here}, and that of row 0 is {first}, so "
-                    f"lm-eval would compare answers with the characters of it. {_BRACKETS}"
+                    f"{name}, test row {i}: the target {target!r:.80} {here}, but that of row 0 {first}, so "
+                    f"lm-eval would compare answers with its characters. {_BRACKETS}"
                 )
             if task.config.doc_to_choice is not None:
                 try:
@@ -222,8 +224,8 @@ def check_stages(tasks: dict[str, Task]) -> None:
 
 #: lm-eval reads the text that a template of a target gives as a list where it stands in brackets.
 _BRACKETS = (
-    "Where an answer is a text in brackets, name its column (doc_to_target: answer) instead of a template "
-    "('{{answer}}'), whose text lm-eval reads as a list."
+    "If the answer is a text in brackets, give its column (doc_to_target: answer) and not a template "
+    "('{{answer}}'), because lm-eval reads the template's text as a list."
 )
 
 
@@ -239,17 +241,19 @@ def target_text(task: Task, doc: dict[str, Any]) -> str:
     if task.config.doc_to_choice is not None and not (task.config.process_results and isinstance(target, str)):
         choices = task.doc_to_choice(doc)
         if not isinstance(target, int) or not 0 <= target < len(choices):
-            raise ValueError(f"the target {target!r:.80} is no index of the {len(choices)} choices of doc_to_choice.")
+            raise ValueError(
+                f"the target {target!r:.80} is not an index of the {len(choices)} choices of doc_to_choice."
+            )
         target = choices[target]
     elif isinstance(target, list):
         texts = [text for text in target if isinstance(text, str) and text.strip()]
         if not texts:
-            raise ValueError(f"the target {target!r:.80} is a list without a text. {_BRACKETS}")
+            raise ValueError(f"the target {target!r:.80} is a list without text. {_BRACKETS}")
         target = texts[0]
     elif isinstance(target, int | float) and target == target:
         target = str(target)  # as lm-eval does before it compares
     if not isinstance(target, str):
-        raise ValueError(f"the target {target!r:.80} is {type(target).__name__}, not a text.")
+        raise ValueError(f"the target {target!r:.80} is of type {type(target).__name__}, not text.")
     return target
 
 
@@ -274,7 +278,7 @@ def training_rows(
         split = task.config.training_split
         raise DataError(
             f"The task {name} has no training split, so it cannot be a stage"
-            + (f": its data lacks the split {split!r} that its training_split names." if split else ".")
+            + (f": its data has no split {split!r}, which its YAML names as training_split." if split else ".")
         )
     rows: list[tuple[str, str]] = []
     for i, doc in enumerate(islice(docs, limit)):
@@ -293,7 +297,7 @@ def training_rows(
         raise DataError(f"The task {name} has no training rows, so it cannot be a stage.")
     if task.multiple_target:
         log.warning(
-            "%s has several valid answers a row. The first is trained, as lm-eval's few-shot prompts have it.", name
+            "%s: some rows have several valid answers. Training uses the first, as lm-eval's few-shot prompts do.", name
         )
     return rows
 
@@ -329,7 +333,7 @@ def answer_scores(task: Task, answers: Sequence[tuple[int, str]]) -> list[float]
             score = float(found[metric])
         except (TypeError, ValueError):
             raise DataError(
-                f"{task.task_name}: {metric} is a score of all rows together and has none for a single answer."
+                f"{task.task_name}: {metric} scores all rows together, so a single answer has no score."
             ) from None
         scores.append(score if task.higher_is_better()[metric] else -score)
     return scores
@@ -356,7 +360,9 @@ def data_record(data: Data, tasks: dict[str, Task]) -> dict[str, Any]:
     if tasks.keys() & CL_BENCHMARK.keys():
         root = find_cl_benchmark()
         if data.root and data.demo != is_demo(root):
-            raise DataError(f"{data.root} and {root}: the rows of one are demo data, those of the other are not.")
+            raise DataError(
+                f"{data.root} and {root}: only one of them is demo data. Use demo data for both, or for none."
+            )
         record |= {"cl_benchmark": str(root), "demo": is_demo(root)}
     return record | ({"own_tasks": folders} if own and folders else {}) | {"fingerprint": record["fingerprint"] | own}
 
@@ -378,10 +384,12 @@ def use_own_tasks(run: Run) -> None:
         return
     for folder in map(Path, folders.split(os.pathsep)):
         if not folder.is_dir():
-            raise DataError(f"The run has tasks of {folder}, which is not there: TRACE_TASKS names where they are now.")
+            raise DataError(
+                f"The run has tasks of the folder {folder}, which is missing: set TRACE_TASKS to its new place."
+            )
         if not folder.is_absolute() or folder.resolve().is_relative_to(run.path.resolve()):
             raise DataError(
-                f"{run.path} brings its tasks along in {folder}, and a task may run code. If you trust whoever made "
-                f"it, say so: TRACE_TASKS={word(folder)}"
+                f"{run.path} contains its own tasks in {folder}, and a task can run code. If you trust its author, "
+                f"set TRACE_TASKS={word(folder)} and run the command again."
             )
     os.environ["TRACE_TASKS"] = folders

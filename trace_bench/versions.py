@@ -53,7 +53,7 @@ def check() -> None:
     if wrong:
         quoted = " ".join(f"'{name}'" for name in wrong)
         raise VersionError(
-            f"{', '.join(wrong.values())}; trace-bench {version('trace-bench')} works with {', '.join(wrong)}: pip "
+            f"{', '.join(wrong.values())}; trace-bench {version('trace-bench')} needs {', '.join(wrong)}: pip "
             f"install {quoted}"
         )
 

@@ -29,5 +29,5 @@ def others_wait() -> Iterator[None]:
         try:
             dist.barrier(group)
         except RuntimeError as e:
-            raise RunError("Another process of this training has ended, see its message.") from e
+            raise RunError("Another process of this training failed: see its error message.") from e
         dist.destroy_process_group(group)

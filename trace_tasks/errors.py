@@ -52,11 +52,11 @@ def advice(error: BaseException, memory: str) -> str | None:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or re.search(
         r"\(os error (28|122|27)\)|PytorchStreamWriter failed|inline_container.*(file write|unexpected pos)", text
     ):
-        return f"{text}. The disk or the quota is full. What is done is kept: make room and run the command again."
+        return f"{text}. The disk or the quota is full. Finished work is kept: make room and run the command again."
     if number in (errno.EACCES, errno.EPERM, errno.EROFS) or re.search(r"\(os error (1|13|30)\)", text):
-        return f"{text}. What is done is kept: get the right to it (make the folder writable), or copy it."
+        return f"{text}. Finished work is kept. Make the file or folder accessible (writable), or copy it."
     if isinstance(error, MemoryError) or re.search(
         r"out of memory|can't allocate memory|not enough memory", text, re.I
     ):
-        return f"Not enough memory: {text}. What is done is kept. {memory}"
+        return f"Not enough memory: {text}. Finished work is kept. {memory}"
     return None

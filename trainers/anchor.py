@@ -37,15 +37,15 @@ class AnchorConfig(CLConfig):
     """As CLConfig, and the anchor."""
 
     anchor_lambda: float = option(0.1, "Weight of the divergence from the reference; 0 = no reference.", least=0)
-    anchor_weight: str = option(
-        "probability", "What a token's cross entropy is multiplied by.", choices=["probability", "one"]
+    anchor_weight: str = option("probability", "Factor on a token's cross entropy.", choices=["probability", "one"])
+    anchor_reference: str = option(
+        "base", "The reference model: the base model, or the stage before.", choices=["base", "previous"]
     )
-    anchor_reference: str = option("base", "The model that holds the trained one.", choices=["base", "previous"])
 
     def __post_init__(self) -> None:
         """Refuses losses of TRL's that this one replaces."""
         super().__post_init__()
-        refuse_losses(self, "has no effect on the loss of anchor's own: use ")
+        refuse_losses(self, "has no effect, since anchor has its own loss. Use ")
 
 
 class AnchorTrainer(CLTrainer):

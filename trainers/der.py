@@ -44,12 +44,12 @@ KEPT = "kept_row"
 class DERConfig(CLConfig):
     """As CLConfig, and how replayed rows are trained."""
 
-    replay_ratio: float = option(0.1, "Share of each earlier task's rows that is replayed.", above=0, most=1)
+    replay_ratio: float = option(0.1, "Share of each earlier task's rows to replay.", above=0, most=1)
     replay_choice: str = option("random", "Which rows are replayed: first, random or balanced.", choices=CHOICES)
     der_lambda: float = option(
-        0.5, "Weight of the loss of replayed rows; the rest is that of the distillation.", least=0, most=1
+        0.5, "Weight of the loss of replayed rows; the rest is the weight of the distillation.", least=0, most=1
     )
-    der_top: int = option(64, "Tokens whose probabilities are kept at each answer position.", least=1)
+    der_top: int = option(64, "Number of tokens whose probabilities are kept at each answer position.", least=1)
 
 
 class DERTrainer(CLTrainer):
@@ -65,7 +65,7 @@ class DERTrainer(CLTrainer):
     def prepare(cls, config: DERConfig, model_args: Any) -> dict[str, Any]:
         """Refuses shards, and losses other than the cross entropy that it computes."""
         refuse_shards(config, "der needs whole weights for what it keeps", "with LoRA if memory is short")
-        refuse_losses(config, "is not the cross entropy that der computes: use ")
+        refuse_losses(config, "is not the cross entropy that der computes. Use ")
         return {}
 
     def remembered(self, task: str) -> Dataset:

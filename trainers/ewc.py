@@ -46,9 +46,9 @@ class EWCConfig(CLConfig):
     """CLConfig with the strength of the penalty."""
 
     ewc_lambda: float = option(400.0, "Weight of the penalty.", least=0)
-    ewc_online: bool = option(True, "One anchor and a running Fisher, rather than one of each per task.")
-    ewc_gamma: float = option(1.0, "How much of the running Fisher is kept at each stage (online).", least=0, most=1)
-    ewc_rows: int = option(256, "Training rows for the Fisher information.", least=1)
+    ewc_online: bool = option(True, "Keep one anchor and one running Fisher, not one of each per task.")
+    ewc_gamma: float = option(1.0, "Share of the running Fisher to keep at each stage (online).", least=0, most=1)
+    ewc_rows: int = option(256, "Number of training rows for the Fisher information.", least=1)
     ewc_fisher: str = option(
         "empirical",
         "Labels of the Fisher information: the data's, or sampled from the model.",

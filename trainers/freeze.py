@@ -43,8 +43,8 @@ from trainers.base import (
 class FreezeConfig(CLConfig):
     """As CLConfig, and what is frozen."""
 
-    freeze_layers: int = option(3, "The lowest blocks that are frozen; 0 = the embeddings alone.", least=0)
-    freeze_from: int = option(2, "The first stage that is trained with them frozen.", least=1)
+    freeze_layers: int = option(3, "Number of lowest blocks to freeze; 0 = only the embeddings.", least=0)
+    freeze_from: int = option(2, "The first stage in which they are frozen.", least=1)
 
 
 class FreezeTrainer(CLTrainer):
@@ -59,8 +59,8 @@ class FreezeTrainer(CLTrainer):
         blocks = model.get_text_config(decoder=True).num_hidden_layers
         if config.freeze_layers >= blocks:
             raise ConfigError(
-                f"freeze_layers={config.freeze_layers}, and the model has {blocks} blocks: use at most {blocks - 1}, "
-                "so that at least one of them is trained."
+                f"freeze_layers={config.freeze_layers}, but the model has {blocks} blocks. Use at most {blocks - 1}, "
+                "so that at least one block is trained."
             )
         if model_args.use_peft and config.freeze_from <= len(config.stages):
             adapted = empty_adapted(config, model_args)
@@ -68,9 +68,9 @@ class FreezeTrainer(CLTrainer):
                 freeze(adapted, config.freeze_layers)
                 if not any(parameter.requires_grad for parameter in adapted.parameters()):
                     raise ConfigError(
-                        f"freeze_layers={config.freeze_layers}: the adapter is in these blocks or embeddings alone, "
-                        f"and stage {config.freeze_from} would train nothing. Freeze fewer, or let "
-                        "lora_target_modules name layers above them."
+                        f"freeze_layers={config.freeze_layers}: the whole adapter is in these blocks or the "
+                        f"embeddings, so stage {config.freeze_from} would train nothing. Freeze fewer blocks, or name "
+                        "layers above them in lora_target_modules."
                     )
         return {}
 

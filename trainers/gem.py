@@ -35,7 +35,7 @@ class GEMConfig(MemoryConfig):
     """As MemoryConfig, and the margin."""
 
     gem_margin: float = option(
-        0.5, "Least weight of each memory in a projected step; 0 = the nearest gradient that is allowed.", least=0
+        0.5, "Smallest weight of each memory in a projected step; 0 = the nearest allowed gradient.", least=0
     )
 
 

@@ -14,23 +14,23 @@ FOLDER = Path(__file__).parent
 BASE = FOLDER / "base" / "config.py"
 #: Of the options that HF's and TRL's configs have those that most runs set.
 USUAL = {
-    "config": "A YAML file of any of these options; the command line wins over it.",
-    "like": "A run whose settings are taken, as far as this method has them; options behind it win.",
-    "output_dir": "The run directory. The same command again goes on where the run stopped.",
+    "config": "A YAML file of these options, or a name. Options on the command line override it.",
+    "like": "A run to copy settings from, if this method has them. Options after it override them.",
+    "output_dir": "The run directory. Run the same command again to continue.",
     "model_name_or_path": "The base model: a hub id, a local folder, or SmolLM2-135M-Instruct.",
     "model_revision": "Branch, tag or commit of a model on the hub.",
     "use_peft": "Train a LoRA adapter, not all parameters.",
     "lora_r": "Rank of the adapter.",
-    "lora_alpha": "Its product is scaled by lora_alpha / lora_r.",
-    "lora_target_modules": "The layers that get one.",
-    "learning_rate": "Of every stage.",
-    "num_train_epochs": "Of every stage, unless epochs says each one's.",
+    "lora_alpha": "Scale of the adapter: its product is multiplied by lora_alpha / lora_r.",
+    "lora_target_modules": "The layers that get an adapter.",
+    "learning_rate": "Learning rate of every stage.",
+    "num_train_epochs": "Epochs of every stage, unless epochs sets them for each task.",
     "per_device_train_batch_size": "Rows of a batch, on each process.",
     "gradient_accumulation_steps": "Batches of an optimizer step.",
     "bf16": "Compute in bfloat16.",
-    "gradient_checkpointing": "Compute activations twice to keep fewer of them.",
+    "gradient_checkpointing": "Compute activations twice, to save memory.",
     "save_steps": "Steps between two checkpoints, with save_strategy steps.",
-    "seed": "Of whatever is drawn.",
+    "seed": "Seed of all random numbers.",
 }
 
 
@@ -91,7 +91,7 @@ def show(file: Path, program: str) -> bool:
         prog=program,
         usage="%(prog)s --config FILE.yaml [--OPTION VALUE ...]",
         description=ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))),
-        epilog="All others of TRL's SFTConfig and ModelConfig: --help_all",
+        epilog="For all options of TRL's SFTConfig and ModelConfig: --help_all",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32),
         add_help=False,
     )
@@ -103,7 +103,7 @@ def show(file: Path, program: str) -> bool:
         if name not in seen:  # a method's own default stands before the one that it inherits
             groups[source].add_argument(f"--{name}", metavar="", help=text.replace("%", "%%"))
             seen.add(name)
-    usual = parser.add_argument_group("usual ones of HF and TRL")
+    usual = parser.add_argument_group("the usual options of HF and TRL")
     for name, text in USUAL.items():
         if name not in seen:
             usual.add_argument(f"--{name}", metavar="", help=text)

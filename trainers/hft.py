@@ -41,7 +41,7 @@ class HFTTrainer(CLTrainer):
         """Refuses LoRA."""
         if model_args.use_peft:
             raise ConfigError(
-                "use_peft=true: HFT trains half of the model's own matrices, in the place of LoRA; set use_peft=false."
+                "use_peft=true: HFT trains half of the model's own matrices instead of LoRA. Set use_peft=false."
             )
         return {}
 

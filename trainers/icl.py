@@ -33,9 +33,9 @@ log = logging.getLogger(__name__)
 class ICLConfig(CLConfig):
     """CLConfig; only its options for the evaluation are used."""
 
-    num_fewshot: int = option(6, "Demonstrations in each prompt; 0 = the base model alone.", least=0)
+    num_fewshot: int = option(6, "Number of demonstrations in each prompt; 0 = none.", least=0)
     icl_prompt_length: int = option(
-        3584, "Tokens of a prompt with demonstrations, instead of max_prompt_length; cut on the left.", least=1
+        3584, "Most tokens of a prompt with demonstrations, instead of max_prompt_length.", least=1
     )
 
     @property
@@ -60,13 +60,13 @@ class ICLTrainer(CLTrainer):
         room = context - answer
         if room < 1:
             raise ConfigError(
-                f"{answer} tokens of an answer fill the model's context of {context}: lower max_new_tokens."
+                f"An answer of {answer} tokens fills the model's context of {context}. Lower max_new_tokens."
             )
         config.max_prompt_length = min(config.icl_prompt_length, room)
         if room < config.icl_prompt_length:
             log.warning(
-                "Prompts with demonstrations have up to %d tokens, not %d: with %d tokens of an answer the model's "
-                "context of %d has no room for more.",
+                "Prompts with demonstrations have at most %d tokens, not %d: an answer needs %d tokens of the model's "
+                "context of %d.",
                 *(room, config.icl_prompt_length, answer, context),
             )
         engine, needed = config.engine_args or {}, config.max_prompt_length + answer
@@ -75,7 +75,7 @@ class ICLTrainer(CLTrainer):
             given = engine.get(name)
             if given and given < needed:
                 log.warning(
-                    "engine_args %s=%d becomes %d, which prompts with demonstrations need. To keep it give "
+                    "engine_args %s=%d is raised to %d, which prompts with demonstrations need. To keep it, use "
                     "--icl_prompt_length %d.",
                     *(name, given, needed, max(given - answer, 1)),
                 )

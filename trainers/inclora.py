@@ -40,12 +40,14 @@ class IncLoRATrainer(CLTrainer):
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
         """Refuses what is not plain LoRA, and shards."""
         if not model_args.use_peft:
-            raise ConfigError("use_peft=false: this method trains LoRA adapters; set use_peft=true.")
+            raise ConfigError("use_peft=false: this method trains LoRA adapters. Set use_peft=true.")
         for name in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
             if getattr(model_args, name):
-                raise ConfigError(f"{name}={getattr(model_args, name)}: adapters of this kind cannot be added up.")
+                raise ConfigError(
+                    f"{name}={getattr(model_args, name)}: adapters of this kind cannot be added. Leave it out."
+                )
         refuse_shards(
-            config, "this method puts whole adapters side by side", "with gradient_checkpointing if memory is short"
+            config, "this method concatenates whole adapters", "with gradient_checkpointing if memory is short"
         )
         return {}
 
@@ -99,8 +101,8 @@ def adapted(model: Any) -> dict[str, Any]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if others := sorted(name for name, layer in layers.items() if not isinstance(layer, Linear)):
         raise ConfigError(
-            f"lora_target_modules: {others[0]} is no linear layer, and this method puts adapters of linear layers side "
-            "by side. Name linear layers, such as q_proj and v_proj."
+            f"lora_target_modules: {others[0]} is not a linear layer, but this method works only on linear layers. "
+            "Name linear layers, such as q_proj and v_proj."
         )
     return layers
 

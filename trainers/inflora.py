@@ -43,10 +43,10 @@ class InfLoRAConfig(CLConfig):
     """As CLConfig, and how much of the earlier inputs is left alone."""
 
     inflora_threshold: float = option(
-        0.95, "Share of the first task's inputs (squared) that later adapters leave alone; grows to 1.", least=0, most=1
+        0.95, "Share of the first task's inputs (squared) that later adapters keep; grows to 1.", least=0, most=1
     )
     inflora_rows: int | None = option(
-        None, "Training rows whose inputs are looked at before and after a task; default: all.", least=1
+        None, "Number of training rows whose inputs are read before and after a task; default: all.", least=1
     )
 
 

@@ -22,7 +22,7 @@ class JointConfig(CLConfig):
         """Checks that the rows can be repeated as `epochs` asks."""
         super().__post_init__()
         if any(e != int(e) for e in self.epochs or []):
-            raise ConfigError(f"epochs={self.epochs}: joint training repeats rows, so they must be whole numbers.")
+            raise ConfigError(f"epochs={self.epochs}: joint training repeats rows, so use whole numbers.")
 
     @property
     def stages(self) -> list[str]:

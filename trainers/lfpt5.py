@@ -62,8 +62,10 @@ WRITTEN, PSEUDO = "written_row", "pseudo_row"
 class LFPT5Config(PPConfig):
     """As PPConfig, and the pseudo rows."""
 
-    replay_ratio: float = option(0.1, "Pseudo rows of each earlier task, as a share of its rows.", least=0, most=1)
-    lfpt5_lm: float = option(0.1, "Weight of learning to write rows.", least=0)
+    replay_ratio: float = option(
+        0.1, "Number of pseudo rows of each earlier task, as a share of its rows.", least=0, most=1
+    )
+    lfpt5_lm: float = option(0.1, "Weight of the loss of writing rows.", least=0)
     lfpt5_kl: float = option(0.1, "Weight of the divergence from the old prompt on pseudo rows.", least=0)
     lfpt5_temperature: float = option(0.7, "Temperature of the pseudo rows.", above=0)
 
@@ -71,10 +73,10 @@ class LFPT5Config(PPConfig):
         """Refuses what would change the prompt of the stage before, and other losses."""
         super().__post_init__()
         if self.prompt_mlp:
-            raise ConfigError(f"prompt_mlp={self.prompt_mlp}: lfpt5 goes on with a prompt as it is. Use prompt_mlp: 0.")
+            raise ConfigError(f"prompt_mlp={self.prompt_mlp}: lfpt5 trains the prompt directly. Use prompt_mlp: 0.")
         if self.loss_weights != "rows":
             raise ConfigError(
-                f"loss_weights={self.loss_weights}: lfpt5 weighs two losses of rows. Use loss_weights: rows."
+                f"loss_weights={self.loss_weights}: lfpt5 adds two losses of rows. Use loss_weights: rows."
             )
 
     @property
@@ -100,7 +102,7 @@ class LFPT5Trainer(PPTrainer):
         """As `pp`; and refuses a context that is too small for pseudo rows."""
         room = config.prompt_tokens + MARKER_TOKENS + config.written_tokens
         what = (
-            f"prompt_tokens, {MARKER_TOKENS} of a marker, and max_prompt_length and max_answer_length of a pseudo row"
+            f"prompt_tokens, {MARKER_TOKENS} for a marker, and max_prompt_length and max_answer_length for a pseudo row"
         )
         require_context(config, model_args, room, what, engine=True)
         return super().prepare(config, model_args)
@@ -130,7 +132,7 @@ class LFPT5Trainer(PPTrainer):
             if texts:
                 parts.append(self.rows_of(task, texts, pseudo=True))
             else:
-                log.warning("%s wrote no usable row of %s: nothing of it is replayed.", self.previous.name, task)
+                log.warning("%s wrote no usable row of %s, so this task is not replayed.", self.previous.name, task)
         return concatenate_datasets(parts)
 
     def plain_texts(self, task: str) -> list[tuple[str, str]]:

@@ -30,7 +30,7 @@ from trainers.base import CLConfig, CLTrainer, divergences, main, option, refuse
 class LwFConfig(CLConfig):
     """As CLConfig, and the distillation."""
 
-    lwf_lambda: float = option(1.0, "Weight of the distillation loss; no T^2 comes on top.", least=0)
+    lwf_lambda: float = option(1.0, "Weight of the distillation loss (it is not multiplied by T^2).", least=0)
     lwf_temperature: float = option(2.0, "Temperature of both distributions.", above=0)
 
 
@@ -43,7 +43,7 @@ class LwFTrainer(CLTrainer):
     def prepare(cls, config: LwFConfig, model_args: Any) -> dict[str, Any]:
         """Refuses other losses, and shards: only the trained model would be put together from them, not the teacher."""
         refuse_shards(config, "lwf needs whole weights for its teacher", "with LoRA if memory is short")
-        refuse_losses(config, "is not the cross entropy that lwf computes: use ")
+        refuse_losses(config, "is not the cross entropy that lwf computes. Use ")
         return {}
 
     def begin_stage(self) -> None:

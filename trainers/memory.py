@@ -51,14 +51,14 @@ class StepTrainer(CLTrainer):
 class MemoryConfig(CLConfig):
     """The options of the methods with a gradient memory."""
 
-    memory_rows: int = option(256, "Rows kept of each earlier task.", least=1)
-    memory_choice: str = option("random", "Which rows are kept: first, random or balanced.", choices=CHOICES)
+    memory_rows: int = option(256, "Number of rows to keep of each earlier task.", least=1)
+    memory_choice: str = option("random", "Which rows to keep: first, random or balanced.", choices=CHOICES)
     memory_batch_size: int | None = option(
-        None, "Rows drawn from a memory for each gradient; default: those of a step.", least=1
+        None, "Number of rows drawn from a memory for each gradient; default: as many as in a step.", least=1
     )
     # The papers use plain SGD, whose step is the gradient. A step of Adam may go against the memory although the
     # gradient does not.
-    project_step: bool = option(False, "Project what the optimizer makes of the projected gradient, too.")
+    project_step: bool = option(False, "Also project the optimizer's step.")
 
 
 class MemoryTrainer(StepTrainer):
@@ -76,7 +76,7 @@ class MemoryTrainer(StepTrainer):
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
         """Refuses other losses than the memory's cross entropy, and checkpointing that hides the memory's gradients."""
         refuse_reentrant(config, "the memory then has no gradient")
-        refuse_losses(config, "is not the cross entropy of the memory's rows: use ")
+        refuse_losses(config, "is not the cross entropy of the memory's rows. Use ")
         return {}
 
     def begin_stage(self) -> None:

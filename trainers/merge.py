@@ -68,23 +68,25 @@ class MergeConfig(CLConfig):
     """As CLConfig, and how stages are merged."""
 
     merge: str = option(
-        "wise", "What is made of the stages.", choices=["wise", "average", "slao", "magmax", "ties", "dare"]
+        "wise", "How the stages are merged.", choices=["wise", "average", "slao", "magmax", "ties", "dare"]
     )
     merge_with: str | None = option(
-        None, "wise: with the stage before (the default) or the base.", choices=["before", "base"]
+        None, "wise: merge with the stage before (the default) or the base.", choices=["before", "base"]
     )
     merge_start: str | None = option(
-        None, "Where the next stage begins; default: as the method's source.", choices=["merged", "unmerged", "base"]
+        None,
+        "Weights from which the next stage starts; default: as in the method's paper or code.",
+        choices=["merged", "unmerged", "base"],
     )
     merge_alpha: float | None = option(
         None, "Share of the new stage (wise, 0.5), or factor on the task vector (magmax 0.5, ties and dare 1).", least=0
     )
     merge_density: float | None = option(
-        None, "Share of each task vector that is left; default: ties 0.2, dare 0.1.", above=0, most=1
+        None, "Share of each task vector to keep; default: ties 0.2, dare 0.1.", above=0, most=1
     )
     merge_rank: int | None = option(
         None,
-        "Most rank of a merged adapter; default: lora_r where it is trained on, else the sum of the ranks.",
+        "Largest rank of a merged adapter; default: lora_r if it is trained further, else the sum of the ranks.",
         least=1,
     )
 
@@ -94,14 +96,18 @@ class MergeConfig(CLConfig):
         for name, users in (("with", ["wise"]), ("alpha", ALPHA), ("density", DENSITY)):
             value = getattr(self, f"merge_{name}")
             if value is not None and self.merge not in users:
-                raise ConfigError(f"merge_{name}={value}: merge={self.merge} does not use it, only {', '.join(users)}.")
+                raise ConfigError(
+                    f"merge_{name}={value}: only {', '.join(users)} uses it, not merge={self.merge}. Leave it out."
+                )
         if self.merge == "slao" and self.merge_rank is not None:
-            raise ConfigError(f"merge_rank={self.merge_rank}: merge=slao does not use it; its adapters keep lora_r.")
+            raise ConfigError(
+                f"merge_rank={self.merge_rank}: merge=slao does not use it: its adapters keep lora_r. Leave it out."
+            )
         if self.merge == "wise" and (self.merge_alpha or 0) > 1:
-            raise ConfigError(f"merge_alpha={self.merge_alpha} is not allowed: wise takes a share of at most 1.")
+            raise ConfigError(f"merge_alpha={self.merge_alpha} is not allowed: with wise use a share of at most 1.")
         if self.merge in OF_VECTORS and self.keep != "all":
             raise ConfigError(
-                f"keep={self.keep} drops the stages whose task vectors {self.merge} merges: use keep=all."
+                f"keep={self.keep} removes stages, but {self.merge} needs the task vectors of all stages. Use keep=all."
             )
 
     @property
@@ -120,11 +126,13 @@ class MergeTrainer(CLTrainer):
         """Refuses adapters that are no sum of products, and shards of full models."""
         for name in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
             if model_args.use_peft and getattr(model_args, name):
-                raise ConfigError(f"{name}={getattr(model_args, name)}: adapters of this kind cannot be merged.")
+                raise ConfigError(
+                    f"{name}={getattr(model_args, name)}: adapters of this kind cannot be merged. Leave it out."
+                )
         if not model_args.use_peft:
             if config.merge == "slao" or config.merge_rank is not None:
                 what = "merge=slao" if config.merge == "slao" else f"merge_rank={config.merge_rank}"
-                raise ConfigError(f"{what} is about LoRA adapters: set use_peft=true.")
+                raise ConfigError(f"{what} works only on LoRA adapters. Set use_peft=true.")
             refuse_shards(config, "merge loads the base model a second time", "with LoRA if memory is short")
         return {}
 
@@ -136,7 +144,7 @@ class MergeTrainer(CLTrainer):
             names = [name for name, p in model.named_parameters() if p.requires_grad and self.model_args.use_peft]
             odd = [name for name in names if ".lora_A." not in name and ".lora_B." not in name]
             if odd := odd + adapted_parameters(model):
-                raise ConfigError(f"lora_target_modules: {odd[0]} is no LoRA of a linear layer, and cannot be merged.")
+                raise ConfigError(f"lora_target_modules: {odd[0]} is not a linear layer, so its LoRA cannot be merged.")
             return model
         model = self.trainable_model(before.checkpoint if start == "merged" else self.unmerged(before))
         if self.config.merge == "slao":
@@ -149,8 +157,8 @@ class MergeTrainer(CLTrainer):
         """What a stage has trained: an adapter or a model."""
         if not stage.method_state.is_dir():
             raise RunError(
-                f"{stage.method_state} is gone: stage {self.stage.name} cannot be trained without it. Train that stage "
-                "again (delete its train.json), or restore the folder."
+                f"{stage.method_state} is missing, and stage {self.stage.name} cannot be trained without it. Restore "
+                f"the folder, or train {stage.name} again (delete its train.json)."
             )
         return stage.method_state
 

@@ -33,7 +33,7 @@ class MIGUConfig(CLConfig):
     """As CLConfig, and how many units are trained."""
 
     migu_quantile: float = option(
-        0.7, "Quantile of a layer's outputs below which units have no gradient; 0 = all are trained.", least=0, most=1
+        0.7, "Units whose output is below this quantile of the layer get no gradient; 0 = train all.", least=0, most=1
     )
 
 
@@ -49,15 +49,15 @@ class MIGUTrainer(CLTrainer):
     def prepare(cls, config: MIGUConfig, model_args: Any) -> dict[str, Any]:
         """Refuses DoRA, whose magnitudes are no outputs of a layer of their own."""
         if model_args.use_dora:
-            raise ConfigError("use_dora=true: MIGU masks the outputs of LoRA's layers alone. Leave it out.")
+            raise ConfigError("use_dora=true: MIGU can mask only the outputs of LoRA's own layers. Leave it out.")
         return {}
 
     def begin_stage(self) -> None:
         """Watches the outputs of all layers that are trained, from the second stage on."""
         if odd := adapted_parameters(self.model):
             raise ConfigError(
-                f"lora_target_modules: {odd[0]} is no layer whose outputs MIGU could see. Name linear layers, such as "
-                "q_proj and v_proj."
+                f"lora_target_modules: MIGU cannot see the outputs of {odd[0]}. Name linear layers, such as q_proj and "
+                "v_proj."
             )
         self.layers = trained_layers(self.model) if self.stage.index > 1 else {}
         self.driven: dict[torch.nn.Module, torch.Tensor] = {}

@@ -64,7 +64,7 @@ class MiLoRATrainer(IncLoRATrainer):
             r = layer.r[NEW]
             if len(s) < r:
                 raise ConfigError(
-                    f"lora_r={r}: {name} has {len(s)} singular directions. Use a lora_r of at most {len(s)}."
+                    f"lora_r={r} is too large: {name} has {len(s)} singular directions. Use at most {len(s)}."
                 )
             root = (s[-r:] / layer.scaling[NEW]).sqrt()
             a, b = root[:, None] * v[-r:], u[:, -r:] * root

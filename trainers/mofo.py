@@ -31,7 +31,7 @@ _ADAM = ["adamw_torch", "adamw_torch_fused"]
 class MoFOConfig(CLConfig):
     """As CLConfig, and how much moves."""
 
-    mofo_fraction: float = option(0.15, "Share of each tensor's entries that move in a step; 1 = all.", above=0, most=1)
+    mofo_fraction: float = option(0.15, "Share of each tensor's entries to update in a step; 1 = all.", above=0, most=1)
 
 
 class MoFOTrainer(CLTrainer):
@@ -48,7 +48,7 @@ class MoFOTrainer(CLTrainer):
         """Refuses other optimizers, and shards of its moments."""
         optim = OptimizerNames(config.optim).value
         if optim not in _ADAM:
-            raise ConfigError(f"optim={optim} has no momentum that MoFO knows: use {' or '.join(_ADAM)}.")
+            raise ConfigError(f"optim={optim} has no momentum that MoFO can use. Use {' or '.join(_ADAM)}.")
         refuse_shards(config, "mofo needs whole moments", "with LoRA if memory is short")
         return {}
 

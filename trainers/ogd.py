@@ -36,8 +36,10 @@ from trainers.memory import StepTrainer
 class OGDConfig(CLConfig):
     """As CLConfig, and the stored directions."""
 
-    ogd_rows: int = option(200, "Rows of each task whose gradients are taken.", least=1)
-    ogd_size: int = option(200, "The most directions kept of each task; no more than there are rows.", least=1)
+    ogd_rows: int = option(200, "Number of rows of each task whose gradients are used.", least=1)
+    ogd_size: int = option(
+        200, "Largest number of directions to keep of each task; at most the number of rows.", least=1
+    )
 
 
 class OGDTrainer(StepTrainer):
@@ -72,9 +74,9 @@ class OGDTrainer(StepTrainer):
             fits = there // ((tasks + 1) * self.direction)
             raise ConfigError(
                 f"OGD with ogd_size={c.ogd_size} and ogd_rows={c.ogd_rows} needs {needed / 2**30:.1f} GiB for the "
-                f"directions of {tasks} tasks and the rows of one ({self.direction / 2**20:.1f} MiB each), and "
+                f"directions of {tasks} tasks and the rows of one ({self.direction / 2**20:.1f} MiB each), but only "
                 f"{there / 2**30:.1f} GiB are free. "
-                + (f"There is room for --ogd_size {fits} --ogd_rows {fits}." if fits else "Use LoRA.")
+                + (f"Use --ogd_size {fits} --ogd_rows {fits}." if fits else "Use LoRA.")
             )
 
     def project(self, vector: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -43,20 +43,20 @@ from trainers.base import CHOICES, CLConfig, CLTrainer, ConfigError, check_score
 class OPRConfig(CLConfig):
     """As CLConfig, and what is answered and kept."""
 
-    replay_ratio: float = option(0.01, "Share of each earlier task's rows that is kept.", above=0, most=1)
+    replay_ratio: float = option(0.01, "Share of each earlier task's rows to keep.", above=0, most=1)
     replay_choice: str = option(
-        "random", "Which of equally good rows are kept: first (officially), random or balanced.", choices=CHOICES
+        "random", "Which of equally good rows to keep: first (official code), random or balanced.", choices=CHOICES
     )
     opr_budget: str = option(
-        "task", "What the ratio is of: each earlier task, or shared by them (officially).", choices=["task", "shared"]
+        "task", "The ratio is for each earlier task, or shared by all (official code).", choices=["task", "shared"]
     )
     opr_score: str = option(
         "metric",
-        "What answers are chosen by: the task's metric, or their probability.",
+        "How answers are chosen: by the task's metric, or by their probability.",
         choices=["metric", "confidence"],
     )
-    opr_prompts: int | None = option(None, "Prompts of each earlier task that are answered; default: all.", least=1)
-    opr_samples: int = option(1, "Answers to each prompt, of which the best may be kept.", least=1)
+    opr_prompts: int | None = option(None, "Number of prompts of each earlier task to answer; default: all.", least=1)
+    opr_samples: int = option(1, "Number of answers to each prompt; the best one may be kept.", least=1)
     opr_temperature: float = option(0.1, "Temperature of the answers; 0 = greedy.", least=0)
 
     def __post_init__(self) -> None:
@@ -64,8 +64,8 @@ class OPRConfig(CLConfig):
         super().__post_init__()
         if self.opr_samples > 1 and not self.opr_temperature:
             raise ConfigError(
-                f"opr_samples={self.opr_samples}: at opr_temperature=0 all answers to a prompt are the same. Give a "
-                "temperature above 0, or one sample."
+                f"opr_samples={self.opr_samples}: at opr_temperature=0 all answers to a prompt are the same. Use a "
+                "temperature above 0, or opr_samples=1."
             )
 
 

@@ -44,7 +44,7 @@ class OSFConfig(CLConfig):
 
     osf_preserved: float | None = option(
         None,
-        "Fraction of each weight's singular directions that every stage preserves; default: grows, (t-1)/T.",
+        "Fraction of each weight's singular directions that every stage preserves; default: (t-1)/T, which grows.",
         above=0,
         below=1,
     )
@@ -59,14 +59,14 @@ class OSFTrainer(CLTrainer):
     def prepare(cls, config: OSFConfig, model_args: Any) -> dict[str, Any]:
         """Refuses LoRA and shards."""
         if model_args.use_peft:
-            raise ConfigError("use_peft=true: OSF trains the weights of the model itself; set use_peft=false.")
+            raise ConfigError("use_peft=true: OSF trains the model's own weights. Set use_peft=false.")
         refuse_shards(
             config, "OSF decomposes whole weights and projects whole gradients", "with a model that fits each GPU"
         )
         if model_args.dtype != "float32":
             raise ConfigError(
-                f"dtype={model_args.dtype}: PEFT replaces such parameters, and its projection of their gradients is "
-                "lost with them. Use dtype=float32 with bf16=true (autocast)."
+                f"dtype={model_args.dtype}: PEFT would replace the parameters and lose the projection of their "
+                "gradients. Use dtype=float32 with bf16=true (autocast)."
             )
         return {}
 
@@ -90,8 +90,8 @@ class OSFTrainer(CLTrainer):
         )
         if not any(p.requires_grad for p in model.parameters()):
             raise ConfigError(
-                f"{type(model.get_base_model()).__name__} has no linear layers that PEFT's OSF decomposes (GPT-2's are "
-                "none): take another method or model."
+                f"{type(model.get_base_model()).__name__} has no linear layers that PEFT's OSF can decompose (GPT-2 "
+                "has none). Use a different method or model."
             )
         return model
 

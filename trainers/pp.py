@@ -38,8 +38,8 @@ from trainers.base import CLConfig, CLTrainer, ConfigError, main, option, refuse
 class PPConfig(CLConfig):
     """As CLConfig, and the size of the prompts."""
 
-    prompt_tokens: int = option(20, "Virtual tokens of each task's prompt.", least=1)
-    prompt_mlp: int = option(0, "Bottleneck of the residual MLP over a prompt in training; 0 = none.", least=0)
+    prompt_tokens: int = option(20, "Number of virtual tokens of each task's prompt.", least=1)
+    prompt_mlp: int = option(0, "Width of the residual MLP on a prompt in training; 0 = no MLP.", least=0)
 
     def __post_init__(self) -> None:
         """Prepares vLLM for soft prompts."""
@@ -97,9 +97,11 @@ class PPTrainer(CLTrainer):
     def prepare(cls, config: PPConfig, model_args: Any) -> dict[str, Any]:
         """Refuses what has no meaning for prompts, and shards, from which they would not be put together."""
         if not model_args.use_peft:
-            raise ConfigError("use_peft=false: prompts are trained, not the model; set use_peft=true.")
+            raise ConfigError("use_peft=false: this method trains prompts, not the model. Set use_peft=true.")
         if config.padding_free:
-            raise ConfigError("padding_free=true joins rows, and each row needs the prompt in front: leave it out.")
+            raise ConfigError(
+                "padding_free=true joins rows, but each row needs the prompt in front of it. Leave it out."
+            )
         refuse_shards(config, "soft prompts are saved as a whole", "since prompts are small")
         return {"trains": "prompts"}
 

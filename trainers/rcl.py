@@ -22,7 +22,7 @@ from trainers.base import CLConfig, CLTrainer, ConfigError, main, option
 class RCLConfig(CLConfig):
     """Configuration of RCL: that of every run, with the tasks in their reasoning form and 500 training rows each."""
 
-    train_rows: int | None = option(500, "First so many training rows of each task; the paper has 500.", least=1)
+    train_rows: int | None = option(500, "Number of training rows of each task (the first); 500 in the paper.", least=1)
 
     def _read_lists(self) -> None:
         """Replaces every plain task by its reasoning variant.
@@ -35,7 +35,7 @@ class RCLConfig(CLConfig):
         without = [t for t in self.tasks if t not in data.REASONING]
         if without:
             raise ConfigError(
-                f"{', '.join(without)}: RCL has no such task with reasoning. Use order1, order2 or tasks of "
+                f"{', '.join(without)}: no such task with reasoning. Use order1, order2 or tasks of "
                 f"{', '.join(data.REASONING)}."
                 + "".join(suggestion(t, [*data.FOLDERS, *data.REASONING]) for t in without)
             )

@@ -80,7 +80,7 @@ def relearn(path: str | Path, rows: int = 10, steps: int = 10) -> None:
         for place, start in todo.items():
             print(f"{rows} rows, {steps} steps from {start.name}:", flush=True)
             _train_and_measure(run, start, place, rows, steps, cell)
-    print(f"`trace-bench report {word(path)}` shows what came back.")
+    print(f"To see what came back: trace-bench report {word(path)}")
 
 
 def _check_run(run: Run, rows: int) -> dict[str, Any]:
@@ -88,27 +88,29 @@ def _check_run(run: Run, rows: int) -> dict[str, Any]:
     manifest, tasks = run.manifest, run.tasks[:-1]
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or torch.cuda.device_count() > 1:
         raise ConfigError(
-            "relearn trains a few steps, in one process on one GPU: start it without a launcher, as in "
+            "relearn works in one process on one GPU. Start it without a launcher: "
             f"CUDA_VISIBLE_DEVICES=0 trace-bench relearn {word(run.path)}"
         )
     if "checkpoints" in manifest:
-        raise RunError(f"{run.path} has checkpoints from elsewhere, and how they were trained is not on record.")
+        raise RunError(
+            f"{run.path} has checkpoints from elsewhere, so their training settings are unknown. Use another run."
+        )
     if manifest.get("trains") == "prompts":
-        raise RunError(f"{run.path} trains soft prompts ({manifest['method']}), from which relearn cannot go on.")
+        raise RunError(f"{run.path} trains soft prompts ({manifest['method']}), which relearn cannot train further.")
     if manifest["method"] == "single" or not run.is_sequence() or len(run.stages) < 3:
         raise RunError(
-            f"{run.path} has nothing to relearn: it needs a task after which another one was trained. The method is "
-            f"{manifest['method']}, the trained stages are {', '.join(s.name for s in run.stages[1:]) or 'none'}."
+            f"{run.path} has no old tasks to relearn: a sequence of at least two tasks is needed. Its method is "
+            f"{manifest['method']}, and its stages are {', '.join(s.name for s in run.stages[1:]) or 'none'}."
         )
     if missing := [stage.name for stage in run.stages if not stage.is_trained]:
-        raise RunError(f"{', '.join(missing)}: not trained yet. Finish the training, then `trace-bench evaluate`.")
+        raise RunError(f"{', '.join(missing)}: not trained yet. Finish the training, then run trace-bench evaluate.")
     if (most := manifest["config"].get("train_rows") or rows) < rows:
         raise RunError(f"--rows {rows}: the run was trained on the first {most} rows of each task; use at most {most}.")
     for i, task in enumerate(tasks):
         for stage in (run.stages[i + 1], run.stages[-1]):
             if not _has_score(stage, task):
                 raise RunError(
-                    f"{task} is not measured at {stage.name}: `trace-bench evaluate {word(run.path)}` first."
+                    f"{task} is not measured at {stage.name}. First run: trace-bench evaluate {word(run.path)}"
                 )
     return read_cell(run.stages[-1], tasks[0])
 
@@ -128,15 +130,15 @@ def _is_done(run: Run, folder: Path, start: Stage, cell: dict[str, Any]) -> bool
         return False
     there = Run.open(folder)
     if there.manifest.get("begins_with") != begins_with(start):
-        raise RunError(f"{folder} began with other weights than {start.name} has now: remove it to relearn from these.")
+        raise RunError(f"{folder} began with different weights than {start.name} has now. Remove it to relearn.")
     for stage in there.stages[1:]:
         if stage.is_trained and _has_score(stage, str(stage.task)):
             settings = read_cell(stage, str(stage.task))["settings"]
             if lines := differences(settings, cell["settings"]):
                 raise RunError(
-                    f"{folder} was measured with other settings than the run is now (there -> the run's):\n"
+                    f"{folder} was measured with different settings (in the folder -> in the run):\n"
                     + "\n".join(lines)
-                    + "\nRemove it to relearn with these."
+                    + "\nRemove it to relearn with those of the run."
                 )
     return _is_measured(there) and there.tasks == run.tasks[:-1]
 
@@ -182,5 +184,7 @@ def _train_and_measure(run: Run, start: Stage, folder: Path, rows: int, steps: i
     relearned = train(kind, config, model_args)
     stages = [str(stage.index) for stage in relearned.stages[1:]]
     if run_alone(["trace_bench", "evaluate", str(folder), "--stages", *stages]):
-        raise RunError(f"The evaluation of {folder} failed, see above. What is done is kept: run this again.")
+        raise RunError(
+            f"The evaluation of {folder} failed: see the error above. Finished work is kept; run this again."
+        )
     _is_measured(relearned)

@@ -40,25 +40,27 @@ from trainers.base import CHOICES, CLConfig, CLTrainer, ConfigError, LengthGroup
 class ReplayConfig(CLConfig):
     """CLConfig with the choice of replayed rows."""
 
-    replay: str = option("after", "When rows are replayed.", choices=["after", "mixed"])
+    replay: str = option(
+        "after", "When to replay rows: after a stage's own rows, or mixed with them.", choices=["after", "mixed"]
+    )
     replay_ratio: float = option(0.1, "Share of each earlier task's rows; 0 = none.", least=0, most=1)
     replay_choice: str = option(
-        "random", "Which rows are replayed: first (officially), random or balanced.", choices=CHOICES
+        "random", "Which rows to replay: first (official code), random or balanced.", choices=CHOICES
     )
     alignment_data: str | None = option(
-        None, "Alignment set: JSON file, folder with train.json, or none. Default: Lima in the data."
+        None, "Alignment set: a JSON file, a folder with train.json, or none; default: Lima in the data."
     )
-    alignment_rows: int | None = option(None, "First so many rows of the alignment set; default: all.", least=1)
+    alignment_rows: int | None = option(None, "Number of rows of the alignment set (the first); default: all.", least=1)
 
     def __post_init__(self) -> None:
         """Refuses settings that leave nothing to replay, or with which the replay would be mixed in or cut off."""
         super().__post_init__()
         if self.replay_ratio == 0 and self.alignment_data == "none":
-            raise ConfigError("replay_ratio=0 and alignment_data=none leave nothing to replay: that is sequential.")
+            raise ConfigError("replay_ratio=0 and alignment_data=none leave nothing to replay. Use sequential instead.")
         if self.replay == "after" and self.shuffle_dataset:
-            raise ConfigError("shuffle_dataset=true would mix own and replayed rows before they are told apart.")
+            raise ConfigError("shuffle_dataset=true would mix own and replayed rows too early. Leave it out.")
         if self.replay == "after" and self.max_steps > 0:
-            raise ConfigError(f"max_steps={self.max_steps} would cut the replay off, which comes last: use epochs.")
+            raise ConfigError(f"max_steps={self.max_steps} would cut off the replay, which comes last. Use epochs.")
 
 
 def alignment_rows(config: ReplayConfig) -> list[dict[str, str]]:
@@ -73,13 +75,13 @@ def alignment_rows(config: ReplayConfig) -> list[dict[str, str]]:
         path = Path(config.alignment_data).expanduser()
     else:
         if not data.needs_data(config.tasks):
-            raise data.DataError("alignment_data is not set. Name a JSON file of prompts and answers, or none.")
+            raise data.DataError("alignment_data is not set. Give a JSON file of prompts and answers, or none.")
         path = data.find_data(os.environ.get("TRACE_DATA") or config.data) / data.LIMA
     file = path / "train.json" if path.is_dir() else path
     if not file.is_file():
         raise data.DataError(
             f"There is no alignment set at {file}. Set alignment_data to a JSON file (a list of objects with prompt "
-            "and answer) or to a folder with such a train.json, or to none."
+            "and answer), to a folder with such a train.json, or to none."
         )
     return data.read_rows(file)[: config.alignment_rows]
 

@@ -50,10 +50,12 @@ class RewriteConfig(CLConfig):
     """As CLConfig, and how answers are rewritten."""
 
     rewrite_accept: float = option(
-        0.5, "Share of the gold answer's score that a rewrite needs to be kept; 0 = all are kept.", least=0, most=1
+        0.5, "Keep a rewrite if its score is at least this share of the gold answer's; 0 = keep all.", least=0, most=1
     )
     rewrite_temperature: float = option(0.95, "Temperature of the rewrites; 0 = greedy.", least=0)
-    rewrite_top_p: float = option(0.7, "Rewrites are drawn from the tokens of so much probability.", above=0, most=1)
+    rewrite_top_p: float = option(
+        0.7, "Nucleus sampling of the rewrites: total probability of the tokens.", above=0, most=1
+    )
 
 
 class RewriteTrainer(CLTrainer):

@@ -70,7 +70,7 @@ SHOWN = "shown_row"
 class SDFTConfig(CLConfig):
     """As CLConfig, and the teacher and the samples."""
 
-    sdft_ema: float = option(0.01, "Share of the student that the teacher takes over in each step.", least=0, most=1)
+    sdft_ema: float = option(0.01, "Share of the student in the teacher's update at each step.", least=0, most=1)
     sdft_tokens: int | None = option(None, "Most tokens of a sample; default: max_answer_length.", least=1)
 
     @property
@@ -101,8 +101,8 @@ class SDFTTrainer(CLTrainer):
     def prepare(cls, config: SDFTConfig, model_args: Any) -> dict[str, Any]:
         """Refuses shards, other losses, and samples that do not fit into the context."""
         refuse_shards(config, "sdft needs whole weights for its teacher and its samples", "with LoRA")
-        refuse_losses(config, "has no effect on the loss of sdft's own: use ")
-        what = "max_prompt_length and max_answer_length, of what sdft's teacher is shown, and a sample (sdft_tokens)"
+        refuse_losses(config, "has no effect, since sdft has its own loss. Use ")
+        what = "max_prompt_length and max_answer_length, which sdft's teacher reads, and a sample (sdft_tokens)"
         require_context(config, model_args, config.shown_tokens + config.sample_tokens, what)
         return {}
 

@@ -40,11 +40,11 @@ from trainers.der import KEPT, DERConfig, DERTrainer
 class SEEKRConfig(DERConfig):
     """As DERConfig, and the distillation of attention."""
 
-    replay_ratio: float = option(0.01, "Share of each earlier task's rows that is replayed.", above=0, most=1)
+    replay_ratio: float = option(0.01, "Share of each earlier task's rows to replay.", above=0, most=1)
     seekr_weight: float = option(1e3, "Weight of the distillation of attention.", least=0)
-    seekr_layers: int = option(24, "Layers whose heads are distilled.", least=1)
-    seekr_heads: int = option(128, "Heads that are distilled, in all of these layers.", least=1)
-    seekr_queries: int = option(100, "Positions of a row whose attention is kept.", least=1)
+    seekr_layers: int = option(24, "Number of layers whose heads are distilled.", least=1)
+    seekr_heads: int = option(128, "Number of distilled heads, over all these layers.", least=1)
+    seekr_queries: int = option(100, "Number of positions of a row whose attention is kept.", least=1)
 
 
 class SEEKRTrainer(DERTrainer):
@@ -61,13 +61,13 @@ class SEEKRTrainer(DERTrainer):
         for name in ("attention_dropout", "attn_pdrop"):
             if getattr(model, name, 0.0):
                 raise ConfigError(
-                    f"{name}={getattr(model, name)} in the config.json of {model_args.model_name_or_path}: dropout is "
-                    f"most of what would be seen to change in the attention. Take a copy of the model with {name} 0.0."
+                    f"{name}={getattr(model, name)} in the config.json of {model_args.model_name_or_path}: most "
+                    f"changes of the attention would come from dropout. Use a copy of the model with {name} 0.0."
                 )
         if model_args.attn_implementation != "eager":
             raise ConfigError(
-                f"attn_implementation={model_args.attn_implementation}: seekr reads attention weights, which only the "
-                "plain implementation returns. Use attn_implementation: eager."
+                f"attn_implementation={model_args.attn_implementation}: seekr needs attention weights, and only eager "
+                "returns them. Use attn_implementation: eager."
             )
         return super().prepare(config, model_args)
 
@@ -80,7 +80,9 @@ class SEEKRTrainer(DERTrainer):
         with torch.no_grad():
             shapes = {weights.shape[:2] for weights in self.attention(self.model, batch)[0]}
         if len(shapes) != 1:
-            raise ConfigError("seekr needs a model with attention, of the same number of heads in each layer. Use der.")
+            raise ConfigError(
+                "seekr needs a model with the same number of attention heads in each layer. Use der instead."
+            )
         if self.said:
             self.parts = [part.cumsum(0).tolist() for part in self.sizes()]
 

@@ -35,7 +35,7 @@ from trainers.base import CLConfig, CLTrainer, main, option, refuse_shards
 class STMConfig(CLConfig):
     """As CLConfig, and which tokens are masked."""
 
-    stm_threshold: float = option(2.5, "Perplexity above which an answer token is not trained on.", least=1)
+    stm_threshold: float = option(2.5, "Answer tokens with a perplexity above this are not trained.", least=1)
 
 
 class STMTrainer(CLTrainer):

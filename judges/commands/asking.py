@@ -24,11 +24,15 @@ def add_asking(p: argparse.ArgumentParser, who: str, sampling: str) -> None:
     g = p.add_argument_group(f"the {who}")
     g.add_argument("--model", required=True, metavar="NAME_OR_PATH", help=f"the {who}, as the endpoint calls it")
     g.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible endpoint (default: OPENAI_BASE_URL, OpenAI)")
-    g.add_argument("--local", action="store_true", help=f"run the {who} here in vLLM: a hub id or a local folder")
+    g.add_argument(
+        "--local",
+        action="store_true",
+        help=f"run the {who} here in vLLM: a hub id or a folder",
+    )
     g.add_argument("--engine-args", metavar="JSON", help="for --local, such as '{\"tensor_parallel_size\": 8}'")
-    g.add_argument("--concurrency", type=positive, metavar="N", help="the most requests at a time (8)")
+    g.add_argument("--concurrency", type=positive, metavar="N", help="most requests at the same time (8)")
     g.add_argument("--sampling", metavar="JSON", help=f"parameters of each request ('{sampling}')")
-    g.add_argument("--batch", action="store_true", help="use the Batch API: within a day, cheaper; resumable")
+    g.add_argument("--batch", action="store_true", help="use the Batch API: cheaper, within a day, resumable")
     g.add_argument("--price-in", type=_price, metavar="X", help="price of a million prompt tokens, to show the cost")
     g.add_argument("--price-out", type=_price, metavar="Y", help="price of a million reply tokens")
     g.add_argument("--currency", type=_currency, metavar="NAME", help="currency of the prices, such as EUR")
@@ -54,7 +58,7 @@ def refuse_useless(args: argparse.Namespace, switch: str, *useless: str) -> None
     """Refuses options that do nothing where `switch` is given."""
     given = [name for name in useless if getattr(args, switch) and getattr(args, name)]
     if given:
-        raise JudgeError(f"{options(given)}: does nothing with --{switch}. Leave it out.")
+        raise JudgeError(f"{options(given)} has no effect with --{switch}. Leave it out.")
 
 
 def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any] | None = None) -> Judge:
@@ -63,9 +67,9 @@ def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any] |
 
     versions.check()
     if (args.price_in is None) != (args.price_out is None):
-        raise JudgeError("--price-in and --price-out belong together: the prices of a million tokens.")
+        raise JudgeError("Give both --price-in and --price-out: the prices of a million tokens.")
     if args.currency and args.price_in is None:
-        raise JudgeError("--currency is that of --price-in and --price-out: give both of them, or leave it out.")
+        raise JudgeError("--currency needs --price-in and --price-out: give both, or leave it out.")
     refuse_useless(args, "local", "base_url", "concurrency", "batch")
     given, engine_args = json_object("--sampling", args.sampling), json_object("--engine-args", args.engine_args)
     sampling = sampling if given is None else given
@@ -74,7 +78,7 @@ def make_judge(args: argparse.Namespace, cache: Path, sampling: dict[str, Any] |
 
         return LocalJudge(args.model, cache=cache, sampling=sampling, engine_args=engine_args)
     if args.engine_args:
-        raise JudgeError("--engine-args is for the engine of --local. Leave it out.")
+        raise JudgeError("--engine-args works only with --local. Leave it out.")
     from judges.batch import BatchClient
     from judges.client import Client
 
@@ -97,8 +101,8 @@ def print_estimate(args: argparse.Namespace, judge: Judge, requests: list[Reques
     show(expected + _cost(args, guess.prompt_tokens, guess.completion_tokens))
     if guess.most_completion_tokens is None:
         show(
-            "worst case: there is none, since no token limit is sent (max_tokens or max_completion_tokens in "
-            "--sampling): a reply ends where the model or the server ends it"
+            "worst case: there is none, since no token limit is sent, so the model or the server decides where a reply "
+            "ends. To set one, use max_tokens or max_completion_tokens in --sampling"
         )
     else:
         most = f"worst case: {guess.most_completion_tokens:,} reply tokens (every reply as long as the limit sent"
@@ -120,7 +124,7 @@ def print_most(args: argparse.Namespace, judge: Judge, what: str, requests: list
 def print_usage(args: argparse.Namespace, what: str, usage: Usage) -> None:
     """Prints what was done and what it took."""
     cost = _cost(args, usage.prompt_tokens, usage.completion_tokens)
-    rest = f", without {usage.uncounted} replies of which the endpoint told no tokens" if usage.uncounted else ""
+    rest = f", without {usage.uncounted} replies for which the endpoint gave no counts" if usage.uncounted else ""
     show(
         f"{what}: {usage.sent} requests sent, {usage.cached} from the cache, {usage.failed} failed; "
         f"{usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} reply tokens{cost}{rest}"

@@ -10,24 +10,24 @@ from trace_bench.cli import show
 from trace_bench.cli.options import LIST, indices, names, positive, put_first
 
 DESCRIPTION = """\
-Judges the answers that `trace-bench evaluate` wrote for the tasks instruct_* and safety_*: each
-stage against the base model, pair by pair in both orders, and each answer by itself. Replies are
-kept in judge-cache.jsonl beside the run, so that nothing is asked or paid twice."""
+Judges the answers that `trace-bench evaluate` wrote for the tasks instruct_* and safety_*. It compares each
+stage with the base model, each pair in both orders, and judges each answer alone. Replies are kept in
+judge-cache.jsonl next to the run, so that nothing is asked or paid twice."""
 EPILOG = """\
-before money is spent:
+before you spend money:
   trace-bench judge --calibrate --model JUDGE             accuracy and bias on planted pairs (384 requests)
   trace-bench judge runs/mine --model JUDGE --dry-run --price-in 2.5 --price-out 10 --currency USD
 
-OpenAI (the key is read from OPENAI_API_KEY and written nowhere), a server such as vllm serve, or in this process:
+with OpenAI (the key is read from OPENAI_API_KEY and never written), a server, or a model in this process:
   trace-bench judge runs/mine --model gpt-4o --batch
   trace-bench judge runs/mine --model MODEL --base-url http://localhost:8000/v1
   trace-bench judge runs/mine --model FOLDER --local
 
-models that take other parameters, or think, which takes room or is turned off (--local and vLLM's server):
+for models that take other parameters, or that think: give them more tokens, or turn thinking off (--local, vLLM):
   --sampling '{"max_completion_tokens": 4096}'            --sampling '{"temperature": 0, "max_tokens": 8192}'
   --sampling '{"temperature": 0, "max_tokens": 1024, "chat_template_kwargs": {"enable_thinking": false}}'
 
-Results: stages/*/judge/SUITE.json and .jsonl, and two sections in `trace-bench report runs/mine`.
+Results: stages/*/judge/SUITE.json and .jsonl, and two sections of `trace-bench report runs/mine`.
 """
 
 
@@ -37,11 +37,11 @@ def add_arguments(p: argparse.ArgumentParser) -> None:
     run = p.add_argument("path", metavar="RUN", nargs="?", help="the run directory; not needed to calibrate")
     put_first(p, run, "--model NAME_OR_PATH")
     add_asking(p, "judge", '{"temperature": 0, "max_tokens": 1024}')
-    p.add_argument("--stages", **LIST, metavar="N", help="numbers, such as 0,3,8 (default: all that have answers)")
+    p.add_argument("--stages", **LIST, metavar="N", help="stage numbers, such as 0,3,8 (default: all with answers)")
     p.add_argument("--suites", **LIST, metavar="SUITE", help="names, such as instruct_lima,safety_cona (default: all)")
-    p.add_argument("--limit", type=positive, metavar="N", help="first so many answers of each suite")
+    p.add_argument("--limit", type=positive, metavar="N", help="number of answers of each suite (the first)")
     p.add_argument(
-        "--calibrate", action="store_true", help="ask about planted pairs instead: what is this judge worth?"
+        "--calibrate", action="store_true", help="measure the judge itself, on planted pairs with known verdicts"
     )
 
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.path and not args.calibrate:
         if args.stages or args.suites:
             args.missing()
-        raise JudgeError("Name the run to judge: trace-bench judge RUN --model ...; only --calibrate needs none.")
+        raise JudgeError("No run is given: trace-bench judge RUN --model ... (only --calibrate needs no run).")
     stages = indices(args.stages)
     refuse_useless(args, "calibrate", "stages", "suites", "limit")
     run = Run.open(args.path) if args.path else None

@@ -84,7 +84,7 @@ def plan(
         JudgeError: if a teacher's prompt is wrong, or the folder was made with other settings or by something else.
     """
     if teacher.sampling.get("seed") is not None:
-        raise JudgeError("--sampling seed: the program sets it to the number of the attempt. Leave it out.")
+        raise JudgeError("--sampling seed is set by this program, to the number of the attempt. Leave it out.")
     names = _names(root, tasks)
     trace_data = data.Data.at(root, names)
     trace_data.check()
@@ -105,7 +105,7 @@ def plan(
     settings = json.loads(json.dumps(settings))  # as it will be read back
     _check_folder(out, settings)
     if attempts > 1 and teacher.sampling.get("temperature") == 0:
-        log.warning("At temperature 0 every attempt gives the same reply: use --attempts 1 or a temperature above 0.")
+        log.warning("At temperature 0 every attempt gives the same reply. Use --attempts 1 or a temperature above 0.")
     left_out = {task: {"repeated": 0, "test prompt": 0, "unreadable answer": 0} for task in names}
     return Plan(
         out=out,
@@ -123,7 +123,7 @@ def _names(root: Path, tasks: Sequence[str] | None) -> list[str]:
     names = data.expand_orders(tasks or ())
     if unknown := [name for name in names if name not in data.FOLDERS]:
         raise data.DataError(
-            f"{', '.join(unknown)}: not among the tasks with an official reasoning form: {', '.join(data.FOLDERS)}."
+            f"{', '.join(unknown)}: no official reasoning form. Use tasks of {', '.join(data.FOLDERS)}."
             + "".join(suggestion(name, data.FOLDERS) for name in unknown)
         )
     return list(dict.fromkeys(names)) or [t for t, folder in data.FOLDERS.items() if (root / folder).is_dir()]
@@ -132,18 +132,18 @@ def _names(root: Path, tasks: Sequence[str] | None) -> list[str]:
 def _check_folder(out: Path, settings: dict[str, Any]) -> None:
     file = out / ANNOTATION
     if out.exists() and not out.is_dir():
-        raise JudgeError(f"{out} is a file. Name a folder.")
+        raise JudgeError(f"{out} is a file. Give a folder.")
     refuse_links(out, *data.FOLDERS.values())
     if file.exists():
         if lines := differences(read_json(file, shapes.Annotation)["settings"], settings):
             raise JudgeError(
-                f"{out} was annotated with other settings (there -> asked for):\n"
+                f"{out} was annotated with different settings (in the folder -> asked for):\n"
                 + "\n".join(lines)
-                + f"\nUse the old ones, or another folder. To make this one again, delete {file}: replies to the same "
-                "requests are taken from the cache."
+                + f"\nUse the settings of the folder, or a new folder. To make this one again, delete {file}; replies "
+                "to the same requests are taken from the cache."
             )
     elif not (out / CACHE).exists() and any((out / folder).exists() for folder in data.FOLDERS.values()):
-        raise JudgeError(f"{out} holds task folders that this command did not write. Name another folder.")
+        raise JudgeError(f"{out} has task folders that this command did not write. Give a different folder.")
 
 
 def _rows(root: Path, task: str, most: int, left_out: dict[str, int]) -> list[Row]:
@@ -166,7 +166,7 @@ def _rows(root: Path, task: str, most: int, left_out: dict[str, int]) -> list[Ro
             rows.append(Row(task, i, _asking(root / folder / "train.json", i, row["prompt"]), answer))
         seen.add(row["prompt"])
     if not rows:
-        raise data.DataError(f"{root / folder}/train.json has no row to annotate: {left_out}.")
+        raise data.DataError(f"{root / folder}/train.json has no rows to annotate: {left_out}.")
     return rows
 
 

@@ -69,12 +69,12 @@ def prompt_files(tasks: Iterable[str], own: Path | None = None) -> dict[str, Pat
     """
     names = {task: f"{task.removeprefix('trace_')}.yaml" for task in data.FOLDERS}
     if own and not own.is_dir():
-        raise JudgeError(f"--prompts {own} is no folder. Name one with files such as those in {FOLDER}.")
+        raise JudgeError(f"--prompts {own} is not a folder. Give one with files such as those in {FOLDER}.")
     given = {file.name for file in own.glob("*.yaml")} if own else set()
     if own and (not given or given - set(names.values())):
         raise JudgeError(
-            f"--prompts {own} has the files {', '.join(sorted(given)) or 'none'}; they are to be named "
-            f"{', '.join(names.values())}, such as those in {FOLDER}, which serve for the tasks without one."
+            f"--prompts {own} has the files {', '.join(sorted(given)) or 'none'}. Name them "
+            f"{', '.join(names.values())}, as in {FOLDER}, whose files are used for tasks without one."
         )
     return {task: (own if own and names[task] in given else FOLDER) / names[task] for task in tasks}
 
@@ -91,16 +91,16 @@ def read_prompt(file: Path, folder: str) -> TeacherPrompt:
         raise JudgeError(f"{file} is not YAML: {e}") from e
     except ValidationError as e:
         error = e.errors()[0]
-        found = "" if error["type"] == "missing" else f" (there is {error['input']!r:.60})"
+        found = "" if error["type"] == "missing" else f" (found {error['input']!r:.60})"
         raise JudgeError(
-            f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}{found}. The keys are instruction, shown and "
-            "demonstrations, a list of 3 with prompt, reasoning and answer. All are texts: put numbers into quotes."
+            f"{file}: {'.'.join(map(str, error['loc']))}: {error['msg']}{found}. Use the keys instruction, shown and "
+            "demonstrations, a list of 3 with prompt, reasoning and answer. All are text: put numbers into quotes."
         ) from None
     frame = FRAMES[folder]
     for i, demo in enumerate(prompt.demonstrations, 1):
         problem = path_problem(folder, demo.reasoning, demo.answer)
         if frame.asking not in demo.prompt or not demo.prompt.endswith(frame.reasoning_cue):
-            problem = f"a prompt holds {frame.asking!r} and ends in {frame.reasoning_cue!r}"
+            problem = f"the prompt must contain {frame.asking!r} and end in {frame.reasoning_cue!r}"
         if problem:
             raise JudgeError(f"{file}, demonstration {i}: {problem}.")
     return prompt

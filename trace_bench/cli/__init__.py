@@ -28,31 +28,31 @@ COMMANDS = {
     "task": "make a task of your own from a file of rows",
     "configs": "list the configs and studies of the package",
     "train": "train every stage of a run with a method",
-    "evaluate": "fill the cells of a run's matrix, one engine for all stages",
-    "import": "make a run of predictions that were made elsewhere: the official code's, or lm-eval's samples",
+    "evaluate": "measure the missing cells of a run's matrix, with one engine for all stages",
+    "import": "make a run from predictions made elsewhere: those of the official code, or lm-eval's samples",
     "merge": "merge checkpoints into one: means, WiSE-FT, MagMax, TIES, DARE",
     "judge": "judge the answers of a run: instruction following and safety against the base model",
-    "annotate": "make the training data of RCL: a teacher writes reasoning paths, which are checked",
-    "relearn": "what a few rows of each old task bring back at the end of a run: was it gone, or hidden?",
-    "report": "write report.md, report.html and scores.csv from the files of a run, and compare several runs",
-    "results": "one leaderboard from the result.json files of many runs",
-    "check": "hold what a run has forgotten against limits: exit code 0 within, 1 worse, 3 cannot be told",
+    "annotate": "make the training data of RCL: a teacher writes reasoning paths, and the command checks them",
+    "relearn": "train on a few rows of each old task after the last stage, to see if the task was lost or only hidden",
+    "report": "write report.md, report.html and scores.csv from the files of a run, or compare several runs",
+    "results": "make one leaderboard from the result.json files of many runs",
+    "check": "check if a run has forgotten more than a limit: exit code 0 within, 1 worse, 3 cannot be told",
     "study": "train, evaluate and compare the runs of a study file",
-    "status": "how far a run is: stages trained, step and time left of the one in training, tasks evaluated",
+    "status": "show the progress of a run: stages trained, step and time left in the current one, tasks evaluated",
     "tasks-path": "print the folder of the lm-eval tasks, for --include_path",
 }
 EPILOG = """\
 the main job:
-  make sequential-train                      in a clone: all of the following, on demo data
+  make sequential-train                      in a clone: all the steps below, on demo data
   trace-bench train sequential --config quickstart --output_dir runs/mine
-  trace-bench evaluate runs/mine             fill the missing cells; interrupted, it goes on where it was
-  trace-bench report runs/mine               report.md, report.html, figures/ and scores.csv
-  trace-bench status runs/mine               how far it is, while it goes on
+  trace-bench evaluate runs/mine             measure the missing cells; run it again to continue
+  trace-bench report runs/mine               write report.md, report.html, figures/ and scores.csv
+  trace-bench status runs/mine               show the progress at any time
 
-instruction following and safety, from the answers to the instruct_* and safety_* tasks:
+instruction following and safety, judged from the answers to the instruct_* and safety_* tasks:
   trace-bench judge runs/mine --model JUDGE  verdicts against the base model; see trace-bench judge --help
 
-reasoning paths for RCL, written by a teacher and checked:
+reasoning paths for RCL, which a teacher writes:
   trace-bench annotate data/mine --model TEACHER; TRACE_REASONING=data/mine trace-bench train rcl ...
 
 checkpoints trained elsewhere:
@@ -64,8 +64,8 @@ the tasks alone, with plain lm-eval:
       --include_path $(trace-bench tasks-path)
 """
 _MEMORY = (
-    "Give --engine-args a smaller batch_size (hf), or max_num_seqs, max_model_len or gpu_memory_utilization (vllm), "
-    "and run the command again."
+    "In --engine-args, lower batch_size (hf), or max_num_seqs, max_model_len or gpu_memory_utilization (vllm). Then "
+    "run the command again."
 )
 
 
@@ -99,8 +99,8 @@ def module_of(name: str) -> Any:
     place = Path(next(iter(spec.submodule_search_locations or ()), spec.origin or "")) if spec else Path()
     if place.parent.resolve() != Path(__file__).parents[2].resolve():
         raise HiddenError(
-            f"{place} hides the package {package} of trace-bench, which has the same name. Rename it, or start the "
-            "command `trace-bench` from a different folder without PYTHONPATH."
+            f"{place} has the same name as the package {package} of trace-bench and hides it. Rename it, or start "
+            "`trace-bench` from a different folder without PYTHONPATH."
         )
     return importlib.import_module(module)
 

@@ -14,25 +14,25 @@ from trace_bench.cli.options import LIST, positive, put_first
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = (
-        "Reads a data set, of which parts may be missing, and reports what its scores depend on: repeated\n"
-        "rows, contradicting answers, test rows that are trained on, balance, lengths, broken characters and\n"
-        "numbers, rows of the other variant. The reasoning variant in or beside it is audited as reasoning_*.\n"
-        "Test rows are also looked for in the training rows of other tasks, and of the data sets after --against."
+        "Reports what the scores on a data set depend on: repeated rows, contradicting answers, test rows among\n"
+        "the training rows, balance, lengths, broken characters and numbers, rows of the other variant. Parts of\n"
+        "the data may be missing. A reasoning variant in or next to it is audited as reasoning_*. Test rows are\n"
+        "also searched in the training rows of other tasks, and of the data sets named with --against."
     )
     parser.epilog = (
-        "With --output, `trace-bench report RUN --without-leaked FILE.json` makes the scores of a run without\n"
-        "the leaked test rows. A folder called audit is ./audit."
+        "After --output FILE.json, `trace-bench report RUN --without-leaked FILE.json` computes the scores of a run\n"
+        "without the leaked test rows. To check a folder named audit, write ./audit."
     )
     add = parser.add_argument
     source = add(
-        "source", metavar="SOURCE", nargs="?", help="folder (also CL_Benchmark), archive, or demo (TRACE_DATA)"
+        "source", metavar="SOURCE", nargs="?", help="a folder (also CL_Benchmark), an archive, or demo (TRACE_DATA)"
     )
     put_first(parser, source)
     add("--against", **LIST, metavar="SOURCE", help="other data sets, such as the 5000 variant")
-    add("--tokenizer", metavar="MODEL", help="hub id or local folder (default: the quickstart model's)")
-    add("--max-prompt-length", type=positive, default=1024, metavar="N", help="tokens of a prompt (1024)")
-    add("--max-answer-length", type=positive, default=512, metavar="N", help="tokens of an answer (512)")
-    add("--output", metavar="FILE.json", help="write all of it there, with the numbers of the rows")
+    add("--tokenizer", metavar="MODEL", help="hub id or local folder (default: that of the quickstart model)")
+    add("--max-prompt-length", type=positive, default=1024, metavar="N", help="most tokens of a prompt (1024)")
+    add("--max-answer-length", type=positive, default=512, metavar="N", help="most tokens of an answer (512)")
+    add("--output", metavar="FILE.json", help="write the whole audit to this file, with row numbers")
 
 
 def _all_data(source: str) -> list[Path]:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from trace_tasks.data.files import write_json
 
     if args.output and not args.output.endswith(".json"):
-        raise data.DataError(f"--output {args.output}: name a file that ends in .json.")
+        raise data.DataError(f"--output {args.output} does not end in .json: name a file FILE.json.")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if args.against and not args.source and not os.environ.get("TRACE_DATA"):
         args.missing()
@@ -67,6 +67,6 @@ def run(args: argparse.Namespace) -> None:
     show(audit_text.as_text(report))
     if args.output:
         write_json(Path(args.output), report)
-        show(f"All of it, with the numbers of the rows: {args.output}")
+        show(f"The whole audit, with row numbers: {args.output}")
     if report["unreadable"]:
         raise data.DataError("\n".join(report["unreadable"]))

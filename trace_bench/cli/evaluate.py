@@ -22,46 +22,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Evaluates every trained stage on the tasks seen so far. Done cells are skipped."
     add = parser.add_argument
     put_first(parser, add("path", metavar="RUN", help="the run directory"))
-    add("--stages", **LIST, metavar="N", help="numbers, such as 0,3,8 (default: all that are trained)")
-    add("--cells", choices=["seen", "all", "own"], help="tasks of each stage (default: the run's, seen)")
-    add("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, vllm)")
+    add("--stages", **LIST, metavar="N", help="stage numbers, such as 0,3,8 (default: all trained stages)")
+    add("--cells", choices=["seen", "all", "own"], help="tasks to measure at each stage (default: the run's, or seen)")
+    add("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, or vllm)")
     add(
         "--engine-args",
         metavar="JSON",
-        help="for the engine, in addition to the run's own, such as '{\"max_model_len\": 4096}'; null takes one away",
+        help="engine arguments, added to the run's own, such as '{\"max_model_len\": 4096}'; null removes one",
     )
     add(
         "--likelihood",
         action=argparse.BooleanOptionalAction,
-        help="the likelihood of the reference answers: add it to older cells, too, without generating again; or leave "
-        "it out (default: new cells have it)",
+        help="--likelihood: measure the likelihood of the reference answers for old cells too, without generating "
+        "again; --no-likelihood: for no cells (default: for new cells)",
     )
-    add("--data", help="where the data is now, if it was moved")
-    add("--follow", action="store_true", help="wait for stages that are not trained yet, and evaluate each as it is")
+    add("--data", help="the folder of the data, if it was moved")
+    add("--follow", action="store_true", help="wait for stages in training, and evaluate each when it is trained")
     add(
         "--devices",
         **LIST,
         metavar="GPU",
-        help="a process on each takes the next stage that nobody has: all, 0,1,3, or cpu,cpu for two on the CPU",
+        help="one process on each device, which takes the next free stage: all, 0,1,3, or cpu,cpu for two on the CPU",
     )
-    add("--share", action="store_true", help="take only stages that no other process has, as several of a job may do")
+    add("--share", action="store_true", help="share the stages with other processes, such as those of a cluster job")
     add = parser.add_argument_group(
         "in addition to the matrix (default: what the run's configuration says)"
     ).add_argument
-    add("--general", **LIST, metavar="SUITE", help="general (the paper's six) or names of suites")
-    add("--general-stages", choices=["last", "all"], help="stage 0 and the last (the default), or all")
-    add("--general-rows", type=positive, help="at least so many rows of each suite, as many of each subtask")
-    add(
-        "--given", type=positive, metavar="K", help="old tasks once more with the first K tokens of the reference given"
-    )
-    add("--judged", **LIST, metavar="SET", help="instruct, safety or names of sets; same stages")
-    add("--judged-rows", type=positive, help="first so many prompts of each set")
-    add("--judged-max-new-tokens", type=positive, help="the most tokens of an answer (512)")
+    add("--general", **LIST, metavar="SUITE", help="general-ability suites: general (the paper's six), or names")
+    add("--general-stages", choices=["last", "all"], help="last: stage 0 and the last (default); all: every stage")
+    add("--general-rows", type=positive, help="at least this many rows of each suite, equally from each subtask")
+    add("--given", type=positive, metavar="K", help="also measure old tasks with the first K reference tokens given")
+    add("--judged", **LIST, metavar="SET", help="prompts for judges: instruct, safety or names; same stages")
+    add("--judged-rows", type=positive, help="number of prompts of each set (the first)")
+    add("--judged-max-new-tokens", type=positive, help="most tokens of an answer to them (512)")
     add(
         "--distance",
         action="store_true",
         default=None,
-        help="KL of each stage from the base model, on its own task's prompts and on neutral questions",
+        help="KL divergence of each stage from the base model, on its own task's prompts and on neutral questions",
     )
     _add_checkpoints(parser)
 
@@ -72,19 +70,19 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
         "--checkpoint",
         action="append",
         metavar="NAME=PATH",
-        help="an adapter or full model; repeat in the order of training; NAME = the task of its stage, or any name; a "
-        "run of checkpoints takes further ones later, by themselves",
+        help="an adapter or full model; repeat it in the order of training; NAME is the task of the stage, or any "
+        "name; to add one later, give only the new one",
     )
-    add("--drop", **LIST, metavar="NAME", help="take checkpoints and what was measured of them out of the run")
-    add("--model", help="the base model: hub id, folder, or SmolLM2-135M-Instruct; of any run: its folder by now")
-    add("--chain", action="store_true", help="each adapter was trained on the base with those before it merged in")
-    add("--renamed-base", action="store_true", help="--model is a copy of the base that the adapters name otherwise")
+    add("--drop", **LIST, metavar="NAME", help="remove checkpoints and their measurements from the run")
+    add("--model", help="the base model: hub id, folder, or SmolLM2-135M-Instruct; for any run: its new folder")
+    add("--chain", action="store_true", help="each adapter was trained on the base with all earlier ones merged in")
+    add("--renamed-base", action="store_true", help="--model is the base under another name than the adapters give")
     add("--tasks", **LIST, metavar="TASK", help="columns of the matrix: names, an order (default: order1), or none")
-    add("--test-rows", type=positive, help="first so many test rows of each task")
-    add("--max-prompt-length", type=positive, help="tokens of a prompt, cut on the left (1024)")
-    add("--max-new-tokens", type=positive, help="the most tokens of an answer (default: each task's own)")
+    add("--test-rows", type=positive, help="number of test rows of each task (the first)")
+    add("--max-prompt-length", type=positive, help="most tokens of a prompt, which is cut on the left (1024)")
+    add("--max-new-tokens", type=positive, help="most tokens of an answer (default: each task's own)")
     add("--chat-template", action="store_true", help="put prompts into the model's chat template")
-    add("--chat-template-args", metavar="JSON", help="its variables, such as '{\"enable_thinking\": false}'")
+    add("--chat-template-args", metavar="JSON", help="variables of it, such as '{\"enable_thinking\": false}'")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -96,15 +94,15 @@ def run(args: argparse.Namespace) -> None:
     extra = {name: value for name in evaluate.EXTRA_SETTINGS if (value := getattr(args, name)) is not None}
     extra |= {name: names(extra[name]) for name in ("general", "judged") if name in extra}
     if args.follow and (args.checkpoint or args.drop):
-        raise RunError("--follow waits for the stages of a training; --checkpoint and --drop are for other runs.")
+        raise RunError("--follow does not work with --checkpoint or --drop: it is for a run that this program trains.")
     if args.drop:
         dropped = names(args.drop) or []
         left = evaluate.drop(args.path, dropped)
-        print(f"dropped {', '.join(dropped)}; the run has {len(left.stages) - 1} checkpoints")
+        print(f"dropped {', '.join(dropped)}; the run now has {len(left.stages) - 1} checkpoints")
         if not args.checkpoint:
             return
     if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
-        raise RunError(f"{options(wrong)}: only with --checkpoint; a run has these in its manifest.")
+        raise RunError(f"{options(wrong)}: only with --checkpoint. An existing run takes these from its manifest.")
     if args.model and not args.checkpoint:
         checks.move_base(Run.open(args.path), args.model)
     for library in ("HF_HUB", "HF_DATASETS"):  # the bar of the cells is enough
@@ -120,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
     else:
         done = evaluate.evaluate(run or Run.open(args.path), share=args.share, **asked)
     if not done:
-        print("nothing to evaluate: every cell is done" + ", or another process has its stage" * args.share)
+        print("nothing to evaluate: every cell is done" + ", or in work by another process" * args.share)
 
 
 def _options(args: argparse.Namespace, keys: Iterable[str]) -> list[str]:
@@ -155,9 +153,9 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
         known = {"model": manifest["model"]["name"], "tasks": manifest["tasks"], **manifest["config"]}
         known |= {name: manifest.get(name, False) for name in ("chain", "renamed_base")}
     elif "model" not in given:
-        raise RunError("--checkpoint needs --model: the base model that the checkpoints were trained from.")
+        raise RunError("--checkpoint needs --model BASE: name the base model that the checkpoints were trained from.")
     elif given.get("tasks") == [] and not {"general", "judged", "distance"} & extra.keys():
-        raise RunError("--tasks none leaves nothing to measure: say what with --general, --judged or --distance.")
+        raise RunError("--tasks none leaves nothing to measure: add --general, --judged or --distance.")
     else:
         known = {"chain": False, "renamed_base": False, "tasks": data.ORDERS["order1"]}
         # Recorded for later checkpoints: all of them need the same, or their differences mean nothing.
@@ -170,8 +168,8 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
     for_tasks = [name for name in ("data", *_OF_TASKS) if getattr(args, name)]
     if settings["tasks"] == [] and for_tasks:
         raise RunError(
-            f"{options(for_tasks)}: for tasks, and there are none. The others have --general-rows, --judged-rows "
-            "and --judged-max-new-tokens."
+            f"{options(for_tasks)}: only for tasks, and --tasks is none. For the others use --general-rows, "
+            "--judged-rows and --judged-max-new-tokens."
         )
     own = {name: settings.pop(name) for name in ("model", "tasks", "chain", "renamed_base")}
     return evaluate.external_run(args.path, checkpoints, settings=settings, data_path=args.data, **own)

@@ -14,9 +14,9 @@ from trace_bench.text import word
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = (
-        "Makes a run of predictions that were made elsewhere. They are scored here; the scores in their files\n"
-        "are not looked at. Prompts and labels have to be those of TRACE_DATA; where it is not set they are taken\n"
-        "as they are, and the report says so."
+        "Makes a run from predictions that were made elsewhere. This program scores them and ignores the scores in\n"
+        "their files. Prompts and labels must be those of TRACE_DATA. If it is not set, they are taken as they\n"
+        "are, and the report says so."
     )
     add = parser.add_argument
     put_first(parser, add("path", metavar="RUN", help="the run directory"))
@@ -25,12 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples",
         action="append",
         metavar="NAME=FOLDER",
-        help="samples_*.jsonl of lm_eval --log_samples, a folder for each model; repeat in the order of training; "
-        "NAME = the task of its stage, or any name; base = the model before the first training",
+        help="samples_*.jsonl of lm_eval --log_samples, a folder for each model; repeat it in the order of training; "
+        "NAME is the task of the stage, or any name, or base for the model before training",
     )
     add("--tasks", **LIST, metavar="TASK", help="with --samples: columns of the matrix, or an order")
-    add("--model", default="unknown", help="the base model, where it is known")
-    add("--data", help="the data that they were made from (default: TRACE_DATA)")
+    add("--model", default="unknown", help="the base model, if you know it")
+    add("--data", help="the data that the predictions were made on (default: TRACE_DATA)")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> None:
     from trace_tasks import data
 
     if args.official and args.tasks:
-        raise RunError("--tasks: the numbers in the names of the official files say the order. Leave it out.")
+        raise RunError("--tasks does not work with --official: the file names give the order. Leave it out.")
     if not args.official and not args.samples:
-        raise RunError("Nothing is imported: name predictions with --official FOLDER or --samples NAME=FOLDER.")
+        raise RunError("There is nothing to import: add --official FOLDER or --samples NAME=FOLDER.")
     folders = pairs("--samples", args.samples or [])
     from trace_bench.evaluate import imported
 
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         stages, tasks = imported.read_official(Path(args.official))
     for name, folder in folders.items():
         if name in stages:
-            raise RunError(f"--samples {name}: the official files have a stage of that name. Give it another.")
+            raise RunError(f"--samples {name}: the official files have a stage of that name. Use a different name.")
         stages[name] = imported.read_samples(Path(folder), tasks)
     there = {task for found in stages.values() for task in found}
     if tasks is None:
@@ -60,5 +60,5 @@ def run(args: argparse.Namespace) -> None:
     cells = sum(map(len, stages.values()))
     models = sum(map(bool, stages.values()))
     absent = ", ".join(task for task in made.tasks if task not in there)
-    none = f", none of {absent}" if absent else ""
-    show(f"imported {cells} cells of {models} models{none}: trace-bench report {word(made.path)}")
+    none = f", none for {absent}" if absent else ""
+    show(f"imported {cells} cells of {models} models{none}. Next: trace-bench report {word(made.path)}")

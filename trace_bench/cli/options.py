@@ -28,7 +28,7 @@ def json_object(option: str, text: str | None) -> dict[str, Any] | None:
     except (ValueError, RecursionError) as e:
         raise RunError(f"{option} must be a JSON object: {e}") from e
     if value is not None and not isinstance(value, dict):
-        raise RunError(f"{option} must be a JSON object: {text} is none")
+        raise RunError(f"{option} must be a JSON object, such as '{{\"a\": 1}}': {text} is not")
     return value
 
 
@@ -64,7 +64,7 @@ def put_first(parser: argparse.ArgumentParser, argument: argparse.Action, needed
 
     def error(message: str) -> NoReturn:
         if name in message.partition("are required: ")[2].split(", ") and parser.get_default("has_list"):
-            message += f"; a list takes what stands behind it: write {name} before the options"
+            message += f"; a list option takes every word behind it, so write {name} before the options"
         plain(message)
 
     parser.error = error  # type: ignore[method-assign]
@@ -76,7 +76,7 @@ def indices(words: Iterable[str] | None) -> list[int] | None:
     try:
         return None if words is None else [int(s) for s in split_names(words)]
     except ValueError as e:
-        raise RunError(f"--stages numbers are written with spaces or commas, such as 0,3,8: {e}") from e
+        raise RunError(f"--stages must be numbers with spaces or commas between them, such as 0,3,8: {e}") from e
 
 
 def names(words: Iterable[str] | None) -> list[str] | None:
@@ -91,7 +91,7 @@ def pairs(option: str, given: list[str]) -> dict[str, str]:
         raise RunError(f"{option} {' '.join(given)}: write each as NAME=PATH.")
     found = {name: os.path.expanduser(path) for name, _, path in split}  # which few shells do behind a "="
     if len(found) < len(split):
-        raise RunError(f"{option}: each NAME can be given once; found {', '.join(name for name, _, _ in split)}.")
+        raise RunError(f"{option}: found {', '.join(name for name, _, _ in split)}; give each NAME only once.")
     return found
 
 

@@ -16,12 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("paths", metavar="RUN", nargs="+", help="a run directory")
-    add("--baseline", metavar="RUN", help="the run that the others are set against (default: the first)")
-    add("--output", metavar="FILE", help="write the comparison there too: FILE.html, .md, .csv or .tex")
+    add("--baseline", metavar="RUN", help="the run that the others are compared with (default: the first)")
+    add("--output", metavar="FILE", help="also write the comparison to this file: FILE.html, .md, .csv or .tex")
     add(
         "--without-leaked",
         metavar="AUDIT.json",
-        help="leave test rows that are trained on out of all scores; a file of `trace-bench data audit --output`",
+        help="leave leaked test rows out of all scores; FILE is from `trace-bench data audit --output FILE`",
     )
 
 

@@ -10,11 +10,11 @@ from trace_bench.cli import show
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = (
-        "Makes a leaderboard of the result files below a folder: result.json of runs, which `trace-bench report`\n"
-        "writes, or copies of them under any name. Runs of the same protocol are in one table."
+        "Makes a leaderboard from the result files below a folder: the result.json that `trace-bench report` writes\n"
+        "for each run, or copies of it under any name. Runs with the same protocol are in one table."
     )
     parser.add_argument("folder", metavar="FOLDER", help="a folder of runs or of result files")
-    parser.add_argument("--output", metavar="FILE", help="write the leaderboard there: FILE.html, .md or .csv")
+    parser.add_argument("--output", metavar="FILE", help="write the leaderboard to this file: FILE.html, .md or .csv")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from trace_bench.cli import show
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.description = "Says how far a run is, from its files alone, while it goes on or afterwards."
+    parser.description = "Shows the progress of a run from its files, during the run or after it."
     parser.add_argument("path", metavar="RUN", help="the run directory")
 
 

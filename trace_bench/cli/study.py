@@ -9,11 +9,11 @@ from trace_bench.cli.options import LIST, names, put_first
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
-    parser.description = "Does the runs of a study one after the other and compares them. Done steps are skipped."
+    parser.description = "Trains, evaluates and compares the runs of a study, in order. Skips steps that are done."
     add = parser.add_argument
     put_first(
         parser,
-        add("file", metavar="STUDY", help="a YAML file, or a name of `trace-bench configs`, such as replay"),
+        add("file", metavar="STUDY", help="a YAML file, or a name from `trace-bench configs`, such as replay"),
     )
     add("--full", action="store_true", help="at the scale of the paper instead of the small one")
     add("--output_dir", "--output-dir", metavar="DIR", help="default: runs/<name of the study>-<small|full>")
@@ -21,10 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         **LIST,
         metavar="NAME",
-        help="these runs only, by their names in the file or one by one, or by number from 1 on; the table has all",
+        help="do only these runs: names from the file, names of single runs, or numbers from 1; the table has all runs",
     )
-    add("--launch", metavar="COMMAND", help="starts the trainings, as 'accelerate launch --num_processes 8'")
-    add("--dry-run", action="store_true", help="print the commands and do nothing")
+    add("--launch", metavar="COMMAND", help="command in front of each training: 'accelerate launch --num_processes 8'")
+    add("--dry-run", action="store_true", help="print the commands without running them")
 
 
 def run(args: argparse.Namespace) -> int:

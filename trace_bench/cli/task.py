@@ -11,14 +11,14 @@ from trace_bench.cli import show
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = (
-        "Makes a task of your own from a file of rows: writes its YAML beside the file, loads it as a run would,\n"
-        "and shows three rows as the model sees them. Recognised are\n"
+        "Makes a task of your own from a file of rows: writes its YAML next to the file, loads it as a run would,\n"
+        "and shows three rows as the model sees them. It knows these columns:\n"
         "  prompt, answer                     also question/input/text and target/output/response/label\n"
         '  messages                           [{"role": "user", "content": ...}, ..., {"role": "assistant", ...}]\n'
-        '  conversations                      the same as ShareGPT has them: "from" and "value"\n'
-        "  prompt, completion                 the same in two lists, as TRL has them\n"
-        "  instruction, input, output         as in Alpaca; input may be empty\n"
-        "in .jsonl, .json (a list), .csv and .parquet."
+        '  conversations                      ShareGPT\'s form of messages, with "from" and "value"\n'
+        "  prompt, completion                 TRL's form: the messages in two lists\n"
+        "  instruction, input, output         Alpaca's form; input may be empty\n"
+        "The file is .jsonl, .json (a list), .csv or .parquet."
     )
     parser.epilog = (
         "  trace-bench task new data/mine.jsonl --test data/mine-test.jsonl\n"
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("action", choices=["new"], help="what to do")
     add("file", type=Path, metavar="FILE", help="the training rows")
-    add("--test", type=Path, metavar="FILE", help="the test rows; without it the last fifth of the rows is kept apart")
-    add("--name", help="the task's name (default: that of the file)")
+    add("--test", type=Path, metavar="FILE", help="the test rows (default: the last fifth of FILE)")
+    add("--name", help="the task's name (default: the file's name)")
 
 
 def run(args: argparse.Namespace) -> None:

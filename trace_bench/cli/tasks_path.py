@@ -11,7 +11,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.add_argument(
-        "--install", action="store_true", help="make lm-eval of this environment find them without --include_path"
+        "--install", action="store_true", help="let lm-eval in this environment find them without --include_path"
     )
 
 

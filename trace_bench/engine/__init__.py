@@ -43,14 +43,14 @@ _WIDER_WINDOWS = {"cohere2", "cohere2_moe"}
 #: Arguments that the engine decides by itself -> why.
 _REFUSED = {
     ("pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"): (
-        "cannot be given, since the weights are swapped. Leave it out."
+        "is not allowed, since the engine swaps weights. Leave it out."
     ),
     ("chat_template_args", "enable_thinking"): (
-        "would change the prompts of the evaluation alone. Give chat_template_args to the run (--chat_template_args in "
-        "training, --chat-template-args with --checkpoint)."
+        "would change the prompts of the evaluation, but not those of training. Use --chat_template_args in training, "
+        "or --chat-template-args with --checkpoint."
     ),
     ("add_bos_token", "tokenizer", "use_fast_tokenizer", "truncation", "truncation_side"): (
-        "would encode prompts in another way than training does. Change it in the tokenizer's files."
+        "would encode prompts differently from training. Change it in the tokenizer's files."
     ),
 }
 
@@ -106,14 +106,14 @@ def open_engine(
 def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], forced: bool) -> Any:
     if args.get("data_parallel_size", 1) != 1:
         raise EngineError(
-            f"data_parallel_size={args['data_parallel_size']}: lm-eval starts engines of its own for it, whose weights "
-            "cannot be swapped. Use tensor_parallel_size, or evaluate several stages at once, each on a GPU of its own "
-            "(CUDA_VISIBLE_DEVICES=1 trace-bench evaluate RUN --stages 1)."
+            f"data_parallel_size={args['data_parallel_size']} is not allowed: lm-eval starts its own engines for it, "
+            "and their weights cannot be swapped. Use tensor_parallel_size, or evaluate several stages at once, each "
+            "on its own GPU (CUDA_VISIBLE_DEVICES=1 trace-bench evaluate RUN --stages 1)."
         )
     if "speculative_config" in args and not has_gpu():
         raise EngineError(
-            "speculative_config: without a GPU vLLM gives no probabilities of tokens with it, which likelihoods and "
-            "suites need. Leave it out."
+            "speculative_config is not allowed without a GPU: vLLM then gives no token probabilities, which "
+            "likelihoods and suites need. Leave it out."
         )
     config = models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
     _bound_context(base, config, args)
@@ -145,7 +145,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
         if not adapters or "enable_lora" in args:
             raise
         log.warning(
-            "vLLM does not start with LoRA, which it lacks for some models; adapters are merged: %s",
+            "vLLM does not start with LoRA, which it does not support for all models, so adapters are merged: %s",
             brief(e.__cause__ or e),
         )
     with starting_vllm():
@@ -172,15 +172,15 @@ def _bound_context(base: str, config: Any, args: dict[str, Any]) -> None:
     """
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        most, why = rope["original_max_position_embeddings"], "gives all texts the positions of long ones"
+        most, why = rope["original_max_position_embeddings"], "uses the positions for long texts"
     elif config.model_type in _WIDER_WINDOWS and "sliding_attention" in config.layer_types:
-        most, why = config.sliding_window, "has windows of one token more"
+        most, why = config.sliding_window, "has sliding windows that are one token wider"
     else:
         return
     if args.setdefault("max_model_len", most) > most:
         raise EngineError(
-            f"max_model_len={args['max_model_len']}: with more than {most} tokens vLLM {why} with {base}, and training "
-            f"does not. Use at most {most}, or take --backend hf."
+            f"max_model_len={args['max_model_len']} is too large for {base}: above {most} tokens vLLM {why}, but "
+            f"training does not. Use at most {most}, or --backend hf."
         )
 
 
@@ -192,13 +192,13 @@ def _open_hf(base: str, args: dict[str, Any]) -> Any:
     args = {k: v for k, v in args.items() if k in _HF_ARGS or k not in SPEED_ONLY_ARGS}
     if unknown := sorted(args.keys() - _HF_ARGS):
         raise EngineError(
-            f"engine_args: {', '.join(unknown)}: the weights of later stages are loaded without, so that stages could "
-            f"not be compared. With the backend hf there are {', '.join(sorted(_HF_ARGS))}."
+            f"engine_args: {', '.join(unknown)}: not allowed with --backend hf, which would not use it for the weights "
+            f"of later stages. Use only {', '.join(sorted(_HF_ARGS))}."
         )
     for name in ("batch_size", "max_batch_size", "max_length"):
         value = args.get(name, 1)
         if not (isinstance(value, int) and value > 0) and not (name == "batch_size" and str(value).startswith("auto")):
-            raise EngineError(f"engine_args: {name}={value!r}. Give a number from 1 on.")
+            raise EngineError(f"engine_args: {name}={value!r} is not allowed: use a number of at least 1.")
     try:
         return SwapHF(pretrained=base, **{"batch_size": 16, "device": "cuda" if has_gpu() else "cpu", **args})
     except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as e:

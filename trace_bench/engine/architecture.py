@@ -76,7 +76,7 @@ def architecture(model: str | Path, revision: str | None = None, trust_remote_co
         with torch.device("meta"), quiet(), limited(*models.READING):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as e:  # values from elsewhere make libraries raise anything
-        raise ModelError(f"{model} is no causal language model that transformers can build: {models.why_not(e)}") from e
+        raise ModelError(f"transformers cannot build a causal language model from {model}: {models.why_not(e)}") from e
 
 
 def refuse_not_causal(base: str, config: Any) -> None:
@@ -99,15 +99,15 @@ def refuse_not_causal(base: str, config: Any) -> None:
     elif kind in MODEL_FOR_MASKED_LM_MAPPING and not settings.get("is_decoder"):
         what = "an encoder"
     elif kind not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
-        what = "of another kind"
+        what = "a different kind of model"
     elif _reads_both_ways(config):
-        what = "one that reads a text in both directions, so that an answer in training would predict itself"
+        what = "one that reads text in both directions, so in training an answer would predict itself"
     elif other_heads:
         what = f"a {other_heads[0]} without a head for the next token"
     else:
         return
     raise ModelError(
-        f"{base} ({config.model_type}) is not a causal model but {what}. Take a model such as Llama, Qwen or GPT-2."
+        f"{base} ({config.model_type}) is not a causal model but {what}. Use a model such as Llama, Qwen or GPT-2."
     )
 
 
@@ -158,13 +158,13 @@ def weight_files(checkpoint: Path) -> list[Path]:
     if single.exists():
         if parts and parts != [single]:
             raise RunError(
-                f"{checkpoint} holds two models: transformers would load {single.name}, vLLM the files that "
+                f"{checkpoint} has two models: transformers would load {single.name}, but vLLM the files that "
                 f"{index.name} names. Remove the older one."
             )
         return [single]
     if not parts:
         others = sorted(file.name for file in checkpoint.glob("*.safetensors"))
-        there = f"; it holds {', '.join(others[:3])}, which is not looked for" if others else ""
+        there = f"; it has {', '.join(others[:3])}, which nobody would load" if others else ""
         raise RunError(
             f"{checkpoint} has no {single.name}{'' if adapter else f' and no {index.name}'}{there}. Copy the "
             "checkpoint again, or save it with save_pretrained."
@@ -192,9 +192,9 @@ def tensor_shapes(checkpoint: Path) -> dict[str, list[int]]:
             raise RunError(f"{file} is missing or damaged ({e}). Copy the checkpoint again.") from e
     if empty := sorted(name for name, shape in shapes.items() if shape == [0]):
         raise RunError(
-            f"{checkpoint} holds no values of {len(empty)} tensors, such as {empty[0]}: ZeRO-3 saves such files where "
-            "it does not gather the weights. Save it again with stage3_gather_16bit_weights_on_model_save, or make the "
-            "weights of the training's parts: python zero_to_fp32.py . MODEL --safe_serialization."
+            f"{checkpoint} has no values for {len(empty)} tensors, such as {empty[0]}. ZeRO-3 saves such files if it "
+            "does not gather the weights. Save it again with stage3_gather_16bit_weights_on_model_save, or combine the "
+            "parts that the training saved: python zero_to_fp32.py . MODEL --safe_serialization."
         )
     return shapes
 
@@ -205,7 +205,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     found = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(found, dict) or not all(isinstance(name, str) and is_file_name(name) for name in found.values()):
         raise RunError(
-            f"{index} is damaged: its weight_map names a file of this folder for each tensor. Copy it again."
+            f"{index} is damaged: its weight_map must name a file in this folder for each tensor. Copy it again."
         )
     return found
 
@@ -258,8 +258,8 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
     others = _OTHER_IN_VLLM | ({} if gpu.has_gpu() else _OTHER_ON_CPU)
     if backend == "vllm" and config.model_type in others:
         raise ModelError(
-            f"{base} ({config.model_type}): here vLLM {others[config.model_type]}, so the answers would be another "
-            "model's. Take the backend hf."
+            f"{base} ({config.model_type}): here vLLM {others[config.model_type]}, so its answers would be those of a "
+            "different model. Use --backend hf."
         )
     folder = Path(base)
     if not folder.is_dir():
@@ -278,8 +278,8 @@ def _refuse_more_weights(folder: Path) -> None:
         return
     if more := sorted(file.name for file in {*folder.glob("*.safetensors")} - {*weight_files(folder)}):
         raise RunError(
-            f"{folder} holds {', '.join(more[:3])} beside the model, which vLLM would load, too. Move it elsewhere, or "
-            "take --backend hf."
+            f"{folder} has {', '.join(more[:3])} next to the model, and vLLM would load it too. Move it elsewhere, or "
+            "use --backend hf."
         )
 
 
@@ -296,8 +296,9 @@ def _refuse_other_names(folder: Path, model: Any, shapes: dict[str, list[int]]) 
     other = [n for n in shapes if n not in names and (prefix + n in names or n.removeprefix(prefix) in names)]
     if other and model.config.model_type not in _COMPLETED:
         raise RunError(
-            f"{folder} calls its tensors such as {other[0]}, with {prefix!r} too few or too many, where vLLM looks for "
-            f"{min(names)}. Load it with AutoModelForCausalLM and save it again, or take --backend hf."
+            f"{folder} has tensor names such as {other[0]}, but vLLM looks for names such as {min(names)}: the prefix "
+            f"{prefix!r} is missing or too much. Load it with AutoModelForCausalLM and save it again, or use --backend "
+            "hf."
         )
 
 
@@ -324,20 +325,20 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) 
                 output_loading_info=True,
             )
     except (RuntimeError, ValueError, LimitError) as e:
-        raise RunError(f"{folder} does not hold the tensors of {name}: {brief(e)}. Give the whole model.") from e
+        raise RunError(f"{folder} does not have the tensors of {name}: {brief(e)}. Give the whole model.") from e
     lacking, unknown = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
     if lacking:
-        instead = f"; it holds {unknown[0]}, which fits nothing" if unknown else ""
+        instead = f"; it has {unknown[0]}, which does not fit" if unknown else ""
         raise RunError(
-            f"{folder} lacks {len(lacking)} tensors of {name}, such as {lacking[0]}{instead}. In an engine they "
-            "would be those of another model. Give the whole model, with the names that save_pretrained gives."
+            f"{folder} lacks {len(lacking)} tensors of {name}, such as {lacking[0]}{instead}. An engine would use "
+            "those of a different model. Give the whole model, with the names that save_pretrained gives."
         )
     if found["mismatched_keys"]:
         tensor, shape, wanted = min(found["mismatched_keys"], key=str)
         raise RunError(
-            f"{folder}: {tensor} has shape {list(shape)}, that of {name} {list(wanted)}. It was not trained from the "
-            "base model, its vocabulary was changed, or tensors are missing. Give the model that it was trained from, "
-            "its own config.json, or take --backend hf."
+            f"{folder}: {tensor} has shape {list(shape)}, but {name} has {list(wanted)}. It was trained from a "
+            "different model, its vocabulary was changed, or tensors are missing. Give the model that it was trained "
+            "from, or its own config.json, or use --backend hf."
         )
     unknown = [name for name in unknown if not _OLD_BUFFERS.search(name)]
     if unknown:
@@ -345,10 +346,10 @@ def _compare(folder: Path, model: Any, shapes: dict[str, list[int]], name: str) 
         inside = [name for name in unknown if name.split(".")[0] in parts]
         if inside:
             raise RunError(
-                f"{folder} holds {len(inside)} tensors that {name} has no place for, such as {inside[0]}: they would "
+                f"{folder} has {len(inside)} tensors that do not belong to {name}, such as {inside[0]}: they would "
                 "be left out. Give the config.json that belongs to these weights."
             )
-        log.warning("%s holds tensors beside the language model, such as %s. They are not used.", folder, unknown[0])
+        log.warning("%s has tensors outside the language model, such as %s. They are not used.", folder, unknown[0])
 
 
 # --------------------------------------------------------------------------------------------------------- config.json

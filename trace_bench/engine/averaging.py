@@ -271,7 +271,7 @@ def _merged(
     """One tensor of the merged model, in the dtype of the last checkpoint, whose config the merge gets."""
     if not parts[0].is_floating_point():
         if any(not torch.equal(part, parts[0]) for part in parts):
-            raise RunError(f"{name} holds whole numbers that differ between the checkpoints: there is no mean of them.")
+            raise RunError(f"{name} has integers that differ between the checkpoints, so they have no mean.")
         return parts[0]
     dtype, exact = parts[-1].dtype, torch.float32
     for part in parts:

@@ -98,16 +98,16 @@ def check_checkpoints(run: Run, stages: Iterable[Stage], backend: str, trust_rem
             named = not run.manifest.get("renamed_base") and (not chain or folder == run.stages[1].external)
             if named and (why := another_base(adapter, run.manifest["model"], trust_remote_code)):
                 raise RunError(
-                    f"{folder} was trained from another base model than the run's: {why}. Give --model the right "
-                    "one; --renamed-base if it is a copy of that under another name, or with weights in other numbers "
-                    "(a quantised one and its original); --chain if each adapter was trained on the base with those "
-                    "before it merged in."
+                    f"{folder} was not trained from the base model of the run: {why}. Name the right one with --model; "
+                    "use --renamed-base if it is a copy under a different name, or with weights of a different "
+                    "precision (a quantised model and its original); use --chain if each adapter was trained on the "
+                    "base with all earlier ones merged in."
                 )
             _check_fit(folder, adapter, base, name, backend)
         elif chain:
             raise RunError(
-                f"{folder} is a full model, which holds all weights: it cannot lie on the adapters of a chain. "
-                "Evaluate it in a run without --chain."
+                f"{folder} is a full model, so it cannot be stacked on the adapters of a chain. Evaluate it in a "
+                "run without --chain."
             )
         else:
             check_full_model(folder, base, backend, trust_remote_code)
@@ -126,8 +126,8 @@ def check_own(stage: Stage) -> None:
     models.refuse_pickle(path)
     if fingerprint(path) != stage.fingerprint():
         raise RunError(
-            f"{path} is not what the training of the stage wrote (its fingerprint differs): it was changed or "
-            f"damaged. Restore it, or delete {stage.train_file} to train the stage again."
+            f"{path} has changed since the training of the stage (its fingerprint differs). Restore it, or delete "
+            f"{stage.train_file} to train the stage again."
         )
     if models.is_adapter(path):
         from peft import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -135,8 +135,8 @@ def check_own(stage: Stage) -> None:
         kind = models.adapter_config(path).get("peft_type")
         if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
             raise RunError(
-                f"{path} is an adapter of the kind {kind}, which the installed PEFT does not know. Install the "
-                "version that the stage was trained with: manifest.json has it."
+                f"{path} is an adapter of the kind {kind}, which the installed PEFT does not know. Install the PEFT "
+                "version that trained the stage: manifest.json names it."
             )
 
 
@@ -150,7 +150,7 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
             base = models.load_tokenizer(models.base_of_run(model), model.get("revision"), trust_remote_code)
             own = models.load_tokenizer(stage.external, None, trust_remote_code)
         except Exception as e:  # only a warning: this tokenizer is not used
-            log.warning("The tokenizer of %s could not be compared with that of the base model: %s", stage.name, e)
+            log.warning("Cannot compare the tokenizer of %s with that of the base model: %s", stage.name, e)
             continue
         differs = ["vocabulary"] if own.get_vocab() != base.get_vocab() else []
         differs += ["chat template"] if own.chat_template != base.chat_template else []
@@ -158,9 +158,9 @@ def warn_of_tokenizers(run: Run, stages: Iterable[Stage], trust_remote_code: boo
         differs += ["way to begin a text"] if leading_ids(own) != leading_ids(base) else []
         if differs:
             log.warning(
-                "%s brings another %s than the base model has. It is measured with the base model's, as all are.",
+                "%s has a different %s from the base model. It is measured with that of the base model, as all are.",
                 stage.name,
-                " and another ".join(differs),
+                " and a different ".join(differs),
             )
 
 
@@ -186,41 +186,43 @@ def _check_vocabulary(folder: Path, base: str, revision: str | None, trust_remot
 def _check_kind(folder: Path, adapter: dict[str, Any], backend: str, chain: bool) -> None:
     """Refuses kinds of adapters that the backend cannot serve."""
     kind = adapter.get("peft_type")
-    whole = "Merge it where it was trained (merge_and_unload, save_pretrained), and give the full model"
+    whole = "Merge it in the program that trained it (merge_and_unload, save_pretrained), and give the full model"
     if not isinstance(kind, str) or kind not in MERGED | UNMERGED | {PROMPT}:
         raise RunError(
-            f"{folder} is an adapter of the kind {kind}, which cannot be served: it neither changes weights that are "
-            f"known to be right, nor is it a plain soft prompt. Served are {', '.join(sorted(MERGED))} and {PROMPT}, "
-            f"with --backend hf also {', '.join(sorted(UNMERGED))}. {whole}, if the kind can be merged."
+            f"{folder} is an adapter of the kind {kind}, which is not supported: its merged weights were not checked, "
+            f"and it is not a plain soft prompt. Use {', '.join(sorted(MERGED))} or {PROMPT}, or with --backend hf "
+            f"also {', '.join(sorted(UNMERGED))}. {whole}, if the kind can be merged."
         )
     if adapter.get("task_type") not in (None, "CAUSAL_LM"):
         raise RunError(
-            f"{folder} was trained for the task type {adapter['task_type']}: its model has another head or other "
-            "inputs than a causal language model. Only CAUSAL_LM is served."
+            f"{folder} was trained for the task type {adapter['task_type']}: its model has a different head or "
+            "different inputs than a causal language model. Only CAUSAL_LM is supported."
         )
     if chain and kind == PROMPT:
-        raise RunError(f"{folder} is a soft prompt, on which no adapter can be stacked. Evaluate it without --chain.")
+        raise RunError(
+            f"{folder} is a soft prompt, and a chain cannot stack adapters on it. Evaluate it without --chain."
+        )
     # What PEFT's merge of LN_TUNING leaves of whole modules would be found in no file of a model.
     option = "modules_to_save" if kind == "LN_TUNING" else "lora_bias"
     if backend == "vllm" and (kind in UNMERGED or adapter.get(option)):
         what = f" with {option}" if adapter.get(option) else ""
         raise RunError(
-            f"{folder} is an adapter of the kind {kind}{what}, which PEFT merges into few models or none, and vLLM "
-            "serves merged weights. Take --backend hf."
+            f"{folder} is an adapter of the kind {kind}{what}. vLLM needs merged weights, and PEFT can merge it into "
+            "few models only, or into none. Use --backend hf."
         )
     if adapter.get("sample_at_inference"):
         raise RunError(
-            f"{folder} has sample_at_inference, with which its weights are drawn anew for each token. Set it to false "
-            "in its adapter_config.json to measure their means."
+            f"{folder} has sample_at_inference, so its weights are sampled again for each token. Set it to false in "
+            "its adapter_config.json to measure their means."
         )
     for name in _NOT_A_SUM if kind == "LORA" else ():
         if adapter.get(name):
-            raise RunError(f"{folder} uses {name}, which no engine here serves as it was trained. {whole}.")
+            raise RunError(f"{folder} uses {name}, and no engine here computes that as in training. {whole}.")
     start = adapter.get("init_lora_weights", True)
     if kind == "LORA" and start not in (*PLAIN_STARTS, *_SAME_STARTS):
         raise RunError(
-            f"{folder} began with init_lora_weights={start!r}, which changed the weights of the base model in a way "
-            f"that loading the adapter does not repeat. {whole}; or save it as a plain LoRA (save_pretrained with "
+            f"{folder} has init_lora_weights={start!r}: its training changed the weights of the base model, and "
+            f"loading the adapter does not repeat that. {whole}; or save it as a plain LoRA (save_pretrained with "
             "path_initial_model_for_weight_conversion)."
         )
 
@@ -233,14 +235,14 @@ def _check_known(folder: Path, adapter: dict[str, Any]) -> None:
     if unknown := [f"{name}={value!r:.60}" for name, value in adapter.items() if value and name not in known]:
         raise RunError(
             f"{folder}/adapter_config.json has {', '.join(unknown[:3])}, which the installed PEFT does not know and "
-            f"would leave out. Install the PEFT that wrote it ({adapter.get('peft_version') or 'a newer one'}); or "
-            "remove an entry that changes nothing."
+            f"would ignore. Install the PEFT that wrote it ({adapter.get('peft_version') or 'a newer one'}); or remove "
+            "the entry if it has no effect."
         )
     full = [name for name in ("model.safetensors", "model.safetensors.index.json") if (folder / name).exists()]
     if full:
         raise RunError(
-            f"{folder} holds an adapter and a full model ({full[0]}), and either could be meant. Move one of them to a "
-            "folder of its own."
+            f"{folder} has both an adapter and a full model ({full[0]}), so it is not clear which one to use. Move one "
+            "of them to its own folder."
         )
 
 
@@ -253,8 +255,8 @@ def _refuse_endless(folder: Path, config: dict[str, Any]) -> None:
     for key, number in steps.items():
         if number > MOST_STEPS:
             raise RunError(
-                f"{folder}/adapter_config.json: {key} asks for {number} steps, which would take for ever. At most "
-                f"{MOST_STEPS} are allowed; no real adapter has so many."
+                f"{folder}/adapter_config.json: {key} needs {number} steps, which would never end. At most "
+                f"{MOST_STEPS} are allowed; no real adapter has more."
             )
 
 
@@ -270,8 +272,8 @@ def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], n
         if shapes.get("prompt_embeddings") != wanted:
             raise RunError(
                 f"{folder} does not fit {name}: its prompt_embeddings have shape {shapes.get('prompt_embeddings')}, "
-                f"with its num_virtual_tokens and the width of the model they have {wanted}. Give the model that it "
-                "was trained from."
+                f"but its num_virtual_tokens and the model's width give {wanted}. Give the model that it was trained "
+                "from."
             )
         return
     modules = [key for key, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
@@ -279,35 +281,35 @@ def _check_fit(folder: Path, adapter: dict[str, Any], base: Callable[[], Any], n
     used = [key for key in _NOT_FOR_JOINED_EXPERTS if adapter.get(key)]
     if expert and used and not any(".experts.0." in key for key in modules):
         raise RunError(
-            f"{folder} holds an adapter of each expert, such as {expert}, with {used[0]}. Here the experts of a layer "
-            "are one tensor, and PEFT would take another scale for it. Merge it where it was trained "
+            f"{folder} has an adapter for each expert, such as {expert}, with {used[0]}. Here the experts of a layer "
+            "are one tensor, for which PEFT would use a different scale. Merge it in the program that trained it "
             "(merge_and_unload, save_pretrained), and give the full model."
         )
-    example = f"Its tensors are called such as {min(shapes, default='(none)')}, the modules of {name} such as "
+    example = f"It has tensors such as {min(shapes, default='(none)')}, and {name} has modules such as "
     example += f"{modules[0]}." if modules else "(no linear layer)."
-    fix = "Give the model that it was trained from, or save it again from there with save_pretrained."
+    fix = "Give the model that it was trained from, or save it again with save_pretrained of the PEFT model."
     try:
         lacking, unknown = _put_on(folder, adapter, model, shapes)
     except LimitError as e:
         raise RunError(
-            f"{folder} cannot be used: {e} to put it on {name}. Its adapter_config.json has sizes or patterns that no "
+            f"{folder} cannot be put on {name}: {e} for it. Its adapter_config.json has sizes or patterns that no "
             "real adapter has."
         ) from None
     except KeyError as e:  # a module that was trained as a whole, or its tokens
-        raise RunError(f"{folder} does not fit {name}: it holds no tensor {e}. {example} {fix}") from e
+        raise RunError(f"{folder} does not fit {name}: it has no tensor {e}. {example} {fix}") from e
     except Exception as e:  # values from elsewhere make PEFT raise anything
         lines = [line.strip() for line in str(e).splitlines() if "size mismatch" in line]
         reason = lines[0] if lines else f"{brief(e)} {example}"
         if lines and re.search("embed|lm_head|wte", lines[0]):
-            fix += " Of one whose training added tokens: merge it there, and give the full model, with --backend hf."
+            fix += " If its training added tokens: merge it there, and give the full model, with --backend hf."
         raise RunError(f"{folder} does not fit {name}: {reason} {fix}") from e
     if backend == "vllm" and (shared := shared_weights(model)):
         raise shared_layer(folder, shared)
     facts = [f"{len(unknown)} of its tensors fit no module, such as {unknown[0]}"] if unknown else []
-    facts += [f"modules that it names get no tensor, such as {lacking[0]}"] if lacking else []
+    facts += [f"it has no tensor for modules that it names, such as {lacking[0]}"] if lacking else []
     if facts:
         raise RunError(
-            f"{folder} does not fit {name}: {'; '.join(facts)}. PEFT would only warn, and the base model be measured. "
+            f"{folder} does not fit {name}: {'; '.join(facts)}. PEFT would only warn and use the base model. "
             f"{example} {fix}"
         )
 
@@ -402,12 +404,12 @@ def another_base(adapter: dict[str, Any], model: dict[str, Any], trust_remote_co
     if ours.is_dir() and os.path.isfile(theirs / "config.json") and any(theirs.glob("*.safetensors")):
         if theirs.resolve() == ours.resolve() or _same_model(theirs, ours, trust_remote_code):
             return None
-        return f"adapter_config.json names {said}, whose files are others than those of {base}"
+        return f"adapter_config.json names {said}, and its files differ from those of {base}"
     (said_name, said_commit), (name, commit) = _hub_name(said), _hub_name(base)
     of_hub = [n.count("/") == 1 and not n.startswith((".", "~")) for n in (said_name, name)]
     both = (said_name, name) if all(of_hub) else (Path(said_name).name, Path(name).name)
     if both[0].casefold() != both[1].casefold():
-        return f"adapter_config.json names {said}, the run's is {model['name']}"
+        return f"adapter_config.json names {said}, but the run has {model['name']}"
     said_commit = said_commit or adapter.get("revision") or "main"
     commit = commit or (None if ours.is_dir() else model.get("revision"))
     if commit is None or said_commit in ("main", commit):
@@ -417,7 +419,7 @@ def another_base(adapter: dict[str, Any], model: dict[str, Any], trust_remote_co
             return None
     except ModelError:
         pass  # what cannot be looked up is not known to be the run's
-    return f"adapter_config.json names the revision {said_commit} of {said}, the run's is {commit}"
+    return f"adapter_config.json names the revision {said_commit} of {said}, but the run has {commit}"
 
 
 def _hub_name(model: str) -> tuple[str, str | None]:

@@ -42,7 +42,7 @@ def combine(
         RunError: if something does not fit; nothing is written.
     """
     if output.exists():
-        raise RunError(f"{output} is there already. Name a folder that does not exist yet (--output).")
+        raise RunError(f"{output} already exists. Name a new folder with --output.")
     lora = check(checkpoints, how, model, rank)
     base = None if lora or model is None else model_folder(models.resolve_model(model))
     if base is not None:
@@ -72,17 +72,17 @@ def check(checkpoints: Sequence[Path], how: Merge, model: str | None = None, ran
     least = 1 if how.method == "wise" else 2
     if len(checkpoints) < least or (how.method == "wise" and len(checkpoints) > 2):
         wanted = "one checkpoint (and its base) or two" if how.method == "wise" else "two checkpoints or more"
-        raise RunError(f"{how.method} merges {wanted}; {len(checkpoints)} given.")
+        raise RunError(f"{len(checkpoints)} checkpoints given, but {how.method} merges {wanted}.")
     for folder in checkpoints:
         if not (models.is_adapter(folder) or (folder / "config.json").is_file()):
-            raise RunError(f"{folder} is no checkpoint: it has neither an adapter_config.json nor a config.json.")
+            raise RunError(f"{folder} is not a checkpoint: it has neither an adapter_config.json nor a config.json.")
         models.refuse_odd_files(folder)
         models.refuse_pickle(folder)
     adapters = [folder for folder in checkpoints if models.is_adapter(folder)]
     if adapters and len(adapters) < len(checkpoints):
         other = next(folder for folder in checkpoints if folder not in adapters)
         raise RunError(
-            f"{adapters[0]} is an adapter and {other} a full model: only checkpoints of one kind are merged. Merge the "
+            f"{adapters[0]} is an adapter, but {other} is a full model: all checkpoints must be of one kind. Merge the "
             "adapter into its base first (merge_and_unload, save_pretrained)."
         )
     if adapters:
@@ -108,23 +108,23 @@ def _check_adapters(adapters: Sequence[Path], model: str | None) -> None:
         if kind != "LORA" or odd:
             what = f"of the kind {kind}" if kind != "LORA" else f"with {odd[0]}"
             raise RunError(
-                f"{folder} is an adapter {what}: only plain LoRA is merged, whose weights are its products. Merge each "
-                "into its base (merge_and_unload, save_pretrained), and merge the full models."
+                f"{folder} is an adapter {what}, but only plain LoRA adapters can be merged with each other. Merge "
+                "each into its base (merge_and_unload, save_pretrained), and then merge the full models."
             )
         if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
-            raise RunError(f"{folder}/adapter_config.json has no r or no lora_alpha, which are numbers. Copy it again.")
+            raise RunError(f"{folder}/adapter_config.json has no number for r or lora_alpha. Copy it again.")
         if config.get("init_lora_weights", True) not in PLAIN_STARTS:
             raise RunError(
-                f"{folder} began with init_lora_weights={config['init_lora_weights']}, which changes the base's "
-                "weights. Convert it to plain LoRA where it was trained (path_initial_model_for_weight_conversion)."
+                f"{folder} has init_lora_weights={config['init_lora_weights']}: its training changed the base's "
+                "weights. Save it as a plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)."
             )
         base = {"name": model or first.get("base_model_name_or_path") or ""}
         if not model and first.get("revision"):
             base["revision"] = first["revision"]
         if why := _another(config, base):
             raise RunError(
-                f"{folder} and {model or adapters[0]} have different base models: {why}. Task vectors of different "
-                "models have no sum."
+                f"{folder} and {model or adapters[0]} have different base models, so they cannot be merged: {why}. "
+                "Give checkpoints of one base model."
             )
     _compare({folder: _products(folder) for folder in adapters})
 
@@ -138,7 +138,7 @@ def _another(config: dict[str, Any], base: dict[str, Any]) -> str | None:
         return another_base(config, base)
     except ModelError:
         same = Path(said).name.casefold() == Path(base["name"]).name.casefold()
-        return None if same else f"adapter_config.json names {said}, and not {base['name']}"
+        return None if same else f"adapter_config.json names {said}, not {base['name']}"
 
 
 def _products(folder: Path) -> dict[str, list[int]]:
@@ -149,12 +149,12 @@ def _products(folder: Path) -> dict[str, list[int]]:
         other = shapes.get(partner, [])
         if partner == name or len(shape) != 2 or len(other) != 2:
             raise RunError(
-                f"{folder} holds {name}, which is neither an A nor a B of a linear layer: it cannot be merged. Merge "
-                "each adapter into its base (merge_and_unload, save_pretrained), and merge the full models."
+                f"{folder} has {name}, which is not the A or B of a linear layer and cannot be merged. Merge each "
+                "adapter into its base (merge_and_unload, save_pretrained), and then merge the full models."
             )
         if ".lora_A." in name:
             if [shape[0], other[1]] != [rank, rank]:
-                raise RunError(f"{folder}: {name} has rank {shape[0]}, its adapter_config.json says r={rank}.")
+                raise RunError(f"{folder}: {name} has rank {shape[0]}, but its adapter_config.json says r={rank}.")
             found[name] = [other[0], shape[1]]
     return found
 
@@ -163,10 +163,10 @@ def _check_same(first: Path, others: Sequence[Path]) -> None:
     """Refuses full models whose configs or tensors differ."""
     for folder in (first, *others):
         if read_json(folder / "config.json").get("quantization_config"):
-            raise RunError(f"{folder} is quantised: its packed weights have no mean. Give the model as it was before.")
+            raise RunError(f"{folder} is quantised: its packed weights have no mean. Give the original model.")
     for folder in others:
         if differences := config_differences(first, folder):
-            raise RunError(f"{folder} is another model than {first}: {'; '.join(differences[:3])}.")
+            raise RunError(f"{folder} and {first} are different models: {'; '.join(differences[:3])}.")
     _compare({folder: tensor_shapes(folder) for folder in (first, *others)})
 
 
@@ -176,10 +176,10 @@ def _compare(shapes: dict[Path, dict[str, list[int]]]) -> None:
     for folder, found in others:
         for name in sorted(wanted.keys() | found.keys()):
             if wanted.get(name) != found.get(name):
-                said = [f"has shape {s[name]}" if name in s else "is not there" for s in (wanted, found)]
+                said = [f"has shape {s[name]}" if name in s else "is missing" for s in (wanted, found)]
                 raise RunError(
-                    f"{folder} does not fit {first}: {name} {said[1]}, in the first it {said[0]}. Checkpoints of one "
-                    "base with the same layers are merged; save full models with the same transformers."
+                    f"{folder} does not fit {first}: {name} {said[1]}, but in the first it {said[0]}. Give checkpoints "
+                    "of one base with the same layers; save full models with the same version of transformers."
                 )
 
 

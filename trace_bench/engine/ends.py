@@ -33,13 +33,15 @@ def ends_of_model(place: str | Path, commit: str | None = None) -> set[int | Non
     """
     settings = models.model_file(str(place), "generation_config.json", commit)
     if not isinstance(settings, dict | None):
-        raise ModelError(f"{place}/generation_config.json is damaged: it holds no object. Copy it again, or remove it.")
+        raise ModelError(
+            f"{place}/generation_config.json is damaged: it is not a JSON object. Copy it again, or remove it."
+        )
     eos = (settings or {}).get("eos_token_id")
     if eos is None:  # as in transformers, config.json says what this file does not
         eos = models.read_config(str(place), commit).get("eos_token_id")
     tokens = eos if isinstance(eos, list) else [eos]
     if not all(isinstance(token, int | None) for token in tokens):
-        raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, neither a token's number nor a list of them.")
+        raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, but must be a token's number or a list of them.")
     return set(tokens)
 
 

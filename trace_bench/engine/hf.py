@@ -100,7 +100,7 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
             masks = masks_padding(self._model, self.pad, ids)
         if not masks:
             log.warning(
-                "%s does not heed the attention mask, so only prompts of the same length are answered together.",
+                "%s ignores the attention mask, so a batch holds only prompts of the same length.",
                 self.base,
             )
         return masks

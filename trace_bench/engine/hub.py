@@ -71,11 +71,11 @@ def not_given(base: str, error: Exception) -> ModelError:
     """The error for a model that the hub does not provide."""
     if is_out_of_reach():
         return ModelError(
-            f"The model {base!r} is no local folder, the hub cannot be reached, or not asked (HF_HUB_OFFLINE), and its "
-            "cache has no such model. Is the name right? Give the folder of the model, or fetch it where there is a "
-            "connection (hf download)."
+            f"Cannot find the model {base!r}: it is not a local folder, it is not in the hub's cache, and the hub "
+            "cannot be reached (or HF_HUB_OFFLINE is set). Check the name; or give the folder of the model; or "
+            "download it on a machine with network access (hf download)."
         )
     return ModelError(
-        f"The model {base!r} is no local folder, and the hub does not give it ({type(error).__name__}): is the name "
-        "right, HF_TOKEN set if the model is gated?"
+        f"Cannot find the model {base!r}: it is not a local folder, and the hub does not provide it "
+        f"({type(error).__name__}). Check the name. If the model is gated, set HF_TOKEN."
     )

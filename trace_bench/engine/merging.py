@@ -92,8 +92,8 @@ class Merging:
 def _checked(adapter: Path, lost: float) -> float:
     if lost > MOST_LOST:
         log.warning(
-            "Merged into weights of the engine's precision, %s loses %.0f %% of its update. Evaluate with "
-            "--backend hf, which does not merge.",
+            "%s loses %.0f %% of its update when it is merged into weights of the engine's precision. Evaluate "
+            "with --backend hf, which does not merge.",
             adapter,
             100 * lost,
         )

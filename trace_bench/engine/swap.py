@@ -310,7 +310,7 @@ class SwapLM:
         if room < 1:
             raise EngineError(
                 f"An answer of {most} tokens leaves no room for a prompt in the engine's context of {self.max_length}: "
-                "give --engine-args a larger max_model_len (vllm) or max_length (hf)."
+                "in --engine-args, raise max_model_len (vllm) or max_length (hf)."
             )
         if self.chat is not None and text in self.chat and self.chat.end:
             until = [*until, self.chat.end]  # which neither the tokenizer nor the model may call EOS

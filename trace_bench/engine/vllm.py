@@ -83,8 +83,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         self.soft_prompt = models.soft_prompt(checkpoint)
         if self.soft_prompt is not None and not self.model_args.get("enable_prompt_embeds"):
             raise EngineError(
-                f"{checkpoint} is a soft prompt, for which vLLM has to be started with the engine argument "
-                "enable_prompt_embeds: true. Give it, or evaluate with --backend hf."
+                f"{checkpoint} is a soft prompt, and vLLM was started without the engine argument "
+                "enable_prompt_embeds: true. Add it to --engine-args, or use --backend hf."
             )
         former = self.adapter
         self.adapter = self.adapters.get(checkpoint) if checkpoint is not None and not below else None
@@ -112,12 +112,12 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             try:
                 if self._swap_tested(folder):
                     return
-                why = "does not answer as before when the same weights are swapped in again, so no swap can be trusted"
+                why = "gives different answers after the same weights are swapped in again, so swaps are not safe"
             except Exception as e:  # of any kind: with LoRA, vLLM looks for other names in some models
                 why = f"cannot swap weights ({brief(e)})"
             self.swaps = False
             log.warning(
-                "vLLM %s with this model here. The engine is started again for each stage, which takes longer.", why
+                "vLLM %s with this model here. The engine starts again for each stage, which takes longer.", why
             )
         if not other:
             served["own_engine"] = "its weights cannot be swapped in this engine"
@@ -150,9 +150,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
     def _reset_prefix_cache(self) -> None:
         """Empties the prefix cache: its keys and values come from the former weights or soft prompt."""
         if not self.model.reset_prefix_cache(reset_connector=True):
-            raise EngineError(
-                f"vLLM does not forget what it computed before {self.holds} was loaded: run the command again."
-            )
+            raise EngineError(f"vLLM keeps cached results from before {self.holds} was loaded. Run the command again.")
 
     def _end(self) -> None:
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -422,7 +420,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         prompts: list[Any] = [{"prompt_token_ids": ids} for ids in requests]
         if not generate:
             if self.soft_prompt is not None:
-                raise EngineError("vLLM gives no likelihoods behind a soft prompt: evaluate with --backend hf.")
+                raise EngineError("vLLM gives no likelihoods after a soft prompt: use --backend hf.")
             sampling_params = SamplingParams(temperature=0, prompt_logprobs=1, max_tokens=1, detokenize=False)
         if self.soft_prompt is not None:
             soft, n = self.soft_prompt.to(self.model.llm_engine.model_config.dtype), len(self.soft_prompt)

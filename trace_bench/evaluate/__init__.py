@@ -57,5 +57,5 @@ def evaluate(run: Run, *, stages: Collection[int] | None = None, data_path: str 
     check_trained(chosen, stages)
     for stage in chosen:
         if not stage.is_trained:
-            log.warning("Stage %s is not trained yet and left out.", stage.name)
+            log.warning("Left out stage %s: it is not trained yet.", stage.name)
     return fill(run, [stage for stage in chosen if stage.is_trained], data_path=data_path, **asked)[0]

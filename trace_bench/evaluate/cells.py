@@ -224,6 +224,6 @@ def summary(cells: int, stages: int, lm: Any, seconds: float, start: float) -> s
     work = lm.work
     return (
         f"evaluated {cells} cells of {stages} stages in {seconds:.0f} s (engine start {start:.0f} s, "
-        f"engine at work {work.seconds:.0f} s: {work.prompt_tokens:,} tokens read, {work.generated_tokens:,} written, "
-        f"{(work.prompt_tokens + work.generated_tokens) / max(work.seconds, 1e-9):.0f} a second)"
+        f"engine work {work.seconds:.0f} s: {work.prompt_tokens:,} tokens read, {work.generated_tokens:,} written, "
+        f"{(work.prompt_tokens + work.generated_tokens) / max(work.seconds, 1e-9):.0f} tokens/s)"
     )

@@ -49,8 +49,8 @@ def find_devices(asked: Sequence[str]) -> list[str]:
     given = "--devices " + ",".join(asked)
     if not torch.cuda.is_available():
         raise RunError(
-            f"{given}: torch finds no GPU here. Leave --devices out, or share the cores of the CPU among several "
-            "processes: --devices cpu,cpu starts two."
+            f"{given}: torch finds no GPU here. Leave --devices out, or use --devices cpu,cpu to start two processes "
+            "on the CPU."
         )
     visible = _visible(os.environ.get("CUDA_VISIBLE_DEVICES"), torch.cuda.device_count())
     if list(asked) == ["all"]:
@@ -58,12 +58,12 @@ def find_devices(asked: Sequence[str]) -> list[str]:
     numbered = {**{name: name for name in visible}, **{str(n): name for n, name in enumerate(visible)}}
     if unknown := [name for name in asked if name not in numbered]:
         raise RunError(
-            f"{given}: there is no {', '.join(unknown)}. Use all, or numbers from 0 to {len(visible) - 1}, which count "
-            f"the visible GPUs ({', '.join(visible)}), or these names."
+            f"{given}: there is no {', '.join(unknown)}. Use all, or numbers from 0 to {len(visible) - 1} for the "
+            f"visible GPUs, or their names ({', '.join(visible)})."
         )
     found = [numbered[name] for name in asked]
     if len(set(found)) < len(found):
-        raise RunError(f"{given}: each GPU can be named once, since one engine takes all of its memory.")
+        raise RunError(f"{given}: name each GPU only once, since one engine needs all of its memory.")
     return found
 
 
@@ -86,8 +86,8 @@ def grouped(devices: Sequence[str], plan: Plan) -> list[list[str]]:
     if len(devices) % size:
         said = " x ".join(f"{name} {value}" for name, value in sizes.items() if value != 1)
         raise RunError(
-            f"--devices: {len(devices)} ({', '.join(devices)}) cannot be divided among engines that take {size} each "
-            f"({said}). Name a multiple of {size}, or give --engine-args another number."
+            f"--devices names {len(devices)} ({', '.join(devices)}), but each engine takes {size} ({said}). Name a "
+            f"multiple of {size}, or change the number in --engine-args."
         )
     return [list(devices[i : i + size]) for i in range(0, len(devices), size)]
 
@@ -259,6 +259,6 @@ def _check(run: Run, processes: list[_Process], missing: Any) -> None:
     text = "\n".join(f"{', '.join(names)} {how}" for how, names in failed.items())
     left = missing()
     if not left and any(process.child.returncode == 0 for process in processes):
-        log.warning("%s\nThe other processes have made its cells.", text)
+        log.warning("%s\nThe other processes have measured its cells.", text)
         return
-    raise RunError(f"{text}\n{left} cells of {run.path} are missing. The same command again makes them.")
+    raise RunError(f"{text}\n{left} cells of {run.path} are missing. Run the same command again to measure them.")

@@ -67,9 +67,9 @@ def missing(run: Run, stage: Stage, settings: Mapping[str, Any]) -> list[str]:
         there, base = records.read_distance(stage, name), records.read_distance(run.stages[0], name)
         if there is not None and (lines := differences(there["settings"], settings)):
             raise RunError(
-                f"{distance_file(stage, name)} was made with other settings (there -> asked for):\n"
+                f"{distance_file(stage, name)} was made with different settings (in the file -> asked for):\n"
                 + "\n".join(lines)
-                + f"\nUse the old ones, or delete {run.path}/stages/*/distance."
+                + f"\nUse the settings of the file, or delete {run.path}/stages/*/distance."
             )
         if not records.is_distance_valid(there, base, stage.fingerprint()):
             todo.append(name)
@@ -107,12 +107,12 @@ def _against_base(base: Stage, lm: Any, name: str) -> dict[str, Any]:
     file = distance_answers(base, name)
     recorded, rows = records.read_distance(base, name), read_jsonl(file)
     if recorded is None or recorded["answers"] != fingerprint(file):
-        raise RunError(f"{file} was changed since it was written. Delete {file.parent} and evaluate again.")
+        raise RunError(f"{file} has changed since it was written. Delete {file.parent} and evaluate again.")
     forced = [Forced(tuple(r["prompt"]), tuple(r["answer"]), tuple(map(tuple, r["tokens"]))) for r in rows]
     if (longest := max((len(f.prompt) + len(f.answer) for f in forced), default=0)) > lm.max_length:
         raise RunError(
-            f"{file} has {longest} tokens of a prompt and its answer, and the engine's context has {lm.max_length} at "
-            "this stage. Give --engine-args a larger max_model_len (vllm) or max_length (hf)."
+            f"{file} has a prompt and answer of {longest} tokens, but the engine's context has {lm.max_length} at this "
+            "stage. In --engine-args, raise max_model_len (vllm) or max_length (hf)."
         )
     kl, unseen = [], []
     for row, expected in zip(rows, lm.token_logprobs(forced), strict=True):

@@ -27,18 +27,18 @@ log = logging.getLogger(__name__)
 _CONFIGS = {"adapter_config.json", "config.json"}
 #: Files of other formats in a folder -> how to convert them.
 _CONVERSIONS = {
-    "zero_to_fp32.py": "DeepSpeed makes the weights of its parts: python zero_to_fp32.py . MODEL --safe_serialization",
+    "zero_to_fp32.py": "Combine DeepSpeed's parts: python zero_to_fp32.py . MODEL --safe_serialization",
     **dict.fromkeys(
         ("*.nemo", "common.pt", "*/common.pt", "latest_checkpointed_iteration.txt"),
-        "Megatron's and NeMo's own tools export it in the format of transformers",
+        "Export it with the tools of Megatron or NeMo in the format of transformers",
     ),
     **dict.fromkeys(
         ("*.distcp", "*/*.distcp"),
-        "accelerate makes the weights of FSDP's parts: accelerate merge-weights FOLDER_OF_THE_PARTS MODEL",
+        "Combine FSDP's parts: accelerate merge-weights FOLDER_OF_THE_PARTS MODEL",
     ),
-    "*.gguf": "transformers reads it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE), save_pretrained",
-    "*.bin*": "Where you trust these pickles, load the model and save it again with save_pretrained",
-    "*.pt": "Export the model from the program that trained it in the format of transformers or PEFT",
+    "*.gguf": "Convert it: AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE), then save_pretrained",
+    "*.bin*": "If you trust these pickles, load the model and save it again with save_pretrained",
+    "*.pt": "Export the model in the format of transformers or PEFT, with the program that trained it",
 }
 #: A name and the number at its end.
 _NUMBERED = re.compile(r"(.*?)(\d{1,18})")
@@ -52,8 +52,8 @@ def refuse_answers_only(run: Run) -> None:
     """
     if origin := run.manifest.get("answers_only"):
         raise RunError(
-            f"{run.path} holds answers without weights: {origin}. So nothing more can be measured of its stages; "
-            "`trace-bench report` reads it. To measure checkpoints, begin a run in another folder: "
+            f"{run.path} has answers but no weights: {origin}. So its stages cannot be measured further, only "
+            "reported (`trace-bench report`). To measure checkpoints, begin a run in a new folder: "
             "trace-bench evaluate RUN --model BASE --checkpoint NAME=PATH."
         )
 
@@ -121,7 +121,7 @@ def external_run(
     run = Run.create(path, checks.with_recorded_base_name(path, manifest))
     _warn_of_choices(now, given)
     if measured and (now != there or renamed.keys() - began.keys()):
-        said = "The checkpoint %s is %s from now on. Its cells stay if it has the same files."
+        said = "The checkpoint %s is now %s. Its cells are kept if the files are the same."
         for name in given.keys() & there.keys():
             if given[name] != there[name]:
                 log.warning(said, name, given[name])
@@ -149,12 +149,14 @@ def drop(path: str | Path, names: Sequence[str]) -> Run:
     for name in names:
         if name not in there:
             raise RunError(
-                f"--drop {name}: {path} has no such checkpoint, but {', '.join(there) or 'stages of its own'}."
+                f"--drop {name}: no such checkpoint. {path} has {', '.join(there) or 'only stages of its own'}."
                 + suggestion(name, there)
             )
     left = {name: folder for name, folder in there.items() if name not in names}
     if run.manifest.get("chain") and list(left) != list(there)[: len(left)]:
-        raise RunError(f"--drop {' '.join(names)}: later adapters of the chain lie on it. Drop the last ones first.")
+        raise RunError(
+            f"--drop {' '.join(names)}: later adapters of the chain are stacked on it. Drop the last ones first."
+        )
     stages = dict(zip(there, run.stages[1:], strict=True))
     dropped, folders = [stages[name] for name in dict.fromkeys(names)], {name: stages[name].path.name for name in left}
     with ExitStack() as locks:
@@ -176,22 +178,22 @@ def _check_folders(checkpoints: dict[str, str]) -> None:
     for name, folder in checkpoints.items():
         said, place = f"--checkpoint {name}={folder}", Path(folder)
         if not place.is_dir():
-            of_hub = f" One of the hub: hf download {folder} --local-dir FOLDER." * (folder.count("/") == 1)
+            of_hub = f" If it is on the hub: hf download {folder} --local-dir FOLDER." * (folder.count("/") == 1)
             raise RunError(f"{said}: there is no such folder." + of_hub)
         files = {p.name for p in place.glob("*")}
         how = next((f" {how}." for what, how in _CONVERSIONS.items() if any(place.glob(what))), "")
         if not files & _CONFIGS:
             below = sorted({file.parent.name for config in _CONFIGS for file in place.glob(f"*/{config}")})
             raise RunError(
-                f"{said}: no adapter (adapter_config.json) or model (config.json)"
-                + (f"; look into its folders: {', '.join(below)}." if below else f".{how}")
+                f"{said}: the folder has no adapter (adapter_config.json) or model (config.json)"
+                + (f"; its folders {', '.join(below)} do." if below else f".{how}")
             )
         if not any(f.endswith(".safetensors") for f in files):
-            beside = " The *.json files of the model belong beside its weights." * bool(how)
-            raise RunError(f"{said}: no .safetensors file; other formats are not loaded.{how}{beside}")
+            beside = " Put the model's *.json files into the folder of the weights." * bool(how)
+            raise RunError(f"{said}: the folder has no .safetensors file; other formats are not loaded.{how}{beside}")
         if not is_file_name(name):
             raise RunError(
-                f"--checkpoint {name}=...: a name becomes a folder; it cannot hold '/' or control characters, "
+                f"--checkpoint {name}=...: the name becomes a folder, so it cannot contain '/' or control characters, "
                 "or begin with '.'."
             )
 
@@ -206,16 +208,16 @@ def _warn_of_choices(names: Iterable[str], given: dict[str, str]) -> None:
         later = next((pair for pair in pairwise(found) if pair[0] > pair[1]), None)
         if later:
             log.warning(
-                "%s%d comes before %s%d: the order of checkpoints is that of their training, and the last one is what "
-                "a report and a check are about. If it is another, begin again in another folder.",
+                "%s%d comes before %s%d. Give checkpoints in the order of their training: reports and checks are about "
+                "the last one. If the order is wrong, begin again in a new folder.",
                 *(start, later[0], start, later[1]),
             )
     for folder in given.values():
         others = sorted(file.parent.name for file in Path(folder).glob("*/adapter_config.json"))
         if others and models.is_adapter(Path(folder)):
             log.warning(
-                "%s holds further adapters (%s): the one in the folder itself is measured. Give the folder of another "
-                "one if that is what was trained.",
+                "%s has more adapters in its folders (%s); the one in the folder itself is measured. To measure a "
+                "different one, give its folder.",
                 *(folder, ", ".join(others)),
             )
 
@@ -225,8 +227,8 @@ def _check_order(path: str | Path, checkpoints: dict[str, str], there: dict[str,
     in_order = sorted(checkpoints, key=lambda name: list(there).index(name) if name in there else len(there))
     if chain and list(checkpoints) != in_order:
         raise RunError(
-            f"--checkpoint {', '.join(checkpoints)}: the adapters of a chain lie on each other in a fixed order, which "
-            f"is {', '.join(there)} in {path}. Further ones go on top: give them alone, or behind these."
+            f"--checkpoint {', '.join(checkpoints)}: the adapters of a chain are stacked in a fixed order, which is "
+            f"{', '.join(there)} in {path}. Give only new ones, or these in the same order and new ones after them."
         )
 
 

@@ -56,7 +56,9 @@ class _Watch:
             return
         run = Run.open(self.path)
         if self.run is not None and self.run.identity not in run.identities:
-            raise RunError(f"{self.path} has begun again with another configuration: begin to follow it again.")
+            raise RunError(
+                f"{self.path} began again with a new configuration. Run the same command again to follow it."
+            )
         self.run = run
         chosen = run.chosen(self.wanted)
         try:
@@ -119,12 +121,12 @@ def follow(path: str | Path, *, stages: Iterable[int] | None = None, data_path: 
             try:
                 made, lm = fill(watch.run, before, lm, data_path=data_path, **asked)
             except InUse as e:
-                watch.say(f"waiting for {e.holder}, which evaluates a stage of {path}")
+                watch.say(f"waiting for {e.holder}, which is evaluating a stage of {path}")
             except (TraceError, OSError):
                 watch.look()
                 if all(watch.ready.get(stage) == weights for stage, weights in before.items()):
                     raise
-                log.warning("%s: a stage was trained again while it was evaluated, and is evaluated again.", path)
+                log.warning("%s: a stage was trained again during its evaluation, so it is evaluated again.", path)
             else:
                 cells, done = cells + made, before
                 continue
@@ -142,7 +144,7 @@ def follow(path: str | Path, *, stages: Iterable[int] | None = None, data_path: 
 def _ended(watch: _Watch) -> str:
     stage = watch.missing[0]
     return (
-        f"The training of {watch.path} has ended before {stage.name} was trained ({training(stage, False)}). All that "
-        "is trained is evaluated. Start the training again with the command that began it, which goes on where it was, "
-        f"and then: trace-bench evaluate {word(watch.path)} --follow"
+        f"The training of {watch.path} ended before {stage.name} was trained ({training(stage, False)}). All trained "
+        "stages are evaluated. Run the training command again to continue it, and then: "
+        f"trace-bench evaluate {word(watch.path)} --follow"
     )

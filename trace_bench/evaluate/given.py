@@ -22,7 +22,7 @@ def given_settings(run: Run, tokens: int | None, matrix: dict[str, Any]) -> dict
     if tokens is None:
         return {}
     if not run.is_sequence() or len(run.stages) < 3 or run.manifest["method"] == "single":
-        raise RunError(f"--given {tokens}: {run.path} has no task after which another one was trained.")
+        raise RunError(f"--given {tokens}: {run.path} has no old tasks, which this measures. Leave it out.")
     return {given_cell(task, tokens): {**matrix, "given": tokens} for task in run.tasks[: len(run.stages) - 2]}
 
 

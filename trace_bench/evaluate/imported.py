@@ -73,9 +73,13 @@ def import_run(
         RunError: if the folder holds another run.
     """
     if odd := [name for name in stages if not is_file_name(name)]:
-        raise RunError(f"--samples {odd[0]}=...: a name becomes a folder; it cannot hold '/' or begin with '.'.")
+        raise RunError(
+            f"--samples {odd[0]}=...: the name becomes a folder, so it cannot contain '/' or begin with '.'."
+        )
     if unknown := [name for name in {t for found in stages.values() for t in found} if name not in tasks]:
-        raise DataError(f"There are predictions of {', '.join(sorted(unknown))}, which --tasks does not name.")
+        raise DataError(
+            f"There are predictions for {', '.join(sorted(unknown))}. Add them to --tasks, or remove the files."
+        )
     with _rows_of(stages, tasks, data_path) as (source, compared):
         loaded = load_tasks(tasks)
         record = tasks_record(loaded, source)
@@ -116,7 +120,7 @@ def _refuse_left(run: Run, stages: Stages) -> None:
         for name in run.tasks:
             if name not in found and stage.eval_file(name).exists():
                 raise RunError(
-                    f"{stage.eval_file(name)} was imported before, and now there are no predictions of {name} for this "
+                    f"{stage.eval_file(name)} was imported before, but now there are no predictions for {name} at this "
                     "stage. Import into a new folder, or delete this file."
                 )
 
@@ -142,12 +146,12 @@ def _rows_of(stages: Stages, tasks: Sequence[str], source: str | None) -> Iterat
         yield rows, True
         return
     if reasoning := sorted(set(tasks) & data.REASONING.keys()):
-        raise DataError(f"{', '.join(reasoning)}: their rows are needed. Set TRACE_DATA, and TRACE_REASONING.")
+        raise DataError(f"{', '.join(reasoning)}: the import needs their rows. Set TRACE_DATA and TRACE_REASONING.")
     there = {name for found in stages.values() for name in found}
     if lacking := sorted((set(tasks) & data.FOLDERS.keys()) - there):
         raise DataError(
-            f"{', '.join(lacking)}: there are no predictions, so the rows are needed. Set TRACE_DATA, or leave the "
-            "task out of --tasks."
+            f"{', '.join(lacking)}: there are no predictions, so the import needs the rows. Set TRACE_DATA, or leave "
+            "the task out of --tasks."
         )
     with TemporaryDirectory() as folder:
         for name in set(tasks) & data.FOLDERS.keys():
@@ -168,11 +172,13 @@ def _compare(name: str, predictions: Predictions, task: Any, compared: bool) -> 
     where = "the data has" if compared else "the longest file of the task has"
     if predictions.demonstrated and "sari" in task.aggregation():
         raise DataError(
-            f"{file}: its prompts have demonstrations, and SARI of {name} compares with the whole prompt, which is not "
-            "read here. Name the other tasks with --tasks."
+            f"{file} has prompts with demonstrations. SARI of {name} needs the prompt without them, so it cannot be "
+            "scored. Name only the other tasks with --tasks."
         )
     if len(rows) > len(docs):
-        raise DataError(f"{file} has {len(rows)} rows, and {where} {len(docs)} of {name}: it is of other data.")
+        raise DataError(
+            f"{file} has {len(rows)} rows, but {where} {len(docs)} of {name}: it was made from different data."
+        )
     docs = json.loads(json.dumps(docs[: len(rows)], default=handle_non_serializable))
     other = [i for i, (row, doc) in enumerate(zip(rows, docs, strict=True)) if row != doc]
     if other:
@@ -180,7 +186,7 @@ def _compare(name: str, predictions: Predictions, task: Any, compared: bool) -> 
         key = next(k for k in [*doc, *row] if row.get(k) != doc.get(k))
         raise DataError(
             f"{file}, row {other[0]}{f' and {len(other) - 1} more' if other[1:] else ''}: its {key} is "
-            f"{row.get(key)!r:.80}, and {where} {doc.get(key)!r:.80}. Name the data that it was made from "
+            f"{row.get(key)!r:.80}, but {where} {doc.get(key)!r:.80}. Name the data that it was made from "
             "(--data or TRACE_DATA)."
         )
 
@@ -197,8 +203,8 @@ def _limit(stages: Stages, loaded: Mapping[str, Any]) -> int | None:
         expected = min(len(loaded[name].eval_docs), limit or len(p.rows))
         if len(p.rows) != expected:
             raise DataError(
-                f"{p.file} has {len(p.rows)} rows of {name}, and other files have {expected}: all models need the "
-                "same ones. Make it again with the same limit, or leave it out."
+                f"{p.file} has {len(p.rows)} rows of {name}, but other files have {expected}, and all models need the "
+                "same rows. Make it again with the same limit, or leave it out."
             )
     return limit
 
@@ -208,8 +214,8 @@ def _settings(name: str, limit: int | None, stages: Stages) -> dict[str, Any]:
     asked = {found[name].asked_otherwise: found[name].file for found in stages.values() if name in found}
     if len(asked) > 1:
         raise DataError(
-            f"{asked[True]} has other prompts than the rows' own (a chat template, demonstrations), and {asked[False]} "
-            "does not: scores of both cannot be compared. Make one of them again."
+            f"{asked[True]} has changed prompts (a chat template or demonstrations), but {asked[False]} has not, so "
+            "their scores cannot be compared. Make one of them again."
         )
     return {"backend": "imported", "test_rows": limit, **({"prompts": "not the rows' own"} if True in asked else {})}
 
@@ -264,17 +270,17 @@ def read_official(folder: Path) -> tuple[Stages, list[str]]:
                 )
             found[key] = file
     if not found:
-        raise DataError(f"{folder} holds no file results-ROUND-NUMBER-TASK.json of the official code.")
+        raise DataError(f"{folder} has no file results-ROUND-NUMBER-TASK.json of the official code.")
     names = {folder: task for task, folder in data.FOLDERS.items()}
     if unknown := sorted({task for _, _, task in found} - names.keys()):
-        raise DataError(f"{folder} has results of {', '.join(unknown)}. TRACE's tasks are {', '.join(names)}.")
+        raise DataError(f"{folder} has results of {', '.join(unknown)}, but TRACE's tasks are {', '.join(names)}.")
     numbered = sorted({(number, task) for _, number, task in found})
     order = [names[task] for _, task in numbered]
     if [number for number, _ in numbered] != list(range(len(numbered))) or len(set(order)) < len(order):
         listed = ", ".join(f"{number} {task}" for number, task in numbered)
-        raise DataError(f"{folder}: each task has one number, from 0 on without a gap; the files have {listed}.")
+        raise DataError(f"{folder}: the files have {listed}, but each task needs one number, from 0 without a gap.")
     if beyond := sorted({r for r, _, _ in found if r >= len(order)}):
-        raise DataError(f"{folder} has the rounds {beyond}, and there are {len(order)} tasks: 0 to {len(order) - 1}.")
+        raise DataError(f"{folder} has the rounds {beyond}, but {len(order)} tasks have rounds 0 to {len(order) - 1}.")
     stages: Stages = {name: {} for name in order}
     for (round_, _, task), file in found.items():
         stages[order[round_]][names[task]] = _official_file(file)
@@ -289,9 +295,11 @@ def _official_file(file: Path) -> Predictions:
             reading.check(list[str], column)
         triples = list(zip(*columns, strict=True))
     except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise DataError(f"{file} is none of the official code's: it needs prompts, labels and results ({e}).") from e
+        raise DataError(
+            f"{file} is not a file of the official code: it needs prompts, labels and results ({e})."
+        ) from e
     if not triples:
-        raise DataError(f"{file} holds no row.")
+        raise DataError(f"{file} has no rows.")
     rows = [{"prompt": prompt, "answer": label} for prompt, label, _ in triples]
     return Predictions(file, rows, [answer for _, _, answer in triples])
 
@@ -311,7 +319,7 @@ def read_samples(folder: Path, only: Sequence[str] | None = None) -> dict[str, P
             found[match[1]] = file
     if not found:
         of = f" of {', '.join(only)}" if only else ""
-        raise DataError(f"{folder} holds no file samples_TASK_DATE.jsonl{of}: lm_eval writes it with --log_samples.")
+        raise DataError(f"{folder} has no file samples_TASK_DATE.jsonl{of}: lm_eval writes it with --log_samples.")
     return {name: _samples_file(file) for name, file in found.items()}
 
 
@@ -334,9 +342,11 @@ def _samples_file(file: Path) -> Predictions:
             asked = line["arguments"]["gen_args_0"]["arg_0"]
             lines[line["doc_id"]] = line["doc"], answer, asked
         except (ValueError, KeyError, TypeError, RecursionError) as e:
-            raise DataError(f"{file}, line {number} is no generated answer as lm_eval logs it: {e}.") from e
+            raise DataError(f"{file}, line {number} is not a generated answer that lm_eval logged: {e}.") from e
     if sorted(lines) != list(range(len(lines))):
-        raise DataError(f"{file} does not hold the first {len(lines)} rows of its task, but {sorted(lines)[:5]} ....")
+        raise DataError(
+            f"{file} must have the first {len(lines)} rows of its task, but has rows {sorted(lines)[:5]} ...."
+        )
     rows = [lines[i] for i in range(len(lines))]
     return Predictions(
         file,
@@ -349,5 +359,5 @@ def _samples_file(file: Path) -> Predictions:
 
 def _files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder.")
+        raise DataError(f"{folder} is not a folder.")
     return sorted(file for file in folder.rglob("*") if file.is_file())

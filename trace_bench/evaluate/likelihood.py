@@ -43,9 +43,9 @@ def with_likelihood(
     values = [value for value, _ in read.values()]
     if lacking := len(rows) - len(values):
         log.warning(
-            "%s: %d of %d reference answers are no text, or do not fit into the engine's context of %d tokens behind "
-            "their prompts, so the cell has no likelihood. --engine-args with a larger max_model_len (vllm) or "
-            "max_length (hf) makes room; evaluate --likelihood then fills it in.",
+            "%s has no likelihood: %d of %d reference answers are not text, or do not fit into the engine's context of "
+            "%d tokens after their prompts. In --engine-args, raise max_model_len (vllm) or max_length (hf), and add "
+            "--likelihood.",
             *(task.task_name, lacking, len(rows), lm.max_length),
         )
     mean = None if lacking else sum(values) / len(values)
@@ -97,8 +97,8 @@ def add_likelihood(plan: Plan, task: Any, lm: Any, stage: Stage, name: str, made
     for row in samples:
         if prompts.get(row["doc_id"]) != row["prompt"]:
             raise RunError(
-                f"{stage.samples_file(name)}: row {row['doc_id']} was asked with another prompt than the task makes "
-                "now, so its likelihood would be of another row. Delete both files of the cell and evaluate again."
+                f"{stage.samples_file(name)}: row {row['doc_id']} has a different prompt than the task makes now, so "
+                "its likelihood would be wrong. Delete both files of the cell and evaluate again."
             )
     cell, rows = with_likelihood(lm, task, plan.max_answer, dict(plan.existing[stage, name]), samples)
     cell["likelihood"] |= {"served": lm.served, **{k: made[k] for k in ("engine_args", "made_with", "commit")}}

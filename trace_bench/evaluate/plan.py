@@ -143,7 +143,7 @@ def make_plan(
         RunError: if a value is not allowed, or cells of the run were made with other settings.
     """
     if unknown := sorted({*(extra or {})} - {*EXTRA_SETTINGS}):
-        raise RunError(f"extra has {', '.join(unknown)}: use {', '.join(EXTRA_SETTINGS)}.")
+        raise RunError(f"extra has {', '.join(unknown)}: use only {', '.join(EXTRA_SETTINGS)}.")
     config = {**_DEFAULTS, **run.manifest["config"], **(extra or {})}
     config |= {k: v for k, v in {"cells": cells, "backend": backend}.items() if v is not None}
     for name, allowed in _ALLOWED.items():
@@ -195,7 +195,8 @@ def _add_stage(plan: Plan, stage: Stage, wanted: Iterable[str], add_likelihood: 
     number = sum(len(names) for _, names in lacks)
     if number and stage.external is not None and not stage.external.is_dir():
         log.warning(
-            "%s: its checkpoint %s is gone, so %d cells are left out. --checkpoint NAME=PATH says where it is.",
+            "%s: its checkpoint %s is missing, so %d cells are left out. Give its new place with --checkpoint "
+            "NAME=PATH.",
             *(stage.name, stage.external, number),
         )
         return
@@ -263,9 +264,9 @@ def _read_cells(run: Run, wanted: dict[str, dict[str, Any]]) -> dict[tuple[Stage
             if lines := differences(cell.get("settings", {}), settings):
                 where = f"{run.path}/stages/*/eval" + (f"/{name}.json" if "data" in settings else "")
                 raise RunError(
-                    f"{file} was made with other settings (there -> asked for):\n"
+                    f"{file} was made with different settings (in the file -> asked for):\n"
                     + "\n".join(lines)
-                    + f"\nOne matrix needs one setting. Use the old one, or delete {where}."
+                    + f"\nAll cells of a matrix need the same. Use the settings of the file, or delete {where}."
                 )
     return existing
 
@@ -276,7 +277,7 @@ def _missing(stage: Stage, wanted: Iterable[str], existing: dict[tuple[Stage, st
     todo = [name for name in wanted if (stage, name) not in existing or existing[stage, name]["checkpoint"] != current]
     for name in todo:
         if (stage, name) in existing:
-            log.warning("%s was made from an older checkpoint and is made again.", stage.eval_file(name))
+            log.warning("%s is from an older checkpoint, so it is measured again.", stage.eval_file(name))
     return todo
 
 
@@ -295,6 +296,6 @@ def check_one_definition(plan: Plan, defined: dict[str, str]) -> None:
     for (stage, name), cell in plan.existing.items():
         if name in defined and cell.get("definition", defined[name]) != defined[name]:
             raise RunError(
-                f"{stage.eval_file(name)} was made when {name} asked or scored in another way than now. Restore "
-                f"its YAML and its functions, or delete {plan.run.path}/stages/*/eval/{name}.json."
+                f"{stage.eval_file(name)} was made before the prompts or the scoring of {name} changed. Restore its "
+                f"YAML and its functions, or delete {plan.run.path}/stages/*/eval/{name}.json."
             )

@@ -98,8 +98,8 @@ def _cut_prompts(lm: Any, task: Any) -> int:
             cut.add(instance.doc_id)
     if cut:
         log.warning(
-            "%s: %d prompts are longer than the engine's context (%d tokens with the answer) and were cut on the left, "
-            "by shots first. --engine-args '{\"max_model_len\": N}' makes room.",
+            "%s: %d prompts are longer than the engine's context (%d tokens with the answer). Examples were removed "
+            "first, then text on the left. For more room: --engine-args '{\"max_model_len\": N}'.",
             task.task_name,
             len(cut),
             lm.max_length,

@@ -56,7 +56,7 @@ def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
     defined = {name: checks.digest(definitions[task]) for name, task in owners.items()}
     check_one_definition(plan, defined)
     for line in other_versions(plan):
-        log.warning("Cells of the run were made with another version of what makes scores: %s.", line)
+        log.warning("Cells of the run were made with different versions of what decides a score: %s.", line)
     return prepare(plan, single, defined)
 
 
@@ -78,7 +78,7 @@ def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Task
 
 
 #: How to enlarge the context of an engine, for messages.
-WIDER = "Give --engine-args a larger max_model_len (vllm) or max_length (hf), or"
+WIDER = "In --engine-args, raise max_model_len (vllm) or max_length (hf); or"
 
 
 def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WIDER) -> None:
@@ -88,14 +88,14 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WI
         longest = max(map(answer_tokens, subtasks), default=0)
         if context is not None and longest >= context:
             raise RunError(
-                f"{name} generates up to {longest} tokens and the engine's context has {context}, prompt included. "
+                f"{name} generates up to {longest} tokens, but the engine's context has {context}, with the prompt. "
                 f"{wider} leave the suite out."
             )
         if plan.backend == "vllm" and any(task.OUTPUT_TYPE == "multiple_choice" for task in subtasks):
             for stage, names in plan.todo.items():
                 if name in names and models.soft_prompt(stage.checkpoint) is not None:
                     raise RunError(
-                        f"{name} compares likelihoods, which vLLM does not give behind the soft prompt of "
+                        f"{name} needs likelihoods, which vLLM does not give after the soft prompt of "
                         f"{stage.name}. Leave the suite out, or evaluate the whole run with --backend hf."
                     )
     soft = [models.soft_prompt(stage.external) for stage in plan.stages if stage.external]
@@ -104,11 +104,11 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WI
         if name in tasks.single and context is not None:
             prompt, answer = plan.settings[name]["max_prompt_length"] or 1, answer_tokens(tasks.single[name])
             if prompt + answer + taken > context:
-                more = f", behind {taken} of a soft prompt," if taken else ""
+                more = f", after {taken} tokens of a soft prompt," if taken else ""
                 raise RunError(
                     f"{name}: {prompt} tokens of a prompt and {answer} of an answer{more} do not fit into the engine's "
-                    f"context of {context}, so prompts would be cut to other lengths than the run says. {wider} begin "
-                    "with a smaller max_prompt_length or max_new_tokens."
+                    f"context of {context}, so prompts would be shorter than the run says. {wider} begin a run with a "
+                    "smaller max_prompt_length or max_new_tokens."
                 )
 
 

@@ -70,9 +70,9 @@ def demonstrations(run: Run) -> str:
     """How the base model of an icl run was shown what to do, and where that is not the official way."""
     config = run.manifest["config"]
     shots, limit = config["num_fewshot"], config.get("max_prompt_length")
-    text = f"with {shots} demonstrations, which are training rows (officially test rows) and none on MeetingBank"
+    text = f"with {shots} demonstrations from the training rows (official code: test rows), none on MeetingBank"
     if limit and limit != ICL_PROMPT_LENGTH:
-        text += f"; prompts have at most {limit} tokens (officially {ICL_PROMPT_LENGTH})"
+        text += f"; prompts have at most {limit} tokens (official code: {ICL_PROMPT_LENGTH})"
     return text
 
 

@@ -17,10 +17,11 @@ from trace_bench.report.transitions import title
 from trace_bench.text import one_line
 
 _ABOUT = (
-    "## Chosen options\n\nHow often each option is chosen, in percent of the answers that name one, against the gold "
-    "labels of all rows. None: percent of all answers in which no option can be read. Distance: total variation, half "
-    "the sum of the differences to the gold labels, that is the share of the answers that would have to change for "
-    "the model to choose each option as often as it is right. 0 does not mean that the answers are right."
+    "## Chosen options\n\nHow often the model chooses each option, in percent of the answers that name one, next to "
+    "the gold labels of all rows. None: answers in which no option can be read, in percent of all answers. Distance: "
+    "total variation, half the sum of the differences to the gold labels. It is the smallest share of answers that "
+    "would have to change, so that the model chooses each option as often as it is right. A distance of 0 does not "
+    "mean that the answers are right."
 )
 
 
@@ -82,7 +83,7 @@ def table_of_runs(entries: Iterable[Entry]) -> Table:
     columns = list(dict.fromkeys(column for of_run in found.values() for column in of_run))
     rows = [[name, *(of_run.get(column, DASH) for column in columns)] for name, of_run in found.items()]
     about = (
-        "total variation in percent at the last stage that measured the task; 0: each option as often as it is right"
+        "total variation in percent, at the last stage that measured the task; 0: each option as often as it is right"
     )
     return Table(["run", *columns], rows, "Distance of the chosen options to the gold labels", about)
 

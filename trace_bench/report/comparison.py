@@ -187,7 +187,7 @@ def _numbers_tables(entries: list[Entry], groups: list[Group], references: list[
     named = all(line.name == line.entries[0].texts["method"] for line in lines)
     columns = ["seeds", *(k for k in texts if not (k == "method" and named))]
     over = "mean ± standard deviation over the seeds [95 % interval over the seeds], "
-    over += "of a single run its score [95 % interval over test rows], " * any(len(g.entries) == 1 for g in lines)
+    over += "single runs: score [95 % interval over test rows], " * any(len(g.entries) == 1 for g in lines)
     methods = table("Methods", lines, columns, over + about, references)
     return [methods, replace(table("Runs", runs, texts, about, []), detail=True)]
 
@@ -290,8 +290,8 @@ def _spread_table(groups: Sequence[Group], columns: list[str]) -> Table:
             texts = (units[name].shown(found[name]) if found[name] > 0 else DASH for name in names)
             rows.append([f"{group.name}: {label}", *texts])
     about = (
-        "standard deviations of a run's score: between seeds (what another training changes, on the same test rows) "
-        "and of test rows (what other test rows change, for the same training)"
+        "standard deviations of a run's score: between seeds (a new training, the same test rows) and of test rows "
+        "(new test rows, the same training)"
     )
     return Table(["run", *names], rows, "Spread", about).without_empty_columns()
 

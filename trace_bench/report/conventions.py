@@ -47,7 +47,7 @@ CONVENTIONS = (
     ),
     Convention(
         "BWT, 1/T",
-        "the last task is counted as unchanged: nearer to 0",
+        "counts the last task as unchanged, so it is nearer to 0",
         "`1/T Σ_{i=1..T} (R[T,i] - R[i,i])`",
         "TRACE's formula (section 3.3); the code of GEM and of SEEKR",
         conventions.backward_transfer_of_all,
@@ -56,14 +56,14 @@ CONVENTIONS = (
     ),
     Convention(
         "BWT, clipped",
-        "losses alone: a gain of one task makes up for nothing",
+        "only losses count; a gain of one task does not offset a loss",
         "`1/T Σ_{i=1..T} min(R[T,i] - R[i,i], 0)`",
         "TreeLoRA's code; its paper prints it without the sign",
         conventions.clipped_backward_transfer,
     ),
     Convention(
         "BWT, all stages",
-        "mean over all later stages: what came back counts while it was gone",
+        "mean over all later stages, so a loss counts even if it came back",
         "`2/(T(T-1)) Σ_{l=2..T} Σ_{i=1..l-1} (R[l,i] - R[i,i])`",
         "Díaz-Rodríguez et al. 2018",
         conventions.mean_backward_transfer,
@@ -78,16 +78,16 @@ CONVENTIONS = (
     ),
     Convention(
         "Forgetting, clipped",
-        "the last stage may be the best: no task is below 0",
+        "the last stage can be the best one, so no task is below 0",
         "`1/(T-1) Σ_{i=1..T-1} (max_{l=i..T} R[l,i] - R[T,i])`",
         "mammoth's code",
         conventions.clipped_forgetting,
     ),
 )
 ABOUT = (
-    "## As other papers would print this run\n\nOne matrix, and each rule that papers and their code use for what was "
-    "forgotten, at stage {t}: compare with a paper in its own row alone. BWT below 0 and Forgetting above 0 mean "
-    "forgotten. OP is GEM's ACC and O-LoRA's average accuracy."
+    "## As other papers would print this run\n\nThe same matrix at stage {t}, with each rule for forgetting that "
+    "papers and their code use. Compare with a paper only in the row of its rule. BWT below 0 and Forgetting above 0 "
+    "mean forgetting. GEM calls OP ACC; O-LoRA calls it average accuracy."
 )
 
 
@@ -106,7 +106,7 @@ def sections(results: Results) -> Iterable[Block]:
     if tolerant:
         columns.append(results.headlines | tolerant)
         head = ["strict", "form-tolerant"]
-        about += " Form-tolerant: the right answer in another form counts, in the tasks that have such an accuracy."
+        about += " Form-tolerant: right answers in a different form count, in the tasks that have such an accuracy."
     yield about
     rows = []
     for convention in CONVENTIONS:
@@ -114,7 +114,7 @@ def sections(results: Results) -> Iterable[Block]:
         signed = convention.name.startswith("BWT")
         texts = [unit.with_interval(e, sign=signed) for e in estimates]
         rows.append([convention.name, *texts, convention.meaning, convention.equation, convention.printed_by])
-    yield Table(["number", *head, "what it says", "equation", "printed by"], rows)
+    yield Table(["number", *head, "meaning", "equation", "printed by"], rows)
     if unit.is_percent:
         yield from paper.published(results)
 

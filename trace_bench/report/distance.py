@@ -91,12 +91,12 @@ def sections(results: Results) -> Iterable[Block]:
         return
     settings, shown = next(iter(found.values())).settings, points(results)
     yield (
-        "## Distance from the base model\n\n"
-        f"KL(base || stage) in nats per token, at the first {settings['tokens']} tokens of the base model's own "
-        f"answers to {_sizes(found, False)} test prompts of the stage's task and to {_sizes(found, True)} neutral "
-        "questions (arXiv 2509.04259). In brackets 95 % intervals over the prompts. **How to read it:** the further a "
-        "stage is from the base model, the more it is expected to have forgotten; methods are compared on the prompts "
-        "of the new task, stages on the neutral questions, which are the same at all of them."
+        f"## Distance from the base model\n\nKL(base || stage) in nats per token, at the first {settings['tokens']} "
+        f"tokens of the base model's own answers to {_sizes(found, False)} test prompts of the stage's task and to "
+        f"{_sizes(found, True)} neutral questions (arXiv 2509.04259). In brackets: 95 % intervals over the prompts. "
+        "**How to read it:** the farther a stage is from the base model, the more forgetting is expected. Compare "
+        "methods on the prompts of the new task. Compare stages on the neutral questions, which are the same at all "
+        "stages."
     )
     rows = []
     for index, own, neutral, forgetting in shown:
@@ -107,9 +107,9 @@ def sections(results: Results) -> Iterable[Block]:
     head = ["stage", "own task", "neutral", "unseen, own", "unseen, neutral", "BWT_t"]
     yield Table(head, rows).without_empty_columns()
     note = (
-        f"These are lower bounds. The {settings['likeliest']} tokens that the base model holds likeliest are told "
-        "apart, and all others count as one. Unseen is their share of the base model's probability, in percent; what "
-        "is missing is this share times the divergence within them."
+        f"These are lower bounds: the {settings['likeliest']} tokens that are most likely for the base model count one "
+        "by one, and all others count as one token. Unseen: the share of these others in the base model's probability, "
+        "in percent. The missing part is this share times the divergence within them."
     )
     yield f"{note} {correlations(shown)}".strip()
 
@@ -142,7 +142,7 @@ def table_of_runs(entries: Sequence[Entry]) -> Table:
     rows = [[name, *map(NATS.with_interval, point[1:3])] for name, point in found.items()]
     about = (
         "KL(base || last stage) in nats per token, on the prompts of its own task and on neutral questions; the "
-        "further, the more is expected to be forgotten"
+        "larger, the more forgetting is expected"
     )
     if text := correlations(list(found.values())):
         about += f". {text.rstrip('.')}"

@@ -78,9 +78,8 @@ def of_tasks(results: Results) -> list[Group]:
             since[name] = {task: stage.index for task in run.tasks if task in both}
     else:
         raise RunError(
-            f"--max-forgetting: {run.path} ({run.manifest['method']}) has no stages of several tasks, one after the "
-            "other, so that nothing can be forgotten within it. Check it --against another run, or give "
-            "--max-general-drop alone."
+            f"--max-forgetting: {run.path} ({run.manifest['method']}) does not train several tasks in sequence, so it "
+            "cannot forget. Compare it with a different run (--against), or use only --max-general-drop."
         )
     if not since:
         raise RunError(
@@ -147,7 +146,7 @@ def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:
 def _measure(run: Run, command: str) -> str:
     """The command that makes a missing score."""
     if run.manifest.get("answers_only"):
-        return "It was made elsewhere: import it with the others, or measure it with the callback that made them."
+        return "The run was made elsewhere: import this score with the others, or measure it with the callback."
     return f"Measure it: {command}"
 
 
@@ -214,7 +213,7 @@ def _check_same(one: Results, two: Results, cells: dict[str, tuple[int, int]]) -
         elif a["n"] != b["n"]:
             lines[f"  rows of {name}: {a['n']} -> {b['n']}"] = None
         elif name in one.rows and name in two.rows and one.rows[name].ids != two.rows[name].ids:
-            lines[f"  rows of {name}: the same number, but others"] = None
+            lines[f"  rows of {name}: the same number, but different rows"] = None
     if lines:
         _refuse(one, two, list(lines))
 

@@ -78,7 +78,7 @@ def _tasks(results: Results) -> tuple[Figure, str] | None:
     if len(drawn) > MOST_CURVES:
         ranges = np.nanmax(results.shades[:, drawn], axis=0) - np.nanmin(results.shades[:, drawn], axis=0)
         drawn = sorted(drawn[k] for k in np.argsort(-ranges, kind="stable")[:MOST_CURVES])
-        note = f" Shown are the {MOST_CURVES} of {len(run.tasks)} tasks whose scores have the widest range."
+        note = f" Only the {MOST_CURVES} of {len(run.tasks)} tasks with the widest range of scores are shown."
     units = [results.units[run.tasks[i]] for i in drawn]
     figure, axes = drawing.panels(units, run.stages)
     numbers = range(len(run.stages))
@@ -127,7 +127,7 @@ def _form(results: Results) -> tuple[Figure, str] | None:
     y = np.arange(len(forms))
     for label, colour, shift, parts in (
         ("in knowledge", BLUE, -0.2, [form.tolerant for form in forms]),
-        ("in form alone", YELLOW, 0.2, [form.form for form in forms]),
+        ("only in form", YELLOW, 0.2, [form.form for form in forms]),
     ):
         values, low, high = drawing.shown(parts)
         axes.barh(y + shift, values, 0.36, color=colour, label=label)
@@ -139,8 +139,8 @@ def _form(results: Results) -> tuple[Figure, str] | None:
     axes.set_xlabel("points lost since the task's own stage")
     figure.legend(loc="upper right", ncols=2)
     return figure, (
-        f"What was forgotten by stage {results.last_stage}: in knowledge (wrong in any form), or in the form of the "
-        "answer alone. Lines: 95 % intervals."
+        f"What was forgotten by stage {results.last_stage}: knowledge (wrong in any form), or only the form of the "
+        "answer. Lines: 95 % intervals."
     )
 
 
@@ -202,7 +202,7 @@ def _judged(results: Results) -> tuple[Figure, str] | None:
         panel.set_ylim(0, 100)
     drawing.number_stages(results.run.stages[1:], *axes)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper right", ncols=3)
-    return figure, "Answers of each stage against the base model's: percent of the scored pairs won, tied and lost."
+    return figure, "Answers of each stage against those of the base model: scored pairs won, tied and lost, in percent."
 
 
 def _losses(results: Results) -> tuple[Figure, str] | None:
@@ -225,7 +225,7 @@ def _losses(results: Results) -> tuple[Figure, str] | None:
     axes.set_xlim(0, start)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("loss")
-    return figure, "Training loss as it was logged, stage after stage; the width of a stage is its number of steps."
+    return figure, "Logged training loss of all stages in order; the width of a stage is its number of steps."
 
 
 def _cost(results: Results) -> tuple[Figure, str] | None:
@@ -245,7 +245,7 @@ def _cost(results: Results) -> tuple[Figure, str] | None:
     right.set_title("tokens trained on")
     right.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     drawing.number_stages(stages, left, right)
-    return figure, "What each stage took."
+    return figure, "Cost of each stage."
 
 
 _FATES = {KEPT: BLUE, CAME_BACK: SKY, GAINED: GREEN, LOST: ORANGE, NEVER: GREY}
@@ -275,9 +275,9 @@ def _flow(results: Results) -> tuple[Figure, str] | None:
     figure.set_figheight(height)
     figure.subplots_adjust(bottom=bottom / height, top=1 - (top + _KEY) / height)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=len(NAMES), fontsize=8.0)
-    note = f" Shown are the {MOST_CURVES} of {len(found)} that lost most." if len(found) > MOST_CURVES else ""
+    note = f" The {MOST_CURVES} of {len(found)} with the largest loss are shown." if len(found) > MOST_CURVES else ""
     return figure, (
-        "Where the test rows went, percent. On the left the stage that they are compared with: right (kept) and wrong "
+        "How the test rows changed, in percent. Left: the stage that they are compared with, right (kept) and wrong "
         f"(never).{note}"
     )
 
@@ -324,12 +324,12 @@ def _runs(comparison: Comparison) -> tuple[Figure, str] | None:
     axes[0].set_yticks(range(len(rows)), [drawing.clipped(name, 30) for name in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     kind = "lines" if comparison.groups else "runs"
-    note = f" Shown are {MOST_RUNS} of {len(lines)} {kind}." * (len(lines) > MOST_RUNS)
-    grey = " Grey, hollow: the paper's." if papers else ""
+    note = f" Only {MOST_RUNS} of {len(lines)} {kind} are shown." * (len(lines) > MOST_RUNS)
+    grey = " Grey, hollow: the paper's numbers." if papers else ""
     what = "Percent and points" if in_percent or unit is None else f"OP and BWT in {unit.plain}, others in points"
     bars = "95 % intervals over test rows"
     if comparison.groups:
-        bars += ", of methods with several seeds over their seeds; strokes: the seeds, around their mean"
+        bars += " (methods with several seeds: over the seeds); strokes: the single seeds"
     baseline = next(line.name for line in lines if against in line.entries)
     return figure, f"{what}; bars: {bars}. Square and dashed line: {baseline}.{grey}{note}"
 
@@ -347,7 +347,7 @@ def _stages(comparison: Comparison) -> tuple[Figure, str] | None:
     entries = [e for e in sequential if not all(math.isnan(op.value) for op in e.results.sequence["OP"])]
     if not entries:
         return None
-    note = f" Shown are the first {MOST_CURVES} of {len(entries)} runs." if len(entries) > MOST_CURVES else ""
+    note = f" Only the first {MOST_CURVES} of {len(entries)} runs are shown." if len(entries) > MOST_CURVES else ""
     entries, against = entries[:MOST_CURVES], comparison.against
     longest = max(entries, key=lambda e: len(e.run.stages))
     units = [e.unit("OP") for e in entries]
@@ -388,7 +388,7 @@ def _distance(results: Results) -> tuple[Figure, str] | None:
             if not math.isnan(x.value + y.value):
                 at = (x.value, unit.factor * y.value)
                 axes.annotate(str(point.stage), at, xytext=(5, 4), textcoords="offset points", fontsize=8.0)
-    return figure, f"Distance and forgetting, a point a stage: {_WHAT} {correlations(found)}".strip()
+    return figure, f"Distance and forgetting, one point for each stage: {_WHAT} {correlations(found)}".strip()
 
 
 def _distances(comparison: Comparison) -> tuple[Figure, str] | None:
@@ -409,7 +409,7 @@ def _distances(comparison: Comparison) -> tuple[Figure, str] | None:
         label = drawing.clipped(method, 16)
         panels[-1].plot([], [], color=colour, marker=marker, linestyle="none", label=label)
     panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    what = f"Distance and forgetting, a point a run, its last stage: {_WHAT}"
+    what = f"Distance and forgetting at the last stage, one point for each run: {_WHAT}"
     return figure, f"{what} {correlations([*found.values()])}".strip()
 
 

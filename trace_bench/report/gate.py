@@ -59,8 +59,8 @@ class Line:
             return ""
         if math.isnan(self.drop.low):
             return (
-                " (no interval: samples of its rows are not there, do not give its score, or all have the same drop, "
-                "which says nothing of others)"
+                " (no interval: its samples are missing or do not match its score, or all rows have the same drop, "
+                "which says nothing about other rows)"
             )
         needed = f"more than {MOST_ROWS:,}" if self.rows_needed is None else f"about {self.rows_needed:,}"
         return f" (needs {needed} rows; there are {self.part.rows:,})"
@@ -145,11 +145,11 @@ def check(
             tasks.
     """
     if max_forgetting is None and max_general_drop is None:
-        raise RunError("Without a limit nothing is checked: give --max-forgetting, --max-general-drop, or both.")
+        raise RunError("No limit is given, so nothing is checked: add --max-forgetting, --max-general-drop, or both.")
     if against is not None and against.path.resolve() == run.path.resolve():
         raise RunError(
-            f"--against {against.path} is the run itself, which has lost nothing since itself. Name the run that it is "
-            "to be compared with, or leave --against out: drops are then those since each task's own stage."
+            f"--against {against.path} is the run itself. Give a different run to compare with; or leave --against out "
+            "to measure drops since each task's own stage."
         )
     runs = [Results(one) for one in (run, against) if one is not None]
     results, *others = (entry.results for entry in entries_of(runs))
@@ -173,7 +173,7 @@ def check(
 def _held(what: str, group: Group, limit: float, each: bool) -> Iterable[Line]:
     """The drops of a group: the mean, which decides, and its parts; without a mean of several all of them decide."""
     if not group.parts:
-        raise RunError(f"Since {group.since} there is nothing to measure a {what} of: no stage or task comes after it.")
+        raise RunError(f"There is no {what} to measure since {group.since}: no stage or task comes after it.")
     mean = group.mean if len(group.averaged) > 1 else None
     if mean is not None:
         yield Line(what, group.since, mean, limit, weight=len(group.averaged), decides=True)

@@ -16,13 +16,13 @@ from trace_bench.run import Run, read_json
 from trace_bench.text import one_line, word
 
 _ABOUT = (
-    "Each answer of a stage against the base model's, judged in both orders, in percent of the scored pairs with "
-    "95 % intervals. Net win rate = win - lose, the delta. Orders that disagree are a tie; first position = its "
-    "share of the verdicts for a position, 50 without bias. Identical answers are a tie. "
-    "At equal length = the net win rate of a logistic model of the win at no difference of length, since judges "
-    "like long answers (tanh of characters, no term for the prompt; from {fewest} pairs on). "
-    "The rate of {kind.rate} is judged answer by answer. Broken = answers that say nothing (empty, no letters, "
-    "one piece repeated, mojibake), by rule: they count in no rate of single answers{left_out}."
+    "The judge compares each answer of a stage with that of the base model, in both orders. Rates are in percent of "
+    "the scored pairs, with 95 % intervals. Net win rate = win - lose (the delta). If the two orders disagree, or the "
+    "answers are identical, the pair is a tie. First position = its share of all verdicts for a position; 50 without "
+    "bias. At equal length = the net win rate that a logistic model gives for answers of equal length, since judges "
+    "prefer long answers (tanh of characters, no term for the prompt; needs {fewest} pairs). The rate of {kind.rate} "
+    "is from judging each answer alone. Broken = answers without content (empty, no letters, one piece repeated, "
+    "mojibake), found by rule: they are in no rate of single answers{left_out}."
 )
 
 
@@ -35,15 +35,15 @@ def sections(results: Results) -> Iterable[Block]:
 
 def _section(run: Run, kind: Kind, found: Judged) -> Iterable[Block]:
     suites = sorted({suite for _, suite in found})
-    left_out = ", and pairs with one are left out" if kind.leaves_out_broken else ""
+    left_out = ", and pairs with a broken answer are left out" if kind.leaves_out_broken else ""
     about = _ABOUT.format(kind=kind, fewest=judgements.FEWEST_PAIRS, left_out=left_out)
     yield f"## {kind.title}\n\n{about}\n\n" + "\n".join(map(one_line, _notes(run, kind, found, suites)))
     forced = sum(n["forced"] for n in found.values())
     if forced:
         share = percent(forced / sum(n["requests"] for n in found.values()))
         yield (
-            f"> **{share} % of the verdicts were forced**: the judge gave none by itself and had to choose one. "
-            "Results of this version count them as unscored, in no rate."
+            f"> **{share} % of the verdicts were forced**: the judge gave no verdict and had to choose one. "
+            "This version counts them as unscored, so they are in no rate."
         )
     stages = measured(run, found)
     rows = []
@@ -100,25 +100,25 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
         models = sorted({model for n in its for model in n.get("models", ())})
         yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge, models)}"
         if len(models) > 1:
-            yield f"- **Several models answered** as `{judge['judge']}`: {', '.join(models)}; that is not one judge"
+            yield f"- **Several models answered** as `{judge['judge']}`: {', '.join(models)}, so this is not one judge"
         elif models not in ([], [judge["judge"]]):
             yield f"- the endpoint says that `{models[0]}` answered"
         counts = {name: sum(n.get(name, 0) for n in its) for name in ("cut", "unclosed")}  # older results lack them
         for sentence in judgements.ends_in_words(counts, sum(n["requests"] for n in its), judge["sampling"]):
             yield f"- {sentence}"
     if len(judges) > 1:
-        yield "- **Several judges**: what was judged by different ones cannot be compared"
+        yield "- **Several judges**: verdicts of different judges cannot be compared"
     for stage in measured(run, found):
         if missing := lacking(found, stage):
             yield f"- {stage.name} was not judged on {', '.join(missing)}, so its suites have no common rate"
     limits = {n["limit"] for n in found.values()}
     if len(limits) > 1:
-        yield "- **Other rows at other stages**: some were judged on the first rows alone"
+        yield "- **Different rows at different stages**: some stages were judged only on their first rows"
     if any(limits):
         yield f"- **Limited rows**: first {' or '.join(map(str, sorted(filter(None, limits))))} of each suite"
     failed, unpaired = (sum(n[key] for n in found.values()) for key in ("failed", "unpaired"))
     if failed:
-        yield f"- {failed} requests failed and count as unscored: the same `trace-bench judge` asks them again"
+        yield f"- {failed} requests failed and count as unscored: run the same `trace-bench judge` again to repeat them"
     if unpaired:
         yield f"- {unpaired} rows had no partner at the base model and were left out"
 

@@ -180,20 +180,20 @@ def read(folder: Path) -> tuple[list[Line], list[str]]:
         RunError: if the folder is not there, or nothing in it is a result.
     """
     if not folder.is_dir():
-        raise RunError(f"{folder} is no folder. Name one that has the result files of runs in it.")
+        raise RunError(f"{folder} is not a folder. Give one that has the result files of runs.")
     found, skipped = [], []
     for file in find(folder):
         if not file.exists():
-            skipped.append(f"{file.parent} has no {FILE}: `trace-bench report {word(file.parent)}` writes it.")
+            skipped.append(f"{file.parent} has no {FILE}. To write it: trace-bench report {word(file.parent)}")
             continue
         try:
             content = reading.strict(reading.read_file(file, MOST_BYTES).decode("utf-8"), None)
             reading.check(shapes.Result, content)
             found.append((file, one_line(content)))
         except (ValueError, RecursionError, DataError, OSError) as e:  # ValueError: no UTF-8, no JSON, something else
-            skipped.append(" ".join(f"{file} is no result file of version {VERSION}: {e}".splitlines()))
+            skipped.append(" ".join(f"{file} is not a result file of version {VERSION}: {e}".splitlines()))
     if not found:
-        problem = f"{folder} has no result file in it. `trace-bench report RUN` writes {FILE} of a run."
+        problem = f"{folder} has no result files. To write {FILE} of a run: trace-bench report RUN"
         raise RunError("\n".join([problem, *skipped]))
     return [Line(content["run"], file, content) for file, content in found], skipped
 
@@ -260,11 +260,11 @@ class Leaderboard:
             scoring = {str(line.content.get("made_with", {}).get("scoring code")) for line in group.lines}
             if len(scoring) > 1:
                 states = f"{len(scoring)} states of the scoring code"
-                head += f"\n\nScored by {states}, under the same versions of the tasks."
+                head += f"\n\nScored by {states}, with the same versions of the tasks."
             for name in DELTAS:
                 ways = [line.content.get("delta_conditions", {}).get(name) for line in group.lines]
                 if len({way for way in ways if way}) > 1:
-                    head += f"\n\n**Not comparable** in {name}: measured on other rows, or by other judges."
+                    head += f"\n\n**Not comparable** in {name}: measured on different rows, or by different judges."
             yield head, group
 
     def markdown(self) -> str:
@@ -297,7 +297,7 @@ class Leaderboard:
             table, links = group.table(), html.links(reports, file.parent)
             parts[f"protocol-{place}"] = [html.text_html(f"{head}\n\nScores {table.about}."), view(table, links)]
         runs = sum(len(group.lines) for group in self.groups)
-        about = f"{runs} runs, the best OP first. Only runs of one table are measured under the same protocol."
+        about = f"{runs} runs, the best OP first. Only runs in the same table have the same protocol."
         return html.document(
             title=file.stem,
             head=[html.text_html(f"# {one_line(file.stem)}\n\n{about}")],

@@ -34,19 +34,19 @@ def without_leaked(run: Run, file: Path) -> Run:
     known = {*data.FOLDERS, *data.REASONING, *data.CL_BENCHMARK}
     prints = {k: v for k, v in run.manifest["data"]["fingerprint"].items() if k in known}
     if not prints:
-        raise RunError(f"{run.path} has no task that an audit knows, so there are no leaked rows to leave out.")
+        raise RunError(f"{run.path} has no task that an audit covers, so no leaked rows can be left out.")
     try:
         found = read_json(file, shapes.Audit)
     except (OSError, TraceError) as e:
         raise RunError(
-            f"{file} is no audit ({e}). Make one: trace-bench data audit SOURCE --output {word(file)}"
+            f"{file} is not an audit ({e}). To make one: trace-bench data audit SOURCE --output {word(file)}"
         ) from e
     others = [task for task in prints if found["tasks"].get(task, {}).get("fingerprint") != prints[task]]
     if others:
         source = run.manifest["data"]["cl_benchmark" if others[0] in data.CL_BENCHMARK else "path"]
         raise RunError(
-            f"{file} is an audit of {found['source']}, which is not the data of {run.path} in: {', '.join(others)}. "
-            f"Audit the run's own: trace-bench data audit {word(source)} --output {word(file)}"
+            f"{file} is an audit of {found['source']}, but {run.path} has different data in: {', '.join(others)}. "
+            f"Audit the run's data: trace-bench data audit {word(source)} --output {word(file)}"
         )
     left_out = {}
     for task in prints:

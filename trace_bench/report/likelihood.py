@@ -50,10 +50,10 @@ def sections(results: Results) -> Iterable[Block]:
     if np.isnan(L).all():
         return
     yield (
-        "## Likelihood of the reference answers\n\nRows: the model after a stage. Columns: tasks, in nats per token: "
-        "the mean log-probability of a token of the reference answer, EOS included, which is minus the training loss "
-        "of these rows. 0 is certainty, and 0.69 less halves the probability of every token. It moves before an answer "
-        "becomes another one, so a fall here is forgetting that a score may not show yet."
+        "## Likelihood of the reference answers\n\nRows: the model after a stage. Columns: tasks. The numbers are the "
+        "mean log-probability of a token of the reference answer, with EOS, in nats per token (minus the training loss "
+        "of these rows). 0 is certainty; 0.69 less halves the probability of every token. The likelihood changes "
+        "before an answer does, so a fall here is forgetting that a score may not show yet."
     )
     yield Table(["stage", *map(task_name, run.tasks)], [[s.name, *map(_nats, L[s.index])] for s in run.stages])
     t = results.last_stage
@@ -64,10 +64,11 @@ def sections(results: Results) -> Iterable[Block]:
         bwt_row = [f"BWT_{t}", NATS.with_interval(soft_bwt(results, t), sign=True), BWT]
         yield Table(["", NATS.plain, ""], [op_row, bwt_row])
         yield (
-            f"From its own stage to stage {t}, in nats per token. **Share**: of what the own stage had gained; -100 %: "
-            "all of it is gone. **Rows needed**: how many test rows of each task show the loss in four of five tests "
-            "(paired t-test at 5 %), by the likelihood and by the headline score; –: nothing was lost, or in the "
-            "last column no loss is certain. They are estimates from the rows of this run, rough where these are few."
+            f"Change from the task's own stage to stage {t}, in nats per token. **Share**: the change as a share of "
+            "the gain in the own stage; -100 %: the whole gain is lost. **Rows needed**: the number of test rows of "
+            "each task with which four of five tests show the loss (paired t-test at 5 %), by the likelihood and by "
+            "the headline score; –: nothing was lost, or (last column) no loss is certain. They are estimates from the "
+            "rows of this run, and rough if it has few rows."
         )
         yield _forgotten(results, L, t)
     seconds = [cell["likelihood"]["seconds"] for cell in results.cells_of(run.tasks).values() if "likelihood" in cell]

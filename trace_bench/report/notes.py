@@ -64,7 +64,7 @@ def _not_comparable(entries: Sequence[Entry]) -> list[str]:
     lines = [f"**Not comparable** in {', '.join(keys)}: {text}." for text, keys in notes.items()]
     odd = [e.name for e in entries if other_prompts(e.results)]
     if odd and len(entries) > 1:
-        lines.append(f"**Not comparable** in prompts: not the rows' own, and not on record, in {_ticks(odd)}.")
+        lines.append(f"**Not comparable** in prompts, which were changed and are not on record: {_ticks(odd)}.")
     return lines
 
 
@@ -140,7 +140,7 @@ def _memory_rows(results: Results) -> int | None:
 def _apart(title: str, facts: Mapping[str, Mapping[str, Any]], named: Callable[[list[str]], str]) -> list[str]:
     """A line for each fact in which runs differ and which may explain a part of their differences."""
     return [
-        f"**{title}**, to which a part of the differences may be due: {what} "
+        f"**{title}**, which may cause a part of the differences: {what} "
         + "; ".join(f"{value} in {named(runs)}" for value, runs in values.items())
         + "."
         for what, values in _by_value(facts).items()
@@ -167,7 +167,7 @@ def notes(
             yield f"Without leaked rows in `{e.name}`: {left_out_text(e.results.left_out)}"
     unfinished = [e.name for e in entries if np.isnan(_needed(e.results)).any()]
     if unfinished:
-        yield f"Not complete, so that numbers are missing: {_ticks(unfinished)}."
+        yield f"Not complete, so numbers are missing: {_ticks(unfinished)}."
     if references:
         yield paper.SETUP
     for row in references:
@@ -183,9 +183,9 @@ def _needed(results: Results) -> Matrix:
 
 
 def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
-    yield "OP, BWT and Forgetting after the last stage, BWT divided by t-1; base = mean of the base model."
+    yield "OP, BWT and Forgetting are those after the last stage (BWT divided by t-1); base = mean of the base model."
     if any(not math.isnan(e.scores["soft BWT"].value) for e in entries):
-        yield "soft BWT is that of the log-likelihood of the reference answers, in nats per token."
+        yield "soft BWT = BWT of the log-likelihood of the reference answers, in nats per token."
     if any(not math.isnan(e.numbers[k]) for e in entries for k in DELTAS):
         yield (
             "general = mean change of the general-ability suites since the base model; instruction and safety = net "
@@ -195,23 +195,23 @@ def _definitions(entries: Sequence[Entry]) -> Iterable[str]:
         names = dict.fromkeys(e.unit_name for e in entries)
         listed = "; ".join(f"{_ticks(e.name for e in entries if e.unit_name == name)} {name}" for name in names)
         yield (
-            f"Unit of OP, BWT, FWT, Forgetting and base: {listed}. No mean is taken over tasks of different units. "
-            "Changes and differences are gains: + and ↑ are better, so that where lower is better a fall is a gain."
+            f"Unit of OP, BWT, FWT, Forgetting and base: {listed}. There is no mean over tasks with different units. "
+            "Changes and differences are gains: + and ↑ are better; if lower is better, a fall is a gain."
         )
     means = [e.name for e in entries if e.results.has_mean and not e.results.is_sequential]
     if means:
         yield f"OP is the mean of the tasks, and BWT is not defined: {_ticks(means)}."
     if any(not math.isnan(score.low) for e in entries for score in e.scores.values()):
         yield (
-            "In brackets 95 % intervals over test rows: where the score on all such rows lies, for these trainings. "
-            "Differences are paired where both runs have the same test rows and, of tasks, the same settings; "
-            "elsewhere they have no interval."
+            "In brackets: 95 % intervals over test rows, for the score of these trainings on all such rows. "
+            "Differences are paired if both runs have the same test rows and, for tasks, the same settings; otherwise "
+            "they have no interval."
         )
     ends = {tuple(column_of(e.run.tasks[k], e.run) for k in (0, -1)) for e in entries if e.results.is_sequential}
     if len(ends) > 1:
         yield (
-            "BWT and Forgetting leave the last task of a run out, and FWT the first: in runs of other orders they may "
-            "be means over other tasks, and then their differences have no interval."
+            "BWT and Forgetting leave out the last task of a run, and FWT the first. In runs of different orders they "
+            "may be means over different tasks; then their differences have no interval."
         )
 
 
@@ -222,9 +222,9 @@ def _of_seeds(
         runs = {group.name: _ticks(e.name for e in group.entries) for group in groups}
         listed = "; ".join(f"`{name}` ({names})" if len(groups) > 1 else names for name, names in runs.items())
         yield (
-            f"The seeds are those of {listed}, which differ in nothing else. Their interval (Student's t) is where "
-            "the mean of all seeds lies, on the same test rows; another training alone may lie outside of it. Where "
-            "all seeds gave the same number the variance cannot be estimated: a dash."
+            f"The seeds are those of {listed}, which differ only in the seed. Their interval (Student's t) is for the "
+            "mean over all seeds on the same test rows; a single new training may be outside it. If all seeds gave the "
+            "same number, the variance cannot be estimated and there is a dash."
         )
     if seeds:
         reference = next(group for group in groups if all(d.group is not group for d in seeds))
@@ -236,25 +236,25 @@ def _of_seeds(
         )
         yield (
             f"Differences of seed means to `{reference.name}`: {listed}; in brackets 95 % intervals "
-            "(Student's t). ↓, ↑: worse, better. Arrows are corrected for all tested differences to it, of all "
-            "scores and tasks (Holm, with half of the level for OP): where no method differs, at most one comparison "
-            "in twenty shows any. Intervals are not corrected."
+            "(Student's t). ↓, ↑: worse, better. Arrows are corrected for all tested differences to it, over all "
+            "scores and tasks (Holm, with half of the level for OP): if no method differs, at most one comparison "
+            "in twenty shows an arrow. Intervals are not corrected."
         )
         own = [d.both for d in seeds if d.reference is not reference]
         if own:
-            yield f"Of another order of the tasks, held against the same method in that order: {', '.join(own)}."
+            yield f"A different order of the tasks, compared with the same method in that order: {', '.join(own)}."
         moved = [d for d in seeds if order_of(d.group) != order_of(d.reference)]
         mixed = [d.group.name for d in moved if not are_one_method(d.group, d.reference, families)]
         if mixed:
             yield (
-                f"Trained in another order or on other tasks than `{reference.name}`: {_ticks(mixed)}. Their "
-                "differences and arrows are of the method and of that together; for the method alone add the "
-                "baseline's method in that order, with two seeds or more."
+                f"Trained in a different order or on different tasks than `{reference.name}`: {_ticks(mixed)}. Their "
+                "differences and arrows mix the effects of the method and of the order. To see the method alone, add "
+                "the baseline's method in that order, with at least two seeds."
             )
     if entries > 1:
         yield (
-            "Test rows alone give no arrow: differences of single runs do not say what other trainings would give. For "
-            "that both sides need two seeds or more"
+            "There are no arrows for differences of single runs, since new trainings might give other results. For "
+            "arrows, both sides need at least two seeds"
             + (", in the same conditions." if seeds else "; here no two methods have them.")
         )
     if needed := seeds_needed(groups):
@@ -266,7 +266,7 @@ def _of_orders(families: Sequence[Family]) -> Iterable[str]:
     if orders:
         listed = "; ".join(", ".join(map(task_name, order)) for order in orders)
         yield (
-            f"Orders of the tasks: {listed}. A mean over orders is that of these. The interval of a difference is over "
-            "the seeds in each order, and over the orders where each has one seed; methods of other orders, or "
-            "measured under other conditions, have none."
+            f"Orders of the tasks: {listed}. A mean over orders is over these. The interval of a difference is over "
+            "the seeds in each order, or over the orders if each has one seed. Methods with different orders, or "
+            "measured under different conditions, have no interval."
         )

@@ -133,7 +133,7 @@ def tables(families: Sequence[Family], baseline: Group, to_baseline: Differences
         runs = sum(len(group.entries) for group in family.orders.values())
         rows.append([family.name, str(len(family.orders)), str(runs), *cells])
     unit = "scores in percent" if in_percent else "scores in percent or the unit of the run's tasks"
-    about = f"mean ± standard deviation over the orders of the tasks, of each the mean over its seeds; {unit}"
+    about = f"mean ± standard deviation over the orders of the tasks (each order: the mean over its seeds); {unit}"
     means = Table(["run", "orders", "runs", *SCORES], rows, "Over orders", about)
     rows = []
     for family, estimates in to_baseline:

@@ -112,7 +112,7 @@ def _part(results: Results, key: str, blocks: Sequence[Block], figures: Mapping[
         stages, tasks = results.R.shape
         if stages * tasks > html.TABLE_CELLS:
             size = f"The scores of {stages} stages and {tasks} tasks are shown as an image."
-            before.append(html.text_html(f"{size} As numbers they are in report.md and scores.csv."))
+            before.append(html.text_html(f"{size} The numbers are in report.md and scores.csv."))
         else:
             before.append(_matrix(results, blocks[first]))
             shown = [figure for figure in shown if figure.name != "matrix"]
@@ -204,8 +204,8 @@ def write_comparison_page(comparison: Comparison, file: Path, head: str = "") ->
     for name, title in (("stages", "Over the stages"), ("distances", "Distance and forgetting")):
         if name in figures:
             blocks += [html.text_html(f"## {title}"), figures[name]]
-    blocks.append(html.text_html("## What the numbers are\n\n" + "\n".join(f"- {note}" for note in comparison.notes)))
-    about = f"{len(comparison.entries)} runs, set against `{comparison.against.name}`."
+    blocks.append(html.text_html("## What the numbers mean\n\n" + "\n".join(f"- {note}" for note in comparison.notes)))
+    about = f"{len(comparison.entries)} runs, compared with `{comparison.against.name}`."
     foot = Markup("Made by <code>trace-bench report</code> from the files of the runs.")
     if figures:
         foot += Markup(" The figures are in the folder <code>{}</code> as SVG and PNG.").format(folder.name)

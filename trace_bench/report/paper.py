@@ -17,7 +17,7 @@ from trace_tasks.data import CL_BENCHMARK, FOLDERS, ORDERS
 
 SETUP = (
     "TRACE, arXiv 2310.06762, tables 1 and 3: order 1, sampling at temperature 0.1, general ability with OpenCompass, "
-    "GPT-4 as the judge. For orientation: with another model, other data or fewer rows the numbers are no target."
+    "GPT-4 as the judge. For orientation only: with a different model, different data or fewer rows the numbers differ."
 )
 #: (method, what is trained) of a run -> the paper's name; None = whatever is trained.
 _NAMES = {
@@ -101,8 +101,8 @@ _LATER = {
     "osf": "OSF",
 }
 LATER = (
-    "### What later papers print for this method\n\nIn percent, below this run. Only the rows that say yes had the "
-    "same protocol; the others are for orientation, each with what differs"
+    "### What later papers print for this method\n\nIn percent, below this run. Only rows with yes have the same "
+    "protocol; the others are for orientation, with their differences"
 )
 
 

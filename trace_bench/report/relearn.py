@@ -45,8 +45,8 @@ def _relearned(results: Results, folder: Path) -> Iterable[Block]:
     there = {name: Results(replace(run, left_out=results.run.left_out)) for name, run in runs.items()}
     if any(_is_stale(results, name, relearned) for name, relearned in there.items()):
         yield (
-            f"> **Left out**: `relearn/{one_line(folder.name)}` was made from other weights, or measured under other "
-            "settings, than the run has now. Remove it and run `trace-bench relearn` again."
+            f"> **Left out**: `relearn/{one_line(folder.name)}` was made from different weights, or measured with "
+            "different settings, than the run has now. Remove it and run `trace-bench relearn` again."
         )
         return
     if not any(relearned.cells for relearned in there.values()):
@@ -54,10 +54,10 @@ def _relearned(results: Results, folder: Path) -> Iterable[Block]:
     config, last = next(iter(there.values())).run.manifest["config"], len(results.run.tasks)
     rows = f"{config.get('train_rows')} rows"
     yield (
-        f"Each old task was trained again on {rows} ({config.get('max_steps')} steps), from stage {last} and, as the "
-        "control, from the base model, and measured on the same test rows. What comes back beyond the control was "
-        "hidden, not gone (arXiv 2501.13453). Shares are of what was lost from the own stage to stage "
-        f"{last}, where that is certain."
+        f"Each old task was trained again on {rows} ({config.get('max_steps')} steps), from stage {last} and, as a "
+        "control, from the base model, and then measured on the same test rows. What comes back beyond the control was "
+        "hidden, not gone (arXiv 2501.13453). Shares are relative to the loss from the own stage to stage "
+        f"{last}, if this loss is certain."
     )
     shares = ["came back", "control: came back", "beyond the control"]
     head = ["task", "own stage", f"stage {last}", f"after {rows}", "control", *shares]
@@ -128,11 +128,11 @@ def _given_table(results: Results, tokens: int, by_task: dict[str, dict[int, Any
     last, given = len(results.run.tasks), f"{tokens} token" + "s" * (tokens > 1)
     short = [task_name(task) for task, cells in by_task.items() if not any(cell["n"] for cell in cells.values())]
     yield (
-        f"With the first {given} of the reference behind the prompt: the rest is generated, and the whole is scored. "
-        "Each score without → with them, on the test rows whose reference is longer. What is lost without and not "
-        "with them was hidden: the model no longer began the answer and still knew how it goes on. They are part of "
-        "the answer, so they raise the base model's score, too."
-        + (f" No score for {', '.join(short)}: no reference there has more than {given}." if short else "")
+        f"The prompt is followed by the first {given} of the reference. The model generates the rest, and the whole "
+        "answer is scored. Each cell has the score without → with them, on the test rows whose reference is longer. "
+        "What is lost without them but not with them was hidden: the model could no longer begin the answer, but still "
+        "continue it. They are a part of the answer, so they also raise the base model's score."
+        + (f" No score for {', '.join(short)}: no reference is longer than {given}." if short else "")
     )
     scored = [i for i, task in enumerate(results.run.tasks) if task in by_task and task_name(task) not in short]
     rows = [_given_row(results, i, tokens, by_task[results.run.tasks[i]]) for i in scored]

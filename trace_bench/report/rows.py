@@ -76,8 +76,8 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
             scores = {metric: np.full((len(ids), len(run.stages)), np.nan) for metric in scores}
         if here != ids:
             raise RunError(
-                f"{files[i]} and {first} are not of the same rows, or not in the same order: no change between them "
-                "can be measured. Delete both and their scores, and evaluate again."
+                f"{files[i]} and {first} have different rows, or a different order, so no change between them can be "
+                "measured. Delete both and their scores, and evaluate again."
             )
         for metric in cell["metrics"] if ids else ():
             values = [row.get(metric) for row in rows]
@@ -91,7 +91,7 @@ def load_rows(run: Run, name: str, cells: Cells) -> Rows | None:
                 continue
             if cell["metrics"].get(metric, {}).get("stderr") is not None and not np.isnan(x[:, i]).any():
                 raise RunError(
-                    f"{files[i]} does not give the {metric} of its score: one of both was changed. Delete both and "
+                    f"{files[i]} does not match the {metric} of its score: one of the two was changed. Delete both and "
                     "evaluate again."
                 )
             x[:, i] = np.nan

@@ -146,8 +146,8 @@ def lengths(results: Results, answers: Sequence[Answers]) -> list[Block]:
         texts = (length(*a.lengths.get(s.index, (None, None))) for s in stages)
         rows.append([task_name(a.name), length(a.prompt_length, None), *texts])
     return [
-        "## Lengths\n\nCharacters of prompts and of answers, on average; in brackets the percentage of answers that "
-        "are empty, where some are.",
+        "## Lengths\n\nMean characters of prompts and of answers. In brackets: percent of empty answers, if there are "
+        "any.",
         Table(["", "prompt", *(f"{s.number}<br>{stage_label(s)}" for s in stages)], rows),
     ]
 
@@ -195,9 +195,9 @@ def embed(results: Results, answers: Sequence[Answers]) -> Samples | None:
     joined = _escaped_json(head)[:-1] + ', "rows": [\n' + ",\n".join(rows) + "\n]}"
     notes = f"{len(rows):,} of {len(queue):,} prompts are in this page."
     if len(rows) < len(queue):
-        notes += " Those whose answers changed most were taken first; all are in the run's folder."
+        notes += " They are those whose answers changed most; all are in the run's folder."
     if few:
-        notes += " Of each prompt there are the answers of the base model, of the task's own stage and the last."
+        notes += " Each prompt has the answers of the base model, of the task's own stage and of the last stage."
     notes += f" Prompts are cut to {PROMPT_CHARACTERS} characters and answers to {ANSWER_CHARACTERS}, their middle"
     return Samples(Markup(joined), f"{notes} left out.") if queue else None
 

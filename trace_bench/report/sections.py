@@ -30,12 +30,12 @@ from trace_bench.text import one_line, word
 from trace_tasks.data import task_name
 
 DEMO = (
-    "> **Demo data.** The tasks have TRACE's form, but the rows are made by this program. The scores show learning "
+    "> **Demo data.** The tasks have TRACE's form, but this program generated the rows. The scores show learning "
     "and forgetting;\n> they cannot be compared with TRACE."
 )
 INTERVALS = (
-    "In brackets are 95 % intervals over test rows, each row taken with its answers at all stages. They do not include "
-    "what another training seed would change."
+    "In brackets: 95 % intervals over test rows (each row with its answers at all stages). They do not include "
+    "differences between training seeds."
 )
 #: What a manifest's "trains" means.
 _TRAINS = {"lora": "LoRA", "full": "all parameters", "prompts": "soft prompts"}
@@ -96,7 +96,7 @@ def _run(results: Results) -> Iterable[Block]:
         yield f"> **Stale**: {stages}. {one_line(next(iter(why.values())))}"
     if results.other_versions:
         listed = "\n".join(f"> - {one_line(text)}" for text in results.other_versions)
-        yield f"> **Cells of different versions**: a change between their stages may be theirs.\n>\n{listed}"
+        yield f"> **Cells of different versions**, which may cause changes between their stages:\n>\n{listed}"
     if results.not_percent:
         tasks: dict[str, list[str]] = {}
         for task, unit in results.units.items():
@@ -105,9 +105,9 @@ def _run(results: Results) -> Iterable[Block]:
         text = "; ".join(f"{', '.join(those)}: {name}" for name, those in tasks.items())
         text = f"**Units.** {text}. Changes are gains: + and ↑ are better, - and ↓ are worse"
         if any(not unit.higher_is_better for unit in results.units.values()):
-            text += ", so that where lower is better a fall is a gain"
+            text += "; if lower is better, a fall is a gain"
         if results.unit is None and results.has_mean:
-            text += ". No mean is taken over different units, so OP, BWT, FWT, Forgetting and the mean have no value"
+            text += ". There is no mean over different units, so OP, BWT, FWT, Forgetting and the mean have no value"
         yield f"{one_line(text)}."
 
 
@@ -249,16 +249,16 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
     what = ", each score in the unit of its task" if results.not_percent else ", in percent"
     shown = f" ICL is the base model {one_line(demonstrations(icl.run))}." if icl else ""
     yield (
-        "## Bounds\n\nRuns reported together with this one that have the same base model, data and evaluation"
-        f"{what}. What learns the tasks one by one is expected between the base model and what `single` and `joint` "
-        f"reach.{shown}"
+        "## Bounds\n\nRuns that were reported together with this one, with the same base model, data and evaluation"
+        f"{what}. A method that learns the tasks in sequence should be between the base model and `single` or "
+        f"`joint`.{shown}"
     )
     yield Table(["model", *_columns(results), "mean"], rows)
     notes, path = [], one_line(word(run.path))
     for method in BOUNDS:
         if method in found:
             other = "; ".join(found[method].other_training)
-            training = f"; its training is another (there, here): {other}" if other else ""
+            training = f"; its training differs (there, here): {other}" if other else ""
             notes.append(f"- {method}: the run `{one_line(found[method].run.path.name)}`{training}")
         else:
             notes.append(
@@ -298,8 +298,8 @@ def _tolerant(results: Results) -> Iterable[Block]:
     tasks = [task for task, column in tolerant.items() if not np.isnan(column).all()]
     if tasks:
         yield (
-            "### Form-tolerant accuracy\n\nThe official accuracy asks for the very same string, that of "
-            "CL_Benchmark for the same words. This one accepts the right answer in another form."
+            "### Form-tolerant accuracy\n\nThe official accuracy requires exactly the same string, that of "
+            "CL_Benchmark the same words. This one accepts the right answer in a different form."
         )
         yield _by_stage(results, tasks, lambda index, task: percent(tolerant[task][index]))
 
@@ -309,18 +309,20 @@ def _form(results: Results) -> Iterable[Block]:
         return
     above = any(form.form.value > form.strict.value > 0 for form in results.forms)
     yield (
-        "### Form or knowledge\n\nWhat a task lost in the official accuracy from its own stage to stage "
-        f"{results.last_stage}, in points: part of it only because the answer has another form, the rest because "
-        "it is wrong in any form, or was cut at the limit of its length before it came to the answer (see Limits). "
-        "In the paper LLaMA-2-7B's FOMC is 0 right after ScienceQA, whose answers come with explanations, and is "
-        "back later: a loss of form." + " A share above 100 %: knowledge was gained while the form was lost." * above
+        "### Form or knowledge\n\nThe loss of a task in the official accuracy from its own stage to stage "
+        f"{results.last_stage}, in points. A part of it is only in form: the answer is right, but has a different "
+        "form. The rest is in knowledge: the answer is wrong in any form, or was cut before the model reached it (see "
+        "Limits). Example of a loss of form: in the paper, FOMC of LLaMA-2-7B is 0 right after ScienceQA, whose "
+        "answers have explanations, and comes back later."
+        + " A share above 100 %: knowledge was gained while the form was lost."
+        * above
     )
     rows = []
     for form in results.forms:
         lost, of_form, known = map(percent_with_interval, (form.strict, form.form, form.tolerant))
         share = f"{round(100 * form.form.value / form.strict.value)} %" if form.strict.sign > 0 else DASH
         rows.append([task_name(form.task), lost, of_form, share, known])
-    yield Table(["task", "lost", "in form alone", "share", "in knowledge"], rows)
+    yield Table(["task", "lost", "only in form", "share", "in knowledge"], rows)
 
 
 def _extracted(results: Results) -> Iterable[Block]:
@@ -336,8 +338,8 @@ def _extracted(results: Results) -> Iterable[Block]:
         return DASH if value is None else f"{percent(value)} ({round((1 - value) * cell['n'])})"
 
     yield (
-        "### Answers that could be extracted\n\nPercent of the texts in which there is an answer, and in brackets how "
-        "many have none. A text without one scores 0."
+        "### Answers that could be extracted\n\nPercent of the texts that contain an answer. In brackets: the number "
+        "of texts without one, which score 0."
     )
     yield _by_stage(results, [task for task in results.run.tasks if task in having], share)
 
@@ -354,9 +356,9 @@ def _limits(results: Results) -> Iterable[Block]:
 
     config = one_line(run.manifest["config"])
     yield (
-        "## Limits\n\nPercent of the prompts whose beginning was cut off / of the answers that reached the limit of "
-        f"their length and so may lack their end (max_prompt_length {config.get('max_prompt_length') or DASH}, "
-        f"max_new_tokens {config.get('max_new_tokens') or 'as the tasks have it'})."
+        "## Limits\n\nPercent of the prompts whose beginning was cut off / percent of the answers that reached their "
+        f"length limit, so that their end may be missing (max_prompt_length {config.get('max_prompt_length') or DASH}, "
+        f"max_new_tokens {config.get('max_new_tokens') or 'of each task'})."
     )
     yield _by_stage(results, tasks, shares)
 

@@ -223,6 +223,6 @@ def seeds_needed(groups: Sequence[Group]) -> str | None:
         return None
     listed = "; ".join(f"{text}: {n or f'more than {measures.MOST_SEEDS:,}'} seeds" for text, n in needed.items())
     return (
-        "Seeds that each of two methods needs for a difference in OP to be seen (t-test at 5 %, power 80 %; standard "
+        "Seeds that each of two methods needs to show a difference in OP (t-test at 5 %, power 80 %; standard "
         f"deviation between seeds {unit.shown(deviation)} {unit.of_changes}, {freedom} degrees of freedom): {listed}."
     )

@@ -22,10 +22,10 @@ def general(results: Results) -> Iterable[Block]:
         return
     there = [s for s in SUITES if s in results.headlines]
     suites, others = ([s for s in there if (s in GROUPS["general"]) is own] for own in (True, False))
-    further = f" In addition, and not in mean and delta: {', '.join(map(title, others))}." if others else ""
+    further = f" Not part of the mean and delta: {', '.join(map(title, others))}." if others else ""
     yield (
-        "## General ability\n\nlm-eval's own tasks in the paper's settings, in percent. Delta: the mean over the "
-        f"suites of the change since stage 0 (TRACE, section 3.3).{further}"
+        "## General ability\n\nlm-eval's own tasks in the paper's settings, in percent. Delta: the change since stage "
+        f"0, as a mean over the suites (TRACE, section 3.3).{further}"
     )
     if limits := _limits(cells, "general_rows"):
         yield (
@@ -35,7 +35,7 @@ def general(results: Results) -> Iterable[Block]:
     if local := {name for (_, name), cell in cells.items() if cell["settings"]["data"] != "hub"}:
         yield (
             f"> **Local copy** of the data of {', '.join(title(s) for s in SUITES if s in local)}: comparable with "
-            "the hub's only if it is complete. The numbers of rows are in the head of the table."
+            "the hub's only if it is complete. The head of the table has the numbers of rows."
         )
     rows = []
     for stage in measured(run, cells):
@@ -56,8 +56,8 @@ def general(results: Results) -> Iterable[Block]:
     cut = {key: f"{cell['n_cut']} of {cell['n']}" for key, cell in cells.items() if cell["n_cut"]}
     if listed := "; ".join(f"{title(name)} at {run.stages[i].name} {n}" for (i, name), n in cut.items()):
         yield (
-            "> **Prompts cut on the left**, as they were longer than the engine's context, so that shots are missing: "
-            f"{listed}. A larger context (`--engine-args`) gives other scores."
+            "> **Prompts cut on the left**: they were longer than the engine's context, so examples are missing: "
+            f"{listed}. A larger context (`--engine-args`) gives different scores."
         )
 
 
@@ -67,8 +67,8 @@ def answers(results: Results) -> Iterable[Block]:
     if not cells:
         return
     yield (
-        "## Answers for the judges\n\nCharacters of an answer on average; in brackets the percentage of answers that "
-        "are empty, where some are. They say whether there is something to judge, not how good it is."
+        "## Answers for the judges\n\nMean characters of an answer. In brackets: percent of empty answers, if there "
+        "are any. This shows if there is something to judge, not how good it is."
     )
     if limits := _limits(cells, "test_rows"):
         yield f"> **Limited rows** (first {limits} of each set)."

@@ -21,9 +21,9 @@ from trace_tasks.data import task_name
 
 DASH = "–"
 _ARROWS = (
-    "↓, ↑: changed{since}. Arrows are corrected for all changes that this report tests (Holm): where nothing changed, "
-    "at most one report in twenty shows any. Intervals are not corrected: one in twenty of unchanged cells excludes "
-    "zero by chance."
+    "↓, ↑: changed{since}. Arrows are corrected for all changes that this report tests (Holm): if nothing changed, at "
+    "most one report in twenty shows an arrow. Intervals are not corrected: for one in twenty unchanged cells they "
+    "exclude zero by chance."
 )
 
 
@@ -156,7 +156,7 @@ def left_out_text(left_out: dict[str, tuple[int, int]]) -> str:
     """Says which test rows are left out of a report without leaked rows (`Results.left_out`)."""
     text = ", ".join(f"{task_name(task)} {n} of {total}" for task, (n, total) in left_out.items() if n)
     return (
-        "Test rows whose prompt is in the training rows of the task, exactly or nearly, are left out of all scores: "
+        "Left out of all scores: test rows whose prompt is also in the training rows of the task, exactly or nearly: "
         f"{text or 'none was found'}. Not comparable with scores of all rows."
     )
 

@@ -23,17 +23,17 @@ from trace_tasks.data import SUITES, task_name
 #: The part of its scale by which a graded score has to change before a row counts as lost or gained.
 GRADED = 0.1
 _ABOUT = (
-    "## Lost and gained, row by row\n\nWhat became of each test row since {since}, in percent of the rows, at the last "
-    "stage that measured it. Kept: right then and at every stage since. Came back: right then, lost at a later stage, "
+    "## Lost and gained, row by row\n\nHow the test rows changed since {since}, at the last stage that measured them, "
+    "in percent of the rows. Kept: right then and at every stage since. Came back: right then, lost at a later stage, "
     "right again. Lost: right then, wrong now. Gained: wrong then, right now. Never: wrong at both. The change of a "
-    "score is gained minus lost: the same change can hide few such rows or many."
+    "score is gained minus lost, so the same change can hide few such rows or many."
 )
 _CHANCE = (
-    "### Beyond chance\n\nWho guesses is right at times, and the next guess is another one. Here is how many rows with "
-    "options went from right to wrong and from wrong to right, in whatever form the option was named, how many would "
-    "by guessing alone, and what is left: forgetting and backward transfer (arXiv 2510.17776). Around zero: nothing "
-    "but guesses changed. Below zero: guesses stayed the same, as those of a model that always takes one option. In "
-    "percent of the rows."
+    "### Beyond chance\n\nA model that guesses is sometimes right, and its next guess may differ. The table shows, in "
+    "percent of the rows with options: how many went from right to wrong and from wrong to right (the option in any "
+    "form), how many would by guessing alone, and the rest, which is forgetting and backward transfer (arXiv "
+    "2510.17776). Around zero: only guesses changed. Below zero: guesses stayed the same, as in a model that always "
+    "chooses one option."
 )
 
 
@@ -96,8 +96,8 @@ def sections(results: Results) -> Iterable[Block]:
     yield _ABOUT.format(since="the base model" if bases == {True} else since)
     if graded := [h.title for h in found if h.graded]:
         yield (
-            f"{', '.join(graded)}: the scores are more than right or wrong. A row is lost or gained there if its score "
-            f"is worse or better by more than {100 * GRADED:.0f} % of the scale, and never if it had no more to lose."
+            f"{', '.join(graded)}: the scores are graded. A row is lost or gained if its score is worse or better by "
+            f"more than {100 * GRADED:.0f} % of the scale, and never if it had no more to lose."
         )
     rows = [[h.title, str(len(h.fates)), *map(percent, h.shares(h.stages[-1]))] for h in found]
     yield Table(["", "rows", *NAMES], rows)
@@ -132,8 +132,8 @@ def _first_lost(results: Results, stages: Sequence[Stage], found: Sequence[Histo
         rows.append([history.title, *cells, str(back)])
     if rows:
         yield (
-            "### Where rows were lost first\n\nRows that were lost for the first time at each stage, and in brackets "
-            "how many of them are back at the last one. The last column counts all that are back."
+            "### Where rows were lost first\n\nRows that were lost for the first time at each stage. In brackets: how "
+            "many of them are back at the last stage. The last column counts all rows that are back."
         )
         yield Table(["", *(f"{s.number}<br>{stage_label(s)}" for s in stages), "back"], rows, links=links)
 
@@ -180,8 +180,8 @@ def table_of_runs(entries: Iterable[Entry]) -> Table:
             means = np.mean([h.shares(h.stages[-1]) for h in found], axis=0)
             rows.append([entry.name, str(len(found)), *map(percent, means)])
     about = (
-        "percent of the test rows since the task's own stage, or since the base model where there is no sequence; mean "
-        "over the tasks that were measured later"
+        "percent of the test rows since the task's own stage (without a sequence: since the base model); mean over the "
+        "tasks that were measured later"
     )
     return Table(["run", "tasks", *NAMES] if rows else ["run"], rows, "Lost and gained, row by row", about)
 

@@ -125,6 +125,6 @@ def check_output(output: str | Path | None, endings: tuple[str, ...] = ENDINGS) 
         RunError: if its name does not end in one of the endings.
     """
     if output is not None and Path(output).suffix not in endings:
-        raise RunError(f"--output {output}: name a file that ends in {', '.join(endings)}; the ending is the form.")
+        raise RunError(f"--output {output} has no known ending: name a file that ends in {', '.join(endings)}.")
     if output is not None:
         check_writable(Path(output).parent)

@@ -37,7 +37,7 @@ def unpack(archive: Path) -> Path:
     except Exception as e:  # the libraries raise many kinds of errors for a damaged archive
         if isinstance(e, OSError) and advice(e, ""):  # the machine's error: a new copy would not help
             raise
-        what = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}. Fetch it again"
+        what = str(e) if isinstance(e, TraceError) else f"{type(e).__name__}: {e}. Download it again"
         raise DataError(f"{archive} cannot be unpacked: {what}.") from e
 
 
@@ -74,13 +74,13 @@ def _check_member(archive: Path, name: str, size: int, is_plain: bool, number: i
     """Refuses a bad member before it is unpacked. It is member `number`; up to it the headers say `total` bytes."""
     parts = name.replace("\\", "/").split("/")  # also split as Windows does, since a cache may be shared
     if not parts[0] or ".." in parts or ":" in parts[0]:
-        raise DataError(f"{archive}: the member {name!r} points outside of the archive; nothing was unpacked.")
+        raise DataError(f"{archive}: the member {name!r} points outside the archive. Nothing was unpacked.")
     if not is_plain:
-        raise DataError(f"{archive}: the member {name!r} is a link or device; nothing was unpacked.")
+        raise DataError(f"{archive}: the member {name!r} is a link or device. Nothing was unpacked.")
     if not 0 <= size <= MOST_ROWS:
         raise DataError(
-            f"{archive} holds a file of {size} bytes, and {MOST_ROWS / 2**30:g} GiB are the most that is read: no "
-            "TRACE data; nothing was unpacked."
+            f"{archive} has a file of {size} bytes, but at most {MOST_ROWS / 2**30:g} GiB are read: it is not TRACE "
+            "data. Nothing was unpacked."
         )
     _check_total(archive, number, total)
 
@@ -88,6 +88,6 @@ def _check_member(archive: Path, name: str, size: int, is_plain: bool, number: i
 def _check_total(archive: Path, members: int, size: int) -> None:
     if members > MOST_MEMBERS or size > MOST_BYTES:
         raise DataError(
-            f"{archive} would unpack to more than {MOST_BYTES / 2**30:g} GiB or {MOST_MEMBERS} files: no TRACE "
-            "data; nothing was unpacked. If it is meant, unpack it by hand and name the folder."
+            f"{archive} would unpack to more than {MOST_BYTES / 2**30:g} GiB or {MOST_MEMBERS} files: it is not TRACE "
+            "data. Nothing was unpacked. If you trust it, unpack it by hand and give the folder."
         )

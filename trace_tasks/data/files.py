@@ -42,7 +42,7 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
     Raises:
         DataError: if it is a link, a folder, a pipe or a device.
     """
-    wrong = f"{path} is no ordinary file but a link, a folder, a pipe or a device. Nothing is written there: remove it."
+    wrong = f"{path} is a link, a folder, a pipe or a device, so it is not written. Remove it."
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
     except OSError as e:
@@ -84,13 +84,13 @@ def refuse_links(folder: Path, *names: str) -> None:
             continue
         if path.is_symlink() and not path.is_file():
             raise DataError(
-                f"{path} is a link to {os.readlink(path)}: what is written below {folder} would be written there. "
-                "Remove the link, or put a copy of the folder in its place. The run folder itself may be a link."
+                f"{path} is a link to {os.readlink(path)}, so files below {folder} would be written there. Remove the "
+                "link, or replace it with a copy of the folder. Only the run folder itself can be a link."
             )
         if path.is_dir():
             todo += path.iterdir()
         elif not path.is_file():
-            raise DataError(f"{path} is no file but a pipe or a device: remove it.")
+            raise DataError(f"{path} is a pipe or a device, not a file. Remove it.")
 
 
 def remove(path: Path) -> None:
@@ -254,9 +254,9 @@ def cached_dir(path: Path, make: Callable[[Path], None]) -> Path:
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise DataError(f"The cache {path.parent} cannot be written. Set TRACE_CACHE to a folder that can.")
+        raise DataError(f"The cache {path.parent} is not writable. Set TRACE_CACHE to a writable folder.")
     if path.exists():
-        log.warning("%s is damaged, or of an earlier version of this program: it is made again.", path)
+        log.warning("%s is damaged, or from an earlier version of this program, so it is made again.", path)
     with temporary_dir(path.parent, f".{path.name}.") as own:
         made = own / path.name
         made.mkdir()
@@ -325,7 +325,7 @@ def fingerprint(path: Path, only: Iterable[str] | None = None) -> str:
     Hidden files do not count: hub clients, version control and file managers leave them, and no library loads them.
     """
     if not path.exists():
-        raise DataError(f"{path} is gone: there is nothing to take a fingerprint of.")
+        raise DataError(f"{path} is missing, so it has no fingerprint. Restore it.")
     if only is not None:
         files = sorted(path / name for name in only)
     else:

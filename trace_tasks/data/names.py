@@ -108,7 +108,7 @@ def expand_orders(names: Iterable[str]) -> list[str]:
     names, known = list(names), [*ORDERS, *FOLDERS, *REASONING, *CL_BENCHMARK]
     for name in names:
         if name not in known and nearest(name, known) in ORDERS and not os.environ.get("TRACE_TASKS"):
-            raise DataError(f"There is no order {name}, only {', '.join(ORDERS)}.{suggestion(name, ORDERS)}")
+            raise DataError(f"There is no order {name}: use {', '.join(ORDERS)}.{suggestion(name, ORDERS)}")
     return [task for name in names for task in ORDERS.get(name, [name])]
 
 
@@ -124,7 +124,7 @@ def expand(names: Iterable[str], known: Iterable[str]) -> list[str]:
     unknown = [name for name in expanded if name not in known]
     if unknown:
         raise DataError(
-            f"{', '.join(unknown)} is not known here: use {', '.join(known)}, or a group ({', '.join(groups)})."
+            f"Unknown name {', '.join(unknown)}: use {', '.join(known)}, or a group ({', '.join(groups)})."
             + "".join(suggestion(name, [*known, *groups]) for name in unknown)
         )
     return expanded

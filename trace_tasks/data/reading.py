@@ -32,11 +32,11 @@ def read_file(path: Path, most: int) -> bytes:
         DataError: if it is not an ordinary file, or longer.
     """
     if path.exists() and not path.is_file():
-        raise DataError(f"{path} is no file but a folder, a pipe or a device: remove it.")
+        raise DataError(f"{path} is a folder, a pipe or a device, not a file. Remove it.")
     with path.open("rb") as f:
         if os.fstat(f.fileno()).st_size > most:
             raise DataError(
-                f"{path} has more than {most / 2**20:g} MiB, as no such file has: it is damaged. Remove it."
+                f"{path} is damaged: it has more than {most / 2**20:g} MiB, and no real one is so large. Remove it."
             )
         return f.read()
 
@@ -118,7 +118,7 @@ def strict(text: str, hook: Any, halves: bool = False) -> Any:
 
 def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 

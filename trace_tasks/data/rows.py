@@ -29,7 +29,7 @@ def _whole(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise ValueError("a text: it holds half of a surrogate pair") from None
+        raise ValueError("a text: it has half of a surrogate pair") from None
     return text
 
 
@@ -83,7 +83,7 @@ def read_list(file: Path) -> list[Any]:
     except (ValueError, RecursionError) as e:  # ValueError: also a number of thousands of digits
         raise DataError(f"{file} is not JSON: {e}.") from e
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"{file} holds {'an empty list' if rows == [] else type(rows).__name__}, not a list of rows.")
+        raise DataError(f"{file} has {'an empty list' if rows == [] else type(rows).__name__}, not a list of rows.")
     return rows
 
 
@@ -134,8 +134,9 @@ def read_split(root: Path, folder: str, split: str, variant: str | None = None) 
     other = [i for i, of in enumerate(found) if of not in (variant, None)]
     if other:
         raise DataError(
-            f"{file}, row {other[0]}{f' and {len(other) - 1} more' if other[1:] else ''}: of the {found[other[0]]} "
-            "variant. TRACE_DATA names plain rows, for trace_*; TRACE_REASONING those with reasoning, for reasoning_*."
+            f"{file}, row {other[0]}{f' and {len(other) - 1} more' if other[1:] else ''}: this is the "
+            f"{found[other[0]]} variant. Set TRACE_DATA to plain rows, for trace_*, and TRACE_REASONING to those with "
+            "reasoning, for reasoning_*."
         )
     return rows
 

@@ -76,9 +76,9 @@ class CheckpointTrainer(GradientTrainer):
             lost = []
         if lost:
             raise ConfigError(
-                f"{len(lost)} parameters are trained that the checkpoint of a stage does not hold, such as {lost[0]}: "
-                "the next stage and the evaluation would be without them. Freeze them; name modules that are trained "
-                "beside an adapter in lora_modules_to_save; or have the method's save_checkpoint write them."
+                f"{len(lost)} trained parameters, such as {lost[0]}, are not in the checkpoint of a stage, so the next "
+                "stage and the evaluation would not have them. Freeze them; or name modules that are trained next to "
+                "an adapter in lora_modules_to_save; or write them in the method's save_checkpoint."
             )
 
     def save_checkpoint(self) -> Path:
@@ -91,8 +91,8 @@ class CheckpointTrainer(GradientTrainer):
             if self.is_world_process_zero():
                 if not list(folder.glob("*.safetensors")):
                     raise RunError(
-                        f"{target} would hold no weights: DeepSpeed or FSDP saved shards. Launch with a file of "
-                        "trainers/configs/accelerate, which have them put together."
+                        f"{target} would have no weights, because DeepSpeed or FSDP saved shards. Launch with a config "
+                        "from trainers/configs/accelerate, which saves whole weights."
                     )
                 # A pickle that nobody reads: a checkpoint holds no pickles.
                 (folder / "training_args.bin").unlink(missing_ok=True)
@@ -117,8 +117,8 @@ class CheckpointTrainer(GradientTrainer):
         file = self.previous.method_state / "state.safetensors"
         if not file.is_file():
             raise RunError(
-                f"{file} is gone: stage {self.stage.name} cannot be trained without it. Train the stage before again "
-                "(delete its train.json), or restore the file."
+                f"{file} is missing, and stage {self.stage.name} cannot be trained without it. Restore the file, or "
+                "train the stage before again (delete its train.json)."
             )
         device = self.config.device  # `stage_dataset` may call this before there is an accelerator
         return {name: tensor if name in on_cpu else tensor.to(device) for name, tensor in load_file(file).items()}
@@ -195,8 +195,8 @@ class CheckpointTrainer(GradientTrainer):
         for name in self.counters:
             if not isinstance(value := getattr(self, name, 0), int | float):
                 raise ConfigError(
-                    f"counters has {name}, which is a {type(value).__name__}: name numbers (int or float). "
-                    "Tensors that change within a stage belong into kept."
+                    f"counters has {name}, which is a {type(value).__name__}: use only numbers (int or float). "
+                    "Put tensors that change within a stage into kept."
                 )
         # The first process decides: on a shared file system the others may not see yet what is there.
         (there,) = broadcast_object_list([sort_checkpoints(str(self.stage.attempt))])
@@ -209,8 +209,8 @@ class CheckpointTrainer(GradientTrainer):
                     self.kept = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
                 if whole.get("method_source") not in (None, method_source(type(self))):
                     log.warning(
-                        "The file of the method has changed since step %d of stage %s, which would mix two methods. "
-                        "For a clean one remove %s.",
+                        "The file of the method has changed since step %d of stage %s, so the stage mixes two methods. "
+                        "To train the stage from its beginning, remove %s.",
                         whole["step"],
                         self.stage.name,
                         self.stage.attempt,

@@ -51,8 +51,8 @@ _LIMITS_OF_HF: dict[str, dict[str, float]] = {
     "max_steps": {"least": -1},
     "save_steps": {"above": 0},
 }
-_TOKENIZER = "TRL changes the tokenizer of training alone: change the files of the base model, for evaluation, too."
-_NO_EVALUATION = "a stage in training has no rows to evaluate on. Leave it out; keep: evaluated measures stages."
+_TOKENIZER = "TRL would change the tokenizer in training, but not in evaluation. Change the base model's files instead."
+_NO_EVALUATION = "training has no rows to evaluate on. Leave it out; to measure each stage, use keep: evaluated."
 #: Options of HF and TRL that are refused unless they have their default -> why: the evaluation could not follow them,
 #: the training ignores them, or a stage would stop early or not resume as it was.
 _REFUSED = {
@@ -61,14 +61,14 @@ _REFUSED = {
     "max_length": "it would cut answers off. Use max_prompt_length and max_answer_length.",
     "truncation_mode": "prompts are cut on the left and answers on the right. Leave it out.",
     "model_init_kwargs": "TRL would not use it, nor would the evaluation. Use dtype and attn_implementation.",
-    "assistant_only_loss": "the loss is that of answers already. Leave it out.",
+    "assistant_only_loss": "the loss already covers only the answers. Leave it out.",
     "eval_strategy": _NO_EVALUATION,
     "eval_on_start": _NO_EVALUATION,
     "load_best_model_at_end": _NO_EVALUATION,
-    "resume_from_checkpoint": "HF does not read it. The same command with the same output_dir goes on where it was.",
+    "resume_from_checkpoint": "HF does not read it. Run the same command with the same output_dir to continue.",
     "enable_jit_checkpoint": "a stage that is stopped would count as trained. Use save_strategy: steps.",
-    "ignore_data_skip": "a stage that goes on would see other rows. Leave it out.",
-    "dataloader_in_order": "rows would come in the order in which workers happen to be done. Leave it out.",
+    "ignore_data_skip": "a stage that is continued would see different rows. Leave it out.",
+    "dataloader_in_order": "the order of the rows would depend on the speed of the workers. Leave it out.",
     "push_to_hub": "HF would upload the folder that a stage works in. Upload the checkpoints afterwards.",
 }
 if TYPE_CHECKING:
@@ -151,61 +151,61 @@ class CLConfig(SFTConfig):
     """Configuration of a run: TRL's SFTConfig with the sequence of tasks and how it is measured."""
 
     tuned: str | None = option(
-        None, "A table of methods' settings, such as 135m or 7b, or a file: they win over the config. none = of none."
+        None, "A table of settings for methods: 135m, 7b, 70b, a file, or none. Its settings win over the config."
     )
-    data: str | None = option(None, "Where the data is; default: TRACE_DATA.")
+    data: str | None = option(None, "The data: a folder, an archive, or demo; default: TRACE_DATA.")
     tasks: list[str] = option(["order1"], "lm-eval tasks in the order of training, or an order (order1, standard1).")
     epochs: list[Epochs] | None = option(
-        None, "Epochs of each task, in their order; default: num_train_epochs for all."
+        None, "Epochs of each task, in the order of the tasks; default: num_train_epochs for all."
     )
-    train_rows: int | None = option(None, "Training rows of each task, the first ones; default: all.", least=1)
-    test_rows: int | None = option(None, "Test rows of each task, the first ones; default: all.", least=1)
-    max_prompt_length: int = option(1024, "Tokens of a prompt in training and evaluation, cut on the left.", least=1)
-    max_answer_length: int = option(512, "Tokens of an answer in training, with EOS.", least=1)
+    train_rows: int | None = option(None, "Number of training rows of each task (the first); default: all.", least=1)
+    test_rows: int | None = option(None, "Number of test rows of each task (the first); default: all.", least=1)
+    max_prompt_length: int = option(1024, "Most tokens of a prompt; longer ones are cut on the left.", least=1)
+    max_answer_length: int = option(512, "Most tokens of an answer in training, with EOS.", least=1)
     max_new_tokens: int | None = option(None, "Most tokens generated for an answer; default: each task's own.", least=1)
-    chat_template: bool = option(False, "Put prompts into the chat template, in training and evaluation.")
+    chat_template: bool = option(False, "Put prompts into the model's chat template, in training and evaluation.")
     chat_template_args: dict[str, Any] | str | None = option(
-        None, "Variables of the chat template, as JSON: '{\"enable_thinking\": false}'. Judged answers have them too."
+        None, "Variables of the chat template, as JSON: '{\"enable_thinking\": false}'. Also used for judged answers."
     )
-    loss_weights: str = option("rows", "What weighs the same in the loss; tokens is HF's.", choices=["rows", "tokens"])
+    loss_weights: str = option("rows", "What has equal weight in the loss; HF uses tokens.", choices=["rows", "tokens"])
     replay_ratio: float | None = option(
-        None, "Share of each earlier task's rows that is mixed into a stage; default: none.", least=0, most=1
+        None, "Share of each earlier task's rows to mix into a stage; default: none.", least=0, most=1
     )
     replay_choice: str | None = option(
-        None, "Which rows are mixed in: first, random (the default) or balanced.", choices=CHOICES
+        None, "Which of these rows: first, random (the default) or balanced.", choices=CHOICES
     )
     cells: str = option("seen", "The tasks each stage is evaluated on.", choices=["seen", "all", "own"])
     keep: str = option(
         "all",
-        "Checkpoints to keep on the disk: all; last (earlier stages cannot be evaluated later); or evaluated (each "
-        "stage is evaluated right after training, then the one before is dropped).",
+        "Checkpoints to keep on disk: all; last (earlier stages cannot be evaluated later); or evaluated (each stage "
+        "is evaluated right after its training, then the checkpoint before it is removed).",
         choices=["all", "last", "evaluated"],
     )
-    general: list[str] = option([], "General-ability suites beyond the matrix: names, or general for the paper's six.")
+    general: list[str] = option([], "General-ability suites to evaluate too: names, or general for the paper's six.")
     general_stages: str = option(
-        "last", "Stages of general and judged: stage 0 and the last, or all.", choices=["last", "all"]
+        "last", "Stages for general and judged: stage 0 and the last, or all.", choices=["last", "all"]
     )
     general_rows: int | None = option(
-        None, "At least so many rows of each suite: equal parts, rounded up, of its subtasks; default: all.", least=1
+        None, "At least this many rows of each suite, equally from each subtask (rounded up); default: all.", least=1
     )
     judged: list[str] = option([], "Prompts answered for the judges: instruct, safety, or their names.")
-    judged_rows: int | None = option(None, "First so many prompts of each judged set; default: all.", least=1)
+    judged_rows: int | None = option(None, "Number of prompts of each judged set (the first); default: all.", least=1)
     judged_max_new_tokens: int | None = option(None, "Most tokens of an answer to be judged; default: 512.", least=1)
     distance: bool = option(False, "Measure how far each stage is from the base model (KL, see docs/evaluation.md).")
-    backend: str = option("vllm", "Inference for the evaluation.", choices=["vllm", "hf"])
+    backend: str = option("vllm", "Inference engine of the evaluation.", choices=["vllm", "hf"])
     engine_args: dict[str, Any] | str | None = option(None, "Arguments of vLLM's LLM or lm-eval's HFLM, as JSON.")
 
     # The paper's optimisation (its section 4.2 and the official scripts) where TRL's defaults differ.
     lr_scheduler_type: str = option("constant", "Learning rate schedule of each stage.")
     adam_beta2: float = option(0.95, "Beta2 of AdamW.")
     # The loss curve of a stage is part of its record, and stages are short.
-    logging_steps: float = option(1, "Log the loss every so many steps.")
+    logging_steps: float = option(1, "Steps between two logged losses.")
     # Examples come as token ids, cut already: TRL's own limit would cut answers.
     max_length: int | None = option(None, "Not used: see max_prompt_length.")
     # HF's checkpoints, from which a killed stage goes on; they are removed when the stage is done.
-    save_strategy: str = option("no", "Checkpoints within a stage, to go on from: no, steps (save_steps) or epoch.")
+    save_strategy: str = option("no", "Checkpoints within a stage, to continue from: no, steps (save_steps) or epoch.")
     save_total_limit: int | None = option(1, "Checkpoints within a stage to keep.", least=1)
-    report_to: list[str] = option(["none"], "Trackers, such as trackio wandb tensorboard: a run of each per stage.")
+    report_to: list[str] = option(["none"], "Trackers, such as trackio wandb tensorboard. Each stage is a run there.")
 
     # HF reads these fields as JSON when they come from the command line.
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SFTConfig._VALID_DICT_FIELDS, "engine_args", "chat_template_args"]  # type: ignore[misc]
@@ -282,7 +282,7 @@ class CLConfig(SFTConfig):
         if not self.tasks:
             raise ConfigError("tasks is empty: name at least one task.")
         if len(set(self.tasks)) < len(self.tasks):
-            raise ConfigError(f"tasks={self.tasks}: every task can be one stage only.")
+            raise ConfigError(f"tasks={self.tasks}: a task appears twice. Name each task only once.")
         if not isinstance(self.epochs, list | None):
             raise ConfigError(f"epochs={self.epochs!r} is not allowed: use a list with a number for each task.")
         for value in self.epochs or ():
@@ -293,55 +293,60 @@ class CLConfig(SFTConfig):
                 "Give one for each task, or leave it out and set num_train_epochs."
             )
         if self.save_strategy != "no" and self.save_only_model:
-            raise ConfigError("save_only_model=true: a stage cannot go on without the optimizer's state. Leave it out.")
+            raise ConfigError(
+                "save_only_model=true: a stage cannot continue without the optimizer's state. Leave it out."
+            )
         if self.auto_find_batch_size:
             raise ConfigError(
-                "auto_find_batch_size=true begins a stage again with the weights that it has half trained, and another "
-                "batch. Give a smaller per_device_train_batch_size and as much more gradient_accumulation_steps."
+                "auto_find_batch_size=true is not allowed: it would begin a stage again with half-trained weights and "
+                "a different batch. Lower per_device_train_batch_size, and raise gradient_accumulation_steps by the "
+                "same factor."
             )
         if self.activation_offloading and self.use_cpu:
             raise ConfigError(
-                "activation_offloading=true keeps activations of a GPU in the memory of the CPU, where all of them are "
-                "without a GPU. Leave it out."
+                "activation_offloading=true has no effect without a GPU: it moves activations from the GPU to the "
+                "CPU's memory. Leave it out."
             )
         if self.chat_template_args and not (self.chat_template or self.judged or self.distance):
-            raise ConfigError("chat_template_args has no effect without chat_template=true: set that, too.")
+            raise ConfigError("chat_template_args has no effect without a chat template. Set chat_template=true too.")
         if self.loss_weights == "rows":
-            refuse_losses(self, "is a loss by tokens: set loss_weights: tokens, or ")
+            refuse_losses(self, "gives each token the same weight. Set loss_weights: tokens, or use ")
 
     def _check_training(self) -> None:
         """Refuses settings that HF accepts and then ignores, always or when a stage resumes."""
         if self.max_steps == 0:
             raise ConfigError("max_steps=0 is not allowed: use -1 to train whole epochs, or at least 1.")
         if self.completion_only_loss is False:
-            raise ConfigError("completion_only_loss=false: the loss is that of answers alone. Leave it out.")
+            raise ConfigError(
+                "completion_only_loss=false is not allowed: the loss covers only the answers. Leave it out."
+            )
         if self.save_strategy == "best":
             raise ConfigError(f"save_strategy='best': {_NO_EVALUATION} Use no, steps or epoch.")
         schedule: Any = self.lr_scheduler_type
         if self.warmup_steps and schedule == "constant":
             raise ConfigError(
                 f"warmup_steps={self.warmup_steps}: HF's schedule constant has no warmup. Use lr_scheduler_type: "
-                "constant_with_warmup, or another one."
+                "constant_with_warmup, or a different schedule."
             )
         if self.lr_scheduler_kwargs and schedule in ("constant", "constant_with_warmup"):
             raise ConfigError(
-                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {schedule.value} has none. Leave it out."
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {schedule.value} takes none. Leave it out."
             )
         accelerate: Any = self.accelerator_config
         if not accelerate.use_seedable_sampler:
             raise ConfigError(
-                "accelerator_config, use_seedable_sampler=false: a stage that goes on would see its rows in another "
-                "order. Use true."
+                "accelerator_config, use_seedable_sampler=false: a stage that is continued would see its rows in a "
+                "different order. Use true."
             )
         if "num_steps" in (accelerate.gradient_accumulation_kwargs or {}):
             raise ConfigError(
-                "accelerator_config, gradient_accumulation_kwargs: num_steps would hold for the first stage alone. Use "
+                "accelerator_config, gradient_accumulation_kwargs: num_steps would apply only to the first stage. Use "
                 "gradient_accumulation_steps."
             )
         if self.dataloader_persistent_workers and self.save_strategy != "no":
             raise ConfigError(
-                "dataloader_persistent_workers=true: a stage that goes on would draw other random numbers, as of "
-                "dropout. Leave it out, or save_strategy."
+                "dataloader_persistent_workers=true: a stage that is continued would get different random numbers, "
+                "such as those of dropout. Leave it out, or leave save_strategy out."
             )
 
     @property

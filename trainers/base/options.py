@@ -38,7 +38,7 @@ def check_model_args(args: ModelConfig) -> None:
     unused = [f.name for f in fields(args) if "lora" in f.name and getattr(args, f.name) != getattr(plain, f.name)]
     if unused and not args.use_peft:
         log.warning(
-            "All parameters are trained, and %s has no effect: LoRA is trained with use_peft: true.", ", ".join(unused)
+            "%s has no effect, because all parameters are trained. For LoRA, set use_peft: true.", ", ".join(unused)
         )
 
 
@@ -51,17 +51,17 @@ def check_optimizer(config: CLConfig) -> None:
     name = str(config.optim.value)  # type: ignore[attr-defined]
     if name.startswith("schedule_free"):
         raise ConfigError(
-            f"optim={name}: HF saves the weights that it steps with, and not their average, which is the "
-            "model that this optimizer trains. Use another one."
+            f"optim={name}: this optimizer trains an average of the weights, but HF saves the weights without the "
+            "average. Use a different optimizer."
         )
     if "layerwise" in name or "lomo" in name:
         raise ConfigError(
-            f"optim={name} steps while gradients are computed, before a method or max_grad_norm can "
-            "change them, and a stage could not go on with its state. Use another one."
+            f"optim={name} updates weights while gradients are computed, so a method or max_grad_norm cannot "
+            "change them, and a stage cannot continue with its state. Use a different optimizer."
         )
     given = config.optim_args
     if given is not None and not isinstance(given, str):
-        raise ConfigError(f"optim_args={given!r} is not allowed: use a text, such as momentum=0.9,nesterov=true.")
+        raise ConfigError(f"optim_args={given!r} is not allowed: use text, such as momentum=0.9,nesterov=true.")
     words = [word for word in (given or "").replace(" ", "").split(",") if word]
     known = _optimizer(config, []) is not None
     for word in words if known else ():
@@ -69,7 +69,7 @@ def check_optimizer(config: CLConfig) -> None:
         decay = word.startswith("weight_decay=")  # HF sets it for each group of parameters
         if decay or _optimizer(config, others) == _optimizer(config, words):
             instead = "Use weight_decay." if decay else "Leave it out."
-            raise ConfigError(f"optim_args={given!r}: {name} does not heed {word}. {instead}")
+            raise ConfigError(f"optim_args={given!r}: {name} ignores {word}. {instead}")
     kind: Any = config.lr_scheduler_type
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=config.learning_rate)
     kwargs: Any = copy.deepcopy(config.lr_scheduler_kwargs)
@@ -77,7 +77,7 @@ def check_optimizer(config: CLConfig) -> None:
         get_scheduler(kind, optimizer, 0, 10, scheduler_specific_kwargs=kwargs)
     except (TypeError, ValueError) as e:
         texts = [value for value in (kwargs or {}).values() if isinstance(value, str)]
-        hint = f" {texts[0]!r} is a text: YAML takes 1.0e-5 for a number, and not 1e-5." if texts else ""
+        hint = f" {texts[0]!r} is a text: in YAML write 1.0e-5, because 1e-5 is not a number." if texts else ""
         raise ConfigError(f"lr_scheduler_kwargs={kwargs} does not fit {kind.value}: {brief(e)}{hint}") from e
 
 

@@ -52,8 +52,8 @@ def refuse_shards(config: CLConfig, why: str, instead: str) -> None:
     for name, used in sharded.items():
         if used:
             raise ConfigError(
-                f"{why}, and {name} gives each process a part of them. "
-                f"Launch it without, on one process or several (DDP), {instead}."
+                f"{why}, but {name} gives each process only a part of the weights. Launch without {name}, with one "
+                f"process or several (DDP), {instead}."
             )
 
 
@@ -62,9 +62,9 @@ def check_devices(config: CLConfig, processes: int, method: str) -> None:
     gpus = 0 if config.use_cpu else torch.cuda.device_count()
     if gpus > 1 and processes == 1 and config.stages:
         raise ConfigError(
-            f"{gpus} GPUs are visible to one process. Take one of them (CUDA_VISIBLE_DEVICES=0), or all: accelerate "
-            f"launch --num_processes {gpus} -m trainers.{method} ..., with gradient_accumulation_steps divided by "
-            f"{gpus} for the same batch."
+            f"One process sees {gpus} GPUs. Use one of them (CUDA_VISIBLE_DEVICES=0); or use all: accelerate launch "
+            f"--num_processes {gpus} -m trainers.{method} ..., with gradient_accumulation_steps divided by {gpus} to "
+            "keep the batch."
         )
 
 
@@ -84,7 +84,7 @@ def check_launch() -> None:
         return
     if value != wanted:
         raise ConfigError(
-            f"{setting} is {value}, which saves no checkpoint that a stage could start from: set {wanted}, as "
+            f"{setting} is {value}, so the next stage could not start from the checkpoint. Set it to {wanted}, as "
             f"trainers/configs/accelerate/{file}.yaml does."
         )
 
@@ -104,41 +104,40 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
     file = getattr(sys.modules[trainer.__module__], "__file__", None)  # a notebook has none
     if ours and file and trainer.__module__ != CLTrainer.__module__ and not ours.samefile(file):
         raise ConfigError(
-            f"{file} has the name of the package's method {name}, and runs are named, tuned and compared with printed "
-            f"numbers by the name of the method's file. Rename yours, such as my_{name}.py."
+            f"{file} has the name of the package's method {name}. The file name gives the name of the method, its "
+            f"tuned settings and its published numbers, so rename your file, for example to my_{name}.py."
         )
     for kind in trainer.__mro__[: trainer.__mro__.index(CLTrainer)]:
         for own_name in vars(kind):
             near = difflib.get_close_matches(own_name, _HOOKS, 1, cutoff=0.85)
             if near and not hasattr(CLTrainer, own_name):
-                log.warning("%s.%s is no hook, so nothing calls it. Is %s meant?", kind.__name__, own_name, near[0])
+                log.warning("%s.%s is not a hook: nothing calls it. Did you mean %s?", kind.__name__, own_name, near[0])
         if taken := sorted(_assigned_names(kind) & _reserved_names()):
             raise ConfigError(
-                f"{kind.__name__} sets self.{taken[0]}, which the trainer has of its own: a stage would fail when it "
-                f"asks for it, perhaps when it is trained. Give yours another name, such as {name}_{taken[0]}."
+                f"{kind.__name__} sets self.{taken[0]}, which the trainer already uses, so a stage could fail at its "
+                f"end. Use a different name, such as {name}_{taken[0]}."
             )
     if config.packing:
-        raise ConfigError(
-            "packing=true cuts rows to a max_length, which a stage does not have. Use padding_free: true."
-        )
+        raise ConfigError("packing=true cuts rows to max_length, which a stage does not have. Use padding_free: true.")
     hooks = ("adjust_gradients", "compute_loss", "begin_stage")
     own = {hook for hook in hooks if getattr(trainer, hook) is not getattr(CLTrainer, hook)}
     if config.padding_free and (config.use_cpu or own):
         raise ConfigError(
-            "padding_free=true joins rows, which needs flash attention on a GPU and a method without gradients, losses "
-            "or a start of a stage of its own (sequential, single, joint, replay, rcl). Leave it out."
+            "padding_free=true joins rows. That needs flash attention on a GPU, and a method that does not change "
+            "gradients, the loss or the start of a stage (sequential, single, joint, replay, rcl). Leave it out."
         )
     if config.padding_free and config.loss_weights == "rows":
-        raise ConfigError("padding_free=true joins rows, which then cannot weigh the same: set loss_weights: tokens.")
+        raise ConfigError("padding_free=true joins rows, so they cannot have equal weight. Set loss_weights: tokens.")
     of_all = {f.name: f.default for f in fields(config)}["replay_ratio"] is None  # the method `replay` has its own
     if trainer.own_memory and config.replay_ratio and of_all:
         raise ConfigError(
-            f"replay_ratio={config.replay_ratio}: {name} decides itself which rows are trained on. Leave it out."
+            f"replay_ratio={config.replay_ratio} is not allowed: {name} itself chooses which rows to train on. Leave "
+            "it out."
         )
     if "adjust_gradients" in own:
         refuse_shards(config, f"{name} needs whole gradients", "with LoRA if memory is short")
         if config.fp16:
-            raise ConfigError(f"{name} needs true gradients, and fp16=true scales them: use bf16 or float32.")
+            raise ConfigError(f"fp16=true scales gradients, but {name} needs unscaled ones. Use bf16 or float32.")
 
 
 def _assigned_names(kind: type) -> set[str]:
@@ -171,7 +170,7 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
     """
     base, code = str(model_args.model_name_or_path), config.trust_remote_code
     if tokenizer.eos_token is None:
-        raise ConfigError(f"The tokenizer of {base} has no EOS token, so no answer could ever end.")
+        raise ConfigError(f"The tokenizer of {base} has no EOS token, so answers never end. Use a model with one.")
     model = causal_config(base, model_args, code)
     _check_weights(model, model_args)
     coefficient = _router_coefficient(model, config, base)
@@ -189,12 +188,12 @@ def check_model(config: CLConfig, model_args: ModelConfig, tokenizer: Any, tasks
         with limited(*models.READING):
             empty = make()
     except Exception as e:  # whatever the model's code raises: loading the model would fail the same way
-        raise ConfigError(f"transformers cannot make the model {base}: {brief(e)}") from e
+        raise ConfigError(f"transformers cannot build the model {base}: {brief(e)}") from e
     _check_vocabulary(empty, tokenizer, base)
     if coefficient and not _has_router_loss(empty):
         raise ConfigError(
-            f"router_aux_loss_coef={coefficient}, by the configuration or config.json: {base} ({model.model_type}) "
-            "computes no loss of a router. Use router_aux_loss_coef: 0."
+            f"router_aux_loss_coef={coefficient} (from the configuration or config.json): {base} ({model.model_type}) "
+            "computes no router loss. Use router_aux_loss_coef: 0."
         )
     saved_whole = trains == "full" or (trains == "lora" and config.backend == "vllm")  # vLLM may need it merged
     if saved_whole and type(empty.config) is not type(model):
@@ -217,8 +216,8 @@ def _router_coefficient(model: Any, config: CLConfig, base: str) -> float:
         return 0.0
     if config.label_smoothing_factor:
         raise ConfigError(
-            f"label_smoothing_factor={config.label_smoothing_factor}: TRL would leave out the loss of the router of "
-            f"{base}, a mixture of experts. Use label_smoothing_factor: 0, or router_aux_loss_coef: 0."
+            f"label_smoothing_factor={config.label_smoothing_factor}: {base} is a mixture of experts, and TRL would "
+            "leave out its router loss. Use label_smoothing_factor: 0, or router_aux_loss_coef: 0."
         )
     return coefficient
 
@@ -240,8 +239,8 @@ def _check_saved(base: str, config: Any) -> None:
         refuse_not_causal(base, config)
     except models.ModelError as e:
         raise ConfigError(
-            f"Trained or merged weights of {base} would be saved as {config.model_type}, the language model alone, "
-            "which transformers does not load: use LoRA (use_peft: true) and backend: hf."
+            f"Trained or merged weights of {base} would be saved as {config.model_type}, the language model only, and "
+            "transformers cannot load that. Use LoRA (use_peft: true) and backend: hf."
         ) from e
 
 
@@ -254,7 +253,7 @@ def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -
             )
         model.get_text_config(decoder=True).to_dict()
     except Exception as e:  # an unknown type, remote code, values that the class refuses
-        raise ConfigError(f"transformers cannot make the model {base}: {models.why_not(e)}") from e
+        raise ConfigError(f"transformers cannot build the model {base}: {models.why_not(e)}") from e
     refuse_not_causal(base, model)
     return model
 
@@ -281,24 +280,24 @@ def _check_weights(model: Any, model_args: ModelConfig) -> None:
     """Refuses quantised weights, which evaluation cannot merge with; warns of training in half precision."""
     if model_args.load_in_4bit or model_args.load_in_8bit:
         raise ConfigError(
-            "load_in_4bit and load_in_8bit are not supported: evaluation merges adapters into the weights as they are, "
-            "which are not those that were trained with. Use dtype=bfloat16 and LoRA."
+            "load_in_4bit and load_in_8bit are not supported: training would use quantised weights, but evaluation "
+            "merges adapters into the original ones. Use dtype=bfloat16 and LoRA."
         )
     # PEFT trains adapters in float32, but copies of whole modules (modules_to_save) in the model's dtype.
     saved = ", ".join(model_args.lora_modules_to_save or [])
     dtype = str(model.dtype).removeprefix("torch.") if model_args.dtype == "auto" else model_args.dtype
     if (saved or not model_args.use_peft) and dtype in ("bfloat16", "float16"):
         log.warning(
-            "%s are trained in %s: a step of AdamW is often smaller than its rounding, which looks like little "
-            "forgetting. Use dtype=float32 with bf16=true (autocast).",
+            "%s are trained in %s: its rounding is often larger than a step of AdamW, so the model learns and forgets "
+            "too little. Use dtype=float32 with bf16=true (autocast).",
             f"All parameters of {saved} (lora_modules_to_save)" if model_args.use_peft else "All parameters",
             dtype,
         )
     method = (model.to_dict().get("quantization_config") or {}).get("quant_method")
     if method:
         raise ConfigError(
-            f"{model_args.model_name_or_path} is quantised with {method}: its weights cannot be trained, nor can what "
-            "is trained beside them be merged into them as it was. Take the model in bf16."
+            f"{model_args.model_name_or_path} is quantised with {method}: its weights cannot be trained, and adapters "
+            "cannot be merged into them exactly. Use the model in bf16."
         )
 
 
@@ -310,11 +309,11 @@ def require_context(config: CLConfig, model_args: ModelConfig, tokens: int, what
     for name in ENGINE_CONTEXT:
         given = config.engine_args.get(name) if engine and isinstance(config.engine_args, dict) else None
         if given and tokens > given:
-            raise ConfigError(f"{what} are {tokens} tokens, more than engine_args has in {name}={given}: raise it.")
+            raise ConfigError(f"{what} are {tokens} tokens, but engine_args has {name}={given}. Raise it.")
     model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
     context = context_length(model.get_text_config(decoder=True).to_dict())
     if context and tokens > context:
-        raise ConfigError(f"{what} are {tokens} tokens, more than the model's context of {context}: lower one of them.")
+        raise ConfigError(f"{what} are {tokens} tokens, more than the model's context of {context}. Lower one of them.")
 
 
 def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
@@ -324,8 +323,8 @@ def _check_context(model: Any, config: CLConfig, tasks: dict[str, Any]) -> None:
         answer = min(answer_tokens(task), config.max_new_tokens or 10**9) + config.virtual_tokens
         if context and config.max_prompt_length + answer > context:
             raise ConfigError(
-                f"max_prompt_length={config.max_prompt_length} and {answer} tokens of an answer of {name} are more "
-                f"than the model's context of {context}: use a max_prompt_length of at most {context - answer}, or "
+                f"max_prompt_length={config.max_prompt_length} and {answer} tokens of an answer of {name} do not fit "
+                f"into the model's context of {context}. Use a max_prompt_length of at most {context - answer}, or "
                 "lower max_new_tokens."
             )
 
@@ -338,7 +337,7 @@ def check_rows(
     for name, pairs in rows.items():
         if config.dataloader_drop_last and len(pairs) < batch:
             raise ConfigError(
-                f"dataloader_drop_last=true: {name} has {len(pairs)} training rows, less than a batch of {batch}: "
+                f"dataloader_drop_last=true: {name} has {len(pairs)} training rows, less than a batch of {batch}, so "
                 "its stage would have no step. Leave it out."
             )
     settings = model.get_text_config(decoder=True).to_dict()
@@ -352,8 +351,8 @@ def check_rows(
         longest = max(len(row["input_ids"]) for row in made) + config.virtual_tokens
         if longest > context:
             raise ConfigError(
-                f"A training row of {name} has {longest} tokens, and {model.name_or_path} reads {context}: use a "
-                f"max_answer_length of at most {context - limits[0] - config.virtual_tokens}, or a lower "
+                f"A training row of {name} has {longest} tokens, but the context of {model.name_or_path} is {context}. "
+                f"Use a max_answer_length of at most {context - limits[0] - config.virtual_tokens}, or a lower "
                 "max_prompt_length."
             )
 
@@ -366,11 +365,11 @@ def _check_vocabulary(empty: Any, tokenizer: Any, base: str) -> None:
     if beyond.keys() - never_seen:
         raise ConfigError(
             f"The tokenizer of {base} has {len(beyond)} tokens without a row in the model's {size} embeddings, such as "
-            f"{min(beyond, key=beyond.__getitem__)!r}. Take the tokenizer that the model came with, or resize the "
-            "model's embeddings and save it."
+            f"{min(beyond, key=beyond.__getitem__)!r}. Use the model's own tokenizer, or resize the model's "
+            "embeddings and save it."
         )
     if beyond:
-        log.warning("The model has no embeddings of %s: a row with such a text would stop it.", ", ".join(beyond))
+        log.warning("The model has no embeddings for %s: a row with this text would stop it.", ", ".join(beyond))
 
 
 def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
@@ -386,13 +385,13 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
         return f"{brief(e).rstrip('.')}."
     adapted = whole.base_model
     if isinstance(empty.get_output_embeddings(), BaseTunerLayer):
-        return "TRL takes no adapter of the head, since its loss works without calling it."
+        return "The head cannot have an adapter, because TRL's loss does not call the head."
     for name, module in adapted.named_modules():
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
         if isinstance(layer, torch.nn.Linear) and not _is_linear(layer):
-            return f"{name.removeprefix('model.')} is a {type(layer).__name__}, which PEFT takes for a linear layer."
+            return f"{name.removeprefix('model.')} is a {type(layer).__name__}, which PEFT treats as a linear layer."
     if lost := lost_names(whole):
-        return f"PEFT does not find {lost[0]} when it loads what it has saved."
+        return f"PEFT saves {lost[0]}, but cannot load it."
     # PEFT accepts a list if one of its names fits.
     found = {
         "lora_target_modules": adapted.targeted_module_names,
@@ -403,7 +402,7 @@ def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
         given = getattr(model_args, option)
         for name in given if isinstance(given, list) else ():
             if not any(f".{full}".endswith(f".{name}") for full in there):
-                return f"{option} names {name!r}, which the model does not have."
+                return f"{option} names {name!r}, but the model does not have it."
     return None
 
 

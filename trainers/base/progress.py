@@ -123,5 +123,5 @@ class _ProgressBar(ProgressCallback):
         text = f"loss {float(logs['loss']):.3f}, {self.trainer._total_train_tokens / seconds:.0f} tokens/s"
         if len(self.trained) + 1 < self.stages:
             left = seconds_left(self.trained, self.stages, seconds, state.global_step / state.max_steps)
-            text += f", run {duration(left)} left"
+            text += f", whole run {duration(left)} left"
         self.training_bar.set_postfix_str(text, refresh=self.watched)

@@ -53,9 +53,9 @@ from trainers.base.writing import run_alone
 log = logging.getLogger(__name__)
 
 _MEMORY = (
-    "In a new run (--output_dir) give a smaller per_device_train_batch_size with as much more "
-    "gradient_accumulation_steps, gradient_checkpointing: true, a shorter max_prompt_length or max_answer_length, or "
-    "LoRA (use_peft: true)."
+    "Begin a new run (--output_dir) with a lower per_device_train_batch_size and a higher "
+    "gradient_accumulation_steps, or gradient_checkpointing: true, or a lower max_prompt_length or max_answer_length, "
+    "or LoRA (use_peft: true)."
 )
 #: What `save_checkpoint` and `end_stage` write.
 _OUTPUT_OF_STAGE = ("adapter", "model", "method_state")
@@ -77,12 +77,12 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     named = ("--config=", "--like=", "--tuned=")  # read below, as two words
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(named) else [word])]
     if argv.count("--config") > 1:
-        raise ConfigError("--config is given more than once. Name one file; the other options win over it.")
+        raise ConfigError("--config is given more than once. Give one file; other options override its settings.")
     for i, word in enumerate(argv[:-1], 1):
         if word == "--config":
             argv[i] = str(packaged.find("config", argv[i], packaged.configs()))
     if tuned := tuned_words(argv, method):
-        _print_once(f"{method} by the table of settings: {shlex.join(tuned)}")
+        _print_once(f"{method} uses settings from the table (--tuned): {shlex.join(tuned)}")
     known = [field.name for kind in (config, ModelConfig) for field in fields(kind)]
     if "--like" in argv[:-1]:
         i = argv.index("--like")
@@ -96,12 +96,12 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (IndexError, OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file (name), no YAML
-        raise ConfigError(f"the configuration cannot be read: {e}") from e
+        raise ConfigError(f"The configuration cannot be read: {e}") from e
     if names := [word.lstrip("-").partition("=")[0] for word in unknown if word.startswith("--")]:
         near = with_neighbours(names, known)
-        raise ConfigError(f"{method} has no option {near}. --help lists the usual ones, --help_all all of them.")
+        raise ConfigError(f"{method} has no option {near}. --help lists the usual options, --help_all all of them.")
     if unknown:
-        raise ConfigError(f"{' '.join(unknown)}: nothing takes this; options are given as --OPTION VALUE.")
+        raise ConfigError(f"{' '.join(unknown)} does not belong to an option. Write options as --OPTION VALUE.")
     return parsed
 
 
@@ -119,11 +119,11 @@ def _words_like(run: Run, known: Collection[str], config: type[CLConfig], method
     if other != method and config.replay_ratio is None:
         settings.pop("replay_choice", None)
         if ratio := settings.pop("replay_ratio", None):
-            _print_once(f"{method} without the replay_ratio {ratio} of {run.path}, which its option would set")
+            _print_once(f"{method} leaves out replay_ratio {ratio} of {run.path}")
     tuned = [(key, value) for key, value in run.manifest.get("tuned", {}).items() if settings.get(key) == value]
     if other != method and (words := [word for pair in tuned if pair[0] in known for word in option_words(*pair)]):
-        table = f"from the table of settings for {other}"
-        _print_once(f"{method} with {shlex.join(words)}, {table}; options behind --like win")
+        table = f"which {other} had from the table of settings"
+        _print_once(f"{method} uses {shlex.join(words)}, {table}; options after --like override them")
     given = {name: value for name, value in settings.items() if name in known and value != []}
     return [word for name, value in given.items() for word in option_words(name, value)]
 
@@ -164,11 +164,11 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     state, method = PartialState(), method_name(trainer)
     if not model_args.model_name_or_path:
         raise ConfigError(
-            "model_name_or_path is not set: take a config that names one (--config quickstart; `trace-bench configs` "
+            "model_name_or_path is not set. Use a config that sets it (--config quickstart; `trace-bench configs` "
             f"lists them), or give a hub id, a local folder, or {models.QUICKSTART}."
         )
     if not config.output_dir:
-        raise ConfigError("output_dir is not set: --output_dir runs/NAME says where the run is written.")
+        raise ConfigError("output_dir is not set. Give the folder of the run: --output_dir runs/NAME.")
     check_model_args(model_args)
     check_optimizer(config)
     preflight.check_devices(config, state.num_processes, method)
@@ -206,7 +206,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
 def _load_tasks(config: CLConfig, trace_data: data.Data) -> dict[str, Any]:
     """Loads the tasks of the stages by name. Checks all data of the run now, even what is needed hours later."""
     if config.data and os.environ.get("TRACE_DATA", config.data) not in (config.data, str(trace_data.root)):
-        log.warning("TRACE_DATA is not used: the configuration says data=%s.", config.data)
+        log.warning("TRACE_DATA is ignored: the configuration has data=%s.", config.data)
     trace_data.use()
     trace_data.check()
     for name in (*config.general, *config.judged):
@@ -293,7 +293,7 @@ class Loop:
         for stage in self.run.stages[1:]:
             if stage.is_trained:
                 records.check_stages(self.run, [stage])
-                self._say(stage, f"{stage.name}: trained already")
+                self._say(stage, f"{stage.name}: already trained")
                 if self.state.is_main_process:
                     remove(stage.attempt)  # killed just after train.json was written
             else:
@@ -321,7 +321,7 @@ class Loop:
         hook_seconds = time.perf_counter() - trainer._started
         checkpoint = trainer.resume()
         if checkpoint is not None:
-            self._say(stage, f"{stage.name}: goes on at step {trainer._resumed_from['step']}")
+            self._say(stage, f"{stage.name}: continues at step {trainer._resumed_from['step']}")
         elif self.state.is_main_process:  # the TensorBoard log of a lost attempt
             remove(self.run.path / "tensorboard" / stage.name)
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -358,7 +358,7 @@ class Loop:
             record["method_state"] = fingerprint(stage.method_state)
         of_method = plain(trainer.record())
         if taken := sorted(of_method.keys() & record.keys()):
-            said = "%s: record() has %s, which train.json has of its own: left out."
+            said = "%s: left out %s of record(), because train.json already has it."
             log.warning(said, stage.name, ", ".join(taken))
         record = {**of_method, **record}
         write_json(stage.train_file, record)
@@ -381,16 +381,16 @@ class Loop:
         last = read_json(before.train_file) if before.train_file.exists() else {}
         if last.get("method_source") not in (None, method_source(self.trainer)):
             log.warning(
-                "The file of the method %s has changed since stage %s was trained: this run would mix two methods. For "
-                "a clean one begin again in another folder.",
+                "The file of the method %s has changed since stage %s was trained, so this run mixes two methods. For "
+                "a clean run, begin again in a new folder.",
                 method_name(self.trainer),
                 before.name,
             )
         recorded = last.get("method_state")
         if recorded and before.method_state.is_dir() and fingerprint(before.method_state) != recorded:
             raise RunError(
-                f"{before.method_state} is not what the training of the stage wrote: it was changed or damaged. "
-                f"Restore it, or delete {before.train_file} to train the stage again."
+                f"{before.method_state} has changed since the training of the stage. Restore it, or delete "
+                f"{before.train_file} to train the stage again."
             )
 
     def _evaluate(self, stage: Stage) -> None:
@@ -400,7 +400,8 @@ class Loop:
         with others_wait():
             if self.state.is_main_process and run_alone(words):
                 raise RunError(
-                    f"The evaluation of {stage.name} failed, see above. What is done is kept: run this again."
+                    f"The evaluation of {stage.name} failed: see the error above. Finished work is kept; run this "
+                    "again."
                 )
 
     def _remove_output(self, stage: Stage) -> None:

@@ -228,8 +228,8 @@ class CLTrainer(CheckpointTrainer):
         """Warns of an adapter's parameters that never had a gradient: fused kernels may bypass the adapter."""
         if self._idle:
             log.warning(
-                "%d of the adapter's tensors had no gradient in stage %s, such as %s: what the model computes does not "
-                "go through them, so they stay what they are. Leave these layers out of lora_target_modules.",
+                "%d of the adapter's tensors had no gradient in stage %s, such as %s: the model does not use them, so "
+                "they do not change. Leave these layers out of lora_target_modules.",
                 len(self._idle),
                 self.stage.name,
                 min(self._idle),

@@ -39,7 +39,7 @@ def tuned_settings(name: str, method: str) -> dict[str, Any]:
     file = packaged.find("table of settings", name, packaged.tuned())
     table = _read(str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
-        raise ConfigError(f"{one_line(file)} is no table: use METHOD: {{OPTION: VALUE}} in YAML.")
+        raise ConfigError(f"{one_line(file)} is not a table of settings: use METHOD: {{OPTION: VALUE}} in YAML.")
     return table.get(method, {})
 
 
@@ -52,4 +52,4 @@ def _read(file: str) -> Any:
     try:
         return packaged.read_yaml(file)
     except (OSError, ValueError, yaml.YAMLError) as e:
-        raise ConfigError(f"the configuration cannot be read: {e}") from e
+        raise ConfigError(f"The configuration cannot be read: {e}") from e

@@ -85,8 +85,8 @@ def answers(
                 if run_alone(["trainers.base.answering", str(order)]):
                     raise RunError(
                         f"{by.name} could not answer the {sum(len(job['prompts']) for job in missing)} prompts of "
-                        f"{', '.join(prompts)} that stage {trainer.stage.name} is trained on, see above. What is done "
-                        "is kept: run this again."
+                        f"{', '.join(prompts)} that stage {trainer.stage.name} needs: see the error above. Finished "
+                        "work is kept; run this again."
                     )
             remove(order)
     read = [read_json(file, dict[str, Any])["answers"] for file in jobs]

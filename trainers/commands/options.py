@@ -36,7 +36,7 @@ def refused(runs: dict[str, tuple[str, list[str]]]) -> dict[str, str]:
         except TraceError as e:
             found[name] = str(e)
         except Exception as e:  # of a method of one's own
-            found[name] = f"{file} cannot be run: {brief(e)}"
+            found[name] = f"{file} cannot be loaded: {brief(e)}"
     return found
 
 

@@ -10,15 +10,16 @@ from trace_bench.cli.options import positive
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.description = (
-        "Was it gone, or hidden? Trains each old task again on a few of its rows, from the last stage, and, as the\n"
-        "control, from the base model; each time the task is measured on its test rows. What comes back beyond the\n"
-        "control was hidden, not gone. The learning rate, the batch and all else are as in the run. Needs the scores\n"
-        "of the run; `trace-bench report RUN` then shows the result. The same command again goes on where it was."
+        "Shows if an old task was lost or only hidden. Trains each old task again on a few of its rows: from the\n"
+        "last stage, and from the base model as a control. Measures the task on its test rows each time. What comes\n"
+        "back beyond the control was hidden, not lost. The learning rate, the batch and all other settings are those\n"
+        "of the run. Needs the scores of the run. `trace-bench report RUN` then shows the result. Run the same\n"
+        "command again to continue."
     )
     add = parser.add_argument
     add("path", metavar="RUN", help="the run directory")
-    add("--rows", type=positive, default=10, help="training rows of each task, the first ones (10)")
-    add("--steps", type=positive, default=10, help="optimizer steps on them (10)")
+    add("--rows", type=positive, default=10, help="number of training rows of each task, the first ones (10)")
+    add("--steps", type=positive, default=10, help="number of optimizer steps on them (10)")
 
 
 def run(args: argparse.Namespace) -> None:

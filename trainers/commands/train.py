@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options."""
     parser.usage = "trace-bench train METHOD --config CONFIG --output_dir RUN [--OPTION VALUE ...]"
     parser.description = (
-        "Trains every stage of a run. The same command again goes on where it was.\n\n"
+        "Trains every stage of a run. Run the same command again to continue.\n\n"
         f"METHOD  {', '.join(packaged.methods())};\n"
-        "        a file of your own, path/to/my_method.py, or a module, my_package.my_method\n"
-        "CONFIG  a YAML file, or a name that `trace-bench configs` lists\n\n"
-        "`trace-bench train METHOD --help` lists the options of a method. --like RUN takes the settings of a run,\n"
-        "such as for the bounds of a report; options behind it win."
+        "        your own file, path/to/my_method.py, or your own module, my_package.my_method\n"
+        "CONFIG  a YAML file, or a name from `trace-bench configs`\n\n"
+        "`trace-bench train METHOD --help` lists the options of a method. --like RUN copies the settings of a run,\n"
+        "for example to train the bounds of a report; options after it override them."
     )
     parser.epilog = (
         "  trace-bench train sequential --config quickstart --output_dir runs/mine\n"

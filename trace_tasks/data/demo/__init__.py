@@ -107,8 +107,8 @@ def _make_task(task: str, seed: int, rows: tuple[int, int, int]) -> dict[str, li
             row = next((row for row in tries if row.prompt not in seen), None)
             if row is None:
                 raise DataError(
-                    f"The demo's templates of {task} do not give {' + '.join(map(str, rows))} different rows: they end "
-                    f"after {len(seen)}. Ask for fewer (--rows)."
+                    f"The demo templates of {task} give only {len(seen)} different rows, not "
+                    f"{' + '.join(map(str, rows))}. Ask for fewer with --rows."
                 )
             seen.add(row.prompt)
             splits[split].append(row)
@@ -243,7 +243,7 @@ def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> 
     # Both have the same layout: a wrong path must not overwrite the real benchmark.
     official = (*FOLDERS.values(), REASONING_FOLDER, LIMA, CL_FOLDER)
     if not is_demo(root) and any((root / folder).exists() for folder in official):
-        raise DataError(f"{root} holds task folders that are not demo data. Name another folder.")
+        raise DataError(f"{root} has task folders that are not demo data. Give a different folder.")
     folders: dict[str, dict[str, Any]] = {
         **make_demo(seed, rows),
         **{f"{REASONING_FOLDER}/{task}": splits for task, splits in make_reasoning(seed, rows).items()},

@@ -13,7 +13,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser("python -m trace_tasks.data.demo", description="Write the TRACE demo data.")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write to")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives other rows (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the rows (default 0)")
     parser.add_argument(
         "--rows",
         type=int,
