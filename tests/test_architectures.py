@@ -117,7 +117,7 @@ METHODS = [m for m in methods() if m != "icl"]
 #: Methods that do not fit an architecture, and their error before training.
 _FAMILY = ("olora", "inclora", "nlora", "milora", "inflora")
 UNFIT = {
-    **{(name, "mixtral"): r"mlp\.(experts|gate) is no linear layer.*Name linear layers" for name in _FAMILY},
+    **{(name, "mixtral"): r"mlp\.(experts|gate) is not a linear layer.*Name linear layers" for name in _FAMILY},
     ("merge", "mixtral"): r"mlp\.(experts|gate) is not a linear layer",
     ("migu", "mixtral"): r"outputs of .*mlp\.(experts|gate).*Name linear layers",
 }

@@ -223,7 +223,7 @@ def test_a_saved_but_unmeasured_step_is_measured_when_training_resumes(trainer, 
     [
         ({"tasks": []}, "There is nothing to measure"),
         ({"tasks": ["trace_fmoc"]}, "Unknown task.*trace_fomc"),
-        ({"suites": ["boolk"]}, "general_boolk is not known here.*general_boolq"),
+        ({"suites": ["boolk"]}, "Unknown name general_boolk.*general_boolq"),
         ({"every": "steps"}, "every='steps'.*epoch or save or no"),
         ({"every": 0}, "every=0"),
         ({"rows": 0}, "rows=0"),

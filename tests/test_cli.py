@@ -344,9 +344,9 @@ def test_lists_of_a_trainer_may_have_spaces_or_commas(tmp_path, option, words, v
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"general": "general_mmul"}, r"general_mmul is not known here.* Did you mean general_mmlu\?$"),
-        ({"judged": "safty"}, r"safty is not known here.* Did you mean safety\?$"),
-        ({"tasks": "order3"}, r"There is no order order3, only order1.* Did you mean order"),
+        ({"general": "general_mmul"}, r"Unknown name general_mmul.* Did you mean general_mmlu\?$"),
+        ({"judged": "safty"}, r"Unknown name safty.* Did you mean safety\?$"),
+        ({"tasks": "order3"}, r"There is no order order3: use order1.* Did you mean order"),
         ({"tasks": "reasoning-order2"}, r"Did you mean reasoning_order2\?$"),
         ({"epochs": "1,x", "tasks": "a,b"}, "epochs='x' is not allowed: use a number above 0"),
     ],

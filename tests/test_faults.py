@@ -586,7 +586,7 @@ def test_a_damaged_state_of_a_method_is_not_used(options):
     file = Run.open(options["output_dir"]).stages[1].method_state / "state.safetensors"
     save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file.with_name("new"))
     file.with_name("new").replace(file)
-    with pytest.raises(RunError, match=r"1_trace_fomc/method_state is not what the training"):
+    with pytest.raises(RunError, match=r"1_trace_fomc/method_state has changed since the training"):
         train(options, ewc.EWCTrainer, ewc.EWCConfig)
 
 

@@ -150,7 +150,7 @@ def test_imported_logs_of_lm_eval_get_the_scores_of_lm_eval(tmp_path, demo_data,
     facts = [protocol(results) for results in (one, two)]
     assert facts[0] != facts[1] and facts[0]["chat template"] == facts[0]["decoding"] == "unknown"
     comparison = compare([one, two])
-    assert any("**Not comparable** in prompts: not the rows' own" in warning for warning in comparison.warnings)
+    assert any("**Not comparable** in prompts, which were changed" in warning for warning in comparison.warnings)
 
 
 def test_different_predictions_of_unknown_base_models_are_different_protocols(tmp_path, demo_data):

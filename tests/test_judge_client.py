@@ -566,7 +566,7 @@ def test_invalid_answers_of_a_batch_api_are_ignored_or_one_error(server, make, f
     batch = server.batch
     server.batch = lambda name: {**batch(name), field: value}
     if field in ("id", "status", "output_file_id"):
-        with pytest.raises(JudgeError, match=r"unusable reply|did not make the batch") as e:
+        with pytest.raises(JudgeError, match=r"unusable reply|did not accept the batch") as e:
             make(batch=True).complete(ask("a"))
         assert str(e.value).isprintable()
     else:

@@ -201,7 +201,7 @@ def test_a_config_is_found_by_name(here, tiny_model):
         (["--config=quikstart"], "Did you mean quickstart?"),
         (["--config", "quickstart", "--config=quickstart"], "--config is given more than once"),
         (["--like=nowhere"], "nowhere is not a run"),
-        ([], "take a config that names one"),
+        ([], "Use a config that sets it"),
         (["--model_name_or_path", "m"], "output_dir is not set. Give the folder of the run: --output_dir runs/NAME"),
     ],
 )
@@ -476,7 +476,7 @@ def test_a_bound_is_trained_like_the_run_that_it_bounds(here, tiny_model, monkey
     monkeypatch.setenv("TRACE_TASKS", "put back afterwards")
     monkeypatch.delenv("TRACE_TASKS")
     main(["train", "joint", "--like", "run", "--output_dir", "run-joint"])
-    assert "joint with --learning_rate 0.01, from the table of settings for ewc" in capsys.readouterr().out
+    assert "joint uses --learning_rate 0.01, which ewc had from the table" in capsys.readouterr().out
     assert os.environ["TRACE_TASKS"] == str(here)
     run, bound = Run.open("run"), Run.open("run-joint")
     assert (bound.manifest["method"], bound.tasks) == ("joint", run.tasks)
