@@ -199,7 +199,7 @@ def test_the_memory_of_a_training_on_the_cpu_is_that_of_the_process(monkeypatch)
 @pytest.mark.parametrize("name", ["lwf", "osf"])  # asked for by FSDP's launch: test_methods.py
 def test_methods_that_need_whole_weights_refuse_an_option_that_divides_them(name):
     asked = SimpleNamespace(deepspeed="zero3.json", fsdp=None)
-    with pytest.raises(ConfigError, match=r"whole weights.*DeepSpeed gives each process a part"):
+    with pytest.raises(ConfigError, match=r"whole weights.*DeepSpeed gives each process only a part"):
         method(name)[0].prepare(asked, SimpleNamespace(use_peft=name != "osf"))
 
 
@@ -218,7 +218,7 @@ def test_launch_files_name_their_command_and_save_complete_checkpoints(file, mon
     ):
         if environment.get(key, "").lower() == allowed.lower():
             monkeypatch.delenv(key)
-            with pytest.raises(ConfigError, match=f"(?i:not set).*: set {allowed}"):
+            with pytest.raises(ConfigError, match=f"(?i:not set).*Set it to {allowed}"):
                 check_launch()
             break
     else:
@@ -227,7 +227,7 @@ def test_launch_files_name_their_command_and_save_complete_checkpoints(file, mon
 
 def test_a_stage_without_weights_is_no_stage(options, monkeypatch):
     monkeypatch.setattr(CLTrainer, "save_model", lambda self, folder: (Path(folder) / "pytorch_model").touch())
-    with pytest.raises(RunError, match="would hold no weights"):
+    with pytest.raises(RunError, match="would have no weights"):
         train(options)
     stage = Run.open(options["output_dir"]).stages[1]
     assert not stage.is_trained and not (stage.path / "adapter").exists()

@@ -342,7 +342,7 @@ def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_en
     write_json(tmp_path / "m" / "config.json", {**config, "max_position_embeddings": 99})
     words = ["evaluate", str(tmp_path / "run"), "--model", str(tiny_model), "--checkpoint", f"m={tmp_path / 'm'}"]
     words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", "--backend", "hf"]
-    with pytest.raises(SystemExit, match=r"context of 99, .* config\.json says so for 1_m\. Give --engine-args"):
+    with pytest.raises(SystemExit, match=r"context of 99, .* config\.json says so for 1_m\. In --engine-args"):
         cli.main([*words, "--max-prompt-length", "96", "--max-new-tokens", "4"])
 
 

@@ -32,7 +32,7 @@ def test_status_and_the_progress_bar_show_the_same(options, capfd, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         train(options, interrupted(CLTrainer, 2))
-    view = r"stage 1/2 FOMC .*step 4/4, \d\d:\d\d<\d\d:\d\d, loss \d+\.\d{3}, \d+ tokens/s, run \d+ s left"
+    view = r"stage 1/2 FOMC .*step 4/4, \d\d:\d\d<\d\d:\d\d, loss \d+\.\d{3}, \d+ tokens/s, whole run \d+ s left"
     shown = bars("1/2 FOMC")
     assert re.fullmatch(view, shown[-1]) and len(shown) <= 3, "nobody watches: the beginning and the end"
 
