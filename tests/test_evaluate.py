@@ -333,16 +333,25 @@ def test_a_context_shorter_than_the_runs_prompt_and_answer_is_refused(run):
     assert evaluate.evaluate(run, engine_args={"max_length": 100}) == 5
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--backend", "hf"], r"context of 99, .* config\.json says so for 1_m\. Give --engine-args"),
+        (["--backend", "vllm"], r"context of 99, .* config\.json says so for 1_m\. Correct .*m/config\.json if"),
+        # vLLM refused that when the base model had been measured.
+        (["--engine-args", '{"max_model_len": 128}'], "max_model_len=128: 1_m reads 99 .* use at most 99"),
+    ],
+)
 def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_engine_starts(
-    tiny_model, tmp_path, monkeypatch
+    more, message, tiny_model, tmp_path, monkeypatch
 ):
     """Transformers' engine takes the context of each model, and cut prompts of one stage alone."""
     monkeypatch.setattr("trace_bench.engine.open_engine", lambda *_, **__: pytest.fail("an engine starts"))
     config = json.loads((shutil.copytree(tiny_model, tmp_path / "m") / "config.json").read_text())
     write_json(tmp_path / "m" / "config.json", {**config, "max_position_embeddings": 99})
     words = ["evaluate", str(tmp_path / "run"), "--model", str(tiny_model), "--checkpoint", f"m={tmp_path / 'm'}"]
-    words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", "--backend", "hf"]
-    with pytest.raises(SystemExit, match=r"context of 99, .* config\.json says so for 1_m\. In --engine-args"):
+    words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", *more]
+    with pytest.raises(SystemExit, match=message):
         cli.main([*words, "--max-prompt-length", "96", "--max-new-tokens", "4"])
 
 

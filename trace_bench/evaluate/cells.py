@@ -12,7 +12,14 @@ from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
 from trace_bench.evaluate.likelihood import add_likelihood, reference_of, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
-from trace_bench.evaluate.tasks import WIDER, Tasks, answer_tokens, check_context, run_tasks, scale_of, shorter_contexts
+from trace_bench.evaluate.tasks import (
+    Tasks,
+    answer_tokens,
+    check_context,
+    check_shorter_contexts,
+    run_tasks,
+    scale_of,
+)
 from trace_bench.metrics import standard_error
 from trace_bench.run import Stage
 from trace_bench.versions import source_commit
@@ -33,10 +40,10 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
     checkpoints = [s.checkpoint for s in plan.stages if s.checkpoint is not None and not s.below]
     lengths = ("max_length", "max_model_len") if plan.backend == "hf" else ("max_model_len",)
     asked = next((plan.engine_args[name] for name in lengths if plan.engine_args.get(name)), None)
-    check_context(plan, tasks, asked if isinstance(asked, int) else None)
+    asked = asked if isinstance(asked, int) else None
+    check_context(plan, tasks, asked)
+    check_shorter_contexts(plan, tasks, asked)
     base = base_of(plan.run)
-    for stage, context in shorter_contexts(plan) if asked is None else ():
-        check_context(plan, tasks, context, f"Its config.json says so for {stage.name}. {WIDER}")
     if lm is not None:
         lm.reuse(checkpoints)
     else:

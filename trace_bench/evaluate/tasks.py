@@ -18,7 +18,7 @@ from trace_bench.engine.architecture import context_length
 from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
 from trace_bench.evaluate.given import task_of
 from trace_bench.evaluate.plan import Plan, base_of, check_one_definition, other_versions
-from trace_bench.run import RunError, Stage
+from trace_bench.run import RunError
 from trace_bench.tasks import load_suites
 from trace_tasks.data import SUITES
 from trace_tasks.tokens import check_room
@@ -112,10 +112,11 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WI
                 )
 
 
-def shorter_contexts(plan: Plan) -> Iterator[tuple[Stage, int]]:
-    """The full models from elsewhere whose config.json has a shorter context than the base model's, which is measured.
+def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
+    """Refuses full models from elsewhere whose config.json has too short a context, shorter than the base model's.
 
-    The engine takes that of each model, and would cut prompts of these stages shorter than those of the others.
+    Unless one is asked for, the engine takes that of each model, and would cut prompts of these stages shorter than
+    those of the others. vLLM starts no engine with a longer one.
     """
     trusted, base = plan.engine_args.get("trust_remote_code", False), base_of(plan.run)
 
@@ -125,10 +126,20 @@ def shorter_contexts(plan: Plan) -> Iterator[tuple[Stage, int]]:
 
     for stage in plan.stages:
         # One of which everything is measured may be gone.
-        if plan.todo.get(stage) and stage.external and not models.is_adapter(stage.external):
-            own, usual = context(stage.external, None), context(base["model"], base["revision"])
-            if own is not None and (usual is None or own < usual):
-                yield stage, own
+        if not plan.todo.get(stage) or not stage.external or models.is_adapter(stage.external):
+            continue
+        own, usual = context(stage.external, None), context(base["model"], base["revision"])
+        if own is None or (usual is not None and own >= usual):
+            continue
+        vllm = plan.backend == "vllm"
+        wider = f"Correct {stage.external}/config.json if the model reads more, or" if vllm else WIDER
+        if asked is None:
+            check_context(plan, tasks, own, f"Its config.json says so for {stage.name}. {wider}")
+        elif vllm and asked > own:
+            raise RunError(
+                f"max_model_len={asked}: {stage.name} reads {own} tokens by its config.json, and vLLM starts no engine "
+                f"for more. {wider} use at most {own}."
+            )
 
 
 def answer_tokens(task: Any) -> int:
