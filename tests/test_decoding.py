@@ -131,6 +131,8 @@ def test_an_answer_in_a_chat_ends_where_the_template_ends_it(chatty, tmp_path):
     chat = lm.apply_chat_template([{"role": "user", "content": "Count y"}])
     asked = [lm._wanted(text, {"max_gen_toks": 6}) for text in (chat, "Count y")]
     assert lm.answers(asked) == ["678", "67899"], "a text without the template is no turn"
+    ids = [asked[0].ids]  # of the distance from the base model, along the first tokens of its answer
+    assert [len(lm.first_tokens(ids, 6, in_chat)[0]) for in_chat in (True, False)] == [4, 6]
 
 
 @backends

@@ -163,10 +163,16 @@ class SwapLM:
         """The log-probabilities of the tokens asked for, at each position of the given answers."""
         raise NotImplementedError
 
-    def first_tokens(self, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
-        """The first `most` tokens of the model's own greedy answers. A shorter answer ends with its EOS."""
-        wanted = [Wanted(tuple(ids), most, (), self.ends) for ids in prompts]
-        return [to_end(ids, self.ends)[:most] for ids in self._answers(wanted)]
+    def first_tokens(self, prompts: Sequence[Sequence[int]], most: int, in_chat: bool = False) -> list[list[int]]:
+        """The first `most` tokens of the model's own greedy answers. A shorter answer ends with its EOS.
+
+        `in_chat` says that the prompts are chats, so that the template's end of a turn ends an answer, too.
+        """
+        ends = self.ends
+        if in_chat and self.chat is not None and self.chat.end:
+            ends |= {self.tokenizer.convert_tokens_to_ids(self.chat.end)}
+        wanted = [Wanted(tuple(ids), most, (), ends) for ids in prompts]
+        return [to_end(ids, ends)[:most] for ids in self._answers(wanted)]
 
     # ----------------------------------------------------------------------------------------------------- prompts
 

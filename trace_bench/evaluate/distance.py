@@ -87,7 +87,8 @@ def measure(plan: Any, lm: Any, stage: Stage, name: str, made: Mapping[str, Any]
 def _ask_base(plan: Any, lm: Any, stage: Stage, name: str) -> dict[str, Any]:
     """Generates and writes the base model's answers with its likeliest tokens at each position."""
     asked = _prompts(plan, lm, stage, name)
-    answers = lm.first_tokens(list(asked.values()), TOKENS)
+    in_chat = plan.distance["neutral_chat_template" if name == NEUTRAL else "chat_template"]
+    answers = lm.first_tokens(list(asked.values()), TOKENS, in_chat)
     told = lm.token_logprobs(
         [Forced(tuple(p), tuple(a), LIKELIEST) for p, a in zip(asked.values(), answers, strict=True)]
     )
