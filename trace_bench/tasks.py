@@ -342,7 +342,7 @@ def answer_scores(task: Task, answers: Sequence[tuple[int, str]]) -> list[float]
 def rows_fingerprint(tasks: dict[str, Task]) -> dict[str, str]:
     """SHA-256 (16 digits) over the training and test rows of tasks from elsewhere: task -> digest.
 
-    Of TRACE's tasks the files count (`data_fingerprint`), of the sets to be judged theirs (`source_fingerprint`).
+    Of TRACE's tasks the files count (`Data.fingerprint`), of the sets to be judged theirs (`source_fingerprint`).
     """
     found = {}
     for name, task in tasks.items():
