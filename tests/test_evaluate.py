@@ -336,7 +336,7 @@ def test_a_context_shorter_than_the_runs_prompt_and_answer_is_refused(run):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--backend", "hf"], r"context of 99, .* config\.json says so for 1_m\. Give --engine-args"),
+        (["--backend", "hf"], r"context of 99, .* config\.json says so for 1_m\. In --engine-args"),
         (["--backend", "vllm"], r"context of 99, .* config\.json says so for 1_m\. Correct .*m/config\.json if"),
         # vLLM refused that when the base model had been measured.
         (["--engine-args", '{"max_model_len": 128}'], "max_model_len=128: 1_m reads 99 .* use at most 99"),

@@ -113,10 +113,10 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WI
 
 
 def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
-    """Refuses full models from elsewhere whose config.json has too short a context, shorter than the base model's.
+    """Refuses full models from elsewhere whose config.json has a context that is too short.
 
-    Unless one is asked for, the engine takes that of each model, and would cut prompts of these stages shorter than
-    those of the others. vLLM starts no engine with a longer one.
+    The engine takes the context of each model unless one is asked for, so it would cut the prompts of these stages
+    shorter than those of the others. vLLM does not start with a context that is longer than the model's.
     """
     trusted, base = plan.engine_args.get("trust_remote_code", False), base_of(plan.run)
 
@@ -125,7 +125,7 @@ def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
         return context_length(config.get_text_config(decoder=True).to_dict())
 
     for stage in plan.stages:
-        # One of which everything is measured may be gone.
+        # A checkpoint may be gone once everything of it is measured.
         if not plan.todo.get(stage) or not stage.external or models.is_adapter(stage.external):
             continue
         own, usual = context(stage.external, None), context(base["model"], base["revision"])
@@ -137,8 +137,8 @@ def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
             check_context(plan, tasks, own, f"Its config.json says so for {stage.name}. {wider}")
         elif vllm and asked > own:
             raise RunError(
-                f"max_model_len={asked}: {stage.name} reads {own} tokens by its config.json, and vLLM starts no engine "
-                f"for more. {wider} use at most {own}."
+                f"max_model_len={asked}: {stage.name} reads {own} tokens by its config.json, and vLLM does not start "
+                f"with more. {wider} use at most {own}."
             )
 
 
