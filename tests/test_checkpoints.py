@@ -654,6 +654,9 @@ def test_weights_are_searched_where_transformers_reads_them(bases, model):
         refused(r"has no model\.safetensors and no .*it has model-00001", bases["llama"], model, backend=backend)
     next(model.glob("*-00001-*")).rename(single)  # half of the weights under the name of all
     refused(r"lacks \d+ tensors of the model", bases["llama"], model, backend="hf")
+    next(model.glob("*-00002-*")).unlink()
+    reconfigure(model, "config.json", quantization_config={})  # vLLM takes that as none, and would keep the base's
+    refused(r"lacks \d+ tensors of the model", bases["llama"], model)
 
 
 @pytest.mark.parametrize("name", ["consolidated.safetensors", "optimizer.safetensors"])

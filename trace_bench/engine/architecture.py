@@ -235,9 +235,9 @@ def check_full_model(folder: Path, base: Callable[[], Any] | None, backend: str,
         _refuse_more_weights(folder)
         _refuse_other_names(folder, own, shapes)
     packed = read_json(folder / "config.json").get("quantization_config")
-    if packed is not None:
-        if backend == "hf" or base is None:
-            _check_quantised(folder, packed)
+    if packed is not None and (backend == "hf" or base is None):
+        _check_quantised(folder, packed)
+    if packed:
         return  # its tensors are packed, so names and shapes are those of the quantisation
     _compare(folder, own, shapes, "the model that its config.json describes")
     if backend == "vllm" and base is not None:
