@@ -100,15 +100,15 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
         ({"chat_template": False, "chat_template_args": OFF}, "no effect without a chat template"),
         (
             {"chat_template_args": {"add_generation_prompt": False}},
-            "add_generation_prompt is no variable of a template",
+            "add_generation_prompt is not a variable of the template",
         ),
         ({"chat_template_args": "thinking"}, "chat_template_args='thinking' is not allowed: use a mapping"),
-        ({"chat_template_args": {"thinking": False}}, "the chat template has no variable thinking, so nothing would"),
+        ({"chat_template_args": {"thinking": False}}, "the chat template has no variable thinking\\. Leave it out"),
         (
             {"chat_template": False, "judged": ["instruct_lima"], "chat_template_args": {"thinking": False}},
             "the chat template has no variable thinking",
         ),
-        ({"max_prompt_length": 20}, r"takes \d+ tokens by itself and max_prompt_length is 20: raise it"),
+        ({"max_prompt_length": 20}, r"alone has \d+ tokens, but max_prompt_length is 20\. Raise it"),
     ],
 )
 def test_prompts_that_cannot_be_rendered_are_refused_before_training(switched, wrong, message, tmp_path):
@@ -183,7 +183,7 @@ def test_a_template_that_refuses_the_turns_is_an_error(chat):
     chat.tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
     with pytest.raises(PromptError, match=r"turns system, user: System role not supported\..*`description`"):
         chat([{"role": "system", "content": "x"}, {"role": "user", "content": "y"}])
-    with pytest.raises(PromptError, match=r"turns user: System role not supported\. Give the tokenizer's files"):
+    with pytest.raises(PromptError, match=r"turns user: System role not supported\. Put a different template"):
         Chat(chat.tokenizer)
 
 
@@ -195,11 +195,11 @@ IMAGES = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }
 @pytest.mark.parametrize(
     "template, message",
     [
-        (None, "the tokenizer has none"),
-        ("", "the tokenizer has none"),
-        (PARTS, r"turns user: 'str object' has no attribute 'text'\. Give the tokenizer's files a template"),
-        (IMAGES, "leaves out what is asked, as one for images does"),
-        ({"rag": SWITCH, "chat": SWITCH}, r"none is the default: chat, rag\..*'{\"chat_template\": \"chat\"}'"),
+        (None, "the tokenizer has no chat template"),
+        ("", "the tokenizer has no chat template"),
+        (PARTS, r"turns user: 'str object' has no attribute 'text'\. Put a different template"),
+        (IMAGES, "leaves out the question: perhaps it is for images"),
+        ({"rag": SWITCH, "chat": SWITCH}, r"without a default: chat, rag\..*'{\"chat_template\": \"chat\"}'"),
     ],
 )
 def test_a_template_that_leaves_out_the_question_is_refused(template, message, chat):

@@ -153,7 +153,7 @@ def test_a_suite_with_the_wrong_shape_is_named_in_an_error(tmp_path, monkeypatch
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     monkeypatch.setenv("GENERAL_DATA", str(tmp_path))
-    with pytest.raises(DataError, match=rf"{suite}.* is not in the layout"):
+    with pytest.raises(DataError, match=rf"{suite}.* does not have the layout"):
         load_suites([f"general_{suite}"])
 
 

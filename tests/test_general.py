@@ -191,7 +191,7 @@ def test_a_missing_or_damaged_suite_in_a_local_copy_is_an_error_that_names_it(lo
     for stem in ("fewshot", "valid"):
         write_lines(local / "piqa" / f"{stem}.jsonl", [{"goal": "g", "sol1": "a", "sol2": "b"}])
         (local / "piqa" / f"{stem}-labels.lst").write_text("0\n1\n")
-    with pytest.raises(data.DataError, match=r"1 rows and fewshot-labels\.lst 2 labels"):
+    with pytest.raises(data.DataError, match=r"1 rows, but fewshot-labels\.lst has 2 labels"):
         load_suites(["general_piqa"])
     (local / "boolq" / "val.jsonl").write_text("{")
     with pytest.raises(data.DataError, match=r"val\.jsonl is not JSON"):

@@ -222,7 +222,7 @@ def test_too_long_demonstrations_are_not_drawn(demo_data, caplog):
     task.sampler.count_in(len, opening + 12 * sizes[0])
     drawn = task.sampler.sample(6)
     assert 1 <= len(drawn) <= sizes.count(sizes[0]) < 6
-    assert f"trace_numglue_ds has {len(drawn)} of 6 demonstrations" in caplog.text
+    assert f"trace_numglue_ds has only {len(drawn)} of 6 demonstrations" in caplog.text
     task.sampler.count_in(len, opening)
     doc = task.test_docs()[0]
     assert task.fewshot_context(doc, 6) == official_prompt("trace_numglue_ds", [], doc["prompt"])

@@ -111,7 +111,7 @@ def test_a_newcomers_commands_work_from_the_wheel(installed, monkeypatch):
     assert "evaluated 1 cell" in bench("evaluate", "runs/theirs", "--checkpoint", f"v2={adapters[1]}")
     (folder / "v1").rename(folder / "moved")
     assert "nothing to evaluate" in bench("evaluate", "runs/theirs", "--checkpoint", "v1=moved")
-    assert "the run has 1 checkpoint" in bench("evaluate", "runs/theirs", "--drop", "v1")
+    assert "the run now has 1 checkpoint\n" in bench("evaluate", "runs/theirs", "--drop", "v1")
     bench("report", "runs/theirs")
 
     bench("study", "study.yaml", "--output_dir", "runs/study", **own)

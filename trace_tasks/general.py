@@ -38,17 +38,21 @@ class Suite(OwnRows):
                 self.dataset = read(folder, self.DATASET_NAME or "")
             except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError, csv.Error) as e:
                 raise DataError(
-                    f"{folder} is not in the layout of trace_tasks/README.md, read for {self.config.task}: "
-                    f"{type(e).__name__}: {e}"
+                    f"{folder} does not have the layout of trace_tasks/README.md, so {self.config.task} cannot read "
+                    f"it: {type(e).__name__}: {e}"
                 ) from e
             return
         try:
             super().download(dataset_kwargs, **kwargs)
         except (ConnectionError, FileNotFoundError) as e:
-            hint = f"GENERAL_DATA=FOLDER with {suite}/ in it" if suite else "nothing local: this suite is online only"
+            hint = (
+                f"GENERAL_DATA=FOLDER with {suite}/ in it"
+                if suite
+                else "a machine with a network: the suite is online only"
+            )
             raise DataError(
-                f"{self.config.task}: {self.DATASET_PATH} cannot be loaded from the hub ({type(e).__name__}). Make the "
-                f"hub reachable (is HF_HUB_OFFLINE set?), or use {hint} (trace_tasks/README.md)."
+                f"{self.config.task}: {self.DATASET_PATH} cannot be loaded from the hub ({type(e).__name__}). Check "
+                f"the connection and HF_HUB_OFFLINE, or use {hint} (trace_tasks/README.md)."
             ) from e
 
 
@@ -107,7 +111,9 @@ def _piqa(folder: Path, _: str) -> Splits:
     for split, name in (("train", "fewshot"), ("validation", "valid")):
         rows, labels = _json_lines(folder / f"{name}.jsonl"), _text(folder / f"{name}-labels.lst").split()
         if len(rows) != len(labels):
-            raise DataError(f"{folder}/{name}.jsonl has {len(rows)} rows and {name}-labels.lst {len(labels)} labels.")
+            raise DataError(
+                f"{folder}/{name}.jsonl has {len(rows)} rows, but {name}-labels.lst has {len(labels)} labels."
+            )
         splits[split] = Dataset.from_list(
             [{**row, "label": int(label)} for row, label in zip(rows, labels, strict=True)]
         )

@@ -64,9 +64,7 @@ def rendered(tokenizer: Any, turns: Sequence[dict[str, str]], fix: str, **argume
         raise PromptError(f"The model's chat template cannot be used: {e} to render a chat.") from None
     except Exception as e:  # jinja2's own errors, and any error of an expression in the template
         roles = ", ".join(turn["role"] for turn in turns)
-        raise PromptError(
-            f"The model's chat template does not take the turns {roles}: {str(e).rstrip('.')}. {fix}"
-        ) from e
+        raise PromptError(f"The model's chat template refuses the turns {roles}: {str(e).rstrip('.')}. {fix}") from e
     asked = sum(len(turn["content"]) for turn in turns)
     if len(text) > 10 * asked + MOST_ADDED:
         raise PromptError(f"The model's chat template cannot be used: it makes {len(text)} characters of {asked}.")
@@ -81,8 +79,7 @@ def unknown_variables(template: str, names: Iterable[str]) -> list[str]:
 #: Texts that are rendered to see whether the template shows the question, and how it ends an answer.
 _PROBE, _ANSWER = "What is asked here", "This is answered"
 _NO_TEMPLATE = (
-    "Give the tokenizer's files a template that takes it, or leave out what is asked in it (chat_template, judged, "
-    "distance)."
+    "Put a different template into the tokenizer's files, or leave out what uses it (chat_template, judged, distance)."
 )
 
 
@@ -102,14 +99,14 @@ class Chat:
     def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise PromptError(
-                "chat_template is set, but the tokenizer has none. Take a model that was tuned for chat, or leave "
+                "chat_template is set, but the tokenizer has no chat template. Use a chat model, or leave "
                 "chat_template out."
             )
         self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
         if taken := sorted(self.arguments.keys() & _NOT_OF_TEMPLATES):
             raise PromptError(
-                f"chat_template_args: {taken[0]} is no variable of a template but says how it is used, which is the "
-                "same in training and evaluation. Leave it out."
+                f"chat_template_args: {taken[0]} is not a variable of the template, but an option that the program "
+                "sets. Leave it out."
             )
         self._check_variables()
         self.day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
@@ -117,7 +114,7 @@ class Chat:
         self._made: dict[str, tuple[list[dict[str, str]], bool]] = {}
         if _PROBE not in self._render([{"role": "user", "content": _PROBE}], True):
             raise PromptError(
-                f"The model's chat template leaves out what is asked, as one for images does that reads no plain text. "
+                f"The model's chat template leaves out the question: perhaps it is for images and ignores plain text. "
                 f"{_NO_TEMPLATE}"
             )
 
@@ -129,13 +126,13 @@ class Chat:
         except ValueError:
             names = sorted(self.tokenizer.chat_template)
             raise PromptError(
-                f"The tokenizer has several chat templates and none is the default: {', '.join(names)}. Name one, such "
-                f"as chat_template_args '{json.dumps({'chat_template': names[0]})}'."
+                f"The tokenizer has several chat templates without a default: {', '.join(names)}. Choose one, for "
+                f"example with chat_template_args '{json.dumps({'chat_template': names[0]})}'."
             ) from None
         if unknown := unknown_variables(template, self.arguments.keys() - {"chat_template"}):
             raise PromptError(
-                f"chat_template_args: the chat template has no variable {', '.join(unknown)}, so nothing would change. "
-                "Leave it out, or give it the name that it has in the template."
+                f"chat_template_args: the chat template has no variable {', '.join(unknown)}. Leave it out, or use the "
+                "name from the template."
             )
 
     @cached_property
@@ -168,8 +165,8 @@ class Chat:
         fix = _NO_TEMPLATE
         if turns[0]["role"] == "system":
             fix = (
-                "A task's `description` becomes a system turn: put it into doc_to_text where the template has none; or "
-                "leave chat_template out."
+                "A task's `description` becomes a system turn. If the template has none, put the description into "
+                "doc_to_text; or leave chat_template out."
             )
         arguments = {"strftime_now": self.day.strftime, **self.arguments}
         return rendered(self.tokenizer, turns, fix, **options, **arguments)
@@ -208,8 +205,8 @@ class Chat:
                 return ids
             keep -= len(ids) - limit
         raise PromptError(
-            f"The chat template and what surrounds the question take more than the limit of {limit} tokens of a "
-            "prompt: raise max_prompt_length."
+            f"The chat template and the text around the question are longer than the limit of {limit} tokens for a "
+            "prompt. Raise max_prompt_length."
         )
 
 
@@ -295,5 +292,5 @@ def check_room(chat: Chat, limit: int | None) -> None:
     ids = prompt_ids(chat.tokenizer, [chat([{"role": "user", "content": "?"}])], None, chat)[0]
     if limit is not None and len(ids) >= limit:
         raise PromptError(
-            f"The chat template takes {len(ids) - 1} tokens by itself and max_prompt_length is {limit}: raise it."
+            f"The chat template alone has {len(ids) - 1} tokens, but max_prompt_length is {limit}. Raise it."
         )

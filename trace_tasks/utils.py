@@ -44,7 +44,7 @@ def load_dataset(folder: str, trace_variant: str | None = None, **_: Any) -> dic
         data.DataError: if there are no test rows, a file is bad, or it contains rows of the other variant.
     """
     if trace_variant not in (None, "reasoning"):
-        raise ValueError(f"trace_variant={trace_variant!r} is not known: leave it out or use reasoning.")
+        raise ValueError(f"trace_variant={trace_variant!r} is not known: use reasoning, or leave it out.")
     root = data.find_data() if trace_variant is None else data.find_reasoning()
     there = [s for s in data.SPLITS if s == "test" or (root / folder / f"{s}.json").is_file()]
     splits = {split: data.read_split(root, folder, split, trace_variant or "plain") for split in there}
@@ -182,7 +182,7 @@ class Demonstrations(ContextSampler):
     def _draw(self, n: int) -> list[dict[str, Any]]:
         rows = list(self.df)
         if not rows:
-            raise data.DataError(f"{self.task}: demonstrations are training rows, and there are none. Add train.json.")
+            raise data.DataError(f"{self.task}: demonstrations need training rows, and there are none. Add train.json.")
         self.rnd.shuffle(rows)
         limit = (self.budget - self._size(self.opening)) / (2 * n)
         by_answer: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -198,8 +198,8 @@ class Demonstrations(ContextSampler):
             drawn = [same[0] for same in by_answer.values()][:n]
         if len(drawn) < n:
             log.warning(
-                "%s has %d of %d demonstrations: no other training row is at most %.0f long with its answer. A larger "
-                "prompt limit or fewer demonstrations give each more room.",
+                "%s has only %d of %d demonstrations: with its answer, no other training row is at most %.0f long. "
+                "Raise the limit of a prompt, or ask for fewer demonstrations.",
                 self.task,
                 len(drawn),
                 n,

@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> None:
     if args.drop:
         dropped = names(args.drop) or []
         left = evaluate.drop(args.path, dropped)
-        print(f"dropped {', '.join(dropped)}; the run now has {len(left.stages) - 1} checkpoints")
+        rest = len(left.stages) - 1
+        print(f"dropped {', '.join(dropped)}; the run now has {rest} checkpoint{'s' * (rest != 1)}")
         if not args.checkpoint:
             return
     if not args.checkpoint and (wrong := [name for name in _OF_CHECKPOINTS if getattr(args, name)]):
