@@ -141,7 +141,7 @@ def test_cutting_a_chat_drops_earlier_turns_first_and_keeps_the_template(chat):
     text = chat.tokenizer.decode(cut)
     assert text.startswith(head + "<s>user 02.01.2020\n") and text.endswith("an end" + end)
     assert len(cut) <= len(ids) - 95 and "an example" not in text
-    with pytest.raises(PromptError, match="take more than the limit of 30 tokens"):
+    with pytest.raises(PromptError, match="longer than the limit of 30 tokens"):
         prompt_ids(chat.tokenizer, [whole], 30, chat)
 
 
