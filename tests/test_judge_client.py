@@ -185,7 +185,7 @@ def test_faults_that_waiting_cannot_fix_end_at_once_with_advice(server, make):
     make().complete(ask("a"))
     with pytest.raises(JudgeError, match=r"exceeded your current quota.*Replies are kept"):
         make(concurrency=1).complete(ask("a", "FAULT:quota", "never"))
-    with pytest.raises(JudgeError, match=r"'max_tokens'\. \(max_tokens is set by --sampling: "):
+    with pytest.raises(JudgeError, match=r"'max_tokens'.* \(max_tokens is set by --sampling: "):
         make().complete(ask("FAULT:unsupported"))
     assert server.seen == {"a": 1, "FAULT:quota": 1, "FAULT:unsupported": 1}
     # Requests in flight are paid, so their replies are kept.
