@@ -54,13 +54,15 @@ class CallbackError(TraceError):
 @contextmanager
 def _unnoticed() -> Iterator[None]:
     """Leaves the random numbers, and what TRACE_DATA names, to the program whose training it is."""
-    named = {name: os.environ[name] for name in ("TRACE_DATA",) if name in os.environ}
+    before = os.environ.get("TRACE_DATA")
     try:
         with same_numbers(torch.device("cpu")):
             yield
     finally:
-        os.environ.pop("TRACE_DATA", None)
-        os.environ.update(named)
+        if before is None:
+            os.environ.pop("TRACE_DATA", None)
+        else:
+            os.environ["TRACE_DATA"] = before
 
 
 class ForgettingCallback(TrainerCallback):

@@ -147,6 +147,11 @@ class Chat:
         tokens = [token.content for token in self.tokenizer.added_tokens_decoder.values()]
         return max((token for token in tokens if token and behind.startswith(token)), key=len, default=None)
 
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The id of `end`; empty if there is none."""
+        return frozenset({self.tokenizer.convert_tokens_to_ids(self.end)} if self.end else ())
+
     def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat. Without `add_generation_prompt` it ends within the last message, to be continued."""
         turns = [{"role": m["role"], "content": m["content"]} for m in messages]

@@ -128,8 +128,8 @@ class SDFTTrainer(CLTrainer):
         args = self.model_args
         place = str(args.model_name_or_path), args.model_revision, self.previous.checkpoint
         self.ends = end_ids(self.tokenizer, *place)
-        if self.chat is not None and self.chat.end:
-            self.ends |= {self.tokenizer.convert_tokens_to_ids(self.chat.end)}
+        if self.chat is not None:
+            self.ends |= self.chat.end_ids
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -168,9 +168,7 @@ class SwapLM:
 
         `in_chat` says that the prompts are chats, so that the template's end of a turn ends an answer, too.
         """
-        ends = self.ends
-        if in_chat and self.chat is not None and self.chat.end:
-            ends |= {self.tokenizer.convert_tokens_to_ids(self.chat.end)}
+        ends = self.ends | self.chat.end_ids if in_chat and self.chat is not None else self.ends
         wanted = [Wanted(tuple(ids), most, (), ends) for ids in prompts]
         return [to_end(ids, ends)[:most] for ids in self._answers(wanted)]
 

@@ -124,15 +124,16 @@ def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
         config = models.load_config(model, revision, trusted)
         return context_length(config.get_text_config(decoder=True).to_dict())
 
-    for stage in plan.stages:
-        # A checkpoint may be gone once everything of it is measured.
-        if not plan.todo.get(stage) or not stage.external or models.is_adapter(stage.external):
-            continue
-        own, usual = context(stage.external, None), context(base["model"], base["revision"])
+    # A checkpoint may be gone once everything of it is measured.
+    external = [(stage, stage.external) for stage in plan.stages if plan.todo.get(stage) and stage.external]
+    full = [(stage, folder) for stage, folder in external if not models.is_adapter(folder)]
+    usual = context(base["model"], base["revision"]) if full else None
+    vllm = plan.backend == "vllm"
+    for stage, folder in full:
+        own = context(folder, None)
         if own is None or (usual is not None and own >= usual):
             continue
-        vllm = plan.backend == "vllm"
-        wider = f"Correct {stage.external}/config.json if the model reads more, or" if vllm else WIDER
+        wider = f"Correct {folder}/config.json if the model reads more, or" if vllm else WIDER
         if asked is None:
             check_context(plan, tasks, own, f"Its config.json says so for {stage.name}. {wider}")
         elif vllm and asked > own:
