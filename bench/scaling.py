@@ -50,6 +50,7 @@ TOKENS = {
 STORAGE = 2e9
 #: vLLM's memory in addition to weights and cache.
 ENGINE_OVERHEAD = 3e9
+LAYER_GRADIENTS = "gradients of a layer's activations, bf16"
 
 SHAPES = {
     "Llama-2-7b-chat-hf": {},  # transformers' defaults
@@ -197,15 +198,21 @@ def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # our trainer does the same
-        if isinstance(module, torch.nn.Dropout):  # it keeps one byte per value on a GPU, but two on a CPU
+    dropout_of_a_gpu(model)
+    decoder = model.get_base_model().model
+    with torch.autocast("cpu", torch.bfloat16):
+        return int(_kept(decoder.layers[0], small.hidden_size, decoder.rotary_emb) * scale)
+
+
+def dropout_of_a_gpu(model: Any) -> None:
+    """Lets the dropout of a model on the CPU keep one byte for each value, as on a GPU, instead of two."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
 
             def dropped(states: torch.Tensor, p: float = module.p) -> torch.Tensor:
                 return torch.native_dropout(states, p, True)[0]
 
             module.forward = dropped  # type: ignore[method-assign]
-    decoder = model.get_base_model().model
-    with torch.autocast("cpu", torch.bfloat16):
-        return int(_kept(decoder.layers[0], small.hidden_size, decoder.rotary_emb) * scale)
 
 
 def _smaller(config: Any, scale: int) -> Any:
@@ -237,6 +244,11 @@ def _kept(layer: Any, width: int, rotary_embedding: Any) -> float:
     return sum(kept.values()) / tokens
 
 
+def layer_gradients(config: Any, tokens: int) -> int:
+    """Bytes of the gradients that exist at once in the backward pass of a layer: its states and three of its MLP."""
+    return int(2 * tokens * (config.hidden_size + 3 * config.intermediate_size))
+
+
 def one_gpu(config: Any, adapter: Any, tokens: int, answers: int, checkpointing: bool) -> dict[str, float]:
     """Bytes by purpose on a single GPU that trains a LoRA adapter, with the arithmetic of `memory`.
 
@@ -262,6 +274,7 @@ def one_gpu(config: Any, adapter: Any, tokens: int, answers: int, checkpointing:
         "AdamW's two moments, float32": 8 * trained,
         "checkpointed states: one a layer, bf16": 2 * tokens * config.hidden_size * layers if checkpointing else 0,
         "activations": tokens * kept * (1 if checkpointing else layers),
+        LAYER_GRADIENTS: layer_gradients(config, tokens),
         "logits of answers and their gradient, bf16 and twice float32": 10 * answers * config.vocab_size,
     }
 
@@ -287,6 +300,7 @@ def memory(plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:
         "gradients of a layer before they are divided, bf16": 2 * layer if trained == total else 0,
         "checkpointed states: one a layer, bf16": 2 * tokens * config.hidden_size * config.num_hidden_layers,
         "one layer's activations, repeated": tokens * kept,
+        LAYER_GRADIENTS: layer_gradients(config, tokens),
         "logits of answers and their gradient, bf16 and twice float32": 10
         * rows
         * args.max_answer_length
