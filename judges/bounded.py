@@ -89,7 +89,7 @@ class Bounded(httpx.AsyncClient):
                 return _refused(request, 502, f"unusable reply: {e}", again)
         # Another charset could take for ever to decode, and other headers are not looked at.
         headers = {"Content-Type": "application/json"}
-        if not 300 <= response.status_code < 400:
+        if response.status_code >= 400:  # a gateway may send them with good replies, too
             headers |= {name: response.headers[name] for name in _OF_RETRIES if name in response.headers}
         if response.status_code == 429 and b"insufficient_quota" in content:  # waiting pays no bill
             headers["x-should-retry"] = "false"

@@ -148,7 +148,7 @@ class Judge:
         replies = [Reply("", error=errors[key]) if key in errors else self.cache[key] for key, _ in keyed]
         if len(models := models_of(replies)) > 1:
             log.warning(
-                "%s answered as several models (%s), so the verdicts are not from one judge. Give the exact name with "
+                "%s answered as several models (%s), so the replies are not from one model. Give the exact name with "
                 "--model.",
                 self.model,
                 ", ".join(f"{printable(name)} {times} times" for name, times in models.items()),

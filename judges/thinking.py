@@ -32,9 +32,9 @@ _MARKS = [
     # Granite 3: plain words, so only where a reply begins with them.
     (r"\A\s{0,8}Here(?:'s| is) my thought process:", r"Here(?:'s| is) my response:"),
 ]
-_QUOTE = "[`\"'“”‘’«»]"
+QUOTE = "[`\"'“”‘’«»]"
 #: Group 2 i + 1 is the opening mark of family i, group 2 i + 2 its closing one.
-_MARK = re.compile(rf"(?<!{_QUOTE})(?:" + "|".join(f"({mark})" for marks in _MARKS for mark in marks) + ")")
+_MARK = re.compile(rf"(?<!{QUOTE})(?:" + "|".join(f"({mark})" for marks in _MARKS for mark in marks) + ")")
 _OPENED = re.compile("(?:" + "|".join(opening for opening, _ in _MARKS) + r")\s{0,8}\Z")
 
 

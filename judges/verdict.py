@@ -9,7 +9,9 @@ A verdict is a word in double square brackets, such as [[A]]. The rule:
 3. A reply that names one verdict, however often, gives it.
 4. A reply that names several (a judge that weighs "[[A]] or [[B]]?" before it decides) is ambiguous, unless its last
    line that is not empty names exactly one: judges are told to end with the verdict, so that line decides.
-5. Everything else is None: unscored, counted and shown, never a tie and never a loss.
+5. A verdict in quotation marks is one that the reply speaks of ('The format asks for "[[A]]", but I find both weak.').
+   It counts only where it ends the reply or stands alone on its line.
+6. Everything else is None: unscored, counted and shown, never a tie and never a loss.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ import re
 from collections.abc import Iterable, Sequence
 
 from judges.replies import Reply
-from judges.thinking import answer_of
+from judges.thinking import QUOTE, answer_of
 
 _VERDICT = re.compile(r"\[\[\s*(\w+)\s*\]\]")
+#: A verdict that the reply gives: not quoted, or at the end of the reply, or alone on its line.
+_GIVEN = re.compile(
+    rf"(?<!{QUOTE}){_VERDICT.pattern}|{_VERDICT.pattern}\W*\Z|^[^\w\n[]*{_VERDICT.pattern}[^\w\n]*$", re.MULTILINE
+)
 
 
 def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str | None:
@@ -33,7 +39,8 @@ def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str |
         return None
     for part in (text, *text.rstrip().splitlines()[-1:]):
         verdicts = {word.upper() for word in _VERDICT.findall(part)} & set(allowed)
-        if len(verdicts) == 1:
+        given = {"".join(words).upper() for words in _GIVEN.findall(part)}
+        if len(verdicts) == 1 and verdicts <= given:
             return verdicts.pop()
     return None
 

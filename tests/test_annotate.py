@@ -189,6 +189,19 @@ CODE = Row("trace_py150", 0, "<s> def f ( x ) : <EOL>", "return x ")
 SUMMARY = Row("trace_meetingbank", 0, "Item 7.\nReasoning:", "CB 7: an ordinance about parks.\r\nIt passed.")
 GERMAN = Row("trace_20minuten", 0, "Paragraph:\nDer Zug fährt nicht.\n\nReasoning:", "Kein Zug fährt heute.\n")
 THEREFORE = "Therefore, the summary of the meeting transcripts is:"
+#: The answer B as people read it in Markdown, and what is a different answer.
+MARKDOWN = [
+    *("Answer: **B**", "**Answer:** B", "**Answer: B**", "**Answer**: B", "### Answer: B", "**Final answer:** **B**"),
+    *("Answer: `B`", "Answer: \\boxed{B}", "Answer: $\\boxed{\\text{B}}$", "Answer: B.", "__Answer:__\nB"),
+]
+WRONG = [
+    "**Answer:** C",
+    "Answer: \\boxed{C}",
+    "Answer: \\boxed{B}{C}",
+    "Answer: **B** or **C**",
+    "Answer: B**",
+    "Answer: (B) (C)",
+]
 RIGHT, FORM = "Rates rose.\nAnswer:B", "no answer in the task's form"
 
 
@@ -212,6 +225,21 @@ RIGHT, FORM = "Rates rose.\nAnswer:B", "no answer in the task's form"
         (FOMC, "It is B.", "", FORM),
         (FOMC, "Rates rose. So the final answer: B", "", FORM),
         (FOMC, "Rates rose.\n**Answer: B", "", FORM),
+        *(
+            (row, "Rates rose.\n" + form.replace("B", row.answer), "Rates rose.", "")
+            for row in (FOMC, NUMBER, WORD)
+            for form in MARKDOWN
+        ),
+        (FOMC, "**Reasoning:** Rates rose. **Answer:** B", "Rates rose.", ""),
+        (STANCE, "**推理**：文本称赞它。\n**回答：A**", "文本称赞它。", ""),
+        (SUMMARY, f"It passed.\n\n**{THEREFORE}**\n{SUMMARY.answer}", "It passed.", ""),
+        (CODE, "```python\nreturn x\n```\n\n**Reasoning:** It returns x.", "It returns x.", ""),
+        (CODE, "`return x`\nReasoning: It returns x.", "It returns x.", ""),
+        *((FOMC, f"Rates rose.\n{answer}", "", "wrong answer") for answer in WRONG),
+        (FOMC, "So the **final answer**: B", "", FORM),
+        (FOMC, "```\nRates rose.\nAnswer: B\n```", "", "a block of code that is not closed"),
+        (CODE, "return x\nReasoning: It is\n```python\nreturn x", "", "a block of code that is not closed"),
+        (CODE, "```\nreturn y\n```\nReasoning: It returns.", "", "wrong answer"),
         (FOMC, "\n \nAnswer:B", "", "no path"),
         (FOMC, "Reasoning:\nAnswer:B", "", "no path"),
         (FOMC, "Rates rose.\nAnswer: C. No:\nAnswer:B", "", "a marker in the path"),
@@ -339,9 +367,15 @@ def test_different_settings_are_an_error_before_any_request(server, tmp_path):
         message = error(*argv, *option)
         assert line in message and message.count("->") == 1 + message.count("\n  ") and "delete" in message
     assert len(server.bodies) == asked
+    with Server() as other:
+        assert f"endpoint: '{server.url}' -> '{other.url}'" in error(*argv, "--base-url", other.url)
     # Do what the message says: without the file the folder is written again, and only new requests are sent.
     (tmp_path / "out/annotation.json").unlink()
+    assert "Several models" not in (tmp_path / "out/annotation.md").read_text(encoding="utf-8")
+    server.model = "newer"
     main(["annotate", *map(str, argv), "--rows", "5"])
+    assert sorted(numbers(tmp_path / "out")["models"]) == ["fake", "newer"]
+    assert "answered** as this teacher: fake, newer" in (tmp_path / "out/annotation.md").read_text(encoding="utf-8")
     assert read_json(tmp_path / "out/annotation.json")["settings"]["rows"] == 5
     assert 1 <= len(server.bodies) - asked <= 3
 

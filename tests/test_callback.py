@@ -227,6 +227,7 @@ def test_a_saved_but_unmeasured_step_is_measured_when_training_resumes(trainer, 
         ({"every": "steps"}, "every='steps'.*epoch or save or no"),
         ({"every": 0}, "every=0"),
         ({"rows": 0}, "rows=0"),
+        ({"chat_template_args": {"a": 1}}, "chat_template_args has no effect without chat_template=True"),
         ({"max_prompt_length": 2000}, r"context of 1024,.* than the run says\. This is the model's limit: begin"),
     ],
 )

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 from conftest import pieces_tokenizer, train
@@ -108,12 +109,19 @@ def test_training_and_evaluation_render_the_same_prompts(switched, monkeypatch):
             {"chat_template": False, "judged": ["instruct_lima"], "chat_template_args": {"thinking": False}},
             "the chat template has no variable thinking",
         ),
+        (
+            {"chat_template": False, "judged": ["instruct_lima"], "chat_template_args": OFF, "without": True},
+            "chat_template_args is set, but the tokenizer has no chat template",
+        ),
         ({"max_prompt_length": 20}, r"alone has \d+ tokens, but max_prompt_length is 20\. Raise it"),
     ],
 )
 def test_prompts_that_cannot_be_rendered_are_refused_before_training(switched, wrong, message, tmp_path):
+    given = {**switched, **wrong}
+    if given.pop("without", False):
+        Path(given["model_name_or_path"], "chat_template.jinja").unlink()
     with pytest.raises((ConfigError, PromptError), match=message):
-        train({**switched, **wrong})
+        train(given)
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 

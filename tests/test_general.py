@@ -447,6 +447,11 @@ def test_a_failed_command_for_suites_leaves_no_run(alone, tmp_path):
         ([*nothing, "--general", "general_nothing"], "Unknown name general_nothing"),
         ([*new, "--general", "general_gsm8k,general_piqa"], "piqa"),  # not in the local copy
         ([*new, "--test-rows", "3", "--chat-template"], "--test-rows, --chat-template: only for tasks, and --tasks"),
+        ([*nothing, "--distance", "--chat-template-args", '{"a": 1}'], "the chat template has no variable a"),
+        (
+            [*nothing, "--general", "general_boolq", "--chat-template-args", '{"a": 1}'],
+            "chat_template_args has no effect",
+        ),
         ([*new, "--engine-args", '{"hf_token": "hf_' + 34 * "x" + '"}'], "hf_token"),
     ):
         with pytest.raises(SystemExit) as e:

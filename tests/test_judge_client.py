@@ -139,6 +139,9 @@ def test_retry_after_is_respected_unless_it_is_too_long(server, make, monkeypatc
     make(concurrency=1).complete(ask("FAULT:busy*2"))
     gaps = [b - a for a, b in zip(server.times, server.times[1:], strict=False)]
     assert all(gap >= 0.15 for gap in gaps) and len(gaps) == 2
+    server.said["fine"] = (200, server.completion("fine"), {"Retry-After": "3"})
+    started = time.monotonic()
+    assert texts(make().complete(ask("FAULT:fine"))) == echoes("fine") and time.monotonic() - started < 2.5
     monkeypatch.setattr(bounded, "PACKAGE_WAIT", 0.1)
     monkeypatch.setattr(bounded, "LONGEST_WAIT", 0.1)
     later = format_datetime(datetime.now(UTC) + timedelta(seconds=300))

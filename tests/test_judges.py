@@ -116,7 +116,13 @@ def error(*argv):
 
 #: Verdict -> replies with this verdict.
 VERDICTS = {
-    "A": ["A is better.\n[[A]]", "[[A]], I say it again: [[A]]", "[[D]] but rather [[A]]"],
+    "A": [
+        "A is better.\n[[A]]",
+        "[[A]], I say it again: [[A]]",
+        "[[D]] but rather [[A]]",
+        "I say “[[A]]”.",
+        "`[[A]]`\n\nB is dull.",
+    ],
     "B": [
         *("Is it [[A]] or [[B]]?\nAfter all it is\n\n[[B]]  \n\n", "Is it [[A]]?\u2028[[B]]"),
         "I lean to [[A]].</think>It is [[B]]",  # the template opened the thinking
@@ -128,6 +134,12 @@ VERDICTS = {
         *("[[A]]\n[[B]]\nso [[A]] or [[B]]", "[[A]]\n[[B]]\nI cannot decide.", "[A] or A, [ [A]], ［［A］］", "[[D]]"),
         *("", None, "<think>[[A]] it is.</think>\nI cannot say.", "[[A]]\n<think>But then"),
         *("<think>a</think>\n[[A]]\n<think>But [[B]]", "<think><reasoning>a</reasoning>\n[[A]]"),
+        *(
+            'The format asks for "[[A]]" if A is better. I find B better.',
+            "B.\n`[[A]]` would be wrong.",
+            "No “[[C]]”: B.",
+        ),
+        *('It is "[[B]]" rather than "[[A]]".', "`[[A]]` or [[B]]"),
     ],
 }
 
@@ -378,8 +390,13 @@ def test_an_alias_that_later_means_a_different_model_is_a_different_judge(server
     command(server, run, "--stages", "1", "--suites", LIMA)
     assert result(run, 1)["models"] == {"fake-june": 3, "fake-march": 13}
     assert "fake/judge answered as several models (fake-june 3 times, fake-march 13 times)" in caplog.text
+    write_samples(run.stages[2], LIMA, [f"{answer}, of stage 2" for answer in MINE])
+    caplog.clear()
+    command(server, run, "--stages", "2", "--suites", LIMA)
+    assert result(run, 2)["models"] == {"fake-june": 18} and not caplog.text, "one model at this stage"
     text = section(run, "Instruction following")
-    assert "**Several models answered** as `fake/judge`: fake-june, fake-march" in text and "not calibrated" in text
+    assert "answered** as `fake/judge`: fake-june (stage 1, 2); fake-march (stage 1). So this is not" in text
+    assert "not calibrated" in text
 
 
 def test_a_limit_is_recorded_and_more_rows_can_be_judged_later(server, run):

@@ -123,6 +123,8 @@ class ForgettingCallback(TrainerCallback):
             raise CallbackError(
                 "There is nothing to measure: name tasks, such as trace_fomc, or suites, such as boolq."
             )
+        if chat_template_args and not chat_template:
+            raise CallbackError("chat_template_args has no effect without chat_template=True. Set both, or neither.")
         source = data.open_data(names, data_path)
         source.use()
         source.check(["test"])

@@ -99,8 +99,8 @@ class Chat:
     def __init__(self, tokenizer: Any, arguments: dict[str, Any] | None = None, date: str | None = None) -> None:
         if not tokenizer.chat_template:
             raise PromptError(
-                "chat_template is set, but the tokenizer has no chat template. Use a chat model, or leave "
-                "chat_template out."
+                "chat_template or chat_template_args is set, but the tokenizer has no chat template. Use a chat model, "
+                "or leave them out."
             )
         self.tokenizer, self.arguments = tokenizer, dict(arguments or {})
         if taken := sorted(self.arguments.keys() & _NOT_OF_TEMPLATES):

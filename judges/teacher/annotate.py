@@ -12,7 +12,7 @@ from typing import Any
 
 from judges import JudgeError
 from judges.judge import Judge
-from judges.replies import Reply, Request
+from judges.replies import Reply, Request, models_of
 from judges.teacher.paths import Row, is_readable, read_path
 from judges.teacher.prompts import TeacherPrompt, prompt_files, read_prompt
 from judges.teacher.review import cut_note, quality, report, review
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 #: In the folder: the replies, and the settings with the numbers, which is written last.
 CACHE, ANNOTATION = "annotate-cache.jsonl", "annotation.json"
 #: Part of the settings: raise it with any change of what is asked or accepted.
-VERSION = 3
+VERSION = 4
 SAMPLING = {"temperature": 0.7, "max_tokens": 1024}
 
 
@@ -103,7 +103,7 @@ def plan(
         "data": trace_data.fingerprint,
     }
     settings = json.loads(json.dumps(settings))  # as it will be read back
-    _check_folder(out, settings)
+    _check_folder(out, settings, teacher.endpoint)
     if attempts > 1 and teacher.sampling.get("temperature") == 0:
         log.warning("At temperature 0 every attempt gives the same reply. Use --attempts 1 or a temperature above 0.")
     left_out = {task: {"repeated": 0, "test prompt": 0, "unreadable answer": 0} for task in names}
@@ -129,13 +129,15 @@ def _names(root: Path, tasks: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(names)) or [t for t, folder in data.FOLDERS.items() if (root / folder).is_dir()]
 
 
-def _check_folder(out: Path, settings: dict[str, Any]) -> None:
+def _check_folder(out: Path, settings: dict[str, Any], endpoint: str) -> None:
     file = out / ANNOTATION
     if out.exists() and not out.is_dir():
         raise JudgeError(f"{out} is a file. Give a folder.")
     refuse_links(out, *data.FOLDERS.values())
     if file.exists():
-        if lines := differences(read_json(file, shapes.Annotation)["settings"], settings):
+        made = read_json(file, shapes.Annotation)
+        there = {**made["settings"], "endpoint": made.get("endpoint", endpoint)}
+        if lines := differences(there, {**settings, "endpoint": endpoint}):
             raise JudgeError(
                 f"{out} was annotated with different settings (in the folder -> asked for):\n"
                 + "\n".join(lines)
@@ -242,6 +244,7 @@ def annotate(plan: Plan, teacher: Judge) -> dict[str, dict[str, Any]]:
             "completion_tokens": sum(reply.completion_tokens for reply in replies),
             "rejected_replies": dict(sorted(reasons.items())),
             "left_out": plan.left_out[task],
+            "models": models_of(replies),  # that answered, as the endpoint calls them
             **quality(found),
         }
     _write(plan, teacher, paths, results)

@@ -82,8 +82,20 @@ def is_right(folder: str, prompt: str, answer: str, gold: str) -> bool:
     return score(prompt, answer, gold) >= CLOSE * score(prompt, gold, gold) > 0
 
 
-# What stands before the marker has to end a sentence or a line: not "So the final answer: 36", nor "**Answer:** B".
+# What stands before the marker has to end a sentence or a line: not "So the final answer: 36".
 _ENDED = re.compile(r"(?:[\n.!?。！？]|\A)[ \t]*\Z")
+# Markdown around a marker: "**Answer:** B", "**Answer**: B", "### Final answer: B"; and around its whole line.
+_WORDS = r"answer|回答|答案|reasoning|推理|(?:therefore,\s)?the summary of the meeting transcripts? is"
+_MARKED_UP = re.compile(
+    rf"(?:^#{{1,6}}[ \t]+)?([*_]{{1,3}}|)(?:final[ \t]+)?({_WORDS})(?:\1[ \t]*([:：])|[ \t]*([:：])\1)", re.I | re.M
+)
+_LINE_MARKED_UP = re.compile(rf"([*_]{{1,3}})((?:{_WORDS})[ \t]*[:：].{{0,300}}?)\1[ \t]*$", re.I | re.M)
+# "**B**", "`B`", "$B$"; \boxed{B}, also with \text{B} in it; "(B)", "B)" and "B.".
+_WRAPPED = re.compile(
+    r"(\*{1,3}|_{1,3}|`|\$)([^*`$]+)\1|(?:\$|\\\()?\\boxed\{(?:\\text\{)?([^{}]+)\}{1,2}(?:\$|\\\))?|\(?([A-E])[.)]"
+)
+# The line of code in a block of its own, or in backticks.
+_FENCED = re.compile(r"\A\s*(`{3,})\w*[ \t]*\n(.+?)\n\1[ \t]*(?=\n)|\A\s*`([^`\n]+)`[ \t]*(?=\n)", re.DOTALL)
 
 
 def read_path(row: Row, reply: Reply) -> tuple[str, str]:
@@ -96,9 +108,11 @@ def read_path(row: Row, reply: Reply) -> tuple[str, str]:
     text = None if reply.unclosed else answer_of(reply.text)
     if text is None:
         return "", "thinking not closed"
-    path, answer = answers.split_answer(frame.form, text) or ("", None)
+    path, answer = answers.split_answer(frame.form, _without_markdown(frame.form, text)) or ("", None)
     if answer is None:
         return "", "no answer in the task's form"
+    while frame.form == "line" and len(answer) < 100 and (wrapped := _WRAPPED.fullmatch(answer)):
+        answer = "".join(filter(None, wrapped.groups()[1:]))
     if not is_right(row.folder, row.prompt, answer, row.gold):
         return "", "wrong answer"
     if frame.form != "code" and not _ENDED.search(path):
@@ -108,6 +122,12 @@ def read_path(row: Row, reply: Reply) -> tuple[str, str]:
     if not problem and states_another(row, path):
         problem = "another answer in the path"
     return ("", problem) if problem else (path, "")
+
+
+def _without_markdown(form: str, text: str) -> str:
+    """A reply without the Markdown around its markers, and around a line of code that is the answer."""
+    text = _LINE_MARKED_UP.sub(r"\2", _MARKED_UP.sub(r"\2\3\4", text))
+    return _FENCED.sub(lambda found: found[2] or found[3], text) if form == "code" else text
 
 
 _SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+|(?<=[。！？])|\n")
@@ -134,6 +154,8 @@ def path_problem(folder: str, path: str, answer: str) -> str:
     inner = answers.split_answer(form, path + "x")
     if inner and (form != "code" or inner[0]):
         return "a marker in the path"
+    if path.count("```") % 2:
+        return "a block of code that is not closed"
     return "" if is_readable(folder, path, answer) else "another answer would be read"
 
 

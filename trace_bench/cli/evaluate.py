@@ -166,7 +166,8 @@ def _run_of_checkpoints(args: argparse.Namespace, extra: dict[str, Any], engine_
             known["general_stages"] = "all"  # else nothing would be measured of a checkpoint in between
         known |= {"engine_args": engine_args} if engine_args else {}
     settings = {**known, **given}
-    for_tasks = [name for name in ("data", *_OF_TASKS) if getattr(args, name)]
+    # Answers to be judged and neutral questions are in the template, too.
+    for_tasks = [name for name in ("data", *_OF_TASKS) if getattr(args, name) and name != "chat_template_args"]
     if settings["tasks"] == [] and for_tasks:
         raise RunError(
             f"{options(for_tasks)}: only for tasks, and --tasks is none. For the others use --general-rows, "

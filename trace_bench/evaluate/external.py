@@ -20,6 +20,7 @@ from trace_bench.tasks import check_stages, data_record, load_tasks
 from trace_tasks import data
 from trace_tasks.data.files import refuse_links, remove, write_json
 from trace_tasks.errors import suggestion
+from trace_tasks.tokens import Chat
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,18 @@ def external_run(
                 log.warning(said, name, given[name])
         run = with_checkpoints(run, now, **renamed)
     return run
+
+
+def _check_template(settings: dict[str, Any], base: str) -> None:
+    """Refuses arguments of the chat template that nothing would use."""
+    if not (arguments := settings.get("chat_template_args")):
+        return
+    if not any(settings.get(name) for name in ("chat_template", "judged", "distance")):
+        raise RunError(
+            "chat_template_args has no effect without a chat template. Set chat_template (--chat-template), too."
+        )
+    trusted = (settings.get("engine_args") or {}).get("trust_remote_code", False)
+    Chat(models.load_tokenizer(base, trust_remote_code=trusted), arguments)
 
 
 def with_checkpoints(run: Run, checkpoints: dict[str, str], **more: Any) -> Run:
@@ -241,6 +254,7 @@ def _manifest(model: str, tasks: list[str], settings: dict[str, Any], data_path:
         for name in data.expand(settings.get(kind, ()), known):
             data.source_fingerprint(name)  # an error if its data is missing
     base = models.resolve_model(model)
+    _check_template(settings, base)
     loaded = load_tasks(tasks)
     return {
         "method": "external",

@@ -100,7 +100,11 @@ def _notes(run: Run, kind: Kind, found: Judged, suites: list[str]) -> Iterable[s
         models = sorted({model for n in its for model in n.get("models", ())})
         yield f"- judge: `{judge['judge']}`, {how}; {_calibration(run, kind, judge, models)}"
         if len(models) > 1:
-            yield f"- **Several models answered** as `{judge['judge']}`: {', '.join(models)}, so this is not one judge"
+            at = {
+                m: sorted({i for (i, _), n in found.items() if n in its and m in n.get("models", ())}) for m in models
+            }
+            listed = "; ".join(f"{m} (stage {', '.join(map(str, stages))})" for m, stages in at.items())
+            yield f"- **Several models answered** as `{judge['judge']}`: {listed}. So this is not one judge"
         elif models not in ([], [judge["judge"]]):
             yield f"- the endpoint says that `{models[0]}` answered"
         counts = {name: sum(n.get(name, 0) for n in its) for name in ("cut", "unclosed")}  # older results lack them

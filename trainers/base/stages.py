@@ -263,8 +263,9 @@ def _pinned(model_args: ModelConfig, base: str, revision: str) -> ModelConfig:
 def _make_rows(config: CLConfig, model: Any, tasks: dict[str, Any], tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
     """The training rows of all tasks, made before the first stage: a bad row of the last task would cost days."""
     chat = None
-    # Sets to be judged and neutral questions are asked in a template, too.
-    if config.chat_template or (tokenizer.chat_template and (config.judged or config.distance)):
+    # Sets to be judged and neutral questions are asked in a template, too, if there is one.
+    others = tokenizer.chat_template and (config.judged or config.distance)
+    if config.chat_template or config.chat_template_args or others:
         assert not isinstance(config.chat_template_args, str)
         made = Chat(tokenizer, config.chat_template_args)
         if config.chat_template:
