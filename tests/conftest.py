@@ -1,9 +1,16 @@
-"""Shared by the tests: no hub, a cache of their own, a tiny model, and a function that trains it in a second."""
+"""Shared by the tests: no hub, a cache of their own, a tiny model, and a function that trains it in a second.
+
+The other files without tests are helpers. `made_runs.py` writes runs by hand, for reports. `method_runs.py` trains
+methods and compares two runs. `architectures.py` makes small models of many kinds and their reference answers.
+`judge_server.py` is a fake judge. `forks.py` runs programs with the slow imports done. `distributed.py` is the work of
+two processes. `kill_harness.py` kills commands at random moments. `gpu_part.py` is a part of the GPU check.
+"""
 
 import gc
 import importlib
 import importlib.metadata
 import io
+import json
 import os
 import pickle
 import shutil
@@ -359,6 +366,38 @@ UNCHANGED: set[str] = set()
 def _once_for_unchanged(check):
     known = cache(check)
     return wraps(check)(lambda base, *args: (known if base in UNCHANGED else check)(base, *args))
+
+
+def write_task(folder: Path, name: str, rows: list[dict], yaml: str = "", test: list[dict] | None = None) -> Path:
+    """Writes a user's own task from rows with `q` and `a`. Lines of `yaml` replace ours with the same key."""
+    folder.mkdir(exist_ok=True)
+    for split, content in {"train": rows, "test": test or rows}.items():
+        (folder / f"{name}_{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content), encoding="utf-8")
+    settings = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {s: str(folder / f"{name}_{s}.jsonl") for s in ("train", "test")}},
+        "training_split": "train",
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "q",
+        "doc_to_target": "a",
+        "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"max_gen_toks": 4, "until": []},
+    }
+    lines = [f"{k}: {json.dumps(v)}\n" for k, v in settings.items() if f"{k}:" not in yaml]
+    (folder / f"{name}.yaml").write_text("".join(lines) + yaml, encoding="utf-8")
+    return folder
+
+
+def error(*argv: object) -> str:
+    """The message with which a command of trace-bench ends. `sys.exit(str)` prints it to stderr and exits with 1."""
+    from trace_bench.cli import main
+
+    with pytest.raises(SystemExit) as e:
+        main([str(word) for word in argv])
+    assert isinstance(e.value.code, str) and e.value.code.startswith("error: "), e.value.code
+    return e.value.code
 
 
 def command_line(options: dict) -> list[str]:

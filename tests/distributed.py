@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch
 from conftest import train
-from test_methods import method
+from method_runs import method
 
 from trainers.base import stages
 

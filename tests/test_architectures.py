@@ -29,7 +29,7 @@ from architectures import (
 )
 from conftest import UNCHANGED, byte_tokenizer, pieces_tokenizer, train
 from forks import forked
-from test_methods import EXACT, as_method, method, small
+from method_runs import EXACT, as_method, method, small
 from transformers import AutoTokenizer
 
 from trace_bench.engine import EngineError, open_engine

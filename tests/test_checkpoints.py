@@ -611,6 +611,10 @@ def test_a_checkpoint_of_a_different_size_is_served_only_with_its_own_config(bas
     AutoModelForCausalLM.from_config(small).save_pretrained(tmp_path / "m")
     check(bases["llama"], tmp_path / "m", backend="hf")
     refused("m lacks 9 tensors of the base model", bases["llama"], tmp_path / "m")
+    wide = LlamaConfig(**{**SIZES, "vocab_size": 104}, num_key_value_heads=2, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "w")
+    check(bases["llama"], tmp_path / "w", backend="hf")
+    refused(r"has shape \[104, 64\], but .* has \[96, 64\].*--backend hf", bases["llama"], tmp_path / "w")
 
 
 def test_a_checkpoint_without_embeddings_of_tokens_of_the_tokenizer_is_refused(tiny_model, tmp_path):

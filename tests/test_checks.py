@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 import numpy as np
 import pytest
-from conftest import train
+from conftest import train, write_task
 from made_runs import TASKS, make_rich_run
 
 from judges import judging
@@ -27,17 +27,8 @@ def change(file, **changes):
 
 # ----------------------------------------------------------------------------------------------------- what a task is
 
-YAML = """
-task: mine
-dataset_path: json
-dataset_kwargs: {data_files: {train: FOLDER/rows.jsonl, test: FOLDER/rows.jsonl}}
-training_split: train
-test_split: test
-output_type: generate_until
-doc_to_text: "{{q}} "
-doc_to_target: a
+YAML = """doc_to_text: "{{q}} "
 process_results: !function mine.score
-generation_kwargs: {max_gen_toks: 4, until: ["\\n"]}
 metric_list: [{metric: right, aggregation: mean, higher_is_better: true}]
 """
 CODE = """
@@ -53,11 +44,8 @@ RULES = "def right(text, answer):\n    return text.strip() == answer\n"
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     """The folder of a user's own task: a YAML, a function, and a module that the function imports."""
-    folder = tmp_path / "own"
-    folder.mkdir()
     rows = [{"q": f"Question {i}?", "a": f"{i}"} for i in range(16)]
-    write_jsonl(folder / "rows.jsonl", rows)
-    (folder / "mine.yaml").write_text(YAML.replace("FOLDER", str(folder)))
+    folder = write_task(tmp_path / "own", "mine", rows, YAML)
     (folder / "mine.py").write_text(CODE)
     (folder / "rules.py").write_text(RULES)
     monkeypatch.syspath_prepend(str(folder))
@@ -84,7 +72,7 @@ def test_a_definition_keeps_the_types_of_numbers(own):
     "file, old, new, what",
     [
         ("mine.yaml", '"{{q}} "', '"Say: {{q}} "', "doc_to_text"),
-        ("mine.yaml", "max_gen_toks: 4", "max_gen_toks: 1", "generation_kwargs"),
+        ("mine.yaml", '"max_gen_toks": 4', '"max_gen_toks": 1', "generation_kwargs"),
         ("mine.yaml", "higher_is_better: true", "higher_is_better: false", "metric_list"),
         ("mine.yaml", "process_results", 'description: "Be brief."\nprocess_results', "description"),
         ("mine.py", '"right": float', '"right": 1 - float', "process_results"),
@@ -108,7 +96,7 @@ def test_a_definition_ignores_comments_and_layout_but_not_the_texts_of_other_fil
     replace(own / "rules.py", "    return", "    # as the paper says\n    return")
     replace(own / "mine.py", "def score(doc, results):", "def score(doc,\n          results):")
     (own / "another.py").write_text("print('not imported')\n")
-    replace(own / "mine.yaml", "task: mine", "# mine\ntask: mine")
+    replace(own / "mine.yaml", 'task: "mine"', '# mine\ntask: "mine"')
     assert defined() == before
     (own / "instruction.txt").write_text("Do not answer: ")
     assert {k for k, v in defined().items() if v != before[k]} == {"examples"}

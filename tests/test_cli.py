@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import error
 from made_runs import make_rich_run
 from trl import ModelConfig, TrlParser
 
@@ -41,15 +42,6 @@ def run(make):
     return make(tasks=["trace_fomc"], method="a–b")
 
 
-def error(*argv):
-    """The message with which a command ends; `sys.exit(str)` prints it to stderr and exits with 1."""
-    with pytest.raises(SystemExit) as e:
-        main([str(a) for a in argv])
-    message = e.value.code
-    assert isinstance(message, str) and message.startswith("error: ")
-    return message
-
-
 @pytest.mark.parametrize("method", methods())
 def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
     from trl import ModelConfig, SFTConfig
@@ -70,28 +62,6 @@ def test_the_help_of_a_method_has_the_options_of_its_config(method, capsys):
         assert all(choice in text for choice in own[name].metadata.get("choices", ()))
         default = own[name].default
         assert default in (None, MISSING) or text.endswith(f"[{default}] ")
-
-
-def test_the_help_of_a_users_method_has_its_options_and_errors(tmp_path, capsys):
-    import trainers.help
-
-    code = """
-from dataclasses import dataclass, field
-from trainers.base import CLConfig, CLTrainer, main
-WORDS = "computed"
-@dataclass
-class MineConfig(CLConfig):
-    learning_rate: float = field(default=0.5, metadata={"help": "Larger."})
-    plain: int = 3
-if __name__ == "__main__":
-    main(CLTrainer, MineConfig)
-"""
-    (mine := tmp_path / "mine.py").write_text(code)
-    assert trainers.help.show(mine, "train it")
-    out = capsys.readouterr().out
-    assert re.search(r"--learning_rate +Larger\. \[0\.5\]\n", out) and re.search(r"--plain +\[3\]\n", out)
-    mine.write_text(code.replace('"Larger."', "WORDS"))
-    assert not trainers.help.show(mine, "train it"), "the full help has it"
 
 
 @pytest.mark.parametrize("option", ["--help", "--help_all"])

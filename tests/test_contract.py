@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import train
+from method_runs import method
 from safetensors.torch import load_file
-from test_methods import method
 
 from trace_bench import evaluate
 from trace_bench.run import read_json, read_jsonl

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from forks import forked
-from made_runs import make_rich_run
+from made_runs import EIGHT, make_rich_run
 
 from trace_bench import engine, evaluate, report
 from trace_bench.cli import main
@@ -171,23 +171,18 @@ def test_a_killed_and_resumed_measurement_equals_an_uninterrupted_one(run, quick
         assert np.allclose(one.get("kl", 0), two.get("kl", 0), atol=1e-5)
     kl = read_json(run.path / "stages" / FILES[4])["kl"]
     assert np.shape(kl) == (4, 3) and np.min(kl) > 0
+    assert status(run).splitlines()[1].endswith(f"; {1 + len(run.tasks)} distances from the base model")
+    base, lm = run.stages[0], engine.open_engine("hf", run.manifest["model"]["path"])
+    for name in (NEUTRAL, run.tasks[0]):
+        assert np.max(distance._against_base(base, lm, name)["kl"]) < 1e-4, "the base model has none from itself"
+        rows = read_jsonl(distance_answers(base, name))
+        assert all(len(r["answer"]) == len(r["tokens"]) == len(r["logprobs"]) for r in rows)
+        assert all(ids[0] == token for r in rows for ids, token in zip(r["tokens"], r["answer"], strict=True)), "greedy"
 
 
 def test_following_a_single_stage_measures_the_base_models_answers_first(run, quick):
     assert evaluate.follow(run.path, stages=[2], extra={"distance": True}) > 0
     assert there(run) == [*FILES[:3], *FILES[5:]]
-
-
-def test_the_base_model_has_distance_zero_from_itself(run, quick, monkeypatch):
-    evaluate.evaluate(run, extra={"distance": True})
-    assert status(run).splitlines()[1].endswith(f"; {1 + len(run.tasks)} distances from the base model")
-    base = run.stages[0]
-    lm = engine.open_engine("hf", run.manifest["model"]["path"])
-    for name in (NEUTRAL, run.tasks[0]):
-        assert np.max(distance._against_base(base, lm, name)["kl"]) < 1e-4
-        rows = read_jsonl(distance_answers(base, name))
-        assert all(len(r["answer"]) == len(r["tokens"]) == len(r["logprobs"]) for r in rows)
-        assert all(ids[0] == token for r in rows for ids, token in zip(r["tokens"], r["answer"], strict=True)), "greedy"
 
 
 def test_distances_of_different_weights_answers_or_settings_are_not_used(run, quick, monkeypatch):
@@ -228,7 +223,7 @@ def with_distances(run: Run, own) -> Run:
 
 
 def test_the_report_has_distances_and_forgetting_in_one_table(make):
-    run = with_distances(make_rich_run(make), [1, 2, 3, 4, 5, 6, 7, 8])
+    run = with_distances(make_rich_run(make, tasks=EIGHT[:6], n=12), [1, 2, 3, 4, 5, 6])
     report.write_report(run)
     text = (run.path / "report.md").read_text(encoding="utf-8").split("## Distance")[1].split("\n## ")[0]
     assert "first 2 tokens of the base model's own answers to 2 test prompts" in text
@@ -237,8 +232,8 @@ def test_the_report_has_distances_and_forgetting_in_one_table(make):
     assert own.startswith("3.00 [2.") and neutral.startswith("1.50 [0.") and shares == ["10.0", "10.0"]
     assert bwt == report.tables.percent_with_interval(report.Results(run).sequence["BWT"][2], sign=True)
     forgetting = [-e.value for e in report.Results(run).sequence["BWT"][1:]]
-    rho = rank_correlation(range(7), forgetting)
-    assert f"{rho:+.2f} on the own task's prompts (7 points)" in text
+    rho = rank_correlation(range(5), forgetting)
+    assert f"{rho:+.2f} on the own task's prompts (5 points)" in text
     assert (run.path / "figures" / "distance.svg").exists()
     assert 'id="distance"' in (run.path / "report.html").read_text(encoding="utf-8")
     lines = (run.path / "scores.csv").read_text().splitlines()
@@ -246,11 +241,11 @@ def test_the_report_has_distances_and_forgetting_in_one_table(make):
 
 
 def test_a_comparison_has_the_distance_of_each_run(make, tmp_path):
-    runs = [with_distances(make_rich_run(make, name=f"r{k}", seed=k), [k + 1.0] * 8) for k in range(2)]
+    made = {"tasks": EIGHT[:2], "n": 12}
+    runs = [with_distances(make_rich_run(make, name=f"r{k}", seed=k, **made), [k + 1.0] * 2) for k in range(2)]
     report.write_comparison(runs, tmp_path / "all.html")
     assert (tmp_path / "all-figures" / "distances.svg").exists()
     text = report.write_comparison(runs)
     table = text.split("Distance from the base model")[1]
     assert re.search(r"\| r0 \| 1\.00 \[.*\| 0\.500", table) and re.search(r"\| r1 \| 2\.00 \[.*\| 1\.00", table)
-    plain_text = report.write_comparison([make_rich_run(make, name="none"), make_rich_run(make, name="two")])
-    assert "Distance" not in plain_text
+    assert "Distance" not in report.write_comparison([make_rich_run(make, name=f"plain{k}", **made) for k in range(2)])

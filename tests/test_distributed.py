@@ -12,8 +12,8 @@ from conftest import train
 from datasets import Dataset
 from distributed import train_jobs
 from forks import forked_twice
+from method_runs import THREE, method
 from safetensors.torch import load_file
-from test_methods import THREE, method
 from torch.utils.data import RandomSampler
 
 from bench import scaling

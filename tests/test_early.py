@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import SHARED, stop_at, train
+from conftest import SHARED, stop_at, train, write_task
 from transformers import AutoTokenizer
 
 from trace_bench.cli import main
@@ -32,25 +32,7 @@ def own_task(tmp_path, monkeypatch):
     """Makes the task `mine` from rows and a few lines of YAML. Test and training rows may differ."""
 
     def make(rows, yaml="", test=None):
-        folder = tmp_path / "own"
-        folder.mkdir(exist_ok=True)
-        for split, content in {"train": rows, "test": test or rows}.items():
-            (folder / f"{split}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content), encoding="utf-8")
-        settings = {
-            "task": "mine",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {s: str(folder / f"{s}.jsonl") for s in ("train", "test")}},
-            "training_split": "train",
-            "test_split": "test",
-            "output_type": "generate_until",
-            "doc_to_text": "q",
-            "doc_to_target": "a",
-            "metric_list": [{"metric": "exact_match"}],
-            "generation_kwargs": {"max_gen_toks": 4, "until": []},
-        }
-        lines = [f"{k}: {json.dumps(v)}\n" for k, v in settings.items() if f"{k}:" not in yaml]
-        (folder / "mine.yaml").write_text("".join(lines) + yaml, encoding="utf-8")
-        monkeypatch.setenv("TRACE_TASKS", str(folder))
+        monkeypatch.setenv("TRACE_TASKS", str(write_task(tmp_path / "own", "mine", rows, yaml, test)))
         monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
     return make

@@ -21,7 +21,7 @@ from trace_bench.evaluate import cells as cells_module
 from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks import data
-from trace_tasks.data.files import fingerprint, write_json
+from trace_tasks.data.files import write_json
 from trace_tasks.tokens import example_ids, prompt_ids
 
 
@@ -29,13 +29,7 @@ def cells(run: Run) -> list[list[str]]:
     return [[t for t in run.tasks if s.eval_file(t).exists()] for s in run.stages]
 
 
-@pytest.fixture
-def no_engine(monkeypatch):
-    """A function after whose call the start of an engine is an error."""
-    return lambda: monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
-
-
-def test_seen_tasks_then_the_full_matrix_are_measured_and_no_cell_twice(run, capsys, no_engine):
+def test_seen_tasks_then_the_full_matrix_are_measured_and_no_cell_twice(run, capsys, monkeypatch):
     first, second = run.tasks
     assert evaluate.evaluate(run) == 5
     (read, written) = map(int, re.search(r"(\d+) tokens read, (\d+) written", capsys.readouterr().out).groups())
@@ -44,7 +38,7 @@ def test_seen_tasks_then_the_full_matrix_are_measured_and_no_cell_twice(run, cap
     assert evaluate.evaluate(run, cells="all") == 1
     assert cells(run)[1] == [first, second]
     assert not math.isnan(report.Results(run).R.sum())
-    no_engine()
+    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: pytest.fail("the engine was started"))
     assert evaluate.evaluate(run, cells="all") == 0
     for wrong in ({"cells": "sen"}, {"backend": "vlm"}, {"extra": {"generall": ["general"]}}):
         with pytest.raises(RunError, match=r"(sen'|vlm'|generall): use "):
@@ -55,8 +49,8 @@ def test_seen_tasks_then_the_full_matrix_are_measured_and_no_cell_twice(run, cap
             start(run, stages=[1, 2])
 
 
-def test_a_cell_has_samples_and_the_mean_of_their_scores(run):
-    evaluate.evaluate(run, stages=[1])
+def test_a_cell_has_samples_the_mean_of_their_scores_and_counts_of_what_was_cut(run, tiny_model):
+    evaluate.evaluate(run)
     stage = run.stages[1]
     cell = read_json(stage.eval_file("trace_fomc"))
     samples = [json.loads(line) for line in stage.samples_file("trace_fomc").read_text().splitlines()]
@@ -65,10 +59,6 @@ def test_a_cell_has_samples_and_the_mean_of_their_scores(run):
     docs = load_tasks(["trace_fomc"])["trace_fomc"].test_docs()
     assert [s["prompt"] for s in samples] == [d["prompt"] for d in docs][:6]
     assert [s["target"] for s in samples] == [d["answer"] for d in docs][:6]
-
-
-def test_cut_prompts_and_answers_are_counted_and_reported(run, tiny_model):
-    evaluate.evaluate(run)
     counts = {}
     for name in run.tasks:
         cell = read_json(run.stages[0].eval_file(name))
@@ -131,21 +121,6 @@ def test_one_engine_serves_all_stages_and_makes_the_prompts_once(run, monkeypatc
     assert len(built) == 2 * 6, "two tasks of six rows, three stages"
     assert len(encoded) == len(set(encoded)), "and of those that are cut once more, to say that they are"
     assert len([text for text, limit in encoded if limit]) <= 2 * 6
-
-
-def test_cells_of_an_older_checkpoint_are_measured_again(options, run):
-    evaluate.evaluate(run)
-    old = read_json(run.stages[2].eval_file("trace_fomc"))["checkpoint"]
-    record = read_json(run.stages[2].train_file)
-    # The stage is trained again and has different weights.
-    (adapter,) = run.stages[2].checkpoint.glob("*.safetensors")
-    save_file({k: v * 2 for k, v in load_file(adapter).items()}, adapter)
-    run.stages[2].eval_file("trace_fomc").unlink()
-    with pytest.raises(RunError, match="fingerprint differs"):
-        evaluate.evaluate(run)
-    write_json(run.stages[2].train_file, {**record, "checkpoint": fingerprint(run.stages[2].checkpoint)})
-    assert evaluate.evaluate(run) == 2
-    assert read_json(run.stages[2].eval_file("trace_fomc"))["checkpoint"] != old
 
 
 def test_data_that_differs_from_the_runs_is_refused(run, tmp_path):
@@ -241,30 +216,6 @@ def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(external,
     mixed.stages[1].eval_file(run.tasks[1]).write_bytes(written)  # as if the program had been killed between them
     with pytest.raises(RunError, match=r"v1 changed between.*1_v1 are from 2 different states"):
         report.write_report(mixed)
-
-
-def test_a_full_model_that_lacks_tensors_is_refused_before_an_engine_starts(
-    external, tiny_model, tmp_path, no_engine, monkeypatch
-):
-    part = tmp_path / "part"
-    shutil.copytree(tiny_model, part)
-    tensors = load_file(part / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, part / "model.safetensors", {"format": "pt"})
-    no_engine()
-    with pytest.raises(RunError, match=r"part lacks 9 tensors of the model .* describes, such as model\.layers\.1"):
-        external(part=part)
-    assert not (tmp_path / "external").exists(), "nothing is recorded"
-    name = "model.embed_tokens.weight"
-    tensors[name] = torch.cat([tensors[name], tensors[name][:8]])
-    save_file(tensors, part / "model.safetensors", {"format": "pt"})
-    config = read_json(part / "config.json")
-    write_json(part / "config.json", {**config, "vocab_size": len(tensors[name])})
-    run = external(part=part)
-    with pytest.raises(RunError, match=rf"part: {name} has shape \[\d+, 128\], but the base model .*--backend hf"):
-        evaluate.evaluate(run, backend="vllm")
-    monkeypatch.setattr(engine, "open_engine", lambda *a, **k: (_ for _ in ()).throw(EOFError))
-    with pytest.raises(EOFError):  # transformers makes a model of the checkpoint's own config
-        evaluate.evaluate(run)
 
 
 def test_a_suspicious_order_of_checkpoints_and_unmeasured_adapters_are_warned_about(external, tmp_path, caplog):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command_line, interrupted, lock_holder, quick_options, train
+from conftest import command_line, error, interrupted, lock_holder, quick_options, train
 from judge_server import Server, with_key
 from kill_harness import TIMES
 from pydantic import BaseModel, PositiveInt
@@ -93,13 +93,6 @@ def case(finished, tiny_models, server, tmp_path, monkeypatch, demo_data):
     shutil.copytree(finished.path.parent, tmp_path / "runs")
     with with_key(monkeypatch, tmp_path):
         yield Case(tmp_path / "runs", tiny_models["pieces"], server.url)
-
-
-def error(*argv: object) -> str:
-    """The one line with which a command ends."""
-    with pytest.raises(SystemExit, match=r"^error: ") as e:
-        cli.main([str(a) for a in argv])
-    return e.value.code
 
 
 # ------------------------------------------------------------------------------------------------ a second process

@@ -9,8 +9,8 @@ import torch
 from accelerate.state import AcceleratorState
 from architectures import reload
 from conftest import train
+from method_runs import method
 from safetensors.torch import load_file
-from test_methods import method
 
 from trace_bench import cli, ending, evaluate, metrics
 from trace_bench.engine import models

@@ -1,13 +1,16 @@
-"""DER: replayed rows are tied to the outputs that the model had for them right after their own task."""
+"""Methods that hold on to earlier outputs: lwf (of the previous model), der (of each row's own stage)."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import train
+from method_runs import EXACT, THREE, as_method, method, probe, same, same_step, small, unbuilt, weights
 from safetensors.torch import load_file
-from test_methods import EXACT, THREE, as_method, method, probe, same, same_step, small, unbuilt, weights
 from torch.nn.functional import kl_div
 
 from trace_bench.run import read_json
+from trainers.base import CLTrainer
 from trainers.der import KEPT, class_logs
 from trainers.replay import ReplayConfig, ReplayTrainer
 
@@ -155,3 +158,50 @@ def test_accumulation_takes_the_same_step(loss, lora, options, tmp_path):
     changes = {**CHANGES, "use_peft": lora, "loss_weights": loss, "max_answer_length": 30}
     same_step("der", options, tmp_path, ((12, 1), (3, 4)), Spy, **changes, tasks=["trace_py150", "trace_fomc"])
     assert torch.cat(divergences).max() > 1e-3
+
+
+# --------------------------------------------------------------------------------------------------------------- LwF
+
+
+def test_the_teacher_of_lwf_is_the_previous_stage(options):
+    trainer, config = method("lwf")
+    seen = []
+
+    class Spy(trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if len(seen) < self.stage.index:
+                plain = CLTrainer.compute_loss(self, model, inputs, False, num_items_in_batch)
+                seen.append((loss.item(), plain.item()))
+                if self.teacher is not None:
+                    # At the first step the student is still the previous stage, so its logits equal the teacher's.
+                    logits, taught = (self.answer_logits(m, inputs)[0].detach() for m in (self.model, self.teacher))
+                    torch.testing.assert_close(logits, taught, rtol=1e-3, atol=1e-4)
+                    assert not any(p.requires_grad for p in self.teacher.parameters())
+            return loss
+
+    train(small(options, "lwf", 3, **EXACT), as_method(Spy), config)
+    assert len(seen) == 3 and seen[0][0] == seen[0][1], "no teacher at the first stage"
+    assert all(loss == pytest.approx(plain, rel=1e-3) for loss, plain in seen)
+
+
+def test_lwf_without_weight_loads_no_teacher():
+    instance = unbuilt("lwf", lwf_lambda=0.0)
+    instance.stage = SimpleNamespace(index=2)
+    instance.begin_stage()
+    assert instance.teacher is None, "so it is sequential training to the byte"
+
+
+def test_the_distillation_loss_is_the_divergence_from_the_teacher():
+    instance = unbuilt("lwf")
+    torch.manual_seed(0)
+    student, teacher = torch.randn(5, 11, requires_grad=True), torch.randn(5, 11)
+    loss = instance.distillation(student, teacher)
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    torch.testing.assert_close(loss, (p * (p / q).log()).sum(-1), rtol=1e-4, atol=1e-6)
+    assert instance.distillation(teacher, teacher).abs().max() < 1e-5
+    # The paper's loss is the cross entropy of both distributions at temperature T. Neither loss has a factor T^2.
+    paper = -(p * q.log()).sum()
+    gradients = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in (loss.sum(), paper)]
+    torch.testing.assert_close(gradients[0], ((q - p) / 2).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 from conftest import interrupted, train
+from method_runs import EXACT, as_method, method, same, same_step, small, weights
 from safetensors.torch import load_file
-from test_methods import EXACT, as_method, method, same, same_step, small, weights
 
 from trace_bench.engine.swap import Answer
 from trace_bench.run import read_json
@@ -109,7 +109,6 @@ def test_a_long_prompt_is_written_as_it_is_trained(options):
     train(small(options, "lfpt5", 1, **{**CHANGES, "max_prompt_length": 20}), as_method(Spy), config)
 
 
-@pytest.mark.usefixtures("options")
 def test_the_engine_is_asked_for_whole_rows_and_a_model_without_any_is_warned_about(options, written_here, caplog):
     options = small(options, "lfpt5", 2, **CHANGES, max_new_tokens=3)
     with caplog.at_level(logging.WARNING, "trainers.lfpt5"):

@@ -1,12 +1,14 @@
-"""The family of O-LoRA: `inclora`, on which the others build, `nlora`, `milora` and `inflora`."""
+"""The family of O-LoRA: `inclora`, on which the others build, `olora`, `nlora`, `milora` and `inflora`."""
+
+from itertools import product
 
 import pytest
 import torch
 from architectures import make_base
 from conftest import interrupted, load_merged, train
+from method_runs import EXACT, LINEAR, SIDE_BY_SIDE, as_method, method, probe, same, small, unbuilt, weights
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from test_methods import EXACT, LINEAR, SIDE_BY_SIDE, as_method, method, same, small, unbuilt, weights
 
 from trace_bench.run import read_json
 from trainers import inclora, inflora
@@ -24,14 +26,13 @@ def logits(base, checkpoint, rows) -> torch.Tensor:
         return model(torch.as_tensor(rows)).logits
 
 
-@pytest.mark.parametrize(("name", "off"), [("olora", "olora_lambda"), ("nlora", "nlora_lambda")])
-def test_methods_without_their_penalties_equal_inclora_to_the_byte(name, off, options, tmp_path):
+def test_olora_and_nlora_without_their_penalties_equal_inclora_to_the_byte(options, tmp_path):
     options |= {"lora_dropout": 0.1}
     plain = train(small(options, "inclora", 3), *method("inclora"))
-    for strength, equal in ((0.0, True), (0.5, False)):
-        changes = {off: strength, "output_dir": str(tmp_path / str(strength))}
+    for name, strength in product(("olora", "nlora"), (0.0, 0.5)):
+        changes = {f"{name}_lambda": strength, "output_dir": str(tmp_path / f"{name} {strength}")}
         run = train(small(options, name, 3, **changes), *method(name))
-        assert (saved(run) == saved(plain)) == equal
+        assert (saved(run) == saved(plain)) == (strength == 0), name
     config = read_json(plain.stages[3].checkpoint / "adapter_config.json")
     assert config["r"] == 3 * 4 and config["lora_dropout"] == 0, "the next stage trains with all of it"
     for stage in (2, 3):
@@ -53,7 +54,7 @@ def test_layers_whose_adapters_cannot_be_joined_are_refused(layers, name, option
         train(small(options, name, **changes), *method(name))
 
 
-@pytest.mark.parametrize("architecture", ["gpt2", "llama", "qwen3_moe"])  # Conv1D, fewer keys than queries, experts
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3_moe"])  # Conv1D, experts; others: test_architectures.py
 @pytest.mark.parametrize("name", ["milora", "inflora"])
 def test_the_saved_adapter_is_the_trained_one_in_other_architectures(name, architecture, options, tmp_path):
     trainer, config = method(name)
@@ -343,3 +344,64 @@ def test_missing_free_directions_of_inflora_are_rows_of_zeros(options):
         if "lora_A" in name:
             assert not own[:, :126].any()
     assert inclora.PAST not in "".join(tensors), "PEFT's own names alone"
+
+
+# ------------------------------------------------------------------------------------------------------------ O-LoRA
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_olora_adds_an_adapter_in_its_own_subspace_to_frozen_adapters(options, rslora):
+    trainer, config = method("olora")
+    begins, logits = {}, []
+
+    class Spy(trainer):
+        def begin_stage(self):
+            super().begin_stage()
+            begins[self.stage.index] = {n: p.detach().clone() for n, p in self.trained().items() if "lora_A" in n}
+
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self.stage.index == 3 and not logits:
+                checkpoint = self.run.stages[2].checkpoint
+                before = load_merged(options["model_name_or_path"], checkpoint, dtype=torch.float32)
+                with torch.no_grad():
+                    logits.extend(self.answer_logits(m, inputs)[0] for m in (model, before))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    changes = {**EXACT, "use_rslora": rslora, "lora_target_modules": LINEAR}
+    run = train(small(options, "olora", 3, **changes), as_method(Spy), config)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)  # a stage begins as the merged model before
+    for name, a in begins[1].items():
+        # Random subspaces of this size share no direction.
+        assert torch.linalg.matrix_rank(torch.cat([a, begins[2][name]])) == 2 * len(a)
+    for stage in (2, 3):
+        saved = read_json(run.stages[stage].checkpoint / "adapter_config.json")
+        # PEFT keeps the names in a set, whose order differs between processes.
+        assert saved["target_modules"] == sorted(LINEAR) and saved["r"] == 4 * stage
+        # PEFT's factor on the product stays the same.
+        assert saved["lora_alpha"] / (saved["r"] ** 0.5 if rslora else saved["r"]) == 32 / (2 if rslora else 4)
+        assert read_json(run.stages[stage].train_file)["orthogonality_loss"] > 0
+        old, new = weights(run, stage - 1), weights(run, stage)
+        for name, tensor in new.items():
+            before, own = (tensor[:-4], tensor[-4:]) if "lora_A" in name else (tensor[:, :-4], tensor[:, -4:])
+            assert torch.equal(before, old[name]), "the earlier adapters are frozen"
+            assert own.shape[0 if "lora_A" in name else 1] == 4
+
+
+def test_the_orthogonality_loss_of_olora_is_that_of_the_paper(options):
+    def look(trainer, adjust):
+        loss = trainer.orthogonality_loss()
+        before = {n: p.grad.clone() for n, p in trainer.trained().items()}
+        adjust(trainer.model)
+        added = {n: p.grad - before[n] for n, p in trainer.trained().items()}
+        for name, (past, new) in trainer.pairs().items():
+            leaf = new.detach().clone().requires_grad_()
+            (wanted,) = torch.autograd.grad((past.detach() @ leaf.T).abs().sum(), leaf)
+            torch.testing.assert_close(added.pop(name), wanted, rtol=1e-3, atol=1e-4)
+        assert added and not any(g.any() for g in added.values()), "B is left alone"
+        assert not any(p.requires_grad for n, p in trainer.model.named_parameters() if ".past." in n)
+        for past, new in trainer.pairs().values():  # rows of its own space: nothing overlaps
+            new.data -= new.data @ torch.linalg.pinv(past.data) @ past.data
+        return loss, trainer.orthogonality_loss()
+
+    loss, orthogonal = probe(options, "olora", 2, look, **EXACT, olora_lambda=1.0)
+    assert loss > 1 and orthogonal < 1e-3 * loss

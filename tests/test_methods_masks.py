@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import train
-from test_methods import EXACT, LINEAR, as_method, method, small, unbuilt, weights
+from method_runs import EXACT, LINEAR, as_method, method, small, unbuilt, weights
 from test_methods_freeze import empty
 from transformers.pytorch_utils import Conv1D
 

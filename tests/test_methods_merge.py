@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import stop_at, train
+from conftest import error, quick_options, stop_at, train
+from method_runs import as_method, same
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_methods import as_method, same
 from transformers import AutoModelForCausalLM
 
 from trace_bench import evaluate
@@ -258,13 +258,6 @@ def test_bf16_models_in_several_files_are_merged_without_bias(tiny_model, tmp_pa
 # --------------------------------------------------------------------------------------------------------- the command
 
 
-def error(*words) -> str:
-    with pytest.raises(SystemExit) as e:
-        main(["merge", *map(str, words)])
-    assert isinstance(e.value.code, str)
-    return e.value.code
-
-
 @pytest.mark.parametrize("kind", ["adapters", "full"])
 def test_merge_writes_a_checkpoint_that_evaluate_accepts(kind, request, tiny_model, tmp_path, demo_data, capsys):
     sources, out = request.getfixturevalue(kind), tmp_path / "new" / "out"
@@ -278,7 +271,7 @@ def test_merge_writes_a_checkpoint_that_evaluate_accepts(kind, request, tiny_mod
     command += ["--tasks", "trace_fomc", "--test-rows", "2", "--max-prompt-length", "96", "--max-new-tokens", "2"]
     main([*command, "--backend", "hf"])
     assert (tmp_path / "run/stages/1_mix/eval/trace_fomc.json").exists()
-    assert "already exists" in error(*sources, "--method", "average", "--output", out)
+    assert "already exists" in error("merge", *sources, "--method", "average", "--output", out)
 
 
 def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
@@ -289,7 +282,7 @@ def test_checkpoints_that_do_not_fit_are_refused_before_weights_are_loaded(
     out = tmp_path / "out"
 
     def said(*sources, method="average", options=()):
-        return error(*sources, "--method", method, "--output", out, *options)
+        return error("merge", *sources, "--method", method, "--output", out, *options)
 
     one, two = adapters
     assert "all checkpoints must be of one kind" in said(one, full[0])
@@ -357,9 +350,9 @@ def stages(options: dict, **changes):
     return train(options, *((MergeTrainer, MergeConfig) if "merge" in changes else (CLTrainer, CLConfig)))
 
 
-@pytest.fixture
-def sequential(options, tmp_path):
-    return stages(options, output_dir=str(tmp_path / "sequential"))
+@pytest.fixture(scope="module")
+def sequential(tiny_models, tmp_path_factory):
+    return stages(quick_options(tiny_models["bytes"], tmp_path_factory.mktemp("sequential") / "run"))
 
 
 def test_merge_alpha_1_is_sequential_training_to_the_byte(options, sequential):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import train
+from conftest import train, write_task
 from forks import forked
-from test_methods import EXACT, as_method, same, weights
+from method_runs import EXACT, as_method, same, weights
 from transformers import AutoTokenizer
 
 from trace_bench.engine import open_engine
@@ -115,24 +115,7 @@ def test_vllm_draws_different_random_numbers_for_each_prompt(tiny_model):
     assert len({ids[0] for ids in first}) > 20
 
 
-YAML = """
-task: {name}
-custom_dataset: !function own.rows
-training_split: train
-test_split: test
-output_type: generate_until
-doc_to_text: q
-doc_to_target: a
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
-metadata: {{version: 1.0}}
-{more}
-"""
 OWN = """
-def rows(**kwargs):
-    from datasets import Dataset
-    rows = [{"q": f"row {i}: ", "a": str(i)} for i in range(3)]
-    return {split: Dataset.from_list(rows) for split in ("train", "test")}
-
 def errors(doc, results):
     return {"error": abs(float(results[0]) - float(doc["a"]))}
 """
@@ -147,6 +130,7 @@ def test_written_answers_have_the_scores_of_the_evaluation(demo_data, tmp_path, 
         assert answer_scores(task, answers) == wanted and len(set(wanted)) > 1
         assert [row[1] for row in training_rows(task, 4)] == [doc["answer"] for doc in docs], "numbered as the rows"
     (tmp_path / "own.py").write_text(OWN)
+    rows = [{"q": f"row {i}: ", "a": str(i)} for i in range(3)]
     numbers = (
         'filter_list: [{name: last, filter: [{function: regex, regex_pattern: "(\\\\d+)$"}, {function: take_first}]}]'
     )
@@ -157,7 +141,7 @@ def test_written_answers_have_the_scores_of_the_evaluation(demo_data, tmp_path, 
         "t_corpus": "metric_list: [{metric: bleu}]",
     }
     for name, text in more.items():
-        (tmp_path / f"{name}.yaml").write_text(YAML.format(name=name, more=text))
+        write_task(tmp_path, name, rows, text)
     monkeypatch.setenv("TRACE_TASKS", str(tmp_path))
     tasks = load_tasks(list(more))
     assert answer_scores(tasks["t_filter"], [(2, "it is 2"), (1, "it is 2"), (1, "1")]) == [1, 0, 1]

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from conftest import train
-from test_methods import EXACT, as_method, made, method, same, same_step, small
+from method_runs import EXACT, as_method, made, method, same, same_step, small
 from transformers import AutoModelForCausalLM
 from trl.experimental.sdft.loss_utils import compute_full_logit_self_distillation_loss
 

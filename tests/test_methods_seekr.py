@@ -6,8 +6,8 @@ import pytest
 import torch
 from architectures import make_base
 from conftest import train
+from method_runs import EXACT, as_method, method, probe, same, same_step, small, weights
 from safetensors.torch import load_file
-from test_methods import EXACT, as_method, method, probe, same, same_step, small, weights
 
 from trace_bench.run import read_json
 from trace_tasks.data.files import write_json

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import train
+from method_runs import weights
 from peft.tuners.osf import OSFLayer
 from safetensors.torch import load_file
-from test_methods import weights
 from transformers import AutoModelForCausalLM
 
 from trace_bench.evaluate import evaluate

@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import shlex
 import shutil
 from itertools import product
@@ -12,9 +13,9 @@ from types import SimpleNamespace
 
 import pandas
 import pytest
-import yaml
-from conftest import command_line, quick_options
+from conftest import command_line, config_of, error, quick_options
 
+import trainers.help
 from trace_bench import packaged, study
 from trace_bench.cli import main
 from trace_bench.own_task import make_task, recognise
@@ -25,7 +26,6 @@ from trace_tasks.data import DataError
 from trace_tasks.data.files import write_json, write_jsonl
 from trainers.base import CLConfig
 from trainers.base.stages import parse
-from trainers.replay import ReplayConfig
 
 METHOD = '''"""Halves: the gradient times a strength."""
 
@@ -61,12 +61,6 @@ def here(tmp_path, monkeypatch):
     return folder
 
 
-def error_of(*argv):
-    with pytest.raises(SystemExit) as stop:
-        main(list(argv))
-    return str(stop.value.code)
-
-
 # -------------------------------------------------------------------------------------------------------------- methods
 
 
@@ -90,7 +84,7 @@ def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monk
 def test_a_file_named_like_a_method_of_the_package_is_refused(here, tiny_model):
     (here / "ewc.py").write_text(METHOD)
     argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
-    assert "ewc.py has the name of the package's method ewc" in error_of("train", "ewc.py", *argv)
+    assert "ewc.py has the name of the package's method ewc" in error("train", "ewc.py", *argv)
     assert not (here / "run").exists()
 
 
@@ -98,20 +92,25 @@ def test_a_method_that_hides_attributes_of_the_trainer_is_refused_before_trainin
     """Otherwise the first stage would be trained, and lost when its record is written."""
     (here / "half.py").write_text(METHOD.replace("(self, model):\n", "(self, model):\n        self.record = {}\n"))
     argv = command_line({**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]})
-    said = error_of("train", "half.py", *argv)
+    said = error("train", "half.py", *argv)
     assert "HalfTrainer sets self.record, which the trainer already uses" in said and "such as half_record" in said
     assert not (here / "run").exists()
 
 
 @pytest.mark.parametrize("name", ["half.py", "own.half"])
 def test_the_help_of_a_users_method_has_its_options(here, name, capsys):
+    more = 'plain: int = 3\n    learning_rate: float = field(default=0.5, metadata={"help": "Larger."})\n    strength:'
+    code = METHOD.replace("strength:", more).replace("import dataclass", "import dataclass, field")
     for file in (here / "half.py", here / "own" / "half.py"):
         file.parent.mkdir(exist_ok=True)
-        file.write_text(METHOD)
+        file.write_text(code)
     main(["train", name, "--help"])
     shown = capsys.readouterr().out
     assert f"trace-bench train {name}" in shown and "what the gradient is multiplied with [0.5]" in shown
+    assert re.search(r"--learning_rate +Larger\. \[0\.5\]\n", shown) and re.search(r"--plain +\[3\]\n", shown)
     assert "--max_prompt_length" in shown, "those of every run, too"
+    (here / "half.py").write_text(code.replace('"Larger."', "__name__"))
+    assert not trainers.help.show(here / "half.py", "train it"), "a computed text: the full help has it"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +126,7 @@ def test_the_help_of_a_users_method_has_its_options(here, name, capsys):
 def test_a_missing_method_is_a_clear_error(here, name, said):
     (here / "empty.py").write_text("x = 1\n")
     (here / "idle.py").write_text(METHOD.replace("    main(", "    print("))
-    assert said in error_of("train", name)
+    assert said in error("train", name)
 
 
 def test_a_study_takes_methods_by_file_and_configs_by_name(here, tmp_path, monkeypatch):
@@ -177,14 +176,7 @@ def test_a_copied_study_works_in_its_new_place(here):
     copied, original = study.read_study("replay.yaml"), study.read_study(packaged.studies()["replay"])
     assert copied.keys() == original.keys()
     assert all(os.path.isfile(arguments[arguments.index("--config") + 1]) for _, arguments in copied.values())
-    assert "already exists" in error_of("configs", "--copy", "replay")
-
-
-def test_a_config_is_found_by_name(here, tiny_model):
-    options = {**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"]}
-    main(["train", "sequential", "--config", "quickstart", *command_line(options)])
-    written = yaml.safe_load(packaged.configs()["quickstart"].read_text())
-    assert Run.open(here / "run").manifest["config"]["lora_alpha"] == written["lora_alpha"]
+    assert "already exists" in error("configs", "--copy", "replay")
 
 
 @pytest.mark.parametrize(
@@ -206,14 +198,14 @@ def test_a_config_is_found_by_name(here, tiny_model):
     ],
 )
 def test_an_unknown_option_is_an_error_with_the_most_similar_one(here, argv, said, capsys):
-    message = error_of("train", "sequential", *argv)
+    message = error("train", "sequential", *argv)
     assert said is None or said in message
     assert "usage:" not in capsys.readouterr().err and message.count("\n") < 3
 
 
 def test_an_unknown_option_in_a_file_is_an_error_with_the_most_similar_one(here):
     (here / "c.yaml").write_text("learning_rates: 1\n")
-    assert "learning_rates (did you mean learning_rate?)" in error_of("train", "sequential", "--config", "c.yaml")
+    assert "learning_rates (did you mean learning_rate?)" in error("train", "sequential", "--config", "c.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
@@ -387,12 +379,12 @@ def test_a_run_records_the_folder_of_its_tasks(here, tiny_model, monkeypatch, ca
     manifest = json.loads((here / "run" / "manifest.json").read_text())
     manifest["data"]["own_tasks"] = str(here / "gone")
     write_json(here / "run" / "manifest.json", manifest)
-    assert "gone, which is missing: set TRACE_TASKS" in error_of("evaluate", "run")
+    assert "gone, which is missing: set TRACE_TASKS" in error("evaluate", "run")
     (here / "run" / "tasks").mkdir()
     for folder in ("run/tasks", str(here / "run" / "tasks"), os.curdir):  # functions from there would be run
         manifest["data"]["own_tasks"] = folder
         write_json(here / "run" / "manifest.json", manifest)
-        assert "a task can run code. If you trust its author" in error_of("evaluate", "run")
+        assert "a task can run code. If you trust its author" in error("evaluate", "run")
 
 
 def test_unknown_tasks_are_errors_with_the_most_similar_ones(here, monkeypatch):
@@ -404,6 +396,9 @@ def test_unknown_tasks_are_errors_with_the_most_similar_ones(here, monkeypatch):
         load_tasks(["mien"])
     with pytest.raises(DataError, match=r"trace_fomk \(did you mean trace_fomc\?\).*trace_cstance"):
         load_tasks(["trace_fomk"])
+    monkeypatch.setenv("TRACE_TASKS", "nowhere")
+    with pytest.raises(DataError, match=r"TRACE_TASKS=nowhere: .* is not a folder with task YAMLs"):
+        load_tasks(["mine"])
 
 
 def test_the_commands_that_are_shown_can_be_pasted(here, capsys):
@@ -448,7 +443,7 @@ def test_checkpoints_are_dropped_replaced_and_moved(here, tiny_model, capsys, mo
 
     main(["evaluate", "run", "--drop", "v1"])
     assert [stage.index for stage in Run.open("run").chosen([2])] == [1], "--stages takes the numbers of folders"
-    assert "no stage [1]: the run has 0, 2" in error_of("evaluate", "run", "--stages", "1")
+    assert "no stage [1]: the run has 0, 2" in error("evaluate", "run", "--stages", "1")
     left = cells(here / "run")
     assert left.keys() == {"0_base/trace_fomc.json", "2_v2/trace_fomc.json"} and left.items() <= made.items()
     main(["evaluate", "run", "--checkpoint", f"v1={first}"])
@@ -461,7 +456,7 @@ def test_checkpoints_are_dropped_replaced_and_moved(here, tiny_model, capsys, mo
     replaced = cells(here / "run")
     assert replaced["2_v2/trace_fomc.json"] != again["2_v2/trace_fomc.json"], "other weights are measured again"
     assert replaced["3_v1/trace_fomc.json"] == again["3_v1/trace_fomc.json"]
-    assert "Did you mean v2?" in error_of("evaluate", "run", "--drop", "v22")
+    assert "Did you mean v2?" in error("evaluate", "run", "--drop", "v22")
     main(["report", "run"])
 
 
@@ -483,14 +478,10 @@ def test_a_bound_is_trained_like_the_run_that_it_bounds(here, tiny_model, monkey
     there, here_ = run.manifest["config"], bound.manifest["config"]
     assert {k for k in there if there[k] != here_.get(k)} == {k for k in there if k.startswith("ewc")}
     main(["train", "der", *command_line(quick_options(tiny_model, here / "repeats")), "--replay_ratio", "0.5"])
-    for method in ("joint", "sequential"):
-        main(["train", method, "--like", "repeats", "--output_dir", f"repeats-{method}"])
-        assert "replay_ratio" not in Run.open(f"repeats-{method}").manifest["config"]
-    assert (
-        parse(ReplayConfig, ["--like", "repeats", "--output_dir", "x", "--replay", "mixed"], "replay")[0].replay_ratio
-        == 0.5
-    )
-    assert "is not a run" in error_of("train", "joint", "--like", "gone", "--output_dir", "x")
+    for method, kept in (("joint", None), ("sequential", None), ("replay", 0.5)):
+        words = ["--like", "repeats", "--output_dir", "x", *(["--replay", "mixed"] if kept else [])]
+        assert parse(config_of(method), words, method)[0].manifest().get("replay_ratio") == kept, method
+    assert "is not a run" in error("train", "joint", "--like", "gone", "--output_dir", "x")
 
 
 def test_a_finished_run_can_be_extended_by_tasks(here, tiny_model, capsys):
@@ -512,15 +503,15 @@ def test_a_finished_run_can_be_extended_by_tasks(here, tiny_model, capsys):
     main(["report", "run"])
     assert "OP_3" in capsys.readouterr().out
     wrong = {**options, "tasks": ["trace_fomc", "trace_py150"]}
-    assert "a different configuration" in error_of("train", "ewc", *command_line(wrong))
-    assert "a different configuration" in error_of("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))
+    assert "a different configuration" in error("train", "ewc", *command_line(wrong))
+    assert "a different configuration" in error("train", "ewc", *command_line({**longer, "learning_rate": 0.5}))
 
 
 def test_a_joint_run_cannot_be_extended_by_tasks(here, tiny_model):
     options = quick_options(tiny_model, here / "run")
     main(["train", "joint", *command_line(options)])
     longer = {**options, "tasks": [*options["tasks"], "trace_py150"]}
-    assert "a different configuration" in error_of("train", "joint", *command_line(longer))
+    assert "a different configuration" in error("train", "joint", *command_line(longer))
 
 
 def test_only_the_unknown_task_among_known_ones_is_named(here):
@@ -528,7 +519,7 @@ def test_only_the_unknown_task_among_known_ones_is_named(here):
         load_tasks(["trace_fomc", "gsm8k", "gsm8kk"])  # lm-eval has gsm8k
     (here / "c.yaml").write_text("tasks: trace_fomc, trace_fomk\n")
     for argv in (["--tasks", "trace_fomc,trace_fomk"], ["--config", "c.yaml"]):
-        assert "trace_fomk (did you mean trace_fomc?)" in error_of("train", "sequential", *argv)
+        assert "trace_fomk (did you mean trace_fomc?)" in error("train", "sequential", *argv)
 
 
 def test_a_moved_base_model_is_accepted_and_a_different_one_refused(here, tiny_model, checkpoints, capsys):
@@ -538,8 +529,8 @@ def test_a_moved_base_model_is_accepted_and_a_different_one_refused(here, tiny_m
     main(["train", "sequential", *command_line(options)])
     (here / "moved").mkdir()
     (here / "base").rename(here / "moved" / "base")
-    assert "Give its new folder: trace-bench evaluate RUN --model FOLDER" in error_of("evaluate", "run")
-    assert "its files differ" in error_of("evaluate", "run", "--model", str(checkpoints["full model"]))
+    assert "Give its new folder: trace-bench evaluate RUN --model FOLDER" in error("evaluate", "run")
+    assert "its files differ" in error("evaluate", "run", "--model", str(checkpoints["full model"]))
     main(["evaluate", "run", "--model", "moved/base"])
     assert "evaluated 2 cells" in capsys.readouterr().out
     (here / "moved").rename(here / "again")

@@ -5,30 +5,23 @@ import time
 
 import numpy as np
 import pytest
-from conftest import train
+from conftest import train, write_task
 
-from bench.scale import YAML
 from trace_bench import evaluate, metrics, report
 from trace_bench.run import RunError, read_json, read_jsonl
-from trace_bench.tasks import load_tasks
-from trace_tasks import data
 from trainers.base import CLTrainer
 
 #: Few tokens, to save time.
-SHORT = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 2}\n'
+SHORT = 'generation_kwargs: {until: ["\\n"], max_gen_toks: 2}\nmetadata: {version: 1.0}\n'
 
 
 @pytest.fixture
 def own_tasks(tmp_path, monkeypatch):
     """Thirty tasks in the folder of TRACE_TASKS. The answer is the letter after that of the task."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
     for i in range(30):
-        name = f"mine_{i:02}"
         rows = [{"q": f"task {i} row {j}: ", "a": chr(97 + (i + j) % 26)} for j in range(4)]
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-        (folder / f"{name}.yaml").write_text(YAML.format(name=name, rows=folder / f"{name}.jsonl") + SHORT)
-    monkeypatch.setenv("TRACE_TASKS", str(folder))
+        write_task(tmp_path / "tasks", f"mine_{i:02}", rows, SHORT)
+    monkeypatch.setenv("TRACE_TASKS", str(tmp_path / "tasks"))
     return [f"mine_{i:02}" for i in range(30)]
 
 
@@ -54,7 +47,7 @@ def two(options, own_tasks):
 
 
 def change(tmp_path, name, new):
-    file = tmp_path / "tasks" / f"{name}.jsonl"
+    file = tmp_path / "tasks" / f"{name}_test.jsonl"
     before = file.read_text()
     file.write_text(new(before))
     assert file.read_text() != before
@@ -93,17 +86,6 @@ def test_the_first_of_several_filters_counts_and_shots_of_a_task_are_ignored(two
     assert cell["n"] == 4 and [s["response"] for s in samples] == ["one"] * 4
     assert cell["metrics"]["exact_match"]["value"] == np.mean([s["exact_match"] for s in samples])
     assert [s["prompt"] for s in samples] == [f"task 0 row {j}: " for j in range(4)]
-
-
-def test_impossible_tasks_are_refused_before_training(two, tmp_path, monkeypatch):
-    yaml = tmp_path / "tasks" / "mine_01.yaml"
-    text = yaml.read_text().replace("output_type: generate_until", "output_type: loglikelihood")
-    yaml.write_text(text.replace("exact_match", "acc"))
-    with pytest.raises(data.DataError, match="mine_01 has output_type loglikelihood"):
-        train(two)
-    monkeypatch.setenv("TRACE_TASKS", str(tmp_path / "nowhere"))
-    with pytest.raises(data.DataError, match=r"TRACE_TASKS=.*nowhere is not a folder with task YAMLs"):
-        load_tasks(["mine"])
 
 
 def test_a_report_of_many_tasks_takes_seconds(make):

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import write_task
 from made_runs import NAN, SINGLE, cell, make_run, write_cell
 from test_comparison import compared, differences
 
@@ -290,18 +291,6 @@ def test_means_over_seeds_use_the_unit(make):
 
 # --------------------------------------------------------------------------------------------------------- evaluation
 
-YAML = """task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{train: {folder}/rows.jsonl, test: {folder}/rows.jsonl}}}}
-training_split: train
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{q}}}}"
-doc_to_target: "{{{{a}}}}"
-generation_kwargs: {{until: ["\\n"], max_gen_toks: 4}}
-metadata: {{version: 1.0}}
-{metrics}
-"""
 FUNCTIONS = """
 def lengths(doc, results):
     return {"own_error": 0.5 + len(results[0]), "own_share": 0.5}
@@ -320,13 +309,10 @@ OWN = {
 
 
 def test_cells_record_the_unit_and_direction_of_their_scores(tiny_model, tmp_path, monkeypatch):
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    rows = [{"q": f"row {i}: ", "a": f"the answer of row {i}"} for i in range(3)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "own.py").write_text(FUNCTIONS)
+    rows, folder = [{"q": f"row {i}: ", "a": f"the answer of row {i}"} for i in range(3)], tmp_path / "tasks"
     for name, metrics in OWN.items():
-        (folder / f"{name}.yaml").write_text(YAML.format(name=name, folder=folder, metrics=metrics))
+        write_task(folder, name, rows, f"metadata: {{version: 1.0}}\n{metrics}")
+    (folder / "own.py").write_text(FUNCTIONS)
     monkeypatch.setenv("TRACE_TASKS", str(folder))
     with pytest.raises(data.DataError, match=r"t_unknown .* own_error .*higher_is_better: true or false"):
         evaluate.external_run(tmp_path / "r", {}, model=str(tiny_model), tasks=["t_unknown"], settings={})
